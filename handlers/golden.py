@@ -1,0 +1,48 @@
+"""Whether an answer is the one its golden sample expects, and where not. Pure."""
+
+from textwrap import shorten
+
+SHOWN = 80  #: characters of a value in a message
+
+
+def mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float) -> str | None:
+    """The first difference between two JSON values, as `predictions[0][3]: expected 1.25, got 1.31`, or None.
+
+    Numbers may differ by `abs_tolerance + rel_tolerance * |expected|`; everything else must be equal, with the same
+    keys and lengths.
+    """
+    return _mismatch(expected, actual, abs_tolerance, rel_tolerance, "")
+
+
+def _mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float, path: str) -> str | None:
+    where = path or "the answer"
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        if expected.keys() != actual.keys():
+            return f"{where}: expected the keys {sorted(expected)}, got {sorted(actual)}"
+        inner = [(f"{path}.{key}" if path else str(key), expected[key], actual[key]) for key in expected]
+    elif isinstance(expected, list) and isinstance(actual, list):
+        if len(expected) != len(actual):
+            return f"{where}: expected {len(expected)} items, got {len(actual)}"
+        inner = [(f"{path}[{i}]", e, a) for i, (e, a) in enumerate(zip(expected, actual, strict=True))]
+    else:
+        same = _is_close(expected, actual, abs_tolerance, rel_tolerance)
+        return None if same else f"{where}: expected {_shown(expected)}, got {_shown(actual)}"
+    found = (_mismatch(e, a, abs_tolerance, rel_tolerance, place) for place, e, a in inner)
+    return next((text for text in found if text is not None), None)
+
+
+def _is_close(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float) -> bool:
+    if _is_number(expected) and _is_number(actual):
+        assert isinstance(expected, int | float)
+        assert isinstance(actual, int | float)
+        # written so that NaN is close to nothing
+        return abs(expected - actual) <= abs_tolerance + rel_tolerance * abs(expected)
+    return type(expected) is type(actual) and expected == actual
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return shorten(repr(value), SHOWN, placeholder="...")

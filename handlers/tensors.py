@@ -1,0 +1,231 @@
+"""One request's tensors as bytes: nested JSON numbers and `application/x-npy`, read strictly, written fast. No torch.
+
+JSON has a fast path and a careful one that must agree (a property test holds them together). The fast path hands the
+numbers from simdjson's own tape to numpy without making a Python float of each; whatever looks unusual to it goes to
+the careful path, which walks Python lists, names the first wrong place, or reads the body after all. 8 x 168 floats of
+4 decimals (10 KB), median microseconds: simdjson 17.5 with all checks, orjson and `np.array` 39, msgspec with typed
+lists 46; with 17 digits (26 KB) 22.5, 46, 58.
+"""
+
+import ast
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from math import isfinite, prod
+from typing import Any
+
+import numpy as np
+import orjson
+import simdjson
+
+from handlers.base import Float32, Shape
+from handlers.errors import RequestError
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+NPY_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "<f4": np.dtype("<f4"),
+    "<f8": np.dtype("<f8"),
+    ">f4": np.dtype(">f4"),
+    ">f8": np.dtype(">f8"),
+}
+NPY_HEADER_LIMIT = 1024  #: bytes; numpy writes 128 for every shape we serve
+
+
+def read_json(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | None:
+    """`{"x": [8][168]}` -> {"x": array [8, 168]} for every name in `shapes` (-1: any length, but at least 1).
+
+    None when the object has `instances`: it asks for a forecast. Raises RequestError that names the first wrong place.
+    """
+    try:
+        document = simdjson.Parser().parse(body)  # a fresh parser: a kept one cannot be used while proxies live
+        if isinstance(document, simdjson.Object):
+            found = _read_fast(document, body, shapes)
+            if found is not None or "instances" in document:
+                return found
+    except (ValueError, TypeError, RuntimeError):  # malformed, other types, too deep or beyond 64 bits
+        pass
+    return _read_carefully(body, shapes)
+
+
+def read_npy(body: bytes | memoryview, name: str, shape: Shape) -> Float32:
+    """An npy file (version 1 or 2) of float32 or float64 in any byte order and layout -> float32 array of `shape`.
+
+    No pickle, no dtype but those four, the payload exactly as long as the header says. Raises RequestError.
+    """
+    start, header_bytes = _npy_header_bytes(bytes(body[: NPY_HEADER_LIMIT + 12]))
+    dtype, fortran, sent = _npy_header(header_bytes)
+    if len(sent) != len(shape) or any(want not in (-1, have) for want, have in zip(shape, sent, strict=True)):
+        raise RequestError(f"npy: the array must have the shape {_shown(shape)}, not {list(sent)}", field=name)
+    payload = len(body) - start
+    if payload != prod(sent) * dtype.itemsize or not payload:
+        needed = prod(sent) * dtype.itemsize
+        raise RequestError(f"npy: {list(sent)} of {dtype.str} are {needed} bytes, but {payload} follow the header")
+    with np.errstate(over="ignore"):
+        flat = np.frombuffer(body, dtype, offset=start).astype(np.float32)
+    array = np.ascontiguousarray(flat.reshape(sent, order="F" if fortran else "C"))
+    if not np.isfinite(array).all():
+        place = "".join(f"[{i}]" for i in np.argwhere(~np.isfinite(array))[0])
+        raise RequestError("the number is not finite in float32", field=name + place)
+    return array
+
+
+def write_json(value: object) -> bytes:
+    """A JSON body; float32 arrays (C-contiguous) are written with the fewest digits that give the same float32."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def write_npy(array: Float32) -> bytes:
+    """The array as an npy file, version 1, little-endian float32 in C order."""
+    return _npy_prefix(array.shape) + np.ascontiguousarray(array, "<f4").tobytes()
+
+
+def _read_fast(document: simdjson.Object, body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | None:
+    """The regular case, or None. Raises TypeError or ValueError where something is not what it should be."""
+    if len(document) != len(shapes):
+        return None
+    found: dict[str, Float32] = {}
+    lists = 0
+    for name, shape in shapes.items():
+        value = document.get(name)
+        if not isinstance(value, simdjson.Array):
+            return None
+        dims = _dims(value, shape)
+        if not dims or not _is_regular(value, dims):
+            return None
+        lists += sum(prod(dims[:depth]) for depth in range(len(dims)))
+        with np.errstate(over="ignore"):
+            flat = np.frombuffer(value.as_buffer(of_type="d"), np.float64).astype(np.float32)
+        if flat.size != prod(dims) or not np.isfinite(flat).all():
+            return None
+        found[name] = flat.reshape(dims)
+    # as_buffer flattens, so lists hidden among the numbers would go unseen: count what opens one
+    return found if _opens(body, lists) else None
+
+
+def _opens(body: bytes, lists: int) -> bool:
+    """Whether the text has exactly so many opening brackets. Three times faster than bytes.count for a few in 10 KB."""
+    at = -1
+    for _ in range(lists):
+        at = body.find(b"[", at + 1)
+        if at < 0:
+            return False
+    return body.find(b"[", at + 1) < 0
+
+
+def _dims(value: Any, shape: Shape) -> Shape | None:
+    """The lengths along the first elements, where they fit the shape: None where not."""
+    dims: list[int] = []
+    for want in shape:
+        have = len(value)
+        if not have or want not in (-1, have):
+            return None
+        dims.append(have)
+        value = value[0]
+    return tuple(dims)
+
+
+def _is_regular(value: Any, dims: Shape) -> bool:
+    return len(value) == dims[0] and (len(dims) == 1 or all(_is_regular(each, dims[1:]) for each in value))
+
+
+def _read_carefully(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | None:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the body is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise RequestError(f"the body must be a JSON object of {_names(shapes)}, not {_kind(document)}")
+    if "instances" in document:
+        return None
+    for name in [*shapes, *document]:
+        if name not in document:
+            raise RequestError(f"the input is missing; the model takes {_names(shapes)}", field=name)
+        if name not in shapes:
+            raise RequestError(f"the model has no such input; it takes {_names(shapes)}", field=name[:100])
+    found: dict[str, Float32] = {}
+    for name, shape in shapes.items():
+        dims = tuple(_first_lengths(document[name], shape))
+        _check(document[name], dims, name)
+        found[name] = np.array(document[name], np.float32).reshape(dims)
+    return found
+
+
+def _first_lengths(value: object, shape: Shape) -> list[int]:
+    """The shape with each -1 replaced by the length found along the first elements (at least 1)."""
+    dims: list[int] = []
+    for want in shape:
+        have = len(value) if isinstance(value, list) else 0
+        dims.append(want if want != -1 else max(have, 1))
+        value = value[0] if isinstance(value, list) and value else None
+    return dims
+
+
+def _check(value: object, dims: Shape, field: str) -> None:
+    """Lists of exactly these lengths around finite float32 numbers. Raises RequestError that names the place."""
+    if not dims:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise RequestError(f"expected a number, not {_kind(value)}", field=field)
+        if not isfinite(value) or abs(value) > FLOAT32_MAX:
+            raise RequestError("the number is not finite in float32", field=field)
+        return
+    if not isinstance(value, list):
+        raise RequestError(f"expected a list of {dims[0]}, not {_kind(value)}", field=field)
+    if len(value) != dims[0]:
+        raise RequestError(f"expected a list of {dims[0]}, not of {len(value)}", field=field)
+    for i, each in enumerate(value):
+        _check(each, dims[1:], f"{field}[{i}]")
+
+
+def _npy_header_bytes(head: bytes) -> tuple[int, bytes]:
+    """The first bytes of a file -> (where the payload starts, the header's text)."""
+    if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\x01\x00", b"\x02\x00"):
+        raise RequestError("the body is not an npy file of version 1 or 2")
+    size = 2 if head[6] == 1 else 4
+    length = int.from_bytes(head[8 : 8 + size], "little")
+    if length > NPY_HEADER_LIMIT or len(head) < 8 + size + length:
+        raise RequestError(f"npy: a header of {length} bytes is longer than the body or {NPY_HEADER_LIMIT} bytes")
+    return 8 + size + length, head[8 + size : 8 + size + length]
+
+
+@lru_cache(maxsize=256)
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], bool, Shape]:
+    """The header's literal -> (dtype, Fortran order, shape). Only our own dtypes are ever made from its text."""
+    try:
+        # a literal, never evaluated; tabs, escapes and the like are no part of any writer's header
+        fields: Any = ast.literal_eval(header.decode("ascii").strip()) if b"\\" not in header else None
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        raise RequestError("npy: the header is not a Python literal") from error
+    if not isinstance(fields, dict) or fields.keys() != {"descr", "fortran_order", "shape"}:
+        raise RequestError("npy: the header must have exactly descr, fortran_order and shape")
+    descr, fortran, shape = fields["descr"], fields["fortran_order"], fields["shape"]
+    if not isinstance(descr, str) or descr not in NPY_DTYPES:
+        raise RequestError(f"npy: the array must be float32 or float64, not {str(descr)[:40]!r}")
+    if not isinstance(fortran, bool):
+        raise RequestError("npy: fortran_order must be True or False")
+    if not isinstance(shape, tuple) or not all(type(n) is int and 0 <= n < 1 << 31 for n in shape):
+        raise RequestError("npy: shape must be a tuple of lengths")
+    return NPY_DTYPES[descr], fortran, shape
+
+
+@lru_cache(maxsize=64)
+def _npy_prefix(shape: Shape) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _shown(shape: Shape) -> str:
+    return "[" + ", ".join("any" if n == -1 else str(n) for n in shape) + "]"
+
+
+def _names(shapes: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{name} {_shown(shape)}" for name, shape in shapes.items())
+
+
+def _kind(value: object) -> str:
+    """The JSON name of a value's type."""
+    names = ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (dict | simdjson.Object, "an object"))
+    for types, name in names:
+        if isinstance(value, types):
+            return name
+    return "null" if value is None else "a list"

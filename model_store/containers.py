@@ -1,0 +1,163 @@
+"""Members by name, whatever container they came in, and the rules that every container must keep.
+
+Archives are read as if an enemy had written them. Pure: bytes in, bytes out, nothing touches the disk; runs in loader
+threads. The containers are read by `zips.py` and `tars.py` rather than by `zipfile` and `tarfile` because those build a
+record for every entry before anyone can count them, let entries overlap, take a damaged header for the end of a tar,
+and raise a dozen exception types over hostile input. What an archive of models never needs (zip64, encryption, several
+disks or gzip streams, sparse files, links) is refused by name.
+"""
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model_store.errors import ArchiveInvalid, ArchiveTooLarge
+
+_MIB = 1 << 20
+_MAX_PATH = 500  # what manifest.MemberPath allows
+_MAX_SHOWN = 80
+_OWN_FOLDERS = ("MAR-INF/", "code/")  # folders with a meaning: never taken for the one top folder
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an archive may cost. Each default is far above real model archives and far below what hurts a host.
+
+    `max_archive_bytes` bounds the file itself, `max_entries` its headers of any type (folders too),
+    `max_unpacked_bytes` the sum of all members, or the whole tar. `max_ratio` is unpacked / packed and counts only
+    where more than `ratio_floor_bytes` come out, so that a tiny file full of zeros is not refused.
+    """
+
+    max_archive_bytes: int = 1024 * _MIB
+    max_entries: int = 4096
+    max_unpacked_bytes: int = 2048 * _MIB
+    max_ratio: float = 100.0
+    ratio_floor_bytes: int = _MIB
+
+    def check_packed(self, packed: int) -> None:
+        """Raises ArchiveTooLarge where the file itself has too many bytes."""
+        if packed > self.max_archive_bytes:
+            raise ArchiveTooLarge(f"it has {packed} bytes, more than the {self.max_archive_bytes} allowed")
+
+    def check_unpacked(self, unpacked: int, packed: int) -> None:
+        """Raises ArchiveTooLarge where `unpacked` bytes are more than a file of `packed` bytes may hold."""
+        if unpacked > self.max_unpacked_bytes:
+            raise ArchiveTooLarge(f"it unpacks to more than the {self.max_unpacked_bytes} bytes allowed")
+        if unpacked > self.ratio_floor_bytes and unpacked > packed * self.max_ratio:
+            raise ArchiveTooLarge(
+                f"its {packed} bytes unpack to more than {self.max_ratio:g} times as much: a zip bomb?"
+            )
+
+    def room(self, packed: int) -> int:
+        """The most bytes that `check_unpacked` lets a file of `packed` bytes hold."""
+        return min(self.max_unpacked_bytes, max(self.ratio_floor_bytes, int(packed * self.max_ratio)))
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where one member lies in the container's data: `packed` bytes from `start`, `size` bytes once inflated."""
+
+    start: int
+    packed: int
+    size: int
+    deflated: bool = False
+    crc32: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Container:
+    """Members by their safe relative path. `data` is the zip itself, or the tar out of its gzip."""
+
+    data: bytes = field(repr=False)
+    members: Mapping[str, Member]
+
+    def read(self, name: str) -> bytes:
+        """The member's bytes, inflated now and never beyond the size its header declares. Raises ArchiveInvalid."""
+        member = self.members.get(name)
+        if member is None:
+            raise ArchiveInvalid(f"it has no member {shown(name)}")
+        packed = memoryview(self.data)[member.start : member.start + member.packed]
+        raw = _inflate(packed, member.size, name) if member.deflated else bytes(packed)
+        if member.crc32 is not None and zlib.crc32(raw) != member.crc32:
+            raise ArchiveInvalid(f"the member {shown(name)} is damaged: its CRC-32 differs from the one declared")
+        return raw
+
+
+@dataclass(slots=True)
+class Gathering:
+    """The members of a container of `packed` bytes, as its reader finds them, under the rules all share."""
+
+    limits: Limits
+    packed: int
+    members: dict[str, Member] = field(default_factory=dict)
+    entries: int = 0
+    unpacked: int = 0
+
+    def count(self, entries: int = 1) -> None:
+        """Headers of any type, counted before they are looked at. Raises ArchiveTooLarge."""
+        self.entries += entries
+        if self.entries > self.limits.max_entries:
+            raise ArchiveTooLarge(f"it has more than the {self.limits.max_entries} entries allowed")
+
+    def add_folder(self, raw_name: bytes) -> None:
+        """A folder leaves no trace, but its name must be sound. Raises ArchiveInvalid."""
+        if raw_name not in (b".", b"./"):  # `tar -C folder .` begins with it
+            safe_path(raw_name.removesuffix(b"/"))
+
+    def add_file(self, raw_name: bytes, member: Member) -> None:
+        """One file. Raises ArchiveInvalid for an unsafe or repeated name, ArchiveTooLarge when the sum of sizes is."""
+        name = safe_path(raw_name)
+        if name in self.members:
+            raise ArchiveInvalid(f"it has two members named {shown(name)}")
+        self.unpacked += member.size
+        self.limits.check_unpacked(self.unpacked, self.packed)
+        self.members[name] = member
+
+    def container(self, data: bytes) -> Container:
+        """All of them, named relative to the one top folder, as in torch-model-archiver's tgz, if any."""
+        if not self.members:
+            raise ArchiveInvalid("it has no members")
+        top = next(iter(self.members)).partition("/")[0] + "/"
+        if top in _OWN_FOLDERS or not all(name.startswith(top) for name in self.members):
+            return Container(data, self.members)
+        return Container(data, {name.removeprefix(top): member for name, member in self.members.items()})
+
+
+def shown(name: str) -> str:
+    """The name quoted for a message, shortened where an attacker made it long."""
+    return repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "...")
+
+
+def safe_path(raw: bytes) -> str:
+    """The member's relative path, without a leading `./`. Raises ArchiveInvalid for one that could lead elsewhere."""
+    try:
+        name = raw.decode()
+    except UnicodeDecodeError as error:
+        raise ArchiveInvalid(f"the member name {raw[:80]!r} is not UTF-8") from error
+    if len(name) > _MAX_PATH:
+        raise ArchiveInvalid(f"the member name {shown(name)} has {len(name)} characters, more than {_MAX_PATH}")
+    if not name.isprintable():
+        raise ArchiveInvalid(f"the member name {shown(name)} has a NUL, control or unprintable character")
+    if "\\" in name:
+        raise ArchiveInvalid(f"the member name {shown(name)} has a backslash")
+    if name.startswith("/") or re.match("[A-Za-z]:", name):
+        raise ArchiveInvalid(f"the member name {shown(name)} is absolute; members must be relative")
+    path = name.removeprefix("./")
+    for segment in path.split("/"):
+        if segment in ("", ".", ".."):
+            raise ArchiveInvalid(f"the member name {shown(name)} has the segment {segment!r}")
+    return path
+
+
+def _inflate(packed: memoryview, size: int, name: str) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        raw = inflater.decompress(packed, size + 1)
+    except zlib.error as error:
+        raise ArchiveInvalid(f"the member {shown(name)} is damaged: {error}") from error
+    if len(raw) > size:
+        raise ArchiveInvalid(f"the member {shown(name)} inflates to more than the {size} bytes its header declares")
+    if len(raw) < size or not inflater.eof:
+        raise ArchiveInvalid(f"the member {shown(name)} ends early: its header declares {size} bytes")
+    return raw

@@ -1,0 +1,266 @@
+"""The disk tier: verified archives in a folder that all workers of a host share and that survives restarts.
+
+    blobs/{sha256 of the content}        the archive's bytes
+    index/{sha256 of source and name}    a small JSON entry: name, version, blob; its mtime is the last use
+    locks/{000..fff}                     flock files: one download per archive and host
+    temp/                                files on their way
+
+There is no lock around the index: files appear by rename, blob before entry, so a crash at any point leaves at worst a
+blob without an entry, which `evict` sweeps. Nothing is synced to the device: a blob torn by a power failure no longer
+matches its name, `read` notices and the archive is fetched again. Loader threads of the workers look up, read and
+publish; only the supervisor evicts. A disk that is full or not writable never fails a load: it is logged.
+"""
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from model_store.names import ModelName
+
+#: Age at which a temporary file, or a blob without an entry, no longer belongs to a download in progress.
+GRACE_S = 600.0
+
+#: The entries (index file, model name) that share a blob -> their last use, wall clock.
+Names = dict[tuple[Path, ModelName], float]
+
+log = structlog.get_logger()
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """An index file: the newest version of `name` in `source` is the blob `sha256`; `validated_at` is wall clock."""
+
+    source: str
+    name: ModelName
+    version: str
+    sha256: str
+    bytes: int
+    validated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """An archive the index knows: `bytes` long, last seen unchanged in the store at `validated_at` (wall clock)."""
+
+    name: ModelName
+    path: Path
+    version: str
+    bytes: int
+    validated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A name that left the disk after `age_s` without use. `bytes`: what that freed, once for a shared blob."""
+
+    name: ModelName
+    bytes: int
+    age_s: float
+
+
+class DiskTier:
+    """The archives of one source in `folder`; byte counts and eviction see all sources that share the folder."""
+
+    def __init__(self, folder: Path, source_url: str) -> None:
+        self._folder = folder
+        self._source = source_url
+        self._blobs, self._index = folder / "blobs", folder / "index"
+        self._locks, self._temp = folder / "locks", folder / "temp"
+
+    def __repr__(self) -> str:
+        return f"DiskTier({self._folder}, {self._source})"
+
+    def lookup(self, name: ModelName) -> Cached | None:
+        """What the index says about this name, or None. The blob may be gone or torn: `read` tells."""
+        entry = _read_entry(self._entry_path(name))
+        if entry is None:
+            return None
+        return Cached(name, self._blobs / entry.sha256, entry.version, entry.bytes, entry.validated_at)
+
+    def read(self, cached: Cached) -> bytes | None:
+        """The archive's bytes, checked against their sha256; None, and forgotten, when gone or torn."""
+        try:
+            data = cached.path.read_bytes()
+        except OSError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() == cached.path.name:
+            return data
+        log.warning("disk_blob_lost", model=cached.name, blob=cached.path.name, bytes=len(data), expected=cached.bytes)
+        current = self.lookup(cached.name)
+        if current and current.path == cached.path:  # another process may have published a newer one meanwhile
+            self.forget(cached.name)
+        _remove(cached.path)
+        return None
+
+    @contextmanager
+    def lock(self, name: ModelName) -> Iterator[None]:
+        """Hold the host's lock for this name, waiting for it; the kernel releases it when the process dies.
+
+        Names are spread over 4096 lock files, so that names a client makes up cannot fill the disk with them.
+        """
+        fd = self._open_locked(name)
+        try:
+            yield  # without a lock, if need be: an archive downloaded twice is better than none
+        finally:
+            if fd is not None:
+                os.close(fd)
+
+    def _open_locked(self, name: ModelName) -> int | None:
+        try:
+            self._locks.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self._locks / _key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks
+            log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
+        return fd
+
+    def publish(self, name: ModelName, data: bytes, version: str, now: float) -> Cached | None:
+        """Keep a verified archive, over the name's older one; None when the disk refuses. Call it under `lock`."""
+        digest = hashlib.sha256(data).hexdigest()
+        entry = Entry(source=self._source, name=name, version=version, sha256=digest, bytes=len(data), validated_at=now)
+        try:
+            # Written even if such a blob exists: the old one may be torn, or about to be evicted.
+            self._write(self._blobs / digest, data)
+            self._write(self._entry_path(name), msgspec.json.encode(entry))
+        except OSError as error:
+            log.warning("disk_publish_failed", model=name, bytes=len(data), folder=str(self._folder), error=str(error))
+            return None
+        return Cached(name, self._blobs / digest, version, len(data), now)
+
+    def validated(self, name: ModelName, now: float) -> None:
+        """Note that the store still has this version. Call it under `lock`."""
+        path = self._entry_path(name)
+        entry = _read_entry(path)
+        if entry is None:
+            return
+        try:
+            self._write(path, msgspec.json.encode(msgspec.structs.replace(entry, validated_at=now)))
+        except OSError as error:
+            log.warning("disk_validate_failed", model=name, folder=str(self._folder), error=str(error))
+
+    def touch(self, name: ModelName) -> None:
+        """Note a use, for the order of eviction."""
+        try:
+            os.utime(self._entry_path(name))
+        except OSError:
+            pass  # evicted meanwhile, or a disk only for reading, where nothing is evicted either
+
+    def forget(self, name: ModelName) -> None:
+        """Drop the name; its blob stays until `evict`, since another name may share it."""
+        _remove(self._entry_path(name))
+
+    def used_bytes(self) -> int:
+        """Bytes of all blobs, shared ones once."""
+        return sum(stat.st_size for _, stat in _files(self._blobs))
+
+    def evict(self, budget_bytes: int) -> list[Evicted]:
+        """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
+
+        A blob was last used when any of its names was. Left-overs of dead downloads go first.
+        """
+        now = time.time()
+        names, blobs = self._sweep(now)
+        used = sum(stat.st_size for stat in blobs.values())
+        idle = sorted((path for path in blobs if path.name in names), key=lambda path: max(names[path.name].values()))
+        evicted: list[Evicted] = []
+        for path in idle:
+            if used <= budget_bytes:
+                break
+            used -= blobs[path].st_size
+            evicted += self._drop(path, blobs[path].st_size, names[path.name], now)
+        return evicted
+
+    def _sweep(self, now: float) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
+        """Remove what crashes left behind: temporary files, blobs without entry, entries without blob. The rest."""
+        for path, stat in _files(self._temp):
+            if now - stat.st_mtime > GRACE_S:
+                _remove(path)
+        names = self._names_by_blob()  # before the blobs: an entry seen here has its blob in place, or lost it
+        blobs = dict(_files(self._blobs))
+        for path, stat in list(blobs.items()):
+            if path.name not in names and now - stat.st_mtime > GRACE_S:
+                _remove(path)
+                del blobs[path]
+        for lost in names.keys() - {path.name for path in blobs}:
+            self._drop(self._blobs / lost, 0, names[lost], now)
+        return names, blobs
+
+    def _drop(self, blob: Path, size: int, names: Names, now: float) -> list[Evicted]:
+        for entry_path, _ in names:
+            _remove(entry_path)
+        _remove(blob)
+        freed = [size] + [0] * (len(names) - 1)
+        return [
+            Evicted(name, bytes_, max(0.0, now - used_at))
+            for ((_, name), used_at), bytes_ in zip(names.items(), freed, strict=True)
+        ]
+
+    def _names_by_blob(self) -> dict[str, Names]:
+        """Which names each blob has. Entries that cannot be read are removed."""
+        names: dict[str, Names] = {}
+        for path, stat in _files(self._index):
+            entry = _read_entry(path)
+            if entry is None:
+                _remove(path)
+            else:
+                names.setdefault(entry.sha256, {})[path, entry.name] = stat.st_mtime
+        return names
+
+    def _entry_path(self, name: ModelName) -> Path:
+        return self._index / _key(self._source, name)
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """The file appears whole or not at all. Raises OSError."""
+        self._temp.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temp = tempfile.mkstemp(dir=self._temp)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+            Path(temp).replace(path)
+        except BaseException:
+            _remove(Path(temp))
+            raise
+
+
+def _key(source: str, name: ModelName) -> str:
+    return hashlib.sha256(f"{source}\n{name}".encode()).hexdigest()
+
+
+def _read_entry(path: Path) -> Entry | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Entry)
+    except (OSError, msgspec.MsgspecError):  # no such name, or an entry torn by a crash
+        return None
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of a folder that may change, or not exist, while we look."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return
+    for path in paths:
+        try:
+            yield path, path.stat()
+        except OSError:
+            continue
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("disk_remove_failed", file=str(path), error=str(error))

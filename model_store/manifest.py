@@ -1,0 +1,207 @@
+"""The records of an archive: `fleetcast.json`, the MAR manifest, the golden sample. Pure: bytes in, frozen records out.
+
+`parse_*` checks types, ranges and the rules across fields, and an error names the file and the field. A record made by
+hand is held to the rules across fields at once, and to the rest when it is packed, since packing parses its own result.
+"""
+
+from enum import StrEnum
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from model_store.errors import ArchiveInvalid
+
+FLEETCAST_JSON = "fleetcast.json"
+MAR_MANIFEST = "MAR-INF/MANIFEST.json"
+FORMAT = 1
+
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+MemberPath = Annotated[str, Meta(min_length=1, max_length=500)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Length = Annotated[int, Meta(ge=1, le=1_000_000)]
+Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
+T = TypeVar("T", bound=Struct)
+
+
+class Kind(StrEnum):
+    """How an archive runs. `forecaster` and `graph` are rows of banks, `onnx` a session, `code` a child process."""
+
+    FORECASTER = "forecaster"
+    GRAPH = "graph"
+    ONNX = "onnx"
+    CODE = "code"
+
+
+class Scaler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Between prices and network numbers: z = (y - center) / scale, and asinh of that for `asinh`.
+
+    Quantiles travel back through the inverse, which is increasing, so their order survives.
+    """
+
+    kind: Literal["identity", "linear", "asinh"] = "identity"
+    center: float = 0.0
+    scale: Annotated[float, Meta(gt=0.0)] = 1.0
+
+
+class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One input channel of the network over the context: for context step t it holds the source at t - lag + shift.
+
+    `target`: the scaled target (lag >= 0, never shifted: the future is unknown). `dynamic_feat`: row `index` of the
+    request's known-future covariates, scaled by `scaler`; shifted by the prediction length, its last column is the
+    covariate of the last forecast step. `calendar`: `feature` of the time stamp, usually shifted likewise. `static`:
+    row `index` of the request's `cat` as a number.
+    """
+
+    source: Literal["target", "dynamic_feat", "calendar", "static"]
+    lag: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    shift: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    index: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    feature: Literal["hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos", "weekend", ""] = ""
+    scaler: Scaler = Scaler()
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if self.source == "target" and self.shift:
+            raise ValueError("a target channel cannot be shifted: the future target is unknown; use lag")
+        if (self.source == "calendar") != bool(self.feature):
+            raise ValueError(f"a {self.source} channel {'needs' if self.source == 'calendar' else 'has no'} `feature`")
+
+
+class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request for a forecast is validated against, and how it becomes the network's input.
+
+    Lengths are in steps of `frequency` (pandas offset alias, such as `1h` or `5min`); `floor` and `cap` in `unit`.
+    """
+
+    frequency: Name
+    context_length: Length
+    prediction_length: Length
+    quantile_levels: tuple[Level, ...]
+    inputs: tuple[Channel, ...]
+    time_zone: Name = "UTC"
+    products: tuple[Name, ...] = ("price",)
+    dynamic_feat: tuple[Name, ...] = ()
+    cat: tuple[Name, ...] = ()
+    unit: str = ""
+    floor: float | None = None
+    cap: float | None = None
+    scaler: Scaler = Scaler()
+    pad_context: bool = False
+    tail: Literal["none", "clamp"] = "none"
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        levels = self.quantile_levels
+        if not levels or any(a >= b for a, b in pairwise(levels)):
+            raise ValueError(f"quantile_levels must be increasing and not empty, not {list(levels)}")
+        if not self.inputs:
+            raise ValueError("inputs must name at least one channel")
+        if len(self.products) != 1:
+            raise ValueError(f"products: one product per archive is supported, not {len(self.products)}")
+        if self.floor is not None and self.cap is not None and self.floor >= self.cap:
+            raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
+        for i, channel in enumerate(self.inputs):
+            width = {"dynamic_feat": len(self.dynamic_feat), "static": len(self.cat)}.get(channel.source)
+            if width is not None and channel.index >= width:
+                raise ValueError(f"inputs[{i}].index is {channel.index}, but there are {width} {channel.source} rows")
+            if channel.shift > self.prediction_length:
+                raise ValueError(
+                    f"inputs[{i}].shift is {channel.shift}, but {self.prediction_length} steps are forecast"
+                )
+
+    @property
+    def history_length(self) -> int:
+        """Target steps a request must bring: the context and the longest lag before it."""
+        return self.context_length + max(channel.lag for channel in self.inputs)
+
+
+class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The member that holds the numbers: safetensors for a forecaster, `model.onnx` for onnx."""
+
+    file: MemberPath
+    sha256: Sha256 | None = None
+
+
+class GoldenSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request and the answer it must give, checked whenever the archive is loaded.
+
+    `request` and `response` are JSON bodies as a client sends and gets them (`content_type` application/json); numbers
+    may differ by `abs_tolerance + rel_tolerance * |expected|`.
+    """
+
+    request: dict[str, Any]
+    response: dict[str, Any]
+    abs_tolerance: Annotated[float, Meta(ge=0.0)] = 1e-4
+    rel_tolerance: Annotated[float, Meta(ge=0.0)] = 1e-3
+
+
+class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`fleetcast.json`: what the archive is. `config` belongs to the architecture and is validated by its network file.
+
+    An archive of kind forecaster has `architecture`, `config` and `weights`, and `forecast` where it can be asked for a
+    forecast; without it the archive answers tensors only.
+    """
+
+    kind: Kind
+    weights: Weights
+    format: Literal[1] = 1
+    architecture: str = ""
+    config: dict[str, int | float | str | bool | list[int]] = {}
+    forecast: Forecast | None = None
+    golden: MemberPath | None = None
+    description: Annotated[str, Meta(max_length=2000)] = ""
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if self.kind is Kind.FORECASTER and not self.architecture:
+            raise ValueError("a forecaster needs `architecture`")
+        if self.kind is not Kind.FORECASTER and (self.architecture or self.config):
+            raise ValueError(f"`architecture` and `config` belong to forecasters, not to kind {self.kind}")
+
+
+class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):
+    """The `model` object of a MAR manifest; fields we do not use are let through."""
+
+    model_name: str = ""
+    model_version: str = ""
+    handler: str = ""
+    serialized_file: str = ""
+    model_file: str = ""
+
+
+class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):
+    """`MAR-INF/MANIFEST.json` as torch-model-archiver and model-archiver (MMS) write it."""
+
+    model: MarModel
+    runtime: str = ""
+    created_on: str = ""
+    archiver_version: str = ""
+
+
+def parse_spec(raw: bytes) -> Spec:
+    """`fleetcast.json`. Raises ArchiveInvalid that names the field."""
+    return _parse(raw, Spec, FLEETCAST_JSON)
+
+
+def parse_mar_manifest(raw: bytes) -> MarManifest:
+    """`MAR-INF/MANIFEST.json`. Raises ArchiveInvalid that names the field."""
+    return _parse(raw, MarManifest, MAR_MANIFEST)
+
+
+def parse_golden(raw: bytes, member: str) -> GoldenSample:
+    """The golden sample stored as `member`. Raises ArchiveInvalid that names the field."""
+    return _parse(raw, GoldenSample, member)
+
+
+def encode_record(record: Spec | MarManifest | GoldenSample) -> bytes:
+    """The record as deterministic, readable JSON: parsing it gives an equal record."""
+    return msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1) + b"\n"
+
+
+def _parse(raw: bytes, record: type[T], file: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=record)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArchiveInvalid(f"{file}: {error}") from error

@@ -1,0 +1,36 @@
+"""Model names: the archive's key under the store's prefix, checked before any store is asked. Pure."""
+
+from typing import NewType
+
+ModelName = NewType("ModelName", str)
+MAX_NAME = 1024
+MAX_SHOWN = 80  # of a name, in messages
+
+
+class InvalidModelName(ValueError):
+    """The text cannot name a model; the message says which rule it breaks."""
+
+
+def parse_model_name(raw: str) -> ModelName:
+    """A model name such as `au/nsw1/energy.mar`.
+
+    Rules (CONTRACTS, model name): 1-1024 printable characters, no empty, `.` or `..` segment, no leading slash, no
+    backslash, no control character.
+
+    Raises:
+        InvalidModelName: one rule is broken; the message names it and quotes the name (shortened).
+    """
+    if not raw:
+        raise InvalidModelName("the model name is empty")
+    if len(raw) > MAX_NAME:
+        raise InvalidModelName(f"the model name has {len(raw)} characters, more than {MAX_NAME}")
+    shown = raw if len(raw) <= MAX_SHOWN else raw[:MAX_SHOWN] + "..."
+    if not raw.isprintable():
+        raise InvalidModelName(f"the model name {shown!r} has a control or unprintable character")
+    if "\\" in raw:
+        raise InvalidModelName(f"the model name {shown!r} has a backslash")
+    for segment in raw.split("/"):
+        if segment in ("", ".", ".."):
+            what = f"the segment {segment!r}" if segment else "an empty segment or a leading or trailing slash"
+            raise InvalidModelName(f"the model name {shown!r} has {what}")
+    return ModelName(raw)

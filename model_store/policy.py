@@ -1,0 +1,479 @@
+"""The cache's decisions: who holds which room, who goes, who waits. Pure: time comes in, victims and moves go out.
+
+One `Cache` per device share, owned by the worker's step thread. It never touches memory: it says *evict these slots*,
+*move that row*, *copy your row to this offset*, and is told when that has happened. Room is one pool of equal slabs. A
+family holds slabs and a model a row in one of them; a single (an ONNX session) holds plain bytes of the same budget.
+
+A slot is EMPTY, LOADING (room given, numbers on their way), READY, or RETIRING (on its way out: a step in flight may
+still read its numbers, so the room is not free before `retired`).
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+from math import ceil, inf
+
+from model_store.errors import LoadError
+from model_store.names import ModelName
+
+MAX_FAILURES = 10_000
+
+
+class State(StrEnum):
+    """Of a slot. An empty slot is in no table: it only tells a holder of the object that its room is free again."""
+
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+    RETIRING = "retiring"
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A model's place. `offset` is the row's first byte in the pool; singles have no row and offset -1."""
+
+    model: ModelName
+    version: str
+    family: str | None
+    charge: int
+    offset: int
+    state: State
+    loaded_at: float
+    used: int = 0
+    used_at: float = 0.0
+    leases: int = 0
+    #: Told to go for good (unload, superseded version): never revived, gone when the last lease ends.
+    condemned: bool = False
+
+    def __repr__(self) -> str:
+        """For example `au/NSW1.mar@v1 ready 2 leases`."""
+        end = " condemned" if self.condemned else ""
+        return f"<{self.model}@{self.version} {self.state} {self.leases} leases{end}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Room is yours: bring the numbers, then call `ready` or `abandon`."""
+
+    slot: Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """These must go first: forget them, call `retired` for each, then ask again."""
+
+    victims: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """These rows make room by moving: copy each to its offset, call `moved`, then ask again."""
+
+    moves: tuple[tuple[Slot, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """All room is leased or on its way out: ask again when a lease has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Waiting would not help; the text says why."""
+
+    why: str
+
+
+Placement = Placed | Evict | Moves | Wait | Refuse
+
+
+@dataclass(slots=True)
+class Failure:
+    """A failed load, remembered until `until` so that a broken archive is not fetched a thousand times."""
+
+    error: LoadError
+    until: float
+    times: int
+
+
+@dataclass(slots=True)
+class Load:
+    """A load in flight: one per model however many wait."""
+
+    started_at: float
+    victims: tuple[Slot, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Bank:
+    """The slabs of one family. `lru` holds its ready, unpinned slots, coldest first."""
+
+    row_bytes: int
+    rows_per_slab: int
+    slabs: dict[int, dict[int, Slot]] = field(default_factory=dict)  # slab index -> row index -> slot
+    lru: OrderedDict[ModelName, Slot] = field(default_factory=OrderedDict)
+
+    @property
+    def occupied(self) -> int:
+        """Rows that are not empty."""
+        return sum(len(rows) for rows in self.slabs.values())
+
+
+def evictable(slot: Slot) -> bool:
+    """Whether the slot may be asked to go now. (Pinned slots are in no LRU, so nobody asks.)"""
+    return slot.state is State.READY and slot.leases == 0
+
+
+class Cache:
+    """The slots of one device share under one byte budget. See the module's docstring for who calls what."""
+
+    def __init__(self, budget_bytes: int, slab_bytes: int, moves_per_call: int = 8) -> None:
+        self.budget_bytes = budget_bytes
+        self.slab_bytes = slab_bytes
+        self.moves_per_call = moves_per_call
+        self._free_slabs = list(range(budget_bytes // slab_bytes))[::-1]
+        self._banks: dict[str, Bank] = {}
+        self._singles: OrderedDict[ModelName, Slot] = OrderedDict()
+        self._single_bytes = 0
+        self._slots: dict[ModelName, Slot] = {}  # the serving slot of each model: ready, or retiring but revivable
+        self._loading: dict[ModelName, Slot] = {}
+        self._loads: dict[ModelName, Load] = {}
+        self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
+        self._pins: set[ModelName] = set()
+        self._clock = 0  # counts uses: recency without ties
+        self._slab_count = len(self._free_slabs)
+
+    def __repr__(self) -> str:
+        """For example `<Cache 50 models, 3 loads, 1 pins, 3.5 of 4.0 MB>`."""
+        used, budget = self.used_bytes / 1e6, self.budget_bytes / 1e6
+        pins = len(self._pins)
+        counts = f"{len(self._slots)} models, {len(self._loads)} loads, {pins} pins"
+        return f"<Cache {counts}, {used:.1f} of {budget:.1f} MB>"
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def lease(self, model: ModelName, now: float) -> Slot | None:
+        """The model's slot, leased and most recently used; None when the model is not here (then ask `want`).
+
+        A victim that has not left yet is revived: whoever wanted its room asks `place` again and gets another one.
+        """
+        slot = self._slots.get(model)
+        if slot is None:
+            return None
+        if slot.state is State.RETIRING:
+            slot.state = State.READY
+        slot.leases += 1
+        slot.used_at = now
+        self._clock += 1
+        slot.used = self._clock
+        lru = self._lru_of(slot)
+        if model in lru:
+            lru.move_to_end(model)
+        return slot
+
+    def release(self, slot: Slot) -> bool:
+        """End one lease. True when the slot was told to go and this was its last lease: forget it, then `retired`."""
+        assert slot.leases > 0, f"{slot!r} was released more often than leased"
+        slot.leases -= 1
+        return slot.condemned and slot.leases == 0
+
+    def want(self, model: ModelName, now: float, *, reload: bool = False) -> Load | Failure | None:
+        """What a request for an absent model does: a new `Load` (miss: start it), None (coalesced: one is running), or
+        the remembered `Failure` of a recent load. `reload` starts one though the model is here or failed just now.
+        """
+        if model in self._loads:
+            return None
+        failure = self._failures.get(model)
+        if failure is not None and now < failure.until and not reload:
+            return failure
+        load = self._loads[model] = Load(started_at=now)
+        return load
+
+    # --- loads ------------------------------------------------------------------------------------------------------
+
+    def place(self, model: ModelName, version: str, charge: int, now: float, family: str | None = None) -> Placement:
+        """Room for a model that is built and verified: a row of `charge` bytes of `family`, or `charge` plain bytes.
+
+        Nobody is asked to go unless enough of them can: a model that would not fit in the end evicts no one.
+        """
+        load = self._loads[model]
+        if any(victim.state is State.RETIRING and not victim.leases for victim in load.victims):
+            return Wait()
+        bank = None if family is None else self._bank(family, charge)
+        refusal = self._refusal(bank, charge)
+        if refusal:
+            return refusal
+        slot = self._take_room(model, version, charge, now, family)
+        if slot is not None:
+            self._loading[model] = slot
+            return Placed(slot)
+        plan = self._plan(bank, charge)
+        if isinstance(plan, Evict):
+            load.victims = plan.victims
+            for victim in plan.victims:
+                victim.state = State.RETIRING
+        return plan
+
+    def ready(self, slot: Slot, now: float) -> Slot | None:
+        """The numbers are in place: serve from this slot. Returns the version it replaces if that can leave at once."""
+        slot.state = State.READY
+        slot.loaded_at = slot.used_at = now
+        self._clock += 1
+        slot.used = self._clock
+        model = slot.model
+        old = self._slots.get(model)
+        del self._loading[model], self._loads[model]
+        self._failures.pop(model, None)
+        if old is not None:
+            self._condemn(old)
+        self._slots[model] = slot
+        if model not in self._pins:
+            self._lru_of(slot)[model] = slot
+        return old if old is not None and old.leases == 0 else None
+
+    def abandon(self, slot: Slot) -> None:
+        """The numbers never arrived: the room is free again. The load is still to be ended by `failed`."""
+        self._free(self._loading.pop(slot.model))
+
+    def unchanged(self, model: ModelName, version: str) -> Slot | None:
+        """The slot that serves this version already, if one does: a reload found nothing new, and is over."""
+        slot = self._slots.get(model)
+        if slot is None or slot.version != version:
+            return None
+        del self._loads[model]
+        self._failures.pop(model, None)
+        return slot
+
+    def failed(self, model: ModelName, error: LoadError, now: float) -> Failure:
+        """The load is over without a model. Remembered for the error's back-off, twice as long on each repetition."""
+        del self._loads[model]
+        before = self._failures.pop(model, None)
+        times = before.times + 1 if before else 1
+        wait = min(error.back_off_s * 2 ** min(times - 1, 30), error.max_back_off_s)
+        failure = self._failures[model] = Failure(error, now + wait, times)
+        if len(self._failures) > MAX_FAILURES:
+            self._failures.popitem(last=False)
+        return failure
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def unload(self, model: ModelName) -> Slot | None:
+        """Tell the model's slot to go for good. Forget it now if it has no lease, else when `release` says so."""
+        slot = self._slots.get(model)
+        if slot is not None:
+            self._condemn(slot)
+        return slot
+
+    def retired(self, slot: Slot) -> bool:
+        """The last step that could read the slot is over: its room is free. False if it was revived meanwhile."""
+        if slot.state is not State.RETIRING or slot.leases:
+            return False
+        if self._slots.get(slot.model) is slot:
+            del self._slots[slot.model]
+            self._lru_of(slot).pop(slot.model, None)
+        self._free(slot)
+        return True
+
+    def moved(self, slot: Slot, offset: int) -> None:
+        """The row has been copied to `offset`; a slab left empty goes back to the pool."""
+        self._vacate(slot)
+        slot.offset = offset
+        slab, row = divmod(offset, self.slab_bytes)
+        assert slot.family is not None
+        self._banks[slot.family].slabs[slab][row // slot.charge] = slot
+
+    # --- pins -------------------------------------------------------------------------------------------------------
+
+    def pin(self, model: ModelName) -> None:
+        """The model, once here, is never evicted. Unloading it is still possible; the pin then holds for the next."""
+        self._pins.add(model)
+        slot = self._slots.get(model)
+        if slot is not None:
+            self._lru_of(slot).pop(model, None)
+            slot.state = State.READY
+
+    def unpin(self, model: ModelName) -> None:
+        """The model may be evicted again, as the most recently used."""
+        self._pins.discard(model)
+        slot = self._slots.get(model)
+        if slot is not None:
+            self._lru_of(slot)[model] = slot
+
+    # --- what is here -----------------------------------------------------------------------------------------------
+
+    @property
+    def used_bytes(self) -> int:
+        """Slabs held by families and bytes held by singles."""
+        return (self._slab_count - len(self._free_slabs)) * self.slab_bytes + self._single_bytes
+
+    @property
+    def loads(self) -> Iterable[ModelName]:
+        """Models being loaded."""
+        return self._loads.keys()
+
+    @property
+    def pins(self) -> frozenset[ModelName]:
+        """Pinned names, here or not."""
+        return frozenset(self._pins)
+
+    def failures(self) -> Iterable[tuple[ModelName, Failure]]:
+        """Models whose last load failed, also after their back-off."""
+        return self._failures.items()
+
+    def get(self, model: ModelName) -> Slot | None:
+        """The model's slot, without a lease: for looking, not for running."""
+        return self._slots.get(model)
+
+    def __contains__(self, model: ModelName) -> bool:
+        return model in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots.values())
+
+    # --- room -------------------------------------------------------------------------------------------------------
+
+    def _bank(self, family: str, row_bytes: int) -> Bank:
+        bank = self._banks.get(family)
+        if bank is None:
+            bank = self._banks[family] = Bank(row_bytes, max(1, self.slab_bytes // row_bytes))
+        return bank
+
+    def _lru_of(self, slot: Slot) -> OrderedDict[ModelName, Slot]:
+        return self._singles if slot.family is None else self._banks[slot.family].lru
+
+    def _condemn(self, slot: Slot) -> None:
+        slot.condemned = True
+        slot.state = State.RETIRING
+        del self._slots[slot.model]
+        self._lru_of(slot).pop(slot.model, None)
+
+    def _take_room(self, model: ModelName, version: str, charge: int, now: float, family: str | None) -> Slot | None:
+        if family is None:
+            if charge > self.budget_bytes - self.used_bytes:
+                return None
+            self._single_bytes += charge
+            return Slot(model, version, None, charge, -1, State.LOADING, now)
+        offset = self._take_row(self._banks[family])
+        if offset is None:
+            return None
+        slot = Slot(model, version, family, charge, offset, State.LOADING, now)
+        slab, at = divmod(offset, self.slab_bytes)
+        self._banks[family].slabs[slab][at // charge] = slot
+        return slot
+
+    def _take_row(self, bank: Bank) -> int | None:
+        """An empty row's offset, in the fullest slab that has one (so that others can empty), else in a fresh slab."""
+        room = [(len(rows), slab) for slab, rows in bank.slabs.items() if len(rows) < bank.rows_per_slab]
+        if room:
+            slab = max(room)[1]
+        elif self._free_slabs and self.budget_bytes - self.used_bytes >= self.slab_bytes:
+            slab = self._free_slabs.pop()
+            bank.slabs[slab] = {}
+        else:
+            return None
+        row = next(i for i in range(bank.rows_per_slab) if i not in bank.slabs[slab])
+        return slab * self.slab_bytes + row * bank.row_bytes
+
+    def _free(self, slot: Slot) -> None:
+        slot.state = State.EMPTY
+        if slot.family is None:
+            self._single_bytes -= slot.charge
+        else:
+            self._vacate(slot)
+
+    def _vacate(self, slot: Slot) -> None:
+        assert slot.family is not None
+        bank = self._banks[slot.family]
+        slab, at = divmod(slot.offset, self.slab_bytes)
+        del bank.slabs[slab][at // slot.charge]
+        if not bank.slabs[slab]:
+            del bank.slabs[slab]
+            self._free_slabs.append(slab)
+
+    # --- who goes ---------------------------------------------------------------------------------------------------
+
+    def _refusal(self, bank: Bank | None, charge: int) -> Refuse | None:
+        """Why no patience would ever help, if so: too large at all, or pins fill the budget."""
+        limit = self.budget_bytes if bank is None else min(self.slab_bytes, self._slab_count * self.slab_bytes)
+        if charge > limit:
+            what = "the cache budget (model_cache_bytes)" if bank is None else "a slab (slab_bytes)"
+            return Refuse(f"the model needs {charge} bytes, more than {what} of {limit} bytes")
+        pinned = [self._slots[model] for model in self._pins if model in self._slots]
+        rows: dict[str, int] = {}
+        held = 0
+        for slot in pinned:
+            if slot.family is None:
+                held += slot.charge
+            else:
+                rows[slot.family] = rows.get(slot.family, 0) + 1
+        for family, count in rows.items():
+            other = self._banks[family]
+            if other is bank and count % bank.rows_per_slab:
+                return None  # a slab that pins hold anyway has an unpinned row for this family
+            held += ceil(count / other.rows_per_slab) * self.slab_bytes
+        need = charge if bank is None else self.slab_bytes
+        if need > self.budget_bytes - held:
+            total = self.budget_bytes
+            return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
+        return None
+
+    def _plan(self, bank: Bank | None, charge: int) -> Evict | Moves | Wait:
+        """Nobody has room to give away: the coldest of what could go, if enough of it can."""
+        own = next(filter(evictable, bank.lru.values()), None) if bank is not None else None
+        need = (charge if bank is None else self.slab_bytes) - (self.budget_bytes - self.used_bytes)
+        best: Evict | Moves | None = Evict((own,)) if own is not None else None
+        coldest: float = own.used if own is not None else inf
+        if own is None and self._reclaimable(bank) < need:
+            return Wait()
+        single = next(filter(evictable, self._singles.values()), None)
+        if single is not None and single.used < coldest:
+            best, coldest = Evict((single,)), single.used
+        for other in self._banks.values():
+            if other is bank:
+                continue
+            drained = self._drain(other, coldest)
+            if drained is not None:
+                best, coldest = drained
+        return best or Wait()
+
+    def _reclaimable(self, but: Bank | None) -> int:
+        """Bytes that singles and families other than `but` could give up if all that may go went."""
+        total = sum(slot.charge for slot in self._singles.values() if evictable(slot))
+        for bank in self._banks.values():
+            if bank is not but and bank.slabs:
+                stay = bank.occupied - sum(map(evictable, bank.lru.values()))
+                total += (len(bank.slabs) - ceil(stay / bank.rows_per_slab)) * self.slab_bytes
+        return total
+
+    def _drain(self, bank: Bank, colder_than: float) -> tuple[Evict | Moves, float] | None:
+        """How the family gives up one slab, and the recency of the warmest model that costs; None if it cannot, or not
+        colder. The coldest rows go, wherever they lie; then the hot ones of the emptiest slab move to their places.
+        """
+        excess = bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab
+        if not bank.slabs:
+            return None
+        if excess > 0:
+            victims = tuple(islice(filter(evictable, bank.lru.values()), excess))
+            if len(victims) < excess or victims[-1].used >= colder_than:
+                return None
+            return Evict(victims), victims[-1].used
+        movable = [s for s, rows in bank.slabs.items() if all(slot.state is State.READY for slot in rows.values())]
+        if not movable:
+            return None
+        slab = min(movable, key=lambda s: len(bank.slabs[s]))
+        return Moves(tuple(self._moves(bank, slab))), -1
+
+    def _moves(self, bank: Bank, slab: int) -> Iterator[tuple[Slot, int]]:
+        room = (
+            other * self.slab_bytes + row * bank.row_bytes
+            for other, rows in bank.slabs.items()
+            if other != slab
+            for row in range(bank.rows_per_slab)
+            if row not in rows
+        )
+        yield from zip(islice(bank.slabs[slab].values(), self.moves_per_call), room, strict=False)

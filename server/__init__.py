@@ -1,0 +1,1 @@
+"""The running program: fronts, workers and the supervisor that owns them."""

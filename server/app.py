@@ -1,0 +1,339 @@
+"""The inference listener: bare ASGI, one class, no torch, bodies untouched (SageMaker runtime contract, CONTRACTS 1).
+
+Runs in a front process. A request's life here: read the header, bound and read the body, route, forward the bytes,
+return the bytes that come back with headers that say what happened.
+"""
+
+import asyncio
+import itertools
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import msgspec
+import structlog
+
+from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server import wire
+from server.errors import Detail, Refused, SageMakerCode, Situation, sagemaker_error
+from server.link import Call, Link, WorkerLost
+from server.metrics import FrontMetrics
+from server.router import Lane, Router
+from server.settings import Settings
+from server.signature import Signatures
+
+log = structlog.get_logger()
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+WATCH_AFTER_S = 0.5
+MAX_HEADER = 1024
+MAX_NAMES = 50_000
+CLIENT_GONE = 499  # counted, never sent; the number is nginx's
+TOO_MANY = 429
+_ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
+_CACHE = {wire.CacheResult.HIT: b"hit", wire.CacheResult.MISS: b"miss", wire.CacheResult.COALESCED: b"coalesced"}
+_TIER = {wire.Tier.DISK: "disk", wire.Tier.STORE: "store"}
+_PING = b'{"status": "Healthy"}\n'
+_VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it had an answer: there is nobody to tell."""
+
+
+class App:
+    """One front's ASGI application. `links` are the connections to the workers that are up, by worker."""
+
+    def __init__(self, settings: Settings, metrics: FrontMetrics) -> None:
+        self.router = Router()
+        self.links: dict[int, Link] = {}
+        self._settings = settings
+        self._metrics = metrics
+        self._signatures = Signatures(settings.access_keys) if settings.access_keys else None
+        self._held = 0
+        self._names: dict[bytes, ModelName] = {}
+        self._watched: dict[Call, tuple[float, Receive, Link]] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._ids = itertools.count(1)
+        self._id_prefix = os.urandom(6).hex()
+        self._max_body = int(settings.max_body_bytes)
+
+    def __repr__(self) -> str:
+        """For example `<App 2 links, 12000 bytes held>`."""
+        return f"<App {len(self.links)} links, {self._held} bytes held>"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One ASGI connection scope; only HTTP is served."""
+        if scope["type"] != "http":
+            return
+        path: str = scope["path"]
+        if path == "/invocations" or _ENDPOINT.fullmatch(path):
+            await self._invoke(scope, receive, send)
+        elif path == "/ping":
+            await _reply(send, 200, [(b"content-type", b"application/json")], _PING)
+        elif path == "/ready":
+            up = len(self.router.lanes)
+            body = msgspec.json.encode({"ready": bool(up), "workers": up})
+            await _reply(send, 200 if up else 503, [(b"content-type", b"application/json")], body)
+        else:
+            message = f"no such path: {path[:200]}; requests go to /endpoints/NAME/invocations or /invocations"
+            await self._refuse(send, Refused(Situation.NO_ROUTE, message), [])
+
+    async def _invoke(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one invocation, whatever happens."""
+        started = time.perf_counter()
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        extra = self._echoes(headers)
+        try:
+            status = await self._forward(scope, headers, extra, receive, send)
+        except Refused as refused:
+            status = await self._refuse(send, refused, extra)
+        except ClientGone:
+            status = CLIENT_GONE
+        except Exception:  # a bug of ours costs this request alone
+            log.exception("request_failed")
+            status = await self._refuse(send, Refused(Situation.INTERNAL, "the server failed; its log says why"), extra)
+        self._metrics.answered("sagemaker", status, time.perf_counter() - started)
+
+    async def _forward(
+        self, scope: Scope, headers: dict[bytes, bytes], extra: Headers, receive: Receive, send: Send
+    ) -> int:
+        if scope["method"] != "POST":
+            raise Refused(Situation.BAD_METHOD, f"invocations are POSTed, not {scope['method']}")
+        model = self._model(headers.get(b"x-amzn-sagemaker-target-model"))
+        deadline = time.monotonic() + self._timeout(headers.get(b"x-request-timeout-ms"))
+        body = await self._body(headers.get(b"content-length"), receive)
+        if self._signatures is not None:
+            self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
+        self._held += len(body)
+        try:
+            if self._held > self._settings.max_inflight_bytes:
+                raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
+            content_type = _header(headers, b"content-type")
+            accept = _header(headers, b"accept")
+            link, call, response = await self._call(model, content_type, accept, deadline, body, receive)
+        finally:
+            self._held -= len(body)
+        if response.situation:
+            body = response.body + b"".join([part async for part in link.rest(call)])
+            detail = msgspec.json.decode(body, type=Detail)
+            refused = Refused(Situation(response.situation), detail.message, detail.instance, detail.field)
+            return await self._refuse(send, refused, extra + _story(response))
+        await self._stream(send, link, call, response, extra)
+        return 200
+
+    # --- the call ---------------------------------------------------------------------------------------------------
+
+    async def _call(
+        self, model: ModelName, content_type: str, accept: str, deadline: float, body: bytes, receive: Receive
+    ) -> tuple[Link, Call, wire.Response]:
+        """The worker's response. When the worker dies with it, one other worker is asked: a forecast has no effects."""
+        avoid: int | None = None
+        while True:
+            now = time.monotonic()
+            lane = self.router.route(model, now, avoid)
+            link = None if lane is None else self.links.get(lane.worker)
+            if lane is None or link is None:
+                if avoid is not None:
+                    raise Refused(
+                        Situation.WORKER_LOST, "the worker died with this request, and no other is up; try again"
+                    )
+                raise Refused(Situation.NOT_READY, "no worker is up yet; try again")
+            counted = self.router.started(lane, model)
+            call = link.call(model, content_type, accept, deadline, body)
+            self._watched[call] = (now, receive, link)
+            try:
+                response = await call.reply
+            except WorkerLost:
+                self.router.ended(lane, model, counted, held=False)
+                if avoid is not None:
+                    message = "two workers died with this request; it is not tried again"
+                    raise Refused(Situation.WORKER_LOST, message) from None
+                avoid = lane.worker
+                continue
+            except BaseException:
+                self.router.ended(lane, model, counted, held=False)
+                raise
+            finally:
+                del self._watched[call]
+            self._learn(lane, model, counted, response)
+            return link, call, response
+
+    def _learn(self, lane: Lane, model: ModelName, counted: bool, response: wire.Response) -> None:
+        """What the answer says of the worker's pace and of where the model is."""
+        held = response.situation in (0, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
+        wait = (response.queue_us + response.inference_us) / 1e6
+        load = response.load_us / 1e6 if response.cache == wire.CacheResult.MISS and held else 0.0
+        self.router.ended(lane, model, counted, held=held, wait_s=wait, load_s=load)
+
+    def sweep(self) -> None:
+        """Called every tenth of a second: deadlines, and clients that left while their request was slow."""
+        now = time.monotonic()
+        for link in self.links.values():
+            link.sweep(now)
+        for call, (since, receive, link) in list(self._watched.items()):
+            if now - since > WATCH_AFTER_S and not call.reply.done() and receive is not _NOBODY:
+                self._watched[call] = (since, _NOBODY, link)
+                task = asyncio.create_task(_watch(call, receive, link))
+                self._watchers.add(task)
+                task.add_done_callback(self._watchers.discard)
+
+    # --- parts of a request -----------------------------------------------------------------------------------------
+
+    def _model(self, raw: bytes | None) -> ModelName:
+        if raw is None:
+            raise Refused(Situation.NO_TARGET, "no target model: send the header X-Amzn-SageMaker-Target-Model")
+        name = self._names.get(raw)
+        if name is None:
+            try:
+                name = parse_model_name(raw.decode())
+            except (InvalidModelName, UnicodeDecodeError) as error:
+                raise Refused(Situation.BAD_NAME, f"X-Amzn-SageMaker-Target-Model: {error}") from error
+            if len(self._names) >= MAX_NAMES:
+                self._names.clear()
+            self._names[raw] = name
+        return name
+
+    def _timeout(self, raw: bytes | None) -> float:
+        """Seconds: what the client asks for, at most what the operator allows."""
+        longest = self._settings.request_timeout_s
+        if raw is None:
+            return longest
+        if not re.fullmatch(rb"0{0,9}[1-9][0-9]{0,9}", raw):
+            message = (
+                f"X-Request-Timeout-Ms must be a positive number of milliseconds, not {raw[:40].decode('latin-1')!r}"
+            )
+            raise Refused(Situation.BAD_REQUEST, message)
+        return min(int(raw) / 1e3, longest)
+
+    async def _body(self, announced: bytes | None, receive: Receive) -> bytes:
+        if announced is not None and announced.isdigit() and int(announced) > self._max_body:
+            raise _too_large(int(announced), self._max_body)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body: bytes = message.get("body", b"")
+        if not message.get("more_body"):
+            if len(body) > self._max_body:
+                raise _too_large(len(body), self._max_body)
+            return body
+        try:
+            async with asyncio.timeout(self._settings.client_timeout_s):
+                return await self._long_body(body, receive)
+        except TimeoutError:
+            message_text = f"the body did not arrive within {self._settings.client_timeout_s:g} s (client_timeout_s)"
+            raise Refused(Situation.SLOW_CLIENT, message_text) from None
+
+    async def _long_body(self, first: bytes, receive: Receive) -> bytes:
+        parts, size, more = [first], len(first), True
+        self._held += size
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                parts.append(part)
+                size += len(part)
+                self._held += len(part)
+                if size > self._max_body:
+                    raise _too_large(size, self._max_body)
+                more = message.get("more_body", False)
+            return b"".join(parts)
+        finally:
+            self._held -= size
+
+    def _echoes(self, headers: dict[bytes, bytes]) -> Headers:
+        """Headers that every answer carries whatever happens to the request."""
+        given = headers.get(b"x-request-id", b"")
+        ident = given if 0 < len(given) <= MAX_HEADER else f"{self._id_prefix}-{next(self._ids)}".encode()
+        extra = [(b"x-request-id", ident), _VARIANT]
+        custom = headers.get(b"x-amzn-sagemaker-custom-attributes")
+        if custom is not None and len(custom) <= MAX_HEADER:
+            extra.append((b"x-amzn-sagemaker-custom-attributes", custom))
+        return extra
+
+    # --- parts of an answer -----------------------------------------------------------------------------------------
+
+    async def _stream(self, send: Send, link: Link, call: Call, response: wire.Response, extra: Headers) -> None:
+        """The answer; a large one part by part, as fast as the client takes it and no faster."""
+        head: Headers = [
+            (b"content-type", response.content_type.encode()),
+            (b"content-length", b"%d" % response.body_bytes),
+            *extra,
+            *_story(response),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        more = call.unread > 0
+        await send({"type": "http.response.body", "body": response.body, "more_body": more})
+        if not more:
+            return
+        try:
+            async with asyncio.timeout(self._settings.client_timeout_s) as patience:
+                async for part in link.rest(call):
+                    await send({"type": "http.response.body", "body": part, "more_body": call.unread > 0})
+                    patience.reschedule(asyncio.get_running_loop().time() + self._settings.client_timeout_s)
+        except TimeoutError:
+            link.cancel(call)
+            raise ClientGone from None
+
+    async def _refuse(self, send: Send, refused: Refused, extra: Headers) -> int:
+        code = None
+        if refused.situation is Situation.OVERLOADED and self._settings.overload_status == TOO_MANY:
+            code = SageMakerCode(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
+        status, headers, body = sagemaker_error(refused.situation, refused.detail, code)
+        await _reply(send, status, headers + extra, body)
+        return status
+
+
+async def _nobody() -> MutableMapping[str, Any]:
+    """Stands where a receive channel was that has its watcher already."""
+    return {}
+
+
+_NOBODY: Receive = _nobody
+
+
+async def _watch(call: Call, receive: Receive, link: Link) -> None:
+    """Cancel the call when its client leaves. The body has been read, so the next message can only be that."""
+    message = await receive()
+    if message["type"] == "http.disconnect" and not call.reply.done():
+        link.cancel(call)
+        call.reply.set_exception(ClientGone())
+
+
+def _story(response: wire.Response) -> Headers:
+    """Headers that say what happened: cache, version, times in milliseconds."""
+    times = f"queue;dur={response.queue_us / 1e3:.3f}, "
+    if response.load_us:
+        times += f'load;dur={response.load_us / 1e3:.3f};desc="{_TIER.get(wire.Tier(response.tier), "")}", '
+    times += f"inference;dur={response.inference_us / 1e3:.3f}"
+    story = [(b"server-timing", times.encode())]
+    if response.cache:
+        story.append((b"x-fleetcast-cache", _CACHE[wire.CacheResult(response.cache)]))
+    if response.version:
+        story.append((b"x-fleetcast-model-version", response.version.encode()))
+    return story
+
+
+def _header(headers: dict[bytes, bytes], name: bytes) -> str:
+    raw = headers.get(name, b"")
+    if len(raw) > MAX_HEADER:
+        raise Refused(Situation.BAD_REQUEST, f"the header {name.decode()} is longer than {MAX_HEADER} bytes")
+    return raw.decode("latin-1")
+
+
+def _too_large(size: int, limit: int) -> Refused:
+    return Refused(Situation.TOO_LARGE, f"the body has {size} bytes or more, the limit is {limit} (max_body_bytes)")
+
+
+async def _reply(send: Send, status: int, headers: Headers, body: bytes) -> None:
+    head = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body})

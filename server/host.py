@@ -1,0 +1,110 @@
+"""What this machine gives: memory and cores within cgroup limits, GPUs, and how workers share them. No torch here."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.settings import Settings
+
+CACHE_SHARE = 0.4
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The cores this process may use, memory in bytes (cgroup limits known), and GPU indices."""
+
+    cores: tuple[int, ...]
+    memory_bytes: int
+    gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker's share: device (`cpu` or `cuda:N` as the operator sees it), cores, threads, cache budget in bytes."""
+
+    index: int
+    device: str
+    cores: tuple[int, ...]
+    threads: int
+    budget_bytes: int
+
+
+def read_host(root: Path = Path("/")) -> Host:
+    """The machine as it is now. `root` is for tests."""
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return Host(cores[: _cpu_quota(root, len(cores))], _memory(root), _gpus(root))
+
+
+def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
+    """Who runs where. Raises ValueError when CUDA is demanded and absent, or a worker would get less than one slab."""
+    if settings.device == "cuda" and not host.gpus:
+        raise ValueError("device is cuda, but no GPU is visible here (/dev/nvidia*, CUDA_VISIBLE_DEVICES)")
+    cuda = bool(host.gpus) and settings.device != "cpu"
+    default = len(host.gpus) * settings.workers_per_device if cuda else max(1, len(host.cores) - 1)
+    count = settings.workers or default
+    total = int(settings.model_cache_bytes) or int(host.memory_bytes * CACHE_SHARE)
+    budget = total // count
+    if budget < settings.slab_bytes:
+        raise ValueError(
+            f"model_cache_bytes {total} divided among {count} workers is {budget} bytes each, less than one slab of "
+            f"{int(settings.slab_bytes)} (slab_bytes)"
+        )
+    shares = share_cores(host.cores, count)
+    return [
+        WorkerPlan(
+            index=i,
+            device=f"cuda:{host.gpus[i % len(host.gpus)]}" if cuda else "cpu",
+            cores=shares[i],
+            threads=settings.threads or len(shares[i]),
+            budget_bytes=budget,
+        )
+        for i in range(count)
+    ]
+
+
+def share_cores(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Cores per worker: all but the first (the fronts') dealt out evenly; with too few, workers take turns on all."""
+    own = cores[1:] if len(cores) > count else cores
+    if len(own) < count:
+        return [(own[i % len(own)],) for i in range(count)]
+    size = len(own) // count
+    return [tuple(own[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def front_cores(cores: Sequence[int], plans: Sequence[WorkerPlan]) -> tuple[int, ...]:
+    """What the workers leave to the fronts; all cores when they leave nothing."""
+    taken = {core for plan in plans for core in plan.cores}
+    return tuple(core for core in cores if core not in taken) or tuple(cores)
+
+
+def _memory(root: Path) -> int:
+    limits = [
+        _number(root / name) for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
+    ]
+    meminfo = (root / "proc/meminfo").read_text().split()
+    total = int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
+    return min([total, *(limit for limit in limits if limit)])
+
+
+def _cpu_quota(root: Path, cores: int) -> int:
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return cores
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _gpus(root: Path) -> tuple[str, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1"))
+    return tuple(str(i) for i in sorted(int(p.name[6:]) for p in (root / "dev").glob("nvidia[0-9]*")))

@@ -1,0 +1,287 @@
+"""A worker process: its main, its intake from the fronts, and what the supervisor may ask of it.
+
+One event loop thread runs everything but loads: frames come in, `server.steps` runs batches, answers go out. Started by
+the supervisor as `python -m server.worker FD` with one end of the control channel.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+import structlog
+import torch
+import uvloop
+
+from model_store.archive import Limits
+from model_store.disk import DiskTier
+from model_store.errors import LoadError
+from model_store.names import parse_model_name
+from model_store.policy import Cache
+from model_store.sources import open_source
+from model_store.store import ModelStore
+from server import wire
+from server.bank import Pool
+from server.control import Channel, ControlError
+from server.engine import Engine
+from server.errors import Refused, Situation, situation_of
+from server.loader import Loader
+from server.logs import configure_logs
+from server.metrics import WorkerMetrics
+from server.scheduler import Job, Scheduler
+from server.settings import Settings
+from server.steps import StepLoop
+
+log = structlog.get_logger()
+
+
+class Intake(asyncio.Protocol):
+    """One front's connection: frames in, jobs to the step loop, answers and credits out."""
+
+    def __init__(self, steps: StepLoop, max_body_bytes: int) -> None:
+        self._steps = steps
+        self._max_body_bytes = max_body_bytes
+        self._reader = wire.Reader()
+        self._inbox = wire.Inbox()
+        self._outbox = wire.Outbox()
+        self._jobs: dict[int, Job] = {}
+        self._frames: list[bytes] = []
+        self._paused = False
+        self._transport: asyncio.Transport
+        self._loop = asyncio.get_running_loop()
+
+    def __repr__(self) -> str:
+        """For example `<Intake 12 jobs, 1 bodies in, <Outbox ...>>`."""
+        return f"<Intake {len(self._jobs)} jobs, {len(self._inbox)} bodies in, {self._outbox!r}>"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A front is there."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transports do not inherit from it
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The front is gone, and with it whoever waited through it."""
+        del exc
+        for job in self._jobs.values():
+            self._steps.cancel(job)
+        self._jobs.clear()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of one or many frames."""
+        try:
+            for frame in self._reader.feed(data):
+                self._receive(frame)
+        except wire.WireError as error:
+            log.error("bad_frame", error=str(error))  # noqa: TRY400 -- the peer's fault has no traceback of ours
+            self._transport.abort()
+
+    def pause_writing(self) -> None:
+        """The front reads slower than we write: large bodies wait."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        self._paused = False
+        self._send_chunks()
+
+    def _receive(self, frame: wire.Frame) -> None:
+        if isinstance(frame, wire.Request):
+            if frame.body_bytes == len(frame.body):
+                self._submit(frame)
+            elif frame.body_bytes <= self._max_body_bytes:
+                self._inbox.start(frame)
+            else:
+                raise wire.WireError(f"a body of {frame.body_bytes} bytes is more than {self._max_body_bytes}")
+        elif isinstance(frame, wire.Data):
+            if self._inbox.knows(frame.id):
+                self._write(wire.pack(wire.Credit(frame.id, len(frame.body))))
+            whole = self._inbox.add(frame)
+            if whole is not None:
+                self._submit(whole)
+        elif isinstance(frame, wire.Credit):
+            self._outbox.credit(frame.id, frame.room)
+            self._send_chunks()
+        elif isinstance(frame, wire.Cancel):
+            self._cancel(frame.id)
+
+    def _submit(self, request: wire.Request) -> None:
+        job = self._steps.submit(request, self)
+        if not job.done:
+            self._jobs[request.id] = job
+
+    def _cancel(self, ident: int) -> None:
+        self._inbox.drop(ident)
+        self._outbox.drop(ident)
+        job = self._jobs.pop(ident, None)
+        if job is not None:
+            self._steps.cancel(job)
+
+    # --- answers (server.steps.Origin) ------------------------------------------------------------------------------
+
+    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+        """Send a job's answer."""
+        times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
+        version = job.slot.version if job.slot is not None else ""
+        self._respond(job, Situation.OK, version, content_type, times, body)
+
+    def refuse(self, job: Job, refused: Refused) -> None:
+        """Send why there is no answer."""
+        version = job.slot.version if job.slot is not None else ""
+        times = (0, int(job.load_s * 1e6), 0)
+        self._respond(job, refused.situation, version, "application/json", times, msgspec.json.encode(refused.detail))
+
+    def _respond(
+        self, job: Job, situation: Situation, version: str, kind: str, times: tuple[int, int, int], body: bytes
+    ) -> None:
+        ident = job.request.id
+        self._jobs.pop(ident, None)
+        first = self._outbox.start(ident, body)
+        fixed = (ident, situation, job.cache, job.tier, version, kind)
+        self._write(wire.pack(wire.Response(*fixed, *times, len(body), first)))
+        if len(first) < len(body):
+            self._send_chunks()
+
+    def _write(self, frame: bytes) -> None:
+        """Frames of one step leave in one write."""
+        if not self._frames:
+            self._loop.call_soon(self._flush)
+        self._frames.append(frame)
+
+    def _flush(self) -> None:
+        self._transport.write(b"".join(self._frames))
+        self._frames.clear()
+
+    def _send_chunks(self) -> None:
+        while not self._paused and (chunk := self._outbox.chunk()) is not None:
+            self._write(chunk)
+
+
+class Worker:
+    """What the supervisor may ask: operations by name. Every answer is plain JSON."""
+
+    def __init__(self, steps: StepLoop) -> None:
+        self._steps = steps
+        self._ops: dict[str, Callable[..., Any]] = {
+            "load": self._load,
+            "reload": self._reload,
+            "unload": self._unload,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "describe": self._describe,
+            "metrics": self._metrics,
+            "ping": self._ping,
+            "drain": self._drain,
+        }
+
+    async def handle(self, op: str, args: dict[str, Any]) -> Any:
+        """One operation. A failed load is answered with its situation."""
+        try:
+            return await self._ops[op](**args)
+        except LoadError as error:
+            raise ControlError(str(error), situation_of(error)) from error
+
+    async def _load(self, model: str) -> str:
+        return await self._steps.load(parse_model_name(model))
+
+    async def _reload(self, model: str) -> str:
+        return await self._steps.load(parse_model_name(model), revalidate=True)
+
+    async def _unload(self, model: str) -> bool:
+        return await self._steps.unload(parse_model_name(model))
+
+    async def _pin(self, model: str) -> str:
+        """Pinned only once it is here: a name that cannot be loaded pins nothing."""
+        name = parse_model_name(model)
+        version = await self._steps.load(name)
+        self._steps.pin(name)
+        return version
+
+    async def _unpin(self, model: str) -> None:
+        self._steps.unpin(parse_model_name(model))
+
+    async def _describe(self) -> list[dict[str, Any]]:
+        return self._steps.describe()
+
+    async def _metrics(self) -> str:
+        return self._steps.exposition()
+
+    async def _ping(self) -> str:
+        return repr(self._steps)
+
+    async def _drain(self) -> None:
+        await self._steps.drain()
+
+
+def build_steps(settings: Settings, plan: dict[str, Any]) -> StepLoop:
+    """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
+    device = torch.device(plan["torch_device"])
+    limits = Limits(
+        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
+    )
+    source = open_source(
+        settings.store,
+        timeout_s=settings.store_timeout_s,
+        retries=settings.store_retries,
+        profile=settings.s3_profile,
+        endpoint_url=settings.s3_endpoint_url,
+        region=settings.s3_region,
+        max_archive_bytes=int(settings.max_archive_bytes),
+    )
+    disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
+    store = ModelStore(source, disk, limits, settings.revalidate_s)
+    budget = int(plan["budget_bytes"])
+    return StepLoop(
+        Cache(budget, int(settings.slab_bytes)),
+        Scheduler(settings.queue_per_model, settings.queue_per_worker),
+        Engine(Pool(budget, device), settings.max_batch_rows),
+        Loader(store, device.type, int(plan["threads"])),
+        WorkerMetrics(int(plan["index"]), str(plan["device"]), settings.metrics_per_model),
+        batch=settings.max_batch_rows,
+        loader_threads=settings.loader_threads,
+        patience_s=settings.request_timeout_s,
+    )
+
+
+async def main(control_fd: int) -> None:
+    """Ask the supervisor who we are, get ready, serve until it closes the channel."""
+    worker: Worker | None = None
+
+    async def handle(op: str, args: dict[str, Any]) -> Any:
+        if worker is None:
+            raise ControlError("the worker is still starting", Situation.NOT_READY)
+        return await worker.handle(op, args)
+
+    channel = await Channel.open(socket.socket(fileno=control_fd), handle)
+    served = asyncio.create_task(channel.run())
+    hello = await channel.ask("hello", timeout_s=30)
+    settings, plan = Settings.from_wire(hello["settings"]), hello["plan"]
+    configure_logs(settings.log_level, settings.log_format, worker=plan["index"])
+    pin_process(plan)
+    try:
+        steps = build_steps(settings, plan)
+    except (LoadError, ValueError, OSError) as error:
+        await channel.ask("fatal", timeout_s=5, error=str(error))
+        return
+    worker = Worker(steps)
+    loop = asyncio.get_running_loop()
+    limit = int(settings.max_body_bytes)
+    server = await loop.create_unix_server(lambda: Intake(steps, limit), hello["socket"])
+    channel.tell("ready")
+    await served
+    server.close()
+    steps.close()
+
+
+def pin_process(plan: dict[str, Any]) -> None:
+    """This process's cores and threads, as the supervisor planned them."""
+    os.sched_setaffinity(0, plan["cores"])
+    torch.set_num_threads(int(plan["threads"]))
+
+
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1])))
+    sys.stdout.flush()
+    # Loader threads may hang in a store request; nobody waits for them any more.
+    os._exit(0)

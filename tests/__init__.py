@@ -1,0 +1,1 @@
+"""Tests, one folder per package; `s3.py` and `conftest.py` are what they share."""

@@ -1,0 +1,84 @@
+"""Builders of archives for tests: sound ones as users have them, and hostile ones byte by byte."""
+
+import gzip
+import io
+import tarfile
+import zipfile
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from model_store.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.packing import pack_forecaster
+
+CONFIG: dict[str, int | float | str | bool | list[int]] = {"channels": 4, "dilations": [1, 2]}
+FORECAST = Forecast(
+    frequency="1h",
+    context_length=24,
+    prediction_length=6,
+    quantile_levels=(0.1, 0.5, 0.9),
+    inputs=(Channel(source="target"), Channel(source="calendar", feature="hour_sin", shift=6)),
+    unit="AUD/MWh",
+    scaler=Scaler(kind="asinh", center=50.0, scale=20.0),
+)
+GOLDEN = GoldenSample(
+    request={"instances": [{"start": "2024-01-01 00:00:00"}]}, response={"predictions": [{"mean": 1}]}
+)
+
+
+def make_tensors(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+    """A small state dict of random numbers, the same for the same seed."""
+    numbers = np.random.default_rng(seed)
+    shapes = {"head.bias": (3,), "head.weight": (3, 4), "layers.0.weight": (4, 2, 3)}
+    return {name: numbers.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def make_forecaster(seed: int = 0, *, name: str = "NSW1", golden: GoldenSample | None = GOLDEN) -> bytes:
+    """A sound forecaster MAR of an architecture that no server has."""
+    tensors = make_tensors(seed)
+    return pack_forecaster(
+        tensors, architecture="sketch", config=CONFIG, model_name=name, forecast=FORECAST, golden=golden
+    )
+
+
+def make_zip(
+    members: Mapping[str, bytes] | Iterable[tuple[str | zipfile.ZipInfo, bytes]], *, deflate: bool = False
+) -> bytes:
+    """A zip of the members in the given order; pairs may repeat a name or bring their own ZipInfo."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED) as archive:
+        for entry, content in members.items() if isinstance(members, Mapping) else members:
+            archive.writestr(entry, content)
+    return out.getvalue()
+
+
+def make_tar_gz(members: Mapping[str, bytes], *, top: str = "", style: int = tarfile.PAX_FORMAT) -> bytes:
+    """A gzipped tar of the members, below the folder `top` if given (`m/`, or `./` as `tar -C folder .` writes)."""
+    infos = []
+    for name, content in members.items():
+        info = tarfile.TarInfo(top + name)
+        info.size = len(content)
+        infos.append((info, content))
+    if top:
+        folder = tarfile.TarInfo(top)
+        folder.type = tarfile.DIRTYPE
+        infos.insert(0, (folder, b""))
+    return make_raw_tar_gz(infos, style=style)
+
+
+def make_raw_tar_gz(entries: Iterable[tuple[tarfile.TarInfo, bytes]], *, style: int = tarfile.PAX_FORMAT) -> bytes:
+    """A gzipped tar of headers exactly as given, for links, devices and worse."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=style) as archive:
+        for info, content in entries:
+            archive.addfile(info, io.BytesIO(content))
+    return gzip.compress(out.getvalue(), mtime=0)
+
+
+def repack(archive: bytes, **changes: bytes) -> bytes:
+    """A MAR with some members replaced; keywords are member names with `_` for `.` and `/`."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        members = {name: opened.read(name) for name in opened.namelist()}
+    by_keyword = {name.replace(".", "_").replace("/", "_").replace("-", "_"): name for name in members}
+    return make_zip({**members, **{by_keyword[keyword]: content for keyword, content in changes.items()}})

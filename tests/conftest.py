@@ -1,0 +1,36 @@
+"""What every test runs in: a home of its own, no AWS settings of the machine; and the S3 server of the run."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.s3 import S3Server, s3_server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """HOME is fresh, AWS_* and XDG_* are unset: neither credentials nor caches of the machine are used."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("AWS_", "XDG_")):
+                patch.delenv(name)
+        patch.setenv("HOME", str(home))
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3(_isolated: None) -> Iterator[S3Server]:
+    """The run's S3 server; tests keep apart by buckets of their own."""
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh bucket, with the environment set so that `open_source("s3://{bucket}")` reaches it."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    return s3.bucket()

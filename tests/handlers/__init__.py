@@ -1,0 +1,1 @@
+"""Tests of the handlers: networks, runners and codecs."""

@@ -1,0 +1,189 @@
+"""Architectures: the batched forward over flat rows is the reference, for every configuration and mix of models."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handlers.base import Family
+from handlers.forecasters import ARCHITECTURES, build, family, random_tensors
+from model_store.errors import ArchiveInvalid
+from model_store.manifest import Channel, Forecast, Kind, Spec, Weights
+
+SHAPES = {
+    "features": st.integers(1, 9),
+    "context_length": st.integers(1, 100),
+    "prediction_length": st.integers(1, 7),
+    "quantiles": st.integers(1, 5),
+}
+CONFIGS = st.one_of(
+    st.fixed_dictionaries(
+        SHAPES | {"channels": st.integers(1, 33), "kernel": st.integers(1, 4), "layers": st.integers(1, 4)}
+    ).map(lambda config: ("tcn", config)),
+    st.fixed_dictionaries(SHAPES | {"hidden": st.integers(1, 40)}).map(lambda config: ("mlp", config)),
+)
+
+
+def assert_batched_is_reference(made: Family, models: int, batch: int, seed: int) -> None:
+    """A batch of `batch` rows drawn from `models` different models answers as each reference does alone."""
+    generator = np.random.default_rng(seed)
+    states = [random_tensors(made, seed + i) for i in range(models)]
+    rows = torch.from_numpy(np.stack([made.row(state) for state in states]))
+    which = torch.from_numpy(generator.integers(0, models, batch))
+    x = torch.from_numpy(generator.standard_normal((batch, *made.input_shape), np.float32))
+    block = torch.empty(batch, made.row_floats)
+    bound = made.bind(block)
+    torch.index_select(rows, 0, which, out=block)  # gathered after binding, as a server does
+    block_before, x_before = block.clone(), x.clone()
+    first, answer = made.forward(bound, x.flip(0)), made.forward(bound, x)
+    expected = torch.empty(batch, *made.output_shape)
+    with torch.no_grad():
+        for model, state in enumerate(states):
+            reference = made.reference()
+            reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in state.items()})
+            expected[which == model] = reference(x[which == model])
+    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-4)
+    assert first.data_ptr() != answer.data_ptr(), "an answer must not be overwritten by the next forward"
+    assert torch.equal(block, block_before)
+    assert torch.equal(x, x_before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS, st.integers(1, 3), st.integers(1, 20), st.integers(0, 2**31))
+def test_batched_is_reference_for_any_configuration(
+    config: tuple[str, dict[str, int]], models: int, batch: int, seed: int
+) -> None:
+    """Any sizes, also contexts shorter than the receptive field, where zeros stand before every layer's input."""
+    assert_batched_is_reference(build(*config), models, batch, seed)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 31, 512])
+@pytest.mark.parametrize(
+    ("architecture", "config"), [("mlp", {"context_length": 24, "hidden": 64}), ("tcn", {})], ids=["mlp", "tcn"]
+)
+def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, int], batch: int) -> None:
+    """From one request to a tick of 512."""
+    assert_batched_is_reference(build(architecture, config), min(batch, 12), batch, seed=7)
+
+
+def test_batched_is_reference_for_the_default_mlp() -> None:
+    """The wide first product, 1344 inputs."""
+    assert_batched_is_reference(build("mlp", {}), 3, 5, seed=11)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_forward_in_inference_mode_on_a_binding_made_outside(architecture: str) -> None:
+    """A binding works with and without inference mode, and x may be a strided view."""
+    made = build(architecture, {"context_length": 30})
+    block = torch.from_numpy(made.row(random_tensors(made, 1)))[None]
+    x = torch.randn(1, made.input_shape[1], made.input_shape[0]).transpose(1, 2)
+    with torch.inference_mode():
+        bound = made.bind(block)
+        inside = made.forward(bound, x)
+    assert torch.equal(inside, made.forward(bound, x))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_parameters_are_the_state_dict(architecture: str) -> None:
+    """What the family says it needs is what its reference is saved as, and rows are whole cache lines."""
+    made = build(architecture, {"features": 3, "context_length": 11})
+    state = made.reference().state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(made.parameters)
+    assert made.row_floats % 16 == 0
+    assert made.row(random_tensors(made, 0)).shape == (made.row_floats,)
+
+
+def test_default_tcn_is_the_size_the_design_counts_on() -> None:
+    """17,528 parameters in a row of at most 70 KB: what memory per model is promised from."""
+    made = build("tcn", {})
+    assert sum(np.prod(shape) for shape in made.parameters.values()) == 17_528
+    assert made.row_floats * 4 <= 70_400
+
+
+def test_random_tensors_depend_on_the_seed_alone() -> None:
+    """Same seed, same numbers, whatever torch's global generator did; another seed, other numbers."""
+    made = build("tcn", {"layers": 1})
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = random_tensors(made, 5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = random_tensors(made, 5), random_tensors(made, 6)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["head.weight"], other["head.weight"])
+
+
+def spec(architecture: str = "tcn", forecast: Forecast | None = None, **config: object) -> Spec:
+    """A forecaster's record, of 2 channels unless the config says otherwise."""
+    merged = msgspec.convert({"features": 2, **config}, dict[str, int | float | str | bool | list[int]])
+    return Spec(
+        kind=Kind.FORECASTER,
+        weights=Weights(file="weights.safetensors"),
+        architecture=architecture,
+        config=merged,
+        forecast=forecast,
+    )
+
+
+FORECAST = Forecast(
+    frequency="1h",
+    context_length=168,
+    prediction_length=24,
+    quantile_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
+    inputs=(Channel(source="target"), Channel(source="target", lag=168)),
+)
+
+
+def test_equal_configs_share_one_family() -> None:
+    """Families are the same object, and have the same key, exactly when config and architecture are equal."""
+    assert family(spec(layers=2)) is family(spec(layers=2, channels=32))  # 32 is the default
+    keys = [family(spec(layers=2)).key, family(spec(layers=3)).key, family(spec("mlp")).key]
+    assert len(set(keys)) == 3
+    assert keys[0].startswith("tcn-")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (spec("lstm"), "unknown architecture 'lstm'; known are mlp, tcn"),
+        (spec(channels=0), r"\$.channels"),
+        (spec(kernel="3"), r"\$.kernel"),
+        (spec(kernel=True), r"\$.kernel"),
+        (spec(width=3), "width"),
+        (spec("mlp", layers=4), "layers"),
+        (spec(forecast=FORECAST, features=3), "forecast.inputs says 2, but the network tcn-[0-9a-f]+ has 3"),
+        (spec(forecast=FORECAST, context_length=100), "forecast.context_length says 168"),
+        (spec(forecast=FORECAST, prediction_length=48), "forecast.prediction_length says 24"),
+        (spec(forecast=FORECAST, quantiles=9), "forecast.quantile_levels says 5"),
+    ],
+)
+def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
+    """A record that does not describe a network of ours says which field is wrong."""
+    with pytest.raises(ArchiveInvalid, match=names):
+        family(wrong)
+
+
+def test_a_fitting_forecast_is_taken() -> None:
+    """The cross-check lets the right record through."""
+    assert family(spec(forecast=FORECAST)).output_shape == (24, 5)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
+    """Missing, extra, misshapen, mistyped and non-finite tensors never become a row."""
+    made = build(architecture, {"features": 2, "context_length": 5})
+    good = random_tensors(made, 0)
+    bias = good["head.bias"]
+    bad = bias.copy()
+    bad[0] = np.nan
+    for wrong, names in (
+        ({name: tensor for name, tensor in good.items() if name != "head.bias"}, r"missing \['head.bias'\]"),
+        (good | {"foot.bias": bias}, r"config \['foot.bias'\]"),
+        (good | {"head.bias": bias[:-1]}, r"'head.bias' must be float32 \[120\], not float32 \[119\]"),
+        (good | {"head.bias": bias.astype(np.float64)}, "float64"),
+        (good | {"head.bias": bad}, "not finite: head.bias"),
+    ):
+        with pytest.raises(ArchiveInvalid, match=names):
+            made.row(wrong)

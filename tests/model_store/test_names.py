@@ -1,0 +1,51 @@
+"""Model names: what the wire's rule accepts and what it refuses."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_store.names import InvalidModelName, parse_model_name
+
+
+def keeps_the_rules(raw: str) -> bool:
+    """The rule of CONTRACTS said a second time, as plainly as possible."""
+    if not 1 <= len(raw) <= 1024 or "\\" in raw or any(not character.isprintable() for character in raw):
+        return False
+    return not {"", ".", ".."} & set(raw.split("/"))
+
+
+@given(st.one_of(st.text(), st.text(alphabet="a./\\\0 é\n", max_size=12), st.from_regex(r"([a-z0-9_.-]{1,9}/?){1,9}")))
+def test_a_name_is_accepted_exactly_when_the_rules_hold(raw: str) -> None:
+    """No text slips through, none is refused for nothing, and an accepted name is not changed."""
+    if keeps_the_rules(raw):
+        assert parse_model_name(raw) == raw
+    else:
+        with pytest.raises(InvalidModelName):
+            parse_model_name(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ("", "empty"),
+        ("a" * 1025, "1025 characters"),
+        ("/etc/passwd", "leading or trailing slash"),
+        ("au//NSW1.mar", "empty segment"),
+        ("au/../secret.mar", "'..'"),
+        ("./NSW1.mar", "'.'"),
+        ("au\\NSW1.mar", "backslash"),
+        ("NSW1.mar\0", "control"),
+        ("x" * 500 + "\n", "..."),
+    ],
+)
+def test_the_message_names_the_broken_rule(raw: str, said: str) -> None:
+    """A client can see which rule its name breaks, and a long name does not flood the message."""
+    with pytest.raises(InvalidModelName) as caught:
+        parse_model_name(raw)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_the_longest_name_is_accepted() -> None:
+    """The limit itself still is a name."""
+    assert len(parse_model_name("a" * 1024)) == 1024
