@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
+from itertools import islice, takewhile
 from math import ceil, inf
 
 from model_store.errors import LoadError
 from model_store.names import ModelName
 
 MAX_FAILURES = 10_000
+NO_ROW = -1
 
 
 class State(StrEnum):
@@ -107,23 +108,60 @@ class Load:
 
 
 @dataclass(slots=True, eq=False)
-class Bank:
-    """The slabs of one family. `lru` holds its ready, unpinned slots, coldest first."""
+class Slab:
+    """Rows of one size: the slots by row index, and the indices of the empty rows."""
 
+    rows: dict[int, Slot]
+    holes: set[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(slots=True, eq=False)
+class Bank:
+    """The slabs of one family by index; `open` are those with an empty row, `occupied` counts the rows that are not.
+
+    `lru` holds the family's ready, unpinned slots, coldest first. A family without slabs has no bank.
+    """
+
+    family: str
     row_bytes: int
     rows_per_slab: int
-    slabs: dict[int, dict[int, Slot]] = field(default_factory=dict)  # slab index -> row index -> slot
+    slabs: dict[int, Slab] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
+    occupied: int = 0
     lru: OrderedDict[ModelName, Slot] = field(default_factory=OrderedDict)
 
-    @property
-    def occupied(self) -> int:
-        """Rows that are not empty."""
-        return sum(len(rows) for rows in self.slabs.values())
+    def put(self, slab: int, row: int, slot: Slot) -> None:
+        """An empty row is taken."""
+        room = self.slabs[slab]
+        room.rows[row] = slot
+        room.holes.remove(row)
+        self.occupied += 1
+        if not room.holes:
+            self.open.remove(slab)
+
+    def drop(self, slab: int, row: int) -> None:
+        """A row is empty again; a slab whose last row it was leaves the bank."""
+        room = self.slabs[slab]
+        del room.rows[row]
+        room.holes.add(row)
+        self.occupied -= 1
+        self.open.add(slab)
+        if not room.rows:
+            del self.slabs[slab]
+            self.open.remove(slab)
 
 
 def evictable(slot: Slot) -> bool:
     """Whether the slot may be asked to go now. (Pinned slots are in no LRU, so nobody asks.)"""
     return slot.state is State.READY and slot.leases == 0
+
+
+def movable(slab: Slab) -> bool:
+    """Whether all rows may be copied elsewhere: none is being written, none is read by a step for the last time."""
+    return all(slot.state is State.READY for slot in slab.rows.values())
 
 
 class Cache:
@@ -166,8 +204,7 @@ class Cache:
             slot.state = State.READY
         slot.leases += 1
         slot.used_at = now
-        self._clock += 1
-        slot.used = self._clock
+        self._touch(slot)
         lru = self._lru_of(slot)
         if model in lru:
             lru.move_to_end(model)
@@ -202,14 +239,19 @@ class Cache:
         if any(victim.state is State.RETIRING and not victim.leases for victim in load.victims):
             return Wait()
         bank = None if family is None else self._bank(family, charge)
-        refusal = self._refusal(bank, charge)
-        if refusal:
-            return refusal
-        slot = self._take_room(model, version, charge, now, family)
-        if slot is not None:
-            self._loading[model] = slot
+        limit = self.budget_bytes if bank is None else min(self.slab_bytes, self._slab_count * self.slab_bytes)
+        if charge > limit:
+            what = "the cache budget (model_cache_bytes)" if bank is None else "a slab (slab_bytes)"
+            return Refuse(f"the model needs {charge} bytes, more than {what} of {limit} bytes")
+        offset = self._take_bytes(charge) if bank is None else self._take_row(bank)
+        if offset is not None:
+            slot = self._loading[model] = Slot(model, version, family, charge, offset, State.LOADING, now)
+            if bank is not None:
+                bank.put(*self._row_of(slot), slot)
             return Placed(slot)
         plan = self._plan(bank, charge)
+        if isinstance(plan, Wait):
+            return self._pins_fill(bank, charge) or plan
         if isinstance(plan, Evict):
             load.victims = plan.victims
             for victim in plan.victims:
@@ -220,8 +262,7 @@ class Cache:
         """The numbers are in place: serve from this slot. Returns the version it replaces if that can leave at once."""
         slot.state = State.READY
         slot.loaded_at = slot.used_at = now
-        self._clock += 1
-        slot.used = self._clock
+        self._touch(slot)
         model = slot.model
         old = self._slots.get(model)
         del self._loading[model], self._loads[model]
@@ -278,11 +319,10 @@ class Cache:
 
     def moved(self, slot: Slot, offset: int) -> None:
         """The row has been copied to `offset`; a slab left empty goes back to the pool."""
+        assert slot.family is not None, "a single has no row"
         self._vacate(slot)
         slot.offset = offset
-        slab, row = divmod(offset, self.slab_bytes)
-        assert slot.family is not None
-        self._banks[slot.family].slabs[slab][row // slot.charge] = slot
+        self._banks[slot.family].put(*self._row_of(slot), slot)
 
     # --- pins -------------------------------------------------------------------------------------------------------
 
@@ -296,9 +336,12 @@ class Cache:
 
     def unpin(self, model: ModelName) -> None:
         """The model may be evicted again, as the most recently used."""
+        if model not in self._pins:
+            return
         self._pins.discard(model)
         slot = self._slots.get(model)
         if slot is not None:
+            self._touch(slot)
             self._lru_of(slot)[model] = slot
 
     # --- what is here -----------------------------------------------------------------------------------------------
@@ -338,13 +381,23 @@ class Cache:
     # --- room -------------------------------------------------------------------------------------------------------
 
     def _bank(self, family: str, row_bytes: int) -> Bank:
-        bank = self._banks.get(family)
-        if bank is None:
-            bank = self._banks[family] = Bank(row_bytes, max(1, self.slab_bytes // row_bytes))
+        """The family's bank, or one that is kept once it has a slab."""
+        bank = self._banks.get(family) or Bank(family, row_bytes, max(1, self.slab_bytes // row_bytes))
+        assert bank.row_bytes == row_bytes, f"family {family} has rows of {bank.row_bytes} bytes, not of {row_bytes}"
         return bank
 
     def _lru_of(self, slot: Slot) -> OrderedDict[ModelName, Slot]:
         return self._singles if slot.family is None else self._banks[slot.family].lru
+
+    def _row_of(self, slot: Slot) -> tuple[int, int]:
+        """Indices of its slab and of its row in there."""
+        slab, at = divmod(slot.offset, self.slab_bytes)
+        return slab, at // slot.charge
+
+    def _touch(self, slot: Slot) -> None:
+        """The most recently used of all. (Every LRU is in the order of `used`.)"""
+        self._clock += 1
+        slot.used = self._clock
 
     def _condemn(self, slot: Slot) -> None:
         slot.condemned = True
@@ -352,31 +405,24 @@ class Cache:
         del self._slots[slot.model]
         self._lru_of(slot).pop(slot.model, None)
 
-    def _take_room(self, model: ModelName, version: str, charge: int, now: float, family: str | None) -> Slot | None:
-        if family is None:
-            if charge > self.budget_bytes - self.used_bytes:
-                return None
-            self._single_bytes += charge
-            return Slot(model, version, None, charge, -1, State.LOADING, now)
-        offset = self._take_row(self._banks[family])
-        if offset is None:
+    def _take_bytes(self, charge: int) -> int | None:
+        if charge > self.budget_bytes - self.used_bytes:
             return None
-        slot = Slot(model, version, family, charge, offset, State.LOADING, now)
-        slab, at = divmod(offset, self.slab_bytes)
-        self._banks[family].slabs[slab][at // charge] = slot
-        return slot
+        self._single_bytes += charge
+        return NO_ROW
 
     def _take_row(self, bank: Bank) -> int | None:
         """An empty row's offset, in the fullest slab that has one (so that others can empty), else in a fresh slab."""
-        room = [(len(rows), slab) for slab, rows in bank.slabs.items() if len(rows) < bank.rows_per_slab]
-        if room:
-            slab = max(room)[1]
-        elif self._free_slabs and self.budget_bytes - self.used_bytes >= self.slab_bytes:
+        if bank.open:
+            slab = max(bank.open, key=lambda index: len(bank.slabs[index]))
+        elif self.budget_bytes - self.used_bytes >= self.slab_bytes:
             slab = self._free_slabs.pop()
-            bank.slabs[slab] = {}
+            bank.slabs[slab] = Slab({}, set(range(bank.rows_per_slab)))
+            bank.open.add(slab)
+            self._banks[bank.family] = bank
         else:
             return None
-        row = next(i for i in range(bank.rows_per_slab) if i not in bank.slabs[slab])
+        row = next(iter(bank.slabs[slab].holes))
         return slab * self.slab_bytes + row * bank.row_bytes
 
     def _free(self, slot: Slot) -> None:
@@ -387,26 +433,22 @@ class Cache:
             self._vacate(slot)
 
     def _vacate(self, slot: Slot) -> None:
-        assert slot.family is not None
+        assert slot.family is not None, "a single has no row"
         bank = self._banks[slot.family]
-        slab, at = divmod(slot.offset, self.slab_bytes)
-        del bank.slabs[slab][at // slot.charge]
-        if not bank.slabs[slab]:
-            del bank.slabs[slab]
+        slab, row = self._row_of(slot)
+        bank.drop(slab, row)
+        if slab not in bank.slabs:
             self._free_slabs.append(slab)
+        if not bank.slabs:
+            del self._banks[bank.family]
 
     # --- who goes ---------------------------------------------------------------------------------------------------
 
-    def _refusal(self, bank: Bank | None, charge: int) -> Refuse | None:
-        """Why no patience would ever help, if so: too large at all, or pins fill the budget."""
-        limit = self.budget_bytes if bank is None else min(self.slab_bytes, self._slab_count * self.slab_bytes)
-        if charge > limit:
-            what = "the cache budget (model_cache_bytes)" if bank is None else "a slab (slab_bytes)"
-            return Refuse(f"the model needs {charge} bytes, more than {what} of {limit} bytes")
-        pinned = [self._slots[model] for model in self._pins if model in self._slots]
+    def _pins_fill(self, bank: Bank | None, charge: int) -> Refuse | None:
+        """Whether pins alone leave no room, if they moved together as far as they can: then waiting is in vain."""
         rows: dict[str, int] = {}
         held = 0
-        for slot in pinned:
+        for slot in filter(None, map(self._slots.get, self._pins)):
             if slot.family is None:
                 held += slot.charge
             else:
@@ -417,63 +459,79 @@ class Cache:
                 return None  # a slab that pins hold anyway has an unpinned row for this family
             held += ceil(count / other.rows_per_slab) * self.slab_bytes
         need = charge if bank is None else self.slab_bytes
-        if need > self.budget_bytes - held:
-            total = self.budget_bytes
-            return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
-        return None
+        if need <= self.budget_bytes - held:
+            return None
+        total = self.budget_bytes
+        return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
 
     def _plan(self, bank: Bank | None, charge: int) -> Evict | Moves | Wait:
-        """Nobody has room to give away: the coldest of what could go, if enough of it can."""
-        own = next(filter(evictable, bank.lru.values()), None) if bank is not None else None
+        """Nobody has room to give away: the coldest of what could go, if enough of it can.
+
+        For a row that is another row of its family, singles worth a slab, or another family's slab. A large single may
+        need several slabs, one after another.
+        """
         need = (charge if bank is None else self.slab_bytes) - (self.budget_bytes - self.used_bytes)
-        best: Evict | Moves | None = Evict((own,)) if own is not None else None
-        coldest: float = own.used if own is not None else inf
-        if own is None and self._reclaimable(bank) < need:
+        best: Evict | None = None
+        coldest: float = inf
+        own = None if bank is None else next(filter(evictable, bank.lru.values()), None)
+        if own is not None:
+            best, coldest = Evict((own,)), own.used
+        elif need > self.slab_bytes and need > self._reclaimable():
             return Wait()
-        single = next(filter(evictable, self._singles.values()), None)
-        if single is not None and single.used < coldest:
-            best, coldest = Evict((single,)), single.used
+        singles = self._singles_worth(need, coldest)
+        if singles:
+            best, coldest = Evict(singles), singles[-1].used
         for other in self._banks.values():
-            if other is bank:
-                continue
-            drained = self._drain(other, coldest)
-            if drained is not None:
-                best, coldest = drained
+            drain = None if other is bank else self._drain(other, coldest)
+            if isinstance(drain, Moves):
+                return drain  # costs nobody a place
+            if drain is not None:
+                best, coldest = drain, drain.victims[-1].used
         return best or Wait()
 
-    def _reclaimable(self, but: Bank | None) -> int:
-        """Bytes that singles and families other than `but` could give up if all that may go went."""
+    def _reclaimable(self) -> int:
+        """Bytes that singles and families could give up if all that may go went and the rest moved together."""
         total = sum(slot.charge for slot in self._singles.values() if evictable(slot))
         for bank in self._banks.values():
-            if bank is not but and bank.slabs:
-                stay = bank.occupied - sum(map(evictable, bank.lru.values()))
-                total += (len(bank.slabs) - ceil(stay / bank.rows_per_slab)) * self.slab_bytes
+            stay = bank.occupied - sum(map(evictable, bank.lru.values()))
+            fixed = sum(not movable(slab) for slab in bank.slabs.values())
+            total += (len(bank.slabs) - max(fixed, ceil(stay / bank.rows_per_slab))) * self.slab_bytes
         return total
 
-    def _drain(self, bank: Bank, colder_than: float) -> tuple[Evict | Moves, float] | None:
-        """How the family gives up one slab, and the recency of the warmest model that costs; None if it cannot, or not
-        colder. The coldest rows go, wherever they lie; then the hot ones of the emptiest slab move to their places.
-        """
-        excess = bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab
-        if not bank.slabs:
-            return None
-        if excess > 0:
-            victims = tuple(islice(filter(evictable, bank.lru.values()), excess))
-            if len(victims) < excess or victims[-1].used >= colder_than:
-                return None
-            return Evict(victims), victims[-1].used
-        movable = [s for s, rows in bank.slabs.items() if all(slot.state is State.READY for slot in rows.values())]
-        if not movable:
-            return None
-        slab = min(movable, key=lambda s: len(bank.slabs[s]))
-        return Moves(tuple(self._moves(bank, slab))), -1
+    def _singles_worth(self, need: int, colder_than: float) -> tuple[Slot, ...]:
+        """The coldest singles that together free `need` bytes; none if they cannot, or not all are colder."""
+        victims = []
+        for slot in filter(evictable, self._singles.values()):
+            if slot.used >= colder_than:
+                break
+            victims.append(slot)
+            need -= slot.charge
+            if need <= 0:
+                return tuple(victims)
+        return ()
 
-    def _moves(self, bank: Bank, slab: int) -> Iterator[tuple[Slot, int]]:
-        room = (
-            other * self.slab_bytes + row * bank.row_bytes
-            for other, rows in bank.slabs.items()
-            if other != slab
-            for row in range(bank.rows_per_slab)
-            if row not in rows
+    def _drain(self, bank: Bank, colder_than: float) -> Evict | Moves | None:
+        """How the family gives up one slab; None if it cannot, or would lose a model that is not colder.
+
+        The coldest rows go, wherever they lie; then the hot ones of the emptiest slab move to their places.
+        """
+        excess = max(0, bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab)
+        coldest = islice(filter(evictable, bank.lru.values()), excess)
+        victims = tuple(takewhile(lambda slot: slot.used < colder_than, coldest))
+        if len(victims) < excess:
+            return None
+        by_size = sorted(bank.slabs, key=lambda index: len(bank.slabs[index]))
+        slab = next((index for index in by_size if movable(bank.slabs[index])), None)
+        if slab is None:
+            return None
+        return Evict(victims) if victims else Moves(tuple(self._moves(bank, slab, by_size[::-1])))
+
+    def _moves(self, bank: Bank, slab: int, targets: Iterable[int]) -> Iterator[tuple[Slot, int]]:
+        """Rows of the slab, and the holes of the others that they go to."""
+        holes = (
+            target * self.slab_bytes + row * bank.row_bytes
+            for target in targets
+            if target != slab
+            for row in bank.slabs[target].holes
         )
-        yield from zip(islice(bank.slabs[slab].values(), self.moves_per_call), room, strict=False)
+        yield from zip(islice(bank.slabs[slab].rows.values(), self.moves_per_call), holes, strict=False)

@@ -12,7 +12,11 @@ import torch
 from handlers.base import Family, Float32
 from server.bank import Pool
 
-STAGING_BYTES = 64 * 1024 * 1024
+#: On the CPU a step is cut into forwards whose staging stays in cache (measured: 500 `tcn` models in 3.5 ms instead of
+#: 5.5; 8 rows of the 1.8 MB `mlp` in 75 us a row instead of 130 for 16). On a GPU one large forward wins.
+CPU_ROWS = 64
+CPU_STAGING_BYTES = 8 * 1024 * 1024
+GPU_STAGING_BYTES = 256 * 1024 * 1024
 
 
 class Staging:
@@ -20,11 +24,11 @@ class Staging:
 
     def __init__(self, family: Family, max_rows: int, device: torch.device) -> None:
         self.family = family
-        self.capacity = max(1, min(max_rows, STAGING_BYTES // (family.row_floats * 4)))
+        cpu = device.type == "cpu"
+        rows, size = (CPU_ROWS, CPU_STAGING_BYTES) if cpu else (max_rows, GPU_STAGING_BYTES)
+        self.capacity = max(1, min(rows, max_rows, size // (family.row_floats * 4)))
         self._rows = torch.empty((self.capacity, family.row_floats), dtype=torch.float32, device=device)
-        self._host = torch.empty(
-            (self.capacity, *family.input_shape), dtype=torch.float32, pin_memory=device.type != "cpu"
-        )
+        self._host = torch.empty((self.capacity, *family.input_shape), dtype=torch.float32, pin_memory=not cpu)
         self._host_numpy: Float32 = self._host.numpy()
         self._device = device
         self._bound: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}

@@ -4,10 +4,12 @@ Runs in the supervisor's process. Model names have slashes, so paths put the ver
 """
 
 import asyncio
+import json
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -70,6 +72,9 @@ def management_app(supervisor: Supervisor) -> Starlette:
         up = sum(worker.ready.is_set() for worker in supervisor.workers)
         return JSONResponse({"ready": bool(up), "workers": up}, status_code=200 if up else 503)
 
+    async def processes(_: Request) -> Response:
+        return JSONResponse({"processes": supervisor.processes()})
+
     async def ping(_: Request) -> Response:
         return JSONResponse({"status": "Healthy"})
 
@@ -78,6 +83,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
     routes += [
         Route("/fleet/models", models),
         Route("/fleet/models/{model:path}", describe),
+        Route("/fleet/processes", processes),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
@@ -133,6 +139,9 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
             task = asyncio.create_task(server.serve(sockets=[socks[name]]))
             stack.push_async_callback(_end_listener, server, task)
         await supervisor.start(socks["inference"])
+        if settings.announce is not None:
+            stack.callback(settings.announce.unlink, missing_ok=True)
+            _write_atomically(settings.announce, json.dumps(addresses) + "\n")
         yield supervisor, addresses
 
 
@@ -148,6 +157,13 @@ async def until_told_to_stop() -> None:
 async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
     server.should_exit = True
     await task
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Whoever waits for the file never sees half of it."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    draft.replace(path)
 
 
 def _address(sock: socket.socket) -> str:

@@ -76,6 +76,7 @@ class Settings(BaseSettings):
 
     pin: list[str] = Field(default_factory=list, description="models loaded at start and never evicted")
     metrics_per_model: int = Field(0, ge=0, description="resident models with series of their own, per worker; 0: none")
+    announce: Path | None = Field(None, description="file that gets the listeners' addresses as JSON once all is ready")
     drain_s: Seconds = Field(25.0, description="how long running requests may take to end after SIGTERM")
     worker_timeout_s: Seconds = Field(60.0, description="a worker silent for this long is killed and restarted")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least important level logged")
@@ -105,4 +106,4 @@ class Settings(BaseSettings):
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "Settings":
         """The parent's settings as they are: the child's own environment and files have no say."""
-        return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})
+        return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})  # the one type JSON lacks

@@ -315,6 +315,20 @@ class Supervisor:
             merged.setdefault(model, {"model": model, "pinned": True, "holders": []})
         return [merged[model] for model in sorted(merged)]
 
+    def processes(self) -> list[dict[str, Any]]:
+        """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget."""
+        return [
+            {
+                "kind": child.kind,
+                "index": child.index,
+                "pid": child.process.pid if child.process is not None else None,
+                "incarnation": child.incarnation,
+                "up": child.ready.is_set(),
+                **({} if child.plan is None else asdict(child.plan)),
+            }
+            for child in (*self.workers, *self.fronts)
+        ]
+
     async def metrics(self) -> Merged:
         """Everybody's counts, now. Who is too busy to say contributes what it said last."""
         children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set()]

@@ -99,6 +99,7 @@ class Tcn:
         """The plain network, freshly initialised, in eval mode."""
         return TcnReference(self.config).eval()
 
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
         """State dict -> flat row: kernels as [kernel * C, C'], residual biases folded (in float64), see the module."""
         check_tensors(self.parameters, tensors)

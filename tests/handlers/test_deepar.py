@@ -95,7 +95,7 @@ def test_a_longer_history_changes_nothing_but_the_calendar() -> None:
 
 
 def test_missing_targets_take_the_last_known_value() -> None:
-    """Both null and "NaN" repeat what was last known, even where that lies before the context; before any, the center."""
+    """Both null and "NaN" repeat what was last known, also from before the context; before any value, the center."""
     start = {"start": "2024-01-01"}
     assert rows(PLAIN, start | {"target": [14, None, "NaN", 12]}) == [[[2, 2, 1]]]
     assert rows(PLAIN, start | {"target": [None, 14, None]}) == [[[0, 2, 2]]]

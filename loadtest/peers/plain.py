@@ -1,0 +1,28 @@
+"""The plain two-process peer, started: see `plain_worker` and `plain_front`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from loadtest.processes import ended, free_port, reachable, wait_until
+
+
+@contextmanager
+def plain_peer(folder: Path, network: torch.nn.Module, count: int) -> Iterator[str]:
+    """The plain path with `count` sessions of a network that takes x [1, 8, 168]; yields its address."""
+    graph = folder / "tcn.onnx"
+    torch.onnx.export(network, (torch.zeros(1, 8, 168),), graph, dynamo=False, input_names=["x"], verbose=False)
+    path, port = str(folder / "plain.sock"), free_port()
+    environment = {**os.environ, "PLAIN_SOCKET": path, "OMP_NUM_THREADS": "1"}
+    worker = [sys.executable, "-m", "loadtest.peers.plain_worker", str(graph), str(count), path]
+    front = [sys.executable, "-m", "uvicorn", "--port", str(port), "--no-access-log", "--log-level", "warning"]
+    with ended([subprocess.Popen(worker, env=environment)]):
+        wait_until(lambda: Path(path).exists())
+        with ended([subprocess.Popen([*front, "loadtest.peers.plain_front:app"], env=environment)]):
+            wait_until(lambda: reachable(port))
+            yield f"http://127.0.0.1:{port}"

@@ -1,0 +1,41 @@
+"""Processes that a benchmark starts beside the server, and how to know that they listen."""
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def ended(processes: list["subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """End processes of ours, whatever happened."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def reachable(port: int) -> bool:
+    """Whether somebody listens."""
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
+    """Poll. Raises RuntimeError when it stays false."""
+    until = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > until:
+            raise RuntimeError(f"a peer was not ready within {patience_s:g} s")
+        time.sleep(0.02)
