@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from server.settings import Settings
@@ -106,5 +107,6 @@ def _number(path: Path) -> int | None:
 def _gpus(root: Path) -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return tuple(gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1"))
+        names = (gpu.strip() for gpu in visible.split(","))
+        return tuple(takewhile(lambda gpu: gpu not in ("", "-1"), names))  # as CUDA reads it: the rest is hidden
     return tuple(str(i) for i in sorted(int(p.name[6:]) for p in (root / "dev").glob("nvidia[0-9]*")))

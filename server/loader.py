@@ -6,7 +6,7 @@ Nothing here touches the cache, the pool or a queue: the result goes back to the
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
@@ -67,6 +67,16 @@ class Built:
         return self.body.family.key if isinstance(self.body, RowModel) else None
 
 
+class Builder(Protocol):
+    """What the step loop wants of a loader."""
+
+    def build(self, model: ModelName, *, revalidate: bool = False) -> Built:
+        """A verified model. Called on loader threads. Raises LoadError."""
+
+    def forget(self, model: ModelName) -> None:
+        """The archive proved bad after all: the next load asks the store again."""
+
+
 class Loader:
     """Builds models from one store. Thread-safe."""
 
@@ -124,7 +134,7 @@ def prove(name: str, golden: GoldenSample, codec: FamilyCodec | SingleCodec, run
         raise GoldenMismatch(f"{name}: the golden sample is not reproduced: {difference}")
 
 
-def timed_build(loader: Loader, model: ModelName, *, revalidate: bool) -> tuple[Built | LoadError, float]:
+def timed_build(loader: Builder, model: ModelName, *, revalidate: bool) -> tuple[Built | LoadError, float]:
     """The built model, or why not, and the seconds it took. Whatever else goes wrong becomes a LoadError too."""
     started = time.perf_counter()
     try:

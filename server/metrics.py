@@ -5,6 +5,7 @@ what their dead predecessors had counted, and sums equal series. So counters nev
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from prometheus_client import (
     CollectorRegistry,
@@ -161,42 +162,37 @@ class Merged:
 
     def __init__(self) -> None:
         self._living: dict[str, str] = {}
-        self._dead: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._dead: list[Metric] = []
 
     def update(self, process: str, text: str) -> None:
         """The latest exposition of a living process."""
         self._living[process] = text
 
     def buried(self, process: str) -> None:
-        """The process is gone: what it had counted stays, what it said of its state does not."""
-        for family in text_string_to_metric_families(self._living.pop(process, "")):
-            for sample in family.samples if family.type != _GAUGE else ():
-                if "model" not in sample.labels:
-                    key = (sample.name, tuple(sorted(sample.labels.items())))
-                    self._dead[key] = self._dead.get(key, 0.0) + sample.value
+        """The process is gone: what it had counted stays, what it said of its state and of single models does not."""
+        families = text_string_to_metric_families(self._living.pop(process, ""))
+        counted = [family for family in families if family.type != _GAUGE]
+        for family in counted:
+            family.samples = [sample for sample in family.samples if "model" not in sample.labels]
+        self._dead = merge([*self._dead, *counted])
 
     def collect(self) -> Iterator[Metric]:
         """The families of all processes, equal series summed."""
-        yield from merge(self._living.values(), self._dead)
+        living = map(text_string_to_metric_families, self._living.values())
+        yield from merge(chain(self._dead, *living))
 
 
-def merge(texts: Iterable[str], dead: dict[tuple[str, tuple[tuple[str, str], ...]], float]) -> list[Metric]:
-    """Families of several expositions in one; samples of equal name and labels are summed, `dead` ones added."""
-    families: dict[str, Metric] = {}
-    totals: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
-    for text in texts:
-        for family in text_string_to_metric_families(text):
-            kept = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            sums = totals.setdefault(kept.name, {})
-            for sample in family.samples:
-                key = (sample.name, tuple(sorted(sample.labels.items())))
-                sums[key] = sums.get(key, 0.0) + sample.value
-    owners = {key[0]: name for name, sums in totals.items() for key in sums}
-    for key, value in dead.items():
-        if key[0] in owners:
-            sums = totals[owners[key[0]]]
-            sums[key] = sums.get(key, 0.0) + value
-    for name, sums in totals.items():
-        for (sample_name, labels), value in sums.items():
-            families[name].add_sample(sample_name, dict(labels), value)
-    return list(families.values())
+def merge(families: Iterable[Metric]) -> list[Metric]:
+    """Families of equal name in one; their samples of equal name and labels are summed."""
+    merged: dict[str, Metric] = {}
+    sums: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], float]] = {}
+    for family in families:
+        merged.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        values = sums.setdefault(family.name, {})
+        for sample in family.samples:
+            series = (sample.name, frozenset(sample.labels.items()))
+            values[series] = values.get(series, 0.0) + sample.value
+    for name, values in sums.items():
+        for (sample_name, labels), value in values.items():
+            merged[name].add_sample(sample_name, dict(sorted(labels)), value)
+    return list(merged.values())

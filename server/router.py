@@ -38,7 +38,8 @@ class Router:
     def __init__(self) -> None:
         self.lanes: dict[int, Lane] = {}
         self._orders: dict[str, list[int]] = {}
-        self._replicas: dict[str, dict[int, float]] = {}
+        self._replicas: dict[str, dict[int, float]] = {}  # model -> worker -> until when
+        self._expiry = 0.0
 
     def __repr__(self) -> str:
         """For example `<Router 3 workers, 12 running, 1 replicated models>`."""
@@ -103,12 +104,16 @@ class Router:
         return list(self._replicas.get(model, ()))
 
     def _spill(self, model: str, home: Lane, others: list[int], now: float) -> Lane | None:
-        """A replica with less to do than the home; a new one where queueing costs more than loading."""
+        """A replica with less to do than the home; a new one where queueing costs more than loading.
+
+        While a new replica loads, it stays the next in the model's order, and the same rule sends requests there.
+        """
         self._expire(now)
-        mine = self._replicas.get(model, {})
-        lane = min((self.lanes[worker] for worker in mine), key=lambda lane: lane.running, default=None)
+        listed = self._replicas.get(model, {})
+        mine = [self.lanes[worker] for worker in others if worker in listed and model in self.lanes[worker].warm]
+        lane = min(mine, key=lambda lane: lane.running, default=None)
         if lane is None or lane.running >= home.running:
-            fresh = next((self.lanes[worker] for worker in others if worker not in mine), None)
+            fresh = next((self.lanes[worker] for worker in others if self.lanes[worker] not in mine), None)
             if fresh is None or fresh.running >= home.running or home.wait_s <= home.load_s:
                 return None
             lane = fresh
@@ -116,6 +121,10 @@ class Router:
         return lane
 
     def _expire(self, now: float) -> None:
+        """Forget the replicas whose time is over: a walk over all models, so once a second is enough."""
+        if now < self._expiry:
+            return
+        self._expiry = now + 1
         for model, replicas in list(self._replicas.items()):
             alive = {worker: until for worker, until in replicas.items() if until > now}
             if alive:

@@ -112,10 +112,16 @@ class Scheduler:
         return True
 
     def expired(self, now: float) -> list[Job]:
-        """Jobs that wait for their model and have no time left. (Ready jobs are checked when their batch is made.)"""
-        late = [job for jobs in self._waiting.values() for job in jobs if job.deadline <= now and not job.done]
-        for model in {job.model for job in late}:
-            left = [job for job in self._waiting[model] if job.deadline > now and not job.done]
+        """Jobs that wait for their model and have no time left. (Ready jobs are checked when their batch is made.)
+
+        Jobs already done are let go: a slow load does not keep the bodies of requests that nobody waits for.
+        """
+        late = []
+        for model, jobs in list(self._waiting.items()):
+            left = [job for job in jobs if job.deadline > now and not job.done]
+            if len(left) == len(jobs):
+                continue
+            late += [job for job in jobs if job.deadline <= now and not job.done]
             if left:
                 self._waiting[model] = left
             else:

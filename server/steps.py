@@ -20,7 +20,7 @@ from model_store.names import ModelName
 from model_store.policy import Cache, Evict, Failure, Moves, Placed, Refuse, Slot, Wait
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
-from server.loader import Built, Loader, RowModel, SingleModel, prove, timed_build
+from server.loader import Builder, Built, RowModel, SingleModel, prove, timed_build
 from server.metrics import WorkerMetrics
 from server.scheduler import Job, QueueFull, Scheduler
 from server.wire import CacheResult, Request, Tier
@@ -49,7 +49,7 @@ class StepLoop:
         cache: Cache,
         scheduler: Scheduler,
         engine: Engine,
-        loader: Loader,
+        loader: Builder,
         metrics: WorkerMetrics,
         *,
         batch: int,

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
 from struct import Struct as Layout
+from struct import error as LayoutError  # noqa: N812 -- beside Layout
 
 from msgspec import Struct
 
@@ -107,28 +108,36 @@ Frame = Request | Response | Data | Cancel | Credit
 
 
 def pack(frame: Frame) -> bytes:
-    """The frame's bytes. Texts longer than 65,535 bytes or a body above `CHUNK` raise WireError."""
+    """The frame's bytes. Raises WireError for a body above `CHUNK`, and for texts and numbers that fit no frame."""
+    try:
+        return _pack(frame)
+    except (LayoutError, UnicodeEncodeError) as error:
+        raise WireError(f"{type(frame).__name__.lower()} {frame.id}: {error}") from error
+
+
+def _pack(frame: Frame) -> bytes:
     if type(frame) is Request:
         name, kind, accept = frame.model.encode(), frame.content_type.encode(), frame.accept.encode()
         fixed = _REQUEST.pack(frame.deadline_ns, frame.body_bytes, len(name), len(kind), len(accept))
-        return _framed(FrameType.REQUEST, frame.id, b"".join((fixed, name, kind, accept, frame.body)))
+        return _framed(FrameType.REQUEST, frame.id, b"".join((fixed, name, kind, accept)), frame.body)
     if type(frame) is Response:
         version, kind = frame.version.encode(), frame.content_type.encode()
         times = (min(frame.queue_us, 2**32 - 1), min(frame.load_us, 2**32 - 1), min(frame.inference_us, 2**32 - 1))
         codes = (frame.situation, frame.cache, frame.tier, 0)
         fixed = _RESPONSE.pack(*codes, frame.body_bytes, *times, len(version), len(kind))
-        return _framed(FrameType.RESPONSE, frame.id, b"".join((fixed, version, kind, frame.body)))
+        return _framed(FrameType.RESPONSE, frame.id, b"".join((fixed, version, kind)), frame.body)
     if type(frame) is Data:
-        return _framed(FrameType.DATA, frame.id, frame.body)
+        return _framed(FrameType.DATA, frame.id, b"", frame.body)
     if type(frame) is Credit:
         return _framed(FrameType.CREDIT, frame.id, _CREDIT.pack(frame.room))
     return _framed(FrameType.CANCEL, frame.id, b"")
 
 
-def _framed(kind: FrameType, ident: int, payload: bytes) -> bytes:
-    if len(payload) > MAX_FRAME:
-        raise WireError(f"a frame of {len(payload)} bytes is more than {MAX_FRAME}")
-    return _HEAD.pack(len(payload), VERSION, kind, 0, ident) + payload
+def _framed(kind: FrameType, ident: int, head: bytes, body: bytes = b"") -> bytes:
+    size = len(head) + len(body)
+    if size > MAX_FRAME or len(body) > CHUNK:
+        raise WireError(f"a frame of {len(head)} and {len(body)} bytes: at most {MAX_FRAME}, and {CHUNK} of a body")
+    return b"".join((_HEAD.pack(size, VERSION, kind, 0, ident), head, body))
 
 
 class Reader:
@@ -171,20 +180,19 @@ def _unpack(kind: int, ident: int, buffer: bytes, at: int, stop: int) -> Frame:
             body = _body(buffer, at + a + b, stop, size)
             return Response(ident, situation, cache, tier, *texts, queue, load, inference, size, body)
         if kind == FrameType.DATA:
-            return Data(ident, buffer[at:stop])
+            return Data(ident, _body(buffer, at, stop, CHUNK))
         if kind == FrameType.CREDIT and stop - at == _CREDIT.size:
             return Credit(ident, _CREDIT.unpack_from(buffer, at)[0])
         if kind == FrameType.CANCEL and stop == at:
             return Cancel(ident)
-    except (UnicodeDecodeError, ValueError) as error:
+    except (LayoutError, UnicodeDecodeError) as error:
         raise WireError(f"frame of type {kind}: {error}") from error
-    except Exception as error:  # struct.error: the payload is shorter than its fixed part
-        raise WireError(f"frame of type {kind} is too short") from error
     raise WireError(f"no frame has type {kind} and {stop - at} bytes")
 
 
 def _body(buffer: bytes, at: int, stop: int, size: int) -> bytes:
-    if at > stop or stop - at > size:
+    """The payload's rest: `size` bytes, or the first part of them."""
+    if at > stop or stop - at > min(size, CHUNK):
         raise WireError("the lengths inside a frame do not fit its size")
     return buffer[at:stop]
 
@@ -215,7 +223,7 @@ class Outbox:
 
     def credit(self, ident: int, room: int) -> None:
         """The receiver has room for more. Late credit for a finished body is nothing."""
-        if ident in self._bodies:
+        if room and ident in self._bodies:
             if not self._room[ident]:
                 self._turn.append(ident)
             self._room[ident] += room

@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from server.logs import configure_logs
 from tests.s3 import S3Server, s3_server
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: spinning threads slow everyone on two cores
+
+
+configure_logs("warning", "json")  # structlog's default draws tracebacks with every local variable, for seconds
 
 
 @pytest.fixture(scope="session", autouse=True)

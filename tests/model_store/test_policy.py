@@ -1,7 +1,8 @@
-"""The cache's decisions: examples first, then a machine that plays a worker at random against a simple model of memory."""
+"""The cache's decisions: examples, then a machine that plays a worker at random against a simple model of memory."""
 
 import copy
 from collections.abc import Iterable
+from types import UnionType
 
 import pytest
 from hypothesis import settings, strategies
@@ -118,7 +119,7 @@ def test_a_single_goes_when_it_is_the_coldest() -> None:
     worker.fill("abc", 300, "f")
     assert worker.load("d", 300, "f") == ["s"]
     worker.use("a", "b", "c", "d")
-    assert worker.load("t", SLAB) == ["a", "b"]  # four rows on two slabs: two go, two move together
+    assert worker.load("t", SLAB) == ["a"]  # four rows on two slabs: one goes, three lie together
 
 
 def test_small_singles_go_only_if_they_are_worth_the_room_together() -> None:
@@ -128,8 +129,9 @@ def test_small_singles_go_only_if_they_are_worth_the_room_together() -> None:
     worker.fill("abcxyz", 300, "f")
     assert worker.load("d", 300, "f") == ["s", "t"]  # 800 and the 200 that were left: a slab
     worker = Worker(slabs=3)
-    worker.fill("s", 400)
+    worker.fill("st", 400)
     worker.fill("abcxyz", 300, "f")
+    worker.use("t")
     assert worker.load("d", 300, "f") == ["a"]
 
 
@@ -295,7 +297,7 @@ def test_a_family_may_use_the_rows_beside_its_pins() -> None:
     assert isinstance(worker.place("d", 300, "f")[0], Placed)
 
 
-@pytest.mark.parametrize(("family", "charge", "what"), [("f", 1001, "slab_bytes"), (None, 2501, "model_cache_bytes")])
+@pytest.mark.parametrize(("family", "charge", "what"), [("g", 1001, "slab_bytes"), (None, 2501, "model_cache_bytes")])
 def test_what_never_fits_is_refused_at_once(family: str | None, charge: int, what: str) -> None:
     """A row larger than a slab, a single larger than the budget: the text names the setting, and nobody goes."""
     worker = Worker(slabs=2, extra=500)
@@ -392,7 +394,7 @@ def test_one_load_however_many_want_it() -> None:
 
 
 def test_back_off_doubles_up_to_its_cap_and_a_success_ends_it() -> None:
-    """1, 2, 4 ... 32 s for a broken archive; refused before that time is over, tried again after, forgotten once it works."""
+    """1, 2, 4 ... 32 s for a broken archive; refused until that is over, tried again after, forgotten once it works."""
     worker = Worker(slabs=1)
     cache = worker.cache
     waits = []
@@ -481,8 +483,8 @@ def test_reprs_say_the_state() -> None:
 ROWS = {"f": 250, "g": 490, "h": 333, "i": 1000}
 MODELS = strategies.sampled_from([name(f"m{i}") for i in range(14)])
 PLACES = strategies.one_of(
-    strategies.sampled_from([(family, charge) for family, charge in ROWS.items()]),
-    strategies.tuples(strategies.none(), strategies.integers(1, 3500)),
+    strategies.sampled_from(list(ROWS.items())),
+    strategies.tuples(strategies.none(), strategies.integers(1, 2500)),
 )
 PICK = strategies.integers(0, 1000)
 
@@ -505,8 +507,8 @@ def settle(cache: Cache, dying: list[Slot], model: ModelName, version: str, plac
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """A worker at random. `memory` has what lies at each row's offset; `dying` are slots whose `retired` is still to come,
-    at once where the device is the host, later as on a GPU; a revived and evicted slot may be in there twice.
+    """A worker at random. `memory` has what lies at each row's offset; `dying` are slots whose `retired` is still to
+    come: at once where the device is the host, later as on a GPU. A slot revived and evicted again is in there twice.
     """
 
     @initialize(late=strategies.booleans(), slabs=strategies.integers(1, 5), extra=strategies.sampled_from([0, 300]))
@@ -574,9 +576,22 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.built.keys() - self.loading.keys())
     @rule(pick=PICK)
     def place(self, pick: int) -> None:
-        """Whatever the answer, it is honest: see the checks."""
+        """One answer for a load in flight."""
         models = sorted(self.built.keys() - self.loading.keys())
-        model = models[pick % len(models)]
+        self._place(models[pick % len(models)])
+
+    @rule(models=strategies.lists(MODELS, max_size=6, unique=True), place=PLACES)
+    def load_now(self, models: list[ModelName], place: tuple[str | None, int]) -> None:
+        """Loads that nothing interrupts, so that memory is full most of the time."""
+        for model in models:
+            self.reload(model, place)
+            while model not in self.loading and self._place(model) in (Placed, Evict, Moves):
+                pass
+            if model in self.loading:
+                self._finish(model, arrives=True)
+
+    def _place(self, model: ModelName) -> type[Placement]:
+        """Whatever the answer, it is honest: see the checks."""
         version, (family, charge) = self.built[model]
         answer = self.cache.place(model, version, charge, self.now, family)
         if isinstance(answer, Placed):
@@ -593,7 +608,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.failed[model] = self.cache.failed(model, BROKEN, self.now)
         else:
             assert self.held or self.dying or self.loading, "it waits for nothing"
-            self._check_after_all_that_may_go_went(model, Placed)
+            # A load whose victims are still leaving waits for them, though pins may have filled the budget meanwhile.
+            self._check_after_all_that_may_go_went(model, Placed | Refuse if self.dying else Placed)
+        return type(answer)
 
     def _placed(self, slot: Slot) -> None:
         """New room overlaps nobody's; the numbers arrive there."""
@@ -627,7 +644,7 @@ class CacheMachine(RuleBasedStateMachine):
         cache, dying = copy.deepcopy((self.cache, self.dying))
         assert isinstance(settle(cache, dying, model, *self.built[model]), Placed)
 
-    def _check_after_all_that_may_go_went(self, model: ModelName, expected: type[Placement]) -> None:
+    def _check_after_all_that_may_go_went(self, model: ModelName, expected: type[Placement] | UnionType) -> None:
         """What an answer claims of the future: with all leases ended, other loads gone and only pins left, it holds."""
         cache, dying, held, loading = copy.deepcopy((self.cache, self.dying, self.held, self.loading))
         for slot in held:
@@ -643,8 +660,11 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.loading)
     @rule(pick=PICK, arrives=strategies.booleans())
     def finish(self, pick: int, arrives: bool) -> None:
-        """The numbers are there and serve from now on, or never arrive; the version before leaves when it can."""
-        model = sorted(self.loading)[pick % len(self.loading)]
+        """The numbers are there and serve from now on, or never arrive."""
+        self._finish(sorted(self.loading)[pick % len(self.loading)], arrives=arrives)
+
+    def _finish(self, model: ModelName, *, arrives: bool) -> None:
+        """The version before leaves when it can."""
         slot = self.loading.pop(model)
         del self.built[model]
         if not arrives:

@@ -1,0 +1,63 @@
+# The only door: everything a developer or CI does goes through here.
+# VENV=/path uses an environment that you keep yourself, as it is. ARGS=... goes to the command of `run` and `bench`.
+
+VENV = .venv
+PYTHON3 ?= $(firstword $(foreach v,python3.12 python3.11 python3,$(shell command -v $v)))
+BIN = $(VENV)/bin
+STAMP = $(VENV)/installed
+TORCH = torch==2.13.0
+ifeq ($(origin VENV),file)
+READY = $(STAMP)
+endif
+SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
+
+.DEFAULT_GOAL := help
+.PHONY: help venv run test test-s3 check format docs bench clean
+
+help: ## what can be done
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## the environment .venv, made once and again when pyproject.toml changes
+
+$(STAMP): pyproject.toml
+	@[ -n "$(PYTHON3)" ] && $(PYTHON3) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	  { echo "Python 3.11 or 3.12 is needed (apt-get install python3.11 python3.11-venv, or pyenv); PYTHON3=... names one"; exit 1; }
+	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON3) has no venv module: apt-get install python3-venv (or python3.11-venv)"; exit 1; }
+	$(PYTHON3) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]'
+	@touch $@
+
+run: $(READY) ## a fleet, a server, a forecast and a burst; stays until Ctrl-C (ARGS=--once does not)
+	@$(BIN)/python -m loadtest.demo $(ARGS)
+
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-s3: $(READY) ## the tests of stores and processes once more, against OpenStack Swift
+	@for program in $(SWIFT); do command -v $$program >/dev/null || \
+	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
+	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
+	  tests/model_store/test_sources.py tests/model_store/test_store.py $(wildcard tests/e2e) $(ARGS)
+
+check: $(READY) ## lint, format, types, import arrows
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## put the code in shape
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+
+docs: $(READY) ## the README's table of settings
+	$(BIN)/python -m server.cli settings-table README.md
+
+bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)
+	$(BIN)/python -m loadtest.bench $(or $(ARGS),all)
+
+clean: ## what was made here: environment, demo fleet, caches
+	rm -rf .venv .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

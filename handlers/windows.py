@@ -1,0 +1,68 @@
+"""Training windows: many series in network numbers on one time axis, cut where a forecast could start. Torch."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from handlers.deepar import to_network
+from handlers.recipe import naive_lag, rows
+from handlers.series import Series, SeriesInvalid
+from model_store.manifest import Forecast
+
+FORWARD_ROWS = 16_384  #: of one forward on the holdout, all models together
+
+
+class Windows:
+    """The series in network numbers on one time axis, and windows cut out of them by the step they forecast from."""
+
+    def __init__(self, series: Sequence[Series], forecasts: Sequence[Forecast], reach: int, holdout: float) -> None:
+        """Raises SeriesInvalid where the series have different lengths or are too short."""
+        first, steps = forecasts[0], len(series[0].values)
+        for each in series:
+            if len(each.values) != steps:
+                raise SeriesInvalid(
+                    f"{each.name} has {len(each.values)} steps, {series[0].name} {steps}; fit them apart"
+                )
+        self.lag = first.history_length - first.context_length
+        self.horizon, self.reach = first.prediction_length, reach
+        split = steps - round(holdout * (steps - first.history_length))
+        self.train = (first.history_length, split - self.horizon)  # first and last step to forecast from
+        self.holdout = (split, steps - self.horizon)
+        if self.train[0] > self.train[1] or self.holdout[0] > self.holdout[1]:
+            needed = first.history_length + int(self.horizon * (1 / holdout + 2))
+            raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
+        scalers = [forecast.scaler for forecast in forecasts]
+        self.scalers, self.levels = scalers, torch.tensor(first.quantile_levels)
+        self.naive_lag = naive_lag(round(series[0].step.total_seconds()), self.horizon)
+        self.values = np.stack([each.values for each in series])
+        scaled = [to_network(each.values, scaler) for each, scaler in zip(series, scalers, strict=True)]
+        self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing
+        for name, (start, end) in {"training": self.train, "holdout": self.holdout}.items():
+            empty = self._targets[:, start : end + self.horizon].isnan().all(1)
+            if empty.any():
+                raise SeriesInvalid(f"{series[int(empty.nonzero()[0])].name}: no values in the {name} part")
+        inputs = [rows(each, forecast).T for each, forecast in zip(series, forecasts, strict=True)]
+        self._inputs = torch.from_numpy(np.ascontiguousarray(np.stack(inputs)))  # [M, T - lag - horizon, channels]
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __repr__(self) -> str:
+        return f"<Windows of {len(self)} series, to train {self.train}, held out {self.holdout}>"
+
+    def at(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps to forecast from [M, B] -> x [M, B, reach, channels], y [M, B, horizon]."""
+        models, length, channels = self._inputs.shape
+        first = starts - self.lag - self.reach + length * torch.arange(models)[:, None]
+        places = first[..., None] + torch.arange(self.reach)
+        x = self._inputs.view(-1, channels).index_select(0, places.flatten()).view(*places.shape, channels)
+        y = self._targets.gather(1, (starts[..., None] + torch.arange(self.horizon)).flatten(1))
+        return x, y.view(*starts.shape, self.horizon)
+
+    def held_out(self, count: int) -> Iterator[torch.Tensor]:
+        """Up to `count` evenly spaced windows of the holdout: starts [M, B], in parts that one forward takes."""
+        start, end = self.holdout
+        starts = torch.linspace(start, end, min(count, end - start + 1)).long()
+        for part in torch.split(starts, max(1, FORWARD_ROWS // len(self))):
+            yield part.expand(len(self), -1)

@@ -1,0 +1,382 @@
+"""The command line: `fleetcast serve | pack | inspect | verify | invoke`.
+
+`serve` is the supervisor's process and stays without torch; the tools for archives import `server.workshop`, which has
+it, when they run.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import rich
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from model_store.errors import LoadError
+from server.logs import configure_logs
+from server.management import running, until_told_to_stop
+from server.options import human, settings_from, table, with_setting_flags, with_table
+from server.settings import Settings
+from server.supervisor import StartFailed, Supervisor
+
+BAD = 1  #: exit code: the answer is no
+WRONG = 2  #: exit code: it could not be done as asked
+
+DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
+TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+)
+
+
+def _file(text: str) -> Any:
+    return typer.Option(exists=True, dir_okay=False, metavar="FILE", help=text)
+
+
+Archives = Annotated[list[str], typer.Argument(metavar="ARCHIVE", help="paths or store URLs (s3://bucket/key)")]
+
+
+def main() -> None:
+    """The command `fleetcast`."""
+    app(prog_name="fleetcast")
+
+
+@app.callback(invoke_without_command=True)
+def fleetcast(
+    *, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
+) -> None:
+    """Serve a fleet of small forecast models: archives in an object store, one header, a cache of models.
+
+    \b
+    fleetcast serve --store s3://models/prices        run the server
+    fleetcast invoke au/nsw1.mar --body r.json        ask it
+    fleetcast pack au/nsw1.mar --onnx model.onnx      make an archive
+    fleetcast inspect au/nsw1.mar                     look into one
+    fleetcast verify au/*.mar                         prove that they would load
+    """  # noqa: D301 -- click's mark for "do not wrap"
+    if version:
+        print(f"fleetcast {_version()}")  # noqa: T201 -- the answer
+        raise typer.Exit
+
+
+# --- serve ----------------------------------------------------------------------------------------------------------
+
+
+@app.command(short_help="Run the server.")
+@with_setting_flags
+def serve(**flags: Any) -> None:
+    """Run the server until SIGTERM or Ctrl-C, then finish what is running and exit.
+
+    \b
+    fleetcast serve --store ./models
+    fleetcast serve --store s3://models/prices --model-cache-bytes 2GiB --pin au/nsw1.mar
+    FLEETCAST_STORE=gs://models/prices fleetcast serve --inference-port 9000
+
+    Each flag is also a variable (--inference-port is FLEETCAST_INFERENCE_PORT) and a key of fleetcast.toml in the
+    working folder (inference_port = 9000). Flags win over variables, variables over the file.
+    """  # noqa: D301
+    with _one_line_errors():
+        settings = settings_from(flags)
+        configure_logs(settings.log_level, settings.log_format)
+        uvloop.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    """From start to drained; a signal during the start ends it as well."""
+    told = asyncio.create_task(until_told_to_stop())
+    async with contextlib.AsyncExitStack() as stack:
+        start = asyncio.create_task(stack.enter_async_context(running(settings)))
+        await asyncio.wait({start, told}, return_when=asyncio.FIRST_COMPLETED)
+        if told.done():
+            start.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await start
+            return
+        supervisor, addresses = await start
+        console = Console(soft_wrap=True, highlight=False)
+        for label, text in _welcome(supervisor, addresses):
+            console.print(f"[bold]{label:<12}[/]", end="")
+            console.print(text, markup=False)
+        await told
+        console.print("stopping: no new requests, running ones are finished")
+
+
+def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What runs where with which budget, a label and a text a line."""
+    settings = supervisor.settings
+    yield "fleetcast", f"{_version()} serves {settings.store}"
+    yield "inference", f"{addresses['inference']}/invocations, the model in the header X-Amzn-SageMaker-Target-Model"
+    yield "management", f"{addresses['management']}/fleet/models"
+    yield "metrics", f"{addresses['metrics']}/metrics"
+    for plan in supervisor.plans:
+        threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+        cores = ",".join(map(str, plan.cores))
+        yield f"worker {plan.index}", f"{plan.device}, cores {cores}, {threads}, {human(plan.budget_bytes)} of models"
+    if settings.model_cache_bytes:
+        origin = "as model_cache_bytes says"
+    else:
+        origin = "40 % of it is for models (model_cache_bytes)"
+    yield "memory", f"{human(supervisor.host.memory_bytes)} on this host within its cgroup's limit; {origin}"
+    if settings.disk_cache_bytes:
+        yield "disk tier", f"{settings.disk_cache}, at most {human(settings.disk_cache_bytes)}"
+    else:
+        yield "disk tier", "off (disk_cache_bytes is 0)"
+    yield "ready", "Ctrl-C or SIGTERM drains and stops"
+
+
+# --- archives -------------------------------------------------------------------------------------------------------
+
+
+@app.command(short_help="Make an archive.")
+def pack(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="path or store URL (s3://bucket/key) to write")],
+    *,
+    architecture: Annotated[str, typer.Option(help="of a forecaster, such as tcn or mlp")] = "",
+    config: Annotated[str, typer.Option(metavar="JSON|FILE", help="what the architecture leaves open")] = "{}",
+    weights: Annotated[Path | None, _file("a forecaster's state dict, float32 safetensors")] = None,
+    onnx: Annotated[Path | None, _file("an ONNX model in a single file")] = None,
+    forecast: Annotated[Path | None, _file("JSON: what DeepAR requests become the network's input by")] = None,
+    golden: Annotated[Path | None, _file("JSON: a request and the answer it must give")] = None,
+    name: Annotated[str, typer.Option(help="model name in the manifest; default: the file's name")] = "",
+    model_version: Annotated[str, typer.Option("--version", help="model version in the manifest")] = "1.0",
+    description: Annotated[str, typer.Option(help="a line for people")] = "",
+) -> None:
+    """Make an archive; it is proved as a worker would load it before it is written.
+
+    \b
+    A forecaster: an architecture that Fleetcast knows, and its state dict as safetensors
+      fleetcast pack au/nsw1.mar --architecture tcn --config '{"channels": 32}' \\
+          --weights w.safetensors --forecast forecast.json --golden golden.json
+    An ONNX model
+      fleetcast pack s3://models/prices/sa1.mar --onnx model.onnx
+
+    --forecast is what DeepAR requests are checked against and turned into the network's input by: frequency, lengths,
+    quantile levels, channels, scaler. --golden is a request and its answer, checked whenever the archive is loaded.
+    Equal input gives equal bytes.
+    """  # noqa: D301
+    from server import workshop  # noqa: PLC0415 -- torch
+
+    if (weights is None) == (onnx is None) or (onnx is not None and (architecture or forecast)):
+        _fail("give --architecture and --weights for a forecaster, or --onnx alone for an ONNX model")
+    if weights is not None and not architecture:
+        _fail("--weights are those of an architecture: name it with --architecture, such as tcn")
+    with _one_line_errors():
+        store, key = workshop.split(out)
+        place = workshop.place(settings_from({"store": store}), key)
+        if weights is not None:
+            spec, numbers = workshop.forecaster_spec(architecture, config, forecast, description), weights
+        else:
+            assert onnx is not None, "one of the two was given"
+            spec, numbers = workshop.onnx_spec(description), onnx
+        packed = workshop.pack(
+            spec, numbers, golden, model_name=name or Path(key).name.partition(".")[0], model_version=model_version
+        )
+        proof = workshop.proved_bytes(packed, key, place.limits)
+        place.source.put(key, packed)
+    print(f"{out}: {len(packed)} bytes; {proof}")  # noqa: T201
+
+
+@app.command(short_help="Show what an archive is.")
+def inspect(
+    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="path or store URL (s3://bucket/key)")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show what an archive is, without running it: kind, configuration, members, tensors, hash.
+
+    \b
+    fleetcast inspect au/nsw1.mar
+    fleetcast inspect s3://models/prices/au/nsw1.mar --json | jq .spec.forecast
+    """  # noqa: D301
+    from server import workshop  # noqa: PLC0415 -- torch
+
+    with _one_line_errors():
+        store, key = workshop.split(archive)
+        opened, data = workshop.place(settings_from({"store": store}), key).archive()
+        found = workshop.described(opened, data)
+    if as_json:
+        print(json.dumps(found, indent=1))  # noqa: T201
+        return
+    rows = Table("", "", show_header=False, box=None, pad_edge=False)
+    for label, text in _rows(found):
+        rows.add_row(f"[bold]{label}[/]", text)
+    rich.print(rows)
+
+
+def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The description of `workshop.described`, a label and a text a line."""
+    spec = found.get("spec", {})
+    yield "archive", f"{found['archive']}, {human(found['bytes'])}"
+    yield "sha256", found["sha256"]
+    yield "kind", f"{found['kind']} {spec.get('architecture', '')}"
+    if "manifest" in found:
+        model = found["manifest"]["model"]
+        yield "manifest", f"{model['modelName']} {model['modelVersion']}, handler {model['handler']}"
+    if spec.get("description"):
+        yield "description", spec["description"]
+    if spec.get("config"):
+        yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
+    forecast = spec.get("forecast")
+    if forecast:
+        levels = " ".join(map(str, forecast["quantile_levels"]))
+        lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
+        yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
+        for i, channel in enumerate(forecast["inputs"]):
+            yield f"channel {i}", _channel(channel)
+    if spec:
+        yield "golden", "a sample, checked at every load" if found["golden"] else "none"
+    for name, size in found["members"].items():
+        yield "member", f"{name}, {human(size)}"
+    for name, shape in found.get("tensors", {}).items():
+        yield "tensor", f"{name} {shape}"
+
+
+def _channel(channel: dict[str, Any]) -> str:
+    moved = [f"{key} {channel[key]}" for key in ("lag", "shift", "index") if channel[key]]
+    return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])
+
+
+@app.command(short_help="Prove that archives would load.")
+def verify(archives: Archives) -> None:
+    """Do everything a load does, the golden sample included; a line each, exit code 1 when any is bad.
+
+    \b
+    fleetcast verify models/au/*.mar
+    fleetcast verify s3://models/prices/au/nsw1.mar
+    """  # noqa: D301
+    from server import workshop  # noqa: PLC0415 -- torch
+
+    bad = 0
+    for archive in archives:
+        try:
+            store, key = workshop.split(archive)
+            proof = workshop.proved(workshop.place(settings_from({"store": store}), key))
+            print(f"ok   {archive}: {proof}")  # noqa: T201
+        except (LoadError, ValueError, OSError) as error:
+            bad += 1
+            print(f"BAD  {archive}: {error}")  # noqa: T201
+    if bad:
+        raise typer.Exit(BAD)
+
+
+# --- a client -------------------------------------------------------------------------------------------------------
+
+
+@app.command(short_help="Ask a running server.")
+def invoke(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="the archive's key under the store, such as au/nsw1.mar")
+    ],
+    *,
+    body: Annotated[str, typer.Option(metavar="FILE|-", help="the request; - reads standard input")] = "",
+    url: Annotated[str, typer.Option(help="inference address of the server")] = "http://127.0.0.1:8080",
+    content_type: Annotated[str, typer.Option(help="of the request")] = "application/json",
+    accept: Annotated[str, typer.Option(help="wanted of the answer; default: like the request")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also what the cache did, on stderr")] = False,
+) -> None:
+    """Ask a running server as SageMaker's own client does: boto3's sagemaker-runtime.
+
+    \b
+    fleetcast invoke au/nsw1.mar --body request.json -v
+    echo '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2]}]}' | \\
+        fleetcast invoke au/nsw1.mar --body -
+    """  # noqa: D301
+    if not body:
+        _fail(
+            f"what shall be asked? Send a file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
+            f"forecast, {TENSOR_EXAMPLE} for a model that is asked for tensors"
+        )
+    with _one_line_errors():
+        asked = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
+    answer, headers = _invoke(url, model, asked, content_type, {"Accept": accept} if accept else {})
+    if verbose:
+        for key in sorted(headers):
+            if key.startswith("x-fleetcast-") or key == "server-timing":
+                print(f"{key}: {headers[key]}", file=sys.stderr)  # noqa: T201
+    if sys.stdout.isatty() and "json" in headers.get("content-type", ""):
+        rich.print_json(answer.decode())
+    else:
+        sys.stdout.buffer.write(answer)
+
+
+def _invoke(
+    url: str, model: str, body: bytes, content_type: str, accept: dict[str, str]
+) -> tuple[bytes, dict[str, str]]:
+    """The answer and its headers; an error ends the command with its type and message."""
+    import boto3  # noqa: PLC0415 -- a third of a second that only this command has to pay
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # no server's keys are an EC2 role's: do not ask for one
+    session = boto3.Session()
+    keys = {} if session.get_credentials() else {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
+    try:
+        client = session.client(
+            "sagemaker-runtime", endpoint_url=url, region_name=session.region_name or "us-east-1", **keys
+        )
+        reply = client.invoke_endpoint(
+            EndpointName="fleetcast", TargetModel=model, Body=body, ContentType=content_type, **accept
+        )
+    except ClientError as error:
+        _fail(f"{error.response['Error']['Code']}: {error.response['Error']['Message']}", BAD)
+    except (BotoCoreError, ValueError) as error:
+        _fail(f"{error} (is `fleetcast serve` running at {url}?)")
+    return reply["Body"].read(), reply["ResponseMetadata"]["HTTPHeaders"]
+
+
+# --- documentation --------------------------------------------------------------------------------------------------
+
+
+@app.command(hidden=True)
+def settings_table(
+    document: Annotated[Path | None, typer.Argument(help="write the table between its marks in this file")] = None,
+) -> None:
+    """Every setting as a Markdown table, printed or written into a document."""
+    if document is None:
+        print(table())  # noqa: T201
+        return
+    with _one_line_errors():
+        document.write_text(with_table(document.read_text()))
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a user can put right is said in a line. Everything else is a bug of ours and keeps its traceback."""
+    try:
+        yield
+    except (LoadError, StartFailed, ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _fail(message: str, code: int = WRONG) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    raise typer.Exit(code)
+
+
+def _version() -> str:
+    """Of the installed distribution, or of the checkout we are run in."""
+    try:
+        return version("fleetcast")
+    except PackageNotFoundError:
+        project = tomllib.loads(Path(__file__).parent.parent.joinpath("pyproject.toml").read_text())
+        return str(project["project"]["version"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The settings as command line flags, as error lines and as a table. Pure: `server.settings` owns names and texts."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import ByteSize, ValidationError
+from pydantic.fields import FieldInfo
+
+from server.settings import TOML_FILE, Settings
+
+TABLE_START = "<!-- settings: written by `make docs` -->"
+TABLE_END = "<!-- end of settings -->"
+_SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
+_KINDS: Mapping[Any, str] = {
+    int: "INTEGER",
+    float: "SECONDS",
+    ByteSize: "SIZE",
+    Path: "PATH",
+    dict[str, str]: "KEY=SECRET",
+}
+
+
+def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one option per setting; typer calls it with their texts, None where a flag was not given."""
+    parameters = [_parameter(name, field) for name, field in Settings.model_fields.items()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def settings_from(flags: Mapping[str, Any]) -> Settings:
+    """The settings: flags, then variables, file and defaults. Raises ValueError of one line that names every flag."""
+    given = {name: _value(Settings.model_fields[name], value) for name, value in flags.items() if value}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise ValueError("; ".join(_said(problem) for problem in error.errors())) from error
+
+
+def table() -> str:
+    """Every setting as a row of Markdown."""
+    rows = ["| flag | default | what it is |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        rows.append(f"| `{flag(name)}` | {_default(field)} | {field.description} |")
+    return "\n".join(rows)
+
+
+def with_table(document: str) -> str:
+    """The document with the table between its two marks brought up to date. Raises ValueError without the marks."""
+    head, start, rest = document.partition(TABLE_START)
+    _, end, tail = rest.partition(TABLE_END)
+    if not (start and end):
+        raise ValueError(f"the document needs the lines {TABLE_START} and {TABLE_END}")
+    return f"{head}{start}\n{table()}\n{end}{tail}"
+
+
+def flag(name: str) -> str:
+    """For example `--inference-port` of `inference_port`."""
+    return "--" + name.replace("_", "-")
+
+
+def human(size: int) -> str:
+    """Bytes as people read them: `6.0 MiB`."""
+    return ByteSize(size).human_readable(separator=" ") if size else "0"
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """All are texts here: pydantic alone says what is valid, for flags, variables and file alike."""
+    many = get_origin(field.annotation) in (list, dict)
+    note = " (repeatable)" if many else f" [{_default(field)}]"
+    option = typer.Option(flag(name), help=f"{field.description}{note}", metavar=_metavar(field), show_default=False)
+    kind: Any = list[str] | None if many else str | None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+
+
+def _metavar(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "|".join(map(str, get_args(field.annotation)))
+    plain = next((kind for kind in get_args(field.annotation) if kind in _KINDS), field.annotation)
+    return _KINDS.get(plain, "TEXT")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, ByteSize):
+        return human(value)
+    return "none" if value in (None, [], {}) else str(value)
+
+
+def _value(field: FieldInfo, given: str | list[str]) -> Any:
+    """A flag's text as pydantic takes it."""
+    if get_origin(field.annotation) is dict:
+        return {key: secret for key, _, secret in (pair.partition("=") for pair in given)}
+    if get_origin(field.annotation) is Literal:  # of which pydantic takes no texts for numbers
+        return next((choice for choice in get_args(field.annotation) if str(choice) == given), given)
+    return given
+
+
+def _said(problem: Any) -> str:
+    """One of pydantic's findings, with every place where the setting may have come from."""
+    name = str(problem["loc"][0])
+    if name not in Settings.model_fields:
+        return f"{TOML_FILE}: there is no setting {name!r}"
+    where = f"{flag(name)} (or FLEETCAST_{name.upper()}, or {name} in {TOML_FILE})"
+    if problem["type"] == "missing":
+        return f"{where} is required: {Settings.model_fields[name].description}"
+    shown = "" if name == _SECRET else f", not {problem['input']!r}"
+    return f"{where}: {problem['msg']}{shown}"

@@ -1,0 +1,149 @@
+"""Archives at the desk: packed, looked into, and proved with the very pieces that load them in a worker. No server."""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from model_store.archive import Archive, Limits, open_archive, read_tensors
+from model_store.errors import ArchiveInvalid
+from model_store.manifest import Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
+from model_store.names import ModelName, parse_model_name
+from model_store.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive
+from model_store.sources import Source, open_source
+from model_store.store import ModelStore
+from server.bank import ALIGN_BYTES, Pool
+from server.engine import Engine
+from server.loader import Built, Loader, RowModel, prove
+from server.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one archive is or will be: a store and the archive's name in it."""
+
+    source: Source
+    name: ModelName
+    limits: Limits
+
+    def archive(self) -> tuple[Archive, bytes]:
+        """Opened, and its bytes. Raises LoadError."""
+        fetched = self.source.get(self.name)
+        assert fetched is not None, "only a conditional GET is answered `not modified`"
+        return open_archive(fetched.data, self.name, self.limits), fetched.data
+
+
+def split(where: str) -> tuple[str, ModelName]:
+    """A path or URL of one archive -> the store it is in, and its name there. Raises InvalidModelName."""
+    if "://" in where:
+        store, _, name = where.rpartition("/")
+    else:
+        path = Path(where).expanduser().resolve()
+        store, name = str(path.parent), path.name
+    return store, parse_model_name(name)
+
+
+def place(settings: Settings, name: ModelName) -> Place:
+    """The archive `name` of the settings' store. Raises InvalidStoreUrl, StoreDenied."""
+    source = open_source(
+        settings.store,
+        timeout_s=settings.store_timeout_s,
+        retries=settings.store_retries,
+        profile=settings.s3_profile,
+        endpoint_url=settings.s3_endpoint_url,
+        region=settings.s3_region,
+        max_archive_bytes=int(settings.max_archive_bytes),
+    )
+    limits = Limits(
+        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
+    )
+    return Place(source, name, limits)
+
+
+def proved(where: Place) -> str:
+    """Everything a load does, the golden sample included. What was proved, in words. Raises LoadError."""
+    built = Loader(ModelStore(where.source, None, where.limits), "cpu", 1).build(where.name)
+    _prove_row(built)
+    what = built.body.family.key if isinstance(built.body, RowModel) else "onnx"
+    golden = "golden sample reproduced" if built.golden else "no golden sample"
+    return f"{what}, {built.charge} bytes in memory, {golden}"
+
+
+def _prove_row(built: Built) -> None:
+    """The golden sample of a row, as `server.steps` runs it; that of a single was run by the loader."""
+    body, row, golden = built.body, built.row, built.golden
+    if golden is None or row is None or not isinstance(body, RowModel):
+        return
+    engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), max_rows=1)  # a probe needs no room in the pool
+    prove(built.model, golden, body.codec, lambda call: engine.probe(body.family, row, call.rows))
+
+
+def proved_bytes(packed: bytes, name: ModelName, limits: Limits) -> str:
+    """`proved` for an archive that is in no store yet."""
+    with tempfile.TemporaryDirectory(prefix="fleetcast-") as folder:
+        source = open_source(folder)
+        source.put(name, packed)
+        return proved(Place(source, name, limits))
+
+
+def pack(spec: Spec, weights: Path, golden: Path | None, *, model_name: str, model_version: str) -> bytes:
+    """The archive of `spec` and the file of its numbers. Raises ArchiveInvalid, OSError."""
+    members = {spec.weights.file: weights.read_bytes()}
+    if golden is not None:
+        sample: GoldenSample = parse_golden(golden.read_bytes(), str(golden))
+        spec = msgspec.structs.replace(spec, golden=GOLDEN_FILE)
+        members[GOLDEN_FILE] = msgspec.json.encode(sample)
+    return pack_archive(spec, members, model_name=model_name, model_version=model_version)
+
+
+def forecaster_spec(architecture: str, config: str, forecast: Path | None, description: str) -> Spec:
+    """`config` is JSON, or the path of a file of it. Raises ArchiveInvalid that names the flag or file, OSError."""
+    raw = config.encode() if config.lstrip().startswith("{") else Path(config).read_bytes()
+    fields = _decoded(raw, dict[str, int | float | str | bool | list[int]], "--config")
+    found = None if forecast is None else _decoded(forecast.read_bytes(), Forecast, str(forecast))
+    weights = Weights(file=WEIGHTS_FILE)
+    return Spec(
+        kind=Kind.FORECASTER,
+        weights=weights,
+        architecture=architecture,
+        config=fields,
+        forecast=found,
+        description=description,
+    )
+
+
+def onnx_spec(description: str) -> Spec:
+    """Of an ONNX archive."""
+    return Spec(kind=Kind.ONNX, weights=Weights(file=ONNX_FILE), description=description)
+
+
+def described(archive: Archive, data: bytes) -> dict[str, Any]:
+    """What `fleetcast inspect` tells, as plain JSON values. Raises ArchiveInvalid for tensors that cannot be read."""
+    spec = archive.spec
+    found: dict[str, Any] = {
+        "archive": archive.name,
+        "kind": str(archive.kind),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "members": {name: archive.container.members[name].size for name in archive.members},
+    }
+    if archive.mar is not None:
+        found["manifest"] = msgspec.to_builtins(archive.mar)
+    if spec is not None:
+        found["spec"] = json.loads(msgspec.json.encode(spec))
+        found["golden"] = archive.golden() is not None
+    if archive.kind is Kind.FORECASTER:
+        found["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
+    return found
+
+
+def _decoded(raw: bytes, kind: Any, where: str) -> Any:
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ArchiveInvalid(f"{where}: {error}") from error

@@ -1,0 +1,141 @@
+"""What is counted, and what is left of it when processes come and go."""
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.metrics import FrontMetrics, HostMetrics, Merged, WorkerMetrics
+
+
+def scrape(merged: Merged) -> dict[str, float]:
+    """What Prometheus reads: series as text -> value, through a real exposition."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(merged)
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return {
+        f"{sample.name}{{{','.join(f'{k}={v}' for k, v in sorted(sample.labels.items()))}}}": sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+HITS = "fleetcast_model_cache_requests_total{device=cpu,result=hit,worker=0}"
+GONE = "fleetcast_model_evictions_total{device=cpu,reason=budget,tier=device,worker=0}"
+
+
+def evict(worker: WorkerMetrics) -> None:
+    """Count one."""
+    worker.labelled(worker.evictions, tier="device", reason="budget").inc()
+
+
+def test_equal_series_of_two_fronts_are_summed() -> None:
+    """Fronts have no label of their own: counters and all histogram buckets are the sum; different codes stay apart."""
+    merged = Merged()
+    for process, codes in (("front-0", [200, 200, 503]), ("front-1", [200])):
+        front = FrontMetrics()
+        for code in codes:
+            front.answered("sagemaker", code, 0.002)
+        merged.update(process, front.text())
+    seen = scrape(merged)
+    assert seen["fleetcast_inference_requests_total{code=200,protocol=sagemaker}"] == 3
+    assert seen["fleetcast_inference_requests_total{code=503,protocol=sagemaker}"] == 1
+    assert seen["fleetcast_inference_request_seconds_count{protocol=sagemaker}"] == 4
+    assert seen["fleetcast_inference_request_seconds_bucket{le=0.001,protocol=sagemaker}"] == 0
+    assert seen["fleetcast_inference_request_seconds_bucket{le=0.0025,protocol=sagemaker}"] == 4
+    assert seen["fleetcast_inference_request_seconds_bucket{le=+Inf,protocol=sagemaker}"] == 4
+
+
+def test_tiers_of_workers_and_host_share_a_family() -> None:
+    """The disk's bytes come from the supervisor, the device's from a worker: one family, one series each."""
+    worker, host, merged = WorkerMetrics(0, "cpu"), HostMetrics(), Merged()
+    worker.bytes.set(10)
+    host.disk_bytes.set(20)
+    merged.update("worker-0", worker.text())
+    merged.update("host", host.text())
+    seen = scrape(merged)
+    assert seen["fleetcast_model_cache_bytes{device=cpu,tier=device,worker=0}"] == 10
+    assert seen["fleetcast_model_cache_bytes{tier=disk}"] == 20
+
+
+def test_a_scrape_replaces_the_last_one() -> None:
+    """The same process seen twice counts once."""
+    worker, merged = WorkerMetrics(0, "cpu"), Merged()
+    for _ in range(2):
+        worker.hits.inc()
+        merged.update("worker-0", worker.text())
+    assert scrape(merged)[HITS] == 2
+
+
+def test_counters_of_the_dead_go_on_and_gauges_vanish() -> None:
+    """A restarted worker adds to what its predecessors counted, life after life; what they held is gone with them."""
+    merged, counts = Merged(), []
+    for life in range(3):
+        worker = WorkerMetrics(0, "cpu")
+        worker.hits.inc(10)
+        worker.bytes.set(100)
+        worker.queue.observe(0.002)
+        merged.update(f"worker-0.{life}", worker.text())
+        counts.append(scrape(merged)[HITS])
+        assert scrape(merged)["fleetcast_model_cache_bytes{device=cpu,tier=device,worker=0}"] == 100
+        merged.buried(f"worker-0.{life}")
+        counts.append(scrape(merged)[HITS])
+    assert counts == [10, 10, 20, 20, 30, 30]
+    seen = scrape(merged)
+    assert not any(series.startswith(("fleetcast_model_cache_bytes", "fleetcast_loaded_models")) for series in seen)
+    assert seen["fleetcast_inference_queue_seconds_count{device=cpu,worker=0}"] == 3
+    assert seen["fleetcast_inference_queue_seconds_bucket{device=cpu,le=0.0025,worker=0}"] == 3
+
+
+def test_a_series_its_successor_has_not_counted_yet_stays() -> None:
+    """Evictions and failures have no series before the first one: the dead worker's must not disappear until then."""
+    old, new, merged = WorkerMetrics(0, "cpu"), WorkerMetrics(0, "cpu"), Merged()
+    evict(old)
+    merged.update("old", old.text())
+    merged.buried("old")
+    merged.update("new", new.text())
+    assert scrape(merged)[GONE] == 1
+    evict(new)
+    merged.update("new", new.text())
+    assert scrape(merged)[GONE] == 2
+
+
+def test_burying_a_process_that_was_never_scraped_changes_nothing() -> None:
+    """A worker that died at its start has said nothing."""
+    merged = Merged()
+    merged.buried("worker-0")
+    assert scrape(merged) == {}
+
+
+def series_of_models(worker: WorkerMetrics) -> dict[str, float]:
+    """Model -> requests, as exposed."""
+    return {
+        sample.labels["model"]: sample.value
+        for family in text_string_to_metric_families(worker.text())
+        for sample in family.samples
+        if "model" in sample.labels
+    }
+
+
+def test_models_have_series_up_to_the_cap_and_only_while_they_are_here() -> None:
+    """By default none; with a cap the first so many; one that leaves takes its series along and makes room."""
+    silent = WorkerMetrics(0, "cpu")
+    silent.model_request("a")
+    silent.model_gone("a")
+    assert series_of_models(silent) == {}
+    worker = WorkerMetrics(0, "cpu", per_model=2)
+    for model in "aabc":
+        worker.model_request(model)
+    assert series_of_models(worker) == {"a": 2, "b": 1}
+    worker.model_gone("a")
+    worker.model_gone("c")
+    worker.model_request("c", 3)
+    assert series_of_models(worker) == {"b": 1, "c": 3}
+
+
+def test_series_of_single_models_die_with_their_worker() -> None:
+    """A dead worker holds no model, so nothing is left under a model's name."""
+    worker, merged = WorkerMetrics(0, "cpu", per_model=5), Merged()
+    worker.model_request("a")
+    merged.update("worker-0", worker.text())
+    assert any("model=a" in series for series in scrape(merged))
+    merged.buried("worker-0")
+    assert not any("model=a" in series for series in scrape(merged))

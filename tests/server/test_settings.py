@@ -1,0 +1,74 @@
+"""Where a setting comes from, and that children get exactly what the parent has."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from server.settings import MIB, TOML_FILE, Settings
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(**flags: object) -> Settings:
+    """The settings with these flags, and whatever variables and file say."""
+    return Settings.model_validate(flags)
+
+
+def test_flags_win_over_variables_over_the_file_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each source is asked in its turn, setting by setting."""
+    Path(TOML_FILE).write_text('store = "s3://file"\nworkers = 1\nfronts = 2\nthreads = 3\n')
+    monkeypatch.setenv("FLEETCAST_FRONTS", "5")
+    monkeypatch.setenv("FLEETCAST_THREADS", "6")
+    settings = read(threads=7)
+    assert (settings.store, settings.workers, settings.fronts, settings.threads) == ("s3://file", 1, 5, 7)
+    assert settings.inference_port == 8080
+
+
+def test_sizes_take_units_and_lists_and_keys_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What variables look like for the settings that are no plain words."""
+    monkeypatch.setenv("FLEETCAST_SLAB_BYTES", "8MiB")
+    monkeypatch.setenv("FLEETCAST_PIN", '["au/NSW1.mar"]')
+    monkeypatch.setenv("FLEETCAST_ACCESS_KEYS", '{"AKIA": "secret"}')
+    settings = read(store="x")
+    assert (settings.slab_bytes, settings.pin, settings.access_keys) == (8 * MIB, ["au/NSW1.mar"], {"AKIA": "secret"})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"store": "x", "slab_bytes": 1000}, {"store": "x", "inference_port": 70000}, {"store": "x", "workrs": 2}],
+)
+def test_wrong_settings_are_refused(values: dict[str, object]) -> None:
+    """No store, numbers out of range, and names that do not exist."""
+    with pytest.raises(ValidationError):
+        read(**values)
+
+
+def test_a_wrong_name_in_the_file_is_refused() -> None:
+    """A misspelt key does not silently leave the default in place."""
+    Path(TOML_FILE).write_text('store = "x"\nworkrs = 2\n')
+    with pytest.raises(ValidationError, match="workrs"):
+        read()
+
+
+def test_settings_do_not_change() -> None:
+    """One process, one configuration."""
+    settings = read(store="x")
+    with pytest.raises(ValidationError):
+        settings.workers = 3
+
+
+def test_a_child_has_its_parents_settings_whatever_its_own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through JSON and back every value is equal, though the child's variables and file say otherwise."""
+    settings = read(store="s3://a/b", model_cache_bytes="1GiB", pin=["a.mar"], access_keys={"k": "s"})
+    values = json.loads(json.dumps(settings.to_wire()))
+    monkeypatch.setenv("FLEETCAST_STORE", "s3://other")
+    monkeypatch.setenv("FLEETCAST_WORKERS", "9")
+    Path(TOML_FILE).write_text("fronts = 9\n")
+    child = Settings.from_wire(values)
+    assert child.model_dump() == settings.model_dump()
+    assert isinstance(child.disk_cache, Path)
