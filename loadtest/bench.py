@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import rich
 import typer
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -42,6 +43,7 @@ TCN = {**CONFIG, "prediction_length": 24}  # 17,528 parameters
 TCN_100_KB = {**CONFIG, "prediction_length": 24, "channels": 41}
 BODY_DIGITS = 4
 
+CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 
@@ -68,7 +70,7 @@ def warm(pairs: int = 7, seconds: float = 3.0) -> None:
                 runs.setdefault((target.name, connections), []).append(wrk.run(target, connections, seconds))
     results = _warm_results(runs)
     _print_warm(results)
-    rich.print(f"record: {record.save('warm', SEED, before, results)}")
+    CONSOLE.print(f"record: {record.save('warm', SEED, before, results)}")
 
 
 @app.command()
@@ -107,8 +109,8 @@ def cold(models: int = 40) -> None:
         found = results[key]
         assert isinstance(found, dict)
         table.add_row(key, *(f"{found[k]:.2f}" for k in ("median", "min", "max")))
-    rich.print(table, f"store requests per first answer: {asked / len(first):.2f}")
-    rich.print(f"record: {record.save('cold', SEED, before, results)}")
+    CONSOLE.print(table, f"store requests per first answer: {asked / len(first):.2f}")
+    CONSOLE.print(f"record: {record.save('cold', SEED, before, results)}")
 
 
 @app.command()
@@ -143,8 +145,8 @@ def memory(models: int = 2000, step: int = 500) -> None:
     table = Table("resident models", "worker PSS, MB")
     for count, size in sizes:
         table.add_row(str(count), f"{size / 1e6:.1f}")
-    rich.print(table, f"{per_model / 1e6:.4f} MB per extra model of {family.row_floats * 4 / 1e6:.3f} MB of weights")
-    rich.print(f"record: {record.save('memory', SEED, before, results)}")
+    CONSOLE.print(table, f"{per_model / 1e6:.4f} MB per extra model of {family.row_floats * 4 / 1e6:.3f} MB of weights")
+    CONSOLE.print(f"record: {record.save('memory', SEED, before, results)}")
 
 
 @app.command(name="all")
@@ -237,7 +239,7 @@ def _warm_results(runs: dict[tuple[str, int], list[wrk.Result]]) -> dict[str, An
 
 
 def _print_warm(results: dict[str, Any]) -> None:
-    table = Table("connections", "", "requests/s (min-max)", "p50 ms", "p99 ms", "x plain (min-max)", "p50 / plain")
+    table = Table("connections", "", "requests/s", "p50 ms", "p99 ms", "requests/s / plain", "p50 / plain")
     for connections, row in results.items():
         for name in ("plain", "fleetcast", "fleetcast npy"):
             rate, ratio = row[name]["requests_per_s"], row.get(f"{name} / plain")
@@ -250,7 +252,7 @@ def _print_warm(results: dict[str, Any]) -> None:
                 "" if ratio is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratio["requests_per_s"]),
                 "" if ratio is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratio["p50"]),
             )
-    rich.print(table)
+    CONSOLE.print(table)
 
 
 if __name__ == "__main__":

@@ -30,4 +30,4 @@ def moto_server(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
             endpoint = f"http://127.0.0.1:{port}"
             keys = {"aws_access_key_id": "bench", "aws_secret_access_key": "bench", "region_name": "us-east-1"}
             boto3.client("s3", endpoint_url=endpoint, **keys).create_bucket(Bucket="bench")
-            yield endpoint, lambda: re.findall(r'"GET [^"]*\.mar', log.read_text())
+            yield endpoint, lambda: re.findall(r"GET \S+\.mar", log.read_text())
