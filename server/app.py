@@ -106,20 +106,10 @@ class App:
     ) -> int:
         if scope["method"] != "POST":
             raise Refused(Situation.BAD_METHOD, f"invocations are POSTed, not {scope['method']}")
-        model = self._model(headers.get(b"x-amzn-sagemaker-target-model"))
-        deadline = time.monotonic() + self._timeout(headers.get(b"x-request-timeout-ms"))
-        body = await self._body(headers.get(b"content-length"), receive)
-        if self._signatures is not None:
-            self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
-        self._held += len(body)
         try:
-            if self._held > self._settings.max_inflight_bytes:
-                raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
-            content_type = _header(headers, b"content-type")
-            accept = _header(headers, b"accept")
-            link, call, response = await self._call(model, content_type, accept, deadline, body, receive)
-        finally:
-            self._held -= len(body)
+            link, call, response = await self._ask(scope, headers, receive)
+        except asyncio.CancelledError:  # uvicorn's, when `drain_s` is over
+            raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
         if response.situation:
             body = response.body + b"".join([part async for part in link.rest(call)])
             detail = msgspec.json.decode(body, type=Detail)
@@ -127,6 +117,24 @@ class App:
             return await self._refuse(send, refused, extra + _story(response))
         await self._stream(send, link, call, response, extra)
         return 200
+
+    async def _ask(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive
+    ) -> tuple[Link, Call, wire.Response]:
+        """The request, checked and sent to a worker; its response."""
+        model = self._model(headers.get(b"x-amzn-sagemaker-target-model"))
+        deadline = time.monotonic() + self._timeout(headers.get(b"x-request-timeout-ms"))
+        content_type, accept = _header(headers, b"content-type"), _header(headers, b"accept")
+        body = await self._body(headers.get(b"content-length"), receive)
+        if self._signatures is not None:
+            self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
+        self._held += len(body)
+        try:
+            if self._held > self._settings.max_inflight_bytes:
+                raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
+            return await self._call(model, content_type, accept, deadline, body, receive)
+        finally:
+            self._held -= len(body)
 
     # --- the call ---------------------------------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
         cores = ",".join(map(str, plan.cores))
-        yield f"worker {plan.index}", f"{plan.device}, cores {cores}, {threads}, {human(plan.budget_bytes)} of models"
+        yield f"worker {plan.index}", f"{plan.device}, cores {cores}, {threads}, {human(plan.budget_bytes)} for models"
     if settings.model_cache_bytes:
         origin = "as model_cache_bytes says"
     else:

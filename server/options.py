@@ -3,11 +3,13 @@
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tomllib import TOMLDecodeError
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import SettingsError
 
 from server.settings import TOML_FILE, Settings
 
@@ -32,9 +34,13 @@ def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 def settings_from(flags: Mapping[str, Any]) -> Settings:
     """The settings: flags, then variables, file and defaults. Raises ValueError of one line that names every flag."""
-    given = {name: _value(Settings.model_fields[name], value) for name, value in flags.items() if value}
+    given = {name: _value(name, value) for name, value in flags.items() if value}
     try:
         return Settings(**given)
+    except TOMLDecodeError as error:
+        raise ValueError(f"{TOML_FILE}: {error}") from error
+    except SettingsError as error:
+        raise ValueError(f"{error}; in a variable a list is JSON, such as '[\"au/nsw1.mar\"]'") from error
     except ValidationError as error:
         raise ValueError("; ".join(_said(problem) for problem in error.errors())) from error
 
@@ -91,9 +97,12 @@ def _default(field: FieldInfo) -> str:
     return "none" if value in (None, [], {}) else str(value)
 
 
-def _value(field: FieldInfo, given: str | list[str]) -> Any:
+def _value(name: str, given: str | list[str]) -> Any:
     """A flag's text as pydantic takes it."""
+    field = Settings.model_fields[name]
     if get_origin(field.annotation) is dict:
+        if not all(pair.partition("=")[2] for pair in given):
+            raise ValueError(f"{flag(name)} takes KEY=SECRET")
         return {key: secret for key, _, secret in (pair.partition("=") for pair in given)}
     if get_origin(field.annotation) is Literal:  # of which pydantic takes no texts for numbers
         return next((choice for choice in get_args(field.annotation) if str(choice) == given), given)
