@@ -1,0 +1,34 @@
+# Fleetcast for CPUs. Built from the repository's root:
+#   docker build -f docker/cpu.Dockerfile -t fleetcast:0.1.0 .
+# Add --build-arg TORCH_INDEX=URL with PyTorch's index of CPU wheels for an image without the CUDA libraries.
+# Run: docker run -p 8080:8080 -p 127.0.0.1:8081:8081 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0 serve
+
+FROM python:3.11.14-slim-bookworm AS build
+ARG TORCH_INDEX=""
+RUN python -m venv /opt/fleetcast && \
+    /opt/fleetcast/bin/pip install --no-cache-dir torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY server server
+COPY handlers handlers
+COPY model_store model_store
+COPY loadtest loadtest
+RUN /opt/fleetcast/bin/pip install --no-cache-dir '.[cpu]'
+
+FROM python:3.11.14-slim-bookworm
+RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
+    install -d -o fleetcast /var/lib/fleetcast/cache
+COPY --from=build /opt/fleetcast /opt/fleetcast
+USER 10001
+WORKDIR /var/lib/fleetcast
+# Inside a container the listeners must be reachable from outside it; what is published is decided by `docker run -p`.
+ENV PATH=/opt/fleetcast/bin:$PATH \
+    FLEETCAST_HOST=0.0.0.0 \
+    FLEETCAST_DISK_CACHE=/var/lib/fleetcast/cache
+VOLUME /var/lib/fleetcast/cache
+EXPOSE 8080 8081 8082
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ready', timeout=2)"]
+ENTRYPOINT ["fleetcast"]
+CMD ["serve"]

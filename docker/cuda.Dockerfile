@@ -1,0 +1,35 @@
+# Fleetcast for NVIDIA GPUs. Built from the repository's root:
+#   docker build -f docker/cuda.Dockerfile -t fleetcast:0.1.0-cuda .
+# The CUDA libraries come with the wheels of torch and onnxruntime-gpu; the host needs the NVIDIA container toolkit.
+# Run: docker run --gpus all -p 8080:8080 -p 127.0.0.1:8081:8081 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0-cuda serve
+
+FROM python:3.11.14-slim-bookworm AS build
+RUN python -m venv /opt/fleetcast && \
+    /opt/fleetcast/bin/pip install --no-cache-dir torch==2.13.0
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY server server
+COPY handlers handlers
+COPY model_store model_store
+COPY loadtest loadtest
+RUN /opt/fleetcast/bin/pip install --no-cache-dir '.[cuda]'
+
+FROM python:3.11.14-slim-bookworm
+RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
+    install -d -o fleetcast /var/lib/fleetcast/cache
+COPY --from=build /opt/fleetcast /opt/fleetcast
+USER 10001
+WORKDIR /var/lib/fleetcast
+# Inside a container the listeners must be reachable from outside it; what is published is decided by `docker run -p`.
+ENV PATH=/opt/fleetcast/bin:$PATH \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    FLEETCAST_HOST=0.0.0.0 \
+    FLEETCAST_DISK_CACHE=/var/lib/fleetcast/cache
+VOLUME /var/lib/fleetcast/cache
+EXPOSE 8080 8081 8082
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ready', timeout=2)"]
+ENTRYPOINT ["fleetcast"]
+CMD ["serve"]
