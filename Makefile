@@ -2,7 +2,8 @@
 # VENV=/path uses an environment that you keep yourself, as it is. ARGS=... goes to the command of `run` and `bench`.
 
 VENV = .venv
-PYTHON3 ?= $(firstword $(foreach v,python3.12 python3.11 python3,$(shell command -v $v)))
+FITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON3 ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 TORCH = torch==2.13.0
@@ -20,8 +21,9 @@ help: ## what can be done
 venv: $(READY) ## the environment .venv, made once and again when pyproject.toml changes
 
 $(STAMP): pyproject.toml
-	@[ -n "$(PYTHON3)" ] && $(PYTHON3) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
-	  { echo "Python 3.11 or 3.12 is needed (apt-get install python3.11 python3.11-venv, or pyenv); PYTHON3=... names one"; exit 1; }
+	@[ -n "$(PYTHON3)" ] && $(PYTHON3) -c '$(FITS)' || { \
+	  echo "Python 3.11 or 3.12 is needed: apt-get install python3.11 python3.11-venv, or pyenv; PYTHON3=... names one"; \
+	  exit 1; }
 	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON3) has no venv module: apt-get install python3-venv (or python3.11-venv)"; exit 1; }
 	$(PYTHON3) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """Training windows: many series in network numbers on one time axis, cut where a forecast could start. Torch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from handlers.recipe import naive_lag, rows
 from handlers.series import Series, SeriesInvalid
 from model_store.manifest import Forecast
 
-FORWARD_ROWS = 16_384  #: of one forward on the holdout, all models together
+FORWARD_ROWS = 512  #: windows in one forward: its scratch of some MiB stays in the caches
 
 
 class Windows:
@@ -51,18 +51,27 @@ class Windows:
     def __repr__(self) -> str:
         return f"<Windows of {len(self)} series, to train {self.train}, held out {self.holdout}>"
 
-    def at(self, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps to forecast from [M, B] -> x [M, B, reach, channels], y [M, B, horizon]."""
-        models, length, channels = self._inputs.shape
-        first = starts - self.lag - self.reach + length * torch.arange(models)[:, None]
-        places = first[..., None] + torch.arange(self.reach)
-        x = self._inputs.view(-1, channels).index_select(0, places.flatten()).view(*places.shape, channels)
-        y = self._targets.gather(1, (starts[..., None] + torch.arange(self.horizon)).flatten(1))
-        return x, y.view(*starts.shape, self.horizon)
+    def slices(self, count: int, threads: int) -> list[slice]:
+        """The models in groups whose `count` windows each one forward takes, at least a group a thread."""
+        size = min(max(1, FORWARD_ROWS // count), -(-len(self) // threads))
+        return [slice(at, at + size) for at in range(0, len(self), size)]
 
-    def held_out(self, count: int) -> Iterator[torch.Tensor]:
-        """Up to `count` evenly spaced windows of the holdout: starts [M, B], in parts that one forward takes."""
+    def cut(self, starts: torch.Tensor, models: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps to forecast from [M, B] -> of some models x [m, B, reach, channels] and y [m, B, horizon]."""
+        inputs, targets, some = self._inputs[models], self._targets[models], starts[models]
+        count, length, channels = inputs.shape
+        first = some - self.lag - self.reach + length * torch.arange(count)[:, None]
+        places = first[..., None] + torch.arange(self.reach)
+        ahead = some[..., None] + torch.arange(self.horizon)
+        x = inputs.reshape(-1, channels).index_select(0, places.flatten()).view(*places.shape, channels)
+        return x, targets.gather(1, ahead.flatten(1)).view_as(ahead)
+
+    def drawn(self, count: int, random: torch.Generator) -> torch.Tensor:
+        """Random windows of the training part [M, count]."""
+        first, last = self.train
+        return torch.randint(first, last + 1, (len(self), count), generator=random)
+
+    def held_out(self, count: int) -> torch.Tensor:
+        """Up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""
         start, end = self.holdout
-        starts = torch.linspace(start, end, min(count, end - start + 1)).long()
-        for part in torch.split(starts, max(1, FORWARD_ROWS // len(self))):
-            yield part.expand(len(self), -1)
+        return torch.linspace(start, end, min(count, end - start + 1)).long().expand(len(self), -1)

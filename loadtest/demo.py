@@ -31,7 +31,7 @@ CONNECTIONS = 8
 SHOWN_HOURS = (0, 3, 6, 9, 12, 15, 18, 21, 23)
 UNKNOWN_KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
@@ -71,7 +71,7 @@ def main(
 
 
 def _say(number: str, text: str) -> None:
-    console.print(f"\n[bold]{number}. {text}[/]", soft_wrap=True)
+    console.print(f"\n[bold]{number}. {text}[/]")
 
 
 def _fleet(models: int) -> list[ModelName]:
@@ -99,9 +99,7 @@ def _forecast(server: LocalServer, model: ModelName) -> None:
         answer = json.loads(reply["Body"].read())
         seconds = time.perf_counter() - started
         headers = reply["ResponseMetadata"]["HTTPHeaders"]
-        console.print(
-            f"   {headers['x-fleetcast-cache']:<4} {seconds * 1e3:6.1f} ms  server: {headers['server-timing']}"
-        )
+        console.print(f"   {headers['x-fleetcast-cache']:<4} {seconds * 1e3:6.1f} ms, {headers['server-timing']}")
     console.print(_forecast_table(answer["predictions"][0]))
 
 
@@ -191,7 +189,7 @@ curl -i -H "X-Amzn-SageMaker-Target-Model: {model}" -H "Content-Type: applicatio
 curl "{server.management}/fleet/models?limit=3"
 curl {server.metrics}/metrics
 """
-    console.print(lines, markup=False, soft_wrap=True)
+    console.print(lines, markup=False)
 
 
 if __name__ == "__main__":

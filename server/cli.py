@@ -212,42 +212,9 @@ def inspect(
         print(json.dumps(found, indent=1))  # noqa: T201
         return
     rows = Table("", "", show_header=False, box=None, pad_edge=False)
-    for label, text in _rows(found):
+    for label, text in workshop.lines(found):
         rows.add_row(f"[bold]{label}[/]", text)
     rich.print(rows)
-
-
-def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The description of `workshop.described`, a label and a text a line."""
-    spec = found.get("spec", {})
-    yield "archive", f"{found['archive']}, {human(found['bytes'])}"
-    yield "sha256", found["sha256"]
-    yield "kind", f"{found['kind']} {spec.get('architecture', '')}"
-    if "manifest" in found:
-        model = found["manifest"]["model"]
-        yield "manifest", f"{model['modelName']} {model['modelVersion']}, handler {model['handler']}"
-    if spec.get("description"):
-        yield "description", spec["description"]
-    if spec.get("config"):
-        yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
-    forecast = spec.get("forecast")
-    if forecast:
-        levels = " ".join(map(str, forecast["quantile_levels"]))
-        lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
-        yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
-        for i, channel in enumerate(forecast["inputs"]):
-            yield f"channel {i}", _channel(channel)
-    if spec:
-        yield "golden", "a sample, checked at every load" if found["golden"] else "none"
-    for name, size in found["members"].items():
-        yield "member", f"{name}, {human(size)}"
-    for name, shape in found.get("tensors", {}).items():
-        yield "tensor", f"{name} {shape}"
-
-
-def _channel(channel: dict[str, Any]) -> str:
-    moved = [f"{key} {channel[key]}" for key in ("lag", "shift", "index") if channel[key]]
-    return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])
 
 
 @app.command(short_help="Prove that archives would load.")

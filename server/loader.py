@@ -99,9 +99,11 @@ class Loader:
             if golden is not None and isinstance(body, SingleModel):
                 single = body.single
                 prove(model, golden, body.codec, lambda call: single.run(call.feeds))
-        except LoadError:
+        except LoadError as error:
             self._store.forget(model)
-            raise
+            if str(error).startswith(model):
+                raise
+            raise type(error)(f"{model}: {error}") from error  # networks and codecs do not know whose they are
         return Built(model, found.version, found.tier, found.store_s, body, row, golden)
 
     def forget(self, model: ModelName) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from model_store.store import ModelStore
 from server.bank import ALIGN_BYTES, Pool
 from server.engine import Engine
 from server.loader import Built, Loader, RowModel, prove
+from server.options import human
 from server.settings import Settings
 
 
@@ -140,6 +142,39 @@ def described(archive: Archive, data: bytes) -> dict[str, Any]:
     if archive.kind is Kind.FORECASTER:
         found["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
     return found
+
+
+def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `described` found for people, a label and a text a line."""
+    spec = found.get("spec", {})
+    yield "archive", f"{found['archive']}, {human(found['bytes'])}"
+    yield "sha256", found["sha256"]
+    yield "kind", f"{found['kind']} {spec.get('architecture', '')}"
+    if "manifest" in found:
+        model = found["manifest"]["model"]
+        yield "manifest", f"{model['modelName']} {model['modelVersion']}, handler {model['handler']}"
+    if spec.get("description"):
+        yield "description", spec["description"]
+    if spec.get("config"):
+        yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
+    forecast = spec.get("forecast")
+    if forecast:
+        levels = " ".join(map(str, forecast["quantile_levels"]))
+        lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
+        yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
+        for i, channel in enumerate(forecast["inputs"]):
+            yield f"channel {i}", _channel(channel)
+    if spec:
+        yield "golden", "a sample, checked at every load" if found["golden"] else "none"
+    for name, size in found["members"].items():
+        yield "member", f"{name}, {human(size)}"
+    for name, shape in found.get("tensors", {}).items():
+        yield "tensor", f"{name} {shape}"
+
+
+def _channel(channel: dict[str, Any]) -> str:
+    moved = [f"{key} {channel[key]}" for key in ("lag", "shift", "index") if channel[key]]
+    return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])
 
 
 def _decoded(raw: bytes, kind: Any, where: str) -> Any:

@@ -1,0 +1,378 @@
+"""A real Fleetcast for end-to-end tests: `fleetcast serve` in processes of its own, and what a test asks of it.
+
+However a test ends, the server ends: by SIGTERM, with exit code 0, and leaving no process behind.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import boto3
+import httpx
+from botocore.config import Config
+from botocore.exceptions import ClientError
+from prometheus_client.parser import text_string_to_metric_families
+
+import server as package
+from tests.e2e.models import Model, Question
+from tests.s3 import S3Server
+
+T = TypeVar("T")
+
+ROOT = Path(package.__file__).parent.parent
+START_LIMIT_S = 30.0
+STOP_LIMIT_S = 20.0
+ORPHAN_LIMIT_S = 5.0
+POLL_S = 0.02
+SHOWN_LOG = 8000
+OWN_VARIABLES = ("AWS_", "XDG_", "FLEETCAST_")
+PROMTOOL = shutil.which("promtool")
+MARK = "E2E_SERVER"  #: variable that every process of one server inherits, whoever is its parent by now
+
+
+def wait_until(predicate: Callable[[], T], timeout_s: float, what: str) -> T:
+    """The predicate's first true value. Raises AssertionError that says what never happened."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = predicate()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what} (last: {value!r})"
+        time.sleep(POLL_S)
+
+
+class Answer(NamedTuple):
+    """What boto3 gave: the body, and the headers by lower-case name."""
+
+    body: bytes
+    headers: Mapping[str, str]
+
+    @property
+    def cache(self) -> str:
+        """hit, miss or coalesced."""
+        return self.headers["x-fleetcast-cache"]
+
+    @property
+    def version(self) -> str:
+        """Of the model that answered."""
+        return self.headers["x-fleetcast-model-version"]
+
+
+@dataclass
+class Server:
+    """A running server. `exit_code` is what its supervisor must end with: a test that kills it says so."""
+
+    process: "subprocess.Popen[bytes]"
+    mark: str
+    log: Path
+    addresses: Mapping[str, str]
+    exit_code: int = 0
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60, trust_env=False))
+
+    @property
+    def url(self) -> str:
+        """The inference listener's address."""
+        return self.addresses["inference"]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The same as host and port."""
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    # --- clients ----------------------------------------------------------------------------------------------------
+
+    def client(self, *, retries: bool = False, key: str = "test", secret: str = "testing") -> Any:  # noqa: S107
+        """An unmodified boto3 client; without `retries` every answer is seen as it is."""
+        attempts = {} if retries else {"retries": {"total_max_attempts": 1}}
+        return boto3.client(
+            "sagemaker-runtime",
+            endpoint_url=self.url,
+            region_name="us-east-1",
+            aws_access_key_id=key,
+            aws_secret_access_key=secret,
+            config=Config(connect_timeout=5, read_timeout=60, max_pool_connections=64, **attempts),
+        )
+
+    def ask(self, question: Question, client: Any = None, **arguments: Any) -> Answer:
+        """Ask through boto3 and check the numbers. Raises ClientError for a refusal."""
+        answer = invoke(client or self._client, question.model, question.body, **arguments)
+        question.check(answer.body)
+        return answer
+
+    @property
+    def _client(self) -> Any:
+        found = self.__dict__.get("_shared_client")
+        if found is None:
+            found = self.__dict__["_shared_client"] = self.client()
+        return found
+
+    def post(self, model: str | None, body: bytes = b"{}", headers: Mapping[str, str] | None = None) -> httpx.Response:
+        """One invocation without boto3, to see the answer as it is on the wire."""
+        target = {} if model is None else {"X-Amzn-SageMaker-Target-Model": model.encode()}
+        extra = {name: value.encode() for name, value in (headers or {}).items()}
+        return self.http.post(f"{self.url}/endpoints/fleet/invocations", content=body, headers={**target, **extra})
+
+    # --- management -------------------------------------------------------------------------------------------------
+
+    def fleet(self, verb: str, model: str) -> httpx.Response:
+        """`POST /fleet/{verb}/{model}`."""
+        return self.http.post(f"{self.addresses['management']}/fleet/{verb}/{model}")
+
+    def models(self, **query: str) -> dict[str, Any]:
+        """`GET /fleet/models` by name."""
+        page = self.http.get(f"{self.addresses['management']}/fleet/models", params={"limit": "1000", **query}).json()
+        return {row["model"]: row for row in page["models"]}
+
+    def resident(self) -> set[str]:
+        """Names of the models that some worker holds."""
+        return {
+            name
+            for name, row in self.models().items()
+            if any(holder["state"] in ("ready", "retiring") for holder in row["holders"])
+        }
+
+    def processes(self, kind: str) -> list[dict[str, Any]]:
+        """The fronts or the workers, as the supervisor sees them."""
+        rows = self.http.get(f"{self.addresses['management']}/fleet/processes").json()["processes"]
+        return [row for row in rows if row["kind"] == kind]
+
+    def exposition(self) -> str:
+        """`GET /metrics`."""
+        return self.http.get(f"{self.addresses['metrics']}/metrics").text
+
+    def series(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """Every counter's value (histograms' counts and buckets too), by name and labels."""
+        families = text_string_to_metric_families(self.exposition())
+        counting = (family for family in families if family.type != "gauge")
+        return {(s.name, frozenset(s.labels.items())): s.value for family in counting for s in family.samples}
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        families = text_string_to_metric_families(self.exposition())
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    # --- processes --------------------------------------------------------------------------------------------------
+
+    def survivors(self) -> list[int]:
+        """Processes of this server that still run, whoever is their parent."""
+        needle = f"{MARK}={self.mark}".encode()
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if needle in _environment(pid)]
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_LIMIT_S)
+
+    def said(self) -> str:
+        """The log so far."""
+        return self.log.read_text(errors="replace")
+
+
+def invoke(client: Any, model: str, body: bytes, **arguments: Any) -> Answer:
+    """`invoke_endpoint` as a user calls it."""
+    given = {"ContentType": "application/json", "EndpointName": "fleet", **arguments}
+    reply = client.invoke_endpoint(TargetModel=model, Body=body, **given)
+    with closing(reply["Body"]) as stream:
+        return Answer(stream.read(), reply["ResponseMetadata"]["HTTPHeaders"])
+
+
+def is_answered(server: Server, model: Model) -> bool:
+    """Whether the model serves by now."""
+    try:
+        server.ask(model.question(0))
+    except ClientError:
+        return False
+    return True
+
+
+def request_bytes(question: Question) -> bytes:
+    """The question as HTTP."""
+    head = (
+        "POST /invocations HTTP/1.1\r\nHost: fleet\r\nContent-Type: application/json\r\n"
+        f"X-Amzn-SageMaker-Target-Model: {question.model}\r\nContent-Length: {len(question.body)}\r\n\r\n"
+    )
+    return head.encode() + question.body
+
+
+def lint(exposition: str) -> str:
+    """What `promtool check metrics` has to say against it; empty when all is well."""
+    assert PROMTOOL is not None
+    found = subprocess.run(
+        [PROMTOOL, "check", "metrics"], input=exposition, capture_output=True, text=True, check=False, timeout=20
+    )
+    return f"{found.stdout}{found.stderr}" or (f"exit code {found.returncode}" if found.returncode else "")
+
+
+def upload(s3: S3Server, bucket: str, models: Sequence[Model], prefix: str = "") -> dict[str, str]:
+    """Put the archives into the store, several at a time. Their ETags by name."""
+    with closing(s3.client()) as client, ThreadPoolExecutor(8) as pool:
+        replies = pool.map(
+            lambda model: client.put_object(Bucket=bucket, Key=prefix + model.name, Body=model.data)["ETag"], models
+        )
+        return {model.name: etag.strip('"') for model, etag in zip(models, replies, strict=True)}
+
+
+@contextmanager
+def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
+    """`fleetcast serve` in processes of its own, ready; its caches and home are below `folder`.
+
+    On the way out it ends by SIGTERM; exit code, orphans and tracebacks in the log are checked. The log is printed, so
+    that pytest shows it beside a failure.
+    """
+    mark = uuid.uuid4().hex
+    log, announce = folder / f"{mark}.log", folder / f"{mark}.json"
+    ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
+    defaults = {"workers": 1, "disk_cache": folder / "cache", "store_retries": 1, "drain_s": 10, "log_format": "json"}
+    flags = _flags({"store": store, "announce": announce, **ports, **defaults, **settings})
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "serve", *flags],
+            cwd=folder, env=_child_environment(s3, folder, mark), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+    server = Server(process, mark, log, {})
+    try:
+        server.addresses = _ready(server, announce)
+        yield server
+        if process.poll() is None:
+            server.terminate()
+        assert process.returncode == server.exit_code, f"the supervisor ended with {process.returncode}"
+        wait_until(lambda: not server.survivors(), ORPHAN_LIMIT_S, "no process is left behind")
+        assert "Traceback" not in server.said(), "the server's log has a traceback"
+    finally:
+        server.http.close()
+        for pid in {process.pid, *server.survivors()} if process.poll() is None else server.survivors():
+            _kill(pid)
+        process.wait()
+        sys.stdout.write(f"--- the server's log\n{server.said()[-SHOWN_LOG:]}\n")
+
+
+def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        many = [f"{key}={secret}" for key, secret in value.items()] if isinstance(value, dict) else value
+        for each in many if isinstance(many, list) else [value]:
+            yield from ("--" + name.replace("_", "-"), str(each))
+
+
+def _child_environment(s3: S3Server, folder: Path, mark: str) -> dict[str, str]:
+    home = folder / "home"
+    home.mkdir(exist_ok=True)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
+    return {**plain, **s3.env, "HOME": str(home), "PYTHONPATH": str(ROOT), MARK: mark}
+
+
+def _ready(server: Server, announce: Path) -> Mapping[str, str]:
+    def announced() -> bool:
+        assert server.process.poll() is None, f"the server ended with {server.process.returncode} before it was ready"
+        return announce.exists()
+
+    wait_until(announced, START_LIMIT_S, "the server announces its addresses")
+    found: dict[str, str] = json.loads(announce.read_text())
+    wait_until(lambda: server.http.get(f"{found['inference']}/ready").is_success, START_LIMIT_S, "/ready says yes")
+    return found
+
+
+def _environment(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # gone meanwhile, or another user's; a zombie's is empty
+        return b""
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def open_files(pid: int) -> int:
+    """How many descriptors the process has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def peak_memory(pid: int) -> int:
+    """The most resident bytes the process has had."""
+    status = Path(f"/proc/{pid}/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+class Outcome(NamedTuple):
+    """What became of one request of a `Load`: `problem` is empty for a right answer, else what it was refused with."""
+
+    model: str
+    seconds: float
+    problem: str
+    version: str
+
+
+class Load:
+    """Clients that keep asking until the block ends: `with Load(server, questions) as load`.
+
+    `ask(question, client)` asks and checks; by default the server's own.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        questions: Sequence[Question],
+        *,
+        ask: Callable[[Question, Any], Answer] | None = None,
+        clients: int = 3,
+        pause_s: float = 0.02,
+    ) -> None:
+        self._server, self._questions, self._pause_s = server, questions, pause_s
+        self._check = ask or server.ask
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i, clients)) for i in range(clients)]
+        self.outcomes: list[Outcome] = []
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def more(self, count: int, timeout_s: float = 20.0) -> None:
+        """Wait for `count` further outcomes."""
+        goal = len(self.outcomes) + count
+        wait_until(lambda: len(self.outcomes) >= goal, timeout_s, f"{count} more answers under load")
+
+    def _run(self, first: int, step: int) -> None:
+        client = self._server.client()
+        at = first
+        while not self._stop.wait(self._pause_s):
+            self.outcomes.append(self._ask(client, self._questions[at % len(self._questions)]))
+            at += step
+
+    def _ask(self, client: Any, question: Question) -> Outcome:
+        started = time.perf_counter()
+        problem = version = ""
+        try:
+            version = self._check(question, client).version
+        except ClientError as error:
+            problem = f"{error.response['ResponseMetadata']['HTTPStatusCode']} {error.response['Error']['Code']}"
+        except Exception as error:  # the test judges it
+            problem = repr(error)
+        return Outcome(question.model, time.perf_counter() - started, problem, version)

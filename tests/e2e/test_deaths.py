@@ -1,0 +1,160 @@
+"""Processes that die or are told to: what their clients see, who comes back, and that nobody is left behind."""
+
+import os
+import signal
+import socket
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Serve
+from tests.e2e.models import fleet
+from tests.e2e.server import Load, Server, upload, wait_until
+from tests.s3 import Fault, S3Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+
+TURN_S = 1.0  #: a request is answered or refused within this after its turn
+BACK_S = 20.0
+
+
+def is_up(server: Server, kind: str, index: int, incarnation: int) -> bool:
+    """Whether the child's n-th incarnation is ready."""
+    rows = {row["index"]: row for row in server.processes(kind)}
+    return bool(rows[index]["up"]) and rows[index]["incarnation"] == incarnation
+
+
+def test_a_killed_worker_costs_no_request_and_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
+    """SIGKILL under load: every request is answered right or refused by a typed 503 within a second; no counter falls;
+    the worker is up again, counted as restarted, and its pinned models are back on it."""
+    models = fleet("markets", 24)
+    upload(s3, store, models)
+    questions = [model.question(1) for model in models]
+    with serve(workers=3, fronts=2) as server:
+        for question in questions:
+            server.ask(question)
+        victim, *_ = server.processes("worker")
+        pinned = [name for name, row in server.models().items() if row["holders"][0]["worker"] == victim["index"]][:3]
+        assert pinned, "24 models over three workers"
+        for name in pinned:
+            assert server.fleet("pin", name).json()["pinned"]
+        with Load(server, questions) as load:
+            load.more(60)
+            before = server.series()
+            os.kill(victim["pid"], signal.SIGKILL)
+            first = len(load.outcomes)
+            load.more(30)
+            assert falls(before, during := server.series()) == {}
+            wait_until(partial(is_up, server, "worker", victim["index"], 2), BACK_S, "the worker is back")
+            load.more(60)
+        assert {o.problem for o in load.outcomes} <= {"", "503 ServiceUnavailable"}
+        assert max(o.seconds for o in load.outcomes[first:]) < TURN_S
+        assert falls(during, server.series()) == {}
+        assert server.total("fleetcast_worker_up", worker=str(victim["index"])) == 1
+        assert server.total("fleetcast_worker_restarts_total", worker=str(victim["index"])) == 1
+        wait_until(lambda: all(holds(server, name, victim["index"]) for name in pinned), 5, "pinned models are back")
+
+
+def falls(before: dict[Any, float], after: dict[Any, float]) -> dict[Any, tuple[float, float | None]]:
+    """The series that are smaller than they were, or gone."""
+    return {series: (value, after.get(series)) for series, value in before.items() if after.get(series, -1.0) < value}
+
+
+def holds(server: Server, model: str, worker: int) -> bool:
+    """Whether the worker holds the model, pinned."""
+    holders = server.models()[model]["holders"]
+    return any(row["worker"] == worker and row["state"] == "ready" and row["pinned"] for row in holders)
+
+
+def test_a_worker_that_dies_with_requests_waiting_loses_none(s3: S3Server, store: str, serve: Serve) -> None:
+    """Killed while requests wait for a slow load: another worker is asked, and all of them are answered right."""
+    (model,) = fleet("slow", 1)
+    upload(s3, store, [model])
+    with serve(workers=2, disk_cache_bytes=0) as server, ThreadPoolExecutor(8) as pool:
+        s3.inject(Fault(match=model.name, delay_s=3.0))
+        asked = [pool.submit(server.ask, model.question(i)) for i in range(8)]
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 8, 5, "all requests are waiting")
+        (holder,) = server.models()[model.name]["holders"]
+        victim = server.processes("worker")[holder["worker"]]
+        os.kill(victim["pid"], signal.SIGKILL)
+        answers = [future.result(5) for future in asked]
+        assert sorted(answer.cache for answer in answers) == ["coalesced"] * 7 + ["miss"]
+        wait_until(partial(is_up, server, "worker", holder["worker"], 2), BACK_S, "the worker is back")
+
+
+def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
+    """SIGKILL of one of two fronts: boto3's own retry finds the other one, nobody sees an error, a new one comes up."""
+    models = fleet("front", 4)
+    upload(s3, store, models)
+    with serve(fronts=2) as server:
+        client = server.client(retries=True)
+        for model in models:
+            server.ask(model.question(0), client)
+        before = server.series()
+        victim, other = server.processes("front")
+        os.kill(victim["pid"], signal.SIGKILL)
+        for seed in range(60):
+            server.ask(models[seed % 4].question(seed), client)
+        wait_until(partial(is_up, server, "front", victim["index"], 2), BACK_S, "the front is back")
+        assert server.processes("front")[other["index"]]["pid"] == other["pid"]
+        for seed in range(20):
+            server.ask(models[seed % 4].question(seed), client)
+        assert falls(before, server.series()) == {}
+
+
+def test_a_killed_supervisor_takes_its_children_along(s3: S3Server, store: str, serve: Serve) -> None:
+    """SIGKILL of the supervisor, a load under way: within seconds no process of the server is left."""
+    (model,) = fleet("orphan", 1)
+    upload(s3, store, [model])
+    with serve(workers=2, fronts=2) as server:
+        server.exit_code = -signal.SIGKILL
+        s3.inject(Fault(match=model.name, delay_s=2.0))
+        asking = threading.Thread(target=server.post, args=(model.name, model.question(0).body))
+        asking.start()
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 1, 5, "the load is under way")
+        assert len(server.survivors()) == 5
+        server.process.kill()
+        wait_until(lambda: not server.survivors(), 5, "all children have ended")
+        asking.join()
+
+
+def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: str, serve: Serve) -> None:
+    """SIGTERM with requests under way: all are answered right, new connections are refused meanwhile, idle kept-alive
+    ones are closed, exit code 0 within `drain_s`."""
+    models = fleet("drain", 4)
+    upload(s3, store, models)
+    with serve(workers=2, fronts=2, drain_s=10) as server, ThreadPoolExecutor(16) as pool:
+        s3.inject(Fault(match=f"{store}/", delay_s=3.0, times=4))
+        asked = [pool.submit(server.ask, models[i % 4].question(i)) for i in range(16)]
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 16, 5, "all requests are waiting")
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(partial(refuses, server.address), 2, "new connections are refused")
+        assert unfinished(asked), "the requests outlive the listener"
+        for future in asked:
+            future.result(10)
+        assert server.process.wait(5) == 0
+
+
+def refuses(address: tuple[str, int]) -> bool:
+    """Whether nobody listens there."""
+    try:
+        socket.create_connection(address, timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def unfinished(futures: list[Future[Any]]) -> bool:
+    """Whether some are still under way."""
+    return not all(future.done() for future in futures)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_idle_ends_the_server_at_once(serve: Serve, number: signal.Signals) -> None:
+    """Nothing to drain: exit code 0 well before `drain_s`."""
+    with serve(workers=2, drain_s=30) as server:
+        server.process.send_signal(number)
+        assert server.process.wait(5) == 0
