@@ -13,7 +13,7 @@ import structlog
 import uvloop
 
 from server.app import App
-from server.control import Channel, ControlError
+from server.control import Channel, ChannelClosed, ControlError
 from server.errors import Situation
 from server.link import Link, connect
 from server.listener import Listener, listener
@@ -102,7 +102,10 @@ async def main(control_fd: int, listen_fd: int) -> None:
 
     channel = await Channel.open(socket.socket(fileno=control_fd), handle)
     served = asyncio.create_task(channel.run())
-    hello = await channel.ask("hello", timeout_s=30)
+    try:
+        hello = await channel.ask("hello", timeout_s=30)
+    except ChannelClosed:  # told to stop before it had begun
+        return
     settings = Settings.from_wire(hello["settings"])
     configure_logs(settings.log_level, settings.log_format, front=hello["index"])
     os.sched_setaffinity(0, hello["cores"])

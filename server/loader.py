@@ -16,11 +16,13 @@ from handlers.errors import RequestError, RunFailed
 from handlers.forecasters import family
 from handlers.golden import mismatch
 from handlers.onnx import OnnxModel, Provider
-from model_store.archive import Archive, check_tensors, read_tensors, require_supported
+from model_store.archive import Archive, Limits, check_tensors, read_tensors, require_supported
 from model_store.errors import GoldenMismatch, LoadError
 from model_store.manifest import GoldenSample, Kind
 from model_store.names import ModelName
+from model_store.sources import Source, open_source
 from model_store.store import ModelStore
+from server.settings import Settings
 
 JSON = "application/json"
 
@@ -119,6 +121,23 @@ class Loader:
         tensors = read_tensors(archive)
         check_tensors(tensors, network.parameters, archive.name)
         return RowModel(network, FamilyCodec(network, archive.spec.forecast)), network.row(tensors)
+
+
+def open_store(settings: Settings) -> tuple[Source, Limits]:
+    """The settings' store and the limits of what it may give. Raises InvalidStoreUrl, StoreDenied."""
+    limits = Limits(
+        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
+    )
+    source = open_source(
+        settings.store,
+        timeout_s=settings.store_timeout_s,
+        retries=settings.store_retries,
+        profile=settings.s3_profile,
+        endpoint_url=settings.s3_endpoint_url,
+        region=settings.s3_region,
+        max_archive_bytes=limits.max_archive_bytes,
+    )
+    return source, limits
 
 
 def prove(name: str, golden: GoldenSample, codec: FamilyCodec | SingleCodec, run: Callable[[Any], Any]) -> None:

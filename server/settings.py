@@ -82,6 +82,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least important level logged")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
+    @field_validator("overload_status", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.isdigit() else value  # variables come as text
+
     @field_validator("disk_cache")
     @classmethod
     def _home_is_known(cls, path: Path) -> Path:

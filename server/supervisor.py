@@ -118,6 +118,8 @@ class Supervisor:
     async def stop(self) -> None:
         """Drain: fronts finish what they hold, then workers, then everyone is gone. At most `drain_s` and a little."""
         self._stopping = True
+        if self._listen is not None:
+            self._listen.close()  # as each front does with its own: who comes now is refused, not left waiting
         await self._end(self.fronts, self.settings.drain_s + 2)
         await self._end(self.workers, 2)
         for task in self._tasks:
@@ -142,10 +144,10 @@ class Supervisor:
 
     async def _keep(self, child: Child) -> None:
         """Start the child, and again whenever it ends, each time a little later while it keeps failing."""
-        while True:
+        while not self._stopping:  # asked again after the pause: nobody is started during a drain
             started = time.monotonic()
             await self._run_once(child)
-            if self._stopping:
+            if self._stopping or self.fatal.done():
                 return
             child.failures = 0 if time.monotonic() - started > STABLE_S else child.failures + 1
             first, longest = BACK_OFF_S
@@ -176,7 +178,7 @@ class Supervisor:
             self.fatal.set_result(f"{child.name} ended with code {code} before it was ready, as those before it did")
         child.ready.clear()
         self._merged.buried(child.name)
-        if not self._stopping:
+        if not (self._stopping or self.fatal.done()):
             log.error("ended", child=child.name, code=code)
             self._announce(child)
 

@@ -84,7 +84,7 @@ def train(
 
 
 def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]:
-    """Target -> name in the store. Raises ValueError (InvalidModelName) where a name is not possible, or not its own."""
+    """Target -> name in the store. Raises ValueError (InvalidModelName) for an impossible or a shared name."""
     names = {target: parse_model_name(template.replace("{target}", target)) for target in targets}
     if len(names) < len(targets):
         raise ValueError("--target names a column twice")
@@ -169,10 +169,9 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
         table.add_row(each.name, f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
     rich.print(table)
     forecast = fitted[0].forecast
-    print(  # noqa: T201
-        f"A request brings {forecast.history_length} steps of {forecast.frequency} and gets {forecast.prediction_length}."
-        f"\nfleetcast serve --store {out}"
-    )
+    steps = f"{forecast.history_length} steps of {forecast.frequency}"
+    print(f"a request brings {steps} and gets the next {forecast.prediction_length}; next:")  # noqa: T201
+    print(f"fleetcast serve --store {out}")  # noqa: T201
 
 
 def _moment(text: str) -> datetime:

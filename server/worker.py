@@ -16,19 +16,17 @@ import structlog
 import torch
 import uvloop
 
-from model_store.archive import Limits
 from model_store.disk import DiskTier
 from model_store.errors import LoadError
 from model_store.names import parse_model_name
 from model_store.policy import Cache
-from model_store.sources import open_source
 from model_store.store import ModelStore
 from server import wire
 from server.bank import Pool
-from server.control import Channel, ControlError
+from server.control import Channel, ChannelClosed, ControlError
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
-from server.loader import Loader
+from server.loader import Loader, open_store
 from server.logs import configure_logs
 from server.metrics import WorkerMetrics
 from server.scheduler import Job, Scheduler
@@ -217,18 +215,7 @@ class Worker:
 def build_steps(settings: Settings, plan: dict[str, Any]) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     device = torch.device(plan["torch_device"])
-    limits = Limits(
-        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
-    )
-    source = open_source(
-        settings.store,
-        timeout_s=settings.store_timeout_s,
-        retries=settings.store_retries,
-        profile=settings.s3_profile,
-        endpoint_url=settings.s3_endpoint_url,
-        region=settings.s3_region,
-        max_archive_bytes=int(settings.max_archive_bytes),
-    )
+    source, limits = open_store(settings)
     disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
     store = ModelStore(source, disk, limits, settings.revalidate_s)
     budget = int(plan["budget_bytes"])
@@ -255,7 +242,10 @@ async def main(control_fd: int) -> None:
 
     channel = await Channel.open(socket.socket(fileno=control_fd), handle)
     served = asyncio.create_task(channel.run())
-    hello = await channel.ask("hello", timeout_s=30)
+    try:
+        hello = await channel.ask("hello", timeout_s=30)
+    except ChannelClosed:  # told to stop before it had begun
+        return
     settings, plan = Settings.from_wire(hello["settings"]), hello["plan"]
     configure_logs(settings.log_level, settings.log_format, worker=plan["index"])
     pin_process(plan)

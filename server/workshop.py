@@ -20,7 +20,7 @@ from model_store.sources import Source, open_source
 from model_store.store import ModelStore
 from server.bank import ALIGN_BYTES, Pool
 from server.engine import Engine
-from server.loader import Built, Loader, RowModel, prove
+from server.loader import Built, Loader, RowModel, open_store, prove
 from server.options import human
 from server.settings import Settings
 
@@ -52,18 +52,7 @@ def split(where: str) -> tuple[str, ModelName]:
 
 def place(settings: Settings, name: ModelName) -> Place:
     """The archive `name` of the settings' store. Raises InvalidStoreUrl, StoreDenied."""
-    source = open_source(
-        settings.store,
-        timeout_s=settings.store_timeout_s,
-        retries=settings.store_retries,
-        profile=settings.s3_profile,
-        endpoint_url=settings.s3_endpoint_url,
-        region=settings.s3_region,
-        max_archive_bytes=int(settings.max_archive_bytes),
-    )
-    limits = Limits(
-        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
-    )
+    source, limits = open_store(settings)
     return Place(source, name, limits)
 
 
