@@ -13,7 +13,9 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+import boto3
 import rich
 import torch
 import typer
@@ -148,8 +150,11 @@ def main(
     models: Annotated[int, typer.Option(min=1, max=SEEDS_APART)] = 200,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     architecture: str = "tcn",
+    create_bucket: Annotated[bool, typer.Option(help="make the bucket of an s3:// URL first")] = False,
 ) -> None:
     """Write a fleet of forecaster archives with random weights."""
+    if create_bucket:
+        boto3.client("s3").create_bucket(Bucket=urlsplit(where).netloc)
     names = make_fleet(where, models, seed, architecture)
     rich.print(f"{len(names)} archives in {where}, from {names[0]} to {names[-1]}")
 

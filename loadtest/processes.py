@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def ended(processes: list["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """End processes of ours, whatever happened."""
+def ended(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
+    """End processes of ours, whatever happened; `gently` by SIGTERM, for those that have children of their own."""
     try:
         yield
     finally:
         for process in processes:
-            process.kill()
+            (process.terminate if gently else process.kill)()
             process.wait()
 
 

@@ -1,0 +1,1 @@
+"""Tests of the images and compose files, without a container engine."""

@@ -1,0 +1,130 @@
+"""No container engine is needed here: files are linted, and the commands in them run for real outside containers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from loadtest.processes import ended, free_port, reachable, wait_until
+
+DOCKER = Path(__file__).parents[2] / "docker"
+DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
+BIN = Path(sys.executable).parent
+needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed")
+
+
+def compose() -> dict[str, Any]:
+    """The compose file."""
+    found: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    return found
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dockerfiles_are_clean(path: Path) -> None:
+    """Hadolint finds nothing."""
+    done = subprocess.run([BIN / "hadolint", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_images_run_as_nobody_special_and_copy_what_exists(path: Path) -> None:
+    """Non-root, pinned bases, a healthcheck, `serve` by default, and every copied path is in the repository."""
+    text = path.read_text()
+    assert re.search(r"^USER 10001$", text, re.MULTILINE)
+    assert all(
+        re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+\S*", base) for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    )
+    assert 'ENTRYPOINT ["fleetcast"]' in text
+    assert 'CMD ["serve"]' in text
+    assert "HEALTHCHECK" in text
+    for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
+        for source in line.split()[:-1]:
+            assert (DOCKER.parent / source).exists(), f"{path.name} copies {source}"
+
+
+def test_compose_fits_the_compose_specification() -> None:
+    """The schema of the Compose specification accepts the file."""
+    command = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@needs_prometheus
+def test_prometheus_configuration_is_valid() -> None:
+    """Promtool accepts it."""
+    command = ["promtool", "check", "config", str(DOCKER / "prometheus.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@contextmanager
+def started(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
+    """A service of the compose file as a process."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
+        with ended([process], gently=True):
+            yield
+
+
+@needs_prometheus
+@pytest.mark.e2e
+@pytest.mark.timeout(90)
+def test_the_compose_services_work_together(tmp_path: Path) -> None:
+    """S3 server, fleet maker, server with its healthcheck, and Prometheus run by the file's own commands and
+    environment (host names and ports become loopback ones), and Prometheus ends up seeing the worker.
+    """
+    services = compose()["services"]
+    ports = {name: free_port() for name in ("s3", "inference", "management", "metrics", "prometheus")}
+    endpoint = f"http://127.0.0.1:{ports['s3']}"
+    s3 = [arg.replace("0.0.0.0", "127.0.0.1").replace("5000", str(ports["s3"])) for arg in services["s3"]["command"]]
+    environment = {k: str(v).replace("http://s3:5000", endpoint) for k, v in services["fleet"]["environment"].items()}
+    serving = {k: str(v).replace("http://s3:5000", endpoint) for k, v in services["server"]["environment"].items()}
+    serving |= {f"FLEETCAST_{name.upper()}_PORT": str(ports[name]) for name in ("inference", "management", "metrics")}
+    serving |= {"FLEETCAST_DISK_CACHE": str(tmp_path / "cache"), "FLEETCAST_HOST": "127.0.0.1"}
+    fleet = [sys.executable, *services["fleet"]["entrypoint"][1:], *services["fleet"]["command"]]
+    config = tmp_path / "prometheus.yml"
+    scraped = (DOCKER / "prometheus.yml").read_text().replace("server:8082", f"127.0.0.1:{ports['metrics']}")
+    config.write_text(scraped.replace("5s", "1s"))
+    watch = ["prometheus", *services["prometheus"]["command"], f"--storage.tsdb.path={tmp_path / 'data'}"]
+    watch = [arg.replace("/etc/prometheus/prometheus.yml", str(config)) for arg in watch]
+    watch.append(f"--web.listen-address=127.0.0.1:{ports['prometheus']}")
+    with started([sys.executable, "-m", "moto.server", *s3], {}, tmp_path / "s3.log"):
+        wait_until(lambda: reachable(ports["s3"]))
+        subprocess.run(fleet, env={**os.environ, **environment}, check=True, capture_output=True)
+        entry = [sys.executable, "-m", "server.cli", *services["server"]["command"]]
+        with started(entry, serving, tmp_path / "server.log"), started(watch, {}, tmp_path / "prometheus.log"):
+            check = healthcheck().replace("127.0.0.1:8080", f"127.0.0.1:{ports['inference']}")
+            wait_until(
+                lambda: subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 0
+            )
+            wait_until(lambda: queried(ports["prometheus"], "fleetcast_worker_up") == ["1"])
+
+
+def healthcheck() -> str:
+    """The Python of the image's healthcheck."""
+    line = next(
+        line
+        for line in (DOCKER / "cpu.Dockerfile").read_text().splitlines()
+        if line.strip().startswith('CMD ["python"')
+    )
+    command: list[str] = json.loads(line.strip().removeprefix("CMD "))
+    return command[2]
+
+
+def queried(port: int, query: str) -> list[str]:
+    """The values Prometheus has for a query now."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={query}", timeout=5) as reply:
+            return [row["value"][1] for row in json.load(reply)["data"]["result"]]
+    except OSError:
+        return []
