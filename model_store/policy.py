@@ -3,55 +3,20 @@
 One `Cache` per device share, owned by the worker's step thread. It never touches memory: it says *evict these slots*,
 *move that row*, *copy your row to this offset*, and is told when that has happened. Room is one pool of equal slabs. A
 family holds slabs and a model a row in one of them; a single (an ONNX session) holds plain bytes of the same budget.
-
-A slot is EMPTY, LOADING (room given, numbers on their way), READY, or RETIRING (on its way out: a step in flight may
-still read its numbers, so the room is not free before `retired`).
 """
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from itertools import islice, takewhile
 from math import ceil, inf
 
 from model_store.errors import LoadError
 from model_store.names import ModelName
+from model_store.slots import Bank, Slab, Slot, State, evictable, movable
 
 MAX_FAILURES = 10_000
 NO_ROW = -1
-
-
-class State(StrEnum):
-    """Of a slot. An empty slot is in no table: it only tells a holder of the object that its room is free again."""
-
-    EMPTY = "empty"
-    LOADING = "loading"
-    READY = "ready"
-    RETIRING = "retiring"
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """A model's place. `offset` is the row's first byte in the pool; singles have no row and offset -1."""
-
-    model: ModelName
-    version: str
-    family: str | None
-    charge: int
-    offset: int
-    state: State
-    loaded_at: float
-    used: int = 0
-    used_at: float = 0.0
-    leases: int = 0
-    #: Told to go for good (unload, superseded version): never revived, gone when the last lease ends.
-    condemned: bool = False
-
-    def __repr__(self) -> str:
-        """For example `au/NSW1.mar@v1 ready 2 leases`."""
-        end = " condemned" if self.condemned else ""
-        return f"<{self.model}@{self.version} {self.state} {self.leases} leases{end}>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,63 +70,6 @@ class Load:
 
     started_at: float
     victims: tuple[Slot, ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class Slab:
-    """Rows of one size: the slots by row index, and the indices of the empty rows."""
-
-    rows: dict[int, Slot]
-    holes: set[int]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(slots=True, eq=False)
-class Bank:
-    """The slabs of one family by index; `open` are those with an empty row, `occupied` counts the rows that are not.
-
-    `lru` holds the family's ready, unpinned slots, coldest first. A family without slabs has no bank.
-    """
-
-    family: str
-    row_bytes: int
-    rows_per_slab: int
-    slabs: dict[int, Slab] = field(default_factory=dict)
-    open: set[int] = field(default_factory=set)
-    occupied: int = 0
-    lru: OrderedDict[ModelName, Slot] = field(default_factory=OrderedDict)
-
-    def put(self, slab: int, row: int, slot: Slot) -> None:
-        """An empty row is taken."""
-        room = self.slabs[slab]
-        room.rows[row] = slot
-        room.holes.remove(row)
-        self.occupied += 1
-        if not room.holes:
-            self.open.remove(slab)
-
-    def drop(self, slab: int, row: int) -> None:
-        """A row is empty again; a slab whose last row it was leaves the bank."""
-        room = self.slabs[slab]
-        del room.rows[row]
-        room.holes.add(row)
-        self.occupied -= 1
-        self.open.add(slab)
-        if not room.rows:
-            del self.slabs[slab]
-            self.open.remove(slab)
-
-
-def evictable(slot: Slot) -> bool:
-    """Whether the slot may be asked to go now. (Pinned slots are in no LRU, so nobody asks.)"""
-    return slot.state is State.READY and slot.leases == 0
-
-
-def movable(slab: Slab) -> bool:
-    """Whether all rows may be copied elsewhere: none is being written, none is read by a step for the last time."""
-    return all(slot.state is State.READY for slot in slab.rows.values())
 
 
 class Cache:

@@ -112,7 +112,6 @@ def bind(host: str, port: int, flag: str) -> socket.socket:
         sock.close()
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port with {flag}") from error
     sock.listen(2048)
-    sock.set_inheritable(True)
     return sock
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_store.names import ModelName
-from model_store.policy import Slot
+from model_store.slots import Slot
 from server.wire import CacheResult, Request, Tier
 
 

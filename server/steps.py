@@ -17,7 +17,8 @@ import structlog
 from handlers.errors import RequestError, RunFailed
 from model_store.errors import LoadError, NoRoom
 from model_store.names import ModelName
-from model_store.policy import Cache, Evict, Failure, Moves, Placed, Refuse, Slot, Wait
+from model_store.policy import Cache, Evict, Failure, Moves, Placed, Refuse, Wait
+from model_store.slots import Slot
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
 from server.loader import Builder, Built, RowModel, SingleModel, prove, timed_build
@@ -387,8 +388,9 @@ class StepLoop:
     def _retire(self, slot: Slot) -> None:
         """The slot's room is free: on this thread no step can be reading it."""
         started = time.perf_counter()
-        self._models.pop(slot)
-        self._cache.retired(slot)
+        if not self._cache.retired(slot):
+            return
+        del self._models[slot]
         if slot.model not in self._cache:
             self._metrics.model_gone(slot.model)
         self._metrics.unloading.observe(time.perf_counter() - started)

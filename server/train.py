@@ -45,7 +45,7 @@ def train(
     quantiles: Annotated[str, typer.Option(help="levels to forecast")] = "0.1,0.25,0.5,0.75,0.9",
     scaling: Annotated[Literal["asinh", "linear"], typer.Option(help="after median and quartiles")] = "asinh",
     train_until: Annotated[str, typer.Option(metavar="DATE", help="use only the rows before it")] = "",
-    epochs: Annotated[float, typer.Option(min=0, help="passes over the series at most")] = 20.0,
+    epochs: Annotated[float, typer.Option(min=0, help="passes at most; 0: 20, more for a short series")] = 0.0,
     minutes: Annotated[
         float, typer.Option(min=0, help="end after so long, 0: no limit; if cut not reproducible")
     ] = 0.0,

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from model_store.names import ModelName
-from model_store.policy import Cache, Evict, Failure, Load, Moves, Placed, Placement, Refuse, Slot, State, Wait
+from model_store.policy import Cache, Evict, Failure, Load, Moves, Placed, Placement, Refuse, Wait
+from model_store.slots import Slot, State
 
 SLAB = 1000
 BROKEN = ArchiveInvalid("a test says so")
