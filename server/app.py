@@ -44,7 +44,7 @@ _VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
 
 
 class ClientGone(Exception):
-    """The client closed its connection before it had an answer: there is nobody to tell."""
+    """The connection is over before the answer is: the client left or does not read, or half an answer is all we have."""
 
 
 class App:
@@ -130,8 +130,7 @@ class App:
             self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
         self._held += len(body)
         try:
-            if self._held > self._settings.max_inflight_bytes:
-                raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
+            self._check_held()
             return await self._call(model, content_type, accept, deadline, body, receive)
         finally:
             self._held -= len(body)
@@ -252,10 +251,20 @@ class App:
                 self._held += len(part)
                 if size > self._max_body:
                     raise _too_large(size, self._max_body)
+                self._check_held()
                 more = message.get("more_body", False)
             return b"".join(parts)
         finally:
             self._held -= size
+
+    def _check_held(self) -> None:
+        """Bodies that are still on their way are memory too. Raises Refused."""
+        if self._held > self._settings.max_inflight_bytes:
+            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
+
+    def _check_held(self) -> None:
+        if self._held > self._settings.max_inflight_bytes:
+            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
 
     def _echoes(self, headers: dict[bytes, bytes]) -> Headers:
         """Headers that every answer carries whatever happens to the request."""
@@ -270,24 +279,21 @@ class App:
     # --- parts of an answer -----------------------------------------------------------------------------------------
 
     async def _stream(self, send: Send, link: Link, call: Call, response: wire.Response, extra: Headers) -> None:
-        """The answer; a large one part by part, as fast as the client takes it and no faster."""
+        """The answer; a large one part by part, as fast as the client takes it (the listener bounds how slow)."""
         head: Headers = [
             (b"content-type", response.content_type.encode()),
             (b"content-length", b"%d" % response.body_bytes),
             *extra,
             *_story(response),
         ]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
         more = call.unread > 0
-        await send({"type": "http.response.body", "body": response.body, "more_body": more})
-        if not more:
-            return
         try:
-            async with asyncio.timeout(self._settings.client_timeout_s) as patience:
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            await send({"type": "http.response.body", "body": response.body, "more_body": more})
+            if more:
                 async for part in link.rest(call):
                     await send({"type": "http.response.body", "body": part, "more_body": call.unread > 0})
-                    patience.reschedule(asyncio.get_running_loop().time() + self._settings.client_timeout_s)
-        except TimeoutError:
+        except (WorkerLost, RuntimeError):  # the second is uvloop's word for a connection that the listener has cut off
             link.cancel(call)
             raise ClientGone from None
 
@@ -296,6 +302,8 @@ class App:
         if refused.situation is Situation.OVERLOADED and self._settings.overload_status == TOO_MANY:
             code = SageMakerCode(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
         status, headers, body = sagemaker_error(refused.situation, refused.detail, code)
+        if refused.situation is Situation.SLOW_CLIENT:
+            headers.append((b"connection", b"close"))  # the rest of its body is of no use
         await _reply(send, status, headers + extra, body)
         return status
 
