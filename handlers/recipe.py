@@ -23,10 +23,10 @@ CalendarFeature = Literal["hour_sin", "hour_cos", "weekday_sin", "weekday_cos", 
 
 
 def default_prediction(step_s: int) -> int:
-    """An hour of steps below 15 minutes, a day of steps up to an hour, a week of steps up to a day, else 4 steps."""
+    """Below 15 minutes an hour, below a day a day, of days a week, above 4 steps."""
     if step_s < HOUR / 4:
         return max(1, HOUR // step_s)
-    if step_s <= HOUR:
+    if step_s < DAY:
         return DAY // step_s
     return max(4, WEEK // step_s)
 

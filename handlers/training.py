@@ -28,6 +28,7 @@ from model_store.manifest import Forecast, GoldenSample
 Config = dict[str, int | float | str | bool | list[int]]
 Progress = Callable[[int, int, float], None]  #: steps done, of at most, mean holdout loss
 
+EPOCHS, LEAST_STEPS = 20, 600  #: of a run that is not told how long
 WARM_UP = 0.05  #: of the steps, in which the learning rate rises
 CLIP = 1.0  #: norm of one model's gradient
 GOLDEN_REL = 1e-3
@@ -36,9 +37,9 @@ GOLDEN_ABS = 1e-4  #: in units of the scaler's scale: network numbers near zero 
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """How long and how: `epochs` count training windows of one series, `holdout` is the last part of it in time."""
+    """How long and how: `epochs` are passes over the windows of a series, `holdout` is the last part of it in time."""
 
-    epochs: float = 20.0
+    epochs: float = 0.0  #: at most; 0: 20, or for a short series as many as are 600 steps
     batch: int = 128
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
@@ -171,7 +172,8 @@ class _Fit:
         best_loss = torch.full((len(start),), float("inf"))
         optimiser = torch.optim.AdamW([weights], weight_decay=fitting.weight_decay, fused=True)
         first, last = self._data.train
-        steps = max(1, round(fitting.epochs * (last - first + 1) / fitting.batch))
+        pass_steps = (last - first + 1) / fitting.batch
+        steps = max(1, round(fitting.epochs * pass_steps or max(EPOCHS * pass_steps, LEAST_STEPS)))
         every, idle, until = max(1, steps // fitting.checks), 0, time.monotonic() + fitting.max_seconds
         for step in range(1, steps + 1):
             weights.grad = self._gradient(weights, self._data.drawn(fitting.batch, draw))

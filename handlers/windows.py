@@ -18,12 +18,8 @@ class Windows:
 
     def __init__(self, series: Sequence[Series], forecasts: Sequence[Forecast], reach: int, holdout: float) -> None:
         """Raises SeriesInvalid where the series have different lengths or are too short."""
+        _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
-        for each in series:
-            if len(each.values) != steps:
-                raise SeriesInvalid(
-                    f"{each.name} has {len(each.values)} steps, {series[0].name} {steps}; fit them apart"
-                )
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
         split = steps - round(holdout * (steps - first.history_length))
@@ -32,16 +28,14 @@ class Windows:
         if self.train[0] > self.train[1] or self.holdout[0] > self.holdout[1]:
             needed = first.history_length + int(self.horizon * (1 / holdout + 2))
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
-        scalers = [forecast.scaler for forecast in forecasts]
-        self.scalers, self.levels = scalers, torch.tensor(first.quantile_levels)
+        for part, (start, end) in {"training": self.train, "holdout": self.holdout}.items():
+            _require_values(series, part, slice(start, end + self.horizon))
+        self.levels = torch.tensor(first.quantile_levels)
+        self.scalers = [forecast.scaler for forecast in forecasts]
         self.naive_lag = naive_lag(round(series[0].step.total_seconds()), self.horizon)
         self.values = np.stack([each.values for each in series])
-        scaled = [to_network(each.values, scaler) for each, scaler in zip(series, scalers, strict=True)]
+        scaled = [to_network(each.values, scaler) for each, scaler in zip(series, self.scalers, strict=True)]
         self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing
-        for name, (start, end) in {"training": self.train, "holdout": self.holdout}.items():
-            empty = self._targets[:, start : end + self.horizon].isnan().all(1)
-            if empty.any():
-                raise SeriesInvalid(f"{series[int(empty.nonzero()[0])].name}: no values in the {name} part")
         inputs = [rows(each, forecast).T for each, forecast in zip(series, forecasts, strict=True)]
         self._inputs = torch.from_numpy(np.ascontiguousarray(np.stack(inputs)))  # [M, T - lag - horizon, channels]
 
@@ -75,3 +69,17 @@ class Windows:
         """Up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""
         start, end = self.holdout
         return torch.linspace(start, end, min(count, end - start + 1)).long().expand(len(self), -1)
+
+
+def _require_equal_lengths(series: Sequence[Series]) -> None:
+    first = series[0]
+    for each in series:
+        if len(each.values) != len(first.values):
+            what = f"{each.name} has {len(each.values)} steps, {first.name} {len(first.values)}; fit them apart"
+            raise SeriesInvalid(what)
+
+
+def _require_values(series: Sequence[Series], part: str, steps: slice) -> None:
+    for each in series:
+        if np.isnan(each.values[steps]).all():
+            raise SeriesInvalid(f"{each.name}: no values in the {part} part")

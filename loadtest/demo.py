@@ -17,16 +17,19 @@ import boto3
 import typer
 import urllib3
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
-from handlers.forecasters import build
-from loadtest.fleet import CONFIG, fleet_names, make_fleet, make_request
+from handlers.forecasters import family
+from loadtest.fan import fan_chart
+from loadtest.fleet import fleet_names, make_request_of, make_trained_fleet, synthetic_markets
 from loadtest.local import LocalServer, serve
+from model_store.archive import open_archive
 from model_store.names import ModelName
 
 FOLDER = Path(".fleetcast")
 STORE, REQUEST = FOLDER / "store", FOLDER / "request.json"
+SEED = 0
 CONNECTIONS = 8
 SHOWN_HOURS = (0, 3, 6, 9, 12, 15, 18, 21, 23)
 UNKNOWN_KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
@@ -50,7 +53,7 @@ def main(
     """Show Fleetcast on this machine: make a fleet, serve it, ask it. Nothing to install or configure besides."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
     names = _fleet(models)
-    row_bytes = build("tcn", CONFIG).row_floats * 4
+    row_bytes = _row_bytes(names[0])
     flags = ["--inference-port", str(inference_port), "--management-port", str(management_port)]
     flags += ["--metrics-port", str(metrics_port), "--workers", str(workers)]
     flags += ["--model-cache-bytes", str(resident * row_bytes), "--slab-bytes", str(row_bytes)]
@@ -80,15 +83,31 @@ def _fleet(models: int) -> list[ModelName]:
         _say("1", f"the fleet of {models} is in {STORE} already (make clean removes it)")
         return names
     started = time.perf_counter()
-    make_fleet(str(STORE), models)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"fitting {models} markets together", total=None)
+        fitted = make_trained_fleet(
+            str(STORE), models, SEED, lambda done, most, _: bar.update(task, completed=done, total=most)
+        )
     seconds = time.perf_counter() - started
-    _say("1", f"made {models} archives in {STORE} in {seconds:.1f} s: a small dilated CNN each, with random weights")
+    better = sum(each.loss / each.naive_loss for each in fitted) / len(fitted)
+    _say("1", f"fitted {models} synthetic markets together in {seconds:.1f} s and packed them into {STORE}")
+    console.print(
+        f"   their mean pinball loss on hours they were not fitted on is {better:.2f} of the naive forecast's"
+    )
     return names
+
+
+def _row_bytes(name: ModelName) -> int:
+    """What one model of the fleet holds in memory."""
+    spec = open_archive((STORE / name).read_bytes(), name).spec
+    assert spec is not None, "a forecaster has a fleetcast.json"
+    return family(spec).row_floats * 4
 
 
 def _forecast(server: LocalServer, model: ModelName) -> None:
     """One model asked twice by boto3: first from the store, then from memory."""
-    REQUEST.write_text(json.dumps(make_request(0)))
+    request, actual = make_request_of(synthetic_markets(1, SEED)[0])
+    REQUEST.write_text(json.dumps(request))
     client = boto3.client("sagemaker-runtime", endpoint_url=server.inference, **UNKNOWN_KEYS)
     _say("3", f"a forecast of {model} by boto3, DeepAR JSON")
     for _ in range(2):
@@ -100,7 +119,10 @@ def _forecast(server: LocalServer, model: ModelName) -> None:
         seconds = time.perf_counter() - started
         headers = reply["ResponseMetadata"]["HTTPHeaders"]
         console.print(f"   {headers['x-fleetcast-cache']:<4} {seconds * 1e3:6.1f} ms, {headers['server-timing']}")
-    console.print(_forecast_table(answer["predictions"][0]))
+    prediction = answer["predictions"][0]
+    console.print(_forecast_table(prediction))
+    console.print("\n   ░ 10-90 %  ▒ 25-75 %  ━ median  ● what really came (EUR/MWh, hours ahead)\n")
+    console.print(fan_chart(prediction["quantiles"], actual), markup=False)
 
 
 def _forecast_table(prediction: dict[str, Any]) -> Table:
@@ -185,6 +207,8 @@ curl -i -H "X-Amzn-SageMaker-Target-Model: {model}" -H "Content-Type: applicatio
   --data @{REQUEST} {server.inference}/invocations
 
 {fleetcast} invoke {model} --url {server.inference} --body {REQUEST} -v
+
+{fleetcast} train your.csv --time hour --target price --out {STORE}
 
 curl "{server.management}/fleet/models?limit=3"
 curl {server.metrics}/metrics

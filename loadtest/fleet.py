@@ -24,12 +24,16 @@ from rich.progress import track
 from handlers.base import Family, Float32
 from handlers.codecs import JSON, FamilyCodec
 from handlers.forecasters import build, random_tensors
+from handlers.series import Series
+from handlers.training import Fitted, Progress
+from loadtest.synthetic import fit_fleet, make_markets
 from model_store.manifest import Channel, Forecast, GoldenSample, Scaler
 from model_store.names import ModelName
 from model_store.packing import pack_forecaster
 from model_store.sources import open_source
 
 CONTEXT, PREDICTION, LAG = 168, 24, 144
+TRAINED = 90 * 24  #: hours of a synthetic market that its model is fitted on
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos")
 CONFIG: Mapping[str, int | float | str | bool | list[int]] = {
@@ -86,6 +90,38 @@ def make_fleet(where: str, models: int = 200, seed: int = 0, architecture: str =
     for i, name in enumerate(track(names, f"writing {models} archives", transient=True)):
         source.put(name, make_archive(family, architecture, name, seed * SEEDS_APART + i))
     return names
+
+
+def make_trained_fleet(where: str, models: int = 200, seed: int = 0, progress: Progress | None = None) -> list[Fitted]:
+    """Fit forecasters of as many synthetic markets together and write them; in the order of `fleet_names`."""
+    if "://" not in where:
+        Path(where).mkdir(parents=True, exist_ok=True)
+    source = open_source(where)
+    known = [market.before(market.start + TRAINED * market.step) for market in synthetic_markets(models, seed)]
+    fitted = fit_fleet(known, progress=progress)
+    for name, each in zip(fleet_names(models), fitted, strict=True):
+        packed = pack_forecaster(
+            each.tensors,
+            architecture=each.architecture,
+            config=each.config,
+            model_name=name.removesuffix(".mar").replace("/", "-"),
+            forecast=each.forecast,
+            golden=each.golden,
+            description=f"fitted to the synthetic market {each.name} of seed {seed}",
+        )
+        source.put(name, packed)
+    return fitted
+
+
+def make_request_of(market: Series) -> tuple[dict[str, Any], list[float]]:
+    """What to ask the model of a synthetic market, and the day that really came: no model was fitted on it."""
+    instance = market.instance(TRAINED - 2 * CONTEXT, TRAINED, PREDICTION)
+    return {"instances": [instance]}, market.values[TRAINED : TRAINED + PREDICTION].tolist()
+
+
+def synthetic_markets(models: int, seed: int) -> list[Series]:
+    """The markets of a trained fleet, with a day more than their models are fitted on."""
+    return make_markets(models, seed, TRAINED + PREDICTION)
 
 
 def make_archive(family: Family, architecture: str, name: str, seed: int) -> bytes:

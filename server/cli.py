@@ -27,6 +27,7 @@ from server.management import running, until_told_to_stop
 from server.options import human, settings_from, table, with_setting_flags, with_table
 from server.settings import Settings
 from server.supervisor import StartFailed, Supervisor
+from server.train import train
 
 BAD = 1  #: exit code: the answer is no
 WRONG = 2  #: exit code: it could not be done as asked
@@ -139,6 +140,9 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
 
 
 # --- archives -------------------------------------------------------------------------------------------------------
+
+
+app.command(short_help="Fit forecasters to your prices.")(train)
 
 
 @app.command(short_help="Make an archive.")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from model_store.manifest import Forecast
 
 WRONG = 2  #: exit code: it could not be done as asked
+DECIDED = ("features", "context_length", "prediction_length", "quantiles")
 
 
 def train(
@@ -72,7 +73,7 @@ def train(
         series = read_csv(csv, time, target, known_future or [])
         if train_until:
             series = [each.before(_moment(train_until)) for each in series]
-        options = _json_object(config)
+        options = _config(config)
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
         forecasts = make_forecasts(series, architecture, options, prediction_length, context_length, recipe)
         limit = minutes * 60 or float("inf")
@@ -124,7 +125,8 @@ def _fit(
     from handlers.training import fit  # noqa: PLC0415
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"fitting {len(series)} {architecture}", total=None, loss="")
 
         def progress(done: int, steps: int, loss: float) -> None:
@@ -192,13 +194,14 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _config(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
         raise ValueError(f"--config: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"--config: expected an object such as '{{\"channels\": 32}}', not {text!r}")  # noqa: TRY004
+    if not isinstance(found, dict) or found.keys() & DECIDED:
+        what = f"an object such as '{{\"channels\": 32}}' without {', '.join(DECIDED)}, which the other options decide"
+        raise ValueError(f"--config: expected {what}, not {text!r}")
     return found
 
 

@@ -1,0 +1,137 @@
+"""`fleetcast train`: a CSV file to archives that load, or one line that says why not."""
+
+import gzip
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from model_store.archive import Archive, open_archive, read_tensors
+from model_store.names import ModelName
+from model_store.sources import open_source
+from server import workshop
+from server.options import settings_from
+from server.train import train
+
+HOURS = 24 * 25
+QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
+
+
+def run(*arguments: str) -> Result:
+    """The command as the command line runs it."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(train)
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 days of two hourly prices, a few missing, and a load forecast of each."""
+    path, rng = tmp_path_factory.mktemp("data") / "prices.csv.gz", np.random.default_rng(0)
+    lines = ["hour,NSW1,VIC1,load_NSW1,load_VIC1"]
+    for hour in range(HOURS):
+        stamp = datetime.fromisoformat("2024-03-01") + hour * timedelta(hours=1)
+        nsw, vic = 60 + 20 * np.sin(hour / 24 * 2 * np.pi) + rng.normal(0, 5, 2)
+        cells = ["" if hour % 50 == 7 else f"{nsw:.2f}", f"{vic:.2f}", f"{nsw * 100:.0f}", f"{vic * 90:.0f}"]
+        lines.append(f"{stamp:%Y-%m-%d %H:%M},{','.join(cells)}")
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+def opened(store: Path, name: str) -> Archive:
+    """An archive of the store."""
+    return open_archive(store.joinpath(name).read_bytes(), name)
+
+
+def test_archives_load_and_carry_what_was_asked_for(prices: Path, tmp_path: Path) -> None:
+    """Two targets in one call: two archives that a worker's own checks accept, with the options in their records."""
+    store = tmp_path / "made" / "store"
+    columns = ("--time", "hour", "--target", "NSW1", "--target", "VIC1", "--known-future", "load_{target}")
+    words = ("--unit", "AUD/MWh", "--time-zone", "Etc/GMT-10", "--scaling", "linear", "--prediction-length", "12")
+    result = run(
+        str(prices), *columns, *words, *QUICK, "--out", str(store), "--name-template", "au/{target}.mar",
+        "--quantiles", "0.05,0.5,0.95", "--train-until", "2024-03-25",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for target in ("NSW1", "VIC1"):
+        spec = opened(store, f"au/{target}.mar").spec
+        assert spec is not None
+        assert spec.description == "trained on prices.csv.gz, 2024-03-01 00:00:00 to 2024-03-24 23:00:00"
+        forecast = spec.forecast
+        assert forecast is not None
+        assert (forecast.frequency, forecast.context_length, forecast.prediction_length) == ("1h", 168, 12)
+        assert (forecast.unit, forecast.time_zone, forecast.scaler.kind) == ("AUD/MWh", "Etc/GMT-10", "linear")
+        assert forecast.dynamic_feat == (f"load_{target}",)
+        assert forecast.quantile_levels == (0.05, 0.5, 0.95)
+        place = workshop.place(settings_from({"store": str(store)}), ModelName(f"au/{target}.mar"))
+        assert "golden sample reproduced" in workshop.proved(place)
+    assert f"fleetcast serve --store {store}" in result.output
+
+
+def test_the_same_seed_gives_the_same_bytes(prices: Path, tmp_path: Path) -> None:
+    """Archives are reproducible, and a seed is not ignored."""
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        result = run(
+            str(prices), "--time", "hour", "--target", "NSW1", *QUICK, "--seed", seed, "--out", str(tmp_path / folder)
+        )
+        assert result.exit_code == 0, result.output
+    a, b, c = (tmp_path.joinpath(folder, "NSW1.mar").read_bytes() for folder in "abc")
+    assert a == b != c
+
+
+def test_archives_go_into_a_bucket(prices: Path, bucket: str) -> None:
+    """`--out s3://...` stores under the prefix, for the mlp as well."""
+    result = run(
+        str(prices), "--time", "hour", "--target", "VIC1", "--architecture", "mlp", "--config", '{"hidden": 8}',
+        "--epochs", "0.5", "--out", f"s3://{bucket}/prices",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    fetched = open_source(f"s3://{bucket}/prices").get(ModelName("VIC1.mar"))
+    assert fetched is not None
+    tensors = read_tensors(open_archive(fetched.data, "VIC1.mar"))
+    assert tensors["second.weight"].shape == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--target", "SA1"], "prices.csv.gz, line 1: 0 columns 'SA1'; the columns are hour, NSW1"),
+        (["--target", "NSW1", "--target", "VIC1", "--name-template", "a.mar"], "put {target} into it"),
+        (["--target", "NSW1", "--target", "NSW1"], "--target names a column twice"),
+        (["--target", "NSW1", "--name-template", "../{target}.mar"], ".."),
+        (["--target", "NSW1", "--quantiles", "0.5,0.1"], "--quantiles: expected rising levels"),
+        (["--target", "NSW1", "--config", "{"], "--config: not JSON"),
+        (["--target", "NSW1", "--config", '{"features": 3}'], "which the other options decide"),
+        (["--target", "NSW1", "--config", '{"chanels": 3}'], "config of tcn: Object contains unknown field `chanels`"),
+        (["--target", "NSW1", "--architecture", "rnn"], "unknown architecture 'rnn'; known are mlp, tcn"),
+        (["--target", "NSW1", "--train-until", "March"], "--train-until: expected a date such as 2024-01-01"),
+        (["--target", "NSW1", "--train-until", "2024-03-10"], "NSW1 has 216 steps; at least"),
+        (["--target", "NSW1", "--train-until", "2023-01-01"], "NSW1: no values to learn from"),
+        (["--target", "NSW1", "--known-future", "NSW1"], "line 9, column 'NSW1': a known-future value is missing"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(prices: Path, tmp_path: Path, flags: list[str], said: str) -> None:
+    """One line that names flag, file or column, exit code 2, and nothing written."""
+    result = run(str(prices), "--time", "hour", *flags, "--out", str(tmp_path / "store"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_file_is_said_in_a_line(tmp_path: Path) -> None:
+    """No traceback for a path that is not there."""
+    result = run(str(tmp_path / "no.csv"), "--time", "t", "--target", "p", "--out", str(tmp_path))
+    assert (result.exit_code, "no.csv" in result.stderr) == (2, True)
+
+
+def test_importing_the_command_does_not_import_torch() -> None:
+    """The command line stays quick for commands that train nothing."""
+    code = "import sys, server.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
