@@ -1,5 +1,5 @@
 # The only door: everything a developer or CI does goes through here.
-# VENV=/path uses an environment that you keep yourself, as it is. ARGS=... goes to the command of `run` and `bench`.
+# VENV=/path uses an environment that you keep yourself, as it is. ARGS=... goes to the command of `run`, `load` and `bench`.
 
 VENV = .venv
 FITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
@@ -13,7 +13,7 @@ endif
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test test-s3 check format docs bench clean
+.PHONY: help venv run load test test-s3 check format docs bench clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ $(STAMP): pyproject.toml
 
 run: $(READY) ## a fleet, a server, a forecast and a burst; stays until Ctrl-C (ARGS=--once does not)
 	@$(BIN)/python -m loadtest.demo $(ARGS)
+
+load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loop load (ARGS="--rate 300 --models 500")
+	@$(BIN)/python -m loadtest.load $(ARGS)
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -44,7 +44,7 @@ _VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
 
 
 class ClientGone(Exception):
-    """The connection is over before the answer is: the client left or does not read, or half an answer is all we have."""
+    """The connection ends before the answer: the client left or does not read, or half an answer is all we have."""
 
 
 class App:
@@ -259,10 +259,6 @@ class App:
 
     def _check_held(self) -> None:
         """Bodies that are still on their way are memory too. Raises Refused."""
-        if self._held > self._settings.max_inflight_bytes:
-            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
-
-    def _check_held(self) -> None:
         if self._held > self._settings.max_inflight_bytes:
             raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
 

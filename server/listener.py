@@ -1,22 +1,93 @@
-"""Uvicorn as every listener of ours runs it. In fronts and in the supervisor."""
+"""Uvicorn as every listener of ours runs it, and its patience with slow clients. In fronts and in the supervisor."""
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+import fcntl
+import socket
+import termios
+import time
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import uvicorn
 
+LOOKS = 10  #: how often within its patience a listener looks at its clients
+
 
 class Listener(uvicorn.Server):
-    """A uvicorn server that leaves signals alone: the supervisor decides when to stop."""
+    """A uvicorn server that leaves signals alone, since the supervisor decides when to stop, and that cuts off clients.
+
+    Uvicorn bounds only the pause between two requests. Here nothing may stand still for `patience_s` that is a client's
+    turn: a request whose headers or body have begun, a connection that says nothing at all, an answer not taken.
+    """
+
+    def __init__(self, config: uvicorn.Config, patience_s: float) -> None:
+        super().__init__(config)
+        self._patience_s = patience_s
+        self._stands: dict[Any, tuple[Hashable, float]] = {}  # connection -> what it waits for, and since when
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Capture none."""
         yield
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Until told to stop, and drained."""
+        looking = asyncio.create_task(self._look())
+        try:
+            await super().serve(sockets)
+        finally:
+            looking.cancel()
 
-def listener(app: Any, grace_s: float) -> Listener:
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(self._patience_s / LOOKS)
+            self._cut_off(time.monotonic())
+
+    def _cut_off(self, now: float) -> None:
+        stands = {}
+        for connection in list(self.server_state.connections):
+            wait = _turn(connection)
+            if wait is None:
+                continue
+            before, since = self._stands.get(connection, (None, now))
+            if wait != before:
+                stands[connection] = (wait, now)
+            elif now - since < self._patience_s:
+                stands[connection] = (wait, since)
+            else:
+                connection.transport.abort()  # closing would wait until the client has read
+        self._stands = stands
+
+
+def _turn(connection: Any) -> Hashable:
+    """What a connection (uvicorn's HttpToolsProtocol) waits for from its client; None when it is our turn.
+
+    It stays equal for as long as nothing is achieved: bytes of a request achieve nothing until the request is whole.
+    """
+    unsent = connection.transport.get_write_buffer_size()
+    cycle = connection.cycle
+    if unsent:
+        return "taking", cycle, unsent, _unacknowledged(connection.transport)
+    if connection.pipeline or connection.timeout_keep_alive_task is not None:
+        return None  # the one before is being answered; or all is said, and uvicorn ends the pause
+    if cycle is None or cycle.response_complete:
+        return "asking", cycle
+    return ("sending", cycle) if cycle.more_body else None
+
+
+def _unacknowledged(transport: asyncio.Transport) -> bytes:
+    """How many bytes the kernel holds for the client, an int as it lies in memory.
+
+    They can be megabytes, and it asks us for more only when a third is gone: a slow reader may take long for that.
+    """
+    try:
+        return fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return b""  # not to be had here
+
+
+def listener(app: Any, grace_s: float, patience_s: float) -> Listener:
     """Uvicorn as we run it everywhere: uvloop, httptools, no access log, bounded farewell."""
     config = uvicorn.Config(
         app,
@@ -32,4 +103,4 @@ def listener(app: Any, grace_s: float) -> Listener:
         timeout_graceful_shutdown=max(1, int(grace_s)),
         backlog=2048,
     )
-    return Listener(config)
+    return Listener(config, patience_s)

@@ -131,8 +131,8 @@ class Supervisor:
         for child in children:
             if child.channel is not None:
                 child.channel.tell("drain")
-                if child.kind == "worker":
-                    child.channel.close()  # the fronts are gone: nothing is left to answer
+                if child.kind == "worker" or not child.ready.is_set():
+                    child.channel.close()  # the fronts are gone, or this one has nothing yet: nothing is left to answer
         waits = [asyncio.create_task(child.process.wait()) for child in children if child.process is not None]
         if waits:
             await asyncio.wait(waits, timeout=patience_s)

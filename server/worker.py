@@ -260,8 +260,7 @@ async def main(control_fd: int) -> None:
     server = await loop.create_unix_server(lambda: Intake(steps, limit), hello["socket"])
     channel.tell("ready")
     await served
-    server.close()
-    steps.close()
+    server.close()  # the steps stay open: a request may still come while the process ends
 
 
 def pin_process(plan: dict[str, Any]) -> None:

@@ -33,5 +33,5 @@ def store(s3: S3Server) -> str:
 
 @pytest.fixture
 def serve(s3: S3Server, tmp_path: Path, store: str) -> Serve:
-    """`with serve(workers=2, ...) as server`: a server of the bucket `store`, below this test's folder."""
+    """A server of the bucket `store`, its caches below this test's folder; settings by name, as of the command."""
     return partial(serving, s3, tmp_path, f"s3://{store}")

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import boto3
 import httpx
@@ -94,16 +95,16 @@ class Server:
 
     # --- clients ----------------------------------------------------------------------------------------------------
 
-    def client(self, *, retries: bool = False, key: str = "test", secret: str = "testing") -> Any:  # noqa: S107
-        """An unmodified boto3 client; without `retries` every answer is seen as it is."""
-        attempts = {} if retries else {"retries": {"total_max_attempts": 1}}
+    def client(self, *, attempts: int | None = 1, key: str = "test", secret: str = "testing") -> Any:
+        """An unmodified boto3 client. With one attempt every answer is seen as it is; None: as boto3 comes."""
+        retries = {} if attempts is None else {"retries": {"total_max_attempts": attempts}}
         return boto3.client(
             "sagemaker-runtime",
             endpoint_url=self.url,
             region_name="us-east-1",
             aws_access_key_id=key,
             aws_secret_access_key=secret,
-            config=Config(connect_timeout=5, read_timeout=60, max_pool_connections=64, **attempts),
+            config=Config(connect_timeout=5, read_timeout=60, max_pool_connections=64, **retries),
         )
 
     def ask(self, question: Question, client: Any = None, **arguments: Any) -> Answer:
@@ -121,9 +122,9 @@ class Server:
 
     def post(self, model: str | None, body: bytes = b"{}", headers: Mapping[str, str] | None = None) -> httpx.Response:
         """One invocation without boto3, to see the answer as it is on the wire."""
-        target = {} if model is None else {"X-Amzn-SageMaker-Target-Model": model.encode()}
-        extra = {name: value.encode() for name, value in (headers or {}).items()}
-        return self.http.post(f"{self.url}/endpoints/fleet/invocations", content=body, headers={**target, **extra})
+        target = {} if model is None else {"X-Amzn-SageMaker-Target-Model": model}
+        raw = {name.encode(): value.encode() for name, value in {**target, **(headers or {})}.items()}
+        return self.http.post(f"{self.url}/endpoints/fleet/invocations", content=body, headers=raw)
 
     # --- management -------------------------------------------------------------------------------------------------
 
@@ -174,7 +175,8 @@ class Server:
     def survivors(self) -> list[int]:
         """Processes of this server that still run, whoever is their parent."""
         needle = f"{MARK}={self.mark}".encode()
-        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if needle in _environment(pid)]
+        pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+        return [pid for pid in pids if needle in _environment(pid)]
 
     def terminate(self) -> int:
         """SIGTERM; the exit code."""
@@ -210,6 +212,15 @@ def request_bytes(question: Question) -> bytes:
         f"X-Amzn-SageMaker-Target-Model: {question.model}\r\nContent-Length: {len(question.body)}\r\n\r\n"
     )
     return head.encode() + question.body
+
+
+def never_reading(server: Server, question: Question, times: int = 1) -> socket.socket:
+    """A connection with the smallest receive buffer that has sent the question, and reads nothing."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(server.address)
+    sock.sendall(request_bytes(question) * times)
+    return sock
 
 
 def lint(exposition: str) -> str:
@@ -305,7 +316,7 @@ def _kill(pid: int) -> None:
 
 def open_files(pid: int) -> int:
     """How many descriptors the process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def peak_memory(pid: int) -> int:
@@ -344,7 +355,7 @@ class Load:
         self._threads = [threading.Thread(target=self._run, args=(i, clients)) for i in range(clients)]
         self.outcomes: list[Outcome] = []
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

@@ -1,9 +1,13 @@
 """Processes that die or are told to: what their clients see, who comes back, and that nobody is left behind."""
 
+import fcntl
 import os
 import signal
 import socket
+import sys
+import termios
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,14 +15,15 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import fleet
-from tests.e2e.server import Load, Server, upload, wait_until
+from tests.e2e.models import fleet, forecaster
+from tests.e2e.server import Load, Server, never_reading, upload, wait_until
 from tests.s3 import Fault, S3Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
 
 TURN_S = 1.0  #: a request is answered or refused within this after its turn
 BACK_S = 20.0
+LARGE = {"features": 1, "context_length": 4, "prediction_length": 10_000, "quantiles": 100, "hidden": 2}
 
 
 def is_up(server: Server, kind: str, index: int, incarnation: int) -> bool:
@@ -29,7 +34,8 @@ def is_up(server: Server, kind: str, index: int, incarnation: int) -> bool:
 
 def test_a_killed_worker_costs_no_request_and_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGKILL under load: every request is answered right or refused by a typed 503 within a second; no counter falls;
-    the worker is up again, counted as restarted, and its pinned models are back on it."""
+    the worker is up again, counted as restarted, and its pinned models are back on it.
+    """
     models = fleet("markets", 24)
     upload(s3, store, models)
     questions = [model.question(1) for model in models]
@@ -85,12 +91,47 @@ def test_a_worker_that_dies_with_requests_waiting_loses_none(s3: S3Server, store
         wait_until(partial(is_up, server, "worker", holder["worker"], 2), BACK_S, "the worker is back")
 
 
+def test_a_worker_that_dies_half_way_through_an_answer_cuts_it(s3: S3Server, store: str, serve: Serve) -> None:
+    """Half of a large answer cannot be taken back: the client sees the connection end, nothing that looks whole; the
+    front goes on and the model is answered by the next worker.
+    """
+    model = forecaster("large.mar", 1, "mlp", LARGE)
+    upload(s3, store, [model])
+    with serve(workers=2, slab_bytes=16 << 20) as server:
+        server.ask(model.question(0))
+        with never_reading(server, model.question(0)) as sock:
+            wait_until(lambda: unread(sock) > 0, 5, "the answer has begun")
+            (holder,) = server.models()[model.name]["holders"]
+            os.kill(server.processes("worker")[holder["worker"]]["pid"], signal.SIGKILL)
+            head, _, body = read_all(sock).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        assert len(body) < int(head.lower().partition(b"content-length: ")[2].split()[0])
+        server.ask(model.question(1))
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes that have arrived and are not read."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+def read_all(sock: socket.socket) -> bytes:
+    """Until the other side closes, or cuts."""
+    sock.settimeout(10)
+    parts = []
+    try:
+        while part := sock.recv(65536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
 def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGKILL of one of two fronts: boto3's own retry finds the other one, nobody sees an error, a new one comes up."""
     models = fleet("front", 4)
     upload(s3, store, models)
     with serve(fronts=2) as server:
-        client = server.client(retries=True)
+        client = server.client(attempts=None)
         for model in models:
             server.ask(model.question(0), client)
         before = server.series()
@@ -123,7 +164,8 @@ def test_a_killed_supervisor_takes_its_children_along(s3: S3Server, store: str, 
 
 def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGTERM with requests under way: all are answered right, new connections are refused meanwhile, idle kept-alive
-    ones are closed, exit code 0 within `drain_s`."""
+    ones are closed, exit code 0 within `drain_s`.
+    """
     models = fleet("drain", 4)
     upload(s3, store, models)
     with serve(workers=2, fronts=2, drain_s=10) as server, ThreadPoolExecutor(16) as pool:
@@ -158,3 +200,15 @@ def test_a_signal_while_idle_ends_the_server_at_once(serve: Serve, number: signa
     with serve(workers=2, drain_s=30) as server:
         server.process.send_signal(number)
         assert server.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("kind", ["worker", "front"])
+def test_sigterm_while_a_child_restarts_is_a_clean_end(serve: Serve, kind: str) -> None:
+    """Told to stop with a child just dead and its successor on the way: exit code 0 at once, nobody is left behind."""
+    with serve(workers=2, fronts=2) as server:
+        victim, *_ = server.processes(kind)
+        os.kill(victim["pid"], signal.SIGKILL)
+        wait_until(lambda: server.processes(kind)[victim["index"]]["incarnation"] == 2, 5, "a successor is started")
+        started = time.monotonic()
+        assert server.terminate() == 0
+        assert time.monotonic() - started < 5, "it does not wait for a child that never heard of the end"

@@ -6,7 +6,7 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +133,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Server:
+def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose cache is full of sound models, and a bucket that also has every hostile archive."""
     bucket = s3.bucket()
     sound = fleet("sound", 11)
@@ -151,7 +151,8 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Server:
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_archive_says_what_is_wrong_and_evicts_nobody(s3: S3Server, house: Server, kind: str) -> None:
     """424 ModelError whose message names the archive and the fault; the full cache stays as it was; asked again within
-    the back-off, the same error comes without another GET."""
+    the back-off, the same error comes without another GET.
+    """
     name = f"hostile/{kind}.mar"
     before, evictions = house.resident(), house.total("fleetcast_model_evictions_total")
     started = time.monotonic()
@@ -183,7 +184,8 @@ def test_a_mended_archive_is_served_after_the_back_off_or_at_an_operators_word(
     s3: S3Server, tmp_path: Path, store: str
 ) -> None:
     """Broken first, then replaced by a sound one: /fleet/load does not wait for the back-off, and clients are answered
-    once it is over."""
+    once it is over.
+    """
     by_client, by_operator = fleet("mended", 2)
     for model in (by_client, by_operator):
         s3.put(store, model.name, model.data[:100])

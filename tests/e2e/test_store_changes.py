@@ -41,7 +41,8 @@ def test_a_removed_archive_serves_while_resident_and_is_gone_once_unloaded(
     s3: S3Server, store: str, serve: Serve
 ) -> None:
     """Removed from the store: the resident model keeps serving, also when a reload finds it gone (404); after an unload
-    its disk copy serves until it is due; then 400 names the key."""
+    its disk copy serves until it is due; then 400 names the key.
+    """
     (model,) = fleet("removed", 1)
     upload(s3, store, [model])
     with serve(revalidate_s=1.5) as server:
@@ -74,7 +75,8 @@ def test_an_unloaded_archive_serves_from_disk_until_it_is_due(s3: S3Server, stor
 
 def test_a_changed_archive_is_swapped_in_without_a_failed_request(s3: S3Server, store: str, serve: Serve) -> None:
     """Replaced in the store and reloaded under load: every request is answered, by the old or the new numbers as its
-    version says, and from the reload's reply on by the new ones."""
+    version says, and from the reload's reply on by the new ones.
+    """
     old, new = forecaster("au/nsw1.mar", 1), forecaster("au/nsw1.mar", 2)
     before = upload(s3, store, [old])[old.name]
     right = {before: old.question(0)}
@@ -116,7 +118,8 @@ def test_a_bad_new_version_leaves_the_old_one_serving(s3: S3Server, store: str, 
 
 def test_a_restart_keeps_the_disk_tier_and_an_outage_is_survived(s3: S3Server, store: str, tmp_path: Path) -> None:
     """Restarted, the server reads its disk: no GET within `revalidate_s`. With the store down and all copies due, they
-    are served stale; a model that was never here is 503, not 400: nobody can say that it is missing."""
+    are served stale; a model that was never here is 503, not 400: nobody can say that it is missing.
+    """
     *known, stranger = fleet("restart", 5)
     upload(s3, store, [*known, stranger])
     start = partial(serving, s3, tmp_path, f"s3://{store}")

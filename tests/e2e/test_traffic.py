@@ -57,7 +57,8 @@ def test_zipf_traffic_is_answered_right_and_counted_truly(
     s3: S3Server, tmp_path: Path, archives: tuple[str, list[Model]]
 ) -> None:
     """300 archives, room for about 50, three workers, two fronts: every answer is the nn.Module's, the cache's counts
-    are the requests, the answers' headers add up to the counts, and memory stays within its budget."""
+    are the requests, the answers' headers add up to the counts, and memory stays within its budget.
+    """
     bucket, models = archives
     budget = 3 * 6 * SLAB
     settings = {"workers": 3, "fronts": 2, "model_cache_bytes": budget, "slab_bytes": SLAB}
@@ -95,7 +96,8 @@ def _within_budget(server: Server, budget: int) -> None:
 
 def test_evictions_follow_exact_lru_order(s3: S3Server, store: str, serve: Serve) -> None:
     """One worker, room for R models, seeded traffic over R + 8: each answer's hit or miss, and who is resident after
-    each, is what a textbook LRU of R places says."""
+    each, is what a textbook LRU of R places says.
+    """
     models = {model.name: model for model in fleet("lru", 19)}
     upload(s3, store, list(models.values()))
     with serve(model_cache_bytes=65536, slab_bytes=65536) as server:

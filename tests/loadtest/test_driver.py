@@ -1,0 +1,268 @@
+"""The driver against a small real HTTP server that can be slow, silent or wrong."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import overload
+
+import numpy as np
+import pytest
+
+from loadtest.driver import Forbidden, Target, drive, invocation, target
+from loadtest.outcome import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run, unsound
+from loadtest.processes import free_port
+from loadtest.profiles import Arrivals, Profile, Schedule
+
+SOUND = b'{"predictions": [{"start": "2026-01-01", "mean": [1.5, 2]}]}'
+
+
+@dataclass
+class Peer:
+    """A server whose answers are what the model's name says: `hit`, `503`, `nan`, `hangup`, `bye` or `silence`."""
+
+    delay_s: float = 0.0
+    stall_at: int = -1  #: this request and all that arrive within the next `stall_s` wait until that is over
+    stall_s: float = 0.0
+    port: int = 0
+    asked: int = 0
+    connections: int = 0
+    stalled_until: float = 0.0
+    tasks: set["asyncio.Task[None] | None"] = field(default_factory=set)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection."""
+        self.connections += 1
+        self.tasks.add(asyncio.current_task())
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                fields = dict(line.split(": ", 1) for line in head.decode().splitlines()[1:-1])
+                await reader.readexactly(int(fields["Content-Length"]))
+                await self._wait()
+                if not self._write(writer, fields["X-Amzn-SageMaker-Target-Model"]):
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _wait(self) -> None:
+        now = time.monotonic()
+        if self.asked == self.stall_at:
+            self.stalled_until = now + self.stall_s
+        self.asked += 1
+        await asyncio.sleep(max(self.delay_s, self.stalled_until - now))
+
+    def _write(self, writer: asyncio.StreamWriter, model: str) -> bool:
+        """Whether the connection stays."""
+        if model == "hangup":
+            return False
+        if model == "silence":
+            return True
+        body = b'{"predictions": [NaN]}' if model == "nan" else SOUND
+        status = model if model.isdigit() else "200"
+        extra = "Connection: close\r\n" if model == "bye" else ""
+        head = f"HTTP/1.1 {status} X\r\nx-fleetcast-cache: {model}\r\n{extra}Content-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        return model != "bye"
+
+
+@contextmanager
+def running(peer: Peer) -> Iterator[Peer]:
+    """Serve in a thread until the end of the block."""
+    started, ended = threading.Event(), asyncio.Event()
+
+    async def main() -> None:
+        server = await asyncio.start_server(peer.answer, "127.0.0.1", 0)
+        peer.port = server.sockets[0].getsockname()[1]
+        loops.append(asyncio.get_running_loop())
+        started.set()
+        await ended.wait()
+        server.close()
+        for task in peer.tasks:
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*(task for task in peer.tasks if task is not None), return_exceptions=True)
+
+    loops: list[asyncio.AbstractEventLoop] = []
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    assert started.wait(5)
+    try:
+        yield peer
+    finally:
+        loops[0].call_soon_threadsafe(ended.set)
+        thread.join(5)
+
+
+def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, Target]:
+    """A constant load on one model."""
+    schedule = Profile(1, rate, arrivals=Arrivals.CONSTANT).schedule(seconds)
+    return schedule, target(f"http://127.0.0.1:{peer.port}", [invocation("peer", model, b"{}" * 500)])
+
+
+def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
+    """While a server stands still for 0.4 s, requests go on being due: each waits for the rest of the stall.
+
+    A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
+    """
+    with running(Peer(stall_at=100, stall_s=0.4)) as peer:
+        run = drive(*load(peer, seconds=1.0))
+    assert peer.asked == 200
+    slow = run.latency > 0.1
+    assert 50 <= slow.sum() <= 70  # those due in the first 0.3 s of 0.4, at 200/s
+    waited = run.latency[100 : 100 + 60]
+    assert waited == pytest.approx(0.4 - np.arange(60) / 200, abs=0.06)
+    assert np.median(run.lag[100:180]) < 0.01  # the driver itself kept its schedule all along
+    assert (run.status == 200).all()
+
+
+def test_waits_for_a_connection_count_and_are_called_out() -> None:
+    """One connection to a server that takes 20 ms cannot carry 200/s: latency grows, and the run is invalid."""
+    with running(Peer(delay_s=0.02)) as peer:
+        run = drive(*load(peer), connections=1)
+    assert peer.connections == 1
+    assert (run.status == 200).all()
+    assert run.latency[-1] > 1.0
+    assert [reason.endswith(NO_CONNECTION) for reason in run.invalid()] == [True]
+
+
+class SlowToMake(Sequence[bytes]):
+    """Requests that cost the driver 20 ms each."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+
+    def __len__(self) -> int:
+        return 1
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        time.sleep(0.02)
+        return self._request
+
+
+def test_an_overloaded_driver_calls_its_run_invalid() -> None:
+    """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
+    with running(Peer()) as peer:
+        schedule, to = load(peer)
+        run = drive(schedule, Target(to.host, to.port, SlowToMake(to.requests[0])))
+    assert (run.status == 200).all()
+    assert [reason.endswith(BUSY) for reason in run.invalid()] == [True]
+
+
+def test_what_was_never_sent_makes_a_run_invalid() -> None:
+    """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, "silence"), connections=1, patience_s=0.5)
+    assert 1.0 <= run.ended < 2.0
+    assert np.isnan(run.sent).sum() == 99
+    assert run.latency == pytest.approx(run.ended - run.schedule.at)
+    assert "99 of 100 requests were never sent" in run.invalid()[0]
+
+
+def test_silence_counts_as_waiting() -> None:
+    """Sent but not answered until the end: no answer, with the whole wait as latency, not left out."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, "silence"), patience_s=0.3)
+    assert (run.status == NO_ANSWER).all()
+    assert not np.isnan(run.sent).any()
+    assert run.latency.min() > 0.25
+
+
+@pytest.mark.parametrize(("model", "status"), [("hit", 200), ("503", 503), ("hangup", LOST), ("bye", 200)])
+def test_every_request_has_its_fate(model: str, status: int) -> None:
+    """Answers, refusals, lost connections and ones that the server closes after each answer."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, model))
+    assert (run.status == status).all()
+    assert {CACHE[i] for i in run.cache} == ({"hit"} if model == "hit" else {""})
+    assert (run.checked, list(run.unsound)) == (100 if status == 200 else 0, [])
+
+
+def test_nobody_listens() -> None:
+    """Refused connections are lost requests, and end the run at once."""
+    run = drive(*load(Peer(port=free_port())), patience_s=5)
+    assert (run.status == LOST).all()
+    assert run.ended < 1.0
+
+
+def test_connections_are_kept() -> None:
+    """A server that answers between two requests sees far fewer connections than requests."""
+    with running(Peer()) as peer:
+        drive(*load(peer))
+    assert peer.asked == 100
+    assert peer.connections < 20
+
+
+def test_wrong_answers_are_noticed() -> None:
+    """NaN with status 200 is not an answer."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, "nan"))
+    assert len(run.unsound) == 100
+    assert run.unsound[0].startswith("answer 0: not JSON")
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (SOUND, None),
+        (b'{"predictions": [[1, 2.5]]}', None),
+        (b'{"predictions": [[1, null]]}', "None where a number"),
+        (b'{"predictions": [[1, true]]}', "True where a number"),
+        (b'{"predictions": [1e999]}', "infinity"),
+        (b'{"predictions": []}', "no predictions"),
+        (b'{"message": "no"}', "no predictions"),
+        (b"[1]", "no predictions"),
+        (b"", "not JSON"),
+    ],
+)
+def test_sound_answers(body: bytes, why: str | None) -> None:
+    """Predictions with numbers that are all finite; else what is wrong."""
+    found = unsound(body)
+    assert found is None if why is None else why in str(found)
+
+
+@pytest.mark.parametrize(
+    ("late_s", "answer_s", "valid"),
+    [(0.0049, 0.001, True), (0.0051, 0.001, False), (0.019, 0.1, True), (0.021, 0.1, False)],
+)
+def test_how_late_is_too_late(late_s: float, answer_s: float, valid: bool) -> None:
+    """Lag p99 beyond 5 ms and 20 % of p50: only then; fewer than one late request in a hundred is no matter."""
+    run = a_run(answer_s, late=20, late_s=late_s)
+    assert (run.invalid() == []) == valid
+    assert a_run(answer_s, late=9, late_s=1.0).invalid() == []
+
+
+def test_how_much_unsent_is_too_much() -> None:
+    """One in a thousand may be lost, two not."""
+    run = a_run(0.001)
+    run.sent[-1:] = np.nan
+    assert run.invalid() == []
+    run.sent[-2:] = np.nan
+    assert run.invalid() == ["2 of 1000 requests were never sent"]
+
+
+def a_run(answer_s: float, late: int = 0, late_s: float = 0.0) -> Run:
+    """1000 requests, of which so many were sent late by so much."""
+    at = np.arange(1000) / 100
+    sent = at.copy()
+    sent[:late] += late_s
+    ones = np.ones(1000, np.int64)
+    return Run(Schedule(at, ones, 10.0), sent.copy(), sent, at + answer_s, ones * 200, ones, 10.0, False, 0, [])
+
+
+def test_only_this_machine_unless_told() -> None:
+    """Addresses beyond loopback are refused before anything is sent, by what a name resolves to."""
+    assert target("http://localhost:8080", []).port == 8080
+    with pytest.raises(Forbidden, match="--allow-remote"):
+        target("http://192.0.2.7:8080", [])
+    assert target("http://192.0.2.7", [], allow_remote=True) == Target("192.0.2.7", 80, [])
+    for url in ("https://localhost", "localhost:8080", "http://localhost/path"):
+        with pytest.raises(ValueError, match="http://HOST:PORT"):
+            target(url, [])
