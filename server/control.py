@@ -12,7 +12,10 @@ from typing import Any
 
 import msgspec
 
+from server.errors import Situation
+
 LINE_LIMIT = 64 * 1024 * 1024
+HELLO_S = 30.0
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -124,3 +127,36 @@ class Channel:
             answer.situation = int(getattr(error, "situation", 0))
         if message.id:
             self._send(answer)
+
+
+class Member:
+    """A child's side of its channel: joins by asking who it is, and serves once it says it is ready."""
+
+    def __init__(self) -> None:
+        self._handler: Handler | None = None
+        self.channel: Channel
+        self.released: asyncio.Task[None]  #: done when the supervisor closes the channel, or is gone
+
+    def __repr__(self) -> str:
+        """For example `<Member ready>`."""
+        return f"<Member {'joining' if self._handler is None else 'ready'}>"
+
+    async def join(self, control_fd: int) -> dict[str, Any] | None:
+        """What the supervisor says of us; None when it has told us to stop before we began."""
+        self.channel = await Channel.open(socket.socket(fileno=control_fd), self._handle)
+        self.released = asyncio.create_task(self.channel.run())
+        try:
+            hello: dict[str, Any] = await self.channel.ask("hello", timeout_s=HELLO_S)
+        except ChannelClosed:
+            return None
+        return hello
+
+    def ready(self, handler: Handler) -> None:
+        """From now on `handler` answers."""
+        self._handler = handler
+        self.channel.tell("ready")
+
+    async def _handle(self, op: str, args: dict[str, Any]) -> Any:
+        if self._handler is None:
+            raise ControlError("this process is still starting", Situation.NOT_READY)
+        return await self._handler(op, args)

@@ -13,7 +13,7 @@ import structlog
 import uvloop
 
 from server.app import App
-from server.control import Channel, ChannelClosed, ControlError
+from server.control import ControlError, Member
 from server.errors import Situation
 from server.link import Link, connect
 from server.listener import Listener, listener
@@ -93,18 +93,9 @@ class Front:
 
 async def main(control_fd: int, listen_fd: int) -> None:
     """Ask the supervisor for the settings, serve until told to stop or the supervisor is gone."""
-    front: Front | None = None
-
-    async def handle(op: str, args: dict[str, Any]) -> Any:
-        if front is None:
-            raise ControlError("the front is still starting", Situation.NOT_READY)
-        return await front.handle(op, args)
-
-    channel = await Channel.open(socket.socket(fileno=control_fd), handle)
-    served = asyncio.create_task(channel.run())
-    try:
-        hello = await channel.ask("hello", timeout_s=30)
-    except ChannelClosed:  # told to stop before it had begun
+    member = Member()
+    hello = await member.join(control_fd)
+    if hello is None:
         return
     settings = Settings.from_wire(hello["settings"])
     configure_logs(settings.log_level, settings.log_format, front=hello["index"])
@@ -115,8 +106,8 @@ async def main(control_fd: int, listen_fd: int) -> None:
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))
-    channel.tell("ready")
-    await asyncio.wait([serving, served], return_when=asyncio.FIRST_COMPLETED)
+    member.ready(front.handle)
+    await asyncio.wait([serving, member.released], return_when=asyncio.FIRST_COMPLETED)
     sweeper.cancel()
     if not serving.done():
         server.should_exit = True

@@ -6,7 +6,6 @@ the supervisor as `python -m server.worker FD` with one end of the control chann
 
 import asyncio
 import os
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any, cast
@@ -23,7 +22,7 @@ from model_store.policy import Cache
 from model_store.store import ModelStore
 from server import wire
 from server.bank import Pool
-from server.control import Channel, ChannelClosed, ControlError
+from server.control import ControlError, Member
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
 from server.loader import Loader, open_store
@@ -233,18 +232,9 @@ def build_steps(settings: Settings, plan: dict[str, Any]) -> StepLoop:
 
 async def main(control_fd: int) -> None:
     """Ask the supervisor who we are, get ready, serve until it closes the channel."""
-    worker: Worker | None = None
-
-    async def handle(op: str, args: dict[str, Any]) -> Any:
-        if worker is None:
-            raise ControlError("the worker is still starting", Situation.NOT_READY)
-        return await worker.handle(op, args)
-
-    channel = await Channel.open(socket.socket(fileno=control_fd), handle)
-    served = asyncio.create_task(channel.run())
-    try:
-        hello = await channel.ask("hello", timeout_s=30)
-    except ChannelClosed:  # told to stop before it had begun
+    member = Member()
+    hello = await member.join(control_fd)
+    if hello is None:
         return
     settings, plan = Settings.from_wire(hello["settings"]), hello["plan"]
     configure_logs(settings.log_level, settings.log_format, worker=plan["index"])
@@ -252,14 +242,13 @@ async def main(control_fd: int) -> None:
     try:
         steps = build_steps(settings, plan)
     except (LoadError, ValueError, OSError) as error:
-        await channel.ask("fatal", timeout_s=5, error=str(error))
+        await member.channel.ask("fatal", timeout_s=5, error=str(error))
         return
-    worker = Worker(steps)
     loop = asyncio.get_running_loop()
     limit = int(settings.max_body_bytes)
     server = await loop.create_unix_server(lambda: Intake(steps, limit), hello["socket"])
-    channel.tell("ready")
-    await served
+    member.ready(Worker(steps).handle)
+    await member.released
     server.close()  # the steps stay open: a request may still come while the process ends
 
 
