@@ -10,7 +10,6 @@ import io
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from handlers.forecasters import build, random_tensors
 from loadtest import record, wrk
 from loadtest.local import LocalServer, serve
 from loadtest.peers.plain import plain_peer
+from loadtest.processes import pss
 from loadtest.s3 import S3_ENVIRONMENT, moto_server
 from model_store.names import ModelName
 from model_store.packing import pack_forecaster
@@ -207,12 +207,6 @@ def timed(call: Callable[..., object], *args: object) -> float:
     started = time.perf_counter()
     call(*args)
     return (time.perf_counter() - started) * 1e3
-
-
-def pss(pid: int) -> int:
-    """Proportional set size in bytes: private memory and a fair share of what is shared."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[0]) * 1024
 
 
 def loaded_models(server: LocalServer) -> float:

@@ -7,6 +7,7 @@ told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the pr
 """
 
 import asyncio
+import errno
 import gc
 import ipaddress
 import select
@@ -24,8 +25,9 @@ import numpy as np
 from loadtest.outcome import CACHE, LOST, NO_ANSWER, Run, unsound
 from loadtest.profiles import Schedule
 
-SAMPLES = 200  #: answers that are looked into
+SAMPLES = 200  #: answers that are looked into, or a few more
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: this machine's limits, not the server's fault
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
 
@@ -113,13 +115,12 @@ class _Driver:
 
     async def run(self, patience_s: float) -> Run:
         self.start = self.loop.time() + LEAD_S
-        timer = self.loop.call_at(self.start, self._due)
+        self.loop.call_at(self.start, self._due)
         try:
             async with asyncio.timeout(LEAD_S + self._schedule.seconds + patience_s):
                 await self._ended.wait()
         except TimeoutError:
             self._next = len(self._at)  # nothing more is sent
-        timer.cancel()
         ended = self._now()
         await self._close()
         found = [f"answer {i}: {why}" for i, body in self.samples.items() if (why := unsound(body))]
@@ -185,11 +186,18 @@ class _Driver:
             task.add_done_callback(self._opening.discard)
 
     async def _connect(self) -> None:
-        try:
-            await self.loop.create_connection(lambda: _Connection(self), self._to.host, self._to.port)
-        except OSError:
-            if self._waiting:
-                self.settled(self._waiting.popleft(), LOST)
+        """Open a connection for who waits; each failure is the fate of one of them."""
+        while self._waiting:
+            try:
+                await self.loop.create_connection(lambda: _Connection(self), self._to.host, self._to.port)
+            except OSError as error:
+                if error.errno in NO_MORE:
+                    self._exhausted = True
+                    return
+                if self._waiting:
+                    self.settled(self._waiting.popleft(), LOST)
+            else:
+                return
 
     def opened(self, connection: "_Connection") -> None:
         """It may take its first request."""

@@ -22,10 +22,10 @@ from rich.console import Console
 
 from handlers.forecasters import build
 from loadtest import record, summary
-from loadtest.bench import pss
 from loadtest.driver import Forbidden, Target, drive, invocation, target
 from loadtest.fleet import CONFIG, fleet_names, make_fleet, make_request
 from loadtest.local import LocalServer, serve
+from loadtest.processes import pss
 from loadtest.profiles import Arrivals, Profile
 from model_store.errors import LoadError
 from model_store.names import ModelName

@@ -12,7 +12,7 @@ CACHE = ("", "hit", "miss", "coalesced")  #: what X-Fleetcast-Cache said; "": no
 NO_ANSWER, LOST = 0, -1  #: stand for a status: none came in time; the connection was refused or lost
 
 BUSY = "the driver was too busy; ask less, or give it a core of its own"
-NO_CONNECTION = "all connections were waiting for answers; ask less, or allow more connections"
+NO_CONNECTION = "no more connections could be had, and all were waiting for answers; ask less, or allow more"
 
 MAX_LAG_S, MAX_LAG_OF_P50, MAX_UNSENT = 0.005, 0.2, 0.001
 

@@ -1,10 +1,12 @@
-"""Processes that a benchmark starts beside the server, and how to know that they listen."""
+"""Processes beside the server: started and ended, seen to listen, and what memory they hold."""
 
+import re
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -39,3 +41,9 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
         if time.monotonic() > until:
             raise RuntimeError(f"a peer was not ready within {patience_s:g} s")
         time.sleep(0.02)
+
+
+def pss(pid: int) -> int:
+    """Proportional set size in bytes: private memory and a fair share of what is shared."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[0]) * 1024

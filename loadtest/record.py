@@ -52,6 +52,7 @@ def commit() -> str:
 def save(name: str, seed: int, before: dict[str, Any], results: dict[str, Any]) -> Path:
     """Write a dated record; `before` is `machine()` as it was before the run."""
     now = dt.datetime.now(dt.UTC)
+    RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{now:%Y-%m-%d}-{name}.json"
     record = {
         "name": name,

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -40,6 +41,7 @@ POLL_S = 0.02
 SHOWN_LOG = 8000
 OWN_VARIABLES = ("AWS_", "XDG_", "FLEETCAST_")
 PROMTOOL = shutil.which("promtool")
+MAKING_CLIENTS = threading.Lock()  #: boto3 clients may be used by any thread, but not made by several
 MARK = "E2E_SERVER"  #: variable that every process of one server inherits, whoever is its parent by now
 
 
@@ -98,14 +100,15 @@ class Server:
     def client(self, *, attempts: int | None = 1, key: str = "test", secret: str = "testing") -> Any:
         """An unmodified boto3 client. With one attempt every answer is seen as it is; None: as boto3 comes."""
         retries = {} if attempts is None else {"retries": {"total_max_attempts": attempts}}
-        return boto3.client(
-            "sagemaker-runtime",
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id=key,
-            aws_secret_access_key=secret,
-            config=Config(connect_timeout=5, read_timeout=60, max_pool_connections=64, **retries),
-        )
+        with MAKING_CLIENTS:
+            return boto3.client(
+                "sagemaker-runtime",
+                endpoint_url=self.url,
+                region_name="us-east-1",
+                aws_access_key_id=key,
+                aws_secret_access_key=secret,
+                config=Config(connect_timeout=5, read_timeout=60, max_pool_connections=64, **retries),
+            )
 
     def ask(self, question: Question, client: Any = None, **arguments: Any) -> Answer:
         """Ask through boto3 and check the numbers. Raises ClientError for a refusal."""
@@ -113,12 +116,9 @@ class Server:
         question.check(answer.body)
         return answer
 
-    @property
+    @cached_property
     def _client(self) -> Any:
-        found = self.__dict__.get("_shared_client")
-        if found is None:
-            found = self.__dict__["_shared_client"] = self.client()
-        return found
+        return self.client()
 
     def post(self, model: str | None, body: bytes = b"{}", headers: Mapping[str, str] | None = None) -> httpx.Response:
         """One invocation without boto3, to see the answer as it is on the wire."""

@@ -172,7 +172,11 @@ def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: 
         s3.inject(Fault(match=f"{store}/", delay_s=3.0, times=4))
         asked = [pool.submit(server.ask, models[i % 4].question(i)) for i in range(16)]
         wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 16, 5, "all requests are waiting")
-        server.process.send_signal(signal.SIGTERM)
+        with socket.create_connection(server.address, timeout=2) as idle:
+            idle.sendall(b"GET /ping HTTP/1.1\r\nHost: fleet\r\n\r\n")
+            assert idle.recv(4096).startswith(b"HTTP/1.1 200")
+            server.process.send_signal(signal.SIGTERM)
+            assert idle.recv(4096) == b""
         wait_until(partial(refuses, server.address), 2, "new connections are refused")
         assert unfinished(asked), "the requests outlive the listener"
         for future in asked:

@@ -1,11 +1,13 @@
 """The driver against a small real HTTP server that can be slow, silent or wrong."""
 
 import asyncio
+import resource
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -185,11 +187,26 @@ def test_every_request_has_its_fate(model: str, status: int) -> None:
     assert (run.checked, list(run.unsound)) == (100 if status == 200 else 0, [])
 
 
-def test_nobody_listens() -> None:
-    """Refused connections are lost requests, and end the run at once."""
-    run = drive(*load(Peer(port=free_port())), patience_s=5)
+@pytest.mark.parametrize("connections", [1, 512])
+def test_nobody_listens(connections: int) -> None:
+    """Refused connections are lost requests, and the run ends with the last."""
+    run = drive(*load(Peer(port=free_port())), connections=connections, patience_s=5)
     assert (run.status == LOST).all()
     assert run.ended < 1.0
+
+
+def test_a_lack_of_descriptors_is_our_own_fault() -> None:
+    """Where this process may open no more files, requests are unsent, and the run invalid: none failed."""
+    schedule, to = load(Peer(port=free_port()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [fd for fd in range(256) if not Path(f"/proc/self/fd/{fd}").exists()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[3], hard))  # three are for the event loop
+    try:
+        run = drive(schedule, to, patience_s=0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (run.status == NO_ANSWER).all()
+    assert "100 of 100 requests were never sent" in run.invalid()[0]
 
 
 def test_connections_are_kept() -> None:
