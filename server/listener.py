@@ -10,8 +10,38 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers
+TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 LOOKS = 10  #: how often within its patience a listener looks at its clients
+
+
+class Connection(HttpToolsProtocol):
+    """A client's connection. Uvicorn bounds neither a request's line nor its headers: here they end at `MAX_HEAD`."""
+
+    _head: int | None = 0  #: bytes so far of a head that has not ended; None once it has, until the next begins
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of one or many requests. What lies wholly within a head adds to it."""
+        before = self._head
+        self._ended = False
+        super().data_received(data)
+        if before is not None and not self._ended:
+            self._head = before + len(data)
+            if self._head > MAX_HEAD and not self.transport.is_closing():
+                self.transport.write(TOO_LONG)
+                self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        """A head has ended."""
+        self._ended, self._head = True, None
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The next head may begin."""
+        super().on_message_complete()
+        self._head = 0
 
 
 class Listener(uvicorn.Server):
@@ -92,7 +122,7 @@ def listener(app: Any, grace_s: float, patience_s: float) -> Listener:
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -1,7 +1,9 @@
 """The SageMaker runtime contract as boto3 and plain HTTP clients see it: errors, headers, bodies, deadlines, keys."""
 
+import contextlib
 import io
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -236,6 +238,34 @@ def test_more_than_six_mebibytes_are_413(house: Server, models: dict[str, Model]
     headers = {"X-Amzn-SageMaker-Target-Model": name}
     assert house.http.post(f"{house.url}/invocations", content=parts, headers=headers).status_code == 413
     assert house.post(name, bytes(6 * MIB)).status_code == 400
+
+
+@pytest.mark.parametrize("filler", [b"X-Many: value\r\n", b"x" * 1000], ids=["many headers", "one endless header"])
+def test_a_head_without_end_is_431(house: Server, filler: bytes) -> None:
+    """Headers that go on and on, or one that does, are cut off after 64 KiB; the memory is not theirs to fill."""
+    with socket.create_connection(house.address, timeout=10) as client:
+        client.sendall(b"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                client.sendall(filler * (4096 // len(filler)))
+        assert client.recv(4096).startswith(b"HTTP/1.1 431 ")
+
+
+def test_many_requests_on_one_connection_are_not_one_long_head(house: Server, models: dict[str, Model]) -> None:
+    """What bounds a head is per request: a megabyte of small requests, pipelined and not, is served."""
+    name = models["small"].name
+    request = f"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Amzn-SageMaker-Target-Model: {name}\r\nX-Fill: {'y' * 2000}"
+    whole = (request + "\r\nContent-Length: 2\r\n\r\n{}").encode()
+    with socket.create_connection(house.address, timeout=10) as client:
+        answers = client.makefile("rb")
+        for burst in (1, 1, 50, 1, 200, 250):
+            client.sendall(whole * burst)
+            for _ in range(burst):
+                assert answers.readline().startswith(b"HTTP/1.1 400 ")
+                length = 0
+                while (line := answers.readline()) != b"\r\n":
+                    length = int(line.split()[1]) if line.lower().startswith(b"content-length") else length
+                answers.read(length)
 
 
 @pytest.mark.parametrize("value", ["0", "-5", "soon", "1e3", ""])
