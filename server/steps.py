@@ -257,9 +257,9 @@ class StepLoop:
         self._metrics.downloading.observe(built.download_s)
         try:
             self._prove(built)
-        except LoadError as error:
+        except Exception as error:  # also what no golden sample should be able to cause costs this load alone
             self._loader.forget(model)
-            self._load_failed(model, error)
+            self._load_failed(model, _as_load_error(model, error))
             return
         log.debug("built", model=model, version=built.version, tier=built.tier, seconds=round(seconds, 4))
         self._built.append((built, self._now()))
@@ -315,8 +315,13 @@ class StepLoop:
 
     def _serve(self, slot: Slot, built: Built, now: float) -> None:
         """Numbers in place, old version out, everyone who waited leased and queued."""
-        if built.row is not None:
-            self._engine.pool.write(slot.offset, built.row)
+        try:
+            if built.row is not None:
+                self._engine.pool.write(slot.offset, built.row)
+        except Exception as error:  # a device that fails to copy must not keep the room, nor the waiters
+            self._cache.abandon(slot)
+            self._load_failed(built.model, _as_load_error(built.model, error))
+            return
         swap = slot.model in self._cache
         old = self._cache.ready(slot, now)
         self._models[slot] = built.body
@@ -460,3 +465,7 @@ class StepLoop:
 def _slot(job: Job) -> Slot:
     assert job.slot is not None, "a job in a batch holds a lease"
     return job.slot
+
+
+def _as_load_error(model: ModelName, error: Exception) -> LoadError:
+    return error if isinstance(error, LoadError) else LoadError(f"{model}: loading failed unexpectedly: {error!r}")

@@ -297,6 +297,23 @@ def test_a_wrong_golden_sample_costs_nobody_their_place() -> None:
     play(scenario, slabs=1)
 
 
+def test_a_copy_that_fails_frees_the_room_and_the_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device refuses a row: whoever waited is told, the room is free again, the next load gets it."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        with monkeypatch.context() as broken:
+            broken.setattr(Pool, "write", lambda *_: 1 / 0)
+            lost = front.send("a/1")
+            await front.settled()
+        assert "ZeroDivisionError" in str(front.refusals[lost])
+        for i in range(2, 2 + rows_per_slab("a")):
+            await steps.load(ModelName(f"a/{i}"))
+        assert len(resident(steps)) == rows_per_slab("a")
+
+    play(scenario, slabs=1)
+
+
 def test_a_reload_swaps_between_two_steps() -> None:
     """Requests queued on the old version get the old answer, later ones the new; the old row becomes free."""
 
