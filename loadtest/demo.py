@@ -68,7 +68,7 @@ def main(
                 _say("6", "the server runs until Ctrl-C")
                 signal.pause()
     except RuntimeError as error:  # it has said why on stderr
-        raise SystemExit(f"{error}; flags of `make run` go into ARGS: make run ARGS='--inference-port 9080'") from None
+        raise SystemExit(f"{error}; flags of `make run` go into ARGS: make run ARGS='--inference-port 0'") from None
     except KeyboardInterrupt:
         console.print("\nstopped")
 

@@ -83,6 +83,7 @@ def load(
             host = urlsplit(subject.inference).netloc
             requests = [invocation(host, name, request) for name in subject.names]
             to = target(subject.inference, requests, allow_remote=allow_remote)
+            LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
             found = _measure(subject, profile, to, seconds=seconds, warmup=warmup, connections=connections)
     except EXPECTED as error:
         raise SystemExit(f"no load: {error}") from error

@@ -1,4 +1,4 @@
-"""The command line: `fleetcast serve | pack | inspect | verify | invoke`.
+"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke`.
 
 `serve` is the supervisor's process and stays without torch; the tools for archives import `server.workshop`, which has
 it, when they run.
@@ -65,6 +65,7 @@ def fleetcast(
     \b
     fleetcast serve --store s3://models/prices        run the server
     fleetcast invoke au/nsw1.mar --body r.json        ask it
+    fleetcast train p.csv --time hour --target NSW1 --out models
     fleetcast pack au/nsw1.mar --onnx model.onnx      make an archive
     fleetcast inspect au/nsw1.mar                     look into one
     fleetcast verify au/*.mar                         prove that they would load
@@ -147,7 +148,9 @@ app.command(short_help="Fit forecasters to your prices.")(train)
 
 @app.command(short_help="Make an archive.")
 def pack(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="path or store URL (s3://bucket/key) to write")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="path, its folder made if missing, or store URL (s3://bucket/key)")
+    ],
     *,
     architecture: Annotated[str, typer.Option(help="of a forecaster, such as tcn or mlp")] = "",
     config: Annotated[str, typer.Option(metavar="JSON|FILE", help="what the architecture leaves open")] = "{}",
@@ -180,7 +183,6 @@ def pack(
         _fail("--weights are those of an architecture: name it with --architecture, such as tcn")
     with _one_line_errors():
         store, key = workshop.split(out)
-        place = workshop.place(settings_from({"store": store}), key)
         if weights is not None:
             spec, numbers = workshop.forecaster_spec(architecture, config, forecast, description), weights
         else:
@@ -189,6 +191,9 @@ def pack(
         packed = workshop.pack(
             spec, numbers, golden, model_name=name or Path(key).name.partition(".")[0], model_version=model_version
         )
+        if "://" not in out:
+            Path(store).mkdir(parents=True, exist_ok=True)
+        place = workshop.place(settings_from({"store": store}), key)
         proof = workshop.proved_bytes(packed, key, place.limits)
         place.source.put(key, packed)
     print(f"{out}: {len(packed)} bytes; {proof}")  # noqa: T201

@@ -1,6 +1,7 @@
 """`fleetcast train`: the price columns of a CSV file to archives in a store. Torch is imported when it runs."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from model_store.errors import LoadError
+from model_store.errors import ArchiveInvalid, LoadError
+from model_store.manifest import FLEETCAST_JSON
 from model_store.names import ModelName, parse_model_name
 from model_store.packing import pack_forecaster
 from server.options import settings_from
@@ -76,6 +78,7 @@ def train(
         options = _config(config)
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
         forecasts = make_forecasts(series, architecture, options, prediction_length, context_length, recipe)
+        _check_out(out, names[series[0].name])
         limit = minutes * 60 or float("inf")
         fitted = _fit(
             series, forecasts, architecture, options, Fitting(epochs, max_seconds=limit, seed=seed, threads=threads)
@@ -102,16 +105,33 @@ def make_forecasts(
     context_length: int,
     recipe_options: Mapping[str, Any],
 ) -> list["Forecast"]:
-    """The input recipe of each series, lengths of 0 by its frequency. Raises SeriesInvalid, ArchiveInvalid."""
+    """The input recipe of each series, lengths of 0 by its frequency. Raises SeriesInvalid, ValueError."""
     from handlers.batched import reach  # noqa: PLC0415
     from handlers.forecasters import build  # noqa: PLC0415
     from handlers.recipe import default_context, default_prediction, recipe  # noqa: PLC0415
 
     step_s = round(series[0].step.total_seconds())
     context = context_length or default_context(step_s)
-    seen = reach(build(architecture, {**config, "context_length": context}))
+    try:
+        seen = reach(build(architecture, {**config, "context_length": context}))
+    except ArchiveInvalid as error:  # there is no such file yet: the flags are what was wrong
+        said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
+        raise ValueError(f"--architecture, --config: {said}") from error
     horizon = prediction_length or default_prediction(step_s)
     return [recipe(each, seen, context_length=context, prediction_length=horizon, **recipe_options) for each in series]
+
+
+def _check_out(out: str, name: ModelName) -> None:
+    """A place that cannot be written to is better known before the fit. Nothing is made yet. Raises ValueError."""
+    if "://" in out:
+        from server import workshop  # noqa: PLC0415 -- torch
+
+        workshop.place(settings_from({"store": out}), name)
+        return
+    folder = Path(out).expanduser().absolute()
+    nearest = next(each for each in (folder, *folder.parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out {out}: {nearest} is not a folder that can be written to")
 
 
 def _fit(
@@ -171,8 +191,10 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
         table.add_row(each.name, f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
     rich.print(table)
     forecast = fitted[0].forecast
-    steps = f"{forecast.history_length} steps of {forecast.frequency}"
-    print(f"a request brings {steps} and gets the next {forecast.prediction_length}; next:")  # noqa: T201
+    steps, ahead = f"{forecast.history_length} steps of {forecast.frequency}", forecast.prediction_length
+    features = ", ".join(forecast.dynamic_feat)
+    known = f", with dynamic_feat ({features}) for these and {ahead} more," if features else ""
+    print(f"a request brings {steps}{known} and gets the next {ahead}; next:")  # noqa: T201
     print(f"fleetcast serve --store {out}")  # noqa: T201
 
 
