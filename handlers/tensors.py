@@ -139,7 +139,8 @@ def _read_carefully(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float
         return None
     for name in [*shapes, *document]:
         if name not in document:
-            raise RequestError(f"the input is missing; the model takes {_names(shapes)}", field=name)
+            message = f"the input is missing; the model takes {_names(shapes)}, or `instances` where it forecasts"
+            raise RequestError(message, field=name)
         if name not in shapes:
             raise RequestError(f"the model has no such input; it takes {_names(shapes)}", field=name[:100])
     found: dict[str, Float32] = {}

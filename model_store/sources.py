@@ -69,6 +69,9 @@ class Listed:
 class Source:
     """One store under one prefix: model name `au/NSW1.mar` is the key `{prefix}/au/NSW1.mar`. Thread-safe, stateless.
 
+    `url` tells this store from every other, on this host: a folder's is absolute, an S3 store's names the endpoint. The
+    disk tier keeps the archives of different stores apart by it.
+
     Every method raises StoreUnavailable (time-outs, refused connections, 5xx after the retries) and StoreDenied (401,
     403); both name the store and the cause.
     """
@@ -201,19 +204,20 @@ def open_source(
         StoreDenied: boto3 finds no credentials.
     """
     if "://" not in url:
-        return _open_folder(url, url, max_archive_bytes)
+        return _open_folder(url, max_archive_bytes)
     parts = urlsplit(url)
     if parts.password or (parts.username and parts.scheme not in AZURE_HOST_SCHEMES) or parts.query or parts.fragment:
         raise InvalidStoreUrl(f"the {parts.scheme}:// URL of a store has no credentials, query or fragment: {ACCEPTED}")
     if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return _open_folder(url, unquote(parts.path), max_archive_bytes)
+        return _open_folder(unquote(parts.path), max_archive_bytes)
     if parts.scheme not in (*S3_SCHEMES, *OTHER_SCHEMES) or not parts.netloc:
         raise InvalidStoreUrl(f"{url!r} is not a store; accepted are {ACCEPTED}")
     options = _client_options(timeout_s, retries)
     if parts.scheme in S3_SCHEMES:
         session = {"profile_name": profile, "region_name": region}
         store, endpoint = _open_s3(parts.netloc, parts.path.strip("/"), session, endpoint_url, options)
-        return Source(url, store, f"{url} at {endpoint}", max_archive_bytes)
+        where = f"{url} at {endpoint}"
+        return Source(where, store, where, max_archive_bytes)
     if profile or endpoint_url or region:
         raise InvalidStoreUrl(f"profile, endpoint_url and region belong to s3:// stores, not to {url!r}")
     try:
@@ -222,11 +226,11 @@ def open_source(
         raise InvalidStoreUrl(f"{url!r} cannot be opened: {_cause(error)}") from error
 
 
-def _open_folder(url: str, path: str, max_archive_bytes: int) -> Source:
+def _open_folder(path: str, max_archive_bytes: int) -> Source:
     folder = Path(path).expanduser().resolve()
     if not path or not folder.is_dir():
         raise InvalidStoreUrl(f"the model folder {str(folder)!r} does not exist; accepted are {ACCEPTED}")
-    return Source(url, LocalStore(folder), str(folder), max_archive_bytes, folder)
+    return Source(folder.as_uri(), LocalStore(folder), str(folder), max_archive_bytes, folder)
 
 
 def _open_s3(

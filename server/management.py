@@ -4,6 +4,7 @@ Runs in the supervisor's process. Model names have slashes, so paths put the ver
 """
 
 import asyncio
+import http
 import json
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -87,7 +89,8 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/ping", ping),
         Route("/ready", ready),
     ]
-    return Starlette(routes=routes, exception_handlers={ControlError: _control_error, InvalidModelName: _bad_name})
+    handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:
@@ -182,3 +185,11 @@ async def _control_error(_: Request, error: Exception) -> Response:
 
 async def _bad_name(_: Request, error: Exception) -> Response:
     return _error(Situation.BAD_NAME, 400, str(error))
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    situation = Situation.BAD_METHOD if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED else Situation.NO_ROUTE
+    return _error(
+        situation, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}; see /fleet/models"
+    )

@@ -83,6 +83,15 @@ def test_the_list_is_paged_and_filtered(house: tuple[Server, dict[str, Model]]) 
     assert set(models) <= set(seen)
 
 
+def test_paths_that_are_none_are_told_in_json(house: tuple[Server, dict[str, Model]]) -> None:
+    """A wrong path is 404 and a wrong method 405, both in the listener's own error shape."""
+    server, _ = house
+    for method, path, status in (("GET", "/fleet/nothing", 404), ("GET", "/fleet/load/au/nsw1.mar", 405)):
+        answer = server.http.request(method, server.addresses["management"] + path)
+        assert answer.status_code == status
+        assert path in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("verb", "path", "status"),
     [

@@ -16,7 +16,7 @@ from model_store.errors import ArchiveInvalid, ModelNotFound, StoreDenied, Store
 from model_store.names import parse_model_name
 from model_store.sources import open_source
 from model_store.store import OUTAGE_PAUSE_S, ModelStore
-from tests.archives import make_zip
+from tests.archives import make_forecaster, make_zip
 from tests.s3 import Fault, S3Server
 
 ROOT = Path(__file__).parents[2]
@@ -211,7 +211,7 @@ def test_a_broken_new_version_leaves_the_old_copy(
     clock.now += 61.0
     with pytest.raises(ArchiveInvalid):
         store.fetch(NAME)
-    cached = DiskTier(tmp_path, f"s3://{bucket}").lookup(NAME)
+    cached = DiskTier(tmp_path, open_source(f"s3://{bucket}").url).lookup(NAME)
     assert cached is not None
     assert cached.version == version
 
@@ -220,7 +220,8 @@ def test_a_copy_that_no_longer_opens_is_forgotten(s3: S3Server, bucket: str, sto
     """Stricter limits after a restart refuse the copy, and the next fetch asks the store again."""
     s3.put(bucket, NAME, archive())
     store.fetch(NAME)
-    strict = ModelStore(open_source(f"s3://{bucket}"), DiskTier(tmp_path, f"s3://{bucket}"), Limits(max_entries=0))
+    source = open_source(f"s3://{bucket}")
+    strict = ModelStore(source, DiskTier(tmp_path, source.url), Limits(max_entries=0))
     strict._clock = store._clock
     with pytest.raises(ArchiveInvalid):
         strict.fetch(NAME)
@@ -284,3 +285,24 @@ def test_a_restart_reuses_what_a_killed_process_left(s3: S3Server, bucket: str, 
         with fetcher(bucket, tmp_path) as child:
             start(child)
             assert json.loads(child.communicate(timeout=10)[0]) == [tier, version]
+
+
+def test_stores_that_are_written_alike_do_not_share_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`./models` of two projects, and one bucket name at two endpoints, are four stores to one disk cache."""
+    for project, seed in (("a", 1), ("b", 2)):
+        models = tmp_path / project / "models"
+        models.mkdir(parents=True)
+        (models / NAME).parent.mkdir(parents=True, exist_ok=True)
+        (models / NAME).write_bytes(make_forecaster(seed))
+    found = []
+    for project in "ab":
+        monkeypatch.chdir(tmp_path / project)
+        source = open_source("./models")
+        found.append(ModelStore(source, DiskTier(tmp_path / "cache", source.url), Limits()).fetch(NAME))
+    assert [each.tier for each in found] == ["store", "store"]
+    assert found[0].archive.weights() != found[1].archive.weights()
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in keys.items():
+        monkeypatch.setenv(name, value)
+    urls = {open_source("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{port}").url for port in (1, 2)}
+    assert len(urls) == 2
