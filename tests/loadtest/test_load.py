@@ -14,6 +14,7 @@ from loadtest import summary
 from loadtest.fleet import make_fleet
 from loadtest.load import app
 from loadtest.local import serve
+from loadtest.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,3 +95,13 @@ def test_the_slowest_over_time() -> None:
     assert [slots[0], slots[-1], sum(slots)] == [10.0, 100.0, 110.0]
     assert summary.sparkline([1.0, 0.0, 10.0, 100.0]) == "▁ ▅█"
     assert summary.sparkline([0.0]) == " "
+
+
+def test_no_server_is_no_load(tmp_path: Path) -> None:
+    """An address nobody listens on is said in a line, not blamed on the driver."""
+    make_fleet(str(tmp_path / "store"), 1)
+    address = f"http://127.0.0.1:{free_port()}"
+    done = fleetcast_load(tmp_path, "--url", address, "--store", str(tmp_path / "store"), "--seconds", "1")
+    assert done.returncode == 1
+    assert "no load: " in done.stderr
+    assert "Traceback" not in done.stderr

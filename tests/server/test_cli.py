@@ -158,6 +158,13 @@ def test_what_would_not_load_is_not_written(desk: Path) -> None:
     assert not (desk / "lu.mar").exists()
 
 
+def test_pack_makes_the_folder_of_its_path(desk: Path) -> None:
+    """A first archive in a store that does not exist yet, as the README writes it."""
+    result = pack("models/de/lu.mar")
+    assert result.exit_code == 0, result.stderr
+    assert (desk / "models/de/lu.mar").is_file()
+
+
 def test_onnx_into_a_store(desk: Path, bucket: str) -> None:
     """An ONNX model is packed into an object store, looked into and proved there."""
     (desk / "model.onnx").write_bytes(doubling("n", 2))

@@ -125,6 +125,15 @@ def test_what_is_wrong_is_said_in_a_line(prices: Path, tmp_path: Path, flags: li
     assert not (tmp_path / "store").exists()
 
 
+def test_an_impossible_out_is_told_first(prices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where the folder should be: said at once, not after minutes of fitting."""
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr("handlers.training.fit", lambda *_, **__: pytest.fail("it was fitted first"))
+    result = run(str(prices), "--time", "hour", "--target", "NSW1", "--out", str(tmp_path / "taken"))
+    assert result.exit_code == 2
+    assert "is not a folder" in result.stderr
+
+
 def test_a_missing_file_is_said_in_a_line(tmp_path: Path) -> None:
     """No traceback for a path that is not there."""
     result = run(str(tmp_path / "no.csv"), "--time", "t", "--target", "p", "--out", str(tmp_path))
