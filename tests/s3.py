@@ -64,7 +64,11 @@ class S3Server:
             region_name=self.env["AWS_DEFAULT_REGION"],
             aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
-            config=Config(request_checksum_calculation="when_required", s3={"addressing_style": "path"}),
+            config=Config(
+                request_checksum_calculation="when_required",
+                s3={"addressing_style": "path"},
+                retries={"total_max_attempts": 8, "mode": "standard"},  # a busy machine's Swift answers 503 at times
+            ),
         )
 
     def bucket(self, name: str | None = None) -> str:

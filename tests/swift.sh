@@ -39,6 +39,8 @@ recon_cache_path = $dir/run
 pipeline = $server-server
 [app:$server-server]
 use = egg:swift#$server
+conn_timeout = 10
+node_timeout = 30
 C
   ring=etc/$server.builder
   { swift-ring-builder $ring create 4 1 1
@@ -55,6 +57,12 @@ bind_port = $port
 pipeline = $filters proxy-server
 [app:proxy-server]
 use = egg:swift#proxy
+# One node of each kind: on a busy machine a slow answer must not make the proxy avoid its only node for a minute.
+conn_timeout = 10
+node_timeout = 30
+recoverable_node_timeout = 30
+error_suppression_interval = 0
+error_suppression_limit = 1000000
 account_autocreate = true
 allow_account_management = true
 [filter:cache]
