@@ -40,7 +40,7 @@ def train(
         list[str] | None,
         typer.Option(help="column known ahead, such as a load forecast (repeatable); may contain {target}"),
     ] = None,
-    architecture: Annotated[str, typer.Option(help="tcn or mlp")] = "tcn",
+    architecture: Annotated[str, typer.Option(help="tcn, mlp, gru or seq2seq")] = "tcn",
     config: Annotated[str, typer.Option(metavar="JSON", help="what the architecture leaves open")] = "{}",
     name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
     prediction_length: Annotated[int, typer.Option(min=0, help="steps to forecast; 0: by the frequency, hours 24")] = 0,
@@ -111,13 +111,12 @@ def make_forecasts(
     from handlers.recipe import default_context, default_prediction, recipe  # noqa: PLC0415
 
     step_s = round(series[0].step.total_seconds())
-    context = context_length or default_context(step_s)
+    context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
     try:
-        seen = reach(build(architecture, {**config, "context_length": context}))
+        seen = reach(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
     except ArchiveInvalid as error:  # there is no such file yet: the flags are what was wrong
         said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
         raise ValueError(f"--architecture, --config: {said}") from error
-    horizon = prediction_length or default_prediction(step_s)
     return [recipe(each, seen, context_length=context, prediction_length=horizon, **recipe_options) for each in series]
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from handlers.base import Family, Float32
+from handlers.forecasters.gru import Gru, GruConfig
 from handlers.forecasters.mlp import Mlp, MlpConfig
+from handlers.forecasters.seq2seq import Seq2Seq, Seq2SeqConfig
 from handlers.forecasters.tcn import Tcn, TcnConfig
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import FLEETCAST_JSON, Forecast, Spec
@@ -27,7 +29,12 @@ class Architecture:
 
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {"mlp": Architecture(MlpConfig, Mlp), "tcn": Architecture(TcnConfig, Tcn)}
+    {
+        "gru": Architecture(GruConfig, Gru),
+        "mlp": Architecture(MlpConfig, Mlp),
+        "seq2seq": Architecture(Seq2SeqConfig, Seq2Seq),
+        "tcn": Architecture(TcnConfig, Tcn),
+    }
 )
 
 

@@ -18,11 +18,17 @@ SHAPES = {
     "prediction_length": st.integers(1, 7),
     "quantiles": st.integers(1, 5),
 }
+RECURRENT = {"hidden": st.integers(1, 33), "layers": st.integers(1, 4)}
+LONG_ENOUGH = st.integers(7, 100)  #: a context for a decoder: not below the prediction length
 CONFIGS = st.one_of(
     st.fixed_dictionaries(
         SHAPES | {"channels": st.integers(1, 33), "kernel": st.integers(1, 4), "layers": st.integers(1, 4)}
     ).map(lambda config: ("tcn", config)),
     st.fixed_dictionaries(SHAPES | {"hidden": st.integers(1, 40)}).map(lambda config: ("mlp", config)),
+    st.fixed_dictionaries(SHAPES | RECURRENT).map(lambda config: ("gru", config)),
+    st.fixed_dictionaries(
+        SHAPES | RECURRENT | {"past": st.integers(0, 1), "features": st.integers(2, 9), "context_length": LONG_ENOUGH}
+    ).map(lambda config: ("seq2seq", config)),
 )
 
 
@@ -59,9 +65,16 @@ def test_batched_is_reference_for_any_configuration(
     assert_batched_is_reference(build(*config), models, batch, seed)
 
 
-@pytest.mark.parametrize("batch", [1, 2, 31, 512])
+@pytest.mark.parametrize("batch", [1, 2, 3, 33, 512])
 @pytest.mark.parametrize(
-    ("architecture", "config"), [("mlp", {"context_length": 24, "hidden": 64}), ("tcn", {})], ids=["mlp", "tcn"]
+    ("architecture", "config"),
+    [
+        ("mlp", {"context_length": 24, "hidden": 64}),
+        ("tcn", {}),
+        ("gru", {"context_length": 50, "hidden": 16}),
+        ("seq2seq", {"context_length": 40, "prediction_length": 30, "hidden": 16}),
+    ],
+    ids=["mlp", "tcn", "gru", "seq2seq"],
 )
 def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, int], batch: int) -> None:
     """From one request to a tick of 512."""
@@ -88,7 +101,7 @@ def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> No
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_parameters_are_the_state_dict(architecture: str) -> None:
     """What the family says it needs is what its reference is saved as, and rows are whole cache lines."""
-    made = build(architecture, {"features": 3, "context_length": 11})
+    made = build(architecture, {"features": 3, "context_length": 11, "prediction_length": 4})
     state = made.reference().state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(made.parameters)
     assert made.row_floats % 16 == 0
@@ -147,7 +160,7 @@ def test_equal_configs_share_one_family() -> None:
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
-        (spec("lstm"), "unknown architecture 'lstm'; known are mlp, tcn"),
+        (spec("lstm"), f"unknown architecture 'lstm'; known are {', '.join(ARCHITECTURES)}"),
         (spec(channels=0), r"\$.channels"),
         (spec(kernel="3"), r"\$.kernel"),
         (spec(kernel=True), r"\$.kernel"),
@@ -173,13 +186,13 @@ def test_a_fitting_forecast_is_taken() -> None:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
     """Missing, extra, misshapen and mistyped tensors never become a row."""
-    made = build(architecture, {"features": 2, "context_length": 5})
+    made = build(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
     good = random_tensors(made, 0)
-    bias = good["head.bias"]
+    bias, out = good["head.bias"], made.parameters["head.bias"][0]
     for wrong, names in (
         ({name: tensor for name, tensor in good.items() if name != "head.bias"}, r"missing \['head.bias'\]"),
         (good | {"foot.bias": bias}, r"config \['foot.bias'\]"),
-        (good | {"head.bias": bias[:-1]}, r"'head.bias' must be float32 \[120\], not float32 \[119\]"),
+        (good | {"head.bias": bias[:-1]}, rf"'head.bias' must be float32 \[{out}\], not float32 \[{out - 1}\]"),
         (good | {"head.bias": bias.astype(np.float64)}, "float64"),
     ):
         with pytest.raises(ArchiveInvalid, match=names):
@@ -190,7 +203,7 @@ def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_non_finite_tensors_are_refused_by_name(architecture: str, number: float) -> None:
     """One bad number in any tensor is found, also where it is folded into others before it reaches the row."""
-    made = build(architecture, {"features": 2, "context_length": 5})
+    made = build(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
     good = random_tensors(made, 0)
     for name, tensor in good.items():
         bad = tensor.copy()

@@ -43,8 +43,8 @@ def make_forecast(series: Series, context: int = 168, prediction: int = 24) -> F
 def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") -> list[Fitted]:
     """That many series, fitted together."""
     series = [make_series(seed) for seed in range(count)]
-    config = SMALL if architecture == "tcn" else {"hidden": 16}
-    return fit(series, [make_forecast(each) for each in series], architecture, {**config}, fitting)
+    config, context = (SMALL, 168) if architecture == "tcn" else ({"hidden": 16}, 168 if architecture == "mlp" else 36)
+    return fit(series, [make_forecast(each, context) for each in series], architecture, {**config}, fitting)
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,10 @@ def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") ->
         build("tcn", {"features": 3, "channels": 4, "context_length": 50, "kernel": 3}),
         build("tcn", {"features": 2, "channels": 4, "context_length": 7, "kernel": 2, "layers": 5}),
         build("mlp", {"features": 2, "context_length": 12, "hidden": 6}),
+        build("gru", {"features": 2, "context_length": 12, "hidden": 6, "layers": 2}),
+        build("seq2seq", {"features": 3, "context_length": 26, "hidden": 6, "layers": 2}),
     ],
-    ids=["tcn", "tcn-short", "tcn-shorter", "mlp"],
+    ids=["tcn", "tcn-short", "tcn-shorter", "mlp", "gru", "seq2seq"],
 )
 def test_the_batched_forward_is_the_reference_network(family: Family) -> None:
     """For models with different weights, answers and gradients are those of the plain networks."""
@@ -110,7 +112,7 @@ def test_pinball_by_hand() -> None:
     assert loss.item() == pytest.approx((0.1 * 2 + 0.9 * 2) / 2 + (0.9 * 1 + 0.1 * 1) / 2)
 
 
-@pytest.mark.parametrize("architecture", ["tcn", "mlp"])
+@pytest.mark.parametrize("architecture", ["tcn", "mlp", "gru", "seq2seq"])
 def test_every_model_of_a_fit_learns_its_own_series(architecture: str) -> None:
     """Series with different phases, fitted together, each beat the naive forecast clearly."""
     for found in make_fit(3, architecture=architecture):

@@ -13,6 +13,7 @@ from server.engine import Engine
 
 TCN = {"features": 3, "context_length": 12, "prediction_length": 4, "quantiles": 3, "channels": 8}
 MLP = {name: size for name, size in TCN.items() if name != "channels"}
+CONFIGS = {"tcn": TCN, "mlp": MLP, "gru": MLP | {"hidden": 9, "layers": 2}, "seq2seq": MLP | {"hidden": 9}}
 MODELS = 5
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ def filled(family: Family) -> tuple[Engine, list[int]]:
 
 @settings(deadline=None, max_examples=30)
 @given(
-    architecture=st.sampled_from(["tcn", "mlp"]),
+    architecture=st.sampled_from(sorted(CONFIGS)),
     models=st.lists(st.tuples(st.integers(0, MODELS - 1), st.integers(1, 3)), min_size=1, max_size=150),
     seed=st.integers(0, 2**16),
 )
@@ -47,7 +48,7 @@ def test_any_mix_and_repetition_equals_the_single_models(
     architecture: str, models: list[tuple[int, int]], seed: int
 ) -> None:
     """Requests of one or several rows, any models in any order, over the forward's cut: abs <= 1e-5 + 1e-4 |ref|."""
-    family = build(architecture, TCN if architecture == "tcn" else MLP)
+    family = build(architecture, CONFIGS[architecture])
     engine, offsets = filled(family)
     rng = np.random.default_rng(seed)
     parts = [rng.standard_normal((rows, *family.input_shape), dtype=np.float32) for _, rows in models]

@@ -1,0 +1,125 @@
+"""`seq2seq`: an encoder GRU reads the context; from its state a decoder GRU goes through the forecast steps.
+
+Sources: Cho et al. 2014, arXiv 1406.1078 (the units), and Sutskever et al. 2014, arXiv 1409.3215 (the encoder's last
+state, layer by layer, is the decoder's first). What the decoder reads at a step is what is known of that step: the last
+`prediction_length` columns of every channel but the first `past`. That fits the recipe of `fleetcast train`, which puts
+the target first and shifts or lags all others so that these columns tell of the forecast steps (calendar and covariates
+of the very step, prices one day and one week before it). One linear head serves all steps. No answer is fed back: a
+forecast is one pass without sampling, so quantiles stay what training made them.
+
+Parameters: 3 H (W + H + 2) a layer of H units and W inputs, in both, and H q + q; 16,805 by default.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+from torch import nn
+
+from handlers.base import Float32, Shape
+from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
+from handlers.forecasters.layout import Layout, check_finite, check_tensors
+
+
+class Seq2SeqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+
+    features: Annotated[int, Meta(ge=1, le=1024)] = 8
+    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
+    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
+    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
+    past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, of which the decoder knows nothing
+    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
+    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what leaves the decoder nothing to read, or would hold up a worker."""
+        if self.past >= self.features:
+            what = f"past is {self.past} of {self.features} features"
+            raise ValueError(f"{what}, but the decoder needs a channel that is known of the forecast steps")
+        if self.prediction_length > self.context_length:
+            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
+            raise ValueError(f"{what}, whose last columns tell the decoder of the forecast steps")
+        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        encoder = self.context_length * products(self.features, self.hidden, self.layers)
+        decoder = self.prediction_length * products(self.features - self.past, self.hidden, self.layers)
+        require_products(encoder + decoder)
+
+
+class Seq2SeqReference(nn.Module):
+    """The network as one would write it for training: [N, features, context] -> [N, prediction, quantiles]."""
+
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        super().__init__()
+        self.past, self.steps = config.past, config.prediction_length
+        self.encoder = nn.GRU(config.features, config.hidden, config.layers, batch_first=True)
+        self.decoder = nn.GRU(config.features - config.past, config.hidden, config.layers, batch_first=True)
+        self.head = nn.Linear(config.hidden, config.quantiles)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""
+        _, state = self.encoder(x.transpose(1, 2))
+        states, _ = self.decoder(x[:, self.past :, -self.steps :].transpose(1, 2), state)
+        answer: torch.Tensor = self.head(states)
+        return answer
+
+
+class Seq2Seq:
+    """The family: one row a model, all models of a batch in one `baddbmm` a step."""
+
+    input_name = "x"
+
+    def __init__(self, key: str, config: Seq2SeqConfig) -> None:
+        self.key = key
+        self.config = config
+        self.input_shape: Shape = (config.features, config.context_length)
+        self.output_shape: Shape = (config.prediction_length, config.quantiles)
+        size, known = (config.hidden, config.layers), config.features - config.past
+        self._encoder = Recurrence("encoder", config.features, *size, config.context_length)
+        self._decoder = Recurrence("decoder", known, *size, config.prediction_length)
+        head: dict[str, Shape] = {"head.weight": (config.quantiles, config.hidden), "head.bias": (config.quantiles,)}
+        self.parameters: Mapping[str, Shape] = self._encoder.parameters() | self._decoder.parameters() | head
+        self._layout = Layout(
+            dict(self._encoder.parts())
+            | dict(self._decoder.parts())
+            | {"head.weight": (config.hidden, config.quantiles), "head.bias": (1, config.quantiles)}
+        )
+        self.row_floats = self._layout.row_floats
+
+    def __repr__(self) -> str:
+        return f"<Seq2Seq {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+
+    def reference(self) -> nn.Module:
+        """The plain network, freshly initialised, in eval mode."""
+        return Seq2SeqReference(self.config).eval()
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
+    def row(self, tensors: Mapping[str, Float32]) -> Float32:
+        """State dict -> flat row: weights transposed, biases folded where that is exact."""
+        check_tensors(self.parameters, tensors)
+        row = np.zeros(self.row_floats, np.float32)
+        part = self._layout.arrays(row)
+        self._encoder.fill(part, tensors)
+        self._decoder.fill(part, tensors)
+        part["head.weight"][...] = tensors["head.weight"].T
+        part["head.bias"][0] = tensors["head.bias"]
+        check_finite(row, tensors)
+        return row
+
+    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows [B, row_floats] -> the head's weight and bias, then what encoder and decoder bind."""
+        part = self._layout.views(block)
+        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
+            encoder, decoder = self._encoder.bind(part), self._decoder.bind(part)
+        return [part["head.weight"], part["head.bias"], *encoder, *decoder]
+
+    def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
+        head, bias = weights[:2]
+        encoder, decoder = weights[2 : 2 + self._encoder.items], weights[2 + self._encoder.items :]
+        state = self._encoder.final(encoder, x.transpose(1, 2))
+        known = x[:, self.config.past :, -self.config.prediction_length :].transpose(1, 2)
+        states = self._decoder.run(decoder, known, state)
+        return torch.cat([torch.baddbmm(bias, some, head) for some in states], 1)
