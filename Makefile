@@ -36,7 +36,7 @@ run: $(READY) ## a fleet, a server, a forecast and a burst; stays until Ctrl-C (
 	@$(BIN)/python -m loadtest.demo $(ARGS)
 
 load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loop load (ARGS="--rate 300 --models 500")
-	@$(BIN)/python -m loadtest.load $(ARGS)
+	@$(BIN)/python -m loadtest.load run $(ARGS)
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -2,8 +2,9 @@
 
 A closed loop asks less of a server that is slow and so hides its worst moments ("coordinated omission"). Here latency
 counts from the *intended* time, and the driver measures how late it was itself: when that is much, the run says nothing
-about the server and is called invalid. One process, one thread, one event loop; a load is sent to loopback only, unless
-told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the processor time, which the server needs.
+about the server and is called invalid. One process, one thread, one event loop (several processes: `crew`); a load is
+sent to loopback only, unless told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the processor
+time, which the server needs.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 
-from loadtest.outcome import CACHE, LOST, NO_ANSWER, Run, unsound
+from loadtest.dialects import unsound
+from loadtest.outcome import CACHE, LOST, NO_ANSWER, Run
 from loadtest.profiles import Schedule
 
 SAMPLES = 200  #: answers that are looked into, or a few more
@@ -57,25 +59,24 @@ def target(url: str, requests: Sequence[bytes], *, allow_remote: bool = False) -
     return Target(address, port, requests)
 
 
-def invocation(host: str, model: str, body: bytes, content_type: str = "application/json") -> bytes:
-    """A request as SageMaker's runtime takes it, ready to be written."""
-    head = (
-        f"POST /invocations HTTP/1.1\r\nHost: {host}\r\nX-Amzn-SageMaker-Target-Model: {model}\r\n"
-        f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-def drive(schedule: Schedule, to: Target, *, connections: int = 512, patience_s: float = 10.0) -> Run:
+def drive(
+    schedule: Schedule,
+    to: Target,
+    *,
+    connections: int = 512,
+    patience_s: float = 10.0,
+    start: float | None = None,
+) -> Run:
     """Send a schedule. Ends when all is answered, at the latest `patience_s` after the schedule's end.
 
-    At most so many connections, opened when needed. Blocks; not for use inside an event loop.
+    At most so many connections, opened when needed. The schedule starts at `start` on the monotonic clock, which the
+    processes of a machine share; by default at once. Blocks; not for use inside an event loop.
     """
     gc.collect()
     gc.freeze()  # a full collection over a large program's objects is a pause of many milliseconds
     try:
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Punctual())) as runner:
-            return runner.run(_Driver(runner.get_loop(), schedule, to, connections).run(patience_s))
+            return runner.run(_Driver(runner.get_loop(), schedule, to, connections).run(patience_s, start))
     finally:
         gc.unfreeze()
 
@@ -113,17 +114,17 @@ class _Driver:
     def __repr__(self) -> str:
         return f"<_Driver {self._next} of {len(self._at)} due, {self._unanswered} unanswered, {len(self._open)} open>"
 
-    async def run(self, patience_s: float) -> Run:
-        self.start = self.loop.time() + LEAD_S
+    async def run(self, patience_s: float, start: float | None) -> Run:
+        self.start = self.loop.time() + LEAD_S if start is None else start
         self.loop.call_at(self.start, self._due)
         try:
-            async with asyncio.timeout(LEAD_S + self._schedule.seconds + patience_s):
+            async with asyncio.timeout_at(self.start + self._schedule.seconds + patience_s):
                 await self._ended.wait()
         except TimeoutError:
             self._next = len(self._at)  # nothing more is sent
         ended = self._now()
         await self._close()
-        found = [f"answer {i}: {why}" for i, body in self.samples.items() if (why := unsound(body))]
+        found = [(i, why) for i, body in self.samples.items() if (why := unsound(body))]
         arrays = (self._woken, self._sent, self._done, self._status, self._cache)
         return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found)
 

@@ -1,97 +1,160 @@
-"""`make load`: what tail, hit ratio, load times and memory a fleet has under an open-loop load. A client's view.
+"""How a fleet stands a load: tail latency, hit ratio, load times, memory. A client's view of a server.
 
-python -m loadtest.load                                            a fleet and a server of its own
-python -m loadtest.load --url http://127.0.0.1:8080 --store DIR    a server that runs, the names of its store
+A fleet and a server of its own:   fleetcast-load run
+Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
+A server that runs:   fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
 """
 
-import itertools
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
-from urllib.parse import urlsplit
+from typing import Annotated, Any
 
-import orjson
 import typer
 import urllib3
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from handlers.forecasters import build
-from loadtest import record, summary
-from loadtest.driver import Forbidden, Target, drive, invocation, target
-from loadtest.fleet import CONFIG, fleet_names, make_fleet, make_request
-from loadtest.local import LocalServer, serve
-from loadtest.processes import pss
-from loadtest.profiles import Arrivals, Profile
+from loadtest import record, summary, trial
+from loadtest.dialects import DIALECTS, Body
+from loadtest.driver import Forbidden
+from loadtest.local import LocalServer
+from loadtest.profiles import Load, Shape, make_profile, ramp
+from loadtest.report import page
+from loadtest.report import write as write_report
+from loadtest.trace import Trace, read_trace, trace_of, write_trace
 from model_store.errors import LoadError
 from model_store.names import ModelName
-from model_store.sources import open_source
 
-STORE = Path(".fleetcast/load")
-WARMUP = 1  #: part of the profile that is not measured
 EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
+SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
+LOAD, SERVER, SLO, OUTPUT = "Load", "Server", "What must be reached", "Output"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A server under load: addresses, the models to ask for, and how to measure its memory, where that is known."""
-
-    inference: str
-    metrics: str | None
-    names: Sequence[ModelName]
-    what: str
-    memory: Callable[[], dict[str, int]] | None = None
+def _flag(panel: str, text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
 
 
 @app.command()
-def load(
+def run(
     *,
-    rate: Annotated[float, typer.Option(help="requests a second")] = 200.0,
-    seconds: Annotated[float, typer.Option(help="how long")] = 15.0,
-    warmup: Annotated[float, typer.Option(help="seconds of the same load before, not measured; 0: none")] = 5.0,
-    arrivals: Annotated[Arrivals, typer.Option(help="how requests follow each other")] = Arrivals.POISSON,
-    zipf: Annotated[float, typer.Option(help="popularity of rank r is 1 / r to this power; 0: all alike")] = 1.0,
-    models: Annotated[int, typer.Option(min=1, help="size of the fleet; of --store the first so many")] = 200,
-    resident: Annotated[int, typer.Option(min=1, help="models that fit in the cache of the own server")] = 50,
-    workers: Annotated[int, typer.Option(min=1, help="worker processes of the own server")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="same seed, same schedule")] = 0,
-    connections: Annotated[int, typer.Option(min=1, help="connections at most, opened when needed")] = 512,
-    url: Annotated[str | None, typer.Option(help="inference address of a server that runs; needs --store")] = None,
-    metrics_url: Annotated[str | None, typer.Option(help="its metrics address: hits, loads and evictions")] = None,
-    store: Annotated[str | None, typer.Option(help="its store, for the models' names")] = None,
-    body: Annotated[Path | None, typer.Option(help="JSON request that its models take", exists=True)] = None,
-    allow_remote: Annotated[bool, typer.Option("--allow-remote", help="load an address beyond loopback")] = False,
-    keep: Annotated[bool, typer.Option("--record", help="save a record under loadtest/records")] = False,
+    profile: Annotated[Shape, _flag(LOAD, SHAPES)] = Shape.POISSON,
+    rate: Annotated[float | None, _flag(LOAD, "requests a second; else 200")] = None,
+    seconds: Annotated[float, _flag(LOAD, "how long")] = 15.0,
+    warmup: Annotated[
+        float | None, _flag(LOAD, "seconds of the same load before, not measured; else 5, none before a replay")
+    ] = None,
+    zipf: Annotated[float | None, _flag(LOAD, "popularity of rank r is 1 / r to this power; else 1")] = None,
+    drift_s: Annotated[float | None, _flag(LOAD, "models trade ranks every so many seconds; else never")] = None,
+    drift_share: Annotated[float | None, _flag(LOAD, "how many of them; else 0.1")] = None,
+    day_s: Annotated[float | None, _flag(LOAD, "diurnal: seconds of a day; else 60")] = None,
+    trough: Annotated[float | None, _flag(LOAD, "diurnal: the night's rate in noon's; else 0.2")] = None,
+    every_s: Annotated[float | None, _flag(LOAD, "tick: seconds from one to the next; else 5")] = None,
+    spread_s: Annotated[float | None, _flag(LOAD, "tick: seconds within which all are asked; else 1")] = None,
+    shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order every time", "--shuffled")] = None,
+    newcomers: Annotated[int | None, _flag(LOAD, "onboarding: models that are new; else 100")] = None,
+    at_s: Annotated[float | None, _flag(LOAD, "onboarding: when they come; else 5")] = None,
+    trace: Annotated[Path | None, _flag(LOAD, "replay: the recording", exists=True, dir_okay=False)] = None,
+    speed: Annotated[float | None, _flag(LOAD, "replay: times as fast; else 1")] = None,
+    start_s: Annotated[float | None, _flag(LOAD, "replay: from this second of it on; else its first")] = None,
+    ramp_to: Annotated[float | None, _flag(LOAD, "rates from --rate up to this one until one is too much")] = None,
+    ramp_factor: Annotated[float, _flag(LOAD, "from one rate of a ramp to the next")] = 1.5,
+    seed: Annotated[int, _flag(LOAD, "same seed, same schedule", min=0)] = 0,
+    connections: Annotated[int, _flag(LOAD, "at most, opened when needed", min=1)] = 512,
+    processes: Annotated[int | None, _flag(LOAD, "of the driver; else as many as the rate needs", min=1)] = None,
+    store: Annotated[str | None, _flag(SERVER, "folder or URL of archives; served by a server of its own")] = None,
+    url: Annotated[str | None, _flag(SERVER, "inference address of a server that runs")] = None,
+    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
+    names: Annotated[
+        Path | None, _flag(SERVER, "file of model names, instead of the store's", exists=True, dir_okay=False)
+    ] = None,
+    dialect: Annotated[str, _flag(SERVER, "its protocol: " + ", ".join(DIALECTS))] = "sagemaker",
+    body: Annotated[Body | None, _flag(SERVER, "what is asked; else each archive's golden sample")] = None,
+    request: Annotated[
+        Path | None, _flag(SERVER, "a request that all models take", exists=True, dir_okay=False)
+    ] = None,
+    models: Annotated[int, _flag(SERVER, "size of the own fleet; of a store the first so many", min=1)] = 200,
+    resident: Annotated[int, _flag(SERVER, "own fleet: models that fit in the cache", min=1)] = 50,
+    cache: Annotated[str | None, _flag(SERVER, "with --store: memory of the cache, such as 256MiB")] = None,
+    workers: Annotated[int, _flag(SERVER, "own server: worker processes", min=1)] = 1,
+    allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
+    p50_ms: Annotated[float | None, _flag(SLO, "median latency at most")] = None,
+    p99_ms: Annotated[float | None, _flag(SLO, "99th percentile at most")] = None,
+    failed: Annotated[float | None, _flag(SLO, "share of failed requests at most")] = None,
+    hit_ratio: Annotated[float | None, _flag(SLO, "hit ratio at least")] = None,
+    out: Annotated[Path | None, _flag(OUTPUT, "write the results as JSON")] = None,
+    html: Annotated[Path | None, _flag(OUTPUT, "write a report for the browser")] = None,
+    trace_out: Annotated[Path | None, _flag(OUTPUT, "write what was asked and answered as a trace")] = None,
+    keep: Annotated[bool, _flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
-    """Ask a fleet for forecasts at times and with a popularity drawn beforehand. Exits with 1 when a run is invalid."""
-    machine = record.machine()
-    request = body.read_bytes() if body else orjson.dumps(make_request(seed))
+    """Ask a fleet at times and with a popularity drawn beforehand; ends with 1 for an invalid run and a missed SLO.
+
+    Latency counts from the intended time: a server that stands still makes everybody wait who would have asked.
+    """
+    before = record.machine()
+    warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
+    settings = {
+        "rate": rate, "zipf": zipf, "drift_s": drift_s, "drift_share": drift_share, "day_s": day_s, "trough": trough,
+        "every_s": every_s, "spread_s": spread_s, "shuffled": shuffled, "newcomers": newcomers, "at_s": at_s,
+        "speed": speed, "start_s": start_s,
+    }  # fmt: skip
+    settings = {name: value for name, value in settings.items() if value is not None}
     try:
-        if url is None and (store or metrics_url):
-            raise ValueError("--store and --metrics-url are those of the server at --url")
-        with _running(url, metrics_url, store, models) if url else _own(models, resident, workers) as subject:
-            profile = Profile(len(subject.names), rate, zipf, arrivals, seed)
-            how = f"{rate:g} requests/s ({arrivals}) for {seconds:g} s, zipf {zipf:g}, seed {seed}"
-            console.print(f"{how}, {subject.what}")
-            host = urlsplit(subject.inference).netloc
-            requests = [invocation(host, name, request) for name in subject.names]
-            to = target(subject.inference, requests, allow_remote=allow_remote)
-            LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
-            found = _measure(subject, profile, to, seconds=seconds, warmup=warmup, connections=connections)
+        recorded = None if trace is None else read_trace(trace)
+        asked = trial.Questions(
+            names=_names(names, recorded),
+            most=models,
+            body=body,
+            request=request.read_bytes() if request else None,
+            seed=seed,
+        )
+        with _subject(asked, url, metrics_url, store, cache, models, resident, workers) as subject:
+            load = _load(profile, recorded, subject, seed, settings)
+            slo = summary.Slo(p50_ms, p99_ms, failed, hit_ratio)
+            plan = trial.Plan(load, seconds, warmup, connections, processes, slo)
+            title = _title(profile, seconds, seed, settings, ramp_to)
+            console.print(f"{title}; {subject.what}")
+            to = subject.target(dialect, allow_remote=allow_remote)
+            if dialect == "sagemaker":
+                LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
+            if ramp_to is None:
+                found, ran = trial.measure(subject, plan, to, console)
+            else:
+                rates = ramp(rate or 200.0, ramp_to, factor=ramp_factor)
+                found, ran = trial.climb(subject, plan, to, rates, console)
     except EXPECTED as error:
         raise SystemExit(f"no load: {error}") from error
+    size = sum(len(each.body) for each in subject.questions.values()) // len(subject.questions)
+    found |= {"title": title, "subject": subject.what, "dialect": dialect, "body": body or "golden", "body_bytes": size}
+    found |= {"profile": {"shape": profile, "seconds": seconds, "warmup": warmup, "models": load.models, **settings}}
     _show(found)
-    if keep:
-        console.print(f"record: {record.save('load', seed, machine, {'profile': asdict(profile), **found})}")
-    if found["invalid"] or found["unsound"] or not found["answered_per_s"]:
+    if trace_out is not None:
+        write_trace(trace_out, trace_of(ran, list(subject.questions)))
+        console.print(f"trace: {trace_out}")
+    _keep(found, seed, before, out, html, keep=keep)
+    if (
+        found["invalid"]
+        or found["unsound"]
+        or not found["answered_per_s"]
+        or not (found["slo"] or {"met": True})["met"]
+    ):
         raise SystemExit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN.json [OTHER.json]", exists=True, dir_okay=False)],
+    html: Annotated[Path, typer.Option(help="where to write it")] = Path("report.html"),
+) -> None:
+    """Draw one run for the browser, or two side by side: files of `run --out`, or records."""
+    try:
+        write_report(runs, html)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"no report: {error}") from error
+    console.print(f"report: {html}")
 
 
 def main() -> None:
@@ -99,63 +162,55 @@ def main() -> None:
     app()
 
 
-# --- servers --------------------------------------------------------------------------------------------------------
+# --- parts of a run -------------------------------------------------------------------------------------------------
+
+
+def _names(file: Path | None, recorded: Trace | None) -> Sequence[ModelName] | None:
+    if recorded is not None:
+        return recorded.names
+    return None if file is None else trial.parse_names(file.read_text())
 
 
 @contextmanager
-def _own(models: int, resident: int, workers: int) -> Iterator[Subject]:
-    """A fleet with random weights, made once, and a server with room for some of it."""
-    names = fleet_names(models)
-    if not all((STORE / name).exists() for name in names):
-        make_fleet(str(STORE), models)
-    row_bytes = build("tcn", CONFIG).row_floats * 4
-    flags = ["--workers", str(workers), "--slab-bytes", str(row_bytes)]
-    flags += ["--model-cache-bytes", str(resident * row_bytes)]
-    with serve(str(STORE), flags) as server:
-        what = f"{models} models, room for {resident}, {workers} worker{'s' * (workers > 1)}"
-        yield Subject(server.inference, server.metrics, names, what, lambda: _memory(server))
+def _subject(
+    asked: trial.Questions,
+    url: str | None,
+    metrics_url: str | None,
+    store: str | None,
+    cache: str | None,
+    models: int,
+    resident: int,
+    workers: int,
+) -> Iterator[trial.Subject]:
+    """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
+    if url is not None:
+        yield trial.running(url, metrics_url, store, asked, console)
+    elif metrics_url or (asked.names is not None and store is None):
+        raise ValueError("--metrics-url and --names are for the server at --url")
+    elif store is not None:
+        with trial.own_server(store, cache, workers, asked, console) as subject:
+            yield subject
+    elif cache is not None:
+        raise ValueError("--cache is for a --store of yours; the own fleet's room is given in models, by --resident")
+    else:
+        with trial.own_fleet(models, resident, workers, asked, console) as subject:
+            yield subject
 
 
-@contextmanager
-def _running(url: str, metrics_url: str | None, store: str | None, models: int) -> Iterator[Subject]:
-    if store is None:
-        raise ValueError("--url needs --store: the models' names come from there")
-    names = [listed.name for listed in itertools.islice(open_source(store).list(), models)]
-    yield Subject(url, metrics_url, names, f"{len(names)} models of {store} at {url}")
+def _load(
+    profile: Shape, recorded: Trace | None, subject: trial.Subject, seed: int, settings: Mapping[str, Any]
+) -> Load:
+    if recorded is None:
+        return make_profile(profile, len(subject.questions), seed, **settings)
+    names = list(subject.questions)
+    return make_profile(profile, len(names), seed, recording=recorded.recording(names), **settings)
 
 
-def _memory(server: LocalServer) -> dict[str, int]:
-    """Process -> proportional set size in bytes."""
-    return {f"{each['kind']} {each['index']}": pss(each["pid"]) for each in server.processes()}
-
-
-def _counts(metrics_url: str) -> summary.Counts:
-    """The server's metrics, summed over its processes."""
-    text = LocalServer.get(f"{metrics_url.rstrip('/')}/metrics").data.decode()
-    counts: summary.Counts = defaultdict(float)
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            label = sample.labels.get("result") or sample.labels.get("tier", "")
-            counts[sample.name.removeprefix("fleetcast_"), label] += sample.value
-    return counts
-
-
-# --- a run ----------------------------------------------------------------------------------------------------------
-
-
-def _measure(
-    subject: Subject, profile: Profile, to: Target, *, seconds: float, warmup: float, connections: int
-) -> summary.Results:
-    schedule = profile.schedule(seconds)
-    if warmup:
-        drive(profile.schedule(warmup, WARMUP), to, connections=connections)
-    before = _counts(subject.metrics) if subject.metrics else {}
-    run = drive(schedule, to, connections=connections)
-    counts = _counts(subject.metrics) if subject.metrics else None
-    if counts is not None:
-        for key, count in before.items():
-            counts[key] -= count
-    return summary.results(run, counts, subject.memory and subject.memory())
+def _title(profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any], ramp_to: float | None) -> str:
+    """What was asked, in a line."""
+    said = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {value:g}" for name, value in settings.items())
+    until = f" up to {ramp_to:g}/s" if ramp_to else ""
+    return f"{profile}{until} for {seconds:g} s{', ' if said else ''}{said}, seed {seed}"
 
 
 def _show(found: summary.Results) -> None:
@@ -168,6 +223,20 @@ def _show(found: summary.Results) -> None:
         console.print(f"[red]invalid[/] {why}")
     if not found["invalid"]:
         console.print("[green]valid[/] the driver kept its schedule")
+
+
+def _keep(
+    found: summary.Results, seed: int, before: Mapping[str, Any], out: Path | None, html: Path | None, *, keep: bool
+) -> None:
+    whole = record.made("load", seed, before, found)
+    if out is not None:
+        out.write_text(record.text(whole))
+        console.print(f"results: {out}")
+    if html is not None:
+        html.write_text(page([whole], [found["title"]]))
+        console.print(f"report: {html}")
+    if keep:
+        console.print(f"record: {record.save('load', seed, before, found)}")
 
 
 if __name__ == "__main__":

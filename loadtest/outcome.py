@@ -1,10 +1,9 @@
 """What became of a load: every request's times and answer as arrays, and whether the run says anything. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import orjson
 
 from loadtest.profiles import Float64, Int64, Schedule
 
@@ -23,7 +22,7 @@ class Run:
 
     `woken`: the driver turned to the request; `sent`: it had a connection and wrote it; `done`: the answer was whole.
     `status` [n] is HTTP's, NO_ANSWER or LOST; `cache` [n] indexes CACHE. `exhausted`: all connections allowed
-    were open and taken at some time. `checked` answers were looked into; `unsound`: what was wrong with them.
+    were open and taken at some time. `checked` answers were looked into; `unsound`: whose were wrong, and how.
     """
 
     schedule: Schedule
@@ -35,7 +34,7 @@ class Run:
     ended: float
     exhausted: bool
     checked: int
-    unsound: Sequence[str]
+    unsound: Sequence[tuple[int, str]]
 
     @property
     def latency(self) -> Float64:
@@ -63,23 +62,19 @@ class Run:
         return reasons
 
 
-def unsound(body: bytes) -> str | None:
-    """What is wrong with a JSON answer: it must have predictions, with numbers that are all finite."""
-    try:
-        answer = orjson.loads(body)  # refuses NaN and Infinity
-    except ValueError as error:
-        return f"not JSON: {error}"
-    values = list(_leaves(answer.get("predictions", []))) if isinstance(answer, dict) else []
-    numbers = [value for value in values if not isinstance(value, str)]
-    if not numbers:
-        return f"no predictions in {body[:80]!r}"
-    bad = [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float)]
-    return f"{bad[0]!r} where a number should be" if bad else None
-
-
-def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
-    else:
-        yield value
+def merged(schedule: Schedule, parts: Sequence[Run]) -> Run:
+    """The run of a schedule whose requests were dealt to drivers one after another: part k had k, k + n, k + 2n ..."""
+    n = len(parts)
+    arrays: dict[str, Float64 | Int64] = {}
+    for name in ("woken", "sent", "done", "status", "cache"):
+        arrays[name] = whole = np.empty(len(schedule.at), getattr(parts[0], name).dtype)
+        for k, part in enumerate(parts):
+            whole[k::n] = getattr(part, name)
+    return Run(
+        schedule,
+        **arrays,  # type: ignore[arg-type]
+        ended=max(part.ended for part in parts),
+        exhausted=any(part.exhausted for part in parts),
+        checked=sum(part.checked for part in parts),
+        unsound=[(i * n + k, why) for k, part in enumerate(parts) for i, why in part.unsound],
+    )

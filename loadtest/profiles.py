@@ -1,11 +1,19 @@
 """Load profiles: when requests are due and which model each asks for, as arrays. Pure: no clock, no I/O.
 
+A `Profile` is arrivals x popularity: constant, Poisson or diurnal; Zipf, with drift or without. Three shapes decide
+both at once: `Tick` (the market clock), `Onboarding` (models that nobody asked before) and `Replay` (a recording). All
+have `models` and `schedule(seconds, part)`. A ramp is no shape but several runs of one, and `ramp` gives their rates.
+
 The same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so that more
-seconds or another rate do not change which models are popular.
+seconds or another rate do not change which models are popular, nor how that changes.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,43 +22,12 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 MIN_REQUESTS, MAX_REQUESTS = 20, 5_000_000  #: fewer have no percentiles, more take hundreds of megabytes
-_POPULARITY, _ARRIVALS, _CHOICES = range(3)
-
-
-class Arrivals(StrEnum):
-    """How requests follow each other."""
-
-    POISSON = "poisson"  #: independent clients
-    CONSTANT = "constant"  #: a metronome
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """A load over `models` models: `rate` requests a second on average, popularity of rank r as 1 / r ** `zipf`."""
-
-    models: int
-    rate: float
-    zipf: float = 1.0
-    arrivals: Arrivals = Arrivals.POISSON
-    seed: int = 0
-
-    def schedule(self, seconds: float, part: int = 0) -> "Schedule":
-        """The load for so long; other parts, such as a warm-up, have other arrivals but the same popular models.
-
-        Raises ValueError for fewer than MIN_REQUESTS or more than MAX_REQUESTS.
-        """
-        expected = self.rate * seconds
-        if self.models < 1 or self.zipf < 0 or not MIN_REQUESTS <= expected <= MAX_REQUESTS:
-            raise ValueError(
-                f"{self.rate:g} requests/s for {seconds:g} s over {self.models} models, zipf {self.zipf:g}: a load has "
-                f"{MIN_REQUESTS} to {MAX_REQUESTS} requests, at least one model, and zipf of at least 0"
-            )
-        at = constant(self.rate, seconds)
-        if self.arrivals is Arrivals.POISSON:
-            at = poisson(self.rate, seconds, np.random.default_rng([self.seed, _ARRIVALS, part]))
-        popularity = zipf(self.models, self.zipf, np.random.default_rng([self.seed, _POPULARITY]))
-        choices = np.random.default_rng([self.seed, _CHOICES, part])
-        return Schedule(at, choices.choice(self.models, size=len(at), p=popularity), seconds)
+MAX_MODELS = 10_000_000
+MAX_MOVES = 100_000  #: times that popularity changes in a schedule
+MAX_RATES = 1_000
+NEWCOMERS = 100
+MIN_S, MAX_S = 1e-3, 31 * 86_400.0
+_POPULARITY, _ARRIVALS, _CHOICES, _DRIFT, _TICKS, _NEWCOMERS = range(6)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +37,92 @@ class Schedule:
     at: Float64
     model: Int64
     seconds: float
+
+
+# --- arrivals x popularity ------------------------------------------------------------------------------------------
+
+
+class Arrivals(StrEnum):
+    """How requests follow each other."""
+
+    POISSON = "poisson"  #: independent clients
+    CONSTANT = "constant"  #: a metronome
+    DIURNAL = "diurnal"  #: independent clients who sleep at night
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A load over `models` models: `rate` requests a second on average, popularity of rank r as 1 / r ** `zipf`.
+
+    Every `drift_s` seconds `drift_share` of the models trade ranks in pairs, at the same times and in the same way in
+    every part; 0: never. A diurnal day takes `day_s` seconds, starts at its quietest with `trough` times the rate of
+    its peak, and `rate` is its mean.
+    """
+
+    models: int
+    rate: float = 200.0
+    zipf: float = 1.0
+    arrivals: Arrivals = Arrivals.POISSON
+    seed: int = 0
+    drift_s: float = 0.0
+    drift_share: float = 0.1
+    day_s: float = 60.0
+    trough: float = 0.2
+
+    def schedule(self, seconds: float, part: int = 0) -> Schedule:
+        """The load for so long; other parts, such as a warm-up, have other arrivals but the same popular models.
+
+        Raises ValueError for fewer than MIN_REQUESTS or more than MAX_REQUESTS, and for a setting out of its bounds.
+        """
+        self._check(seconds)
+        at = self._due(seconds, np.random.default_rng([self.seed, _ARRIVALS, part]))
+        choices = np.random.default_rng([self.seed, _CHOICES, part])
+        model = choices.choice(self.models, size=len(at), p=self.popularity())
+        if self.drift_s:
+            model = self._drifted(at, model, seconds)
+        return Schedule(at, model, seconds)
+
+    def popularity(self) -> Float64:
+        """[models] how likely each is asked, before any drift."""
+        return zipf(self.models, self.zipf, np.random.default_rng([self.seed, _POPULARITY]))
+
+    def _check(self, seconds: float) -> None:
+        _within("seconds", seconds, MIN_S, MAX_S)
+        _within("models", self.models, 1, MAX_MODELS)
+        _within("rate", self.rate, 1 / MAX_S, MAX_REQUESTS / MIN_S)
+        _within("zipf", self.zipf, 0, 100)
+        if self.drift_s:
+            _within("models, to trade places,", self.models, 2, MAX_MODELS)
+            _within("drift_s", self.drift_s, seconds / MAX_MOVES, MAX_S)
+            _within("drift_share", self.drift_share, 0, 1)
+        _enough(self.rate * seconds, f"{self.rate:g} requests/s for {seconds:g} s over {self.models} models")
+        if self.arrivals is Arrivals.DIURNAL:
+            _within("day_s", self.day_s, MIN_S, MAX_S)
+            _within("trough", self.trough, 0, 1)
+            expected = self.rate * _daylight(seconds, self.day_s, self.trough)
+            _enough(expected, f"the first {seconds:g} s of days of {self.day_s:g} s at {self.rate:g} requests/s")
+
+    def _due(self, seconds: float, rng: np.random.Generator) -> Float64:
+        match self.arrivals:
+            case Arrivals.CONSTANT:
+                return constant(self.rate, seconds)
+            case Arrivals.POISSON:
+                return poisson(self.rate, seconds, rng)
+            case Arrivals.DIURNAL:
+                return diurnal(self.rate, seconds, self.day_s, self.trough, rng)
+
+    def _drifted(self, at: Float64, model: Int64, seconds: float) -> Int64:
+        """[n] who is asked once models have traded ranks with each other, again and again."""
+        rng = np.random.default_rng([self.seed, _DRIFT])
+        stands_in = np.arange(self.models)
+        pairs = min(math.ceil(self.drift_share * self.models / 2), self.models // 2)
+        found = model.copy()
+        moves = np.searchsorted(at, np.arange(self.drift_s, seconds, self.drift_s))
+        for start, end in pairwise([*moves.tolist(), len(at)]):
+            one, other = rng.permutation(self.models)[: 2 * pairs].reshape(2, pairs)
+            stands_in[one], stands_in[other] = stands_in[other], stands_in[one]
+            found[start:end] = stands_in[model[start:end]]
+        return found
 
 
 def constant(rate: float, seconds: float) -> Float64:
@@ -72,7 +135,220 @@ def poisson(rate: float, seconds: float, rng: np.random.Generator) -> Float64:
     return np.sort(rng.uniform(0, seconds, rng.poisson(rate * seconds)))
 
 
+def diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: np.random.Generator) -> Float64:
+    """A Poisson process of rate `rate` * (1 - swing * cos(2 pi t / day_s)), by thinning one of the peak's rate.
+
+    Exact: P. A. W. Lewis and G. S. Shedler, "Simulation of nonhomogeneous Poisson processes by thinning", 1979.
+    """
+    swing = _swing(trough)
+    at = poisson(rate * (1 + swing), seconds, rng)
+    return at[rng.random(len(at)) * (1 + swing) < 1 - swing * np.cos(2 * np.pi * at / day_s)]
+
+
 def zipf(models: int, exponent: float, rng: np.random.Generator) -> Float64:
     """[models] how likely each is asked; who is popular is drawn, so that names next to each other are not."""
     weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
     return rng.permutation(weights / weights.sum())
+
+
+def _swing(trough: float) -> float:
+    """How far the rate leaves its mean, 0 to 1, where the lowest is `trough` times the highest."""
+    return (1 - trough) / (1 + trough)
+
+
+def _daylight(seconds: float, day_s: float, trough: float) -> float:
+    """The integral of a day's rate, in units of its mean."""
+    return seconds - _swing(trough) * day_s / math.tau * math.sin(math.tau * seconds / day_s)
+
+
+# --- shapes that decide both ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The market clock: every `every_s` seconds, from 0 on, each model once at some time within `spread_s` seconds.
+
+    Always in the order of the models, the worst case of an LRU that is slightly too small; or `shuffled` each time.
+    """
+
+    models: int
+    every_s: float = 5.0
+    spread_s: float = 1.0
+    shuffled: bool = False
+    seed: int = 0
+
+    def schedule(self, seconds: float, part: int = 0) -> Schedule:
+        """Whole ticks only. Raises ValueError as `Profile.schedule` does."""
+        _within("seconds", seconds, MIN_S, MAX_S)
+        _within("models", self.models, 1, MAX_MODELS)
+        _within("every_s", self.every_s, MIN_S, MAX_S)
+        _within(
+            "spread_s, which ends before the next tick and the run do,", self.spread_s, 0, min(self.every_s, seconds)
+        )
+        ticks = 1 + int((seconds - self.spread_s) / self.every_s + 1e-9)
+        _enough(ticks * self.models, f"{ticks} ticks of {self.models} models in {seconds:g} s")
+        rng = np.random.default_rng([self.seed, _TICKS, part])
+        after = np.sort(rng.uniform(0, self.spread_s, (ticks, self.models)), axis=1)
+        at = np.arange(ticks)[:, np.newaxis] * self.every_s + after
+        model = np.tile(np.arange(self.models), (ticks, 1))
+        if self.shuffled:
+            model = rng.permuted(model, axis=1)
+        return Schedule(at.ravel(), model.ravel(), seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Onboarding:
+    """The load of the `known` models; `at_s` seconds into it each of `newcomers` others is asked for the first time.
+
+    All of them within `within_s` seconds, in an order drawn, and once. Their indices follow those of the known.
+    """
+
+    known: Profile
+    newcomers: int = NEWCOMERS
+    at_s: float = 5.0
+    within_s: float = 1.0
+
+    @property
+    def models(self) -> int:
+        """The known and the newcomers."""
+        return self.known.models + self.newcomers
+
+    def schedule(self, seconds: float, part: int = 0) -> Schedule:
+        """In any part but 0, such as a warm-up, nobody is new. Raises ValueError as `Profile.schedule` does."""
+        _within("newcomers", self.newcomers, 1, MAX_REQUESTS)
+        _within("within_s, in which the newcomers are asked,", self.within_s, 0, MAX_S)
+        steady = self.known.schedule(seconds, part)
+        if part:
+            return steady
+        _within("at_s, so that the newcomers are asked before the end,", self.at_s, 0, seconds - self.within_s)
+        rng = np.random.default_rng([self.known.seed, _NEWCOMERS])
+        at = np.concatenate([steady.at, rng.uniform(self.at_s, self.at_s + self.within_s, self.newcomers)])
+        model = np.concatenate([steady.model, self.known.models + np.arange(self.newcomers)])
+        order = np.argsort(at, kind="stable")
+        return Schedule(at[order], model[order], seconds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replay:
+    """What was recorded, from `start_s` seconds of it on, `speed` times as fast. Nothing is drawn."""
+
+    recording: Schedule
+    models: int
+    speed: float = 1.0
+    start_s: float = 0.0
+
+    def schedule(self, seconds: float, part: int = 0) -> Schedule:
+        """So long, or up to the recording's end; any part but 0, such as a warm-up, is what led up to `start_s`.
+
+        Raises ValueError as `Profile.schedule` does, and for a recording of more models than there are.
+        """
+        _within("seconds", seconds, MIN_S, math.inf)
+        _within("speed", self.speed, 1e-3, 1e6)
+        _within("start_s", self.start_s, 0, self.recording.seconds)
+        start, end = self.start_s, min(self.start_s + seconds * self.speed, self.recording.seconds)
+        if part:
+            start, end = max(0.0, self.start_s - seconds * self.speed), self.start_s
+        first, last = np.searchsorted(self.recording.at, [start, end]).tolist()
+        _enough(last - first, f"the recording from second {start:g} to {end:g}")
+        model = self.recording.model[first:last]
+        _within("models, as many as the recording names,", self.models, int(model.max()) + 1, MAX_MODELS)
+        return Schedule((self.recording.at[first:last] - start) / self.speed, model, (end - start) / self.speed)
+
+
+# --- by name --------------------------------------------------------------------------------------------------------
+
+Load = Profile | Tick | Onboarding | Replay
+
+
+class Shape(StrEnum):
+    """The loads by name."""
+
+    POISSON = "poisson"
+    CONSTANT = "constant"
+    DIURNAL = "diurnal"
+    TICK = "tick"
+    ONBOARDING = "onboarding"
+    REPLAY = "replay"
+
+    @property
+    def about(self) -> str:
+        """What it is, in a line."""
+        return _ABOUT[self]
+
+
+_ABOUT: Mapping[Shape, str] = {
+    Shape.POISSON: "independent clients, Zipf popularity that may drift",
+    Shape.CONSTANT: "the same by a metronome",
+    Shape.DIURNAL: "the same with quiet nights and busy noons, a day in a minute",
+    Shape.TICK: "the market clock: every model within a second, again and again",
+    Shape.ONBOARDING: "independent clients, and at a moment models that nobody asked before",
+    Shape.REPLAY: "a recorded trace, as it was or faster",
+}
+_STEADY = ("rate", "zipf", "drift_s", "drift_share")
+_BURST = ("newcomers", "at_s", "within_s")
+TAKES: Mapping[Shape, tuple[str, ...]] = {
+    Shape.POISSON: _STEADY,
+    Shape.CONSTANT: _STEADY,
+    Shape.DIURNAL: (*_STEADY, "day_s", "trough"),
+    Shape.TICK: ("every_s", "spread_s", "shuffled"),
+    Shape.ONBOARDING: (*_STEADY, *_BURST),
+    Shape.REPLAY: ("recording", "speed", "start_s"),
+}
+
+
+def make_profile(shape: Shape, models: int, seed: int = 0, **settings: float | Schedule | None) -> Load:
+    """The load over so many models in all; a setting that is None is left at its default.
+
+    Raises ValueError for a setting that the shape does not take, see TAKES, and for a replay without a recording.
+    """
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if ignored := given.keys() - TAKES[shape]:
+        raise ValueError(f"the load {shape} takes no {', '.join(sorted(ignored))}, but {', '.join(TAKES[shape])}")
+    match shape:
+        case Shape.TICK:
+            return Tick(models, seed=seed, **given)
+        case Shape.ONBOARDING:
+            burst = {name: given.pop(name) for name in _BURST if name in given}
+            newcomers = burst.setdefault("newcomers", NEWCOMERS)
+            _within("newcomers, who leave at least one model that is known,", newcomers, 1, models - 1)
+            return Onboarding(Profile(models - newcomers, seed=seed, **given), **burst)
+        case Shape.REPLAY:
+            if "recording" not in given:
+                raise ValueError("the load replay takes a recording: give it a trace")
+            return Replay(models=models, **given)
+        case _:
+            return Profile(models, arrivals=Arrivals(shape), seed=seed, **given)
+
+
+def ramp(start: float, most: float, *, factor: float | None = None, step: float | None = None) -> list[float]:
+    """Rates to try one after another until one is too much: each `factor` times the last or `step` more; last, `most`.
+
+    Raises ValueError unless exactly one of the two is given, and for rates that do not rise from above 0 to `most`.
+    """
+    if (factor is None) == (step is None):
+        raise ValueError("a ramp rises either by a factor or by a step: give one of them")
+    _within("start", start, 1 / MAX_S, most)
+    _within("most", most, start, MAX_REQUESTS / MIN_S)
+    if factor is not None:
+        _within("factor", factor, (most / start) ** (1 / MAX_RATES) + 1e-9, math.inf)
+        rises = math.log(most / start) / math.log(factor)
+        rates = [start * factor**i for i in range(math.ceil(rises - 1e-9))]
+    else:
+        assert step is not None
+        _within("step", step, max((most - start) / MAX_RATES, 1e-9), math.inf)
+        rates = [start + step * i for i in range(math.ceil((most - start) / step - 1e-9))]
+    return [*rates, most]
+
+
+def _within(what: str, value: float, low: float, high: float) -> None:
+    """Raises ValueError where the value is out of its bounds, or not a number."""
+    if not low <= value <= high:
+        raise ValueError(f"{what} cannot be {value:g}: give {low:g} to {high:g}")
+
+
+def _enough(requests: float, what: str) -> None:
+    """Raises ValueError for too few or too many requests."""
+    if not MIN_REQUESTS <= requests <= MAX_REQUESTS:
+        few = requests < MIN_REQUESTS
+        hint = "ask more, or for longer" if few else "ask less, or not so long"
+        raise ValueError(f"{what}: {requests:.0f} requests; a load has {MIN_REQUESTS} to {MAX_REQUESTS}: {hint}")

@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,27 @@ def commit() -> str:
     return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
 
 
-def save(name: str, seed: int, before: dict[str, Any], results: dict[str, Any]) -> Path:
-    """Write a dated record; `before` is `machine()` as it was before the run."""
-    now = dt.datetime.now(dt.UTC)
-    RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{now:%Y-%m-%d}-{name}.json"
-    record = {
+def made(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of now; `before` is `machine()` as it was before the run."""
+    return {
         "name": name,
-        "date": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+        "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
         "commit": commit(),
         "seed": seed,
         "machine": before,
         "results": results,
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """As it is stored."""
+    return json.dumps(record, indent=1) + "\n"
+
+
+def save(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
+    """Write a dated record under `records`; arguments as of `made`."""
+    record = made(name, seed, before, results)
+    RECORDS.mkdir(exist_ok=True)
+    path = RECORDS / f"{record['date'][:10]}-{name}.json"
+    path.write_text(text(record))
     return path

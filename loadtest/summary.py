@@ -1,7 +1,8 @@
 """A load's results as numbers to keep, and as tables for the terminal."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from loadtest.outcome import CACHE, LOST, NO_ANSWER, Run
 from loadtest.profiles import Float64
+from loadtest.watch import LOADS, Counts, Watch
 
 try:
     from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
@@ -21,18 +23,42 @@ HIGHEST_US, DIGITS = 3_600_000_000, 3  #: what a histogram holds, in microsecond
 BARS, SLOTS = "▁▂▃▄▅▆▇█", 60
 TIERS = ("store", "disk")
 
-Counts = defaultdict[tuple[str, str], float]  #: (metric without prefix, its result or tier) -> sum over processes
 Results = dict[str, Any]
+MIN_SPAN_S, MAX_SPANS = 0.5, 240  #: of the curves over time
 
 
-def results(run: Run, counts: Counts | None, memory: Mapping[str, int] | None) -> Results:
-    """Everything a record keeps. `counts`: what the run added to the server's metrics; `memory`: bytes by process."""
-    answered = run.status == 200  # noqa: PLR2004
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a run must reach; None: no matter. Latencies in ms from the intended time; shares of all requests."""
+
+    p50_ms: float | None = None
+    p99_ms: float | None = None
+    failed: float | None = None
+    hit_ratio: float | None = None
+
+    def verdict(self, found: Results) -> Results | None:
+        """Each limit beside what was found; None when nothing was asked. An invalid run meets nothing."""
+        latency, failed = found["latency"]["all"], sum(found["failures"].values()) / found["requests"]
+        checks = [
+            _check("p50 latency", self.p50_ms, latency["p50_ms"], "{:.4g} ms", most=True),
+            _check("p99 latency", self.p99_ms, latency["p99_ms"], "{:.4g} ms", most=True),
+            _check("failed requests", self.failed, failed, "{:.4%}", most=True),
+            _check("hit ratio", self.hit_ratio, found["hit_ratio"], "{:.4f}", most=False),
+        ]
+        asked = [check for check in checks if check]
+        if not asked:
+            return None
+        return {"met": not found["invalid"] and all(check["met"] for check in asked), "checks": asked}
+
+
+def results(run: Run, watch: Watch, slo: Slo | None = None) -> Results:
+    """Everything a record keeps of a run and of what was seen of the server meanwhile."""
+    answered, counts = run.status == 200, watch.gained()  # noqa: PLR2004
     by_cache = {name: int((answered & (run.cache == i)).sum()) for i, name in enumerate(CACHE) if name}
     rows = {"all": np.ones(len(answered), np.bool_)}
     rows |= {name: answered & (run.cache == i) for i, name in enumerate(CACHE) if name}
     rows["failed"] = ~answered
-    return {
+    found = {
         "invalid": run.invalid(),
         "requests": len(answered),
         "seconds": run.schedule.seconds,
@@ -41,11 +67,44 @@ def results(run: Run, counts: Counts | None, memory: Mapping[str, int] | None) -
         "latency": {name: distribution(run.latency[row]) for name, row in rows.items() if row.any()},
         "lag": distribution(run.lag),
         "worst_ms": worst(run.schedule.at, run.latency, run.schedule.seconds),
+        "over_time": over_time(run),
         "failures": _failures(run.status),
         "checked": run.checked,
-        "unsound": list(run.unsound),
+        "unsound": [f"request {i}: {why}" for i, why in run.unsound],
         "metrics": None if counts is None else _metrics(counts),
-        "memory": memory,
+        "server_over_time": watch.server_over_time(),
+        "load_time": watch.load_times(),
+        "memory": watch.last_memory(),
+        "memory_over_time": watch.memory_over_time(),
+    }
+    return {**found, "slo": (slo or Slo()).verdict(found), "steps": None}
+
+
+def over_time(run: Run) -> Results:
+    """Curves by intended time: rates a second and latencies in ms; None where nothing was due."""
+    seconds = run.schedule.seconds
+    n = int(np.clip(seconds / MIN_SPAN_S, 1, MAX_SPANS))
+    span = (run.schedule.at * n / seconds).astype(int).clip(0, n - 1)
+    order = np.argsort(span, kind="stable")
+    parts = np.split(order, np.searchsorted(span[order], np.arange(1, n)))
+    answered, hit = run.status == 200, run.cache == CACHE.index("hit")  # noqa: PLR2004
+    known = answered & (run.cache > 0)
+    width, latency = seconds / n, run.latency * 1e3
+
+    def each(value: Callable[[npt.NDArray[np.intp]], float]) -> list[float | None]:
+        return [round(float(value(part)), 4) if len(part) else None for part in parts]
+
+    return {
+        "t_s": [round((i + 0.5) * width, 3) for i in range(n)],
+        "due_per_s": [len(part) / width for part in parts],
+        "answered_per_s": [int(answered[part].sum()) / width for part in parts],
+        "failed_per_s": [int((~answered[part]).sum()) / width for part in parts],
+        "p50_ms": each(lambda part: np.percentile(latency[part], 50)),
+        "p99_ms": each(lambda part: np.percentile(latency[part], 99)),
+        "max_ms": each(lambda part: latency[part].max()),
+        "hit_ratio": [
+            int((hit & known)[part].sum()) / count if (count := int(known[part].sum())) else None for part in parts
+        ],
     }
 
 
@@ -104,6 +163,8 @@ def _facts(found: Results) -> Iterator[tuple[str, str]]:
             mean = f", {seconds / loads * 1e3:.2f} ms each" if loads else ""
             yield f"loads from {tier}", f"{loads:.0f}{mean}"
         yield "evictions", f"{metrics['evictions']:.0f}"
+    for check in (found["slo"] or {"checks": []})["checks"]:
+        yield check["what"], f"{check['found']}, asked {check['limit']}: {'met' if check['met'] else 'MISSED'}"
     for process, size in (found["memory"] or {}).items():
         yield f"memory of {process}", f"{size / 1e6:.1f} MB (PSS)"
 
@@ -112,8 +173,8 @@ def _metrics(counts: Counts) -> Results:
     hits, misses, joined = (counts["model_cache_requests_total", result] for result in ("hit", "miss", "coalesced"))
     found: Results = {"hit_ratio": hits / max(1.0, hits + misses + joined)}
     for tier in TIERS:
-        found[f"loads_from_{tier}"] = counts["model_loading_seconds_count", tier]
-        found[f"load_seconds_from_{tier}"] = counts["model_loading_seconds_sum", tier]
+        found[f"loads_from_{tier}"] = counts[LOADS + "_count", tier]
+        found[f"load_seconds_from_{tier}"] = counts[LOADS + "_sum", tier]
     return {**found, "evictions": counts["model_evictions_total", "device"]}
 
 
@@ -122,3 +183,11 @@ def _failures(status: npt.NDArray[np.int64]) -> dict[str, int]:
     said = {NO_ANSWER: "no answer in time", LOST: "connection refused or lost"}
     counted = Counter(status[status != 200].tolist())  # noqa: PLR2004
     return {said.get(code, f"status {code}"): count for code, count in counted.most_common()}
+
+
+def _check(what: str, limit: float | None, found: float, form: str, *, most: bool) -> Results | None:
+    if limit is None:
+        return None
+    met = found <= limit if most else found >= limit
+    bound = "at most" if most else "at least"
+    return {"what": what, "limit": f"{bound} {form.format(limit)}", "found": form.format(found), "met": met}

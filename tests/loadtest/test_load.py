@@ -1,22 +1,31 @@
 """The command that loads a fleet, and what it makes of a run."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtest import summary
 from loadtest.fleet import make_fleet
 from loadtest.load import app
 from loadtest.local import serve
+from loadtest.outcome import Run
 from loadtest.processes import free_port
+from loadtest.profiles import Arrivals, Profile, Schedule, Tick
+from loadtest.trace import read_trace
+from loadtest.trial import Plan, Questions, Subject, climb
+from tests.loadtest.peer import Peer, running
 
 ROOT = Path(__file__).parents[2]
+console = Console()
 
 
 def fleetcast_load(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
@@ -28,18 +37,46 @@ def fleetcast_load(folder: Path, *flags: str) -> "subprocess.CompletedProcess[st
 
 @pytest.mark.e2e
 def test_a_fleet_of_its_own(tmp_path: Path) -> None:
-    """From an empty folder to percentiles, hits, loads and memory; the exit code says what the verdict says."""
+    """From an empty folder to percentiles, hits, loads, memory, file, page, trace; the exit code is the verdict."""
     flags = ["--models", "12", "--resident", "4", "--rate", "100", "--seconds", "1", "--warmup", "0.5"]
-    found = fleetcast_load(tmp_path, *flags)
+    outputs = ["--out", "run.json", "--html", "run.html", "--trace-out", "run.csv"]
+    found = fleetcast_load(tmp_path, "run", *flags, *outputs, "--hit-ratio", "0.01")
     valid = "valid the driver kept its schedule" in found.stdout
     assert (found.returncode, found.stderr) == (0 if valid else 1, "")
     rows = {name: int(n) for name, n in re.findall(r"│ (all|hit|miss|coalesced) +│ +(\d+) │", found.stdout)}
     assert rows["all"] == sum(rows.values()) - rows["all"] > 50
     assert rows["miss"] > 10
     ratio = f"{rows['hit'] / rows['all']:.3f}"
-    assert re.findall(r"hit ratio(?: by /metrics)? +│ (\S+)", found.stdout) == [ratio, ratio]
+    assert re.findall(r"hit ratio(?: by /metrics)? +│ (0\.\d{3}) ", found.stdout) == [ratio, ratio]
     assert re.search(r"loads from disk +│ \d+, [\d.]+ ms each", found.stdout)
     assert re.search(r"memory of worker 0 +│ \d{2,3}\.\d MB", found.stdout)
+    results = json.loads((tmp_path / "run.json").read_text())["results"]
+    assert sum(results["over_time"]["due_per_s"]) / 2 == pytest.approx(rows["all"])
+    assert sum(sum(tier["count"]) for tier in results["load_time"].values()) == rows["miss"]
+    assert results["slo"]["checks"][0]["met"]
+    assert "<html" in (tmp_path / "run.html").read_text()
+    trace = read_trace(tmp_path / "run.csv")
+    assert len(trace.time) == rows["all"]
+
+
+@pytest.mark.e2e
+def test_your_own_archives(tmp_path: Path) -> None:
+    """A store alone is enough: each archive is asked what it takes; a replay of the run asks the same models again."""
+    make_fleet(str(tmp_path / "models"), 6)
+    (tmp_path / "models" / "broken.mar").write_bytes(b"no archive")
+    flags = ["--store", "models", "--warmup", "0"]
+    outputs = ["--trace-out", "t.csv", "--out", "a.json"]
+    found = fleetcast_load(tmp_path, "run", *flags, "--cache", "8MiB", "--seconds", "0.5", *outputs)
+    assert "1 of 7 archives are left out:" in found.stdout
+    assert "broken.mar: " in found.stdout
+    assert "failed" not in found.stdout
+    again = fleetcast_load(tmp_path, "run", *flags, "--profile", "replay", "--trace", "t.csv", "--out", "b.json")
+    assert "failed" not in again.stdout
+    first, second = (json.loads((tmp_path / file).read_text())["results"] for file in ("a.json", "b.json"))
+    assert first["requests"] == second["requests"]
+    drawn = fleetcast_load(tmp_path, "report", "a.json", "b.json", "--html", "ab.html")
+    assert (drawn.returncode, drawn.stderr) == (0, "")
+    assert (tmp_path / "ab.html").stat().st_size > 10_000
 
 
 @pytest.mark.e2e
@@ -48,8 +85,8 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
     make_fleet(str(tmp_path), 3)
     with serve(str(tmp_path), ["--workers", "1"]) as server:
         flags = ["--url", server.inference, "--store", str(tmp_path), "--seconds", "0.5", "--warmup", "0"]
-        found = CliRunner().invoke(app, flags)
-    assert "3 models of" in found.stdout
+        found = CliRunner().invoke(app, ["run", *flags])
+    assert "3 models at" in found.stdout
     assert re.search(r"miss +│ +3 ", found.stdout)
     assert "failed" not in found.stdout
     assert "/metrics" not in found.stdout
@@ -58,22 +95,93 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
-        (["--url", "http://127.0.0.1:1"], "--url needs --store: the models' names come from there"),
-        (["--store", "."], "--store and --metrics-url are those of the server at --url"),
+        (["--url", "http://127.0.0.1:1"], "the models' names are not known: give --store or --names"),
+        (["--metrics-url", "http://127.0.0.1:1"], "--metrics-url and --names are for the server at --url"),
+        (["--cache", "1MiB"], "--cache is for a --store of yours"),
         (["--url", "http://192.0.2.7", "--store", "."], "192.0.2.7 is 192.0.2.7, not this machine"),
         (["--url", "http://127.0.0.1:1", "--store", "nowhere"], "nowhere"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--metrics-url", "http://127.0.0.1:1"], "refused"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "tick", "--rate", "3"], "tick takes no rate"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "replay"], "give it a trace"),
+        (["--url", "http://127.0.0.1:1", "--names", "names.txt"], "give a --request"),
+        (["--store", "empty"], "no model of empty can be asked"),
     ],
 )
 def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line says why there is no load: no names, an address beyond this machine, no store, no metrics."""
+    """One line says why there is no load: no names, an address beyond this machine, no store, no metrics ..."""
     monkeypatch.chdir(tmp_path)
     make_fleet(".", 1)
-    found = CliRunner().invoke(app, [*flags, "--warmup", "0"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "names.txt").write_text("a.mar\n\nb.mar\n")
+    found = CliRunner().invoke(app, ["run", *flags, "--warmup", "0"])
     assert found.exit_code == 1
     line = found.output.splitlines()[-1]
     assert line.startswith("no load: ")
     assert why in line
+
+
+def subject(peer: Peer, model: str) -> Subject:
+    """A peer to be asked for one model."""
+    questions = Questions([model], 1, None, b"{}", 0).of(None, console)  # type: ignore[list-item]
+    return Subject(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
+
+
+def test_a_ramp_ends_where_answers_fail() -> None:
+    """Rate after rate while they are sustained; the table says at which it was too much, and why."""
+    with running(Peer(stall_at=130, stall_s=0.3)) as peer:
+        plan = Plan(Profile(1, arrivals=Arrivals.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=100.0))
+        to = subject(peer, "hit").target("sagemaker", allow_remote=False)
+        found, _ = climb(subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
+    steps = found["steps"]
+    assert [step["sustained"] for step in steps] == [True, False]
+    assert steps[1]["why"].startswith("p99 latency ")
+    assert found["requests"] == 50  # the sustained one is shown
+
+
+def test_a_ramp_is_of_rates() -> None:
+    """A tick has no rate to raise."""
+    plan = Plan(Tick(1), 0.5, 0.0, 512, 1, summary.Slo())
+    with running(Peer()) as peer, pytest.raises(ValueError, match="a ramp is of rates"):
+        climb(subject(peer, "hit"), plan, subject(peer, "hit").target("sagemaker", allow_remote=False), [1.0], console)
+
+
+def test_the_verdict() -> None:
+    """Each limit is met or missed by itself; an invalid run meets nothing; without limits there is no verdict."""
+    found: dict[str, Any] = {
+        "latency": {"all": {"p50_ms": 1.0, "p99_ms": 30.0}},
+        "failures": {"status 503": 1},
+        "requests": 1000,
+        "hit_ratio": 0.9,
+        "invalid": [],
+    }
+    assert summary.Slo().verdict(found) is None
+    verdict = summary.Slo(p50_ms=1.0, p99_ms=29.9, failed=0.001, hit_ratio=0.91).verdict(found)
+    assert verdict is not None
+    assert [check["met"] for check in verdict["checks"]] == [True, False, True, False]
+    assert verdict["checks"][2]["limit"] == "at most 0.1000%"
+    assert not verdict["met"]
+    good = summary.Slo(p50_ms=1.0).verdict(found)
+    assert good is not None
+    assert good["met"]
+    bad = summary.Slo(p50_ms=1.0).verdict({**found, "invalid": ["late"]})
+    assert bad is not None
+    assert not bad["met"]
+
+
+def test_curves_over_time() -> None:
+    """Rates, percentiles and hits stand at the time when requests were due; where none was, nothing is said."""
+    at = np.array([0.0, 0.1, 0.2, 0.3, 1.6, 1.7])
+    status, cache = np.array([200, 200, 200, 503, 200, 0]), np.array([1, 2, 1, 0, 1, 0])
+    done = np.where(status > 0, at + 0.010, np.nan)
+    run = Run(Schedule(at, np.zeros(6, np.int64), 2.0), at, at, done, status, cache, 3.7, False, 0, [])
+    found = summary.over_time(run)
+    assert found["t_s"] == [0.25, 0.75, 1.25, 1.75]
+    assert found["due_per_s"] == [8.0, 0.0, 0.0, 4.0]
+    assert found["answered_per_s"] == [6.0, 0.0, 0.0, 2.0]
+    assert found["failed_per_s"] == [2.0, 0.0, 0.0, 2.0]
+    assert found["p50_ms"] == [10.0, None, None, pytest.approx(1005)]
+    assert found["max_ms"] == [10.0, None, None, 2000.0]
+    assert found["hit_ratio"] == [pytest.approx(2 / 3), None, None, 1.0]
 
 
 def test_a_distribution_is_what_was_measured() -> None:
@@ -101,7 +209,7 @@ def test_no_server_is_no_load(tmp_path: Path) -> None:
     """An address nobody listens on is said in a line, not blamed on the driver."""
     make_fleet(str(tmp_path / "store"), 1)
     address = f"http://127.0.0.1:{free_port()}"
-    done = fleetcast_load(tmp_path, "--url", address, "--store", str(tmp_path / "store"), "--seconds", "1")
+    done = fleetcast_load(tmp_path, "run", "--url", address, "--store", str(tmp_path / "store"), "--seconds", "1")
     assert done.returncode == 1
     assert "no load: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,113 @@
+"""How a server is asked for a model and what a sound answer is: one adapter for each protocol. Pure.
+
+Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
+Server, the inference API, `/predictions`; MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header of
+its model multiplexing.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+JSON, NPY = "application/json", "application/x-npy"
+DIGITS = 4  #: of the numbers in a tensor body
+
+
+class Body(StrEnum):
+    """What is asked."""
+
+    DEEPAR = "deepar"  #: a forecast: history as SageMaker DeepAR's JSON
+    TENSOR = "tensor"  #: the network's input as nested numbers
+    NPY = "npy"  #: the same as a .npy file
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A protocol: where `{model}` stands in path and headers, and how a tensor body is wrapped."""
+
+    name: str
+    path: str
+    headers: Mapping[str, str]
+    wraps_v2: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Dialect {self.name}: POST {self.path}>"
+
+    def tensor_body(self, x: npt.NDArray[np.float32]) -> bytes:
+        """One input named x, without a batch axis, as this protocol's JSON; DIGITS digits after the point."""
+        digits = x.astype(np.float64).round(DIGITS)
+        if not self.wraps_v2:
+            return json.dumps({"x": digits.tolist()}).encode()
+        one = {"name": "x", "shape": [1, *x.shape], "datatype": "FP32", "data": digits.ravel().tolist()}
+        return json.dumps({"inputs": [one]}).encode()
+
+    def request(self, host: str, model: str, body: bytes, content_type: str = JSON) -> bytes:
+        """A whole HTTP/1.1 request, ready to be written."""
+        lines = [f"POST {self.path.format(model=quote(model))} HTTP/1.1", f"Host: {host}"]
+        lines += [f"{key}: {value.format(model=model)}" for key, value in self.headers.items()]
+        lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}", "", ""]
+        return "\r\n".join(lines).encode() + body
+
+
+DIALECTS: Mapping[str, Dialect] = {
+    each.name: each
+    for each in (
+        Dialect("sagemaker", "/invocations", {"X-Amzn-SageMaker-Target-Model": "{model}"}),
+        Dialect("torchserve", "/predictions/{model}", {}),
+        Dialect("mms", "/predictions/{model}", {}),
+        Dialect("v2", "/v2/models/{model}/infer", {}, wraps_v2=True),
+        Dialect("ray", "/", {"serve_multiplexed_model_id": "{model}"}),
+    )
+}
+
+
+def npy_body(x: npt.NDArray[np.float32]) -> bytes:
+    """One array as a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, x)
+    return buffer.getvalue()
+
+
+def unsound(body: bytes) -> str | None:
+    """What is wrong with an answer: JSON or npy, it must have numbers, and all of them finite."""
+    return _unsound_npy(body) if body.startswith(b"\x93NUMPY") else _unsound_json(body)
+
+
+def _unsound_npy(body: bytes) -> str | None:
+    try:
+        array = np.load(io.BytesIO(body), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        return f"not npy: {error}"
+    if not array.size or array.dtype.kind not in "fiu":
+        return f"no numbers in an array of {array.dtype} {array.shape}"
+    return None if np.isfinite(array).all() else "a number that is not finite"
+
+
+def _unsound_json(body: bytes) -> str | None:
+    try:
+        answer = orjson.loads(body)  # refuses NaN and Infinity
+    except ValueError as error:
+        return f"not JSON: {error}"
+    if isinstance(answer, dict):
+        outputs = [each.get("data") for each in answer.get("outputs", ()) if isinstance(each, dict)]
+        answer = answer.get("predictions", outputs)
+    numbers = [value for value in _leaves(answer) if not isinstance(value, str)]
+    if not numbers:
+        return f"no predictions in {body[:80]!r}"
+    bad = [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float)]
+    return f"{bad[0]!r} where a number should be" if bad else None
+
+
+def _leaves(value: object) -> Iterator[object]:
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(each)
+    else:
+        yield value

@@ -1,0 +1,116 @@
+"""What to ask the archives of a store, read from the archives themselves: no user has to write a request first."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import numpy as np
+import numpy.typing as npt
+
+from loadtest.dialects import DIGITS, JSON, NPY, Body, npy_body
+from model_store.archive import Archive, open_archive
+from model_store.errors import LoadError
+from model_store.manifest import Forecast, Kind
+from model_store.names import ModelName
+from model_store.sources import Source
+
+READERS = 16
+START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request body and its content type."""
+
+    body: bytes
+    content_type: str = JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The models that can be asked and with what; why others cannot."""
+
+    questions: Mapping[ModelName, Question]
+    left_out: Mapping[ModelName, str]
+
+
+def ask_all(
+    source: Source, names: Sequence[ModelName], kind: Body | None, seed: int, step: Callable[[], None]
+) -> Asked:
+    """Read every archive, several at a time, and find its question; `step` is called after each."""
+    questions: dict[ModelName, Question] = {}
+    left_out: dict[ModelName, str] = {}
+
+    def find(name: ModelName) -> Question | str:
+        try:
+            fetched = source.get(name)
+            assert fetched is not None, "only a conditional GET is answered `not modified`"
+            return question(open_archive(fetched.data, name), kind, seed)
+        except (LoadError, ValueError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, found in zip(names, pool.map(find, names), strict=True):
+            step()
+            if isinstance(found, str):
+                left_out[name] = found
+            else:
+                questions[name] = found
+    return Asked(questions, left_out)
+
+
+def question(archive: Archive, kind: Body | None, seed: int) -> Question:
+    """One that the archive answers; by default that of its golden sample, else a forecast, else tensors.
+
+    Raises ValueError where the archive cannot be asked so, LoadError where it is damaged or of an unserved kind.
+    """
+    spec = archive.spec
+    forecast = spec.forecast if spec else None
+    golden = archive.golden() if kind is None else None
+    if golden is not None:
+        return Question(json.dumps(golden.request).encode())
+    if kind is Body.DEEPAR or (kind is None and forecast is not None):
+        if forecast is None:
+            raise ValueError(f"{archive.name} carries no `forecast` and cannot be asked for one; ask for tensors")
+        return Question(json.dumps({"instances": [deepar_instance(forecast, seed)]}).encode())
+    arrays = {name: _numbers(shape, seed) for name, shape in _inputs(archive).items()}
+    if kind is not Body.NPY:
+        digits = {name: array.astype(np.float64).round(DIGITS).tolist() for name, array in arrays.items()}
+        return Question(json.dumps(digits).encode())
+    if len(arrays) != 1:
+        raise ValueError(f"{archive.name} has {len(arrays)} inputs, and npy carries one array; ask for tensors as JSON")
+    return Question(npy_body(next(iter(arrays.values()))), NPY)
+
+
+def deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
+    """A series as long as the archive needs: a daily wave and noise around its scaler's center."""
+    rng = np.random.default_rng(seed)
+    steps = forecast.history_length
+    wave = np.sin(np.arange(steps) * 2 * np.pi / 24) + rng.normal(0, 0.3, steps)
+    target = (forecast.scaler.center + forecast.scaler.scale * wave).round(2)
+    found: dict[str, object] = {"start": str(START - timedelta(hours=steps)), "target": target.tolist()}
+    if forecast.dynamic_feat:
+        shape = (len(forecast.dynamic_feat), steps + forecast.prediction_length)
+        found["dynamic_feat"] = rng.normal(0, 1, shape).round(3).tolist()
+    if forecast.cat:
+        found["cat"] = [0] * len(forecast.cat)
+    return found
+
+
+def _inputs(archive: Archive) -> Mapping[str, tuple[int, ...]]:
+    """Input name -> shape of one request row, 1 where the model leaves it open."""
+    if archive.kind is Kind.ONNX:
+        from handlers.onnx import OnnxModel  # noqa: PLC0415 -- an optional extra
+
+        return {name: tuple(abs(n) for n in shape) for name, shape in OnnxModel(archive.weights()).inputs.items()}
+    from handlers.forecasters import family  # noqa: PLC0415 -- torch, which a load of forecasts does not need
+
+    assert archive.spec is not None, "a forecaster has its record"
+    found = family(archive.spec)
+    return {found.input_name: found.input_shape}
+
+
+def _numbers(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

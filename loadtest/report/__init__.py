@@ -1,0 +1,108 @@
+"""One load run, or two compared, as one HTML file that needs nothing else: no network, no server, no other file."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+from markupsafe import Markup
+
+from loadtest.report.charts import NOTHING, TAGS, Chart, charts, number
+from loadtest.report.results import NotAResult, checked, load
+from loadtest.report.tables import headlines, remarks, tables, verdict
+
+__all__ = ["NotAResult", "load", "page", "write"]
+
+HERE = Path(__file__).parent
+MOST_RUNS = len(TAGS)
+MOST_ROWS = 200  #: of the table behind a chart; a longer one is thinned evenly
+
+
+def write(paths: Sequence[Path], out: Path) -> None:
+    """Report one result, or compare two: `page` of what `load` finds. Raises NotAResult, OSError, ValueError."""
+    names = [path.name for path in paths]
+    labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    out.write_text(page([load(path) for path in paths], labels), encoding="utf-8")
+
+
+def page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
+    """The HTML of one run or of two beside each other; `labels` says what to call them.
+
+    Raises NotAResult when a run is not a load run's record, ValueError for another number of runs.
+    """
+    if not 1 <= len(runs) <= MOST_RUNS or len(labels) != len(runs):
+        raise ValueError(f"a report is of one run or two, each with a label, not of {len(runs)} with {len(labels)}")
+    records = [checked(run) for run in runs]
+    found = [record["results"] for record in records]
+    drawn = charts(found)
+    library = _uplot()
+    style = Markup("\n".join(map(_text, (library / "uPlot.min.css", HERE / "page.css"))))  # noqa: S704
+    script = Markup("\n".join(map(_text, (library / "uPlot.iife.js", HERE / "page.js"))))  # noqa: S704
+    return _template().render(
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=_embedded([_spec(chart) for chart in drawn]),
+        charts=drawn,
+        runs=[
+            {"tag": tag, "label": label, "record": record, "verdict": verdict(run), "remarks": remarks(run)}
+            for tag, label, record, run in zip(TAGS, labels, records, found, strict=False)
+        ],
+        headlines=headlines(found),
+        tables=tables(records),
+    )
+
+
+def _template() -> jinja2.Template:
+    """Everything a run's file says is escaped: only our own style, script and encoded data are marked as safe."""
+    house = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    house.globals = {"number": number, "behind": _behind, "nothing": NOTHING}
+    return house.get_template("page.html")
+
+
+def _behind(chart: Chart) -> tuple[list[list[float | None]], str]:
+    """The rows of the table behind a chart, and what to say when there were too many."""
+    every = -(-len(chart.rows) // MOST_ROWS)
+    said = f"Every {every}th of {len(chart.rows):,} rows." if every > 1 else ""
+    return chart.rows[:: max(every, 1)], said
+
+
+def _spec(chart: Chart) -> dict[str, Any]:
+    """What the page's script draws. Each line keeps its own x: a gap is not another run's moment."""
+    lines = [line._asdict() | {"hue": hue} for line, hue in zip(chart.lines, chart.hues, strict=True)]
+    return {"x": asdict(chart.x), "y": asdict(chart.y), "lines": lines}
+
+
+def _embedded(data: object) -> Markup:
+    """JSON that cannot end the element it stands in."""
+    text = msgspec.json.encode(data).decode()
+    return Markup(text.replace("<", "\\u003c"))  # noqa: S704
+
+
+def _uplot() -> Path:
+    """Where `uplot-python` keeps uPlot (MIT licence); the package is not imported, since that imports IPython."""
+    found = find_spec("uplot")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError("reports need uPlot: pip install 'fleetcast[load]'")
+    return Path(found.submodule_search_locations[0], "static")
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What the Content-Security-Policy knows an inline script or style by."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,241 @@
+"""What the report draws: every chart as a title, two axes and its lines. Pure."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+from loadtest.report.results import Buckets, Column, Latency, OverTime, Results, ServerOverTime, histogram
+
+TAGS = ("A", "B")  #: how two runs are called
+CACHE = ("all", "hit", "miss", "coalesced")
+MAX_LINES = 6  #: as many colours and dashes the page has
+PER_DECADE = 20  #: points of a distribution
+NOTHING = "—"  #: stands for a number that is not there
+
+
+class Line(NamedTuple):
+    """A named curve; `y` is None where it has a gap."""
+
+    name: str
+    x: list[float]
+    y: Column
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """`kind` decides how the page writes a value; `top` ends a linear axis, which else ends above its data."""
+
+    title: str
+    kind: Literal["number", "percent", "one in"] = "number"
+    log: bool = False
+    top: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines over one x axis. `hues` [lines]: which colour; lines of one run share one where two are compared."""
+
+    title: str
+    says: str
+    x: Axis
+    y: Axis
+    lines: list[Line]
+    hues: list[int]
+    rows: list[list[float | None]] = field(init=False)  #: x, then each line's y: the table behind the chart
+
+    def __post_init__(self) -> None:
+        rows: dict[float, list[float | None]] = {}
+        for i, line in enumerate(self.lines):
+            for x, y in zip(line.x, line.y, strict=True):
+                rows.setdefault(x, [x] + [None] * len(self.lines))[i + 1] = y
+        object.__setattr__(self, "rows", [rows[x] for x in sorted(rows)])
+
+    def spoken(self) -> str:
+        """The chart in words, for who cannot see it: each line from its smallest to its largest value."""
+        return f"{self.title}, {self.says}. " + "; ".join(
+            f"{line.name} between {number(min(known))} and {number(max(known))}"
+            for line in self.lines
+            if (known := [y for y in line.y if y is not None])
+        )
+
+
+TIME = Axis("seconds into the run")
+ONE_IN = Axis("share of requests that were faster", "one in", log=True)
+Lines = Callable[[Results], Iterable[Line]]
+
+
+def number(value: float | None) -> str:
+    """About three digits, in thousands with commas; a dash for nothing."""
+    if value is None:
+        return NOTHING
+    size = abs(value)
+    if size >= 100 or value == int(value):  # noqa: PLR2004
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def charts(runs: Sequence[Results]) -> list[Chart]:
+    """The charts of one run or of two over each other, without those for which nothing was recorded."""
+    drawn = [*_from_the_driver(runs), *_from_the_server(runs), *_of_a_ramp(runs)]
+    return [chart for chart in drawn if chart.lines]
+
+
+def _chart(runs: Sequence[Results], title: str, says: str, x: Axis, y: Axis, lines: Lines) -> Chart:
+    """At most MAX_LINES, without those that have no value; a logarithmic axis has no place for 0."""
+    kept: list[Line] = []
+    hues = []
+    for i, run in enumerate(runs):
+        for name, xs, ys in lines(run):
+            shown = [None if v is None or (y.log and v <= 0) else v for v in ys]
+            if any(v is not None for v in shown):
+                hues.append(i if len(runs) > 1 else len(kept))
+                kept.append(Line(f"{TAGS[i]} {name}" if len(runs) > 1 else name, xs, shown))
+    return Chart(title, says, x, y, kept[:MAX_LINES], hues[:MAX_LINES])
+
+
+def _from_the_driver(runs: Sequence[Results]) -> Iterator[Chart]:
+    alone, ms = len(runs) == 1, Axis("ms", log=True)
+    yield _chart(runs, "Latency over time", "ms from the intended time, logarithmic", TIME, ms, _latency(alone=alone))
+    for names in [CACHE] if alone else [(name,) for name in CACHE]:
+        title = "Latency distribution" if alone else f"Latency distribution: {said(names[0])}"
+        yield _chart(runs, title, "ms by percentile, both logarithmic", ONE_IN, ms, _distributions(names))
+    yield _chart(runs, "Throughput", "requests per second", TIME, Axis("per s"), _rates(alone=alone))
+    yield _chart(runs, "Hit ratio", "% of answers from a loaded model", TIME, Axis("%", "percent", top=100), _hits)
+
+
+def _latency(*, alone: bool) -> Lines:
+    def lines(run: Results) -> Iterator[Line]:
+        over: OverTime = run["over_time"]
+        yield Line("p50", over["t_s"], over["p50_ms"])
+        yield Line("p99", over["t_s"], over["p99_ms"])
+        if alone:  # the maxima of two runs hide their percentiles
+            yield Line("max", over["t_s"], over["max_ms"])
+
+    return lines
+
+
+def _rates(*, alone: bool) -> Lines:
+    def lines(run: Results) -> Iterator[Line]:
+        over: OverTime = run["over_time"]
+        if alone:
+            yield Line("due", over["t_s"], over["due_per_s"])
+        yield Line("answered", over["t_s"], over["answered_per_s"])
+        if any(over["failed_per_s"]):
+            yield Line("failed", over["t_s"], over["failed_per_s"])
+
+    return lines
+
+
+def _hits(run: Results) -> Iterator[Line]:
+    yield Line("seen by clients", run["over_time"]["t_s"], _scaled(run["over_time"]["hit_ratio"], 100))
+    if (server := run["server_over_time"]) is not None:
+        yield Line("server's metrics", server["t_s"], _scaled(server["hit_ratio"], 100))
+
+
+def said(name: str) -> str:
+    """A kind of request in the words of a heading."""
+    return {"all": "all requests", "hit": "hits", "miss": "misses"}.get(name, name)
+
+
+def _distributions(names: Sequence[str]) -> Lines:
+    def lines(run: Results) -> Iterator[Line]:
+        for name in names:
+            if name in run["latency"]:
+                yield Line(said(name), *_by_rarity(run["latency"][name]))
+
+    return lines
+
+
+def _by_rarity(row: Latency) -> tuple[list[float], Column]:
+    """x: one request in so many took at least y ms; from 1 (the fastest) to the number of requests (the slowest)."""
+    rarities: list[float] = []
+    while (rarity := 10 ** (len(rarities) / PER_DECADE)) < row["count"]:
+        rarities.append(rarity)
+    percentiles = [*(100 * (1 - 1 / rarity) for rarity in rarities), 100.0]
+    values = histogram(row).get_percentile_to_value_dict(percentiles)
+    return [*rarities, float(row["count"])], [values[p] / 1e3 for p in percentiles]
+
+
+def _from_the_server(runs: Sequence[Results]) -> Iterator[Chart]:
+    def server(lines: Callable[[ServerOverTime], Iterable[tuple[str, Column]]]) -> Lines:
+        def of(run: Results) -> Iterator[Line]:
+            if (over := run["server_over_time"]) is not None:
+                yield from (Line(name, over["t_s"], column) for name, column in lines(over))
+
+        return of
+
+    def tiers(columns: dict[str, Column]) -> Iterator[tuple[str, Column]]:
+        return ((f"from {tier}", column) for tier, column in columns.items())
+
+    ms, rate = Axis("ms", log=True), Axis("per s")
+    loads = server(lambda over: tiers(over["loads_per_s"]))
+    yield _chart(runs, "Model loads", "per second, by tier", TIME, rate, loads)
+    load_ms = server(lambda over: tiers(over["load_ms"]))
+    yield _chart(runs, "Load time over time", "mean ms of a load by tier, logarithmic", TIME, ms, load_ms)
+    share = Axis("%", "percent", top=100)
+    yield _chart(
+        runs, "Load time", "% of loads done within so many ms, by tier", Axis("ms", log=True), share, _load_times
+    )
+    evictions = server(lambda over: [("evictions", over["evictions_per_s"])])
+    yield _chart(runs, "Evictions", "models evicted per second", TIME, rate, evictions)
+    models = server(lambda over: [("models", over["loaded_models"])])
+    yield _chart(runs, "Loaded models", "models ready to answer", TIME, Axis("models"), models)
+    cache = server(lambda over: [("cache", _scaled(over["cache_bytes"], 1e-6))])
+    yield _chart(runs, "Cache size", "MB of loaded models", TIME, Axis("MB"), cache)
+    queue = server(lambda over: [("queue", over["queue_ms"])])
+    yield _chart(runs, "Time in the queue", "mean ms a request waits in its worker, logarithmic", TIME, ms, queue)
+    batch = server(lambda over: [("rows", over["batch_rows"])])
+    yield _chart(runs, "Batch size", "mean rows of a step", TIME, Axis("rows"), batch)
+    yield _chart(runs, "Memory", "MB (PSS)", TIME, Axis("MB"), _memory(in_all=len(runs) > 1))
+
+
+def _load_times(run: Results) -> Iterator[Line]:
+    for tier, buckets in (run["load_time"] or {}).items():
+        if sum(buckets["count"]) > 0:
+            yield Line(f"from {tier}", *_share_within(buckets))
+
+
+def _share_within(buckets: Buckets) -> tuple[list[float], Column]:
+    """x: ms; y: % of the loads done by then; from the last bucket limit that has 0 % to the first that has all."""
+    total, done = sum(buckets["count"]), accumulate(buckets["count"])
+    points = [(1e3 * le, 100 * n / total) for le, n in zip(buckets["le_s"], done, strict=True) if le]
+    first = max(0, sum(share == 0 for _, share in points) - 1)
+    last = sum(share < 100 for _, share in points)  # noqa: PLR2004
+    kept = points[first : last + 1]
+    return [ms for ms, _ in kept], [share for _, share in kept]
+
+
+def _memory(*, in_all: bool) -> Lines:
+    """A line per process, or their sum where that would be too many."""
+
+    def lines(run: Results) -> Iterator[Line]:
+        columns = dict(run["memory_over_time"] or {})
+        times = [t for t in columns.pop("t_s", []) if t is not None]
+        if columns and (in_all or len(columns) > MAX_LINES):
+            together = zip(*columns.values(), strict=True)
+            columns = {"all processes": [sum(v for v in row if v is not None) for row in together]}
+        yield from (Line(name, times, _scaled(column, 1e-6)) for name, column in columns.items())
+
+    return lines
+
+
+def _of_a_ramp(runs: Sequence[Results]) -> Iterator[Chart]:
+    def rates(run: Results) -> Iterator[Line]:
+        asked = [step["rate"] for step in run["steps"] or []]
+        if len(runs) == 1:
+            yield Line("asked", asked, [*asked])
+        yield Line("answered", asked, [step["answered_per_s"] for step in run["steps"] or []])
+
+    def latency(run: Results) -> Iterator[Line]:
+        asked = [step["rate"] for step in run["steps"] or []]
+        yield Line("p50", asked, [step["p50_ms"] for step in run["steps"] or []])
+        yield Line("p99", asked, [step["p99_ms"] for step in run["steps"] or []])
+
+    asked = Axis("requests/s asked")
+    yield _chart(runs, "Ramp: throughput", "requests answered per second by rate", asked, Axis("per s"), rates)
+    yield _chart(runs, "Ramp: latency", "ms by rate, logarithmic", asked, Axis("ms", log=True), latency)
+
+
+def _scaled(column: Column, by: float) -> Column:
+    return [None if value is None else value * by for value in column]

@@ -1,0 +1,263 @@
+"""What the report writes: the verdict in words, and its tables, of one run or of two beside each other. Pure."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from loadtest.report.charts import NOTHING, TAGS, number, said
+from loadtest.report.results import Record, Results
+
+Percentile = Literal["count", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "max_ms"]
+PERCENTILES: tuple[tuple[str, Percentile], ...] = (
+    ("p50", "p50_ms"),
+    ("p90", "p90_ms"),
+    ("p99", "p99_ms"),
+    ("p99.9", "p99.9_ms"),
+    ("max", "max_ms"),
+)
+KINDS = ("all", "hit", "miss", "coalesced", "failed")
+TIERS: tuple[Literal["store", "disk"], ...] = ("store", "disk")
+LIKE = 0.02  #: a ratio this near to one is called the same
+
+Good = Literal["less", "more", "neither"]  #: which of two values is the better one; counts alone say neither
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Headings and rows; the first column names the row. `words`: the cells are text to wrap, not numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    says: str = ""
+    words: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One number of each run, and what tells which is better."""
+
+    what: str
+    values: Sequence[float | None]
+    unit: str = ""
+    good: Good = "neither"
+
+    def cells(self) -> list[str]:
+        """Each run's value; of two runs also the ratio B/A and a word."""
+        shown = [f"{number(value)}{self.unit if value is not None else ''}" for value in self.values]
+        return [*shown, *self.compared()] if len(self.values) > 1 else shown
+
+    def compared(self) -> tuple[str, str]:
+        """The ratio B/A and which run is better."""
+        a, b = self.values
+        if a is None or b is None:
+            return NOTHING, NOTHING
+        ratio = NOTHING if a == 0 else f"{b / a:.2f}" if b / a < 100 else f"{b / a:,.0f}"  # noqa: PLR2004
+        if a == b or (a != 0 and abs(b / a - 1) <= LIKE):
+            return ratio, "same"
+        if self.good == "neither":
+            return ratio, "more" if b > a else "less"
+        return ratio, "B better" if (b < a) == (self.good == "less") else "B worse"
+
+
+def verdict(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
+    """Whether the run says anything and whether the service level was met, in a sentence."""
+    if run["invalid"]:
+        return "bad", "Not valid: this run says nothing about the server."
+    if run["answered_per_s"] == 0:
+        return "bad", "Valid run, but nothing was answered."
+    if (slo := run["slo"]) is None:
+        return "plain", "Valid run. No service level was set."
+    missed = sum(not check["met"] for check in slo["checks"])
+    if slo["met"]:
+        return (
+            "good",
+            f"Valid run, and the service level was met ({len(slo['checks'])} of {len(slo['checks'])} checks).",
+        )
+    return "bad", f"Valid run, but the service level was missed ({missed} of {len(slo['checks'])} checks failed)."
+
+
+def remarks(run: Results) -> list[str]:
+    """What a reader must know beside the verdict."""
+    said_so = list(run["invalid"])
+    if run["unsound"]:
+        said_so.append(f"{len(run['unsound'])} of {run['checked']} answers that were looked into were wrong.")
+    if (count := _failed(run)) > 0:
+        said_so.append(f"{count:,} of {run['requests']:,} requests failed.")
+    missing = [
+        what
+        for what, there in (
+            ("the server's metrics", run["metrics"] or run["server_over_time"]),
+            ("the server's memory", run["memory"] or run["memory_over_time"]),
+        )
+        if not there
+    ]
+    return [*said_so, f"Not recorded: {' and '.join(missing)}."] if missing else said_so
+
+
+def headlines(runs: Sequence[Results]) -> list[Fact]:
+    """The few numbers that tell the run."""
+    every = [run["latency"].get("all") for run in runs]
+    facts = [
+        Fact("answered", [run["answered_per_s"] for run in runs], "/s", "more"),
+        Fact("p50 latency", [row and row["p50_ms"] for row in every], " ms", "less"),
+        Fact("p99 latency", [row and row["p99_ms"] for row in every], " ms", "less"),
+        Fact("hit ratio", [_hit_percent(run) for run in runs], " %", "more"),
+        Fact("failed", [100 * _failed(run) / max(1, run["requests"]) for run in runs], " %", "less"),
+    ]
+    if any(run["steps"] for run in runs):
+        facts.append(Fact("highest rate sustained", [_sustained(run) for run in runs], "/s", "more"))
+    return facts
+
+
+def _hit_percent(run: Results) -> float | None:
+    """None where no answer could have been a hit."""
+    return None if run["hit_ratio"] is None or run["answered_per_s"] == 0 else 100 * run["hit_ratio"]
+
+
+def _failed(run: Results) -> int:
+    return sum(run["failures"].values())
+
+
+def _sustained(run: Results) -> float | None:
+    return max((step["rate"] for step in run["steps"] or [] if step["sustained"]), default=None)
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """Every table of the report; those without rows are left out."""
+    runs = [record["results"] for record in records]
+    found = [
+        _latency(runs) if len(runs) == 1 else _facts(runs, "Latency", _latency_facts(runs)),
+        *(_steps(run, f" of {TAGS[i]}" if len(runs) > 1 else "") for i, run in enumerate(runs)),
+        _facts(runs, "Failures", _failures(runs)),
+        *(_unsound(run, f" of {TAGS[i]}" if len(runs) > 1 else "") for i, run in enumerate(runs)),
+        _facts(runs, "Loads and evictions", _loads(runs), "From the server's metrics, over the run."),
+        _facts(runs, "Memory at the end", _memory(runs), "Proportional set size: shared pages counted once."),
+        _ran(records),
+    ]
+    return [table for table in found if table.rows]
+
+
+def _facts(runs: Sequence[Results], title: str, facts: Iterator[Fact], says: str = "") -> Table:
+    head = ["", *TAGS, "B/A", ""] if len(runs) > 1 else ["", "value"]
+    return Table(title, head, [[fact.what, *fact.cells()] for fact in facts], says)
+
+
+def _latency(runs: Sequence[Results]) -> Table:
+    """A row per kind of request, and how late the driver itself was."""
+    rows = []
+    (run,) = runs
+    for name, row in [*((kind, run["latency"].get(kind)) for kind in KINDS), ("driver late by", run["lag"])]:
+        if row is not None:
+            rows.append([said(name), number(row["count"]), *(number(row[key]) for _, key in PERCENTILES)])
+    return Table("Latency", ["ms", "requests", *(name for name, _ in PERCENTILES)], rows, "From the intended time.")
+
+
+def _latency_facts(runs: Sequence[Results]) -> Iterator[Fact]:
+    for kind in KINDS:
+        found = [run["latency"].get(kind) for run in runs]
+        if any(found):
+            yield Fact(f"{said(kind)}: requests", [row["count"] if row else 0 for row in found])
+            for name, key in PERCENTILES:
+                good: Good = "neither" if kind == "failed" else "less"
+                yield Fact(f"{said(kind)}: {name}", [row and row[key] for row in found], " ms", good)
+    for name, key in PERCENTILES[2:3]:
+        yield Fact(f"driver late by: {name}", [run["lag"][key] for run in runs], " ms", "less")
+
+
+def _steps(run: Results, whose: str) -> Table:
+    head = ["requests/s asked", "answered/s", "p50 ms", "p99 ms", "failed", "sustained", "why not"]
+    rows = [
+        [
+            *(number(value) for value in (step["rate"], step["answered_per_s"], step["p50_ms"], step["p99_ms"])),
+            number(step["failed"]),
+            "yes" if step["sustained"] else "no",
+            step["why"],
+        ]
+        for step in run["steps"] or []
+    ]
+    return Table(f"Ramp{whose}", head, rows)
+
+
+def _failures(runs: Sequence[Results]) -> Iterator[Fact]:
+    for why in dict.fromkeys(why for run in runs for why in run["failures"]):
+        yield Fact(why, [run["failures"].get(why, 0) for run in runs])
+
+
+def _unsound(run: Results, whose: str) -> Table:
+    rows = [[str(i + 1), str(what)] for i, what in enumerate(run["unsound"])]
+    return Table(f"Wrong answers{whose}", ["", "what was wrong"], rows, words=True)
+
+
+def _loads(runs: Sequence[Results]) -> Iterator[Fact]:
+    metrics = [run["metrics"] for run in runs]
+    if not any(metrics):
+        return
+    hits = [None if m is None or m["hit_ratio"] is None else 100 * m["hit_ratio"] for m in metrics]
+    yield Fact("hit ratio", hits, " %", "more")
+    for tier in TIERS:
+        loads = [m and m[f"loads_from_{tier}"] for m in metrics]  # type: ignore[literal-required]
+        seconds = [m and m[f"load_seconds_from_{tier}"] for m in metrics]  # type: ignore[literal-required]
+        yield Fact(f"loads from {tier}", loads)
+        means = [1e3 * s / n if n and s is not None else None for n, s in zip(loads, seconds, strict=True)]
+        yield Fact(f"mean load from {tier}", means, " ms", "less")
+        for share in (0.5, 0.99):
+            within = [_within(run, tier, share) for run in runs]
+            yield Fact(f"{share:.0%} of loads from {tier} within", within, " ms", "less")
+    yield Fact("evictions", [m and m["evictions"] for m in metrics])
+
+
+def _within(run: Results, tier: str, share: float) -> float | None:
+    """The limit in ms of the bucket that holds the load of that rank: an upper bound; None beyond the last limit."""
+    buckets = (run["load_time"] or {}).get(tier)
+    if buckets is None or sum(buckets["count"]) == 0:
+        return None
+    done, wanted = 0.0, share * sum(buckets["count"])
+    for limit, n in zip(buckets["le_s"], buckets["count"], strict=True):
+        done += n
+        if done >= wanted:
+            return None if limit is None else 1e3 * limit
+    return None
+
+
+def _memory(runs: Sequence[Results]) -> Iterator[Fact]:
+    sizes = [run["memory"] or {} for run in runs]
+    names = list(dict.fromkeys(name for size in sizes for name in size))
+    for name in names:
+        yield Fact(name, [None if name not in size else size[name] / 1e6 for size in sizes], " MB", "less")
+    if len(names) > 1:
+        yield Fact("all", [sum(size.values()) / 1e6 if size else None for size in sizes], " MB", "less")
+
+
+def _ran(records: Sequence[Record]) -> Table:
+    """What was run, where and when; of two runs also whether they differ in it."""
+    columns = [dict(_descriptions(record)) for record in records]
+    rows = []
+    for what in dict.fromkeys(what for column in columns for what in column):
+        values = [column.get(what, NOTHING) for column in columns]
+        rows.append([what, *values, *(["differs" if values[0] != values[1] else ""] if len(values) > 1 else [])])
+    return Table("What ran", ["", *TAGS, ""] if len(records) > 1 else ["", "value"], rows, words=True)
+
+
+def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
+    run = record["results"]
+    yield "profile", run["title"]
+    yield "served", run["subject"]
+    yield from _flat("profile", run["profile"])
+    yield "request", f"{run['dialect']}, {run['body']} body of {run['body_bytes']:,} bytes"
+    yield "driver", f"{run['processes']} process{'es' if run['processes'] != 1 else ''}"
+    yield "asked", f"{run['requests']:,} requests in {number(run['seconds'])} s"
+    yield "checked", f"{run['checked']:,} answers looked into"
+    yield "date", record["date"]
+    yield "commit", record["commit"]
+    yield "seed", str(record["seed"])
+    yield from _flat("machine", record["machine"])
+
+
+def _flat(prefix: str, found: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    show: Callable[[object], str] = lambda value: number(value) if isinstance(value, float) else str(value)  # noqa: E731
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix} {name}", value)
+        else:
+            yield f"{prefix} {name}".replace("_", " "), show(value)

@@ -1,0 +1,104 @@
+"""A headless Chromium, spoken to through its DevTools pipe: opens a page as a reader would and looks at it."""
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe")
+TROUBLE = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+
+
+class Browser:
+    """One page. `said` collects every exception, console message and log entry, a refusal by the policy among them."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.said: list[dict[str, Any]] = []
+        self._commands, self._answers = process.stdin, process.stdout
+        self._last = 0
+        self._session: dict[str, str] = {}
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self._session = {"sessionId": attached["sessionId"]}
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """A DevTools command's result."""
+        self._last += 1
+        message = {"id": self._last, "method": method, "params": params, **self._session}
+        self._commands.write(json.dumps(message).encode() + b"\0")
+        self._commands.flush()
+        while (answer := self._next()).get("id") != self._last:
+            pass
+        assert "error" not in answer, answer
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def open(self, path: Path, width: int = 1280, scheme: str = "light") -> None:
+        """Show a file in a window of so many CSS pixels, for a reader who prefers light or dark."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.prefer(scheme)
+        self.call("Page.navigate", url=path.as_uri())
+        while self._next().get("method") != "Page.loadEventFired":
+            pass
+        self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+    def prefer(self, scheme: str) -> None:
+        """What `prefers-color-scheme` is from now on."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def value(self, expression: str) -> Any:
+        """What a JavaScript expression or promise comes to."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def picture(self, path: Path) -> None:
+        """The whole page as PNG."""
+        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def close(self) -> None:
+        """End the browser."""
+        self._session = {}
+        self.call("Browser.close")
+
+    def _next(self) -> dict[str, Any]:
+        raw = bytearray()
+        while (byte := self._answers.read(1)) != b"\0":
+            assert byte, "the browser ended"
+            raw += byte
+        message: dict[str, Any] = json.loads(raw)
+        if message.get("method") in TROUBLE:
+            self.said.append(message["params"])
+        return message
+
+
+@contextmanager
+def browser(home: Path) -> Iterator[Browser]:
+    """A browser with an empty profile under `home`, ended with the block."""
+    assert CHROMIUM is not None
+    process = subprocess.Popen(
+        ["sh", "-c", 'exec "$0" "$@" 3<&0 4>&1', CHROMIUM, *FLAGS, f"--user-data-dir={home}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "HOME": str(home)},
+    )
+    with process:
+        try:
+            page = Browser(process)
+            yield page
+            page.close()
+        except BaseException:
+            process.kill()
+            raise
