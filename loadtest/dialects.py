@@ -1,8 +1,8 @@
 """How a server is asked for a model and what a sound answer is: one adapter for each protocol. Pure.
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
-Server, the inference API, `/predictions`; MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header of
-its model multiplexing.
+Server, the inference API (`/predictions`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header
+of its model multiplexing.
 """
 
 import io

@@ -177,22 +177,22 @@ class StepLoop:
             self._encode(job, call.encode, answer, now, seconds)
 
     def _run_single(self, jobs: Sequence[Job], now: float) -> None:
-        """The requests of one model that is not a row, one after another."""
-        for job in jobs:
-            model = self._models[_slot(job)]
-            assert isinstance(model, SingleModel), "a group holds one single"
-            call = self._decode(job, model.codec.decode)
-            if call is None:
-                continue
-            started = time.perf_counter()
-            try:
-                outputs = model.single.run(call.feeds)
-            except RunFailed as failed:
-                self._refuse(job, Refused(Situation.MODEL_FAILED, str(failed)))
-                continue
-            self._metrics.batch_rows.observe(call.n)
-            self._metrics.batch_models.observe(1)
-            self._encode(job, call.encode, outputs, now, time.perf_counter() - started)
+        """The requests of one model that is not a row, in one run where the model allows it."""
+        model = self._models[_slot(jobs[0])]
+        assert isinstance(model, SingleModel), "a group holds one single"
+        asked = [(job, call) for job in jobs if (call := self._decode(job, model.codec.decode)) is not None]
+        if not asked:
+            return
+        started = time.perf_counter()
+        answers = model.single.run_all([call.feeds for _, call in asked])
+        seconds = time.perf_counter() - started
+        self._metrics.batch_rows.observe(sum(call.n for _, call in asked))
+        self._metrics.batch_models.observe(1)
+        for (job, call), outputs in zip(asked, answers, strict=True):
+            if isinstance(outputs, RunFailed):
+                self._refuse(job, Refused(Situation.MODEL_FAILED, str(outputs)))
+            else:
+                self._encode(job, call.encode, outputs, now, seconds)
 
     def _decode(self, job: Job, decode: Callable[[bytes, str, str], Any]) -> Any:
         """The request as arrays, or None when it was refused."""

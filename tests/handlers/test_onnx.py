@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pytest
 from hypothesis import given
@@ -136,6 +137,62 @@ def test_a_failing_run_is_the_models_failure() -> None:
     total = model([helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)], ("n", 2), ())
     with pytest.raises(RunFailed, match=r"shape \[\], but 1 rows"):
         OnnxModel(total).run({"x": np.zeros((1, 2), np.float32)})
+
+
+def counted(loaded: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each run of the session from now on."""
+    rows: list[int] = []
+    run = loaded._run
+
+    def note(feeds: dict[str, npt.NDArray[np.float32]], count: int) -> dict[str, npt.NDArray[np.float32]]:
+        rows.append(int(count))
+        return run(feeds, count)
+
+    monkeypatch.setattr(loaded, "_run", note)
+    return rows
+
+
+def requests(*seeds: int, rows: int = 1) -> list[dict[str, npt.NDArray[np.float32]]]:
+    """A request of random numbers for each seed."""
+    return [{"x": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)} for seed in seeds]
+
+
+def test_requests_run_together_once_that_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that differ are run both ways; from then on one run serves all, each getting its own rows."""
+    loaded = OnnxModel(doubling("n", 3))
+    runs = counted(loaded, monkeypatch)
+    loaded.run_all(requests(1, 1))  # equal requests prove nothing
+    loaded.run_all(requests(1, 2))
+    assert runs == [2, 1, 1, 2, 1, 1]
+    asked = [*requests(3, 4, rows=2), *requests(5)]
+    answers = loaded.run_all(asked)
+    assert runs[6:] == [5]
+    for feeds, answer in zip(asked, answers, strict=True):
+        assert isinstance(answer, dict)
+        np.testing.assert_array_equal(answer["y"], 2 * feeds["x"])
+
+
+def test_a_graph_that_mixes_rows_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax along the batch axis would let one client's request change another's answer: each runs alone."""
+    loaded = OnnxModel(model([helper.make_node("Softmax", ["x"], ["y"], axis=0)], ("n", 3), ("n", 3)))
+    runs = counted(loaded, monkeypatch)
+    for seeds in ((1, 2, 3), (4, 5)):
+        for answer in loaded.run_all(requests(*seeds)):
+            assert isinstance(answer, dict)
+            assert answer["y"].tolist() == [[1.0, 1.0, 1.0]]
+    assert runs == [3, 1, 1, 1, 1, 1]
+
+
+def test_one_bad_request_costs_the_others_nothing() -> None:
+    """Where the common run fails each is run alone, and only the bad one fails; so do open axes of other lengths."""
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 4])
+    loaded = OnnxModel(model(nodes, ("n", "m"), ("n", 4), (shape,)))
+    good, bad = np.zeros((2, 4), np.float32), np.ones((1, 3), np.float32)
+    found = loaded.run_all([{"x": good}, {"x": bad}, {"x": good}])
+    assert [isinstance(each, RunFailed) for each in found] == [False, True, False]
+    found = loaded.run_all([{"x": bad}, {"x": 2 * bad}])
+    assert [isinstance(each, RunFailed) for each in found] == [True, True]
 
 
 def test_a_missing_provider_names_the_extra() -> None:

@@ -57,7 +57,7 @@ def test_where_the_model_stands(dialect: str, line: str, header: str) -> None:
 
 def test_tensor_bodies() -> None:
     """The same numbers in every protocol, to four digits; V2 says name, shape and type beside them."""
-    x = np.arange(6, dtype=np.float32).reshape(2, 3) / 7
+    x = np.linspace(0, 5 / 7, 6, dtype=np.float32).reshape(2, 3)
     plain = json.loads(DIALECTS["sagemaker"].tensor_body(x))
     assert plain == {"x": [[0.0, 0.1429, 0.2857], [0.4286, 0.5714, 0.7143]]}
     (one,) = json.loads(DIALECTS["v2"].tensor_body(x))["inputs"]
