@@ -1,4 +1,4 @@
-"""The inference listener: bare ASGI, one class, no torch, bodies untouched (SageMaker runtime contract, CONTRACTS 1).
+"""The inference listener: bare ASGI, one class, no torch, bodies untouched (CONTRACTS 1; many models in one call, 5).
 
 Runs in a front process. A request's life here: read the header, bound and read the body, route, forward the bytes,
 return the bytes that come back with headers that say what happened.
@@ -9,15 +9,17 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import structlog
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
-from server import wire
+from server import forecasts, wire
 from server.errors import Detail, Refused, SageMakerCode, Situation, sagemaker_error
+from server.forecasts import Item, Prediction
 from server.link import Call, Link, WorkerLost
 from server.metrics import FrontMetrics
 from server.router import Lane, Router
@@ -30,10 +32,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+Forward = Callable[[Scope, dict[bytes, bytes], Headers, Receive, Send], Awaitable[Sequence[int]]]
 
 WATCH_AFTER_S = 0.5
 MAX_HEADER = 1024
 MAX_NAMES = 50_000
+MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
+JSON = "application/json"
 CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 TOO_MANY = 429
 _ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
@@ -45,6 +50,20 @@ _VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
 
 class ClientGone(Exception):
     """The connection ends before the answer: the client left or does not read, or half an answer is all we have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The bytes a body may have, and the setting that says so."""
+
+    bytes: int
+    setting: str
+
+    def check(self, size: int) -> None:
+        """Raises Refused."""
+        if size > self.bytes:
+            message = f"the body has {size} bytes or more, the limit is {self.bytes} ({self.setting})"
+            raise Refused(Situation.TOO_LARGE, message)
 
 
 class App:
@@ -62,7 +81,8 @@ class App:
         self._watchers: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex()
-        self._max_body = int(settings.max_body_bytes)
+        self._max_body = Limit(int(settings.max_body_bytes), "max_body_bytes")
+        self._max_forecasts = Limit(int(settings.max_forecasts_bytes), "max_forecasts_bytes")
 
     def __repr__(self) -> str:
         """For example `<App 2 links, 12000 bytes held>`."""
@@ -74,7 +94,9 @@ class App:
             return
         path: str = scope["path"]
         if path == "/invocations" or _ENDPOINT.fullmatch(path):
-            await self._invoke(scope, receive, send)
+            await self._answer("sagemaker", self._forward, scope, receive, send)
+        elif path == "/v1/forecasts":
+            await self._answer("forecasts", self._forecasts, scope, receive, send)
         elif path == "/ping":
             await _reply(send, 200, [(b"content-type", b"application/json")], _PING)
         elif path == "/ready":
@@ -82,41 +104,43 @@ class App:
             body = msgspec.json.encode({"ready": bool(up), "workers": up})
             await _reply(send, 200 if up else 503, [(b"content-type", b"application/json")], body)
         else:
-            message = f"no such path: {path[:200]}; requests go to /endpoints/NAME/invocations or /invocations"
+            places = "/endpoints/NAME/invocations, /invocations or, for many models in one, /v1/forecasts"
+            message = f"no such path: {path[:200]}; requests go to {places}"
             await self._refuse(send, Refused(Situation.NO_ROUTE, message), [])
 
-    async def _invoke(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one invocation, whatever happens."""
+    async def _answer(self, protocol: str, forward: Forward, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one call, whatever happens, and count what became of it."""
         started = time.perf_counter()
         headers: dict[bytes, bytes] = dict(scope["headers"])
         extra = self._echoes(headers)
         try:
-            status = await self._forward(scope, headers, extra, receive, send)
+            _require_post(scope)
+            statuses = await forward(scope, headers, extra, receive, send)
         except Refused as refused:
-            status = await self._refuse(send, refused, extra)
+            statuses = [await self._refuse(send, refused, extra)]
         except ClientGone:
-            status = CLIENT_GONE
+            statuses = [CLIENT_GONE]
+        except asyncio.CancelledError:  # uvicorn's, when `drain_s` is over
+            stopping = Refused(Situation.NOT_READY, "the server is stopping; try again")
+            statuses = [await self._refuse(send, stopping, extra)]
         except Exception:  # a bug of ours costs this request alone
             log.exception("request_failed")
-            status = await self._refuse(send, Refused(Situation.INTERNAL, "the server failed; its log says why"), extra)
-        self._metrics.answered("sagemaker", status, time.perf_counter() - started)
+            broken = Refused(Situation.INTERNAL, "the server failed; its log says why")
+            statuses = [await self._refuse(send, broken, extra)]
+        seconds = time.perf_counter() - started
+        for status in statuses:
+            self._metrics.answered(protocol, status, seconds)
 
     async def _forward(
         self, scope: Scope, headers: dict[bytes, bytes], extra: Headers, receive: Receive, send: Send
-    ) -> int:
-        if scope["method"] != "POST":
-            raise Refused(Situation.BAD_METHOD, f"invocations are POSTed, not {scope['method']}")
-        try:
-            link, call, response = await self._ask(scope, headers, receive)
-        except asyncio.CancelledError:  # uvicorn's, when `drain_s` is over
-            raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
+    ) -> Sequence[int]:
+        """One model's call."""
+        link, call, response = await self._ask(scope, headers, receive)
         if response.situation:
-            body = response.body + b"".join([part async for part in link.rest(call)])
-            detail = msgspec.json.decode(body, type=Detail)
-            refused = Refused(Situation(response.situation), detail.message, detail.instance, detail.field)
-            return await self._refuse(send, refused, extra + _story(response))
+            refused = await _refused(link, call, response)
+            return [await self._refuse(send, refused, extra + _story(response))]
         await self._stream(send, link, call, response, extra)
-        return 200
+        return [200]
 
     async def _ask(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive
@@ -125,15 +149,82 @@ class App:
         model = self._model(headers.get(b"x-amzn-sagemaker-target-model"))
         deadline = time.monotonic() + self._timeout(headers.get(b"x-request-timeout-ms"))
         content_type, accept = _header(headers, b"content-type"), _header(headers, b"accept")
-        body = await self._body(headers.get(b"content-length"), receive)
-        if self._signatures is not None:
-            self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
+        body = await self._signed_body(scope, headers, receive, self._max_body)
         self._held += len(body)
         try:
             self._check_held()
             return await self._call(model, content_type, accept, deadline, body, receive)
         finally:
             self._held -= len(body)
+
+    async def _signed_body(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, limit: Limit) -> bytes:
+        body = await self._body(headers.get(b"content-length"), receive, limit)
+        if self._signatures is not None:
+            self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
+        return body
+
+    # --- many models in one call ------------------------------------------------------------------------------------
+
+    async def _forecasts(
+        self, scope: Scope, headers: dict[bytes, bytes], extra: Headers, receive: Receive, send: Send
+    ) -> Sequence[int]:
+        """A call for many models: each item a call of its own to its worker, all of them under way at once."""
+        deadline = time.monotonic() + self._timeout(headers.get(b"x-request-timeout-ms"))
+        body = await self._signed_body(scope, headers, receive, self._max_forecasts)
+        self._held += len(body)
+        try:
+            self._check_held()
+            found = await self._all(forecasts.sliced(body), deadline, receive)
+        finally:
+            self._held -= len(body)
+        head = [(b"content-type", b"application/json"), *extra, *forecasts.story(found)]
+        await _reply(send, 200, head, forecasts.spliced(found))
+        return forecasts.statuses(found)
+
+    async def _all(
+        self, items: Sequence[Item | Refused], deadline: float, receive: Receive
+    ) -> list[Prediction | Refused]:
+        """What came of each item, in order. Raises ClientGone when nobody waits any more."""
+        room = asyncio.Semaphore(MAX_UNDER_WAY)
+        answered = 0
+
+        async def one(item: Item | Refused) -> Prediction | Refused:
+            nonlocal answered
+            if isinstance(item, Refused):
+                return item
+            async with room:
+                found = await self._one(item, deadline)
+            answered += 0 if isinstance(found, Refused) else len(found.body)
+            if answered > self._max_forecasts.bytes:
+                message = f"the answers have more than {self._max_forecasts.bytes} bytes together"
+                raise Refused(
+                    Situation.TOO_LARGE, f"{message} ({self._max_forecasts.setting}); ask for less in one call"
+                )
+            return found
+
+        calls = asyncio.gather(*map(one, items))
+        gone = asyncio.ensure_future(receive())  # the body has been read: the next message can only be that
+        try:
+            await asyncio.wait((calls, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not calls.done():
+                raise ClientGone
+            return calls.result()
+        finally:
+            gone.cancel()
+            calls.cancel()
+            await asyncio.gather(calls, gone, return_exceptions=True)
+
+    async def _one(self, item: Item, deadline: float) -> Prediction | Refused:
+        """One item's prediction, or why there is none."""
+        try:
+            link, call, response = await self._call(item.model, JSON, JSON, deadline, item.body, _NOBODY)
+            if response.situation:
+                return await _refused(link, call, response)
+            return Prediction(forecasts.prediction(await _whole(link, call, response)), response)
+        except Refused as refused:
+            return refused
+        except WorkerLost:
+            return Refused(Situation.WORKER_LOST, "the worker died with half of the answer; try again")
 
     # --- the call ---------------------------------------------------------------------------------------------------
 
@@ -165,6 +256,7 @@ class App:
                 avoid = lane.worker
                 continue
             except BaseException:
+                link.cancel(call)
                 self.router.ended(lane, model, counted, held=False)
                 raise
             finally:
@@ -219,25 +311,24 @@ class App:
             raise Refused(Situation.BAD_REQUEST, message)
         return min(int(raw) / 1e3, longest)
 
-    async def _body(self, announced: bytes | None, receive: Receive) -> bytes:
-        if announced is not None and announced.isdigit() and int(announced) > self._max_body:
-            raise _too_large(int(announced), self._max_body)
+    async def _body(self, announced: bytes | None, receive: Receive, limit: Limit) -> bytes:
+        if announced is not None and announced.isdigit():
+            limit.check(int(announced))
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         body: bytes = message.get("body", b"")
         if not message.get("more_body"):
-            if len(body) > self._max_body:
-                raise _too_large(len(body), self._max_body)
+            limit.check(len(body))
             return body
         try:
             async with asyncio.timeout(self._settings.client_timeout_s):
-                return await self._long_body(body, receive)
+                return await self._long_body(body, receive, limit)
         except TimeoutError:
             message_text = f"the body did not arrive within {self._settings.client_timeout_s:g} s (client_timeout_s)"
             raise Refused(Situation.SLOW_CLIENT, message_text) from None
 
-    async def _long_body(self, first: bytes, receive: Receive) -> bytes:
+    async def _long_body(self, first: bytes, receive: Receive, limit: Limit) -> bytes:
         parts, size, more = [first], len(first), True
         self._held += size
         try:
@@ -249,8 +340,7 @@ class App:
                 parts.append(part)
                 size += len(part)
                 self._held += len(part)
-                if size > self._max_body:
-                    raise _too_large(size, self._max_body)
+                limit.check(size)
                 self._check_held()
                 more = message.get("more_body", False)
             return b"".join(parts)
@@ -334,6 +424,11 @@ def _story(response: wire.Response) -> Headers:
     return story
 
 
+def _require_post(scope: Scope) -> None:
+    if scope["method"] != "POST":
+        raise Refused(Situation.BAD_METHOD, f"requests are POSTed, not {scope['method']}")
+
+
 def _header(headers: dict[bytes, bytes], name: bytes) -> str:
     raw = headers.get(name, b"")
     if len(raw) > MAX_HEADER:
@@ -341,8 +436,19 @@ def _header(headers: dict[bytes, bytes], name: bytes) -> str:
     return raw.decode("latin-1")
 
 
-def _too_large(size: int, limit: int) -> Refused:
-    return Refused(Situation.TOO_LARGE, f"the body has {size} bytes or more, the limit is {limit} (max_body_bytes)")
+async def _whole(link: Link, call: Call, response: wire.Response) -> bytes:
+    """The response's body to its end. Raises WorkerLost."""
+    try:
+        return response.body + b"".join([part async for part in link.rest(call)])
+    except BaseException:
+        link.cancel(call)
+        raise
+
+
+async def _refused(link: Link, call: Call, response: wire.Response) -> Refused:
+    """What a worker says instead of an answer."""
+    detail = msgspec.json.decode(await _whole(link, call, response), type=Detail)
+    return Refused(Situation(response.situation), detail.message, detail.instance, detail.field)
 
 
 async def _reply(send: Send, status: int, headers: Headers, body: bytes) -> None:

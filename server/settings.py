@@ -64,6 +64,9 @@ class Settings(BaseSettings):
     max_unpacked_bytes: ByteSize = Field(_bytes(4096 * MIB), description="... and one that unpacks to more than this")
 
     max_body_bytes: ByteSize = Field(_bytes(6 * MIB), description="a request body larger than this is answered 413")
+    max_forecasts_bytes: ByteSize = Field(
+        _bytes(64 * MIB), description="... and one that asks many models at once, and its answers together"
+    )
     max_inflight_bytes: ByteSize = Field(_bytes(256 * MIB), description="request bytes a front holds at most; then 503")
     queue_per_model: int = Field(1024, ge=1, description="requests that wait for one model at most; then 503")
     queue_per_worker: int = Field(8192, ge=1, description="requests that wait in one worker at most; then 503")

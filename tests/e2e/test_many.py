@@ -1,0 +1,149 @@
+"""Many models in one call, against real processes: `POST /v1/forecasts`."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import Serve
+from tests.e2e.models import Model, forecaster
+from tests.e2e.server import Server, upload, wait_until
+from tests.s3 import Fault, S3Server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+
+TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
+CONFIGURATION = {"output_types": ["quantiles"]}
+
+
+def models(count: int) -> list[Model]:
+    """Forecasters that are asked by DeepAR JSON."""
+    return [forecaster(f"au/m{i}.mar", i, config=TCN, forecast=True) for i in range(count)]
+
+
+def item(model: Model, seed: int = 1) -> dict[str, Any]:
+    """A model's part of a call."""
+    (instance,) = json.loads(model.question(seed).body)["instances"]
+    return {"target_model": model.name, **instance}
+
+
+def call(server: Server, items: Sequence[object], headers: Mapping[str, str] | None = None) -> httpx.Response:
+    """The call as a client sends it."""
+    body = {"requests": items, "configuration": CONFIGURATION}
+    return httpx.post(f"{server.url}/v1/forecasts", json=body, headers=headers, timeout=60)
+
+
+def test_a_tick_in_one_call(s3: S3Server, store: str, serve: Serve) -> None:
+    """A hundred models over three workers, some twice: in order, right, and to the last digit what a call of its own
+    gives; the cache counts per item, and a second call finds all of them.
+    """
+    fleet = models(100)
+    upload(s3, store, fleet)
+    asked = [*fleet, *fleet[:10]]
+    with serve(workers=3, fronts=2) as server:
+        before = server.total("fleetcast_model_cache_requests_total")
+        reply = call(server, [item(model, seed) for seed, model in enumerate(asked)])
+        assert reply.status_code == 200
+        answer = reply.json()
+        assert answer["failed"] == 0
+        for seed, (model, prediction) in enumerate(zip(asked, answer["predictions"], strict=True)):
+            question = model.question(seed)
+            single = server.ask(question)
+            assert json.loads(single.body)["predictions"] == [prediction]
+            question.check(json.dumps({"predictions": [prediction]}).encode())
+        counted = dict(part.split("=") for part in reply.headers["x-fleetcast-cache"].split(", "))
+        assert sum(map(int, counted.values())) == 110
+        assert int(counted["miss"]) == 100
+        assert server.total("fleetcast_model_cache_requests_total") == before + 220
+        assert server.total("fleetcast_inference_requests_total", protocol="forecasts", code="200") == 110
+        again = call(server, [item(model) for model in fleet])
+        assert again.headers["x-fleetcast-cache"] == "hit=100"
+        assert "inference;dur=" in again.headers["server-timing"]
+
+
+def test_an_item_that_fails_fails_alone(s3: S3Server, store: str, serve: Serve) -> None:
+    """No such model, a broken archive, too short a history, no model named: errors in their places."""
+    good = models(1)[0]
+    upload(s3, store, [good])
+    s3.put(store, "broken.mar", b"no archive")
+    short = {**item(good), "target": [1.0, 2.0]}
+    items = [item(good), {**item(good), "target_model": "none.mar"}, {**item(good), "target_model": "broken.mar"}]
+    items += [short, {"start": "2026-01-01"}, item(good)]
+    with serve(workers=1) as server:
+        reply = call(server, items, {"X-Request-Id": "tick-7"})
+        assert (reply.status_code, reply.headers["x-request-id"]) == (200, "tick-7")
+        answer = reply.json()
+        assert answer["failed"] == 4
+        first, missing, broken, history, nameless, last = answer["predictions"]
+        assert first == last
+        assert missing["error"]["code"] == "not_found"
+        assert broken["error"]["code"] == "archive_failed"
+        assert history["error"]["code"] == "bad_request"
+        assert "2" in history["error"]["message"]
+        assert nameless["error"]["field"] == "target_model"
+        assert server.total("fleetcast_inference_requests_total", protocol="forecasts", code="400") == 3
+        assert server.total("fleetcast_inference_requests_total", protocol="forecasts", code="424") == 1
+
+
+def test_limits_and_bad_calls(s3: S3Server, store: str, serve: Serve) -> None:
+    """A body that is no call, too large a one, a GET, a passed deadline: typed errors, and the server goes on."""
+    fleet = models(2)
+    upload(s3, store, fleet)
+    with serve(workers=1, max_forecasts_bytes=100_000) as server:
+        url = f"{server.url}/v1/forecasts"
+        assert httpx.get(url).status_code == 405
+        bad = httpx.post(url, content=b'{"requests": 1}')
+        assert (bad.status_code, bad.headers["x-amzn-errortype"]) == (400, "ValidationError")
+        assert "$.requests" in bad.json()["message"]
+        large = httpx.post(url, content=b" " * 100_001)
+        assert (large.status_code, "max_forecasts_bytes" in large.json()["message"]) == (413, True)
+        s3.inject(Fault(match="m1.mar", delay_s=2.0))
+        late = call(server, [item(model) for model in fleet], {"X-Request-Timeout-Ms": "500"}).json()
+        assert late["failed"] == 1
+        assert late["predictions"][1]["error"]["code"] == "deadline"
+        many = [item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not
+        body = {"requests": many, "configuration": {"output_types": ["samples"], "num_samples": 100}}
+        answers = httpx.post(url, json=body, timeout=60)
+        assert (answers.status_code, "answers" in answers.json()["message"]) == (413, True)
+        wait_until(lambda: call(server, [item(fleet[0])]).json()["failed"] == 0, 10, "it goes on")
+
+
+def test_a_client_that_leaves_is_not_worked_for(s3: S3Server, store: str, serve: Serve) -> None:
+    """Its items are cancelled: they are counted as the client's going, and nothing is kept."""
+    fleet = models(20)
+    upload(s3, store, fleet)
+    with serve(workers=1) as server:
+        s3.inject(Fault(match="au/", times=20, delay_s=1.0))
+        body = json.dumps({"requests": [item(model) for model in fleet]}).encode()
+        with socket.create_connection(server.address) as client:
+            head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            wait_until(lambda: s3.seen("GET", "au/"), 10, "the first load has begun")
+        name, labels = "fleetcast_inference_requests_total", {"protocol": "forecasts", "code": "499"}
+        wait_until(lambda: server.total(name, **labels) == 1, 5, "the client is seen to have gone")
+        assert server.total(name, protocol="forecasts", code="200") == 0
+
+
+def test_a_worker_that_dies_costs_no_item(s3: S3Server, store: str, serve: Serve) -> None:
+    """SIGKILL while a call is under way: its items are asked of another worker, and all are answered."""
+    fleet = models(40)
+    upload(s3, store, fleet)
+    with serve(workers=2) as server:
+        s3.inject(Fault(match="au/", times=8, delay_s=1.5))
+        body = json.dumps({"requests": [item(model) for model in fleet], "configuration": CONFIGURATION}).encode()
+        with socket.create_connection(server.address) as client:
+            head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            wait_until(lambda: len(s3.seen("GET", "au/")) > 5, 20, "both workers load")
+            os.kill(server.processes("worker")[0]["pid"], signal.SIGKILL)
+            client.settimeout(40)
+            received = b"".join(iter(lambda: client.recv(65536), b""))
+        answer = json.loads(received.partition(b"\r\n\r\n")[2])
+        assert answer["failed"] == 0
+        for model, prediction in zip(fleet, answer["predictions"], strict=True):
+            model.question(1).check(json.dumps({"predictions": [prediction]}).encode())
