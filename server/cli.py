@@ -1,4 +1,4 @@
-"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke`.
+"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke | batch`.
 
 `serve` is the supervisor's process and stays without torch; the tools for archives import `server.workshop`, which has
 it, when they run.
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from model_store.errors import LoadError
+from server.batch import batch
 from server.logs import configure_logs
 from server.management import running, until_told_to_stop
 from server.options import human, settings_from, table, with_setting_flags, with_table
@@ -69,6 +70,7 @@ def fleetcast(
     fleetcast pack au/nsw1.mar --onnx model.onnx      make an archive
     fleetcast inspect au/nsw1.mar                     look into one
     fleetcast verify au/*.mar                         prove that they would load
+    fleetcast batch in.jsonl out.jsonl                answer a file of requests, without a server
     """  # noqa: D301 -- click's mark for "do not wrap"
     if version:
         print(f"fleetcast {_version()}")  # noqa: T201 -- the answer
@@ -144,6 +146,7 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
 
 
 app.command(short_help="Fit forecasters to your prices.")(train)
+app.command(short_help="Answer a file of requests.")(batch)
 
 
 @app.command(short_help="Make an archive.")
@@ -153,8 +156,19 @@ def pack(
     ],
     *,
     architecture: Annotated[str, typer.Option(help="of a forecaster, such as tcn or mlp")] = "",
-    config: Annotated[str, typer.Option(metavar="JSON|FILE", help="what the architecture leaves open")] = "{}",
-    weights: Annotated[Path | None, _file("a forecaster's state dict, float32 safetensors")] = None,
+    config: Annotated[
+        str, typer.Option(metavar="JSON|FILE", help="what the architecture leaves open; a module's keyword arguments")
+    ] = "{}",
+    weights: Annotated[
+        Path | None, _file("state dict: of a forecaster float32 safetensors, of a module .pt and .pth too")
+    ] = None,
+    module: Annotated[
+        str,
+        typer.Option(metavar="FILE.py:NAME", help="your own nn.Module: its class, or a function that makes it"),
+    ] = "",
+    inputs: Annotated[
+        str, typer.Option(metavar="JSON", help='of a module: {"x": [8, 168]}, without the batch axis')
+    ] = "",
     onnx: Annotated[Path | None, _file("an ONNX model in a single file")] = None,
     forecast: Annotated[Path | None, _file("JSON: what DeepAR requests become the network's input by")] = None,
     golden: Annotated[Path | None, _file("JSON: a request and the answer it must give")] = None,
@@ -168,28 +182,40 @@ def pack(
     A forecaster: an architecture that Fleetcast knows, and its state dict as safetensors
       fleetcast pack au/nsw1.mar --architecture tcn --config '{"channels": 32}' \\
           --weights w.safetensors --forecast forecast.json --golden golden.json
+    Any other torch.nn.Module, as a graph of torch's operators (x [N, 8, 168] -> one tensor [N, ...])
+      fleetcast pack au/nsw1.mar --module nets.py:Net --inputs '{"x": [8, 168]}' --weights w.safetensors
     An ONNX model
       fleetcast pack s3://models/prices/sa1.mar --onnx model.onnx
 
     --forecast is what DeepAR requests are checked against and turned into the network's input by: frequency, lengths,
     quantile levels, channels, scaler. --golden is a request and its answer, checked whenever the archive is loaded.
-    Equal input gives equal bytes.
+    Equal input gives equal bytes. --module imports and runs your file, here and now; the archive holds none of it, and
+    a server never runs code from a graph. Models of one graph run together where that gives the same answers.
     """  # noqa: D301
     from server import workshop  # noqa: PLC0415 -- torch
 
-    if (weights is None) == (onnx is None) or (onnx is not None and (architecture or forecast)):
-        _fail("give --architecture and --weights for a forecaster, or --onnx alone for an ONNX model")
-    if weights is not None and not architecture:
-        _fail("--weights are those of an architecture: name it with --architecture, such as tcn")
+    if sum(map(bool, (architecture, module, onnx))) != 1 or (onnx and (weights or forecast)):
+        _fail(
+            "give --architecture and --weights for a forecaster, --module and --inputs for a module of your own, "
+            "or --onnx alone for an ONNX model"
+        )
+    if bool(module) != bool(inputs):
+        _fail("--module and --inputs belong together: what your forward takes, such as --inputs '{\"x\": [8, 168]}'")
     with _one_line_errors():
         store, key = workshop.split(out)
-        if weights is not None:
-            spec, numbers = workshop.forecaster_spec(architecture, config, forecast, description), weights
+        if module:
+            spec = workshop.graph_spec(forecast, description)
+            members = workshop.graph_members(module, config, inputs, weights)
+        elif onnx is not None:
+            spec = workshop.onnx_spec(description)
+            members = {spec.weights.file: onnx.read_bytes()}
+        elif weights is not None:
+            spec = workshop.forecaster_spec(architecture, config, forecast, description)
+            members = {spec.weights.file: weights.read_bytes()}
         else:
-            assert onnx is not None, "one of the two was given"
-            spec, numbers = workshop.onnx_spec(description), onnx
+            _fail(f"--architecture {architecture} needs its numbers: give a state dict with --weights")
         packed = workshop.pack(
-            spec, numbers, golden, model_name=name or Path(key).name.partition(".")[0], model_version=model_version
+            spec, members, golden, model_name=name or Path(key).name.partition(".")[0], model_version=model_version
         )
         if "://" not in out:
             Path(store).mkdir(parents=True, exist_ok=True)
@@ -205,7 +231,7 @@ def inspect(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Show what an archive is, without running it: kind, configuration, members, tensors, hash.
+    """Show what an archive is: kind, configuration, members, tensors, hash; of a graph, how its models run.
 
     \b
     fleetcast inspect au/nsw1.mar

@@ -1,0 +1,107 @@
+"""What a batch has done so far, in two files that a killed run leaves whole: answers, and which line each belongs to.
+
+`OUT.part` has the answers one after another as they were made. `OUT.index` has a head that names the work and a fixed
+record for each answer, written after it: a torn last record, or one whose answer is not there, is cut off. So a run
+that goes on knows exactly which lines are done.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from struct import Struct
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+RECORD = Struct("<QQQ")  # line, where its answer starts, its bytes
+MAGIC = b"fleetcast batch 1\n"
+DIGEST_BYTES = 32
+NOT_DONE = -1
+
+
+class OtherWork(ValueError):
+    """The files belong to another input, store or configuration."""
+
+
+class Journal:
+    """The state of one batch of `lines` lines, opened for going on; to be used in a `with`."""
+
+    def __init__(self, out: Path, work: bytes, lines: int) -> None:
+        """`work` is a digest of all that decides the answers. Raises OtherWork, OSError."""
+        self.part, self.index = (out.with_name(out.name + suffix) for suffix in (".part", ".index"))
+        self._start = np.full(lines, NOT_DONE, np.int64)
+        self._size = np.zeros(lines, np.int64)
+        self._end = self._recover(MAGIC + work)
+        self._answers, self._records = self.part.open("r+b"), self.index.open("ab")
+        self._answers.truncate(self._end)
+        self._answers.seek(self._end)
+
+    def __repr__(self) -> str:
+        return f"<Journal {self.part.name}: {self.done} of {len(self._start)} lines done>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._answers.close()
+        self._records.close()
+
+    @property
+    def done(self) -> int:
+        """Lines that are answered."""
+        return int((self._start != NOT_DONE).sum())
+
+    def left(self) -> npt.NDArray[np.bool_]:
+        """[lines] which are not answered yet."""
+        return np.equal(self._start, NOT_DONE)
+
+    def add(self, answers: Sequence[tuple[int, bytes]]) -> None:
+        """Keep the answers of these lines: first the answers, then that they are there."""
+        records = []
+        for line, answer in answers:
+            self._start[line], self._size[line] = self._end, len(answer)
+            records.append(RECORD.pack(line, self._end, len(answer)))
+            self._answers.write(answer)
+            self._end += len(answer)
+        self._answers.flush()
+        self._records.write(b"".join(records))
+        self._records.flush()
+
+    def in_order(self) -> Iterator[bytes]:
+        """All answers in the order of their lines."""
+        descriptor = self._answers.fileno()
+        for start, size in zip(self._start.tolist(), self._size.tolist(), strict=True):
+            yield os.pread(descriptor, size, start)
+
+    def finish(self, out: Path) -> None:
+        """The answers in order into `out`, whole or not at all; the journal goes."""
+        whole = out.with_name(out.name + ".whole")
+        with whole.open("wb") as file:
+            file.writelines(self.in_order())
+        whole.replace(out)
+        self.part.unlink()
+        self.index.unlink()
+
+    def _recover(self, head: bytes) -> int:
+        """Read what an earlier run has left, cut off what it tore; the bytes of answers that count."""
+        self.part.touch()
+        if not self.index.exists() or self.index.stat().st_size < len(head):
+            self.index.write_bytes(head)
+            return 0
+        there, end, good = self.part.stat().st_size, 0, len(head)
+        with self.index.open("r+b") as file:
+            if file.read(len(head)) != head:
+                message = f"{self.index} belongs to another input, store or configuration; delete it and {self.part}"
+                raise OtherWork(f"{message}, or write elsewhere")
+            while len(record := file.read(RECORD.size)) == RECORD.size:
+                line, start, size = RECORD.unpack(record)
+                if line >= len(self._start) or start != end or start + size > there:
+                    break
+                self._start[line], self._size[line] = start, size
+                end, good = start + size, good + RECORD.size
+            file.truncate(good)
+        return end
