@@ -19,6 +19,8 @@ from model_store.manifest import Forecast
 
 JSON = "application/json"
 NPY = "application/x-npy"
+LINES = "application/jsonlines"
+MEDIA = (JSON, NPY, LINES)
 Encoded = tuple[bytes, str]  #: body, content type
 
 
@@ -60,23 +62,24 @@ class SingleCall:
 
 @lru_cache(maxsize=256)
 def negotiate(content_type: str, accept: str) -> tuple[str, str]:
-    """(Content-Type, Accept) -> (what the body is, what the answer will be), each JSON or NPY.
+    """(Content-Type, Accept) -> (what the body is, what the answer will be), each JSON, NPY or LINES.
 
     No content type counts as JSON; no Accept, or one that takes anything, gives the body's own type. Raises
     UnsupportedMedia that names what is served.
     """
     sent = content_type.partition(";")[0].strip().lower() or JSON
-    if sent not in (JSON, NPY):
-        raise UnsupportedMedia(f"content type {sent[:80]!r} is not served; send {JSON} or {NPY}", field="content-type")
+    if sent not in MEDIA:
+        served = ", ".join(MEDIA)
+        raise UnsupportedMedia(f"content type {sent[:80]!r} is not served; send one of {served}", field="content-type")
     ranked = sorted((_range(each) for each in accept.split(",") if each.strip()), key=lambda pair: -pair[1])
     for media, quality in ranked:
         if quality > 0:
             if media in ("*/*", "application/*"):
                 return sent, sent
-            if media in (JSON, NPY):
+            if media in MEDIA:
                 return sent, media
     if ranked:
-        raise UnsupportedMedia(f"accept {accept[:80]!r} has nothing we give; ask {JSON} or {NPY}", field="accept")
+        raise UnsupportedMedia(f"accept {accept[:80]!r} has nothing we give; ask {' or '.join(MEDIA)}", field="accept")
     return sent, sent
 
 
@@ -96,6 +99,8 @@ class FamilyCodec:
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> Call:
         """A request's body and headers (empty where not sent) -> its rows. Raises RequestError."""
         sent, wanted = negotiate(content_type, accept)
+        if LINES in (sent, wanted):
+            return self._lines(bytes(body), sent, wanted)
         if sent == NPY:
             row = tensors.read_npy(body, self._name, self._shapes[self._name])
         else:
@@ -107,14 +112,24 @@ class FamilyCodec:
         return Call(row[None], self._encode_npy if wanted == NPY else self._encode_json)
 
     def _forecast(self, body: bytes, wanted: str) -> Call:
+        if wanted != JSON:
+            raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
+        rows, encode = self._forecaster("instances").decode(body)
+        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON))
+
+    def _lines(self, body: bytes, sent: str, wanted: str) -> Call:
+        """JSON Lines in and out. A line whose outputs are not finite is an error by itself."""
+        if sent != wanted:
+            raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
+        rows, encode = self._forecaster(None).decode_lines(body)
+        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES))
+
+    def _forecaster(self, field: str | None) -> DeepAr:
         if self._deepar is None:
             name, shape = next(iter(self._shapes.items()))
             message = f"the archive has no `forecast` and answers tensors only: send {name!r} {list(shape)}"
-            raise RequestError(message, field="instances")
-        if wanted != JSON:
-            raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
-        rows, encode = self._deepar.decode(body)
-        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON))
+            raise RequestError(message, field=field)
+        return self._deepar
 
     def _encode_json(self, outputs: Float32) -> Encoded:
         return tensors.write_json({"predictions": _sound("predictions", outputs)[0]}), JSON
@@ -136,6 +151,8 @@ class SingleCodec:
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> SingleCall:
         """A request's body and headers (empty where not sent) -> its feeds, n = 1. Raises RequestError."""
         sent, wanted = negotiate(content_type, accept)
+        if LINES in (sent, wanted):
+            raise UnsupportedMedia(f"{LINES} is for forecasts; the model answers tensors only: send {JSON}")
         if sent == NPY and len(self._inputs) != 1:
             raise UnsupportedMedia(f"{NPY} carries one array; the model takes {', '.join(self._inputs)}: send {JSON}")
         if wanted == NPY and len(self._outputs) != 1:

@@ -1,14 +1,14 @@
 """DeepAR JSON for one archive: a request's history and covariates to network rows, network quantiles to a forecast.
 
-Contract: CONTRACTS 5, for archives of one product. Stamps are wall-clock times of the archive's `time_zone`, counted
-without daylight-saving jumps, as DeepAR does. Unknown fields of an instance are let through, those of `configuration`
-refused.
+Contract: CONTRACTS 5, for archives of one product; one JSON object, or JSON Lines with an instance a line. Stamps are
+wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does. Unknown fields of
+an instance are let through, those of `configuration` refused.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -28,6 +28,7 @@ SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 8
 START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?)?")
 PLACE = re.compile(r"(.*) - at `\$\.?(?:instances\[(\d+)\]\.?)?(.*)`", re.DOTALL)
 
+T = TypeVar("T")
 Float64 = npt.NDArray[np.float64]
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 
@@ -59,7 +60,24 @@ class Body(Struct):
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
-DECODER = msgspec.json.Decoder(Body)
+class Line(Instance):
+    """One line of JSON Lines: an instance, and what the answer shall hold where that is not the default."""
+
+    configuration: Configuration = msgspec.field(default_factory=Configuration)
+
+
+DECODER, LINE_DECODER = msgspec.json.Decoder(Body), msgspec.json.Decoder(Line)
+
+Prediction = dict[str, object]
+
+
+class Asked(NamedTuple):
+    """What one instance wants to know, checked: `levels` by the name they were asked under."""
+
+    configuration: Configuration
+    levels: dict[str, float]
+    start: str  #: of the first forecast step
+    item_id: str | int | None
 
 
 class DeepAr:
@@ -86,17 +104,54 @@ class DeepAr:
         Raises RequestError that names instance and field. The second function raises RunFailed where the prices of an
         output overflow.
         """
-        request = _parse(body)
+        request = _parse(DECODER, body)
         levels = self._check_configuration(request.configuration, len(request.instances))
-        forecast = self._forecast
-        rows = np.empty((len(request.instances), len(forecast.inputs), forecast.context_length), np.float32)
-        starts = []
+        rows = self._rows(len(request.instances))
+        asked = []
         for i, instance in enumerate(request.instances):
             try:
-                starts.append(self._fill(rows[i], instance))
+                start = self._fill(rows[i], instance)
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
-        return rows, lambda outputs: self._encode(request, levels, starts, outputs)
+            asked.append(Asked(request.configuration, levels, start, instance.item_id))
+        return rows, lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})
+
+    def decode_lines(self, body: bytes) -> tuple[Float32, Callable[[Float32], bytes]]:
+        """As `decode` for JSON Lines, an answer a line. A line that cannot be answered has an error for its answer.
+
+        Raises RequestError for no line at all, and for more than MAX_ROWS.
+        """
+        lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
+        if len(lines) > MAX_ROWS or not body.strip():
+            raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
+        rows, asked, errors = self._rows(len(lines)), list[Asked](), dict[int, RequestError]()
+        for i, text in enumerate(lines):
+            try:
+                line = _parse(LINE_DECODER, text)
+                levels = self._check_configuration(line.configuration, len(lines))
+                start = self._fill(rows[len(asked)], line)
+            except RequestError as error:
+                errors[i] = error
+            else:
+                asked.append(Asked(line.configuration, levels, start, line.item_id))
+
+        def encode(outputs: Float32) -> bytes:
+            answers = iter(self._each(asked, outputs))
+            found = [_error(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
+            return b"".join(write_json(each) + b"\n" for each in found)
+
+        return rows[: len(asked)], encode
+
+    def _each(self, asked: Sequence[Asked], outputs: Float32) -> Iterator[Prediction]:
+        """Predictions of instances with configurations of their own; one that fails is an error by itself."""
+        for i, one in enumerate(asked):
+            try:
+                yield from self._predictions([one], outputs[i : i + 1])
+            except RunFailed as failed:
+                yield {"error": {"code": "model_failed", "message": str(failed)}}
+
+    def _rows(self, count: int) -> Float32:
+        return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
 
     def _check_configuration(self, configuration: Configuration, instances: int) -> dict[str, float]:
         """The asked quantile levels by the name they were asked under."""
@@ -165,20 +220,20 @@ class DeepAr:
         seconds = origin + (step + np.arange(self._forecast.context_length)) * self._step_s
         return calendar(seconds, channel.feature)
 
-    def _encode(self, request: Body, levels: dict[str, float], starts: Sequence[str], outputs: Float32) -> bytes:
-        """Finite outputs [n, prediction, levels] in network numbers -> the answer."""
+    def _predictions(self, asked: Sequence[Asked], outputs: Float32) -> list[Prediction]:
+        """Finite outputs [n, prediction, levels] in network numbers, all asked alike -> what is known of each."""
         prices = self._prices(outputs)
-        configuration = request.configuration
+        configuration, levels = asked[0].configuration, asked[0].levels
         kinds = configuration.output_types
         unit = np.eye(len(self._levels))
         weights = np.stack([np.interp(list(levels.values()), self._levels, each) for each in unit])
         quantiles = np.ascontiguousarray((prices @ weights).transpose(0, 2, 1), np.float32)  # [n, asked, prediction]
         means = (prices @ self._mean).astype(np.float32)
         samples = self._samples(prices, configuration) if "samples" in kinds else None
-        predictions: list[dict[str, object]] = []
-        for i, (instance, start) in enumerate(zip(request.instances, starts, strict=True)):
-            answer: dict[str, object] = {} if instance.item_id is None else {"item_id": instance.item_id}
-            answer["start"] = start
+        predictions: list[Prediction] = []
+        for i, one in enumerate(asked):
+            answer: Prediction = {} if one.item_id is None else {"item_id": one.item_id}
+            answer["start"] = one.start
             if "mean" in kinds:
                 answer["mean"] = means[i]
             if "quantiles" in kinds:
@@ -186,7 +241,7 @@ class DeepAr:
             if samples is not None:
                 answer["samples"] = samples[i]
             predictions.append(answer)
-        return write_json({"predictions": predictions})
+        return predictions
 
     def _prices(self, outputs: Float32) -> Float64:
         """Network numbers -> prices, sorted by level, within floor and cap. Raises RunFailed beyond float32."""
@@ -273,9 +328,15 @@ def from_network(values: Float64, scaler: Scaler) -> Float64:
         return prices
 
 
-def _parse(body: bytes) -> Body:
+def _error(error: RequestError) -> Prediction:
+    """A bad line's answer."""
+    place = {} if error.field is None else {"field": error.field}
+    return {"error": {"code": "bad_request", "message": error.message, **place}}
+
+
+def _parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     try:
-        return DECODER.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         match = PLACE.fullmatch(str(error))
         if match is None:
