@@ -13,10 +13,10 @@ endif
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run load test test-s3 check format docs bench clean
+.PHONY: help venv run load test test-s3 check format docs bench bench-peers scale clean
 
 help: ## what can be done
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## the environment .venv, made once and again when pyproject.toml changes
 
@@ -56,6 +56,12 @@ check: $(READY) ## lint, format, types, import arrows
 format: $(READY) ## put the code in shape
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
+
+scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minutes, 1 GB, a record
+	@$(BIN)/python -m loadtest.scale $(ARGS)
+
+bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
+	@$(BIN)/python -m loadtest.bench_peers $(ARGS)
 
 docs: $(READY) ## the README's table of settings
 	$(BIN)/python -m server.cli settings-table README.md

@@ -22,8 +22,9 @@ from rich.table import Table
 
 from handlers.forecasters import family
 from loadtest.fan import fan_chart
-from loadtest.fleet import fleet_names, make_request_of, make_trained_fleet, synthetic_markets
+from loadtest.fleet import fleet_names, make_trained_fleet
 from loadtest.local import LocalServer, serve
+from loadtest.synthetic import make_request_of, synthetic_markets
 from model_store.archive import open_archive
 from model_store.names import ModelName
 

@@ -15,7 +15,7 @@ import typer
 import urllib3
 from rich.console import Console
 
-from loadtest import record, summary, trial
+from loadtest import fleet, record, summary, trial
 from loadtest.dialects import DIALECTS, Body
 from loadtest.driver import Forbidden
 from loadtest.local import LocalServer
@@ -155,6 +155,9 @@ def report(
     except (ValueError, OSError) as error:
         raise SystemExit(f"no report: {error}") from error
     console.print(f"report: {html}")
+
+
+app.command("fleet")(fleet.main)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +15,37 @@ from handlers.training import Fitted, Fitting, Progress, fit
 
 START = datetime.fromisoformat("2025-01-06")  # a Monday, in the market's wall-clock time
 DAY, WEEK = 24, 168
+KNOWN = 90 * DAY  #: hours of a market that its model is fitted on
 
 #: 200 of the default `tcn` in about 12 s on one core, 8 s on two.
 FLEET = Fitting(epochs=2.5, batch=32, learning_rate=8e-3, average=0.98, holdout_windows=24, checks=8, threads=2)
 
 
-def make_markets(count: int, seed: int, steps: int = 90 * DAY) -> list[Series]:
-    """Hourly prices of `count` markets, [steps] each; a market's numbers depend on seed and place alone."""
-    return [_market(index, np.random.default_rng([seed, index]), steps) for index in range(count)]
+def make_market(index: int, seed: int, steps: int = KNOWN) -> Series:
+    """Hourly prices [steps] of one market; other `steps` make another market."""
+    return _market(index, np.random.default_rng([seed, index]), steps)
+
+
+def make_markets(count: int, seed: int, steps: int = KNOWN) -> list[Series]:
+    """The first `count` markets of a seed, [steps] each."""
+    return [make_market(index, seed, steps) for index in range(count)]
+
+
+def synthetic_markets(models: int, seed: int) -> list[Series]:
+    """The markets of a trained fleet, with a day more than their models are fitted on."""
+    return make_markets(models, seed, KNOWN + DAY)
+
+
+def make_request_of(market: Series) -> tuple[dict[str, Any], list[float]]:
+    """What to ask the model of a synthetic market, and the day that really came: no model was fitted on it."""
+    instance = market.instance(KNOWN - 2 * WEEK, KNOWN, DAY)
+    return {"instances": [instance]}, market.values[KNOWN : KNOWN + DAY].tolist()
+
+
+def fit_markets(indices: Sequence[int], seed: int, progress: Progress | None = None) -> list[Fitted]:
+    """A forecaster of each of these markets of a seed, fitted together on all but their last day."""
+    markets = [make_market(index, seed, KNOWN + DAY) for index in indices]
+    return fit_fleet([market.before(market.start + KNOWN * market.step) for market in markets], progress=progress)
 
 
 def fit_fleet(markets: Sequence[Series], unit: str = "EUR/MWh", progress: Progress | None = None) -> list[Fitted]:
