@@ -17,6 +17,7 @@ from model_store.containers import Container, Limits, shown
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
 from model_store.manifest import (
     FLEETCAST_JSON,
+    GRAPH_FILE,
     MAR_MANIFEST,
     GoldenSample,
     Kind,
@@ -41,7 +42,6 @@ _TORCHSERVE_HANDLERS = ("image_classifier", "image_segmenter", "object_detector"
 _TORCH_FILES = (".pt", ".pth")
 _RUNS_LATER = {
     Kind.CODE: "a later version of Fleetcast runs code in forked child processes where the operator allows it",
-    Kind.GRAPH: "a later version of Fleetcast runs graphs in banks",
 }
 
 
@@ -82,6 +82,11 @@ class Archive:
             raise ArchiveInvalid(f"{where} has sha256 {found}, but {FLEETCAST_JSON} says {expected}; pack it again")
         return raw
 
+    def graph(self) -> bytes:
+        """The operators of a graph archive, unread. Raises ArchiveInvalid where the member is damaged or too large."""
+        with _naming(self.name):
+            return _read_record(self.container, GRAPH_FILE)
+
     def golden(self) -> GoldenSample | None:
         """The golden sample, None where the archive has none. Raises ArchiveInvalid that names the field."""
         if self.spec is None or self.spec.golden is None:
@@ -110,6 +115,10 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
             for field, member in (("weights.file", spec.weights.file), ("golden", spec.golden)):
                 if member is not None and member not in files:
                     raise ArchiveInvalid(f"{FLEETCAST_JSON}: `{field}` names {shown(member)}, which is not there")
+            if spec.kind is Kind.GRAPH and GRAPH_FILE not in files:
+                raise ArchiveInvalid(
+                    f"{FLEETCAST_JSON} says graph, but {GRAPH_FILE}, which holds the operators, is missing"
+                )
             return Archive(name, spec.kind, spec, mar, spec.weights.file, container)
         kind, weights_file = _kind_without_spec(files, mar)
         return Archive(name, kind, None, mar, weights_file, container)
@@ -215,7 +224,7 @@ def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> Float32
 def _unsupported(archive: Archive) -> UnsupportedKind:
     handler = f" (handler {shown(archive.mar.model.handler)})" if archive.mar and archive.mar.model.handler else ""
     return UnsupportedKind(
-        f"{archive.name} is a {archive.kind} archive{handler}; this version runs forecaster and onnx archives, "
+        f"{archive.name} is a {archive.kind} archive{handler}; this version runs forecaster, graph and onnx archives, "
         f"and {_RUNS_LATER[archive.kind]}"
     )
 

@@ -15,6 +15,7 @@ from model_store.errors import ArchiveInvalid
 
 FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
+GRAPH_FILE = "graph.json"  #: the operators of a graph archive; what may be in it is `handlers.graph`'s to say
 FORMAT = 1
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -118,7 +119,7 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The member that holds the numbers: safetensors for a forecaster, `model.onnx` for onnx."""
+    """The member that holds the numbers: safetensors for a forecaster or graph, `model.onnx` for onnx."""
 
     file: MemberPath
     sha256: Sha256 | None = None
@@ -141,7 +142,8 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`fleetcast.json`: what the archive is. `config` belongs to the architecture and is validated by its network file.
 
     An archive of kind forecaster has `architecture`, `config` and `weights`, and `forecast` where it can be asked for a
-    forecast; without it the archive answers tensors only.
+    forecast; without it the archive answers tensors only. One of kind graph has `weights`, the member `graph.json`, and
+    `forecast` likewise.
     """
 
     kind: Kind

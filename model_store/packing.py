@@ -18,6 +18,7 @@ from model_store.containers import shown
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import (
     FLEETCAST_JSON,
+    GRAPH_FILE,
     MAR_MANIFEST,
     Forecast,
     GoldenSample,
@@ -46,7 +47,7 @@ def pack_archive(spec: Spec, members: Mapping[str, bytes], *, model_name: str, m
     the tools of TorchServe users look for them; the name under which the archive is served is its key in the store.
 
     Raises:
-        ArchiveInvalid: what `open_archive`, and for a forecaster `read_tensors`, would refuse in the result.
+        ArchiveInvalid: what `open_archive`, and for a forecaster or graph `read_tensors`, would refuse in the result.
     """
     for reserved in (FLEETCAST_JSON, MAR_MANIFEST):
         if reserved in members:
@@ -99,8 +100,33 @@ def pack_forecaster(
         golden=GOLDEN_FILE if golden else None,
         description=description,
     )
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    members = {WEIGHTS_FILE: safetensors.numpy.save(contiguous), **_golden_member(golden)}
+    members = {WEIGHTS_FILE: save_tensors(tensors), **_golden_member(golden)}
+    return pack_archive(spec, members, model_name=model_name, model_version=model_version)
+
+
+def pack_graph(
+    graph: bytes,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    model_name: str,
+    model_version: str = "1.0",
+    forecast: Forecast | None = None,
+    golden: GoldenSample | None = None,
+    description: str = "",
+) -> bytes:
+    """A graph: what `handlers.graph.export` makes of a module. `graph` is not looked into.
+
+    Raises:
+        ArchiveInvalid: a tensor has another dtype or a value that is not finite, or a record breaks a rule.
+    """
+    spec = Spec(
+        kind=Kind.GRAPH,
+        weights=Weights(file=WEIGHTS_FILE),
+        forecast=forecast,
+        golden=GOLDEN_FILE if golden else None,
+        description=description,
+    )
+    members = {GRAPH_FILE: graph, WEIGHTS_FILE: save_tensors(tensors), **_golden_member(golden)}
     return pack_archive(spec, members, model_name=model_name, model_version=model_version)
 
 
@@ -125,6 +151,13 @@ def pack_onnx(
     return pack_archive(spec, members, model_name=model_name, model_version=model_version)
 
 
+def save_tensors(tensors: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
+    """Arrays of any memory layout as safetensors: equal numbers give equal bytes."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    saved: bytes = safetensors.numpy.save(contiguous)
+    return saved
+
+
 def _golden_member(golden: GoldenSample | None) -> dict[str, bytes]:
     return {GOLDEN_FILE: encode_record(golden)} if golden else {}
 
@@ -143,7 +176,7 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
 def _prove(archive: Archive) -> None:
     """Reads what the server will read."""
     archive.golden()
-    if archive.kind is Kind.FORECASTER:
+    if archive.kind in (Kind.FORECASTER, Kind.GRAPH):
         read_tensors(archive)
     else:
         archive.weights()

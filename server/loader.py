@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
+import structlog
 
 from handlers.base import Family, Float32, Single
 from handlers.codecs import FamilyCodec, SingleCodec
 from handlers.errors import RequestError, RunFailed
-from handlers.forecasters import family
+from handlers.forecasters import check_forecast, family
 from handlers.golden import mismatch
+from handlers.graph import GraphFamily, graph_family
 from handlers.onnx import OnnxModel, Provider
 from model_store.archive import Archive, Limits, check_tensors, read_tensors, require_supported
 from model_store.errors import GoldenMismatch, LoadError
@@ -26,6 +28,8 @@ from server.settings import Settings
 
 JSON = "application/json"
 
+log = structlog.get_logger()
+
 
 @dataclass(frozen=True, slots=True)
 class RowModel:
@@ -33,6 +37,7 @@ class RowModel:
 
     family: Family
     codec: FamilyCodec
+    one_by_one: str = ""  #: why its rows do not run together with others; empty where they do
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +121,24 @@ class Loader:
         if archive.kind is Kind.ONNX:
             single = OnnxModel(archive.weights(), threads=self._threads, provider=self._provider)
             return SingleModel(single, SingleCodec(single.inputs, single.outputs)), None
-        assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
-        network = family(archive.spec)
+        assert archive.spec is not None, "forecasters and graphs are known by their fleetcast.json"
+        graph = graph_family(archive.graph()) if archive.kind is Kind.GRAPH else None
+        network = graph or family(archive.spec)
+        if graph is not None and archive.spec.forecast is not None:
+            check_forecast(graph, archive.spec.forecast)
         tensors = read_tensors(archive)
         check_tensors(tensors, network.parameters, archive.name)
-        return RowModel(network, FamilyCodec(network, archive.spec.forecast)), network.row(tensors)
+        row = network.row(tensors)
+        one_by_one = _one_by_one(graph, row) if graph is not None else ""
+        return RowModel(network, FamilyCodec(network, archive.spec.forecast), one_by_one), row
+
+
+def _one_by_one(graph: GraphFamily, row: Float32) -> str:
+    """Why the graph's rows do not run together; tried and logged with its first archive. Raises ArchiveInvalid."""
+    if graph.one_by_one is None:
+        graph.decide(row)
+        log.info("graph_family", family=graph.key, runs=graph.runs)
+    return graph.one_by_one or ""
 
 
 def open_store(settings: Settings) -> tuple[Source, Limits]:

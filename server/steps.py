@@ -6,7 +6,9 @@ threads, and come back as one call on this thread.
 """
 
 import asyncio
+import sys
 import time
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +66,7 @@ class StepLoop:
         self._threads = ThreadPoolExecutor(loader_threads, thread_name_prefix="loader")
         self._loop = asyncio.get_running_loop()
         self._models: dict[Slot, RowModel | SingleModel] = {}
+        self._sorted: list[Slot] = []  # the same slots by name, so that a page of them costs a page
         self._started: dict[ModelName, float] = {}
         self._built: deque[tuple[Built, float]] = deque()  # verified, waiting for room, and since when
         self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # operators who wait for a load
@@ -160,10 +163,14 @@ class StepLoop:
             model = self._models[_slot(job)]
             assert isinstance(model, RowModel), "a group holds one family"
             call = self._decode(job, model.codec.decode)
-            if call is not None:
-                running.append(job)
-                calls.append(call)
-                parts.append(call.rows)
+            if call is None:
+                continue
+            if not len(call.rows):  # lines of which none can be answered
+                self._encode(job, call.encode, call.rows, now, 0.0)
+                continue
+            running.append(job)
+            calls.append(call)
+            parts.append(call.rows)
         if not running:
             return
         family = self._models[_slot(running[0])]
@@ -325,6 +332,7 @@ class StepLoop:
         swap = slot.model in self._cache
         old = self._cache.ready(slot, now)
         self._models[slot] = built.body
+        insort(self._sorted, slot, key=_name)
         if old is not None:
             self._retire(old)
         if swap:
@@ -396,6 +404,7 @@ class StepLoop:
         if not self._cache.retired(slot):
             return
         del self._models[slot]
+        del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_name))]
         if slot.model not in self._cache:
             self._metrics.model_gone(slot.model)
         self._metrics.unloading.observe(time.perf_counter() - started)
@@ -432,26 +441,43 @@ class StepLoop:
         self._metrics.capacity.set(self._cache.budget_bytes)
         return self._metrics.text()
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Every model this worker knows: resident, loading, or failed."""
-        now = self._now()
-        rows = [self._row(slot, now) for slot in self._models]
-        here = {row["model"] for row in rows}
-        rows += [{"model": model, "state": "loading"} for model in self._cache.loads if model not in here]
-        rows += [
+    def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
+        """Rows of the first `limit` models that this worker knows, by name: resident, loading, or failed.
+
+        Only names with this prefix and after that name; what a page costs does not grow with what is resident.
+        """
+        now, found = self._now(), dict[ModelName, list[dict[str, Any]]]()
+        for at in range(bisect_left(self._sorted, max(prefix, after), key=_name), len(self._sorted)):
+            slot = self._sorted[at]
+            if not slot.model.startswith(prefix) or (len(found) >= limit and slot.model not in found):
+                break
+            if slot.model > after:
+                found.setdefault(slot.model, []).append(self._row(slot, now))
+        rest = [{"model": model, "state": "loading"} for model in self._cache.loads]
+        rest += [
             {"model": model, "state": "failed", "error": str(failure.error), "reason": failure.error.reason}
             for model, failure in self._cache.failures()
-            if model not in here
         ]
-        return rows
+        for row in rest:
+            model = ModelName(row["model"])
+            if model > after and model.startswith(prefix) and not self._is_here(model):
+                found[model] = [row]
+        return [row for model in sorted(found)[:limit] for row in found[model]]
+
+    def _is_here(self, model: ModelName) -> bool:
+        at = bisect_left(self._sorted, model, key=_name)
+        return at < len(self._sorted) and self._sorted[at].model == model
 
     def _row(self, slot: Slot, now: float) -> dict[str, Any]:
+        body = self._models[slot]
+        alone = {"one_by_one": body.one_by_one} if isinstance(body, RowModel) and body.one_by_one else {}
         return {
             "model": slot.model,
             "version": slot.version,
             "state": str(slot.state),
             "family": slot.family,
             "bytes": slot.charge,
+            **alone,
             "leases": slot.leases,
             "pinned": slot.model in self._cache.pins,
             "loaded_s_ago": round(now - slot.loaded_at, 3),
@@ -460,6 +486,10 @@ class StepLoop:
 
     def _group(self, slot: Slot) -> str:
         return slot.family or f"single {slot.model}@{slot.version}"
+
+
+def _name(slot: Slot) -> ModelName:
+    return slot.model
 
 
 def _slot(job: Job) -> Slot:

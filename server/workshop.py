@@ -1,26 +1,34 @@
 """Archives at the desk: packed, looked into, and proved with the very pieces that load them in a worker. No server."""
 
 import hashlib
+import importlib.util
 import json
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
+from handlers.graph import GraphFamily, graph_family
+from handlers.graph.export import export
+from handlers.graph.record import parse_graph
 from model_store.archive import Archive, Limits, open_archive, read_tensors
 from model_store.errors import ArchiveInvalid
-from model_store.manifest import Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
+from model_store.manifest import GRAPH_FILE, Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
 from model_store.names import ModelName, parse_model_name
-from model_store.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive
+from model_store.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive, save_tensors
 from model_store.sources import Source, open_source
 from model_store.store import ModelStore
 from server.bank import ALIGN_BYTES, Pool
 from server.engine import Engine
-from server.loader import Built, Loader, RowModel, open_store, prove
+from server.loader import Built, Loader, RowModel, SingleModel, open_store, prove
 from server.options import human
 from server.settings import Settings
 
@@ -60,9 +68,15 @@ def proved(where: Place) -> str:
     """Everything a load does, the golden sample included. What was proved, in words. Raises LoadError."""
     built = Loader(ModelStore(where.source, None, where.limits), "cpu", 1).build(where.name)
     _prove_row(built)
-    what = built.body.family.key if isinstance(built.body, RowModel) else "onnx"
     golden = "golden sample reproduced" if built.golden else "no golden sample"
-    return f"{what}, {built.charge} bytes in memory, {golden}"
+    return f"{_what(built.body)}, {built.charge} bytes in memory, {golden}"
+
+
+def _what(body: RowModel | SingleModel) -> str:
+    """The family; for a graph also how its rows run."""
+    if not isinstance(body, RowModel):
+        return "onnx"
+    return f"{body.family.key}, {body.family.runs}" if isinstance(body.family, GraphFamily) else body.family.key
 
 
 def _prove_row(built: Built) -> None:
@@ -82,9 +96,11 @@ def proved_bytes(packed: bytes, name: ModelName, limits: Limits) -> str:
         return proved(Place(source, name, limits))
 
 
-def pack(spec: Spec, weights: Path, golden: Path | None, *, model_name: str, model_version: str) -> bytes:
-    """The archive of `spec` and the file of its numbers. Raises ArchiveInvalid, OSError."""
-    members = {spec.weights.file: weights.read_bytes()}
+def pack(
+    spec: Spec, members: Mapping[str, bytes], golden: Path | None, *, model_name: str, model_version: str
+) -> bytes:
+    """The archive of `spec` and its members. Raises ArchiveInvalid, OSError."""
+    members = dict(members)
     if golden is not None:
         sample: GoldenSample = parse_golden(golden.read_bytes(), str(golden))
         spec = msgspec.structs.replace(spec, golden=GOLDEN_FILE)
@@ -94,16 +110,14 @@ def pack(spec: Spec, weights: Path, golden: Path | None, *, model_name: str, mod
 
 def forecaster_spec(architecture: str, config: str, forecast: Path | None, description: str) -> Spec:
     """`config` is JSON, or the path of a file of it. Raises ArchiveInvalid that names the flag or file, OSError."""
-    raw = config.encode() if config.lstrip().startswith("{") else Path(config).read_bytes()
-    fields = _decoded(raw, dict[str, int | float | str | bool | list[int]], "--config")
-    found = None if forecast is None else _decoded(forecast.read_bytes(), Forecast, str(forecast))
+    fields = _decoded(_json(config), dict[str, int | float | str | bool | list[int]], "--config")
     weights = Weights(file=WEIGHTS_FILE)
     return Spec(
         kind=Kind.FORECASTER,
         weights=weights,
         architecture=architecture,
         config=fields,
-        forecast=found,
+        forecast=_forecast(forecast),
         description=description,
     )
 
@@ -111,6 +125,62 @@ def forecaster_spec(architecture: str, config: str, forecast: Path | None, descr
 def onnx_spec(description: str) -> Spec:
     """Of an ONNX archive."""
     return Spec(kind=Kind.ONNX, weights=Weights(file=ONNX_FILE), description=description)
+
+
+def graph_spec(forecast: Path | None, description: str) -> Spec:
+    """Of a graph archive. Raises ArchiveInvalid that names the file, OSError."""
+    weights = Weights(file=WEIGHTS_FILE)
+    return Spec(kind=Kind.GRAPH, weights=weights, forecast=_forecast(forecast), description=description)
+
+
+def graph_members(module: str, config: str, inputs: str, weights: Path | None) -> dict[str, bytes]:
+    """`FILE.py:NAME` imported, called with `config`, given its weights and exported: the graph and its numbers.
+
+    Raises:
+        ArchiveInvalid: the flag, file, or operator that is wrong.
+        OSError: a file cannot be read.
+    """
+    shapes = _decoded(_json(inputs), dict[str, tuple[int, ...]], "--inputs")
+    made = _made(module, _decoded(_json(config), dict[str, Any], "--config"))
+    if weights is not None:
+        try:
+            made.load_state_dict(_state(weights))
+        except Exception as error:  # torch has many names for a file that does not fit
+            raise ArchiveInvalid(f"{weights}: not the state dict of {module}: {error}") from error
+    graph, tensors = export(made, shapes)
+    return {GRAPH_FILE: graph, WEIGHTS_FILE: save_tensors(tensors)}
+
+
+def _made(module: str, config: dict[str, Any]) -> nn.Module:
+    """What `NAME(**config)` of the file gives. The user's own code runs here, on the user's own machine."""
+    path, _, name = module.rpartition(":")
+    file = Path(path).expanduser().resolve()
+    if not path or not file.is_file():
+        raise ArchiveInvalid(f"--module {module}: give FILE.py:NAME, a file and what it calls the module's class")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None
+    sys.path.insert(0, str(file.parent))  # so that it may import its neighbours
+    try:
+        code = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(file.stem, code)  # dataclasses look themselves up
+        spec.loader.exec_module(code)
+        made = getattr(code, name)(**config)
+    except Exception as error:  # it is the user's code, and says best what is wrong with it
+        raise ArchiveInvalid(f"--module {module}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    if not isinstance(made, nn.Module):
+        raise ArchiveInvalid(f"--module {module}: it gives {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _state(weights: Path) -> dict[str, torch.Tensor]:
+    """A state dict of safetensors, or of a .pt or .pth file that holds tensors alone."""
+    if weights.suffix in (".pt", ".pth"):
+        found: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
+        return found
+    return dict(load_file(weights))
 
 
 def described(archive: Archive, data: bytes) -> dict[str, Any]:
@@ -128,9 +198,25 @@ def described(archive: Archive, data: bytes) -> dict[str, Any]:
     if spec is not None:
         found["spec"] = json.loads(msgspec.json.encode(spec))
         found["golden"] = archive.golden() is not None
-    if archive.kind is Kind.FORECASTER:
+    if archive.kind is Kind.GRAPH:
+        found["graph"] = _graph(archive)
+    if archive.kind in (Kind.FORECASTER, Kind.GRAPH):
         found["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
     return found
+
+
+def _graph(archive: Archive) -> dict[str, Any]:
+    """Its family, what goes in and out, how rows run, and the operators by how often they occur."""
+    family = graph_family(archive.graph())
+    family.decide(family.row(read_tensors(archive)))
+    operators = Counter(node.op for node in parse_graph(archive.graph()).nodes)
+    return {
+        "family": family.key,
+        "input": {family.input_name: list(family.input_shape)},
+        "output": list(family.output_shape),
+        "runs": family.runs,
+        "operators": dict(operators.most_common()),
+    }
 
 
 def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -146,6 +232,12 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "description", spec["description"]
     if spec.get("config"):
         yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
+    if "graph" in found:
+        graph = found["graph"]
+        ((name, shape),) = graph["input"].items()
+        yield "graph", f"{graph['family']}, {name} {shape} -> {graph['output']}"
+        yield "runs", graph["runs"]
+        yield "operators", ", ".join(f"{count} {op}" for op, count in graph["operators"].items())
     forecast = spec.get("forecast")
     if forecast:
         levels = " ".join(map(str, forecast["quantile_levels"]))
@@ -164,6 +256,16 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _channel(channel: dict[str, Any]) -> str:
     moved = [f"{key} {channel[key]}" for key in ("lag", "shift", "index") if channel[key]]
     return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])
+
+
+def _json(text: str) -> bytes:
+    """JSON as it stands, or the file of that name."""
+    return text.encode() if text.lstrip().startswith("{") else Path(text).read_bytes()
+
+
+def _forecast(path: Path | None) -> Forecast | None:
+    found: Forecast | None = None if path is None else _decoded(path.read_bytes(), Forecast, str(path))
+    return found
 
 
 def _decoded(raw: bytes, kind: Any, where: str) -> Any:

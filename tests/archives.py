@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model_store.manifest import Channel, Forecast, GoldenSample, Scaler
-from model_store.packing import pack_forecaster
+from model_store.packing import pack_forecaster, pack_graph
 
 CONFIG: dict[str, int | float | str | bool | list[int]] = {"channels": 4, "dilations": [1, 2]}
 FORECAST = Forecast(
@@ -26,6 +26,8 @@ GOLDEN = GoldenSample(
     request={"instances": [{"start": "2024-01-01 00:00:00"}]}, response={"predictions": [{"mean": 1}]}
 )
 
+GRAPH = b'{"input": {"name": "x", "shape": [2]}, "parameters": {}, "nodes": [], "output": "x"}'
+
 
 def make_tensors(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     """A small state dict of random numbers, the same for the same seed."""
@@ -40,6 +42,11 @@ def make_forecaster(seed: int = 0, *, name: str = "NSW1", golden: GoldenSample |
     return pack_forecaster(
         tensors, architecture="sketch", config=CONFIG, model_name=name, forecast=FORECAST, golden=golden
     )
+
+
+def make_graph(seed: int = 0) -> bytes:
+    """A sound graph MAR, of operators that only a server would look into."""
+    return pack_graph(GRAPH, make_tensors(seed), model_name="m")
 
 
 def make_zip(

@@ -46,7 +46,7 @@ def family(spec: Spec) -> Family:
     """
     found = build(spec.architecture, spec.config)
     if spec.forecast is not None:
-        _check_forecast(found, spec.forecast)
+        check_forecast(found, spec.forecast)
     return found
 
 
@@ -77,8 +77,12 @@ def _build(architecture: str, config: msgspec.Struct) -> Family:
     return ARCHITECTURES[architecture].family(f"{architecture}-{digest}", config)
 
 
-def _check_forecast(family: Family, forecast: Forecast) -> None:
+def check_forecast(family: Family, forecast: Forecast) -> None:
     """What the forecast promises is what the network takes and gives. Raises ArchiveInvalid that names the field."""
+    if len(family.input_shape) != 2 or len(family.output_shape) != 2:  # noqa: PLR2004 -- as the message says
+        shapes = f"{list(family.input_shape)} -> {list(family.output_shape)}"
+        wanted = "[features, context] -> [prediction, quantiles]"
+        raise ArchiveInvalid(f"{FLEETCAST_JSON}: a forecast needs a network {wanted}, but {family.key} has {shapes}")
     (features, context), (prediction, quantiles) = family.input_shape, family.output_shape
     for field, stated, network in (
         ("inputs", len(forecast.inputs), features),

@@ -13,7 +13,7 @@ import safetensors.numpy
 from model_store.archive import check_tensors, open_archive, read_tensors, require_supported
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 from model_store.manifest import Kind
-from tests.archives import GOLDEN, make_forecaster, make_tar_gz, make_tensors, make_zip, repack
+from tests.archives import GOLDEN, GRAPH, make_forecaster, make_graph, make_tar_gz, make_tensors, make_zip, repack
 
 MODEL = {"model.onnx": b"numbers"}
 
@@ -113,8 +113,9 @@ def test_an_archive_of_no_kind_says_what_was_looked_for() -> None:
 
 
 def test_supported_kinds_pass() -> None:
-    """Forecasters and onnx run here."""
+    """Forecasters, graphs and onnx run here."""
     require_supported(open_archive(make_forecaster(), "m"))
+    require_supported(open_archive(make_graph(), "m"))
     require_supported(open_archive(make_zip(MODEL), "m"))
 
 
@@ -125,9 +126,16 @@ def test_other_kinds_are_refused_by_name() -> None:
         require_supported(code)
     with pytest.raises(UnsupportedKind, match="code archive"):
         code.weights()
-    graph = make_zip({"fleetcast.json": b'{"kind": "graph", "weights": {"file": "w"}}', "w": b""})
-    with pytest.raises(UnsupportedKind, match=r"graph archive;.*banks"):
-        require_supported(open_archive(graph, "m"))
+
+
+def test_a_graph_brings_its_operators() -> None:
+    """They are read as they are, within the size of a record; without them the archive is refused."""
+    assert open_archive(make_graph(), "m").graph() == GRAPH
+    spec = b'{"kind": "graph", "weights": {"file": "w"}}'
+    with pytest.raises(ArchiveInvalid, match=r"m: fleetcast\.json says graph, but graph\.json"):
+        open_archive(make_zip({"fleetcast.json": spec, "w": b""}), "m")
+    with pytest.raises(ArchiveInvalid, match=r"m: graph\.json has 5242880 bytes"):
+        open_archive(make_zip({"fleetcast.json": spec, "w": b"", "graph.json": b" " * (5 << 20)}), "m").graph()
 
 
 # --- records

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from model_store.archive import open_archive, read_tensors
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import Kind, Spec, Weights
-from model_store.packing import pack_archive, pack_forecaster, pack_onnx
-from tests.archives import CONFIG, FORECAST, GOLDEN, make_forecaster, make_tensors
+from model_store.packing import pack_archive, pack_forecaster, pack_graph, pack_onnx
+from tests.archives import CONFIG, FORECAST, GOLDEN, GRAPH, make_forecaster, make_tensors
 
 ONNX = Spec(kind=Kind.ONNX, weights=Weights(file="model.onnx"))
 NAMES = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?", fullmatch=True)
@@ -38,6 +38,19 @@ def test_an_onnx_model_comes_back_as_packed() -> None:
     """The bytes are carried as they are."""
     archive = open_archive(pack_onnx(b"\x08\x07graph", model_name="m", golden=GOLDEN), "m")
     assert (archive.kind, archive.weights(), archive.golden()) == (Kind.ONNX, b"\x08\x07graph", GOLDEN)
+
+
+def test_a_graph_comes_back_as_packed() -> None:
+    """Operators, numbers, forecast metadata and golden sample survive; numbers that are none are refused."""
+    packed = pack_graph(GRAPH, make_tensors(3), model_name="m", forecast=FORECAST, golden=GOLDEN)
+    archive = open_archive(packed, "m")
+    assert archive.spec is not None
+    assert (archive.kind, archive.graph(), archive.spec.forecast) == (Kind.GRAPH, GRAPH, FORECAST)
+    assert archive.golden() == GOLDEN
+    for name, tensor in make_tensors(3).items():
+        np.testing.assert_array_equal(read_tensors(archive)[name], tensor)
+    with pytest.raises(ArchiveInvalid, match="'w' has 1 values that are NaN"):
+        pack_graph(GRAPH, {"w": np.array([np.nan], np.float32)}, model_name="m")
 
 
 def test_the_result_is_a_mar() -> None:

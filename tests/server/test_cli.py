@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import build, random_tensors
 from loadtest.fleet import make_fleet, make_request
-from model_store.archive import open_archive
+from model_store.archive import open_archive, read_tensors
 from model_store.manifest import GoldenSample
 from server.cli import app
 from server.options import settings_from, table, with_table
@@ -163,6 +165,77 @@ def test_pack_makes_the_folder_of_its_path(desk: Path) -> None:
     result = pack("models/de/lu.mar")
     assert result.exit_code == 0, result.stderr
     assert (desk / "models/de/lu.mar").is_file()
+
+
+NET = """
+import torch
+from neighbour import WIDTH
+
+class Net(torch.nn.Module):
+    def __init__(self, hidden: int = 4, recurrent: bool = False) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(WIDTH, hidden)
+        self.rnn = torch.nn.GRU(hidden, hidden, batch_first=True) if recurrent else None
+        self.norm = torch.nn.LayerNorm(hidden)
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        return self.norm(h if self.rnn is None else self.rnn(h)[0])
+
+def nothing():
+    return 3
+"""
+
+
+def test_a_module_of_ones_own(desk: Path) -> None:
+    """A file, a class and its shapes become a graph; the weights come from safetensors or .pt, tensors alone."""
+    (desk / "net.py").write_text(NET)
+    (desk / "neighbour.py").write_text("WIDTH = 3")
+    module = ("--module", "net.py:Net", "--inputs", '{"x": [5, 3]}')
+    packed = run("pack", "own.mar", *module, "--config", '{"hidden": 6}')
+    assert packed.exit_code == 0, packed.stderr
+    assert ", batched, " in packed.stdout
+    found = json.loads(run("inspect", "own.mar", "--json").stdout)
+    assert (found["kind"], found["tensors"]["first.weight"]) == ("graph", [6, 3])
+    assert (found["graph"]["input"], found["graph"]["output"]) == ({"x": [5, 3]}, [5, 6])
+    assert (found["graph"]["runs"], found["graph"]["operators"]["aten.linear.default"]) == ("batched", 1)
+    assert "1 aten.relu.default" in " ".join(run("inspect", "own.mar").stdout.split())
+    state = {"first.weight": torch.ones(6, 3), "first.bias": torch.zeros(6)}
+    state |= {"norm.weight": torch.ones(6), "norm.bias": torch.full((6,), 7.0)}
+    torch.save(state, desk / "w.pt")
+    save_file({name: tensor.numpy() for name, tensor in state.items()}, desk / "w.safetensors")
+    for weights, out in (("w.pt", "pt.mar"), ("w.safetensors", "st.mar")):
+        packed = run("pack", out, *module, "--config", '{"hidden": 6}', "--weights", weights, "--name", "m")
+        assert packed.exit_code == 0, packed.stderr
+    assert (desk / "pt.mar").read_bytes() == (desk / "st.mar").read_bytes()
+    np.testing.assert_array_equal(read_tensors(open_archive((desk / "pt.mar").read_bytes(), "m"))["norm.bias"], 7.0)
+    assert run("pack", "rnn.mar", *module, "--config", '{"recurrent": true}').exit_code == 0
+    assert "one by one: Batching rule not implemented for aten::gru" in run("verify", "rnn.mar").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--module", "net.py:Net"), "--module and --inputs belong together"),
+        (("--module", "net.py:Net", "--inputs", '{"x": "a"}'), "--inputs: Expected `array`"),
+        (("--module", "net.py:Net", "--inputs", '{"y": [3]}'), "torch.export cannot export Net"),
+        (("--module", "gone.py:Net", "--inputs", '{"x": [3]}'), "--module gone.py:Net: give FILE.py:NAME"),
+        (("--module", "net.py:Nix", "--inputs", '{"x": [3]}'), "AttributeError: module 'net' has no attribute 'Nix'"),
+        (("--module", "net.py:nothing", "--inputs", '{"x": [3]}'), "it gives int, not a torch.nn.Module"),
+        (("--module", "net.py:Net", "--inputs", '{"x": [3]}', "--weights", "w.safetensors"), "not the state dict of"),
+        (("--module", "net.py:Net", "--inputs", '{"x": [3]}', "--weights", "evil.pt"), "not the state dict of"),
+        (("--module", "net.py:Net", "--architecture", "tcn"), "give --architecture and --weights for a forecaster"),
+        (("--architecture", "tcn"), "give a state dict with --weights"),
+    ],
+)
+def test_a_module_that_cannot_be_packed(desk: Path, arguments: tuple[str, ...], said: str) -> None:
+    """Each wrong flag or file is named in one line, a pickle that holds more than tensors is not read."""
+    (desk / "net.py").write_text(NET)
+    (desk / "neighbour.py").write_text("WIDTH = 3")
+    torch.save({"first.weight": Path("x")}, desk / "evil.pt")
+    result = run("pack", "own.mar", *arguments)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    assert not (desk / "own.mar").exists()
 
 
 def test_onnx_into_a_store(desk: Path, bucket: str) -> None:

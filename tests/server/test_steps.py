@@ -314,6 +314,32 @@ def test_a_copy_that_fails_frees_the_room_and_the_waiters(monkeypatch: pytest.Mo
     play(scenario, slabs=1)
 
 
+def test_pages_of_models() -> None:
+    """By prefix, after a name, so many names: the same rows as cutting them out of the whole; evicted ones are gone."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        names = [f"{zone}/{i}" for zone in "ab" for i in range(12)]
+        for name in names:
+            front.send(name)
+        await front.settled()
+        loader.gate.clear()
+        front.send("a/10x")
+        await steps.unload(ModelName("a/3"))
+        whole = steps.describe()
+        known = [row["model"] for row in whole]
+        assert known == sorted(known)
+        assert "a/3" not in known
+        assert {row["model"] for row in whole if row["state"] == "loading"} == {"a/10x"}
+        for prefix in ("", "a/", "a/1", "b/11", "c"):
+            for after in ("", "a/10", "a/99", "b/11", "z"):
+                for limit in (1, 2, 5, 100):
+                    wanted = [name for name in known if name.startswith(prefix) and name > after][:limit]
+                    assert [row["model"] for row in steps.describe(prefix, after, limit)] == wanted
+        loader.gate.set()
+
+    play(scenario)
+
+
 def test_a_reload_swaps_between_two_steps() -> None:
     """Requests queued on the old version get the old answer, later ones the new; the old row becomes free."""
 
