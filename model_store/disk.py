@@ -90,10 +90,11 @@ class DiskTier:
         try:
             data = cached.path.read_bytes()
         except OSError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() == cached.path.name:
-            return data
-        log.warning("disk_blob_lost", model=cached.name, blob=cached.path.name, bytes=len(data), expected=cached.bytes)
+            data = b""  # evicted since it was looked up, most likely
+        else:
+            if hashlib.sha256(data).hexdigest() == cached.path.name:
+                return data
+            log.warning("disk_blob_torn", model=cached.name, blob=cached.path.name, bytes=len(data))
         current = self.lookup(cached.name)
         if current and current.path == cached.path:  # another process may have published a newer one meanwhile
             self.forget(cached.name)

@@ -39,6 +39,7 @@ S3_SCHEMES = ("s3", "s3a")
 AZURE_HOST_SCHEMES = ("abfs", "abfss")  # container@account.dfs.core.windows.net: the user part is no secret
 OTHER_SCHEMES = ("gs", "az", "azure", *AZURE_HOST_SCHEMES)
 ACCEPTED = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder or a folder's path"
+STAGED = re.compile(r"#\d+$")  # how obstore names a file that it has not written to its end
 # Codes that S3 sends with 400 although they mean 401 or 403.
 DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"}
 # botocore renews credentials that expire within 10 to 15 minutes when it is asked, so ask at least this often.
@@ -159,6 +160,8 @@ class Source:
         for parent, folders, files in os.walk(self._folder / folder):
             folders.sort()
             for file in sorted(files):
+                if STAGED.search(file):
+                    continue
                 key = Path(parent, file).relative_to(self._folder).as_posix()
                 try:
                     _real_file(self._folder, parse_model_name(key), self._where)

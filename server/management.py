@@ -51,15 +51,13 @@ def management_app(supervisor: Supervisor) -> Starlette:
             limit = min(MAX_PAGE, max(1, int(request.query_params.get("limit", "100"))))
         except ValueError:
             return _error(Situation.BAD_REQUEST, 400, "limit must be a number")
-        found = [row for row in await supervisor.models() if row["model"] > after and row["model"].startswith(prefix)]
-        page = found[:limit]
-        following = page[-1]["model"] if len(found) > limit else None
-        return JSONResponse({"models": page, "total": len(found), "next_after": following})
+        page, more = await supervisor.models(prefix, after, limit)
+        return JSONResponse({"models": page, "next_after": page[-1]["model"] if more else None})
 
     async def describe(request: Request) -> Response:
         name = parse_model_name(request.path_params["model"])
-        rows = [row for row in await supervisor.models() if row["model"] == name]
-        if not rows:
+        rows, _ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
+        if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
             return _error(Situation.NOT_FOUND, 404, message)
         return JSONResponse(rows[0])

@@ -36,6 +36,7 @@ MAX_FALSE_STARTS = 3
 HEARTBEAT_S = 2.0
 SCRAPE_S = 2.0
 DISK_SWEEP_S = 5.0
+DISK_REST = 50.0  #: times a sweep, which grows with the archives on disk, before the next: at most 2 % of a core
 
 log = structlog.get_logger()
 
@@ -265,10 +266,11 @@ class Supervisor:
         disk = DiskTier(self.settings.disk_cache, self.settings.store)
         self._metrics.disk_capacity.set(budget)
         while True:
+            started = time.monotonic()
             gone = await asyncio.to_thread(disk.evict, budget)
             self._metrics.disk_evictions.inc(len(gone))
             self._metrics.disk_bytes.set(await asyncio.to_thread(disk.used_bytes))
-            await asyncio.sleep(DISK_SWEEP_S)
+            await asyncio.sleep(max(DISK_SWEEP_S, DISK_REST * (time.monotonic() - started)))
 
     # --- what operators ask -----------------------------------------------------------------------------------------
 
@@ -294,7 +296,8 @@ class Supervisor:
 
     async def reload(self, model: ModelName) -> dict[str, Any]:
         """Every holder (without one, the home) asks the store, loads a changed archive beside the old one and swaps."""
-        holders = [worker for worker, rows in await self._described() if any(r["model"] == model for r in rows)]
+        described = await self._ask_all("describe", prefix=model, after="", limit=1)
+        holders = [self.workers[index] for index, rows in described if any(row["model"] == model for row in rows)]
         answers = await asyncio.gather(
             *(self._ask(worker, "reload", model=model) for worker in holders or [self.home(model)])
         )
@@ -305,17 +308,20 @@ class Supervisor:
         gone = await self._ask_all("unload", model=model)
         return {"model": model, "unloaded_from": [index for index, was_there in gone if was_there]}
 
-    async def models(self) -> list[dict[str, Any]]:
-        """Every model that is resident, loading, failed or pinned, with who holds it, sorted by name."""
+    async def models(self, prefix: str = "", after: str = "", limit: int = 1) -> tuple[list[dict[str, Any]], bool]:
+        """The first `limit` models of a prefix after a name that are resident, loading, failed or pinned, with who
+        holds them, by name; and whether there are more.
+        """
         merged: dict[str, dict[str, Any]] = {}
-        for worker, rows in await self._described():
+        for index, rows in await self._ask_all("describe", prefix=prefix, after=after, limit=limit + 1):
             for row in rows:
                 model = row.pop("model")
                 entry = merged.setdefault(model, {"model": model, "pinned": model in self.pins, "holders": []})
-                entry["holders"].append({"worker": worker.index, **row})
+                entry["holders"].append({"worker": index, **row})
         for model in self.pins:
-            merged.setdefault(model, {"model": model, "pinned": True, "holders": []})
-        return [merged[model] for model in sorted(merged)]
+            if model > after and model.startswith(prefix):
+                merged.setdefault(model, {"model": model, "pinned": True, "holders": []})
+        return [merged[model] for model in sorted(merged)[:limit]], len(merged) > limit
 
     def processes(self) -> list[dict[str, Any]]:
         """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget."""
@@ -345,9 +351,6 @@ class Supervisor:
             text = await child.channel.ask("metrics", timeout_s=SCRAPE_S)
             if name == child.name:  # else it died and was buried meanwhile
                 self._merged.update(name, text)
-
-    async def _described(self) -> list[tuple[Child, list[dict[str, Any]]]]:
-        return [(self.workers[index], rows) for index, rows in await self._ask_all("describe")]
 
     async def _ask_all(self, op: str, **args: Any) -> list[tuple[int, Any]]:
         """The answers of all workers that are up; one that dies meanwhile holds nothing any more."""

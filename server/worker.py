@@ -198,8 +198,8 @@ class Worker:
     async def _unpin(self, model: str) -> None:
         self._steps.unpin(parse_model_name(model))
 
-    async def _describe(self) -> list[dict[str, Any]]:
-        return self._steps.describe()
+    async def _describe(self, prefix: str, after: str, limit: int) -> list[dict[str, Any]]:
+        return self._steps.describe(prefix, after, limit)
 
     async def _metrics(self) -> str:
         return self._steps.exposition()

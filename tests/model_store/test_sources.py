@@ -257,6 +257,15 @@ def test_other_clouds_open() -> None:
         open_source("gs://bucket/p", profile="x")
 
 
+def test_what_a_dead_writer_left_is_not_listed(tmp_path: Path) -> None:
+    """A file that a killed `put` has staged is no archive, and hides none."""
+    source = open_source(str(tmp_path))
+    source.put(ModelName("a.mar"), b"whole")
+    (tmp_path / "a.mar#1").write_bytes(b"ha")
+    (tmp_path / "b.mar#27").write_bytes(b"")
+    assert [listed.name for listed in source.list()] == ["a.mar"]
+
+
 def test_a_folder_is_a_store_too(tmp_path: Path) -> None:
     """Put, get, conditional get, list and the size limit work on a local folder, by path and by file:// URL."""
     source = open_source(str(tmp_path))
