@@ -60,6 +60,10 @@ class WorkerMetrics:
         self.queue = self._histogram("inference_queue_seconds", "Wait of a request for its step").labels(**bind)
         self.batch_rows = self._histogram("inference_batch_rows", "Rows of a step", buckets=_SIZES).labels(**bind)
         self.batch_models = self._histogram("inference_batch_models", "Models of a step", buckets=_SIZES).labels(**bind)
+        spent = self._counter("step_seconds", "Where the time of steps goes", "part")
+        self.decode_s, self.forward_s, self.encode_s = (
+            spent.labels(**bind, part=part) for part in ("decode", "forward", "encode")
+        )
         self._model_requests = self._counter("model_requests", "Requests by resident model", "model")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

@@ -159,6 +159,7 @@ class StepLoop:
     def _run_rows(self, jobs: Sequence[Job], now: float) -> None:
         """One forward for the rows of many models."""
         running, calls, parts = [], [], []
+        began = time.perf_counter()
         for job in jobs:
             model = self._models[_slot(job)]
             assert isinstance(model, RowModel), "a group holds one family"
@@ -177,29 +178,38 @@ class StepLoop:
         assert isinstance(family, RowModel)
         started = time.perf_counter()
         answers = self._engine.run(family.family, [_slot(job).offset for job in running], parts)
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(map(len, parts)))
         self._metrics.batch_models.observe(len({job.model for job in running}))
         for job, call, answer in zip(running, calls, answers, strict=True):
-            self._encode(job, call.encode, answer, now, seconds)
+            self._encode(job, call.encode, answer, now, ended - started)
+        self._spent(began, started, ended)
 
     def _run_single(self, jobs: Sequence[Job], now: float) -> None:
         """The requests of one model that is not a row, in one run where the model allows it."""
         model = self._models[_slot(jobs[0])]
         assert isinstance(model, SingleModel), "a group holds one single"
+        began = time.perf_counter()
         asked = [(job, call) for job in jobs if (call := self._decode(job, model.codec.decode)) is not None]
         if not asked:
             return
         started = time.perf_counter()
         answers = model.single.run_all([call.feeds for _, call in asked])
-        seconds = time.perf_counter() - started
+        ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(call.n for _, call in asked))
         self._metrics.batch_models.observe(1)
         for (job, call), outputs in zip(asked, answers, strict=True):
             if isinstance(outputs, RunFailed):
                 self._refuse(job, Refused(Situation.MODEL_FAILED, str(outputs)))
             else:
-                self._encode(job, call.encode, outputs, now, seconds)
+                self._encode(job, call.encode, outputs, now, ended - started)
+        self._spent(began, started, ended)
+
+    def _spent(self, began: float, started: float, ended: float) -> None:
+        """Count where a step's time went: before the forward it decoded, after it it encoded."""
+        self._metrics.decode_s.inc(started - began)
+        self._metrics.forward_s.inc(ended - started)
+        self._metrics.encode_s.inc(time.perf_counter() - ended)
 
     def _decode(self, job: Job, decode: Callable[[bytes, str, str], Any]) -> Any:
         """The request as arrays, or None when it was refused."""

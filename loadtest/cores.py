@@ -1,0 +1,102 @@
+"""`python -m loadtest.cores`: what more workers and fronts bring on this machine, and where the time goes.
+
+200 resident models under wrk over 32 connections, beside the server: JSON and npy bodies, every number of workers and
+fronts up to the cores, in turn. Front and worker are microseconds of processor time a request; decode, forward and encode
+are the worker's own count by the clock, which includes waiting for a core where there are more processes than cores. What
+a worker uses beyond these three is frames, queues and its event loop. Ends with a record.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from handlers.forecasters import build
+from loadtest import record, wrk
+from loadtest.bench import MODELS, TCN, write_bodies, write_fleet
+from loadtest.census import cpu_seconds
+from loadtest.local import LocalServer, serve
+
+SEED = 7
+CONNECTIONS, SECONDS = 32, 3.0
+PARTS = ("decode", "forward", "encode")
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
+
+
+def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")] = 7) -> None:
+    """Measure every number of workers and fronts up to the cores."""
+    wrk.require_wrk()
+    before = record.machine()
+    cores = len(os.sched_getaffinity(0))
+    shapes = list(product(range(1, cores + 1), repeat=2))
+    runs: dict[str, list[dict[str, float]]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
+        bodies = dict(zip(("application/json", "application/x-npy"), write_bodies(folder), strict=True))
+        servers = {}
+        for workers, fronts in shapes:
+            flags = ["--workers", str(workers), "--fronts", str(fronts)]
+            servers[workers, fronts] = stack.enter_context(serve(str(folder / "store"), flags))
+        for turn in track(range(rounds + 1), "rounds", transient=True):
+            for (workers, fronts), (media, body) in product(shapes, bodies.items()):
+                server = servers[workers, fronts]
+                target = wrk.Target("", f"{server.inference}/invocations", MODELS, ".mar", body, media)
+                found = _run(server, target, SECONDS if turn else 1.0)
+                if turn:
+                    key = f"{workers} workers, {fronts} fronts, {media.rpartition('-')[2].rpartition('/')[2]}"
+                    runs.setdefault(key, []).append(found)
+    results = {
+        key: {name: record.spread([run[name] for run in found]) for name in found[0]} for key, found in runs.items()
+    }
+    CONSOLE.print(_table(results))
+    CONSOLE.print(f"record: {record.save('cores', SEED, before, results)}")
+
+
+def _run(server: LocalServer, target: wrk.Target, seconds: float) -> dict[str, float]:
+    """Requests a second, and microseconds a request by where they went."""
+    before = dict(_spent(server))
+    found = wrk.run(target, CONNECTIONS, seconds)
+    requests = found.requests_per_s * seconds
+    used = {name: (value - before[name]) / requests * 1e6 for name, value in _spent(server)}
+    rest = used.pop("worker") - sum(used[part] for part in PARTS)
+    return {
+        "requests_per_s": found.requests_per_s,
+        "p50_ms": found.p50_ms,
+        "p99_ms": found.p99_ms,
+        **used,
+        "rest": rest,
+    }
+
+
+def _spent(server: LocalServer) -> Iterator[tuple[str, float]]:
+    """Seconds so far of fronts, of workers, and of the workers' parts."""
+    for kind in ("front", "worker"):
+        yield kind, sum(cpu_seconds(each["pid"]) for each in server.processes() if each["kind"] == kind)
+    counted = server.counters("fleetcast_step_seconds_total")
+    for part in PARTS:
+        yield part, sum(value for labels, value in counted.items() if f'part="{part}"' in labels)
+
+
+def _table(results: Mapping[str, Any]) -> Table:
+    columns = ("requests_per_s", "p50_ms", "p99_ms", "front", "worker", *PARTS)
+    table = Table("", "requests/s", "p50 ms", "p99 ms", "front us", "worker us", *PARTS)
+    for key, row in results.items():
+        cells = [f"{row[name]['median']:.{2 if name.endswith('ms') else 0}f}" for name in columns]
+        rate = row["requests_per_s"]
+        table.add_row(key, f"{cells[0]} ({rate['min']:.0f}-{rate['max']:.0f})", *cells[1:])
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
