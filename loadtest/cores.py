@@ -1,9 +1,9 @@
 """`python -m loadtest.cores`: what more workers and fronts bring on this machine, and where the time goes.
 
 200 resident models under wrk over 32 connections, beside the server: JSON and npy bodies, every number of workers and
-fronts up to the cores, in turn. Front and worker are microseconds of processor time a request; decode, forward and encode
-are the worker's own count by the clock, which includes waiting for a core where there are more processes than cores. What
-a worker uses beyond these three is frames, queues and its event loop. Ends with a record.
+fronts up to the cores, in turn. Front and worker are microseconds of processor time a request; decode, forward and
+encode are the worker's own count by the clock, waiting for a core included where there are more processes than cores.
+What a worker uses beyond these three is frames, queues and its event loop. Ends with a record.
 """
 
 import os
