@@ -45,6 +45,9 @@ class Front:
         if op == "workers":
             self._follow({int(index): path for index, path in args["sockets"].items()})
             return None
+        if op == "linked":
+            await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+            return None
         if op == "metrics":
             return self._metrics.text()
         if op == "ping":

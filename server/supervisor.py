@@ -36,6 +36,7 @@ MAX_FALSE_STARTS = 3
 HEARTBEAT_S = 2.0
 SCRAPE_S = 2.0
 DISK_SWEEP_S = 5.0
+LINK_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 DISK_REST = 50.0  #: times a sweep, which grows with the archives on disk, before the next: at most 2 % of a core
 
 log = structlog.get_logger()
@@ -104,17 +105,21 @@ class Supervisor:
         children = [*self.workers, *self.fronts]
         self._tasks = [asyncio.create_task(self._keep(child)) for child in children]
         self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._tend_disk())]
-        ready = asyncio.create_task(self._all_ready(children))
+        ready = asyncio.create_task(self._all_ready())
         tasks: list[asyncio.Future[Any]] = [ready, self.fatal]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if self.fatal.done():
             ready.cancel()
             raise StartFailed(self.fatal.result())
 
-    @staticmethod
-    async def _all_ready(children: Sequence[Child]) -> None:
-        for child in children:
+    async def _all_ready(self) -> None:
+        """Every child is up, and every front linked to the workers: the first request finds its way."""
+        for child in (*self.workers, *self.fronts):
             await child.ready.wait()
+        for front in self.fronts:
+            with contextlib.suppress(ControlError, ChannelClosed, TimeoutError):  # it died since, and comes back
+                assert front.channel is not None
+                await front.channel.ask("linked", timeout_s=LINK_S)
 
     async def stop(self) -> None:
         """Drain: fronts finish what they hold, then workers, then everyone is gone. At most `drain_s` and a little."""

@@ -127,7 +127,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "wrong-hash": (wrong_hash, ("sha256", "pack it again")),
     "unknown-kind": (unknown_kind, ("quantum", "kind")),
     "unknown-architecture": (unknown_architecture, ("transformer", "known are")),
-    "code": (code, ("service.py", "this version runs forecaster and onnx")),
+    "code": (code, ("service.py", "this version runs forecaster, graph and onnx")),
     "bad-golden": (bad_golden, ("golden sample",)),
 }
 
