@@ -37,7 +37,7 @@ HEARTBEAT_S = 2.0
 SCRAPE_S = 2.0
 DISK_SWEEP_S = 5.0
 LINK_S = 5.0  #: how long the start waits for a front to reach the workers that are up
-DISK_REST = 50.0  #: times a sweep, which grows with the archives on disk, before the next: at most 2 % of a core
+DISK_REST = 25.0  #: times a sweep's processor time, which grows with the archives on disk, before the next
 
 log = structlog.get_logger()
 
@@ -271,11 +271,10 @@ class Supervisor:
         disk = DiskTier(self.settings.disk_cache, self.settings.store)
         self._metrics.disk_capacity.set(budget)
         while True:
-            started = time.monotonic()
-            gone = await asyncio.to_thread(disk.evict, budget)
-            self._metrics.disk_evictions.inc(len(gone))
-            self._metrics.disk_bytes.set(await asyncio.to_thread(disk.used_bytes))
-            await asyncio.sleep(max(DISK_SWEEP_S, DISK_REST * (time.monotonic() - started)))
+            evicted, used, spent = await asyncio.to_thread(_swept, disk, budget)
+            self._metrics.disk_evictions.inc(evicted)
+            self._metrics.disk_bytes.set(used)
+            await asyncio.sleep(max(DISK_SWEEP_S, DISK_REST * spent))
 
     # --- what operators ask -----------------------------------------------------------------------------------------
 
@@ -378,6 +377,13 @@ class Supervisor:
             raise ControlError(f"worker {worker.index} died meanwhile; try again", Situation.WORKER_LOST) from error
         except TimeoutError as error:
             raise ControlError(f"worker {worker.index} did not answer in time", Situation.DEADLINE) from error
+
+
+def _swept(disk: DiskTier, budget: int) -> tuple[int, int, float]:
+    """One sweep of the disk tier: how many were evicted, bytes that are left, and processor seconds it took."""
+    started = time.thread_time()
+    evicted = len(disk.evict(budget))
+    return evicted, disk.used_bytes(), time.thread_time() - started
 
 
 def _labels(plan: WorkerPlan) -> tuple[str, str]:
