@@ -57,10 +57,10 @@ def warm(pairs: int = 7, seconds: float = 3.0) -> None:
         write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
         json_body, npy_body = write_bodies(folder)
         server = stack.enter_context(serve(str(folder / "store")))
-        plain = stack.enter_context(plain_peer(folder, build("tcn", TCN).reference(), MODELS))
-        ours = wrk.Target("fleetcast", f"{server.inference}/invocations", MODELS, ".mar", json_body, "application/json")
+        plain, _ = stack.enter_context(plain_peer(folder, build("tcn", TCN).reference(), MODELS))
+        ours = wrk.Target("fleetcast", server.inference, MODELS, ".mar", json_body, "application/json")
         npy = wrk.Target("fleetcast npy", ours.url, MODELS, ".mar", npy_body, "application/x-npy")
-        peer = wrk.Target("plain", f"{plain}/invocations", MODELS, "", json_body, "application/json")
+        peer = wrk.Target("plain", plain, MODELS, "", json_body, "application/json")
         for target in (ours, npy, peer):
             wrk.run(target, 8, 2)  # every model loaded, every path warm
         runs: dict[tuple[str, int], list[wrk.Result]] = {}

@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtest.dialects import DIALECTS, Dialect
+
 SCRIPT = Path(__file__).with_name("round_robin.lua")
 
 
@@ -21,7 +23,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An address that answers POSTs for the models m0{suffix} ... m{count - 1}{suffix}."""
+    """A server that answers POSTs for the models m0{suffix} ... m{count - 1}{suffix}; of `url` only the host counts."""
 
     name: str
     url: str
@@ -29,6 +31,7 @@ class Target:
     suffix: str
     body: Path
     content_type: str
+    dialect: Dialect = DIALECTS["sagemaker"]  #: where the model's name stands
 
 
 def require_wrk() -> None:
@@ -38,9 +41,10 @@ def require_wrk() -> None:
 
 
 def run(target: Target, connections: int, seconds: float) -> Result:
-    """Load for so many seconds. Raises RuntimeError when any request failed: a fast wrong answer is no result."""
+    """Load for so many whole seconds. Raises RuntimeError when any request failed: a fast wrong answer is no result."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(SCRIPT), target.url, "--"]
-    command += [str(target.body), str(target.count), target.suffix, target.content_type]
+    command += [str(target.body), str(target.count), target.suffix, target.content_type, target.dialect.path]
+    command += [part for header in target.dialect.headers.items() for part in header]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60)
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))

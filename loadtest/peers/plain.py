@@ -14,8 +14,8 @@ from loadtest.processes import ended, free_port, reachable, wait_until
 
 
 @contextmanager
-def plain_peer(folder: Path, network: torch.nn.Module, count: int) -> Iterator[str]:
-    """The plain path with `count` sessions of a network that takes x [1, 8, 168]; yields its address."""
+def plain_peer(folder: Path, network: torch.nn.Module, count: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The plain path with `count` sessions of a network that takes x [1, 8, 168]; yields its address and processes."""
     graph = folder / "tcn.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the old exporter, whose graph ONNX Runtime runs fastest, says it is old
@@ -24,8 +24,9 @@ def plain_peer(folder: Path, network: torch.nn.Module, count: int) -> Iterator[s
     environment = {**os.environ, "PLAIN_SOCKET": path, "OMP_NUM_THREADS": "1"}
     worker = [sys.executable, "-m", "loadtest.peers.plain_worker", str(graph), str(count), path]
     front = [sys.executable, "-m", "uvicorn", "--port", str(port), "--no-access-log", "--log-level", "warning"]
-    with ended([subprocess.Popen(worker, env=environment)]):
+    processes = [subprocess.Popen(worker, env=environment)]
+    with ended(processes):
         wait_until(lambda: Path(path).exists())
-        with ended([subprocess.Popen([*front, "loadtest.peers.plain_front:app"], env=environment)]):
-            wait_until(lambda: reachable(port))
-            yield f"http://127.0.0.1:{port}"
+        processes.append(subprocess.Popen([*front, "loadtest.peers.plain_front:app"], env=environment))
+        wait_until(lambda: reachable(port))
+        yield f"http://127.0.0.1:{port}", (processes[0].pid, processes[1].pid)

@@ -1,0 +1,78 @@
+"""A virtual environment for each peer: made once with pip from its pinned requirements, and kept."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = Path(".fleetcast/peers")
+INSTALL_S = 1800.0
+PIN = re.compile(r"([\w.-]+)==(\d[\w.+!]*)")
+DONE = "installed"  #: a file that only a finished environment has
+
+
+class PeerUnavailable(Exception):
+    """A peer that cannot be installed, started or asked here; the message says why and what to do."""
+
+
+def requirements(peer: str) -> Path:
+    """Where a peer's pinned requirements are."""
+    return HERE / peer / "requirements.txt"
+
+
+def pins(text: str) -> dict[str, str]:
+    """Package -> version of a requirements file. Raises ValueError for a line that is not `package==version`."""
+    found = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        pin = PIN.fullmatch(line)
+        if pin is None:
+            raise ValueError(f"{line!r} does not pin one version exactly: write package==version")
+        found[pin[1]] = pin[2]
+    return found
+
+
+def installed(peer: str, root: Path = ROOT) -> bool:
+    """Whether the peer's environment is made, of the requirements as they are now."""
+    return (_folder(peer, root) / DONE).exists()
+
+
+def environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Path:
+    """The folder of the peer's environment, installed if it is not there. Raises PeerUnavailable when pip fails."""
+    folder = _folder(peer, root)
+    if installed(peer, root):
+        return folder
+    count = len(pins(requirements(peer).read_text()))
+    say(f"{peer}: installing {count} packages (about 1 GB with torch) ...")
+    started = time.monotonic()
+    python = str(folder / "bin" / "python")
+    _run([sys.executable, "-m", "venv", "--clear", str(folder)], peer)
+    _run([python, "-m", "pip", "install", "--quiet", "--requirement", str(requirements(peer))], peer)
+    (folder / DONE).touch()
+    for older in set(root.absolute().glob(f"{peer}-*")) - {folder}:
+        shutil.rmtree(older)
+    say(f"{peer}: installed in {time.monotonic() - started:.0f} s")
+    return folder
+
+
+def _folder(peer: str, root: Path) -> Path:
+    """Named by what is installed there: other requirements or another Python make another one."""
+    key = hashlib.sha256(f"{sys.version_info[:2]}{requirements(peer).read_text()}".encode()).hexdigest()[:12]
+    return (root / f"{peer}-{key}").absolute()
+
+
+def _run(command: list[str], peer: str) -> None:
+    """One step of an installation; its last words are in the error."""
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=INSTALL_S)
+    except subprocess.TimeoutExpired:
+        raise PeerUnavailable(f"{peer}: pip did not finish within {INSTALL_S:g} s; run it again") from None
+    except subprocess.CalledProcessError as error:
+        words = [line for line in error.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        raise PeerUnavailable(f"{peer}: cannot be installed: {' '.join(words[-2:])[:300]}") from None

@@ -1,0 +1,48 @@
+"""The network of the comparison as a peer's user would write it: plain torch, eager, one thread, nothing of ours.
+
+Copied beside each peer's handler. 17,528 parameters at its defaults; x [N, 8, 168] -> [N, 24, 5].
+"""
+
+import os
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+
+class Block(nn.Module):
+    """relu(causal convolution) + 1x1 convolution: [N, c_in, T] -> [N, c_out, T]."""
+
+    def __init__(self, c_in: int, c_out: int, dilation: int) -> None:
+        super().__init__()
+        self.pad = 2 * dilation
+        self.conv = nn.Conv1d(c_in, c_out, 3, dilation=dilation)
+        self.residual = nn.Conv1d(c_in, c_out, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, c_in, T] -> [N, c_out, T]."""
+        convolved: torch.Tensor = torch.relu(self.conv(nn.functional.pad(x, (self.pad, 0)))) + self.residual(x)
+        return convolved
+
+
+class Tcn(nn.Module):
+    """Four blocks of dilation 1, 3, 9 and 27, and a head on the last step."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[Block(channels if i else 8, channels, 3**i) for i in range(4)])
+        self.head = nn.Linear(channels, 24 * 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, 8, T] -> [N, 24, 5]."""
+        answer: torch.Tensor = self.head(self.blocks(x)[..., -1])
+        return answer.view(-1, 24, 5)
+
+
+def load(folder: str) -> Tcn:
+    """The network with the weights in `folder`, on one thread."""
+    torch.set_num_threads(1)
+    weights = load_file(os.path.join(folder, "weights.safetensors"))  # noqa: PTH118 -- as in the peers' own examples
+    network = Tcn(channels=weights["head.weight"].shape[1])
+    network.load_state_dict(weights)
+    return network.eval()

@@ -1,0 +1,45 @@
+"""A Ray Serve 2.60 application with model multiplexing, as its users write one: eager torch, one replica.
+
+`python handler.py MODELS_FOLDER PORT MODELS_PER_REPLICA TEMP_FOLDER` serves until it is ended.
+"""
+# It runs in the peer's environment, copied beside network.py.
+# ruff: noqa: INP001
+# mypy: ignore-errors
+
+import os
+import signal
+import sys
+from typing import Any
+
+import ray
+import torch
+from network import Tcn, load
+from ray import serve
+from starlette.requests import Request
+
+FOLDER, PORT, MODELS, TEMP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+
+
+@serve.deployment(num_replicas=1, max_ongoing_requests=64)
+class Forecast:
+    """Body {"x": [8][168]} -> {"predictions": [[24][5]]}."""
+
+    @serve.multiplexed(max_num_models_per_replica=MODELS)
+    async def network(self, model: str) -> Tcn:
+        """Read a model's weights; Ray keeps the most recently used ones."""
+        return load(os.path.join(FOLDER, model))  # noqa: PTH118 -- as in Ray's own examples
+
+    async def __call__(self, request: Request) -> Any:
+        """The header serve_multiplexed_model_id names the model."""
+        network = await self.network(serve.get_multiplexed_model_id())
+        x = torch.tensor((await request.json())["x"], dtype=torch.float32)
+        with torch.inference_mode():
+            return {"predictions": network(x[None]).tolist()}
+
+
+STORE = 100 * 2**20
+ray.init("local", num_cpus=2, include_dashboard=False, _temp_dir=TEMP, log_to_driver=False, object_store_memory=STORE)
+serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+serve.run(Forecast.bind(), name="forecast", route_prefix="/")
+print("ready", flush=True)
+signal.pause()

@@ -1,0 +1,279 @@
+"""Every server of the comparison, started on loopback and asked: ours, the plain peer, and those of other people.
+
+Each starter is a context manager that yields a `Server`; at its end no process of it is left. What is set is what a
+user would set for small models on a small machine: one worker a model and one thread; all else is as it comes.
+"""
+
+import http.client
+import json
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlencode, urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loadtest.dialects import DIALECTS, JSON, Dialect
+from loadtest.local import LocalServer, serve
+from loadtest.peers.environments import HERE, PeerUnavailable, environment
+from loadtest.peers.plain import plain_peer
+from loadtest.peers.tree import Tree, last_words, started
+from loadtest.processes import free_port, reachable
+
+START_S = 120.0
+LOAD_S = 120.0
+JAVA = 17
+UNBOUNDED = 100_000  #: models a Ray replica may keep: more than any run has
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server. `register` makes a model known and waits for its load; where it is None, asking is enough.
+
+    A `fixed` server has all its models from the start, each with the weights of m0.
+    """
+
+    name: str
+    url: str
+    dialect: Dialect
+    suffix: str
+    tree: Tree
+    prepare: Callable[[str], object] = lambda _: None
+    register: Callable[[str], None] | None = None
+    fixed: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Server {self.name} at {self.url}, {self.tree}>"
+
+    def ask(self, model: str, body: bytes) -> npt.NDArray[np.float64]:
+        """One answer's numbers, flat. Raises RuntimeError unless it is 200, OSError when nobody answers."""
+        path = self.dialect.path.format(model=quote(model + self.suffix))
+        headers = {key: value.format(model=model + self.suffix) for key, value in self.dialect.headers.items()}
+        status, data = call("POST", self.url + path, body, {"Content-Type": JSON, **headers})
+        if status != http.HTTPStatus.OK:
+            raise RuntimeError(f"{self.name} answered {status} for {model}: {data[:200].decode(errors='replace')}")
+        answer = json.loads(data)
+        found = answer["outputs"][0]["data"] if "outputs" in answer else answer["predictions"]
+        return np.asarray(found, np.float64).ravel()
+
+    def load(self, model: str, body: bytes) -> float:
+        """Seconds from making a model known to its first answer; packing it is not counted."""
+        self.prepare(model)
+        begin = time.perf_counter()
+        if self.register is not None:
+            self.register(model)
+        self.ask(model, body)
+        return time.perf_counter() - begin
+
+
+Starter = Callable[..., AbstractContextManager[Server]]
+
+
+def call(method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    """One request on a connection of its own."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=LOAD_S)
+    try:
+        connection.request(method, parts.path + (f"?{parts.query}" if parts.query else ""), body, dict(headers or {}))
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+def accepted(name: str, url: str) -> None:
+    """POST without a body. Raises RuntimeError with what was said when it is refused."""
+    status, data = call("POST", url)
+    if status != http.HTTPStatus.OK:
+        raise RuntimeError(
+            f"{name} refused a model with {status}: {' '.join(data.decode(errors='replace').split())[:200]}"
+        )
+
+
+@contextmanager
+def torchserve(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
+    """TorchServe: a Java front and one Python process a model."""
+    command = ["torchserve", "--foreground", "--ncs", "--disable-token-auth", "--enable-model-api", "--ts-config"]
+    with _model_server("torchserve", models, say, command) as server:
+        yield server
+
+
+@contextmanager
+def mms(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
+    """Multi Model Server, TorchServe's ancestor: the same shape."""
+    with _model_server("mms", models, say, ["multi-model-server", "--foreground", "--mms-config"]) as server:
+        yield server
+
+
+@contextmanager
+def _model_server(name: str, models: Path, say: Callable[[str], None], command: list[str]) -> Iterator[Server]:
+    """What the two have in common: properties, archives made by their own archiver, a management listener."""
+    require_java()
+    binaries = environment(name, say) / "bin"
+    with tempfile.TemporaryDirectory(prefix="peer-") as text:
+        folder, base, management = Path(text), *(f"http://127.0.0.1:{_low_port()}" for _ in range(2))
+        (folder / "archives").mkdir()
+        (folder / "config.properties").write_text(_properties(name, base, management))
+        arguments = [str(folder / "config.properties"), "--start", "--model-store", str(folder / "archives")]
+        line = [str(binaries / command[0]), *command[1:], *arguments]
+        with started(line, folder, _environment(binaries, folder)) as (tree, log):
+            _wait_for(name, f"{base}/ping", tree, log)
+
+            def prepare(model: str) -> None:
+                _archive(name, binaries, models / model, folder / "archives")
+
+            def register(model: str) -> None:
+                query = {"url": f"{model}.mar", "model_name": model, "initial_workers": 1, "synchronous": "true"}
+                accepted(name, f"{management}/models?{urlencode(query)}")
+
+            yield Server(name, base, DIALECTS[name], "", tree, prepare, register)
+
+
+def _properties(name: str, base: str, management: str) -> str:
+    """The configuration: where to listen, one process a model, and room for what 32 connections send at once."""
+    lines = [f"inference_address={base}", f"management_address={management}"]
+    lines += ["default_workers_per_model=1", "job_queue_size=1000"]
+    if name == "torchserve":
+        lines += [f"grpc_{listener}_port={free_port()}" for listener in ("inference", "management")]
+        lines.append(f"metrics_address=http://127.0.0.1:{free_port()}")
+    return "\n".join(lines) + "\n"
+
+
+def _archive(name: str, binaries: Path, model: Path, archives: Path) -> None:
+    """Pack a folder of weights with the handler as the peer's own archiver does."""
+    with tempfile.TemporaryDirectory(prefix="peer-") as text:
+        shutil.copy(HERE / "network.py", text)
+        shutil.copy(model / "weights.safetensors", text)
+        options = ["--model-name", model.name, "--export-path", str(archives), "--force"]
+        if name == "torchserve":
+            files = f"{text}/network.py,{text}/weights.safetensors"
+            command = ["torch-model-archiver", "--version", "1.0", "--handler", str(HERE / name / "handler.py")]
+            command += ["--extra-files", files]
+        else:
+            shutil.copy(HERE / name / "handler.py", text)
+            command = ["model-archiver", "--model-path", text, "--handler", "handler:handle", "--runtime", "python"]
+        line = [str(binaries / command[0]), *command[1:], *options]
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=LOAD_S)
+        if done.returncode or not (archives / f"{model.name}.mar").exists():
+            raise PeerUnavailable(f"{name}: {command[0]} failed: {done.stderr.strip()[-300:]}")
+
+
+@contextmanager
+def mlserver(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
+    """MLServer: one Python process with all models in its event loop (its parallel workers die with uvloop 0.23)."""
+    binaries = environment("mlserver", say) / "bin"
+    with tempfile.TemporaryDirectory(prefix="peer-") as text:
+        folder = Path(text)
+        ports = {f"{listener}_port": free_port() for listener in ("http", "grpc", "metrics")}
+        settings = {
+            "host": "127.0.0.1",
+            **ports,
+            "parallel_workers": 0,
+            "debug": False,
+            "load_models_at_startup": False,
+        }
+        (folder / "settings.json").write_text(json.dumps({**settings, "model_repository_root": str(folder)}))
+        for file in ("network.py", "mlserver/handler.py"):
+            shutil.copy(HERE / file, folder)
+        with started([str(binaries / "mlserver"), "start", "."], folder, _environment(binaries, folder)) as (tree, log):
+            base = f"http://127.0.0.1:{ports['http_port']}"
+            _wait_for("mlserver", f"{base}/v2/health/live", tree, log)
+
+            def prepare(model: str) -> None:
+                (folder / model).mkdir(exist_ok=True)
+                parameters = {"uri": str(models / model)}
+                described = {"name": model, "implementation": "handler.Forecast", "parameters": parameters}
+                (folder / model / "model-settings.json").write_text(json.dumps(described))
+
+            def register(model: str) -> None:
+                accepted("mlserver", f"{base}/v2/repository/models/{model}/load")
+
+            yield Server("mlserver", base, DIALECTS["v2"], "", tree, prepare, register)
+
+
+@contextmanager
+def ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -> Iterator[Server]:
+    """Ray Serve: proxy, controller and one replica that multiplexes at most so many models."""
+    binaries = environment("ray", say) / "bin"
+    with tempfile.TemporaryDirectory(prefix="peer-") as text:
+        folder, port = Path(text), free_port()
+        for file in ("network.py", "ray/handler.py"):
+            shutil.copy(HERE / file, folder)
+        line = [str(binaries / "python"), "handler.py", str(models), str(port), str(most), str(folder / "ray")]
+        with started(line, folder, _environment(binaries, folder)) as (tree, log):
+            _wait_for("ray", f"http://127.0.0.1:{port}/-/routes", tree, log, "ready")
+            yield Server("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree)
+
+
+@contextmanager
+def fleetcast(name: str, store: Path) -> Iterator[Server]:
+    """Ours, with what it does by default."""
+    with serve(str(store)) as local:
+        yield ours(name, local)
+
+
+def ours(name: str, local: LocalServer) -> Server:
+    """A server of ours that runs."""
+    return Server(name, local.inference, DIALECTS["sagemaker"], ".mar", Tree(local.process.pid))
+
+
+@contextmanager
+def plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[Server]:
+    """ONNX Runtime behind a socket, see `plain_worker`: what a careful afternoon gives."""
+    with plain_peer(folder, network, count) as (url, pids):
+        yield Server("plain", url, DIALECTS["sagemaker"], "", Tree(*pids), fixed=True)
+
+
+PEERS: Mapping[str, Starter] = {"torchserve": torchserve, "mms": mms, "mlserver": mlserver, "ray": ray}
+PACKAGE = {"torchserve": "torchserve", "mms": "multi-model-server", "mlserver": "mlserver", "ray": "ray"}
+
+
+def _low_port() -> int:
+    """A free port that Multi Model Server takes: it reads ports as 16 bits with a sign."""
+    while True:
+        port = random.randrange(20_000, 2**15)
+        if not reachable(port):
+            return port
+
+
+def require_java() -> None:
+    """Raises PeerUnavailable that says how to install Java."""
+    found = shutil.which("java")
+    said = subprocess.run([found, "-version"], capture_output=True, text=True, check=False).stderr if found else ""
+    major = said.partition('version "')[2].partition(".")[0].partition('"')[0]
+    if not major.isdigit() or int(major) < JAVA:
+        raise PeerUnavailable(
+            f"needs Java {JAVA}, found {major or 'none'}: apt-get install openjdk-{JAVA}-jre-headless"
+        )
+
+
+def _environment(binaries: Path, folder: Path) -> dict[str, str]:
+    """What a peer's processes are given: its own programs first, its own temporary folder, one thread, no telemetry."""
+    kept = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "JAVA_HOME")}
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_TELEMETRY": "0", "PYTHONUNBUFFERED": "1"}
+    paths = {"PATH": f"{binaries}:{os.environ['PATH']}", "TMPDIR": str(folder), "TEMP": str(folder)}
+    return {**kept, **quiet, **paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _wait_for(name: str, url: str, tree: Tree, log: Path, word: str = "") -> None:
+    """Until the URL answers 200 (and the log says the word). Raises PeerUnavailable with its last words."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < START_S and tree.pids():
+        try:
+            if call("GET", url)[0] == http.HTTPStatus.OK and word in log.read_text(errors="replace"):
+                return
+        except (OSError, http.client.HTTPException):
+            pass
+        time.sleep(0.1)
+    waited = time.monotonic() - begin
+    how = f"was not ready within {waited:.0f} s" if tree.pids() else f"ended after {waited:.0f} s before it was ready"
+    raise PeerUnavailable(f"{name} {how}: {last_words(log)}")
