@@ -286,6 +286,20 @@ class Cache:
     def __iter__(self) -> Iterator[Slot]:
         return iter(self._slots.values())
 
+    def relieve(self, need: int) -> tuple[Slot, ...]:
+        """The device has less memory than the budget says: the coldest singles worth `need` bytes, or all that may go.
+
+        Forget them and call `retired` for each. Rows stay: they lie in slabs, whose memory their going would not free.
+        """
+        victims = []
+        for slot in filter(evictable, self._singles.values()):
+            if need <= 0:
+                break
+            slot.state = State.RETIRING
+            victims.append(slot)
+            need -= slot.charge
+        return tuple(victims)
+
     # --- room -------------------------------------------------------------------------------------------------------
 
     def _bank(self, family: str, row_bytes: int) -> Bank:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
@@ -22,13 +22,17 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A verified archive. `store_s`: seconds spent in store requests. `stale`: due, but the store is out of reach."""
+    """A verified archive. `store_s`: seconds spent in store requests. `stale`: due, but the store is out of reach.
+
+    `validated_at`: wall clock, when the store was last asked whether this is the version it has.
+    """
 
     archive: Archive
     version: str
     tier: Literal["disk", "store"]
     store_s: float
     stale: bool
+    validated_at: float
 
 
 class ModelStore:
@@ -117,7 +121,7 @@ class ModelStore:
         if fetched is not None:
             return self._keep(name, fetched, disk, asked_at, store_s)
         disk.validated(name, asked_at)
-        return self._from_disk(disk, cached, data, store_s)
+        return self._from_disk(disk, replace(cached, validated_at=asked_at), data, store_s)
 
     def _download(self, name: ModelName, disk: DiskTier | None, asked_at: float) -> Found:
         started = time.perf_counter()
@@ -130,7 +134,7 @@ class ModelStore:
         archive = open_archive(fetched.data, name, self._limits)
         if disk:
             disk.publish(name, fetched.data, fetched.version, asked_at)
-        return Found(archive, fetched.version, "store", store_s, stale=False)
+        return Found(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
 
     def _from_disk(
         self, disk: DiskTier, cached: Cached, data: bytes, store_s: float = 0.0, *, stale: bool = False
@@ -141,4 +145,4 @@ class ModelStore:
             disk.forget(cached.name)
             raise
         disk.touch(cached.name)
-        return Found(archive, cached.version, "disk", store_s, stale)
+        return Found(archive, cached.version, "disk", store_s, stale, cached.validated_at)

@@ -43,7 +43,7 @@ CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 TOO_MANY = 429
 _ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
 _CACHE = {wire.CacheResult.HIT: b"hit", wire.CacheResult.MISS: b"miss", wire.CacheResult.COALESCED: b"coalesced"}
-_TIER = {wire.Tier.DISK: "disk", wire.Tier.STORE: "store"}
+_TIER = {wire.Tier.HOST: "host", wire.Tier.DISK: "disk", wire.Tier.STORE: "store"}
 _PING = b'{"status": "Healthy"}\n'
 _VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
 

@@ -18,17 +18,14 @@ _STEP = ALIGN_BYTES // 4  # floats between two possible row starts
 
 
 class Pool:
-    """`budget_bytes` of device memory. On the CPU untouched pages cost nothing, so it may be large."""
+    """`budget_bytes` of the CPU's memory (GPUs: `server.accelerator`). Untouched pages cost nothing: be generous."""
 
     def __init__(self, budget_bytes: int, device: torch.device) -> None:
         count = budget_bytes // ALIGN_BYTES * _STEP
         self.device = device
-        if device.type == "cpu":
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-            self._memory = mmap.mmap(-1, count * 4, flags=flags)
-            self.floats = torch.frombuffer(self._memory, dtype=torch.float32)
-        else:
-            self.floats = torch.empty(count, dtype=torch.float32, device=device)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        self._memory = mmap.mmap(-1, count * 4, flags=flags)
+        self.floats = torch.frombuffer(self._memory, dtype=torch.float32)
         self._views: dict[int, torch.Tensor] = {}
 
     def __repr__(self) -> str:
@@ -39,6 +36,10 @@ class Pool:
         """Bring a row's numbers to `offset` (bytes)."""
         start = offset // 4
         self.floats[start : start + row.size].copy_(torch.from_numpy(row))
+
+    def keep(self, offset: int, target: torch.Tensor) -> None:
+        """Bring a row's numbers to memory outside of the pool."""
+        target.copy_(self.floats[offset // 4 : offset // 4 + target.numel()])
 
     def move(self, source: int, target: int, size: int) -> None:
         """Copy `size` bytes between two places that do not overlap."""

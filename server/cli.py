@@ -129,9 +129,12 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
         cores = ",".join(map(str, plan.cores))
-        yield f"worker {plan.index}", f"{plan.device}, cores {cores}, {threads}, {human(plan.budget_bytes)} for models"
+        room = human(plan.budget_bytes) if plan.budget_bytes else "its part of the GPU's memory"
+        yield f"worker {plan.index}", f"{plan.device}, cores {cores}, {threads}, {room} for models"
     if settings.model_cache_bytes:
         origin = "as model_cache_bytes says"
+    elif not supervisor.plans[0].budget_bytes:
+        origin = "models lie in the GPUs' (gpu_reserve_bytes)"
     else:
         origin = "40 % of it is for models (model_cache_bytes)"
     yield "memory", f"{human(supervisor.host.memory_bytes)} on this host within its cgroup's limit; {origin}"

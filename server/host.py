@@ -9,7 +9,9 @@ from pathlib import Path
 from server.settings import Settings
 
 CACHE_SHARE = 0.4
+HOST_TIER_SHARE = 0.1
 MIB = 1024 * 1024
+HOST_TIER_BYTES = 4096 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,19 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """One worker's share: device (`cpu` or `cuda:N` as the operator sees it), cores, threads, cache budget in bytes."""
+    """One worker's share: device (`cpu` or `cuda:N` as the operator sees it), cores, threads, cache budget in bytes.
+
+    A budget of 0: the worker takes its part of what its GPU has, of which there are `sharers`. `host_bytes` are for the
+    host memory tier.
+    """
 
     index: int
     device: str
     cores: tuple[int, ...]
     threads: int
     budget_bytes: int
+    host_bytes: int = 0
+    sharers: int = 1
 
 
 def read_host(root: Path = Path("/")) -> Host:
@@ -39,30 +47,43 @@ def read_host(root: Path = Path("/")) -> Host:
 
 
 def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
-    """Who runs where. Raises ValueError when CUDA is demanded and absent, or a worker would get less than one slab."""
+    """Who runs where. Raises ValueError when CUDA is demanded or needed and absent, or a share is less than a slab."""
     if settings.device == "cuda" and not host.gpus:
         raise ValueError("device is cuda, but no GPU is visible here (/dev/nvidia*, CUDA_VISIBLE_DEVICES)")
     cuda = bool(host.gpus) and settings.device != "cpu"
     default = len(host.gpus) * settings.workers_per_device if cuda else max(1, len(host.cores) - 1)
     count = settings.workers or default
+    if settings.precision != "float32" and not cuda:
+        raise ValueError(f"precision is {settings.precision}, but models run on the CPU, in float32: leave it out")
+    measured = cuda and not settings.model_cache_bytes  # by the workers: this process has no torch
     total = int(settings.model_cache_bytes) or int(host.memory_bytes * CACHE_SHARE)
-    budget = total // count
-    if budget < settings.slab_bytes:
+    budget = 0 if measured else total // count
+    if budget < settings.slab_bytes and not measured:
         raise ValueError(
             f"model_cache_bytes {total} divided among {count} workers is {budget} bytes each, less than one slab of "
             f"{int(settings.slab_bytes)} (slab_bytes)"
         )
     shares = share_cores(host.cores, count)
+    gpus = [host.gpus[i % len(host.gpus)] if cuda else "" for i in range(count)]
     return [
         WorkerPlan(
             index=i,
-            device=f"cuda:{host.gpus[i % len(host.gpus)]}" if cuda else "cpu",
+            device=f"cuda:{gpus[i]}" if cuda else "cpu",
             cores=shares[i],
             threads=settings.threads or len(shares[i]),
             budget_bytes=budget,
+            host_bytes=_host_tier(settings, host, cuda) // count,
+            sharers=gpus.count(gpus[i]),
         )
         for i in range(count)
     ]
+
+
+def _host_tier(settings: Settings, host: Host, cuda: bool) -> int:
+    """Bytes of the host memory tier, all workers together."""
+    if settings.host_cache_bytes is not None:
+        return int(settings.host_cache_bytes)
+    return min(HOST_TIER_BYTES, int(host.memory_bytes * HOST_TIER_SHARE)) if cuda else 0
 
 
 def share_cores(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:

@@ -50,7 +50,10 @@ class SingleModel:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A verified model without a place: `row` for a RowModel. `download_s` in store requests, `tier` disk or store."""
+    """A verified model without a place: `row` for a RowModel. `download_s` in store requests, `tier` disk or store.
+
+    `validated_at`: wall clock, when the store was last asked for this version.
+    """
 
     model: ModelName
     version: str
@@ -59,6 +62,7 @@ class Built:
     body: RowModel | SingleModel
     row: Float32 | None
     golden: GoldenSample | None
+    validated_at: float = 0.0
 
     @property
     def charge(self) -> int:
@@ -111,7 +115,7 @@ class Loader:
             if str(error).startswith(model):
                 raise
             raise type(error)(f"{model}: {error}") from error  # networks and codecs do not know whose they are
-        return Built(model, found.version, found.tier, found.store_s, body, row, golden)
+        return Built(model, found.version, found.tier, found.store_s, body, row, golden, found.validated_at)
 
     def forget(self, model: ModelName) -> None:
         """The archive proved bad after all: the next load asks the store again."""

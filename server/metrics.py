@@ -48,9 +48,11 @@ class WorkerMetrics:
         self.loading = self._histogram("model_loading_seconds", "A load from its start until the model serves", "tier")
         self.unloading = self._histogram("model_unloading_seconds", "Forgetting a model").labels(**bind)
         self.loaded = self._gauge("loaded_models", "Resident models").labels(**bind)
-        self.bytes = self._gauge("model_cache_bytes", "Bytes held", "tier").labels(**bind, tier="device")
+        held = self._gauge("model_cache_bytes", "Bytes held", "tier")
+        self.bytes = held.labels(**bind, tier="device")
         capacity = self._gauge("model_cache_capacity_bytes", "Bytes that may be held", "tier")
         self.capacity = capacity.labels(**bind, tier="device")
+        self.host_bytes, self.host_capacity = held.labels(**bind, tier="host"), capacity.labels(**bind, tier="host")
         self.evictions = self._counter("model_evictions", "Models that left", "tier", "reason")
         self.age = self._histogram(
             "model_age_at_eviction_seconds", "Time since the load of an evicted model", buckets=_AGES

@@ -37,7 +37,20 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=256, description="compute threads of a worker; 0: its share of the cores")
 
     model_cache_bytes: ByteSize = Field(
-        _bytes(0), description="memory for resident models on this host, all workers together; 0: 40 % of what is there"
+        _bytes(0),
+        description="memory for resident models on this host, all workers together; 0: 40 % of what is there, on GPUs "
+        "what is free but `gpu_reserve_bytes`",
+    )
+    gpu_reserve_bytes: ByteSize = Field(
+        _bytes(2048 * MIB), description="memory of each GPU that is left to forwards, CUDA itself and other programs"
+    )
+    host_cache_bytes: ByteSize | None = Field(
+        None,
+        description="page-locked host memory for models evicted from GPUs, all workers together; none: a tenth of the "
+        "host's memory, at most 4 GiB, and nothing on CPU, where model_cache_bytes serves better",
+    )
+    precision: Literal["float32", "tf32", "bf16"] = Field(
+        "float32", description="of forwards on GPUs: float32 is exact; golden samples must hold in what is chosen"
     )
     slab_bytes: ByteSize = Field(
         _bytes(4 * MIB), ge=65536, description="unit of that memory; a model's row fits in one"

@@ -12,24 +12,28 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
+import torch
 
 from handlers.errors import RequestError, RunFailed
-from model_store.errors import LoadError, NoRoom
+from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from model_store.policy import Cache, Evict, Failure, Moves, Placed, Refuse, Wait
 from model_store.slots import Slot
+from server.accelerator import STAGING_BYTES, DeviceEngine
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
 from server.loader import Builder, Built, RowModel, SingleModel, prove, timed_build
 from server.metrics import WorkerMetrics
 from server.scheduler import Job, QueueFull, Scheduler
+from server.shelf import Shelf
 from server.wire import CacheResult, Request, Tier
 
 SWEEP_S = 0.05
-_TIERS = {"disk": Tier.DISK, "store": Tier.STORE}
+_TIERS = {"host": Tier.HOST, "disk": Tier.DISK, "store": Tier.STORE}
+_Result = TypeVar("_Result")
 
 log = structlog.get_logger()
 
@@ -51,10 +55,11 @@ class StepLoop:
         self,
         cache: Cache,
         scheduler: Scheduler,
-        engine: Engine,
+        engine: Engine | DeviceEngine,
         loader: Builder,
         metrics: WorkerMetrics,
         *,
+        shelf: Shelf,
         batch: int,
         loader_threads: int,
         patience_s: float,
@@ -62,10 +67,12 @@ class StepLoop:
     ) -> None:
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
         self._loader, self._metrics, self._batch = loader, metrics, batch
+        self._shelf = shelf
         self._patience_s, self._now = patience_s, now
         self._threads = ThreadPoolExecutor(loader_threads, thread_name_prefix="loader")
         self._loop = asyncio.get_running_loop()
         self._models: dict[Slot, RowModel | SingleModel] = {}
+        self._validated: dict[Slot, float] = {}  # `Built.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name, so that a page of them costs a page
         self._started: dict[ModelName, float] = {}
         self._built: deque[tuple[Built, float]] = deque()  # verified, waiting for room, and since when
@@ -151,6 +158,10 @@ class StepLoop:
                 self._run_rows(live, now)
             else:
                 self._run_single(live, now)
+        except torch.OutOfMemoryError as error:
+            log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- where it ran out says nothing
+            for job in live:
+                self._refuse(job, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"))
         except Exception as error:  # whatever a forward throws is these requests' trouble, not the worker's
             log.exception("step_failed", group=group)
             for job in live:
@@ -177,7 +188,8 @@ class StepLoop:
         family = self._models[_slot(running[0])]
         assert isinstance(family, RowModel)
         started = time.perf_counter()
-        answers = self._engine.run(family.family, [_slot(job).offset for job in running], parts)
+        offsets = [_slot(job).offset for job in running]
+        answers = self._with_memory(lambda: self._engine.run(family.family, offsets, parts))
         ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(map(len, parts)))
         self._metrics.batch_models.observe(len({job.model for job in running}))
@@ -194,7 +206,7 @@ class StepLoop:
         if not asked:
             return
         started = time.perf_counter()
-        answers = model.single.run_all([call.feeds for _, call in asked])
+        answers = self._with_memory(lambda: model.single.run_all([call.feeds for _, call in asked]))
         ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(call.n for _, call in asked))
         self._metrics.batch_models.observe(1)
@@ -204,6 +216,20 @@ class StepLoop:
             else:
                 self._encode(job, call.encode, outputs, now, ended - started)
         self._spent(began, started, ended)
+
+    def _with_memory(self, work: Callable[[], _Result]) -> _Result:
+        """`work`, and once more if the device was out of memory: without idle singles, staging and graphs.
+
+        Rows need none that they do not have: their pool was taken at the start.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            log.warning("out_of_memory_once", error=str(error))
+            for victim in self._cache.relieve(STAGING_BYTES):
+                self._evict(victim, self._now(), "memory")
+            self._engine.trim()
+            return work()
 
     def _spent(self, began: float, started: float, ended: float) -> None:
         """Count where a step's time went: before the forward it decoded, after it it encoded."""
@@ -263,11 +289,21 @@ class StepLoop:
 
     def _load(self, model: ModelName, now: float, *, revalidate: bool = False) -> None:
         self._started[model] = now
+        kept = None if revalidate else self._shelf.take(model)
+        if kept is not None:
+            self._built.append((kept, now))
+            self._wake()
+            return
         task = self._threads.submit(timed_build, self._loader, model, revalidate=revalidate)
         task.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._loaded, model, *done.result()))
 
     def _loaded(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
         """A loader thread is done."""
+        if isinstance(built, StoreUnavailable) and (kept := self._shelf.take(model, stale=True)) is not None:
+            log.warning("store_unavailable_serving_stale", model=model, version=kept.version, error=str(built))
+            self._built.append((kept, self._now()))
+            self._wake()
+            return
         if isinstance(built, LoadError):
             self._load_failed(model, built)
             return
@@ -275,7 +311,8 @@ class StepLoop:
         try:
             self._prove(built)
         except Exception as error:  # also what no golden sample should be able to cause costs this load alone
-            self._loader.forget(model)
+            if not isinstance(error, torch.OutOfMemoryError):
+                self._loader.forget(model)
             self._load_failed(model, _as_load_error(model, error))
             return
         log.debug("built", model=model, version=built.version, tier=built.tier, seconds=round(seconds, 4))
@@ -287,7 +324,12 @@ class StepLoop:
         body, row, golden = built.body, built.row, built.golden
         if golden is None or row is None or not isinstance(body, RowModel):
             return
-        prove(built.model, golden, body.codec, lambda call: self._engine.probe(body.family, row, call.rows))
+        prove(
+            built.model,
+            golden,
+            body.codec,
+            lambda call: self._with_memory(lambda: self._engine.probe(body.family, row, call.rows)),
+        )
 
     def _place_built(self) -> bool:
         """Place built models in order until one must wait. True when something changed."""
@@ -309,7 +351,7 @@ class StepLoop:
                 return True  # a few a step: requests go on meanwhile
             if isinstance(placement, Evict):
                 for victim in placement.victims:
-                    self._evict(victim, now)
+                    self._evict(victim, now, "budget")
                 continue
             self._built.popleft()
             if isinstance(placement, Placed):
@@ -326,6 +368,7 @@ class StepLoop:
         slot = self._cache.unchanged(built.model, built.version)
         if slot is None:
             return False
+        self._validated[slot] = built.validated_at
         self._started.pop(built.model)
         self._tell_watchers(built.model, slot.version)
         return True
@@ -333,15 +376,17 @@ class StepLoop:
     def _serve(self, slot: Slot, built: Built, now: float) -> None:
         """Numbers in place, old version out, everyone who waited leased and queued."""
         try:
-            if built.row is not None:
-                self._engine.pool.write(slot.offset, built.row)
+            row = built.row
+            if row is not None:
+                self._with_memory(lambda: self._engine.pool.write(slot.offset, row))
         except Exception as error:  # a device that fails to copy must not keep the room, nor the waiters
             self._cache.abandon(slot)
             self._load_failed(built.model, _as_load_error(built.model, error))
             return
         swap = slot.model in self._cache
         old = self._cache.ready(slot, now)
-        self._models[slot] = built.body
+        self._models[slot], self._validated[slot] = built.body, built.validated_at
+        self._shelf.drop(built.model)
         insort(self._sorted, slot, key=_name)
         if old is not None:
             self._retire(old)
@@ -359,6 +404,7 @@ class StepLoop:
     def _load_failed(self, model: ModelName, error: LoadError) -> None:
         """Everyone who waited gets the cause; nobody loses a place."""
         self._cache.failed(model, error, self._now())
+        self._shelf.drop(model)
         self._started.pop(model, None)
         self._metrics.labelled(self._metrics.failures, reason=error.reason).inc()
         if model in self._cache:
@@ -384,6 +430,7 @@ class StepLoop:
                 await self.load(model)  # joins the load: whoever waits for it is served first
             except LoadError:
                 return False
+        self._shelf.drop(model)
         slot = self._cache.unload(model)
         if slot is None:
             return False
@@ -402,18 +449,36 @@ class StepLoop:
         """The model may be evicted again."""
         self._cache.unpin(model)
 
-    def _evict(self, slot: Slot, now: float) -> None:
-        self._metrics.labelled(self._metrics.evictions, tier="device", reason="budget").inc()
+    def _evict(self, slot: Slot, now: float, reason: str) -> None:
+        self._metrics.labelled(self._metrics.evictions, tier="device", reason=reason).inc()
         self._metrics.age.observe(now - slot.loaded_at)
         log.debug("evicted", model=slot.model, version=slot.version)
+        self._shelve(slot)
         self._retire(slot)
+
+    def _shelve(self, slot: Slot) -> None:
+        """Keep an evicted row in host memory, where there is some for it."""
+        body, before = self._models[slot], self._shelf.overwritten
+        if not isinstance(body, RowModel):
+            return
+        numbers = self._shelf.keep(slot, body, self._validated[slot])
+        self._metrics.labelled(self._metrics.evictions, tier="host", reason="budget").inc(
+            self._shelf.overwritten - before
+        )
+        if numbers is None:
+            return
+        try:
+            self._engine.pool.keep(slot.offset, numbers)
+        except Exception as error:  # then it is just evicted
+            log.warning("not_kept", model=slot.model, error=repr(error))
+            self._shelf.drop(slot.model)
 
     def _retire(self, slot: Slot) -> None:
         """The slot's room is free: on this thread no step can be reading it."""
         started = time.perf_counter()
         if not self._cache.retired(slot):
             return
-        del self._models[slot]
+        del self._models[slot], self._validated[slot]
         del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_name))]
         if slot.model not in self._cache:
             self._metrics.model_gone(slot.model)
@@ -449,6 +514,8 @@ class StepLoop:
         self._metrics.loaded.set(len(self._cache))
         self._metrics.bytes.set(self._cache.used_bytes)
         self._metrics.capacity.set(self._cache.budget_bytes)
+        self._metrics.host_bytes.set(self._shelf.used_bytes)
+        self._metrics.host_capacity.set(self._shelf.capacity_bytes)
         return self._metrics.text()
 
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
@@ -508,4 +575,6 @@ def _slot(job: Job) -> Slot:
 
 
 def _as_load_error(model: ModelName, error: Exception) -> LoadError:
+    if isinstance(error, torch.OutOfMemoryError):
+        return NoRoom(f"{model}: the device is out of memory: {error}")
     return error if isinstance(error, LoadError) else LoadError(f"{model}: loading failed unexpectedly: {error!r}")

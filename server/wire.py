@@ -54,6 +54,7 @@ class Tier(IntEnum):
     NONE = 0
     DISK = 1
     STORE = 2
+    HOST = 3
 
 
 class Request(Struct, frozen=True, gc=False):

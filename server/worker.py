@@ -21,8 +21,10 @@ from model_store.names import parse_model_name
 from model_store.policy import Cache
 from model_store.store import ModelStore
 from server import wire
+from server.accelerator import DeviceEngine, DevicePool
 from server.bank import Pool
 from server.control import ControlError, Member
+from server.device import CudaDevice, cache_share
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
 from server.loader import Loader, open_store
@@ -30,6 +32,7 @@ from server.logs import configure_logs
 from server.metrics import WorkerMetrics
 from server.scheduler import Job, Scheduler
 from server.settings import Settings
+from server.shelf import Shelf
 from server.steps import StepLoop
 
 log = structlog.get_logger()
@@ -213,21 +216,52 @@ class Worker:
 
 def build_steps(settings: Settings, plan: dict[str, Any]) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
-    device = torch.device(plan["torch_device"])
+    where = torch.device(plan["torch_device"])
+    engine, budget, memory = open_memory(settings, plan, where)
     source, limits = open_store(settings)
     disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
     store = ModelStore(source, disk, limits, settings.revalidate_s)
-    budget = int(plan["budget_bytes"])
     return StepLoop(
         Cache(budget, int(settings.slab_bytes)),
         Scheduler(settings.queue_per_model, settings.queue_per_worker),
-        Engine(Pool(budget, device), settings.max_batch_rows),
-        Loader(store, device.type, int(plan["threads"])),
+        engine,
+        Loader(store, where.type, int(plan["threads"])),
         WorkerMetrics(int(plan["index"]), str(plan["device"]), settings.metrics_per_model),
+        shelf=Shelf(memory, settings.revalidate_s),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
         patience_s=settings.request_timeout_s,
     )
+
+
+def open_memory(
+    settings: Settings, plan: dict[str, Any], where: torch.device
+) -> tuple[Engine | DeviceEngine, int, torch.Tensor]:
+    """The engine with its pool, the pool's bytes, and the memory of the host tier [floats].
+
+    Raises ValueError when the device has no room for them.
+    """
+    budget, rows = int(plan["budget_bytes"]), settings.max_batch_rows
+    if where.type == "cpu":
+        return Engine(Pool(budget, where), rows), budget, torch.empty(int(plan["host_bytes"]) // 4)
+    device = CudaDevice(where, settings.precision)
+    free = device.free_and_total()
+    budget = budget or cache_share(free, int(settings.gpu_reserve_bytes), int(plan["sharers"]))
+    if budget < settings.slab_bytes:
+        raise ValueError(
+            f"{plan['device']} has {free[0]} of {free[1]} bytes free; without gpu_reserve_bytes "
+            f"{int(settings.gpu_reserve_bytes)} and for {plan['sharers']} workers that is {budget} each, less than one "
+            f"slab (slab_bytes)"
+        )
+    try:
+        pool = DevicePool(budget, device)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{plan['device']} has {free[0]} bytes free, but {budget} are to be for models: lower model_cache_bytes "
+            f"or raise gpu_reserve_bytes: {error}"
+        ) from error
+    engine = DeviceEngine(pool, rows, bf16=settings.precision == "bf16")
+    return engine, budget, device.host(int(plan["host_bytes"]) // 4)
 
 
 async def main(control_fd: int) -> None:

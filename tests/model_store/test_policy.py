@@ -136,6 +136,22 @@ def test_small_singles_go_only_if_they_are_worth_the_room_together() -> None:
     assert worker.load("d", 300, "f") == ["a"]
 
 
+def test_relief_is_the_coldest_idle_singles_and_no_row() -> None:
+    """What frees memory outside of the slabs goes, coldest first, until it is enough or nothing idle is left."""
+    worker = Worker(slabs=4)
+    worker.fill("ab", 300, "f")
+    worker.fill("wxyz", 100)
+    worker.use("w")
+    held = worker.hold("x")
+    assert [slot.model for slot in worker.cache.relieve(150)] == ["y", "z"]
+    assert worker.cache.relieve(0) == ()
+    last = worker.cache.relieve(10**9)
+    assert [slot.model for slot in last] == ["w"]
+    assert all(worker.cache.retired(slot) for slot in last)
+    worker.cache.release(held)
+    assert {"a", "b", "x"} <= here(worker.cache)
+
+
 def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
     """Cold rows that lie in different slabs go, hot ones move together, leased ones as well, and keep their leases."""
     worker = Worker(slabs=3)

@@ -122,6 +122,16 @@ def test_a_due_copy_is_revalidated_once(s3: S3Server, bucket: str, store: ModelS
     assert s3.seen("GET", bucket) == [206, 304, 304]
 
 
+def test_a_copy_says_when_it_was_last_validated(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
+    """The moment the store was asked: at the download, and again at a 304; a fresh copy from disk keeps it."""
+    s3.put(bucket, NAME, archive())
+    found = [store.fetch(NAME).validated_at]
+    for seconds in (30.0, 31.0, 1.0):
+        clock.now += seconds
+        found.append(store.fetch(NAME).validated_at)
+    assert found == [1_000.0, 1_000.0, 1_061.0, 1_061.0]
+
+
 def test_a_clock_set_back_does_not_freeze_a_copy(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """A copy validated in the future is due."""
     s3.put(bucket, NAME, archive())

@@ -153,3 +153,34 @@ def test_impossible_plans_say_why() -> None:
         plan_workers(settings(device="cuda"), host)
     with pytest.raises(ValueError, match=r"model_cache_bytes 8388608 divided among 4 workers is 2097152 .*slab_bytes"):
         plan_workers(settings(workers=4, model_cache_bytes="8MiB"), host)
+
+
+def test_gpu_memory_is_measured_by_the_workers() -> None:
+    """Without model_cache_bytes a GPU's worker is told with how many it shares; with it, how much it gets."""
+    host = Host(tuple(range(9)), 10 * GIB, ("0", "1"))
+    plans = plan_workers(settings(workers=3), host)
+    assert [(plan.device, plan.budget_bytes, plan.sharers) for plan in plans] == [
+        ("cuda:0", 0, 2),
+        ("cuda:1", 0, 1),
+        ("cuda:0", 0, 2),
+    ]
+    assert {plan.budget_bytes for plan in plan_workers(settings(model_cache_bytes="8GiB"), host)} == {4 * GIB}
+
+
+def test_the_host_tier_is_for_gpus_unless_asked_for() -> None:
+    """A tenth of the memory up to 4 GiB, divided among the workers; nothing on CPU; what is set is given, also 0."""
+    host = Host(tuple(range(9)), 20 * GIB, ("0", "1"))
+    assert {plan.host_bytes for plan in plan_workers(settings(), host)} == {GIB}
+    assert {plan.host_bytes for plan in plan_workers(settings(), Host((0, 1, 2), 200 * GIB, ("0",)))} == {4 * GIB}
+    assert {plan.host_bytes for plan in plan_workers(settings(device="cpu"), host)} == {0}
+    assert {plan.host_bytes for plan in plan_workers(settings(host_cache_bytes=0), host)} == {0}
+    cpu = settings(device="cpu", workers=2, host_cache_bytes="64MiB")
+    assert {plan.host_bytes for plan in plan_workers(cpu, host)} == {32 * MIB}
+
+
+def test_precision_is_for_gpus() -> None:
+    """On the CPU another precision than float32 would be a promise that is not kept: refused, with what to do."""
+    host = Host((0, 1), 10 * GIB, ("0",))
+    assert plan_workers(settings(precision="bf16"), host)
+    with pytest.raises(ValueError, match="precision is tf32, but models run on the CPU"):
+        plan_workers(settings(precision="tf32", device="cpu"), host)

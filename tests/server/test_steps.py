@@ -26,6 +26,7 @@ from server.errors import Refused, Situation
 from server.loader import Built, RowModel
 from server.metrics import WorkerMetrics
 from server.scheduler import Job, Scheduler
+from server.shelf import Shelf
 from server.steps import StepLoop
 from server.wire import CacheResult, Request
 
@@ -156,6 +157,7 @@ def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
             engine,
             loader,
             WorkerMetrics(0, "cpu"),
+            shelf=Shelf(torch.empty(0), 60),
             batch=64,
             loader_threads=4,
             patience_s=5,

@@ -1,0 +1,1 @@
+"""What needs a CUDA device. Skipped, with the reason, where there is none."""
