@@ -1,81 +1,49 @@
 """DeepAR JSON for one archive: a request's history and covariates to network rows, network quantiles to a forecast.
 
-Contract: CONTRACTS 5, for archives of one product; one JSON object, or JSON Lines with an instance a line. Stamps are
-wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does. Unknown fields of
-an instance are let through, those of `configuration` refused.
+Contract: CONTRACTS 5; one JSON object, or JSON Lines with an instance a line. An archive of one product is asked and
+answers by series [T], one of several by [D][T]; in the arrays here that is an axis D which the first kind lacks.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta, Struct
 
 from handlers.base import Float32
 from handlers.errors import RequestError, RunFailed
+from handlers.inputs import Float64, Inputs, from_network
+from handlers.instances import MAX_ROWS, Configuration, Reader
 from handlers.tensors import write_json
-from model_store.errors import ArchiveInvalid
-from model_store.manifest import FLEETCAST_JSON, Channel, Forecast, Scaler
+from model_store.manifest import Forecast
 
-MAX_ROWS = 1024  #: instances in one request
 MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
-FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
-SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
-START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?)?")
-PLACE = re.compile(r"(.*) - at `\$\.?(?:instances\[(\d+)\]\.?)?(.*)`", re.DOTALL)
-
-T = TypeVar("T")
-Float64 = npt.NDArray[np.float64]
-Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
-
-
-class Instance(Struct):
-    """One time series and what is known of its future."""
-
-    start: str
-    target: list[float | Literal["NaN"] | None]
-    cat: list[Whole] | None = None
-    dynamic_feat: list[list[float]] | None = None
-    item_id: str | Whole | None = None
-
-
-class Configuration(Struct, forbid_unknown_fields=True):
-    """What the answer shall hold. `quantiles` are levels as text, echoed as they came."""
-
-    num_samples: Annotated[int, Meta(ge=1, le=10_000)] = 100
-    output_types: tuple[Literal["mean", "quantiles", "samples"], ...] = ("mean", "quantiles")
-    quantiles: Annotated[list[str], Meta(min_length=1, max_length=1000)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**53)] | None = None
-    joint: bool = False
-
-
-class Body(Struct):
-    """The request."""
-
-    instances: Annotated[list[Instance], Meta(min_length=1, max_length=MAX_ROWS)]
-    configuration: Configuration = msgspec.field(default_factory=Configuration)
-
-
-class Line(Instance):
-    """One line of JSON Lines: an instance, and what the answer shall hold where that is not the default."""
-
-    configuration: Configuration = msgspec.field(default_factory=Configuration)
-
-
-DECODER, LINE_DECODER = msgspec.json.Decoder(Body), msgspec.json.Decoder(Line)
 
 Prediction = dict[str, object]
 
 
+class Levels(NamedTuple):
+    """Asked quantile levels: each lies `weight` of the way from the trained level `below` to that `above`."""
+
+    names: Sequence[str]  #: as they were asked
+    below: npt.NDArray[np.intp]
+    above: npt.NDArray[np.intp]
+    weight: Float64
+
+    def of(self, prices: Float64) -> Float64:
+        """Quantiles at the trained levels, sorted [..., levels] -> at the asked ones [..., asked], sorted alike.
+
+        Multiplying and adding round monotonically; the bound is for weights that are rounded up to one.
+        """
+        low, high = prices[..., self.below], prices[..., self.above]
+        return np.minimum(low + self.weight * (high - low), high)
+
+
 class Asked(NamedTuple):
-    """What one instance wants to know, checked: `levels` by the name they were asked under."""
+    """What one instance wants to know, checked."""
 
     configuration: Configuration
-    levels: dict[str, float]
+    levels: Levels
     start: str  #: of the first forecast step
     item_id: str | int | None
 
@@ -84,33 +52,37 @@ class DeepAr:
     """One archive's forecast contract, checked once when the archive is loaded."""
 
     def __init__(self, forecast: Forecast) -> None:
-        """Raises ArchiveInvalid for an unknown frequency, or a channel scaler where the archive's own applies."""
+        """Raises ArchiveInvalid where the recipe of its inputs cannot be run."""
         self._forecast = forecast
-        self._step_s = step_seconds(forecast.frequency)
-        self._levels = np.array(forecast.quantile_levels)
-        self._mean = mean_weights(self._levels)
-        for i, channel in enumerate(forecast.inputs):
-            if channel.source in ("target", "calendar") and channel.scaler != Scaler():
-                what = f"forecast.inputs[{i}].scaler: a {channel.source} channel has none of its own"
-                raise ArchiveInvalid(f"{FLEETCAST_JSON}: {what}")
+        self._reader = Reader(forecast.products)
+        self._inputs = Inputs(forecast)
+        self._trained = np.array(forecast.quantile_levels)
+        self._default = _between([str(level) for level in forecast.quantile_levels], self._trained, self._trained)
+        self._mean = mean_weights(self._trained)
+        products = len(forecast.products)
+        self._several = products > 1
+        self._by_level = (0, 3, 1, 2) if self._several else (0, 2, 1)
+        self._shape = (forecast.prediction_length, *((products,) if self._several else ()), len(self._trained))
 
     def __repr__(self) -> str:
         forecast = self._forecast
-        return f"<DeepAr {forecast.context_length} -> {forecast.prediction_length} steps of {forecast.frequency}>"
+        products = f" of {', '.join(forecast.products)}" if self._several else ""
+        lengths = f"{forecast.context_length} -> {forecast.prediction_length} steps of {forecast.frequency}"
+        return f"<DeepAr {lengths}{products}>"
 
     def decode(self, body: bytes) -> tuple[Float32, Callable[[Float32], bytes]]:
-        """The body -> (rows [n, channels, context], finite outputs [n, prediction, levels] -> the answer's body).
+        """The body -> (rows [n, channels, context], finite outputs [n, *network's] -> the answer's body).
 
-        Raises RequestError that names instance and field. The second function raises RunFailed where the prices of an
-        output overflow.
+        Outputs are [n, prediction, levels], or of several products as `Forecast` says. Raises RequestError that names
+        instance and field. The second function raises RunFailed where the prices of an output overflow.
         """
-        request = _parse(DECODER, body)
+        request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
-        rows = self._rows(len(request.instances))
+        rows = self._inputs.rows(len(request.instances))
         asked = []
         for i, instance in enumerate(request.instances):
             try:
-                start = self._fill(rows[i], instance)
+                start = self._inputs.fill(rows[i], instance)
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
             asked.append(Asked(request.configuration, levels, start, instance.item_id))
@@ -124,12 +96,12 @@ class DeepAr:
         lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
-        rows, asked, errors = self._rows(len(lines)), list[Asked](), dict[int, RequestError]()
+        rows, asked, errors = self._inputs.rows(len(lines)), list[Asked](), dict[int, RequestError]()
         for i, text in enumerate(lines):
             try:
-                line = _parse(LINE_DECODER, text)
+                line = self._reader.line(text)
                 levels = self._check_configuration(line.configuration, len(lines))
-                start = self._fill(rows[len(asked)], line)
+                start = self._inputs.fill(rows[len(asked)], line)
             except RequestError as error:
                 errors[i] = error
             else:
@@ -150,12 +122,8 @@ class DeepAr:
             except RunFailed as failed:
                 yield {"error": {"code": "model_failed", "message": str(failed)}}
 
-    def _rows(self, count: int) -> Float32:
-        return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
-
-    def _check_configuration(self, configuration: Configuration, instances: int) -> dict[str, float]:
-        """The asked quantile levels by the name they were asked under."""
-        trained = self._forecast.quantile_levels
+    def _check_configuration(self, configuration: Configuration, instances: int) -> Levels:
+        """The asked quantile levels."""
         if configuration.joint:
             message = "joint scenarios need several models in one call; this call names one"
             raise RequestError(message, field="configuration.joint")
@@ -163,72 +131,25 @@ class DeepAr:
             if self._forecast.tail == "none":
                 message = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
                 raise RequestError(message, field="configuration.output_types")
-            numbers = configuration.num_samples * instances * self._forecast.prediction_length
+            series = self._forecast.prediction_length * len(self._forecast.products)
+            numbers = configuration.num_samples * instances * series
             if numbers > MAX_SAMPLES:
                 message = f"{numbers} numbers of samples are more than {MAX_SAMPLES}; ask for fewer"
                 raise RequestError(message, field="configuration.num_samples")
         if configuration.quantiles is None:
-            return {str(level): level for level in trained}
-        return {text: _level(text, trained) for text in configuration.quantiles}
-
-    def _fill(self, row: Float32, instance: Instance) -> str:
-        """Writes an instance's row [channels, context]; returns the stamp of the first forecast step."""
-        forecast = self._forecast
-        start, steps = _start(instance.start), len(instance.target)
-        short = max(0, forecast.history_length - steps)
-        if short and not forecast.pad_context:
-            lags = forecast.history_length - forecast.context_length
-            needed = f"{forecast.history_length} (a context of {forecast.context_length} and lags of {lags})"
-            raise RequestError(f"target has {steps} steps, but the model needs {needed}", field="target")
-        first = _first_forecast(start, steps * self._step_s)
-        covariates = self._covariates(instance, steps)
-        cat = _checked_cat(instance.cat, forecast.cat)
-        target = to_network(_filled(instance.target, short, forecast.scaler.center), forecast.scaler)
-        begin = short + steps - forecast.context_length  # of the context, in series that are padded by `short`
-        with np.errstate(over="ignore"):
-            for values, channel in zip(row, forecast.inputs, strict=True):
-                at = begin - channel.lag + channel.shift
-                window = slice(at, at + forecast.context_length)
-                if channel.source == "target":
-                    values[:] = target[window]
-                elif channel.source == "dynamic_feat":
-                    padded = np.concatenate([np.full(short, channel.scaler.center), covariates[channel.index]])
-                    values[:] = to_network(padded[window], channel.scaler)
-                elif channel.source == "static":
-                    values[:] = to_network(np.array(cat[channel.index], np.float64), channel.scaler)
-                else:
-                    values[:] = self._calendar(start, at - short, channel)
-        if not np.isfinite(row).all():
-            raise RequestError("the numbers are too large: scaled for the model they are not finite")
-        return first
-
-    def _covariates(self, instance: Instance, steps: int) -> list[Float64]:
-        names, sent = self._forecast.dynamic_feat, instance.dynamic_feat or []
-        if len(sent) != len(names):
-            message = f"the model needs {len(names)} rows{_named(names)}, not {len(sent)}"
-            raise RequestError(message, field="dynamic_feat")
-        needed = steps + self._forecast.prediction_length
-        for i, values in enumerate(sent):
-            if len(values) != needed:
-                message = f"{len(values)} numbers, but target and prediction have {needed} steps together"
-                raise RequestError(message, field=f"dynamic_feat[{i}]")
-        return [np.array(values, np.float64) for values in sent]
-
-    def _calendar(self, start: datetime, step: int, channel: Channel) -> Float64:
-        """The feature at context_length steps, the first `step` steps after (or before) start."""
-        origin = np.datetime64(start, "s").astype(np.int64)
-        seconds = origin + (step + np.arange(self._forecast.context_length)) * self._step_s
-        return calendar(seconds, channel.feature)
+            return self._default
+        asked = [_level(text, self._forecast.quantile_levels) for text in configuration.quantiles]
+        return _between(configuration.quantiles, np.array(asked), self._trained)
 
     def _predictions(self, asked: Sequence[Asked], outputs: Float32) -> list[Prediction]:
-        """Finite outputs [n, prediction, levels] in network numbers, all asked alike -> what is known of each."""
+        """Finite outputs [n, *network's] in network numbers, all asked alike -> what is known of each."""
         prices = self._prices(outputs)
         configuration, levels = asked[0].configuration, asked[0].levels
         kinds = configuration.output_types
-        unit = np.eye(len(self._levels))
-        weights = np.stack([np.interp(list(levels.values()), self._levels, each) for each in unit])
-        quantiles = np.ascontiguousarray((prices @ weights).transpose(0, 2, 1), np.float32)  # [n, asked, prediction]
         means = (prices @ self._mean).astype(np.float32)
+        quantiles = (
+            levels.of(prices).transpose(self._by_level).astype(np.float32, order="C")
+        )  # [n, asked, D?, prediction]
         samples = self._samples(prices, configuration) if "samples" in kinds else None
         predictions: list[Prediction] = []
         for i, one in enumerate(asked):
@@ -237,42 +158,42 @@ class DeepAr:
             if "mean" in kinds:
                 answer["mean"] = means[i]
             if "quantiles" in kinds:
-                answer["quantiles"] = dict(zip(levels, quantiles[i], strict=True))
+                answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
             if samples is not None:
                 answer["samples"] = samples[i]
             predictions.append(answer)
         return predictions
 
     def _prices(self, outputs: Float32) -> Float64:
-        """Network numbers -> prices, sorted by level, within floor and cap. Raises RunFailed beyond float32."""
-        prices = from_network(outputs.astype(np.float64), self._forecast.scaler)
+        """Network numbers -> prices [n, D?, prediction, levels], sorted by level, within floor and cap.
+
+        Raises RunFailed beyond float32.
+        """
+        forecast = self._forecast
+        numbers = outputs.astype(np.float64).reshape(len(outputs), *self._shape)
+        if self._several:
+            scaled = [from_network(numbers[:, :, d], scaler) for d, scaler in enumerate(forecast.product_scalers)]
+            prices = np.stack(scaled, axis=1)
+        else:
+            prices = from_network(numbers, forecast.scaler)
         if not (np.abs(prices) <= np.finfo(np.float32).max).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
         prices.sort(axis=-1)
-        if self._forecast.floor is None and self._forecast.cap is None:
+        if forecast.floor is None and forecast.cap is None:
             return prices
-        return np.clip(prices, self._forecast.floor, self._forecast.cap)
+        return np.clip(prices, forecast.floor, forecast.cap)
 
     def _samples(self, prices: Float64, configuration: Configuration) -> Float32:
-        """Draws [n, num_samples, prediction]: the inverse CDF with flat tails; steps are drawn independently."""
-        knots = np.concatenate([[0.0], self._levels, [1.0]])
-        values = np.concatenate([prices[..., :1], prices, prices[..., -1:]], axis=-1)[:, None]  # [n, 1, P, knots]
-        n, steps, _ = prices.shape
-        u = np.random.default_rng(configuration.seed).random((n, configuration.num_samples, steps))
+        """Draws [n, num_samples, D?, prediction]: the inverse CDF with flat tails; each number is drawn by itself."""
+        knots = np.concatenate([[0.0], self._trained, [1.0]])
+        values = np.concatenate([prices[..., :1], prices, prices[..., -1:]], axis=-1)[:, None]  # [n, 1, D?, P, knots]
+        n, *series = prices.shape[:-1]
+        u = np.random.default_rng(configuration.seed).random((n, configuration.num_samples, *series))
         upper = np.searchsorted(knots, u, side="right")
         weight = (u - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
         low = np.take_along_axis(values, (upper - 1)[..., None], -1)[..., 0]
         high = np.take_along_axis(values, upper[..., None], -1)[..., 0]
         return np.asarray(low + weight * (high - low), np.float32)
-
-
-def step_seconds(frequency: str) -> int:
-    """A pandas offset alias of fixed length, such as `5min`, `1h`, `D` -> seconds. Raises ArchiveInvalid."""
-    match = FREQUENCY.fullmatch(frequency)
-    if match is None:
-        what = f"{FLEETCAST_JSON}: forecast.frequency {frequency!r} is not a number and one of {', '.join(SECONDS)}"
-        raise ArchiveInvalid(what)
-    return int(match[1] or 1) * SECONDS[match[2]]
 
 
 def mean_weights(levels: Float64) -> Float64:
@@ -289,104 +210,10 @@ def mean_weights(levels: Float64) -> Float64:
     return weights
 
 
-def calendar(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
-    """Stamps in seconds since 1970-01-01 -> the feature of each.
-
-    `hour_*`: the time of day, seconds included, as a turn of 24 h; `weekday_*`: the whole day of the week, Monday 0, as
-    a turn of 7 days; `year_*`: the whole day of the year, 1 January 0, as a turn of 365.25 days; `weekend`: 1 on
-    Saturday and Sunday, else 0.
-    """
-    days = seconds // 86_400
-    weekday = (days + 3) % 7  # 1970-01-01 was a Thursday
-    if feature == "weekend":
-        return (weekday >= 5).astype(np.float64)  # noqa: PLR2004 - Saturday
-    if feature.startswith("hour"):
-        turns = seconds % 86_400 / 86_400
-    elif feature.startswith("weekday"):
-        turns = weekday / 7
-    else:
-        dates = days.astype("datetime64[D]")
-        turns = (dates - dates.astype("datetime64[Y]")).astype(np.int64) / 365.25
-    return np.sin(2 * np.pi * turns) if feature.endswith("sin") else np.cos(2 * np.pi * turns)
-
-
-def to_network(values: Float64, scaler: Scaler) -> Float64:
-    """Prices -> network numbers."""
-    if scaler.kind == "identity":
-        return values
-    scaled: Float64 = (values - scaler.center) / scaler.scale
-    return np.arcsinh(scaled) if scaler.kind == "asinh" else scaled
-
-
-def from_network(values: Float64, scaler: Scaler) -> Float64:
-    """Network numbers -> prices, the inverse of `to_network`; too large a number becomes infinite."""
-    if scaler.kind == "identity":
-        return values
-    with np.errstate(over="ignore"):
-        unscaled = np.sinh(values) if scaler.kind == "asinh" else values
-        prices: Float64 = unscaled * scaler.scale + scaler.center
-        return prices
-
-
 def _error(error: RequestError) -> Prediction:
     """A bad line's answer."""
     place = {} if error.field is None else {"field": error.field}
     return {"error": {"code": "bad_request", "message": error.message, **place}}
-
-
-def _parse(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
-    try:
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        match = PLACE.fullmatch(str(error))
-        if match is None:
-            raise RequestError(str(error)) from error
-        message, instance, field = match.groups()
-        if re.fullmatch(r"target\[\d+\]", field) and message.endswith("got `array`"):
-            field, message = "target", "[D][T] belongs to archives of several products; this one has one: send [T]"
-        raise RequestError(
-            message, instance=None if instance is None else int(instance), field=field or None
-        ) from error
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
-
-
-def _start(text: str) -> datetime:
-    try:
-        if START.fullmatch(text):
-            return datetime.fromisoformat(text)
-    except ValueError:
-        pass
-    raise RequestError(f"expected YYYY-MM-DD HH:MM:SS without zone, not {text[:40]!r}", field="start")
-
-
-def _first_forecast(start: datetime, seconds: int) -> str:
-    try:
-        return (start + timedelta(seconds=seconds)).isoformat(sep=" ", timespec="seconds")
-    except OverflowError:
-        raise RequestError("the forecast would lie beyond the year 9999", field="start") from None
-
-
-def _filled(target: list[float | Literal["NaN"] | None], short: int, center: float) -> Float64:
-    """The target with `short` steps before it; missing steps take the last known value, before any the center."""
-    values = np.full(short + len(target), np.nan)
-    values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN
-    missing = np.isnan(values)
-    if missing.any():
-        last = np.maximum.accumulate(np.where(missing, -1, np.arange(len(values))))
-        values = np.where(last < 0, center, values[last])
-    return values
-
-
-def _checked_cat(cat: list[int] | None, names: Sequence[str]) -> list[int]:
-    sent = cat or []
-    if len(sent) != len(names):
-        raise RequestError(f"the model needs {len(names)} numbers{_named(names)}, not {len(sent)}", field="cat")
-    return sent
-
-
-def _named(names: Sequence[str]) -> str:
-    return f" ({', '.join(names)})" if names else ""
 
 
 def _level(text: str, trained: Sequence[float]) -> float:
@@ -398,3 +225,12 @@ def _level(text: str, trained: Sequence[float]) -> float:
         message = f"level {text[:40]} is outside the trained range {trained[0]:g} to {trained[-1]:g}"
         raise RequestError(message, field="configuration.quantiles")
     return level
+
+
+def _between(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:
+    """Where the asked levels, within the trained range, lie among the trained ones."""
+    below = np.searchsorted(trained, asked, side="right") - 1
+    above = np.minimum(below + 1, len(trained) - 1)
+    gap = trained[above] - trained[below]
+    weight = np.divide(asked - trained[below], gap, out=np.zeros(len(asked)), where=gap > 0)
+    return Levels(names, below, above, weight)

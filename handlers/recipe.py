@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from handlers.base import Float32
-from handlers.deepar import DeepAr, Float64
+from handlers.deepar import DeepAr
+from handlers.inputs import Float64
 from handlers.series import Series, SeriesInvalid
 from model_store.manifest import Channel, Forecast, Scaler
 

@@ -19,8 +19,9 @@ from torch import nn
 
 from handlers.base import Family, Float32
 from handlers.batched import batched_forward, flat, reach, unflat
-from handlers.deepar import DeepAr, from_network
+from handlers.deepar import DeepAr
 from handlers.forecasters import build, random_tensors
+from handlers.inputs import from_network
 from handlers.series import Series
 from handlers.windows import Windows
 from model_store.manifest import Forecast, GoldenSample

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from handlers.deepar import to_network
+from handlers.inputs import to_network
 from handlers.recipe import naive_lag, rows
 from handlers.series import Series, SeriesInvalid
 from model_store.manifest import Forecast

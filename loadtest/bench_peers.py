@@ -33,7 +33,7 @@ RECORDED = 7  #: rounds that a record has at least
 MODELS, FLEET, SPARE = 8, 200, 64
 BUDGET_MB = 1000.0  #: that a server may grow by when it gets more models
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 150)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 165)
 
 
 def main(

@@ -85,12 +85,16 @@ def question(archive: Archive, kind: Body | None, seed: int) -> Question:
 
 
 def deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
-    """A series as long as the archive needs: a daily wave and noise around its scaler's center."""
+    """A series of each product as long as the archive needs: a daily wave and noise around its scaler's center."""
     rng = np.random.default_rng(seed)
     steps = forecast.history_length
-    wave = np.sin(np.arange(steps) * 2 * np.pi / 24) + rng.normal(0, 0.3, steps)
-    target = (forecast.scaler.center + forecast.scaler.scale * wave).round(2)
-    found: dict[str, object] = {"start": str(START - timedelta(hours=steps)), "target": target.tolist()}
+    wave = np.sin(np.arange(steps) * 2 * np.pi / 24)
+    target = [
+        (scaler.center + scaler.scale * (wave + rng.normal(0, 0.3, steps))).round(2).tolist()
+        for scaler in forecast.product_scalers
+    ]
+    history = target if len(target) > 1 else target[0]
+    found: dict[str, object] = {"start": str(START - timedelta(hours=steps)), "target": history}
     if forecast.dynamic_feat:
         shape = (len(forecast.dynamic_feat), steps + forecast.prediction_length)
         found["dynamic_feat"] = rng.normal(0, 1, shape).round(3).tolist()

@@ -49,16 +49,17 @@ class Scaler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One input channel of the network over the context: for context step t it holds the source at t - lag + shift.
 
-    `target`: the scaled target (lag >= 0, never shifted: the future is unknown). `dynamic_feat`: row `index` of the
-    request's known-future covariates, scaled by `scaler`; shifted by the prediction length, its last column is the
-    covariate of the last forecast step. `calendar`: `feature` of the time stamp, usually shifted likewise. `static`:
-    row `index` of the request's `cat` as a number.
+    `target`: the scaled target of `product` (lag >= 0, never shifted: the future is unknown). `dynamic_feat`: row
+    `index` of the request's known-future covariates, scaled by `scaler`; shifted by the prediction length, its last
+    column is the covariate of the last forecast step. `calendar`: `feature` of the time stamp, usually shifted
+    likewise. `static`: row `index` of the request's `cat` as a number.
     """
 
     source: Literal["target", "dynamic_feat", "calendar", "static"]
     lag: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     shift: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     index: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    product: Annotated[int, Meta(ge=0, le=10_000)] = 0
     feature: Literal["hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos", "weekend", ""] = ""
     scaler: Scaler = Scaler()
 
@@ -66,6 +67,8 @@ class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Cross-field rules."""
         if self.source == "target" and self.shift:
             raise ValueError("a target channel cannot be shifted: the future target is unknown; use lag")
+        if self.source != "target" and self.product:
+            raise ValueError(f"a {self.source} channel has no `product`: only targets are of one")
         if (self.source == "calendar") != bool(self.feature):
             raise ValueError(f"a {self.source} channel {'needs' if self.source == 'calendar' else 'has no'} `feature`")
 
@@ -73,7 +76,10 @@ class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a request for a forecast is validated against, and how it becomes the network's input.
 
-    Lengths are in steps of `frequency` (pandas offset alias, such as `1h` or `5min`); `floor` and `cap` in `unit`.
+    Lengths are in steps of `frequency` (pandas offset alias, such as `1h` or `5min`); `floor` and `cap` in `unit`, for
+    every product. An archive of D > 1 `products` takes `target` as [D][T], and its network gives [prediction, D,
+    levels] or, the same numbers in the same order, [prediction, D * levels]: for each step all levels of the first
+    product, then those of the next. Where their prices differ in size, `scalers` has one for each instead of `scaler`.
     """
 
     frequency: Name
@@ -89,6 +95,7 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     floor: float | None = None
     cap: float | None = None
     scaler: Scaler = Scaler()
+    scalers: tuple[Scaler, ...] = ()
     pad_context: bool = False
     tail: Literal["none", "clamp"] = "none"
 
@@ -99,8 +106,7 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"quantile_levels must be increasing and not empty, not {list(levels)}")
         if not self.inputs:
             raise ValueError("inputs must name at least one channel")
-        if len(self.products) != 1:
-            raise ValueError(f"products: one product per archive is supported, not {len(self.products)}")
+        self._check_products()
         if self.floor is not None and self.cap is not None and self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
         for i, channel in enumerate(self.inputs):
@@ -111,6 +117,25 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(
                     f"inputs[{i}].shift is {channel.shift}, but {self.prediction_length} steps are forecast"
                 )
+
+    def _check_products(self) -> None:
+        names = self.products
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"products must be different and not empty, not {list(names)}")
+        if self.scalers and len(names) == 1:
+            raise ValueError("scalers is for archives of several products; give the one of one product as `scaler`")
+        if self.scalers and len(self.scalers) != len(names):
+            raise ValueError(f"scalers has {len(self.scalers)} scalers for {len(names)} products")
+        if self.scalers and self.scaler != Scaler():
+            raise ValueError("scaler and scalers exclude each other")
+        for i, channel in enumerate(self.inputs):
+            if channel.product >= len(names):
+                raise ValueError(f"inputs[{i}].product is {channel.product}, but there are {len(names)} products")
+
+    @property
+    def product_scalers(self) -> tuple[Scaler, ...]:
+        """The scaler of each product."""
+        return self.scalers or (self.scaler,) * len(self.products)
 
     @property
     def history_length(self) -> int:

@@ -243,6 +243,7 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         levels = " ".join(map(str, forecast["quantile_levels"]))
         lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
         yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
+        yield "products", ", ".join(forecast["products"])
         for i, channel in enumerate(forecast["inputs"]):
             yield f"channel {i}", _channel(channel)
     if spec:
@@ -254,7 +255,7 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _channel(channel: dict[str, Any]) -> str:
-    moved = [f"{key} {channel[key]}" for key in ("lag", "shift", "index") if channel[key]]
+    moved = [f"{key} {channel[key]}" for key in ("product", "lag", "shift", "index") if channel[key]]
     return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])
 
 

@@ -79,16 +79,19 @@ def _build(architecture: str, config: msgspec.Struct) -> Family:
 
 def check_forecast(family: Family, forecast: Forecast) -> None:
     """What the forecast promises is what the network takes and gives. Raises ArchiveInvalid that names the field."""
-    if len(family.input_shape) != 2 or len(family.output_shape) != 2:  # noqa: PLR2004 -- as the message says
+    products, output = len(forecast.products), family.output_shape
+    if products > 1 and output[1:-1] == (products,):
+        output = (output[0], products * output[-1])
+    if len(family.input_shape) != 2 or len(output) != 2:  # noqa: PLR2004 -- as the message says
         shapes = f"{list(family.input_shape)} -> {list(family.output_shape)}"
-        wanted = "[features, context] -> [prediction, quantiles]"
+        wanted = f"[features, context] -> [prediction, {f'{products}, ' if products > 1 else ''}quantiles]"
         raise ArchiveInvalid(f"{FLEETCAST_JSON}: a forecast needs a network {wanted}, but {family.key} has {shapes}")
-    (features, context), (prediction, quantiles) = family.input_shape, family.output_shape
+    (features, context), (prediction, quantiles) = family.input_shape, output
     for field, stated, network in (
         ("inputs", len(forecast.inputs), features),
         ("context_length", forecast.context_length, context),
         ("prediction_length", forecast.prediction_length, prediction),
-        ("quantile_levels", len(forecast.quantile_levels), quantiles),
+        ("quantile_levels" + " times products" * (products > 1), len(forecast.quantile_levels) * products, quantiles),
     ):
         if stated != network:
             what = f"forecast.{field} says {stated}, but the network {family.key} has {network}"

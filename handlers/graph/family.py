@@ -26,6 +26,8 @@ from model_store.manifest import GRAPH_FILE
 ABSOLUTE, RELATIVE = 1e-5, 1e-4  #: how far a batched answer may be from that of one model
 MAX_BATCH_ELEMENTS = 1 << 27  #: numbers in all results of one `vmap`: half a gigabyte at most, far less at a time
 
+TRIED_ROWS = (2, 5)  #: of the batches by which a family is proved; two sizes, since one may be that of an axis
+
 _deciding = threading.Lock()
 
 
@@ -88,7 +90,7 @@ class GraphFamily:
         """Input x [B, *input_shape] -> [B, *output_shape]; see Family.forward."""
         if len(x) == 1 or self.one_by_one != "":
             return self._alone(weights, x)
-        return torch.cat([self._together(weights, x, at) for at in range(0, len(x), self._at_once)])
+        return self._together(weights, x)
 
     def _alone(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """One row after another."""
@@ -98,24 +100,28 @@ class GraphFamily:
         ]
         return torch.cat(answers)
 
-    def _together(self, weights: Sequence[torch.Tensor], x: torch.Tensor, at: int) -> torch.Tensor:
-        """Rows from `at` on, as many as may run at once."""
-        rows = slice(at, at + self._at_once)
-        parameters = [each[rows] for each in weights[: len(self.parameters)]]
-        constants = weights[len(self.parameters) :]
+    def _together(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """All rows under `vmap`, as many at once as their intermediate results allow."""
+        parameters, constants = weights[: len(self.parameters)], weights[len(self.parameters) :]
 
         def one(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             return self.program.run(x, [*parameters, *constants], for_vmap=True)[0]
 
-        answers: torch.Tensor = vmap(one)(x[rows, None], *parameters)
-        return answers
+        rows = [slice(at, at + self._at_once) for at in range(0, len(x), self._at_once)]
+        return torch.cat([vmap(one)(x[some, None], *(each[some] for each in parameters)) for some in rows])
 
     def _why_not_batched(self, row: Float32) -> str:
-        """Three rows of two models together, and each alone."""
+        """Rows of as many models together, and each alone."""
         numbers = np.random.default_rng(0)
-        near = row * numbers.uniform(0.9, 1.1, row.shape).astype(np.float32)  # signs stay: variances are positive
-        block = torch.from_numpy(np.stack([row, near, row]))
-        x = torch.from_numpy(numbers.standard_normal((3, *self.input_shape), np.float32))
+        for rows in TRIED_ROWS:
+            block = torch.from_numpy(_near(row, rows, numbers))
+            x = torch.from_numpy(numbers.standard_normal((rows, *self.input_shape), np.float32))
+            if reason := self._difference(block, x):
+                return reason
+        return ""
+
+    def _difference(self, block: torch.Tensor, x: torch.Tensor) -> str:
+        """Why these rows do not answer together as they do alone; empty where they do."""
         with torch.inference_mode():
             weights = self.bind(block)
             try:
@@ -124,7 +130,7 @@ class GraphFamily:
                 raise ArchiveInvalid(f"{GRAPH_FILE}: the graph cannot be run: {_first_line(error)}") from error
             try:
                 with _without_fallback():
-                    together = self._together(weights, x, 0)
+                    together = self._together(weights, x)
             except Exception as error:
                 return _first_line(error)
         if torch.allclose(together, alone, atol=ABSOLUTE, rtol=RELATIVE, equal_nan=True):
@@ -170,6 +176,15 @@ def _without_fallback() -> Iterator[None]:
         yield
     finally:
         functorch._set_vmap_fallback_enabled(before)  # noqa: SLF001
+
+
+def _near(row: Float32, count: int, numbers: np.random.Generator) -> Float32:
+    """The row, and others near it: no two alike, wherever it is zero too, and variances stay positive."""
+    block = np.repeat(row[None], count, axis=0)
+    others = block[1:]
+    others *= 0.9 + 0.2 * numbers.random(others.shape, np.float32)
+    others += 0.01 * numbers.random(others.shape, np.float32)
+    return block
 
 
 def _first_line(error: Exception) -> str:

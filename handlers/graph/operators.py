@@ -84,6 +84,21 @@ _PIECES: Mapping[str, Callable[..., int]] = {
 }
 
 
+#: They divide, and of whole numbers do so in the processor, which ends the process where the result has no place: the
+#: smallest number by -1. (torch 2.9; with 2.13 one of them still does.)
+_DIVISIONS = frozenset(
+    [
+        "aten.div.Tensor_mode",
+        "aten.floor_divide.Scalar",
+        "aten.floor_divide.default",
+        "aten.fmod.Scalar",
+        "aten.fmod.Tensor",
+        "aten.remainder.Scalar",
+        "aten.remainder.Tensor",
+    ]
+)
+
+
 def check_arguments(op: str, args: Sequence[Arg], kwargs: Mapping[str, Arg]) -> None:
     """What may be said before anything is computed, of an operator by name. Raises ArchiveInvalid."""
     if op == GETITEM:
@@ -111,6 +126,23 @@ def check_tensors(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> No
         raise ValueError(f"it would give {pieces} tensors, more than {MAX_PIECES}")
     if op in _GATES:
         _check_recurrence(_GATES[op], *args, **kwargs)
+    if op in _DIVISIONS:
+        _check_division(*args, **kwargs)
+    if op == "aten.roll.default" and args[0].dim() == 0:  # under `vmap` torch would roll the models instead
+        raise ValueError("it rolls a tensor of no axes")
+    if (
+        op == "aten.pixel_shuffle.default" and args[1] ** 2 > args[0].numel()
+    ):  # torch 2.9 divides by its square's low bits
+        raise ValueError(f"its factor {args[1]} is too large for {list(args[0].shape)}")
+
+
+def _check_division(x: Any, by: Any, *, rounding_mode: str | None = None) -> None:  # noqa: ARG001 -- the operators' own
+    """Whole numbers are divided by a number, where one can see that it is not -1."""
+    floats = [
+        each.is_floating_point() if isinstance(each, torch.Tensor) else isinstance(each, float) for each in (x, by)
+    ]
+    if not any(floats) and (isinstance(by, torch.Tensor) or by == -1):
+        raise ValueError("it divides whole numbers by a tensor, or by -1: convert them with .float() before")
 
 
 def _check_recurrence(
@@ -204,9 +236,9 @@ def _attention(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as its documentation defines it; a query that may see nothing gets zeros."""
-    if enable_gqa:
-        raise NotImplementedError("grouped-query attention (enable_gqa) has no batched form here")
     assert dropout_p == 0.0, "checked with the graph"
+    if enable_gqa:  # several heads of queries look at one of keys
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
     scores = torch.matmul(query * (query.shape[-1] ** -0.5 if scale is None else scale), key.transpose(-2, -1))
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

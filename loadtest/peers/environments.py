@@ -44,7 +44,10 @@ def installed(peer: str, root: Path = ROOT) -> bool:
 
 
 def environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Path:
-    """The folder of the peer's environment, installed if it is not there. Raises PeerUnavailable when pip fails."""
+    """The folder of the peer's environment, installed if it is not there, instead of an older one.
+
+    Raises PeerUnavailable when pip fails.
+    """
     folder = _folder(peer, root)
     if installed(peer, root):
         return folder

@@ -102,8 +102,8 @@ def test_limits_and_bad_calls(s3: S3Server, store: str, serve: Serve) -> None:
         assert "$.requests" in bad.json()["message"]
         large = httpx.post(url, content=b" " * 100_001)
         assert (large.status_code, "max_forecasts_bytes" in large.json()["message"]) == (413, True)
-        s3.inject(Fault(match="m1.mar", delay_s=2.0))
-        late = call(server, [item(model) for model in fleet], {"X-Request-Timeout-Ms": "500"}).json()
+        s3.inject(Fault(match="m1.mar", delay_s=6.0))
+        late = call(server, [item(model) for model in fleet], {"X-Request-Timeout-Ms": "3000"}).json()
         assert late["failed"] == 1
         assert late["predictions"][1]["error"]["code"] == "deadline"
         many = [item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not

@@ -71,6 +71,24 @@ class Attending(nn.Module):
         return answer
 
 
+class Grouped(nn.Module):
+    """Attention in which four heads of queries share two of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(3, 16)
+        self.key = nn.Linear(3, 8)
+        self.value = nn.Linear(3, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, 3, T] -> [N, 4, 4], a line for each head's last step."""
+        x = x.transpose(1, 2)
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[:, :, -1]
+
+
 class Recurrent(nn.Module):
     """What `vmap` has no rule for."""
 
@@ -97,6 +115,7 @@ BATCHED: dict[str, Callable[[], nn.Module]] = {
     "image": Image,
     "encoder": lambda: Attending(norm_first=False),
     "encoder-norm-first": lambda: Attending(norm_first=True),
+    "grouped-attention": Grouped,
     "linear": chain(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 4, bias=False), nn.Tanh()),
     "norms": chain(nn.Conv1d(3, 8, 5, stride=2), nn.GroupNorm(4, 8), nn.SiLU(), nn.LayerNorm(4), nn.RMSNorm(4)),
     "batch-norm": chain(nn.BatchNorm1d(3), nn.Conv1d(3, 6, 3, groups=3), nn.LeakyReLU(), nn.BatchNorm1d(6)),

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.codecs import NPY, FamilyCodec
-from handlers.deepar import MAX_ROWS, DeepAr, calendar, from_network, mean_weights, step_seconds, to_network
+from handlers.deepar import DeepAr, mean_weights
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
+from handlers.inputs import calendar, from_network, step_seconds, to_network
+from handlers.instances import MAX_ROWS
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import Channel, Forecast, Scaler
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from handlers.base import Family
-from handlers.forecasters import ARCHITECTURES, build, family, random_tensors
+from handlers.forecasters import ARCHITECTURES, build, check_forecast, family, random_tensors
+from handlers.forecasters.tcn import Tcn, TcnConfig
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import Channel, Forecast, Kind, Spec, Weights
 
@@ -149,6 +151,9 @@ FORECAST = Forecast(
 )
 
 
+SEVERAL = replace(FORECAST, products=("energy", "reserve"))
+
+
 def test_equal_configs_share_one_family() -> None:
     """Families are the same object, and have the same key, exactly when config and architecture are equal."""
     assert family(spec(layers=2)) is family(spec(layers=2, channels=32))  # 32 is the default
@@ -170,6 +175,7 @@ def test_equal_configs_share_one_family() -> None:
         (spec(forecast=FORECAST, context_length=100), "forecast.context_length says 168"),
         (spec(forecast=FORECAST, prediction_length=48), "forecast.prediction_length says 24"),
         (spec(forecast=FORECAST, quantiles=9), "forecast.quantile_levels says 5"),
+        (spec(forecast=SEVERAL, quantiles=5), "forecast.quantile_levels times products says 10, but .* has 5"),
     ],
 )
 def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
@@ -179,8 +185,25 @@ def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
 
 
 def test_a_fitting_forecast_is_taken() -> None:
-    """The cross-check lets the right record through."""
+    """The cross-check lets the right record through; several products lie side by side, or on an axis of their own."""
     assert family(spec(forecast=FORECAST)).output_shape == (24, 5)
+    assert family(spec(forecast=SEVERAL, quantiles=10)).output_shape == (24, 10)
+    check_forecast(Outputs(24, 2, 5), SEVERAL)
+    for wrong in (Outputs(24, 3, 5), Outputs(24, 10, 1), Outputs(24)):
+        with pytest.raises(
+            ArchiveInvalid, match=r"needs a network \[features, context\] -> \[prediction, 2, quantiles"
+        ):
+            check_forecast(wrong, SEVERAL)
+    with pytest.raises(ArchiveInvalid, match=r"needs a network .*\[prediction, quantiles\]"):
+        check_forecast(Outputs(24, 1, 5), FORECAST)
+
+
+class Outputs(Tcn):
+    """A network of two channels that gives answers of some shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__("other", TcnConfig(features=2))
+        self.output_shape = shape
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

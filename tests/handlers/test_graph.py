@@ -3,7 +3,7 @@
 import inspect
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -80,10 +80,29 @@ def test_answers_that_differ_are_not_batched(monkeypatch: pytest.MonkeyPatch) ->
     """A batching rule that is wrong is found by the probe, and then not used."""
     family, modules, rows = exported(BATCHED["linear"])
     fresh = GraphFamily(family.graph)
-    monkeypatch.setattr(fresh, "_together", lambda weights, x, _: fresh._alone(weights, x) * 1.001)
+    monkeypatch.setattr(fresh, "_together", lambda weights, x: fresh._alone(weights, x) * 1.001)
     fresh.decide(rows[0])
     assert str(fresh.one_by_one).startswith("batched answers differ by up to ")
     assert_answers_as_modules(fresh, modules, rows, 4)
+
+
+@pytest.mark.parametrize("moved", [[1, 0], [1, 2, 3, 4, 0], [4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("first", ["usual", "zeros"])
+def test_answers_under_another_model_are_found(first: str, moved: list[int]) -> None:
+    """A batching rule that gives rows the numbers of others shows, whatever the first archive's numbers are."""
+    family, _, rows = exported(BATCHED["linear"])
+
+    class Moved(GraphFamily):
+        """Its rules move models about, in batches of one size."""
+
+        def _together(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            if len(x) != len(moved):
+                return super()._together(weights, x)
+            return super()._together([each[moved] for each in weights], x)
+
+    fresh = Moved(family.graph)
+    fresh.decide(rows[0] * (first == "usual"))
+    assert str(fresh.one_by_one).startswith("batched answers differ by up to ")
 
 
 def test_nothing_runs_together_before_it_is_proved() -> None:
@@ -97,8 +116,9 @@ def test_nothing_runs_together_before_it_is_proved() -> None:
 def test_a_large_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as the memory for intermediate results allows, and the rest after them."""
     family, modules, rows = exported(BATCHED["linear"])
-    monkeypatch.setattr(family, "_at_once", 5)
+    monkeypatch.setattr(family, "_at_once", 3)
     assert_answers_as_modules(family, modules, rows, 17)
+    assert not family._why_not_batched(rows[0])
 
 
 def test_the_switch_of_vmap_is_left_as_it_was() -> None:
@@ -282,6 +302,8 @@ GRU = [("aten.gru.input", [X, p("h"), [p("w")] * 2, False, 1, 0.0, False, False,
 MANY = [("aten.gru.input", [X, p("h"), [p("w")] * 2, False, 2**20, 0.0, False, False, True])]
 INDEX = {"i": {"dtype": "int64", "shape": [1], "data": [99]}}
 RELU = "aten.relu.default"
+LEAST = {"a": {"dtype": "int64", "shape": [1], "data": [-(2**63)]}, "b": {"dtype": "int64", "shape": [], "data": [-1]}}
+TRUNC = {"rounding_mode": "trunc"}
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"\xff", "graph.json: "),
     "nested": (b"[" * 100_000, "graph.json: "),
@@ -325,6 +347,14 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "stride 0": (graph(("aten.conv1d.default", [X, p("w"), None, [0]]), w=[2, 4, 3]), "cannot run"),
     "padding": (graph(("aten.conv1d.default", [X, p("w"), None, [1], [-1]]), w=[2, 4, 3]), "negative padding"),
     "no window": (graph(("aten.max_pool1d.default", [X, [0]])), "greater than zero"),
+    "a quotient": (
+        graph(("aten.div.Tensor_mode", [p("a"), p("b")], TRUNC), constants=LEAST),
+        "whole numbers by a tensor",
+    ),
+    "a quotient's number": (graph(("aten.floor_divide.default", [p("a"), -1]), constants=LEAST), "or by -1"),
+    "a remainder": (graph(("aten.fmod.Scalar", [p("a")], {"other": -1}), constants=LEAST), "cannot run"),
+    "rolled models": (graph(("aten.roll.default", [p("w"), [12]]), ("aten.add.Tensor", [X, t(0)]), w=[]), "of no axes"),
+    "a factor": (graph(("aten.pixel_shuffle.default", [X, 2**32])), "factor 4294967296 is too large"),
     "a recurrence's numbers": (graph(*GRU, w=[4, 4], h=[1, 1, 4]), r"need \[\(12, 8\), \(12, 4\)\]"),
     "a recurrence's state": (graph(*GRU, w=[12, 8], h=[1, 4]), "do not fit the input"),
     "a recurrence's length": (graph(*MANY, w=[12, 8], h=[2**20, 1, 4]), "not those of 1048576 layers"),

@@ -1,8 +1,6 @@
 """JSON Lines: an instance a line, an answer a line, and no line stops another; no bytes break it."""
 
-import itertools
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -13,11 +11,19 @@ from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs import JSON, LINES, FamilyCodec, SingleCodec
-from handlers.deepar import MAX_ROWS
 from handlers.errors import RequestError, UnsupportedMedia
+from handlers.instances import MAX_ROWS
+from model_store.manifest import Channel, Scaler
 from tests.handlers.test_deepar import FORECAST, INSTANCE, PLAIN
 
 SAMPLED = replace(PLAIN, tail="clamp")
+SEVERAL = replace(
+    SAMPLED,
+    products=("energy", "reserve"),
+    scalers=(PLAIN.scaler, Scaler(kind="asinh")),
+    scaler=Scaler(),
+    inputs=(Channel(source="target"), Channel(source="target", product=1)),
+)
 
 
 class Shapes:
@@ -134,7 +140,7 @@ INSTANCES = st.fixed_dictionaries(
     {},
     optional={
         "start": st.sampled_from(["2024-01-01", "2024-01-01 00:00:00", "9999-12-31", "0001-01-01", "x"]) | st.text(),
-        "target": st.lists(NUMBERS, max_size=8) | NUMBERS,
+        "target": st.lists(NUMBERS, max_size=8) | NUMBERS | st.lists(st.lists(NUMBERS, max_size=4), max_size=3),
         "dynamic_feat": st.lists(st.lists(NUMBERS, max_size=10), max_size=2),
         "cat": st.lists(st.integers(), max_size=2),
         "item_id": st.text() | st.integers() | st.floats(),
@@ -151,7 +157,8 @@ def check(body: bytes, media: str, forecast: Any) -> None:
     except RequestError:
         return
     assert np.isfinite(call.rows).all()
-    answer, _ = call.encode(np.sin(np.arange(len(call.rows) * 6, dtype=np.float32)).reshape(-1, 2, 3))
+    levels = 3 * len(forecast.products)
+    answer, _ = call.encode(np.sin(np.arange(len(call.rows) * 2 * levels, dtype=np.float32)).reshape(-1, 2, levels))
     if media == LINES:
         predictions = [json.loads(line) for line in answer.splitlines()]
     else:
@@ -159,14 +166,16 @@ def check(body: bytes, media: str, forecast: Any) -> None:
         predictions = found if isinstance(found[0], dict) else []
     for prediction in predictions:
         named = {float(level): values for level, values in prediction.get("quantiles", {}).items()}
-        rows = [named[level] for level in sorted(named)]
-        assert all(a <= b for low, high in itertools.pairwise(rows) for a, b in zip(low, high, strict=True))
-        numbers = [*prediction.get("mean", ()), *(x for row in prediction.get("samples", ()) for x in row)]
-        assert all(map(math.isfinite, [*numbers, *(x for row in rows for x in row)]))
+        rows = np.array([named[level] for level in sorted(named)])
+        assert (np.diff(rows, axis=0) >= 0).all()
+        for numbers in (rows, prediction.get("mean", ()), prediction.get("samples", ())):
+            assert np.isfinite(np.array(numbers, np.float64)).all()
 
 
-@given(st.lists(INSTANCES, max_size=3), CONFIGURATIONS, st.sampled_from([SAMPLED, PLAIN, FORECAST]))
+@given(st.lists(INSTANCES, max_size=3), CONFIGURATIONS, st.sampled_from([SAMPLED, PLAIN, FORECAST, SEVERAL]))
 @example([INSTANCE], {}, FORECAST)
+@example([plain([1, 2, None], [1e300, 0, "NaN"])], {"output_types": ["mean", "quantiles", "samples"]}, SEVERAL)
+@example([plain([1, 2, 3], [1, 2])], {}, SEVERAL)
 def test_nearly_right_requests(instances: list[Any], configuration: dict[str, Any], forecast: Any) -> None:
     """Wrong lengths, huge numbers, odd stamps and levels: refused with a place, never anything else."""
     check(json.dumps({"instances": instances, "configuration": configuration}).encode(), JSON, forecast)
@@ -174,10 +183,36 @@ def test_nearly_right_requests(instances: list[Any], configuration: dict[str, An
     check("\n".join(lines).encode(), LINES, forecast)
 
 
-@given(st.binary(max_size=100) | ANYTHING.map(lambda value: json.dumps(value).encode()), st.sampled_from([JSON, LINES]))
-@example(b'{"instances":' + b"[" * 100_000, JSON)
-@example(b'{"a":' * 100_000, LINES)
-@example(b'{"instances":[{"start":"2024-01-01","target":[1,2,\xff]}]}', JSON)
-def test_any_bytes(body: bytes, media: str) -> None:
+@given(
+    st.binary(max_size=100) | ANYTHING.map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([JSON, LINES]),
+    st.sampled_from([SAMPLED, SEVERAL]),
+)
+@example(b'{"instances":' + b"[" * 100_000, JSON, SAMPLED)
+@example(b'{"a":' * 100_000, LINES, SAMPLED)
+@example(b'{"start":"2024-01-01","target":' + b"[" * 100_000, LINES, SEVERAL)
+@example(b'{"instances":[{"start":"2024-01-01","target":[1,2,\xff]}]}', JSON, SAMPLED)
+def test_any_bytes(body: bytes, media: str, forecast: Any) -> None:
     """Deep nesting, broken text, any JSON."""
-    check(body, media, SAMPLED)
+    check(body, media, forecast)
+
+
+LEVEL = st.floats(0.1, 0.9)
+
+
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=3, max_size=3),
+    st.lists(LEVEL, min_size=2, max_size=9, unique=True),
+)
+def test_interpolated_levels_are_sorted_to_the_last_bit(numbers: list[float], levels: list[float]) -> None:
+    """However close levels and prices are, a higher level is never below a lower one, nor outside the trained ones."""
+    wish = {"output_types": ["quantiles"], "quantiles": [repr(level) for level in levels]}
+    call = codec(replace(SAMPLED, scaler=Scaler())).decode(
+        json.dumps({"instances": [plain(1, 2, 3)], "configuration": wish}).encode(), JSON, ""
+    )
+    body, _ = call.encode(np.array([[numbers, numbers]], np.float32))
+    found = json.loads(body)["predictions"][0]["quantiles"]
+    values = np.array([found[repr(level)][0] for level in sorted(levels)], np.float32)
+    assert (np.diff(values) >= 0).all()
+    assert min(numbers) <= values[0]
+    assert values[-1] <= max(numbers)

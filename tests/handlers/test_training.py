@@ -11,9 +11,10 @@ import torch
 
 from handlers.base import Family
 from handlers.batched import batched_forward, flat, reach, unflat
-from handlers.deepar import DeepAr, to_network
+from handlers.deepar import DeepAr
 from handlers.forecasters import build, random_tensors
 from handlers.golden import mismatch
+from handlers.inputs import to_network
 from handlers.recipe import naive_lag, recipe
 from handlers.series import Series, SeriesInvalid
 from handlers.training import Fitted, Fitting, ask, fit, pinball, reference_network

@@ -43,6 +43,21 @@ def demanding() -> bytes:
     return pack_forecaster(tensors, architecture="tcn", config=SMALL, model_name="d", forecast=forecast)
 
 
+def several() -> bytes:
+    """A forecaster of two products, which takes a history of each."""
+    config = {**SMALL, "features": 2, "quantiles": 6}
+    forecast = Forecast(
+        frequency="1h",
+        context_length=20,
+        prediction_length=6,
+        quantile_levels=(0.1, 0.5, 0.9),
+        products=("energy", "reserve"),
+        inputs=(Channel(source="target"), Channel(source="target", product=1)),
+    )
+    tensors = random_tensors(build("tcn", config), 5)
+    return pack_forecaster(tensors, architecture="tcn", config=config, model_name="s", forecast=forecast)
+
+
 def plain() -> bytes:
     """A forecaster that only answers tensors."""
     return pack_forecaster(random_tensors(build("tcn", SMALL), 4), architecture="tcn", config=SMALL, model_name="p")
@@ -55,6 +70,7 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
         "golden.mar": make_archive("tcn", "golden", 1),
         "demanding.mar": demanding(),
         "plain.mar": plain(),
+        "several.mar": several(),
         "o.mar": onnx_model("o", 1).data,
         "broken.mar": plain()[:500],
     }
@@ -68,7 +84,7 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
         found = ask_all(source, names, kind, 0, lambda: steps.append(1))
         asked += [(str(name), each) for name, each in found.questions.items()]
         left_out[kind] = {str(name) for name in found.left_out}
-    assert len(steps) == 20
+    assert len(steps) == 24
     assert left_out[None] == left_out[Body.TENSOR] == {"broken.mar"}
     assert left_out[Body.DEEPAR] == {"broken.mar", "plain.mar", "o.mar"}
     with serve(str(tmp_path), ["--workers", "1"]) as server:

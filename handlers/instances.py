@@ -1,0 +1,118 @@
+"""What a DeepAR request may be: its records, read strictly, and the place of each fault. No torch.
+
+Contract: CONTRACTS 5. Unknown fields of an instance are let through, those of `configuration` refused.
+"""
+
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from handlers.errors import RequestError
+
+MAX_ROWS = 1024  #: instances in one request
+SHOWN_NAMES = 10  #: in a message
+START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?)?")
+PLACE = re.compile(r"(.*) - at `\$\.?(?:instances\[(\d+)\]\.?)?(.*)`", re.DOTALL)
+ROW = re.compile(r"target\[\d+\]")
+
+T = TypeVar("T")
+Numbers = list[float | Literal["NaN"] | None]  #: one product's history [T]; null and "NaN" are missing
+Target = TypeVar("Target", Numbers, list[Numbers])  #: [T] of an archive of one product, [D][T] of several
+Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+Category = Annotated[int, Meta(ge=0, le=2**53)]
+
+
+class Instance(Struct, Generic[Target]):
+    """One time series, or one of each product, and what is known of its future."""
+
+    start: str
+    target: Target
+    cat: list[Category] | None = None
+    dynamic_feat: list[list[float]] | None = None
+    item_id: str | Whole | None = None
+
+
+class Configuration(Struct, forbid_unknown_fields=True):
+    """What the answer shall hold. `quantiles` are levels as text, echoed as they came."""
+
+    num_samples: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    output_types: tuple[Literal["mean", "quantiles", "samples"], ...] = ("mean", "quantiles")
+    quantiles: Annotated[list[str], Meta(min_length=1, max_length=1000)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    joint: bool = False
+
+
+class Body(Struct, Generic[Target]):
+    """The request."""
+
+    instances: Annotated[list[Instance[Target]], Meta(min_length=1, max_length=MAX_ROWS)]
+    configuration: Configuration = msgspec.field(default_factory=Configuration)
+
+
+class Line(Instance[Target], Generic[Target]):
+    """One line of JSON Lines: an instance, and what the answer shall hold where that is not the default."""
+
+    configuration: Configuration = msgspec.field(default_factory=Configuration)
+
+
+_ONE = msgspec.json.Decoder[Any](Body[Numbers]), msgspec.json.Decoder[Any](Line[Numbers])
+_SEVERAL = msgspec.json.Decoder[Any](Body[list[Numbers]]), msgspec.json.Decoder[Any](Line[list[Numbers]])
+
+
+class Reader:
+    """Reads the requests for an archive: `target` is [T] where it has one product, [D][T] where several."""
+
+    def __init__(self, products: Sequence[str]) -> None:
+        self._several = len(products) > 1
+        self._body, self._line = _SEVERAL if self._several else _ONE
+        self._depth = "[D][T] belongs to archives of several products; this one has one: send [T]"
+        if self._several:
+            self._depth = f"the model has {len(products)} products{named(products)}: send [D][T], a row for each"
+
+    def body(self, raw: bytes) -> Body[Any]:
+        """Raises RequestError that names instance and field."""
+        found: Body[Any] = self._read(self._body, raw)
+        return found
+
+    def line(self, raw: bytes) -> Line[Any]:
+        """Raises RequestError that names the field."""
+        found: Line[Any] = self._read(self._line, raw)
+        return found
+
+    def _read(self, decoder: "msgspec.json.Decoder[T]", raw: bytes) -> T:
+        try:
+            return decoder.decode(raw)
+        except msgspec.ValidationError as error:
+            raise self._placed(str(error)) from error
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise RequestError(f"the body is not valid JSON: {error}") from error
+
+    def _placed(self, text: str) -> RequestError:
+        match = PLACE.fullmatch(text)
+        if match is None:
+            return RequestError(text)
+        message, instance, field = match.groups()
+        row = "Expected `array`" in message if self._several else message.endswith("got `array`")
+        if row and ROW.fullmatch(field):
+            field, message = "target", self._depth
+        return RequestError(message, instance=None if instance is None else int(instance), field=field or None)
+
+
+def started(text: str) -> datetime:
+    """An instance's `start`. Raises RequestError."""
+    try:
+        if START.fullmatch(text):
+            return datetime.fromisoformat(text)
+    except ValueError:
+        pass
+    raise RequestError(f"expected YYYY-MM-DD HH:MM:SS without zone, not {text[:40]!r}", field="start")
+
+
+def named(names: Sequence[str]) -> str:
+    """The first names in brackets, for messages; nothing where there are none."""
+    more = ", ..." if len(names) > SHOWN_NAMES else ""
+    return f" ({', '.join(names[:SHOWN_NAMES])}{more})" if names else ""
