@@ -34,6 +34,15 @@ def s3(_isolated: None) -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def _no_fault_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a test broke on purpose and did not use up breaks no other."""
+    server = request.getfixturevalue("s3") if "s3" in request.fixturenames else None
+    yield
+    if server is not None:
+        server.faults.clear()
+
+
 @pytest.fixture
 def bucket(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh bucket, with the environment set so that `open_source("s3://{bucket}")` reaches it."""
