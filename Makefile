@@ -12,6 +12,9 @@ READY = $(STAMP)
 endif
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
+# What a request or a network may be does not depend on the store.
+STORE_TESTS = $(filter-out tests/e2e/test_graph.py tests/e2e/test_forecasts.py,$(wildcard tests/e2e/test_*.py))
+
 .DEFAULT_GOAL := help
 .PHONY: help venv run load test test-s3 check format docs bench bench-peers scale clean
 
@@ -45,7 +48,7 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 	@for program in $(SWIFT); do command -v $$program >/dev/null || \
 	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
 	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
-	  tests/model_store/test_sources.py tests/model_store/test_store.py $(wildcard tests/e2e) $(ARGS)
+	  tests/model_store/test_sources.py tests/model_store/test_store.py $(STORE_TESTS) $(ARGS)
 
 check: $(READY) ## lint, format, types, import arrows
 	$(BIN)/python -m ruff check
