@@ -89,6 +89,21 @@ class Grouped(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[:, :, -1]
 
 
+class Blocks(nn.Module):
+    """Attention within blocks of four steps and among equal places in them: positions are divided, with remainders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, 3, 12] -> [N, 12, 6]."""
+        h, place = self.mix(x.transpose(1, 2)), torch.arange(12)
+        block, within = place // 4, place % 4
+        seen = (block[:, None] == block) | (within[:, None] == within)
+        return F.scaled_dot_product_attention(h, h, h, attn_mask=seen)
+
+
 class Recurrent(nn.Module):
     """What `vmap` has no rule for."""
 
@@ -116,6 +131,7 @@ BATCHED: dict[str, Callable[[], nn.Module]] = {
     "encoder": lambda: Attending(norm_first=False),
     "encoder-norm-first": lambda: Attending(norm_first=True),
     "grouped-attention": Grouped,
+    "blocks": Blocks,
     "linear": chain(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 4, bias=False), nn.Tanh()),
     "norms": chain(nn.Conv1d(3, 8, 5, stride=2), nn.GroupNorm(4, 8), nn.SiLU(), nn.LayerNorm(4), nn.RMSNorm(4)),
     "batch-norm": chain(nn.BatchNorm1d(3), nn.Conv1d(3, 6, 3, groups=3), nn.LeakyReLU(), nn.BatchNorm1d(6)),

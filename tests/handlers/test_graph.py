@@ -15,6 +15,7 @@ from torch import nn
 from handlers.base import Float32
 from handlers.graph import GraphFamily, graph_family
 from handlers.graph.export import export
+from handlers.graph.family import CPU_BATCH_ELEMENTS, MAX_BATCH_ELEMENTS, MIN_TOGETHER
 from handlers.graph.operators import ALLOWED, plain
 from handlers.graph.record import encode_graph, parse_graph
 from model_store.errors import ArchiveInvalid
@@ -116,9 +117,20 @@ def test_nothing_runs_together_before_it_is_proved() -> None:
 def test_a_large_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as the memory for intermediate results allows, and the rest after them."""
     family, modules, rows = exported(BATCHED["linear"])
-    monkeypatch.setattr(family, "_at_once", 3)
+    monkeypatch.setattr(family, "_at_once", lambda _: 3)
     assert_answers_as_modules(family, modules, rows, 17)
     assert not family._why_not_batched(rows[0])
+
+
+def test_rows_at_once_follow_the_device_and_the_network() -> None:
+    """Few where results would leave a CPU's cache, more on a GPU, and some of even the largest network."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    family, _, _ = exported(Dilated, models=1)
+    assert family._at_once(gpu) > 8 * family._at_once(cpu)
+    assert 512 < family._at_once(cpu) <= CPU_BATCH_ELEMENTS // family.program.elements
+    large = graph_family(graph(("aten.expand.default", [p("w"), [1, 1 << 24]]), w=[1]))
+    assert large._at_once(cpu) == MIN_TOGETHER
+    assert large._at_once(gpu) * large.program.elements <= MAX_BATCH_ELEMENTS
 
 
 def test_the_switch_of_vmap_is_left_as_it_was() -> None:
