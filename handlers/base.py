@@ -39,7 +39,9 @@ class Family(Protocol):
         """
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] (contiguous) -> what `forward` works on: parameter views of them, and its scratch.
+        """Rows [B, row_floats] -> what `forward` works on: parameter views of them, and its scratch.
+
+        A row is contiguous; rows lie side by side, or are all the same one (stride 0, many inputs of one model).
 
         Bind once per staging block: the views follow whatever rows are gathered into it later. The scratch belongs to
         the binding, so a binding runs one forward at a time.

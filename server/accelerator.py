@@ -221,6 +221,10 @@ class DeviceEngine:
         answers: Float32 = found.numpy().copy()
         return answers
 
+    def learn(self) -> bool:
+        """Nothing to measure: a device gathers at its own memory's bandwidth and replays one graph for a whole batch."""
+        return False
+
     def trim(self) -> None:
         """Give back everything that the next steps can make again: graphs, staging, cached memory."""
         self._graphs.clear()

@@ -51,6 +51,11 @@ class Pool:
         found: Float32 = self.floats[offset // 4 : (offset + size) // 4].cpu().numpy().copy()
         return found
 
+    def block(self, offset: int, count: int, width: int) -> torch.Tensor:
+        """Rows [count, width] that lie side by side from `offset` (bytes) on, as they are: a view."""
+        start = offset // 4
+        return self.floats[start : start + count * width].view(count, width)
+
     def gather(self, offsets: Sequence[int], out: torch.Tensor) -> None:
         """Rows at `offsets` (bytes) into `out` [len(offsets), row_floats], contiguous staging."""
         width = out.shape[1]

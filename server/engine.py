@@ -1,21 +1,35 @@
 """One step's computation: the rows of many models and their inputs in, answers out. Owned by the worker's step thread.
 
-Forwards see only staging: a batch's rows are gathered into fixed memory, bound once to parameter views, so nothing that
-is loaded, evicted or moved behind it can disturb a forward.
+A batch is cut into forwards by `server.paths` and the family's measured times. A forward sees staging, rows gathered
+into fixed memory that is bound once to parameter views, or rows where they lie in the pool: no load, eviction or move
+comes between, because all of them are the step thread's too.
 """
 
+import time
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
+import structlog
 import torch
 
 from handlers.base import Family, Float32
 from server.bank import Pool
+from server.paths import MOST_ROWS, UNKNOWN, Learning, Path, Piece, Table, plan
 
 #: On the CPU a step is cut into forwards whose staging stays in cache (measured: 500 `tcn` models in 3.5 ms instead of
 #: 5.5; 8 rows of the 1.8 MB `mlp` in 75 us a row instead of 130 for 16). A GPU has `server.accelerator`.
 CPU_ROWS = 64
 CPU_STAGING_BYTES = 8 * 1024 * 1024
+#: Rows in place that stay bound. A binding is views and scratch: right for whatever row of the family comes to lie
+#: there, and two thirds of the time of a lone 1.8 MB `mlp`.
+BOUND_ROWS = 1024
+
+LEARN_S = 0.002  #: of the step thread at a time, for measuring paths
+
+log = structlog.get_logger()
+
+Binding = tuple[torch.Tensor, Sequence[torch.Tensor]]
 
 
 class Staging:
@@ -25,16 +39,16 @@ class Staging:
         self.family = family
         self.capacity = max(1, min(CPU_ROWS, max_rows, CPU_STAGING_BYTES // (family.row_floats * 4)))
         self._rows = torch.empty((self.capacity, family.row_floats), dtype=torch.float32, device=device)
-        self._host = torch.empty((self.capacity, *family.input_shape), dtype=torch.float32)
+        self._host = torch.empty((MOST_ROWS, *family.input_shape), dtype=torch.float32)
         self._host_numpy: Float32 = self._host.numpy()
-        self._device = device
-        self._bound: dict[int, tuple[torch.Tensor, Sequence[torch.Tensor]]] = {}
+        self._bound: dict[int, Binding] = {}
+        self._same: dict[int, Binding] = {}
 
     def __repr__(self) -> str:
-        """For example `<Staging tcn-4f1c2a9b, 512 rows>`."""
+        """For example `<Staging tcn-4f1c2a9b, 64 rows>`."""
         return f"<Staging {self.family.key}, {self.capacity} rows>"
 
-    def rows(self, count: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    def rows(self, count: int) -> Binding:
         """Staging for `count` rows and its parameter views."""
         bound = self._bound.get(count)
         if bound is None:
@@ -42,22 +56,33 @@ class Staging:
             bound = self._bound[count] = (block, self.family.bind(block))
         return bound
 
+    def same(self, count: int) -> Binding:
+        """Staging for one row, and the parameter views of `count` rows that are all this one."""
+        bound = self._same.get(count)
+        if bound is None:
+            block = self._rows[:1]
+            bound = self._same[count] = (block, self.family.bind(block.expand(count, -1)))
+        return bound
+
     def inputs(self, parts: Sequence[Float32]) -> torch.Tensor:
-        """The requests' arrays, each [n, *input_shape], one after another on the device."""
+        """The requests' arrays, each [n, *input_shape], one after another."""
         at = 0
         for part in parts:
             self._host_numpy[at : at + len(part)] = part
             at += len(part)
-        return self._host[:at].to(self._device)
+        return self._host[:at]
 
 
 class Engine:
-    """The pool and the staging of every family that has run."""
+    """The pool, and for every family that has run its staging and the measured times of its paths."""
 
     def __init__(self, pool: Pool, max_rows: int) -> None:
         self.pool = pool
         self._max_rows = max_rows
         self._staging: dict[str, Staging] = {}
+        self._in_place: OrderedDict[tuple[str, int, int], Sequence[torch.Tensor]] = OrderedDict()
+        self._in_place_rows = 0
+        self._learning: dict[str, Learning] = {}
 
     def __repr__(self) -> str:
         """For example `<Engine <Pool 512.0 MB on cpu>, 2 families>`."""
@@ -67,48 +92,128 @@ class Engine:
         """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes)."""
         staging = self._staging_of(family)
         sizes = [len(part) for part in parts]
-        if sum(sizes) <= staging.capacity:
-            return self._split(self._forward(staging, _repeat(offsets, sizes), parts), sizes)
-        rows, flat = np.concatenate(parts), _repeat(offsets, sizes)
-        chunks = [
-            self._forward(staging, flat[at : at + staging.capacity], [rows[at : at + staging.capacity]]).copy()
-            for at in range(0, len(flat), staging.capacity)
-        ]
-        return self._split(np.concatenate(chunks), sizes)
+        flat = _repeat(offsets, sizes)
+        learning = self._learning[family.key]
+        pieces = plan(learning.table, flat, family.row_floats * 4)
+        began = time.perf_counter()
+        if len(pieces) == 1 and len(flat) <= self._most(staging, pieces[0].path) and isinstance(pieces[0].rows, range):
+            answers = self._forward(staging, pieces[0].path, flat, parts)
+        else:
+            answers = self._pieces(staging, pieces, flat, np.concatenate(parts))
+        learning.ran(flat, time.perf_counter() - began)
+        return _split(answers, sizes)
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
         """Answers [n, *output_shape] of a model that has no place yet: its row alone, in scratch memory."""
-        block = torch.from_numpy(np.repeat(row[None], len(x), axis=0)).to(self.pool.device)
+        block = torch.from_numpy(row)[None].expand(len(x), -1)
         with torch.inference_mode():
-            answer = family.forward(family.bind(block), torch.from_numpy(x).to(self.pool.device))
-        found: Float32 = answer.cpu().numpy()
+            answer = family.forward(family.bind(block), torch.from_numpy(x))
+        found: Float32 = answer.numpy()
         return found
 
-    def trim(self) -> None:
-        """Give back what the next steps can make again: staging."""
-        self._staging.clear()
+    def learn(self) -> bool:
+        """Time some more forwards of families that have run, for about LEARN_S. False when nothing is to be learnt.
 
-    def _forward(self, staging: Staging, offsets: Sequence[int], parts: Sequence[Float32]) -> Float32:
-        block, weights = staging.rows(len(offsets))
+        On the rows that were asked lately and zeros: what they answer is nobody's, so it matters not if one of them
+        has gone since.
+        """
+        until = time.perf_counter() + LEARN_S
+        for key, learning in self._learning.items():
+            while key in self._staging and (forward := learning.next()) is not None:
+                (path, size), offsets = forward
+                x = np.zeros((size, *self._staging[key].family.input_shape), np.float32)
+                learning.took(self._timed(self._staging[key], path, offsets, x))
+                if time.perf_counter() > until:
+                    return True
+        return False
+
+    def table(self, family: Family) -> Table:
+        """What is known of the family's paths."""
+        learning = self._learning.get(family.key)
+        return learning.table if learning else Table()
+
+    def use(self, family: Family, table: Table) -> None:
+        """Take this for what the family's paths cost."""
+        self._staging_of(family)
+        self._learning[family.key].table = table
+
+    def trim(self) -> None:
+        """Give back what the next steps can make again: staging and bindings."""
+        self._staging.clear()
+        self._unbind()
+
+    def _pieces(self, staging: Staging, pieces: Sequence[Piece], offsets: Sequence[int], x: Float32) -> Float32:
+        """A batch in several forwards: inputs [rows, *input_shape] -> answers in the same order."""
+        answers = np.empty((len(x), *staging.family.output_shape), np.float32)
+        for path, rows in pieces:
+            most = self._most(staging, path)
+            for at in range(0, len(rows), most):
+                some = rows[at : at + most]
+                answers[some] = self._forward(staging, path, [offsets[i] for i in some], [x[some]])
+        return answers
+
+    def _forward(self, staging: Staging, path: Path, offsets: Sequence[int], parts: Sequence[Float32]) -> Float32:
         with torch.inference_mode():
             x = staging.inputs(parts)
-            self.pool.gather(offsets, block)
-            answer: Float32 = staging.family.forward(weights, x).cpu().numpy()
+            if path is Path.IN_PLACE:
+                weights = self._binding(staging.family, offsets[0], len(offsets))
+            elif path is Path.REPEAT:
+                block, weights = staging.same(len(offsets))
+                self.pool.gather(offsets[:1], block)
+            else:
+                block, weights = staging.rows(len(offsets))
+                self.pool.gather(offsets, block)
+            answer: Float32 = staging.family.forward(weights, x).numpy()
         return answer
+
+    def _binding(self, family: Family, offset: int, count: int) -> Sequence[torch.Tensor]:
+        """`count` rows that lie side by side in the pool, bound."""
+        key = (family.key, offset, count)
+        bound = self._in_place.get(key)
+        if bound is not None:
+            self._in_place.move_to_end(key)
+            return bound
+        bound = self._in_place[key] = family.bind(self.pool.block(offset, count, family.row_floats))
+        self._in_place_rows += count
+        while self._in_place_rows > BOUND_ROWS:
+            (_, _, gone), _ = self._in_place.popitem(last=False)
+            self._in_place_rows -= gone
+        return bound
+
+    def _timed(self, staging: Staging, path: Path, offsets: Sequence[int], x: Float32) -> float:
+        """Seconds of one forward, binding included; UNKNOWN where what lies there now cannot be run."""
+        self._unbind()
+        began = time.perf_counter()
+        try:
+            self._pieces(staging, [Piece(path, range(len(x)))], offsets, x)
+        except Exception as error:
+            log.warning("path_not_measured", family=staging.family.key, path=str(path), error=str(error))
+            return UNKNOWN
+        return time.perf_counter() - began
+
+    def _unbind(self) -> None:
+        self._in_place.clear()
+        self._in_place_rows = 0
 
     def _staging_of(self, family: Family) -> Staging:
         staging = self._staging.get(family.key)
         if staging is None:
             staging = self._staging[family.key] = Staging(family, self._max_rows, self.pool.device)
+            self._learning.setdefault(family.key, Learning(family.row_floats * 4))
         return staging
 
     @staticmethod
-    def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
-        found, at = [], 0
-        for size in sizes:
-            found.append(answers[at : at + size])
-            at += size
-        return found
+    def _most(staging: Staging, path: Path) -> int:
+        """Rows of one forward."""
+        return staging.capacity if path is Path.GATHER else MOST_ROWS
+
+
+def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
+    found, at = [], 0
+    for size in sizes:
+        found.append(answers[at : at + size])
+        at += size
+    return found
 
 
 def _repeat(offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:

@@ -490,12 +490,13 @@ class StepLoop:
     # --- time and state ---------------------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        """Deadlines of jobs that wait for a model, and built models that wait for room."""
+        """Deadlines of jobs that wait for a model, built models that wait for room, and a path's time to measure."""
         while True:
             await asyncio.sleep(SWEEP_S)
             for job in self._scheduler.expired(self._now()):
                 message = f"{job.model} was not ready before the deadline passed"
                 self._refuse(job, Refused(Situation.DEADLINE, message))
+            self._engine.learn()
             if self._built:
                 self._wake()
 
