@@ -18,6 +18,7 @@ from handlers.tensors import write_json
 from model_store.manifest import Forecast
 
 MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
+NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
 
 Prediction = dict[str, object]
 
@@ -56,8 +57,9 @@ class DeepAr:
         self._forecast = forecast
         self._reader = Reader(forecast.products)
         self._inputs = Inputs(forecast)
-        self._trained = np.array(forecast.quantile_levels)
-        self._default = _between([str(level) for level in forecast.quantile_levels], self._trained, self._trained)
+        self._trained = np.array(forecast.trained_levels)
+        default = forecast.quantile_levels
+        self._default = _between([str(level) for level in default], np.array(default), self._trained)
         self._mean = mean_weights(self._trained)
         products = len(forecast.products)
         self._several = products > 1
@@ -82,7 +84,7 @@ class DeepAr:
         asked = []
         for i, instance in enumerate(request.instances):
             try:
-                start = self._inputs.fill(rows[i], instance)
+                start = self._inputs.fill(rows[i], instance, request.configuration.seed)
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
             asked.append(Asked(request.configuration, levels, start, instance.item_id))
@@ -101,7 +103,7 @@ class DeepAr:
             try:
                 line = self._reader.line(text)
                 levels = self._check_configuration(line.configuration, len(lines))
-                start = self._inputs.fill(rows[len(asked)], line)
+                start = self._inputs.fill(rows[len(asked)], line, line.configuration.seed)
             except RequestError as error:
                 errors[i] = error
             else:
@@ -125,32 +127,42 @@ class DeepAr:
     def _check_configuration(self, configuration: Configuration, instances: int) -> Levels:
         """The asked quantile levels."""
         if configuration.joint:
-            message = "joint scenarios need several models in one call; this call names one"
+            message = "joint scenarios need several models in one call, `POST /v1/forecasts`; this call names one"
             raise RequestError(message, field="configuration.joint")
         if "samples" in configuration.output_types:
-            if self._forecast.tail == "none":
-                message = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
-                raise RequestError(message, field="configuration.output_types")
+            paths = self._forecast.paths
+            if paths and configuration.num_samples > paths:
+                message = f"the archive's network draws {paths} paths; ask for at most so many"
+                raise RequestError(message, field="configuration.num_samples")
+            if self._forecast.tail == "none" and not paths:
+                raise RequestError(NO_TAIL, field="configuration.output_types")
             series = self._forecast.prediction_length * len(self._forecast.products)
             numbers = configuration.num_samples * instances * series
             if numbers > MAX_SAMPLES:
                 message = f"{numbers} numbers of samples are more than {MAX_SAMPLES}; ask for fewer"
                 raise RequestError(message, field="configuration.num_samples")
+        if "marginal" in configuration.output_types and self._forecast.tail == "none" and not self._forecast.paths:
+            raise RequestError(NO_TAIL, field="configuration.output_types")
         if configuration.quantiles is None:
             return self._default
-        asked = [_level(text, self._forecast.quantile_levels) for text in configuration.quantiles]
+        asked = [_level(text, self._trained) for text in configuration.quantiles]
         return _between(configuration.quantiles, np.array(asked), self._trained)
 
     def _predictions(self, asked: Sequence[Asked], outputs: Float32) -> list[Prediction]:
         """Finite outputs [n, *network's] in network numbers, all asked alike -> what is known of each."""
-        prices = self._prices(outputs)
+        drawn = self._prices(outputs)
+        prices = np.sort(drawn, axis=-1)
         configuration, levels = asked[0].configuration, asked[0].levels
         kinds = configuration.output_types
         means = (prices @ self._mean).astype(np.float32)
         quantiles = (
             levels.of(prices).transpose(self._by_level).astype(np.float32, order="C")
         )  # [n, asked, D?, prediction]
-        samples = self._samples(prices, configuration) if "samples" in kinds else None
+        samples = None
+        if "samples" in kinds and self._forecast.paths:
+            samples = drawn[..., : configuration.num_samples].transpose(0, 2, 1).astype(np.float32, order="C")
+        elif "samples" in kinds:
+            samples = self._samples(prices, configuration)
         predictions: list[Prediction] = []
         for i, one in enumerate(asked):
             answer: Prediction = {} if one.item_id is None else {"item_id": one.item_id}
@@ -161,11 +173,19 @@ class DeepAr:
                 answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
             if samples is not None:
                 answer["samples"] = samples[i]
+            if "marginal" in kinds:
+                answer["marginal"] = self._marginal(prices[i])
             predictions.append(answer)
         return predictions
 
+    def _marginal(self, prices: Float64) -> dict[str, object]:
+        """One instance's prices [D?, prediction, levels] as `handlers.joint` reads them."""
+        values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
+        products = {"products": self._forecast.products} if self._several else {}
+        return {"levels": self._trained, "values": values, **products}
+
     def _prices(self, outputs: Float32) -> Float64:
-        """Network numbers -> prices [n, D?, prediction, levels], sorted by level, within floor and cap.
+        """Network numbers -> prices [n, D?, prediction, levels or paths], within floor and cap.
 
         Raises RunFailed beyond float32.
         """
@@ -178,7 +198,6 @@ class DeepAr:
             prices = from_network(numbers, forecast.scaler)
         if not (np.abs(prices) <= np.finfo(np.float32).max).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
-        prices.sort(axis=-1)
         if forecast.floor is None and forecast.cap is None:
             return prices
         return np.clip(prices, forecast.floor, forecast.cap)
@@ -216,7 +235,7 @@ def _error(error: RequestError) -> Prediction:
     return {"error": {"code": "bad_request", "message": error.message, **place}}
 
 
-def _level(text: str, trained: Sequence[float]) -> float:
+def _level(text: str, trained: Float64) -> float:
     try:
         level = float(text)
     except ValueError:

@@ -4,8 +4,10 @@ Stamps are wall-clock times of the archive's `time_zone`, counted without daylig
 """
 
 import re
+from calendar import day_name
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from model_store.errors import ArchiveInvalid
 from model_store.manifest import FLEETCAST_JSON, Channel, Forecast, Scaler
 
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
+DAYS = tuple(day.lower() for day in day_name)  #: Monday is the first
 SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
 
 Float64 = npt.NDArray[np.float64]
@@ -40,8 +43,10 @@ class Inputs:
         """Room for so many instances [count, channels, context], not yet filled."""
         return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
 
-    def fill(self, row: Float32, instance: Instance[Any]) -> str:
+    def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> str:
         """Writes an instance's row [channels, context]; returns the stamp of the first forecast step.
+
+        Without a seed a network that samples draws as for seed 0.
 
         Raises RequestError that names the field.
         """
@@ -50,6 +55,9 @@ class Inputs:
         steps = len(series[0])
         short = self._short(steps)
         first = _first_forecast(start, steps * self._step_s)
+        if forecast.origin and first[11:] != f"{forecast.origin}:00":
+            what = f"the first forecast step is {first}, but the model forecasts from {forecast.origin} on"
+            raise RequestError(f"{what}; send a target that ends before that", field="target")
         covariates = self._covariates(instance, steps)
         cat = self._cat(instance)
         targets = [
@@ -68,6 +76,9 @@ class Inputs:
                     values[:] = to_network(padded[window], channel.scaler)
                 elif channel.source == "static":
                     values[:] = to_network(np.array(cat[channel.index], np.float64), channel.scaler)
+                elif channel.source == "seed":
+                    values[:] = 0.0
+                    values[:2] = seed_numbers(seed, instance.item_id)[: len(values)]
                 else:
                     values[:] = self._calendar(start, at - short, channel)
         if not np.isfinite(row).all():
@@ -136,12 +147,15 @@ def calendar(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
 
     `hour_*`: the time of day, seconds included, as a turn of 24 h; `weekday_*`: the whole day of the week, Monday 0, as
     a turn of 7 days; `year_*`: the whole day of the year, 1 January 0, as a turn of 365.25 days; `weekend`: 1 on
-    Saturday and Sunday, else 0.
+    Saturday and Sunday, else 0; `monday` to `sunday`: 1 on that day, else 0.
     """
     days = seconds // 86_400
     weekday = (days + 3) % 7  # 1970-01-01 was a Thursday
     if feature == "weekend":
         return (weekday >= 5).astype(np.float64)  # noqa: PLR2004 - Saturday
+    if feature in DAYS:
+        that: Float64 = (weekday == DAYS.index(feature)).astype(np.float64)
+        return that
     if feature.startswith("hour"):
         turns = seconds % 86_400 / 86_400
     elif feature.startswith("weekday"):
@@ -150,6 +164,12 @@ def calendar(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
         dates = days.astype("datetime64[D]")
         turns = (dates - dates.astype("datetime64[Y]")).astype(np.int64) / 365.25
     return np.sin(2 * np.pi * turns) if feature.endswith("sin") else np.cos(2 * np.pi * turns)
+
+
+def seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:
+    """Two numbers of 24 bits, which float32 holds exactly: others for another seed or another item."""
+    digest = sha256(repr((seed or 0, item_id)).encode()).digest()
+    return int.from_bytes(digest[:3]), int.from_bytes(digest[3:6])
 
 
 def to_network(values: Float64, scaler: Scaler) -> Float64:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 Numbers = list[float | Literal["NaN"] | None]  #: one product's history [T]; null and "NaN" are missing
 Target = TypeVar("Target", Numbers, list[Numbers])  #: [T] of an archive of one product, [D][T] of several
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+NumSamples = Annotated[int, Meta(ge=1, le=10_000)]
+Seed = Annotated[int, Meta(ge=0, le=2**53)]
 Category = Annotated[int, Meta(ge=0, le=2**53)]
 
 
@@ -37,13 +39,17 @@ class Instance(Struct, Generic[Target]):
 
 
 class Configuration(Struct, forbid_unknown_fields=True):
-    """What the answer shall hold. `quantiles` are levels as text, echoed as they came."""
+    """What the answer shall hold. `quantiles` are levels as text, echoed as they came.
 
-    num_samples: Annotated[int, Meta(ge=1, le=10_000)] = 100
-    output_types: tuple[Literal["mean", "quantiles", "samples"], ...] = ("mean", "quantiles")
+    `marginal` is what `samples` are drawn from, all trained quantiles as numbers: joint scenarios are made of it.
+    """
+
+    num_samples: NumSamples = 100
+    output_types: tuple[Literal["mean", "quantiles", "samples", "marginal"], ...] = ("mean", "quantiles")
     quantiles: Annotated[list[str], Meta(min_length=1, max_length=1000)] | None = None
-    seed: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    seed: Seed | None = None
     joint: bool = False
+    correlation: str | None = None
 
 
 class Body(Struct, Generic[Target]):

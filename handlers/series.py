@@ -100,6 +100,15 @@ def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequen
     ]
 
 
+def header(path: Path) -> list[str]:
+    """The names of the columns. Raises SeriesInvalid, OSError."""
+    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+        try:
+            return [name.strip() for name in next(csv.reader(file), [])]
+        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise SeriesInvalid(f"{path.name}: not a CSV file: {error}") from error
+
+
 def _columns(
     reader: Iterable[list[str]], time: str, wanted: Iterable[str]
 ) -> tuple[list[datetime], list[int], dict[str, Float64]]:

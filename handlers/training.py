@@ -18,15 +18,20 @@ import torch
 from torch import nn
 
 from handlers.base import Family, Float32
-from handlers.batched import batched_forward, flat, reach, unflat
+from handlers.batched import batched_forward, flat, likelihood, reach, unflat
 from handlers.deepar import DeepAr
-from handlers.forecasters import build, random_tensors
-from handlers.inputs import from_network
+from handlers.forecasters import ARCHITECTURES, build, random_tensors
+from handlers.forecasters.ensemble import Ensemble
+from handlers.forecasters.lear import Lear
+from handlers.inputs import Float64, from_network, step_seconds
+from handlers.linear import LinearFit
+from handlers.recipe import grid, season
 from handlers.series import Series
 from handlers.windows import Windows
 from model_store.manifest import Forecast, GoldenSample
 
 Config = dict[str, int | float | str | bool | list[int]]
+
 Progress = Callable[[int, int, float], None]  #: steps done, of at most, mean holdout loss
 
 EPOCHS, LEAST_STEPS = 20, 600  #: of a run that is not told how long
@@ -78,36 +83,64 @@ def fit(
 ) -> list[Fitted]:
     """One forecaster per series, all of one family and of equal length; the same numbers for the same seed.
 
-    `config` is completed by what the forecasts say (features, lengths, quantiles).
+    `config` is completed by what the forecasts say (features, lengths, quantiles). Of `fitting`, `lear` takes the
+    holdout and the threads alone.
 
     Raises:
         SeriesInvalid: too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
     """
-    config = {**config, **network_config(forecasts[0])}
+    config = completed(architecture, config, forecasts[0])
     family = build(architecture, config)
-    data = Windows(series, forecasts, reach(family), fitting.holdout)
-    start = np.stack([flat(family, random_tensors(family, fitting.seed + i)) for i in range(len(series))])
     with _threads(fitting.threads) as pool:
-        run = _Fit(family, data, fitting, pool)
-        best = run.best(torch.from_numpy(start), progress)
-        losses = run.price_losses(best)
+        weights, losses = _fit(family, series, forecasts, fitting, pool, progress)
     found = []
     for i, (each, forecast) in enumerate(zip(series, forecasts, strict=True)):
-        parts = unflat(family, best[i : i + 1])
+        parts = unflat(family, weights[i : i + 1])
         tensors = {name: part[0].numpy().copy() for name, part in parts.items()}
         golden = golden_sample(architecture, config, forecast, tensors, each)
         found.append(Fitted(each.name, architecture, config, forecast, tensors, golden, *losses[i]))
     return found
 
 
-def network_config(forecast: Forecast) -> Config:
-    """The part of every architecture's config that the forecast decides."""
-    return {
+def _fit(
+    family: Family,
+    series: Sequence[Series],
+    forecasts: Sequence[Forecast],
+    fitting: Fitting,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> tuple[torch.Tensor, list[tuple[float, float]]]:
+    """Flat parameters [M, n], and the holdout's losses. The members of ensembles are fitted as models of their own."""
+    member, count = (family.member, family.members) if isinstance(family, Ensemble) else (family, 1)
+    copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
+    data = Windows(*copies, reach(member), fitting.holdout)
+    whole = data if count == 1 else Windows(series, forecasts, reach(member), fitting.holdout)
+    judge = _Fit(family, whole, fitting, pool)
+    if isinstance(member, Lear):
+        linear = LinearFit(member, data, pool, count)
+        best = linear.best(progress)
+        return linear.whole(best).view(len(series), -1), judge.price_losses(best.view(len(series), -1))
+    start = np.stack([flat(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
+    best = _Fit(member, data, fitting, pool).best(torch.from_numpy(start), progress).view(len(series), -1)
+    return best, judge.price_losses(best)
+
+
+def completed(architecture: str, config: Config, forecast: Forecast) -> Config:
+    """The config with the part that the forecast decides; a season, where there is one, is a day if none is named."""
+    found: Config = {
+        **config,
         "features": len(forecast.inputs),
         "context_length": forecast.context_length,
         "prediction_length": forecast.prediction_length,
-        "quantiles": len(forecast.quantile_levels),
     }
+    if architecture == "lear":
+        found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
+    known = ARCHITECTURES.get(architecture)
+    if known and "season" in known.config.__struct_fields__:
+        found.setdefault("season", season(step_seconds(forecast.frequency)))
+    if not forecast.paths:
+        found["quantiles"] = len(forecast.quantile_levels)
+    return found
 
 
 def reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:
@@ -127,8 +160,9 @@ def ask(network: nn.Module, forecast: Forecast, request: object) -> Any:
 def golden_sample(
     architecture: str, config: Config, forecast: Forecast, tensors: Mapping[str, Float32], series: Series
 ) -> GoldenSample:
-    """The forecast after the last full window of the series."""
-    end = len(series.values) - forecast.prediction_length
+    """The last forecast of the series that has values to compare it with."""
+    places = grid(series, forecast)
+    end = next(at for at in reversed(places) if at <= len(series.values) - forecast.prediction_length)
     request = {"instances": [series.instance(end - forecast.history_length, end, forecast.prediction_length)]}
     response = ask(reference_network(architecture, config, tensors), forecast, request)
     tolerance = GOLDEN_ABS * forecast.scaler.scale
@@ -158,6 +192,7 @@ class _Fit:
         self._fitting = fitting
         self._pool = pool
         self._forward = batched_forward(family)
+        self._likelihood = likelihood(family)
         self._held_out = data.held_out(fitting.holdout_windows)
 
     def __repr__(self) -> str:
@@ -172,8 +207,7 @@ class _Fit:
         weights, average, best = start.clone(), start.clone(), start.clone()
         best_loss = torch.full((len(start),), float("inf"))
         optimiser = torch.optim.AdamW([weights], weight_decay=fitting.weight_decay, fused=True)
-        first, last = self._data.train
-        pass_steps = (last - first + 1) / fitting.batch
+        pass_steps = len(self._data.train) / fitting.batch
         steps = max(1, round(fitting.epochs * pass_steps or max(EPOCHS * pass_steps, LEAST_STEPS)))
         every, idle, until = max(1, steps // fitting.checks), 0, time.monotonic() + fitting.max_seconds
         for step in range(1, steps + 1):
@@ -200,17 +234,24 @@ class _Fit:
         ahead = self._held_out[0][:, None].numpy() + np.arange(data.horizon)
 
         def of(models: slice) -> list[tuple[float, float]]:
-            answers, found = self._answers(weights, models)[0].double().numpy(), []
+            answers, found = self._answers(weights, models).double().numpy(), []
             for answer, values, scaler in zip(answers, data.values[models], data.scalers[models], strict=True):
                 before = values[ahead - data.naive_lag]
                 y = torch.from_numpy(np.where(np.isnan(before), np.nan, values[ahead]))[None]
-                quantiles = torch.from_numpy(np.sort(from_network(answer, scaler)))
+                quantiles = torch.from_numpy(self._quantiles(from_network(answer, scaler)))
                 naive = torch.from_numpy(np.nan_to_num(before))[..., None]
                 ours, theirs = (pinball(y, each, levels).sum() / _observed(y)[0] for each in (quantiles, naive))
                 found.append((ours.item(), theirs.item()))
             return found
 
         return [each for some in self._pool.map(of, self._slices(self._held_out)) for each in some]
+
+    def _quantiles(self, prices: Float64) -> Float64:
+        """Of sample paths, or the network's own in order [..., levels]."""
+        if self._likelihood:
+            levels = np.quantile(prices, self._data.levels.double().numpy(), axis=-1, method="hazen")
+            return np.moveaxis(levels, 0, -1)
+        return np.sort(prices)
 
     def _gradient(self, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """Of each model's mean loss over its windows [M, B], clipped by model: [M, n]."""
@@ -219,7 +260,7 @@ class _Fit:
         def of(models: slice) -> None:
             x, y = self._data.cut(starts, models)
             some = weights[models].detach().requires_grad_()
-            loss = pinball(y, self._forward(unflat(self._family, some), x), self._data.levels).sum(1) / _observed(y)
+            loss = self._losses(some, x, y)
             (gradient,) = torch.autograd.grad(loss.sum(), some)
             norm = gradient.norm(dim=1, keepdim=True)
             torch.mul(gradient, CLIP / norm.clamp(min=CLIP), out=found[models])
@@ -228,19 +269,26 @@ class _Fit:
         return found
 
     def _holdout_losses(self, weights: torch.Tensor) -> torch.Tensor:
-        """Mean pinball loss in network numbers [M]."""
+        """Mean loss in network numbers [M]."""
 
         def of(models: slice) -> torch.Tensor:
-            answers, y = self._answers(weights, models)
-            return pinball(y, answers, self._data.levels).sum(1) / _observed(y)
+            with torch.no_grad():
+                return self._losses(weights[models], *self._data.cut(self._held_out, models))
 
         return torch.cat(list(self._pool.map(of, self._slices(self._held_out))))
 
-    def _answers(self, weights: torch.Tensor, models: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """On the holdout: answers [m, B, horizon, levels] and y [m, B, horizon]."""
+    def _losses(self, weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Of models' windows the mean pinball loss, or how unlikely their values are: [m]."""
+        parts = unflat(self._family, weights)
+        unlikely = self._likelihood(parts, x, y) if self._likelihood else None
+        losses = pinball(y, self._forward(parts, x), self._data.levels) if unlikely is None else unlikely
+        return losses.sum(1) / _observed(y)
+
+    def _answers(self, weights: torch.Tensor, models: slice) -> torch.Tensor:
+        """On the holdout [m, B, horizon, levels or paths]."""
         with torch.no_grad():
-            x, y = self._data.cut(self._held_out, models)
-            return self._forward(unflat(self._family, weights[models]), x), y
+            x, _ = self._data.cut(self._held_out, models)
+            return self._forward(unflat(self._family, weights[models]), x)
 
     def _slices(self, starts: torch.Tensor) -> list[slice]:
         return self._data.slices(starts.shape[1], self._fitting.threads)

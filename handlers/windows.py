@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from handlers.inputs import to_network
-from handlers.recipe import naive_lag, rows
+from handlers.recipe import grid, naive_lag, rows
 from handlers.series import Series, SeriesInvalid
 from model_store.manifest import Forecast
 
@@ -23,13 +23,14 @@ class Windows:
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
         split = steps - round(holdout * (steps - first.history_length))
-        self.train = (first.history_length, split - self.horizon)  # first and last step to forecast from
-        self.holdout = (split, steps - self.horizon)
-        if self.train[0] > self.train[1] or self.holdout[0] > self.holdout[1]:
-            needed = first.history_length + int(self.horizon * (1 / holdout + 2))
+        places = grid(series[0], first)
+        self.train = _within(places, first.history_length, split - self.horizon)  # the steps to forecast from
+        self.holdout = _within(places, split, steps - self.horizon)
+        if not self.train or not self.holdout:
+            needed = first.history_length + int((self.horizon + places.step - 1) * (1 / holdout + 2))
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
-        for part, (start, end) in {"training": self.train, "holdout": self.holdout}.items():
-            _require_values(series, part, slice(start, end + self.horizon))
+        for part, starts in {"training": self.train, "holdout": self.holdout}.items():
+            _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
         self.levels = torch.tensor(first.quantile_levels)
         self.scalers = [forecast.scaler for forecast in forecasts]
         self.naive_lag = naive_lag(round(series[0].step.total_seconds()), self.horizon)
@@ -62,13 +63,23 @@ class Windows:
 
     def drawn(self, count: int, random: torch.Generator) -> torch.Tensor:
         """Random windows of the training part [M, count]."""
-        first, last = self.train
-        return torch.randint(first, last + 1, (len(self), count), generator=random)
+        places = torch.randint(0, len(self.train), (len(self), count), generator=random)
+        return self.train.start + self.train.step * places
 
     def held_out(self, count: int) -> torch.Tensor:
         """Up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""
-        start, end = self.holdout
-        return torch.linspace(start, end, min(count, end - start + 1)).long().expand(len(self), -1)
+        return self.spaced(self.holdout, count)
+
+    def spaced(self, starts: range, count: int) -> torch.Tensor:
+        """Up to `count` of the steps, evenly spaced, the same for every model [M, B]."""
+        places = torch.linspace(0, len(starts) - 1, min(count, len(starts))).long()
+        return (starts.start + starts.step * places).expand(len(self), -1)
+
+
+def _within(places: range, first: int, last: int) -> range:
+    """The places from `first` to `last`."""
+    start = places.start + max(0, -(-(first - places.start) // places.step)) * places.step
+    return range(start, last + 1, places.step)
 
 
 def _require_equal_lengths(series: Sequence[Series]) -> None:

@@ -19,6 +19,7 @@ from loadtest import fleet, record, summary, trial
 from loadtest.dialects import DIALECTS, Body
 from loadtest.driver import Forbidden
 from loadtest.local import LocalServer
+from loadtest.plan import command
 from loadtest.profiles import Load, Shape, make_profile, ramp
 from loadtest.report import page
 from loadtest.report import write as write_report
@@ -158,6 +159,8 @@ def report(
 
 
 app.command("fleet")(fleet.main)
+app.command("plan")(command.plan)
+app.command("calibrate")(command.calibration)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from model_store.errors import ArchiveInvalid
 
@@ -17,8 +17,14 @@ FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; what may be in it is `handlers.graph`'s to say
 FORMAT = 1
+MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: of a correlation: factors of 16 and 25 MB
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Feature = Literal[
+    "hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos", "weekend",
+    "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "",
+]  # fmt: skip
+TimeOfDay = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
 MemberPath = Annotated[str, Meta(min_length=1, max_length=500)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -27,12 +33,16 @@ T = TypeVar("T", bound=Struct)
 
 
 class Kind(StrEnum):
-    """How an archive runs. `forecaster` and `graph` are rows of banks, `onnx` a session, `code` a child process."""
+    """How an archive runs. `forecaster` and `graph` are rows of banks, `onnx` a session, `code` a child process.
+
+    A `correlation` answers nothing itself: it says how the forecasts of several models move together.
+    """
 
     FORECASTER = "forecaster"
     GRAPH = "graph"
     ONNX = "onnx"
     CODE = "code"
+    CORRELATION = "correlation"
 
 
 class Scaler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,15 +62,16 @@ class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `target`: the scaled target of `product` (lag >= 0, never shifted: the future is unknown). `dynamic_feat`: row
     `index` of the request's known-future covariates, scaled by `scaler`; shifted by the prediction length, its last
     column is the covariate of the last forecast step. `calendar`: `feature` of the time stamp, usually shifted
-    likewise. `static`: row `index` of the request's `cat` as a number.
+    likewise. `static`: row `index` of the request's `cat` as a number. `seed`: the request's seed and `item_id` as two
+    numbers in the first two columns, from which a network that samples makes its noise.
     """
 
-    source: Literal["target", "dynamic_feat", "calendar", "static"]
+    source: Literal["target", "dynamic_feat", "calendar", "static", "seed"]
     lag: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     shift: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     index: Annotated[int, Meta(ge=0, le=10_000)] = 0
     product: Annotated[int, Meta(ge=0, le=10_000)] = 0
-    feature: Literal["hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos", "weekend", ""] = ""
+    feature: Feature = ""
     scaler: Scaler = Scaler()
 
     def __post_init__(self) -> None:
@@ -80,6 +91,10 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     every product. An archive of D > 1 `products` takes `target` as [D][T], and its network gives [prediction, D,
     levels] or, the same numbers in the same order, [prediction, D * levels]: for each step all levels of the first
     product, then those of the next. Where their prices differ in size, `scalers` has one for each instead of `scaler`.
+
+    A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then what is
+    answered where a request names none. `origin` is the time of day of the first forecast step of every request, for a
+    model that was trained for it alone; any other is refused.
     """
 
     frequency: Name
@@ -98,6 +113,8 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scalers: tuple[Scaler, ...] = ()
     pad_context: bool = False
     tail: Literal["none", "clamp"] = "none"
+    paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # left out where unset, as `origin` is
+    origin: TimeOfDay | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         """Cross-field rules."""
@@ -107,6 +124,10 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if not self.inputs:
             raise ValueError("inputs must name at least one channel")
         self._check_products()
+        if self.paths and len(self.products) > 1:
+            raise ValueError("paths are of one product")
+        if self.paths and not self.trained_levels[0] <= levels[0] <= levels[-1] <= self.trained_levels[-1]:
+            raise ValueError(f"{self.paths} paths tell nothing of the levels {levels[0]} and {levels[-1]}")
         if self.floor is not None and self.cap is not None and self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
         for i, channel in enumerate(self.inputs):
@@ -138,13 +159,53 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.scalers or (self.scaler,) * len(self.products)
 
     @property
+    def trained_levels(self) -> tuple[float, ...]:
+        """The levels of the network's last axis: the quantiles', or those of its paths once they are sorted."""
+        if not self.paths:
+            return self.quantile_levels
+        return tuple((i + 0.5) / self.paths for i in range(self.paths))
+
+    @property
     def history_length(self) -> int:
         """Target steps a request must bring: the context and the longest lag before it."""
         return self.context_length + max(channel.lag for channel in self.inputs)
 
 
+class Correlation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the errors of forecasts for N products, `horizon` steps T ahead, hang together: of an archive of that kind.
+
+    `products` are the names by which a call's forecasts are found in it: the models' names, and `model#product` where a
+    model has several products. `gaussian`: tensors `product_factor` [N, N] and `time_factor` [T, T], each the lower
+    Cholesky factor of a correlation matrix; the whole correlation is their Kronecker product. `schaake`: the tensor
+    `ranks` [windows, N, T], in every margin the ranks 0, 1, ... of past windows. `windows` is how many of them there
+    were, `shrinkage` how much of each matrix was replaced by the identity.
+    """
+
+    products: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_PRODUCTS)]
+    horizon: Annotated[int, Meta(ge=1, le=MAX_HORIZON)]
+    method: Literal["gaussian", "schaake"]
+    windows: Length
+    shrinkage_products: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    shrinkage_time: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if len(set(self.products)) < len(self.products):
+            raise ValueError("products must be different names")
+        if self.method == "schaake" and (self.shrinkage_products or self.shrinkage_time):
+            raise ValueError("shrinkage belongs to the method gaussian")
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of its tensors."""
+        products, horizon = len(self.products), self.horizon
+        if self.method == "schaake":
+            return {"ranks": (self.windows, products, horizon)}
+        return {"product_factor": (products, products), "time_factor": (horizon, horizon)}
+
+
 class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The member that holds the numbers: safetensors for a forecaster or graph, `model.onnx` for onnx."""
+    """The member that holds the numbers: `model.onnx` for onnx, safetensors for every other kind."""
 
     file: MemberPath
     sha256: Sha256 | None = None
@@ -168,7 +229,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     An archive of kind forecaster has `architecture`, `config` and `weights`, and `forecast` where it can be asked for a
     forecast; without it the archive answers tensors only. One of kind graph has `weights`, the member `graph.json`, and
-    `forecast` likewise.
+    `forecast` likewise; one of kind correlation `weights` and `correlation`.
     """
 
     kind: Kind
@@ -177,6 +238,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     architecture: str = ""
     config: dict[str, int | float | str | bool | list[int]] = {}
     forecast: Forecast | None = None
+    correlation: Correlation | UnsetType = UNSET  # left out where unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None
     description: Annotated[str, Meta(max_length=2000)] = ""
 
@@ -186,6 +248,10 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError("a forecaster needs `architecture`")
         if self.kind is not Kind.FORECASTER and (self.architecture or self.config):
             raise ValueError(f"`architecture` and `config` belong to forecasters, not to kind {self.kind}")
+        if (self.kind is Kind.CORRELATION) != bool(self.correlation):
+            raise ValueError(f"`correlation` belongs to archives of that kind, and only to them; this is a {self.kind}")
+        if self.correlation and (self.forecast or self.golden):
+            raise ValueError("a correlation has no `forecast` and no `golden`: it answers nothing itself")
 
 
 class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):

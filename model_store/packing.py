@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from model_store.archive import Archive, open_archive, read_tensors
+from model_store.archive import Archive, check_tensors, open_archive, read_tensors
 from model_store.containers import shown
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import (
     FLEETCAST_JSON,
     GRAPH_FILE,
     MAR_MANIFEST,
+    Correlation,
     Forecast,
     GoldenSample,
     Kind,
@@ -47,7 +48,7 @@ def pack_archive(spec: Spec, members: Mapping[str, bytes], *, model_name: str, m
     the tools of TorchServe users look for them; the name under which the archive is served is its key in the store.
 
     Raises:
-        ArchiveInvalid: what `open_archive`, and for a forecaster or graph `read_tensors`, would refuse in the result.
+        ArchiveInvalid: what `open_archive`, and where there are safetensors `read_tensors`, would refuse in the result.
     """
     for reserved in (FLEETCAST_JSON, MAR_MANIFEST):
         if reserved in members:
@@ -151,6 +152,29 @@ def pack_onnx(
     return pack_archive(spec, members, model_name=model_name, model_version=model_version)
 
 
+def pack_correlation(
+    correlation: Correlation,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    *,
+    model_name: str,
+    model_version: str = "1.0",
+    description: str = "",
+) -> bytes:
+    """A correlation of what `handlers.correlation` estimates.
+
+    Raises:
+        ArchiveInvalid: the tensors are not those of the record, or one has a value that is not finite.
+    """
+    spec = Spec(
+        kind=Kind.CORRELATION,
+        weights=Weights(file=WEIGHTS_FILE),
+        correlation=correlation,
+        description=description,
+    )
+    members = {WEIGHTS_FILE: save_tensors(tensors)}
+    return pack_archive(spec, members, model_name=model_name, model_version=model_version)
+
+
 def save_tensors(tensors: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
     """Arrays of any memory layout as safetensors: equal numbers give equal bytes."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
@@ -176,7 +200,9 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
 def _prove(archive: Archive) -> None:
     """Reads what the server will read."""
     archive.golden()
-    if archive.kind in (Kind.FORECASTER, Kind.GRAPH):
+    if archive.spec is not None and archive.spec.correlation:
+        check_tensors(read_tensors(archive), archive.spec.correlation.tensors, archive.name)
+    elif archive.kind in (Kind.FORECASTER, Kind.GRAPH):
         read_tensors(archive)
     else:
         archive.weights()

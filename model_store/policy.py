@@ -1,5 +1,8 @@
 """The cache's decisions: who holds which room, who goes, who waits. Pure: time comes in, victims and moves go out.
 
+Who is worth least is an eviction policy's to say (`model_store.eviction`); what its going would free, and whether that is
+enough, is said here.
+
 One `Cache` per device share, owned by the worker's step thread. It never touches memory: it says *evict these slots*,
 *move that row*, *copy your row to this offset*, and is told when that has happened. Room is one pool of equal slabs. A
 family holds slabs and a model a row in one of them; a single (an ONNX session) holds plain bytes of the same budget.
@@ -12,6 +15,7 @@ from itertools import islice, takewhile
 from math import ceil, inf
 
 from model_store.errors import LoadError
+from model_store.eviction import Policy, policy_named
 from model_store.names import ModelName
 from model_store.slots import Bank, Slab, Slot, State, evictable, movable
 
@@ -69,26 +73,31 @@ class Load:
     """A load in flight: one per model however many wait."""
 
     started_at: float
+    speculative: bool = False  #: no request waits for it yet
     victims: tuple[Slot, ...] = ()
 
 
 class Cache:
-    """The slots of one device share under one byte budget. See the module's docstring for who calls what."""
+    """The slots of one device share under one byte budget. See the module's docstring for who calls what.
 
-    def __init__(self, budget_bytes: int, slab_bytes: int, moves_per_call: int = 8) -> None:
+    `policy` is this cache's own; LRU where none is given.
+    """
+
+    def __init__(
+        self, budget_bytes: int, slab_bytes: int, moves_per_call: int = 8, policy: Policy | None = None
+    ) -> None:
         self.budget_bytes = budget_bytes
         self.slab_bytes = slab_bytes
         self.moves_per_call = moves_per_call
         self._free_slabs = list(range(budget_bytes // slab_bytes))[::-1]
         self._banks: dict[str, Bank] = {}
-        self._singles: OrderedDict[ModelName, Slot] = OrderedDict()
+        self._policy = policy or policy_named("lru")
         self._single_bytes = 0
         self._slots: dict[ModelName, Slot] = {}  # the serving slot of each model: ready, or retiring but revivable
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}
         self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
         self._pins: set[ModelName] = set()
-        self._clock = 0  # counts uses: recency without ties
         self._slab_count = len(self._free_slabs)
 
     def __repr__(self) -> str:
@@ -101,7 +110,7 @@ class Cache:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def lease(self, model: ModelName, now: float) -> Slot | None:
-        """The model's slot, leased and most recently used; None when the model is not here (then ask `want`).
+        """The model's slot, leased; None when the model is not here (then ask `want`).
 
         A victim that has not left yet is revived: whoever wanted its room asks `place` again and gets another one.
         """
@@ -112,10 +121,8 @@ class Cache:
             slot.state = State.READY
         slot.leases += 1
         slot.used_at = now
-        self._touch(slot)
-        lru = self._lru_of(slot)
-        if model in lru:
-            lru.move_to_end(model)
+        if model not in self._pins:
+            self._policy.hit(model)
         return slot
 
     def release(self, slot: Slot) -> bool:
@@ -124,16 +131,23 @@ class Cache:
         slot.leases -= 1
         return slot.condemned and slot.leases == 0
 
-    def want(self, model: ModelName, now: float, *, reload: bool = False) -> Load | Failure | None:
+    def want(
+        self, model: ModelName, now: float, *, reload: bool = False, speculative: bool = False
+    ) -> Load | Failure | None:
         """What a request for an absent model does: a new `Load` (miss: start it), None (coalesced: one is running), or
         the remembered `Failure` of a recent load. `reload` starts one though the model is here or failed just now.
+
+        `speculative`: nobody asks yet, so that `place` gives it no room of a model that is expected as soon; the first
+        request that wants it makes it a load like any other.
         """
-        if model in self._loads:
+        load = self._loads.get(model)
+        if load is not None:
+            load.speculative &= speculative
             return None
         failure = self._failures.get(model)
         if failure is not None and now < failure.until and not reload:
             return failure
-        load = self._loads[model] = Load(started_at=now)
+        load = self._loads[model] = Load(now, speculative)
         return load
 
     # --- loads ------------------------------------------------------------------------------------------------------
@@ -141,7 +155,9 @@ class Cache:
     def place(self, model: ModelName, version: str, charge: int, now: float, family: str | None = None) -> Placement:
         """Room for a model that is built and verified: a row of `charge` bytes of `family`, or `charge` plain bytes.
 
-        Nobody is asked to go unless enough of them can: a model that would not fit in the end evicts no one.
+        Nobody is asked to go unless enough of them can: a model that would not fit in the end evicts no one. A
+        speculative load takes what is free, or what the policy expects to be asked later than its own model; else it
+        is refused at once, to be ended by `dismiss`.
         """
         load = self._loads[model]
         if any(victim.state is State.RETIRING and not victim.leases for victim in load.victims):
@@ -158,6 +174,8 @@ class Cache:
                 bank.put(*self._row_of(slot), slot)
             return Placed(slot)
         plan = self._plan(bank, charge)
+        if load.speculative and not self._may_make_room(plan, model):
+            return Refuse("all room is held by models that are expected as soon, or in use")
         if isinstance(plan, Wait):
             return self._pins_fill(bank, charge) or plan
         if isinstance(plan, Evict):
@@ -170,16 +188,16 @@ class Cache:
         """The numbers are in place: serve from this slot. Returns the version it replaces if that can leave at once."""
         slot.state = State.READY
         slot.loaded_at = slot.used_at = now
-        self._touch(slot)
         model = slot.model
         old = self._slots.get(model)
-        del self._loading[model], self._loads[model]
+        load = self._loads.pop(model)
+        del self._loading[model]
         self._failures.pop(model, None)
         if old is not None:
             self._condemn(old)
         self._slots[model] = slot
         if model not in self._pins:
-            self._lru_of(slot)[model] = slot
+            self._policy.enter(model, slot.family, asked=old is None and not load.speculative)
         return old if old is not None and old.leases == 0 else None
 
     def abandon(self, slot: Slot) -> None:
@@ -194,6 +212,10 @@ class Cache:
         del self._loads[model]
         self._failures.pop(model, None)
         return slot
+
+    def dismiss(self, model: ModelName) -> None:
+        """A speculative load that found no room is over, and held against nobody."""
+        del self._loads[model]
 
     def failed(self, model: ModelName, error: LoadError, now: float) -> Failure:
         """The load is over without a model. Remembered for the error's back-off, twice as long on each repetition."""
@@ -221,7 +243,7 @@ class Cache:
             return False
         if self._slots.get(slot.model) is slot:
             del self._slots[slot.model]
-            self._lru_of(slot).pop(slot.model, None)
+            self._policy.leave(slot.model)
         self._free(slot)
         return True
 
@@ -239,18 +261,17 @@ class Cache:
         self._pins.add(model)
         slot = self._slots.get(model)
         if slot is not None:
-            self._lru_of(slot).pop(model, None)
+            self._policy.leave(model)
             slot.state = State.READY
 
     def unpin(self, model: ModelName) -> None:
-        """The model may be evicted again, as the most recently used."""
+        """The model may be evicted again."""
         if model not in self._pins:
             return
         self._pins.discard(model)
         slot = self._slots.get(model)
         if slot is not None:
-            self._touch(slot)
-            self._lru_of(slot)[model] = slot
+            self._policy.enter(model, slot.family, asked=False)
 
     # --- what is here -----------------------------------------------------------------------------------------------
 
@@ -292,7 +313,7 @@ class Cache:
         Forget them and call `retired` for each. Rows stay: they lie in slabs, whose memory their going would not free.
         """
         victims = []
-        for slot in filter(evictable, self._singles.values()):
+        for slot in self._idle(None):
             if need <= 0:
                 break
             slot.state = State.RETIRING
@@ -308,24 +329,23 @@ class Cache:
         assert bank.row_bytes == row_bytes, f"family {family} has rows of {bank.row_bytes} bytes, not of {row_bytes}"
         return bank
 
-    def _lru_of(self, slot: Slot) -> OrderedDict[ModelName, Slot]:
-        return self._singles if slot.family is None else self._banks[slot.family].lru
+    def _idle(self, family: str | None) -> Iterator[Slot]:
+        """Slots of a family, or singles, that may go now: the first to go first."""
+        return filter(evictable, map(self._slots.__getitem__, self._policy.victims(family)))
+
+    def _cold(self, slot: Slot) -> float:
+        return self._policy.coldness(slot.model)
 
     def _row_of(self, slot: Slot) -> tuple[int, int]:
         """Indices of its slab and of its row in there."""
         slab, at = divmod(slot.offset, self.slab_bytes)
         return slab, at // slot.charge
 
-    def _touch(self, slot: Slot) -> None:
-        """The most recently used of all. (Every LRU is in the order of `used`.)"""
-        self._clock += 1
-        slot.used = self._clock
-
     def _condemn(self, slot: Slot) -> None:
         slot.condemned = True
         slot.state = State.RETIRING
         del self._slots[slot.model]
-        self._lru_of(slot).pop(slot.model, None)
+        self._policy.leave(slot.model)
 
     def _take_bytes(self, charge: int) -> int | None:
         if charge > self.budget_bytes - self.used_bytes:
@@ -394,28 +414,34 @@ class Cache:
         """
         need = (charge if bank is None else self.slab_bytes) - (self.budget_bytes - self.used_bytes)
         best: Evict | None = None
-        coldest: float = inf
-        own = None if bank is None else next(filter(evictable, bank.lru.values()), None)
+        floor = -inf  # whoever is to go instead must be colder
+        own = None if bank is None else next(self._idle(bank.family), None)
         if own is not None:
-            best, coldest = Evict((own,)), own.used
+            best, floor = Evict((own,)), self._cold(own)
         elif need > self.slab_bytes and need > self._reclaimable():
             return Wait()
-        singles = self._singles_worth(need, coldest)
+        singles = self._singles_worth(need, floor)
         if singles:
-            best, coldest = Evict(singles), singles[-1].used
+            best, floor = Evict(singles), min(map(self._cold, singles))
         for other in self._banks.values():
-            drain = None if other is bank else self._drain(other, coldest)
+            drain = None if other is bank else self._drain(other, floor)
             if isinstance(drain, Moves):
                 return drain  # costs nobody a place
             if drain is not None:
-                best, coldest = drain, drain.victims[-1].used
+                best, floor = drain, min(map(self._cold, drain.victims))
         return best or Wait()
+
+    def _may_make_room(self, plan: Evict | Moves | Wait, model: ModelName) -> bool:
+        """Whether a load that nobody waits for is worth the plan."""
+        if isinstance(plan, Evict):
+            return min(map(self._cold, plan.victims)) > self._policy.coldness(model)
+        return isinstance(plan, Moves)
 
     def _reclaimable(self) -> int:
         """Bytes that singles and families could give up if all that may go went and the rest moved together."""
-        total = sum(slot.charge for slot in self._singles.values() if evictable(slot))
+        total = sum(slot.charge for slot in self._idle(None))
         for bank in self._banks.values():
-            stay = bank.occupied - sum(map(evictable, bank.lru.values()))
+            stay = bank.occupied - sum(1 for _ in self._idle(bank.family))
             fixed = sum(not movable(slab) for slab in bank.slabs.values())
             total += (len(bank.slabs) - max(fixed, ceil(stay / bank.rows_per_slab))) * self.slab_bytes
         return total
@@ -423,8 +449,8 @@ class Cache:
     def _singles_worth(self, need: int, colder_than: float) -> tuple[Slot, ...]:
         """The coldest singles that together free `need` bytes; none if they cannot, or not all are colder."""
         victims = []
-        for slot in filter(evictable, self._singles.values()):
-            if slot.used >= colder_than:
+        for slot in self._idle(None):
+            if self._cold(slot) <= colder_than:
                 break
             victims.append(slot)
             need -= slot.charge
@@ -438,8 +464,8 @@ class Cache:
         The coldest rows go, wherever they lie; then the hot ones of the emptiest slab move to their places.
         """
         excess = max(0, bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab)
-        coldest = islice(filter(evictable, bank.lru.values()), excess)
-        victims = tuple(takewhile(lambda slot: slot.used < colder_than, coldest))
+        coldest = islice(self._idle(bank.family), excess)
+        victims = tuple(takewhile(lambda slot: self._cold(slot) > colder_than, coldest))
         if len(victims) < excess:
             return None
         by_size = sorted(bank.slabs, key=lambda index: len(bank.slabs[index]))

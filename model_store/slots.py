@@ -4,7 +4,6 @@ A slot is EMPTY, LOADING (room given, numbers on their way), READY, or RETIRING 
 still read its numbers, so the room is not free before the cache is told `retired`).
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -31,7 +30,6 @@ class Slot:
     offset: int
     state: State
     loaded_at: float
-    used: int = 0
     used_at: float = 0.0
     leases: int = 0
     #: Told to go for good (unload, superseded version): never revived, gone when the last lease ends.
@@ -58,7 +56,7 @@ class Slab:
 class Bank:
     """The slabs of one family by index; `open` are those with an empty row, `occupied` counts the rows that are not.
 
-    `lru` holds the family's ready, unpinned slots, coldest first. A family without slabs has no bank.
+    A family without slabs has no bank.
     """
 
     family: str
@@ -67,7 +65,6 @@ class Bank:
     slabs: dict[int, Slab] = field(default_factory=dict)
     open: set[int] = field(default_factory=set)
     occupied: int = 0
-    lru: OrderedDict[ModelName, Slot] = field(default_factory=OrderedDict)
 
     def put(self, slab: int, row: int, slot: Slot) -> None:
         """An empty row is taken."""
@@ -91,7 +88,7 @@ class Bank:
 
 
 def evictable(slot: Slot) -> bool:
-    """Whether the slot may be asked to go now. (Pinned slots are in no LRU, so nobody asks.)"""
+    """Whether the slot may be asked to go now. (Of pinned ones the policy does not know, so nobody asks.)"""
     return slot.state is State.READY and slot.leases == 0
 
 

@@ -10,35 +10,30 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import structlog
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
-from server import forecasts, wire
-from server.errors import Detail, Refused, SageMakerCode, Situation, sagemaker_error
-from server.forecasts import Item, Prediction
+from server import forecasts, together, wire
+from server.calls import Calls, ClientGone, Receive, refusal
+from server.errors import Refused, SageMakerCode, Situation, sagemaker_error
 from server.link import Call, Link, WorkerLost
 from server.metrics import FrontMetrics
-from server.router import Lane, Router
 from server.settings import Settings
 from server.signature import Signatures
+from server.together import JSON, NPY, Limit
 
 log = structlog.get_logger()
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Forward = Callable[[Scope, dict[bytes, bytes], Headers, Receive, Send], Awaitable[Sequence[int]]]
 
-WATCH_AFTER_S = 0.5
 MAX_HEADER = 1024
 MAX_NAMES = 50_000
-MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
-JSON = "application/json"
 CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 TOO_MANY = 429
 _ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
@@ -48,45 +43,24 @@ _PING = b'{"status": "Healthy"}\n'
 _VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
 
 
-class ClientGone(Exception):
-    """The connection ends before the answer: the client left or does not read, or half an answer is all we have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """The bytes a body may have, and the setting that says so."""
-
-    bytes: int
-    setting: str
-
-    def check(self, size: int) -> None:
-        """Raises Refused."""
-        if size > self.bytes:
-            message = f"the body has {size} bytes or more, the limit is {self.bytes} ({self.setting})"
-            raise Refused(Situation.TOO_LARGE, message)
-
-
 class App:
-    """One front's ASGI application. `links` are the connections to the workers that are up, by worker."""
+    """One front's ASGI application over its `calls` to the workers."""
 
     def __init__(self, settings: Settings, metrics: FrontMetrics) -> None:
-        self.router = Router()
-        self.links: dict[int, Link] = {}
+        self.calls = Calls()
         self._settings = settings
         self._metrics = metrics
         self._signatures = Signatures(settings.access_keys) if settings.access_keys else None
         self._held = 0
         self._names: dict[bytes, ModelName] = {}
-        self._watched: dict[Call, tuple[float, Receive, Link]] = {}
-        self._watchers: set[asyncio.Task[None]] = set()
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex()
         self._max_body = Limit(int(settings.max_body_bytes), "max_body_bytes")
         self._max_forecasts = Limit(int(settings.max_forecasts_bytes), "max_forecasts_bytes")
 
     def __repr__(self) -> str:
-        """For example `<App 2 links, 12000 bytes held>`."""
-        return f"<App {len(self.links)} links, {self._held} bytes held>"
+        """For example `<App <Calls 2 links, 12 under way>, 12000 bytes held>`."""
+        return f"<App {self.calls!r}, {self._held} bytes held>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One ASGI connection scope; only HTTP is served."""
@@ -100,7 +74,7 @@ class App:
         elif path == "/ping":
             await _reply(send, 200, [(b"content-type", b"application/json")], _PING)
         elif path == "/ready":
-            up = len(self.router.lanes)
+            up = len(self.calls.router.lanes)
             body = msgspec.json.encode({"ready": bool(up), "workers": up})
             await _reply(send, 200 if up else 503, [(b"content-type", b"application/json")], body)
         else:
@@ -137,7 +111,7 @@ class App:
         """One model's call."""
         link, call, response = await self._ask(scope, headers, receive)
         if response.situation:
-            refused = await _refused(link, call, response)
+            refused = await refusal(link, call, response)
             return [await self._refuse(send, refused, extra + _story(response))]
         await self._stream(send, link, call, response, extra)
         return [200]
@@ -153,7 +127,7 @@ class App:
         self._held += len(body)
         try:
             self._check_held()
-            return await self._call(model, content_type, accept, deadline, body, receive)
+            return await self.calls.ask(model, content_type, accept, deadline, body, receive)
         finally:
             self._held -= len(body)
 
@@ -163,125 +137,22 @@ class App:
             self._signatures.check(scope["method"], scope["path"], scope.get("query_string", b""), headers, body)
         return body
 
-    # --- many models in one call ------------------------------------------------------------------------------------
-
     async def _forecasts(
         self, scope: Scope, headers: dict[bytes, bytes], extra: Headers, receive: Receive, send: Send
     ) -> Sequence[int]:
-        """A call for many models: each item a call of its own to its worker, all of them under way at once."""
+        """A call for many models."""
         deadline = time.monotonic() + self._timeout(headers.get(b"x-request-timeout-ms"))
+        wanted = NPY if NPY in _header(headers, b"accept").lower() else JSON
         body = await self._signed_body(scope, headers, receive, self._max_forecasts)
         self._held += len(body)
         try:
             self._check_held()
-            found = await self._all(forecasts.sliced(body), deadline, receive)
+            found = await together.answer(self.calls, body, wanted, self._max_forecasts, deadline, receive)
         finally:
             self._held -= len(body)
-        head = [(b"content-type", b"application/json"), *extra, *forecasts.story(found)]
-        await _reply(send, 200, head, forecasts.spliced(found))
-        return forecasts.statuses(found)
-
-    async def _all(
-        self, items: Sequence[Item | Refused], deadline: float, receive: Receive
-    ) -> list[Prediction | Refused]:
-        """What came of each item, in order. Raises ClientGone when nobody waits any more."""
-        room = asyncio.Semaphore(MAX_UNDER_WAY)
-        answered = 0
-
-        async def one(item: Item | Refused) -> Prediction | Refused:
-            nonlocal answered
-            if isinstance(item, Refused):
-                return item
-            async with room:
-                found = await self._one(item, deadline)
-            answered += 0 if isinstance(found, Refused) else len(found.body)
-            if answered > self._max_forecasts.bytes:
-                message = f"the answers have more than {self._max_forecasts.bytes} bytes together"
-                raise Refused(
-                    Situation.TOO_LARGE, f"{message} ({self._max_forecasts.setting}); ask for less in one call"
-                )
-            return found
-
-        calls = asyncio.gather(*map(one, items))
-        gone = asyncio.ensure_future(receive())  # the body has been read: the next message can only be that
-        try:
-            await asyncio.wait((calls, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not calls.done():
-                raise ClientGone
-            return calls.result()
-        finally:
-            gone.cancel()
-            calls.cancel()
-            await asyncio.gather(calls, gone, return_exceptions=True)
-
-    async def _one(self, item: Item, deadline: float) -> Prediction | Refused:
-        """One item's prediction, or why there is none."""
-        try:
-            link, call, response = await self._call(item.model, JSON, JSON, deadline, item.body, _NOBODY)
-            if response.situation:
-                return await _refused(link, call, response)
-            return Prediction(forecasts.prediction(await _whole(link, call, response)), response)
-        except Refused as refused:
-            return refused
-        except WorkerLost:
-            return Refused(Situation.WORKER_LOST, "the worker died with half of the answer; try again")
-
-    # --- the call ---------------------------------------------------------------------------------------------------
-
-    async def _call(
-        self, model: ModelName, content_type: str, accept: str, deadline: float, body: bytes, receive: Receive
-    ) -> tuple[Link, Call, wire.Response]:
-        """The worker's response. When the worker dies with it, one other worker is asked: a forecast has no effects."""
-        avoid: int | None = None
-        while True:
-            now = time.monotonic()
-            lane = self.router.route(model, now, avoid)
-            link = None if lane is None else self.links.get(lane.worker)
-            if lane is None or link is None:
-                if avoid is not None:
-                    raise Refused(
-                        Situation.WORKER_LOST, "the worker died with this request, and no other is up; try again"
-                    )
-                raise Refused(Situation.NOT_READY, "no worker is up yet; try again")
-            counted = self.router.started(lane, model)
-            call = link.call(model, content_type, accept, deadline, body)
-            self._watched[call] = (now, receive, link)
-            try:
-                response = await call.reply
-            except WorkerLost:
-                self.router.ended(lane, model, counted, held=False)
-                if avoid is not None:
-                    message = "two workers died with this request; it is not tried again"
-                    raise Refused(Situation.WORKER_LOST, message) from None
-                avoid = lane.worker
-                continue
-            except BaseException:
-                link.cancel(call)
-                self.router.ended(lane, model, counted, held=False)
-                raise
-            finally:
-                del self._watched[call]
-            self._learn(lane, model, counted, response)
-            return link, call, response
-
-    def _learn(self, lane: Lane, model: ModelName, counted: bool, response: wire.Response) -> None:
-        """What the answer says of the worker's pace and of where the model is."""
-        held = response.situation in (0, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
-        wait = (response.queue_us + response.inference_us) / 1e6
-        load = response.load_us / 1e6 if response.cache == wire.CacheResult.MISS and held else 0.0
-        self.router.ended(lane, model, counted, held=held, wait_s=wait, load_s=load)
-
-    def sweep(self) -> None:
-        """Called every tenth of a second: deadlines, and clients that left while their request was slow."""
-        now = time.monotonic()
-        for link in self.links.values():
-            link.sweep(now)
-        for call, (since, receive, link) in list(self._watched.items()):
-            if now - since > WATCH_AFTER_S and not call.reply.done() and receive is not _NOBODY:
-                self._watched[call] = (since, _NOBODY, link)
-                task = asyncio.create_task(_watch(call, receive, link))
-                self._watchers.add(task)
-                task.add_done_callback(self._watchers.discard)
+        head = [(b"content-type", found.media.encode()), *extra, *forecasts.story(found.found)]
+        await _reply(send, 200, head, found.body)
+        return forecasts.statuses(found.found)
 
     # --- parts of a request -----------------------------------------------------------------------------------------
 
@@ -394,22 +265,6 @@ class App:
         return status
 
 
-async def _nobody() -> MutableMapping[str, Any]:
-    """Stands where a receive channel was that has its watcher already."""
-    return {}
-
-
-_NOBODY: Receive = _nobody
-
-
-async def _watch(call: Call, receive: Receive, link: Link) -> None:
-    """Cancel the call when its client leaves. The body has been read, so the next message can only be that."""
-    message = await receive()
-    if message["type"] == "http.disconnect" and not call.reply.done():
-        link.cancel(call)
-        call.reply.set_exception(ClientGone())
-
-
 def _story(response: wire.Response) -> Headers:
     """Headers that say what happened: cache, version, times in milliseconds."""
     times = f"queue;dur={response.queue_us / 1e3:.3f}, "
@@ -434,21 +289,6 @@ def _header(headers: dict[bytes, bytes], name: bytes) -> str:
     if len(raw) > MAX_HEADER:
         raise Refused(Situation.BAD_REQUEST, f"the header {name.decode()} is longer than {MAX_HEADER} bytes")
     return raw.decode("latin-1")
-
-
-async def _whole(link: Link, call: Call, response: wire.Response) -> bytes:
-    """The response's body to its end. Raises WorkerLost."""
-    try:
-        return response.body + b"".join([part async for part in link.rest(call)])
-    except BaseException:
-        link.cancel(call)
-        raise
-
-
-async def _refused(link: Link, call: Call, response: wire.Response) -> Refused:
-    """What a worker says instead of an answer."""
-    detail = msgspec.json.decode(await _whole(link, call, response), type=Detail)
-    return Refused(Situation(response.situation), detail.message, detail.instance, detail.field)
 
 
 async def _reply(send: Send, status: int, headers: Headers, body: bytes) -> None:

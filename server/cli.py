@@ -1,4 +1,4 @@
-"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke | batch`.
+"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke | batch | backtest | retrain`.
 
 `serve` is the supervisor's process and stays without torch; the tools for archives import `server.workshop`, which has
 it, when they run.
@@ -7,7 +7,6 @@ it, when they run.
 import asyncio
 import contextlib
 import json
-import os
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -22,10 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from model_store.errors import LoadError
+from server.backtest import Score, backtest
 from server.batch import batch
+from server.client import ENDPOINT, sagemaker
+from server.correlate import correlate
+from server.doctor import doctor
 from server.logs import configure_logs
 from server.management import running, until_told_to_stop
 from server.options import human, settings_from, table, with_setting_flags, with_table
+from server.retrain import retrain
 from server.settings import Settings
 from server.supervisor import StartFailed, Supervisor
 from server.train import train
@@ -71,6 +75,8 @@ def fleetcast(
     fleetcast inspect au/nsw1.mar                     look into one
     fleetcast verify au/*.mar                         prove that they would load
     fleetcast batch in.jsonl out.jsonl                answer a file of requests, without a server
+    fleetcast backtest p.csv --time hour --models models    score archives on past prices
+    fleetcast retrain p.csv --time hour --store models      fit a fleet anew, publish what is no worse
     """  # noqa: D301 -- click's mark for "do not wrap"
     if version:
         print(f"fleetcast {_version()}")  # noqa: T201 -- the answer
@@ -150,6 +156,10 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
 
 app.command(short_help="Fit forecasters to your prices.")(train)
 app.command(short_help="Answer a file of requests.")(batch)
+app.command(short_help="Score archives on past prices.")(backtest)
+app.command(short_help="Fit a fleet anew, publish what is no worse.")(retrain)
+app.command(short_help="Learn how markets move together.")(correlate)
+app.command(short_help="Look at this machine, measure what it can.")(doctor)
 
 
 @app.command(short_help="Make an archive.")
@@ -178,6 +188,12 @@ def pack(
     name: Annotated[str, typer.Option(help="model name in the manifest; default: the file's name")] = "",
     model_version: Annotated[str, typer.Option("--version", help="model version in the manifest")] = "1.0",
     description: Annotated[str, typer.Option(help="a line for people")] = "",
+    gate: Annotated[Path | None, _file("CSV of prices: write only what is no worse there than what OUT has")] = None,
+    gate_time: Annotated[str, typer.Option(metavar="COLUMN", help="its time stamps")] = "time",
+    gate_target: Annotated[str, typer.Option(metavar="COLUMN", help="the price; default: the file's name")] = "",
+    gate_score: Annotated[Score, typer.Option(help="what decides, lower is better")] = "pinball",
+    gate_margin: Annotated[float, typer.Option(min=0, help="percent that it may be worse")] = 2.0,
+    gate_windows: Annotated[int, typer.Option(min=1, help="last forecasts of the file to compare")] = 28,
 ) -> None:
     """Make an archive; it is proved as a worker would load it before it is written.
 
@@ -194,8 +210,12 @@ def pack(
     quantile levels, channels, scaler. --golden is a request and its answer, checked whenever the archive is loaded.
     Equal input gives equal bytes. --module imports and runs your file, here and now; the archive holds none of it, and
     a server never runs code from a graph. Models of one graph run together where that gives the same answers.
+    --gate lets OUT's new and old archive forecast the same windows, ends with 1 where the new one is worse by more than
+    the margin, and else notes in its description how they compared.
     """  # noqa: D301
     from server import workshop  # noqa: PLC0415 -- torch
+    from server.gate import Gate, Refused, judged  # noqa: PLC0415
+    from server.rolling import Rolling  # noqa: PLC0415
 
     if sum(map(bool, (architecture, module, onnx))) != 1 or (onnx and (weights or forecast)):
         _fail(
@@ -217,13 +237,21 @@ def pack(
             members = {spec.weights.file: weights.read_bytes()}
         else:
             _fail(f"--architecture {architecture} needs its numbers: give a state dict with --weights")
-        packed = workshop.pack(
-            spec, members, golden, model_name=name or Path(key).name.partition(".")[0], model_version=model_version
-        )
+        plain = Path(key).name.partition(".")[0]
+        labels = {"model_name": name or plain, "model_version": model_version}
+        packed = workshop.pack(spec, members, golden, **labels)
         if "://" not in out:
             Path(store).mkdir(parents=True, exist_ok=True)
         place = workshop.place(settings_from({"store": store}), key)
         proof = workshop.proved_bytes(packed, key, place.limits)
+        if gate is not None:
+            terms = Gate(gate_score, gate_margin, Rolling(most=gate_windows))
+            try:
+                verdict = judged(terms, gate, gate_time, gate_target or plain, place, packed)
+            except Refused as refused:
+                _fail(f"{refused}; nothing is written", BAD)
+            packed = workshop.pack(spec, members, golden, **labels, note=str(verdict))
+            proof = f"{proof}; {verdict}"
         place.source.put(key, packed)
     print(f"{out}: {len(packed)} bytes; {proof}")  # noqa: T201
 
@@ -322,18 +350,11 @@ def _invoke(
     url: str, model: str, body: bytes, content_type: str, accept: dict[str, str]
 ) -> tuple[bytes, dict[str, str]]:
     """The answer and its headers; an error ends the command with its type and message."""
-    import boto3  # noqa: PLC0415 -- a third of a second that only this command has to pay
-    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 -- boto3 takes a third of a second
 
-    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # no server's keys are an EC2 role's: do not ask for one
-    session = boto3.Session()
-    keys = {} if session.get_credentials() else {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
     try:
-        client = session.client(
-            "sagemaker-runtime", endpoint_url=url, region_name=session.region_name or "us-east-1", **keys
-        )
-        reply = client.invoke_endpoint(
-            EndpointName="fleetcast", TargetModel=model, Body=body, ContentType=content_type, **accept
+        reply = sagemaker(url).invoke_endpoint(
+            EndpointName=ENDPOINT, TargetModel=model, Body=body, ContentType=content_type, **accept
         )
     except ClientError as error:
         _fail(f"{error.response['Error']['Code']}: {error.response['Error']['Message']}", BAD)

@@ -61,13 +61,13 @@ class Front:
         """Deadlines, for as long as the front lives."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            self._app.sweep()
+            self._app.calls.sweep()
 
     def _follow(self, wanted: dict[int, str]) -> None:
         self._wanted = wanted
         for worker, path in list(self._linked.items()):
             if wanted.get(worker) != path:
-                self._app.links[worker].close()
+                self._app.calls.links[worker].close()
         for worker in wanted:
             task = self._connecting.get(worker)
             if worker not in self._linked and (task is None or task.done()):
@@ -82,14 +82,14 @@ class Front:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             self._linked[worker] = path
-            self._app.links[worker] = link
-            self._app.router.up(worker)
+            self._app.calls.links[worker] = link
+            self._app.calls.router.up(worker)
 
     def _lost(self, link: Link) -> None:
         """Known here first: the socket closes with the process. The supervisor's word follows."""
-        if self._app.links.get(link.worker) is link:
-            del self._app.links[link.worker], self._linked[link.worker]
-            self._app.router.down(link.worker)
+        if self._app.calls.links.get(link.worker) is link:
+            del self._app.calls.links[link.worker], self._linked[link.worker]
+            self._app.calls.router.down(link.worker)
             if link.worker in self._wanted:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
 

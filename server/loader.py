@@ -17,7 +17,9 @@ from handlers.errors import RequestError, RunFailed
 from handlers.forecasters import check_forecast, family
 from handlers.golden import mismatch
 from handlers.graph import GraphFamily, graph_family
+from handlers.joint import JointCodec, JointModel
 from handlers.onnx import OnnxModel, Provider
+from handlers.scenarios import load_correlation
 from model_store.archive import Archive, Limits, check_tensors, read_tensors, require_supported
 from model_store.errors import GoldenMismatch, LoadError
 from model_store.manifest import GoldenSample, Kind
@@ -44,8 +46,8 @@ class RowModel:
 class SingleModel:
     """A model that runs alone."""
 
-    single: Single
-    codec: SingleCodec
+    single: Single | JointModel
+    codec: SingleCodec | JointCodec
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,9 @@ class Loader:
         if archive.kind is Kind.ONNX:
             single = OnnxModel(archive.weights(), threads=self._threads, provider=self._provider)
             return SingleModel(single, SingleCodec(single.inputs, single.outputs)), None
+        if archive.spec is not None and archive.spec.correlation:
+            correlation = load_correlation(archive.spec.correlation, read_tensors(archive))
+            return SingleModel(JointModel(correlation), JointCodec(correlation)), None
         assert archive.spec is not None, "forecasters and graphs are known by their fleetcast.json"
         graph = graph_family(archive.graph()) if archive.kind is Kind.GRAPH else None
         network = graph or family(archive.spec)
@@ -162,7 +167,9 @@ def open_store(settings: Settings) -> tuple[Source, Limits]:
     return source, limits
 
 
-def prove(name: str, golden: GoldenSample, codec: FamilyCodec | SingleCodec, run: Callable[[Any], Any]) -> None:
+def prove(
+    name: str, golden: GoldenSample, codec: FamilyCodec | SingleCodec | JointCodec, run: Callable[[Any], Any]
+) -> None:
     """Raises GoldenMismatch, naming the first number that is off, unless `run` answers the sample as the archive says.
 
     `run` takes the decoded call and gives what its `encode` takes.

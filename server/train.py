@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from model_store.manifest import Forecast
 
 WRONG = 2  #: exit code: it could not be done as asked
-DECIDED = ("features", "context_length", "prediction_length", "quantiles")
+DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
+NAMES = ("tcn", "mlp", "gru", "seq2seq", "lear", "mqcnn", "mqrnn", "deepar", "deepstate", "esrnn", "recursive")
 
 
 def train(
@@ -40,13 +42,17 @@ def train(
         list[str] | None,
         typer.Option(help="column known ahead, such as a load forecast (repeatable); may contain {target}"),
     ] = None,
-    architecture: Annotated[str, typer.Option(help="tcn, mlp, gru or seq2seq")] = "tcn",
+    architecture: Annotated[str, typer.Option(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}")] = "tcn",
+    members: Annotated[int, typer.Option(min=1, max=64, help="of an ensemble in one archive")] = 1,
     config: Annotated[str, typer.Option(metavar="JSON", help="what the architecture leaves open")] = "{}",
     name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
     prediction_length: Annotated[int, typer.Option(min=0, help="steps to forecast; 0: by the frequency, hours 24")] = 0,
     context_length: Annotated[int, typer.Option(min=0, help="steps to look at; 0: 168, above an hour 84")] = 0,
     quantiles: Annotated[str, typer.Option(help="levels to forecast")] = "0.1,0.25,0.5,0.75,0.9",
     scaling: Annotated[Literal["asinh", "linear"], typer.Option(help="after median and quartiles")] = "asinh",
+    origin: Annotated[
+        str, typer.Option(metavar="HH:MM", help="every forecast's first step; lear of days 00:00, or any")
+    ] = "",
     train_until: Annotated[str, typer.Option(metavar="DATE", help="use only the rows before it")] = "",
     epochs: Annotated[float, typer.Option(min=0, help="passes at most; 0: 20, more for a short series")] = 0.0,
     minutes: Annotated[
@@ -75,8 +81,9 @@ def train(
         series = read_csv(csv, time, target, known_future or [])
         if train_until:
             series = [each.before(_moment(train_until)) for each in series]
-        options = _config(config)
+        options = _config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
+        recipe["origin"] = _origin(origin)
         forecasts = make_forecasts(series, architecture, options, prediction_length, context_length, recipe)
         _check_out(out, names[series[0].name])
         limit = minutes * 60 or float("inf")
@@ -106,18 +113,23 @@ def make_forecasts(
     recipe_options: Mapping[str, Any],
 ) -> list["Forecast"]:
     """The input recipe of each series, lengths of 0 by its frequency. Raises SeriesInvalid, ValueError."""
-    from handlers.batched import reach  # noqa: PLC0415
+    from handlers.batched import wants  # noqa: PLC0415
     from handlers.forecasters import build  # noqa: PLC0415
-    from handlers.recipe import default_context, default_prediction, recipe  # noqa: PLC0415
+    from handlers.recipe import DAY, default_context, default_prediction, recipe  # noqa: PLC0415
 
     step_s = round(series[0].step.total_seconds())
     context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
     try:
-        seen = reach(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
+        needs = wants(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
     except ArchiveInvalid as error:  # there is no such file yet: the flags are what was wrong
         said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
         raise ValueError(f"--architecture, --config: {said}") from error
-    return [recipe(each, seen, context_length=context, prediction_length=horizon, **recipe_options) for each in series]
+    options = {**recipe_options, "prediction_length": horizon, "weekdays": needs.weekdays, "paths": needs.paths}
+    options["context_length"] = context_length or needs.context or context
+    asked, of_days = options.get("origin", ""), needs.weekdays and step_s < DAY and horizon * step_s % DAY == 0
+    options["origin"] = "" if asked == "any" else asked or ("00:00" if of_days else "")
+    seen = options["context_length"] if needs.context else needs.reach
+    return [recipe(each, seen, **options) for each in series]
 
 
 def _check_out(out: str, name: ModelName) -> None:
@@ -203,6 +215,12 @@ def _moment(text: str) -> datetime:
     except ValueError:
         raise ValueError(f"--train-until: expected a date such as 2024-01-01, not {text!r}") from None
     return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+def _origin(text: str) -> str:
+    if text not in ("", "any") and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", text):
+        raise ValueError(f"--origin: expected a time of day such as 00:00, or any, not {text!r}")
+    return text
 
 
 def _levels(text: str) -> tuple[float, ...]:

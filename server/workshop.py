@@ -19,6 +19,7 @@ from torch import nn
 from handlers.graph import GraphFamily, graph_family
 from handlers.graph.export import export
 from handlers.graph.record import parse_graph
+from handlers.joint import JointModel
 from model_store.archive import Archive, Limits, open_archive, read_tensors
 from model_store.errors import ArchiveInvalid
 from model_store.manifest import GRAPH_FILE, Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
@@ -73,9 +74,9 @@ def proved(where: Place) -> str:
 
 
 def _what(body: RowModel | SingleModel) -> str:
-    """The family; for a graph also how its rows run."""
+    """The family, for a graph also how its rows run; of a correlation what it covers."""
     if not isinstance(body, RowModel):
-        return "onnx"
+        return f"{body.single.correlation!r}" if isinstance(body.single, JointModel) else "onnx"
     return f"{body.family.key}, {body.family.runs}" if isinstance(body.family, GraphFamily) else body.family.key
 
 
@@ -97,10 +98,17 @@ def proved_bytes(packed: bytes, name: ModelName, limits: Limits) -> str:
 
 
 def pack(
-    spec: Spec, members: Mapping[str, bytes], golden: Path | None, *, model_name: str, model_version: str
+    spec: Spec,
+    members: Mapping[str, bytes],
+    golden: Path | None,
+    *,
+    model_name: str,
+    model_version: str,
+    note: str = "",
 ) -> bytes:
-    """The archive of `spec` and its members. Raises ArchiveInvalid, OSError."""
+    """The archive of `spec` and its members, `note` added to its description. Raises ArchiveInvalid, OSError."""
     members = dict(members)
+    spec = msgspec.structs.replace(spec, description="; ".join(filter(None, (spec.description, note))))
     if golden is not None:
         sample: GoldenSample = parse_golden(golden.read_bytes(), str(golden))
         spec = msgspec.structs.replace(spec, golden=GOLDEN_FILE)
@@ -200,7 +208,7 @@ def described(archive: Archive, data: bytes) -> dict[str, Any]:
         found["golden"] = archive.golden() is not None
     if archive.kind is Kind.GRAPH:
         found["graph"] = _graph(archive)
-    if archive.kind in (Kind.FORECASTER, Kind.GRAPH):
+    if archive.kind in (Kind.FORECASTER, Kind.GRAPH, Kind.CORRELATION):
         found["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
     return found
 
@@ -238,7 +246,18 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "graph", f"{graph['family']}, {name} {shape} -> {graph['output']}"
         yield "runs", graph["runs"]
         yield "operators", ", ".join(f"{count} {op}" for op, count in graph["operators"].items())
-    forecast = spec.get("forecast")
+    yield from _prices(spec)
+    if spec:
+        yield "golden", "a sample, checked at every load" if found["golden"] else "none"
+    for name, size in found["members"].items():
+        yield "member", f"{name}, {human(size)}"
+    for name, shape in found.get("tensors", {}).items():
+        yield "tensor", f"{name} {shape}"
+
+
+def _prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is forecast, or whose forecasts are tied together."""
+    forecast, correlation = spec.get("forecast"), spec.get("correlation")
     if forecast:
         levels = " ".join(map(str, forecast["quantile_levels"]))
         lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
@@ -246,12 +265,10 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "products", ", ".join(forecast["products"])
         for i, channel in enumerate(forecast["inputs"]):
             yield f"channel {i}", _channel(channel)
-    if spec:
-        yield "golden", "a sample, checked at every load" if found["golden"] else "none"
-    for name, size in found["members"].items():
-        yield "member", f"{name}, {human(size)}"
-    for name, shape in found.get("tensors", {}).items():
-        yield "tensor", f"{name} {shape}"
+    if correlation:
+        lengths = f"{correlation['horizon']} steps, {correlation['windows']} windows"
+        yield "correlation", f"{correlation['method']}, {lengths}"
+        yield "products", ", ".join(correlation["products"])
 
 
 def _channel(channel: dict[str, Any]) -> str:

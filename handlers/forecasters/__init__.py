@@ -5,15 +5,24 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 
 from handlers.base import Family, Float32
+from handlers.forecasters.deepar import Deepar, DeeparConfig
+from handlers.forecasters.deepstate import Deepstate, DeepstateConfig
+from handlers.forecasters.ensemble import MOST_MEMBERS, Ensemble
+from handlers.forecasters.esrnn import Esrnn, EsrnnConfig
 from handlers.forecasters.gru import Gru, GruConfig
+from handlers.forecasters.lear import Lear, LearConfig
 from handlers.forecasters.mlp import Mlp, MlpConfig
+from handlers.forecasters.mqcnn import Mqcnn, MqcnnConfig
+from handlers.forecasters.mqrnn import Mqrnn, MqrnnConfig
+from handlers.forecasters.recursive import Recursive, RecursiveConfig
 from handlers.forecasters.seq2seq import Seq2Seq, Seq2SeqConfig
 from handlers.forecasters.tcn import Tcn, TcnConfig
 from model_store.errors import ArchiveInvalid
@@ -30,8 +39,15 @@ class Architecture:
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
+        "deepar": Architecture(DeeparConfig, Deepar),
+        "deepstate": Architecture(DeepstateConfig, Deepstate),
+        "esrnn": Architecture(EsrnnConfig, Esrnn),
         "gru": Architecture(GruConfig, Gru),
+        "lear": Architecture(LearConfig, Lear),
         "mlp": Architecture(MlpConfig, Mlp),
+        "mqcnn": Architecture(MqcnnConfig, Mqcnn),
+        "mqrnn": Architecture(MqrnnConfig, Mqrnn),
+        "recursive": Architecture(RecursiveConfig, Recursive),
         "seq2seq": Architecture(Seq2SeqConfig, Seq2Seq),
         "tcn": Architecture(TcnConfig, Tcn),
     }
@@ -51,16 +67,24 @@ def family(spec: Spec) -> Family:
 
 
 def build(architecture: str, config: Mapping[str, object]) -> Family:
-    """The family by name and (partial) config; fields left out have the architecture's defaults. Raises as `family`."""
+    """The family by name and (partial) config; fields left out have the architecture's defaults. Raises as `family`.
+
+    `members` in the config of any architecture of quantiles makes an ensemble of it.
+    """
     known = ARCHITECTURES.get(architecture)
     if known is None:
         names = ", ".join(ARCHITECTURES)
         raise ArchiveInvalid(f"{FLEETCAST_JSON}: unknown architecture {architecture!r}; known are {names}")
+    fields = dict(config)
     try:
-        record = msgspec.convert(dict(config), known.config)
+        members = msgspec.convert(fields.pop("members", 1), Annotated[int, Meta(ge=1, le=MOST_MEMBERS)])
+    except msgspec.ValidationError as error:
+        raise ArchiveInvalid(f"{FLEETCAST_JSON}: config of {architecture}: {error} - at `$.members`") from error
+    try:
+        record = msgspec.convert(fields, known.config)
     except msgspec.ValidationError as error:
         raise ArchiveInvalid(f"{FLEETCAST_JSON}: config of {architecture}: {error}") from error
-    return _build(architecture, record)
+    return _build(architecture, record, members)
 
 
 def random_tensors(family: Family, seed: int) -> dict[str, Float32]:
@@ -71,8 +95,18 @@ def random_tensors(family: Family, seed: int) -> dict[str, Float32]:
     return {name: tensor.numpy().astype(np.float32) for name, tensor in state.items()}
 
 
+def samples(family: Family) -> bool:
+    """Whether it answers sample paths instead of quantiles."""
+    return isinstance(family, Deepar | Deepstate)
+
+
 @cache
-def _build(architecture: str, config: msgspec.Struct) -> Family:
+def _build(architecture: str, config: msgspec.Struct, members: int) -> Family:
+    if members > 1:
+        if samples(_build(architecture, config, 1)):
+            what = "the mean of paths is no path; train more of them"
+            raise ArchiveInvalid(f"{FLEETCAST_JSON}: config of {architecture}: {what} - at `$.members`")
+        return Ensemble(_build(architecture, config, 1), members)
     digest = sha256(msgspec.json.encode(config, order="sorted")).hexdigest()[:16]
     return ARCHITECTURES[architecture].family(f"{architecture}-{digest}", config)
 
@@ -87,11 +121,14 @@ def check_forecast(family: Family, forecast: Forecast) -> None:
         wanted = f"[features, context] -> [prediction, {f'{products}, ' if products > 1 else ''}quantiles]"
         raise ArchiveInvalid(f"{FLEETCAST_JSON}: a forecast needs a network {wanted}, but {family.key} has {shapes}")
     (features, context), (prediction, quantiles) = family.input_shape, output
+    last = "quantile_levels" + " times products" * (products > 1), len(forecast.quantile_levels) * products, quantiles
+    if forecast.paths or samples(family):
+        last = "paths", forecast.paths or 0, quantiles
     for field, stated, network in (
         ("inputs", len(forecast.inputs), features),
         ("context_length", forecast.context_length, context),
         ("prediction_length", forecast.prediction_length, prediction),
-        ("quantile_levels" + " times products" * (products > 1), len(forecast.quantile_levels) * products, quantiles),
+        last,
     ):
         if stated != network:
             what = f"forecast.{field} says {stated}, but the network {family.key} has {network}"

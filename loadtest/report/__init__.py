@@ -16,7 +16,7 @@ from loadtest.report.charts import NOTHING, TAGS, Chart, charts, number
 from loadtest.report.results import NotAResult, checked, load
 from loadtest.report.tables import headlines, remarks, tables, verdict
 
-__all__ = ["NotAResult", "load", "page", "write"]
+__all__ = ["NotAResult", "document", "load", "page", "write"]
 
 HERE = Path(__file__).parent
 MOST_RUNS = len(TAGS)
@@ -39,17 +39,9 @@ def page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
         raise ValueError(f"a report is of one run or two, each with a label, not of {len(runs)} with {len(labels)}")
     records = [checked(run) for run in runs]
     found = [record["results"] for record in records]
-    drawn = charts(found)
-    library = _uplot()
-    style = Markup("\n".join(map(_text, (library / "uPlot.min.css", HERE / "page.css"))))  # noqa: S704
-    script = Markup("\n".join(map(_text, (library / "uPlot.iife.js", HERE / "page.js"))))  # noqa: S704
-    return _template().render(
-        style=style,
-        script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        data=_embedded([_spec(chart) for chart in drawn]),
-        charts=drawn,
+    return document(
+        "page.html",
+        charts(found),
         runs=[
             {"tag": tag, "label": label, "record": record, "verdict": verdict(run), "remarks": remarks(run)}
             for tag, label, record, run in zip(TAGS, labels, records, found, strict=False)
@@ -59,7 +51,27 @@ def page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
     )
 
 
-def _template() -> jinja2.Template:
+def document(template: str, drawn: Sequence[Chart], **more: Any) -> str:
+    """A template of this folder with the charts, and whatever else it shows; needs nothing but itself."""
+    library = _uplot()
+    style = Markup("\n".join(map(_text, (library / "uPlot.min.css", HERE / "page.css"))))  # noqa: S704
+    script = Markup("\n".join(map(_text, (library / "uPlot.iife.js", HERE / "page.js"))))  # noqa: S704
+    return (
+        _house()
+        .get_template(template)
+        .render(
+            style=style,
+            script=script,
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+            data=_embedded([_spec(chart) for chart in drawn]),
+            charts=drawn,
+            **more,
+        )
+    )
+
+
+def _house() -> jinja2.Environment:
     """Everything a run's file says is escaped: only our own style, script and encoded data are marked as safe."""
     house = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -69,7 +81,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     house.globals = {"number": number, "behind": _behind, "nothing": NOTHING}
-    return house.get_template("page.html")
+    return house
 
 
 def _behind(chart: Chart) -> tuple[list[list[float | None]], str]:

@@ -269,6 +269,7 @@ def test_covariates_nobody_asked_for_are_refused() -> None:
         ({"quantiles": ["nan"]}, "configuration.quantiles", "outside"),
         ({"quantiles": ["median"]}, "configuration.quantiles", "not a quantile level"),
         ({"output_types": ["samples"]}, "configuration.output_types", "`tail`"),
+        ({"output_types": ["marginal"]}, "configuration.output_types", "`tail`"),
         ({"output_types": ["median"]}, "configuration.output_types[0]", "Invalid enum value"),
         ({"joint": True}, "configuration.joint", "several models"),
         ({"num_samples": 0}, "configuration.num_samples", ">= 1"),

@@ -20,6 +20,9 @@ SHAPES = {
     "prediction_length": st.integers(1, 7),
     "quantiles": st.integers(1, 5),
 }
+SHAPES_OF_PATHS = {"prediction_length": SHAPES["prediction_length"], "paths": st.integers(2, 9)}
+SEASON = {"season": st.integers(2, 30)}
+DECODER = {"contexts": st.integers(1, 5), "local": st.integers(1, 9)}
 RECURRENT = {"hidden": st.integers(1, 33), "layers": st.integers(1, 4)}
 LONG_ENOUGH = st.integers(7, 100)  #: a context for a decoder: not below the prediction length
 CONFIGS = st.one_of(
@@ -31,6 +34,33 @@ CONFIGS = st.one_of(
     st.fixed_dictionaries(
         SHAPES | RECURRENT | {"past": st.integers(0, 1), "features": st.integers(2, 9), "context_length": LONG_ENOUGH}
     ).map(lambda config: ("seq2seq", config)),
+    st.fixed_dictionaries(
+        SHAPES | {"context_length": LONG_ENOUGH, "past": st.integers(0, 1), "marks": st.integers(0, 1)}
+    )
+    .filter(lambda config: config["past"] + config["marks"] <= config["features"])
+    .map(lambda config: ("lear", config)),
+    st.fixed_dictionaries(SHAPES | RECURRENT | DECODER | {"context_length": LONG_ENOUGH}).map(
+        lambda config: ("mqrnn", config)
+    ),
+    st.fixed_dictionaries(
+        SHAPES | DECODER | {"channels": st.integers(1, 33), "kernel": st.integers(1, 4), "context_length": LONG_ENOUGH}
+    ).map(lambda config: ("mqcnn", config)),
+    st.fixed_dictionaries(
+        SHAPES_OF_PATHS | RECURRENT | {"features": st.integers(2, 9), "context_length": st.integers(8, 100)}
+    ).map(lambda config: ("deepar", config)),
+    st.fixed_dictionaries(
+        SHAPES_OF_PATHS | RECURRENT | SEASON | {"features": st.integers(2, 9), "context_length": st.integers(8, 60)}
+    ).map(lambda config: ("deepstate", {**config, "harmonics": config["season"] % 4})),
+    st.fixed_dictionaries(SHAPES | RECURRENT | SEASON).map(lambda config: ("esrnn", config)),
+    st.fixed_dictionaries(SHAPES | RECURRENT | {"context_length": LONG_ENOUGH}).map(
+        lambda config: ("recursive", config)
+    ),
+    st.fixed_dictionaries(SHAPES | {"hidden": st.integers(1, 20), "members": st.integers(2, 4)}).map(
+        lambda config: ("mlp", config)
+    ),
+    st.fixed_dictionaries(SHAPES | {"channels": st.integers(1, 20), "members": st.integers(2, 3)}).map(
+        lambda config: ("tcn", config)
+    ),
 )
 
 
@@ -75,8 +105,15 @@ def test_batched_is_reference_for_any_configuration(
         ("tcn", {}),
         ("gru", {"context_length": 50, "hidden": 16}),
         ("seq2seq", {"context_length": 40, "prediction_length": 30, "hidden": 16}),
+        ("lear", {"features": 4, "marks": 1}),
+        ("mqcnn", {}),
+        ("mqrnn", {"context_length": 50, "hidden": 16}),
+        ("tcn", {"members": 3}),
+        ("deepar", {"context_length": 50, "hidden": 16, "paths": 10}),
+        ("deepstate", {"context_length": 50, "hidden": 16, "paths": 10}),
+        ("esrnn", {"context_length": 50, "hidden": 16}),
+        ("recursive", {"context_length": 50, "hidden": 16}),
     ],
-    ids=["mlp", "tcn", "gru", "seq2seq"],
 )
 def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, int], batch: int) -> None:
     """From one request to a tick of 512."""

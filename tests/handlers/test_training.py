@@ -57,8 +57,16 @@ def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") ->
         build("mlp", {"features": 2, "context_length": 12, "hidden": 6}),
         build("gru", {"features": 2, "context_length": 12, "hidden": 6, "layers": 2}),
         build("seq2seq", {"features": 3, "context_length": 26, "hidden": 6, "layers": 2}),
+        build("lear", {"features": 4, "context_length": 30, "prediction_length": 4, "marks": 1}),
+        build("mqcnn", {"features": 3, "channels": 5, "prediction_length": 6}),
+        build("mqcnn", {"features": 3, "channels": 5, "kernel": 2, "layers": 2, "prediction_length": 6}),
+        build("mqrnn", {"features": 3, "context_length": 26, "prediction_length": 6, "hidden": 6}),
+        build("mlp", {"features": 2, "context_length": 12, "hidden": 6, "members": 3}),
+        build("tcn", {"features": 3, "channels": 5, "members": 2}),
+        build("esrnn", {"features": 3, "context_length": 14, "season": 4, "hidden": 6}),
+        build("recursive", {"features": 3, "context_length": 26, "prediction_length": 5, "hidden": 6}),
     ],
-    ids=["tcn", "tcn-short", "tcn-shorter", "mlp", "gru", "seq2seq"],
+    ids=lambda family: str(family.key),
 )
 def test_the_batched_forward_is_the_reference_network(family: Family) -> None:
     """For models with different weights, answers and gradients are those of the plain networks."""

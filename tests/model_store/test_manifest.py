@@ -100,9 +100,34 @@ def forecast(**changes: Any) -> dict[str, Any]:
     return forecaster(forecast={**forecaster()["forecast"], **changes})
 
 
+def correlation(**changes: Any) -> dict[str, Any]:
+    """A small sound `fleetcast.json` of a correlation, with fields of `correlation` replaced."""
+    inner = {"products": ["a.mar", "b.mar"], "horizon": 3, "method": "gaussian", "windows": 9, **changes}
+    return {"kind": "correlation", "weights": {"file": "w"}, "correlation": inner}
+
+
+def test_a_correlation_names_its_tensors() -> None:
+    """Two factors, or the ranks of every window."""
+    found = parse_spec(json.dumps(correlation()).encode())
+    assert encode_record(parse_spec(encode_record(found))) == encode_record(found)
+    assert found.correlation
+    assert found.correlation.tensors == {"product_factor": (2, 2), "time_factor": (3, 3)}
+    templates = parse_spec(json.dumps(correlation(method="schaake")).encode()).correlation
+    assert templates
+    assert templates.tensors == {"ranks": (9, 2, 3)}
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [
+        (correlation(products=[]), "$.correlation.products"),
+        (correlation(products=["a.mar", "a.mar"]), "products must be different names"),
+        (correlation(horizon=2501), "$.correlation.horizon"),
+        (correlation(method="clayton"), "$.correlation.method"),
+        (correlation(method="schaake", shrinkage_time=0.1), "shrinkage belongs to the method gaussian"),
+        ({**correlation(), "kind": "onnx"}, "`correlation` belongs to archives of that kind"),
+        ({"kind": "correlation", "weights": {"file": "w"}}, "`correlation` belongs to archives of that kind"),
+        ({**correlation(), "golden": "g.json"}, "has no `forecast` and no `golden`"),
         (forecaster(kind="tree"), "$.kind"),
         (forecaster(weights={}), "`file` - at `$.weights`"),
         (forecaster(weights={"file": "w", "sha256": "abc"}), "$.weights.sha256"),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from model_store.archive import open_archive, read_tensors
 from model_store.errors import ArchiveInvalid
-from model_store.manifest import Kind, Spec, Weights
-from model_store.packing import pack_archive, pack_forecaster, pack_graph, pack_onnx
+from model_store.manifest import Correlation, Kind, Spec, Weights
+from model_store.packing import pack_archive, pack_correlation, pack_forecaster, pack_graph, pack_onnx
 from tests.archives import CONFIG, FORECAST, GOLDEN, GRAPH, make_forecaster, make_tensors
 
 ONNX = Spec(kind=Kind.ONNX, weights=Weights(file="model.onnx"))
@@ -51,6 +51,20 @@ def test_a_graph_comes_back_as_packed() -> None:
         np.testing.assert_array_equal(read_tensors(archive)[name], tensor)
     with pytest.raises(ArchiveInvalid, match="'w' has 1 values that are NaN"):
         pack_graph(GRAPH, {"w": np.array([np.nan], np.float32)}, model_name="m")
+
+
+def test_a_correlation_comes_back_as_packed() -> None:
+    """Record and factors survive, equal input gives equal bytes; tensors that do not fit the record are refused."""
+    record = Correlation(products=("a.mar", "b.mar"), horizon=3, method="gaussian", windows=9)
+    factors = {"product_factor": np.eye(2, dtype=np.float32), "time_factor": np.eye(3, dtype=np.float32)}
+    packed = pack_correlation(record, factors, model_name="joint")
+    archive = open_archive(packed, "joint.mar")
+    assert archive.spec is not None
+    assert (archive.kind, archive.spec.correlation) == (Kind.CORRELATION, record)
+    np.testing.assert_array_equal(read_tensors(archive)["time_factor"], np.eye(3))
+    assert pack_correlation(record, dict(reversed(factors.items())), model_name="joint") == packed
+    with pytest.raises(ArchiveInvalid, match=r"'time_factor' is \[2, 2\] instead of \[3, 3\]"):
+        pack_correlation(record, {**factors, "time_factor": np.eye(2, dtype=np.float32)}, model_name="joint")
 
 
 def test_the_result_is_a_mar() -> None:

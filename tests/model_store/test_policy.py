@@ -6,9 +6,17 @@ from types import UnionType
 
 import pytest
 from hypothesis import settings, strategies
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from model_store.errors import ArchiveInvalid, ModelNotFound
+from model_store.eviction import POLICIES, policy_named
 from model_store.names import ModelName
 from model_store.policy import Cache, Evict, Failure, Load, Moves, Placed, Placement, Refuse, Wait
 from model_store.slots import Slot, State
@@ -25,8 +33,8 @@ def name(text: str) -> ModelName:
 class Worker:
     """Plays the step thread at once: no device to wait for, so a victim's room is free as soon as it is asked to go."""
 
-    def __init__(self, slabs: int, extra: int = 0) -> None:
-        self.cache = Cache(slabs * SLAB + extra, SLAB)
+    def __init__(self, slabs: int, extra: int = 0, policy: str = "lru") -> None:
+        self.cache = Cache(slabs * SLAB + extra, SLAB, policy=policy_named(policy))
         self.now = 0.0
         self.moves = 0
 
@@ -528,11 +536,13 @@ class CacheMachine(RuleBasedStateMachine):
     come: at once where the device is the host, later as on a GPU. A slot revived and evicted again is in there twice.
     """
 
+    policy = "lru"
+
     @initialize(late=strategies.booleans(), slabs=strategies.integers(1, 5), extra=strategies.sampled_from([0, 300]))
     def start(self, late: bool, slabs: int, extra: int) -> None:
         """An empty cache."""
         self.late = late
-        self.cache = Cache(slabs * SLAB + extra, SLAB, moves_per_call=2)
+        self.cache = Cache(slabs * SLAB + extra, SLAB, moves_per_call=2, policy=policy_named(self.policy))
         self.memory: dict[int, tuple[ModelName, str]] = {}
         self.live: list[Slot] = []
         self.held: list[Slot] = []
@@ -792,15 +802,14 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def tables_agree(self) -> None:
-        """One serving slot a model; leases, loads and pins as counted here; each LRU in the order of use."""
+        """One serving slot a model; leases, loads and pins as counted here; the policy ranks each that no pin holds, once."""
         serving = [slot for slot in self.live if not slot.condemned and slot.state is not State.LOADING]
         assert sorted(self.cache, key=lambda slot: slot.model) == sorted(serving, key=lambda slot: slot.model)
         assert all(slot.leases == self.held.count(slot) for slot in self.live)
         assert set(self.cache.loads) == self.built.keys()
         assert self.cache.pins == self.pins
-        for lru in (self.cache._singles, *(bank.lru for bank in self.cache._banks.values())):
-            assert [slot.used for slot in lru.values()] == sorted(slot.used for slot in lru.values())
-            assert not self.pins & lru.keys()
+        ranked = [model for family in (None, *ROWS) for model in self.cache._policy.victims(family)]
+        assert sorted(ranked) == sorted(slot.model for slot in serving if slot.model not in self.pins)
 
     def teardown(self) -> None:
         """After everything has ended nothing is left: no byte, no slab, no bank."""
@@ -822,5 +831,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert {slot.state for slot in self.live} <= {State.EMPTY}
 
 
-TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_machine_finds_no_fault(policy: str) -> None:
+    """Whoever says who goes first: leases, pins, revival, slabs, moves and singles keep their promises."""
+    machine = type("Machine", (CacheMachine,), {"policy": policy})
+    limits = settings(max_examples=60 if policy == "lru" else 30, stateful_step_count=60, deadline=None)
+    run_state_machine_as_test(machine, settings=limits)

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 
 from server import wire
 from server.errors import Refused, Situation
-from server.forecasts import MAX_ITEMS, Item, Prediction, prediction, sliced, spliced, statuses, story
+from server.forecasts import (
+    MAX_ITEMS,
+    Item,
+    Prediction,
+    misplaced,
+    prediction,
+    require_all,
+    sampled,
+    sliced,
+    spliced,
+    statuses,
+    story,
+    together,
+)
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
@@ -29,7 +42,8 @@ def test_an_item_is_the_one_instance_of_its_request(items: list[dict[str, Any]],
     asked = [{**item, "target_model": f"m{i}.mar"} for i, item in enumerate(items)]
     body = json.dumps({"requests": asked, "configuration": configuration}, indent=1).encode()
     found = sliced(body)
-    for i, (item, each) in enumerate(zip(asked, found, strict=True)):
+    assert found.joint is None
+    for i, (item, each) in enumerate(zip(asked, found.items, strict=True)):
         assert isinstance(each, Item)
         assert each.model == f"m{i}.mar"
         assert json.loads(each.body) == {"instances": [item], "configuration": configuration}
@@ -40,7 +54,7 @@ def test_no_body_breaks_the_slicing(body: bytes) -> None:
     """Arbitrary bytes and arbitrary JSON are sliced or refused as a bad request."""
     situation = None
     try:
-        assert sliced(body)
+        assert sliced(body).items
     except Refused as refused:
         situation = refused.situation
     assert situation in (None, Situation.BAD_REQUEST)
@@ -86,7 +100,7 @@ def test_a_body_that_is_no_call(body: bytes, message: str, field: str | None) ->
 def test_a_bad_item_is_refused_alone(item: object, situation: Situation, message: str) -> None:
     """Its neighbours go on; its error names the field."""
     good = {"target_model": "au/m.mar"}
-    first, bad, last = sliced(json.dumps({"requests": [good, item, good]}).encode())
+    first, bad, last = sliced(json.dumps({"requests": [good, item, good]}).encode()).items
     assert isinstance(first, Item)
     assert isinstance(last, Item)
     assert isinstance(bad, Refused)
@@ -129,3 +143,75 @@ def test_what_the_headers_tell() -> None:
         b"x-fleetcast-cache": b"hit=2, miss=1",
     }
     assert msgspec.json.decode(spliced(found))["failed"] == 1
+
+
+def joint_call(**configuration: object) -> bytes:
+    """A call of two models for joint scenarios."""
+    requests = [{"target_model": "a.mar", "target": [1]}, {"target_model": "b.mar", "target": [2]}]
+    return json.dumps({"requests": requests, "configuration": {"joint": True, **configuration}}).encode()
+
+
+def test_a_joint_call_asks_the_models_for_marginals() -> None:
+    """What is drawn is the correlation's to hear, the rest the models'."""
+    call = joint_call(
+        correlation="j.mar", num_samples=7, seed=3, output_types=["samples", "mean", "quantiles"], quantiles=["0.5"]
+    )
+    found = sliced(call)
+    assert found.joint is not None
+    assert found.joint.correlation == "j.mar"
+    item = found.items[1]
+    assert isinstance(item, Item)
+    assert json.loads(item.body) == {
+        "instances": [{"target_model": "b.mar", "target": [2]}],
+        "configuration": {"output_types": ["mean", "quantiles", "marginal"], "quantiles": ["0.5"]},
+    }
+    answers: list[Prediction | Refused] = [
+        Prediction(b'{"mean":[1.50],"marginal":{"levels":[0.5],"values":[[[1]]]}}', response()),
+        Refused(Situation.NOT_FOUND, "no"),
+    ]
+    asked = json.loads(together(found.joint, found.items, answers))
+    marginal = {"levels": [0.5], "values": [[[1]]]}
+    assert asked == {"forecasts": [{"name": "a.mar", "marginal": marginal}], "num_samples": 7, "seed": 3}
+    first, second = sampled(answers, b'{"samples":[[[1.25],[2.50]]]}')
+    assert isinstance(first, Prediction)
+    assert first.body == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
+    assert second is answers[1]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "situation", "field"),
+    [
+        ({}, Situation.BAD_REQUEST, "configuration.correlation"),
+        ({"correlation": "../j.mar"}, Situation.BAD_NAME, "configuration.correlation"),
+        ({"correlation": 3}, Situation.BAD_REQUEST, None),
+        ({"correlation": "j.mar", "output_types": ["mean"]}, Situation.BAD_REQUEST, "configuration.output_types"),
+        ({"correlation": "j.mar", "output_types": "samples"}, Situation.BAD_REQUEST, None),
+    ],
+)
+def test_a_joint_call_that_cannot_be(configuration: dict[str, object], situation: Situation, field: str | None) -> None:
+    """No correlation named, a bad name, nothing to draw: refused before any model is asked."""
+    with pytest.raises(Refused) as caught:
+        sliced(joint_call(**configuration))
+    assert (caught.value.situation, caught.value.detail.field) == (situation, field)
+
+
+def test_places_in_a_joint_call_are_those_of_its_requests() -> None:
+    """The correlation counts the forecasts it got; the client counts its requests."""
+    found: list[Prediction | Refused] = [
+        Refused(Situation.NOT_FOUND, "no"),
+        Prediction(b"{}", response()),
+        Prediction(b"{}", response()),
+    ]
+    placed = misplaced(found, Refused(Situation.BAD_REQUEST, "unknown", 1, "configuration.joint"))
+    assert placed.detail.instance == 2
+    with pytest.raises(Refused) as caught:
+        require_all(found)
+    assert (caught.value.detail.instance, caught.value.situation) == (0, Situation.NOT_FOUND)
+    require_all(found[1:])
+
+
+def test_a_model_without_marginal_fails_alone() -> None:
+    """Joint scenarios are made of marginals."""
+    with pytest.raises(Refused, match="no marginal"):
+        prediction(b'{"predictions":[{"mean":[1]}]}', marginal=True)
+    assert prediction(b'{"predictions":[{"marginal":{}}]}', marginal=True) == b'{"marginal":{}}'

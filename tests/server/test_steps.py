@@ -587,3 +587,22 @@ def test_any_interleaving_answers_every_request_once_and_right(seed: int) -> Non
         assert len(front.answers) > 1000
 
     play(scenario, slabs=3)
+
+
+def test_paths_are_measured_while_it_serves() -> None:
+    """The sweep times the paths of a family that has run, and requests are answered right before and after."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        engine = steps._engine
+        assert isinstance(engine, Engine)
+        for i in range(16):
+            front.send(f"a/{i}")
+        await front.settled()
+        await until(lambda: len(engine.table(FAMILIES["a"]).seconds) >= 6)
+        for i in range(48):
+            front.send(f"a/{i % 16}" if i < 32 else "a/3")
+        await front.settled()
+        assert not front.refusals
+
+    play(scenario)

@@ -1,0 +1,157 @@
+"""`esrnn`: exponential smoothing with rates of the series' own takes level and season away, a GRU forecasts the rest.
+
+Source: Smyl 2020, "A hybrid method of exponential smoothing and recurrent neural networks" (International Journal of
+Forecasting 36), in the additive form of Holt and Winters, as prices may be negative. With the rates a and g, for the
+steps t of the target y and a season of m steps:
+
+    l_t = a (y_t - s_(t-m)) + (1 - a) l_(t-1)        s_t = g (y_t - l_t) + (1 - g) s_(t-m)
+
+begun with the mean of the context's first season and its distances to it. The GRU reads y_t - s_(t-m) less the last
+level, and the other channels; its last state gives prediction_length x quantiles, to which the last level and the
+season of each step are added.
+
+Within a season's steps s_(t-m) is known before, so their levels are one product: row t of the m x m matrix A holds
+a (1 - a)^(t - j). A row of the bank has A made from the rate. The smoothing takes context / m products; the context's
+last whole seasons are read, and a season longer than the context is as long as it. Parameters: the `gru`'s and 2,
+14,234 by default.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+from torch import nn
+
+from handlers.base import Float32, Shape
+from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
+from handlers.forecasters.layout import Layout, check_finite, check_tensors
+
+
+class EsrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+
+    features: Annotated[int, Meta(ge=1, le=1024)] = 8
+    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
+    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
+    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
+    season: Annotated[int, Meta(ge=1, le=512)] = 24
+    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
+    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what would hold up a worker."""
+        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        require_products(self.context_length * (products(self.features, self.hidden, self.layers) + self.season))
+
+    @property
+    def cycle(self) -> int:
+        """The season in steps."""
+        return min(self.season, self.context_length)
+
+    @property
+    def steps(self) -> int:
+        """The last steps of the context that are read: whole seasons."""
+        return self.context_length // self.cycle * self.cycle
+
+
+class EsrnnReference(nn.Module):
+    """The network as one would write it for training: [N, features, context] -> [N, prediction, quantiles]."""
+
+    def __init__(self, config: EsrnnConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.level_rate = nn.Parameter(torch.zeros(1))  # before the sigmoid
+        self.season_rate = nn.Parameter(torch.zeros(1))
+        self.gru = nn.GRU(config.features, config.hidden, config.layers, batch_first=True)
+        self.head = nn.Linear(config.hidden, config.prediction_length * config.quantiles)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""
+        cycle, x = self.config.cycle, x[..., -self.config.steps :]
+        a, g = self.level_rate.sigmoid(), self.season_rate.sigmoid()
+        level = x[:, 0, :cycle].mean(1)
+        seasons, steady = list((x[:, 0, :cycle] - level[:, None]).unbind(1)), []
+        for t, y in enumerate(x[:, 0].unbind(1)):
+            steady.append(y - seasons[t])
+            level = a * steady[-1] + (1 - a) * level
+            seasons.append(g * (y - level) + (1 - g) * seasons[t])
+        rest = torch.cat([(torch.stack(steady, 1) - level[:, None])[:, None], x[:, 1:]], 1)
+        states, _ = self.gru(rest.transpose(1, 2))
+        answer = self.head(states[:, -1]).view(-1, self.config.prediction_length, self.config.quantiles)
+        ahead = [seasons[len(seasons) - cycle + step % cycle] for step in range(self.config.prediction_length)]
+        added: torch.Tensor = answer + (torch.stack(ahead, 1) + level[:, None])[..., None]
+        return added
+
+
+class Esrnn:
+    """The family: one row a model, all models of a batch in one product a season, then a step."""
+
+    input_name = "x"
+
+    def __init__(self, key: str, config: EsrnnConfig) -> None:
+        self.key = key
+        self.config = config
+        self.input_shape: Shape = (config.features, config.context_length)
+        self.output_shape: Shape = (config.prediction_length, config.quantiles)
+        self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.steps)
+        out, cycle = config.prediction_length * config.quantiles, config.cycle
+        rates: dict[str, Shape] = {"level_rate": (1,), "season_rate": (1,)}
+        head: dict[str, Shape] = {"head.weight": (out, config.hidden), "head.bias": (out,)}
+        self.parameters: Mapping[str, Shape] = rates | self._gru.parameters() | head
+        smoothing: dict[str, Shape] = {"smoothing": (cycle, cycle), "decay": (cycle, 1), "season_rate": (1, 1)}
+        head_parts: dict[str, Shape] = {"head.weight": (config.hidden, out), "head.bias": (1, out)}
+        self._layout = Layout(smoothing | dict(self._gru.parts()) | head_parts)
+        self.row_floats = self._layout.row_floats
+
+    def __repr__(self) -> str:
+        return f"<Esrnn {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+
+    def reference(self) -> nn.Module:
+        """The plain network, freshly initialised, in eval mode."""
+        return EsrnnReference(self.config).eval()
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused
+    def row(self, tensors: Mapping[str, Float32]) -> Float32:
+        """State dict -> flat row: the smoothing of a season as a matrix (in float64), weights transposed."""
+        check_tensors(self.parameters, tensors)
+        check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
+        row = np.zeros(self.row_floats, np.float32)
+        part = self._layout.arrays(row)
+        a, g = (1 / (1 + np.exp(-tensors[name].astype(np.float64))) for name in ("level_rate", "season_rate"))
+        t = np.arange(self.config.cycle)
+        part["smoothing"][...] = np.tril(a * (1 - a) ** np.maximum(t[:, None] - t, 0))
+        part["decay"][:, 0] = (1 - a) ** (t + 1)
+        part["season_rate"][0] = g
+        self._gru.fill(part, tensors)
+        part["head.weight"][...] = tensors["head.weight"].T
+        part["head.bias"][0] = tensors["head.bias"]
+        check_finite(row, tensors)
+        return row
+
+    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows [B, row_floats] -> smoothing, decay, season's rate, head's weight and bias, the recurrence's."""
+        part = self._layout.views(block)
+        names = ("smoothing", "decay", "season_rate", "head.weight", "head.bias")
+        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
+            return [*(part[name] for name in names), *self._gru.bind(part)]
+
+    def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
+        smoothing, decay, rate, head, bias = weights[:5]
+        cycle, (steps, _) = self.config.cycle, self.output_shape
+        x = x[..., -self.config.steps :]
+        y = x[:, 0].reshape(len(x), -1, cycle, 1)
+        level = y[:, 0].mean(1, keepdim=True)
+        season, steady = y[:, 0] - level, []
+        for each in y.unbind(1):
+            steady.append(each - season)
+            levels = torch.baddbmm(decay * level, smoothing, steady[-1])
+            season = torch.lerp(season, each - levels, rate)
+            level = levels[:, -1:]
+        rest = torch.cat([torch.cat(steady, 1) - level, x[:, 1:].transpose(1, 2)], 2)
+        state = self._gru.final(weights[5:], rest)[-1]
+        ahead = season.repeat(1, -(-steps // cycle), 1)[:, :steps] + level
+        answer: torch.Tensor = torch.baddbmm(bias, state, head).view(-1, *self.output_shape) + ahead
+        return answer

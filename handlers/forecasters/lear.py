@@ -1,0 +1,127 @@
+"""`lear`: a linear model of chosen columns of the context, for each forecast step and level its own coefficients.
+
+Source: Lago et al. 2021, "Forecasting day-ahead electricity prices" (Applied Energy 293), the LASSO-estimated
+autoregression that is the field's linear baseline. A block is `prediction_length` columns, a day where a day is
+forecast. Of the target it reads the blocks `past_blocks` back from the end of the context (0, 1, 2 and 6: the days d-1,
+d-2, d-3 and d-7), of every known-future channel (shifted by the prediction length) `known_blocks` (0, 1 and 7: the day
+that is forecast, d-1 and d-7), and of the last `marks` channels, the weekday dummies, only the last column. Blocks that
+lie before the context are left out. `fleetcast train` fits it by L1-penalised quantile regression
+(`handlers.lasso`), and for origins at one time of day, so that a coefficient belongs to an hour and not to a distance.
+
+Parameters: (F + 1) x prediction_length x quantiles for F numbers read; of a day of hours with two covariates and seven
+weekdays F is 247, and all parameters are 29,760; 72,120 by default.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from typing import Annotated
+
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+from torch import nn
+
+from handlers.base import Float32, Shape
+from handlers.forecasters.layout import Layout, check_finite, check_tensors
+
+MOST_PARAMETERS = 2**26
+Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, le=1000)], ...], Meta(max_length=100)]
+
+
+class LearConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+
+    features: Annotated[int, Meta(ge=1, le=1024)] = 8
+    context_length: Annotated[int, Meta(ge=1, le=100_000)] = 192
+    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
+    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
+    past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, of which nothing is known ahead
+    marks: Annotated[int, Meta(ge=0, le=1023)] = 0  #: the last channels, that say what day it is
+    past_blocks: Blocks = (0, 1, 2, 6)
+    known_blocks: Blocks = (0, 1, 7)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for channels that are not there, nothing to read, or a row beyond 256 MB."""
+        if self.past + self.marks > self.features:
+            raise ValueError(f"past {self.past} and marks {self.marks} are more than the {self.features} features")
+        read = len(list(taps(self)))
+        if not read:
+            raise ValueError("no block lies within the context: make context_length at least prediction_length")
+        if read * self.prediction_length * self.quantiles > MOST_PARAMETERS:
+            what = f"{read} numbers read for {self.prediction_length} x {self.quantiles} answers"
+            raise ValueError(f"{what} are more than {MOST_PARAMETERS} parameters; name fewer past_blocks, known_blocks")
+
+
+def taps(config: LearConfig) -> Iterator[int]:
+    """The places in the flattened input [features * context_length] that the model reads."""
+    context, block, known = config.context_length, config.prediction_length, config.features - config.marks
+    for channel in range(known):
+        for back in config.past_blocks if channel < config.past else config.known_blocks:
+            start = context - (back + 1) * block
+            if start >= 0:
+                yield from range(channel * context + start, channel * context + start + block)
+    for channel in range(known, config.features):
+        yield (channel + 1) * context - 1
+
+
+class LearReference(nn.Module):
+    """The network as one would write it: [N, features, context] -> [N, prediction, quantiles]."""
+
+    taps: torch.Tensor
+
+    def __init__(self, config: LearConfig) -> None:
+        super().__init__()
+        self.shape = (-1, config.prediction_length, config.quantiles)
+        self.register_buffer("taps", torch.tensor(list(taps(config)), device="cpu"), persistent=False)
+        self.head = nn.Linear(len(self.taps), config.prediction_length * config.quantiles)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""
+        answer: torch.Tensor = self.head(x.flatten(1)[:, self.taps])
+        return answer.view(self.shape)
+
+
+class Lear:
+    """The family: one row a model, all models of a batch in one `baddbmm`, bound by reading the row."""
+
+    input_name = "x"
+
+    def __init__(self, key: str, config: LearConfig) -> None:
+        self.key = key
+        self.config = config
+        self.input_shape: Shape = (config.features, config.context_length)
+        self.output_shape: Shape = (config.prediction_length, config.quantiles)
+        self.taps = torch.tensor(list(taps(config)))
+        out = prod(self.output_shape)
+        self.parameters: Mapping[str, Shape] = {"head.weight": (out, len(self.taps)), "head.bias": (out,)}
+        self._layout = Layout(self.parameters)
+        self.row_floats = self._layout.row_floats
+
+    def __repr__(self) -> str:
+        return f"<Lear {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+
+    def reference(self) -> nn.Module:
+        """The plain network, freshly initialised, in eval mode."""
+        return LearReference(self.config).eval()
+
+    def row(self, tensors: Mapping[str, Float32]) -> Float32:
+        """State dict -> flat row: the tensors one after another, each from a cache line's start."""
+        check_tensors(self.parameters, tensors)
+        row = np.zeros(self.row_floats, np.float32)
+        for name, part in self._layout.arrays(row).items():
+            part[...] = tensors[name]
+        check_finite(row, tensors)
+        return row
+
+    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows [B, row_floats] -> the places read, weight [B, F, out], bias [B, 1, out], and scratch [B, F]."""
+        part = self._layout.views(block)
+        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
+            places, read = self.taps.to(block.device), block.new_empty(len(block), len(self.taps))
+        return [places, part["head.weight"].transpose(1, 2), part["head.bias"][:, None], read]
+
+    def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
+        places, weight, bias, read = weights
+        torch.index_select(x.flatten(1), 1, places, out=read)
+        return torch.baddbmm(bias, read[:, None], weight).view(-1, *self.output_shape)

@@ -1,0 +1,53 @@
+"""`mqrnn`: the recurrence of `gru` reads the past, the decoder of `handlers.forecasters.mq` answers.
+
+Source: Wen et al. 2017, arXiv 1711.11053, with gated recurrent units where the paper has LSTMs. Parameters by default:
+8,352 in the recurrence, 2,352 for the encoder's 48 answers, 36,779 in the decoder.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from handlers.forecasters.gru import Gru, GruConfig
+from handlers.forecasters.mq import Mq, require_parameters
+
+
+class MqrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+
+    features: Annotated[int, Meta(ge=1, le=1024)] = 8
+    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
+    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
+    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
+    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
+    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+    contexts: Annotated[int, Meta(ge=1, le=256)] = 6  #: numbers for each step, and as many for all
+    local: Annotated[int, Meta(ge=1, le=1024)] = 24
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what would hold up a worker, or a forecast beyond the context."""
+        if self.prediction_length > self.context_length:
+            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
+            raise ValueError(f"{what}, whose last columns tell of the forecast steps")
+        require_parameters(self.features, self.prediction_length, self.contexts, self.hidden)
+        _encoder(self)
+
+
+class Mqrnn(Mq):
+    """The family."""
+
+    def __init__(self, key: str, config: MqrnnConfig) -> None:
+        self.config = config
+        encoder = Gru(f"{key}-encoder", _encoder(config))
+        super().__init__(key, encoder, config.prediction_length, config.quantiles, config.contexts, config.local)
+
+
+def _encoder(config: MqrnnConfig) -> GruConfig:
+    return GruConfig(
+        features=config.features,
+        context_length=config.context_length,
+        prediction_length=1,
+        quantiles=config.hidden,
+        hidden=config.hidden,
+        layers=config.layers,
+    )

@@ -1,0 +1,130 @@
+"""`recursive`: an encoder GRU reads the context; a decoder GRU reads its own median of the step before at each step.
+
+Sources: Cho et al. 2014, arXiv 1406.1078 (units, encoder and decoder), Taieb et al. 2012 for what "recursive" means
+beside the direct forecasts of the other architectures. What the decoder also reads is what is known of the step: the
+last `prediction_length` columns of every channel, of the target the values one prediction length before. One linear
+head gives the quantiles of a step, of which the middle one is fed back; training runs the same loop.
+
+Parameters: 3 H (W + H + 2) for the encoder and 3 H (W + H + 3) for the decoder, a layer of H units and W inputs, and
+H q + q; 17,093 by default.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from msgspec import Meta, Struct
+from torch import nn
+
+from handlers.base import Float32, Shape
+from handlers.forecasters.feedback import Feedback
+from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
+from handlers.forecasters.layout import Layout, check_finite, check_tensors
+
+
+class RecursiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+
+    features: Annotated[int, Meta(ge=1, le=1024)] = 8
+    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
+    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
+    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
+    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
+    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a forecast beyond the context, or what would hold up a worker."""
+        if self.prediction_length > self.context_length:
+            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
+            raise ValueError(f"{what}, whose last columns tell the decoder of the forecast steps")
+        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        steps = self.context_length + self.prediction_length
+        require_products(steps * products(self.features + 1, self.hidden, self.layers))
+
+
+class RecursiveReference(nn.Module):
+    """The network as one would write it for training: [N, features, context] -> [N, prediction, quantiles]."""
+
+    def __init__(self, config: RecursiveConfig) -> None:
+        super().__init__()
+        self.steps, self.middle = config.prediction_length, config.quantiles // 2
+        self.encoder = nn.GRU(config.features, config.hidden, config.layers, batch_first=True)
+        self.decoder = nn.GRU(1 + config.features, config.hidden, config.layers, batch_first=True)
+        self.head = nn.Linear(config.hidden, config.quantiles)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""
+        _, state = self.encoder(x.transpose(1, 2))
+        value, found = x[:, 0, -1:], []
+        for of_step in x[..., -self.steps :].unbind(2):
+            states, state = self.decoder(torch.cat([value, of_step], 1)[:, None], state)
+            answer = self.head(states[:, 0])
+            value = answer[:, self.middle, None]
+            found.append(answer)
+        return torch.stack(found, 1)
+
+
+class Recursive:
+    """The family: one row a model, all models of a batch in one `baddbmm` a step and gate."""
+
+    input_name = "x"
+
+    def __init__(self, key: str, config: RecursiveConfig) -> None:
+        self.key = key
+        self.config = config
+        self.input_shape: Shape = (config.features, config.context_length)
+        self.output_shape: Shape = (config.prediction_length, config.quantiles)
+        size = (config.hidden, config.layers)
+        self._encoder = Recurrence("encoder", config.features, *size, config.context_length)
+        self._decoder = Recurrence("decoder", 1 + config.features, *size, config.prediction_length)  # for its parts
+        self._feedback = Feedback("decoder", *size)
+        head: dict[str, Shape] = {"head.weight": (config.quantiles, config.hidden), "head.bias": (config.quantiles,)}
+        self.parameters: Mapping[str, Shape] = self._encoder.parameters() | self._decoder.parameters() | head
+        self._layout = Layout(
+            dict(self._encoder.parts())
+            | dict(self._decoder.parts())
+            | {"head.weight": (config.hidden, config.quantiles), "head.bias": (1, config.quantiles)}
+        )
+        self.row_floats = self._layout.row_floats
+
+    def __repr__(self) -> str:
+        return f"<Recursive {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+
+    def reference(self) -> nn.Module:
+        """The plain network, freshly initialised, in eval mode."""
+        return RecursiveReference(self.config).eval()
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
+    def row(self, tensors: Mapping[str, Float32]) -> Float32:
+        """State dict -> flat row: weights transposed, biases folded where that is exact."""
+        check_tensors(self.parameters, tensors)
+        row = np.zeros(self.row_floats, np.float32)
+        part = self._layout.arrays(row)
+        self._encoder.fill(part, tensors)
+        self._decoder.fill(part, tensors)
+        part["head.weight"][...] = tensors["head.weight"].T
+        part["head.bias"][0] = tensors["head.bias"]
+        check_finite(row, tensors)
+        return row
+
+    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows [B, row_floats] -> the head's weight and bias, then what feedback and encoder bind."""
+        part = self._layout.views(block)
+        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
+            return [part["head.weight"], part["head.bias"], *self._feedback.bind(part), *self._encoder.bind(part)]
+
+    def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
+        (head, bias), rest = weights[:2], weights[2:]
+        steps, middle = self.config.prediction_length, self.config.quantiles // 2
+        start = self._encoder.final(rest[self._feedback.items :], x.transpose(1, 2))
+        found = x.new_empty(len(x), *self.output_shape)
+
+        def answered(step: int, states: torch.Tensor) -> torch.Tensor:
+            torch.baddbmm(bias, states, head, out=found[:, step : step + 1])
+            return found[:, step, middle, None]
+
+        known = x[..., -steps:].transpose(1, 2)
+        self._feedback.run(rest[: self._feedback.items], known, start, x[:, 0, -1:], answered)
+        return found

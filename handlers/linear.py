@@ -1,0 +1,96 @@
+"""Fitting `lear`: the penalty of each forecast step by the holdout, then once more over all windows. Torch; no files.
+
+Models are fitted one after another, or side by side on threads: a model's 24 x 5 regressions are products large enough.
+Measured, one core, four years of days with two covariates: 2 s a model; on the two test years of the five markets of
+Lago et al. the median's MAE is that of their LEAR that is fitted anew every day (`tests/handlers/test_linear.py`).
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from handlers import lasso
+from handlers.forecasters.lear import Lear
+from handlers.lasso import Coefficients, Problem
+from handlers.windows import Windows
+
+MOST_WINDOWS = 4096  #: of the training part: enough, and of bounded memory
+CUT = 256  #: windows whose whole context is held at once
+
+
+class LinearFit:
+    """The regressions of all models of one family over their windows; every `members` of them are one ensemble's.
+
+    An ensemble's members see calibration windows of their own, as the LEAR ensembles of Lago et al. do: all of the
+    past, the last half of it, the last quarter ...
+    """
+
+    def __init__(self, family: Lear, data: Windows, pool: ThreadPoolExecutor, members: int) -> None:
+        self._family = family
+        self._data = data
+        self._pool = pool
+        self._members = members
+        self._held_out = data.held_out(MOST_WINDOWS)
+        self._penalty: dict[int, torch.Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"<LinearFit {self._family.key} {self._data!r}>"
+
+    def best(self, progress: Callable[[int, int, float], None] | None) -> torch.Tensor:
+        """Flat parameters [M, n]: the penalty of every forecast step is the one with the least holdout loss."""
+        found = []
+        for weights, loss in self._pool.map(self._best, range(len(self._data))):
+            found.append(weights)
+            if progress:
+                progress(len(found), len(self._data), loss)
+        return torch.stack(found)
+
+    def whole(self, weights: torch.Tensor) -> torch.Tensor:
+        """`best` fitted further with the same penalties on all windows, the holdout's too: prices change their ways."""
+        return torch.stack(list(self._pool.map(self._whole, range(len(self._data)), weights)))
+
+    def _best(self, model: int) -> tuple[torch.Tensor, float]:
+        problem, check = self._problem(model, self._train(model)), self._problem(model, self._held_out)
+        found = kept = lasso.null(problem)
+        path = lasso.penalties(problem, found)
+        penalty, least = path[0], self._by_step(lasso.losses(check, found))
+        for each in path:
+            found = lasso.solve(problem, each, found)
+            loss = self._by_step(lasso.losses(check, found))
+            better, least = loss < least, torch.minimum(loss, least)
+            penalty = torch.where(better, each, penalty)
+            kept = Coefficients(*(torch.where(better, new, old) for new, old in zip(found, kept, strict=True)))
+        self._penalty[model] = penalty
+        return _flat(kept), least.mean().item()
+
+    def _whole(self, model: int, weights: torch.Tensor) -> torch.Tensor:
+        problem = self._problem(model, torch.cat([self._train(model), self._held_out], 1))
+        columns = problem.columns
+        bias = weights[-columns:].view(1, 1, columns)
+        start = Coefficients(weights[:-columns].view(columns, -1).T[None].contiguous(), bias)
+        return _flat(lasso.solve(problem, self._penalty[model], start, 2 * lasso.STEPS))
+
+    def _train(self, model: int) -> torch.Tensor:
+        """The windows a model is fitted on: for an ensemble's members the last half, quarter and so on of all."""
+        starts = self._data.train
+        return self._data.spaced(starts[-(len(starts) >> model % self._members) or -1 :], MOST_WINDOWS)
+
+    def _by_step(self, losses: torch.Tensor) -> torch.Tensor:
+        """Every column's loss -> the mean over the levels of its step, again for every column [1, 1, columns]."""
+        by_step = losses.view(*self._family.output_shape)
+        return by_step.mean(1, keepdim=True).expand_as(by_step).reshape(losses.shape)
+
+    def _problem(self, model: int, starts: torch.Tensor) -> Problem:
+        """Of one model the windows that forecast from these steps [M, n]."""
+        x, y = [], []
+        for some in torch.split(starts, CUT, 1):
+            context, targets = self._data.cut(some, slice(model, model + 1))
+            x.append(context.transpose(2, 3).flatten(2).index_select(2, self._family.taps))
+            y.append(targets)
+        return Problem(torch.cat(x, 1), torch.cat(y, 1), self._data.levels)
+
+
+def _flat(found: Coefficients) -> torch.Tensor:
+    """As the state dict has them, one after another [n]."""
+    return torch.cat([found.weight[0].T.flatten(), found.bias.flatten()])

@@ -1,0 +1,133 @@
+"""Measure what the server takes for what, here and in some seconds: loads, hits and the most that it answers.
+
+A client's view: latencies from the intended time, as the open-loop driver has them, and the counters of /metrics.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadtest.driver import Target, drive
+from loadtest.local import LocalServer
+from loadtest.outcome import CACHE, Run
+from loadtest.plan.costs import DEFAULT, Costs, less, sample
+from loadtest.profiles import Float64, Schedule, poisson
+from loadtest.watch import Counts, parsed
+
+LOAD_RATE, LOADED = 25.0, 80  #: loads a second, far enough apart to meet none other; how many at most
+HIT_RATE, HIT_S, HOT = 100.0, 4.0, 5  #: requests a second for so many models that stay
+FULL_S, FULL_RATE, CONNECTIONS = 1.5, 40_000.0, 32  #: more than is answered, over so many connections
+PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What /metrics said at a moment; nothing where there is none."""
+
+    counts: Counts | None
+    device: str
+
+    @classmethod
+    def at(cls, metrics: str | None) -> "Counted":
+        """Raises RuntimeError and urllib3's errors where the address does not answer."""
+        if metrics is None:
+            return cls(None, DEFAULT.device)
+        text = str(LocalServer.get(f"{metrics.rstrip('/')}/metrics").data, "utf-8")
+        found = re.search(r'device="(\w+)', text)
+        return cls(parsed(text)[0], found[1] if found else DEFAULT.device)
+
+    def gained(self, before: "Counted", name: str) -> float:
+        """What a counter has gained since."""
+        if self.counts is None or before.counts is None:
+            return 0.0
+        return self.counts[name, ""] - before.counts[name, ""]
+
+
+def calibrate(to: Target, metrics: str | None, forget: Callable[[int], None] | None, where: str) -> Costs:
+    """The costs of a server that nobody else asks now. Loads are seen only of models that are not loaded yet.
+
+    `forget` unloads a model by its number, so that it comes back from disk; None: what that takes is not seen. Raises
+    ValueError where no hit is answered, and what `Counted.at` and `forget` raise.
+    """
+    first = _loads(to)
+    if forget is not None:
+        for model in range(_most(to)):
+            forget(model)
+    again = _loads(to)
+    hot = range(min(len(to.requests), HOT))
+    _asked(to, np.arange(3 * len(hot)) / LOAD_RATE, [*hot] * 3)
+    before = Counted.at(metrics)
+    rng = np.random.default_rng(0)
+    at = poisson(HIT_RATE, HIT_S, rng)
+    hits = _latencies(_asked(to, at, rng.choice(list(hot), len(at)).tolist()), "hit")
+    if not len(hits):
+        raise ValueError(f"{where}: none of {len(at)} requests for {len(hot)} models was answered from a loaded model")
+    between = Counted.at(metrics)
+    full = _full(to, hot)
+    after = Counted.at(metrics)
+    workers = after.counts["worker_up", ""] if after.counts else 1.0
+    step_s, row_s = _step(before, between, after, per_request=max(1.0, workers) / full)
+    alone = step_s + row_s
+    usual = float(np.median(hits))
+    build = sample(np.maximum(again - usual, 0)) if len(again) else DEFAULT.build
+    get = less(sample(np.maximum(first - usual, 0)), build) if len(first) else DEFAULT.get
+    seen = (
+        f"{len(first)} loads from the store, {len(again)} from disk, {len(hits)} hits, {full:,.0f} requests/s at most"
+    )
+    return Costs(
+        said=f"{where}: {seen}",
+        device=after.device,
+        step_s=step_s,
+        row_s=row_s,
+        overhead=sample(np.maximum(hits - alone, 0)),
+        get=get,
+        build=build,
+    )
+
+
+def _loads(to: Target) -> Float64:
+    """Seconds of those requests, of one for each of the first models, that had to load it."""
+    asked = np.arange(_most(to))
+    return _latencies(_asked(to, asked / LOAD_RATE, asked.tolist()), "miss")
+
+
+def _most(to: Target) -> int:
+    return min(len(to.requests), LOADED)
+
+
+def _full(to: Target, hot: Sequence[int]) -> float:
+    """Requests a second answered where more are asked."""
+    count = int(FULL_S * FULL_RATE)
+    schedule = Schedule(np.arange(count) / FULL_RATE, np.resize(np.array(hot), count), FULL_S)
+    run = drive(schedule, to, connections=CONNECTIONS, patience_s=0.0)
+    return max(1.0, float((run.status == 200).sum()) / run.ended)  # noqa: PLR2004
+
+
+def _step(before: Counted, between: Counted, after: Counted, per_request: float) -> tuple[float, float]:
+    """Seconds of a step and of each request in it: from steps of about one request, and from full ones.
+
+    `per_request` counts all that a request costs the server where it is full, not its steps alone.
+    """
+    steps = between.gained(before, "inference_batch_rows_count")
+    full_steps = after.gained(between, "inference_batch_rows_count")
+    if not steps or not full_steps:
+        return 0.0, per_request
+    alone = between.gained(before, "step_seconds_total") / steps
+    rows_a_step = max(1.0, after.gained(between, "inference_batch_rows_sum") / full_steps)
+    if rows_a_step < 2 or alone <= per_request:  # noqa: PLR2004 -- steps that never met more than one request
+        return 0.0, per_request
+    step_s = min(alone, (alone - per_request) / (1 - 1 / rows_a_step))
+    return step_s, max(per_request - step_s / rows_a_step, 1e-9)
+
+
+def _asked(to: Target, at: Float64, models: list[int]) -> Run:
+    seconds = float(at[-1]) + 1e-3
+    return drive(Schedule(at, np.array(models), seconds), to, patience_s=PATIENCE_S)
+
+
+def _latencies(run: Run, cache: str) -> Float64:
+    """[n] seconds of the answers of which the server said this."""
+    found: Float64 = run.latency[(run.status == 200) & (run.cache == CACHE.index(cache))]  # noqa: PLR2004
+    return found

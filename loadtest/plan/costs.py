@@ -1,0 +1,126 @@
+"""What the server takes for what, on a machine where it was measured; the planner draws its times from here."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from loadtest.profiles import Float64
+
+POINTS = 201  #: of a distribution, at most
+
+Sample = tuple[float, ...]  #: seconds, sorted, evenly spaced from the smallest to the largest of what was seen
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds, each alone on an idle server. A distribution is what was seen, sorted, POINTS at most.
+
+    A hit takes `overhead` (client, network, front) and a step of `step_s` + `row_s` for every request in it. A load
+    takes `get` where the store is asked, then `build` (read, verify, place), which needs the worker's interpreter as
+    steps do.
+    """
+
+    said: str
+    device: str = "cpu"
+    step_s: float
+    row_s: float
+    overhead: Sample
+    get: Sample
+    build: Sample
+
+    def __post_init__(self) -> None:
+        for name in ("overhead", "get", "build"):
+            values = getattr(self, name)
+            if not values or min(values) < 0 or any(b < a for a, b in pairwise(values)):
+                raise ValueError(f"the costs' `{name}` must be seconds from the smallest to the largest")
+        if self.step_s < 0 or self.row_s <= 0:
+            raise ValueError("the costs' `row_s` must be above 0 seconds, `step_s` at least 0")
+
+    def faster(self, speed: float) -> "Costs":
+        """On cores `speed` times as fast; the store stays as it is."""
+        quick = {name: tuple(v / speed for v in getattr(self, name)) for name in ("overhead", "build")}
+        return msgspec.structs.replace(self, step_s=self.step_s / speed, row_s=self.row_s / speed, **quick)
+
+
+#: The medians of our records of November 2026 (two cores of an AMD EPYC, JSON bodies of 11 KB, 17,528 parameters):
+#: `warm`, 0.148 ms at one connection and 19,168 requests/s at 32; `cold`, 1.3 ms from a GET's end to the answer. The
+#: store is Amazon S3 as its user guide has it, "consistent small object latencies of roughly 100-200 milliseconds".
+DEFAULT = Costs(
+    said="our records of 2026-11 (2 cores of an AMD EPYC), Amazon S3 at 100-200 ms a GET: measure yours",
+    step_s=30e-6,
+    row_s=52e-6,
+    overhead=(66e-6, 70e-6, 80e-6, 120e-6, 400e-6),
+    get=(0.1, 0.12, 0.15, 0.2),
+    build=(0.9e-3, 1.3e-3, 1.5e-3, 2.5e-3),
+)
+
+
+def sample(seconds: Sequence[float] | Float64) -> Sample:
+    """What was seen as a distribution. Raises ValueError for nothing."""
+    values = np.sort(np.asarray(seconds, np.float64))
+    if not len(values):
+        raise ValueError("nothing was measured")
+    if len(values) > POINTS:
+        values = np.quantile(values, np.linspace(0, 1, POINTS))
+    return tuple(float(f"{value:.4g}") for value in values)
+
+
+def less(longer: Sample, shorter: Sample) -> Sample:
+    """How much longer the one takes than the other, percentile by percentile; never less than nothing."""
+    levels = np.linspace(0, 1, POINTS)
+    difference = _at(longer, levels) - _at(shorter, levels)
+    return sample(np.maximum.accumulate(np.maximum(difference, 0.0)))
+
+
+def drawn(seen: Sample, count: int, rng: np.random.Generator) -> Float64:
+    """[count] seconds drawn from what was seen."""
+    return _at(seen, rng.random(count))
+
+
+def _at(seen: Sample, levels: Float64) -> Float64:
+    return np.interp(levels, np.linspace(0, 1, len(seen)), seen)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_costs(path: Path) -> Costs:
+    """What `calibrate --out` wrote, or the JSON of a load run. Raises ValueError that names the file; OSError."""
+    data = path.read_bytes()
+    try:
+        found: Mapping[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
+        return of_run(found, path.name) if "results" in found else msgspec.convert(found, Costs)
+    except (msgspec.MsgspecError, ValueError) as wrong:
+        message = f"{path} holds neither the costs that `fleetcast-load calibrate` writes nor a load run: {wrong}"
+        raise ValueError(message) from wrong
+
+
+def of_run(record: Mapping[str, Any], name: str) -> Costs:
+    """A load run as costs: its hits' latency, and the server's own times of loads by tier. Raises ValueError.
+
+    Its hits and loads stood in each other's way already, so this errs on the slow side; what a step takes a run does
+    not know, and DEFAULT says it.
+    """
+    from loadtest.report.results import checked, histogram  # noqa: PLC0415 -- hdrhistogram, for this way alone
+
+    run = checked(record)["results"]
+    if "hit" not in run["latency"]:
+        raise ValueError("no request of the run was a hit")
+    hits = histogram(run["latency"]["hit"]).get_percentile_to_value_dict([*np.linspace(0, 100, POINTS).tolist()])
+    alone = DEFAULT.step_s + DEFAULT.row_s
+    overhead = sample([max(0.0, us / 1e6 - alone) for us in hits.values()])
+    times = {tier: _of_buckets(each["le_s"], each["count"]) for tier, each in (run["load_time"] or {}).items()}
+    build = times.get("disk", DEFAULT.build)
+    get = less(times["store"], build) if "store" in times else DEFAULT.get
+    said = f"the load run {name}: its hits and loads; a step as in our records of 2026-11"
+    return Costs(said=said, step_s=DEFAULT.step_s, row_s=DEFAULT.row_s, overhead=overhead, get=get, build=build)
+
+
+def _of_buckets(bounds: Sequence[float | None], counts: Sequence[float]) -> Sample:
+    """A histogram as a distribution: evenly between its bounds, nothing beyond the last."""
+    ends = [bound for bound in bounds if bound is not None]
+    share = np.cumsum(counts[: len(ends)]) / max(1.0, sum(counts[: len(ends)]))
+    return sample(np.interp(np.linspace(0, 1, POINTS), [0.0, *share], [0.0, *ends]))

@@ -1,0 +1,234 @@
+"""A fleet on machines that are not there: every request in simulated time, through caches like the server's own.
+
+A worker shares nothing with another, so where there are many of them, or many requests, some are simulated whole and
+speak for the rest: the one that is asked most, which speaks for itself alone, and others drawn by the hash that places
+the models. Memory is a few arrays, and what the simulated workers hold.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from loadtest.plan.costs import Costs, drawn
+from loadtest.plan.demand import Demand
+from loadtest.plan.placement import Placement
+from loadtest.plan.worker import COALESCED, HIT, LOADER_THREADS, MISS, REFUSED, Model, Worker
+from loadtest.profiles import Float64, Int64, Schedule
+from loadtest.trace import UInt8
+from model_store.policy import Cache
+
+SLAB_BYTES = 4 * 2**20  #: the server's own setting of that name
+POLICIES = ("lru",)
+LEVELS = (50, 90, 99, 99.9)
+MOST_REQUESTS = 300_000  #: that are simulated at least where there are so many; beyond, fewer workers
+
+
+def make_cache(budget_bytes: int, slab_bytes: int, policy: str) -> Cache:
+    """The server's, of a policy by name. Raises ValueError for one that there is not."""
+    if policy not in POLICIES:
+        raise ValueError(f"no policy {policy!r}, but {', '.join(POLICIES)}")
+    return Cache(budget_bytes, slab_bytes)
+
+
+def models_of(demand: Demand, asked: Int64) -> list[Model]:
+    """[n] the models that are asked, one object for each."""
+    names, charge = demand.names, demand.charge
+    known = {i: Model(names[i], int(charge[i]), f"{charge[i]} bytes") for i in np.unique(asked).tolist()}
+    return [known[i] for i in asked.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A node that is gone from this second on."""
+
+    node: int
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """`nodes` of `workers` workers each and `cache_bytes` for their caches together; each model on `replicas` nodes."""
+
+    cache_bytes: int
+    workers: int = 1
+    nodes: int = 1
+    replicas: int = 1
+    loss: Loss | None = None
+    policy: str = "lru"
+    slab_bytes: int = SLAB_BYTES
+    loader_threads: int = LOADER_THREADS
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= self.nodes:
+            raise ValueError(f"{self.replicas} replicas of each model need as many nodes, not {self.nodes}")
+        if self.loss is not None and not 0 <= self.loss.node < self.nodes > 1:
+            raise ValueError("a node can be lost only where others stay")
+
+    def cache(self) -> Cache:
+        """A worker's, empty. Raises ValueError where it would be less than a slab."""
+        each = self.cache_bytes // self.workers
+        if each < self.slab_bytes:
+            raise ValueError(f"{self.cache_bytes} bytes for {self.workers} workers are less than a slab each")
+        return make_cache(each, self.slab_bytes, self.policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was found of machines. Latencies in ms by percentile `p50` ...; shares of all requests.
+
+    `busy`: the share of time that the busiest simulated worker computes. `error`: a standard error of the hit ratio,
+    0 where every worker was simulated. `after`: the same of what came after a loss.
+    """
+
+    machines: Machines
+    requests: int
+    hit_ratio: float
+    cold: float
+    refused: float
+    ms: dict[str, float]
+    loads_per_s: float
+    busy: float
+    simulated: int
+    error: float
+    after: "Found | None" = None
+
+
+def simulate(
+    placement: Placement,
+    machines: Machines,
+    costs: Costs,
+    seed: int = 0,
+    *,
+    most: int = MOST_REQUESTS,
+    look: Callable[[float], None] | None = None,
+) -> Found:
+    """Every request of some workers or of all; `look` hears the share that is done. Raises ValueError as `cache`."""
+    placed = _Placed(placement, machines)
+    chosen = placed.chosen(most)
+    parts = []
+    for i, (worker, weight) in enumerate(chosen):
+        parts.append(placed.run(worker, weight, costs, seed))
+        if look is not None:
+            look((i + 1) / len(chosen))
+    found = _found(machines, parts)
+    if machines.loss is None:
+        return found
+    later = [part.since(machines.loss.at_s) for part in parts]
+    return replace(found, after=_found(machines, later))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A simulated worker's requests [n] and how many workers it speaks for; `loads` and `busy` are per second."""
+
+    at: Float64
+    seconds: Float64
+    outcome: UInt8
+    loads: float
+    busy: float
+    weight: float
+
+    def since(self, at_s: float) -> "_Part":
+        """Those from a second on."""
+        late = self.at >= at_s
+        return replace(self, at=self.at[late], seconds=self.seconds[late], outcome=self.outcome[late])
+
+    def share(self, *outcomes: int) -> float:
+        """Of its requests."""
+        return float(np.isin(self.outcome, outcomes).mean()) if len(self.outcome) else 0.0
+
+
+class _Placed:
+    """Who serves what. A worker is a number: its node times the workers of a node, and its index there."""
+
+    def __init__(self, placement: Placement, machines: Machines) -> None:
+        demand = self.demand = placement.demand
+        self.machines = machines
+        models, loss = len(demand.names), machines.loss
+        self.homes = placement.homes(machines.workers)
+        self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # replicas, and who is next in line
+        self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the place in line that is lost
+        if loss is not None:
+            found = self.nodes == loss.node
+            self.lost = np.where(found.any(axis=1), found.argmax(axis=1), machines.nodes)
+        self.worker = self._workers(demand.schedule, loss)
+        self.warm = None if demand.warm is None else self._workers(demand.warm, None)
+
+    def __repr__(self) -> str:
+        return f"<_Placed {self.demand!r} on {self.machines!r}>"
+
+    def chosen(self, most: int) -> list[tuple[int, float]]:
+        """Who is simulated, and for how many workers it speaks; never one whose node is lost."""
+        each = self.machines.workers
+        load = np.bincount(self.worker, minlength=self.machines.nodes * each)
+        lost = self.machines.loss.node if self.machines.loss else -1
+        alive = sorted((w for w in range(len(load)) if w // each != lost), key=lambda w: -load[w])
+        room = max(3, round(most / max(1.0, float(load[alive].mean()))))
+        others = alive[1:]
+        picked = others[:: max(1, -(-len(others) // (room - 1)))]
+        return [(alive[0], 1.0), *((worker, len(others) / len(picked)) for worker in picked)]
+
+    def run(self, worker: int, weight: float, costs: Costs, seed: int) -> _Part:
+        """A worker's requests, after those that fill its cache."""
+        rng = np.random.default_rng([seed, worker])
+        simulated = Worker(self.machines.cache(), costs, rng, self.machines.loader_threads)
+        warm, schedule, seconds = self.demand.warm, self.demand.schedule, self.demand.schedule.seconds
+        if warm is not None:
+            simulated.fill(models_of(self.demand, warm.model[self.warm == worker]))
+        mine = self.worker == worker
+        at = schedule.at[mine]
+        ran = simulated.run(at, models_of(self.demand, schedule.model[mine]))
+        took = ran.wait + drawn(costs.overhead, len(at), rng)
+        return _Part(at, took, ran.outcome, ran.loads / seconds, ran.busy_s / seconds, weight)
+
+    def _workers(self, schedule: Schedule, loss: Loss | None) -> Int64:
+        """[n] who gets each request: the replicas of a model take turns, and after a loss who is next in line."""
+        machines, count = self.machines, np.arange(len(schedule.at))
+        line = count % machines.replicas
+        if loss is not None:
+            after = schedule.at >= loss.at_s
+            turn = count % min(machines.replicas, machines.nodes - 1)
+            line = np.where(after, turn + (self.lost[schedule.model] <= turn), line)
+        return self.nodes[schedule.model, line] * machines.workers + self.homes[schedule.model]
+
+
+def _found(machines: Machines, parts: Sequence[_Part]) -> Found:
+    counts = np.array([len(part.at) * part.weight for part in parts])
+    total = max(1.0, float(counts.sum()))
+
+    def share(*outcomes: int) -> float:
+        return float(sum(n * part.share(*outcomes) for n, part in zip(counts, parts, strict=True)) / total)
+
+    return Found(
+        machines,
+        requests=round(total),
+        hit_ratio=share(HIT),
+        cold=share(MISS, COALESCED),
+        refused=share(REFUSED),
+        ms=_percentiles(parts),
+        loads_per_s=sum(part.loads * part.weight for part in parts),
+        busy=max(part.busy for part in parts),
+        simulated=len(parts),
+        error=_error(parts) * float(counts[1:].sum()) / total,
+    )
+
+
+def _percentiles(parts: Sequence[_Part]) -> dict[str, float]:
+    """Of all requests, each worker's as often as it speaks for workers."""
+    seconds = np.concatenate([part.seconds for part in parts])
+    weights = np.concatenate([np.full(len(part.at), part.weight) for part in parts])
+    if not len(seconds):
+        return {f"p{level:g}": 0.0 for level in LEVELS}
+    order = np.argsort(seconds)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    at = np.searchsorted(reached, np.array(LEVELS) / 100 - 1e-12).clip(0, len(seconds) - 1)
+    return {f"p{level:g}": float(seconds[order[i]]) * 1e3 for level, i in zip(LEVELS, at.tolist(), strict=True)}
+
+
+def _error(parts: Sequence[_Part]) -> float:
+    """A standard error of the hit ratio of the workers that are spoken for, from how the spoken for differ."""
+    ratios = [part.share(HIT) for part in parts[1:]]
+    if not ratios or parts[1].weight == 1 or len(ratios) == 1:
+        return 0.0
+    return float(np.std(ratios, ddof=1) * np.sqrt((1 - 1 / parts[1].weight) / len(ratios)))

@@ -1,0 +1,48 @@
+"""Who goes first when room is needed: one policy a file, all behind one interface, by name. Pure: no clock, no chance.
+
+A policy ranks models within a *group*, whose members can take each other's place: a family, or None for all singles. It
+is told what happens to those that may be chosen; `model_store.policy.Cache` asks it for an order, goes through that for
+ones without a lease, and decides between groups by `coldness`. Each call takes O(log n) amortised, and what a policy
+remembers of models that are not here is bounded.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from model_store.eviction.due import Due
+from model_store.eviction.lfu import Lfu
+from model_store.eviction.lru import Lru
+from model_store.eviction.s3fifo import S3Fifo
+from model_store.eviction.sieve import Sieve
+from model_store.names import ModelName
+
+
+class Policy(Protocol):
+    """The one interface. Pinned models are not told of, so nobody has to go round them."""
+
+    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:
+        """It may be chosen from now on. `asked`: a request is why it came; else a swap, an end of a pin, or foresight."""
+
+    def hit(self, model: ModelName) -> None:
+        """A request for a model that has entered."""
+
+    def leave(self, model: ModelName) -> None:
+        """It may not be chosen any more: evicted, unloaded or pinned. Of no effect for one that has not entered."""
+
+    def victims(self, group: str | None) -> Iterator[ModelName]:
+        """Every member of the group once, the first to go first. Stop before you tell the policy anything else."""
+
+    def coldness(self, model: ModelName) -> float:
+        """Comparable between groups, the colder the larger. Of a model that is not here: what it would be, or -inf where
+        the policy expects nothing of it.
+        """
+
+
+POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": Lru, "sieve": Sieve, "s3fifo": S3Fifo, "lfu": Lfu, "due": Due}
+
+
+def policy_named(name: str) -> Policy:
+    """A new policy that knows nothing yet, for one cache. Raises ValueError for a name that there is not."""
+    if name not in POLICIES:
+        raise ValueError(f"there is no eviction policy {name!r}: choose one of {', '.join(POLICIES)}")
+    return POLICIES[name]()

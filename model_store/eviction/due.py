@@ -1,0 +1,185 @@
+"""Due: whoever is expected back last goes first, by the model's own rhythm. Made for the market clock.
+
+A model that was asked about every 500 requests so far is expected 500 requests after it was asked last. In a tick over a
+fleet that is larger than the cache this lets those go who have just had their turn, not those who are still to come:
+the set that stays is stable, whether the order is fixed or shuffled, and one row after another serves the rest as guests.
+Under skewed popularity it comes close to keeping the most popular. Rhythm and its deviation are learnt as TCP learns its
+round-trip time (Jacobson and Karels, "Congestion Avoidance and Control", 1988): what has not come three deviations after
+it was expected has probably stopped, and the longer ago it was asked the later it is now expected.
+
+The unit of time is one request for any model: a pause, or a night with few requests, makes nobody late.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, merge
+from itertools import count
+
+from model_store.names import ModelName
+
+MAX_GHOSTS = 10_000
+WINDOW = 32  #: one member in so many has been asked so recently that more requests are the same visit
+GAIN = 0.25  #: weight of the newest gap
+SLACK = 3.0  #: deviations after which a model counts as late
+STEADY = 0.125  #: of its gap that no model's deviation is taken to be less than
+
+
+@dataclass(slots=True)
+class _Rhythm:
+    """When its last visit began, the mean gap between visits, and how far gaps deviate from that; None: not known."""
+
+    began: int
+    due: float  #: when it is expected
+    late: float  #: from then on it is not
+    gap: float | None = None
+    deviation: float = 0.0
+    ticket: int = 0  #: of its entries in the heaps; 0: they are void
+
+    def visit(self, now: int) -> None:
+        """A visit begins."""
+        gap, self.began = now - self.began, now
+        if self.gap is None:
+            self.gap, self.deviation = gap, gap / 2
+        else:
+            error = gap - self.gap
+            self.gap += GAIN * error
+            self.deviation += GAIN * (abs(error) - self.deviation)
+        self.due = now + self.gap
+        self.late = self.due + SLACK * max(self.deviation, STEADY * self.gap)
+
+
+Entry = tuple[float, int, ModelName]
+
+
+@dataclass(slots=True)
+class _Group:
+    """Members asked last, oldest first; all others in heaps: by due, the last first; by late; once late, by last visit.
+
+    An entry with a ticket that its model does not hold any more is void.
+    """
+
+    size: int = 0
+    window: OrderedDict[ModelName, None] = field(default_factory=OrderedDict)
+    by_due: list[Entry] = field(default_factory=list)
+    by_late: list[Entry] = field(default_factory=list)
+    late: list[Entry] = field(default_factory=list)
+
+
+class Due:
+    """Rhythms of those here and of the last MAX_GHOSTS that left. Coldness is in requests until it is expected."""
+
+    def __init__(self) -> None:
+        self._now = 0
+        self._since = 0  # who has not been asked since then may be forgotten
+        self._tickets = count(1)
+        self._groups: dict[str | None, _Group] = {}
+        self._group: dict[ModelName, str | None] = {}
+        self._rhythms: dict[ModelName, _Rhythm] = {}
+        self._ghosts: OrderedDict[ModelName, _Rhythm] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<Due of {len(self._group)}, {len(self._ghosts)} ghosts>"
+
+    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:
+        """A visit if it was asked. A newcomer has not been asked for as long as we remember: that is its first gap."""
+        self._now += asked
+        rhythm = self._ghosts.pop(model, None)
+        if rhythm is None:
+            due = self._now + self._horizon()
+            rhythm = _Rhythm(self._now, due, due)
+        elif asked:
+            rhythm.visit(self._now)
+        members = self._groups.setdefault(group, _Group())
+        members.size += 1
+        self._group[model], self._rhythms[model] = group, rhythm
+        if asked:
+            self._open(members, model)
+        else:
+            self._file(members, model)
+
+    def hit(self, model: ModelName) -> None:
+        """A visit, unless it is in the midst of one."""
+        self._now += 1
+        members = self._groups[self._group[model]]
+        if model in members.window:
+            members.window.move_to_end(model)
+        else:
+            self._rhythms[model].visit(self._now)
+            self._open(members, model)
+
+    def leave(self, model: ModelName) -> None:
+        """Its rhythm is remembered for a while."""
+        if model not in self._group:
+            return
+        group = self._group.pop(model)
+        members = self._groups[group]
+        members.size -= 1
+        members.window.pop(model, None)
+        if not members.size:
+            del self._groups[group]
+        rhythm = self._ghosts[model] = self._rhythms.pop(model)
+        rhythm.ticket = 0
+        if len(self._ghosts) > MAX_GHOSTS:
+            _, forgotten = self._ghosts.popitem(last=False)
+            self._since = max(self._since, forgotten.began)
+
+    def victims(self, group: str | None) -> Iterator[ModelName]:
+        """The coldest first: late ones and those due last; at the end, if it must be, whoever has just been asked."""
+        members = self._groups.get(group)
+        if members is None:
+            return
+        while members.by_late and members.by_late[0][0] <= self._now:
+            entry = heappop(members.by_late)
+            if self._holds(entry):
+                _, ticket, model = entry
+                heappush(members.late, (self._rhythms[model].began, ticket, model))
+        due = (model for model in self._ordered(members.by_due) if self._rhythms[model].late > self._now)
+        yield from merge(self._ordered(members.late), due, key=self.coldness, reverse=True)
+        yield from members.window
+
+    def coldness(self, model: ModelName) -> float:
+        """Requests until it is expected; for a late one, as many as since its last visit."""
+        rhythm = self._rhythms.get(model) or self._ghosts.get(model)
+        if rhythm is None:
+            return self._horizon()
+        return self._now - rhythm.began if rhythm.late <= self._now else max(0.0, rhythm.due - self._now)
+
+    def _horizon(self) -> int:
+        return self._now - self._since
+
+    def _open(self, members: _Group, model: ModelName) -> None:
+        """Into the window; whoever falls out at its other end can be chosen."""
+        self._rhythms[model].ticket = 0
+        members.window[model] = None
+        while len(members.window) > max(1, members.size // WINDOW):
+            self._file(members, members.window.popitem(last=False)[0])
+
+    def _file(self, members: _Group, model: ModelName) -> None:
+        """Into the heaps, which are cleared once most of their entries are void."""
+        rhythm = self._rhythms[model]
+        ticket = rhythm.ticket = next(self._tickets)
+        heappush(members.by_due, (-rhythm.due, ticket, model))
+        heappush(members.by_late, (rhythm.late, ticket, model))
+        for heap in (members.by_due, members.by_late, members.late):
+            if len(heap) > 2 * members.size:
+                heap[:] = filter(self._holds, heap)
+                heapify(heap)
+
+    def _holds(self, entry: Entry) -> bool:
+        _, ticket, model = entry
+        rhythm = self._rhythms.get(model)
+        return rhythm is not None and rhythm.ticket == ticket
+
+    def _ordered(self, heap: list[Entry]) -> Iterator[ModelName]:
+        """The models of a heap's valid entries in its order, k of them in O(k log k); void ones at the top go for good."""
+        while heap and not self._holds(heap[0]):
+            heappop(heap)
+        front = [(heap[0], 0)] if heap else []
+        while front:
+            entry, i = heappop(front)
+            if self._holds(entry):
+                yield entry[2]
+            for child in (2 * i + 1, 2 * i + 2):
+                if child < len(heap):
+                    heappush(front, (heap[child], child))

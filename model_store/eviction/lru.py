@@ -1,0 +1,50 @@
+"""Least recently used. Its worst case is a scan in fixed order over a little more than fits: then nothing is ever hit."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from math import inf
+
+from model_store.names import ModelName
+
+
+class Lru:
+    """Coldness is the number of uses of any model since its own."""
+
+    def __init__(self) -> None:
+        self._clock = 0
+        self._used: dict[str | None, OrderedDict[ModelName, int]] = {}
+        self._group: dict[ModelName, str | None] = {}
+
+    def __repr__(self) -> str:
+        return f"<Lru of {len(self._group)}>"
+
+    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:  # noqa: ARG002 -- whatever brought it
+        """The most recently used of all."""
+        self._clock += 1
+        self._group[model] = group
+        self._used.setdefault(group, OrderedDict())[model] = self._clock
+
+    def hit(self, model: ModelName) -> None:
+        """The most recently used of all."""
+        self._clock += 1
+        order = self._used[self._group[model]]
+        order[model] = self._clock
+        order.move_to_end(model)
+
+    def leave(self, model: ModelName) -> None:
+        """Forgotten."""
+        if model in self._group:
+            group = self._group.pop(model)
+            del self._used[group][model]
+            if not self._used[group]:
+                del self._used[group]
+
+    def victims(self, group: str | None) -> Iterator[ModelName]:
+        """In the order of last use."""
+        return iter(self._used.get(group, ()))
+
+    def coldness(self, model: ModelName) -> float:
+        """Uses since its own."""
+        if model not in self._group:
+            return -inf
+        return self._clock - self._used[self._group[model]][model]

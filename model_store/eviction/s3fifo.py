@@ -1,0 +1,97 @@
+"""S3-FIFO: newcomers pass a small queue; those used twice there, or that come back soon, stay in the main one.
+
+Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP 2023.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import inf
+
+from model_store.names import ModelName
+
+SMALL = 10  #: the small queue is one in so many
+MOST_USES = 3
+MAX_GHOSTS = 10_000
+
+
+@dataclass(slots=True)
+class _Queues:
+    """Oldest first. The values are uses since it came, or since its last reprieve in the main queue."""
+
+    small: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
+    main: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
+
+    def part(self, model: ModelName) -> OrderedDict[ModelName, int]:
+        return self.small if model in self.small else self.main
+
+    def turn(self) -> Iterator[OrderedDict[ModelName, int]]:
+        """The two, the one first whose oldest goes next; whoever earned it has moved on. Amortised: it costs uses."""
+        while True:
+            size = len(self.small) + len(self.main)
+            if self.small and (len(self.small) >= max(1, size // SMALL) or not self.main):
+                model, uses = next(iter(self.small.items()))
+                if uses <= 1:
+                    return iter((self.small, self.main))
+                del self.small[model]
+                self.main[model] = 0
+            else:
+                model, uses = next(iter(self.main.items()))
+                if not uses:
+                    return iter((self.main, self.small))
+                self.main[model] = uses - 1
+                self.main.move_to_end(model)
+
+
+class S3Fifo:
+    """Queues for each group, one memory of who left. Between groups coldness is as in LRU."""
+
+    def __init__(self) -> None:
+        self._clock = 0
+        self._queues: dict[str | None, _Queues] = {}
+        self._here: dict[ModelName, tuple[str | None, int]] = {}  # its group, and when it was used last
+        self._ghosts: OrderedDict[ModelName, None] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<S3Fifo of {len(self._here)}, {len(self._ghosts)} ghosts>"
+
+    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:  # noqa: ARG002 -- whatever brought it
+        """To the small queue, or to the main one where it has left the small one not long ago."""
+        self._clock += 1
+        self._here[model] = group, self._clock
+        queues = self._queues.setdefault(group, _Queues())
+        known = model in self._ghosts
+        self._ghosts.pop(model, None)
+        (queues.main if known else queues.small)[model] = 0
+
+    def hit(self, model: ModelName) -> None:
+        """One use more."""
+        self._clock += 1
+        group = self._here[model][0]
+        self._here[model] = group, self._clock
+        part = self._queues[group].part(model)
+        part[model] = min(part[model] + 1, MOST_USES)
+
+    def leave(self, model: ModelName) -> None:
+        """Who leaves the small queue is remembered, for as many as there are others here."""
+        if model not in self._here:
+            return
+        group, _ = self._here.pop(model)
+        queues = self._queues[group]
+        if model in queues.small:
+            self._ghosts[model] = None
+        del queues.part(model)[model]
+        if not (queues.small or queues.main):
+            del self._queues[group]
+        while len(self._ghosts) > min(MAX_GHOSTS, len(self._here) + 1):
+            self._ghosts.popitem(last=False)
+
+    def victims(self, group: str | None) -> Iterator[ModelName]:
+        """Oldest first, of the queue whose turn it is and then of the other."""
+        if group in self._queues:
+            for part in self._queues[group].turn():
+                yield from part
+
+    def coldness(self, model: ModelName) -> float:
+        """Uses since its own."""
+        return self._clock - self._here[model][1] if model in self._here else -inf

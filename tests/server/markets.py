@@ -1,0 +1,91 @@
+"""Hourly prices of a few markets in a CSV file, and small archives that forecast them, untrained: for backtests."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typer.testing import CliRunner, Result
+
+from handlers.forecasters import build, random_tensors
+from model_store.archive import DEFAULT_LIMITS
+from model_store.manifest import Channel, Forecast, Scaler
+from model_store.names import ModelName
+from model_store.packing import pack_forecaster
+from server.cli import app
+from server.rolling import Model, unpublished
+
+HISTORY, HORIZON, DAYS = 24, 6, 20
+LEVELS = (0.1, 0.5, 0.9)
+START = datetime.fromisoformat("2024-03-04")  # a Monday
+
+
+def run(*arguments: str) -> Result:
+    """`fleetcast` in this process; an exception of ours that is not said in a line comes through."""
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def names(count: int) -> list[str]:
+    """M00, M01, ..."""
+    return [f"M{i:02}" for i in range(count)]
+
+
+def write_prices(path: Path, targets: Sequence[str], *, days: int = DAYS, empty: str = "", since: int = 0) -> Path:
+    """A price and a load forecast of each market; `empty` has no prices from hour `since` on; some are missing."""
+    rng = np.random.default_rng(0)
+    hours = np.arange(24 * days)
+    wave = 60 + 25 * np.sin(hours / 24 * 2 * np.pi)
+    columns = {each: wave + rng.normal(0, 6, len(hours)) for each in targets}
+    lines = [",".join(["hour", *targets, *(f"load_{each}" for each in targets)])]
+    for hour in hours.tolist():
+        stamp = START + hour * timedelta(hours=1)
+        gone = [hour % 97 == 50 or (each == empty and hour >= since) for each in targets]
+        prices = ["" if lost else f"{columns[each][hour]:.2f}" for each, lost in zip(targets, gone, strict=True)]
+        loads = [f"{1000 + 10 * wave[hour]:.0f}" for _ in targets]
+        lines.append(",".join([f"{stamp:%Y-%m-%d %H:%M}", *prices, *loads]))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def forecast(**changes: Any) -> Forecast:
+    """A day of prices and what is known of the next six hours."""
+    horizon = changes.get("prediction_length", HORIZON)
+    known = [
+        Channel(source="dynamic_feat", index=i, shift=horizon) for i in range(len(changes.get("dynamic_feat", ())))
+    ]
+    asked: dict[str, Any] = {
+        "frequency": "1h",
+        "context_length": HISTORY,
+        "prediction_length": HORIZON,
+        "quantile_levels": LEVELS,
+        "inputs": (Channel(source="target"), Channel(source="calendar", feature="hour_sin", shift=horizon), *known),
+        "scaler": Scaler(kind="linear", center=60, scale=20),
+        "tail": "clamp",
+        "unit": "EUR/MWh",
+    }
+    return Forecast(**{**asked, **changes})
+
+
+def archive(seed: int = 0, **changes: Any) -> bytes:
+    """An `mlp` of seeded random weights; keywords change its `Forecast`."""
+    record = forecast(**changes)
+    config = {
+        "features": len(record.inputs), "context_length": record.context_length, "hidden": 8,
+        "prediction_length": record.prediction_length, "quantiles": len(record.quantile_levels),
+    }  # fmt: skip
+    tensors = random_tensors(build("mlp", config), seed)
+    return pack_forecaster(tensors, architecture="mlp", config=config, model_name="m", forecast=record)
+
+
+def model(seed: int = 0, **changes: Any) -> Model:
+    """The same, opened, in no store."""
+    return unpublished(archive(seed, **changes), ModelName("m.mar"), DEFAULT_LIMITS)
+
+
+def fill(store: Path, targets: Sequence[str], **changes: Any) -> Path:
+    """A folder with an archive of each market."""
+    store.mkdir()
+    for seed, target in enumerate(targets):
+        store.joinpath(f"{target}.mar").write_bytes(archive(seed, **changes))
+    return store
