@@ -22,12 +22,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from loadtest import record, wrk
+from loadtest.dialects import NPY
 from loadtest.peers import beyond
 from loadtest.peers.contest import LOST, SEED, Contest, write_models
 from loadtest.peers.environments import installed, pins, requirements
 from loadtest.peers.network import load
 from loadtest.peers.servers import PACKAGE, PEERS, fleetcast, plain
-from loadtest.peers.standings import CONNECTIONS, OURS, table, words
+from loadtest.peers.standings import CONNECTIONS, OURS, OURS_NPY, table, words
 
 RECORDED = 7  #: rounds that a record has at least
 MODELS, FLEET, SPARE = 8, 200, 64
@@ -97,11 +98,13 @@ def compare(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
 
 
 def _enter(contest: Contest, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
-    """Ours with few and with many models, the plain peer, and the chosen ones."""
+    """Ours with few models, with many and with binary bodies, the plain peer, and the chosen ones."""
     models = contest.models
     for name, count in ((OURS, MODELS), (f"{OURS} x{FLEET}", FLEET)):
         say(f"{name}: starting")
         contest.enter(name, record.commit()[:7], partial(fleetcast, name, models.store), count)
+    say(f"{OURS_NPY}: starting")
+    contest.enter(OURS_NPY, record.commit()[:7], partial(fleetcast, OURS_NPY, models.store), MODELS, NPY)
     say("plain: starting")
     network = load(str(models.weights / "m0"))
     contest.enter("plain", f"onnxruntime {version('onnxruntime')}", partial(plain, folder, network, MODELS), MODELS)
@@ -114,7 +117,7 @@ def _enter(contest: Contest, peers: list[str], folder: Path, say: Callable[[str]
 def _exceed(contest: Contest, name: str) -> None:
     """More models, and more than there is memory for."""
     contender, names = contest.contenders[name], contest.models.names
-    if contender.server.fixed or contender.target.count == FLEET:
+    if contender.server.fixed or contender.target.count == FLEET or name == OURS_NPY:
         return
     body, found = contender.body, contender.found
     try:

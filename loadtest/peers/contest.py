@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 from handlers.forecasters import build, random_tensors
 from loadtest import wrk
 from loadtest.bench import TCN
-from loadtest.dialects import JSON
+from loadtest.dialects import JSON, npy_body
 from loadtest.peers.environments import PeerUnavailable
 from loadtest.peers.servers import Server
-from loadtest.peers.standings import CONNECTIONS, OURS, standing, turns
+from loadtest.peers.standings import CONNECTIONS, OURS, OURS_NPY, standing, turns
 from loadtest.record import spread
 from model_store.packing import pack_forecaster
 
@@ -132,8 +132,18 @@ class Contest:
             if contender is not None:
                 contender.stack.close()
 
-    def enter(self, name: str, version: str, start: Callable[[], AbstractContextManager[Server]], count: int) -> None:
-        """Start a server, load `count` models into it, compare its answers with the plain network's, and warm it."""
+    def enter(
+        self,
+        name: str,
+        version: str,
+        start: Callable[[], AbstractContextManager[Server]],
+        count: int,
+        media: str = JSON,
+    ) -> None:
+        """Start a server, load `count` models into it, compare its answers with the plain network's, and warm it.
+
+        Its load are bodies of the type `media`: JSON as the server's protocol has it, or NPY.
+        """
         stack = self._stack.enter_context(ExitStack())
         with self.risking(name), ExitStack() as unless_entered:
             unless_entered.push(stack)
@@ -147,8 +157,8 @@ class Contest:
             for each in names:
                 self._check(server, each, body)
             file = self._folder / f"{name}.json"
-            file.write_bytes(body)
-            target = wrk.Target(name, server.url, count, server.suffix, file, JSON, server.dialect)
+            file.write_bytes(body if media == JSON else npy_body(self.models.x))
+            target = wrk.Target(name, server.url, count, server.suffix, file, media, server.dialect)
             wrk.run(target, CONNECTIONS[-1], WARM_S)
             self.contenders[name] = Contender(server, names, body, target, found, stack)
             unless_entered.pop_all()
@@ -188,8 +198,8 @@ class Contest:
 
     def results(self) -> dict[str, Any]:
         """Server -> everything found out about it, with the ratios to ours."""
-        ours = self.contenders[OURS].runs
+        ours = {name: self.contenders[name].runs for name in (OURS, OURS_NPY) if name in self.contenders}
         return {
-            name: {**each.found, **standing(each.runs, None if name.startswith(OURS) else ours)}
+            name: {**each.found, **standing(each.runs, {} if name.startswith(OURS) else ours)}
             for name, each in self.contenders.items()
         }

@@ -10,6 +10,7 @@ from loadtest.record import spread
 from loadtest.wrk import Result
 
 OURS = "fleetcast"
+OURS_NPY = "fleetcast npy"
 CONNECTIONS = (1, 8, 32)
 
 
@@ -19,8 +20,10 @@ def turns(servers: Sequence[str], turn: int) -> list[str]:
     return [*servers[at:], *servers[:at]]
 
 
-def standing(runs: Mapping[int, Sequence[Result]], ours: Mapping[int, Sequence[Result]] | None) -> dict[str, Any]:
-    """One server's results by connections; with ratios ours / its, of each round, where `ours` are another server's."""
+def standing(
+    runs: Mapping[int, Sequence[Result]], ours: Mapping[str, Mapping[int, Sequence[Result]]]
+) -> dict[str, Any]:
+    """One server's results by connections; with ratios ours / its, of each round, to those of `ours` by name."""
     found = {}
     for connections, results in runs.items():
         row: dict[str, Any] = {
@@ -28,9 +31,9 @@ def standing(runs: Mapping[int, Sequence[Result]], ours: Mapping[int, Sequence[R
             "p50_ms": spread([run.p50_ms for run in results]),
             "p99_ms": spread([run.p99_ms for run in results]),
         }
-        if ours is not None:
-            pairs = list(zip(ours[connections], results, strict=True))
-            row["ours / it"] = {
+        for name, theirs in ours.items():
+            pairs = list(zip(theirs[connections], results, strict=True))
+            row[f"{name} / it"] = {
                 "requests_per_s": spread([mine.requests_per_s / its.requests_per_s for mine, its in pairs]),
                 "p50": spread([mine.p50_ms / its.p50_ms for mine, its in pairs]),
             }
@@ -43,14 +46,15 @@ def table(results: Mapping[str, Any]) -> Table:
     title = f"{results['models']} models, {results['rounds']} rounds of {results['seconds']:g} s: median (min-max)"
     missing = [f"{name} was not measured: {reason}" for name, reason in results["unavailable"].items()]
     shown = Table(title=title, box=box.SIMPLE_HEAD, caption="\n".join(missing), caption_justify="left")
-    for head in ("", "conns", "requests/s", "p50 ms", "p99 ms", "ours / it", "p50 ours / it", "load ms", "MB a model"):
+    ratios = ("ours / it", "p50 ours / it", "npy / it")
+    for head in ("", "conns", "requests/s", "p50 ms", "p99 ms", *ratios, "load ms", "MB a model"):
         shown.add_column(head, justify="right" if head else "left", overflow="fold")
     for name, found in results["servers"].items():
         load, memory = _told(found.get("load_ms")), found.get("mb_per_model")
         aside = [(name, load, "" if memory is None else _short(memory)), (found["version"], "", ""), ("", "", "")]
         for connections, (first, *last) in zip(CONNECTIONS, aside, strict=True):
             row = found[f"{connections} connections"]
-            ratio = row.get("ours / it", {})
+            ratio, npy = row.get(f"{OURS} / it", {}), row.get(f"{OURS_NPY} / it", {})
             shown.add_row(
                 first,
                 str(connections),
@@ -59,6 +63,7 @@ def table(results: Mapping[str, Any]) -> Table:
                 _short(row["p99_ms"]["median"]),
                 _told(ratio.get("requests_per_s")),
                 _told(ratio.get("p50")),
+                _told(npy.get("requests_per_s")),
                 *last,
                 end_section=connections == CONNECTIONS[-1],
             )

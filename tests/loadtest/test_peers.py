@@ -27,7 +27,7 @@ from loadtest.peers.contest import Contest, write_models
 from loadtest.peers.environments import PeerUnavailable, pins, requirements
 from loadtest.peers.network import load
 from loadtest.peers.servers import PACKAGE, PEERS, Server
-from loadtest.peers.standings import CONNECTIONS, OURS, standing, table, turns, words
+from loadtest.peers.standings import CONNECTIONS, OURS, OURS_NPY, standing, table, turns, words
 from loadtest.peers.tree import Tree, started
 from loadtest.processes import wait_until
 
@@ -128,35 +128,41 @@ def _runs(*rates: float) -> dict[int, list[wrk.Result]]:
 
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that slows down for a round slows both: the ratio of each round stays, that of medians would not."""
-    row = standing(_runs(10, 50, 12), _runs(100, 500, 120))["8 connections"]
-    assert row["ours / it"]["requests_per_s"] == {"median": 10, "min": 10, "max": 10, "runs": 3}
-    assert row["ours / it"]["p50"]["median"] == pytest.approx(0.1)
+    row = standing(_runs(10, 50, 12), {OURS: _runs(100, 500, 120)})["8 connections"]
+    assert row[f"{OURS} / it"]["requests_per_s"] == {"median": 10, "min": 10, "max": 10, "runs": 3}
+    assert row[f"{OURS} / it"]["p50"]["median"] == pytest.approx(0.1)
     assert row["requests_per_s"] == {"median": 12, "min": 10, "max": 50, "runs": 3}
-    assert "ours / it" not in standing(_runs(1), None)["8 connections"]
+    assert f"{OURS} / it" not in standing(_runs(1), {})["8 connections"]
 
 
 def test_the_table_says_all() -> None:
     """Medians with spread, load time, memory; who is missing and why, who was stopped, what exceeded memory did."""
-    ours, its = _runs(100, 200, 300), _runs(10, 20, 25)
+    ours, npy, its = _runs(100, 200, 300), _runs(200, 400, 600), _runs(10, 20, 25)
     told = {"version": "1.2", "load_ms": {"median": 3000.0, "min": 2900.0, "max": 3100.0}, "mb_per_model": 168.04}
     results = {
         "models": 8,
         "rounds": 3,
         "seconds": 1,
         "servers": {
-            OURS: {"version": "abc", "stopped_between_turns": False, **standing(ours, None)},
-            "mms": {**told, "stopped_between_turns": True, "beyond": "killed", **standing(its, ours)},
+            OURS: {"version": "abc", "stopped_between_turns": False, **standing(ours, {})},
+            "mms": {
+                **told,
+                "stopped_between_turns": True,
+                "beyond": "killed",
+                **standing(its, {OURS: ours, OURS_NPY: npy}),
+            },
         },
         "unavailable": {"torchserve": "needs Java 17"},
     }
     file = io.StringIO()
-    Console(file=file, width=150).print(table(results), "\n".join(words(results)))
+    Console(file=file, width=165).print(table(results), "\n".join(words(results)))
     text = file.getvalue()
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert (
-        "mms 1 20.0 (10.0-25.0) 50.0 (40.0-100) 250 10.0 (10.0-12.0) 0.100 (0.083-0.100) 3000 (2900-3100) 168" in lines
+        "mms 1 20.0 (10.0-25.0) 50.0 (40.0-100) 250 10.0 (10.0-12.0) 0.100 (0.083-0.100) 20.0 (20.0-24.0) 3000 (2900-3100) 168"
+        in lines
     )
-    assert "1.2 8 20.0 (10.0-25.0) 50.0 (40.0-100) 250 10.0 (10.0-12.0) 0.100 (0.083-0.100)" in lines
+    assert "1.2 8 20.0 (10.0-25.0) 50.0 (40.0-100) 250 10.0 (10.0-12.0) 0.100 (0.083-0.100) 20.0 (20.0-24.0)" in lines
     assert "torchserve was not measured: needs Java 17" in lines
     assert "mms: killed" in lines
     assert any(line.startswith("Stopped (SIGSTOP)") and line.endswith("idle: mms.") for line in lines)
@@ -297,7 +303,7 @@ def test_who_answers_wrongly_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert "requests failed" in there.lost["later"]
         found = there.results()
         assert list(found) == [OURS, "fixed"]
-        assert found["fixed"]["8 connections"]["ours / it"]["requests_per_s"]["runs"] == 1
+        assert found["fixed"]["8 connections"][f"{OURS} / it"]["requests_per_s"]["runs"] == 1
         assert "load_ms" in found[OURS]
         assert "load_ms" not in found["fixed"]
         with pytest.raises(RuntimeError), there.risking(OURS):
