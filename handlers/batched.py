@@ -102,9 +102,9 @@ def _one_by_one(family: Family) -> Callable[..., torch.Tensor]:
     Measured, one core, 168 steps of 128 windows, forward and backward: 34 ms a model; a cell written out in torch for
     four models together takes 29, too little to keep a second one.
     """
-    one = _network(family)
 
     def all_models(parts: Parts, *given: torch.Tensor) -> torch.Tensor:
+        one = _network(family)
         models = [{name: part[i] for name, part in parts.items()} for i in range(len(given[0]))]
         return torch.stack([one(model, *(each[i] for each in given)) for i, model in enumerate(models)])
 
@@ -147,14 +147,15 @@ def _mqcnn(family: Mqcnn) -> Callable[[Parts, torch.Tensor], torch.Tensor]:
     """The encoder as `_tcn`, the decoder mapped over the models."""
     encoder, inner = family.encoder, "encoder."
     assert isinstance(encoder, Tcn)
-    with torch.device("meta"):
-        decoder = Decoder(family.reference())
-
-    def one(parts: Parts, *given: torch.Tensor) -> torch.Tensor:
-        answer: torch.Tensor = functional_call(decoder, dict(parts), given)
-        return answer
 
     def all_models(parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        with torch.device("meta"):  # a decoder of its own, as in `_network`
+            decoder = Decoder(family.reference())
+
+        def one(parts: Parts, *given: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = functional_call(decoder, dict(parts), given)
+            return answer
+
         of_encoder = {name.removeprefix(inner): part for name, part in parts.items() if name.startswith(inner)}
         encoded = _tcn(encoder.config, of_encoder, x[:, :, -reach(encoder) :])
         rest = {f"network.{name}": part for name, part in parts.items() if not name.startswith(inner)}

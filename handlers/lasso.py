@@ -13,7 +13,7 @@ import torch
 BANDWIDTH = 0.1  #: half the kernel's width, in network numbers: asinh of prices by their spread
 STEPS = 60  #: of FISTA at each penalty, from the solution at the one before
 PENALTIES = 10
-SMALLEST = 1e-3  #: of the path, as a part of the largest, at which all coefficients are zero
+SMALLEST = 1e-3  #: of the path, as a part of the largest, at which all coefficients are about zero
 
 
 class Problem(NamedTuple):
@@ -45,7 +45,7 @@ def null(problem: Problem) -> Coefficients:
 
 
 def penalties(problem: Problem, start: Coefficients) -> torch.Tensor:
-    """The path, falling: [PENALTIES, m, 1, columns]. At the first all coefficients of a column are zero."""
+    """The path, falling: [PENALTIES, m, 1, columns]. At the first all coefficients are about zero."""
     gradient, _ = _gradients(problem, start)
     largest = gradient.abs().amax(1, keepdim=True)
     path = torch.logspace(0, torch.tensor(SMALLEST).log10().item(), PENALTIES, dtype=largest.dtype)

@@ -23,7 +23,7 @@ PEERS = ("loadtest.peers.flat_rows:FlatTcn", "loadtest.peers.flat_rows:SplitMlp"
 ALL_GOAL_MS = 15.0  #: 500 different models
 GOALS = ((32, 0.8), (1, 1.0))  #: from so many rows on, at most so much of the peer's time
 
-CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
+CONSOLE = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def main(save: Annotated[bool, typer.Option(help="write a record")] = True) -> None:
@@ -48,10 +48,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         for row, found in rows.items():
             cells = [f"{found['us']['fleetcast']['median']:.1f}", *_against(found, "peer")]
             cells += [_goal(section, row, found), *_against(found, "gathered"), f"{found['floor_us']:.1f}"]
-            ways = sum(found["paths"].values())
-            shown.add_row(
-                section, row, *cells, " ".join(f"{path} {n / ways:.0%}" for path, n in found["paths"].items())
-            )
+            shown.add_row(section, row, *cells, " ".join(sorted(found["paths"], key=found["paths"].get, reverse=True)))
         shown.add_section()
     return shown
 

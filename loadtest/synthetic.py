@@ -70,7 +70,7 @@ def _market(index: int, rng: np.random.Generator, steps: int) -> Series:
     return Series(name, START, timedelta(hours=1), np.asarray(prices.round(2), np.float64), np.empty((0, steps)))
 
 
-def _bump(hours: npt.NDArray[np.int64], center: float, width: float) -> Float64:
+def _bump(hours: npt.NDArray[np.int64] | Float64, center: float, width: float) -> Float64:
     """A hill in every day."""
     return np.asarray(np.exp(-(((hours % DAY - center) / width) ** 2)), np.float64)
 
@@ -90,3 +90,45 @@ def _spikes(rng: np.random.Generator, odds: Float64, base: float) -> Float64:
     steps = len(odds)
     jumps = (rng.random(steps) < 0.001 + 0.02 * odds) * base * rng.pareto(2.0, steps).clip(max=20)
     return np.convolve(jumps, 0.5 ** np.arange(6))[:steps]
+
+
+# --- products that move together ------------------------------------------------------------------------------------
+
+SHARED = 0.75  #: of a region's weather and luck, the variance that it has in common with the others
+
+
+def coupled_markets(regions: Sequence[str], products: Sequence[str], seed: int, steps: int, a_day: int) -> list[Series]:
+    """Prices of every product in every region, named `region/product`, region by region; `a_day` steps each day.
+
+    The first product is energy. The others are reserves: `raise...` is dear where energy is scarce, any other where it
+    abounds. Regions share most of their weather, and reserves of one kind are bought for all of them together.
+    """
+    rng = np.random.default_rng([seed, len(regions), len(products)])
+    hours = np.arange(steps) * DAY / a_day
+    wind, sky, luck = (_shared(rng, len(regions), steps, memory * a_day / DAY) for memory in (18.0, 30.0, 4.0))
+    bought = {product: _drift(rng, steps, 12.0 * a_day / DAY) for product in products[1:]}
+    found = []
+    for region, blows, clear, lucky in zip(regions, wind, sky, luck, strict=True):
+        base, swing, solar = rng.uniform(50, 80), rng.uniform(22, 34), rng.uniform(0.8, 1.8)
+        weekend = np.where(hours % WEEK >= 5 * DAY, 0.75, 1.0)
+        load = weekend * (_bump(hours, 8.0, 2.0) + 1.6 * _bump(hours, 18.5, 2.5))
+        sun = solar / (1 + np.exp(-2 * clear)) * _bump(hours, 12.5, 2.2)
+        scarce = load - sun - 0.4 * blows + 0.25 * lucky
+        spikes = _spikes(rng, _bump(hours, 18.5, 1.5) * DAY / a_day, base)
+        prices = {products[0]: base + swing * scarce + rng.normal(0, 0.03 * base, steps) + spikes}
+        for product in products[1:]:
+            sign = 1.0 if product.startswith("raise") else -1.0
+            own = 0.6 * bought[product] + 0.3 * _drift(rng, steps, 6.0 * a_day / DAY)
+            prices[product] = rng.uniform(2, 12) * np.exp(0.45 * sign * scarce + 0.5 * own)
+        found += [_series(f"{region}/{product}", prices[product], a_day) for product in products]
+    return found
+
+
+def _shared(rng: np.random.Generator, count: int, steps: int, memory: float) -> list[Float64]:
+    """So many drifts that have SHARED of their variance in common."""
+    common = _drift(rng, steps, memory)
+    return [SHARED**0.5 * common + (1 - SHARED) ** 0.5 * _drift(rng, steps, memory) for _ in range(count)]
+
+
+def _series(name: str, prices: Float64, a_day: int) -> Series:
+    return Series(name, START, timedelta(days=1) / a_day, prices.round(2), np.empty((0, len(prices))))

@@ -1,7 +1,6 @@
 """The cache's decisions: who holds which room, who goes, who waits. Pure: time comes in, victims and moves go out.
 
-Who is worth least is an eviction policy's to say (`model_store.eviction`); what its going would free, and whether that is
-enough, is said here.
+Who is worth how much is an eviction policy's to say (`model_store.eviction`); what its going would free is said here.
 
 One `Cache` per device share, owned by the worker's step thread. It never touches memory: it says *evict these slots*,
 *move that row*, *copy your row to this offset*, and is told when that has happened. Room is one pool of equal slabs. A
@@ -11,13 +10,13 @@ family holds slabs and a model a row in one of them; a single (an ONNX session) 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from math import ceil, inf
 
 from model_store.errors import LoadError
 from model_store.eviction import Policy, policy_named
 from model_store.names import ModelName
-from model_store.slots import Bank, Slab, Slot, State, evictable, movable
+from model_store.slots import Bank, Lost, Slab, Slot, State, evictable, movable
 
 MAX_FAILURES = 10_000
 NO_ROW = -1
@@ -97,6 +96,7 @@ class Cache:
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}
         self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
+        self._lost = Lost()
         self._pins: set[ModelName] = set()
         self._slab_count = len(self._free_slabs)
 
@@ -122,7 +122,7 @@ class Cache:
         slot.leases += 1
         slot.used_at = now
         if model not in self._pins:
-            self._policy.hit(model)
+            self._policy.hit(model, now)
         return slot
 
     def release(self, slot: Slot) -> bool:
@@ -189,6 +189,7 @@ class Cache:
         slot.state = State.READY
         slot.loaded_at = slot.used_at = now
         model = slot.model
+        self._lost.found(model)
         old = self._slots.get(model)
         load = self._loads.pop(model)
         del self._loading[model]
@@ -197,7 +198,7 @@ class Cache:
             self._condemn(old)
         self._slots[model] = slot
         if model not in self._pins:
-            self._policy.enter(model, slot.family, asked=old is None and not load.speculative)
+            self._policy.enter(model, slot.family, now, asked=old is None and not load.speculative)
         return old if old is not None and old.leases == 0 else None
 
     def abandon(self, slot: Slot) -> None:
@@ -244,6 +245,8 @@ class Cache:
         if self._slots.get(slot.model) is slot:
             del self._slots[slot.model]
             self._policy.leave(slot.model)
+            if slot.family is not None:
+                self._lost.add(slot.model, slot.family, len(self._slots) + 1)
         self._free(slot)
         return True
 
@@ -271,7 +274,7 @@ class Cache:
         self._pins.discard(model)
         slot = self._slots.get(model)
         if slot is not None:
-            self._policy.enter(model, slot.family, asked=False)
+            self._policy.enter(model, slot.family, slot.used_at, asked=False)
 
     # --- what is here -----------------------------------------------------------------------------------------------
 
@@ -333,8 +336,8 @@ class Cache:
         """Slots of a family, or singles, that may go now: the first to go first."""
         return filter(evictable, map(self._slots.__getitem__, self._policy.victims(family)))
 
-    def _cold(self, slot: Slot) -> float:
-        return self._policy.coldness(slot.model)
+    def _worth(self, slots: Iterable[Slot]) -> float:
+        return sum(self._policy.worth(slot.model) for slot in slots)
 
     def _row_of(self, slot: Slot) -> tuple[int, int]:
         """Indices of its slab and of its row in there."""
@@ -407,34 +410,37 @@ class Cache:
         return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
 
     def _plan(self, bank: Bank | None, charge: int) -> Evict | Moves | Wait:
-        """Nobody has room to give away: the coldest of what could go, if enough of it can.
+        """Nobody has room to give away: whoever is worth least of what could go, if enough of it can.
 
-        For a row that is another row of its family, singles worth a slab, or another family's slab. A large single may
-        need several slabs, one after another.
+        For a row that is another row of its family, singles worth a slab, or another family's slab. A slab has rows for
+        more models than this one, so for a family that lost some of late it may cost more than that one row. A large
+        single may need several slabs, one after another.
         """
         need = (charge if bank is None else self.slab_bytes) - (self.budget_bytes - self.used_bytes)
-        best: Evict | None = None
-        floor = -inf  # whoever is to go instead must be colder
+        best: Evict | Moves | None = None
+        price = inf
         own = None if bank is None else next(self._idle(bank.family), None)
-        if own is not None:
-            best, floor = Evict((own,)), self._cold(own)
+        if bank is not None and own is not None:
+            best, price = Evict((own,)), self._gain(bank) * self._worth((own,))
         elif need > self.slab_bytes and need > self._reclaimable():
             return Wait()
-        singles = self._singles_worth(need, floor)
+        singles = self._singles_worth(need, price)
         if singles:
-            best, floor = Evict(singles), min(map(self._cold, singles))
+            best, price = Evict(singles), self._worth(singles)
         for other in self._banks.values():
-            drain = None if other is bank else self._drain(other, floor)
-            if isinstance(drain, Moves):
-                return drain  # costs nobody a place
+            drain = None if other is bank else self._drain(other, price)
             if drain is not None:
-                best, floor = drain, min(map(self._cold, drain.victims))
+                price, best = drain
         return best or Wait()
+
+    def _gain(self, bank: Bank) -> int:
+        """How many models another slab would hold that are not here now, the one that needs room among them."""
+        return min(bank.rows_per_slab, self._lost.of(bank.family) + 1)
 
     def _may_make_room(self, plan: Evict | Moves | Wait, model: ModelName) -> bool:
         """Whether a load that nobody waits for is worth the plan."""
         if isinstance(plan, Evict):
-            return min(map(self._cold, plan.victims)) > self._policy.coldness(model)
+            return self._worth(plan.victims) < self._policy.worth(model)
         return isinstance(plan, Moves)
 
     def _reclaimable(self) -> int:
@@ -446,33 +452,43 @@ class Cache:
             total += (len(bank.slabs) - max(fixed, ceil(stay / bank.rows_per_slab))) * self.slab_bytes
         return total
 
-    def _singles_worth(self, need: int, colder_than: float) -> tuple[Slot, ...]:
-        """The coldest singles that together free `need` bytes; none if they cannot, or not all are colder."""
+    def _singles_worth(self, need: int, price: float) -> tuple[Slot, ...]:
+        """The first singles to go that together free `need` bytes; none if they cannot, or are not worth less."""
         victims = []
-        for slot in self._idle(None):
-            if self._cold(slot) <= colder_than:
-                break
+        for slot in self._cheap(None, price):
             victims.append(slot)
             need -= slot.charge
             if need <= 0:
                 return tuple(victims)
         return ()
 
-    def _drain(self, bank: Bank, colder_than: float) -> Evict | Moves | None:
-        """How the family gives up one slab; None if it cannot, or would lose a model that is not colder.
+    def _drain(self, bank: Bank, price: float) -> tuple[float, Evict | Moves] | None:
+        """How the family gives up one slab, and what that costs; None if it cannot, or for no less than the price.
 
-        The coldest rows go, wherever they lie; then the hot ones of the emptiest slab move to their places.
+        The first rows to go do so, wherever they lie; then the others of the emptiest slab move to their places. Rows
+        that would be filled soon count as the others do: else a slab that has just been taken is the cheapest of all.
         """
         excess = max(0, bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab)
-        coldest = islice(self._idle(bank.family), excess)
-        victims = tuple(takewhile(lambda slot: self._cold(slot) > colder_than, coldest))
+        filled = min(bank.holes, self._lost.of(bank.family))
+        times = 1 + filled / excess if excess else 1
+        victims = tuple(islice(self._cheap(bank.family, price / times), excess))
         if len(victims) < excess:
             return None
         by_size = sorted(bank.slabs, key=lambda index: len(bank.slabs[index]))
         slab = next((index for index in by_size if movable(bank.slabs[index])), None)
         if slab is None:
             return None
-        return Evict(victims) if victims else Moves(tuple(self._moves(bank, slab, by_size[::-1])))
+        if victims:
+            return times * self._worth(victims), Evict(victims)
+        return 0, Moves(tuple(self._moves(bank, slab, by_size[::-1])))
+
+    def _cheap(self, family: str | None, price: float) -> Iterator[Slot]:
+        """Who may go of a family, or of the singles, in order, while all of them together are worth less than that."""
+        for slot in self._idle(family):
+            price -= self._worth((slot,))
+            if price <= 0:
+                return
+            yield slot
 
     def _moves(self, bank: Bank, slab: int, targets: Iterable[int]) -> Iterator[tuple[Slot, int]]:
         """Rows of the slab, and the holes of the others that they go to."""

@@ -4,6 +4,7 @@ A slot is EMPTY, LOADING (room given, numbers on their way), READY, or RETIRING 
 still read its numbers, so the room is not free before the cache is told `retired`).
 """
 
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -66,6 +67,11 @@ class Bank:
     open: set[int] = field(default_factory=set)
     occupied: int = 0
 
+    @property
+    def holes(self) -> int:
+        """Empty rows."""
+        return len(self.slabs) * self.rows_per_slab - self.occupied
+
     def put(self, slab: int, row: int, slot: Slot) -> None:
         """An empty row is taken."""
         room = self.slabs[slab]
@@ -85,6 +91,37 @@ class Bank:
         if not room.rows:
             del self.slabs[slab]
             self.open.remove(slab)
+
+
+class Lost:
+    """Rows that were evicted lately and have not come back: what families, also those without a bank, lack room for."""
+
+    def __init__(self) -> None:
+        self._families: OrderedDict[ModelName, str] = OrderedDict()
+        self._counts: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        return f"<Lost {len(self._families)} of {len(self._counts)} families>"
+
+    def add(self, model: ModelName, family: str, most: int) -> None:
+        """A model was evicted; beyond so many the oldest are forgotten."""
+        self.found(model)
+        self._families[model] = family
+        self._counts[family] += 1
+        while len(self._families) > most:
+            self.found(next(iter(self._families)))
+
+    def found(self, model: ModelName) -> None:
+        """It is here again, or does not matter any more."""
+        family = self._families.pop(model, None)
+        if family is not None:
+            self._counts[family] -= 1
+            if not self._counts[family]:
+                del self._counts[family]
+
+    def of(self, family: str) -> int:
+        """How many of a family."""
+        return self._counts[family]
 
 
 def evictable(slot: Slot) -> bool:

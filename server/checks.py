@@ -96,7 +96,7 @@ def memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> Fact:
     if models + processes <= host.memory_bytes:
         return Fact("memory", text)
     left = host.memory_bytes - processes
-    much = f"set --model-cache-bytes to at most {human(left)}" if left > 0 else "give it more memory or fewer --workers"
+    much = f"set --model-cache-bytes {left // MIB}MiB or less" if left > 0 else "give it more memory or fewer --workers"
     return Fact("memory", text, f"{len(plans)} workers need {human(processes)} beside the models: {much}")
 
 
@@ -111,8 +111,8 @@ def disk_cache(folder: Path, limit: int) -> Fact:
     if not os.access(place, os.W_OK):
         return Fact("disk cache", text, f"{place} cannot be written: choose another folder with --disk-cache")
     if held + free < limit:
-        most = human(held + free)
-        advice = f"the disk is full before the cache is: --disk-cache-bytes below {most}, or --disk-cache elsewhere"
+        most = f"{(held + free) // MIB}MiB"
+        advice = f"the disk is full before the cache is: set --disk-cache-bytes below {most}, or --disk-cache elsewhere"
         return Fact("disk cache", text, advice)
     return Fact("disk cache", text)
 

@@ -1,9 +1,9 @@
 """A worker's step beside simpler ways to the same answers: `python -m server.step_bench TCN MLP` prints JSON.
 
 For `loadtest.step`, which names the two peers as MODULE:CLASS: called with (family, state dicts of all models), they
-answer (which [B], x [B, *input_shape]). One process and one thread, whose processor time counts; all that are compared
-run in turn, every other round in reverse. The engine is given what a step has, offsets and decoded rows; the peers'
-inputs are one tensor already.
+answer (which [B], x [B, *input_shape]). One process and one thread, whose processor time counts. All that are compared
+run in turn, every other round in reverse, and find nothing of theirs in the CPU's cache when their turn begins. The
+engine is given what a step has, offsets and decoded rows; the peers' inputs are one tensor already.
 """
 
 import json
@@ -27,7 +27,7 @@ from server.bank import Pool
 from server.engine import Engine
 from server.gpu_bench import spread
 from server.pace import flops, learn, one_thread, rates
-from server.paths import plan
+from server.paths import COLD_BYTES, plan
 
 SEED = 7
 CONFIG = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
@@ -109,10 +109,10 @@ class Bench:
             for way in named.values():
                 np.testing.assert_allclose(np.concatenate(way(batch)), self._by_peer(batch)[0], rtol=1e-4, atol=1e-5)
         us: dict[str, list[float]] = {name: [] for name in named}
-        answers = sum(len(batch.offsets) for batch in batches)
+        answers, sweep = sum(len(batch.offsets) for batch in batches), torch.zeros(COLD_BYTES // 4)
         for turn in range(rounds):
             for name in list(named)[:: 1 if turn % 2 else -1]:
-                us[name].append(_seconds(named[name], batches) / answers * 1e6)
+                us[name].append(_seconds(named[name], batches, sweep) / answers * 1e6)
         ratios = {name: [a / b for a, b in zip(us["fleetcast"], us[name], strict=True)] for name in names}
         return {
             "us": {name: spread(taken) for name, taken in us.items()},
@@ -166,7 +166,8 @@ def _work(
         yield "one model", name, bench, [bench.batch([model] * sizes.repeated) for model in asked], ("gathered",)
 
 
-def _seconds(way: Way, batches: Sequence[Batch]) -> float:
+def _seconds(way: Way, batches: Sequence[Batch], sweep: torch.Tensor) -> float:
+    sweep.add_(1.0)
     started = time.thread_time()
     for batch in batches:
         way(batch)

@@ -45,7 +45,7 @@ class DeeparConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def __post_init__(self) -> None:
         """Raises ValueError for a context that ends before the forecast begins, or what would hold up a worker."""
         require_longer(self.context_length, self.prediction_length)
-        require_numbers(self.features * self.context_length, self.prediction_length * self.paths)
+        require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
         steps = self.context_length + self.prediction_length * (self.paths - 1)
         require_products(steps * products(self.features, self.hidden, self.layers))
 
@@ -157,7 +157,7 @@ class Deepar:
         What the paths need is allocated here: a binding of each batch size would hold on to some MB.
         """
         (head, bias), rest, steps = weights[:2], weights[2:], self.config.prediction_length
-        known, noise = x[:, :-1].transpose(1, 2), normals(x[:, -1, :2], self.config.paths, steps)
+        known, noise = x[:, :-1].transpose(1, 2), normals(x[:, -1, :2], self.config.paths, steps).to(x.dtype)
         past = torch.cat([x[:, 0, steps - 1 : -1, None], known[:, :-steps]], 2)
         start = self._gru.final(rest[self._feedback.items :], past)
         found, last = x.new_empty(len(x), *self.output_shape), x[:, :1, -1].expand(-1, self.config.paths)

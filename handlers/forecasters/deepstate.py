@@ -49,7 +49,7 @@ class DeepstateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         """Raises ValueError for a context that ends before the forecast begins, or what would hold up a worker."""
         require_longer(self.context_length, self.prediction_length)
-        require_numbers(self.features * self.context_length, self.prediction_length * self.paths)
+        require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
         width = 1 + 2 * self.harmonics
         filtered = 2 * width**3 * self.context_length + 2 * width**2 * self.prediction_length * self.paths
         require_products(self.context_length * products(self.features - 1, self.hidden, self.layers) + filtered)
@@ -195,11 +195,14 @@ class Deepstate:
             return [part["head.weight"], part["head.bias"], *constants, *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward."""
+        """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
+
+        Variances are float32 whatever the network's numbers are: shorter ones would not stay positive.
+        """
         (head, bias), constants, steps = weights[:2], Space(*weights[2:5]), self.config.prediction_length
         states = self._gru.run(weights[5:], x[:, :-1].transpose(1, 2))
-        found = Filter(constants, torch.cat([torch.baddbmm(bias, some, head) for some in states], 1))
-        past = x[:, 0, steps:]
+        found = Filter(constants, torch.cat([torch.baddbmm(bias, some, head) for some in states], 1).float())
+        past = x[:, 0, steps:].float()
         for step, value in enumerate(past.unbind(1)):
             found.update(step, value[:, None] - found.predict(step)[0])
-        return found.drawn(past.shape[1], normals(x[:, -1, :2], self.config.paths, steps))
+        return found.drawn(past.shape[1], normals(x[:, -1, :2], self.config.paths, steps)).to(x.dtype)

@@ -237,8 +237,8 @@ def require_products(count: int) -> None:
         raise ValueError(f"{what}; make context_length, prediction_length, hidden or layers smaller")
 
 
-def require_numbers(given: int, answered: int) -> None:
+def require_numbers(given: int, answered: int, last: str = "quantiles") -> None:
     """An input and an answer are of a size that a worker can hold many of. Raises ValueError."""
-    for count, fields in ((given, "features x context_length"), (answered, "prediction_length x quantiles")):
+    for count, fields in ((given, "features x context_length"), (answered, f"prediction_length x {last}")):
         if count > MOST_NUMBERS:
             raise ValueError(f"{fields} is {count}, {MOST_NUMBERS} are allowed")

@@ -2,9 +2,9 @@
 
 Source: Wen et al. 2017, "A multi-horizon quantile recurrent forecaster", arXiv 1711.11053. A global layer turns what
 the encoder says of the past, and all that is known of the forecast steps, into one context for each step and one for
-all; a local network, the same for every step, turns these two and what is known of its step into the step's quantiles. No
-answer is fed back. What is known of the steps are the last `prediction_length` columns of every channel: covariates and
-calendar of the very steps, and of the target the values one prediction length before each.
+all; a local network, the same for every step, turns these two and what is known of its step into the step's quantiles.
+No answer is fed back. What is known of the steps are the last `prediction_length` columns of every channel: covariates
+and calendar of the very steps, and of the target the values one prediction length before each.
 
     e = relu(encoder(x))                                   [hidden]
     c_1 ... c_P, c = relu(global [e, known])               [(P + 1) x contexts]

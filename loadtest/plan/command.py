@@ -2,7 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,15 +29,16 @@ from loadtest.plan.findings import Findings
 from loadtest.plan.offers import Promise, offers
 from loadtest.plan.placement import Placement
 from loadtest.plan.prices import EXAMPLE, read_prices
-from loadtest.plan.simulate import POLICIES, SLAB_BYTES, Found, Loss, Machines, simulate
+from loadtest.plan.simulate import SLAB_BYTES, Found, Loss, Machines, simulate
 from loadtest.plan.worker import LOADER_THREADS
 from loadtest.profiles import Shape, make_profile
 from loadtest.report.tables import Table
 from loadtest.writer import progress_bar
 from model_store.errors import LoadError
+from model_store.eviction import POLICIES
 
 EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  #: of what the fleet weighs: the cache sizes that are simulated
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: of what the fleet weighs: the cache sizes that are simulated
 MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
 DEMAND, SERVER, PROMISE, OUTPUT = "What is asked", "The server", "What must be reached", "Output"
 
@@ -75,7 +76,7 @@ def plan(
     nodes: Annotated[int, _flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
     replicas: Annotated[int, _flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
     lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; else never")] = None,
-    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = POLICIES[0],
+    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = "lru",
     loader_threads: Annotated[int, _flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
     slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES}",
     p99_ms: Annotated[float | None, _flag(PROMISE, "99th percentile at most")] = None,
@@ -107,16 +108,7 @@ def plan(
     """
     settings = {"rate": rate, "zipf": zipf, "drift_s": drift_s, "every_s": every_s, "spread_s": spread_s}
     try:
-        demand = (
-            of_profile(
-                make_profile(profile, models, seed, **settings, shuffled=shuffled),
-                seconds,
-                warmup,
-                model_size or MODEL_SIZE,
-            )
-            if trace is None
-            else of_trace(trace, model_size)
-        )
+        demand = _demand(trace, profile, models, seconds, warmup, model_size, seed, {**settings, "shuffled": shuffled})
         loss = None if lose_at is None else Loss(0, lose_at)
         base = Machines(0, workers, nodes, replicas, loss, policy, _bytes(slab), loader_threads)
         wanted = Promise(p99_ms, hit_ratio, availability=availability)
@@ -176,10 +168,31 @@ def calibration(
 # --- parts of a plan ------------------------------------------------------------------------------------------------
 
 
+def _demand(
+    trace: Path | None,
+    profile: Shape,
+    models: int,
+    seconds: float,
+    warmup: float,
+    size: str | None,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> Demand:
+    """Raises ValueError for flags that have no say in it, and what `of_trace` and `of_profile` raise."""
+    if trace is not None:
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise ValueError(f"a trace says itself when who is asked: leave out {', '.join(given)}")
+        return of_trace(trace, size)
+    if profile is Shape.REPLAY:
+        raise ValueError("what is replayed is a recording: give it by --trace")
+    return of_profile(make_profile(profile, models, seed, **settings), seconds, warmup, size or MODEL_SIZE)
+
+
 def _findings(
     demand: Demand, costs: Costs, base: Machines, sizes: Sequence[int], wanted: Promise, prices: Path, seed: int
 ) -> Findings:
     table, placement = read_prices(prices), Placement(demand)
+    replace(base, cache_bytes=sizes[0]).cache()  # what is wrong with it is said before anything takes long
     with progress_bar() as bar:
         looked = _look(bar, "miss-ratio curves", len(SIZES) * len(POLICIES))
         curves = [curve(demand, policy, look=looked) for policy in POLICIES]

@@ -18,7 +18,20 @@ from loadtest.plan.simulate import SLAB_BYTES, make_cache, models_of
 from loadtest.plan.worker import Worker
 from loadtest.profiles import Int64
 
-SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  #: of what the fleet weighs
+SIZES = (
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1.0,
+    1.1,
+)  #: of what the fleet weighs; slabs are not filled to the end
 SAMPLES, SAMPLED_MODELS, SAMPLED_REQUESTS = 3, 8_192, 250_000
 ROWS = 8  #: that a slab of a miniature holds at least
 

@@ -11,7 +11,7 @@ from loadtest.plan.curves import Curve
 from loadtest.plan.demand import Demand
 from loadtest.plan.offers import Offer, Promise, cheapest_alone
 from loadtest.plan.prices import Prices, compared
-from loadtest.plan.simulate import Found
+from loadtest.plan.simulate import Found, Machines
 from loadtest.report import document
 from loadtest.report.charts import Axis, Chart, Line, number
 from loadtest.report.tables import Table
@@ -80,9 +80,8 @@ class Findings:
         models, best = len(self.demand.names), self.best
         yield f"{models:,} models weigh {_size(self.demand.fleet_bytes)} in the cache."
         if best is not None and best.found is not None:
-            cache = best.found.machines.cache_bytes
-            fits = models_that_fit(self.demand, cache * best.needed)
-            yield f"{min(fits, models):,} of them fit on {best.needed} x {best.machine.name}: {_size(cache)} each."
+            fits, cache = models_that_fit(self.demand, best.found.machines), best.found.machines.cache_bytes
+            yield f"{fits:,} of them fit on {best.needed} x {best.machine.name}, with {_size(cache)} of cache each."
             yield f"{_tail(best.found)}."
             spare = f", {best.nodes - best.needed} of them to spare" if best.nodes > best.needed else ""
             yield f"{best.nodes} x {best.machine.name}{spare}: {self.prices.money(best.monthly)} a month."
@@ -117,7 +116,7 @@ class Findings:
 
     def _row(self, found: Found) -> list[str]:
         cache = found.machines.cache_bytes
-        fits = models_that_fit(self.demand, cache * found.machines.nodes // found.machines.replicas)
+        fits = models_that_fit(self.demand, found.machines)
         shares = [f"{found.hit_ratio:.4f}", f"{found.cold:.2%}", f"{found.refused:.2%}"]
         tail = [number(found.ms[p]) for p in PERCENTILES]
         return [_size(cache), f"{fits:,}", *shares, *tail, f"{found.busy:.0%}", self.promise.missed(found) or "met"]
@@ -169,11 +168,12 @@ class Findings:
         return drawn
 
 
-def models_that_fit(demand: Demand, cache_bytes: int) -> int:
-    """How many models such a cache holds: the fleet's own mix of sizes, one model with another."""
-    if cache_bytes >= demand.fleet_bytes:
-        return len(demand.names)
-    return int(np.searchsorted(np.cumsum(demand.charge), cache_bytes, side="right"))
+def models_that_fit(demand: Demand, machines: Machines) -> int:
+    """How many models the caches hold, each as often as it has replicas: whole slabs of rows of one size."""
+    each = machines.cache_bytes // machines.workers // machines.slab_bytes
+    slabs = each * machines.workers * machines.nodes / machines.replicas
+    rows = np.maximum(1, machines.slab_bytes // demand.charge)
+    return int(np.searchsorted(np.cumsum(1 / rows), slabs * (1 + 1e-9), side="right"))
 
 
 def _chart(title: str, says: str, x: Axis, y: Axis, lines: list[Line]) -> Chart:

@@ -11,7 +11,7 @@ EXAMPLE = Path(__file__).with_name("prices.toml")
 CACHE_SHARE = 0.4  #: of a machine's memory, where nobody says otherwise (server/host.py)
 DEVICE_RESERVE_GIB = 2.0  #: of an accelerator's, which is not for models (`gpu_reserve_bytes`)
 GIB = 2**30
-MOST_MACHINES = 1_000
+MOST_MACHINES = 200
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

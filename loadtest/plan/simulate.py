@@ -16,19 +16,17 @@ from loadtest.plan.placement import Placement
 from loadtest.plan.worker import COALESCED, HIT, LOADER_THREADS, MISS, REFUSED, Model, Worker
 from loadtest.profiles import Float64, Int64, Schedule
 from loadtest.trace import UInt8
+from model_store.eviction import policy_named
 from model_store.policy import Cache
 
 SLAB_BYTES = 4 * 2**20  #: the server's own setting of that name
-POLICIES = ("lru",)
 LEVELS = (50, 90, 99, 99.9)
 MOST_REQUESTS = 300_000  #: that are simulated at least where there are so many; beyond, fewer workers
 
 
 def make_cache(budget_bytes: int, slab_bytes: int, policy: str) -> Cache:
     """The server's, of a policy by name. Raises ValueError for one that there is not."""
-    if policy not in POLICIES:
-        raise ValueError(f"no policy {policy!r}, but {', '.join(POLICIES)}")
-    return Cache(budget_bytes, slab_bytes)
+    return Cache(budget_bytes, slab_bytes, policy=policy_named(policy))
 
 
 def models_of(demand: Demand, asked: Int64) -> list[Model]:

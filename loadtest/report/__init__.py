@@ -16,7 +16,7 @@ from loadtest.report.charts import NOTHING, TAGS, Chart, charts, number
 from loadtest.report.results import NotAResult, checked, load
 from loadtest.report.tables import headlines, remarks, tables, verdict
 
-__all__ = ["NotAResult", "document", "load", "page", "write"]
+__all__ = ["NotAResult", "alone", "document", "load", "page", "write"]
 
 HERE = Path(__file__).parent
 MOST_RUNS = len(TAGS)
@@ -53,19 +53,23 @@ def page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
 
 def document(template: str, drawn: Sequence[Chart], **more: Any) -> str:
     """A template of this folder with the charts, and whatever else it shows; needs nothing but itself."""
+    return alone(template, ["page.css"], "page.js", [_spec(chart) for chart in drawn], charts=drawn, **more)
+
+
+def alone(template: str, styles: Sequence[str], script: str, data: object, **more: Any) -> str:
+    """A template of this folder with uPlot, style sheets, a script and the data that it draws, all within the page."""
     library = _uplot()
-    style = Markup("\n".join(map(_text, (library / "uPlot.min.css", HERE / "page.css"))))  # noqa: S704
-    script = Markup("\n".join(map(_text, (library / "uPlot.iife.js", HERE / "page.js"))))  # noqa: S704
+    style = Markup("\n".join(map(_text, (library / "uPlot.min.css", *(HERE / name for name in styles)))))  # noqa: S704
+    code = Markup("\n".join(map(_text, (library / "uPlot.iife.js", HERE / script))))  # noqa: S704
     return (
         _house()
         .get_template(template)
         .render(
             style=style,
-            script=script,
+            script=code,
             style_hash=_hash(style),
-            script_hash=_hash(script),
-            data=_embedded([_spec(chart) for chart in drawn]),
-            charts=drawn,
+            script_hash=_hash(code),
+            data=_embedded(data),
             **more,
         )
     )

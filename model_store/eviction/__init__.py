@@ -1,8 +1,8 @@
-"""Who goes first when room is needed: one policy a file, all behind one interface, by name. Pure: no clock, no chance.
+"""Who goes first when room is needed: one policy a file, all behind one interface, by name. Pure, without chance.
 
 A policy ranks models within a *group*, whose members can take each other's place: a family, or None for all singles. It
 is told what happens to those that may be chosen; `model_store.policy.Cache` asks it for an order, goes through that for
-ones without a lease, and decides between groups by `coldness`. Each call takes O(log n) amortised, and what a policy
+ones without a lease, and decides between groups by `worth`. Each call takes O(log n) amortised, and what a policy
 remembers of models that are not here is bounded.
 """
 
@@ -18,12 +18,12 @@ from model_store.names import ModelName
 
 
 class Policy(Protocol):
-    """The one interface. Pinned models are not told of, so nobody has to go round them."""
+    """The one interface; `now` is in seconds and never falls. Of pinned models a policy is not told."""
 
-    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:
-        """It may be chosen from now on. `asked`: a request is why it came; else a swap, an end of a pin, or foresight."""
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:
+        """It may be chosen from now on. `asked`: a request is why; else a swap, an end of a pin, or foresight."""
 
-    def hit(self, model: ModelName) -> None:
+    def hit(self, model: ModelName, now: float) -> None:
         """A request for a model that has entered."""
 
     def leave(self, model: ModelName) -> None:
@@ -32,9 +32,9 @@ class Policy(Protocol):
     def victims(self, group: str | None) -> Iterator[ModelName]:
         """Every member of the group once, the first to go first. Stop before you tell the policy anything else."""
 
-    def coldness(self, model: ModelName) -> float:
-        """Comparable between groups, the colder the larger. Of a model that is not here: what it would be, or -inf where
-        the policy expects nothing of it.
+    def worth(self, model: ModelName) -> float:
+        """About how often it is asked, above 0: what is lost with it, which adds up and compares between groups. Of a
+        model that is not here, what it would be; inf where the policy expects nothing of it.
         """
 
 

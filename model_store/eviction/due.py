@@ -1,13 +1,14 @@
 """Due: whoever is expected back last goes first, by the model's own rhythm. Made for the market clock.
 
-A model that was asked about every 500 requests so far is expected 500 requests after it was asked last. In a tick over a
-fleet that is larger than the cache this lets those go who have just had their turn, not those who are still to come:
-the set that stays is stable, whether the order is fixed or shuffled, and one row after another serves the rest as guests.
-Under skewed popularity it comes close to keeping the most popular. Rhythm and its deviation are learnt as TCP learns its
-round-trip time (Jacobson and Karels, "Congestion Avoidance and Control", 1988): what has not come three deviations after
-it was expected has probably stopped, and the longer ago it was asked the later it is now expected.
+A model that was asked about every 500 requests so far is expected 500 requests after it was asked last. In a tick over
+a fleet that is larger than the cache this lets those go who have just had their turn, not those who are still to come:
+what stays is a stable set, whether the order is fixed or shuffled, and the rest are guests, one after another. Under
+skewed popularity it comes close to keeping the most popular. Rhythm and its deviation are learnt as TCP learns its
+round-trip time (Jacobson and Karels, "Congestion Avoidance and Control", 1988): what has not come some deviations
+after it was expected has probably stopped, and the longer ago it was asked the later it is now expected.
 
-The unit of time is one request for any model: a pause, or a night with few requests, makes nobody late.
+The unit of time is one request for any model. A pause between ticks counts as a request for each model that is here,
+which tells a tick from the next; a night is no longer than any pause, and makes nobody late.
 """
 
 from collections import OrderedDict
@@ -15,36 +16,42 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, merge
 from itertools import count
+from math import inf
 
 from model_store.names import ModelName
 
 MAX_GHOSTS = 10_000
 WINDOW = 32  #: one member in so many has been asked so recently that more requests are the same visit
-GAIN = 0.25  #: weight of the newest gap
-SLACK = 3.0  #: deviations after which a model counts as late
+GAIN = 0.125  #: weight of the newest gap, once there have been as many as that is worth
+SLACK = 2.5  #: deviations after which a model counts as late
+OVERDUE = 0.5  #: of the time that a model is overdue it is expected to take still, until it counts as late
+PAUSE = 16  #: mean waits between requests: at random, one in nine million
+WAITS = 1024  #: requests over which the mean wait is taken, about
 STEADY = 0.125  #: of its gap that no model's deviation is taken to be less than
 
 
 @dataclass(slots=True)
 class _Rhythm:
-    """When its last visit began, the mean gap between visits, and how far gaps deviate from that; None: not known."""
+    """When its last visit began, the mean gap between visits, and how far gaps deviate from that."""
 
     began: int
     due: float  #: when it is expected
     late: float  #: from then on it is not
-    gap: float | None = None
+    visits: int = 1
+    gap: float = 0.0
     deviation: float = 0.0
     ticket: int = 0  #: of its entries in the heaps; 0: they are void
 
     def visit(self, now: int) -> None:
         """A visit begins."""
         gap, self.began = now - self.began, now
-        if self.gap is None:
-            self.gap, self.deviation = gap, gap / 2
+        if self.visits == 1:
+            self.gap = self.deviation = gap
         else:
-            error = gap - self.gap
-            self.gap += GAIN * error
-            self.deviation += GAIN * (abs(error) - self.deviation)
+            error, weight = gap - self.gap, max(GAIN, 1 / self.visits)
+            self.gap += weight * error
+            self.deviation += weight * (abs(error) - self.deviation)
+        self.visits += 1
         self.due = now + self.gap
         self.late = self.due + SLACK * max(self.deviation, STEADY * self.gap)
 
@@ -67,10 +74,13 @@ class _Group:
 
 
 class Due:
-    """Rhythms of those here and of the last MAX_GHOSTS that left. Coldness is in requests until it is expected."""
+    """Rhythms of those here, and of the last MAX_GHOSTS that left."""
 
     def __init__(self) -> None:
-        self._now = 0
+        self._now = 0  # in requests
+        self._asked_at = inf  # in seconds
+        self._waits = 0
+        self._wait = 0.0  # from one request to the next, about, in seconds
         self._since = 0  # who has not been asked since then may be forgotten
         self._tickets = count(1)
         self._groups: dict[str | None, _Group] = {}
@@ -81,9 +91,10 @@ class Due:
     def __repr__(self) -> str:
         return f"<Due of {len(self._group)}, {len(self._ghosts)} ghosts>"
 
-    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:
         """A visit if it was asked. A newcomer has not been asked for as long as we remember: that is its first gap."""
-        self._now += asked
+        if asked:
+            self._count(now)
         rhythm = self._ghosts.pop(model, None)
         if rhythm is None:
             due = self._now + self._horizon()
@@ -98,9 +109,9 @@ class Due:
         else:
             self._file(members, model)
 
-    def hit(self, model: ModelName) -> None:
+    def hit(self, model: ModelName, now: float) -> None:
         """A visit, unless it is in the midst of one."""
-        self._now += 1
+        self._count(now)
         members = self._groups[self._group[model]]
         if model in members.window:
             members.window.move_to_end(model)
@@ -125,7 +136,7 @@ class Due:
             self._since = max(self._since, forgotten.began)
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """The coldest first: late ones and those due last; at the end, if it must be, whoever has just been asked."""
+        """Who is away longest first: late ones and those due last; at the end, if it must be, those asked just now."""
         members = self._groups.get(group)
         if members is None:
             return
@@ -135,15 +146,30 @@ class Due:
                 _, ticket, model = entry
                 heappush(members.late, (self._rhythms[model].began, ticket, model))
         due = (model for model in self._ordered(members.by_due) if self._rhythms[model].late > self._now)
-        yield from merge(self._ordered(members.late), due, key=self.coldness, reverse=True)
+        yield from merge(self._ordered(members.late), due, key=self._away, reverse=True)
         yield from members.window
 
-    def coldness(self, model: ModelName) -> float:
+    def worth(self, model: ModelName) -> float:
+        """The less the longer until it is expected. A newcomer would be expected after all that we remember."""
+        return 1 / max(1.0, self._away(model))
+
+    def _away(self, model: ModelName) -> float:
         """Requests until it is expected; for a late one, as many as since its last visit."""
         rhythm = self._rhythms.get(model) or self._ghosts.get(model)
         if rhythm is None:
             return self._horizon()
-        return self._now - rhythm.began if rhythm.late <= self._now else max(0.0, rhythm.due - self._now)
+        if rhythm.late <= self._now:
+            return self._now - rhythm.began
+        away = rhythm.due - self._now
+        return away if away > 0 else away * -OVERDUE
+
+    def _count(self, now: float) -> None:
+        """A request. The wait for it is a pause where it is so long as by chance it never would be."""
+        waited = max(0.0, now - self._asked_at)
+        self._asked_at = now
+        self._now += 1 + (len(self._group) if waited > PAUSE * self._wait else 0)
+        self._waits = min(self._waits + 1, WAITS)
+        self._wait += (waited - self._wait) / self._waits
 
     def _horizon(self) -> int:
         return self._now - self._since
@@ -172,7 +198,7 @@ class Due:
         return rhythm is not None and rhythm.ticket == ticket
 
     def _ordered(self, heap: list[Entry]) -> Iterator[ModelName]:
-        """The models of a heap's valid entries in its order, k of them in O(k log k); void ones at the top go for good."""
+        """The models of a heap's valid entries in its order, k of them in O(k log k); void ones at the top go."""
         while heap and not self._holds(heap[0]):
             heappop(heap)
         front = [(heap[0], 0)] if heap else []

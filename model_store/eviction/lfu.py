@@ -52,12 +52,12 @@ class Lfu:
     def __repr__(self) -> str:
         return f"<Lfu of {len(self._group)}>"
 
-    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:  # noqa: ARG002 -- whatever brought it
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
         """No hit yet: the next to go, unless it is hit before."""
         self._group[model] = group
         self._counts.setdefault(group, _Counts()).put(model, 0)
 
-    def hit(self, model: ModelName) -> None:
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
         """One more."""
         counts = self._counts[self._group[model]]
         counts.put(model, min(counts.drop(model) + 1, MOST))
@@ -79,6 +79,6 @@ class Lfu:
             for models in self._counts[group].levels:
                 yield from reversed(models)
 
-    def coldness(self, model: ModelName) -> float:
-        """The fewer hits the colder."""
-        return -self._counts[self._group[model]].level[model] if model in self._group else -inf
+    def worth(self, model: ModelName) -> float:
+        """Its hits, and the request that brought it."""
+        return 1 + self._counts[self._group[model]].level[model] if model in self._group else inf

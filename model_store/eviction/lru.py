@@ -1,4 +1,4 @@
-"""Least recently used. Its worst case is a scan in fixed order over a little more than fits: then nothing is ever hit."""
+"""Least recently used. Its worst case is a scan in fixed order over a little more than fits: nothing is ever hit."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from model_store.names import ModelName
 
 
 class Lru:
-    """Coldness is the number of uses of any model since its own."""
+    """Recency is counted in uses of any model."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -18,13 +18,13 @@ class Lru:
     def __repr__(self) -> str:
         return f"<Lru of {len(self._group)}>"
 
-    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:  # noqa: ARG002 -- whatever brought it
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
         """The most recently used of all."""
         self._clock += 1
         self._group[model] = group
         self._used.setdefault(group, OrderedDict())[model] = self._clock
 
-    def hit(self, model: ModelName) -> None:
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
         """The most recently used of all."""
         self._clock += 1
         order = self._used[self._group[model]]
@@ -43,8 +43,8 @@ class Lru:
         """In the order of last use."""
         return iter(self._used.get(group, ()))
 
-    def coldness(self, model: ModelName) -> float:
-        """Uses since its own."""
+    def worth(self, model: ModelName) -> float:
+        """The less the more others were used since."""
         if model not in self._group:
-            return -inf
-        return self._clock - self._used[self._group[model]][model]
+            return inf
+        return 1 / (self._clock + 1 - self._used[self._group[model]][model])

@@ -44,7 +44,7 @@ class _Queues:
 
 
 class S3Fifo:
-    """Queues for each group, one memory of who left. Between groups coldness is as in LRU."""
+    """Queues for each group, one memory of who left. Between groups recency decides, as in LRU."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -55,16 +55,16 @@ class S3Fifo:
     def __repr__(self) -> str:
         return f"<S3Fifo of {len(self._here)}, {len(self._ghosts)} ghosts>"
 
-    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:  # noqa: ARG002 -- whatever brought it
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
         """To the small queue, or to the main one where it has left the small one not long ago."""
         self._clock += 1
-        self._here[model] = group, self._clock
+        self._here[model] = group, self._clock - len(self._here)  # between groups: asked about once a round
         queues = self._queues.setdefault(group, _Queues())
         known = model in self._ghosts
         self._ghosts.pop(model, None)
         (queues.main if known else queues.small)[model] = 0
 
-    def hit(self, model: ModelName) -> None:
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
         """One use more."""
         self._clock += 1
         group = self._here[model][0]
@@ -92,6 +92,6 @@ class S3Fifo:
             for part in self._queues[group].turn():
                 yield from part
 
-    def coldness(self, model: ModelName) -> float:
-        """Uses since its own."""
-        return self._clock - self._here[model][1] if model in self._here else -inf
+    def worth(self, model: ModelName) -> float:
+        """The less the more others were used since."""
+        return 1 / (self._clock + 1 - self._here[model][1]) if model in self._here else inf

@@ -35,7 +35,7 @@ class _Queue:
 
 
 class Sieve:
-    """A queue for each group. Between groups coldness is as in LRU."""
+    """A queue for each group. Between groups recency decides, as in LRU."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -45,13 +45,13 @@ class Sieve:
     def __repr__(self) -> str:
         return f"<Sieve of {len(self._here)}>"
 
-    def enter(self, model: ModelName, group: str | None, *, asked: bool) -> None:  # noqa: ARG002 -- whatever brought it
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
         """At the queue's end, not used."""
         self._clock += 1
-        self._here[model] = group, self._clock
+        self._here[model] = group, self._clock - len(self._here)  # between groups: asked about once a round
         self._queues.setdefault(group, _Queue()).ahead[model] = False
 
-    def hit(self, model: ModelName) -> None:
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
         """Used: the hand will spare it once."""
         self._clock += 1
         group = self._here[model][0]
@@ -78,6 +78,6 @@ class Sieve:
                 if bit is used:
                     yield model
 
-    def coldness(self, model: ModelName) -> float:
-        """Uses since its own."""
-        return self._clock - self._here[model][1] if model in self._here else -inf
+    def worth(self, model: ModelName) -> float:
+        """The less the more others were used since."""
+        return 1 / (self._clock + 1 - self._here[model][1]) if model in self._here else inf

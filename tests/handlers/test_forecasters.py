@@ -138,6 +138,19 @@ def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_rows_of_bfloat16_answer_nearly_alike(architecture: str) -> None:
+    """A worker may run its forwards so: nothing mixes number types, and answers differ by roundings."""
+    made = build(architecture, {"context_length": 30})
+    block = torch.from_numpy(np.stack([made.row(random_tensors(made, seed)) for seed in range(3)]))
+    x = torch.randn((3, *made.input_shape), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[:, -1] = 0  # of a network that samples the seed
+    answer = made.forward(made.bind(block), x.float())
+    short = made.forward(made.bind(block.bfloat16()), x)
+    assert short.dtype == torch.bfloat16
+    torch.testing.assert_close(short.float(), answer, atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_parameters_are_the_state_dict(architecture: str) -> None:
     """What the family says it needs is what its reference is saved as, and rows are whole cache lines."""
     made = build(architecture, {"features": 3, "context_length": 11, "prediction_length": 4})

@@ -26,8 +26,7 @@ from model_store.errors import ArchiveInvalid
 from model_store.manifest import Forecast
 
 START = datetime.fromisoformat("2024-01-01 05:00")  # a Monday
-HOURS = 24 * 120
-DATA = os.environ.get("FLEETCAST_DATA", "")
+HOURS = 24 * 300
 
 
 def make_series(seed: int = 0, hours: int = HOURS) -> Series:
@@ -128,26 +127,24 @@ def test_without_a_penalty_each_level_is_undershot_as_often_as_it_says() -> None
 
 
 def test_at_the_largest_penalty_all_coefficients_are_zero() -> None:
-    """And the answers are the targets' own quantiles; a little below, some column has a coefficient."""
+    """Or as good as: the bias begins at the targets' own quantiles, not at those of the smoothed loss."""
     problem = make_problem()
     start = lasso.null(problem)
     path = lasso.penalties(problem, start)
-    assert not lasso.solve(problem, path[0], start, 50).weight.any()
-    assert lasso.solve(problem, path[1], start, 50).weight.any()
+    assert lasso.solve(problem, path[0], start, 200).weight.abs().max() < 0.02
+    assert lasso.solve(problem, path[1], start, 200).weight.abs().max() > 0.2
 
 
 def test_it_finds_what_the_prices_are_made_of() -> None:
-    """Of 175 numbers the fit names load, yesterday and Sunday, and comes near the noise; markets are fitted apart."""
-    series = [make_series(seed) for seed in range(2)]
-    for found in make_fit(*series):
-        scale = found.forecast.scaler.scale
-        assert found.loss < 0.45  # of the noise alone: 0.27; the naive forecast has 1.9
+    """Of 175 numbers the fit names the step's load and yesterday's price of its hour, and comes near the noise."""
+    hours = np.arange(24)
+    for found in make_fit(make_series(0), make_series(1)):
         assert found.loss < 0.25 * found.naive_loss
-        weight = found.tensors["head.weight"].reshape(24, 5, -1)[:, 2]
-        hours = np.arange(24)
-        assert np.abs(weight[hours, hours] - 0.5).mean() < 0.15  # yesterday, the same hour
-        assert (np.abs(weight[hours, 96 + hours]) * scale).mean() > 1.5  # its load: 2
-        assert (weight[:, -1] * scale).mean() < -4  # Sunday: -8
+        weight = np.abs(found.tensors["head.weight"].reshape(24, 5, -1)[:, 2])
+        assert weight[hours, 96 + hours].mean() * found.forecast.scaler.scale == pytest.approx(2, rel=0.1)
+        assert weight[hours, hours].mean() > 0.2
+        weight[hours, hours] = weight[hours, 96 + hours] = 0
+        assert weight.mean() < 0.02
 
 
 def test_a_fit_does_not_depend_on_its_neighbours() -> None:
@@ -199,11 +196,13 @@ def test_a_request_from_another_hour_is_refused() -> None:
     assert (refused.value.instance, refused.value.field) == (0, "target")
 
 
-@pytest.mark.skipif(not DATA, reason="FLEETCAST_DATA does not name a folder with the markets of Lago et al. 2021")
 @pytest.mark.parametrize("market", ["BE", "DE", "FR", "NP", "PJM"])
-def test_it_is_as_good_as_the_published_lear(market: str, tmp_path: Path) -> None:
+def test_it_is_as_good_as_the_published_lear(market: str) -> None:
     """Fitted once, two test years on: the median's MAE is at most 7 % above their LEAR that is refitted every day."""
-    (series,) = read_csv(Path(DATA) / f"epf/{market}.csv.gz", "datetime_local", ["price"], ["exog1", "exog2"])
+    folder = Path(os.environ.get("FLEETCAST_DATA", ""), "epf")
+    if not folder.is_dir():
+        pytest.skip("FLEETCAST_DATA names no folder with the markets of Lago et al. 2021 (epf)")
+    (series,) = read_csv(folder / f"{market}.csv.gz", "datetime_local", ["price"], ["exog1", "exog2"])
     test = len(series.values) - 17_472
     before = series.before(series.start + test * series.step)
     forecast = recipe(before, 192, context_length=192, prediction_length=24, weekdays=True, origin="00:00")
@@ -216,6 +215,6 @@ def test_it_is_as_good_as_the_published_lear(market: str, tmp_path: Path) -> Non
         rows, encode = DeepAr(forecast).decode(msgspec.json.encode(body))
         answer = msgspec.json.decode(encode(family.forward(bound, torch.from_numpy(rows)).numpy()))
         errors.append(np.abs(answer["predictions"][0]["quantiles"]["0.5"] - series.values[start : start + 24]))
-    with gzip.open(Path(DATA) / f"epf/{market}_reference_forecasts.csv.gz", "rt") as file:
+    with gzip.open(folder / f"{market}_reference_forecasts.csv.gz", "rt") as file:
         theirs = [abs(float(row["lear_1456"]) - float(row["real_price"])) for row in csv.DictReader(file)]
     assert np.mean(errors) < 1.07 * np.mean(theirs)

@@ -44,7 +44,8 @@ def make_forecast(series: Series, context: int = 168, prediction: int = 24) -> F
 def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") -> list[Fitted]:
     """That many series, fitted together."""
     series = [make_series(seed) for seed in range(count)]
-    config, context = (SMALL, 168) if architecture == "tcn" else ({"hidden": 16}, 168 if architecture == "mlp" else 36)
+    config = SMALL if architecture in ("tcn", "mqcnn") else {"hidden": 16}
+    context = 168 if architecture in ("tcn", "mqcnn", "mlp") else 36
     return fit(series, [make_forecast(each, context) for each in series], architecture, {**config}, fitting)
 
 
@@ -121,19 +122,22 @@ def test_pinball_by_hand() -> None:
     assert loss.item() == pytest.approx((0.1 * 2 + 0.9 * 2) / 2 + (0.9 * 1 + 0.1 * 1) / 2)
 
 
-@pytest.mark.parametrize("architecture", ["tcn", "mlp", "gru", "seq2seq"])
+@pytest.mark.parametrize("architecture", ["tcn", "mlp", "gru", "seq2seq", "mqcnn", "mqrnn", "esrnn", "recursive"])
 def test_every_model_of_a_fit_learns_its_own_series(architecture: str) -> None:
     """Series with different phases, fitted together, each beat the naive forecast clearly."""
-    for found in make_fit(3, architecture=architecture):
+    slow = architecture not in ("tcn", "mlp", "mqcnn")
+    for found in make_fit(2 if slow else 3, replace(QUICK, epochs=6 if slow else 12), architecture):
         assert found.loss < 0.8 * found.naive_loss
         low, high = (np.array(found.golden.response["predictions"][0]["quantiles"][level]) for level in ("0.1", "0.9"))
         assert (high > low).mean() > 0.9
 
 
-def test_the_same_seed_gives_the_same_numbers_on_any_number_of_threads() -> None:
+@pytest.mark.parametrize("architecture", ["tcn", "gru", "mqcnn"])
+def test_the_same_seed_gives_the_same_numbers_on_any_number_of_threads(architecture: str) -> None:
     """Tensors are equal bit by bit for 1 and 3 threads, and differ for another seed."""
     first, again, other = (
-        make_fit(3, replace(QUICK, epochs=2, seed=seed, threads=threads)) for seed, threads in ((1, 1), (1, 3), (2, 1))
+        make_fit(3, replace(QUICK, epochs=2, seed=seed, threads=threads), architecture)
+        for seed, threads in ((1, 1), (1, 3), (2, 1))
     )
     for a, b, c in zip(first, again, other, strict=True):
         for name, tensor in a.tensors.items():
@@ -228,3 +232,14 @@ def test_lags_show_the_same_time_a_day_and_a_week_before(
     assert naive_lag(minutes * 60, prediction) == naive
     features = {channel.feature for channel in forecast.inputs if channel.source == "calendar"}
     assert ("hour_sin" in features, "weekend" in features) == (minutes < 24 * 60, minutes < 7 * 24 * 60)
+
+
+@pytest.mark.parametrize(("prediction", "shifts"), [(24, [24]), (81, [81]), (100, [100, 19]), (200, [200, 119, 38])])
+def test_a_covariate_is_seen_at_every_forecast_step(prediction: int, shifts: list[int]) -> None:
+    """Where the network's reach is shorter than the forecast, further channels tell of the steps before its reach."""
+    series = make_series(steps=800, known=1)
+    forecast = recipe(series, 81, context_length=300, prediction_length=prediction)
+    channels = [channel for channel in forecast.inputs if channel.source == "dynamic_feat"]
+    assert [channel.shift for channel in channels] == shifts
+    seen = {shift - back for shift in shifts for back in range(81)}  # steps after the last known, 1 the first
+    assert seen >= set(range(1, prediction + 1))

@@ -1,6 +1,7 @@
 """What `doctor` says of a machine: silent where all is well, and with what to do where it is not."""
 
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def test_memory_that_models_and_processes_overfill() -> None:
     tight = plan_workers(settings_from({"store": "x", "model_cache_bytes": "15.5GiB"}), HOST)
     advice = memory(HOST, tight, 1).advice
     assert advice.startswith("3 workers need")
-    fits = plan_workers(settings_from({"store": "x", "model_cache_bytes": advice.rpartition("at most ")[2]}), HOST)
+    (most,) = re.findall(r"--model-cache-bytes (\d+MiB) or less", advice)
+    fits = plan_workers(settings_from({"store": "x", "model_cache_bytes": most}), HOST)
     assert not memory(HOST, fits, 1).advice
     small = Host((0, 1, 2, 3), GIB // 2, ())
     assert "fewer --workers" in memory(small, plan_workers(settings_from({"store": "x"}), small), 1).advice

@@ -1,6 +1,7 @@
 """`fleetcast train`: a CSV file to archives that load, or one line that says why not."""
 
 import gzip
+import json
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -11,12 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from handlers.forecasters import ARCHITECTURES
 from model_store.archive import Archive, open_archive, read_tensors
 from model_store.names import ModelName
 from model_store.sources import open_source
 from server import workshop
 from server.options import settings_from
-from server.train import train
+from server.train import NAMES, train
 
 HOURS = 24 * 25
 QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
@@ -97,13 +99,16 @@ def test_archives_go_into_a_bucket(prices: Path, bucket: str) -> None:
     assert tensors["second.weight"].shape == (8, 8)
 
 
-@pytest.mark.parametrize("architecture", ["gru", "seq2seq"])
-def test_recurrences_are_trained_and_proved(prices: Path, tmp_path: Path, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_is_trained_and_proved(prices: Path, tmp_path: Path, architecture: str) -> None:
     """A forecast shorter than the default's, from a shorter context: the archive loads as a worker would load it."""
-    lengths = ("--context-length", "20", "--prediction-length", "12", "--config", '{"hidden": 4}', "--epochs", "0.5")
+    fields = ARCHITECTURES[architecture].config.__struct_fields__
+    config = json.dumps({name: 4 for name in ("hidden", "channels", "paths") if name in fields})
+    lengths = ("--context-length", "20", "--prediction-length", "12", "--config", config, "--epochs", "0.1")
+    quantiles = ("--quantiles", "0.2,0.5,0.8")  # which four paths can tell
     result = run(
         str(prices), "--time", "hour", "--target", "VIC1", "--known-future", "load_{target}", *lengths,
-        "--architecture", architecture, "--out", str(tmp_path),
+        "--architecture", architecture, "--out", str(tmp_path), *quantiles,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     proved = workshop.proved(workshop.place(settings_from({"store": str(tmp_path)}), ModelName("VIC1.mar")))
@@ -111,9 +116,47 @@ def test_recurrences_are_trained_and_proved(prices: Path, tmp_path: Path, archit
     assert proved.endswith("golden sample reproduced")
 
 
+def test_a_lear_of_days_forecasts_from_midnight(prices: Path, tmp_path: Path) -> None:
+    """Eight days of context and 00:00 unless told otherwise; members and another origin reach the record."""
+    for flags, lengths in (((), (192, "00:00")), (("--members", "2", "--origin", "12:00"), (192, "12:00"))):
+        result = run(
+            str(prices), "--time", "hour", "--target", "VIC1", "--architecture", "lear", *flags, "--out", str(tmp_path)
+        )
+        assert result.exit_code == 0, result.output
+        spec = opened(tmp_path, "VIC1.mar").spec
+        assert spec is not None
+        assert spec.forecast is not None
+        assert (spec.forecast.context_length, spec.forecast.origin) == lengths
+        assert spec.config["marks"] == 7
+        assert spec.config.get("members", 1) == (2 if flags else 1)
+        assert {channel.feature for channel in spec.forecast.inputs} >= {"monday", "sunday"}
+
+
+@pytest.mark.parametrize("architecture", ["tcn", "gru"])
+def test_any_architecture_can_be_an_ensemble(prices: Path, tmp_path: Path, architecture: str) -> None:
+    """Members of one fit differ, and the archive is proved by its golden sample."""
+    config = json.dumps({"tcn": {"channels": 4}, "gru": {"hidden": 4}}[architecture])
+    result = run(
+        str(prices), "--time", "hour", "--target", "VIC1", "--architecture", architecture, "--members", "3",
+        "--config", config, "--epochs", "0.1", "--context-length", "30", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    biases = [read_tensors(opened(tmp_path, "VIC1.mar"))[f"members.{i}.head.bias"] for i in range(3)]
+    assert len({bias.tobytes() for bias in biases}) == 3
+
+
+def test_the_help_names_every_architecture() -> None:
+    """The list that is written out, as the command line imports no torch, is the list there is."""
+    assert sorted(NAMES) == sorted(ARCHITECTURES)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
+        (["--target", "NSW1", "--origin", "noon"], "--origin: expected a time of day such as 00:00, or any"),
+        (["--target", "NSW1", "--origin", "00:30"], "no step of 1h from 2024-03-01 00:00:00 on is at 00:30 every day"),
+        (["--target", "NSW1", "--architecture", "deepar", "--members", "2"], "the mean of paths is no path"),
+        (["--target", "NSW1", "--config", '{"members": 2}'], "which the other options decide"),
         (["--target", "SA1"], "prices.csv.gz, line 1: 0 columns 'SA1'; the columns are hour, NSW1"),
         (["--target", "NSW1", "--target", "VIC1", "--name-template", "a.mar"], "put {target} into it"),
         (["--target", "NSW1", "--target", "NSW1"], "--target names a column twice"),
