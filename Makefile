@@ -16,10 +16,10 @@ SWIFT = swift-proxy-server swift-account-server swift-container-server swift-obj
 STORE_TESTS = $(filter-out tests/e2e/test_graph.py tests/e2e/test_forecasts.py,$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run load test test-s3 check format docs bench bench-peers scale clean
+.PHONY: help venv run forecast-demo load test test-s3 check format docs bench bench-peers scale clean
 
 help: ## what can be done
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## the environment .venv, made once and again when pyproject.toml changes
 
@@ -37,6 +37,9 @@ $(STAMP): pyproject.toml
 
 run: $(READY) ## a fleet, a server, a forecast and a burst; stays until Ctrl-C (ARGS=--once does not)
 	@$(BIN)/python -m loadtest.demo $(ARGS)
+
+forecast-demo: $(READY) ## a market's cycle: 45 products, joint scenarios, a page; stays (ARGS="--csv prices.csv --time hour")
+	@$(BIN)/python -m loadtest.forecast_demo $(ARGS)
 
 load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loop load (ARGS="--rate 300 --models 500")
 	@$(BIN)/python -m loadtest.load run $(ARGS)

@@ -2,7 +2,7 @@
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
 Server, the inference API (`/predictions`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header
-of its model multiplexing.
+of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names them.
 """
 
 import io
@@ -36,6 +36,7 @@ class Dialect:
     path: str
     headers: Mapping[str, str]
     wraps_v2: bool = False
+    many: bool = False  #: a request is a call for several models
 
     def __repr__(self) -> str:
         return f"<Dialect {self.name}: POST {self.path}>"
@@ -60,6 +61,7 @@ DIALECTS: Mapping[str, Dialect] = {
     each.name: each
     for each in (
         Dialect("sagemaker", "/invocations", {"X-Amzn-SageMaker-Target-Model": "{model}"}),
+        Dialect("forecasts", "/v1/forecasts", {}, many=True),
         Dialect("torchserve", "/predictions/{model}", {}),
         Dialect("mms", "/predictions/{model}", {}),
         Dialect("v2", "/v2/models/{model}/infer", {}, wraps_v2=True),
@@ -73,6 +75,21 @@ def npy_body(x: npt.NDArray[np.float32]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, x)
     return buffer.getvalue()
+
+
+def unsound_call(body: bytes, forecasts: int) -> str | None:
+    """What is wrong with the answer to a call for so many: a prediction or an error for each, the errors counted."""
+    try:
+        answer = orjson.loads(body)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    found = answer.get("predictions") if isinstance(answer, dict) else None
+    if not isinstance(found, list) or len(found) != forecasts or not all(isinstance(each, dict) for each in found):
+        return f"not {forecasts} predictions in {body[:80]!r}"
+    made = [each for each in found if "error" not in each]
+    if answer.get("failed") != forecasts - len(made):
+        return f"{answer.get('failed')} said to have failed, but {forecasts - len(made)} errors"
+    return next((why for each in made if (why := _unsound_numbers(each, body))), None)
 
 
 def unsound(body: bytes) -> str | None:
@@ -98,6 +115,10 @@ def _unsound_json(body: bytes) -> str | None:
     if isinstance(answer, dict):
         outputs = [each.get("data") for each in answer.get("outputs", ()) if isinstance(each, dict)]
         answer = answer.get("predictions", outputs)
+    return _unsound_numbers(answer, body)
+
+
+def _unsound_numbers(answer: object, body: bytes) -> str | None:
     numbers = [value for value in _leaves(answer) if not isinstance(value, str)]
     if not numbers:
         return f"no predictions in {body[:80]!r}"

@@ -11,6 +11,7 @@ import asyncio
 import errno
 import gc
 import ipaddress
+import re
 import select
 import selectors
 import socket
@@ -23,15 +24,17 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 
-from loadtest.dialects import unsound
-from loadtest.outcome import CACHE, LOST, NO_ANSWER, Run
+from loadtest.dialects import unsound, unsound_call
+from loadtest.outcome import CACHE, LOST, NO_ANSWER, Forecasts, Run
 from loadtest.profiles import Schedule
 
 SAMPLES = 200  #: answers that are looked into, or a few more
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: this machine's limits, not the server's fault
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
+TAIL = 40  #: bytes at the end of the answer to a call for many, within which it says how many failed
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
+_FAILED = re.compile(rb'"failed":\s*(\d+)\s*}\s*$')
 
 
 class Forbidden(Exception):
@@ -40,14 +43,18 @@ class Forbidden(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a load goes: an address, and one whole HTTP request for each model."""
+    """Where a load goes: an address, and one whole HTTP request for each model.
+
+    `forecasts`: where the requests are calls for many models, how many each asks; else empty.
+    """
 
     host: str
     port: int
     requests: Sequence[bytes]
+    forecasts: Sequence[int] = ()
 
 
-def target(url: str, requests: Sequence[bytes], *, allow_remote: bool = False) -> Target:
+def target(url: str, requests: Sequence[bytes], *, forecasts: Sequence[int] = (), allow_remote: bool = False) -> Target:
     """Raises ValueError for a URL that is no plain http://host:port, Forbidden for one beyond loopback."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
@@ -56,7 +63,7 @@ def target(url: str, requests: Sequence[bytes], *, allow_remote: bool = False) -
     address = str(socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0])
     if not allow_remote and not ipaddress.ip_address(address).is_loopback:
         raise Forbidden(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
-    return Target(address, port, requests)
+    return Target(address, port, requests, forecasts)
 
 
 def drive(
@@ -103,6 +110,8 @@ class _Driver:
         self._at, self._model = schedule.at.tolist(), schedule.model.tolist()
         self._woken, self._sent, self._done = (np.full(n, np.nan) for _ in range(3))
         self._status, self._cache = np.full(n, NO_ANSWER), np.zeros(n, np.int64)
+        self._asked = np.array(to.forecasts, np.int64)[schedule.model] if to.forecasts else None
+        self._failed = np.zeros(n, np.int64) if self._asked is None else self._asked.copy()
         self._sampled = frozenset(range(0, n, max(1, n // SAMPLES)))
         self._next, self._open, self._unanswered = 0, set[_Connection](), n
         self._opening: set[asyncio.Task[None]] = set()
@@ -124,9 +133,13 @@ class _Driver:
             self._next = len(self._at)  # nothing more is sent
         ended = self._now()
         await self._close()
-        found = [(i, why) for i, body in self.samples.items() if (why := unsound(body))]
+        found = [(i, why) for i, body in self.samples.items() if (why := self._unsound(i, body))]
         arrays = (self._woken, self._sent, self._done, self._status, self._cache)
-        return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found)
+        forecasts = None if self._asked is None else Forecasts(self._asked, self._failed)
+        return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found, forecasts)
+
+    def _unsound(self, request: int, body: bytes) -> str | None:
+        return unsound(body) if self._asked is None else unsound_call(body, int(self._asked[request]))
 
     def _now(self) -> float:
         return self.loop.time() - self.start
@@ -151,6 +164,16 @@ class _Driver:
     def _send(self, connection: "_Connection", request: int) -> None:
         connection.ask(request, self._to.requests[self._model[request]], sampled=request in self._sampled)
         self._sent[request] = self._now()
+
+    @property
+    def of_calls(self) -> bool:
+        """Whether the requests are calls for many models."""
+        return self._asked is not None
+
+    def counted(self, request: int, tail: bytes) -> None:
+        """How many of a call failed, which the end of its whole answer says; where it does not, all did."""
+        if (said := _FAILED.search(tail)) is not None:
+            self._failed[request] = int(said[1])
 
     def settled(self, request: int, status: int, cache: int = 0) -> None:
         """A request's fate is known."""
@@ -227,6 +250,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._request: int | None = None
         self._parts: list[bytes] | None = None
+        self._tail = b""
         self._cache = 0
         self._since = 0.0
 
@@ -241,7 +265,7 @@ class _Connection(asyncio.Protocol):
         return False
 
     def ask(self, request: int, data: bytes, *, sampled: bool) -> None:
-        self._request, self._cache = request, 0
+        self._request, self._cache, self._tail = request, 0, b""
         self._parts = [] if sampled else None
         self._transport.write(data)
 
@@ -273,9 +297,11 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == b"x-fleetcast-cache":
-            self._cache = _CACHE.get(value, 0)
+            self._cache = _cached(value)
 
     def on_body(self, part: bytes) -> None:
+        if self._driver.of_calls:
+            self._tail = (self._tail + part[-TAIL:])[-TAIL:]
         if self._parts is not None:
             self._parts.append(part)
 
@@ -285,6 +311,8 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
             return
         self._request, self._since = None, self._driver.loop.time()
+        if status == HTTPStatus.OK and self._driver.of_calls:
+            self._driver.counted(request, self._tail)
         self._driver.settled(request, status, self._cache)
         if self._parts is not None and status == HTTPStatus.OK:
             self._driver.samples[request] = b"".join(self._parts)
@@ -292,3 +320,11 @@ class _Connection(asyncio.Protocol):
             self._driver.free(self)
         else:
             self._transport.close()
+
+
+def _cached(said: bytes) -> int:
+    """What the cache did, as an index into CACHE; of a call for many (`hit=44, miss=1`) the slowest of it."""
+    if (found := _CACHE.get(said)) is not None:
+        return found
+    did = {part.partition(b"=")[0].strip() for part in said.split(b",")}
+    return next((_CACHE[each] for each in (b"miss", b"coalesced", b"hit") if each in did), 0)

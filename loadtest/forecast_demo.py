@@ -55,7 +55,7 @@ class Prices:
     changed: int = 0
     time: str = TIME
     targets: tuple[str, ...] = ()
-    market: tuple[object, ...] = (MARKET, A_DAY, DAYS, SEED, EPOCHS)
+    market: tuple[object, ...] = (MARKET, A_DAY, DAYS, SEED, EPOCHS, LEVELS)
 
     def read(self) -> list[Series]:
         """Raises SeriesInvalid, OSError."""
@@ -293,7 +293,8 @@ def _how_to(address: str, fleet: Fleet) -> None:
 
 {bin_}fleetcast inspect {STORE}/{model}
 {bin_}fleetcast inspect {STORE}/{fleet.correlation}
-{bin_}fleetcast-load run --url {address} --store {STORE} --dialect forecasts --profile tick --every-s 0.5
+{bin_}fleetcast-load run --url {address} --store {STORE} --dialect forecasts \\
+  --profile tick --every-s 0.5 --spread-s 0
 
 make forecast-demo ARGS="--csv prices.csv --time hour"   # your own prices, all columns
 """

@@ -69,6 +69,9 @@ def run(
     store: Annotated[str | None, _flag(SERVER, "folder or URL of archives; served by a server of its own")] = None,
     url: Annotated[str | None, _flag(SERVER, "inference address of a server that runs")] = None,
     metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
+    per_call: Annotated[
+        int | None, _flag(SERVER, "dialect forecasts: models that a call asks; else all", min=1)
+    ] = None,
     names: Annotated[
         Path | None, _flag(SERVER, "file of model names, instead of the store's", exists=True, dir_okay=False)
     ] = None,
@@ -94,6 +97,11 @@ def run(
     """Ask a fleet at times and with a popularity drawn beforehand; ends with 1 for an invalid run and a missed SLO.
 
     Latency counts from the intended time: a server that stands still makes everybody wait who would have asked.
+
+    [bold]--dialect forecasts[/] asks many models by one POST /v1/forecasts: a
+    request is then a call, for [bold]--per-call[/] models or for all. A market's
+    tick: [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
+    A call is a hit when all its models were there; its failures are counted.
     """
     before = record.machine()
     warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
@@ -103,7 +111,13 @@ def run(
         "speed": speed, "start_s": start_s,
     }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
+    many = dialect in DIALECTS and DIALECTS[dialect].many
+    body = Body.DEEPAR if many and body is None else body
     try:
+        if dialect not in DIALECTS:
+            raise ValueError(f"there is no dialect {dialect!r}: known are {', '.join(DIALECTS)}")
+        if many and (trace is not None or trace_out is not None):
+            raise ValueError("a trace has a row for each model, so --trace and --trace-out are not for calls for many")
         recorded = None if trace is None else read_trace(trace)
         asked = trial.Questions(
             names=_names(names, recorded),
@@ -113,13 +127,14 @@ def run(
             seed=seed,
         )
         with _subject(asked, url, metrics_url, store, cache, models, resident, workers) as subject:
-            load = _load(profile, recorded, subject, seed, settings)
+            to = subject.target(dialect, allow_remote=allow_remote, per_call=per_call)
+            load = _load(profile, recorded, subject, len(to.requests), seed, settings)
             slo = summary.Slo(p50_ms, p99_ms, failed, hit_ratio)
             plan = trial.Plan(load, seconds, warmup, connections, processes, slo)
             title = _title(profile, seconds, seed, settings, ramp_to)
+            title += f", calls for {max(to.forecasts)} models" if many else ""
             console.print(f"{title}; {subject.what}")
-            to = subject.target(dialect, allow_remote=allow_remote)
-            if dialect == "sagemaker":
+            if dialect in ("sagemaker", "forecasts"):
                 LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
             if ramp_to is None:
                 found, ran = trial.measure(subject, plan, to, console)
@@ -140,6 +155,7 @@ def run(
         found["invalid"]
         or found["unsound"]
         or not found["answered_per_s"]
+        or (found["forecasts"] or {"per_s": True})["per_s"] == 0
         or not (found["slo"] or {"met": True})["met"]
     ):
         raise SystemExit(1)
@@ -204,10 +220,16 @@ def _subject(
 
 
 def _load(
-    profile: Shape, recorded: Trace | None, subject: trial.Subject, seed: int, settings: Mapping[str, Any]
+    profile: Shape,
+    recorded: Trace | None,
+    subject: trial.Subject,
+    requests: int,
+    seed: int,
+    settings: Mapping[str, Any],
 ) -> Load:
+    """Over so many different requests."""
     if recorded is None:
-        return make_profile(profile, len(subject.questions), seed, **settings)
+        return make_profile(profile, requests, seed, **settings)
     names = list(subject.questions)
     return make_profile(profile, len(names), seed, recording=recorded.recording(names), **settings)
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from loadtest.profiles import Float64, Int64, Schedule
 
@@ -13,7 +15,17 @@ NO_ANSWER, LOST = 0, -1  #: stand for a status: none came in time; the connectio
 BUSY = "the driver was too busy; ask less, or give it a core of its own"
 NO_CONNECTION = "no more connections could be had, and all were waiting for answers; ask less, or allow more"
 
+Number = TypeVar("Number", np.float64, np.int64)
+
 MAX_LAG_S, MAX_LAG_OF_P50, MAX_UNSENT = 0.005, 0.2, 0.001
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forecasts:
+    """Of calls for many models: how many forecasts each asked [n], and how many of these failed [n]."""
+
+    asked: Int64
+    failed: Int64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +47,7 @@ class Run:
     exhausted: bool
     checked: int
     unsound: Sequence[tuple[int, str]]
+    forecasts: Forecasts | None = None  #: where each request is a call for many models
 
     @property
     def latency(self) -> Float64:
@@ -65,16 +78,26 @@ class Run:
 def merged(schedule: Schedule, parts: Sequence[Run]) -> Run:
     """The run of a schedule whose requests were dealt to drivers one after another: part k had k, k + n, k + 2n ..."""
     n = len(parts)
-    arrays: dict[str, Float64 | Int64] = {}
-    for name in ("woken", "sent", "done", "status", "cache"):
-        arrays[name] = whole = np.empty(len(schedule.at), getattr(parts[0], name).dtype)
-        for k, part in enumerate(parts):
-            whole[k::n] = getattr(part, name)
+    calls = [part.forecasts for part in parts if part.forecasts is not None]
+    forecasts = Forecasts(_dealt([c.asked for c in calls]), _dealt([c.failed for c in calls])) if calls else None
     return Run(
         schedule,
-        **arrays,  # type: ignore[arg-type]
+        woken=_dealt([part.woken for part in parts]),
+        sent=_dealt([part.sent for part in parts]),
+        done=_dealt([part.done for part in parts]),
+        status=_dealt([part.status for part in parts]),
+        cache=_dealt([part.cache for part in parts]),
         ended=max(part.ended for part in parts),
         exhausted=any(part.exhausted for part in parts),
         checked=sum(part.checked for part in parts),
         unsound=[(i * n + k, why) for k, part in enumerate(parts) for i, why in part.unsound],
+        forecasts=forecasts,
     )
+
+
+def _dealt(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+    """Put together what was dealt."""
+    whole = np.empty(sum(map(len, arrays)), arrays[0].dtype)
+    for k, array in enumerate(arrays):
+        whole[k :: len(arrays)] = array
+    return whole

@@ -178,7 +178,7 @@ class Tick:
     seed: int = 0
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """Whole ticks only. Raises ValueError as `Profile.schedule` does."""
+        """Whole ticks only; one is enough of any part but 0. Raises ValueError as `Profile.schedule` does."""
         _within("seconds", seconds, MIN_S, MAX_S)
         _within("models", self.models, 1, MAX_MODELS)
         _within("every_s", self.every_s, MIN_S, MAX_S)
@@ -186,7 +186,8 @@ class Tick:
             "spread_s, which ends before the next tick and the run do,", self.spread_s, 0, min(self.every_s, seconds)
         )
         ticks = 1 + int((seconds - self.spread_s) / self.every_s + 1e-9)
-        _enough(ticks * self.models, f"{ticks} ticks of {self.models} models in {seconds:g} s")
+        least = 1 if part else MIN_REQUESTS
+        _enough(ticks * self.models, f"{ticks} ticks of {self.models} models in {seconds:g} s", least)
         rng = np.random.default_rng([self.seed, _TICKS, part])
         after = np.sort(rng.uniform(0, self.spread_s, (ticks, self.models)), axis=1)
         at = np.arange(ticks)[:, np.newaxis] * self.every_s + after
@@ -346,9 +347,9 @@ def _within(what: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{what} cannot be {value:g}: give {low:g} to {high:g}")
 
 
-def _enough(requests: float, what: str) -> None:
+def _enough(requests: float, what: str, least: int = MIN_REQUESTS) -> None:
     """Raises ValueError for too few or too many requests."""
-    if not MIN_REQUESTS <= requests <= MAX_REQUESTS:
-        few = requests < MIN_REQUESTS
+    if not least <= requests <= MAX_REQUESTS:
+        few = requests < least
         hint = "ask more, or for longer" if few else "ask less, or not so long"
-        raise ValueError(f"{what}: {requests:.0f} requests; a load has {MIN_REQUESTS} to {MAX_REQUESTS}: {hint}")
+        raise ValueError(f"{what}: {requests:.0f} requests; a load has {least} to {MAX_REQUESTS}: {hint}")

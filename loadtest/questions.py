@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,34 @@ def ask_all(
             else:
                 questions[name] = found
     return Asked(questions, left_out)
+
+
+def call(asked: Mapping[ModelName, Question]) -> Question:
+    """One call for many models that asks each of these its question, see CONTRACTS 5.
+
+    Raises ValueError for a question that is not one series, and where they differ in their configuration.
+    """
+    requests, configurations = [], set()
+    for name, each in asked.items():
+        whole = _deepar(each)
+        if whole is None:
+            raise ValueError(
+                f"{name} is not asked for one forecast, and a call for many is of forecasts: --body deepar"
+            )
+        configurations.add(json.dumps(whole.get("configuration", {}), sort_keys=True))
+        requests.append({"target_model": name, **whole["instances"][0]})
+    if len(configurations) > 1:
+        raise ValueError("the models are asked with different configurations, and a call has one for all")
+    return Question(json.dumps({"requests": requests, "configuration": json.loads(configurations.pop())}).encode())
+
+
+def _deepar(question: Question) -> dict[str, Any] | None:
+    """A request of one instance; None for another."""
+    if question.content_type != JSON:
+        return None
+    whole = json.loads(question.body)
+    instances = whole.get("instances") if isinstance(whole, dict) else None
+    return whole if isinstance(instances, list) and len(instances) == 1 and isinstance(instances[0], dict) else None
 
 
 def question(archive: Archive, kind: Body | None, seed: int) -> Question:

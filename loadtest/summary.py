@@ -38,11 +38,11 @@ class Slo:
 
     def verdict(self, found: Results) -> Results | None:
         """Each limit beside what was found; None when nothing was asked. An invalid run meets nothing."""
-        latency, failed = found["latency"]["all"], sum(found["failures"].values()) / found["requests"]
+        latency, (what, failed) = found["latency"]["all"], _failed(found)
         checks = [
             _check("p50 latency", self.p50_ms, latency["p50_ms"], "{:.4g} ms", most=True),
             _check("p99 latency", self.p99_ms, latency["p99_ms"], "{:.4g} ms", most=True),
-            _check("failed requests", self.failed, failed, "{:.4%}", most=True),
+            _check(what, self.failed, failed, "{:.4%}", most=True),
             _check("hit ratio", self.hit_ratio, found["hit_ratio"], "{:.4f}", most=False),
         ]
         asked = [check for check in checks if check]
@@ -69,6 +69,7 @@ def results(run: Run, watch: Watch, slo: Slo | None = None) -> Results:
         "worst_ms": worst(run.schedule.at, run.latency, run.schedule.seconds),
         "over_time": over_time(run),
         "failures": _failures(run.status),
+        "forecasts": _forecasts(run),
         "checked": run.checked,
         "unsound": [f"request {i}: {why}" for i, why in run.unsound],
         "metrics": None if counts is None else _metrics(counts),
@@ -152,6 +153,11 @@ def facts_table(found: Results) -> Table:
 
 def _facts(found: Results) -> Iterator[tuple[str, str]]:
     yield "answered", f"{found['answered_per_s']:.1f} requests/s"
+    if (forecasts := found["forecasts"]) is not None:
+        alone = forecasts["per_call"] / found["latency"]["all"]["p50_ms"] * 1e3
+        yield "forecasts", f"{forecasts['per_s']:.1f}/s, in calls for {forecasts['per_call']:.4g} models"
+        yield "within a median call", f"{alone:.0f} forecasts/s"
+        yield "failed forecasts", f"{forecasts['failed']} of {forecasts['asked']}"
     for what, count in found["failures"].items():
         yield f"failed: {what}", str(count)
     yield "sound answers", f"{found['checked'] - len(found['unsound'])} of {found['checked']} looked into"
@@ -176,6 +182,22 @@ def _metrics(counts: Counts) -> Results:
         found[f"loads_from_{tier}"] = counts[LOADS + "_count", tier]
         found[f"load_seconds_from_{tier}"] = counts[LOADS + "_sum", tier]
     return {**found, "evictions": counts["model_evictions_total", "device"]}
+
+
+def _forecasts(run: Run) -> Results | None:
+    """Of calls for many models: forecasts that were asked, that failed, alone or with their call, and answered."""
+    if run.forecasts is None:
+        return None
+    asked, failed = int(run.forecasts.asked.sum()), int(run.forecasts.failed.sum())
+    per_s = (asked - failed) / max(run.schedule.seconds, run.ended)
+    return {"asked": asked, "failed": failed, "per_s": per_s, "per_call": asked / len(run.status)}
+
+
+def _failed(found: Results) -> tuple[str, float]:
+    """What may fail, and the share of it that did."""
+    if (forecasts := found.get("forecasts")) is not None:
+        return "failed forecasts", forecasts["failed"] / forecasts["asked"]
+    return "failed requests", sum(found["failures"].values()) / found["requests"]
 
 
 def _failures(status: npt.NDArray[np.int64]) -> dict[str, int]:

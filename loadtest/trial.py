@@ -20,7 +20,7 @@ from loadtest.local import LocalServer, serve
 from loadtest.outcome import Run
 from loadtest.processes import pss
 from loadtest.profiles import Load, Profile, Schedule
-from loadtest.questions import Question, ask_all
+from loadtest.questions import Question, ask_all, call
 from loadtest.watch import Watch
 from model_store.names import ModelName, parse_model_name
 from model_store.sources import open_source
@@ -41,11 +41,21 @@ class Subject:
     what: str
     memory: Callable[[], dict[str, int]] | None = None
 
-    def target(self, dialect: str, *, allow_remote: bool) -> Target:
-        """A whole request for each model. Raises ValueError, driver.Forbidden."""
-        host = urlsplit(self.inference).netloc
-        speak = DIALECTS[dialect].request
-        requests = [speak(host, name, each.body, each.content_type) for name, each in self.questions.items()]
+    def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> Target:
+        """A whole request for each model; by a dialect of calls for many, one for each `per_call` of them (None: all).
+
+        Raises ValueError, driver.Forbidden.
+        """
+        host, spoken = urlsplit(self.inference).netloc, DIALECTS[dialect]
+        if not spoken.many and per_call is not None:
+            raise ValueError(f"the dialect {dialect} asks one model a request: --per-call is for the dialect forecasts")
+        if spoken.many:
+            items = list(self.questions.items())
+            size = per_call or len(items)
+            calls = [dict(items[start : start + size]) for start in range(0, len(items), size)]
+            requests = [spoken.request(host, "", call(each).body) for each in calls]
+            return target(self.inference, requests, forecasts=list(map(len, calls)), allow_remote=allow_remote)
+        requests = [spoken.request(host, name, each.body, each.content_type) for name, each in self.questions.items()]
         return target(self.inference, requests, allow_remote=allow_remote)
 
     def watch(self) -> Watch:
@@ -211,6 +221,8 @@ def climb(
 def _too_much(found: summary.Results) -> str:
     """Why a step is not sustained; empty where it is."""
     due, failed = found["requests"] / found["seconds"], sum(found["failures"].values())
+    if (forecasts := found["forecasts"]) is not None and forecasts["failed"] > FAILED * forecasts["asked"]:
+        return f"{forecasts['failed']} forecasts failed"
     if found["invalid"]:
         return f"the run is invalid: {found['invalid'][0]}"
     if failed > FAILED * found["requests"]:

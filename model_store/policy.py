@@ -8,7 +8,7 @@ family holds slabs and a model a row in one of them; a single (an ONNX session) 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil, inf
@@ -150,14 +150,32 @@ class Cache:
         load = self._loads[model] = Load(now, speculative)
         return load
 
+    def expect(self, model: ModelName, now: float) -> bool:
+        """The model is about to be asked: where it is here, it is to stay as if it had been. False where it is not."""
+        if model not in self._slots:
+            return False
+        if model not in self._pins:
+            self._policy.foresee(model, now)
+        return True
+
     # --- loads ------------------------------------------------------------------------------------------------------
 
-    def place(self, model: ModelName, version: str, charge: int, now: float, family: str | None = None) -> Placement:
+    def place(
+        self,
+        model: ModelName,
+        version: str,
+        charge: int,
+        now: float,
+        family: str | None = None,
+        *,
+        spare: Container[ModelName] = (),
+    ) -> Placement:
         """Room for a model that is built and verified: a row of `charge` bytes of `family`, or `charge` plain bytes.
 
         Nobody is asked to go unless enough of them can: a model that would not fit in the end evicts no one. A
-        speculative load takes what is free, or what the policy expects to be asked later than its own model; else it
-        is refused at once, to be ended by `dismiss`.
+        speculative load takes what is free, or what the policy expects to be asked later than its own model (where it
+        expects nothing, as LRU does, the first to go), and nothing of `spare`; else it is refused, to be ended by
+        `dismiss`.
         """
         load = self._loads[model]
         if any(victim.state is State.RETIRING and not victim.leases for victim in load.victims):
@@ -174,7 +192,7 @@ class Cache:
                 bank.put(*self._row_of(slot), slot)
             return Placed(slot)
         plan = self._plan(bank, charge)
-        if load.speculative and not self._may_make_room(plan, model):
+        if load.speculative and not self._may_make_room(plan, model, spare):
             return Refuse("all room is held by models that are expected as soon, or in use")
         if isinstance(plan, Wait):
             return self._pins_fill(bank, charge) or plan
@@ -287,6 +305,16 @@ class Cache:
     def loads(self) -> Iterable[ModelName]:
         """Models being loaded."""
         return self._loads.keys()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for one of the loads."""
+        return any(not load.speculative for load in self._loads.values())
+
+    def is_speculative(self, model: ModelName) -> bool:
+        """Whether the model is being loaded and nobody waits for that."""
+        load = self._loads.get(model)
+        return load is not None and load.speculative
 
     @property
     def pins(self) -> frozenset[ModelName]:
@@ -437,10 +465,11 @@ class Cache:
         """How many models another slab would hold that are not here now, the one that needs room among them."""
         return min(bank.rows_per_slab, self._lost.of(bank.family) + 1)
 
-    def _may_make_room(self, plan: Evict | Moves | Wait, model: ModelName) -> bool:
+    def _may_make_room(self, plan: Evict | Moves | Wait, model: ModelName, spare: Container[ModelName]) -> bool:
         """Whether a load that nobody waits for is worth the plan."""
         if isinstance(plan, Evict):
-            return self._worth(plan.victims) < self._policy.worth(model)
+            spared = any(victim.model in spare for victim in plan.victims)
+            return not spared and self._worth(plan.victims) < self._policy.worth(model)
         return isinstance(plan, Moves)
 
     def _reclaimable(self) -> int:

@@ -59,6 +59,10 @@ class WorkerMetrics:
         ).labels(**bind)
         self.failures = self._counter("model_load_failures", "Loads that failed, by reason", "reason")
         self.swaps = self._counter("model_swaps", "Replacements of a serving version", "result")
+        self.prefetch = self._counter(
+            "prefetch", "Models loaded before they were asked for, by what came of it", "result"
+        )
+        self.rhythms = self._gauge("prefetch_models", "Models whose next call is foreseen").labels(**bind)
         self.queue = self._histogram("inference_queue_seconds", "Wait of a request for its step").labels(**bind)
         self.batch_rows = self._histogram("inference_batch_rows", "Rows of a step", buckets=_SIZES).labels(**bind)
         self.batch_models = self._histogram("inference_batch_models", "Models of a step", buckets=_SIZES).labels(**bind)

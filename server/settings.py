@@ -55,6 +55,11 @@ class Settings(BaseSettings):
     slab_bytes: ByteSize = Field(
         _bytes(4 * MIB), ge=65536, description="unit of that memory; a model's row fits in one"
     )
+    eviction_policy: Literal["lru", "sieve", "s3fifo", "lfu", "due"] = Field(
+        "lru",
+        description="who goes when the cache is full: lru, the longest unused; due, who is expected back last by its "
+        "own rhythm, for fleets that are asked by a clock; or sieve, s3fifo, lfu",
+    )
     max_batch_rows: int = Field(512, ge=1, le=4096, description="rows of one forward at most")
     loader_threads: int = Field(4, ge=1, le=64, description="models a worker fetches and verifies at the same time")
 

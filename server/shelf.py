@@ -84,6 +84,12 @@ class Shelf:
         kept.held = True
         return kept.built
 
+    def put_back(self, model: ModelName) -> None:
+        """What was taken stays after all."""
+        kept = self._kept.get(model)
+        if kept is not None:
+            kept.held = False
+
     def drop(self, model: ModelName) -> None:
         """Forget the model, if it is here: it is back, gone from the store, or to be forgotten."""
         kept = self._kept.pop(model, None)

@@ -25,6 +25,7 @@ from model_store.slots import Slot
 from server.accelerator import STAGING_BYTES, DeviceEngine
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
+from server.foresight import Foresight, Result
 from server.loader import Builder, Built, RowModel, SingleModel, prove, timed_build
 from server.metrics import WorkerMetrics
 from server.scheduler import Job, QueueFull, Scheduler
@@ -63,11 +64,12 @@ class StepLoop:
         batch: int,
         loader_threads: int,
         patience_s: float,
+        foresight: Foresight | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
         self._loader, self._metrics, self._batch = loader, metrics, batch
-        self._shelf = shelf
+        self._shelf, self._foresight = shelf, foresight
         self._patience_s, self._now = patience_s, now
         self._threads = ThreadPoolExecutor(loader_threads, thread_name_prefix="loader")
         self._loop = asyncio.get_running_loop()
@@ -98,6 +100,8 @@ class StepLoop:
             job.done = True
             origin.refuse(job, Refused(Situation.OVERLOADED, str(full)))
             return job
+        if self._foresight is not None:
+            self._foresight.asked(model, now)
         slot = self._cache.lease(model, now)
         if slot is not None:
             job.cache, job.slot = CacheResult.HIT, slot
@@ -340,7 +344,8 @@ class StepLoop:
             if self._unchanged(built):
                 self._built.popleft()
                 continue
-            placement = self._cache.place(built.model, built.version, built.charge, now, built.family)
+            spare = () if self._foresight is None else self._foresight.rhythms
+            placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
             if isinstance(placement, Wait) and now - since < self._patience_s:
                 return changed
             changed = True
@@ -356,6 +361,8 @@ class StepLoop:
             self._built.popleft()
             if isinstance(placement, Placed):
                 self._serve(placement.slot, built, now)
+            elif self._cache.is_speculative(built.model):
+                self._dismiss(built.model)
             else:
                 why = (
                     placement.why if isinstance(placement, Refuse) else f"all room was in use for {self._patience_s} s"
@@ -400,9 +407,14 @@ class StepLoop:
             self._scheduler.ready(self._group(slot), job)
         self._tell_watchers(built.model, built.version)
         log.info("loaded", model=built.model, version=built.version, tier=built.tier)
+        if self._foresight is not None:
+            self._foresight.loaded(built.model)
+            self._look_ahead()
 
     def _load_failed(self, model: ModelName, error: LoadError) -> None:
         """Everyone who waited gets the cause; nobody loses a place."""
+        if self._foresight is not None:
+            self._foresight.ended(model, Result.FAILED)
         self._cache.failed(model, error, self._now())
         self._shelf.drop(model)
         self._started.pop(model, None)
@@ -415,6 +427,22 @@ class StepLoop:
         for future in self._watchers.pop(model, []):
             if not future.done():
                 future.set_exception(error)
+
+    def _look_ahead(self) -> None:
+        """Load what is about to be asked, as far as that disturbs nobody."""
+        if self._foresight is None:
+            return
+        now = self._now()
+        while (model := self._foresight.next(now)) is not None:
+            self._load(model, now)
+
+    def _dismiss(self, model: ModelName) -> None:
+        """A load ahead of time found no room, and is held against nobody."""
+        assert self._foresight is not None, "nobody else looks ahead"
+        self._foresight.ended(model, Result.REFUSED)
+        self._cache.dismiss(model)
+        self._shelf.put_back(model)
+        self._started.pop(model)
 
     def _tell_watchers(self, model: ModelName, version: str) -> None:
         for future in self._watchers.pop(model, []):
@@ -482,6 +510,8 @@ class StepLoop:
         del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_name))]
         if slot.model not in self._cache:
             self._metrics.model_gone(slot.model)
+            if self._foresight is not None:
+                self._foresight.left(slot.model)
         self._metrics.unloading.observe(time.perf_counter() - started)
         for future in self._leaving.pop(slot, []):
             if not future.done():
@@ -490,7 +520,9 @@ class StepLoop:
     # --- time and state ---------------------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        """Deadlines of jobs that wait for a model, built models that wait for room, and a path's time to measure."""
+        """Deadlines of jobs that wait for a model, built models that wait for room, a path's time to measure, and what
+        is about to be asked.
+        """
         while True:
             await asyncio.sleep(SWEEP_S)
             for job in self._scheduler.expired(self._now()):
@@ -499,6 +531,9 @@ class StepLoop:
             self._engine.learn()
             if self._built:
                 self._wake()
+            if self._foresight is not None:
+                self._foresight.look(self._now())
+                self._look_ahead()
 
     async def drain(self) -> None:
         """Returns when no job is left."""
@@ -513,6 +548,8 @@ class StepLoop:
     def exposition(self) -> str:
         """The metrics, gauges up to date."""
         self._metrics.loaded.set(len(self._cache))
+        if self._foresight is not None:
+            self._metrics.rhythms.set(len(self._foresight.rhythms))
         self._metrics.bytes.set(self._cache.used_bytes)
         self._metrics.capacity.set(self._cache.budget_bytes)
         self._metrics.host_bytes.set(self._shelf.used_bytes)

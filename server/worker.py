@@ -17,6 +17,7 @@ import uvloop
 
 from model_store.disk import DiskTier
 from model_store.errors import LoadError
+from model_store.eviction import policy_named
 from model_store.names import parse_model_name
 from model_store.policy import Cache
 from model_store.store import ModelStore
@@ -222,7 +223,7 @@ def build_steps(settings: Settings, plan: dict[str, Any]) -> StepLoop:
     disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
     store = ModelStore(source, disk, limits, settings.revalidate_s)
     return StepLoop(
-        Cache(budget, int(settings.slab_bytes)),
+        Cache(budget, int(settings.slab_bytes), policy=policy_named(settings.eviction_policy)),
         Scheduler(settings.queue_per_model, settings.queue_per_worker),
         engine,
         Loader(store, where.type, int(plan["threads"])),

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import msgspec
 
@@ -106,6 +106,15 @@ class Step(TypedDict):
     why: str
 
 
+class Forecasts(TypedDict):
+    """Of calls for many models: forecasts asked and failed, answered a second, and asked by a call on average."""
+
+    asked: int
+    failed: int
+    per_s: float
+    per_call: float
+
+
 class Results(TypedDict):
     """What a load run found."""
 
@@ -125,6 +134,7 @@ class Results(TypedDict):
     lag: Latency
     over_time: OverTime
     failures: dict[str, int]
+    forecasts: NotRequired[Forecasts | None]  #: records of before have none
     checked: int
     unsound: list[Any]
     metrics: Metrics | None

@@ -84,6 +84,8 @@ def remarks(run: Results) -> list[str]:
         said_so.append(f"{len(run['unsound'])} of {run['checked']} answers that were looked into were wrong.")
     if (count := _failed(run)) > 0:
         said_so.append(f"{count:,} of {run['requests']:,} requests failed.")
+    if (forecasts := run.get("forecasts")) and forecasts["failed"]:
+        said_so.append(f"{forecasts['failed']:,} of {forecasts['asked']:,} forecasts failed.")
     missing = [
         what
         for what, there in (
@@ -105,6 +107,11 @@ def headlines(runs: Sequence[Results]) -> list[Fact]:
         Fact("hit ratio", [_hit_percent(run) for run in runs], " %", "more"),
         Fact("failed", [100 * _failed(run) / max(1, run["requests"]) for run in runs], " %", "less"),
     ]
+    if any(run.get("forecasts") for run in runs):
+        calls = [run.get("forecasts") for run in runs]
+        facts.append(Fact("forecasts", [call and call["per_s"] for call in calls], "/s", "more"))
+        failed = [call and 100 * call["failed"] / call["asked"] for call in calls]
+        facts.append(Fact("failed forecasts", failed, " %", "less"))
     if any(run["steps"] for run in runs):
         facts.append(Fact("highest rate sustained", [_sustained(run) for run in runs], "/s", "more"))
     return facts
@@ -247,6 +254,8 @@ def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
     yield "request", f"{run['dialect']}, {run['body']} body of {run['body_bytes']:,} bytes"
     yield "driver", f"{run['processes']} process{'es' if run['processes'] != 1 else ''}"
     yield "asked", f"{run['requests']:,} requests in {number(run['seconds'])} s"
+    if forecasts := run.get("forecasts"):
+        yield "forecasts", f"{forecasts['asked']:,}, in calls for {number(forecasts['per_call'])} models each"
     yield "checked", f"{run['checked']:,} answers looked into"
     yield "date", record["date"]
     yield "commit", record["commit"]

@@ -26,6 +26,9 @@ class Policy(Protocol):
     def hit(self, model: ModelName, now: float) -> None:
         """A request for a model that has entered."""
 
+    def foresee(self, model: ModelName, now: float) -> None:
+        """A model that has entered is about to be asked: it is to stay, as far as the policy does not know better."""
+
     def leave(self, model: ModelName) -> None:
         """It may not be chosen any more: evicted, unloaded or pinned. Of no effect for one that has not entered."""
 

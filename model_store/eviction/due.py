@@ -119,6 +119,9 @@ class Due:
             self._rhythms[model].visit(self._now)
             self._open(members, model)
 
+    def foresee(self, model: ModelName, now: float) -> None:
+        """Known: its rhythm says so."""
+
     def leave(self, model: ModelName) -> None:
         """Its rhythm is remembered for a while."""
         if model not in self._group:
@@ -129,8 +132,7 @@ class Due:
         members.window.pop(model, None)
         if not members.size:
             del self._groups[group]
-        rhythm = self._ghosts[model] = self._rhythms.pop(model)
-        rhythm.ticket = 0
+        self._ghosts[model] = self._rhythms.pop(model)
         if len(self._ghosts) > MAX_GHOSTS:
             _, forgotten = self._ghosts.popitem(last=False)
             self._since = max(self._since, forgotten.began)

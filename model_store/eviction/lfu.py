@@ -52,18 +52,22 @@ class Lfu:
     def __repr__(self) -> str:
         return f"<Lfu of {len(self._group)}>"
 
-    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
         """No hit yet: the next to go, unless it is hit before."""
         self._group[model] = group
         self._counts.setdefault(group, _Counts()).put(model, 0)
 
-    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
         """One more."""
         counts = self._counts[self._group[model]]
         counts.put(model, min(counts.drop(model) + 1, MOST))
         counts.hits += 1
         if counts.hits > AGE * len(counts.level):
             counts.halve()
+
+    def foresee(self, model: ModelName, now: float) -> None:
+        """As good as asked."""
+        self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
         """Forgotten."""

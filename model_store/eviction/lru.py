@@ -18,18 +18,22 @@ class Lru:
     def __repr__(self) -> str:
         return f"<Lru of {len(self._group)}>"
 
-    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
         """The most recently used of all."""
         self._clock += 1
         self._group[model] = group
         self._used.setdefault(group, OrderedDict())[model] = self._clock
 
-    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
         """The most recently used of all."""
         self._clock += 1
         order = self._used[self._group[model]]
         order[model] = self._clock
         order.move_to_end(model)
+
+    def foresee(self, model: ModelName, now: float) -> None:
+        """As good as asked."""
+        self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
         """Forgotten."""

@@ -55,7 +55,7 @@ class S3Fifo:
     def __repr__(self) -> str:
         return f"<S3Fifo of {len(self._here)}, {len(self._ghosts)} ghosts>"
 
-    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
         """To the small queue, or to the main one where it has left the small one not long ago."""
         self._clock += 1
         self._here[model] = group, self._clock - len(self._here)  # between groups: asked about once a round
@@ -64,13 +64,17 @@ class S3Fifo:
         self._ghosts.pop(model, None)
         (queues.main if known else queues.small)[model] = 0
 
-    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
         """One use more."""
         self._clock += 1
         group = self._here[model][0]
         self._here[model] = group, self._clock
         part = self._queues[group].part(model)
         part[model] = min(part[model] + 1, MOST_USES)
+
+    def foresee(self, model: ModelName, now: float) -> None:
+        """As good as asked."""
+        self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
         """Who leaves the small queue is remembered, for as many as there are others here."""

@@ -45,18 +45,22 @@ class Sieve:
     def __repr__(self) -> str:
         return f"<Sieve of {len(self._here)}>"
 
-    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002
+    def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
         """At the queue's end, not used."""
         self._clock += 1
         self._here[model] = group, self._clock - len(self._here)  # between groups: asked about once a round
         self._queues.setdefault(group, _Queue()).ahead[model] = False
 
-    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002
+    def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
         """Used: the hand will spare it once."""
         self._clock += 1
         group = self._here[model][0]
         self._here[model] = group, self._clock
         self._queues[group].part(model)[model] = True
+
+    def foresee(self, model: ModelName, now: float) -> None:
+        """As good as asked."""
+        self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
         """Forgotten."""

@@ -1,6 +1,7 @@
 """Eviction policies: what each is for, judged in the cache at equal bytes; and what all of them owe the cache."""
 
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from model_store.eviction import POLICIES, policy_named
 from model_store.eviction.due import MAX_GHOSTS, Due
 from model_store.names import ModelName
 from model_store.policy import Cache, Failure, Load, Placed, Refuse
+from server.settings import Settings
 
 ROW, SLAB = policies.ROW, policies.SLAB
 MODELS = 320
@@ -202,6 +204,21 @@ def test_a_new_version_is_no_request(policy: str) -> None:
     assert old is not None
     assert where.retired(old)
     assert sorted(where._policy.victims("f")) == ["a", "b", "c"]
+
+
+def test_due_keeps_the_rhythm_through_a_new_version() -> None:
+    """What the store has changed says nothing of when the model will be asked."""
+    where = make("due", 9)
+    ask(where, "abcdefgh" * 5)
+    expected = where._policy.worth(ModelName("b"))
+    where.want(ModelName("b"), 0, reload=True)
+    load(where, Model(ModelName("b"), ROW, "f"), 0)
+    assert where._policy.worth(ModelName("b")) == expected
+
+
+def test_an_operator_can_choose_every_policy_and_no_other() -> None:
+    """The setting lists the names that there are, though the front half, which reads it, knows no policy."""
+    assert get_args(Settings.model_fields["eviction_policy"].annotation) == tuple(POLICIES)
 
 
 def test_a_name_that_there_is_not_is_refused() -> None:
