@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from types import MappingProxyType
+from typing import Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -103,7 +104,7 @@ class Turn:
 
 
 class Client:
-    """A connection to a server's inference listener."""
+    """A connection to a server's inference listener; to be used in a `with`."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -114,6 +115,12 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client {self.url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
 
     def forecasts(self, body: bytes, accept: str = "application/json") -> tuple[bytes, str]:
         """`POST /v1/forecasts`: the answer, and what its headers say. Raises NotAnswered."""

@@ -5,6 +5,7 @@ server that runs; then prices in, quantiles by one call, joint scenarios by anot
 """
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from csv import writer
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import islice
@@ -26,12 +28,13 @@ from rich.table import Table
 
 from handlers.recipe import default_prediction
 from handlers.series import Series, header, read_csv
-from loadtest.cycle import JOINT, STAGES, TICK, Client, Feed, Fleet, NotAnswered, Turn, rank_correlation, turn
+from loadtest.cycle import JOINT, NPY, STAGES, TICK, Client, Feed, Fleet, NotAnswered, Turn, rank_correlation, turn
 from loadtest.fleet import MARKETS, UNITS
 from loadtest.local import serve
 from loadtest.report.cycle import Drawn, extremes, of_budget, page
 from loadtest.synthetic import coupled_markets
 from model_store.archive import open_archive
+from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name
 
 FOLDER = Path(".fleetcast/cycle")
@@ -119,7 +122,8 @@ def main(
         market = _make(prices)
         fleet = _fleet(market)
         with _server(url, ports) as address:
-            turns = _turns(market, fleet, Client(address), ticks, scenarios, seed)
+            with Client(address) as client:
+                turns = _turns(market, fleet, client, ticks, scenarios, seed)
             started = clock.perf_counter()
             drawn = _drawn(market, fleet, turns, address)
             PAGE.write_text(page(drawn), encoding="utf-8")
@@ -128,7 +132,7 @@ def main(
             if not once and not url:
                 _say("5", "the server runs until Ctrl-C")
                 signal.pause()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (LoadError, ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f'no demo: {error}\nflags of `make forecast-demo` go into ARGS="..."') from None
     except KeyboardInterrupt:
         console.print("\nstopped")
@@ -147,6 +151,8 @@ def _prices(csv: Path | None, time: str, target: Sequence[str] | None) -> Prices
             raise ValueError("--target is a column of a --csv")
         return Prices()
     targets = tuple(target or (name for name in header(csv) if name and name != time))
+    if not targets:
+        raise ValueError(f"{csv} has no column besides {time!r}")
     return Prices(str(csv.resolve()), csv.stat().st_mtime_ns, time, targets, ())
 
 
@@ -178,11 +184,12 @@ def _make(prices: Prices) -> Market:
 
 
 def _write(path: Path, series: Sequence[Series], start: int, end: int) -> None:
-    lines = [",".join([TIME, *(each.name for each in series)])]
     rows = np.stack([each.values[start:end] for each in series], axis=1).tolist()
-    for at, row in enumerate(rows, start):
-        lines.append(",".join([series[0].stamp(at), *("" if value != value else repr(value) for value in row)]))  # noqa: PLR0124 -- NaN
-    path.write_text("\n".join(lines) + "\n")
+    with path.open("w", newline="") as file:
+        lines = writer(file, lineterminator="\n")
+        lines.writerow([TIME, *(each.name for each in series)])
+        for at, row in enumerate(rows, start):
+            lines.writerow([series[0].stamp(at), *("" if math.isnan(price) else price for price in row)])
 
 
 def _fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str]) -> None:
@@ -254,7 +261,7 @@ def _drawn(market: Market, fleet: Fleet, turns: Sequence[Turn], address: str) ->
 
 def _show(drawn: Drawn, drawn_ms: float) -> None:
     first, last = drawn.turns[0], drawn.turns[-1]
-    table = Table("ms", "first turn, cold", f"turn {len(drawn.turns)}", "of 20 s", title=f"forecast from {last.start}")
+    table = Table("ms", "first turn", f"turn {len(drawn.turns)}", "of 20 s", title=f"forecast from {last.start}")
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in STAGES:
@@ -266,9 +273,11 @@ def _show(drawn: Drawn, drawn_ms: float) -> None:
     console.print(table)
     for call in (TICK, JOINT):
         console.print(f"   {call}: first {first.said[call]}\n   {' ' * len(call)}  last  {last.said[call]}")
-    dear, opposed = extremes(drawn.products, drawn.together, 1)
-    for (one, other, value), word in ((dear[0], "most alike"), (opposed[0], "most opposed")):
-        console.print(f"   {word} in the scenarios: {one} and {other}, rank correlation {value:+.2f}")
+    for word, pairs in zip(("alike", "opposed"), extremes(drawn.products, drawn.together, 1), strict=True):
+        for one, other, value in pairs:
+            console.print(
+                f"   most {word} in the scenarios: {escape(f'{one} and {other}, rank correlation {value:+.2f}')}"
+            )
     console.print(f"\n[bold]the page: {PAGE.resolve().as_uri()}[/]", soft_wrap=True)
 
 
@@ -277,7 +286,7 @@ def _calls(address: str) -> list[tuple[str, str]]:
     forecasts = f"curl -s {address}/v1/forecasts"
     return [
         ("quantiles of all products", f"{forecasts} --data @{QUANTILES}"),
-        ("joint scenarios", f"{forecasts} -H 'Accept: application/x-npy' --data @{SCENARIOS} -o scenarios.npy"),
+        ("joint scenarios", f"{forecasts} -H 'Accept: {NPY}' \\\n  --data @{SCENARIOS} -o scenarios.npy"),
     ]
 
 

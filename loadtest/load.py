@@ -58,7 +58,7 @@ def run(
     shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order every time", "--shuffled")] = None,
     newcomers: Annotated[int | None, _flag(LOAD, "onboarding: models that are new; else 100")] = None,
     at_s: Annotated[float | None, _flag(LOAD, "onboarding: when they come; else 5")] = None,
-    trace: Annotated[Path | None, _flag(LOAD, "replay: the recording", exists=True, dir_okay=False)] = None,
+    trace: Annotated[Path | None, _flag(LOAD, "replay: the recording, or an access log's folder", exists=True)] = None,
     speed: Annotated[float | None, _flag(LOAD, "replay: times as fast; else 1")] = None,
     start_s: Annotated[float | None, _flag(LOAD, "replay: from this second of it on; else its first")] = None,
     ramp_to: Annotated[float | None, _flag(LOAD, "rates from --rate up to this one until one is too much")] = None,

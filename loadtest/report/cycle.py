@@ -68,10 +68,10 @@ def page(drawn: Drawn) -> str:
 
 
 def charted(products: Sequence[str]) -> list[int]:
-    """Which get charts: the first of each group (`region/`), then the last of each, the second, and so on."""
+    """Which get charts: the first of each group (`region/`, `region.`), the last of each, the second, and so on."""
     groups: dict[str, list[int]] = {}
     for i, product in enumerate(products):
-        groups.setdefault(product.rpartition("/")[0], []).append(i)
+        groups.setdefault(product.rpartition("/" if "/" in product else ".")[0], []).append(i)
     ranked = [
         (rank, i) for group in groups.values() for rank, i in enumerate([group[0], *group[:0:-1][:1], *group[1:-1]])
     ]
@@ -104,7 +104,7 @@ def _headlines(drawn: Drawn) -> list[tuple[str, str]]:
     return [
         ("from prices to numbers", f"{last.total_ms:.0f} ms"),
         ("of 20 seconds", of_budget(last.total_ms)),
-        ("first turn, nothing loaded", f"{drawn.turns[0].total_ms:.0f} ms"),
+        ("first turn", f"{drawn.turns[0].total_ms:.0f} ms"),
         ("forecasts", f"{count} x {steps} steps"),
         ("scenarios", f"{scenarios} x {count} x {steps}"),
         ("quantile forecasts", f"{number(per_s)}/s"),

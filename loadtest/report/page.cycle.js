@@ -126,8 +126,9 @@
     return `rgb(${from.map((v, i) => Math.round(v + (to[i] - v) * share)).join(" ")})`;
   }
 
-  const group = (name) => (name.includes("/") ? name.slice(0, name.lastIndexOf("/")) : "");
-  const own = (name) => name.slice(name.lastIndexOf("/") + 1);
+  const between = (name) => name.lastIndexOf(name.includes("/") ? "/" : "."); // as in region/product and region.product
+  const group = (name) => name.slice(0, Math.max(0, between(name)));
+  const own = (name) => name.slice(between(name) + 1);
   const map = element("map"), names = data.names;
   const starts = names.map((name, i) => i).filter((i) => i === 0 || group(names[i]) !== group(names[i - 1]));
   const grouped = starts.length > 1 && starts.length < names.length;

@@ -58,7 +58,7 @@ def test_both_calls_are_about_the_same_histories() -> None:
 
 
 def test_quantiles_are_read_by_level() -> None:
-    """Levels ascend by number, not as text, and the last axis; a product without a forecast is named with its reason."""
+    """Levels ascend as numbers and are the last axis; a product without a forecast is named with its reason."""
     good = {"quantiles": {"0.5": [2, 3], "0.1": [1, 2], "0.95": [4, 5]}}
     levels, found = read_quantiles(orjson.dumps({"predictions": [good, good], "failed": 0}), ["a", "b"])
     assert levels == [0.1, 0.5, 0.95]
@@ -82,8 +82,8 @@ def test_what_moves_together_is_found() -> None:
 def test_nobody_there_is_said() -> None:
     """The address and what to start are in the message; an address that is none is a wrong flag."""
     address = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(NotAnswered, match=rf"{address} does not answer.*fleetcast serve"):
-        Client(address).forecasts(b"{}")
+    with Client(address) as client, pytest.raises(NotAnswered, match=rf"{address} does not answer.*fleetcast serve"):
+        client.forecasts(b"{}")
     with pytest.raises(ValueError, match="give http://HOST:PORT"):
         Client("localhost:8080")
 
@@ -93,7 +93,7 @@ def test_coupled_markets_are_coupled() -> None:
     markets = coupled_markets(["x", "y"], ["energy", "raise", "lower"], 3, 24 * 60, 24)
     assert [each.name for each in markets][:4] == ["x/energy", "x/raise", "x/lower", "y/energy"]
     ranks = np.stack([each.values for each in markets]).argsort(axis=1).argsort(axis=1)
-    found = np.corrcoef(ranks)
+    found = np.asarray(np.corrcoef(ranks))
     assert found[0, 3] > 0.6
     assert found[0, 1] > 0.3
     assert found[0, 2] < -0.3

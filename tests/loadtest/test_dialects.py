@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from loadtest.dialects import DIALECTS, JSON, npy_body, unsound
+from loadtest.dialects import DIALECTS, JSON, npy_body, unsound, unsound_call
 from tests.loadtest.peer import SOUND
 
 
@@ -37,8 +37,29 @@ def test_sound_answers(body: bytes, why: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"predictions": [{"mean": [1.5]}, {"mean": [2]}], "failed": 0}', None),
+        (b'{"predictions": [{"mean": [1.5]}, {"error": {"message": "no"}}], "failed": 1}', None),
+        (b'{"predictions": [{"mean": [1.5]}], "failed": 0}', "not 2 predictions"),
+        (b'{"predictions": [{"mean": [1.5]}, {"error": {}}], "failed": 0}', "0 said to have failed, but 1 errors"),
+        (b'{"predictions": [{"mean": [1.5]}, {"mean": [null]}], "failed": 0}', "None where a number"),
+        (b'{"predictions": [{"mean": [1.5]}, {"mean": []}], "failed": 0}', "no predictions"),
+        (b'{"predictions": [1, 2], "failed": 0}', "not 2 predictions"),
+        (b"[1, 2]", "not 2 predictions"),
+        (b'{"predictions": [', "not JSON"),
+    ],
+)
+def test_sound_answers_to_calls_for_many(body: bytes, why: str | None) -> None:
+    """A prediction with finite numbers or an error for each of two models, as many errors as are said."""
+    found = unsound_call(body, 2)
+    assert found is None if why is None else why in str(found)
+
+
+@pytest.mark.parametrize(
     ("dialect", "line", "header"),
     [
+        ("forecasts", "POST /v1/forecasts HTTP/1.1", "Content-Type: application/json"),
         ("sagemaker", "POST /invocations HTTP/1.1", "X-Amzn-SageMaker-Target-Model: au/NSW 1.mar"),
         ("torchserve", "POST /predictions/au/NSW%201.mar HTTP/1.1", "Content-Type: application/json"),
         ("mms", "POST /predictions/au/NSW%201.mar HTTP/1.1", "Content-Type: application/json"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtest import summary
-from loadtest.fleet import make_fleet
+from loadtest.fleet import fleet_names, make_fleet, make_request
 from loadtest.load import app
 from loadtest.local import serve
 from loadtest.outcome import Run
@@ -92,6 +92,34 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
     assert "/metrics" not in found.stdout
 
 
+@pytest.mark.e2e
+def test_calls_for_many_models(tmp_path: Path) -> None:
+    """A tick as a few calls: each waits for its own models; one that is not there fails in every call that names it."""
+    make_fleet(str(tmp_path / "store"), 4)
+    names = [f"{name}\n" for name in fleet_names(4)]
+    (tmp_path / "names").write_text("".join([*names[:2], "none.mar\n", *names[2:]]))
+    (tmp_path / "request.json").write_text(json.dumps(make_request(0)))
+    out, html = tmp_path / "run.json", tmp_path / "run.html"
+    with serve(str(tmp_path / "store"), ["--workers", "1"]) as server:
+        flags = ["--url", server.inference, "--names", str(tmp_path / "names"), "--seconds", "1", "--warmup", "0"]
+        flags += ["--request", str(tmp_path / "request.json"), "--out", str(out), "--html", str(html)]
+        tick = ["--profile", "tick", "--every-s", "0.1", "--spread-s", "0.05"]
+        calls = ["--dialect", "forecasts", "--per-call", "2", "--failed", "0.1"]
+        found = CliRunner().invoke(app, ["run", *flags, *tick, *calls])
+    results = json.loads(out.read_text())["results"]
+    assert (results["requests"], results["checked"], results["unsound"]) == (30, 30, []), found.output
+    assert {key: results["forecasts"][key] for key in ("asked", "failed")} == {"asked": 50, "failed": 10}
+    assert results["latency"]["miss"]["count"] >= 2
+    assert results["latency"]["hit"]["count"] > 10
+    assert results["slo"]["checks"][0] == {
+        "what": "failed forecasts", "limit": "at most 10.0000%", "found": "20.0000%", "met": False
+    }  # fmt: skip
+    assert found.exit_code == 1
+    assert re.search(r"failed forecasts +│ 10 of 50 ", found.output)
+    assert "calls for 2 models" in found.output
+    assert "10 of 50 forecasts failed." in html.read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "why"),
     [
@@ -105,6 +133,13 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "replay"], "give it a trace"),
         (["--url", "http://127.0.0.1:1", "--names", "names.txt"], "give a --request"),
         (["--store", "empty"], "no model of empty can be asked"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--per-call", "3"], "--per-call is for the dialect forecasts"),
+        (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "not for calls for many"),
+        (
+            ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],
+            "is not asked for one forecast",
+        ),
+        (["--store", ".", "--dialect", "esperanto"], "known are sagemaker, forecasts, "),
     ],
 )
 def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +163,8 @@ def subject(peer: Peer, model: str) -> Subject:
 
 def test_a_ramp_ends_where_answers_fail() -> None:
     """Rate after rate while they are sustained; the table says at which it was too much, and why."""
-    with running(Peer(stall_at=130, stall_s=0.3)) as peer:
-        plan = Plan(Profile(1, arrivals=Arrivals.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=100.0))
+    with running(Peer(stall_at=130, stall_s=0.8)) as peer:
+        plan = Plan(Profile(1, arrivals=Arrivals.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=300.0))
         to = subject(peer, "hit").target("sagemaker", allow_remote=False)
         found, _ = climb(subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
     steps = found["steps"]

@@ -375,3 +375,11 @@ def test_ramps_that_never_end_are_refused(start: float, most: float, how: dict[s
     """Or that would take a thousand runs, or fall."""
     with pytest.raises(ValueError, match=re.escape(why)):
         ramp(start, most, **how)
+
+
+def test_a_warm_up_may_be_one_tick() -> None:
+    """A tick of one call is few requests; what is measured needs more for percentiles, what comes before does not."""
+    tick = Tick(1, every_s=0.5, spread_s=0.0)
+    assert len(tick.schedule(1.0, part=1).at) == 3
+    with pytest.raises(ValueError, match="3 ticks of 1 models in 1 s: 3 requests; a load has 20 to"):
+        tick.schedule(1.0)

@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import urllib3
 
 from handlers.forecasters import build, random_tensors
 from loadtest.archives import make_archive
-from loadtest.dialects import Body, unsound
+from loadtest.dialects import NPY, Body, npy_body, unsound
 from loadtest.local import serve
-from loadtest.questions import Question, ask_all, question
+from loadtest.questions import Question, ask_all, call, question
 from model_store.archive import open_archive
 from model_store.manifest import Channel, Forecast, Scaler
 from model_store.names import ModelName
@@ -18,6 +19,7 @@ from model_store.packing import pack_forecaster
 from model_store.sources import open_source
 from tests.e2e.models import onnx_model
 
+START = "2026-01-01 00:00:00"
 SMALL = {"features": 4, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
 
 
@@ -106,3 +108,21 @@ def test_what_cannot_be_asked() -> None:
     """The reason names the archive and what to ask for instead."""
     with pytest.raises(ValueError, match=r"p\.mar carries no `forecast` .* ask for tensors"):
         question(open_archive(plain(), "p.mar"), Body.DEEPAR, 0)
+
+
+def test_one_call_asks_all() -> None:
+    """Every model with its own series, in order, under the configuration that all share; else what is wrong is said."""
+    one, other = (
+        Question(json.dumps({"instances": [{"start": START, "target": [i]}], "configuration": {"seed": 3}}).encode())
+        for i in range(2)
+    )
+    plain = Question(json.dumps({"instances": [{"start": START, "target": [1]}]}).encode())
+    a, b = ModelName("a.mar"), ModelName("b.mar")
+    body = json.loads(call({a: one, b: other}).body)
+    assert body["requests"] == [{"target_model": n, "start": START, "target": [i]} for i, n in enumerate((a, b))]
+    assert body["configuration"] == {"seed": 3}
+    with pytest.raises(ValueError, match="different configurations"):
+        call({a: one, b: plain})
+    for tensors in (Question(b'{"x": [1]}'), Question(npy_body(np.ones(2, np.float32)), NPY)):
+        with pytest.raises(ValueError, match=r"b\.mar is not asked for one forecast, .*--body deepar"):
+            call({a: one, b: tensors})
