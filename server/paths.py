@@ -10,7 +10,7 @@ memory and a product does not. So paths are timed on the rows that were asked la
 """
 
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import cycle, islice, pairwise
@@ -55,6 +55,7 @@ class Table:
 
     def __init__(self, seconds: Mapping[Cell, float] | None = None) -> None:
         self.seconds = dict(seconds or {})
+        self._times: dict[Cell, float] = {}  # worked out before
         self.in_place_pays = any(self.pays(Path.IN_PLACE, size, of=size) for size in SIZES)
 
     def __repr__(self) -> str:
@@ -63,6 +64,16 @@ class Table:
 
     def time(self, path: Path, rows: int) -> float:
         """Seconds of a forward of so many rows."""
+        found = self._times.get((path, rows))
+        if found is None:
+            found = self._times[path, rows] = self._time(path, rows)
+        return found
+
+    def pays(self, path: Path, rows: int, *, of: int) -> bool:
+        """Whether `rows` rows, of `of` to be run, cost less this way than as their part of one gathered forward."""
+        return self.time(path, rows) < (1 - MARGIN) * self.time(Path.GATHER, of) * rows / of
+
+    def _time(self, path: Path, rows: int) -> float:
         known = [size for size in SIZES if self.seconds.get((path, size), UNKNOWN) < UNKNOWN]
         if not known:
             return UNKNOWN
@@ -72,10 +83,6 @@ class Table:
         low, high = known[max(at - 1, 0)], known[at]
         below, above = self.seconds[path, low], self.seconds[path, high]
         return above if low == high else below + (above - below) * (rows - low) / (high - low)
-
-    def pays(self, path: Path, rows: int, *, of: int) -> bool:
-        """Whether `rows` rows, of `of` to be run, cost less this way than as their part of one gathered forward."""
-        return self.time(path, rows) < (1 - MARGIN) * self.time(Path.GATHER, of) * rows / of
 
 
 def plan(table: Table, offsets: Sequence[int], row_bytes: int) -> list[Piece]:
@@ -171,18 +178,23 @@ def _spread(rows: Sequence[int]) -> list[int]:
 
 def _repeated(table: Table, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
     """Models asked so often that it pays to run their inputs apart from the others, and the rows that are left."""
+    count = len(offsets)
+    times = Counter(offsets)
+    sizes = {size for size in {min(of_one, MOST_ROWS) for of_one in times.values()} if _repeat_pays(table, size, count)}
+    if not sizes:  # the most common case: 64 requests of 500 models have a model or two in common
+        return [], list(range(count))
     rows: dict[int, list[int]] = {}
     for i, offset in enumerate(offsets):
         rows.setdefault(offset, []).append(i)
-    pieces, rest = list[Piece](), list[int]()
-    for same in rows.values():
-        size = min(len(same), MOST_ROWS)
-        cheap = size > 1 and table.pays(Path.REPEAT, size, of=len(offsets))
-        if cheap and table.time(Path.REPEAT, size) < size * table.time(Path.IN_PLACE, 1):
-            pieces += [Piece(Path.REPEAT, part) for part in _cut(same)]
-        else:
-            rest += same
-    return pieces, sorted(rest)
+    apart = [same for same in rows.values() if min(len(same), MOST_ROWS) in sizes]
+    pieces = [Piece(Path.REPEAT, part) for same in apart for part in _cut(same)]
+    return pieces, sorted(set(range(count)).difference(*apart))
+
+
+def _repeat_pays(table: Table, size: int, of: int) -> bool:
+    """Whether so many inputs of one model cost less by themselves than as part of a batch, and than one by one."""
+    cheap = size > 1 and table.pays(Path.REPEAT, size, of=of)
+    return cheap and table.time(Path.REPEAT, size) < size * table.time(Path.IN_PLACE, 1)
 
 
 def _runs(rows: Sequence[int], offsets: Sequence[int], row_bytes: int) -> Iterator[list[int]]:
