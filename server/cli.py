@@ -1,4 +1,4 @@
-"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke | batch | backtest | retrain`.
+"""The command line: `fleetcast serve | train | pack | inspect | verify | invoke | batch | backtest | retrain | ...`.
 
 `serve` is the supervisor's process and stays without torch; the tools for archives import `server.workshop`, which has
 it, when they run.
@@ -76,7 +76,9 @@ def fleetcast(
     fleetcast verify au/*.mar                         prove that they would load
     fleetcast batch in.jsonl out.jsonl                answer a file of requests, without a server
     fleetcast backtest p.csv --time hour --models models    score archives on past prices
+    fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    for joint scenarios
     fleetcast retrain p.csv --time hour --store models      fit a fleet anew, publish what is no worse
+    fleetcast doctor --store s3://models/prices       what this machine can do, and what is missing
     """  # noqa: D301 -- click's mark for "do not wrap"
     if version:
         print(f"fleetcast {_version()}")  # noqa: T201 -- the answer
