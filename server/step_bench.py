@@ -2,8 +2,8 @@
 
 For `loadtest.step`, which names the two peers as MODULE:CLASS: called with (family, state dicts of all models), they
 answer (which [B], x [B, *input_shape]). One process and one thread, whose processor time counts. All that are compared
-run in turn, every other round in reverse, and find nothing of theirs in the CPU's cache when their turn begins. The
-engine is given what a step has, offsets and decoded rows; the peers' inputs are one tensor already.
+run in turn, every other round in reverse, and find nothing of theirs in the CPU's cache when their turn begins. All
+are given what a step has, the batch's models and each request's decoded row: making one tensor of these is part of it.
 """
 
 import json
@@ -52,12 +52,11 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The same requests for the engine, one decoded row each, and for a peer."""
+    """The same requests, one decoded row each: their models by place for the engine, by number for a peer."""
 
     offsets: Sequence[int]
-    parts: Sequence[Float32]
     which: torch.Tensor
-    x: torch.Tensor
+    parts: Sequence[Float32]
 
 
 Way = Callable[[Batch], list[Float32]]
@@ -96,7 +95,7 @@ class Bench:
         """A request for each of these."""
         x = self._rng.standard_normal((len(models), *self.family.input_shape), dtype=np.float32)
         offsets = [model * self.row_bytes for model in models]
-        return Batch(offsets, [row[None] for row in x], torch.tensor(models), torch.from_numpy(x))
+        return Batch(offsets, torch.tensor(models), [row[None] for row in x])
 
     def compared(self, batches: Sequence[Batch], rounds: int, *names: str) -> dict[str, Any]:
         """Microseconds an answer of `fleetcast`, and of `peer` and `gathered` where named, with ratios to them.
@@ -127,7 +126,7 @@ class Bench:
 
     def _by_peer(self, batch: Batch) -> list[Float32]:
         with torch.inference_mode():
-            return [self.peer(batch.which, batch.x).numpy()]
+            return [self.peer(batch.which, torch.from_numpy(np.concatenate(batch.parts))).numpy()]
 
     def _floor_us(self, batch: Batch) -> float:
         size = self.row_bytes * len(set(batch.offsets)) / len(batch.offsets)

@@ -14,19 +14,16 @@ The price of an answer: P steps of `paths` rows each, beside `context - P` of on
 3 H (W + H + 2) a layer of H units and W inputs, and 2 H + 2; 8,450 by default.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.base import Float32, Shape
 from handlers.forecasters.feedback import Feedback
-from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
 from handlers.forecasters.noise import normals
+from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 CPU_PATHS = 400  #: that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
 LEAST_SCALE = 1e-3  #: in network numbers
@@ -106,50 +103,27 @@ def distribution(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return numbers[..., 0], nn.functional.softplus(numbers[..., 1]) + LEAST_SCALE
 
 
-class Deepar:
+class Deepar(Recurrent):
     """The family: one row a model, all models and paths of a batch in three products a step."""
 
-    input_name = "x"
-
     def __init__(self, key: str, config: DeeparConfig) -> None:
-        self.key = key
         self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.paths)
         past = config.context_length - config.prediction_length
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, past)
         self._feedback = Feedback("gru", config.hidden, config.layers)
-        self.parameters: Mapping[str, Shape] = self._gru.parameters() | {
-            "head.weight": (2, config.hidden),
-            "head.bias": (2,),
-        }
-        self._layout = Layout(dict(self._gru.parts()) | {"head.weight": (config.hidden, 2), "head.bias": (1, 2)})
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Deepar {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        self._head = Head(config.hidden, 2)
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
+        super().__init__(key, given, answered, (self._gru, self._head))
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return DeeparReference(self.config).eval()
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
-    def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: weights transposed, biases folded where that is exact."""
-        check_tensors(self.parameters, tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        part = self._layout.arrays(row)
-        self._gru.fill(part, tensors)
-        part["head.weight"][...] = tensors["head.weight"].T
-        part["head.bias"][0] = tensors["head.bias"]
-        check_finite(row, tensors)
-        return row
-
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> the head's weight and bias, then what feedback and recurrence bind."""
         part = self._layout.views(block)
         with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [part["head.weight"], part["head.bias"], *self._feedback.bind(part), *self._gru.bind(part)]
+            return [*self._head.bind(part), *self._feedback.bind(part), *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.

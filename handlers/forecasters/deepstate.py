@@ -15,20 +15,17 @@ core: 14 ms for 1 model, 0.8 to 1 ms a model from 32 on. Parameters: 3 H (W + H 
 and 4 H + 4; 4,068 by default.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import cos, pi, sin
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.base import Float32, Shape
 from handlers.forecasters.deepar import require_longer
-from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
 from handlers.forecasters.noise import normals
+from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 LEAST_SCALE = 1e-2  #: in network numbers
 NUMBERS = 4  #: that the recurrence gives for a step
@@ -150,49 +147,27 @@ class DeepstateReference(nn.Module):
         return (torch.stack(losses, 1) * seen).sum(1) / seen.sum(1) * (~y.isnan()).sum(1)
 
 
-class Deepstate:
+class Deepstate(Recurrent):
     """The family: one row a model, all models and paths of a batch in the products of one filter."""
 
-    input_name = "x"
-
     def __init__(self, key: str, config: DeepstateConfig) -> None:
-        self.key = key
         self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.paths)
         self._space = space(config)
         self._gru = Recurrence("gru", config.features - 1, config.hidden, config.layers, config.context_length)
-        head: dict[str, Shape] = {"head.weight": (NUMBERS, config.hidden), "head.bias": (NUMBERS,)}
-        self.parameters: Mapping[str, Shape] = self._gru.parameters() | head
-        parts: dict[str, Shape] = {"head.weight": (config.hidden, NUMBERS), "head.bias": (1, NUMBERS)}
-        self._layout = Layout(dict(self._gru.parts()) | parts)
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Deepstate {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        self._head = Head(config.hidden, NUMBERS)
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
+        super().__init__(key, given, answered, (self._gru, self._head))
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return DeepstateReference(self.config).eval()
-
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
-    def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: weights transposed, biases folded where that is exact."""
-        check_tensors(self.parameters, tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        part = self._layout.arrays(row)
-        self._gru.fill(part, tensors)
-        part["head.weight"][...] = tensors["head.weight"].T
-        part["head.bias"][0] = tensors["head.bias"]
-        check_finite(row, tensors)
-        return row
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> the head's weight and bias, the model's constants, what the recurrence binds."""
         part = self._layout.views(block)
         with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
             constants = [each.to(block.device) for each in self._space]
-            return [part["head.weight"], part["head.bias"], *constants, *self._gru.bind(part)]
+            return [*self._head.bind(part), *constants, *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.

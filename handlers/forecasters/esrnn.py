@@ -25,8 +25,8 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Float32, Shape
-from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
+from handlers.forecasters.layout import check_finite, check_tensors
+from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 
 class EsrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,57 +85,58 @@ class EsrnnReference(nn.Module):
         return added
 
 
-class Esrnn:
-    """The family: one row a model, all models of a batch in one product a season, then a step."""
+class Smoothing:
+    """The rates of level and season, and in a row what a season of them does to the level: a matrix, in float64."""
 
-    input_name = "x"
-
-    def __init__(self, key: str, config: EsrnnConfig) -> None:
-        self.key = key
-        self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.quantiles)
-        self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.steps)
-        out, cycle = config.prediction_length * config.quantiles, config.cycle
-        rates: dict[str, Shape] = {"level_rate": (1,), "season_rate": (1,)}
-        head: dict[str, Shape] = {"head.weight": (out, config.hidden), "head.bias": (out,)}
-        self.parameters: Mapping[str, Shape] = rates | self._gru.parameters() | head
-        smoothing: dict[str, Shape] = {"smoothing": (cycle, cycle), "decay": (cycle, 1), "season_rate": (1, 1)}
-        head_parts: dict[str, Shape] = {"head.weight": (config.hidden, out), "head.bias": (1, out)}
-        self._layout = Layout(smoothing | dict(self._gru.parts()) | head_parts)
-        self.row_floats = self._layout.row_floats
+    def __init__(self, cycle: int) -> None:
+        self._cycle = cycle
 
     def __repr__(self) -> str:
-        return f"<Esrnn {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        return f"<Smoothing of seasons of {self._cycle}>"
+
+    def parameters(self) -> dict[str, Shape]:
+        """Both before the sigmoid."""
+        return {"level_rate": (1,), "season_rate": (1,)}
+
+    def parts(self) -> dict[str, Shape]:
+        """The level after each step of a season, by its values and by the level before it; the season's rate."""
+        return {"smoothing": (self._cycle, self._cycle), "decay": (self._cycle, 1), "season_rate": (1, 1)}
+
+    def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
+        """State-dict tensors into the parts of a row."""
+        a, g = (1 / (1 + np.exp(-tensors[name].astype(np.float64))) for name in ("level_rate", "season_rate"))
+        t = np.arange(self._cycle)
+        part["smoothing"][...] = np.tril(a * (1 - a) ** np.maximum(t[:, None] - t, 0))
+        part["decay"][:, 0] = (1 - a) ** (t + 1)
+        part["season_rate"][0] = g
+
+
+class Esrnn(Recurrent):
+    """The family: one row a model, all models of a batch in one product a season, then a step."""
+
+    def __init__(self, key: str, config: EsrnnConfig) -> None:
+        self.config = config
+        self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.steps)
+        self._head = Head(config.hidden, config.prediction_length * config.quantiles)
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
+        super().__init__(key, given, answered, (Smoothing(config.cycle), self._gru, self._head))
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return EsrnnReference(self.config).eval()
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: the smoothing of a season as a matrix (in float64), weights transposed."""
+        """State dict -> flat row. A rate may be infinite and its sigmoid not, so the tensors are looked at too."""
         check_tensors(self.parameters, tensors)
         check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        part = self._layout.arrays(row)
-        a, g = (1 / (1 + np.exp(-tensors[name].astype(np.float64))) for name in ("level_rate", "season_rate"))
-        t = np.arange(self.config.cycle)
-        part["smoothing"][...] = np.tril(a * (1 - a) ** np.maximum(t[:, None] - t, 0))
-        part["decay"][:, 0] = (1 - a) ** (t + 1)
-        part["season_rate"][0] = g
-        self._gru.fill(part, tensors)
-        part["head.weight"][...] = tensors["head.weight"].T
-        part["head.bias"][0] = tensors["head.bias"]
-        check_finite(row, tensors)
-        return row
+        return super().row(tensors)
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> smoothing, decay, season's rate, head's weight and bias, the recurrence's."""
         part = self._layout.views(block)
-        names = ("smoothing", "decay", "season_rate", "head.weight", "head.bias")
+        smoothing = (part[name] for name in ("smoothing", "decay", "season_rate"))
         with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [*(part[name] for name in names), *self._gru.bind(part)]
+            return [*smoothing, *self._head.bind(part), *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""

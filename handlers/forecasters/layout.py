@@ -1,4 +1,4 @@
-"""Where the parts of a model lie in its flat row, and what its tensors must look like before they go there."""
+"""Where the parts of a model lie in its flat row, what its tensors must look like, and how they get there."""
 
 from collections.abc import Mapping
 from math import prod
@@ -34,6 +34,49 @@ class Layout:
         """Rows [B, row_floats] -> views [B, *shape] of their parts."""
         rows = block.shape[0]
         return {name: block[:, start:end].view(rows, *shape) for name, (start, end, shape) in self._places.items()}
+
+
+class Rows:
+    """What families of one flat row a model have in common. A subclass adds `reference`, `bind` and `forward`.
+
+    `parameters` are the state dict's shapes, `parts` the row's: the same where a row holds the tensors as they are.
+    """
+
+    input_name = "x"
+
+    def __init__(
+        self,
+        key: str,
+        input_shape: Shape,
+        output_shape: Shape,
+        parameters: Mapping[str, Shape],
+        parts: Mapping[str, Shape],
+    ) -> None:
+        self.key = key
+        self.input_shape = input_shape
+        self.output_shape = output_shape
+        self.parameters = parameters
+        self._layout = Layout(parts)
+        self.row_floats = self._layout.row_floats
+
+    def __repr__(self) -> str:
+        """For example `<Tcn tcn-4f1c2a9b (8, 168) -> (24, 5), 17408 floats>`."""
+        name = type(self).__name__
+        return f"<{name} {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
+    def row(self, tensors: Mapping[str, Float32]) -> Float32:
+        """State dict -> flat row [row_floats]; see Family.row."""
+        check_tensors(self.parameters, tensors)
+        row = np.zeros(self.row_floats, np.float32)
+        self._fill(self._layout.arrays(row), tensors)
+        check_finite(row, tensors)
+        return row
+
+    def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
+        """Tensors into the parts of a row: here as they are."""
+        for name, each in part.items():
+            each[...] = tensors[name]
 
 
 def check_tensors(parameters: Mapping[str, Shape], tensors: Mapping[str, Float32]) -> None:

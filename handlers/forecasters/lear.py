@@ -12,17 +12,15 @@ Parameters: (F + 1) x prediction_length x quantiles for F numbers read; of a day
 weekdays F is 247, and all parameters are 29,760; 72,120 by default.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
-import numpy as np
 import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.base import Float32, Shape
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
+from handlers.base import Shape
+from handlers.forecasters.layout import Rows
 
 MOST_PARAMETERS = 2**26
 Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, le=1000)], ...], Meta(max_length=100)]
@@ -81,37 +79,20 @@ class LearReference(nn.Module):
         return answer.view(self.shape)
 
 
-class Lear:
+class Lear(Rows):
     """The family: one row a model, all models of a batch in one `baddbmm`, bound by reading the row."""
 
-    input_name = "x"
-
     def __init__(self, key: str, config: LearConfig) -> None:
-        self.key = key
         self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.quantiles)
         self.taps = torch.tensor(list(taps(config)))
-        out = prod(self.output_shape)
-        self.parameters: Mapping[str, Shape] = {"head.weight": (out, len(self.taps)), "head.bias": (out,)}
-        self._layout = Layout(self.parameters)
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Lear {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        out = config.prediction_length * config.quantiles
+        parameters: dict[str, Shape] = {"head.weight": (out, len(self.taps)), "head.bias": (out,)}
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
+        super().__init__(key, given, answered, parameters, parameters)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return LearReference(self.config).eval()
-
-    def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: the tensors one after another, each from a cache line's start."""
-        check_tensors(self.parameters, tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        for name, part in self._layout.arrays(row).items():
-            part[...] = tensors[name]
-        check_finite(row, tensors)
-        return row
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> the places read, weight [B, F, out], bias [B, 1, out], and scratch [B, F]."""

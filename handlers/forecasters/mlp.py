@@ -4,16 +4,15 @@ At batch 1 a product per layer is a matrix times a vector, bound by reading the 
 order in memory makes no difference; the row keeps the state dict's [out, in] and making it is a plain copy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.base import Float32, Shape
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
+from handlers.base import Shape
+from handlers.forecasters.layout import Rows
 
 LAYERS = ("first", "second", "head")
 
@@ -45,40 +44,22 @@ class MlpReference(nn.Module):
         return answer.view(self.shape)
 
 
-class Mlp:
+class Mlp(Rows):
     """The family: one row a model, all models of a batch in one `baddbmm` a layer."""
 
-    input_name = "x"
-
     def __init__(self, key: str, config: MlpConfig) -> None:
-        self.key = key
         self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.quantiles)
         flat, out = config.features * config.context_length, config.prediction_length * config.quantiles
         widths = (flat, config.hidden, config.hidden, out)
         parameters: dict[str, Shape] = {}
         for name, c_in, c_out in zip(LAYERS, widths[:-1], widths[1:], strict=True):
             parameters |= {f"{name}.weight": (c_out, c_in), f"{name}.bias": (c_out,)}
-        self.parameters: Mapping[str, Shape] = parameters
-        self._layout = Layout(parameters)
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Mlp {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
+        super().__init__(key, given, answered, parameters, parameters)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return MlpReference(self.config).eval()
-
-    def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: the tensors one after another, each from a cache line's start."""
-        check_tensors(self.parameters, tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        for name, part in self._layout.arrays(row).items():
-            part[...] = tensors[name]
-        check_finite(row, tensors)
-        return row
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> [weight [B, in, out], bias [B, 1, out]] a layer, then the hidden layers' scratch."""

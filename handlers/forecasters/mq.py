@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from handlers.base import Family, Float32, Shape
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
+from handlers.forecasters.layout import Rows, check_finite, check_tensors
 
 MOST_PARAMETERS = 2**26
 PARTS = ("global", "local", "head")
@@ -60,33 +60,23 @@ class MqReference(nn.Module):
         return answer
 
 
-class Mq:
+class Mq(Rows):
     """The family: the encoder's row, then the decoder's parts, all models of a batch in one `baddbmm` a layer."""
-
-    input_name = "x"
 
     def __init__(
         self, key: str, encoder: Family, prediction_length: int, quantiles: int, contexts: int, local: int
     ) -> None:
-        self.key = key
         self.encoder = encoder
-        self.input_shape: Shape = encoder.input_shape
-        self.output_shape: Shape = (prediction_length, quantiles)
         features, hidden = encoder.input_shape[0], encoder.output_shape[1]
         self._contexts, self._local, self._hidden = contexts, local, hidden
         seen, given = hidden + features * prediction_length, (prediction_length + 1) * contexts
         widths = {"global": (given, seen), "local": (local, 2 * contexts + features), "head": (quantiles, local)}
         parameters = {f"encoder.{name}": shape for name, shape in encoder.parameters.items()}
-        layout: dict[str, Shape] = {"encoder": (encoder.row_floats,)}
+        parts: dict[str, Shape] = {"encoder": (encoder.row_floats,)}
         for name, (out, width) in widths.items():
             parameters |= {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
-            layout |= {f"{name}.weight": (width, out), f"{name}.bias": (1, out)}
-        self.parameters: Mapping[str, Shape] = parameters
-        self._layout = Layout(layout)
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Mq {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+            parts |= {f"{name}.weight": (width, out), f"{name}.bias": (1, out)}
+        super().__init__(key, encoder.input_shape, (prediction_length, quantiles), parameters, parts)
 
     def reference(self) -> MqReference:
         """The plain network, freshly initialised, in eval mode."""
@@ -94,16 +84,10 @@ class Mq:
         return MqReference(self.encoder, steps, quantiles, self._contexts, self._local).eval()
 
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: the encoder's, then weights transposed."""
+        """State dict -> flat row. The encoder would name its tensors as it knows them, so they are looked at before."""
         check_tensors(self.parameters, tensors)
         check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        part = self._layout.arrays(row)
-        part["encoder"][...] = self.encoder.row({name: tensors[f"encoder.{name}"] for name in self.encoder.parameters})
-        for name in PARTS:
-            part[f"{name}.weight"][...] = tensors[f"{name}.weight"].T
-            part[f"{name}.bias"][0] = tensors[f"{name}.bias"]
-        return row
+        return super().row(tensors)
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> (bias, weight) a layer, the two layers' inputs and parts of them, the encoder's."""
@@ -128,3 +112,10 @@ class Mq:
         of_step.copy_(contexts[:, :-1])
         of_all.copy_(contexts[:, -1:])
         return torch.baddbmm(head_bias, torch.baddbmm(local_bias, local, local_weight).relu_(), head)
+
+    def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
+        """The encoder's row, then weights transposed."""
+        part["encoder"][...] = self.encoder.row({name: tensors[f"encoder.{name}"] for name in self.encoder.parameters})
+        for name in PARTS:
+            part[f"{name}.weight"][...] = tensors[f"{name}.weight"].T
+            part[f"{name}.bias"][0] = tensors[f"{name}.bias"]

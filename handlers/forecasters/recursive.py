@@ -9,18 +9,15 @@ Parameters: 3 H (W + H + 2) for the encoder and 3 H (W + H + 3) for the decoder,
 H q + q; 17,093 by default.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
-import numpy as np
 import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.base import Float32, Shape
 from handlers.forecasters.feedback import Feedback
-from handlers.forecasters.gru import Recurrence, products, require_numbers, require_products
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
+from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 
 class RecursiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,54 +62,28 @@ class RecursiveReference(nn.Module):
         return torch.stack(found, 1)
 
 
-class Recursive:
+class Recursive(Recurrent):
     """The family: one row a model, all models of a batch in one `baddbmm` a step and gate."""
 
-    input_name = "x"
-
     def __init__(self, key: str, config: RecursiveConfig) -> None:
-        self.key = key
         self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.quantiles)
         size = (config.hidden, config.layers)
         self._encoder = Recurrence("encoder", config.features, *size, config.context_length)
-        self._decoder = Recurrence("decoder", 1 + config.features, *size, config.prediction_length)  # for its parts
         self._feedback = Feedback("decoder", *size)
-        head: dict[str, Shape] = {"head.weight": (config.quantiles, config.hidden), "head.bias": (config.quantiles,)}
-        self.parameters: Mapping[str, Shape] = self._encoder.parameters() | self._decoder.parameters() | head
-        self._layout = Layout(
-            dict(self._encoder.parts())
-            | dict(self._decoder.parts())
-            | {"head.weight": (config.hidden, config.quantiles), "head.bias": (1, config.quantiles)}
-        )
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Recursive {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        self._head = Head(config.hidden, config.quantiles)
+        decoder = Recurrence("decoder", 1 + config.features, *size, config.prediction_length)  # for its place in a row
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
+        super().__init__(key, given, answered, (self._encoder, decoder, self._head))
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return RecursiveReference(self.config).eval()
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
-    def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: weights transposed, biases folded where that is exact."""
-        check_tensors(self.parameters, tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        part = self._layout.arrays(row)
-        self._encoder.fill(part, tensors)
-        self._decoder.fill(part, tensors)
-        part["head.weight"][...] = tensors["head.weight"].T
-        part["head.bias"][0] = tensors["head.bias"]
-        check_finite(row, tensors)
-        return row
-
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> the head's weight and bias, then what feedback and encoder bind."""
         part = self._layout.views(block)
         with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [part["head.weight"], part["head.bias"], *self._feedback.bind(part), *self._encoder.bind(part)]
+            return [*self._head.bind(part), *self._feedback.bind(part), *self._encoder.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""

@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Float32, Shape
-from handlers.forecasters.layout import Layout, check_finite, check_tensors
+from handlers.forecasters.layout import Rows
 
 
 class TcnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,49 +76,19 @@ class Layer(NamedTuple):
     lead: int  #: zero positions before the first known input, < kernel; 0 where the context is long enough
 
 
-class Tcn:
+class Tcn(Rows):
     """The family: one row a model, all models of a batch in one `baddbmm` a product."""
 
-    input_name = "x"
-
     def __init__(self, key: str, config: TcnConfig) -> None:
-        self.key = key
         self.config = config
-        self.input_shape: Shape = (config.features, config.context_length)
-        self.output_shape: Shape = (config.prediction_length, config.quantiles)
         self._steps = min(config.context_length, config.kernel**config.layers)  # of the context that are read
         self._layers = tuple(_layers(config, self._steps))
-        self.parameters: Mapping[str, Shape] = dict(_parameters(config))
-        self._layout = Layout(dict(self._parts()))
-        self.row_floats = self._layout.row_floats
-
-    def __repr__(self) -> str:
-        return f"<Tcn {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
+        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
+        super().__init__(key, given, answered, dict(_parameters(config)), dict(self._parts()))
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return TcnReference(self.config).eval()
-
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
-    def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row: kernels as [kernel * C, C'], residual biases folded (in float64), see the module."""
-        check_tensors(self.parameters, tensors)
-        row = np.zeros(self.row_floats, np.float32)
-        part = self._layout.arrays(row)
-        shift = np.zeros(self.config.features)  # s of the module's docstring, for the layer below
-        for i, layer in enumerate(self._layers):
-            kernel = tensors[f"blocks.{i}.conv.weight"]  # [C', C, kernel]
-            residual = tensors[f"blocks.{i}.residual.weight"][..., 0]  # [C', C]
-            part[f"conv.{i}"].reshape(self.config.kernel, layer.width, -1)[...] = kernel.transpose(2, 1, 0)
-            part[f"bias.{i}"][0] = tensors[f"blocks.{i}.conv.bias"] + kernel.sum(2, dtype=np.float64) @ shift
-            part[f"residual.{i}"][...] = residual.T
-            if f"pad.{i}" in part:
-                part[f"pad.{i}"][0] = -shift
-            shift = tensors[f"blocks.{i}.residual.bias"] + residual @ shift
-        part["head"][...] = tensors["head.weight"].T
-        part["head.bias"][0] = tensors["head.bias"] + tensors["head.weight"] @ shift
-        check_finite(row, tensors)
-        return row
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> [input, (u, bias, conv, h, last, residual) a layer, bias, h, head, (edge, pad) ...].
@@ -154,6 +124,21 @@ class Tcn:
             u, bias, conv, h, last, residual = weights[at : at + 6]
             torch.baddbmm(bias, u, conv, out=h).relu_().baddbmm_(last, residual)
         return torch.baddbmm(weights[end], weights[end + 1], weights[end + 2]).view(-1, *self.output_shape)
+
+    def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
+        """Kernels as [kernel * C, C'], residual biases folded (in float64), see the module."""
+        shift = np.zeros(self.config.features)  # s of the module's docstring, for the layer below
+        for i, layer in enumerate(self._layers):
+            kernel = tensors[f"blocks.{i}.conv.weight"]  # [C', C, kernel]
+            residual = tensors[f"blocks.{i}.residual.weight"][..., 0]  # [C', C]
+            part[f"conv.{i}"].reshape(self.config.kernel, layer.width, -1)[...] = kernel.transpose(2, 1, 0)
+            part[f"bias.{i}"][0] = tensors[f"blocks.{i}.conv.bias"] + kernel.sum(2, dtype=np.float64) @ shift
+            part[f"residual.{i}"][...] = residual.T
+            if f"pad.{i}" in part:
+                part[f"pad.{i}"][0] = -shift
+            shift = tensors[f"blocks.{i}.residual.bias"] + residual @ shift
+        part["head"][...] = tensors["head.weight"].T
+        part["head.bias"][0] = tensors["head.bias"] + tensors["head.weight"] @ shift
 
     def _parts(self) -> Iterator[tuple[str, Shape]]:
         """The row's parts in the order in which a forward reads them."""
