@@ -1,27 +1,21 @@
 """`fleetcast backtest`: what archives would have forecast for a CSV file, and how good that was. Torch when it runs."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import rich
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from model_store.errors import LoadError
+from server.console import BAD, moment, one_line_errors, progress
 from server.options import settings_from
 from server.train import archive_names
 
 if TYPE_CHECKING:
-    from server.fleet import Backtest, Told
+    from server.fleet import Backtest
 
-NOT_ALL, WRONG = 1, 2  #: exit codes
 WINDOWS = 28
 SHOWN = {
     "pinball": "pinball", "wql": "wQL", "wape": "WAPE", "mase": "MASE", "rmae": "rMAE", "crps": "CRPS",
@@ -84,38 +78,7 @@ def backtest(
     for name, why in found.failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)  # noqa: T201
     if found.failed:
-        raise typer.Exit(NOT_ALL)
-
-
-@contextmanager
-def progress(what: str) -> Iterator["Told"]:
-    """A bar on standard error, for people; what it gives is told (done now, in all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, advance=done, total=total)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can put right is said in a line; everything else is a bug of ours and keeps its traceback."""
-    try:
-        yield
-    except (LoadError, ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(WRONG) from None
-
-
-def moment(flag: str, text: str) -> datetime | None:
-    """A flag's date without zone, None where it was not given. Raises ValueError that names the flag."""
-    if not text:
-        return None
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"{flag}: expected a date such as 2024-01-01, not {text!r}") from None
-    return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
+        raise typer.Exit(BAD)
 
 
 def _table(found: "Backtest") -> Table:

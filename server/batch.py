@@ -1,6 +1,7 @@
 """`fleetcast batch`: a file of requests in, a file of answers out, from and to a folder or S3. A process of its own."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +10,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from model_store.errors import LoadError
-from model_store.sources import InvalidStoreUrl
+from server.console import BAD, bar, one_line_errors
 from server.options import human, settings_from
 from server.settings import Settings
-
-WRONG = 2
-NOT_ALL = 1
 
 
 def batch(
@@ -38,18 +34,14 @@ def batch(
     is done is kept in OUT.part and OUT.index (for an OUT in S3 below the disk cache), so that the same command goes on
     where a killed run has stopped.
     """  # noqa: D301
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    try:
+    with one_line_errors(_Elsewhere):
         settings = settings_from({"store": models} if models else {})
         asked = msgspec.json.encode(msgspec.json.decode(configuration, type=dict[str, Any]))
-        with _progress(console) as progress:
+        with bar() as progress:
             done, failed = _run(settings, lines, out, asked, progress)
-    except (ValueError, OSError, InvalidStoreUrl, LoadError, _Elsewhere) as error:
-        console.print(f"error: {error}", markup=False)
-        raise typer.Exit(WRONG) from error
-    console.print(f"{done} lines answered, {failed} of them by an error: {out}", markup=False)
+    print(f"{done} lines answered, {failed} of them by an error: {out}", file=sys.stderr)  # noqa: T201
     if failed:
-        raise typer.Exit(NOT_ALL)
+        raise typer.Exit(BAD)
 
 
 class _Elsewhere(Exception):
@@ -140,8 +132,3 @@ def _bucket_and_key(url: str) -> tuple[str, str]:
     if parts.scheme != "s3" or not parts.netloc or not key:
         raise ValueError(f"{url!r}: give a path or s3://bucket/key")
     return parts.netloc, key
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import rich
 import typer
@@ -24,6 +24,7 @@ from model_store.errors import LoadError
 from server.backtest import Score, backtest
 from server.batch import batch
 from server.client import ENDPOINT, sagemaker
+from server.console import BAD, fail, one_line_errors
 from server.correlate import correlate
 from server.doctor import doctor
 from server.logs import configure_logs
@@ -33,9 +34,6 @@ from server.retrain import retrain
 from server.settings import Settings
 from server.supervisor import StartFailed, Supervisor
 from server.train import train
-
-BAD = 1  #: exit code: the answer is no
-WRONG = 2  #: exit code: it could not be done as asked
 
 DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
 TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
@@ -101,7 +99,7 @@ def serve(**flags: Any) -> None:
     Each flag is also a variable (--inference-port is FLEETCAST_INFERENCE_PORT) and a key of fleetcast.toml in the
     working folder (inference_port = 9000). Flags win over variables, variables over the file.
     """  # noqa: D301
-    with _one_line_errors():
+    with one_line_errors(StartFailed):
         settings = settings_from(flags)
         configure_logs(settings.log_level, settings.log_format)
         uvloop.run(_serve(settings))
@@ -220,13 +218,13 @@ def pack(
     from server.rolling import Rolling  # noqa: PLC0415
 
     if sum(map(bool, (architecture, module, onnx))) != 1 or (onnx and (weights or forecast)):
-        _fail(
+        fail(
             "give --architecture and --weights for a forecaster, --module and --inputs for a module of your own, "
             "or --onnx alone for an ONNX model"
         )
     if bool(module) != bool(inputs):
-        _fail("--module and --inputs belong together: what your forward takes, such as --inputs '{\"x\": [8, 168]}'")
-    with _one_line_errors():
+        fail("--module and --inputs belong together: what your forward takes, such as --inputs '{\"x\": [8, 168]}'")
+    with one_line_errors(StartFailed):
         store, key = workshop.split(out)
         if module:
             spec = workshop.graph_spec(forecast, description)
@@ -238,7 +236,7 @@ def pack(
             spec = workshop.forecaster_spec(architecture, config, forecast, description)
             members = {spec.weights.file: weights.read_bytes()}
         else:
-            _fail(f"--architecture {architecture} needs its numbers: give a state dict with --weights")
+            fail(f"--architecture {architecture} needs its numbers: give a state dict with --weights")
         plain = Path(key).name.partition(".")[0]
         labels = {"model_name": name or plain, "model_version": model_version}
         packed = workshop.pack(spec, members, golden, **labels)
@@ -251,7 +249,7 @@ def pack(
             try:
                 verdict = judged(terms, gate, gate_time, gate_target or plain, place, packed)
             except Refused as refused:
-                _fail(f"{refused}; nothing is written", BAD)
+                fail(f"{refused}; nothing is written", BAD)
             packed = workshop.pack(spec, members, golden, **labels, note=str(verdict))
             proof = f"{proof}; {verdict}"
         place.source.put(key, packed)
@@ -272,7 +270,7 @@ def inspect(
     """  # noqa: D301
     from server import workshop  # noqa: PLC0415 -- torch
 
-    with _one_line_errors():
+    with one_line_errors(StartFailed):
         store, key = workshop.split(archive)
         opened, data = workshop.place(settings_from({"store": store}), key).archive()
         found = workshop.described(opened, data)
@@ -331,11 +329,11 @@ def invoke(
         fleetcast invoke au/nsw1.mar --body -
     """  # noqa: D301
     if not body:
-        _fail(
+        fail(
             f"what shall be asked? Send a file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
             f"forecast, {TENSOR_EXAMPLE} for a model that is asked for tensors"
         )
-    with _one_line_errors():
+    with one_line_errors(StartFailed):
         asked = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
     answer, headers = _invoke(url, model, asked, content_type, {"Accept": accept} if accept else {})
     if verbose:
@@ -359,9 +357,9 @@ def _invoke(
             EndpointName=ENDPOINT, TargetModel=model, Body=body, ContentType=content_type, **accept
         )
     except ClientError as error:
-        _fail(f"{error.response['Error']['Code']}: {error.response['Error']['Message']}", BAD)
+        fail(f"{error.response['Error']['Code']}: {error.response['Error']['Message']}", BAD)
     except (BotoCoreError, ValueError) as error:
-        _fail(f"{error} (is `fleetcast serve` running at {url}?)")
+        fail(f"{error} (is `fleetcast serve` running at {url}?)")
     return reply["Body"].read(), reply["ResponseMetadata"]["HTTPHeaders"]
 
 
@@ -376,25 +374,11 @@ def settings_table(
     if document is None:
         print(table())  # noqa: T201
         return
-    with _one_line_errors():
+    with one_line_errors(StartFailed):
         document.write_text(with_table(document.read_text()))
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can put right is said in a line. Everything else is a bug of ours and keeps its traceback."""
-    try:
-        yield
-    except (LoadError, StartFailed, ValueError, OSError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str, code: int = WRONG) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201
-    raise typer.Exit(code)
 
 
 def _version() -> str:

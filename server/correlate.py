@@ -1,23 +1,17 @@
 """`fleetcast correlate`: how the errors of many forecasts hang together, as an archive. Torch only when it runs."""
 
-import sys
 import time as clock
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import rich
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.packing import pack_correlation
+from server.console import moment, one_line_errors, progress
 from server.options import settings_from
 from server.train import archive_names
 
@@ -26,7 +20,6 @@ if TYPE_CHECKING:
     from handlers.inputs import Float64
     from server.residuals import Residuals
 
-WRONG = 2  #: exit code: it could not be done as asked
 AXES = 3  #: of residuals
 
 
@@ -64,7 +57,7 @@ def correlate(
     gaussian: a correlation matrix of the products and one of the steps, shrunk, made positive definite. schaake: the
     order of past windows itself, whatever its shape; only windows without missing values count, and take room.
     """  # noqa: D301 -- click's mark for "do not wrap"
-    with _one_line_errors():
+    with one_line_errors():
         started = clock.perf_counter()
         if (csv is None) == (residuals is None) or (csv is not None and not time):
             raise ValueError("give a CSV file with --time, or --residuals")
@@ -104,14 +97,9 @@ def _forecast(csv: Path, time: str, names: dict[str, ModelName], store: str, sin
     """With a bar on stderr."""
     from server.residuals import residuals  # noqa: PLC0415 -- torch
 
-    settings, begin = settings_from({"store": store} if store else {}), _moment(since)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("forecasting", total=None)
-        return residuals(
-            settings, csv, time, names, begin, every, lambda done, total: bar.update(task, advance=done, total=total)
-        )
+    settings, begin = settings_from({"store": store} if store else {}), moment("--since", since)
+    with progress("forecasting") as told:
+        return residuals(settings, csv, time, names, begin, every, told)
 
 
 def _estimate(method: str, errors: "Float64", products: tuple[str, ...], overlap: float) -> "Estimate":
@@ -150,21 +138,3 @@ def _report(out: str, estimate: "Estimate", size: int, seconds: float) -> None:
         rich.print(table)
     what = f"{len(record.products)} products, {record.horizon} steps, {record.windows} windows"
     print(f"{out}: {size} bytes, {record.method}: {what}, {seconds:.1f} s")  # noqa: T201
-
-
-def _moment(text: str) -> datetime | None:
-    try:
-        moment = datetime.fromisoformat(text) if text else None
-    except ValueError:
-        raise ValueError(f"--since: expected a date such as 2024-01-01, not {text!r}") from None
-    return moment if moment is None or moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can put right is said in a line; everything else is a bug of ours and keeps its traceback."""
-    try:
-        yield
-    except (LoadError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(WRONG) from None

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from model_store.errors import LoadError
-from server.backtest import one_line_errors, progress
+from server.console import BAD, one_line_errors, progress
 from server.host import read_host
 from server.options import human, settings_from
 from server.paths import SIZES, Path
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from server.checks import Fact
     from server.pace import Pace, Rates
 
-BAD = 1  #: exit code: the store or an archive would not serve
 ARCHIVES = 20  #: of a store that are looked into
 TAKEN = "*"
 

@@ -15,12 +15,12 @@ import msgspec
 from handlers.series import Series, SeriesInvalid, header, read_csv
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
+from server.console import Told
 from server.loader import open_store
 from server.rolling import Answers, Model, Rolling, Unfit, forecasts, published, with_known
 from server.scored import Fan, Scored, fan, scored
 from server.settings import Settings
 
-Told = Callable[[int, int], None]  #: done now, in all
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -10,7 +10,8 @@ import rich
 import typer
 from rich.table import Table
 
-from server.backtest import NOT_ALL, Score, one_line_errors, progress
+from server.backtest import Score
+from server.console import BAD, one_line_errors, progress
 from server.options import settings_from
 from server.train import archive_names
 
@@ -83,7 +84,7 @@ def retrain(
         rich.print(_table(shown))
     print(f"{', '.join(f'{count} {result}' for result, count in sorted(counts.items()))}: {log}")  # noqa: T201
     if counts["failed"]:
-        raise typer.Exit(NOT_ALL)
+        raise typer.Exit(BAD)
 
 
 def _table(outcomes: list[Any]) -> Table:

@@ -3,23 +3,20 @@
 import json
 import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import rich
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 from rich.table import Table
 
-from model_store.errors import ArchiveInvalid, LoadError
+from model_store.errors import ArchiveInvalid
 from model_store.manifest import FLEETCAST_JSON
 from model_store.names import ModelName, parse_model_name
 from model_store.packing import pack_forecaster
+from server.console import bar, moment, one_line_errors
 from server.options import settings_from
 
 if TYPE_CHECKING:
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from handlers.training import Fitted, Fitting
     from model_store.manifest import Forecast
 
-WRONG = 2  #: exit code: it could not be done as asked
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
 NAMES = ("tcn", "mlp", "gru", "seq2seq", "lear", "mqcnn", "mqrnn", "deepar", "deepstate", "esrnn", "recursive")
 
@@ -76,11 +72,11 @@ def train(
     from handlers.series import read_csv  # noqa: PLC0415 -- torch, here and below
     from handlers.training import Fitting  # noqa: PLC0415
 
-    with _one_line_errors():
+    with one_line_errors():
         names = archive_names(target, name_template)
         series = read_csv(csv, time, target, known_future or [])
-        if train_until:
-            series = [each.before(_moment(train_until)) for each in series]
+        if (until := moment("--train-until", train_until)) is not None:
+            series = [each.before(until) for each in series]
         options = _config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
         recipe["origin"] = _origin(origin)
@@ -155,13 +151,11 @@ def _fit(
     """With a bar on stderr."""
     from handlers.training import fit  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"fitting {len(series)} {architecture}", total=None, loss="")
+    with bar(TextColumn("{task.fields[loss]}")) as shown:
+        task = shown.add_task(f"fitting {len(series)} {architecture}", total=None, loss="")
 
         def progress(done: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=done, total=steps, loss=f"holdout loss {loss:.4f}")
+            shown.update(task, completed=done, total=steps, loss=f"holdout loss {loss:.4f}")
 
         return fit(series, forecasts, architecture, dict(config), fitting, progress)
 
@@ -209,14 +203,6 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
     print(f"fleetcast serve --store {out}")  # noqa: T201
 
 
-def _moment(text: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"--train-until: expected a date such as 2024-01-01, not {text!r}") from None
-    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
 def _origin(text: str) -> str:
     if text not in ("", "any") and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", text):
         raise ValueError(f"--origin: expected a time of day such as 00:00, or any, not {text!r}")
@@ -242,13 +228,3 @@ def _config(text: str) -> dict[str, Any]:
         what = f"an object such as '{{\"channels\": 32}}' without {', '.join(DECIDED)}, which the other options decide"
         raise ValueError(f"--config: expected {what}, not {text!r}")
     return found
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """What a user can put right is said in a line; everything else is a bug of ours and keeps its traceback."""
-    try:
-        yield
-    except (LoadError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(WRONG) from None

@@ -1,0 +1,60 @@
+"""How our commands talk: errors in a line, exit codes, bars of progress, dates. No torch."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from model_store.errors import LoadError
+
+BAD = 1  #: exit code: the answer is no, or something of many failed
+WRONG = 2  #: exit code: it could not be done as asked
+
+Told = Callable[[int, int], None]  #: done now, in all
+
+
+def fail(message: str, code: int = WRONG) -> NoReturn:
+    """Say what was wrong, and exit."""
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201 -- the answer
+    raise typer.Exit(code)
+
+
+@contextmanager
+def one_line_errors(*more: type[Exception]) -> Iterator[None]:
+    """What a user can put right (`more` of it) is said in a line; the rest is a bug of ours and keeps its traceback."""
+    known: tuple[type[Exception], ...] = (LoadError, ValueError, OSError, ModuleNotFoundError, *more)
+    try:
+        yield
+    except known as error:
+        fail(str(error))
+
+
+def bar(amount: ProgressColumn | None = None) -> Progress:
+    """A bar on standard error, for people; gone when it is done. `amount`: the column that says how far."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Told]:
+    """A bar of one thing."""
+    with bar() as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, advance=done, total=total)
+
+
+def moment(flag: str, text: str) -> datetime | None:
+    """A flag's date without zone, None where it was not given. Raises ValueError that names the flag."""
+    if not text:
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{flag}: expected a date such as 2024-01-01, not {text!r}") from None
+    return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
