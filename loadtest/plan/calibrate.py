@@ -6,6 +6,7 @@ A client's view: latencies from the intended time, as the open-loop driver has t
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from loadtest.profiles import Float64, Schedule, poisson
 from loadtest.watch import Counts, parsed
 
 LOAD_RATE, LOADED = 25.0, 80  #: loads a second, far enough apart to meet none other; how many at most
-HIT_RATE, HIT_S, HOT = 100.0, 4.0, 5  #: requests a second for so many models that stay
+HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second for so many models that stay
+TIMES = 3  #: that hits are measured: the time with the middle p99 counts, since a machine has worse moments
 FULL_S, FULL_RATE, CONNECTIONS = 1.5, 40_000.0, 32  #: more than is answered, over so many connections
 PATIENCE_S = 10.0
 
@@ -59,11 +61,9 @@ def calibrate(to: Target, metrics: str | None, forget: Callable[[int], None] | N
     hot = range(min(len(to.requests), HOT))
     _asked(to, np.arange(3 * len(hot)) / LOAD_RATE, [*hot] * 3)
     before = Counted.at(metrics)
-    rng = np.random.default_rng(0)
-    at = poisson(HIT_RATE, HIT_S, rng)
-    hits = _latencies(_asked(to, at, rng.choice(list(hot), len(at)).tolist()), "hit")
+    hits = _hits(to, hot)
     if not len(hits):
-        raise ValueError(f"{where}: none of {len(at)} requests for {len(hot)} models was answered from a loaded model")
+        raise ValueError(f"{where}: no request for {len(hot)} models was answered from a loaded model")
     between = Counted.at(metrics)
     full = _full(to, hot)
     after = Counted.at(metrics)
@@ -91,6 +91,15 @@ def _loads(to: Target) -> Float64:
     """Seconds of those requests, of one for each of the first models, that had to load it."""
     asked = np.arange(_most(to))
     return _latencies(_asked(to, asked / LOAD_RATE, asked.tolist()), "miss")
+
+
+def _hits(to: Target, hot: Sequence[int]) -> Float64:
+    """Seconds of hits, the middle of TIMES."""
+    rng, seen = np.random.default_rng(0), []
+    for _ in range(TIMES):
+        at = poisson(HIT_RATE, HIT_S, rng)
+        seen.append(_latencies(_asked(to, at, rng.choice(list(hot), len(at)).tolist()), "hit"))
+    return sorted(seen, key=lambda each: float(np.percentile(each, 99)) if len(each) else inf)[TIMES // 2]
 
 
 def _most(to: Target) -> int:

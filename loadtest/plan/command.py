@@ -51,7 +51,7 @@ def _flag(panel: str, text: str, *names: str, **more: Any) -> Any:
 
 def plan(
     *,
-    trace: Annotated[Path | None, _flag(DEMAND, "a recorded trace", exists=True, dir_okay=False)] = None,
+    trace: Annotated[Path | None, _flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)] = None,
     profile: Annotated[Shape, _flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
     models: Annotated[int, _flag(DEMAND, "of the profile", min=1)] = 1_000,
     rate: Annotated[float | None, _flag(DEMAND, "requests a second; else 200")] = None,
@@ -78,7 +78,7 @@ def plan(
     lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; else never")] = None,
     policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = "lru",
     loader_threads: Annotated[int, _flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
-    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES}",
+    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // 2**20}MiB",
     p99_ms: Annotated[float | None, _flag(PROMISE, "99th percentile at most")] = None,
     hit_ratio: Annotated[float | None, _flag(PROMISE, "hit ratio at least")] = None,
     availability: Annotated[float, _flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
@@ -92,7 +92,8 @@ def plan(
 
     Caches are the server's own objects, driven in simulated time; miss-ratio
     curves, latency by cache size, the cheapest machines that keep a promise,
-    and one endpoint per model beside them.
+    and one endpoint per model beside them. What the server fetches ahead of a
+    clock is not simulated: a fleet that is asked by one does better.
 
     [bold]fleetcast-load calibrate --out costs.json[/]
       what a hit, a step and a load take here
@@ -100,10 +101,11 @@ def plan(
     [bold]fleetcast-load plan --costs costs.json --models 5000 --rate 500 --p99-ms 50 --html plan.html[/]
       a fleet of 5,000 models under Zipf popularity
 
-    [bold]fleetcast-load plan --trace access.csv --cache 64MiB,256MiB --hit-ratio 0.99[/]
-      what was really asked
+    [bold]fleetcast-load plan --trace access-log --cache 64MiB,256MiB --hit-ratio 0.99[/]
+      what was really asked: a folder that `fleetcast serve --access-log` wrote
 
-    [bold]fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7 --lose-at 150[/]
+    [bold]fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7[/]
+      [bold]--loader-threads 16 --lose-at 150[/]
       more than one machine, and the loss of one
     """
     settings = {"rate": rate, "zipf": zipf, "drift_s": drift_s, "every_s": every_s, "spread_s": spread_s}
@@ -243,6 +245,7 @@ def _show(found: Findings) -> None:
 def _shown(table: Table) -> Shown:
     """For the terminal."""
     shown = Shown(*table.head, title=table.title, title_justify="left")
+    shown.columns[0].no_wrap = True
     for column in shown.columns[1:]:
         column.justify = "right"
     for row in table.rows:

@@ -112,7 +112,8 @@ def of_run(record: Mapping[str, Any], name: str) -> Costs:
     hits = histogram(run["latency"]["hit"]).get_percentile_to_value_dict([*np.linspace(0, 100, POINTS).tolist()])
     alone = DEFAULT.step_s + DEFAULT.row_s
     overhead = sample([max(0.0, us / 1e6 - alone) for us in hits.values()])
-    times = {tier: _of_buckets(each["le_s"], each["count"]) for tier, each in (run["load_time"] or {}).items()}
+    loads = (run["load_time"] or {}).items()
+    times = {tier: _of_buckets(each["le_s"], each["count"]) for tier, each in loads if any(each["count"][:-1])}
     build = times.get("disk", DEFAULT.build)
     get = less(times["store"], build) if "store" in times else DEFAULT.get
     said = f"the load run {name}: its hits and loads; a step as in our records of 2026-11"
@@ -120,7 +121,9 @@ def of_run(record: Mapping[str, Any], name: str) -> Costs:
 
 
 def _of_buckets(bounds: Sequence[float | None], counts: Sequence[float]) -> Sample:
-    """A histogram as a distribution: evenly between its bounds, nothing beyond the last."""
-    ends = [bound for bound in bounds if bound is not None]
-    share = np.cumsum(counts[: len(ends)]) / max(1.0, sum(counts[: len(ends)]))
-    return sample(np.interp(np.linspace(0, 1, POINTS), [0.0, *share], [0.0, *ends]))
+    """A histogram as a distribution: evenly between its bounds, which end with None, nothing beyond the last."""
+    filled = np.flatnonzero(counts[:-1])
+    first, last = int(filled[0]), int(filled[-1])
+    ends = np.array([0.0, *bounds[:-1]], np.float64)[first : last + 2]
+    share = np.cumsum([0.0, *counts[first : last + 1]]) / sum(counts[first : last + 1])
+    return sample(np.interp(np.linspace(0, 1, POINTS), share, ends))

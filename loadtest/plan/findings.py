@@ -17,6 +17,7 @@ from loadtest.report.charts import Axis, Chart, Line, number
 from loadtest.report.tables import Table
 
 MIB = 2**20
+LOADING = 0.9  #: share of the loader threads' time from which on loads wait for them
 PERCENTILES = ("p50", "p90", "p99", "p99.9")
 
 
@@ -111,8 +112,10 @@ class Findings:
         machines = self.sizes[0].machines
         where = f"{_plural(machines.nodes, 'node')} of {_plural(machines.workers, 'worker')}"
         error = max(found.error for found in self.sizes)
+        slow = "; loads wait for loader threads" if any(found.loading > LOADING for found in self.sizes) else ""
         sure = f"; hit ratios to {2 * error:.3f}, since some workers speak for others" if error else ""
-        return Table("By cache size", head, rows, says=f"{where}, policy {machines.policy}; cache of a node{sure}")
+        says = f"{where}, policy {machines.policy}; cache of a node{sure}{slow}"
+        return Table("By cache size", head, rows, says=says)
 
     def _row(self, found: Found) -> list[str]:
         cache = found.machines.cache_bytes

@@ -4,10 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, inf
 
+import numpy as np
+
 from loadtest.plan.costs import Costs
+from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
 from loadtest.plan.prices import Machine, Prices, nodes_for
 from loadtest.plan.simulate import Found, Machines, simulate
+from loadtest.plan.worker import REQUEST_TIMEOUT_S
 from loadtest.report.charts import number
 
 MOST_NODES = 64
@@ -87,9 +91,9 @@ def _offer(
         return Offer(machine, why=f"the costs were measured on {costs.device}, this one has {machine.device}")
     if machine.cache_bytes // machine.workers < max(base.slab_bytes, int(demand.charge.max())):
         return Offer(machine, why="its memory has no room for a model in each worker")
-    least = max(1, ceil(demand.rate * there.row_s / (MOST_BUSY * machine.workers)))
+    least = max(1, ceil(_workers(demand, there, base.loader_threads) / machine.workers))
     if least > most:
-        return Offer(machine, why=f"{least} of them for so many requests: over {DEARER} times the cheapest")
+        return Offer(machine, why=f"takes {least} of them; more than {most} are not looked at")
     tried: dict[int, Found] = {}
 
     def kept(nodes: int) -> bool:
@@ -103,6 +107,16 @@ def _offer(
         return Offer(machine, why=f"{last} of them: {promise.missed(tried[last])}")
     nodes = nodes_for(needed, prices.availability, promise.availability)
     return Offer(machine, needed, nodes, prices.monthly(machine, nodes), tried[needed])
+
+
+def _workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
+    """How many are needed at the very least: to compute, and to fetch in time what was never asked before."""
+    compute = demand.rate * costs.row_s / MOST_BUSY
+    new = np.count_nonzero(demand.asked())
+    if demand.warm is not None:
+        new -= len(np.unique(demand.warm.model))
+    fetch = new * float(np.mean(costs.get)) / (demand.schedule.seconds + REQUEST_TIMEOUT_S) / loader_threads
+    return max(compute, fetch)
 
 
 def _fewest(kept: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -75,8 +75,9 @@ class Machines:
 class Found:
     """What was found of machines. Latencies in ms by percentile `p50` ...; shares of all requests.
 
-    `busy`: the share of time that the busiest simulated worker computes. `error`: a standard error of the hit ratio,
-    0 where every worker was simulated. `after`: the same of what came after a loss.
+    `busy`: the share of time that the busiest simulated worker computes; `loading`: that the loader threads of the one
+    that loads most are taken. `error`: a standard error of the hit ratio, 0 where every worker was simulated. `after`:
+    the same of what came after a loss.
     """
 
     machines: Machines
@@ -87,6 +88,7 @@ class Found:
     ms: dict[str, float]
     loads_per_s: float
     busy: float
+    loading: float
     simulated: int
     error: float
     after: "Found | None" = None
@@ -109,22 +111,26 @@ def simulate(
         parts.append(placed.run(worker, weight, costs, seed))
         if look is not None:
             look((i + 1) / len(chosen))
-    found = _found(machines, parts)
+    found = _found(machines, parts, placed.requests())
     if machines.loss is None:
         return found
     later = [part.since(machines.loss.at_s) for part in parts]
-    return replace(found, after=_found(machines, later))
+    return replace(found, after=_found(machines, later, placed.requests(machines.loss.at_s)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Part:
-    """A simulated worker's requests [n] and how many workers it speaks for; `loads` and `busy` are per second."""
+    """A simulated worker's requests [n] and how many workers it speaks for.
+
+    Per second: `loads`, `busy`, and `loading` of a loader thread.
+    """
 
     at: Float64
     seconds: Float64
     outcome: UInt8
     loads: float
     busy: float
+    loading: float
     weight: float
 
     def since(self, at_s: float) -> "_Part":
@@ -132,9 +138,9 @@ class _Part:
         late = self.at >= at_s
         return replace(self, at=self.at[late], seconds=self.seconds[late], outcome=self.outcome[late])
 
-    def share(self, *outcomes: int) -> float:
+    def count(self, *outcomes: int) -> int:
         """Of its requests."""
-        return float(np.isin(self.outcome, outcomes).mean()) if len(self.outcome) else 0.0
+        return int(np.isin(self.outcome, outcomes).sum())
 
 
 class _Placed:
@@ -144,6 +150,7 @@ class _Placed:
         demand = self.demand = placement.demand
         self.machines = machines
         models, loss = len(demand.names), machines.loss
+        self.lost_node = -1 if loss is None else loss.node
         self.homes = placement.homes(machines.workers)
         self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # replicas, and who is next in line
         self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the place in line that is lost
@@ -160,12 +167,16 @@ class _Placed:
         """Who is simulated, and for how many workers it speaks; never one whose node is lost."""
         each = self.machines.workers
         load = np.bincount(self.worker, minlength=self.machines.nodes * each)
-        lost = self.machines.loss.node if self.machines.loss else -1
-        alive = sorted((w for w in range(len(load)) if w // each != lost), key=lambda w: -load[w])
+        alive = sorted((w for w in range(len(load)) if w // each != self.lost_node), key=lambda w: -load[w])
         room = max(3, round(most / max(1.0, float(load[alive].mean()))))
         others = alive[1:]
         picked = others[:: max(1, -(-len(others) // (room - 1)))]
         return [(alive[0], 1.0), *((worker, len(others) / len(picked)) for worker in picked)]
+
+    def requests(self, since_s: float = 0.0) -> int:
+        """How many there are for all workers that `chosen` chooses from."""
+        stays = self.worker // self.machines.workers != self.lost_node
+        return int((stays & (self.demand.schedule.at >= since_s)).sum())
 
     def run(self, worker: int, weight: float, costs: Costs, seed: int) -> _Part:
         """A worker's requests, after those that fill its cache."""
@@ -178,7 +189,8 @@ class _Placed:
         at = schedule.at[mine]
         ran = simulated.run(at, models_of(self.demand, schedule.model[mine]))
         took = ran.wait + drawn(costs.overhead, len(at), rng)
-        return _Part(at, took, ran.outcome, ran.loads / seconds, ran.busy_s / seconds, weight)
+        loads, busy, loading = (each / seconds for each in (ran.loads, ran.busy_s, ran.loading_s))
+        return _Part(at, took, ran.outcome, loads, busy, loading, weight)
 
     def _workers(self, schedule: Schedule, loss: Loss | None) -> Int64:
         """[n] who gets each request: the replicas of a model take turns, and after a loss who is next in line."""
@@ -191,33 +203,43 @@ class _Placed:
         return self.nodes[schedule.model, line] * machines.workers + self.homes[schedule.model]
 
 
-def _found(machines: Machines, parts: Sequence[_Part]) -> Found:
-    counts = np.array([len(part.at) * part.weight for part in parts])
-    total = max(1.0, float(counts.sum()))
+def _found(machines: Machines, parts: Sequence[_Part], requests: int) -> Found:
+    """`requests`: of all workers.
 
-    def share(*outcomes: int) -> float:
-        return float(sum(n * part.share(*outcomes) for n, part in zip(counts, parts, strict=True)) / total)
-
+    Misses and refusals are what the simulated workers speak for: whoever else has as many models has about as many of
+    them. Hits are the rest of the requests, since it is those by which a worker with a popular model differs.
+    """
+    total = max(1, requests)
+    cold, refused = (
+        min(1.0, sum(part.weight * part.count(*these) for part in parts) / total)
+        for these in ((MISS, COALESCED), (REFUSED,))
+    )
+    hits = max(0.0, 1.0 - cold - refused)
     return Found(
         machines,
-        requests=round(total),
-        hit_ratio=share(HIT),
-        cold=share(MISS, COALESCED),
-        refused=share(REFUSED),
-        ms=_percentiles(parts),
+        requests=requests,
+        hit_ratio=hits,
+        cold=cold,
+        refused=refused,
+        ms=_percentiles(parts, hits * total),
         loads_per_s=sum(part.loads * part.weight for part in parts),
         busy=max(part.busy for part in parts),
+        loading=min(1.0, max(part.loading for part in parts) / machines.loader_threads),
         simulated=len(parts),
-        error=_error(parts) * float(counts[1:].sum()) / total,
+        error=_error(parts) / total,
     )
 
 
-def _percentiles(parts: Sequence[_Part]) -> dict[str, float]:
-    """Of all requests, each worker's as often as it speaks for workers."""
+def _percentiles(parts: Sequence[_Part], hits: float) -> dict[str, float]:
+    """Of all requests: each worker's as often as it speaks for workers, its hits so often that all are so many."""
     seconds = np.concatenate([part.seconds for part in parts])
-    weights = np.concatenate([np.full(len(part.at), part.weight) for part in parts])
     if not len(seconds):
         return {f"p{level:g}": 0.0 for level in LEVELS}
+    spoken_for = max(0.0, hits - parts[0].count(HIT)) / max(1, sum(part.count(HIT) for part in parts[1:]))
+    each = [1.0] + [spoken_for] * (len(parts) - 1)
+    weights = np.concatenate(
+        [np.where(part.outcome == HIT, hit, part.weight) for part, hit in zip(parts, each, strict=True)]
+    )
     order = np.argsort(seconds)
     reached = np.cumsum(weights[order]) / weights.sum()
     at = np.searchsorted(reached, np.array(LEVELS) / 100 - 1e-12).clip(0, len(seconds) - 1)
@@ -225,8 +247,9 @@ def _percentiles(parts: Sequence[_Part]) -> dict[str, float]:
 
 
 def _error(parts: Sequence[_Part]) -> float:
-    """A standard error of the hit ratio of the workers that are spoken for, from how the spoken for differ."""
-    ratios = [part.share(HIT) for part in parts[1:]]
-    if not ratios or parts[1].weight == 1 or len(ratios) == 1:
+    """A standard error of how many do not hit, from how those differ that speak for others."""
+    missed = [part.count(MISS, COALESCED, REFUSED) for part in parts[1:]]
+    if not missed or parts[1].weight == 1 or len(missed) == 1:
         return 0.0
-    return float(np.std(ratios, ddof=1) * np.sqrt((1 - 1 / parts[1].weight) / len(ratios)))
+    weight = parts[1].weight
+    return float(np.std(missed, ddof=1) * weight * np.sqrt((1 - 1 / weight) * len(missed)))

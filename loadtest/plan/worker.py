@@ -38,12 +38,16 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ran:
-    """What became of requests [n]: seconds in the worker; HIT, MISS, COALESCED or REFUSED. `busy_s` it computed."""
+    """What became of requests [n]: seconds in the worker; HIT, MISS, COALESCED or REFUSED.
+
+    `busy_s` it computed; `loading_s` its loader threads were taken, all together.
+    """
 
     wait: Float64
     outcome: UInt8
     loads: int
     busy_s: float
+    loading_s: float
 
 
 @dataclass(slots=True)
@@ -113,7 +117,8 @@ class _Running:
         self.to_build: deque[int] = deque()  # for the interpreter,
         self.built: deque[int] = deque()  # and for room
         self.events: list[tuple[float, int, Sequence[int]]] = []
-        self.threads, self.inside, self.loads, self.busy_s = worker.loader_threads, 0, 0, 0.0
+        self.threads, self.inside, self.loads = worker.loader_threads, 0, 0
+        self.busy_s = self.loading_s = 0.0
         self.busy = self.stepped = False
         self.get, self.build = _Draws(worker.costs.get, worker.rng), _Draws(worker.costs.build, worker.rng)
 
@@ -134,7 +139,7 @@ class _Running:
                 self._turn(now)
         wait = np.fmin(np.asarray(self.done) - at, REQUEST_TIMEOUT_S)
         outcome = np.where(wait < REQUEST_TIMEOUT_S, np.frombuffer(self.outcome, np.uint8), np.uint8(REFUSED))
-        return Ran(wait, outcome, self.loads, self.busy_s)
+        return Ran(wait, outcome, self.loads, self.busy_s, self.loading_s)
 
     def _arrive(self, i: int, now: float) -> None:
         model = self.asked[i]
@@ -173,6 +178,7 @@ class _Running:
         if kind == _BUILT:
             self.built.extend(requests)
             self.threads += 1
+            self.loading_s += now
             self._fetch(now)
             return
         for i in requests:
@@ -185,6 +191,7 @@ class _Running:
         """Loader threads that are free take the next loads; the store is asked unless it was a short while ago."""
         while self.threads and self.queued:
             self.threads -= 1
+            self.loading_s -= now
             i = self.queued.popleft()
             model, fetched = self.asked[i].name, self.worker.fetched
             ready = now

@@ -130,6 +130,7 @@ def test_the_settings_are_the_servers() -> None:
     for name in ("loader_threads", "max_batch_rows", "queue_per_worker", "request_timeout_s", "revalidate_s"):
         assert getattr(simulated, name.upper()) == fields[name]
     assert fields["slab_bytes"] == SLAB_BYTES
+    assert fields["eviction_policy"] == Machines(0).policy
 
 
 @settings(max_examples=30, deadline=None)
@@ -248,6 +249,27 @@ def test_some_workers_speak_for_the_rest() -> None:
     assert 3 <= part.simulated < 6
     assert part.requests == pytest.approx(whole.requests, rel=0.1)
     assert part.hit_ratio == pytest.approx(whole.hit_ratio, abs=max(0.01, 4 * part.error))
+
+
+def test_a_popular_model_is_counted_once() -> None:
+    """Every fifth request is for one model: the workers that speak for others do not speak of it, nor it for them."""
+    asked = of_profile(Profile(4_000, 800.0, zipf=1.2), 60, 30, str(SLAB))
+    machines = room(1_000, workers=8, nodes=2)
+    whole, part = (simulate(Placement(asked), machines, PLAIN, most=most) for most in (10**9, 100))
+    assert part.simulated < 6
+    assert part.requests == whole.requests == len(asked.schedule.at)
+    assert part.hit_ratio == pytest.approx(whole.hit_ratio, abs=0.01)
+    for level in ("p50", "p90"):
+        assert part.ms[level] == pytest.approx(whole.ms[level], rel=0.2)
+
+
+def test_loader_threads_are_what_it_waits_for() -> None:
+    """Every request loads, each for 0.11 s: 30 a second take four threads for 82 % of the time, two for all of it."""
+    asked = demand([i / 30 for i in range(300)], list(range(300)), 300)
+    ample, scarce = (simulate(Placement(asked), room(10, loader_threads=n), PLAIN) for n in (4, 2))
+    assert ample.loading == pytest.approx(300 * 0.11 / 4 / asked.schedule.seconds, rel=0.05)
+    assert scarce.loading == 1.0
+    assert scarce.ms["p99"] > 10 * ample.ms["p99"]
 
 
 def test_many_models_take_little_memory() -> None:

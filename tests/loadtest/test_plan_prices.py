@@ -39,11 +39,11 @@ def fleet() -> Demand:
     return of_profile(Profile(2_000, 100.0), 60, 60, "70KB")
 
 
-def found(**changes: object) -> Found:
+def found(*, hit_ratio: float = 0.95, refused: float = 0.0) -> Found:
     """A finding by hand."""
     ms = {"p50": 1.0, "p90": 2.0, "p99": 9.0, "p99.9": 30.0}
-    whole = {"hit_ratio": 0.95, "cold": 0.05, "refused": 0.0, "ms": ms, "loads_per_s": 1.0, "busy": 0.1, "simulated": 1}
-    return Found(**{"machines": Machines(2**30), "requests": 100, "error": 0.0, **whole, **changes})  # type: ignore[arg-type]
+    there = Machines(2**30)
+    return Found(there, 100, hit_ratio, 1 - hit_ratio - refused, refused, ms, 1.0, 0.1, 0.0, simulated=1, error=0.0)
 
 
 def test_the_published_example() -> None:
@@ -205,8 +205,9 @@ def test_a_load_run_is_costs(tmp_path: Path) -> None:
     record = runs.record(seconds=5)
     record["results"]["latency"]["hit"] = runs.row(np.full(100, 5.0))
     record["results"]["load_time"] = {
-        "disk": {"le_s": [0.001, 0.01, None], "count": [0, 10, 0]},
-        "store": {"le_s": [0.1, 0.2, None], "count": [0, 10, 0]},
+        "host": {"le_s": [0.001, None], "count": [0, 0]},
+        "disk": {"le_s": [0.001, 0.01, 60.0, None], "count": [0, 10, 0, 0]},
+        "store": {"le_s": [0.1, 0.2, 60.0, None], "count": [0, 10, 0, 0]},
     }
     (tmp_path / "run.json").write_text(json.dumps(record))
     costs = read_costs(tmp_path / "run.json")
