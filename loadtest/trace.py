@@ -18,6 +18,9 @@ CSV, because every row is small and a stranger's tool should read it: `duckdb: F
 file by another member; what a crash tears is at most the last row; and reading it runs nothing. JSON Lines are twice as
 long, Parquet cannot be appended to, and zstd is not in Python 3.11's library.
 
+A folder is a trace too: its files `*.csv` and `*.csv.gz` in the order of their names, as a server with `--access-log`
+leaves them.
+
 Reading is strict, since what it does not understand would be left out of a replay in silence. It keeps a few arrays and
 one text a model, whatever the file claims, and stops at `max_rows` rows and MAX_NAMES models.
 """
@@ -126,7 +129,7 @@ def write_trace(path: Path, trace: Trace, *, append: bool = False) -> None:
 
 
 def read_trace(path: Path, max_rows: int = MAX_ROWS) -> Trace:
-    """A whole file in the order of time: 21 bytes a row, twice that for a moment.
+    """A whole file, or a folder of such, in the order of time: 21 bytes a row, twice that for a moment.
 
     Raises TraceInvalid for a row that is none, broken gzip, and more than `max_rows` rows or MAX_NAMES models; OSError.
     """
@@ -140,23 +143,34 @@ def read_trace(path: Path, max_rows: int = MAX_ROWS) -> Trace:
 
 
 def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
-    """A file's rows as they stand, CHUNK at a time, the last time fewer or none; `names` grows from one to the next.
+    """The rows as they stand, CHUNK at a time, at a file's end fewer or none; `names` grows from one to the next.
 
     Raises as `read_trace` does, once it is there.
     """
-    numbers, lines, rows = _Numbers(), _lines(path), 0
-    if next(lines, (1, ""))[1] != _HEADER:
-        raise TraceInvalid(f"{path}, line 1: a trace begins with the line {_HEADER.rstrip()}")
-    while True:
-        chunk = _chunk(path, lines, numbers)
-        rows += len(chunk.time)
-        if rows > max_rows:
-            raise TraceInvalid(
-                f"{path}, line {max_rows + 2}: more than {max_rows} rows; read a part of it, or allow more"
-            )
-        yield chunk
-        if len(chunk.time) < CHUNK:
-            return
+    numbers, rows = _Numbers(), 0
+    for part in _parts(path):
+        lines, before = _lines(part), rows
+        if next(lines, (1, ""))[1] != _HEADER:
+            raise TraceInvalid(f"{part}, line 1: a trace begins with the line {_HEADER.rstrip()}")
+        while True:
+            chunk = _chunk(part, lines, numbers)
+            rows += len(chunk.time)
+            if rows > max_rows:
+                line = max_rows - before + 2
+                raise TraceInvalid(f"{part}, line {line}: more than {max_rows} rows; read a part of it, or allow more")
+            yield chunk
+            if len(chunk.time) < CHUNK:
+                break
+
+
+def _parts(path: Path) -> list[Path]:
+    """A file alone; a folder's traces by name. Raises TraceInvalid for a folder without any."""
+    if not path.is_dir():
+        return [path]
+    found = sorted((*path.glob("*.csv"), *path.glob("*.csv.gz")), key=lambda part: part.name)
+    if not found:
+        raise TraceInvalid(f"{path} has no files *.csv or *.csv.gz")
+    return found
 
 
 def _chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_Numbers") -> Trace:

@@ -19,6 +19,7 @@ from model_store.names import ModelName
 from model_store.slots import Bank, Lost, Slab, Slot, State, evictable, movable
 
 MAX_FAILURES = 10_000
+MAX_SPARED = 2048  #: of those about to be asked, that one search for a victim passes over
 NO_ROW = -1
 
 
@@ -172,6 +173,7 @@ class Cache:
     ) -> Placement:
         """Room for a model that is built and verified: a row of `charge` bytes of `family`, or `charge` plain bytes.
 
+        For a row, another one of its family goes that is not of `spare`, about to be asked, as long as there is one.
         Nobody is asked to go unless enough of them can: a model that would not fit in the end evicts no one. A
         speculative load takes what is free, or what the policy expects to be asked later than its own model (where it
         expects nothing, as LRU does, the first to go), and nothing of `spare`; else it is refused, to be ended by
@@ -191,7 +193,7 @@ class Cache:
             if bank is not None:
                 bank.put(*self._row_of(slot), slot)
             return Placed(slot)
-        plan = self._plan(bank, charge)
+        plan = self._plan(bank, charge, now, spare)
         if load.speculative and not self._may_make_room(plan, model, spare):
             return Refuse("all room is held by models that are expected as soon, or in use")
         if isinstance(plan, Wait):
@@ -364,6 +366,20 @@ class Cache:
         """Slots of a family, or singles, that may go now: the first to go first."""
         return filter(evictable, map(self._slots.__getitem__, self._policy.victims(family)))
 
+    def _first(self, family: str, now: float, spare: Container[ModelName]) -> Slot | None:
+        """Who goes first of a family, but of `spare` only where the first MAX_SPARED all are of that.
+
+        Those that were passed over stay as if they had been asked, so that nobody passes over them again and again.
+        """
+        passed: list[Slot] = []
+        for slot in islice(self._idle(family), MAX_SPARED):
+            if slot.model not in spare:
+                for each in passed:
+                    self._policy.foresee(each.model, now)
+                return slot
+            passed.append(slot)
+        return passed[0] if passed else None
+
     def _worth(self, slots: Iterable[Slot]) -> float:
         return sum(self._policy.worth(slot.model) for slot in slots)
 
@@ -437,7 +453,7 @@ class Cache:
         total = self.budget_bytes
         return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
 
-    def _plan(self, bank: Bank | None, charge: int) -> Evict | Moves | Wait:
+    def _plan(self, bank: Bank | None, charge: int, now: float, spare: Container[ModelName]) -> Evict | Moves | Wait:
         """Nobody has room to give away: whoever is worth least of what could go, if enough of it can.
 
         For a row that is another row of its family, singles worth a slab, or another family's slab. A slab has rows for
@@ -447,7 +463,7 @@ class Cache:
         need = (charge if bank is None else self.slab_bytes) - (self.budget_bytes - self.used_bytes)
         best: Evict | Moves | None = None
         price = inf
-        own = None if bank is None else next(self._idle(bank.family), None)
+        own = None if bank is None else self._first(bank.family, now, spare)
         if bank is not None and own is not None:
             best, price = Evict((own,)), self._gain(bank) * self._worth((own,))
         elif need > self.slab_bytes and need > self._reclaimable():

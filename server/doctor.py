@@ -6,6 +6,7 @@ Torch when it runs: the facts are `server.checks`, the times `server.pace`.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import rich
@@ -13,8 +14,10 @@ import typer
 from rich.table import Table
 
 from model_store.errors import LoadError
+from server.advice import Advice, advise
+from server.arrivals import read_rows
 from server.console import BAD, one_line_errors, progress
-from server.host import read_host
+from server.host import Host, plan_workers, read_host
 from server.options import human, settings_from
 from server.paths import SIZES, Path
 from server.settings import Settings
@@ -50,6 +53,9 @@ class Found:
 def doctor(
     *,
     store: Annotated[str, typer.Option(help="look into this store too; else into the one that `serve` finds")] = "",
+    access_log: Annotated[
+        str, typer.Option(help="what `serve --access-log` has written: what would more memory buy?")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="for programs, on standard output")] = False,
 ) -> None:
     """Look at this machine and say what to change; then measure how fast models answer here, on one core.
@@ -57,6 +63,7 @@ def doctor(
     \b
     fleetcast doctor                              before there is a store: the built-in architectures
     fleetcast doctor --store s3://models/prices   the families of up to 20 of its archives, each loaded once
+    fleetcast doctor --access-log logs            the cache size that buys the next five points of hit ratio
     fleetcast doctor --json | jq .families
 
     Times are microseconds an answer, of up to 1024 models that were asked in turn: rows that the CPU's cache does not
@@ -70,7 +77,11 @@ def doctor(
 
     with one_line_errors():
         settings, given = _settings(store)
-        facts = list(checks.machine(settings, read_host()))
+        host = read_host()
+        facts = list(checks.machine(settings, host))
+        advice = _advised(settings, host, access_log) if access_log else None
+        if advice is not None:
+            facts.append(checks.Fact("access log", advice.now, advice.next))
         with progress("looking") as told:
             found = _looked_into(settings, told) if given else Found()
         kinds = list(found.kinds.values()) or list(_built_in())
@@ -81,7 +92,7 @@ def doctor(
                 paces.append(pace.pace(kind.family, kind.row, rates))
                 told(1, len(kinds))
     if as_json:
-        print(json.dumps(_plain([*facts, *found.facts], rates, kinds, paces), indent=1))  # noqa: T201
+        print(json.dumps(_plain([*facts, *found.facts], rates, kinds, paces, advice), indent=1))  # noqa: T201
     else:
         rich.print(_facts([*facts, *found.facts]), _paces(rates, kinds, paces))
     if found.bad:
@@ -96,6 +107,14 @@ def _settings(store: str) -> tuple[Settings, bool]:
         if store:
             raise
         return settings_from({"store": "."}), False  # anything else that is wrong is wrong here too
+
+
+def _advised(settings: Settings, host: Host, access_log: str) -> Advice:
+    """What the log's requests say of the cache that `serve` would have. Raises ValueError, OSError."""
+    budget = sum(plan.budget_bytes for plan in plan_workers(settings, host))
+    if not budget:
+        raise ValueError("the cache is what is free on the GPU: say how much with FLEETCAST_MODEL_CACHE_BYTES")
+    return advise(((row.model, row.bytes) for row in read_rows(FilePath(access_log))), budget)
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -194,11 +213,12 @@ def _time(us: float | None, *, taken: bool) -> str:
 
 
 def _plain(
-    facts: Sequence["Fact"], rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"]
+    facts: Sequence["Fact"], rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"], advice: Advice | None
 ) -> Mapping[str, Any]:
     """For programs."""
     return {
         "facts": [asdict(fact) for fact in facts],
+        "access_log": advice and asdict(advice),
         "rates": {"flops_per_s": rates.flops, "copied_bytes_per_s": rates.bytes},
         "families": [
             {

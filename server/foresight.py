@@ -58,6 +58,8 @@ class Foresight:
 
     def next(self, now: float) -> ModelName | None:
         """A model to load now, wanted in the cache; None when there is none or the moment is not right."""
+        while self._next and self._next[0].due < now:
+            self._next.popleft()  # also while others wait for loads all the time
         while self._next and len(self._loading) < self._most and not self._cache.is_awaited:
             model, due = self._next.popleft()
             if due < now or model not in self.rhythms or model in self._cache:

@@ -161,6 +161,13 @@ class HostMetrics:
         self.disk_evictions = Counter(
             "fleetcast_model_evictions", "Models that left", ["tier", "reason"], registry=self.registry
         ).labels("disk", "budget")
+        rows = Counter(
+            "fleetcast_access_log_rows",
+            "Requests by whether the access log has them",
+            ["result"],
+            registry=self.registry,
+        )
+        self.logged, self.not_logged = rows.labels("written"), rows.labels("dropped")
 
     def text(self) -> str:
         """The exposition."""

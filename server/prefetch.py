@@ -14,9 +14,9 @@ none comes the rhythm goes on at its pace and is trusted less; after at most MOS
 a model that has left the fleet with it. A model is foreseen from a quarter of its period before it is due, at most
 MAX_LEAD_S.
 
-Costs: a call takes O(1), about a microsecond, and where a stranger's visit begins at most HISTORY / 3 comparisons more;
-time that passes takes O(1) a tick of a model. Memory is bounded however many names come: MAX_STRANGERS strangers, those
-asked longest ago are forgotten first, and MAX_RHYTHMS rhythms, beyond which no new one is learnt; some 40 MB at most.
+Costs: a call takes O(1), two or three microseconds, and where a stranger's visit begins at most HISTORY / 3 comparisons
+more; time that passes takes O(1) a tick of a model. Memory is bounded however many names come: MAX_STRANGERS strangers,
+those asked longest ago are forgotten first, and MAX_RHYTHMS rhythms, beyond which no new one is learnt; some 40 MB.
 Not learnt: a period below QUIET_S, a model with more than four other visits between two ticks (which no cache forgets),
 a first rhythm that was every second tick (it stays so until it is missed).
 """
@@ -25,6 +25,7 @@ from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 from model_store.names import ModelName
@@ -56,7 +57,7 @@ class _Visits:
 
 @dataclass(slots=True)
 class _Rhythm:
-    """Seconds from tick to tick; the next one; `bucket`: when to look at it again; `near`: the tick is about to come."""
+    """Seconds from tick to tick; the next one. `bucket`: when to look at it again; `near`: the tick is to come."""
 
     period: float
     due: float
@@ -66,7 +67,7 @@ class _Rhythm:
 
     @property
     def tolerance(self) -> float:
-        return min(self.period * TOLERANCE, MAX_TOLERANCE_S)
+        return _tolerance(self.period)
 
     def hit(self, off: float) -> None:
         """A call came `off` seconds after it was due."""
@@ -89,7 +90,8 @@ class Rhythms:
         self._strangers: OrderedDict[ModelName, _Visits] = OrderedDict()  # asked longest ago first
         self._rhythms: dict[ModelName, _Rhythm] = {}
         self._calendar: dict[int, list[ModelName]] = {}  # by bucket; an entry that its rhythm does not name is void
-        self._bucket: int | None = None  # done up to here
+        self._buckets: list[int] = []  # of the calendar, a heap
+        self._done = -1  # up to this bucket
 
     def __repr__(self) -> str:
         """For example `<Rhythms of 45 models, 300 strangers>`."""
@@ -126,14 +128,13 @@ class Rhythms:
         """Who has come near its tick since the last call of this; to be called every so often."""
         found: list[Expected] = []
         last = int(now / BUCKET_S)
-        if self._bucket is None:
-            self._bucket = last
-        while self._bucket < last:
-            self._bucket += 1
-            for model in self._calendar.pop(self._bucket, ()):
+        while self._buckets and self._buckets[0] <= last:
+            bucket = self._done = heappop(self._buckets)
+            for model in self._calendar.pop(bucket):
                 rhythm = self._rhythms.get(model)
-                if rhythm is not None and rhythm.bucket == self._bucket:
+                if rhythm is not None and rhythm.bucket == bucket:
                     self._turn(model, rhythm, now, found)
+        self._done = max(self._done, last)
         return found
 
     def _turn(self, model: ModelName, rhythm: _Rhythm, now: float, found: list[Expected]) -> None:
@@ -150,10 +151,13 @@ class Rhythms:
         self._file(model, rhythm, rhythm.due + rhythm.tolerance if rhythm.near else _opens(rhythm))
 
     def _file(self, model: ModelName, rhythm: _Rhythm, at: float) -> None:
-        rhythm.bucket = int(at / BUCKET_S) + 1
-        if self._bucket is not None and rhythm.bucket <= self._bucket:
-            rhythm.bucket = self._bucket + 1
-        self._calendar.setdefault(rhythm.bucket, []).append(model)
+        rhythm.bucket = max(int(at / BUCKET_S), self._done) + 1
+        models = self._calendar.get(rhythm.bucket)
+        if models is None:
+            self._calendar[rhythm.bucket] = [model]
+            heappush(self._buckets, rhythm.bucket)
+        else:
+            models.append(model)
 
     def _visit(self, model: ModelName, now: float) -> None:
         """A stranger is asked: it has a rhythm now, or is remembered."""
@@ -176,6 +180,10 @@ class Rhythms:
             self._file(model, rhythm, _opens(rhythm))
 
 
+def _tolerance(period: float) -> float:
+    return min(period * TOLERANCE, MAX_TOLERANCE_S)
+
+
 def _opens(rhythm: _Rhythm) -> float:
     """When it is near."""
     return rhythm.due - min(rhythm.period * LEAD, MAX_LEAD_S)
@@ -188,16 +196,15 @@ def _in_step(began: "array[float]") -> float | None:
     so too, and is none.
     """
     now, best, least = began[-1], None, 1.0
-    for i in range(len(began) - 2, -1, -1):
-        period = now - began[i]
-        room = min(period * TOLERANCE, MAX_TOLERANCE_S)
-        if now - 3 * period < began[0] - room:
+    for first in reversed(began[:-1]):
+        guess = now - first
+        if now - 3 * guess < began[0] - guess / 2:
             break
-        second, third = _nearest(began, now - 2 * period), _nearest(began, now - 3 * period)
-        off = max(abs(now - 2 * period - second), abs(now - 3 * period - third))
+        period = (now - _nearest(began, now - 3 * guess)) / 3
+        off = max(abs(now - period - first), abs(now - 2 * period - _nearest(began, now - 2 * period)))
         multiple = best is not None and abs(period / best - round(period / best)) <= 2 * TOLERANCE
-        if off <= room and off / period < least / 2 and not multiple:
-            best, least = (now - third) / 3, off / period
+        if off <= _tolerance(period) and off / period < least / 2 and not multiple:
+            best, least = period, off / period
     return best
 
 

@@ -2,7 +2,11 @@
 
 A job is waiting for its model, or ready to run, or done (answered, cancelled, expired: skipped wherever it still lies).
 Ready jobs wait in groups, one per family or single model. Groups take turns, so no family starves another, and within a
-group models take turns, so a noisy market does not starve the rest. The next batch is whatever is there by then.
+group models take turns, so a noisy market does not starve the rest.
+
+The next batch is half of what its group has by then: while the fronts answer one half, and clients ask anew, the worker
+runs the other. Were it everything, worker and fronts would wait for each other in turn (8 connections on two cores:
+12,300 requests a second, with halves 17,300). A few are not halved, for a forward costs something whatever it runs.
 """
 
 from collections import OrderedDict, deque
@@ -13,6 +17,8 @@ from typing import Any
 from model_store.names import ModelName
 from model_store.slots import Slot
 from server.wire import CacheResult, Request, Tier
+
+FEW = 4  #: jobs that run together
 
 
 @dataclass(slots=True, eq=False)
@@ -40,11 +46,12 @@ class QueueFull(Exception):
 
 
 class Scheduler:
-    """All jobs of one worker between arrival and answer."""
+    """All jobs of one worker between arrival and answer. `few`: jobs that are not halved, see the module."""
 
-    def __init__(self, per_model: int, per_worker: int) -> None:
+    def __init__(self, per_model: int, per_worker: int, few: int = FEW) -> None:
         self._per_model = per_model
         self._per_worker = per_worker
+        self._few = few
         self._counts: dict[ModelName, int] = {}
         self._total = 0
         self._waiting: dict[ModelName, list[Job]] = {}
@@ -86,10 +93,11 @@ class Scheduler:
         self._ready.setdefault(group, OrderedDict()).setdefault(job.model, deque()).append(job)
 
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
-        """A group and at most `limit` of its jobs, models taking turns. Jobs already done are handed out as well."""
+        """A group and half of its jobs, at most `limit`, models taking turns. Those already done are handed out too."""
         group, queues = self._ready.popitem(last=False)
+        half = (sum(map(len, queues.values())) + 1) // 2
         batch: list[Job] = []
-        while queues and len(batch) < limit:
+        while queues and len(batch) < min(max(half, self._few), limit):
             model, queue = queues.popitem(last=False)
             batch.append(queue.popleft())
             if queue:

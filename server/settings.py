@@ -61,6 +61,10 @@ class Settings(BaseSettings):
         "own rhythm, for fleets that are asked by a clock; or sieve, s3fifo, lfu",
     )
     max_batch_rows: int = Field(512, ge=1, le=4096, description="rows of one forward at most")
+    prefetch: Literal["on", "off"] = Field(
+        "on",
+        description="learn which models are asked by a clock, and load those that are not here shortly before they are",
+    )
     loader_threads: int = Field(4, ge=1, le=64, description="models a worker fetches and verifies at the same time")
 
     disk_cache: Path = Field(
@@ -97,6 +101,14 @@ class Settings(BaseSettings):
 
     pin: list[str] = Field(default_factory=list, description="models loaded at start and never evicted")
     metrics_per_model: int = Field(0, ge=0, description="resident models with series of their own, per worker; 0: none")
+    access_log: Path | None = Field(
+        None,
+        description="folder of a log of all requests (time, model, bytes, outcome), which `fleetcast-load` replays; "
+        "none: no log",
+    )
+    access_log_bytes: ByteSize = Field(
+        _bytes(256 * MIB), ge=MIB, description="its size at most: older parts are gzipped, the oldest go"
+    )
     announce: Path | None = Field(None, description="file that gets the listeners' addresses as JSON once all is ready")
     drain_s: Seconds = Field(25.0, description="how long running requests may take to end after SIGTERM")
     worker_timeout_s: Seconds = Field(60.0, description="a worker silent for this long is killed and restarted")
@@ -108,10 +120,10 @@ class Settings(BaseSettings):
     def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value  # variables come as text
 
-    @field_validator("disk_cache")
+    @field_validator("disk_cache", "access_log")
     @classmethod
-    def _home_is_known(cls, path: Path) -> Path:
-        return path.expanduser()
+    def _home_is_known(cls, path: Path | None) -> Path | None:
+        return path and path.expanduser()
 
     @classmethod
     def settings_customise_sources(

@@ -23,6 +23,7 @@ from model_store.names import ModelName
 from model_store.policy import Cache, Evict, Failure, Moves, Placed, Refuse, Wait
 from model_store.slots import Slot
 from server.accelerator import STAGING_BYTES, DeviceEngine
+from server.arrivals import LOST, REFUSED, Arrivals
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
 from server.foresight import Foresight, Result
@@ -65,11 +66,12 @@ class StepLoop:
         loader_threads: int,
         patience_s: float,
         foresight: Foresight | None = None,
+        arrivals: Arrivals | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
         self._loader, self._metrics, self._batch = loader, metrics, batch
-        self._shelf, self._foresight = shelf, foresight
+        self._shelf, self._foresight, self._arrivals = shelf, foresight, arrivals
         self._patience_s, self._now = patience_s, now
         self._threads = ThreadPoolExecutor(loader_threads, thread_name_prefix="loader")
         self._loop = asyncio.get_running_loop()
@@ -98,6 +100,7 @@ class StepLoop:
             self._scheduler.admit(job)
         except QueueFull as full:
             job.done = True
+            self._record(job, REFUSED)
             origin.refuse(job, Refused(Situation.OVERLOADED, str(full)))
             return job
         if self._foresight is not None:
@@ -114,7 +117,8 @@ class StepLoop:
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for the answer: the job is skipped where it lies, its lease ends when its turn comes."""
-        self._scheduler.finish(job)
+        if self._scheduler.finish(job):
+            self._record(job, LOST)
 
     def _await_model(self, job: Job, now: float) -> None:
         wanted = self._cache.want(job.model, now)
@@ -258,6 +262,7 @@ class StepLoop:
             self._refuse(job, Refused(Situation.MODEL_FAILED, str(failed)))
             return
         if self._scheduler.finish(job):
+            self._record(job, job.cache)
             queue_s = max(0.0, now - job.arrived - job.load_s)
             job.origin.answer(job, content_type, body, queue_s=queue_s, inference_s=step_s)
         self._release(job)
@@ -269,8 +274,14 @@ class StepLoop:
 
     def _refuse(self, job: Job, refused: Refused) -> None:
         if self._scheduler.finish(job):
+            self._record(job, REFUSED)
             job.origin.refuse(job, refused)
         self._release(job)
+
+    def _record(self, job: Job, outcome: int) -> None:
+        """For the access log."""
+        if self._arrivals is not None:
+            self._arrivals.note(job.model, job.arrived, 0 if job.slot is None else job.slot.charge, outcome)
 
     def _release(self, job: Job) -> None:
         slot, job.slot = job.slot, None

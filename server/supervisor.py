@@ -23,6 +23,7 @@ import structlog
 import server
 from model_store.disk import DiskTier
 from model_store.names import ModelName
+from server.arrivals import AccessLog
 from server.control import Channel, ChannelClosed, ControlError
 from server.errors import Situation
 from server.host import Host, WorkerPlan, front_cores, plan_workers, read_host
@@ -36,6 +37,7 @@ MAX_FALSE_STARTS = 3
 HEARTBEAT_S = 2.0
 SCRAPE_S = 2.0
 DISK_SWEEP_S = 5.0
+ACCESS_LOG_S = 1.0  #: how often workers are asked for their rows of the access log
 LINK_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 DISK_REST = 25.0  #: times a sweep's processor time, which grows with the archives on disk, before the next
 
@@ -87,6 +89,8 @@ class Supervisor:
             self._homes.up(plan.index)
         self._metrics, self._merged = HostMetrics(), Merged()
         self._folder = tempfile.TemporaryDirectory(prefix="fleetcast-")
+        self._logging: asyncio.Task[None] | None = None
+        self._fronts_gone = asyncio.Event()
         self._listen: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -101,10 +105,12 @@ class Supervisor:
 
     async def start(self, listen: socket.socket) -> None:
         """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be."""
-        self._listen = listen
+        self._listen, access_log = listen, open_access_log(self.settings)
         children = [*self.workers, *self.fronts]
         self._tasks = [asyncio.create_task(self._keep(child)) for child in children]
         self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._tend_disk())]
+        if access_log is not None:
+            self._logging = asyncio.create_task(self._keep_log(access_log))
         ready = asyncio.create_task(self._all_ready())
         tasks: list[asyncio.Future[Any]] = [ready, self.fatal]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -127,6 +133,9 @@ class Supervisor:
         if self._listen is not None:
             self._listen.close()  # as each front does with its own: who comes now is refused, not left waiting
         await self._end(self.fronts, self.settings.drain_s + 2)
+        self._fronts_gone.set()
+        if self._logging is not None:
+            await self._logging  # while there is somebody to ask for the last rows
         await self._end(self.workers, 2)
         for task in self._tasks:
             task.cancel()
@@ -276,6 +285,36 @@ class Supervisor:
             self._metrics.disk_bytes.set(used)
             await asyncio.sleep(max(DISK_SWEEP_S, DISK_REST * spent))
 
+    async def _keep_log(self, access_log: AccessLog) -> None:
+        """The access log: rows are the workers', the files the host's, so the supervisor's. Ends after the fronts."""
+        with contextlib.closing(access_log):
+            last = False
+            while not last:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(ACCESS_LOG_S):
+                        await self._fronts_gone.wait()
+                last = self._fronts_gone.is_set()
+                taken = await asyncio.gather(*map(self._arrivals, self.workers))
+                rows, count = "".join(rows for rows, _ in taken), sum(count for _, count in taken)
+                try:
+                    await asyncio.to_thread(access_log.write, rows)
+                except OSError as error:
+                    self._metrics.not_logged.inc(count)
+                    log.warning("access_log_not_written", rows=count, error=str(error))
+                else:
+                    self._metrics.logged.inc(count)
+
+    async def _arrivals(self, worker: Child) -> tuple[str, int]:
+        """The rows that the worker has since the last time, and how many. Of one that ends they are gone with it."""
+        if worker.channel is None or not worker.ready.is_set():
+            return "", 0
+        try:
+            rows, count, dropped = await worker.channel.ask("arrivals", timeout_s=self.settings.worker_timeout_s)
+        except (ControlError, ChannelClosed, TimeoutError):
+            return "", 0
+        self._metrics.not_logged.inc(dropped)
+        return rows, count
+
     # --- what operators ask -----------------------------------------------------------------------------------------
 
     def home(self, model: str) -> Child:
@@ -377,6 +416,16 @@ class Supervisor:
             raise ControlError(f"worker {worker.index} died meanwhile; try again", Situation.WORKER_LOST) from error
         except TimeoutError as error:
             raise ControlError(f"worker {worker.index} did not answer in time", Situation.DEADLINE) from error
+
+
+def open_access_log(settings: Settings) -> AccessLog | None:
+    """The access log, where one is wanted. Raises StartFailed when it cannot be written."""
+    if settings.access_log is None:
+        return None
+    try:
+        return AccessLog(settings.access_log, int(settings.access_log_bytes))
+    except OSError as error:
+        raise StartFailed(f"--access-log {settings.access_log}: {error}") from error
 
 
 def _swept(disk: DiskTier, budget: int) -> tuple[int, int, float]:

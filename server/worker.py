@@ -23,15 +23,17 @@ from model_store.policy import Cache
 from model_store.store import ModelStore
 from server import wire
 from server.accelerator import DeviceEngine, DevicePool
+from server.arrivals import Arrivals
 from server.bank import Pool
 from server.control import ControlError, Member
 from server.device import CudaDevice, cache_share
 from server.engine import Engine
 from server.errors import Refused, Situation, situation_of
+from server.foresight import Foresight
 from server.loader import Loader, open_store
 from server.logs import configure_logs
 from server.metrics import WorkerMetrics
-from server.scheduler import Job, Scheduler
+from server.scheduler import FEW, Job, Scheduler
 from server.settings import Settings
 from server.shelf import Shelf
 from server.steps import StepLoop
@@ -162,8 +164,8 @@ class Intake(asyncio.Protocol):
 class Worker:
     """What the supervisor may ask: operations by name. Every answer is plain JSON."""
 
-    def __init__(self, steps: StepLoop) -> None:
-        self._steps = steps
+    def __init__(self, steps: StepLoop, arrivals: Arrivals | None) -> None:
+        self._steps, self._arrivals = steps, arrivals
         self._ops: dict[str, Callable[..., Any]] = {
             "load": self._load,
             "reload": self._reload,
@@ -172,6 +174,7 @@ class Worker:
             "unpin": self._unpin,
             "describe": self._describe,
             "metrics": self._metrics,
+            "arrivals": self._take_arrivals,
             "ping": self._ping,
             "drain": self._drain,
         }
@@ -208,6 +211,10 @@ class Worker:
     async def _metrics(self) -> str:
         return self._steps.exposition()
 
+    async def _take_arrivals(self) -> tuple[str, int, int]:
+        """As of `server.arrivals.Arrivals.take`."""
+        return ("", 0, 0) if self._arrivals is None else self._arrivals.take()
+
     async def _ping(self) -> str:
         return repr(self._steps)
 
@@ -215,23 +222,29 @@ class Worker:
         await self._steps.drain()
 
 
-def build_steps(settings: Settings, plan: dict[str, Any]) -> StepLoop:
+def build_steps(settings: Settings, plan: dict[str, Any], arrivals: Arrivals | None = None) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     where = torch.device(plan["torch_device"])
     engine, budget, memory = open_memory(settings, plan, where)
     source, limits = open_store(settings)
     disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
     store = ModelStore(source, disk, limits, settings.revalidate_s)
+    cache = Cache(budget, int(settings.slab_bytes), policy=policy_named(settings.eviction_policy))
+    metrics = WorkerMetrics(int(plan["index"]), str(plan["device"]), settings.metrics_per_model)
+    few = FEW if where.type == "cpu" else settings.max_batch_rows  # a GPU's step costs launches, rows next to nothing
+    ahead = max(1, settings.loader_threads // 2)  # the others are for loads that somebody waits for
     return StepLoop(
-        Cache(budget, int(settings.slab_bytes), policy=policy_named(settings.eviction_policy)),
-        Scheduler(settings.queue_per_model, settings.queue_per_worker),
+        cache,
+        Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
         engine,
         Loader(store, where.type, int(plan["threads"])),
-        WorkerMetrics(int(plan["index"]), str(plan["device"]), settings.metrics_per_model),
+        metrics,
         shelf=Shelf(memory, settings.revalidate_s),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
         patience_s=settings.request_timeout_s,
+        foresight=Foresight(cache, metrics, ahead) if settings.prefetch == "on" else None,
+        arrivals=arrivals,
     )
 
 
@@ -274,15 +287,16 @@ async def main(control_fd: int) -> None:
     settings, plan = Settings.from_wire(hello["settings"]), hello["plan"]
     configure_logs(settings.log_level, settings.log_format, worker=plan["index"])
     pin_process(plan)
+    arrivals = Arrivals() if settings.access_log else None
     try:
-        steps = build_steps(settings, plan)
+        steps = build_steps(settings, plan, arrivals)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask("fatal", timeout_s=5, error=str(error))
         return
     loop = asyncio.get_running_loop()
     limit = int(settings.max_body_bytes)
     server = await loop.create_unix_server(lambda: Intake(steps, limit), hello["socket"])
-    member.ready(Worker(steps).handle)
+    member.ready(Worker(steps, arrivals).handle)
     await member.released
     server.close()  # the steps stay open: a request may still come while the process ends
 

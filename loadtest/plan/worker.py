@@ -1,7 +1,7 @@
 """One worker in simulated time: the server's own cache decides, and server/steps.py's rules say what waits for what.
 
 One interpreter runs steps and, between them, the build of one load after another; loader threads only fetch beside it.
-A step takes all that is ready by then, of one family. Pure: arrays and a seed in, arrays out.
+A step takes half of what is ready by then, of one family. Pure: arrays and a seed in, arrays out.
 """
 
 import heapq
@@ -24,6 +24,7 @@ from model_store.slots import Slot
 HIT, MISS, COALESCED, REFUSED = map(OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
 #: The server's own settings, by their names there (server/settings.py).
 LOADER_THREADS, MAX_BATCH_ROWS, QUEUE_PER_WORKER, REQUEST_TIMEOUT_S, REVALIDATE_S = 4, 512, 8192, 50.0, 60.0
+FEW = 4  #: requests that a step does not halve, as of server/scheduler.py
 _STEP, _FETCHED, _BUILT = range(3)
 DRAWS = 4_096
 
@@ -233,7 +234,8 @@ class _Running:
         elif self.ready:
             self.stepped = True
             family, queue = self.ready.popitem(last=False)
-            batch = [queue.popleft() for _ in range(min(len(queue), MAX_BATCH_ROWS))]
+            count = min(len(queue), max(FEW, (len(queue) + 1) // 2), MAX_BATCH_ROWS)
+            batch = [queue.popleft() for _ in range(count)]
             if queue:
                 self.ready[family] = queue
             rows = sum(now - self.at[i] < REQUEST_TIMEOUT_S for i in batch)  # for the others nobody waits any more

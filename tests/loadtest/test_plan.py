@@ -25,6 +25,7 @@ from loadtest.trace import OUTCOMES, Trace, write_trace
 from model_store.names import ModelName
 from model_store.policy import Cache
 from server.router import Router
+from server import scheduler
 from server.settings import Settings
 
 SLAB = 65_536
@@ -129,6 +130,7 @@ def test_the_settings_are_the_servers() -> None:
     fields = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
     for name in ("loader_threads", "max_batch_rows", "queue_per_worker", "request_timeout_s", "revalidate_s"):
         assert getattr(simulated, name.upper()) == fields[name]
+    assert simulated.FEW == scheduler.FEW
     assert fields["slab_bytes"] == SLAB_BYTES
     assert fields["eviction_policy"] == Machines(0).policy
 

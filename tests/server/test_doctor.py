@@ -10,7 +10,9 @@ from typer.testing import CliRunner, Result
 
 from handlers.forecasters import ARCHITECTURES, build, random_tensors
 from model_store.packing import pack_forecaster, pack_onnx
+from server.arrivals import AccessLog, Arrivals
 from server.cli import app
+from server.wire import CacheResult
 from tests.handlers.test_onnx import doubling
 
 SMALL: dict[str, Any] = {"features": 3, "context_length": 12, "prediction_length": 4, "quantiles": 3, "channels": 8}
@@ -73,6 +75,31 @@ def test_a_store_is_looked_into(tmp_path: Path) -> None:
             family["batches"]["8"]["of_one_model"]["floor_us"]
             < family["batches"]["8"]["of_different_models"]["floor_us"]
         )
+
+
+def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rounds over 24 models of 4 KiB and room for 16 of them: all miss, and room for 24 is what is named, for
+    people with the flag to set and for programs as numbers. A log that is none ends it in a line.
+    """
+    archive(tmp_path / "s", "a.mar")
+    log, kept = AccessLog(tmp_path / "log", 2**20), Arrivals()
+    for i in range(72):
+        kept.note(f"m{i % 24}.mar", float(i), 4096, CacheResult.MISS)
+    log.write(kept.take()[0])
+    log.close()
+    for name, value in {"MODEL_CACHE_BYTES": "65536", "SLAB_BYTES": "65536", "WORKERS": "1"}.items():
+        monkeypatch.setenv(f"FLEETCAST_{name}", value)
+    flags = ["--store", str(tmp_path / "s"), "--access-log", str(tmp_path / "log")]
+    advice = json.loads(doctor(*flags, "--json").stdout)["access_log"]
+    assert (advice["requests"], advice["budget_bytes"], advice["hit_ratio"]) == (72, 65536, 0.0)
+    assert advice["better_bytes"] == pytest.approx(24 * 4096, rel=0.02)
+    assert advice["better_ratio"] == pytest.approx(2 / 3)
+    assert "the next 66.7 points of hit ratio cost 33KiB: with --model-cache-bytes 97KiB" in doctor(*flags).output
+    other = tmp_path / "other.csv"
+    other.write_text("what is this?\n")
+    wrong = doctor("--store", str(tmp_path / "s"), "--access-log", str(other))
+    assert wrong.exit_code == 2
+    assert "other.csv, line 1: an access log begins with the line time,model,bytes,outcome" in wrong.output
 
 
 def test_many_archives_are_sampled(tmp_path: Path) -> None:

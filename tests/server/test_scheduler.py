@@ -62,6 +62,17 @@ def test_models_take_turns_across_batches() -> None:
     assert not scheduler.has_work
 
 
+def test_half_of_the_jobs_run_while_the_others_wait() -> None:
+    """Halves down to a few, the limit before that; what comes meanwhile counts too."""
+    scheduler = Scheduler(LARGE, LARGE, few=3)
+    ready(scheduler, "f", *"abcdefghij")
+    assert models(scheduler.next_batch(100)) == ("f", "abcde")
+    ready(scheduler, "f", *"klmnopqrs")
+    assert models(scheduler.next_batch(100)) == ("f", "fghijkl")
+    assert [models(scheduler.next_batch(3)) for _ in range(3)] == [("f", "mno"), ("f", "pqr"), ("f", "s")]
+    assert not scheduler.has_work
+
+
 def test_groups_take_turns() -> None:
     """A family with much to do gives way after each batch; a group that is done is gone."""
     scheduler = Scheduler(LARGE, LARGE)

@@ -210,7 +210,7 @@ def test_a_thousand_first_calls_are_one_load() -> None:
 
 
 def test_one_batch_serves_many_models() -> None:
-    """Requests for different models of a family that arrived together run in one forward."""
+    """Requests for different models of a family that arrived together run in one forward, half of them at a time."""
 
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         del loader
@@ -220,7 +220,7 @@ def test_one_batch_serves_many_models() -> None:
         await front.settled()
         assert "fleetcast_inference_batch_models_sum{" in steps.exposition()
         assert 'fleetcast_inference_batch_models_sum{device="cpu",worker="0"} 8.0' in steps.exposition()
-        assert 'fleetcast_inference_batch_models_count{device="cpu",worker="0"} 1.0' in steps.exposition()
+        assert 'fleetcast_inference_batch_models_count{device="cpu",worker="0"} 2.0' in steps.exposition()
 
     play(scenario)
 

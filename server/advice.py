@@ -1,0 +1,192 @@
+"""What more memory would buy: the hit ratio by the cache's size, from the requests of an access log. Pure.
+
+A request is a hit in an LRU cache of a size when the models asked since the last request for the same one, and this one
+itself, weigh no more: its *reuse distance* in bytes (Mattson et al., "Evaluation techniques for storage hierarchies",
+1970). One pass gives the ratio at every size. Only models whose name hashes below a threshold are followed, and their
+distances scaled up; when there are more than SAMPLES of them, the threshold is lowered ("Efficient MRC Construction
+with SHARDS", Waldspurger et al., 2015). So memory is bounded whatever the log holds, a request takes O(log SAMPLES),
+and the ratio is exact for as many models and about a point off for more. Other policies than LRU do better on ticks
+that do not fit (`fleetcast-load plan` simulates them); above a tick's size all are alike.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+
+SAMPLES = 16_384
+STEP = 0.05  #: of the hit ratio: what an advice is about
+MIB = 1024 * 1024
+_BINS = 64  #: sizes that are told apart, in a factor of two
+_SPACE = 1 << 64
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """Hit ratios of an LRU cache: with `budget_bytes`, with `better_bytes`, and with room for everything.
+
+    `better_bytes` is the least that buys STEP more, or as much as there is to be had if that is less; None: nothing is.
+    """
+
+    requests: int
+    budget_bytes: int
+    hit_ratio: float
+    better_bytes: int | None
+    better_ratio: float
+    most_ratio: float
+
+    @property
+    def now(self) -> str:
+        """For people: what there is."""
+        if not self.requests:
+            return "no request in it reached a model"
+        if self.better_bytes is None:
+            found = f"about {self.hit_ratio:.1%} hits, and no more memory would change that"
+        else:
+            found = f"about {self.hit_ratio:.1%} hits, {self.most_ratio:.1%} with room for all"
+        return f"{self.requests} requests, {_mb(self.budget_bytes)} of cache: {found}"
+
+    @property
+    def next(self) -> str:
+        """For people: what would buy more; empty where nothing does."""
+        if self.better_bytes is None:
+            return ""
+        points, more = (self.better_ratio - self.hit_ratio) * 100, self.better_bytes - self.budget_bytes
+        return (
+            f"the next {points:.1f} points of hit ratio cost {_mb(more)}: with --model-cache-bytes "
+            f"{_mb(self.better_bytes)} about {self.better_ratio:.1%}"
+        )
+
+
+def advise(requests: Iterable[tuple[str, int]], budget_bytes: int) -> Advice:
+    """From (model, bytes) of each request in the order of time; bytes 0, not known: as they were before, or left out.
+
+    `budget_bytes`: what all workers together have for models.
+    """
+    distances = Distances()
+    for model, size in requests:
+        distances.ask(model, size)
+    return distances.advice(budget_bytes)
+
+
+class Distances:
+    """Reuse distances of a stream of requests."""
+
+    def __init__(self) -> None:
+        self._share = 1.0  # of all models, that are followed
+        self._models: dict[str, tuple[int, int, int]] = {}  # -> hash, bytes, place in the tree
+        self._recency = _Recency(2 * SAMPLES)
+        self._bins: dict[int, float] = {}  # size -> requests that are hits from there on
+        self._first = 0.0
+        self._requests = 0
+
+    def __repr__(self) -> str:
+        """For example `<Distances of 12000 requests, 300 models, all followed>`."""
+        followed = "all" if self._share == 1 else f"{self._share:.3%}"
+        return f"<Distances of {self._requests} requests, {len(self._models)} models, {followed} followed>"
+
+    def ask(self, model: str, size: int) -> None:
+        """One request."""
+        known = self._models.get(model)
+        if known is None:
+            if size:
+                self._requests += 1
+                self._meet(model, size)
+            return
+        self._requests += 1
+        number, before, place = known
+        distance = (self._recency.since(place) + before) / self._share
+        step = math.ceil(math.log2(distance) * _BINS)
+        self._bins[step] = self._bins.get(step, 0.0) + 1
+        self._recency.drop(place, before)
+        self._enter(model, number, size or before)
+
+    def advice(self, budget_bytes: int) -> Advice:
+        """What a cache of that size would hit, and the next better one."""
+        if not self._first:
+            return Advice(0, budget_bytes, 0.0, None, 0.0, 0.0)
+        seen = self._requests * self._share
+        curve, hits = [], seen - self._first - sum(self._bins.values())  # what a few popular models have too few of
+        for step in sorted(self._bins):
+            hits += self._bins[step]
+            curve.append((math.ceil(2 ** (step / _BINS)), hits / seen))
+        most = hits / seen
+        now = max((ratio for size, ratio in curve if size <= budget_bytes), default=0.0)
+        wanted = min(now + STEP, most)
+        better = next(((size, ratio) for size, ratio in curve if size > budget_bytes and ratio >= wanted), None)
+        size, ratio = better or (None, now)
+        return Advice(self._requests, budget_bytes, now, size, ratio, most)
+
+    def _meet(self, model: str, size: int) -> None:
+        """A model's first request. Which models are followed depends on their names alone, so first ones count too."""
+        number = int.from_bytes(blake2b(model.encode(), digest_size=8).digest())
+        if number >= self._share * _SPACE:
+            return
+        self._first += 1
+        self._enter(model, number, size)
+        if len(self._models) > SAMPLES:
+            self._thin()
+
+    def _enter(self, model: str, number: int, size: int) -> None:
+        """The model is the one asked last."""
+        if self._recency.full:
+            order = sorted(self._models, key=lambda each: self._models[each][2])
+            self._recency = _Recency(2 * SAMPLES)
+            for each in order:
+                if each != model:
+                    hashed, weight, _ = self._models[each]
+                    self._models[each] = hashed, weight, self._recency.add(weight)
+        self._models[model] = number, size, self._recency.add(size)
+
+    def _thin(self) -> None:
+        """Follow half as many models, and count as if it had never been more."""
+        self._share /= 2
+        for model, (number, size, place) in list(self._models.items()):
+            if number >= self._share * _SPACE:
+                self._recency.drop(place, size)
+                del self._models[model]
+        self._first /= 2
+        self._bins = {step: count / 2 for step, count in self._bins.items()}
+
+
+class _Recency:
+    """Weights in the order in which they came, and the sum of those after one: a Fenwick tree."""
+
+    def __init__(self, places: int) -> None:
+        self._sums = [0] * (places + 1)
+        self._next = 1
+        self._total = 0
+
+    @property
+    def full(self) -> bool:
+        return self._next == len(self._sums)
+
+    def add(self, weight: int) -> int:
+        """The newest; its place."""
+        place, self._next = self._next, self._next + 1
+        self._change(place, weight)
+        return place
+
+    def drop(self, place: int, weight: int) -> None:
+        self._change(place, -weight)
+
+    def since(self, place: int) -> int:
+        """The sum of all that came after this one."""
+        upto, at = 0, place
+        while at:
+            upto += self._sums[at]
+            at &= at - 1
+        return self._total - upto
+
+    def _change(self, place: int, by: int) -> None:
+        self._total += by
+        while place < len(self._sums):
+            self._sums[place] += by
+            place += place & -place
+
+
+def _mb(size: int) -> str:
+    """As settings take it, and never less."""
+    if size < MIB:
+        return f"{math.ceil(size / 1024)}KiB"
+    return f"{math.ceil(10 * size / MIB) / 10:.1f}MiB" if size < 100 * MIB else f"{math.ceil(size / MIB)}MiB"
