@@ -261,7 +261,9 @@ def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_forecasts([series], architecture, config, *lengths, options)
-    return replace(made, floor=forecast.floor, cap=forecast.cap, tail=forecast.tail, products=forecast.products)
+    origin = made.origin and forecast.origin  # one architecture wants it, one can answer for any hour as it is
+    kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
+    return replace(made, origin=origin, **kept)
 
 
 def grouped(markets: Sequence[Market]) -> Iterator[Sequence[Market]]:

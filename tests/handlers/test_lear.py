@@ -17,7 +17,7 @@ from handlers.deepar import DeepAr
 from handlers.errors import RequestError
 from handlers.forecasters import build
 from handlers.forecasters.lear import Lear, LearConfig, taps
-from handlers.lasso import Problem
+from handlers.lasso import Coefficients, Problem, Regressions
 from handlers.recipe import grid, recipe
 from handlers.series import Series, SeriesInvalid, read_csv
 from handlers.training import Fitted, Fitting, fit
@@ -94,45 +94,69 @@ def test_a_config_that_cannot_be_is_refused(config: dict[str, int], said: str) -
 
 
 def make_problem(features: int = 6, windows: int = 400) -> Problem:
-    """Two models of two steps and two levels, of which two features tell something, with gaps."""
+    """Two steps and two levels, which two of the features tell, with gaps; mean and spread not standard."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn((2, windows, features), generator=random)
-    y = x[..., :2] + 0.3 * x[..., 1:3] + 0.4 * torch.randn((2, windows, 2), generator=random)
+    x = torch.randn((windows, features), generator=random)
+    y = x[:, :2] + 0.3 * x[:, 1:3] + 0.4 * torch.randn((windows, 2), generator=random)
     y[torch.rand(y.shape, generator=random) < 0.05] = torch.nan
-    return Problem(x, y, torch.tensor([0.3, 0.5]))
+    return Problem(5 + 3 * x, y, torch.tensor([0.3, 0.5]))
+
+
+def objective(problem: Problem, found: Coefficients, penalty: torch.Tensor) -> torch.Tensor:
+    """What is to be least of every column, as the module says it; the losses' mean is over all windows, gaps too."""
+    y, spread = problem.y.repeat_interleave(2, 1), problem.x.std(0, correction=0)[:, None]
+    losses, standard = lasso.losses(problem, found) * (~y.isnan()).float().mean(0), found.weight * spread
+    return losses + penalty * standard.abs().sum(0) + lasso.RIDGE / (2 * len(y)) * (standard**2).sum(0)
 
 
 def test_the_regressions_are_at_their_optimum() -> None:
-    """Where a coefficient is not zero the gradient is the penalty, elsewhere it is less (the KKT conditions)."""
-    problem = make_problem()
-    start = lasso.null(problem)
-    penalty = 0.2 * lasso.penalties(problem, start)[0]
-    found = lasso.solve(problem, penalty, start, 3000)
-    gradient, bias_gradient = lasso._gradients(problem, found)
+    """No step from what is found, of one coefficient or in any of many directions, comes lower (it is convex)."""
+    problem, random = make_problem(), torch.Generator().manual_seed(1)
+    regressions = Regressions(problem, lasso.null(problem))
+    penalty = regressions.penalties()[1]
+    found = regressions.solve(penalty, 2000)
+    least = objective(problem, found, penalty)
     active = found.weight != 0
     assert 0 < active.sum() < active.numel()
-    torch.testing.assert_close(gradient[active], (-penalty * found.weight.sign())[active], atol=2e-4, rtol=0)
-    assert (gradient.abs() <= penalty + 2e-4).all()
-    assert bias_gradient.abs().max() < 2e-4
+    directions = [*torch.eye(7), *torch.randn((200, 7), generator=random)]
+    for size in (1e-3, 1e-2, -1e-3, -1e-2):
+        for each in directions:
+            moved = Coefficients(found.weight + size * each[:-1, None], found.bias + size * each[-1])
+            assert (objective(problem, moved, penalty) > least - 1e-5).all()
+
+
+def test_a_fit_that_goes_on_ends_where_one_from_the_beginning_does() -> None:
+    """From another penalty's solution, and from coefficients that are handed over, the optimum is the same."""
+    problem = make_problem()
+    regressions = Regressions(problem, lasso.null(problem))
+    _, penalty, *_, least = regressions.penalties()
+    handed = regressions.solve(least)
+    gone_on = regressions.solve(penalty, 2000)
+    anew = Regressions(problem, handed).solve(penalty, 2000)
+    torch.testing.assert_close(gone_on.weight, anew.weight, atol=1e-3, rtol=0)
+    torch.testing.assert_close(gone_on.bias, anew.bias, atol=1e-2, rtol=0)
 
 
 def test_without_a_penalty_each_level_is_undershot_as_often_as_it_says() -> None:
     """The part of observed targets below the answer is the level, of every column; gaps count for nothing."""
     problem = make_problem(features=3, windows=3000)
-    found = lasso.solve(problem, torch.zeros(2, 1, 4), lasso.null(problem), 500)
-    answers = torch.baddbmm(found.bias, problem.x, found.weight).view(2, -1, 2, 2)
+    found = Regressions(problem, lasso.null(problem)).solve(torch.zeros(4), 500)
+    answers = torch.addmm(found.bias, problem.x, found.weight).view(-1, 2, 2)
     seen = ~problem.y.isnan()
-    below = ((problem.y[..., None] < answers) & seen[..., None]).sum(1) / seen.sum(1)[..., None]
-    torch.testing.assert_close(below, problem.levels.expand(2, 2, 2), atol=0.02, rtol=0)
+    below = ((problem.y[..., None] < answers) & seen[..., None]).sum(0) / seen.sum(0)[:, None]
+    torch.testing.assert_close(below, problem.levels.expand(2, 2), atol=0.01, rtol=0)
 
 
-def test_at_the_largest_penalty_all_coefficients_are_zero() -> None:
-    """Or as good as: the bias begins at the targets' own quantiles, not at those of the smoothed loss."""
+def test_a_path_begins_below_the_penalty_at_which_all_coefficients_are_zero() -> None:
+    """At that penalty they are, below it they are not; a column that is always the same stays without a weight."""
     problem = make_problem()
-    start = lasso.null(problem)
-    path = lasso.penalties(problem, start)
-    assert lasso.solve(problem, path[0], start, 200).weight.abs().max() < 0.02
-    assert lasso.solve(problem, path[1], start, 200).weight.abs().max() > 0.2
+    problem.x[:, 3] = 1.0
+    regressions = Regressions(problem, lasso.null(problem))
+    path = regressions.penalties()
+    assert regressions.solve(1.01 * path[0] / lasso.LARGEST, 500).weight.abs().max() == 0
+    found = regressions.solve(path[0], 200).weight
+    assert found.abs().max() > 0.1
+    assert found[3].abs().max() == 0
 
 
 def test_it_finds_what_the_prices_are_made_of() -> None:
@@ -163,7 +187,7 @@ def test_members_see_calibration_windows_of_their_own() -> None:
     assert not np.array_equal(members[0], members[1])
     assert not np.array_equal(members[1], members[2])
     assert found.config["members"] == 3
-    assert found.loss < 0.25 * found.naive_loss
+    assert found.loss < 0.3 * found.naive_loss
 
 
 def test_windows_start_at_the_origin() -> None:
@@ -198,7 +222,7 @@ def test_a_request_from_another_hour_is_refused() -> None:
 
 @pytest.mark.parametrize("market", ["BE", "DE", "FR", "NP", "PJM"])
 def test_it_is_as_good_as_the_published_lear(market: str) -> None:
-    """Fitted once, two test years on: the median's MAE is at most 7 % above their LEAR that is refitted every day."""
+    """Fitted once, two test years on: the median's MAE is at most 3 % above their LEAR that is refitted every day."""
     folder = Path(os.environ.get("FLEETCAST_DATA", ""), "epf")
     if not folder.is_dir():
         pytest.skip("FLEETCAST_DATA names no folder with the markets of Lago et al. 2021 (epf)")
@@ -217,4 +241,4 @@ def test_it_is_as_good_as_the_published_lear(market: str) -> None:
         errors.append(np.abs(answer["predictions"][0]["quantiles"]["0.5"] - series.values[start : start + 24]))
     with gzip.open(folder / f"{market}_reference_forecasts.csv.gz", "rt") as file:
         theirs = [abs(float(row["lear_1456"]) - float(row["real_price"])) for row in csv.DictReader(file)]
-    assert np.mean(errors) < 1.07 * np.mean(theirs)
+    assert np.mean(errors) < 1.03 * np.mean(theirs)

@@ -2,11 +2,15 @@
 
 import json
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from handlers.recipe import recipe
+from handlers.series import Series
 from handlers.training import Fitting
 from model_store.archive import open_archive
 from model_store.errors import StoreUnavailable
@@ -16,7 +20,7 @@ from model_store.sources import Source
 from server.gate import Gate
 from server.journal import Journal
 from server.options import settings_from
-from server.renewal import Plan, Renewal
+from server.renewal import Plan, Renewal, anew
 from server.rolling import Rolling
 from tests.server.markets import archive, fill, names, run, write_prices
 
@@ -116,6 +120,17 @@ def test_another_architecture_keeps_the_contract(csv: Path, store: Path, tmp_pat
     code, said = retrain(csv, store, tmp_path / "log.jsonl", "--config", '{"hidden": 4}')
     assert code == 2
     assert "goes with --architecture" in said
+
+
+def test_a_new_architecture_answers_at_the_hours_that_the_old_one_did() -> None:
+    """A `lear` for six o'clock stays one, in place of a `tcn` it forecasts from any hour, and a `tcn` always does."""
+    hours = np.arange(24 * 40, dtype=np.float64)
+    series = Series("p", datetime(2024, 1, 1), timedelta(hours=1), hours % 24, hours[None][:0])  # noqa: DTZ001
+    at_six = recipe(series, 192, context_length=192, prediction_length=24, weekdays=True, origin="06:00")
+    any_hour = recipe(series, 81, context_length=192, prediction_length=24)
+    assert anew(at_six, series, "lear", {}).origin == "06:00"
+    assert not anew(any_hour, series, "lear", {}).origin
+    assert not anew(at_six, series, "tcn", {}).origin
 
 
 def plan(csv: Path, store: Path) -> Plan:
