@@ -97,7 +97,7 @@ class Engine:
         if len(pieces) == 1 and len(flat) <= self._most(staging, pieces[0].path) and isinstance(pieces[0].rows, range):
             answers = self._forward(staging, pieces[0].path, flat, parts)
         else:
-            answers = self._pieces(staging, pieces, flat, np.concatenate(parts))
+            answers = self._pieces(staging, pieces, flat, _rows(parts, sizes))
         learning.ran(flat, time.perf_counter() - began)
         return _split(answers, sizes)
 
@@ -140,14 +140,17 @@ class Engine:
         self._staging.clear()
         self._unbind()
 
-    def _pieces(self, staging: Staging, pieces: Sequence[Piece], offsets: Sequence[int], x: Float32) -> Float32:
-        """A batch in several forwards: inputs [rows, *input_shape] -> answers in the same order."""
-        answers = np.empty((len(x), *staging.family.output_shape), np.float32)
+    def _pieces(
+        self, staging: Staging, pieces: Sequence[Piece], offsets: Sequence[int], parts: Sequence[Float32]
+    ) -> Float32:
+        """A batch in several forwards: a row's inputs [1, *input_shape] a part -> answers [rows, ...] in order."""
+        answers = np.empty((len(parts), *staging.family.output_shape), np.float32)
         for path, rows in pieces:
             most = self._most(staging, path)
             for at in range(0, len(rows), most):
                 some = rows[at : at + most]
-                answers[some] = self._forward(staging, path, [offsets[i] for i in some], [x[some]])
+                where = slice(some.start, some.stop) if isinstance(some, range) else some  # a view, no index
+                answers[where] = self._forward(staging, path, [offsets[i] for i in some], [parts[i] for i in some])
         return answers
 
     def _forward(self, staging: Staging, path: Path, offsets: Sequence[int], parts: Sequence[Float32]) -> Float32:
@@ -183,7 +186,7 @@ class Engine:
         self._unbind()
         began = time.thread_time()
         try:
-            self._pieces(staging, [Piece(path, range(len(x)))], offsets, x)
+            self._pieces(staging, [Piece(path, range(len(x)))], offsets, _rows([x], [len(x)]))
         except Exception as error:
             log.warning("path_not_measured", family=staging.family.key, path=str(path), error=str(error))
             return UNKNOWN
@@ -212,6 +215,13 @@ def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
         found.append(answers[at : at + size])
         at += size
     return found
+
+
+def _rows(parts: Sequence[Float32], sizes: Sequence[int]) -> Sequence[Float32]:
+    """Arrays [n, *shape] as arrays [1, *shape]."""
+    if len(sizes) == sum(sizes):
+        return parts
+    return [part[i : i + 1] for part, size in zip(parts, sizes, strict=True) for i in range(size)]
 
 
 def _repeat(offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
