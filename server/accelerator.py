@@ -222,7 +222,7 @@ class DeviceEngine:
         return answers
 
     def learn(self) -> bool:
-        """Nothing to measure: a device gathers at its own memory's bandwidth and replays one graph for a whole batch."""
+        """Nothing to measure: a device gathers at its memory's bandwidth and replays one graph for a whole batch."""
         return False
 
     def trim(self) -> None:

@@ -65,7 +65,7 @@ def fill(s3: S3Server, bucket: str) -> None:
 def test_a_fleet_is_republished_while_it_is_served(
     s3: S3Server, store: str, serve: Serve, csv: Path, tmp_path: Path
 ) -> None:
-    """Two hundred markets retrained under load: no request fails, and every market's answers go over to its new version."""
+    """Two hundred markets retrained under load: no request fails, and every market's answers go over to its new one."""
     fill(s3, store)
     with serve() as server, Load(server, questions(), ask=forecast) as load:
         wait_until(lambda: len({each.model for each in load.outcomes}) == len(MARKETS), 15, "all markets are served")

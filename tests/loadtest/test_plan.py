@@ -24,8 +24,8 @@ from loadtest.profiles import Profile, Schedule, Tick
 from loadtest.trace import OUTCOMES, Trace, write_trace
 from model_store.names import ModelName
 from model_store.policy import Cache
-from server.router import Router
 from server import scheduler
+from server.router import Router
 from server.settings import Settings
 
 SLAB = 65_536
