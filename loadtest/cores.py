@@ -59,24 +59,22 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")]
     results = {
         key: {name: record.spread([run[name] for run in found]) for name in found[0]} for key, found in runs.items()
     }
-    CONSOLE.print(_table(results))
     CONSOLE.print(f"record: {record.save('cores', SEED, before, results)}")
+    CONSOLE.print(table(results))
 
 
 def _run(server: LocalServer, target: wrk.Target, seconds: float) -> dict[str, float]:
     """Requests a second, and microseconds a request by where they went."""
     before = dict(_spent(server))
     found = wrk.run(target, CONNECTIONS, seconds)
-    requests = found.requests_per_s * seconds
-    used = {name: (value - before[name]) / requests * 1e6 for name, value in _spent(server)}
-    rest = used.pop("worker") - sum(used[part] for part in PARTS)
-    return {
-        "requests_per_s": found.requests_per_s,
-        "p50_ms": found.p50_ms,
-        "p99_ms": found.p99_ms,
-        **used,
-        "rest": rest,
-    }
+    times = {"requests_per_s": found.requests_per_s, "p50_ms": found.p50_ms, "p99_ms": found.p99_ms}
+    return times | a_request(before, dict(_spent(server)), found.requests_per_s * seconds)
+
+
+def a_request(before: Mapping[str, float], after: Mapping[str, float], requests: float) -> dict[str, float]:
+    """Microseconds a request from two readings of `_spent`; `rest` is what a worker used beyond its parts."""
+    used = {name: (after[name] - before[name]) / requests * 1e6 for name in after}
+    return {**used, "rest": used["worker"] - sum(used[part] for part in PARTS)}
 
 
 def _spent(server: LocalServer) -> Iterator[tuple[str, float]]:
@@ -88,14 +86,15 @@ def _spent(server: LocalServer) -> Iterator[tuple[str, float]]:
         yield part, sum(value for labels, value in counted.items() if f'part="{part}"' in labels)
 
 
-def _table(results: Mapping[str, Any]) -> Table:
-    columns = ("requests_per_s", "p50_ms", "p99_ms", "front", "worker", *PARTS)
-    table = Table("", "requests/s", "p50 ms", "p99 ms", "front us", "worker us", *PARTS)
+def table(results: Mapping[str, Any]) -> Table:
+    """A combination a row, medians."""
+    columns = ("requests_per_s", "p50_ms", "p99_ms", "front", "worker", *PARTS, "rest")
+    shown = Table("", "requests/s", "p50 ms", "p99 ms", "front us", "worker us", *PARTS, "rest")
     for key, row in results.items():
         cells = [f"{row[name]['median']:.{2 if name.endswith('ms') else 0}f}" for name in columns]
         rate = row["requests_per_s"]
-        table.add_row(key, f"{cells[0]} ({rate['min']:.0f}-{rate['max']:.0f})", *cells[1:])
-    return table
+        shown.add_row(key, f"{cells[0]} ({rate['min']:.0f}-{rate['max']:.0f})", *cells[1:])
+    return shown
 
 
 if __name__ == "__main__":
