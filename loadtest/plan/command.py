@@ -140,7 +140,7 @@ def calibration(
     allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
     out: Annotated[Path, _flag(OUTPUT, "where to write them")] = Path("costs.json"),
 ) -> None:
-    """Measure in some fifteen seconds what `plan` calculates with: a hit, a step, and loads from store and disk.
+    """Measure in some twenty seconds what `plan` calculates with: a hit, a step, and loads from store and disk.
 
     On the machine, with the archives and the store that the plan is for:
     [bold]fleetcast-load calibrate --store s3://bucket/models[/]
@@ -150,7 +150,7 @@ def calibration(
             to = subject.target("sagemaker", allow_remote=allow_remote)
             names = list(subject.questions)
             forget = unloader(management, names) if management else None
-            with console.status("loads, hits, and as many requests as are answered: fifteen seconds"):
+            with console.status("loads, hits, and as many requests as are answered: twenty seconds"):
                 found = calibrate(to, subject.metrics, forget, where)
     except EXPECTED as error:
         raise SystemExit(f"no costs: {error}") from error
