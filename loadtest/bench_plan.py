@@ -76,7 +76,7 @@ def main(
         make_fleet(folder, MODELS)
         asked = trial.Questions(fleet_names(MODELS), MODELS, None, None, seed).of(folder, console)
         for i in range(rounds):
-            costs.append(measure_costs(folder, asked))
+            costs.append(measure_costs(folder, asked, rate))
             for share in SHARES:
                 found.append(
                     compare(folder, asked, round(share * MODELS), Profile(MODELS, rate, seed=seed), seconds, costs[-1])
@@ -91,12 +91,12 @@ def main(
     raise SystemExit(not all(size["met"] for size in results))
 
 
-def measure_costs(store: str, asked: Mapping[ModelName, Question]) -> Costs:
-    """The costs of a server with room for all."""
+def measure_costs(store: str, asked: Mapping[ModelName, Question], rate: float) -> Costs:
+    """The costs of a server with room for all, at so many requests a second."""
     with serve(store, ["--workers", "1"]) as server:
         subject = trial.Subject(server.inference, server.metrics, asked, store)
         to = subject.target("sagemaker", allow_remote=False)
-        return calibrate(to, server.metrics, unloader(server.management, list(asked)), "here")
+        return calibrate(to, server.metrics, unloader(server.management, list(asked)), "here", rate)
 
 
 def compare(

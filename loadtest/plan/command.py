@@ -21,7 +21,7 @@ from loadtest import trial
 from loadtest.driver import Forbidden
 from loadtest.fleet import make_fleet
 from loadtest.local import serve
-from loadtest.plan.calibrate import LOADED, calibrate
+from loadtest.plan.calibrate import HIT_RATE, LOADED, calibrate
 from loadtest.plan.costs import DEFAULT, Costs, read_costs
 from loadtest.plan.curves import SIZES, curve
 from loadtest.plan.demand import Demand, of_profile, of_trace
@@ -137,6 +137,7 @@ def calibration(
     management_url: Annotated[
         str | None, _flag(SERVER, "its management address: models are unloaded, to see them come back from disk")
     ] = None,
+    rate: Annotated[float, _flag(DEMAND, "requests a second that are planned for, of a worker", min=1)] = HIT_RATE,
     allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
     out: Annotated[Path, _flag(OUTPUT, "where to write them")] = Path("costs.json"),
 ) -> None:
@@ -151,7 +152,7 @@ def calibration(
             names = list(subject.questions)
             forget = unloader(management, names) if management else None
             with console.status("loads, hits, and as many requests as are answered: twenty seconds"):
-                found = calibrate(to, subject.metrics, forget, where)
+                found = calibrate(to, subject.metrics, forget, where, rate)
     except EXPECTED as error:
         raise SystemExit(f"no costs: {error}") from error
     out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")

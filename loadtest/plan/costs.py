@@ -19,8 +19,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds, each alone on an idle server. A distribution is what was seen, sorted, POINTS at most.
 
     A hit takes `overhead` (client, network, front) and a step of `step_s` + `row_s` for every request in it. A load
-    takes `get` where the store is asked, then `build` (read, verify, place), which needs the worker's interpreter as
-    steps do.
+    takes `get` where the store is asked, then `build` (read, verify, place), a part of which needs the worker's
+    interpreter as steps do.
     """
 
     said: str

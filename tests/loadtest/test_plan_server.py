@@ -14,6 +14,7 @@ from loadtest.fleet import make_fleet, make_request
 from loadtest.load import app
 from loadtest.local import serve
 from loadtest.outcome import CACHE
+from loadtest.plan.calibrate import HOT
 from loadtest.plan.costs import DEFAULT, read_costs
 from loadtest.plan.simulate import make_cache
 from loadtest.plan.worker import Model, Worker
@@ -60,7 +61,7 @@ def _ask(connection: http.client.HTTPConnection, name: str, body: bytes) -> str:
 def test_costs_of_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From archives to costs that `plan` reads: loads from the store and, unloaded, from disk; hits; full steps."""
     models, out = str(tmp_path / "models"), tmp_path / "costs.json"
-    make_fleet(models, 12)
+    make_fleet(models, 12 + HOT)
     for name in ("HIT_S", "FULL_S"):  # how exact they are is not the question here
         monkeypatch.setattr(f"loadtest.plan.calibrate.{name}", 0.5)
     ran = CliRunner().invoke(app, ["calibrate", "--store", models, "--out", str(out)])
