@@ -1,6 +1,6 @@
 """The record of `loadtest.accuracy` as one HTML file: accuracy against how often was fitted, and its tables. Pure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loadtest.report import document
@@ -10,15 +10,18 @@ from loadtest.report.tables import Table
 CURVES = 5  #: recipes and mixtures of a chart; the published ensemble is the last line
 PEER = "dnn_ensemble"
 LEVEL = "DNN ensemble, published, fitted daily"
+Curves = dict[str, dict[int, float]]  #: rMAE by recipe or mixture, and days between two fits
 
 
 def page(record: Mapping[str, Any]) -> str:
     """The HTML. Raises KeyError for a record of something else."""
     results = record["results"]
-    found = results["markets"]
+    found, days = results["markets"], results["test_days"]
+    curves = {name: _curves(each) for name, each in found.items()}
+    kept = _best(list(curves.values()))
     return document(
         "page.accuracy.html",
-        [_chart(name, each, results["test_days"]) for name, each in found.items()],
+        [_chart(name, curves[name], each["published"][PEER]["rmae"], kept, days) for name, each in found.items()],
         record=record,
         tables=list(_tables(results)),
         left=results["not_reached"],
@@ -26,18 +29,28 @@ def page(record: Mapping[str, Any]) -> str:
     )
 
 
-def _chart(name: str, found: Mapping[str, Any], days: int) -> Chart:
-    """Of one market rMAE by the days between two fits, those of the most fits first; `days` apart is once."""
-    curves: dict[str, dict[int, float]] = {}
+def _curves(found: Mapping[str, Any]) -> Curves:
+    """Of one market."""
+    curves: Curves = {}
     for row in found["rows"]:
         curves.setdefault(row["name"], {})[row["every"]] = row["rmae"]
-    kept = sorted(curves.items(), key=lambda each: min(each[1].values()))[:CURVES]
-    lines = [Line(label, [float(x) for x in sorted(of)], [of[x] for x in sorted(of)]) for label, of in kept]
-    peer = found["published"][PEER]["rmae"]
+    return curves
+
+
+def _best(markets: Sequence[Curves]) -> list[str]:
+    """The best of all markets together, of those that all have: the same in every chart, in the same colours."""
+    names = [name for name in markets[0] if all(name in each for each in markets)]
+    return sorted(names, key=lambda name: sum(min(each[name].values()) for each in markets))[:CURVES]
+
+
+def _chart(name: str, curves: Curves, peer: float, kept: Sequence[str], days: int) -> Chart:
+    """Of one market rMAE by the days between two fits; `days` apart is once."""
+    found = {label: sorted(curves[label].items()) for label in kept}
+    lines = [Line(label, [float(x) for x, _ in points], [y for _, y in points]) for label, points in found.items()]
     lines.append(Line(LEVEL, [1.0, float(days)], [peer, peer]))
     says = f"rMAE, lower is better; fitted once is {days} days, the whole test period"
     axis = Axis("days between two fits, logarithmic", log=True)
-    return Chart(name, says, axis, Axis("rMAE"), lines, list(range(len(lines))))
+    return Chart(name, says, axis, Axis("rMAE", near=True), lines, list(range(len(lines))))
 
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:

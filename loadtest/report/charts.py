@@ -24,12 +24,16 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """`kind` decides how the page writes a value; `top` ends a linear axis, which else ends above its data."""
+    """`kind` decides how the page writes a value; `top` ends a linear axis, which else ends above its data.
+
+    A linear axis begins at 0, or `near` its data, for lines that are told apart by a few percent.
+    """
 
     title: str
     kind: Literal["number", "percent", "one in"] = "number"
     log: bool = False
     top: float | None = None
+    near: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@
   function scale(axis, ofX) {
     if (axis.log) return ofX ? { time: false, distr: 3, range: (u, low, high) => [low, high] } : { distr: 3 };
     if (ofX) return { time: false };
+    if (axis.near) return { range: (u, low, high) => [low - 0.1 * (high - low), high + 0.1 * (high - low)] };
     return { range: (u, low, high) => [0, axis.top ?? (high > 0 ? high * 1.08 : 1)] };
   }
 
