@@ -12,8 +12,9 @@ READY = $(STAMP)
 endif
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
-# What a request or a network may be does not depend on the store.
-STORE_TESTS = $(filter-out tests/e2e/test_graph.py tests/e2e/test_forecasts.py,$(wildcard tests/e2e/test_*.py))
+# What a request or a network may be does not depend on the store, nor how slow a client is, nor what is logged.
+NO_STORE = graph forecasts joint many retrain slow_clients access_log
+STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help venv run forecast-demo load test test-s3 check format docs bench bench-peers scale clean
