@@ -7,7 +7,7 @@ import socket
 import termios
 import time
 from collections.abc import Hashable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -15,12 +15,64 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 LOOKS = 10  #: how often within its patience a listener looks at its clients
+SMALL = 4096  #: bytes that are worth copying to save a write
+
+
+class OneWrite:
+    """A client's transport that sends an answer's head and body in one write.
+
+    Uvicorn writes them apart, and uvloop sends each at once: the client would be woken twice. A small first write waits
+    for the second, at most to the end of the loop's pass. What is no write goes to the transport.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._held = b""
+        self._call_soon = asyncio.get_running_loop().call_soon
+        self.is_closing = transport.is_closing
+
+    def __getattr__(self, name: str) -> Any:
+        """The transport's own."""
+        return getattr(self._transport, name)
+
+    def __repr__(self) -> str:
+        """For example `<OneWrite 0 bytes held, <TCPTransport ...>>`."""
+        return f"<OneWrite {len(self._held)} bytes held, {self._transport!r}>"
+
+    def write(self, data: bytes) -> None:
+        """Send, or hold for what comes next."""
+        if self._held:
+            data, self._held = self._held + data, b""
+            self._transport.write(data)
+        elif len(data) > SMALL:
+            self._transport.write(data)
+        elif data:
+            self._held = data
+            self._call_soon(self._flush)
+
+    def close(self) -> None:
+        """Send what is held, and close."""
+        self._flush()
+        self._transport.close()
+
+    def get_write_buffer_size(self) -> int:
+        """Bytes that have not been sent."""
+        return len(self._held) + self._transport.get_write_buffer_size()
+
+    def _flush(self) -> None:
+        if self._held:
+            data, self._held = self._held, b""
+            self._transport.write(data)
 
 
 class Connection(HttpToolsProtocol):
     """A client's connection. Uvicorn bounds neither a request's line nor its headers: here they end at `MAX_HEAD`."""
 
     _head: int | None = 0  #: bytes so far of a head that has not ended; None once it has, until the next begins
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there."""
+        super().connection_made(cast("asyncio.Transport", OneWrite(transport)))
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one or many requests. What lies wholly within a head adds to it."""
