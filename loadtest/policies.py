@@ -22,7 +22,8 @@ from loadtest import record
 from loadtest.profiles import Profile, Schedule, Tick
 from model_store.eviction import POLICIES, policy_named
 from model_store.names import ModelName
-from model_store.policy import Cache, Evict, Moves, Placed
+from model_store.policy import Cache, Placed
+from model_store.victims import Evict, Moves
 
 FLEET, TICKS, EVERY_S = 640, 15, 300.0
 SHARES = (0.9, 0.5, 0.1)

@@ -1,6 +1,6 @@
 """The cache's decisions: who holds which room, who goes, who waits. Pure: time comes in, victims and moves go out.
 
-Who is worth how much is an eviction policy's to say (`model_store.eviction`); what its going would free is said here.
+Who is worth how much is an eviction policy's to say (`model_store.eviction`), who goes for whom `model_store.victims`'.
 
 One `Cache` per device share, owned by the worker's step thread. It never touches memory: it says *evict these slots*,
 *move that row*, *copy your row to this offset*, and is told when that has happened. Room is one pool of equal slabs. A
@@ -10,17 +10,15 @@ family holds slabs and a model a row in one of them; a single (an ONNX session) 
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from math import ceil, inf
 
 from model_store.errors import LoadError
 from model_store.eviction import Policy, policy_named
 from model_store.names import ModelName
-from model_store.slots import Bank, Lost, Slab, Slot, State, evictable, movable
+from model_store.room import Room
+from model_store.slots import Slot, State
+from model_store.victims import Evict, Moves, Refuse, Victims, Wait
 
 MAX_FAILURES = 10_000
-MAX_SPARED = 2048  #: of those about to be asked, that one search for a victim passes over
-NO_ROW = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +26,6 @@ class Placed:
     """Room is yours: bring the numbers, then call `ready` or `abandon`."""
 
     slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class Evict:
-    """These must go first: forget them, call `retired` for each, then ask again."""
-
-    victims: tuple[Slot, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """These rows make room by moving: copy each to its offset, call `moved`, then ask again."""
-
-    moves: tuple[tuple[Slot, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """All room is leased or on its way out: ask again when a lease has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refuse:
-    """Waiting would not help; the text says why."""
-
-    why: str
 
 
 Placement = Placed | Evict | Moves | Wait | Refuse
@@ -86,26 +58,19 @@ class Cache:
     def __init__(
         self, budget_bytes: int, slab_bytes: int, moves_per_call: int = 8, policy: Policy | None = None
     ) -> None:
-        self.budget_bytes = budget_bytes
-        self.slab_bytes = slab_bytes
-        self.moves_per_call = moves_per_call
-        self._free_slabs = list(range(budget_bytes // slab_bytes))[::-1]
-        self._banks: dict[str, Bank] = {}
         self._policy = policy or policy_named("lru")
-        self._single_bytes = 0
         self._slots: dict[ModelName, Slot] = {}  # the serving slot of each model: ready, or retiring but revivable
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}
         self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
-        self._lost = Lost()
         self._pins: set[ModelName] = set()
-        self._slab_count = len(self._free_slabs)
+        self._room = Room(budget_bytes, slab_bytes)
+        self._victims = Victims(self._room, self._policy, self._slots, self._pins, moves_per_call)
 
     def __repr__(self) -> str:
         """For example `<Cache 50 models, 3 loads, 1 pins, 3.5 of 4.0 MB>`."""
         used, budget = self.used_bytes / 1e6, self.budget_bytes / 1e6
-        pins = len(self._pins)
-        counts = f"{len(self._slots)} models, {len(self._loads)} loads, {pins} pins"
+        counts = f"{len(self._slots)} models, {len(self._loads)} loads, {len(self._pins)} pins"
         return f"<Cache {counts}, {used:.1f} of {budget:.1f} MB>"
 
     # --- requests ---------------------------------------------------------------------------------------------------
@@ -182,22 +147,23 @@ class Cache:
         load = self._loads[model]
         if any(victim.state is State.RETIRING and not victim.leases for victim in load.victims):
             return Wait()
-        bank = None if family is None else self._bank(family, charge)
-        limit = self.budget_bytes if bank is None else min(self.slab_bytes, self._slab_count * self.slab_bytes)
+        room = self._room
+        bank = None if family is None else room.bank(family, charge)
+        limit = room.budget_bytes if bank is None else min(room.slab_bytes, room.slabs * room.slab_bytes)
         if charge > limit:
             what = "the cache budget (model_cache_bytes)" if bank is None else "a slab (slab_bytes)"
             return Refuse(f"the model needs {charge} bytes, more than {what} of {limit} bytes")
-        offset = self._take_bytes(charge) if bank is None else self._take_row(bank)
+        offset = room.take(bank, charge)
         if offset is not None:
             slot = self._loading[model] = Slot(model, version, family, charge, offset, State.LOADING, now)
             if bank is not None:
-                bank.put(*self._row_of(slot), slot)
+                room.put(slot)
             return Placed(slot)
-        plan = self._plan(bank, charge, now, spare)
-        if load.speculative and not self._may_make_room(plan, model, spare):
+        plan = self._victims.plan(bank, charge, now, spare)
+        if load.speculative and not self._victims.may_go_for(model, plan, spare):
             return Refuse("all room is held by models that are expected as soon, or in use")
         if isinstance(plan, Wait):
-            return self._pins_fill(bank, charge) or plan
+            return self._victims.pins_fill(bank, charge) or plan
         if isinstance(plan, Evict):
             load.victims = plan.victims
             for victim in plan.victims:
@@ -209,7 +175,7 @@ class Cache:
         slot.state = State.READY
         slot.loaded_at = slot.used_at = now
         model = slot.model
-        self._lost.found(model)
+        self._victims.lost.found(model)
         old = self._slots.get(model)
         load = self._loads.pop(model)
         del self._loading[model]
@@ -223,7 +189,7 @@ class Cache:
 
     def abandon(self, slot: Slot) -> None:
         """The numbers never arrived: the room is free again. The load is still to be ended by `failed`."""
-        self._free(self._loading.pop(slot.model))
+        self._room.free(self._loading.pop(slot.model))
 
     def unchanged(self, model: ModelName, version: str) -> Slot | None:
         """The slot that serves this version already, if one does: a reload found nothing new, and is over."""
@@ -266,16 +232,13 @@ class Cache:
             del self._slots[slot.model]
             self._policy.leave(slot.model)
             if slot.family is not None:
-                self._lost.add(slot.model, slot.family, len(self._slots) + 1)
-        self._free(slot)
+                self._victims.lost.add(slot.model, slot.family, len(self._slots) + 1)
+        self._room.free(slot)
         return True
 
     def moved(self, slot: Slot, offset: int) -> None:
         """The row has been copied to `offset`; a slab left empty goes back to the pool."""
-        assert slot.family is not None, "a single has no row"
-        self._vacate(slot)
-        slot.offset = offset
-        self._banks[slot.family].put(*self._row_of(slot), slot)
+        self._room.move(slot, offset)
 
     # --- pins -------------------------------------------------------------------------------------------------------
 
@@ -299,9 +262,14 @@ class Cache:
     # --- what is here -----------------------------------------------------------------------------------------------
 
     @property
+    def budget_bytes(self) -> int:
+        """All the room there is."""
+        return self._room.budget_bytes
+
+    @property
     def used_bytes(self) -> int:
         """Slabs held by families and bytes held by singles."""
-        return (self._slab_count - len(self._free_slabs)) * self.slab_bytes + self._single_bytes
+        return self._room.used_bytes
 
     @property
     def loads(self) -> Iterable[ModelName]:
@@ -346,7 +314,7 @@ class Cache:
         Forget them and call `retired` for each. Rows stay: they lie in slabs, whose memory their going would not free.
         """
         victims = []
-        for slot in self._idle(None):
+        for slot in self._victims.idle(None):
             if need <= 0:
                 break
             slot.state = State.RETIRING
@@ -354,193 +322,8 @@ class Cache:
             need -= slot.charge
         return tuple(victims)
 
-    # --- room -------------------------------------------------------------------------------------------------------
-
-    def _bank(self, family: str, row_bytes: int) -> Bank:
-        """The family's bank, or one that is kept once it has a slab."""
-        bank = self._banks.get(family) or Bank(family, row_bytes, max(1, self.slab_bytes // row_bytes))
-        assert bank.row_bytes == row_bytes, f"family {family} has rows of {bank.row_bytes} bytes, not of {row_bytes}"
-        return bank
-
-    def _idle(self, family: str | None) -> Iterator[Slot]:
-        """Slots of a family, or singles, that may go now: the first to go first."""
-        return filter(evictable, map(self._slots.__getitem__, self._policy.victims(family)))
-
-    def _first(self, family: str, now: float, spare: Container[ModelName]) -> Slot | None:
-        """Who goes first of a family, but of `spare` only where the first MAX_SPARED all are of that.
-
-        Those that were passed over stay as if they had been asked, so that nobody passes over them again and again.
-        """
-        passed: list[Slot] = []
-        for slot in islice(self._idle(family), MAX_SPARED):
-            if slot.model not in spare:
-                for each in passed:
-                    self._policy.foresee(each.model, now)
-                return slot
-            passed.append(slot)
-        return passed[0] if passed else None
-
-    def _worth(self, slots: Iterable[Slot]) -> float:
-        return sum(self._policy.worth(slot.model) for slot in slots)
-
-    def _row_of(self, slot: Slot) -> tuple[int, int]:
-        """Indices of its slab and of its row in there."""
-        slab, at = divmod(slot.offset, self.slab_bytes)
-        return slab, at // slot.charge
-
     def _condemn(self, slot: Slot) -> None:
         slot.condemned = True
         slot.state = State.RETIRING
         del self._slots[slot.model]
         self._policy.leave(slot.model)
-
-    def _take_bytes(self, charge: int) -> int | None:
-        if charge > self.budget_bytes - self.used_bytes:
-            return None
-        self._single_bytes += charge
-        return NO_ROW
-
-    def _take_row(self, bank: Bank) -> int | None:
-        """An empty row's offset, in the fullest slab that has one (so that others can empty), else in a fresh slab."""
-        if bank.open:
-            slab = max(bank.open, key=lambda index: len(bank.slabs[index]))
-        elif self.budget_bytes - self.used_bytes >= self.slab_bytes:
-            slab = self._free_slabs.pop()
-            bank.slabs[slab] = Slab({}, set(range(bank.rows_per_slab)))
-            bank.open.add(slab)
-            self._banks[bank.family] = bank
-        else:
-            return None
-        row = next(iter(bank.slabs[slab].holes))
-        return slab * self.slab_bytes + row * bank.row_bytes
-
-    def _free(self, slot: Slot) -> None:
-        slot.state = State.EMPTY
-        if slot.family is None:
-            self._single_bytes -= slot.charge
-        else:
-            self._vacate(slot)
-
-    def _vacate(self, slot: Slot) -> None:
-        assert slot.family is not None, "a single has no row"
-        bank = self._banks[slot.family]
-        slab, row = self._row_of(slot)
-        bank.drop(slab, row)
-        if slab not in bank.slabs:
-            self._free_slabs.append(slab)
-        if not bank.slabs:
-            del self._banks[bank.family]
-
-    # --- who goes ---------------------------------------------------------------------------------------------------
-
-    def _pins_fill(self, bank: Bank | None, charge: int) -> Refuse | None:
-        """Whether pins alone leave no room, if they moved together as far as they can: then waiting is in vain."""
-        rows: dict[str, int] = {}
-        held = 0
-        for slot in filter(None, map(self._slots.get, self._pins)):
-            if slot.family is None:
-                held += slot.charge
-            else:
-                rows[slot.family] = rows.get(slot.family, 0) + 1
-        for family, count in rows.items():
-            other = self._banks[family]
-            if other is bank and count % bank.rows_per_slab:
-                return None  # a slab that pins hold anyway has an unpinned row for this family
-            held += ceil(count / other.rows_per_slab) * self.slab_bytes
-        need = charge if bank is None else self.slab_bytes
-        if need <= self.budget_bytes - held:
-            return None
-        total = self.budget_bytes
-        return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
-
-    def _plan(self, bank: Bank | None, charge: int, now: float, spare: Container[ModelName]) -> Evict | Moves | Wait:
-        """Nobody has room to give away: whoever is worth least of what could go, if enough of it can.
-
-        For a row that is another row of its family, singles worth a slab, or another family's slab. A slab has rows for
-        more models than this one, so for a family that lost some of late it may cost more than that one row. A large
-        single may need several slabs, one after another.
-        """
-        need = (charge if bank is None else self.slab_bytes) - (self.budget_bytes - self.used_bytes)
-        best: Evict | Moves | None = None
-        price = inf
-        own = None if bank is None else self._first(bank.family, now, spare)
-        if bank is not None and own is not None:
-            best, price = Evict((own,)), self._gain(bank) * self._worth((own,))
-        elif need > self.slab_bytes and need > self._reclaimable():
-            return Wait()
-        singles = self._singles_worth(need, price)
-        if singles:
-            best, price = Evict(singles), self._worth(singles)
-        for other in self._banks.values():
-            drain = None if other is bank else self._drain(other, price)
-            if drain is not None:
-                price, best = drain
-        return best or Wait()
-
-    def _gain(self, bank: Bank) -> int:
-        """How many models another slab would hold that are not here now, the one that needs room among them."""
-        return min(bank.rows_per_slab, self._lost.of(bank.family) + 1)
-
-    def _may_make_room(self, plan: Evict | Moves | Wait, model: ModelName, spare: Container[ModelName]) -> bool:
-        """Whether a load that nobody waits for is worth the plan."""
-        if isinstance(plan, Evict):
-            spared = any(victim.model in spare for victim in plan.victims)
-            return not spared and self._worth(plan.victims) < self._policy.worth(model)
-        return isinstance(plan, Moves)
-
-    def _reclaimable(self) -> int:
-        """Bytes that singles and families could give up if all that may go went and the rest moved together."""
-        total = sum(slot.charge for slot in self._idle(None))
-        for bank in self._banks.values():
-            stay = bank.occupied - sum(1 for _ in self._idle(bank.family))
-            fixed = sum(not movable(slab) for slab in bank.slabs.values())
-            total += (len(bank.slabs) - max(fixed, ceil(stay / bank.rows_per_slab))) * self.slab_bytes
-        return total
-
-    def _singles_worth(self, need: int, price: float) -> tuple[Slot, ...]:
-        """The first singles to go that together free `need` bytes; none if they cannot, or are not worth less."""
-        victims = []
-        for slot in self._cheap(None, price):
-            victims.append(slot)
-            need -= slot.charge
-            if need <= 0:
-                return tuple(victims)
-        return ()
-
-    def _drain(self, bank: Bank, price: float) -> tuple[float, Evict | Moves] | None:
-        """How the family gives up one slab, and what that costs; None if it cannot, or for no less than the price.
-
-        The first rows to go do so, wherever they lie; then the others of the emptiest slab move to their places. Rows
-        that would be filled soon count as the others do: else a slab that has just been taken is the cheapest of all.
-        """
-        excess = max(0, bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab)
-        filled = min(bank.holes, self._lost.of(bank.family))
-        times = 1 + filled / excess if excess else 1
-        victims = tuple(islice(self._cheap(bank.family, price / times), excess))
-        if len(victims) < excess:
-            return None
-        by_size = sorted(bank.slabs, key=lambda index: len(bank.slabs[index]))
-        slab = next((index for index in by_size if movable(bank.slabs[index])), None)
-        if slab is None:
-            return None
-        if victims:
-            return times * self._worth(victims), Evict(victims)
-        return 0, Moves(tuple(self._moves(bank, slab, by_size[::-1])))
-
-    def _cheap(self, family: str | None, price: float) -> Iterator[Slot]:
-        """Who may go of a family, or of the singles, in order, while all of them together are worth less than that."""
-        for slot in self._idle(family):
-            price -= self._worth((slot,))
-            if price <= 0:
-                return
-            yield slot
-
-    def _moves(self, bank: Bank, slab: int, targets: Iterable[int]) -> Iterator[tuple[Slot, int]]:
-        """Rows of the slab, and the holes of the others that they go to."""
-        holes = (
-            target * self.slab_bytes + row * bank.row_bytes
-            for target in targets
-            if target != slab
-            for row in bank.slabs[target].holes
-        )
-        yield from zip(islice(bank.slabs[slab].rows.values(), self.moves_per_call), holes, strict=False)

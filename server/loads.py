@@ -14,8 +14,9 @@ import torch
 
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
-from model_store.policy import Evict, Moves, Placed, Placement, Refuse, Wait
+from model_store.policy import Placed, Placement
 from model_store.slots import Slot
+from model_store.victims import Evict, Moves, Refuse, Wait
 from server.foresight import Foresight, Result
 from server.loader import Builder, Built, RowModel, prove, timed_build
 from server.metrics import WorkerMetrics

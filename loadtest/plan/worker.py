@@ -19,8 +19,9 @@ from loadtest.profiles import Float64
 from loadtest.trace import OUTCOMES, UInt8
 from model_store.errors import NoRoom
 from model_store.names import ModelName
-from model_store.policy import Cache, Evict, Failure, Moves, Placed, Refuse, Wait
+from model_store.policy import Cache, Failure, Placed
 from model_store.slots import Slot
+from model_store.victims import Evict, Moves, Refuse, Wait
 
 HIT, MISS, COALESCED, REFUSED = map(OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
 #: The server's own settings, by their names there (server/settings.py).

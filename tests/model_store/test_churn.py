@@ -14,8 +14,9 @@ import torch
 
 from handlers.base import Float32
 from model_store.names import ModelName
-from model_store.policy import Cache, Evict, Moves, Placed
+from model_store.policy import Cache, Placed
 from model_store.slots import Slot
+from model_store.victims import Evict, Moves
 from server.bank import Pool
 
 SLAB = 64 * 1024

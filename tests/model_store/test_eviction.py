@@ -12,7 +12,8 @@ from model_store.errors import NoRoom
 from model_store.eviction import POLICIES, policy_named
 from model_store.eviction.due import MAX_GHOSTS, Due
 from model_store.names import ModelName
-from model_store.policy import Cache, Failure, Load, Placed, Refuse
+from model_store.policy import Cache, Failure, Load, Placed
+from model_store.victims import Refuse
 from server.settings import Settings
 
 ROW, SLAB = policies.ROW, policies.SLAB
@@ -250,7 +251,7 @@ def test_a_slab_just_taken_is_not_taken_back(policy: str) -> None:
     asked = [models[i] for i in order.tolist()]
     trades, before = 0, 0
     for _ in serve(where, Trace(asked, [0.0] * len(asked), 0)):
-        families = len(where._banks)
+        families = len(where._room.banks)
         trades += families != before
         before = families
     assert trades <= 300
@@ -269,7 +270,7 @@ def test_memory_traded_for_hours_does_not_fragment() -> None:
             for _ in serve(where, Trace(models, [now] * len(models), 0)):
                 pass
         full.append(sum(slot.charge for slot in where) / where.used_bytes)
-        holes = sum(bank.holes * bank.row_bytes for bank in where._banks.values())
+        holes = sum(bank.holes * bank.row_bytes for bank in where._room.banks.values())
         assert holes <= 2 * 2**20
     assert min(full[100:]) >= min(full[2:20]) - 0.01
 

@@ -18,8 +18,9 @@ from hypothesis.stateful import (
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from model_store.eviction import POLICIES, policy_named
 from model_store.names import ModelName
-from model_store.policy import Cache, Evict, Failure, Load, Moves, Placed, Placement, Refuse, Wait
+from model_store.policy import Cache, Failure, Load, Placed, Placement
 from model_store.slots import Slot, State
+from model_store.victims import Evict, Moves, Refuse, Wait
 
 SLAB = 1000
 BROKEN = ArchiveInvalid("a test says so")
@@ -482,8 +483,8 @@ def test_two_families_that_trade_memory_a_thousand_times_do_not_grow() -> None:
         assert worker.cache.unload(slot.model) is slot
         assert worker.cache.retired(slot)
     assert worker.cache.used_bytes == 0
-    assert sorted(worker.cache._free_slabs) == [0, 1, 2, 3]
-    assert worker.cache._banks == {}
+    assert sorted(worker.cache._room.free_slabs) == [0, 1, 2, 3]
+    assert worker.cache._room.banks == {}
 
 
 def test_a_family_with_another_row_size_is_a_mistake_of_ours() -> None:
@@ -852,8 +853,8 @@ class CacheMachine(RuleBasedStateMachine):
         for slot in self.live:
             self.cache.retired(slot)
         assert (self.cache.used_bytes, len(self.cache), list(self.cache.loads)) == (0, 0, [])
-        assert sorted(self.cache._free_slabs) == list(range(self.cache.budget_bytes // SLAB))
-        assert self.cache._banks == {}
+        assert sorted(self.cache._room.free_slabs) == list(range(self.cache.budget_bytes // SLAB))
+        assert self.cache._room.banks == {}
         assert {slot.state for slot in self.live} <= {State.EMPTY}
 
 
