@@ -126,9 +126,12 @@ def _dims(value: Any, shape: Shape) -> Shape | None:
 
 
 def _is_regular(value: Any, dims: Shape) -> bool:
-    if len(dims) == 2:
-        return len(value) == dims[0] and set(map(len, value)) == {dims[1]}
-    return len(value) == dims[0] and (len(dims) == 1 or all(_is_regular(each, dims[1:]) for each in value))
+    if len(value) != dims[0]:
+        return False
+    inner = dims[1:]
+    if len(inner) == 1:  # most often, so without a call for each
+        return set(map(len, value)) == {inner[0]}
+    return not inner or all(_is_regular(each, inner) for each in value)
 
 
 @lru_cache(maxsize=256)
