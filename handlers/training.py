@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from handlers.base import Family, Float32
-from handlers.batched import batched_forward, flat, likelihood, reach, unflat
+from handlers.batched import batched_forward, flat, likelihood, reach, unflat, wants
 from handlers.deepar import DeepAr
 from handlers.forecasters import ARCHITECTURES, build, random_tensors
 from handlers.forecasters.ensemble import Ensemble
 from handlers.forecasters.lear import Lear
 from handlers.inputs import Float64, from_network, step_seconds
 from handlers.linear import LinearFit
-from handlers.recipe import grid, season
+from handlers.recipe import DAY, default_context, default_prediction, grid, recipe, season
 from handlers.series import Series
 from handlers.windows import Windows
 from model_store.manifest import Forecast, GoldenSample
@@ -39,6 +39,39 @@ WARM_UP = 0.05  #: of the steps, in which the learning rate rises
 CLIP = 1.0  #: norm of one model's gradient
 GOLDEN_REL = 1e-3
 GOLDEN_ABS = 1e-4  #: in units of the scaler's scale: network numbers near zero differ by about 1e-6
+
+
+def recipes(
+    series: Sequence[Series],
+    architecture: str,
+    config: Mapping[str, Any],
+    prediction_length: int = 0,
+    context_length: int = 0,
+    **options: Any,
+) -> list[Forecast]:
+    """The inputs that an architecture is given of each series; lengths of 0 are what its frequency suggests.
+
+    `options` are `handlers.recipe.recipe`'s. Without an `origin` a network of whole days starts at midnight, with "any"
+    nowhere. Raises SeriesInvalid; model_store.errors.ArchiveInvalid for an architecture or config that there is not.
+    """
+    step_s = round(series[0].step.total_seconds())
+    context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
+    needs = wants(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
+    asked, of_days = options.pop("origin", ""), needs.weekdays and step_s < DAY and horizon * step_s % DAY == 0
+    length = context_length or needs.context or context
+    return [
+        recipe(
+            each,
+            length if needs.context else needs.reach,
+            context_length=length,
+            prediction_length=horizon,
+            origin="" if asked == "any" else asked or ("00:00" if of_days else ""),
+            weekdays=needs.weekdays,
+            paths=needs.paths,
+            **options,
+        )
+        for each in series
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,15 +27,14 @@ import numpy as np
 import rich
 import torch
 import typer
-from rich.table import Table
 
 from loadtest import record
 from loadtest.assessment import FEV, FEV_DAYS, LEAR, LINEAR, MORE_WINDOWS, RECIPES, TCN, WINDOWS, assessed
 from loadtest.refits import DAYS, KNOWN, MARKETS, TARGET, TIME, Recipe, Refits, Task, market, period_start, schedule
-from loadtest.report.accuracy import page
+from loadtest.report.accuracy import page, tables
+from loadtest.report.terminal import shown
 
 ONCE = {"NP": 0.63, "PJM": 0.63, "BE": 0.82, "FR": 0.75, "DE": 0.50}  #: rMAE to stay below, fitted once
-PEERS = ("dnn_ensemble", "lear_ensemble")
 SCORING_S = 20  #: of the minutes, kept for what follows the fits
 SAID_S = 15  #: between two lines of progress
 SAME = 1e-3  #: of MAE, between our commands and a fit here: quantiles travel as JSON
@@ -198,27 +197,9 @@ def _missing(refits: Refits, stage: Stage, names: Sequence[str]) -> str:
 
 
 def _show(results: Mapping[str, Any]) -> None:
-    for table in _tables(results["markets"]):
-        rich.print(table)
+    for table in tables(results):
+        rich.print(shown(table))
     print("\n".join(f"not reached: {each}" for each in results["not_reached"]))
-
-
-def _tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    """RMAE by market, and WQL."""
-    table = Table("rMAE", "fitted every", *found)
-    for peer in PEERS:
-        table.add_row(peer, "1, published", *(f"{each['published'][peer]['rmae']:.3f}" for each in found.values()))
-    cells = {name: {(row["name"], row["every"]): row["rmae"] for row in each["rows"]} for name, each in found.items()}
-    for key in dict.fromkeys(key for each in cells.values() for key in each):
-        row = (f"{each[key]:.3f}" if key in each else "-" for each in cells.values())
-        table.add_row(key[0], "once" if key[1] == DAYS else str(key[1]), *row)
-    yield table
-    fev = Table("WQL, last 20 days", *found)
-    for key in dict.fromkeys(key for each in found.values() for key in each["wql"]):
-        fev.add_row(key, *(f"{each['wql'][key]:.4f}" if key in each["wql"] else "-" for each in found.values()))
-    for model, by_market in PUBLISHED_WQL.items():
-        fev.add_row(f"{model}, published", *(f"{by_market[name]:.4f}" for name in found))
-    yield fev
 
 
 if __name__ == "__main__":

@@ -16,13 +16,10 @@ import msgspec
 import numpy as np
 
 import handlers
-from handlers.batched import wants
-from handlers.forecasters import build
 from handlers.inputs import Float64
-from handlers.recipe import LEVELS, default_context, recipe
+from handlers.recipe import LEVELS, Scaling
 from handlers.series import Series, read_csv
-from handlers.training import Config, Fitted, Fitting, ask, fit, reference_network
-from model_store.manifest import Forecast
+from handlers.training import Config, Fitted, Fitting, ask, fit, recipes, reference_network
 
 MARKETS = ("NP", "PJM", "BE", "FR", "DE")
 TIME, TARGET, KNOWN = "datetime_local", "price", ("exog1", "exog2")
@@ -39,7 +36,7 @@ class Recipe:
     members: int = 1
     config: str = "{}"  #: JSON
     epochs: float = 0.0
-    scaling: str = "asinh"
+    scaling: Scaling = "asinh"
     levels: tuple[float, ...] = LEVELS
 
     @property
@@ -141,24 +138,9 @@ class Refits:
 
 
 def _fitted(series: Series, of: Recipe) -> Fitted:
-    (found,) = fit([series], [_forecast(series, of)], of.architecture, of.options, Fitting(of.epochs))
+    made = recipes([series], of.architecture, of.options, HOURS, levels=of.levels, scaling=of.scaling)
+    (found,) = fit([series], made, of.architecture, of.options, Fitting(of.epochs))
     return found
-
-
-def _forecast(series: Series, of: Recipe) -> Forecast:
-    """The inputs that `fleetcast train` gives this recipe."""
-    context = default_context(round(series.step.total_seconds()))
-    needs = wants(build(of.architecture, {**of.options, "context_length": context, "prediction_length": HOURS}))
-    return recipe(
-        series,
-        needs.context or needs.reach,
-        context_length=needs.context or context,
-        prediction_length=HOURS,
-        levels=of.levels,
-        scaling="linear" if of.scaling == "linear" else "asinh",
-        weekdays=needs.weekdays,
-        origin="00:00" if needs.weekdays else "",
-    )
 
 
 def forecasts(fitted: Fitted, series: Series, origins: Sequence[int]) -> Float64:

@@ -69,7 +69,7 @@ class Room:
         self.slab_bytes = slab_bytes
         self.slabs = budget_bytes // slab_bytes
         self.banks: dict[str, Bank] = {}
-        self.free_slabs = list(range(self.slabs))[::-1]
+        self._free_slabs = list(range(self.slabs))[::-1]
         self._single_bytes = 0
 
     def __repr__(self) -> str:
@@ -79,7 +79,7 @@ class Room:
     @property
     def used_bytes(self) -> int:
         """Slabs held by families and bytes held by singles."""
-        return (self.slabs - len(self.free_slabs)) * self.slab_bytes + self._single_bytes
+        return (self.slabs - len(self._free_slabs)) * self.slab_bytes + self._single_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -127,7 +127,7 @@ class Room:
         if bank.open:
             slab = max(bank.open, key=lambda index: len(bank.slabs[index]))
         elif self.free_bytes >= self.slab_bytes:
-            slab = self.free_slabs.pop()
+            slab = self._free_slabs.pop()
             bank.slabs[slab] = Slab({}, set(range(bank.rows_per_slab)))
             bank.open.add(slab)
             self.banks[bank.family] = bank
@@ -141,7 +141,7 @@ class Room:
         slab, row = self._row_of(slot)
         bank.drop(slab, row)
         if slab not in bank.slabs:
-            self.free_slabs.append(slab)
+            self._free_slabs.append(slab)
         if not bank.slabs:
             del self.banks[bank.family]
 

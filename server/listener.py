@@ -60,8 +60,8 @@ class OneWrite:
         return len(self._held) + self._transport.get_write_buffer_size()
 
     def _flush(self) -> None:
-        if self._held:
-            data, self._held = self._held, b""
+        data, self._held = self._held, b""
+        if data and not self.is_closing():  # cut off meanwhile: there is nobody to tell
             self._transport.write(data)
 
 

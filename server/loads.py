@@ -193,12 +193,12 @@ class Loads:
     def _settle(self, slot: Slot, built: Built, now: float) -> None:
         """Into its place, and everyone who waited is told."""
         try:
-            swapped = self._residents.settle(slot, built, now)
+            self._residents.write(slot, built)
         except Exception as error:  # a device that fails to copy must not keep the room, nor the waiters
             self._cache.abandon(slot)
             self._fail(built.model, _as_load_error(built.model, error))
             return
-        if swapped:
+        if self._residents.settle(slot, built, now):
             self._metrics.labelled(self._metrics.swaps, result="ok").inc()
         self._metrics.load_seconds(built.tier, now - self._started.pop(built.model))
         self._waiting.served(built, now)

@@ -57,11 +57,14 @@ class Residents:
 
     # --- coming -----------------------------------------------------------------------------------------------------
 
-    def settle(self, slot: Slot, built: Built, now: float) -> bool:
-        """Numbers in their place, the old version out. True if there was one. Raises what a failing copy raises."""
+    def write(self, slot: Slot, built: Built) -> None:
+        """Numbers in their place. Raises what a failing copy raises."""
         row = built.row
         if row is not None:
             self.with_memory(lambda: self.engine.pool.write(slot.offset, row))
+
+    def settle(self, slot: Slot, built: Built, now: float) -> bool:
+        """What has been written serves, the old version is out. True if there was one."""
         swapped = slot.model in self.cache
         old = self.cache.ready(slot, now)
         self._bodies[slot], self._validated[slot] = built.body, built.validated_at

@@ -109,23 +109,13 @@ def make_forecasts(
     recipe_options: Mapping[str, Any],
 ) -> list["Forecast"]:
     """The input recipe of each series, lengths of 0 by its frequency. Raises SeriesInvalid, ValueError."""
-    from handlers.batched import wants  # noqa: PLC0415
-    from handlers.forecasters import build  # noqa: PLC0415
-    from handlers.recipe import DAY, default_context, default_prediction, recipe  # noqa: PLC0415
+    from handlers.training import recipes  # noqa: PLC0415
 
-    step_s = round(series[0].step.total_seconds())
-    context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
     try:
-        needs = wants(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
+        return recipes(series, architecture, config, prediction_length, context_length, **recipe_options)
     except ArchiveInvalid as error:  # there is no such file yet: the flags are what was wrong
         said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
         raise ValueError(f"--architecture, --config: {said}") from error
-    options = {**recipe_options, "prediction_length": horizon, "weekdays": needs.weekdays, "paths": needs.paths}
-    options["context_length"] = context_length or needs.context or context
-    asked, of_days = options.get("origin", ""), needs.weekdays and step_s < DAY and horizon * step_s % DAY == 0
-    options["origin"] = "" if asked == "any" else asked or ("00:00" if of_days else "")
-    seen = options["context_length"] if needs.context else needs.reach
-    return [recipe(each, seen, **options) for each in series]
 
 
 def _check_out(out: str, name: ModelName) -> None:

@@ -15,7 +15,7 @@ import urllib3
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table as Shown
+from rich.table import Table
 
 from loadtest import trial
 from loadtest.driver import Forbidden
@@ -32,7 +32,7 @@ from loadtest.plan.prices import EXAMPLE, read_prices
 from loadtest.plan.simulate import SLAB_BYTES, Found, Loss, Machines, simulate
 from loadtest.plan.worker import LOADER_THREADS
 from loadtest.profiles import Shape, make_profile
-from loadtest.report.tables import Table
+from loadtest.report.terminal import shown
 from loadtest.writer import progress_bar
 from model_store.errors import LoadError
 from model_store.eviction import POLICIES
@@ -156,7 +156,7 @@ def calibration(
     except EXPECTED as error:
         raise SystemExit(f"no costs: {error}") from error
     out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    table = Shown("ms", "p50", "p99", title=found.said)
+    table = Table("ms", "p50", "p99", title=found.said)
     for name, seconds in (
         ("a hit beside its step", found.overhead),
         ("a GET", found.get),
@@ -237,21 +237,10 @@ def _bytes(text: str) -> int:
 
 def _show(found: Findings) -> None:
     for table in found.tables():
-        console.print(_shown(table), table.says, "")
+        console.print(shown(table), table.says, "")
     for sentence in found.sentences():
         console.print(sentence)
     console.print(f"costs: {found.costs.said}")
-
-
-def _shown(table: Table) -> Shown:
-    """For the terminal."""
-    shown = Shown(*table.head, title=table.title, title_justify="left")
-    shown.columns[0].no_wrap = True
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for row in table.rows:
-        shown.add_row(*row)
-    return shown
 
 
 # --- parts of a calibration -----------------------------------------------------------------------------------------

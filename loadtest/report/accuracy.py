@@ -23,7 +23,7 @@ def page(record: Mapping[str, Any]) -> str:
         "page.accuracy.html",
         [_chart(name, curves[name], each["published"][PEER]["rmae"], kept, days) for name, each in found.items()],
         record=record,
-        tables=list(_tables(results)),
+        tables=list(tables(results)),
         left=results["not_reached"],
         commands={name: " ".join(words) for name, words in results["commands"].items()},
     )
@@ -53,7 +53,8 @@ def _chart(name: str, curves: Curves, peer: float, kept: Sequence[str], days: in
     return Chart(name, says, axis, Axis("rMAE", near=True), lines, list(range(len(lines))))
 
 
-def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
+def tables(results: Mapping[str, Any]) -> Iterator[Table]:
+    """Scores by market: published ones, ours, and fev-bench's."""
     found, days = results["markets"], results["test_days"]
     rows = [[model, *(f"{each['published'][model]['rmae']:.3f}" for each in found.values())]
             for model in next(iter(found.values()))["published"]]  # fmt: skip

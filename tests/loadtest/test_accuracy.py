@@ -64,7 +64,12 @@ def test_a_fit_is_kept_and_not_done_again(data: Path, tmp_path: Path) -> None:
     again = Refits(data, tmp_path)
     assert again.has(task)
     assert not again.has(task._replace(recipe=WINDOWS))
-    assert [file.suffix for file in tmp_path.iterdir()] == [".npz"]
+    other = tmp_path / "epf"
+    other.mkdir()
+    with gzip.open(other / "NP.csv.gz", "wt") as file:
+        file.write("datetime_local,price,exog1,exog2\n")
+    assert not Refits(other, tmp_path).has(task)
+    assert [file.suffix for file in tmp_path.iterdir() if file.is_file()] == [".npz"]
 
 
 def test_minutes_that_are_over_end_the_work(data: Path, tmp_path: Path) -> None:
@@ -100,6 +105,8 @@ def test_a_market_is_scored_by_what_was_reached(data: Path, tmp_path: Path) -> N
     assert "1 of 1 fits of &lt;NP&gt;" in html
     assert accuracy.failures({"NP": found}, {"NP": row["mae"]}) == []
     assert "by train and backtest" in accuracy.failures({"NP": found}, {"NP": 2 * row["mae"]})[0]
+    worse = {"NP": {"rows": [row | {"rmae": 0.64}]}}
+    assert "rMAE 0.640 is above 0.63" in accuracy.failures(worse, {"NP": row["mae"]})[0]
 
 
 def test_what_was_forecast_knows_no_later_price(data: Path, tmp_path: Path) -> None:

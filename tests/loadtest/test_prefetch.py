@@ -1,5 +1,6 @@
 """A small version of the prefetch benchmark, against a real server, and what it makes of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,17 @@ import pytest
 
 from loadtest.fleet import make_fleet
 from loadtest.outcome import CACHE, Run
-from loadtest.prefetch import LEARNT, Plan, found, measure
+from loadtest.prefetch import LEARNT, Found, Plan, found, measure
 
 SMALL = Plan(
     models=30, others=90, rate=60.0, every_s=3.0, spread_s=0.2, ticks=LEARNT + 3, slab_rows=8, family="tcn-8", seed=1
 )
+
+
+def small(folder: Path, prefetch: str, ticks: int = SMALL.ticks) -> Found:
+    """A run of the small plan."""
+    make_fleet(str(folder), SMALL.models + SMALL.others, SMALL.seed, SMALL.family)
+    return measure(replace(SMALL, ticks=ticks), folder, prefetch, lambda _: None)
 
 
 @pytest.mark.e2e
@@ -21,11 +28,20 @@ def test_a_learnt_tick_is_warm(tmp_path: Path) -> None:
 
     One, since a test machine may be late for the others: their share is what the benchmark records.
     """
-    make_fleet(str(tmp_path), SMALL.models + SMALL.others, SMALL.seed, SMALL.family)
-    on = measure(SMALL, tmp_path, "on", lambda _: None)
+    on = small(tmp_path, "on")
     assert on.failed == 0
     assert min(on.cold) <= 0.01, f"cold by tick: {on.cold}, loads ahead of time: {on.prefetched}"
     assert on.prefetched["used"] >= SMALL.models // 2
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(90)
+def test_without_prefetch_every_tick_is_cold(tmp_path: Path) -> None:
+    """The same traffic evicts most of the fleet between two ticks: what the test above is measured against."""
+    off = small(tmp_path, "off", LEARNT + 1)
+    assert off.failed == 0
+    assert min(off.cold) > 0.5
+    assert not sum(off.prefetched.values())
 
 
 def test_the_fleet_s_ticks_are_told_from_other_traffic() -> None:

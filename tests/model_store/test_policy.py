@@ -483,7 +483,7 @@ def test_two_families_that_trade_memory_a_thousand_times_do_not_grow() -> None:
         assert worker.cache.unload(slot.model) is slot
         assert worker.cache.retired(slot)
     assert worker.cache.used_bytes == 0
-    assert sorted(worker.cache._room.free_slabs) == [0, 1, 2, 3]
+    assert sorted(worker.cache._room._free_slabs) == [0, 1, 2, 3]
     assert worker.cache._room.banks == {}
 
 
@@ -853,7 +853,7 @@ class CacheMachine(RuleBasedStateMachine):
         for slot in self.live:
             self.cache.retired(slot)
         assert (self.cache.used_bytes, len(self.cache), list(self.cache.loads)) == (0, 0, [])
-        assert sorted(self.cache._room.free_slabs) == list(range(self.cache.budget_bytes // SLAB))
+        assert sorted(self.cache._room._free_slabs) == list(range(self.cache.budget_bytes // SLAB))
         assert self.cache._room.banks == {}
         assert {slot.state for slot in self.live} <= {State.EMPTY}
 

@@ -127,3 +127,33 @@ def test_no_byte_is_lost_or_out_of_order(steps: list[Step]) -> None:
         return found
 
     assert uvloop.run(scenario()) == b"".join(part for part in parts if part is not None)
+
+
+def test_what_is_held_for_a_client_that_is_cut_off_is_let_go() -> None:
+    """Cut off before the end of the pass: the connection is closed by then, and nothing fails in the loop."""
+    wrong: list[Any] = []
+    over: asyncio.Queue[None] = asyncio.Queue()
+
+    class Writer(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            held = OneWrite(transport)
+            held.abort()
+            held.write(b"held")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            del exc
+            over.put_nowait(None)
+
+    async def scenario() -> bytes:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: wrong.append(context))
+        server = await loop.create_server(Writer, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        await over.get()
+        found = await reader.read()
+        writer.close()
+        server.close()
+        return found
+
+    assert uvloop.run(scenario()) == b""
+    assert wrong == []

@@ -1,0 +1,16 @@
+"""A report's table for the terminal."""
+
+from rich.table import Table as Shown
+
+from loadtest.report.tables import Table
+
+
+def shown(table: Table) -> Shown:
+    """Its title, headings and rows, numbers to the right."""
+    found = Shown(*table.head, title=table.title, title_justify="left")
+    found.columns[0].no_wrap = True
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for row in table.rows:
+        found.add_row(*row)
+    return found
