@@ -182,7 +182,8 @@ class Supervisor:
                 assert self._listen is not None
                 fds.append(self._listen.fileno())
             child.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", f"server.{child.kind}", *map(str, fds),
+                # -P: the working folder is not on the path, a user's own server/ or handlers/ there is never ours
+                sys.executable, "-P", "-m", f"server.{child.kind}", *map(str, fds),
                 pass_fds=fds, env=self._environment(child), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         child.channel = await Channel.open(ours, lambda op, args: self._handle(child, op, args))

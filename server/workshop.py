@@ -1,9 +1,7 @@
 """Archives at the desk: packed, looked into, and proved with the very pieces that load them in a worker. No server."""
 
 import hashlib
-import importlib.util
 import json
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,22 +11,20 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
 from handlers.graph import GraphFamily, graph_family
-from handlers.graph.export import export
 from handlers.graph.record import parse_graph
 from handlers.joint import JointModel
 from model_store.archive import Archive, Limits, open_archive, read_tensors
 from model_store.errors import ArchiveInvalid
-from model_store.manifest import GRAPH_FILE, Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
+from model_store.manifest import Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
 from model_store.names import ModelName, parse_model_name
-from model_store.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive, save_tensors
+from model_store.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive
 from model_store.sources import Source, open_source
 from model_store.store import ModelStore
 from server.bank import ALIGN_BYTES, Pool
 from server.engine import Engine
+from server.module_export import ExportRequest, export_module
 from server.loader import Built, Loader, RowModel, SingleModel, open_store, prove
 from server.options import human
 from server.settings import Settings
@@ -142,53 +138,15 @@ def graph_spec(forecast: Path | None, description: str) -> Spec:
 
 
 def graph_members(module: str, config: str, inputs: str, weights: Path | None) -> dict[str, bytes]:
-    """`FILE.py:NAME` imported, called with `config`, given its weights and exported: the graph and its numbers.
+    """`FILE.py:NAME` imported in a process of its own, called with `config`, given its weights and exported.
 
     Raises:
         ArchiveInvalid: the flag, file, or operator that is wrong.
         OSError: a file cannot be read.
     """
     shapes = _decoded(_json(inputs), dict[str, tuple[int, ...]], "--inputs")
-    made = _made(module, _decoded(_json(config), dict[str, Any], "--config"))
-    if weights is not None:
-        try:
-            made.load_state_dict(_state(weights))
-        except Exception as error:  # torch has many names for a file that does not fit
-            raise ArchiveInvalid(f"{weights}: not the state dict of {module}: {error}") from error
-    graph, tensors = export(made, shapes)
-    return {GRAPH_FILE: graph, WEIGHTS_FILE: save_tensors(tensors)}
-
-
-def _made(module: str, config: dict[str, Any]) -> nn.Module:
-    """What `NAME(**config)` of the file gives. The user's own code runs here, on the user's own machine."""
-    path, _, name = module.rpartition(":")
-    file = Path(path).expanduser().resolve()
-    if not path or not file.is_file():
-        raise ArchiveInvalid(f"--module {module}: give FILE.py:NAME, a file and what it calls the module's class")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None, "a .py file has a loader"
-    assert spec.loader is not None
-    sys.path.insert(0, str(file.parent))  # so that it may import its neighbours
-    try:
-        code = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(file.stem, code)  # dataclasses look themselves up
-        spec.loader.exec_module(code)
-        made = getattr(code, name)(**config)
-    except Exception as error:  # it is the user's code, and says best what is wrong with it
-        raise ArchiveInvalid(f"--module {module}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(file.parent))
-    if not isinstance(made, nn.Module):
-        raise ArchiveInvalid(f"--module {module}: it gives {type(made).__name__}, not a torch.nn.Module")
-    return made
-
-
-def _state(weights: Path) -> dict[str, torch.Tensor]:
-    """A state dict of safetensors, or of a .pt or .pth file that holds tensors alone."""
-    if weights.suffix in (".pt", ".pth"):
-        found: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
-        return found
-    return dict(load_file(weights))
+    fields = _decoded(_json(config), dict[str, Any], "--config")
+    return export_module(ExportRequest(module, fields, shapes, None if weights is None else str(weights)))
 
 
 def described(archive: Archive, data: bytes) -> dict[str, Any]:

@@ -213,6 +213,21 @@ def test_a_module_of_ones_own(desk: Path) -> None:
     assert "one by one: Batching rule not implemented for aten::gru" in run("verify", "rnn.mar").stdout
 
 
+def test_a_module_beside_packages_of_our_names(desk: Path) -> None:
+    """A user's `handlers`, `server`, `model_store` and `loadtest` are what his file imports; his prints stay apart."""
+    (desk / "net.py").write_text("from handlers.widths import WIDTH\nimport loadtest, model_store, server\n"
+                                 "print(server.__file__, loadtest.MINE, model_store.MINE)\n" + NET)  # fmt: skip
+    (desk / "neighbour.py").write_text("from server import MINE as WIDTH")
+    (desk / "server.py").write_text("MINE = 3")
+    for package in ("handlers", "model_store", "loadtest"):
+        (desk / package).mkdir()
+        (desk / package / "__init__.py").write_text("MINE = 3")
+    (desk / "handlers" / "widths.py").write_text("WIDTH = 3")
+    packed = run("pack", "own.mar", "--module", "net.py:Net", "--inputs", '{"x": [5, 3]}')
+    assert packed.exit_code == 0, packed.stderr
+    assert packed.stdout.startswith("own.mar: ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -297,6 +312,26 @@ def test_serve_and_invoke(desk: Path) -> None:
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=15)
         assert (process.returncode, out.partition(":")[0]) == (0, "stopping")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("trap", ["server.py", "server/__init__.py", "handlers/__init__.py", "model_store.py"])
+def test_nothing_of_the_working_folder_is_imported(desk: Path, trap: str) -> None:
+    """A server started beside a user's packages of our names runs none of their code, in none of its processes."""
+    (desk / trap).parent.mkdir(exist_ok=True)
+    (desk / trap).write_text("open('ran', 'w').write(__file__)\nraise SystemExit('this is the user's')\n")
+    (desk / "store").mkdir()
+    command = [Path(sys.executable).with_name("fleetcast"), "serve", *PORTS, "--disk-cache", "disk", "--store", "store"]
+    process = subprocess.Popen([*command, "--workers", "1"], cwd=desk, stdout=subprocess.PIPE, stderr=2, text=True)
+    try:
+        assert process.stdout is not None
+        assert any(line.startswith("ready") for line in process.stdout)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (desk / "ran").exists()
 
 
 @pytest.mark.e2e
