@@ -37,13 +37,13 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 run: $(READY) ## a fleet, a server, a forecast and a burst; stays until Ctrl-C (ARGS=--once does not)
-	@$(BIN)/python -m loadtest.demo $(ARGS)
+	@$(BIN)/fleetcast-load demo first-run $(ARGS)
 
 forecast-demo: $(READY) ## a market's cycle: 45 products, joint scenarios, a page; stays (ARGS="--csv prices.csv --time hour")
-	@$(BIN)/python -m loadtest.forecast_demo $(ARGS)
+	@$(BIN)/fleetcast-load demo market-cycle $(ARGS)
 
 load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loop load (ARGS="--rate 300 --models 500")
-	@$(BIN)/python -m loadtest.load run $(ARGS)
+	@$(BIN)/fleetcast-load run $(ARGS)
 
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -65,16 +65,16 @@ format: $(READY) ## put the code in shape
 	$(BIN)/python -m ruff format
 
 scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minutes, 1 GB, a record
-	@$(BIN)/python -m loadtest.scale $(ARGS)
+	@$(BIN)/fleetcast-load bench scale $(ARGS)
 
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
-	@$(BIN)/python -m loadtest.bench_peers $(ARGS)
+	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
 docs: $(READY) ## the README's table of settings
 	$(BIN)/python -m server.cli settings-table README.md
 
 bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)
-	$(BIN)/python -m loadtest.bench $(or $(ARGS),all)
+	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
 	rm -rf .venv .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from model_store.manifest import Channel, Forecast, GoldenSample, Scaler
-from model_store.packing import pack_forecaster, pack_graph
+from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.archives.packing import pack_forecaster, pack_graph
 
 CONFIG: dict[str, int | float | str | bool | list[int]] = {"channels": 4, "dilations": [1, 2]}
 FORECAST = Forecast(

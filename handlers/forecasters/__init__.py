@@ -25,8 +25,8 @@ from handlers.forecasters.mqrnn import Mqrnn, MqrnnConfig
 from handlers.forecasters.recursive import Recursive, RecursiveConfig
 from handlers.forecasters.seq2seq import Seq2Seq, Seq2SeqConfig
 from handlers.forecasters.tcn import Tcn, TcnConfig
+from model_store.archives.manifest import FLEETCAST_JSON, Forecast, Spec
 from model_store.errors import ArchiveInvalid
-from model_store.manifest import FLEETCAST_JSON, Forecast, Spec
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ prices are drawn from Johnson's SU distribution, heavy tails and all (as in Marc
 The input of a step is the target before it and what is known of it: a channel shifted by the prediction length tells,
 `context - prediction` columns before its end, of the steps that condition the recurrence, and at its end of those that
 are forecast; of the target itself, which cannot be shifted, these columns are the values one prediction length before.
-The last channel is the request's seed: see `handlers.forecasters.noise`. Paths of all models advance together.
+The last channel is the request's seed: see `handlers.forecasters.counter_rng`. Paths of all models advance together.
 
 The price of an answer: P steps of `paths` rows each, beside `context - P` of one row. Measured by default, one core:
 2.6 ms for 1 model, 1.5 ms a model from 8 on, six to eight times a `gru`, in proportion to `paths`. Parameters:
@@ -21,9 +21,9 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.forecasters.feedback import Feedback
-from handlers.forecasters.noise import normals
-from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.autoregression import Feedback
+from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.counter_rng import normals
 
 CPU_PATHS = 400  #: that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
 LEAST_SCALE = 1e-3  #: in network numbers

@@ -8,7 +8,7 @@ level, the pairs' first numbers and an offset, with noise. The recurrence reads 
 A Kalman filter takes in the context's last `context - prediction` targets. A path then draws a step from the filter's
 prediction and takes the draw in as if it had been observed: that is an exact draw from the joint distribution, and what
 depends on the path are means alone, as gains and variances depend on no observation. The last channel is the request's
-seed, see `handlers.forecasters.noise`.
+seed, see `handlers.forecasters.counter_rng`.
 
 The price of an answer: `context` filter steps of a dozen small products, one after another. Measured by default, one
 core: 14 ms for 1 model, 0.8 to 1 ms a model from 32 on. Parameters: 3 H (W + H + 2) a layer of H units and W inputs,
@@ -23,9 +23,9 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
+from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.counter_rng import normals
 from handlers.forecasters.deepar import require_longer
-from handlers.forecasters.noise import normals
-from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 LEAST_SCALE = 1e-2  #: in network numbers
 NUMBERS = 4  #: that the recurrence gives for a step

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from handlers.base import Family, Float32, Shape
-from handlers.forecasters.layout import check_finite, check_tensors
+from handlers.forecasters.row_layout import check_finite, check_tensors
 
 MOST_MEMBERS = 64
 

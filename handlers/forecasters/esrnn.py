@@ -25,8 +25,8 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Float32, Shape
-from handlers.forecasters.layout import check_finite, check_tensors
-from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.row_layout import check_finite, check_tensors
 
 
 class EsrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,8 @@ forecast. Of the target it reads the blocks `past_blocks` back from the end of t
 d-2, d-3 and d-7), of every known-future channel (shifted by the prediction length) `known_blocks` (0, 1 and 7: the day
 that is forecast, d-1 and d-7), and of the last `marks` channels, the weekday dummies, only the last column. Blocks that
 lie before the context are left out. `fleetcast train` fits it by L1-penalised quantile regression
-(`handlers.lasso`), and for origins at one time of day, so that a coefficient belongs to an hour and not to a distance.
+(`handlers.training.quantile_lasso`), and for origins at one time of day, so that a coefficient belongs to an hour and
+not to a distance.
 
 Parameters: (F + 1) x prediction_length x quantiles for F numbers read; of a day of hours with two covariates and seven
 weekdays F is 247, and all parameters are 29,760; 72,120 by default.
@@ -20,7 +21,7 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Shape
-from handlers.forecasters.layout import Rows
+from handlers.forecasters.row_layout import Rows
 
 MOST_PARAMETERS = 2**26
 Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, le=1000)], ...], Meta(max_length=100)]

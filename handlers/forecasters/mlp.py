@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Shape
-from handlers.forecasters.layout import Rows
+from handlers.forecasters.row_layout import Rows
 
 LAYERS = ("first", "second", "head")
 

@@ -1,4 +1,5 @@
-"""`mqcnn`: the dilated causal convolutions of `tcn` read the past, the decoder of `handlers.forecasters.mq` answers.
+"""`mqcnn`: the dilated causal convolutions of `tcn` read the past, the decoder of
+`handlers.forecasters.multi_horizon_quantile` answers.
 
 Source: Wen et al. 2017, arXiv 1711.11053; with convolutions for the encoder as in Wen and Torkkola 2019. Parameters by
 default: 13,568 in the convolutions, 1,056 for the encoder's 32 answers, 34,379 in the decoder.
@@ -8,7 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from handlers.forecasters.mq import Mq, require_parameters
+from handlers.forecasters.multi_horizon_quantile import Mq, require_parameters
 from handlers.forecasters.tcn import Tcn, TcnConfig
 
 

@@ -1,4 +1,5 @@
-"""`mqrnn`: the recurrence of `gru` reads the past, the decoder of `handlers.forecasters.mq` answers.
+"""`mqrnn`: the recurrence of `gru` reads the past, the decoder of `handlers.forecasters.multi_horizon_quantile`
+answers.
 
 Source: Wen et al. 2017, arXiv 1711.11053, with gated recurrent units where the paper has LSTMs. Parameters by default:
 8,352 in the recurrence, 2,352 for the encoder's 48 answers, 36,779 in the decoder.
@@ -9,7 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from handlers.forecasters.gru import Gru, GruConfig
-from handlers.forecasters.mq import Mq, require_parameters
+from handlers.forecasters.multi_horizon_quantile import Mq, require_parameters
 
 
 class MqrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,8 +16,8 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.forecasters.feedback import Feedback
-from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.autoregression import Feedback
+from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 
 class RecursiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

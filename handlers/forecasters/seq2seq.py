@@ -17,7 +17,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
-from handlers.forecasters.recurrence import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 
 class Seq2SeqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

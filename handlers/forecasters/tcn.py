@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Float32, Shape
-from handlers.forecasters.layout import Rows
+from handlers.forecasters.row_layout import Rows
 
 
 class TcnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,4 +1,5 @@
-"""Two ways to run many models at once that need no engine: what `loadtest.step` holds Fleetcast's own step against.
+"""Two ways to run many models at once that need no engine: what `loadtest.benchmarks.step` holds Fleetcast's own step
+against.
 
 Both take models as state dicts of the reference networks, and answer which[B] models for x [B, *input_shape]. They are
 written from the idea alone: the rows are copied, every layer is one batched product, nothing is measured or chosen.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from loadtest.processes import ended, free_port, reachable, wait_until
+from loadtest.observe.processes import ended, free_port, reachable, wait_until
 
 
 @contextmanager
@@ -22,8 +22,8 @@ def plain_peer(folder: Path, network: torch.nn.Module, count: int) -> Iterator[t
         torch.onnx.export(network, (torch.zeros(1, 8, 168),), graph, dynamo=False, input_names=["x"], verbose=False)
     path, port = str(folder / "plain.sock"), free_port()
     environment = {**os.environ, "PLAIN_SOCKET": path, "OMP_NUM_THREADS": "1"}
-    worker = [sys.executable, "-m", "loadtest.peers.plain_worker", str(graph), str(count), path]
-    front = [sys.executable, "-m", "uvicorn", "--port", str(port), "--no-access-log", "--log-level", "warning"]
+    worker = [sys.executable, "-P", "-m", "loadtest.peers.plain_worker", str(graph), str(count), path]
+    front = [sys.executable, "-P", "-m", "uvicorn", "--port", str(port), "--no-access-log", "--log-level", "warning"]
     processes = [subprocess.Popen(worker, env=environment)]
     with ended(processes):
         wait_until(lambda: Path(path).exists())

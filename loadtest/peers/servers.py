@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loadtest.dialects import DIALECTS, JSON, Dialect
-from loadtest.local import LocalServer, serve
+from loadtest.driver.dialects import DIALECTS, JSON, Dialect
+from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.processes import free_port, reachable
 from loadtest.peers.environments import HERE, PeerUnavailable, environment
 from loadtest.peers.plain import plain_peer
-from loadtest.peers.tree import Tree, last_words, started
-from loadtest.processes import free_port, reachable
+from loadtest.peers.process_tree import Tree, last_words, started
 
 START_S = 120.0
 LOAD_S = 120.0

@@ -12,12 +12,12 @@ from math import inf
 
 import numpy as np
 
-from loadtest.driver import Target, drive
-from loadtest.local import LocalServer
-from loadtest.outcome import CACHE, Run
+from loadtest.driver.open_loop import Target, drive
+from loadtest.driver.profiles import Float64, Schedule, poisson
+from loadtest.driver.run_result import CACHE, Run
+from loadtest.observe.local_server import LocalServer
+from loadtest.observe.metrics_sampler import Counts, parsed
 from loadtest.plan.costs import DEFAULT, Costs, less, sample
-from loadtest.profiles import Float64, Schedule, poisson
-from loadtest.watch import Counts, parsed
 
 LOAD_RATE, LOADED = 25.0, 80  #: loads a second, far enough apart to meet none other; how many at most
 HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second for so many models that stay, the last ones

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from loadtest.profiles import Float64
+from loadtest.driver.profiles import Float64
 
 POINTS = 201  #: of a distribution, at most
 
@@ -104,7 +104,7 @@ def of_run(record: Mapping[str, Any], name: str) -> Costs:
     Its hits and loads stood in each other's way already, so this errs on the slow side; what a step takes a run does
     not know, and DEFAULT says it.
     """
-    from loadtest.report.results import checked, histogram  # noqa: PLC0415 -- hdrhistogram, for this way alone
+    from loadtest.report.results_schema import checked, histogram  # noqa: PLC0415 -- hdrhistogram, for this way alone
 
     run = checked(record)["results"]
     if "hit" not in run["latency"]:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from loadtest.fleet import fleet_names, parse_sizes
-from loadtest.profiles import Int64, Load, Schedule
-from loadtest.trace import Trace, read_trace
+from loadtest.driver.profiles import Int64, Load, Schedule
+from loadtest.driver.trace import Trace, read_trace
+from loadtest.fleets.fleet import fleet_names, parse_sizes
 from model_store.names import ModelName
 
 UInt64 = npt.NDArray[np.uint64]

@@ -9,8 +9,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from loadtest.driver.profiles import Int64
 from loadtest.plan.demand import Demand, UInt64, mixed
-from loadtest.profiles import Int64
 
 CHUNK = 65_536  #: models ranked at a time
 

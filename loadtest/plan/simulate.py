@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from loadtest.driver.profiles import Float64, Int64, Schedule
+from loadtest.driver.trace import UInt8
 from loadtest.plan.costs import Costs, drawn
 from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
-from loadtest.plan.worker import COALESCED, HIT, LOADER_THREADS, MISS, REFUSED, Model, Worker
-from loadtest.profiles import Float64, Int64, Schedule
-from loadtest.trace import UInt8
-from model_store.eviction import policy_named
-from model_store.policy import Cache
+from loadtest.plan.simulated_worker import COALESCED, HIT, LOADER_THREADS, MISS, REFUSED, Model, Worker
+from model_store.cache.cache import Cache
+from model_store.cache.eviction import policy_named
 
 SLAB_BYTES = 4 * 2**20  #: the server's own setting of that name
 LEVELS = (50, 90, 99, 99.9)

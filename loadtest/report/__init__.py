@@ -13,7 +13,7 @@ import msgspec
 from markupsafe import Markup
 
 from loadtest.report.charts import NOTHING, TAGS, Chart, charts, number
-from loadtest.report.results import NotAResult, checked, load
+from loadtest.report.results_schema import NotAResult, checked, load
 from loadtest.report.tables import headlines, remarks, tables, verdict
 
 __all__ = ["NotAResult", "alone", "document", "load", "page", "write"]

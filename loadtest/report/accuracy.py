@@ -1,4 +1,4 @@
-"""The record of `loadtest.accuracy` as one HTML file: accuracy against how often was fitted, and its tables. Pure."""
+"""Renders a record of `bench accuracy` as one HTML file: accuracy against how often was fitted, and tables. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

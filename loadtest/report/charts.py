@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
-from loadtest.report.results import Buckets, Column, Latency, OverTime, Results, ServerOverTime, histogram
+from loadtest.report.results_schema import Buckets, Column, Latency, OverTime, Results, ServerOverTime, histogram
 
 TAGS = ("A", "B")  #: how two runs are called
 CACHE = ("all", "hit", "miss", "coalesced")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loadtest.report.charts import NOTHING, TAGS, number, said
-from loadtest.report.results import Record, Results
+from loadtest.report.results_schema import Record, Results
 
 Percentile = Literal["count", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "max_ms"]
 PERCENTILES: tuple[tuple[str, Percentile], ...] = (

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.processes import ended, free_port, reachable, wait_until
+from loadtest.observe.processes import ended, free_port, reachable, wait_until
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -101,7 +101,7 @@ def test_the_compose_services_work_together(tmp_path: Path) -> None:
     with started([sys.executable, "-m", "moto.server", *s3], {}, tmp_path / "s3.log"):
         wait_until(lambda: reachable(ports["s3"]))
         subprocess.run(fleet, env={**os.environ, **environment}, check=True, capture_output=True)
-        entry = [sys.executable, "-m", "server.cli", *services["server"]["command"]]
+        entry = [sys.executable, "-m", "server.cli.main", *services["server"]["command"]]
         with started(entry, serving, tmp_path / "server.log"), started(watch, {}, tmp_path / "prometheus.log"):
             check = healthcheck().replace("127.0.0.1:8080", f"127.0.0.1:{ports['inference']}")
             wait_until(

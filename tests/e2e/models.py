@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from handlers.forecasters import build, random_tensors
-from model_store.manifest import Channel, Forecast, Scaler
-from model_store.packing import pack_forecaster, pack_onnx
+from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.packing import pack_forecaster, pack_onnx
 
 Float32 = npt.NDArray[np.float32]
 Config = Mapping[str, int | float | str | bool | list[int]]

@@ -255,7 +255,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
     flags = _flags({"store": store, "announce": announce, **ports, **defaults, **settings})
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", *flags],
+            [sys.executable, "-m", "server.cli.main", "serve", *flags],
             cwd=folder, env=_child_environment(s3, folder, mark), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
         )  # fmt: skip
     server = Server(process, mark, log, {})

@@ -9,8 +9,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from handlers.forecasters import build
-from loadtest.trace import OUTCOMES, read_trace
-from server.arrivals import Row, parts, read_rows
+from loadtest.driver.trace import OUTCOMES, read_trace
+from server.access_log import Row, parts, read_rows
 from tests.e2e.conftest import Serve
 from tests.e2e.models import SMALL_TCN, fleet
 from tests.e2e.server import ROOT, Server, upload, wait_until
@@ -68,7 +68,7 @@ def test_the_log_is_replayed(s3: S3Server, store: str, serve: Serve, tmp_path: P
     request.write_bytes(models[0].question(0).body)
     with serve(access_log=tmp_path / "again", disk_cache=tmp_path / "cache2") as server:
         flags = ["--url", server.url, "--trace", str(tmp_path / "log"), "--request", str(request)]
-        run = _command("loadtest.load", "run", "--profile", "replay", *flags, folder=tmp_path)
+        run = _command("loadtest.cli", "run", "--profile", "replay", *flags, folder=tmp_path)
         assert run.returncode in {0, 1}, run.stdout + run.stderr  # 1: the driver was late, which is not asked here
     again = sorted(read_rows(tmp_path / "again"), key=lambda row: row.time)
     assert [row.model for row in again] == [model.name for model in models * 5]
@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     flags = ["--store", str(tmp_path), "--access-log", str(tmp_path / "file"), "--inference-port", "0"]
     flags += ["--management-port", "0", "--metrics-port", "0"]
-    ended = _command("server.cli", "serve", *flags, folder=tmp_path)
+    ended = _command("server.cli.main", "serve", *flags, folder=tmp_path)
     assert ended.returncode == 2
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: --access-log {tmp_path / 'file'}: ")

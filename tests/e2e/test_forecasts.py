@@ -18,9 +18,9 @@ from torch import nn
 
 from handlers.base import Float32
 from handlers.forecasters import build, random_tensors
-from handlers.graph.export import export
-from model_store.manifest import Channel, Forecast, GoldenSample, Scaler
-from model_store.packing import pack_forecaster, pack_graph
+from handlers.kinds.graph.export import export
+from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.archives.packing import pack_forecaster, pack_graph
 from tests.e2e.models import ABSOLUTE, CENTER, LEVELS, RELATIVE, SCALE, Model, forecaster
 from tests.e2e.server import ROOT, Server, invoke, serving, upload
 from tests.s3 import S3Server
@@ -232,7 +232,7 @@ def test_commands(s3: S3Server, bucket: str, tmp_path: Path, fleet: dict[str, Mo
         ["batch", "in.jsonl", "out.jsonl", "--models", f"s3://{bucket}"],
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "server.cli", *arguments],
+            [sys.executable, "-m", "server.cli.main", *arguments],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

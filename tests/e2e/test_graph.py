@@ -10,9 +10,9 @@ from botocore.exceptions import ClientError
 from torch import nn
 
 from handlers.base import Shape
-from handlers.graph.export import export
-from model_store.manifest import Channel, Forecast, GoldenSample, Scaler
-from model_store.packing import pack_graph
+from handlers.kinds.graph.export import export
+from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.archives.packing import pack_graph
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
 from tests.e2e.server import Server, serving, upload

@@ -15,8 +15,8 @@ import safetensors.numpy
 from botocore.exceptions import ClientError
 
 from handlers.forecasters import build, random_tensors
-from model_store.manifest import GoldenSample
-from model_store.packing import pack_forecaster
+from model_store.archives.manifest import GoldenSample
+from model_store.archives.packing import pack_forecaster
 from tests.archives import make_raw_tar_gz, make_zip, repack
 from tests.e2e.models import SMALL_TCN, Question, fleet, forecaster
 from tests.e2e.server import Server, is_answered, serving, upload, wait_until

@@ -9,8 +9,8 @@ import httpx
 import numpy as np
 import pytest
 
-from handlers.correlation import gaussian
-from model_store.packing import pack_correlation
+from handlers.evaluation.correlation import gaussian
+from model_store.archives.packing import pack_correlation
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
 from tests.e2e.server import Server, upload

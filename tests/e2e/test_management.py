@@ -49,7 +49,10 @@ def test_verbs_take_names_with_slashes(house: tuple[Server, dict[str, Model]], n
     assert server.models()[name]["pinned"]
     assert server.fleet("reload", path).json() == {**loaded, "holders": 1}
     assert server.fleet("unpin", path).json() == {"model": name, "pinned": False}
-    assert server.fleet("unload", path).json() == {"model": name, "unloaded_from": [holder["worker"]]}
+    assert server.fleet("unload", path).json() == {
+        "model": name,
+        "unloaded_from": [holder["worker"]],
+    }
     assert name not in server.models()
     missing = server.http.get(f"{server.addresses['management']}/fleet/models/{path}")
     assert missing.status_code == 404

@@ -43,7 +43,7 @@ def fleetcast(s3: S3Server, folder: Path, *arguments: str) -> "subprocess.Comple
     """A command in a process of its own, with the store's credentials."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FLEETCAST_"))}
     return subprocess.run(
-        [sys.executable, "-m", "server.cli", *arguments],
+        [sys.executable, "-m", "server.cli.main", *arguments],
         cwd=folder, env={**plain, **s3.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
         timeout=45,
     )  # fmt: skip

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from handlers.base import Family, Float32
-from handlers.codecs import FamilyCodec
+from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build, random_tensors
+from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
-from model_store.slots import Slot, State
-from server.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
-from server.device import CudaDevice, Precision, cache_share
-from server.loader import RowModel
-from server.shelf import Shelf
-from tests.server.test_engine import CONFIGS, reference
+from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
+from server.worker.engine.device import CudaDevice, Precision, cache_share
+from server.worker.host_cache import Shelf
+from server.worker.model_loader import RowModel
+from tests.server.worker.engine.test_cpu import CONFIGS, reference
 
 pytestmark = [
     pytest.mark.gpu,

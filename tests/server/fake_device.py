@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from server.device import Event
+from server.worker.engine.device import Event
 
 NAN = float("nan")
 CPU = torch.device("cpu")
@@ -87,7 +87,7 @@ class FakeDevice:
         """Time passes as the seed says."""
         self.random = random.Random(self.seed)
 
-    # --- server.device.Device ---------------------------------------------------------------------------------------
+    # --- Device --------------------------------------------------------------------------------------------------
 
     def memory(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Device memory, poisoned."""

@@ -9,12 +9,12 @@ import numpy as np
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import build, random_tensors
-from model_store.archive import DEFAULT_LIMITS
-from model_store.manifest import Channel, Forecast, Scaler
+from model_store.archives.archive import DEFAULT_LIMITS
+from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
-from model_store.packing import pack_forecaster
-from server.cli import app
-from server.rolling import Model, unpublished
+from server.cli.main import app
+from server.offline.rolling_windows import Model, unpublished
 
 HISTORY, HORIZON, DAYS = 24, 6, 20
 LEVELS = (0.1, 0.5, 0.9)

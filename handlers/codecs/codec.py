@@ -1,0 +1,198 @@
+"""Bodies to arrays and back: content negotiation, and one codec for families, one for singles. No torch.
+
+A codec belongs to one loaded archive and holds no state of a request. Every wrong request is a RequestError, every
+wrong output a RunFailed; nothing else is raised, whatever the bytes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from handlers.base import Float32, Shape
+from handlers.codecs import tensors
+from handlers.codecs.deepar import DeepAr
+from handlers.errors import RequestError, RunFailed, UnsupportedMedia
+from model_store.archives.manifest import Forecast
+
+JSON = "application/json"
+NPY = "application/x-npy"
+LINES = "application/jsonlines"
+MEDIA = (JSON, NPY, LINES)
+Encoded = tuple[bytes, str]  #: body, content type
+
+
+class Tensor(Protocol):
+    """The part of a family that its requests must fit."""
+
+    @property
+    def input_name(self) -> str:
+        """The input's name in tensor JSON."""
+
+    @property
+    def input_shape(self) -> Shape:
+        """Of one row, without batch axis."""
+
+    @property
+    def output_shape(self) -> Shape:
+        """Of one row, without batch axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A decoded request for a family: rows [n, *input_shape], and what makes the answer of outputs [n, *output_shape].
+
+    `encode` raises RunFailed when the outputs are not finite.
+    """
+
+    rows: Float32
+    encode: Callable[[Float32], Encoded]
+
+
+@dataclass(frozen=True, slots=True)
+class SingleCall:
+    """A decoded request for a single: feeds [n, *shape] by input name, and what makes the answer of its outputs."""
+
+    feeds: dict[str, Float32]
+    n: int
+    encode: Callable[[Mapping[str, Float32]], Encoded]
+
+
+@lru_cache(maxsize=256)
+def negotiate(content_type: str, accept: str) -> tuple[str, str]:
+    """(Content-Type, Accept) -> (what the body is, what the answer will be), each JSON, NPY or LINES.
+
+    No content type counts as JSON; no Accept, or one that takes anything, gives the body's own type. Raises
+    UnsupportedMedia that names what is served.
+    """
+    sent = content_type.partition(";")[0].strip().lower() or JSON
+    if sent not in MEDIA:
+        served = ", ".join(MEDIA)
+        raise UnsupportedMedia(f"content type {sent[:80]!r} is not served; send one of {served}", field="content-type")
+    ranked = sorted((_range(each) for each in accept.split(",") if each.strip()), key=lambda pair: -pair[1])
+    for media, quality in ranked:
+        if quality > 0:
+            if media in ("*/*", "application/*"):
+                return sent, sent
+            if media in MEDIA:
+                return sent, media
+    if ranked:
+        raise UnsupportedMedia(f"accept {accept[:80]!r} has nothing we give; ask {' or '.join(MEDIA)}", field="accept")
+    return sent, sent
+
+
+class FamilyCodec:
+    """Tensor JSON, npy and, where the archive carries a forecast, DeepAR JSON for one forecaster archive."""
+
+    def __init__(self, tensor: Tensor, forecast: Forecast | None = None) -> None:
+        """Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run."""
+        self._name = tensor.input_name
+        self._shapes = {tensor.input_name: tensor.input_shape}
+        self._output_shape = tensor.output_shape
+        self._deepar = None if forecast is None else DeepAr(forecast)
+
+    def __repr__(self) -> str:
+        return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
+
+    def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> Call:
+        """A request's body and headers (empty where not sent) -> its rows. Raises RequestError."""
+        sent, wanted = negotiate(content_type, accept)
+        if LINES in (sent, wanted):
+            return self._lines(bytes(body), sent, wanted)
+        if sent == NPY:
+            row = tensors.read_npy(body, self._name, self._shapes[self._name])
+        else:
+            body = bytes(body)
+            found = tensors.read_json(body, self._shapes)
+            if found is None:
+                return self._forecast(body, wanted)
+            row = found[self._name]
+        return Call(row[None], self._encode_npy if wanted == NPY else self._encode_json)
+
+    def _forecast(self, body: bytes, wanted: str) -> Call:
+        if wanted != JSON:
+            raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
+        rows, encode = self._forecaster("instances").decode(body)
+        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON))
+
+    def _lines(self, body: bytes, sent: str, wanted: str) -> Call:
+        """JSON Lines in and out. A line whose outputs are not finite is an error by itself."""
+        if sent != wanted:
+            raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
+        rows, encode = self._forecaster(None).decode_lines(body)
+        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES))
+
+    def _forecaster(self, field: str | None) -> DeepAr:
+        if self._deepar is None:
+            name, shape = next(iter(self._shapes.items()))
+            message = f"the archive has no `forecast` and answers tensors only: send {name!r} {list(shape)}"
+            raise RequestError(message, field=field)
+        return self._deepar
+
+    def _encode_json(self, outputs: Float32) -> Encoded:
+        return tensors.write_json({"predictions": _sound("predictions", outputs)[0]}), JSON
+
+    def _encode_npy(self, outputs: Float32) -> Encoded:
+        return tensors.write_npy(_sound("predictions", outputs)[0]), NPY
+
+
+class SingleCodec:
+    """Tensor JSON, and npy where there is one input or one output, for one single (an ONNX session)."""
+
+    def __init__(self, inputs: Mapping[str, Shape], outputs: Sequence[str]) -> None:
+        self._inputs = dict(inputs)
+        self._outputs = tuple(outputs)
+
+    def __repr__(self) -> str:
+        return f"<SingleCodec {self._inputs} -> {', '.join(self._outputs)}>"
+
+    def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> SingleCall:
+        """A request's body and headers (empty where not sent) -> its feeds, n = 1. Raises RequestError."""
+        sent, wanted = negotiate(content_type, accept)
+        if LINES in (sent, wanted):
+            raise UnsupportedMedia(f"{LINES} is for forecasts; the model answers tensors only: send {JSON}")
+        if sent == NPY and len(self._inputs) != 1:
+            raise UnsupportedMedia(f"{NPY} carries one array; the model takes {', '.join(self._inputs)}: send {JSON}")
+        if wanted == NPY and len(self._outputs) != 1:
+            raise UnsupportedMedia(f"{NPY} carries one array; the model gives {', '.join(self._outputs)}: ask {JSON}")
+        if sent == NPY:
+            ((name, shape),) = self._inputs.items()
+            found: dict[str, Float32] | None = {name: tensors.read_npy(body, name, shape)}
+        else:
+            found = tensors.read_json(bytes(body), self._inputs)
+        if found is None:
+            raise RequestError("the model answers tensors only", field="instances")
+        feeds = {name: array[None] for name, array in found.items()}
+        return SingleCall(feeds, 1, self._encode_npy if wanted == NPY else self._encode_json)
+
+    def _encode_json(self, outputs: Mapping[str, Float32]) -> Encoded:
+        rows = {name: _sound(name, outputs[name])[0] for name in self._outputs}
+        return tensors.write_json({"predictions": rows if len(rows) > 1 else rows[self._outputs[0]]}), JSON
+
+    def _encode_npy(self, outputs: Mapping[str, Float32]) -> Encoded:
+        (name,) = self._outputs
+        return tensors.write_npy(_sound(name, outputs[name])[0]), NPY
+
+
+def _sound(name: str, outputs: Float32) -> Float32:
+    """The outputs, C-contiguous. Raises RunFailed that names the first number that is not finite."""
+    if not np.isfinite(outputs).all():
+        at = np.argwhere(~np.isfinite(outputs))[0]
+        place = name + "".join(f"[{i}]" for i in at)
+        raise RunFailed(f"the model's output is not finite: {place} is {outputs[tuple(at)]}")
+    return np.ascontiguousarray(outputs)
+
+
+def _range(text: str) -> tuple[str, float]:
+    """One media range of an Accept header -> (type in lower case, its q)."""
+    media, *parameters = (part.strip().lower() for part in text.split(";"))
+    quality = 1.0
+    for parameter in parameters:
+        if parameter.startswith("q="):
+            try:
+                quality = float(parameter[2:])
+            except ValueError:
+                quality = 0.0
+    return media, quality

@@ -1,0 +1,255 @@
+"""DeepAR JSON for one archive: a request's history and covariates to network rows, network quantiles to a forecast.
+
+Contract: CONTRACTS 5; one JSON object, or JSON Lines with an instance a line. An archive of one product is asked and
+answers by series [T], one of several by [D][T]; in the arrays here that is an axis D which the first kind lacks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.base import Float32
+from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, Reader
+from handlers.codecs.features import Float64, Inputs, from_network
+from handlers.codecs.tensors import write_json
+from handlers.errors import RequestError, RunFailed
+from model_store.archives.manifest import Forecast
+
+MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
+NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
+
+Prediction = dict[str, object]
+
+
+class Levels(NamedTuple):
+    """Asked quantile levels: each lies `weight` of the way from the trained level `below` to that `above`."""
+
+    names: Sequence[str]  #: as they were asked
+    below: npt.NDArray[np.intp]
+    above: npt.NDArray[np.intp]
+    weight: Float64
+
+    def of(self, prices: Float64) -> Float64:
+        """Quantiles at the trained levels, sorted [..., levels] -> at the asked ones [..., asked], sorted alike.
+
+        Multiplying and adding round monotonically; the bound is for weights that are rounded up to one.
+        """
+        low, high = prices[..., self.below], prices[..., self.above]
+        return np.minimum(low + self.weight * (high - low), high)
+
+
+class Asked(NamedTuple):
+    """What one instance wants to know, checked."""
+
+    configuration: Configuration
+    levels: Levels
+    start: str  #: of the first forecast step
+    item_id: str | int | None
+
+
+class DeepAr:
+    """One archive's forecast contract, checked once when the archive is loaded."""
+
+    def __init__(self, forecast: Forecast) -> None:
+        """Raises ArchiveInvalid where the recipe of its inputs cannot be run."""
+        self._forecast = forecast
+        self._reader = Reader(forecast.products)
+        self._inputs = Inputs(forecast)
+        self._trained = np.array(forecast.trained_levels)
+        default = forecast.quantile_levels
+        self._default = _between([str(level) for level in default], np.array(default), self._trained)
+        self._mean = mean_weights(self._trained)
+        products = len(forecast.products)
+        self._several = products > 1
+        self._by_level = (0, 3, 1, 2) if self._several else (0, 2, 1)
+        self._shape = (forecast.prediction_length, *((products,) if self._several else ()), len(self._trained))
+
+    def __repr__(self) -> str:
+        forecast = self._forecast
+        products = f" of {', '.join(forecast.products)}" if self._several else ""
+        lengths = f"{forecast.context_length} -> {forecast.prediction_length} steps of {forecast.frequency}"
+        return f"<DeepAr {lengths}{products}>"
+
+    def decode(self, body: bytes) -> tuple[Float32, Callable[[Float32], bytes]]:
+        """The body -> (rows [n, channels, context], finite outputs [n, *network's] -> the answer's body).
+
+        Outputs are [n, prediction, levels], or of several products as `Forecast` says. Raises RequestError that names
+        instance and field. The second function raises RunFailed where the prices of an output overflow.
+        """
+        request = self._reader.body(body)
+        levels = self._check_configuration(request.configuration, len(request.instances))
+        rows = self._inputs.rows(len(request.instances))
+        asked = []
+        for i, instance in enumerate(request.instances):
+            try:
+                start = self._inputs.fill(rows[i], instance, request.configuration.seed)
+            except RequestError as error:
+                raise RequestError(error.message, instance=i, field=error.field) from None
+            asked.append(Asked(request.configuration, levels, start, instance.item_id))
+        return rows, lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})
+
+    def decode_lines(self, body: bytes) -> tuple[Float32, Callable[[Float32], bytes]]:
+        """As `decode` for JSON Lines, an answer a line. A line that cannot be answered has an error for its answer.
+
+        Raises RequestError for no line at all, and for more than MAX_ROWS.
+        """
+        lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
+        if len(lines) > MAX_ROWS or not body.strip():
+            raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
+        rows, asked, errors = self._inputs.rows(len(lines)), list[Asked](), dict[int, RequestError]()
+        for i, text in enumerate(lines):
+            try:
+                line = self._reader.line(text)
+                levels = self._check_configuration(line.configuration, len(lines))
+                start = self._inputs.fill(rows[len(asked)], line, line.configuration.seed)
+            except RequestError as error:
+                errors[i] = error
+            else:
+                asked.append(Asked(line.configuration, levels, start, line.item_id))
+
+        def encode(outputs: Float32) -> bytes:
+            answers = iter(self._each(asked, outputs))
+            found = [_error(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
+            return b"".join(write_json(each) + b"\n" for each in found)
+
+        return rows[: len(asked)], encode
+
+    def _each(self, asked: Sequence[Asked], outputs: Float32) -> Iterator[Prediction]:
+        """Predictions of instances with configurations of their own; one that fails is an error by itself."""
+        for i, one in enumerate(asked):
+            try:
+                yield from self._predictions([one], outputs[i : i + 1])
+            except RunFailed as failed:
+                yield {"error": {"code": "model_failed", "message": str(failed)}}
+
+    def _check_configuration(self, configuration: Configuration, instances: int) -> Levels:
+        """The asked quantile levels."""
+        if configuration.joint:
+            message = "joint scenarios need several models in one call, `POST /v1/forecasts`; this call names one"
+            raise RequestError(message, field="configuration.joint")
+        if "samples" in configuration.output_types:
+            paths = self._forecast.paths
+            if paths and configuration.num_samples > paths:
+                message = f"the archive's network draws {paths} paths; ask for at most so many"
+                raise RequestError(message, field="configuration.num_samples")
+            if self._forecast.tail == "none" and not paths:
+                raise RequestError(NO_TAIL, field="configuration.output_types")
+            series = self._forecast.prediction_length * len(self._forecast.products)
+            numbers = configuration.num_samples * instances * series
+            if numbers > MAX_SAMPLES:
+                message = f"{numbers} numbers of samples are more than {MAX_SAMPLES}; ask for fewer"
+                raise RequestError(message, field="configuration.num_samples")
+        if "marginal" in configuration.output_types and self._forecast.tail == "none" and not self._forecast.paths:
+            raise RequestError(NO_TAIL, field="configuration.output_types")
+        if configuration.quantiles is None:
+            return self._default
+        asked = [_level(text, self._trained) for text in configuration.quantiles]
+        return _between(configuration.quantiles, np.array(asked), self._trained)
+
+    def _predictions(self, asked: Sequence[Asked], outputs: Float32) -> list[Prediction]:
+        """Finite outputs [n, *network's] in network numbers, all asked alike -> what is known of each."""
+        drawn = self._prices(outputs)
+        prices = np.sort(drawn, axis=-1)
+        configuration, levels = asked[0].configuration, asked[0].levels
+        kinds = configuration.output_types
+        means = (prices @ self._mean).astype(np.float32)
+        quantiles = (
+            levels.of(prices).transpose(self._by_level).astype(np.float32, order="C")
+        )  # [n, asked, D?, prediction]
+        samples = None
+        if "samples" in kinds and self._forecast.paths:
+            samples = drawn[..., : configuration.num_samples].transpose(0, 2, 1).astype(np.float32, order="C")
+        elif "samples" in kinds:
+            samples = self._samples(prices, configuration)
+        predictions: list[Prediction] = []
+        for i, one in enumerate(asked):
+            answer: Prediction = {} if one.item_id is None else {"item_id": one.item_id}
+            answer["start"] = one.start
+            if "mean" in kinds:
+                answer["mean"] = means[i]
+            if "quantiles" in kinds:
+                answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
+            if samples is not None:
+                answer["samples"] = samples[i]
+            if "marginal" in kinds:
+                answer["marginal"] = self._marginal(prices[i])
+            predictions.append(answer)
+        return predictions
+
+    def _marginal(self, prices: Float64) -> dict[str, object]:
+        """One instance's prices [D?, prediction, levels] as `handlers.codecs.joint` reads them."""
+        values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
+        products = {"products": self._forecast.products} if self._several else {}
+        return {"levels": self._trained, "values": values, **products}
+
+    def _prices(self, outputs: Float32) -> Float64:
+        """Network numbers -> prices [n, D?, prediction, levels or paths], within floor and cap.
+
+        Raises RunFailed beyond float32.
+        """
+        forecast = self._forecast
+        numbers = outputs.astype(np.float64).reshape(len(outputs), *self._shape)
+        if self._several:
+            scaled = [from_network(numbers[:, :, d], scaler) for d, scaler in enumerate(forecast.product_scalers)]
+            prices = np.stack(scaled, axis=1)
+        else:
+            prices = from_network(numbers, forecast.scaler)
+        if not (np.abs(prices) <= np.finfo(np.float32).max).all():
+            raise RunFailed("the model's output overflows when it is scaled back to prices")
+        if forecast.floor is None and forecast.cap is None:
+            return prices
+        return np.clip(prices, forecast.floor, forecast.cap)
+
+    def _samples(self, prices: Float64, configuration: Configuration) -> Float32:
+        """Draws [n, num_samples, D?, prediction]: the inverse CDF with flat tails; each number is drawn by itself."""
+        knots = np.concatenate([[0.0], self._trained, [1.0]])
+        values = np.concatenate([prices[..., :1], prices, prices[..., -1:]], axis=-1)[:, None]  # [n, 1, D?, P, knots]
+        n, *series = prices.shape[:-1]
+        u = np.random.default_rng(configuration.seed).random((n, configuration.num_samples, *series))
+        upper = np.searchsorted(knots, u, side="right")
+        weight = (u - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
+        low = np.take_along_axis(values, (upper - 1)[..., None], -1)[..., 0]
+        high = np.take_along_axis(values, upper[..., None], -1)[..., 0]
+        return np.asarray(low + weight * (high - low), np.float32)
+
+
+def mean_weights(levels: Float64) -> Float64:
+    """The mean of quantiles q at these levels is q @ weights.
+
+    It is the integral over (0, 1) of the quantile function that is linear between the levels and flat outside them
+    (trapezoids between, rectangles at both ends): the tail rule `clamp`, and the plainest choice where there is none.
+    """
+    knots = np.concatenate([[0.0], levels, [1.0]])
+    gaps = np.diff(knots)
+    weights = (gaps[:-1] + gaps[1:]) / 2
+    weights[0] += gaps[0] / 2
+    weights[-1] += gaps[-1] / 2
+    return weights
+
+
+def _error(error: RequestError) -> Prediction:
+    """A bad line's answer."""
+    place = {} if error.field is None else {"field": error.field}
+    return {"error": {"code": "bad_request", "message": error.message, **place}}
+
+
+def _level(text: str, trained: Float64) -> float:
+    try:
+        level = float(text)
+    except ValueError:
+        raise RequestError(f"{text[:40]!r} is not a quantile level", field="configuration.quantiles") from None
+    if not trained[0] <= level <= trained[-1]:
+        message = f"level {text[:40]} is outside the trained range {trained[0]:g} to {trained[-1]:g}"
+        raise RequestError(message, field="configuration.quantiles")
+    return level
+
+
+def _between(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:
+    """Where the asked levels, within the trained range, lie among the trained ones."""
+    below = np.searchsorted(trained, asked, side="right") - 1
+    above = np.minimum(below + 1, len(trained) - 1)
+    gap = trained[above] - trained[below]
+    weight = np.divide(asked - trained[below], gap, out=np.zeros(len(asked)), where=gap > 0)
+    return Levels(names, below, above, weight)

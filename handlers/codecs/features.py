@@ -1,0 +1,208 @@
+"""What the network sees: an instance's history, covariates and calendar as the row of a forecast's `inputs`. No torch.
+
+Stamps are wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does.
+"""
+
+import re
+from calendar import day_name
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.base import Float32
+from handlers.codecs.deepar_schema import Instance, Numbers, named, started
+from handlers.errors import RequestError
+from model_store.archives.manifest import FLEETCAST_JSON, Channel, Forecast, Scaler
+from model_store.errors import ArchiveInvalid
+
+FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
+DAYS = tuple(day.lower() for day in day_name)  #: Monday is the first
+SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
+
+Float64 = npt.NDArray[np.float64]
+
+
+class Inputs:
+    """One archive's recipe, checked once when the archive is loaded."""
+
+    def __init__(self, forecast: Forecast) -> None:
+        """Raises ArchiveInvalid for an unknown frequency, or a channel scaler where a product's own applies."""
+        self._forecast = forecast
+        self._step_s = step_seconds(forecast.frequency)
+        self._scalers = forecast.product_scalers
+        for i, channel in enumerate(forecast.inputs):
+            if channel.source in ("target", "calendar") and channel.scaler != Scaler():
+                what = f"forecast.inputs[{i}].scaler: a {channel.source} channel has none of its own"
+                raise ArchiveInvalid(f"{FLEETCAST_JSON}: {what}")
+
+    def rows(self, count: int) -> Float32:
+        """Room for so many instances [count, channels, context], not yet filled."""
+        return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
+
+    def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> str:
+        """Writes an instance's row [channels, context]; returns the stamp of the first forecast step.
+
+        Without a seed a network that samples draws as for seed 0.
+
+        Raises RequestError that names the field.
+        """
+        forecast = self._forecast
+        start, series = started(instance.start), self._series(instance)
+        steps = len(series[0])
+        short = self._short(steps)
+        first = _first_forecast(start, steps * self._step_s)
+        if forecast.origin and first[11:] != f"{forecast.origin}:00":
+            what = f"the first forecast step is {first}, but the model forecasts from {forecast.origin} on"
+            raise RequestError(f"{what}; send a target that ends before that", field="target")
+        covariates = self._covariates(instance, steps)
+        cat = self._cat(instance)
+        targets = [
+            to_network(_filled(numbers, short, scaler.center), scaler)
+            for numbers, scaler in zip(series, self._scalers, strict=True)
+        ]
+        begin = short + steps - forecast.context_length  # of the context, in series that are padded by `short`
+        with np.errstate(over="ignore"):
+            for values, channel in zip(row, forecast.inputs, strict=True):
+                at = begin - channel.lag + channel.shift
+                window = slice(at, at + forecast.context_length)
+                if channel.source == "target":
+                    values[:] = targets[channel.product][window]
+                elif channel.source == "dynamic_feat":
+                    padded = np.concatenate([np.full(short, channel.scaler.center), covariates[channel.index]])
+                    values[:] = to_network(padded[window], channel.scaler)
+                elif channel.source == "static":
+                    values[:] = to_network(np.array(cat[channel.index], np.float64), channel.scaler)
+                elif channel.source == "seed":
+                    values[:] = 0.0
+                    values[:2] = seed_numbers(seed, instance.item_id)[: len(values)]
+                else:
+                    values[:] = self._calendar(start, at - short, channel)
+        if not np.isfinite(row).all():
+            raise RequestError("the numbers are too large: scaled for the model they are not finite")
+        return first
+
+    def _short(self, steps: int) -> int:
+        """How many steps of history are missing, and are to be padded."""
+        forecast = self._forecast
+        if steps < forecast.history_length and not forecast.pad_context:
+            lags = forecast.history_length - forecast.context_length
+            needed = f"{forecast.history_length} (a context of {forecast.context_length} and lags of {lags})"
+            raise RequestError(f"target has {steps} steps, but the model needs {needed}", field="target")
+        return max(0, forecast.history_length - steps)
+
+    def _series(self, instance: Instance[Any]) -> Sequence[Numbers]:
+        """The histories by product, equally long."""
+        if len(self._scalers) == 1:
+            return (instance.target,)
+        names, series = self._forecast.products, instance.target
+        if len(series) != len(names):
+            message = f"the model has {len(names)} products{named(names)}: send a row for each, not {len(series)}"
+            raise RequestError(message, field="target")
+        for i, numbers in enumerate(series):
+            if len(numbers) != len(series[0]):
+                message = f"{len(numbers)} steps of {names[i]}, but {len(series[0])} of {names[0]}; fill up with null"
+                raise RequestError(message, field=f"target[{i}]")
+        return list(series)
+
+    def _covariates(self, instance: Instance[Any], steps: int) -> list[Float64]:
+        names, sent = self._forecast.dynamic_feat, instance.dynamic_feat or []
+        if len(sent) != len(names):
+            message = f"the model needs {len(names)} rows{named(names)}, not {len(sent)}"
+            raise RequestError(message, field="dynamic_feat")
+        needed = steps + self._forecast.prediction_length
+        for i, values in enumerate(sent):
+            if len(values) != needed:
+                message = f"{len(values)} numbers, but target and prediction have {needed} steps together"
+                raise RequestError(message, field=f"dynamic_feat[{i}]")
+        return [np.array(values, np.float64) for values in sent]
+
+    def _cat(self, instance: Instance[Any]) -> list[int]:
+        names, sent = self._forecast.cat, instance.cat or []
+        if len(sent) != len(names):
+            raise RequestError(f"the model needs {len(names)} numbers{named(names)}, not {len(sent)}", field="cat")
+        return sent
+
+    def _calendar(self, start: datetime, step: int, channel: Channel) -> Float64:
+        """The feature at context_length steps, the first `step` steps after (or before) start."""
+        origin = np.datetime64(start, "s").astype(np.int64)
+        seconds = origin + (step + np.arange(self._forecast.context_length)) * self._step_s
+        return calendar(seconds, channel.feature)
+
+
+def step_seconds(frequency: str) -> int:
+    """A pandas offset alias of fixed length, such as `5min`, `1h`, `D` -> seconds. Raises ArchiveInvalid."""
+    match = FREQUENCY.fullmatch(frequency)
+    if match is None:
+        what = f"{FLEETCAST_JSON}: forecast.frequency {frequency!r} is not a number and one of {', '.join(SECONDS)}"
+        raise ArchiveInvalid(what)
+    return int(match[1] or 1) * SECONDS[match[2]]
+
+
+def calendar(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
+    """Stamps in seconds since 1970-01-01 -> the feature of each.
+
+    `hour_*`: the time of day, seconds included, as a turn of 24 h; `weekday_*`: the whole day of the week, Monday 0, as
+    a turn of 7 days; `year_*`: the whole day of the year, 1 January 0, as a turn of 365.25 days; `weekend`: 1 on
+    Saturday and Sunday, else 0; `monday` to `sunday`: 1 on that day, else 0.
+    """
+    days = seconds // 86_400
+    weekday = (days + 3) % 7  # 1970-01-01 was a Thursday
+    if feature == "weekend":
+        return (weekday >= 5).astype(np.float64)  # noqa: PLR2004 - Saturday
+    if feature in DAYS:
+        that: Float64 = (weekday == DAYS.index(feature)).astype(np.float64)
+        return that
+    if feature.startswith("hour"):
+        turns = seconds % 86_400 / 86_400
+    elif feature.startswith("weekday"):
+        turns = weekday / 7
+    else:
+        dates = days.astype("datetime64[D]")
+        turns = (dates - dates.astype("datetime64[Y]")).astype(np.int64) / 365.25
+    return np.sin(2 * np.pi * turns) if feature.endswith("sin") else np.cos(2 * np.pi * turns)
+
+
+def seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:
+    """Two numbers of 24 bits, which float32 holds exactly: others for another seed or another item."""
+    digest = sha256(repr((seed or 0, item_id)).encode()).digest()
+    return int.from_bytes(digest[:3]), int.from_bytes(digest[3:6])
+
+
+def to_network(values: Float64, scaler: Scaler) -> Float64:
+    """Prices -> network numbers."""
+    if scaler.kind == "identity":
+        return values
+    scaled: Float64 = (values - scaler.center) / scaler.scale
+    return np.arcsinh(scaled) if scaler.kind == "asinh" else scaled
+
+
+def from_network(values: Float64, scaler: Scaler) -> Float64:
+    """Network numbers -> prices, the inverse of `to_network`; too large a number becomes infinite."""
+    if scaler.kind == "identity":
+        return values
+    with np.errstate(over="ignore"):
+        unscaled = np.sinh(values) if scaler.kind == "asinh" else values
+        prices: Float64 = unscaled * scaler.scale + scaler.center
+        return prices
+
+
+def _first_forecast(start: datetime, seconds: int) -> str:
+    try:
+        return (start + timedelta(seconds=seconds)).isoformat(sep=" ", timespec="seconds")
+    except OverflowError:
+        raise RequestError("the forecast would lie beyond the year 9999", field="start") from None
+
+
+def _filled(target: Numbers, short: int, center: float) -> Float64:
+    """The target with `short` steps before it; missing steps take the last known value, before any the center."""
+    values = np.full(short + len(target), np.nan)
+    values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN
+    missing = np.isnan(values)
+    if missing.any():
+        last = np.maximum.accumulate(np.where(missing, -1, np.arange(len(values))))
+        values = np.where(last < 0, center, values[last])
+    return values

@@ -1,0 +1,152 @@
+"""What a loaded correlation archive answers: the marginals of several forecasts in, joint scenarios out. No torch.
+
+A body is `{"forecasts": [{"name", "marginal"}, ...], "num_samples"?, "seed"?}`: a front collects it from the models'
+answers to `output_types: ["marginal"]`, and anybody may send one. The answer is `{"samples": [...]}` with [S][T] of
+each forecast, [S][D][T] of one of several products; as npy it is one array [S, N, T] of all products in order.
+"""
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from handlers.base import Float32
+from handlers.codecs.codec import JSON, LINES, NPY, Encoded, negotiate
+from handlers.codecs.deepar_schema import NumSamples, Seed
+from handlers.codecs.scenarios import Correlation, Marginal, joint, joint_each, require
+from handlers.codecs.tensors import write_json, write_npy
+from handlers.errors import RequestError, UnsupportedMedia
+
+MAX_FORECASTS = 10_000
+
+
+class Margins(Struct, forbid_unknown_fields=True):
+    """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out where it has one."""
+
+    levels: Annotated[list[float], Meta(min_length=1, max_length=1000)]
+    values: Annotated[list[Annotated[list[list[float]], Meta(min_length=1)]], Meta(min_length=1)]
+    products: list[str] = []
+
+
+class Forecast(Struct, forbid_unknown_fields=True):
+    """One model's forecast: `name` as the correlation knows it, `name#product` where it has several."""
+
+    name: str
+    marginal: Margins
+
+
+class Body(Struct, forbid_unknown_fields=True):
+    """The request."""
+
+    forecasts: Annotated[list[Forecast], Meta(min_length=1, max_length=MAX_FORECASTS)]
+    num_samples: NumSamples = 100
+    seed: Seed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that can be answered: the marginals of all products in order, and how the answer is put."""
+
+    marginals: Sequence[Marginal]
+    widths: Sequence[int]  #: products of each forecast, 0 where it is one without a name
+    samples: int
+    seed: int
+    media: str
+
+
+@dataclass(frozen=True, slots=True)
+class JointCall:
+    """A decoded request. `n` is one, as of every request for a single."""
+
+    feeds: Asked
+    n: int = 1
+
+    @staticmethod
+    def encode(answer: Encoded) -> Encoded:
+        """The model has put its answer already."""
+        return answer
+
+
+class JointModel:
+    """A correlation as a single: its requests have nothing in common that could be done for several at once."""
+
+    def __init__(self, correlation: Correlation) -> None:
+        self.correlation = correlation
+        self.charge_bytes = correlation.charge_bytes
+
+    def __repr__(self) -> str:
+        return f"<JointModel {self.correlation!r}>"
+
+    def run_all(self, requests: Sequence[Asked]) -> list[Encoded]:
+        """The answers."""
+        return [self.run(asked) for asked in requests]
+
+    def run(self, asked: Asked) -> Encoded:
+        """The answer to one request."""
+        if asked.media == NPY:
+            return write_npy(joint(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
+        found = iter(joint_each(asked.marginals, self.correlation, asked.samples, asked.seed))
+        samples = [_several(found, width) if width else next(found) for width in asked.widths]
+        return write_json({"samples": samples}), JSON
+
+
+class JointCodec:
+    """Reads requests for one correlation archive."""
+
+    def __init__(self, correlation: Correlation) -> None:
+        self._correlation = correlation
+        self._decoder = msgspec.json.Decoder(Body)
+
+    def __repr__(self) -> str:
+        return f"<JointCodec {self._correlation!r}>"
+
+    def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> JointCall:
+        """A request's body and headers (empty where not sent). Raises RequestError that names instance and field."""
+        sent, wanted = negotiate(content_type, accept)
+        if sent != JSON or wanted == LINES:
+            raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
+        try:
+            request = self._decoder.decode(body)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise RequestError(f"not a request for joint scenarios: {error}") from error
+        marginals, owners = list[Marginal](), list[int]()
+        for i, forecast in enumerate(request.forecasts):
+            marginals += _marginals(i, forecast)
+            owners += [i] * (len(marginals) - len(owners))
+        try:
+            require(marginals, self._correlation, request.num_samples, equal_steps=wanted == NPY)
+        except RequestError as bad:
+            owner = None if bad.instance is None else owners[bad.instance]
+            raise RequestError(bad.message, instance=owner, field=bad.field) from None
+        widths = [len(forecast.marginal.products) for forecast in request.forecasts]
+        seed = secrets.randbits(53) if request.seed is None else request.seed
+        return JointCall(Asked(marginals, widths, request.num_samples, seed, wanted))
+
+
+def _marginals(i: int, forecast: Forecast) -> Iterator[Marginal]:
+    """A forecast's products. Raises RequestError for numbers that are no quantiles."""
+    found = forecast.marginal
+    names = [f"{forecast.name}#{product}" for product in found.products] or [forecast.name]
+    if len(found.values) != len(names):
+        what = f"{len(found.values)} rows of values for {len(names)} products"
+        raise RequestError(what, instance=i, field="marginal.values")
+    levels = np.array(found.levels)
+    if not (levels[0] > 0 and levels[-1] < 1 and (np.diff(levels) > 0).all()):
+        raise RequestError("levels must rise within 0 and 1", instance=i, field="marginal.levels")
+    for name, rows in zip(names, found.values, strict=True):
+        if any(len(row) != len(levels) for row in rows):
+            what = f"every step of {name} must have {len(levels)} values, one for each level"
+            raise RequestError(what, instance=i, field="marginal.values")
+        values = np.array(rows)
+        if not (np.abs(values) <= np.finfo(np.float32).max).all() or (np.diff(values) < 0).any():
+            raise RequestError(f"values of {name} must be finite and sorted", instance=i, field="marginal.values")
+        yield Marginal(name, levels, values)
+
+
+def _several(found: Iterator[Float32], width: int) -> Float32:
+    """[S, T] of so many products -> [S, D, T]."""
+    return np.stack([next(found) for _ in range(width)], axis=1)

@@ -1,0 +1,1 @@
+"""Scores of forecasts, and how markets move together."""

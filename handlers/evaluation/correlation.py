@@ -1,0 +1,201 @@
+"""From the errors of held-out forecasts to what a correlation archive holds. Pure numpy, and torch's normal quantile.
+
+Errors of W windows, N products and T steps are an array [W, N, T], NaN where a value is missing. Only their order
+within a margin (a product at a step) matters: it is turned into normal scores, as the Gaussian copula wants, so errors
+may be probability integral transforms or anything else that rises with the actual value.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from handlers.base import Float32
+from handlers.codecs.features import Float64
+from model_store.archives.manifest import Correlation
+
+LEAST_WINDOWS = 8  #: fewer say nothing
+LEAST_EIGENVALUE = 1e-6  #: of a correlation matrix whose diagonal is 1
+
+
+class TooFewErrors(ValueError):
+    """Nothing can be estimated from so few windows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Matrix:
+    """One estimated correlation matrix [n, n], positive definite with unit diagonal, and how it came about."""
+
+    correlation: Float64
+    shrinkage: float  #: how much of the sample's matrix was replaced by the identity
+    observations: float  #: how many pairs of numbers an entry rests on
+    independent: float  #: as how many independent ones they count
+    condition_before: float  #: largest by smallest eigenvalue of the sample's matrix; infinite where that is singular
+
+    def __repr__(self) -> str:
+        return f"<Matrix {len(self.correlation)}, shrinkage {self.shrinkage:.3f}, condition {self.condition:.3g}>"
+
+    @property
+    def condition(self) -> float:
+        """Largest by smallest eigenvalue."""
+        return condition(self.correlation)
+
+    @property
+    def factor(self) -> Float32:
+        """Lower Cholesky factor, as archives hold it."""
+        return np.linalg.cholesky(self.correlation).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Estimate:
+    """The record of an archive, its tensors, and for the method gaussian both matrices."""
+
+    record: Correlation
+    tensors: dict[str, Float32]
+    matrices: tuple[Matrix, ...] = ()
+
+
+def pit(levels: Float64, values: Float64, actual: Float64) -> Float64:
+    """The probability integral transform of actual [...] under quantiles `values` [..., levels], sorted: in (0, 1).
+
+    Linear between the levels; an actual that hits an atom gets the middle of its jump. Beyond the outer quantiles, of
+    which a forecast says nothing, exponential tails on the scale of the distance between them keep the order: there
+    only it counts.
+    """
+    below = (values < actual[..., None]).sum(-1)  # levels whose quantile is less
+    upto = (values <= actual[..., None]).sum(-1)
+    last = len(levels) - 1
+    left, right = np.clip(below - 1, 0, last), np.clip(below, 0, last)
+    low, high = (np.take_along_axis(values, at[..., None], -1)[..., 0] for at in (left, right))
+    spread = values[..., -1] - values[..., 0]
+    spread = np.where(spread > 0, spread, 1.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = levels[left] + (levels[right] - levels[left]) * (actual - low) / (high - low)
+        under = levels[0] * np.exp(np.minimum(actual - values[..., 0], 0) / spread)
+        over = 1 - (1 - levels[-1]) * np.exp(-np.maximum(actual - values[..., -1], 0) / spread)
+    atom = (levels[right] + levels[np.clip(upto - 1, 0, last)]) / 2
+    found = np.select([upto == 0, below > last, upto > below], [under, over, atom], between)
+    return np.where(np.isnan(actual), np.nan, found)
+
+
+def normal_scores(errors: Float64) -> Float64:
+    """Each margin's normal scores [W, N, T]: the normal quantile at (rank - 1/2) / observed, ties their middle rank.
+
+    NaN stays; a margin that never varies scores 0.
+    """
+    found = np.full(errors.shape, np.nan)
+    for margin in np.ndindex(errors.shape[1:]):
+        column = errors[:, *margin]
+        here = ~np.isnan(column)
+        if here.any():
+            found[here, *margin] = _middle_ranks(column[here]) / here.sum()
+    return np.asarray(torch.special.ndtri(torch.from_numpy(found)).numpy())
+
+
+def gaussian(errors: Float64, products: tuple[str, ...], overlap: float = 1.0) -> Estimate:
+    """The correlation in Kronecker form: products' at equal steps, steps' of equal products, over all windows.
+
+    `overlap` is how many windows share a step on average; such are counted as one. Raises TooFewErrors.
+    """
+    windows = _require_windows(errors, int(np.isfinite(errors).any((1, 2)).sum()))
+    scores = normal_scores(errors)
+    by_product = np.moveaxis(scores, 1, 0).reshape(len(products), -1)
+    by_step = np.moveaxis(scores, 2, 0).reshape(errors.shape[2], -1)
+    (among_products, pairs), (among_steps, step_pairs) = _sample(by_product), _sample(by_step)
+    # Correlated observations count less: the mean of T with correlation C varies as that of T^2 / |C|^2 independent.
+    matrices = (
+        shrunk(among_products, pairs, _independent_share(among_steps) / overlap),
+        shrunk(among_steps, step_pairs, _independent_share(among_products) / overlap),
+    )
+    record = Correlation(
+        products=products,
+        horizon=errors.shape[2],
+        method="gaussian",
+        windows=windows,
+        shrinkage_products=matrices[0].shrinkage,
+        shrinkage_time=matrices[1].shrinkage,
+    )
+    return Estimate(record, {"product_factor": matrices[0].factor, "time_factor": matrices[1].factor}, matrices)
+
+
+def schaake(errors: Float64, products: tuple[str, ...]) -> Estimate:
+    """The ranks of the windows in which nothing is missing; equal errors are ranked in the windows' order.
+
+    Raises TooFewErrors.
+    """
+    whole = errors[np.isfinite(errors).all((1, 2))]
+    windows = _require_windows(errors, len(whole))
+    ranks = whole.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable").astype(np.float32)
+    record = Correlation(products=products, horizon=errors.shape[2], method="schaake", windows=windows)
+    return Estimate(record, {"ranks": ranks})
+
+
+def shrunk(sample: Float64, observations: float, independent_share: float = 1.0) -> Matrix:
+    """A sample's correlation matrix, shrunk towards the identity, then `repaired`.
+
+    The intensity is Schaefer and Strimmer's (2005), the analytic Ledoit-Wolf one for correlations: the sum of the
+    entries' variances by that of their squares, a variance being (1 - r^2)^2 / (n - 1) as of normal data.
+    """
+    independent = observations * independent_share
+    n = max(2.0, independent)
+    off = sample[~np.eye(len(sample), dtype=bool)]
+    squares, variances = (off**2).sum(), ((1 - off**2) ** 2).sum() / (n - 1)
+    shrinkage = float(min(1.0, variances / squares)) if squares > 0 else float(len(sample) > 1)
+    mixed = (1 - shrinkage) * sample + shrinkage * np.eye(len(sample))
+    return Matrix(repaired(mixed), shrinkage, observations, independent, condition(sample))
+
+
+def repaired(matrix: Float64) -> Float64:
+    """A symmetric matrix with a positive diagonal -> a positive definite one with unit diagonal near it.
+
+    Eigenvalues are clipped from below and rows and columns scaled: a congruence, which keeps them positive.
+    """
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    floor = LEAST_EIGENVALUE * max(1.0, values[-1])
+    if values[0] < floor:
+        matrix = (vectors * np.maximum(values, floor)) @ vectors.T
+    scale = 1 / np.sqrt(np.diag(matrix))
+    found: Float64 = (matrix + matrix.T) / 2 * scale[:, None] * scale
+    np.fill_diagonal(found, 1.0)
+    return found
+
+
+def condition(matrix: Float64) -> float:
+    """Largest by smallest eigenvalue; infinite where that is not positive, up to rounding."""
+    values = np.linalg.eigvalsh(matrix)
+    positive = values[0] > len(matrix) * np.finfo(np.float64).eps * values[-1]
+    return float(values[-1] / values[0]) if positive else float("inf")
+
+
+def _sample(scores: Float64) -> tuple[Float64, float]:
+    """Series of scores [n, observations] of mean 0 -> correlations over the observations that both have, and how many.
+
+    The mean number of pairs; a series that never varies is uncorrelated.
+    """
+    here = np.isfinite(scores).astype(np.float64)
+    values = np.where(here > 0, scores, 0.0)
+    squares = values**2 @ here.T
+    size = np.sqrt(squares * squares.T)
+    found = np.divide(values @ values.T, size, out=np.zeros(size.shape), where=size > 0)
+    found = np.clip((found + found.T) / 2, -1, 1)
+    np.fill_diagonal(found, 1.0)
+    return found, float((here @ here.T).mean())
+
+
+def _independent_share(correlation: Float64) -> float:
+    """How many of n observations with this correlation count, as a share of n."""
+    return float(len(correlation) / (correlation**2).sum())
+
+
+def _middle_ranks(values: Float64) -> Float64:
+    """Rank - 1/2 of each value, equal ones the middle of theirs."""
+    rising = np.sort(values)
+    ranks = np.searchsorted(rising, values, "left") + np.searchsorted(rising, values, "right")
+    return np.asarray(ranks / 2)
+
+
+def _require_windows(errors: Float64, windows: int) -> int:
+    if windows < LEAST_WINDOWS:
+        what = f"{windows} of {len(errors)} windows can be used, and {LEAST_WINDOWS} are the least; give more rows"
+        raise TooFewErrors(what)
+    return windows

@@ -1,0 +1,166 @@
+"""Scores of quantile forecasts against what came. Pure numpy; the definition of each stands with its function.
+
+Arrays: `y` actuals, NaN where missing; `q` quantiles with one more axis, rising along it; `levels` [Q] of that axis. A
+missing actual never counts, and a score without anything to count is NaN. Lower is better, except for `coverage`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from handlers.codecs.features import Float64
+from handlers.training.input_recipe import DAY, WEEK, naive_lag
+
+Steps = npt.NDArray[np.int64]
+
+MONDAY, SATURDAY = 0, 5
+MIDDLE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of one market over its windows, NaN where undefined. `coverage` is to be near `nominal`."""
+
+    pinball: float
+    wql: float
+    wape: float
+    mase: float
+    rmae: float
+    crps: float
+    coverage: float
+    nominal: float
+    observed: int  #: steps that were scored
+
+
+def scores(y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Float64) -> Scores:
+    """All scores of windows: y and naive [W, H], q [W, H, Q], seasonal [W].
+
+    pinball: mean over steps and levels, as `fleetcast train` shows it. wql: twice that by the mean of |y|. wape: the
+    median's absolute errors by the sum of |y|. mase: the median's absolute error by the window's `seasonal` error, mean
+    over steps (Hyndman and Koehler 2006); steps whose seasonal error is 0 or unknown are left out. rmae: the
+    median's mean absolute error by that of `naive`, over the steps that both have (Lago et al. 2021). wql, wape and
+    mase are those of `fev` with the median as point forecast.
+    """
+    losses = _mean(pinball(y, q, levels))
+    size, error = _mean(np.abs(y)), np.abs(y - median(q, levels))
+    scaled = error / np.where(seasonal > 0, seasonal, np.nan)[:, None]
+    both = ~np.isnan(naive - y)
+    low, high = outer(levels)
+    return Scores(
+        pinball=losses,
+        wql=_ratio(2 * losses, size),
+        wape=_ratio(_mean(error), size),
+        mase=_mean(scaled),
+        rmae=_ratio(_mean(error[both]), _mean(np.abs(y - naive)[both])),
+        crps=_mean(crps(y, q, levels)),
+        coverage=_mean(np.where(np.isnan(y), np.nan, (q[..., low] <= y) & (y <= q[..., high]))),
+        nominal=float(levels[high] - levels[low]),
+        observed=int((~np.isnan(y)).sum()),
+    )
+
+
+def pinball(y: Float64, q: Float64, levels: Float64) -> Float64:
+    """Y [...] and q [..., Q] -> [..., Q]: max(l e, (l - 1) e) for the error e = y - q (Koenker and Bassett 1978)."""
+    error = y[..., None] - q
+    return np.maximum(levels * error, (levels - 1) * error)
+
+
+def crps(y: Float64, q: Float64, levels: Float64) -> Float64:
+    """Y [...] and q [..., Q] -> [...]: the continuous ranked probability score, exact for what samples are drawn from.
+
+    That is the quantile function which is linear between the levels and flat outside them (an archive's `clamp`). The
+    score is the integral of twice the pinball loss over all levels (Laio and Tamea 2007), in closed form by piece:
+    where it runs from u to v between levels a and b, the loss changes its branch at the level c at which it is y.
+    """
+    a, b = np.concatenate([[0.0], levels]), np.concatenate([levels, [1.0]])
+    u, v = np.concatenate([q[..., :1], q], -1), np.concatenate([q, q[..., -1:]], -1)
+    width, rise, start = b - a, v - u, u - y[..., None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.where(rise > 0, np.clip(-start / rise, 0, 1), start <= 0)  # of the piece that lies below y
+    above = width * (rise * (1 - part**2) / 2 + start * (1 - part))  # the integral of (quantile - y) from c to b
+    every = width * (a * (rise / 2 + start) + width * (rise / 3 + start / 2))  # ... of level (quantile - y) from a to b
+    found: Float64 = 2 * (above - every).sum(-1)
+    return found
+
+
+def median(q: Float64, levels: Float64) -> Float64:
+    """Q [..., Q] -> [...]: linear between the levels around 0.5; NaN where all levels are on one side of it."""
+    if not levels[0] <= MIDDLE <= levels[-1]:
+        return np.full(q.shape[:-1], np.nan)
+    above = int(np.searchsorted(levels, MIDDLE))
+    below = max(0, above - 1)
+    gap = levels[above] - levels[below]
+    weight = (MIDDLE - levels[below]) / gap if gap else 0.0
+    found: Float64 = q[..., below] + weight * (q[..., above] - q[..., below])
+    return found
+
+
+def outer(levels: Float64) -> tuple[int, int]:
+    """The places of the widest pair that leaves as much below as above, else of the first and last level."""
+    for low, level in enumerate(levels):
+        high = int(np.argmin(np.abs(levels - (1 - level))))
+        if high > low and np.isclose(levels[high], 1 - level):
+            return low, high
+    return 0, len(levels) - 1
+
+
+def pit(y: Float64, q: Float64, levels: Float64) -> Float64:
+    """Which share of the actuals fell below, between and above the quantiles [Q + 1]; right is the levels' distance.
+
+    It is the histogram of the probability integral transform with the levels as edges, which is all that quantiles
+    say. An actual that equals quantiles (a floor, a zero price) is shared by the cells on both sides.
+    """
+    y, q = y[~np.isnan(y)], q[~np.isnan(y)]
+    if not len(y):
+        return np.full(len(levels) + 1, np.nan)
+    below = ((y[:, None] < q).mean(0) + (y[:, None] <= q).mean(0)) / 2
+    return np.diff(np.concatenate([[0.0], below, [1.0]]))
+
+
+def seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
+    """Mean |value - value a season before| of all steps before each origin [W]: what MASE scales by."""
+    steps = np.abs(values[season:] - values[:-season])
+    sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(steps))])
+    counts = np.concatenate([[0], np.cumsum(~np.isnan(steps))])
+    before = np.clip(origins - season, 0, len(steps))
+    with np.errstate(invalid="ignore"):
+        found: Float64 = sums[before] / counts[before]
+    return found
+
+
+def naive(values: Float64, seconds: Steps, origins: Steps, horizon: int) -> Float64:
+    """The forecast that rMAE compares with [W, H], NaN where its value is missing; `seconds` [T]: stamps since 1970.
+
+    Steps that divide a day: the value a week before on Saturday, Sunday and Monday, else a day before (the standard
+    naive forecast of electricity prices, `epftoolbox`'s default), or where a forecast is longer the last known of the
+    kind. Days: a week before. Else the season that `fleetcast train` compares with.
+    """
+    step_s, ahead = int(seconds[1] - seconds[0]), np.arange(1, horizon + 1)
+    places = origins[:, None] + ahead - 1
+    if step_s < DAY and DAY % step_s == 0:
+        weekday = (seconds[places] // DAY + 3) % 7  # 1970-01-01 was a Thursday
+        by_week = (weekday == MONDAY) | (weekday >= SATURDAY)
+        lag = np.where(by_week, _whole(ahead, WEEK // step_s), _whole(ahead, DAY // step_s))
+    else:
+        lag = np.broadcast_to(_whole(ahead, naive_lag(step_s, 1)), places.shape)
+    return np.where(places >= lag, values[np.maximum(places - lag, 0)], np.nan)
+
+
+def by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
+    """Mean error of each group; both arrays of one shape."""
+    return [_mean(errors[group == each]) for each in groups]
+
+
+def _whole(ahead: Steps, season: int) -> Steps:
+    return -(-ahead // season) * season
+
+
+def _mean(values: npt.NDArray[np.floating]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def _ratio(above: float, below: float) -> float:
+    return above / below if below else float("nan")

@@ -1,0 +1,1 @@
+"""What an archive may hold, an entry a kind."""

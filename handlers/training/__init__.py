@@ -1,0 +1,1 @@
+"""From price series to fitted networks."""

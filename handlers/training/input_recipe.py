@@ -1,0 +1,161 @@
+"""Which inputs a forecaster gets: from a series and an architecture to the archive's `Forecast` record, and to rows.
+
+The rows for training come out of `DeepAr.decode`, the code that serves requests, so both are the same numbers.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+from handlers.base import Float32
+from handlers.codecs.deepar import DeepAr
+from handlers.codecs.features import Float64
+from handlers.training.time_series import Series, SeriesInvalid
+from model_store.archives.manifest import Channel, Feature, Forecast, Scaler
+
+HOUR, DAY, WEEK = 3600, 86_400, 604_800
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
+IQR_OF_NORMAL = 1.349  #: the interquartile range of a normal distribution, in standard deviations
+
+Scaling = Literal["asinh", "linear"]
+WEEKDAYS: tuple[Feature, ...] = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+
+
+def default_prediction(step_s: int) -> int:
+    """Below 15 minutes an hour, below a day a day, of days a week, above 4 steps."""
+    if step_s < HOUR / 4:
+        return max(1, HOUR // step_s)
+    if step_s < DAY:
+        return DAY // step_s
+    return max(4, WEEK // step_s)
+
+
+def default_context(step_s: int) -> int:
+    """Hourly and finer: 168 steps; coarser: 84, twelve weeks of days."""
+    return 168 if step_s <= HOUR else 84
+
+
+def naive_lag(step_s: int, prediction: int) -> int:
+    """The steps back to the same time of the last known day (of the week, for days; else to the last known step)."""
+    steps = DAY // step_s if step_s < DAY else WEEK // step_s if step_s < WEEK else 1
+    return -(-prediction // steps) * steps
+
+
+def season(step_s: int) -> int:
+    """The steps of a day, of days those of a week, else of a year of weeks."""
+    return DAY // step_s if step_s < DAY else max(2, (WEEK if step_s < WEEK else 52 * WEEK) // step_s)
+
+
+def recipe(
+    series: Series,
+    reach: int,
+    *,
+    context_length: int,
+    prediction_length: int,
+    levels: Sequence[float] = LEVELS,
+    scaling: Scaling = "asinh",
+    unit: str = "",
+    time_zone: str = "UTC",
+    origin: str = "",
+    weekdays: bool = False,
+    paths: int = 0,
+) -> Forecast:
+    """The record for a network that reads the last `reach` steps of its context; scalers from all of `series`.
+
+    Channels: the target; where the reach does not see them, the target lagged so that its last `prediction_length`
+    steps are the values one day and one week before the forecast ones; calendar and known-future covariates of the
+    forecast steps, a covariate on several channels where one's reach is shorter than the forecast. `weekdays`: the
+    calendar is a channel for each day of the week, after the covariates. `paths`: the network draws so many, from a
+    seed in the last channel. `origin`: forecasts start at this time of day only.
+    """
+    step_s = round(series.step.total_seconds())
+    calendar = [
+        Channel(source="calendar", feature=each, shift=prediction_length)
+        for each in (WEEKDAYS if weekdays else _calendar(step_s))
+    ]
+    known = list(_known(series, prediction_length, reach))
+    channels = [
+        *[Channel(source="target", lag=lag) for lag in _lags(step_s, prediction_length, reach)],
+        *(known + calendar if weekdays else calendar + known),
+        *([Channel(source="seed")] if paths else []),
+    ]
+    return Forecast(
+        frequency=series.frequency,
+        context_length=context_length,
+        prediction_length=prediction_length,
+        quantile_levels=tuple(levels),
+        inputs=tuple(channels),
+        time_zone=time_zone,
+        dynamic_feat=series.known_names,
+        unit=unit,
+        scaler=robust_scaler(series.values, scaling, series.name),
+        tail="clamp",
+        paths=paths or msgspec.UNSET,
+        origin=origin or msgspec.UNSET,
+    )
+
+
+def grid(series: Series, forecast: Forecast) -> range:
+    """The steps that a forecast can start from: all, or with an `origin` one a day. Raises SeriesInvalid: none is."""
+    if not forecast.origin:
+        return range(len(series.values))
+    step_s, hours, minutes = round(series.step.total_seconds()), *map(int, forecast.origin.split(":"))
+    start = series.start
+    wait = (hours * HOUR + minutes * 60 - (start.hour * HOUR + start.minute * 60 + start.second)) % DAY
+    if wait % step_s or DAY % step_s:
+        what = f"no step of {series.frequency} from {start} on is at {forecast.origin} every day"
+        raise SeriesInvalid(f"{series.name}: {what}; choose another origin, or any")
+    return range(wait // step_s, len(series.values), DAY // step_s)
+
+
+def robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
+    """Median and interquartile range (as of a normal), which spikes do not move. Raises SeriesInvalid: no values."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        raise SeriesInvalid(f"{name}: no values to learn from")
+    low, center, high = np.percentile(known, [25, 50, 75])
+    scale = (high - low) / IQR_OF_NORMAL or known.std() or 1.0
+    return Scaler(kind=kind, center=float(center), scale=float(scale))
+
+
+def rows(series: Series, forecast: Forecast) -> Float32:
+    """The channels along the series [channels, T - prediction - longest lag], from step `longest lag` on.
+
+    The row of a forecast from step s on is the slice of `context_length` steps that ends before s.
+    """
+    past = len(series.values) - forecast.prediction_length
+    lag = forecast.history_length - forecast.context_length
+    whole = DeepAr(msgspec.structs.replace(forecast, context_length=past - lag, origin=msgspec.UNSET))
+    body = {"instances": [series.instance(0, past, forecast.prediction_length)]}
+    found: Float32 = whole.decode(msgspec.json.encode(body))[0][0]
+    return found
+
+
+def _lags(step_s: int, prediction: int, reach: int) -> list[int]:
+    """0, and what makes the value of one day and of one week before each forecast step visible."""
+    lags = [0]
+    for period_s in (DAY, WEEK):
+        period, rest = divmod(period_s, step_s)
+        lag = -(-prediction // max(period, 1)) * period - prediction
+        if not rest and period > 1 and lag + prediction > lags[-1] + reach:
+            lags.append(lag)
+    return lags
+
+
+def _known(series: Series, prediction: int, reach: int) -> Iterator[Channel]:
+    """Every covariate so that its value at each forecast step is within the last `reach` columns of some channel."""
+    for index, (row, name) in enumerate(zip(series.known, series.known_names, strict=True)):
+        scaler = robust_scaler(row, "linear", name)
+        for shift in range(prediction, 0, -reach):
+            yield Channel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
+
+
+def _calendar(step_s: int) -> Iterator[Feature]:
+    """What changes from step to step."""
+    if step_s < DAY:
+        yield from ("hour_sin", "hour_cos")
+    if step_s < WEEK:
+        yield from ("weekday_sin", "weekday_cos", "weekend")
+    yield from ("year_sin", "year_cos")

@@ -1,0 +1,98 @@
+"""Fitting `lear`: the penalty of each forecast step by the holdout, then once more over all windows. Torch; no files.
+
+Models are fitted one after another, or side by side on threads: a model's 24 x 5 regressions are products large enough.
+Measured, one core, four years of days with two covariates: 0.6 s a model (`loadtest.benchmarks.accuracy`).
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from handlers.forecasters.lear import Lear
+from handlers.training import quantile_lasso as lasso
+from handlers.training.quantile_lasso import Coefficients, Problem, Regressions
+from handlers.training.windows import Windows
+
+MOST_WINDOWS = 4096  #: of the training part: enough, and of bounded memory
+CUT = 256  #: windows whose whole context is held at once
+
+
+class LinearFit:
+    """The regressions of all models of one family over their windows; every `members` of them are one ensemble's.
+
+    An ensemble's members see calibration windows of their own, as the LEAR ensembles of Lago et al. do: all of the
+    past, the last half of it, the last quarter ...
+    """
+
+    def __init__(self, family: Lear, data: Windows, pool: ThreadPoolExecutor, members: int) -> None:
+        self._family = family
+        self._data = data
+        self._pool = pool
+        self._members = members
+        self._held_out = data.held_out(MOST_WINDOWS)
+        self._penalty: dict[int, torch.Tensor] = {}
+
+    def __repr__(self) -> str:
+        return f"<LinearFit {self._family.key} {self._data!r}>"
+
+    def best(self, progress: Callable[[int, int, float], None] | None) -> torch.Tensor:
+        """Flat parameters [M, n]: the penalty of every forecast step is the one with the least holdout loss."""
+        found = []
+        for weights, loss in self._pool.map(self._best, range(len(self._data))):
+            found.append(weights)
+            if progress:
+                progress(len(found), len(self._data), loss)
+        return torch.stack(found)
+
+    def whole(self, weights: torch.Tensor) -> torch.Tensor:
+        """`best` fitted further with the same penalties on all windows, the holdout's too: prices change their ways."""
+        return torch.stack(list(self._pool.map(self._whole, range(len(self._data)), weights)))
+
+    def _best(self, model: int) -> tuple[torch.Tensor, float]:
+        problem, check = (
+            self._problem(model, self._recent(model, self._data.train)),
+            self._problem(model, self._held_out),
+        )
+        found = kept = lasso.null(problem)
+        regressions = Regressions(problem, found)
+        path = regressions.penalties()
+        penalty, least = path[0], self._by_step(lasso.losses(check, found))
+        for each in path:
+            found = regressions.solve(each)
+            loss = self._by_step(lasso.losses(check, found))
+            better, least = loss < least, torch.minimum(loss, least)
+            penalty = torch.where(better, each, penalty)
+            kept = Coefficients(*(torch.where(better, new, old) for new, old in zip(found, kept, strict=True)))
+        self._penalty[model] = penalty
+        return _flat(kept), least.mean().item()
+
+    def _whole(self, model: int, weights: torch.Tensor) -> torch.Tensor:
+        train, holdout = self._data.train, self._data.holdout
+        windows = self._recent(model, range(train.start, holdout.stop, train.step))
+        columns = len(self._penalty[model])
+        start = Coefficients(weights[:-columns].view(columns, -1).T, weights[-columns:])
+        return _flat(Regressions(self._problem(model, windows), start).solve(self._penalty[model], 2 * lasso.STEPS))
+
+    def _recent(self, model: int, starts: range) -> torch.Tensor:
+        """The windows a model is fitted on: for an ensemble's members the last half, quarter and so on of all."""
+        return self._data.spaced(starts[-(len(starts) >> model % self._members) or -1 :], MOST_WINDOWS)
+
+    def _by_step(self, losses: torch.Tensor) -> torch.Tensor:
+        """Every column's loss -> the mean over the levels of its step, again for every column [columns]."""
+        by_step = losses.view(*self._family.output_shape)
+        return by_step.mean(1, keepdim=True).expand_as(by_step).flatten()
+
+    def _problem(self, model: int, starts: torch.Tensor) -> Problem:
+        """Of one model the windows that forecast from these steps [M, n]."""
+        x, y = [], []
+        for some in torch.split(starts, CUT, 1):
+            context, targets = self._data.cut(some, slice(model, model + 1))
+            x.append(context[0].transpose(1, 2).flatten(1).index_select(1, self._family.taps))
+            y.append(targets[0])
+        return Problem(torch.cat(x), torch.cat(y), self._data.levels)
+
+
+def _flat(found: Coefficients) -> torch.Tensor:
+    """As the state dict has them, one after another [n]."""
+    return torch.cat([found.weight.T.flatten(), found.bias])

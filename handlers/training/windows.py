@@ -1,0 +1,96 @@
+"""Training windows: many series in network numbers on one time axis, cut where a forecast could start. Torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from handlers.codecs.features import to_network
+from handlers.training.input_recipe import grid, naive_lag, rows
+from handlers.training.time_series import Series, SeriesInvalid
+from model_store.archives.manifest import Forecast
+
+FORWARD_ROWS = 512  #: windows in one forward: its scratch of some MiB stays in the caches
+
+
+class Windows:
+    """The series in network numbers on one time axis, and windows cut out of them by the step they forecast from."""
+
+    def __init__(self, series: Sequence[Series], forecasts: Sequence[Forecast], reach: int, holdout: float) -> None:
+        """Raises SeriesInvalid where the series have different lengths or are too short."""
+        _require_equal_lengths(series)
+        first, steps = forecasts[0], len(series[0].values)
+        self.lag = first.history_length - first.context_length
+        self.horizon, self.reach = first.prediction_length, reach
+        split = steps - round(holdout * (steps - first.history_length))
+        places = grid(series[0], first)
+        self.train = _within(places, first.history_length, split - self.horizon)  # the steps to forecast from
+        self.holdout = _within(places, split, steps - self.horizon)
+        if not self.train or not self.holdout:
+            needed = first.history_length + int((self.horizon + places.step - 1) * (1 / holdout + 2))
+            raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
+        for part, starts in {"training": self.train, "holdout": self.holdout}.items():
+            _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
+        self.levels = torch.tensor(first.quantile_levels)
+        self.scalers = [forecast.scaler for forecast in forecasts]
+        self.naive_lag = naive_lag(round(series[0].step.total_seconds()), self.horizon)
+        self.values = np.stack([each.values for each in series])
+        scaled = [to_network(each.values, scaler) for each, scaler in zip(series, self.scalers, strict=True)]
+        self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing
+        inputs = [rows(each, forecast).T for each, forecast in zip(series, forecasts, strict=True)]
+        self._inputs = torch.from_numpy(np.ascontiguousarray(np.stack(inputs)))  # [M, T - lag - horizon, channels]
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __repr__(self) -> str:
+        return f"<Windows of {len(self)} series, to train {self.train}, held out {self.holdout}>"
+
+    def slices(self, count: int, threads: int) -> list[slice]:
+        """The models in groups whose `count` windows each one forward takes, at least a group a thread."""
+        size = min(max(1, FORWARD_ROWS // count), -(-len(self) // threads))
+        return [slice(at, at + size) for at in range(0, len(self), size)]
+
+    def cut(self, starts: torch.Tensor, models: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Steps to forecast from [M, B] -> of some models x [m, B, reach, channels] and y [m, B, horizon]."""
+        inputs, targets, some = self._inputs[models], self._targets[models], starts[models]
+        count, length, channels = inputs.shape
+        first = some - self.lag - self.reach + length * torch.arange(count)[:, None]
+        places = first[..., None] + torch.arange(self.reach)
+        ahead = some[..., None] + torch.arange(self.horizon)
+        x = inputs.reshape(-1, channels).index_select(0, places.flatten()).view(*places.shape, channels)
+        return x, targets.gather(1, ahead.flatten(1)).view_as(ahead)
+
+    def drawn(self, count: int, random: torch.Generator) -> torch.Tensor:
+        """Random windows of the training part [M, count]."""
+        places = torch.randint(0, len(self.train), (len(self), count), generator=random)
+        return self.train.start + self.train.step * places
+
+    def held_out(self, count: int) -> torch.Tensor:
+        """Up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""
+        return self.spaced(self.holdout, count)
+
+    def spaced(self, starts: range, count: int) -> torch.Tensor:
+        """Up to `count` of the steps, evenly spaced, the same for every model [M, B]."""
+        places = torch.linspace(0, len(starts) - 1, min(count, len(starts))).long()
+        return (starts.start + starts.step * places).expand(len(self), -1)
+
+
+def _within(places: range, first: int, last: int) -> range:
+    """The places from `first` to `last`."""
+    start = places.start + max(0, -(-(first - places.start) // places.step)) * places.step
+    return range(start, last + 1, places.step)
+
+
+def _require_equal_lengths(series: Sequence[Series]) -> None:
+    first = series[0]
+    for each in series:
+        if len(each.values) != len(first.values):
+            what = f"{each.name} has {len(each.values)} steps, {first.name} {len(first.values)}; fit them apart"
+            raise SeriesInvalid(what)
+
+
+def _require_values(series: Sequence[Series], part: str, steps: slice) -> None:
+    for each in series:
+        if np.isnan(each.values[steps]).all():
+            raise SeriesInvalid(f"{each.name}: no values in the {part} part")

@@ -1,0 +1,118 @@
+"""Scores the fits of `rolling_refits`: recipes and mixtures over the test period, and fev-bench's windows."""
+
+import csv
+import gzip
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from handlers.codecs.features import Float64
+from handlers.evaluation.scores import Steps, naive, pinball, scores, seasonal_errors
+from handlers.training.time_series import Series
+from loadtest.benchmarks.rolling_refits import DAYS, EVERY, HOURS, Recipe, Refits, market, period_start, schedule
+
+DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LEAR = Recipe("lear", "lear")
+WINDOWS, MORE_WINDOWS = Recipe("lear, 3 windows", "lear", 3), Recipe("lear, 5 windows", "lear", 5)
+LINEAR = Recipe("lear, linear", "lear", scaling="linear")
+TCN = Recipe("tcn", "tcn", 2, '{"channels": 48}', 8)
+RECIPES = (LEAR, WINDOWS, MORE_WINDOWS, LINEAR, TCN)
+FEV = tuple(Recipe(each.name, each.architecture, each.members, each.config, each.epochs, each.scaling, DECILES)
+            for each in (LEAR, WINDOWS, TCN))  # fmt: skip
+MEAN, WEIGHTED = "mean without the linear one", "all, weighted by their past"
+MIXTURES = {MEAN: (LEAR, WINDOWS, MORE_WINDOWS, TCN), WEIGHTED: RECIPES}
+# Power and memory were chosen by the test periods of NP and DE, fitted every 28 days; the other markets had no say.
+POWER = 8  #: of a forecaster's earlier loss in its weight
+REVIEW, MEMORY = 7, 91  #: days after which weights are made anew, and of which losses
+FEV_DAYS = 20
+
+
+def assessed(data: Path, refits: Refits, name: str) -> dict[str, Any]:
+    """All that is done of one market: rows by recipe or mixture and how often it was fitted, and the published ones."""
+    series = market(data, name)
+    rows = []
+    for every in EVERY:
+        found = {each: refits.quantiles(name, each, every) for each in RECIPES}
+        for each, quantiles in found.items():
+            if quantiles is not None:
+                seconds = round(refits.seconds(name, each, every), 1)
+                rows.append({"name": each.name, "every": every, "fit_s": seconds, **_scored(series, quantiles)})
+        rows += [{"name": mixture, "every": every, **more} for mixture, more in _mixtures(refits, name, every, series)]
+    theirs = {peer: _scored(series, each[..., None], (0.5,)) for peer, each in published(data, name).items()}
+    return {"rows": rows, "published": theirs, "wql": _fev(refits, name, series)}
+
+
+def published(data: Path, name: str) -> dict[str, Float64]:
+    """The daily forecasts of Lago et al. 2021 [days, 24] by model."""
+    with gzip.open(data / f"{name}_reference_forecasts.csv.gz", "rt", newline="") as file:
+        rows = list(csv.DictReader(file))
+    models = [each for each in rows[0] if each not in ("datetime_local", "real_price")]
+    return {model: np.array([float(row[model]) for row in rows]).reshape(DAYS, HOURS) for model in models}
+
+
+def weighted(parts: Float64, y: Float64, levels: Float64) -> Float64:
+    """Parts [N, days, 24, levels] -> their mean by weights that each week are made of the last days' losses."""
+    losses = pinball(np.broadcast_to(y, parts.shape[:3]), parts, levels).mean((2, 3))
+    weights = np.ones(losses.shape)
+    for day in range(REVIEW, losses.shape[1], REVIEW):
+        mean = losses[:, max(0, day - MEMORY) : day].mean(1)
+        weights[:, day : day + REVIEW] = ((mean / mean.min()) ** -POWER)[:, None]
+    mixed: Float64 = (weights[..., None, None] * parts).sum(0) / weights.sum(0)[:, None, None]
+    return mixed
+
+
+def wql(y: Float64, q: Float64, levels: Float64) -> float:
+    """As fev-bench has it: by window [W] twice the mean pinball loss by the mean of |y|, at least 1; their mean."""
+    size = np.maximum(np.abs(y).mean(1), 1.0)
+    return float((2 * pinball(y, q, levels).mean((1, 2)) / size).mean())
+
+
+def _mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Mixtures whose `lear` is fitted so often; the others as often, or as often as was reached."""
+    finest = [each for each in reversed(EVERY) if each >= every]
+    for mixture, recipes in MIXTURES.items():
+        reached = [next((e for e in finest if _has(refits, name, each, e)), 0) for each in recipes]
+        if not all(reached) or every not in reached:
+            continue
+        found = [refits.quantiles(name, *each) for each in zip(recipes, reached, strict=True)]
+        parts = np.stack([each for each in found if each is not None])
+        actual, levels = series.values[period_start(series) :].reshape(DAYS, HOURS), np.array(LEAR.levels)
+        mixed = parts.mean(0) if mixture == MEAN else weighted(parts, actual, levels)
+        fitted = {each.name: often for each, often in zip(recipes, reached, strict=True)}
+        yield mixture, {"fitted_every": fitted, **_scored(series, mixed)}
+
+
+def _has(refits: Refits, name: str, recipe: Recipe, every: int) -> bool:
+    return all(refits.has(task) for task in schedule(name, recipe, every))
+
+
+def _scored(series: Series, q: Float64, levels: Sequence[float] = LEAR.levels) -> dict[str, float]:
+    """Of quantiles of the test period [days, 24, levels]."""
+    start, values = period_start(series), series.values
+    origins: Steps = np.arange(start, len(values), HOURS)
+    began = np.datetime64(series.start, "s").astype(np.int64)
+    seconds: Steps = began + 3600 * np.arange(len(values))
+    y, before = values[start:].reshape(DAYS, HOURS), naive(values, seconds, origins, HOURS)
+    found = scores(y, q, np.array(levels), before, seasonal_errors(values, origins, HOURS))
+    measures = {"rmae": found.rmae, "mae": float(found.wape * np.abs(y).mean())}
+    if len(levels) > 1:
+        measures |= {"pinball": found.pinball, "coverage": found.coverage}
+    return {measure: round(value, 4) for measure, value in measures.items()}
+
+
+def _fev(refits: Refits, name: str, series: Series) -> dict[str, float]:
+    """WQL of the last 20 days, of archives fitted before them and where reached every day; and of their mean."""
+    first, found = DAYS - FEV_DAYS, {}
+    y = series.values[-FEV_DAYS * HOURS :].reshape(FEV_DAYS, HOURS)
+    parts = []
+    for recipe in FEV:
+        for every in (DAYS, 1):
+            quantiles = refits.quantiles(name, recipe, every, first)
+            if quantiles is not None:
+                found[f"{recipe.name}, fitted {'once' if every == DAYS else 'daily'}"] = quantiles
+                parts += [quantiles] if every == DAYS else []
+    if len(parts) == len(FEV):
+        found["their mean, fitted once"] = np.mean(parts, 0)
+    return {each: round(wql(y, quantiles, np.array(DECILES)), 4) for each, quantiles in found.items()}

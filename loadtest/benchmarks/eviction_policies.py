@@ -1,0 +1,247 @@
+"""`fleetcast-load bench eviction-policies`: eviction policies at equal bytes, in the server's own cache, and what they
+cost.
+
+Requests come one after another and each is served, if by a guest in one row: a cache for 90 % of a fleet hits at most
+90 % of a tick. Only who goes is judged, so loads take no time. Ends with a record.
+"""
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from loadtest import record
+from loadtest.driver.profiles import Profile, Schedule, Tick
+from model_store.cache.cache import Cache, Placed
+from model_store.cache.eviction import POLICIES, policy_named
+from model_store.cache.victim_selection import Evict, Moves
+from model_store.names import ModelName
+
+FLEET, TICKS, EVERY_S = 640, 15, 300.0
+SHARES = (0.9, 0.5, 0.1)
+SLAB, ROW = 2**20, 2**16  #: sixteen rows to a slab
+MIXED_SLAB, MIXED_BYTES = 4 * 2**20, 16 * 2**20
+MIXED = {"mlp": (10, 1_800_000), "tcn": (40, 70_000), "lear": (40, 71_000), "dlinear": (40, 72_000)}  #: models, bytes
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
+
+
+class Model(NamedTuple):
+    """What a cache is told of a model."""
+
+    name: ModelName
+    charge: int
+    family: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Requests, and when, in seconds. Until `warm` of them the cache only fills."""
+
+    asked: Sequence[Model]
+    at: Sequence[float]
+    warm: int
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    seed: Annotated[int, typer.Option(help="of the traces")] = 0,
+    rounds: Annotated[int, typer.Option(min=3, help="of alternating measurements of the cost")] = 7,
+) -> None:
+    """Judge every policy."""
+    before = record.machine()
+    found: dict[str, Any] = {"hits": {}, "after_change": {}}
+    for name, trace in track(traces(seed).items(), "hits", transient=True, console=CONSOLE):
+        found["hits"][name] = {str(share): _each(trace, share_of(trace, share), SLAB) for share in SHARES}
+    for name, trace in mixed(seed).items():
+        found["hits"][name] = {"16 MiB": _each(trace, MIXED_BYTES, MIXED_SLAB)}
+    for name, shuffled in (("fixed order", False), ("shuffled", True)):
+        found["after_change"][name] = {policy: recovery(policy, shuffled=shuffled, seed=seed) for policy in POLICIES}
+    found["us_a_request"] = costs(seed, rounds)
+    for table in _tables(found):
+        CONSOLE.print(table)
+    CONSOLE.print(f"record: {record.save('policies', seed, before, found)}")
+
+
+# --- traces ---------------------------------------------------------------------------------------------------------
+
+
+def fleet(models: int, family: str = "tcn", charge: int = ROW) -> list[Model]:
+    """Models of one family."""
+    return [Model(ModelName(f"{family}/{i:05}.mar"), charge, family) for i in range(models)]
+
+
+def traces(seed: int = 0, models: int = FLEET) -> dict[str, Trace]:
+    """Three that decide: a tick in fixed order, a shuffled one, Zipf with drift. And what else a fleet may see."""
+    half, known = models // 2, fleet(models)
+    often = _ticks(half, 48, seed, shuffled=True)
+    seldom = Tick(half, 12 * EVERY_S, 1.0, shuffled=True, seed=seed + 1).schedule(48 * EVERY_S)
+    tick, zipf = _ticks(half, TICKS, seed, shuffled=True), _zipf(half, TICKS * half, seed, drift_s=1000, rate=1.0)
+    shuffled = _ticks(models, TICKS, seed, shuffled=True)
+    return {
+        "tick, fixed order": _trace(known, _ticks(models, TICKS)),
+        "tick, shuffled": _trace(known, shuffled),
+        "Zipf with drift": _trace(known, _zipf(models, TICKS * models, seed, drift_s=20)),
+        "Zipf with much drift": _trace(known, _zipf(models, TICKS * models, seed, drift_s=2)),
+        "fixed order, no pauses": _trace(known, _ticks(models, TICKS, pauses=False)),
+        "shuffled, no pauses": _trace(known, _ticks(models, TICKS, seed, shuffled=True, pauses=False)),
+        "tick, each five times": _trace(known, _together(*[shuffled] * 5)),
+        "two ticks, one twelve times as often": _trace(known, _together(often, _others(seldom, half))),
+        "tick over Zipf": _trace(known, _together(tick, _others(zipf, half))),
+    }
+
+
+def mixed(seed: int = 0) -> dict[str, Trace]:
+    """Families of very different row sizes in a cache of few slabs."""
+    models = [model for family, (count, charge) in MIXED.items() for model in fleet(count, family, charge)]
+    asked = np.random.default_rng(seed).integers(0, len(models), 60 * len(models))
+    return {
+        "four families, by chance": _trace(models, Schedule(np.arange(len(asked)) / 10, asked, len(asked) / 10)),
+        "four families, tick": _trace(models, _ticks(len(models), 60)),
+    }
+
+
+def change(at: int, ticks: int, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> Trace:
+    """Ticks; from the one numbered `at` on a fifth of the fleet, drawn, is replaced by others."""
+    ticking = _ticks(models, ticks, seed, shuffled=shuffled)
+    gone = np.random.default_rng(seed).permutation(models)[: models // 5]
+    asked = ticking.model.copy()
+    asked[at * models :] += models * np.isin(asked[at * models :], gone)
+    return _trace(fleet(2 * models), Schedule(ticking.at, asked, ticking.seconds))
+
+
+def _trace(models: Sequence[Model], due: Schedule) -> Trace:
+    return Trace([models[i] for i in due.model.tolist()], due.at.tolist(), len(due.at) // 3)
+
+
+def _ticks(models: int, ticks: int, seed: int = 0, *, shuffled: bool = False, pauses: bool = True) -> Schedule:
+    return Tick(models, EVERY_S, 1.0 if pauses else EVERY_S, shuffled, seed).schedule(ticks * EVERY_S)
+
+
+def _zipf(models: int, requests: int, seed: int, drift_s: float, rate: float = 100.0) -> Schedule:
+    profile = Profile(models, rate=rate, zipf=0.9, seed=seed, drift_s=drift_s, drift_share=0.02)
+    return profile.schedule(requests / rate)
+
+
+def _others(due: Schedule, first: int) -> Schedule:
+    """The same for models numbered from `first` on."""
+    return Schedule(due.at, first + due.model, due.seconds)
+
+
+def _together(*loads: Schedule) -> Schedule:
+    """All of them at once."""
+    at = np.concatenate([due.at for due in loads])
+    order = np.argsort(at, kind="stable")
+    return Schedule(at[order], np.concatenate([due.model for due in loads])[order], loads[0].seconds)
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def share_of(trace: Trace, share: float) -> int:
+    """Bytes for so much of all models that are asked, in whole slabs."""
+    total = sum(model.charge for model in set(trace.asked))
+    return int(share * total) // SLAB * SLAB
+
+
+def serve(cache: Cache, trace: Trace) -> Iterator[bool]:
+    """Each request from its start to its end: whether the model was there."""
+    for model, now in zip(trace.asked, trace.at, strict=True):
+        slot = cache.lease(model.name, now)
+        if slot is not None:
+            cache.release(slot)
+        else:
+            cache.want(model.name, now)
+            load(cache, model, now)
+        yield slot is not None
+
+
+def load(cache: Cache, model: Model, now: float) -> None:
+    """From want to ready. There must be room, since nobody is leased."""
+    while not isinstance(placement := cache.place(model.name, "", model.charge, now, model.family), Placed):
+        assert isinstance(placement, Evict | Moves), f"{cache!r} has no room for {model.name}: {placement}"
+        if isinstance(placement, Evict):
+            for victim in placement.victims:
+                cache.retired(victim)
+        else:
+            for slot, offset in placement.moves:
+                cache.moved(slot, offset)
+    cache.ready(placement.slot, now)
+
+
+def hit_ratio(policy: str, trace: Trace, cache_bytes: int, slab_bytes: int = SLAB) -> float:
+    """Of the requests after the warm-up."""
+    cache = Cache(cache_bytes, slab_bytes, policy=policy_named(policy))
+    hits = list(serve(cache, trace))
+    return statistics.fmean(hits[trace.warm :])
+
+
+def recovery(policy: str, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> list[float]:
+    """The hit ratio of the tick before a fifth of the fleet is replaced, of that one, and of the next four; 90 %."""
+    trace = change(8, 13, shuffled=shuffled, seed=seed, models=models)
+    cache = Cache(int(0.9 * models * ROW) // SLAB * SLAB, SLAB, policy=policy_named(policy))
+    hits = np.fromiter(serve(cache, trace), float).reshape(13, models).mean(axis=1)
+    return [float(ratio) for ratio in hits[7:]]
+
+
+def costs(seed: int, rounds: int) -> Mapping[str, Mapping[str, Any]]:
+    """Microseconds that cache and policy take for a request, and as a multiple of LRU's in the same round."""
+    cases = {name: trace for name, trace in traces(seed).items() if name in ("tick, shuffled", "Zipf with drift")}
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, trace in cases.items():
+        seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+        for _ in track(range(rounds), f"cost, {name}", transient=True, console=CONSOLE):
+            for policy, times in seconds.items():
+                times.append(_seconds(policy, trace))
+        found[name] = {
+            policy: {
+                "us": record.spread([1e6 * each / len(trace.asked) for each in times]),
+                "ratio": record.spread([each / lru for each, lru in zip(times, seconds["lru"], strict=True)]),
+            }
+            for policy, times in seconds.items()
+        }
+    return found
+
+
+def _seconds(policy: str, trace: Trace) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    hit_ratio(policy, trace, share_of(trace, 0.9))
+    return time.perf_counter() - started
+
+
+def _each(trace: Trace, cache_bytes: int, slab_bytes: int) -> dict[str, float]:
+    return {policy: hit_ratio(policy, trace, cache_bytes, slab_bytes) for policy in POLICIES}
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def _tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    table = Table("trace", "cache", *POLICIES, title="hit ratio")
+    for name, sizes in found["hits"].items():
+        for size, ratios in sizes.items():
+            table.add_row(name, size, *(f"{ratios[policy]:.3f}" for policy in POLICIES))
+    yield table
+    table = Table("tick", "policy", "before", "change", "1", "2", "3", "4", title="hit ratio after a fifth is replaced")
+    for name, rows in found["after_change"].items():
+        for policy, ratios in rows.items():
+            table.add_row(name, policy, *(f"{ratio:.3f}" for ratio in ratios))
+    yield table
+    table = Table("trace", "policy", "us a request", "of LRU's", title="cost of the cache's decisions, at 90 %")
+    for name, rows in found["us_a_request"].items():
+        for policy, row in rows.items():
+            table.add_row(name, policy, f"{row['us']['median']:.2f}", f"{row['ratio']['median']:.2f}")
+    yield table

@@ -1,0 +1,214 @@
+"""Real markets through a running server: every day of a test period asked by boto3, scored, and recorded.
+
+fleetcast-load bench markets --data prices.csv.gz --time hour --target NSW1 --target VIC1 --test-from 2024-01-01
+
+Trains on the rows before the test period (`fleetcast train`), serves the archives, asks each model for forecasts end to
+end, and compares them with the naive forecast and with the reference network called in this process.
+"""
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time as clock
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import boto3
+import numpy as np
+import rich
+import torch
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from handlers.training.fit import ask, pinball, reference_network
+from handlers.training.input_recipe import naive_lag
+from handlers.training.time_series import Float64, Series, read_csv
+from loadtest import record
+from loadtest.observe.local_server import serve
+from model_store.archives.archive import open_archive, read_tensors
+from model_store.archives.manifest import Forecast
+from model_store.names import ModelName, parse_model_name
+from model_store.stores.object_store import Source, open_source
+
+RATIO_LIMIT = 0.7
+COVERAGE_LIMITS = (0.6, 0.9)  #: of the interval between the outer levels
+SAME = 1e-4  #: of the price and the scaler's scale: kernels differ in the last bits
+KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+
+Ask = Callable[[ModelName, dict[str, Any]], dict[str, Any]]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One market over the test period, losses in its unit."""
+
+    days: int
+    pinball: float  #: mean over levels and steps
+    naive: float  #: the same for the value at the same time of the last known day
+    ratio: float
+    coverage: float  #: share of steps within the outer levels, these included
+    difference: float  #: largest |served - in process| / (|in process| + scale)
+    finite: bool
+    is_sorted: bool
+
+    @property
+    def failures(self) -> list[str]:
+        """What falls short, in words."""
+        low, high = COVERAGE_LIMITS
+        found = {
+            "a quantile is not finite": not self.finite,
+            "quantiles are not sorted": not self.is_sorted,
+            f"pinball is more than {RATIO_LIMIT:g} of naive": not self.ratio <= RATIO_LIMIT,
+            f"coverage is not within {low:g} and {high:g}": not low <= self.coverage <= high,
+            "the served numbers are not those of the network": not self.difference <= SAME,
+        }
+        return [text for text, true in found.items() if true]
+
+
+class Client:
+    """A boto3 client of the server, and what its answers said of the cache."""
+
+    def __init__(self, url: str) -> None:
+        self._runtime = boto3.client("sagemaker-runtime", endpoint_url=url, **KEYS)
+        self.cache: Counter[str] = Counter()
+        self.milliseconds: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"<Client {dict(self.cache)}>"
+
+    def ask(self, model: ModelName, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a DeepAR request."""
+        body, started = json.dumps(request), clock.perf_counter()
+        reply = self._runtime.invoke_endpoint(
+            EndpointName="fleetcast", TargetModel=model, ContentType="application/json", Body=body
+        )
+        answer: dict[str, Any] = json.loads(reply["Body"].read())
+        self.milliseconds.append((clock.perf_counter() - started) * 1e3)
+        self.cache[reply["ResponseMetadata"]["HTTPHeaders"]["x-fleetcast-cache"]] += 1
+        return answer
+
+
+@app.command()
+def main(
+    *,
+    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="CSV of prices, .gz or not")],
+    time: Annotated[str, typer.Option(help="its column of time stamps")],
+    target: Annotated[list[str], typer.Option(help="a price column (repeatable)")],
+    test_from: Annotated[datetime, typer.Option(help="train before it, ask from it on to the end")],
+    store: Annotated[str, typer.Option(help="archives {target}.mar to ask; default: train them")] = "",
+    url: Annotated[str, typer.Option(help="a server of that store; default: start one")] = "",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train, serve, ask, score; exit code 1 when a market falls short."""
+    if url and not store:
+        raise typer.BadParameter("--url needs --store, the store that the server has")
+    before, results = record.machine(), dict[str, Any](data=data.name, test_from=f"{test_from:%Y-%m-%d}")
+    series = read_csv(data, time, target)
+    with ExitStack() as stack:
+        if not store:
+            store = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleetcast-markets-"))
+            started = clock.perf_counter()
+            train(data, time, target, test_from, store, seed)
+            results["train_s"] = round(clock.perf_counter() - started, 1)
+        client = Client(url or stack.enter_context(serve(store)).inference)
+        source = open_source(store)
+        scores = {each.name: evaluate(each, test_from, source, client.ask) for each in series}
+    results |= {"markets": {name: asdict(score) for name, score in scores.items()}, "cache": dict(client.cache)}
+    results["request_ms"] = record.spread(client.milliseconds)
+    rich.print(
+        _table(scores), f"cache: {dict(client.cache)}, median {results['request_ms']['median']:.1f} ms a request"
+    )
+    rich.print(f"record: {record.save('markets', seed, before, results)}")
+    failures = [f"{name}: {failure}" for name, score in scores.items() for failure in score.failures]
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+def train(data: Path, time: str, targets: Sequence[str], until: datetime, store: str, seed: int) -> None:
+    """`fleetcast train` as a user runs it. Raises CalledProcessError; its own words are on stderr."""
+    command = [sys.executable, "-P", "-m", "server.cli.main", "train", str(data), "--time", time, "--out", store]
+    command += ["--train-until", until.isoformat(), "--seed", str(seed)]
+    for target in targets:
+        command += ["--target", target]
+    subprocess.run(command, check=True)
+
+
+def evaluate(series: Series, test_from: datetime, source: Source, asked: Ask) -> Score:
+    """A forecast from every `prediction_length`-th step from `test_from` on, as long as all of it has happened.
+
+    Raises model_store's LoadError for the archive `{name}.mar`, and what `asked` raises.
+    """
+    name = parse_model_name(f"{series.name}.mar")
+    fetched = source.get(name)
+    assert fetched is not None, "only a conditional GET is answered `not modified`"
+    archive = open_archive(fetched.data, name)
+    if archive.spec is None or archive.spec.forecast is None:
+        raise ValueError(f"{name} is not an archive that can be asked for forecasts")
+    spec, forecast = archive.spec, archive.spec.forecast
+    network = reference_network(spec.architecture, spec.config, read_tensors(archive))
+    horizon = forecast.prediction_length
+    first = max(series.first_at(test_from), forecast.history_length)
+    starts = range(first, len(series.values) - horizon + 1, horizon)
+    served, local = [], []
+    for start in track(starts, series.name, transient=True):
+        request = request_for(series, start, forecast)
+        served.append(_quantiles(asked(name, request), forecast))
+        local.append(_quantiles(ask(network, forecast, request), forecast))
+    steps = np.array(starts)[:, None] + np.arange(horizon)
+    lag = naive_lag(round(series.step.total_seconds()), horizon)
+    naive = series.values[steps - lag][..., None]
+    return score(series.values[steps], np.stack(served), np.stack(local), naive, forecast)
+
+
+def request_for(series: Series, start: int, forecast: Forecast) -> dict[str, Any]:
+    """The request whose forecast begins with step `start`; it has no value of that step or later."""
+    instance = series.instance(start - forecast.history_length, start, forecast.prediction_length)
+    levels = [str(level) for level in forecast.quantile_levels]
+    return {"instances": [instance], "configuration": {"output_types": ["quantiles"], "quantiles": levels}}
+
+
+def score(y: Float64, served: Float64, local: Float64, naive: Float64, forecast: Forecast) -> Score:
+    """Values [days, P], quantiles [days, P, levels] as served and as called here, naive forecasts [days, P, 1]."""
+    known = ~np.isnan(y)
+
+    def loss(quantiles: Float64) -> float:
+        levels = torch.tensor(forecast.quantile_levels, dtype=torch.float64)
+        return float(pinball(torch.from_numpy(y), torch.from_numpy(quantiles), levels).sum()) / int(known.sum())
+
+    inside = (served[..., 0] <= y) & (y <= served[..., -1])
+    difference = np.abs(served - local) / (np.abs(local) + forecast.scaler.scale)
+    return Score(
+        days=len(y),
+        pinball=loss(served),
+        naive=loss(naive),
+        ratio=loss(served) / (loss(naive) or math.nan),
+        coverage=float(inside[known].mean()),
+        difference=float(difference.max()),
+        finite=bool(np.isfinite(served).all()),
+        is_sorted=bool((np.diff(served, axis=-1) >= 0).all()),
+    )
+
+
+def _quantiles(answer: dict[str, Any], forecast: Forecast) -> Float64:
+    """[prediction, levels]"""
+    quantiles = answer["predictions"][0]["quantiles"]
+    return np.array([quantiles[str(level)] for level in forecast.quantile_levels], np.float64).T
+
+
+def _table(scores: dict[str, Score]) -> Table:
+    table = Table("market", "days", "pinball", "naive", "ratio", "coverage", "largest difference", "")
+    for name, each in scores.items():
+        verdict = "; ".join(each.failures) or "ok"
+        numbers = (f"{each.pinball:.2f}", f"{each.naive:.2f}", f"{each.ratio:.3f}", f"{each.coverage:.1%}")
+        table.add_row(name, str(each.days), *numbers, f"{each.difference:.1e}", verdict)
+    return table

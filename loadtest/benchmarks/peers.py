@@ -1,0 +1,143 @@
+"""`make bench-peers`: the same weights and the same body in other people's servers and in ours, in one run.
+
+Every server is up from the start. In each round each of them has its turn of load, from wrk over 8 models at 1, 8 and
+32 connections, while the others idle; one that burns processor time when idle is stopped between its turns. Before the
+rounds: the time from making a model known to its first answer, with its files on the local disk. After them: memory
+per extra model, and what happens when models exceed memory. One table, one dated record. The peers' environments are
+made by pip at the first run, about 5 GB under `.fleetcast/peers`. Triton and ModelMesh are missing: pip has neither.
+"""
+
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from loadtest import record
+from loadtest.driver import wrk
+from loadtest.driver.dialects import NPY
+from loadtest.peers import over_memory as beyond
+from loadtest.peers.comparison import LOST, SEED, Contest, write_models
+from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, table, words
+from loadtest.peers.environments import installed, pins, requirements
+from loadtest.peers.network import load
+from loadtest.peers.servers import PACKAGE, PEERS, fleetcast, plain
+
+RECORDED = 7  #: rounds that a record has at least
+MODELS, FLEET, SPARE = 8, 200, 64
+BUDGET_MB = 1000.0  #: that a server may grow by when it gets more models
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 165)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    *,
+    rounds: Annotated[int, typer.Option(min=1, help="of alternating turns; fewer than 7 leave no record")] = RECORDED,
+    seconds: Annotated[int, typer.Option(min=1, help="of each of a turn's three loads")] = 3,
+    peers: Annotated[str, typer.Option(help="which of them, with commas between")] = ",".join(PEERS),
+    tell: Annotated[bool, typer.Option("--list", help="say which peers there are, and end")] = False,
+) -> None:
+    """Compare with TorchServe, Multi Model Server, MLServer, Ray Serve and a plain ONNX Runtime server."""
+    if tell:
+        return show_peers()
+    chosen = [peer.strip() for peer in peers.split(",") if peer.strip()]
+    if unknown := [peer for peer in chosen if peer not in PEERS]:
+        raise typer.BadParameter(f"there is no peer {', '.join(unknown)}: known are {', '.join(PEERS)}")
+    wrk.require_wrk()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that every server is ended
+    before = record.machine()
+    results = compare(chosen, rounds, seconds)
+    CONSOLE.print(table(results))
+    CONSOLE.print("\n".join(words(results)), soft_wrap=True, highlight=False)
+    if rounds >= RECORDED:
+        CONSOLE.print(f"record: {record.save('peers', SEED, before, results)}")
+    return None
+
+
+def show_peers() -> None:
+    """Which there are, in which version, and whether their environments are made."""
+    for peer in PEERS:
+        found = pins(requirements(peer).read_text())
+        state = "installed" if installed(peer) else "installed at its first run"
+        CONSOLE.print(
+            f"{peer:11} {PACKAGE[peer]} {found[PACKAGE[peer]]}, torch {found['torch']}: {state}", highlight=False
+        )
+
+
+def compare(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
+    """The whole comparison; every process of it is ended."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        progress = stack.enter_context(Progress(*columns, console=CONSOLE, transient=True))
+        step = progress.add_task("making models")
+        contest = Contest(write_models(folder, FLEET + SPARE), folder, stack)
+        _enter(contest, peers, folder, lambda text: progress.update(step, description=text))
+        contest.settle()
+        for number, name, connections in contest.play(rounds, seconds):
+            progress.update(step, description=f"round {number + 1} of {rounds}: {name}, {connections} connections")
+        for name in list(contest.contenders):
+            progress.update(step, description=f"{name}: more models")
+            _exceed(contest, name)
+        return {
+            "models": MODELS,
+            "rounds": rounds,
+            "seconds": seconds,
+            "body_bytes": len(contest.contenders[OURS].body),
+            "connections": CONNECTIONS,
+            "servers": contest.results(),
+            "unavailable": contest.lost,
+        }
+
+
+def _enter(contest: Contest, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
+    """Ours with few models, with many and with binary bodies, the plain peer, and the chosen ones."""
+    models = contest.models
+    for name, count in ((OURS, MODELS), (f"{OURS} x{FLEET}", FLEET)):
+        say(f"{name}: starting")
+        contest.enter(name, record.commit()[:7], partial(fleetcast, name, models.store), count)
+    say(f"{OURS_NPY}: starting")
+    contest.enter(OURS_NPY, record.commit()[:7], partial(fleetcast, OURS_NPY, models.store), MODELS, NPY)
+    say("plain: starting")
+    network = load(str(models.weights / "m0"))
+    contest.enter("plain", f"onnxruntime {version('onnxruntime')}", partial(plain, folder, network, MODELS), MODELS)
+    for peer in peers:
+        say(f"{peer}: starting")
+        pinned = pins(requirements(peer).read_text())[PACKAGE[peer]]
+        contest.enter(peer, pinned, partial(PEERS[peer], models.weights, say), MODELS)
+
+
+def _exceed(contest: Contest, name: str) -> None:
+    """More models, and more than there is memory for."""
+    contender, names = contest.contenders[name], contest.models.names
+    if contender.server.fixed or contender.target.count == FLEET or name == OURS_NPY:
+        return
+    body, found = contender.body, contender.found
+    try:
+        with contender.awake():
+            growth = beyond.grow(contender.server, names[MODELS:FLEET], body, BUDGET_MB)
+            found["growth"] = {"models": growth.models, "mb": growth.mb, "refused": growth.refused}
+            found["mb_per_model"] = growth.mb / growth.models if growth.models else None
+            if name == OURS:
+                told = beyond.ours_beyond(contest.models.store, names[:FLEET], body)
+            elif name == "ray":
+                told = beyond.ray_beyond(contest.models.weights, names[:MODELS], body)
+            elif name == "mlserver":
+                told = beyond.limited(contender.server, names[:MODELS], names[FLEET:], body)
+            else:
+                told = str(growth)
+    except LOST as error:  # what its turns showed stays
+        told = f"the trial failed: {error}"
+    found["beyond"] = told

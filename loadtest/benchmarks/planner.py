@@ -1,0 +1,181 @@
+"""`fleetcast-load bench planner`: does the planner say what happens? A real server beside its simulation.
+
+One worker, 200 models, one trace for caches of 20, 50 and 80 % of them. Each round measures the costs anew and then
+each size; what counts are the medians of rounds, since a machine has better and worse minutes. Ends with a record, and
+with 1 where a hit ratio is off by a point or a p99 by a quarter.
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loadtest import record
+from loadtest.driver import run as trial
+from loadtest.driver.driver_pool import Crew
+from loadtest.driver.profiles import Profile
+from loadtest.driver.request_bodies import Question
+from loadtest.driver.run_result import Run
+from loadtest.fleets.fleet import fleet_names, make_fleet
+from loadtest.fleets.synthetic_archives import network
+from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.metrics_sampler import Counts, parsed
+from loadtest.plan.calibrate import calibrate
+from loadtest.plan.cli import unloader
+from loadtest.plan.costs import Costs
+from loadtest.plan.demand import WARMUP, of_profile
+from loadtest.plan.placement import Placement
+from loadtest.plan.simulate import Found, Machines, simulate
+from model_store.names import ModelName
+
+MODELS, SHARES = 200, (0.2, 0.5, 0.8)
+WARMUP_S = 5.0
+POINT, QUARTER = 0.01, 0.25
+CACHE = "model_cache_requests_total"
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """One run and its simulation; latencies in ms."""
+
+    resident: int
+    hit_ratio: float
+    simulated_hit_ratio: float
+    ms: Mapping[str, float]
+    simulated_ms: Mapping[str, float]
+    invalid: list[str]
+
+    @property
+    def p99_ratio(self) -> float:
+        """Simulated over measured."""
+        return self.simulated_ms["p99"] / self.ms["p99"]
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    *,
+    rounds: Annotated[int, typer.Option(min=1, help="of all sizes, two minutes each")] = 3,
+    rate: Annotated[float, typer.Option(min=1, help="requests a second")] = 150.0,
+    seconds: Annotated[float, typer.Option(min=1, help="of a measured run")] = 20.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+) -> None:
+    """Measure, simulate, compare."""
+    before = record.machine()
+    found: list[Beside] = []
+    costs: list[Costs] = []
+    with tempfile.TemporaryDirectory(prefix="fleetcast-plan-") as folder:
+        make_fleet(folder, MODELS)
+        asked = trial.Questions(fleet_names(MODELS), MODELS, None, None, seed).of(folder, console)
+        for i in range(rounds):
+            costs.append(measure_costs(folder, asked, rate))
+            for share in SHARES:
+                found.append(
+                    compare(folder, asked, round(share * MODELS), Profile(MODELS, rate, seed=seed), seconds, costs[-1])
+                )
+                console.print(f"round {i + 1}: {_said(found[-1])}")
+    results = summed(found)
+    _show(results)
+    if keep:
+        whole = {"rate": rate, "seconds": seconds, "models": MODELS, "sizes": results}
+        whole["costs"] = [msgspec.to_builtins(each) for each in costs]
+        console.print(f"record: {record.save('plan', seed, before, whole)}")
+    raise SystemExit(not all(size["met"] for size in results))
+
+
+def measure_costs(store: str, asked: Mapping[ModelName, Question], rate: float) -> Costs:
+    """The costs of a server with room for all, at so many requests a second."""
+    with serve(store, ["--workers", "1"]) as server:
+        subject = trial.Subject(server.inference, server.metrics, asked, store)
+        to = subject.target("sagemaker", allow_remote=False)
+        return calibrate(to, server.metrics, unloader(server.management, list(asked)), "here", rate)
+
+
+def compare(
+    store: str, asked: Mapping[ModelName, Question], resident: int, load: Profile, seconds: float, costs: Costs
+) -> Beside:
+    """One size: the real server and the simulated one under the same schedule, warmed by the same."""
+    row_bytes = network("tcn").family.row_floats * 4
+    flags = ["--workers", "1", "--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
+    with serve(store, flags) as server:
+        to = trial.Subject(server.inference, None, asked, store).target("sagemaker", allow_remote=False)
+        with Crew(to, 1) as crew:
+            crew.drive(load.schedule(WARMUP_S, WARMUP))
+            before = _counts(server)
+            run = crew.drive(load.schedule(seconds))
+            after = _counts(server)
+    demand = of_profile(load, seconds, WARMUP_S, str(row_bytes))
+    there = simulate(Placement(demand), Machines(resident * row_bytes, slab_bytes=row_bytes), costs, load.seed)
+    return _beside(resident, run, before, after, there)
+
+
+def _counts(server: LocalServer) -> Counts:
+    return parsed(server.get(f"{server.metrics}/metrics").data.decode())[0]
+
+
+def _beside(resident: int, run: Run, before: Counts, after: Counts, there: Found) -> Beside:
+    seen = {result: after[CACHE, result] - before[CACHE, result] for result in ("hit", "miss", "coalesced")}
+    ms = {level: float(np.percentile(run.latency, float(level[1:]))) * 1e3 for level in there.ms}
+    return Beside(resident, seen["hit"] / sum(seen.values()), there.hit_ratio, ms, there.ms, run.invalid())
+
+
+def summed(found: list[Beside]) -> list[dict[str, Any]]:
+    """Size by size, the rounds' medians and spreads. Rounds that the driver calls invalid count for nothing."""
+    sizes = []
+    for resident in sorted({each.resident for each in found}):
+        here = [each for each in found if each.resident == resident]
+        rows = [each for each in here if not each.invalid]
+        if not rows:
+            raise SystemExit(f"no verdict: with room for {resident}, every run was invalid: {here[0].invalid[0]}")
+        off = statistics.median(abs(each.hit_ratio - each.simulated_hit_ratio) for each in rows)
+        ms = {level: record.spread([each.ms[level] for each in rows]) for level in rows[0].ms}
+        there = {level: record.spread([each.simulated_ms[level] for each in rows]) for level in rows[0].ms}
+        ratio = there["p99"]["median"] / ms["p99"]["median"]
+        sizes.append(
+            {
+                "resident": resident,
+                "hit_ratio": record.spread([each.hit_ratio for each in rows]),
+                "simulated_hit_ratio": record.spread([each.simulated_hit_ratio for each in rows]),
+                "hit_ratio_off": off,
+                "ms": ms,
+                "simulated_ms": there,
+                "p99_ratio": ratio,
+                "p99_ratios": record.spread([each.p99_ratio for each in rows]),
+                "met": off <= POINT and abs(ratio - 1) <= QUARTER,
+            }
+        )
+    return sizes
+
+
+def _said(each: Beside) -> str:
+    measured = f"hit ratio {each.hit_ratio:.4f}, p99 {each.ms['p99']:.2f} ms"
+    simulated = f"simulated {each.simulated_hit_ratio:.4f}, {each.simulated_ms['p99']:.2f} ms"
+    return f"room for {each.resident}: {measured}; {simulated}{' INVALID' * bool(each.invalid)}"
+
+
+def _show(sizes: list[dict[str, Any]]) -> None:
+    table = Table(
+        "room for", "hit ratio", "simulated", "p50 ms", "simulated", "p99 ms", "simulated", "p99 ratio", "met"
+    )
+    for size in sizes:
+        values = (size["hit_ratio"], size["simulated_hit_ratio"], size["ms"]["p50"], size["simulated_ms"]["p50"])
+        tails = (size["ms"]["p99"], size["simulated_ms"]["p99"])
+        ratio = f"{size['p99_ratio']:.2f} ({size['p99_ratios']['min']:.2f}-{size['p99_ratios']['max']:.2f})"
+        told = [f"{each['median']:.4f}" for each in values[:2]] + [
+            f"{each['median']:.2f}" for each in (*values[2:], *tails)
+        ]
+        table.add_row(str(size["resident"]), *told, ratio, "yes" if size["met"] else "NO")
+    console.print(table)

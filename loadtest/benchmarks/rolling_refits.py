@@ -1,0 +1,167 @@
+"""Forecasters fitted again and again to a market's past, and what each fit forecasts for the days until the next.
+
+A fit is one call of what `fleetcast train` calls, its forecasts go through the codec of requests. Every fit is kept in
+a file of its own, so a run that was ended goes on; another code, recipe or price file makes other files.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+import handlers
+from handlers.codecs.features import Float64
+from handlers.training.fit import Config, Fitted, Fitting, ask, fit, recipes, reference_network
+from handlers.training.input_recipe import LEVELS, Scaling
+from handlers.training.time_series import Series, read_csv
+
+MARKETS = ("NP", "PJM", "BE", "FR", "DE")
+TIME, TARGET, KNOWN = "datetime_local", "price", ("exog1", "exog2")
+DAYS, HOURS = 728, 24  #: the test period of Lago et al. 2021: the last 17,472 hours of a market
+EVERY = (728, 364, 91, 28, 7, 1)  #: days between two fits
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a user tells `fleetcast train`."""
+
+    name: str
+    architecture: str
+    members: int = 1
+    config: str = "{}"  #: JSON
+    epochs: float = 0.0
+    scaling: Scaling = "asinh"
+    levels: tuple[float, ...] = LEVELS
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the command, as far as they are not its defaults."""
+        found = ["--architecture", self.architecture]
+        found += ["--members", str(self.members)] if self.members > 1 else []
+        found += ["--config", self.config] if self.config != "{}" else []
+        found += ["--epochs", f"{self.epochs:g}"] if self.epochs else []
+        found += ["--scaling", self.scaling] if self.scaling != "asinh" else []
+        return found + (["--quantiles", ",".join(map(str, self.levels))] if self.levels != LEVELS else [])
+
+    @property
+    def options(self) -> Config:
+        """The config as the command makes it."""
+        return {
+            **msgspec.json.decode(self.config, type=Config),
+            **({"members": self.members} if self.members > 1 else {}),
+        }
+
+
+class Task(NamedTuple):
+    """One fit of a market, to all that was known before test day `day`; it forecasts `days` days."""
+
+    market: str
+    recipe: Recipe
+    day: int
+    days: int
+
+
+def schedule(market: str, recipe: Recipe, every: int, first: int = 0) -> Iterator[Task]:
+    """All fits from day `first` on; one that a coarser schedule has too forecasts as far as that one needs."""
+    for day in range(first, DAYS, every):
+        longest = next(each for each in EVERY if (day - first) % each == 0)
+        yield Task(market, recipe, day, min(longest, DAYS - day))
+
+
+@cache
+def market(data: Path, name: str) -> Series:
+    """A market with its two covariates. Raises SeriesInvalid, OSError."""
+    return read_csv(data / f"{name}.csv.gz", TIME, [TARGET], KNOWN)[0]
+
+
+def period_start(series: Series) -> int:
+    """The first step of the test period."""
+    return len(series.values) - DAYS * HOURS
+
+
+class Refits:
+    """The fits that are kept in a folder."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        self._data = data
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __repr__(self) -> str:
+        return f"<Refits of {self._data} in {self._folder}>"
+
+    def has(self, task: Task) -> bool:
+        """Whether it was done, by this run or one before."""
+        return self._path(task).exists()
+
+    def done(self, task: Task) -> float:
+        """Fit, forecast and keep. The seconds that the fit took."""
+        series = market(self._data, task.market)
+        first = period_start(series) + task.day * HOURS
+        started = time.perf_counter()
+        fitted = _fitted(series.before(series.start + first * series.step), task.recipe)
+        seconds = time.perf_counter() - started
+        quantiles = forecasts(fitted, series, range(first, first + task.days * HOURS, HOURS))
+        path = self._path(task)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, quantiles=quantiles.astype(np.float32), seconds=seconds)
+        partial.replace(path)
+        return seconds
+
+    def quantiles(self, name: str, recipe: Recipe, every: int, first: int = 0) -> Float64 | None:
+        """What fits every so many days forecast from day `first` on [days, 24, levels]; None: not all are done."""
+        found = []
+        for task in schedule(name, recipe, every, first):
+            if not self.has(task):
+                return None
+            with np.load(self._path(task)) as kept:
+                found.append(kept["quantiles"][: min(every, DAYS - task.day)])
+        return np.concatenate(found).astype(np.float64)
+
+    def seconds(self, name: str, recipe: Recipe, every: int, first: int = 0) -> float:
+        """How long these fits took in all."""
+        total = 0.0
+        for task in schedule(name, recipe, every, first):
+            with np.load(self._path(task)) as kept:
+                total += float(kept["seconds"])
+        return total
+
+    def _path(self, task: Task) -> Path:
+        said = repr((task.recipe, task.days)).encode() + _prices(self._data, task.market) + _code()
+        return self._folder / f"{task.market}-{hashlib.sha256(said).hexdigest()[:12]}-{task.day:03d}.npz"
+
+
+def _fitted(series: Series, of: Recipe) -> Fitted:
+    made = recipes([series], of.architecture, of.options, HOURS, levels=of.levels, scaling=of.scaling)
+    (found,) = fit([series], made, of.architecture, of.options, Fitting(of.epochs))
+    return found
+
+
+def forecasts(fitted: Fitted, series: Series, origins: Sequence[int]) -> Float64:
+    """Of the hours from each of the origins on [W, 24, levels], each by a request that ends before it."""
+    network, forecast = reference_network(fitted.architecture, fitted.config, fitted.tensors), fitted.forecast
+    found = []
+    for origin in origins:
+        instance = series.instance(origin - forecast.history_length, origin, HOURS)
+        request = {"instances": [instance], "configuration": {"output_types": ["quantiles"]}}
+        (answer,) = ask(network, forecast, request)["predictions"]
+        found.append(np.array([answer["quantiles"][f"{level:g}"] for level in forecast.quantile_levels]).T)
+    return np.stack(found)
+
+
+@cache
+def _prices(data: Path, name: str) -> bytes:
+    return hashlib.sha256((data / f"{name}.csv.gz").read_bytes()).digest()
+
+
+@cache
+def _code() -> bytes:
+    """Of all that decides what a fit finds."""
+    files = sorted(Path(handlers.__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

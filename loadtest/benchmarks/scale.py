@@ -1,0 +1,311 @@
+"""Does anything grow? A large fleet on one host: an hour's traffic in minutes, what it costs, thousands resident.
+
+fleetcast-load bench scale             10,000 archives, room for 1,000, an hour at 20 requests/s in four minutes
+
+Memory, tail, descriptors, threads, files and series are looked at between spans of the same traffic, and judged by
+the trend of the later ones: the first third fills caches. Everything runs on this machine's loopback, in a temporary
+folder of 1 GB. Ends with 1 when a verdict fails.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import numpy as np
+import orjson
+import typer
+import urllib3
+from rich.console import Console
+from rich.progress import Progress
+
+from loadtest import record
+from loadtest.benchmarks.growth_checks import (
+    Cost,
+    Crowd,
+    Span,
+    Verdict,
+    costs_table,
+    judge_costs,
+    judge_crowd,
+    judge_spans,
+    spans_table,
+    trend,
+    verdicts_table,
+)
+from loadtest.driver.dialects import DIALECTS
+from loadtest.driver.driver_pool import Crew
+from loadtest.driver.open_loop import Target, target
+from loadtest.driver.profiles import Profile, Schedule
+from loadtest.driver.run_result import CACHE, Run
+from loadtest.driver.summary import sparkline
+from loadtest.fleets.archive_writer import progress_bar
+from loadtest.fleets.fleet import Fleet, fleet_names, make_request, write_fleet
+from loadtest.fleets.synthetic_archives import network
+from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.processes import pss
+from loadtest.observe.resource_counts import Census, cpu_seconds, processes, take_census
+from model_store.errors import LoadError
+
+SHOWN_MODELS = 50  #: models with series of their own, so that series of evicted ones would be seen
+COSTS = (100, 1_000)  #: archives of the smaller stores that the large one is compared with
+HOT, PROBES, PAGES = 50, 2_000, 30  #: models that are asked to see what routing costs, how often; pages listed
+LOAD_RATE, PROBE_RATE = 200.0, 400.0  #: requests/s, of misses and of hits
+STEPS = 5  #: in which the models of one worker come
+MIN_SPANS = 6
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How large and how long. `disk`: archives that fit in the disk cache; `many`: models for one worker."""
+
+    models: int = 10_000
+    resident: int = 1_000
+    disk: int = 2_500
+    many: int = 5_000
+    workers: int = 2
+    spans: int = 20
+    span_s: float = 12.0
+    rate: float = 300.0
+    slab_rows: int = 60
+    family: str = "tcn"
+    seed: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """A resident model's."""
+        return network(self.family).family.row_floats * 4
+
+    def flags(self, resident: int, workers: int) -> list[str]:
+        """Of a server with room for so many, or a slab more in each worker."""
+        slab = self.slab_rows * self.row_bytes
+        slabs = workers * -(-resident // (workers * self.slab_rows))
+        return ["--workers", str(workers), "--slab-bytes", str(slab), "--model-cache-bytes", str(slabs * slab)]
+
+
+USUAL = Plan()
+Drive = Callable[[Schedule], Run]
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(
+    plan: Plan, store: Path, folder: Path, resident: int, workers: int
+) -> Iterator[tuple[LocalServer, Path, Path]]:
+    """A server for a store, its disk cache and its TMPDIR, both in `folder`."""
+    disk, temp = folder / "disk", folder / "tmp"
+    temp.mkdir(parents=True)
+    archive = next(path for path in store.rglob("*.mar"))
+    flags = [*plan.flags(resident, workers), "--disk-cache", str(disk)]
+    flags += ["--disk-cache-bytes", str(plan.disk * archive.stat().st_size)]
+    flags += ["--metrics-per-model", str(SHOWN_MODELS)]
+    with serve(str(store), flags, {"TMPDIR": str(temp)}) as server:
+        yield server, disk, temp
+
+
+@contextmanager
+def driving(server: LocalServer, models: int, bar: Progress, what: str, seconds: float) -> Iterator[Drive]:
+    """A driver process for `models` models of a fleet; its progress over so many seconds in all."""
+    with Crew(_target(server, models), 1) as crew:
+        task = bar.add_task(what, total=round(seconds))
+        done = 0.0
+
+        def drive(schedule: Schedule) -> Run:
+            nonlocal done
+            run = crew.drive(
+                schedule, look=lambda t: bar.update(task, completed=round(done + min(t, schedule.seconds)))
+            )
+            done += schedule.seconds
+            return run
+
+        yield drive
+        bar.remove_task(task)
+
+
+def endure(plan: Plan, server: LocalServer, disk: Path, temp: Path, drive: Drive) -> list[Span]:
+    """The traffic, a span after another."""
+    profile = Profile(plan.models, plan.rate, seed=plan.seed)
+    pids, spans = processes(server), []
+    for part in range(plan.spans):
+        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+        run = drive(profile.schedule(plan.span_s, part))
+        spent = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()}
+        spans.append(_span(run, spent, take_census(server, disk, temp)))
+    return spans
+
+
+def probe(server: LocalServer, archives: int, drive: Drive, requests: int = PROBES) -> Cost:
+    """Ask a few models again and again, and list."""
+    hot = np.arange(requests) % min(HOT, archives)
+    drive(_once(range(min(HOT, archives)), LOAD_RATE))  # now they are resident
+    fronts = [pid for name, pid in processes(server).items() if name.startswith("front")]
+    before = sum(map(cpu_seconds, fronts))
+    run = drive(Schedule(np.arange(requests) / PROBE_RATE, hot, requests / PROBE_RATE))
+    front_us = (sum(map(cpu_seconds, fronts)) - before) / requests * 1e6
+    resident = int(sum(server.counters("fleetcast_loaded_models").values()))
+    return Cost(archives, resident, front_us, _latency_ms(run, "hit", 50), page_ms(server))
+
+
+def crowd(plan: Plan, server: LocalServer, drive: Drive) -> Crowd:
+    """Load more and more models into the only worker, then ask all of them once more."""
+    worker = processes(server)["worker 0"]
+    resident, memory, pages = [], [], []
+    parts = np.array_split(np.arange(plan.many), STEPS)
+    for part in parts:
+        drive(_once(part.tolist(), LOAD_RATE))
+        resident.append(int(sum(server.counters("fleetcast_loaded_models").values())))
+        memory.append(pss(worker))
+        pages.append(page_ms(server))
+    again = drive(_once(range(plan.many), PROBE_RATE))
+    hits = float((again.cache == CACHE.index("hit")).mean())
+    each = trend(memory) / (plan.many / STEPS)
+    return Crowd(resident, memory, pages, each, hits, _latency_ms(again, "hit", 99))
+
+
+def page_ms(server: LocalServer) -> float:
+    """The median time of a page of /fleet/models."""
+    with urllib3.PoolManager() as pool:
+        return statistics.median(_page(pool, server) for _ in range(PAGES))
+
+
+def _page(pool: urllib3.PoolManager, server: LocalServer) -> float:
+    started = time.perf_counter()
+    reply = pool.request("GET", f"{server.management}/fleet/models?limit=100")
+    assert reply.status == 200, reply.data  # noqa: PLR2004
+    return (time.perf_counter() - started) * 1e3
+
+
+def _target(server: LocalServer, models: int) -> Target:
+    host, body = urlsplit(server.inference).netloc, orjson.dumps(make_request(0))
+    return target(server.inference, [DIALECTS["sagemaker"].request(host, name, body) for name in fleet_names(models)])
+
+
+def _once(models: Sequence[int], rate: float) -> Schedule:
+    """Each of the models once, in order."""
+    return Schedule(np.arange(len(models)) / rate, np.array(models), len(models) / rate)
+
+
+def _span(run: Run, spent: Mapping[str, float], census: Census) -> Span:
+    n = len(run.status)
+    return Span(
+        seconds=run.schedule.seconds,
+        requests=n,
+        failed=int((run.status != 200).sum()) + len(run.unsound),  # noqa: PLR2004
+        hit_ratio=float((run.cache == CACHE.index("hit")).mean()),
+        hit_p50_ms=_latency_ms(run, "hit", 50),
+        hit_p99_ms=_latency_ms(run, "hit", 99),
+        miss_p50_ms=_latency_ms(run, "miss", 50),
+        miss_p99_ms=_latency_ms(run, "miss", 99),
+        cpu_us={name: seconds / n * 1e6 for name, seconds in spent.items()},
+        census=census,
+        invalid=run.invalid(),
+    )
+
+
+def _latency_ms(run: Run, cache: str, percentile: float) -> float:
+    of_these = run.latency[(run.status == 200) & (run.cache == CACHE.index(cache))]  # noqa: PLR2004
+    return float(np.percentile(of_these, percentile)) * 1e3 if len(of_these) else float("nan")
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+def run(plan: Plan, folder: Path, bar: Progress) -> tuple[list[Span], list[Cost], Crowd]:
+    """All stages. Raises what the server, the driver and the store raise."""
+    store = folder / "store"
+    write_fleet(Fleet(plan.models, plan.seed, {plan.family: 1.0}), str(store), bar)
+    costs = []
+    for archives in (size for size in COSTS if size < plan.models):
+        smaller = folder / f"store-{archives}"
+        _link(store, smaller, archives)
+        with (
+            running(plan, smaller, folder / f"{archives}", plan.resident, plan.workers) as (server, *_),
+            driving(server, archives, bar, f"{archives} archives", archives / LOAD_RATE + PROBES / PROBE_RATE) as drive,
+        ):
+            drive(_once(range(archives), LOAD_RATE))
+            costs.append(probe(server, archives, drive))
+    seconds = plan.spans * plan.span_s + PROBES / PROBE_RATE
+    with (
+        running(plan, store, folder / "hour", plan.resident, plan.workers) as (server, disk, temp),
+        driving(server, plan.models, bar, f"{plan.models} archives", seconds) as drive,
+    ):
+        spans = endure(plan, server, disk, temp, drive)
+        costs.append(probe(server, plan.models, drive))
+    seconds = plan.many / LOAD_RATE + plan.many / PROBE_RATE
+    with (
+        running(plan, store, folder / "crowd", plan.many, 1) as (server, *_),
+        driving(server, plan.many, bar, f"{plan.many} resident", seconds) as drive,
+    ):
+        return spans, costs, crowd(plan, server, drive)
+
+
+def _link(store: Path, smaller: Path, archives: int) -> None:
+    """The first archives of a store as another one, without their bytes."""
+    for name in fleet_names(archives):
+        (smaller / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(store / name, smaller / name)
+
+
+@app.command()
+def main(
+    *,
+    models: Annotated[int, typer.Option(min=200, help="archives in the store")] = USUAL.models,
+    resident: Annotated[
+        int, typer.Option(min=1, help="models that fit in memory, all workers together")
+    ] = USUAL.resident,
+    many: Annotated[int, typer.Option(min=STEPS, help="models resident in one worker, last")] = USUAL.many,
+    rate: Annotated[float, typer.Option(min=10, help="requests a second")] = USUAL.rate,
+    spans: Annotated[
+        int, typer.Option(min=MIN_SPANS, help="of traffic, each followed by a look at the server")
+    ] = USUAL.spans,
+    seconds: Annotated[float, typer.Option(min=1, help="of a span")] = USUAL.span_s,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+) -> None:
+    """Look for what grows: an hour of traffic over a large fleet in minutes; what it costs; thousands resident."""
+    plan = Plan(
+        models, resident, resident * 5 // 2, min(many, models), spans=spans, span_s=seconds, rate=rate, seed=seed
+    )
+    before = record.machine()
+    hours = spans * seconds * rate / 20 / 3600
+    console.print(f"{models} archives, room for {resident}, {hours:.1f} hours of 20 requests/s at {rate:g} requests/s")
+    try:
+        with tempfile.TemporaryDirectory(prefix="fleetcast-scale-") as folder, progress_bar() as bar:
+            found, costs, crowded = run(plan, Path(folder), bar)
+    except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError, LoadError) as error:
+        raise SystemExit(f"no verdict: {error}") from error
+    verdicts = [*judge_spans(found, plan.disk), *judge_costs(costs), *judge_crowd(crowded, plan.many, plan.row_bytes)]
+    _show(found, costs, crowded, verdicts)
+    if keep:
+        results = {
+            "plan": asdict(plan),
+            "spans": [asdict(span) for span in found],
+            "costs": [asdict(cost) for cost in costs],
+            "crowd": asdict(crowded),
+            "verdicts": [{**asdict(verdict), "met": verdict.met} for verdict in verdicts],
+        }
+        console.print(f"record: {record.save('scale', seed, before, results)}")
+    raise SystemExit(not all(verdict.met for verdict in verdicts))
+
+
+def _show(spans: Sequence[Span], costs: Sequence[Cost], crowded: Crowd, verdicts: Sequence[Verdict]) -> None:
+    console.print(spans_table(spans), costs_table(costs, crowded))
+    for what, values in (
+        ("p99 of a hit", [span.hit_p99_ms for span in spans]),
+        ("p99 of a miss", [span.miss_p99_ms for span in spans]),
+        ("memory", [float(sum(span.census.memory.values())) for span in spans]),
+    ):
+        console.print(f"{what:13}  {sparkline(values)}  {min(values):.4g} to {max(values):.4g}")
+    console.print(verdicts_table(verdicts))

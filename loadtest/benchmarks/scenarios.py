@@ -1,0 +1,116 @@
+"""`fleetcast-load bench scenarios`: what joint scenarios cost, from quantiles to the bytes of the answer, on one core.
+
+45 products x 300 steps x 100 scenarios, as a market of 5 regions and 9 products asks for a day of 5-minute steps. The
+floor is what the same numbers take alone: drawing as many normal numbers, and writing the answer's bytes. A call of one
+product tells what a small call costs. Ends with a record.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from handlers.codecs.scenarios import Correlation, Marginal, joint, load_correlation, stream
+from handlers.codecs.tensors import write_npy
+from handlers.evaluation.correlation import gaussian, schaake
+from loadtest import record
+
+SEED = 5
+PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
+WINDOWS = 200  #: of the errors that the archives are estimated from
+LEVELS = np.array([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
+GOAL_MS = 500.0
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9,
+    save: Annotated[bool, typer.Option(help="write the record")] = True,
+) -> None:
+    """Measure; in a process of one thread, since a library reads how many it may have when it is imported."""
+    if any(os.environ.get(name) != "1" for name in ONE_THREAD):
+        done = subprocess.run([sys.executable, *sys.orig_argv[1:]], env={**os.environ, **ONE_THREAD}, check=False)
+        raise typer.Exit(done.returncode)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    before = record.machine()
+    results = measure(rounds)
+    CONSOLE.print(table(results))
+    if save:
+        CONSOLE.print(f"record: {record.save('scenarios', SEED, before, results)}")
+
+
+def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: int = SCENARIOS) -> dict[str, Any]:
+    """Milliseconds of every way, in turn; the first round is warm-up."""
+    copula, templates = _correlations(products, steps)
+    marginals = _marginals(products, steps)
+    found = np.empty((samples, products, steps), np.float32)
+    ways: dict[str, Callable[[], object]] = {
+        "gaussian": lambda: write_npy(joint(marginals, copula, samples, SEED)),
+        "schaake": lambda: write_npy(joint(marginals, templates, samples, SEED)),
+        "gaussian, one product": lambda: write_npy(joint(marginals[-1:], copula, samples, SEED)),
+        "floor: normal numbers": lambda: _normals(products, steps, samples),
+        "floor: bytes written": lambda: write_npy(found),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if turn:
+                taken[name].append((time.perf_counter() - started) * 1e3)
+    return {
+        "products": products,
+        "steps": steps,
+        "scenarios": samples,
+        "answer_bytes": len(write_npy(found)),
+        "ms": {name: record.spread(each) for name, each in taken.items()},
+    }
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The results beside goal and floor."""
+    size = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
+    shown = Table(size, "median ms", "min", "max", "goal")
+    for name, spread in results["ms"].items():
+        goal = f"{GOAL_MS:g}" if name in ("gaussian", "schaake") else ""
+        shown.add_row(name, *(f"{spread[key]:.1f}" for key in ("median", "min", "max")), goal)
+    return shown
+
+
+def _correlations(products: int, steps: int) -> tuple[Correlation, Correlation]:
+    """Both kinds, estimated from errors that are shared among products and last."""
+    rng, names = np.random.default_rng(SEED), tuple(f"market-{i}.mar" for i in range(products))
+    noise = rng.normal(size=(WINDOWS, products, steps)) + rng.normal(size=(WINDOWS, 1, steps))
+    errors = noise.cumsum(axis=2)
+    copula, templates = (
+        load_correlation(each.record, each.tensors) for each in (gaussian(errors, names), schaake(errors, names))
+    )
+    return copula, templates
+
+
+def _marginals(products: int, steps: int) -> list[Marginal]:
+    """Different for every product and step."""
+    rng = np.random.default_rng(SEED)
+    values = (
+        rng.normal(60, 30, (products, steps, 1)) + np.cumsum(rng.random((products, steps, len(LEVELS))), axis=-1) * 10
+    )
+    return [Marginal(f"market-{i}.mar", LEVELS, each) for i, each in enumerate(values)]
+
+
+def _normals(products: int, steps: int, samples: int) -> None:
+    """As many normal numbers as the scenarios rest on."""
+    for i in range(products):
+        stream(SEED, str(i)).standard_normal((steps, samples))

@@ -1,0 +1,130 @@
+"""`fleetcast-load bench scenarios-http`: joint scenarios as a client has them, beside the quantiles they are made of.
+
+45 products x 300 steps x 100 scenarios, as a market of 5 regions and 9 products asks for a day of 5-minute steps: one
+call for the quantiles, one for the scenarios as npy and one as JSON, in turn, of a server with one worker that has
+every model. It shares two cores with the client. `loadtest.benchmarks.scenarios` has the drawing alone. Ends with a
+record.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from handlers.evaluation.correlation import gaussian
+from handlers.forecasters import build, random_tensors
+from loadtest import record
+from loadtest.driver.dialects import unsound, unsound_call
+from loadtest.driver.market_client import BUDGET_S, NPY, Client, bodies
+from loadtest.fleets.fleet import make_request
+from loadtest.observe.local_server import serve
+from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.packing import pack_correlation, pack_forecaster
+from model_store.names import ModelName
+
+SEED = 5
+PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
+WINDOWS = 200  #: of the errors that the correlation is estimated from
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+CONTEXT = 48
+JOINTLY = ModelName("joint.mar")
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9,
+    save: Annotated[bool, typer.Option(help="write the record")] = True,
+) -> None:
+    """Measure, print, record."""
+    before = record.machine()
+    with ExitStack() as stack:
+        store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = write_store(store, PRODUCTS, STEPS)
+        server = stack.enter_context(serve(str(store), ["--workers", "1"]))
+        client = stack.enter_context(Client(server.inference))
+        results = {"steps": STEPS, **measure(client, names, SCENARIOS, rounds)}
+    CONSOLE.print(table(results))
+    if save:
+        CONSOLE.print(f"record: {record.save('scenarios_http', SEED, before, results)}")
+
+
+def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
+    """Forecasters with random weights, and a correlation of errors that are shared among them and last."""
+    names = [ModelName(f"m{i}.mar") for i in range(products)]
+    for seed, name in enumerate(names):
+        (store / name).write_bytes(_archive(name, steps, seed))
+    rng = np.random.default_rng(SEED)
+    noise = rng.normal(size=(WINDOWS, products, steps)) + rng.normal(size=(WINDOWS, 1, steps))
+    found = gaussian(noise.cumsum(axis=2), tuple(names))
+    (store / JOINTLY).write_bytes(pack_correlation(found.record, found.tensors, model_name="joint"))
+    return names
+
+
+def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds from the first byte out to the last byte in; the first round is warm-up. Raises NotAnswered."""
+    (series,) = make_request(SEED, steps=CONTEXT)["instances"]
+    asked = bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
+    ways = {
+        "quantiles": (asked.quantiles, "application/json"),
+        "joint, npy": (asked.scenarios, NPY),
+        "joint, JSON": (asked.scenarios, "application/json"),
+    }
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    sizes: dict[str, int] = {}
+    for turn in track(range(rounds + 1), "calls", transient=True, console=CONSOLE):
+        for way, (body, accept) in ways.items():
+            started = time.perf_counter()
+            answer, _ = client.forecasts(body, accept)
+            seconds = time.perf_counter() - started
+            if why := unsound(answer) if accept == NPY else unsound_call(answer, len(names)):
+                raise RuntimeError(f"{way}: {why}")
+            sizes[way] = len(answer)
+            if turn:
+                taken[way].append(seconds * 1e3)
+    return {
+        "products": len(names),
+        "scenarios": scenarios,
+        "answer_bytes": sizes,
+        "ms": {way: record.spread(each) for way, each in taken.items()},
+    }
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The calls beside the market's 20 seconds."""
+    title = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
+    shown = Table(title, "median ms", "min", "max", "MB", f"of {BUDGET_S:g} s")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for way, ms in results["ms"].items():
+        size, share = results["answer_bytes"][way] / 1e6, ms["median"] / BUDGET_S / 1e3
+        shown.add_row(way, *(f"{ms[key]:.1f}" for key in ("median", "min", "max")), f"{size:.1f}", f"{share:.2%}")
+    return shown
+
+
+def _archive(name: str, steps: int, seed: int) -> bytes:
+    config = {"features": 1, "context_length": CONTEXT, "prediction_length": steps, "quantiles": len(LEVELS)}
+    forecast = Forecast(
+        frequency="5min",
+        context_length=CONTEXT,
+        prediction_length=steps,
+        quantile_levels=LEVELS,
+        inputs=(Channel(source="target"),),
+        scaler=Scaler(kind="asinh", center=60.0, scale=25.0),
+        tail="clamp",
+    )
+    tensors = random_tensors(build("tcn", config), seed)
+    return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name, forecast=forecast)

@@ -1,0 +1,83 @@
+"""The step's benchmark: `fleetcast-load bench step` prints tables and writes a record; a minute on a quiet machine.
+
+Measured is what a worker does between decoded rows and answers, without HTTP, by a process of the server's
+(`server.worker.engine.bench_step`), in turn with peers that it is told by name: batches of a small convolution drawn
+from 500 models beside `FlatTcn`, and of a network of 1.8 MB beside `SplitMlp`, of rows that the CPU's cache holds and
+that it does not; many inputs of one model beside gathering its row as often.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loadtest import record
+
+SEED = 7  #: of server.worker.engine.bench_step
+PEERS = ("loadtest.peers.flat_rows:FlatTcn", "loadtest.peers.flat_rows:SplitMlp")
+ALL_GOAL_MS = 15.0  #: 500 different models
+GOALS = ((32, 0.8), (1, 1.0))  #: from so many rows on, at most so much of the peer's time
+
+CONSOLE = Console(width=None if sys.stdout.isatty() else 130)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(save: Annotated[bool, typer.Option(help="write a record")] = True) -> None:
+    """Measure and print."""
+    before = record.machine()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "server.worker.engine.bench_step", *PEERS], stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        raise typer.Exit(done.returncode)  # it has said why
+    results = json.loads(done.stdout)
+    CONSOLE.print(table(results), verdict(results))
+    if save:
+        CONSOLE.print(f"record: {record.save('step', SEED, before, results)}")
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Microseconds an answer by section and rows of a batch, medians; ratios with their spread, goals beside them."""
+    shown = Table("", "rows", "ours", "peer", "ratio", "goal", "gathered", "ratio", "floor", "ways")
+    shown.title = "microseconds an answer, one core"
+    for column in shown.columns[1:-1]:
+        column.justify, column.no_wrap = "right", True
+    for section, rows in results.items():
+        for row, found in rows.items():
+            cells = [f"{found['us']['fleetcast']['median']:.1f}", *_against(found, "peer")]
+            cells += [_goal(section, row, found), *_against(found, "gathered"), f"{found['floor_us']:.1f}"]
+            shown.add_row(section, row, *cells, " ".join(sorted(found["paths"], key=found["paths"].get, reverse=True)))
+        shown.add_section()
+    return shown
+
+
+def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of a step of all models."""
+    everyone = results["tcn"]["all"]
+    count = sum(everyone["paths"].values())
+    ms = everyone["us"]["fleetcast"]["median"] * count / 1e3
+    return f"{count} different models in one step: {ms:.2f} ms, goal {ALL_GOAL_MS:g}"
+
+
+def _against(found: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Its time and our ratio to it, empty where it did not run."""
+    if name not in found["ratio"]:
+        return "", ""
+    return f"{found['us'][name]['median']:.1f}", "{median:.2f} ({min:.2f}-{max:.2f})".format(**found["ratio"][name])
+
+
+def _goal(section: str, row: str, found: Mapping[str, Any]) -> str:
+    """Of the small convolution's batches."""
+    if section != "tcn" or not row.isdigit():
+        return ""
+    goal = next(most for rows, most in GOALS if int(row) >= rows)
+    color = "green" if found["ratio"]["peer"]["median"] <= goal else "red"
+    return f"[{color}]<= {goal:g}[/]"

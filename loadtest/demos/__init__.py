@@ -1,0 +1,1 @@
+"""What `fleetcast-load demo NAME` runs."""

@@ -1,0 +1,217 @@
+"""`make run`: a fleet, a server whose cache holds a quarter of it, a forecast, a burst, and the lines to go on with.
+
+Everything it writes is in `.fleetcast/`. A client's view: the server is a process of its own.
+"""
+
+import json
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import boto3
+import typer
+import urllib3
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+
+from handlers.forecasters import family
+from loadtest.demos.fan_chart import fan_chart
+from loadtest.fleets.fleet import fleet_names, make_trained_fleet
+from loadtest.fleets.synthetic_markets import make_request_of, synthetic_markets
+from loadtest.observe.local_server import LocalServer, serve
+from model_store.archives.archive import open_archive
+from model_store.names import ModelName
+
+FOLDER = Path(".fleetcast")
+STORE, REQUEST = FOLDER / "store", FOLDER / "request.json"
+SEED = 0
+CONNECTIONS = 8
+SHOWN_HOURS = (0, 3, 6, 9, 12, 15, 18, 21, 23)
+UNKNOWN_KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+
+console = Console(highlight=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    *,
+    models: Annotated[int, typer.Option(min=1, help="size of the fleet")] = 200,
+    resident: Annotated[int, typer.Option(min=1, help="models that fit in the cache, all workers together")] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="requests of the burst")] = 3000,
+    inference_port: int = 8080,
+    management_port: int = 8081,
+    metrics_port: int = 8082,
+    once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
+) -> None:
+    """Show Fleetcast on this machine: make a fleet, serve it, ask it. Nothing to install or configure besides."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
+    names = _fleet(models)
+    row_bytes = _row_bytes(names[0])
+    flags = ["--inference-port", str(inference_port), "--management-port", str(management_port)]
+    flags += ["--metrics-port", str(metrics_port), "--workers", str(workers)]
+    flags += ["--model-cache-bytes", str(resident * row_bytes), "--slab-bytes", str(row_bytes)]
+    try:
+        with serve(str(STORE), flags) as server:
+            _say("2", f"{workers} workers serve {models} models with room for {resident} in memory")
+            console.print(f"   inference {server.inference}, management {server.management}, metrics {server.metrics}")
+            _forecast(server, names[0])
+            _burst(server, names, requests, resident)
+            _how_to(server, names[0])
+            if not once:
+                _say("6", "the server runs until Ctrl-C")
+                signal.pause()
+    except RuntimeError as error:  # it has said why on stderr
+        raise SystemExit(f"{error}; flags of `make run` go into ARGS: make run ARGS='--inference-port 0'") from None
+    except KeyboardInterrupt:
+        console.print("\nstopped")
+
+
+def _say(number: str, text: str) -> None:
+    console.print(f"\n[bold]{number}. {text}[/]")
+
+
+def _fleet(models: int) -> list[ModelName]:
+    names = fleet_names(models)
+    if all((STORE / name).exists() for name in names):
+        _say("1", f"the fleet of {models} is in {STORE} already (make clean removes it)")
+        return names
+    started = time.perf_counter()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"fitting {models} markets together", total=None)
+        fitted = make_trained_fleet(
+            str(STORE), models, SEED, lambda done, most, _: bar.update(task, completed=done, total=most)
+        )
+    seconds = time.perf_counter() - started
+    better = sum(each.loss / each.naive_loss for each in fitted) / len(fitted)
+    _say("1", f"fitted {models} synthetic markets together in {seconds:.1f} s and packed them into {STORE}")
+    console.print(
+        f"   their mean pinball loss on hours they were not fitted on is {better:.2f} of the naive forecast's"
+    )
+    return names
+
+
+def _row_bytes(name: ModelName) -> int:
+    """What one model of the fleet holds in memory."""
+    spec = open_archive((STORE / name).read_bytes(), name).spec
+    assert spec is not None, "a forecaster has a fleetcast.json"
+    return family(spec).row_floats * 4
+
+
+def _forecast(server: LocalServer, model: ModelName) -> None:
+    """One model asked twice by boto3: first from the store, then from memory."""
+    request, actual = make_request_of(synthetic_markets(1, SEED)[0])
+    REQUEST.write_text(json.dumps(request))
+    client = boto3.client("sagemaker-runtime", endpoint_url=server.inference, **UNKNOWN_KEYS)
+    _say("3", f"a forecast of {model} by boto3, DeepAR JSON")
+    for _ in range(2):
+        started = time.perf_counter()
+        reply = client.invoke_endpoint(
+            EndpointName="fleetcast", TargetModel=model, ContentType="application/json", Body=REQUEST.read_bytes()
+        )
+        answer = json.loads(reply["Body"].read())
+        seconds = time.perf_counter() - started
+        headers = reply["ResponseMetadata"]["HTTPHeaders"]
+        console.print(f"   {headers['x-fleetcast-cache']:<4} {seconds * 1e3:6.1f} ms, {headers['server-timing']}")
+    prediction = answer["predictions"][0]
+    console.print(_forecast_table(prediction))
+    console.print("\n   ░ 10-90 %  ▒ 25-75 %  ━ median  ● what really came (EUR/MWh, hours ahead)\n")
+    console.print(fan_chart(prediction["quantiles"], actual), markup=False)
+
+
+def _forecast_table(prediction: dict[str, Any]) -> Table:
+    levels: dict[str, list[float]] = prediction["quantiles"]
+    table = Table("hour", *(f"q{level}" for level in levels), "mean", title=f"from {prediction['start']}")
+    for hour in SHOWN_HOURS:
+        values = [*(quantiles[hour] for quantiles in levels.values()), prediction["mean"][hour]]
+        table.add_row(f"+{hour + 1}", *(f"{value:.2f}" for value in values))
+    return table
+
+
+def _burst(server: LocalServer, names: Sequence[ModelName], requests: int, resident: int) -> None:
+    """Requests whose popularity falls with the rank, as real fleets' does, and what the metrics say of them."""
+    rng = random.Random(0)
+    asked = rng.choices(rng.sample(names, len(names)), [1 / rank for rank in range(1, len(names) + 1)], k=requests)
+    body = REQUEST.read_bytes()
+    pool = urllib3.PoolManager(maxsize=CONNECTIONS)
+
+    def ask(name: ModelName) -> int:
+        headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": "application/json"}
+        return pool.request("POST", f"{server.inference}/invocations", body=body, headers=headers).status
+
+    _say("4", f"{requests} requests over the fleet by {CONNECTIONS} connections, popular models more often")
+    before = dict(_counts(server))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        statuses = list(track(threads.map(ask, asked), "burst", total=requests, transient=True, console=console))
+    seconds = time.perf_counter() - started
+    burst = {key: value - before[key] for key, value in _counts(server)}
+    table = Table("", "", show_header=False, title="what /metrics says")
+    for row in _burst_rows(burst, statuses, seconds):
+        table.add_row(*row)
+    here = sum(server.counters("fleetcast_loaded_models").values())
+    table.add_row("resident now", f"{here:.0f} of {len(names)} models (room for {resident})")
+    console.print(table)
+
+
+def _counts(server: LocalServer) -> Iterator[tuple[tuple[str, str], float]]:
+    """What the burst moves, summed over workers: (metric, value of its one label that matters) -> count."""
+    for metric, label, values in (
+        ("model_cache_requests_total", "result", ("hit", "miss", "coalesced")),
+        ("model_evictions_total", "tier", ("device",)),
+        ("model_loading_seconds_sum", "tier", ("store", "disk")),
+        ("model_loading_seconds_count", "tier", ("store", "disk")),
+    ):
+        samples = server.counters(f"fleetcast_{metric}")
+        for value in values:
+            yield (metric, value), sum(n for labels, n in samples.items() if f'{label}="{value}"' in labels)
+
+
+def _burst_rows(
+    burst: Mapping[tuple[str, str], float], statuses: Sequence[int], seconds: float
+) -> Iterator[tuple[str, str]]:
+    failed = sum(status != 200 for status in statuses)  # noqa: PLR2004
+    hits, misses, joined = (burst["model_cache_requests_total", result] for result in ("hit", "miss", "coalesced"))
+    yield "answered", f"{len(statuses) - failed}, failed {failed}"
+    yield "rate", f"{len(statuses) / seconds:.0f} requests/s, as fast as this Python client asks"
+    yield "hit ratio", f"{hits / max(1, hits + misses + joined):.3f}"
+    yield "misses", f"{misses:.0f} started a load, {joined:.0f} more waited for one"
+    for tier in ("store", "disk"):
+        loads, total = burst["model_loading_seconds_count", tier], burst["model_loading_seconds_sum", tier]
+        mean = f", {total / loads * 1e3:.1f} ms each, verified and proved" if loads else ""
+        yield f"loads from {tier}", f"{loads:.0f}{mean}"
+    yield "evictions", f"{burst['model_evictions_total', 'device']:.0f}"
+
+
+def _how_to(server: LocalServer, model: ModelName) -> None:
+    """Lines to copy."""
+    _say("5", "call it yourself")
+    python = Path(sys.executable)
+    fleetcast = str(script) if (script := python.with_name("fleetcast")).exists() else f"{python} -m server.cli.main"
+    fleetcast = fleetcast.removeprefix(f"{Path.cwd()}/")
+    lines = f"""
+import boto3
+client = boto3.client("sagemaker-runtime", endpoint_url="{server.inference}", region_name="us-east-1",
+                      aws_access_key_id="any", aws_secret_access_key="any")
+reply = client.invoke_endpoint(EndpointName="fleetcast", TargetModel="{model}",
+                               ContentType="application/json", Body=open("{REQUEST}", "rb"))
+print(reply["Body"].read().decode())
+
+curl -i -H "X-Amzn-SageMaker-Target-Model: {model}" -H "Content-Type: application/json" \\
+  --data @{REQUEST} {server.inference}/invocations
+
+{fleetcast} invoke {model} --url {server.inference} --body {REQUEST} -v
+
+{fleetcast} train your.csv --time hour --target price --out {STORE}
+
+curl "{server.management}/fleet/models?limit=3"
+curl {server.metrics}/metrics
+"""
+    console.print(lines, markup=False)

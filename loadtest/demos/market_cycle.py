@@ -1,0 +1,322 @@
+"""`make forecast-demo`: a whole turn of a market's clock over many products, timed against its 20 seconds, and drawn.
+
+Fits and correlates the forecasters once, by the commands a user has, in `.fleetcast/cycle/`; serves them, or asks a
+server that runs; then prices in, quantiles by one call, joint scenarios by another, again and again. A client's view.
+"""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time as clock
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from csv import writer
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from handlers.training.input_recipe import default_prediction
+from handlers.training.time_series import Series, header, read_csv
+from loadtest.driver.market_client import (
+    JOINT,
+    NPY,
+    STAGES,
+    TICK,
+    Client,
+    Feed,
+    Fleet,
+    NotAnswered,
+    Turn,
+    rank_correlation,
+    turn,
+)
+from loadtest.fleets.fleet import MARKETS, UNITS
+from loadtest.fleets.synthetic_markets import coupled_markets
+from loadtest.observe.local_server import serve
+from loadtest.report.market_cycle import Drawn, extremes, of_budget, page
+from model_store.archives.archive import open_archive
+from model_store.errors import LoadError
+from model_store.names import ModelName, parse_model_name
+
+FOLDER = Path(".fleetcast/cycle")
+HISTORY, TODAY, STORE, MADE = (FOLDER / name for name in ("history.csv", "today.csv", "store", "made.json"))
+PAGE, QUANTILES, SCENARIOS = (FOLDER / name for name in ("cycle.html", "quantiles.json", "scenarios.json"))
+TIME, JOINTLY = "time", "joint.mar"
+MARKET, A_DAY, DAYS, SEED = "au", 24, 150, 0  #: the synthetic market: hours of five months
+EPOCHS, THREADS = 5.0, 2  #: half a minute on two cores
+LEVELS = "0.02,0.1,0.25,0.5,0.75,0.9,0.98"  #: beyond the outer ones samples are clamped
+MOST_TICKS = 24  #: intervals that are kept back, besides what the last forecast is of
+
+console = Console(highlight=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Where they come from; forecasters that were made from the same are used again."""
+
+    csv: str = ""  #: "": the synthetic market
+    changed: int = 0
+    time: str = TIME
+    targets: tuple[str, ...] = ()
+    market: tuple[object, ...] = (MARKET, A_DAY, DAYS, SEED, EPOCHS, LEVELS)
+
+    def read(self) -> list[Series]:
+        """Raises SeriesInvalid, OSError."""
+        if self.csv:
+            return read_csv(Path(self.csv), self.time, self.targets)
+        zones, products = MARKETS[MARKET]
+        return coupled_markets(zones.split(), products.split(), SEED, A_DAY * DAYS, A_DAY)
+
+    def __str__(self) -> str:
+        return Path(self.csv).name if self.csv else "a synthetic market"
+
+
+@dataclass(frozen=True, slots=True)
+class Market:
+    """All its prices. The last are kept back: nothing is fitted on them, and they arrive when the clock turns."""
+
+    name: str
+    series: Sequence[Series]
+
+    @property
+    def products(self) -> list[str]:
+        """In the order of the columns."""
+        return [each.name for each in self.series]
+
+    @property
+    def horizon(self) -> int:
+        """The steps that are forecast."""
+        return default_prediction(round(self.series[0].step.total_seconds()))
+
+    @property
+    def known(self) -> int:
+        """The steps before today."""
+        return len(self.series[0].values) - MOST_TICKS - self.horizon
+
+    @property
+    def today(self) -> datetime:
+        """The first step that is kept back."""
+        return self.series[0].start + self.known * self.series[0].step
+
+
+@app.command()
+def main(
+    *,
+    csv: Annotated[Path | None, typer.Option(help="your prices, a row a time step; else a synthetic market")] = None,
+    time: Annotated[str, typer.Option(help="its column of time stamps")] = TIME,
+    target: Annotated[list[str] | None, typer.Option(help="a price column (repeatable); else all of them")] = None,
+    url: Annotated[str, typer.Option(help=f"a running server of {STORE}; else one is started")] = "",
+    ticks: Annotated[int, typer.Option(min=2, max=MOST_TICKS, help="turns of the clock; the first is cold")] = 6,
+    scenarios: Annotated[int, typer.Option(min=2, max=1000, help="joint scenarios of a turn")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed, the same scenarios")] = 7,
+    inference_port: int = 8080,
+    management_port: int = 8081,
+    metrics_port: int = 8082,
+    once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
+) -> None:
+    """Show a market's cycle: prices in, forecasts of all products, joint scenarios, a page; against 20 seconds."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
+    ports = {"inference": inference_port, "management": management_port, "metrics": metrics_port}
+    try:
+        prices = _prices(csv, time, target)
+        market = _make(prices)
+        fleet = _fleet(market)
+        with _server(url, ports) as address:
+            with Client(address) as client:
+                turns = _turns(market, fleet, client, ticks, scenarios, seed)
+            started = clock.perf_counter()
+            drawn = _drawn(market, fleet, turns, address)
+            PAGE.write_text(page(drawn), encoding="utf-8")
+            _show(drawn, (clock.perf_counter() - started) * 1e3)
+            _how_to(address, fleet)
+            if not once and not url:
+                _say("5", "the server runs until Ctrl-C")
+                signal.pause()
+    except (LoadError, ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f'no demo: {error}\nflags of `make forecast-demo` go into ARGS="..."') from None
+    except KeyboardInterrupt:
+        console.print("\nstopped")
+
+
+def _say(number: str, text: str) -> None:
+    console.print(f"\n[bold]{number}. {escape(text)}[/]")
+
+
+# --- forecasters ----------------------------------------------------------------------------------------------------
+
+
+def _prices(csv: Path | None, time: str, target: Sequence[str] | None) -> Prices:
+    if csv is None:
+        if target:
+            raise ValueError("--target is a column of a --csv")
+        return Prices()
+    targets = tuple(target or (name for name in header(csv) if name and name != time))
+    if not targets:
+        raise ValueError(f"{csv} has no column besides {time!r}")
+    return Prices(str(csv.resolve()), csv.stat().st_mtime_ns, time, targets, ())
+
+
+def _make(prices: Prices) -> Market:
+    """The market, once its forecasters and their correlation are in the store."""
+    wanted, market = json.dumps(asdict(prices)), Market(str(prices), prices.read())
+    count = len(market.products)
+    if MADE.exists() and MADE.read_text() == wanted:
+        _say("1", f"the forecasters of {count} products of {market.name} are in {STORE} already")
+        return market
+    if market.known < market.horizon:
+        raise ValueError(f"{market.name} has too few rows to learn {market.horizon} steps ahead from")
+    started = clock.perf_counter()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    _write(HISTORY, market.series, 0, market.known)
+    _write(TODAY, market.series, market.known, len(market.series[0].values))
+    targets = [flag for name in market.products for flag in ("--target", name)]
+    unit = [] if prices.csv else ["--unit", UNITS[MARKET]]
+    fit = ["--out", str(STORE), "--epochs", f"{EPOCHS:g}", "--threads", str(THREADS), "--quantiles", LEVELS, *unit]
+    _fleetcast(f"fitting {count} products of {market.name} together", "train", targets, fit)
+    windows = ["--store", str(STORE), "--out", str(STORE / JOINTLY), "--every", str(max(1, market.horizon // 4))]
+    _fleetcast("learning how they move together", "correlate", targets, windows)
+    MADE.write_text(wanted)
+    seconds = clock.perf_counter() - started
+    _say("1", f"fitted and correlated {count} products of {market.name} in {seconds:.0f} s, into {STORE}")
+    console.print(f"   by `fleetcast train` and `fleetcast correlate` of {HISTORY}, once (make clean removes it)")
+    return market
+
+
+def _write(path: Path, series: Sequence[Series], start: int, end: int) -> None:
+    rows = np.stack([each.values[start:end] for each in series], axis=1).tolist()
+    with path.open("w", newline="") as file:
+        lines = writer(file, lineterminator="\n")
+        lines.writerow([TIME, *(each.name for each in series)])
+        for at, row in enumerate(rows, start):
+            lines.writerow([series[0].stamp(at), *("" if math.isnan(price) else price for price in row)])
+
+
+def _fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str]) -> None:
+    """A command on the history. Raises RuntimeError when it fails; its own words are on stderr."""
+    command = [sys.executable, "-P", "-m", "server.cli.main", verb, str(HISTORY), "--time", TIME, *targets, *flags]
+    with console.status(what):
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise RuntimeError(f"`fleetcast {verb}` ended with code {done.returncode}")
+
+
+def _fleet(market: Market) -> Fleet:
+    models = {product: parse_model_name(f"{product}.mar") for product in market.products}
+    first = models[market.products[0]]
+    spec = open_archive((STORE / first).read_bytes(), first).spec
+    assert spec is not None, "`fleetcast train` writes a fleetcast.json"
+    assert spec.forecast is not None, "and says in it what a request brings"
+    return Fleet(models, ModelName(JOINTLY), spec.forecast.history_length, spec.forecast.unit)
+
+
+@contextmanager
+def _server(url: str, ports: Mapping[str, int]) -> Iterator[str]:
+    """The address of the user's, or of one of ours."""
+    if url:
+        _say("2", f"asking {url}, which must serve {STORE}")
+        yield url
+        return
+    flags = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
+    with serve(str(STORE), flags) as server:
+        _say("2", f"serving {STORE}: inference {server.inference}, metrics {server.metrics}")
+        yield server.inference
+
+
+# --- the show -------------------------------------------------------------------------------------------------------
+
+
+def _turns(market: Market, fleet: Fleet, client: Client, ticks: int, scenarios: int, seed: int) -> list[Turn]:
+    """One after another, each with the next line of today's prices. Raises NotAnswered."""
+    _say(
+        "3", f"the clock turns {ticks} times: prices in, quantiles by one call, {scenarios} joint scenarios by another"
+    )
+    feed = Feed([each.before(market.today) for each in market.series], fleet.history)
+    with TODAY.open() as file:
+        lines = [line.rstrip("\n") for line in islice(file, 1, 1 + ticks)]
+    try:
+        turns = [turn(feed, line, fleet, client, scenarios, seed) for line in lines]
+    except NotAnswered as why:
+        raise NotAnswered(f"{why}\nthe server must serve the demo's store: fleetcast serve --store {STORE}") from None
+    QUANTILES.write_bytes(turns[-1].asked.quantiles)
+    SCENARIOS.write_bytes(turns[-1].asked.scenarios)
+    return turns
+
+
+def _drawn(market: Market, fleet: Fleet, turns: Sequence[Turn], address: str) -> Drawn:
+    """The last turn, the prices before it, and those that came after it."""
+    end, first = market.known + len(turns), market.series[0]
+    return Drawn(
+        title=f"{len(market.products)} products of {market.name}",
+        unit=fleet.unit,
+        products=market.products,
+        start=first.start + (end - market.horizon) * first.step,
+        step=first.step,
+        prices=np.stack([each.values[end - market.horizon : end + market.horizon] for each in market.series]),
+        turns=turns,
+        together=rank_correlation(turns[-1].scenarios),
+        calls=_calls(address),
+    )
+
+
+def _show(drawn: Drawn, drawn_ms: float) -> None:
+    first, last = drawn.turns[0], drawn.turns[-1]
+    table = Table("ms", "first turn", f"turn {len(drawn.turns)}", "of 20 s", title=f"forecast from {last.start}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in STAGES:
+        ms = last.ms[stage]
+        table.add_row(stage, f"{first.ms[stage]:.1f}", f"{ms:.1f}", of_budget(ms))
+    table.add_section()
+    table.add_row("together", f"{first.total_ms:.1f}", f"{last.total_ms:.1f}", of_budget(last.total_ms))
+    table.add_row("the page drawn", "", f"{drawn_ms:.1f}", of_budget(drawn_ms))
+    console.print(table)
+    for call in (TICK, JOINT):
+        console.print(f"   {call}: first {first.said[call]}\n   {' ' * len(call)}  last  {last.said[call]}")
+    for word, pairs in zip(("alike", "opposed"), extremes(drawn.products, drawn.together, 1), strict=True):
+        for one, other, value in pairs:
+            console.print(
+                f"   most {word} in the scenarios: {escape(f'{one} and {other}, rank correlation {value:+.2f}')}"
+            )
+    console.print(f"\n[bold]the page: {PAGE.resolve().as_uri()}[/]", soft_wrap=True)
+
+
+def _calls(address: str) -> list[tuple[str, str]]:
+    """What was called, as lines to copy."""
+    forecasts = f"curl -s {address}/v1/forecasts"
+    return [
+        ("quantiles of all products", f"{forecasts} --data @{QUANTILES}"),
+        ("joint scenarios", f"{forecasts} -H 'Accept: {NPY}' \\\n  --data @{SCENARIOS} -o scenarios.npy"),
+    ]
+
+
+def _how_to(address: str, fleet: Fleet) -> None:
+    """Lines to copy."""
+    _say("4", "go on with")
+    model = next(iter(fleet.models.values()))
+    python = Path(sys.executable)
+    bin_ = f"{python.parent}/".removeprefix(f"{Path.cwd()}/") if python.with_name("fleetcast").exists() else ""
+    calls = "\n".join(call for _, call in _calls(address))
+    lines = f"""
+{calls}
+
+{bin_}fleetcast inspect {STORE}/{model}
+{bin_}fleetcast inspect {STORE}/{fleet.correlation}
+{bin_}fleetcast-load run --url {address} --store {STORE} --dialect forecasts \\
+  --profile tick --every-s 0.5 --spread-s 0
+
+make forecast-demo ARGS="--csv prices.csv --time hour"   # your own prices, all columns
+"""
+    console.print(lines, markup=False)

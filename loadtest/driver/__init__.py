@@ -1,0 +1,1 @@
+"""The open-loop load: schedules, bodies, processes that send, and what came of it."""

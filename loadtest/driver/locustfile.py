@@ -1,0 +1,109 @@
+"""A fleet for those who live in Locust: users who ask for forecasts of models, the popular ones more often.
+
+pip install locust
+locust -f loadtest/locustfile.py --host http://127.0.0.1:8080 --fleet-store DIR --headless --users 8 --run-time 10s
+
+The statistics have one row for each thing that the cache can say (hit, miss, coalesced), not one for each model.
+
+Locust is a closed loop: each user waits for an answer before it asks again. It shows how many users a server carries; a
+slow moment hides, though, because nobody asks meanwhile, and its percentiles are too good. For tails, hit ratios at a
+given rate and capacity there is `fleetcast-load`, which asks on schedule.
+"""
+
+import ipaddress
+import itertools
+import logging
+import random
+import socket
+from collections.abc import Sequence
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import orjson
+from locust import FastHttpUser, events, task
+
+from loadtest.driver.dialects import DIALECTS, JSON, unsound
+from loadtest.driver.profiles import zipf
+from loadtest.fleets.fleet import fleet_names, make_request
+from model_store.errors import LoadError
+from model_store.stores.object_store import open_source
+
+FAILED, ANSWERED = "failed", "answered"  #: the rows of what went wrong, and of answers without X-Fleetcast-Cache
+
+log = logging.getLogger(__name__)
+
+
+@events.init_command_line_parser.add_listener
+def add_arguments(parser: Any) -> None:
+    """Ours go beside Locust's own."""
+    group = parser.add_argument_group("Fleetcast")
+    group.add_argument("--fleet-store", env_var="FLEETCAST_STORE", default="", help="the server's store, for the names")
+    group.add_argument("--fleet-models", type=int, default=200, help="so many of its models; without it, demo names")
+    group.add_argument("--fleet-zipf", type=float, default=1.0, help="popularity of rank r is 1 / r to this power")
+    group.add_argument("--fleet-seed", type=int, default=0, help="who is popular, and what is asked")
+    group.add_argument("--allow-remote", action="store_true", help="load an address beyond loopback")
+
+
+@events.init.add_listener
+def prepare(environment: Any, **_: Any) -> None:
+    """Names, popularity and body, once for all users of a process; Locust ends where there are none."""
+    options = environment.parsed_options
+    try:
+        names = _names(options.fleet_store, options.fleet_models)
+    except (LoadError, ValueError, OSError) as error:
+        raise SystemExit(f"no load: {error}") from error
+    popularity = zipf(len(names), options.fleet_zipf, np.random.default_rng(options.fleet_seed))
+    ClientOfTheFleet.names, ClientOfTheFleet.up_to = names, np.cumsum(popularity).tolist()
+    ClientOfTheFleet.body = orjson.dumps(make_request(options.fleet_seed))
+    log.warning("Locust is a closed loop, whose percentiles are too good when a server stalls: see fleetcast-load")
+
+
+@events.test_start.add_listener
+def refuse_strangers(environment: Any, **_: Any) -> None:
+    """End before the first request to an address that is not this machine: --host, or what was typed into the page."""
+    if not environment.parsed_options.allow_remote and (why := _stranger(environment.host or "")):
+        log.error("no load: %s", why)
+        environment.process_exit_code = 1  # Locust forgets that of SystemExit
+        raise SystemExit(1)
+
+
+def _stranger(host: str) -> str | None:
+    """Why an address may not be loaded unasked. (The driver cannot be imported: gevent takes its selector away.)"""
+    try:
+        found = socket.getaddrinfo(urlsplit(host).hostname or "", None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        return f"--host {host!r}: {error}; give http://HOST:PORT"
+    strangers = [at[0] for *_, at in found if not ipaddress.ip_address(at[0]).is_loopback]
+    return f"{host} is {strangers[0]}, not this machine: loading it takes --allow-remote" if strangers else None
+
+
+def _names(store: str, models: int) -> Sequence[str]:
+    listed = (each.name for each in open_source(store).list()) if store else iter(fleet_names(models))
+    names = list(itertools.islice(listed, max(0, models)))
+    if not names:
+        raise ValueError(f"no models: {store or 'no --fleet-store'} has none, or --fleet-models {models} is too few")
+    return names
+
+
+class ClientOfTheFleet(FastHttpUser):
+    """Asks one model after another, as fast as it is answered."""
+
+    names: ClassVar[Sequence[str]] = []
+    up_to: ClassVar[list[float]] = []  #: [models] cumulated popularity
+    body: ClassVar[bytes] = b""
+
+    @task
+    def forecast(self) -> None:
+        """One forecast; where its answer is counted depends on what the cache said."""
+        dialect = DIALECTS["sagemaker"]
+        (model,) = random.choices(self.names, cum_weights=self.up_to)
+        headers = {key: value.format(model=model) for key, value in dialect.headers.items()}
+        headers["Content-Type"] = JSON
+        with self.client.post(
+            dialect.path, data=self.body, headers=headers, name=FAILED, catch_response=True
+        ) as response:
+            if response.status_code == 200:  # noqa: PLR2004 -- the others are failures to Locust already
+                response.request_meta["name"] = response.headers.get("x-fleetcast-cache", ANSWERED)
+                if why := unsound(response.content):
+                    response.failure(f"{model}: {why}")

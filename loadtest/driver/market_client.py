@@ -1,0 +1,190 @@
+"""One turn of a market's clock, as a client takes it: prices in, quantiles of all products by one call, joint scenarios
+by another. Every stage is timed. Blocking, one connection.
+"""
+
+import http.client
+import io
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Self
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from handlers.training.time_series import Float64, Series
+from model_store.names import ModelName
+
+Float32 = npt.NDArray[np.float32]
+
+BUDGET_S = 20.0  #: from a market's prices to the bids that answer them
+PRICES, WRITE, TICK, JOINT, READ = "prices in", "requests written", "quantiles", "joint scenarios", "answers read"
+STAGES = (PRICES, WRITE, TICK, JOINT, READ)
+PATIENCE_S = 60.0
+NPY = "application/x-npy"
+
+
+class NotAnswered(RuntimeError):
+    """The server did not answer a call, or not for every product; the message says why."""
+
+
+class Feed:
+    """What a market has published of some products: the last `keep` intervals, one more with every line."""
+
+    def __init__(self, history: Sequence[Series], keep: int) -> None:
+        first = history[0]
+        self.step: timedelta = first.step
+        self.next: datetime = first.start + len(first.values) * first.step
+        self.rows: Float64 = np.stack([each.values for each in history], axis=1)[-keep:]  # [keep, products]
+
+    def __repr__(self) -> str:
+        return f"<Feed {self.rows.shape[1]} products, next {self.next}>"
+
+    def publish(self, line: str) -> None:
+        """The next interval, `stamp,price,price,...`; an empty price is missing. Raises ValueError for another line."""
+        stamp, *prices = line.split(",")
+        if datetime.fromisoformat(stamp) != self.next or len(prices) != self.rows.shape[1]:
+            raise ValueError(f"expected {self.next} and {self.rows.shape[1]} prices, not {line[:60]!r}")
+        row = [float(price) if price else np.nan for price in prices]
+        self.rows = np.concatenate([self.rows[1:], [row]])
+        self.next += self.step
+
+    def requests(self, models: Mapping[str, ModelName], history: int) -> list[dict[str, object]]:
+        """What each model is asked: the last `history` prices of its product. NaN is written as null."""
+        start = (self.next - history * self.step).isoformat(sep=" ", timespec="seconds")
+        columns = self.rows[-history:].T.tolist()
+        return [
+            {"target_model": model, "start": start, "target": column}
+            for model, column in zip(models.values(), columns, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Who is asked: product -> model, what correlates them, the steps a request brings, and the unit of prices."""
+
+    models: Mapping[str, ModelName]
+    correlation: ModelName
+    history: int
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The two bodies of a turn."""
+
+    quantiles: bytes
+    scenarios: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """What came of one: milliseconds by stage, the cache's and the server's words by call, and the answers.
+
+    `quantiles` [products, steps, levels], `scenarios` [scenarios, products, steps].
+    """
+
+    start: str  #: of the first step that is forecast
+    ms: Mapping[str, float]
+    said: Mapping[str, str]
+    asked: Asked
+    levels: Sequence[float]
+    quantiles: Float64
+    scenarios: Float32
+
+    @property
+    def total_ms(self) -> float:
+        """From the prices to the numbers."""
+        return sum(self.ms.values())
+
+
+class Client:
+    """A connection to a server's inference listener; to be used in a `with`."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme != "http" or not parts.netloc:
+            raise ValueError(f"{url!r} is no server's address: give http://HOST:PORT")
+        self.url = url.rstrip("/")
+        self._connection = http.client.HTTPConnection(parts.netloc, timeout=PATIENCE_S)
+
+    def __repr__(self) -> str:
+        return f"<Client {self.url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def forecasts(self, body: bytes, accept: str = "application/json") -> tuple[bytes, str]:
+        """`POST /v1/forecasts`: the answer, and what its headers say. Raises NotAnswered."""
+        try:
+            headers = {"Content-Type": "application/json", "Accept": accept}
+            self._connection.request("POST", "/v1/forecasts", body, headers)
+            reply = self._connection.getresponse()
+            answer = reply.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            raise NotAnswered(f"{self.url} does not answer: {error!r}; is `fleetcast serve` running there?") from error
+        if reply.status != http.HTTPStatus.OK:
+            raise NotAnswered(f"{self.url} answered {reply.status}: {answer[:500].decode(errors='replace')}")
+        return answer, f"{reply.headers['x-fleetcast-cache']}; {reply.headers['server-timing']}"
+
+
+def turn(feed: Feed, line: str, fleet: Fleet, client: Client, scenarios: int, seed: int) -> Turn:
+    """Publish a line, ask, and read. Raises NotAnswered, and ValueError for a line that is not the next one."""
+    ms: dict[str, float] = {}
+    with _timed(ms, PRICES):
+        feed.publish(line)
+    with _timed(ms, WRITE):
+        asked = bodies(feed.requests(fleet.models, fleet.history), fleet.correlation, scenarios, seed)
+    with _timed(ms, TICK):
+        tick, tick_said = client.forecasts(asked.quantiles)
+    with _timed(ms, JOINT):
+        joint, joint_said = client.forecasts(asked.scenarios, NPY)
+    with _timed(ms, READ):
+        levels, quantiles = read_quantiles(tick, list(fleet.models))
+        found: Float32 = np.load(io.BytesIO(joint), allow_pickle=False)
+    said, start = {TICK: tick_said, JOINT: joint_said}, feed.next.isoformat(sep=" ", timespec="seconds")
+    return Turn(start, MappingProxyType(ms), said, asked, levels, quantiles, found)
+
+
+def bodies(requests: Sequence[Mapping[str, object]], correlation: ModelName, scenarios: int, seed: int) -> Asked:
+    """Both calls are about the same histories, which are written once."""
+    written = b'{"requests":' + orjson.dumps(requests) + b',"configuration":'
+    drawn = {"joint": True, "correlation": correlation, "num_samples": scenarios, "seed": seed}
+    tick = orjson.dumps({"output_types": ["quantiles"]})
+    return Asked(written + tick + b"}", written + orjson.dumps(drawn) + b"}")
+
+
+def read_quantiles(answer: bytes, products: Sequence[str]) -> tuple[Sequence[float], Float64]:
+    """Levels and quantiles [products, steps, levels]. Raises NotAnswered that names the first product without any."""
+    found = orjson.loads(answer)
+    for product, each in zip(products, found["predictions"], strict=True):
+        if "error" in each:
+            more = f" ({found['failed']} of {len(products)} failed)"
+            raise NotAnswered(f"no forecast of {product}: {each['error']['message']}{more}")
+    levels = sorted(found["predictions"][0]["quantiles"], key=float)
+    rows = [[each["quantiles"][level] for level in levels] for each in found["predictions"]]
+    return [float(level) for level in levels], np.array(rows).transpose(0, 2, 1)
+
+
+def rank_correlation(scenarios: Float32) -> Float64:
+    """How products [n, n] go together in scenarios [s, n, t]: Spearman's coefficient at equal steps, their mean."""
+    count, _, steps = scenarios.shape
+    ranks = scenarios.argsort(axis=0, kind="stable").argsort(axis=0) - (count - 1) / 2
+    by_step = ranks.transpose(2, 1, 0)
+    return np.asarray((by_step @ by_step.swapaxes(1, 2)).sum(axis=0) / (steps * count * (count**2 - 1) / 12))
+
+
+@contextmanager
+def _timed(ms: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    ms[stage] = (time.perf_counter() - started) * 1e3

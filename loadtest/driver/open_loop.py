@@ -1,0 +1,330 @@
+"""The open-loop driver: every request leaves at its intended time, however slow the answers are.
+
+A closed loop asks less of a server that is slow and so hides its worst moments ("coordinated omission"). Here latency
+counts from the *intended* time, and the driver measures how late it was itself: when that is much, the run says nothing
+about the server and is called invalid. One process, one thread, one event loop (several processes: `crew`); a load is
+sent to loopback only, unless told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the processor
+time, which the server needs.
+"""
+
+import asyncio
+import errno
+import gc
+import ipaddress
+import re
+import select
+import selectors
+import socket
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+
+from loadtest.driver.dialects import unsound, unsound_call
+from loadtest.driver.profiles import Schedule
+from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Forecasts, Run
+
+SAMPLES = 200  #: answers that are looked into, or a few more
+IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: this machine's limits, not the server's fault
+LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
+TAIL = 40  #: bytes at the end of the answer to a call for many, within which it says how many failed
+_CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
+_FAILED = re.compile(rb'"failed":\s*(\d+)\s*}\s*$')
+
+
+class Forbidden(Exception):
+    """The address is not on this machine, and nobody said that it may be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a load goes: an address, and one whole HTTP request for each model.
+
+    `forecasts`: where the requests are calls for many models, how many each asks; else empty.
+    """
+
+    host: str
+    port: int
+    requests: Sequence[bytes]
+    forecasts: Sequence[int] = ()
+
+
+def target(url: str, requests: Sequence[bytes], *, forecasts: Sequence[int] = (), allow_remote: bool = False) -> Target:
+    """Raises ValueError for a URL that is no plain http://host:port, Forbidden for one beyond loopback."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"{url!r} cannot be loaded: give http://HOST:PORT")
+    port = parts.port or 80
+    address = str(socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0])
+    if not allow_remote and not ipaddress.ip_address(address).is_loopback:
+        raise Forbidden(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
+    return Target(address, port, requests, forecasts)
+
+
+def drive(
+    schedule: Schedule,
+    to: Target,
+    *,
+    connections: int = 512,
+    patience_s: float = 10.0,
+    start: float | None = None,
+) -> Run:
+    """Send a schedule. Ends when all is answered, at the latest `patience_s` after the schedule's end.
+
+    At most so many connections, opened when needed. The schedule starts at `start` on the monotonic clock, which the
+    processes of a machine share; by default at once. Blocks; not for use inside an event loop.
+    """
+    gc.collect()
+    gc.freeze()  # a full collection over a large program's objects is a pause of many milliseconds
+    try:
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Punctual())) as runner:
+            return runner.run(_Driver(runner.get_loop(), schedule, to, connections).run(patience_s, start))
+    finally:
+        gc.unfreeze()
+
+
+class _Punctual(selectors.EpollSelector):
+    """Wakes within some 0.1 ms of the time. epoll alone rounds up to whole milliseconds, and uvloop spins instead."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is not None and timeout > 0:
+            select.select([self.fileno()], [], [], timeout)  # an epoll is readable when something in it is
+            timeout = 0
+        return super().select(timeout)
+
+
+class _Driver:
+    """One schedule under way."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, schedule: Schedule, to: Target, connections: int) -> None:
+        n = len(schedule.at)
+        self.loop = loop
+        self.start = 0.0
+        self.samples: dict[int, bytes] = {}
+        self._schedule, self._to, self._limit = schedule, to, connections
+        self._at, self._model = schedule.at.tolist(), schedule.model.tolist()
+        self._woken, self._sent, self._done = (np.full(n, np.nan) for _ in range(3))
+        self._status, self._cache = np.full(n, NO_ANSWER), np.zeros(n, np.int64)
+        self._asked = np.array(to.forecasts, np.int64)[schedule.model] if to.forecasts else None
+        self._failed = np.zeros(n, np.int64) if self._asked is None else self._asked.copy()
+        self._sampled = frozenset(range(0, n, max(1, n // SAMPLES)))
+        self._next, self._open, self._unanswered = 0, set[_Connection](), n
+        self._opening: set[asyncio.Task[None]] = set()
+        self._free: list[_Connection] = []  # the last used is used first: the others may go idle and be closed
+        self._waiting: deque[int] = deque()
+        self._exhausted = False
+        self._ended = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<_Driver {self._next} of {len(self._at)} due, {self._unanswered} unanswered, {len(self._open)} open>"
+
+    async def run(self, patience_s: float, start: float | None) -> Run:
+        self.start = self.loop.time() + LEAD_S if start is None else start
+        self.loop.call_at(self.start, self._due)
+        try:
+            async with asyncio.timeout_at(self.start + self._schedule.seconds + patience_s):
+                await self._ended.wait()
+        except TimeoutError:
+            self._next = len(self._at)  # nothing more is sent
+        ended = self._now()
+        await self._close()
+        found = [(i, why) for i, body in self.samples.items() if (why := self._unsound(i, body))]
+        arrays = (self._woken, self._sent, self._done, self._status, self._cache)
+        forecasts = None if self._asked is None else Forecasts(self._asked, self._failed)
+        return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found, forecasts)
+
+    def _unsound(self, request: int, body: bytes) -> str | None:
+        return unsound(body) if self._asked is None else unsound_call(body, int(self._asked[request]))
+
+    def _now(self) -> float:
+        return self.loop.time() - self.start
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _due(self) -> None:
+        """Send what is due and come back when the next one is."""
+        now = self._now()
+        while self._next < len(self._at) and self._at[self._next] <= now:
+            request, self._next = self._next, self._next + 1
+            self._woken[request] = self._now()
+            connection = self._take()
+            if connection is None:
+                self._waiting.append(request)
+                self._grow()
+            else:
+                self._send(connection, request)
+        if self._next < len(self._at):
+            self.loop.call_at(self.start + self._at[self._next], self._due)
+
+    def _send(self, connection: "_Connection", request: int) -> None:
+        connection.ask(request, self._to.requests[self._model[request]], sampled=request in self._sampled)
+        self._sent[request] = self._now()
+
+    @property
+    def of_calls(self) -> bool:
+        """Whether the requests are calls for many models."""
+        return self._asked is not None
+
+    def counted(self, request: int, tail: bytes) -> None:
+        """How many of a call failed, which the end of its whole answer says; where it does not, all did."""
+        if (said := _FAILED.search(tail)) is not None:
+            self._failed[request] = int(said[1])
+
+    def settled(self, request: int, status: int, cache: int = 0) -> None:
+        """A request's fate is known."""
+        self._done[request], self._status[request], self._cache[request] = self._now(), status, cache
+        self._unanswered -= 1
+        if not self._unanswered:
+            self._ended.set()
+
+    # --- connections ----------------------------------------------------------------------------------------------
+
+    async def _close(self) -> None:
+        self._waiting.clear()
+        opening = list(self._opening)
+        for task in opening:
+            task.cancel()
+        await asyncio.gather(*opening, return_exceptions=True)
+        for connection in self._open:
+            connection.abandon()
+        await asyncio.sleep(0)  # in which the sockets are closed
+
+    def _take(self) -> "_Connection | None":
+        while self._free:
+            connection = self._free.pop()
+            if connection.fresh():
+                return connection
+        return None
+
+    def _grow(self) -> None:
+        if len(self._open) + len(self._opening) >= self._limit:
+            self._exhausted = True
+        else:
+            task = asyncio.ensure_future(self._connect())
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+
+    async def _connect(self) -> None:
+        """Open a connection for who waits; each failure is the fate of one of them."""
+        while self._waiting:
+            try:
+                await self.loop.create_connection(lambda: _Connection(self), self._to.host, self._to.port)
+            except OSError as error:
+                if error.errno in NO_MORE:
+                    self._exhausted = True
+                    return
+                if self._waiting:
+                    self.settled(self._waiting.popleft(), LOST)
+            else:
+                return
+
+    def opened(self, connection: "_Connection") -> None:
+        """It may take its first request."""
+        self._open.add(connection)
+        self.free(connection)
+
+    def free(self, connection: "_Connection") -> None:
+        """It may take another request."""
+        if self._waiting:
+            self._send(connection, self._waiting.popleft())
+        else:
+            self._free.append(connection)
+
+    def closed(self, connection: "_Connection") -> None:
+        """It takes no more; who waits may need another."""
+        self._open.discard(connection)
+        if self._waiting:
+            self._grow()
+
+
+class _Connection(asyncio.Protocol):
+    """One keep-alive connection: one request at a time."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self._driver = driver
+        self._parser = httptools.HttpResponseParser(self)
+        self._request: int | None = None
+        self._parts: list[bytes] | None = None
+        self._tail = b""
+        self._cache = 0
+        self._since = 0.0
+
+    def __repr__(self) -> str:
+        return f"<_Connection {'idle' if self._request is None else f'waits for answer {self._request}'}>"
+
+    def fresh(self) -> bool:
+        """Whether it can be used; one that cannot is closed."""
+        if not self._transport.is_closing() and self._driver.loop.time() - self._since < IDLE_S:
+            return True
+        self._transport.close()
+        return False
+
+    def ask(self, request: int, data: bytes, *, sampled: bool) -> None:
+        self._request, self._cache, self._tail = request, 0, b""
+        self._parts = [] if sampled else None
+        self._transport.write(data)
+
+    def abandon(self) -> None:
+        """The run is over: what is still to come is nobody's."""
+        self._request = None
+        self._transport.abort()
+
+    # --- asyncio's calls ------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._since = self._driver.loop.time()
+        self._driver.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 -- asyncio's name
+        if self._request is not None:
+            self._driver.settled(self._request, LOST)
+        self._driver.closed(self)
+
+    # --- httptools' calls -----------------------------------------------------------------------------------------
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-fleetcast-cache":
+            self._cache = _cached(value)
+
+    def on_body(self, part: bytes) -> None:
+        if self._driver.of_calls:
+            self._tail = (self._tail + part[-TAIL:])[-TAIL:]
+        if self._parts is not None:
+            self._parts.append(part)
+
+    def on_message_complete(self) -> None:
+        request, status = self._request, self._parser.get_status_code()
+        if request is None:  # an answer to nothing: the server takes leave
+            self._transport.close()
+            return
+        self._request, self._since = None, self._driver.loop.time()
+        if status == HTTPStatus.OK and self._driver.of_calls:
+            self._driver.counted(request, self._tail)
+        self._driver.settled(request, status, self._cache)
+        if self._parts is not None and status == HTTPStatus.OK:
+            self._driver.samples[request] = b"".join(self._parts)
+        if self._parser.should_keep_alive():
+            self._driver.free(self)
+        else:
+            self._transport.close()
+
+
+def _cached(said: bytes) -> int:
+    """What the cache did, as an index into CACHE; of a call for many (`hit=44, miss=1`) the slowest of it."""
+    if (found := _CACHE.get(said)) is not None:
+        return found
+    did = {part.partition(b"=")[0].strip() for part in said.split(b",")}
+    return next((_CACHE[each] for each in (b"miss", b"coalesced", b"hit") if each in did), 0)

@@ -1,0 +1,149 @@
+"""What to ask the archives of a store, read from the archives themselves: no user has to write a request first."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loadtest.driver.dialects import DIGITS, JSON, NPY, Body, npy_body
+from model_store.archives.archive import Archive, open_archive
+from model_store.archives.manifest import Forecast, Kind
+from model_store.errors import LoadError
+from model_store.names import ModelName
+from model_store.stores.object_store import Source
+
+READERS = 16
+START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request body and its content type."""
+
+    body: bytes
+    content_type: str = JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The models that can be asked and with what; why others cannot."""
+
+    questions: Mapping[ModelName, Question]
+    left_out: Mapping[ModelName, str]
+
+
+def ask_all(
+    source: Source, names: Sequence[ModelName], kind: Body | None, seed: int, step: Callable[[], None]
+) -> Asked:
+    """Read every archive, several at a time, and find its question; `step` is called after each."""
+    questions: dict[ModelName, Question] = {}
+    left_out: dict[ModelName, str] = {}
+
+    def find(name: ModelName) -> Question | str:
+        try:
+            fetched = source.get(name)
+            assert fetched is not None, "only a conditional GET is answered `not modified`"
+            return question(open_archive(fetched.data, name), kind, seed)
+        except (LoadError, ValueError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for name, found in zip(names, pool.map(find, names), strict=True):
+            step()
+            if isinstance(found, str):
+                left_out[name] = found
+            else:
+                questions[name] = found
+    return Asked(questions, left_out)
+
+
+def call(asked: Mapping[ModelName, Question]) -> Question:
+    """One call for many models that asks each of these its question, see CONTRACTS 5.
+
+    Raises ValueError for a question that is not one series, and where they differ in their configuration.
+    """
+    requests, configurations = [], set()
+    for name, each in asked.items():
+        whole = _deepar(each)
+        if whole is None:
+            raise ValueError(
+                f"{name} is not asked for one forecast, and a call for many is of forecasts: --body deepar"
+            )
+        configurations.add(json.dumps(whole.get("configuration", {}), sort_keys=True))
+        requests.append({"target_model": name, **whole["instances"][0]})
+    if len(configurations) > 1:
+        raise ValueError("the models are asked with different configurations, and a call has one for all")
+    return Question(json.dumps({"requests": requests, "configuration": json.loads(configurations.pop())}).encode())
+
+
+def _deepar(question: Question) -> dict[str, Any] | None:
+    """A request of one instance; None for another."""
+    if question.content_type != JSON:
+        return None
+    whole = json.loads(question.body)
+    instances = whole.get("instances") if isinstance(whole, dict) else None
+    return whole if isinstance(instances, list) and len(instances) == 1 and isinstance(instances[0], dict) else None
+
+
+def question(archive: Archive, kind: Body | None, seed: int) -> Question:
+    """One that the archive answers; by default that of its golden sample, else a forecast, else tensors.
+
+    Raises ValueError where the archive cannot be asked so, LoadError where it is damaged or of an unserved kind.
+    """
+    spec = archive.spec
+    forecast = spec.forecast if spec else None
+    golden = archive.golden() if kind is None else None
+    if golden is not None:
+        return Question(json.dumps(golden.request).encode())
+    if kind is Body.DEEPAR or (kind is None and forecast is not None):
+        if forecast is None:
+            raise ValueError(f"{archive.name} carries no `forecast` and cannot be asked for one; ask for tensors")
+        return Question(json.dumps({"instances": [deepar_instance(forecast, seed)]}).encode())
+    arrays = {name: _numbers(shape, seed) for name, shape in _inputs(archive).items()}
+    if kind is not Body.NPY:
+        digits = {name: array.astype(np.float64).round(DIGITS).tolist() for name, array in arrays.items()}
+        return Question(json.dumps(digits).encode())
+    if len(arrays) != 1:
+        raise ValueError(f"{archive.name} has {len(arrays)} inputs, and npy carries one array; ask for tensors as JSON")
+    return Question(npy_body(next(iter(arrays.values()))), NPY)
+
+
+def deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
+    """A series of each product as long as the archive needs: a daily wave and noise around its scaler's center."""
+    rng = np.random.default_rng(seed)
+    steps = forecast.history_length
+    wave = np.sin(np.arange(steps) * 2 * np.pi / 24)
+    target = [
+        (scaler.center + scaler.scale * (wave + rng.normal(0, 0.3, steps))).round(2).tolist()
+        for scaler in forecast.product_scalers
+    ]
+    history = target if len(target) > 1 else target[0]
+    found: dict[str, object] = {"start": str(START - timedelta(hours=steps)), "target": history}
+    if forecast.dynamic_feat:
+        shape = (len(forecast.dynamic_feat), steps + forecast.prediction_length)
+        found["dynamic_feat"] = rng.normal(0, 1, shape).round(3).tolist()
+    if forecast.cat:
+        found["cat"] = [0] * len(forecast.cat)
+    return found
+
+
+def _inputs(archive: Archive) -> Mapping[str, tuple[int, ...]]:
+    """Input name -> shape of one request row, 1 where the model leaves it open."""
+    if archive.kind is Kind.ONNX:
+        from handlers.kinds.onnx import OnnxModel  # noqa: PLC0415 -- an optional extra
+
+        return {name: tuple(abs(n) for n in shape) for name, shape in OnnxModel(archive.weights()).inputs.items()}
+    from handlers.forecasters import family  # noqa: PLC0415 -- torch, which a load of forecasts does not need
+
+    assert archive.spec is not None, "a forecaster has its record"
+    found = family(archive.spec)
+    return {found.input_name: found.input_shape}
+
+
+def _numbers(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

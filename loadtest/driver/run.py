@@ -1,0 +1,258 @@
+"""One trial of a server under load: what is asked whom, and what came of it."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import urllib3
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from loadtest.driver import summary
+from loadtest.driver.dialects import DIALECTS, Body
+from loadtest.driver.driver_pool import Crew, crew_size
+from loadtest.driver.open_loop import Target, target
+from loadtest.driver.profiles import Load, Profile, Schedule
+from loadtest.driver.request_bodies import Question, ask_all, call
+from loadtest.driver.run_result import Run
+from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.metrics_sampler import Watch
+from loadtest.observe.processes import pss
+from model_store.names import ModelName, parse_model_name
+from model_store.stores.object_store import open_source
+
+STORE = Path(".fleetcast/load")
+WARMUP = 1  #: part of the profile that is not measured
+SUSTAINED, FAILED = 0.98, 0.001  #: of a ramp's step: answered of what was due, and failed of what was asked
+SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A server under load: addresses, what each model is asked, and how to measure its memory, where that is known."""
+
+    inference: str
+    metrics: str | None
+    questions: Mapping[ModelName, Question]
+    what: str
+    memory: Callable[[], dict[str, int]] | None = None
+
+    def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> Target:
+        """A whole request for each model; by a dialect of calls for many, one for each `per_call` of them (None: all).
+
+        Raises ValueError, driver.Forbidden.
+        """
+        host, spoken = urlsplit(self.inference).netloc, DIALECTS[dialect]
+        if not spoken.many and per_call is not None:
+            raise ValueError(f"the dialect {dialect} asks one model a request: --per-call is for the dialect forecasts")
+        if spoken.many:
+            items = list(self.questions.items())
+            size = per_call or len(items)
+            calls = [dict(items[start : start + size]) for start in range(0, len(items), size)]
+            requests = [spoken.request(host, "", call(each).body) for each in calls]
+            return target(self.inference, requests, forecasts=list(map(len, calls)), allow_remote=allow_remote)
+        requests = [spoken.request(host, name, each.body, each.content_type) for name, each in self.questions.items()]
+        return target(self.inference, requests, allow_remote=allow_remote)
+
+    def watch(self) -> Watch:
+        """What can be seen of it while it is loaded."""
+        where = self.metrics and f"{self.metrics.rstrip('/')}/metrics"
+        return Watch((lambda: str(LocalServer.get(where).data, "utf-8")) if where else None, self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Where the models' names and what they are asked come from."""
+
+    names: Sequence[ModelName] | None  #: None: the store's
+    most: int
+    body: Body | None
+    request: bytes | None  #: the same for all instead of one that suits each archive
+    seed: int
+
+    def of(self, store: str | None, console: Console) -> dict[ModelName, Question]:
+        """Raises ValueError where there is nothing to ask, LoadError and InvalidStoreUrl for the store."""
+        names = self.names
+        if names is None:
+            if store is None:
+                raise ValueError("the models' names are not known: give --store or --names")
+            names = [listed.name for listed in itertools.islice(open_source(store).list(), self.most)]
+        if self.request is not None:
+            questions = dict.fromkeys(names, Question(self.request))
+        elif store is None:
+            raise ValueError("without --store nobody knows what the models take: give a --request")
+        else:
+            questions = self._read(store, names, console)
+        if not questions:
+            raise ValueError(f"no model of {store} can be asked")
+        return questions
+
+    def _read(self, store: str, names: Sequence[ModelName], console: Console) -> dict[ModelName, Question]:
+        with _progress(console) as progress:
+            task = progress.add_task("reading archives", total=len(names))
+            asked = ask_all(open_source(store), names, self.body, self.seed, lambda: progress.advance(task))
+        if asked.left_out:
+            console.print(f"{len(asked.left_out)} of {len(names)} archives are left out:")
+            for why in itertools.islice(asked.left_out.values(), SHOWN):
+                console.print(f"  {why}")
+        return dict(asked.questions)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a run goes, whatever the server is."""
+
+    load: Load
+    seconds: float
+    warmup: float
+    connections: int
+    processes: int | None  #: of the driver; None: as many as the highest rate needs
+    slo: summary.Slo
+
+
+# --- servers --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def own_fleet(models: int, resident: int, workers: int, questions: Questions, console: Console) -> Iterator[Subject]:
+    """A fleet with random weights, made once, and a server with room for some of it."""
+    from handlers.forecasters import build  # noqa: PLC0415 -- torch, which only this way needs
+    from loadtest.fleets.fleet import CONFIG, fleet_names, make_fleet  # noqa: PLC0415
+
+    names = fleet_names(models)
+    if not all((STORE / name).exists() for name in names):
+        make_fleet(str(STORE), models)
+    row_bytes = build("tcn", CONFIG).row_floats * 4
+    flags = ["--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
+    what = f"{models} models, room for {resident}, {_workers(workers)}"
+    asked = replace(questions, names=names).of(str(STORE), console)
+    with serve(str(STORE), ["--workers", str(workers), *flags]) as server:
+        yield Subject(server.inference, server.metrics, asked, what, lambda: memory(server))
+
+
+@contextmanager
+def own_server(
+    store: str, cache: str | None, workers: int, questions: Questions, console: Console
+) -> Iterator[Subject]:
+    """A server of ours for the user's archives."""
+    asked = questions.of(store, console)
+    room = [] if cache is None else ["--model-cache-bytes", cache]
+    what = f"{len(asked)} models of {store}, {cache or 'all the room there is'} for the cache, {_workers(workers)}"
+    with serve(store, ["--workers", str(workers), *room]) as server:
+        yield Subject(server.inference, server.metrics, asked, what, lambda: memory(server))
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' * (count > 1)}"
+
+
+def running(url: str, metrics_url: str | None, store: str | None, questions: Questions, console: Console) -> Subject:
+    """A server that somebody else started."""
+    asked = questions.of(store, console)
+    return Subject(url, metrics_url, asked, f"{len(asked)} models at {url}")
+
+
+def memory(server: LocalServer) -> dict[str, int]:
+    """Process -> proportional set size in bytes."""
+    return {f"{each['kind']} {each['index']}": pss(each["pid"]) for each in server.processes()}
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+def measure(subject: Subject, plan: Plan, to: Target, console: Console) -> tuple[summary.Results, Run]:
+    """A warm-up that is not measured, then the load. Raises ValueError for a load that cannot be, CrewLost."""
+    schedule = plan.load.schedule(plan.seconds)
+    size = plan.processes or crew_size(schedule)
+    watch = subject.watch()
+    with Crew(to, size, connections=plan.connections) as crew, _progress(console) as progress:
+        if plan.warmup:
+            _drive(crew, plan.load.schedule(plan.warmup, WARMUP), progress, "warm-up", lambda _: None)
+        watch.look(0.0)
+        run = _drive(crew, schedule, progress, "load", partial(_glance, watch))
+        _glance(watch, run.ended)
+    return {**summary.results(run, watch, plan.slo), "processes": size}, run
+
+
+def climb(
+    subject: Subject, plan: Plan, to: Target, rates: Sequence[float], console: Console
+) -> tuple[summary.Results, Run]:
+    """Rate after rate until one is too much: the last that was sustained, or the first of all, and a table of them.
+
+    Sustained: a valid run, answered at nearly the rate asked, next to no failures, the SLO met. Raises as `measure`.
+    """
+    load = plan.load
+    if not isinstance(load, Profile):
+        message = "a ramp is of rates, so the profile must be poisson, constant or diurnal"
+        raise ValueError(message)  # noqa: TRY004 -- a wrong flag
+    best: tuple[summary.Results, Run] | None = None
+    steps = []
+    for rate in rates:
+        found, run = measure(subject, replace(plan, load=replace(load, rate=rate)), to, console)
+        why = _too_much(found)
+        latency = found["latency"]["all"]
+        steps.append(
+            {
+                "rate": rate,
+                "answered_per_s": found["answered_per_s"],
+                "p50_ms": latency["p50_ms"],
+                "p99_ms": latency["p99_ms"],
+                "failed": sum(found["failures"].values()),
+                "sustained": not why,
+                "why": why,
+            }
+        )
+        console.print(
+            f"{rate:8.0f}/s asked, {found['answered_per_s']:8.0f}/s answered, p50 {latency['p50_ms']:.2f} ms, "
+            f"p99 {latency['p99_ms']:.2f} ms{f': too much, {why}' if why else ''}"
+        )
+        best = (found, run) if best is None or not why else best
+        plan = replace(plan, warmup=min(plan.warmup, 1.0))  # the models are loaded; the next rate only settles
+        if why:
+            break
+    assert best is not None, "a ramp has at least one rate"
+    return {**best[0], "steps": steps}, best[1]
+
+
+def _too_much(found: summary.Results) -> str:
+    """Why a step is not sustained; empty where it is."""
+    due, failed = found["requests"] / found["seconds"], sum(found["failures"].values())
+    if (forecasts := found["forecasts"]) is not None and forecasts["failed"] > FAILED * forecasts["asked"]:
+        return f"{forecasts['failed']} forecasts failed"
+    if found["invalid"]:
+        return f"the run is invalid: {found['invalid'][0]}"
+    if failed > FAILED * found["requests"]:
+        return f"{failed} requests failed"
+    checks = (found["slo"] or {"checks": []})["checks"]
+    missed = ", ".join(f"{check['what']} {check['found']}" for check in checks if not check["met"])
+    return missed or ("answers fell behind" if found["answered_per_s"] < SUSTAINED * due else "")
+
+
+def _glance(watch: Watch, t: float) -> None:
+    """A sample where one can be had: that the server is gone, the requests tell."""
+    with suppress(urllib3.exceptions.HTTPError, OSError, RuntimeError):
+        watch.look(t)
+
+
+def _drive(crew: Crew, schedule: Schedule, progress: Progress, what: str, look: Callable[[float], None]) -> Run:
+    task = progress.add_task(what, total=round(schedule.seconds, 1))
+
+    def seen(t: float) -> None:
+        look(t)
+        progress.update(task, completed=round(min(t, schedule.seconds), 1))
+
+    return crew.drive(schedule, look=seen)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+
+
+def parse_names(text: str) -> list[ModelName]:
+    """A name a line; blank lines are let through. Raises InvalidModelName."""
+    return [parse_model_name(line.strip()) for line in text.splitlines() if line.strip()]

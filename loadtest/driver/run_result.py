@@ -1,0 +1,103 @@
+"""What became of a load: every request's times and answer as arrays, and whether the run says anything. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from loadtest.driver.profiles import Float64, Int64, Schedule
+
+CACHE = ("", "hit", "miss", "coalesced")  #: what X-Fleetcast-Cache said; "": nothing
+NO_ANSWER, LOST = 0, -1  #: stand for a status: none came in time; the connection was refused or lost
+
+BUSY = "the driver was too busy; ask less, or give it a core of its own"
+NO_CONNECTION = "no more connections could be had, and all were waiting for answers; ask less, or allow more"
+
+Number = TypeVar("Number", np.float64, np.int64)
+
+MAX_LAG_S, MAX_LAG_OF_P50, MAX_UNSENT = 0.005, 0.2, 0.001
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forecasts:
+    """Of calls for many models: how many forecasts each asked [n], and how many of these failed [n]."""
+
+    asked: Int64
+    failed: Int64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """What became of a schedule's requests; times [n] in seconds from its start, NaN where it did not happen.
+
+    `woken`: the driver turned to the request; `sent`: it had a connection and wrote it; `done`: the answer was whole.
+    `status` [n] is HTTP's, NO_ANSWER or LOST; `cache` [n] indexes CACHE. `exhausted`: all connections allowed
+    were open and taken at some time. `checked` answers were looked into; `unsound`: whose were wrong, and how.
+    """
+
+    schedule: Schedule
+    woken: Float64
+    sent: Float64
+    done: Float64
+    status: Int64
+    cache: Int64
+    ended: float
+    exhausted: bool
+    checked: int
+    unsound: Sequence[tuple[int, str]]
+    forecasts: Forecasts | None = None  #: where each request is a call for many models
+
+    @property
+    def latency(self) -> Float64:
+        """[n] seconds from the intended time; what was not answered has waited until the end."""
+        return np.where(np.isnan(self.done), self.ended, self.done) - self.schedule.at
+
+    @property
+    def lag(self) -> Float64:
+        """[n] seconds from the intended time until the request was on its way; what never was, until the end."""
+        return np.where(np.isnan(self.sent), self.ended, self.sent) - self.schedule.at
+
+    def invalid(self) -> list[str]:
+        """Why the run says nothing about the server; empty for a valid run."""
+        reasons = []
+        unsent = int(np.isnan(self.sent).sum())
+        if unsent > MAX_UNSENT * len(self.sent):
+            reasons.append(f"{unsent} of {len(self.sent)} requests were never sent")
+        limit = max(MAX_LAG_S, MAX_LAG_OF_P50 * float(np.median(self.latency)))
+        lag = float(np.percentile(self.lag, 99))
+        if lag > limit:
+            woken = np.where(np.isnan(self.woken), self.ended, self.woken) - self.schedule.at
+            punctual = float(np.percentile(woken, 99)) <= limit
+            why = NO_CONNECTION if punctual and self.exhausted else BUSY
+            reasons.append(f"1 % of the requests left {lag * 1e3:.1f} ms late or more (limit {limit * 1e3:.1f}): {why}")
+        return reasons
+
+
+def merged(schedule: Schedule, parts: Sequence[Run]) -> Run:
+    """The run of a schedule whose requests were dealt to drivers one after another: part k had k, k + n, k + 2n ..."""
+    n = len(parts)
+    calls = [part.forecasts for part in parts if part.forecasts is not None]
+    forecasts = Forecasts(_dealt([c.asked for c in calls]), _dealt([c.failed for c in calls])) if calls else None
+    return Run(
+        schedule,
+        woken=_dealt([part.woken for part in parts]),
+        sent=_dealt([part.sent for part in parts]),
+        done=_dealt([part.done for part in parts]),
+        status=_dealt([part.status for part in parts]),
+        cache=_dealt([part.cache for part in parts]),
+        ended=max(part.ended for part in parts),
+        exhausted=any(part.exhausted for part in parts),
+        checked=sum(part.checked for part in parts),
+        unsound=[(i * n + k, why) for k, part in enumerate(parts) for i, why in part.unsound],
+        forecasts=forecasts,
+    )
+
+
+def _dealt(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+    """Put together what was dealt."""
+    whole = np.empty(sum(map(len, arrays)), arrays[0].dtype)
+    for k, array in enumerate(arrays):
+        whole[k :: len(arrays)] = array
+    return whole

@@ -1,0 +1,53 @@
+"""Closed-loop load by wrk on one address: many models round-robin, one body. A process beside the server."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.driver.dialects import DIALECTS, Dialect
+
+SCRIPT = Path(__file__).with_name("round_robin.lua")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One run. `errors` counts failed connections, time-outs and statuses other than 2xx and 3xx."""
+
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server that answers POSTs for the models m0{suffix} ... m{count - 1}{suffix}; of `url` only the host counts."""
+
+    name: str
+    url: str
+    count: int
+    suffix: str
+    body: Path
+    content_type: str
+    dialect: Dialect = DIALECTS["sagemaker"]  #: where the model's name stands
+
+
+def require_wrk() -> None:
+    """Raises SystemExit that says how to install wrk."""
+    if shutil.which("wrk") is None:
+        raise SystemExit("wrk is not installed; on Debian: apt-get install wrk")
+
+
+def run(target: Target, connections: int, seconds: float) -> Result:
+    """Load for so many whole seconds. Raises RuntimeError when any request failed: a fast wrong answer is no result."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(SCRIPT), target.url, "--"]
+    command += [str(target.body), str(target.count), target.suffix, target.content_type, target.dialect.path]
+    command += [part for header in target.dialect.headers.items() for part in header]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    found = json.loads(line.removeprefix("RESULT "))
+    if found["errors"]:
+        raise RuntimeError(f"{target.name}: {found['errors']} of {found['requests']} requests failed")
+    return Result(found["requests"] / found["seconds"], found["p50_ms"], found["p99_ms"], found["errors"])

@@ -1,0 +1,124 @@
+"""Archives into a store: several puts at a time, never silently over something else, going on where a run was cut."""
+
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from model_store.names import ModelName
+from model_store.stores.object_store import Source, open_source
+
+WRITERS, AHEAD = 16, 48  #: threads that write, and archives that wait for them at most
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Occupied(Exception):
+    """The store has something that is not of this fleet, and nobody said that it may be written over."""
+
+
+@dataclass(slots=True)
+class Written:
+    """What became of a fleet: kind -> (archives, their bytes), and how many of all were there already."""
+
+    kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
+    kept: int = 0
+
+    def count(self, kind: str, size: int, *, kept: bool) -> None:
+        """One archive more."""
+        archives, bytes_ = self.kinds.get(kind, (0, 0))
+        self.kinds[kind] = archives + 1, bytes_ + size
+        self.kept += kept
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An archive that is ready to be written."""
+
+    name: ModelName
+    kind: str
+    data: bytes
+
+
+def write_archives(
+    where: str, names: set[ModelName], archives: Iterable[Made], bar: Progress, *, over: bool = False
+) -> Written:
+    """Write archives of these names into a folder (made where it is missing) or a store URL; `archives` runs meanwhile.
+
+    An archive that is there is fetched and compared: one with the same bytes is kept, so a run that was cut goes on.
+    Another archive under one of the names, and any other key, is Occupied unless `over`; keys of other names stay in
+    any case. Raises LoadError and InvalidStoreUrl for the store.
+    """
+    if "://" not in where:
+        Path(where).mkdir(parents=True, exist_ok=True)
+    source, found = open_source(where), Written()
+    there = _there(source, where, names, over=over)
+    task = bar.add_task("archives", total=len(names))
+    pending: deque[tuple[Made, Future[bool]]] = deque()
+
+    def settle(most: int) -> None:
+        while len(pending) > most:
+            made, kept = pending.popleft()
+            found.count(made.kind, len(made.data), kept=kept.result())
+            bar.advance(task)
+
+    with ThreadPoolExecutor(WRITERS, "writer") as pool:
+        write = partial(_write, source, where, over=over)
+        for made in archives:
+            pending.append((made, pool.submit(write, made, there=made.name in there)))
+            settle(AHEAD)
+        settle(0)
+    return found
+
+
+def progress_bar() -> Progress:
+    """Count, rate and time left; silent where nobody looks."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.0f}/s")
+
+
+def _there(source: Source, where: str, names: set[ModelName], *, over: bool) -> set[ModelName]:
+    """Those of the names that the store has. Raises Occupied at the first key that is none of them, unless `over`."""
+    there = set()
+    for listed in source.list():
+        if listed.name in names:
+            there.add(listed.name)
+        elif not over:
+            raise Occupied(f"{where} has {listed.name}, which is not of this fleet: choose an empty place, or --over")
+    return there
+
+
+def _write(source: Source, where: str, made: Made, *, over: bool, there: bool) -> bool:
+    """Runs in a thread. True when the archive was there already, byte by byte."""
+    if there:
+        found = source.get(made.name)
+        assert found is not None, "only a conditional GET is answered `not modified`"
+        if found.data == made.data:
+            return True
+        if not over:
+            why = "of another seed, other families or another version"
+            raise Occupied(f"{made.name} in {where} is another archive, {why}: choose an empty place, or --over")
+    source.put(made.name, made.data)
+    return False

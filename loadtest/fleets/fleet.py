@@ -1,0 +1,303 @@
+"""Fleets to test with: which archives a seed makes, under names like those of real markets, and writing them.
+
+fleetcast-load fleet FOLDER|URL --models 10000 --families tcn:0.7,mlp-64:0.2,trained:0.1
+
+A plan is pure: it says of each name what kind of model it is. What an archive of a kind holds is in `archives`, which
+needs torch and is imported only to write. The first names of a fleet are the same whatever its size.
+"""
+
+import datetime as dt
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.progress import Progress
+from rich.table import Table
+
+from loadtest.fleets.archive_writer import Made, Occupied, Written, console, progress_bar, write_archives
+from model_store.errors import LoadError
+from model_store.names import ModelName
+from model_store.stores.object_store import open_source
+
+if TYPE_CHECKING:
+    from handlers.training.fit import Fitted
+    from handlers.training.fit import Progress as Fitting
+
+CONTEXT, PREDICTION, LAG = 168, 24, 144
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
+CONFIG: Mapping[str, int | float | str | bool | list[int]] = {
+    "features": 8,  # the target, its lag, six of the calendar
+    "context_length": CONTEXT,
+    "prediction_length": PREDICTION,
+    "quantiles": len(LEVELS),
+}
+START = "2026-01-01 00:00:00"
+ONNX, TRAINED = "onnx", "trained"  #: kinds of model beside the networks'
+SEEDS_APART = 1_000_000  #: more than a fleet has models, so that fleets of different seeds share no weights
+TOGETHER = 200  #: models fitted at a time: a third of a gigabyte
+
+#: Market -> its zones and products: 5 x 9 + 30 x 4 + 10 x 4 = 205 names, with a real market's skew between markets.
+MARKETS: Mapping[str, tuple[str, str]] = {
+    "au": (
+        "nsw1 qld1 sa1 tas1 vic1",
+        "energy raise6sec raise60sec raise5min raisereg lower6sec lower60sec lower5min lowerreg",
+    ),
+    "eu": (
+        "at be bg ch cz de-lu dk1 dk2 ee es fi fr gb gr hr hu it-nord it-sud lt lv nl no1 no2 pl pt ro se3 se4 si sk",
+        "day-ahead intraday imbalance load",
+    ),
+    "us": (
+        "caiso-np15 caiso-sp15 ercot-houston ercot-north ercot-west isone-hub miso-indiana nyiso-j pjm-west spp-south",
+        "day-ahead real-time load reserve",
+    ),
+}
+UNITS = {"au": "AUD/MWh", "eu": "EUR/MWh", "us": "USD/MWh"}
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model: its name, its place in the fleet, and of what kind it is."""
+
+    name: ModelName
+    index: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """`models` models of the kinds in `shares`, kind -> its weight against the others'.
+
+    A model's kind is drawn by its name and the seed: the kind whose -log(u) / share is least, each u a uniform number
+    of that model and kind (weighted rendezvous). So another share of one kind moves models to or from it and nowhere
+    else, and another size of the fleet changes no model.
+    """
+
+    models: int = 200
+    seed: int = 0
+    shares: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"tcn": 1.0}))
+
+    def members(self) -> list[Member]:
+        """In the order of `fleet_names`."""
+        return [Member(name, i, self._kind(name)) for i, name in enumerate(fleet_names(self.models))]
+
+    def seed_of(self, member: Member) -> int:
+        """Of its weights."""
+        return self.seed * SEEDS_APART + member.index
+
+    def _kind(self, name: ModelName) -> str:
+        return min(self.shares, key=lambda kind: -math.log(self._uniform(name, kind)) / self.shares[kind])
+
+    def _uniform(self, name: ModelName, kind: str) -> float:
+        """Above 0, at most 1."""
+        digest = blake2b(f"{self.seed} {kind} {name}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") + 1) / 2**64
+
+
+def fleet_names(models: int) -> list[ModelName]:
+    """The first `models` names, such as `au/nsw1/energy.mar`; beyond 205 each again with a number."""
+    plain = [
+        f"{market}/{zone}/{product}"
+        for market, (zones, products) in MARKETS.items()
+        for zone in zones.split()
+        for product in products.split()
+    ]
+    rounds = itertools.chain(("",), (f"-{i}" for i in itertools.count(2)))
+    names = (ModelName(f"{name}{suffix}.mar") for suffix in rounds for name in plain)
+    return list(itertools.islice(names, models))
+
+
+def parse_families(text: str) -> dict[str, float]:
+    """`tcn:0.7,mlp-64:0.3` or just `tcn` -> shares. Raises ValueError."""
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        kind, colon, share = part.strip().partition(":")
+        try:
+            weight = float(share) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not kind or kind in shares or not 0 < weight < math.inf:
+            raise ValueError(f"{part!r} in the families {text!r}: give each once, as NAME:SHARE with a share above 0")
+        shares[kind] = weight
+    return shares
+
+
+def parse_sizes(text: str) -> tuple[int, float]:
+    """`70KB:1` -> the median in bytes, and the standard deviation of the sizes' logarithm. Raises ValueError."""
+    median, _, sigma = text.partition(":")
+    try:
+        size, spread = TypeAdapter(ByteSize).validate_python(median), float(sigma)
+    except (ValidationError, ValueError):
+        size, spread = ByteSize(0), 0.0
+    if not (size > 0 and 0 < spread < math.inf):
+        raise ValueError(f"the sizes {text!r}: give MEDIAN:SIGMA, such as 70KB:1")
+    return int(size), spread
+
+
+def make_request(seed: int, *, steps: int = CONTEXT + LAG, **configuration: Any) -> dict[str, Any]:
+    """A DeepAR request: `steps` hours of prices with a daily and a weekly shape, noise and a few spikes."""
+    rng = random.Random(seed)
+    daily = (0, -4, -7, -8, -6, -1, 8, 16, 14, 6, -2, -9, -12, -12, -8, 2, 14, 28, 30, 22, 13, 7, 4, 2)
+    target = []
+    for hour in range(steps):
+        weekend = (hour // 24 + dt.date.fromisoformat(START[:10]).weekday()) % 7 >= 5  # noqa: PLR2004 -- Saturday
+        spike = rng.expovariate(1 / 120) if rng.random() < 0.01 else 0.0  # noqa: PLR2004 -- one hour in a hundred
+        target.append(round(60 + daily[hour % 24] * (0.5 if weekend else 1.0) + rng.gauss(0, 5) + spike, 2))
+    request: dict[str, Any] = {"instances": [{"start": START, "target": target}]}
+    return request | ({"configuration": configuration} if configuration else {})
+
+
+# --- writing it -----------------------------------------------------------------------------------------------------
+
+
+def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) -> Written:
+    """Make a fleet's archives and write them, see `writer.write_archives`.
+
+    Raises:
+        ValueError: a kind that there is not. Also what `write_archives` raises.
+    """
+    from loadtest.fleets.synthetic_archives import check_kind  # noqa: PLC0415 -- torch
+
+    for kind in fleet.shares:
+        check_kind(kind)
+    members = fleet.members()
+    return write_archives(where, {each.name for each in members}, _made(fleet, members, bar), bar, over=over)
+
+
+def make_fleet(where: str, models: int = 200, seed: int = 0, families: str = "tcn") -> list[ModelName]:
+    """Write a fleet over what is there. Its names. Raises as `write_fleet` and `parse_families` do."""
+    with progress_bar() as bar:
+        write_fleet(Fleet(models, seed, parse_families(families)), where, bar, over=True)
+    return fleet_names(models)
+
+
+def make_trained_fleet(
+    where: str, models: int = 200, seed: int = 0, progress: "Fitting | None" = None
+) -> "list[Fitted]":
+    """Fit forecasters of as many synthetic markets together and write them; in the order of `fleet_names`."""
+    from loadtest.fleets.synthetic_archives import pack_fitted  # noqa: PLC0415 -- torch
+    from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
+
+    if "://" not in where:
+        Path(where).mkdir(parents=True, exist_ok=True)
+    source, fitted = open_source(where), fit_markets(range(models), seed, progress)
+    for name, each in zip(fleet_names(models), fitted, strict=True):
+        source.put(name, pack_fitted(each, name, seed))
+    return fitted
+
+
+def _made(fleet: Fleet, members: Sequence[Member], bar: Progress) -> Iterator[Made]:
+    """The archives one by one; last the trained ones, which are fitted in groups and so depend on each other."""
+    from loadtest.fleets.synthetic_archives import make_archive, pack_fitted  # noqa: PLC0415 -- torch
+    from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
+
+    for member in members:
+        if member.kind != TRAINED:
+            yield Made(member.name, member.kind, make_archive(member.kind, member.name, fleet.seed_of(member)))
+    trained = [member for member in members if member.kind == TRAINED]
+    for start in range(0, len(trained), TOGETHER):
+        group = trained[start : start + TOGETHER]
+        task = bar.add_task(f"fitting {len(group)} markets together", total=None)
+        look = partial(_fitting, bar, task)
+        for member, each in zip(group, fit_markets([each.index for each in group], fleet.seed, look), strict=True):
+            yield Made(member.name, TRAINED, pack_fitted(each, member.name, fleet.seed))
+        bar.remove_task(task)
+
+
+def _fitting(bar: Progress, task: Any, done: int, most: int, _: float) -> None:
+    bar.update(task, completed=done, total=most)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def main(
+    where: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="where to: a folder, or s3://bucket/prefix")],
+    *,
+    models: Annotated[int, typer.Option(min=1, max=SEEDS_APART, help="how many archives")] = 200,
+    families: Annotated[str | None, typer.Option(help="NAME:SHARE,NAME:SHARE ...; else tcn alone")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="MEDIAN:SIGMA", help="of the weights, instead of families")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="same seed, same bytes")] = 0,
+    over: Annotated[
+        bool, typer.Option("--over", help="write although other archives are there, and over them")
+    ] = False,
+    create_bucket: Annotated[bool, typer.Option("--create-bucket", help="make the s3:// URL's bucket first")] = False,
+) -> None:
+    """Make a fleet of archives to test with, in a folder or in an S3 bucket.
+
+    [bold]--families tcn:7,mlp-64:2,trained:1[/] says of what kinds and how many of
+    each: the networks tcn, gru, seq2seq and mlp with random weights, also of
+    another width (mlp-64 has 64 hidden units); trained, a tcn fitted to a
+    synthetic market of its own (20 a second); onnx, graphs that take tensors.
+
+    [bold]--sizes 70KB:1[/] draws lognormal sizes instead: 70 KB of weights in the
+    middle, a third of all beyond a factor of e either way, rounded to five
+    widths of tcn, since models of one family share memory and batches.
+
+    The same seed makes the same bytes, and a larger fleet begins with the
+    smaller one. A run that was cut goes on where it is started again: what is
+    there is compared and kept. For S3, boto3's settings apply.
+    """
+    try:
+        if create_bucket:
+            _create_bucket(where)
+        fleet = Fleet(models, seed, _shares(families, sizes))
+        with progress_bar() as bar:
+            found = write_fleet(fleet, where, bar, over=over)
+    except (LoadError, Occupied, ValueError, OSError) as error:
+        raise SystemExit(f"no fleet: {error}") from error
+    names = fleet_names(models)
+    console.print(_table(found))
+    kept = f", {found.kept} of them there before" if found.kept else ""
+    console.print(f"{models} archives in {where}, from {names[0]} to {names[-1]}{kept}")
+
+
+def _shares(families: str | None, sizes: str | None) -> dict[str, float]:
+    if sizes is None:
+        return parse_families(families or "tcn")
+    if families is not None:
+        raise ValueError("give either --families or --sizes")
+    from loadtest.fleets.synthetic_archives import shares_of_sizes  # noqa: PLC0415 -- torch
+
+    return shares_of_sizes(*parse_sizes(sizes))
+
+
+def _create_bucket(where: str) -> None:
+    """Raises ValueError where there is none to make."""
+    import boto3  # noqa: PLC0415 -- a third of a second
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+    parts = urlsplit(where)
+    if parts.scheme not in ("s3", "s3a"):
+        raise ValueError(f"--create-bucket is for s3:// URLs, not for {where}")
+    try:
+        boto3.client("s3").create_bucket(Bucket=parts.netloc)
+    except (BotoCoreError, ClientError) as error:
+        if "BucketAlreadyOwnedByYou" in str(error):
+            return
+        raise ValueError(f"the bucket {parts.netloc} cannot be made: {error}") from error
+
+
+def _table(found: Written) -> Table:
+    """Kind by kind."""
+    table = Table("family", "archives", "KB each", "MB")
+    for kind, (archives, size) in sorted(found.kinds.items()):
+        table.add_row(kind, str(archives), f"{size / archives / 1e3:.1f}", f"{size / 1e6:.1f}")
+    return table

@@ -1,0 +1,190 @@
+"""One archive of a fleet: a forecaster with seeded random weights, one fitted to a synthetic market, an ONNX graph.
+
+The forecasts of random weights mean nothing; everything else is as in a real fleet: DeepAR JSON in, calendar and lags,
+a scaler of each market's own, a golden sample computed by the architecture's reference network. Torch; no store.
+"""
+
+import json
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from statistics import NormalDist
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from handlers.base import Family, Float32
+from handlers.codecs.codec import JSON, FamilyCodec
+from handlers.forecasters import ARCHITECTURES, build, random_tensors
+from handlers.training.fit import Fitted
+from loadtest.fleets.fleet import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PREDICTION, TRAINED, UNITS, make_request
+from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.archives.packing import pack_forecaster, pack_onnx
+
+CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos")
+WIDTHS = ("channels", "hidden")  #: what the architectures call the number in `tcn-64`
+LADDER = ("tcn-8", "tcn-16", "tcn", "tcn-64", "tcn-128")  #: sizes are rounded to these: few families, full banks
+OF_ONNX = "mlp-8"  #: the network that an ONNX archive holds as a graph
+OPSET, IR_VERSION = 17, 8  #: of ONNX graphs: what ONNX Runtime 1.20 reads as well as later ones
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A kind's architecture with its config."""
+
+    architecture: str
+    config: Mapping[str, int | float | str | bool | list[int]]
+    family: Family
+
+
+@cache
+def network(kind: str) -> Network:
+    """`tcn`, or `tcn-64` for one of another width. Raises ValueError that says which there are, ArchiveInvalid."""
+    architecture, _, width = kind.partition("-")
+    known = ARCHITECTURES.get(architecture)
+    fields = [] if known is None else [field.name for field in msgspec.structs.fields(known.config)]
+    field = next((name for name in WIDTHS if name in fields), None)
+    if known is None or (width and (field is None or not width.isdecimal())):
+        kinds = ", ".join((*ARCHITECTURES, ONNX, TRAINED))
+        raise ValueError(f"there is no family {kind!r}: known are {kinds}, and networks with a width, such as tcn-64")
+    config = {**CONFIG, **({field: int(width)} if field and width else {})}
+    return Network(architecture, config, build(architecture, config))
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError where no archive of this kind can be made here, ArchiveInvalid for an impossible width."""
+    if kind == ONNX:
+        _onnx()
+    elif kind != TRAINED:
+        network(kind)
+
+
+def shares_of_sizes(median: float, sigma: float) -> dict[str, float]:
+    """Kind -> share, where the logarithm of the weights' bytes is normal around `median`'s; rounded to LADDER."""
+    rungs = [math.log(network(kind).family.row_floats * 4) for kind in LADDER]
+    law = NormalDist(math.log(median), sigma)
+    below = [0.0, *(law.cdf((low + high) / 2) for low, high in pairwise(rungs)), 1.0]
+    shares = {kind: high - low for kind, (low, high) in zip(LADDER, pairwise(below), strict=True)}
+    return {kind: share for kind, share in shares.items() if share}
+
+
+def make_archive(kind: str, name: str, seed: int) -> bytes:
+    """One model with random weights; the same bytes for the same arguments. Raises as `check_kind` does."""
+    if kind == ONNX:
+        return _make_onnx(name, seed)
+    found = network(kind)
+    tensors = random_tensors(found.family, seed)
+    forecast = make_forecast(UNITS.get(name.partition("/")[0], "EUR/MWh"), seed)
+    return pack_forecaster(
+        tensors,
+        architecture=found.architecture,
+        config=found.config,
+        model_name=_plain(name),
+        forecast=forecast,
+        golden=_golden(found.family, tensors, forecast, seed),
+        description=f"random weights, seed {seed}: for load tests, not for forecasts",
+    )
+
+
+def pack_fitted(fitted: Fitted, name: str, seed: int) -> bytes:
+    """The archive of a model fitted to a synthetic market of `seed`."""
+    return pack_forecaster(
+        fitted.tensors,
+        architecture=fitted.architecture,
+        config=fitted.config,
+        model_name=_plain(name),
+        forecast=fitted.forecast,
+        golden=fitted.golden,
+        description=f"fitted to the synthetic market {fitted.name} of seed {seed}",
+    )
+
+
+def make_forecast(unit: str, seed: int) -> Forecast:
+    """Hourly prices, a week in and a day out: the target, its value six days earlier, and the calendar ahead."""
+    rng = random.Random(seed)
+    calendar = (Channel(source="calendar", feature=feature, shift=PREDICTION) for feature in CALENDAR)  # type: ignore[arg-type]
+    return Forecast(
+        frequency="1h",
+        context_length=CONTEXT,
+        prediction_length=PREDICTION,
+        quantile_levels=LEVELS,
+        inputs=(Channel(source="target"), Channel(source="target", lag=LAG), *calendar),
+        unit=unit,
+        scaler=Scaler(kind="asinh", center=round(rng.uniform(40, 90), 2), scale=round(rng.uniform(15, 40), 2)),
+        tail="clamp",
+    )
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".mar").replace("/", "-")
+
+
+def _golden(family: Family, tensors: Mapping[str, Float32], forecast: Forecast, seed: int) -> GoldenSample:
+    """A request and its answer by the reference network, which shares no code with the batched forward."""
+    request = make_request(seed, output_types=["mean", "quantiles"], quantiles=["0.1", "0.5", "0.9"])
+    call = FamilyCodec(family, forecast).decode(json.dumps(request).encode(), JSON, JSON)
+    answer, _ = call.encode(_answer(family, tensors, call.rows))
+    return GoldenSample(request=request, response=json.loads(answer))
+
+
+def _answer(family: Family, tensors: Mapping[str, Float32], rows: Float32) -> Float32:
+    """The reference network's, for rows [N, *input_shape]."""
+    reference = family.reference()
+    reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    with torch.inference_mode():
+        found: Float32 = reference(torch.from_numpy(rows)).numpy()
+    return found
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------------
+
+
+def _make_onnx(name: str, seed: int) -> bytes:
+    """A perceptron as an ONNX graph: tensors in, tensors out."""
+    family = network(OF_ONNX).family
+    tensors = random_tensors(family, seed)
+    x = np.random.default_rng(seed).normal(size=family.input_shape).astype(np.float32).round(3)
+    return pack_onnx(
+        _graph(family, tensors),
+        model_name=_plain(name),
+        golden=GoldenSample(
+            request={"x": x.tolist()}, response={"predictions": _answer(family, tensors, x[None])[0].tolist()}
+        ),
+        description=f"random weights, seed {seed}: for load tests, not for forecasts",
+    )
+
+
+def _graph(family: Family, tensors: Mapping[str, Float32]) -> bytes:
+    """The perceptron x [n, features, context] -> y [n, prediction, quantiles], its batch axis open."""
+    onnx = _onnx()
+    helper, kinds = onnx.helper, onnx.TensorProto
+    layers = [("x0", "first", "h1"), ("x1", "second", "h2"), ("x2", "head", "h3")]
+    nodes = [helper.make_node("Flatten", ["x"], ["x0"])]
+    for i, (taken, layer, given) in enumerate(layers):
+        nodes.append(helper.make_node("Gemm", [taken, f"{layer}.weight", f"{layer}.bias"], [given], transB=1))
+        last = ("Reshape", [given, "shape"], ["y"])
+        nodes.append(helper.make_node(*last if i == len(layers) - 1 else ("Relu", [given], [f"x{i + 1}"])))
+    constants = [helper.make_tensor(key, kinds.FLOAT, each.shape, each.ravel()) for key, each in tensors.items()]
+    constants.append(helper.make_tensor("shape", kinds.INT64, [3], [-1, *family.output_shape]))
+    x = helper.make_tensor_value_info("x", kinds.FLOAT, ["n", *family.input_shape])
+    y = helper.make_tensor_value_info("y", kinds.FLOAT, ["n", *family.output_shape])
+    graph = helper.make_graph(nodes, "perceptron", [x], [y], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    packed: bytes = model.SerializeToString(deterministic=True)
+    return packed
+
+
+def _onnx() -> Any:
+    """The onnx package, which writes graphs; serving them does not need it."""
+    try:
+        return import_module("onnx")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"a fleet with {ONNX!r} archives needs the package that writes them: pip install onnx"
+        ) from error

@@ -1,0 +1,1 @@
+"""A server and its host seen from outside."""

@@ -1,0 +1,33 @@
+"""An S3 server on loopback for benchmarks: moto in a process of its own, with a request log that can be counted."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+
+from loadtest.observe.processes import ended, free_port, reachable, wait_until
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "bench",
+    "AWS_SECRET_ACCESS_KEY": "bench",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@contextmanager
+def moto_server(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """An S3 server on loopback with a bucket `bench`; yields its endpoint and a way to read its request log."""
+    port, log = free_port(), folder / "moto.log"
+    with log.open("wb") as output:
+        command = [sys.executable, "-P", "-m", "moto.server", "-p", str(port)]
+        with ended([subprocess.Popen(command, stdout=output, stderr=output)]):
+            wait_until(lambda: reachable(port))
+            endpoint = f"http://127.0.0.1:{port}"
+            keys = {"aws_access_key_id": "bench", "aws_secret_access_key": "bench", "region_name": "us-east-1"}
+            boto3.client("s3", endpoint_url=endpoint, **keys).create_bucket(Bucket="bench")
+            yield endpoint, lambda: re.findall(r"GET \S+\.mar", log.read_text())

@@ -1,0 +1,87 @@
+"""What a running server holds, counted from outside: memory, descriptors, threads, processor time, files, series."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.observe.local_server import LocalServer
+from loadtest.observe.processes import pss
+
+PLACES = ("blobs", "index", "locks", "temp")  #: of the disk cache
+SAME_S, PATIENCE_S = 0.2, 4.0  #: counts that stand still so long are at rest; waited for at most so long
+_OF_A_PROCESS = 2  #: kernel: CPUCLOCK_SCHED
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What must not grow: process -> open descriptors and threads, place -> files, kind -> series of /metrics."""
+
+    descriptors: Mapping[str, int]
+    threads: Mapping[str, int]
+    files: Mapping[str, int]
+    series: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The counts at rest; process -> bytes of memory (PSS) and seconds of processor time; resident models."""
+
+    counts: Counts
+    memory: Mapping[str, int]
+    cpu_s: Mapping[str, float]
+    resident: int
+
+    def numbers(self) -> Iterator[tuple[str, float]]:
+        """Every count by a name of its own."""
+        for what in ("descriptors", "threads"):
+            yield from ((f"{what} of {name}", n) for name, n in getattr(self.counts, what).items())
+        yield from ((f"files in {place}", n) for place, n in self.counts.files.items())
+        yield from ((f"series {kind}", n) for kind, n in self.counts.series.items())
+
+
+def take_census(server: LocalServer, disk: Path, temp: Path) -> Census:
+    """Count, once nothing moves any more. `disk` is the server's disk cache, `temp` its TMPDIR.
+
+    Raises RuntimeError and urllib3's errors when it does not answer, OSError when one of its processes is gone.
+    """
+    pids = processes(server)
+    counts, since = _count(server, pids, disk, temp), time.monotonic()
+    start = since
+    while time.monotonic() - since < SAME_S and time.monotonic() - start < PATIENCE_S:
+        time.sleep(SAME_S / 3)
+        again = _count(server, pids, disk, temp)
+        if again != counts:
+            counts, since = again, time.monotonic()
+    memory = {name: pss(pid) for name, pid in pids.items()}
+    resident = int(sum(server.counters("fleetcast_loaded_models").values()))
+    return Census(counts, memory, {name: cpu_seconds(pid) for name, pid in pids.items()}, resident)
+
+
+def processes(server: LocalServer) -> dict[str, int]:
+    """`worker 0`, `front 0`, ... and `supervisor` -> pid."""
+    found = {f"{each['kind']} {each['index']}": int(each["pid"]) for each in server.processes()}
+    return {**found, "supervisor": server.process.pid}
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used, to the nanosecond: its clock as of clock_getcpuclockid(3), which Python lacks."""
+    return time.clock_gettime(~pid << 3 | _OF_A_PROCESS)
+
+
+def _count(server: LocalServer, pids: Mapping[str, int], disk: Path, temp: Path) -> Counts:
+    places = {f"disk cache/{name}": disk / name for name in PLACES} | {"TMPDIR": temp}
+    lines = server.get(f"{server.metrics}/metrics").data.decode().splitlines()
+    series = [line for line in lines if not line.startswith("#")]
+    by_model = sum('model="' in line for line in series)
+    return Counts(
+        descriptors={name: _entries(f"/proc/{pid}/fd") for name, pid in pids.items()},
+        threads={name: _entries(f"/proc/{pid}/task") for name, pid in pids.items()},
+        files={name: sum(len(files) for _, _, files in os.walk(place)) for name, place in places.items()},
+        series={"of models": by_model, "of all else": len(series) - by_model},
+    )
+
+
+def _entries(folder: str) -> int:
+    return sum(1 for _ in Path(folder).iterdir())

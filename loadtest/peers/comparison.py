@@ -1,0 +1,205 @@
+"""The contest: servers that answer as they should get their turns of load; one that fails leaves, with its reason."""
+
+import http.client
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save_file
+
+from handlers.forecasters import build, random_tensors
+from loadtest.benchmarks.core import TCN
+from loadtest.driver import wrk
+from loadtest.driver.dialects import JSON, npy_body
+from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, standing, turns
+from loadtest.peers.environments import PeerUnavailable
+from loadtest.peers.servers import Server
+from loadtest.record import spread
+from model_store.archives.packing import pack_forecaster
+
+SEED = 7
+WARM_S, IDLE_S = 2, 3
+BURNS = 0.01  #: cores; a server that uses more when idle is stopped between its turns
+CLOSE = 1e-4
+#: what a server that fails raises
+LOST = (
+    PeerUnavailable,
+    RuntimeError,
+    OSError,
+    ValueError,
+    LookupError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The same weights for everybody: archives of ours in `store`, plain safetensors in folders under `weights`."""
+
+    store: Path
+    weights: Path
+    x: npt.NDArray[np.float32]  #: [8, 168], what is asked of every model
+    answers: dict[str, npt.NDArray[np.float64]]  #: model -> the plain network's answer, [24 * 5]
+
+    @property
+    def names(self) -> list[str]:
+        """M0, m1, ..."""
+        return list(self.answers)
+
+
+def write_models(folder: Path, count: int) -> Models:
+    """Make `count` models with seeded random weights, and their answers."""
+    family = build("tcn", TCN)
+    network = family.reference()
+    x = np.random.default_rng(SEED).standard_normal((8, 168), np.float32).round(4)
+    models = Models(folder / "store", folder / "weights", x, {})
+    models.store.mkdir()
+    for i in range(count):
+        tensors = random_tensors(family, SEED * 1_000_000 + i)
+        (models.weights / f"m{i}").mkdir(parents=True)
+        save_file(tensors, models.weights / f"m{i}" / "weights.safetensors")
+        archive = pack_forecaster(tensors, architecture="tcn", config=TCN, model_name=f"m{i}.mar")
+        (models.store / f"m{i}.mar").write_bytes(archive)
+        network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+        with torch.inference_mode():
+            models.answers[f"m{i}"] = network(torch.from_numpy(x)[None]).numpy().astype(np.float64).ravel()
+    return models
+
+
+@dataclass(slots=True)
+class Contender:
+    """A server in the contest, what it is asked, and what is known of it so far."""
+
+    server: Server
+    names: Sequence[str]
+    body: bytes
+    target: wrk.Target
+    found: dict[str, Any]
+    stack: ExitStack
+    runs: dict[int, list[wrk.Result]] = field(default_factory=lambda: {each: [] for each in CONNECTIONS})
+    burns: bool = False
+
+    def __repr__(self) -> str:
+        return f"<Contender {self.server!r}, {len(self.runs[CONNECTIONS[0]])} turns>"
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """For its turn, where it is stopped between turns; its first answers tell that it has its connections again."""
+        if not self.burns:
+            yield
+            return
+        self.server.tree.signal(signal.SIGCONT)
+        try:
+            for name in self.names:
+                self.server.ask(name, self.body)
+            yield
+        finally:
+            self.server.tree.signal(signal.SIGSTOP)
+
+
+class Contest:
+    """Who takes part, and who does not and why. One thread."""
+
+    def __init__(self, models: Models, folder: Path, stack: ExitStack) -> None:
+        self.models = models
+        self.contenders: dict[str, Contender] = {}
+        self.lost: dict[str, str] = {}
+        self._folder = folder
+        self._stack = stack
+
+    def __repr__(self) -> str:
+        return f"<Contest of {', '.join(self.contenders)}; lost: {', '.join(self.lost) or 'none'}>"
+
+    @contextmanager
+    def risking(self, name: str) -> Iterator[None]:
+        """What a server does wrong in this block ends its part in the contest, and is told. Ours may not fail."""
+        try:
+            yield
+        except LOST as error:
+            if name.startswith(OURS):
+                raise
+            self.lost[name] = " ".join(str(error).split()) or type(error).__name__
+            contender = self.contenders.pop(name, None)
+            if contender is not None:
+                contender.stack.close()
+
+    def enter(
+        self,
+        name: str,
+        version: str,
+        start: Callable[[], AbstractContextManager[Server]],
+        count: int,
+        media: str = JSON,
+    ) -> None:
+        """Start a server, load `count` models into it, compare its answers with the plain network's, and warm it.
+
+        Its load are bodies of the type `media`: JSON as the server's protocol has it, or NPY.
+        """
+        stack = self._stack.enter_context(ExitStack())
+        with self.risking(name), ExitStack() as unless_entered:
+            unless_entered.push(stack)
+            begin = time.monotonic()
+            server = stack.enter_context(start())
+            stack.callback(server.tree.signal, signal.SIGCONT)  # before its end: who is stopped hears no SIGTERM
+            found: dict[str, Any] = {"version": version, "start_s": time.monotonic() - begin}
+            body, names = server.dialect.tensor_body(self.models.x), self.models.names[:count]
+            if not server.fixed:
+                found["load_ms"] = spread([server.load(each, body) * 1e3 for each in names])
+            for each in names:
+                self._check(server, each, body)
+            file = self._folder / f"{name}.json"
+            file.write_bytes(body if media == JSON else npy_body(self.models.x))
+            target = wrk.Target(name, server.url, count, server.suffix, file, media, server.dialect)
+            wrk.run(target, CONNECTIONS[-1], WARM_S)
+            self.contenders[name] = Contender(server, names, body, target, found, stack)
+            unless_entered.pop_all()
+
+    def _check(self, server: Server, model: str, body: bytes) -> None:
+        """Raises RuntimeError when an answer is not that of the weights."""
+        wanted = self.models.answers["m0" if server.fixed else model]
+        got = server.ask(model, body)
+        if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=CLOSE, atol=CLOSE):
+            raise RuntimeError(
+                f"{server.name} answers {got[:3]} ... for {model}, where the weights give {wanted[:3]} ..."
+            )
+
+    def settle(self) -> None:
+        """Measure what everybody burns when idle, and stop those who burn too much."""
+        before = {name: each.server.tree.cpu_s() for name, each in self.contenders.items()}
+        time.sleep(IDLE_S)
+        for name, each in self.contenders.items():
+            idle = (each.server.tree.cpu_s() - before[name]) / IDLE_S
+            each.burns = idle > BURNS
+            each.found |= {"idle_cores": idle, "stopped_between_turns": each.burns}
+            if each.burns:
+                each.server.tree.signal(signal.SIGSTOP)
+
+    def play(self, rounds: int, seconds: int) -> Iterator[tuple[int, str, int]]:
+        """Give everybody a turn in every round, another one first each time; yields (round, server, connections)."""
+        order = list(self.contenders)
+        for number in range(rounds):
+            for name in turns(order, number):
+                if name not in self.contenders:
+                    continue
+                contender = self.contenders[name]
+                with self.risking(name), contender.awake():
+                    for connections in CONNECTIONS:
+                        yield number, name, connections
+                        contender.runs[connections].append(wrk.run(contender.target, connections, seconds))
+
+    def results(self) -> dict[str, Any]:
+        """Server -> everything found out about it, with the ratios to ours."""
+        ours = {name: self.contenders[name].runs for name in (OURS, OURS_NPY) if name in self.contenders}
+        return {
+            name: {**each.found, **standing(each.runs, {} if name.startswith(OURS) else ours)}
+            for name, each in self.contenders.items()
+        }

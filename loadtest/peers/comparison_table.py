@@ -1,0 +1,93 @@
+"""What a comparison of servers comes to: whose turn it is, medians and ratios of the rounds, one table. Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from loadtest.driver.wrk import Result
+from loadtest.record import spread
+
+OURS = "fleetcast"
+OURS_NPY = "fleetcast npy"
+CONNECTIONS = (1, 8, 32)
+
+
+def turns(servers: Sequence[str], turn: int) -> list[str]:
+    """The order of a round: each round begins one server later, so that nobody always follows the same noise."""
+    at = turn % len(servers)
+    return [*servers[at:], *servers[:at]]
+
+
+def standing(
+    runs: Mapping[int, Sequence[Result]], ours: Mapping[str, Mapping[int, Sequence[Result]]]
+) -> dict[str, Any]:
+    """One server's results by connections; with ratios ours / its, of each round, to those of `ours` by name."""
+    found = {}
+    for connections, results in runs.items():
+        row: dict[str, Any] = {
+            "requests_per_s": spread([run.requests_per_s for run in results]),
+            "p50_ms": spread([run.p50_ms for run in results]),
+            "p99_ms": spread([run.p99_ms for run in results]),
+        }
+        for name, theirs in ours.items():
+            pairs = list(zip(theirs[connections], results, strict=True))
+            row[f"{name} / it"] = {
+                "requests_per_s": spread([mine.requests_per_s / its.requests_per_s for mine, its in pairs]),
+                "p50": spread([mine.p50_ms / its.p50_ms for mine, its in pairs]),
+            }
+        found[f"{connections} connections"] = row
+    return found
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """Three lines a server, one for each number of connections; below them who is missing, and why."""
+    title = f"{results['models']} models, {results['rounds']} rounds of {results['seconds']:g} s: median (min-max)"
+    missing = [f"{name} was not measured: {reason}" for name, reason in results["unavailable"].items()]
+    shown = Table(title=title, box=box.SIMPLE_HEAD, caption="\n".join(missing), caption_justify="left")
+    ratios = ("ours / it", "p50 ours / it", "npy / it")
+    for head in ("", "conns", "requests/s", "p50 ms", "p99 ms", *ratios, "load ms", "MB a model"):
+        shown.add_column(head, justify="right" if head else "left", overflow="fold")
+    for name, found in results["servers"].items():
+        load, memory = _told(found.get("load_ms")), found.get("mb_per_model")
+        aside = [(name, load, "" if memory is None else _short(memory)), (found["version"], "", ""), ("", "", "")]
+        for connections, (first, *last) in zip(CONNECTIONS, aside, strict=True):
+            row = found[f"{connections} connections"]
+            ratio, npy = row.get(f"{OURS} / it", {}), row.get(f"{OURS_NPY} / it", {})
+            shown.add_row(
+                first,
+                str(connections),
+                _told(row["requests_per_s"]),
+                _told(row["p50_ms"]),
+                _short(row["p99_ms"]["median"]),
+                _told(ratio.get("requests_per_s")),
+                _told(ratio.get("p50")),
+                _told(npy.get("requests_per_s")),
+                *last,
+                end_section=connections == CONNECTIONS[-1],
+            )
+    return shown
+
+
+def words(results: Mapping[str, Any]) -> list[str]:
+    """The lines below the table: who was stopped between turns, and what each did when models exceeded memory."""
+    lines = []
+    stopped = [name for name, found in results["servers"].items() if found["stopped_between_turns"]]
+    if stopped:
+        lines.append(
+            f"Stopped (SIGSTOP) between their turns, because they burn processor time idle: {', '.join(stopped)}."
+        )
+    lines.append("When models exceed memory:")
+    lines += [f"  {name}: {found['beyond']}" for name, found in results["servers"].items() if "beyond" in found]
+    return lines
+
+
+def _told(found: Mapping[str, float] | None) -> str:
+    """`12.3 (12.1-12.9)`."""
+    return "" if found is None else f"{_short(found['median'])} ({_short(found['min'])}-{_short(found['max'])})"
+
+
+def _short(value: float) -> str:
+    """Three digits or a little more."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"  # noqa: PLR2004

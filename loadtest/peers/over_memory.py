@@ -1,0 +1,99 @@
+"""What servers do when models exceed memory. Every trial is bounded in bytes and models: the machine is never at risk.
+
+TorchServe and Multi Model Server have no limit to set and no eviction: they get models until their processes hold a
+stated budget more. MLServer is one process, whose data segment is limited (prlimit) a little above what it holds. Ray
+Serve and Fleetcast evict: they get room for about half of the models, which are then asked in turn.
+"""
+
+import re
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest.observe.local_server import serve
+from loadtest.peers.servers import Server, ours, ray
+
+MB = 1e6
+SCANS = 3
+HEADROOM = 4 * 2**20  #: bytes of data that MLServer may add
+ROOM = "8MiB"  #: two slabs of Fleetcast
+TROUBLE = (RuntimeError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """So many models more took so many MB; `refused` is what was said to the next one."""
+
+    models: int
+    mb: float
+    refused: str = ""
+
+    def __str__(self) -> str:
+        said = f"then refused: {self.refused}" if self.refused else "nothing was refused or evicted"
+        return f"{self.models} more models took {self.mb:.0f} MB more; {said}"
+
+
+def grow(server: Server, names: Sequence[str], body: bytes, budget_mb: float) -> Growth:
+    """Load models until all are there, the processes hold `budget_mb` more, or one is refused."""
+    before, grown = server.tree.memory() / MB, 0.0
+    for done, name in enumerate(names):
+        if grown > budget_mb:
+            return Growth(done, grown)
+        try:
+            server.load(name, body)
+        except TROUBLE as error:
+            return Growth(done, grown, str(error))
+        grown = server.tree.memory() / MB - before
+    return Growth(len(names), grown)
+
+
+def limited(server: Server, loaded: Sequence[str], names: Sequence[str], body: bytes) -> str:
+    """MLServer with HEADROOM left: how many models it takes, what it says then, and who of the loaded still answers."""
+    (pid,) = server.tree.pids()
+    data = int(re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024
+    resource.prlimit(pid, resource.RLIMIT_DATA, (data + HEADROOM, data + HEADROOM))
+    growth = grow(server, names, body, float("inf"))
+    answered = 0
+    for name in loaded:
+        try:
+            server.ask(name, body)
+        except TROUBLE:
+            continue
+        answered += 1
+    after = f"{answered} of the {len(loaded)} loaded ones still answer" if server.tree.pids() else "the server died"
+    return f"with {HEADROOM >> 20} MiB left: {growth}; {after}"
+
+
+def scanned(server: Server, names: Sequence[str], body: bytes) -> str:
+    """Ask all models in turn, SCANS times: what came back, how fast, and what it took."""
+    took, failed = [], 0
+    server.ask(names[0], body)
+    before = server.tree.memory() / MB
+    for name in [*names] * SCANS:
+        begin = time.perf_counter()
+        try:
+            server.ask(name, body)
+        except TROUBLE:
+            failed += 1
+        took.append((time.perf_counter() - begin) * 1e3)
+    grown = server.tree.memory() / MB - before
+    times = f"median {statistics.median(took):.1f} ms, worst {max(took):.0f} ms"
+    return f"asked in turn {SCANS} times, {failed} of {len(took)} failed, {times}, {grown:+.1f} MB"
+
+
+def ours_beyond(store: Path, names: Sequence[str], body: bytes) -> str:
+    """Fleetcast with ROOM for resident models."""
+    with serve(str(store), ["--workers", "1", "--model-cache-bytes", ROOM]) as local:
+        told = scanned(ours("fleetcast", local), names, body)
+        resident = sum(local.counters("fleetcast_loaded_models").values())
+    return f"room for {resident:.0f} of {len(names)} ({ROOM}), evicts: {told}"
+
+
+def ray_beyond(models: Path, names: Sequence[str], body: bytes) -> str:
+    """Ray Serve with room for half of the models in its replica."""
+    room = len(names) // 2
+    with ray(models, lambda _: None, room) as server:
+        return f"room for {room} of {len(names)} (max_num_models_per_replica), evicts: {scanned(server, names, body)}"

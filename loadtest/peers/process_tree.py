@@ -1,0 +1,115 @@
+"""The processes of a server: leaders and all descendants, seen through /proc, started and ended. Linux."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loadtest.observe.processes import pss
+
+TICKS = os.sysconf("SC_CLK_TCK")
+GENTLE_S = 10.0
+KILL_S = 20.0
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError, IndexError)  #: ended between two looks
+
+
+class Tree:
+    """Leaders and all their descendants, also those that left the leaders' process group (Ray's daemons)."""
+
+    def __init__(self, *leaders: int) -> None:
+        self._seen = {pid: int(_stat(pid)[19]) for pid in leaders}  # with start time: pids come again, both do not
+
+    def __repr__(self) -> str:
+        return f"<Tree of {len(self.pids())} processes>"
+
+    def pids(self) -> list[int]:
+        """All that live; whoever was seen once is followed when its parent is gone."""
+        children: dict[int, list[int]] = {}
+        starts = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with suppress(*GONE):
+                    state, parent, *fields = _stat(int(entry.name))
+                    if state != "Z":
+                        starts[int(entry.name)] = int(fields[17])
+                        children.setdefault(int(parent), []).append(int(entry.name))
+        known = [pid for pid, start in self._seen.items() if starts.get(pid) == start]
+        self._seen = {}
+        while known:
+            pid = known.pop()
+            if pid not in self._seen:
+                self._seen[pid] = starts[pid]
+                known += children.get(pid, [])
+        return sorted(self._seen)
+
+    def memory(self) -> int:
+        """Proportional set size of all in bytes."""
+        total = 0
+        for pid in self.pids():
+            with suppress(*GONE):
+                total += pss(pid)
+        return total
+
+    def cpu_s(self) -> float:
+        """Processor seconds of those that live."""
+        total = 0
+        for pid in self.pids():
+            with suppress(*GONE):
+                fields = _stat(pid)
+                total += int(fields[11]) + int(fields[12])
+        return total / TICKS
+
+    def signal(self, number: signal.Signals) -> None:
+        """To every process."""
+        for pid in self.pids():
+            with suppress(*GONE):
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Until nobody is left. Raises RuntimeError when that takes longer than KILL_S."""
+        until = time.monotonic() + KILL_S
+        while self.pids():
+            if time.monotonic() > until:
+                raise RuntimeError(f"processes {self.pids()} cannot be ended")
+            self.signal(signal.SIGKILL)
+            time.sleep(0.02)
+
+
+@contextmanager
+def started(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[Tree, Path]]:
+    """A process in a session of its own, its tree and its log; at the end SIGTERM for it, SIGKILL for what stays."""
+    path = folder / "log.txt"
+    with path.open("wb") as log:
+        leader = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    tree = Tree(leader.pid)
+    try:
+        yield tree, path
+    finally:
+        tree.signal(signal.SIGCONT)  # a stopped process would not hear of SIGTERM
+        leader.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            leader.wait(GENTLE_S)
+        tree.kill()
+        leader.wait()
+
+
+def last_words(log: Path) -> str:
+    """The end of what a process wrote."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return " | ".join(lines[-3:])[-400:]
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from the state on: 0 state, 1 parent, 11 and 12 processor time, 19 start time."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,139 @@
+"""The cheapest machines that keep a promise: how many of each kind, simulated, and what they cost a month."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil, inf
+
+import numpy as np
+
+from loadtest.plan.costs import Costs
+from loadtest.plan.demand import Demand
+from loadtest.plan.placement import Placement
+from loadtest.plan.prices import Machine, Prices, nodes_for
+from loadtest.plan.simulate import Found, Machines, simulate
+from loadtest.plan.simulated_worker import REQUEST_TIMEOUT_S
+from loadtest.report.charts import number
+
+MOST_NODES = 64
+DEARER = 4  #: times the cheapest: what would cost more is not looked at
+MOST_BUSY = 0.7  #: of a worker's time, on average over all, where the search begins: less is never enough
+MOST_REQUESTS = 60_000  #: simulated for each candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What must be reached; None: no matter. `refused` as a share of requests, `availability` of the whole."""
+
+    p99_ms: float | None = None
+    hit_ratio: float | None = None
+    refused: float = 0.001
+    availability: float = 0.999
+
+    def missed(self, found: Found) -> str:
+        """What is not kept, in words; empty where all is."""
+        if found.refused > self.refused:
+            return f"refuses {found.refused:.2%}"
+        if self.p99_ms is not None and found.ms["p99"] > self.p99_ms:
+            return f"p99 {number(found.ms['p99'])} ms"
+        if self.hit_ratio is not None and found.hit_ratio < self.hit_ratio:
+            return f"hits {found.hit_ratio:.3f}"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A kind of machine: `needed` of them keep the promise as `found`, `nodes` make it available; or `why` not."""
+
+    machine: Machine
+    needed: int = 0
+    nodes: int = 0
+    monthly: float = inf
+    found: Found | None = None
+    why: str = ""
+
+
+def offers(
+    placement: Placement,
+    costs: Costs,
+    prices: Prices,
+    promise: Promise,
+    base: Machines,
+    *,
+    seed: int = 0,
+    look: Callable[[], None] = lambda: None,
+) -> list[Offer]:
+    """Every kind of machine, the cheapest first, those that cannot last. `base`: policy, slabs, loader threads.
+
+    As many as keep the promise share the models, each on one of them. `look` is called once a kind.
+    """
+    found: list[Offer] = []
+    base = replace(base, replicas=1, loss=None)
+    for machine in sorted(prices.machine, key=lambda each: each.price_per_hour / each.workers):
+        cheapest = min((offer.needed * offer.machine.price_per_hour for offer in found if offer.found), default=inf)
+        most = int(min(MOST_NODES, DEARER * cheapest / machine.price_per_hour))
+        found.append(_offer(machine, placement, costs, prices, promise, base, seed, most))
+        look()
+    return sorted(found, key=lambda offer: (offer.monthly, offer.machine.price_per_hour))
+
+
+def _offer(
+    machine: Machine,
+    placement: Placement,
+    costs: Costs,
+    prices: Prices,
+    promise: Promise,
+    base: Machines,
+    seed: int,
+    most: int,
+) -> Offer:
+    demand, there = placement.demand, costs.faster(machine.speed)
+    if machine.device != costs.device:
+        return Offer(machine, why=f"the costs were measured on {costs.device}, this one has {machine.device}")
+    if machine.cache_bytes // machine.workers < max(base.slab_bytes, int(demand.charge.max())):
+        return Offer(machine, why="its memory has no room for a model in each worker")
+    least = max(1, ceil(_workers(demand, there, base.loader_threads) / machine.workers))
+    if least > most:
+        return Offer(machine, why=f"takes {least} of them; more than {most} are not looked at")
+    tried: dict[int, Found] = {}
+
+    def kept(nodes: int) -> bool:
+        machines = replace(base, cache_bytes=machine.cache_bytes, workers=machine.workers, nodes=nodes)
+        tried[nodes] = simulate(placement, machines, there, seed, most=MOST_REQUESTS)
+        return not promise.missed(tried[nodes])
+
+    needed = _fewest(kept, least, most)
+    if needed is None:
+        last = max(tried)
+        return Offer(machine, why=f"{last} of them: {promise.missed(tried[last])}")
+    nodes = nodes_for(needed, prices.availability, promise.availability)
+    return Offer(machine, needed, nodes, prices.monthly(machine, nodes), tried[needed])
+
+
+def _workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
+    """How many are needed at the very least: to compute, and to fetch in time what was never asked before."""
+    compute = demand.rate * costs.row_s / MOST_BUSY
+    new = np.count_nonzero(demand.asked())
+    if demand.warm is not None:
+        new -= len(np.unique(demand.warm.model))
+    fetch = new * float(np.mean(costs.get)) / (demand.schedule.seconds + REQUEST_TIMEOUT_S) / loader_threads
+    return max(compute, fetch)
+
+
+def _fewest(kept: Callable[[int], bool], least: int, most: int) -> int | None:
+    """The fewest nodes that are enough, from `least` to `most`: doubled until they are, then halved back."""
+    low, high = least - 1, least
+    while not kept(high):
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kept(middle) else (middle, high)
+    return high
+
+
+def cheapest_alone(prices: Prices, models: int, promise: Promise) -> tuple[Machine, int, float]:
+    """One endpoint per model, of the cheapest machine: which, how many for one endpoint, and the month of all."""
+    machine = min(prices.machine, key=lambda each: each.price_per_hour)
+    instances = nodes_for(1, prices.availability, promise.availability)
+    return machine, instances, prices.monthly(machine, instances * models)

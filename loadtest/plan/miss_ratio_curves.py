@@ -1,0 +1,97 @@
+"""Miss-ratio curves: what share of requests finds its model absent, by cache size, under the server's own policies.
+
+A small fleet is replayed whole. Of a large one a sample of the *models* is, chosen by a hash of their names, in a cache
+smaller by the same factor: a miniature simulation (SHARDS: C. Waldspurger et al., "Efficient MRC Construction with
+SHARDS", FAST 2015, and "Cache Modeling and Optimization using Miniature Simulations", ATC 2017). Misses are counted
+against the requests that a sample of this size would expect, so that it matters little whether the most popular model
+is among them (their SHARDS-adj). Three samples that share no model say by how much the answer is off.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loadtest.driver.profiles import Int64
+from loadtest.plan.costs import DEFAULT
+from loadtest.plan.demand import Demand, mixed
+from loadtest.plan.simulate import SLAB_BYTES, make_cache, models_of
+from loadtest.plan.simulated_worker import Worker
+
+SIZES = (
+    0.05,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    1.0,
+    1.1,
+)  #: of what the fleet weighs; slabs are not filled to the end
+SAMPLES, SAMPLED_MODELS, SAMPLED_REQUESTS = 3, 8_192, 250_000
+ROWS = 8  #: that a slab of a miniature holds at least
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """`miss_ratio` [sizes] of a policy for caches of `cache_bytes` [sizes]; `error` [sizes] is one standard error."""
+
+    policy: str
+    cache_bytes: Sequence[int]
+    miss_ratio: Sequence[float]
+    error: Sequence[float]
+    rate: float  #: the share of the models that was replayed, in each sample
+
+
+def curve(
+    demand: Demand,
+    policy: str,
+    sizes: Sequence[float] = SIZES,
+    *,
+    most_models: int = SAMPLED_MODELS,
+    most_requests: int = SAMPLED_REQUESTS,
+    look: Callable[[], None] = lambda: None,
+) -> Curve:
+    """One policy's; `look` is called len(sizes) times. Raises ValueError for a policy that there is not."""
+    asked = len(np.flatnonzero(demand.asked()))
+    requests = len(demand.schedule.at) + (0 if demand.warm is None else len(demand.warm.at))
+    rate = min(1.0, max(min(most_models / asked, most_requests / requests), min(1.0, 500 / asked)))
+    samples = _samples(demand, rate)
+    ratios = np.empty((len(samples), len(sizes)))
+    caches = [round(share * demand.fleet_bytes) for share in sizes]
+    for j, cache_bytes in enumerate(caches):
+        for i, sample in enumerate(samples):
+            ratios[i, j] = _miss_ratio(demand, sample, policy, cache_bytes)
+        look()
+    error = ratios.std(axis=0, ddof=1) / np.sqrt(len(samples)) if len(samples) > 1 else np.zeros(len(sizes))
+    return Curve(policy, caches, ratios.mean(axis=0).tolist(), error.tolist(), rate)
+
+
+def _samples(demand: Demand, rate: float) -> list[Int64]:
+    """The models of each sample. None of them is in two."""
+    if rate >= 1:
+        return [np.arange(len(demand.names))]
+    spread = mixed(demand.keys(), 0) / 2.0**64
+    return [
+        np.flatnonzero((spread >= i * rate) & (spread < (i + 1) * rate)) for i in range(min(SAMPLES, int(1 / rate)))
+    ]
+
+
+def _miss_ratio(demand: Demand, sample: Int64, policy: str, cache_bytes: int) -> float:
+    charge = demand.charge[sample]
+    largest, scale = int(charge.max()), float(charge.sum()) / demand.fleet_bytes
+    budget = max(round(cache_bytes * scale), largest)
+    slab = min(SLAB_BYTES, max(round(SLAB_BYTES * scale), ROWS * largest), budget)
+    worker = Worker(make_cache(budget, slab, policy), DEFAULT, np.random.default_rng(0))
+    among = np.zeros(len(demand.names), np.bool_)
+    among[sample] = True
+    if demand.warm is not None:
+        worker.fill(models_of(demand, demand.warm.model[among[demand.warm.model]]))
+    counted = demand.schedule.model[among[demand.schedule.model]]
+    misses = len(counted) - worker.fill(models_of(demand, counted))
+    expected = len(demand.schedule.model) * len(sample) / len(demand.names)
+    return min(1.0, misses / expected)

@@ -1,0 +1,160 @@
+"""A turn of a market's clock as one HTML file: fans and scenarios of some products, how all move together, the time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from loadtest.driver.market_client import BUDGET_S, JOINT, STAGES, TICK, Turn
+from loadtest.report import alone
+from loadtest.report.charts import number
+from loadtest.report.tables import Table
+
+Float64 = npt.NDArray[np.float64]
+
+MOST_CHARTED = 9  #: products with charts of their own
+MOST_MAPPED = 200  #: products in the map
+MOST_POINTS = 1_000_000  #: numbers of scenarios in the page; beyond, fewer scenarios are drawn
+PAIRS = 8  #: that are named beside the map, of either kind
+DIGITS = 5  #: of a price
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """What the page shows. `prices` [products, 2 * steps] from `start`: before the last forecast, and under it.
+
+    `together` [products, products] are correlations. `calls`: what was called, and the line that does it again.
+    """
+
+    title: str
+    unit: str
+    products: Sequence[str]
+    start: datetime
+    step: timedelta
+    prices: Float64
+    turns: Sequence[Turn]
+    together: Float64
+    calls: Sequence[tuple[str, str]]
+
+
+def page(drawn: Drawn) -> str:
+    """The HTML."""
+    last = drawn.turns[-1]
+    alike, opposed = extremes(drawn.products, drawn.together, PAIRS)
+    kept = last.scenarios[:, charted(drawn.products)]
+    most = max(2, MOST_POINTS // kept[0].size)
+    return alone(
+        "page.cycle.html",
+        ["page.css", "page.cycle.css"],
+        "page.cycle.js",
+        _data(drawn, most),
+        title=drawn.title,
+        total_ms=last.total_ms,
+        share=last.total_ms / BUDGET_S / 1e3,
+        budget_ms=BUDGET_S * 1e3,
+        headlines=_headlines(drawn),
+        scenarios=min(len(last.scenarios), most),
+        stages=_stages(drawn.turns),
+        said=[(call, turn, each.said[call]) for call in (TICK, JOINT) for turn, each in _ends(drawn.turns)],
+        pairs=_pairs("Move together", alike) if alike else None,
+        against=_pairs("Move against each other", opposed) if opposed else None,
+        mapped=min(len(drawn.products), MOST_MAPPED),
+        calls=drawn.calls,
+    )
+
+
+def charted(products: Sequence[str]) -> list[int]:
+    """Which get charts: the first of each group (`region/`, `region.`), the last of each, the second, and so on."""
+    groups: dict[str, list[int]] = {}
+    for i, product in enumerate(products):
+        groups.setdefault(product.rpartition("/" if "/" in product else ".")[0], []).append(i)
+    ranked = [
+        (rank, i) for group in groups.values() for rank, i in enumerate([group[0], *group[:0:-1][:1], *group[1:-1]])
+    ]
+    return sorted(i for _, i in sorted(ranked)[:MOST_CHARTED])
+
+
+def of_budget(ms: float) -> str:
+    """What milliseconds are of the market's time."""
+    percent = ms / BUDGET_S / 10
+    return f"{percent:.2f} %" if percent >= 0.01 else "< 0.01 %"  # noqa: PLR2004 -- the last digit shown
+
+
+def extremes(
+    products: Sequence[str], together: Float64, most: int
+) -> tuple[list[tuple[str, str, float]], list[tuple[str, str, float]]]:
+    """The pairs that are most alike, from the highest correlation, and those most opposed, from the lowest.
+
+    Only pairs above 0 are alike, and only those below are opposed.
+    """
+    pairs = ((float(together[i, j]), i, j) for i, j in combinations(range(len(products)), 2))
+    found = [(products[i], products[j], value) for value, i, j in sorted(pairs, key=lambda pair: -pair[0])]
+    alike = [pair for pair in found[:most] if pair[2] > 0]
+    return alike, [pair for pair in found[::-1][:most] if pair[2] < 0]
+
+
+def _headlines(drawn: Drawn) -> list[tuple[str, str]]:
+    last, count = drawn.turns[-1], len(drawn.products)
+    scenarios, _, steps = last.scenarios.shape
+    per_s = count / (last.ms[TICK] / 1e3)
+    return [
+        ("from prices to numbers", f"{last.total_ms:.0f} ms"),
+        ("of 20 seconds", of_budget(last.total_ms)),
+        ("first turn", f"{drawn.turns[0].total_ms:.0f} ms"),
+        ("forecasts", f"{count} x {steps} steps"),
+        ("scenarios", f"{scenarios} x {count} x {steps}"),
+        ("quantile forecasts", f"{number(per_s)}/s"),
+    ]
+
+
+def _ends(turns: Sequence[Turn]) -> list[tuple[str, Turn]]:
+    return [("first", turns[0]), (f"turn {len(turns)}", turns[-1])]
+
+
+def _stages(turns: Sequence[Turn]) -> Table:
+    """Milliseconds of the first turn and of the last, and what the last is of the budget."""
+    rows = [
+        [stage, *(f"{each.ms[stage]:.1f}" for _, each in _ends(turns)), of_budget(turns[-1].ms[stage])]
+        for stage in STAGES
+    ]
+    total = [f"{each.total_ms:.1f}" for _, each in _ends(turns)]
+    rows.append(["together", *total, of_budget(turns[-1].total_ms)])
+    return Table("Stages", ["ms", "first turn", f"turn {len(turns)}", "of 20 s"], rows)
+
+
+def _pairs(title: str, pairs: Sequence[tuple[str, str, float]]) -> Table:
+    return Table(title, ["", "and", "rank correlation"], [[one, other, f"{value:+.2f}"] for one, other, value in pairs])
+
+
+def _data(drawn: Drawn, most: int) -> dict[str, Any]:
+    """What the page's script draws. Times are seconds, prices to DIGITS digits, correlations in percent."""
+    last, seconds = drawn.turns[-1], drawn.step.total_seconds()
+    begin = drawn.start.replace(tzinfo=drawn.start.tzinfo or UTC).timestamp()
+    steps, count = drawn.prices.shape[1], min(len(drawn.products), MOST_MAPPED)
+    return {
+        "times": [begin + seconds * i for i in range(steps)],
+        "unit": drawn.unit,
+        "levels": last.levels,
+        "charts": [
+            {
+                "name": drawn.products[i],
+                "prices": _digits(drawn.prices[i]),
+                "quantiles": _digits(last.quantiles[i].T),
+                "scenarios": _digits(last.scenarios[:most, i]),
+            }
+            for i in charted(drawn.products)
+        ],
+        "names": list(drawn.products[:count]),
+        "together": (100 * drawn.together[:count, :count]).round().astype(int).tolist(),
+    }
+
+
+def _digits(values: npt.NDArray[Any]) -> Any:
+    """Nested lists of numbers that are short to write; None where there is none."""
+    if values.ndim > 1:
+        return [_digits(each) for each in values]
+    return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values.tolist()]

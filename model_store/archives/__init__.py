@@ -1,0 +1,1 @@
+"""One archive: its container, its manifest, how it is read and packed."""

@@ -1,0 +1,244 @@
+"""One archive, read from its bytes: what kind it is, its records, its weights. Pure; runs in loader threads.
+
+Nothing here is ever unpickled or imported, and nothing is written to disk. Every error names the archive.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, deserialize
+
+from model_store.archives.container import Container, Limits, shown
+from model_store.archives.manifest import (
+    FLEETCAST_JSON,
+    GRAPH_FILE,
+    MAR_MANIFEST,
+    GoldenSample,
+    Kind,
+    MarManifest,
+    Spec,
+    parse_golden,
+    parse_mar_manifest,
+    parse_spec,
+)
+from model_store.archives.tar_reader import read_tar_gz
+from model_store.archives.zip_reader import read_zip
+from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
+
+__all__ = ["DEFAULT_LIMITS", "Archive", "Limits", "check_tensors", "open_archive", "read_tensors", "require_supported"]
+
+Float32 = npt.NDArray[np.float32]
+DEFAULT_LIMITS = Limits()
+
+_MODEL_ONNX = "model.onnx"
+_MAX_RECORD_BYTES = 4 << 20  # of a JSON record, and of the header of a safetensors file
+_MAX_LISTED = 5  # names in one message
+_TORCHSERVE_HANDLERS = ("image_classifier", "image_segmenter", "object_detector", "text_classifier")
+_TORCH_FILES = (".pt", ".pth")
+_RUNS_LATER = {
+    Kind.CODE: "a later version of Fleetcast runs code in forked child processes where the operator allows it",
+}
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Archive:
+    """An opened archive. Immutable; it holds the archive's bytes and unpacks a member each time one is read."""
+
+    name: str
+    kind: Kind
+    spec: Spec | None
+    mar: MarManifest | None
+    weights_file: str | None  #: the member that holds the numbers; None for code, whose handler knows
+    container: Container
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The files' paths, sorted, relative to the single top folder where there is one."""
+        return tuple(sorted(self.container.members))
+
+    def read(self, member: str) -> bytes:
+        """The bytes of one member. Raises ArchiveInvalid where it is missing, damaged, or larger than declared."""
+        with _naming(self.name):
+            return self.container.read(member)
+
+    def weights(self) -> bytes:
+        """The member that holds the numbers, its sha256 checked where `fleetcast.json` has one.
+
+        Raises:
+            ArchiveInvalid: the member is damaged or not the one that was packed.
+            UnsupportedKind: a code archive, whose numbers only its handler can find.
+        """
+        if self.weights_file is None:
+            raise _unsupported(self)
+        raw = self.read(self.weights_file)
+        expected = self.spec.weights.sha256 if self.spec else None
+        if expected is not None and (found := hashlib.sha256(raw).hexdigest()) != expected:
+            where = f"{self.name}: {shown(self.weights_file)}"
+            raise ArchiveInvalid(f"{where} has sha256 {found}, but {FLEETCAST_JSON} says {expected}; pack it again")
+        return raw
+
+    def graph(self) -> bytes:
+        """The operators of a graph archive, unread. Raises ArchiveInvalid where the member is damaged or too large."""
+        with _naming(self.name):
+            return _read_record(self.container, GRAPH_FILE)
+
+    def golden(self) -> GoldenSample | None:
+        """The golden sample, None where the archive has none. Raises ArchiveInvalid that names the field."""
+        if self.spec is None or self.spec.golden is None:
+            return None
+        with _naming(self.name):
+            return parse_golden(_read_record(self.container, self.spec.golden), self.spec.golden)
+
+    def __repr__(self) -> str:
+        what = f"{self.kind} {self.spec.architecture}" if self.spec and self.spec.architecture else str(self.kind)
+        return f"<Archive {self.name}: {what}, {len(self.container.members)} members>"
+
+
+def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Archive:
+    """The archive in `data`, a zip or a gzipped tar by its first bytes; `name` is for messages.
+
+    Raises:
+        ArchiveTooLarge: a size rule of `limits` is broken.
+        ArchiveInvalid: not an archive, damaged, hostile, of no known kind, or its records break a rule.
+    """
+    with _naming(name):
+        container = _read_container(data, limits)
+        files = container.members
+        spec = parse_spec(_read_record(container, FLEETCAST_JSON)) if FLEETCAST_JSON in files else None
+        mar = parse_mar_manifest(_read_record(container, MAR_MANIFEST)) if MAR_MANIFEST in files else None
+        if spec is not None:
+            for field, member in (("weights.file", spec.weights.file), ("golden", spec.golden)):
+                if member is not None and member not in files:
+                    raise ArchiveInvalid(f"{FLEETCAST_JSON}: `{field}` names {shown(member)}, which is not there")
+            if spec.kind is Kind.GRAPH and GRAPH_FILE not in files:
+                raise ArchiveInvalid(
+                    f"{FLEETCAST_JSON} says graph, but {GRAPH_FILE}, which holds the operators, is missing"
+                )
+            return Archive(name, spec.kind, spec, mar, spec.weights.file, container)
+        kind, weights_file = _kind_without_spec(files, mar)
+        return Archive(name, kind, None, mar, weights_file, container)
+
+
+def require_supported(archive: Archive) -> None:
+    """Raises UnsupportedKind, which names the kind and what will run it, for kinds that this server does not run."""
+    if archive.kind in _RUNS_LATER:
+        raise _unsupported(archive)
+
+
+def read_tensors(archive: Archive) -> dict[str, Float32]:
+    """The tensors of a safetensors archive by name: float32, every value finite, memory of their own.
+
+    Raises:
+        ArchiveInvalid: damaged, not safetensors, another dtype, or a value that is not finite; names the tensor.
+    """
+    raw = archive.weights()
+    with _naming(f"{archive.name}: {archive.weights_file}"):
+        if (header := int.from_bytes(raw[:8], "little")) > _MAX_RECORD_BYTES:
+            raise ArchiveInvalid(f"it is not safetensors, or its header of {header} bytes is too large")
+        try:
+            stored = deserialize(raw)  # type: ignore[no-untyped-call]
+        except SafetensorError as error:
+            raise ArchiveInvalid(f"it is not sound safetensors: {error}") from error
+        return {name: _tensor(name, **view) for name, view in stored}
+
+
+def check_tensors(
+    tensors: Mapping[str, npt.NDArray[np.generic]], parameters: Mapping[str, tuple[int, ...]], name: str
+) -> None:
+    """That `tensors` have exactly the names and shapes of `parameters`; `name` is the archive's.
+
+    Raises:
+        ArchiveInvalid: lists what is missing, what nobody expects, and what has another shape.
+    """
+    missing = [shown(key) for key in parameters if key not in tensors]
+    unexpected = [shown(key) for key in tensors if key not in parameters]
+    reshaped = [
+        f"{shown(key)} is {list(tensors[key].shape)} instead of {list(shape)}"
+        for key, shape in parameters.items()
+        if key in tensors and tensors[key].shape != tuple(shape)
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped}
+    problems = [f"{what}: {_listed(which)}" for what, which in found.items() if which]
+    if problems:
+        raise ArchiveInvalid(f"{name}: its tensors are not those of its architecture; {'; '.join(problems)}")
+
+
+def _read_container(data: bytes, limits: Limits) -> Container:
+    limits.check_packed(len(data))
+    if data.startswith(b"PK"):
+        return read_zip(data, limits)
+    if data.startswith(b"\x1f\x8b"):
+        return read_tar_gz(data, limits)
+    raise ArchiveInvalid(f"it is neither a zip (.mar) nor a gzip (.tar.gz): it starts with {data[:8]!r}")
+
+
+def _kind_without_spec(files: Iterable[str], mar: MarManifest | None) -> tuple[Kind, str | None]:
+    """The kind of an archive without `fleetcast.json`, and its weights where they are known. Order: DESIGN, kinds."""
+    names = set(files)
+    handler = mar.model.handler if mar else ""
+    serialized = mar.model.serialized_file if mar else ""
+    module = handler.partition(":")[0].removesuffix(".py") + ".py"  # `service.py:handle`, `service:handle`, `service`
+    if module in names or any(_is_sagemaker_code(name) for name in names):
+        return Kind.CODE, None
+    onnx = serialized if serialized.endswith(".onnx") else _MODEL_ONNX
+    if onnx in names:
+        return Kind.ONNX, onnx
+    if handler in _TORCHSERVE_HANDLERS or serialized.endswith(_TORCH_FILES):
+        return Kind.CODE, None
+    said = f"; {MAR_MANIFEST} names handler {shown(handler)} and file {shown(serialized)}" if mar else ""
+    raise ArchiveInvalid(
+        f"it has neither {FLEETCAST_JSON}, nor a Python handler ({MAR_MANIFEST}, code/*.py, inference.py), "
+        f"nor {_MODEL_ONNX}{said}; its members: {_listed(map(shown, sorted(names)))}"
+    )
+
+
+def _is_sagemaker_code(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name == "inference.py" or (path.suffix == ".py" and path.parts[0] == "code")
+
+
+def _read_record(container: Container, member: str) -> bytes:
+    if (size := container.members[member].size) > _MAX_RECORD_BYTES:
+        raise ArchiveInvalid(f"{member} has {size} bytes, more than the {_MAX_RECORD_BYTES} a record may have")
+    return container.read(member)
+
+
+def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> Float32:
+    if dtype != "F32":
+        raise ArchiveInvalid(f"the tensor {shown(name)} is {dtype}; convert it to float32 (F32) before packing")
+    try:
+        tensor = np.frombuffer(data, dtype="<f4").reshape(shape)
+    except ValueError as error:  # safetensors allows shapes that arrays cannot have: 100 axes, [0, 2**62]
+        raise ArchiveInvalid(f"the tensor {shown(name)} has an impossible shape: {error}") from error
+    if not np.isfinite(tensor).all():
+        bad = int(tensor.size - np.isfinite(tensor).sum())
+        raise ArchiveInvalid(f"the tensor {shown(name)} has {bad} values that are NaN or infinite")
+    return tensor
+
+
+def _unsupported(archive: Archive) -> UnsupportedKind:
+    handler = f" (handler {shown(archive.mar.model.handler)})" if archive.mar and archive.mar.model.handler else ""
+    return UnsupportedKind(
+        f"{archive.name} is a {archive.kind} archive{handler}; this version runs forecaster, graph and onnx archives, "
+        f"and {_RUNS_LATER[archive.kind]}"
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
+    rest = len(every) - _MAX_LISTED
+    return ", ".join(every[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts the archive's name before the message of an error raised inside."""
+    try:
+        yield
+    except LoadError as error:
+        raise type(error)(f"{name}: {error}") from error

@@ -1,0 +1,300 @@
+"""The records of an archive: `fleetcast.json`, the MAR manifest, the golden sample. Pure: bytes in, frozen records out.
+
+`parse_*` checks types, ranges and the rules across fields, and an error names the file and the field. A record made by
+hand is held to the rules across fields at once, and to the rest when it is packed, since packing parses its own result.
+"""
+
+from enum import StrEnum
+from itertools import pairwise
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from model_store.errors import ArchiveInvalid
+
+FLEETCAST_JSON = "fleetcast.json"
+MAR_MANIFEST = "MAR-INF/MANIFEST.json"
+GRAPH_FILE = "graph.json"  #: the operators of a graph archive; what may be in it is `handlers.kinds.graph`'s to say
+FORMAT = 1
+MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: of a correlation: factors of 16 and 25 MB
+
+Name = Annotated[str, Meta(min_length=1, max_length=200)]
+Feature = Literal[
+    "hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos", "weekend",
+    "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "",
+]  # fmt: skip
+TimeOfDay = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+MemberPath = Annotated[str, Meta(min_length=1, max_length=500)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Length = Annotated[int, Meta(ge=1, le=1_000_000)]
+Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
+T = TypeVar("T", bound=Struct)
+
+
+class Kind(StrEnum):
+    """How an archive runs. `forecaster` and `graph` are rows of banks, `onnx` a session, `code` a child process.
+
+    A `correlation` answers nothing itself: it says how the forecasts of several models move together.
+    """
+
+    FORECASTER = "forecaster"
+    GRAPH = "graph"
+    ONNX = "onnx"
+    CODE = "code"
+    CORRELATION = "correlation"
+
+
+class Scaler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Between prices and network numbers: z = (y - center) / scale, and asinh of that for `asinh`.
+
+    Quantiles travel back through the inverse, which is increasing, so their order survives.
+    """
+
+    kind: Literal["identity", "linear", "asinh"] = "identity"
+    center: float = 0.0
+    scale: Annotated[float, Meta(gt=0.0)] = 1.0
+
+
+class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One input channel of the network over the context: for context step t it holds the source at t - lag + shift.
+
+    `target`: the scaled target of `product` (lag >= 0, never shifted: the future is unknown). `dynamic_feat`: row
+    `index` of the request's known-future covariates, scaled by `scaler`; shifted by the prediction length, its last
+    column is the covariate of the last forecast step. `calendar`: `feature` of the time stamp, usually shifted
+    likewise. `static`: row `index` of the request's `cat` as a number. `seed`: the request's seed and `item_id` as two
+    numbers in the first two columns, from which a network that samples makes its noise.
+    """
+
+    source: Literal["target", "dynamic_feat", "calendar", "static", "seed"]
+    lag: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    shift: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    index: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    product: Annotated[int, Meta(ge=0, le=10_000)] = 0
+    feature: Feature = ""
+    scaler: Scaler = Scaler()
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if self.source == "target" and self.shift:
+            raise ValueError("a target channel cannot be shifted: the future target is unknown; use lag")
+        if self.source != "target" and self.product:
+            raise ValueError(f"a {self.source} channel has no `product`: only targets are of one")
+        if (self.source == "calendar") != bool(self.feature):
+            raise ValueError(f"a {self.source} channel {'needs' if self.source == 'calendar' else 'has no'} `feature`")
+
+
+class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request for a forecast is validated against, and how it becomes the network's input.
+
+    Lengths are in steps of `frequency` (pandas offset alias, such as `1h` or `5min`); `floor` and `cap` in `unit`, for
+    every product. An archive of D > 1 `products` takes `target` as [D][T], and its network gives [prediction, D,
+    levels] or, the same numbers in the same order, [prediction, D * levels]: for each step all levels of the first
+    product, then those of the next. Where their prices differ in size, `scalers` has one for each instead of `scaler`.
+
+    A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then what is
+    answered where a request names none. `origin` is the time of day of the first forecast step of every request, for a
+    model that was trained for it alone; any other is refused.
+    """
+
+    frequency: Name
+    context_length: Length
+    prediction_length: Length
+    quantile_levels: tuple[Level, ...]
+    inputs: tuple[Channel, ...]
+    time_zone: Name = "UTC"
+    products: tuple[Name, ...] = ("price",)
+    dynamic_feat: tuple[Name, ...] = ()
+    cat: tuple[Name, ...] = ()
+    unit: str = ""
+    floor: float | None = None
+    cap: float | None = None
+    scaler: Scaler = Scaler()
+    scalers: tuple[Scaler, ...] = ()
+    pad_context: bool = False
+    tail: Literal["none", "clamp"] = "none"
+    paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # left out where unset, as `origin` is
+    origin: TimeOfDay | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        levels = self.quantile_levels
+        if not levels or any(a >= b for a, b in pairwise(levels)):
+            raise ValueError(f"quantile_levels must be increasing and not empty, not {list(levels)}")
+        if not self.inputs:
+            raise ValueError("inputs must name at least one channel")
+        self._check_products()
+        if self.paths and len(self.products) > 1:
+            raise ValueError("paths are of one product")
+        if self.paths and not self.trained_levels[0] <= levels[0] <= levels[-1] <= self.trained_levels[-1]:
+            raise ValueError(f"{self.paths} paths tell nothing of the levels {levels[0]} and {levels[-1]}")
+        if self.floor is not None and self.cap is not None and self.floor >= self.cap:
+            raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
+        for i, channel in enumerate(self.inputs):
+            width = {"dynamic_feat": len(self.dynamic_feat), "static": len(self.cat)}.get(channel.source)
+            if width is not None and channel.index >= width:
+                raise ValueError(f"inputs[{i}].index is {channel.index}, but there are {width} {channel.source} rows")
+            if channel.shift > self.prediction_length:
+                raise ValueError(
+                    f"inputs[{i}].shift is {channel.shift}, but {self.prediction_length} steps are forecast"
+                )
+
+    def _check_products(self) -> None:
+        names = self.products
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"products must be different and not empty, not {list(names)}")
+        if self.scalers and len(names) == 1:
+            raise ValueError("scalers is for archives of several products; give the one of one product as `scaler`")
+        if self.scalers and len(self.scalers) != len(names):
+            raise ValueError(f"scalers has {len(self.scalers)} scalers for {len(names)} products")
+        if self.scalers and self.scaler != Scaler():
+            raise ValueError("scaler and scalers exclude each other")
+        for i, channel in enumerate(self.inputs):
+            if channel.product >= len(names):
+                raise ValueError(f"inputs[{i}].product is {channel.product}, but there are {len(names)} products")
+
+    @property
+    def product_scalers(self) -> tuple[Scaler, ...]:
+        """The scaler of each product."""
+        return self.scalers or (self.scaler,) * len(self.products)
+
+    @property
+    def trained_levels(self) -> tuple[float, ...]:
+        """The levels of the network's last axis: the quantiles', or those of its paths once they are sorted."""
+        if not self.paths:
+            return self.quantile_levels
+        return tuple((i + 0.5) / self.paths for i in range(self.paths))
+
+    @property
+    def history_length(self) -> int:
+        """Target steps a request must bring: the context and the longest lag before it."""
+        return self.context_length + max(channel.lag for channel in self.inputs)
+
+
+class Correlation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the errors of forecasts for N products, `horizon` steps T ahead, hang together: of an archive of that kind.
+
+    `products` are the names by which a call's forecasts are found in it: the models' names, and `model#product` where a
+    model has several products. `gaussian`: tensors `product_factor` [N, N] and `time_factor` [T, T], each the lower
+    Cholesky factor of a correlation matrix; the whole correlation is their Kronecker product. `schaake`: the tensor
+    `ranks` [windows, N, T], in every margin the ranks 0, 1, ... of past windows. `windows` is how many of them there
+    were, `shrinkage` how much of each matrix was replaced by the identity.
+    """
+
+    products: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_PRODUCTS)]
+    horizon: Annotated[int, Meta(ge=1, le=MAX_HORIZON)]
+    method: Literal["gaussian", "schaake"]
+    windows: Length
+    shrinkage_products: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    shrinkage_time: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if len(set(self.products)) < len(self.products):
+            raise ValueError("products must be different names")
+        if self.method == "schaake" and (self.shrinkage_products or self.shrinkage_time):
+            raise ValueError("shrinkage belongs to the method gaussian")
+
+    @property
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of its tensors."""
+        products, horizon = len(self.products), self.horizon
+        if self.method == "schaake":
+            return {"ranks": (self.windows, products, horizon)}
+        return {"product_factor": (products, products), "time_factor": (horizon, horizon)}
+
+
+class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The member that holds the numbers: `model.onnx` for onnx, safetensors for every other kind."""
+
+    file: MemberPath
+    sha256: Sha256 | None = None
+
+
+class GoldenSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A request and the answer it must give, checked whenever the archive is loaded.
+
+    `request` and `response` are JSON bodies as a client sends and gets them (`content_type` application/json); numbers
+    may differ by `abs_tolerance + rel_tolerance * |expected|`.
+    """
+
+    request: dict[str, Any]
+    response: dict[str, Any]
+    abs_tolerance: Annotated[float, Meta(ge=0.0)] = 1e-4
+    rel_tolerance: Annotated[float, Meta(ge=0.0)] = 1e-3
+
+
+class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`fleetcast.json`: what the archive is. `config` belongs to the architecture and is validated by its network file.
+
+    An archive of kind forecaster has `architecture`, `config` and `weights`, and `forecast` where it can be asked for a
+    forecast; without it the archive answers tensors only. One of kind graph has `weights`, the member `graph.json`, and
+    `forecast` likewise; one of kind correlation `weights` and `correlation`.
+    """
+
+    kind: Kind
+    weights: Weights
+    format: Literal[1] = 1
+    architecture: str = ""
+    config: dict[str, int | float | str | bool | list[int]] = {}
+    forecast: Forecast | None = None
+    correlation: Correlation | UnsetType = UNSET  # left out where unset: archives of other kinds keep their bytes
+    golden: MemberPath | None = None
+    description: Annotated[str, Meta(max_length=2000)] = ""
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if self.kind is Kind.FORECASTER and not self.architecture:
+            raise ValueError("a forecaster needs `architecture`")
+        if self.kind is not Kind.FORECASTER and (self.architecture or self.config):
+            raise ValueError(f"`architecture` and `config` belong to forecasters, not to kind {self.kind}")
+        if (self.kind is Kind.CORRELATION) != bool(self.correlation):
+            raise ValueError(f"`correlation` belongs to archives of that kind, and only to them; this is a {self.kind}")
+        if self.correlation and (self.forecast or self.golden):
+            raise ValueError("a correlation has no `forecast` and no `golden`: it answers nothing itself")
+
+
+class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):
+    """The `model` object of a MAR manifest; fields we do not use are let through."""
+
+    model_name: str = ""
+    model_version: str = ""
+    handler: str = ""
+    serialized_file: str = ""
+    model_file: str = ""
+
+
+class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):
+    """`MAR-INF/MANIFEST.json` as torch-model-archiver and model-archiver (MMS) write it."""
+
+    model: MarModel
+    runtime: str = ""
+    created_on: str = ""
+    archiver_version: str = ""
+
+
+def parse_spec(raw: bytes) -> Spec:
+    """`fleetcast.json`. Raises ArchiveInvalid that names the field."""
+    return _parse(raw, Spec, FLEETCAST_JSON)
+
+
+def parse_mar_manifest(raw: bytes) -> MarManifest:
+    """`MAR-INF/MANIFEST.json`. Raises ArchiveInvalid that names the field."""
+    return _parse(raw, MarManifest, MAR_MANIFEST)
+
+
+def parse_golden(raw: bytes, member: str) -> GoldenSample:
+    """The golden sample stored as `member`. Raises ArchiveInvalid that names the field."""
+    return _parse(raw, GoldenSample, member)
+
+
+def encode_record(record: Spec | MarManifest | GoldenSample) -> bytes:
+    """The record as deterministic, readable JSON: parsing it gives an equal record."""
+    return msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1) + b"\n"
+
+
+def _parse(raw: bytes, record: type[T], file: str) -> T:
+    try:
+        return msgspec.json.decode(raw, type=record)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ArchiveInvalid(f"{file}: {error}") from error

@@ -1,0 +1,129 @@
+"""Gzipped tars (SageMaker `model.tar.gz`, `torch-model-archiver --archive-format tgz`). Pure, loader threads.
+
+Sources: POSIX.1-2017 `pax` (ustar and pax headers), GNU tar's long names, RFC 1952; why not `tarfile`: see
+`containers.py`, and its pax parser takes quadratic time over hostile headers before Python 3.11.10.
+"""
+
+import re
+import zlib
+from typing import NamedTuple
+
+from model_store.archives.container import Container, Gathering, Limits, Member
+from model_store.errors import ArchiveInvalid
+
+_BLOCK = 512
+_FILES = (b"0", b"\0", b"7")
+_FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"5", b"L", b"K", b"x", b"g"
+_WITH_DATA = (*_FILES, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL)
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a fifo",
+    b"S": "a sparse file",
+}
+_PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
+
+
+class _Header(NamedTuple):
+    """One tar header: its data are `size` bytes from `start`."""
+
+    type: bytes
+    name: bytes
+    start: int
+    size: int
+
+
+def read_tar_gz(data: bytes, limits: Limits) -> Container:
+    """The members of a gzipped tar, which is unpacked into memory at once: gzip has no random access.
+
+    Raises:
+        ArchiveTooLarge: a size rule of `limits` is broken.
+        ArchiveInvalid: not a sound gzip or tar, or a member breaks a path or type rule.
+    """
+    raw = _gunzip(data, limits)
+    found = Gathering(limits, len(data))
+    long_name, at = b"", 0
+    while (header := _read_header(raw, at)) is not None:
+        found.count()
+        at = header.start + (header.size + _BLOCK - 1) // _BLOCK * _BLOCK
+        content = slice(header.start, header.start + header.size)
+        if header.type == _LONG_NAME:
+            long_name = raw[content].rstrip(b"\0")
+        elif header.type == _PAX:
+            long_name = _pax_path(raw[content]) or long_name
+        elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # remarks; a long link is refused when the link itself comes
+            _add(found, header, long_name or header.name)
+            long_name = b""
+    return found.container(raw)
+
+
+def _add(found: Gathering, header: _Header, name: bytes) -> None:
+    if header.type == _FOLDER:
+        found.add_folder(name)
+    elif header.type in _FILES:
+        found.add_file(name, Member(header.start, header.size, header.size))
+    else:
+        what = _REFUSED.get(header.type, f"of the unknown type {header.type!r}")
+        raise ArchiveInvalid(f"the member {name[:80]!r} is {what}; only files and folders are read")
+
+
+def _gunzip(data: bytes, limits: Limits) -> bytes:
+    room = limits.room(len(data))
+    inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        raw = inflater.decompress(data, room + 1)
+    except zlib.error as error:
+        raise ArchiveInvalid(f"the gzip is damaged: {error}") from error
+    limits.check_unpacked(len(raw), len(data))
+    if not inflater.eof:
+        raise ArchiveInvalid("the gzip is truncated")
+    if inflater.unused_data.strip(b"\0"):
+        raise ArchiveInvalid("bytes follow the gzip stream; pack the folder again as one tar.gz")
+    return raw
+
+
+def _read_header(raw: bytes, at: int) -> _Header | None:
+    """The header at byte `at`; None at the end mark, behind which all is zero."""
+    block = raw[at : at + _BLOCK]
+    if len(block) < _BLOCK:
+        raise ArchiveInvalid("the tar is truncated" if at else "the gzip does not hold a tar: it is too short for one")
+    if block.count(0) == _BLOCK:
+        if raw.count(0, at) != len(raw) - at:
+            raise ArchiveInvalid(f"the tar is damaged: bytes follow its end mark at byte {at}")
+        return None
+    checksum = sum(block) - sum(block[148:156]) + 8 * 32  # the field itself counts as spaces
+    if _octal(block[148:156]) != checksum:
+        what = f"the tar is damaged at byte {at}: a header" if at else "the gzip does not hold a tar: its first block"
+        raise ArchiveInvalid(f"{what} has a wrong checksum")
+    kind = block[156:157]
+    size = _octal(block[124:136]) if kind in _WITH_DATA else 0  # a folder's or link's size is a remark, no bytes follow
+    if size is None:
+        raise ArchiveInvalid(f"the tar header at byte {at} has a size that is not octal")
+    if at + _BLOCK + size > len(raw):
+        raise ArchiveInvalid(f"the tar is truncated: the member at byte {at} declares {size} bytes")
+    name = block[:100].split(b"\0", 1)[0]
+    prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
+    return _Header(kind, prefix + b"/" + name if prefix else name, at + _BLOCK, size)
+
+
+def _octal(digits: bytes) -> int | None:
+    text = digits.strip(b" \0")
+    return int(text, 8) if re.fullmatch(b"[0-7]+", text) else None
+
+
+def _pax_path(records: bytes) -> bytes:
+    """The `path` of a pax header, empty if it has none. Records are `<length> <key>=<value>` and a line feed."""
+    path, at = b"", 0
+    while at < len(records):
+        match = _PAX_LENGTH.match(records, at)
+        end = at + int(match[1]) if match else 0
+        if not match or not match.end() < end <= len(records) or records[end - 1 : end] != b"\n":
+            raise ArchiveInvalid("a pax header of the tar is damaged")
+        key, _, value = records[match.end() : end - 1].partition(b"=")
+        if key == b"size" or key.startswith(b"GNU.sparse"):
+            raise ArchiveInvalid(f"a pax header of the tar sets {key[:80]!r}; huge and sparse files are not read")
+        path = value if key == b"path" else path
+        at = end
+    return path

@@ -1,0 +1,160 @@
+"""The room of one device share: slabs for the rows of families, plain bytes for singles. Pure bookkeeping.
+
+Who gets room, and who goes for it, is said in `model_store.cache.cache` and `model_store.cache.victim_selection`.
+"""
+
+from dataclasses import dataclass, field
+
+from model_store.cache.slots import Slot, State
+
+NO_ROW = -1
+
+
+@dataclass(slots=True, eq=False)
+class Slab:
+    """Rows of one size: the slots by row index, and the indices of the empty rows."""
+
+    rows: dict[int, Slot]
+    holes: set[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(slots=True, eq=False)
+class Bank:
+    """The slabs of one family by index; `open` are those with an empty row, `occupied` counts the rows that are not.
+
+    A family without slabs has no bank.
+    """
+
+    family: str
+    row_bytes: int
+    rows_per_slab: int
+    slabs: dict[int, Slab] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
+    occupied: int = 0
+
+    @property
+    def holes(self) -> int:
+        """Empty rows."""
+        return len(self.slabs) * self.rows_per_slab - self.occupied
+
+    def put(self, slab: int, row: int, slot: Slot) -> None:
+        """An empty row is taken."""
+        room = self.slabs[slab]
+        room.rows[row] = slot
+        room.holes.remove(row)
+        self.occupied += 1
+        if not room.holes:
+            self.open.remove(slab)
+
+    def drop(self, slab: int, row: int) -> None:
+        """A row is empty again; a slab whose last row it was leaves the bank."""
+        room = self.slabs[slab]
+        del room.rows[row]
+        room.holes.add(row)
+        self.occupied -= 1
+        self.open.add(slab)
+        if not room.rows:
+            del self.slabs[slab]
+            self.open.remove(slab)
+
+
+class Room:
+    """One budget of bytes: `slabs` equal slabs, held by families' banks, and what singles hold besides."""
+
+    def __init__(self, budget_bytes: int, slab_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.slab_bytes = slab_bytes
+        self.slabs = budget_bytes // slab_bytes
+        self.banks: dict[str, Bank] = {}
+        self._free_slabs = list(range(self.slabs))[::-1]
+        self._single_bytes = 0
+
+    def __repr__(self) -> str:
+        """For example `<Room 3 banks, 3.5 of 4.0 MB>`."""
+        return f"<Room {len(self.banks)} banks, {self.used_bytes / 1e6:.1f} of {self.budget_bytes / 1e6:.1f} MB>"
+
+    @property
+    def used_bytes(self) -> int:
+        """Slabs held by families and bytes held by singles."""
+        return (self.slabs - len(self._free_slabs)) * self.slab_bytes + self._single_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What nobody holds."""
+        return self.budget_bytes - self.used_bytes
+
+    def bank(self, family: str, row_bytes: int) -> Bank:
+        """The family's bank, or one that is kept once it has a slab."""
+        bank = self.banks.get(family) or Bank(family, row_bytes, max(1, self.slab_bytes // row_bytes))
+        assert bank.row_bytes == row_bytes, f"family {family} has rows of {bank.row_bytes} bytes, not of {row_bytes}"
+        return bank
+
+    def take(self, bank: Bank | None, charge: int) -> int | None:
+        """The offset of an empty row of the bank, or NO_ROW for plain bytes; None where there is no room.
+
+        A row is to be filled by `put` at once.
+        """
+        if bank is not None:
+            return self._take_row(bank)
+        if charge > self.free_bytes:
+            return None
+        self._single_bytes += charge
+        return NO_ROW
+
+    def put(self, slot: Slot) -> None:
+        """The slot takes the row at its offset."""
+        self._bank_of(slot).put(*self._row_of(slot), slot)
+
+    def move(self, slot: Slot, offset: int) -> None:
+        """The slot takes another row; a slab left empty goes back to the pool."""
+        self._vacate(slot)
+        slot.offset = offset
+        self.put(slot)
+
+    def free(self, slot: Slot) -> None:
+        """The slot is empty: its room is anybody's."""
+        slot.state = State.EMPTY
+        if slot.family is None:
+            self._single_bytes -= slot.charge
+        else:
+            self._vacate(slot)
+
+    def _take_row(self, bank: Bank) -> int | None:
+        """An empty row's offset, in the fullest slab that has one (so that others can empty), else in a fresh slab."""
+        if bank.open:
+            slab = max(bank.open, key=lambda index: len(bank.slabs[index]))
+        elif self.free_bytes >= self.slab_bytes:
+            slab = self._free_slabs.pop()
+            bank.slabs[slab] = Slab({}, set(range(bank.rows_per_slab)))
+            bank.open.add(slab)
+            self.banks[bank.family] = bank
+        else:
+            return None
+        row = next(iter(bank.slabs[slab].holes))
+        return slab * self.slab_bytes + row * bank.row_bytes
+
+    def _vacate(self, slot: Slot) -> None:
+        bank = self._bank_of(slot)
+        slab, row = self._row_of(slot)
+        bank.drop(slab, row)
+        if slab not in bank.slabs:
+            self._free_slabs.append(slab)
+        if not bank.slabs:
+            del self.banks[bank.family]
+
+    def _bank_of(self, slot: Slot) -> Bank:
+        assert slot.family is not None, "a single has no row"
+        return self.banks[slot.family]
+
+    def _row_of(self, slot: Slot) -> tuple[int, int]:
+        """Indices of its slab and of its row in there."""
+        slab, at = divmod(slot.offset, self.slab_bytes)
+        return slab, at // slot.charge
+
+
+def movable(slab: Slab) -> bool:
+    """Whether all rows may be copied elsewhere: none is being written, none is read by a step for the last time."""
+    return all(slot.state is State.READY for slot in slab.rows.values())

@@ -1,0 +1,1 @@
+"""Where archives lie: object stores, the disk cache in front of them."""

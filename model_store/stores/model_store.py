@@ -1,0 +1,148 @@
+"""From a model name to a verified archive: the disk tier before the object store. Runs on a worker's loader threads."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import structlog
+
+from model_store.archives.archive import Archive, Limits, open_archive
+from model_store.errors import ArchiveInvalid, ModelNotFound, StoreUnavailable
+from model_store.names import ModelName
+from model_store.stores.disk_cache import Cached, DiskTier
+from model_store.stores.object_store import Fetched, Listed, Source
+
+#: After a failure of the store, disk copies are served stale at once for so long: not each load has to time out.
+OUTAGE_PAUSE_S = 5.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A verified archive. `store_s`: seconds spent in store requests. `stale`: due, but the store is out of reach.
+
+    `validated_at`: wall clock, when the store was last asked whether this is the version it has.
+    """
+
+    archive: Archive
+    version: str
+    tier: Literal["disk", "store"]
+    store_s: float
+    stale: bool
+    validated_at: float
+
+
+class ModelStore:
+    """One source behind an optional disk tier. Thread-safe; single flight within a process is the caller's.
+
+    A disk copy is served without asking the store while it was validated within `revalidate_s`. `clock` is wall clock,
+    since processes compare it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        disk: DiskTier | None,
+        limits: Limits,
+        revalidate_s: float = 60.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._source = source
+        self._disk = disk
+        self._limits = limits
+        self._revalidate_s = revalidate_s
+        self._clock = clock
+        self._outage_at = -math.inf
+
+    def __repr__(self) -> str:
+        return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
+
+    def fetch(self, name: ModelName, revalidate: bool = False) -> Found:
+        """The newest archive of this name, at the price of at most one store request; `revalidate` asks in any case.
+
+        A host downloads an archive once: whoever waited for another process's download takes its blob. Blocks for as
+        long as the store's time-outs allow.
+
+        Raises:
+            ModelNotFound: the store has no such key (a disk copy is forgotten).
+            StoreDenied, StoreUnavailable: and the disk has no copy to serve stale.
+            ArchiveInvalid: the archive breaks a rule; it is not kept on disk.
+        """
+        asked_at = self._clock()
+        if self._disk is None:
+            return self._download(name, None, asked_at)
+        newer_than = asked_at - (0.0 if revalidate else self._revalidate_s)
+        found = self._fresh(self._disk, name, newer_than)
+        if found:
+            return found
+        with self._disk.lock(name):
+            # Another process may have downloaded or validated it while this one waited.
+            return self._fresh(self._disk, name, newer_than) or self._renew(self._disk, name, revalidate)
+
+    def forget(self, name: ModelName) -> None:
+        """Drop the disk copy: the worker found it broken deeper than `fetch` looks. The next fetch asks the store."""
+        if self._disk:
+            self._disk.forget(name)
+
+    def list(self, prefix: str = "") -> Iterator[Listed]:
+        """The store's archives whose names start with `prefix`, lazily: see `Source.list`."""
+        return self._source.list(prefix)
+
+    def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> Found | None:
+        """The disk copy if it was validated after `newer_than` (and not in the future: clocks are set back)."""
+        cached = disk.lookup(name)
+        if cached is None or not newer_than < cached.validated_at <= self._clock():
+            return None
+        data = disk.read(cached)
+        return self._from_disk(disk, cached, data) if data is not None else None
+
+    def _renew(self, disk: DiskTier, name: ModelName, forced: bool) -> Found:
+        """One conditional GET. With the store out of reach a disk copy is served stale."""
+        cached = disk.lookup(name)
+        data = disk.read(cached) if cached else None
+        if cached is None or data is None:
+            return self._download(name, disk, self._clock())
+        asked_at, started = self._clock(), time.perf_counter()
+        if not forced and 0.0 <= asked_at - self._outage_at < OUTAGE_PAUSE_S:
+            return self._from_disk(disk, cached, data, stale=True)
+        try:
+            fetched = self._source.get(name, unless=cached.version)
+        except ModelNotFound:
+            disk.forget(name)
+            raise
+        except StoreUnavailable as error:
+            self._outage_at = self._clock()
+            log.warning("store_unavailable_serving_stale", model=name, version=cached.version, error=str(error))
+            return self._from_disk(disk, cached, data, time.perf_counter() - started, stale=True)
+        store_s = time.perf_counter() - started
+        if fetched is not None:
+            return self._keep(name, fetched, disk, asked_at, store_s)
+        disk.validated(name, asked_at)
+        return self._from_disk(disk, replace(cached, validated_at=asked_at), data, store_s)
+
+    def _download(self, name: ModelName, disk: DiskTier | None, asked_at: float) -> Found:
+        started = time.perf_counter()
+        fetched = self._source.get(name)
+        assert fetched is not None, "only a conditional GET is answered `not modified`"
+        return self._keep(name, fetched, disk, asked_at, time.perf_counter() - started)
+
+    def _keep(self, name: ModelName, fetched: Fetched, disk: DiskTier | None, asked_at: float, store_s: float) -> Found:
+        """Open, then publish: a broken archive never reaches the disk. Valid as of the moment the store was asked."""
+        archive = open_archive(fetched.data, name, self._limits)
+        if disk:
+            disk.publish(name, fetched.data, fetched.version, asked_at)
+        return Found(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
+
+    def _from_disk(
+        self, disk: DiskTier, cached: Cached, data: bytes, store_s: float = 0.0, *, stale: bool = False
+    ) -> Found:
+        try:
+            archive = open_archive(data, cached.name, self._limits)
+        except ArchiveInvalid:  # it was sound when it was published; limits or rules have changed since
+            disk.forget(cached.name)
+            raise
+        disk.touch(cached.name)
+        return Found(archive, cached.version, "disk", store_s, stale, cached.validated_at)

@@ -1,0 +1,140 @@
+"""`fleetcast correlate`: how the errors of many forecasts hang together, as an archive. Torch only when it runs."""
+
+import time as clock
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+import rich
+import typer
+from rich.table import Table
+
+from model_store.archives.packing import pack_correlation
+from model_store.names import ModelName
+from server.cli.setting_flags import settings_from
+from server.cli.terminal import moment, one_line_errors, progress
+from server.cli.train import archive_names
+
+if TYPE_CHECKING:
+    from handlers.codecs.features import Float64
+    from handlers.evaluation.correlation import Estimate
+    from server.offline.forecast_errors import Residuals
+
+AXES = 3  #: of residuals
+
+
+def correlate(
+    csv: Annotated[
+        Path | None, typer.Argument(metavar="CSV", help="prices (.csv or .csv.gz) with a header, a row a time step")
+    ] = None,
+    *,
+    target: Annotated[list[str], typer.Option(help="price column, or the name of a product (repeatable)")],
+    out: Annotated[str, typer.Option(metavar="ARCHIVE", help="path or store URL of the archive to write")],
+    time: Annotated[str, typer.Option(help="column of the time stamps, evenly spaced")] = "",
+    store: Annotated[str, typer.Option(help="folder or store URL of the forecasters; else as `serve` finds it")] = "",
+    name_template: Annotated[str, typer.Option(help="a target's archive in the store")] = "{target}.mar",
+    residuals: Annotated[
+        Path | None, typer.Option(metavar="FILE.npy", help="errors [windows, targets, steps] instead of CSV and store")
+    ] = None,
+    since: Annotated[str, typer.Option(metavar="DATE", help="forecast only from here on; else the last tenth")] = "",
+    every: Annotated[int, typer.Option(min=0, help="steps between windows; 0: so that they do not overlap")] = 0,
+    method: Annotated[
+        Literal["gaussian", "schaake"], typer.Option(help="two small matrices, or the ranks of past windows")
+    ] = "gaussian",
+) -> None:
+    """Estimate how the forecasts of several models move together, and pack it as an archive for joint scenarios.
+
+    \b
+    fleetcast correlate prices.csv --time hour --target NSW1 --target VIC1 --store ./models \\
+        --since 2024-01-01 --out ./models/joint.mar
+    fleetcast correlate --residuals errors.npy --target de.mar --target fr.mar --out s3://models/joint.mar
+
+    Each target's model forecasts the prices of rolling windows that it has not seen, in this process, and what matters
+    of its errors is their order: how a high price here goes with a high price there, and now with later. Products are
+    found in the archive by the models' names in the store; with --residuals by what --target says (a model's name, or
+    model#product). Errors are anything that rises with the actual price, NaN where it is missing.
+
+    gaussian: a correlation matrix of the products and one of the steps, shrunk, made positive definite. schaake: the
+    order of past windows itself, whatever its shape; only windows without missing values count, and take room.
+    """  # noqa: D301 -- click's mark for "do not wrap"
+    with one_line_errors():
+        started = clock.perf_counter()
+        if (csv is None) == (residuals is None) or (csv is not None and not time):
+            raise ValueError("give a CSV file with --time, or --residuals")
+        if residuals is not None:
+            products = tuple(target)
+            errors, told = _read(residuals, len(products)), residuals.name
+        else:
+            assert csv is not None, "one of the two is given"
+            names = archive_names(target, name_template)
+            products = tuple(names[each] for each in target)
+            made = _forecast(csv, time, names, store, since, every)
+            errors = made.values
+            told = f"{csv.name}, windows from {made.first} to {made.last}"
+        horizon = errors.shape[2]
+        estimate = _estimate(method, errors, products, max(1.0, horizon / (every or horizon)))
+        size = _write(out, estimate, f"estimated from {told}")
+        _report(out, estimate, size, clock.perf_counter() - started)
+
+
+def _read(path: Path, products: int) -> "Float64":
+    """Errors [windows, products, steps]. Raises ValueError that says what is there instead."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"--residuals {path}: not an array of numbers: {error}") from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
+        raise ValueError(f"--residuals {path}: not one array of numbers")
+    if found.ndim != AXES or found.shape[1] != products or not found.size:
+        what = f"an array {list(found.shape)}, but expected [windows, {products}, steps]: a row for each --target"
+        raise ValueError(f"--residuals {path}: {what}")
+    if np.isinf(found).any():
+        raise ValueError(f"--residuals {path}: a value is infinite; write NaN where one is missing")
+    return found.astype(np.float64)
+
+
+def _forecast(csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int) -> "Residuals":
+    """With a bar on stderr."""
+    from server.offline.forecast_errors import residuals  # noqa: PLC0415 -- torch
+
+    settings, begin = settings_from({"store": store} if store else {}), moment("--since", since)
+    with progress("forecasting") as told:
+        return residuals(settings, csv, time, names, begin, every, told)
+
+
+def _estimate(method: str, errors: "Float64", products: tuple[str, ...], overlap: float) -> "Estimate":
+    from handlers.evaluation.correlation import gaussian, schaake  # noqa: PLC0415 -- torch
+
+    return schaake(errors, products) if method == "schaake" else gaussian(errors, products, overlap)
+
+
+def _write(out: str, estimate: "Estimate", description: str) -> int:
+    """Pack it, prove it as a worker would, and store it; its size in bytes."""
+    from handlers.codecs.scenarios import load_correlation  # noqa: PLC0415
+    from model_store.archives.archive import open_archive, read_tensors  # noqa: PLC0415
+    from server.offline import archive_tools as workshop  # noqa: PLC0415
+
+    folder, name = workshop.split(out)
+    packed = pack_correlation(
+        estimate.record, estimate.tensors, model_name=name.partition(".")[0], description=description
+    )
+    load_correlation(estimate.record, read_tensors(open_archive(packed, name)))
+    if "://" not in out:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    workshop.place(settings_from({"store": folder}), name).source.put(name, packed)
+    return len(packed)
+
+
+def _report(out: str, estimate: "Estimate", size: int, seconds: float) -> None:
+    record = estimate.record
+    if estimate.matrices:
+        table = Table("among", "", "independent of", "shrunk by", "condition before", "after")
+        for among, matrix in zip(("products", "steps"), estimate.matrices, strict=True):
+            count, all_of = len(matrix.correlation), matrix.observations
+            table.add_row(
+                among, str(count), f"{matrix.independent:.0f} of {all_of:.0f}", f"{matrix.shrinkage:.3f}",
+                f"{matrix.condition_before:.3g}", f"{matrix.condition:.3g}",
+            )  # fmt: skip
+        rich.print(table)
+    what = f"{len(record.products)} products, {record.horizon} steps, {record.windows} windows"
+    print(f"{out}: {size} bytes, {record.method}: {what}, {seconds:.1f} s")  # noqa: T201

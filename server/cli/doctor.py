@@ -1,0 +1,249 @@
+"""`fleetcast doctor`: what this machine gives a server, and how fast it answers each kind of model. No server runs.
+
+Torch when it runs: the facts are `server.offline.host_checks`, the times `server.worker.engine.speed`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import rich
+import typer
+from rich.table import Table
+
+from model_store.errors import LoadError
+from server.access_log import read_rows
+from server.cli.setting_flags import human, settings_from
+from server.cli.terminal import BAD, one_line_errors, progress
+from server.host import Host, plan_workers, read_host
+from server.offline.cache_sizing import Advice, advise
+from server.settings import Settings
+from server.worker.engine.execution_plan import SIZES, Path
+
+if TYPE_CHECKING:
+    from handlers.base import Family, Float32
+    from server.offline.host_checks import Fact
+    from server.worker.engine.speed import Pace, Rates
+
+ARCHIVES = 20  #: of a store that are looked into
+TAKEN = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A family to measure: what people call it, one of its models' rows, and how many archives were seen to have it."""
+
+    name: str
+    family: "Family"
+    row: "Float32"
+    archives: int = 0
+
+
+@dataclass(slots=True)
+class Found:
+    """Of a store: its kinds by family, and facts. `bad`: something there would not serve."""
+
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    facts: list["Fact"] = field(default_factory=list)
+    bad: bool = False
+
+
+def doctor(
+    *,
+    store: Annotated[str, typer.Option(help="look into this store too; else into the one that `serve` finds")] = "",
+    access_log: Annotated[
+        str, typer.Option(help="what `serve --access-log` has written: what would more memory buy?")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="for programs, on standard output")] = False,
+) -> None:
+    """Look at this machine and say what to change; then measure how fast models answer here, on one core.
+
+    \b
+    fleetcast doctor                              before there is a store: the built-in architectures
+    fleetcast doctor --store s3://models/prices   the families of up to 20 of its archives, each loaded once
+    fleetcast doctor --access-log logs            the cache size that buys the next five points of hit ratio
+    fleetcast doctor --json | jq .families
+
+    Times are microseconds an answer, of up to 1024 models that were asked in turn: rows that the CPU's cache does not
+    hold, unless they are small. A batch of 1, 8 or 64 different models is gathered (rows copied side by side) or run in
+    place; many inputs of one model can repeat its row. * is the way that a worker would take here, - what takes too
+    long to be measured while it serves. The floor is the answer's arithmetic at the rate of a matrix product and its
+    row at the rate of a copy from memory, once for a repeated one. Ends with 1 when the store cannot be read or an
+    archive would not load.
+    """  # noqa: D301 -- click's mark for "do not wrap"
+    from server.offline import host_checks as checks  # noqa: PLC0415 -- torch
+    from server.worker.engine import speed as pace  # noqa: PLC0415
+
+    with one_line_errors():
+        settings, given = _settings(store)
+        host = read_host()
+        facts = list(checks.machine(settings, host))
+        advice = _advised(settings, host, access_log) if access_log else None
+        if advice is not None:
+            facts.append(checks.Fact("access log", advice.now, advice.next))
+        with progress("looking") as told:
+            found = _looked_into(settings, told) if given else Found()
+        kinds = list(found.kinds.values()) or list(_built_in())
+        with progress("measuring") as told:
+            told(0, len(kinds))
+            rates, paces = pace.rates(), []
+            for kind in kinds:
+                paces.append(pace.pace(kind.family, kind.row, rates))
+                told(1, len(kinds))
+    if as_json:
+        print(json.dumps(_plain([*facts, *found.facts], rates, kinds, paces, advice), indent=1))  # noqa: T201
+    else:
+        rich.print(_facts([*facts, *found.facts]), _paces(rates, kinds, paces))
+    if found.bad:
+        raise typer.Exit(BAD)
+
+
+def _settings(store: str) -> tuple[Settings, bool]:
+    """The settings as `serve` would have them, and whether they name a store. Raises ValueError."""
+    try:
+        return settings_from({"store": store}), True
+    except ValueError:
+        if store:
+            raise
+        return settings_from({"store": "."}), False  # anything else that is wrong is wrong here too
+
+
+def _advised(settings: Settings, host: Host, access_log: str) -> Advice:
+    """What the log's requests say of the cache that `serve` would have. Raises ValueError, OSError."""
+    budget = sum(plan.budget_bytes for plan in plan_workers(settings, host))
+    if not budget:
+        raise ValueError("the cache is what is free on the GPU: say how much with FLEETCAST_MODEL_CACHE_BYTES")
+    return advise(((row.model, row.bytes) for row in read_rows(FilePath(access_log))), budget)
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def _built_in() -> Iterator[Kind]:
+    """Every architecture in its default configuration."""
+    from handlers.forecasters import ARCHITECTURES, build, random_tensors  # noqa: PLC0415 -- torch
+
+    for name in ARCHITECTURES:
+        family = build(name, {})
+        yield Kind(name, family, family.row(random_tensors(family, 0)))
+
+
+def _looked_into(settings: Settings, told: Any) -> Found:
+    """Some archives from all over the listing, loaded as a worker does but for their golden samples."""
+    from model_store.stores.model_store import ModelStore  # noqa: PLC0415 -- torch
+    from server.offline.host_checks import Fact  # noqa: PLC0415
+    from server.worker.model_loader import Loader, RowModel, open_store  # noqa: PLC0415
+
+    found = Found()
+    try:
+        source, limits = open_store(settings)
+        names = [listed.name for listed in source.list()]
+    except (LoadError, ValueError) as error:
+        found.facts.append(Fact("store", settings.store, f"{error}"))
+        found.bad = True
+        return found
+    empty = "" if names else "it is empty: `fleetcast train` and `fleetcast pack` make archives"
+    found.facts.append(Fact("store", f"{settings.store}: {len(names)} archives", empty))
+    loader = Loader(ModelStore(source, None, limits), "cpu", 1)
+    some = names[:: -(-len(names) // ARCHIVES)] if names else []
+    for name in some:
+        told(1, len(some))
+        try:
+            built = loader.build(name)
+        except LoadError as error:
+            found.bad = True
+            found.facts.append(Fact("archive", name, f"would not load: {error}"))
+            continue
+        if not isinstance(built.body, RowModel) or built.row is None:
+            continue
+        key = built.body.family.key
+        before = found.kinds.get(key)
+        found.kinds[key] = Kind(key, built.body.family, built.row, before.archives + 1 if before else 1)
+    return found
+
+
+# --- shown ----------------------------------------------------------------------------------------------------------
+
+
+def _facts(facts: Sequence["Fact"]) -> Table:
+    """A fact a row, and what to do below it."""
+    table = Table("", "", show_header=False, box=None, pad_edge=False)
+    for fact in facts:
+        table.add_row(f"[bold]{fact.name}[/]", _verbatim(fact.text))
+        if fact.advice:
+            table.add_row("", f"[yellow]! {_verbatim(fact.advice)}[/]")
+    return table
+
+
+def _paces(rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"]) -> Table:
+    """A batch size of a family a row."""
+    rate = f"{rates.flops / 1e9:.0f} GFLOP/s in a product, {rates.bytes / 1e9:.1f} GB/s in a copy"
+    table = Table(
+        "", "rows", "gather", "in place", "floor", "repeat", "floor", title="microseconds an answer, one core"
+    )
+    table.caption = f"{rate}; {TAKEN} is the way taken here"
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, pace in zip(kinds, paces, strict=True):
+        size, seen = (
+            f"{human(pace.row_bytes)}, {pace.flops / 1e6:.2f} MFLOP",
+            f" x {kind.archives}" * bool(kind.archives),
+        )
+        labels = [f"[bold]{kind.name}[/]{seen}", size, ""]
+        for label, rows in zip(labels, SIZES, strict=True):
+            table.add_row(label, str(rows), *_cells(pace, rows), end_section=rows == SIZES[-1])
+    return table
+
+
+def _cells(pace: "Pace", rows: int) -> Iterator[str]:
+    """A batch of different models by its two ways and its floor; then one model's inputs, where there are several."""
+    for path in (Path.GATHER, Path.IN_PLACE):
+        yield _time(pace.us(path, rows), taken=pace.taken(rows, rows) is path)
+    yield f"{pace.floor_us(rows, rows):.1f}"
+    if rows > 1:
+        yield _time(pace.us(Path.REPEAT, rows), taken=pace.taken(rows, 1) is Path.REPEAT)
+        yield f"{pace.floor_us(rows, 1):.1f}"
+
+
+def _time(us: float | None, *, taken: bool) -> str:
+    """For example `9.6*`, or `-` for what is not measured."""
+    shown = "-" if us is None else f"{us:.1f}"
+    return f"[bold green]{shown}{TAKEN}[/]" if taken else f"{shown} "
+
+
+def _plain(
+    facts: Sequence["Fact"], rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"], advice: Advice | None
+) -> Mapping[str, Any]:
+    """For programs."""
+    return {
+        "facts": [asdict(fact) for fact in facts],
+        "access_log": advice and asdict(advice),
+        "rates": {"flops_per_s": rates.flops, "copied_bytes_per_s": rates.bytes},
+        "families": [
+            {
+                "name": kind.name,
+                "family": pace.family,
+                "archives": kind.archives,
+                "models": pace.rows,
+                "row_bytes": pace.row_bytes,
+                "flops": pace.flops,
+                "batches": {str(rows): _batch(pace, rows) for rows in SIZES},
+            }
+            for kind, pace in zip(kinds, paces, strict=True)
+        ],
+    }
+
+
+def _batch(pace: "Pace", rows: int) -> dict[str, Any]:
+    """Microseconds an answer, null where it was not measured."""
+    return {
+        **{f"{path}_us": pace.us(path, rows) for path in Path},
+        "of_different_models": {"taken": pace.taken(rows, rows), "floor_us": pace.floor_us(rows, rows)},
+        "of_one_model": {"taken": pace.taken(rows, 1), "floor_us": pace.floor_us(rows, 1)},
+    }
+
+
+def _verbatim(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,1 @@
+"""One file a protocol: its routes, its requests, its replies and its error bodies."""

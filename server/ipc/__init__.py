@@ -1,0 +1,1 @@
+"""How our processes talk: frames of requests and answers, and control messages."""

@@ -1,0 +1,1 @@
+"""Work on archives and price files that needs no server."""

@@ -1,0 +1,215 @@
+"""Lines of JSON answered in this process, without a server: what `fleetcast batch` does between reading and writing.
+
+Each line is what an item of `POST /v1/forecasts` is: `target_model` and the fields of a DeepAR instance, and if it
+wants a `configuration` of its own. Lines are answered model by model, so that each model is loaded once however they
+are mixed, and kept in a journal. Memory holds twenty bytes a line, one chunk of answers, and a few models.
+"""
+
+import hashlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from handlers.codecs.codec import JSON, Call
+from handlers.errors import RequestError, RunFailed
+from model_store.errors import LoadError, StoreDenied, StoreUnavailable
+from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server.errors import Detail, Refused, Situation, situation_of
+from server.front.dialects.forecasts import prediction
+from server.offline.checkpoint import Journal
+from server.worker.engine.cpu import Engine
+from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
+from server.worker.model_loader import Builder, Built, RowModel, prove
+
+CHUNK = 64  #: lines of one model that are answered together
+NO_MODEL = -1
+
+
+class _Head(msgspec.Struct):
+    target_model: str
+    configuration: msgspec.Raw = msgspec.Raw(b"")
+
+
+_HEAD = msgspec.json.Decoder(_Head)
+
+
+class LineError(ValueError):
+    """A line that names no model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Index:
+    """Where the lines of a file are and which model each is for; `model` is NO_MODEL where that cannot be told."""
+
+    start: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    model: npt.NDArray[np.int32]
+    names: Sequence[ModelName]
+    digest: bytes
+
+    def __repr__(self) -> str:
+        return f"<Index {len(self.start)} lines for {len(self.names)} models>"
+
+    def groups(self, left: npt.NDArray[np.bool_]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """(model, its lines that are `left`), models in the order in which they first come."""
+        order = np.argsort(self.model, kind="stable")
+        order = order[left[order]]
+        cuts = np.flatnonzero(np.diff(self.model[order])) + 1
+        for lines in np.split(order, cuts):
+            if len(lines):
+                yield int(self.model[lines[0]]), lines
+
+
+def index(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
+    """Read the file once. A line longer than `longest` bytes is not kept in memory. `step` is told the bytes read."""
+    start, size, model = array("q"), array("q"), array("i")
+    names: dict[ModelName, int] = {}
+    digest, at = hashlib.sha256(), 0
+    while line := file.readline(longest + 2):
+        read, whole = len(line), line.endswith(b"\n") or len(line) <= longest
+        digest.update(line)
+        while not whole and (more := file.readline(longest + 2)):
+            digest.update(more)
+            read, whole = read + len(more), more.endswith(b"\n")
+        start.append(at)
+        size.append(read)
+        try:
+            name = _head(line).model if read <= longest + 1 else None
+        except LineError:
+            name = None
+        model.append(NO_MODEL if name is None else names.setdefault(name, len(names)))
+        at += read
+        step(read)
+    found = (np.frombuffer(start, np.int64), np.frombuffer(size, np.int64), np.frombuffer(model, np.int32))
+    return Index(*found, list(names), digest.digest())
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch: what is read, how models come, and what lines without a configuration are asked."""
+
+    file: BinaryIO
+    index: Index
+    loader: Builder
+    configuration: bytes
+    longest: int
+    threads: int
+
+    def run(self, journal: Journal, step: Callable[[int], None]) -> None:
+        """Answer what is left. Raises LoadError where the store cannot be reached: the run may be started again."""
+        groups = list(self.index.groups(journal.left()))
+        engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), max_rows=CHUNK)  # rows are run where they were built
+        with ThreadPoolExecutor(self.threads) as pool:
+            loads: deque[Future[Built | LoadError]] = deque()
+            for i, (_, lines) in enumerate(groups):
+                while len(loads) < 2 * self.threads and i + len(loads) < len(groups):
+                    loads.append(pool.submit(self._load, groups[i + len(loads)][0]))
+                try:
+                    built = loads.popleft().result()
+                except (StoreUnavailable, StoreDenied):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+                for chunk in np.split(lines, range(CHUNK, len(lines), CHUNK)):
+                    journal.add(list(zip(chunk.tolist(), self._answers(built, chunk.tolist(), engine), strict=True)))
+                    step(len(chunk))
+
+    def _load(self, model: int) -> Built | LoadError:
+        if model == NO_MODEL:
+            return LoadError("no model")
+        try:
+            return self.loader.build(self.index.names[model])
+        except (StoreUnavailable, StoreDenied):
+            raise
+        except LoadError as error:
+            return error
+
+    def _answers(self, built: Built | LoadError, lines: Sequence[int], engine: Engine) -> list[bytes]:
+        """A line of JSON for each."""
+        if isinstance(built, LoadError):
+            return [_error(self._why_no_model(line) or _failed(built)) for line in lines]
+        body, row = built.body, built.row
+        if not isinstance(body, RowModel) or row is None:
+            wrong = Refused(Situation.MODEL_FAILED, f"{built.model} answers tensors, not forecasts")
+            return [_error(wrong)] * len(lines)
+        try:
+            if built.golden is not None:
+                prove(built.model, built.golden, body.codec, lambda call: engine.probe(body.family, row, call.rows))
+        except LoadError as error:
+            return [_error(_failed(error))] * len(lines)
+        calls = [self._decode(body, line) for line in lines]
+        good = [call for call in calls if isinstance(call, Call)]
+        outputs = iter(())
+        if good:
+            outputs = iter(engine.probe(body.family, row, np.concatenate([call.rows for call in good])))
+        return [_error(call) if isinstance(call, Refused) else _encode(call, next(outputs)[None]) for call in calls]
+
+    def _decode(self, body: RowModel, line: int) -> Call | Refused:
+        raw = self._line(line)
+        own = bytes(_head(raw).configuration) or self.configuration
+        try:
+            return body.codec.decode(b'{"instances":[' + raw + b'],"configuration":' + own + b"}", JSON, JSON)
+        except RequestError as bad:
+            return Refused(Situation.BAD_REQUEST, bad.message, field=bad.field)
+
+    def _line(self, line: int) -> bytes:
+        self.file.seek(int(self.index.start[line]))
+        return self.file.read(int(self.index.size[line])).strip()
+
+    def _why_no_model(self, line: int) -> Refused | None:
+        """What is wrong with the line itself; None where it names a model."""
+        if self.index.size[line] > self.longest + 1:
+            message = f"the line has {self.index.size[line]} bytes, the limit is {self.longest} (max_body_bytes)"
+            return Refused(Situation.TOO_LARGE, message)
+        try:
+            _head(self._line(line))
+        except LineError as error:
+            return Refused(Situation.BAD_REQUEST, str(error), field="target_model")
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a line says of itself."""
+
+    model: ModelName
+    configuration: bytes
+
+
+def _head(line: bytes) -> Head:
+    """Raises LineError that says what is wrong."""
+    try:
+        found = _HEAD.decode(line)
+        return Head(parse_model_name(found.target_model), bytes(found.configuration))
+    except InvalidModelName as error:
+        raise LineError(str(error)) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise LineError(f"the line is no request: {error}") from error
+
+
+def _encode(call: Call, outputs: npt.NDArray[np.float32]) -> bytes:
+    try:
+        answer, _ = call.encode(outputs)
+        return prediction(answer) + b"\n"
+    except RunFailed as failed:
+        return _error(Refused(Situation.MODEL_FAILED, str(failed)))
+    except Refused as refused:
+        return _error(refused)
+
+
+def _failed(error: LoadError) -> Refused:
+    return Refused(situation_of(error), str(error))
+
+
+def _error(refused: Refused) -> bytes:
+    detail: Detail = refused.detail
+    place = {} if detail.field is None else {"field": detail.field}
+    error = {"code": refused.situation.name.lower(), "message": detail.message, **place}
+    return msgspec.json.encode({"error": error}) + b"\n"

@@ -1,0 +1,123 @@
+"""What a backtest says of one market: scores, calibration, errors by hour, and the windows that a chart shows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from handlers.codecs.features import Float64
+from handlers.evaluation.scores import Scores, Steps, by_group, median, naive, pit, scores, seasonal_errors
+from handlers.training.input_recipe import DAY, HOUR, naive_lag
+from server.offline.rolling_windows import Forecasts
+
+FAN_STEPS = 14 * 24  #: steps of a chart at most, the last ones
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The share of actuals in each cell between two levels [cells], and what a right forecast has there."""
+
+    edges: list[float]  #: levels, with 0 and 1 around them
+    share: list[float]
+    right: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class ByHour:
+    """Mean absolute errors of the median and of the naive forecast, by hour of the day, of whole days by step ahead."""
+
+    what: str
+    group: list[int]
+    model: list[float]
+    naive: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """Windows that do not overlap, one after another [steps], with missing steps NaN: what a chart shows."""
+
+    seconds: list[int]
+    actual: list[float]
+    levels: list[float]
+    quantiles: list[list[float]]  #: [levels][steps]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One market. `first` and `last`: the stamps of the first and the last step that was forecast."""
+
+    target: str
+    model: str
+    version: str
+    frequency: str
+    unit: str
+    first: str
+    last: str
+    windows: int
+    scores: Scores
+    calibration: Calibration
+    by_hour: ByHour
+
+
+def scored(found: Forecasts, unit: str) -> Scored:
+    """Everything but the chart."""
+    series, levels = found.series, found.levels
+    edges = np.concatenate([[0.0], levels, [1.0]])
+    shares = pit(found.actuals, found.quantiles, levels)
+    return Scored(
+        target=series.name,
+        model=found.model,
+        version=found.version,
+        frequency=series.frequency,
+        unit=unit,
+        first=series.stamp(int(found.origins[0])),
+        last=series.stamp(int(found.steps[-1, -1])),
+        windows=len(found.origins),
+        scores=scores_of(found),
+        calibration=Calibration(edges.tolist(), shares.tolist(), np.diff(edges).tolist()),
+        by_hour=_by_hour(found),
+    )
+
+
+def scores_of(found: Forecasts) -> Scores:
+    """The season of MASE is a day, of daily steps a week, of weeks one step."""
+    season = naive_lag(round(found.series.step.total_seconds()), 1)
+    scale = seasonal_errors(found.series.values, found.origins, season)
+    return scores(found.actuals, found.quantiles, found.levels, _naive(found), scale)
+
+
+def fan(found: Forecasts) -> Fan:
+    """The last windows, counted back from the very last."""
+    kept: list[int] = []
+    for at in range(len(found.origins) - 1, -1, -1):
+        apart = not kept or found.origins[at] + found.horizon <= found.origins[kept[-1]]
+        if apart and (len(kept) + 1) * found.horizon <= max(FAN_STEPS, found.horizon):
+            kept.append(at)
+    kept.reverse()
+    steps = found.steps[kept].ravel()
+    quantiles = found.quantiles[kept].reshape(len(steps), -1)
+    actual = found.series.values[steps]
+    return Fan(_seconds(found)[steps].tolist(), actual.tolist(), found.levels.tolist(), quantiles.T.tolist())
+
+
+def _by_hour(found: Forecasts) -> ByHour:
+    step_s = round(found.series.step.total_seconds())
+    if step_s < DAY:
+        what, group, groups = "hour of the day", _seconds(found)[found.steps] % DAY // HOUR, list(range(24))
+    else:
+        ahead = np.arange(1, found.horizon + 1)
+        what, group, groups = "steps ahead", np.broadcast_to(ahead, found.steps.shape), ahead.tolist()
+    actuals = found.actuals
+    errors = np.abs(actuals - median(found.quantiles, found.levels))
+    theirs = np.abs(actuals - _naive(found))
+    return ByHour(what, groups, by_group(errors, group, groups), by_group(theirs, group, groups))
+
+
+def _naive(found: Forecasts) -> Float64:
+    return naive(found.series.values, _seconds(found), found.origins, found.horizon)
+
+
+def _seconds(found: Forecasts) -> Steps:
+    """The stamps [T] since 1970."""
+    start = np.datetime64(found.series.start, "s").astype(np.int64)
+    seconds: Steps = start + round(found.series.step.total_seconds()) * np.arange(len(found.series.values))
+    return seconds

@@ -1,0 +1,148 @@
+"""A backtest as one HTML file that needs nothing else: fan charts, calibration, errors by hour, a table of the markets.
+
+Needs the extra `load`: jinja2 for the page, and uPlot for its charts, which the package `uplot-python` carries.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from math import isnan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from server.cli.backtest import MEASURES, SHOWN, cell
+from server.offline.evaluation import ByHour, Calibration, Fan, Scored
+from server.offline.fleet_evaluation import Backtest
+
+HERE = Path(__file__).parent
+MOST_CHARTED = 12  #: markets with charts of their own; the table has all
+DIGITS = 5  #: of a number in a chart
+NEEDED = "a report needs jinja2 and uPlot: pip install 'fleetcast[load]'"
+
+
+class Bar(NamedTuple):
+    """A cell of the histogram, in the picture's units: 100 wide, 100 high where the share is twice the right one."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    says: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One market's part of the page."""
+
+    market: Scored
+    fan: dict[str, Any]
+    by_hour: dict[str, Any]
+    bars: Sequence[Bar]
+
+
+def page(found: Backtest) -> str:
+    """The HTML. Raises ModuleNotFoundError that says what to install, ValueError where no market was scored."""
+    if not found.markets:
+        raise ValueError(f"no market was scored: {'; '.join(f'{name}: {why}' for name, why in found.failed.items())}")
+    drawn = [_drawn(*each) for each in _worst(found)]
+    library = _uplot()
+    style = "\n".join((_text(library / "uPlot.min.css"), _text(HERE / "backtest.css")))
+    script = "\n".join((_text(library / "uPlot.iife.js"), _text(HERE / "backtest.js")))
+    html: str = _template().render(
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+        data=_embedded([chart for each in drawn for chart in (each.fan, each.by_hour)]),
+        found=found,
+        drawn=drawn,
+        heads=list(SHOWN.values()),
+        rows=list(_rows(found)),
+        means=[cell(name, found.mean(name)) for name in MEASURES],
+    )
+    return html
+
+
+def _worst(found: Backtest) -> list[tuple[Scored, Fan]]:
+    """The markets to look at first: the highest rMAE."""
+
+    def rmae(pair: tuple[Scored, Fan]) -> float:
+        value = pair[0].scores.rmae
+        return float("-inf") if isnan(value) else value
+
+    return sorted(zip(found.markets, found.fans, strict=True), key=rmae, reverse=True)[:MOST_CHARTED]
+
+
+def _rows(found: Backtest) -> Iterator[tuple[Scored, list[str]]]:
+    for each in found.markets:
+        yield each, [cell(name, getattr(each.scores, name)) for name in MEASURES]
+
+
+def _drawn(market: Scored, fan: Fan) -> Drawn:
+    return Drawn(market, _fan(fan), _by_hour(market.by_hour), list(_bars(market.calibration)))
+
+
+def _fan(fan: Fan) -> dict[str, Any]:
+    """Levels outside in: the page fills between the first and the last, the second and the one before, and so on."""
+    lines = [_rounded(line) for line in fan.quantiles]
+    return {"kind": "fan", "x": fan.seconds, "actual": _rounded(fan.actual), "levels": fan.levels, "lines": lines}
+
+
+def _by_hour(hours: ByHour) -> dict[str, Any]:
+    lines = {"model": _rounded(hours.model), "naive": _rounded(hours.naive)}
+    return {"kind": "hours", "what": hours.what, "x": hours.group, **lines}
+
+
+def _bars(calibration: Calibration) -> Iterator[Bar]:
+    """Density by cell: as high as half the picture where the share is right."""
+    edges = calibration.edges
+    for low, high, share, right in zip(edges, edges[1:], calibration.share, calibration.right, strict=False):
+        height = 0.0 if isnan(share) else min(100.0, 50 * share / right)
+        says = f"{share:.1%} of the actuals from {low:g} to {high:g}, {right:.1%} would be right"
+        yield Bar(100 * low, 100 - height, 100 * (high - low), height, says)
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    return [None if isnan(value) else float(f"{value:.{DIGITS}g}") for value in values]
+
+
+def _template() -> Any:
+    """Escaping is on: only our own style, script and encoded data are marked as safe, in the page itself."""
+    try:
+        import jinja2  # noqa: PLC0415 -- an extra
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(NEEDED) from None
+    house = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return house.get_template("backtest.html")
+
+
+def _embedded(data: Sequence[Mapping[str, Any]]) -> str:
+    """JSON that cannot end the element it stands in."""
+    return msgspec.json.encode(data).decode().replace("<", "\\u003c")
+
+
+def _uplot() -> Path:
+    """Where `uplot-python` keeps uPlot (MIT licence); the package is not imported, since that imports IPython."""
+    found = find_spec("uplot")
+    if found is None or not found.submodule_search_locations:
+        raise ModuleNotFoundError(NEEDED)
+    return Path(found.submodule_search_locations[0], "static")
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """What the Content-Security-Policy knows an inline script or style by."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,160 @@
+"""A whole fleet on one CSV file: its archives fetched, its columns read, every market scored. No server; threads.
+
+One market's trouble is that market's: it is named and the others go on. A store out of reach ends it all.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from traceback import extract_tb
+from typing import TypeVar
+
+import msgspec
+
+from handlers.training.time_series import Series, SeriesInvalid, header, read_csv
+from model_store.errors import LoadError, StoreDenied, StoreUnavailable
+from model_store.names import ModelName
+from server.cli.terminal import Told
+from server.offline.evaluation import Fan, Scored, fan, scored
+from server.offline.rolling_windows import Answers, Model, Rolling, Unfit, forecasts, published, with_known
+from server.settings import Settings
+from server.worker.model_loader import open_store
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Backtest:
+    """Of a fleet: the markets that could be scored, their charts in the same order, and why the others could not."""
+
+    csv: str
+    store: str
+    asked: str  #: who answered, in words
+    markets: Sequence[Scored]
+    fans: Sequence[Fan]
+    failed: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        return f"<Backtest {self.csv}: {len(self.markets)} markets, {len(self.failed)} failed>"
+
+    def mean(self, measure: str) -> float | None:
+        """Over the markets that have it."""
+        found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
+        return sum(found) / len(found) if found else None
+
+    def json(self, measures: Iterable[str]) -> bytes:
+        """For programs; without the charts, and what is undefined is null."""
+        whole = {
+            "csv": self.csv,
+            "store": self.store,
+            "asked": self.asked,
+            "mean": {measure: self.mean(measure) for measure in measures},
+            "markets": [asdict(each) for each in self.markets],
+            "failed": self.failed,
+        }
+        return msgspec.json.format(msgspec.json.encode(whole), indent=1)
+
+
+def named(csv: Path, time: str, settings: Settings, template: str) -> dict[str, ModelName]:
+    """The columns that have an archive of that name in the store. Raises ValueError for none, LoadError."""
+    source, _ = open_store(settings)
+    there = {each.name for each in source.list(template.partition("{target}")[0])}
+    found = {column: template.replace("{target}", column) for column in header(csv) if column != time}
+    names = {column: ModelName(name) for column, name in found.items() if name in there}
+    if not names:
+        raise ValueError(f"{settings.store} has no archive {template} of any column of {csv.name}: {', '.join(found)}")
+    return names
+
+
+def assess(
+    csv: Path,
+    time: str,
+    names: Mapping[str, ModelName],
+    settings: Settings,
+    answers: Answers,
+    rolling: Rolling,
+    told: Told,
+) -> Backtest:
+    """Every market's windows asked and scored, several markets at a time. Raises LoadError, SeriesInvalid, OSError."""
+
+    def one(market: tuple[str, Model]) -> tuple[Scored, Fan]:
+        target, model = market
+        forecast = model.forecast
+        series = with_known(columns, target, forecast.dynamic_feat)
+        origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
+        found = forecasts(answers, model, series, origins)
+        told(1, len(names))
+        return scored(found, forecast.unit), fan(found)
+
+    with ThreadPoolExecutor(settings.loader_threads) as pool:
+        models, failed = fetch(pool, names, settings)
+        columns, lacking = read_columns(csv, time, models)
+        markets = {target: (target, model) for target, model in models.items() if target not in lacking}
+        done, wrong = sorted_out(pool, one, markets)
+    results = list(done.values())
+    return Backtest(
+        csv=csv.name,
+        store=settings.store,
+        asked=answers.said,
+        markets=[each for each, _ in results],
+        fans=[drawn for _, drawn in results],
+        failed={**failed, **lacking, **wrong},
+    )
+
+
+def fetch(
+    pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
+) -> tuple[dict[str, Model], dict[str, str]]:
+    """The archives by target, and why those of some cannot be used. Raises StoreUnavailable, StoreDenied."""
+    source, limits = open_store(settings)
+
+    def one(name: ModelName) -> Model:
+        model = published(source, name, limits)
+        _ = model.forecast  # raises what makes it unfit
+        return model
+
+    return sorted_out(pool, one, names)
+
+
+def sorted_out(
+    pool: ThreadPoolExecutor, work: Callable[[T], R], of: Mapping[str, T]
+) -> tuple[dict[str, R], dict[str, str]]:
+    """The results by key, and what went wrong with some. Raises StoreUnavailable and StoreDenied at once."""
+    futures = {key: pool.submit(work, each) for key, each in of.items()}
+    done: dict[str, R] = {}
+    failed: dict[str, str] = {}
+    for key, future in futures.items():
+        try:
+            done[key] = future.result()
+        except (StoreUnavailable, StoreDenied):
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        except Exception as error:
+            failed[key] = why(error)
+    return done, failed
+
+
+def why(error: Exception) -> str:
+    """In a line. What is no situation of ours is a bug; it costs this market, not the fleet, and says where it was."""
+    if isinstance(error, (LoadError, SeriesInvalid, Unfit)):
+        return str(error)
+    place = extract_tb(error.__traceback__)[-1]
+    return f"failed unexpectedly: {error!r} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def read_columns(csv: Path, time: str, models: Mapping[str, Model]) -> tuple[dict[str, Series], dict[str, str]]:
+    """The columns of the targets and of what their archives want to know ahead, and which targets lack one of these.
+
+    Raises SeriesInvalid, OSError: the file cannot be read, or has no column of a target.
+    """
+    there = set(header(csv))
+    lacking = {
+        target: [name for name in each.forecast.dynamic_feat if name not in there] for target, each in models.items()
+    }
+    known = (name for target, each in models.items() if not lacking[target] for name in each.forecast.dynamic_feat)
+    wanted = list(dict.fromkeys([*models, *known]))
+    columns = {each.name: each for each in read_csv(csv, time, wanted)} if wanted else {}
+    said = "has no such column, which the archive wants as `dynamic_feat`"
+    return columns, {target: f"{', '.join(names)}: {csv.name} {said}" for target, names in lacking.items() if names}

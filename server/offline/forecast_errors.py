@@ -1,0 +1,70 @@
+"""How far actual prices were from the forecasts of a store's archives, over rolling windows and without a server."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+
+from handlers.codecs.features import Float64
+from handlers.evaluation.correlation import pit
+from handlers.training.time_series import Series, read_csv
+from model_store.names import ModelName
+from server.offline.rolling_windows import InProcess, Model, Rolling, forecasts, published, with_known
+from server.settings import Settings
+from server.worker.model_loader import open_store
+
+HELD_OUT = 0.1  #: the last part of the rows, where no date is given: what `fleetcast train` does not fit to
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residuals:
+    """Probability integral transforms [windows, products, steps], NaN where the price is missing or not forecast."""
+
+    values: Float64
+    first: str  #: stamp of the first forecast step of the first window
+    last: str  #: of the last window
+
+    def __repr__(self) -> str:
+        windows, products, steps = self.values.shape
+        return f"<Residuals of {windows} windows, {products} products, {steps} steps>"
+
+
+def residuals(
+    settings: Settings,
+    csv: Path,
+    time: str,
+    models: Mapping[str, ModelName],
+    since: datetime | None,
+    every: int,
+    told: Callable[[int, int], None],
+) -> Residuals:
+    """Forecast every window of each target's model from `since` on (None: the last tenth of the rows).
+
+    Windows are the same for all, `every` so many steps (0: they do not overlap). Covariates are the CSV's columns by
+    the names in the archives. `told` is how many forecasts were made just now, and how many will be.
+
+    Raises:
+        Unfit: an archive and the prices do not fit together. LoadError, SeriesInvalid, OSError: as their message says.
+    """
+    source, limits = open_store(settings)
+    found = {target: published(source, name, limits) for target, name in models.items()}
+    pairs = _pairs(csv, time, found)
+    horizon = max(model.forecast.prediction_length for model, _ in pairs)
+    history = max(model.forecast.history_length for model, _ in pairs)
+    first = pairs[0][1]
+    begin = since or first.start + round((1 - HELD_OUT) * len(first.values)) * first.step
+    origins = Rolling(every=every, first=begin).origins(first, history, horizon)
+    values, answers = np.full((len(origins), len(pairs), horizon), np.nan), InProcess()
+    for place, (model, series) in enumerate(pairs):
+        made = forecasts(answers, model, series, origins, lambda count: told(count, len(origins) * len(pairs)))
+        values[:, place, : made.horizon] = pit(made.levels, made.quantiles, made.actuals)
+    return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])))
+
+
+def _pairs(csv: Path, time: str, models: Mapping[str, Model]) -> list[tuple[Model, Series]]:
+    """Each model with its prices and covariates; the file is read once."""
+    known = {name for model in models.values() for name in model.forecast.dynamic_feat}
+    columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}))}
+    return [(model, with_known(columns, target, model.forecast.dynamic_feat)) for target, model in models.items()]

@@ -1,0 +1,127 @@
+"""What of this machine matters to a server, and what to do where it is too little. `fleetcast doctor`'s first half.
+
+Each check is a function of what was read; `machine` reads it. Torch is asked what it is, nothing is computed.
+"""
+
+import os
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.cli.setting_flags import human
+from server.host import MIB, Host, WorkerPlan, plan_workers
+from server.settings import Settings
+
+WORKER_BYTES = 250 * MIB  #: of a worker before its first model: Python, torch, staging (measured: 215 MB)
+FRONT_BYTES = 100 * MIB  #: of a front or the supervisor
+FILES = 4096  #: a front has one for each connection
+SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something about the machine; `advice` says what is amiss and what to do, and is empty where nothing is."""
+
+    name: str
+    text: str
+    advice: str = ""
+
+
+def machine(settings: Settings, host: Host) -> Iterator[Fact]:
+    """All there is to say without a store."""
+    yield cores(host, os.cpu_count() or 1, os.getloadavg()[0])
+    yield torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    yield accelerator(host, torch.version.cuda, torch.cuda.device_count())
+    try:
+        plans = plan_workers(settings, host)
+    except ValueError as error:
+        yield Fact("workers", "none can be planned", str(error))
+    else:
+        yield workers(plans)
+        yield memory(host, plans, settings.fronts)
+    yield disk_cache(settings.disk_cache, int(settings.disk_cache_bytes))
+    yield open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+def cores(host: Host, physical: int, load: float) -> Fact:
+    """`load`: of the last minute."""
+    count, advice = len(host.cores), ""
+    if count == 1:
+        advice = "fronts and worker share one core: give the server two or more for its full speed"
+    elif load > count / 2:
+        advice = "the machine is busy, so times below are too long: run this again when it is quiet"
+    return Fact("cores", f"{count} of {physical} for this process (affinity and cgroup), load {load:.1f}", advice)
+
+
+def torch_build(version: str, capability: str, threads: int) -> Fact:
+    """`capability`: the CPU instructions that torch uses here; `threads`: of a process that sets none."""
+    advice = ""
+    if capability in SLOW_CPUS:
+        advice = "products run without AVX2, several times slower: choose a CPU, or a CPU model of the VM, that has it"
+    text = f"{version}, {capability}, {threads} threads by default; a worker sets its own"
+    return Fact("torch", text, advice)
+
+
+def accelerator(host: Host, cuda: str | None, devices: int) -> Fact:
+    """`cuda`: what torch was built for; `devices`: how many it can use."""
+    if not host.gpus and not devices:
+        return Fact("accelerator", "none: models run on the CPU")
+    text = f"{len(host.gpus)} GPUs are here, torch can use {devices}"
+    if cuda is None:
+        return Fact(
+            "accelerator", text, "torch is a build for the CPU: install one for CUDA, or serve with --device cpu"
+        )
+    if devices < len(host.gpus):
+        return Fact("accelerator", text, f"is the driver there, and new enough for CUDA {cuda}? See nvidia-smi")
+    return Fact("accelerator", text + "; paths below are the CPU's, `fleetcast-load bench gpu` measures a GPU")
+
+
+def workers(plans: Sequence[WorkerPlan]) -> Fact:
+    """As `serve` would start them."""
+    first = plans[0]
+    room = f"{human(first.budget_bytes)} for models" if first.budget_bytes else "their part of the GPU for models"
+    each = "1 thread" if first.threads == 1 else f"{first.threads} threads"
+    return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room}")
+
+
+def memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> Fact:
+    """Whether models and processes fit together."""
+    models = sum(plan.budget_bytes + plan.host_bytes for plan in plans)
+    processes = len(plans) * WORKER_BYTES + (fronts + 1) * FRONT_BYTES
+    text = f"{human(host.memory_bytes)} within the cgroup's limit: {human(models)} for models"
+    if models + processes <= host.memory_bytes:
+        return Fact("memory", text)
+    left = host.memory_bytes - processes
+    much = f"set --model-cache-bytes {left // MIB}MiB or less" if left > 0 else "give it more memory or fewer --workers"
+    return Fact("memory", text, f"{len(plans)} workers need {human(processes)} beside the models: {much}")
+
+
+def disk_cache(folder: Path, limit: int) -> Fact:
+    """The folder or, where it is not made yet, the place where it would be."""
+    if not limit:
+        return Fact("disk cache", "off", "each restart fetches every archive anew: set --disk-cache-bytes")
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    held = sum(file.stat().st_size for file in folder.glob("blobs/*"))
+    text = f"{folder}: {human(held)} held, at most {human(limit)}, {human(free)} free on the disk"
+    if not os.access(place, os.W_OK):
+        return Fact("disk cache", text, f"{place} cannot be written: choose another folder with --disk-cache")
+    if held + free < limit:
+        most = f"{(held + free) // MIB}MiB"
+        advice = f"the disk is full before the cache is: set --disk-cache-bytes below {most}, or --disk-cache elsewhere"
+        return Fact("disk cache", text, advice)
+    return Fact("disk cache", text)
+
+
+def open_files(soft: int, hard: int) -> Fact:
+    """The limit of descriptors that processes inherit."""
+    shown = "no limit" if soft == resource.RLIM_INFINITY else f"{soft} a process"
+    if soft == resource.RLIM_INFINITY or soft >= FILES:
+        return Fact("open files", shown)
+    most = "65536" if hard == resource.RLIM_INFINITY else str(min(hard, 65536))
+    advice = f"a front needs one for each connection: `ulimit -n {most}` before serve (systemd: LimitNOFILE={most})"
+    return Fact("open files", shown, advice)

@@ -1,0 +1,149 @@
+"""Whether an archive may take its predecessor's place: both forecast the same windows, and one score decides."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+
+import numpy as np
+
+from handlers.training.time_series import Series, read_csv
+from model_store.errors import ArchiveInvalid, ModelNotFound
+from server.cli.backtest import Score
+from server.offline.archive_tools import Place
+from server.offline.evaluation import scores_of
+from server.offline.rolling_windows import (
+    Answers,
+    Forecasts,
+    InProcess,
+    Model,
+    Rolling,
+    Unfit,
+    forecasts,
+    published,
+    unpublished,
+    with_known,
+)
+
+BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on which quantile levels there are
+
+
+class Refused(ValueError):
+    """The archive is worse than the one it was to replace; the message says by how much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The operator's terms: by `score` (lower is better) at most `margin` percent worse on these windows."""
+
+    score: Score
+    margin: float
+    rolling: Rolling
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of it. Without a predecessor that can answer there is nothing to be worse than."""
+
+    gate: Gate
+    candidate: float
+    predecessor: float | None
+    version: str  #: the predecessor's
+    windows: int
+    first: str
+    last: str
+
+    @property
+    def worse(self) -> float:
+        """Percent, negative where it is better."""
+        if self.predecessor is None or self.candidate == self.predecessor:
+            return 0.0
+        return 100 * (self.candidate / self.predecessor - 1) if self.predecessor else float("inf")
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may be published."""
+        return self.worse <= self.gate.margin
+
+    def __str__(self) -> str:
+        """For example `gate: wql 0.2011 against 0.2132 of version 8f3a, 28 windows from ... to ...`."""
+        before = "no predecessor" if self.predecessor is None else f"{self.predecessor:.4g} of version {self.version}"
+        span = f"{self.windows} windows from {self.first} to {self.last}"
+        return f"gate: {self.gate.score} {self.candidate:.4g} against {before}, {span}"
+
+
+def judge(
+    gate: Gate,
+    answers: Answers,
+    target: str,
+    columns: Mapping[str, Series],
+    candidate: Model,
+    predecessor: Model | None,
+) -> Verdict:
+    """Score both on the windows that both can forecast, at the steps and levels both have.
+
+    `columns` has the target's and those of all covariates. A predecessor whose archive is broken counts as none.
+
+    Raises:
+        Unfit: one of them cannot be backtested, or the score is undefined. LoadError: the candidate does not load.
+    """
+    both = [candidate, *([predecessor] if predecessor else [])]
+    history = max(each.forecast.history_length for each in both)
+    longest = max(each.forecast.prediction_length for each in both)
+    series = [with_known(columns, target, each.forecast.dynamic_feat) for each in both]
+    origins = gate.rolling.origins(series[0], history, longest)
+    found = [forecasts(answers, candidate, series[0], origins)]
+    if predecessor is not None:
+        try:
+            found.append(forecasts(answers, predecessor, series[1], origins))
+        except ArchiveInvalid:
+            predecessor = None
+    values = [_value(gate.score, each) for each in _alike(gate.score, found)]
+    return Verdict(
+        gate=gate,
+        candidate=values[0],
+        predecessor=values[1] if predecessor else None,
+        version=predecessor.version if predecessor else "",
+        windows=len(origins),
+        first=series[0].stamp(int(origins[0])),
+        last=series[0].stamp(int(found[0].steps[-1, -1])),
+    )
+
+
+def _alike(score: Score, found: list[Forecasts]) -> list[Forecasts]:
+    """Cut to the steps that all have, and where the score depends on them to the levels that all have."""
+    horizon, levels = min(each.horizon for each in found), found[0].levels
+    for each in found[1:]:
+        levels = np.intersect1d(levels, each.levels)
+    if score not in BY_LEVEL:
+        return [each.cut(horizon, each.levels) for each in found]
+    if not len(levels):
+        raise Unfit(f"{found[0].model} and its predecessor share no quantile level; gate by wape, mase or rmae")
+    return [each.cut(horizon, levels) for each in found]
+
+
+def _value(score: Score, found: Forecasts) -> float:
+    value: float = getattr(scores_of(found), score)
+    if isnan(value):
+        raise Unfit(f"{found!r}: {score} is undefined there (nothing observed, or no median); choose another score")
+    return value
+
+
+def judged(gate: Gate, csv: Path, time: str, target: str, where: Place, packed: bytes) -> Verdict:
+    """An archive that is not yet in its place, against what the store has there.
+
+    Raises:
+        Refused: it is worse. Unfit, SeriesInvalid: it cannot be judged. LoadError, OSError.
+    """
+    candidate = unpublished(packed, where.name, where.limits)
+    try:
+        predecessor = published(where.source, where.name, where.limits)
+    except (ModelNotFound, ArchiveInvalid):
+        predecessor = None
+    known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]
+    columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])))}
+    verdict = judge(gate, InProcess(), target, columns, candidate, predecessor)
+    if not verdict.passed:
+        worse, most = f"{verdict.worse:.1f} % worse", f"{gate.margin:g} %"
+        raise Refused(f"{where.name} is worse than its predecessor: {verdict}; {worse}, and the margin is {most}")
+    return verdict

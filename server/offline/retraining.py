@@ -1,0 +1,280 @@
+"""A fleet's archives fitted anew to a CSV file, judged against those in the store, and put in their place. Torch.
+
+Each market keeps what its clients rely on: lengths, quantile levels, covariates, unit. The windows of the gate are held
+back: the new archives have not seen them, nor have the old ones where they came from the same command.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec.structs import replace
+
+from handlers.training.fit import Fitted, Fitting, fit
+from handlers.training.input_recipe import robust_scaler
+from handlers.training.time_series import Float64, Series, SeriesInvalid
+from model_store.archives.manifest import Channel, Forecast, Kind, Scaler, Spec
+from model_store.archives.packing import pack_forecaster
+from model_store.errors import StoreDenied, StoreUnavailable
+from model_store.names import ModelName
+from server.cli.train import make_forecasts
+from server.offline.checkpoint import Journal
+from server.offline.fleet_evaluation import fetch, read_columns, why
+from server.offline.promotion_gate import Gate, judge
+from server.offline.rolling_windows import InProcess, Model, Unfit, unpublished, with_known
+from server.sdk.client import Unreachable, reload
+from server.settings import Settings
+from server.worker.model_loader import open_store
+
+GROUP = 64  #: markets that are fitted together
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What became of a market: a line of the log. `kept`: the new one was worse, the old one stays."""
+
+    target: str
+    model: ModelName
+    result: Literal["published", "kept", "unchanged", "failed"]
+    version: str = ""  #: in the store from now on
+    score: str = ""
+    value: float | None = None
+    predecessor: float | None = None
+    worse_percent: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done, and by which terms. `architecture` is empty where each market keeps its own."""
+
+    csv: Path
+    time: str
+    names: Mapping[str, ModelName]
+    settings: Settings
+    gate: Gate
+    fitting: Fitting
+    architecture: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    servers: Sequence[str] = ()  #: management addresses that are told of each new archive
+
+    def __repr__(self) -> str:
+        return f"<Plan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
+
+    @property
+    def digest(self) -> bytes:
+        """Of all that decides the outcome but what the store has."""
+        digest = hashlib.sha256(self.csv.read_bytes())
+        terms = (
+            self.time,
+            dict(self.names),
+            self.settings.store,
+            self.gate,
+            self.fitting,
+            self.architecture,
+            self.config,
+        )
+        digest.update(repr(terms).encode())
+        return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Market:
+    """One market before its fit: what the store has, what is fitted, and the `series` up to the gate's windows."""
+
+    line: int
+    predecessor: Model
+    series: Series
+    forecast: Forecast
+    architecture: str
+    config: Mapping[str, Any]
+
+    @property
+    def kin(self) -> str:
+        """Equal for markets that can be fitted together."""
+        forecast = self.forecast
+        lengths = (forecast.context_length, forecast.prediction_length, forecast.history_length, len(forecast.inputs))
+        return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
+
+
+class Renewal:
+    """One run over the fleet. What is done is in the journal, so that a run that was ended goes on."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._source, self._limits = open_store(plan.settings)
+        self._answers = InProcess()
+        self._columns: dict[str, Series] = {}
+
+    def __repr__(self) -> str:
+        return f"<Renewal {self._plan!r}>"
+
+    def run(self, journal: Journal, told: Callable[[int], None]) -> None:
+        """Every market that is left.
+
+        Raises:
+            StoreUnavailable, StoreDenied, OSError: the run may be started again. SeriesInvalid: the file cannot be
+            read. ValueError: the architecture or its config, which is the same for all.
+        """
+        plan = self._plan
+        with ThreadPoolExecutor(plan.settings.loader_threads) as pool:
+            models, failed = fetch(pool, plan.names, plan.settings)
+        self._columns, lacking = read_columns(plan.csv, plan.time, models)
+        failed.update(lacking)
+        left = set(journal.left().nonzero()[0].tolist())
+
+        def done(line: int, outcome: Outcome) -> None:
+            if line in left:
+                journal.add([(line, msgspec.json.encode(outcome) + b"\n")])
+                told(1)
+
+        markets = []
+        for line, target in enumerate(plan.names):
+            if target in failed:
+                done(line, self._failed(target, failed[target]))
+                continue
+            try:
+                markets.append(self._market(line, target, models[target]))
+            except (SeriesInvalid, Unfit) as error:
+                done(line, self._failed(target, str(error)))
+        for group in grouped(markets):
+            if any(each.line in left for each in group):
+                for each, fitted in self._fitted(group):
+                    if each.line in left:
+                        done(each.line, self._settled(each, fitted))
+
+    def _market(self, line: int, target: str, model: Model) -> Market:
+        """Raises Unfit, SeriesInvalid: this one market cannot be fitted; ValueError: none can, by this architecture."""
+        plan, forecast, spec = self._plan, model.forecast, model.archive.spec
+        series = with_known(self._columns, target, forecast.dynamic_feat)
+        origins = plan.gate.rolling.origins(series, forecast.history_length, forecast.prediction_length)
+        before = series.before(series.start + int(origins[0]) * series.step)
+        if plan.architecture:
+            changed = anew(forecast, before, plan.architecture, plan.config)
+            return Market(line, model, before, changed, plan.architecture, plan.config)
+        if spec is None or spec.kind is not Kind.FORECASTER:
+            what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
+            raise Unfit(f"{model.name} is a {model.archive.kind} archive; {what}")
+        return Market(line, model, before, rescaled(forecast, before), spec.architecture, spec.config)
+
+    def _fitted(self, group: Sequence[Market]) -> Iterator[tuple[Market, Fitted | Exception]]:
+        """All together; where that fails, each by itself, so that only who is at fault fails."""
+        first = group[0]
+        series, inputs = [each.series for each in group], [each.forecast for each in group]
+        try:
+            fitted = fit(series, inputs, first.architecture, dict(first.config), self._plan.fitting)
+        except Exception as error:
+            if len(group) == 1:
+                yield first, error
+                return
+            for each in group:
+                yield from self._fitted([each])
+        else:
+            yield from zip(group, fitted, strict=True)
+
+    def _settled(self, market: Market, fitted: Fitted | Exception) -> Outcome:
+        target = market.series.name
+        if isinstance(fitted, Exception):
+            return self._failed(target, why(fitted))
+        try:
+            return self._judged(market, fitted)
+        except (StoreUnavailable, StoreDenied):
+            raise
+        except Exception as error:
+            return self._failed(target, why(error))
+
+    def _judged(self, market: Market, fitted: Fitted) -> Outcome:
+        """Published if it may be. Raises LoadError, Unfit."""
+        old, target = market.predecessor, market.series.name
+        candidate = unpublished(self._packed(market, fitted, ""), old.name, self._limits)
+        if _same(candidate.archive.spec, old.archive.spec):
+            return Outcome(target=target, model=old.name, result="unchanged", version=old.version)
+        verdict = judge(self._plan.gate, self._answers, target, self._columns, candidate, old)
+        version, message = old.version, ""
+        if verdict.passed:
+            version = self._source.put(old.name, self._packed(market, fitted, f"; {verdict}"))
+            message = self._told(old.name)
+        return Outcome(
+            target=target,
+            model=old.name,
+            result="published" if verdict.passed else "kept",
+            version=version,
+            score=verdict.gate.score,
+            value=verdict.candidate,
+            predecessor=verdict.predecessor,
+            worse_percent=round(verdict.worse, 3),
+            message=message,
+        )
+
+    def _told(self, model: ModelName) -> str:
+        """The servers have the new archive, or why some have not: it is published all the same."""
+        wrong = []
+        for url in self._plan.servers:
+            try:
+                reload(url, model)
+            except Unreachable as error:
+                wrong.append(str(error))
+        return "; ".join(wrong)
+
+    def _packed(self, market: Market, fitted: Fitted, note: str) -> bytes:
+        series = market.series
+        span = f"{series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
+        return pack_forecaster(
+            fitted.tensors,
+            architecture=fitted.architecture,
+            config=fitted.config,
+            model_name=market.predecessor.name.rpartition("/")[2].partition(".")[0],
+            forecast=fitted.forecast,
+            golden=fitted.golden,
+            description=f"trained on {self._plan.csv.name}, {span}{note}",
+        )
+
+    def _failed(self, target: str, message: str) -> Outcome:
+        return Outcome(target=target, model=self._plan.names[target], result="failed", message=message)
+
+
+def rescaled(forecast: Forecast, series: Series) -> Forecast:
+    """The same inputs, their scalers of these values. Raises SeriesInvalid: there are none."""
+
+    def scaler(of: Scaler, values: Float64, name: str) -> Scaler:
+        return of if of.kind == "identity" else robust_scaler(values, of.kind, name)
+
+    def channel(of: Channel) -> Channel:
+        if of.source != "dynamic_feat":
+            return of
+        return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
+
+    own = scaler(forecast.scaler, series.values, series.name)
+    return replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+
+
+def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[str, Any]) -> Forecast:
+    """The inputs that another architecture needs, for what clients send and get as before. Raises ValueError."""
+    options = {
+        "scaling": "linear" if forecast.scaler.kind == "linear" else "asinh",
+        "unit": forecast.unit,
+        "time_zone": forecast.time_zone,
+        "levels": forecast.quantile_levels,
+    }
+    lengths = (forecast.prediction_length, forecast.context_length)
+    (made,) = make_forecasts([series], architecture, config, *lengths, options)
+    origin = made.origin and forecast.origin  # one architecture wants it, one can answer for any hour as it is
+    kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
+    return replace(made, origin=origin, **kept)
+
+
+def grouped(markets: Sequence[Market]) -> Iterator[Sequence[Market]]:
+    """Those of one kind together, the same ones whatever was done before: what is fitted depends on it."""
+    kinds: dict[str, list[Market]] = {}
+    for each in markets:
+        kinds.setdefault(each.kin, []).append(each)
+    for kin in kinds.values():
+        yield from (kin[at : at + GROUP] for at in range(0, len(kin), GROUP))
+
+
+def _same(new: Spec | None, old: Spec | None) -> bool:
+    """The same numbers for the same inputs: nothing to publish."""
+    return new is not None and old is not None and (new.weights, new.forecast) == (old.weights, old.forecast)

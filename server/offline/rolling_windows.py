@@ -1,0 +1,278 @@
+"""Rolling windows of series, and what archives forecast for them: in this process, or through a running server.
+
+What a window's forecast is asked with ends before its origin, but for the covariates the archive says are known ahead.
+Both ways send the same request, so both give the same numbers. Used by `backtest`, `pack --gate` and `retrain`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Protocol
+
+import msgspec
+import numpy as np
+import torch
+from obstore.store import MemoryStore
+
+from handlers.codecs.features import Float64, step_seconds
+from handlers.errors import RequestError, RunFailed
+from handlers.evaluation.scores import Steps
+from handlers.training.time_series import Series
+from model_store.archives.archive import Archive, Limits, open_archive
+from model_store.archives.manifest import Forecast
+from model_store.names import ModelName
+from model_store.stores.model_store import ModelStore
+from model_store.stores.object_store import Source
+from server.sdk.client import ENDPOINT, sagemaker
+from server.worker.engine.cpu import Engine
+from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
+from server.worker.model_loader import JSON, Loader, RowModel, prove
+
+ROWS = 64  #: windows in one request
+PRICE_SCORES = {"configuration": {"output_types": ["quantiles"]}}
+
+Instances = Sequence[dict[str, object]]
+Asked = Callable[[Instances], Float64]  #: instances [n] -> quantiles [n, horizon, levels]
+Told = Callable[[int], None]  #: windows that were answered just now
+
+
+class Unfit(ValueError):
+    """The archive cannot be backtested on this series; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One version of an archive."""
+
+    name: ModelName
+    version: str  #: of the store; empty where it is in none yet
+    data: bytes
+    limits: Limits
+    archive: Archive
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name} {self.version or 'not stored'}>"
+
+    @property
+    def forecast(self) -> Forecast:
+        """What it forecasts. Raises Unfit for what a column of prices cannot be put to."""
+        forecast = self.archive.spec.forecast if self.archive.spec else None
+        if forecast is None:
+            raise Unfit(f"{self.name} answers tensors, not forecasts; a backtest needs an archive with a `forecast`")
+        if len(forecast.products) > 1:
+            raise Unfit(f"{self.name} has {len(forecast.products)} products; a backtest takes archives of one")
+        if forecast.cat:
+            raise Unfit(f"{self.name} wants `cat` ({', '.join(forecast.cat)}), which the file has no place for")
+        return forecast
+
+
+def published(source: Source, name: ModelName, limits: Limits) -> Model:
+    """As it is in the store. Raises LoadError."""
+    fetched = source.get(name)
+    assert fetched is not None, "only a conditional GET is answered `not modified`"
+    return Model(name, fetched.version, fetched.data, limits, open_archive(fetched.data, name, limits))
+
+
+def unpublished(data: bytes, name: ModelName, limits: Limits) -> Model:
+    """An archive that is in no store yet. Raises ArchiveInvalid."""
+    return Model(name, "", data, limits, open_archive(data, name, limits))
+
+
+class Answers(Protocol):
+    """Who forecasts."""
+
+    @property
+    def said(self) -> str:
+        """Who, in words."""
+
+    def of(self, model: Model) -> tuple[Asked, Callable[[], str]]:
+        """What answers for this model, and which version it has answered with. Raises LoadError, Unfit."""
+
+
+class InProcess:
+    """Codec, family and engine of a worker, in this process. Thread-safe."""
+
+    said = "in this process"
+
+    def __init__(self) -> None:
+        self._engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), ROWS)  # a probe needs no room in the pool
+
+    def __repr__(self) -> str:
+        return "<InProcess>"
+
+    def of(self, model: Model) -> tuple[Asked, Callable[[], str]]:
+        """A model that is built as a worker builds it, its golden sample run."""
+        memory = Source("memory", MemoryStore(), "memory", model.limits.max_archive_bytes)
+        memory.put(model.name, model.data)
+        built = Loader(ModelStore(memory, None, model.limits), "cpu", 1).build(model.name)
+        body, row = built.body, built.row
+        if not isinstance(body, RowModel) or row is None:
+            raise Unfit(f"{model.name} answers tensors, not forecasts")
+        if built.golden is not None:
+            prove(model.name, built.golden, body.codec, lambda call: self._engine.probe(body.family, row, call.rows))
+
+        def ask(instances: Instances) -> Float64:
+            call = body.codec.decode(_body(instances), JSON, JSON)
+            answer, _ = call.encode(self._engine.probe(body.family, row, call.rows))
+            return _quantiles(answer)
+
+        return ask, lambda: model.version
+
+
+class ThroughServer:
+    """A running server, asked as SageMaker's client asks. Thread-safe."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client = sagemaker(url)
+
+    def __repr__(self) -> str:
+        return f"<ThroughServer {self._url}>"
+
+    @property
+    def said(self) -> str:
+        """Who, in words."""
+        return f"through {self._url}"
+
+    def of(self, model: Model) -> tuple[Asked, Callable[[], str]]:
+        """The model of this name as the server has it."""
+        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 -- boto3 is only needed here
+
+        seen = [""]
+
+        def ask(instances: Instances) -> Float64:
+            try:
+                reply = self._client.invoke_endpoint(
+                    EndpointName=ENDPOINT, TargetModel=model.name, Body=_body(instances), ContentType=JSON
+                )
+            except ClientError as error:
+                said = error.response["Error"]
+                raise Unfit(f"{model.name}: the server says {said['Code']}: {said['Message']}") from error
+            except BotoCoreError as error:
+                raise Unfit(f"{model.name}: {error} (is `fleetcast serve` running at {self._url}?)") from error
+            seen[0] = reply["ResponseMetadata"]["HTTPHeaders"].get("x-fleetcast-model-version", "")
+            return _quantiles(reply["Body"].read())
+
+        return ask, lambda: seen[0]
+
+
+class _Prediction(msgspec.Struct):
+    quantiles: dict[str, list[float]]
+
+
+class _Answer(msgspec.Struct):
+    predictions: list[_Prediction]
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+
+
+def _body(instances: Instances) -> bytes:
+    return msgspec.json.encode({"instances": instances, **PRICE_SCORES})
+
+
+def _quantiles(answer: bytes) -> Float64:
+    """[n, horizon, levels], in the order of the archive's levels, as it answers them."""
+    found = _ANSWER.decode(answer).predictions
+    return np.array([list(each.quantiles.values()) for each in found], np.float64).transpose(0, 2, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rolling:
+    """Which windows: a forecast every so many steps (0: one after the other), all its steps from `first` to `until`.
+
+    Windows are counted from `first` on where it is given, else from the end backwards, the end being `until` or that of
+    the series. `most`: only the last so many, 0 all.
+    """
+
+    every: int = 0
+    most: int = 0
+    first: datetime | None = None
+    until: datetime | None = None
+
+    def origins(self, series: Series, history: int, horizon: int) -> Steps:
+        """The first forecast step of each window [W], all of its steps within the series. Raises Unfit for none."""
+        every = self.every or horizon
+        end = series.first_at(self.until) if self.until else len(series.values)
+        if self.first is None:
+            found = np.arange(end - horizon, history - 1, -every)[::-1]
+        else:
+            begin = series.first_at(self.first)
+            found = np.arange(begin + max(0, -(-(history - begin) // every)) * every, end - horizon + 1, every)
+        if not len(found):
+            span = f"{series.name} has {end} steps before {series.stamp(end)}"
+            raise Unfit(f"{span}; a window needs {history} of history and {horizon} to forecast")
+        return found[-self.most :]
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasts:
+    """What a model forecast for the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
+
+    series: Series
+    model: ModelName
+    version: str
+    origins: Steps
+    levels: Float64
+    quantiles: Float64
+
+    def __repr__(self) -> str:
+        return f"<Forecasts of {self.series.name} by {self.model}: {len(self.origins)} windows of {self.horizon}>"
+
+    @property
+    def horizon(self) -> int:
+        """Steps of a window."""
+        return int(self.quantiles.shape[1])
+
+    @property
+    def steps(self) -> Steps:
+        """The places in the series that are forecast [W, H]."""
+        return self.origins[:, None] + np.arange(self.horizon)
+
+    @property
+    def actuals(self) -> Float64:
+        """What came [W, H], NaN where missing."""
+        return self.series.values[self.steps]
+
+    def cut(self, horizon: int, levels: Float64) -> "Forecasts":
+        """The first `horizon` steps at some of its levels."""
+        kept = np.isin(self.levels, levels)
+        return replace(self, levels=self.levels[kept], quantiles=self.quantiles[:, :horizon, kept])
+
+
+def forecasts(answers: Answers, model: Model, series: Series, origins: Steps, told: Told = lambda _: None) -> Forecasts:
+    """Ask for every window. Raises LoadError, Unfit."""
+    forecast = model.forecast
+    _check(model, series, origins)
+    ask, version = answers.of(model)
+    found = []
+    for at in range(0, len(origins), ROWS):
+        some = origins[at : at + ROWS].tolist()
+        history, horizon = forecast.history_length, forecast.prediction_length
+        try:
+            found.append(ask([series.instance(origin - history, origin, horizon) for origin in some]))
+        except (RequestError, RunFailed, msgspec.MsgspecError) as error:
+            raise Unfit(f"{model.name}, windows from {series.stamp(some[0])}: {error}") from error
+        told(len(some))
+    levels = np.array(forecast.quantile_levels)
+    return Forecasts(series, model.name, version(), origins, levels, np.concatenate(found))
+
+
+def _check(model: Model, series: Series, origins: Steps) -> None:
+    """What a request would be refused for, said in terms of the file."""
+    forecast = model.forecast
+    if step_seconds(forecast.frequency) != round(series.step.total_seconds()):
+        raise Unfit(f"{model.name} forecasts steps of {forecast.frequency}, but {series.name} has {series.frequency}")
+    begin, end = int(origins[0]) - forecast.history_length, int(origins[-1]) + forecast.prediction_length
+    for name, row in zip(series.known_names, series.known[:, begin:end], strict=True):
+        missing = np.flatnonzero(np.isnan(row))
+        if len(missing):
+            what = "a known-future value is missing; fill it, as every request must bring it"
+            raise Unfit(f"column {name!r} at {series.stamp(begin + int(missing[0]))}: {what}")
+
+
+def with_known(columns: Mapping[str, Series], target: str, known: Sequence[str]) -> Series:
+    """The series of one column with others as its covariates known ahead."""
+    series = columns[target]
+    rows = np.stack([columns[name].values for name in known]) if known else series.known
+    return replace(series, known=rows, known_names=tuple(known))

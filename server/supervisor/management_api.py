@@ -1,0 +1,193 @@
+"""The management and metrics listeners (Starlette), and the server's life from sockets to SIGTERM.
+
+Runs in the supervisor's process. Model names have slashes, so paths put the verb first: `POST /fleet/load/au/NSW1.mar`.
+"""
+
+import asyncio
+import http
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server.errors import Situation
+from server.http_listener import Listener, listener
+from server.ipc.control import ControlError
+from server.settings import Settings
+from server.supervisor.supervisor import Supervisor
+
+MAX_PAGE = 1000
+_STATUS = {
+    Situation.BAD_NAME: 400,
+    Situation.NOT_FOUND: 404,
+    Situation.ARCHIVE_FAILED: 422,
+    Situation.STORE_FAILED: 503,
+    Situation.NO_ROOM: 507,
+    Situation.NOT_READY: 503,
+    Situation.WORKER_LOST: 503,
+    Situation.DEADLINE: 504,
+}
+
+Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
+
+
+def management_app(supervisor: Supervisor) -> Starlette:
+    """`/fleet/...`: what is where, and load, unload, pin, unpin, reload. Errors are `{"error": {code, message}}`."""
+
+    async def models(request: Request) -> Response:
+        after, prefix = request.query_params.get("after", ""), request.query_params.get("prefix", "")
+        try:
+            limit = min(MAX_PAGE, max(1, int(request.query_params.get("limit", "100"))))
+        except ValueError:
+            return _error(Situation.BAD_REQUEST, 400, "limit must be a number")
+        page, more = await supervisor.models(prefix, after, limit)
+        return JSONResponse({"models": page, "next_after": page[-1]["model"] if more else None})
+
+    async def describe(request: Request) -> Response:
+        name = parse_model_name(request.path_params["model"])
+        rows, _ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
+        if not rows or rows[0]["model"] != name:
+            message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
+            return _error(Situation.NOT_FOUND, 404, message)
+        return JSONResponse(rows[0])
+
+    def post(verb: Verb) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return JSONResponse(await verb(parse_model_name(request.path_params["model"])))
+
+        return endpoint
+
+    async def ready(_: Request) -> Response:
+        up = sum(worker.ready.is_set() for worker in supervisor.workers)
+        return JSONResponse({"ready": bool(up), "workers": up}, status_code=200 if up else 503)
+
+    async def processes(_: Request) -> Response:
+        return JSONResponse({"processes": supervisor.processes()})
+
+    async def ping(_: Request) -> Response:
+        return JSONResponse({"status": "Healthy"})
+
+    verbs = {name: getattr(supervisor, name) for name in ("load", "unload", "pin", "unpin", "reload")}
+    routes = [Route(f"/fleet/{name}/{{model:path}}", post(verb), methods=["POST"]) for name, verb in verbs.items()]
+    routes += [
+        Route("/fleet/models", models),
+        Route("/fleet/models/{model:path}", describe),
+        Route("/fleet/processes", processes),
+        Route("/ping", ping),
+        Route("/ready", ready),
+    ]
+    handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def metrics_app(supervisor: Supervisor) -> Starlette:
+    """`/metrics`, merged over all processes."""
+
+    async def metrics(_: Request) -> Response:
+        registry = CollectorRegistry()
+        registry.register(await supervisor.metrics())
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    return Starlette(routes=[Route("/metrics", metrics)])
+
+
+def bind(host: str, port: int, flag: str) -> socket.socket:
+    """A listening socket. Raises OSError whose message names the flag to change."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port with {flag}") from error
+    sock.listen(2048)
+    return sock
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[str, str]]]:
+    """The whole server: yields the supervisor and the listeners' addresses once everything is ready, drains on exit.
+
+    Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
+    """
+    async with AsyncExitStack() as stack:
+        socks = {
+            name: stack.enter_context(bind(settings.host, port, f"--{name}-port"))
+            for name, port in (
+                ("inference", settings.inference_port),
+                ("management", settings.management_port),
+                ("metrics", settings.metrics_port),
+            )
+        }
+        addresses = {name: _address(sock) for name, sock in socks.items()}
+        supervisor = Supervisor(settings)
+        stack.push_async_callback(supervisor.stop)
+        for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
+            server = listener(app, 1, settings.client_timeout_s)
+            task = asyncio.create_task(server.serve(sockets=[socks[name]]))
+            stack.push_async_callback(_end_listener, server, task)
+        await supervisor.start(socks["inference"])
+        if settings.announce is not None:
+            stack.callback(settings.announce.unlink, missing_ok=True)
+            _write_atomically(settings.announce, json.dumps(addresses) + "\n")
+        yield supervisor, addresses
+
+
+async def until_told_to_stop() -> None:
+    """Until SIGTERM or SIGINT."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()
+
+
+async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
+    server.should_exit = True
+    await task
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Whoever waits for the file never sees half of it."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _error(situation: Situation, status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"code": situation.name.lower(), "message": message}}, status_code=status)
+
+
+async def _control_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ControlError)
+    situation = Situation(error.situation) if error.situation else Situation.INTERNAL
+    return _error(situation, _STATUS.get(situation, 500), str(error))
+
+
+async def _bad_name(_: Request, error: Exception) -> Response:
+    return _error(Situation.BAD_NAME, 400, str(error))
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    situation = Situation.BAD_METHOD if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED else Situation.NO_ROUTE
+    return _error(
+        situation, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}; see /fleet/models"
+    )

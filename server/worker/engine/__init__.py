@@ -1,0 +1,1 @@
+"""From rows of numbers through a forward pass to rows of numbers."""

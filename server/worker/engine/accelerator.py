@@ -1,0 +1,288 @@
+"""The pool and the engine where the device's memory is not the host's: what `bank` and `engine` are on the CPU.
+
+Owned by the worker's step thread. The pool's copies in and out run on the load stream beside a step; who comes after
+whom: steps and moves wait for the copies told before them, copies wait for the moves told before them, and a step's
+rows stay leased until its event is done, which `run` waits for. So a freed row is nobody's when it is written again.
+"""
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import structlog
+import torch
+
+from handlers.base import Family, Float32
+from server.worker.engine.device import Device, Event
+from server.worker.engine.memory_pool import ALIGN_BYTES
+
+STAGING_BYTES = 256 * 1024 * 1024  #: rows of one forward at most
+LANES = 2  #: forwards in flight: the host fills the second one's input while the first runs
+EAGER_RUNS = 3  #: of a family and bucket before it is worth a graph
+MAX_GRAPHS = 64
+
+_FLOATS = ALIGN_BYTES // 4  # between two possible row starts
+
+log = structlog.get_logger()
+
+
+class DevicePool:
+    """`budget_bytes` of device memory, taken at once. Raises torch.OutOfMemoryError."""
+
+    def __init__(self, budget_bytes: int, device: Device) -> None:
+        self.device = device
+        self.floats = device.memory(budget_bytes // ALIGN_BYTES * _FLOATS)
+        self.copied: Event | None = None  #: of the last copy in or out
+        self._moved: Event | None = None
+        self._sources: deque[tuple[Event, torch.Tensor]] = deque()  # host memory that copies still read
+        self._views: dict[int, torch.Tensor] = {}
+
+    def __repr__(self) -> str:
+        """For example `<DevicePool 512.0 MB on cuda:0>`."""
+        return f"<DevicePool {self.floats.numel() * 4 / 1e6:.1f} MB on {self.device.where}>"
+
+    def write(self, offset: int, row: Float32) -> None:
+        """Bring a row's numbers to `offset` (bytes). They must not change any more."""
+        source = torch.from_numpy(row)
+        self.copied = self.device.copy(self._row(offset, row.nbytes), source, after=self._moved)
+        self._sources.append((self.copied, source))
+        while self._sources[0][0].query() and len(self._sources) > 1:
+            self._sources.popleft()
+
+    def keep(self, offset: int, target: torch.Tensor) -> None:
+        """Bring a row's numbers to host memory, before anything else is written to their place."""
+        self.copied = self.device.copy(target, self._row(offset, target.numel() * 4), after=self._moved)
+
+    def move(self, source: int, target: int, size: int) -> None:
+        """Copy `size` bytes between two places that do not overlap."""
+        to, origin = self._row(target, size), self._row(source, size)
+        self._moved = self.device.launch(lambda: to.copy_(origin), after=self.copied)
+
+    def read(self, offset: int, size: int) -> Float32:
+        """A copy of a row's numbers on the host, for tests and checks."""
+        target = self.device.host(size // 4)
+        self.keep(offset, target)
+        assert self.copied is not None
+        self.copied.synchronize()
+        found: Float32 = target.numpy().copy()
+        return found
+
+    def gather(self, index: torch.Tensor, out: torch.Tensor) -> None:
+        """Inside of launched work: the rows that start at `index` (units of 64 bytes) into `out` [n, row_floats]."""
+        width = out.shape[1]
+        view = self._views.get(width)
+        if view is None:
+            starts = (self.floats.numel() - width) // _FLOATS + 1
+            view = self._views[width] = self.floats.as_strided((starts, width), (_FLOATS, 1))
+        torch.index_select(view, 0, index, out=out)
+
+    def _row(self, offset: int, size: int) -> torch.Tensor:
+        return self.floats[offset // 4 : (offset + size) // 4]
+
+
+class Lane:
+    """The host's side of one forward in flight: inputs, where its rows lie, and answers, all page-locked."""
+
+    def __init__(self, family: Family, capacity: int, device: Device) -> None:
+        self.x = device.host(capacity, *family.input_shape)
+        self.index = device.host(capacity, dtype=torch.int64)
+        self.out = device.host(capacity, *family.output_shape)
+        self._x: Float32 = self.x.numpy()
+        self._index = self.index.numpy()
+        self._out: Float32 = self.out.numpy()
+        self.done: Event | None = None
+
+    def __repr__(self) -> str:
+        """For example `<Lane of 512 rows, idle>`."""
+        return f"<Lane of {len(self.x)} rows, {'idle' if self.done is None else 'in flight'}>"
+
+    def fill(self, offsets: Sequence[int], parts: Sequence[Float32], bucket: int) -> None:
+        """The next forward's inputs, one after another, and its rows. Up to `bucket` it gets the first row's again."""
+        assert self.done is None, "its last answers have been taken"
+        at = 0
+        for part in parts:
+            self._x[at : at + len(part)] = part
+            at += len(part)
+        self._index[:at] = offsets
+        self._index[at:bucket] = offsets[0]
+        self._index[:bucket] //= ALIGN_BYTES
+
+    def take(self, answers: Float32) -> None:
+        """Wait for the forward and copy its answers out."""
+        assert self.done is not None, "it was launched"
+        self.done.synchronize()
+        self.done = None
+        answers[...] = self._out[: len(answers)]
+
+
+class DeviceStaging:
+    """A family's fixed memory for forwards of powers of two of rows: all that a forward, or its graph, ever sees."""
+
+    def __init__(self, family: Family, max_rows: int, device: Device, *, bf16: bool) -> None:
+        self.family = family
+        self.capacity = max(1, min(max_rows, STAGING_BYTES // (family.row_floats * 4)))
+        self.rows = device.memory(self.capacity, family.row_floats)
+        self.x = device.memory(self.capacity, *family.input_shape)
+        self.index = device.memory(self.capacity, dtype=torch.int64)
+        self.lanes = [Lane(family, self.capacity, device) for _ in range(LANES)]
+        self._device, self._bf16 = device, bf16
+        self._forwards: dict[int, Callable[[], torch.Tensor]] = {}
+        device.launch(self.x.zero_)  # what a padding row reads is a number from the first step on
+
+    def __repr__(self) -> str:
+        """For example `<DeviceStaging tcn-4f1c2a9b, 512 rows>`."""
+        return f"<DeviceStaging {self.family.key}, {self.capacity} rows>"
+
+    def bucket(self, rows: int) -> int:
+        """Rows that a forward of so many runs with: the next power of two, or all there are."""
+        return min(self.capacity, 1 << (rows - 1).bit_length())
+
+    def forward(self, bucket: int) -> Callable[[], torch.Tensor]:
+        """The family's forward over staging's first rows; to be called inside of launched work."""
+        found = self._forwards.get(bucket)
+        if found is None:
+            bound: list[Callable[[], torch.Tensor]] = []  # made on the compute stream: scratch is zeroed there
+            self._device.launch(lambda: bound.append(self._bound(bucket))).synchronize()
+            found = self._forwards[bucket] = bound[0]
+        return found
+
+    def _bound(self, bucket: int) -> Callable[[], torch.Tensor]:
+        family, rows, x = self.family, self.rows[:bucket], self.x[:bucket]
+        if not self._bf16:
+            weights = family.bind(rows)
+            return lambda: family.forward(weights, x)
+        short = rows.to(torch.bfloat16)
+        short_weights = family.bind(short)
+
+        def forward() -> torch.Tensor:
+            short.copy_(rows)
+            return family.forward(short_weights, x.to(torch.bfloat16)).float()
+
+        return forward
+
+    def cuts(self, offsets: Sequence[int], parts: Sequence[Float32]) -> Iterator[tuple[list[int], list[Float32]]]:
+        """The batch in forwards that fit: an offset a row, and pieces of the parts."""
+        starts: list[int] = []
+        pieces: list[Float32] = []
+        for offset, part in zip(offsets, parts, strict=True):
+            left = part
+            while len(left):
+                piece = left[: self.capacity - len(starts)]
+                starts += [offset] * len(piece)
+                pieces.append(piece)
+                left = left[len(piece) :]
+                if len(starts) == self.capacity:
+                    yield starts, pieces
+                    starts, pieces = [], []
+        if starts:
+            yield starts, pieces
+
+
+class DeviceEngine:
+    """The pool, the staging of every family that has run, and the graphs of their frequent batch sizes."""
+
+    def __init__(self, pool: DevicePool, max_rows: int, *, bf16: bool = False) -> None:
+        self.pool = pool
+        self._device, self._max_rows, self._bf16 = pool.device, max_rows, bf16
+        self._staging: dict[str, DeviceStaging] = {}
+        self._graphs: OrderedDict[tuple[str, int], Callable[[], torch.Tensor]] = OrderedDict()
+        self._runs: Counter[tuple[str, int]] = Counter()
+
+    def __repr__(self) -> str:
+        """For example `<DeviceEngine <DevicePool 512.0 MB on cuda:0>, 2 families, 7 graphs>`."""
+        return f"<DeviceEngine {self.pool!r}, {len(self._staging)} families, {len(self._graphs)} graphs>"
+
+    def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32]) -> list[Float32]:
+        """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes).
+
+        Returns, and raises, when the device is done with the rows. Raises torch.OutOfMemoryError.
+        """
+        answers = np.empty((sum(map(len, parts)), *family.output_shape), np.float32)
+        try:
+            self._run(family, offsets, parts, answers)
+        except BaseException:
+            self._device.drain()  # or a row could be freed while what was launched still reads it
+            for lane in self._staging[family.key].lanes if family.key in self._staging else ():
+                lane.done = None
+            raise
+        return np.split(answers, np.cumsum([len(part) for part in parts])[:-1])
+
+    def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
+        """Answers [n, *output_shape] of a model that has no place yet: its row alone, in scratch memory."""
+        found = self._device.host(len(x), *family.output_shape)
+        kind = torch.bfloat16 if self._bf16 else torch.float32
+
+        def work() -> None:
+            block = torch.from_numpy(np.repeat(row[None], len(x), axis=0)).to(self._device.where, kind)
+            answer = family.forward(family.bind(block), torch.from_numpy(x).to(self._device.where, kind))
+            found.copy_(answer.float())
+
+        self._device.launch(work).synchronize()
+        answers: Float32 = found.numpy().copy()
+        return answers
+
+    def learn(self) -> bool:
+        """Nothing to measure: a device gathers at its memory's bandwidth and replays one graph for a whole batch."""
+        return False
+
+    def trim(self) -> None:
+        """Give back everything that the next steps can make again: graphs, staging, cached memory."""
+        self._graphs.clear()
+        self._runs.clear()
+        self._staging.clear()
+        self._device.trim()
+
+    def _run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32], answers: Float32) -> None:
+        staging = self._staging.get(family.key)
+        if staging is None:
+            staging = DeviceStaging(family, self._max_rows, self._device, bf16=self._bf16)
+            self._staging[family.key] = staging
+        flying: deque[tuple[Lane, Float32]] = deque()
+        at = 0
+        for i, (starts, pieces) in enumerate(staging.cuts(offsets, parts)):
+            if len(flying) == LANES:
+                lane, target = flying.popleft()
+                lane.take(target)
+            lane = staging.lanes[i % LANES]
+            self._launch(staging, lane, starts, pieces)
+            flying.append((lane, answers[at : at + len(starts)]))
+            at += len(starts)
+        for lane, target in flying:
+            lane.take(target)
+
+    def _launch(self, staging: DeviceStaging, lane: Lane, offsets: Sequence[int], parts: Sequence[Float32]) -> None:
+        """Tell the device one forward: inputs in, rows gathered, answers out."""
+        rows, bucket = len(offsets), staging.bucket(len(offsets))
+        lane.fill(offsets, parts, bucket)
+        forward = self._forward(staging, bucket)
+
+        def work() -> None:
+            staging.x[:rows].copy_(lane.x[:rows], non_blocking=True)
+            staging.index[:bucket].copy_(lane.index[:bucket], non_blocking=True)
+            self.pool.gather(staging.index[:bucket], staging.rows[:bucket])
+            lane.out[:rows].copy_(forward()[:rows], non_blocking=True)
+
+        lane.done = self._device.launch(work, after=self.pool.copied)
+
+    def _forward(self, staging: DeviceStaging, bucket: int) -> Callable[[], torch.Tensor]:
+        """The graph of this family and bucket; eager until it has run often enough, or where it cannot be captured."""
+        key = staging.family.key, bucket
+        known = self._graphs.get(key)
+        if known is not None:
+            self._graphs.move_to_end(key)
+            return known
+        forward = staging.forward(bucket)
+        self._runs[key] += 1
+        if self._runs[key] <= EAGER_RUNS:
+            return forward
+        try:
+            self._graphs[key] = self._device.graph(forward)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("runs_without_graph", family=staging.family.key, rows=bucket, error=str(error))
+            self._graphs[key] = forward
+        del self._runs[key]
+        if len(self._graphs) > MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        return self._graphs[key]

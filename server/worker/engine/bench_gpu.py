@@ -1,0 +1,223 @@
+"""What the accelerator does, measured in one process: `python -m server.worker.engine.bench_gpu` prints JSON for
+`loadtest.benchmarks.gpu`.
+
+Times are milliseconds, the medians of rounds in which the competitors alternate. A floor is what the bytes and launches
+of the same work take alone, on the same device in the same run.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from handlers.base import Family, Float32
+from handlers.codecs.codec import FamilyCodec
+from handlers.forecasters import build, random_tensors
+from model_store.cache.slots import Slot, State
+from model_store.names import ModelName
+from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
+from server.worker.engine.device import CudaDevice, Device
+from server.worker.host_cache import Shelf
+from server.worker.model_loader import RowModel
+
+SEED = 7
+CONFIG = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
+LAUNCHES = 5  #: of a forward: inputs, index, gather, graph, answers
+COPY_FLOATS = 64 * 1024 * 1024  #: large enough that a copy's start does not count
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    tick: int = 1000
+    resident: int = 10_000
+    rounds: int = 15
+    copy_floats: int = COPY_FLOATS
+
+
+class Bench:
+    """One family on one device: `resident` models in a pool, of which the first `tick` have networks of their own."""
+
+    def __init__(self, device: Device, sizes: Sizes, family: Family) -> None:
+        self.device, self.sizes, self.family = device, sizes, family
+        self.row_bytes = family.row_floats * 4
+        self.engine = DeviceEngine(DevicePool(sizes.resident * self.row_bytes, device), sizes.tick)
+        distinct = [family.row(random_tensors(family, SEED + model)) for model in range(sizes.tick)]
+        for model in range(sizes.resident):
+            self.engine.pool.write(model * self.row_bytes, distinct[model % sizes.tick])
+        rng = np.random.default_rng(SEED)
+        self.x = rng.standard_normal((sizes.tick, 1, *family.input_shape), dtype=np.float32)
+        self.everyone = rng.permutation(sizes.resident)[: sizes.tick].tolist()
+
+    def __repr__(self) -> str:
+        """For example `<Bench of tcn-4f1c2a9b, 10000 models>`."""
+        return f"<Bench of {self.family.key}, {self.sizes.resident} models>"
+
+    def run(self, models: Sequence[int]) -> list[Float32]:
+        """One step: decoded rows to host answers."""
+        return self.engine.run(self.family, [model * self.row_bytes for model in models], list(self.x[: len(models)]))
+
+    def tick(self) -> dict[str, Any]:
+        """All models of a tick at once, against their plain networks one after another on the same device."""
+        networks = [self._network(model) for model in range(self.sizes.tick)]
+        models = list(range(self.sizes.tick))
+
+        def one_by_one() -> list[Float32]:
+            with torch.inference_mode():
+                asked = [torch.from_numpy(x).to(self.device.where) for x in self.x]
+                return [net(x).cpu().numpy() for net, x in zip(networks, asked, strict=True)]
+
+        for _ in range(EAGER_RUNS + 2):
+            found = self.run(models)
+        np.testing.assert_allclose(np.stack(found), np.stack(one_by_one()), rtol=1e-3, atol=1e-4)
+        ours, eager = alternating([lambda: self.run(models), one_by_one], self.sizes.rounds)
+        return {
+            "models": len(models),
+            "ms": ours,
+            "one_by_one_eager_ms": eager,
+            "ratio": eager["median"] / ours["median"],
+            "floor_ms": self.floor(len(models)),
+        }
+
+    def scattered(self) -> dict[str, Any]:
+        """A tick's worth of models out of all that are resident, and single requests."""
+        for models in (self.everyone, self.everyone[:1]):
+            for _ in range(EAGER_RUNS + 2):
+                self.run(models)
+        many, one = alternating(
+            [lambda: self.run(self.everyone), lambda: self.run(self.everyone[:1])], self.sizes.rounds
+        )
+        free, total = self.device.free_and_total()
+        return {"resident": self.sizes.resident, "tick_ms": many, "single_ms": one, "device_bytes_used": total - free}
+
+    def returning(self) -> dict[str, Any]:
+        """An evicted model back from host memory: its copy alone, and until the first answer."""
+        shelf = Shelf(self.device.host(4 * self.family.row_floats), 3600)
+        body = RowModel(self.family, FamilyCodec(self.family))
+        slot = Slot(ModelName("m"), "v1", self.family.key, self.row_bytes, 0, State.RETIRING, 0.0)
+        before = [self.run([0]) for _ in range(EAGER_RUNS + 2)][-1][0]
+        copies, answers = [], []
+        for _ in range(self.sizes.rounds):
+            numbers = shelf.keep(slot, body, time.time())
+            assert numbers is not None, "the shelf is empty"
+            self.engine.pool.keep(0, numbers)
+            self.engine.pool.write(0, np.zeros(self.family.row_floats, np.float32))
+            self.device.drain()
+            started = time.perf_counter()
+            back = shelf.take(ModelName("m"))
+            assert back is not None, "it was kept just now"
+            assert back.row is not None, "of a row model"
+            self.engine.pool.write(0, back.row)
+            self.device.drain()
+            copied = time.perf_counter()
+            answer = self.run([0])[0]
+            answers.append((time.perf_counter() - started) * 1e3)
+            copies.append((copied - started) * 1e3)
+            np.testing.assert_array_equal(answer, before)
+        return {"row_bytes": self.row_bytes, "copy_ms": spread(copies), "first_answer_ms": spread(answers)}
+
+    def batches(self) -> dict[str, Any]:
+        """Microseconds a request by batch size."""
+        found = {}
+        for rows in (1, 8, 64, 512):
+            models = self.everyone[:rows]
+            for _ in range(EAGER_RUNS + 2):
+                self.run(models)
+            (taken,) = alternating([lambda models=models: self.run(models)], self.sizes.rounds)  # type: ignore[misc]
+            found[str(rows)] = {**taken, "us_a_request": taken["median"] * 1e3 / len(models)}
+        return found
+
+    def floor(self, rows: int) -> dict[str, float]:
+        """What a step's bytes and launches take alone, in ms: copies in and out, the gather, five launches."""
+        rate, answer_bytes = self.bandwidths(), int(np.prod(self.family.output_shape)) * 4
+        floor = {
+            "launches": LAUNCHES * rate["launch_ms"],
+            "in": rows * self.x[0].nbytes / rate["in_bytes_per_ms"],
+            "gather": rows * self.row_bytes / rate["copy_bytes_per_ms"],
+            "out": rows * answer_bytes / rate["out_bytes_per_ms"],
+        }
+        return {**floor, "sum": sum(floor.values()), "gather_of_copy_bandwidth": floor["gather"] / self.gather_ms(rows)}
+
+    def gather_ms(self, rows: int) -> float:
+        """The gather alone, often enough that its launch does not count."""
+        starts = torch.tensor(self.everyone[:rows]) * (self.row_bytes // 64)
+        block, index = self.device.memory(rows, self.family.row_floats), self.device.memory(rows, dtype=torch.int64)
+        self.device.launch(lambda: index.copy_(starts)).synchronize()
+        return self._repeated(lambda: self.engine.pool.gather(index, block))
+
+    def bandwidths(self) -> dict[str, float]:
+        """Bytes per ms of copies (into the device, within it, out of it), and the time of one empty launch."""
+        size = self.sizes.copy_floats
+        a, b, host = self.device.memory(size), self.device.memory(size), self.device.host(size)
+        small = self.device.memory(1)
+        return {
+            "in_bytes_per_ms": size * 4 / self._repeated(lambda: a.copy_(host, non_blocking=True)),
+            "copy_bytes_per_ms": size * 4 / self._repeated(lambda: b.copy_(a)),
+            "out_bytes_per_ms": size * 4 / self._repeated(lambda: host.copy_(a, non_blocking=True)),
+            "launch_ms": self._repeated(small.zero_, 1000),
+        }
+
+    def _repeated(self, work: Callable[[], object], times: int = 20) -> float:
+        """Milliseconds of one of many that run back to back."""
+
+        def many() -> None:
+            for _ in range(times):
+                work()
+
+        self.device.launch(many).synchronize()
+        started = time.perf_counter()
+        self.device.launch(many).synchronize()
+        return (time.perf_counter() - started) * 1e3 / times
+
+    def _network(self, model: int) -> torch.nn.Module:
+        network = self.family.reference()
+        tensors = random_tensors(self.family, SEED + model)
+        network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+        return network.to(self.device.where)
+
+
+def measure(device: Device, sizes: Sizes) -> dict[str, Any]:
+    """Everything, for the small convolution; batches also for the recurrence, whose launches weigh most."""
+    tcn = Bench(device, sizes, build("tcn", CONFIG))
+    found = {"tick": tcn.tick(), "scattered": tcn.scattered(), "returning": tcn.returning(), "tcn": tcn.batches()}
+    gru = Bench(device, Sizes(sizes.tick, sizes.tick, sizes.rounds, sizes.copy_floats), build("gru", CONFIG))
+    return {**found, "gru": gru.batches()}
+
+
+def alternating(works: Sequence[Callable[[], object]], rounds: int) -> list[dict[str, float]]:
+    """Each work once a round, every other round in reverse; ms as `spread`."""
+    taken: list[list[float]] = [[] for _ in works]
+    for turn in range(rounds):
+        for i in range(len(works))[:: 1 if turn % 2 else -1]:
+            started = time.perf_counter()
+            works[i]()
+            taken[i].append((time.perf_counter() - started) * 1e3)
+    return [spread(times) for times in taken]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
+
+
+def main() -> None:
+    """Print the JSON. Exit code 2, with a sentence, where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        build_of = "is a build for the CPU" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
+        sys.stderr.write(f"no CUDA device here (torch {torch.__version__} {build_of}): this benchmark needs one\n")
+        sys.exit(2)
+    where = torch.device("cuda:0")
+    found = measure(CudaDevice(where, "float32"), Sizes())
+    found["device"] = torch.cuda.get_device_name(where)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

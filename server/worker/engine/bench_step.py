@@ -1,0 +1,193 @@
+"""A worker's step beside simpler ways to the same answers: `python -m server.worker.engine.bench_step TCN MLP` prints
+JSON.
+
+For `loadtest.benchmarks.step`, which names the two peers as MODULE:CLASS: called with (family, state dicts of all
+models), they answer (which [B], x [B, *input_shape]). One process and one thread, whose processor time counts. All that
+are compared run in turn, every other round in reverse, and find nothing of theirs in the CPU's cache when their turn
+begins. All are given what a step has, the batch's models and each request's decoded row: making one tensor of these is
+part of it.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from handlers.base import Family, Float32
+from handlers.forecasters import build, random_tensors
+from server.worker.engine.bench_gpu import spread
+from server.worker.engine.cpu import Engine
+from server.worker.engine.execution_plan import plan
+from server.worker.engine.memory_pool import Pool
+from server.worker.engine.speed import flops, learn, one_thread, rates
+
+SEED = 7
+SWEEP_BYTES = 256 * 1024 * 1024  #: written before each turn; after 64 MiB, who had the turn before was 14 % faster
+CONFIG = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
+
+Peer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MakePeer = Callable[[Family, Sequence[Mapping[str, Float32]]], Peer]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured. `answers`: of one measurement at least, in batches of different draws."""
+
+    models: int = 500
+    batches: tuple[int, ...] = (1, 8, 32, 64, 200, 500)
+    hot: int = 4
+    cold: int = 128
+    large_batches: tuple[int, ...] = (1, 8, 64)
+    repeated: int = 64
+    answers: int = 512
+    rounds: int = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The same requests, one decoded row each: their models by place for the engine, by number for a peer."""
+
+    offsets: Sequence[int]
+    which: torch.Tensor
+    parts: Sequence[Float32]
+
+
+Way = Callable[[Batch], list[Float32]]
+
+
+class Bench:
+    """Models of one family in a pool, an engine that has learnt its paths on them, one that gathers, and a peer."""
+
+    def __init__(self, family: Family, models: int, make: MakePeer) -> None:
+        self.family, self.models = family, models
+        self.row_bytes = family.row_floats * 4
+        tensors = [random_tensors(family, SEED + model) for model in range(models)]
+        pool = Pool(models * self.row_bytes, torch.device("cpu"))
+        rows = [family.row(each) for each in tensors]
+        for model, row in enumerate(rows):
+            pool.write(model * self.row_bytes, row)
+        self.flops, self.rates = flops(family, rows[0]), rates(models * self.row_bytes)
+        self.peer = make(family, tensors)
+        self.chosen, self.gathered = Engine(pool, 512), Engine(pool, 512)
+        learn(self.chosen, family, [model * self.row_bytes for model in range(models)])
+        self._rng = np.random.default_rng(SEED)
+
+    def __repr__(self) -> str:
+        """For example `<Bench of tcn-4f1c2a9b, 500 models>`."""
+        return f"<Bench of {self.family.key}, {self.models} models>"
+
+    def drawn(self, size: int, answers: int) -> list[Batch]:
+        """Requests for models drawn at random, `answers` or some more in batches of `size`."""
+        return [self.batch(self._rng.integers(self.models, size=size).tolist()) for _ in range(-(-answers // size))]
+
+    def shuffled(self) -> list[int]:
+        """Every model once."""
+        return list(self._rng.permutation(self.models).tolist())
+
+    def batch(self, models: Sequence[int]) -> Batch:
+        """A request for each of these."""
+        x = self._rng.standard_normal((len(models), *self.family.input_shape), dtype=np.float32)
+        offsets = [model * self.row_bytes for model in models]
+        return Batch(offsets, torch.tensor(models), [row[None] for row in x])
+
+    def compared(self, batches: Sequence[Batch], rounds: int, *names: str) -> dict[str, Any]:
+        """Microseconds an answer of `fleetcast`, and of `peer` and `gathered` where named, with ratios to them.
+
+        Raises AssertionError when their answers differ by more than 1e-5 + 1e-4 of the value.
+        """
+        ways = {"fleetcast": self._by(self.chosen), "peer": self._by_peer, "gathered": self._by(self.gathered)}
+        named = {name: ways[name] for name in ("fleetcast", *names)}
+        for batch in batches:
+            for way in named.values():
+                np.testing.assert_allclose(np.concatenate(way(batch)), self._by_peer(batch)[0], rtol=1e-4, atol=1e-5)
+        us: dict[str, list[float]] = {name: [] for name in named}
+        answers, sweep = sum(len(batch.offsets) for batch in batches), torch.zeros(SWEEP_BYTES // 4)
+        for turn in range(rounds):
+            for name in list(named)[:: 1 if turn % 2 else -1]:
+                us[name].append(_seconds(named[name], batches, sweep) / answers * 1e6)
+        ratios = {name: [a / b for a, b in zip(us["fleetcast"], us[name], strict=True)] for name in names}
+        return {
+            "us": {name: spread(taken) for name, taken in us.items()},
+            "ratio": {name: spread(found) for name, found in ratios.items()},
+            "floor_us": fmean(map(self._floor_us, batches)),
+            "rates": {"flops_per_s": self.rates.flops, "copied_bytes_per_s": self.rates.bytes},
+            "paths": dict(sum(map(self._paths, batches), Counter())),
+        }
+
+    def _by(self, engine: Engine) -> Way:
+        return lambda batch: engine.run(self.family, batch.offsets, batch.parts)
+
+    def _by_peer(self, batch: Batch) -> list[Float32]:
+        with torch.inference_mode():
+            return [self.peer(batch.which, torch.from_numpy(np.concatenate(batch.parts))).numpy()]
+
+    def _floor_us(self, batch: Batch) -> float:
+        size = self.row_bytes * len(set(batch.offsets)) / len(batch.offsets)
+        return self.rates.floor_s(self.flops, size) * 1e6
+
+    def _paths(self, batch: Batch) -> Counter[str]:
+        """Rows that go each way."""
+        pieces = plan(self.chosen.table(self.family), batch.offsets, self.row_bytes)
+        return sum((Counter({str(piece.path): len(piece.rows)}) for piece in pieces), Counter())
+
+
+def measure(tcn: MakePeer, mlp: MakePeer, sizes: Sizes) -> dict[str, Any]:
+    """Everything. The small convolution by batch size, the large network hot and cold, many inputs of one model."""
+    found: dict[str, dict[str, Any]] = {}
+    with one_thread():
+        work = list(_work(tcn, mlp, sizes))
+        for section, row, bench, batches, names in track(work, "steps", console=Console(stderr=True), transient=True):
+            found.setdefault(section, {})[row] = bench.compared(batches, sizes.rounds, *names)
+    return found
+
+
+def _work(
+    tcn: MakePeer, mlp: MakePeer, sizes: Sizes
+) -> Iterator[tuple[str, str, Bench, Sequence[Batch], tuple[str, ...]]]:
+    """Section, row of it, and what is compared."""
+    small = Bench(build("tcn", CONFIG), sizes.models, tcn)
+    for size in sizes.batches:
+        yield "tcn", str(size), small, small.drawn(size, sizes.answers), ("peer",)
+    yield "tcn", "all", small, [small.batch(small.shuffled())], ("peer",)
+    large = {count: Bench(build("mlp", CONFIG), count, mlp) for count in (sizes.hot, sizes.cold)}
+    for count, bench in large.items():
+        for size in sizes.large_batches:
+            yield f"mlp of {count}", str(size), bench, bench.drawn(size, sizes.answers), ("peer", "gathered")
+    for name, bench in (("tcn", small), ("mlp", large[sizes.cold])):
+        asked = bench.shuffled()[: -(-sizes.answers // sizes.repeated)]
+        yield "one model", name, bench, [bench.batch([model] * sizes.repeated) for model in asked], ("gathered",)
+
+
+def _seconds(way: Way, batches: Sequence[Batch], sweep: torch.Tensor) -> float:
+    sweep.add_(1.0)
+    started = time.thread_time()
+    for batch in batches:
+        way(batch)
+    return time.thread_time() - started
+
+
+def named(peer: str) -> MakePeer:
+    """The peer MODULE:CLASS. Raises ImportError, AttributeError."""
+    module, _, name = peer.partition(":")
+    found: MakePeer = getattr(import_module(module), name)
+    return found
+
+
+def main() -> None:
+    """Print the JSON."""
+    tcn, mlp = map(named, sys.argv[1:])
+    sys.stdout.write(json.dumps(measure(tcn, mlp, Sizes()), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Loads: who begins one, what has been built and waits for room, and who is told how it ended.
+
+Owned by the step thread. Only building happens elsewhere, on loader threads, and comes back as one call on this one.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import structlog
+import torch
+
+from model_store.cache.cache import Placed, Placement
+from model_store.cache.slots import Slot
+from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
+from model_store.errors import LoadError, NoRoom, StoreUnavailable
+from model_store.names import ModelName
+from server.metrics import WorkerMetrics
+from server.worker.model_loader import Builder, Built, RowModel, prove, timed_build
+from server.worker.prefetch.prefetcher import Foresight, Result
+from server.worker.resident_models import Residents
+
+log = structlog.get_logger()
+
+
+class Waiting(Protocol):
+    """Whom a load's end concerns: the requests that wait for the model."""
+
+    def served(self, built: Built, now: float) -> None:
+        """The model is here."""
+
+    def failed(self, model: ModelName, error: LoadError) -> None:
+        """It will not be."""
+
+    def wake(self) -> None:
+        """Something is built: ask `Loads.place` in the next step."""
+
+
+class Loads:
+    """See the module. A built model waits for room for `patience_s`; `now` is the monotonic clock."""
+
+    def __init__(
+        self,
+        residents: Residents,
+        waiting: Waiting,
+        loader: Builder,
+        metrics: WorkerMetrics,
+        foresight: Foresight | None,
+        *,
+        threads: int,
+        patience_s: float,
+        now: Callable[[], float],
+    ) -> None:
+        self._residents, self._waiting, self._loader, self._metrics = residents, waiting, loader, metrics
+        self._cache, self._shelf, self._foresight = residents.cache, residents.shelf, foresight
+        self._patience_s, self._now = patience_s, now
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._loop = asyncio.get_running_loop()
+        self._started: dict[ModelName, float] = {}
+        self._built: deque[tuple[Built, float]] = deque()  # verified, waiting for room, and since when
+        self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # operators who wait for a load
+
+    def __repr__(self) -> str:
+        """For example `<Loads 3 under way, 1 waiting for room>`."""
+        return f"<Loads {len(self._started)} under way, {len(self._built)} waiting for room>"
+
+    @property
+    def any_built(self) -> bool:
+        """Whether something waits for room."""
+        return bool(self._built)
+
+    def ask(self, model: ModelName, *, revalidate: bool) -> asyncio.Future[str]:
+        """An operator's load: the version that serves in the end, or LoadError. `revalidate` asks the store anyway."""
+        future: asyncio.Future[str] = self._loop.create_future()
+        slot = self._cache.get(model)
+        if slot is not None and not revalidate:
+            future.set_result(slot.version)
+            return future
+        self._watchers.setdefault(model, []).append(future)
+        if self._cache.want(model, self._now(), reload=True) is not None:
+            self.begin(model, self._now(), revalidate=revalidate)
+        return future
+
+    def begin(self, model: ModelName, now: float, *, revalidate: bool = False) -> None:
+        """Load a model that is wanted in the cache."""
+        self._started[model] = now
+        kept = None if revalidate else self._shelf.take(model)
+        if kept is not None:
+            self._queue(kept, now)
+            return
+        task = self._threads.submit(timed_build, self._loader, model, revalidate=revalidate)
+        task.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._ended, model, *done.result()))
+
+    def look_ahead(self) -> None:
+        """Load what is about to be asked, as far as that disturbs nobody."""
+        if self._foresight is None:
+            return
+        now = self._now()
+        while (model := self._foresight.next(now)) is not None:
+            self.begin(model, now)
+
+    def close(self) -> None:
+        """No more loads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # --- built ------------------------------------------------------------------------------------------------------
+
+    def _ended(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
+        """A loader thread is done."""
+        if isinstance(built, StoreUnavailable) and (kept := self._shelf.take(model, stale=True)) is not None:
+            log.warning("store_unavailable_serving_stale", model=model, version=kept.version, error=str(built))
+            self._queue(kept, self._now())
+            return
+        if isinstance(built, LoadError):
+            self._fail(model, built)
+            return
+        self._metrics.downloading.observe(built.download_s)
+        try:
+            self._prove(built)
+        except Exception as error:  # also what no golden sample should be able to cause costs this load alone
+            if not isinstance(error, torch.OutOfMemoryError):
+                self._loader.forget(model)
+            self._fail(model, _as_load_error(model, error))
+            return
+        log.debug("built", model=model, version=built.version, tier=built.tier, seconds=round(seconds, 4))
+        self._queue(built, self._now())
+
+    def _queue(self, built: Built, now: float) -> None:
+        self._built.append((built, now))
+        self._waiting.wake()
+
+    def _prove(self, built: Built) -> None:
+        """The golden sample of a row runs here, in scratch memory, before anyone else loses a place for it."""
+        body, row, golden = built.body, built.row, built.golden
+        if golden is None or row is None or not isinstance(body, RowModel):
+            return
+        engine = self._residents.engine
+        prove(
+            built.model,
+            golden,
+            body.codec,
+            lambda call: self._residents.with_memory(lambda: engine.probe(body.family, row, call.rows)),
+        )
+
+    # --- placed -----------------------------------------------------------------------------------------------------
+
+    def place(self) -> bool:
+        """Place built models in order until one must wait. True when something changed."""
+        changed = False
+        while self._built:
+            built, since = self._built[0]
+            now = self._now()
+            if self._unchanged(built):
+                self._built.popleft()
+                continue
+            spare = () if self._foresight is None else self._foresight.rhythms
+            placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
+            if isinstance(placement, Wait) and now - since < self._patience_s:
+                return changed
+            changed = True
+            if isinstance(placement, Moves):
+                self._residents.move(placement.moves)
+                return True  # a few a step: requests go on meanwhile
+            if isinstance(placement, Evict):
+                for victim in placement.victims:
+                    self._residents.evict(victim, now, "budget")
+                continue
+            self._built.popleft()
+            self._decided(built, placement, now)
+        return changed
+
+    def _decided(self, built: Built, placement: Placement, now: float) -> None:
+        """It has a place, or will have none."""
+        if isinstance(placement, Placed):
+            self._settle(placement.slot, built, now)
+        elif self._cache.is_speculative(built.model):
+            self._dismiss(built.model)
+        else:
+            why = placement.why if isinstance(placement, Refuse) else f"all room was in use for {self._patience_s} s"
+            self._fail(built.model, NoRoom(f"{built.model}: {why}"))
+
+    def _unchanged(self, built: Built) -> bool:
+        """A reload that found the serving version again: nothing to place."""
+        slot = self._residents.unchanged(built)
+        if slot is None:
+            return False
+        self._started.pop(built.model)
+        self._tell(built.model, slot.version)
+        return True
+
+    def _settle(self, slot: Slot, built: Built, now: float) -> None:
+        """Into its place, and everyone who waited is told."""
+        try:
+            self._residents.write(slot, built)
+        except Exception as error:  # a device that fails to copy must not keep the room, nor the waiters
+            self._cache.abandon(slot)
+            self._fail(built.model, _as_load_error(built.model, error))
+            return
+        if self._residents.settle(slot, built, now):
+            self._metrics.labelled(self._metrics.swaps, result="ok").inc()
+        self._metrics.load_seconds(built.tier, now - self._started.pop(built.model))
+        self._waiting.served(built, now)
+        self._tell(built.model, built.version)
+        log.info("loaded", model=built.model, version=built.version, tier=built.tier)
+        if self._foresight is not None:
+            self._foresight.loaded(built.model)
+            self.look_ahead()
+
+    def _fail(self, model: ModelName, error: LoadError) -> None:
+        """Everyone who waited gets the cause; nobody loses a place."""
+        if self._foresight is not None:
+            self._foresight.ended(model, Result.FAILED)
+        self._cache.failed(model, error, self._now())
+        self._shelf.drop(model)
+        self._started.pop(model, None)
+        self._metrics.labelled(self._metrics.failures, reason=error.reason).inc()
+        if model in self._cache:
+            self._metrics.labelled(self._metrics.swaps, result="failed").inc()
+        log.warning("load_failed", model=model, reason=error.reason, error=str(error))
+        self._waiting.failed(model, error)
+        for future in self._watchers.pop(model, []):
+            if not future.done():
+                future.set_exception(error)
+
+    def _dismiss(self, model: ModelName) -> None:
+        """A load ahead of time found no room, and is held against nobody."""
+        assert self._foresight is not None, "nobody else looks ahead"
+        self._foresight.ended(model, Result.REFUSED)
+        self._cache.dismiss(model)
+        self._shelf.put_back(model)
+        self._started.pop(model)
+
+    def _tell(self, model: ModelName, version: str) -> None:
+        for future in self._watchers.pop(model, []):
+            if not future.done():
+                future.set_result(version)
+
+
+def _as_load_error(model: ModelName, error: Exception) -> LoadError:
+    if isinstance(error, torch.OutOfMemoryError):
+        return NoRoom(f"{model}: the device is out of memory: {error}")
+    return error if isinstance(error, LoadError) else LoadError(f"{model}: loading failed unexpectedly: {error!r}")

@@ -1,0 +1,1 @@
+"""Loads that begin before anyone asks, by the rhythm of past requests."""

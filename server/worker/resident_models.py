@@ -1,0 +1,220 @@
+"""The models that a worker has loaded. What the cache decides about them is done here: to pool, shelf and bodies.
+
+Owned by the step thread, so no step can be reading what is moved, overwritten or given back.
+"""
+
+import asyncio
+import sys
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import structlog
+import torch
+
+from model_store.cache.cache import Cache
+from model_store.cache.slots import Slot
+from model_store.names import ModelName
+from server.metrics import WorkerMetrics
+from server.worker.engine.accelerator import STAGING_BYTES, DeviceEngine
+from server.worker.engine.cpu import Engine
+from server.worker.host_cache import Shelf
+from server.worker.model_loader import Built, RowModel, SingleModel
+from server.worker.prefetch.prefetcher import Foresight
+
+_Result = TypeVar("_Result")
+
+log = structlog.get_logger()
+
+
+class Residents:
+    """See the module. `foresight` is told who has left; `now` is the monotonic clock."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        engine: Engine | DeviceEngine,
+        shelf: Shelf,
+        metrics: WorkerMetrics,
+        foresight: Foresight | None,
+        now: Callable[[], float],
+    ) -> None:
+        self.cache, self.engine, self.shelf = cache, engine, shelf
+        self._metrics, self._foresight, self._now = metrics, foresight, now
+        self._bodies: dict[Slot, RowModel | SingleModel] = {}
+        self._validated: dict[Slot, float] = {}  # `Built.validated_at` of each
+        self._sorted: list[Slot] = []  # the same slots by name, so that a page of them costs a page
+        self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # operators who wait for an unload
+
+    def __repr__(self) -> str:
+        """For example `<Residents of <Cache ...>>`."""
+        return f"<Residents of {self.cache!r}>"
+
+    def __getitem__(self, slot: Slot) -> RowModel | SingleModel:
+        """What runs a slot's requests."""
+        return self._bodies[slot]
+
+    # --- coming -----------------------------------------------------------------------------------------------------
+
+    def write(self, slot: Slot, built: Built) -> None:
+        """Numbers in their place. Raises what a failing copy raises."""
+        row = built.row
+        if row is not None:
+            self.with_memory(lambda: self.engine.pool.write(slot.offset, row))
+
+    def settle(self, slot: Slot, built: Built, now: float) -> bool:
+        """What has been written serves, the old version is out. True if there was one."""
+        swapped = slot.model in self.cache
+        old = self.cache.ready(slot, now)
+        self._bodies[slot], self._validated[slot] = built.body, built.validated_at
+        self.shelf.drop(built.model)
+        insort(self._sorted, slot, key=_name)
+        if old is not None:
+            self.retire(old)
+        return swapped
+
+    def unchanged(self, built: Built) -> Slot | None:
+        """The slot that serves this very version already, known to be valid anew."""
+        slot = self.cache.unchanged(built.model, built.version)
+        if slot is not None:
+            self._validated[slot] = built.validated_at
+        return slot
+
+    def move(self, moves: Sequence[tuple[Slot, int]]) -> None:
+        """Rows to other places of the pool."""
+        for slot, offset in moves:
+            self.engine.pool.move(slot.offset, offset, slot.charge)
+            self.cache.moved(slot, offset)
+
+    def with_memory(self, work: Callable[[], _Result]) -> _Result:
+        """`work`, and once more if the device was out of memory: without idle singles, staging and graphs.
+
+        Rows need none that they do not have: their pool was taken at the start.
+        """
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            log.warning("out_of_memory_once", error=str(error))
+            for victim in self.cache.relieve(STAGING_BYTES):
+                self.evict(victim, self._now(), "memory")
+            self.engine.trim()
+            return work()
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def release(self, slot: Slot) -> None:
+        """A lease ends."""
+        if self.cache.release(slot):
+            self.retire(slot)
+
+    def evict(self, slot: Slot, now: float, reason: str) -> None:
+        """Out of the device, into host memory where there is room for it."""
+        self._metrics.labelled(self._metrics.evictions, tier="device", reason=reason).inc()
+        self._metrics.age.observe(now - slot.loaded_at)
+        log.debug("evicted", model=slot.model, version=slot.version)
+        self._shelve(slot)
+        self.retire(slot)
+
+    def retire(self, slot: Slot) -> None:
+        """The slot's room is free, once nobody has a lease on it."""
+        started = time.perf_counter()
+        if not self.cache.retired(slot):
+            return
+        del self._bodies[slot], self._validated[slot]
+        del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_name))]
+        if slot.model not in self.cache:
+            self._metrics.model_gone(slot.model)
+            if self._foresight is not None:
+                self._foresight.left(slot.model)
+        self._metrics.unloading.observe(time.perf_counter() - started)
+        for future in self._leaving.pop(slot, []):
+            if not future.done():
+                future.set_result(True)
+
+    async def unload(self, model: ModelName) -> bool:
+        """Forget the model once nobody uses it; returns when its memory is free. False if it was not here."""
+        self.shelf.drop(model)
+        slot = self.cache.unload(model)
+        if slot is None:
+            return False
+        if slot.leases == 0:
+            self.retire(slot)
+            return True
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._leaving.setdefault(slot, []).append(future)
+        return await future
+
+    def _shelve(self, slot: Slot) -> None:
+        """Keep an evicted row in host memory, where there is some for it."""
+        body, before = self._bodies[slot], self.shelf.overwritten
+        if not isinstance(body, RowModel):
+            return
+        numbers = self.shelf.keep(slot, body, self._validated[slot])
+        self._metrics.labelled(self._metrics.evictions, tier="host", reason="budget").inc(
+            self.shelf.overwritten - before
+        )
+        if numbers is None:
+            return
+        try:
+            self.engine.pool.keep(slot.offset, numbers)
+        except Exception as error:  # then it is just evicted
+            log.warning("not_kept", model=slot.model, error=repr(error))
+            self.shelf.drop(slot.model)
+
+    # --- what is here -----------------------------------------------------------------------------------------------
+
+    def gauges(self) -> None:
+        """Bring the metrics of what is held up to date."""
+        self._metrics.loaded.set(len(self.cache))
+        self._metrics.bytes.set(self.cache.used_bytes)
+        self._metrics.capacity.set(self.cache.budget_bytes)
+        self._metrics.host_bytes.set(self.shelf.used_bytes)
+        self._metrics.host_capacity.set(self.shelf.capacity_bytes)
+
+    def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
+        """Rows of the first `limit` models that this worker knows, by name: resident, loading, or failed.
+
+        Only names with this prefix and after that name; what a page costs does not grow with what is resident.
+        """
+        now, found = self._now(), dict[ModelName, list[dict[str, Any]]]()
+        for at in range(bisect_left(self._sorted, max(prefix, after), key=_name), len(self._sorted)):
+            slot = self._sorted[at]
+            if not slot.model.startswith(prefix) or (len(found) >= limit and slot.model not in found):
+                break
+            if slot.model > after:
+                found.setdefault(slot.model, []).append(self._row(slot, now))
+        rest = [{"model": model, "state": "loading"} for model in self.cache.loads]
+        rest += [
+            {"model": model, "state": "failed", "error": str(failure.error), "reason": failure.error.reason}
+            for model, failure in self.cache.failures()
+        ]
+        for row in rest:
+            model = ModelName(row["model"])
+            if model > after and model.startswith(prefix) and not self._is_here(model):
+                found[model] = [row]
+        return [row for model in sorted(found)[:limit] for row in found[model]]
+
+    def _is_here(self, model: ModelName) -> bool:
+        at = bisect_left(self._sorted, model, key=_name)
+        return at < len(self._sorted) and self._sorted[at].model == model
+
+    def _row(self, slot: Slot, now: float) -> dict[str, Any]:
+        body = self._bodies[slot]
+        alone = {"one_by_one": body.one_by_one} if isinstance(body, RowModel) and body.one_by_one else {}
+        return {
+            "model": slot.model,
+            "version": slot.version,
+            "state": str(slot.state),
+            "family": slot.family,
+            "bytes": slot.charge,
+            **alone,
+            "leases": slot.leases,
+            "pinned": slot.model in self.cache.pins,
+            "loaded_s_ago": round(now - slot.loaded_at, 3),
+            "used_s_ago": round(now - slot.used_at, 3),
+        }
+
+
+def _name(slot: Slot) -> ModelName:
+    return slot.model

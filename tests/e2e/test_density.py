@@ -1,0 +1,31 @@
+"""Density: what a resident model costs a real worker process, Python's objects and the allocator's rests included."""
+
+from pathlib import Path
+
+import pytest
+
+from loadtest.benchmarks.scale import Plan, crowd, driving, running
+from loadtest.fleets.archive_writer import progress_bar
+from loadtest.fleets.fleet import Fleet, write_fleet
+
+MOST_BYTES = 120_000  #: a model; its weights are 70 KB
+CROWD = Plan(many=1_500)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_a_model_costs_little_more_than_its_weights(tmp_path: Path) -> None:
+    """1,500 models of 70 KB come to one worker in five steps: all stay, and from the first step to the last its memory
+    (PSS) grows by at most 0.12 MB for each. (5,000 of them: `fleetcast-load bench scale`, in the records.)
+    """
+    with progress_bar() as bar:
+        write_fleet(Fleet(CROWD.many, 0, {CROWD.family: 1.0}), str(tmp_path / "store"), bar)
+        with (
+            running(CROWD, tmp_path / "store", tmp_path / "run", CROWD.many, 1) as (server, *_),
+            driving(server, CROWD.many, bar, "crowd", 1) as drive,
+        ):
+            found = crowd(CROWD, server, drive)
+    assert list(found.resident) == [300, 600, 900, 1200, 1500]
+    assert found.hit_ratio == 1.0
+    assert (found.memory[-1] - found.memory[0]) / 1200 <= MOST_BYTES, found.memory
+    assert found.bytes_per_model > CROWD.row_bytes * 0.9, "the models' weights were not there"

@@ -1,0 +1,135 @@
+"""A correlation archive's codec: marginals in, joint scenarios out, and no body that does anything else."""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from handlers.codecs.joint import JointCodec, JointModel
+from handlers.codecs.scenarios import load_correlation
+from handlers.errors import RequestError, UnsupportedMedia
+from handlers.evaluation.correlation import gaussian
+
+JSON, NPY = "application/json", "application/x-npy"
+FOUND = gaussian(np.random.default_rng(0).standard_normal((60, 4, 5)), ("a", "b#x", "b#y", "c"))
+CORRELATION = load_correlation(FOUND.record, FOUND.tensors)
+CODEC, MODEL = JointCodec(CORRELATION), JointModel(CORRELATION)
+LEVELS = [0.1, 0.5, 0.9]
+
+
+def marginal(products: int = 0, steps: int = 5, base: float = 0.0) -> dict[str, Any]:
+    """Quantiles that rise with the level; named products x, y, ... where there are several."""
+    values = [[[base + d + t, base + d + t + 1, base + d + t + 4] for t in range(steps)] for d in range(products or 1)]
+    return {"levels": LEVELS, "values": values, **({"products": list("xyz"[:products])} if products else {})}
+
+
+def body(**fields: object) -> dict[str, Any]:
+    """A request for a model of one product and one of two."""
+    forecasts = [{"name": "a", "marginal": marginal()}, {"name": "b", "marginal": marginal(2, base=50)}]
+    return {"forecasts": forecasts, "num_samples": 9, "seed": 3, **fields}
+
+
+def answer(request: object, accept: str = "") -> tuple[bytes, str]:
+    """Decoded, run and encoded, as a worker does."""
+    call = CODEC.decode(json.dumps(request).encode(), JSON, accept)
+    (found,) = MODEL.run_all([call.feeds])
+    return call.encode(found)
+
+
+def test_scenarios_of_one_product_and_of_several() -> None:
+    """[S][T] and [S][D][T] in JSON, [S, N, T] as npy, the same numbers; every margin's middle sample is its median."""
+    raw, media = answer(body())
+    one, two = (np.array(each) for each in json.loads(raw)["samples"])
+    assert (media, one.shape, two.shape) == (JSON, (9, 5), (9, 2, 5))
+    raw, media = answer(body(), NPY)
+    array = np.load(io.BytesIO(raw))
+    assert (media, array.shape, array.dtype) == (NPY, (9, 3, 5), np.float32)
+    np.testing.assert_array_equal(array, np.concatenate([one[:, None], two], axis=1).astype(np.float32))
+    np.testing.assert_allclose(
+        np.median(array, axis=0), [[t + 1 for t in range(5)]] + [[51 + d + t for t in range(5)] for d in range(2)]
+    )
+
+
+def test_seeds() -> None:
+    """The same seed gives the same bytes, none gives others each time."""
+    assert answer(body()) == answer(body())
+    assert answer(body(seed=4)) != answer(body())
+    assert answer(body(seed=None)) != answer(body(seed=None))
+
+
+def test_lengths_may_differ_in_json() -> None:
+    """A shorter forecast has the leading block of what it would have at full length; one array cannot hold both."""
+    forecasts = [{"name": "a", "marginal": marginal()}, {"name": "c", "marginal": marginal(steps=2)}]
+    long, short = json.loads(answer(body(forecasts=forecasts))[0])["samples"]
+    assert (np.array(long).shape, np.array(short).shape) == ((9, 5), (9, 2))
+    with pytest.raises(RequestError, match="ask for JSON"):
+        answer(body(forecasts=forecasts), NPY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "instance"),
+    [
+        ({"forecasts": []}, "length >= 1", None),
+        ({"forecasts": [{"name": "a"}]}, "marginal", None),
+        ({"num_samples": 0}, "num_samples", None),
+        ({"num_samples": 1}, "at least 2", None),
+        ({"seed": -1}, "seed", None),
+        ({"unknown": 1}, "unknown", None),
+        ({"forecasts": [{"name": "a", "marginal": marginal()}, {"name": "z", "marginal": marginal()}]}, "'z'", 1),
+        ({"forecasts": [{"name": "b", "marginal": marginal(2)}, {"name": "z", "marginal": marginal()}]}, "'z'", 1),
+        ({"forecasts": [{"name": "a", "marginal": marginal(steps=6)}]}, "6 steps", 0),
+        ({"forecasts": [{"name": "b", "marginal": {**marginal(2), "products": ["x"]}}]}, "2 rows", 0),
+        ({"forecasts": [{"name": "a", "marginal": {**marginal(), "levels": [0.5, 0.1, 0.9]}}]}, "levels must rise", 0),
+        ({"forecasts": [{"name": "a", "marginal": {**marginal(), "levels": [0.1, 0.5, 1.0]}}]}, "levels must rise", 0),
+        ({"forecasts": [{"name": "a", "marginal": {**marginal(), "levels": [0.5]}}]}, "must have 1 values", 0),
+        ({"forecasts": [{"name": "a", "marginal": {"levels": [0.1, 0.5], "values": [[[2, 1]]]}}]}, "sorted", 0),
+        ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[[1e39]]]}}]}, "finite", 0),
+        ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[]]}}]}, "length >= 1", None),
+    ],
+)
+def test_wrong_requests_say_what_and_where(change: dict[str, Any], message: str, instance: int | None) -> None:
+    """Each fault is a RequestError with its place among the forecasts."""
+    with pytest.raises(RequestError) as caught:
+        answer(body(**change))
+    assert message in caught.value.message
+    assert caught.value.instance == instance
+
+
+@pytest.mark.parametrize(("content_type", "accept"), [(NPY, ""), (JSON, "application/jsonlines"), ("text/csv", "")])
+def test_other_media_are_refused(content_type: str, accept: str) -> None:
+    """Marginals are JSON."""
+    with pytest.raises(UnsupportedMedia):
+        CODEC.decode(json.dumps(body()).encode(), content_type, accept)
+
+
+SCRAPS = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(["a", "b", "x", "NaN"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["levels", "values", "name"]), inner),
+    max_leaves=12,
+)
+
+
+@given(
+    st.binary(max_size=60)
+    | st.fixed_dictionaries(
+        {},
+        optional={
+            "forecasts": SCRAPS
+            | st.lists(st.fixed_dictionaries({"name": SCRAPS, "marginal": SCRAPS | st.just(marginal())}), max_size=3),
+            "num_samples": SCRAPS | st.just(5),
+            "seed": SCRAPS,
+        },
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_no_body_breaks_it(raw: bytes) -> None:
+    """Arbitrary bytes and near misses are answered or refused."""
+    try:
+        call = CODEC.decode(raw, JSON, "")
+    except RequestError:
+        return
+    (found,) = MODEL.run_all([call.feeds])
+    assert json.loads(call.encode(found)[0])["samples"]

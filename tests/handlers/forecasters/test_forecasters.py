@@ -1,0 +1,285 @@
+"""Architectures: the batched forward over flat rows is the reference, for every configuration and mix of models."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from handlers.base import Family
+from handlers.forecasters import ARCHITECTURES, build, check_forecast, family, random_tensors
+from handlers.forecasters.tcn import Tcn, TcnConfig
+from model_store.archives.manifest import Channel, Forecast, Kind, Spec, Weights
+from model_store.errors import ArchiveInvalid
+
+SHAPES = {
+    "features": st.integers(1, 9),
+    "context_length": st.integers(1, 100),
+    "prediction_length": st.integers(1, 7),
+    "quantiles": st.integers(1, 5),
+}
+SHAPES_OF_PATHS = {"prediction_length": SHAPES["prediction_length"], "paths": st.integers(2, 9)}
+SEASON = {"season": st.integers(2, 30)}
+DECODER = {"contexts": st.integers(1, 5), "local": st.integers(1, 9)}
+RECURRENT = {"hidden": st.integers(1, 33), "layers": st.integers(1, 4)}
+LONG_ENOUGH = st.integers(7, 100)  #: a context for a decoder: not below the prediction length
+CONFIGS = st.one_of(
+    st.fixed_dictionaries(
+        SHAPES | {"channels": st.integers(1, 33), "kernel": st.integers(1, 4), "layers": st.integers(1, 4)}
+    ).map(lambda config: ("tcn", config)),
+    st.fixed_dictionaries(SHAPES | {"hidden": st.integers(1, 40)}).map(lambda config: ("mlp", config)),
+    st.fixed_dictionaries(SHAPES | RECURRENT).map(lambda config: ("gru", config)),
+    st.fixed_dictionaries(
+        SHAPES | RECURRENT | {"past": st.integers(0, 1), "features": st.integers(2, 9), "context_length": LONG_ENOUGH}
+    ).map(lambda config: ("seq2seq", config)),
+    st.fixed_dictionaries(
+        SHAPES | {"context_length": LONG_ENOUGH, "past": st.integers(0, 1), "marks": st.integers(0, 1)}
+    )
+    .filter(lambda config: config["past"] + config["marks"] <= config["features"])
+    .map(lambda config: ("lear", config)),
+    st.fixed_dictionaries(SHAPES | RECURRENT | DECODER | {"context_length": LONG_ENOUGH}).map(
+        lambda config: ("mqrnn", config)
+    ),
+    st.fixed_dictionaries(
+        SHAPES | DECODER | {"channels": st.integers(1, 33), "kernel": st.integers(1, 4), "context_length": LONG_ENOUGH}
+    ).map(lambda config: ("mqcnn", config)),
+    st.fixed_dictionaries(
+        SHAPES_OF_PATHS | RECURRENT | {"features": st.integers(2, 9), "context_length": st.integers(8, 100)}
+    ).map(lambda config: ("deepar", config)),
+    st.fixed_dictionaries(
+        SHAPES_OF_PATHS | RECURRENT | SEASON | {"features": st.integers(2, 9), "context_length": st.integers(8, 60)}
+    ).map(lambda config: ("deepstate", {**config, "harmonics": config["season"] % 4})),
+    st.fixed_dictionaries(SHAPES | RECURRENT | SEASON).map(lambda config: ("esrnn", config)),
+    st.fixed_dictionaries(SHAPES | RECURRENT | {"context_length": LONG_ENOUGH}).map(
+        lambda config: ("recursive", config)
+    ),
+    st.fixed_dictionaries(SHAPES | {"hidden": st.integers(1, 20), "members": st.integers(2, 4)}).map(
+        lambda config: ("mlp", config)
+    ),
+    st.fixed_dictionaries(SHAPES | {"channels": st.integers(1, 20), "members": st.integers(2, 3)}).map(
+        lambda config: ("tcn", config)
+    ),
+)
+
+
+def assert_batched_is_reference(made: Family, models: int, batch: int, seed: int) -> None:
+    """A batch of `batch` rows drawn from `models` different models answers as each reference does alone."""
+    generator = np.random.default_rng(seed)
+    states = [random_tensors(made, seed + i) for i in range(models)]
+    rows = torch.from_numpy(np.stack([made.row(state) for state in states]))
+    which = torch.from_numpy(generator.integers(0, models, batch))
+    x = torch.from_numpy(generator.standard_normal((batch, *made.input_shape), np.float32))
+    block = torch.empty(batch, made.row_floats)
+    bound = made.bind(block)
+    torch.index_select(rows, 0, which, out=block)  # gathered after binding, as a server does
+    block_before, x_before = block.clone(), x.clone()
+    first, answer = made.forward(bound, x.flip(0)), made.forward(bound, x)
+    expected = torch.empty(batch, *made.output_shape)
+    with torch.no_grad():
+        for model, state in enumerate(states):
+            reference = made.reference()
+            reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in state.items()})
+            expected[which == model] = reference(x[which == model])
+    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-4)
+    assert first.data_ptr() != answer.data_ptr(), "an answer must not be overwritten by the next forward"
+    assert torch.equal(block, block_before)
+    assert torch.equal(x, x_before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CONFIGS, st.integers(1, 3), st.integers(1, 20), st.integers(0, 2**31))
+def test_batched_is_reference_for_any_configuration(
+    config: tuple[str, dict[str, int]], models: int, batch: int, seed: int
+) -> None:
+    """Any sizes, also contexts shorter than the receptive field, where zeros stand before every layer's input."""
+    assert_batched_is_reference(build(*config), models, batch, seed)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 33, 512])
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("mlp", {"context_length": 24, "hidden": 64}),
+        ("tcn", {}),
+        ("gru", {"context_length": 50, "hidden": 16}),
+        ("seq2seq", {"context_length": 40, "prediction_length": 30, "hidden": 16}),
+        ("lear", {"features": 4, "marks": 1}),
+        ("mqcnn", {}),
+        ("mqrnn", {"context_length": 50, "hidden": 16}),
+        ("tcn", {"members": 3}),
+        ("deepar", {"context_length": 50, "hidden": 16, "paths": 10}),
+        ("deepstate", {"context_length": 50, "hidden": 16, "paths": 10}),
+        ("esrnn", {"context_length": 50, "hidden": 16}),
+        ("recursive", {"context_length": 50, "hidden": 16}),
+    ],
+)
+def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, int], batch: int) -> None:
+    """From one request to a tick of 512."""
+    assert_batched_is_reference(build(architecture, config), min(batch, 12), batch, seed=7)
+
+
+def test_batched_is_reference_for_the_default_mlp() -> None:
+    """The wide first product, 1344 inputs."""
+    assert_batched_is_reference(build("mlp", {}), 3, 5, seed=11)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> None:
+    """A binding may be used with and without inference mode, and x may be a strided view."""
+    made = build(architecture, {"context_length": 30})
+    row = torch.from_numpy(made.row(random_tensors(made, 1)))[None]
+    x = torch.randn(1, made.input_shape[1], made.input_shape[0]).transpose(1, 2)
+    with torch.inference_mode():
+        bound = made.bind(row.clone())  # the clone is an inference tensor
+        inside = made.forward(bound, x)
+    assert torch.equal(inside, made.forward(bound, x))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_rows_of_bfloat16_answer_nearly_alike(architecture: str) -> None:
+    """A worker may run its forwards so: nothing mixes number types, and answers differ by roundings."""
+    made = build(architecture, {"context_length": 30})
+    block = torch.from_numpy(np.stack([made.row(random_tensors(made, seed)) for seed in range(3)]))
+    x = torch.randn((3, *made.input_shape), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[:, -1] = 0  # of a network that samples the seed
+    answer = made.forward(made.bind(block), x.float())
+    short = made.forward(made.bind(block.bfloat16()), x)
+    assert short.dtype == torch.bfloat16
+    torch.testing.assert_close(short.float(), answer, atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_parameters_are_the_state_dict(architecture: str) -> None:
+    """What the family says it needs is what its reference is saved as, and rows are whole cache lines."""
+    made = build(architecture, {"features": 3, "context_length": 11, "prediction_length": 4})
+    state = made.reference().state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(made.parameters)
+    assert made.row_floats % 16 == 0
+    assert made.row(random_tensors(made, 0)).shape == (made.row_floats,)
+
+
+def test_default_tcn_is_the_size_the_design_counts_on() -> None:
+    """17,528 parameters in a row of at most 70 KB: what memory per model is promised from."""
+    made = build("tcn", {})
+    assert sum(np.prod(shape) for shape in made.parameters.values()) == 17_528
+    assert made.row_floats * 4 <= 70_400
+
+
+def test_random_tensors_depend_on_the_seed_alone() -> None:
+    """Same seed, same numbers, whatever torch's global generator did; another seed, other numbers."""
+    made = build("tcn", {"layers": 1})
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = random_tensors(made, 5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = random_tensors(made, 5), random_tensors(made, 6)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["head.weight"], other["head.weight"])
+
+
+def spec(architecture: str = "tcn", forecast: Forecast | None = None, **config: object) -> Spec:
+    """A forecaster's record, of 2 channels unless the config says otherwise."""
+    merged = msgspec.convert({"features": 2, **config}, dict[str, int | float | str | bool | list[int]])
+    return Spec(
+        kind=Kind.FORECASTER,
+        weights=Weights(file="weights.safetensors"),
+        architecture=architecture,
+        config=merged,
+        forecast=forecast,
+    )
+
+
+FORECAST = Forecast(
+    frequency="1h",
+    context_length=168,
+    prediction_length=24,
+    quantile_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
+    inputs=(Channel(source="target"), Channel(source="target", lag=168)),
+)
+
+
+SEVERAL = replace(FORECAST, products=("energy", "reserve"))
+
+
+def test_equal_configs_share_one_family() -> None:
+    """Families are the same object, and have the same key, exactly when config and architecture are equal."""
+    assert family(spec(layers=2)) is family(spec(layers=2, channels=32))  # 32 is the default
+    keys = [family(spec(layers=2)).key, family(spec(layers=3)).key, family(spec("mlp")).key]
+    assert len(set(keys)) == 3
+    assert keys[0].startswith("tcn-")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (spec("lstm"), f"unknown architecture 'lstm'; known are {', '.join(ARCHITECTURES)}"),
+        (spec(channels=0), r"\$.channels"),
+        (spec(kernel="3"), r"\$.kernel"),
+        (spec(kernel=True), r"\$.kernel"),
+        (spec(width=3), "width"),
+        (spec("mlp", layers=4), "layers"),
+        (spec(forecast=FORECAST, features=3), "forecast.inputs says 2, but the network tcn-[0-9a-f]+ has 3"),
+        (spec(forecast=FORECAST, context_length=100), "forecast.context_length says 168"),
+        (spec(forecast=FORECAST, prediction_length=48), "forecast.prediction_length says 24"),
+        (spec(forecast=FORECAST, quantiles=9), "forecast.quantile_levels says 5"),
+        (spec(forecast=SEVERAL, quantiles=5), "forecast.quantile_levels times products says 10, but .* has 5"),
+    ],
+)
+def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
+    """A record that does not describe a network of ours says which field is wrong."""
+    with pytest.raises(ArchiveInvalid, match=names):
+        family(wrong)
+
+
+def test_a_fitting_forecast_is_taken() -> None:
+    """The cross-check lets the right record through; several products lie side by side, or on an axis of their own."""
+    assert family(spec(forecast=FORECAST)).output_shape == (24, 5)
+    assert family(spec(forecast=SEVERAL, quantiles=10)).output_shape == (24, 10)
+    check_forecast(Outputs(24, 2, 5), SEVERAL)
+    for wrong in (Outputs(24, 3, 5), Outputs(24, 10, 1), Outputs(24)):
+        with pytest.raises(
+            ArchiveInvalid, match=r"needs a network \[features, context\] -> \[prediction, 2, quantiles"
+        ):
+            check_forecast(wrong, SEVERAL)
+    with pytest.raises(ArchiveInvalid, match=r"needs a network .*\[prediction, quantiles\]"):
+        check_forecast(Outputs(24, 1, 5), FORECAST)
+
+
+class Outputs(Tcn):
+    """A network of two channels that gives answers of some shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__("other", TcnConfig(features=2))
+        self.output_shape = shape
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
+    """Missing, extra, misshapen and mistyped tensors never become a row."""
+    made = build(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
+    good = random_tensors(made, 0)
+    bias, out = good["head.bias"], made.parameters["head.bias"][0]
+    for wrong, names in (
+        ({name: tensor for name, tensor in good.items() if name != "head.bias"}, r"missing \['head.bias'\]"),
+        (good | {"foot.bias": bias}, r"config \['foot.bias'\]"),
+        (good | {"head.bias": bias[:-1]}, rf"'head.bias' must be float32 \[{out}\], not float32 \[{out - 1}\]"),
+        (good | {"head.bias": bias.astype(np.float64)}, "float64"),
+    ):
+        with pytest.raises(ArchiveInvalid, match=names):
+            made.row(wrong)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_non_finite_tensors_are_refused_by_name(architecture: str, number: float) -> None:
+    """One bad number in any tensor is found, also where it is folded into others before it reaches the row."""
+    made = build(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
+    good = random_tensors(made, 0)
+    for name, tensor in good.items():
+        bad = tensor.copy()
+        bad.flat[0] = number
+        with pytest.raises(ArchiveInvalid, match=f"not finite: {name}$"):
+            made.row(good | {name: bad})

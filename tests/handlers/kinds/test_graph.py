@@ -1,0 +1,409 @@
+"""Graphs: modules go out as operators and come back as families that answer alike; what is hostile is refused."""
+
+import inspect
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from handlers.base import Float32
+from handlers.kinds.graph import GraphFamily, graph_family
+from handlers.kinds.graph.export import export
+from handlers.kinds.graph.family import CPU_BATCH_ELEMENTS, MAX_BATCH_ELEMENTS, MIN_TOGETHER
+from handlers.kinds.graph.operators import ALLOWED, plain
+from handlers.kinds.graph.schema import encode_graph, parse_graph
+from model_store.errors import ArchiveInvalid
+from tests.handlers.nets import BATCHED, SHAPE, Attending, Dilated, Recurrent, made
+
+
+def exported(build: Callable[[], nn.Module], models: int = 3) -> tuple[GraphFamily, list[nn.Module], list[Float32]]:
+    """The family of a network, several models of it, and their rows."""
+    modules = [made(build, seed) for seed in range(models)]
+    raw, tensors = export(modules[0], {next(iter(inspect.signature(modules[0].forward).parameters)): SHAPE})
+    family = graph_family(raw)
+    states = [tensors | {name: tensor.numpy() for name, tensor in module.state_dict().items()} for module in modules]
+    rows = [family.row({name: state[name] for name in family.parameters}) for state in states]
+    return family, modules, rows
+
+
+def assert_answers_as_modules(family: GraphFamily, modules: list[nn.Module], rows: list[Float32], batch: int) -> None:
+    """Rows of the models in any order, under one binding, answer as each module does; nothing is written into."""
+    numbers = np.random.default_rng(batch)
+    which = torch.from_numpy(numbers.integers(0, len(modules), batch))
+    x = torch.from_numpy(numbers.standard_normal((batch, *SHAPE), np.float32))
+    block = torch.empty(batch, family.row_floats)
+    with torch.inference_mode():
+        bound = family.bind(block)
+    torch.index_select(
+        torch.from_numpy(np.stack(rows)), 0, which, out=block
+    )  # gathered after binding, as a server does
+    before, x_before = block.clone(), x.clone()
+    with torch.inference_mode():
+        answer = family.forward(bound, x)
+    expected = torch.empty(batch, *family.output_shape)
+    with torch.no_grad():
+        for model, module in enumerate(modules):
+            if (which == model).any():
+                expected[which == model] = module(x[which == model])
+    torch.testing.assert_close(answer, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(block, before)
+    assert torch.equal(x, x_before)
+
+
+# --- what batches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_batch_of_models_answers_as_each_alone(name: str) -> None:
+    """Linear, convolution, norms, attention, pooling, padding: run together, from one request to a tick of 512."""
+    family, modules, rows = exported(BATCHED[name])
+    assert family.one_by_one == ""
+    for batch in (1, 2, 33, 512):
+        assert_answers_as_modules(family, modules, rows, batch)
+
+
+def test_what_cannot_batch_runs_one_by_one_and_says_why() -> None:
+    """`vmap` has no rule for a fused recurrence: the reason names the operator, the answers are right all the same."""
+    family, modules, rows = exported(Recurrent)
+    assert "aten::gru" in str(family.one_by_one)
+    assert family.runs.startswith("one by one: ")
+    for batch in (1, 9):
+        assert_answers_as_modules(family, modules, rows, batch)
+
+
+def test_answers_that_differ_are_not_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batching rule that is wrong is found by the probe, and then not used."""
+    family, modules, rows = exported(BATCHED["linear"])
+    fresh = GraphFamily(family.graph)
+    monkeypatch.setattr(fresh, "_together", lambda weights, x: fresh._alone(weights, x) * 1.001)
+    fresh.decide(rows[0])
+    assert str(fresh.one_by_one).startswith("batched answers differ by up to ")
+    assert_answers_as_modules(fresh, modules, rows, 4)
+
+
+@pytest.mark.parametrize("moved", [[1, 0], [1, 2, 3, 4, 0], [4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("first", ["usual", "zeros"])
+def test_answers_under_another_model_are_found(first: str, moved: list[int]) -> None:
+    """A batching rule that gives rows the numbers of others shows, whatever the first archive's numbers are."""
+    family, _, rows = exported(BATCHED["linear"])
+
+    class Moved(GraphFamily):
+        """Its rules move models about, in batches of one size."""
+
+        def _together(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            if len(x) != len(moved):
+                return super()._together(weights, x)
+            return super()._together([each[moved] for each in weights], x)
+
+    fresh = Moved(family.graph)
+    fresh.decide(rows[0] * (first == "usual"))
+    assert str(fresh.one_by_one).startswith("batched answers differ by up to ")
+
+
+def test_nothing_runs_together_before_it_is_proved() -> None:
+    """A family that was not tried answers one by one."""
+    family, modules, rows = exported(BATCHED["linear"])
+    fresh = GraphFamily(family.graph)
+    assert (fresh.one_by_one, fresh.runs) == (None, "not tried yet")
+    assert_answers_as_modules(fresh, modules, rows, 3)
+
+
+def test_a_large_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows as the memory for intermediate results allows, and the rest after them."""
+    family, modules, rows = exported(BATCHED["linear"])
+    monkeypatch.setattr(family, "_at_once", lambda _: 3)
+    assert_answers_as_modules(family, modules, rows, 17)
+    assert not family._why_not_batched(rows[0])
+
+
+def test_rows_at_once_follow_the_device_and_the_network() -> None:
+    """Few where results would leave a CPU's cache, more on a GPU, and some of even the largest network."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    family, _, _ = exported(Dilated, models=1)
+    assert family._at_once(gpu) > 8 * family._at_once(cpu)
+    assert 512 < family._at_once(cpu) <= CPU_BATCH_ELEMENTS // family.program.elements
+    large = graph_family(graph(("aten.expand.default", [p("w"), [1, 1 << 24]]), w=[1]))
+    assert large._at_once(cpu) == MIN_TOGETHER
+    assert large._at_once(gpu) * large.program.elements <= MAX_BATCH_ELEMENTS
+
+
+def test_the_switch_of_vmap_is_left_as_it_was() -> None:
+    """Trying a family changes nothing for others in the process."""
+    exported(Recurrent, models=1)
+    assert torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
+
+
+def test_threads_may_load_one_family_at_once() -> None:
+    """As loader threads do: one decision, right answers."""
+    family, modules, rows = exported(Dilated)
+    fresh = GraphFamily(family.graph)
+    threads = [threading.Thread(target=fresh.decide, args=(row,)) for row in rows * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_answers_as_modules(fresh, modules, rows, 8)
+    assert fresh.one_by_one == ""
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+def test_models_of_one_class_are_one_family() -> None:
+    """The numbers do not matter, the configuration does; nor does how the file is written."""
+    first, _ = export(made(Dilated, 1), {"x": SHAPE})
+    again, _ = export(made(Dilated, 2), {"x": SHAPE})
+    other, _ = export(made(lambda: Dilated(9), 1), {"x": SHAPE})
+    assert first == again
+    family = graph_family(first)
+    assert family is graph_family(again)
+    assert family.key.startswith("graph-")
+    assert family.key != graph_family(other).key
+    spaced = msgspec.json.format(first, indent=2)
+    turned = json.loads(first)
+    turned["parameters"] = dict(reversed(turned["parameters"].items()))
+    for same in (spaced, json.dumps(turned).encode()):
+        assert (graph_family(same).key, list(graph_family(same).parameters)) == (family.key, list(family.parameters))
+
+
+def test_a_graph_is_a_module_again() -> None:
+    """The reference takes the archive's numbers by name and answers as the module they came from."""
+    module = made(BATCHED["image"], 3)
+    raw, tensors = export(module, {"x": SHAPE})
+    reference = graph_family(raw).reference()
+    reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(reference(x), module(x), atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_tensors_are_refused_by_name() -> None:
+    """Another configuration's numbers never become a row, nor do numbers that are none."""
+    raw, tensors = export(made(Dilated, 1), {"x": SHAPE})
+    family = graph_family(raw)
+    with pytest.raises(ArchiveInvalid, match=r"'head.bias' must be float32 \[12\], not float32 \[11\]"):
+        family.row(tensors | {"head.bias": tensors["head.bias"][:-1]})
+    with pytest.raises(ArchiveInvalid, match=r"not finite: head\.bias"):
+        family.row(tensors | {"head.bias": tensors["head.bias"] * np.float32(np.nan)})
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def test_export_leaves_the_module_as_it_was() -> None:
+    """A module in training stays in training, with its gradients on and its numbers unchanged."""
+    module = made(BATCHED["batch-norm"], 0).train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    export(module, {"input": SHAPE})
+    assert module.training
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_constants_travel_with_the_archive() -> None:
+    """Buffers that are not saved: numbers go with the weights, truth values into the graph. What the answer does not
+    need is left out.
+    """
+    raw, tensors = export(made(lambda: Attending(norm_first=True), 0), {"x": SHAPE})
+    assert tensors["fading"].shape == (12, 1)
+    assert parse_graph(raw).constants["seen"].dtype == "bool"
+    _, normed = export(made(BATCHED["batch-norm"], 0), {"input": SHAPE})
+    assert not any("num_batches_tracked" in name for name in normed)
+    assert not any(node.op.startswith("aten.dropout") for node in parse_graph(raw).nodes)
+
+
+class Odd(nn.Module):
+    """A forward that graphs cannot hold, by name."""
+
+    calls: torch.Tensor
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64 if what == "double" else torch.float32))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Input x [N, 3, 12] -> what should not be."""
+        if self.what == "branch":
+            return x if x.sum() > 0 else -x
+        if self.what == "random":
+            return x + torch.rand_like(x)
+        if self.what == "nonzero":
+            return x[x > 0]
+        if self.what == "several":
+            return x, x + 1
+        if self.what == "state":
+            self.calls += 1
+            return x + self.calls
+        if self.what == "lookup":
+            return x[:, x[0, 0, :2].long().clamp(0, 2)]
+        if self.what == "no-batch":
+            return x.flatten()
+        return (x * self.weight[:, None]).double()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("branch", "torch.export cannot export Odd"),
+        ("random", r"operator 'aten\.rand"),
+        ("nonzero", "it looks up by numbers that depend on the request"),
+        ("several", "forward returns 2 values"),
+        ("state", r"forward writes into \['calls'\]"),
+        ("lookup", r"aten\.index\.Tensor\): it looks up by numbers that depend on the request"),
+        ("no-batch", r"must be one float32 tensor \[1, ...\]"),
+        ("double", r"weight is torch\.float64 \[3\]; convert the module with \.float\(\)"),
+        ("answer", r"must be one float32 tensor"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_not_packed(what: str, said: str) -> None:
+    """The error says what is in the way."""
+    with pytest.raises(ArchiveInvalid, match=said):
+        export(Odd(what), {"x": SHAPE})
+
+
+def test_inputs_are_checked() -> None:
+    """One tensor, by the name that forward gives it."""
+    with pytest.raises(ArchiveInvalid, match=r"one tensor, not \['a', 'b'\]"):
+        export(Dilated(), {"a": SHAPE, "b": SHAPE})
+    with pytest.raises(ArchiveInvalid, match=r"torch\.export cannot export Dilated"):
+        export(Dilated(), {"y": SHAPE})
+
+
+# --- hostile graphs ---------------------------------------------------------------------------------------------------
+
+X = {"kind": "tensor", "name": "x"}
+FLOAT64 = {"dtype": {"kind": "dtype", "name": "float64"}}
+
+
+def t(place: int) -> dict[str, str]:
+    """The result of the node at that place."""
+    return {"kind": "tensor", "name": f"n{place}"}
+
+
+def p(name: str) -> dict[str, str]:
+    """A parameter or constant."""
+    return {"kind": "tensor", "name": name}
+
+
+def graph(*nodes: tuple[Any, ...], constants: Any = None, **parameters: list[int]) -> bytes:
+    """A `graph.json` of x [4, 8] whose last node is the answer."""
+    listed = [
+        {"name": f"n{i}", "op": op, "args": args, "kwargs": kwargs[0] if kwargs else {}}
+        for i, (op, args, *kwargs) in enumerate(nodes)
+    ]
+    made = {"input": {"name": "x", "shape": [4, 8]}, "parameters": parameters, "constants": constants or {}}
+    return json.dumps({**made, "nodes": listed, "output": f"n{len(nodes) - 1}"}).encode()
+
+
+def ones(*shape: int) -> tuple[str, list[Any]]:
+    """A node that makes a tensor of nothing."""
+    return "aten.full.default", [list(shape), 1.0]
+
+
+DOUBLED = [("aten.cat.default", [[t(i), t(i)], 0]) for i in range(40)]
+NORM = "aten._native_batch_norm_legit_no_training.default"
+GRU = [("aten.gru.input", [X, p("h"), [p("w")] * 2, False, 1, 0.0, False, False, True]), ("getitem", [t(0), 0])]
+MANY = [("aten.gru.input", [X, p("h"), [p("w")] * 2, False, 2**20, 0.0, False, False, True])]
+INDEX = {"i": {"dtype": "int64", "shape": [1], "data": [99]}}
+RELU = "aten.relu.default"
+LEAST = {"a": {"dtype": "int64", "shape": [1], "data": [-(2**63)]}, "b": {"dtype": "int64", "shape": [], "data": [-1]}}
+TRUNC = {"rounding_mode": "trunc"}
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "not JSON": (b"\xff", "graph.json: "),
+    "nested": (b"[" * 100_000, "graph.json: "),
+    "another operator": (graph(("os.system", ["ls"])), "'os.system' is not one a graph may hold"),
+    "beyond its memory": (graph(("aten.as_strided.default", [X, [9], [1]])), "aten.as_strided.default' is not one"),
+    "in place": (graph(("aten.add_.Tensor", [X, 1])), "node 'n0'.*is not one"),
+    "random": (graph(("aten.rand_like.default", [X])), "is not one"),
+    "dropout": (
+        graph(("aten.scaled_dot_product_attention.default", [X, X, X, None, 0.5])),
+        "dropout_p 0.5, but a served model is in evaluation mode",
+    ),
+    "a device": (graph(("aten.full_like.default", [X, 1.0], {"device": "cuda"})), "may not say device"),
+    "dangling": (graph((RELU, [p("y")])), "refers to 'y', which nothing before it gives"),
+    "a cycle": (graph((RELU, [t(1)]), (RELU, [t(0)])), "refers to 'n1', which nothing before it gives"),
+    "a name twice": (graph((RELU, [X])).replace(b'"n0"', b'"x"'), "'x' is given twice"),
+    "arity": (graph((RELU, [X, X])), "expected at most 1 argument"),
+    "a type": (graph((RELU, ["x"])), "Expected a value of type 'Tensor'"),
+    "a number for a dtype": (graph(("aten.softmax.int", [X, -1, -1])), "not a named dtype"),
+    "a dtype": (graph(("aten._to_copy.default", [X], {"dtype": p("x") | {"kind": "dtype"}})), "unknown dtype 'x'"),
+    "huge": (graph(ones(2**40)), "one request takes 1099511627776 numbers"),
+    "huger": (graph(ones(2**62, 2**62)), "cannot run: Storage size"),
+    "a long range": (graph(("aten.arange.default", [10**15])), "numbers in its results"),
+    "expanded": (graph(("aten.expand.default", [X, [2**33, 4, 8]])), "numbers in its results"),
+    "doubled": (graph((RELU, [X]), *DOUBLED), "node 'n2.'.*numbers in its results"),
+    "arithmetic": (graph(ones(4096, 4096), ("aten.mm.default", [t(0), t(0)])), "floating-point operations"),
+    "pieces": (graph(ones(10**7), ("aten.split.Tensor", [t(0), 1])), "10000000 tensors, more than 4096"),
+    "no pieces": (graph(("aten.split.Tensor", [X, 0])), "cannot run"),
+    "kept": (graph(ones(1, 2**21), ("aten.add.Tensor", [t(0), p("w")]), w=[1]), "2097152 numbers would be kept"),
+    "a parameter": (graph((RELU, [X]), w=[2**31, 2**31]), "'w' of shape"),
+    "several": (graph(("aten.split.Tensor", [X, 2, 1]), (RELU, [t(0)])), "pick one with getitem"),
+    "no such piece": (graph(("aten.split.Tensor", [X, 2, 1]), ("getitem", [t(0), 7])), "out of range"),
+    "of a tensor": (graph(("getitem", [X, 0])), "not a part of a tensor"),
+    "the answer": (graph(("aten._to_copy.default", [X], FLOAT64)), "must be one float32 tensor"),
+    "no batch axis": (graph(("aten.view.default", [X, [2, 16]])), "must be one float32 tensor"),
+    "a lookup": (graph(("aten.gt.Scalar", [X, 0.0]), ("aten.index.Tensor", [X, [t(0)]])), "depend on the request"),
+    "a lookup outside": (
+        graph(("aten.index.Tensor", [X, [None, p("i")]]), constants=INDEX),
+        "index 99 is out of bounds",
+    ),
+    "a norm's numbers": (graph((NORM, [X, None, None, p("m"), p("m"), 0.1, 1e-5]), m=[2]), "should contain 4 elements"),
+    "stride 0": (graph(("aten.conv1d.default", [X, p("w"), None, [0]]), w=[2, 4, 3]), "cannot run"),
+    "padding": (graph(("aten.conv1d.default", [X, p("w"), None, [1], [-1]]), w=[2, 4, 3]), "negative padding"),
+    "no window": (graph(("aten.max_pool1d.default", [X, [0]])), "greater than zero"),
+    "a quotient": (
+        graph(("aten.div.Tensor_mode", [p("a"), p("b")], TRUNC), constants=LEAST),
+        "whole numbers by a tensor",
+    ),
+    "a quotient's number": (graph(("aten.floor_divide.default", [p("a"), -1]), constants=LEAST), "or by -1"),
+    "a remainder": (graph(("aten.fmod.Scalar", [p("a")], {"other": -1}), constants=LEAST), "cannot run"),
+    "rolled models": (graph(("aten.roll.default", [p("w"), [12]]), ("aten.add.Tensor", [X, t(0)]), w=[]), "of no axes"),
+    "a factor": (graph(("aten.pixel_shuffle.default", [X, 2**32])), "factor 4294967296 is too large"),
+    "a recurrence's numbers": (graph(*GRU, w=[4, 4], h=[1, 1, 4]), r"need \[\(12, 8\), \(12, 4\)\]"),
+    "a recurrence's state": (graph(*GRU, w=[12, 8], h=[1, 4]), "do not fit the input"),
+    "a recurrence's length": (graph(*MANY, w=[12, 8], h=[2**20, 1, 4]), "not those of 1048576 layers"),
+    "a constant's shape": (graph((RELU, [X]), constants={"i": INDEX["i"] | {"shape": [2]}}), "needs 2 items"),
+}
+
+
+def tried(raw: bytes) -> None:
+    """What a loader does with a graph and numbers of the right shapes."""
+    family = graph_family(raw)
+    family.decide(family.row({key: np.ones(shape, np.float32) for key, shape in family.parameters.items()}))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_graph_is_refused(name: str) -> None:
+    """Each with its own ArchiveInvalid that names the file, and the node where there is one; nothing else is raised."""
+    raw, said = HOSTILE[name]
+    with pytest.raises(ArchiveInvalid, match=said) as caught:
+        tried(raw)
+    assert str(caught.value).startswith("graph.json: ")
+
+
+def test_what_is_taken_has_no_side_effects() -> None:
+    """Torch's own word for every operator: none writes into an argument, and this torch has each of them."""
+    for op in ALLOWED:
+        plain(op)
+        _, packet, overload = op.split(".")
+        found = getattr(getattr(torch.ops.aten, packet), overload)
+        assert not found._schema.is_mutable, op
+        assert torch.Tag.inplace_view not in found.tags, op
+
+
+def test_records_survive_the_file() -> None:
+    """What is written is what is read, infinities and dtypes too."""
+    raw, _ = export(made(BATCHED["encoder"], 0), {"x": SHAPE})
+    assert encode_graph(parse_graph(raw)) == raw
+    infinite = graph(("aten.clamp.default", [X, {"kind": "number", "name": "-inf"}, 0.5]))
+    x = torch.tensor([[[-1e30] * 4 + [1.0] * 4] * 4])
+    answer = graph_family(infinite).program.run(x, [])
+    assert answer[0, 0].tolist() == x[0, 0].clamp(max=0.5).tolist()

@@ -1,0 +1,230 @@
+"""The ONNX runner, against real models: batching, refusals, and no file ever read."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from handlers.codecs.codec import SingleCodec
+from handlers.errors import RunFailed
+from handlers.kinds.onnx import OnnxModel, refuse_external_data
+from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
+
+
+def model(
+    nodes: list[onnx.NodeProto],
+    x: tuple[str | int, ...],
+    y: tuple[str | int, ...],
+    tensors: tuple[TensorProto, ...] = (),
+    kind: int = TensorProto.FLOAT,
+) -> bytes:
+    """A model of one input x and one output y."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", kind, x)],
+        [helper.make_tensor_value_info("y", kind, y)],
+        list(tensors),
+    )
+    return bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    )
+
+
+def doubling(*x: str | int) -> bytes:
+    """The model of y = x + x."""
+    return model([helper.make_node("Add", ["x", "x"], ["y"])], x, x)
+
+
+def external(location: str) -> TensorProto:
+    """A tensor of two floats that lie in another file."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", "8")):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+@pytest.mark.parametrize("x", [("n", 2, 3), (1, 2, 3)])
+def test_runs_any_batch(x: tuple[str | int, ...]) -> None:
+    """A dynamic batch axis runs at once, one fixed at 1 row by row; both give the same rows."""
+    loaded = OnnxModel(doubling(*x))
+    assert dict(loaded.inputs) == {"x": (2, 3)}
+    assert list(loaded.outputs) == ["y"]
+    rows = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    assert np.array_equal(loaded.run({"x": rows})["y"], 2 * rows)
+    assert np.array_equal(loaded.run({"x": rows[:1]})["y"], 2 * rows[:1])
+
+
+def test_a_request_through_the_codec() -> None:
+    """The runner's own description is what the codec needs: JSON in, JSON out, an open dimension included."""
+    loaded = OnnxModel(doubling("n", "length"))
+    codec = SingleCodec(loaded.inputs, loaded.outputs)
+    call = codec.decode(b'{"x": [1, 2, 3]}', "", "")
+    assert call.encode(loaded.run(call.feeds))[0] == b'{"predictions":[2.0,4.0,6.0]}'
+
+
+@pytest.mark.parametrize("location", ["/etc/hostname", "weights.bin", "../weights.bin"])
+@pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "sparse"])
+def test_external_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, location: str) -> None:
+    """A tensor in a file is refused wherever the format allows a tensor, also where the file exists."""
+    (tmp_path / "weights.bin").write_bytes(bytes(8))
+    monkeypatch.chdir(tmp_path)
+    tensor = external(location)
+    add = helper.make_node("Add", ["x", "w"], ["y"])
+    shape = ("n", 2)
+    constant = helper.make_node("Constant", [], ["w"], value=tensor)
+    if place == "initializer":
+        raw = model([add], shape, shape, (tensor,))
+    elif place == "attribute":
+        raw = model([constant, add], shape, shape)
+    elif place == "subgraph":
+        branch = helper.make_graph([constant], "b", [], [helper.make_tensor_value_info("w", 1, [2])])
+        raw = model([helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)], shape, shape)
+    else:
+        parsed = onnx.load_from_string(model([add], shape, shape))
+        parsed.graph.sparse_initializer.add().values.CopyFrom(tensor)
+        raw = parsed.SerializeToString()
+    with pytest.raises(ArchiveInvalid, match="external file"):
+        OnnxModel(raw)
+
+
+def test_tensors_inside_the_model_are_fine() -> None:
+    """An initializer that says aloud that it is inside (location 0) is no external data."""
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, [2], [1, 2])
+    tensor.data_location = TensorProto.DEFAULT
+    loaded = OnnxModel(model([helper.make_node("Add", ["x", "w"], ["y"])], ("n", 2), ("n", 2), (tensor,)))
+    assert loaded.run({"x": np.zeros((1, 2), np.float32)})["y"].tolist() == [[1, 2]]
+
+
+@given(st.binary(max_size=300), st.integers(0, 100))
+def test_broken_bytes_are_refused_cleanly(noise: bytes, keep: int) -> None:
+    """Noise, and real models that end in noise, raise nothing but ArchiveInvalid before the runtime sees them."""
+    for raw in (noise, doubling("n", 2)[:keep] + noise):
+        try:
+            refuse_external_data(raw)
+        except ArchiveInvalid as error:
+            assert str(error).startswith("model.onnx:")  # noqa: PT017 - either outcome is right
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "cannot load|at least one"),
+        (b"not a model", "not an ONNX model"),
+        (doubling("n", 2)[:-3], "not an ONNX model"),
+        (model([helper.make_node("Nonsense", ["x"], ["y"])], ("n", 2), ("n", 2)), "cannot load it.*Nonsense"),
+        (model([helper.make_node("Add", ["x", "x"], ["y"])], ("n",), ("n",), kind=TensorProto.INT64), "int64"),
+        (doubling(3, 2), r"\[3, 2\] needs a batch axis"),
+        (doubling(), "needs a batch axis"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_at_load(raw: bytes, message: str) -> None:
+    """Broken models and those without a float32 batch axis are archive errors that say why."""
+    with pytest.raises(ArchiveInvalid, match=message):
+        OnnxModel(raw)
+
+
+def test_a_failing_run_is_the_models_failure() -> None:
+    """The runtime's own error, and an output that lost its batch axis, are RunFailed."""
+    with pytest.raises(RunFailed, match="ONNX Runtime"):
+        OnnxModel(doubling("n", 2)).run({"x": np.zeros((1, 3), np.float32)})
+    total = model([helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)], ("n", 2), ())
+    with pytest.raises(RunFailed, match=r"shape \[\], but 1 rows"):
+        OnnxModel(total).run({"x": np.zeros((1, 2), np.float32)})
+
+
+def counted(loaded: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each run of the session from now on."""
+    rows: list[int] = []
+    run = loaded._run
+
+    def note(feeds: dict[str, npt.NDArray[np.float32]], count: int) -> dict[str, npt.NDArray[np.float32]]:
+        rows.append(int(count))
+        return run(feeds, count)
+
+    monkeypatch.setattr(loaded, "_run", note)
+    return rows
+
+
+def requests(*seeds: int, rows: int = 1) -> list[dict[str, npt.NDArray[np.float32]]]:
+    """A request of random numbers for each seed."""
+    return [{"x": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)} for seed in seeds]
+
+
+def test_requests_run_together_once_that_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that differ are run both ways; from then on one run serves all, each getting its own rows."""
+    loaded = OnnxModel(doubling("n", 3))
+    runs = counted(loaded, monkeypatch)
+    loaded.run_all(requests(1, 1))  # equal requests prove nothing
+    loaded.run_all(requests(1, 2))
+    assert runs == [2, 1, 1, 2, 1, 1]
+    asked = [*requests(3, 4, rows=2), *requests(5)]
+    answers = loaded.run_all(asked)
+    assert runs[6:] == [5]
+    for feeds, answer in zip(asked, answers, strict=True):
+        assert isinstance(answer, dict)
+        np.testing.assert_array_equal(answer["y"], 2 * feeds["x"])
+
+
+def test_a_graph_that_mixes_rows_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax along the batch axis would let one client's request change another's answer: each runs alone."""
+    loaded = OnnxModel(model([helper.make_node("Softmax", ["x"], ["y"], axis=0)], ("n", 3), ("n", 3)))
+    runs = counted(loaded, monkeypatch)
+    for seeds in ((1, 2, 3), (4, 5)):
+        for answer in loaded.run_all(requests(*seeds)):
+            assert isinstance(answer, dict)
+            assert answer["y"].tolist() == [[1.0, 1.0, 1.0]]
+    assert runs == [3, 1, 1, 1, 1, 1]
+
+
+def test_one_bad_request_costs_the_others_nothing() -> None:
+    """Where the common run fails each is run alone, and only the bad one fails; so do open axes of other lengths."""
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 4])
+    loaded = OnnxModel(model(nodes, ("n", "m"), ("n", 4), (shape,)))
+    good, bad = np.zeros((2, 4), np.float32), np.ones((1, 3), np.float32)
+    found = loaded.run_all([{"x": good}, {"x": bad}, {"x": good}])
+    assert [isinstance(each, RunFailed) for each in found] == [False, True, False]
+    found = loaded.run_all([{"x": bad}, {"x": 2 * bad}])
+    assert [isinstance(each, RunFailed) for each in found] == [True, True]
+
+
+def test_a_missing_provider_names_the_extra() -> None:
+    """Where this runtime has no CUDA, the error says what to install."""
+    import onnxruntime  # noqa: PLC0415 - asked only here
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(UnsupportedKind, match=r"fleetcast\[cuda\]"):
+        OnnxModel(doubling("n", 2), provider="cuda")
+    assert issubclass(UnsupportedKind, LoadError)
+
+
+def test_charge_covers_the_session() -> None:
+    """Private memory of 20 more sessions stays within what they are charged."""
+    weights = np.zeros((256, 256), np.float32)
+    tensor = helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.tobytes(), raw=True)
+    raw = model([helper.make_node("MatMul", ["x", "w"], ["y"])], ("n", 256), ("n", 256), (tensor,))
+    x = np.zeros((1, 256), np.float32)
+    warm = [OnnxModel(raw) for _ in range(3)]
+    for each in warm:
+        each.run({"x": x})
+    before = private_bytes()
+    more = [OnnxModel(raw) for _ in range(20)]
+    for each in more:
+        each.run({"x": x})
+    assert private_bytes() - before <= sum(each.charge_bytes for each in more)
+
+
+def private_bytes() -> int:
+    """Memory that only this process has."""
+    path = Path("/proc/self/smaps_rollup")
+    if not path.exists():
+        pytest.skip(f"{os.name} does not tell private memory")
+    return sum(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("Private_"))

@@ -1,0 +1,245 @@
+"""Training runs the served network on the served inputs, learns, and repeats itself."""
+
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from handlers.base import Family
+from handlers.codecs.deepar import DeepAr
+from handlers.codecs.features import to_network
+from handlers.forecasters import build, random_tensors
+from handlers.golden import mismatch
+from handlers.training.batched_networks import batched_forward, flat, reach, unflat
+from handlers.training.fit import Fitted, Fitting, ask, fit, pinball, reference_network
+from handlers.training.input_recipe import naive_lag, recipe
+from handlers.training.time_series import Series, SeriesInvalid
+from handlers.training.windows import Windows
+from model_store.archives.manifest import Forecast
+
+QUICK = Fitting(epochs=12, batch=32, learning_rate=8e-3, average=0.95, holdout_windows=24, checks=8)
+SMALL = {"channels": 12}
+START = datetime.fromisoformat("2024-01-01")
+
+
+def make_series(seed: int = 0, steps: int = 24 * 40, known: int = 0) -> Series:
+    """Hourly prices with a daily shape of the seed's own and some noise, and covariates that tell part of it."""
+    rng = np.random.default_rng(seed)
+    hours = np.arange(steps)
+    covariates = rng.normal(1000, 100, (known, steps))
+    values = 50 + 20 * np.sin(2 * np.pi * (hours + seed) / 24) + rng.normal(0, 5, steps) + covariates.sum(0) / 50
+    names = tuple(f"load{i}" for i in range(known))
+    return Series(f"market{seed}", START, timedelta(hours=1), values, covariates, names)
+
+
+def make_forecast(series: Series, context: int = 168, prediction: int = 24) -> Forecast:
+    """The default recipe for a default `tcn`."""
+    return recipe(series, min(81, context), context_length=context, prediction_length=prediction)
+
+
+def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") -> list[Fitted]:
+    """That many series, fitted together."""
+    series = [make_series(seed) for seed in range(count)]
+    config = SMALL if architecture in ("tcn", "mqcnn") else {"hidden": 16}
+    context = 168 if architecture in ("tcn", "mqcnn", "mlp") else 36
+    return fit(series, [make_forecast(each, context) for each in series], architecture, {**config}, fitting)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        build("tcn", {"features": 3, "channels": 5}),
+        build("tcn", {"features": 3, "channels": 4, "context_length": 50, "kernel": 3}),
+        build("tcn", {"features": 2, "channels": 4, "context_length": 7, "kernel": 2, "layers": 5}),
+        build("mlp", {"features": 2, "context_length": 12, "hidden": 6}),
+        build("gru", {"features": 2, "context_length": 12, "hidden": 6, "layers": 2}),
+        build("seq2seq", {"features": 3, "context_length": 26, "hidden": 6, "layers": 2}),
+        build("lear", {"features": 4, "context_length": 30, "prediction_length": 4, "marks": 1}),
+        build("mqcnn", {"features": 3, "channels": 5, "prediction_length": 6}),
+        build("mqcnn", {"features": 3, "channels": 5, "kernel": 2, "layers": 2, "prediction_length": 6}),
+        build("mqrnn", {"features": 3, "context_length": 26, "prediction_length": 6, "hidden": 6}),
+        build("mlp", {"features": 2, "context_length": 12, "hidden": 6, "members": 3}),
+        build("tcn", {"features": 3, "channels": 5, "members": 2}),
+        build("esrnn", {"features": 3, "context_length": 14, "season": 4, "hidden": 6}),
+        build("recursive", {"features": 3, "context_length": 26, "prediction_length": 5, "hidden": 6}),
+    ],
+    ids=lambda family: str(family.key),
+)
+def test_the_batched_forward_is_the_reference_network(family: Family) -> None:
+    """For models with different weights, answers and gradients are those of the plain networks."""
+    states = [random_tensors(family, seed) for seed in range(3)]
+    weights = torch.from_numpy(np.stack([flat(family, state) for state in states])).requires_grad_()
+    x = torch.randn((3, 4, *family.input_shape), generator=torch.Generator().manual_seed(0))
+    answers = batched_forward(family)(unflat(family, weights), x.transpose(2, 3)[:, :, -reach(family) :])
+    (gradient,) = torch.autograd.grad(answers.square().sum(), weights)
+    for model, state in enumerate(states):
+        network = family.reference()
+        network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in state.items()})
+        expected = network(x[model])
+        gradients = torch.autograd.grad(expected.square().sum(), list(network.parameters()))
+        torch.testing.assert_close(answers[model], expected, rtol=1e-5, atol=1e-5)
+        for (name, _), expected in zip(network.named_parameters(), gradients, strict=True):
+            torch.testing.assert_close(unflat(family, gradient)[name][model], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_sees_what_the_server_will_see() -> None:
+    """A training window is the tail of what DeepAr decodes from the request: lags, calendar, covariates, gaps."""
+    series = [make_series(seed, known=2) for seed in range(3)]
+    for each in series:
+        each.values[[300, 301, 420, 555]] = np.nan
+    forecasts = [make_forecast(each) for each in series]
+    assert [channel.lag for channel in forecasts[0].inputs if channel.source == "target"] == [0, 144]
+    data = Windows(series, forecasts, 81, 0.1)
+    starts = torch.tensor([[312, 560], [777, 422], [400, 936]])
+    x, y = data.cut(starts, slice(0, 3))
+    for model, (each, forecast) in enumerate(zip(series, forecasts, strict=True)):
+        for at, start in enumerate(starts[model].tolist()):
+            request = {"instances": [each.instance(start - forecast.history_length, start, 24)]}
+            rows, _ = DeepAr(forecast).decode(msgspec.json.encode(request))
+            np.testing.assert_array_equal(x[model, at].T, rows[0, :, -81:])
+            target = to_network(each.values[start : start + 24], forecast.scaler).astype(np.float32)
+            np.testing.assert_array_equal(y[model, at], target)
+
+
+def test_windows_do_not_reach_from_training_into_the_holdout() -> None:
+    """The last training window's forecast ends where the first held-out one begins; nothing of either is left out."""
+    data = Windows([make_series()], [make_forecast(make_series())], 81, 0.1)
+    drawn = data.drawn(5000, torch.Generator().manual_seed(0))
+    held = data.held_out(10_000)
+    assert (drawn.min().item(), drawn.max().item() + 24) == (168 + 144, held.min().item())
+    assert held.max().item() == 24 * 40 - 24
+
+
+def test_pinball_by_hand() -> None:
+    """Above the quantile an error costs its level, below one minus it; a missing value costs nothing."""
+    y = torch.tensor([3.0, 1.0, torch.nan])
+    forecast = torch.tensor([[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]])
+    loss = pinball(y, forecast, torch.tensor([0.1, 0.9]))
+    assert loss.item() == pytest.approx((0.1 * 2 + 0.9 * 2) / 2 + (0.9 * 1 + 0.1 * 1) / 2)
+
+
+@pytest.mark.parametrize("architecture", ["tcn", "mlp", "gru", "seq2seq", "mqcnn", "mqrnn", "esrnn", "recursive"])
+def test_every_model_of_a_fit_learns_its_own_series(architecture: str) -> None:
+    """Series with different phases, fitted together, each beat the naive forecast clearly."""
+    slow = architecture not in ("tcn", "mlp", "mqcnn")
+    for found in make_fit(2 if slow else 3, replace(QUICK, epochs=6 if slow else 12), architecture):
+        assert found.loss < 0.8 * found.naive_loss
+        low, high = (np.array(found.golden.response["predictions"][0]["quantiles"][level]) for level in ("0.1", "0.9"))
+        assert (high > low).mean() > 0.9
+
+
+@pytest.mark.parametrize("architecture", ["tcn", "gru", "mqcnn"])
+def test_the_same_seed_gives_the_same_numbers_on_any_number_of_threads(architecture: str) -> None:
+    """Tensors are equal bit by bit for 1 and 3 threads, and differ for another seed."""
+    first, again, other = (
+        make_fit(3, replace(QUICK, epochs=2, seed=seed, threads=threads), architecture)
+        for seed, threads in ((1, 1), (1, 3), (2, 1))
+    )
+    for a, b, c in zip(first, again, other, strict=True):
+        for name, tensor in a.tensors.items():
+            np.testing.assert_array_equal(tensor, b.tensors[name])
+        assert any((tensor != c.tensors[name]).any() for name, tensor in a.tensors.items())
+
+
+def test_the_best_weights_of_each_model_are_kept() -> None:
+    """A run that is far too long learns the noise by heart, yet ends with the weights from before it did."""
+    losses: list[float] = []
+    series = [make_series(seed, steps=600) for seed in range(2)]
+    forecasts = [make_forecast(each) for each in series]
+    long = Fitting(epochs=100, batch=32, learning_rate=2e-2, average=0.9, patience=100, holdout_windows=48)
+    found = fit(series, forecasts, "tcn", {"channels": 16}, long, lambda _done, _steps, loss: losses.append(loss))
+    assert losses == sorted(losses, reverse=True)
+    assert sum(each.loss for each in found) < 3.3  # 3.13; the last weights have 3.45, the naive forecast 5.09
+
+
+@pytest.mark.parametrize("limit", [{"patience": 2}, {"max_seconds": 0.1}])
+def test_a_run_ends_when_nothing_gets_better_or_time_is_up(limit: dict[str, Any]) -> None:
+    """Patience and the time limit each end a run long before its last step."""
+    steps: list[tuple[int, int]] = []
+    series, fitting = make_series(), replace(QUICK, epochs=500, checks=200, patience=1000)
+    forecasts = [make_forecast(series)]
+    fit([series], forecasts, "tcn", {**SMALL}, replace(fitting, **limit), lambda *done: steps.append(done[:2]))
+    assert steps[-1][0] < steps[-1][1] / 2
+
+
+def test_missing_values_neither_teach_nor_spoil() -> None:
+    """With a tenth of the values gone the weights stay finite and the fit still beats the naive forecast."""
+    series = make_series()
+    series.values[np.random.default_rng(0).random(len(series.values)) < 0.1] = np.nan
+    (found,) = fit([series], [make_forecast(series)], "tcn", {**SMALL}, QUICK)
+    assert found.loss < 0.85 * found.naive_loss
+
+
+def test_a_golden_sample_is_the_reference_networks_answer() -> None:
+    """Asked of the plain network, the sample's request gives its response; with slightly other weights it does not."""
+    (found,) = make_fit(1, replace(QUICK, epochs=1))
+    golden, tensors = found.golden, dict(found.tensors)
+    network = reference_network("tcn", found.config, tensors)
+    answer = ask(network, found.forecast, golden.request)
+    assert mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is None
+    tensors["head.bias"] = tensors["head.bias"] + np.float32(0.01)
+    answer = ask(reference_network("tcn", found.config, tensors), found.forecast, golden.request)
+    assert mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is not None
+
+
+def test_too_short_a_series_says_how_long_it_must_be() -> None:
+    """The length named in the error is enough; one of half of it is not."""
+    series = make_series(steps=400)
+    with pytest.raises(SeriesInvalid, match=r"market0 has 400 steps; at least (\d+) are needed") as error:
+        Windows([series], [make_forecast(series)], 81, 0.1)
+    needed = int(str(error.value).split("at least ")[1].split()[0])
+    enough = make_series(steps=needed)
+    assert len(Windows([enough], [make_forecast(enough)], 81, 0.1)) == 1
+
+
+def test_series_that_cannot_be_fitted_together_are_refused() -> None:
+    """Different lengths, no values at all, and none in the holdout are named with the series."""
+    series, shorter = make_series(), make_series(1, steps=900)
+    with pytest.raises(SeriesInvalid, match="market1 has 900 steps, market0 960; fit them apart"):
+        Windows([series, shorter], [make_forecast(series), make_forecast(shorter)], 81, 0.1)
+    forecast = make_forecast(series)
+    series.values[850:] = np.nan
+    with pytest.raises(SeriesInvalid, match="market0: no values in the holdout part"):
+        Windows([series], [forecast], 81, 0.1)
+    series.values[:] = np.nan
+    with pytest.raises(SeriesInvalid, match="market0: no values to learn from"):
+        make_forecast(series)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "prediction", "lags", "naive"),
+    [
+        (60, 24, [0, 144], 24),
+        (30, 48, [0, 288], 48),
+        (5, 12, [0, 276, 2004], 288),
+        (60, 36, [0, 132], 48),
+        (24 * 60, 7, [0], 7),
+        (7 * 24 * 60, 4, [0], 4),
+    ],
+)
+def test_lags_show_the_same_time_a_day_and_a_week_before(
+    minutes: int, prediction: int, lags: list[int], naive: int
+) -> None:
+    """The last `prediction` steps of a lagged channel lie whole days, and whole weeks, before the forecast ones."""
+    step = timedelta(minutes=minutes)
+    series = Series("p", START, step, np.arange(50.0), np.empty((0, 50)))
+    forecast = recipe(series, 81, context_length=168, prediction_length=prediction)
+    assert [channel.lag for channel in forecast.inputs if channel.source == "target"] == lags
+    assert naive_lag(minutes * 60, prediction) == naive
+    features = {channel.feature for channel in forecast.inputs if channel.source == "calendar"}
+    assert ("hour_sin" in features, "weekend" in features) == (minutes < 24 * 60, minutes < 7 * 24 * 60)
+
+
+@pytest.mark.parametrize(("prediction", "shifts"), [(24, [24]), (81, [81]), (100, [100, 19]), (200, [200, 119, 38])])
+def test_a_covariate_is_seen_at_every_forecast_step(prediction: int, shifts: list[int]) -> None:
+    """Where the network's reach is shorter than the forecast, further channels tell of the steps before its reach."""
+    series = make_series(steps=800, known=1)
+    forecast = recipe(series, 81, context_length=300, prediction_length=prediction)
+    channels = [channel for channel in forecast.inputs if channel.source == "dynamic_feat"]
+    assert [channel.shift for channel in channels] == shifts
+    seen = {shift - back for shift in shifts for back in range(81)}  # steps after the last known, 1 the first
+    assert seen >= set(range(1, prediction + 1))

@@ -1,0 +1,71 @@
+"""A small version of the scale run, against a real server: what it would leak, it would leak here too."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loadtest.benchmarks.growth_checks import judge_counts, judge_crowd
+from loadtest.benchmarks.scale import Plan, app, crowd, driving, endure, probe, running
+from loadtest.fleets.archive_writer import progress_bar
+from loadtest.fleets.fleet import Fleet, write_fleet
+
+SMALL = Plan(
+    models=150, resident=30, disk=60, many=100, workers=2, spans=4, span_s=0.8, rate=220.0, slab_rows=8, family="tcn-8"
+)
+
+
+@pytest.mark.e2e
+def test_nothing_leaks(tmp_path: Path) -> None:
+    """Hundreds of loads and evictions later no descriptor, thread, file or series is left over, and nobody failed.
+
+    Rooms are small, so that all tiers evict: any leak by model, load or request exceeds the verdicts' tolerance of
+    three. A restart of a worker would show as another process.
+    """
+    store = tmp_path / "store"
+    with progress_bar() as bar:
+        write_fleet(Fleet(SMALL.models, 0, {SMALL.family: 1.0}), str(store), bar)
+        with (
+            running(SMALL, store, tmp_path / "run", SMALL.resident, SMALL.workers) as (server, disk, temp),
+            driving(server, SMALL.models, bar, "traffic", 6) as drive,
+        ):
+            spans = endure(SMALL, server, disk, temp, drive)
+            cost = probe(server, SMALL.models, drive, requests=200)
+            evicted = server.counters("fleetcast_model_evictions_total")
+    assert [str(verdict) for verdict in judge_counts(spans, SMALL.disk) if not verdict.met] == []
+    assert sum(span.requests for span in spans) > 600
+    assert sum(n for labels, n in evicted.items() if 'tier="device"' in labels) > 100
+    assert all(0.2 < span.hit_ratio < 0.95 for span in spans[1:])
+    counts = spans[-1].census.counts
+    assert set(counts.descriptors) == {"worker 0", "worker 1", "front 0", "supervisor"}
+    assert min(counts.descriptors.values()) > 4
+    assert counts.files["disk cache/blobs"] > 30
+    assert counts.series["of models"] > 10
+    assert 25 <= spans[-1].census.resident <= 40
+    assert cost.resident == spans[-1].census.resident
+    assert 5 < cost.front_us < 5000
+
+
+@pytest.mark.e2e
+def test_many_in_one_worker(tmp_path: Path) -> None:
+    """As many as there is room for stay resident and are hits when asked again; a page lists a hundred of them."""
+    store = tmp_path / "store"
+    with progress_bar() as bar:
+        write_fleet(Fleet(SMALL.many, 0, {SMALL.family: 1.0}), str(store), bar)
+        with (
+            running(SMALL, store, tmp_path / "crowd", SMALL.many, 1) as (server, *_),
+            driving(server, SMALL.many, bar, "crowd", 1) as drive,
+        ):
+            found = crowd(SMALL, server, drive)
+    assert list(found.resident) == [20, 40, 60, 80, 100]
+    assert len(found.memory) == len(found.page_ms) == 5
+    missing, misses, *_ = judge_crowd(found, SMALL.many, SMALL.row_bytes)
+    assert (missing.found, misses.found) == (0, 0)
+    assert min(found.page_ms) > 0
+
+
+def test_the_command_teaches() -> None:
+    """Its help says what is run, how long it is by default, and that a record is written."""
+    helped = CliRunner().invoke(app, ["--help"]).output
+    for word in ("10000", "1000", "5000", "--no-record"):
+        assert word in helped

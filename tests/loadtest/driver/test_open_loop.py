@@ -1,0 +1,186 @@
+"""The driver against a small real HTTP server that can be slow, silent or wrong."""
+
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import pytest
+
+from loadtest.driver.dialects import DIALECTS
+from loadtest.driver.open_loop import Forbidden, Target, drive, target
+from loadtest.driver.profiles import Arrivals, Profile, Schedule
+from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
+from loadtest.observe.processes import free_port
+from tests.loadtest.peer import Peer, running
+
+
+def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, Target]:
+    """A constant load on one model."""
+    schedule = Profile(1, rate, arrivals=Arrivals.CONSTANT).schedule(seconds)
+    request = DIALECTS["sagemaker"].request("peer", model, b"{}" * 500)
+    return schedule, target(f"http://127.0.0.1:{peer.port}", [request])
+
+
+def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
+    """While a server stands still for 0.4 s, requests go on being due: each waits for the rest of the stall.
+
+    A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
+    """
+    with running(Peer(stall_at=100, stall_s=0.4)) as peer:
+        run = drive(*load(peer, seconds=1.0))
+    assert peer.asked == 200
+    slow = run.latency > 0.1
+    assert 50 <= slow.sum() <= 70  # those due in the first 0.3 s of 0.4, at 200/s
+    waited = run.latency[100 : 100 + 60]
+    assert waited == pytest.approx(0.4 - np.arange(60) / 200, abs=0.06)
+    assert np.median(run.lag[100:180]) < 0.01  # the driver itself kept its schedule all along
+    assert (run.status == 200).all()
+
+
+def test_waits_for_a_connection_count_and_are_called_out() -> None:
+    """One connection to a server that takes 20 ms cannot carry 200/s: latency grows, and the run is invalid."""
+    with running(Peer(delay_s=0.02)) as peer:
+        run = drive(*load(peer), connections=1)
+    assert peer.connections == 1
+    assert (run.status == 200).all()
+    assert run.latency[-1] > 1.0
+    assert [reason.endswith(NO_CONNECTION) for reason in run.invalid()] == [True]
+
+
+class SlowToMake(Sequence[bytes]):
+    """Requests that cost the driver 20 ms each."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+
+    def __len__(self) -> int:
+        return 1
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        time.sleep(0.02)
+        return self._request
+
+
+def test_an_overloaded_driver_calls_its_run_invalid() -> None:
+    """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
+    with running(Peer()) as peer:
+        schedule, to = load(peer)
+        run = drive(schedule, Target(to.host, to.port, SlowToMake(to.requests[0])))
+    assert (run.status == 200).all()
+    assert [reason.endswith(BUSY) for reason in run.invalid()] == [True]
+
+
+def test_what_was_never_sent_makes_a_run_invalid() -> None:
+    """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, "silence"), connections=1, patience_s=0.5)
+    assert 1.0 <= run.ended < 2.0
+    assert np.isnan(run.sent).sum() == 99
+    assert run.latency == pytest.approx(run.ended - run.schedule.at)
+    assert "99 of 100 requests were never sent" in run.invalid()[0]
+
+
+def test_silence_counts_as_waiting() -> None:
+    """Sent but not answered until the end: no answer, with the whole wait as latency, not left out."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, "silence"), patience_s=0.3)
+    assert (run.status == NO_ANSWER).all()
+    assert not np.isnan(run.sent).any()
+    assert run.latency.min() > 0.25
+
+
+@pytest.mark.parametrize(("model", "status"), [("hit", 200), ("503", 503), ("hangup", LOST), ("bye", 200)])
+def test_every_request_has_its_fate(model: str, status: int) -> None:
+    """Answers, refusals, lost connections and ones that the server closes after each answer."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, model))
+    assert (run.status == status).all()
+    assert {CACHE[i] for i in run.cache} == ({"hit"} if model == "hit" else {""})
+    assert (run.checked, list(run.unsound)) == (100 if status == 200 else 0, [])
+
+
+@pytest.mark.parametrize("connections", [1, 512])
+def test_nobody_listens(connections: int) -> None:
+    """Refused connections are lost requests, and the run ends with the last."""
+    run = drive(*load(Peer(port=free_port())), connections=connections, patience_s=5)
+    assert (run.status == LOST).all()
+    assert run.ended < 1.0
+
+
+def test_a_lack_of_descriptors_is_our_own_fault() -> None:
+    """Where this process may open no more files, requests are unsent, and the run invalid: none failed."""
+    schedule, to = load(Peer(port=free_port()))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [fd for fd in range(256) if not Path(f"/proc/self/fd/{fd}").exists()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[3], hard))  # three are for the event loop
+    try:
+        run = drive(schedule, to, patience_s=0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (run.status == NO_ANSWER).all()
+    assert "100 of 100 requests were never sent" in run.invalid()[0]
+
+
+def test_connections_are_kept() -> None:
+    """A server that answers between two requests sees far fewer connections than requests."""
+    with running(Peer()) as peer:
+        drive(*load(peer))
+    assert peer.asked == 100
+    assert peer.connections < 20
+
+
+def test_wrong_answers_are_noticed() -> None:
+    """NaN with status 200 is not an answer."""
+    with running(Peer()) as peer:
+        run = drive(*load(peer, "nan"))
+    assert len(run.unsound) == 100
+    where, why = run.unsound[0]
+    assert where == 0
+    assert why.startswith("not JSON")
+
+
+@pytest.mark.parametrize(
+    ("late_s", "answer_s", "valid"),
+    [(0.0049, 0.001, True), (0.0051, 0.001, False), (0.019, 0.1, True), (0.021, 0.1, False)],
+)
+def test_how_late_is_too_late(late_s: float, answer_s: float, valid: bool) -> None:
+    """Lag p99 beyond 5 ms and 20 % of p50: only then; fewer than one late request in a hundred is no matter."""
+    run = a_run(answer_s, late=20, late_s=late_s)
+    assert (run.invalid() == []) == valid
+    assert a_run(answer_s, late=9, late_s=1.0).invalid() == []
+
+
+def test_how_much_unsent_is_too_much() -> None:
+    """One in a thousand may be lost, two not."""
+    run = a_run(0.001)
+    run.sent[-1:] = np.nan
+    assert run.invalid() == []
+    run.sent[-2:] = np.nan
+    assert run.invalid() == ["2 of 1000 requests were never sent"]
+
+
+def a_run(answer_s: float, late: int = 0, late_s: float = 0.0) -> Run:
+    """1000 requests, of which so many were sent late by so much."""
+    at = np.arange(1000) / 100
+    sent = at.copy()
+    sent[:late] += late_s
+    ones = np.ones(1000, np.int64)
+    return Run(Schedule(at, ones, 10.0), sent.copy(), sent, at + answer_s, ones * 200, ones, 10.0, False, 0, [])
+
+
+def test_only_this_machine_unless_told() -> None:
+    """Addresses beyond loopback are refused before anything is sent, by what a name resolves to."""
+    assert target("http://localhost:8080", []).port == 8080
+    with pytest.raises(Forbidden, match="--allow-remote"):
+        target("http://192.0.2.7:8080", [])
+    assert target("http://192.0.2.7", [], allow_remote=True) == Target("192.0.2.7", 80, [])
+    for url in ("https://localhost", "localhost:8080", "http://localhost/path"):
+        with pytest.raises(ValueError, match="http://HOST:PORT"):
+            target(url, [])

@@ -1,0 +1,128 @@
+"""What archives are asked, read from the archives: every question is answered by a real server."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import urllib3
+
+from handlers.forecasters import build, random_tensors
+from loadtest.driver.dialects import NPY, Body, npy_body, unsound
+from loadtest.driver.request_bodies import Question, ask_all, call, question
+from loadtest.fleets.synthetic_archives import make_archive
+from loadtest.observe.local_server import serve
+from model_store.archives.archive import open_archive
+from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.packing import pack_forecaster
+from model_store.names import ModelName
+from model_store.stores.object_store import open_source
+from tests.e2e.models import onnx_model
+
+START = "2026-01-01 00:00:00"
+SMALL = {"features": 4, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
+
+
+def demanding() -> bytes:
+    """A forecaster without a golden sample that wants covariates, categories and lags."""
+    channels = (
+        Channel(source="target"),
+        Channel(source="target", lag=7),
+        Channel(source="dynamic_feat", shift=6, index=1),
+        Channel(source="static", index=1),
+    )
+    forecast = Forecast(
+        frequency="1h",
+        context_length=20,
+        prediction_length=6,
+        quantile_levels=(0.1, 0.5, 0.9),
+        inputs=channels,
+        dynamic_feat=("wind", "load"),
+        cat=("zone", "product"),
+        scaler=Scaler(kind="asinh", center=50.0, scale=10.0),
+    )
+    tensors = random_tensors(build("tcn", SMALL), 3)
+    return pack_forecaster(tensors, architecture="tcn", config=SMALL, model_name="d", forecast=forecast)
+
+
+def several() -> bytes:
+    """A forecaster of two products, which takes a history of each."""
+    config = {**SMALL, "features": 2, "quantiles": 6}
+    forecast = Forecast(
+        frequency="1h",
+        context_length=20,
+        prediction_length=6,
+        quantile_levels=(0.1, 0.5, 0.9),
+        products=("energy", "reserve"),
+        inputs=(Channel(source="target"), Channel(source="target", product=1)),
+    )
+    tensors = random_tensors(build("tcn", config), 5)
+    return pack_forecaster(tensors, architecture="tcn", config=config, model_name="s", forecast=forecast)
+
+
+def plain() -> bytes:
+    """A forecaster that only answers tensors."""
+    return pack_forecaster(random_tensors(build("tcn", SMALL), 4), architecture="tcn", config=SMALL, model_name="p")
+
+
+@pytest.mark.e2e
+def test_every_question_is_answered(tmp_path: Path) -> None:
+    """Golden samples, covariates and categories, tensors, ONNX, npy: by default and by each kind that applies."""
+    fleet = {
+        "golden.mar": make_archive("tcn", "golden", 1),
+        "demanding.mar": demanding(),
+        "plain.mar": plain(),
+        "several.mar": several(),
+        "o.mar": onnx_model("o", 1).data,
+        "broken.mar": plain()[:500],
+    }
+    for name, data in fleet.items():
+        (tmp_path / name).write_bytes(data)
+    source, names = open_source(str(tmp_path)), [ModelName(name) for name in fleet]
+    steps: list[int] = []
+    asked: list[tuple[str, Question]] = []
+    left_out: dict[Body | None, set[str]] = {}
+    for kind in (None, *Body):
+        found = ask_all(source, names, kind, 0, lambda: steps.append(1))
+        asked += [(str(name), each) for name, each in found.questions.items()]
+        left_out[kind] = {str(name) for name in found.left_out}
+    assert len(steps) == 24
+    assert left_out[None] == left_out[Body.TENSOR] == {"broken.mar"}
+    assert left_out[Body.DEEPAR] == {"broken.mar", "plain.mar", "o.mar"}
+    with serve(str(tmp_path), ["--workers", "1"]) as server:
+        for name, each in asked:
+            headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": each.content_type}
+            reply = urllib3.request("POST", f"{server.inference}/invocations", body=each.body, headers=headers)
+            assert (name, reply.status, unsound(reply.data)) == (name, 200, None), reply.data[:300]
+
+
+def test_the_same_seed_asks_the_same() -> None:
+    """A load can be repeated to the last byte; another seed asks something else."""
+    archive = open_archive(demanding(), "d.mar")
+    assert question(archive, None, 1) == question(archive, None, 1) != question(archive, None, 2)
+    body = json.loads(question(archive, None, 1).body)
+    assert len(body["instances"][0]["target"]) == 27
+
+
+def test_what_cannot_be_asked() -> None:
+    """The reason names the archive and what to ask for instead."""
+    with pytest.raises(ValueError, match=r"p\.mar carries no `forecast` .* ask for tensors"):
+        question(open_archive(plain(), "p.mar"), Body.DEEPAR, 0)
+
+
+def test_one_call_asks_all() -> None:
+    """Every model with its own series, in order, under the configuration that all share; else what is wrong is said."""
+    one, other = (
+        Question(json.dumps({"instances": [{"start": START, "target": [i]}], "configuration": {"seed": 3}}).encode())
+        for i in range(2)
+    )
+    plain = Question(json.dumps({"instances": [{"start": START, "target": [1]}]}).encode())
+    a, b = ModelName("a.mar"), ModelName("b.mar")
+    body = json.loads(call({a: one, b: other}).body)
+    assert body["requests"] == [{"target_model": n, "start": START, "target": [i]} for i, n in enumerate((a, b))]
+    assert body["configuration"] == {"seed": 3}
+    with pytest.raises(ValueError, match="different configurations"):
+        call({a: one, b: plain})
+    for tensors in (Question(b'{"x": [1]}'), Question(npy_body(np.ones(2, np.float32)), NPY)):
+        with pytest.raises(ValueError, match=r"b\.mar is not asked for one forecast, .*--body deepar"):
+            call({a: one, b: tensors})

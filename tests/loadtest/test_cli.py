@@ -1,0 +1,250 @@
+"""The command that loads a fleet, and what it makes of a run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from loadtest.cli import app
+from loadtest.driver import summary
+from loadtest.driver.profiles import Arrivals, Profile, Schedule, Tick
+from loadtest.driver.run import Plan, Questions, Subject, climb
+from loadtest.driver.run_result import Run
+from loadtest.driver.trace import read_trace
+from loadtest.fleets.fleet import fleet_names, make_fleet, make_request
+from loadtest.observe.local_server import serve
+from loadtest.observe.processes import free_port
+from tests.loadtest.peer import Peer, running
+
+ROOT = Path(__file__).parents[2]
+console = Console()
+
+
+def fleetcast_load(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """The command, in a folder of its own."""
+    command = [sys.executable, "-m", "loadtest.cli", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.e2e
+def test_a_fleet_of_its_own(tmp_path: Path) -> None:
+    """From an empty folder to percentiles, hits, loads, memory, file, page, trace; the exit code is the verdict."""
+    flags = ["--models", "12", "--resident", "4", "--rate", "100", "--seconds", "1", "--warmup", "0.5"]
+    outputs = ["--out", "run.json", "--html", "run.html", "--trace-out", "run.csv"]
+    found = fleetcast_load(tmp_path, "run", *flags, *outputs, "--hit-ratio", "0.01")
+    valid = "valid the driver kept its schedule" in found.stdout
+    assert (found.returncode, found.stderr) == (0 if valid else 1, "")
+    rows = {name: int(n) for name, n in re.findall(r"│ (all|hit|miss|coalesced) +│ +(\d+) │", found.stdout)}
+    assert rows["all"] == sum(rows.values()) - rows["all"] > 50
+    assert rows["miss"] > 10
+    ratio = f"{rows['hit'] / rows['all']:.3f}"
+    assert re.findall(r"hit ratio(?: by /metrics)? +│ (0\.\d{3}) ", found.stdout) == [ratio, ratio]
+    assert re.search(r"loads from disk +│ \d+, [\d.]+ ms each", found.stdout)
+    assert re.search(r"memory of worker 0 +│ \d{2,3}\.\d MB", found.stdout)
+    results = json.loads((tmp_path / "run.json").read_text())["results"]
+    assert sum(results["over_time"]["due_per_s"]) / 2 == pytest.approx(rows["all"])
+    assert sum(sum(tier["count"]) for tier in results["load_time"].values()) == rows["miss"]
+    assert results["slo"]["checks"][0]["met"]
+    assert "<html" in (tmp_path / "run.html").read_text()
+    trace = read_trace(tmp_path / "run.csv")
+    assert len(trace.time) == rows["all"]
+
+
+@pytest.mark.e2e
+def test_your_own_archives(tmp_path: Path) -> None:
+    """A store alone is enough: each archive is asked what it takes; a replay of the run asks the same models again."""
+    make_fleet(str(tmp_path / "models"), 6)
+    (tmp_path / "models" / "broken.mar").write_bytes(b"no archive")
+    flags = ["--store", "models", "--warmup", "0"]
+    outputs = ["--trace-out", "t.csv", "--out", "a.json"]
+    found = fleetcast_load(tmp_path, "run", *flags, "--cache", "8MiB", "--seconds", "0.5", *outputs)
+    assert "1 of 7 archives are left out:" in found.stdout
+    assert "broken.mar: " in found.stdout
+    assert "failed" not in found.stdout
+    again = fleetcast_load(tmp_path, "run", *flags, "--profile", "replay", "--trace", "t.csv", "--out", "b.json")
+    assert "failed" not in again.stdout
+    first, second = (json.loads((tmp_path / file).read_text())["results"] for file in ("a.json", "b.json"))
+    assert first["requests"] == second["requests"]
+    drawn = fleetcast_load(tmp_path, "report", "a.json", "b.json", "--html", "ab.html")
+    assert (drawn.returncode, drawn.stderr) == (0, "")
+    assert (tmp_path / "ab.html").stat().st_size > 10_000
+
+
+@pytest.mark.e2e
+def test_a_server_that_runs(tmp_path: Path) -> None:
+    """The names come from the store; without --metrics-url the server's own figures are left out."""
+    make_fleet(str(tmp_path), 3)
+    with serve(str(tmp_path), ["--workers", "1"]) as server:
+        flags = ["--url", server.inference, "--store", str(tmp_path), "--seconds", "0.5", "--warmup", "0"]
+        found = CliRunner().invoke(app, ["run", *flags])
+    assert "3 models at" in found.stdout
+    assert re.search(r"miss +│ +3 ", found.stdout)
+    assert "failed" not in found.stdout
+    assert "/metrics" not in found.stdout
+
+
+@pytest.mark.e2e
+def test_calls_for_many_models(tmp_path: Path) -> None:
+    """A tick as a few calls: each waits for its own models; one that is not there fails in every call that names it."""
+    make_fleet(str(tmp_path / "store"), 4)
+    names = [f"{name}\n" for name in fleet_names(4)]
+    (tmp_path / "names").write_text("".join([*names[:2], "none.mar\n", *names[2:]]))
+    (tmp_path / "request.json").write_text(json.dumps(make_request(0)))
+    out, html = tmp_path / "run.json", tmp_path / "run.html"
+    with serve(str(tmp_path / "store"), ["--workers", "1"]) as server:
+        flags = ["--url", server.inference, "--names", str(tmp_path / "names"), "--seconds", "1", "--warmup", "0"]
+        flags += ["--request", str(tmp_path / "request.json"), "--out", str(out), "--html", str(html)]
+        tick = ["--profile", "tick", "--every-s", "0.1", "--spread-s", "0.05"]
+        calls = ["--dialect", "forecasts", "--per-call", "2", "--failed", "0.1"]
+        found = CliRunner().invoke(app, ["run", *flags, *tick, *calls])
+    results = json.loads(out.read_text())["results"]
+    assert (results["requests"], results["checked"], results["unsound"]) == (30, 30, []), found.output
+    assert {key: results["forecasts"][key] for key in ("asked", "failed")} == {"asked": 50, "failed": 10}
+    assert results["latency"]["miss"]["count"] >= 2
+    assert results["latency"]["hit"]["count"] > 10
+    assert results["slo"]["checks"][0] == {
+        "what": "failed forecasts", "limit": "at most 10.0000%", "found": "20.0000%", "met": False
+    }  # fmt: skip
+    assert found.exit_code == 1
+    assert re.search(r"failed forecasts +│ 10 of 50 ", found.output)
+    assert "calls for 2 models" in found.output
+    assert "10 of 50 forecasts failed." in html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--url", "http://127.0.0.1:1"], "the models' names are not known: give --store or --names"),
+        (["--metrics-url", "http://127.0.0.1:1"], "--metrics-url and --names are for the server at --url"),
+        (["--cache", "1MiB"], "--cache is for a --store of yours"),
+        (["--url", "http://192.0.2.7", "--store", "."], "192.0.2.7 is 192.0.2.7, not this machine"),
+        (["--url", "http://127.0.0.1:1", "--store", "nowhere"], "nowhere"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--metrics-url", "http://127.0.0.1:1"], "refused"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "tick", "--rate", "3"], "tick takes no rate"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "replay"], "give it a trace"),
+        (["--url", "http://127.0.0.1:1", "--names", "names.txt"], "give a --request"),
+        (["--store", "empty"], "no model of empty can be asked"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--per-call", "3"], "--per-call is for the dialect forecasts"),
+        (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "not for calls for many"),
+        (
+            ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],
+            "is not asked for one forecast",
+        ),
+        (["--store", ".", "--dialect", "esperanto"], "known are sagemaker, forecasts, "),
+    ],
+)
+def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says why there is no load: no names, an address beyond this machine, no store, no metrics ..."""
+    monkeypatch.chdir(tmp_path)
+    make_fleet(".", 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "names.txt").write_text("a.mar\n\nb.mar\n")
+    found = CliRunner().invoke(app, ["run", *flags, "--warmup", "0"])
+    assert found.exit_code == 1
+    line = found.output.splitlines()[-1]
+    assert line.startswith("no load: ")
+    assert why in line
+
+
+def subject(peer: Peer, model: str) -> Subject:
+    """A peer to be asked for one model."""
+    questions = Questions([model], 1, None, b"{}", 0).of(None, console)  # type: ignore[list-item]
+    return Subject(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
+
+
+def test_a_ramp_ends_where_answers_fail() -> None:
+    """Rate after rate while they are sustained; the table says at which it was too much, and why."""
+    with running(Peer(stall_at=130, stall_s=0.8)) as peer:
+        plan = Plan(Profile(1, arrivals=Arrivals.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=300.0))
+        to = subject(peer, "hit").target("sagemaker", allow_remote=False)
+        found, _ = climb(subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
+    steps = found["steps"]
+    assert [step["sustained"] for step in steps] == [True, False]
+    assert steps[1]["why"].startswith("p99 latency ")
+    assert found["requests"] == 50  # the sustained one is shown
+
+
+def test_a_ramp_is_of_rates() -> None:
+    """A tick has no rate to raise."""
+    plan = Plan(Tick(1), 0.5, 0.0, 512, 1, summary.Slo())
+    with running(Peer()) as peer, pytest.raises(ValueError, match="a ramp is of rates"):
+        climb(subject(peer, "hit"), plan, subject(peer, "hit").target("sagemaker", allow_remote=False), [1.0], console)
+
+
+def test_the_verdict() -> None:
+    """Each limit is met or missed by itself; an invalid run meets nothing; without limits there is no verdict."""
+    found: dict[str, Any] = {
+        "latency": {"all": {"p50_ms": 1.0, "p99_ms": 30.0}},
+        "failures": {"status 503": 1},
+        "requests": 1000,
+        "hit_ratio": 0.9,
+        "invalid": [],
+    }
+    assert summary.Slo().verdict(found) is None
+    verdict = summary.Slo(p50_ms=1.0, p99_ms=29.9, failed=0.001, hit_ratio=0.91).verdict(found)
+    assert verdict is not None
+    assert [check["met"] for check in verdict["checks"]] == [True, False, True, False]
+    assert verdict["checks"][2]["limit"] == "at most 0.1000%"
+    assert not verdict["met"]
+    good = summary.Slo(p50_ms=1.0).verdict(found)
+    assert good is not None
+    assert good["met"]
+    bad = summary.Slo(p50_ms=1.0).verdict({**found, "invalid": ["late"]})
+    assert bad is not None
+    assert not bad["met"]
+
+
+def test_curves_over_time() -> None:
+    """Rates, percentiles and hits stand at the time when requests were due; where none was, nothing is said."""
+    at = np.array([0.0, 0.1, 0.2, 0.3, 1.6, 1.7])
+    status, cache = np.array([200, 200, 200, 503, 200, 0]), np.array([1, 2, 1, 0, 1, 0])
+    done = np.where(status > 0, at + 0.010, np.nan)
+    run = Run(Schedule(at, np.zeros(6, np.int64), 2.0), at, at, done, status, cache, 3.7, False, 0, [])
+    found = summary.over_time(run)
+    assert found["t_s"] == [0.25, 0.75, 1.25, 1.75]
+    assert found["due_per_s"] == [8.0, 0.0, 0.0, 4.0]
+    assert found["answered_per_s"] == [6.0, 0.0, 0.0, 2.0]
+    assert found["failed_per_s"] == [2.0, 0.0, 0.0, 2.0]
+    assert found["p50_ms"] == [10.0, None, None, pytest.approx(1005)]
+    assert found["max_ms"] == [10.0, None, None, 2000.0]
+    assert found["hit_ratio"] == [pytest.approx(2 / 3), None, None, 1.0]
+
+
+def test_a_distribution_is_what_was_measured() -> None:
+    """Percentiles to three digits, from a microsecond to an hour."""
+    seconds = np.random.default_rng(0).lognormal(-6, 2, 20_000)
+    found = summary.distribution(seconds)
+    for percentile in summary.PERCENTILES:
+        low, high = (np.percentile(seconds, percentile, method=method) * 1e3 for method in ("lower", "higher"))
+        assert low * 0.998 - 0.001 <= found[f"p{percentile:g}_ms"] <= high * 1.002 + 0.001
+    assert found["max_ms"] == seconds.max() * 1e3
+    assert found["count"] == 20_000
+    assert summary.distribution(np.array([1e-9, 1e5]))["count"] == 2
+
+
+def test_the_slowest_over_time() -> None:
+    """Every request is in the span in which it was due; spans without requests are blank, the rest on a log scale."""
+    at, latency = np.array([0.0, 0.5, 59.999]), np.array([0.001, 0.010, 0.100])
+    slots = summary.worst(at, latency, 60.0)
+    assert [slots[0], slots[-1], sum(slots)] == [10.0, 100.0, 110.0]
+    assert summary.sparkline([1.0, 0.0, 10.0, 100.0]) == "▁ ▅█"
+    assert summary.sparkline([0.0]) == " "
+
+
+def test_no_server_is_no_load(tmp_path: Path) -> None:
+    """An address nobody listens on is said in a line, not blamed on the driver."""
+    make_fleet(str(tmp_path / "store"), 1)
+    address = f"http://127.0.0.1:{free_port()}"
+    done = fleetcast_load(tmp_path, "run", "--url", address, "--store", str(tmp_path / "store"), "--seconds", "1")
+    assert done.returncode == 1
+    assert "no load: " in done.stderr
+    assert "Traceback" not in done.stderr

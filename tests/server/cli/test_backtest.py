@@ -1,0 +1,123 @@
+"""`fleetcast backtest`: the table, the JSON, and what one bad market does to the others."""
+
+import json
+import re
+from math import isnan
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from handlers.evaluation.scores import scores
+from handlers.training.time_series import read_csv
+from model_store.archives.archive import DEFAULT_LIMITS
+from model_store.names import ModelName
+from server.offline.rolling_windows import InProcess, unpublished
+from tests.server.markets import HISTORY, HORIZON, archive, fill, names, run, write_prices
+
+MARKETS = names(3)
+KNOWN = {"dynamic_feat": ("load_M00",)}
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three markets."""
+    return write_prices(tmp_path_factory.mktemp("data") / "prices.csv", MARKETS)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Their archives, which want the load of the first."""
+    return fill(tmp_path / "models", MARKETS, **KNOWN)
+
+
+def test_every_column_with_an_archive_is_scored(csv: Path, store: Path) -> None:
+    """Without targets the store says which: a row a market, the last 28 windows, and their mean."""
+    store.joinpath("M02.mar").rename(store / "other.mar")
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store))
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.output.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == ["M00", "M01", "mean"]
+    assert rows[0].split("│")[-2].strip() == "28"
+    assert "in 80%" in result.output
+
+
+def test_the_numbers_are_those_of_the_scores(csv: Path, store: Path) -> None:
+    """JSON: the scores of the windows asked for, in which the archive's covariate was found by its name."""
+    result = run(
+        "backtest", str(csv), "--time", "hour", "--models", str(store), "--target", "M01", "--json",
+        "--from", "2024-03-10", "--until", "2024-03-20 12:00", "--every", "24",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["markets"]
+    prices, load = read_csv(csv, "hour", ["M01", "load_M00"])
+    own = unpublished(archive(1, **KNOWN), ModelName("M01.mar"), DEFAULT_LIMITS)
+    origins = np.arange(6 * 24, 16 * 24 + 12 - HORIZON + 1, 24)
+    requests: list[dict[str, object]] = [
+        {
+            "start": prices.stamp(origin - HISTORY),
+            "target": [None if isnan(price) else price for price in prices.values[origin - HISTORY : origin].tolist()],
+            "dynamic_feat": [load.values[origin - HISTORY : origin + HORIZON].tolist()],
+        }
+        for origin in origins.tolist()
+    ]
+    ask, _ = InProcess().of(own)
+    y = prices.values[origins[:, None] + np.arange(HORIZON)]
+    nothing = np.full(y.shape, np.nan)
+    expected = scores(y, ask(requests), np.array([0.1, 0.5, 0.9]), nothing, np.full(len(y), np.nan))
+    assert (found["first"], found["last"], found["windows"]) == ("2024-03-10 00:00:00", "2024-03-20 05:00:00", 11)
+    for name in ("pinball", "wql", "wape", "crps", "coverage", "observed"):
+        assert found["scores"][name] == pytest.approx(getattr(expected, name), rel=1e-12)
+    assert found["scores"]["rmae"] > 0
+    assert sum(found["calibration"]["share"]) == pytest.approx(1)
+    assert len(found["by_hour"]["model"]) == 24
+
+
+def test_a_bad_market_stops_no_other(csv: Path, store: Path) -> None:
+    """A broken archive and a missing one are named and end the command with 1; the third market is scored."""
+    store.joinpath("M00.mar").write_bytes(b"PK nothing")
+    store.joinpath("M01.mar").unlink()
+    targets = [word for market in MARKETS for word in ("--target", market)]
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--json", *targets)
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert [each["target"] for each in found["markets"]] == ["M02"]
+    assert set(found["failed"]) == {"M00", "M01"}
+    assert "error: M01: M01.mar is not in" in result.stderr
+
+
+def test_an_archive_of_another_frequency_is_named(csv: Path, store: Path) -> None:
+    """What the whole backtest of a market fails for is said once, not asked window by window."""
+    store.joinpath("M01.mar").write_bytes(archive(frequency="1D"))
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--target", "M01")
+    assert result.exit_code == 1
+    assert "error: M01: M01.mar forecasts steps of 1D, but M01 has 1h" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--from", "yesterday"], "--from: expected a date such as 2024-01-01, not 'yesterday'"),
+        (["--target", "X9"], "0 columns 'X9'"),
+        (["--name-template", "no/{target}.mar"], "has no archive no/{target}.mar of any column"),
+        (["--models", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(csv: Path, store: Path, flags: list[str], said: str) -> None:
+    """And nothing else: exit code 2, or 1 where it is one market's."""
+    store.joinpath("X9.mar").write_bytes(archive())
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), *flags)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_report_is_one_file_that_needs_nothing_else(csv: Path, store: Path, tmp_path: Path) -> None:
+    """Every market in the table, names escaped, nothing fetched from anywhere."""
+    html = tmp_path / "report.html"
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--html", str(html))
+    assert result.exit_code == 0, result.output
+    text = html.read_text()
+    assert text.count('<th scope="row">M0') == 3
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(link|img|iframe)|<script[^>]* src|@import|url\(", text)

@@ -1,0 +1,228 @@
+"""`fleetcast retrain`: a fleet fitted anew market by market, judged, published, and gone on with after a kill."""
+
+import json
+import re
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from handlers.training.fit import Fitting
+from handlers.training.input_recipe import recipe
+from handlers.training.time_series import Series
+from model_store.archives.archive import open_archive
+from model_store.archives.manifest import Spec
+from model_store.errors import StoreUnavailable
+from model_store.names import ModelName
+from model_store.stores.object_store import Source
+from server.cli.setting_flags import settings_from
+from server.offline.checkpoint import Journal
+from server.offline.promotion_gate import Gate
+from server.offline.retraining import Plan, Renewal, anew
+from server.offline.rolling_windows import Rolling
+from tests.server.markets import archive, fill, names, run, write_prices
+
+MARKETS = names(4)
+QUICK = ("--epochs", "8", "--windows", "8")
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four markets, the last without any price."""
+    return write_prices(tmp_path_factory.mktemp("data") / "prices.csv", MARKETS, empty="M03")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """Their archives, untrained."""
+    return fill(tmp_path / "models", MARKETS)
+
+
+def spec(store: Path, market: str) -> Spec:
+    """Of the archive in the store."""
+    found = open_archive(store.joinpath(f"{market}.mar").read_bytes(), market).spec
+    assert found is not None
+    return found
+
+
+def outcomes(log: Path) -> dict[str, dict[str, Any]]:
+    """The log by market."""
+    return {each["target"]: each for each in map(json.loads, log.read_text().splitlines())}
+
+
+def retrain(csv: Path, store: Path, log: Path, *flags: str) -> tuple[int, str]:
+    """Exit code, and all that was said."""
+    result = run("retrain", str(csv), "--time", "hour", "--store", str(store), "--log", str(log), *QUICK, *flags)
+    return result.exit_code, result.output
+
+
+def test_better_archives_are_published_and_a_failure_stops_nobody(csv: Path, store: Path, tmp_path: Path) -> None:
+    """Trained beats untrained: three markets are published with their verdict, the one without prices is named."""
+    before = {market: store.joinpath(f"{market}.mar").read_bytes() for market in MARKETS}
+    log = tmp_path / "log.jsonl"
+    code, said = retrain(csv, store, log)
+    assert code == 1, said
+    assert "1 failed, 3 published" in said
+    found = outcomes(log)
+    assert "M03: no values" in found["M03"]["message"]
+    assert store.joinpath("M03.mar").read_bytes() == before["M03"]
+    for market in MARKETS[:3]:
+        assert found[market]["result"] == "published"
+        assert found[market]["worse_percent"] < 0
+        new, old = spec(store, market), open_archive(before[market], market).spec
+        assert old is not None
+        assert new.forecast is not None
+        assert old.forecast is not None
+        assert new.weights != old.weights
+        assert new.forecast.scaler != old.forecast.scaler
+        assert (new.architecture, new.config) == (old.architecture, old.config)
+        assert new.forecast.quantile_levels == old.forecast.quantile_levels
+        assert re.search(r"2024-03-21 23:00:00; gate: pinball .* 8 windows from 2024-03-22 00:00:00", new.description)
+
+
+def test_the_same_data_again_changes_nothing(csv: Path, store: Path, tmp_path: Path) -> None:
+    """The same fit gives the same numbers: they are there already, and are not published once more."""
+    retrain(csv, store, tmp_path / "log.jsonl")
+    before = {market: store.joinpath(f"{market}.mar").read_bytes() for market in MARKETS}
+    retrain(csv, store, tmp_path / "log.jsonl")
+    results = {market: each["result"] for market, each in outcomes(tmp_path / "log.jsonl").items()}
+    assert results == {"M00": "unchanged", "M01": "unchanged", "M02": "unchanged", "M03": "failed"}
+    assert before == {market: store.joinpath(f"{market}.mar").read_bytes() for market in MARKETS}
+
+
+def test_a_worse_archive_is_kept_out(csv: Path, store: Path, tmp_path: Path) -> None:
+    """After a good fit one of hardly any steps is worse: the store keeps what it has, and the log says by how much."""
+    retrain(csv, store, tmp_path / "log.jsonl", "--epochs", "30")
+    before = store.joinpath("M00.mar").read_bytes()
+    code, said = retrain(csv, store, tmp_path / "log.jsonl", "--epochs", "0.1", "--target", "M00")
+    assert code == 0, said
+    found = outcomes(tmp_path / "log.jsonl")["M00"]
+    assert found["result"] == "kept"
+    assert found["worse_percent"] > 2
+    assert store.joinpath("M00.mar").read_bytes() == before
+
+
+def test_another_architecture_keeps_the_contract(csv: Path, store: Path, tmp_path: Path) -> None:
+    """From mlp to tcn: what clients send and get stays; a config without the architecture is refused."""
+    old = spec(store, "M00")
+    flags = ("--architecture", "tcn", "--config", '{"channels": 4}', "--target", "M00")
+    code, said = retrain(csv, store, tmp_path / "log.jsonl", *flags)
+    assert code == 0, said
+    new = spec(store, "M00")
+    assert new.architecture == "tcn"
+    assert old.forecast is not None
+    assert new.forecast is not None
+    assert new.forecast.prediction_length == old.forecast.prediction_length
+    assert new.forecast.quantile_levels == old.forecast.quantile_levels
+    assert new.forecast.unit == old.forecast.unit
+    code, said = retrain(csv, store, tmp_path / "log.jsonl", "--config", '{"hidden": 4}')
+    assert code == 2
+    assert "goes with --architecture" in said
+
+
+def test_a_new_architecture_answers_at_the_hours_that_the_old_one_did() -> None:
+    """A `lear` for six o'clock stays one, in place of a `tcn` it forecasts from any hour, and a `tcn` always does."""
+    hours = np.arange(24 * 40, dtype=np.float64)
+    series = Series("p", datetime(2024, 1, 1), timedelta(hours=1), hours % 24, hours[None][:0])  # noqa: DTZ001
+    at_six = recipe(series, 192, context_length=192, prediction_length=24, weekdays=True, origin="06:00")
+    any_hour = recipe(series, 81, context_length=192, prediction_length=24)
+    assert anew(at_six, series, "lear", {}).origin == "06:00"
+    assert not anew(any_hour, series, "lear", {}).origin
+    assert not anew(at_six, series, "tcn", {}).origin
+
+
+def plan(csv: Path, store: Path) -> Plan:
+    """What the command makes of its flags."""
+    settings = settings_from({"store": str(store)})
+    market_names = {market: ModelName(f"{market}.mar") for market in MARKETS}
+    return Plan(csv, "hour", market_names, settings, Gate("pinball", 2, Rolling(most=8)), Fitting(8.0))
+
+
+def test_a_killed_run_goes_on(csv: Path, store: Path, tmp_path: Path) -> None:
+    """Cut between two markets of a group: the rest is done, what was done is not touched, the numbers are the same."""
+    work, whole = plan(csv, store), fill(tmp_path / "whole", MARKETS)
+    count = 0
+
+    def killed(done: int) -> None:
+        nonlocal count
+        count += done
+        if count == 2:
+            raise KeyboardInterrupt
+
+    with Journal(tmp_path / "log", work.digest, len(MARKETS)) as journal, pytest.raises(KeyboardInterrupt):
+        Renewal(work).run(journal, killed)
+    before = store.joinpath("M00.mar").stat().st_mtime_ns
+    with Journal(tmp_path / "log", work.digest, len(MARKETS)) as journal:
+        assert journal.done == 2
+        told: list[int] = []
+        Renewal(work).run(journal, told.append)
+        assert len(told) == 2
+        assert journal.done == len(MARKETS)
+    assert store.joinpath("M00.mar").stat().st_mtime_ns == before
+    other = plan(csv, whole)
+    with Journal(tmp_path / "other", other.digest, len(MARKETS)) as journal:
+        Renewal(other).run(journal, told.append)
+    for market in MARKETS:
+        assert spec(store, market).weights == spec(whole, market).weights
+
+
+def test_a_store_out_of_reach_ends_the_run(
+    csv: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An outage while publishing is no market's fault: the run ends, and goes on when the store is back."""
+    put = Source.put
+
+    def out(self: Source, name: ModelName, data: bytes) -> str:
+        if name == "M01.mar":
+            raise StoreUnavailable("the store is out")
+        return put(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "put", out)
+        code, said = retrain(csv, store, tmp_path / "log.jsonl")
+    assert code == 2
+    assert "error: the store is out" in said
+    code, said = retrain(csv, store, tmp_path / "log.jsonl")
+    assert {market: each["result"] for market, each in outcomes(tmp_path / "log.jsonl").items()} == {
+        "M00": "published", "M01": "published", "M02": "published", "M03": "failed"
+    }  # fmt: skip
+
+
+def test_markets_of_two_kinds_are_fitted_apart(csv: Path, store: Path, tmp_path: Path) -> None:
+    """One market forecasts further than the others: all are retrained as they are."""
+    store.joinpath("M01.mar").write_bytes(archive(prediction_length=9))
+    retrain(csv, store, tmp_path / "log.jsonl")
+    results = {market: each["result"] for market, each in outcomes(tmp_path / "log.jsonl").items()}
+    assert results == {"M00": "published", "M01": "published", "M02": "published", "M03": "failed"}
+    forecasts = [spec(store, market).forecast for market in MARKETS[:3]]
+    assert [each.prediction_length for each in forecasts if each] == [6, 9, 6]
+
+
+def test_a_fit_that_fails_for_one_is_done_for_the_others(store: Path, tmp_path: Path) -> None:
+    """A market whose prices end early cannot be judged while it is fitted, and is fitted with others: only it fails."""
+    csv = write_prices(tmp_path / "prices.csv", MARKETS, empty="M01", since=24 * 8)
+    code, said = retrain(csv, store, tmp_path / "log.jsonl")
+    assert code == 1, said
+    found = outcomes(tmp_path / "log.jsonl")
+    assert found["M01"]["message"] == "M01: no values in the holdout part"
+    assert [found[market]["result"] for market in MARKETS] == ["published", "failed", "published", "published"]
+
+
+def test_a_covariate_that_is_gone_fails_its_market_alone(csv: Path, store: Path, tmp_path: Path) -> None:
+    """The file has lost a column that one archive wants: that market is named, the others are retrained."""
+    store.joinpath("M02.mar").write_bytes(archive(dynamic_feat=("wind",)))
+    retrain(csv, store, tmp_path / "log.jsonl")
+    found = outcomes(tmp_path / "log.jsonl")
+    assert found["M02"]["message"].startswith("wind: prices.csv has no such column")
+    assert [found[market]["result"] for market in MARKETS[:2]] == ["published", "published"]
+
+
+def test_a_server_that_is_not_there_costs_no_market(csv: Path, store: Path, tmp_path: Path) -> None:
+    """The archives are published all the same, and the log says who could not be told."""
+    code, said = retrain(csv, store, tmp_path / "log.jsonl", "--reload", "http://127.0.0.1:9", "--target", "M00")
+    assert code == 0, said
+    found = outcomes(tmp_path / "log.jsonl")["M00"]
+    assert found["result"] == "published"
+    assert "is `fleetcast serve` running there" in found["message"]

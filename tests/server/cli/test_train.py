@@ -1,0 +1,203 @@
+"""`fleetcast train`: a CSV file to archives that load, or one line that says why not."""
+
+import gzip
+import json
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from handlers.forecasters import ARCHITECTURES
+from model_store.archives.archive import Archive, open_archive, read_tensors
+from model_store.names import ModelName
+from model_store.stores.object_store import open_source
+from server.cli.setting_flags import settings_from
+from server.cli.train import NAMES, train
+from server.offline import archive_tools as workshop
+
+HOURS = 24 * 25
+QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
+
+
+def run(*arguments: str) -> Result:
+    """The command as the command line runs it."""
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(train)
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.fixture(scope="module")
+def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 days of two hourly prices, a few missing, and a load forecast of each."""
+    path, rng = tmp_path_factory.mktemp("data") / "prices.csv.gz", np.random.default_rng(0)
+    lines = ["hour,NSW1,VIC1,load_NSW1,load_VIC1"]
+    for hour in range(HOURS):
+        stamp = datetime.fromisoformat("2024-03-01") + hour * timedelta(hours=1)
+        nsw, vic = 60 + 20 * np.sin(hour / 24 * 2 * np.pi) + rng.normal(0, 5, 2)
+        cells = ["" if hour % 50 == 7 else f"{nsw:.2f}", f"{vic:.2f}", f"{nsw * 100:.0f}", f"{vic * 90:.0f}"]
+        lines.append(f"{stamp:%Y-%m-%d %H:%M},{','.join(cells)}")
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return path
+
+
+def opened(store: Path, name: str) -> Archive:
+    """An archive of the store."""
+    return open_archive(store.joinpath(name).read_bytes(), name)
+
+
+def test_archives_load_and_carry_what_was_asked_for(prices: Path, tmp_path: Path) -> None:
+    """Two targets in one call: two archives that a worker's own checks accept, with the options in their records."""
+    store = tmp_path / "made" / "store"
+    columns = ("--time", "hour", "--target", "NSW1", "--target", "VIC1", "--known-future", "load_{target}")
+    words = ("--unit", "AUD/MWh", "--time-zone", "Etc/GMT-10", "--scaling", "linear", "--prediction-length", "12")
+    result = run(
+        str(prices), *columns, *words, *QUICK, "--out", str(store), "--name-template", "au/{target}.mar",
+        "--quantiles", "0.05,0.5,0.95", "--train-until", "2024-03-25",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for target in ("NSW1", "VIC1"):
+        spec = opened(store, f"au/{target}.mar").spec
+        assert spec is not None
+        assert spec.description == "trained on prices.csv.gz, 2024-03-01 00:00:00 to 2024-03-24 23:00:00"
+        forecast = spec.forecast
+        assert forecast is not None
+        assert (forecast.frequency, forecast.context_length, forecast.prediction_length) == ("1h", 168, 12)
+        assert (forecast.unit, forecast.time_zone, forecast.scaler.kind) == ("AUD/MWh", "Etc/GMT-10", "linear")
+        assert forecast.dynamic_feat == (f"load_{target}",)
+        assert forecast.quantile_levels == (0.05, 0.5, 0.95)
+        place = workshop.place(settings_from({"store": str(store)}), ModelName(f"au/{target}.mar"))
+        assert "golden sample reproduced" in workshop.proved(place)
+    assert f"fleetcast serve --store {store}" in result.output
+
+
+def test_the_same_seed_gives_the_same_bytes(prices: Path, tmp_path: Path) -> None:
+    """Archives are reproducible, and a seed is not ignored."""
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        result = run(
+            str(prices), "--time", "hour", "--target", "NSW1", *QUICK, "--seed", seed, "--out", str(tmp_path / folder)
+        )
+        assert result.exit_code == 0, result.output
+    a, b, c = (tmp_path.joinpath(folder, "NSW1.mar").read_bytes() for folder in "abc")
+    assert a == b != c
+
+
+def test_archives_go_into_a_bucket(prices: Path, bucket: str) -> None:
+    """`--out s3://...` stores under the prefix, for the mlp as well."""
+    result = run(
+        str(prices), "--time", "hour", "--target", "VIC1", "--architecture", "mlp", "--config", '{"hidden": 8}',
+        "--epochs", "0.5", "--out", f"s3://{bucket}/prices",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    fetched = open_source(f"s3://{bucket}/prices").get(ModelName("VIC1.mar"))
+    assert fetched is not None
+    tensors = read_tensors(open_archive(fetched.data, "VIC1.mar"))
+    assert tensors["second.weight"].shape == (8, 8)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_is_trained_and_proved(prices: Path, tmp_path: Path, architecture: str) -> None:
+    """A forecast shorter than the default's, from a shorter context: the archive loads as a worker would load it."""
+    fields = ARCHITECTURES[architecture].config.__struct_fields__
+    config = json.dumps({name: 4 for name in ("hidden", "channels", "paths") if name in fields})
+    lengths = ("--context-length", "20", "--prediction-length", "12", "--config", config, "--epochs", "0.1")
+    quantiles = ("--quantiles", "0.2,0.5,0.8")  # which four paths can tell
+    result = run(
+        str(prices), "--time", "hour", "--target", "VIC1", "--known-future", "load_{target}", *lengths,
+        "--architecture", architecture, "--out", str(tmp_path), *quantiles,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    proved = workshop.proved(workshop.place(settings_from({"store": str(tmp_path)}), ModelName("VIC1.mar")))
+    assert proved.startswith(f"{architecture}-")
+    assert proved.endswith("golden sample reproduced")
+
+
+def test_a_lear_of_days_forecasts_from_midnight(prices: Path, tmp_path: Path) -> None:
+    """Eight days of context and 00:00 unless told otherwise; members and another origin reach the record."""
+    for flags, lengths in (((), (192, "00:00")), (("--members", "2", "--origin", "12:00"), (192, "12:00"))):
+        result = run(
+            str(prices), "--time", "hour", "--target", "VIC1", "--architecture", "lear", *flags, "--out", str(tmp_path)
+        )
+        assert result.exit_code == 0, result.output
+        spec = opened(tmp_path, "VIC1.mar").spec
+        assert spec is not None
+        assert spec.forecast is not None
+        assert (spec.forecast.context_length, spec.forecast.origin) == lengths
+        assert spec.config["marks"] == 7
+        assert spec.config.get("members", 1) == (2 if flags else 1)
+        assert {channel.feature for channel in spec.forecast.inputs} >= {"monday", "sunday"}
+
+
+@pytest.mark.parametrize("architecture", ["tcn", "gru"])
+def test_any_architecture_can_be_an_ensemble(prices: Path, tmp_path: Path, architecture: str) -> None:
+    """Members of one fit differ, and the archive is proved by its golden sample."""
+    config = json.dumps({"tcn": {"channels": 4}, "gru": {"hidden": 4}}[architecture])
+    result = run(
+        str(prices), "--time", "hour", "--target", "VIC1", "--architecture", architecture, "--members", "3",
+        "--config", config, "--epochs", "0.1", "--context-length", "30", "--out", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    biases = [read_tensors(opened(tmp_path, "VIC1.mar"))[f"members.{i}.head.bias"] for i in range(3)]
+    assert len({bias.tobytes() for bias in biases}) == 3
+
+
+def test_the_help_names_every_architecture() -> None:
+    """The list that is written out, as the command line imports no torch, is the list there is."""
+    assert sorted(NAMES) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--target", "NSW1", "--origin", "noon"], "--origin: expected a time of day such as 00:00, or any"),
+        (["--target", "NSW1", "--origin", "00:30"], "no step of 1h from 2024-03-01 00:00:00 on is at 00:30 every day"),
+        (["--target", "NSW1", "--architecture", "deepar", "--members", "2"], "the mean of paths is no path"),
+        (["--target", "NSW1", "--config", '{"members": 2}'], "which the other options decide"),
+        (["--target", "SA1"], "prices.csv.gz, line 1: 0 columns 'SA1'; the columns are hour, NSW1"),
+        (["--target", "NSW1", "--target", "VIC1", "--name-template", "a.mar"], "put {target} into it"),
+        (["--target", "NSW1", "--target", "NSW1"], "--target names a column twice"),
+        (["--target", "NSW1", "--name-template", "../{target}.mar"], ".."),
+        (["--target", "NSW1", "--quantiles", "0.5,0.1"], "--quantiles: expected rising levels"),
+        (["--target", "NSW1", "--config", "{"], "--config: not JSON"),
+        (["--target", "NSW1", "--config", '{"features": 3}'], "which the other options decide"),
+        (["--target", "NSW1", "--config", '{"chanels": 3}'], "config of tcn: Object contains unknown field `chanels`"),
+        (["--target", "NSW1", "--architecture", "rnn"], "unknown architecture 'rnn'; known are "),
+        (["--target", "NSW1", "--train-until", "March"], "--train-until: expected a date such as 2024-01-01"),
+        (["--target", "NSW1", "--train-until", "2024-03-10"], "NSW1 has 216 steps; at least"),
+        (["--target", "NSW1", "--train-until", "2023-01-01"], "NSW1: no values to learn from"),
+        (["--target", "NSW1", "--known-future", "NSW1"], "line 9, column 'NSW1': a known-future value is missing"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(prices: Path, tmp_path: Path, flags: list[str], said: str) -> None:
+    """One line that names flag, file or column, exit code 2, and nothing written."""
+    result = run(str(prices), "--time", "hour", *flags, "--out", str(tmp_path / "store"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_impossible_out_is_told_first(prices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file where the folder should be: said at once, not after minutes of fitting."""
+    (tmp_path / "taken").write_text("a file")
+    monkeypatch.setattr("handlers.training.fit.fit", lambda *_, **__: pytest.fail("it was fitted first"))
+    result = run(str(prices), "--time", "hour", "--target", "NSW1", "--out", str(tmp_path / "taken"))
+    assert result.exit_code == 2
+    assert "is not a folder" in result.stderr
+
+
+def test_a_missing_file_is_said_in_a_line(tmp_path: Path) -> None:
+    """No traceback for a path that is not there."""
+    result = run(str(tmp_path / "no.csv"), "--time", "t", "--target", "p", "--out", str(tmp_path))
+    assert (result.exit_code, "no.csv" in result.stderr) == (2, True)
+
+
+def test_importing_the_command_does_not_import_torch() -> None:
+    """The command line stays quick for commands that train nothing."""
+    code = "import sys, server.cli.train; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

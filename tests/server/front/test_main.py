@@ -1,0 +1,37 @@
+"""A front and its links: when it says that it reaches the workers."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from server.cli.setting_flags import settings_from
+from server.front.app import App
+from server.front.main import Front
+from server.http_listener import listener
+from server.metrics import FrontMetrics
+
+
+def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to `linked` waits for a worker that is named but does not listen yet; then it has a lane."""
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario() -> None:
+        metrics = FrontMetrics()
+        app = App(settings_from({"store": str(tmp_path)}), metrics)
+        front = Front(app, listener(app, 1.0, 1.0), metrics)
+        path = str(tmp_path / "0.1")
+        await front.handle("workers", {"sockets": {"0": path}})
+        linked = asyncio.ensure_future(front.handle("linked", {}))
+        await asyncio.sleep(0.05)
+        assert not linked.done()
+        assert not app.calls.router.lanes
+        server = await asyncio.start_unix_server(lambda _, writer: writer.close(), path)
+        async with asyncio.timeout(5):
+            await linked
+        assert list(app.calls.router.lanes) == [0]
+        await front.handle("workers", {"sockets": {}})
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(scenario())

@@ -1,0 +1,229 @@
+"""The accelerator's pool and engine on a fake device that does everything as late and as disorderly as it may."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handlers.base import Family, Float32
+from handlers.forecasters import build, random_tensors
+from server.worker.engine.accelerator import EAGER_RUNS, MAX_GRAPHS, DeviceEngine, DevicePool, DeviceStaging
+from tests.server.fake_device import FakeDevice, GraphTouchesStranger
+from tests.server.worker.engine.test_cpu import CONFIGS, reference
+
+TCN = build("tcn", CONFIGS["tcn"])
+SIZE = TCN.row_floats * 4
+ROWS = {model: TCN.row(random_tensors(TCN, model)) for model in range(6)}
+X = np.random.default_rng(0).standard_normal((8, 1, *TCN.input_shape), dtype=np.float32)
+RIGHT = {model: [reference(TCN, model, x) for x in X] for model in ROWS}
+
+
+def engine(device: FakeDevice, rows: int = 8, max_rows: int = 16) -> DeviceEngine:
+    """An engine with a pool of so many `TCN` rows."""
+    return DeviceEngine(DevicePool(rows * SIZE, device), max_rows)
+
+
+def inputs(family: Family, count: int, seed: int = 0) -> Float32:
+    """Rows of input."""
+    return np.random.default_rng(seed).standard_normal((count, *family.input_shape), dtype=np.float32)
+
+
+def check(found: Sequence[Float32], models: Sequence[int], parts: Sequence[Float32]) -> None:
+    """Answers are the single models'."""
+    for answer, model, x in zip(found, models, parts, strict=True):
+        np.testing.assert_allclose(answer, reference(TCN, model, x), rtol=1e-4, atol=1e-5)
+
+
+class Fleet:
+    """Rows that come, go and move at random, what should be where, and steps that check it."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        device = FakeDevice(seed)
+        self.engine = engine(device)
+        self.models: dict[int, int] = {}  # by row
+        self.shelf = [device.host(TCN.row_floats) for _ in range(3)]
+        self.shelved: dict[int, int] = {}
+
+    def act(self) -> None:
+        """Tell the pool one thing; seldom a step, which waits for what the others leave open."""
+        place = self.random.randrange(8)
+        if place in self.models and self.random.random() < 0.5:
+            target = self.random.choice([row for row in range(8) if row != place])
+            self.engine.pool.move(place * SIZE, target * SIZE, SIZE)
+            self.models[target] = self.models.pop(place)
+        elif place in self.models:
+            kept = self.random.randrange(3)
+            self.engine.pool.keep(place * SIZE, self.shelf[kept])
+            self.shelved[kept] = self.models.pop(place)
+        elif self.shelved and self.random.random() < 0.5:
+            kept = self.random.choice(list(self.shelved))
+            self.engine.pool.write(place * SIZE, self.shelf[kept].numpy())
+            self.models[place] = self.shelved[kept]
+        else:
+            self.models[place] = self.random.randrange(6)
+            self.engine.pool.write(place * SIZE, ROWS[self.models[place]].copy())
+
+    def step(self) -> None:
+        """A forward of more rows than fit in one, over everything that is here."""
+        places = sorted(self.models) + self.random.choices(sorted(self.models), k=30)
+        found = self.engine.run(TCN, [place * SIZE for place in places], [X[place] for place in places])
+        right = [RIGHT[self.models[place]][place] for place in places]
+        np.testing.assert_allclose(np.stack(found), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_that_the_streams_allow_is_seen(seed: int) -> None:
+    """Rows written, moved, kept on the host, written back and run: whatever order the device then takes, every step
+    sees the rows that were told before it, and nothing else. (Fails without any one of the pool's `after`.)
+    """
+    fleet = Fleet(seed)
+    for _ in range(12):
+        while fleet.random.random() < 0.85 or not fleet.models:
+            fleet.act()
+        fleet.step()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    seed=st.integers(0, 2**16),
+    architecture=st.sampled_from(sorted(CONFIGS)),
+    models=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=20),
+)
+def test_every_architecture_in_any_batch_equals_the_single_models(
+    seed: int, architecture: str, models: list[tuple[int, int]]
+) -> None:
+    """Requests of one or many rows, over the cuts of a forward, four times over, so that graphs run too."""
+    family = build(architecture, CONFIGS[architecture])
+    device = FakeDevice(seed)
+    made = DeviceEngine(DevicePool(4 * family.row_floats * 4, device), 16)
+    for model in range(4):
+        made.pool.write(model * family.row_floats * 4, family.row(random_tensors(family, model)))
+    for turn in range(EAGER_RUNS + 1):
+        parts = [inputs(family, rows, seed + turn) for _, rows in models]
+        answers = made.run(family, [model * family.row_floats * 4 for model, _ in models], parts)
+        for (model, _), x, answer in zip(models, parts, answers, strict=True):
+            np.testing.assert_allclose(answer, reference(family, model, x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_waits_for_its_rows() -> None:
+    """The same pool told without the waiting gives poison on some order: the fake does find what it is for."""
+    seen = set()
+    for seed in range(20):
+        made = engine(FakeDevice(seed))
+        made.pool.write(0, ROWS[0])
+        made.pool.copied = None
+        seen.add(bool(np.isnan(made.run(TCN, [0], [inputs(TCN, 1)])[0]).any()))
+    assert seen == {True, False}
+
+
+def test_a_row_is_freed_only_when_its_step_is_over() -> None:
+    """What `run` launched has happened when it returns and when it raises: the next write may take the rows' place."""
+    device = FakeDevice()
+    made = engine(device)
+    made.pool.write(0, ROWS[0])
+    made.run(TCN, [0], [inputs(TCN, 1)])
+    assert not device.told["compute"]
+    with pytest.raises(ValueError, match="could not broadcast"):  # the second forward cannot be filled
+        made.run(TCN, [0] * 17, [*[inputs(TCN, 1)] * 16, np.zeros((1, 2, 2), np.float32)])
+    assert not device.told["compute"]
+    check(made.run(TCN, [0], [inputs(TCN, 1)]), [0], [inputs(TCN, 1)])
+
+
+def test_graphs_after_a_few_runs_and_padded_with_a_real_row() -> None:
+    """Three of a bucket run eagerly, then one graph serves all its counts; no answer knows of the padding."""
+    device = FakeDevice()
+    made = engine(device)
+    for model in range(3):
+        made.pool.write(model * SIZE, ROWS[model])
+    for turn, rows in enumerate([3, 4, 3, 4, 3]):
+        models = [i % 3 for i in range(rows)]
+        parts = [inputs(TCN, 1, turn + i) for i in range(rows)]
+        check(made.run(TCN, [model * SIZE for model in models], parts), models, parts)
+    assert (device.captures, device.replays) == (1, 2)
+    assert repr(made) == "<DeviceEngine <DevicePool 0.0 MB on cpu>, 1 families, 1 graphs>"
+
+
+def test_graphs_see_staging_alone() -> None:
+    """A graph replays after every row has moved; one that reads the pool itself is found out by the fake."""
+    device = FakeDevice()
+    made = engine(device)
+    made.pool.write(0, ROWS[1])
+    for _ in range(EAGER_RUNS + 1):
+        made.run(TCN, [0], [inputs(TCN, 1)])
+    made.pool.move(0, 5 * SIZE, SIZE)
+    made.pool.write(0, ROWS[2])
+    check(made.run(TCN, [5 * SIZE, 0][:1], [inputs(TCN, 1)]), [1], [inputs(TCN, 1)])
+    assert device.replays == 2
+    pools = [torch.ones(1), torch.ones(1)]
+    replay = device.graph(lambda: pools[0] + 1)
+    pools[0] = pools[1]
+    with pytest.raises(GraphTouchesStranger):
+        replay()
+
+
+def test_graphs_are_bounded_and_optional() -> None:
+    """No more graphs than MAX_GRAPHS, the least recently used go; what cannot be captured runs eagerly for good."""
+    made = engine(FakeDevice())
+    made.pool.write(0, ROWS[0])
+    for i in range(MAX_GRAPHS):
+        made._graphs[f"other-{i}", 1] = lambda: torch.ones(1)
+    for _ in range(EAGER_RUNS + 1):
+        made.run(TCN, [0], [inputs(TCN, 1)])
+    assert len(made._graphs) == MAX_GRAPHS
+    assert ("other-0", 1) not in made._graphs
+    device = FakeDevice(uncapturable=True)
+    plain = engine(device)
+    plain.pool.write(0, ROWS[0])
+    for _ in range(EAGER_RUNS + 3):
+        check(plain.run(TCN, [0], [inputs(TCN, 1)]), [0], [inputs(TCN, 1)])
+    assert device.replays == 0
+
+
+def test_bf16_is_close_and_nothing_else() -> None:
+    """bfloat16 forwards answer float32 numbers within 3 %, eager and as graphs, and probes alike; float32 is exact."""
+    made = DeviceEngine(DevicePool(8 * SIZE, FakeDevice()), 16, bf16=True)
+    made.pool.write(0, ROWS[0])
+    x = inputs(TCN, 5)
+    right = reference(TCN, 0, x)
+    for answer in [made.run(TCN, [0], [x])[0] for _ in range(EAGER_RUNS + 2)] + [made.probe(TCN, ROWS[0], x)]:
+        assert answer.dtype == np.float32
+        np.testing.assert_allclose(answer, right, atol=0.03 * np.abs(right).max())
+        assert not np.allclose(answer, right, atol=1e-5)
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_step_short_of_memory_can_be_run_again(failures: int) -> None:
+    """Wherever the allocation fails, the engine is whole after `trim`: nothing in flight, the same answers."""
+    device = FakeDevice()
+    made = engine(device)
+    made.pool.write(0, ROWS[0])
+    device.short_of_memory = failures
+    for _ in range(failures):
+        with pytest.raises(torch.OutOfMemoryError):
+            made.run(TCN, [0], [inputs(TCN, 1)])
+        made.trim()
+    check(made.run(TCN, [0], [inputs(TCN, 1)]), [0], [inputs(TCN, 1)])
+    assert device.trims == failures
+
+
+def test_probe_and_read_are_whole() -> None:
+    """A golden sample's run and a test's look at a row wait for what they need."""
+    device = FakeDevice(3)
+    made = engine(device)
+    made.pool.write(SIZE, ROWS[4])
+    made.pool.move(SIZE, 3 * SIZE, SIZE)
+    assert np.array_equal(made.pool.read(3 * SIZE, SIZE), ROWS[4])
+    check([made.probe(TCN, ROWS[2], inputs(TCN, 3))], [2], [inputs(TCN, 3)])
+
+
+def test_staging_is_capped() -> None:
+    """Buckets are powers of two up to the capacity, which bytes bound as well as rows."""
+    staging = DeviceStaging(TCN, 12, FakeDevice(), bf16=False)
+    assert [staging.bucket(rows) for rows in (1, 2, 3, 5, 9, 12)] == [1, 2, 4, 8, 12, 12]
+    assert repr(staging) == f"<DeviceStaging {TCN.key}, 12 rows>"
+    assert repr(staging.lanes[0]) == "<Lane of 12 rows, idle>"

@@ -1,0 +1,245 @@
+"""What a worker does next: bounds, turns, deadlines, and that no job is lost or run twice."""
+
+import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from model_store.names import ModelName
+from server.ipc.frames import CacheResult, Request
+from server.worker.scheduler import Job, QueueFull, Scheduler
+
+LARGE = 1_000_000
+
+
+def job(model: str, deadline: float = 100.0, ident: int = 1) -> Job:
+    """A request for the model."""
+    return Job(Request(ident, 0, model, "", "", 0, b""), ModelName(model), None, 0.0, deadline)
+
+
+def ready(scheduler: Scheduler, group: str, *models: str) -> list[Job]:
+    """Jobs that may run."""
+    jobs = [job(model) for model in models]
+    for one in jobs:
+        scheduler.admit(one)
+        scheduler.ready(group, one)
+    return jobs
+
+
+def models(batch: tuple[str, list[Job]]) -> tuple[str, str]:
+    """The group and its jobs' one-letter models."""
+    return batch[0], "".join(one.model for one in batch[1])
+
+
+def test_a_model_and_a_worker_have_bounds() -> None:
+    """The text names the setting; a refused job counts nowhere, a finished one makes room."""
+    scheduler = Scheduler(per_model=2, per_worker=3)
+    first, _, _ = (ready(scheduler, "f", model)[0] for model in "aab")
+    with pytest.raises(QueueFull, match=r"2 requests wait for a already \(queue_per_model\)"):
+        scheduler.admit(job("a"))
+    with pytest.raises(QueueFull, match=r"3 requests wait in this worker already \(queue_per_worker\)"):
+        scheduler.admit(job("b"))
+    assert len(scheduler) == 3
+    assert scheduler.finish(first)
+    scheduler.admit(job("a"))
+    assert len(scheduler) == 3
+
+
+def test_a_noisy_model_does_not_starve_another() -> None:
+    """1,000 jobs of A came before the one of B: B is in the first batch."""
+    scheduler = Scheduler(LARGE, LARGE)
+    ready(scheduler, "f", *"a" * 1000, "b")
+    assert "b" in models(scheduler.next_batch(32))[1]
+
+
+def test_models_take_turns_across_batches() -> None:
+    """Within a group each batch goes on where the last one stopped; a model's own jobs stay in order."""
+    scheduler = Scheduler(LARGE, LARGE)
+    jobs = ready(scheduler, "f", *"aaaabbcc")
+    batches = [scheduler.next_batch(3)[1] for _ in range(3)]
+    assert ["".join(one.model for one in batch) for batch in batches] == ["abc", "abc", "aa"]
+    ran = [one for batch in batches for one in batch if one.model == "a"]
+    assert ran == jobs[:4]
+    assert not scheduler.has_work
+
+
+def test_half_of_the_jobs_run_while_the_others_wait() -> None:
+    """Halves down to a few, the limit before that; what comes meanwhile counts too."""
+    scheduler = Scheduler(LARGE, LARGE, few=3)
+    ready(scheduler, "f", *"abcdefghij")
+    assert models(scheduler.next_batch(100)) == ("f", "abcde")
+    ready(scheduler, "f", *"klmnopqrs")
+    assert models(scheduler.next_batch(100)) == ("f", "fghijkl")
+    assert [models(scheduler.next_batch(3)) for _ in range(3)] == [("f", "mno"), ("f", "pqr"), ("f", "s")]
+    assert not scheduler.has_work
+
+
+def test_groups_take_turns() -> None:
+    """A family with much to do gives way after each batch; a group that is done is gone."""
+    scheduler = Scheduler(LARGE, LARGE)
+    ready(scheduler, "f", *"aaaa")
+    ready(scheduler, "g", "b")
+    assert [models(scheduler.next_batch(2)) for _ in range(3)] == [("f", "aa"), ("g", "b"), ("f", "aa")]
+    assert not scheduler.has_work
+
+
+def test_who_waited_for_a_model_is_handed_out_once_without_the_done() -> None:
+    """A loaded model's jobs leave the waiting room together; those cancelled meanwhile are not among them."""
+    scheduler = Scheduler(LARGE, LARGE)
+    jobs = [job("a"), job("a"), job("b")]
+    for one in jobs:
+        scheduler.admit(one)
+        scheduler.wait(one)
+    scheduler.finish(jobs[0])
+    assert not scheduler.has_work
+    assert scheduler.awaited(ModelName("a")) == [jobs[1]]
+    assert scheduler.awaited(ModelName("a")) == []
+    assert list(scheduler.jobs()) == [jobs[2]]
+
+
+def test_done_ready_jobs_are_handed_out_so_that_their_leases_end() -> None:
+    """A cancelled job comes out in its turn, marked done; finishing it again changes nothing."""
+    scheduler = Scheduler(LARGE, LARGE)
+    first, second = ready(scheduler, "f", "a", "b")
+    assert scheduler.finish(first)
+    assert list(scheduler.jobs()) == [second]
+    assert scheduler.next_batch(8) == ("f", [first, second])
+    assert scheduler.finish(first) is False
+    assert len(scheduler) == 1
+
+
+def test_late_waiting_jobs_are_named_once() -> None:
+    """Deadlines at or before now have passed; the others wait on, and ready jobs are not looked at."""
+    scheduler = Scheduler(LARGE, LARGE)
+    jobs = [job("a", 1.0), job("a", 3.0), job("b", 2.0), job("c", 1.0)]
+    for one in jobs:
+        scheduler.admit(one)
+    for one in jobs[:3]:
+        scheduler.wait(one)
+    scheduler.ready("f", jobs[3])
+    assert scheduler.expired(0.5) == []
+    assert scheduler.expired(2.0) == [jobs[0], jobs[2]]
+    assert scheduler.expired(2.0) == []
+    assert scheduler.awaited(ModelName("a")) == [jobs[1]]
+
+
+def test_cancelled_jobs_do_not_pile_up_behind_a_slow_load() -> None:
+    """Clients that give up and ask again leave nothing in memory once the deadlines have been looked at."""
+    scheduler = Scheduler(LARGE, LARGE)
+    for _ in range(100):
+        one = job("a")
+        scheduler.admit(one)
+        scheduler.wait(one)
+        scheduler.finish(one)
+    assert scheduler.expired(0.0) == []
+    assert repr(scheduler) == "<Scheduler 0 jobs, 0 models awaited, 0 groups ready>"
+
+
+def test_a_job_says_what_it_is() -> None:
+    """The picture of a job in logs."""
+    one = job("au/NSW1.mar", ident=17)
+    one.cache = CacheResult.MISS
+    assert repr(one) == "<Job 17 au/NSW1.mar miss>"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A worker at random: every admitted job is waited for or handed out, and finished, exactly once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(per_model=5, per_worker=12)
+        self.waiting: list[Job] = []
+        self.queued: list[Job] = []
+        self.running: list[Job] = []
+        self.handed: set[int] = set()
+        self.now = 0.0
+
+    @property
+    def unfinished(self) -> list[Job]:
+        """Everyone who has no answer yet."""
+        return [one for one in (*self.waiting, *self.queued, *self.running) if not one.done]
+
+    @rule(model=strategies.sampled_from("abcd"), patience=strategies.integers(1, 5), hit=strategies.booleans())
+    def arrive(self, model: str, patience: int, hit: bool) -> None:
+        """Refused exactly when a bound is reached."""
+        one = job(model, self.now + patience)
+        same = sum(other.model == model for other in self.unfinished)
+        full = same >= 5 or len(self.unfinished) >= 12
+        try:
+            self.scheduler.admit(one)
+        except QueueFull:
+            assert full
+            return
+        assert not full
+        if hit:
+            self._queue(one)
+        else:
+            self.scheduler.wait(one)
+            self.waiting.append(one)
+
+    def _queue(self, one: Job) -> None:
+        self.scheduler.ready("f" if one.model in "ab" else "g", one)
+        self.queued.append(one)
+
+    @rule(model=strategies.sampled_from("abcd"))
+    def load(self, model: str) -> None:
+        """The load ends: all that waited and are not done may run."""
+        expected = [one for one in self.waiting if one.model == model and not one.done]
+        assert self.scheduler.awaited(ModelName(model)) == expected
+        self.waiting = [one for one in self.waiting if one.model != model]
+        for one in expected:
+            self._queue(one)
+
+    @precondition(lambda self: self.queued)
+    @rule(limit=strategies.integers(1, 6))
+    def step(self, limit: int) -> None:
+        """A batch has one group, at most `limit` jobs, and none that was handed out before."""
+        group, batch = self.scheduler.next_batch(limit)
+        assert 0 < len(batch) <= limit
+        assert {("f" if one.model in "ab" else "g") for one in batch} == {group}
+        for one in batch:
+            self.queued.remove(one)
+            assert id(one) not in self.handed
+            self.handed.add(id(one))
+            self.running.append(one)
+
+    @precondition(lambda self: self.waiting or self.queued or self.running)
+    @rule(pick=strategies.integers(0, 100))
+    def end(self, pick: int) -> None:
+        """An answer, or a client that left: the first end counts."""
+        everyone = [*self.waiting, *self.queued, *self.running]
+        one = everyone[pick % len(everyone)]
+        was_done = one.done
+        assert self.scheduler.finish(one) is not was_done
+        assert one.done
+
+    @rule(seconds=strategies.integers(1, 3))
+    def later(self, seconds: int) -> None:
+        """Late ones are named, to be refused."""
+        self.now += seconds
+        late = self.scheduler.expired(self.now)
+        assert sorted(map(id, late)) == sorted(
+            id(one) for one in self.waiting if one.deadline <= self.now and not one.done
+        )
+        for one in late:
+            assert self.scheduler.finish(one)
+        self.waiting = [one for one in self.waiting if not one.done]
+
+    @invariant()
+    def counts_agree(self) -> None:
+        """The total is everyone without an answer; there is work exactly when jobs are queued."""
+        assert len(self.scheduler) == len(self.unfinished)
+        assert self.scheduler.has_work == bool(self.queued)
+        listed = [one for one in (*self.waiting, *self.queued) if not one.done]
+        assert sorted(map(id, self.scheduler.jobs())) == sorted(map(id, listed))
+
+    def teardown(self) -> None:
+        """When all have ended, all counts are back at zero."""
+        while self.scheduler.has_work:
+            self.scheduler.next_batch(6)
+        for one in self.unfinished:
+            self.scheduler.finish(one)
+        assert (len(self.scheduler), self.scheduler._counts) == (0, {})
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)

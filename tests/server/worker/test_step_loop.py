@@ -1,0 +1,608 @@
+"""The step loop with a real cache, scheduler and engine; only the loader is a fake that builds when it is told to."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import torch
+
+from handlers.base import Family
+from handlers.codecs.codec import FamilyCodec
+from handlers.forecasters import build, random_tensors
+from model_store.archives.manifest import GoldenSample
+from model_store.cache.cache import Cache
+from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound
+from model_store.names import ModelName
+from server.errors import Refused, Situation
+from server.ipc.frames import CacheResult, Request
+from server.metrics import WorkerMetrics
+from server.worker.engine.cpu import Engine
+from server.worker.engine.memory_pool import Pool
+from server.worker.host_cache import Shelf
+from server.worker.model_loader import Built, RowModel
+from server.worker.scheduler import Job, Scheduler
+from server.worker.step_loop import StepLoop
+
+SLAB = 64 * 1024
+FAMILIES: dict[str, Family] = {
+    "a": build("tcn", {"features": 2, "context_length": 9, "prediction_length": 2, "quantiles": 3, "channels": 16}),
+    "b": build("tcn", {"features": 2, "context_length": 9, "prediction_length": 2, "quantiles": 3, "channels": 8}),
+}
+FAR = 10**18
+VARIANTS = 3
+SEEDING = threading.Lock()  # torch has one seed for all threads
+
+
+class FakeLoader:
+    """Builds `FAMILY/NAME` with weights that its version alone decides; `gate` and `broken` hold and fail them."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, int] = {}
+        self.broken: dict[str, LoadError] = {}
+        self.golden: dict[str, GoldenSample] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+        self.builds: list[str] = []
+
+    def build(self, model: ModelName, *, revalidate: bool = False) -> Built:
+        """A model, or the failure that was ordered."""
+        del revalidate
+        self.builds.append(model)
+        assert self.gate.wait(10), "the test forgot to open the gate"
+        if model in self.broken:
+            raise self.broken[model]
+        family, version = FAMILIES[model[0]], self.versions.get(model, 1)
+        with SEEDING:
+            row = family.row(random_tensors(family, seed_of(model, version)))
+        body = RowModel(family, FamilyCodec(family))
+        return Built(model, f"v{version}", "store", 0.0, body, row, self.golden.get(model))
+
+    def forget(self, model: ModelName) -> None:
+        """Nothing is cached below."""
+
+
+def seed_of(model: str, version: int) -> int:
+    """The weights of a version."""
+    return sum(map(ord, model)) * 1000 + version
+
+
+@cache
+def reference(model: str, version: str) -> torch.nn.Module:
+    """The plain network with that version's weights."""
+    with SEEDING:
+        network = FAMILIES[model[0]].reference()
+        tensors = random_tensors(FAMILIES[model[0]], seed_of(model, int(version[1:])))
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
+    return network
+
+
+@cache
+def expected(model: str, version: str, variant: int) -> np.ndarray[Any, Any]:
+    """What the reference of that version answers."""
+    with torch.inference_mode():
+        answer: np.ndarray[Any, Any] = reference(model, version)(torch.tensor([inputs(variant)]))[0].numpy()
+    return answer
+
+
+def inputs(variant: int) -> list[list[float]]:
+    """One of the few request bodies."""
+    return [[float(variant + t) / 9 for t in range(9)] for _ in range(2)]
+
+
+@dataclass
+class Front:
+    """Whom jobs are answered to: keeps every answer and refusal, checks answers against the reference."""
+
+    steps: StepLoop
+    jobs: list[Job] = field(default_factory=list)
+    answers: dict[int, tuple[str, str]] = field(default_factory=dict)  # id -> model, version
+    refusals: dict[int, Refused] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+
+    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+        """An answer is right, and the first for its job."""
+        assert content_type == "application/json"
+        assert queue_s >= 0 <= inference_s
+        assert job.slot is not None
+        self._first(job)
+        self.answers[job.request.id] = (job.model, job.slot.version)
+        found = orjson.loads(body)["predictions"]
+        right = expected(job.model, job.slot.version, job.request.id % VARIANTS)
+        np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
+
+    def refuse(self, job: Job, refused: Refused) -> None:
+        """A refusal is the first word for its job too."""
+        self._first(job)
+        self.refusals[job.request.id] = refused
+
+    def send(self, model: str, *, deadline_ns: int = FAR, body: bytes | None = None) -> int:
+        """Submit a request; its id."""
+        ident = len(self.jobs)
+        body = body if body is not None else orjson.dumps({"x": inputs(ident % VARIANTS)})
+        request = Request(ident, deadline_ns, model, "", "", 0, body)
+        self.jobs.append(self.steps.submit(request, self))
+        return ident
+
+    async def settled(self) -> None:
+        """Until every job has its answer or refusal."""
+        await until(lambda: len(self.answers) + len(self.refusals) == len(self.jobs))
+
+    def _first(self, job: Job) -> None:
+        assert job.request.id not in self.answers
+        assert job.request.id not in self.refusals
+        self.order.append(job.request.id)
+
+
+Scenario = Callable[[StepLoop, FakeLoader, Front], Coroutine[Any, Any, None]]
+
+
+def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
+    """Run a scenario against a step loop with a cache of so many slabs; afterwards nothing may be left over."""
+
+    async def run() -> None:
+        budget = slabs * SLAB
+        loader, cache, scheduler = FakeLoader(), Cache(budget, SLAB, moves_per_call=2), Scheduler(per_model, 5000)
+        engine = Engine(Pool(budget, torch.device("cpu")), 512)
+        engine.pool.floats.fill_(float("nan"))
+        steps = StepLoop(
+            cache,
+            scheduler,
+            engine,
+            loader,
+            WorkerMetrics(0, "cpu"),
+            shelf=Shelf(torch.empty(0), 60),
+            batch=64,
+            loader_threads=4,
+            patience_s=5,
+        )
+        front = Front(steps)
+        try:
+            await scenario(steps, loader, front)
+            await front.settled()
+            assert len(scheduler) == 0
+            assert all(slot.leases == 0 for slot in cache)
+        finally:
+            steps.close()
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something is true."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 -- the step loop has no events to wait for, by design
+            await asyncio.sleep(0.001)
+
+
+def rows_per_slab(family: str) -> int:
+    """How many models of a family a slab holds."""
+    return SLAB // (FAMILIES[family].row_floats * 4)
+
+
+def resident(steps: StepLoop) -> set[str]:
+    """The models that are ready."""
+    return {row["model"] for row in steps.describe() if row["state"] == "ready"}
+
+
+def test_a_thousand_first_calls_are_one_load() -> None:
+    """Single flight: one miss builds, 999 coalesce, all are answered from the one model."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del steps
+        loader.gate.clear()
+        for _ in range(1000):
+            front.send("a/1")
+        loader.gate.set()
+        await front.settled()
+        assert loader.builds == ["a/1"]
+        caches = [job.cache for job in front.jobs]
+        assert caches.count(CacheResult.MISS) == 1
+        assert caches.count(CacheResult.COALESCED) == 999
+
+    play(scenario)
+
+
+def test_one_batch_serves_many_models() -> None:
+    """Requests for different models of a family that arrived together run in one forward, half of them at a time."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        await asyncio.gather(*(steps.load(ModelName(f"a/{i}")) for i in range(8)))
+        for i in range(8):
+            front.send(f"a/{i}")
+        await front.settled()
+        assert "fleetcast_inference_batch_models_sum{" in steps.exposition()
+        assert 'fleetcast_inference_batch_models_sum{device="cpu",worker="0"} 8.0' in steps.exposition()
+        assert 'fleetcast_inference_batch_models_count{device="cpu",worker="0"} 2.0' in steps.exposition()
+
+    play(scenario)
+
+
+def test_evicts_in_lru_order_and_only_for_a_built_model() -> None:
+    """A full cache gives up its least recently used model, and not before the newcomer is built."""
+    full = 2 * rows_per_slab("a")
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        for i in range(full):
+            await steps.load(ModelName(f"a/{i}"))
+        front.send("a/0")
+        await front.settled()
+        loader.gate.clear()
+        front.send("a/new")
+        await asyncio.sleep(0.05)
+        assert resident(steps) == {f"a/{i}" for i in range(full)}
+        loader.gate.set()
+        await front.settled()
+        assert resident(steps) == {f"a/{i}" for i in range(full) if i != 1} | {"a/new"}
+
+    play(scenario, slabs=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "situation"),
+    [
+        (ArchiveInvalid("a/bad: broken on purpose"), Situation.ARCHIVE_FAILED),
+        (ModelNotFound("a/bad is not there"), Situation.NOT_FOUND),
+        (RuntimeError("a bug of ours"), Situation.ARCHIVE_FAILED),
+    ],
+)
+def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Situation) -> None:
+    """Every waiter learns the cause, the next call is refused from memory without a load, and nobody is evicted."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        for i in range(rows_per_slab("a")):
+            await steps.load(ModelName(f"a/{i}"))
+        before = resident(steps)
+        loader.broken["a/bad"] = error  # type: ignore[assignment]
+        loader.gate.clear()
+        for _ in range(3):
+            front.send("a/bad")
+        loader.gate.set()
+        await front.settled()
+        front.send("a/bad")
+        assert [refused.situation for refused in front.refusals.values()] == [situation] * 4
+        assert all(str(error) in str(refused) for refused in front.refusals.values())
+        assert front.jobs[-1].cache is CacheResult.NONE
+        assert loader.builds.count("a/bad") == 1
+        assert resident(steps) == before
+
+    play(scenario, slabs=1)
+
+
+def test_a_wrong_golden_sample_costs_nobody_their_place() -> None:
+    """The sample runs in scratch memory first: its archive is refused, the resident ones stay."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        for i in range(rows_per_slab("a")):
+            await steps.load(ModelName(f"a/{i}"))
+        before = resident(steps)
+        x = inputs(0)
+        loader.golden["a/bad"] = GoldenSample(request={"x": x}, response={"predictions": [[9.0] * 3] * 2})
+        loader.golden["a/good"] = GoldenSample(
+            request={"x": x}, response={"predictions": expected("a/good", "v1", 0).tolist()}
+        )
+        ident = front.send("a/bad")
+        await front.settled()
+        assert "golden" in str(front.refusals[ident])
+        assert resident(steps) == before
+        front.send("a/good")
+        await front.settled()
+        assert "a/good" in resident(steps)
+
+    play(scenario, slabs=1)
+
+
+def test_a_copy_that_fails_frees_the_room_and_the_waiters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device refuses a row: whoever waited is told, the room is free again, the next load gets it."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        with monkeypatch.context() as broken:
+            broken.setattr(Pool, "write", lambda *_: 1 / 0)
+            lost = front.send("a/1")
+            await front.settled()
+        assert "ZeroDivisionError" in str(front.refusals[lost])
+        for i in range(2, 2 + rows_per_slab("a")):
+            await steps.load(ModelName(f"a/{i}"))
+        assert len(resident(steps)) == rows_per_slab("a")
+
+    play(scenario, slabs=1)
+
+
+def test_pages_of_models() -> None:
+    """By prefix, after a name, so many names: the same rows as cutting them out of the whole; evicted ones are gone."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        names = [f"{zone}/{i}" for zone in "ab" for i in range(12)]
+        for name in names:
+            front.send(name)
+        await front.settled()
+        loader.gate.clear()
+        front.send("a/10x")
+        await steps.unload(ModelName("a/3"))
+        whole = steps.describe()
+        known = [row["model"] for row in whole]
+        assert known == sorted(known)
+        assert "a/3" not in known
+        assert {row["model"] for row in whole if row["state"] == "loading"} == {"a/10x"}
+        for prefix in ("", "a/", "a/1", "b/11", "c"):
+            for after in ("", "a/10", "a/99", "b/11", "z"):
+                for limit in (1, 2, 5, 100):
+                    wanted = [name for name in known if name.startswith(prefix) and name > after][:limit]
+                    assert [row["model"] for row in steps.describe(prefix, after, limit)] == wanted
+        loader.gate.set()
+
+    play(scenario)
+
+
+def test_a_reload_swaps_between_two_steps() -> None:
+    """Requests queued on the old version get the old answer, later ones the new; the old row becomes free."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        await steps.load(ModelName("a/1"))
+        loader.versions["a/1"] = 2
+        swap = steps.load(ModelName("a/1"), revalidate=True)
+        early = front.send("a/1")
+        assert await swap == "v2"
+        late = front.send("a/1")
+        await front.settled()
+        assert front.answers[early] == ("a/1", "v1")
+        assert front.answers[late] == ("a/1", "v2")
+        assert [row["version"] for row in steps.describe()] == ["v2"]
+
+    play(scenario)
+
+
+def test_a_reload_of_the_same_version_changes_nothing() -> None:
+    """The store had nothing new: the slot stays, and the operator learns the version."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del front
+        await steps.load(ModelName("a/1"))
+        assert await steps.load(ModelName("a/1"), revalidate=True) == "v1"
+        assert loader.builds == ["a/1", "a/1"]
+        assert 'model_swaps_total{device="cpu",result="ok"' not in steps.exposition()
+
+    play(scenario)
+
+
+def test_a_bad_reload_leaves_the_old_version_serving() -> None:
+    """The new archive fails: the operator learns why, clients go on with the old one."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        await steps.load(ModelName("a/1"))
+        loader.broken["a/1"] = ArchiveInvalid("a/1: bad new version")
+        with pytest.raises(ArchiveInvalid, match="bad new version"):
+            await steps.load(ModelName("a/1"), revalidate=True)
+        ident = front.send("a/1")
+        await front.settled()
+        assert front.answers[ident] == ("a/1", "v1")
+        assert 'model_swaps_total{device="cpu",result="failed",worker="0"} 1.0' in steps.exposition()
+
+    play(scenario)
+
+
+def test_unload_waits_for_queued_requests() -> None:
+    """Requests that were there first are answered; then the operator's reply comes, and the model is gone."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        await steps.load(ModelName("a/1"))
+        idents = [front.send("a/1") for _ in range(200)]
+        assert await steps.unload(ModelName("a/1"))
+        assert set(front.answers) == set(idents)
+        assert resident(steps) == set()
+        assert not await steps.unload(ModelName("a/1"))
+
+    play(scenario)
+
+
+def test_unload_of_a_loading_model_lets_its_waiters_run_first() -> None:
+    """An unload during a load joins it: whoever waits is served, then the model goes."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        loader.gate.clear()
+        ident = front.send("a/1")
+        unload = asyncio.create_task(steps.unload(ModelName("a/1")))
+        await asyncio.sleep(0)
+        loader.gate.set()
+        assert await unload
+        assert ident in front.answers
+        assert resident(steps) == set()
+
+    play(scenario)
+
+
+def test_a_load_waits_while_all_room_is_leased() -> None:
+    """Every row has a queue: the newcomer gets a place when the first queue is done, and nobody is refused."""
+    full = rows_per_slab("a")
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        for i in range(full):
+            await steps.load(ModelName(f"a/{i}"))
+        for i in range(full):
+            for _ in range(40):
+                front.send(f"a/{i}")
+        newcomer = front.send("a/new")
+        await front.settled()
+        assert newcomer in front.answers
+        assert not front.refusals
+
+    play(scenario, slabs=1)
+
+
+def test_pins_that_fill_the_budget_refuse_at_once() -> None:
+    """No patience helps against pins: the newcomer is refused with the reason, the pinned stay."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        for i in range(rows_per_slab("a")):
+            await steps.load(ModelName(f"a/{i}"))
+            steps.pin(ModelName(f"a/{i}"))
+        before = resident(steps)
+        ident = front.send("a/new")
+        await front.settled()
+        assert front.refusals[ident].situation is Situation.NO_ROOM
+        assert "pinned" in str(front.refusals[ident])
+        assert resident(steps) == before
+
+    play(scenario, slabs=1)
+
+
+def test_a_cold_slab_is_reclaimed_for_another_family() -> None:
+    """Family b takes a slab of a full family a: the coldest of a go, the hot ones move and still answer right."""
+    full = 3 * rows_per_slab("a")
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        for i in range(full):
+            await steps.load(ModelName(f"a/{i}"))
+        hot = [f"a/{i}" for i in range(0, full, 3)]
+        for model in hot:
+            front.send(model)
+        await front.settled()
+        front.send("b/1")
+        await front.settled()
+        assert {*hot, "b/1"} <= resident(steps)
+        for model in hot:
+            front.send(model)
+        await front.settled()
+        assert not front.refusals
+
+    play(scenario, slabs=3)
+
+
+def test_deadlines_while_loading_and_while_queued() -> None:
+    """A passed deadline is told in time, also during a load; the load goes on for those who come later."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        loader.gate.clear()
+        late = front.send("a/1", deadline_ns=1)
+        patient = front.send("a/1")
+        await until(lambda: late in front.refusals)
+        assert front.refusals[late].situation is Situation.DEADLINE
+        loader.gate.set()
+        await front.settled()
+        assert patient in front.answers
+        queued = front.send("a/1", deadline_ns=1)
+        await front.settled()
+        assert front.refusals[queued].situation is Situation.DEADLINE
+        assert resident(steps) == {"a/1"}
+
+    play(scenario)
+
+
+def test_a_bad_request_costs_its_batch_nothing() -> None:
+    """One wrong body in a batch is refused with its place; the others of the batch are answered."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        await steps.load(ModelName("a/1"))
+        good = front.send("a/1")
+        bad = front.send("a/1", body=b'{"x": [[1, 2], [3, "x"]]}')
+        also_good = front.send("a/1")
+        await front.settled()
+        assert front.refusals[bad].situation is Situation.BAD_REQUEST
+        assert front.refusals[bad].detail.field is not None
+        assert {good, also_good} == set(front.answers)
+
+    play(scenario)
+
+
+def test_cancelled_jobs_are_not_run_and_leave_no_lease() -> None:
+    """A client that left: its job is skipped, ready or waiting, and holds nothing."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        await steps.load(ModelName("a/1"))
+        front.send("a/1")
+        loader.gate.clear()
+        front.send("a/2")
+        for job in front.jobs:
+            steps.cancel(job)
+        loader.gate.set()
+        await until(lambda: "a/2" in resident(steps))
+        await asyncio.sleep(0.01)
+        assert not front.answers
+        assert not front.refusals
+        front.jobs.clear()
+
+    play(scenario)
+
+
+def test_a_full_queue_refuses_and_leaves_the_others_room() -> None:
+    """The bound is per model: one noisy market is told to wait, another one is served."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        await asyncio.gather(steps.load(ModelName("a/1")), steps.load(ModelName("a/2")))
+        for _ in range(15):
+            front.send("a/1")
+        other = front.send("a/2")
+        await front.settled()
+        assert [refused.situation for refused in front.refusals.values()] == [Situation.OVERLOADED] * 5
+        assert other in front.answers
+        assert front.order.index(other) < len(front.order) - 1
+
+    play(scenario, per_model=10)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_interleaving_answers_every_request_once_and_right(seed: int) -> None:
+    """Requests, reloads of new versions, unloads, pins and failures in random order over two families that do not fit:
+    every request gets exactly one word, every answer is right for the version it names.
+    """
+    rng = random.Random(seed)
+    names = [f"{family}/{i}" for family in "ab" for i in range(40)]
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        tasks: list[asyncio.Future[Any]] = []
+        for _ in range(1500):
+            model = ModelName(rng.choice(names[:20] if rng.random() < 0.5 else names))
+            act = rng.random()
+            if act < 0.9:
+                front.send(model)
+            elif act < 0.93:
+                loader.versions[model] = loader.versions.get(model, 1) + 1
+                tasks.append(steps.load(model, revalidate=True))
+            elif act < 0.96:
+                tasks.append(asyncio.create_task(steps.unload(model)))
+            elif act < 0.98:
+                (steps.pin if rng.random() < 0.3 else steps.unpin)(model)
+            else:
+                loader.broken = {rng.choice(names): ArchiveInvalid("broken on purpose")}
+            if rng.random() < 0.3:
+                await asyncio.sleep(rng.choice([0, 0, 0.002]))
+        for name in names:
+            steps.unpin(ModelName(name))
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await front.settled()
+        assert len(front.answers) > 1000
+
+    play(scenario, slabs=3)
+
+
+def test_paths_are_measured_while_it_serves() -> None:
+    """The sweep times the paths of a family that has run, and requests are answered right before and after."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        engine = steps._engine
+        assert isinstance(engine, Engine)
+        for i in range(16):
+            front.send(f"a/{i}")
+        await front.settled()
+        await until(lambda: len(engine.table(FAMILIES["a"]).seconds) >= 6)
+        for i in range(48):
+            front.send(f"a/{i % 16}" if i < 32 else "a/3")
+        await front.settled()
+        assert not front.refusals
+
+    play(scenario)
