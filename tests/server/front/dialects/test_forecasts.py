@@ -31,8 +31,8 @@ VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st
 
 def response(cache: wire.CacheResult = wire.CacheResult.HIT, **times: int) -> wire.Response:
     """A worker's good answer."""
-    took: dict[str, Any] = {"queue_us": 0, "load_us": 0, "inference_us": 0, **times}
-    return wire.Response(1, 0, cache, wire.Tier.DISK, "v", "application/json", **took, body_bytes=0, body=b"")
+    took: dict[str, Any] = {"queue_us": 0, "load_us": 0, "inference_us": 0, "body_bytes": 0, **times}
+    return wire.Response(1, Situation.OK, cache, wire.Tier.DISK, "v", "application/json", **took, body=b"")
 
 
 @given(st.lists(st.dictionaries(st.text(), VALUES), min_size=1, max_size=8), st.dictionaries(st.text(), VALUES))
