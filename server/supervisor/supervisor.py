@@ -25,11 +25,12 @@ from model_store.names import ModelName
 from model_store.stores.disk_cache import DiskTier
 from server.access_log import AccessLog
 from server.errors import Situation
-from server.host import Host, WorkerPlan, front_cores, plan_workers, read_host
+from server.host import Host, read_host
 from server.ipc.control import Channel, ChannelClosed, ControlError
 from server.metrics import HostMetrics, Merged
 from server.routing import Router
 from server.settings import Settings
+from server.supervisor.worker_plan import WorkerPlan, front_cores, plan_workers
 
 BACK_OFF_S = (0.1, 10.0)
 STABLE_S = 30.0
