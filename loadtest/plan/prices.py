@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 EXAMPLE = Path(__file__).with_name("prices.toml")
-CACHE_SHARE = 0.4  #: of a machine's memory, where nobody says otherwise (server/host.py)
+CACHE_SHARE = 0.4  #: of a machine's memory, where nobody says otherwise (server/supervisor/worker_plan.py)
 DEVICE_RESERVE_GIB = 2.0  #: of an accelerator's, which is not for models (`gpu_reserve_bytes`)
 GIB = 2**30
 MOST_MACHINES = 200

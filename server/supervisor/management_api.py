@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Situation
+from server.host import raise_open_files_limit
 from server.http_listener import Listener, listener
 from server.ipc.control import ControlError
 from server.settings import Settings
@@ -122,6 +123,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
 
     Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
     """
+    raise_open_files_limit()
     async with AsyncExitStack() as stack:
         socks = {
             name: stack.enter_context(bind(settings.host, port, f"--{name}-port"))

@@ -18,7 +18,7 @@ import structlog
 from model_store.names import ModelName
 from server.access_log import AccessLog
 from server.errors import Situation
-from server.host import Host, WorkerPlan, front_cores, plan_workers, read_host
+from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
     AccessLogRows,
@@ -48,6 +48,7 @@ from server.routing import Router
 from server.settings import Settings
 from server.supervisor.children import Child, Children
 from server.supervisor.host_files import keep_access_log, keep_disk_cache
+from server.supervisor.worker_plan import front_cores, plan_workers
 
 SCRAPE_S = 2.0
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from loadtest.observe.processes import ended, free_port, reachable, wait_until
+from tests.patience import PATIENCE_S
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -78,7 +79,6 @@ def started(command: list[str], environment: Mapping[str, str], log: Path) -> It
 
 @needs_prometheus
 @pytest.mark.e2e
-@pytest.mark.timeout(90)
 def test_the_compose_services_work_together(tmp_path: Path) -> None:
     """S3 server, fleet maker, server with its healthcheck, and Prometheus run by the file's own commands and
     environment (host names and ports become loopback ones), and Prometheus ends up seeing the worker.
@@ -124,7 +124,7 @@ def healthcheck() -> str:
 def queried(port: int, query: str) -> list[str]:
     """The values Prometheus has for a query now."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={query}", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={query}", timeout=PATIENCE_S) as reply:
             return [row["value"][1] for row in json.load(reply)["data"]["result"]]
     except OSError:
         return []

@@ -13,7 +13,6 @@ CROWD = Plan(many=1_500)
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(120)
 def test_a_model_costs_little_more_than_its_weights(tmp_path: Path) -> None:
     """1,500 models of 70 KB come to one worker in five steps: all stay, and from the first step to the last its memory
     (PSS) grows by at most 0.12 MB for each. (5,000 of them: `fleetcast-load bench scale`, in the records.)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -50,14 +49,12 @@ def test_wrong_answers_keep_their_number() -> None:
 
 
 def test_a_dead_driver_is_said() -> None:
-    """A process that is killed ends the run with an error instead of a hang, and the others are ended too."""
-    schedule = Schedule(np.arange(100) / 100, np.zeros(100, np.int64), 1.0)
+    """A process that is killed ends a long run at once, with an error, and the others are ended too."""
+    schedule = Schedule(np.linspace(0, 9_900, 100), np.zeros(100, np.int64), 10_000.0)
     with running(Peer()) as peer, Crew(to(peer, "hit"), 2) as crew:
         pids = [process.pid for process, _ in crew._members]
-        started = time.monotonic()
         with pytest.raises(CrewLost):
             crew.drive(schedule, every_s=0.1, look=lambda _: os.kill(pids[1], signal.SIGKILL))
-        assert time.monotonic() - started < 5
     assert [process.is_alive() for process, _ in crew._members] == [False, False]
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from loadtest.fleets.fleet import fleet_names
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 NAMES = fleet_names(6)
@@ -80,7 +81,9 @@ def locust(host: str, *flags: str) -> "subprocess.CompletedProcess[str]":
         *flags,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=18)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
 
 
 def test_rows_are_what_the_cache_said(peer: str) -> None:

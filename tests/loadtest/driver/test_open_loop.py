@@ -15,6 +15,7 @@ from loadtest.driver.profiles import Arrivals, Profile, Schedule
 from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
 from loadtest.observe.processes import free_port
 from tests.loadtest.peer import Peer, running
+from tests.patience import PATIENCE_S
 
 
 def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, Target]:
@@ -25,18 +26,16 @@ def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5
 
 
 def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
-    """While a server stands still for 0.4 s, requests go on being due: each waits for the rest of the stall.
+    """While a server stands still for 0.8 s, requests go on being due and sent: each waits for the rest of the stall.
 
     A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
     """
-    with running(Peer(stall_at=100, stall_s=0.4)) as peer:
-        run = drive(*load(peer, seconds=1.0))
-    assert peer.asked == 200
-    slow = run.latency > 0.1
-    assert 50 <= slow.sum() <= 70  # those due in the first 0.3 s of 0.4, at 200/s
-    waited = run.latency[100 : 100 + 60]
-    assert waited == pytest.approx(0.4 - np.arange(60) / 200, abs=0.06)
-    assert np.median(run.lag[100:180]) < 0.01  # the driver itself kept its schedule all along
+    with running(Peer(stall_at=100, stall_s=0.8)) as peer:
+        run = drive(*load(peer, seconds=1.5))
+    assert peer.asked == 300
+    due = run.schedule.at[100:260] - run.schedule.at[100]  # those due within the stall, at 200/s
+    assert (run.latency[100:260] >= 0.8 - due - 0.001).all()
+    assert (run.sent[100:180] < run.schedule.at[100] + 0.8).all()  # those of its first half were sent within it
     assert (run.status == 200).all()
 
 
@@ -81,7 +80,7 @@ def test_what_was_never_sent_makes_a_run_invalid() -> None:
     """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
     with running(Peer()) as peer:
         run = drive(*load(peer, "silence"), connections=1, patience_s=0.5)
-    assert 1.0 <= run.ended < 2.0
+    assert run.ended >= 1.0  # the schedule's half a second and the patience
     assert np.isnan(run.sent).sum() == 99
     assert run.latency == pytest.approx(run.ended - run.schedule.at)
     assert "99 of 100 requests were never sent" in run.invalid()[0]
@@ -109,9 +108,9 @@ def test_every_request_has_its_fate(model: str, status: int) -> None:
 @pytest.mark.parametrize("connections", [1, 512])
 def test_nobody_listens(connections: int) -> None:
     """Refused connections are lost requests, and the run ends with the last."""
-    run = drive(*load(Peer(port=free_port())), connections=connections, patience_s=5)
+    run = drive(*load(Peer(port=free_port())), connections=connections, patience_s=PATIENCE_S)
     assert (run.status == LOST).all()
-    assert run.ended < 1.0
+    assert run.ended < PATIENCE_S
 
 
 def test_a_lack_of_descriptors_is_our_own_fault() -> None:

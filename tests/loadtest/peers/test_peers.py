@@ -241,7 +241,7 @@ def test_a_tree_is_ended_with_whoever_left_its_group(tmp_path: Path) -> None:
     def fail() -> None:
         with started([sys.executable, "-c", FAMILY], tmp_path, {}) as (tree, log):
             trees.append(tree)
-            wait_until(lambda: "ready" in log.read_text(), 10)
+            wait_until(lambda: "ready" in log.read_text())
             assert len(tree.pids()) == 2
             assert tree.memory() > 2e6
             assert tree.cpu_s() >= 0

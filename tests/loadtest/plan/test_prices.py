@@ -20,7 +20,7 @@ from loadtest.plan.plan_report import models_that_fit
 from loadtest.plan.prices import CACHE_SHARE, Machine, Prices, compared, nodes_for, read_prices
 from loadtest.plan.simulate import Found, Machines
 from model_store.cache.eviction import POLICIES
-from server.host import CACHE_SHARE as SERVERS_SHARE
+from server.supervisor.worker_plan import CACHE_SHARE as SERVERS_SHARE
 from tests.loadtest import runs
 
 SMALL = Machine("small", vcpu=2, memory_gib=0.1, price_per_hour=1.0)

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.disk_cache import GRACE_S, DiskTier, Evicted
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 SOURCE = "s3://fleet/v1"
@@ -222,7 +223,7 @@ def test_the_lock_excludes_threads_and_dies_with_its_process(tmp_path: Path) -> 
         thread.start()
         assert not entered.wait(0.2)
         child.send_signal(signal.SIGKILL)
-        assert entered.wait(5)
+        assert entered.wait(PATIENCE_S)
         thread.join()
 
 
@@ -262,7 +263,7 @@ def test_a_full_disk_is_logged_not_raised(tmp_path: Path) -> None:
         print(disk.publish("au/a.mar", b"x" * 100_000, "2", 100.0))
     """
     with python(code, tmp_path, SOURCE) as child:
-        output, _ = child.communicate(timeout=10)
+        output, _ = child.communicate(timeout=PATIENCE_S)
     assert child.returncode == 0
     assert "disk_publish_failed" in output
     assert output.endswith("None\n")

@@ -30,6 +30,7 @@ from server.worker.host_cache import Shelf
 from server.worker.model_loader import Built
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
+from tests.patience import PATIENCE_S
 
 SLAB = 64 * 1024
 FAMILIES: dict[str, Family] = {
@@ -56,7 +57,7 @@ class FakeLoader:
         """A model, or the failure that was ordered."""
         del revalidate
         self.builds.append(model)
-        assert self.gate.wait(10), "the test forgot to open the gate"
+        assert self.gate.wait(PATIENCE_S), "the test forgot to open the gate"
         if model in self.broken:
             raise self.broken[model]
         family, version = FAMILIES[model[0]], self.versions.get(model, 1)
@@ -177,7 +178,7 @@ def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until something is true."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 -- the step loop has no events to wait for, by design
             await asyncio.sleep(0.001)
 

@@ -9,6 +9,7 @@ import torch
 
 from loadtest.benchmarks.gpu import table
 from server.worker.engine.bench_gpu import Sizes, measure
+from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
 
 
@@ -33,7 +34,7 @@ def test_without_a_gpu_it_says_so() -> None:
         [sys.executable, "-m", "loadtest.cli", "bench", "gpu", "--no-save"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 2
