@@ -184,6 +184,15 @@ class Merged:
         yield from merge(chain(self._dead, *living))
 
 
+def table() -> str:
+    """Every metric as a row of Markdown, for the README."""
+    rows = ["| metric | what it is |", "|---|---|"]
+    for spec in contract.METRICS:
+        labels = f"{{{','.join(spec.labels)}}}" if spec.labels else ""
+        rows.append(f"| `{spec.series}{labels}` | {spec.help} |")
+    return "\n".join(rows)
+
+
 def merge(families: Iterable[Metric]) -> list[Metric]:
     """Merge families of equal name into one; samples of equal name and labels are summed."""
     merged: dict[str, Metric] = {}

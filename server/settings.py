@@ -8,7 +8,7 @@ file, the file overrides the defaults.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import ByteSize, Field, TypeAdapter, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
@@ -196,4 +196,7 @@ class Settings(BaseSettings):
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "Settings":
         """Settings of a child process: its parent's, whatever its own environment and files say."""
-        return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})  # the one type JSON lacks
+        types: dict[str, Any] = {name: field.annotation for name, field in cls.model_fields.items()}
+        return cls.model_construct(
+            **{name: TypeAdapter(of).validate_python(values[name]) for name, of in types.items()}
+        )
