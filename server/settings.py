@@ -198,5 +198,5 @@ class Settings(BaseSettings):
         """Settings of a child process: its parent's, whatever its own environment and files say."""
         types: dict[str, Any] = {name: field.annotation for name, field in cls.model_fields.items()}
         return cls.model_construct(
-            **{name: TypeAdapter(of).validate_python(values[name]) for name, of in types.items()}
+            **{name: TypeAdapter(types[name]).validate_python(value) for name, value in values.items()}
         )
