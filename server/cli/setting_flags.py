@@ -11,10 +11,9 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
+from server import metrics
 from server.settings import TOML_FILE, Settings
 
-TABLE_START = "<!-- settings: written by `make docs` -->"
-TABLE_END = "<!-- end of settings -->"
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
     int: "INTEGER",
@@ -54,12 +53,15 @@ def table() -> str:
 
 
 def with_table(document: str) -> str:
-    """The document with the table between its two marks brought up to date. Raises ValueError without the marks."""
-    head, start, rest = document.partition(TABLE_START)
-    _, end, tail = rest.partition(TABLE_END)
-    if not (start and end):
-        raise ValueError(f"the document needs the lines {TABLE_START} and {TABLE_END}")
-    return f"{head}{start}\n{table()}\n{end}{tail}"
+    """The document with its tables of settings and metrics brought up to date. Raises ValueError without the marks."""
+    for name, rows in (("settings", table()), ("metrics", metrics.table())):
+        first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
+        head, start, rest = document.partition(first)
+        _, end, tail = rest.partition(last)
+        if not (start and end):
+            raise ValueError(f"the document needs the lines {first} and {last}")
+        document = f"{head}{start}\n{rows}\n{end}{tail}"
+    return document
 
 
 def flag(name: str) -> str:

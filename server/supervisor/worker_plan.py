@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from server.contract import CACHE_SHARE
 from server.host import Host, WorkerPlan
 from server.settings import Settings
 
-CACHE_SHARE = 0.4  #: of the memory, for models in all workers' caches
 HOST_TIER_SHARE = 0.1  #: of the memory, for the host tier in front of GPUs
 HOST_TIER_BYTES = 4096 * 1024 * 1024  #: the most that the host tier has unless a setting says otherwise
 
