@@ -22,7 +22,7 @@ import structlog
 
 import server
 from model_store.names import ModelName
-from model_store.stores.disk_cache import DiskTier
+from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
 from server.access_log import AccessLog
 from server.errors import Situation
 from server.host import Host, WorkerPlan, front_cores, plan_workers, read_host
@@ -106,6 +106,7 @@ class Supervisor:
     async def start(self, listen: socket.socket) -> None:
         """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be."""
         self._listen, access_log = listen, open_access_log(self.settings)
+        prepare_disk_cache(self.settings)
         children = [*self.workers, *self.fronts]
         self._tasks = [asyncio.create_task(self._keep(child)) for child in children]
         self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._tend_disk())]
@@ -417,6 +418,16 @@ class Supervisor:
             raise ControlError(f"worker {worker.index} died meanwhile; try again", Situation.WORKER_LOST) from error
         except TimeoutError as error:
             raise ControlError(f"worker {worker.index} did not answer in time", Situation.DEADLINE) from error
+
+
+def prepare_disk_cache(settings: Settings) -> None:
+    """Make the disk tier's folders for this user alone. Raises StartFailed when others can write to them."""
+    if not settings.disk_cache_bytes:
+        return
+    try:
+        DiskTier(settings.disk_cache, settings.store).prepare()
+    except UnsafeDiskCache as error:
+        raise StartFailed(str(error)) from error
 
 
 def open_access_log(settings: Settings) -> AccessLog | None:
