@@ -15,8 +15,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from server.logs import STANDARD_ERROR
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -28,11 +31,24 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _GAUGE = "gauge"
 
 
+class DroppedLogLines(Collector):
+    """Log lines of this process that were dropped: standard error's reader stopped, or has gone."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter."""
+        yield CounterMetricFamily(
+            "fleetcast_log_lines_dropped",
+            "Log lines dropped because standard error was not read",
+            STANDARD_ERROR.dropped,
+        )
+
+
 class WorkerMetrics:
     """What a worker counts. The labels `worker` and `device` are on every series."""
 
     def __init__(self, worker: int, device: str, per_model: int = 0) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(DroppedLogLines())
         self._labels = {"worker": str(worker), "device": device}
         self._per_model = per_model
         self._shown: set[str] = set()
@@ -115,6 +131,7 @@ class FrontMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(DroppedLogLines())
         self._requests = Counter(
             "fleetcast_inference_requests",
             "Answers by protocol and status code",
@@ -149,6 +166,7 @@ class HostMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(DroppedLogLines())
         self.up = Gauge(
             "fleetcast_worker_up", "1: the worker takes requests", ["worker", "device"], registry=self.registry
         )

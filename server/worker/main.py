@@ -25,7 +25,7 @@ from server.access_log import Arrivals
 from server.errors import Refused, Situation, situation_of
 from server.ipc import frames as wire
 from server.ipc.control import ControlError, Member
-from server.logs import configure_logs
+from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
@@ -309,6 +309,6 @@ def pin_process(plan: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     uvloop.run(main(int(sys.argv[1])))
-    sys.stdout.flush()
+    STANDARD_ERROR.flush()
     # Loader threads may hang in a store request; nobody waits for them any more.
     os._exit(0)
