@@ -11,7 +11,6 @@ import random
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +29,7 @@ from server.ipc.control import Channel, ChannelClosed, ControlError
 from server.metrics import HostMetrics, Merged
 from server.routing import Router
 from server.settings import Settings
+from server.supervisor.runtime_folder import RuntimeFolder
 
 BACK_OFF_S = (0.1, 10.0)
 STABLE_S = 30.0
@@ -88,7 +88,7 @@ class Supervisor:
         for plan in self.plans:
             self._homes.up(plan.index)
         self._metrics, self._merged = HostMetrics(), Merged()
-        self._folder = tempfile.TemporaryDirectory(prefix="fleetcast-")
+        self._folder = RuntimeFolder()
         self._logging: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
         self._listen: socket.socket | None = None
@@ -141,7 +141,7 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._folder.cleanup()
+        self._folder.close()
 
     async def _end(self, children: Sequence[Child], patience_s: float) -> None:
         for child in children:
@@ -235,7 +235,7 @@ class Supervisor:
         return {**common, "plan": plan, "socket": self._socket(child)}
 
     def _socket(self, worker: Child) -> str:
-        return f"{self._folder.name}/{worker.index}.{worker.incarnation}"
+        return self._folder.socket(f"{worker.index}.{worker.incarnation}")
 
     def _announce(self, child: Child) -> None:
         """Tell the fronts (all of them, or the one that has just come up) which workers are up."""
