@@ -162,7 +162,7 @@ async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Whoever waits for the file never sees half of it. The draft is new and ours: a link in its place is not followed."""
+    """Whoever waits for the file never sees half of it. The draft is a new file: no link is followed."""
     descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:
