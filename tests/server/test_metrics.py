@@ -151,7 +151,7 @@ def test_the_metrics_are_those_of_the_contract() -> None:
     for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), HostMetrics()):
         for collector in list(process.registry._collector_to_names):
             for family in collector.collect():
-                counted.setdefault(family.name, set()).update(collector._labelnames)  # type: ignore[attr-defined]
+                counted.setdefault(family.name, set()).update(getattr(collector, "_labelnames", ()))
     promised = {contract.METRIC_PREFIX + spec.name: spec for spec in contract.METRICS}
     assert counted.keys() == promised.keys()
     for name, labels in counted.items():
