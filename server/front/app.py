@@ -86,18 +86,22 @@ class App:
         headers, longest = request.headers, self._settings.request_timeout_s
         wanted = headers.get(b"x-request-timeout-ms")
         request.deadline = time.monotonic() + (longest if wanted is None else min(_seconds(wanted), longest))
-        request.content_type = _text(headers.get(b"content-type", b""), "content-type")
-        request.accept = _text(headers.get(b"accept", b""), "accept")
+        content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
+        if len(content_type) > MAX_HEADER or len(accept) > MAX_HEADER:
+            message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
+            raise Refused(Situation.BAD_REQUEST, message_text)
+        request.content_type, request.accept = content_type.decode("latin-1"), accept.decode("latin-1")
         announced = headers.get(b"content-length", b"")
-        if announced.isdigit():
-            limit.check(int(announced))
+        if announced.isdigit() and int(announced) > limit.bytes:
+            raise limit.exceeded(int(announced))
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         request.body = message.get("body", b"")
         if message.get("more_body"):
             request.body = await self._read_rest(request.body, limit, receive)
-        limit.check(len(request.body))
+        if len(request.body) > limit.bytes:
+            raise limit.exceeded(len(request.body))
         if self._signatures is not None:
             query = scope.get("query_string", b"")
             self._signatures.check(request.method, request.path, query, headers, request.body)
@@ -123,7 +127,8 @@ class App:
                 parts.append(part)
                 size += len(part)
                 self.calls.held_bytes += len(part)
-                limit.check(size)
+                if size > limit.bytes:
+                    raise limit.exceeded(size)
                 self.calls.check_held()
                 more = message.get("more_body", False)
             return b"".join(parts)
@@ -193,13 +198,6 @@ def _seconds(raw: bytes) -> float:
         message = f"X-Request-Timeout-Ms must be a positive number of milliseconds, not {raw[:40].decode('latin-1')!r}"
         raise Refused(Situation.BAD_REQUEST, message)
     return int(raw) / 1e3
-
-
-def _text(raw: bytes, name: str) -> str:
-    """A header's value. Raises Refused for one that is too long to be passed on."""
-    if len(raw) > MAX_HEADER:
-        raise Refused(Situation.BAD_REQUEST, f"the header {name} is longer than {MAX_HEADER} bytes")
-    return raw.decode("latin-1")
 
 
 def _add_stats(head: Headers, stats: InferStats) -> None:
