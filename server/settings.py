@@ -145,3 +145,8 @@ class Settings(BaseSettings):
     def from_wire(cls, values: dict[str, Any]) -> "Settings":
         """The parent's settings as they are: the child's own environment and files have no say."""
         return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})  # the one type JSON lacks
+
+
+def format_bytes(size: int) -> str:
+    """Bytes in the unit that people read: `6.0 MiB`; 0 is `0`."""
+    return ByteSize(size).human_readable(separator=" ") if size else "0"

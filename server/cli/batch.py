@@ -12,9 +12,9 @@ import msgspec
 import typer
 from rich.progress import Progress
 
-from server.cli.setting_flags import human, settings_from
+from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, bar, one_line_errors
-from server.settings import Settings
+from server.settings import Settings, format_bytes
 
 
 def batch(
@@ -104,7 +104,7 @@ def _local(settings: Settings, lines: str, folder: Path, progress: Progress) -> 
 def _store(settings: Settings, place: Path, out: str, progress: Progress) -> None:
     """The answers to S3; they stay here when that fails."""
     bucket, key = _bucket_and_key(out)
-    with _moving(settings, f"storing {human(place.stat().st_size)}", progress) as (client, told):
+    with _moving(settings, f"storing {format_bytes(place.stat().st_size)}", progress) as (client, told):
         client.upload_file(str(place), bucket, key, Callback=told)
     place.unlink()
 

@@ -21,17 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 from model_store.errors import LoadError
-from server.cli.backtest import Score, backtest
+from server.cli.backtest import backtest
 from server.cli.batch import batch
 from server.cli.correlate import correlate
 from server.cli.doctor import doctor
 from server.cli.retrain import retrain
-from server.cli.setting_flags import human, settings_from, table, with_setting_flags, with_table
+from server.cli.setting_flags import settings_from, table, with_setting_flags, with_table
 from server.cli.terminal import BAD, fail, one_line_errors
 from server.cli.train import train
 from server.logs import configure_logs
+from server.offline.measures import Score
 from server.sdk.client import ENDPOINT, sagemaker
-from server.settings import Settings
+from server.settings import Settings, format_bytes
 from server.supervisor.management_api import running, until_told_to_stop
 from server.supervisor.supervisor import StartFailed, Supervisor
 
@@ -135,7 +136,7 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
         cores = ",".join(map(str, plan.cores))
-        room = human(plan.budget_bytes) if plan.budget_bytes else "its part of the GPU's memory"
+        room = format_bytes(plan.budget_bytes) if plan.budget_bytes else "its part of the GPU's memory"
         yield f"worker {plan.index}", f"{plan.device}, cores {cores}, {threads}, {room} for models"
     if settings.model_cache_bytes:
         origin = "as model_cache_bytes says"
@@ -143,9 +144,9 @@ def _welcome(supervisor: Supervisor, addresses: dict[str, str]) -> Iterator[tupl
         origin = "models lie in the GPUs' (gpu_reserve_bytes)"
     else:
         origin = "40 % of it is for models (model_cache_bytes)"
-    yield "memory", f"{human(supervisor.host.memory_bytes)} on this host within its cgroup's limit; {origin}"
+    yield "memory", f"{format_bytes(supervisor.host.memory_bytes)} on this host within its cgroup's limit; {origin}"
     if settings.disk_cache_bytes:
-        yield "disk tier", f"{settings.disk_cache}, at most {human(settings.disk_cache_bytes)}"
+        yield "disk tier", f"{settings.disk_cache}, at most {format_bytes(settings.disk_cache_bytes)}"
     else:
         yield "disk tier", "off (disk_cache_bytes is 0)"
     yield "ready", "Ctrl-C or SIGTERM drains and stops"

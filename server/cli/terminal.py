@@ -15,8 +15,6 @@ from model_store.errors import LoadError
 BAD = 1  #: exit code: the answer is no, or something of many failed
 WRONG = 2  #: exit code: it could not be done as asked
 
-Told = Callable[[int, int], None]  #: done now, in all
-
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
     """Say what was wrong, and exit."""
@@ -42,8 +40,8 @@ def bar(amount: ProgressColumn | None = None) -> Progress:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Told]:
-    """A bar of one thing."""
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of one task. The yielded function takes how many are newly done, and how many there are in all."""
     with bar() as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, advance=done, total=total)

@@ -12,9 +12,7 @@ import typer
 from rich.progress import TextColumn
 from rich.table import Table
 
-from model_store.archives.manifest import FLEETCAST_JSON
 from model_store.archives.packing import pack_forecaster
-from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import bar, moment, one_line_errors
@@ -71,6 +69,7 @@ def train(
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415
     from handlers.training.time_series import read_csv  # noqa: PLC0415 -- torch, here and below
+    from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
         names = archive_names(target, name_template)
@@ -80,7 +79,7 @@ def train(
         options = _config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
         recipe["origin"] = _origin(origin)
-        forecasts = make_forecasts(series, architecture, options, prediction_length, context_length, recipe)
+        forecasts = make_recipes(series, architecture, options, prediction_length, context_length, recipe)
         _check_out(out, names[series[0].name])
         limit = minutes * 60 or float("inf")
         fitted = _fit(
@@ -98,24 +97,6 @@ def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]
     if len(set(names.values())) < len(names):
         raise ValueError(f"--name-template {template!r} gives several targets the same name; put {{target}} into it")
     return names
-
-
-def make_forecasts(
-    series: Sequence["Series"],
-    architecture: str,
-    config: Mapping[str, Any],
-    prediction_length: int,
-    context_length: int,
-    recipe_options: Mapping[str, Any],
-) -> list["Forecast"]:
-    """The input recipe of each series, lengths of 0 by its frequency. Raises SeriesInvalid, ValueError."""
-    from handlers.training.fit import recipes  # noqa: PLC0415
-
-    try:
-        return recipes(series, architecture, config, prediction_length, context_length, **recipe_options)
-    except ArchiveInvalid as error:  # there is no such file yet: the flags are what was wrong
-        said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
-        raise ValueError(f"--architecture, --config: {said}") from error
 
 
 def _check_out(out: str, name: ModelName) -> None:

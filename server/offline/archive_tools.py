@@ -22,9 +22,8 @@ from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.model_store import ModelStore
 from model_store.stores.object_store import Source, open_source
-from server.cli.setting_flags import human
 from server.offline.module_export import ExportRequest, export_module
-from server.settings import Settings
+from server.settings import Settings, format_bytes
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
 from server.worker.model_loader import Built, Loader, RowModel, SingleModel, open_store, prove
@@ -188,7 +187,7 @@ def _graph(archive: Archive) -> dict[str, Any]:
 def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What `described` found for people, a label and a text a line."""
     spec = found.get("spec", {})
-    yield "archive", f"{found['archive']}, {human(found['bytes'])}"
+    yield "archive", f"{found['archive']}, {format_bytes(found['bytes'])}"
     yield "sha256", found["sha256"]
     yield "kind", f"{found['kind']} {spec.get('architecture', '')}"
     if "manifest" in found:
@@ -208,7 +207,7 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if spec:
         yield "golden", "a sample, checked at every load" if found["golden"] else "none"
     for name, size in found["members"].items():
-        yield "member", f"{name}, {human(size)}"
+        yield "member", f"{name}, {format_bytes(size)}"
     for name, shape in found.get("tensors", {}).items():
         yield "tensor", f"{name} {shape}"
 

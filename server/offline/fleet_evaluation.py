@@ -15,11 +15,12 @@ import msgspec
 from handlers.training.time_series import Series, SeriesInvalid, header, read_csv
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.cli.terminal import Told
 from server.offline.evaluation import Fan, Scored, fan, scored
 from server.offline.rolling_windows import Answers, Model, Rolling, Unfit, forecasts, published, with_known
 from server.settings import Settings
 from server.worker.model_loader import open_store
+
+Progress = Callable[[int, int], None]  #: is told how many were done since the last call, and how many there are in all
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,7 +76,7 @@ def assess(
     settings: Settings,
     answers: Answers,
     rolling: Rolling,
-    told: Told,
+    report_progress: Progress,
 ) -> Backtest:
     """Every market's windows asked and scored, several markets at a time. Raises LoadError, SeriesInvalid, OSError."""
 
@@ -85,7 +86,7 @@ def assess(
         series = with_known(columns, target, forecast.dynamic_feat)
         origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
         found = forecasts(answers, model, series, origins)
-        told(1, len(names))
+        report_progress(1, len(names))
         return scored(found, forecast.unit), fan(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:

@@ -9,9 +9,9 @@ import numpy as np
 
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
-from server.cli.backtest import Score
 from server.offline.archive_tools import Place
 from server.offline.evaluation import scores_of
+from server.offline.measures import Score
 from server.offline.rolling_windows import (
     Answers,
     Forecasts,

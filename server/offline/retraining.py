@@ -21,9 +21,9 @@ from model_store.archives.manifest import Channel, Forecast, Kind, Scaler, Spec
 from model_store.archives.packing import pack_forecaster
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.cli.train import make_forecasts
 from server.offline.checkpoint import Journal
 from server.offline.fleet_evaluation import fetch, read_columns, why
+from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import Gate, judge
 from server.offline.rolling_windows import InProcess, Model, Unfit, unpublished, with_known
 from server.sdk.client import Unreachable, reload
@@ -260,7 +260,7 @@ def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[
         "levels": forecast.quantile_levels,
     }
     lengths = (forecast.prediction_length, forecast.context_length)
-    (made,) = make_forecasts([series], architecture, config, *lengths, options)
+    (made,) = make_recipes([series], architecture, config, *lengths, options)
     origin = made.origin and forecast.origin  # one architecture wants it, one can answer for any hour as it is
     kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
     return replace(made, origin=origin, **kept)
