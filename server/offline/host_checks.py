@@ -82,9 +82,7 @@ def accelerator(host: Host, cuda: str | None, devices: int) -> Fact:
 def workers(plans: Sequence[WorkerPlan]) -> Fact:
     """As `serve` would start them."""
     first = plans[0]
-    room = (
-        f"{format_bytes(first.budget_bytes)} for models" if first.budget_bytes else "their part of the GPU for models"
-    )
+    room = format_bytes(first.budget_bytes) if first.budget_bytes else "their part of the GPU"
     each = "1 thread" if first.threads == 1 else f"{first.threads} threads"
     return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room} for models")
 

@@ -62,7 +62,7 @@ def test_gpus_that_torch_cannot_use() -> None:
     assert "--device cpu" in accelerator(gpu, None, 0).advice
     assert "CUDA 12.8" in accelerator(gpu, "12.8", 0).advice
     assert not accelerator(gpu, "12.8", 1).advice
-    assert "loadtest.benchmarks.gpu" in accelerator(gpu, "12.8", 1).text
+    assert "fleetcast-load bench gpu" in accelerator(gpu, "12.8", 1).text
 
 
 def test_memory_that_models_and_processes_overfill() -> None:
