@@ -71,7 +71,7 @@ bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray S
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
 docs: $(READY) ## the README's table of settings
-	$(BIN)/python -m server.cli settings-table README.md
+	$(BIN)/fleetcast settings-table README.md
 
 bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
