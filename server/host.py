@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from server.contract import CACHE_SHARE
 from server.settings import Settings
 
-CACHE_SHARE = 0.4
 HOST_TIER_SHARE = 0.1
 MIB = 1024 * 1024
 HOST_TIER_BYTES = 4096 * MIB

@@ -13,7 +13,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,19 @@ from handlers.base import Family
 from handlers.forecasters import build, random_tensors
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.fleets.fleet import CONFIG as TCN
+from loadtest.observe.local_server import serve
 from loadtest.observe.moto_server import S3_ENVIRONMENT, moto_server
 from loadtest.observe.processes import pss
 from loadtest.peers.plain import plain_peer
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.contract import HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON, NPY
 
 SEED = 7
 MODELS = 200
-CONFIG: dict[str, int | float | str | bool | list[int]] = {"features": 8, "context_length": 168, "quantiles": 5}
-TCN = {**CONFIG, "prediction_length": 24}  # 17,528 parameters
-TCN_100_KB = {**CONFIG, "prediction_length": 24, "channels": 41}
+TCN_100_KB = {**TCN, "channels": 41}
 BODY_DIGITS = 4
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
@@ -59,9 +59,9 @@ def warm(pairs: int = 7, seconds: float = 3.0) -> None:
         json_body, npy_body = write_bodies(folder)
         server = stack.enter_context(serve(str(folder / "store")))
         plain, _ = stack.enter_context(plain_peer(folder, build("tcn", TCN).reference(), MODELS))
-        ours = wrk.Target("fleetcast", server.inference, MODELS, ".mar", json_body, "application/json")
-        npy = wrk.Target("fleetcast npy", ours.url, MODELS, ".mar", npy_body, "application/x-npy")
-        peer = wrk.Target("plain", plain, MODELS, "", json_body, "application/json")
+        ours = wrk.Target("fleetcast", server.inference, MODELS, ".mar", json_body, JSON)
+        npy = wrk.Target("fleetcast npy", ours.url, MODELS, ".mar", npy_body, NPY)
+        peer = wrk.Target("plain", plain, MODELS, "", json_body, JSON)
         for target in (ours, npy, peer):
             wrk.run(target, 8, 2)  # every model loaded, every path warm
         runs: dict[tuple[str, int], list[wrk.Result]] = {}
@@ -133,7 +133,7 @@ def memory(models: int = 2000, step: int = 500) -> None:
                 sizes.append((i, pss(worker)))
             invoke(connection, f"m{i}.mar", body)
         sizes.append((models + step, pss(worker)))
-        resident = loaded_models(server)
+        resident = server.loaded_models()
     (first, low), (last, high) = sizes[0], sizes[-1]
     per_model = (high - low) / (last - first)
     results = {
@@ -161,7 +161,7 @@ def everything() -> None:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def write_fleet(folder: Path, family: Family, config: dict[str, Any], names: list[str]) -> None:
+def write_fleet(folder: Path, family: Family, config: Mapping[str, Any], names: list[str]) -> None:
     """Archives of one architecture with seeded random weights."""
     folder.mkdir(parents=True)
     for seed, name in enumerate(track(names, "packing", transient=True)):
@@ -175,7 +175,7 @@ def source_put(source: Any, name: str, family: Family, seed: int) -> int:
     return len(data)
 
 
-def _pack(family: Family, config: dict[str, Any], name: str, seed: int) -> bytes:
+def _pack(family: Family, config: Mapping[str, Any], name: str, seed: int) -> bytes:
     tensors = random_tensors(family, SEED * 1_000_000 + seed)
     return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name)
 
@@ -194,8 +194,8 @@ def write_bodies(folder: Path) -> tuple[Path, Path]:
 
 def invoke(connection: http.client.HTTPConnection, name: str, body: bytes) -> bytes:
     """One invocation; raises RuntimeError unless it is answered 200."""
-    headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": "application/x-npy"}
-    connection.request("POST", "/invocations", body, headers)
+    headers = {HEADER_TARGET_MODEL: name, "Content-Type": NPY}
+    connection.request("POST", INVOCATIONS_PATH, body, headers)
     reply = connection.getresponse()
     data = reply.read()
     if reply.status != http.HTTPStatus.OK:
@@ -208,11 +208,6 @@ def timed(call: Callable[..., object], *args: object) -> float:
     started = time.perf_counter()
     call(*args)
     return (time.perf_counter() - started) * 1e3
-
-
-def loaded_models(server: LocalServer) -> float:
-    """The gauge, over all workers."""
-    return sum(server.counters("fleetcast_loaded_models").values())
 
 
 def _warm_results(runs: dict[tuple[str, int], list[wrk.Result]]) -> dict[str, Any]:

@@ -22,10 +22,12 @@ from rich.table import Table
 
 from handlers.forecasters import build
 from loadtest import record
-from loadtest.benchmarks.core import MODELS, TCN, write_bodies, write_fleet
+from loadtest.benchmarks.core import MODELS, write_bodies, write_fleet
 from loadtest.driver import wrk
+from loadtest.fleets.fleet import CONFIG as TCN
 from loadtest.observe.local_server import LocalServer, serve
 from loadtest.observe.resource_counts import cpu_seconds
+from server.contract import JSON, NPY, STEP_SECONDS
 
 SEED = 7
 CONNECTIONS, SECONDS = 32, 3.0
@@ -48,7 +50,7 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
-        bodies = dict(zip(("application/json", "application/x-npy"), write_bodies(folder), strict=True))
+        bodies = dict(zip((JSON, NPY), write_bodies(folder), strict=True))
         servers = {}
         for workers, fronts in shapes:
             flags = ["--workers", str(workers), "--fronts", str(fronts)]
@@ -86,9 +88,9 @@ def _spent(server: LocalServer) -> Iterator[tuple[str, float]]:
     """Seconds so far of fronts, of workers, and of the workers' parts."""
     for kind in ("front", "worker"):
         yield kind, sum(cpu_seconds(each["pid"]) for each in server.processes() if each["kind"] == kind)
-    counted = server.counters("fleetcast_step_seconds_total")
+    spent = server.totals(STEP_SECONDS.series, "part")
     for part in PARTS:
-        yield part, sum(value for labels, value in counted.items() if f'part="{part}"' in labels)
+        yield part, spent[part]
 
 
 def table(results: Mapping[str, Any]) -> Table:

@@ -27,6 +27,7 @@ from loadtest.driver.dialects import unsound
 from loadtest.fleets.fleet import make_request
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import LocalServer, serve
+from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON
 
 SEED = 11
 CONNECTIONS, SINGLES_S = 32, 2.0
@@ -65,7 +66,7 @@ def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) ->
     request = make_request(SEED)
     (folder / "body.json").write_text(json.dumps(request))
     single = wrk.Target(
-        "single calls", f"{server.inference}/invocations", len(names), ".mar", folder / "body.json", "application/json"
+        "single calls", f"{server.inference}{INVOCATIONS_PATH}", len(names), ".mar", folder / "body.json", JSON
     )
     (instance,) = request["instances"]
     bodies = {
@@ -94,7 +95,7 @@ def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) ->
 def _call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
     """Seconds from the first byte out to the last byte in. Raises RuntimeError unless all was answered."""
     started = time.perf_counter()
-    connection.request("POST", "/v1/forecasts", body)
+    connection.request("POST", FORECASTS_PATH, body)
     reply = connection.getresponse()
     answer = reply.read()
     seconds = time.perf_counter() - started

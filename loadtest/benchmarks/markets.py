@@ -37,6 +37,7 @@ from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import Forecast
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import Source, open_source
+from server.contract import HEADER_CACHE, JSON
 
 RATIO_LIMIT = 0.7
 COVERAGE_LIMITS = (0.6, 0.9)  #: of the interval between the outer levels
@@ -89,12 +90,10 @@ class Client:
     def ask(self, model: ModelName, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a DeepAR request."""
         body, started = json.dumps(request), clock.perf_counter()
-        reply = self._runtime.invoke_endpoint(
-            EndpointName="fleetcast", TargetModel=model, ContentType="application/json", Body=body
-        )
+        reply = self._runtime.invoke_endpoint(EndpointName="fleetcast", TargetModel=model, ContentType=JSON, Body=body)
         answer: dict[str, Any] = json.loads(reply["Body"].read())
         self.milliseconds.append((clock.perf_counter() - started) * 1e3)
-        self.cache[reply["ResponseMetadata"]["HTTPHeaders"]["x-fleetcast-cache"]] += 1
+        self.cache[reply["ResponseMetadata"]["HTTPHeaders"][HEADER_CACHE.lower()]] += 1
         return answer
 
 

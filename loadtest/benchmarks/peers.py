@@ -23,13 +23,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.driver.dialects import NPY
 from loadtest.peers import over_memory as beyond
 from loadtest.peers.comparison import LOST, SEED, Contest, write_models
 from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, table, words
 from loadtest.peers.environments import installed, pins, requirements
 from loadtest.peers.network import load
 from loadtest.peers.servers import PACKAGE, PEERS, fleetcast, plain
+from server.contract import NPY
 
 RECORDED = 7  #: rounds that a record has at least
 MODELS, FLEET, SPARE = 8, 200, 64

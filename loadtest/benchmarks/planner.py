@@ -35,11 +35,11 @@ from loadtest.plan.demand import WARMUP, of_profile
 from loadtest.plan.placement import Placement
 from loadtest.plan.simulate import Found, Machines, simulate
 from model_store.names import ModelName
+from server.contract import CACHE_REQUESTS, CACHE_RESULTS, METRICS_PATH
 
 MODELS, SHARES = 200, (0.2, 0.5, 0.8)
 WARMUP_S = 5.0
 POINT, QUARTER = 0.01, 0.25
-CACHE = "model_cache_requests_total"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
@@ -123,11 +123,12 @@ def compare(
 
 
 def _counts(server: LocalServer) -> Counts:
-    return parsed(server.get(f"{server.metrics}/metrics").data.decode())[0]
+    return parsed(server.get(f"{server.metrics}{METRICS_PATH}").data.decode())[0]
 
 
 def _beside(resident: int, run: Run, before: Counts, after: Counts, there: Found) -> Beside:
-    seen = {result: after[CACHE, result] - before[CACHE, result] for result in ("hit", "miss", "coalesced")}
+    asked = CACHE_REQUESTS.series
+    seen = {result: after[asked, result] - before[asked, result] for result in CACHE_RESULTS}
     ms = {level: float(np.percentile(run.latency, float(level[1:]))) * 1e3 for level in there.ms}
     return Beside(resident, seen["hit"] / sum(seen.values()), there.hit_ratio, ms, there.ms, run.invalid())
 

@@ -33,6 +33,7 @@ from loadtest.fleets.fleet import fleet_names, make_fleet, make_request
 from loadtest.fleets.synthetic_archives import network
 from loadtest.observe.local_server import LocalServer, serve
 from loadtest.observe.resource_counts import cpu_seconds, processes
+from server.contract import PREFETCH
 
 LEARNT = 4  #: ticks before the first that can be foreseen
 OK = 200
@@ -137,8 +138,7 @@ def found(plan: Plan, run: Run, prefetched: Mapping[str, float], worker_s: float
 
 def _prefetched(server: LocalServer) -> dict[str, float]:
     """Loads ahead of time by result, such as used."""
-    samples = server.counters("fleetcast_prefetch_total")
-    return {label.partition('result="')[2].partition('"')[0]: value for label, value in samples.items()}
+    return dict(server.totals(PREFETCH.series, "result"))
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -53,6 +53,7 @@ from loadtest.observe.local_server import LocalServer, serve
 from loadtest.observe.processes import pss
 from loadtest.observe.resource_counts import Census, cpu_seconds, processes, take_census
 from model_store.errors import LoadError
+from server.contract import MODELS_PATH
 
 SHOWN_MODELS = 50  #: models with series of their own, so that series of evicted ones would be seen
 COSTS = (100, 1_000)  #: archives of the smaller stores that the large one is compared with
@@ -154,7 +155,7 @@ def probe(server: LocalServer, archives: int, drive: Drive, requests: int = PROB
     before = sum(map(cpu_seconds, fronts))
     run = drive(Schedule(np.arange(requests) / PROBE_RATE, hot, requests / PROBE_RATE))
     front_us = (sum(map(cpu_seconds, fronts)) - before) / requests * 1e6
-    resident = int(sum(server.counters("fleetcast_loaded_models").values()))
+    resident = server.loaded_models()
     return Cost(archives, resident, front_us, _latency_ms(run, "hit", 50), page_ms(server))
 
 
@@ -165,7 +166,7 @@ def crowd(plan: Plan, server: LocalServer, drive: Drive) -> Crowd:
     parts = np.array_split(np.arange(plan.many), STEPS)
     for part in parts:
         drive(_once(part.tolist(), LOAD_RATE))
-        resident.append(int(sum(server.counters("fleetcast_loaded_models").values())))
+        resident.append(server.loaded_models())
         memory.append(pss(worker))
         pages.append(page_ms(server))
     again = drive(_once(range(plan.many), PROBE_RATE))
@@ -175,14 +176,14 @@ def crowd(plan: Plan, server: LocalServer, drive: Drive) -> Crowd:
 
 
 def page_ms(server: LocalServer) -> float:
-    """The median time of a page of /fleet/models."""
+    """The median time of a page of the management API's list of models."""
     with urllib3.PoolManager() as pool:
         return statistics.median(_page(pool, server) for _ in range(PAGES))
 
 
 def _page(pool: urllib3.PoolManager, server: LocalServer) -> float:
     started = time.perf_counter()
-    reply = pool.request("GET", f"{server.management}/fleet/models?limit=100")
+    reply = pool.request("GET", f"{server.management}{MODELS_PATH}?limit=100")
     assert reply.status == 200, reply.data  # noqa: PLR2004
     return (time.perf_counter() - started) * 1e3
 

@@ -24,12 +24,13 @@ from handlers.evaluation.correlation import gaussian
 from handlers.forecasters import build, random_tensors
 from loadtest import record
 from loadtest.driver.dialects import unsound, unsound_call
-from loadtest.driver.market_client import BUDGET_S, NPY, Client, bodies
+from loadtest.driver.market_client import BUDGET_S, Client, bodies
 from loadtest.fleets.fleet import make_request
 from loadtest.observe.local_server import serve
 from model_store.archives.manifest import Channel, Forecast, Scaler
 from model_store.archives.packing import pack_correlation, pack_forecaster
 from model_store.names import ModelName
+from server.contract import JSON, NPY
 
 SEED = 5
 PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
@@ -79,9 +80,9 @@ def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: 
     (series,) = make_request(SEED, steps=CONTEXT)["instances"]
     asked = bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
     ways = {
-        "quantiles": (asked.quantiles, "application/json"),
+        "quantiles": (asked.quantiles, JSON),
         "joint, npy": (asked.scenarios, NPY),
-        "joint, JSON": (asked.scenarios, "application/json"),
+        "joint, JSON": (asked.scenarios, JSON),
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     sizes: dict[str, int] = {}

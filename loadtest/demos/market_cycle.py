@@ -30,7 +30,6 @@ from handlers.training.input_recipe import default_prediction
 from handlers.training.time_series import Series, header, read_csv
 from loadtest.driver.market_client import (
     JOINT,
-    NPY,
     STAGES,
     TICK,
     Client,
@@ -48,6 +47,7 @@ from loadtest.report.market_cycle import Drawn, extremes, of_budget, page
 from model_store.archives.archive import open_archive
 from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name
+from server import contract
 
 FOLDER = Path(".fleetcast/cycle")
 HISTORY, TODAY, STORE, MADE = (FOLDER / name for name in ("history.csv", "today.csv", "store", "made.json"))
@@ -121,9 +121,9 @@ def main(
     ticks: Annotated[int, typer.Option(min=2, max=MOST_TICKS, help="turns of the clock; the first is cold")] = 6,
     scenarios: Annotated[int, typer.Option(min=2, max=1000, help="joint scenarios of a turn")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="the same seed, the same scenarios")] = 7,
-    inference_port: int = 8080,
-    management_port: int = 8081,
-    metrics_port: int = 8082,
+    inference_port: int = contract.INFERENCE_PORT,
+    management_port: int = contract.MANAGEMENT_PORT,
+    metrics_port: int = contract.METRICS_PORT,
     once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
 ) -> None:
     """Show a market's cycle: prices in, forecasts of all products, joint scenarios, a page; against 20 seconds."""
@@ -295,10 +295,10 @@ def _show(drawn: Drawn, drawn_ms: float) -> None:
 
 def _calls(address: str) -> list[tuple[str, str]]:
     """What was called, as lines to copy."""
-    forecasts = f"curl -s {address}/v1/forecasts"
+    forecasts = f"curl -s {address}{contract.FORECASTS_PATH}"
     return [
         ("quantiles of all products", f"{forecasts} --data @{QUANTILES}"),
-        ("joint scenarios", f"{forecasts} -H 'Accept: {NPY}' \\\n  --data @{SCENARIOS} -o scenarios.npy"),
+        ("joint scenarios", f"{forecasts} -H 'Accept: {contract.NPY}' \\\n  --data @{SCENARIOS} -o scenarios.npy"),
     ]
 
 

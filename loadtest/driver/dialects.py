@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-JSON, NPY = "application/json", "application/x-npy"
+from server.contract import FORECASTS_PATH, HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON
+
 DIGITS = 4  #: of the numbers in a tensor body
 
 
@@ -60,8 +61,8 @@ class Dialect:
 DIALECTS: Mapping[str, Dialect] = {
     each.name: each
     for each in (
-        Dialect("sagemaker", "/invocations", {"X-Amzn-SageMaker-Target-Model": "{model}"}),
-        Dialect("forecasts", "/v1/forecasts", {}, many=True),
+        Dialect("sagemaker", INVOCATIONS_PATH, {HEADER_TARGET_MODEL: "{model}"}),
+        Dialect("forecasts", FORECASTS_PATH, {}, many=True),
         Dialect("torchserve", "/predictions/{model}", {}),
         Dialect("mms", "/predictions/{model}", {}),
         Dialect("v2", "/v2/models/{model}/infer", {}, wraps_v2=True),

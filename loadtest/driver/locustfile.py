@@ -23,11 +23,12 @@ import numpy as np
 import orjson
 from locust import FastHttpUser, events, task
 
-from loadtest.driver.dialects import DIALECTS, JSON, unsound
+from loadtest.driver.dialects import DIALECTS, unsound
 from loadtest.driver.profiles import zipf
 from loadtest.fleets.fleet import fleet_names, make_request
 from model_store.errors import LoadError
 from model_store.stores.object_store import open_source
+from server.contract import HEADER_CACHE, JSON
 
 FAILED, ANSWERED = "failed", "answered"  #: the rows of what went wrong, and of answers without X-Fleetcast-Cache
 
@@ -104,6 +105,6 @@ class ClientOfTheFleet(FastHttpUser):
             dialect.path, data=self.body, headers=headers, name=FAILED, catch_response=True
         ) as response:
             if response.status_code == 200:  # noqa: PLR2004 -- the others are failures to Locust already
-                response.request_meta["name"] = response.headers.get("x-fleetcast-cache", ANSWERED)
+                response.request_meta["name"] = response.headers.get(HEADER_CACHE, ANSWERED)
                 if why := unsound(response.content):
                     response.failure(f"{model}: {why}")

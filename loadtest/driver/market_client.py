@@ -19,6 +19,7 @@ import orjson
 
 from handlers.training.time_series import Float64, Series
 from model_store.names import ModelName
+from server.contract import FORECASTS_PATH, HEADER_CACHE, HEADER_SERVER_TIMING, JSON, NPY
 
 Float32 = npt.NDArray[np.float32]
 
@@ -26,7 +27,6 @@ BUDGET_S = 20.0  #: from a market's prices to the bids that answer them
 PRICES, WRITE, TICK, JOINT, READ = "prices in", "requests written", "quantiles", "joint scenarios", "answers read"
 STAGES = (PRICES, WRITE, TICK, JOINT, READ)
 PATIENCE_S = 60.0
-NPY = "application/x-npy"
 
 
 class NotAnswered(RuntimeError):
@@ -122,11 +122,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def forecasts(self, body: bytes, accept: str = "application/json") -> tuple[bytes, str]:
-        """`POST /v1/forecasts`: the answer, and what its headers say. Raises NotAnswered."""
+    def forecasts(self, body: bytes, accept: str = JSON) -> tuple[bytes, str]:
+        """The answer to a call for many models, and what its headers say. Raises NotAnswered."""
         try:
-            headers = {"Content-Type": "application/json", "Accept": accept}
-            self._connection.request("POST", "/v1/forecasts", body, headers)
+            headers = {"Content-Type": JSON, "Accept": accept}
+            self._connection.request("POST", FORECASTS_PATH, body, headers)
             reply = self._connection.getresponse()
             answer = reply.read()
         except (OSError, http.client.HTTPException) as error:
@@ -134,7 +134,7 @@ class Client:
             raise NotAnswered(f"{self.url} does not answer: {error!r}; is `fleetcast serve` running there?") from error
         if reply.status != http.HTTPStatus.OK:
             raise NotAnswered(f"{self.url} answered {reply.status}: {answer[:500].decode(errors='replace')}")
-        return answer, f"{reply.headers['x-fleetcast-cache']}; {reply.headers['server-timing']}"
+        return answer, f"{reply.headers[HEADER_CACHE]}; {reply.headers[HEADER_SERVER_TIMING]}"
 
 
 def turn(feed: Feed, line: str, fleet: Fleet, client: Client, scenarios: int, seed: int) -> Turn:

@@ -11,7 +11,6 @@ import asyncio
 import errno
 import gc
 import ipaddress
-import re
 import select
 import selectors
 import socket
@@ -27,14 +26,14 @@ import numpy as np
 from loadtest.driver.dialects import unsound, unsound_call
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Forecasts, Run
+from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_forecasts, raw_header
 
 SAMPLES = 200  #: answers that are looked into, or a few more
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: this machine's limits, not the server's fault
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
-TAIL = 40  #: bytes at the end of the answer to a call for many, within which it says how many failed
+_CACHE_HEADER = raw_header(HEADER_CACHE)
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
-_FAILED = re.compile(rb'"failed":\s*(\d+)\s*}\s*$')
 
 
 class Forbidden(Exception):
@@ -172,8 +171,8 @@ class _Driver:
 
     def counted(self, request: int, tail: bytes) -> None:
         """How many of a call failed, which the end of its whole answer says; where it does not, all did."""
-        if (said := _FAILED.search(tail)) is not None:
-            self._failed[request] = int(said[1])
+        if (failed := count_failed_forecasts(tail)) is not None:
+            self._failed[request] = failed
 
     def settled(self, request: int, status: int, cache: int = 0) -> None:
         """A request's fate is known."""
@@ -296,12 +295,12 @@ class _Connection(asyncio.Protocol):
     # --- httptools' calls -----------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"x-fleetcast-cache":
+        if name.lower() == _CACHE_HEADER:
             self._cache = _cached(value)
 
     def on_body(self, part: bytes) -> None:
         if self._driver.of_calls:
-            self._tail = (self._tail + part[-TAIL:])[-TAIL:]
+            self._tail = (self._tail + part[-FORECASTS_END_BYTES:])[-FORECASTS_END_BYTES:]
         if self._parts is not None:
             self._parts.append(part)
 

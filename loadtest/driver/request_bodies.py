@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.driver.dialects import DIGITS, JSON, NPY, Body, npy_body
+from loadtest.driver.dialects import DIGITS, Body, npy_body
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import Forecast, Kind
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
+from server.contract import JSON, NPY
 
 READERS = 16
 START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone

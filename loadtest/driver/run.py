@@ -24,6 +24,7 @@ from loadtest.observe.metrics_sampler import Watch
 from loadtest.observe.processes import pss
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import open_source
+from server.contract import METRICS_PATH
 
 STORE = Path(".fleetcast/load")
 WARMUP = 1  #: part of the profile that is not measured
@@ -60,7 +61,7 @@ class Subject:
 
     def watch(self) -> Watch:
         """What can be seen of it while it is loaded."""
-        where = self.metrics and f"{self.metrics.rstrip('/')}/metrics"
+        where = self.metrics and f"{self.metrics.rstrip('/')}{METRICS_PATH}"
         return Watch((lambda: str(LocalServer.get(where).data, "utf-8")) if where else None, self.memory)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.driver.profiles import Float64, Int64, Schedule
+from server.contract import CACHE_RESULTS
 
-CACHE = ("", "hit", "miss", "coalesced")  #: what X-Fleetcast-Cache said; "": nothing
+CACHE = ("", *CACHE_RESULTS)  #: what the header X-Fleetcast-Cache said; "": it was absent
 NO_ANSWER, LOST = 0, -1  #: stand for a status: none came in time; the connection was refused or lost
 
 BUSY = "the driver was too busy; ask less, or give it a core of its own"

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from loadtest.driver.profiles import Float64
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run
-from loadtest.observe.metrics_sampler import LOADS, Counts, Watch
+from loadtest.observe.metrics_sampler import Counts, Watch
+from server import contract
 
 try:
     from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
@@ -176,12 +177,12 @@ def _facts(found: Results) -> Iterator[tuple[str, str]]:
 
 
 def _metrics(counts: Counts) -> Results:
-    hits, misses, joined = (counts["model_cache_requests_total", result] for result in ("hit", "miss", "coalesced"))
+    hits, misses, joined = (counts[contract.CACHE_REQUESTS.series, result] for result in contract.CACHE_RESULTS)
     found: Results = {"hit_ratio": hits / max(1.0, hits + misses + joined)}
     for tier in TIERS:
-        found[f"loads_from_{tier}"] = counts[LOADS + "_count", tier]
-        found[f"load_seconds_from_{tier}"] = counts[LOADS + "_sum", tier]
-    return {**found, "evictions": counts["model_evictions_total", "device"]}
+        found[f"loads_from_{tier}"] = counts[contract.LOADING.count, tier]
+        found[f"load_seconds_from_{tier}"] = counts[contract.LOADING.sum, tier]
+    return {**found, "evictions": counts[contract.EVICTIONS.series, "device"]}
 
 
 def _forecasts(run: Run) -> Results | None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-PREFIX = "fleetcast_"
-TIERS = ("store", "disk", "host")
-LOADS = "model_loading_seconds"
+from server import contract
+from server.contract import MetricSpec
+
+TIERS = ("store", "disk", "host")  #: that a load can come from
 MIN_SPAN_S = 0.25  #: rates over less are noise
 
-Counts = defaultdict[tuple[str, str], float]  #: (metric without prefix, its result, tier or "") -> sum over processes
+Counts = defaultdict[tuple[str, str], float]  #: (series, its result, tier or "") -> sum over processes
 Buckets = dict[str, dict[float, float]]  #: tier -> upper bound in seconds (inf the last) -> loads up to it
 Over = dict[str, Any]
 
@@ -72,17 +73,18 @@ class Watch:
         if self.scrape is None or len(self.samples) < 2:  # noqa: PLR2004 -- a span has two ends
             return None
         spans = [_Span(a, b) for a, b in pairwise(self.samples)]
-        tiers = [tier for tier in TIERS if any(span.of(LOADS + "_count", tier) for span in spans)]
+        loads = contract.LOADING.count
+        tiers = [tier for tier in TIERS if any(span.of(loads, tier) for span in spans)]
         return {
             "t_s": [round(span.end.t, 3) for span in spans],
             "hit_ratio": [span.hit_ratio() for span in spans],
-            "loads_per_s": {tier: [span.of(LOADS + "_count", tier) / span.seconds for span in spans] for tier in tiers},
-            "load_ms": {tier: [span.mean_ms(LOADS, tier) for span in spans] for tier in tiers},
-            "evictions_per_s": [span.of("model_evictions_total", "device") / span.seconds for span in spans],
-            "loaded_models": [span.end.counts["loaded_models", ""] for span in spans],
-            "cache_bytes": [span.end.counts["model_cache_bytes", "device"] for span in spans],
-            "queue_ms": [span.mean_ms("inference_queue_seconds") for span in spans],
-            "batch_rows": [span.mean("inference_batch_rows") for span in spans],
+            "loads_per_s": {tier: [span.of(loads, tier) / span.seconds for span in spans] for tier in tiers},
+            "load_ms": {tier: [span.mean_ms(contract.LOADING, tier) for span in spans] for tier in tiers},
+            "evictions_per_s": [span.of(contract.EVICTIONS.series, "device") / span.seconds for span in spans],
+            "loaded_models": [span.end.counts[contract.LOADED_MODELS.series, ""] for span in spans],
+            "cache_bytes": [span.end.counts[contract.CACHE_BYTES.series, "device"] for span in spans],
+            "queue_ms": [span.mean_ms(contract.QUEUE) for span in spans],
+            "batch_rows": [span.mean(contract.BATCH_ROWS) for span in spans],
         }
 
     def memory_over_time(self) -> Over | None:
@@ -113,16 +115,16 @@ class _Span:
         """What a counter gained; a restarted process, which counts from 0 again, does not make it negative."""
         return max(0.0, self.end.counts[name, label] - self.start.counts[name, label])
 
-    def mean(self, name: str, label: str = "") -> float | None:
-        count = self.of(name + "_count", label)
-        return self.of(name + "_sum", label) / count if count else None
+    def mean(self, metric: MetricSpec, label: str = "") -> float | None:
+        count = self.of(metric.count, label)
+        return self.of(metric.sum, label) / count if count else None
 
-    def mean_ms(self, name: str, label: str = "") -> float | None:
-        mean = self.mean(name, label)
+    def mean_ms(self, metric: MetricSpec, label: str = "") -> float | None:
+        mean = self.mean(metric, label)
         return None if mean is None else mean * 1e3
 
     def hit_ratio(self) -> float | None:
-        hits, *others = (self.of("model_cache_requests_total", each) for each in ("hit", "miss", "coalesced"))
+        hits, *others = (self.of(contract.CACHE_REQUESTS.series, each) for each in contract.CACHE_RESULTS)
         asked = hits + sum(others)
         return hits / asked if asked else None
 
@@ -133,8 +135,8 @@ def parsed(text: str) -> tuple[Counts, Buckets]:
     buckets: Buckets = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            name, labels = sample.name.removeprefix(PREFIX), sample.labels
-            if name == LOADS + "_bucket":
+            name, labels = sample.name, sample.labels
+            if name == contract.LOADING.series + "_bucket":
                 tier = buckets.setdefault(labels.get("tier", ""), defaultdict(float))
                 tier[float(labels["le"])] += sample.value
             elif "le" not in labels:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from loadtest.observe.local_server import LocalServer
 from loadtest.observe.processes import pss
+from server.contract import METRICS_PATH
 
 PLACES = ("blobs", "index", "locks", "temp")  #: of the disk cache
 SAME_S, PATIENCE_S = 0.2, 4.0  #: counts that stand still so long are at rest; waited for at most so long
@@ -55,7 +56,7 @@ def take_census(server: LocalServer, disk: Path, temp: Path) -> Census:
         if again != counts:
             counts, since = again, time.monotonic()
     memory = {name: pss(pid) for name, pid in pids.items()}
-    resident = int(sum(server.counters("fleetcast_loaded_models").values()))
+    resident = server.loaded_models()
     return Census(counts, memory, {name: cpu_seconds(pid) for name, pid in pids.items()}, resident)
 
 
@@ -72,7 +73,7 @@ def cpu_seconds(pid: int) -> float:
 
 def _count(server: LocalServer, pids: Mapping[str, int], disk: Path, temp: Path) -> Counts:
     places = {f"disk cache/{name}": disk / name for name in PLACES} | {"TMPDIR": temp}
-    lines = server.get(f"{server.metrics}/metrics").data.decode().splitlines()
+    lines = server.get(f"{server.metrics}{METRICS_PATH}").data.decode().splitlines()
     series = [line for line in lines if not line.startswith("#")]
     by_model = sum('model="' in line for line in series)
     return Counts(

@@ -16,14 +16,15 @@ import torch
 from safetensors.numpy import save_file
 
 from handlers.forecasters import build, random_tensors
-from loadtest.benchmarks.core import TCN
 from loadtest.driver import wrk
-from loadtest.driver.dialects import JSON, npy_body
+from loadtest.driver.dialects import npy_body
+from loadtest.fleets.fleet import CONFIG as TCN
 from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, standing, turns
 from loadtest.peers.environments import PeerUnavailable
 from loadtest.peers.servers import Server
 from loadtest.record import spread
 from model_store.archives.packing import pack_forecaster
+from server.contract import JSON
 
 SEED = 7
 WARM_S, IDLE_S = 2, 3

@@ -88,7 +88,7 @@ def ours_beyond(store: Path, names: Sequence[str], body: bytes) -> str:
     """Fleetcast with ROOM for resident models."""
     with serve(str(store), ["--workers", "1", "--model-cache-bytes", ROOM]) as local:
         told = scanned(ours("fleetcast", local), names, body)
-        resident = sum(local.counters("fleetcast_loaded_models").values())
+        resident = local.loaded_models()
     return f"room for {resident:.0f} of {len(names)} ({ROOM}), evicts: {told}"
 
 

@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loadtest.driver.dialects import DIALECTS, JSON, Dialect
+from loadtest.driver.dialects import DIALECTS, Dialect
 from loadtest.observe.local_server import LocalServer, serve
 from loadtest.observe.processes import free_port, reachable
 from loadtest.peers.environments import HERE, PeerUnavailable, environment
 from loadtest.peers.plain import plain_peer
 from loadtest.peers.process_tree import Tree, last_words, started
+from server.contract import JSON
 
 START_S = 120.0
 LOAD_S = 120.0

@@ -18,6 +18,7 @@ from loadtest.driver.run_result import CACHE, Run
 from loadtest.observe.local_server import LocalServer
 from loadtest.observe.metrics_sampler import Counts, parsed
 from loadtest.plan.costs import DEFAULT, Costs, less, sample
+from server import contract
 
 LOAD_RATE, LOADED = 25.0, 80  #: loads a second, far enough apart to meet none other; how many at most
 HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second for so many models that stay, the last ones
@@ -38,7 +39,7 @@ class Counted:
         """Raises RuntimeError and urllib3's errors where the address does not answer."""
         if metrics is None:
             return cls(None, DEFAULT.device)
-        text = str(LocalServer.get(f"{metrics.rstrip('/')}/metrics").data, "utf-8")
+        text = str(LocalServer.get(f"{metrics.rstrip('/')}{contract.METRICS_PATH}").data, "utf-8")
         found = re.search(r'device="(\w+)', text)
         return cls(parsed(text)[0], found[1] if found else DEFAULT.device)
 
@@ -71,7 +72,7 @@ def calibrate(
     between = Counted.at(metrics)
     full = _full(to, hot)
     after = Counted.at(metrics)
-    workers = after.counts["worker_up", ""] if after.counts else 1.0
+    workers = after.counts[contract.WORKER_UP.series, ""] if after.counts else 1.0
     step_s, row_s = _step(before, between, after, per_request=max(1.0, workers) / full)
     alone = step_s + row_s
     usual = float(np.median(hits))
@@ -146,12 +147,12 @@ def _step(before: Counted, between: Counted, after: Counted, per_request: float)
 
     `per_request` counts all that a request costs the server where it is full, not its steps alone.
     """
-    steps = between.gained(before, "inference_batch_rows_count")
-    full_steps = after.gained(between, "inference_batch_rows_count")
+    steps = between.gained(before, contract.BATCH_ROWS.count)
+    full_steps = after.gained(between, contract.BATCH_ROWS.count)
     if not steps or not full_steps:
         return 0.0, per_request
-    alone = between.gained(before, "step_seconds_total") / steps
-    rows_a_step = max(1.0, after.gained(between, "inference_batch_rows_sum") / full_steps)
+    alone = between.gained(before, contract.STEP_SECONDS.series) / steps
+    rows_a_step = max(1.0, after.gained(between, contract.BATCH_ROWS.sum) / full_steps)
     if rows_a_step < 2 or alone <= per_request:  # noqa: PLR2004 -- steps that never met more than one request
         return 0.0, per_request
     step_s = min(alone, (alone - per_request) / (1 - 1 / rows_a_step))

@@ -31,11 +31,11 @@ from loadtest.plan.miss_ratio_curves import SIZES, curve
 from loadtest.plan.placement import Placement
 from loadtest.plan.plan_report import Findings
 from loadtest.plan.prices import EXAMPLE, read_prices
-from loadtest.plan.simulate import SLAB_BYTES, Found, Loss, Machines, simulate
-from loadtest.plan.simulated_worker import LOADER_THREADS
+from loadtest.plan.simulate import Found, Loss, Machines, simulate
 from loadtest.report.terminal import shown
 from model_store.cache.eviction import POLICIES
 from model_store.errors import LoadError
+from server.contract import EVICTION_POLICY, LOADER_THREADS, MIB, SLAB_BYTES, verb_path
 
 EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: of what the fleet weighs: the cache sizes that are simulated
@@ -76,9 +76,9 @@ def plan(
     nodes: Annotated[int, _flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
     replicas: Annotated[int, _flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
     lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; else never")] = None,
-    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = "lru",
+    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
     loader_threads: Annotated[int, _flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
-    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // 2**20}MiB",
+    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // MIB}MiB",
     p99_ms: Annotated[float | None, _flag(PROMISE, "99th percentile at most")] = None,
     hit_ratio: Annotated[float | None, _flag(PROMISE, "hit ratio at least")] = None,
     availability: Annotated[float, _flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
@@ -275,7 +275,7 @@ def unloader(management: str, names: Sequence[str]) -> Callable[[int], None]:
     """What unloads a model by its number. Raises RuntimeError where the server does not."""
 
     def unload(model: int) -> None:
-        where = f"{management.rstrip('/')}/fleet/unload/{quote(names[model])}"
+        where = f"{management.rstrip('/')}{verb_path('unload')}/{quote(names[model])}"
         reply = urllib3.request("POST", where, timeout=30.0, retries=False)
         if reply.status != 200:  # noqa: PLR2004
             raise RuntimeError(f"POST {where} answered {reply.status}: {reply.data[:200]!r}")

@@ -11,8 +11,8 @@ from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
 from loadtest.plan.prices import Machine, Prices, nodes_for
 from loadtest.plan.simulate import Found, Machines, simulate
-from loadtest.plan.simulated_worker import REQUEST_TIMEOUT_S
 from loadtest.report.charts import number
+from server.contract import REQUEST_TIMEOUT_S
 
 MOST_NODES = 64
 DEARER = 4  #: times the cheapest: what would cost more is not looked at

@@ -15,8 +15,9 @@ import numpy as np
 from loadtest.driver.profiles import Int64
 from loadtest.plan.costs import DEFAULT
 from loadtest.plan.demand import Demand, mixed
-from loadtest.plan.simulate import SLAB_BYTES, make_cache, models_of
+from loadtest.plan.simulate import make_cache, models_of
 from loadtest.plan.simulated_worker import Worker
+from server.contract import SLAB_BYTES
 
 SIZES = (
     0.05,

@@ -1,16 +1,14 @@
-"""Where a model is served: on which nodes of several, and by which worker there. Rendezvous hashing both times.
+"""Which nodes serve a model, and which worker of a node. Both by rendezvous hashing.
 
-A worker is chosen as the server's own router does (`home` is that rule, restated: a load tester imports no server, and
-a test compares the two). Which node is the business of whatever stands in front of the nodes; the same rule is taken
-for it, over hashes, so that a million names are a matter of a second.
+The worker is chosen by the weights that the server's own router uses. What distributes requests over the nodes is not
+part of the server; the same rule is assumed for it, over hashes, so that a million names take about a second.
 """
-
-from hashlib import blake2b
 
 import numpy as np
 
 from loadtest.driver.profiles import Int64
 from loadtest.plan.demand import Demand, UInt64, mixed
+from server.contract import home_weight
 
 CHUNK = 65_536  #: models ranked at a time
 
@@ -45,8 +43,8 @@ class Placement:
 
 
 def home(model: str, workers: int) -> int:
-    """The worker of `workers` that serves the model while nobody is overloaded (server/router.py)."""
-    return max(range(workers), key=lambda worker: _weight(model, worker))
+    """The worker of `workers` that serves the model unless a worker is overloaded (see server/routing.py)."""
+    return max(range(workers), key=lambda worker: home_weight(model, worker))
 
 
 def ranked(keys: UInt64, nodes: int, most: int) -> Int64:
@@ -60,7 +58,3 @@ def ranked(keys: UInt64, nodes: int, most: int) -> Int64:
         order = np.argsort(np.take_along_axis(weights, best, axis=1), axis=1)[:, ::-1]
         found[start : start + CHUNK] = np.take_along_axis(best, order, axis=1)
     return found
-
-
-def _weight(model: str, worker: int) -> bytes:
-    return blake2b(model.encode(), digest_size=8, salt=worker.to_bytes(8, "little")).digest()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 
+from server.contract import CACHE_SHARE, GPU_RESERVE_BYTES
+
 EXAMPLE = Path(__file__).with_name("prices.toml")
-CACHE_SHARE = 0.4  #: of a machine's memory, where nobody says otherwise (server/host.py)
-DEVICE_RESERVE_GIB = 2.0  #: of an accelerator's, which is not for models (`gpu_reserve_bytes`)
 GIB = 2**30
+DEVICE_RESERVE_GIB = GPU_RESERVE_BYTES / GIB  #: memory of an accelerator that models cannot use
 MOST_MACHINES = 200
 
 

@@ -15,11 +15,11 @@ from loadtest.driver.trace import UInt8
 from loadtest.plan.costs import Costs, drawn
 from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
-from loadtest.plan.simulated_worker import COALESCED, HIT, LOADER_THREADS, MISS, REFUSED, Model, Worker
+from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, Model, Worker
 from model_store.cache.cache import Cache
 from model_store.cache.eviction import policy_named
+from server.contract import EVICTION_POLICY, LOADER_THREADS, SLAB_BYTES
 
-SLAB_BYTES = 4 * 2**20  #: the server's own setting of that name
 LEVELS = (50, 90, 99, 99.9)
 MOST_REQUESTS = 300_000  #: that are simulated at least where there are so many; beyond, fewer workers
 
@@ -53,7 +53,7 @@ class Machines:
     nodes: int = 1
     replicas: int = 1
     loss: Loss | None = None
-    policy: str = "lru"
+    policy: str = EVICTION_POLICY
     slab_bytes: int = SLAB_BYTES
     loader_threads: int = LOADER_THREADS
 

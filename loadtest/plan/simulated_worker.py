@@ -1,8 +1,8 @@
-"""One worker in simulated time: the server's own cache decides, and server/steps.py's rules say what waits for what.
+"""One worker in simulated time, with the server's own cache. Pure: arrays and a seed in, arrays out.
 
-One interpreter runs steps and, between them, what of one load after another needs it; loader threads do the rest of
-their loads beside it.
-A step takes half of what is ready by then, of one family. Pure: arrays and a seed in, arrays out.
+One interpreter runs steps and, between two steps, the part of one load that needs the interpreter; loader threads do
+the rest of the loads at the same time. A step takes half of the jobs of one family that are ready (see
+server/worker/scheduler.py).
 """
 
 import heapq
@@ -15,18 +15,24 @@ from typing import NamedTuple
 import numpy as np
 
 from loadtest.driver.profiles import Float64
-from loadtest.driver.trace import OUTCOMES, UInt8
+from loadtest.driver.trace import UInt8
 from loadtest.plan.costs import Costs, Sample, drawn
 from model_store.cache.cache import Cache, Failure, Placed
 from model_store.cache.slots import Slot
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import NoRoom
 from model_store.names import ModelName
+from server.contract import (
+    ACCESS_LOG_OUTCOMES,
+    LOADER_THREADS,
+    MAX_BATCH_ROWS,
+    QUEUE_PER_WORKER,
+    REQUEST_TIMEOUT_S,
+    REVALIDATE_S,
+    UNHALVED_JOBS,
+)
 
-HIT, MISS, COALESCED, REFUSED = map(OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
-#: The server's own settings, by their names there (server/settings.py).
-LOADER_THREADS, MAX_BATCH_ROWS, QUEUE_PER_WORKER, REQUEST_TIMEOUT_S, REVALIDATE_S = 4, 512, 8192, 50.0, 60.0
-FEW = 4  #: requests that a step does not halve, as of server/scheduler.py
+HIT, MISS, COALESCED, REFUSED = map(ACCESS_LOG_OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
 _STEP, _FETCHED, _BUILT = range(3)
 DRAWS = 4_096
 #: Of a load's time beside its GET, that the interpreter is taken: reading, checking and building a model from disk are
@@ -241,7 +247,7 @@ class _Running:
         elif self.ready:
             self.stepped = True
             family, queue = self.ready.popitem(last=False)
-            count = min(len(queue), max(FEW, (len(queue) + 1) // 2), MAX_BATCH_ROWS)
+            count = min(len(queue), max(UNHALVED_JOBS, (len(queue) + 1) // 2), MAX_BATCH_ROWS)
             batch = [queue.popleft() for _ in range(count)]
             if queue:
                 self.ready[family] = queue

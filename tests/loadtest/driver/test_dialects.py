@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from loadtest.driver.dialects import DIALECTS, JSON, npy_body, unsound, unsound_call
+from loadtest.driver.dialects import DIALECTS, npy_body, unsound, unsound_call
+from server.contract import JSON
 from tests.loadtest.peer import SOUND
 
 

@@ -8,7 +8,7 @@ import pytest
 import urllib3
 
 from handlers.forecasters import build, random_tensors
-from loadtest.driver.dialects import NPY, Body, npy_body, unsound
+from loadtest.driver.dialects import Body, npy_body, unsound
 from loadtest.driver.request_bodies import Question, ask_all, call, question
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import serve
@@ -17,6 +17,7 @@ from model_store.archives.manifest import Channel, Forecast, Scaler
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.contract import NPY
 from tests.e2e.models import onnx_model
 
 START = "2026-01-01 00:00:00"

@@ -9,6 +9,7 @@ from loadtest.fleets.fleet import make_fleet, make_request
 from loadtest.observe.local_server import LocalServer, serve
 from loadtest.observe.metrics_sampler import Watch, parsed
 from loadtest.observe.processes import pss
+from server import contract
 
 TEXT = """# TYPE fleetcast_model_cache_requests counter
 fleetcast_model_cache_requests_total{{worker="0",device="cpu",result="hit"}} {hits}
@@ -56,7 +57,7 @@ def test_load_times_by_bucket() -> None:
     assert watch.load_times() == {"disk": {"le_s": [0.01, 0.1, None], "count": [1.0, 2.0, 0.0]}}
     gained = watch.gained()
     assert gained is not None
-    assert gained["model_loading_seconds_count", "disk"] == 3
+    assert gained[contract.LOADING.count, "disk"] == 3
 
 
 def test_a_last_look_is_no_span_of_its_own() -> None:
@@ -108,5 +109,5 @@ def test_a_real_server(tmp_path: Path) -> None:
     memory = watch.memory_over_time()
     assert memory is not None
     assert memory["worker 0"][1] > 20_000_000
-    assert counts["model_cache_capacity_bytes", "device"] > 0
+    assert counts[contract.CACHE_CAPACITY.series, "device"] > 0
     assert sum(buckets["store"].values()) >= 1

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from loadtest.driver import wrk
-from loadtest.driver.dialects import DIALECTS, JSON
+from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import wait_until
 from loadtest.peers import comparison as contest
 from loadtest.peers import environments, servers
@@ -31,6 +31,7 @@ from loadtest.peers.network import load
 from loadtest.peers.over_memory import grow
 from loadtest.peers.process_tree import Tree, started
 from loadtest.peers.servers import PACKAGE, PEERS, Server
+from server.contract import JSON
 
 NEEDS_WRK = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed (apt-get install wrk)")
 

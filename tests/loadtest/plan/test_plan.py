@@ -13,20 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.driver.profiles import Profile, Schedule, Tick
-from loadtest.driver.trace import OUTCOMES, Trace, write_trace
+from loadtest.driver.trace import Trace, write_trace
 from loadtest.fleets.fleet import fleet_names
 from loadtest.plan import simulated_worker as simulated
 from loadtest.plan.costs import DEFAULT, Costs, drawn, less, sample
 from loadtest.plan.demand import Demand, charges, mixed, of_profile, of_trace
 from loadtest.plan.miss_ratio_curves import curve
 from loadtest.plan.placement import Placement, home, ranked
-from loadtest.plan.simulate import SLAB_BYTES, Loss, Machines, simulate
+from loadtest.plan.simulate import Loss, Machines, simulate
 from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, Model, Worker
 from model_store.cache.cache import Cache
 from model_store.names import ModelName
+from server.contract import ACCESS_LOG_OUTCOMES, QUEUE_PER_WORKER, REQUEST_TIMEOUT_S
 from server.routing import Router
-from server.settings import Settings
-from server.worker import scheduler
 
 SLAB = 65_536
 #: A hit takes 3 ms, a step 1 ms and 1 ms a request, a GET 100 ms, the rest of a load 10 ms.
@@ -111,7 +110,7 @@ def test_a_model_larger_than_the_cache_is_refused_and_remembered() -> None:
 
 def test_a_worker_refuses_what_its_queue_cannot_hold() -> None:
     """As many as the server's queue_per_worker wait; the next is refused at once."""
-    count = simulated.QUEUE_PER_WORKER + 1
+    count = QUEUE_PER_WORKER + 1
     ran = ask(worker(1), [0.0] * count, [0] * count)
     assert np.flatnonzero(ran.outcome == REFUSED).tolist() == [count - 1]
     assert ran.wait[-1] == 0
@@ -121,19 +120,9 @@ def test_nobody_waits_longer_than_the_deadline() -> None:
     """More loads than can be made: whoever has waited for the server's request_timeout_s is refused then."""
     n = 3000
     ran = ask(worker(10, threads=1), [i * 0.01 for i in range(n)], list(range(n)))
-    assert ran.wait.max() == simulated.REQUEST_TIMEOUT_S
-    assert (ran.outcome[ran.wait == simulated.REQUEST_TIMEOUT_S] == REFUSED).all()
+    assert ran.wait.max() == REQUEST_TIMEOUT_S
+    assert (ran.outcome[ran.wait == REQUEST_TIMEOUT_S] == REFUSED).all()
     assert 0.5 < (ran.outcome == REFUSED).mean() < 1
-
-
-def test_the_settings_are_the_servers() -> None:
-    """What the simulation restates of server/settings.py is what stands there."""
-    fields = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
-    for name in ("loader_threads", "max_batch_rows", "queue_per_worker", "request_timeout_s", "revalidate_s"):
-        assert getattr(simulated, name.upper()) == fields[name]
-    assert simulated.FEW == scheduler.FEW
-    assert fields["slab_bytes"] == SLAB_BYTES
-    assert fields["eviction_policy"] == Machines(0).policy
 
 
 @settings(max_examples=30, deadline=None)
@@ -212,7 +201,7 @@ def test_a_sample_of_the_models_gives_the_same_curve() -> None:
 
 
 def test_a_models_home_is_where_the_servers_router_sends_it() -> None:
-    """The rule restated here is the router's, for every number of workers tried."""
+    """The planner and the server choose the same worker, for every number of workers tried."""
     for workers in (1, 2, 3, 7):
         router = Router()
         for index in range(workers):
@@ -306,7 +295,7 @@ def test_machines_that_cannot_be() -> None:
 def test_a_trace_is_a_demand(tmp_path: Path) -> None:
     """Its first fifth fills the caches; a model weighs what the trace says, or else what is said beside it."""
     names = fleet_names(3)
-    outcome = np.full(10, OUTCOMES.index("hit"), np.uint8)
+    outcome = np.full(10, ACCESS_LOG_OUTCOMES.index("hit"), np.uint8)
     model, size = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], np.int32), np.zeros(10, np.int64)
     size[[0, 4]] = 500, 700
     write_trace(tmp_path / "t.csv", Trace(np.arange(10.0), model, size, outcome, names))

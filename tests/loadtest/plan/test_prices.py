@@ -17,10 +17,9 @@ from loadtest.plan.demand import Demand, of_profile
 from loadtest.plan.machine_choice import Promise, cheapest_alone, offers
 from loadtest.plan.placement import Placement
 from loadtest.plan.plan_report import models_that_fit
-from loadtest.plan.prices import CACHE_SHARE, Machine, Prices, compared, nodes_for, read_prices
+from loadtest.plan.prices import Machine, Prices, compared, nodes_for, read_prices
 from loadtest.plan.simulate import Found, Machines
 from model_store.cache.eviction import POLICIES
-from server.host import CACHE_SHARE as SERVERS_SHARE
 from tests.loadtest import runs
 
 SMALL = Machine("small", vcpu=2, memory_gib=0.1, price_per_hour=1.0)
@@ -59,7 +58,6 @@ def test_the_example_table_says_that_it_is_one() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", prices.dated)
     assert "EDIT ME" in Path(read_prices.__globals__["EXAMPLE"]).read_text()
     assert len({machine.name for machine in prices.machine}) == len(prices.machine) > 5
-    assert CACHE_SHARE == SERVERS_SHARE
 
 
 @pytest.mark.parametrize(

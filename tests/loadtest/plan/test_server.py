@@ -19,6 +19,7 @@ from loadtest.plan.calibrate import HOT
 from loadtest.plan.costs import DEFAULT, read_costs
 from loadtest.plan.simulate import make_cache
 from loadtest.plan.simulated_worker import Model, Worker
+from server.contract import CACHE_REQUESTS
 
 MODELS, RESIDENT, REQUESTS = 20, 6, 200
 
@@ -37,13 +38,13 @@ def test_simulated_hits_are_the_servers(tmp_path: Path, policy: str) -> None:
         connection = http.client.HTTPConnection(urlsplit(server.inference).netloc)
         said = [_ask(connection, names[i], body) for i in asked]
         connection.close()
-        counts = server.counters("fleetcast_model_cache_requests_total")
+        counts = server.totals(CACHE_REQUESTS.series, "result")
     worker = Worker(make_cache(RESIDENT * row_bytes, row_bytes, policy), DEFAULT, np.random.default_rng(0))
     at = np.arange(len(asked), dtype=np.float64)
     ran = worker.run(at, [Model(names[i], row_bytes, "tcn") for i in asked])
     assert said == [CACHE[outcome] for outcome in ran.outcome.tolist()]
     assert 0.3 < said.count("hit") / len(said) < 0.9
-    assert sum(value for label, value in counts.items() if 'result="hit"' in label) == said.count("hit")
+    assert counts["hit"] == said.count("hit")
 
 
 def _ask(connection: http.client.HTTPConnection, name: str, body: bytes) -> str:
