@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from loadtest.driver.dialects import DIGITS, Body, npy_body
 from model_store.archives.archive import Archive, open_archive
-from model_store.archives.manifest import Forecast, Kind
+from model_store.archives.manifest import Forecast
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
@@ -135,15 +135,9 @@ def deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
 
 def _inputs(archive: Archive) -> Mapping[str, tuple[int, ...]]:
     """Input name -> shape of one request row, 1 where the model leaves it open."""
-    if archive.kind is Kind.ONNX:
-        from handlers.kinds.onnx import OnnxModel  # noqa: PLC0415 -- an optional extra
+    from handlers.kinds import tensor_inputs  # noqa: PLC0415 -- torch, which a load of forecasts does not need
 
-        return {name: tuple(abs(n) for n in shape) for name, shape in OnnxModel(archive.weights()).inputs.items()}
-    from handlers.forecasters import family  # noqa: PLC0415 -- torch, which a load of forecasts does not need
-
-    assert archive.spec is not None, "a forecaster has its record"
-    found = family(archive.spec)
-    return {found.input_name: found.input_shape}
+    return {name: tuple(abs(n) for n in shape) for name, shape in tensor_inputs(archive).items()}
 
 
 def _numbers(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:

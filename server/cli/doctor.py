@@ -132,9 +132,10 @@ def _built_in() -> Iterator[Kind]:
 
 def _looked_into(settings: Settings, told: Any) -> Found:
     """Some archives from all over the listing, loaded as a worker does but for their golden samples."""
-    from model_store.stores.model_store import ModelStore  # noqa: PLC0415 -- torch
+    from handlers.kinds import RowModel  # noqa: PLC0415 -- torch
+    from model_store.stores.model_store import ModelStore  # noqa: PLC0415
     from server.offline.host_checks import Fact  # noqa: PLC0415
-    from server.worker.model_loader import Loader, RowModel, open_store  # noqa: PLC0415
+    from server.worker.model_loader import Loader, open_store  # noqa: PLC0415
 
     found = Found()
     try:

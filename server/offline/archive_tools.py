@@ -3,30 +3,23 @@
 import hashlib
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
-from handlers.codecs.joint import JointModel
-from handlers.kinds.graph import GraphFamily, graph_family
-from handlers.kinds.graph.schema import parse_graph
-from model_store.archives.archive import Archive, Limits, open_archive, read_tensors
+from handlers import kinds
+from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.archives.manifest import Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
 from model_store.archives.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive
 from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName, parse_model_name
-from model_store.stores.model_store import ModelStore
 from model_store.stores.object_store import Source, open_source
 from server.offline.module_export import ExportRequest, export_module
 from server.settings import Settings, format_bytes
-from server.worker.engine.cpu import Engine
-from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
-from server.worker.model_loader import Built, Loader, RowModel, SingleModel, open_store, prove
+from server.worker.model_loader import open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,26 +55,10 @@ def place(settings: Settings, name: ModelName) -> Place:
 
 def proved(where: Place) -> str:
     """Everything a load does, the golden sample included. What was proved, in words. Raises LoadError."""
-    built = Loader(ModelStore(where.source, None, where.limits), "cpu", 1).build(where.name)
-    _prove_row(built)
-    golden = "golden sample reproduced" if built.golden else "no golden sample"
-    return f"{_what(built.body)}, {built.charge} bytes in memory, {golden}"
-
-
-def _what(body: RowModel | SingleModel) -> str:
-    """The family, for a graph also how its rows run; of a correlation what it covers."""
-    if not isinstance(body, RowModel):
-        return f"{body.single.correlation!r}" if isinstance(body.single, JointModel) else "onnx"
-    return f"{body.family.key}, {body.family.runs}" if isinstance(body.family, GraphFamily) else body.family.key
-
-
-def _prove_row(built: Built) -> None:
-    """The golden sample of a row, as `server.worker.step_loop` runs it; that of a single was run by the loader."""
-    body, row, golden = built.body, built.row, built.golden
-    if golden is None or row is None or not isinstance(body, RowModel):
-        return
-    engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), max_rows=1)  # a probe needs no room in the pool
-    prove(built.model, golden, body.codec, lambda call: engine.probe(body.family, row, call.rows))
+    archive, _ = where.archive()
+    built = kinds.build(archive)
+    golden = "golden sample reproduced" if kinds.prove(archive, built) else "no golden sample"
+    return f"{built.summary}, {built.charge_bytes} bytes in memory, {golden}"
 
 
 def proved_bytes(packed: bytes, name: ModelName, limits: Limits) -> str:
@@ -163,25 +140,7 @@ def described(archive: Archive, data: bytes) -> dict[str, Any]:
     if spec is not None:
         found["spec"] = json.loads(msgspec.json.encode(spec))
         found["golden"] = archive.golden() is not None
-    if archive.kind is Kind.GRAPH:
-        found["graph"] = _graph(archive)
-    if archive.kind in (Kind.FORECASTER, Kind.GRAPH, Kind.CORRELATION):
-        found["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
-    return found
-
-
-def _graph(archive: Archive) -> dict[str, Any]:
-    """Its family, what goes in and out, how rows run, and the operators by how often they occur."""
-    family = graph_family(archive.graph())
-    family.decide(family.row(read_tensors(archive)))
-    operators = Counter(node.op for node in parse_graph(archive.graph()).nodes)
-    return {
-        "family": family.key,
-        "input": {family.input_name: list(family.input_shape)},
-        "output": list(family.output_shape),
-        "runs": family.runs,
-        "operators": dict(operators.most_common()),
-    }
+    return found | kinds.describe(archive)
 
 
 def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ import torch
 
 from handlers.codecs.codec import JSON, Call
 from handlers.errors import RequestError, RunFailed
+from handlers.kinds import RowModel
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Detail, Refused, Situation, situation_of
@@ -27,7 +28,7 @@ from server.front.dialects.forecasts import prediction
 from server.offline.checkpoint import Journal
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
-from server.worker.model_loader import Builder, Built, RowModel, prove
+from server.worker.model_loader import Builder, Built
 
 CHUNK = 64  #: lines of one model that are answered together
 NO_MODEL = -1
@@ -140,8 +141,7 @@ class Batch:
             wrong = Refused(Situation.MODEL_FAILED, f"{built.model} answers tensors, not forecasts")
             return [_error(wrong)] * len(lines)
         try:
-            if built.golden is not None:
-                prove(built.model, built.golden, body.codec, lambda call: engine.probe(body.family, row, call.rows))
+            built.prove(engine.probe)
         except LoadError as error:
             return [_error(_failed(error))] * len(lines)
         calls = [self._decode(body, line) for line in lines]

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from obstore.store import MemoryStore
 
+from handlers.codecs.codec import JSON
 from handlers.codecs.features import Float64, step_seconds
 from handlers.errors import RequestError, RunFailed
 from handlers.evaluation.scores import Steps
+from handlers.kinds import RowModel
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.archives.manifest import Forecast
@@ -26,7 +28,7 @@ from model_store.stores.object_store import Source
 from server.sdk.client import ENDPOINT, sagemaker
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
-from server.worker.model_loader import JSON, Loader, RowModel, prove
+from server.worker.model_loader import Loader
 
 ROWS = 64  #: windows in one request
 PRICE_SCORES = {"configuration": {"output_types": ["quantiles"]}}
@@ -108,8 +110,7 @@ class InProcess:
         body, row = built.body, built.row
         if not isinstance(body, RowModel) or row is None:
             raise Unfit(f"{model.name} answers tensors, not forecasts")
-        if built.golden is not None:
-            prove(model.name, built.golden, body.codec, lambda call: self._engine.probe(body.family, row, call.rows))
+        built.prove(self._engine.probe)
 
         def ask(instances: Instances) -> Float64:
             call = body.codec.decode(_body(instances), JSON, JSON)

@@ -18,7 +18,7 @@ from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
-from server.worker.model_loader import Builder, Built, RowModel, prove, timed_build
+from server.worker.model_loader import Builder, Built, timed_build
 from server.worker.prefetch.prefetcher import Foresight, Result
 from server.worker.resident_models import Residents
 
@@ -133,16 +133,8 @@ class Loads:
 
     def _prove(self, built: Built) -> None:
         """The golden sample of a row runs here, in scratch memory, before anyone else loses a place for it."""
-        body, row, golden = built.body, built.row, built.golden
-        if golden is None or row is None or not isinstance(body, RowModel):
-            return
-        engine = self._residents.engine
-        prove(
-            built.model,
-            golden,
-            body.codec,
-            lambda call: self._residents.with_memory(lambda: engine.probe(body.family, row, call.rows)),
-        )
+        residents = self._residents
+        built.prove(lambda family, row, x: residents.with_memory(lambda: residents.engine.probe(family, row, x)))
 
     # --- placed -----------------------------------------------------------------------------------------------------
 

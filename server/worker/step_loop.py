@@ -16,6 +16,7 @@ import structlog
 import torch
 
 from handlers.errors import RequestError, RunFailed
+from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache, Failure
 from model_store.cache.slots import Slot
 from model_store.errors import LoadError
@@ -27,7 +28,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Builder, Built, RowModel, SingleModel
+from server.worker.model_loader import Builder, Built
 from server.worker.model_loads import Loads
 from server.worker.prefetch.prefetcher import Foresight
 from server.worker.resident_models import Residents

@@ -16,6 +16,7 @@ import torch
 from handlers.base import Family
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build, random_tensors
+from handlers.kinds import RowModel
 from model_store.archives.manifest import GoldenSample
 from model_store.cache.cache import Cache
 from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound
@@ -26,7 +27,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built, RowModel
+from server.worker.model_loader import Built
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
 
