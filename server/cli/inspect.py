@@ -22,16 +22,16 @@ def inspect(
     fleetcast inspect au/nsw1.mar
     fleetcast inspect s3://models/prices/au/nsw1.mar --json | jq .spec.forecast
     """  # noqa: D301
-    from server.offline import archive_tools as workshop  # noqa: PLC0415 -- torch
+    from server.offline.archive_location import locate_archive, split_location  # noqa: PLC0415 -- torch
+    from server.offline.archive_tools import describe_archive, format_description  # noqa: PLC0415
 
     with one_line_errors():
-        store, key = workshop.split(archive)
-        opened, data = workshop.place(settings_from({"store": store}), key).archive()
-        found = workshop.described(opened, data)
+        store, name = split_location(archive)
+        found = describe_archive(*locate_archive(settings_from({"store": store}), name).fetch())
     if as_json:
         print(json.dumps(found, indent=1))  # noqa: T201
         return
     rows = Table("", "", show_header=False, box=None, pad_edge=False)
-    for label, text in workshop.lines(found):
+    for label, text in format_description(found):
         rows.add_row(f"[bold]{label}[/]", text)
     rich.print(rows)

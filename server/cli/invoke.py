@@ -8,7 +8,7 @@ import rich
 import typer
 
 from server.cli.terminal import BAD, fail, one_line_errors
-from server.sdk.client import ENDPOINT, sagemaker
+from server.contract import HEADER_SERVER_TIMING
 
 DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
 TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
@@ -25,7 +25,7 @@ def invoke(
     accept: Annotated[str, typer.Option(help="wanted of the answer; default: like the request")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also what the cache did, on stderr")] = False,
 ) -> None:
-    """Ask a running server as SageMaker's own client does: boto3's sagemaker-runtime.
+    """Ask a running server. The request is signed where boto3's chain finds an access key.
 
     \b
     fleetcast invoke au/nsw1.mar --body request.json -v
@@ -37,31 +37,24 @@ def invoke(
             f"what shall be asked? Send a file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
             f"forecast, {TENSOR_EXAMPLE} for a model that is asked for tensors"
         )
+    from server.sdk.client import Client  # noqa: PLC0415
+    from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
+    from server.sdk.signing import find_access_key  # noqa: PLC0415 -- botocore
+
     with one_line_errors():
-        asked = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
-    answer, headers = _invoke(url, model, asked, content_type, {"Accept": accept} if accept else {})
+        request = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
+        client = Client(url, access_key=find_access_key())
+        try:
+            reply = client.invoke(model, request, content_type=content_type, accept=accept)
+        except Unreachable as error:
+            fail(str(error))
+        except FleetcastError as error:
+            fail(f"{error.error_type}: {error}", BAD)
     if verbose:
-        for key in sorted(headers):
-            if key.startswith("x-fleetcast-") or key == "server-timing":
-                print(f"{key}: {headers[key]}", file=sys.stderr)  # noqa: T201
-    if sys.stdout.isatty() and "json" in headers.get("content-type", ""):
-        rich.print_json(answer.decode())
+        for key in sorted(reply.headers):
+            if key.startswith("x-fleetcast-") or key == HEADER_SERVER_TIMING.lower():
+                print(f"{key}: {reply.headers[key]}", file=sys.stderr)  # noqa: T201
+    if sys.stdout.isatty() and "json" in reply.content_type:
+        rich.print_json(reply.body.decode())
     else:
-        sys.stdout.buffer.write(answer)
-
-
-def _invoke(
-    url: str, model: str, body: bytes, content_type: str, accept: dict[str, str]
-) -> tuple[bytes, dict[str, str]]:
-    """The answer and its headers; an error ends the command with its type and message."""
-    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 -- boto3 takes a third of a second
-
-    try:
-        reply = sagemaker(url).invoke_endpoint(
-            EndpointName=ENDPOINT, TargetModel=model, Body=body, ContentType=content_type, **accept
-        )
-    except ClientError as error:
-        fail(f"{error.response['Error']['Code']}: {error.response['Error']['Message']}", BAD)
-    except (BotoCoreError, ValueError) as error:
-        fail(f"{error} (is `fleetcast serve` running at {url}?)")
-    return reply["Body"].read(), reply["ResponseMetadata"]["HTTPHeaders"]
+        sys.stdout.buffer.write(reply.body)

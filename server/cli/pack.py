@@ -1,13 +1,16 @@
 """`fleetcast pack`: makes an archive, and writes it only where it loads and passes its gate. Torch when it runs."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, fail, one_line_errors
 from server.offline.measures import Score
+
+if TYPE_CHECKING:
+    from server.offline.archive_location import ArchiveLocation
 
 
 def _file(text: str) -> Any:
@@ -64,44 +67,36 @@ def pack(
     --gate lets OUT's new and old archive forecast the same windows, ends with 1 where the new one is worse by more than
     the margin, and else notes in its description how they compared.
     """  # noqa: D301
-    from server.offline import archive_tools as workshop  # noqa: PLC0415 -- torch
-    from server.offline.promotion_gate import Gate, Refused, judged  # noqa: PLC0415
+    from server.offline.archive_location import split_location  # noqa: PLC0415 -- torch
+    from server.offline.packing import pack as pack_archive  # noqa: PLC0415
+    from server.offline.promotion_gate import Gate, Refused, compare_with_predecessor  # noqa: PLC0415
     from server.offline.rolling_windows import Rolling  # noqa: PLC0415
 
-    if sum(map(bool, (architecture, module, onnx))) != 1 or (onnx and (weights or forecast)):
-        fail(
-            "give --architecture and --weights for a forecaster, --module and --inputs for a module of your own, "
-            "or --onnx alone for an ONNX model"
-        )
-    if bool(module) != bool(inputs):
-        fail("--module and --inputs belong together: what your forward takes, such as --inputs '{\"x\": [8, 168]}'")
+    def compare(location: "ArchiveLocation", packed: bytes) -> str:
+        assert gate is not None, "asked only where there is a gate"
+        terms = Gate(gate_score, gate_margin, Rolling(most=gate_windows))
+        target = gate_target or location.name.rpartition("/")[2].partition(".")[0]
+        return str(compare_with_predecessor(terms, gate, gate_time, target, location, packed))
+
     with one_line_errors():
-        store, key = workshop.split(out)
-        if module:
-            spec = workshop.graph_spec(forecast, description)
-            members = workshop.graph_members(module, config, inputs, weights)
-        elif onnx is not None:
-            spec = workshop.onnx_spec(description)
-            members = {spec.weights.file: onnx.read_bytes()}
-        elif weights is not None:
-            spec = workshop.forecaster_spec(architecture, config, forecast, description)
-            members = {spec.weights.file: weights.read_bytes()}
-        else:
-            fail(f"--architecture {architecture} needs its numbers: give a state dict with --weights")
-        plain = Path(key).name.partition(".")[0]
-        labels = {"model_name": name or plain, "model_version": model_version}
-        packed = workshop.pack(spec, members, golden, **labels)
-        if "://" not in out:
-            Path(store).mkdir(parents=True, exist_ok=True)
-        place = workshop.place(settings_from({"store": store}), key)
-        proof = workshop.proved_bytes(packed, key, place.limits)
-        if gate is not None:
-            terms = Gate(gate_score, gate_margin, Rolling(most=gate_windows))
-            try:
-                verdict = judged(terms, gate, gate_time, gate_target or plain, place, packed)
-            except Refused as refused:
-                fail(f"{refused}; nothing is written", BAD)
-            packed = workshop.pack(spec, members, golden, **labels, note=str(verdict))
-            proof = f"{proof}; {verdict}"
-        place.source.put(key, packed)
-    print(f"{out}: {len(packed)} bytes; {proof}")  # noqa: T201
+        store, _ = split_location(out)
+        try:
+            packed = pack_archive(
+                out,
+                architecture=architecture,
+                config=config,
+                weights=weights,
+                module=module,
+                inputs=inputs,
+                onnx=onnx,
+                forecast=forecast,
+                golden=golden,
+                name=name,
+                model_version=model_version,
+                description=description,
+                settings=settings_from({"store": store}),
+                compare=None if gate is None else compare,
+            )
+        except Refused as refused:
+            fail(f"{refused}; nothing is written", BAD)
+    print(f"{out}: {packed.bytes} bytes; {packed.proof}")  # noqa: T201

@@ -102,9 +102,9 @@ def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]
 def _check_out(out: str, name: ModelName) -> None:
     """A place that cannot be written to is better known before the fit. Nothing is made yet. Raises ValueError."""
     if "://" in out:
-        from server.offline import archive_tools as workshop  # noqa: PLC0415 -- torch
+        from server.offline.archive_location import locate_archive  # noqa: PLC0415 -- torch
 
-        workshop.place(settings_from({"store": out}), name)
+        locate_archive(settings_from({"store": out}), name)
         return
     folder = Path(out).expanduser().absolute()
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
@@ -133,12 +133,13 @@ def _fit(
 
 def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
-    from server.offline import archive_tools as workshop  # noqa: PLC0415
+    from server.offline.archive_location import locate_archive  # noqa: PLC0415
+    from server.offline.archive_tools import verify_packed_archive  # noqa: PLC0415
 
     if "://" not in out:
         Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     settings, sizes = settings_from({"store": out}), []
-    place = workshop.place(settings, named[0][0])
+    place = locate_archive(settings, named[0][0])
     for name, each in named:
         packed = pack_forecaster(
             each.tensors,
@@ -149,7 +150,7 @@ def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: s
             golden=each.golden,
             description=description,
         )
-        workshop.proved_bytes(packed, name, place.limits)
+        verify_packed_archive(packed, name, place.limits)
         place.source.put(name, packed)
         sizes.append(len(packed))
     return sizes

@@ -18,13 +18,14 @@ def verify(
     fleetcast verify models/au/*.mar
     fleetcast verify s3://models/prices/au/nsw1.mar
     """  # noqa: D301
-    from server.offline import archive_tools as workshop  # noqa: PLC0415 -- torch
+    from server.offline.archive_location import locate_archive, split_location  # noqa: PLC0415 -- torch
+    from server.offline.archive_tools import verify_archive  # noqa: PLC0415
 
     bad = 0
     for archive in archives:
         try:
-            store, key = workshop.split(archive)
-            proof = workshop.proved(workshop.place(settings_from({"store": store}), key))
+            store, name = split_location(archive)
+            proof = verify_archive(locate_archive(settings_from({"store": store}), name))
             print(f"ok   {archive}: {proof}")  # noqa: T201
         except (LoadError, ValueError, OSError) as error:
             bad += 1

@@ -18,7 +18,7 @@ from server.contract import (
     MODELS_PATH,
     verb_path,
 )
-from server.sdk.errors import FleetcastError, ModelNotFound, Unavailable, Unreachable, error_from_item
+from server.sdk.errors import FleetcastError, Unreachable, error_from_item
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
 from server.sdk.http_connection import HttpConnection
 from server.sdk.signing import AccessKey, sign_request

@@ -8,12 +8,15 @@ class FleetcastError(Exception):
     """A forecast or a command that did not succeed; the text is the server's own message.
 
     `code` is the server's name of the situation, for example `not_found`; empty where the protocol does not give it.
-    `status` is the HTTP status, 0 without one. `field` is the part of the request that was wrong, if one was.
+    `status` is the HTTP status, 0 without one; `error_type` what the SageMaker dialect calls it, such as `ModelError`.
+    `field` is the part of the request that was wrong, if one was.
     """
 
-    def __init__(self, message: str, *, code: str = "", status: int = 0, field: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, code: str = "", status: int = 0, error_type: str = "", field: str | None = None
+    ) -> None:
         super().__init__(message)
-        self.message, self.code, self.status, self.field = message, code, status, field
+        self.message, self.code, self.status, self.error_type, self.field = message, code, status, error_type, field
 
 
 class InvalidRequest(FleetcastError, ValueError):
@@ -59,14 +62,14 @@ _BY_CODE: Mapping[str, type[FleetcastError]] = {
 _BY_STATUS: Mapping[int, type[FleetcastError]] = {
     **dict.fromkeys((400, 413), InvalidRequest),
     403: AccessDenied,
-    424: ModelFailed,
+    **dict.fromkeys((422, 424, 507), ModelFailed),
     **dict.fromkeys((429, 503), Unavailable),
     504: DeadlineExceeded,
 }
 
 
-def error_from_reply(status: int, reply: Any) -> FleetcastError:
-    """The exception for an error reply's decoded JSON, of the SageMaker dialect, of `/v1/forecasts` or of management."""
+def error_from_reply(status: int, error_type: str, reply: Any) -> FleetcastError:
+    """The exception for an error reply's decoded JSON: of the SageMaker dialect, `/v1/forecasts` or management."""
     fields = reply if isinstance(reply, dict) else {}
     detail = fields.get("error")
     detail = detail if isinstance(detail, dict) else {}
@@ -74,7 +77,7 @@ def error_from_reply(status: int, reply: Any) -> FleetcastError:
     status = int(fields.get("OriginalStatusCode", status))
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (ModelFailed if "OriginalStatusCode" in fields else None)
     message = str(detail.get("message") or fields.get("message") or reply or f"status {status}")
-    return (kind or ServerFailed)(message, code=code, status=status, field=detail.get("field"))
+    return (kind or ServerFailed)(message, code=code, status=status, error_type=error_type, field=detail.get("field"))
 
 
 def error_from_item(error: Mapping[str, Any]) -> FleetcastError:

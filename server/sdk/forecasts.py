@@ -39,7 +39,7 @@ class ForecastRequest:
 class ForecastOptions:
     """What an answer holds. Without options: the mean, and the quantiles that the archive was trained for.
 
-    `quantiles` are levels between 0 and 1. `num_samples` adds so many sample paths; the same `seed` gives the same ones.
+    `quantiles` are levels between 0 and 1. `num_samples` adds so many sample paths; the same `seed` gives the same.
     `correlation` names the archive that correlates the forecasts of one call: sample s is then one scenario of all.
     """
 

@@ -9,7 +9,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, MaxRetryError
 from urllib3.util import Retry
 
-from server.contract import HEADER_RETRY_AFTER_MS
+from server.contract import HEADER_ERROR_TYPE, HEADER_RETRY_AFTER_MS
 from server.sdk.errors import Unreachable, error_from_reply
 
 OK = 200
@@ -76,7 +76,7 @@ class HttpConnection:
             cause = error.reason if isinstance(error, MaxRetryError) else error
             raise Unreachable(f"{self.url}: {cause} (is `fleetcast serve` running there?)") from error
         if reply.status != OK:
-            raise error_from_reply(reply.status, _decode(reply.data))
+            raise error_from_reply(reply.status, reply.headers.get(HEADER_ERROR_TYPE, ""), _decode(reply.data))
         return reply
 
 

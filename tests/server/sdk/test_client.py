@@ -8,7 +8,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from model_store.names import ModelName
-from server.sdk.client import Unreachable, reload
+from server.sdk.client import reload_model
+from server.sdk.errors import ModelFailed, Unreachable
 
 
 class Management(BaseHTTPRequestHandler):
@@ -52,19 +53,19 @@ def listener() -> Iterator[str]:
 
 def test_only_what_a_server_holds_is_reloaded(listener: str) -> None:
     """A model that it does not have is not loaded for this; one that it has is, slashes and blanks in its name kept."""
-    reload(listener, ModelName("au/away.mar"))
-    reload(listener, ModelName("au/held it.mar"))
+    reload_model(listener, ModelName("au/away.mar"))
+    reload_model(listener, ModelName("au/held it.mar"))
     get, post = "GET /fleet/models/au/", "POST /fleet/reload/au/"
     assert Management.asked == [f"{get}away.mar", f"{get}held%20it.mar", f"{post}held%20it.mar"]
 
 
 def test_why_a_server_has_not_taken_it_is_said(listener: str) -> None:
     """Its own words, a port where nobody listens, and a URL that is none."""
-    with pytest.raises(Unreachable, match=r"did not take au/bad\.mar: it is rubbish"):
-        reload(listener, ModelName("au/bad.mar"))
+    with pytest.raises(ModelFailed, match=r"did not take au/bad\.mar: it is rubbish"):
+        reload_model(listener, ModelName("au/bad.mar"))
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(Unreachable, match="is `fleetcast serve` running there"):
-            reload(f"http://127.0.0.1:{closed.getsockname()[1]}", ModelName("m"))
-    with pytest.raises(Unreachable, match="give one such as http"):
-        reload("localhost:8081", ModelName("m"))
+            reload_model(f"http://127.0.0.1:{closed.getsockname()[1]}", ModelName("m"))
+    with pytest.raises(ValueError, match="give one such as http"):
+        reload_model("localhost:8081", ModelName("m"))
