@@ -1,5 +1,6 @@
 """The client of a running server: forecasts of one model or of many, requests as they are, and word of new archives."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -18,7 +19,7 @@ from server.contract import (
     MODELS_PATH,
     verb_path,
 )
-from server.sdk.errors import FleetcastError, Unreachable, error_from_item
+from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
 from server.sdk.http_connection import HttpConnection
 from server.sdk.signing import AccessKey, sign_request
@@ -26,6 +27,7 @@ from server.sdk.signing import AccessKey, sign_request
 DEFAULT_URL = f"http://127.0.0.1:{INFERENCE_PORT}"
 TIMEOUT_S = 50.0
 GRACE_S = 5.0  #: how much longer than the deadline a client waits: the server's own message is better than none
+ITEM_RETRY_S = 0.2  #: before an item of a call is asked again, doubled with each retry
 RELOAD_TIMEOUT_S = 60.0
 NOT_FOUND = 404
 
@@ -71,7 +73,7 @@ class Client:
         """Raises ValueError for a URL that is not one of HTTP."""
         self._http = HttpConnection(url, timeout_s=timeout_s + GRACE_S, retries=retries, connections=connections)
         self._deadline = {HEADER_TIMEOUT_MS: str(round(timeout_s * 1000))}
-        self._access_key = access_key
+        self._access_key, self._retries = access_key, retries
 
     def __repr__(self) -> str:
         return f"<Client {self._http.url}>"
@@ -117,8 +119,23 @@ class Client:
 
         Raises FleetcastError where the whole call fails.
         """
+        options = options or ForecastOptions()
+        results = self._ask_many(requests, options)
+        for attempt in range(self._retries):
+            again = [i for i, result in enumerate(results) if isinstance(result, Unavailable)]
+            if not again:
+                break
+            time.sleep(ITEM_RETRY_S * 2**attempt)
+            for i, result in zip(again, self._ask_many([requests[i] for i in again], options), strict=True):
+                results[i] = result
+        return results
+
+    def _ask_many(
+        self, requests: Sequence[ForecastRequest], options: ForecastOptions
+    ) -> list[ForecastResult | FleetcastError]:
+        """`forecast_many` by one call, whose items are not retried."""
         items = [{"target_model": request.model, **request.to_instance()} for request in requests]
-        body = encode_json({"requests": items, "configuration": (options or ForecastOptions()).to_configuration()})
+        body = encode_json({"requests": items, "configuration": options.to_configuration()})
         answer = self._post(FORECASTS_PATH, body, {"Content-Type": JSON}).body
         try:
             return [_decode_item(item) for item in _PREDICTIONS.decode(answer).predictions]
