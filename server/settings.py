@@ -202,3 +202,8 @@ class Settings(BaseSettings):
         settings = cls.__new__(cls)
         BaseModel.__init__(settings, **values)  # that of BaseSettings would read them
         return settings
+
+
+def format_bytes(size: int) -> str:
+    """Bytes in the unit that people read: `6.0 MiB`; 0 is `0`."""
+    return ByteSize(size).human_readable(separator=" ") if size else "0"

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
 from server import metrics
-from server.settings import TOML_FILE, Settings
+from server.settings import TOML_FILE, Settings, format_bytes
 
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
@@ -69,11 +69,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def human(size: int) -> str:
-    """Bytes as people read them: `6.0 MiB`."""
-    return ByteSize(size).human_readable(separator=" ") if size else "0"
-
-
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """All are texts here: pydantic alone says what is valid, for flags, variables and file alike."""
     many = get_origin(field.annotation) in (list, dict)
@@ -95,7 +90,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, ByteSize):
-        return human(value)
+        return format_bytes(value)
     return "none" if value in (None, [], {}) else str(value)
 
 

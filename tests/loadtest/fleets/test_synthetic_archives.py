@@ -20,7 +20,8 @@ from loadtest.fleets.synthetic_markets import fit_markets
 from model_store.archives.archive import open_archive
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
-from server.offline import archive_tools as workshop
+from server.offline.archive_location import locate_archive
+from server.offline.archive_tools import verify_archive
 
 
 @pytest.mark.parametrize("kind", ["tcn", "tcn-8", "mlp-8", "gru", "seq2seq", "onnx"])
@@ -43,7 +44,7 @@ def test_a_fitted_model_loads(tmp_path: Path) -> None:
 
 def proved(folder: Path) -> str:
     """What `fleetcast verify` says of m.mar."""
-    return str(workshop.proved(workshop.place(settings_from({"store": str(folder)}), ModelName("m.mar"))))
+    return str(verify_archive(locate_archive(settings_from({"store": str(folder)}), ModelName("m.mar"))))
 
 
 @pytest.mark.parametrize("kind", ["tcn", "onnx"])

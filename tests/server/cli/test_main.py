@@ -127,6 +127,16 @@ def test_help_teaches() -> None:
     assert run("--version").stdout.startswith("fleetcast 0.")
 
 
+def test_help_imports_nothing_of_the_work() -> None:
+    """`--help` and `--version` load neither torch nor any library of a command; an unknown command is suggested."""
+    work = "{'torch', 'numpy', 'boto3', 'urllib3', 'uvicorn', 'obstore', 'msgspec', 'structlog', 'rich'}"
+    code = f"import sys, server.cli.main\ntry: server.cli.main.main()\nfinally: print({work} & set(sys.modules))"
+    for flag in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr
+    assert "Did you mean 'serve'?" in run("serv").stderr
+
+
 # --- archives -------------------------------------------------------------------------------------------------------
 
 
