@@ -39,7 +39,7 @@ class App:
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[Callable[[Settings], Dialect]] = DIALECTS
     ) -> None:
-        self.calls = DataPlane(int(settings.max_inflight_bytes))
+        self.plane = DataPlane(int(settings.max_inflight_bytes))
         self._settings = settings
         self._metrics = metrics
         self._dialects = tuple(make(settings) for make in dialects)
@@ -49,7 +49,7 @@ class App:
 
     def __repr__(self) -> str:
         """For example `<App sagemaker, forecasts, health over <DataPlane 2 links, ...>>`."""
-        return f"<App {', '.join(dialect.name for dialect in self._dialects)} over {self.calls!r}>"
+        return f"<App {', '.join(dialect.name for dialect in self._dialects)} over {self.plane!r}>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens, and count what became of it. Only HTTP is served."""
@@ -68,7 +68,7 @@ class App:
                 operation = self._refuse_path(request.path)
             if operation.body_limit is not None:
                 await self._read(request, operation.body_limit, scope, receive)
-            reply = await dialect.answer(operation, request, self.calls)
+            reply = await dialect.answer(operation, request, self.plane)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
@@ -117,7 +117,7 @@ class App:
     async def _join(self, first: bytes, limit: Limit, receive: Receive) -> bytes:
         """The whole body. Its parts count as held while they arrive."""
         parts, size, more = [first], len(first), True
-        self.calls.held_bytes += size
+        self.plane.held_bytes += size
         try:
             while more:
                 message = await receive()
@@ -126,14 +126,14 @@ class App:
                 part = message.get("body", b"")
                 parts.append(part)
                 size += len(part)
-                self.calls.held_bytes += len(part)
+                self.plane.held_bytes += len(part)
                 if size > limit.bytes:
                     raise limit.exceeded(size)
-                self.calls.check_held()
+                self.plane.check_held()
                 more = message.get("more_body", False)
             return b"".join(parts)
         finally:
-            self.calls.held_bytes -= size
+            self.plane.held_bytes -= size
 
     # --- the reply --------------------------------------------------------------------------------------------------
 
