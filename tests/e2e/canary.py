@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from tests.e2e.models import Question
-from tests.e2e.server import Server, wait_until
-from tests.patience import PATIENCE_S
+from tests.e2e.server import Server
+from tests.patience import PATIENCE_S, wait_until
 
 PERIOD_S = 0.05
 BOUND_S = 0.1  #: of the slowest percent, on a quiet machine
