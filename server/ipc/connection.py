@@ -11,7 +11,18 @@ import msgspec
 import structlog
 
 from server.ipc.bodies import Outbox
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Reader, Request, Response, WireError, append_frame
+from server.ipc.frames import (
+    BODY_STARTS,
+    CHUNK,
+    Cancel,
+    Credit,
+    Data,
+    Reader,
+    Request,
+    Response,
+    WireError,
+    append_frame,
+)
 
 log = structlog.get_logger()
 
@@ -46,7 +57,7 @@ class Connection(asyncio.Protocol, ABC):
         """
         if self._ended:
             return
-        if isinstance(frame, Request | Response) and len(frame.body) > CHUNK:
+        if isinstance(frame, BODY_STARTS) and len(frame.body) > CHUNK:
             self._write(msgspec.structs.replace(frame, body=frame.body[:CHUNK]))
             self._outbox.start(frame.id, frame.body)
             self._send_chunks()
