@@ -11,10 +11,13 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
+from handlers.architectures import SUMMARIES
 from server.settings import TOML_FILE, Settings
 
 TABLE_START = "<!-- settings: written by `make docs` -->"
 TABLE_END = "<!-- end of settings -->"
+ARCHITECTURES_START = "<!-- architectures: written by `make docs` -->"
+ARCHITECTURES_END = "<!-- end of architectures -->"
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
     int: "INTEGER",
@@ -53,13 +56,28 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def architectures() -> str:
+    """Every architecture as a row of Markdown."""
+    rows = ["| `--architecture` | what it is |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {summary} |" for name, summary in SUMMARIES.items())])
+
+
 def with_table(document: str) -> str:
-    """The document with the table between its two marks brought up to date. Raises ValueError without the marks."""
-    head, start, rest = document.partition(TABLE_START)
-    _, end, tail = rest.partition(TABLE_END)
+    """The document with both tables between their marks brought up to date. Raises ValueError without the marks."""
+    return _replace_between(
+        _replace_between(document, ARCHITECTURES_START, ARCHITECTURES_END, architectures()),
+        TABLE_START,
+        TABLE_END,
+        table(),
+    )
+
+
+def _replace_between(document: str, first: str, last: str, text: str) -> str:
+    head, start, rest = document.partition(first)
+    _, end, tail = rest.partition(last)
     if not (start and end):
-        raise ValueError(f"the document needs the lines {TABLE_START} and {TABLE_END}")
-    return f"{head}{start}\n{table()}\n{end}{tail}"
+        raise ValueError(f"the document needs the lines {first} and {last}")
+    return f"{head}{start}\n{text}\n{end}{tail}"
 
 
 def flag(name: str) -> str:
