@@ -12,12 +12,9 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
 from handlers.architectures import SUMMARIES
-from server.settings import TOML_FILE, Settings
+from server import metrics
+from server.settings import TOML_FILE, Settings, format_bytes
 
-TABLE_START = "<!-- settings: written by `make docs` -->"
-TABLE_END = "<!-- end of settings -->"
-ARCHITECTURES_START = "<!-- architectures: written by `make docs` -->"
-ARCHITECTURES_END = "<!-- end of architectures -->"
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
     int: "INTEGER",
@@ -63,31 +60,21 @@ def architectures() -> str:
 
 
 def with_table(document: str) -> str:
-    """The document with both tables between their marks brought up to date. Raises ValueError without the marks."""
-    return _replace_between(
-        _replace_between(document, ARCHITECTURES_START, ARCHITECTURES_END, architectures()),
-        TABLE_START,
-        TABLE_END,
-        table(),
-    )
-
-
-def _replace_between(document: str, first: str, last: str, text: str) -> str:
-    head, start, rest = document.partition(first)
-    _, end, tail = rest.partition(last)
-    if not (start and end):
-        raise ValueError(f"the document needs the lines {first} and {last}")
-    return f"{head}{start}\n{text}\n{end}{tail}"
+    """The document with its generated tables brought up to date. Raises ValueError without their marks."""
+    tables = {"settings": table(), "metrics": metrics.table(), "architectures": architectures()}
+    for name, rows in tables.items():
+        first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
+        head, start, rest = document.partition(first)
+        _, end, tail = rest.partition(last)
+        if not (start and end):
+            raise ValueError(f"the document needs the lines {first} and {last}")
+        document = f"{head}{start}\n{rows}\n{end}{tail}"
+    return document
 
 
 def flag(name: str) -> str:
     """For example `--inference-port` of `inference_port`."""
     return "--" + name.replace("_", "-")
-
-
-def human(size: int) -> str:
-    """Bytes as people read them: `6.0 MiB`."""
-    return ByteSize(size).human_readable(separator=" ") if size else "0"
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -111,7 +98,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, ByteSize):
-        return human(value)
+        return format_bytes(value)
     return "none" if value in (None, [], {}) else str(value)
 
 
