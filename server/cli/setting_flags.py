@@ -11,6 +11,7 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
+from handlers.architectures import SUMMARIES
 from server import metrics
 from server.settings import TOML_FILE, Settings, format_bytes
 
@@ -52,9 +53,16 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def architectures() -> str:
+    """Every architecture as a row of Markdown."""
+    rows = ["| `--architecture` | what it is |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {summary} |" for name, summary in SUMMARIES.items())])
+
+
 def with_table(document: str) -> str:
-    """The document with its tables of settings and metrics brought up to date. Raises ValueError without the marks."""
-    for name, rows in (("settings", table()), ("metrics", metrics.table())):
+    """The document with its generated tables brought up to date. Raises ValueError without their marks."""
+    tables = {"settings": table(), "metrics": metrics.table(), "architectures": architectures()}
+    for name, rows in tables.items():
         first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
         head, start, rest = document.partition(first)
         _, end, tail = rest.partition(last)
