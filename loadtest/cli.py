@@ -1,8 +1,8 @@
-"""How a fleet stands a load: tail latency, hit ratio, load times, memory. A client's view of a server.
+"""Measure a server under load: tail latency, hit ratio, load times, memory. The load tester is a client of the server.
 
-A fleet and a server of its own:   fleetcast-load run
+A fleet and a server of its own:     fleetcast-load run
 Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
-A server that runs:   fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
+A server that runs:                  fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
 """
 
 import sys

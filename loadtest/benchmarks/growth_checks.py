@@ -1,4 +1,4 @@
-"""What was seen of a server at scale, and whether anything grew: records, verdicts, tables. Pure."""
+"""Judges whether memory, latency or any count grows at scale: records, verdicts and tables. Pure."""
 
 import math
 import statistics

@@ -1,5 +1,5 @@
-"""One turn of a market's clock, as a client takes it: prices in, quantiles of all products by one call, joint scenarios
-by another. Every stage is timed. Blocking, one connection.
+"""One turn of a market's cycle as a client runs it: prices, quantiles of all products in one call, joint scenarios in
+another. Every stage is timed. Blocking, one connection.
 """
 
 import http.client

@@ -1,10 +1,10 @@
-"""The open-loop driver: every request leaves at its intended time, however slow the answers are.
+"""The open-loop driver: every request is sent at its intended time, however slow the responses are.
 
-A closed loop asks less of a server that is slow and so hides its worst moments ("coordinated omission"). Here latency
-counts from the *intended* time, and the driver measures how late it was itself: when that is much, the run says nothing
-about the server and is called invalid. One process, one thread, one event loop (several processes: `pool`); a load is
-sent to loopback only, unless told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the processor
-time, which the server needs.
+A closed loop sends less to a slow server and so hides its worst moments ("coordinated omission"). Here latency counts
+from the *intended* time, and the driver measures its own lateness: a run whose driver was late says nothing about the
+server and is called invalid. One process, one thread, one event loop (several processes: `driver_pool`). A load is sent
+to loopback only, unless told otherwise. HTTP/1.1 by httptools: aiohttp takes four times the CPU time, which the server
+needs.
 """
 
 import asyncio

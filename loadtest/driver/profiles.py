@@ -1,11 +1,12 @@
-"""Load profiles: when requests are due and which model each asks for, as arrays. Pure: no clock, no I/O.
+"""Load profiles: when requests are due and which model each names, as arrays. Pure: no clock, no I/O.
 
-A `Profile` is arrivals x popularity: constant, Poisson or diurnal; Zipf, with drift or without. Three shapes decide
-both at once: `Tick` (the market clock), `Onboarding` (models that nobody asked before) and `Replay` (a recording). All
-have `models` and `schedule(seconds, part)`. A ramp is no shape but several runs of one, and `ramp` gives their rates.
+A `Profile` combines an arrival process (constant, Poisson or diurnal) with a popularity (Zipf, with or without drift).
+Three profiles decide both at once: `Tick` (requests by the clock), `Onboarding` (new models) and `Replay` (a
+recording). All have `models` and `schedule(seconds, part)`. A ramp is several runs of one profile;
+`list_ramp_rates` gives their rates.
 
-The same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so that more
-seconds or another rate do not change which models are popular, nor how that changes.
+INVARIANT: the same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so
+that more seconds or another rate do not change which models are popular, nor how that changes.
 """
 
 import math

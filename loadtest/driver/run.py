@@ -1,4 +1,4 @@
-"""One trial of a server under load: what is asked whom, and what came of it."""
+"""One load run against a server: the server, the request bodies, the schedule, and the results."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence

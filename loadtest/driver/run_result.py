@@ -1,4 +1,4 @@
-"""What became of a load: every request's times and answer as arrays, and whether the run says anything. Pure."""
+"""The result of a load run: every request's times and status as arrays, and whether the run is valid. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Archives into a store: several puts at a time, never silently over something else, going on where a run was cut."""
+"""Writes archives into a store: several at a time; it overwrites nothing unasked, and continues an interrupted run."""
 
 from collections import deque
 from collections.abc import Iterable

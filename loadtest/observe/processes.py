@@ -1,4 +1,4 @@
-"""Processes beside the server: started and ended, seen to listen, and what memory they hold."""
+"""Helpers for child processes: end them, find free ports, wait until a port accepts, read memory."""
 
 import re
 import socket

@@ -1,4 +1,4 @@
-"""What a comparison of servers comes to: whose turn it is, medians and ratios of the rounds, one table. Pure."""
+"""The results of a comparison of servers: the order of turns, medians and ratios by round, one table. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""Every server of the comparison, started on loopback and asked: ours, the plain peer, and those of other people.
+"""Starts every server of the comparison on loopback: Fleetcast, the plain peer, and the others.
 
-Each starter is a context manager that yields a `Server`; at its end no process of it is left. What is set is what a
-user would set for small models on a small machine: one worker a model and one thread; all else is as it comes.
+Each starter is a context manager that yields a `PeerServer`; it ends all its processes. Settings are what a user would
+choose for small models on a small machine: one worker per model and one thread; all else is the default.
 """
 
 import http.client

@@ -1,8 +1,8 @@
-"""Measure what the server takes for what, here and in some seconds: loads, hits and the most that it answers.
+"""Measures the costs that the planner needs in about twenty seconds: loads, hits and the highest rate.
 
 A client's view: latencies from the intended time, as the open-loop driver has them, and the counters of /metrics. Loads
-and hits are measured while hits come at the rate that is planned for: a core that is asked rarely falls asleep, and a
-hit takes 0.9 ms at 100 requests a second where it takes 0.7 at 150.
+and hits are measured while hits come at the planned rate, because a core that is rarely used falls asleep: a hit takes
+0.9 ms at 100 requests a second where it takes 0.7 at 150.
 """
 
 import re

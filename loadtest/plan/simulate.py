@@ -1,8 +1,7 @@
-"""A fleet on machines that are not there: every request in simulated time, through caches like the server's own.
+"""Simulates a fleet on machines of any number: every request in simulated time, through the server's own cache.
 
-A worker shares nothing with another, so where there are many of them, or many requests, some are simulated whole and
-speak for the rest: the one that is asked most, which speaks for itself alone, and others drawn by the hash that places
-the models. Memory is a few arrays, and what the simulated workers hold.
+Workers share nothing, so where there are many workers or many requests, a sample of them is simulated completely: the
+one with the most requests, which represents only itself, and others chosen by the hash that places the models.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What the report draws: every chart as a title, two axes and its lines. Pure."""
+"""The charts of the report: each is a title, two axes and lines. Pure."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
