@@ -170,7 +170,7 @@ def serve_request(cache: Cache, trace: CacheTrace) -> Iterator[bool]:
 
 
 def load_model(cache: Cache, model: CachedModel, now: float) -> None:
-    """From want to ready. There must be room, since nobody is leased."""
+    """Load a model, from `want` to `ready`. No slot is leased, so the cache finds room."""
     while not isinstance(placement := cache.place(model.name, "", model.charge, now, model.family), Placed):
         assert isinstance(placement, Evict | Moves), f"{cache!r} has no room for {model.name}: {placement}"
         if isinstance(placement, Evict):

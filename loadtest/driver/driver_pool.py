@@ -102,7 +102,7 @@ class DriverPool:
 
 def _run_driver(pipe: Connection, to: LoadTarget, connections: int) -> None:
     """A member's life: schedules in, runs out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and ends this process
     pipe.send(None)
     with suppress(EOFError):
         while True:

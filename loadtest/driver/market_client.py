@@ -66,7 +66,7 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class MarketFleet:
-    """Who is asked: product -> model, what correlates them, the steps a request brings, and the unit of prices."""
+    """The models: product -> model, the correlation archive, the steps of history in a request, the unit of prices."""
 
     models: Mapping[str, ModelName]
     correlation: ModelName

@@ -48,7 +48,7 @@ class ArrivalProcess(StrEnum):
 
     POISSON = "poisson"  #: independent clients
     CONSTANT = "constant"  #: a metronome
-    DIURNAL = "diurnal"  #: independent clients who sleep at night
+    DIURNAL = "diurnal"  #: independent clients, fewer at night
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Profile:
                 return draw_diurnal(self.rate, seconds, self.day_s, self.trough, rng)
 
     def _drifted(self, at: Float64, model: Int64, seconds: float) -> Int64:
-        """[n] who is asked once models have traded ranks with each other, again and again."""
+        """[n] the models after their ranks have drifted."""
         rng = np.random.default_rng([self.seed, _DRIFT])
         stands_in = np.arange(self.models)
         pairs = min(math.ceil(self.drift_share * self.models / 2), self.models // 2)
@@ -149,7 +149,7 @@ def draw_diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: 
 
 
 def compute_popularity(models: int, exponent: float, rng: np.random.Generator) -> Float64:
-    """[models] how likely each is asked; who is popular is drawn, so that names next to each other are not."""
+    """[models] the probability of each; ranks are drawn, so that neighbours in the list differ in popularity."""
     weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
     return rng.permutation(weights / weights.sum())
 
@@ -218,7 +218,7 @@ class Onboarding:
         return self.known.models + self.newcomers
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """In any part but 0, such as a warm-up, nobody is new. Raises ValueError as `Profile.schedule` does."""
+        """Only part 0 has new models; a warm-up has none. Raises ValueError as `Profile.schedule` does."""
         _require_range("newcomers", self.newcomers, 1, MAX_REQUESTS)
         _require_range("within_s, in which the newcomers are asked,", self.within_s, 0, MAX_S)
         steady = self.known.schedule(seconds, part)

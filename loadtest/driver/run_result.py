@@ -61,7 +61,7 @@ class Run:
         return np.where(np.isnan(self.sent), self.ended, self.sent) - self.schedule.at
 
     def invalid(self) -> list[str]:
-        """Why the run says nothing about the server; empty for a valid run."""
+        """Reasons why the run is invalid; empty for a valid run."""
         reasons = []
         unsent = int(np.isnan(self.sent).sum())
         if unsent > MAX_UNSENT * len(self.sent):

@@ -51,7 +51,7 @@ def grow(server: PeerServer, names: Sequence[str], body: bytes, budget_mb: float
 
 
 def measure_limited(server: PeerServer, loaded: Sequence[str], names: Sequence[str], body: bytes) -> str:
-    """MLServer with HEADROOM left: how many models it takes, what it says then, and who of the loaded still answers."""
+    """MLServer with HEADROOM left: how many models it loads, its error then, and which loaded models still answer."""
     (pid,) = server.tree.pids()
     data = int(re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024
     resource.prlimit(pid, resource.RLIMIT_DATA, (data + HEADROOM, data + HEADROOM))

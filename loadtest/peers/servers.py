@@ -56,7 +56,7 @@ class PeerServer:
         return f"<PeerServer {self.name} at {self.url}, {self.tree}>"
 
     def ask(self, model: str, body: bytes) -> npt.NDArray[np.float64]:
-        """One answer's numbers, flat. Raises RuntimeError unless it is 200, OSError when nobody answers."""
+        """The numbers of one response, flat. Raises RuntimeError for any status but 200, OSError without a response."""
         path = self.dialect.path.format(model=quote(model + self.suffix))
         headers = {key: value.format(model=model + self.suffix) for key, value in self.dialect.headers.items()}
         status, data = send_request("POST", self.url + path, body, {"Content-Type": JSON, **headers})

@@ -53,7 +53,7 @@ class MetricsReading:
 def calibrate(
     to: LoadTarget, metrics: str | None, forget: Callable[[int], None] | None, where: str, rate: float = HIT_RATE
 ) -> Costs:
-    """The costs of a server that nobody else asks now. Loads are seen only of models that are not loaded yet.
+    """The costs of a server without other load. Loads are measured only for models that are not loaded yet.
 
     `forget` unloads a model by its number, so that it comes back from disk; None: what that takes is not seen. `rate`:
     requests a second of hits meanwhile. Raises ValueError where no hit is answered, and what `Counted.at` and `forget`

@@ -56,7 +56,7 @@ class Chart:
         object.__setattr__(self, "rows", [rows[x] for x in sorted(rows)])
 
     def spoken(self) -> str:
-        """The chart in words, for who cannot see it: each line from its smallest to its largest value."""
+        """The chart in words, for screen readers: each line from its smallest to its largest value."""
         return f"{self.title}, {self.says}. " + "; ".join(
             f"{line.name} between {format_number(min(known))} and {format_number(max(known))}"
             for line in self.lines
