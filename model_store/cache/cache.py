@@ -23,6 +23,8 @@ from model_store.errors import LoadError
 from model_store.names import ModelName
 
 MAX_FAILURES = 10_000
+MAX_FAILURE_BYTES = 16 * 1024 * 1024  #: of remembered names and messages: a client can make up both
+FAILURE_OVERHEAD_BYTES = 512  #: of one record, beside its texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Load:
     victims: tuple[Slot, ...] = ()
 
 
+def _failure_bytes(model: ModelName, failure: Failure) -> int:
+    """What remembering a failure costs, about: an ASCII text takes a byte a character, others up to four."""
+    return 4 * (len(model) + len(str(failure.error))) + FAILURE_OVERHEAD_BYTES
+
+
 class Cache:
     """The slots of one device share under one budget of bytes.
 
@@ -67,6 +74,7 @@ class Cache:
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}
         self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
+        self._failure_bytes = 0
         self._pins: set[ModelName] = set()
         self._room = Room(budget_bytes, slab_bytes)
         self._victims = Victims(self._room, self._policy, self._slots, self._pins, moves_per_call)
@@ -191,7 +199,7 @@ class Cache:
         old = self._slots.get(model)
         load = self._loads.pop(model)
         del self._loading[model]
-        self._failures.pop(model, None)
+        self._forget_failure(model)
         if old is not None:
             self._condemn(old)
         self._slots[model] = slot
@@ -209,7 +217,7 @@ class Cache:
         if slot is None or slot.version != version:
             return None
         del self._loads[model]
-        self._failures.pop(model, None)
+        self._forget_failure(model)
         return slot
 
     def dismiss(self, model: ModelName) -> None:
@@ -219,12 +227,20 @@ class Cache:
     def failed(self, model: ModelName, error: LoadError, now: float) -> Failure:
         """End a load that failed. The failure is kept for the error's back-off time, doubled on each repetition."""
         del self._loads[model]
-        before = self._failures.pop(model, None)
+        before = self._forget_failure(model)
         times = before.times + 1 if before else 1
         wait = min(error.back_off_s * 2 ** min(times - 1, 30), error.max_back_off_s)
         failure = self._failures[model] = Failure(error, now + wait, times)
-        if len(self._failures) > MAX_FAILURES:
-            self._failures.popitem(last=False)
+        self._failure_bytes += _failure_bytes(model, failure)
+        while len(self._failures) > MAX_FAILURES or self._failure_bytes > MAX_FAILURE_BYTES:
+            self._forget_failure(next(iter(self._failures)))
+        return failure
+
+    def _forget_failure(self, model: ModelName) -> Failure | None:
+        """Drop what is remembered of the model's failed loads, and return it."""
+        failure = self._failures.pop(model, None)
+        if failure is not None:
+            self._failure_bytes -= _failure_bytes(model, failure)
         return failure
 
     # --- evictions --------------------------------------------------------------------------------------------------

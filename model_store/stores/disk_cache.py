@@ -9,11 +9,18 @@ INVARIANT: files appear by rename, and a blob before its entry. So the index nee
 a blob without an entry, which `evict` removes. Nothing is synced to the device: after a power failure a torn blob does
 not match its name, `read` detects this, and the archive is fetched again. The workers' loader threads look up, read and
 publish; only the supervisor evicts. A disk that is full or not writable never fails a load: the error is logged.
+
+Whoever can write to the folders could give a worker another model's weights. So they must belong to this user and be
+writable by nobody else: `prepare` makes them so, and refuses others. What an index file says is checked field by field
+all the same: its name must be that of its source and model, its blob's name a sha256, its size that of the blob. Links,
+pipes and other odd files are never opened.
 """
 
 import fcntl
 import hashlib
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +31,10 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from model_store.names import ModelName
+from model_store.names import InvalidModelName, ModelName, parse_model_name
+
+MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 #: Age in seconds at which a temporary file, or a blob without an entry, belongs to no running download.
 GRACE_S = 600.0
@@ -57,6 +67,10 @@ class Cached:
     validated_at: float
 
 
+class UnsafeDiskCache(OSError):
+    """Others can write to the disk tier's folders; the message says which, and what to do."""
+
+
 class DiskTier:
     """The archives of one source in `folder`. Byte counts and eviction include all sources that share the folder."""
 
@@ -69,6 +83,22 @@ class DiskTier:
     def __repr__(self) -> str:
         return f"DiskTier({self._folder}, {self._source})"
 
+    def prepare(self) -> None:
+        """Make the folders, for this user alone. Call it once for a host, before the first load.
+
+        A disk that refuses is no error here: loads go on without it. Raises UnsafeDiskCache when a folder is not this
+        user's, is a link, or can be written by others.
+        """
+        for folder in (self._blobs, self._index, self._locks, self._temp):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                folder.mkdir(exist_ok=True, mode=0o700)
+                found = folder.lstat()
+            except OSError as error:
+                log.warning("disk_folder_failed", folder=str(folder), error=str(error))
+                continue
+            _check_private(folder, found)
+
     def lookup(self, name: ModelName) -> Cached | None:
         """The index entry of this name, or None. The blob may be missing or torn; `read` checks it."""
         entry = _read_entry(self._entry_path(name))
@@ -79,7 +109,7 @@ class DiskTier:
     def read(self, cached: Cached) -> bytes | None:
         """The archive's bytes, checked against their sha256. A missing or torn blob is forgotten and gives None."""
         try:
-            data = cached.path.read_bytes()
+            data = _read_file(cached.path, cached.bytes)
         except OSError:
             data = b""  # evicted since it was looked up, most likely
         else:
@@ -108,7 +138,7 @@ class DiskTier:
 
     def _open_locked(self, name: ModelName) -> int | None:
         try:
-            self._locks.mkdir(parents=True, exist_ok=True)
+            self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = os.open(self._locks / _key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
@@ -156,7 +186,7 @@ class DiskTier:
 
     def used_bytes(self) -> int:
         """Bytes of all blobs; a shared blob counts once."""
-        return sum(stat.st_size for _, stat in _files(self._blobs))
+        return sum(found.st_size for _, found in _files(self._blobs))
 
     def evict(self, budget_bytes: int) -> list[ModelName]:
         """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
@@ -166,7 +196,7 @@ class DiskTier:
         """
         now = time.time()
         names, blobs = self._sweep(now)
-        used = sum(stat.st_size for stat in blobs.values())
+        used = sum(found.st_size for found in blobs.values())
         idle = sorted((path for path in blobs if path.name in names), key=lambda path: max(names[path.name].values()))
         evicted: list[ModelName] = []
         for path in idle:
@@ -178,13 +208,13 @@ class DiskTier:
 
     def _sweep(self, now: float) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
         """Remove what crashes left: temporary files, blobs without entry, entries without blob. Returns the others."""
-        for path, stat in _files(self._temp):
-            if now - stat.st_mtime > GRACE_S:
+        for path, found in _files(self._temp):
+            if now - found.st_mtime > GRACE_S:
                 _remove(path)
         names = self._names_by_blob()  # before the blobs: an entry seen here has its blob in place, or lost it
         blobs = dict(_files(self._blobs))
-        for path, stat in list(blobs.items()):
-            if path.name not in names and now - stat.st_mtime > GRACE_S:
+        for path, found in list(blobs.items()):
+            if path.name not in names and now - found.st_mtime > GRACE_S:
                 _remove(path)
                 del blobs[path]
         for lost in names.keys() - {path.name for path in blobs}:
@@ -200,12 +230,12 @@ class DiskTier:
     def _names_by_blob(self) -> dict[str, Names]:
         """The names of each blob. Unreadable entries are removed."""
         names: dict[str, Names] = {}
-        for path, stat in _files(self._index):
+        for path, found in _files(self._index):
             entry = _read_entry(path)
             if entry is None:
                 _remove(path)
             else:
-                names.setdefault(entry.sha256, {})[path, entry.name] = stat.st_mtime
+                names.setdefault(entry.sha256, {})[path, entry.name] = found.st_mtime
         return names
 
     def _entry_path(self, name: ModelName) -> Path:
@@ -213,8 +243,8 @@ class DiskTier:
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write the file atomically. Raises OSError."""
-        self._temp.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temp.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd, temp = tempfile.mkstemp(dir=self._temp)
         try:
             with os.fdopen(fd, "wb") as file:
@@ -229,11 +259,41 @@ def _key(source: str, name: ModelName) -> str:
     return hashlib.sha256(f"{source}\n{name}".encode()).hexdigest()
 
 
+def _check_private(folder: Path, found: os.stat_result) -> None:
+    """Raises UnsafeDiskCache unless it is a folder of this user that nobody else may write to."""
+    if not stat.S_ISDIR(found.st_mode):
+        raise UnsafeDiskCache(f"{folder} is not a folder (disk_cache): remove it, or choose another --disk-cache")
+    if found.st_uid != os.geteuid():
+        raise UnsafeDiskCache(
+            f"{folder} belongs to user {found.st_uid}, not to user {os.geteuid()} who runs this server, and could hold "
+            f"forged archives (disk_cache): remove it, or choose another --disk-cache"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UnsafeDiskCache(
+            f"{folder} can be written by other users (mode {stat.S_IMODE(found.st_mode):o}), so that it could hold "
+            f"forged archives (disk_cache): remove it, and the server makes it anew for itself alone"
+        )
+
+
 def _read_entry(path: Path) -> Entry | None:
+    """An index file that is whole and says what its own name says; None for any other."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Entry)
-    except (OSError, msgspec.MsgspecError):  # no such name, or an entry torn by a crash
+        entry = msgspec.json.decode(_read_file(path, MAX_ENTRY_BYTES), type=Entry)
+        parse_model_name(entry.name)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, InvalidModelName):  # none, torn by a crash, or forged
         return None
+    sound = _SHA256.fullmatch(entry.sha256) and entry.bytes >= 0 and path.name == _key(entry.source, entry.name)
+    return entry if sound else None
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    """A plain file of at most `most` bytes. Raises OSError for a longer one, a link, and what is no file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            raise OSError(f"{path} is not a plain file of at most {most} bytes")
+        return file.read(most)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -244,7 +304,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         return
     for path in paths:
         try:
-            yield path, path.stat()
+            yield path, path.lstat()
         except OSError:
             continue
 

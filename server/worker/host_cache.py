@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from handlers.kinds import RowModel
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
-from server.worker.model_loader import Built, RowModel
+from server.worker.model_loader import Built
 
 TIER = "host"
 

@@ -19,9 +19,11 @@ from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
-from server.worker.model_loader import Builder, Built, RowModel, prove, timed_build
+from server.worker.model_loader import Builder, Built, timed_build
 from server.worker.prefetch.prefetcher import Foresight, Result
 from server.worker.resident_models import Residents
+
+MAX_MESSAGE = 2000  #: characters of a failure that are kept
 
 log = structlog.get_logger()
 
@@ -137,16 +139,8 @@ class Loads:
 
     def _prove(self, built: Built) -> None:
         """Check the golden sample of a row, in scratch memory. INVARIANT: this precedes any eviction for the model."""
-        body, row, golden = built.body, built.row, built.golden
-        if golden is None or row is None or not isinstance(body, RowModel):
-            return
-        engine = self._residents.engine
-        prove(
-            built.model,
-            golden,
-            body.codec,
-            lambda call: self._residents.with_memory(lambda: engine.probe(body.family, row, call.rows)),
-        )
+        residents = self._residents
+        built.prove(lambda family, row, x: residents.with_memory(lambda: residents.engine.probe(family, row, x)))
 
     # --- placed -----------------------------------------------------------------------------------------------------
 
@@ -216,6 +210,7 @@ class Loads:
         """End a failed load: tell all who wait for it the cause. No model is evicted."""
         if self._foresight is not None:
             self._foresight.ended(model, Result.FAILED)
+        error = _without_frames(error)
         self._cache.failed(model, error, self._now())
         self._shelf.drop(model)
         self._started.pop(model, None)
@@ -240,6 +235,16 @@ class Loads:
         for future in self._watchers.pop(model, []):
             if not future.done():
                 future.set_result(version)
+
+
+def _without_frames(error: LoadError) -> LoadError:
+    """The same error, bounded, without its traceback.
+
+    A failure is remembered for as long as its back-off and longer. Its traceback would keep the frames of the load, and
+    these the archive's bytes: a few broken archives of 10 MiB would fill the host's memory.
+    """
+    text = str(error)
+    return type(error)(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} (shortened)")
 
 
 def _as_load_error(model: ModelName, error: Exception) -> LoadError:

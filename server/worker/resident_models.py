@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
+from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
@@ -20,7 +21,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import STAGING_BYTES, DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built, RowModel, SingleModel
+from server.worker.model_loader import Built
 from server.worker.prefetch.prefetcher import Foresight
 
 _Result = TypeVar("_Result")
@@ -202,7 +203,7 @@ class Residents:
 
     def _row(self, slot: Slot, now: float) -> dict[str, Any]:
         body = self._bodies[slot]
-        alone = {"one_by_one": body.one_by_one} if isinstance(body, RowModel) and body.one_by_one else {}
+        alone = {"one_by_one": body.one_by_one} if body.one_by_one else {}
         return {
             "model": slot.model,
             "version": slot.version,

@@ -17,9 +17,10 @@ from typing import Any
 
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
+from server.contract import UNHALVED_JOBS
 from server.ipc.frames import CacheResult, Request, Tier
 
-FEW = 4  #: so few jobs run in one batch
+FEW = UNHALVED_JOBS
 
 
 @dataclass(slots=True, eq=False)

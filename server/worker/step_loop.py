@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from handlers.errors import RequestError, RunFailed
+from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache, Failure
 from model_store.cache.slots import Slot
 from model_store.errors import LoadError
@@ -28,7 +29,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Builder, Built, RowModel, SingleModel
+from server.worker.model_loader import Builder, Built
 from server.worker.model_loads import Loads
 from server.worker.prefetch.prefetcher import Foresight
 from server.worker.resident_models import Residents
@@ -332,11 +333,6 @@ class StepLoop:
             if self._foresight is not None:
                 self._foresight.look(self._now())
                 self._loads.look_ahead()
-
-    async def drain(self) -> None:
-        """Wait until no job is left."""
-        while len(self._scheduler):  # noqa: ASYNC110 -- called once, and an event would cost every step
-            await asyncio.sleep(SWEEP_S)
 
     def close(self) -> None:
         """Stop the sweep and start no more loads."""
