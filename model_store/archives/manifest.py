@@ -16,7 +16,6 @@ from model_store.errors import ArchiveInvalid
 FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; `handlers.kinds.graph` defines its content
-FORMAT = 1
 MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: limits of a correlation: its factors have at most 16 and 25 MB
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
@@ -261,7 +260,6 @@ class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):
     model_version: str = ""
     handler: str = ""
     serialized_file: str = ""
-    model_file: str = ""
 
 
 class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):
