@@ -95,6 +95,9 @@ class Settings(BaseSettings):
     overload_status: Literal[503, 429] = Field(503, description="what a full queue is answered with")
     request_timeout_s: Seconds = Field(50.0, description="deadline of a request that names none; the longest allowed")
     client_timeout_s: Seconds = Field(30.0, description="how long a client may take to send its body or take an answer")
+    keep_alive_s: int = Field(
+        75, ge=1, description="how long an idle connection stays open; longer than a load balancer's 60 s in front"
+    )
     access_keys: dict[str, str] = Field(
         default_factory=dict, description="access key -> secret; where given, requests must be signed (SigV4) with one"
     )

@@ -135,7 +135,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
         supervisor = Supervisor(settings)
         stack.push_async_callback(supervisor.stop)
         for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
-            server = listener(app, 1, settings.client_timeout_s)
+            server = listener(app, 1, settings.client_timeout_s, settings.keep_alive_s)
             task = asyncio.create_task(server.serve(sockets=[socks[name]]))
             stack.push_async_callback(_end_listener, server, task)
         await supervisor.start(socks["inference"])
