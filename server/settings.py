@@ -5,7 +5,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import BaseModel, ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 TOML_FILE = "fleetcast.toml"
@@ -141,10 +141,15 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def to_wire(self) -> dict[str, Any]:
-        """The settings as plain JSON values, for a child process (`from_wire` there)."""
+        """The settings as plain values, for a child process (`from_wire` there)."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "Settings":
-        """The parent's settings as they are: the child's own environment and files have no say."""
-        return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})  # the one type JSON lacks
+        """The parent's settings, each of its own type. The child's environment and files are not read.
+
+        Raises ValidationError (a ValueError) for values that are no settings.
+        """
+        settings = cls.__new__(cls)
+        BaseModel.__init__(settings, **values)  # that of BaseSettings would read them
+        return settings

@@ -23,7 +23,7 @@ from handlers.errors import RequestError, RunFailed
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Detail, Refused, Situation, situation_of
-from server.front.dialects.forecasts import prediction
+from server.front.raw_json import extract_prediction
 from server.offline.checkpoint import Journal
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
@@ -197,7 +197,7 @@ def _head(line: bytes) -> Head:
 def _encode(call: Call, outputs: npt.NDArray[np.float32]) -> bytes:
     try:
         answer, _ = call.encode(outputs)
-        return prediction(answer) + b"\n"
+        return extract_prediction(answer) + b"\n"
     except RunFailed as failed:
         return _error(Refused(Situation.MODEL_FAILED, str(failed)))
     except Refused as refused:

@@ -323,11 +323,6 @@ class StepLoop:
                 self._foresight.look(self._now())
                 self._loads.look_ahead()
 
-    async def drain(self) -> None:
-        """Returns when no job is left."""
-        while len(self._scheduler):  # noqa: ASYNC110 -- asked once in a life, and the step loop stays free of events
-            await asyncio.sleep(SWEEP_S)
-
     def close(self) -> None:
         """No more loads."""
         self._sweeper.cancel()

@@ -9,11 +9,12 @@ from server.cli.setting_flags import settings_from
 from server.front.app import App
 from server.front.main import Front
 from server.http_listener import listener
+from server.ipc.operations import AwaitConnections, ConnectWorkers
 from server.metrics import FrontMetrics
 
 
 def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer to `linked` waits for a worker that is named but does not listen yet; then it has a lane."""
+    """The answer to `AwaitConnections` waits for a worker that is named but does not listen yet; then it has a lane."""
     monkeypatch.chdir(tmp_path)
 
     async def scenario() -> None:
@@ -21,8 +22,8 @@ def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: 
         app = App(settings_from({"store": str(tmp_path)}), metrics)
         front = Front(app, listener(app, 1.0, 1.0, 5), metrics)
         path = str(tmp_path / "0.1")
-        await front.handle("workers", {"sockets": {"0": path}})
-        linked = asyncio.ensure_future(front.handle("linked", {}))
+        await front.handle(ConnectWorkers({0: path}))
+        linked = asyncio.ensure_future(front.handle(AwaitConnections()))
         await asyncio.sleep(0.05)
         assert not linked.done()
         assert not app.calls.router.lanes
@@ -30,7 +31,7 @@ def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: 
         async with asyncio.timeout(5):
             await linked
         assert list(app.calls.router.lanes) == [0]
-        await front.handle("workers", {"sockets": {}})
+        await front.handle(ConnectWorkers({}))
         server.close()
         await server.wait_closed()
 
