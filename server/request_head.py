@@ -7,7 +7,9 @@ head differently disagree on where a request ends or on which model it names: wh
 import re
 from collections.abc import Sequence
 
-from server.errors import Detail, Situation, sagemaker_error
+import msgspec
+
+from server.errors import Situation
 
 Fields = Sequence[tuple[bytes, bytes]]  #: header fields in the order received, names in lower case
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  #: status, headers, body
@@ -59,9 +61,16 @@ def body_framing(fields: Fields) -> bytes:
 
 
 def refuse_head(message: str) -> Answer:
-    """The 400 that a faulty request is answered with, in a form that clients of every listener can read."""
-    status, headers, body = sagemaker_error(Situation.BAD_REQUEST, Detail(message, field="headers"))
-    return status, [*headers, (b"content-length", b"%d" % len(body)), (b"connection", b"close")], body
+    """The 400 that a faulty request is answered with, in a form that clients of every listener and dialect can read."""
+    error = {"code": Situation.BAD_REQUEST.name.lower(), "message": message}
+    body = msgspec.json.encode({"message": message, "error": error})
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-amzn-errortype", b"ValidationError"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+    ]
+    return 400, headers, body
 
 
 def _quote(value: bytes) -> str:

@@ -101,6 +101,9 @@ class Settings(BaseSettings):
     access_keys: dict[str, str] = Field(
         default_factory=dict, description="access key -> secret; where given, requests must be signed (SigV4) with one"
     )
+    access_region: str | None = Field(
+        None, description="region that signatures must name, such as `eu-central-1`; none: any"
+    )
 
     pin: list[str] = Field(default_factory=list, description="models loaded at start and never evicted")
     metrics_per_model: int = Field(0, ge=0, description="resident models with series of their own, per worker; 0: none")
