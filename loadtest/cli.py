@@ -16,17 +16,16 @@ import urllib3
 from rich.console import Console
 
 from loadtest import cli_groups, record
-from loadtest.driver import run as trial
+from loadtest.driver import run as load_run
 from loadtest.driver import summary
-from loadtest.driver.dialects import DIALECTS, Body
+from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.open_loop import Forbidden
-from loadtest.driver.profiles import Load, Shape, make_profile, ramp
-from loadtest.driver.trace import Trace, read_trace, trace_of, write_trace
+from loadtest.driver.profiles import Load, Shape, list_ramp_rates, make_profile
+from loadtest.driver.trace import Trace, make_trace, read_trace, write_trace
 from loadtest.fleets import fleet
 from loadtest.observe.local_server import LocalServer
 from loadtest.plan import cli as command
-from loadtest.report import page
-from loadtest.report import write as write_report
+from loadtest.report import render_page, write_report
 from model_store.errors import LoadError
 from model_store.names import ModelName
 
@@ -79,7 +78,7 @@ def run(
         Path | None, _flag(SERVER, "file of model names, instead of the store's", exists=True, dir_okay=False)
     ] = None,
     dialect: Annotated[str, _flag(SERVER, "its protocol: " + ", ".join(DIALECTS))] = "sagemaker",
-    body: Annotated[Body | None, _flag(SERVER, "what is asked; else each archive's golden sample")] = None,
+    body: Annotated[BodyKind | None, _flag(SERVER, "what is asked; else each archive's golden sample")] = None,
     request: Annotated[
         Path | None, _flag(SERVER, "a request that all models take", exists=True, dir_okay=False)
     ] = None,
@@ -106,7 +105,7 @@ def run(
     tick: [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
     A call is a hit when all its models were there; its failures are counted.
     """
-    before = record.machine()
+    before = record.describe_machine()
     warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
     settings = {
         "rate": rate, "zipf": zipf, "drift_s": drift_s, "drift_share": drift_share, "day_s": day_s, "trough": trough,
@@ -115,14 +114,14 @@ def run(
     }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     many = dialect in DIALECTS and DIALECTS[dialect].many
-    body = Body.DEEPAR if many and body is None else body
+    body = BodyKind.DEEPAR if many and body is None else body
     try:
         if dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {dialect!r}: known are {', '.join(DIALECTS)}")
         if many and (trace is not None or trace_out is not None):
             raise ValueError("a trace has a row for each model, so --trace and --trace-out are not for calls for many")
         recorded = None if trace is None else read_trace(trace)
-        asked = trial.Questions(
+        asked = load_run.RequestSource(
             names=_names(names, recorded),
             most=models,
             body=body,
@@ -133,17 +132,17 @@ def run(
             to = subject.target(dialect, allow_remote=allow_remote, per_call=per_call)
             load = _load(profile, recorded, subject, len(to.requests), seed, settings)
             slo = summary.Slo(p50_ms, p99_ms, failed, hit_ratio)
-            plan = trial.Plan(load, seconds, warmup, connections, processes, slo)
+            plan = load_run.RunPlan(load, seconds, warmup, connections, processes, slo)
             title = _title(profile, seconds, seed, settings, ramp_to)
             title += f", calls for {max(to.forecasts)} models" if many else ""
             console.print(f"{title}; {subject.what}")
             if dialect in ("sagemaker", "forecasts"):
                 LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
             if ramp_to is None:
-                found, ran = trial.measure(subject, plan, to, console)
+                found, ran = load_run.measure_run(subject, plan, to, console)
             else:
-                rates = ramp(rate or 200.0, ramp_to, factor=ramp_factor)
-                found, ran = trial.climb(subject, plan, to, rates, console)
+                rates = list_ramp_rates(rate or 200.0, ramp_to, factor=ramp_factor)
+                found, ran = load_run.climb_rates(subject, plan, to, rates, console)
     except EXPECTED as error:
         raise SystemExit(f"no load: {error}") from error
     size = sum(len(each.body) for each in subject.questions.values()) // len(subject.questions)
@@ -151,7 +150,7 @@ def run(
     found |= {"profile": {"shape": profile, "seconds": seconds, "warmup": warmup, "models": load.models, **settings}}
     _show(found)
     if trace_out is not None:
-        write_trace(trace_out, trace_of(ran, list(subject.questions)))
+        write_trace(trace_out, make_trace(ran, list(subject.questions)))
         console.print(f"trace: {trace_out}")
     _keep(found, seed, before, out, html, keep=keep)
     if (
@@ -179,7 +178,7 @@ def report(
 
 app.command("fleet")(fleet.main)
 app.command("plan")(command.plan)
-app.command("calibrate")(command.calibration)
+app.command("calibrate")(command.calibrate_server)
 app.add_typer(cli_groups.bench, name="bench")
 app.add_typer(cli_groups.demo, name="demo")
 
@@ -195,12 +194,12 @@ def main() -> None:
 def _names(file: Path | None, recorded: Trace | None) -> Sequence[ModelName] | None:
     if recorded is not None:
         return recorded.names
-    return None if file is None else trial.parse_names(file.read_text())
+    return None if file is None else load_run.parse_names(file.read_text())
 
 
 @contextmanager
 def _subject(
-    asked: trial.Questions,
+    asked: load_run.RequestSource,
     url: str | None,
     metrics_url: str | None,
     store: str | None,
@@ -208,26 +207,26 @@ def _subject(
     models: int,
     resident: int,
     workers: int,
-) -> Iterator[trial.Subject]:
+) -> Iterator[load_run.ServerUnderLoad]:
     """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
     if url is not None:
-        yield trial.running(url, metrics_url, store, asked, console)
+        yield load_run.connect_server(url, metrics_url, store, asked, console)
     elif metrics_url or (asked.names is not None and store is None):
         raise ValueError("--metrics-url and --names are for the server at --url")
     elif store is not None:
-        with trial.own_server(store, cache, workers, asked, console) as subject:
+        with load_run.serve_store(store, cache, workers, asked, console) as subject:
             yield subject
     elif cache is not None:
         raise ValueError("--cache is for a --store of yours; the own fleet's room is given in models, by --resident")
     else:
-        with trial.own_fleet(models, resident, workers, asked, console) as subject:
+        with load_run.serve_fleet(models, resident, workers, asked, console) as subject:
             yield subject
 
 
 def _load(
     profile: Shape,
     recorded: Trace | None,
-    subject: trial.Subject,
+    subject: load_run.ServerUnderLoad,
     requests: int,
     seed: int,
     settings: Mapping[str, Any],
@@ -247,9 +246,9 @@ def _title(profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any
 
 
 def _show(found: summary.Results) -> None:
-    console.print(summary.latency_table(found), summary.facts_table(found))
+    console.print(summary.build_latency_table(found), summary.build_facts_table(found))
     slots = found["worst_ms"]
-    console.print(f"slowest over time  {summary.sparkline(slots)}  up to {max(slots):.1f} ms")
+    console.print(f"slowest over time  {summary.draw_sparkline(slots)}  up to {max(slots):.1f} ms")
     for why in found["unsound"][:3]:
         console.print(f"[red]wrong[/] {why}")
     for why in found["invalid"]:
@@ -261,15 +260,15 @@ def _show(found: summary.Results) -> None:
 def _keep(
     found: summary.Results, seed: int, before: Mapping[str, Any], out: Path | None, html: Path | None, *, keep: bool
 ) -> None:
-    whole = record.made("load", seed, before, found)
+    whole = record.make_record("load", seed, before, found)
     if out is not None:
-        out.write_text(record.text(whole))
+        out.write_text(record.format_record(whole))
         console.print(f"results: {out}")
     if html is not None:
-        html.write_text(page([whole], [found["title"]]))
+        html.write_text(render_page([whole], [found["title"]]))
         console.print(f"report: {html}")
     if keep:
-        console.print(f"record: {record.save('load', seed, before, found)}")
+        console.print(f"record: {record.save_record('load', seed, before, found)}")
 
 
 if __name__ == "__main__":

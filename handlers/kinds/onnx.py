@@ -1,4 +1,4 @@
-"""The ONNX Runtime runner: one session a model, float32 in and out, and no file is read but the bytes it is given."""
+"""Archives of kind onnx: one ONNX Runtime session a model, float32 in and out, and no file is read but its bytes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -8,7 +8,11 @@ from typing import Any, Literal
 import numpy as np
 
 from handlers.base import Float32, Shape
+from handlers.codecs.codec import SingleCodec
 from handlers.errors import RunFailed
+from handlers.kinds.models import BuiltModel, SingleModel, Target
+from model_store.archives.archive import Archive
+from model_store.archives.manifest import Kind
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 Provider = Literal["cpu", "cuda"]
@@ -32,6 +36,26 @@ SESSION_BYTES = 320 * 1024
 BYTES_PER_MODEL_BYTE = 1.25
 MOST_TOGETHER = 32 * 2**20  #: bytes of inputs in one run
 ATOL, RTOL = 1e-5, 1e-4  #: within which answers run together equal those run alone
+
+
+class OnnxKind:
+    """See ArchiveKind."""
+
+    kind = Kind.ONNX
+
+    def build(self, archive: Archive, target: Target) -> BuiltModel:
+        """A session on the target's device. Raises ArchiveInvalid, UnsupportedKind."""
+        model = OnnxModel(archive.weights(), threads=target.threads, provider=target.device)
+        return BuiltModel(SingleModel(model, SingleCodec(model.inputs, model.outputs)), None, "onnx")
+
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+        """The session's inputs. Raises ArchiveInvalid, UnsupportedKind."""
+        return OnnxModel(archive.weights()).inputs
+
+    def describe(self, archive: Archive) -> dict[str, Any]:
+        """Nothing: the model is not opened."""
+        del archive
+        return {}
 
 
 class OnnxModel:

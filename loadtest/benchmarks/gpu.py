@@ -28,19 +28,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(save: bool = True) -> None:
     """Measure and print; the record is written unless `--no-save`."""
-    before = record.machine()
+    before = record.describe_machine()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "server.worker.engine.bench_gpu"], stdout=subprocess.PIPE, check=False
     )
     if done.returncode:
         raise typer.Exit(done.returncode)  # it has said why
     results = json.loads(done.stdout)
-    CONSOLE.print(table(results))
+    CONSOLE.print(build_table(results))
     if save:
-        CONSOLE.print(f"record: {record.save('gpu', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('gpu', SEED, before, results)}")
 
 
-def table(results: dict[str, Any]) -> Table:
+def build_table(results: dict[str, Any]) -> Table:
     """The results beside the goals and floors they are to be held against."""
     tick, many, back = results["tick"], results["scattered"], results["returning"]
     floor = tick["floor_ms"]

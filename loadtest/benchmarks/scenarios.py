@@ -45,11 +45,11 @@ def main(
         done = subprocess.run([sys.executable, *sys.orig_argv[1:]], env={**os.environ, **ONE_THREAD}, check=False)
         raise typer.Exit(done.returncode)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    before = record.machine()
+    before = record.describe_machine()
     results = measure(rounds)
-    CONSOLE.print(table(results))
+    CONSOLE.print(build_table(results))
     if save:
-        CONSOLE.print(f"record: {record.save('scenarios', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('scenarios', SEED, before, results)}")
 
 
 def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: int = SCENARIOS) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: 
         "steps": steps,
         "scenarios": samples,
         "answer_bytes": len(write_npy(found)),
-        "ms": {name: record.spread(each) for name, each in taken.items()},
+        "ms": {name: record.summarize(each) for name, each in taken.items()},
     }
 
 
-def table(results: dict[str, Any]) -> Table:
+def build_table(results: dict[str, Any]) -> Table:
     """The results beside goal and floor."""
     size = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
     shown = Table(size, "median ms", "min", "max", "goal")

@@ -23,13 +23,14 @@ from rich.table import Table
 from handlers.evaluation.correlation import gaussian
 from handlers.forecasters import build, random_tensors
 from loadtest import record
-from loadtest.driver.dialects import unsound, unsound_call
-from loadtest.driver.market_client import BUDGET_S, NPY, Client, bodies
+from loadtest.driver.dialects import find_call_fault, find_fault
+from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
 from loadtest.fleets.fleet import make_request
 from loadtest.observe.local_server import serve
 from model_store.archives.manifest import Channel, Forecast, Scaler
 from model_store.archives.packing import pack_correlation, pack_forecaster
 from model_store.names import ModelName
+from server.contract import JSON, NPY
 
 SEED = 5
 PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
@@ -50,16 +51,16 @@ def main(
     save: Annotated[bool, typer.Option(help="write the record")] = True,
 ) -> None:
     """Measure, print, record."""
-    before = record.machine()
+    before = record.describe_machine()
     with ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = write_store(store, PRODUCTS, STEPS)
         server = stack.enter_context(serve(str(store), ["--workers", "1"]))
-        client = stack.enter_context(Client(server.inference))
+        client = stack.enter_context(MarketClient(server.inference))
         results = {"steps": STEPS, **measure(client, names, SCENARIOS, rounds)}
-    CONSOLE.print(table(results))
+    CONSOLE.print(build_table(results))
     if save:
-        CONSOLE.print(f"record: {record.save('scenarios_http', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('scenarios_http', SEED, before, results)}")
 
 
 def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
@@ -74,14 +75,14 @@ def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
     return names
 
 
-def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
+def measure(client: MarketClient, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
     """Milliseconds from the first byte out to the last byte in; the first round is warm-up. Raises NotAnswered."""
     (series,) = make_request(SEED, steps=CONTEXT)["instances"]
-    asked = bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
+    asked = write_turn_bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
     ways = {
-        "quantiles": (asked.quantiles, "application/json"),
+        "quantiles": (asked.quantiles, JSON),
         "joint, npy": (asked.scenarios, NPY),
-        "joint, JSON": (asked.scenarios, "application/json"),
+        "joint, JSON": (asked.scenarios, JSON),
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     sizes: dict[str, int] = {}
@@ -90,7 +91,7 @@ def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: 
             started = time.perf_counter()
             answer, _ = client.forecasts(body, accept)
             seconds = time.perf_counter() - started
-            if why := unsound(answer) if accept == NPY else unsound_call(answer, len(names)):
+            if why := find_fault(answer) if accept == NPY else find_call_fault(answer, len(names)):
                 raise RuntimeError(f"{way}: {why}")
             sizes[way] = len(answer)
             if turn:
@@ -99,11 +100,11 @@ def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: 
         "products": len(names),
         "scenarios": scenarios,
         "answer_bytes": sizes,
-        "ms": {way: record.spread(each) for way, each in taken.items()},
+        "ms": {way: record.summarize(each) for way, each in taken.items()},
     }
 
 
-def table(results: dict[str, Any]) -> Table:
+def build_table(results: dict[str, Any]) -> Table:
     """The calls beside the market's 20 seconds."""
     title = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
     shown = Table(title, "median ms", "min", "max", "MB", f"of {BUDGET_S:g} s")

@@ -32,19 +32,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(save: Annotated[bool, typer.Option(help="write a record")] = True) -> None:
     """Measure and print."""
-    before = record.machine()
+    before = record.describe_machine()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "server.worker.engine.bench_step", *PEERS], stdout=subprocess.PIPE, check=False
     )
     if done.returncode:
         raise typer.Exit(done.returncode)  # it has said why
     results = json.loads(done.stdout)
-    CONSOLE.print(table(results), verdict(results))
+    CONSOLE.print(build_table(results), judge_step(results))
     if save:
-        CONSOLE.print(f"record: {record.save('step', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('step', SEED, before, results)}")
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+def build_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Microseconds an answer by section and rows of a batch, medians; ratios with their spread, goals beside them."""
     shown = Table("", "rows", "ours", "peer", "ratio", "goal", "gathered", "ratio", "floor", "ways")
     shown.title = "microseconds an answer, one core"
@@ -59,7 +59,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return shown
 
 
-def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
+def judge_step(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Of a step of all models."""
     everyone = results["tcn"]["all"]
     count = sum(everyone["paths"].values())

@@ -6,7 +6,7 @@ HEIGHT = 14
 WIDTH = 3  #: characters an hour
 
 
-def fan_chart(levels: Mapping[str, Sequence[float]], actual: Sequence[float] = ()) -> str:
+def draw_fan_chart(levels: Mapping[str, Sequence[float]], actual: Sequence[float] = ()) -> str:
     """Quantile level -> values [hours], levels ascending -> lines of text: the outer range light, the inner one dark,
     the median as a line, actual values as dots. Prices on the left, hours below.
     """

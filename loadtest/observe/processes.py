@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def ended(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
+def ending(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
     """End processes of ours, whatever happened; `gently` by SIGTERM, for those that have children of their own."""
     try:
         yield
@@ -20,7 +20,7 @@ def ended(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -
             process.wait()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -28,7 +28,7 @@ def free_port() -> int:
         return port
 
 
-def reachable(port: int) -> bool:
+def is_reachable(port: int) -> bool:
     """Whether somebody listens."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def pss(pid: int) -> int:
+def read_pss(pid: int) -> int:
     """Proportional set size in bytes: private memory and a fair share of what is shared."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[0]) * 1024

@@ -1,7 +1,8 @@
-"""Gzipped tars (SageMaker `model.tar.gz`, `torch-model-archiver --archive-format tgz`). Pure, loader threads.
+"""Reads gzipped tars (SageMaker `model.tar.gz`, `torch-model-archiver --archive-format tgz`).
 
-Sources: POSIX.1-2017 `pax` (ustar and pax headers), GNU tar's long names, RFC 1952; why not `tarfile`: see
-`containers.py`, and its pax parser takes quadratic time over hostile headers before Python 3.11.10.
+Pure; runs in loader threads. Sources: POSIX.1-2017 `pax` (ustar and pax headers), GNU tar's long names, RFC 1952.
+`container` says why `tarfile` is not used; also, its pax parser takes quadratic time over hostile headers before Python
+3.11.10.
 """
 
 import re
@@ -27,7 +28,7 @@ _PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
 
 
 class _Header(NamedTuple):
-    """One tar header: its data are `size` bytes from `start`."""
+    """One tar header. Its data are `size` bytes from `start`."""
 
     type: bytes
     name: bytes
@@ -36,11 +37,11 @@ class _Header(NamedTuple):
 
 
 def read_tar_gz(data: bytes, limits: Limits) -> Container:
-    """The members of a gzipped tar, which is unpacked into memory at once: gzip has no random access.
+    """The members of a gzipped tar. It is unpacked into memory as a whole, because gzip has no random access.
 
     Raises:
-        ArchiveTooLarge: a size rule of `limits` is broken.
-        ArchiveInvalid: not a sound gzip or tar, or a member breaks a path or type rule.
+        ArchiveTooLarge: a limit of `limits` is exceeded.
+        ArchiveInvalid: not a valid gzip or tar, or a member breaks a rule for paths or types.
     """
     raw = _gunzip(data, limits)
     found = Gathering(limits, len(data))
@@ -53,7 +54,7 @@ def read_tar_gz(data: bytes, limits: Limits) -> Container:
             long_name = raw[content].rstrip(b"\0")
         elif header.type == _PAX:
             long_name = _pax_path(raw[content]) or long_name
-        elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # remarks; a long link is refused when the link itself comes
+        elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # both are ignored: a long link's own header is refused
             _add(found, header, long_name or header.name)
             long_name = b""
     return found.container(raw)
@@ -85,7 +86,7 @@ def _gunzip(data: bytes, limits: Limits) -> bytes:
 
 
 def _read_header(raw: bytes, at: int) -> _Header | None:
-    """The header at byte `at`; None at the end mark, behind which all is zero."""
+    """The header at byte `at`; None at the end mark, after which all bytes must be zero."""
     block = raw[at : at + _BLOCK]
     if len(block) < _BLOCK:
         raise ArchiveInvalid("the tar is truncated" if at else "the gzip does not hold a tar: it is too short for one")
@@ -98,7 +99,7 @@ def _read_header(raw: bytes, at: int) -> _Header | None:
         what = f"the tar is damaged at byte {at}: a header" if at else "the gzip does not hold a tar: its first block"
         raise ArchiveInvalid(f"{what} has a wrong checksum")
     kind = block[156:157]
-    size = _octal(block[124:136]) if kind in _WITH_DATA else 0  # a folder's or link's size is a remark, no bytes follow
+    size = _octal(block[124:136]) if kind in _WITH_DATA else 0  # no bytes follow a folder or a link
     if size is None:
         raise ArchiveInvalid(f"the tar header at byte {at} has a size that is not octal")
     if at + _BLOCK + size > len(raw):
@@ -114,7 +115,7 @@ def _octal(digits: bytes) -> int | None:
 
 
 def _pax_path(records: bytes) -> bytes:
-    """The `path` of a pax header, empty if it has none. Records are `<length> <key>=<value>` and a line feed."""
+    """The `path` of a pax header; empty if it has none. A record is `<length> <key>=<value>` and a line feed."""
     path, at = b"", 0
     while at < len(records):
         match = _PAX_LENGTH.match(records, at)

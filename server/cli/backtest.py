@@ -1,9 +1,8 @@
 """`fleetcast backtest`: what archives would have forecast for a CSV file, and how good that was. Torch when it runs."""
 
 import sys
-from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
@@ -12,17 +11,12 @@ from rich.table import Table
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, moment, one_line_errors, progress
 from server.cli.train import archive_names
+from server.offline.measures import HEADINGS, MEASURES, format_score
 
 if TYPE_CHECKING:
     from server.offline.fleet_evaluation import Backtest
 
 WINDOWS = 28
-SHOWN = {
-    "pinball": "pinball", "wql": "wQL", "wape": "WAPE", "mase": "MASE", "rmae": "rMAE", "crps": "CRPS",
-    "coverage": "coverage",
-}  # fmt: skip
-MEASURES = tuple(SHOWN)
-Score = Literal["pinball", "wql", "wape", "mase", "rmae", "crps"]  #: of these, lower is better: a gate can go by one
 
 
 def backtest(
@@ -84,21 +78,14 @@ def backtest(
 def _table(found: "Backtest") -> Table:
     """A market a row, and the mean of several."""
     promised = {each.scores.nominal for each in found.markets}
-    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else SHOWN["coverage"]
-    table = Table("market", *(SHOWN[name] for name in MEASURES[:-1]), interval, "n")
+    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
+    table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")
     for column in table.columns[1:]:
         column.justify = "right"
     for each in found.markets:
-        cells = [cell(name, getattr(each.scores, name)) for name in MEASURES]
+        cells = [format_score(name, getattr(each.scores, name)) for name in MEASURES]
         table.add_row(each.target, *cells, str(each.windows))
     if len(found.markets) > 1:
         table.add_section()
-        table.add_row("mean", *(cell(name, found.mean(name)) for name in MEASURES), "")
+        table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")
     return table
-
-
-def cell(name: str, value: float | None) -> str:
-    """A score for people."""
-    if value is None or isnan(value):
-        return "-"
-    return f"{value:.1%}" if name == "coverage" else f"{value:.3f}"

@@ -12,9 +12,10 @@ import msgspec
 import typer
 from rich.progress import Progress
 
-from server.cli.setting_flags import human, settings_from
+from model_store.names import ModelName
+from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, bar, one_line_errors
-from server.settings import Settings
+from server.settings import Settings, format_bytes
 
 
 def batch(
@@ -50,10 +51,11 @@ class _Elsewhere(Exception):
 
 def _run(settings: Settings, lines: str, out: str, configuration: bytes, progress: Progress) -> tuple[int, int]:
     """Lines, and how many of them have an error."""
-    from model_store.stores.model_store import ModelStore  # noqa: PLC0415 -- torch
+    from handlers.model import Model, open_model  # noqa: PLC0415 -- torch
+    from server.offline.archive_location import ArchiveLocation  # noqa: PLC0415
     from server.offline.batch_inference import Batch, index  # noqa: PLC0415
     from server.offline.checkpoint import Journal  # noqa: PLC0415
-    from server.worker.model_loader import Loader, open_store  # noqa: PLC0415
+    from server.worker.model_loader import open_store  # noqa: PLC0415
 
     place = _place_of_work(settings, lines, out)
     with _local(settings, lines, place.parent, progress) as path, path.open("rb") as file:
@@ -64,7 +66,11 @@ def _run(settings: Settings, lines: str, out: str, configuration: bytes, progres
         digest = hashlib.sha256(found.digest + settings.store.encode() + b"\0" + configuration).digest()
         source, limits = open_store(settings)
         threads = settings.loader_threads
-        whole = Batch(file, found, Loader(ModelStore(source, None, limits), "cpu", 1), configuration, longest, threads)
+
+        def open_stored(name: ModelName) -> Model:
+            return open_model(ArchiveLocation(source, name, limits).fetch()[0])
+
+        whole = Batch(file, found, open_stored, configuration, longest, threads)
         with Journal(place, digest, len(found.start)) as journal:
             task = progress.add_task("forecasting", total=len(found.start), completed=journal.done)
             whole.run(journal, lambda count: progress.advance(task, count))
@@ -104,7 +110,7 @@ def _local(settings: Settings, lines: str, folder: Path, progress: Progress) -> 
 def _store(settings: Settings, place: Path, out: str, progress: Progress) -> None:
     """The answers to S3; they stay here when that fails."""
     bucket, key = _bucket_and_key(out)
-    with _moving(settings, f"storing {human(place.stat().st_size)}", progress) as (client, told):
+    with _moving(settings, f"storing {format_bytes(place.stat().st_size)}", progress) as (client, told):
         client.upload_file(str(place), bucket, key, Callback=told)
     place.unlink()
 

@@ -15,11 +15,12 @@ from rich.table import Table
 
 from model_store.errors import LoadError
 from server.access_log import read_rows
-from server.cli.setting_flags import human, settings_from
+from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, progress
-from server.host import Host, plan_workers, read_host
+from server.host import Host, read_host
 from server.offline.cache_sizing import Advice, advise
-from server.settings import Settings
+from server.settings import Settings, format_bytes
+from server.supervisor.worker_plan import plan_workers
 from server.worker.engine.execution_plan import SIZES, Path
 
 if TYPE_CHECKING:
@@ -132,9 +133,10 @@ def _built_in() -> Iterator[Kind]:
 
 def _looked_into(settings: Settings, told: Any) -> Found:
     """Some archives from all over the listing, loaded as a worker does but for their golden samples."""
-    from model_store.stores.model_store import ModelStore  # noqa: PLC0415 -- torch
+    from handlers.kinds import RowModel  # noqa: PLC0415 -- torch
+    from model_store.stores.model_store import ModelStore  # noqa: PLC0415
     from server.offline.host_checks import Fact  # noqa: PLC0415
-    from server.worker.model_loader import Loader, RowModel, open_store  # noqa: PLC0415
+    from server.worker.model_loader import Loader, open_store  # noqa: PLC0415
 
     found = Found()
     try:
@@ -188,7 +190,7 @@ def _paces(rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"]) -> Ta
         column.justify = "right"
     for kind, pace in zip(kinds, paces, strict=True):
         size, seen = (
-            f"{human(pace.row_bytes)}, {pace.flops / 1e6:.2f} MFLOP",
+            f"{format_bytes(pace.row_bytes)}, {pace.flops / 1e6:.2f} MFLOP",
             f" x {kind.archives}" * bool(kind.archives),
         )
         labels = [f"[bold]{kind.name}[/]{seen}", size, ""]

@@ -10,10 +10,10 @@ import rich
 import typer
 from rich.table import Table
 
-from server.cli.backtest import Score
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, progress
 from server.cli.train import archive_names
+from server.offline.measures import Score
 
 SHOWN = 40  #: markets in a table; of a larger fleet only those that want a look
 

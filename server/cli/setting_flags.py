@@ -11,10 +11,9 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
-from server.settings import TOML_FILE, Settings
+from server import metrics
+from server.settings import TOML_FILE, Settings, format_bytes
 
-TABLE_START = "<!-- settings: written by `make docs` -->"
-TABLE_END = "<!-- end of settings -->"
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
     int: "INTEGER",
@@ -54,22 +53,20 @@ def table() -> str:
 
 
 def with_table(document: str) -> str:
-    """The document with the table between its two marks brought up to date. Raises ValueError without the marks."""
-    head, start, rest = document.partition(TABLE_START)
-    _, end, tail = rest.partition(TABLE_END)
-    if not (start and end):
-        raise ValueError(f"the document needs the lines {TABLE_START} and {TABLE_END}")
-    return f"{head}{start}\n{table()}\n{end}{tail}"
+    """The document with its tables of settings and metrics brought up to date. Raises ValueError without the marks."""
+    for name, rows in (("settings", table()), ("metrics", metrics.table())):
+        first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
+        head, start, rest = document.partition(first)
+        _, end, tail = rest.partition(last)
+        if not (start and end):
+            raise ValueError(f"the document needs the lines {first} and {last}")
+        document = f"{head}{start}\n{rows}\n{end}{tail}"
+    return document
 
 
 def flag(name: str) -> str:
     """For example `--inference-port` of `inference_port`."""
     return "--" + name.replace("_", "-")
-
-
-def human(size: int) -> str:
-    """Bytes as people read them: `6.0 MiB`."""
-    return ByteSize(size).human_readable(separator=" ") if size else "0"
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -93,7 +90,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, ByteSize):
-        return human(value)
+        return format_bytes(value)
     return "none" if value in (None, [], {}) else str(value)
 
 

@@ -4,18 +4,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from model_store.errors import LoadError
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
 BAD = 1  #: exit code: the answer is no, or something of many failed
 WRONG = 2  #: exit code: it could not be done as asked
-
-Told = Callable[[int, int], None]  #: done now, in all
 
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
@@ -34,16 +33,25 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
         fail(str(error))
 
 
-def bar(amount: ProgressColumn | None = None) -> Progress:
+def bar(amount: "ProgressColumn | None" = None) -> "Progress":
     """A bar on standard error, for people; gone when it is done. `amount`: the column that says how far."""
+    from rich.console import Console  # noqa: PLC0415 -- a twentieth of a second that most commands save
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Told]:
-    """A bar of one thing."""
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of one task. The yielded function takes how many are newly done, and how many there are in all."""
     with bar() as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, advance=done, total=total)

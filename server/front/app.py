@@ -40,7 +40,7 @@ class App:
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[Callable[[Settings], Dialect]] = DIALECTS
     ) -> None:
-        self.calls = DataPlane(int(settings.max_inflight_bytes))
+        self.plane = DataPlane(int(settings.max_inflight_bytes))
         self._settings = settings
         self._metrics = metrics
         self._dialects = tuple(make(settings) for make in dialects)
@@ -50,7 +50,7 @@ class App:
 
     def __repr__(self) -> str:
         """For example `<App sagemaker, forecasts, health over <DataPlane 2 links, ...>>`."""
-        return f"<App {', '.join(dialect.name for dialect in self._dialects)} over {self.calls!r}>"
+        return f"<App {', '.join(dialect.name for dialect in self._dialects)} over {self.plane!r}>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever happens, and count what became of it. Only HTTP is served."""
@@ -69,7 +69,7 @@ class App:
                 operation = self._refuse_path(request.path)
             if operation.body_limit is not None:
                 await self._read(request, operation.body_limit, scope, receive)
-            reply = await dialect.answer(operation, request, self.calls)
+            reply = await dialect.answer(operation, request, self.plane)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
@@ -87,19 +87,23 @@ class App:
         headers, longest = request.headers, self._settings.request_timeout_s
         wanted = headers.get(b"x-request-timeout-ms")
         request.deadline = time.monotonic() + (longest if wanted is None else min(_seconds(wanted), longest))
-        request.content_type = _text(headers.get(b"content-type", b""), "content-type")
-        request.accept = _text(headers.get(b"accept", b""), "accept")
+        content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
+        if len(content_type) > MAX_HEADER or len(accept) > MAX_HEADER:
+            message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
+            raise Refused(Situation.BAD_REQUEST, message_text)
+        request.content_type, request.accept = content_type.decode("latin-1"), accept.decode("latin-1")
         coding = find_coding(headers)
         announced = headers.get(b"content-length", b"")
-        if announced.isdigit():
-            limit.check(int(announced))
+        if announced.isdigit() and int(announced) > limit.bytes:
+            raise limit.exceeded(int(announced))
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
         request.body = message.get("body", b"")
         if message.get("more_body"):
             request.body = await self._read_rest(request.body, limit, receive)
-        limit.check(len(request.body))
+        if len(request.body) > limit.bytes:
+            raise limit.exceeded(len(request.body))
         if self._signatures is not None:
             query = scope.get("query_string", b"")
             self._signatures.check(request.method, request.path, query, headers, request.body)
@@ -117,7 +121,7 @@ class App:
     async def _join(self, first: bytes, limit: Limit, receive: Receive) -> bytes:
         """The whole body. Its parts count as held while they arrive."""
         parts, size, more = [first], len(first), True
-        self.calls.held_bytes += size
+        self.plane.held_bytes += size
         try:
             while more:
                 message = await receive()
@@ -126,13 +130,14 @@ class App:
                 part = message.get("body", b"")
                 parts.append(part)
                 size += len(part)
-                self.calls.held_bytes += len(part)
-                limit.check(size)
-                self.calls.check_held()
+                self.plane.held_bytes += len(part)
+                if size > limit.bytes:
+                    raise limit.exceeded(size)
+                self.plane.check_held()
                 more = message.get("more_body", False)
             return b"".join(parts)
         finally:
-            self.calls.held_bytes -= size
+            self.plane.held_bytes -= size
 
     # --- the reply --------------------------------------------------------------------------------------------------
 
@@ -197,13 +202,6 @@ def _seconds(raw: bytes) -> float:
         message = f"X-Request-Timeout-Ms must be a positive number of milliseconds, not {raw[:40].decode('latin-1')!r}"
         raise Refused(Situation.BAD_REQUEST, message)
     return int(raw) / 1e3
-
-
-def _text(raw: bytes, name: str) -> str:
-    """A header's value. Raises Refused for one that is too long to be passed on."""
-    if len(raw) > MAX_HEADER:
-        raise Refused(Situation.BAD_REQUEST, f"the header {name} is longer than {MAX_HEADER} bytes")
-    return raw.decode("latin-1")
 
 
 def _add_stats(head: Headers, stats: InferStats) -> None:

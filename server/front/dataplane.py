@@ -6,20 +6,25 @@ It knows no transport and no dialect: an `InferRequest` comes in, an `InferRespo
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
 import msgspec
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
 from server.front.worker_client import Call, Link, WorkerLost
-from server.ipc.frames import CacheResult, Response, Tier
+from server.ipc.frames import CacheResult, Tier
 from server.routing import Lane, Router
 
 WATCH_AFTER_S = 0.5
 HALF_ANSWER = "the worker died with half of the answer; try again"
-_CACHE = {CacheResult.NONE: None, CacheResult.HIT: "hit", CacheResult.MISS: "miss", CacheResult.COALESCED: "coalesced"}
-_TIER = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
+_CACHE: Mapping[int, str | None] = {
+    CacheResult.NONE: None,
+    CacheResult.HIT: "hit",
+    CacheResult.MISS: "miss",
+    CacheResult.COALESCED: "coalesced",
+}
+_TIER: Mapping[int, str] = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
 
 #: Returns an awaitable that is done once the client has left; one wait at a time.
 ClientWatch = Callable[[], Awaitable[object]]
@@ -122,7 +127,8 @@ class DataPlane:
         size = len(request.body)
         self.held_bytes += size
         try:
-            self.check_held()
+            if self.held_bytes > self._max_held_bytes:
+                self.check_held()
             now = time.monotonic()
             lane = self.router.route(request.model, now)
             if lane is None or lane.worker not in self.links:
@@ -189,27 +195,17 @@ class DataPlane:
             raise
         finally:
             del self._watched[call]
-        held = head.situation in (Situation.OK, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
+        held = not head.situation or head.situation in (Situation.BAD_REQUEST, Situation.MODEL_FAILED)
         wait_s = (head.queue_us + head.inference_us) / 1e6
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
         self.router.ended(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
-        response = _response(head, link, call)
+        cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
+        stats = InferStats(cache, head.queue_us, load_us, head.inference_us, tier, head.version)
+        response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call)
         if head.situation:
             detail = msgspec.json.decode(await response.read(), type=Detail)
-            raise RefusedByWorker(Situation(head.situation), detail, response.stats)
+            raise RefusedByWorker(Situation(head.situation), detail, stats)
         return response
-
-
-def _response(head: Response, link: Link, call: Call) -> InferResponse:
-    stats = InferStats(
-        _CACHE[CacheResult(head.cache)],
-        head.queue_us,
-        head.load_us or None,
-        head.inference_us,
-        _TIER[Tier(head.tier)],
-        head.version,
-    )
-    return InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call)
 
 
 async def _cancel_when_gone(call: Call, client_gone: ClientWatch, link: Link) -> None:

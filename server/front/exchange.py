@@ -19,11 +19,10 @@ class Limit:
     bytes: int
     setting: str
 
-    def check(self, size: int) -> None:
-        """Raises Refused."""
-        if size > self.bytes:
-            message = f"the body has {size} bytes or more, the limit is {self.bytes} ({self.setting})"
-            raise Refused(Situation.TOO_LARGE, message)
+    def exceeded(self, size: int) -> Refused:
+        """Why a body of `size` bytes is refused."""
+        message = f"the body has {size} bytes or more, the limit is {self.bytes} ({self.setting})"
+        return Refused(Situation.TOO_LARGE, message)
 
 
 @dataclass(frozen=True)

@@ -67,13 +67,13 @@ class Front:
         """Refuse calls whose deadline has passed, for as long as the front lives."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            self._app.calls.sweep()
+            self._app.plane.sweep()
 
     def _follow(self, wanted: dict[int, str]) -> None:
         self._wanted = wanted
         for worker, path in list(self._linked.items()):
             if wanted.get(worker) != path:
-                self._app.calls.links[worker].close()
+                self._app.plane.links[worker].close()
         for worker in wanted:
             task = self._connecting.get(worker)
             if worker not in self._linked and (task is None or task.done()):
@@ -88,14 +88,14 @@ class Front:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             self._linked[worker] = path
-            self._app.calls.links[worker] = link
-            self._app.calls.router.up(worker)
+            self._app.plane.links[worker] = link
+            self._app.plane.router.up(worker)
 
     def _lost(self, link: Link) -> None:
         """A link has ended. The front learns it before the supervisor does: the socket closes with the process."""
-        if self._app.calls.links.get(link.worker) is link:
-            del self._app.calls.links[link.worker], self._linked[link.worker]
-            self._app.calls.router.down(link.worker)
+        if self._app.plane.links.get(link.worker) is link:
+            del self._app.plane.links[link.worker], self._linked[link.worker]
+            self._app.plane.router.down(link.worker)
             if link.worker in self._wanted:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
 

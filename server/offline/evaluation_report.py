@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from server.cli.backtest import MEASURES, SHOWN, cell
 from server.offline.evaluation import ByHour, Calibration, Fan, Scored
 from server.offline.fleet_evaluation import Backtest
+from server.offline.measures import HEADINGS, MEASURES, format_score
 
 HERE = Path(__file__).parent
 MOST_CHARTED = 12  #: markets with charts of their own; the table has all
@@ -60,9 +60,9 @@ def page(found: Backtest) -> str:
         data=_embedded([chart for each in drawn for chart in (each.fan, each.by_hour)]),
         found=found,
         drawn=drawn,
-        heads=list(SHOWN.values()),
+        heads=list(HEADINGS.values()),
         rows=list(_rows(found)),
-        means=[cell(name, found.mean(name)) for name in MEASURES],
+        means=[format_score(name, found.mean(name)) for name in MEASURES],
     )
     return html
 
@@ -79,7 +79,7 @@ def _worst(found: Backtest) -> list[tuple[Scored, Fan]]:
 
 def _rows(found: Backtest) -> Iterator[tuple[Scored, list[str]]]:
     for each in found.markets:
-        yield each, [cell(name, getattr(each.scores, name)) for name in MEASURES]
+        yield each, [format_score(name, getattr(each.scores, name)) for name in MEASURES]
 
 
 def _drawn(market: Scored, fan: Fan) -> Drawn:

@@ -15,11 +15,12 @@ import msgspec
 from handlers.training.time_series import Series, SeriesInvalid, header, read_csv
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.cli.terminal import Told
 from server.offline.evaluation import Fan, Scored, fan, scored
-from server.offline.rolling_windows import Answers, Model, Rolling, Unfit, forecasts, published, with_known
+from server.offline.rolling_windows import Answers, ArchiveVersion, Rolling, Unfit, fetch_version, forecasts, with_known
 from server.settings import Settings
 from server.worker.model_loader import open_store
+
+Progress = Callable[[int, int], None]  #: is told how many were done since the last call, and how many there are in all
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,17 +76,17 @@ def assess(
     settings: Settings,
     answers: Answers,
     rolling: Rolling,
-    told: Told,
+    report_progress: Progress,
 ) -> Backtest:
     """Every market's windows asked and scored, several markets at a time. Raises LoadError, SeriesInvalid, OSError."""
 
-    def one(market: tuple[str, Model]) -> tuple[Scored, Fan]:
+    def one(market: tuple[str, ArchiveVersion]) -> tuple[Scored, Fan]:
         target, model = market
         forecast = model.forecast
         series = with_known(columns, target, forecast.dynamic_feat)
         origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
         found = forecasts(answers, model, series, origins)
-        told(1, len(names))
+        report_progress(1, len(names))
         return scored(found, forecast.unit), fan(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
@@ -106,12 +107,12 @@ def assess(
 
 def fetch(
     pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
-) -> tuple[dict[str, Model], dict[str, str]]:
+) -> tuple[dict[str, ArchiveVersion], dict[str, str]]:
     """The archives by target, and why those of some cannot be used. Raises StoreUnavailable, StoreDenied."""
     source, limits = open_store(settings)
 
-    def one(name: ModelName) -> Model:
-        model = published(source, name, limits)
+    def one(name: ModelName) -> ArchiveVersion:
+        model = fetch_version(source, name, limits)
         _ = model.forecast  # raises what makes it unfit
         return model
 
@@ -144,7 +145,9 @@ def why(error: Exception) -> str:
     return f"failed unexpectedly: {error!r} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def read_columns(csv: Path, time: str, models: Mapping[str, Model]) -> tuple[dict[str, Series], dict[str, str]]:
+def read_columns(
+    csv: Path, time: str, models: Mapping[str, ArchiveVersion]
+) -> tuple[dict[str, Series], dict[str, str]]:
     """The columns of the targets and of what their archives want to know ahead, and which targets lack one of these.
 
     Raises SeriesInvalid, OSError: the file cannot be read, or has no column of a target.

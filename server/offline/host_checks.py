@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from server.cli.setting_flags import human
-from server.host import MIB, Host, WorkerPlan, plan_workers
-from server.settings import Settings
+from server.host import Host, WorkerPlan
+from server.settings import MIB, Settings, format_bytes
+from server.supervisor.worker_plan import plan_workers
 
 WORKER_BYTES = 250 * MIB  #: of a worker before its first model: Python, torch, staging (measured: 215 MB)
 FRONT_BYTES = 100 * MIB  #: of a front or the supervisor
-FILES = 4096  #: a front has one for each connection
+FILES = 4096  #: a front has one for each connection; with a lower hard limit there is advice
+ENOUGH_FILES = 65536
 SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
 
 
@@ -83,21 +84,21 @@ def accelerator(host: Host, cuda: str | None, devices: int) -> Fact:
 def workers(plans: Sequence[WorkerPlan]) -> Fact:
     """As `serve` would start them."""
     first = plans[0]
-    room = f"{human(first.budget_bytes)} for models" if first.budget_bytes else "their part of the GPU for models"
+    room = format_bytes(first.budget_bytes) if first.budget_bytes else "their part of the GPU"
     each = "1 thread" if first.threads == 1 else f"{first.threads} threads"
-    return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room}")
+    return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room} for models")
 
 
 def memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> Fact:
     """Whether models and processes fit together."""
     models = sum(plan.budget_bytes + plan.host_bytes for plan in plans)
     processes = len(plans) * WORKER_BYTES + (fronts + 1) * FRONT_BYTES
-    text = f"{human(host.memory_bytes)} within the cgroup's limit: {human(models)} for models"
+    text = f"{format_bytes(host.memory_bytes)} within the cgroup's limit: {format_bytes(models)} for models"
     if models + processes <= host.memory_bytes:
         return Fact("memory", text)
     left = host.memory_bytes - processes
     much = f"set --model-cache-bytes {left // MIB}MiB or less" if left > 0 else "give it more memory or fewer --workers"
-    return Fact("memory", text, f"{len(plans)} workers need {human(processes)} beside the models: {much}")
+    return Fact("memory", text, f"{len(plans)} workers need {format_bytes(processes)} beside the models: {much}")
 
 
 def disk_cache(folder: Path, limit: int) -> Fact:
@@ -107,7 +108,7 @@ def disk_cache(folder: Path, limit: int) -> Fact:
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
     held = sum(file.stat().st_size for file in folder.glob("blobs/*"))
-    text = f"{folder}: {human(held)} held, at most {human(limit)}, {human(free)} free on the disk"
+    text = f"{folder}: {format_bytes(held)} held, at most {format_bytes(limit)}, {format_bytes(free)} free on the disk"
     if not os.access(place, os.W_OK):
         return Fact("disk cache", text, f"{place} cannot be written: choose another folder with --disk-cache")
     if held + free < limit:
@@ -118,10 +119,13 @@ def disk_cache(folder: Path, limit: int) -> Fact:
 
 
 def open_files(soft: int, hard: int) -> Fact:
-    """The limit of descriptors that processes inherit."""
-    shown = "no limit" if soft == resource.RLIM_INFINITY else f"{soft} a process"
-    if soft == resource.RLIM_INFINITY or soft >= FILES:
-        return Fact("open files", shown)
-    most = "65536" if hard == resource.RLIM_INFINITY else str(min(hard, 65536))
-    advice = f"a front needs one for each connection: `ulimit -n {most}` before serve (systemd: LimitNOFILE={most})"
-    return Fact("open files", shown, advice)
+    """The limits of descriptors of this process, as those of `serve` would be in its place: a client needs one."""
+    shown = [("none" if limit == resource.RLIM_INFINITY else str(limit)) for limit in (soft, hard)]
+    text = f"soft limit {shown[0]}, hard limit {shown[1]}: serve raises the soft limit to the hard one"
+    if hard == resource.RLIM_INFINITY or hard >= FILES:
+        return Fact("open files", text)
+    advice = (
+        f"a front needs one for each connection: raise the hard limit to {ENOUGH_FILES} "
+        f"(systemd: LimitNOFILE={ENOUGH_FILES}, docker run --ulimit nofile={ENOUGH_FILES}, /etc/security/limits.conf)"
+    )
+    return Fact("open files", text, advice)

@@ -9,19 +9,19 @@ import numpy as np
 
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
-from server.cli.backtest import Score
-from server.offline.archive_tools import Place
+from server.offline.archive_location import ArchiveLocation
 from server.offline.evaluation import scores_of
+from server.offline.measures import Score
 from server.offline.rolling_windows import (
     Answers,
+    ArchiveVersion,
     Forecasts,
     InProcess,
-    Model,
     Rolling,
     Unfit,
+    fetch_version,
     forecasts,
-    published,
-    unpublished,
+    open_unpublished,
     with_known,
 )
 
@@ -77,8 +77,8 @@ def judge(
     answers: Answers,
     target: str,
     columns: Mapping[str, Series],
-    candidate: Model,
-    predecessor: Model | None,
+    candidate: ArchiveVersion,
+    predecessor: ArchiveVersion | None,
 ) -> Verdict:
     """Score both on the windows that both can forecast, at the steps and levels both have.
 
@@ -129,15 +129,17 @@ def _value(score: Score, found: Forecasts) -> float:
     return value
 
 
-def judged(gate: Gate, csv: Path, time: str, target: str, where: Place, packed: bytes) -> Verdict:
+def compare_with_predecessor(
+    gate: Gate, csv: Path, time: str, target: str, where: ArchiveLocation, packed: bytes
+) -> Verdict:
     """An archive that is not yet in its place, against what the store has there.
 
     Raises:
         Refused: it is worse. Unfit, SeriesInvalid: it cannot be judged. LoadError, OSError.
     """
-    candidate = unpublished(packed, where.name, where.limits)
+    candidate = open_unpublished(packed, where.name, where.limits)
     try:
-        predecessor = published(where.source, where.name, where.limits)
+        predecessor = fetch_version(where.source, where.name, where.limits)
     except (ModelNotFound, ArchiveInvalid):
         predecessor = None
     known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]

@@ -21,12 +21,13 @@ from model_store.archives.manifest import Channel, Forecast, Kind, Scaler, Spec
 from model_store.archives.packing import pack_forecaster
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.cli.train import make_forecasts
 from server.offline.checkpoint import Journal
 from server.offline.fleet_evaluation import fetch, read_columns, why
+from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import Gate, judge
-from server.offline.rolling_windows import InProcess, Model, Unfit, unpublished, with_known
-from server.sdk.client import Unreachable, reload
+from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, open_unpublished, with_known
+from server.sdk.client import reload_model
+from server.sdk.errors import FleetcastError
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -86,7 +87,7 @@ class Market:
     """One market before its fit: what the store has, what is fitted, and the `series` up to the gate's windows."""
 
     line: int
-    predecessor: Model
+    predecessor: ArchiveVersion
     series: Series
     forecast: Forecast
     architecture: str
@@ -146,7 +147,7 @@ class Renewal:
                     if each.line in left:
                         done(each.line, self._settled(each, fitted))
 
-    def _market(self, line: int, target: str, model: Model) -> Market:
+    def _market(self, line: int, target: str, model: ArchiveVersion) -> Market:
         """Raises Unfit, SeriesInvalid: this one market cannot be fitted; ValueError: none can, by this architecture."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
         series = with_known(self._columns, target, forecast.dynamic_feat)
@@ -189,7 +190,7 @@ class Renewal:
     def _judged(self, market: Market, fitted: Fitted) -> Outcome:
         """Published if it may be. Raises LoadError, Unfit."""
         old, target = market.predecessor, market.series.name
-        candidate = unpublished(self._packed(market, fitted, ""), old.name, self._limits)
+        candidate = open_unpublished(self._packed(market, fitted, ""), old.name, self._limits)
         if _same(candidate.archive.spec, old.archive.spec):
             return Outcome(target=target, model=old.name, result="unchanged", version=old.version)
         verdict = judge(self._plan.gate, self._answers, target, self._columns, candidate, old)
@@ -214,8 +215,8 @@ class Renewal:
         wrong = []
         for url in self._plan.servers:
             try:
-                reload(url, model)
-            except Unreachable as error:
+                reload_model(url, model)
+            except (FleetcastError, ValueError) as error:
                 wrong.append(str(error))
         return "; ".join(wrong)
 
@@ -260,7 +261,7 @@ def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[
         "levels": forecast.quantile_levels,
     }
     lengths = (forecast.prediction_length, forecast.context_length)
-    (made,) = make_forecasts([series], architecture, config, *lengths, options)
+    (made,) = make_recipes([series], architecture, config, *lengths, options)
     origin = made.origin and forecast.origin  # one architecture wants it, one can answer for any hour as it is
     kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
     return replace(made, origin=origin, **kept)

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from starlette.routing import Route
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Situation
+from server.host import raise_open_files_limit
 from server.http_listener import Listener, listener
 from server.ipc.control import ControlError
 from server.settings import Settings
@@ -126,6 +128,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
 
     Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
     """
+    raise_open_files_limit()
     async with AsyncExitStack() as stack:
         socks = {
             name: stack.enter_context(bind(settings.host, port, f"--{name}-port"))
@@ -172,10 +175,16 @@ async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Whoever waits for the file never sees half of it."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
+    """Whoever waits for the file never sees half of it. The draft is a new file: no link is followed."""
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            os.fchmod(descriptor, 0o644)  # addresses are no secret
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
 
 
 def _address(sock: socket.socket) -> str:

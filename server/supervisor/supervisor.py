@@ -7,7 +7,6 @@ socket path of its own, so a front can never reach a dead worker's successor by 
 import asyncio
 import contextlib
 import socket
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
@@ -16,9 +15,10 @@ import msgspec
 import structlog
 
 from model_store.names import ModelName
+from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
 from server.access_log import AccessLog
 from server.errors import Situation
-from server.host import Host, WorkerPlan, front_cores, plan_workers, read_host
+from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
     AccessLogRows,
@@ -48,6 +48,8 @@ from server.routing import Router
 from server.settings import Settings
 from server.supervisor.children import Child, Children
 from server.supervisor.host_files import keep_access_log, keep_disk_cache
+from server.supervisor.runtime_folder import RuntimeFolder
+from server.supervisor.worker_plan import front_cores, plan_workers
 
 SCRAPE_S = 2.0
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
@@ -74,7 +76,7 @@ class Supervisor:
         for plan in self.plans:
             self._homes.up(plan.index)
         self._metrics, self._merged = HostMetrics(), Merged()
-        self._folder = tempfile.TemporaryDirectory(prefix="fleetcast-")
+        self._folder = RuntimeFolder()
         self._disk_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
@@ -91,6 +93,7 @@ class Supervisor:
     async def start(self, listen: socket.socket) -> None:
         """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be."""
         self._listen, access_log = listen, open_access_log(self.settings)
+        prepare_disk_cache(self.settings)
         self._children.start(listen)
         self._disk_keeper = asyncio.create_task(keep_disk_cache(self.settings, self._metrics))
         if access_log is not None:
@@ -125,7 +128,7 @@ class Supervisor:
         if self._disk_keeper is not None:
             self._disk_keeper.cancel()
             await asyncio.gather(self._disk_keeper, return_exceptions=True)
-        self._folder.cleanup()
+        self._folder.close()
 
     # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------
 
@@ -170,7 +173,7 @@ class Supervisor:
         )
 
     def _socket(self, worker: Child) -> str:
-        return f"{self._folder.name}/{worker.index}.{worker.incarnation}"
+        return self._folder.socket(f"{worker.index}.{worker.incarnation}")
 
     def _announce_workers(self, child: Child) -> None:
         """Tell the fronts which workers are up, after `child` has come up or ended."""
@@ -294,6 +297,16 @@ class Supervisor:
 
     async def _ask(self, worker: Child, operation: Operation[Reply]) -> Reply:
         return await worker.ask(operation, self.settings.request_timeout_s + 5)
+
+
+def prepare_disk_cache(settings: Settings) -> None:
+    """Make the disk tier's folders for this user alone. Raises StartFailed when others can write to them."""
+    if not settings.disk_cache_bytes:
+        return
+    try:
+        DiskTier(settings.disk_cache, settings.store).prepare()
+    except UnsafeDiskCache as error:
+        raise StartFailed(str(error)) from error
 
 
 def open_access_log(settings: Settings) -> AccessLog | None:

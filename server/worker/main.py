@@ -22,7 +22,7 @@ from server.host import WorkerPlan
 from server.ipc.control import Member
 from server.ipc.frames import CHUNK
 from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker
-from server.logs import configure_logs
+from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
@@ -133,6 +133,6 @@ def largest_body(settings: Settings) -> int:
 
 if __name__ == "__main__":
     uvloop.run(main(int(sys.argv[1])))
-    sys.stdout.flush()
+    STANDARD_ERROR.flush()
     # Loader threads may hang in a store request: do not wait for them.
     os._exit(0)

@@ -15,9 +15,10 @@ from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
 from tests.e2e.server import Server, upload
 from tests.e2e.test_many import TCN, item
+from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.e2e
 
 NAMES = [f"au/m{i}.mar" for i in range(4)]
 STEPS = TCN["prediction_length"]
@@ -38,7 +39,7 @@ def ask(
     """A joint call; 100 scenarios by seed 7 unless said otherwise."""
     configuration = {"joint": True, "correlation": "joint.mar", "num_samples": 100, "seed": 7, **configuration}
     body = {"requests": [item(model, sum(model.name.encode())) for model in models], "configuration": configuration}
-    return httpx.post(f"{server.url}/v1/forecasts", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{server.url}/v1/forecasts", json=body, headers=headers, timeout=PATIENCE_S)
 
 
 def samples(reply: httpx.Response) -> np.ndarray[Any, Any]:

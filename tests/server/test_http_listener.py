@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.http_listener import MAX_HEAD, SMALL, OneWrite, listener
+from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
 ASKED = 20
@@ -70,7 +71,7 @@ def serving(app: Any, act: Callable[[Client], Awaitable[None]], keep_alive_s: in
         task = asyncio.create_task(server.serve(sockets=[place]))
         reader, writer = await asyncio.open_connection(*place.getsockname())
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 await act(Client(reader, writer))
         finally:
             writer.close()

@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from handlers.base import Family, Float32
+from handlers.kinds import run_row_on_cpu
 from server.worker.engine.execution_plan import MOST_ROWS, UNKNOWN, Learning, Path, Piece, Table, plan
 from server.worker.engine.memory_pool import Pool
 
@@ -103,11 +104,7 @@ class Engine:
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
         """Answers [n, *output_shape] of a model that has no place yet: its row alone, in scratch memory."""
-        block = torch.from_numpy(row)[None].expand(len(x), -1)
-        with torch.inference_mode():
-            answer = family.forward(family.bind(block), torch.from_numpy(x))
-        found: Float32 = answer.numpy()
-        return found
+        return run_row_on_cpu(family, row, x)
 
     def learn(self) -> bool:
         """Time some more forwards of families that have run, for about LEARN_S. False when nothing is to be learnt.

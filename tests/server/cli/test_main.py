@@ -25,6 +25,7 @@ from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
 from server.cli.setting_flags import settings_from, table, with_table
 from tests.handlers.kinds.test_onnx import doubling
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
@@ -124,6 +125,16 @@ def test_help_teaches() -> None:
         assert f"fleetcast {command} " in run(command, "--help").stdout
     assert "--revalidate-s SECONDS" in run("serve", "--help").stdout
     assert run("--version").stdout.startswith("fleetcast 0.")
+
+
+def test_help_imports_nothing_of_the_work() -> None:
+    """`--help` and `--version` load neither torch nor any library of a command; an unknown command is suggested."""
+    work = "{'torch', 'numpy', 'boto3', 'urllib3', 'uvicorn', 'obstore', 'msgspec', 'structlog', 'rich'}"
+    code = f"import sys, server.cli.main\ntry: server.cli.main.main()\nfinally: print({work} & set(sys.modules))"
+    for flag in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr
+    assert "Did you mean 'serve'?" in run("serv").stderr
 
 
 # --- archives -------------------------------------------------------------------------------------------------------
@@ -310,7 +321,7 @@ def test_serve_and_invoke(desk: Path) -> None:
         assert (unknown.exit_code, unknown.stderr.partition("nix")[0]) == (1, "error: ValidationError: ")
         assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=15)
+        out, _ = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, out.partition(":")[0]) == (0, "stopping")
 
 

@@ -18,7 +18,8 @@ from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli.setting_flags import settings_from
 from server.cli.train import NAMES, train
-from server.offline import archive_tools as workshop
+from server.offline.archive_location import locate_archive
+from server.offline.archive_tools import verify_archive
 
 HOURS = 24 * 25
 QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
@@ -70,8 +71,8 @@ def test_archives_load_and_carry_what_was_asked_for(prices: Path, tmp_path: Path
         assert (forecast.unit, forecast.time_zone, forecast.scaler.kind) == ("AUD/MWh", "Etc/GMT-10", "linear")
         assert forecast.dynamic_feat == (f"load_{target}",)
         assert forecast.quantile_levels == (0.05, 0.5, 0.95)
-        place = workshop.place(settings_from({"store": str(store)}), ModelName(f"au/{target}.mar"))
-        assert "golden sample reproduced" in workshop.proved(place)
+        place = locate_archive(settings_from({"store": str(store)}), ModelName(f"au/{target}.mar"))
+        assert "golden sample reproduced" in verify_archive(place)
     assert f"fleetcast serve --store {store}" in result.output
 
 
@@ -111,7 +112,7 @@ def test_every_architecture_is_trained_and_proved(prices: Path, tmp_path: Path, 
         "--architecture", architecture, "--out", str(tmp_path), *quantiles,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    proved = workshop.proved(workshop.place(settings_from({"store": str(tmp_path)}), ModelName("VIC1.mar")))
+    proved = verify_archive(locate_archive(settings_from({"store": str(tmp_path)}), ModelName("VIC1.mar")))
     assert proved.startswith(f"{architecture}-")
     assert proved.endswith("golden sample reproduced")
 

@@ -52,7 +52,7 @@ class Toy:
 def app(worker: Worker | None = None) -> App:
     """The app with the toy among its dialects."""
     made = App(SETTINGS, FrontMetrics(), (*DIALECTS, Toy))
-    attach(made.calls, *([worker] if worker else []))
+    attach(made.plane, *([worker] if worker else []))
     return made
 
 
@@ -175,6 +175,6 @@ def test_nothing_stays_held() -> None:
 
     assert asyncio.run(scenario(b"a", b"b")) == 200
     assert asyncio.run(scenario(bytes(600), bytes(600))) == 413
-    made.calls.held_bytes = 4900
+    made.plane.held_bytes = 4900
     assert asyncio.run(scenario(bytes(100), bytes(100))) == 503
-    assert made.calls.held_bytes == 4900
+    assert made.plane.held_bytes == 4900

@@ -11,6 +11,7 @@ from server.front.main import Front
 from server.http_listener import listener
 from server.ipc.operations import AwaitConnections, ConnectWorkers
 from server.metrics import FrontMetrics
+from tests.patience import PATIENCE_S
 
 
 def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,11 +27,11 @@ def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: 
         linked = asyncio.ensure_future(front.handle(AwaitConnections()))
         await asyncio.sleep(0.05)
         assert not linked.done()
-        assert not app.calls.router.lanes
+        assert not app.plane.router.lanes
         server = await asyncio.start_unix_server(lambda _, writer: writer.close(), path)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await linked
-        assert list(app.calls.router.lanes) == [0]
+        assert list(app.plane.router.lanes) == [0]
         await front.handle(ConnectWorkers({}))
         server.close()
         await server.wait_closed()

@@ -11,6 +11,7 @@ import torch
 
 from handlers.base import Float32
 from handlers.codecs.codec import SingleCodec
+from handlers.kinds import SingleModel
 from model_store.archives.manifest import GoldenSample
 from model_store.cache.cache import Cache
 from model_store.errors import ModelNotFound, NoRoom, StoreUnavailable
@@ -22,7 +23,7 @@ from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built, SingleModel
+from server.worker.model_loader import Built
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice

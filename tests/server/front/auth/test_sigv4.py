@@ -180,3 +180,47 @@ def test_a_body_that_is_not_the_signed_one_is_refused() -> None:
     assert check(sign(headers=hashed)) is None
     assert check(sign(), b"{ }") == "the signature does not match the request"
     assert check(sign(headers=hashed), b"{ }") == "x-amz-content-sha256 is not the hash of the body"
+
+
+@given(path=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30))
+def test_paths_are_part_of_it(path: str) -> None:
+    """Whatever their characters, as a client quotes them and the front unquotes them."""
+    sent = sign(url=f"http://fleet:8080/{quote(path)}")
+    Signatures(KEYS, None, lambda: NOW).check("POST", f"/{path}", b"", sent, b"{}")
+    with pytest.raises(Refused, match="does not match"):
+        Signatures(KEYS, None, lambda: NOW).check("POST", f"/{path}/more", b"", sent, b"{}")
+    with pytest.raises(Refused, match="does not match"):
+        Signatures(KEYS, None, lambda: NOW).check("PUT", f"/{path}", b"", sent, b"{}")
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "Bearer abc", "AWS4-HMAC-SHA256 Credential=AKIA", "{} ", "x{}", "{}0", "AWS4-HMAC-SHA512 {}"],
+)
+def test_what_is_no_signature_is_refused(written: str) -> None:
+    """The header is read as a whole, in the one form that clients send."""
+    sent = sign()
+    said = check({**sent, b"authorization": written.format(sent[b"authorization"].decode()).encode()})
+    assert said == "this server wants requests signed with AWS Signature Version 4"
+
+
+@pytest.mark.parametrize("date", ["", "yesterday", "20260102", "20260102T030405+0000", "20260102T030460Z"])
+def test_a_date_that_is_none_is_refused(date: str) -> None:
+    """Also where the header is missing."""
+    said = check({**sign(), b"x-amz-date": date.encode()})
+    assert said is not None
+    assert "15 minutes old" in said
+
+
+@pytest.mark.parametrize("left_out", ["host", "x-amz-date"])
+def test_host_and_date_must_be_signed(left_out: str) -> None:
+    """Else a request could be sent again later, or to another server."""
+    sent = sign()
+    names = "host;x-amz-date".replace(left_out, "").strip(";")
+    written = sent[b"authorization"].decode().replace("host;x-amz-date", names)
+    assert check({**sent, b"authorization": written.encode()}) == f"the signature must cover {left_out}"
+
+
+def test_reprs_show_no_secret() -> None:
+    """How many keys, not which."""
+    assert repr(Signatures(KEYS)) == "<Signatures of 1 keys>"
