@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from server.errors import Situation
-
 Fields = Sequence[tuple[bytes, bytes]]  #: header fields in the order received, names in lower case
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  #: status, headers, body
 
@@ -62,7 +60,7 @@ def body_framing(fields: Fields) -> bytes:
 
 def refuse_head(message: str) -> Answer:
     """The 400 that a faulty request is answered with, in a form that clients of every listener and dialect can read."""
-    error = {"code": Situation.BAD_REQUEST.name.lower(), "message": message}
+    error = {"code": "bad_request", "message": message}
     body = msgspec.json.encode({"message": message, "error": error})
     headers = [
         (b"content-type", b"application/json"),
