@@ -44,7 +44,7 @@ def asked(body: bytes, coding: str, **chosen: object) -> tuple[Answered, Worker,
     """One request in this coding, to an echo behind the app."""
     app = App(Settings.model_validate({"store": "s", "max_body_bytes": LIMIT, **chosen}), FrontMetrics())
     worker = Worker(lambda request: request.body)
-    attach(app.calls, worker)
+    attach(app.plane, worker)
     headers = {**TARGET, "Content-Encoding": coding, "Content-Length": str(len(body))}
     return asyncio.run(ask(app, "POST", "/invocations", body, headers)), worker, app
 
@@ -147,7 +147,7 @@ def test_a_signature_is_of_the_bytes_that_were_sent() -> None:
     """A signed request is checked before its body is unpacked."""
     app = App(Settings.model_validate({"store": "s", "access_keys": {"key": "secret"}}), FrontMetrics())
     worker = Worker(lambda request: request.body)
-    attach(app.calls, worker)
+    attach(app.plane, worker)
     signed = AWSRequest("POST", "http://host/invocations", headers={**TARGET, "Content-Encoding": "gzip"}, data=PACKED)
     signed.context["timestamp"] = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%SZ")
     SigV4Auth(Credentials("key", "secret"), "sagemaker", "us-east-1").add_auth(signed)
