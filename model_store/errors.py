@@ -43,7 +43,7 @@ class ArchiveInvalid(LoadError):
 
 
 class ArchiveTooLarge(ArchiveInvalid):
-    """The archive breaks a limit of size: bytes, entries or compression ratio."""
+    """The archive breaks a limit of size: bytes, entries, records or compression ratio."""
 
     reason = "archive_too_large"
 

@@ -32,6 +32,7 @@ class Situation(IntEnum):
     BAD_METHOD = 16
     SLOW_CLIENT = 17
     BAD_SIGNATURE = 18
+    UNSUPPORTED_CODING = 19
 
 
 _LOAD_SITUATIONS = {

@@ -140,9 +140,15 @@ class Settings(BaseSettings):
     client_timeout_s: Seconds = Field(
         30.0, description="maximum time for a client to send a request body or to receive a response"
     )
+    keep_alive_s: int = Field(
+        75, ge=1, description="maximum idle time of a connection; longer than the 60 s of common load balancers"
+    )
     access_keys: dict[str, str] = Field(
         default_factory=dict,
         description="access keys and their secrets; if there are any, every request must be signed (SigV4) with one",
+    )
+    access_region: str | None = Field(
+        None, description="region that signatures must name, such as `eu-central-1`; none: any"
     )
 
     pin: list[str] = Field(default_factory=list, description="models that are loaded at start and never evicted")

@@ -26,6 +26,7 @@ from model_store.archives.manifest import (
     parse_mar_manifest,
     parse_spec,
 )
+from model_store.archives.step_budget import StepBudget
 from model_store.archives.tar_reader import read_tar_gz
 from model_store.archives.zip_reader import read_zip
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
@@ -35,6 +36,7 @@ __all__ = ["DEFAULT_LIMITS", "Archive", "Limits", "check_tensors", "open_archive
 Float32 = npt.NDArray[np.float32]
 DEFAULT_LIMITS = Limits()
 
+MAX_TENSORS = 10_000  #: of a safetensors file
 _MODEL_ONNX = "model.onnx"
 _MAX_RECORD_BYTES = 4 << 20  # of a JSON record, and of the header of a safetensors file
 _MAX_LISTED = 5  # names in one message
@@ -140,6 +142,8 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
     with _naming(f"{archive.name}: {archive.weights_file}"):
         if (header := int.from_bytes(raw[:8], "little")) > _MAX_RECORD_BYTES:
             raise ArchiveInvalid(f"it is not safetensors, or its header of {header} bytes is too large")
+        # Each tensor has an object of its own in the header, so that there are no more of them than braces.
+        StepBudget(MAX_TENSORS, "tensors").spend(raw.count(b"{", 8, 8 + header) - 1)
         try:
             stored = deserialize(raw)  # type: ignore[no-untyped-call]
         except SafetensorError as error:

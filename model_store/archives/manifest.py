@@ -11,12 +11,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid
 
 FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; `handlers.kinds.graph` defines its content
 MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: limits of a correlation: its factors have at most 16 and 25 MB
+MAX_ROWS, MAX_LEVELS, MAX_FIELDS = 10_000, 1000, 1000  #: channels or covariates; quantile levels; of `config`
+MAX_GOLDEN_DEPTH, MAX_GOLDEN_VALUES = 64, 500_000  #: of a golden sample: how deep its JSON nests, and its values
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Feature = Literal[
@@ -28,6 +31,7 @@ MemberPath = Annotated[str, Meta(min_length=1, max_length=500)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
 Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Numbers = Annotated[list[int], Meta(max_length=MAX_ROWS)]
 T = TypeVar("T", bound=Struct)
 
 
@@ -99,17 +103,17 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     frequency: Name
     context_length: Length
     prediction_length: Length
-    quantile_levels: tuple[Level, ...]
-    inputs: tuple[Channel, ...]
+    quantile_levels: Annotated[tuple[Level, ...], Meta(max_length=MAX_LEVELS)]
+    inputs: Annotated[tuple[Channel, ...], Meta(max_length=MAX_ROWS)]
     time_zone: Name = "UTC"
-    products: tuple[Name, ...] = ("price",)
-    dynamic_feat: tuple[Name, ...] = ()
-    cat: tuple[Name, ...] = ()
+    products: Annotated[tuple[Name, ...], Meta(max_length=MAX_PRODUCTS)] = ("price",)
+    dynamic_feat: Annotated[tuple[Name, ...], Meta(max_length=MAX_ROWS)] = ()
+    cat: Annotated[tuple[Name, ...], Meta(max_length=MAX_ROWS)] = ()
     unit: str = ""
     floor: float | None = None
     cap: float | None = None
     scaler: Scaler = Scaler()
-    scalers: tuple[Scaler, ...] = ()
+    scalers: Annotated[tuple[Scaler, ...], Meta(max_length=MAX_PRODUCTS)] = ()
     pad_context: bool = False
     tail: Literal["none", "clamp"] = "none"
     paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # not written if unset, like `origin`
@@ -235,7 +239,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: Weights
     format: Literal[1] = 1
     architecture: str = ""
-    config: dict[str, int | float | str | bool | list[int]] = {}
+    config: Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)] = {}
     forecast: Forecast | None = None
     correlation: Correlation | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None
@@ -282,8 +286,35 @@ def parse_mar_manifest(raw: bytes) -> MarManifest:
 
 
 def parse_golden(raw: bytes, member: str) -> GoldenSample:
-    """The golden sample stored as `member`. Raises ArchiveInvalid that names the field."""
-    return _parse(raw, GoldenSample, member)
+    """The golden sample stored as `member`. Raises ArchiveInvalid that names the field, ArchiveTooLarge."""
+    sample = _parse(raw, GoldenSample, member)
+    try:
+        _check_json((sample.request, sample.response), StepBudget(MAX_GOLDEN_VALUES, "values"))
+    except ArchiveInvalid as error:
+        raise type(error)(f"{member}: {error}") from None
+    return sample
+
+
+def _check_json(value: object, budget: StepBudget) -> None:
+    """That JSON is one that every reader and writer of ours can handle, without recursion.
+
+    Raises:
+        ArchiveInvalid: it nests too deep, or has an integer beyond 64 bits.
+        ArchiveTooLarge: it has too many values.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_GOLDEN_DEPTH):
+        inner: list[Any] = []
+        for each in level:
+            budget.spend(len(each))
+            for one in each.values() if isinstance(each, dict) else each:
+                if isinstance(one, (dict, list)):
+                    inner.append(one)
+                elif isinstance(one, int) and not -(2**63) <= one < 2**64:
+                    raise ArchiveInvalid(f"an integer has {one.bit_length()} bits; 64 are the most")
+        level = inner
+    if level:
+        raise ArchiveInvalid(f"it nests deeper than {MAX_GOLDEN_DEPTH} levels")
 
 
 def encode_record(record: Spec | MarManifest | GoldenSample) -> bytes:

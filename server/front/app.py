@@ -16,6 +16,7 @@ import structlog
 
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
+from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, Limit, Reply, Request
@@ -43,7 +44,7 @@ class App:
         self._settings = settings
         self._metrics = metrics
         self._dialects = tuple(make(settings) for make in dialects)
-        self._signatures = Signatures(settings.access_keys) if settings.access_keys else None
+        self._signatures = Signatures(settings.access_keys, settings.access_region) if settings.access_keys else None
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex().encode()
 
@@ -91,6 +92,7 @@ class App:
             message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
             raise Refused(Situation.BAD_REQUEST, message_text)
         request.content_type, request.accept = content_type.decode("latin-1"), accept.decode("latin-1")
+        coding = find_coding(headers)
         announced = headers.get(b"content-length", b"")
         if announced.isdigit() and int(announced) > limit.bytes:
             raise limit.exceeded(int(announced))
@@ -105,6 +107,8 @@ class App:
         if self._signatures is not None:
             query = scope.get("query_string", b"")
             self._signatures.check(request.method, request.path, query, headers, request.body)
+        if coding:
+            request.body = await self._join(b"", limit, unpack(request.body, coding))
 
     async def _read_rest(self, first: bytes, limit: Limit, receive: Receive) -> bytes:
         try:

@@ -111,7 +111,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
     os.sched_setaffinity(0, assignment.cores)
     metrics = FrontMetrics()
     app = App(settings, metrics)
-    server = listener(app, settings.drain_s, settings.client_timeout_s)
+    server = listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))

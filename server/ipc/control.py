@@ -7,6 +7,7 @@ orphans.
 
 import asyncio
 import itertools
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -230,6 +231,7 @@ class Member:
 
     async def join(self, control_fd: int, request: Operation[Reply]) -> Reply | None:
         """The supervisor's assignment; None when it has told us to stop before we began."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is the supervisor's to act on, and drops no request here
         self.channel = await Channel.open(socket.socket(fileno=control_fd), self._accepted, self._handle)
         self.released = asyncio.create_task(self.channel.run())
         try:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -29,6 +30,8 @@ from server.http_listener import Listener, listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.supervisor import Supervisor
+
+log = structlog.get_logger()
 
 MAX_PAGE = 1000
 _STATUS = {
@@ -139,7 +142,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
         supervisor = Supervisor(settings)
         stack.push_async_callback(supervisor.stop)
         for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
-            server = listener(app, 1, settings.client_timeout_s)
+            server = listener(app, 1, settings.client_timeout_s, settings.keep_alive_s)
             task = asyncio.create_task(server.serve(sockets=[socks[name]]))
             stack.push_async_callback(_end_listener, server, task)
         await supervisor.start(socks["inference"])
@@ -150,12 +153,20 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
 
 
 async def until_told_to_stop() -> None:
-    """Wait for SIGTERM or SIGINT."""
+    """Wait for SIGTERM or SIGINT, or for SIGHUP where the server was started from a terminal, which is then gone.
+
+    Without a terminal SIGHUP is an operator's wish for a reload. Settings are not reloaded, so that it changes nothing.
+    """
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
+    loop.add_signal_handler(signal.SIGHUP, told.set if os.isatty(0) else _ignore_hangup)
     await told.wait()
+
+
+def _ignore_hangup() -> None:
+    log.warning("hangup_ignored", why="settings are read at start alone: SIGTERM drains and stops, then start again")
 
 
 async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:

@@ -40,6 +40,7 @@ STATUS: Mapping[Situation, int] = {
     Situation.BAD_METHOD: 405,
     Situation.SLOW_CLIENT: 408,
     Situation.BAD_SIGNATURE: 403,
+    Situation.UNSUPPORTED_CODING: 415,
 }
 #: When a client should come back: all that is short of room or of a worker is over within a second.
 RETRY_AFTER = (Situation.STORE_FAILED, Situation.OVERLOADED, Situation.NOT_READY, Situation.WORKER_LOST)

@@ -49,6 +49,7 @@ ERRORS: Mapping[Situation, Code] = {
     Situation.BAD_METHOD: Code(405, "UnknownOperationException"),
     Situation.SLOW_CLIENT: Code(408, "RequestTimeout"),
     Situation.BAD_SIGNATURE: Code(403, "AccessDeniedException"),
+    Situation.UNSUPPORTED_CODING: Code(415, "ValidationError"),
 }
 _OVERLOADED_AS_429 = Code(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
 
@@ -108,7 +109,10 @@ class SageMaker:
             raise Refused(Situation.NO_TARGET, "no target model: send the header X-Amzn-SageMaker-Target-Model")
         try:
             name = parse_model_name(raw.decode())
-        except (InvalidModelName, UnicodeDecodeError) as error:
+        except UnicodeDecodeError:
+            message = f"X-Amzn-SageMaker-Target-Model: {raw[:80]!r} is not UTF-8; send the model's name as UTF-8"
+            raise Refused(Situation.BAD_NAME, message) from None
+        except InvalidModelName as error:
             raise Refused(Situation.BAD_NAME, f"X-Amzn-SageMaker-Target-Model: {error}") from error
         if len(self._names) >= MAX_NAMES:
             self._names.clear()

@@ -74,7 +74,7 @@ def test_a_new_dialect_is_served_over_a_socket() -> None:
 
     async def scenario() -> None:
         made = app(Worker(lambda asked: asked.body.upper()))
-        server, sock = listener(made, 1.0, 5.0), socket.create_server(("127.0.0.1", 0))
+        server, sock = listener(made, 1.0, 5.0, 5), socket.create_server(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         port = sock.getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:

@@ -21,7 +21,7 @@ def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: 
     async def scenario() -> None:
         metrics = FrontMetrics()
         app = App(settings_from({"store": str(tmp_path)}), metrics)
-        front = Front(app, listener(app, 1.0, 1.0), metrics)
+        front = Front(app, listener(app, 1.0, 1.0, 5), metrics)
         path = str(tmp_path / "0.1")
         await front.handle(ConnectWorkers({0: path}))
         linked = asyncio.ensure_future(front.handle(AwaitConnections()))
