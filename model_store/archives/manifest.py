@@ -16,7 +16,6 @@ from model_store.errors import ArchiveInvalid
 FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; what may be in it is `handlers.kinds.graph`'s to say
-FORMAT = 1
 MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: of a correlation: factors of 16 and 25 MB
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]

@@ -59,7 +59,6 @@ class Child:
     incarnation: int = 0
     failures: int = 0
     proven: bool = False  #: has been ready at least once
-    started_at: float = 0.0
     process: asyncio.subprocess.Process | None = None
     channel: Channel | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
