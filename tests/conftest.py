@@ -14,6 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: spinn
 configure_logs("warning", "json")  # structlog's default draws tracebacks with every local variable, for seconds
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks the S3 server is slow: that is a process."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "s3" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """HOME is fresh, AWS_* and XDG_* are unset: neither credentials nor caches of the machine are used."""

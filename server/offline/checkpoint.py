@@ -17,7 +17,6 @@ import numpy.typing as npt
 
 RECORD = Struct("<QQQ")  # line, where its answer starts, its bytes
 MAGIC = b"fleetcast batch 1\n"
-DIGEST_BYTES = 32
 NOT_DONE = -1
 
 
