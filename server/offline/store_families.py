@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from handlers import forecasters
 from handlers.base import Family, Float32
-from handlers.forecasters import ARCHITECTURES, build, random_tensors
 from handlers.kinds import RowModel
 from handlers.model import open_model
 from model_store.errors import LoadError
@@ -37,9 +37,9 @@ class StoreFamilies:
 
 def built_in_families() -> Iterator[Measurable]:
     """Every architecture in its default configuration, with random numbers."""
-    for name in ARCHITECTURES:
-        family = build(name, {})
-        yield Measurable(name, family, family.row(random_tensors(family, 0)))
+    for name in forecasters.ARCHITECTURES:
+        family = forecasters.build(name, {})
+        yield Measurable(name, family, family.row(forecasters.random_tensors(family, 0)))
 
 
 def find_families(settings: Settings, report_progress: Callable[[int, int], None]) -> StoreFamilies:
