@@ -22,7 +22,6 @@ def small(folder: Path, prefetch: str, ticks: int = SMALL.ticks) -> PrefetchResu
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(90)
 def test_a_learnt_tick_is_warm(tmp_path: Path) -> None:
     """On a real server, by the wall clock: of the ticks that can be foreseen at least one has no cold call in 100.
 
@@ -35,7 +34,6 @@ def test_a_learnt_tick_is_warm(tmp_path: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(90)
 def test_without_prefetch_every_tick_is_cold(tmp_path: Path) -> None:
     """The same traffic evicts most of the fleet between two ticks: what the test above is measured against."""
     off = small(tmp_path, "off", LEARNT + 1)

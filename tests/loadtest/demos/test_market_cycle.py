@@ -64,7 +64,6 @@ def write_prices(path: Path) -> list[str]:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(90)
 def test_the_whole_cycle(tmp_path: Path) -> None:
     """Fitted, correlated, served, asked, drawn; then the same by a server that runs, and nothing is made again."""
     products = write_prices(tmp_path / "prices.csv")

@@ -58,7 +58,6 @@ def _ask(connection: http.client.HTTPConnection, name: str, body: bytes) -> str:
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(60)
 def test_costs_of_a_real_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From archives to costs that `plan` reads: loads from the store and, unloaded, from disk; hits; full steps."""
     models, out = str(tmp_path / "models"), tmp_path / "costs.json"
