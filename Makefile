@@ -70,7 +70,7 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
-docs: $(READY) ## the README's table of settings
+docs: $(READY) ## the README's tables of settings, metrics and architectures
 	$(BIN)/fleetcast settings-table README.md
 
 bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)

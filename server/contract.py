@@ -195,4 +195,7 @@ ACCESS_LOG_ROWS: Final = MetricSpec(
     "counter", "access_log_rows", "Access log rows, by result: written or dropped", ("result",)
 )
 
+LOG_LINES_DROPPED: Final = MetricSpec(
+    "counter", "log_lines_dropped", "Log lines dropped because standard error was not read"
+)
 METRICS: Final = tuple(each for each in tuple(globals().values()) if isinstance(each, MetricSpec))

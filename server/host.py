@@ -1,17 +1,22 @@
-"""What this machine gives: memory and cores within cgroup limits, GPUs, and how workers share them. No torch here."""
+"""What this machine gives a server: cores and memory within the limits of its cgroups, GPUs, open files. No torch.
+
+Limits are those of the process's own cgroup and of each of its parents that can be seen from here, in cgroup v2, v1
+and where both are mounted: containers, nested containers, systemd services and slices. The least one holds.
+"""
 
 import os
-from collections.abc import Sequence
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-from server.contract import CACHE_SHARE
-from server.settings import Settings
-
-HOST_TIER_SHARE = 0.1
-MIB = 1024 * 1024
-HOST_TIER_BYTES = 4096 * MIB
+V2 = ""  #: the name of the v2 hierarchy where v1 has a controller's
+#: Where hierarchies are mounted if /proc/self/mountinfo does not say.
+USUAL_MOUNTS = {V2: "sys/fs/cgroup", "memory": "sys/fs/cgroup/memory", "cpu": "sys/fs/cgroup/cpu"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,86 +48,135 @@ class WorkerPlan:
 def read_host(root: Path = Path("/")) -> Host:
     """The machine as it is now. `root` is for tests."""
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    return Host(cores[: _cpu_quota(root, len(cores))], _memory(root), _gpus(root))
+    folders = [*_cgroup_folders(root)]
+    quotas = [quota for hierarchy, folder in folders if (quota := _cpu_quota(hierarchy, folder))]
+    limits = [limit for hierarchy, folder in folders for limit in _memory_limits(hierarchy, folder)]
+    return Host(cores[: min(quotas, default=None)], min([_memory_total(root), *limits]), _gpus(root))
 
 
-def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
-    """Who runs where. Raises ValueError when CUDA is demanded or needed and absent, or a share is less than a slab."""
-    if settings.device == "cuda" and not host.gpus:
-        raise ValueError("device is cuda, but no GPU is visible here (/dev/nvidia*, CUDA_VISIBLE_DEVICES)")
-    cuda = bool(host.gpus) and settings.device != "cpu"
-    default = len(host.gpus) * settings.workers_per_device if cuda else max(1, len(host.cores) - 1)
-    count = settings.workers or default
-    if settings.precision != "float32" and not cuda:
-        raise ValueError(f"precision is {settings.precision}, but models run on the CPU, in float32: leave it out")
-    measured = cuda and not settings.model_cache_bytes  # by the workers: this process has no torch
-    total = int(settings.model_cache_bytes) or int(host.memory_bytes * CACHE_SHARE)
-    budget = 0 if measured else total // count
-    if budget < settings.slab_bytes and not measured:
-        raise ValueError(
-            f"model_cache_bytes {total} divided among {count} workers is {budget} bytes each, less than one slab of "
-            f"{int(settings.slab_bytes)} (slab_bytes)"
-        )
-    shares = share_cores(host.cores, count)
-    gpus = [host.gpus[i % len(host.gpus)] if cuda else "" for i in range(count)]
-    return [
-        WorkerPlan(
-            index=i,
-            device=f"cuda:{gpus[i]}" if cuda else "cpu",
-            cores=shares[i],
-            threads=settings.threads or len(shares[i]),
-            budget_bytes=budget,
-            host_bytes=_host_tier(settings, host, cuda) // count,
-            sharers=gpus.count(gpus[i]),
-        )
-        for i in range(count)
-    ]
+def raise_open_files_limit() -> None:
+    """Let this process and its future children open as many files as the hard limit allows: a client needs one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # refused, as a sandbox may: the present limit stays
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _host_tier(settings: Settings, host: Host, cuda: bool) -> int:
-    """Bytes of the host memory tier, all workers together."""
-    if settings.host_cache_bytes is not None:
-        return int(settings.host_cache_bytes)
-    return min(HOST_TIER_BYTES, int(host.memory_bytes * HOST_TIER_SHARE)) if cuda else 0
+# --- cgroups --------------------------------------------------------------------------------------------------------
 
 
-def share_cores(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """Cores per worker: all but the first (the fronts') dealt out evenly; with too few, workers take turns on all."""
-    own = cores[1:] if len(cores) > count else cores
-    if len(own) < count:
-        return [(own[i % len(own)],) for i in range(count)]
-    size = len(own) // count
-    return [tuple(own[i * size : (i + 1) * size]) for i in range(count)]
+class _Mount(NamedTuple):
+    """Where a part of a hierarchy can be seen: `top`, a cgroup's path, is mounted at `point`."""
+
+    hierarchy: str
+    top: str
+    point: str
 
 
-def front_cores(cores: Sequence[int], plans: Sequence[WorkerPlan]) -> tuple[int, ...]:
-    """What the workers leave to the fronts; all cores when they leave nothing."""
-    taken = {core for plan in plans for core in plan.cores}
-    return tuple(core for core in cores if core not in taken) or tuple(cores)
+def _cgroup_folders(root: Path) -> Iterator[tuple[str, Path]]:
+    """The hierarchy's name and folder of the process's cgroup and its parents, of every hierarchy with limits."""
+    own = dict(_own_cgroups(root))
+    mounts = list(_cgroup_mounts(root)) or [_Mount(name, "/", point) for name, point in USUAL_MOUNTS.items()]
+    for hierarchy, top, point in mounts:
+        mounted = root / point.lstrip("/")
+        below = _path_below(top, own.get(hierarchy, "/"))
+        for path in (below, *below.parents):
+            yield hierarchy, mounted / path
 
 
-def _memory(root: Path) -> int:
-    limits = [
-        _number(root / name) for name in ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes")
-    ]
+def _path_below(top: str, path: str) -> PurePosixPath:
+    """A cgroup's path relative to the mounted one.
+
+    Empty when it is not below that: the mount of another cgroup namespace. What a container has mounted is then its
+    own cgroup or a parent of it.
+    """
+    cgroup = PurePosixPath(path)
+    if ".." in cgroup.parts or not cgroup.is_relative_to(top):
+        return PurePosixPath()
+    return cgroup.relative_to(top)
+
+
+def _own_cgroups(root: Path) -> Iterator[tuple[str, str]]:
+    """Hierarchy and path of this process's cgroups: lines as `4:cpu,cpuacct:/a/b` (v1) and `0::/a/b` (v2)."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        for name in controllers.split(","):
+            yield name, path
+
+
+def _cgroup_mounts(root: Path) -> Iterator[_Mount]:
+    """The mounted hierarchies that have limits of memory or CPU (proc_pid_mountinfo(5))."""
+    for line in _lines(root / "proc/self/mountinfo"):
+        fields, _, rest = line.partition(" - ")
+        top, point = map(_unescape_octal, fields.split()[3:5])
+        kind, _, options = rest.split(maxsplit=2)
+        if kind == "cgroup2":
+            yield _Mount(V2, top, point)
+        elif kind == "cgroup":
+            for name in {"memory", "cpu"}.intersection(options.split(",")):
+                yield _Mount(name, top, point)
+
+
+def _unescape_octal(text: str) -> str:
+    r"""Blanks and backslashes stand in mountinfo as `\040` and the like."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
+
+
+def _memory_limits(hierarchy: str, folder: Path) -> Iterator[int]:
+    """Limits in bytes that one cgroup has, without those that say there is none.
+
+    `memory.high` counts: above it the kernel slows a process down until it hardly moves. v1's `memory.stat` knows the
+    limits of parents that are not mounted here too.
+    """
+    if hierarchy == V2:
+        names = ["memory.max", "memory.high"]
+    elif hierarchy == "memory":
+        names = ["memory.limit_in_bytes"]
+        for line in _lines(folder / "memory.stat"):
+            if line.startswith("hierarchical_memory_limit "):
+                yield int(line.split()[1])
+    else:
+        return
+    for name in names:
+        if limit := _number(folder / name):
+            yield limit
+
+
+def _cpu_quota(hierarchy: str, folder: Path) -> int | None:
+    """How many cores' time one cgroup has, rounded up. None where there is no limit."""
+    if hierarchy == V2:
+        quota, _, period = _first_line(folder / "cpu.max").partition(" ")
+    elif hierarchy == "cpu":
+        quota, period = _first_line(folder / "cpu.cfs_quota_us"), _first_line(folder / "cpu.cfs_period_us")
+    else:
+        return None
+    if not quota.isdecimal() or not period.isdecimal():  # no such file, "max", or v1's -1
+        return None
+    return max(1, -(-int(quota) // int(period)))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _memory_total(root: Path) -> int:
     meminfo = (root / "proc/meminfo").read_text().split()
-    total = int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
-    return min([total, *(limit for limit in limits if limit)])
+    return int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
 
 
-def _cpu_quota(root: Path, cores: int) -> int:
+def _lines(path: Path) -> list[str]:
+    """A file's lines; none where it cannot be read."""
     try:
-        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return cores
+        return path.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+
+
+def _first_line(path: Path) -> str:
+    return next(iter(_lines(path)), "")
 
 
 def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return None
+    text = _first_line(path)
+    return int(text) if text.isdecimal() else None  # else absent, or "max"
 
 
 def _gpus(root: Path) -> tuple[str, ...]:

@@ -15,11 +15,13 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.metrics_core import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from server import contract
 from server.contract import METRIC_PREFIX, MetricSpec
+from server.logs import STANDARD_ERROR
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -44,11 +46,21 @@ def _histogram(
     return Histogram(METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels), registry=registry, buckets=buckets)
 
 
+class DroppedLogLines(Collector):
+    """Log lines of this process that were dropped: standard error's reader stopped, or has gone."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One counter."""
+        spec = contract.LOG_LINES_DROPPED
+        yield CounterMetricFamily(METRIC_PREFIX + spec.name, spec.help, STANDARD_ERROR.dropped)
+
+
 class WorkerMetrics:
     """What one worker counts. Every series has the labels `worker` and `device` (contract.WORKER_LABELS)."""
 
     def __init__(self, worker: int, device: str, per_model: int = 0) -> None:
         self.registry = CollectorRegistry()
+        self.registry.register(DroppedLogLines())
         self._labels = dict(zip(contract.WORKER_LABELS, (str(worker), device), strict=True))
         self._per_model = per_model
         self._shown: set[str] = set()
@@ -182,6 +194,15 @@ class Merged:
         """The families of all processes, equal series summed."""
         living = map(text_string_to_metric_families, self._living.values())
         yield from merge(chain(self._dead, *living))
+
+
+def table() -> str:
+    """Every metric as a row of Markdown, for the README."""
+    rows = ["| metric | what it is |", "|---|---|"]
+    for spec in contract.METRICS:
+        labels = f"{{{','.join(spec.labels)}}}" if spec.labels else ""
+        rows.append(f"| `{spec.series}{labels}` | {spec.help} |")
+    return "\n".join(rows)
 
 
 def merge(families: Iterable[Metric]) -> list[Metric]:

@@ -8,7 +8,7 @@ file, the file overrides the defaults.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import BaseModel, ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
@@ -140,9 +140,15 @@ class Settings(BaseSettings):
     client_timeout_s: Seconds = Field(
         30.0, description="maximum time for a client to send a request body or to receive a response"
     )
+    keep_alive_s: int = Field(
+        75, ge=1, description="maximum idle time of a connection; longer than the 60 s of common load balancers"
+    )
     access_keys: dict[str, str] = Field(
         default_factory=dict,
         description="access keys and their secrets; if there are any, every request must be signed (SigV4) with one",
+    )
+    access_region: str | None = Field(
+        None, description="region that signatures must name, such as `eu-central-1`; none: any"
     )
 
     pin: list[str] = Field(default_factory=list, description="models that are loaded at start and never evicted")
@@ -190,13 +196,18 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def to_wire(self) -> dict[str, Any]:
-        """The settings as plain JSON values, for a child process (`from_wire` there)."""
+        """The settings as plain values, for a child process (`from_wire` there)."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "Settings":
-        """Settings of a child process: its parent's, whatever its own environment and files say."""
-        return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})  # the one type JSON lacks
+        """The parent's settings, each of its own type. The child's environment and files are not read.
+
+        Raises ValidationError (a ValueError) for values that are no settings.
+        """
+        settings = cls.__new__(cls)
+        BaseModel.__init__(settings, **values)  # that of BaseSettings would read them
+        return settings
 
 
 def format_bytes(size: int) -> str:

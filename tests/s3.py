@@ -27,7 +27,8 @@ from urllib.parse import unquote, urlsplit
 import boto3
 from botocore.config import Config
 
-START_LIMIT_S = 15.0
+from tests.patience import PATIENCE_S, POLL_S
+
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -37,6 +38,7 @@ class Fault:
 
     `status`: answered by the proxy itself. `delay_s`: held that long first. `cut_after`: the connection is cut after so
     many bytes of the true body; -1 cuts before the status line, so the client sees no answer at all.
+    `held`: not answered before the event is set.
     """
 
     match: str = ""
@@ -44,6 +46,7 @@ class Fault:
     status: int | None = None
     delay_s: float = 0.0
     cut_after: int | None = None
+    held: threading.Event | None = None
 
 
 @dataclass
@@ -108,6 +111,19 @@ class S3Server:
         finally:
             self.faults.remove(fault)
 
+    @contextmanager
+    def hold(self, match: str, times: int = 1) -> Iterator[threading.Event]:
+        """The next `times` requests whose path contains `match` are held until the event is set or the block ends."""
+        released = threading.Event()
+        fault = Fault(match=match, times=times, held=released)
+        self.inject(fault)
+        try:
+            yield released
+        finally:
+            released.set()
+            with self._lock:
+                fault.times = 0
+
     def take_fault(self, path: str) -> Fault | None:
         """The proxy's side of `inject`: the fault this request meets, counted down."""
         with self._lock:
@@ -157,7 +173,7 @@ def _swift() -> Iterator[str]:
     port = _free_ports(5)
     folder = Path(tempfile.mkdtemp(prefix="swift-"))
     try:
-        subprocess.run([Path(__file__).with_name("swift.sh"), folder, str(port)], check=True, timeout=START_LIMIT_S)
+        subprocess.run([Path(__file__).with_name("swift.sh"), folder, str(port)], check=True, timeout=PATIENCE_S)
         yield f"http://127.0.0.1:{port}"
     finally:
         for pid in (folder / "pids").read_text().split():
@@ -184,12 +200,12 @@ def _free_ports(count: int) -> int:
 
 
 def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + START_LIMIT_S
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
         except OSError:
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         else:
             return
     raise RuntimeError(f"the S3 server did not listen on port {port} (exit code {process.poll()})")
@@ -238,6 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         fault = self.server_state.take_fault(self.path) or Fault()
         time.sleep(fault.delay_s)
+        if fault.held is not None:
+            fault.held.wait(PATIENCE_S)
         if fault.cut_after == -1:
             self.server_state.record(self.command, self.path, 0)
             self.close_connection = True
@@ -255,7 +273,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = fault.cut_after is not None
 
     def _ask_upstream(self, body: bytes) -> tuple[bytes, int, list[tuple[str, str]]]:
-        with closing(http.client.HTTPConnection(self.upstream.hostname, self.upstream.port, timeout=30)) as connection:
+        with closing(
+            http.client.HTTPConnection(self.upstream.hostname, self.upstream.port, timeout=PATIENCE_S)
+        ) as connection:
             # The path and the Host header go through as they came: the client has signed them.
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for key, value in self.headers.items():

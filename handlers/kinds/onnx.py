@@ -1,6 +1,7 @@
 """Archives of kind onnx: one ONNX Runtime session a model, float32 in and out, and no file is read but its bytes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from handlers.errors import RunFailed
 from handlers.kinds.models import BuiltModel, SingleModel, Target
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
+from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 Provider = Literal["cpu", "cuda"]
@@ -30,6 +32,15 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
     "Tensor": {},
 }
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  #: fields of Tensor; location 0 is inside the model
+MAX_FIELDS = 200_000  #: that a scan looks at: some 10 for each node or tensor
+MAX_SCALAR_BYTES = 32 * 2**20  #: of fields that a scan skips
+SCALARS_AT_ONCE = 64 * 1024  #: bytes: the interpreter is held for half a millisecond
+#: A run of varint, fixed 64-bit and fixed 32-bit fields numbered 1 to 15. Possessive, so that it never goes back.
+SCALARS = re.compile(
+    rb"(?:[%b][\x80-\xff]{0,9}[\x00-\x7f]|[%b].{8}|[%b].{4})++"
+    % tuple(re.escape(bytes(number << 3 | wire for number in range(1, 16))) for wire in (0, 1, 5)),
+    re.DOTALL,
+)
 VARINT, BYTES, FIXED = 0, 2, {1: 8, 5: 4}  #: protobuf wire types; of the last, the length
 NOT_A_MODEL = "model.onnx: not an ONNX model: its protobuf encoding is broken or cut off"
 SESSION_BYTES = 320 * 1024
@@ -182,12 +193,22 @@ def refuse_external_data(model: bytes) -> None:
     """Raises ArchiveInvalid where any tensor of the model names a file, or the bytes are no protobuf message.
 
     ONNX Runtime 1.31 refuses external data of a model given as bytes too, but how has changed between its versions, so
-    we look for ourselves: at every place the format has for a tensor, without unpacking any.
+    we look for ourselves: at every place the format has for a tensor, without unpacking any. Raises ArchiveTooLarge
+    where that takes more steps than a sound model's.
     """
+    fields = StepBudget(MAX_FIELDS, "fields of an ONNX model")
+    scalars = StepBudget(MAX_SCALAR_BYTES, "bytes of single numbers in an ONNX model")
     todo = [("Model", memoryview(model))]
     while todo:
         kind, message = todo.pop()
-        for field, value in _fields(message):
+        at = 0
+        while True:
+            if kind != "Tensor":  # a tensor's numbers are told apart: one of them is its data's location
+                at = _skip_scalars(message, at, scalars)
+            if at >= len(message):
+                break
+            fields.spend()
+            field, value, at = _field(message, at)
             if kind == "Tensor" and (field == EXTERNAL_DATA or (field == DATA_LOCATION and value != 0)):
                 raise ArchiveInvalid("model.onnx: a tensor is in an external file; save the model as a single file")
             inner = MESSAGES[kind].get(field)
@@ -195,25 +216,29 @@ def refuse_external_data(model: bytes) -> None:
                 todo.append((inner, value))
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """A protobuf message's (field number, bytes or integer), top level only. Raises ArchiveInvalid."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _varint(message, at)
-        field, wire = tag >> 3, tag & 7
-        if field == 0 or tag >> 32:
-            raise ArchiveInvalid(NOT_A_MODEL)
-        if wire == VARINT:
-            value, at = _varint(message, at)
-            yield field, value
-            continue
-        length = FIXED.get(wire, end)  # beyond the end for groups, which are in no ONNX file
-        if wire == BYTES:
-            length, at = _varint(message, at)
-        if length > end - at:
-            raise ArchiveInvalid(NOT_A_MODEL)
-        yield field, message[at : at + length]
-        at += length
+def _skip_scalars(message: memoryview, at: int, budget: StepBudget) -> int:
+    """Where the run of fields that are single numbers ends which starts at `at`: tree ensembles have a million."""
+    while (run := SCALARS.match(message, at, at + SCALARS_AT_ONCE)) is not None:
+        budget.spend(run.end() - at)
+        at = run.end()
+    return at
+
+
+def _field(message: memoryview, at: int) -> tuple[int, memoryview | int, int]:
+    """The number of the protobuf field at `at`, its bytes or integer, and where it ends. Raises ArchiveInvalid."""
+    tag, at = _varint(message, at)
+    number, wire = tag >> 3, tag & 7
+    if number == 0 or tag >> 32:
+        raise ArchiveInvalid(NOT_A_MODEL)
+    if wire == VARINT:
+        value, at = _varint(message, at)
+        return number, value, at
+    length = FIXED.get(wire, len(message))  # beyond the end for groups, which are in no ONNX file
+    if wire == BYTES:
+        length, at = _varint(message, at)
+    if length > len(message) - at:
+        raise ArchiveInvalid(NOT_A_MODEL)
+    return number, message[at : at + length], at + length
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

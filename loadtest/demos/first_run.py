@@ -1,6 +1,6 @@
-"""`make run`: a fleet, a server whose cache holds a quarter of it, a forecast, a burst, and the lines to go on with.
+"""A fleet, a server whose cache holds a quarter of it, a forecast, a burst of requests, and commands to continue with.
 
-Everything it writes is in `.fleetcast/`. A client's view: the server is a process of its own.
+`make run` starts it. It writes only into `.fleetcast/`; the server is a process of its own.
 """
 
 import json
@@ -21,9 +21,9 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from handlers.forecasters import family
-from loadtest.demos.fan_chart import fan_chart
-from loadtest.fleets.fleet import fleet_names, make_trained_fleet
-from loadtest.fleets.synthetic_markets import make_request_of, synthetic_markets
+from loadtest.demos.fan_chart import draw_fan_chart
+from loadtest.fleets.fleet import list_fleet_names, make_trained_fleet
+from loadtest.fleets.synthetic_markets import make_market_request, make_training_markets
 from loadtest.observe.local_server import LocalServer, serve
 from model_store.archives.archive import open_archive
 from model_store.names import ModelName
@@ -80,7 +80,7 @@ def _say(number: str, text: str) -> None:
 
 
 def _fleet(models: int) -> list[ModelName]:
-    names = fleet_names(models)
+    names = list_fleet_names(models)
     if all((STORE / name).exists() for name in names):
         _say("1", f"the fleet of {models} is in {STORE} already (make clean removes it)")
         return names
@@ -108,7 +108,7 @@ def _row_bytes(name: ModelName) -> int:
 
 def _forecast(server: LocalServer, model: ModelName) -> None:
     """One model asked twice by boto3: first from the store, then from memory."""
-    request, actual = make_request_of(synthetic_markets(1, SEED)[0])
+    request, actual = make_market_request(make_training_markets(1, SEED)[0])
     REQUEST.write_text(json.dumps(request))
     client = boto3.client("sagemaker-runtime", endpoint_url=server.inference, **UNKNOWN_KEYS)
     _say("3", f"a forecast of {model} by boto3, DeepAR JSON")
@@ -125,7 +125,7 @@ def _forecast(server: LocalServer, model: ModelName) -> None:
     prediction = answer["predictions"][0]
     console.print(_forecast_table(prediction))
     console.print("\n   ░ 10-90 %  ▒ 25-75 %  ━ median  ● what really came (EUR/MWh, hours ahead)\n")
-    console.print(fan_chart(prediction["quantiles"], actual), markup=False)
+    console.print(draw_fan_chart(prediction["quantiles"], actual), markup=False)
 
 
 def _forecast_table(prediction: dict[str, Any]) -> Table:

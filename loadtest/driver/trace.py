@@ -1,5 +1,5 @@
-"""Recorded traces: who asked for which model when, and what came of it. Written by a server or after a load; read back
-as arrays, by the driver to replay them and by the planner.
+"""Recorded traces: time, model, size and outcome of each request. Written by a server or after a load run; read as
+arrays, by the driver to replay them and by the planner.
 
 A trace is CSV (RFC 4180) in UTF-8, plain or gzipped:
 
@@ -89,7 +89,7 @@ class Trace:
         return Schedule(at, places[self.model], float(at[-1]) + 1e-6 if len(at) else 0.0)
 
 
-def trace_of(run: Run, names: Sequence[ModelName], sizes: Sequence[int] | None = None, started: float = 0.0) -> Trace:
+def make_trace(run: Run, names: Sequence[ModelName], sizes: Sequence[int] | None = None, started: float = 0.0) -> Trace:
     """A finished run as its client meant it: `time` is when each request was due, after `started`.
 
     `names` and `sizes` [models] are those of the schedule's models.
@@ -148,13 +148,13 @@ def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
 
     Raises as `read_trace` does, once it is there.
     """
-    numbers, rows = _Numbers(), 0
-    for part in _parts(path):
-        lines, before = _lines(part), rows
+    numbers, rows = _ModelNumbers(), 0
+    for part in _list_parts(path):
+        lines, before = _read_lines(part), rows
         if next(lines, (1, ""))[1] != ACCESS_LOG_HEADER:
             raise TraceInvalid(f"{part}, line 1: a trace begins with the line {ACCESS_LOG_HEADER.rstrip()}")
         while True:
-            chunk = _chunk(part, lines, numbers)
+            chunk = _read_chunk(part, lines, numbers)
             rows += len(chunk.time)
             if rows > max_rows:
                 line = max_rows - before + 2
@@ -164,7 +164,7 @@ def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
                 break
 
 
-def _parts(path: Path) -> list[Path]:
+def _list_parts(path: Path) -> list[Path]:
     """A file alone; a folder's traces by name. Raises TraceInvalid for a folder without any."""
     if not path.is_dir():
         return [path]
@@ -174,12 +174,12 @@ def _parts(path: Path) -> list[Path]:
     return found
 
 
-def _chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_Numbers") -> Trace:
+def _read_chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_ModelNumbers") -> Trace:
     times, models, sizes, outcomes = [], [], [], []
     for line_number, line in itertools.islice(lines, CHUNK):
         row = _ROW.fullmatch(line)
         if row is None:
-            raise TraceInvalid(f"{path}, line {line_number}: {_why_no_row(line)}")
+            raise TraceInvalid(f"{path}, line {line_number}: {_explain_bad_row(line)}")
         time, model, size, outcome = row.groups()
         try:
             models.append(numbers[model])
@@ -192,7 +192,7 @@ def _chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_Numbers") ->
     return Trace(np.array(times, np.float64), *columns, numbers.names)
 
 
-class _Numbers(dict[str, int]):
+class _ModelNumbers(dict[str, int]):
     """What stands in the model's column -> the model's number, in the order in which they come."""
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ class _Numbers(dict[str, int]):
         return self[field]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """A file's lines and their numbers, unzipped, at most MAX_LINE bytes each."""
     number = 0
     with path.open("rb") as file:
@@ -229,7 +229,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             raise TraceInvalid(f"{what}; `gzip -dc` writes out what is whole of it") from error
 
 
-def _why_no_row(line: str) -> str:
+def _explain_bad_row(line: str) -> str:
     if line == ACCESS_LOG_HEADER:
         return "the header again: two traces were joined; take this line out"
     if not line.endswith("\n"):

@@ -90,7 +90,7 @@ def serve(
         environment = {**os.environ, **(env or {})}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
-            yield LocalServer(**_addresses(announce, process), process=process)
+            yield LocalServer(**_wait_for_addresses(announce, process), process=process)
         finally:
             process.terminate()
             try:
@@ -100,7 +100,7 @@ def serve(
                 process.wait()
 
 
-def _addresses(announce: Path, process: "subprocess.Popen[bytes]") -> dict[str, str]:
+def _wait_for_addresses(announce: Path, process: "subprocess.Popen[bytes]") -> dict[str, str]:
     """The addresses that the server announces when it is ready."""
     until = time.monotonic() + START_S
     while not announce.exists():

@@ -13,7 +13,7 @@ from server.contract import HEADER_TARGET_MODEL, JSON, raw_header
 _TARGET_MODEL = raw_header(HEADER_TARGET_MODEL)
 
 
-class Link(asyncio.Protocol):
+class WorkerConnection(asyncio.Protocol):
     """The one connection to the worker."""
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Link(asyncio.Protocol):
         self._queue.clear()
 
 
-_links: list[Link] = []
+_links: list[WorkerConnection] = []
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -68,7 +68,7 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         if not message.get("more_body"):
             break
     if not _links:
-        _, link = await asyncio.get_running_loop().create_unix_connection(Link, os.environ["PLAIN_SOCKET"])
+        _, link = await asyncio.get_running_loop().create_unix_connection(WorkerConnection, os.environ["PLAIN_SOCKET"])
         _links.append(link)
     name = dict(scope["headers"])[_TARGET_MODEL]
     reply = await _links[0].call(name, body)

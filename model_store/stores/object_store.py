@@ -31,7 +31,7 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 if TYPE_CHECKING:
     from obstore import GetOptions  # exists in the stubs only
 
-ONE_REQUEST_BYTES = 8 << 20  # up to here an archive is one GET; above, further ranges of this size
+ONE_REQUEST_BYTES = 8 << 20  # the size of one GET; a larger archive takes several ranges of this size
 PARALLEL_RANGES = 8
 MAX_ARCHIVE_BYTES = 1 << 30
 LIST_PAGE = 1000
@@ -39,20 +39,20 @@ S3_SCHEMES = ("s3", "s3a")
 AZURE_HOST_SCHEMES = ("abfs", "abfss")  # container@account.dfs.core.windows.net: the user part is no secret
 OTHER_SCHEMES = ("gs", "az", "azure", *AZURE_HOST_SCHEMES)
 ACCEPTED = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder or a folder's path"
-STAGED = re.compile(r"#\d+$")  # how obstore names a file that it has not written to its end
-# Codes that S3 sends with 400 although they mean 401 or 403.
+STAGED = re.compile(r"#\d+$")  # obstore's name of a file that is being written
+# Codes that S3 sends with status 400 although they mean 401 or 403.
 DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"}
 # botocore renews credentials that expire within 10 to 15 minutes when it is asked, so ask at least this often.
 CREDENTIALS_TTL = timedelta(minutes=10)
 
 
 class InvalidStoreUrl(ValueError):
-    """The URL names no store that can be opened; the message says what is accepted."""
+    """The URL is no store that can be opened; the message says what is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """An archive as the store had it. `version`: the ETag without quotes, or the store's object version."""
+    """An archive from the store. `version`: the ETag without quotes, or the store's object version."""
 
     data: bytes
     version: str
@@ -70,8 +70,8 @@ class Listed:
 class Source:
     """One store under one prefix: model name `au/NSW1.mar` is the key `{prefix}/au/NSW1.mar`. Thread-safe, stateless.
 
-    `url` tells this store from every other, on this host: a folder's is absolute, an S3 store's names the endpoint. The
-    disk tier keeps the archives of different stores apart by it.
+    INVARIANT: `url` identifies the store on this host: a folder's path is absolute, an S3 URL includes the endpoint.
+    The disk tier uses it to keep the archives of different stores apart.
 
     Every method raises StoreUnavailable (time-outs, refused connections, 5xx after the retries) and StoreDenied (401,
     403); both name the store and the cause.
@@ -80,7 +80,7 @@ class Source:
     def __init__(self, url: str, store: Any, where: str, max_archive_bytes: int, folder: Path | None = None) -> None:
         self.url = url
         self._store = store
-        self._where = where  # the URL and, for S3, the endpoint: what an error has to name
+        self._where = where  # for messages: the URL and, for S3, the endpoint
         self._max_archive_bytes = max_archive_bytes
         self._folder = folder
 
@@ -88,13 +88,13 @@ class Source:
         return f"Source({self._where})"
 
     def get(self, name: ModelName, unless: str | None = None) -> Fetched | None:
-        """The archive, or None when its version is still `unless`.
+        """The archive, or None if its version is still `unless`.
 
-        One request up to ONE_REQUEST_BYTES; above, the rest follows in parallel ranges of the same version.
+        An archive above ONE_REQUEST_BYTES takes further requests: parallel ranges of the same version.
 
         Raises:
-            ModelNotFound: no object under this key.
-            ArchiveTooLarge: the size in the first reply is above the limit; the body was not read.
+            ModelNotFound: the store has no object under this key.
+            ArchiveTooLarge: the size in the first reply exceeds the limit; the body was not read.
             ArchiveInvalid: the object is empty.
         """
         if self._folder:
@@ -104,7 +104,7 @@ class Source:
                 return self._get(name, unless)
             except NotModifiedError:
                 return None
-            except PreconditionError:  # replaced between two ranges: once more, from its new beginning
+            except PreconditionError:  # the archive was replaced between two ranges: read the new one
                 return self._get(name, None)
 
     def _get(self, name: ModelName, unless: str | None) -> Fetched:
@@ -133,7 +133,9 @@ class Source:
             yield from pool.map(read, range(start, size, ONE_REQUEST_BYTES))
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
-        """The archives whose names start with `prefix`, page by page as the caller iterates; other keys are left out.
+        """The archives whose names start with `prefix`. Pages are requested as the caller iterates.
+
+        Keys that are no model names are left out.
 
         Raises:
             InvalidModelName: the folder part of `prefix` breaks a rule for names.
@@ -155,7 +157,7 @@ class Source:
             yield from page
 
     def _walk(self, folder: str) -> Iterator[Any]:
-        """Like `_pages` for a local folder: obstore would follow linked folders out of it, or round in circles."""
+        """Like `_pages` for a local folder: obstore would follow links out of the folder, or forever."""
         assert self._folder is not None
         for parent, folders, files in os.walk(self._folder / folder):
             folders.sort()
@@ -170,7 +172,7 @@ class Source:
                     continue
 
     def put(self, name: ModelName, data: bytes) -> str:
-        """Store the archive, atomically, over any older one. The new version."""
+        """Store the archive atomically in place of any older one. Returns the new version."""
         if self._folder and not (self._folder / name).parent.resolve().is_relative_to(self._folder):
             raise StoreDenied(f"{name} leaves {self._where} by a symbolic link")
         with self._explained(name):
@@ -179,7 +181,7 @@ class Source:
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Turn what obstore raises into our situations."""
+        """Translate obstore's exceptions into those of `model_store.errors`."""
         try:
             yield
         except (BaseError, OSError) as error:
@@ -196,11 +198,11 @@ def open_source(
     region: str | None = None,
     max_archive_bytes: int = MAX_ARCHIVE_BYTES,
 ) -> Source:
-    """Open the store at `url`: `s3://`, `gs://`, `az://`, `file://` or a folder's path. No request is sent yet.
+    """Open the store at `url`: `s3://`, `gs://`, `az://`, `file://` or a folder's path. No request is sent.
 
-    S3 takes credentials, region, profile and endpoint by boto3's chain; the arguments go before it. `timeout_s` bounds
-    one attempt; no retry starts after it either, so a call of one request ends within twice that. Retries (429, 5xx,
-    cut or refused connections) back off with jitter.
+    S3 takes credentials, region, profile and endpoint from boto3's chain; the arguments override it. `timeout_s` limits
+    one attempt, and no retry starts after that time, so a call of one request ends within twice `timeout_s`. Retries
+    (429, 5xx, cut or refused connections) back off with jitter.
 
     Raises:
         InvalidStoreUrl: an unknown scheme, a folder that does not exist, credentials in the URL.
@@ -239,7 +241,7 @@ def _open_folder(path: str, max_archive_bytes: int) -> Source:
 def _open_s3(
     bucket: str, prefix: str, session_args: dict[str, str | None], endpoint_url: str | None, options: dict[str, Any]
 ) -> tuple[S3Store, str]:
-    """The store and its endpoint. obstore takes boto3's credentials and region, but not a profile's endpoint."""
+    """The store and its endpoint. obstore accepts boto3's credentials and region, but not a profile's endpoint."""
     import boto3  # noqa: PLC0415  a third of a second that only s3:// has to pay
     import botocore.exceptions  # noqa: PLC0415
     from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415
@@ -271,7 +273,7 @@ def _open_s3(
 
 
 def _client_options(timeout_s: float, retries: int) -> dict[str, Any]:
-    """A silent host is given up after a quarter of the time, so that a retry may find another address."""
+    """Options of obstore's client. Connecting may take a quarter of the time, so that a retry can follow."""
     return {
         "client_options": {
             "timeout": timedelta(seconds=timeout_s),
@@ -286,7 +288,7 @@ def _client_options(timeout_s: float, retries: int) -> dict[str, Any]:
 
 
 def _real_file(folder: Path, name: ModelName, where: str) -> None:
-    """Check that the name is a regular file that lies in the folder after all links; a pipe would block its reader."""
+    """Check that the name is a regular file in the folder, with all links resolved; reading a pipe would block."""
     try:
         target = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
@@ -298,12 +300,12 @@ def _real_file(folder: Path, name: ModelName, where: str) -> None:
 
 
 def _version(meta: Any) -> str:
-    """The ETag without quotes (and without the mark of a weak one), or the object version."""
+    """The ETag without quotes and without the mark of a weak one, or else the object version."""
     return str(meta["e_tag"] or meta["version"] or "").removeprefix("W/").strip('"')
 
 
 def _situation(error: Exception, name: str, where: str) -> Exception:
-    """Our exception for an obstore one. Some situations arrive as a GenericError whose text alone tells them."""
+    """Our exception for one of obstore. Some situations are a GenericError that only its text distinguishes."""
     cause = _cause(error)
     status = re.search(r"status code: (\d{3})", str(error))
     code = re.search(r"<Code>(\w+)</Code>", str(error))
@@ -323,7 +325,7 @@ def _situation(error: Exception, name: str, where: str) -> Exception:
 
 
 def _cause(error: Exception) -> str:
-    """The heart of obstore's message, which also carries the whole reply and a debug print of many lines."""
+    """The cause in obstore's message, which also contains the whole reply and a debug print of many lines."""
     text = str(error)
     head, _, debug = text.partition("\n\nDebug source:")
     retries = re.search(r"after (\d+) retries", head)

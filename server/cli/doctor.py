@@ -16,9 +16,10 @@ from rich.table import Table
 from server.access_log import read_rows
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, progress
-from server.host import Host, plan_workers, read_host
+from server.host import Host, read_host
 from server.offline.cache_sizing import Advice, advise
 from server.settings import Settings, format_bytes
+from server.supervisor.worker_plan import plan_workers
 from server.worker.engine.execution_plan import SIZES, Path
 
 if TYPE_CHECKING:

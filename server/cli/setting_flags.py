@@ -11,10 +11,10 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
+from handlers.architectures import SUMMARIES
+from server import metrics
 from server.settings import TOML_FILE, Settings, format_bytes
 
-TABLE_START = "<!-- settings: written by `make docs` -->"
-TABLE_END = "<!-- end of settings -->"
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
     int: "INTEGER",
@@ -53,13 +53,23 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def architectures() -> str:
+    """Every architecture as a row of Markdown."""
+    rows = ["| `--architecture` | what it is |", "|---|---|"]
+    return "\n".join([*rows, *(f"| `{name}` | {summary} |" for name, summary in SUMMARIES.items())])
+
+
 def with_table(document: str) -> str:
-    """The document with the table between its two marks brought up to date. Raises ValueError without the marks."""
-    head, start, rest = document.partition(TABLE_START)
-    _, end, tail = rest.partition(TABLE_END)
-    if not (start and end):
-        raise ValueError(f"the document needs the lines {TABLE_START} and {TABLE_END}")
-    return f"{head}{start}\n{table()}\n{end}{tail}"
+    """The document with its generated tables brought up to date. Raises ValueError without their marks."""
+    tables = {"settings": table(), "metrics": metrics.table(), "architectures": architectures()}
+    for name, rows in tables.items():
+        first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
+        head, start, rest = document.partition(first)
+        _, end, tail = rest.partition(last)
+        if not (start and end):
+            raise ValueError(f"the document needs the lines {first} and {last}")
+        document = f"{head}{start}\n{rows}\n{end}{tail}"
+    return document
 
 
 def flag(name: str) -> str:

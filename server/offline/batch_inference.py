@@ -22,7 +22,7 @@ from handlers.model import Model
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Detail, Refused, Situation, situation_of
-from server.front.dialects.forecasts import prediction
+from server.front.raw_json import extract_prediction
 from server.offline.checkpoint import Journal
 
 CHUNK = 64  #: lines of one model that are answered together
@@ -185,7 +185,7 @@ def _encode(answer: bytes | RequestError | RunFailed) -> bytes:
     if isinstance(answer, RunFailed):
         return _error(Refused(Situation.MODEL_FAILED, str(answer)))
     try:
-        return prediction(answer) + b"\n"
+        return extract_prediction(answer) + b"\n"
     except Refused as refused:
         return _error(refused)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from server.host import MIB, Host, WorkerPlan, plan_workers
-from server.settings import Settings, format_bytes
+from server.host import Host, WorkerPlan
+from server.settings import MIB, Settings, format_bytes
+from server.supervisor.worker_plan import plan_workers
 
 WORKER_BYTES = 250 * MIB  #: of a worker before its first model: Python, torch, staging (measured: 215 MB)
 FRONT_BYTES = 100 * MIB  #: of a front or the supervisor
-FILES = 4096  #: a front has one for each connection
+FILES = 4096  #: a front has one for each connection; with a lower hard limit there is advice
+ENOUGH_FILES = 65536
 SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
 
 
@@ -117,10 +119,13 @@ def disk_cache(folder: Path, limit: int) -> Fact:
 
 
 def open_files(soft: int, hard: int) -> Fact:
-    """The limit of descriptors that processes inherit."""
-    shown = "no limit" if soft == resource.RLIM_INFINITY else f"{soft} a process"
-    if soft == resource.RLIM_INFINITY or soft >= FILES:
-        return Fact("open files", shown)
-    most = "65536" if hard == resource.RLIM_INFINITY else str(min(hard, 65536))
-    advice = f"a front needs one for each connection: `ulimit -n {most}` before serve (systemd: LimitNOFILE={most})"
-    return Fact("open files", shown, advice)
+    """The limits of descriptors of this process, as those of `serve` would be in its place: a client needs one."""
+    shown = [("none" if limit == resource.RLIM_INFINITY else str(limit)) for limit in (soft, hard)]
+    text = f"soft limit {shown[0]}, hard limit {shown[1]}: serve raises the soft limit to the hard one"
+    if hard == resource.RLIM_INFINITY or hard >= FILES:
+        return Fact("open files", text)
+    advice = (
+        f"a front needs one for each connection: raise the hard limit to {ENOUGH_FILES} "
+        f"(systemd: LimitNOFILE={ENOUGH_FILES}, docker run --ulimit nofile={ENOUGH_FILES}, /etc/security/limits.conf)"
+    )
+    return Fact("open files", text, advice)

@@ -6,12 +6,15 @@ Runs in the supervisor's process. Model names have slashes, so paths put the ver
 import asyncio
 import http
 import json
+import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -22,10 +25,13 @@ from starlette.routing import Route
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Situation
+from server.host import raise_open_files_limit
 from server.http_listener import Listener, listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.supervisor import Supervisor
+
+log = structlog.get_logger()
 
 MAX_PAGE = 1000
 _STATUS = {
@@ -43,7 +49,7 @@ Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
 
 
 def management_app(supervisor: Supervisor) -> Starlette:
-    """`/fleet/...`: what is where, and load, unload, pin, unpin, reload. Errors are `{"error": {code, message}}`."""
+    """`/fleet/...`: lists models and processes, loads, unloads, pins. Errors are `{"error": {code, message}}`."""
 
     async def models(request: Request) -> Response:
         after, prefix = request.query_params.get("after", ""), request.query_params.get("prefix", "")
@@ -122,6 +128,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
 
     Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
     """
+    raise_open_files_limit()
     async with AsyncExitStack() as stack:
         socks = {
             name: stack.enter_context(bind(settings.host, port, f"--{name}-port"))
@@ -135,7 +142,7 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
         supervisor = Supervisor(settings)
         stack.push_async_callback(supervisor.stop)
         for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
-            server = listener(app, 1, settings.client_timeout_s)
+            server = listener(app, 1, settings.client_timeout_s, settings.keep_alive_s)
             task = asyncio.create_task(server.serve(sockets=[socks[name]]))
             stack.push_async_callback(_end_listener, server, task)
         await supervisor.start(socks["inference"])
@@ -146,12 +153,20 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
 
 
 async def until_told_to_stop() -> None:
-    """Until SIGTERM or SIGINT."""
+    """Wait for SIGTERM or SIGINT, or for SIGHUP where the server was started from a terminal, which is then gone.
+
+    Without a terminal SIGHUP is an operator's wish for a reload. Settings are not reloaded, so that it changes nothing.
+    """
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
+    loop.add_signal_handler(signal.SIGHUP, told.set if os.isatty(0) else _ignore_hangup)
     await told.wait()
+
+
+def _ignore_hangup() -> None:
+    log.warning("hangup_ignored", why="settings are read at start alone: SIGTERM drains and stops, then start again")
 
 
 async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
@@ -160,10 +175,16 @@ async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Whoever waits for the file never sees half of it."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
+    """Replace the file at once: a reader never sees half of it. The draft is a new file, so no link is followed."""
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            os.fchmod(descriptor, 0o644)  # addresses are no secret
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
 
 
 def _address(sock: socket.socket) -> str:

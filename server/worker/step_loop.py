@@ -1,9 +1,10 @@
-"""The step loop: schedule -> execute -> update. What a worker does for requests.
+"""The worker's step loop: schedule a batch, execute it, answer its requests.
 
-Everything here runs on the worker's event loop thread, in short calls: `submit` when a request has arrived, `step` when
-there is something to do. What arrives while a step runs is for the next batches. `server.worker.model_loads` brings
-models, `server.worker.resident_models` has those that are here; both live on this thread, so that nothing is changed
-while a batch runs.
+Everything runs on the worker's event loop thread (the step thread) in short calls: `submit` when a request arrives,
+`step` when there is work. A request that arrives during a step runs in a later batch. `server.worker.model_loads` loads
+models, `server.worker.resident_models` holds the loaded ones.
+
+INVARIANT: loads and residents change only on this thread, so no row changes while a batch runs.
 """
 
 import asyncio
@@ -41,17 +42,21 @@ log = structlog.get_logger()
 
 
 class Origin(Protocol):
-    """Whom a job came from: a front's connection."""
+    """The front connection that a job's response is sent to."""
 
     def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
-        """The job's answer."""
+        """Send the job's answer. `queue_s` and `inference_s`: seconds in the queue and in the forward."""
 
     def refuse(self, job: Job, refused: Refused) -> None:
-        """Why there is none."""
+        """Send the reason why there is no answer."""
 
 
 class StepLoop:
-    """See the module. `now` is the monotonic clock in seconds."""
+    """Accepts, runs and answers the requests of one worker.
+
+    `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
+    access log, None without one. `now`: the monotonic clock in seconds.
+    """
 
     def __init__(
         self,
@@ -87,7 +92,7 @@ class StepLoop:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, origin: Origin) -> Job:
-        """A request has arrived. It is answered through its origin, now or later, exactly once."""
+        """Accept a request. INVARIANT: it is answered or refused through its origin exactly once, unless cancelled."""
         now = self._now()
         model = ModelName(request.model)
         job = Job(request, model, origin, now, request.deadline_ns / 1e9)
@@ -111,7 +116,7 @@ class StepLoop:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for the answer: the job is skipped where it lies, its lease ends when its turn comes."""
+        """Cancel a job whose client has left. It is skipped in its batch, where its lease ends."""
         if self._scheduler.finish(job):
             self._record(job, LOST)
 
@@ -129,19 +134,19 @@ class StepLoop:
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There is something to do: run a step as soon as what happens now is over."""
+        """Schedule a step on the event loop; no-op if one is scheduled."""
         if not self._woken:
             self._woken = True
             self._loop.call_soon(self.step)
 
     def step(self) -> None:
-        """Give built models their place, then run one batch. Whatever is left asks for the next step."""
+        """Place built models, then run one batch. Schedules another step if work is left."""
         self._woken = False
-        placed = self._loads.place()
+        placed = bool(self._loads.built) and self._loads.place()
         if self._scheduler.has_work:
             group, jobs = self._scheduler.next_batch(self._batch)
             self._execute(group, jobs)
-        if self._scheduler.has_work or (placed and self._loads.any_built):
+        if self._scheduler.has_work or (placed and self._loads.built):
             self.wake()
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
@@ -163,10 +168,10 @@ class StepLoop:
             else:
                 self._run_single(live, now)
         except torch.OutOfMemoryError as error:
-            log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- where it ran out says nothing
+            log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
             for job in live:
                 self._refuse(job, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"))
-        except Exception as error:  # whatever a forward throws is these requests' trouble, not the worker's
+        except Exception as error:  # an error of a forward fails these requests, not the worker
             log.exception("step_failed", group=group)
             for job in live:
                 self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"))
@@ -181,7 +186,7 @@ class StepLoop:
             call = self._decode(job, model.codec.decode)
             if call is None:
                 continue
-            if not len(call.rows):  # lines of which none can be answered
+            if not len(call.rows):  # JSON Lines of which none is valid
                 self._encode(job, call.encode, call.rows, now, 0.0)
                 continue
             running.append(job)
@@ -202,7 +207,7 @@ class StepLoop:
         self._spent(began, started, ended)
 
     def _run_single(self, jobs: Sequence[Job], now: float) -> None:
-        """The requests of one model that is not a row, in one run where the model allows it."""
+        """Run the requests of one single model, together if the model allows it."""
         model = self._residents[_slot(jobs[0])]
         assert isinstance(model, SingleModel), "a group holds one single"
         began = time.perf_counter()
@@ -222,13 +227,13 @@ class StepLoop:
         self._spent(began, started, ended)
 
     def _spent(self, began: float, started: float, ended: float) -> None:
-        """Count where a step's time went: before the forward it decoded, after it it encoded."""
+        """Count a step's seconds of decoding (before `started`), forward (until `ended`) and encoding (until now)."""
         self._metrics.decode_s.inc(started - began)
         self._metrics.forward_s.inc(ended - started)
         self._metrics.encode_s.inc(time.perf_counter() - ended)
 
     def _decode(self, job: Job, decode: Callable[[bytes, str, str], Any]) -> Any:
-        """The request as arrays, or None when it was refused."""
+        """The request as arrays; None if it was refused."""
         try:
             return decode(job.request.body, job.request.content_type, job.request.accept)
         except RequestError as bad:
@@ -261,7 +266,7 @@ class StepLoop:
         self._release(job)
 
     def _record(self, job: Job, outcome: int) -> None:
-        """For the access log."""
+        """Add a row to the access log."""
         if self._arrivals is not None:
             self._arrivals.note(job.model, job.arrived, 0 if job.slot is None else job.slot.charge, outcome)
 
@@ -273,11 +278,14 @@ class StepLoop:
     # --- loads ------------------------------------------------------------------------------------------------------
 
     def load(self, model: ModelName, *, revalidate: bool = False) -> asyncio.Future[str]:
-        """An operator's load: the version that serves in the end, or LoadError. `revalidate` asks the store anyway."""
+        """Load a model for an operator. Resolves with the version that serves, or LoadError.
+
+        `revalidate` makes a store request even if the model is resident.
+        """
         return self._loads.ask(model, revalidate=revalidate)
 
     def served(self, built: Built, now: float) -> None:
-        """A model is here: everyone who waited for it is leased and queued."""
+        """Lease and queue the jobs that waited for this model: it is resident now."""
         for job in self._scheduler.awaited(built.model):
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.arrived, _TIERS[built.tier]
@@ -285,32 +293,34 @@ class StepLoop:
             self._scheduler.ready(_group(_slot(job)), job)
 
     def failed(self, model: ModelName, error: LoadError) -> None:
-        """It will not be here: everyone who waited for it gets the cause."""
+        """Refuse the jobs that waited for this model, with the cause of its failed load."""
         for job in self._scheduler.awaited(model):
             self._refuse(job, Refused(situation_of(error), str(error)))
 
     async def unload(self, model: ModelName) -> bool:
-        """Forget the model once nobody uses it; returns when its memory is free. False if it was not here."""
+        """Unload the model after its last lease; returns when its memory is free. False if it was not resident."""
         if model in self._cache.loads:
             try:
-                await self.load(model)  # joins the load: whoever waits for it is served first
+                await self.load(model)  # joins the running load, so that the jobs that wait for it are served first
             except LoadError:
                 return False
         return await self._residents.unload(model)
 
     def pin(self, model: ModelName) -> None:
-        """Never evict the model, now or once it is loaded."""
+        """Never evict the model, from now on or once it is loaded."""
         self._cache.pin(model)
 
     def unpin(self, model: ModelName) -> None:
-        """The model may be evicted again."""
+        """Allow the model to be evicted again."""
         self._cache.unpin(model)
 
     # --- time and state ---------------------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        """Deadlines of jobs that wait for a model, built models that wait for room, a path's time to measure, and what
-        is about to be asked.
+        """Do what depends on time, every SWEEP_S.
+
+        That is: refuse waiting jobs whose deadline has passed, measure execution paths, retry built models that wait
+        for memory, and start prefetches.
         """
         while True:
             await asyncio.sleep(SWEEP_S)
@@ -318,31 +328,26 @@ class StepLoop:
                 message = f"{job.model} was not ready before the deadline passed"
                 self._refuse(job, Refused(Situation.DEADLINE, message))
             self._engine.learn()
-            if self._loads.any_built:
+            if self._loads.built:
                 self.wake()
             if self._foresight is not None:
                 self._foresight.look(self._now())
                 self._loads.look_ahead()
 
-    async def drain(self) -> None:
-        """Returns when no job is left."""
-        while len(self._scheduler):  # noqa: ASYNC110 -- asked once in a life, and the step loop stays free of events
-            await asyncio.sleep(SWEEP_S)
-
     def close(self) -> None:
-        """No more loads."""
+        """Stop the sweep and start no more loads."""
         self._sweeper.cancel()
         self._loads.close()
 
     def exposition(self) -> str:
-        """The metrics, gauges up to date."""
+        """The metrics in exposition format, with updated gauges."""
         self._residents.gauges()
         if self._foresight is not None:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()
 
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
-        """See Residents.describe."""
+        """Describe models; see `Residents.describe`."""
         return self._residents.describe(prefix, after, limit)
 
 
@@ -352,5 +357,5 @@ def _slot(job: Job) -> Slot:
 
 
 def _group(slot: Slot) -> str:
-    """What may run with it: its family, or it alone."""
+    """The key of jobs that can run in one batch: the slot's family, or the single model and its version."""
     return slot.family or f"single {slot.model}@{slot.version}"

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.observe.processes import ended, free_port, reachable, wait_until
+from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
+from tests.patience import PATIENCE_S
 
 DOCKER = Path(__file__).parents[2] / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
@@ -72,19 +73,18 @@ def started(command: list[str], environment: Mapping[str, str], log: Path) -> It
     """A service of the compose file as a process."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
-        with ended([process], gently=True):
+        with ending([process], gently=True):
             yield
 
 
 @needs_prometheus
 @pytest.mark.e2e
-@pytest.mark.timeout(90)
 def test_the_compose_services_work_together(tmp_path: Path) -> None:
     """S3 server, fleet maker, server with its healthcheck, and Prometheus run by the file's own commands and
     environment (host names and ports become loopback ones), and Prometheus ends up seeing the worker.
     """
     services = compose()["services"]
-    ports = {name: free_port() for name in ("s3", "inference", "management", "metrics", "prometheus")}
+    ports = {name: find_free_port() for name in ("s3", "inference", "management", "metrics", "prometheus")}
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     s3 = [arg.replace("0.0.0.0", "127.0.0.1").replace("5000", str(ports["s3"])) for arg in services["s3"]["command"]]
     environment = {k: str(v).replace("http://s3:5000", endpoint) for k, v in services["fleet"]["environment"].items()}
@@ -99,7 +99,7 @@ def test_the_compose_services_work_together(tmp_path: Path) -> None:
     watch = [arg.replace("/etc/prometheus/prometheus.yml", str(config)) for arg in watch]
     watch.append(f"--web.listen-address=127.0.0.1:{ports['prometheus']}")
     with started([sys.executable, "-m", "moto.server", *s3], {}, tmp_path / "s3.log"):
-        wait_until(lambda: reachable(ports["s3"]))
+        wait_until(lambda: is_reachable(ports["s3"]))
         subprocess.run(fleet, env={**os.environ, **environment}, check=True, capture_output=True)
         entry = [sys.executable, "-m", "server.cli.main", *services["server"]["command"]]
         with started(entry, serving, tmp_path / "server.log"), started(watch, {}, tmp_path / "prometheus.log"):
@@ -124,7 +124,7 @@ def healthcheck() -> str:
 def queried(port: int, query: str) -> list[str]:
     """The values Prometheus has for a query now."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={query}", timeout=5) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={query}", timeout=PATIENCE_S) as reply:
             return [row["value"][1] for row in json.load(reply)["data"]["result"]]
     except OSError:
         return []

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import boto3
 import httpx
@@ -29,31 +29,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import server as package
 from tests.e2e.models import Model, Question
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
-T = TypeVar("T")
-
 ROOT = Path(package.__file__).parent.parent
-START_LIMIT_S = 30.0
-STOP_LIMIT_S = 20.0
-ORPHAN_LIMIT_S = 5.0
-POLL_S = 0.02
 SHOWN_LOG = 8000
 OWN_VARIABLES = ("AWS_", "XDG_", "FLEETCAST_")
 PROMTOOL = shutil.which("promtool")
 MAKING_CLIENTS = threading.Lock()  #: boto3 clients may be used by any thread, but not made by several
 MARK = "E2E_SERVER"  #: variable that every process of one server inherits, whoever is its parent by now
-
-
-def wait_until(predicate: Callable[[], T], timeout_s: float, what: str) -> T:
-    """The predicate's first true value. Raises AssertionError that says what never happened."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        value = predicate()
-        if value:
-            return value
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what} (last: {value!r})"
-        time.sleep(POLL_S)
 
 
 class Answer(NamedTuple):
@@ -82,7 +66,7 @@ class Server:
     log: Path
     addresses: Mapping[str, str]
     exit_code: int = 0
-    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60, trust_env=False))
+    http: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=PATIENCE_S, trust_env=False))
 
     @property
     def url(self) -> str:
@@ -107,7 +91,7 @@ class Server:
                 region_name="us-east-1",
                 aws_access_key_id=key,
                 aws_secret_access_key=secret,
-                config=Config(connect_timeout=5, read_timeout=60, max_pool_connections=64, **retries),
+                config=Config(connect_timeout=PATIENCE_S, read_timeout=PATIENCE_S, max_pool_connections=64, **retries),
             )
 
     def ask(self, question: Question, client: Any = None, **arguments: Any) -> Answer:
@@ -181,7 +165,7 @@ class Server:
     def terminate(self) -> int:
         """SIGTERM; the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(STOP_LIMIT_S)
+        return self.process.wait(PATIENCE_S)
 
     def said(self) -> str:
         """The log so far."""
@@ -227,7 +211,12 @@ def lint(exposition: str) -> str:
     """What `promtool check metrics` has to say against it; empty when all is well."""
     assert PROMTOOL is not None
     found = subprocess.run(
-        [PROMTOOL, "check", "metrics"], input=exposition, capture_output=True, text=True, check=False, timeout=20
+        [PROMTOOL, "check", "metrics"],
+        input=exposition,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
     )
     return f"{found.stdout}{found.stderr}" or (f"exit code {found.returncode}" if found.returncode else "")
 
@@ -251,7 +240,14 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
     mark = uuid.uuid4().hex
     log, announce = folder / f"{mark}.log", folder / f"{mark}.json"
     ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
-    defaults = {"workers": 1, "disk_cache": folder / "cache", "store_retries": 1, "drain_s": 10, "log_format": "json"}
+    defaults = {
+        "workers": 1,
+        "disk_cache": folder / "cache",
+        "store_retries": 1,
+        "store_timeout_s": PATIENCE_S,
+        "drain_s": 10,
+        "log_format": "json",
+    }
     flags = _flags({"store": store, "announce": announce, **ports, **defaults, **settings})
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -265,7 +261,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
         if process.poll() is None:
             server.terminate()
         assert process.returncode == server.exit_code, f"the supervisor ended with {process.returncode}"
-        wait_until(lambda: not server.survivors(), ORPHAN_LIMIT_S, "no process is left behind")
+        wait_until(lambda: not server.survivors(), "no process is left behind")
         assert "Traceback" not in server.said(), "the server's log has a traceback"
     finally:
         server.http.close()
@@ -294,9 +290,9 @@ def _ready(server: Server, announce: Path) -> Mapping[str, str]:
         assert server.process.poll() is None, f"the server ended with {server.process.returncode} before it was ready"
         return announce.exists()
 
-    wait_until(announced, START_LIMIT_S, "the server announces its addresses")
+    wait_until(announced, "the server announces its addresses")
     found: dict[str, str] = json.loads(announce.read_text())
-    wait_until(lambda: server.http.get(f"{found['inference']}/ready").is_success, START_LIMIT_S, "/ready says yes")
+    wait_until(lambda: server.http.get(f"{found['inference']}/ready").is_success, "/ready says yes")
     return found
 
 
@@ -365,10 +361,10 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def more(self, count: int, timeout_s: float = 20.0) -> None:
+    def more(self, count: int) -> None:
         """Wait for `count` further outcomes."""
         goal = len(self.outcomes) + count
-        wait_until(lambda: len(self.outcomes) >= goal, timeout_s, f"{count} more answers under load")
+        wait_until(lambda: len(self.outcomes) >= goal, f"{count} more answers under load")
 
     def _run(self, first: int, step: int) -> None:
         client = self._server.client()

@@ -14,10 +14,11 @@ from server.access_log import Row, parts, read_rows
 from server.contract import ACCESS_LOG_OUTCOMES
 from tests.e2e.conftest import Serve
 from tests.e2e.models import SMALL_TCN, fleet
-from tests.e2e.server import ROOT, Server, upload, wait_until
+from tests.e2e.server import ROOT, Server, upload
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.e2e
 
 
 def logged(server: Server) -> int:
@@ -38,7 +39,7 @@ def test_every_request_is_in_the_log_with_what_came_of_it(
         said += [(model.name, server.ask(model.question(0)).cache) for model in [*models, *models]]
         with pytest.raises(ClientError):
             server.ask(fleet("none", 1)[0].question(0))
-        wait_until(lambda: logged(server) == 13, 10, "all rows are written")
+        wait_until(lambda: logged(server) == 13, "all rows are written")
         said.append((models[0].name, server.ask(models[0].question(1)).cache))
     with serve(workers=2, access_log=tmp_path / "log") as server:
         said.append((models[1].name, server.ask(models[1].question(1)).cache))
@@ -91,5 +92,5 @@ def _command(module: str, *arguments: str, folder: Path) -> "subprocess.Complete
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=PATIENCE_S, check=False,
     )  # fmt: skip

@@ -7,8 +7,7 @@ import socket
 import sys
 import termios
 import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,13 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.models import fleet, forecaster
-from tests.e2e.server import Load, Server, never_reading, upload, wait_until
-from tests.s3 import Fault, S3Server
+from tests.e2e.server import Load, Server, never_reading, upload
+from tests.patience import PATIENCE_S, wait_until
+from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.e2e
 
-TURN_S = 1.0  #: a request is answered or refused within this after its turn
-BACK_S = 20.0
+NEVER_S = 2 * PATIENCE_S  #: a wait that this test would not wait for
 LARGE = {"features": 1, "context_length": 4, "prediction_length": 10_000, "quantiles": 100, "hidden": 2}
 
 
@@ -33,8 +32,8 @@ def is_up(server: Server, kind: str, index: int, incarnation: int) -> bool:
 
 
 def test_a_killed_worker_costs_no_request_and_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
-    """SIGKILL under load: every request is answered right or refused by a typed 503 within a second; no counter falls;
-    the worker is up again, counted as restarted, and its pinned models are back on it.
+    """SIGKILL under load: every request is answered right or refused by a typed 503, and none waits until the worker is
+    back; no counter falls; the worker is up again, counted as restarted, and its pinned models are back on it.
     """
     models = fleet("markets", 24)
     upload(s3, store, models)
@@ -51,17 +50,16 @@ def test_a_killed_worker_costs_no_request_and_comes_back(s3: S3Server, store: st
             load.more(60)
             before = server.series()
             os.kill(victim["pid"], signal.SIGKILL)
-            first = len(load.outcomes)
-            load.more(30)
+            load.more(30)  # more than there are clients, and a new worker has torch to import
+            assert not is_up(server, "worker", victim["index"], 2)
             assert falls(before, during := server.series()) == {}
-            wait_until(partial(is_up, server, "worker", victim["index"], 2), BACK_S, "the worker is back")
+            wait_until(partial(is_up, server, "worker", victim["index"], 2), "the worker is back")
             load.more(60)
         assert {o.problem for o in load.outcomes} <= {"", "503 ServiceUnavailable"}
-        assert max(o.seconds for o in load.outcomes[first:]) < TURN_S
         assert falls(during, server.series()) == {}
         assert server.total("fleetcast_worker_up", worker=str(victim["index"])) == 1
         assert server.total("fleetcast_worker_restarts_total", worker=str(victim["index"])) == 1
-        wait_until(lambda: all(holds(server, name, victim["index"]) for name in pinned), 5, "pinned models are back")
+        wait_until(lambda: all(holds(server, name, victim["index"]) for name in pinned), "pinned models are back")
 
 
 def falls(before: dict[Any, float], after: dict[Any, float]) -> dict[Any, tuple[float, float | None]]:
@@ -79,16 +77,15 @@ def test_a_worker_that_dies_with_requests_waiting_loses_none(s3: S3Server, store
     """Killed while requests wait for a slow load: another worker is asked, and all of them are answered right."""
     (model,) = fleet("slow", 1)
     upload(s3, store, [model])
-    with serve(workers=2, disk_cache_bytes=0) as server, ThreadPoolExecutor(8) as pool:
-        s3.inject(Fault(match=model.name, delay_s=3.0))
+    with serve(workers=2, disk_cache_bytes=0) as server, ThreadPoolExecutor(8) as pool, s3.hold(model.name):
         asked = [pool.submit(server.ask, model.question(i)) for i in range(8)]
-        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 8, 5, "all requests are waiting")
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 8, "all requests are waiting")
         (holder,) = server.models()[model.name]["holders"]
         victim = server.processes("worker")[holder["worker"]]
         os.kill(victim["pid"], signal.SIGKILL)
-        answers = [future.result(5) for future in asked]
+        answers = [future.result(PATIENCE_S) for future in asked]
         assert sorted(answer.cache for answer in answers) == ["coalesced"] * 7 + ["miss"]
-        wait_until(partial(is_up, server, "worker", holder["worker"], 2), BACK_S, "the worker is back")
+        wait_until(partial(is_up, server, "worker", holder["worker"], 2), "the worker is back")
 
 
 def test_a_worker_that_dies_half_way_through_an_answer_cuts_it(s3: S3Server, store: str, serve: Serve) -> None:
@@ -100,7 +97,7 @@ def test_a_worker_that_dies_half_way_through_an_answer_cuts_it(s3: S3Server, sto
     with serve(workers=2, slab_bytes=16 << 20) as server:
         server.ask(model.question(0))
         with never_reading(server, model.question(0)) as sock:
-            wait_until(lambda: unread(sock) > 0, 5, "the answer has begun")
+            wait_until(lambda: unread(sock) > 0, "the answer has begun")
             (holder,) = server.models()[model.name]["holders"]
             os.kill(server.processes("worker")[holder["worker"]]["pid"], signal.SIGKILL)
             head, _, body = read_all(sock).partition(b"\r\n\r\n")
@@ -116,7 +113,7 @@ def unread(sock: socket.socket) -> int:
 
 def read_all(sock: socket.socket) -> bytes:
     """Until the other side closes, or cuts."""
-    sock.settimeout(10)
+    sock.settimeout(PATIENCE_S)
     parts = []
     try:
         while part := sock.recv(65536):
@@ -139,7 +136,7 @@ def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, st
         os.kill(victim["pid"], signal.SIGKILL)
         for seed in range(60):
             server.ask(models[seed % 4].question(seed), client)
-        wait_until(partial(is_up, server, "front", victim["index"], 2), BACK_S, "the front is back")
+        wait_until(partial(is_up, server, "front", victim["index"], 2), "the front is back")
         assert server.processes("front")[other["index"]]["pid"] == other["pid"]
         for seed in range(20):
             server.ask(models[seed % 4].question(seed), client)
@@ -147,18 +144,18 @@ def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, st
 
 
 def test_a_killed_supervisor_takes_its_children_along(s3: S3Server, store: str, serve: Serve) -> None:
-    """SIGKILL of the supervisor, a load under way: within seconds no process of the server is left."""
+    """SIGKILL of the supervisor: no process of the server is left, though a load is under way that does not end."""
     (model,) = fleet("orphan", 1)
     upload(s3, store, [model])
     with serve(workers=2, fronts=2) as server:
         server.exit_code = -signal.SIGKILL
-        s3.inject(Fault(match=model.name, delay_s=2.0))
         asking = threading.Thread(target=server.post, args=(model.name, model.question(0).body))
-        asking.start()
-        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 1, 5, "the load is under way")
-        assert len(server.survivors()) == 5
-        server.process.kill()
-        wait_until(lambda: not server.survivors(), 5, "all children have ended")
+        with s3.hold(model.name):
+            asking.start()
+            wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 1, "the load is under way")
+            assert len(server.survivors()) == 5
+            server.process.kill()
+            wait_until(lambda: not server.survivors(), "all children have ended")
         asking.join()
 
 
@@ -168,20 +165,24 @@ def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: 
     """
     models = fleet("drain", 4)
     upload(s3, store, models)
-    with serve(workers=2, fronts=2, drain_s=10) as server, ThreadPoolExecutor(16) as pool:
-        s3.inject(Fault(match=f"{store}/", delay_s=3.0, times=4))
+    with (
+        serve(workers=2, fronts=2, drain_s=PATIENCE_S) as server,
+        ThreadPoolExecutor(16) as pool,
+        s3.hold(f"{store}/", 4) as loading,
+    ):
         asked = [pool.submit(server.ask, models[i % 4].question(i)) for i in range(16)]
-        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 16, 5, "all requests are waiting")
-        with socket.create_connection(server.address, timeout=2) as idle:
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 16, "all requests are waiting")
+        with socket.create_connection(server.address, timeout=PATIENCE_S) as idle:
             idle.sendall(b"GET /ping HTTP/1.1\r\nHost: fleet\r\n\r\n")
             assert read_answer(idle).startswith(b"HTTP/1.1 200")
             server.process.send_signal(signal.SIGTERM)
             assert idle.recv(4096) == b""
-        wait_until(partial(refuses, server.address), 2, "new connections are refused")
-        assert unfinished(asked), "the requests outlive the listener"
+        wait_until(partial(refuses, server.address), "new connections are refused")
+        assert not any(future.done() for future in asked), "the requests outlive the listener"
+        loading.set()
         for future in asked:
-            future.result(10)
-        assert server.process.wait(5) == 0
+            future.result(PATIENCE_S)
+        assert server.process.wait(PATIENCE_S) == 0
 
 
 def refuses(address: tuple[str, int]) -> bool:
@@ -193,29 +194,22 @@ def refuses(address: tuple[str, int]) -> bool:
     return False
 
 
-def unfinished(futures: list[Future[Any]]) -> bool:
-    """Whether some are still under way."""
-    return not all(future.done() for future in futures)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_idle_ends_the_server_at_once(serve: Serve, number: signal.Signals) -> None:
-    """Nothing to drain: exit code 0 well before `drain_s`."""
-    with serve(workers=2, drain_s=30) as server:
+    """Nothing to drain: exit code 0 before `drain_s` is over."""
+    with serve(workers=2, drain_s=NEVER_S) as server:
         server.process.send_signal(number)
-        assert server.process.wait(5) == 0
+        assert server.process.wait(PATIENCE_S) == 0
 
 
 @pytest.mark.parametrize("kind", ["worker", "front"])
 def test_sigterm_while_a_child_restarts_is_a_clean_end(serve: Serve, kind: str) -> None:
     """Told to stop with a child just dead and its successor on the way: exit code 0 at once, nobody is left behind."""
-    with serve(workers=2, fronts=2) as server:
+    with serve(workers=2, fronts=2, drain_s=NEVER_S) as server:
         victim, *_ = server.processes(kind)
         os.kill(victim["pid"], signal.SIGKILL)
-        wait_until(lambda: server.processes(kind)[victim["index"]]["incarnation"] == 2, 5, "a successor is started")
-        started = time.monotonic()
-        assert server.terminate() == 0
-        assert time.monotonic() - started < 5, "it does not wait for a child that never heard of the end"
+        wait_until(lambda: server.processes(kind)[victim["index"]]["incarnation"] == 2, "a successor is started")
+        assert server.terminate() == 0, "and it does not wait for a child that never heard of the end"
 
 
 def read_answer(client: socket.socket) -> bytes:

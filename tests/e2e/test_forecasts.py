@@ -23,9 +23,10 @@ from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scale
 from model_store.archives.packing import pack_forecaster, pack_graph
 from tests.e2e.models import ABSOLUTE, CENTER, LEVELS, RELATIVE, SCALE, Model, forecaster
 from tests.e2e.server import ROOT, Server, invoke, serving, upload
+from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.e2e
 
 LINES = "application/jsonlines"
 START = "2026-01-01 00:00:00"
@@ -210,7 +211,7 @@ def test_many_models_in_one_call(house: Server, fleet: dict[str, Model]) -> None
         {"target_model": "au/both.mar", **plain},
     ]
     body = {"requests": items, "configuration": {"output_types": ["quantiles"]}}
-    answer = httpx.post(f"{house.url}/v1/forecasts", json=body, timeout=60).json()
+    answer = httpx.post(f"{house.url}/v1/forecasts", json=body, timeout=PATIENCE_S).json()
     one, both, wrong = answer["predictions"]
     fleet["au/one.mar"].question(3).check(json.dumps({"predictions": [one]}).encode())
     check(both, fleet["au/both.mar"].network, history(4))

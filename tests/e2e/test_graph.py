@@ -19,7 +19,7 @@ from tests.e2e.server import Server, serving, upload
 from tests.handlers.nets import SHAPE, Attending, Dilated, Recurrent, made
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.e2e
 
 FORECAST = Forecast(
     frequency="1h",

@@ -10,7 +10,7 @@ from tests.e2e.models import fleet
 from tests.e2e.server import upload
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.e2e
 
 
 def test_an_evicted_model_returns_from_host_memory_alone(

@@ -8,10 +8,11 @@ from botocore.exceptions import ClientError
 
 from tests.e2e.conftest import Serve
 from tests.e2e.models import SMALL_MLP, Model, fleet, forecaster
-from tests.e2e.server import Load, Server, serving, upload, wait_until
-from tests.s3 import Fault, S3Server
+from tests.e2e.server import Load, Server, serving, upload
+from tests.patience import PATIENCE_S, wait_until
+from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.e2e
 
 SLAB = 65536
 PLACES = 11  #: models of `fleet` in one slab
@@ -120,14 +121,16 @@ def test_unload_waits_for_requests_that_wait(s3: S3Server, store: str, serve: Se
     """
     (model,) = fleet("busy", 1)
     upload(s3, store, [model])
-    with serve() as server, ThreadPoolExecutor(9) as pool:
-        s3.inject(Fault(match=model.name, delay_s=1.5))
+    with serve() as server, ThreadPoolExecutor(9) as pool, s3.hold(model.name) as loading:
         asked = [pool.submit(server.ask, model.question(i)) for i in range(8)]
-        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 8, 5, "all requests are waiting")
-        reply = server.fleet("unload", model.name)
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 8, "all requests are waiting")
+        unloading = pool.submit(server.fleet, "unload", model.name)
+        assert model.name in server.models()
+        loading.set()
+        reply = unloading.result(PATIENCE_S)
         assert model.name not in server.models()
         assert reply.json()["unloaded_from"] == [0]
-        assert sorted(future.result(5).cache for future in asked) == ["coalesced"] * 7 + ["miss"]
+        assert sorted(future.result(PATIENCE_S).cache for future in asked) == ["coalesced"] * 7 + ["miss"]
         assert server.ask(model.question(9)).cache == "miss"
 
 
@@ -150,7 +153,7 @@ def test_pins_survive_pressure(s3: S3Server, store: str, serve: Serve) -> None:
     upload(s3, store, [*pinned, *others])
     settings = {"model_cache_bytes": SLAB, "slab_bytes": SLAB, "pin": [pinned[0].name]}
     with serve(**settings) as server:
-        wait_until(lambda: pinned[0].name in server.resident(), 5, "the pin of the settings is loaded at start")
+        wait_until(lambda: pinned[0].name in server.resident(), "the pin of the settings is loaded at start")
         for model in pinned[1:]:
             assert server.fleet("pin", model.name).is_success
         for model in others * 2:

@@ -13,11 +13,12 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Question
-from tests.e2e.server import ROOT, Answer, Load, invoke, wait_until
+from tests.e2e.server import ROOT, Answer, Load, invoke
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 from tests.server.markets import HISTORY, HORIZON, LEVELS, archive, names, write_prices
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]  # two processes that import torch, beside the server
+pytestmark = pytest.mark.e2e
 
 MARKETS = names(200)
 
@@ -45,7 +46,7 @@ def fleetcast(s3: S3Server, folder: Path, *arguments: str) -> "subprocess.Comple
     return subprocess.run(
         [sys.executable, "-m", "server.cli.main", *arguments],
         cwd=folder, env={**plain, **s3.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-        timeout=45,
+        timeout=PATIENCE_S,
     )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def test_a_fleet_is_republished_while_it_is_served(
     """Two hundred markets retrained under load: no request fails, and every market's answers go over to its new one."""
     fill(s3, store)
     with serve() as server, Load(server, questions(), ask=forecast) as load:
-        wait_until(lambda: len({each.model for each in load.outcomes}) == len(MARKETS), 15, "all markets are served")
+        wait_until(lambda: len({each.model for each in load.outcomes}) == len(MARKETS), "all markets are served")
         before = {each.model: each.version for each in load.outcomes}
         quick = ("--epochs", "4", "--windows", "6", "--margin", "50", "--reload", server.addresses["management"])
         done = fleetcast(s3, tmp_path, "retrain", str(csv), "--time", "hour", "--store", f"s3://{store}", *quick)
@@ -81,7 +82,7 @@ def test_a_fleet_is_republished_while_it_is_served(
         def served() -> bool:
             return {each.model: each.version for each in load.outcomes[-4 * len(MARKETS) :]} == new
 
-        wait_until(served, 5, "every market answers with its new version")
+        wait_until(served, "every market answers with its new version")
     assert [each for each in load.outcomes if each.problem] == []
     for model, version in new.items():
         seen = [each.version for each in load.outcomes if each.model == model]

@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import statistics
 import time
 from collections.abc import Coroutine
 from contextlib import ExitStack
@@ -12,56 +11,56 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Question, fleet, forecaster
-from tests.e2e.server import Server, never_reading, open_files, peak_memory, upload, wait_until
+from tests.e2e.server import Server, never_reading, open_files, peak_memory, upload
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.e2e
 
 EACH = 50
-PATIENCE_S = 2.0
-LATE_S = 6.0  #: patience, and how seldom the server looks
+CUT_OFF_S = 3.0  #: `client_timeout_s`, long enough for `EACH` clients to be connected at the same time
 LARGE = {"features": 1, "context_length": 4, "prediction_length": 10_000, "quantiles": 20, "hidden": 2}
 LARGE_BYTES = 2_000_000  #: about, of its answer
 PART = 64 * 1024
 FRONT_GROWTH = 48 << 20  #: 50 such answers are 75 MB or more, 50 windows and socket buffers a fraction
-NORMAL_MEDIAN_S, NORMAL_MAX_S = 0.1, 1.0
+MEANWHILE = 10  #: requests of another client that must be answered while all the slow ones are there
 
 
 @pytest.mark.parametrize("kind", ["body", "headers", "silent"])
 def test_who_never_finishes_a_request_is_cut_off(s3: S3Server, store: str, serve: Serve, kind: str) -> None:
-    """50 clients that send their body, or their headers, a byte at a time, or nothing at all: others are answered as
-    ever, and all 50 are cut off once their time is over.
+    """50 clients that send their body, or their headers, a byte at a time, or nothing at all: others are answered
+    meanwhile, and all 50 are cut off once their time is over, not before.
     """
     (model,) = fleet("normal", 1)
     upload(s3, store, [model])
     start = {
-        "body": b"POST /invocations HTTP/1.1\r\nX-Amzn-SageMaker-Target-Model: x\r\nContent-Length: 9999\r\n\r\n",
+        "body": b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
         "headers": b"POST /invocations HTTP/1.1\r\nX-Slow: ",
         "silent": b"",
     }[kind]
-    with serve(client_timeout_s=PATIENCE_S) as server:
+    with serve(client_timeout_s=CUT_OFF_S) as server:
         server.ask(model.question(0))
         asyncio.run(_among(server, model.question(1), _dawdle(server, start, trickle=kind != "silent")))
 
 
 async def _among(server: Server, question: Question, dawdling: Coroutine[Any, Any, list[float]]) -> None:
     """Normal requests while others dawdle; both are judged."""
+    (front,) = server.processes("front")
+    crowded = open_files(front["pid"]) + EACH
     slow = asyncio.create_task(dawdling)
-    seconds = await asyncio.to_thread(_normal, server, question)
-    assert statistics.median(seconds) < NORMAL_MEDIAN_S
-    assert max(seconds) < NORMAL_MAX_S
+    assert await asyncio.to_thread(_answers_meanwhile, server, question, front["pid"], crowded) >= MEANWHILE
     for held in await slow:
-        assert PATIENCE_S * 0.9 < held < LATE_S
+        assert held > CUT_OFF_S * 0.9
 
 
-def _normal(server: Server, question: Question) -> list[float]:
-    """The seconds that each of 100 requests takes."""
-    found = []
-    for _ in range(100):
-        started = time.perf_counter()
+def _answers_meanwhile(server: Server, question: Question, pid: int, crowded: int) -> int:
+    """How many requests in turn are answered while the process has so many files open, once it has."""
+    wait_until(lambda: open_files(pid) >= crowded, f"all {EACH} are connected")
+    answered = 0
+    while open_files(pid) >= crowded:
         server.ask(question)
-        found.append(time.perf_counter() - started)
-    return found
+        answered += 1
+    return answered
 
 
 async def _dawdle(server: Server, start: bytes, *, trickle: bool) -> list[float]:
@@ -72,12 +71,11 @@ async def _dawdle(server: Server, start: bytes, *, trickle: bool) -> list[float]
         reader, writer = await asyncio.open_connection(*server.address)
         writer.write(start)
         reading = asyncio.create_task(_until_closed(reader))
-        while not reading.done() and time.monotonic() - began < 2 * LATE_S:
+        while not reading.done():
             if trickle:
                 writer.write(b"x")
             await asyncio.wait({reading}, timeout=0.05)
         writer.close()
-        await asyncio.wait({reading})
         return time.monotonic() - began
 
     return list(await asyncio.gather(*(client() for _ in range(EACH))))
@@ -93,22 +91,19 @@ async def _until_closed(reader: asyncio.StreamReader) -> None:
 
 def test_who_never_reads_its_answer_is_cut_off(s3: S3Server, store: str, serve: Serve) -> None:
     """50 clients that ask for 2 MB four times (sockets buffer some MB) and read nothing: the front holds a fraction of
-    that, others are answered as ever, and all 50 connections are gone once their time is over.
+    that, others are answered meanwhile, and all 50 connections are gone once their time is over.
     """
     model, large = fleet("normal", 1)[0], forecaster("large.mar", 1, "mlp", LARGE)
     upload(s3, store, [model, large])
-    with serve(client_timeout_s=PATIENCE_S) as server, ExitStack() as stack:
+    with serve(client_timeout_s=CUT_OFF_S) as server, ExitStack() as stack:
         assert len(server.ask(large.question(0)).body) > 0.8 * LARGE_BYTES
         server.ask(model.question(0))
         (front,) = server.processes("front")
         files, memory = open_files(front["pid"]), peak_memory(front["pid"])
         for _ in range(EACH):
             stack.enter_context(never_reading(server, large.question(0), 4))
-        wait_until(lambda: open_files(front["pid"]) >= files + EACH, 5, "all 50 are connected")
-        seconds = _normal(server, model.question(1))
-        assert statistics.median(seconds) < NORMAL_MEDIAN_S
-        assert max(seconds) < 5 * NORMAL_MAX_S  # fifty large answers are being written as well
-        wait_until(lambda: open_files(front["pid"]) <= files + 1, 15, "all 50 are cut off")
+        assert _answers_meanwhile(server, model.question(1), front["pid"], files + EACH) >= MEANWHILE
+        wait_until(lambda: open_files(front["pid"]) <= files + 1, "all 50 are cut off")
         assert peak_memory(front["pid"]) - memory < FRONT_GROWTH
         server.ask(large.question(1))
 
@@ -118,14 +113,14 @@ def test_who_pipelines_and_never_reads_is_cut_off(s3: S3Server, store: str, serv
     config = {**LARGE, "prediction_length": 1000, "quantiles": 4}
     model = forecaster("middle.mar", 1, "mlp", config)
     upload(s3, store, [model])
-    with serve(client_timeout_s=PATIENCE_S) as server, ExitStack() as stack:
+    with serve(client_timeout_s=CUT_OFF_S) as server, ExitStack() as stack:
         server.ask(model.question(0))
         (front,) = server.processes("front")
         files = open_files(front["pid"])
         for count in (1, 100):
             stack.enter_context(never_reading(server, model.question(0), count))
-        wait_until(lambda: open_files(front["pid"]) >= files + 2, 5, "both are connected")
-        wait_until(lambda: open_files(front["pid"]) <= files, 15, "both are cut off")
+        wait_until(lambda: open_files(front["pid"]) >= files + 2, "both are connected")
+        wait_until(lambda: open_files(front["pid"]) <= files, "both are cut off")
 
 
 def test_a_client_that_reads_slowly_but_steadily_gets_it_all(s3: S3Server, store: str, serve: Serve) -> None:
@@ -171,10 +166,11 @@ def test_bodies_on_their_way_count_against_the_bound(s3: S3Server, store: str, s
     (model,) = fleet("normal", 1)
     upload(s3, store, [model])
     size = 1 << 20
-    head = f"POST /invocations HTTP/1.1\r\nX-Amzn-SageMaker-Target-Model: x\r\nContent-Length: {size}\r\n\r\n".encode()
-    with serve(max_inflight_bytes=4 * size + 65536, client_timeout_s=10) as server, ExitStack() as stack:
+    head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Amzn-SageMaker-Target-Model: x\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % size
+    with serve(max_inflight_bytes=4 * size + 65536, client_timeout_s=PATIENCE_S) as server, ExitStack() as stack:
         for _ in range(6):
-            sock = stack.enter_context(socket.create_connection(server.address, timeout=5))
+            sock = stack.enter_context(socket.create_connection(server.address, timeout=PATIENCE_S))
             sock.sendall(head + bytes(size - 1))
-        wait_until(lambda: server.total("fleetcast_inference_requests_total", code="503") >= 1, 5, "one is refused")
+        wait_until(lambda: server.total("fleetcast_inference_requests_total", code="503") >= 1, "one is refused")
         server.ask(model.question(0))  # what fits is answered as ever

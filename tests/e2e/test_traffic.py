@@ -1,6 +1,7 @@
 """The cache under traffic: every answer right, every count true, evictions in order, one load however many wait."""
 
 import asyncio
+import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,9 +13,10 @@ import pytest
 from tests.e2e.conftest import Serve
 from tests.e2e.models import FORECAST_TCN, SMALL_MLP, SMALL_TCN, Model, Question, fleet, forecaster, onnx_model
 from tests.e2e.server import PROMTOOL, Answer, Server, lint, request_bytes, serving, upload
-from tests.s3 import Fault, S3Server
+from tests.patience import wait_until
+from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 PREFIX = "prod/models/"
 SLAB = 80 * 1024  #: one real 17.5k-parameter tcn, or four of 32 channels in two layers
@@ -124,8 +126,8 @@ def test_a_thousand_first_calls_are_one_load(s3: S3Server, store: str, serve: Se
     upload(s3, store, [model])
     question = model.question(1)
     with serve(workers=2, fronts=2) as server:
-        s3.inject(Fault(match=f"{store}/{model.name}", delay_s=5.0))
-        answers = asyncio.run(_herd(server, question))
+        with s3.hold(f"{store}/{model.name}") as loading:
+            answers = asyncio.run(_herd(server, question, loading))
         for answer in answers:
             question.check(answer.body)
         assert Counter(answer.cache for answer in answers) == {"miss": 1, "coalesced": HERD - 1}
@@ -134,8 +136,8 @@ def test_a_thousand_first_calls_are_one_load(s3: S3Server, store: str, serve: Se
         assert server.total("fleetcast_model_cache_requests_total", result="coalesced") == HERD - 1
 
 
-async def _herd(server: Server, question: Question) -> list[Answer]:
-    """A connection for each of a thousand clients, all asking at once."""
+async def _herd(server: Server, question: Question, loading: threading.Event) -> list[Answer]:
+    """A connection for each of a thousand clients, all asking before the model is loaded."""
     host, port = server.address
 
     async def ask() -> Answer:
@@ -149,4 +151,11 @@ async def _herd(server: Server, question: Question) -> list[Answer]:
         await writer.wait_closed()
         return Answer(body, headers)
 
-    return await asyncio.gather(*(ask() for _ in range(HERD)))
+    def load_once_all_wait() -> None:
+        wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == HERD, "all clients wait")
+        loading.set()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(asyncio.to_thread(load_once_all_wait))
+        asked = [group.create_task(ask()) for _ in range(HERD)]
+    return [each.result() for each in asked]

@@ -21,7 +21,6 @@ from tests.server.worker.engine.test_cpu import CONFIGS, reference
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(120),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a torch built for it"),
 ]
 

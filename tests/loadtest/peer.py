@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.patience import PATIENCE_S
+
 SOUND = b'{"predictions": [{"start": "2026-01-01", "mean": [1.5, 2]}]}'
 
 
@@ -80,9 +82,9 @@ def running(peer: Peer) -> Iterator[Peer]:
     loops: list[asyncio.AbstractEventLoop] = []
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
-    assert started.wait(5)
+    assert started.wait(PATIENCE_S)
     try:
         yield peer
     finally:
         loops[0].call_soon_threadsafe(ended.set)
-        thread.join(5)
+        thread.join(PATIENCE_S)

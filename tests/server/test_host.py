@@ -1,63 +1,224 @@
-"""What a machine gives and how workers share it, on made-up machines."""
+"""What a machine gives, on made-up machines: root folders with the files that a kernel would show."""
 
+import json
 import os
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from hypothesis import given, strategies
 
-from server.host import Host, WorkerPlan, front_cores, plan_workers, read_host, share_cores
-from server.settings import MIB, Settings
+from server.host import read_host
 
-GIB = 1024 * MIB
-CORES = strategies.lists(strategies.integers(0, 200), min_size=1, max_size=40, unique=True).map(sorted)
+GIB = 1024**3
+CORES = 16
+V2 = "30 23 0:26 {top} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+V1 = (
+    "31 23 0:28 / /sys/fs/cgroup ro - tmpfs tmpfs rw,mode=755\n"
+    "32 31 0:29 {top} /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "35 31 0:32 {top} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+    "36 31 0:33 {top} /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
+)
+UNIFIED = "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+NO_LIMIT_V1 = "9223372036854771712\n"
+
+Files = Mapping[str, str]
 
 
 @pytest.fixture(autouse=True)
-def _cuda_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+def _sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(CORES)))
 
 
-def machine(root: Path, **files: str) -> Path:
+def make_root(root: Path, files: Files) -> Path:
     """A root folder with 8 GiB of memory and these files (path -> text)."""
-    files["proc/meminfo"] = "MemTotal:  8388608 kB\nMemFree: 1 kB\n"
-    for path, text in files.items():
+    for path, text in {"proc/meminfo": "MemTotal:  8388608 kB\nMemFree: 1 kB\n", **files}.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
     return root
 
 
-def settings(**values: object) -> Settings:
-    """Settings with these values."""
-    return Settings.model_validate({"store": "archives", **values})
+def on_v2(cgroup: str, limits: Files, top: str = "/") -> Files:
+    """A v2 machine with the process in this cgroup; `top` is what is mounted, and limits are below that."""
+    files = {"proc/self/mountinfo": V2.format(top=top), "proc/self/cgroup": f"0::{cgroup}\n"}
+    return files | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 8 * GIB),
-        ({"sys/fs/cgroup/memory.max": f"{2 * GIB}\n"}, 2 * GIB),
-        ({"sys/fs/cgroup/memory.max": "max\n"}, 8 * GIB),
-        ({"sys/fs/cgroup/memory.max": f"{64 * GIB}\n"}, 8 * GIB),
-        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": f"{3 * GIB}\n"}, 3 * GIB),
-        ({"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 8 * GIB),
-    ],
-)
-def test_memory_is_the_least_of_machine_and_limits(tmp_path: Path, files: dict[str, str], expected: int) -> None:
-    """Limits of cgroup v2 and v1: with a limit, without one, and with one above what the machine has."""
-    assert read_host(machine(tmp_path, **files)).memory_bytes == expected
+def on_v1(cgroup: str, limits: Files, top: str = "/", more_mounts: str = "") -> Files:
+    """The same on a v1 machine."""
+    own = "".join(f"{i}:{name}:{cgroup}\n" for i, name in enumerate(("memory", "pids", "cpu,cpuacct", "name=systemd")))
+    files = {"proc/self/mountinfo": V1.format(top=top) + more_mounts, "proc/self/cgroup": f"{own}0::/\n"}
+    return files | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()}
 
 
-@pytest.mark.parametrize(
-    ("cpu_max", "expected"),
-    [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1), ("9900000 100000", 8), ("", 8)],
-)
-def test_a_cpu_quota_bounds_the_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_max: str, expected: int
-) -> None:
-    """Quota over period, rounded up, at least one, at most what affinity allows."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert len(read_host(machine(tmp_path, **{"sys/fs/cgroup/cpu.max": cpu_max})).cores) == expected
+SERVICE = "system.slice/fleetcast.service"
+POD = "kubepods/pod1/c1"
+MACHINES: dict[str, tuple[Files, float, int]] = {
+    # name: (files, GiB of memory, cores)
+    "no cgroups at all": ({}, 8, 16),
+    "a service": (
+        on_v2(f"/{SERVICE}", {f"{SERVICE}/memory.max": f"{4 * GIB}\n", f"{SERVICE}/cpu.max": "200000 100000\n"}),
+        4,
+        2,
+    ),
+    "a slice above the service is tighter": (
+        on_v2(
+            f"/{SERVICE}",
+            {
+                f"{SERVICE}/memory.max": f"{4 * GIB}\n",
+                f"{SERVICE}/cpu.max": "max 100000\n",
+                "system.slice/memory.max": f"{3 * GIB}\n",
+                "system.slice/cpu.max": "300000 100000\n",
+            },
+        ),
+        3,
+        3,
+    ),
+    "another service's limit is not ours": (
+        on_v2(f"/{SERVICE}", {"system.slice/other.service/memory.max": "1\n", "memory.max": "max\n"}),
+        8,
+        16,
+    ),
+    "memory.high slows down before memory.max kills": (
+        on_v2("/a", {"a/memory.max": f"{4 * GIB}\n", "a/memory.high": f"{2 * GIB}\n"}),
+        2,
+        16,
+    ),
+    "no limit in words": (on_v2("/a", {"a/memory.max": "max\n", "a/cpu.max": "max 100000\n"}), 8, 16),
+    "limits above what the machine has": (
+        on_v2("/a", {"a/memory.max": f"{64 * GIB}\n", "a/cpu.max": "9900000 100000\n"}),
+        8,
+        16,
+    ),
+    "parts of a core are rounded up": (on_v2("/a", {"a/cpu.max": "150000 100000\n"}), 8, 2),
+    "less than a core is one": (on_v2("/a", {"a/cpu.max": "5000 100000\n"}), 8, 1),
+    "a file of nothing": (on_v2("/a", {"a/cpu.max": "", "a/memory.max": ""}), 8, 16),
+    "a container with a namespace of its own": (
+        on_v2("/", {"memory.max": f"{2 * GIB}\n", "cpu.max": "100000 100000\n"}),
+        2,
+        1,
+    ),
+    "a container that sees the machine's paths": (
+        on_v2(f"/{POD}", {"memory.max": f"{2 * GIB}\n"}, top=f"/{POD}"),
+        2,
+        16,
+    ),
+    "a cgroup within such a container": (
+        on_v2(f"/{POD}/in", {"memory.max": f"{2 * GIB}\n", "in/memory.max": f"{GIB}\n"}, top=f"/{POD}"),
+        1,
+        16,
+    ),
+    "a mount from outside of the namespace": (
+        on_v2("/", {"memory.max": f"{2 * GIB}\n"}, top="/.."),
+        2,
+        16,
+    ),
+    "a process that was moved out of its namespace": (
+        on_v2("/../else", {"memory.max": f"{2 * GIB}\n"}),
+        2,
+        16,
+    ),
+    "a name with a blank and a colon": (
+        {
+            "proc/self/mountinfo": "30 23 0:26 / /my\\040groups rw - cgroup2 cgroup2 rw\n",
+            "proc/self/cgroup": "0::/a:b c\n",
+            "my groups/a:b c/memory.max": f"{GIB}\n",
+        },
+        1,
+        16,
+    ),
+    "v1": (
+        on_v1(
+            f"/{SERVICE}",
+            {
+                f"memory/{SERVICE}/memory.limit_in_bytes": f"{3 * GIB}\n",
+                f"cpu,cpuacct/{SERVICE}/cpu.cfs_quota_us": "250000\n",
+                f"cpu,cpuacct/{SERVICE}/cpu.cfs_period_us": "100000\n",
+            },
+        ),
+        3,
+        3,
+    ),
+    "v1, a parent is tighter": (
+        on_v1(
+            f"/{SERVICE}",
+            {
+                f"memory/{SERVICE}/memory.limit_in_bytes": NO_LIMIT_V1,
+                "memory/system.slice/memory.limit_in_bytes": f"{2 * GIB}\n",
+                f"cpu,cpuacct/{SERVICE}/cpu.cfs_quota_us": "-1\n",
+                f"cpu,cpuacct/{SERVICE}/cpu.cfs_period_us": "100000\n",
+                "cpu,cpuacct/system.slice/cpu.cfs_quota_us": "400000\n",
+                "cpu,cpuacct/system.slice/cpu.cfs_period_us": "100000\n",
+            },
+        ),
+        2,
+        4,
+    ),
+    "v1, a parent that is not mounted": (
+        on_v1(
+            f"/{POD}",
+            {
+                "memory/memory.limit_in_bytes": f"{3 * GIB}\n",
+                "memory/memory.stat": f"cache 1\nhierarchical_memory_limit {2 * GIB}\nrss 7\n",
+            },
+            top=f"/{POD}",
+        ),
+        2,
+        16,
+    ),
+    "v1 without limits": (on_v1("/a", {"memory/a/memory.limit_in_bytes": NO_LIMIT_V1}), 8, 16),
+    "both: v1's memory, v2 for systemd": (
+        on_v1("/a", {"memory/a/memory.limit_in_bytes": f"{GIB}\n"}, more_mounts=UNIFIED),
+        1,
+        16,
+    ),
+    "both: v2's memory, v1 for others": (
+        {
+            "proc/self/mountinfo": "36 31 0:33 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n" + UNIFIED,
+            "proc/self/cgroup": "8:pids:/b\n0::/a\n",
+            "sys/fs/cgroup/unified/a/memory.max": f"{GIB}\n",
+            "sys/fs/cgroup/unified/a/cpu.max": "300000 100000\n",
+            "sys/fs/cgroup/pids/b/memory.max": "1\n",
+        },
+        1,
+        3,
+    ),
+    "mounts that cannot be read, v2": (
+        {
+            "proc/self/cgroup": f"0::/{SERVICE}\n",
+            f"sys/fs/cgroup/{SERVICE}/memory.max": f"{4 * GIB}\n",
+            "sys/fs/cgroup/system.slice/cpu.max": "200000 100000\n",
+        },
+        4,
+        2,
+    ),
+    "mounts that cannot be read, v1": (
+        {
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        4,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_least_limit_of_all_cgroups_holds(tmp_path: Path, name: str) -> None:
+    """Memory and cores within the limits of the process's own cgroup and of its parents, v1, v2 and both."""
+    files, memory_gib, cores = MACHINES[name]
+    host = read_host(make_root(tmp_path, files))
+    assert (host.memory_bytes / GIB, len(host.cores)) == (memory_gib, cores)
+
+
+def test_cores_are_those_of_the_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota takes the first of the cores that the process may run on, whatever their numbers."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {9, 4, 7})
+    assert read_host(make_root(tmp_path, on_v2("/", {"cpu.max": "200000 100000\n"}))).cores == (4, 7)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +237,7 @@ def test_gpus_are_device_files_or_what_the_operator_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: tuple[str, ...]
 ) -> None:
     """Sorted by number; other nvidia files are no GPUs; CUDA_VISIBLE_DEVICES decides where set, as CUDA reads it."""
-    root = machine(tmp_path, **dict.fromkeys([f"dev/nvidia{i}" for i in ("0", "10", "2", "1", "ctl", "-uvm")], ""))
+    root = make_root(tmp_path, dict.fromkeys([f"dev/nvidia{i}" for i in ("0", "10", "2", "1", "ctl", "-uvm")], ""))
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert read_host(root).gpus == expected
@@ -86,101 +247,22 @@ def test_this_machine_can_be_read() -> None:
     """The real root gives at least a core and some memory."""
     host = read_host()
     assert host.cores
-    assert host.memory_bytes > 64 * MIB
+    assert host.memory_bytes > GIB // 16
 
 
-@given(CORES, strategies.integers(1, 50))
-def test_shares_are_even_and_apart_where_cores_suffice(cores: list[int], count: int) -> None:
-    """Every worker has the same number of cores, all real; no core has two workers unless there are too few; one is
-    left to the fronts as soon as there are more cores than workers.
-    """
-    shares = share_cores(cores, count)
-    assert len(shares) == count
-    assert len({len(share) for share in shares}) == 1
-    dealt = [core for share in shares for core in share]
-    assert dealt
-    assert set(dealt) <= set(cores)
-    if len(cores) >= count:
-        assert len(dealt) == len(set(dealt))
-    else:
-        assert max(map(dealt.count, cores)) - min(map(dealt.count, cores)) <= 1
-    if len(cores) > count:
-        assert cores[0] not in dealt
-
-
-@given(CORES, strategies.integers(1, 50))
-def test_fronts_get_what_is_left(cores: list[int], count: int) -> None:
-    """Never nothing: what no worker has, or all cores."""
-    plans = [WorkerPlan(i, "cpu", share, 1, 0) for i, share in enumerate(share_cores(cores, count))]
-    left = front_cores(cores, plans)
-    assert left
-    assert set(left) <= set(cores)
-    if len(cores) > count:
-        assert not set(left) & {core for plan in plans for core in plan.cores}
-    else:
-        assert list(left) == cores
-
-
-def test_cpu_workers_by_default() -> None:
-    """One per core but one, 40 % of the memory divided, the first core left to the fronts."""
-    plans = plan_workers(settings(), Host((0, 1, 2, 3), 10 * GIB, ()))
-    assert [plan.cores for plan in plans] == [(1,), (2,), (3,)]
-    assert {(plan.device, plan.threads, plan.budget_bytes) for plan in plans} == {("cpu", 1, 4 * GIB // 3)}
-    assert len(plan_workers(settings(), Host((5,), 10 * GIB, ()))) == 1
-
-
-def test_gpu_workers_by_default() -> None:
-    """One per GPU, or as many as asked, dealt out in turn; `device=cpu` leaves GPUs alone."""
-    host = Host(tuple(range(9)), 10 * GIB, ("0", "1"))
-    assert [plan.device for plan in plan_workers(settings(), host)] == ["cuda:0", "cuda:1"]
-    two = plan_workers(settings(workers_per_device=2, device="cuda"), host)
-    assert [plan.device for plan in two] == ["cuda:0", "cuda:1"] * 2
-    assert [plan.cores for plan in two] == [(1, 2), (3, 4), (5, 6), (7, 8)]
-    assert [plan.device for plan in plan_workers(settings(workers=3), host)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert {plan.device for plan in plan_workers(settings(device="cpu"), host)} == {"cpu"}
-
-
-def test_what_is_asked_for_is_given() -> None:
-    """Workers, threads and bytes as set."""
-    plans = plan_workers(settings(workers=2, threads=3, model_cache_bytes="64MiB"), Host(tuple(range(8)), 10 * GIB, ()))
-    assert [(plan.index, plan.threads, plan.budget_bytes) for plan in plans] == [(0, 3, 32 * MIB), (1, 3, 32 * MIB)]
-
-
-def test_impossible_plans_say_why() -> None:
-    """CUDA without a GPU; a share below one slab, with the numbers and the settings to change."""
-    host = Host((0, 1), GIB, ())
-    with pytest.raises(ValueError, match="no GPU is visible"):
-        plan_workers(settings(device="cuda"), host)
-    with pytest.raises(ValueError, match=r"model_cache_bytes 8388608 divided among 4 workers is 2097152 .*slab_bytes"):
-        plan_workers(settings(workers=4, model_cache_bytes="8MiB"), host)
-
-
-def test_gpu_memory_is_measured_by_the_workers() -> None:
-    """Without model_cache_bytes a GPU's worker is told with how many it shares; with it, how much it gets."""
-    host = Host(tuple(range(9)), 10 * GIB, ("0", "1"))
-    plans = plan_workers(settings(workers=3), host)
-    assert [(plan.device, plan.budget_bytes, plan.sharers) for plan in plans] == [
-        ("cuda:0", 0, 2),
-        ("cuda:1", 0, 1),
-        ("cuda:0", 0, 2),
-    ]
-    assert {plan.budget_bytes for plan in plan_workers(settings(model_cache_bytes="8GiB"), host)} == {4 * GIB}
-
-
-def test_the_host_tier_is_for_gpus_unless_asked_for() -> None:
-    """A tenth of the memory up to 4 GiB, divided among the workers; nothing on CPU; what is set is given, also 0."""
-    host = Host(tuple(range(9)), 20 * GIB, ("0", "1"))
-    assert {plan.host_bytes for plan in plan_workers(settings(), host)} == {GIB}
-    assert {plan.host_bytes for plan in plan_workers(settings(), Host((0, 1, 2), 200 * GIB, ("0",)))} == {4 * GIB}
-    assert {plan.host_bytes for plan in plan_workers(settings(device="cpu"), host)} == {0}
-    assert {plan.host_bytes for plan in plan_workers(settings(host_cache_bytes=0), host)} == {0}
-    cpu = settings(device="cpu", workers=2, host_cache_bytes="64MiB")
-    assert {plan.host_bytes for plan in plan_workers(cpu, host)} == {32 * MIB}
-
-
-def test_precision_is_for_gpus() -> None:
-    """On the CPU another precision than float32 would be a promise that is not kept: refused, with what to do."""
-    host = Host((0, 1), 10 * GIB, ("0",))
-    assert plan_workers(settings(precision="bf16"), host)
-    with pytest.raises(ValueError, match="precision is tf32, but models run on the CPU"):
-        plan_workers(settings(precision="tf32", device="cpu"), host)
+def test_the_limit_of_open_files_becomes_the_hard_one() -> None:
+    """In a process that starts with fewer, and in the children that it starts afterwards."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    script = (
+        "import resource, subprocess, sys\n"
+        "from server.host import raise_open_files_limit\n"
+        "raise_open_files_limit()\n"
+        "print(list(resource.getrlimit(resource.RLIMIT_NOFILE)))\n"
+        "child = 'import resource; print(list(resource.getrlimit(resource.RLIMIT_NOFILE)))'\n"
+        "sys.stdout.flush()\n"
+        "subprocess.run([sys.executable, '-c', child], check=True)\n"
+    )
+    found = subprocess.run(
+        ["prlimit", f"--nofile=256:{hard}", sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert [json.loads(line) for line in found.stdout.splitlines()] == [[hard, hard]] * 2

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from loadtest.fleets.fleet import fleet_names
+from loadtest.fleets.fleet import list_fleet_names
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
-NAMES = fleet_names(6)
+NAMES = list_fleet_names(6)
 SAID: dict[str, str | None] = dict(zip(NAMES, ("hit", "miss", "coalesced", None, "503", "nan"), strict=True))
 
 pytestmark = pytest.mark.skipif(
@@ -80,7 +81,9 @@ def locust(host: str, *flags: str) -> "subprocess.CompletedProcess[str]":
         *flags,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=18)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
 
 
 def test_rows_are_what_the_cache_said(peer: str) -> None:

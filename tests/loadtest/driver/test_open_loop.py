@@ -10,33 +10,32 @@ import numpy as np
 import pytest
 
 from loadtest.driver.dialects import DIALECTS
-from loadtest.driver.open_loop import Forbidden, Target, drive, target
-from loadtest.driver.profiles import Arrivals, Profile, Schedule
+from loadtest.driver.open_loop import Forbidden, LoadTarget, drive, make_target
+from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
-from loadtest.observe.processes import free_port
+from loadtest.observe.processes import find_free_port
 from tests.loadtest.peer import Peer, running
+from tests.patience import PATIENCE_S
 
 
-def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, Target]:
+def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, LoadTarget]:
     """A constant load on one model."""
-    schedule = Profile(1, rate, arrivals=Arrivals.CONSTANT).schedule(seconds)
+    schedule = Profile(1, rate, arrivals=ArrivalProcess.CONSTANT).schedule(seconds)
     request = DIALECTS["sagemaker"].request("peer", model, b"{}" * 500)
-    return schedule, target(f"http://127.0.0.1:{peer.port}", [request])
+    return schedule, make_target(f"http://127.0.0.1:{peer.port}", [request])
 
 
 def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
-    """While a server stands still for 0.4 s, requests go on being due: each waits for the rest of the stall.
+    """While a server stands still for 0.8 s, requests go on being due and sent: each waits for the rest of the stall.
 
     A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
     """
-    with running(Peer(stall_at=100, stall_s=0.4)) as peer:
-        run = drive(*load(peer, seconds=1.0))
-    assert peer.asked == 200
-    slow = run.latency > 0.1
-    assert 50 <= slow.sum() <= 70  # those due in the first 0.3 s of 0.4, at 200/s
-    waited = run.latency[100 : 100 + 60]
-    assert waited == pytest.approx(0.4 - np.arange(60) / 200, abs=0.06)
-    assert np.median(run.lag[100:180]) < 0.01  # the driver itself kept its schedule all along
+    with running(Peer(stall_at=100, stall_s=0.8)) as peer:
+        run = drive(*load(peer, seconds=1.5))
+    assert peer.asked == 300
+    due = run.schedule.at[100:260] - run.schedule.at[100]  # those due within the stall, at 200/s
+    assert (run.latency[100:260] >= 0.8 - due - 0.001).all()
+    assert (run.sent[100:180] < run.schedule.at[100] + 0.8).all()  # those of its first half were sent within it
     assert (run.status == 200).all()
 
 
@@ -72,7 +71,7 @@ def test_an_overloaded_driver_calls_its_run_invalid() -> None:
     """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
     with running(Peer()) as peer:
         schedule, to = load(peer)
-        run = drive(schedule, Target(to.host, to.port, SlowToMake(to.requests[0])))
+        run = drive(schedule, LoadTarget(to.host, to.port, SlowToMake(to.requests[0])))
     assert (run.status == 200).all()
     assert [reason.endswith(BUSY) for reason in run.invalid()] == [True]
 
@@ -81,7 +80,7 @@ def test_what_was_never_sent_makes_a_run_invalid() -> None:
     """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
     with running(Peer()) as peer:
         run = drive(*load(peer, "silence"), connections=1, patience_s=0.5)
-    assert 1.0 <= run.ended < 2.0
+    assert run.ended >= 1.0  # the schedule's half a second and the patience
     assert np.isnan(run.sent).sum() == 99
     assert run.latency == pytest.approx(run.ended - run.schedule.at)
     assert "99 of 100 requests were never sent" in run.invalid()[0]
@@ -109,14 +108,14 @@ def test_every_request_has_its_fate(model: str, status: int) -> None:
 @pytest.mark.parametrize("connections", [1, 512])
 def test_nobody_listens(connections: int) -> None:
     """Refused connections are lost requests, and the run ends with the last."""
-    run = drive(*load(Peer(port=free_port())), connections=connections, patience_s=5)
+    run = drive(*load(Peer(port=find_free_port())), connections=connections, patience_s=PATIENCE_S)
     assert (run.status == LOST).all()
-    assert run.ended < 1.0
+    assert run.ended < PATIENCE_S
 
 
 def test_a_lack_of_descriptors_is_our_own_fault() -> None:
     """Where this process may open no more files, requests are unsent, and the run invalid: none failed."""
-    schedule, to = load(Peer(port=free_port()))
+    schedule, to = load(Peer(port=find_free_port()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = [fd for fd in range(256) if not Path(f"/proc/self/fd/{fd}").exists()]
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[3], hard))  # three are for the event loop
@@ -177,10 +176,10 @@ def a_run(answer_s: float, late: int = 0, late_s: float = 0.0) -> Run:
 
 def test_only_this_machine_unless_told() -> None:
     """Addresses beyond loopback are refused before anything is sent, by what a name resolves to."""
-    assert target("http://localhost:8080", []).port == 8080
+    assert make_target("http://localhost:8080", []).port == 8080
     with pytest.raises(Forbidden, match="--allow-remote"):
-        target("http://192.0.2.7:8080", [])
-    assert target("http://192.0.2.7", [], allow_remote=True) == Target("192.0.2.7", 80, [])
+        make_target("http://192.0.2.7:8080", [])
+    assert make_target("http://192.0.2.7", [], allow_remote=True) == LoadTarget("192.0.2.7", 80, [])
     for url in ("https://localhost", "localhost:8080", "http://localhost/path"):
         with pytest.raises(ValueError, match="http://HOST:PORT"):
-            target(url, [])
+            make_target(url, [])

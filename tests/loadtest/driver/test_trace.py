@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loadtest.driver import trace
 from loadtest.driver.profiles import Profile, Replay
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run
-from loadtest.driver.trace import Trace, TraceInvalid, read_chunks, read_trace, trace_of, write_trace
+from loadtest.driver.trace import Trace, TraceInvalid, make_trace, read_chunks, read_trace, write_trace
 from model_store.names import ModelName
 from server.contract import ACCESS_LOG_OUTCOMES
 
@@ -226,7 +226,7 @@ def test_a_run_becomes_a_trace_that_can_be_replayed(tmp_path: Path) -> None:
     nan = np.full(n, np.nan)
     run = Run(schedule, nan, nan, nan, status, cache, 5.0, False, 0, [])
     names = [ModelName(f"eu/zone-{i}.mar") for i in range(9)]
-    made = trace_of(run, names, sizes=[10 * i for i in range(9)], started=1767225600.0)
+    made = make_trace(run, names, sizes=[10 * i for i in range(9)], started=1767225600.0)
     write_trace(tmp_path / "run.csv.gz", made)
     found = read_trace(tmp_path / "run.csv.gz")
     assert repr(found) == f"<Trace of {n} requests for 9 models>"

@@ -129,6 +129,40 @@ def test_links_and_devices_in_a_zip_are_refused(mode: int, said: str) -> None:
         open_archive(make_zip([(info, b"/etc/passwd")]), "m")
 
 
+# --- names of tars
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("a" * 155, "b" * 100), ("f" * 99, "b" * 100), ("f/" * 50 + "f" * 55, "b"), ("f", "b" * 100)],
+    ids=["both fields are full", "the name is full", "the prefix is full", "a short prefix"],
+)
+def test_a_long_name_of_ustar_is_put_together(folder: str, name: str) -> None:
+    """POSIX cuts a path at a slash: up to 155 bytes in the prefix, without a NUL when it is full, up to 100 in the
+    name.
+    """
+    path = f"{folder}/{name}"
+    archive = open_archive(make_tar_gz({path: b"x", **MODEL}, style=tarfile.USTAR_FORMAT), "m")
+    assert sorted(archive.members) == sorted([path, *MODEL])
+    assert archive.read(path) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("magic", "path"),
+    [
+        (b"ustar\x0000", "prefix/a"),
+        (b"ustar  \0", "a"),  # GNU has times and sparse maps there
+        (bytes(8), "a"),  # the tar of Unix version 7
+    ],
+)
+def test_only_posix_tars_have_a_prefix(magic: bytes, path: str) -> None:
+    """The magic decides whether the field at byte 345 is a part of the name."""
+    raw = bytearray(gzip.decompress(make_tar_gz({"a": b"x", **MODEL}, style=tarfile.USTAR_FORMAT)))
+    raw[257:265], raw[345:351] = magic, b"prefix"
+    raw[148:156] = b"%06o\0 " % (sum(raw[:148]) + 256 + sum(raw[156:512]))
+    assert set(open_archive(gzip.compress(bytes(raw)), "m").members) == {path, "model.onnx"}
+
+
 # --- sizes that lie, containers that are damaged
 
 
@@ -156,6 +190,8 @@ STORED = make_zip({"model.onnx": b"a" * 1000})
         (patched(ZIP, ENTRY, 10, "<H", 14), "compression method 14"),
         (patched(ZIP, ENTRY, 42, "<L", 5), "no local header"),
         (patched(ZIP, ENTRY, 42, "<L", 10**6), "beyond the end"),
+        (patched(ZIP, ENTRY, 42, "<L", len(ZIP) - 29), "beyond the end"),  # a byte too few for a local header
+        (patched(ZIP, ENTRY, 42, "<L", len(ZIP) - 30), "no local header"),
         (patched(STORED, ENTRY, 20, "<L", 10), "its sizes differ"),
         (patched(ZIP, ENTRY, 20, "<L", 10**6), "reaches into the zip's directory"),
         (patched(ZIP, ENTRY, 28, "<H", 60000), "directory is damaged"),

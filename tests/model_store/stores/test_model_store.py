@@ -17,6 +17,7 @@ from model_store.stores.disk_cache import DiskTier
 from model_store.stores.model_store import OUTAGE_PAUSE_S, ModelStore
 from model_store.stores.object_store import open_source
 from tests.archives import make_forecaster, make_zip
+from tests.patience import PATIENCE_S
 from tests.s3 import Fault, S3Server
 
 ROOT = Path(__file__).parents[3]
@@ -277,7 +278,7 @@ def test_two_processes_download_once(s3: S3Server, bucket: str, tmp_path: Path) 
     children = [fetcher(bucket, tmp_path), fetcher(bucket, tmp_path)]
     for child in children:
         start(child)
-    answers = sorted(json.loads(child.communicate(timeout=10)[0]) for child in children)
+    answers = sorted(json.loads(child.communicate(timeout=PATIENCE_S)[0]) for child in children)
     assert answers == [["disk", version], ["store", version]]
     assert s3.seen("GET", bucket) == [206]
 
@@ -285,8 +286,7 @@ def test_two_processes_download_once(s3: S3Server, bucket: str, tmp_path: Path) 
 def test_a_restart_reuses_what_a_killed_process_left(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     """A worker killed during its download holds up nobody; one that finished leaves its blob to the next process."""
     version = s3.put(bucket, NAME, archive())
-    s3.inject(Fault(match=NAME, delay_s=1.0))
-    with fetcher(bucket, tmp_path) as killed:
+    with s3.hold(NAME), fetcher(bucket, tmp_path) as killed:
         start(killed)
         while not any(fault.match == NAME and fault.times == 0 for fault in s3.faults):
             os.sched_yield()  # its request has not reached the proxy yet
@@ -294,7 +294,7 @@ def test_a_restart_reuses_what_a_killed_process_left(s3: S3Server, bucket: str, 
     for tier in ("store", "disk"):
         with fetcher(bucket, tmp_path) as child:
             start(child)
-            assert json.loads(child.communicate(timeout=10)[0]) == [tier, version]
+            assert json.loads(child.communicate(timeout=PATIENCE_S)[0]) == [tier, version]
 
 
 def test_stores_that_are_written_alike_do_not_share_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import socket
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from model_store.errors import ArchiveInvalid, ArchiveTooLarge, LoadError, Model
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from model_store.stores import object_store as sources
 from model_store.stores.object_store import InvalidStoreUrl, open_source
+from tests.patience import PATIENCE_S
 from tests.s3 import Fault, S3Server
 
 NSW1 = parse_model_name("au/NSW1.mar")
@@ -112,26 +113,36 @@ def test_a_lasting_failure_is_unavailable(s3: S3Server, bucket: str, fault: Faul
 
 
 def test_a_dead_endpoint_is_unavailable(bucket: str) -> None:
-    """A refused connection fails within the time-out, as itself."""
+    """A refused connection fails when its retries are used up, as itself: not when the time-out is over."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        source = open_source(f"s3://{bucket}", endpoint_url=f"http://127.0.0.1:{closed.getsockname()[1]}", timeout_s=2)
-        started = time.monotonic()
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        source = open_source(f"s3://{bucket}", endpoint_url=url, timeout_s=10 * PATIENCE_S)
         with pytest.raises(StoreUnavailable, match="Connection refused after 3 retries"):
             source.get(NSW1)
-    assert time.monotonic() - started < 2
 
 
 def test_a_silent_endpoint_is_unavailable(bucket: str) -> None:
-    """A host that accepts and never answers is given up within twice the time-out."""
+    """A host that accepts and never answers is given up after one time-out: it is not asked again."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         source = open_source(
             f"s3://{bucket}", endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.4
         )
-        started = time.monotonic()
         with pytest.raises(StoreUnavailable, match="timed out"):
             source.get(NSW1)
-    assert time.monotonic() - started < 0.9
+        assert len(_connections(silent)) == 1
+
+
+def _connections(server: socket.socket) -> list[tuple[str, int]]:
+    """The addresses of those who have connected and were not accepted yet."""
+    server.setblocking(False)
+    found = []
+    with suppress(BlockingIOError):
+        while True:
+            connection, address = server.accept()
+            connection.close()
+            found.append(address)
+    return found
 
 
 def test_a_large_archive_comes_in_ranges(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
 from server.cli.setting_flags import settings_from, table, with_table
 from tests.handlers.kinds.test_onnx import doubling
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()
@@ -320,7 +321,7 @@ def test_serve_and_invoke(desk: Path) -> None:
         assert (unknown.exit_code, unknown.stderr.partition("nix")[0]) == (1, "error: ValidationError: ")
         assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=15)
+        out, _ = process.communicate(timeout=PATIENCE_S)
         assert (process.returncode, out.partition(":")[0]) == (0, "stopping")
 
 

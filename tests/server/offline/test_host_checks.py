@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from server.cli.setting_flags import settings_from
-from server.host import Host, plan_workers, read_host
+from server.host import Host, read_host
 from server.offline.host_checks import (
+    Fact,
     accelerator,
     cores,
     disk_cache,
@@ -19,6 +20,7 @@ from server.offline.host_checks import (
     torch_build,
     workers,
 )
+from server.supervisor.worker_plan import plan_workers
 
 GIB = 2**30
 HOST = Host(cores=(0, 1, 2, 3), memory_bytes=16 * GIB, gpus=())
@@ -95,10 +97,14 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_few_descriptors() -> None:
-    """The advice is no more than the hard limit allows; no limit is fine."""
-    assert "ulimit -n 2000" in open_files(1024, 2000).advice
-    assert "ulimit -n 65536" in open_files(1024, resource.RLIM_INFINITY).advice
-    assert not open_files(resource.RLIM_INFINITY, resource.RLIM_INFINITY).advice
+    """Both limits are said; only the hard one matters, since `serve` raises the other; no limit is fine."""
+    few = open_files(1024, 2000)
+    assert few.text.startswith("soft limit 1024, hard limit 2000: serve raises")
+    assert "LimitNOFILE=65536" in few.advice
+    assert not open_files(256, 4096).advice
+    assert open_files(1024, resource.RLIM_INFINITY) == Fact(
+        "open files", "soft limit 1024, hard limit none: serve raises the soft limit to the hard one"
+    )
 
 
 def test_this_machine_as_it_is() -> None:

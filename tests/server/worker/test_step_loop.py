@@ -1,8 +1,10 @@
 """The step loop with a real cache, scheduler and engine; only the loader is a fake that builds when it is told to."""
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,6 +32,7 @@ from server.worker.host_cache import Shelf
 from server.worker.model_loader import Built
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
+from tests.patience import PATIENCE_S
 
 SLAB = 64 * 1024
 FAMILIES: dict[str, Family] = {
@@ -56,7 +59,7 @@ class FakeLoader:
         """A model, or the failure that was ordered."""
         del revalidate
         self.builds.append(model)
-        assert self.gate.wait(10), "the test forgot to open the gate"
+        assert self.gate.wait(PATIENCE_S), "the test forgot to open the gate"
         if model in self.broken:
             raise self.broken[model]
         family, version = FAMILIES[model[0]], self.versions.get(model, 1)
@@ -177,7 +180,7 @@ def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop run until something is true."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 -- the step loop has no events to wait for, by design
             await asyncio.sleep(0.001)
 
@@ -275,6 +278,42 @@ def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Sit
         assert resident(steps) == before
 
     play(scenario, slabs=1)
+
+
+def test_a_failed_load_keeps_nothing_of_its_archive() -> None:
+    """The failure is remembered and told to clients and operators; the frames it was raised in, and their bytes, go."""
+
+    class Bytes:
+        """An archive's, which can be watched."""
+
+    watched: list[weakref.ref[Bytes]] = []
+
+    def fail_with(archive: Bytes, why: str) -> None:
+        watched.append(weakref.ref(archive))
+        try:
+            raise ValueError("not an archive")  # noqa: TRY301 -- a chain, as a reader of archives makes it
+        except ValueError as error:
+            raise ArchiveInvalid(why) from error
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        build = loader.build
+
+        def failing(model: ModelName, *, revalidate: bool = False) -> Built:
+            if model.startswith("a/bad"):
+                fail_with(Bytes(), f"{model}: broken {'x' * 10_000}")
+            return build(model, revalidate=revalidate)
+
+        loader.build = failing  # type: ignore[method-assign]
+        for i in range(3):
+            front.send(f"a/bad{i}")
+        with pytest.raises(ArchiveInvalid, match=r"a/bad9: broken x+ .shortened"):
+            await steps.load(ModelName("a/bad9"))
+        await front.settled()
+        gc.collect()
+        assert [archive() for archive in watched] == [None] * 4
+        assert max(len(str(refused)) for refused in front.refusals.values()) < 3000
+
+    play(scenario)
 
 
 def test_a_wrong_golden_sample_costs_nobody_their_place() -> None:

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from loadtest.benchmarks.gpu import table
+from loadtest.benchmarks.gpu import build_table
 from server.worker.engine.bench_gpu import Sizes, measure
+from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
 
 
@@ -22,7 +23,7 @@ def test_everything_is_measured_and_shown() -> None:
     assert found["tick"]["ratio"] > 0
     assert found["tick"]["floor_ms"]["sum"] > 0
     assert found["scattered"]["resident"] == 20
-    shown = table(found)
+    shown = build_table(found)
     assert shown.row_count == 7 + 2 * 4
 
 
@@ -33,7 +34,7 @@ def test_without_a_gpu_it_says_so() -> None:
         [sys.executable, "-m", "loadtest.cli", "bench", "gpu", "--no-save"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.returncode == 2

@@ -1,0 +1,80 @@
+"""How the workers share the machine: a device, cores, threads and memory for each. No torch here."""
+
+from collections.abc import Sequence
+
+from server.contract import CACHE_SHARE
+from server.host import Host, WorkerPlan
+from server.settings import Settings
+
+HOST_TIER_SHARE = 0.1  #: of the memory, for the host tier in front of GPUs
+HOST_TIER_BYTES = 4096 * 1024 * 1024  #: the most that the host tier has unless a setting says otherwise
+
+
+def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
+    """A plan for each worker, in order of index.
+
+    Raises ValueError when CUDA is demanded or needed and absent, or a worker's memory is less than a slab.
+    """
+    cuda = _uses_cuda(settings, host)
+    default = len(host.gpus) * settings.workers_per_device if cuda else max(1, len(host.cores) - 1)
+    count = settings.workers or default
+    budget = _budget(settings, host, count, cuda=cuda)
+    shares = share_cores(host.cores, count)
+    gpus = [host.gpus[i % len(host.gpus)] if cuda else "" for i in range(count)]
+    return [
+        WorkerPlan(
+            index=i,
+            device=f"cuda:{gpus[i]}" if cuda else "cpu",
+            cores=shares[i],
+            threads=settings.threads or len(shares[i]),
+            budget_bytes=budget,
+            host_bytes=_host_tier(settings, host, cuda) // count,
+            sharers=gpus.count(gpus[i]),
+        )
+        for i in range(count)
+    ]
+
+
+def _uses_cuda(settings: Settings, host: Host) -> bool:
+    if settings.device == "cuda" and not host.gpus:
+        raise ValueError("device is cuda, but no GPU is visible here (/dev/nvidia*, CUDA_VISIBLE_DEVICES)")
+    cuda = bool(host.gpus) and settings.device != "cpu"
+    if settings.precision != "float32" and not cuda:
+        raise ValueError(f"precision is {settings.precision}, but models run on the CPU, in float32: leave it out")
+    return cuda
+
+
+def _budget(settings: Settings, host: Host, count: int, *, cuda: bool) -> int:
+    """Bytes of a worker's cache. 0 when the workers measure their GPU: this process has no torch."""
+    if cuda and not settings.model_cache_bytes:
+        return 0
+    total = int(settings.model_cache_bytes) or int(host.memory_bytes * CACHE_SHARE)
+    budget = total // count
+    if budget < settings.slab_bytes:
+        raise ValueError(
+            f"model_cache_bytes {total} divided among {count} workers is {budget} bytes each, less than one slab of "
+            f"{int(settings.slab_bytes)} (slab_bytes)"
+        )
+    return budget
+
+
+def _host_tier(settings: Settings, host: Host, cuda: bool) -> int:
+    """Bytes of the host memory tier, all workers together."""
+    if settings.host_cache_bytes is not None:
+        return int(settings.host_cache_bytes)
+    return min(HOST_TIER_BYTES, int(host.memory_bytes * HOST_TIER_SHARE)) if cuda else 0
+
+
+def share_cores(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """Cores per worker: all but the first (the fronts') dealt out evenly; with too few, workers take turns on all."""
+    own = cores[1:] if len(cores) > count else cores
+    if len(own) < count:
+        return [(own[i % len(own)],) for i in range(count)]
+    size = len(own) // count
+    return [tuple(own[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def front_cores(cores: Sequence[int], plans: Sequence[WorkerPlan]) -> tuple[int, ...]:
+    """What the workers leave to the fronts; all cores when they leave nothing."""
+    taken = {core for plan in plans for core in plan.cores}
+    return tuple(core for core in cores if core not in taken) or tuple(cores)
