@@ -268,7 +268,7 @@ def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[
 
 
 def grouped(markets: Sequence[Market]) -> Iterator[Sequence[Market]]:
-    """Markets that can be fitted together. INVARIANT: groups do not depend on what is done, since fits depend on them."""
+    """Markets that can be fitted together. INVARIANT: groups do not depend on what is done: fits depend on them."""
     kinds: dict[str, list[Market]] = {}
     for each in markets:
         kinds.setdefault(each.kin, []).append(each)
