@@ -1,4 +1,4 @@
-"""`fleetcast correlate`: how the errors of many forecasts hang together, as an archive. Torch only when it runs."""
+"""`fleetcast correlate`: estimates how the errors of many forecasts are correlated. Torch when it runs."""
 
 import time as clock
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The settings as command line flags, as error lines and as a table. Pure: `server.settings` owns names and texts."""
+"""Turns the settings into command-line flags, error messages and a table. `server.settings` owns names and texts."""
 
 import inspect
 from collections.abc import Callable, Mapping
