@@ -1,7 +1,7 @@
 """The registry of archive kinds. The server, the tools and the load tester build and describe archives through it.
 
-A kind is a file with an `ArchiveKind`, and its line in `_ENTRIES`. `model_store.archives.archive` recognises the kind of
-an archive.
+A kind is a file with an `ArchiveKind`, and its line in `_ENTRIES`. `model_store.archives.archive` recognises an
+archive's kind.
 """
 
 from collections.abc import Mapping
