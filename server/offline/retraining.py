@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from handlers.training.fit import Fitted, Fitting, fit
 from handlers.training.input_recipe import robust_scaler
 from handlers.training.time_series import Float64, Series, SeriesInvalid
-from model_store.archives.manifest import Channel, Forecast, Kind, Scaler, Spec
+from model_store.archives.manifest import Channel, Forecast, Scaler, Spec
 from model_store.archives.packing import pack_forecaster
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
@@ -156,7 +156,7 @@ class Renewal:
         if plan.architecture:
             changed = anew(forecast, before, plan.architecture, plan.config)
             return Market(line, model, before, changed, plan.architecture, plan.config)
-        if spec is None or spec.kind is not Kind.FORECASTER:
+        if spec is None or not spec.architecture:
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
             raise Unfit(f"{model.name} is a {model.archive.kind} archive; {what}")
         return Market(line, model, before, rescaled(forecast, before), spec.architecture, spec.config)
