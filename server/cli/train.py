@@ -13,7 +13,6 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from handlers.architectures import SUMMARIES
-from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import bar, moment, one_line_errors
@@ -134,6 +133,7 @@ def _fit(
 
 def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
+    from model_store.archives.packing import pack_forecaster  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
     from server.offline.archive_tools import verify_packed_archive  # noqa: PLC0415
 
