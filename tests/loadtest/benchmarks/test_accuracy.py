@@ -17,6 +17,8 @@ from loadtest.benchmarks.rolling_refits import DAYS, EVERY, HOURS, Recipe, Refit
 from loadtest.report.accuracy import page
 from tests.patience import PATIENCE_S
 
+pytestmark = pytest.mark.slow
+
 TRAINED_DAYS = 120
 
 

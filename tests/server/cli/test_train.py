@@ -20,6 +20,8 @@ from server.cli.setting_flags import settings_from
 from server.cli.train import NAMES, train
 from server.offline import archive_tools as workshop
 
+pytestmark = pytest.mark.slow
+
 HOURS = 24 * 25
 QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
 
