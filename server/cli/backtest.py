@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, moment, one_line_errors, progress
+from server.cli.terminal import BAD, moment, one_line_errors, progress, verbatim
 from server.cli.train import archive_names
+from server.logs import escape_text
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def backtest(
     else:
         rich.print(_table(found))
     for name, why in found.failed.items():
-        print(f"error: {name}: {why}", file=sys.stderr)  # noqa: T201
+        print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:
         raise typer.Exit(BAD)
 
@@ -84,7 +85,7 @@ def _table(found: "Backtest") -> Table:
         column.justify = "right"
     for each in found.markets:
         cells = [format_score(name, getattr(each.scores, name)) for name in MEASURES]
-        table.add_row(each.target, *cells, str(each.windows))
+        table.add_row(verbatim(each.target), *cells, str(each.windows))
     if len(found.markets) > 1:
         table.add_section()
         table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")

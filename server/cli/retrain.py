@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, progress
+from server.cli.terminal import BAD, one_line_errors, progress, verbatim
 from server.cli.train import archive_names
 from server.offline.measures import Score
 
@@ -95,7 +95,7 @@ def _table(outcomes: list[Any]) -> Table:
             _cell("{:.4g}", each.predecessor),
             _cell("{:+.1f} %", each.worse_percent),
         )
-        table.add_row(each.target, each.result, *numbers, each.message)
+        table.add_row(verbatim(each.target), each.result, *numbers, verbatim(each.message))
     return table
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from model_store.errors import LoadError
+from server.logs import escape_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+    from rich.text import Text
 
 BAD = 1  #: exit code: the result is negative, or a part failed
 WRONG = 2  #: exit code: the command could not be run as given
@@ -19,8 +21,15 @@ WRONG = 2  #: exit code: the command could not be run as given
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
     """Print what was wrong, and exit."""
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201 -- the answer
+    print(f"error: {escape_text(message)}", file=sys.stderr)  # noqa: T201 -- the answer
     raise typer.Exit(code)
+
+
+def verbatim(text: str, style: str = "") -> "Text":
+    """A cell of a table that shows the text itself: no markup, no links, nothing that a terminal acts on."""
+    from rich.text import Text  # noqa: PLC0415 -- a twentieth of a second that most commands save
+
+    return Text(escape_text(text), style)
 
 
 @contextmanager

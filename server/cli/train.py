@@ -15,7 +15,7 @@ from rich.table import Table
 from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import bar, moment, one_line_errors
+from server.cli.terminal import bar, moment, one_line_errors, verbatim
 
 if TYPE_CHECKING:
     from handlers.training.fit import Fitted, Fitting
@@ -166,7 +166,7 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
     table = Table("target", "holdout loss", "naive", "ratio", "bytes")
     for each, size in zip(fitted, sizes, strict=True):
         ratio = f"{each.loss / each.naive_loss:.2f}" if each.naive_loss else ""
-        table.add_row(each.name, f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
+        table.add_row(verbatim(each.name), f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
     rich.print(table)
     forecast = fitted[0].forecast
     steps, ahead = f"{forecast.history_length} steps of {forecast.frequency}", forecast.prediction_length

@@ -1,7 +1,5 @@
 """The look for external data takes a bounded number of steps, and finds it wherever it is."""
 
-from typing import Any
-
 import numpy as np
 import onnx
 import pytest
@@ -43,11 +41,10 @@ def test_single_numbers_at_the_bound() -> None:
 def test_a_large_tree_ensemble_is_scanned() -> None:
     """100,000 nodes have 800,000 unpacked numbers and as many names as nodes: a sound model."""
     count = 100_000
-    numbers: dict[str, Any] = {f"numbers_{i}": list(range(count)) for i in range(6)} | {
-        "values": [0.5] * count,
-        "more": [1.5] * count,
-    }
-    node = helper.make_node("TreeEnsembleRegressor", ["x"], ["y"], **numbers, nodes_modes=["BRANCH_LEQ"] * count)
+    numbers = {f"numbers_{i}": list(range(count)) for i in range(6)} | {"values": [0.5] * count, "more": [1.5] * count}
+    node = helper.make_node("TreeEnsembleRegressor", ["x"], ["y"])
+    texts = {"nodes_modes": ["BRANCH_LEQ"] * count}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in {**numbers, **texts}.items())
     graph = helper.make_graph([node], "g", [], [])
     refuse_external_data(helper.make_model(graph).SerializeToString())
 
