@@ -14,7 +14,8 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Server, serving, upload, wait_until
+from tests.e2e.server import Server, serving, upload
+from tests.patience import wait_until
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
