@@ -55,7 +55,7 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 	@for program in $(SWIFT); do command -v $$program >/dev/null || \
 	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
 	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
-	  tests/model_store/test_sources.py tests/model_store/test_store.py $(STORE_TESTS) $(ARGS)
+	  tests/model_store/stores $(STORE_TESTS) $(ARGS)
 
 check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check

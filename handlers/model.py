@@ -50,12 +50,7 @@ class Model:
         """
         decode: Callable[..., Any] = self.built.body.codec.decode
         call = decode(body, content_type, accept)
-        if isinstance(self.built.body, RowModel):
-            outputs = self._run_rows(self.built.body, call.rows)
-        else:
-            run: Callable[[Any], Any] = self.built.body.single.run
-            outputs = run(call.feeds)
-        answer: bytes = call.encode(outputs)[0]
+        answer: bytes = call.encode(self.built.body.run(call, self.built.row))[0]
         return answer
 
     def answer_many(self, bodies: Sequence[bytes]) -> list[bytes | Failure]:

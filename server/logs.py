@@ -134,6 +134,26 @@ STANDARD_ERROR = LineWriter(STDERR)
 atexit.register(STANDARD_ERROR.flush)
 
 
+def escape_text(text: str, keep: str = "") -> str:
+    """The text on one line without characters that a terminal acts on: control, format and separator characters.
+
+    Archives, clients and stores can put anything into names and messages. `keep` has characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
+
+
+def _escape_values(_: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A structlog processor for text: JSON escapes by itself. A traceback keeps its lines."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = escape_text(value, "\n" if name == "exception" else "")
+        elif not isinstance(value, (int, float, type(None))):
+            event[name] = escape_text(str(value))
+    return event
+
+
 def configure_logs(level: str, form: str, **bound: Any) -> None:
     """Set up structlog for this process; `bound` (such as worker=0) is on every line."""
     text = form == "text" or (form == "auto" and sys.stderr.isatty())
@@ -147,6 +167,7 @@ def configure_logs(level: str, form: str, **bound: Any) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            *([_escape_values] if text else []),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),

@@ -1,4 +1,4 @@
-"""What the network sees: an instance's history, covariates and calendar as the row of a forecast's `inputs`. No torch.
+"""Fills a network's input channels with an instance's history, covariates and calendar, as `inputs` says. No torch.
 
 Stamps are wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does.
 """

@@ -1,4 +1,4 @@
-"""Fitting forecasters: all series of a call together, along a leading model dimension. Torch; no files.
+"""Fits forecasters: all series of a call are fitted together, along a leading model dimension. Torch; no files.
 
 The parameters of M models are one tensor [M, n] with one optimiser; gradients are clipped and the best weights kept by
 model, so the models share nothing but the time. Measured on one core: 67,000 windows a second of the default `tcn`.

@@ -1,4 +1,4 @@
-"""`fleetcast backtest`: what archives would have forecast for a CSV file, and how good that was. Torch when it runs."""
+"""`fleetcast backtest`: scores what archives would have forecast for a CSV file. Torch when it runs."""
 
 import sys
 from pathlib import Path
@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, moment, one_line_errors, progress
+from server.cli.terminal import BAD, moment, one_line_errors, progress, verbatim
 from server.cli.train import archive_names
+from server.logs import escape_text
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
 if TYPE_CHECKING:
@@ -70,13 +71,13 @@ def backtest(
     else:
         rich.print(_table(found))
     for name, why in found.failed.items():
-        print(f"error: {name}: {why}", file=sys.stderr)  # noqa: T201
+        print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:
         raise typer.Exit(BAD)
 
 
 def _table(found: "Backtest") -> Table:
-    """A market a row, and the mean of several."""
+    """A row for each market, and their mean."""
     promised = {each.scores.nominal for each in found.markets}
     interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
     table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")
@@ -84,7 +85,7 @@ def _table(found: "Backtest") -> Table:
         column.justify = "right"
     for each in found.markets:
         cells = [format_score(name, getattr(each.scores, name)) for name in MEASURES]
-        table.add_row(each.target, *cells, str(each.windows))
+        table.add_row(verbatim(each.target), *cells, str(each.windows))
     if len(found.markets) > 1:
         table.add_section()
         table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from server.access_log import read_rows
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, progress
+from server.cli.terminal import BAD, one_line_errors, progress, verbatim
 from server.host import Host, read_host
 from server.offline.cache_sizing import Advice, advise
 from server.settings import Settings, format_bytes
@@ -106,9 +106,9 @@ def _facts(facts: Sequence["Fact"]) -> Table:
     """A fact a row, and what to do below it."""
     table = Table("", "", show_header=False, box=None, pad_edge=False)
     for fact in facts:
-        table.add_row(f"[bold]{fact.name}[/]", _verbatim(fact.text))
+        table.add_row(verbatim(fact.name, "bold"), verbatim(fact.text))
         if fact.advice:
-            table.add_row("", f"[yellow]! {_verbatim(fact.advice)}[/]")
+            table.add_row("", verbatim(f"! {fact.advice}", "yellow"))
     return table
 
 
@@ -182,7 +182,3 @@ def _batch(pace: "Pace", rows: int) -> dict[str, Any]:
         "of_different_models": {"taken": pace.taken(rows, rows), "floor_us": pace.floor_us(rows, rows)},
         "of_one_model": {"taken": pace.taken(rows, 1), "floor_us": pace.floor_us(rows, 1)},
     }
-
-
-def _verbatim(text: str) -> str:
-    return text.replace("[", r"\[")

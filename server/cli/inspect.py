@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import one_line_errors
+from server.cli.terminal import one_line_errors, verbatim
 
 
 def inspect(
@@ -33,5 +33,5 @@ def inspect(
         return
     rows = Table("", "", show_header=False, box=None, pad_edge=False)
     for label, text in format_description(found):
-        rows.add_row(f"[bold]{label}[/]", text)
+        rows.add_row(verbatim(label, "bold"), verbatim(text))
     rich.print(rows)

@@ -9,6 +9,7 @@ import typer
 
 from server.cli.terminal import BAD, fail, one_line_errors
 from server.contract import HEADER_SERVER_TIMING
+from server.logs import escape_text
 
 DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
 TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
@@ -56,8 +57,8 @@ def invoke(
     if verbose:
         for key in sorted(reply.headers):
             if key.startswith("x-fleetcast-") or key == HEADER_SERVER_TIMING.lower():
-                print(f"{key}: {reply.headers[key]}", file=sys.stderr)  # noqa: T201
+                print(escape_text(f"{key}: {reply.headers[key]}"), file=sys.stderr)  # noqa: T201
     if sys.stdout.isatty() and "json" in reply.content_type:
-        rich.print_json(reply.body.decode())
+        rich.print_json(reply.body.decode(), ensure_ascii=True)
     else:
         sys.stdout.buffer.write(reply.body)

@@ -7,6 +7,7 @@ import typer
 
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, fail, one_line_errors
+from server.logs import escape_text
 from server.offline.measures import Score
 
 if TYPE_CHECKING:
@@ -99,4 +100,4 @@ def pack(
             )
         except Refused as refused:
             fail(f"{refused}; nothing is written", BAD)
-    print(f"{out}: {packed.bytes} bytes; {packed.proof}")  # noqa: T201
+    print(escape_text(f"{out}: {packed.bytes} bytes; {packed.proof}"))  # noqa: T201

@@ -1,4 +1,4 @@
-"""The settings as command line flags, as error lines and as a table. Pure: `server.settings` owns names and texts."""
+"""Turns the settings into command-line flags, error messages and a table. `server.settings` owns names and texts."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,8 +11,6 @@ from pydantic import ByteSize, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
-from handlers.architectures import SUMMARIES
-from server import metrics
 from server.settings import TOML_FILE, Settings, format_bytes
 
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
@@ -51,25 +49,6 @@ def table() -> str:
     for name, field in Settings.model_fields.items():
         rows.append(f"| `{flag(name)}` | {_default(field)} | {field.description} |")
     return "\n".join(rows)
-
-
-def architectures() -> str:
-    """Every architecture as a row of Markdown."""
-    rows = ["| `--architecture` | what it is |", "|---|---|"]
-    return "\n".join([*rows, *(f"| `{name}` | {summary} |" for name, summary in SUMMARIES.items())])
-
-
-def with_table(document: str) -> str:
-    """The document with its generated tables brought up to date. Raises ValueError without their marks."""
-    tables = {"settings": table(), "metrics": metrics.table(), "architectures": architectures()}
-    for name, rows in tables.items():
-        first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
-        head, start, rest = document.partition(first)
-        _, end, tail = rest.partition(last)
-        if not (start and end):
-            raise ValueError(f"the document needs the lines {first} and {last}")
-        document = f"{head}{start}\n{rows}\n{end}{tail}"
-    return document
 
 
 def flag(name: str) -> str:

@@ -13,10 +13,9 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from handlers.architectures import SUMMARIES
-from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import bar, moment, one_line_errors
+from server.cli.terminal import bar, moment, one_line_errors, verbatim
 
 if TYPE_CHECKING:
     from handlers.training.fit import Fitted, Fitting
@@ -134,6 +133,7 @@ def _fit(
 
 def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
+    from model_store.archives.packing import pack_forecaster  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
     from server.offline.archive_tools import verify_packed_archive  # noqa: PLC0415
 
@@ -166,7 +166,7 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
     table = Table("target", "holdout loss", "naive", "ratio", "bytes")
     for each, size in zip(fitted, sizes, strict=True):
         ratio = f"{each.loss / each.naive_loss:.2f}" if each.naive_loss else ""
-        table.add_row(each.name, f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
+        table.add_row(verbatim(each.name), f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
     rich.print(table)
     forecast = fitted[0].forecast
     steps, ahead = f"{forecast.history_length} steps of {forecast.frequency}", forecast.prediction_length

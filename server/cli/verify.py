@@ -7,6 +7,7 @@ import typer
 from model_store.errors import LoadError
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD
+from server.logs import escape_text
 
 
 def verify(
@@ -26,9 +27,12 @@ def verify(
         try:
             store, name = split_location(archive)
             proof = verify_archive(locate_archive(settings_from({"store": store}), name))
-            print(f"ok   {archive}: {proof}")  # noqa: T201
+            print(escape_text(f"ok   {archive}: {proof}"))  # noqa: T201
         except (LoadError, ValueError, OSError) as error:
             bad += 1
-            print(f"BAD  {archive}: {error}")  # noqa: T201
+            print(escape_text(f"BAD  {archive}: {error}"))  # noqa: T201
+        except Exception as error:  # a fault of ours with one archive hides no other's
+            bad += 1
+            print(escape_text(f"BAD  {archive}: it cannot be verified, by a fault of this program: {error!r}"))  # noqa: T201
     if bad:
         raise typer.Exit(BAD)

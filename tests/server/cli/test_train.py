@@ -22,6 +22,8 @@ from server.cli.train import train
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
 
+pytestmark = pytest.mark.slow
+
 HOURS = 24 * 25
 QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
 
