@@ -17,7 +17,7 @@ NO_STORE = graph forecasts joint many retrain slow_clients access_log
 STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run forecast-demo load test test-s3 check format docs bench bench-peers scale clean
+.PHONY: help venv run forecast-demo load test-fast test test-s3 check format docs bench bench-peers scale clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ forecast-demo: $(READY) ## a market's cycle: 45 products, joint scenarios, a pag
 load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loop load (ARGS="--rate 300 --models 500")
 	@$(BIN)/fleetcast-load run $(ARGS)
 
+test-fast: $(READY) ## the unit tests, in one process and within two minutes
+	$(BIN)/python -m pytest -m "not (e2e or slow or gpu)" $(ARGS)
+
 test: $(READY) ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -52,13 +55,14 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 	@for program in $(SWIFT); do command -v $$program >/dev/null || \
 	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
 	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
-	  tests/model_store/test_sources.py tests/model_store/test_store.py $(STORE_TESTS) $(ARGS)
+	  tests/model_store/stores $(STORE_TESTS) $(ARGS)
 
-check: $(READY) ## lint, format, types, import arrows
+check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m vulture
 
 format: $(READY) ## put the code in shape
 	$(BIN)/python -m ruff check --fix
@@ -70,7 +74,7 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
-docs: $(READY) ## the README's tables of settings and metrics
+docs: $(READY) ## the README's tables of settings, metrics and architectures
 	$(BIN)/fleetcast settings-table README.md
 
 bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)

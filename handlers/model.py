@@ -50,12 +50,7 @@ class Model:
         """
         decode: Callable[..., Any] = self.built.body.codec.decode
         call = decode(body, content_type, accept)
-        if isinstance(self.built.body, RowModel):
-            outputs = self._run_rows(self.built.body, call.rows)
-        else:
-            run: Callable[[Any], Any] = self.built.body.single.run
-            outputs = run(call.feeds)
-        answer: bytes = call.encode(outputs)[0]
+        answer: bytes = call.encode(self.built.body.run(call, self.built.row))[0]
         return answer
 
     def answer_many(self, bodies: Sequence[bytes]) -> list[bytes | Failure]:
@@ -64,11 +59,18 @@ class Model:
         if not isinstance(body, RowModel):
             return [_attempt(self.answer, each) for each in bodies]
         calls = [_attempt(body.codec.decode, each, JSON, JSON) for each in bodies]
-        rows = [call.rows for call in calls if isinstance(call, Call)]
-        if not rows:
+        good = [call for call in calls if isinstance(call, Call)]
+        if not good:
             return calls
-        outputs = iter(np.split(self._run_rows(body, np.concatenate(rows)), np.cumsum([len(each) for each in rows])))
-        return [_attempt(_encode, call, next(outputs)) if isinstance(call, Call) else call for call in calls]
+        outputs, at = self._run_rows(body, np.concatenate([call.rows for call in good])), 0
+        answers: list[bytes | Failure] = []
+        for call in calls:
+            if isinstance(call, Call):
+                answers.append(_attempt(_encode, call, outputs[at : at + len(call.rows)]))
+                at += len(call.rows)
+            else:
+                answers.append(call)
+        return answers
 
     def _run_rows(self, body: RowModel, rows: Float32) -> Float32:
         assert self.built.row is not None, "a row model is built with its row"

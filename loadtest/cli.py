@@ -1,8 +1,8 @@
-"""How a fleet stands a load: tail latency, hit ratio, load times, memory. A client's view of a server.
+"""Measure a server under load: tail latency, hit ratio, load times, memory. The load tester is a client of the server.
 
-A fleet and a server of its own:   fleetcast-load run
+A fleet and a server of its own:     fleetcast-load run
 Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
-A server that runs:   fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
+A server that runs:                  fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
 """
 
 import sys
@@ -28,6 +28,7 @@ from loadtest.plan import cli as command
 from loadtest.report import render_page, write_report
 from model_store.errors import LoadError
 from model_store.names import ModelName
+from server.contract import PING_PATH
 
 EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
@@ -45,65 +46,78 @@ def _flag(panel: str, text: str, *names: str, **more: Any) -> Any:
 def run(
     *,
     profile: Annotated[Shape, _flag(LOAD, SHAPES)] = Shape.POISSON,
-    rate: Annotated[float | None, _flag(LOAD, "requests a second; else 200")] = None,
-    seconds: Annotated[float, _flag(LOAD, "how long")] = 15.0,
+    rate: Annotated[float | None, _flag(LOAD, "requests per second; default 200")] = None,
+    seconds: Annotated[float, _flag(LOAD, "duration of the measured load")] = 15.0,
     warmup: Annotated[
-        float | None, _flag(LOAD, "seconds of the same load before, not measured; else 5, none before a replay")
+        float | None, _flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
     ] = None,
-    zipf: Annotated[float | None, _flag(LOAD, "popularity of rank r is 1 / r to this power; else 1")] = None,
-    drift_s: Annotated[float | None, _flag(LOAD, "models trade ranks every so many seconds; else never")] = None,
-    drift_share: Annotated[float | None, _flag(LOAD, "how many of them; else 0.1")] = None,
-    day_s: Annotated[float | None, _flag(LOAD, "diurnal: seconds of a day; else 60")] = None,
-    trough: Annotated[float | None, _flag(LOAD, "diurnal: the night's rate in noon's; else 0.2")] = None,
-    every_s: Annotated[float | None, _flag(LOAD, "tick: seconds from one to the next; else 5")] = None,
-    spread_s: Annotated[float | None, _flag(LOAD, "tick: seconds within which all are asked; else 1")] = None,
-    shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order every time", "--shuffled")] = None,
-    newcomers: Annotated[int | None, _flag(LOAD, "onboarding: models that are new; else 100")] = None,
-    at_s: Annotated[float | None, _flag(LOAD, "onboarding: when they come; else 5")] = None,
-    trace: Annotated[Path | None, _flag(LOAD, "replay: the recording, or an access log's folder", exists=True)] = None,
-    speed: Annotated[float | None, _flag(LOAD, "replay: times as fast; else 1")] = None,
-    start_s: Annotated[float | None, _flag(LOAD, "replay: from this second of it on; else its first")] = None,
-    ramp_to: Annotated[float | None, _flag(LOAD, "rates from --rate up to this one until one is too much")] = None,
-    ramp_factor: Annotated[float, _flag(LOAD, "from one rate of a ramp to the next")] = 1.5,
+    zipf: Annotated[float | None, _flag(LOAD, "exponent of the Zipf popularity of models; default 1")] = None,
+    drift_s: Annotated[
+        float | None, _flag(LOAD, "seconds after which some models exchange ranks; default never")
+    ] = None,
+    drift_share: Annotated[float | None, _flag(LOAD, "share of the models that exchange ranks; default 0.1")] = None,
+    day_s: Annotated[float | None, _flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
+    trough: Annotated[float | None, _flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")] = None,
+    every_s: Annotated[float | None, _flag(LOAD, "tick: seconds between ticks; default 5")] = None,
+    spread_s: Annotated[float | None, _flag(LOAD, "tick: seconds that its requests are spread over; default 1")] = None,
+    shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order in every tick", "--shuffled")] = None,
+    newcomers: Annotated[int | None, _flag(LOAD, "onboarding: number of new models; default 100")] = None,
+    at_s: Annotated[float | None, _flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
+    trace: Annotated[
+        Path | None, _flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
+    ] = None,
+    speed: Annotated[float | None, _flag(LOAD, "replay: speed factor; default 1")] = None,
+    start_s: Annotated[
+        float | None, _flag(LOAD, "replay: second of the trace to start from; default its first")
+    ] = None,
+    ramp_to: Annotated[
+        float | None, _flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
+    ] = None,
+    ramp_factor: Annotated[float, _flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
     seed: Annotated[int, _flag(LOAD, "same seed, same schedule", min=0)] = 0,
-    connections: Annotated[int, _flag(LOAD, "at most, opened when needed", min=1)] = 512,
-    processes: Annotated[int | None, _flag(LOAD, "of the driver; else as many as the rate needs", min=1)] = None,
-    store: Annotated[str | None, _flag(SERVER, "folder or URL of archives; served by a server of its own")] = None,
+    connections: Annotated[int, _flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
+    processes: Annotated[int | None, _flag(LOAD, "driver processes; default as many as the rate needs", min=1)] = None,
+    store: Annotated[
+        str | None, _flag(SERVER, "folder or URL of archives; without --url a server is started for it")
+    ] = None,
     url: Annotated[str | None, _flag(SERVER, "inference address of a server that runs")] = None,
     metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
-    per_call: Annotated[
-        int | None, _flag(SERVER, "dialect forecasts: models that a call asks; else all", min=1)
-    ] = None,
+    per_call: Annotated[int | None, _flag(SERVER, "dialect forecasts: models per call; default all", min=1)] = None,
     names: Annotated[
-        Path | None, _flag(SERVER, "file of model names, instead of the store's", exists=True, dir_okay=False)
+        Path | None,
+        _flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
     ] = None,
-    dialect: Annotated[str, _flag(SERVER, "its protocol: " + ", ".join(DIALECTS))] = "sagemaker",
-    body: Annotated[BodyKind | None, _flag(SERVER, "what is asked; else each archive's golden sample")] = None,
+    dialect: Annotated[str, _flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
+    body: Annotated[
+        BodyKind | None, _flag(SERVER, "kind of request body; default each archive's golden sample")
+    ] = None,
     request: Annotated[
-        Path | None, _flag(SERVER, "a request that all models take", exists=True, dir_okay=False)
+        Path | None, _flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
     ] = None,
-    models: Annotated[int, _flag(SERVER, "size of the own fleet; of a store the first so many", min=1)] = 200,
-    resident: Annotated[int, _flag(SERVER, "own fleet: models that fit in the cache", min=1)] = 50,
-    cache: Annotated[str | None, _flag(SERVER, "with --store: memory of the cache, such as 256MiB")] = None,
-    workers: Annotated[int, _flag(SERVER, "own server: worker processes", min=1)] = 1,
-    allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
-    p50_ms: Annotated[float | None, _flag(SLO, "median latency at most")] = None,
-    p99_ms: Annotated[float | None, _flag(SLO, "99th percentile at most")] = None,
-    failed: Annotated[float | None, _flag(SLO, "share of failed requests at most")] = None,
-    hit_ratio: Annotated[float | None, _flag(SLO, "hit ratio at least")] = None,
+    models: Annotated[
+        int, _flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
+    ] = 200,
+    resident: Annotated[int, _flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
+    cache: Annotated[str | None, _flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
+    workers: Annotated[int, _flag(SERVER, "started server: number of worker processes", min=1)] = 1,
+    allow_remote: Annotated[bool, _flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
+    p50_ms: Annotated[float | None, _flag(SLO, "maximum median latency")] = None,
+    p99_ms: Annotated[float | None, _flag(SLO, "maximum 99th percentile of latency")] = None,
+    failed: Annotated[float | None, _flag(SLO, "maximum share of failed requests")] = None,
+    hit_ratio: Annotated[float | None, _flag(SLO, "minimum hit ratio")] = None,
     out: Annotated[Path | None, _flag(OUTPUT, "write the results as JSON")] = None,
     html: Annotated[Path | None, _flag(OUTPUT, "write a report for the browser")] = None,
-    trace_out: Annotated[Path | None, _flag(OUTPUT, "write what was asked and answered as a trace")] = None,
+    trace_out: Annotated[Path | None, _flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
     keep: Annotated[bool, _flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
-    """Ask a fleet at times and with a popularity drawn beforehand; ends with 1 for an invalid run and a missed SLO.
+    """Load a fleet on a schedule drawn beforehand; exits with 1 for an invalid run or a missed SLO.
 
-    Latency counts from the intended time: a server that stands still makes everybody wait who would have asked.
+    Latency counts from the intended time, so a server that stalls delays all requests that are due meanwhile.
 
-    [bold]--dialect forecasts[/] asks many models by one POST /v1/forecasts: a
+    [bold]--dialect forecasts[/] requests many models by one POST /v1/forecasts: a
     request is then a call, for [bold]--per-call[/] models or for all. A market's
     tick: [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
-    A call is a hit when all its models were there; its failures are counted.
+    A call is a hit if all its models were resident; failed items are counted.
     """
     before = record.describe_machine()
     warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
@@ -137,7 +151,8 @@ def run(
             title += f", calls for {max(to.forecasts)} models" if many else ""
             console.print(f"{title}; {subject.what}")
             if dialect in ("sagemaker", "forecasts"):
-                LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
+                # an unreachable server is reported once, not for every request
+                LocalServer.get(f"{subject.inference.rstrip('/')}{PING_PATH}")
             if ramp_to is None:
                 found, ran = load_run.measure_run(subject, plan, to, console)
             else:

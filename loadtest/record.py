@@ -1,4 +1,4 @@
-"""Benchmark records: what was measured, where, of which commit, with what spread. JSON files that are committed."""
+"""Benchmark records: results, machine, commit and spread. JSON files that are committed."""
 
 import datetime as dt
 import json

@@ -26,7 +26,6 @@ HEADER_MODEL_VERSION: Final = "X-Fleetcast-Model-Version"  #: the store's ETag o
 HEADER_SERVER_TIMING: Final = "Server-Timing"  #: `queue`, `load` (its `desc` is the tier) and `inference`, in ms
 
 JSON: Final = "application/json"
-JSON_LINES: Final = "application/jsonlines"
 NPY: Final = "application/x-npy"
 
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL

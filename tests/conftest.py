@@ -11,7 +11,16 @@ from tests.s3 import S3Server, s3_server
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: spinning threads slow everyone on two cores
 
 
+PROCESSES = frozenset({"s3", "reader"})  #: fixtures that start one
+
 configure_logs("warning", "json")  # structlog's default draws tracebacks with every local variable, for seconds
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks the S3 server or opens a page in a browser is slow: those are processes."""
+    for item in items:
+        if isinstance(item, pytest.Function) and not PROCESSES.isdisjoint(item.fixturenames):
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

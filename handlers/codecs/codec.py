@@ -1,4 +1,4 @@
-"""Bodies to arrays and back: content negotiation, and one codec for families, one for singles. No torch.
+"""Decodes request bodies into arrays and encodes outputs: a codec for families, a codec for singles. No torch.
 
 A codec belongs to one loaded archive and holds no state of a request. Every wrong request is a RequestError, every
 wrong output a RunFailed; nothing else is raised, whatever the bytes.

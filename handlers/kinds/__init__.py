@@ -1,7 +1,7 @@
-"""The kinds of archive that run: one entry each. A server, the tools and the load tester ask here, and nowhere else.
+"""The registry of archive kinds. The server, the tools and the load tester build and describe archives through it.
 
-A kind is a file with an entry (`ArchiveKind`) and its line in `KINDS`; how archives of a kind are recognised is
-`model_store.archives.archive`'s.
+A kind is a file with an `ArchiveKind`, and its line in `_ENTRIES`. `model_store.archives.archive` recognises an
+archive's kind.
 """
 
 from collections.abc import Mapping

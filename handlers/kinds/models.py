@@ -88,8 +88,12 @@ class RowModel:
 
     def prove(self, name: str, golden: GoldenSample, row: Float32 | None, run_row: RunRow = run_row_on_cpu) -> None:
         """Run the golden sample under `row`. Raises GoldenMismatch that names the first number that is off."""
+        prove_golden(name, golden, self.codec, lambda call: self.run(call, row, run_row))
+
+    def run(self, call: Any, row: Float32 | None, run_row: RunRow = run_row_on_cpu) -> Any:
+        """What the call's `encode` takes, for a call that this model's codec has decoded."""
         assert row is not None, "a row model is built with its row"
-        prove_golden(name, golden, self.codec, lambda call: run_row(self.family, row, call.rows))
+        return run_row(self.family, row, call.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +116,13 @@ class SingleModel:
 
     def prove(self, name: str, golden: GoldenSample, row: Float32 | None, run_row: RunRow = run_row_on_cpu) -> None:
         """Run the golden sample; `row` and `run_row` are not used. Raises GoldenMismatch."""
+        prove_golden(name, golden, self.codec, lambda call: self.run(call, row, run_row))
+
+    def run(self, call: Any, row: Float32 | None, run_row: RunRow = run_row_on_cpu) -> Any:
+        """What the call's `encode` takes, for a call that this model's codec has decoded. Raises RunFailed."""
         del row, run_row
         run: Callable[[Any], Any] = self.single.run
-        prove_golden(name, golden, self.codec, lambda call: run(call.feeds))
+        return run(call.feeds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""How accurate the forecasters are on real markets: fitted once, or again and again, beside published forecasts.
+"""Accuracy of the forecasters on five day-ahead markets, fitted once or repeatedly, beside published forecasts.
 
 fleetcast-load bench accuracy --data FOLDER --minutes 25
 
-The markets and the test period are those of Lago et al. 2021 ("Forecasting day-ahead electricity prices"), the last two
-years; their daily forecasts are scored in the same run. The last 20 days are the windows of fev-bench. FOLDER has
-NP.csv.gz (datetime_local, price, exog1, exog2), NP_reference_forecasts.csv.gz and so on. Fits are kept: a run that was
-ended goes on, and what the minutes did not suffice for is said in the record.
+The markets and the test period (the last two years) are those of Lago et al. 2021 ("Forecasting day-ahead electricity
+prices"); their daily forecasts are scored in the same run. The last 20 days are the windows of fev-bench. FOLDER has
+NP.csv.gz (datetime_local, price, exog1, exog2), NP_reference_forecasts.csv.gz and so on. Fits are saved, so a run that
+was interrupted continues; the record lists what did not fit into the given minutes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Scores the fits of `rolling_refits`: recipes and mixtures over the test period, and fev-bench's windows."""
+"""Scores the fits of `rolling_refits`: recipes and mixtures over the test period, and the windows of fev-bench."""
 
 import csv
 import gzip

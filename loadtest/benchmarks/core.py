@@ -1,8 +1,6 @@
-"""`make bench`: our own table in minutes. Ratios against the plain peer or a floor measured in the same run; records.
+"""The core benchmark: throughput, cold start and memory, each as a ratio to a plain server or to a measured floor.
 
-fleetcast-load bench core warm      requests/s and p50 of 200 models against loadtest/peers/plain, alternating
-fleetcast-load bench core cold      object store to first answer, against one GET of the same size
-fleetcast-load bench core memory    bytes per extra resident model
+A few minutes; needs wrk. Each command saves a record.
 """
 
 import http.client

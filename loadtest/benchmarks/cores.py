@@ -1,9 +1,10 @@
-"""`fleetcast-load bench cores`: what more workers and fronts bring on this machine, and where the time goes.
+"""Throughput by number of workers and fronts on this machine, and the CPU time of each part of a request.
 
-200 resident models under wrk over 32 connections, beside the server: JSON and npy bodies, every number of workers and
-fronts up to the cores, in turn. Front and worker are microseconds of processor time a request; decode, forward and
-encode are the worker's own count by the clock, waiting for a core included where there are more processes than cores.
-What a worker uses beyond these three is frames, queues and its event loop. Ends with a record.
+200 resident models under load by wrk over 32 connections, which shares the machine with the server: JSON and npy
+bodies, every number of workers and fronts up to the number of cores, in turn. `front` and `worker` are microseconds of
+CPU time per request. `decode`, `forward` and `encode` are wall time as the worker counts it, so they include the wait
+for a core when there are more processes than cores. `rest` is what a worker uses beyond these three: frames, queues and
+its event loop. Saves a record.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""`fleetcast-load bench eviction-policies`: eviction policies at equal bytes, in the server's own cache, and what they
-cost.
+"""Hit ratios of the eviction policies at equal cache size, in the server's own cache, and their CPU cost.
 
-Requests come one after another and each is served, if by a guest in one row: a cache for 90 % of a fleet hits at most
-90 % of a tick. Only who goes is judged, so loads take no time. Ends with a record.
+Requests come one after another, and a model that is not resident is always loaded: a cache for 90 % of a fleet can hit
+at most 90 % of a tick. Loads take no time, because only the choice of victims is judged. Saves a record.
 """
 
 import gc
@@ -171,7 +170,7 @@ def serve_request(cache: Cache, trace: CacheTrace) -> Iterator[bool]:
 
 
 def load_model(cache: Cache, model: CachedModel, now: float) -> None:
-    """From want to ready. There must be room, since nobody is leased."""
+    """Load a model, from `want` to `ready`. No slot is leased, so the cache finds room."""
     while not isinstance(placement := cache.place(model.name, "", model.charge, now, model.family), Placed):
         assert isinstance(placement, Evict | Moves), f"{cache!r} has no room for {model.name}: {placement}"
         if isinstance(placement, Evict):

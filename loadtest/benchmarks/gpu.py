@@ -1,8 +1,7 @@
-"""The GPU benchmark: `fleetcast-load bench gpu` prints a table and writes a record; minutes on a machine with a GPU.
+"""The accelerator's steps on a GPU, without HTTP. Takes minutes and saves a record.
 
-Measured are the accelerator's own steps, without HTTP, by a process of the server's (`server.worker.engine.bench_gpu`):
-a tick of 1,000 models against their networks one by one, 10,000 resident models, an evicted model back from host
-memory.
+A process of the server (`server.worker.engine.bench_gpu`) measures a tick of 1,000 models beside their networks one by
+one, 10,000 resident models, and the return of an evicted model from host memory.
 """
 
 import json

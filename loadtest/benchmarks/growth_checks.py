@@ -1,4 +1,4 @@
-"""What was seen of a server at scale, and whether anything grew: records, verdicts, tables. Pure."""
+"""Judges whether memory, latency or any count grows at scale: records, verdicts and tables. Pure."""
 
 import math
 import statistics
@@ -108,7 +108,7 @@ def judge_spans(spans: Sequence[TrafficSpan], disk: int) -> Iterator[GrowthVerdi
 
 
 def judge_counts(spans: Sequence[TrafficSpan], disk: int) -> Iterator[GrowthVerdict]:
-    """What no noise touches: failures, and what is open, running, on disk and in /metrics while nobody asks."""
+    """Verdicts that noise does not affect: failures, and what is open, running, on disk and in /metrics at rest."""
     yield GrowthVerdict("requests failed or wrong", sum(span.failed for span in spans), 0)
     counts = [dict(span.census.numbers()) for span in spans[len(spans) // 3 :]]
     for name in counts[0]:

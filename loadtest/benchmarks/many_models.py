@@ -1,9 +1,8 @@
-"""`fleetcast-load bench many-models`: a whole tick in one call of `POST /v1/forecasts`, beside the same in single
-calls.
+"""A whole tick in one call for many models, beside one call for each model.
 
 One worker and one front share two cores with the client. Every model is resident; bodies are DeepAR JSON of a week of
-hours and the longest lag before it. The single calls come from wrk over 32 connections, which is the most this server
-answers; the ratio is that of forecasts a second. Ends with a record.
+hours and the longest lag before it. The single calls come from wrk over 32 connections, which is the most that this
+server answers; the ratio is that of forecasts per second. Saves a record.
 """
 
 import http.client

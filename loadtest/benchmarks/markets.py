@@ -1,9 +1,10 @@
-"""Real markets through a running server: every day of a test period asked by boto3, scored, and recorded.
+"""Accuracy of real prices through a running server: every day of a test period is requested with boto3 and scored.
 
 fleetcast-load bench markets --data prices.csv.gz --time hour --target NSW1 --target VIC1 --test-from 2024-01-01
 
-Trains on the rows before the test period (`fleetcast train`), serves the archives, asks each model for forecasts end to
-end, and compares them with the naive forecast and with the reference network called in this process.
+Trains on the rows before the test period (`fleetcast train`), serves the archives, asks each model for consecutive
+forecasts, and compares them with the naive forecast and with the reference network called in this process. Saves a
+record.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""`make bench-peers`: the same weights and the same body in other people's servers and in ours, in one run.
+"""The same weights and the same body on other servers and on Fleetcast, in one run.
 
-Every server is up from the start. In each round each of them has its turn of load, from wrk over 8 models at 1, 8 and
-32 connections, while the others idle; one that burns processor time when idle is stopped between its turns. Before the
-rounds: the time from making a model known to its first answer, with its files on the local disk. After them: memory
-per extra model, and what happens when models exceed memory. One table, one dated record. The peers' environments are
-made by pip at the first run, about 5 GB under `.fleetcast/peers`. Triton and ModelMesh are missing: pip has neither.
+All servers are up from the start. In each round every server has its turn of load, from wrk over 8 models at 1, 8 and
+32 connections, while the others idle; a server that uses CPU time when idle is stopped between its turns. Before the
+rounds: the time from registering a model to its first response, with its files on the local disk. After them: memory
+per extra model, and what happens when models exceed memory. Saves one record. The first run installs the peers with
+pip, about 5 GB under `.fleetcast/peers`. Triton and ModelMesh are missing, because pip has neither.
 """
 
 import signal

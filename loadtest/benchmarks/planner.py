@@ -1,8 +1,8 @@
-"""`fleetcast-load bench planner`: does the planner say what happens? A real server beside its simulation.
+"""The planner's prediction beside a real server: hit ratio and latency of the same requests.
 
-One worker, 200 models, one trace for caches of 20, 50 and 80 % of them. Each round measures the costs anew and then
-each size; what counts are the medians of rounds, since a machine has better and worse minutes. Ends with a record, and
-with 1 where a hit ratio is off by a point or a p99 by a quarter.
+One worker, 200 models, the same trace for caches of 20, 50 and 80 % of them. Each round measures the costs again and
+then each size; the medians of the rounds count, because a machine has better and worse minutes. Saves a record, and
+exits with 1 if a hit ratio is off by a point or a p99 by a quarter.
 """
 
 import statistics

@@ -1,10 +1,9 @@
-"""`fleetcast-load bench prefetch`: a market's ticks over other traffic that evicts the fleet, with prefetch and
-without.
+"""Latency of a market's ticks with and without prefetch, over other traffic that evicts the models in between.
 
-Every `every_s` seconds each model of a fleet is asked once, within `spread_s` seconds and in the same order. All the
-time others are asked, more than there is room for, so that little of the fleet is still here when its next tick comes.
-The cache has room for the fleet and a tenth more. One worker and one front share the cores with the client; the disk
-cache has all archives after a tick or two. What is measured begins when LEARNT ticks are over. Ends with a record.
+Every `every_s` seconds each model of a fleet is requested once, within `spread_s` seconds and in the same order.
+Meanwhile other models are requested, more than fit, so that few models of the fleet are resident at its next tick. The
+cache has room for the fleet and a tenth more. One worker and one front share the cores with the client; the disk cache
+has all archives after a tick or two. Measurement begins after LEARNT ticks. Saves a record.
 """
 
 import sys

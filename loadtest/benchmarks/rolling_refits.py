@@ -1,7 +1,7 @@
-"""Forecasters fitted again and again to a market's past, and what each fit forecasts for the days until the next.
+"""Fits forecasters again and again to the past of a market, and forecasts the days until the next fit.
 
-A fit is one call of what `fleetcast train` calls, its forecasts go through the codec of requests. Every fit is kept in
-a file of its own, so a run that was ended goes on; another code, recipe or price file makes other files.
+A fit calls what `fleetcast train` calls, and its forecasts pass the codec of requests. Every fit is saved in a file of
+its own, so an interrupted run continues; a change of code, recipe or prices makes other files.
 """
 
 import hashlib

@@ -1,10 +1,10 @@
-"""Does anything grow? A large fleet on one host: an hour's traffic in minutes, what it costs, thousands resident.
+"""A large fleet on one host: an hour of traffic in minutes, its cost, thousands of resident models. Nothing may grow.
 
 fleetcast-load bench scale             10,000 archives, room for 1,000, an hour at 20 requests/s in four minutes
 
-Memory, tail, descriptors, threads, files and series are looked at between spans of the same traffic, and judged by
-the trend of the later ones: the first third fills caches. Everything runs on this machine's loopback, in a temporary
-folder of 1 GB. Ends with 1 when a verdict fails.
+Memory, tail latency, descriptors, threads, files and metric series are read between spans of the same traffic. Verdicts
+are by the trend of the later spans, because the first third fills the caches. Everything runs on loopback, in a
+temporary folder of 1 GB. Saves a record, and exits with 1 when a verdict fails.
 """
 
 import os

@@ -1,8 +1,7 @@
-"""`fleetcast-load bench scenarios`: what joint scenarios cost, from quantiles to the bytes of the answer, on one core.
+"""The cost of joint scenarios on one core, from quantiles to the bytes of the response, without HTTP.
 
-45 products x 300 steps x 100 scenarios, as a market of 5 regions and 9 products asks for a day of 5-minute steps. The
-floor is what the same numbers take alone: drawing as many normal numbers, and writing the answer's bytes. A call of one
-product tells what a small call costs. Ends with a record.
+45 products x 300 steps x 100 scenarios: a market of 5 regions and 9 products, a day of 5-minute steps. The floor is the
+time to draw as many normal numbers and to write the bytes. A call for one product shows the fixed cost. Saves a record.
 """
 
 import os

@@ -1,12 +1,10 @@
-"""`fleetcast-load bench scenarios-http`: joint scenarios as a client has them, beside the quantiles they are made of.
+"""The latency of joint scenarios through a server, beside that of the quantiles they are drawn from.
 
-45 products x 300 steps x 100 scenarios, as a market of 5 regions and 9 products asks for a day of 5-minute steps: one
-call for the quantiles, one for the scenarios as npy and one as JSON, in turn, of a server with one worker that has
-every model. It shares two cores with the client. `loadtest.benchmarks.scenarios` has the drawing alone. Ends with a
-record.
+45 products x 300 steps x 100 scenarios: a market of 5 regions and 9 products, a day of 5-minute steps. One call for the
+quantiles, one for the scenarios as npy and one as JSON, in turn, to a server with one worker in which every model is
+resident. It shares two cores with the client. `bench scenarios` measures the drawing alone. Saves a record.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,13 +14,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from handlers.evaluation.correlation import gaussian
 from handlers.forecasters import build, random_tensors
 from loadtest import record
+from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
 from loadtest.fleets.fleet import make_request
@@ -32,14 +30,9 @@ from model_store.archives.packing import pack_correlation, pack_forecaster
 from model_store.names import ModelName
 from server.contract import JSON, NPY
 
-SEED = 5
-PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
-WINDOWS = 200  #: of the errors that the correlation is estimated from
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 CONTEXT = 48
 JOINTLY = ModelName("joint.mar")
-
-CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

@@ -1,9 +1,8 @@
-"""The step's benchmark: `fleetcast-load bench step` prints tables and writes a record; a minute on a quiet machine.
+"""A worker's step, from decoded rows to outputs, beside simpler implementations, without HTTP. About a minute.
 
-Measured is what a worker does between decoded rows and answers, without HTTP, by a process of the server's
-(`server.worker.engine.bench_step`), in turn with peers that it is told by name: batches of a small convolution drawn
-from 500 models beside `FlatTcn`, and of a network of 1.8 MB beside `SplitMlp`, of rows that the CPU's cache holds and
-that it does not; many inputs of one model beside gathering its row as often.
+A process of the server (`server.worker.engine.bench_step`) alternates with peers: batches of a small convolution drawn
+from 500 models beside `FlatTcn`; batches of a network of 1.8 MB beside `SplitMlp`, with rows in and out of the CPU's
+cache; many inputs of one model beside gathering its row as often. Saves a record.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A forecast drawn in the terminal: the spread of the quantiles by hour, and what really happened. Pure text."""
+"""Draws a forecast in the terminal: the range of the quantiles by hour, and the actual values. Pure text."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,6 +1,6 @@
-"""`make run`: a fleet, a server whose cache holds a quarter of it, a forecast, a burst, and the lines to go on with.
+"""A fleet, a server whose cache holds a quarter of it, a forecast, a burst of requests, and commands to continue with.
 
-Everything it writes is in `.fleetcast/`. A client's view: the server is a process of its own.
+`make run` starts it. It writes only into `.fleetcast/`; the server is a process of its own.
 """
 
 import json

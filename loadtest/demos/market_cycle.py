@@ -1,7 +1,8 @@
-"""`make forecast-demo`: a whole turn of a market's clock over many products, timed against its 20 seconds, and drawn.
+"""A market's cycle over many products: prices, quantiles, joint scenarios; timed against 20 seconds, and drawn.
 
-Fits and correlates the forecasters once, by the commands a user has, in `.fleetcast/cycle/`; serves them, or asks a
-server that runs; then prices in, quantiles by one call, joint scenarios by another, again and again. A client's view.
+`make forecast-demo` starts it. The forecasters are fitted and correlated once, by the `fleetcast` commands, in
+`.fleetcast/cycle/`, and served, unless `--url` names a running server. Each turn then publishes prices, requests the
+quantiles of all products in one call and joint scenarios in another.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How a server is asked for a model and what a sound answer is: one adapter for each protocol. Pure.
+"""One adapter for each server protocol: the request for a model, and the check of a response. Pure.
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
 Server, the inference API (`/predictions`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header

@@ -1,8 +1,8 @@
-"""Driver processes beside the one that looks on: one schedule dealt to them, one run made of what they saw.
+"""Runs one schedule in several driver processes and merges what they measured into one run.
 
 A driver is single-threaded and must wake to the millisecond, so nothing else runs in its process: the progress bar and
-the scraping of the server's metrics stay with the caller. The processes are started once and take one schedule after
-another. They share a start time, since the monotonic clock is the machine's.
+the scraping of the server's metrics stay with the caller. The processes start once and take one schedule after another.
+They share a start time, because the monotonic clock is the same for all processes of a machine.
 """
 
 import math
@@ -102,7 +102,7 @@ class DriverPool:
 
 def _run_driver(pipe: Connection, to: LoadTarget, connections: int) -> None:
     """A member's life: schedules in, runs out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and ends this process
     pipe.send(None)
     with suppress(EOFError):
         while True:

@@ -1,13 +1,13 @@
-"""A fleet for those who live in Locust: users who ask for forecasts of models, the popular ones more often.
+"""A Locust file: users who request forecasts of models, popular models more often.
 
 pip install locust
-locust -f loadtest/locustfile.py --host http://127.0.0.1:8080 --fleet-store DIR --headless --users 8 --run-time 10s
+locust -f loadtest/driver/locustfile.py --host http://127.0.0.1:8080 --fleet-store DIR --headless --users 8 -t 10s
 
-The statistics have one row for each thing that the cache can say (hit, miss, coalesced), not one for each model.
+The statistics have one row for each cache result (hit, miss, coalesced), not one for each model.
 
-Locust is a closed loop: each user waits for an answer before it asks again. It shows how many users a server carries; a
-slow moment hides, though, because nobody asks meanwhile, and its percentiles are too good. For tails, hit ratios at a
-given rate and capacity there is `fleetcast-load`, which asks on schedule.
+Locust is a closed loop: each user waits for a response before the next request. It shows how many users a server
+carries, but it hides slow moments, because no requests are sent during them, and so its percentiles are too good. For
+tail latency, hit ratios at a given rate and capacity use `fleetcast-load`, which sends on schedule.
 """
 
 import ipaddress

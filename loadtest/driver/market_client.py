@@ -1,5 +1,5 @@
-"""One turn of a market's clock, as a client takes it: prices in, quantiles of all products by one call, joint scenarios
-by another. Every stage is timed. Blocking, one connection.
+"""One turn of a market's cycle as a client runs it: prices, quantiles of all products in one call, joint scenarios in
+another. Every stage is timed. Blocking, one connection.
 """
 
 import http.client
@@ -66,7 +66,7 @@ class Feed:
 
 @dataclass(frozen=True, slots=True)
 class MarketFleet:
-    """Who is asked: product -> model, what correlates them, the steps a request brings, and the unit of prices."""
+    """The models: product -> model, the correlation archive, the steps of history in a request, the unit of prices."""
 
     models: Mapping[str, ModelName]
     correlation: ModelName

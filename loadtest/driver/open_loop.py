@@ -1,10 +1,10 @@
-"""The open-loop driver: every request leaves at its intended time, however slow the answers are.
+"""The open-loop driver: every request is sent at its intended time, however slow the responses are.
 
-A closed loop asks less of a server that is slow and so hides its worst moments ("coordinated omission"). Here latency
-counts from the *intended* time, and the driver measures how late it was itself: when that is much, the run says nothing
-about the server and is called invalid. One process, one thread, one event loop (several processes: `pool`); a load is
-sent to loopback only, unless told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the processor
-time, which the server needs.
+A closed loop sends less to a slow server and so hides its worst moments ("coordinated omission"). Here latency counts
+from the *intended* time, and the driver measures its own lateness: a run whose driver was late says nothing about the
+server and is called invalid. One process, one thread, one event loop (several processes: `driver_pool`). A load is sent
+to loopback only, unless told otherwise. HTTP/1.1 by httptools: aiohttp takes four times the CPU time, which the server
+needs.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
 
 
 class Forbidden(Exception):
-    """The address is not on this machine, and nobody said that it may be loaded."""
+    """The address is not on this machine, and loading it was not allowed explicitly."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """Where a load goes: an address, and one whole HTTP request for each model.
+    """The target of a load: an address, and one complete HTTP request for each model.
 
     `forecasts`: where the requests are calls for many models, how many each asks; else empty.
     """
@@ -211,7 +211,7 @@ class _Driver:
             task.add_done_callback(self._opening.discard)
 
     async def _connect(self) -> None:
-        """Open a connection for who waits; each failure is the fate of one of them."""
+        """Open a connection for waiting requests; each failure settles one of them."""
         while self._waiting:
             try:
                 await self.loop.create_connection(lambda: _DriverConnection(self), self._to.host, self._to.port)
@@ -237,7 +237,7 @@ class _Driver:
             self._free.append(connection)
 
     def closed(self, connection: "_DriverConnection") -> None:
-        """It takes no more; who waits may need another."""
+        """Forget a closed connection; waiting requests may need another."""
         self._open.discard(connection)
         if self._waiting:
             self._grow()
@@ -271,7 +271,7 @@ class _DriverConnection(asyncio.Protocol):
         self._transport.write(data)
 
     def abandon(self) -> None:
-        """The run is over: what is still to come is nobody's."""
+        """Close the connection at the end of the run, and ignore any response that is still to come."""
         self._request = None
         self._transport.abort()
 

@@ -1,11 +1,12 @@
-"""Load profiles: when requests are due and which model each asks for, as arrays. Pure: no clock, no I/O.
+"""Load profiles: when requests are due and which model each names, as arrays. Pure: no clock, no I/O.
 
-A `Profile` is arrivals x popularity: constant, Poisson or diurnal; Zipf, with drift or without. Three shapes decide
-both at once: `Tick` (the market clock), `Onboarding` (models that nobody asked before) and `Replay` (a recording). All
-have `models` and `schedule(seconds, part)`. A ramp is no shape but several runs of one, and `ramp` gives their rates.
+A `Profile` combines an arrival process (constant, Poisson or diurnal) with a popularity (Zipf, with or without drift).
+Three profiles decide both at once: `Tick` (requests by the clock), `Onboarding` (new models) and `Replay` (a
+recording). All have `models` and `schedule(seconds, part)`. A ramp is several runs of one profile;
+`list_ramp_rates` gives their rates.
 
-The same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so that more
-seconds or another rate do not change which models are popular, nor how that changes.
+INVARIANT: the same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so
+that more seconds or another rate do not change which models are popular, nor how that changes.
 """
 
 import math
@@ -47,7 +48,7 @@ class ArrivalProcess(StrEnum):
 
     POISSON = "poisson"  #: independent clients
     CONSTANT = "constant"  #: a metronome
-    DIURNAL = "diurnal"  #: independent clients who sleep at night
+    DIURNAL = "diurnal"  #: independent clients, fewer at night
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ class Profile:
                 return draw_diurnal(self.rate, seconds, self.day_s, self.trough, rng)
 
     def _drifted(self, at: Float64, model: Int64, seconds: float) -> Int64:
-        """[n] who is asked once models have traded ranks with each other, again and again."""
+        """[n] the models after their ranks have drifted."""
         rng = np.random.default_rng([self.seed, _DRIFT])
         stands_in = np.arange(self.models)
         pairs = min(math.ceil(self.drift_share * self.models / 2), self.models // 2)
@@ -148,7 +149,7 @@ def draw_diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: 
 
 
 def compute_popularity(models: int, exponent: float, rng: np.random.Generator) -> Float64:
-    """[models] how likely each is asked; who is popular is drawn, so that names next to each other are not."""
+    """[models] the probability of each; ranks are drawn, so that neighbours in the list differ in popularity."""
     weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
     return rng.permutation(weights / weights.sum())
 
@@ -217,7 +218,7 @@ class Onboarding:
         return self.known.models + self.newcomers
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """In any part but 0, such as a warm-up, nobody is new. Raises ValueError as `Profile.schedule` does."""
+        """Only part 0 has new models; a warm-up has none. Raises ValueError as `Profile.schedule` does."""
         _require_range("newcomers", self.newcomers, 1, MAX_REQUESTS)
         _require_range("within_s, in which the newcomers are asked,", self.within_s, 0, MAX_S)
         steady = self.known.schedule(seconds, part)

@@ -1,4 +1,4 @@
-"""What to ask the archives of a store, read from the archives themselves: no user has to write a request first."""
+"""Makes a request body for each archive of a store from the archive itself."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One trial of a server under load: what is asked whom, and what came of it."""
+"""One load run against a server: the server, the request bodies, the schedule, and the results."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +105,7 @@ class RequestSource:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """How a run goes, whatever the server is."""
+    """The parameters of a run that do not depend on the server."""
 
     load: Load
     seconds: float
@@ -158,7 +158,7 @@ def _format_workers(count: int) -> str:
 def connect_server(
     url: str, metrics_url: str | None, store: str | None, questions: RequestSource, console: Console
 ) -> ServerUnderLoad:
-    """A server that somebody else started."""
+    """A server that runs already."""
     asked = questions.of(store, console)
     return ServerUnderLoad(url, metrics_url, asked, f"{len(asked)} models at {url}")
 

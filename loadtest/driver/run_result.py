@@ -1,4 +1,4 @@
-"""What became of a load: every request's times and answer as arrays, and whether the run says anything. Pure."""
+"""The result of a load run: every request's times and status as arrays, and whether the run is valid. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ class Run:
         return np.where(np.isnan(self.sent), self.ended, self.sent) - self.schedule.at
 
     def invalid(self) -> list[str]:
-        """Why the run says nothing about the server; empty for a valid run."""
+        """Reasons why the run is invalid; empty for a valid run."""
         reasons = []
         unsent = int(np.isnan(self.sent).sum())
         if unsent > MAX_UNSENT * len(self.sent):

@@ -1,4 +1,4 @@
-"""A load's results as numbers to keep, and as tables for the terminal."""
+"""Summarizes a load run as numbers for a record and as tables for the terminal."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator

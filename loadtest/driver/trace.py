@@ -1,5 +1,5 @@
-"""Recorded traces: who asked for which model when, and what came of it. Written by a server or after a load; read back
-as arrays, by the driver to replay them and by the planner.
+"""Recorded traces: time, model, size and outcome of each request. Written by a server or after a load run; read as
+arrays, by the driver to replay them and by the planner.
 
 A trace is CSV (RFC 4180) in UTF-8, plain or gzipped:
 

@@ -1,4 +1,4 @@
-"""Closed-loop load by wrk on one address: many models round-robin, one body. A process beside the server."""
+"""Closed-loop load by wrk on one address: many models round-robin, one body. wrk is a process beside the server."""
 
 import json
 import shutil

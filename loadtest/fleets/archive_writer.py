@@ -1,4 +1,4 @@
-"""Archives into a store: several puts at a time, never silently over something else, going on where a run was cut."""
+"""Writes archives into a store: several at a time; it overwrites nothing unasked, and continues an interrupted run."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class StoreOccupied(Exception):
-    """The store has something that is not of this fleet, and nobody said that it may be written over."""
+    """The store has objects that are not of this fleet, and overwriting was not allowed explicitly."""
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ def write_archives(
 
 
 def make_progress_bar() -> Progress:
-    """Count, rate and time left; silent where nobody looks."""
+    """A progress bar with count, rate and time left; prints nothing if the output is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)

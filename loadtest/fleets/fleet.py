@@ -2,8 +2,8 @@
 
 fleetcast-load fleet FOLDER|URL --models 10000 --families tcn:0.7,mlp-64:0.2,trained:0.1
 
-A plan is pure: it says of each name what kind of model it is. What an archive of a kind holds is in `archives`, which
-needs torch and is imported only to write. The first names of a fleet are the same whatever its size.
+`Fleet` is pure: it gives each name a kind of model. `synthetic_archives` makes the archives; it needs torch and is
+imported only to write. INVARIANT: the first names of a fleet are the same for every size of it.
 """
 
 import datetime as dt

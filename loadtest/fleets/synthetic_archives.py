@@ -1,7 +1,7 @@
-"""One archive of a fleet: a forecaster with seeded random weights, one fitted to a synthetic market, an ONNX graph.
+"""Makes one archive of a fleet: a forecaster with random weights, one fitted to a synthetic market, or an ONNX graph.
 
-The forecasts of random weights mean nothing; everything else is as in a real fleet: DeepAR JSON in, calendar and lags,
-a scaler of each market's own, a golden sample computed by the architecture's reference network. Torch; no store.
+Forecasts of random weights mean nothing; everything else is as in a real fleet: DeepAR JSON, calendar and lags, a
+scaler for each market, a golden sample computed by the architecture's reference network. Torch; no store.
 """
 
 import json

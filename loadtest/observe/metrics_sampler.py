@@ -1,4 +1,4 @@
-"""The server seen from outside while a load runs: its /metrics and its processes' memory, sampled again and again."""
+"""Samples a server's /metrics and the memory of its processes while a load runs."""
 
 import math
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Processes beside the server: started and ended, seen to listen, and what memory they hold."""
+"""Helpers for child processes: end them, find free ports, wait until a port accepts, read memory."""
 
 import re
 import socket
@@ -21,7 +21,7 @@ def ending(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) 
 
 
 def find_free_port() -> int:
-    """A port nobody listens on now."""
+    """A port that no process listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -29,7 +29,7 @@ def find_free_port() -> int:
 
 
 def is_reachable(port: int) -> bool:
-    """Whether somebody listens."""
+    """Whether the port accepts connections."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 

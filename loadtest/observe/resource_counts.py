@@ -1,4 +1,4 @@
-"""What a running server holds, counted from outside: memory, descriptors, threads, processor time, files, series."""
+"""Counts what a running server holds, from outside: memory, descriptors, threads, CPU time, files, metric series."""
 
 import os
 import time

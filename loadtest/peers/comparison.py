@@ -44,7 +44,7 @@ LOST = (
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The same weights for everybody: archives of ours in `store`, plain safetensors in folders under `weights`."""
+    """The same weights for all servers: our archives in `store`, plain safetensors in folders under `weights`."""
 
     store: Path
     weights: Path
@@ -108,7 +108,7 @@ class Contender:
 
 
 class Comparison:
-    """Who takes part, and who does not and why. One thread."""
+    """The servers that take part, and the reasons why others do not. One thread."""
 
     def __init__(self, models: Models, folder: Path, stack: ExitStack) -> None:
         self.models = models
@@ -150,7 +150,7 @@ class Comparison:
             unless_entered.push(stack)
             begin = time.monotonic()
             server = stack.enter_context(start())
-            stack.callback(server.tree.signal, signal.SIGCONT)  # before its end: who is stopped hears no SIGTERM
+            stack.callback(server.tree.signal, signal.SIGCONT)  # a stopped process would not handle SIGTERM
             found: dict[str, Any] = {"version": version, "start_s": time.monotonic() - begin}
             body, names = server.dialect.tensor_body(self.models.x), self.models.names[:count]
             if not server.fixed:
@@ -174,7 +174,7 @@ class Comparison:
             )
 
     def settle(self) -> None:
-        """Measure what everybody burns when idle, and stop those who burn too much."""
+        """Measure the CPU time of each idle server, and stop the servers that use too much between their turns."""
         before = {name: each.server.tree.cpu_s() for name, each in self.contenders.items()}
         time.sleep(IDLE_S)
         for name, each in self.contenders.items():
@@ -185,7 +185,7 @@ class Comparison:
                 each.server.tree.signal(signal.SIGSTOP)
 
     def play(self, rounds: int, seconds: int) -> Iterator[tuple[int, str, int]]:
-        """Give everybody a turn in every round, another one first each time; yields (round, server, connections)."""
+        """Give each server a turn in every round, in rotating order; yields (round, server, connections)."""
         order = list(self.contenders)
         for number in range(rounds):
             for name in order_turns(order, number):

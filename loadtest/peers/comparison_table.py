@@ -1,4 +1,4 @@
-"""What a comparison of servers comes to: whose turn it is, medians and ratios of the rounds, one table. Pure."""
+"""The results of a comparison of servers: the order of turns, medians and ratios by round, one table. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ CONNECTIONS = (1, 8, 32)
 
 
 def order_turns(servers: Sequence[str], turn: int) -> list[str]:
-    """The order of a round: each round begins one server later, so that nobody always follows the same noise."""
+    """The order of a round: each round begins one server later, so that no server always follows the same one."""
     at = turn % len(servers)
     return [*servers[at:], *servers[:at]]
 
@@ -42,7 +42,7 @@ def summarize_runs(
 
 
 def build_table(results: Mapping[str, Any]) -> Table:
-    """Three lines a server, one for each number of connections; below them who is missing, and why."""
+    """Three lines per server, one for each number of connections; below them the missing servers, with reasons."""
     title = f"{results['models']} models, {results['rounds']} rounds of {results['seconds']:g} s: median (min-max)"
     missing = [f"{name} was not measured: {reason}" for name, reason in results["unavailable"].items()]
     shown = Table(title=title, box=box.SIMPLE_HEAD, caption="\n".join(missing), caption_justify="left")
@@ -71,7 +71,7 @@ def build_table(results: Mapping[str, Any]) -> Table:
 
 
 def describe_servers(results: Mapping[str, Any]) -> list[str]:
-    """The lines below the table: who was stopped between turns, and what each did when models exceeded memory."""
+    """The lines below the table: servers stopped between turns, and what each did when models exceeded memory."""
     lines = []
     stopped = [name for name, found in results["servers"].items() if found["stopped_between_turns"]]
     if stopped:

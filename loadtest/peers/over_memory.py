@@ -1,8 +1,8 @@
-"""What servers do when models exceed memory. Every trial is bounded in bytes and models: the machine is never at risk.
+"""Measures what servers do when models exceed memory. Every trial is bounded in bytes and in models.
 
-TorchServe and Multi Model Server have no limit to set and no eviction: they get models until their processes hold a
-stated budget more. MLServer is one process, whose data segment is limited (prlimit) a little above what it holds. Ray
-Serve and Fleetcast evict: they get room for about half of the models, which are then asked in turn.
+TorchServe and Multi Model Server have neither a limit nor eviction: they get models until their processes hold a stated
+budget more. MLServer is one process, whose data segment is limited (prlimit) a little above what it holds. Ray Serve
+and Fleetcast evict: they get room for about half of the models, which are then requested in turn.
 """
 
 import re
@@ -51,7 +51,7 @@ def grow(server: PeerServer, names: Sequence[str], body: bytes, budget_mb: float
 
 
 def measure_limited(server: PeerServer, loaded: Sequence[str], names: Sequence[str], body: bytes) -> str:
-    """MLServer with HEADROOM left: how many models it takes, what it says then, and who of the loaded still answers."""
+    """MLServer with HEADROOM left: how many models it loads, its error then, and which loaded models still answer."""
     (pid,) = server.tree.pids()
     data = int(re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024
     resource.prlimit(pid, resource.RLIMIT_DATA, (data + HEADROOM, data + HEADROOM))

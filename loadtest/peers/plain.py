@@ -1,4 +1,4 @@
-"""The plain two-process peer, started: see `plain_worker` and `plain_front`."""
+"""Starts the plain two-process peer: see `plain_worker` and `plain_front`."""
 
 import os
 import subprocess

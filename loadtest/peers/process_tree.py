@@ -69,7 +69,7 @@ class ProcessTree:
                 os.kill(pid, number)
 
     def kill(self) -> None:
-        """Until nobody is left. Raises RuntimeError when that takes longer than KILL_S."""
+        """Kill all processes and wait for their end. Raises RuntimeError when that takes longer than KILL_S."""
         until = time.monotonic() + KILL_S
         while self.pids():
             if time.monotonic() > until:

@@ -1,7 +1,7 @@
-"""Every server of the comparison, started on loopback and asked: ours, the plain peer, and those of other people.
+"""Starts every server of the comparison on loopback: Fleetcast, the plain peer, and the others.
 
-Each starter is a context manager that yields a `Server`; at its end no process of it is left. What is set is what a
-user would set for small models on a small machine: one worker a model and one thread; all else is as it comes.
+Each starter is a context manager that yields a `PeerServer`; it ends all its processes. Settings are what a user would
+choose for small models on a small machine: one worker per model and one thread; all else is the default.
 """
 
 import http.client
@@ -56,7 +56,7 @@ class PeerServer:
         return f"<PeerServer {self.name} at {self.url}, {self.tree}>"
 
     def ask(self, model: str, body: bytes) -> npt.NDArray[np.float64]:
-        """One answer's numbers, flat. Raises RuntimeError unless it is 200, OSError when nobody answers."""
+        """The numbers of one response, flat. Raises RuntimeError for any status but 200, OSError without a response."""
         path = self.dialect.path.format(model=quote(model + self.suffix))
         headers = {key: value.format(model=model + self.suffix) for key, value in self.dialect.headers.items()}
         status, data = send_request("POST", self.url + path, body, {"Content-Type": JSON, **headers})

@@ -1,8 +1,8 @@
-"""Measure what the server takes for what, here and in some seconds: loads, hits and the most that it answers.
+"""Measures the costs that the planner needs in about twenty seconds: loads, hits and the highest rate.
 
 A client's view: latencies from the intended time, as the open-loop driver has them, and the counters of /metrics. Loads
-and hits are measured while hits come at the rate that is planned for: a core that is asked rarely falls asleep, and a
-hit takes 0.9 ms at 100 requests a second where it takes 0.7 at 150.
+and hits are measured while hits come at the planned rate, because a core that is rarely used falls asleep: a hit takes
+0.9 ms at 100 requests a second where it takes 0.7 at 150.
 """
 
 import re
@@ -53,7 +53,7 @@ class MetricsReading:
 def calibrate(
     to: LoadTarget, metrics: str | None, forget: Callable[[int], None] | None, where: str, rate: float = HIT_RATE
 ) -> Costs:
-    """The costs of a server that nobody else asks now. Loads are seen only of models that are not loaded yet.
+    """The costs of a server without other load. Loads are measured only for models that are not loaded yet.
 
     `forget` unloads a model by its number, so that it comes back from disk; None: what that takes is not seen. `rate`:
     requests a second of hits meanwhile. Raises ValueError where no hit is answered, and what `Counted.at` and `forget`

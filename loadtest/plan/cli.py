@@ -54,14 +54,18 @@ def plan(
     trace: Annotated[Path | None, _flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)] = None,
     profile: Annotated[Shape, _flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
     models: Annotated[int, _flag(DEMAND, "of the profile", min=1)] = 1_000,
-    rate: Annotated[float | None, _flag(DEMAND, "requests a second; else 200")] = None,
-    seconds: Annotated[float, _flag(DEMAND, "how long")] = SECONDS,
-    warmup: Annotated[float, _flag(DEMAND, "seconds before that fill the caches")] = WARMUP_S,
-    zipf: Annotated[float | None, _flag(DEMAND, "popularity of rank r is 1 / r to this power; else 1")] = None,
-    drift_s: Annotated[float | None, _flag(DEMAND, "models trade ranks every so many seconds; else never")] = None,
-    every_s: Annotated[float | None, _flag(DEMAND, "tick: seconds from one to the next; else 5")] = None,
-    spread_s: Annotated[float | None, _flag(DEMAND, "tick: seconds within which all are asked; else 1")] = None,
-    shuffled: Annotated[bool | None, _flag(DEMAND, "tick: another order every time", "--shuffled")] = None,
+    rate: Annotated[float | None, _flag(DEMAND, "requests per second; default 200")] = None,
+    seconds: Annotated[float, _flag(DEMAND, "duration of the load")] = SECONDS,
+    warmup: Annotated[float, _flag(DEMAND, "seconds of load before that fill the caches")] = WARMUP_S,
+    zipf: Annotated[float | None, _flag(DEMAND, "exponent of the Zipf popularity of models; default 1")] = None,
+    drift_s: Annotated[
+        float | None, _flag(DEMAND, "seconds after which some models exchange ranks; default never")
+    ] = None,
+    every_s: Annotated[float | None, _flag(DEMAND, "tick: seconds between ticks; default 5")] = None,
+    spread_s: Annotated[
+        float | None, _flag(DEMAND, "tick: seconds that its requests are spread over; default 1")
+    ] = None,
+    shuffled: Annotated[bool | None, _flag(DEMAND, "tick: another order in every tick", "--shuffled")] = None,
     model_size: Annotated[
         str | None, _flag(DEMAND, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
     ] = None,
@@ -75,12 +79,12 @@ def plan(
     workers: Annotated[int, _flag(SERVER, "workers of a node", min=1)] = 1,
     nodes: Annotated[int, _flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
     replicas: Annotated[int, _flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
-    lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; else never")] = None,
+    lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; default never")] = None,
     policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
     loader_threads: Annotated[int, _flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
     slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // MIB}MiB",
-    p99_ms: Annotated[float | None, _flag(PROMISE, "99th percentile at most")] = None,
-    hit_ratio: Annotated[float | None, _flag(PROMISE, "hit ratio at least")] = None,
+    p99_ms: Annotated[float | None, _flag(PROMISE, "maximum 99th percentile of latency")] = None,
+    hit_ratio: Annotated[float | None, _flag(PROMISE, "minimum hit ratio")] = None,
     availability: Annotated[float, _flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
     prices: Annotated[
         Path, _flag(PROMISE, "price table; the default is a dated example to copy and edit", exists=True)
@@ -88,12 +92,12 @@ def plan(
     html: Annotated[Path | None, _flag(OUTPUT, "write a page with plots for the browser")] = None,
     out: Annotated[Path | None, _flag(OUTPUT, "write all of it as JSON", "--json")] = None,
 ) -> None:
-    """How many models fit, what the tail will be, what it costs: simulated, before the money is spent.
+    """Simulate how many models fit, the tail latency and the cost, before the money is spent.
 
     Caches are the server's own objects, driven in simulated time; miss-ratio
     curves, latency by cache size, the cheapest machines that keep a promise,
-    and one endpoint per model beside them. What the server fetches ahead of a
-    clock is not simulated: a fleet that is asked by one does better.
+    and one endpoint per model beside them. Prefetch is not simulated: a fleet
+    that is requested by the clock does better.
 
     [bold]fleetcast-load calibrate --out costs.json[/]
       what a hit, a step and a load take here
@@ -139,17 +143,20 @@ def plan(
 
 def calibrate_server(
     *,
-    store: Annotated[str | None, _flag(SERVER, "your archives, in a server of its own; else a fleet is made")] = None,
-    url: Annotated[str | None, _flag(SERVER, "a server that runs and that nobody else asks now")] = None,
-    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: what a step takes")] = None,
-    management_url: Annotated[
-        str | None, _flag(SERVER, "its management address: models are unloaded, to see them come back from disk")
+    store: Annotated[
+        str | None, _flag(SERVER, "your archives, for which a server is started; default a fleet is made")
     ] = None,
-    rate: Annotated[float, _flag(DEMAND, "requests a second that are planned for, of a worker", min=1)] = HIT_RATE,
-    allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
-    out: Annotated[Path, _flag(OUTPUT, "where to write them")] = Path("costs.json"),
+    url: Annotated[str | None, _flag(SERVER, "address of a running server that has no other load")] = None,
+    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: the duration of a step")] = None,
+    management_url: Annotated[
+        str | None,
+        _flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
+    ] = None,
+    rate: Annotated[float, _flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
+    allow_remote: Annotated[bool, _flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
+    out: Annotated[Path, _flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
 ) -> None:
-    """Measure in some twenty seconds what `plan` calculates with: a hit, a step, and loads from store and disk.
+    """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
     On the machine, with the archives and the store that the plan is for:
     [bold]fleetcast-load calibrate --store s3://bucket/models[/]
@@ -258,7 +265,7 @@ def _show(found: PlanFindings) -> None:
 def _serve_measured(
     store: str | None, url: str | None, metrics: str | None, management: str | None
 ) -> Iterator[tuple[load_run.ServerUnderLoad, str | None, str]]:
-    """Who is measured, its management address, and how to call it."""
+    """The server to measure, its management address, and its name in the output."""
     asked = load_run.RequestSource(names=None, most=LOADED, body=None, request=None, seed=0)
     if url is not None:
         yield load_run.connect_server(url, metrics, store, asked, console), management, url

@@ -1,4 +1,4 @@
-"""What the server takes for what, on a machine where it was measured; the planner draws its times from here."""
+"""The costs of hits, steps and loads as measured on a machine; the simulation draws its times from them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

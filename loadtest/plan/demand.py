@@ -1,4 +1,4 @@
-"""What a fleet is asked: when, whom, and what each model weighs. Arrays: a million models are some megabytes."""
+"""The demand that is planned for: requests, models and their sizes, as arrays. A million models are some megabytes."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The cheapest machines that keep a promise: how many of each kind, simulated, and what they cost a month."""
+"""Finds the cheapest machines that keep a promise: how many of each kind, by simulation, and their monthly cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

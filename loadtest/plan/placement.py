@@ -25,7 +25,7 @@ class Placement:
         return f"<Placement of {self.demand!r}>"
 
     def homes(self, workers: int) -> Int64:
-        """[models] the index of each one's worker on its node; 0 for models that nobody asks."""
+        """[models] the index of each one's worker on its node; 0 for models without requests."""
         found = self._homes.get(workers)
         if found is None:
             found = self._homes[workers] = np.zeros(len(self.demand.names), np.int64)

@@ -1,4 +1,4 @@
-"""What a plan says: sentences, tables and charts, for the terminal, the browser and a file. Pure."""
+"""A plan as sentences, tables and charts, for the terminal, the browser and a file. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""What machines cost, from a table that its user edits; and one endpoint per model against one fleet."""
+"""Prices of machines, from a table that the user edits; one endpoint per model beside one fleet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
-"""A fleet on machines that are not there: every request in simulated time, through caches like the server's own.
+"""Simulates a fleet on machines of any number: every request in simulated time, through the server's own cache.
 
-A worker shares nothing with another, so where there are many of them, or many requests, some are simulated whole and
-speak for the rest: the one that is asked most, which speaks for itself alone, and others drawn by the hash that places
-the models. Memory is a few arrays, and what the simulated workers hold.
+Workers share nothing, so where there are many workers or many requests, a sample of them is simulated completely: the
+one with the most requests, which represents only itself, and others chosen by the hash that places the models.
 """
 
 from collections.abc import Callable, Sequence
@@ -144,7 +143,7 @@ class _WorkerResult:
 
 
 class _PlacedDemand:
-    """Who serves what. A worker is a number: its node times the workers of a node, and its index there."""
+    """The worker of each request. A worker is a number: its node times the workers per node, plus its index there."""
 
     def __init__(self, placement: Placement, machines: Machines) -> None:
         demand = self.demand = placement.demand
@@ -152,7 +151,7 @@ class _PlacedDemand:
         models, loss = len(demand.names), machines.loss
         self.lost_node = -1 if loss is None else loss.node
         self.homes = placement.homes(machines.workers)
-        self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # replicas, and who is next in line
+        self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # the replicas, and the next node
         self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the place in line that is lost
         if loss is not None:
             found = self.nodes == loss.node
@@ -164,7 +163,7 @@ class _PlacedDemand:
         return f"<_PlacedDemand {self.demand!r} on {self.machines!r}>"
 
     def chosen(self, most: int) -> list[tuple[int, float]]:
-        """Who is simulated, and for how many workers it speaks; never one whose node is lost."""
+        """The workers to simulate, and how many workers each represents; never one whose node is lost."""
         each = self.machines.workers
         load = np.bincount(self.worker, minlength=self.machines.nodes * each)
         alive = sorted((w for w in range(len(load)) if w // each != self.lost_node), key=lambda w: -load[w])
@@ -193,7 +192,7 @@ class _PlacedDemand:
         return _WorkerResult(at, took, ran.outcome, loads, busy, loading, weight)
 
     def _workers(self, schedule: Schedule, loss: Loss | None) -> Int64:
-        """[n] who gets each request: the replicas of a model take turns, and after a loss who is next in line."""
+        """[n] the worker of each request: a model's replicas take turns; after a loss the next node takes over."""
         machines, count = self.machines, np.arange(len(schedule.at))
         line = count % machines.replicas
         if loss is not None:

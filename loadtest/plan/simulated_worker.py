@@ -251,7 +251,7 @@ class _WorkerLoad:
             batch = [queue.popleft() for _ in range(count)]
             if queue:
                 self.ready[family] = queue
-            rows = sum(now - self.at[i] < REQUEST_TIMEOUT_S for i in batch)  # for the others nobody waits any more
+            rows = sum(now - self.at[i] < REQUEST_TIMEOUT_S for i in batch)  # the others have passed their deadline
             self._compute(now, self.costs.step_s + self.costs.row_s * rows, _STEP, batch)
 
     def _compute(self, now: float, seconds: float, kind: int, requests: Sequence[int]) -> None:

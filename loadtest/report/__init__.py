@@ -1,4 +1,4 @@
-"""One load run, or two compared, as one HTML file that needs nothing else: no network, no server, no other file."""
+"""Renders one load run, or two compared, as one HTML file that needs no network, no server and no other file."""
 
 import base64
 import hashlib

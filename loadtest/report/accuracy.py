@@ -1,4 +1,4 @@
-"""Renders a record of `bench accuracy` as one HTML file: accuracy against how often was fitted, and tables. Pure."""
+"""Renders a record of `bench accuracy` as one HTML file: accuracy by number of fits, and tables. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

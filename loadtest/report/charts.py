@@ -1,4 +1,4 @@
-"""What the report draws: every chart as a title, two axes and its lines. Pure."""
+"""The charts of the report: each is a title, two axes and lines. Pure."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ class Chart:
         object.__setattr__(self, "rows", [rows[x] for x in sorted(rows)])
 
     def spoken(self) -> str:
-        """The chart in words, for who cannot see it: each line from its smallest to its largest value."""
+        """The chart in words, for screen readers: each line from its smallest to its largest value."""
         return f"{self.title}, {self.says}. " + "; ".join(
             f"{line.name} between {format_number(min(known))} and {format_number(max(known))}"
             for line in self.lines

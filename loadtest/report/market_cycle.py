@@ -1,4 +1,4 @@
-"""A turn of a market's clock as one HTML file: fans and scenarios of some products, how all move together, the time."""
+"""Renders a turn of a market's cycle as one HTML file: fans, scenarios, correlations and times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A load run's JSON as the report reads it: its shape, and errors that say where a file is not like that."""
+"""The schema of a load run's JSON; its errors name the place in the file that does not fit."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

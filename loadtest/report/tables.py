@@ -1,4 +1,4 @@
-"""What the report writes: the verdict in words, and its tables, of one run or of two beside each other. Pure."""
+"""The verdict and the tables of the report, of one run or of two compared. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

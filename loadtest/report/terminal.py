@@ -1,4 +1,4 @@
-"""A report's table for the terminal."""
+"""Prints a report's table in the terminal."""
 
 from rich.table import Table as Shown
 

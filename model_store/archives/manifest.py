@@ -17,7 +17,6 @@ from model_store.errors import ArchiveInvalid
 FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; `handlers.kinds.graph` defines its content
-FORMAT = 1
 MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: limits of a correlation: its factors have at most 16 and 25 MB
 MAX_ROWS, MAX_LEVELS, MAX_FIELDS = 10_000, 1000, 1000  #: channels or covariates; quantile levels; of `config`
 MAX_GOLDEN_DEPTH, MAX_GOLDEN_VALUES = 64, 500_000  #: of a golden sample: how deep its JSON nests, and its values
@@ -265,7 +264,6 @@ class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):
     model_version: str = ""
     handler: str = ""
     serialized_file: str = ""
-    model_file: str = ""
 
 
 class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):

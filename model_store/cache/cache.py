@@ -50,7 +50,6 @@ class Failure:
 class Load:
     """A load in flight. INVARIANT: there is at most one for each model, however many requests wait for it."""
 
-    started_at: float
     speculative: bool = False  #: a prefetch: no request waits for it yet
     victims: tuple[Slot, ...] = ()
 
@@ -128,7 +127,7 @@ class Cache:
         failure = self._failures.get(model)
         if failure is not None and now < failure.until and not reload:
             return failure
-        load = self._loads[model] = Load(now, speculative)
+        load = self._loads[model] = Load(speculative)
         return load
 
     def expect(self, model: ModelName, now: float) -> bool:

@@ -67,15 +67,6 @@ class Cached:
     validated_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """An evicted name, unused for `age_s`. `bytes`: the bytes freed, counted once for a shared blob."""
-
-    name: ModelName
-    bytes: int
-    age_s: float
-
-
 class UnsafeDiskCache(OSError):
     """Others can write to the disk tier's folders; the message says which, and what to do."""
 
@@ -197,21 +188,22 @@ class DiskTier:
         """Bytes of all blobs; a shared blob counts once."""
         return sum(found.st_size for _, found in _files(self._blobs))
 
-    def evict(self, budget_bytes: int) -> list[Evicted]:
+    def evict(self, budget_bytes: int) -> list[ModelName]:
         """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
 
-        A blob's last use is the latest one of its names. Files that crashed downloads left are removed first.
+        A blob's last use is the latest one of its names. Files that crashed downloads left are removed first. Returns
+        the evicted names.
         """
         now = time.time()
         names, blobs = self._sweep(now)
         used = sum(found.st_size for found in blobs.values())
         idle = sorted((path for path in blobs if path.name in names), key=lambda path: max(names[path.name].values()))
-        evicted: list[Evicted] = []
+        evicted: list[ModelName] = []
         for path in idle:
             if used <= budget_bytes:
                 break
             used -= blobs[path].st_size
-            evicted += self._drop(path, blobs[path].st_size, names[path.name], now)
+            evicted += self._drop(path, names[path.name])
         return evicted
 
     def _sweep(self, now: float) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
@@ -226,18 +218,14 @@ class DiskTier:
                 _remove(path)
                 del blobs[path]
         for lost in names.keys() - {path.name for path in blobs}:
-            self._drop(self._blobs / lost, 0, names[lost], now)
+            self._drop(self._blobs / lost, names[lost])
         return names, blobs
 
-    def _drop(self, blob: Path, size: int, names: Names, now: float) -> list[Evicted]:
+    def _drop(self, blob: Path, names: Names) -> list[ModelName]:
         for entry_path, _ in names:
             _remove(entry_path)
         _remove(blob)
-        freed = [size] + [0] * (len(names) - 1)
-        return [
-            Evicted(name, bytes_, max(0.0, now - used_at))
-            for ((_, name), used_at), bytes_ in zip(names.items(), freed, strict=True)
-        ]
+        return [name for _, name in names]
 
     def _names_by_blob(self) -> dict[str, Names]:
         """The names of each blob. Unreadable entries are removed."""

@@ -1,4 +1,4 @@
-"""`fleetcast backtest`: what archives would have forecast for a CSV file, and how good that was. Torch when it runs."""
+"""`fleetcast backtest`: scores what archives would have forecast for a CSV file. Torch when it runs."""
 
 import sys
 from pathlib import Path
@@ -77,7 +77,7 @@ def backtest(
 
 
 def _table(found: "Backtest") -> Table:
-    """A market a row, and the mean of several."""
+    """A row for each market, and their mean."""
     promised = {each.scores.nominal for each in found.markets}
     interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
     table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")

@@ -1,4 +1,4 @@
-"""The settings as command line flags, as error lines and as a table. Pure: `server.settings` owns names and texts."""
+"""Turns the settings into command-line flags, error messages and a table. `server.settings` owns names and texts."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,7 +11,6 @@ from pydantic import ByteSize, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
-from server import metrics
 from server.settings import TOML_FILE, Settings, format_bytes
 
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
@@ -50,18 +49,6 @@ def table() -> str:
     for name, field in Settings.model_fields.items():
         rows.append(f"| `{flag(name)}` | {_default(field)} | {field.description} |")
     return "\n".join(rows)
-
-
-def with_table(document: str) -> str:
-    """The document with its tables of settings and metrics brought up to date. Raises ValueError without the marks."""
-    for name, rows in (("settings", table()), ("metrics", metrics.table())):
-        first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
-        head, start, rest = document.partition(first)
-        _, end, tail = rest.partition(last)
-        if not (start and end):
-            raise ValueError(f"the document needs the lines {first} and {last}")
-        document = f"{head}{start}\n{rows}\n{end}{tail}"
-    return document
 
 
 def flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""How our commands talk: errors in a line, exit codes, bars of progress, dates. No torch."""
+"""What the commands have in common: errors in one line, exit codes, progress bars, dates. No torch."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
     from rich.text import Text
 
-BAD = 1  #: exit code: the answer is no, or something of many failed
-WRONG = 2  #: exit code: it could not be done as asked
+BAD = 1  #: exit code: the result is negative, or a part failed
+WRONG = 2  #: exit code: the command could not be run as given
 
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
-    """Say what was wrong, and exit."""
+    """Print what was wrong, and exit."""
     print(f"error: {escape_text(message)}", file=sys.stderr)  # noqa: T201 -- the answer
     raise typer.Exit(code)
 
@@ -34,7 +34,7 @@ def verbatim(text: str, style: str = "") -> "Text":
 
 @contextmanager
 def one_line_errors(*more: type[Exception]) -> Iterator[None]:
-    """What a user can put right (`more` of it) is said in a line; the rest is a bug of ours and keeps its traceback."""
+    """Print errors that a user can fix, also `more`, in one line; other errors are bugs and keep their traceback."""
     known: tuple[type[Exception], ...] = (LoadError, ValueError, OSError, ModuleNotFoundError, *more)
     try:
         yield
@@ -43,7 +43,7 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
 
 
 def bar(amount: "ProgressColumn | None" = None) -> "Progress":
-    """A bar on standard error, for people; gone when it is done. `amount`: the column that says how far."""
+    """A progress bar on standard error, removed when it is done. `amount`: the column that shows the progress."""
     from rich.console import Console  # noqa: PLC0415 -- a twentieth of a second that most commands save
     from rich.progress import (  # noqa: PLC0415
         BarColumn,

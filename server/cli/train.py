@@ -12,7 +12,7 @@ import typer
 from rich.progress import TextColumn
 from rich.table import Table
 
-from model_store.archives.packing import pack_forecaster
+from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import bar, moment, one_line_errors, verbatim
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from model_store.archives.manifest import Forecast
 
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
-NAMES = ("tcn", "mlp", "gru", "seq2seq", "lear", "mqcnn", "mqrnn", "deepar", "deepstate", "esrnn", "recursive")
+ARCHITECTURE_HELP = "\b\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
         list[str] | None,
         typer.Option(help="column known ahead, such as a load forecast (repeatable); may contain {target}"),
     ] = None,
-    architecture: Annotated[str, typer.Option(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}")] = "tcn",
+    architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = "tcn",
     members: Annotated[int, typer.Option(min=1, max=64, help="of an ensemble in one archive")] = 1,
     config: Annotated[str, typer.Option(metavar="JSON", help="what the architecture leaves open")] = "{}",
     name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
@@ -133,6 +133,7 @@ def _fit(
 
 def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
+    from model_store.archives.packing import pack_forecaster  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
     from server.offline.archive_tools import verify_packed_archive  # noqa: PLC0415
 

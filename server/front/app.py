@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import structlog
 
+from server import contract
+from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
 from server.front.content_coding import find_coding, unpack
@@ -31,6 +33,11 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_HEADER = 1024
+_TIMEOUT_MS = raw_header(contract.HEADER_TIMEOUT_MS)
+_REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
+_CACHE = raw_header(contract.HEADER_CACHE)
+_MODEL_VERSION = raw_header(contract.HEADER_MODEL_VERSION)
+_SERVER_TIMING = raw_header(contract.HEADER_SERVER_TIMING)
 CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 
 
@@ -85,7 +92,7 @@ class App:
     async def _read(self, request: Request, limit: Limit, scope: Scope, receive: Receive) -> None:
         """Read what an operation that is not open needs, and check its signature. Raises Refused, ClientGone."""
         headers, longest = request.headers, self._settings.request_timeout_s
-        wanted = headers.get(b"x-request-timeout-ms")
+        wanted = headers.get(_TIMEOUT_MS)
         request.deadline = time.monotonic() + (longest if wanted is None else min(_seconds(wanted), longest))
         content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
         if len(content_type) > MAX_HEADER or len(accept) > MAX_HEADER:
@@ -169,12 +176,12 @@ class App:
         Returns the status codes to count.
         """
         stream, size = reply.stream, len(reply.body) if reply.stream is None else reply.stream.body_bytes
-        given = request.headers.get(b"x-request-id", b"")
+        given = request.headers.get(_REQUEST_ID, b"")
         ident = given if 0 < len(given) <= MAX_HEADER else b"%s-%d" % (self._id_prefix, next(self._ids))
         head: Headers = [
             (b"content-type", reply.content_type.encode()),
             (b"content-length", b"%d" % size),
-            (b"x-request-id", ident),
+            (_REQUEST_ID, ident),
             *reply.headers,
         ]
         if reply.stats is not None:
@@ -199,7 +206,8 @@ class App:
 def _seconds(raw: bytes) -> float:
     """What X-Request-Timeout-Ms asks for. Raises Refused."""
     if not re.fullmatch(rb"0{0,9}[1-9][0-9]{0,9}", raw):
-        message = f"X-Request-Timeout-Ms must be a positive number of milliseconds, not {raw[:40].decode('latin-1')!r}"
+        shown = raw[:40].decode("latin-1")
+        message = f"{contract.HEADER_TIMEOUT_MS} must be a positive number of milliseconds, not {shown!r}"
         raise Refused(Situation.BAD_REQUEST, message)
     return int(raw) / 1e3
 
@@ -211,8 +219,8 @@ def _add_stats(head: Headers, stats: InferStats) -> None:
         times += f"load;dur={stats.load_us / 1e3:.3f}"
         times += f';desc="{stats.tier}", ' if stats.tier else ", "
     times += f"inference;dur={stats.inference_us / 1e3:.3f}"
-    head.append((b"server-timing", times.encode()))
+    head.append((_SERVER_TIMING, times.encode()))
     if stats.cache is not None:
-        head.append((b"x-fleetcast-cache", stats.cache.encode()))
+        head.append((_CACHE, stats.cache.encode()))
     if stats.version:
-        head.append((b"x-fleetcast-model-version", stats.version.encode()))
+        head.append((_MODEL_VERSION, stats.version.encode()))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from model_store.names import ModelName
+from server.contract import JSON
 from server.errors import Refused, Situation
 from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats
 from server.front.exchange import Limit
@@ -25,7 +26,6 @@ from server.front.raw_json import (
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
 MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
-JSON, NPY = "application/json", "application/x-npy"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from server.errors import Refused, Situation
 from server.ipc.connection import Connection
-from server.ipc.frames import Cancel, Credit, Data, Request, Response, WireError
+from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
 
 #: A worker answers a passed deadline itself and says more about it. The front does so when the worker stays silent.
 GRACE_S = 0.25
@@ -27,6 +27,7 @@ class Call:
     id: int
     reply: asyncio.Future[Response]
     deadline: float
+    uploads: bool = False  #: its body did not fit one frame: parts of it may still have to be sent
     missing: int = 0  #: bytes of the answer that have not come from the worker
     unread: int = 0  #: bytes of it that the client has not been given
     parts: asyncio.Queue[bytes | None] | None = None
@@ -50,7 +51,7 @@ class Link(Connection):
         """Send a request. Its `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes."""
         self._next_id = ident = self._next_id + 1
         self.send(Request(ident, int(deadline * 1e9), model, content_type, accept, len(body), body))
-        call = self._calls[ident] = Call(ident, self._loop.create_future(), deadline)
+        call = self._calls[ident] = Call(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         return call
 
     def cancel(self, call: Call) -> None:
@@ -100,7 +101,8 @@ class Link(Connection):
         self._on_lost(self)
 
     def _begin_answer(self, call: Call, response: Response) -> None:
-        self.drop_body(response.id)  # an early refusal ends the upload
+        if call.uploads:
+            self.drop_body(response.id)  # an early refusal ends the upload
         call.missing = call.unread = response.body_bytes - len(response.body)
         if call.missing:
             call.parts = asyncio.Queue()

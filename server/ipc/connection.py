@@ -11,7 +11,18 @@ import msgspec
 import structlog
 
 from server.ipc.bodies import Outbox
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Reader, Request, Response, WireError, append_frame
+from server.ipc.frames import (
+    BODY_STARTS,
+    CHUNK,
+    Cancel,
+    Credit,
+    Data,
+    Reader,
+    Request,
+    Response,
+    WireError,
+    append_frame,
+)
 
 log = structlog.get_logger()
 
@@ -26,6 +37,7 @@ class Connection(asyncio.Protocol, ABC):
         self._outbox = Outbox()
         self._pending = bytearray()  # frames that the next flush writes
         self._paused = False
+        self._ended = False
 
     # --- for the subclass -------------------------------------------------------------------------------------------
 
@@ -43,7 +55,9 @@ class Connection(asyncio.Protocol, ABC):
         On a connection that has ended it does nothing: `handle_end` reports the end. Raises WireError for a frame that
         breaks the bounds.
         """
-        if isinstance(frame, Request | Response) and len(frame.body) > CHUNK:
+        if self._ended:
+            return
+        if isinstance(frame, BODY_STARTS) and len(frame.body) > CHUNK:
             self._write(msgspec.structs.replace(frame, body=frame.body[:CHUNK]))
             self._outbox.start(frame.id, frame.body)
             self._send_chunks()
@@ -68,6 +82,7 @@ class Connection(asyncio.Protocol, ABC):
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer has closed or died, or we have closed."""
         del exc
+        self._ended = True
         self._pending = bytearray()
         self.handle_end()
 
@@ -103,7 +118,7 @@ class Connection(asyncio.Protocol, ABC):
     def _flush(self) -> None:
         """Hand the pending frames to the transport.
 
-        The peer may die between a step's answer and this call: uvloop raises at a write to a transport that is closing.
+        The peer may die between a step's answer and this call: uvloop raises at a write to a transport that has closed.
         """
         pending, self._pending = self._pending, bytearray()
         if pending and self._transport is not None and not self._transport.is_closing():

@@ -98,6 +98,7 @@ class Credit(_Frame, tag=5):
 
 
 Frame = Request | Data | Response | Cancel | Credit
+BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode
 
@@ -150,6 +151,6 @@ def _parse(payload: memoryview) -> Frame:
         frame = _decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise WireError(f"a frame of {len(payload)} bytes: {error}") from error
-    if isinstance(frame, Request | Response) and len(frame.body) > frame.body_bytes:
+    if isinstance(frame, BODY_STARTS) and len(frame.body) > frame.body_bytes:
         raise WireError(f"a body of {len(frame.body)} bytes is announced as {frame.body_bytes}")
     return frame

@@ -1,4 +1,4 @@
-"""Lines of JSON answered in this process, without a server: what `fleetcast batch` does between reading and writing.
+"""Answers lines of JSON in this process, without a server: the part of `fleetcast batch` between reading and writing.
 
 Each line is what an item of `POST /v1/forecasts` is: `target_model` and the fields of a DeepAR instance, and if it
 wants a `configuration` of its own. Lines are answered model by model, so that each model is loaded once however they

@@ -1,6 +1,6 @@
-"""A whole fleet on one CSV file: its archives fetched, its columns read, every market scored. No server; threads.
+"""Backtests a fleet on one CSV file: fetches archives, reads columns and scores every market, on threads.
 
-One market's trouble is that market's: it is named and the others go on. A store out of reach ends it all.
+A market that fails is named and the others go on. A store that cannot be reached ends the run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,11 +28,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Backtest:
-    """Of a fleet: the markets that could be scored, their charts in the same order, and why the others could not."""
+    """A fleet's result: the scored markets, their charts in the same order, and why the others could not be scored."""
 
     csv: str
     store: str
-    asked: str  #: who answered, in words
+    asked: str  #: what answered, in words
     markets: Sequence[Scored]
     fans: Sequence[Fan]
     failed: Mapping[str, str]
@@ -41,12 +41,12 @@ class Backtest:
         return f"<Backtest {self.csv}: {len(self.markets)} markets, {len(self.failed)} failed>"
 
     def mean(self, measure: str) -> float | None:
-        """Over the markets that have it."""
+        """The mean of a measure over the markets that have it."""
         found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
         return sum(found) / len(found) if found else None
 
     def json(self, measures: Iterable[str]) -> bytes:
-        """For programs; without the charts, and what is undefined is null."""
+        """JSON for programs: without charts, null where a score is undefined."""
         whole = {
             "csv": self.csv,
             "store": self.store,
@@ -138,7 +138,7 @@ def sorted_out(
 
 
 def why(error: Exception) -> str:
-    """In a line. What is no situation of ours is a bug; it costs this market, not the fleet, and says where it was."""
+    """The error in one line. One that no class of ours describes is a bug: it costs one market and names its place."""
     if isinstance(error, (LoadError, SeriesInvalid, Unfit)):
         return str(error)
     place = extract_tb(error.__traceback__)[-1]

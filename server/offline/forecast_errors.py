@@ -1,4 +1,4 @@
-"""How far actual prices were from the forecasts of a store's archives, over rolling windows and without a server."""
+"""Forecast errors of a store's archives over rolling windows, as the probability integral transforms of prices."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

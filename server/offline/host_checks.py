@@ -1,4 +1,4 @@
-"""What of this machine matters to a server, and what to do where it is too little. `fleetcast doctor`'s first half.
+"""Checks of this machine for `fleetcast doctor`: what matters to a server, and advice where it is too little.
 
 Each check is a function of what was read; `machine` reads it. Torch is asked what it is, nothing is computed.
 """
@@ -25,7 +25,7 @@ SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Something about the machine; `advice` says what is amiss and what to do, and is empty where nothing is."""
+    """A fact about the machine. `advice` says what is wrong and what to do; empty where nothing is wrong."""
 
     name: str
     text: str
@@ -33,7 +33,7 @@ class Fact:
 
 
 def machine(settings: Settings, host: Host) -> Iterator[Fact]:
-    """All there is to say without a store."""
+    """Every check that needs no store."""
     yield cores(host, os.cpu_count() or 1, os.getloadavg()[0])
     yield torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
     yield accelerator(host, torch.version.cuda, torch.cuda.device_count())

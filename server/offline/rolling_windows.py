@@ -51,7 +51,7 @@ class ArchiveVersion:
 
     @property
     def forecast(self) -> Forecast:
-        """What it forecasts. Raises Unfit for what a column of prices cannot be put to."""
+        """What it forecasts. Raises Unfit where a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
         if forecast is None:
             raise Unfit(f"{self.name} answers tensors, not forecasts; a backtest needs an archive with a `forecast`")
@@ -158,7 +158,7 @@ def _quantiles(answer: bytes) -> Float64:
 
 @dataclass(frozen=True, slots=True)
 class Rolling:
-    """Which windows: a forecast every so many steps (0: one after the other), all its steps from `first` to `until`.
+    """The windows to forecast: one every `every` steps (0: without overlap), all its steps in `first` to `until`.
 
     Windows are counted from `first` on where it is given, else from the end backwards, the end being `until` or that of
     the series. `most`: only the last so many, 0 all.
@@ -186,7 +186,7 @@ class Rolling:
 
 @dataclass(frozen=True, slots=True)
 class Forecasts:
-    """What a model forecast for the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
+    """One model's forecasts of the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
 
     series: Series
     model: ModelName
@@ -210,7 +210,7 @@ class Forecasts:
 
     @property
     def actuals(self) -> Float64:
-        """What came [W, H], NaN where missing."""
+        """The actual values [W, H], NaN where missing."""
         return self.series.values[self.steps]
 
     def cut(self, horizon: int, levels: Float64) -> "Forecasts":
@@ -240,7 +240,7 @@ def forecasts(
 
 
 def _check(model: ArchiveVersion, series: Series, origins: Steps) -> None:
-    """What a request would be refused for, said in terms of the file."""
+    """Raises Unfit, in terms of the file, for what a server would refuse a request for."""
     forecast = model.forecast
     if step_seconds(forecast.frequency) != round(series.step.total_seconds()):
         raise Unfit(f"{model.name} forecasts steps of {forecast.frequency}, but {series.name} has {series.frequency}")

@@ -49,7 +49,7 @@ Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
 
 
 def management_app(supervisor: Supervisor) -> Starlette:
-    """`/fleet/...`: what is where, and load, unload, pin, unpin, reload. Errors are `{"error": {code, message}}`."""
+    """`/fleet/...`: lists models and processes, loads, unloads, pins. Errors are `{"error": {code, message}}`."""
 
     async def models(request: Request) -> Response:
         after, prefix = request.query_params.get("after", ""), request.query_params.get("prefix", "")
@@ -175,7 +175,7 @@ async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Whoever waits for the file never sees half of it. The draft is a new file: no link is followed."""
+    """Replace the file at once: a reader never sees half of it. The draft is a new file, so no link is followed."""
     descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w") as file:

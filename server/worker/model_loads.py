@@ -62,17 +62,12 @@ class Loads:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
-        self._built: deque[tuple[Built, float]] = deque()  # verified models that wait for memory, and since when
+        self.built: deque[tuple[Built, float]] = deque()  # verified models that wait for memory, and since when
         self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # loads by operators
 
     def __repr__(self) -> str:
         """For example `<Loads 3 under way, 1 waiting for room>`."""
-        return f"<Loads {len(self._started)} under way, {len(self._built)} waiting for room>"
-
-    @property
-    def any_built(self) -> bool:
-        """Whether a built model waits for memory."""
-        return bool(self._built)
+        return f"<Loads {len(self._started)} under way, {len(self.built)} waiting for room>"
 
     def ask(self, model: ModelName, *, revalidate: bool) -> asyncio.Future[str]:
         """Load a model for an operator. Resolves with the version that serves, or LoadError.
@@ -134,7 +129,7 @@ class Loads:
         self._queue(built, self._now())
 
     def _queue(self, built: Built, now: float) -> None:
-        self._built.append((built, now))
+        self.built.append((built, now))
         self._waiting.wake()
 
     def _prove(self, built: Built) -> None:
@@ -147,11 +142,11 @@ class Loads:
     def place(self) -> bool:
         """Place built models in order until one must wait. True if something changed."""
         changed = False
-        while self._built:
-            built, since = self._built[0]
+        while self.built:
+            built, since = self.built[0]
             now = self._now()
             if self._unchanged(built):
-                self._built.popleft()
+                self.built.popleft()
                 continue
             spare = () if self._foresight is None else self._foresight.rhythms
             placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
@@ -165,7 +160,7 @@ class Loads:
                 for victim in placement.victims:
                     self._residents.evict(victim, now, "budget")
                 continue
-            self._built.popleft()
+            self.built.popleft()
             self._decided(built, placement, now)
         return changed
 

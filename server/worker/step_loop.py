@@ -142,11 +142,11 @@ class StepLoop:
     def step(self) -> None:
         """Place built models, then run one batch. Schedules another step if work is left."""
         self._woken = False
-        placed = self._loads.place()
+        placed = bool(self._loads.built) and self._loads.place()
         if self._scheduler.has_work:
             group, jobs = self._scheduler.next_batch(self._batch)
             self._execute(group, jobs)
-        if self._scheduler.has_work or (placed and self._loads.any_built):
+        if self._scheduler.has_work or (placed and self._loads.built):
             self.wake()
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
@@ -328,7 +328,7 @@ class StepLoop:
                 message = f"{job.model} was not ready before the deadline passed"
                 self._refuse(job, Refused(Situation.DEADLINE, message))
             self._engine.learn()
-            if self._loads.any_built:
+            if self._loads.built:
                 self.wake()
             if self._foresight is not None:
                 self._foresight.look(self._now())

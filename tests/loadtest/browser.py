@@ -1,6 +1,5 @@
 """A headless Chromium, spoken to through its DevTools pipe: opens a page as a reader would and looks at it."""
 
-import base64
 import json
 import os
 import shutil
@@ -72,11 +71,6 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
-
-    def picture(self, path: Path) -> None:
-        """The whole page as PNG."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:
         """End the browser."""

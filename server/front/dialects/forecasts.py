@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 
 from model_store.names import InvalidModelName, parse_model_name
+from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
 from server.front.dataplane import DataPlane, InferStats
 from server.front.exchange import Limit, Operation, Reply, Request, wrong_method
-from server.front.fan_out import JSON, NPY, FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
+from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
 from server.front.raw_json import split_fields
 from server.settings import Settings
 
@@ -78,7 +79,7 @@ class Forecasts:
     """See the module."""
 
     name = "forecasts"
-    paths = "/v1/forecasts (many models in one call)"
+    paths = f"{FORECASTS_PATH} (many models in one call)"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_forecasts_bytes), "max_forecasts_bytes")
@@ -87,7 +88,7 @@ class Forecasts:
 
     def match(self, method: str, path: str) -> Operation | None:
         """POST to `/v1/forecasts`."""
-        if path != "/v1/forecasts":
+        if path != FORECASTS_PATH:
             return None
         if method != "POST":
             raise wrong_method(method)
@@ -169,7 +170,7 @@ def build_answer(found: Sequence[Prediction | Refused]) -> bytes:
     """The whole answer."""
     parts = [build_error(each) if isinstance(each, Refused) else each.body for each in found]
     failed = sum(isinstance(each, Refused) for each in found)
-    return b'{"predictions":[' + b",".join(parts) + b'],"failed":%d}' % failed
+    return b'{"predictions":[' + b",".join(parts) + FORECASTS_END % failed
 
 
 def build_error(refused: Refused) -> bytes:

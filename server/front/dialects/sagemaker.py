@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import msgspec
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server import contract
+from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.dataplane import DataPlane, InferRequest
 from server.front.exchange import Headers, Limit, Operation, Reply, Request, wrong_method
@@ -16,7 +18,11 @@ TOO_MANY = 429
 MAX_NAMES = 50_000
 MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
 _ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
-_VARIANT = (b"x-amzn-invoked-production-variant", b"AllTraffic")
+_TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
+_ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
+_ERROR_TYPE = raw_header(contract.HEADER_ERROR_TYPE)
+_RETRY_AFTER_MS = raw_header(contract.HEADER_RETRY_AFTER_MS)
+_VARIANT = (raw_header(contract.HEADER_VARIANT), b"AllTraffic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class SageMaker:
 
     def match(self, method: str, path: str) -> Operation | None:
         """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`."""
-        if path != "/invocations" and _ENDPOINT.fullmatch(path) is None:
+        if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
             return None
         if method != "POST":
             raise wrong_method(method)
@@ -77,7 +83,7 @@ class SageMaker:
     async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
         """The model's answer as it is."""
         del operation
-        raw = request.headers.get(b"x-amzn-sagemaker-target-model")
+        raw = request.headers.get(_TARGET_MODEL)
         model = self._names.get(raw) if raw is not None else None
         if model is None:
             model = self._parse_name(raw)
@@ -97,23 +103,23 @@ class SageMaker:
             body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
         if code.original is not None:
             body |= {"Message": detail.message, "OriginalStatusCode": code.original, "OriginalMessage": detail.message}
-        headers = [(b"x-amzn-errortype", code.type.encode()), *_headers(request)]
+        headers = [(_ERROR_TYPE, code.type.encode()), *_headers(request)]
         if code.retry_after_ms is not None:
-            headers.append((b"x-amz-retry-after", b"%d" % code.retry_after_ms))  # botocore's, in milliseconds
+            headers.append((_RETRY_AFTER_MS, b"%d" % code.retry_after_ms))  # botocore's, in milliseconds
             headers.append((b"retry-after", b"%d" % -(-code.retry_after_ms // 1000)))
-        return Reply(code.status, "application/json", msgspec.json.encode(body), headers)
+        return Reply(code.status, contract.JSON, msgspec.json.encode(body), headers)
 
     def _parse_name(self, raw: bytes | None) -> ModelName:
         """The target model, remembered for the next request. Raises Refused."""
         if raw is None:
-            raise Refused(Situation.NO_TARGET, "no target model: send the header X-Amzn-SageMaker-Target-Model")
+            raise Refused(Situation.NO_TARGET, f"no target model: send the header {contract.HEADER_TARGET_MODEL}")
         try:
             name = parse_model_name(raw.decode())
         except UnicodeDecodeError:
-            message = f"X-Amzn-SageMaker-Target-Model: {raw[:80]!r} is not UTF-8; send the model's name as UTF-8"
+            message = f"{contract.HEADER_TARGET_MODEL}: {raw[:80]!r} is not UTF-8; send the model's name as UTF-8"
             raise Refused(Situation.BAD_NAME, message) from None
         except InvalidModelName as error:
-            raise Refused(Situation.BAD_NAME, f"X-Amzn-SageMaker-Target-Model: {error}") from error
+            raise Refused(Situation.BAD_NAME, f"{contract.HEADER_TARGET_MODEL}: {error}") from error
         if len(self._names) >= MAX_NAMES:
             self._names.clear()
         self._names[raw] = name
@@ -122,7 +128,7 @@ class SageMaker:
 
 def _headers(request: Request) -> Headers:
     """What every answer carries, whatever happens to the request."""
-    custom = request.headers.get(b"x-amzn-sagemaker-custom-attributes")
+    custom = request.headers.get(_ATTRIBUTES)
     if custom is None or len(custom) > MAX_ATTRIBUTES:
         return [_VARIANT]
-    return [_VARIANT, (b"x-amzn-sagemaker-custom-attributes", custom)]
+    return [_VARIANT, (_ATTRIBUTES, custom)]

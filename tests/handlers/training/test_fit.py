@@ -21,6 +21,8 @@ from handlers.training.time_series import Series, SeriesInvalid
 from handlers.training.windows import Windows
 from model_store.archives.manifest import Forecast
 
+pytestmark = pytest.mark.slow
+
 QUICK = Fitting(epochs=12, batch=32, learning_rate=8e-3, average=0.95, holdout_windows=24, checks=8)
 SMALL = {"channels": 12}
 START = datetime.fromisoformat("2024-01-01")

@@ -27,6 +27,8 @@ from loadtest.benchmarks.rolling_refits import DAYS, EVERY, HOURS, Recipe, Refit
 from loadtest.report.accuracy import render_accuracy_page
 from tests.patience import PATIENCE_S
 
+pytestmark = pytest.mark.slow
+
 TRAINED_DAYS = 120
 
 

@@ -13,6 +13,8 @@ from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import CACHE
 from tests.loadtest.peer import Peer, running
 
+pytestmark = pytest.mark.slow
+
 
 def to(peer: Peer, *models: str) -> LoadTarget:
     """Requests for these models at the peer."""

@@ -1,8 +1,11 @@
 """Synthetic markets look like markets, and a fleet of them is learned in one go."""
 
 import numpy as np
+import pytest
 
 from loadtest.fleets.synthetic_markets import DAY, fit_fleet, make_markets
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_market_depends_on_seed_and_place_alone() -> None:

@@ -105,6 +105,7 @@ def site(of: Site) -> Iterator[Site]:
         ("ray", {("/", f"m{i}.mar") for i in range(7)}),
     ],
 )
+@pytest.mark.slow
 def test_wrk_asks_every_model_in_its_dialect(dialect: str, wanted: set[tuple[str, str]], tmp_path: Path) -> None:
     """All models have their turn, named where the protocol has the name, one body; 7 is the stride's multiple."""
     body = DIALECTS[dialect].tensor_body(np.full((8, 168), 1 / 7, np.float32))
@@ -118,6 +119,7 @@ def test_wrk_asks_every_model_in_its_dialect(dialect: str, wanted: set[tuple[str
 
 
 @NEEDS_WRK
+@pytest.mark.slow
 def test_wrk_counts_no_refusal(tmp_path: Path) -> None:
     """One model of four answers 503: there is no result, but an error that says how many failed."""
     (tmp_path / "body").write_bytes(b"{}")
@@ -192,6 +194,7 @@ def test_what_does_not_pin(line: str) -> None:
         parse_pins(f"# a comment\nnumpy==2.4.6\n{line}\n")
 
 
+@pytest.mark.slow
 def test_an_installation_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What pip said last is the peer's reason; a half-made environment does not count as one."""
     (tmp_path / "odd").mkdir()
@@ -219,6 +222,7 @@ def test_java_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         servers.require_java()
 
 
+@pytest.mark.slow
 def test_peers_compute_what_we_compute(tmp_path: Path) -> None:
     """The network in the peers' handlers, written without ours, gives our reference's numbers from the same weights."""
     models = write_models(tmp_path, 2)
@@ -242,6 +246,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_tree_is_ended_with_whoever_left_its_group(tmp_path: Path) -> None:
     """A daemon in a session of its own, even stopped, is seen, measured and gone after the block, which raises."""
     trees: list[ProcessTree] = []
@@ -285,6 +290,7 @@ def _absent() -> AbstractContextManager[PeerServer]:
 
 
 @NEEDS_WRK
+@pytest.mark.slow
 def test_who_answers_wrongly_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong numbers, a failed start or refusals in a later round end a peer's part, with the reason; others go on."""
     monkeypatch.setattr(comparison, "WARM_S", 1)

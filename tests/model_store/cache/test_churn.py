@@ -19,6 +19,8 @@ from model_store.cache.victim_selection import Evict, Moves
 from model_store.names import ModelName
 from server.worker.engine.memory_pool import Pool
 
+pytestmark = pytest.mark.slow
+
 SLAB = 64 * 1024
 SLABS = 24
 ROWS = {"wide": 20_480, "narrow": 4_544}  #: bytes: 3 and 14 to a slab, both leave a rest

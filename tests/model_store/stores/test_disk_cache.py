@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from model_store.names import ModelName, parse_model_name
-from model_store.stores.disk_cache import GRACE_S, MAX_ENTRY_BYTES, DiskTier, Evicted, UnsafeDiskCache
+from model_store.stores.disk_cache import GRACE_S, MAX_ENTRY_BYTES, DiskTier, UnsafeDiskCache
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
@@ -139,7 +139,7 @@ def test_a_lost_blob_spares_a_newer_entry(tmp_path: Path) -> None:
 
 
 def test_eviction_is_by_last_use_down_to_the_budget(tmp_path: Path) -> None:
-    """The least recently used go first, no more than needed, and each is reported with its bytes and age."""
+    """The least recently used names are evicted first, no more than needed, and each is reported."""
     disk = DiskTier(tmp_path, SOURCE)
     for name, fill, age_s in ((A, b"a", 30.0), (B, b"b", 20.0), (C, b"c", 10.0)):
         disk.publish(name, fill * 1000, "1", 100.0)
@@ -147,16 +147,15 @@ def test_eviction_is_by_last_use_down_to_the_budget(tmp_path: Path) -> None:
     assert disk.used_bytes() == 3000
     assert disk.evict(3000) == []
     disk.touch(A)
-    (evicted,) = disk.evict(2999)
-    assert (evicted.name, evicted.bytes) == (B, 1000)
-    assert evicted.age_s == pytest.approx(20.0, abs=5.0)
-    assert [e.name for e in disk.evict(1000)] == [C]
+    assert disk.evict(2999) == [B]
+    assert disk.used_bytes() == 2000
+    assert disk.evict(1000) == [C]
     assert disk.lookup(A) is not None
     assert disk.used_bytes() == 1000
 
 
 def test_names_that_share_a_blob_go_together(tmp_path: Path) -> None:
-    """A shared blob counts once and is as recent as its most recent name; evicting it reports its bytes once."""
+    """A shared blob counts once and is as recent as its most recent name; evicting it reports all its names."""
     disk = DiskTier(tmp_path, SOURCE)
     disk.publish(A, b"same" * 250, "1", 100.0)
     disk.publish(B, b"same" * 250, "1", 100.0)
@@ -164,16 +163,14 @@ def test_names_that_share_a_blob_go_together(tmp_path: Path) -> None:
     for name, age_s in ((A, 30.0), (B, 10.0), (C, 20.0)):
         used_at(disk, name, age_s)
     assert disk.used_bytes() == 2000
-    assert [e.name for e in disk.evict(1999)] == [C]
+    assert disk.evict(1999) == [C]
     shared = disk.lookup(A)
     assert shared is not None
     assert disk.read(shared) == b"same" * 250
     disk.forget(A)
     assert disk.used_bytes() == 1000
     disk.publish(A, b"same" * 250, "1", 100.0)
-    gone = disk.evict(0)
-    assert {e.name for e in gone} == {A, B}
-    assert sum(e.bytes for e in gone) == 1000
+    assert sorted(disk.evict(0)) == sorted([A, B])
     assert files(tmp_path) == []
 
 
@@ -276,9 +273,8 @@ def test_a_full_disk_is_logged_not_raised(tmp_path: Path) -> None:
 
 
 def test_reprs_are_honest(tmp_path: Path) -> None:
-    """The tier names folder and source; an eviction is a plain record."""
+    """The tier's repr names folder and source."""
     assert repr(DiskTier(tmp_path, SOURCE)) == f"DiskTier({tmp_path}, {SOURCE})"
-    assert repr(Evicted(A, 1, 2.0)) == "Evicted(name='au/a.mar', bytes=1, age_s=2.0)"
 
 
 # --- forged folders and files ---------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from tests.e2e.models import Model, forecaster
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
 WORK = b"w" * 32

@@ -30,6 +30,8 @@ from server.offline.forecast_errors import residuals
 from server.offline.rolling_windows import Unfit
 from tests.e2e.models import onnx_model
 
+pytestmark = pytest.mark.slow
+
 HOURS, SINCE = 24 * 40, "2024-03-26"
 COLUMNS = ("--time", "hour", "--target", "NSW1", "--target", "VIC1")
 

@@ -15,6 +15,8 @@ from server.cli.main import app
 from server.ipc.frames import CacheResult
 from tests.handlers.kinds.test_onnx import doubling
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"features": 3, "context_length": 12, "prediction_length": 4, "quantiles": 3, "channels": 8}
 
 

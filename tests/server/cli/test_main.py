@@ -23,7 +23,8 @@ from loadtest.fleets.fleet import make_fleet, make_request
 from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
-from server.cli.setting_flags import settings_from, table, with_table
+from server.cli.setting_flags import settings_from, table
+from server.cli.settings_table import update_tables
 from tests.handlers.kinds.test_onnx import doubling
 from tests.patience import PATIENCE_S
 
@@ -115,7 +116,7 @@ def test_a_list_in_a_variable_is_json(desk: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_readme_lists_the_settings() -> None:
     """The README's table is the settings' own; `make docs` writes it."""
-    assert with_table(README) == README
+    assert update_tables(README) == README
     assert run("settings-table").stdout.strip() == table()
 
 

@@ -24,6 +24,8 @@ from server.offline.retraining import Plan, Renewal, anew
 from server.offline.rolling_windows import Rolling
 from tests.server.markets import archive, fill, names, run, write_prices
 
+pytestmark = pytest.mark.slow
+
 MARKETS = names(4)
 QUICK = ("--epochs", "8", "--windows", "8")
 

@@ -595,6 +595,7 @@ def test_a_full_queue_refuses_and_leaves_the_others_room() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.slow
 def test_any_interleaving_answers_every_request_once_and_right(seed: int) -> None:
     """Requests, reloads of new versions, unloads, pins and failures in random order over two families that do not fit:
     every request gets exactly one word, every answer is right for the version it names.

@@ -8,6 +8,8 @@ from handlers.forecasters import build, random_tensors
 from server.worker.engine.execution_plan import CELLS, Path, Table
 from server.worker.engine.speed import Pace, Rates, flops, one_thread, pace, rates
 
+pytestmark = pytest.mark.slow
+
 TCN = {"features": 3, "context_length": 9, "prediction_length": 4, "quantiles": 3, "channels": 8, "layers": 2}
 RATES = Rates(flops=1e9, bytes=1e8)
 
