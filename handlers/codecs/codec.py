@@ -15,6 +15,7 @@ from handlers.base import Float32, Shape
 from handlers.codecs import tensors
 from handlers.codecs.deepar import DeepAr
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
+from handlers.work import RequestBudget
 from model_store.archives.manifest import Forecast
 
 JSON = "application/json"
@@ -86,12 +87,15 @@ def negotiate(content_type: str, accept: str) -> tuple[str, str]:
 class FamilyCodec:
     """Tensor JSON, npy and, where the archive carries a forecast, DeepAR JSON for one forecaster archive."""
 
-    def __init__(self, tensor: Tensor, forecast: Forecast | None = None) -> None:
-        """Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run."""
+    def __init__(self, tensor: Tensor, forecast: Forecast | None = None, budget: RequestBudget | None = None) -> None:
+        """`budget` refuses forecasts of too many rows; None lets all through.
+
+        Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run.
+        """
         self._name = tensor.input_name
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
-        self._deepar = None if forecast is None else DeepAr(forecast)
+        self._deepar = None if forecast is None else DeepAr(forecast, budget)
 
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"

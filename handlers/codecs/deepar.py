@@ -15,6 +15,7 @@ from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, Reader
 from handlers.codecs.features import Float64, Inputs, from_network
 from handlers.codecs.tensors import write_json
 from handlers.errors import RequestError, RunFailed
+from handlers.work import RequestBudget
 from model_store.archives.manifest import Forecast
 
 MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
@@ -52,9 +53,9 @@ class Asked(NamedTuple):
 class DeepAr:
     """One archive's forecast contract, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: Forecast) -> None:
-        """Raises ArchiveInvalid where the recipe of its inputs cannot be run."""
-        self._forecast = forecast
+    def __init__(self, forecast: Forecast, budget: RequestBudget | None = None) -> None:
+        """`budget` refuses requests of too many rows. Raises ArchiveInvalid where the inputs' recipe cannot be run."""
+        self._forecast, self._budget = forecast, budget
         self._reader = Reader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
@@ -80,7 +81,7 @@ class DeepAr:
         """
         request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
-        rows = self._inputs.rows(len(request.instances))
+        rows = self._allocate(len(request.instances))
         asked = []
         for i, instance in enumerate(request.instances):
             try:
@@ -98,7 +99,7 @@ class DeepAr:
         lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
-        rows, asked, errors = self._inputs.rows(len(lines)), list[Asked](), dict[int, RequestError]()
+        rows, asked, errors = self._allocate(len(lines)), list[Asked](), dict[int, RequestError]()
         for i, text in enumerate(lines):
             try:
                 line = self._reader.line(text)
@@ -115,6 +116,12 @@ class DeepAr:
             return b"".join(write_json(each) + b"\n" for each in found)
 
         return rows[: len(asked)], encode
+
+    def _allocate(self, count: int) -> Float32:
+        """Room for so many rows [count, channels, context]. Raises RequestError for more than the budget allows."""
+        if self._budget is not None:
+            self._budget(count)
+        return self._inputs.rows(count)
 
     def _each(self, asked: Sequence[Asked], outputs: Float32) -> Iterator[Prediction]:
         """Predictions of instances with configurations of their own; one that fails is an error by itself."""

@@ -136,7 +136,7 @@ def _looked_into(settings: Settings, told: Any) -> Found:
     from handlers.kinds import RowModel  # noqa: PLC0415 -- torch
     from model_store.stores.model_store import ModelStore  # noqa: PLC0415
     from server.offline.host_checks import Fact  # noqa: PLC0415
-    from server.worker.model_loader import Loader, open_store  # noqa: PLC0415
+    from server.worker.model_loader import Loader, open_store, target_of  # noqa: PLC0415
 
     found = Found()
     try:
@@ -148,7 +148,7 @@ def _looked_into(settings: Settings, told: Any) -> Found:
         return found
     empty = "" if names else "it is empty: `fleetcast train` and `fleetcast pack` make archives"
     found.facts.append(Fact("store", f"{settings.store}: {len(names)} archives", empty))
-    loader = Loader(ModelStore(source, None, limits), "cpu", 1)
+    loader = Loader(ModelStore(source, None, limits), target_of(settings, "cpu", 1))
     some = names[:: -(-len(names) // ARCHIVES)] if names else []
     for name in some:
         told(1, len(some))
