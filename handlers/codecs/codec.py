@@ -22,6 +22,7 @@ JSON = "application/json"
 NPY = "application/x-npy"
 LINES = "application/jsonlines"
 MEDIA = (JSON, NPY, LINES)
+NUMBER_S = 5e-7  #: about what a number takes to be drawn and written as JSON
 Encoded = tuple[bytes, str]  #: body, content type
 
 
@@ -45,11 +46,17 @@ class Tensor(Protocol):
 class Call:
     """A decoded request for a family: rows [n, *input_shape], and what makes the answer of outputs [n, *output_shape].
 
-    `encode` raises RunFailed when the outputs are not finite.
+    `encode` raises RunFailed when the outputs are not finite. `numbers`: about how many the answer has.
     """
 
     rows: Float32
     encode: Callable[[Float32], Encoded]
+    numbers: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """A guess of the time that writing the answer takes."""
+        return self.numbers * NUMBER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,11 @@ class SingleCall:
     feeds: dict[str, Float32]
     n: int
     encode: Callable[[Mapping[str, Float32]], Encoded]
+
+    @property
+    def numbers(self) -> int:
+        """Of all inputs together."""
+        return sum(array.size for array in self.feeds.values())
 
 
 @lru_cache(maxsize=256)
@@ -119,14 +131,14 @@ class FamilyCodec:
         if wanted != JSON:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
-        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON))
+        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON), encode.numbers)
 
     def _lines(self, body: bytes, sent: str, wanted: str) -> Call:
         """JSON Lines in and out. A line whose outputs are not finite is an error by itself."""
         if sent != wanted:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
-        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES))
+        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
 
     def _forecaster(self, field: str | None) -> DeepAr:
         if self._deepar is None:

@@ -31,6 +31,7 @@ from server.worker.engine.device import CudaDevice, cache_share
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
 from server.worker.host_cache import Shelf
+from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
 from server.worker.model_loader import Loader, open_store, target_of
 from server.worker.prefetch.prefetcher import Foresight
@@ -60,6 +61,7 @@ def build_steps(settings: Settings, plan: WorkerPlan, where: torch.device, arriv
         patience_s=settings.request_timeout_s,
         foresight=Foresight(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
+        long=LongJobs(asyncio.get_running_loop(), rows=where.type == "cpu"),
     )
 
 
