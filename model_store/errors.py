@@ -8,12 +8,19 @@ from typing import ClassVar
 
 
 class LoadError(Exception):
-    """A model could not be made ready. The message says what was wrong, where, and what to do."""
+    """A model could not be made ready. The message says what was wrong, where, and what to do.
+
+    `public` is the message as clients see it: without the store's path, address and inner errors. Logs have the other.
+    """
 
     reason: ClassVar[str] = "load_failed"
     #: Seconds for which the failure is remembered: at first, and at most. The time doubles with each repetition.
     back_off_s: ClassVar[float] = 1.0
     max_back_off_s: ClassVar[float] = 32.0
+
+    def __init__(self, message: str, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public
 
 
 class ModelNotFound(LoadError):

@@ -33,6 +33,8 @@ class Situation(IntEnum):
     SLOW_CLIENT = 17
     BAD_SIGNATURE = 18
     UNSUPPORTED_CODING = 19
+    UNAUTHORIZED = 20
+    FORBIDDEN = 21
 
 
 _LOAD_SITUATIONS = {

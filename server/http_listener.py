@@ -16,10 +16,12 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.access.tls import Tls
 from server.request_head import body_framing, find_fault, refuse_head
 
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+TLS_LOOK_S = 1.0  #: how often certificates' files are looked at
 LOOKS = 10  #: checks of all clients within `patience_s`
 SMALL = 4096  #: bytes that are worth copying to save a write
 
@@ -206,12 +208,12 @@ class Listener(uvicorn.Server):
 
     Uvicorn bounds only the pause between two requests. This one also bounds by `patience_s` seconds how long a client
     may take to send its first request, to finish a request it has begun, and to read any part of an answer. The
-    supervisor decides when the server stops.
+    supervisor decides when the server stops. With `tls` it speaks TLS, and renewed certificates are used at once.
     """
 
-    def __init__(self, config: uvicorn.Config, patience_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, patience_s: float, tls: Tls | None = None) -> None:
         super().__init__(config)
-        self._patience_s = patience_s
+        self._patience_s, self._tls = patience_s, tls
         self._stands: dict[Any, tuple[Hashable, float]] = {}  # connection -> state, and since when
 
     @contextlib.contextmanager
@@ -221,11 +223,25 @@ class Listener(uvicorn.Server):
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop and drained."""
-        looking = asyncio.create_task(self._look())
+        looking = [asyncio.create_task(self._look())]
+        if self._tls is not None:
+            looking.append(asyncio.create_task(self._renew(self._tls)))
         try:
             await super().serve(sockets)
         finally:
-            looking.cancel()
+            for task in looking:
+                task.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, with TLS where it is configured: uvicorn itself takes files, which it would read only once."""
+        if self._tls is not None:
+            self.config.ssl = self._tls.context
+        await super().startup(sockets)
+
+    async def _renew(self, tls: Tls) -> None:
+        while True:
+            await asyncio.sleep(TLS_LOOK_S)
+            tls.reload_if_changed()
 
     async def _look(self) -> None:
         while True:
@@ -275,7 +291,7 @@ def _unacknowledged(transport: asyncio.Transport) -> bytes:
         return b""  # the platform has no such call
 
 
-def listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int) -> Listener:
+def listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int, tls: Tls | None = None) -> Listener:
     """Uvicorn as every listener is run: httptools, no access log, no signal handlers.
 
     `grace_s`: seconds that running requests get once the server is told to stop. `patience_s`: seconds that a client
@@ -296,4 +312,4 @@ def listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int) -> 
         timeout_graceful_shutdown=max(1, int(grace_s)),
         backlog=2048,
     )
-    return Listener(config, patience_s)
+    return Listener(config, patience_s, tls)

@@ -8,7 +8,7 @@ file, the file overrides the defaults.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, Field, field_validator
+from pydantic import BaseModel, ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
@@ -27,11 +27,24 @@ def _bytes(size: int) -> ByteSize:
 class Settings(BaseSettings):
     """What an operator can configure. Sizes take units (`512MiB`), times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="FLEETCAST_", toml_file=TOML_FILE, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FLEETCAST_", toml_file=TOML_FILE, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
     store: str = Field(description="location of the archives: s3://bucket/prefix, gs://, az:// or a local folder")
     host: str = Field(
-        "127.0.0.1", description="address that all listeners bind to; other hosts can connect unless it is loopback"
+        "127.0.0.1", description="address of the inference listener; other hosts can connect unless it is loopback"
+    )
+    inference_host: str | None = Field(None, description="address of the inference listener; none: `host`")
+    management_host: str | None = Field(
+        None,
+        description="address of the management listener; none: `host` if that is loopback, else 127.0.0.1; one that "
+        "other hosts reach needs `tokens` with the scope manage, or `tls_client_ca`",
+    )
+    metrics_host: str | None = Field(
+        None,
+        description="address of the metrics listener; none: `host` if that is loopback, else 127.0.0.1; one that other "
+        "hosts reach needs `tokens` with the scope metrics, or `tls_client_ca`",
     )
     inference_port: Port = Field(contract.INFERENCE_PORT, description="port of the inference listener; 0: a free port")
     management_port: Port = Field(
@@ -167,12 +180,36 @@ class Settings(BaseSettings):
     keep_alive_s: int = Field(
         75, ge=1, description="maximum idle time of a connection; longer than the 60 s of common load balancers"
     )
-    access_keys: dict[str, str] = Field(
+    tokens: Path | None = Field(
+        None,
+        description="TOML file of the tokens that clients must send, made by `fleetcast token`; none: none is asked",
+    )
+    access_keys_file: Path | None = Field(
+        None,
+        description='TOML file of access keys, a line KEY = "SECRET" each; if there are any, every request must be '
+        "signed (SigV4) with one, or bring one of the `tokens`",
+    )
+    access_keys: dict[str, SecretStr] = Field(
         default_factory=dict,
-        description="access keys and their secrets; if there are any, every request must be signed (SigV4) with one",
+        description="access keys beside those of `access_keys_file`; the flag shows the secrets to all users of the "
+        "host (`ps`): prefer the file",
     )
     access_region: str | None = Field(
         None, description="region that signatures must name, such as `eu-central-1`; none: any"
+    )
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the certificate by which all listeners speak TLS; none: plain HTTP"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key; none: it is in the same file")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authority whose certificates all clients must show (mutual TLS); none: clients "
+        "need no certificate",
+    )
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="names, beside localhost and the addresses, by which clients call the management and metrics "
+        "listeners (the header Host)",
     )
 
     pin: list[str] = Field(default_factory=list, description="models that are loaded at start and never evicted")
@@ -202,7 +239,9 @@ class Settings(BaseSettings):
     def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value  # variables come as text
 
-    @field_validator("disk_cache", "access_log")
+    @field_validator(
+        "disk_cache", "access_log", "tokens", "access_keys_file", "tls_certificate", "tls_key", "tls_client_ca"
+    )
     @classmethod
     def _home_is_known(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()
@@ -220,8 +259,9 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def to_wire(self) -> dict[str, Any]:
-        """The settings as plain values, for a child process (`from_wire` there)."""
-        return self.model_dump(mode="json")
+        """The settings as plain values, secrets included, for a child process (`from_wire` there)."""
+        keys = {key: secret.get_secret_value() for key, secret in self.access_keys.items()}
+        return {**self.model_dump(mode="json"), "access_keys": keys}
 
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "Settings":

@@ -178,7 +178,7 @@ def _read_container(data: bytes, limits: Limits) -> Container:
         return read_zip(data, limits)
     if data.startswith(b"\x1f\x8b"):
         return read_tar_gz(data, limits)
-    raise ArchiveInvalid(f"it is neither a zip (.mar) nor a gzip (.tar.gz): it starts with {data[:8]!r}")
+    raise ArchiveInvalid("it is neither a zip (.mar) nor a gzip (.tar.gz)")
 
 
 def _kind_without_spec(files: Iterable[str], mar: MarManifest | None) -> tuple[Kind, str | None]:

@@ -25,7 +25,7 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, S3Store, from_url
 
-from model_store.errors import ArchiveInvalid, ArchiveTooLarge, ModelNotFound, StoreDenied, StoreUnavailable
+from model_store.errors import ArchiveInvalid, ArchiveTooLarge, LoadError, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ STAGED = re.compile(r"#\d+$")  # obstore's name of a file that is being written
 DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"}
 # botocore renews credentials that expire within 10 to 15 minutes when it is asked, so ask at least this often.
 CREDENTIALS_TTL = timedelta(minutes=10)
+
+
+#: What is wrong, as `Where.explain` takes it.
+ABSENT, LEAVES = "{name} is not in {where}: {cause}", "{name} leaves {where} by a symbolic link"
 
 
 class InvalidStoreUrl(ValueError):
@@ -67,6 +71,24 @@ class Listed:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A store in messages: `full` for logs (a path, or the URL and for S3 the endpoint), `kind` for clients."""
+
+    full: str
+    kind: str
+
+    def explain(self, error: type[LoadError], text: str, name: str, cause: str = "") -> LoadError:
+        """The error with both messages: `text` with `{name}`, `{where}` and `{cause}`.
+
+        A cause with a slash may be or hold a path, and is for logs alone.
+        """
+        public = "the server's log says why" if "/" in cause else cause
+        return error(
+            text.format(name=name, where=self.full, cause=cause), text.format(name=name, where=self.kind, cause=public)
+        )
+
+
 class Source:
     """One store under one prefix: model name `au/NSW1.mar` is the key `{prefix}/au/NSW1.mar`. Thread-safe, stateless.
 
@@ -77,15 +99,15 @@ class Source:
     403); both name the store and the cause.
     """
 
-    def __init__(self, url: str, store: Any, where: str, max_archive_bytes: int, folder: Path | None = None) -> None:
+    def __init__(self, url: str, store: Any, where: Where, max_archive_bytes: int, folder: Path | None = None) -> None:
         self.url = url
         self._store = store
-        self._where = where  # for messages: the URL and, for S3, the endpoint
+        self._where = where
         self._max_archive_bytes = max_archive_bytes
         self._folder = folder
 
     def __repr__(self) -> str:
-        return f"Source({self._where})"
+        return f"Source({self._where.full})"
 
     def get(self, name: ModelName, unless: str | None = None) -> Fetched | None:
         """The archive, or None if its version is still `unless`.
@@ -114,9 +136,8 @@ class Source:
         reply = obstore.get(self._store, name, options=options)
         size = reply.meta["size"]
         if size > self._max_archive_bytes:
-            raise ArchiveTooLarge(
-                f"{name} in {self._where} has {size} bytes, more than the limit of {self._max_archive_bytes}"
-            )
+            what = f"has {size} bytes, more than the limit of {self._max_archive_bytes}"
+            raise self._where.explain(ArchiveTooLarge, f"{{name}} in {{where}} {what}", name)
         head = reply.bytes().to_bytes()
         if size > len(head):
             head += b"".join(self._ranges(name, len(head), size, reply.meta["e_tag"]))
@@ -174,7 +195,7 @@ class Source:
     def put(self, name: ModelName, data: bytes) -> str:
         """Store the archive atomically in place of any older one. Returns the new version."""
         if self._folder and not (self._folder / name).parent.resolve().is_relative_to(self._folder):
-            raise StoreDenied(f"{name} leaves {self._where} by a symbolic link")
+            raise self._where.explain(StoreDenied, LEAVES, name)
         with self._explained(name):
             result = obstore.put(self._store, name, data)
         return _version(result)
@@ -221,12 +242,13 @@ def open_source(
     if parts.scheme in S3_SCHEMES:
         session = {"profile_name": profile, "region_name": region}
         store, endpoint = _open_s3(parts.netloc, parts.path.strip("/"), session, endpoint_url, options)
-        where = f"{url} at {endpoint}"
-        return Source(where, store, where, max_archive_bytes)
+        full = f"{url} at {endpoint}"
+        return Source(full, store, Where(full, "the S3 store"), max_archive_bytes)
     if profile or endpoint_url or region:
         raise InvalidStoreUrl(f"profile, endpoint_url and region belong to s3:// stores, not to {url!r}")
     try:
-        return Source(url, from_url(url, **options), url, max_archive_bytes)
+        where = Where(url, f"the {parts.scheme} store")
+        return Source(url, from_url(url, **options), where, max_archive_bytes)
     except (BaseError, ValueError) as error:
         raise InvalidStoreUrl(f"{url!r} cannot be opened: {_cause(error)}") from error
 
@@ -235,7 +257,8 @@ def _open_folder(path: str, max_archive_bytes: int) -> Source:
     folder = Path(path).expanduser().resolve()
     if not path or not folder.is_dir():
         raise InvalidStoreUrl(f"the model folder {str(folder)!r} does not exist; accepted are {ACCEPTED}")
-    return Source(folder.as_uri(), LocalStore(folder), str(folder), max_archive_bytes, folder)
+    where = Where(str(folder), "the store's folder")
+    return Source(folder.as_uri(), LocalStore(folder), where, max_archive_bytes, folder)
 
 
 def _open_s3(
@@ -287,16 +310,16 @@ def _client_options(timeout_s: float, retries: int) -> dict[str, Any]:
     }
 
 
-def _real_file(folder: Path, name: ModelName, where: str) -> None:
+def _real_file(folder: Path, name: ModelName, where: Where) -> None:
     """Check that the name is a regular file in the folder, with all links resolved; reading a pipe would block."""
     try:
         target = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ModelNotFound(f"{name} is not in {where}: {getattr(error, 'strerror', error)}") from error
+        raise where.explain(ModelNotFound, ABSENT, name, str(getattr(error, "strerror", error))) from error
     if not target.is_relative_to(folder):
-        raise StoreDenied(f"{name} leaves {where} by a symbolic link")
+        raise where.explain(StoreDenied, LEAVES, name)
     if not target.is_file():
-        raise ModelNotFound(f"{name} in {where} is not a file")
+        raise where.explain(ModelNotFound, "{name} in {where} is not a file", name)
 
 
 def _version(meta: Any) -> str:
@@ -304,24 +327,25 @@ def _version(meta: Any) -> str:
     return str(meta["e_tag"] or meta["version"] or "").removeprefix("W/").strip('"')
 
 
-def _situation(error: Exception, name: str, where: str) -> Exception:
+def _situation(error: Exception, name: str, where: Where) -> LoadError:
     """Our exception for one of obstore. Some situations are a GenericError that only its text distinguishes."""
     cause = _cause(error)
     status = re.search(r"status code: (\d{3})", str(error))
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     denied = isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
     if denied or (status and status[1] in ("401", "403")) or (code and code[1] in DENIED_CODES):
-        return StoreDenied(
-            f"{where} refuses {name!r}: {cause}. Either the credentials are wrong or lack permission, or the key does "
+        what = (
+            "{where} refuses {name!r}: {cause}. Either the credentials are wrong or lack permission, or the key does "
             "not exist and they may not list the bucket (S3 then answers 403, not 404)"
         )
+        return where.explain(StoreDenied, what, name, cause)
     if code and code[1] == "NoSuchBucket":  # not "model not found": that would forget good copies on disk
-        return StoreUnavailable(f"{where} does not exist: {cause}")
+        return where.explain(StoreUnavailable, "{where} does not exist: {cause}", name, cause)
     if isinstance(error, FileNotFoundError) or (code and code[1] == "KeyTooLongError"):
-        return ModelNotFound(f"{name} is not in {where}: {cause}")
+        return where.explain(ModelNotFound, ABSENT, name, cause)
     if (status and status[1] == "416") or "InvalidRange" in str(error):
-        return ArchiveInvalid(f"{name} in {where} is empty")
-    return StoreUnavailable(f"{where} failed for {name!r}: {cause}")
+        return where.explain(ArchiveInvalid, "{name} in {where} is empty", name)
+    return where.explain(StoreUnavailable, "{where} failed for {name!r}: {cause}", name, cause)
 
 
 def _cause(error: Exception) -> str:

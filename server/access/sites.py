@@ -29,11 +29,15 @@ class Sites:
         """For example `<Sites 127.0.0.1, localhost>`."""
         return f"<Sites {', '.join(sorted(self._names))}>"
 
-    def check(self, headers: Mapping[bytes, bytes]) -> None:
-        """Raises WrongSite that says what was found and what to set."""
+    def check(self, headers: Mapping[bytes, bytes], reached_at: str = "") -> None:
+        """Raises WrongSite that says what was found and what to set.
+
+        `reached_at`: this end's address of the connection, by which the server may always be named: a page at an
+        address, unlike one at a name, is a page of the server there.
+        """
         host = headers.get(b"host", b"")
         found = _HOST.fullmatch(host)
-        if found is None or not self._is_ours(found[1].decode().lower().strip("[]")):
+        if found is None or not self._is_ours(found[1].decode().lower().strip("[]"), reached_at):
             raise WrongSite(
                 f"the header Host names {_shown(host)}, by which this server is not reached (allowed_hosts)"
             )
@@ -46,13 +50,20 @@ class Sites:
         if site is not None and site not in _SAME:
             raise WrongSite(f"the request comes from another site's page (Sec-Fetch-Site: {_shown(site)})")
 
-    def _is_ours(self, name: str) -> bool:
+    def _is_ours(self, name: str, reached_at: str) -> bool:
         if name in self._names:
             return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
+        address = _address(name)
+        return address is not None and (address.is_loopback or address == _address(reached_at))
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address; of an IPv4 one that a listener for both kinds writes as IPv6, the IPv4 one. None for a name."""
+    try:
+        found = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 def _shown(raw: bytes) -> str:

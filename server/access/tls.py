@@ -51,7 +51,7 @@ class Tls:
 
     def _load(self, context: ssl.SSLContext) -> None:
         try:
-            context.load_cert_chain(self._certificate, self._key)
+            context.load_cert_chain(self._certificate, self._key, password=_no_password)
         except (OSError, ssl.SSLError) as error:
             key = f" with the key {self._key} (tls_key)" if self._key else ""
             raise ValueError(f"the certificate {self._certificate} (tls_certificate){key}: {error}") from error
@@ -67,6 +67,21 @@ class Tls:
 
     def _files(self) -> Iterator[Path]:
         yield from filter(None, (self._certificate, self._key, self._client_ca))
+
+
+def open_tls(certificate: Path | None, key: Path | None, client_ca: Path | None) -> Tls | None:
+    """The TLS that the settings of these names ask for. Raises ValueError that names the setting that is wrong."""
+    if certificate is not None:
+        return Tls(certificate, key, client_ca)
+    for name, value in (("tls_key", key), ("tls_client_ca", client_ca)):
+        if value is not None:
+            raise ValueError(f"{name} needs tls_certificate: set the server's certificate as well")
+    return None
+
+
+def _no_password() -> str:
+    """An encrypted key cannot be read: without this OpenSSL would ask for its password on the terminal."""
+    return ""
 
 
 def _of(path: Path) -> tuple[int, ...]:

@@ -87,6 +87,10 @@ class Tokens:
         """For example `<Tokens desk-au, grafana>`."""
         return f"<Tokens {', '.join(token.name for token in self._tokens)}>"
 
+    def allow(self, scope: Scope) -> bool:
+        """Whether at least one token has the scope."""
+        return any(scope in token.scopes for token in self._tokens)
+
     def find(self, authorization: bytes | None) -> Token:
         """The token that the Authorization header shows. Raises Unauthorized.
 

@@ -26,7 +26,10 @@ def invoke(
     accept: Annotated[str, typer.Option(help="wanted of the answer; default: like the request")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also what the cache did, on stderr")] = False,
 ) -> None:
-    """Ask a running server. The request is signed where boto3's chain finds an access key.
+    """Ask a running server.
+
+    The request has the token of the variable FLEETCAST_TOKEN; without one it is signed where boto3's chain finds an
+    access key. For https, SSL_CERT_FILE names the authorities to trust beside the system's.
 
     \b
     fleetcast invoke au/nsw1.mar --body request.json -v
@@ -40,11 +43,11 @@ def invoke(
         )
     from server.sdk.client import Client  # noqa: PLC0415
     from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
-    from server.sdk.signing import find_access_key  # noqa: PLC0415 -- botocore
+    from server.sdk.signing import find_access_key, find_token  # noqa: PLC0415 -- botocore
 
     with one_line_errors():
         request = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
-        client = Client(url, access_key=find_access_key())
+        client = Client(url, access_key=find_access_key(), token=find_token())
         try:
             reply = client.invoke(model, request, content_type=content_type, accept=accept)
         except Unreachable as error:

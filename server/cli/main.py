@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "Show what an archive is.",
     "verify": "Prove that archives would load.",
     "invoke": "Ask a running server.",
+    "token": "Make a token for a client or an operator.",
     "settings-table": "",
 }
 HIDDEN = {"settings-table"}  #: for `make docs`, not for users
@@ -86,6 +87,7 @@ def fleetcast(
     fleetcast backtest p.csv --time hour --models models    score archives on past prices
     fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    for joint scenarios
     fleetcast retrain p.csv --time hour --store models      fit a fleet anew, publish what is no worse
+    fleetcast token desk-au --scope invoke --model au/      let a client ask
     fleetcast doctor --store s3://models/prices       what this machine can do, and what is missing
     """  # noqa: D301 -- click's mark for "do not wrap"
     if version:

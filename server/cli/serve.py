@@ -5,6 +5,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
+from server.access.sites import is_loopback
 from server.cli.setting_flags import settings_from, with_setting_flags
 from server.cli.terminal import one_line_errors
 from server.sdk import __version__
@@ -34,7 +37,16 @@ def serve(**flags: Any) -> None:
     with one_line_errors(StartFailed):
         settings = settings_from(flags)
         configure_logs(settings.log_level, settings.log_format)
+        if flags.get("access_keys"):
+            warn_of_flag()
         uvloop.run(_serve(settings))
+
+
+def warn_of_flag() -> None:
+    """Say that a flag's secret is no secret any more."""
+    structlog.get_logger().warning(
+        "secret_on_command_line", why="every user of this host reads --access-keys by ps: use --access-keys-file"
+    )
 
 
 async def _serve(settings: Settings) -> None:
@@ -61,6 +73,22 @@ async def _serve(settings: Settings) -> None:
         console.print("stopping: no new requests, running ones are finished")
 
 
+def _describe_access(settings: Settings) -> str:
+    """Who may ask: what protects the inference listener, or that nothing does."""
+    protections = [
+        *(["tokens"] if settings.tokens else []),
+        *(["signatures"] if settings.access_keys else []),
+        *(["clients' certificates"] if settings.tls_client_ca else []),
+    ]
+    host = settings.inference_host or settings.host
+    wire = "TLS" if settings.tls_certificate else "no TLS"
+    if protections:
+        return f"{', '.join(protections)}; {wire}"
+    if is_loopback(host):
+        return f"open to every user of this host; {wire}"
+    return f"OPEN: whoever reaches {host} may ask every model (tokens, access_keys_file or tls_client_ca); {wire}"
+
+
 def _welcome(supervisor: "Supervisor", addresses: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What runs where with which budget, a label and a text a line."""
     settings = supervisor.settings
@@ -68,6 +96,7 @@ def _welcome(supervisor: "Supervisor", addresses: dict[str, str]) -> Iterator[tu
     yield "inference", f"{addresses['inference']}/invocations, the model in the header X-Amzn-SageMaker-Target-Model"
     yield "management", f"{addresses['management']}/fleet/models"
     yield "metrics", f"{addresses['metrics']}/metrics"
+    yield "access", _describe_access(settings)
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
         cores = ",".join(map(str, plan.cores))

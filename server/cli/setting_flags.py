@@ -7,7 +7,7 @@ from tomllib import TOMLDecodeError
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import ByteSize, ValidationError
+from pydantic import ByteSize, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
@@ -19,7 +19,7 @@ _KINDS: Mapping[Any, str] = {
     float: "SECONDS",
     ByteSize: "SIZE",
     Path: "PATH",
-    dict[str, str]: "KEY=SECRET",
+    dict[str, SecretStr]: "KEY=SECRET",
 }
 
 

@@ -17,7 +17,7 @@ import structlog
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.auth.sigv4 import Signatures
+from server.front.auth.permissions import PermittedDataPlane, open_permissions
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
@@ -51,7 +51,7 @@ class App:
         self._settings = settings
         self._metrics = metrics
         self._dialects = tuple(make(settings) for make in dialects)
-        self._signatures = Signatures(settings.access_keys, settings.access_region) if settings.access_keys else None
+        self._permissions = open_permissions(settings)
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex().encode()
 
@@ -74,9 +74,13 @@ class App:
             else:
                 dialect = self._dialects[0]
                 operation = self._refuse_path(request.path)
+            plane = self.plane
             if operation.body_limit is not None:
-                await self._read(request, operation.body_limit, scope, receive)
-            reply = await dialect.answer(operation, request, self.plane)
+                if self._permissions is not None:
+                    token = self._permissions.find_token(request.headers)
+                    plane = self.plane if token is None else PermittedDataPlane(self.plane, token)
+                await self._read(request, operation.body_limit, scope, receive, signed=plane is self.plane)
+            reply = await dialect.answer(operation, request, plane)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
@@ -89,8 +93,11 @@ class App:
 
     # --- the request ------------------------------------------------------------------------------------------------
 
-    async def _read(self, request: Request, limit: Limit, scope: Scope, receive: Receive) -> None:
-        """Read what an operation that is not open needs, and check its signature. Raises Refused, ClientGone."""
+    async def _read(self, request: Request, limit: Limit, scope: Scope, receive: Receive, *, signed: bool) -> None:
+        """Read what an operation that is not open needs, and check its signature unless a token stands for it.
+
+        Raises Refused, ClientGone.
+        """
         headers, longest = request.headers, self._settings.request_timeout_s
         wanted = headers.get(_TIMEOUT_MS)
         request.deadline = time.monotonic() + (longest if wanted is None else min(_seconds(wanted), longest))
@@ -111,9 +118,9 @@ class App:
             request.body = await self._read_rest(request.body, limit, receive)
         if len(request.body) > limit.bytes:
             raise limit.exceeded(len(request.body))
-        if self._signatures is not None:
+        if signed and self._permissions is not None:
             query = scope.get("query_string", b"")
-            self._signatures.check(request.method, request.path, query, headers, request.body)
+            self._permissions.check_signature(request.method, request.path, query, headers, request.body)
         if coding:
             request.body = await self._join(b"", limit, unpack(request.body, coding))
 
@@ -162,6 +169,8 @@ class App:
             reply.stats = why.stats
         if why.situation is Situation.SLOW_CLIENT:
             reply.headers.append((b"connection", b"close"))  # the rest of its body is of no use
+        elif why.situation is Situation.UNAUTHORIZED:
+            reply.headers.append((b"www-authenticate", b"Bearer"))
         elif why.situation is Situation.NO_ROUTE:
             reply.counted = ()  # the path is no protocol's
         return reply

@@ -11,6 +11,7 @@ from typing import assert_never
 
 import uvloop
 
+from server.access.tls import open_tls
 from server.front.app import App
 from server.front.worker_client import Link, connect
 from server.http_listener import Listener, listener
@@ -111,7 +112,8 @@ async def main(control_fd: int, listen_fd: int) -> None:
     os.sched_setaffinity(0, assignment.cores)
     metrics = FrontMetrics()
     app = App(settings, metrics)
-    server = listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s)
+    tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    server = listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))

@@ -28,6 +28,7 @@ from server.offline.promotion_gate import Gate, judge
 from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, open_unpublished, with_known
 from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
+from server.sdk.signing import find_token
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -215,7 +216,7 @@ class Renewal:
         wrong = []
         for url in self._plan.servers:
             try:
-                reload_model(url, model)
+                reload_model(url, model, find_token())
             except (FleetcastError, ValueError) as error:
                 wrong.append(str(error))
         return "; ".join(wrong)

@@ -24,7 +24,7 @@ from model_store.stores.object_store import Source
 from server.contract import HEADER_MODEL_VERSION
 from server.sdk.client import Client
 from server.sdk.errors import FleetcastError
-from server.sdk.signing import find_access_key
+from server.sdk.signing import find_access_key, find_token
 
 ROWS = 64  #: windows in one request
 PRICE_SCORES = {"configuration": {"output_types": ["quantiles"]}}
@@ -110,7 +110,7 @@ class ThroughServer:
     def __init__(self, url: str) -> None:
         """Raises ValueError for a URL that is not one of HTTP."""
         self._url = url
-        self._client = Client(url, access_key=find_access_key())
+        self._client = Client(url, access_key=find_access_key(), token=find_token())
 
     def __repr__(self) -> str:
         return f"<ThroughServer {self._url}>"

@@ -1,5 +1,6 @@
 """The client of a running server: forecasts of one model or of many, requests as they are, and word of new archives."""
 
+import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,9 @@ class Client:
     """A running server's inference listener. Thread-safe; keeps `connections` open between requests.
 
     `timeout_s` is each request's deadline, which the server keeps. A request that the server cannot take now is sent
-    again up to `retries` times, as soon as the server advises. `access_key` signs requests (SigV4), which a server that
-    has access keys demands.
+    again up to `retries` times, as soon as the server advises. A server that has tokens or access keys demands `token`,
+    or `access_key`, which signs requests (SigV4); the token wins. `ssl_context` says, for an https URL, which
+    authorities are trusted and which certificate is shown; None: the system's authorities, no certificate.
     """
 
     def __init__(
@@ -69,11 +71,20 @@ class Client:
         retries: int = 3,
         connections: int = 8,
         access_key: AccessKey | None = None,
+        token: str | None = None,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """Raises ValueError for a URL that is not one of HTTP."""
-        self._http = HttpConnection(url, timeout_s=timeout_s + GRACE_S, retries=retries, connections=connections)
+        self._http = HttpConnection(
+            url,
+            timeout_s=timeout_s + GRACE_S,
+            retries=retries,
+            connections=connections,
+            token=token,
+            ssl_context=ssl_context,
+        )
         self._deadline = {HEADER_TIMEOUT_MS: str(round(timeout_s * 1000))}
-        self._access_key, self._retries = access_key, retries
+        self._access_key, self._retries = None if token else access_key, retries
 
     def __repr__(self) -> str:
         return f"<Client {self._http.url}>"
@@ -156,13 +167,13 @@ class Client:
         return Reply(reply.data, found.get("content-type", ""), found)
 
 
-def reload_model(url: str, model: ModelName) -> None:
+def reload_model(url: str, model: ModelName, token: str | None = None) -> None:
     """Tell the management listener at `url` that the archive has changed; a model that it does not hold is left alone.
 
-    Returns when the new version serves. Raises FleetcastError that names the server and says why it does not,
-    ValueError for a URL that is not one of HTTP.
+    `token`: one of the server's with the scope manage. Returns when the new version serves. Raises FleetcastError that
+    names the server and says why it does not, ValueError for a URL that is not one of HTTP.
     """
-    with HttpConnection(url, timeout_s=RELOAD_TIMEOUT_S, retries=0, connections=1) as http:
+    with HttpConnection(url, timeout_s=RELOAD_TIMEOUT_S, retries=0, connections=1, token=token) as http:
         try:
             http.request("GET", f"{MODELS_PATH}/{quote(model)}")
             http.request("POST", f"{verb_path('reload')}/{quote(model)}")

@@ -36,7 +36,7 @@ class DeadlineExceeded(FleetcastError, TimeoutError):
 
 
 class AccessDenied(FleetcastError):
-    """The server wants requests that are signed with one of its access keys."""
+    """The server wants a token or a signature, or what was sent does not allow this."""
 
 
 class Unavailable(FleetcastError):
@@ -56,12 +56,12 @@ _BY_CODE: Mapping[str, type[FleetcastError]] = {
     "not_found": ModelNotFound,
     **dict.fromkeys(("model_failed", "archive_failed", "no_room"), ModelFailed),
     "deadline": DeadlineExceeded,
-    "bad_signature": AccessDenied,
+    **dict.fromkeys(("bad_signature", "unauthorized", "forbidden"), AccessDenied),
     **dict.fromkeys(("store_failed", "overloaded", "not_ready", "worker_lost"), Unavailable),
 }
 _BY_STATUS: Mapping[int, type[FleetcastError]] = {
     **dict.fromkeys((400, 413), InvalidRequest),
-    403: AccessDenied,
+    **dict.fromkeys((401, 403), AccessDenied),
     **dict.fromkeys((422, 424, 507), ModelFailed),
     **dict.fromkeys((429, 503), Unavailable),
     504: DeadlineExceeded,

@@ -1,6 +1,7 @@
 """HTTP to one Fleetcast listener: connections are kept and shared, retries follow the server's advice. Thread-safe."""
 
 import json
+import ssl
 from collections.abc import Mapping
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -31,13 +32,23 @@ class _AdvisedRetry(Retry):
 class HttpConnection:
     """A pool of connections to the listener at `url`, which may have a path of its own."""
 
-    def __init__(self, url: str, *, timeout_s: float, retries: int, connections: int) -> None:
-        """Raises ValueError for a URL that is not one of HTTP."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        retries: int,
+        connections: int,
+        token: str | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """`token` goes with each request. Raises ValueError for a URL that is not one of HTTP."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(f"{url!r} is not the address of a server; give one such as http://127.0.0.1:8080")
         self.url = url
         self._prefix = parts.path.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         # A forecast has no effects, so that a request whose connection broke may be sent again.
         retry = _AdvisedRetry(
             total=retries,
@@ -51,6 +62,7 @@ class HttpConnection:
             maxsize=connections,
             timeout=urllib3.Timeout(connect=min(timeout_s, 10.0), read=timeout_s),
             retries=retry,
+            **({"ssl_context": ssl_context} if parts.scheme == "https" else {}),
         )
 
     def __repr__(self) -> str:
@@ -71,7 +83,8 @@ class HttpConnection:
     ) -> urllib3.BaseHTTPResponse:
         """A reply with status 200. Raises FleetcastError: what the server says, or Unreachable."""
         try:
-            reply = self._pool.urlopen(method, self._prefix + path, body=body, headers=headers)
+            sent = {**(headers or {}), **self._headers}
+            reply = self._pool.urlopen(method, self._prefix + path, body=body, headers=sent)
         except HTTPError as error:
             cause = error.reason if isinstance(error, MaxRetryError) else error
             raise Unreachable(f"{self.url}: {cause} (is `fleetcast serve` running there?)") from error

@@ -1,4 +1,7 @@
-"""Requests signed with an access key (AWS Signature Version 4), by botocore, which is imported when one is signed."""
+"""What a request shows of its sender: a token, or a signature by an access key (AWS Signature Version 4).
+
+Botocore signs; it is imported when a request is signed.
+"""
 
 import os
 from collections.abc import Mapping
@@ -16,6 +19,11 @@ class AccessKey:
     secret: str = field(repr=False)
     region: str = REGION
     session_token: str | None = field(default=None, repr=False)
+
+
+def find_token() -> str | None:
+    """The caller's own token: the variable FLEETCAST_TOKEN."""
+    return os.environ.get("FLEETCAST_TOKEN") or None
 
 
 def find_access_key() -> AccessKey | None:

@@ -29,7 +29,8 @@ BACK_OFF_S = (0.1, 10.0)
 STABLE_S = 30.0
 MAX_FALSE_STARTS = 3
 HEARTBEAT_S = 2.0
-SECRETS = {"FLEETCAST_ACCESS_KEYS"}  #: variables that no child needs: fronts get the keys over their channel
+SECRETS = {"FLEETCAST_ACCESS_KEYS", "FLEETCAST_TOKEN"}  #: variables that no child needs: fronts get keys by channel
+STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  #: prefixes of variables with the store's credentials: for workers
 
 log = structlog.get_logger()
 
@@ -198,10 +199,12 @@ class Children:
 
 
 def child_environment(child: Child) -> dict[str, str]:
-    """The child's environment: no secrets, our packages importable from any folder, its GPU the only one it sees."""
+    """The child's environment: no secrets but the store's for a worker, our packages importable, its GPU alone."""
     root = str(Path(server.__file__).parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
+    if child.kind == "front":
+        env = {name: value for name, value in env.items() if not name.upper().startswith(STORE_VARIABLES)}
     env["PYTHONPATH"] = os.pathsep.join(paths)
     if child.plan is not None:
         env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(child.plan.threads)

@@ -41,7 +41,7 @@ class Management:
         try:
             return await self._perform(operation)
         except LoadError as error:
-            raise ControlError(str(error), situation_of(error)) from error
+            raise ControlError(error.public, situation_of(error)) from error
 
     async def _perform(self, operation: AskedOfWorker) -> object:
         match operation:

@@ -129,4 +129,10 @@ def timed_build(loader: Builder, model: ModelName, *, revalidate: bool) -> tuple
     except LoadError as error:
         return error, time.perf_counter() - started
     except Exception as error:  # a bug of ours must cost one model, not the worker
-        return LoadError(f"{model}: loading failed unexpectedly: {error!r}"), time.perf_counter() - started
+        return unexpected(model, error), time.perf_counter() - started
+
+
+def unexpected(model: ModelName, error: Exception) -> LoadError:
+    """What is no LoadError as one: clients are not shown what it says, which may be a path of this host."""
+    what = f"{model}: loading failed unexpectedly"
+    return LoadError(f"{what}: {error!r}", f"{what}; the server's log says why")

@@ -19,7 +19,7 @@ from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
-from server.worker.model_loader import Builder, Built, timed_build
+from server.worker.model_loader import Builder, Built, timed_build, unexpected
 from server.worker.prefetch.prefetcher import Foresight, Result
 from server.worker.resident_models import Residents
 
@@ -238,11 +238,14 @@ def _without_frames(error: LoadError) -> LoadError:
     A failure is remembered for as long as its back-off and longer. Its traceback would keep the frames of the load, and
     these the archive's bytes: a few broken archives of 10 MiB would fill the host's memory.
     """
-    text = str(error)
-    return type(error)(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} (shortened)")
+    return type(error)(_shorten(str(error)), _shorten(error.public))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} (shortened)"
 
 
 def _as_load_error(model: ModelName, error: Exception) -> LoadError:
     if isinstance(error, torch.OutOfMemoryError):
         return NoRoom(f"{model}: the device is out of memory: {error}")
-    return error if isinstance(error, LoadError) else LoadError(f"{model}: loading failed unexpectedly: {error!r}")
+    return error if isinstance(error, LoadError) else unexpected(model, error)

@@ -188,7 +188,7 @@ class Residents:
                 found.setdefault(slot.model, []).append(self._row(slot, now))
         rest = [{"model": model, "state": "loading"} for model in self.cache.loads]
         rest += [
-            {"model": model, "state": "failed", "error": str(failure.error), "reason": failure.error.reason}
+            {"model": model, "state": "failed", "error": failure.error.public, "reason": failure.error.reason}
             for model, failure in self.cache.failures()
         ]
         for row in rest:

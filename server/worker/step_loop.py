@@ -128,7 +128,7 @@ class StepLoop:
     def _await_model(self, job: Job, now: float) -> None:
         wanted = self._cache.want(job.model, now)
         if isinstance(wanted, Failure):
-            self._refuse(job, Refused(situation_of(wanted.error), str(wanted.error)))
+            self._refuse(job, Refused(situation_of(wanted.error), wanted.error.public))
             return
         job.cache = CacheResult.COALESCED if wanted is None else CacheResult.MISS
         (self._metrics.coalesced if wanted is None else self._metrics.misses).inc()
@@ -389,7 +389,7 @@ class StepLoop:
     def failed(self, model: ModelName, error: LoadError) -> None:
         """Refuse the jobs that waited for this model, with the cause of its failed load."""
         for job in self._scheduler.awaited(model):
-            self._refuse(job, Refused(situation_of(error), str(error)))
+            self._refuse(job, Refused(situation_of(error), error.public))
 
     async def unload(self, model: ModelName) -> bool:
         """Unload the model after its last lease; returns when its memory is free. False if it was not resident."""

@@ -1,15 +1,18 @@
 """The listener: an answer is one segment, no byte is lost or out of order, and every request is read in one way."""
 
 import asyncio
+import inspect
 import socket
 import struct
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import pytest
+import uvicorn
 import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.http_listener import MAX_HEAD, SMALL, OneWrite, listener
 from tests.patience import PATIENCE_S
@@ -293,6 +296,28 @@ def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
 
     serving(Echo(), act, keep_alive_s=1)
     assert listener(Echo(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
+
+
+def test_uvicorn_still_has_what_the_listener_uses() -> None:
+    """Inner attributes of uvicorn (bounded from above in pyproject.toml) that `server.http_listener` reads and sets: a
+    version without one of them fails here, by name, before it serves.
+    """
+
+    async def scenario() -> None:
+        config = uvicorn.Config(Echo(), loop="none", http=HttpToolsProtocol, lifespan="off")
+        config.load()
+        assert config.ssl is None, "set by Listener.startup"
+        protocol = HttpToolsProtocol(config, uvicorn.server.ServerState(), {}, asyncio.get_running_loop())
+        for name in ("app", "cycle", "flow", "parser", "pipeline", "headers", "timeout_keep_alive_task"):
+            assert hasattr(protocol, name) or name in HttpToolsProtocol.__annotations__, name
+        assert callable(protocol._unset_keepalive_if_required)
+        for name in ("response_complete", "response_started", "more_body", "keep_alive"):
+            assert name in inspect.getsource(RequestResponseCycle.__init__), name
+        assert inspect.signature(uvicorn.Server.startup).parameters.keys() == {"self", "sockets"}
+        assert "ssl=config.ssl" in inspect.getsource(uvicorn.Server.startup)
+        assert isinstance(uvicorn.server.ServerState().connections, set)
+
+    asyncio.run(scenario())
 
 
 # --- bytes that are written -------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import SettingsError
 
 from server.settings import MIB, TOML_FILE, Settings
 from tests.server.contributing import copied_tree, run_in, steps
@@ -36,7 +37,24 @@ def test_sizes_take_units_and_lists_and_keys_are_json(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FLEETCAST_PIN", '["au/NSW1.mar"]')
     monkeypatch.setenv("FLEETCAST_ACCESS_KEYS", '{"AKIA": "secret"}')
     settings = read(store="x")
-    assert (settings.slab_bytes, settings.pin, settings.access_keys) == (8 * MIB, ["au/NSW1.mar"], {"AKIA": "secret"})
+    assert (settings.slab_bytes, settings.pin) == (8 * MIB, ["au/NSW1.mar"])
+    assert settings.access_keys == {"AKIA": SecretStr("secret")}
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by `repr`, `str` or a dump of the settings, nor by the errors of flags and variables that are no settings."""
+    settings = read(store="x", access_keys={"AKIA": "hidden-secret"})
+    for shown in (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json()):
+        assert "AKIA" in shown
+        assert "hidden-secret" not in shown
+    with pytest.raises(ValidationError) as refused:
+        read(store="x", access_keys={"AKIA": ["hidden-secret"]})
+    assert "hidden-secret" not in str(refused.value)
+    for wrong in ('{"AKIA": "hidden-secret"', '{"AKIA": ["hidden-secret"]}', "AKIA=hidden-secret"):
+        monkeypatch.setenv("FLEETCAST_ACCESS_KEYS", wrong)
+        with pytest.raises((ValidationError, SettingsError)) as failed:
+            read(store="x")
+        assert "hidden-secret" not in str(failed.value)
 
 
 @pytest.mark.parametrize(

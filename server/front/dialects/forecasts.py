@@ -42,6 +42,8 @@ STATUS: Mapping[Situation, int] = {
     Situation.SLOW_CLIENT: 408,
     Situation.BAD_SIGNATURE: 403,
     Situation.UNSUPPORTED_CODING: 415,
+    Situation.UNAUTHORIZED: 401,
+    Situation.FORBIDDEN: 403,
 }
 #: When a client should come back: all that is short of room or of a worker is over within a second.
 RETRY_AFTER = (Situation.STORE_FAILED, Situation.OVERLOADED, Situation.NOT_READY, Situation.WORKER_LOST)

@@ -56,6 +56,8 @@ ERRORS: Mapping[Situation, Code] = {
     Situation.SLOW_CLIENT: Code(408, "RequestTimeout"),
     Situation.BAD_SIGNATURE: Code(403, "AccessDeniedException"),
     Situation.UNSUPPORTED_CODING: Code(415, "ValidationError"),
+    Situation.UNAUTHORIZED: Code(401, "UnrecognizedClientException"),
+    Situation.FORBIDDEN: Code(403, "AccessDeniedException"),
 }
 _OVERLOADED_AS_429 = Code(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
 

@@ -59,7 +59,7 @@ def test_a_worker_is_not_sent_the_access_keys(settings: Settings) -> None:
     assert reply.settings.model_dump(exclude={"access_keys"}) == settings.model_dump(exclude={"access_keys"})
     reply, _ = ask_as(settings, "front", JoinAsFront())
     assert isinstance(reply, FrontAssignment)
-    assert reply.settings.access_keys == KEYS
+    assert {key: secret.get_secret_value() for key, secret in reply.settings.access_keys.items()} == KEYS
 
 
 def test_a_worker_cannot_ask_what_a_front_may() -> None:
@@ -79,3 +79,12 @@ def test_no_child_inherits_the_access_keys(monkeypatch: pytest.MonkeyPatch, kind
     environment = child_environment(Child(kind, 0))
     assert name not in environment
     assert environment["FLEETCAST_STORE"] == "s"
+
+
+def test_fronts_do_not_inherit_the_stores_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front asks no store; a worker does."""
+    names = ("AWS_SECRET_ACCESS_KEY", "aws_session_token", "GOOGLE_APPLICATION_CREDENTIALS")
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert not child_environment(Child("front", 0)).keys() & set(names)
+    assert child_environment(Child("worker", 0)).keys() >= set(names)
