@@ -123,6 +123,7 @@ def test_the_dependence_is_the_archives() -> None:
         assert spearman(found[:, a], found[:, b]) == pytest.approx(6 / np.pi * np.arcsin(whole[a, b] / 2), abs=0.04)
 
 
+@pytest.mark.slow
 def test_a_seed_means_the_same_in_every_call_and_process() -> None:
     """A product's scenario does not change with the order of requests, with what else is asked, or with the worker."""
     marginals = marginals_of(FOUR)
