@@ -55,6 +55,17 @@ def test_pages_of_others_are_refused(headers: dict[bytes, bytes]) -> None:
         SITES.check({b"host": b"127.0.0.1:8081", **headers})
 
 
+def test_the_address_that_a_connection_reached_is_ours() -> None:
+    """A listener on all addresses is called by any of its host's: as an address, also where it is written as IPv6."""
+    everywhere = Sites(["0.0.0.0", "::"], [])
+    everywhere.check({b"host": b"10.1.2.3:8081"}, "10.1.2.3")
+    everywhere.check({b"host": b"10.1.2.3:8081"}, "::ffff:10.1.2.3")
+    everywhere.check({b"host": b"[fd00::1]:8081"}, "fd00:0::1")
+    for host, reached_at in ((b"10.1.2.4", "10.1.2.3"), (b"evil.example", "evil.example"), (b"10.1.2.3", "")):
+        with pytest.raises(WrongSite):
+            everywhere.check({b"host": host}, reached_at)
+
+
 def test_loopback() -> None:
     """Addresses that only this host reaches."""
     assert [is_loopback(each) for each in ("127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost")] == [True] * 5

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from structlog.testing import capture_logs
 
 from server.access.tls import Tls
@@ -124,3 +125,13 @@ def test_files_that_are_wrong_are_named(ca: trustme.CA, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             Tls(*arguments)
+
+
+def test_an_encrypted_key_is_an_error_and_no_question(ca: trustme.CA, tmp_path: Path) -> None:
+    """OpenSSL would ask for its password on the terminal, and the start would wait for it."""
+    certificate, key = write(ca, tmp_path)
+    plain = serialization.load_pem_private_key(key.read_bytes(), None)
+    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    key.write_bytes(plain.private_bytes(*pem, serialization.BestAvailableEncryption(b"password")))
+    with pytest.raises(ValueError, match=r"server\.key .tls_key"):
+        Tls(certificate, key, None)
