@@ -140,6 +140,30 @@ class Settings(BaseSettings):
     max_inflight_bytes: ByteSize = Field(
         _bytes(256 * MIB), description="maximum bytes of request bodies held by one front; above it: `overload_status`"
     )
+    max_request_gflop: float = Field(
+        contract.MAX_REQUEST_GFLOP,
+        gt=0,
+        description="maximum work of one request in thousand million floating-point operations, estimated before it "
+        "runs; larger requests are answered with 400",
+    )
+    max_request_numbers: int = Field(
+        contract.MAX_REQUEST_NUMBERS,
+        ge=1,
+        description="maximum numbers that the instances of one request take as inputs and answers of the network, 4 "
+        "bytes each; larger requests are answered with 400",
+    )
+    max_session_bytes: ByteSize = Field(
+        _bytes(contract.MAX_SESSION_BYTES),
+        ge=MIB,
+        description="memory for the intermediate results of all ONNX models of one worker; a run that needs more fails",
+    )
+    max_forward_s: Seconds = Field(
+        contract.MAX_FORWARD_S, description="maximum time of one run of an ONNX model; a longer run is ended and fails"
+    )
+    onnx_control_flow: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="ONNX models with loops (Loop, Scan, SequenceMap): their time does not follow from their size",
+    )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
     )

@@ -7,6 +7,8 @@ from handlers.base import Family, Float32, Shape
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import family
 from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.row_work import row_work
+from handlers.work import RequestBudget
 from model_store.archives.archive import Archive, check_tensors, read_tensors
 from model_store.archives.manifest import Kind
 
@@ -18,11 +20,12 @@ class ForecasterKind:
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A row of the architecture's family. Raises ArchiveInvalid."""
-        del target  # a row runs wherever the bank is
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
         network = family(archive.spec)
-        body = RowModel(network, FamilyCodec(network, archive.spec.forecast))
-        return BuiltModel(body, read_row(archive, network), network.key)
+        row = read_row(archive, network)
+        budget = RequestBudget(row_work(network), target.limits)
+        body = RowModel(network, FamilyCodec(network, archive.spec.forecast, budget))
+        return BuiltModel(body, row, network.key)
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
         """The one input of its family. Raises ArchiveInvalid."""

@@ -5,7 +5,7 @@ never which kind of archive the model came from.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import orjson
@@ -16,6 +16,7 @@ from handlers.codecs.codec import JSON, Encoded, FamilyCodec, SingleCodec
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.errors import RequestError, RunFailed
 from handlers.golden import mismatch
+from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import GoldenSample, Kind
 from model_store.errors import GoldenMismatch
@@ -35,10 +36,15 @@ def run_row_on_cpu(family: Family, row: Float32, x: Float32) -> Float32:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a model will run: models that run alone are built for a device and a number of threads."""
+    """Where a model will run: models that run alone are built for a device and a number of threads.
+
+    `limits`: what one request may cost; `sessions`: what models that run alone may cost.
+    """
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
+    limits: WorkLimits = field(default_factory=WorkLimits)
+    sessions: SessionLimits = field(default_factory=SessionLimits)
 
 
 class _Call(Protocol):

@@ -264,6 +264,7 @@ class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):
     model_version: str = ""
     handler: str = ""
     serialized_file: str = ""
+    model_file: str = ""  #: of archives with code; kept so that a packed manifest has the same bytes
 
 
 class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):

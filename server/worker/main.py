@@ -31,8 +31,9 @@ from server.worker.engine.device import CudaDevice, cache_share
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
 from server.worker.host_cache import Shelf
+from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
-from server.worker.model_loader import Loader, open_store
+from server.worker.model_loader import Loader, open_store, target_of
 from server.worker.prefetch.prefetcher import Foresight
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
@@ -52,7 +53,7 @@ def build_steps(settings: Settings, plan: WorkerPlan, where: torch.device, arriv
         cache,
         Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
         engine,
-        Loader(store, where.type, plan.threads),
+        Loader(store, target_of(settings, where.type, plan.threads)),
         metrics,
         shelf=Shelf(memory, settings.revalidate_s),
         batch=settings.max_batch_rows,
@@ -60,6 +61,7 @@ def build_steps(settings: Settings, plan: WorkerPlan, where: torch.device, arriv
         patience_s=settings.request_timeout_s,
         foresight=Foresight(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
+        long=LongJobs(asyncio.get_running_loop(), rows=where.type == "cpu"),
     )
 
 

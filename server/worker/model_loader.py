@@ -10,6 +10,7 @@ from typing import Protocol
 from handlers import kinds
 from handlers.base import Float32
 from handlers.kinds import RowModel, RunRow, SingleModel, Target
+from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Limits
 from model_store.archives.manifest import GoldenSample
 from model_store.errors import LoadError
@@ -67,9 +68,8 @@ class Builder(Protocol):
 class Loader:
     """Builds models from one store. Thread-safe."""
 
-    def __init__(self, store: ModelStore, device: str, threads: int) -> None:
-        self._store = store
-        self._target = Target("cpu" if device == "cpu" else "cuda", threads)
+    def __init__(self, store: ModelStore, target: Target) -> None:
+        self._store, self._target = store, target
 
     def __repr__(self) -> str:
         """For example `<Loader of ModelStore(...)>`."""
@@ -90,6 +90,18 @@ class Loader:
     def forget(self, model: ModelName) -> None:
         """The archive proved bad after all: the next load asks the store again."""
         self._store.forget(model)
+
+
+def target_of(settings: Settings, device: str, threads: int) -> Target:
+    """Where models run and what their requests may cost, as the settings say; `device` as torch calls its type."""
+    return Target(
+        "cpu" if device == "cpu" else "cuda",
+        threads,
+        WorkLimits(settings.max_request_gflop, settings.max_request_numbers),
+        SessionLimits(
+            int(settings.max_session_bytes), settings.max_forward_s, loops=settings.onnx_control_flow == "allow"
+        ),
+    )
 
 
 def open_store(settings: Settings) -> tuple[Source, Limits]:

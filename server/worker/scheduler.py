@@ -11,7 +11,7 @@ fixed cost.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Job:
     slot: Slot | None = None
     load_s: float = 0.0
     done: bool = False
+    call: Any = None  #: the decoded request, where its batch had no time left for it
 
     def __repr__(self) -> str:
         """For example `<Job 17 au/NSW1.mar miss>`."""
@@ -58,6 +59,7 @@ class Scheduler:
         self._total = 0
         self._waiting: dict[ModelName, list[Job]] = {}
         self._ready: OrderedDict[str, OrderedDict[ModelName, deque[Job]]] = OrderedDict()
+        self._parked: dict[str, OrderedDict[ModelName, deque[Job]]] = {}
 
     def __repr__(self) -> str:
         """For example `<Scheduler 12 jobs, 3 models awaited, 2 groups ready>`."""
@@ -92,7 +94,28 @@ class Scheduler:
 
     def ready(self, group: str, job: Job) -> None:
         """Queue a job whose model is resident for one of the group's next batches."""
-        self._ready.setdefault(group, OrderedDict()).setdefault(job.model, deque()).append(job)
+        self._queues(group).setdefault(job.model, deque()).append(job)
+
+    def put_back(self, group: str, jobs: Sequence[Job]) -> None:
+        """Queue jobs that their batch had no time for before others of their models. Other groups run first."""
+        queues = self._queues(group)
+        for job in reversed(jobs):
+            queues.setdefault(job.model, deque()).appendleft(job)
+            queues.move_to_end(job.model, last=False)
+
+    def park(self, group: str) -> None:
+        """Make no batches of the group until it is unparked. Its jobs stay queued."""
+        self._parked[group] = self._ready.pop(group, OrderedDict())
+
+    def unpark(self, group: str) -> None:
+        """Make batches of the group again."""
+        if queues := self._parked.pop(group):
+            self._ready[group] = queues
+
+    def _queues(self, group: str) -> OrderedDict[ModelName, deque[Job]]:
+        if group in self._parked:
+            return self._parked[group]
+        return self._ready.setdefault(group, OrderedDict())
 
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
         """A group and half of its jobs, at most `limit`, taken from its models in turn. Includes jobs that are done."""
@@ -141,6 +164,7 @@ class Scheduler:
 
     def jobs(self) -> Iterator[Job]:
         """All ready and waiting jobs, without those that are done."""
-        groups: Iterable[Iterable[Job]] = (queue for queues in self._ready.values() for queue in queues.values())
-        for jobs in (*groups, *self._waiting.values()):
+        groups = (*self._ready.values(), *self._parked.values())
+        queues: Iterable[Iterable[Job]] = (queue for queues in groups for queue in queues.values())
+        for jobs in (*queues, *self._waiting.values()):
             yield from (job for job in jobs if not job.done)

@@ -8,6 +8,7 @@ INVARIANT: loads and residents change only on this thread, so no row changes whi
 """
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 import structlog
 import torch
 
-from handlers.errors import RequestError, RunFailed
+from handlers.codecs.codec import Encoded
+from handlers.errors import Overran, RequestError, RunFailed
 from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache, Failure
 from model_store.cache.slots import Slot
@@ -29,6 +31,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.host_cache import Shelf
+from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, Outcome, Pace, answer_alone, answer_rows
 from server.worker.model_loader import Builder, Built
 from server.worker.model_loads import Loads
 from server.worker.prefetch.prefetcher import Foresight
@@ -55,7 +58,8 @@ class StepLoop:
     """Accepts, runs and answers the requests of one worker.
 
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
-    access log, None without one. `now`: the monotonic clock in seconds.
+    access log, None without one. `long`: runs long requests, None to run all on the step thread. `now`: the monotonic
+    clock in seconds.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class StepLoop:
         patience_s: float,
         foresight: Foresight | None = None,
         arrivals: Arrivals | None = None,
+        long: LongJobs | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._residents = Residents(cache, engine, shelf, metrics, foresight, now)
@@ -79,7 +84,7 @@ class StepLoop:
             self._residents, self, loader, metrics, foresight, threads=loader_threads, patience_s=patience_s, now=now
         )
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
-        self._foresight, self._arrivals = foresight, arrivals
+        self._foresight, self._arrivals, self._long = foresight, arrivals, long
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
         self._woken = False
@@ -161,12 +166,12 @@ class StepLoop:
                 live.append(job)
         if not live:
             return
-        self._count(live, now)
+        self._count([job for job in live if job.call is None], now)
         try:
             if isinstance(self._residents[_slot(live[0])], RowModel):
-                self._run_rows(live, now)
+                self._run_rows(group, live, now)
             else:
-                self._run_single(live, now)
+                self._run_single(group, live, now)
         except torch.OutOfMemoryError as error:
             log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
             for job in live:
@@ -176,16 +181,27 @@ class StepLoop:
             for job in live:
                 self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"))
 
-    def _run_rows(self, jobs: Sequence[Job], now: float) -> None:
-        """One forward for the rows of many models."""
-        running, calls, parts = [], [], []
+    def _run_rows(self, group: str, jobs: list[Job], now: float) -> None:
+        """One forward for the rows of many models, of as many as a slice has time for."""
+        running, calls, parts = list[Job](), list[Any](), list[Any]()
         began = time.perf_counter()
-        for job in jobs:
+        first = self._residents[_slot(jobs[0])]
+        assert isinstance(first, RowModel), "a group holds one family"
+        pace = self._long.pace(first) if self._long is not None and self._long.rows else None
+        room: float = math.inf if pace is None else pace.slice_rows
+        for at, job in enumerate(jobs):
             model = self._residents[_slot(job)]
             assert isinstance(model, RowModel), "a group holds one family"
-            call = self._decode(job, model.codec.decode)
-            if call is None:
+            if pace is not None and self._runs_apart(job, model, None, pace, now):
                 continue
+            call = job.call or self._decode(job, model.codec.decode)
+            if call is None or (pace is not None and self._runs_apart(job, model, call, pace, now)):
+                continue
+            if running and len(call.rows) > room:
+                job.call = call
+                self._scheduler.put_back(group, jobs[at:])
+                break
+            room -= len(call.rows)
             if not len(call.rows):  # JSON Lines of which none is valid
                 self._encode(job, call.encode, call.rows, now, 0.0)
                 continue
@@ -194,29 +210,44 @@ class StepLoop:
             parts.append(call.rows)
         if not running:
             return
-        family = self._residents[_slot(running[0])]
-        assert isinstance(family, RowModel)
+        jobs[:] = running  # the others do not fail with these
         started = time.perf_counter()
         offsets = [_slot(job).offset for job in running]
-        answers = self._residents.with_memory(lambda: self._engine.run(family.family, offsets, parts))
+        answers = self._residents.with_memory(lambda: self._engine.run(first.family, offsets, parts))
         ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(map(len, parts)))
         self._metrics.batch_models.observe(len({job.model for job in running}))
+        if pace is not None:
+            pace.ran(sum(map(len, parts)), ended - started)
         for job, call, answer in zip(running, calls, answers, strict=True):
             self._encode(job, call.encode, answer, now, ended - started)
         self._spent(began, started, ended)
 
-    def _run_single(self, jobs: Sequence[Job], now: float) -> None:
+    def _run_single(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Run the requests of one single model, together if the model allows it."""
         model = self._residents[_slot(jobs[0])]
         assert isinstance(model, SingleModel), "a group holds one single"
+        long = self._long
+        if long is not None and any(long.is_long_to_decode(job, model) for job in jobs):
+            self._run_single_apart(long, group, model, [(job, None) for job in jobs], now)
+            return
         began = time.perf_counter()
         asked = [(job, call) for job in jobs if (call := self._decode(job, model.codec.decode)) is not None]
         if not asked:
             return
+        calls = [call for _, call in asked]
+        if long is not None and long.is_long_alone(model, calls):
+            self._run_single_apart(long, group, model, asked, now)
+            return
         started = time.perf_counter()
-        answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for _, call in asked]))
+        try:
+            answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for call in calls]))
+        except Overran as overran:
+            self._overran(asked[0][0].model, overran)
+            raise
         ended = time.perf_counter()
+        if long is not None:
+            long.ran_alone(model, calls, ended - started)
         self._metrics.batch_rows.observe(sum(call.n for _, call in asked))
         self._metrics.batch_models.observe(1)
         for (job, call), outputs in zip(asked, answers, strict=True):
@@ -225,6 +256,63 @@ class StepLoop:
             else:
                 self._encode(job, call.encode, outputs, now, ended - started)
         self._spent(began, started, ended)
+
+    # --- long requests, on other threads ----------------------------------------------------------------------------
+
+    def _runs_apart(self, job: Job, model: RowModel, call: Any, pace: Pace, now: float) -> bool:
+        """Whether this request is long, and is run apart from now on; `call` is None before it is decoded."""
+        assert self._long is not None, "without threads nothing is long"
+        if call is None:
+            if job.call is not None or not self._long.is_long_to_decode(job, model):
+                return False
+        elif pace.seconds(len(call.rows)) + call.seconds <= LONG_S:
+            return False
+        row = self._engine.pool.read(_slot(job).offset, model.family.row_floats * 4)  # the slot may move
+        started = time.perf_counter()
+        self._long.start(
+            [job],
+            answer_rows(job, model, row, call, pace),
+            lambda outcome: self._end_apart(job, outcome, now, time.perf_counter() - started),
+        )
+        return True
+
+    def _run_single_apart(
+        self, long: LongJobs, group: str, model: SingleModel, asked: Sequence[tuple[Job, Any]], now: float
+    ) -> None:
+        jobs, calls = [job for job, _ in asked], [call for _, call in asked]
+        started = time.perf_counter()
+
+        def note(calls: Sequence[Any], seconds: float) -> None:
+            self._loop.call_soon_threadsafe(long.ran_alone, model, calls, seconds)
+
+        def done(outcomes: list[Outcome] | Exception) -> None:
+            took = time.perf_counter() - started
+            self._scheduler.unpark(group)
+            if isinstance(outcomes, Overran):
+                self._overran(jobs[0].model, outcomes)
+            for i, job in enumerate(jobs):
+                self._end_apart(job, outcomes if isinstance(outcomes, Exception) else outcomes[i], now, took)
+            if self._scheduler.has_work:
+                self.wake()
+
+        self._scheduler.park(group)  # a model that runs alone runs one batch at a time
+        long.start(jobs, answer_alone(jobs, model, calls, note), done)
+
+    def _end_apart(self, job: Job, outcome: Outcome, now: float, took: float) -> None:
+        """Answer or refuse a request that ran apart, and end its lease."""
+        if not isinstance(outcome, Exception):
+            self._answer(job, outcome, now, took)
+        elif isinstance(outcome, RequestError):
+            self._refuse(job, Refused(Situation.BAD_REQUEST, outcome.message, outcome.instance, outcome.field))
+        elif isinstance(outcome, DeadlinePassed):
+            self._refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
+        else:
+            if not isinstance(outcome, RunFailed):
+                log.error("long_job_failed", model=job.model, error=repr(outcome))
+            self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {outcome}"))
+
+    def _overran(self, model: ModelName, overran: Overran) -> None:
+        log.warning("overran", model=model, error=str(overran))
 
     def _spent(self, began: float, started: float, ended: float) -> None:
         """Count a step's seconds of decoding (before `started`), forward (until `ended`) and encoding (until now)."""
@@ -240,14 +328,16 @@ class StepLoop:
             self._refuse(job, Refused(Situation.BAD_REQUEST, bad.message, bad.instance, bad.field))
             return None
 
-    def _encode(
-        self, job: Job, encode: Callable[[Any], tuple[bytes, str]], answer: Any, now: float, step_s: float
-    ) -> None:
+    def _encode(self, job: Job, encode: Callable[[Any], Encoded], answer: Any, now: float, step_s: float) -> None:
         try:
-            body, content_type = encode(answer)
+            encoded = encode(answer)
         except RunFailed as failed:
             self._refuse(job, Refused(Situation.MODEL_FAILED, str(failed)))
             return
+        self._answer(job, encoded, now, step_s)
+
+    def _answer(self, job: Job, encoded: Encoded, now: float, step_s: float) -> None:
+        body, content_type = encoded
         if self._scheduler.finish(job):
             self._record(job, job.cache)
             queue_s = max(0.0, now - job.arrived - job.load_s)
@@ -260,10 +350,14 @@ class StepLoop:
             self._metrics.model_request(job.model)
 
     def _refuse(self, job: Job, refused: Refused) -> None:
+        self._tell_refused(job, refused)
+        self._release(job)
+
+    def _tell_refused(self, job: Job, refused: Refused) -> None:
+        """Refuse a job whose model is still in use: its lease ends later."""
         if self._scheduler.finish(job):
             self._record(job, REFUSED)
             job.origin.refuse(job, refused)
-        self._release(job)
 
     def _record(self, job: Job, outcome: int) -> None:
         """Add a row to the access log."""
@@ -327,6 +421,8 @@ class StepLoop:
             for job in self._scheduler.expired(self._now()):
                 message = f"{job.model} was not ready before the deadline passed"
                 self._refuse(job, Refused(Situation.DEADLINE, message))
+            for job in [] if self._long is None else [job for job in self._long.running if job.deadline <= self._now()]:
+                self._tell_refused(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
             self._engine.learn()
             if self._loads.built:
                 self.wake()
@@ -337,6 +433,8 @@ class StepLoop:
     def close(self) -> None:
         """Stop the sweep and start no more loads."""
         self._sweeper.cancel()
+        if self._long is not None:
+            self._long.close()
         self._loads.close()
 
     def exposition(self) -> str:

@@ -12,6 +12,8 @@ from handlers.forecasters import check_forecast
 from handlers.kinds.forecaster import describe_tensors, read_row
 from handlers.kinds.graph.family import GraphFamily, graph_family
 from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.row_work import row_work
+from handlers.work import RequestBudget
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 
@@ -25,14 +27,14 @@ class GraphKind:
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A row of the graph's family; its first archive decides how rows run. Raises ArchiveInvalid."""
-        del target  # a row runs wherever the bank is
         assert archive.spec is not None, "a graph is known by its fleetcast.json"
         network, forecast = graph_family(archive.graph()), archive.spec.forecast
         if forecast is not None:
             check_forecast(network, forecast)
         row = read_row(archive, network)
+        budget = RequestBudget(row_work(network), target.limits)
         one_by_one = _decide_how_rows_run(network, row)
-        body = RowModel(network, FamilyCodec(network, forecast), one_by_one)
+        body = RowModel(network, FamilyCodec(network, forecast, budget), one_by_one)
         return BuiltModel(body, row, f"{network.key}, {network.runs}")
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:

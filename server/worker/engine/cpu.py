@@ -16,6 +16,7 @@ import torch
 
 from handlers.base import Family, Float32
 from handlers.kinds import run_row_on_cpu
+from handlers.kinds.row_work import row_work
 from server.worker.engine.execution_plan import MOST_ROWS, UNKNOWN, Learning, Path, Piece, Table, plan
 from server.worker.engine.memory_pool import Pool
 
@@ -23,9 +24,11 @@ from server.worker.engine.memory_pool import Pool
 #: 5.5; 8 rows of the 1.8 MB `mlp` in 75 us a row instead of 130 for 16). A GPU has `server.worker.engine.accelerator`.
 CPU_ROWS = 64
 CPU_STAGING_BYTES = 8 * 1024 * 1024
+CPU_INPUT_BYTES = 8 * 1024 * 1024  #: of one forward's inputs, and of what a binding keeps: both stay with the family
 #: Rows in place whose binding is kept. A binding is views and scratch memory, valid for any row of the family at that
 #: place; it takes two thirds of the time of a single 1.8 MB `mlp`.
 BOUND_ROWS = 1024
+BOUND_BYTES = 64 * 1024 * 1024  #: of scratch in a family's bindings, and in all of rows in place
 
 LEARN_S = 0.002  #: seconds that the step thread measures paths at a time
 
@@ -39,12 +42,17 @@ class Staging:
 
     def __init__(self, family: Family, max_rows: int, device: torch.device) -> None:
         self.family = family
-        self.capacity = max(1, min(CPU_ROWS, max_rows, CPU_STAGING_BYTES // (family.row_floats * 4)))
+        work = row_work(family)
+        #: Rows of one forward in any way: inputs of 100,000 steps would make staging of hundreds of MB.
+        self.most = max(1, min(MOST_ROWS, CPU_INPUT_BYTES // (4 * max(1, work.given, work.scratch))))
+        self.capacity = max(1, min(CPU_ROWS, max_rows, self.most, CPU_STAGING_BYTES // (family.row_floats * 4)))
         self._rows = torch.empty((self.capacity, family.row_floats), dtype=torch.float32, device=device)
-        self._host = torch.empty((MOST_ROWS, *family.input_shape), dtype=torch.float32)
+        self._host = torch.empty((self.most, *family.input_shape), dtype=torch.float32)
         self._host_numpy: Float32 = self._host.numpy()
         self._bound: dict[int, Binding] = {}
         self._same: dict[int, Binding] = {}
+        self._scratch_bytes = 4 * work.scratch  # of a row in a binding
+        self._kept_bytes = 0  # of scratch in both
 
     def __repr__(self) -> str:
         """For example `<Staging tcn-4f1c2a9b, 64 rows>`."""
@@ -54,6 +62,7 @@ class Staging:
         """Staging of `count` rows, and its parameter views."""
         bound = self._bound.get(count)
         if bound is None:
+            self._keep_scratch(count)
             block = self._rows[:count]
             bound = self._bound[count] = (block, self.family.bind(block))
         return bound
@@ -62,9 +71,18 @@ class Staging:
         """Staging of one row, and the parameter views of `count` rows that are all this row."""
         bound = self._same.get(count)
         if bound is None:
+            self._keep_scratch(count)
             block = self._rows[:1]
             bound = self._same[count] = (block, self.family.bind(block.expand(count, -1)))
         return bound
+
+    def _keep_scratch(self, count: int) -> None:
+        """Make way for one more binding: those of all batch sizes together keep little."""
+        self._kept_bytes += count * self._scratch_bytes
+        if self._kept_bytes > BOUND_BYTES:
+            self._bound.clear()
+            self._same.clear()
+            self._kept_bytes = count * self._scratch_bytes
 
     def inputs(self, parts: Sequence[Float32]) -> torch.Tensor:
         """The requests' arrays, each [n, *input_shape], concatenated in staging."""
@@ -80,8 +98,8 @@ class Engine:
         self.pool = pool
         self._max_rows = max_rows
         self._staging: dict[str, Staging] = {}
-        self._in_place: OrderedDict[tuple[str, int, int], Sequence[torch.Tensor]] = OrderedDict()
-        self._in_place_rows = 0
+        self._in_place: OrderedDict[tuple[str, int, int], tuple[Sequence[torch.Tensor], float]] = OrderedDict()
+        self._in_place_rows = 0.0  # a row counts as more than one where its scratch is large
         self._learning: dict[str, Learning] = {}
 
     def __repr__(self) -> str:
@@ -171,13 +189,15 @@ class Engine:
         bound = self._in_place.get(key)
         if bound is not None:
             self._in_place.move_to_end(key)
-            return bound
-        bound = self._in_place[key] = family.bind(self.pool.block(offset, count, family.row_floats))
-        self._in_place_rows += count
-        while self._in_place_rows > BOUND_ROWS:
-            (_, _, gone), _ = self._in_place.popitem(last=False)
+            return bound[0]
+        weights = family.bind(self.pool.block(offset, count, family.row_floats))
+        weight = count * max(1.0, row_work(family).scratch * 4 * BOUND_ROWS / BOUND_BYTES)
+        self._in_place[key] = weights, weight
+        self._in_place_rows += weight
+        while self._in_place_rows > BOUND_ROWS and len(self._in_place) > 1:
+            _, (_, gone) = self._in_place.popitem(last=False)
             self._in_place_rows -= gone
-        return bound
+        return weights
 
     def _timed(self, staging: Staging, path: Path, offsets: Sequence[int], x: Float32) -> float:
         """Seconds of this thread for one forward with its binding; UNKNOWN if the rows there cannot be run any more."""
@@ -192,7 +212,7 @@ class Engine:
 
     def _unbind(self) -> None:
         self._in_place.clear()
-        self._in_place_rows = 0
+        self._in_place_rows = 0.0
 
     def _staging_of(self, family: Family) -> Staging:
         staging = self._staging.get(family.key)
@@ -204,7 +224,7 @@ class Engine:
     @staticmethod
     def _most(staging: Staging, path: Path) -> int:
         """The most rows of one forward."""
-        return staging.capacity if path is Path.GATHER else MOST_ROWS
+        return staging.capacity if path is Path.GATHER else staging.most
 
 
 def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:

@@ -234,6 +234,7 @@ def test_the_deepstate_likelihood_is_that_of_its_joint_distribution() -> None:
     assert loss.item() * 9 / 3 == pytest.approx(expected.item(), rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", SAMPLERS)
 def test_a_fit_learns_the_day_and_its_spread(architecture: str) -> None:
     """A few epochs beat the naive forecast clearly, and about 80 in 100 held-out values lie in the 80 % interval."""

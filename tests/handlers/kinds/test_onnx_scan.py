@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from handlers.kinds.onnx import MAX_FIELDS, MAX_SCALAR_BYTES, SCALARS_AT_ONCE, refuse_external_data
+from handlers.kinds.onnx import MAX_FIELDS, MAX_SCALAR_BYTES, SCALARS_AT_ONCE, check_model
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
 SCALAR = b"\x08\x01"  #: ir_version of a model, 1
@@ -16,26 +16,26 @@ UNKNOWN = b"\x80\x01\x01"  #: field 16 of a model, which has none, 1
 
 def test_fields_at_the_bound() -> None:
     """So many are looked at, and not one more."""
-    refuse_external_data(UNKNOWN * MAX_FIELDS)
+    check_model(UNKNOWN * MAX_FIELDS)
     with pytest.raises(ArchiveTooLarge, match="fields of an ONNX model"):
-        refuse_external_data(UNKNOWN * (MAX_FIELDS + 1))
+        check_model(UNKNOWN * (MAX_FIELDS + 1))
 
 
 def test_fields_count_over_all_messages() -> None:
     """Those of messages within messages are fields too: here each node's, and each name in one."""
     node = b"\x0a\x00" * 5  # five inputs
     graph = (b"\x0a%c" % len(node) + node) * (MAX_FIELDS // 6)
-    refuse_external_data(onnx.ModelProto(graph=onnx.GraphProto.FromString(graph)).SerializeToString())
+    check_model(onnx.ModelProto(graph=onnx.GraphProto.FromString(graph)).SerializeToString())
     more = graph + (b"\x0a%c" % len(node) + node)
     with pytest.raises(ArchiveTooLarge, match="fields of an ONNX model"):
-        refuse_external_data(onnx.ModelProto(graph=onnx.GraphProto.FromString(more)).SerializeToString())
+        check_model(onnx.ModelProto(graph=onnx.GraphProto.FromString(more)).SerializeToString())
 
 
 def test_single_numbers_at_the_bound() -> None:
     """They are skipped fast, and are bounded by their bytes."""
-    refuse_external_data(SCALAR * (MAX_SCALAR_BYTES // 2))
+    check_model(SCALAR * (MAX_SCALAR_BYTES // 2))
     with pytest.raises(ArchiveTooLarge, match="single numbers"):
-        refuse_external_data(SCALAR * (MAX_SCALAR_BYTES // 2 + 1))
+        check_model(SCALAR * (MAX_SCALAR_BYTES // 2 + 1))
 
 
 def test_a_large_tree_ensemble_is_scanned() -> None:
@@ -46,7 +46,7 @@ def test_a_large_tree_ensemble_is_scanned() -> None:
     texts = {"nodes_modes": ["BRANCH_LEQ"] * count}
     node.attribute.extend(helper.make_attribute(name, value) for name, value in {**numbers, **texts}.items())
     graph = helper.make_graph([node], "g", [], [])
-    refuse_external_data(helper.make_model(graph).SerializeToString())
+    check_model(helper.make_model(graph).SerializeToString())
 
 
 NUMBERS = st.lists(
@@ -75,6 +75,6 @@ def test_skipping_loses_nothing(numbers: list[tuple[str, float]], padding: int, 
     model = onnx.ModelProto(ir_version=8, graph=graph).SerializeToString()
     if external:
         with pytest.raises(ArchiveInvalid, match="external file"):
-            refuse_external_data(model)
+            check_model(model)
     else:
-        refuse_external_data(model)
+        check_model(model)

@@ -40,6 +40,7 @@ def test_peers_give_the_networks_answers(family: Family, make: type[FlatTcn | Sp
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_everything_is_compared_and_shown() -> None:
     """Every batch of every section has times, ratios that are theirs, a floor and its rows' ways; a row each is shown.
 

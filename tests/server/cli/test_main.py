@@ -199,6 +199,7 @@ def nothing():
 """
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own(desk: Path) -> None:
     """A file, a class and its shapes become a graph; the weights come from safetensors or .pt, tensors alone."""
     (desk / "net.py").write_text(NET)
@@ -225,6 +226,7 @@ def test_a_module_of_ones_own(desk: Path) -> None:
     assert "one by one: Batching rule not implemented for aten::gru" in run("verify", "rnn.mar").stdout
 
 
+@pytest.mark.slow
 def test_a_module_beside_packages_of_our_names(desk: Path) -> None:
     """A user's `handlers`, `server`, `model_store` and `loadtest` are what his file imports; his prints stay apart."""
     (desk / "net.py").write_text("from handlers.widths import WIDTH\nimport loadtest, model_store, server\n"
@@ -240,6 +242,7 @@ def test_a_module_beside_packages_of_our_names(desk: Path) -> None:
     assert packed.stdout.startswith("own.mar: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

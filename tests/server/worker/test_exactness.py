@@ -69,6 +69,7 @@ def ask(engine: Engine, models: Models, asked: list[tuple[int, int, int]]) -> No
         np.testing.assert_allclose(answer[0], models.answer(seed, which), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TABLES)
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_on_every_path(architecture: str, path: Path | None) -> None:

@@ -88,6 +88,7 @@ def test_no_order_that_the_streams_allow_is_seen(seed: int) -> None:
         fleet.step()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**16),

@@ -27,6 +27,7 @@ def test_everything_is_measured_and_shown() -> None:
     assert shown.row_count == 7 + 2 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_gpu_it_says_so() -> None:
     """Exit code 2 and a sentence that names what is missing, no traceback."""
