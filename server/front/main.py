@@ -9,6 +9,7 @@ import socket
 import sys
 from typing import assert_never
 
+import structlog
 import uvloop
 
 from server.access.tls import open_tls
@@ -27,6 +28,8 @@ from server.ipc.operations import (
 )
 from server.logs import configure_logs
 from server.metrics import FrontMetrics
+
+log = structlog.get_logger()
 
 SWEEP_S = 0.1
 RECONNECT_S = 0.1
@@ -111,8 +114,12 @@ async def main(control_fd: int, listen_fd: int) -> None:
     configure_logs(settings.log_level, settings.log_format, front=assignment.index)
     os.sched_setaffinity(0, assignment.cores)
     metrics = FrontMetrics()
-    app = App(settings, metrics)
-    tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    try:
+        app = App(settings, metrics)
+        tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
+        log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
+        return
     server = listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
