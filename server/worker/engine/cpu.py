@@ -26,6 +26,10 @@ CPU_STAGING_BYTES = 8 * 1024 * 1024
 #: Rows in place whose binding is kept. A binding is views and scratch memory, valid for any row of the family at that
 #: place; it takes two thirds of the time of a single 1.8 MB `mlp`.
 BOUND_ROWS = 1024
+#: Bytes of staging of all families together, beyond which the least recently used family's is freed; and families whose
+#: measured times are kept. An archive's author chooses its family, so that there can be any number of them.
+MAX_STAGING_BYTES, MAX_LEARNING = 256 * 1024 * 1024, 1024
+VIEWS_BYTES = 16 * 1024  #: of one row of staging, in parameter views and scratch memory bound to it, about
 
 LEARN_S = 0.002  #: seconds that the step thread measures paths at a time
 
@@ -45,6 +49,7 @@ class Staging:
         self._host_numpy: Float32 = self._host.numpy()
         self._bound: dict[int, Binding] = {}
         self._same: dict[int, Binding] = {}
+        self.nbytes = self._rows.nbytes + self._host.nbytes + VIEWS_BYTES * (self.capacity + MOST_ROWS)
 
     def __repr__(self) -> str:
         """For example `<Staging tcn-4f1c2a9b, 64 rows>`."""
@@ -79,10 +84,10 @@ class Engine:
     def __init__(self, pool: Pool, max_rows: int) -> None:
         self.pool = pool
         self._max_rows = max_rows
-        self._staging: dict[str, Staging] = {}
+        self._staging: OrderedDict[str, Staging] = OrderedDict()  # the least recently used first
         self._in_place: OrderedDict[tuple[str, int, int], Sequence[torch.Tensor]] = OrderedDict()
         self._in_place_rows = 0
-        self._learning: dict[str, Learning] = {}
+        self._learning: OrderedDict[str, Learning] = OrderedDict()
 
     def __repr__(self) -> str:
         """For example `<Engine <Pool 512.0 MB on cpu>, 2 families>`."""
@@ -114,7 +119,7 @@ class Engine:
         been evicted since.
         """
         until = time.perf_counter() + LEARN_S
-        for key, learning in self._learning.items():
+        for key, learning in list(self._learning.items()):
             while key in self._staging and (forward := learning.next()) is not None:
                 (path, size), offsets = forward
                 x = np.zeros((size, *self._staging[key].family.input_shape), np.float32)
@@ -199,7 +204,19 @@ class Engine:
         if staging is None:
             staging = self._staging[family.key] = Staging(family, self._max_rows, self.pool.device)
             self._learning.setdefault(family.key, Learning(family.row_floats * 4))
+            self._forget_families()
+        self._staging.move_to_end(family.key)
+        self._learning.move_to_end(family.key)
         return staging
+
+    def _forget_families(self) -> None:
+        """Free the staging of families that have not run for long, but not that of the newest."""
+        held = sum(staging.nbytes for staging in self._staging.values())
+        while held > MAX_STAGING_BYTES and len(self._staging) > 1:
+            _, gone = self._staging.popitem(last=False)
+            held -= gone.nbytes
+        while len(self._learning) > MAX_LEARNING:
+            self._learning.popitem(last=False)
 
     @staticmethod
     def _most(staging: Staging, path: Path) -> int:
