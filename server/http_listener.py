@@ -22,6 +22,7 @@ from server.request_head import body_framing, find_fault, refuse_head
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 TLS_LOOK_S = 1.0  #: how often certificates' files are looked at
+MAX_PIPELINED = 16  #: requests of one connection that wait for the answer to an earlier one
 LOOKS = 10  #: checks of all clients within `patience_s`
 SMALL = 4096  #: bytes that are worth copying to save a write
 
@@ -77,6 +78,8 @@ class Connection(HttpToolsProtocol):
     """One client's connection, stricter and more bounded than uvicorn's.
 
     - A head has at most `MAX_HEAD` bytes, and so have a chunked body's trailers; uvicorn bounds neither.
+    - At most `MAX_PIPELINED` requests wait behind one that is being answered; they are answered, then the connection is
+      closed. Uvicorn pauses reading only for bytes that it has not received yet, and these can hold 10,000 requests.
     - Trailers are dropped: they never become headers of the request.
     - `Upgrade` is ignored (RFC 9110, 7.8) and the body is read as the head says. The parser (llhttp) takes the bytes
       after such a head for another protocol and would read a body as the next request: a second parser reads the body.
@@ -142,9 +145,12 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """A head begins."""
-        if not self._replaying:
-            super().on_message_begin()
+        """A head begins. Raises ValueError for one too many behind an unanswered request, which ends the connection."""
+        if self._replaying:
+            return
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise ValueError(f"more than {MAX_PIPELINED} requests wait on one connection")
+        super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
         """The request's target, or a part of it."""

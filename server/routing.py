@@ -9,12 +9,16 @@ compute.
 
 from dataclasses import dataclass, field
 
-from server.contract import home_weight
+from model_store.name_table import NameTable
+from server.contract import MIB, home_weight
 
 REPLICA_S = 60.0
 FAIR_SHARE = 1.25
 FREE_QUEUE = 16
-MAX_ORDERS = 100_000
+#: Bytes of the models' orders, of the names each lane has seen warm, and of the replicated models: beyond, the oldest
+#: are forgotten, which costs a calculation, or a request that counts as one for a model that is still loading.
+MAX_ORDER_BYTES, MAX_WARM_BYTES, MAX_REPLICA_BYTES = 16 * MIB, 16 * MIB, 4 * MIB
+WORKER_BYTES = 128  #: of one worker in an order or among replicas
 
 
 @dataclass(slots=True, eq=False)
@@ -25,7 +29,7 @@ class Lane:
     running: int = 0
     wait_s: float = 0.0
     load_s: float = 0.05
-    warm: set[str] = field(default_factory=set)
+    warm: NameTable[None] = field(default_factory=lambda: NameTable(MAX_WARM_BYTES))
 
     def __repr__(self) -> str:
         """For example `<Lane 2: 5 running, 40 warm, 0.4 ms a request, 20 ms a load>`."""
@@ -38,8 +42,9 @@ class Router:
 
     def __init__(self) -> None:
         self.lanes: dict[int, Lane] = {}
-        self._orders: dict[str, list[int]] = {}
-        self._replicas: dict[str, dict[int, float]] = {}  # model -> worker -> until when
+        self._orders: NameTable[list[int]] = NameTable(MAX_ORDER_BYTES)
+        #: model -> worker -> until when
+        self._replicas: NameTable[dict[int, float]] = NameTable(MAX_REPLICA_BYTES, value_bytes=8 * WORKER_BYTES)
         self._expiry = 0.0
 
     def __repr__(self) -> str:
@@ -50,14 +55,17 @@ class Router:
     def up(self, worker: int) -> None:
         """The worker takes requests; it starts cold."""
         self.lanes[worker] = Lane(worker)
-        self._orders.clear()
+        self._forget_orders()
 
     def down(self, worker: int) -> None:
         """The worker takes no more requests."""
         self.lanes.pop(worker, None)
-        self._orders.clear()
+        self._forget_orders()
         for replicas in self._replicas.values():
             replicas.pop(worker, None)
+
+    def _forget_orders(self) -> None:
+        self._orders = NameTable(MAX_ORDER_BYTES, value_bytes=WORKER_BYTES * len(self.lanes))
 
     def route(self, model: str, now: float, avoid: int | None = None) -> Lane | None:
         """The lane for a request, None when no worker is up. `avoid`: the worker that just died with this request."""
@@ -76,11 +84,8 @@ class Router:
         """All workers that are up, the model's home first (highest random weight, Thaler and Ravishankar 1996)."""
         order = self._orders.get(model)
         if order is None:
-            if len(self._orders) >= MAX_ORDERS:
-                self._orders.clear()
-            order = self._orders[model] = sorted(
-                self.lanes, key=lambda worker: home_weight(model, worker), reverse=True
-            )
+            order = sorted(self.lanes, key=lambda worker: home_weight(model, worker), reverse=True)
+            self._orders.put(model, order)
         return order
 
     def started(self, lane: Lane, model: str) -> bool:
@@ -95,16 +100,17 @@ class Router:
         """Its answer is here. `held`: the worker has the model now. Times teach the pace."""
         lane.running -= counted
         if held:
-            lane.warm.add(model)
+            if model not in lane.warm:
+                lane.warm.put(model, None)
             lane.wait_s += (wait_s - lane.wait_s) / 16
         else:
-            lane.warm.discard(model)
+            lane.warm.pop(model)
         if load_s:
             lane.load_s += (load_s - lane.load_s) / 8
 
     def replicas(self, model: str) -> list[int]:
         """The workers beside its home that this front sends the model's overflow to."""
-        return list(self._replicas.get(model, ()))
+        return list(self._replicas.get(model) or ())
 
     def _spill(self, model: str, home: Lane, others: list[int], now: float) -> Lane | None:
         """A replica with less to do than the home; a new one where queueing costs more than loading.
@@ -112,7 +118,7 @@ class Router:
         While a new replica loads, it stays the next in the model's order, and the same rule sends requests there.
         """
         self._expire(now)
-        listed = self._replicas.get(model, {})
+        listed = self._replicas.get(model) or {}
         mine = [self.lanes[worker] for worker in others if worker in listed and model in self.lanes[worker].warm]
         lane = min(mine, key=lambda lane: lane.running, default=None)
         if lane is None or lane.running >= home.running:
@@ -120,7 +126,7 @@ class Router:
             if fresh is None or fresh.running >= home.running or home.wait_s <= home.load_s:
                 return None
             lane = fresh
-        self._replicas.setdefault(model, {})[lane.worker] = now + REPLICA_S
+        self._replicas.put(model, {**listed, lane.worker: now + REPLICA_S})
         return lane
 
     def _expire(self, now: float) -> None:
@@ -131,6 +137,6 @@ class Router:
         for model, replicas in list(self._replicas.items()):
             alive = {worker: until for worker, until in replicas.items() if until > now}
             if alive:
-                self._replicas[model] = alive
+                self._replicas.put(model, alive)
             else:
-                del self._replicas[model]
+                self._replicas.pop(model)

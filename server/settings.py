@@ -138,7 +138,8 @@ class Settings(BaseSettings):
         description="maximum size of the body of a request for many models, and of the response to it",
     )
     max_inflight_bytes: ByteSize = Field(
-        _bytes(256 * MIB), description="maximum bytes of request bodies held by one front; above it: `overload_status`"
+        _bytes(256 * MIB),
+        description="maximum bytes of request bodies and answers held by one front; above it: `overload_status`",
     )
     max_request_gflop: float = Field(
         contract.MAX_REQUEST_GFLOP,

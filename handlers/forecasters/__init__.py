@@ -3,12 +3,13 @@
 `ARCHITECTURES` is the registry: a record for each name in `handlers.architectures.SUMMARIES`.
 """
 
+import threading
 from collections.abc import Mapping
-from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from types import MappingProxyType
 from typing import Annotated
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -97,8 +98,24 @@ def _name_in_key(family: Family) -> str:
     return member.key.rpartition("-")[0]
 
 
-@cache
+_families: "WeakValueDictionary[tuple[str, msgspec.Struct, int], Family]" = WeakValueDictionary()
+_building = threading.RLock()  # reentrant: an ensemble builds its members' family
+
+
 def _build(architecture: str, config: msgspec.Struct, members: int) -> Family:
+    """The same object for the same arguments, for as long as it is in use.
+
+    An archive's author chooses the config: families that no model has any more must not stay in memory.
+    """
+    key = (architecture, config, members)
+    with _building:
+        family = _families.get(key)
+        if family is None:
+            family = _families[key] = _make(architecture, config, members)
+    return family
+
+
+def _make(architecture: str, config: msgspec.Struct, members: int) -> Family:
     if members > 1:
         if ARCHITECTURES[architecture].samples:
             what = "the mean of paths is no path; train more of them"

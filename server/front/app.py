@@ -33,6 +33,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_HEADER = 1024
+PIECE_BYTES = 256 * 1024  #: of a large answer that are handed to the client's connection at a time
 _TIMEOUT_MS = raw_header(contract.HEADER_TIMEOUT_MS)
 _REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
 _CACHE = raw_header(contract.HEADER_CACHE)
@@ -195,10 +196,14 @@ class App:
         ]
         if reply.stats is not None:
             _add_stats(head, reply.stats)
-        more = len(reply.body) < size
+        more, held = len(reply.body) < size, len(reply.body)
+        self.plane.held_bytes += held
         try:
             await send({"type": "http.response.start", "status": reply.status, "headers": head})
-            await send({"type": "http.response.body", "body": reply.body, "more_body": more})
+            for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
+                await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
+            rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body
+            await send({"type": "http.response.body", "body": rest, "more_body": more})
             if more and stream is not None:
                 async for part in stream.parts():
                     await send({"type": "http.response.body", "body": part, "more_body": stream.unread > 0})
@@ -207,6 +212,7 @@ class App:
             # RuntimeError; or the drain is over.
             return (CLIENT_GONE,)
         finally:
+            self.plane.held_bytes -= held
             if more and stream is not None:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted

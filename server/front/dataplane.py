@@ -103,8 +103,8 @@ class RefusedByWorker(Refused):
 class DataPlane:
     """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
 
-    `held_bytes` are the bytes of request bodies that this front holds, at most `max_held_bytes`: whatever receives or
-    builds a body adds to them for as long as the body is there.
+    `held_bytes` are the bytes of request bodies and answers that this front holds, at most `max_held_bytes`: whatever
+    receives or builds one adds to them for as long as it is there.
     """
 
     def __init__(self, max_held_bytes: int) -> None:
@@ -143,7 +143,7 @@ class DataPlane:
     def check_held(self) -> None:
         """Raises Refused while this front holds too many bytes of requests."""
         if self.held_bytes > self._max_held_bytes:
-            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
+            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
 
     @contextlib.contextmanager
     def hold(self, size: int) -> Iterator[None]:

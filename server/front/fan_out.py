@@ -8,6 +8,7 @@ however large a configuration.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import msgspec
 
@@ -63,7 +64,10 @@ class Prediction:
 
 
 class FanOut:
-    """The items of one call under way. `limit` bounds their configurations together, and their answers together."""
+    """The items of one call under way. `limit` bounds their configurations together, and their answers together.
+
+    The answers count as held until the `with` block of the call ends.
+    """
 
     def __init__(
         self, plane: DataPlane, call: MultiModelCall, limit: Limit, deadline: float, client_gone: ClientWatch
@@ -77,6 +81,12 @@ class FanOut:
     def __repr__(self) -> str:
         """For example `<FanOut of 500 items, 80 running with 90000 bytes>`."""
         return f"<FanOut of {len(self._call.items)} items, {self._running} running with {self._under_way} bytes>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._plane.held_bytes -= self._answered
 
     async def infer(self) -> list[Prediction | Refused]:
         """What came of each item, in order.
@@ -155,7 +165,9 @@ class FanOut:
             self._room.set()
         if isinstance(found, Prediction):
             self._answered += len(found.body)
+            self._plane.held_bytes += len(found.body)
             self._check_answers(self._answered)
+            self._plane.check_held()
 
     async def _predict(self, item: Item) -> Prediction | Refused:
         body = build_request(item.instance, self._call.configuration)

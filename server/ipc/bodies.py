@@ -19,6 +19,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self._bodies: dict[int, memoryview] = {}
+        self.held_bytes = 0  #: of the bodies, which stay whole until their last chunk has left
         self._room: dict[int, int] = {}
         self._turn: deque[int] = deque()  # INVARIANT: holds each body that has room once
 
@@ -32,6 +33,7 @@ class Outbox:
     def start(self, ident: int, body: bytes) -> None:
         """Keep a body whose first `CHUNK` bytes have left in the frame of its request or response."""
         self._bodies[ident] = memoryview(body)[CHUNK:]
+        self.held_bytes += len(body)
         self._room[ident] = WINDOW - CHUNK
         self._turn.append(ident)
 
@@ -44,7 +46,7 @@ class Outbox:
 
     def drop(self, ident: int) -> None:
         """Forget the rest of this body."""
-        if self._bodies.pop(ident, None) is not None and self._room.pop(ident):
+        if ident in self._bodies and self._forget(ident):
             self._turn.remove(ident)
 
     def next_chunk(self) -> Data | None:
@@ -56,13 +58,18 @@ class Outbox:
         size = min(CHUNK, self._room[ident], len(body))
         chunk = Data(ident, cast("bytes", body[:size]))  # not copied: msgspec writes any buffer
         if size == len(body):
-            del self._bodies[ident], self._room[ident]
+            self._forget(ident)
             return chunk
         self._bodies[ident] = body[size:]
         self._room[ident] -= size
         if self._room[ident]:
             self._turn.append(ident)
         return chunk
+
+    def _forget(self, ident: int) -> int:
+        """Drop a body; the room it had."""
+        self.held_bytes -= memoryview(self._bodies.pop(ident).obj).nbytes
+        return self._room.pop(ident)
 
 
 class Inbox:

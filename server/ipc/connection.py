@@ -64,6 +64,11 @@ class Connection(asyncio.Protocol, ABC):
         else:
             self._write(frame)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of large bodies that wait here for the peer's credit."""
+        return self._outbox.held_bytes
+
     def drop_body(self, ident: int) -> None:
         """Do not send the rest of this body."""
         self._outbox.drop(ident)

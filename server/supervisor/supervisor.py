@@ -14,6 +14,7 @@ from typing import Any, assert_never
 import msgspec
 import structlog
 
+from model_store.name_table import name_bytes
 from model_store.names import ModelName
 from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
 from server.access_log import AccessLog
@@ -52,6 +53,7 @@ from server.supervisor.runtime_folder import RuntimeFolder
 from server.supervisor.worker_plan import front_cores, plan_workers
 
 SCRAPE_S = 2.0
+MAX_PIN_BYTES = 8 * 1024 * 1024  #: of the names of pinned models
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
 log = structlog.get_logger()
@@ -211,7 +213,12 @@ class Supervisor:
         return {"model": model, "version": await self._ask(self.home(model), LoadModel(model))}
 
     async def pin(self, model: ModelName) -> dict[str, Any]:
-        """Load the model at home and keep it there, also after the worker's death."""
+        """Load the model at home and keep it there, also after the worker's death.
+
+        Raises ControlError with the load's situation, or where too many are pinned.
+        """
+        if sum(map(name_bytes, self.pins)) + name_bytes(model) > MAX_PIN_BYTES:
+            raise ControlError(f"{len(self.pins)} models are pinned already; unpin some", Situation.NO_ROOM)
         version = await self._ask(self.home(model), PinModel(model))
         self.pins.add(model)
         return {"model": model, "version": version, "pinned": True}

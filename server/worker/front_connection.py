@@ -8,18 +8,21 @@ import msgspec
 from server.errors import Refused, Situation
 from server.ipc.bodies import Inbox
 from server.ipc.connection import Connection
-from server.ipc.frames import Cancel, Credit, Data, Request, Response, WireError
+from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 
 
 class FrontConnection(Connection):
-    """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself."""
+    """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself.
 
-    def __init__(self, steps: StepLoop, max_body_bytes: int) -> None:
+    `max_unsent_bytes`: of large answers that wait here for slow clients; further ones are refused as overload.
+    """
+
+    def __init__(self, steps: StepLoop, max_body_bytes: int, max_unsent_bytes: int) -> None:
         super().__init__()
         self._steps = steps
-        self._max_body_bytes = max_body_bytes
+        self._max_body_bytes, self._max_unsent_bytes = max_body_bytes, max_unsent_bytes
         self._inbox = Inbox()
         self._jobs: dict[int, Job] = {}
 
@@ -74,7 +77,11 @@ class FrontConnection(Connection):
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
     def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
-        """Send a job's answer."""
+        """Send a job's answer, or refuse it where slow clients hold too many bytes of others."""
+        if len(body) > CHUNK and self.unsent_bytes + len(body) > self._max_unsent_bytes:
+            message = f"{self.unsent_bytes} bytes of answers wait for slow clients already (max_inflight_bytes)"
+            self.refuse(job, Refused(Situation.OVERLOADED, message))
+            return
         self._respond(job, Situation.OK, content_type, body, queue_s, inference_s)
 
     def refuse(self, job: Job, refused: Refused) -> None:

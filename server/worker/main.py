@@ -111,8 +111,8 @@ async def main(control_fd: int) -> None:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
     loop = asyncio.get_running_loop()
-    limit = largest_body(settings)
-    server = await loop.create_unix_server(lambda: FrontConnection(steps, limit), assignment.socket)
+    limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
+    server = await loop.create_unix_server(lambda: FrontConnection(steps, limit, unsent), assignment.socket)
     member.serve(Management(steps, arrivals).handle)
     await member.released
     server.close()  # the steps stay open: a request may still come while the process ends

@@ -7,7 +7,8 @@ thread.
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -24,6 +25,10 @@ from server.worker.prefetch.prefetcher import Foresight, Result
 from server.worker.resident_models import Residents
 
 MAX_MESSAGE = 2000  #: characters of a failure that are kept
+#: Loads that wait or run. A client may leave at once, so that the queue of requests does not bound them.
+MAX_LOADS = 4096
+#: Bytes of built models that wait for memory, beyond which no further model is built. One is always built.
+MAX_BUILT_BYTES = 256 * 1024 * 1024
 
 log = structlog.get_logger()
 
@@ -60,6 +65,8 @@ class Loads:
         self._cache, self._shelf, self._foresight = residents.cache, residents.shelf, foresight
         self._patience_s, self._now = patience_s, now
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._idle = threads  # loader threads that build nothing
+        self._queued: deque[tuple[ModelName, bool]] = deque()  # loads that wait for one, and whether to revalidate
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
         self.built: deque[tuple[Built, float]] = deque()  # verified models that wait for memory, and since when
@@ -68,6 +75,14 @@ class Loads:
     def __repr__(self) -> str:
         """For example `<Loads 3 under way, 1 waiting for room>`."""
         return f"<Loads {len(self._started)} under way, {len(self.built)} waiting for room>"
+
+    def __len__(self) -> int:
+        return len(self._started)
+
+    @property
+    def are_full(self) -> bool:
+        """Whether no load may begin for a request now."""
+        return len(self._started) >= MAX_LOADS
 
     def ask(self, model: ModelName, *, revalidate: bool) -> asyncio.Future[str]:
         """Load a model for an operator. Resolves with the version that serves, or LoadError.
@@ -91,8 +106,22 @@ class Loads:
         if kept is not None:
             self._queue(kept, now)
             return
-        task = self._threads.submit(timed_build, self._loader, model, revalidate=revalidate)
-        task.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._ended, model, *done.result()))
+        self._queued.append((model, revalidate))
+        self._build_next()
+
+    def _build_next(self) -> None:
+        """Start builds on idle loader threads, unless the models that are built already hold enough memory."""
+        held = sum(built.charge for built, _ in self.built)
+        while self._queued and self._idle and held <= MAX_BUILT_BYTES:
+            model, revalidate = self._queued.popleft()
+            self._idle -= 1
+            task = self._threads.submit(timed_build, self._loader, model, revalidate=revalidate)
+            task.add_done_callback(partial(self._pass_on, model))
+
+    def _pass_on(self, model: ModelName, done: "Future[tuple[Built | LoadError, float]]") -> None:
+        """Runs on the loader thread, or on any that cancels."""
+        if not done.cancelled():
+            self._loop.call_soon_threadsafe(self._ended, model, *done.result())
 
     def look_ahead(self) -> None:
         """Start prefetches of models that are expected to be requested, as far as the prefetcher allows now."""
@@ -104,12 +133,20 @@ class Loads:
 
     def close(self) -> None:
         """Start no more loads."""
+        self._queued.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- built ------------------------------------------------------------------------------------------------------
 
     def _ended(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
         """Take the result of a loader thread."""
+        self._idle += 1
+        try:
+            self._take(model, built, seconds)
+        finally:
+            self._build_next()
+
+    def _take(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
         if isinstance(built, StoreUnavailable) and (kept := self._shelf.take(model, stale=True)) is not None:
             log.warning("store_unavailable_serving_stale", model=model, version=kept.version, error=str(built))
             self._queue(kept, self._now())
@@ -147,6 +184,7 @@ class Loads:
             now = self._now()
             if self._unchanged(built):
                 self.built.popleft()
+                self._build_next()
                 continue
             spare = () if self._foresight is None else self._foresight.rhythms
             placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
@@ -162,6 +200,7 @@ class Loads:
                 continue
             self.built.popleft()
             self._decided(built, placement, now)
+            self._build_next()
         return changed
 
     def _decided(self, built: Built, placement: Placement, now: float) -> None:

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import msgspec
 import structlog
 import torch
 
 from handlers.codecs.codec import Encoded
 from handlers.errors import Overran, RequestError, RunFailed
 from handlers.kinds import RowModel, SingleModel
-from model_store.cache.cache import Cache, Failure
+from model_store.cache.cache import Cache, Failure, Load
 from model_store.cache.slots import Slot
 from model_store.errors import LoadError
 from model_store.names import ModelName
@@ -124,9 +125,14 @@ class StepLoop:
         """Cancel a job whose client has left. It is skipped in its batch, where its lease ends."""
         if self._scheduler.finish(job):
             self._record(job, LOST)
+        job.request = msgspec.structs.replace(job.request, body=b"")  # the job itself may be queued for long
 
     def _await_model(self, job: Job, now: float) -> None:
         wanted = self._cache.want(job.model, now)
+        if isinstance(wanted, Load) and self._loads.are_full:
+            self._cache.dismiss(job.model)
+            self._refuse(job, Refused(Situation.OVERLOADED, f"{len(self._loads)} models are being loaded already"))
+            return
         if isinstance(wanted, Failure):
             self._refuse(job, Refused(situation_of(wanted.error), wanted.error.public))
             return

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.http_listener import MAX_HEAD, SMALL, OneWrite, listener
+from server.http_listener import MAX_HEAD, MAX_PIPELINED, SMALL, OneWrite, listener
 from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
@@ -279,6 +279,12 @@ def test_requests_before_a_faulty_one_are_answered_first(bad: bytes) -> None:
     assert said.startswith(b"HTTP/1.1 200 ")
     assert b"GET /first 0;" in said
     assert app.bodies == [b""]
+
+
+def test_pipelined_requests_are_bounded() -> None:
+    """Of 2,000 requests in one write the first few are answered, then the connection is closed: no more are held."""
+    said, app = exchange(b"GET /p HTTP/1.1\r\nHost: x\r\n\r\n" * 2000)
+    assert said.count(b"GET /p 0;") == len(app.bodies) == MAX_PIPELINED + 1
 
 
 def test_http_1_0_needs_no_host() -> None:

@@ -8,8 +8,9 @@ once, on the first archive's numbers and on others near them. Where they are not
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from hashlib import sha256
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -167,10 +168,20 @@ class GraphModule(nn.Module):
         return torch.cat([program.run(row[None], fixed) for row in x])
 
 
-@lru_cache(maxsize=256)
+_families: "WeakValueDictionary[bytes, GraphFamily]" = WeakValueDictionary()
+
+
 def graph_family(raw: bytes) -> GraphFamily:
-    """The family of a `graph.json`: the same object for the same bytes. Raises ArchiveInvalid that names the place."""
-    return GraphFamily(parse_graph(raw))
+    """The family of a `graph.json`: the same object for the same bytes, for as long as it is in use.
+
+    A graph has up to 4 MiB: those that no model has any more must not stay in memory. Raises ArchiveInvalid that names
+    the place.
+    """
+    key = sha256(raw).digest()
+    family = _families.get(key)
+    if family is None:  # of two threads that get here at once, both get the first one's
+        family = _families.setdefault(key, GraphFamily(parse_graph(raw)))
+    return family
 
 
 @contextmanager

@@ -18,9 +18,11 @@ from heapq import heapify, heappop, heappush, merge
 from itertools import count
 from math import inf
 
+from model_store.name_table import NameTable
 from model_store.names import ModelName
 
-MAX_GHOSTS = 10_000
+MAX_GHOSTS, MAX_GHOST_BYTES = 10_000, 16 * 1024 * 1024  #: models that left whose rhythm is known
+RHYTHM_BYTES = 384  #: of one rhythm
 WINDOW = 32  #: one member in so many was requested so recently that more requests belong to the same visit
 GAIN = 0.125  #: weight of the newest gap in the means; while there were fewer gaps than 1 / GAIN, one divided by them
 SLACK = 2.5  #: deviations after which a model counts as late
@@ -88,7 +90,7 @@ class Due:
         self._groups: dict[str | None, _Group] = {}
         self._group: dict[ModelName, str | None] = {}
         self._rhythms: dict[ModelName, _Rhythm] = {}
-        self._ghosts: OrderedDict[ModelName, _Rhythm] = OrderedDict()
+        self._ghosts: NameTable[_Rhythm] = NameTable(MAX_GHOST_BYTES, value_bytes=RHYTHM_BYTES)
 
     def __repr__(self) -> str:
         return f"<Due of {len(self._group)}, {len(self._ghosts)} ghosts>"
@@ -97,7 +99,7 @@ class Due:
         """Record a visit if there was a request. An unknown model's first gap is all the time that is remembered."""
         if asked:
             self._count(now)
-        rhythm = self._ghosts.pop(model, None)
+        rhythm = self._ghosts.pop(model)
         if rhythm is None:
             due = self._now + self._horizon()
             rhythm = _Rhythm(self._now, due, due)
@@ -134,10 +136,11 @@ class Due:
         members.window.pop(model, None)
         if not members.size:
             del self._groups[group]
-        self._ghosts[model] = self._rhythms.pop(model)
+        forgotten = self._ghosts.put(model, self._rhythms.pop(model))
         if len(self._ghosts) > MAX_GHOSTS:
-            _, forgotten = self._ghosts.popitem(last=False)
-            self._since = max(self._since, forgotten.began)
+            forgotten.append(self._ghosts.pop_oldest())
+        for rhythm in forgotten:
+            self._since = max(self._since, rhythm.began)
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
         """The model whose next request is furthest away first; models that were just requested last."""

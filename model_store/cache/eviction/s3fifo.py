@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 
+from model_store.name_table import NameTable
 from model_store.names import ModelName
 
 SMALL = 10  #: the small queue holds one model in so many
 MOST_USES = 3
-MAX_GHOSTS = 10_000
+MAX_GHOST_BYTES = 8 * 1024 * 1024  #: of the names of models that left
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class S3Fifo:
         self._clock = 0
         self._queues: dict[str | None, _Queues] = {}
         self._here: dict[ModelName, tuple[str | None, int]] = {}  # group, clock of the last use
-        self._ghosts: OrderedDict[ModelName, None] = OrderedDict()
+        self._ghosts: NameTable[None] = NameTable(MAX_GHOST_BYTES)
 
     def __repr__(self) -> str:
         return f"<S3Fifo of {len(self._here)}, {len(self._ghosts)} ghosts>"
@@ -64,7 +65,7 @@ class S3Fifo:
         self._here[model] = group, self._clock - len(self._here)  # for `worth`: as if used once a round
         queues = self._queues.setdefault(group, _Queues())
         known = model in self._ghosts
-        self._ghosts.pop(model, None)
+        self._ghosts.pop(model)
         (queues.main if known else queues.small)[model] = 0
 
     def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
@@ -86,12 +87,12 @@ class S3Fifo:
         group, _ = self._here.pop(model)
         queues = self._queues[group]
         if model in queues.small:
-            self._ghosts[model] = None
+            self._ghosts.put(model, None)
         del queues.part(model)[model]
         if not (queues.small or queues.main):
             del self._queues[group]
-        while len(self._ghosts) > min(MAX_GHOSTS, len(self._here) + 1):
-            self._ghosts.popitem(last=False)
+        while len(self._ghosts) > len(self._here) + 1:
+            self._ghosts.pop_oldest()
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
         """Oldest first, of the queue whose turn it is, then of the other."""

@@ -6,6 +6,8 @@ the correlation that the call names turns these into everybody's samples.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+from typing import Any
 
 import msgspec
 
@@ -19,6 +21,7 @@ from server.front.raw_json import split_fields
 from server.settings import Settings
 
 MAX_ITEMS = 10_000
+MAX_CONFIGURATION_BYTES = 256 * 1024  #: its fields become objects in a joint call, some hundred bytes each
 OK, TOO_MANY = 200, 429
 
 #: The status of a call that fails as a whole, and the one that an item is counted with.
@@ -49,8 +52,19 @@ STATUS: Mapping[Situation, int] = {
 RETRY_AFTER = (Situation.STORE_FAILED, Situation.OVERLOADED, Situation.NOT_READY, Situation.WORKER_LOST)
 
 
+#: The items, as a record of so many optional fields: msgspec refuses an array with one more at that place. A list would
+#: be built before its length is checked, and 64 MiB of `[1,1,1]` would become gigabytes of objects.
+_Items: Any = msgspec.defstruct(
+    "_Items",
+    [(f"item{i}", msgspec.Raw, msgspec.Raw()) for i in range(MAX_ITEMS)],
+    array_like=True,
+    forbid_unknown_fields=True,
+)
+_TOO_MANY_ITEMS = "Expected `array` of at most length"  #: how msgspec begins to say so
+
+
 class _Body(msgspec.Struct):
-    requests: list[msgspec.Raw]
+    requests: _Items
     configuration: msgspec.Raw = msgspec.Raw(b"{}")
 
 
@@ -100,7 +114,10 @@ class Forecasts:
         """All predictions in order; with `joint` and `Accept: application/x-npy`, their samples as one array."""
         del operation
         call = parse_call(request.body)
-        fan_out = FanOut(plane, call, self._limit, request.deadline, request.client_gone)
+        with FanOut(plane, call, self._limit, request.deadline, request.client_gone) as fan_out:
+            return await self._answer(call, fan_out, request)
+
+    async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: Request) -> Reply:
         found = await fan_out.infer()
         counted, stats = self.statuses(found), summarise(found)
         if call.joint is not None and any(isinstance(each, Prediction) for each in found):
@@ -129,13 +146,19 @@ def parse_call(body: bytes) -> MultiModelCall:
     try:
         call = _BODY.decode(body)
         joint = _CONFIGURATION.decode(call.configuration).joint
+        size = len(memoryview(call.configuration))
+        if joint and size > MAX_CONFIGURATION_BYTES:
+            message = f"the configuration has {size} bytes, more than {MAX_CONFIGURATION_BYTES} of a joint call"
+            raise Refused(Situation.TOO_LARGE, message, field="configuration")
         wanted = _JOINT_CONFIGURATION.decode(call.configuration) if joint else None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        if str(error).startswith(_TOO_MANY_ITEMS):
+            raise _wrong_count("more") from None
         raise Refused(Situation.BAD_REQUEST, f"not a call for forecasts: {error}") from None
-    if not 1 <= len(call.requests) <= MAX_ITEMS:
-        message = f"a call has 1 to {MAX_ITEMS} requests, not {len(call.requests)}"
-        raise Refused(Situation.BAD_REQUEST, message, field="requests")
-    items = [_parse_item(raw) for raw in call.requests]
+    requests = takewhile(memoryview, msgspec.structs.astuple(call.requests))  # those that were not sent are empty
+    items = [_parse_item(raw) for raw in requests]
+    if not items:
+        raise _wrong_count("0")
     if wanted is None:
         return MultiModelCall(items, bytes(call.configuration), None, len(body))
     fields = split_fields(call.configuration)
@@ -157,6 +180,10 @@ def _parse_joint(wanted: _JointConfiguration, fields: Mapping[str, msgspec.Raw])
     except InvalidModelName as error:
         raise Refused(Situation.BAD_NAME, str(error), field="configuration.correlation") from None
     return Joint(name, {field: fields[field] for field in _DRAWN if field in fields})
+
+
+def _wrong_count(found: str) -> Refused:
+    return Refused(Situation.BAD_REQUEST, f"a call has 1 to {MAX_ITEMS} requests, not {found}", field="requests")
 
 
 def _parse_item(raw: msgspec.Raw) -> Item | Refused:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from model_store.name_table import NameTable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
@@ -15,7 +16,7 @@ from server.front.exchange import Headers, Limit, Operation, Reply, Request, wro
 from server.settings import Settings
 
 TOO_MANY = 429
-MAX_NAMES = 50_000
+MAX_NAME_BYTES = 8 * 1024 * 1024  #: of checked names that are remembered; clients can make them up
 MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
 _ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
 _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
@@ -72,7 +73,7 @@ class SageMaker:
         self._invoke = Operation("invoke", Limit(int(settings.max_body_bytes), "max_body_bytes"))
         too_many = settings.overload_status == TOO_MANY
         self._errors = {**ERRORS, Situation.OVERLOADED: _OVERLOADED_AS_429} if too_many else ERRORS
-        self._names: dict[bytes, ModelName] = {}
+        self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
 
     def match(self, method: str, path: str) -> Operation | None:
         """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`."""
@@ -122,9 +123,7 @@ class SageMaker:
             raise Refused(Situation.BAD_NAME, message) from None
         except InvalidModelName as error:
             raise Refused(Situation.BAD_NAME, f"{contract.HEADER_TARGET_MODEL}: {error}") from error
-        if len(self._names) >= MAX_NAMES:
-            self._names.clear()
-        self._names[raw] = name
+        self._names.put(raw, name)
         return name
 
 

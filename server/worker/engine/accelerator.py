@@ -19,6 +19,8 @@ from server.worker.engine.device import Device, Event
 from server.worker.engine.memory_pool import ALIGN_BYTES
 
 STAGING_BYTES = 256 * 1024 * 1024  #: most bytes of the rows of one forward
+#: Bytes of staging of all families together, beyond which the least recently used family's is freed.
+MAX_STAGING_BYTES = 1024 * 1024 * 1024
 LANES = 2  #: forwards in flight: the host fills the inputs of the second one while the first runs
 EAGER_RUNS = 3  #: runs of a family and bucket before a graph is captured
 MAX_GRAPHS = 64
@@ -127,6 +129,7 @@ class DeviceStaging:
         self.x = device.memory(self.capacity, *family.input_shape)
         self.index = device.memory(self.capacity, dtype=torch.int64)
         self.lanes = [Lane(family, self.capacity, device) for _ in range(LANES)]
+        self.nbytes = self.rows.nbytes + self.x.nbytes
         self._device, self._bf16 = device, bf16
         self._forwards: dict[int, Callable[[], torch.Tensor]] = {}
         device.launch(self.x.zero_)  # so that padding rows read finite numbers from the first step on
@@ -186,7 +189,7 @@ class DeviceEngine:
     def __init__(self, pool: DevicePool, max_rows: int, *, bf16: bool = False) -> None:
         self.pool = pool
         self._device, self._max_rows, self._bf16 = pool.device, max_rows, bf16
-        self._staging: dict[str, DeviceStaging] = {}
+        self._staging: OrderedDict[str, DeviceStaging] = OrderedDict()  # the least recently used first
         self._graphs: OrderedDict[tuple[str, int], Callable[[], torch.Tensor]] = OrderedDict()
         self._runs: Counter[tuple[str, int]] = Counter()
 
@@ -240,6 +243,8 @@ class DeviceEngine:
         if staging is None:
             staging = DeviceStaging(family, self._max_rows, self._device, bf16=self._bf16)
             self._staging[family.key] = staging
+            self._forget_families()
+        self._staging.move_to_end(family.key)
         flying: deque[tuple[Lane, Float32]] = deque()
         at = 0
         for i, (starts, pieces) in enumerate(staging.cuts(offsets, parts)):
@@ -252,6 +257,19 @@ class DeviceEngine:
             at += len(starts)
         for lane, target in flying:
             lane.take(target)
+
+    def _forget_families(self) -> None:
+        """Free the staging of families that have not run for long, with the graphs that read it; not the newest's.
+
+        No forward of another family is in flight: `run` returns only when its own are done.
+        """
+        held = sum(staging.nbytes for staging in self._staging.values())
+        while held > MAX_STAGING_BYTES and len(self._staging) > 1:
+            gone, staging = self._staging.popitem(last=False)
+            held -= staging.nbytes
+            for runs in (self._graphs, self._runs):
+                for key in [key for key in runs if key[0] == gone]:
+                    del runs[key]
 
     def _launch(self, staging: DeviceStaging, lane: Lane, offsets: Sequence[int], parts: Sequence[Float32]) -> None:
         """Launch one forward: copy inputs in, gather rows, run, copy answers out."""

@@ -29,6 +29,10 @@ CPU_INPUT_BYTES = 8 * 1024 * 1024  #: of one forward's inputs, and of what a bin
 #: place; it takes two thirds of the time of a single 1.8 MB `mlp`.
 BOUND_ROWS = 1024
 BOUND_BYTES = 64 * 1024 * 1024  #: of scratch in a family's bindings, and in all of rows in place
+#: Bytes of staging of all families together, beyond which the least recently used family's is freed; and families whose
+#: measured times are kept. An archive's author chooses its family, so that there can be any number of them.
+MAX_STAGING_BYTES, MAX_LEARNING = 256 * 1024 * 1024, 1024
+VIEWS_BYTES = 16 * 1024  #: of one row of staging, in parameter views and scratch memory bound to it, about
 
 LEARN_S = 0.002  #: seconds that the step thread measures paths at a time
 
@@ -53,6 +57,7 @@ class Staging:
         self._same: dict[int, Binding] = {}
         self._scratch_bytes = 4 * work.scratch  # of a row in a binding
         self._kept_bytes = 0  # of scratch in both
+        self.nbytes = self._rows.nbytes + self._host.nbytes + VIEWS_BYTES * (self.capacity + MOST_ROWS)
 
     def __repr__(self) -> str:
         """For example `<Staging tcn-4f1c2a9b, 64 rows>`."""
@@ -97,10 +102,10 @@ class Engine:
     def __init__(self, pool: Pool, max_rows: int) -> None:
         self.pool = pool
         self._max_rows = max_rows
-        self._staging: dict[str, Staging] = {}
+        self._staging: OrderedDict[str, Staging] = OrderedDict()  # the least recently used first
         self._in_place: OrderedDict[tuple[str, int, int], tuple[Sequence[torch.Tensor], float]] = OrderedDict()
         self._in_place_rows = 0.0  # a row counts as more than one where its scratch is large
-        self._learning: dict[str, Learning] = {}
+        self._learning: OrderedDict[str, Learning] = OrderedDict()
 
     def __repr__(self) -> str:
         """For example `<Engine <Pool 512.0 MB on cpu>, 2 families>`."""
@@ -132,7 +137,7 @@ class Engine:
         been evicted since.
         """
         until = time.perf_counter() + LEARN_S
-        for key, learning in self._learning.items():
+        for key, learning in list(self._learning.items()):
             while key in self._staging and (forward := learning.next()) is not None:
                 (path, size), offsets = forward
                 x = np.zeros((size, *self._staging[key].family.input_shape), np.float32)
@@ -219,7 +224,19 @@ class Engine:
         if staging is None:
             staging = self._staging[family.key] = Staging(family, self._max_rows, self.pool.device)
             self._learning.setdefault(family.key, Learning(family.row_floats * 4))
+            self._forget_families()
+        self._staging.move_to_end(family.key)
+        self._learning.move_to_end(family.key)
         return staging
+
+    def _forget_families(self) -> None:
+        """Free the staging of families that have not run for long, but not that of the newest."""
+        held = sum(staging.nbytes for staging in self._staging.values())
+        while held > MAX_STAGING_BYTES and len(self._staging) > 1:
+            _, gone = self._staging.popitem(last=False)
+            held -= gone.nbytes
+        while len(self._learning) > MAX_LEARNING:
+            self._learning.popitem(last=False)
 
     @staticmethod
     def _most(staging: Staging, path: Path) -> int:

@@ -13,8 +13,9 @@ If no request comes at a tick, the rhythm keeps its period and loses trust; afte
 forgotten. A model is expected from a quarter of its period before it is due, at most MAX_LEAD_S before.
 
 Costs: a request takes O(1), two or three microseconds, and at most HISTORY / 3 comparisons more when a stranger's visit
-starts; passing time takes O(1) for each tick of a model. Memory is bounded for any number of names, at some 40 MB: of
-MAX_STRANGERS strangers the least recently requested is forgotten first; beyond MAX_RHYTHMS rhythms none is learnt.
+starts; passing time takes O(1) for each tick of a model. Memory is bounded for any names, which clients can make up:
+beyond MAX_STRANGER_BYTES the least recently requested stranger is forgotten first; beyond MAX_RHYTHM_BYTES no rhythm is
+learnt.
 
 Not learnt: a period below QUIET_S; a model with more than four other visits between two ticks (it stays cached anyway);
 and if the first rhythm has twice the true period, it stays so until it is missed.
@@ -22,11 +23,11 @@ and if the first rhythm has twice the true period, it stays so until it is misse
 
 from array import array
 from bisect import bisect_left
-from collections import OrderedDict
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from model_store.name_table import NameTable, name_bytes
 from model_store.names import ModelName
 
 HISTORY = 16
@@ -35,7 +36,8 @@ TOLERANCE, MAX_TOLERANCE_S = 1 / 24, 30.0
 LEAD, MAX_LEAD_S = 1 / 4, 60.0
 PHASE_GAIN, PERIOD_GAIN = 0.4, 0.1
 TRUST, MOST_TRUST = 2, 4  #: trust of a new rhythm, which predictions need at least; the most, in ticks it may miss
-MAX_STRANGERS, MAX_RHYTHMS = 50_000, 100_000
+MAX_STRANGER_BYTES, MAX_RHYTHM_BYTES = 24 * 1024 * 1024, 64 * 1024 * 1024
+VISITS_BYTES, RHYTHM_BYTES = 384, 640  #: of one stranger beside its name; of one rhythm and its place in the calendar
 BUCKET_S = 0.05  #: resolution of time
 
 
@@ -89,8 +91,10 @@ class Rhythms:
     """The rhythms of all models. `model in rhythms`: a request is expected about now and has not come yet."""
 
     def __init__(self) -> None:
-        self._strangers: OrderedDict[ModelName, _Visits] = OrderedDict()  # least recently requested first
+        #: least recently requested first
+        self._strangers: NameTable[_Visits] = NameTable(MAX_STRANGER_BYTES, VISITS_BYTES)
         self._rhythms: dict[ModelName, _Rhythm] = {}
+        self._rhythm_bytes = 0
         self._calendar: dict[int, list[ModelName]] = {}  # by bucket; void unless the model's rhythm names that bucket
         self._buckets: list[int] = []  # the calendar's keys, a heap
         self._done = -1  # the last bucket that was examined
@@ -145,6 +149,7 @@ class Rhythms:
             rhythm.miss()
         if not rhythm.trust:
             del self._rhythms[model]
+            self._rhythm_bytes -= RHYTHM_BYTES + name_bytes(model)
             return
         if not rhythm.near and _opens(rhythm) <= now:
             rhythm.near = True
@@ -165,19 +170,19 @@ class Rhythms:
         """Record a stranger's request; it may complete a rhythm."""
         visits = self._strangers.get(model)
         if visits is None:
-            self._strangers[model] = _Visits(array("d", (now,)), now)
-            if len(self._strangers) > MAX_STRANGERS:
-                self._strangers.popitem(last=False)
+            self._strangers.put(model, _Visits(array("d", (now,)), now))
             return
-        self._strangers.move_to_end(model)
+        self._strangers.touch(model)
         quiet, visits.last = now - visits.last >= QUIET_S, now
         if not quiet:
             return
         visits.began.append(now)
         del visits.began[:-HISTORY]
         period = _in_step(visits.began)
-        if period is not None and len(self._rhythms) < MAX_RHYTHMS:
-            del self._strangers[model]
+        size = RHYTHM_BYTES + name_bytes(model)
+        if period is not None and self._rhythm_bytes + size <= MAX_RHYTHM_BYTES:
+            self._strangers.pop(model)
+            self._rhythm_bytes += size
             rhythm = self._rhythms[model] = _Rhythm(period, now + period)
             self._file(model, rhythm, _opens(rhythm))
 

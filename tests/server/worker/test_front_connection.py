@@ -30,6 +30,7 @@ from server.worker.scheduler import Job
 from server.worker.step_loop import Origin, StepLoop
 
 LIMIT = 10 * CHUNK
+UNSENT = 300_000
 
 
 class EchoSteps:
@@ -96,7 +97,7 @@ async def connect(steps: EchoSteps) -> tuple[FrontConnection, socket.socket]:
     theirs.setblocking(False)
     loop = asyncio.get_running_loop()
     fake = cast("StepLoop", steps)
-    _, connection = await loop.connect_accepted_socket(lambda: FrontConnection(fake, LIMIT), ours)
+    _, connection = await loop.connect_accepted_socket(lambda: FrontConnection(fake, LIMIT, UNSENT), ours)
     return connection, theirs
 
 

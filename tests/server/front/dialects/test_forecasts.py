@@ -69,7 +69,7 @@ def test_no_body_breaks_the_slicing(body: bytes) -> None:
         (b'{"requests": []}', f"a call has 1 to {MAX_ITEMS} requests, not 0", "requests"),
         (
             b'{"requests": [' + b"{}," * MAX_ITEMS + b"{}]}",
-            f"1 to {MAX_ITEMS} requests, not {MAX_ITEMS + 1}",
+            f"1 to {MAX_ITEMS} requests, not more",
             "requests",
         ),
         (b'{"requests": [{}], "configuration": 1}', "Expected `object`, got `int`", None),

@@ -174,19 +174,21 @@ def test_a_model_that_is_always_asked_has_no_rhythm() -> None:
 
 def test_memory_is_bounded_whatever_names_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million strangers do not stay, rhythms end at their own bound, and the calendar has no more than they need."""
-    monkeypatch.setattr(prefetch, "MAX_STRANGERS", 1000)
-    monkeypatch.setattr(prefetch, "MAX_RHYTHMS", 100)
+    monkeypatch.setattr(prefetch, "MAX_STRANGER_BYTES", 700_000)
+    monkeypatch.setattr(prefetch, "MAX_RHYTHM_BYTES", 64_500)
     rhythms = Rhythms()
     for i in range(100_000):
         rhythms.note(ModelName(f"once/{i}"), i * 1e-3)
-    assert repr(rhythms) == "<Rhythms of 0 models, 1000 strangers>"
+    assert 1000 <= len(rhythms._strangers) <= 1200
+    assert rhythms._strangers.used_bytes <= 700_000
     for k in range(1, 30):
         for step in range(60):
             rhythms.due(1000 + 3.0 * k - 3 + step * STEP_S)
         for model in names("a", 500):
             rhythms.note(model, 1000 + 3.0 * k)
-    assert len(rhythms) == 100
-    assert len(rhythms._strangers) <= 1000
+    assert 90 <= len(rhythms) <= 100
+    assert rhythms._rhythm_bytes <= 64_500
+    assert rhythms._strangers.used_bytes <= 700_000
     assert sum(map(len, rhythms._calendar.values())) <= 2 * len(rhythms)
 
 
