@@ -35,6 +35,7 @@ def response(cache: wire.CacheResult = wire.CacheResult.HIT, **times: int) -> wi
     return wire.Response(1, 0, cache, wire.Tier.DISK, "v", "application/json", **took, body_bytes=0, body=b"")
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.text(), VALUES), min_size=1, max_size=8), st.dictionaries(st.text(), VALUES))
 def test_an_item_is_the_one_instance_of_its_request(items: list[dict[str, Any]], configuration: dict[str, Any]) -> None:
     """Whatever fields it has, in whatever spelling: the model's request holds the very item and configuration."""
