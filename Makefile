@@ -55,7 +55,7 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 	@for program in $(SWIFT); do command -v $$program >/dev/null || \
 	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
 	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
-	  tests/model_store/test_sources.py tests/model_store/test_store.py $(STORE_TESTS) $(ARGS)
+	  tests/model_store/stores $(STORE_TESTS) $(ARGS)
 
 check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
@@ -74,8 +74,8 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
-docs: $(READY) ## the README's table of settings
-	$(BIN)/python -m server.cli settings-table README.md
+docs: $(READY) ## the README's tables of settings, metrics and architectures
+	$(BIN)/fleetcast settings-table README.md
 
 bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)

@@ -1,7 +1,7 @@
 # Fleetcast for CPUs. Built from the repository's root:
 #   docker build -f docker/cpu.Dockerfile -t fleetcast:0.1.0 .
 # Add --build-arg TORCH_INDEX=URL with PyTorch's index of CPU wheels for an image without the CUDA libraries.
-# Run: docker run -p 8080:8080 -p 127.0.0.1:8081:8081 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0 serve
+# Run: docker run -p 127.0.0.1:8080:8080 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0 serve
 
 FROM python:3.11.14-slim-bookworm AS build
 ARG TORCH_INDEX=""
@@ -17,11 +17,13 @@ RUN /opt/fleetcast/bin/pip install --no-cache-dir '.[cpu]'
 
 FROM python:3.11.14-slim-bookworm
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
-    install -d -o fleetcast /var/lib/fleetcast/cache
+    install -d -o fleetcast /var/lib/fleetcast/cache /var/lib/fleetcast/access
 COPY --from=build /opt/fleetcast /opt/fleetcast
 USER 10001
 WORKDIR /var/lib/fleetcast
-# Inside a container the listeners must be reachable from outside it; what is published is decided by `docker run -p`.
+# The inference listener must be reachable from outside the container; `docker run -p` decides what is published. The
+# management and metrics listeners stay on the container's loopback until FLEETCAST_MANAGEMENT_HOST and
+# FLEETCAST_METRICS_HOST name an address and FLEETCAST_TOKENS a file (see docker/compose.yaml).
 ENV PATH=/opt/fleetcast/bin:$PATH \
     FLEETCAST_HOST=0.0.0.0 \
     FLEETCAST_DISK_CACHE=/var/lib/fleetcast/cache

@@ -1,7 +1,7 @@
 # Fleetcast for NVIDIA GPUs. Built from the repository's root:
 #   docker build -f docker/cuda.Dockerfile -t fleetcast:0.1.0-cuda .
 # The CUDA libraries come with the wheels of torch and onnxruntime-gpu; the host needs the NVIDIA container toolkit.
-# Run: docker run --gpus all -p 8080:8080 -p 127.0.0.1:8081:8081 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0-cuda serve
+# Run: docker run --gpus all -p 127.0.0.1:8080:8080 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0-cuda serve
 
 FROM python:3.11.14-slim-bookworm AS build
 RUN python -m venv /opt/fleetcast && \
@@ -16,11 +16,13 @@ RUN /opt/fleetcast/bin/pip install --no-cache-dir '.[cuda]'
 
 FROM python:3.11.14-slim-bookworm
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
-    install -d -o fleetcast /var/lib/fleetcast/cache
+    install -d -o fleetcast /var/lib/fleetcast/cache /var/lib/fleetcast/access
 COPY --from=build /opt/fleetcast /opt/fleetcast
 USER 10001
 WORKDIR /var/lib/fleetcast
-# Inside a container the listeners must be reachable from outside it; what is published is decided by `docker run -p`.
+# The inference listener must be reachable from outside the container; `docker run -p` decides what is published. The
+# management and metrics listeners stay on the container's loopback until FLEETCAST_MANAGEMENT_HOST and
+# FLEETCAST_METRICS_HOST name an address and FLEETCAST_TOKENS a file (see docker/compose.yaml).
 ENV PATH=/opt/fleetcast/bin:$PATH \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

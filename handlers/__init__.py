@@ -1,1 +1,1 @@
-"""What an archive may be: forecaster networks in batched form, the ONNX runner, request codecs."""
+"""What an archive may be, from the bytes of a request to the bytes of its answer: kinds, networks, codecs, training."""

@@ -22,3 +22,7 @@ class UnsupportedMedia(RequestError):
 
 class RunFailed(Exception):
     """The model itself failed (424): a non-finite output, an output of the wrong shape, an error of its runtime."""
+
+
+class Overran(RunFailed):
+    """The model's run took longer than a run may, and was ended or came to its end too late."""

@@ -1,4 +1,4 @@
-"""Whether an answer is the one its golden sample expects, and where not. Pure."""
+"""Compares an answer with the one that a golden sample expects, and names the first difference. Pure."""
 
 from textwrap import shorten
 

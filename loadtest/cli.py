@@ -1,8 +1,8 @@
-"""How a fleet stands a load: tail latency, hit ratio, load times, memory. A client's view of a server.
+"""Measure a server under load: tail latency, hit ratio, load times, memory. The load tester is a client of the server.
 
-A fleet and a server of its own:   fleetcast-load run
+A fleet and a server of its own:     fleetcast-load run
 Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
-A server that runs:   fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
+A server that runs:                  fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
 """
 
 import sys
@@ -16,19 +16,19 @@ import urllib3
 from rich.console import Console
 
 from loadtest import cli_groups, record
-from loadtest.driver import run as trial
+from loadtest.driver import run as load_run
 from loadtest.driver import summary
-from loadtest.driver.dialects import DIALECTS, Body
+from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.open_loop import Forbidden
-from loadtest.driver.profiles import Load, Shape, make_profile, ramp
-from loadtest.driver.trace import Trace, read_trace, trace_of, write_trace
+from loadtest.driver.profiles import Load, Shape, list_ramp_rates, make_profile
+from loadtest.driver.trace import Trace, make_trace, read_trace, write_trace
 from loadtest.fleets import fleet
 from loadtest.observe.local_server import LocalServer
 from loadtest.plan import cli as command
-from loadtest.report import page
-from loadtest.report import write as write_report
+from loadtest.report import render_page, write_report
 from model_store.errors import LoadError
 from model_store.names import ModelName
+from server.contract import PING_PATH
 
 EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
@@ -46,67 +46,80 @@ def _flag(panel: str, text: str, *names: str, **more: Any) -> Any:
 def run(
     *,
     profile: Annotated[Shape, _flag(LOAD, SHAPES)] = Shape.POISSON,
-    rate: Annotated[float | None, _flag(LOAD, "requests a second; else 200")] = None,
-    seconds: Annotated[float, _flag(LOAD, "how long")] = 15.0,
+    rate: Annotated[float | None, _flag(LOAD, "requests per second; default 200")] = None,
+    seconds: Annotated[float, _flag(LOAD, "duration of the measured load")] = 15.0,
     warmup: Annotated[
-        float | None, _flag(LOAD, "seconds of the same load before, not measured; else 5, none before a replay")
+        float | None, _flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
     ] = None,
-    zipf: Annotated[float | None, _flag(LOAD, "popularity of rank r is 1 / r to this power; else 1")] = None,
-    drift_s: Annotated[float | None, _flag(LOAD, "models trade ranks every so many seconds; else never")] = None,
-    drift_share: Annotated[float | None, _flag(LOAD, "how many of them; else 0.1")] = None,
-    day_s: Annotated[float | None, _flag(LOAD, "diurnal: seconds of a day; else 60")] = None,
-    trough: Annotated[float | None, _flag(LOAD, "diurnal: the night's rate in noon's; else 0.2")] = None,
-    every_s: Annotated[float | None, _flag(LOAD, "tick: seconds from one to the next; else 5")] = None,
-    spread_s: Annotated[float | None, _flag(LOAD, "tick: seconds within which all are asked; else 1")] = None,
-    shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order every time", "--shuffled")] = None,
-    newcomers: Annotated[int | None, _flag(LOAD, "onboarding: models that are new; else 100")] = None,
-    at_s: Annotated[float | None, _flag(LOAD, "onboarding: when they come; else 5")] = None,
-    trace: Annotated[Path | None, _flag(LOAD, "replay: the recording, or an access log's folder", exists=True)] = None,
-    speed: Annotated[float | None, _flag(LOAD, "replay: times as fast; else 1")] = None,
-    start_s: Annotated[float | None, _flag(LOAD, "replay: from this second of it on; else its first")] = None,
-    ramp_to: Annotated[float | None, _flag(LOAD, "rates from --rate up to this one until one is too much")] = None,
-    ramp_factor: Annotated[float, _flag(LOAD, "from one rate of a ramp to the next")] = 1.5,
+    zipf: Annotated[float | None, _flag(LOAD, "exponent of the Zipf popularity of models; default 1")] = None,
+    drift_s: Annotated[
+        float | None, _flag(LOAD, "seconds after which some models exchange ranks; default never")
+    ] = None,
+    drift_share: Annotated[float | None, _flag(LOAD, "share of the models that exchange ranks; default 0.1")] = None,
+    day_s: Annotated[float | None, _flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
+    trough: Annotated[float | None, _flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")] = None,
+    every_s: Annotated[float | None, _flag(LOAD, "tick: seconds between ticks; default 5")] = None,
+    spread_s: Annotated[float | None, _flag(LOAD, "tick: seconds that its requests are spread over; default 1")] = None,
+    shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order in every tick", "--shuffled")] = None,
+    newcomers: Annotated[int | None, _flag(LOAD, "onboarding: number of new models; default 100")] = None,
+    at_s: Annotated[float | None, _flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
+    trace: Annotated[
+        Path | None, _flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
+    ] = None,
+    speed: Annotated[float | None, _flag(LOAD, "replay: speed factor; default 1")] = None,
+    start_s: Annotated[
+        float | None, _flag(LOAD, "replay: second of the trace to start from; default its first")
+    ] = None,
+    ramp_to: Annotated[
+        float | None, _flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
+    ] = None,
+    ramp_factor: Annotated[float, _flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
     seed: Annotated[int, _flag(LOAD, "same seed, same schedule", min=0)] = 0,
-    connections: Annotated[int, _flag(LOAD, "at most, opened when needed", min=1)] = 512,
-    processes: Annotated[int | None, _flag(LOAD, "of the driver; else as many as the rate needs", min=1)] = None,
-    store: Annotated[str | None, _flag(SERVER, "folder or URL of archives; served by a server of its own")] = None,
+    connections: Annotated[int, _flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
+    processes: Annotated[int | None, _flag(LOAD, "driver processes; default as many as the rate needs", min=1)] = None,
+    store: Annotated[
+        str | None, _flag(SERVER, "folder or URL of archives; without --url a server is started for it")
+    ] = None,
     url: Annotated[str | None, _flag(SERVER, "inference address of a server that runs")] = None,
     metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
-    per_call: Annotated[
-        int | None, _flag(SERVER, "dialect forecasts: models that a call asks; else all", min=1)
-    ] = None,
+    per_call: Annotated[int | None, _flag(SERVER, "dialect forecasts: models per call; default all", min=1)] = None,
     names: Annotated[
-        Path | None, _flag(SERVER, "file of model names, instead of the store's", exists=True, dir_okay=False)
+        Path | None,
+        _flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
     ] = None,
-    dialect: Annotated[str, _flag(SERVER, "its protocol: " + ", ".join(DIALECTS))] = "sagemaker",
-    body: Annotated[Body | None, _flag(SERVER, "what is asked; else each archive's golden sample")] = None,
+    dialect: Annotated[str, _flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
+    body: Annotated[
+        BodyKind | None, _flag(SERVER, "kind of request body; default each archive's golden sample")
+    ] = None,
     request: Annotated[
-        Path | None, _flag(SERVER, "a request that all models take", exists=True, dir_okay=False)
+        Path | None, _flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
     ] = None,
-    models: Annotated[int, _flag(SERVER, "size of the own fleet; of a store the first so many", min=1)] = 200,
-    resident: Annotated[int, _flag(SERVER, "own fleet: models that fit in the cache", min=1)] = 50,
-    cache: Annotated[str | None, _flag(SERVER, "with --store: memory of the cache, such as 256MiB")] = None,
-    workers: Annotated[int, _flag(SERVER, "own server: worker processes", min=1)] = 1,
-    allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
-    p50_ms: Annotated[float | None, _flag(SLO, "median latency at most")] = None,
-    p99_ms: Annotated[float | None, _flag(SLO, "99th percentile at most")] = None,
-    failed: Annotated[float | None, _flag(SLO, "share of failed requests at most")] = None,
-    hit_ratio: Annotated[float | None, _flag(SLO, "hit ratio at least")] = None,
+    models: Annotated[
+        int, _flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
+    ] = 200,
+    resident: Annotated[int, _flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
+    cache: Annotated[str | None, _flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
+    workers: Annotated[int, _flag(SERVER, "started server: number of worker processes", min=1)] = 1,
+    allow_remote: Annotated[bool, _flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
+    p50_ms: Annotated[float | None, _flag(SLO, "maximum median latency")] = None,
+    p99_ms: Annotated[float | None, _flag(SLO, "maximum 99th percentile of latency")] = None,
+    failed: Annotated[float | None, _flag(SLO, "maximum share of failed requests")] = None,
+    hit_ratio: Annotated[float | None, _flag(SLO, "minimum hit ratio")] = None,
     out: Annotated[Path | None, _flag(OUTPUT, "write the results as JSON")] = None,
     html: Annotated[Path | None, _flag(OUTPUT, "write a report for the browser")] = None,
-    trace_out: Annotated[Path | None, _flag(OUTPUT, "write what was asked and answered as a trace")] = None,
+    trace_out: Annotated[Path | None, _flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
     keep: Annotated[bool, _flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
-    """Ask a fleet at times and with a popularity drawn beforehand; ends with 1 for an invalid run and a missed SLO.
+    """Load a fleet on a schedule drawn beforehand; exits with 1 for an invalid run or a missed SLO.
 
-    Latency counts from the intended time: a server that stands still makes everybody wait who would have asked.
+    Latency counts from the intended time, so a server that stalls delays all requests that are due meanwhile.
 
-    [bold]--dialect forecasts[/] asks many models by one POST /v1/forecasts: a
+    [bold]--dialect forecasts[/] requests many models by one POST /v1/forecasts: a
     request is then a call, for [bold]--per-call[/] models or for all. A market's
     tick: [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
-    A call is a hit when all its models were there; its failures are counted.
+    A call is a hit if all its models were resident; failed items are counted.
     """
-    before = record.machine()
+    before = record.describe_machine()
     warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
     settings = {
         "rate": rate, "zipf": zipf, "drift_s": drift_s, "drift_share": drift_share, "day_s": day_s, "trough": trough,
@@ -115,14 +128,14 @@ def run(
     }  # fmt: skip
     settings = {name: value for name, value in settings.items() if value is not None}
     many = dialect in DIALECTS and DIALECTS[dialect].many
-    body = Body.DEEPAR if many and body is None else body
+    body = BodyKind.DEEPAR if many and body is None else body
     try:
         if dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {dialect!r}: known are {', '.join(DIALECTS)}")
         if many and (trace is not None or trace_out is not None):
             raise ValueError("a trace has a row for each model, so --trace and --trace-out are not for calls for many")
         recorded = None if trace is None else read_trace(trace)
-        asked = trial.Questions(
+        asked = load_run.RequestSource(
             names=_names(names, recorded),
             most=models,
             body=body,
@@ -133,17 +146,18 @@ def run(
             to = subject.target(dialect, allow_remote=allow_remote, per_call=per_call)
             load = _load(profile, recorded, subject, len(to.requests), seed, settings)
             slo = summary.Slo(p50_ms, p99_ms, failed, hit_ratio)
-            plan = trial.Plan(load, seconds, warmup, connections, processes, slo)
+            plan = load_run.RunPlan(load, seconds, warmup, connections, processes, slo)
             title = _title(profile, seconds, seed, settings, ramp_to)
             title += f", calls for {max(to.forecasts)} models" if many else ""
             console.print(f"{title}; {subject.what}")
             if dialect in ("sagemaker", "forecasts"):
-                LocalServer.get(f"{subject.inference.rstrip('/')}/ping")  # nobody there: said once, not a request each
+                # an unreachable server is reported once, not for every request
+                LocalServer.get(f"{subject.inference.rstrip('/')}{PING_PATH}")
             if ramp_to is None:
-                found, ran = trial.measure(subject, plan, to, console)
+                found, ran = load_run.measure_run(subject, plan, to, console)
             else:
-                rates = ramp(rate or 200.0, ramp_to, factor=ramp_factor)
-                found, ran = trial.climb(subject, plan, to, rates, console)
+                rates = list_ramp_rates(rate or 200.0, ramp_to, factor=ramp_factor)
+                found, ran = load_run.climb_rates(subject, plan, to, rates, console)
     except EXPECTED as error:
         raise SystemExit(f"no load: {error}") from error
     size = sum(len(each.body) for each in subject.questions.values()) // len(subject.questions)
@@ -151,7 +165,7 @@ def run(
     found |= {"profile": {"shape": profile, "seconds": seconds, "warmup": warmup, "models": load.models, **settings}}
     _show(found)
     if trace_out is not None:
-        write_trace(trace_out, trace_of(ran, list(subject.questions)))
+        write_trace(trace_out, make_trace(ran, list(subject.questions)))
         console.print(f"trace: {trace_out}")
     _keep(found, seed, before, out, html, keep=keep)
     if (
@@ -179,7 +193,7 @@ def report(
 
 app.command("fleet")(fleet.main)
 app.command("plan")(command.plan)
-app.command("calibrate")(command.calibration)
+app.command("calibrate")(command.calibrate_server)
 app.add_typer(cli_groups.bench, name="bench")
 app.add_typer(cli_groups.demo, name="demo")
 
@@ -195,12 +209,12 @@ def main() -> None:
 def _names(file: Path | None, recorded: Trace | None) -> Sequence[ModelName] | None:
     if recorded is not None:
         return recorded.names
-    return None if file is None else trial.parse_names(file.read_text())
+    return None if file is None else load_run.parse_names(file.read_text())
 
 
 @contextmanager
 def _subject(
-    asked: trial.Questions,
+    asked: load_run.RequestSource,
     url: str | None,
     metrics_url: str | None,
     store: str | None,
@@ -208,26 +222,26 @@ def _subject(
     models: int,
     resident: int,
     workers: int,
-) -> Iterator[trial.Subject]:
+) -> Iterator[load_run.ServerUnderLoad]:
     """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
     if url is not None:
-        yield trial.running(url, metrics_url, store, asked, console)
+        yield load_run.connect_server(url, metrics_url, store, asked, console)
     elif metrics_url or (asked.names is not None and store is None):
         raise ValueError("--metrics-url and --names are for the server at --url")
     elif store is not None:
-        with trial.own_server(store, cache, workers, asked, console) as subject:
+        with load_run.serve_store(store, cache, workers, asked, console) as subject:
             yield subject
     elif cache is not None:
         raise ValueError("--cache is for a --store of yours; the own fleet's room is given in models, by --resident")
     else:
-        with trial.own_fleet(models, resident, workers, asked, console) as subject:
+        with load_run.serve_fleet(models, resident, workers, asked, console) as subject:
             yield subject
 
 
 def _load(
     profile: Shape,
     recorded: Trace | None,
-    subject: trial.Subject,
+    subject: load_run.ServerUnderLoad,
     requests: int,
     seed: int,
     settings: Mapping[str, Any],
@@ -247,9 +261,9 @@ def _title(profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any
 
 
 def _show(found: summary.Results) -> None:
-    console.print(summary.latency_table(found), summary.facts_table(found))
+    console.print(summary.build_latency_table(found), summary.build_facts_table(found))
     slots = found["worst_ms"]
-    console.print(f"slowest over time  {summary.sparkline(slots)}  up to {max(slots):.1f} ms")
+    console.print(f"slowest over time  {summary.draw_sparkline(slots)}  up to {max(slots):.1f} ms")
     for why in found["unsound"][:3]:
         console.print(f"[red]wrong[/] {why}")
     for why in found["invalid"]:
@@ -261,15 +275,15 @@ def _show(found: summary.Results) -> None:
 def _keep(
     found: summary.Results, seed: int, before: Mapping[str, Any], out: Path | None, html: Path | None, *, keep: bool
 ) -> None:
-    whole = record.made("load", seed, before, found)
+    whole = record.make_record("load", seed, before, found)
     if out is not None:
-        out.write_text(record.text(whole))
+        out.write_text(record.format_record(whole))
         console.print(f"results: {out}")
     if html is not None:
-        html.write_text(page([whole], [found["title"]]))
+        html.write_text(render_page([whole], [found["title"]]))
         console.print(f"report: {html}")
     if keep:
-        console.print(f"record: {record.save('load', seed, before, found)}")
+        console.print(f"record: {record.save_record('load', seed, before, found)}")
 
 
 if __name__ == "__main__":

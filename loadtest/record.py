@@ -1,4 +1,4 @@
-"""Benchmark records: what was measured, where, of which commit, with what spread. JSON files that are committed."""
+"""Benchmark records: results, machine, commit and spread. JSON files that are committed."""
 
 import datetime as dt
 import json
@@ -15,12 +15,12 @@ RECORDS = Path(__file__).with_name("records")
 PACKAGES = ("torch", "onnxruntime", "numpy", "uvicorn", "uvloop", "obstore")
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def summarize(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What the numbers depend on."""
     model = next(
         (
@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
+def find_commit() -> str:
     """The checkout's commit, marked when files differ from it."""
     root = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
@@ -49,27 +49,27 @@ def commit() -> str:
     return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
 
 
-def made(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+def make_record(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """A record of now; `before` is `machine()` as it was before the run."""
     return {
         "name": name,
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "commit": commit(),
+        "commit": find_commit(),
         "seed": seed,
         "machine": before,
         "results": results,
     }
 
 
-def text(record: Mapping[str, Any]) -> str:
+def format_record(record: Mapping[str, Any]) -> str:
     """As it is stored."""
     return json.dumps(record, indent=1) + "\n"
 
 
-def save(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
+def save_record(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
     """Write a dated record under `records`; arguments as of `made`."""
-    record = made(name, seed, before, results)
+    record = make_record(name, seed, before, results)
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{record['date'][:10]}-{name}.json"
-    path.write_text(text(record))
+    path.write_text(format_record(record))
     return path

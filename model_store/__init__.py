@@ -1,1 +1,1 @@
-"""Archives and where they live: records, reading and packing, object stores, the disk tier, the cache policy."""
+"""Model archives: their format (`archives`), the stores they are fetched from (`stores`), the model cache (`cache`)."""

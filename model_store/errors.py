@@ -1,19 +1,26 @@
-"""What can go wrong between a model name and a verified archive: one class per situation.
+"""Errors of loading a model, from its name to a verified archive: one class per situation.
 
-`reason` is a short stable slug: the label of `fleetcast_model_load_failures_total` and the key of the table that maps
-situations to protocol codes (`server/errors.py`).
+`reason` is a short stable slug: the label of `fleetcast_model_load_failures_total`, and the key by which
+`server/errors.py` maps a situation to protocol codes.
 """
 
 from typing import ClassVar
 
 
 class LoadError(Exception):
-    """A model could not be made ready. The message says what was wrong, where, and what to do."""
+    """A model could not be made ready. The message says what was wrong, where, and what to do.
+
+    `public` is the message as clients see it: without the store's path, address and inner errors. Logs have the other.
+    """
 
     reason: ClassVar[str] = "load_failed"
-    #: Seconds for which the failure is remembered: the first time, and at most, doubling with every repetition.
+    #: Seconds for which the failure is remembered: at first, and at most. The time doubles with each repetition.
     back_off_s: ClassVar[float] = 1.0
     max_back_off_s: ClassVar[float] = 32.0
+
+    def __init__(self, message: str, public: str | None = None) -> None:
+        super().__init__(message)
+        self.public = message if public is None else public
 
 
 class ModelNotFound(LoadError):
@@ -25,7 +32,7 @@ class ModelNotFound(LoadError):
 
 
 class StoreDenied(LoadError):
-    """The store refuses our credentials, or hides a missing key behind 403 (no list permission)."""
+    """The store refuses the credentials, or answers 403 for a missing key because it may not be listed."""
 
     reason = "store_denied"
 
@@ -37,30 +44,30 @@ class StoreUnavailable(LoadError):
 
 
 class ArchiveInvalid(LoadError):
-    """The archive breaks a rule: not an archive, truncated, hostile paths, wrong manifest, hash, tensors or golden."""
+    """The archive breaks a rule of the format: container, paths, manifest, hash, tensors or golden sample."""
 
     reason = "archive_invalid"
 
 
 class ArchiveTooLarge(ArchiveInvalid):
-    """The archive breaks a size rule: bytes, entries or compression ratio."""
+    """The archive breaks a limit of size: bytes, entries, records or compression ratio."""
 
     reason = "archive_too_large"
 
 
 class UnsupportedKind(LoadError):
-    """The archive is sound but of a kind this server does not run; the message says what will."""
+    """The archive is valid, but this server does not run its kind; the message says what does."""
 
     reason = "unsupported_kind"
 
 
 class GoldenMismatch(ArchiveInvalid):
-    """The archive's own golden sample is not reproduced."""
+    """The model does not reproduce the archive's golden sample."""
 
     reason = "golden_mismatch"
 
 
 class NoRoom(LoadError):
-    """The model is sound, but no patience would find room for it: larger than the budget, or pins fill it."""
+    """The model is valid, but waiting cannot give it memory: it exceeds the budget, or pins fill the budget."""
 
     reason = "no_room"

@@ -1,10 +1,10 @@
-"""Model names: the archive's key under the store's prefix, checked before any store is asked. Pure."""
+"""Model names. A model's name is its archive's key under the store's prefix; it is checked before any request. Pure."""
 
 from typing import NewType
 
 ModelName = NewType("ModelName", str)
 MAX_NAME = 1024
-MAX_SHOWN = 80  # of a name, in messages
+MAX_SHOWN = 80  # characters of a name in a message
 
 
 class InvalidModelName(ValueError):

@@ -1,11 +1,12 @@
-"""The access log: who asked for which model when, and what came of it, as CSV that the load tester replays.
+"""The access log: time, model, size and outcome of every request, as CSV files that the load tester replays.
 
-A worker collects rows (`Arrivals`, on its step thread), since only it knows what a model weighs and what the cache did;
-the supervisor asks for them every second and writes them (`AccessLog`, on a thread of its own). A folder holds parts of
-a bounded size, `arrivals-00000001.csv`; the newest is plain, older ones are gzipped, and the oldest go when all of them
-are too large. A full disk costs rows, which are counted, and never a request. The format is that of
-`loadtest.driver.trace`: rows of one worker in the order in which they were answered, and a second's rows of one worker
-after another's.
+A worker collects rows (`Arrivals`, on its step thread), because only the worker knows the size of a model and the cache
+result; the supervisor fetches the rows every second and writes them (`AccessLog`, on a thread of its own). A folder has
+parts of bounded size, `arrivals-00000001.csv`; the newest part is plain, older ones are gzipped, and the oldest are
+deleted when the parts exceed the budget. `server.contract` has the columns. The rows of one worker are in the order of
+its responses; each second's rows of one worker follow those of another.
+
+INVARIANT: a full disk drops rows, which are counted; it never fails a request.
 """
 
 import contextlib
@@ -20,15 +21,15 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, NamedTuple
 
-HEADER = "time,model,bytes,outcome\n"
-OUTCOMES = ("answered", "hit", "miss", "coalesced", "refused", "lost")  #: the first four by `wire.CacheResult`
-REFUSED, LOST = 4, 5
-MAX_CHARS = 8_000_000  #: that a worker keeps between two visits of the supervisor: some 100,000 rows
-PARTS = 8  #: plain parts that would fill the log; gzipped ones are about a fifth
+from server.contract import ACCESS_LOG_FILE, ACCESS_LOG_FILES, ACCESS_LOG_HEADER, ACCESS_LOG_OUTCOMES
+
+REFUSED, LOST = map(ACCESS_LOG_OUTCOMES.index, ("refused", "lost"))
+MAX_CHARS = 8_000_000  #: characters that a worker keeps until the supervisor fetches them: about 100,000 rows
+PARTS = 8  #: number of plain parts that fill the budget; a gzipped part takes about a fifth
 
 
 class Row(NamedTuple):
-    """One request: seconds since 1970, the model, its bytes in the cache (0: not known), one of OUTCOMES."""
+    """One request: seconds since 1970, the model, its bytes in the cache (0: not known), one of ACCESS_LOG_OUTCOMES."""
 
     time: float
     model: str
@@ -37,7 +38,7 @@ class Row(NamedTuple):
 
 
 class Arrivals:
-    """The rows of one worker that have not been taken yet. `wall` and `now` are what the time is read from."""
+    """The rows of one worker that have not been taken yet. `wall` and `now` are its wall and monotonic clocks."""
 
     def __init__(self, wall: Callable[[], float] = time.time, now: Callable[[], float] = time.monotonic) -> None:
         self._wall, self._now = wall, now
@@ -50,17 +51,17 @@ class Arrivals:
         return f"<Arrivals {len(self._rows)} rows, {self._dropped} dropped>"
 
     def note(self, model: str, arrived: float, size: int, outcome: int) -> None:
-        """A request that came at `arrived` on the monotonic clock has had its outcome, an index of OUTCOMES."""
+        """Add a row: a request that came at `arrived` on the monotonic clock, and its index in ACCESS_LOG_OUTCOMES."""
         if self._chars >= MAX_CHARS:
             self._dropped += 1
             return
         name = model if '"' not in model and "," not in model else '"' + model.replace('"', '""') + '"'
-        row = f"{arrived + self._offset:.6f},{name},{size},{OUTCOMES[outcome]}\n"
+        row = f"{arrived + self._offset:.6f},{name},{size},{ACCESS_LOG_OUTCOMES[outcome]}\n"
         self._rows.append(row)
         self._chars += len(row)
 
     def take(self) -> tuple[str, int, int]:
-        """The rows as text, how many they are, and how many there was no room for."""
+        """Remove and return the rows as text, their number, and the number of rows dropped for lack of room."""
         taken = "".join(self._rows), len(self._rows), self._dropped
         self._rows, self._chars, self._dropped = [], 0, 0
         self._offset = self._wall() - self._now()
@@ -68,7 +69,7 @@ class Arrivals:
 
 
 class AccessLog:
-    """The folder and its newest part; `budget_bytes` for all. One server writes into a folder at a time.
+    """The folder and its newest part; all parts take at most `budget_bytes`. One server at a time writes into a folder.
 
     Raises OSError when the folder cannot be made or written, or another server has it.
     """
@@ -84,9 +85,9 @@ class AccessLog:
             raise OSError(f"another server writes its access log into {folder}") from error
         self._part: IO[bytes] | None = None
         self._size = 0
-        for torn in folder.glob("arrivals-*.tmp"):
+        for torn in folder.glob(ACCESS_LOG_FILES.replace(".csv", ".tmp")):
             torn.unlink()
-        for left in folder.glob("arrivals-*.csv"):
+        for left in folder.glob(ACCESS_LOG_FILES):
             _mend(left)
             _zip(left)
         self._open()
@@ -96,7 +97,7 @@ class AccessLog:
         return f"<AccessLog {self._part.name if self._part else self._folder}, {self._size} bytes>"
 
     def write(self, rows: str) -> None:
-        """Add whole rows. Raises OSError; what there is then ends with a whole row all the same."""
+        """Append whole rows. Raises OSError; the part then still ends with a whole row."""
         if self._part is None:
             self._open()
         assert self._part is not None, "it has just been opened"
@@ -110,24 +111,24 @@ class AccessLog:
             self._rotate()
 
     def used_bytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts together."""
         return sum(part.stat().st_size for part in parts(self._folder))
 
     def close(self) -> None:
-        """No more rows; the part stays as it is, unless it has none."""
+        """Close the newest part, which is deleted if it has no rows, and release the folder."""
         if self._part is not None:
             self._part.close()
-            if self._size == len(HEADER):
+            if self._size == len(ACCESS_LOG_HEADER):
                 Path(self._part.name).unlink()
             self._part = None
         self._lock.close()
 
     def _open(self) -> None:
         newest = max((int(part.name.split("-")[1].split(".")[0]) for part in parts(self._folder)), default=0)
-        path = self._folder / f"arrivals-{newest + 1:08}.csv"
+        path = self._folder / ACCESS_LOG_FILE.format(newest + 1)
         part = path.open("xb", buffering=0)
         try:
-            self._size = _write(part, HEADER.encode())
+            self._size = _write(part, ACCESS_LOG_HEADER.encode())
         except OSError:
             part.close()
             path.unlink()
@@ -135,11 +136,11 @@ class AccessLog:
         self._part = part
 
     def _rotate(self) -> None:
-        """The next rows begin a part; this one is gzipped if the disk has room for that, and the oldest go."""
+        """End the newest part and gzip it; the next row starts another. Delete the oldest parts over the budget."""
         assert self._part is not None, "rows have just been written"
         part, self._part = self._part, None
         part.close()
-        with contextlib.suppress(OSError):  # it stays plain until the next start; its rows are written
+        with contextlib.suppress(OSError):  # the part stays plain until the next start
             _zip(Path(part.name))
         found = parts(self._folder)
         used = [each.stat().st_size for each in found]
@@ -149,18 +150,18 @@ class AccessLog:
 
 
 def parts(path: Path) -> list[Path]:
-    """The parts of a log's folder, oldest first; a file is its own only part."""
+    """The parts of a log's folder, oldest first; of a single file the file itself."""
     if not path.is_dir():
         return [path]
-    return sorted((*path.glob("arrivals-*.csv"), *path.glob("arrivals-*.csv.gz")), key=lambda part: part.name)
+    return sorted((*path.glob(ACCESS_LOG_FILES), *path.glob(ACCESS_LOG_FILES + ".gz")), key=lambda part: part.name)
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a log, or of one of its parts, also while a server writes it.
+    """The rows of a log or of one of its parts; safe while a server writes to it.
 
-    Raises ValueError for a line that is no row, OSError.
+    Raises ValueError for a line that is not a row, OSError.
     """
-    with contextlib.ExitStack() as stack:  # all are open before the first is read: a server may zip them meanwhile
+    with contextlib.ExitStack() as stack:  # open all before reading the first: a server may gzip one meanwhile
         files = [(part, stack.enter_context(_opened(part))) for part in parts(path)]
         for part, file in files:
             yield from _rows(part, file)
@@ -173,22 +174,22 @@ def _opened(part: Path) -> IO[str]:
 
 
 def _rows(part: Path, file: IO[str]) -> Iterator[Row]:
-    whole = takewhile(lambda line: line.endswith("\n"), file)  # but for the one that is being written
+    whole = takewhile(lambda line: line.endswith("\n"), file)  # leaves out a row that is being written
     for number, line in enumerate(csv.reader(whole), 1):
         if number == 1:
-            if ",".join(line) + "\n" != HEADER:
-                raise ValueError(f"{part}, line 1: an access log begins with the line {HEADER.rstrip()}")
+            if ",".join(line) + "\n" != ACCESS_LOG_HEADER:
+                raise ValueError(f"{part}, line 1: an access log begins with the line {ACCESS_LOG_HEADER.rstrip()}")
             continue
         try:
             at, model, size, outcome = line
             row = Row(float(at), model, int(size), outcome)
         except ValueError as error:
-            raise ValueError(f"{part}, line {number}: {line} is not {HEADER.rstrip()}") from error
+            raise ValueError(f"{part}, line {number}: {line} is not {ACCESS_LOG_HEADER.rstrip()}") from error
         yield row
 
 
 def _write(part: IO[bytes], data: bytes) -> int:
-    """All of it, however little the system takes at a time. Raises OSError."""
+    """Write all of `data`, in as many calls as the system needs; its length. Raises OSError."""
     left = memoryview(data)
     while left:
         left = left[part.write(left) :]
@@ -196,7 +197,7 @@ def _write(part: IO[bytes], data: bytes) -> int:
 
 
 def _mend(part: Path) -> None:
-    """Cut off the row that a crash has torn."""
+    """Cut off the incomplete row that a crash left at the end."""
     with part.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         back = min(size, 8192)
@@ -205,8 +206,8 @@ def _mend(part: Path) -> None:
 
 
 def _zip(part: Path) -> None:
-    """Gzip a part, at whose end the plain one goes; one without a header is nothing."""
-    if part.stat().st_size > len(HEADER):
+    """Gzip a part and delete the plain file; a part without rows is only deleted."""
+    if part.stat().st_size > len(ACCESS_LOG_HEADER):
         zipped = part.with_suffix(".csv.gz")
         temporary = part.with_suffix(".tmp")
         try:

@@ -28,6 +28,23 @@ class Host:
     gpus: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker's share: device (`cpu` or `cuda:N` as the operator sees it), cores, threads, cache budget in bytes.
+
+    A budget of 0: the worker takes its part of what its GPU has, of which there are `sharers`. `host_bytes` are for the
+    host memory tier.
+    """
+
+    index: int
+    device: str
+    cores: tuple[int, ...]
+    threads: int
+    budget_bytes: int
+    host_bytes: int = 0
+    sharers: int = 1
+
+
 def read_host(root: Path = Path("/")) -> Host:
     """The machine as it is now. `root` is for tests."""
     cores = tuple(sorted(os.sched_getaffinity(0)))

@@ -1,4 +1,7 @@
-"""Uvicorn as every listener of ours runs it, and its patience with slow clients. In fronts and in the supervisor."""
+"""The HTTP listener: uvicorn, with stricter reading of requests and a time limit for slow clients.
+
+Runs in the event loop of fronts and of the supervisor.
+"""
 
 import asyncio
 import contextlib
@@ -9,20 +12,25 @@ import time
 from collections.abc import Hashable, Iterator
 from typing import Any, cast
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers
+from server.access.tls import Tls
+from server.request_head import body_framing, find_fault, refuse_head
+
+MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-LOOKS = 10  #: how often within its patience a listener looks at its clients
+TLS_LOOK_S = 1.0  #: how often certificates' files are looked at
+LOOKS = 10  #: checks of all clients within `patience_s`
 SMALL = 4096  #: bytes that are worth copying to save a write
 
 
 class OneWrite:
-    """A client's transport that sends an answer's head and body in one write.
+    """A client's transport that sends a response's head and body in one write.
 
-    Uvicorn writes them apart, and uvloop sends each at once: the client would be woken twice. A small first write waits
-    for the second, at most to the end of the loop's pass. What is no write goes to the transport.
+    Uvicorn writes them separately, and uvloop sends each at once, which would wake the client twice. A small first
+    write is held for the second, at most until the end of the loop's pass. Other methods are the transport's own.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -40,7 +48,7 @@ class OneWrite:
         return f"<OneWrite {len(self._held)} bytes held, {self._transport!r}>"
 
     def write(self, data: bytes) -> None:
-        """Send, or hold for what comes next."""
+        """Send the bytes, or hold them for the next write."""
         if self._held:
             data, self._held = self._held + data, b""
             self._transport.write(data)
@@ -51,75 +59,189 @@ class OneWrite:
             self._call_soon(self._flush)
 
     def close(self) -> None:
-        """Send what is held, and close."""
+        """Send the held bytes and close."""
         self._flush()
         self._transport.close()
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that have not been sent."""
+        """Bytes that are not sent yet."""
         return len(self._held) + self._transport.get_write_buffer_size()
 
     def _flush(self) -> None:
         data, self._held = self._held, b""
-        if data and not self.is_closing():  # cut off meanwhile: there is nobody to tell
+        if data and not self.is_closing():  # a closed transport would log an error
             self._transport.write(data)
 
 
 class Connection(HttpToolsProtocol):
-    """A client's connection. Uvicorn bounds neither a request's line nor its headers: here they end at `MAX_HEAD`."""
+    """One client's connection, stricter and more bounded than uvicorn's.
 
-    _head: int | None = 0  #: bytes so far of a head that has not ended; None once it has, until the next begins
+    - A head has at most `MAX_HEAD` bytes, and so have a chunked body's trailers; uvicorn bounds neither.
+    - Trailers are dropped: they never become headers of the request.
+    - `Upgrade` is ignored (RFC 9110, 7.8) and the body is read as the head says. The parser (llhttp) takes the bytes
+      after such a head for another protocol and would read a body as the next request: a second parser reads the body.
+    - A head that breaks a rule of `server.request_head` is answered 400 in its turn, and the connection is closed.
+    """
+
+    _framing_bytes = 0  #: received since the last piece of a body or the last end of a head or message
+    _advanced = False  #: whether the bytes at hand held such a piece or end
+    _in_message = False  #: after a head's end, until its message ends
+    _replaying = False  #: while the second parser is given a head that has been handled already
+    _over = False  #: what comes is not read any more
+    _apart = b""  #: framing of a body that the parser takes for another protocol
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there."""
+        """Answers are written through `OneWrite`."""
         super().connection_made(cast("asyncio.Transport", OneWrite(transport)))
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of one or many requests. What lies wholly within a head adds to it."""
-        before = self._head
-        self._ended = False
-        super().data_received(data)
-        if before is not None and not self._ended:
-            self._head = before + len(data)
-            if self._head > MAX_HEAD and not self.transport.is_closing():
-                self.transport.write(TOO_LONG)
-                self.transport.close()
+        """Bytes of one or many requests. Those that lie wholly within a head, framing or trailers are counted."""
+        if self._over:
+            return
+        self._unset_keepalive_if_required()
+        self._advanced = False
+        self._feed(memoryview(data))
+        self._framing_bytes = 0 if self._advanced else self._framing_bytes + len(data)
+        if self._framing_bytes > MAX_HEAD:
+            self._end(TOO_LONG)
+
+    def _feed(self, data: memoryview) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                if self._apart:
+                    self._read_body_apart()
+            except httptools.HttpParserError as error:
+                self._end(_not_http(str(error)))
+                return
+            else:
+                return
+
+    def _read_body_apart(self) -> None:
+        """A parser that stands where the body begins: it has read a head of the same framing without `Upgrade`."""
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's first one
+        head, self._apart = b"POST / HTTP/1.1\r\n" + self._apart + b"\r\n", b""
+        self._replaying = True
+        self.parser.feed_data(head)
+        self._replaying = False
+
+    def _end(self, answer: bytes) -> None:
+        """Answer bytes that belong to no sound request, and close. Requests before them are answered first."""
+        self._over = True
+        cycle = self.cycle
+        busy = cycle is not None and not cycle.response_complete
+        if busy and not self._in_message:
+            cycle.keep_alive = False
+            self.flow.pause_reading()
+        elif not self.transport.is_closing():
+            if not (self.pipeline or (busy and cycle.response_started)):
+                self.transport.write(answer)
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        if not self._replaying:
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """The request's target, or a part of it."""
+        if not self._replaying:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A field of the head. After the head's end it is a trailer, which is dropped."""
+        if not (self._replaying or self._in_message):
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """A head has ended."""
-        self._ended, self._head = True, None
-        super().on_headers_complete()
+        """A head has ended: the application is started, or one that refuses."""
+        if self._replaying:
+            return
+        self._advanced = self._in_message = True
+        fault = find_fault(self.headers, self.parser.get_http_version())
+        if self.parser.should_upgrade():
+            self._apart = body_framing(self.headers)
+        served = self.app
+        if fault is not None:
+            self.app = _refusing(fault)
+        try:
+            super().on_headers_complete()
+        finally:
+            self.app = served
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of the body."""
+        self._advanced = True
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The next head may begin."""
+        """The next head may begin, unless the parser has only left out a body that is read apart."""
+        if self._apart:
+            return
+        self._advanced, self._in_message = True, False
         super().on_message_complete()
-        self._head = 0
+
+
+def _not_http(reason: str) -> bytes:
+    message = f"not a valid HTTP/1.1 request: {reason}. Paths and header names are ASCII, header values UTF-8"
+    _, headers, body = refuse_head(message)
+    lines = [b"HTTP/1.1 400 Bad Request", *(name + b": " + value for name, value in headers)]
+    return b"\r\n".join([*lines, b"", body])
+
+
+def _refusing(fault: str) -> Any:
+    """An application that answers 400 and has the connection closed after it."""
+
+    async def refuse(_scope: Any, _receive: Any, send: Any) -> None:
+        status, headers, body = refuse_head(fault)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return refuse
 
 
 class Listener(uvicorn.Server):
-    """A uvicorn server that leaves signals alone, since the supervisor decides when to stop, and that cuts off clients.
+    """A uvicorn server that closes connections of clients that stand still, and that handles no signals.
 
-    Uvicorn bounds only the pause between two requests. Here nothing may stand still for `patience_s` that is a client's
-    turn: a request whose headers or body have begun, a connection that says nothing at all, an answer not taken.
+    Uvicorn bounds only the pause between two requests. This one also bounds by `patience_s` seconds how long a client
+    may take to send its first request, to finish a request it has begun, and to read any part of an answer. The
+    supervisor decides when the server stops. With `tls` it speaks TLS, and renewed certificates are used at once.
     """
 
-    def __init__(self, config: uvicorn.Config, patience_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, patience_s: float, tls: Tls | None = None) -> None:
         super().__init__(config)
-        self._patience_s = patience_s
-        self._stands: dict[Any, tuple[Hashable, float]] = {}  # connection -> what it waits for, and since when
+        self._patience_s, self._tls = patience_s, tls
+        self._stands: dict[Any, tuple[Hashable, float]] = {}  # connection -> state, and since when
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Capture none."""
+        """Install no signal handlers."""
         yield
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Until told to stop, and drained."""
-        looking = asyncio.create_task(self._look())
+        """Serve until told to stop and drained."""
+        looking = [asyncio.create_task(self._look())]
+        if self._tls is not None:
+            looking.append(asyncio.create_task(self._renew(self._tls)))
         try:
             await super().serve(sockets)
         finally:
-            looking.cancel()
+            for task in looking:
+                task.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, with TLS where it is configured: uvicorn itself takes files, which it would read only once."""
+        if self._tls is not None:
+            self.config.ssl = self._tls.context
+        await super().startup(sockets)
+
+    async def _renew(self, tls: Tls) -> None:
+        while True:
+            await asyncio.sleep(TLS_LOOK_S)
+            tls.reload_if_changed()
 
     async def _look(self) -> None:
         while True:
@@ -143,34 +265,38 @@ class Listener(uvicorn.Server):
 
 
 def _turn(connection: Any) -> Hashable:
-    """What a connection (uvicorn's HttpToolsProtocol) waits for from its client; None when it is our turn.
+    """What a connection (uvicorn's HttpToolsProtocol) waits for from its client; None when it is the server's turn.
 
-    It stays equal for as long as nothing is achieved: bytes of a request achieve nothing until the request is whole.
+    The value changes only when something is achieved. Bytes of a request achieve nothing until the request is whole.
     """
     unsent = connection.transport.get_write_buffer_size()
     cycle = connection.cycle
     if unsent:
         return "taking", cycle, unsent, _unacknowledged(connection.transport)
     if connection.pipeline or connection.timeout_keep_alive_task is not None:
-        return None  # the one before is being answered; or all is said, and uvicorn ends the pause
+        return None  # an earlier request is being answered, or uvicorn times the idle connection
     if cycle is None or cycle.response_complete:
         return "asking", cycle
     return ("sending", cycle) if cycle.more_body else None
 
 
 def _unacknowledged(transport: asyncio.Transport) -> bytes:
-    """How many bytes the kernel holds for the client, an int as it lies in memory.
+    """The number of bytes that the kernel holds for the client, as the raw memory of an int.
 
-    They can be megabytes, and it asks us for more only when a third is gone: a slow reader may take long for that.
+    The kernel may hold megabytes and asks for more only when a third is gone, which a slow reader delays for long.
     """
     try:
         return fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
-        return b""  # not to be had here
+        return b""  # the platform has no such call
 
 
-def listener(app: Any, grace_s: float, patience_s: float) -> Listener:
-    """Uvicorn as we run it everywhere: uvloop, httptools, no access log, bounded farewell."""
+def listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int, tls: Tls | None = None) -> Listener:
+    """Uvicorn as every listener is run: httptools, no access log, no signal handlers.
+
+    `grace_s`: seconds that running requests get once the server is told to stop. `patience_s`: seconds that a client
+    may let pass where it is its turn. `keep_alive_s`: seconds that a connection stays open between two requests.
+    """
     config = uvicorn.Config(
         app,
         loop="none",
@@ -182,7 +308,8 @@ def listener(app: Any, grace_s: float, patience_s: float) -> Listener:
         log_level="warning",
         server_header=False,
         date_header=True,
+        timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=max(1, int(grace_s)),
         backlog=2048,
     )
-    return Listener(config, patience_s)
+    return Listener(config, patience_s, tls)

@@ -8,7 +8,8 @@ compute.
 """
 
 from dataclasses import dataclass, field
-from hashlib import blake2b
+
+from server.contract import home_weight
 
 REPLICA_S = 60.0
 FAIR_SHARE = 1.25
@@ -77,7 +78,9 @@ class Router:
         if order is None:
             if len(self._orders) >= MAX_ORDERS:
                 self._orders.clear()
-            order = self._orders[model] = sorted(self.lanes, key=lambda worker: _weight(model, worker), reverse=True)
+            order = self._orders[model] = sorted(
+                self.lanes, key=lambda worker: home_weight(model, worker), reverse=True
+            )
         return order
 
     def started(self, lane: Lane, model: str) -> bool:
@@ -131,7 +134,3 @@ class Router:
                 self._replicas[model] = alive
             else:
                 del self._replicas[model]
-
-
-def _weight(model: str, worker: int) -> bytes:
-    return blake2b(model.encode(), digest_size=8, salt=worker.to_bytes(8, "little")).digest()

@@ -1,15 +1,20 @@
-"""Every setting, once: its name is the flag, `FLEETCAST_` and the name in capitals the variable, and the key in
-`fleetcast.toml`. Flags win over variables, variables over the file, the file over the defaults. Pure.
+"""Every setting of the server, defined once. Pure.
+
+A field's name gives the flag (`--inference-port`), the environment variable (`FLEETCAST_INFERENCE_PORT`) and the key in
+`fleetcast.toml` (`inference_port`); its description is the help text. Flags override variables, variables override the
+file, the file overrides the defaults.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import BaseModel, ByteSize, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from server import contract
+
 TOML_FILE = "fleetcast.toml"
-MIB = 1024 * 1024
+MIB = contract.MIB
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -20,99 +25,213 @@ def _bytes(size: int) -> ByteSize:
 
 
 class Settings(BaseSettings):
-    """What an operator can choose. Sizes take units (`512MiB`), times are in seconds."""
+    """What an operator can configure. Sizes take units (`512MiB`), times are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="FLEETCAST_", toml_file=TOML_FILE, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FLEETCAST_", toml_file=TOML_FILE, extra="forbid", frozen=True, hide_input_in_errors=True
+    )
 
-    store: str = Field(description="where the archives are: s3://bucket/prefix, gs://, az://, or a local folder")
-    host: str = Field("127.0.0.1", description="address of all listeners; other than loopback only on purpose")
-    inference_port: Port = Field(8080, description="port of the inference listener; 0 takes a free one")
-    management_port: Port = Field(8081, description="port of the management listener (/fleet); 0 takes a free one")
-    metrics_port: Port = Field(8082, description="port of the metrics listener (/metrics); 0 takes a free one")
+    store: str = Field(description="location of the archives: s3://bucket/prefix, gs://, az:// or a local folder")
+    host: str = Field(
+        "127.0.0.1", description="address of the inference listener; other hosts can connect unless it is loopback"
+    )
+    inference_host: str | None = Field(None, description="address of the inference listener; none: `host`")
+    management_host: str | None = Field(
+        None,
+        description="address of the management listener; none: `host` if that is loopback, else 127.0.0.1; one that "
+        "other hosts reach needs `tokens` with the scope manage, or `tls_client_ca`",
+    )
+    metrics_host: str | None = Field(
+        None,
+        description="address of the metrics listener; none: `host` if that is loopback, else 127.0.0.1; one that other "
+        "hosts reach needs `tokens` with the scope metrics, or `tls_client_ca`",
+    )
+    inference_port: Port = Field(contract.INFERENCE_PORT, description="port of the inference listener; 0: a free port")
+    management_port: Port = Field(
+        contract.MANAGEMENT_PORT, description="port of the management listener (/fleet); 0: a free port"
+    )
+    metrics_port: Port = Field(
+        contract.METRICS_PORT, description="port of the metrics listener (/metrics); 0: a free port"
+    )
 
-    workers: int = Field(0, ge=0, le=256, description="worker processes; 0: one per GPU, on CPU one per core but one")
-    workers_per_device: int = Field(1, ge=1, le=16, description="workers that share one GPU where `workers` is 0")
-    fronts: int = Field(1, ge=1, le=64, description="HTTP front processes on the inference port")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: GPUs where there are any, else the CPU")
-    threads: int = Field(0, ge=0, le=256, description="compute threads of a worker; 0: its share of the cores")
+    workers: int = Field(
+        0, ge=0, le=256, description="number of worker processes; 0: one per GPU, or on the CPU one per core but one"
+    )
+    workers_per_device: int = Field(1, ge=1, le=16, description="workers per GPU if `workers` is 0")
+    fronts: int = Field(1, ge=1, le=64, description="number of HTTP front processes that share the inference port")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPUs if there are any, else the CPU")
+    threads: int = Field(0, ge=0, le=256, description="compute threads per worker; 0: the worker's share of the cores")
 
     model_cache_bytes: ByteSize = Field(
         _bytes(0),
-        description="memory for resident models on this host, all workers together; 0: 40 % of what is there, on GPUs "
-        "what is free but `gpu_reserve_bytes`",
+        description="memory for resident models on this host, all workers together; 0: 40 % of the host's memory, or "
+        "on GPUs the free memory less `gpu_reserve_bytes`",
     )
     gpu_reserve_bytes: ByteSize = Field(
-        _bytes(2048 * MIB), description="memory of each GPU that is left to forwards, CUDA itself and other programs"
+        _bytes(contract.GPU_RESERVE_BYTES),
+        description="memory of each GPU kept free for forward passes, CUDA and other programs",
     )
     host_cache_bytes: ByteSize | None = Field(
         None,
         description="page-locked host memory for models evicted from GPUs, all workers together; none: a tenth of the "
-        "host's memory, at most 4 GiB, and nothing on CPU, where model_cache_bytes serves better",
+        "host's memory, at most 4 GiB; on the CPU nothing, because model_cache_bytes serves better there",
     )
     precision: Literal["float32", "tf32", "bf16"] = Field(
-        "float32", description="of forwards on GPUs: float32 is exact; golden samples must hold in what is chosen"
+        "float32",
+        description="precision of forward passes on GPUs; float32 is exact; golden samples must pass at this precision",
     )
     slab_bytes: ByteSize = Field(
-        _bytes(4 * MIB), ge=65536, description="unit of that memory; a model's row fits in one"
+        _bytes(contract.SLAB_BYTES),
+        ge=65536,
+        description="allocation unit of the model cache; one model's row must fit in a slab",
     )
     eviction_policy: Literal["lru", "sieve", "s3fifo", "lfu", "due"] = Field(
-        "lru",
-        description="who goes when the cache is full: lru, the longest unused; due, who is expected back last by its "
-        "own rhythm, for fleets that are asked by a clock; or sieve, s3fifo, lfu",
+        contract.EVICTION_POLICY,
+        description="eviction policy: lru evicts the least recently used model; lfu the least frequently used; due the "
+        "model whose predicted next request is furthest away, for fleets queried on a schedule; sieve and s3fifo "
+        "resist scans",
     )
-    max_batch_rows: int = Field(512, ge=1, le=4096, description="rows of one forward at most")
+    max_batch_rows: int = Field(
+        contract.MAX_BATCH_ROWS, ge=1, le=4096, description="maximum rows per batch (one forward pass)"
+    )
     prefetch: Literal["on", "off"] = Field(
         "on",
-        description="learn which models are asked by a clock, and load those that are not here shortly before they are",
+        description="on: learn which models are requested on a schedule, and load those that are not resident shortly "
+        "before their next request",
     )
-    loader_threads: int = Field(4, ge=1, le=64, description="models a worker fetches and verifies at the same time")
+    loader_threads: int = Field(
+        contract.LOADER_THREADS, ge=1, le=64, description="models that one worker fetches and verifies concurrently"
+    )
 
     disk_cache: Path = Field(
         Path("~/.cache/fleetcast"),
         validate_default=True,
-        description="folder of verified archives, shared by the workers of a host",
+        description="folder for verified archives, shared by the workers of a host",
     )
-    disk_cache_bytes: ByteSize = Field(_bytes(10 * 1024 * MIB), description="its size at most; 0 switches the tier off")
-    revalidate_s: Seconds = Field(60.0, description="how long a cached archive is served without asking the store")
+    disk_cache_bytes: ByteSize = Field(
+        _bytes(10 * 1024 * MIB), description="maximum size of the disk cache; 0 disables it"
+    )
+    revalidate_s: Seconds = Field(
+        contract.REVALIDATE_S, description="how long a cached archive is used before the store is asked for changes"
+    )
 
     s3_endpoint_url: str | None = Field(
-        None, description="endpoint of an S3-compatible store; else boto3's chain decides"
+        None, description="endpoint URL of an S3-compatible store; none: boto3's configuration decides"
     )
-    s3_region: str | None = Field(None, description="region; else boto3's chain decides")
+    s3_region: str | None = Field(None, description="region of the store; none: boto3's configuration decides")
     s3_profile: str | None = Field(None, description="profile of the shared AWS configuration")
     store_timeout_s: Seconds = Field(10.0, description="time-out of one store request")
     store_retries: int = Field(3, ge=0, le=20, description="retries of a failed store request, with jittered back-off")
-    max_archive_bytes: ByteSize = Field(_bytes(2048 * MIB), description="an archive larger than this is refused")
-    max_unpacked_bytes: ByteSize = Field(_bytes(4096 * MIB), description="... and one that unpacks to more than this")
+    max_archive_bytes: ByteSize = Field(
+        _bytes(2048 * MIB), description="maximum size of an archive; larger archives are refused"
+    )
+    max_unpacked_bytes: ByteSize = Field(
+        _bytes(4096 * MIB), description="maximum unpacked size of an archive; larger archives are refused"
+    )
 
-    max_body_bytes: ByteSize = Field(_bytes(6 * MIB), description="a request body larger than this is answered 413")
+    max_body_bytes: ByteSize = Field(
+        _bytes(contract.MAX_BODY_BYTES),
+        description="maximum size of a request body; larger bodies are answered with 413",
+    )
     max_forecasts_bytes: ByteSize = Field(
-        _bytes(64 * MIB), description="... and one that asks many models at once, and its answers together"
+        _bytes(contract.MAX_FORECASTS_BYTES),
+        description="maximum size of the body of a request for many models, and of the response to it",
     )
-    max_inflight_bytes: ByteSize = Field(_bytes(256 * MIB), description="request bytes a front holds at most; then 503")
-    queue_per_model: int = Field(1024, ge=1, description="requests that wait for one model at most; then 503")
-    queue_per_worker: int = Field(8192, ge=1, description="requests that wait in one worker at most; then 503")
-    overload_status: Literal[503, 429] = Field(503, description="what a full queue is answered with")
-    request_timeout_s: Seconds = Field(50.0, description="deadline of a request that names none; the longest allowed")
-    client_timeout_s: Seconds = Field(30.0, description="how long a client may take to send its body or take an answer")
-    access_keys: dict[str, str] = Field(
-        default_factory=dict, description="access key -> secret; where given, requests must be signed (SigV4) with one"
+    max_inflight_bytes: ByteSize = Field(
+        _bytes(256 * MIB), description="maximum bytes of request bodies held by one front; above it: `overload_status`"
+    )
+    max_request_gflop: float = Field(
+        contract.MAX_REQUEST_GFLOP,
+        gt=0,
+        description="maximum work of one request in thousand million floating-point operations, estimated before it "
+        "runs; larger requests are answered with 400",
+    )
+    max_request_numbers: int = Field(
+        contract.MAX_REQUEST_NUMBERS,
+        ge=1,
+        description="maximum numbers that the instances of one request take as inputs and answers of the network, 4 "
+        "bytes each; larger requests are answered with 400",
+    )
+    max_session_bytes: ByteSize = Field(
+        _bytes(contract.MAX_SESSION_BYTES),
+        ge=MIB,
+        description="memory for the intermediate results of all ONNX models of one worker; a run that needs more fails",
+    )
+    max_forward_s: Seconds = Field(
+        contract.MAX_FORWARD_S, description="maximum time of one run of an ONNX model; a longer run is ended and fails"
+    )
+    onnx_control_flow: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="ONNX models with loops (Loop, Scan, SequenceMap): their time does not follow from their size",
+    )
+    queue_per_model: int = Field(
+        contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
+    )
+    queue_per_worker: int = Field(
+        contract.QUEUE_PER_WORKER, ge=1, description="maximum queued requests per worker; above it: `overload_status`"
+    )
+    overload_status: Literal[503, 429] = Field(503, description="status code of the response when a queue is full")
+    request_timeout_s: Seconds = Field(
+        contract.REQUEST_TIMEOUT_S, description="default and maximum deadline of a request"
+    )
+    client_timeout_s: Seconds = Field(
+        30.0, description="maximum time for a client to send a request body or to receive a response"
+    )
+    keep_alive_s: int = Field(
+        75, ge=1, description="maximum idle time of a connection; longer than the 60 s of common load balancers"
+    )
+    tokens: Path | None = Field(
+        None,
+        description="TOML file of the tokens that clients must send, made by `fleetcast token`; none: none is asked",
+    )
+    access_keys_file: Path | None = Field(
+        None,
+        description='TOML file of access keys, a line KEY = "SECRET" each; if there are any, every request must be '
+        "signed (SigV4) with one, or bring one of the `tokens`",
+    )
+    access_keys: dict[str, SecretStr] = Field(
+        default_factory=dict,
+        description="access keys beside those of `access_keys_file`; the flag shows the secrets to all users of the "
+        "host (`ps`): prefer the file",
+    )
+    access_region: str | None = Field(
+        None, description="region that signatures must name, such as `eu-central-1`; none: any"
+    )
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the certificate by which all listeners speak TLS; none: plain HTTP"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key; none: it is in the same file")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authority whose certificates all clients must show (mutual TLS); none: clients "
+        "need no certificate",
+    )
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="names, beside localhost and the addresses, by which clients call the management and metrics "
+        "listeners (the header Host)",
     )
 
-    pin: list[str] = Field(default_factory=list, description="models loaded at start and never evicted")
-    metrics_per_model: int = Field(0, ge=0, description="resident models with series of their own, per worker; 0: none")
+    pin: list[str] = Field(default_factory=list, description="models that are loaded at start and never evicted")
+    metrics_per_model: int = Field(
+        0, ge=0, description="maximum number of models per worker that have metric series of their own; 0: none"
+    )
     access_log: Path | None = Field(
         None,
-        description="folder of a log of all requests (time, model, bytes, outcome), which `fleetcast-load` replays; "
-        "none: no log",
+        description="folder for a log of all requests (time, model, bytes, outcome), which `fleetcast-load` can "
+        "replay; none: no log",
     )
     access_log_bytes: ByteSize = Field(
-        _bytes(256 * MIB), ge=MIB, description="its size at most: older parts are gzipped, the oldest go"
+        _bytes(256 * MIB),
+        ge=MIB,
+        description="maximum size of the access log; older parts are compressed, the oldest are deleted",
     )
-    announce: Path | None = Field(None, description="file that gets the listeners' addresses as JSON once all is ready")
-    drain_s: Seconds = Field(25.0, description="how long running requests may take to end after SIGTERM")
-    worker_timeout_s: Seconds = Field(60.0, description="a worker silent for this long is killed and restarted")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least important level logged")
+    announce: Path | None = Field(
+        None, description="file to which the addresses of the listeners are written as JSON when the server is ready"
+    )
+    drain_s: Seconds = Field(25.0, description="maximum time for running requests to finish after SIGTERM")
+    worker_timeout_s: Seconds = Field(60.0, description="a worker that does not respond for this long is restarted")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
     @field_validator("overload_status", mode="before")
@@ -120,7 +239,9 @@ class Settings(BaseSettings):
     def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value  # variables come as text
 
-    @field_validator("disk_cache", "access_log")
+    @field_validator(
+        "disk_cache", "access_log", "tokens", "access_keys_file", "tls_certificate", "tls_key", "tls_client_ca"
+    )
     @classmethod
     def _home_is_known(cls, path: Path | None) -> Path | None:
         return path and path.expanduser()
@@ -134,14 +255,25 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the signature is pydantic's
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, variables, file, in that order."""
+        """The sources of settings, the one that wins first: flags, variables, file."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def to_wire(self) -> dict[str, Any]:
-        """The settings as plain JSON values, for a child process (`from_wire` there)."""
-        return self.model_dump(mode="json")
+        """The settings as plain values, secrets included, for a child process (`from_wire` there)."""
+        keys = {key: secret.get_secret_value() for key, secret in self.access_keys.items()}
+        return {**self.model_dump(mode="json"), "access_keys": keys}
 
     @classmethod
     def from_wire(cls, values: dict[str, Any]) -> "Settings":
-        """The parent's settings as they are: the child's own environment and files have no say."""
-        return cls.model_construct(**{**values, "disk_cache": Path(values["disk_cache"])})  # the one type JSON lacks
+        """The parent's settings, each of its own type. The child's environment and files are not read.
+
+        Raises ValidationError (a ValueError) for values that are no settings.
+        """
+        settings = cls.__new__(cls)
+        BaseModel.__init__(settings, **values)  # that of BaseSettings would read them
+        return settings
+
+
+def format_bytes(size: int) -> str:
+    """Bytes in the unit that people read: `6.0 MiB`; 0 is `0`."""
+    return ByteSize(size).human_readable(separator=" ") if size else "0"

@@ -1,4 +1,4 @@
-"""Bodies to arrays and back: content negotiation, and one codec for families, one for singles. No torch.
+"""Decodes request bodies into arrays and encodes outputs: a codec for families, a codec for singles. No torch.
 
 A codec belongs to one loaded archive and holds no state of a request. Every wrong request is a RequestError, every
 wrong output a RunFailed; nothing else is raised, whatever the bytes.
@@ -15,12 +15,14 @@ from handlers.base import Float32, Shape
 from handlers.codecs import tensors
 from handlers.codecs.deepar import DeepAr
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
+from handlers.work import RequestBudget
 from model_store.archives.manifest import Forecast
 
 JSON = "application/json"
 NPY = "application/x-npy"
 LINES = "application/jsonlines"
 MEDIA = (JSON, NPY, LINES)
+NUMBER_S = 5e-7  #: about what a number takes to be drawn and written as JSON
 Encoded = tuple[bytes, str]  #: body, content type
 
 
@@ -44,11 +46,17 @@ class Tensor(Protocol):
 class Call:
     """A decoded request for a family: rows [n, *input_shape], and what makes the answer of outputs [n, *output_shape].
 
-    `encode` raises RunFailed when the outputs are not finite.
+    `encode` raises RunFailed when the outputs are not finite. `numbers`: about how many the answer has.
     """
 
     rows: Float32
     encode: Callable[[Float32], Encoded]
+    numbers: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """A guess of the time that writing the answer takes."""
+        return self.numbers * NUMBER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,11 @@ class SingleCall:
     feeds: dict[str, Float32]
     n: int
     encode: Callable[[Mapping[str, Float32]], Encoded]
+
+    @property
+    def numbers(self) -> int:
+        """Of all inputs together."""
+        return sum(array.size for array in self.feeds.values())
 
 
 @lru_cache(maxsize=256)
@@ -86,12 +99,15 @@ def negotiate(content_type: str, accept: str) -> tuple[str, str]:
 class FamilyCodec:
     """Tensor JSON, npy and, where the archive carries a forecast, DeepAR JSON for one forecaster archive."""
 
-    def __init__(self, tensor: Tensor, forecast: Forecast | None = None) -> None:
-        """Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run."""
+    def __init__(self, tensor: Tensor, forecast: Forecast | None = None, budget: RequestBudget | None = None) -> None:
+        """`budget` refuses forecasts of too many rows; None lets all through.
+
+        Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run.
+        """
         self._name = tensor.input_name
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
-        self._deepar = None if forecast is None else DeepAr(forecast)
+        self._deepar = None if forecast is None else DeepAr(forecast, budget)
 
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
@@ -115,14 +131,14 @@ class FamilyCodec:
         if wanted != JSON:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
-        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON))
+        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON), encode.numbers)
 
     def _lines(self, body: bytes, sent: str, wanted: str) -> Call:
         """JSON Lines in and out. A line whose outputs are not finite is an error by itself."""
         if sent != wanted:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
-        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES))
+        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
 
     def _forecaster(self, field: str | None) -> DeepAr:
         if self._deepar is None:

@@ -5,6 +5,7 @@ answers by series [T], one of several by [D][T]; in the arrays here that is an a
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy.typing as npt
 from handlers.base import Float32
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, Reader
 from handlers.codecs.features import Float64, Inputs, from_network
-from handlers.codecs.tensors import write_json
+from handlers.codecs.tensors import in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
+from handlers.work import RequestBudget
 from model_store.archives.manifest import Forecast
 
 MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
@@ -49,12 +51,24 @@ class Asked(NamedTuple):
     item_id: str | int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Makes an answer's body of the network's outputs; it has about so many `numbers`."""
+
+    write: Callable[[Float32], bytes]
+    numbers: int
+
+    def __call__(self, outputs: Float32) -> bytes:
+        """Finite outputs [n, *network's] -> the body. Raises RunFailed where the prices of an output overflow."""
+        return self.write(outputs)
+
+
 class DeepAr:
     """One archive's forecast contract, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: Forecast) -> None:
-        """Raises ArchiveInvalid where the recipe of its inputs cannot be run."""
-        self._forecast = forecast
+    def __init__(self, forecast: Forecast, budget: RequestBudget | None = None) -> None:
+        """`budget` refuses requests of too many rows. Raises ArchiveInvalid where the inputs' recipe cannot be run."""
+        self._forecast, self._budget = forecast, budget
         self._reader = Reader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
@@ -72,7 +86,7 @@ class DeepAr:
         lengths = f"{forecast.context_length} -> {forecast.prediction_length} steps of {forecast.frequency}"
         return f"<DeepAr {lengths}{products}>"
 
-    def decode(self, body: bytes) -> tuple[Float32, Callable[[Float32], bytes]]:
+    def decode(self, body: bytes) -> tuple[Float32, Encode]:
         """The body -> (rows [n, channels, context], finite outputs [n, *network's] -> the answer's body).
 
         Outputs are [n, prediction, levels], or of several products as `Forecast` says. Raises RequestError that names
@@ -80,7 +94,7 @@ class DeepAr:
         """
         request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
-        rows = self._inputs.rows(len(request.instances))
+        rows = self._allocate(len(request.instances))
         asked = []
         for i, instance in enumerate(request.instances):
             try:
@@ -88,9 +102,10 @@ class DeepAr:
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
             asked.append(Asked(request.configuration, levels, start, instance.item_id))
-        return rows, lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})
+        write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})  # noqa: E731
+        return rows, Encode(write, self._numbers(asked))
 
-    def decode_lines(self, body: bytes) -> tuple[Float32, Callable[[Float32], bytes]]:
+    def decode_lines(self, body: bytes) -> tuple[Float32, Encode]:
         """As `decode` for JSON Lines, an answer a line. A line that cannot be answered has an error for its answer.
 
         Raises RequestError for no line at all, and for more than MAX_ROWS.
@@ -98,7 +113,7 @@ class DeepAr:
         lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
-        rows, asked, errors = self._inputs.rows(len(lines)), list[Asked](), dict[int, RequestError]()
+        rows, asked, errors = self._allocate(len(lines)), list[Asked](), dict[int, RequestError]()
         for i, text in enumerate(lines):
             try:
                 line = self._reader.line(text)
@@ -114,7 +129,18 @@ class DeepAr:
             found = [_error(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
             return b"".join(write_json(each) + b"\n" for each in found)
 
-        return rows[: len(asked)], encode
+        return rows[: len(asked)], Encode(encode, self._numbers(asked))
+
+    def _allocate(self, count: int) -> Float32:
+        """Room for so many rows [count, channels, context]. Raises RequestError for more than the budget allows."""
+        if self._budget is not None:
+            self._budget(count)
+        return self._inputs.rows(count)
+
+    def _numbers(self, asked: Sequence[Asked]) -> int:
+        """About how many numbers these answers have."""
+        series = self._forecast.prediction_length * len(self._forecast.products)
+        return series * sum(_numbers_a_step(one) for one in asked)
 
     def _each(self, asked: Sequence[Asked], outputs: Float32) -> Iterator[Prediction]:
         """Predictions of instances with configurations of their own; one that fails is an error by itself."""
@@ -172,7 +198,7 @@ class DeepAr:
             if "quantiles" in kinds:
                 answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
             if samples is not None:
-                answer["samples"] = samples[i]
+                answer["samples"] = in_blocks(samples[i])
             if "marginal" in kinds:
                 answer["marginal"] = self._marginal(prices[i])
             predictions.append(answer)
@@ -208,11 +234,14 @@ class DeepAr:
         values = np.concatenate([prices[..., :1], prices, prices[..., -1:]], axis=-1)[:, None]  # [n, 1, D?, P, knots]
         n, *series = prices.shape[:-1]
         u = np.random.default_rng(configuration.seed).random((n, configuration.num_samples, *series))
-        upper = np.searchsorted(knots, u, side="right")
-        weight = (u - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
-        low = np.take_along_axis(values, (upper - 1)[..., None], -1)[..., 0]
-        high = np.take_along_axis(values, upper[..., None], -1)[..., 0]
-        return np.asarray(low + weight * (high - low), np.float32)
+        found = np.empty(u.shape, np.float32)
+        for i in range(n):  # one at a time: of 16 instances the copies below would be 200 MB
+            upper = np.searchsorted(knots, u[i], side="right")
+            weight = (u[i] - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
+            low = np.take_along_axis(values[i], (upper - 1)[..., None], -1)[..., 0]
+            high = np.take_along_axis(values[i], upper[..., None], -1)[..., 0]
+            found[i] = low + weight * (high - low)
+        return found
 
 
 def mean_weights(levels: Float64) -> Float64:
@@ -227,6 +256,11 @@ def mean_weights(levels: Float64) -> Float64:
     weights[0] += gaps[0] / 2
     weights[-1] += gaps[-1] / 2
     return weights
+
+
+def _numbers_a_step(asked: Asked) -> int:
+    samples = asked.configuration.num_samples if "samples" in asked.configuration.output_types else 0
+    return samples + len(asked.levels.names)
 
 
 def _error(error: RequestError) -> Prediction:

@@ -1,4 +1,4 @@
-"""What the network sees: an instance's history, covariates and calendar as the row of a forecast's `inputs`. No torch.
+"""Fills a network's input channels with an instance's history, covariates and calendar, as `inputs` says. No torch.
 
 Stamps are wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does.
 """
@@ -33,6 +33,7 @@ class Inputs:
         """Raises ArchiveInvalid for an unknown frequency, or a channel scaler where a product's own applies."""
         self._forecast = forecast
         self._step_s = step_seconds(forecast.frequency)
+        self._history_length = forecast.history_length
         self._scalers = forecast.product_scalers
         for i, channel in enumerate(forecast.inputs):
             if channel.source in ("target", "calendar") and channel.scaler != Scaler():
@@ -87,12 +88,12 @@ class Inputs:
 
     def _short(self, steps: int) -> int:
         """How many steps of history are missing, and are to be padded."""
-        forecast = self._forecast
-        if steps < forecast.history_length and not forecast.pad_context:
-            lags = forecast.history_length - forecast.context_length
-            needed = f"{forecast.history_length} (a context of {forecast.context_length} and lags of {lags})"
-            raise RequestError(f"target has {steps} steps, but the model needs {needed}", field="target")
-        return max(0, forecast.history_length - steps)
+        needed = self._history_length
+        if steps < needed and not self._forecast.pad_context:
+            context = self._forecast.context_length
+            lengths = f"{needed} (a context of {context} and lags of {needed - context})"
+            raise RequestError(f"target has {steps} steps, but the model needs {lengths}", field="target")
+        return max(0, needed - steps)
 
     def _series(self, instance: Instance[Any]) -> Sequence[Numbers]:
         """The histories by product, equally long."""

@@ -15,13 +15,14 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from handlers.base import Float32
-from handlers.codecs.codec import JSON, LINES, NPY, Encoded, negotiate
+from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate
 from handlers.codecs.deepar_schema import NumSamples, Seed
 from handlers.codecs.scenarios import Correlation, Marginal, joint, joint_each, require
-from handlers.codecs.tensors import write_json, write_npy
+from handlers.codecs.tensors import in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 
 MAX_FORECASTS = 10_000
+FLOPS_PER_S = 1e9  #: of the scores, one product after another
 
 
 class Margins(Struct, forbid_unknown_fields=True):
@@ -64,6 +65,13 @@ class JointCall:
 
     feeds: Asked
     n: int = 1
+    flops: int = 0  #: about, of its scores
+
+    @property
+    def seconds(self) -> float:
+        """A guess of the time that it takes to draw and write the scenarios."""
+        numbers = self.feeds.samples * sum(len(marginal.values) for marginal in self.feeds.marginals)
+        return self.flops / FLOPS_PER_S + numbers * NUMBER_S
 
     @staticmethod
     def encode(answer: Encoded) -> Encoded:
@@ -90,7 +98,7 @@ class JointModel:
         if asked.media == NPY:
             return write_npy(joint(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
         found = iter(joint_each(asked.marginals, self.correlation, asked.samples, asked.seed))
-        samples = [_several(found, width) if width else next(found) for width in asked.widths]
+        samples = [in_blocks(_several(found, width) if width else next(found)) for width in asked.widths]
         return write_json({"samples": samples}), JSON
 
 
@@ -118,13 +126,14 @@ class JointCodec:
             marginals += _marginals(i, forecast)
             owners += [i] * (len(marginals) - len(owners))
         try:
-            require(marginals, self._correlation, request.num_samples, equal_steps=wanted == NPY)
+            places = require(marginals, self._correlation, request.num_samples, equal_steps=wanted == NPY)
         except RequestError as bad:
             owner = None if bad.instance is None else owners[bad.instance]
             raise RequestError(bad.message, instance=owner, field=bad.field) from None
         widths = [len(forecast.marginal.products) for forecast in request.forecasts]
         seed = secrets.randbits(53) if request.seed is None else request.seed
-        return JointCall(Asked(marginals, widths, request.num_samples, seed, wanted))
+        asked = Asked(marginals, widths, request.num_samples, seed, wanted)
+        return JointCall(asked, flops=self._correlation.flops(places, request.num_samples))
 
 
 def _marginals(i: int, forecast: Forecast) -> Iterator[Marginal]:

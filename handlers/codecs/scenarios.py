@@ -30,6 +30,8 @@ from model_store.archives import manifest
 from model_store.errors import ArchiveInvalid
 
 LEAST_SAMPLES = 2  #: one sample of every margin is its median, and no scenario
+MAX_FLOPS = 10_000_000_000  #: of one call's scores: some seconds of a core
+NOISE_FLOPS = 20  #: that a random number counts as
 UNIT = 1e-4  #: how far the rows of a factor may be from unit length in the archive
 TEMPLATES = "\0templates"  #: the stream that picks templates: no product has this name
 
@@ -127,6 +129,16 @@ class Correlation:
         arrays = (found.ranks,) if isinstance(found, Templates) else (found.product_factor, found.time_factor)
         return sum(array.nbytes for array in arrays) + sum(200 + len(name) for name in self.products)
 
+    def flops(self, wanted: Sequence[tuple[int, int]], samples: int) -> int:
+        """About the floating-point operations for the scores of these (product, steps)."""
+        numbers = samples * sum(steps for _, steps in wanted)
+        if isinstance(self.dependence, Templates):
+            return NOISE_FLOPS * numbers
+        longest = max(steps for _, steps in wanted)
+        noise = NOISE_FLOPS * (1 + max(product for product, _ in wanted)) * longest * samples
+        mixing = sum(2 * (product + 1) * steps + 2 * steps * steps for product, steps in wanted)
+        return noise + mixing * samples
+
     def place(self, marginal: Marginal, instance: int) -> tuple[int, int]:
         """Which product it is and how many steps it has. Raises RequestError that names both sides."""
         place, steps = self._places.get(marginal.name), len(marginal.values)
@@ -161,8 +173,8 @@ def load_correlation(record: manifest.Correlation, tensors: Mapping[str, Float32
 def joint(marginals: Sequence[Marginal], correlation: Correlation, samples: int, seed: int) -> Float32:
     """Scenarios [S, N, T] of forecasts with equally many steps; sample s is the same scenario in every product.
 
-    Raises RequestError for a product that is unknown or too long, for different lengths, and for too few or too many
-    samples.
+    Raises RequestError for a product that is unknown, named twice or too long, for different lengths, for too few or
+    too many samples, and for too much work.
     """
     wanted = require(marginals, correlation, samples, equal_steps=True)
     _, steps = wanted[0]
@@ -202,12 +214,27 @@ def require(
     if numbers > MAX_SAMPLES:
         what = f"{numbers} numbers of samples are more than {MAX_SAMPLES}; ask for fewer"
         raise RequestError(what, field="configuration.num_samples")
+    _refuse_repeated(marginals)
+    if (flops := correlation.flops(wanted, samples)) > MAX_FLOPS:
+        what = f"these forecasts take {flops / 1e9:.3g} thousand million floating-point operations to correlate"
+        message = f"{what}, {MAX_FLOPS / 1e9:g} are allowed; ask for fewer samples or products"
+        raise RequestError(message, field="configuration.num_samples")
     first, (_, steps) = marginals[0], wanted[0]
     for marginal, (_, other) in zip(marginals, wanted, strict=True):
         if equal_steps and other != steps:
             what = f"{first.name} forecasts {steps} steps and {marginal.name} {other}; one array cannot hold both"
             raise RequestError(f"{what}: ask for JSON", field="configuration.joint")
     return wanted
+
+
+def _refuse_repeated(marginals: Sequence[Marginal]) -> None:
+    """Raises RequestError for a product that is named twice: both would get the same scenarios."""
+    seen = set[str]()
+    for i, marginal in enumerate(marginals):
+        if marginal.name in seen:
+            message = f"{marginal.name} is named twice; a joint call names each product once"
+            raise RequestError(message, instance=i, field="configuration.joint")
+        seen.add(marginal.name)
 
 
 def _blocks(

@@ -77,7 +77,7 @@ def crps(y: Float64, q: Float64, levels: Float64) -> Float64:
     a, b = np.concatenate([[0.0], levels]), np.concatenate([levels, [1.0]])
     u, v = np.concatenate([q[..., :1], q], -1), np.concatenate([q, q[..., -1:]], -1)
     width, rise, start = b - a, v - u, u - y[..., None]
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is infinite is clipped
         part = np.where(rise > 0, np.clip(-start / rise, 0, 1), start <= 0)  # of the piece that lies below y
     above = width * (rise * (1 - part**2) / 2 + start * (1 - part))  # the integral of (quantile - y) from c to b
     every = width * (a * (rise / 2 + start) + width * (rise / 3 + start / 2))  # ... of level (quantile - y) from a to b

@@ -1,57 +1,37 @@
-"""The network architectures a forecaster archive can name, one file each, and the way from its record to its family."""
+"""The network architectures that a forecaster archive can name, one file each; how a record becomes its family.
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+`ARCHITECTURES` is the registry: a record for each name in `handlers.architectures.SUMMARIES`.
+"""
+
+from collections.abc import Mapping
 from functools import cache
 from hashlib import sha256
+from importlib import import_module
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
 import torch
 from msgspec import Meta
 
+from handlers.architectures import SUMMARIES
 from handlers.base import Family, Float32
-from handlers.forecasters.deepar import Deepar, DeeparConfig
-from handlers.forecasters.deepstate import Deepstate, DeepstateConfig
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.ensemble import MOST_MEMBERS, Ensemble
-from handlers.forecasters.esrnn import Esrnn, EsrnnConfig
-from handlers.forecasters.gru import Gru, GruConfig
-from handlers.forecasters.lear import Lear, LearConfig
-from handlers.forecasters.mlp import Mlp, MlpConfig
-from handlers.forecasters.mqcnn import Mqcnn, MqcnnConfig
-from handlers.forecasters.mqrnn import Mqrnn, MqrnnConfig
-from handlers.forecasters.recursive import Recursive, RecursiveConfig
-from handlers.forecasters.seq2seq import Seq2Seq, Seq2SeqConfig
-from handlers.forecasters.tcn import Tcn, TcnConfig
 from model_store.archives.manifest import FLEETCAST_JSON, Forecast, Spec
 from model_store.errors import ArchiveInvalid
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """The record an archive's `config` is validated as, and what makes the family of (key, config)."""
+def _load_record(name: str) -> Architecture:
+    """The record of `handlers/forecasters/NAME.py`."""
+    record = import_module(f"handlers.forecasters.{name}").ARCHITECTURE
+    assert isinstance(record, Architecture), f"{name}.py: ARCHITECTURE is no Architecture"
+    assert record.name == name, f"{name}.py: its record is called {record.name!r}"
+    return record
 
-    config: type[msgspec.Struct]
-    family: Callable[[str, Any], Family]
 
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "deepar": Architecture(DeeparConfig, Deepar),
-        "deepstate": Architecture(DeepstateConfig, Deepstate),
-        "esrnn": Architecture(EsrnnConfig, Esrnn),
-        "gru": Architecture(GruConfig, Gru),
-        "lear": Architecture(LearConfig, Lear),
-        "mlp": Architecture(MlpConfig, Mlp),
-        "mqcnn": Architecture(MqcnnConfig, Mqcnn),
-        "mqrnn": Architecture(MqrnnConfig, Mqrnn),
-        "recursive": Architecture(RecursiveConfig, Recursive),
-        "seq2seq": Architecture(Seq2SeqConfig, Seq2Seq),
-        "tcn": Architecture(TcnConfig, Tcn),
-    }
-)
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({name: _load_record(name) for name in SUMMARIES})
 
 
 def family(spec: Spec) -> Family:
@@ -95,15 +75,32 @@ def random_tensors(family: Family, seed: int) -> dict[str, Float32]:
     return {name: tensor.numpy().astype(np.float32) for name, tensor in state.items()}
 
 
+def split_members(family: Family) -> tuple[Family, int]:
+    """The family of an ensemble's members and how many there are; of any other family, itself and 1."""
+    return (family.member, family.members) if isinstance(family, Ensemble) else (family, 1)
+
+
+def architecture_of(family: Family) -> Architecture:
+    """The record of a family that `build` made; of an ensemble, its members'. Raises KeyError for other families."""
+    return ARCHITECTURES[_name_in_key(family)]
+
+
 def samples(family: Family) -> bool:
-    """Whether it answers sample paths instead of quantiles."""
-    return isinstance(family, Deepar | Deepstate)
+    """Whether it answers sample paths instead of quantiles. A graph never does."""
+    record = ARCHITECTURES.get(_name_in_key(family))
+    return record is not None and record.samples
+
+
+def _name_in_key(family: Family) -> str:
+    """INVARIANT: `_build` makes keys of the form NAME-DIGEST."""
+    member, _ = split_members(family)
+    return member.key.rpartition("-")[0]
 
 
 @cache
 def _build(architecture: str, config: msgspec.Struct, members: int) -> Family:
     if members > 1:
-        if samples(_build(architecture, config, 1)):
+        if ARCHITECTURES[architecture].samples:
             what = "the mean of paths is no path; train more of them"
             raise ArchiveInvalid(f"{FLEETCAST_JSON}: config of {architecture}: {what} - at `$.members`")
         return Ensemble(_build(architecture, config, 1), members)

@@ -21,6 +21,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.autoregression import Feedback
 from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 from handlers.forecasters.counter_rng import normals
@@ -148,3 +149,6 @@ class Deepar(Recurrent):
         for at in range(0, len(x), size):
             some(slice(at, at + size))
         return found
+
+
+ARCHITECTURE = Architecture(name="deepar", config=DeeparConfig, family=Deepar, samples=True)

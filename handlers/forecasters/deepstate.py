@@ -23,6 +23,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 from handlers.forecasters.counter_rng import normals
 from handlers.forecasters.deepar import require_longer
@@ -181,3 +182,6 @@ class Deepstate(Recurrent):
         for step, value in enumerate(past.unbind(1)):
             found.update(step, value[:, None] - found.predict(step)[0])
         return found.drawn(past.shape[1], normals(x[:, -1, :2], self.config.paths, steps)).to(x.dtype)
+
+
+ARCHITECTURE = Architecture(name="deepstate", config=DeepstateConfig, family=Deepstate, samples=True)

@@ -25,6 +25,7 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Float32, Shape
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 from handlers.forecasters.row_layout import check_finite, check_tensors
 
@@ -156,3 +157,6 @@ class Esrnn(Recurrent):
         ahead = season.repeat(1, -(-steps // cycle), 1)[:, :steps] + level
         answer: torch.Tensor = torch.baddbmm(bias, state, head).view(-1, *self.output_shape) + ahead
         return answer
+
+
+ARCHITECTURE = Architecture(name="esrnn", config=EsrnnConfig, family=Esrnn)

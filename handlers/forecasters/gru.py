@@ -17,6 +17,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 
@@ -77,3 +78,6 @@ class Gru(Recurrent):
         head, bias, *bound = weights
         h = self._gru.final(bound, x.transpose(1, 2))[-1]
         return torch.baddbmm(bias, h, head).view(-1, *self.output_shape)
+
+
+ARCHITECTURE = Architecture(name="gru", config=GruConfig, family=Gru)

@@ -21,7 +21,9 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Shape
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.row_layout import Rows
+from handlers.forecasters.training_forward import map_over_models
 
 MOST_PARAMETERS = 2**26
 Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, le=1000)], ...], Meta(max_length=100)]
@@ -107,3 +109,21 @@ class Lear(Rows):
         places, weight, bias, read = weights
         torch.index_select(x.flatten(1), 1, places, out=read)
         return torch.baddbmm(bias, read[:, None], weight).view(-1, *self.output_shape)
+
+
+def longest_context(family: Lear) -> int:
+    """The steps that hold every block the config names."""
+    config = family.config
+    blocks = 1 + max((*config.past_blocks, *config.known_blocks), default=0)
+    return blocks * config.prediction_length
+
+
+ARCHITECTURE = Architecture(
+    name="lear",
+    config=LearConfig,
+    family=Lear,
+    context=longest_context,
+    whole_days=True,
+    training_forward=map_over_models,
+    fit="lasso",
+)

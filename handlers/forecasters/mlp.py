@@ -12,7 +12,9 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Shape
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.row_layout import Rows
+from handlers.forecasters.training_forward import map_over_models
 
 LAYERS = ("first", "second", "head")
 
@@ -76,3 +78,6 @@ class Mlp(Rows):
         torch.baddbmm(first_bias, x.flatten(1)[:, None], first, out=h1).relu_()
         torch.baddbmm(second_bias, h1, second, out=h2).relu_()
         return torch.baddbmm(head_bias, h2, head).view(-1, *self.output_shape)
+
+
+ARCHITECTURE = Architecture(name="mlp", config=MlpConfig, family=Mlp, training_forward=map_over_models)

@@ -7,10 +7,16 @@ default: 13,568 in the convolutions, 1,056 for the encoder's 32 answers, 34,379 
 
 from typing import Annotated
 
+import torch
 from msgspec import Meta, Struct
+from torch import nn
+from torch.func import functional_call, vmap
 
-from handlers.forecasters.multi_horizon_quantile import Mq, require_parameters
+from handlers.forecasters import tcn
+from handlers.forecasters.architecture import Architecture
+from handlers.forecasters.multi_horizon_quantile import Mq, MqReference, require_parameters
 from handlers.forecasters.tcn import Tcn, TcnConfig
+from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
 class MqcnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,5 +54,48 @@ class Mqcnn(Mq):
             kernel=config.kernel,
             layers=config.layers,
         )
-        family = Tcn(f"{key}-encoder", encoder)
-        super().__init__(key, family, config.prediction_length, config.quantiles, config.contexts, config.local)
+        self.tcn = Tcn(f"{key}-encoder", encoder)
+        super().__init__(key, self.tcn, config.prediction_length, config.quantiles, config.contexts, config.local)
+
+
+class Decoder(nn.Module):
+    """The part of the network after its encoder."""
+
+    def __init__(self, network: MqReference) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, encoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """See MqReference.decode."""
+        return self.network.decode(encoded, x)
+
+
+def reach(family: Mqcnn) -> int:
+    """The steps that the encoder reads, and those whose known-future columns the decoder reads."""
+    return max(tcn.reach(family.tcn), family.config.prediction_length)
+
+
+def training_forward(family: Mqcnn) -> TrainingForward:
+    """The encoder as `tcn` is trained, the decoder mapped over the models."""
+    encode, inner = tcn.training_forward(family.tcn), "encoder."
+
+    def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        with torch.device("meta"):  # each call has a decoder of its own: threads call at once
+            decoder = Decoder(family.reference())
+
+        def decode(parts: Parts, *given: torch.Tensor) -> torch.Tensor:
+            answer: torch.Tensor = functional_call(decoder, dict(parts), given)
+            return answer
+
+        of_encoder = {name.removeprefix(inner): part for name, part in parts.items() if name.startswith(inner)}
+        encoded = encode(of_encoder, x[:, :, -tcn.reach(family.tcn) :])
+        rest = {f"network.{name}": part for name, part in parts.items() if not name.startswith(inner)}
+        answers: torch.Tensor = vmap(decode)(rest, encoded, x.transpose(2, 3))
+        return answers
+
+    return run
+
+
+ARCHITECTURE = Architecture(
+    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=reach, training_forward=training_forward
+)

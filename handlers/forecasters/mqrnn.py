@@ -9,6 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.gru import Gru, GruConfig
 from handlers.forecasters.multi_horizon_quantile import Mq, require_parameters
 
@@ -52,3 +53,6 @@ def _encoder(config: MqrnnConfig) -> GruConfig:
         hidden=config.hidden,
         layers=config.layers,
     )
+
+
+ARCHITECTURE = Architecture(name="mqrnn", config=MqrnnConfig, family=Mqrnn)

@@ -16,6 +16,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.autoregression import Feedback
 from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
@@ -99,3 +100,6 @@ class Recursive(Recurrent):
         known = x[..., -steps:].transpose(1, 2)
         self._feedback.run(rest[: self._feedback.items], known, start, x[:, 0, -1:], answered)
         return found
+
+
+ARCHITECTURE = Architecture(name="recursive", config=RecursiveConfig, family=Recursive)

@@ -1,4 +1,4 @@
-"""Where the parts of a model lie in its flat row, what its tensors must look like, and how they get there."""
+"""The layout of a model's flat row: where each part lies, how tensors are checked, and how they are written into it."""
 
 from collections.abc import Mapping
 from math import prod

@@ -17,6 +17,7 @@ import torch
 from msgspec import Meta, Struct
 from torch import nn
 
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
 
 
@@ -94,3 +95,6 @@ class Seq2Seq(Recurrent):
         known = x[:, self.config.past :, -self.config.prediction_length :].transpose(1, 2)
         states = self._decoder.run(decoder, known, state)
         return torch.cat([torch.baddbmm(bias, some, head) for some in states], 1)
+
+
+ARCHITECTURE = Architecture(name="seq2seq", config=Seq2SeqConfig, family=Seq2Seq)

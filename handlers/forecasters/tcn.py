@@ -20,7 +20,9 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.base import Float32, Shape
+from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.row_layout import Rows
+from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
 class TcnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -175,3 +177,36 @@ def _parameters(config: TcnConfig) -> Iterator[tuple[str, Shape]]:
     out = config.prediction_length * config.quantiles
     yield "head.weight", (out, config.channels)
     yield "head.bias", (out,)
+
+
+def reach(family: Tcn) -> int:
+    """The last steps of the context that can change the answer."""
+    return int(min(family.config.context_length, family.config.kernel**family.config.layers))
+
+
+def training_forward(family: Tcn) -> TrainingForward:
+    """Only the positions that reach the answer, every kernel-th of a layer."""
+    config = family.config
+
+    def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
+        models, batch, _, width = x.shape
+        h = x
+        for i in range(config.layers):
+            lead = -h.shape[2] % config.kernel
+            if lead:  # a context shorter than the receptive field: zeros before it, at every layer
+                h = nn.functional.pad(h, (0, 0, lead, 0))
+            u = h.reshape(models, -1, config.kernel * width)
+            kernel = parts[f"blocks.{i}.conv.weight"].permute(0, 3, 2, 1).reshape(models, -1, config.channels)
+            residual = parts[f"blocks.{i}.residual.weight"][..., 0].transpose(1, 2)
+            h = torch.baddbmm(parts[f"blocks.{i}.conv.bias"][:, None], u, kernel).relu()
+            h = h + torch.baddbmm(parts[f"blocks.{i}.residual.bias"][:, None], u[..., -width:], residual)
+            width = config.channels
+            h = h.view(models, batch, -1, width)
+        last, head = h.view(models, batch, width), parts["head.weight"].transpose(1, 2)
+        answer = torch.baddbmm(parts["head.bias"][:, None], last, head)
+        return answer.view(models, batch, config.prediction_length, config.quantiles)
+
+    return run
+
+
+ARCHITECTURE = Architecture(name="tcn", config=TcnConfig, family=Tcn, reach=reach, training_forward=training_forward)

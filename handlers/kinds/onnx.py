@@ -1,6 +1,11 @@
-"""The ONNX Runtime runner: one session a model, float32 in and out, and no file is read but the bytes it is given."""
+"""Archives of kind onnx: one ONNX Runtime session a model, float32 in and out, and no file is read but its bytes."""
 
+import os
+import re
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
@@ -8,10 +13,18 @@ from typing import Any, Literal
 import numpy as np
 
 from handlers.base import Float32, Shape
-from handlers.errors import RunFailed
+from handlers.codecs.codec import SingleCodec
+from handlers.errors import Overran, RunFailed
+from handlers.kinds.models import BuiltModel, SingleModel, Target
+from handlers.work import SessionLimits
+from model_store.archives.archive import Archive
+from model_store.archives.manifest import Kind
+from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 Provider = Literal["cpu", "cuda"]
+LIMITS = SessionLimits()
+PAGE = os.sysconf("SC_PAGE_SIZE")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 #: Where tensors can be in a model: message -> {field number: the message it holds} (onnx.proto of ONNX 1.23).
@@ -26,12 +39,49 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
     "Tensor": {},
 }
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  #: fields of Tensor; location 0 is inside the model
+MAX_FIELDS = 200_000  #: that a scan looks at: some 10 for each node or tensor
+MAX_SCALAR_BYTES = 32 * 2**20  #: of fields that a scan skips
+SCALARS_AT_ONCE = 64 * 1024  #: bytes: the interpreter is held for half a millisecond
+#: A run of varint, fixed 64-bit and fixed 32-bit fields numbered 1 to 15. Possessive, so that it never goes back.
+SCALARS = re.compile(
+    rb"(?:[%b][\x80-\xff]{0,9}[\x00-\x7f]|[%b].{8}|[%b].{4})++"
+    % tuple(re.escape(bytes(number << 3 | wire for number in range(1, 16))) for wire in (0, 1, 5)),
+    re.DOTALL,
+)
+#: Operators that run a graph of theirs as often as a number says, which a request may give: a model of 380 bytes
+#: would run for years. `If` runs one of its graphs once.
+LOOPS = frozenset({b"Loop", b"Scan", b"SequenceMap"})
+OP_TYPE, DIMS = 4, 3  #: fields of Node and Sparse
+MAX_OP_TYPE = 20  #: bytes of the longest name in LOOPS, and some
+MOST_SPARSE = 1 << 24  #: numbers of a sparse tensor once ONNX Runtime has made it dense, as it does at load
 VARINT, BYTES, FIXED = 0, 2, {1: 8, 5: 4}  #: protobuf wire types; of the last, the length
 NOT_A_MODEL = "model.onnx: not an ONNX model: its protobuf encoding is broken or cut off"
 SESSION_BYTES = 320 * 1024
 BYTES_PER_MODEL_BYTE = 1.25
+MEASURED_BYTES = 8 * 2**20  #: growth of the process below this says nothing of a session
+WATCH_S = 0.02  #: how late a run that takes too long may be ended
 MOST_TOGETHER = 32 * 2**20  #: bytes of inputs in one run
 ATOL, RTOL = 1e-5, 1e-4  #: within which answers run together equal those run alone
+
+
+class OnnxKind:
+    """See ArchiveKind."""
+
+    kind = Kind.ONNX
+
+    def build(self, archive: Archive, target: Target) -> BuiltModel:
+        """A session on the target's device. Raises ArchiveInvalid, UnsupportedKind."""
+        model = OnnxModel(archive.weights(), threads=target.threads, provider=target.device, limits=target.sessions)
+        return BuiltModel(SingleModel(model, SingleCodec(model.inputs, model.outputs)), None, "onnx")
+
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+        """The session's inputs. Raises ArchiveInvalid, UnsupportedKind."""
+        return OnnxModel(archive.weights()).inputs
+
+    def describe(self, archive: Archive) -> dict[str, Any]:
+        """Nothing: the model is not opened."""
+        del archive
+        return {}
 
 
 class OnnxModel:
@@ -40,29 +90,47 @@ class OnnxModel:
     The charge is 320 KiB + 1.25 x the model's bytes: private memory grew by 394 KiB a session for 50 sessions of the
     17.5k-parameter dilated CNN (78 KiB of model) and by 1257 KiB at 128 channels (858 KiB), one run done in each, with
     onnxruntime 1.31 on CPU, one thread and no arena. An arena added 147 and 344 KiB and was not faster. On CUDA this
-    covers the weights, not the provider's workspace.
+    covers the weights, not the provider's workspace. A session that made the process grow by much more than that (its
+    weights unpacked, or packed anew for products) is charged what was measured.
+
+    Intermediate results lie in one arena for all sessions of the process, which has a limit, so neither a model nor
+    the numbers of a request can take more. Constants are not folded: 296 bytes made 2 GB that way.
     """
 
-    def __init__(self, model: bytes, *, threads: int = 1, provider: Provider = "cpu") -> None:
+    def __init__(
+        self,
+        model: bytes,
+        *,
+        threads: int = 1,
+        provider: Provider = "cpu",
+        limits: SessionLimits = LIMITS,
+    ) -> None:
         """Builds the session from the bytes of `model.onnx`.
 
         Raises:
-            ArchiveInvalid: not an ONNX model, external data, inputs or outputs that are not float32 tensors with a
+            ArchiveInvalid: not an ONNX model, external data, a loop where none is allowed, a sparse tensor that is
+                too large once it is dense, inputs or outputs that are not float32 tensors with a
                 batch axis first (dynamic, or fixed at 1: such a model runs row by row).
             UnsupportedKind: ONNX Runtime or the wanted provider is not installed.
         """
-        refuse_external_data(model)
+        check_model(model, loops=limits.loops)
         runtime = _runtime(provider)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.enable_cpu_mem_arena = False
+        _share_arena(runtime, limits.memory_bytes)
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # not in the arena
         options.log_severity_level = 4  # errors reach us as exceptions
         options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format is not checked above
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            self._session: Any = runtime.InferenceSession(model, options, providers=[PROVIDERS[provider]])
-        except Exception as error:
-            raise ArchiveInvalid(f"model.onnx: ONNX Runtime cannot load it: {error}") from error
+        with _measured_growth() as grown:
+            try:
+                self._session: Any = runtime.InferenceSession(
+                    model, options, providers=[PROVIDERS[provider]], disabled_optimizers=["ConstantFolding"]
+                )
+            except Exception as error:
+                raise ArchiveInvalid(f"model.onnx: ONNX Runtime cannot load it: {error}") from error
+        self._forward_s, self._run_options = limits.forward_s, runtime.RunOptions
         taken = {each.name: _shape("input", each) for each in self._session.get_inputs()}
         given = {each.name: _shape("output", each) for each in self._session.get_outputs()}
         if not taken or not given:
@@ -71,14 +139,15 @@ class OnnxModel:
         self.outputs: Sequence[str] = tuple(given)
         self._row_by_row = any(shape[0] == 1 for shape in taken.values())
         self._apart: bool | None = False if self._row_by_row else None  # whether requests run together stay apart
-        self.charge_bytes = SESSION_BYTES + int(BYTES_PER_MODEL_BYTE * len(model))
+        usual = SESSION_BYTES + int(BYTES_PER_MODEL_BYTE * len(model))
+        self.charge_bytes = usual if grown[0] < 2 * usual + MEASURED_BYTES else grown[0]
 
     def __repr__(self) -> str:
         how = "row by row" if self._row_by_row else "batched"
         return f"<OnnxModel {dict(self.inputs)} -> {', '.join(self.outputs)}, {how}>"
 
     def run(self, feeds: Mapping[str, Float32]) -> Mapping[str, Float32]:
-        """Arrays [N, *shape] by input name -> arrays [N, ...] by output name. Raises RunFailed."""
+        """Arrays [N, *shape] by input name -> arrays [N, ...] by output name. Raises RunFailed, Overran."""
         rows = len(next(iter(feeds.values())))
         if not self._row_by_row or rows == 1:
             return self._run(feeds, rows)
@@ -93,6 +162,8 @@ class OnnxModel:
 
         A graph with an open batch axis may still mix rows (a softmax or a mean along the batch), and then one client's
         answer would depend on another's request. So the first requests that differ are run both ways and compared.
+
+        Raises Overran when a run took too long: what is left of the requests is not run.
         """
         size = sum(array.nbytes for feeds in requests for array in feeds.values())
         if self._apart is False or len(requests) == 1 or size > MOST_TOGETHER or not _stackable(requests):
@@ -112,6 +183,8 @@ class OnnxModel:
             found = self._run(
                 {name: np.concatenate([each[name] for each in requests]) for name in self.inputs}, ends[-1]
             )
+        except Overran:
+            raise
         except RunFailed:
             return None
         parts = {name: np.split(output, ends[:-1]) for name, output in found.items()}
@@ -120,14 +193,22 @@ class OnnxModel:
     def _attempt(self, feeds: Mapping[str, Float32]) -> dict[str, Float32] | RunFailed:
         try:
             return dict(self.run(feeds))
+        except Overran:
+            raise
         except RunFailed as failed:
             return failed
 
     def _run(self, feeds: Mapping[str, Float32], rows: int) -> dict[str, Float32]:
+        options = self._run_options()
+        started = time.monotonic()
         try:
-            outputs = self._session.run(None, dict(feeds))
+            with _WATCHDOG.watching(options, started + self._forward_s):
+                outputs = self._session.run(None, dict(feeds), options)
         except Exception as error:
-            raise RunFailed(f"ONNX Runtime: {error}") from error
+            if not options.terminate:
+                raise RunFailed(f"ONNX Runtime: {error}") from error
+        if time.monotonic() - started > self._forward_s:
+            raise Overran(f"a run was ended after {self._forward_s:g} s, the most that one may take (max_forward_s)")
         for name, output in zip(self.outputs, outputs, strict=True):
             if output.ndim == 0 or len(output) != rows:
                 raise RunFailed(f"output {name!r} has the shape {list(output.shape)}, but {rows} rows were asked")
@@ -154,42 +235,174 @@ def _agree(together: Sequence[dict[str, Float32] | RunFailed], alone: Sequence[d
     return True
 
 
-def refuse_external_data(model: bytes) -> None:
-    """Raises ArchiveInvalid where any tensor of the model names a file, or the bytes are no protobuf message.
+class _Watchdog:
+    """Ends runs of sessions at their deadline, on a thread of its own. Thread-safe; one for the process."""
+
+    def __init__(self) -> None:
+        self._deadlines: dict[int, tuple[Any, float]] = {}
+        self._some = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def watching(self, options: Any, deadline: float) -> Iterator[None]:
+        """Set `options.terminate`, which ONNX Runtime looks at before every operator, if this lasts until then."""
+        self._deadlines[id(options)] = options, deadline
+        if not self._some.is_set():
+            self._start()
+        try:
+            yield
+        finally:
+            del self._deadlines[id(options)]
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="onnx-watchdog", daemon=True)
+                self._thread.start()
+        self._some.set()
+
+    def _watch(self) -> None:
+        while True:
+            self._some.wait()
+            time.sleep(WATCH_S)
+            self._some.clear()  # first: a run that begins now sets it again
+            for options, deadline in list(self._deadlines.values()):
+                self._some.set()
+                if time.monotonic() > deadline:
+                    options.terminate = True
+
+
+_WATCHDOG = _Watchdog()
+_arenas_lock, _arenas = threading.Lock(), list[int]()
+
+
+def _share_arena(runtime: ModuleType, limit: int) -> None:
+    """Make the arena for the intermediate results of all sessions; the first limit in a process is the one that holds.
+
+    Between runs it keeps the memory that it has had, up to the limit.
+    """
+    with _arenas_lock:
+        if _arenas:
+            return
+        kinds = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
+        as_asked = {"max_mem": limit, "arena_extend_strategy": 1}
+        runtime.create_and_register_allocator(runtime.OrtMemoryInfo("Cpu", *kinds), runtime.OrtArenaCfg(as_asked))
+        _arenas.append(limit)
+
+
+@contextmanager
+def _measured_growth() -> Iterator[list[int]]:
+    """The bytes that this process has grown by inside, in the list at the end.
+
+    Other threads' memory counts too, so it is an upper bound, of use where a session takes far more than is usual.
+    """
+    found, before = [0], _own_bytes()
+    yield found
+    found[0] = max(0, _own_bytes() - before)
+
+
+def _own_bytes() -> int:
+    """Memory of this process that is no file's."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 -- 10 us instead of 30
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return 0
+    return (resident - shared) * PAGE
+
+
+def check_model(model: bytes, *, loops: bool = False) -> None:
+    """Raises ArchiveInvalid where a tensor names a file or is too large, an operator loops, or no message is found.
 
     ONNX Runtime 1.31 refuses external data of a model given as bytes too, but how has changed between its versions, so
-    we look for ourselves: at every place the format has for a tensor, without unpacking any.
+    we look for ourselves: at every place the format has for a tensor, without unpacking any. Raises ArchiveTooLarge
+    where that takes more steps than a sound model's.
     """
+    fields = StepBudget(MAX_FIELDS, "fields of an ONNX model")
+    scalars = StepBudget(MAX_SCALAR_BYTES, "bytes of single numbers in an ONNX model")
     todo = [("Model", memoryview(model))]
     while todo:
         kind, message = todo.pop()
-        for field, value in _fields(message):
+        at, dense = 0, 1
+        while True:
+            if kind not in ("Tensor", "Sparse"):  # their numbers are told apart: a data's location, the dimensions
+                at = _skip_scalars(message, at, scalars)
+            if at >= len(message):
+                break
+            fields.spend()
+            field, value, at = _field(message, at)
             if kind == "Tensor" and (field == EXTERNAL_DATA or (field == DATA_LOCATION and value != 0)):
                 raise ArchiveInvalid("model.onnx: a tensor is in an external file; save the model as a single file")
+            if kind == "Node" and field == OP_TYPE and not loops:
+                _refuse_loop(_bytes_of(value))
+            if kind == "Sparse" and field == DIMS:
+                dense = _dense_size(dense, value, fields)
             inner = MESSAGES[kind].get(field)
             if inner is not None and isinstance(value, memoryview):
                 todo.append((inner, value))
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """A protobuf message's (field number, bytes or integer), top level only. Raises ArchiveInvalid."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _varint(message, at)
-        field, wire = tag >> 3, tag & 7
-        if field == 0 or tag >> 32:
-            raise ArchiveInvalid(NOT_A_MODEL)
-        if wire == VARINT:
-            value, at = _varint(message, at)
-            yield field, value
-            continue
-        length = FIXED.get(wire, end)  # beyond the end for groups, which are in no ONNX file
-        if wire == BYTES:
-            length, at = _varint(message, at)
-        if length > end - at:
-            raise ArchiveInvalid(NOT_A_MODEL)
-        yield field, message[at : at + length]
-        at += length
+def _refuse_loop(operator: memoryview) -> None:
+    """Raises ArchiveInvalid for an operator that repeats a graph."""
+    if len(operator) <= MAX_OP_TYPE and bytes(operator) in LOOPS:
+        what = f"it has the operator {bytes(operator).decode()}, whose time no size bounds"
+        raise ArchiveInvalid(f"model.onnx: {what}; export it unrolled, or set onnx_control_flow to allow")
+
+
+def _dense_size(before: int, dims: memoryview | int, budget: StepBudget) -> int:
+    """Numbers of a sparse tensor with these further dimensions, once it is dense. Raises ArchiveInvalid."""
+    size = before
+    for dim in _integers(dims):
+        budget.spend()
+        size *= dim
+        if size > MOST_SPARSE:
+            what = f"a sparse tensor of {size} numbers"
+            raise ArchiveInvalid(f"model.onnx: {what} becomes dense at load; {MOST_SPARSE} are allowed")
+    return size
+
+
+def _skip_scalars(message: memoryview, at: int, budget: StepBudget) -> int:
+    """Where the run of fields that are single numbers ends which starts at `at`: tree ensembles have a million."""
+    while (run := SCALARS.match(message, at, at + SCALARS_AT_ONCE)) is not None:
+        budget.spend(run.end() - at)
+        at = run.end()
+    return at
+
+
+def _field(message: memoryview, at: int) -> tuple[int, memoryview | int, int]:
+    """The number of the protobuf field at `at`, its bytes or integer, and where it ends. Raises ArchiveInvalid."""
+    tag, at = _varint(message, at)
+    number, wire = tag >> 3, tag & 7
+    if number == 0 or tag >> 32:
+        raise ArchiveInvalid(NOT_A_MODEL)
+    if wire == VARINT:
+        value, at = _varint(message, at)
+        return number, value, at
+    length = FIXED.get(wire, len(message))  # beyond the end for groups, which are in no ONNX file
+    if wire == BYTES:
+        length, at = _varint(message, at)
+    if length > len(message) - at:
+        raise ArchiveInvalid(NOT_A_MODEL)
+    return number, message[at : at + length], at + length
+
+
+def _bytes_of(value: memoryview | int) -> memoryview:
+    """The field's bytes. Raises ArchiveInvalid for an integer."""
+    if isinstance(value, int):
+        raise ArchiveInvalid(NOT_A_MODEL)
+    return value
+
+
+def _integers(value: memoryview | int) -> Iterator[int]:
+    """A repeated field's integers: one, or several packed together. Raises ArchiveInvalid."""
+    if isinstance(value, int):
+        yield value
+        return
+    at = 0
+    while at < len(value):
+        found, at = _varint(value, at)
+        yield found
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

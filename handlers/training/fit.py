@@ -1,4 +1,4 @@
-"""Fitting forecasters: all series of a call together, along a leading model dimension. Torch; no files.
+"""Fits forecasters: all series of a call are fitted together, along a leading model dimension. Torch; no files.
 
 The parameters of M models are one tensor [M, n] with one optimiser; gradients are clipped and the best weights kept by
 model, so the models share nothing but the time. Measured on one core: 67,000 windows a second of the default `tcn`.
@@ -20,8 +20,7 @@ from torch import nn
 from handlers.base import Family, Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64, from_network, step_seconds
-from handlers.forecasters import ARCHITECTURES, build, random_tensors
-from handlers.forecasters.ensemble import Ensemble
+from handlers.forecasters import ARCHITECTURES, architecture_of, build, random_tensors, split_members
 from handlers.forecasters.lear import Lear
 from handlers.training.batched_networks import batched_forward, flat, likelihood, reach, unflat, wants
 from handlers.training.input_recipe import DAY, default_context, default_prediction, grid, recipe, season
@@ -58,7 +57,7 @@ def recipes(
     step_s = round(series[0].step.total_seconds())
     context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
     needs = wants(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
-    asked, of_days = options.pop("origin", ""), needs.weekdays and step_s < DAY and horizon * step_s % DAY == 0
+    asked, of_days = options.pop("origin", ""), needs.whole_days and step_s < DAY and horizon * step_s % DAY == 0
     length = context_length or needs.context or context
     return [
         recipe(
@@ -67,7 +66,7 @@ def recipes(
             context_length=length,
             prediction_length=horizon,
             origin="" if asked == "any" else asked or ("00:00" if of_days else ""),
-            weekdays=needs.weekdays,
+            weekdays=needs.whole_days,
             paths=needs.paths,
             **options,
         )
@@ -117,8 +116,8 @@ def fit(
 ) -> list[Fitted]:
     """One forecaster per series, all of one family and of equal length; the same numbers for the same seed.
 
-    `config` is completed by what the forecasts say (features, lengths, quantiles). Of `fitting`, `lear` takes the
-    holdout and the threads alone.
+    `config` is completed by what the forecasts say (features, lengths, quantiles). Of `fitting`, the fit method
+    "lasso" takes the holdout and the threads alone.
 
     Raises:
         SeriesInvalid: too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
@@ -145,12 +144,13 @@ def _fit(
     progress: Progress | None,
 ) -> tuple[torch.Tensor, list[tuple[float, float]]]:
     """Flat parameters [M, n], and the holdout's losses. The members of ensembles are fitted as models of their own."""
-    member, count = (family.member, family.members) if isinstance(family, Ensemble) else (family, 1)
+    member, count = split_members(family)
     copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
     data = Windows(*copies, reach(member), fitting.holdout)
     whole = data if count == 1 else Windows(series, forecasts, reach(member), fitting.holdout)
     judge = _Fit(family, whole, fitting, pool)
-    if isinstance(member, Lear):
+    if architecture_of(member).fit == "lasso":
+        assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
         return linear.whole(best).view(len(series), -1), judge.price_losses(best.view(len(series), -1))
@@ -160,17 +160,18 @@ def _fit(
 
 
 def completed(architecture: str, config: Config, forecast: Forecast) -> Config:
-    """The config with the part that the forecast decides; a season, where there is one, is a day if none is named."""
+    """The config with the fields that the forecast decides, `marks` too; a `season` is a day if none is named."""
     found: Config = {
         **config,
         "features": len(forecast.inputs),
         "context_length": forecast.context_length,
         "prediction_length": forecast.prediction_length,
     }
-    if architecture == "lear":
-        found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
     known = ARCHITECTURES.get(architecture)
-    if known and "season" in known.config.__struct_fields__:
+    fields = known.config.__struct_fields__ if known else ()
+    if "marks" in fields:
+        found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
+    if "season" in fields:
         found.setdefault("season", season(step_seconds(forecast.frequency)))
     if not forecast.paths:
         found["quantiles"] = len(forecast.quantile_levels)

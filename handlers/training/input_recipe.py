@@ -1,4 +1,4 @@
-"""Which inputs a forecaster gets: from a series and an architecture to the archive's `Forecast` record, and to rows.
+"""Decides the inputs of a forecaster: makes the `Forecast` record of a series and an architecture, and its rows.
 
 The rows for training come out of `DeepAr.decode`, the code that serves requests, so both are the same numbers.
 """

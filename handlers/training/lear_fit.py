@@ -1,4 +1,4 @@
-"""Fitting `lear`: the penalty of each forecast step by the holdout, then once more over all windows. Torch; no files.
+"""Fits `lear`: chooses the penalty of each forecast step by the holdout, then fits once more over all windows. Torch.
 
 Models are fitted one after another, or side by side on threads: a model's 24 x 5 regressions are products large enough.
 Measured, one core, four years of days with two covariates: 0.6 s a model (`loadtest.benchmarks.accuracy`).
@@ -22,7 +22,7 @@ class LinearFit:
     """The regressions of all models of one family over their windows; every `members` of them are one ensemble's.
 
     An ensemble's members see calibration windows of their own, as the LEAR ensembles of Lago et al. do: all of the
-    past, the last half of it, the last quarter ...
+    past, the last half of it, the last quarter, and so on.
     """
 
     def __init__(self, family: Lear, data: Windows, pool: ThreadPoolExecutor, members: int) -> None:

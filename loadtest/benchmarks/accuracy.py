@@ -1,11 +1,11 @@
-"""How accurate the forecasters are on real markets: fitted once, or again and again, beside published forecasts.
+"""Accuracy of the forecasters on five day-ahead markets, fitted once or repeatedly, beside published forecasts.
 
 fleetcast-load bench accuracy --data FOLDER --minutes 25
 
-The markets and the test period are those of Lago et al. 2021 ("Forecasting day-ahead electricity prices"), the last two
-years; their daily forecasts are scored in the same run. The last 20 days are the windows of fev-bench. FOLDER has
-NP.csv.gz (datetime_local, price, exog1, exog2), NP_reference_forecasts.csv.gz and so on. Fits are kept: a run that was
-ended goes on, and what the minutes did not suffice for is said in the record.
+The markets and the test period (the last two years) are those of Lago et al. 2021 ("Forecasting day-ahead electricity
+prices"); their daily forecasts are scored in the same run. The last 20 days are the windows of fev-bench. FOLDER has
+NP.csv.gz (datetime_local, price, exog1, exog2), NP_reference_forecasts.csv.gz and so on. Fits are saved, so a run that
+was interrupted continues; the record lists what did not fit into the given minutes.
 """
 
 import json
@@ -38,7 +38,7 @@ from loadtest.benchmarks.accuracy_scores import (
     RECIPES,
     TCN,
     WINDOWS,
-    assessed,
+    assess_market,
 )
 from loadtest.benchmarks.rolling_refits import (
     DAYS,
@@ -49,12 +49,12 @@ from loadtest.benchmarks.rolling_refits import (
     Recipe,
     Refits,
     Task,
-    market,
-    period_start,
-    schedule,
+    find_period_start,
+    read_market,
+    schedule_refits,
 )
-from loadtest.report.accuracy import page, tables
-from loadtest.report.terminal import shown
+from loadtest.report.accuracy import build_tables, render_accuracy_page
+from loadtest.report.terminal import render_table
 
 ONCE = {"NP": 0.63, "PJM": 0.63, "BE": 0.82, "FR": 0.75, "DE": 0.50}  #: rMAE to stay below, fitted once
 SCORING_S = 20  #: of the minutes, kept for what follows the fits
@@ -114,16 +114,16 @@ def main(
     save: Annotated[bool, typer.Option(help="write the record")] = True,
 ) -> None:
     """Fit, forecast, score, and compare with what is published; exit code 1 where a market falls short."""
-    started, before = clock.monotonic(), record.machine()
+    started, before = clock.monotonic(), record.describe_machine()
     names = [name for name in MARKETS if name in markets.split(",")]
     if not names:
         raise typer.BadParameter(f"--markets: expected some of {', '.join(MARKETS)}, not {markets!r}")
     refits = Refits(data, keep)
-    checked = commands(data, names, processes)
+    checked = run_commands(data, names, processes)
     until = started + 60 * minutes - SCORING_S
     tasks = list(dict.fromkeys(task for stage in STAGES for task in _tasks(stage, names)))
-    fits = work(refits, [task for task in tasks if not refits.has(task)], processes, until)
-    found = {name: assessed(data, refits, name) for name in names}
+    fits = run_tasks(refits, [task for task in tasks if not refits.has(task)], processes, until)
+    found = {name: assess_market(data, refits, name) for name in names}
     results = {
         "test_days": DAYS,
         "minutes": round((clock.monotonic() - started) / 60, 2),
@@ -139,13 +139,13 @@ def main(
     }
     _show(results)
     html.parent.mkdir(parents=True, exist_ok=True)
-    html.write_text(page(record.made("accuracy", 0, before, results)), encoding="utf-8")
-    print(f"page: {html}" + (f", record: {record.save('accuracy', 0, before, results)}" if save else ""))
-    if wrong := failures(found, checked):
+    html.write_text(render_accuracy_page(record.make_record("accuracy", 0, before, results)), encoding="utf-8")
+    print(f"page: {html}" + (f", record: {record.save_record('accuracy', 0, before, results)}" if save else ""))
+    if wrong := list_failures(found, checked):
         raise SystemExit("\n".join(wrong))
 
 
-def work(refits: Refits, tasks: Sequence[Task], processes: int, until: float) -> int:
+def run_tasks(refits: Refits, tasks: Sequence[Task], processes: int, until: float) -> int:
     """Do the tasks in their order until the clock says `until`; a fit that is under way then is dropped. How many."""
     done, spent, said = 0, defaultdict[str, float](float), clock.monotonic()
     with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool, suppress(StopIteration, NotYet):
@@ -164,12 +164,12 @@ def work(refits: Refits, tasks: Sequence[Task], processes: int, until: float) ->
     return done
 
 
-def commands(data: Path, names: Sequence[str], processes: int) -> dict[str, float]:
+def run_commands(data: Path, names: Sequence[str], processes: int) -> dict[str, float]:
     """MAE of the test period by `fleetcast train` and `fleetcast backtest`: the fits here are to find the same."""
 
     def one(name: str) -> float:
-        series, csv_file = market(data, name), str(data / f"{name}.csv.gz")
-        since = series.stamp(period_start(series))
+        series, csv_file = read_market(data, name), str(data / f"{name}.csv.gz")
+        since = series.stamp(find_period_start(series))
         fleetcast = [sys.executable, "-P", "-m", "server.cli.main"]
         of = [csv_file, "--time", TIME, "--target", TARGET]
         known = [part for column in KNOWN for part in ("--known-future", column)]
@@ -179,14 +179,14 @@ def commands(data: Path, names: Sequence[str], processes: int) -> dict[str, floa
             ask = [*fleetcast, "backtest", *of, "--models", store, "--from", since, "--json"]
             answer = subprocess.run(ask, check=True, capture_output=True, text=True).stdout
         (scored,) = json.loads(answer)["markets"]
-        actual = series.values[period_start(series) :]
+        actual = series.values[find_period_start(series) :]
         return float(scored["scores"]["wape"] * np.abs(actual).mean())
 
     with ThreadPoolExecutor(processes) as pool:
         return dict(zip(names, pool.map(one, names), strict=True))
 
 
-def failures(found: Mapping[str, Any], checked: Mapping[str, float]) -> list[str]:
+def list_failures(found: Mapping[str, Any], checked: Mapping[str, float]) -> list[str]:
     """What falls short, in words: of the bounds for one fit, or of our commands' own numbers."""
     wrong = []
     for name, each in found.items():
@@ -202,7 +202,7 @@ def failures(found: Mapping[str, Any], checked: Mapping[str, float]) -> list[str
 
 def _tasks(stage: Stage, names: Sequence[str]) -> Iterator[Task]:
     """By day, not by market: what is done of a stage is of all markets."""
-    for together in zip(*(schedule(name, *stage) for name in names), strict=True):
+    for together in zip(*(schedule_refits(name, *stage) for name in names), strict=True):
         yield from together
 
 
@@ -212,13 +212,13 @@ def _done(refits: Refits, task: Task) -> tuple[Task, float]:
 
 def _missing(refits: Refits, stage: Stage, names: Sequence[str]) -> str:
     """For example `12 of 104 fits of NP`."""
-    done = {name: [refits.has(task) for task in schedule(name, *stage)] for name in names}
+    done = {name: [refits.has(task) for task in schedule_refits(name, *stage)] for name in names}
     return ", ".join(
         f"{each.count(False)} of {len(each)} fits of {name}" for name, each in done.items() if not all(each)
     )
 
 
 def _show(results: Mapping[str, Any]) -> None:
-    for table in tables(results):
-        rich.print(shown(table))
+    for table in build_tables(results):
+        rich.print(render_table(table))
     print("\n".join(f"not reached: {each}" for each in results["not_reached"]))

@@ -1,4 +1,4 @@
-"""Scores the fits of `rolling_refits`: recipes and mixtures over the test period, and fev-bench's windows."""
+"""Scores the fits of `rolling_refits`: recipes and mixtures over the test period, and the windows of fev-bench."""
 
 import csv
 import gzip
@@ -11,7 +11,16 @@ import numpy as np
 from handlers.codecs.features import Float64
 from handlers.evaluation.scores import Steps, naive, pinball, scores, seasonal_errors
 from handlers.training.time_series import Series
-from loadtest.benchmarks.rolling_refits import DAYS, EVERY, HOURS, Recipe, Refits, market, period_start, schedule
+from loadtest.benchmarks.rolling_refits import (
+    DAYS,
+    EVERY,
+    HOURS,
+    Recipe,
+    Refits,
+    find_period_start,
+    read_market,
+    schedule_refits,
+)
 
 DECILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEAR = Recipe("lear", "lear")
@@ -29,9 +38,9 @@ REVIEW, MEMORY = 7, 91  #: days after which weights are made anew, and of which 
 FEV_DAYS = 20
 
 
-def assessed(data: Path, refits: Refits, name: str) -> dict[str, Any]:
+def assess_market(data: Path, refits: Refits, name: str) -> dict[str, Any]:
     """All that is done of one market: rows by recipe or mixture and how often it was fitted, and the published ones."""
-    series = market(data, name)
+    series = read_market(data, name)
     rows = []
     for every in EVERY:
         found = {each: refits.quantiles(name, each, every) for each in RECIPES}
@@ -40,11 +49,11 @@ def assessed(data: Path, refits: Refits, name: str) -> dict[str, Any]:
                 seconds = round(refits.seconds(name, each, every), 1)
                 rows.append({"name": each.name, "every": every, "fit_s": seconds, **_scored(series, quantiles)})
         rows += [{"name": mixture, "every": every, **more} for mixture, more in _mixtures(refits, name, every, series)]
-    theirs = {peer: _scored(series, each[..., None], (0.5,)) for peer, each in published(data, name).items()}
+    theirs = {peer: _scored(series, each[..., None], (0.5,)) for peer, each in read_published(data, name).items()}
     return {"rows": rows, "published": theirs, "wql": _fev(refits, name, series)}
 
 
-def published(data: Path, name: str) -> dict[str, Float64]:
+def read_published(data: Path, name: str) -> dict[str, Float64]:
     """The daily forecasts of Lago et al. 2021 [days, 24] by model."""
     with gzip.open(data / f"{name}_reference_forecasts.csv.gz", "rt", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -52,7 +61,7 @@ def published(data: Path, name: str) -> dict[str, Float64]:
     return {model: np.array([float(row[model]) for row in rows]).reshape(DAYS, HOURS) for model in models}
 
 
-def weighted(parts: Float64, y: Float64, levels: Float64) -> Float64:
+def weight_parts(parts: Float64, y: Float64, levels: Float64) -> Float64:
     """Parts [N, days, 24, levels] -> their mean by weights that each week are made of the last days' losses."""
     losses = pinball(np.broadcast_to(y, parts.shape[:3]), parts, levels).mean((2, 3))
     weights = np.ones(losses.shape)
@@ -63,7 +72,7 @@ def weighted(parts: Float64, y: Float64, levels: Float64) -> Float64:
     return mixed
 
 
-def wql(y: Float64, q: Float64, levels: Float64) -> float:
+def compute_wql(y: Float64, q: Float64, levels: Float64) -> float:
     """As fev-bench has it: by window [W] twice the mean pinball loss by the mean of |y|, at least 1; their mean."""
     size = np.maximum(np.abs(y).mean(1), 1.0)
     return float((2 * pinball(y, q, levels).mean((1, 2)) / size).mean())
@@ -78,19 +87,19 @@ def _mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator
             continue
         found = [refits.quantiles(name, *each) for each in zip(recipes, reached, strict=True)]
         parts = np.stack([each for each in found if each is not None])
-        actual, levels = series.values[period_start(series) :].reshape(DAYS, HOURS), np.array(LEAR.levels)
-        mixed = parts.mean(0) if mixture == MEAN else weighted(parts, actual, levels)
+        actual, levels = series.values[find_period_start(series) :].reshape(DAYS, HOURS), np.array(LEAR.levels)
+        mixed = parts.mean(0) if mixture == MEAN else weight_parts(parts, actual, levels)
         fitted = {each.name: often for each, often in zip(recipes, reached, strict=True)}
         yield mixture, {"fitted_every": fitted, **_scored(series, mixed)}
 
 
 def _has(refits: Refits, name: str, recipe: Recipe, every: int) -> bool:
-    return all(refits.has(task) for task in schedule(name, recipe, every))
+    return all(refits.has(task) for task in schedule_refits(name, recipe, every))
 
 
 def _scored(series: Series, q: Float64, levels: Sequence[float] = LEAR.levels) -> dict[str, float]:
     """Of quantiles of the test period [days, 24, levels]."""
-    start, values = period_start(series), series.values
+    start, values = find_period_start(series), series.values
     origins: Steps = np.arange(start, len(values), HOURS)
     began = np.datetime64(series.start, "s").astype(np.int64)
     seconds: Steps = began + 3600 * np.arange(len(values))
@@ -115,4 +124,4 @@ def _fev(refits: Refits, name: str, series: Series) -> dict[str, float]:
                 parts += [quantiles] if every == DAYS else []
     if len(parts) == len(FEV):
         found["their mean, fitted once"] = np.mean(parts, 0)
-    return {each: round(wql(y, quantiles, np.array(DECILES)), 4) for each, quantiles in found.items()}
+    return {each: round(compute_wql(y, quantiles, np.array(DECILES)), 4) for each, quantiles in found.items()}

@@ -1,8 +1,6 @@
-"""`make bench`: our own table in minutes. Ratios against the plain peer or a floor measured in the same run; records.
+"""The core benchmark: throughput, cold start and memory, each as a ratio to a plain server or to a measured floor.
 
-fleetcast-load bench core warm      requests/s and p50 of 200 models against loadtest/peers/plain, alternating
-fleetcast-load bench core cold      object store to first answer, against one GET of the same size
-fleetcast-load bench core memory    bytes per extra resident model
+A few minutes; needs wrk. Each command saves a record.
 """
 
 import http.client
@@ -13,7 +11,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,19 +27,19 @@ from handlers.base import Family
 from handlers.forecasters import build, random_tensors
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.moto_server import S3_ENVIRONMENT, moto_server
-from loadtest.observe.processes import pss
-from loadtest.peers.plain import plain_peer
+from loadtest.fleets.fleet import CONFIG as TCN
+from loadtest.observe.local_server import serve
+from loadtest.observe.moto_server import S3_ENVIRONMENT, serve_moto
+from loadtest.observe.processes import read_pss
+from loadtest.peers.plain import serve_plain
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.contract import HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON, NPY
 
 SEED = 7
 MODELS = 200
-CONFIG: dict[str, int | float | str | bool | list[int]] = {"features": 8, "context_length": 168, "quantiles": 5}
-TCN = {**CONFIG, "prediction_length": 24}  # 17,528 parameters
-TCN_100_KB = {**CONFIG, "prediction_length": 24, "channels": 41}
+TCN_100_KB = {**TCN, "channels": 41}
 BODY_DIGITS = 4
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
@@ -52,40 +50,40 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 def warm(pairs: int = 7, seconds: float = 3.0) -> None:
     """Throughput at 8 and 32 connections and latency at 1, JSON and npy bodies, alternating with the plain peer."""
     wrk.require_wrk()
-    before = record.machine()
+    before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
         json_body, npy_body = write_bodies(folder)
         server = stack.enter_context(serve(str(folder / "store")))
-        plain, _ = stack.enter_context(plain_peer(folder, build("tcn", TCN).reference(), MODELS))
-        ours = wrk.Target("fleetcast", server.inference, MODELS, ".mar", json_body, "application/json")
-        npy = wrk.Target("fleetcast npy", ours.url, MODELS, ".mar", npy_body, "application/x-npy")
-        peer = wrk.Target("plain", plain, MODELS, "", json_body, "application/json")
+        plain, _ = stack.enter_context(serve_plain(folder, build("tcn", TCN).reference(), MODELS))
+        ours = wrk.WrkTarget("fleetcast", server.inference, MODELS, ".mar", json_body, JSON)
+        npy = wrk.WrkTarget("fleetcast npy", ours.url, MODELS, ".mar", npy_body, NPY)
+        peer = wrk.WrkTarget("plain", plain, MODELS, "", json_body, JSON)
         for target in (ours, npy, peer):
-            wrk.run(target, 8, 2)  # every model loaded, every path warm
-        runs: dict[tuple[str, int], list[wrk.Result]] = {}
+            wrk.run_wrk(target, 8, 2)  # every model loaded, every path warm
+        runs: dict[tuple[str, int], list[wrk.WrkResult]] = {}
         rounds = [(pair, connections) for pair in range(pairs) for connections in (1, 8, 32)]
         for pair, connections in track(rounds, "warm", transient=True):
             for target in (ours, npy, peer)[:: 1 if pair % 2 else -1]:
-                runs.setdefault((target.name, connections), []).append(wrk.run(target, connections, seconds))
+                runs.setdefault((target.name, connections), []).append(wrk.run_wrk(target, connections, seconds))
     results = _warm_results(runs)
     _print_warm(results)
-    CONSOLE.print(f"record: {record.save('warm', SEED, before, results)}")
+    CONSOLE.print(f"record: {record.save_record('warm', SEED, before, results)}")
 
 
 @app.command()
 def cold(models: int = 40) -> None:
     """First answers of models that are only in an S3 store (100 KB archives), each beside one such GET."""
-    before = record.machine()
+    before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        endpoint, requests = stack.enter_context(moto_server(folder))
+        endpoint, requests = stack.enter_context(serve_moto(folder))
         names = [f"cold/m{i}.mar" for i in range(2 * models)]
         os.environ.update(S3_ENVIRONMENT)
         source = open_source("s3://bench/fleet", endpoint_url=endpoint)
         family = build("tcn", TCN_100_KB)
-        sizes = [source_put(source, name, family, seed) for seed, name in enumerate(names)]
+        sizes = [put_archive(source, name, family, seed) for seed, name in enumerate(names)]
         _, npy_body = write_bodies(folder)
         body = npy_body.read_bytes()
         server = stack.enter_context(serve("s3://bench/fleet", ["--s3-endpoint-url", endpoint], S3_ENVIRONMENT))
@@ -94,16 +92,16 @@ def cold(models: int = 40) -> None:
         source.get(ModelName(names[1]))
         first, get, seen = [], [], len(requests())
         for i in track(range(2, 2 * models, 2), "cold", transient=True):
-            get.append(timed(source.get, ModelName(names[i + 1])))
-            first.append(timed(invoke, connection, names[i], body))
+            get.append(time_call(source.get, ModelName(names[i + 1])))
+            first.append(time_call(invoke, connection, names[i], body))
         asked = len(requests()) - seen - len(get)
     results = {
         "archive_bytes": max(sizes),
         "models": len(first),
         "store_requests_per_first_answer": asked / len(first),
-        "get_ms": record.spread(get),
-        "first_answer_ms": record.spread(first),
-        "difference_ms": record.spread([a - b for a, b in zip(first, get, strict=True)]),
+        "get_ms": record.summarize(get),
+        "first_answer_ms": record.summarize(first),
+        "difference_ms": record.summarize([a - b for a, b in zip(first, get, strict=True)]),
     }
     table = Table("", "median", "min", "max", title=f"{len(first)} first answers, archives of {max(sizes)} bytes")
     for key in ("get_ms", "first_answer_ms", "difference_ms"):
@@ -111,13 +109,13 @@ def cold(models: int = 40) -> None:
         assert isinstance(found, dict)
         table.add_row(key, *(f"{found[k]:.2f}" for k in ("median", "min", "max")))
     CONSOLE.print(table, f"store requests per first answer: {asked / len(first):.2f}")
-    CONSOLE.print(f"record: {record.save('cold', SEED, before, results)}")
+    CONSOLE.print(f"record: {record.save_record('cold', SEED, before, results)}")
 
 
 @app.command()
 def memory(models: int = 2000, step: int = 500) -> None:
     """Proportional set size of the worker as models become resident, per model of 70 KB of weights."""
-    before = record.machine()
+    before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         family = build("tcn", TCN)
@@ -130,10 +128,10 @@ def memory(models: int = 2000, step: int = 500) -> None:
         sizes = []
         for i in track(range(models + step), "memory", transient=True):
             if i >= step and (i - step) % step == 0:
-                sizes.append((i, pss(worker)))
+                sizes.append((i, read_pss(worker)))
             invoke(connection, f"m{i}.mar", body)
-        sizes.append((models + step, pss(worker)))
-        resident = loaded_models(server)
+        sizes.append((models + step, read_pss(worker)))
+        resident = server.loaded_models()
     (first, low), (last, high) = sizes[0], sizes[-1]
     per_model = (high - low) / (last - first)
     results = {
@@ -147,11 +145,11 @@ def memory(models: int = 2000, step: int = 500) -> None:
     for count, size in sizes:
         table.add_row(str(count), f"{size / 1e6:.1f}")
     CONSOLE.print(table, f"{per_model / 1e6:.4f} MB per extra model of {family.row_floats * 4 / 1e6:.3f} MB of weights")
-    CONSOLE.print(f"record: {record.save('memory', SEED, before, results)}")
+    CONSOLE.print(f"record: {record.save_record('memory', SEED, before, results)}")
 
 
 @app.command(name="all")
-def everything() -> None:
+def run_all() -> None:
     """The three above, one after another."""
     warm()
     cold()
@@ -161,21 +159,21 @@ def everything() -> None:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def write_fleet(folder: Path, family: Family, config: dict[str, Any], names: list[str]) -> None:
+def write_fleet(folder: Path, family: Family, config: Mapping[str, Any], names: list[str]) -> None:
     """Archives of one architecture with seeded random weights."""
     folder.mkdir(parents=True)
     for seed, name in enumerate(track(names, "packing", transient=True)):
         (folder / name).write_bytes(_pack(family, config, name, seed))
 
 
-def source_put(source: Any, name: str, family: Family, seed: int) -> int:
+def put_archive(source: Any, name: str, family: Family, seed: int) -> int:
     """Pack and store one archive of about 100 KB; its size."""
     data = _pack(family, TCN_100_KB, name, seed)
     source.put(ModelName(name), data)
     return len(data)
 
 
-def _pack(family: Family, config: dict[str, Any], name: str, seed: int) -> bytes:
+def _pack(family: Family, config: Mapping[str, Any], name: str, seed: int) -> bytes:
     tensors = random_tensors(family, SEED * 1_000_000 + seed)
     return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name)
 
@@ -194,8 +192,8 @@ def write_bodies(folder: Path) -> tuple[Path, Path]:
 
 def invoke(connection: http.client.HTTPConnection, name: str, body: bytes) -> bytes:
     """One invocation; raises RuntimeError unless it is answered 200."""
-    headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": "application/x-npy"}
-    connection.request("POST", "/invocations", body, headers)
+    headers = {HEADER_TARGET_MODEL: name, "Content-Type": NPY}
+    connection.request("POST", INVOCATIONS_PATH, body, headers)
     reply = connection.getresponse()
     data = reply.read()
     if reply.status != http.HTTPStatus.OK:
@@ -203,32 +201,27 @@ def invoke(connection: http.client.HTTPConnection, name: str, body: bytes) -> by
     return data
 
 
-def timed(call: Callable[..., object], *args: object) -> float:
+def time_call(call: Callable[..., object], *args: object) -> float:
     """Milliseconds."""
     started = time.perf_counter()
     call(*args)
     return (time.perf_counter() - started) * 1e3
 
 
-def loaded_models(server: LocalServer) -> float:
-    """The gauge, over all workers."""
-    return sum(server.counters("fleetcast_loaded_models").values())
-
-
-def _warm_results(runs: dict[tuple[str, int], list[wrk.Result]]) -> dict[str, Any]:
+def _warm_results(runs: dict[tuple[str, int], list[wrk.WrkResult]]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for (name, connections), found in runs.items():
         row = results.setdefault(f"{connections} connections", {})
         row[name] = {
-            "requests_per_s": record.spread([run.requests_per_s for run in found]),
-            "p50_ms": record.spread([run.p50_ms for run in found]),
-            "p99_ms": record.spread([run.p99_ms for run in found]),
+            "requests_per_s": record.summarize([run.requests_per_s for run in found]),
+            "p50_ms": record.summarize([run.p50_ms for run in found]),
+            "p99_ms": record.summarize([run.p99_ms for run in found]),
         }
         if name != "plain":
             pairs = list(zip(found, runs["plain", connections], strict=True))
             row[f"{name} / plain"] = {
-                "requests_per_s": record.spread([ours.requests_per_s / peer.requests_per_s for ours, peer in pairs]),
-                "p50": record.spread([ours.p50_ms / peer.p50_ms for ours, peer in pairs]),
+                "requests_per_s": record.summarize([ours.requests_per_s / peer.requests_per_s for ours, peer in pairs]),
+                "p50": record.summarize([ours.p50_ms / peer.p50_ms for ours, peer in pairs]),
             }
     return results
 

@@ -1,9 +1,10 @@
-"""`fleetcast-load bench cores`: what more workers and fronts bring on this machine, and where the time goes.
+"""Throughput by number of workers and fronts on this machine, and the CPU time of each part of a request.
 
-200 resident models under wrk over 32 connections, beside the server: JSON and npy bodies, every number of workers and
-fronts up to the cores, in turn. Front and worker are microseconds of processor time a request; decode, forward and
-encode are the worker's own count by the clock, waiting for a core included where there are more processes than cores.
-What a worker uses beyond these three is frames, queues and its event loop. Ends with a record.
+200 resident models under load by wrk over 32 connections, which shares the machine with the server: JSON and npy
+bodies, every number of workers and fronts up to the number of cores, in turn. `front` and `worker` are microseconds of
+CPU time per request. `decode`, `forward` and `encode` are wall time as the worker counts it, so they include the wait
+for a core when there are more processes than cores. `rest` is what a worker uses beyond these three: frames, queues and
+its event loop. Saves a record.
 """
 
 import os
@@ -22,10 +23,12 @@ from rich.table import Table
 
 from handlers.forecasters import build
 from loadtest import record
-from loadtest.benchmarks.core import MODELS, TCN, write_bodies, write_fleet
+from loadtest.benchmarks.core import MODELS, write_bodies, write_fleet
 from loadtest.driver import wrk
+from loadtest.fleets.fleet import CONFIG as TCN
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.resource_counts import cpu_seconds
+from loadtest.observe.resource_counts import read_cpu_seconds
+from server.contract import JSON, NPY, STEP_SECONDS
 
 SEED = 7
 CONNECTIONS, SECONDS = 32, 3.0
@@ -41,14 +44,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")] = 7) -> None:
     """Measure every number of workers and fronts up to the cores."""
     wrk.require_wrk()
-    before = record.machine()
+    before = record.describe_machine()
     cores = len(os.sched_getaffinity(0))
     shapes = list(product(range(1, cores + 1), repeat=2))
     runs: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
-        bodies = dict(zip(("application/json", "application/x-npy"), write_bodies(folder), strict=True))
+        bodies = dict(zip((JSON, NPY), write_bodies(folder), strict=True))
         servers = {}
         for workers, fronts in shapes:
             flags = ["--workers", str(workers), "--fronts", str(fronts)]
@@ -56,27 +59,27 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")]
         for turn in track(range(rounds + 1), "rounds", transient=True):
             for (workers, fronts), (media, body) in product(shapes, bodies.items()):
                 server = servers[workers, fronts]
-                target = wrk.Target("", f"{server.inference}/invocations", MODELS, ".mar", body, media)
+                target = wrk.WrkTarget("", f"{server.inference}/invocations", MODELS, ".mar", body, media)
                 found = _run(server, target, SECONDS if turn else 1.0)
                 if turn:
                     key = f"{workers} workers, {fronts} fronts, {media.rpartition('-')[2].rpartition('/')[2]}"
                     runs.setdefault(key, []).append(found)
     results = {
-        key: {name: record.spread([run[name] for run in found]) for name in found[0]} for key, found in runs.items()
+        key: {name: record.summarize([run[name] for run in found]) for name in found[0]} for key, found in runs.items()
     }
-    CONSOLE.print(f"record: {record.save('cores', SEED, before, results)}")
-    CONSOLE.print(table(results))
+    CONSOLE.print(f"record: {record.save_record('cores', SEED, before, results)}")
+    CONSOLE.print(build_table(results))
 
 
-def _run(server: LocalServer, target: wrk.Target, seconds: float) -> dict[str, float]:
+def _run(server: LocalServer, target: wrk.WrkTarget, seconds: float) -> dict[str, float]:
     """Requests a second, and microseconds a request by where they went."""
     before = dict(_spent(server))
-    found = wrk.run(target, CONNECTIONS, seconds)
+    found = wrk.run_wrk(target, CONNECTIONS, seconds)
     times = {"requests_per_s": found.requests_per_s, "p50_ms": found.p50_ms, "p99_ms": found.p99_ms}
-    return times | a_request(before, dict(_spent(server)), found.requests_per_s * seconds)
+    return times | compute_request_cost(before, dict(_spent(server)), found.requests_per_s * seconds)
 
 
-def a_request(before: Mapping[str, float], after: Mapping[str, float], requests: float) -> dict[str, float]:
+def compute_request_cost(before: Mapping[str, float], after: Mapping[str, float], requests: float) -> dict[str, float]:
     """Microseconds a request from two readings of `_spent`; `rest` is what a worker used beyond its parts."""
     used = {name: (after[name] - before[name]) / requests * 1e6 for name in after}
     return {**used, "rest": used["worker"] - sum(used[part] for part in PARTS)}
@@ -85,13 +88,13 @@ def a_request(before: Mapping[str, float], after: Mapping[str, float], requests:
 def _spent(server: LocalServer) -> Iterator[tuple[str, float]]:
     """Seconds so far of fronts, of workers, and of the workers' parts."""
     for kind in ("front", "worker"):
-        yield kind, sum(cpu_seconds(each["pid"]) for each in server.processes() if each["kind"] == kind)
-    counted = server.counters("fleetcast_step_seconds_total")
+        yield kind, sum(read_cpu_seconds(each["pid"]) for each in server.processes() if each["kind"] == kind)
+    spent = server.totals(STEP_SECONDS.series, "part")
     for part in PARTS:
-        yield part, sum(value for labels, value in counted.items() if f'part="{part}"' in labels)
+        yield part, spent[part]
 
 
-def table(results: Mapping[str, Any]) -> Table:
+def build_table(results: Mapping[str, Any]) -> Table:
     """A combination a row, medians."""
     columns = ("requests_per_s", "p50_ms", "p99_ms", "front", "worker", *PARTS, "rest")
     shown = Table("", "requests/s", "p50 ms", "p99 ms", "front us", "worker us", *PARTS, "rest")

@@ -1,8 +1,7 @@
-"""`fleetcast-load bench eviction-policies`: eviction policies at equal bytes, in the server's own cache, and what they
-cost.
+"""Hit ratios of the eviction policies at equal cache size, in the server's own cache, and their CPU cost.
 
-Requests come one after another and each is served, if by a guest in one row: a cache for 90 % of a fleet hits at most
-90 % of a tick. Only who goes is judged, so loads take no time. Ends with a record.
+Requests come one after another, and a model that is not resident is always loaded: a cache for 90 % of a fleet can hit
+at most 90 % of a tick. Loads take no time, because only the choice of victims is judged. Saves a record.
 """
 
 import gc
@@ -35,7 +34,7 @@ MIXED = {"mlp": (10, 1_800_000), "tcn": (40, 70_000), "lear": (40, 71_000), "dli
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 
 
-class Model(NamedTuple):
+class CachedModel(NamedTuple):
     """What a cache is told of a model."""
 
     name: ModelName
@@ -44,10 +43,10 @@ class Model(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Trace:
+class CacheTrace:
     """Requests, and when, in seconds. Until `warm` of them the cache only fills."""
 
-    asked: Sequence[Model]
+    asked: Sequence[CachedModel]
     at: Sequence[float]
     warm: int
 
@@ -61,31 +60,33 @@ def main(
     rounds: Annotated[int, typer.Option(min=3, help="of alternating measurements of the cost")] = 7,
 ) -> None:
     """Judge every policy."""
-    before = record.machine()
+    before = record.describe_machine()
     found: dict[str, Any] = {"hits": {}, "after_change": {}}
-    for name, trace in track(traces(seed).items(), "hits", transient=True, console=CONSOLE):
-        found["hits"][name] = {str(share): _each(trace, share_of(trace, share), SLAB) for share in SHARES}
-    for name, trace in mixed(seed).items():
+    for name, trace in track(make_traces(seed).items(), "hits", transient=True, console=CONSOLE):
+        found["hits"][name] = {str(share): _each(trace, compute_share_bytes(trace, share), SLAB) for share in SHARES}
+    for name, trace in make_mixed_traces(seed).items():
         found["hits"][name] = {"16 MiB": _each(trace, MIXED_BYTES, MIXED_SLAB)}
     for name, shuffled in (("fixed order", False), ("shuffled", True)):
-        found["after_change"][name] = {policy: recovery(policy, shuffled=shuffled, seed=seed) for policy in POLICIES}
-    found["us_a_request"] = costs(seed, rounds)
+        found["after_change"][name] = {
+            policy: measure_recovery(policy, shuffled=shuffled, seed=seed) for policy in POLICIES
+        }
+    found["us_a_request"] = measure_costs(seed, rounds)
     for table in _tables(found):
         CONSOLE.print(table)
-    CONSOLE.print(f"record: {record.save('policies', seed, before, found)}")
+    CONSOLE.print(f"record: {record.save_record('policies', seed, before, found)}")
 
 
 # --- traces ---------------------------------------------------------------------------------------------------------
 
 
-def fleet(models: int, family: str = "tcn", charge: int = ROW) -> list[Model]:
+def make_models(models: int, family: str = "tcn", charge: int = ROW) -> list[CachedModel]:
     """Models of one family."""
-    return [Model(ModelName(f"{family}/{i:05}.mar"), charge, family) for i in range(models)]
+    return [CachedModel(ModelName(f"{family}/{i:05}.mar"), charge, family) for i in range(models)]
 
 
-def traces(seed: int = 0, models: int = FLEET) -> dict[str, Trace]:
+def make_traces(seed: int = 0, models: int = FLEET) -> dict[str, CacheTrace]:
     """Three that decide: a tick in fixed order, a shuffled one, Zipf with drift. And what else a fleet may see."""
-    half, known = models // 2, fleet(models)
+    half, known = models // 2, make_models(models)
     often = _ticks(half, 48, seed, shuffled=True)
     seldom = Tick(half, 12 * EVERY_S, 1.0, shuffled=True, seed=seed + 1).schedule(48 * EVERY_S)
     tick, zipf = _ticks(half, TICKS, seed, shuffled=True), _zipf(half, TICKS * half, seed, drift_s=1000, rate=1.0)
@@ -103,9 +104,9 @@ def traces(seed: int = 0, models: int = FLEET) -> dict[str, Trace]:
     }
 
 
-def mixed(seed: int = 0) -> dict[str, Trace]:
+def make_mixed_traces(seed: int = 0) -> dict[str, CacheTrace]:
     """Families of very different row sizes in a cache of few slabs."""
-    models = [model for family, (count, charge) in MIXED.items() for model in fleet(count, family, charge)]
+    models = [model for family, (count, charge) in MIXED.items() for model in make_models(count, family, charge)]
     asked = np.random.default_rng(seed).integers(0, len(models), 60 * len(models))
     return {
         "four families, by chance": _trace(models, Schedule(np.arange(len(asked)) / 10, asked, len(asked) / 10)),
@@ -113,17 +114,17 @@ def mixed(seed: int = 0) -> dict[str, Trace]:
     }
 
 
-def change(at: int, ticks: int, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> Trace:
+def make_change_trace(at: int, ticks: int, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> CacheTrace:
     """Ticks; from the one numbered `at` on a fifth of the fleet, drawn, is replaced by others."""
     ticking = _ticks(models, ticks, seed, shuffled=shuffled)
     gone = np.random.default_rng(seed).permutation(models)[: models // 5]
     asked = ticking.model.copy()
     asked[at * models :] += models * np.isin(asked[at * models :], gone)
-    return _trace(fleet(2 * models), Schedule(ticking.at, asked, ticking.seconds))
+    return _trace(make_models(2 * models), Schedule(ticking.at, asked, ticking.seconds))
 
 
-def _trace(models: Sequence[Model], due: Schedule) -> Trace:
-    return Trace([models[i] for i in due.model.tolist()], due.at.tolist(), len(due.at) // 3)
+def _trace(models: Sequence[CachedModel], due: Schedule) -> CacheTrace:
+    return CacheTrace([models[i] for i in due.model.tolist()], due.at.tolist(), len(due.at) // 3)
 
 
 def _ticks(models: int, ticks: int, seed: int = 0, *, shuffled: bool = False, pauses: bool = True) -> Schedule:
@@ -150,13 +151,13 @@ def _together(*loads: Schedule) -> Schedule:
 # --- what is measured -----------------------------------------------------------------------------------------------
 
 
-def share_of(trace: Trace, share: float) -> int:
+def compute_share_bytes(trace: CacheTrace, share: float) -> int:
     """Bytes for so much of all models that are asked, in whole slabs."""
     total = sum(model.charge for model in set(trace.asked))
     return int(share * total) // SLAB * SLAB
 
 
-def serve(cache: Cache, trace: Trace) -> Iterator[bool]:
+def serve_request(cache: Cache, trace: CacheTrace) -> Iterator[bool]:
     """Each request from its start to its end: whether the model was there."""
     for model, now in zip(trace.asked, trace.at, strict=True):
         slot = cache.lease(model.name, now)
@@ -164,12 +165,12 @@ def serve(cache: Cache, trace: Trace) -> Iterator[bool]:
             cache.release(slot)
         else:
             cache.want(model.name, now)
-            load(cache, model, now)
+            load_model(cache, model, now)
         yield slot is not None
 
 
-def load(cache: Cache, model: Model, now: float) -> None:
-    """From want to ready. There must be room, since nobody is leased."""
+def load_model(cache: Cache, model: CachedModel, now: float) -> None:
+    """Load a model, from `want` to `ready`. No slot is leased, so the cache finds room."""
     while not isinstance(placement := cache.place(model.name, "", model.charge, now, model.family), Placed):
         assert isinstance(placement, Evict | Moves), f"{cache!r} has no room for {model.name}: {placement}"
         if isinstance(placement, Evict):
@@ -181,24 +182,24 @@ def load(cache: Cache, model: Model, now: float) -> None:
     cache.ready(placement.slot, now)
 
 
-def hit_ratio(policy: str, trace: Trace, cache_bytes: int, slab_bytes: int = SLAB) -> float:
+def compute_hit_ratio(policy: str, trace: CacheTrace, cache_bytes: int, slab_bytes: int = SLAB) -> float:
     """Of the requests after the warm-up."""
     cache = Cache(cache_bytes, slab_bytes, policy=policy_named(policy))
-    hits = list(serve(cache, trace))
+    hits = list(serve_request(cache, trace))
     return statistics.fmean(hits[trace.warm :])
 
 
-def recovery(policy: str, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> list[float]:
+def measure_recovery(policy: str, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> list[float]:
     """The hit ratio of the tick before a fifth of the fleet is replaced, of that one, and of the next four; 90 %."""
-    trace = change(8, 13, shuffled=shuffled, seed=seed, models=models)
+    trace = make_change_trace(8, 13, shuffled=shuffled, seed=seed, models=models)
     cache = Cache(int(0.9 * models * ROW) // SLAB * SLAB, SLAB, policy=policy_named(policy))
-    hits = np.fromiter(serve(cache, trace), float).reshape(13, models).mean(axis=1)
+    hits = np.fromiter(serve_request(cache, trace), float).reshape(13, models).mean(axis=1)
     return [float(ratio) for ratio in hits[7:]]
 
 
-def costs(seed: int, rounds: int) -> Mapping[str, Mapping[str, Any]]:
+def measure_costs(seed: int, rounds: int) -> Mapping[str, Mapping[str, Any]]:
     """Microseconds that cache and policy take for a request, and as a multiple of LRU's in the same round."""
-    cases = {name: trace for name, trace in traces(seed).items() if name in ("tick, shuffled", "Zipf with drift")}
+    cases = {name: trace for name, trace in make_traces(seed).items() if name in ("tick, shuffled", "Zipf with drift")}
     found: dict[str, Mapping[str, Any]] = {}
     for name, trace in cases.items():
         seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
@@ -207,23 +208,23 @@ def costs(seed: int, rounds: int) -> Mapping[str, Mapping[str, Any]]:
                 times.append(_seconds(policy, trace))
         found[name] = {
             policy: {
-                "us": record.spread([1e6 * each / len(trace.asked) for each in times]),
-                "ratio": record.spread([each / lru for each, lru in zip(times, seconds["lru"], strict=True)]),
+                "us": record.summarize([1e6 * each / len(trace.asked) for each in times]),
+                "ratio": record.summarize([each / lru for each, lru in zip(times, seconds["lru"], strict=True)]),
             }
             for policy, times in seconds.items()
         }
     return found
 
 
-def _seconds(policy: str, trace: Trace) -> float:
+def _seconds(policy: str, trace: CacheTrace) -> float:
     gc.collect()
     started = time.perf_counter()
-    hit_ratio(policy, trace, share_of(trace, 0.9))
+    compute_hit_ratio(policy, trace, compute_share_bytes(trace, 0.9))
     return time.perf_counter() - started
 
 
-def _each(trace: Trace, cache_bytes: int, slab_bytes: int) -> dict[str, float]:
-    return {policy: hit_ratio(policy, trace, cache_bytes, slab_bytes) for policy in POLICIES}
+def _each(trace: CacheTrace, cache_bytes: int, slab_bytes: int) -> dict[str, float]:
+    return {policy: compute_hit_ratio(policy, trace, cache_bytes, slab_bytes) for policy in POLICIES}
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""The GPU benchmark: `fleetcast-load bench gpu` prints a table and writes a record; minutes on a machine with a GPU.
+"""The accelerator's steps on a GPU, without HTTP. Takes minutes and saves a record.
 
-Measured are the accelerator's own steps, without HTTP, by a process of the server's (`server.worker.engine.bench_gpu`):
-a tick of 1,000 models against their networks one by one, 10,000 resident models, an evicted model back from host
-memory.
+A process of the server (`server.worker.engine.bench_gpu`) measures a tick of 1,000 models beside their networks one by
+one, 10,000 resident models, and the return of an evicted model from host memory.
 """
 
 import json
@@ -28,19 +27,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(save: bool = True) -> None:
     """Measure and print; the record is written unless `--no-save`."""
-    before = record.machine()
+    before = record.describe_machine()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "server.worker.engine.bench_gpu"], stdout=subprocess.PIPE, check=False
     )
     if done.returncode:
         raise typer.Exit(done.returncode)  # it has said why
     results = json.loads(done.stdout)
-    CONSOLE.print(table(results))
+    CONSOLE.print(build_table(results))
     if save:
-        CONSOLE.print(f"record: {record.save('gpu', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('gpu', SEED, before, results)}")
 
 
-def table(results: dict[str, Any]) -> Table:
+def build_table(results: dict[str, Any]) -> Table:
     """The results beside the goals and floors they are to be held against."""
     tick, many, back = results["tick"], results["scattered"], results["returning"]
     floor = tick["floor_ms"]

@@ -1,4 +1,4 @@
-"""What was seen of a server at scale, and whether anything grew: records, verdicts, tables. Pure."""
+"""Judges whether memory, latency or any count grows at scale: records, verdicts and tables. Pure."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ LOCKS = 4096  #: it has at most so many lock files, whatever the names
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class TrafficSpan:
     """Some seconds of traffic, and what the server held after them. Milliseconds; processor time per request."""
 
     seconds: float
@@ -55,7 +55,7 @@ class Crowd:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GrowthVerdict:
     """Something that must not exceed `limit`."""
 
     what: str
@@ -69,81 +69,85 @@ class Verdict:
         return self.found <= self.limit
 
 
-def trend(values: Sequence[float]) -> float:
+def compute_trend(values: Sequence[float]) -> float:
     """Growth from one value to the next: the median of all pairs' slopes (Theil, Sen), robust to outliers."""
     slopes = [(b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2)]
     return statistics.median(slopes) if slopes else float("nan")
 
 
-def flat(what: str, values: Sequence[float], most: float, share: float = 0.0, unit: str = "") -> Verdict:
+def judge_flat(what: str, values: Sequence[float], most: float, share: float = 0.0, unit: str = "") -> GrowthVerdict:
     """The later values grow in all by at most `most`, or `share` of their level where that is more."""
-    growth, level = trend(values) * (len(values) - 1), statistics.median(values)
-    return Verdict(f"{what}: growth", growth, max(most, share * level), unit)
+    growth, level = compute_trend(values) * (len(values) - 1), statistics.median(values)
+    return GrowthVerdict(f"{what}: growth", growth, max(most, share * level), unit)
 
 
-def no_slower(what: str, ms: Sequence[float]) -> Verdict:
+def judge_no_slower(what: str, ms: Sequence[float]) -> GrowthVerdict:
     """The best of the later half against the best of the earlier: what else the machine does only adds to a latency."""
     half = len(ms) // 2
     if not half:
-        return Verdict(what, math.nan, math.nan, "ms")
-    return Verdict(f"{what}: best later", min(ms[half:]), 1.3 * min(ms[:half]) + 0.5, "ms")
+        return GrowthVerdict(what, math.nan, math.nan, "ms")
+    return GrowthVerdict(f"{what}: best later", min(ms[half:]), 1.3 * min(ms[:half]) + 0.5, "ms")
 
 
-def judge_spans(spans: Sequence[Span], disk: int) -> Iterator[Verdict]:
+def judge_spans(spans: Sequence[TrafficSpan], disk: int) -> Iterator[GrowthVerdict]:
     """Of the traffic, the disk cache having room for `disk` archives: nothing fails, and nothing grows in the end."""
     late = spans[len(spans) // 3 :]
     yield from judge_counts(spans, disk)
     for process in late[0].census.memory:
         sizes = [span.census.memory[process] / 1e6 for span in late]
-        yield flat(f"memory of {process}", sizes, 3.0, 0.03, "MB")
-        yield flat(f"processor time of {process} per request", [span.cpu_us[process] for span in late], 50, 0.25, "us")
+        yield judge_flat(f"memory of {process}", sizes, 3.0, 0.03, "MB")
+        yield judge_flat(
+            f"processor time of {process} per request", [span.cpu_us[process] for span in late], 50, 0.25, "us"
+        )
     valid = [span for span in late if not span.invalid]
-    yield Verdict("spans whose driver was late", len(late) - len(valid), len(late) // 2)
+    yield GrowthVerdict("spans whose driver was late", len(late) - len(valid), len(late) // 2)
     for name in ("hit_p50_ms", "hit_p99_ms", "miss_p50_ms", "miss_p99_ms"):
         kind, percentile, _ = name.split("_")
         values = [value for span in valid if not math.isnan(value := getattr(span, name))]
-        yield no_slower(f"{percentile} of a {kind}", values)
+        yield judge_no_slower(f"{percentile} of a {kind}", values)
 
 
-def judge_counts(spans: Sequence[Span], disk: int) -> Iterator[Verdict]:
-    """What no noise touches: failures, and what is open, running, on disk and in /metrics while nobody asks."""
-    yield Verdict("requests failed or wrong", sum(span.failed for span in spans), 0)
+def judge_counts(spans: Sequence[TrafficSpan], disk: int) -> Iterator[GrowthVerdict]:
+    """Verdicts that noise does not affect: failures, and what is open, running, on disk and in /metrics at rest."""
+    yield GrowthVerdict("requests failed or wrong", sum(span.failed for span in spans), 0)
     counts = [dict(span.census.numbers()) for span in spans[len(spans) // 3 :]]
     for name in counts[0]:
         if not name.startswith("files in disk cache/"):
-            yield flat(name, [count[name] for count in counts], 3)
+            yield judge_flat(name, [count[name] for count in counts], 3)
     fetched = max((1 - span.hit_ratio) * span.requests / span.seconds for span in spans)
     blobs, index, locks, drafts = ([n[f"files in disk cache/{each}"] for n in counts] for each in PLACES)
-    yield Verdict("archives in the disk cache", max(blobs), disk + fetched * SWEEP_S)
-    yield Verdict("archives without a name there, or the reverse", max(map(_apart, blobs, index)), 0)
-    yield Verdict("lock files there", max(locks), LOCKS)
-    yield Verdict("drafts left there", max(drafts), 0)
+    yield GrowthVerdict("archives in the disk cache", max(blobs), disk + fetched * SWEEP_S)
+    yield GrowthVerdict("archives without a name there, or the reverse", max(map(_apart, blobs, index)), 0)
+    yield GrowthVerdict("lock files there", max(locks), LOCKS)
+    yield GrowthVerdict("drafts left there", max(drafts), 0)
 
 
 def _apart(a: float, b: float) -> float:
     return abs(a - b)
 
 
-def judge_costs(costs: Sequence[Cost]) -> Iterator[Verdict]:
+def judge_costs(costs: Sequence[Cost]) -> Iterator[GrowthVerdict]:
     """More archives in the store cost no more: routing, against the smallest; a page, with as many resident."""
     first, last = costs[0], costs[-1]
     alike = next(cost for cost in costs if cost.resident >= 0.9 * last.resident)
-    yield Verdict(f"front's time per hit, {last.archives} archives", last.front_us, 1.3 * first.front_us + 20, "us")
-    yield Verdict(f"a page of 100, {last.archives} archives", last.page_ms, 1.5 * alike.page_ms + 2, "ms")
+    yield GrowthVerdict(
+        f"front's time per hit, {last.archives} archives", last.front_us, 1.3 * first.front_us + 20, "us"
+    )
+    yield GrowthVerdict(f"a page of 100, {last.archives} archives", last.page_ms, 1.5 * alike.page_ms + 2, "ms")
 
 
-def judge_crowd(found: Crowd, many: int, row_bytes: int) -> Iterator[Verdict]:
+def judge_crowd(found: Crowd, many: int, row_bytes: int) -> Iterator[GrowthVerdict]:
     """All are resident and hit, each for little more than its weights; a page costs the same however many there are."""
-    yield Verdict(f"models missing of {many} in one worker", many - found.resident[-1], 0)
-    yield Verdict("asked again, not hits", round((1 - found.hit_ratio) * many), 0)
-    yield Verdict("memory per resident model", found.bytes_per_model / 1e3, row_bytes / 1e3 + 50, "KB")
-    yield Verdict(f"a page of 100, {many} resident", found.page_ms[-1], 2 * found.page_ms[0] + 2, "ms")
+    yield GrowthVerdict(f"models missing of {many} in one worker", many - found.resident[-1], 0)
+    yield GrowthVerdict("asked again, not hits", round((1 - found.hit_ratio) * many), 0)
+    yield GrowthVerdict("memory per resident model", found.bytes_per_model / 1e3, row_bytes / 1e3 + 50, "KB")
+    yield GrowthVerdict(f"a page of 100, {many} resident", found.page_ms[-1], 2 * found.page_ms[0] + 2, "ms")
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
-def spans_table(spans: Sequence[Span]) -> Table:
+def build_spans_table(spans: Sequence[TrafficSpan]) -> Table:
     """A row for every span, or for every second and so on of many."""
     table = Table("span", "requests", "hit ratio", "hit p50, p99 ms", "miss p50, p99 ms", "memory MB", "fds", "files")
     for i in range(0, len(spans), -(-len(spans) // 12)):
@@ -161,7 +165,7 @@ def spans_table(spans: Sequence[Span]) -> Table:
     return table
 
 
-def costs_table(costs: Sequence[Cost], crowded: Crowd) -> Table:
+def build_costs_table(costs: Sequence[Cost], crowded: Crowd) -> Table:
     """A row for every size of store, then for every step of the crowd."""
     table = Table("archives", "resident", "front us per hit", "hit p50 ms", "page of 100, ms", "worker MB")
     for cost in costs:
@@ -172,7 +176,7 @@ def costs_table(costs: Sequence[Cost], crowded: Crowd) -> Table:
     return table
 
 
-def verdicts_table(verdicts: Sequence[Verdict]) -> Table:
+def build_verdicts_table(verdicts: Sequence[GrowthVerdict]) -> Table:
     """Failed ones last, where they are seen."""
     table = Table("", "what", "found", "at most", title="verdicts")
     for each in sorted(verdicts, key=lambda verdict: not verdict.met, reverse=True):

@@ -1,9 +1,8 @@
-"""`fleetcast-load bench many-models`: a whole tick in one call of `POST /v1/forecasts`, beside the same in single
-calls.
+"""A whole tick in one call for many models, beside one call for each model.
 
 One worker and one front share two cores with the client. Every model is resident; bodies are DeepAR JSON of a week of
-hours and the longest lag before it. The single calls come from wrk over 32 connections, which is the most this server
-answers; the ratio is that of forecasts a second. Ends with a record.
+hours and the longest lag before it. The single calls come from wrk over 32 connections, which is the most that this
+server answers; the ratio is that of forecasts per second. Saves a record.
 """
 
 import http.client
@@ -23,10 +22,11 @@ from rich.table import Table
 
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.driver.dialects import unsound
+from loadtest.driver.dialects import find_fault
 from loadtest.fleets.fleet import make_request
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import LocalServer, serve
+from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON
 
 SEED = 11
 CONNECTIONS, SINGLES_S = 32, 2.0
@@ -42,7 +42,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9) -> None:
     """Measure calls for 100, 500 and 1,000 models."""
     wrk.require_wrk()
-    before = record.machine()
+    before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = [f"m{i}.mar" for i in range(max(SIZES))]
@@ -57,15 +57,15 @@ def main(rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")
         told = (_spread(row[key], digits) for key, digits in (("ms", 1), ("per_s", 0), ("ratio", 2)))
         table.add_row(str(size), *told)
     CONSOLE.print(table, f"single calls over {CONNECTIONS} connections: {_spread(results['singles_per_s'], 0)}/s")
-    CONSOLE.print(f"record: {record.save('many', SEED, before, results)}")
+    CONSOLE.print(f"record: {record.save_record('many', SEED, before, results)}")
 
 
 def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
     """Calls of each size and single calls, in turn; the first round is warm-up."""
     request = make_request(SEED)
     (folder / "body.json").write_text(json.dumps(request))
-    single = wrk.Target(
-        "single calls", f"{server.inference}/invocations", len(names), ".mar", folder / "body.json", "application/json"
+    single = wrk.WrkTarget(
+        "single calls", f"{server.inference}{INVOCATIONS_PATH}", len(names), ".mar", folder / "body.json", JSON
     )
     (instance,) = request["instances"]
     bodies = {
@@ -78,15 +78,15 @@ def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) ->
     for turn in track(range(rounds + 1), "calls", transient=True):
         for size in SIZES:
             times[size].append(_call(connection, bodies[size], size))
-        singles.append(wrk.run(single, CONNECTIONS, SINGLES_S if turn else 1.0).requests_per_s)
+        singles.append(wrk.run_wrk(single, CONNECTIONS, SINGLES_S if turn else 1.0).requests_per_s)
     rates = singles[1:]
-    found: dict[str, Any] = {"singles_per_s": record.spread(rates), "body_bytes": len(bodies[500])}
+    found: dict[str, Any] = {"singles_per_s": record.summarize(rates), "body_bytes": len(bodies[500])}
     for size, seconds in times.items():
         per_s = [size / each for each in seconds[1:]]
         found[f"{size} models"] = {
-            "ms": record.spread([each * 1e3 for each in seconds[1:]]),
-            "per_s": record.spread(per_s),
-            "ratio": record.spread([many / one for many, one in zip(per_s, rates, strict=True)]),
+            "ms": record.summarize([each * 1e3 for each in seconds[1:]]),
+            "per_s": record.summarize(per_s),
+            "ratio": record.summarize([many / one for many, one in zip(per_s, rates, strict=True)]),
         }
     return found
 
@@ -94,12 +94,12 @@ def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) ->
 def _call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
     """Seconds from the first byte out to the last byte in. Raises RuntimeError unless all was answered."""
     started = time.perf_counter()
-    connection.request("POST", "/v1/forecasts", body)
+    connection.request("POST", FORECASTS_PATH, body)
     reply = connection.getresponse()
     answer = reply.read()
     seconds = time.perf_counter() - started
     found = json.loads(answer)
-    if reply.status != http.HTTPStatus.OK or found["failed"] or len(found["predictions"]) != size or unsound(answer):
+    if reply.status != http.HTTPStatus.OK or found["failed"] or len(found["predictions"]) != size or find_fault(answer):
         raise RuntimeError(f"a call for {size} models answered {reply.status}: {answer[:300]!r}")
     return seconds
 

@@ -1,9 +1,10 @@
-"""Real markets through a running server: every day of a test period asked by boto3, scored, and recorded.
+"""Accuracy of real prices through a running server: every day of a test period is requested with boto3 and scored.
 
 fleetcast-load bench markets --data prices.csv.gz --time hour --target NSW1 --target VIC1 --test-from 2024-01-01
 
-Trains on the rows before the test period (`fleetcast train`), serves the archives, asks each model for forecasts end to
-end, and compares them with the naive forecast and with the reference network called in this process.
+Trains on the rows before the test period (`fleetcast train`), serves the archives, asks each model for consecutive
+forecasts, and compares them with the naive forecast and with the reference network called in this process. Saves a
+record.
 """
 
 import json
@@ -37,6 +38,7 @@ from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import Forecast
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import Source, open_source
+from server.contract import HEADER_CACHE, JSON
 
 RATIO_LIMIT = 0.7
 COVERAGE_LIMITS = (0.6, 0.9)  #: of the interval between the outer levels
@@ -75,7 +77,7 @@ class Score:
         return [text for text, true in found.items() if true]
 
 
-class Client:
+class ScoringClient:
     """A boto3 client of the server, and what its answers said of the cache."""
 
     def __init__(self, url: str) -> None:
@@ -84,17 +86,15 @@ class Client:
         self.milliseconds: list[float] = []
 
     def __repr__(self) -> str:
-        return f"<Client {dict(self.cache)}>"
+        return f"<ScoringClient {dict(self.cache)}>"
 
     def ask(self, model: ModelName, request: dict[str, Any]) -> dict[str, Any]:
         """The answer to a DeepAR request."""
         body, started = json.dumps(request), clock.perf_counter()
-        reply = self._runtime.invoke_endpoint(
-            EndpointName="fleetcast", TargetModel=model, ContentType="application/json", Body=body
-        )
+        reply = self._runtime.invoke_endpoint(EndpointName="fleetcast", TargetModel=model, ContentType=JSON, Body=body)
         answer: dict[str, Any] = json.loads(reply["Body"].read())
         self.milliseconds.append((clock.perf_counter() - started) * 1e3)
-        self.cache[reply["ResponseMetadata"]["HTTPHeaders"]["x-fleetcast-cache"]] += 1
+        self.cache[reply["ResponseMetadata"]["HTTPHeaders"][HEADER_CACHE.lower()]] += 1
         return answer
 
 
@@ -112,7 +112,7 @@ def main(
     """Train, serve, ask, score; exit code 1 when a market falls short."""
     if url and not store:
         raise typer.BadParameter("--url needs --store, the store that the server has")
-    before, results = record.machine(), dict[str, Any](data=data.name, test_from=f"{test_from:%Y-%m-%d}")
+    before, results = record.describe_machine(), dict[str, Any](data=data.name, test_from=f"{test_from:%Y-%m-%d}")
     series = read_csv(data, time, target)
     with ExitStack() as stack:
         if not store:
@@ -120,15 +120,18 @@ def main(
             started = clock.perf_counter()
             train(data, time, target, test_from, store, seed)
             results["train_s"] = round(clock.perf_counter() - started, 1)
-        client = Client(url or stack.enter_context(serve(store)).inference)
+        client = ScoringClient(url or stack.enter_context(serve(store)).inference)
         source = open_source(store)
         scores = {each.name: evaluate(each, test_from, source, client.ask) for each in series}
-    results |= {"markets": {name: asdict(score) for name, score in scores.items()}, "cache": dict(client.cache)}
-    results["request_ms"] = record.spread(client.milliseconds)
+    results |= {
+        "markets": {name: asdict(score) for name, score in scores.items()},
+        "cache": dict(client.cache),
+    }
+    results["request_ms"] = record.summarize(client.milliseconds)
     rich.print(
         _table(scores), f"cache: {dict(client.cache)}, median {results['request_ms']['median']:.1f} ms a request"
     )
-    rich.print(f"record: {record.save('markets', seed, before, results)}")
+    rich.print(f"record: {record.save_record('markets', seed, before, results)}")
     failures = [f"{name}: {failure}" for name, score in scores.items() for failure in score.failures]
     if failures:
         raise SystemExit("\n".join(failures))
@@ -161,23 +164,23 @@ def evaluate(series: Series, test_from: datetime, source: Source, asked: Ask) ->
     starts = range(first, len(series.values) - horizon + 1, horizon)
     served, local = [], []
     for start in track(starts, series.name, transient=True):
-        request = request_for(series, start, forecast)
+        request = make_request_for(series, start, forecast)
         served.append(_quantiles(asked(name, request), forecast))
         local.append(_quantiles(ask(network, forecast, request), forecast))
     steps = np.array(starts)[:, None] + np.arange(horizon)
     lag = naive_lag(round(series.step.total_seconds()), horizon)
     naive = series.values[steps - lag][..., None]
-    return score(series.values[steps], np.stack(served), np.stack(local), naive, forecast)
+    return score_market(series.values[steps], np.stack(served), np.stack(local), naive, forecast)
 
 
-def request_for(series: Series, start: int, forecast: Forecast) -> dict[str, Any]:
+def make_request_for(series: Series, start: int, forecast: Forecast) -> dict[str, Any]:
     """The request whose forecast begins with step `start`; it has no value of that step or later."""
     instance = series.instance(start - forecast.history_length, start, forecast.prediction_length)
     levels = [str(level) for level in forecast.quantile_levels]
     return {"instances": [instance], "configuration": {"output_types": ["quantiles"], "quantiles": levels}}
 
 
-def score(y: Float64, served: Float64, local: Float64, naive: Float64, forecast: Forecast) -> Score:
+def score_market(y: Float64, served: Float64, local: Float64, naive: Float64, forecast: Forecast) -> Score:
     """Values [days, P], quantiles [days, P, levels] as served and as called here, naive forecasts [days, P, 1]."""
     known = ~np.isnan(y)
 

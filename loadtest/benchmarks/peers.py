@@ -1,10 +1,10 @@
-"""`make bench-peers`: the same weights and the same body in other people's servers and in ours, in one run.
+"""The same weights and the same body on other servers and on Fleetcast, in one run.
 
-Every server is up from the start. In each round each of them has its turn of load, from wrk over 8 models at 1, 8 and
-32 connections, while the others idle; one that burns processor time when idle is stopped between its turns. Before the
-rounds: the time from making a model known to its first answer, with its files on the local disk. After them: memory
-per extra model, and what happens when models exceed memory. One table, one dated record. The peers' environments are
-made by pip at the first run, about 5 GB under `.fleetcast/peers`. Triton and ModelMesh are missing: pip has neither.
+All servers are up from the start. In each round every server has its turn of load, from wrk over 8 models at 1, 8 and
+32 connections, while the others idle; a server that uses CPU time when idle is stopped between its turns. Before the
+rounds: the time from registering a model to its first response, with its files on the local disk. After them: memory
+per extra model, and what happens when models exceed memory. Saves one record. The first run installs the peers with
+pip, about 5 GB under `.fleetcast/peers`. Triton and ModelMesh are missing, because pip has neither.
 """
 
 import signal
@@ -23,13 +23,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.driver.dialects import NPY
 from loadtest.peers import over_memory as beyond
-from loadtest.peers.comparison import LOST, SEED, Contest, write_models
-from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, table, words
-from loadtest.peers.environments import installed, pins, requirements
-from loadtest.peers.network import load
-from loadtest.peers.servers import PACKAGE, PEERS, fleetcast, plain
+from loadtest.peers.comparison import LOST, SEED, Comparison, write_models
+from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, build_table, describe_servers
+from loadtest.peers.environments import find_requirements, is_installed, parse_pins
+from loadtest.peers.network import load_network
+from loadtest.peers.servers import PACKAGE, PEERS, start_fleetcast, start_plain
+from server.contract import NPY
 
 RECORDED = 7  #: rounds that a record has at least
 MODELS, FLEET, SPARE = 8, 200, 64
@@ -57,20 +57,20 @@ def main(
         raise typer.BadParameter(f"there is no peer {', '.join(unknown)}: known are {', '.join(PEERS)}")
     wrk.require_wrk()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that every server is ended
-    before = record.machine()
+    before = record.describe_machine()
     results = compare(chosen, rounds, seconds)
-    CONSOLE.print(table(results))
-    CONSOLE.print("\n".join(words(results)), soft_wrap=True, highlight=False)
+    CONSOLE.print(build_table(results))
+    CONSOLE.print("\n".join(describe_servers(results)), soft_wrap=True, highlight=False)
     if rounds >= RECORDED:
-        CONSOLE.print(f"record: {record.save('peers', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('peers', SEED, before, results)}")
     return None
 
 
 def show_peers() -> None:
     """Which there are, in which version, and whether their environments are made."""
     for peer in PEERS:
-        found = pins(requirements(peer).read_text())
-        state = "installed" if installed(peer) else "installed at its first run"
+        found = parse_pins(find_requirements(peer).read_text())
+        state = "installed" if is_installed(peer) else "installed at its first run"
         CONSOLE.print(
             f"{peer:11} {PACKAGE[peer]} {found[PACKAGE[peer]]}, torch {found['torch']}: {state}", highlight=False
         )
@@ -83,45 +83,47 @@ def compare(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         progress = stack.enter_context(Progress(*columns, console=CONSOLE, transient=True))
         step = progress.add_task("making models")
-        contest = Contest(write_models(folder, FLEET + SPARE), folder, stack)
-        _enter(contest, peers, folder, lambda text: progress.update(step, description=text))
-        contest.settle()
-        for number, name, connections in contest.play(rounds, seconds):
+        comparison = Comparison(write_models(folder, FLEET + SPARE), folder, stack)
+        _enter(comparison, peers, folder, lambda text: progress.update(step, description=text))
+        comparison.settle()
+        for number, name, connections in comparison.play(rounds, seconds):
             progress.update(step, description=f"round {number + 1} of {rounds}: {name}, {connections} connections")
-        for name in list(contest.contenders):
+        for name in list(comparison.contenders):
             progress.update(step, description=f"{name}: more models")
-            _exceed(contest, name)
+            _exceed(comparison, name)
         return {
             "models": MODELS,
             "rounds": rounds,
             "seconds": seconds,
-            "body_bytes": len(contest.contenders[OURS].body),
+            "body_bytes": len(comparison.contenders[OURS].body),
             "connections": CONNECTIONS,
-            "servers": contest.results(),
-            "unavailable": contest.lost,
+            "servers": comparison.results(),
+            "unavailable": comparison.lost,
         }
 
 
-def _enter(contest: Contest, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
+def _enter(comparison: Comparison, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
     """Ours with few models, with many and with binary bodies, the plain peer, and the chosen ones."""
-    models = contest.models
+    models = comparison.models
     for name, count in ((OURS, MODELS), (f"{OURS} x{FLEET}", FLEET)):
         say(f"{name}: starting")
-        contest.enter(name, record.commit()[:7], partial(fleetcast, name, models.store), count)
+        comparison.enter(name, record.find_commit()[:7], partial(start_fleetcast, name, models.store), count)
     say(f"{OURS_NPY}: starting")
-    contest.enter(OURS_NPY, record.commit()[:7], partial(fleetcast, OURS_NPY, models.store), MODELS, NPY)
+    comparison.enter(OURS_NPY, record.find_commit()[:7], partial(start_fleetcast, OURS_NPY, models.store), MODELS, NPY)
     say("plain: starting")
-    network = load(str(models.weights / "m0"))
-    contest.enter("plain", f"onnxruntime {version('onnxruntime')}", partial(plain, folder, network, MODELS), MODELS)
+    network = load_network(str(models.weights / "m0"))
+    comparison.enter(
+        "plain", f"onnxruntime {version('onnxruntime')}", partial(start_plain, folder, network, MODELS), MODELS
+    )
     for peer in peers:
         say(f"{peer}: starting")
-        pinned = pins(requirements(peer).read_text())[PACKAGE[peer]]
-        contest.enter(peer, pinned, partial(PEERS[peer], models.weights, say), MODELS)
+        pinned = parse_pins(find_requirements(peer).read_text())[PACKAGE[peer]]
+        comparison.enter(peer, pinned, partial(PEERS[peer], models.weights, say), MODELS)
 
 
-def _exceed(contest: Contest, name: str) -> None:
+def _exceed(comparison: Comparison, name: str) -> None:
     """More models, and more than there is memory for."""
-    contender, names = contest.contenders[name], contest.models.names
+    contender, names = comparison.contenders[name], comparison.models.names
     if contender.server.fixed or contender.target.count == FLEET or name == OURS_NPY:
         return
     body, found = contender.body, contender.found
@@ -131,11 +133,11 @@ def _exceed(contest: Contest, name: str) -> None:
             found["growth"] = {"models": growth.models, "mb": growth.mb, "refused": growth.refused}
             found["mb_per_model"] = growth.mb / growth.models if growth.models else None
             if name == OURS:
-                told = beyond.ours_beyond(contest.models.store, names[:FLEET], body)
+                told = beyond.measure_ours(comparison.models.store, names[:FLEET], body)
             elif name == "ray":
-                told = beyond.ray_beyond(contest.models.weights, names[:MODELS], body)
+                told = beyond.measure_ray(comparison.models.weights, names[:MODELS], body)
             elif name == "mlserver":
-                told = beyond.limited(contender.server, names[:MODELS], names[FLEET:], body)
+                told = beyond.measure_limited(contender.server, names[:MODELS], names[FLEET:], body)
             else:
                 told = str(growth)
     except LOST as error:  # what its turns showed stays

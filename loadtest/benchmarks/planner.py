@@ -1,8 +1,8 @@
-"""`fleetcast-load bench planner`: does the planner say what happens? A real server beside its simulation.
+"""The planner's prediction beside a real server: hit ratio and latency of the same requests.
 
-One worker, 200 models, one trace for caches of 20, 50 and 80 % of them. Each round measures the costs anew and then
-each size; what counts are the medians of rounds, since a machine has better and worse minutes. Ends with a record, and
-with 1 where a hit ratio is off by a point or a p99 by a quarter.
+One worker, 200 models, the same trace for caches of 20, 50 and 80 % of them. Each round measures the costs again and
+then each size; the medians of the rounds count, because a machine has better and worse minutes. Saves a record, and
+exits with 1 if a hit ratio is off by a point or a p99 by a quarter.
 """
 
 import statistics
@@ -19,33 +19,33 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import record
-from loadtest.driver import run as trial
-from loadtest.driver.driver_pool import Crew
+from loadtest.driver import run as load_run
+from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.profiles import Profile
-from loadtest.driver.request_bodies import Question
+from loadtest.driver.request_bodies import RequestBody
 from loadtest.driver.run_result import Run
-from loadtest.fleets.fleet import fleet_names, make_fleet
-from loadtest.fleets.synthetic_archives import network
+from loadtest.fleets.fleet import list_fleet_names, make_fleet
+from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.metrics_sampler import Counts, parsed
+from loadtest.observe.metrics_sampler import MetricSums, parse_metrics
 from loadtest.plan.calibrate import calibrate
-from loadtest.plan.cli import unloader
+from loadtest.plan.cli import make_unloader
 from loadtest.plan.costs import Costs
-from loadtest.plan.demand import WARMUP, of_profile
+from loadtest.plan.demand import WARMUP, make_profile_demand
 from loadtest.plan.placement import Placement
-from loadtest.plan.simulate import Found, Machines, simulate
+from loadtest.plan.simulate import Machines, SimulationResult, simulate
 from model_store.names import ModelName
+from server.contract import CACHE_REQUESTS, CACHE_RESULTS, METRICS_PATH
 
 MODELS, SHARES = 200, (0.2, 0.5, 0.8)
 WARMUP_S = 5.0
 POINT, QUARTER = 0.01, 0.25
-CACHE = "model_cache_requests_total"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class PlanComparison:
     """One run and its simulation; latencies in ms."""
 
     resident: int
@@ -74,65 +74,68 @@ def main(
     keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
 ) -> None:
     """Measure, simulate, compare."""
-    before = record.machine()
-    found: list[Beside] = []
+    before = record.describe_machine()
+    found: list[PlanComparison] = []
     costs: list[Costs] = []
     with tempfile.TemporaryDirectory(prefix="fleetcast-plan-") as folder:
         make_fleet(folder, MODELS)
-        asked = trial.Questions(fleet_names(MODELS), MODELS, None, None, seed).of(folder, console)
+        asked = load_run.RequestSource(list_fleet_names(MODELS), MODELS, None, None, seed).of(folder, console)
         for i in range(rounds):
             costs.append(measure_costs(folder, asked, rate))
             for share in SHARES:
                 found.append(
-                    compare(folder, asked, round(share * MODELS), Profile(MODELS, rate, seed=seed), seconds, costs[-1])
+                    compare_size(
+                        folder, asked, round(share * MODELS), Profile(MODELS, rate, seed=seed), seconds, costs[-1]
+                    )
                 )
                 console.print(f"round {i + 1}: {_said(found[-1])}")
-    results = summed(found)
+    results = summarize_sizes(found)
     _show(results)
     if keep:
         whole = {"rate": rate, "seconds": seconds, "models": MODELS, "sizes": results}
         whole["costs"] = [msgspec.to_builtins(each) for each in costs]
-        console.print(f"record: {record.save('plan', seed, before, whole)}")
+        console.print(f"record: {record.save_record('plan', seed, before, whole)}")
     raise SystemExit(not all(size["met"] for size in results))
 
 
-def measure_costs(store: str, asked: Mapping[ModelName, Question], rate: float) -> Costs:
+def measure_costs(store: str, asked: Mapping[ModelName, RequestBody], rate: float) -> Costs:
     """The costs of a server with room for all, at so many requests a second."""
     with serve(store, ["--workers", "1"]) as server:
-        subject = trial.Subject(server.inference, server.metrics, asked, store)
+        subject = load_run.ServerUnderLoad(server.inference, server.metrics, asked, store)
         to = subject.target("sagemaker", allow_remote=False)
-        return calibrate(to, server.metrics, unloader(server.management, list(asked)), "here", rate)
+        return calibrate(to, server.metrics, make_unloader(server.management, list(asked)), "here", rate)
 
 
-def compare(
-    store: str, asked: Mapping[ModelName, Question], resident: int, load: Profile, seconds: float, costs: Costs
-) -> Beside:
+def compare_size(
+    store: str, asked: Mapping[ModelName, RequestBody], resident: int, load: Profile, seconds: float, costs: Costs
+) -> PlanComparison:
     """One size: the real server and the simulated one under the same schedule, warmed by the same."""
-    row_bytes = network("tcn").family.row_floats * 4
+    row_bytes = build_network("tcn").family.row_floats * 4
     flags = ["--workers", "1", "--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
     with serve(store, flags) as server:
-        to = trial.Subject(server.inference, None, asked, store).target("sagemaker", allow_remote=False)
-        with Crew(to, 1) as crew:
-            crew.drive(load.schedule(WARMUP_S, WARMUP))
+        to = load_run.ServerUnderLoad(server.inference, None, asked, store).target("sagemaker", allow_remote=False)
+        with DriverPool(to, 1) as pool:
+            pool.drive(load.schedule(WARMUP_S, WARMUP))
             before = _counts(server)
-            run = crew.drive(load.schedule(seconds))
+            run = pool.drive(load.schedule(seconds))
             after = _counts(server)
-    demand = of_profile(load, seconds, WARMUP_S, str(row_bytes))
+    demand = make_profile_demand(load, seconds, WARMUP_S, str(row_bytes))
     there = simulate(Placement(demand), Machines(resident * row_bytes, slab_bytes=row_bytes), costs, load.seed)
     return _beside(resident, run, before, after, there)
 
 
-def _counts(server: LocalServer) -> Counts:
-    return parsed(server.get(f"{server.metrics}/metrics").data.decode())[0]
+def _counts(server: LocalServer) -> MetricSums:
+    return parse_metrics(server.get(f"{server.metrics}{METRICS_PATH}").data.decode())[0]
 
 
-def _beside(resident: int, run: Run, before: Counts, after: Counts, there: Found) -> Beside:
-    seen = {result: after[CACHE, result] - before[CACHE, result] for result in ("hit", "miss", "coalesced")}
+def _beside(resident: int, run: Run, before: MetricSums, after: MetricSums, there: SimulationResult) -> PlanComparison:
+    asked = CACHE_REQUESTS.series
+    seen = {result: after[asked, result] - before[asked, result] for result in CACHE_RESULTS}
     ms = {level: float(np.percentile(run.latency, float(level[1:]))) * 1e3 for level in there.ms}
-    return Beside(resident, seen["hit"] / sum(seen.values()), there.hit_ratio, ms, there.ms, run.invalid())
+    return PlanComparison(resident, seen["hit"] / sum(seen.values()), there.hit_ratio, ms, there.ms, run.invalid())
 
 
-def summed(found: list[Beside]) -> list[dict[str, Any]]:
+def summarize_sizes(found: list[PlanComparison]) -> list[dict[str, Any]]:
     """Size by size, the rounds' medians and spreads. Rounds that the driver calls invalid count for nothing."""
     sizes = []
     for resident in sorted({each.resident for each in found}):
@@ -141,26 +144,26 @@ def summed(found: list[Beside]) -> list[dict[str, Any]]:
         if not rows:
             raise SystemExit(f"no verdict: with room for {resident}, every run was invalid: {here[0].invalid[0]}")
         off = statistics.median(abs(each.hit_ratio - each.simulated_hit_ratio) for each in rows)
-        ms = {level: record.spread([each.ms[level] for each in rows]) for level in rows[0].ms}
-        there = {level: record.spread([each.simulated_ms[level] for each in rows]) for level in rows[0].ms}
+        ms = {level: record.summarize([each.ms[level] for each in rows]) for level in rows[0].ms}
+        there = {level: record.summarize([each.simulated_ms[level] for each in rows]) for level in rows[0].ms}
         ratio = there["p99"]["median"] / ms["p99"]["median"]
         sizes.append(
             {
                 "resident": resident,
-                "hit_ratio": record.spread([each.hit_ratio for each in rows]),
-                "simulated_hit_ratio": record.spread([each.simulated_hit_ratio for each in rows]),
+                "hit_ratio": record.summarize([each.hit_ratio for each in rows]),
+                "simulated_hit_ratio": record.summarize([each.simulated_hit_ratio for each in rows]),
                 "hit_ratio_off": off,
                 "ms": ms,
                 "simulated_ms": there,
                 "p99_ratio": ratio,
-                "p99_ratios": record.spread([each.p99_ratio for each in rows]),
+                "p99_ratios": record.summarize([each.p99_ratio for each in rows]),
                 "met": off <= POINT and abs(ratio - 1) <= QUARTER,
             }
         )
     return sizes
 
 
-def _said(each: Beside) -> str:
+def _said(each: PlanComparison) -> str:
     measured = f"hit ratio {each.hit_ratio:.4f}, p99 {each.ms['p99']:.2f} ms"
     simulated = f"simulated {each.simulated_hit_ratio:.4f}, {each.simulated_ms['p99']:.2f} ms"
     return f"room for {each.resident}: {measured}; {simulated}{' INVALID' * bool(each.invalid)}"

@@ -1,10 +1,9 @@
-"""`fleetcast-load bench prefetch`: a market's ticks over other traffic that evicts the fleet, with prefetch and
-without.
+"""Latency of a market's ticks with and without prefetch, over other traffic that evicts the models in between.
 
-Every `every_s` seconds each model of a fleet is asked once, within `spread_s` seconds and in the same order. All the
-time others are asked, more than there is room for, so that little of the fleet is still here when its next tick comes.
-The cache has room for the fleet and a tenth more. One worker and one front share the cores with the client; the disk
-cache has all archives after a tick or two. What is measured begins when LEARNT ticks are over. Ends with a record.
+Every `every_s` seconds each model of a fleet is requested once, within `spread_s` seconds and in the same order.
+Meanwhile other models are requested, more than fit, so that few models of the fleet are resident at its next tick. The
+cache has room for the fleet and a tenth more. One worker and one front share the cores with the client; the disk cache
+has all archives after a tick or two. Measurement begins after LEARNT ticks. Saves a record.
 """
 
 import sys
@@ -24,15 +23,16 @@ from rich.table import Table
 
 from loadtest import record
 from loadtest.driver.dialects import DIALECTS
-from loadtest.driver.driver_pool import Crew
-from loadtest.driver.open_loop import target
+from loadtest.driver.driver_pool import DriverPool
+from loadtest.driver.open_loop import make_target
 from loadtest.driver.profiles import Profile, Schedule, Tick
 from loadtest.driver.run_result import CACHE, Run
-from loadtest.fleets.archive_writer import progress_bar
-from loadtest.fleets.fleet import fleet_names, make_fleet, make_request
-from loadtest.fleets.synthetic_archives import network
+from loadtest.fleets.archive_writer import make_progress_bar
+from loadtest.fleets.fleet import list_fleet_names, make_fleet, make_request
+from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.resource_counts import cpu_seconds, processes
+from loadtest.observe.resource_counts import list_pids, read_cpu_seconds
+from server.contract import PREFETCH
 
 LEARNT = 4  #: ticks before the first that can be foreseen
 OK = 200
@@ -41,7 +41,7 @@ CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PrefetchPlan:
     """`models` of the fleet, `others` asked at `rate` requests a second; a slab has `slab_rows` of them."""
 
     models: int = 200
@@ -61,7 +61,7 @@ class Plan:
 
     def flags(self, prefetch: str) -> list[str]:
         """Of the server."""
-        slab = self.slab_rows * network(self.family).family.row_floats * 4
+        slab = self.slab_rows * build_network(self.family).family.row_floats * 4
         slabs = -(-self.models * 11 // (10 * self.slab_rows))
         room = ["--slab-bytes", str(slab), "--model-cache-bytes", str(slabs * slab)]
         return ["--workers", "1", "--prefetch", prefetch, *room]
@@ -75,11 +75,11 @@ class Plan:
         return Schedule(at[order], np.concatenate([tick.model, self.models + noise.model])[order], self.seconds)
 
 
-USUAL = Plan()
+USUAL = PrefetchPlan()
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PrefetchResult:
     """Of the ticks after LEARNT, one value for each: the share of calls that were not hits, and latencies.
 
     `others`: the same of all other calls since then. `prefetched`: loads ahead of time by result. `worker_s`: processor
@@ -101,25 +101,25 @@ class Found:
         return float(np.mean(self.cold))
 
 
-def measure(plan: Plan, store: Path, prefetch: str, look: Callable[[float], None]) -> Found:
+def measure_ticks(plan: PrefetchPlan, store: Path, prefetch: str, look: Callable[[float], None]) -> PrefetchResult:
     """One run on a server of its own; `look` is told the second."""
     with serve(str(store), plan.flags(prefetch)) as server:
         host, body = urlsplit(server.inference).netloc, orjson.dumps(make_request(plan.seed))
-        names = fleet_names(plan.models + plan.others)
+        names = list_fleet_names(plan.models + plan.others)
         requests = [DIALECTS["sagemaker"].request(host, name, body) for name in names]
-        with Crew(target(server.inference, requests), 1) as crew:
-            run = crew.drive(plan.schedule(), look=look)
-        return found(plan, run, _prefetched(server), cpu_seconds(processes(server)["worker 0"]))
+        with DriverPool(make_target(server.inference, requests), 1) as pool:
+            run = pool.drive(plan.schedule(), look=look)
+        return summarize_run(plan, run, _prefetched(server), read_cpu_seconds(list_pids(server)["worker 0"]))
 
 
-def found(plan: Plan, run: Run, prefetched: Mapping[str, float], worker_s: float) -> Found:
+def summarize_run(plan: PrefetchPlan, run: Run, prefetched: Mapping[str, float], worker_s: float) -> PrefetchResult:
     """What the client saw."""
     cold, ms = run.cache != CACHE.index("hit"), run.latency * 1e3
     of_fleet, late = run.schedule.model < plan.models, run.schedule.at >= LEARNT * plan.every_s
     tick = (run.schedule.at / plan.every_s).astype(int)
     ticks = [of_fleet & (tick == number) for number in range(LEARNT, plan.ticks)]
     others = ~of_fleet & late
-    return Found(
+    return PrefetchResult(
         cold=[float(cold[each].mean()) for each in ticks],
         p50_ms=[float(np.percentile(ms[each], 50)) for each in ticks],
         p99_ms=[float(np.percentile(ms[each], 99)) for each in ticks],
@@ -137,8 +137,7 @@ def found(plan: Plan, run: Run, prefetched: Mapping[str, float], worker_s: float
 
 def _prefetched(server: LocalServer) -> dict[str, float]:
     """Loads ahead of time by result, such as used."""
-    samples = server.counters("fleetcast_prefetch_total")
-    return {label.partition('result="')[2].partition('"')[0]: value for label, value in samples.items()}
+    return dict(server.totals(PREFETCH.series, "result"))
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -152,41 +151,45 @@ def main(
     keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
 ) -> None:
     """Measure ticks with prefetch off, then on: about three minutes."""
-    plan, before, results = Plan(every_s=every_s, ticks=ticks, seed=seed), record.machine(), dict[str, Found]()
+    plan, before, results = (
+        PrefetchPlan(every_s=every_s, ticks=ticks, seed=seed),
+        record.describe_machine(),
+        dict[str, PrefetchResult](),
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="fleetcast-prefetch-") as folder:
             make_fleet(folder, plan.models + plan.others, seed, plan.family)
-            with progress_bar() as bar:
+            with make_progress_bar() as bar:
                 for prefetch in ("off", "on"):
                     task = bar.add_task(f"prefetch {prefetch}", total=round(plan.seconds))
                     look = lambda t, task=task: bar.update(task, completed=round(t))  # noqa: E731 -- of this run
-                    results[prefetch] = measure(plan, Path(folder), prefetch, look)
+                    results[prefetch] = measure_ticks(plan, Path(folder), prefetch, look)
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError) as error:
         raise SystemExit(f"nothing measured: {error}") from error
     CONSOLE.print(_table(plan, results), *_said(results))
     if keep:
         saved = {"plan": asdict(plan)} | {f"prefetch {name}": _recorded(each) for name, each in results.items()}
-        CONSOLE.print(f"record: {record.save('prefetch', seed, before, saved)}")
+        CONSOLE.print(f"record: {record.save_record('prefetch', seed, before, saved)}")
 
 
-def _recorded(each: Found) -> dict[str, Any]:
+def _recorded(each: PrefetchResult) -> dict[str, Any]:
     """With the spread over ticks."""
-    spreads = {name: record.spread(getattr(each, name)) for name in ("cold", "p50_ms", "p99_ms")}
+    spreads = {name: record.summarize(getattr(each, name)) for name in ("cold", "p50_ms", "p99_ms")}
     return {**asdict(each), "over_ticks": spreads, "cold_share": each.cold_share}
 
 
-def _table(plan: Plan, results: Mapping[str, Found]) -> Table:
+def _table(plan: PrefetchPlan, results: Mapping[str, PrefetchResult]) -> Table:
     room = f"{plan.models} models every {plan.every_s:g} s within {plan.spread_s:g} s, {plan.ticks - LEARNT} ticks"
     table = Table("prefetch", "cold", "p50 ms", "p99 ms", "others cold", "others p99 ms", "worker s", title=room)
     for name, each in results.items():
-        over = [record.spread(values) for values in (each.p50_ms, each.p99_ms)]
+        over = [record.summarize(values) for values in (each.p50_ms, each.p99_ms)]
         times = [f"{of['median']:.1f} ({of['min']:.1f}-{of['max']:.1f})" for of in over]
         others = (f"{each.others['cold']:.1%}", f"{each.others['p99_ms']:.1f}")
         table.add_row(name, f"{each.cold_share:.2%}", *times, *others, f"{each.worker_s:.1f}")
     return table
 
 
-def _said(results: Mapping[str, Found]) -> Iterator[str]:
+def _said(results: Mapping[str, PrefetchResult]) -> Iterator[str]:
     ahead = ", ".join(f"{count:.0f} {result}" for result, count in results["on"].prefetched.items())
     yield f"loads ahead of time: {ahead or 'none'}"
     for name, each in results.items():

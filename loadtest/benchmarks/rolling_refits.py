@@ -1,7 +1,7 @@
-"""Forecasters fitted again and again to a market's past, and what each fit forecasts for the days until the next.
+"""Fits forecasters again and again to the past of a market, and forecasts the days until the next fit.
 
-A fit is one call of what `fleetcast train` calls, its forecasts go through the codec of requests. Every fit is kept in
-a file of its own, so a run that was ended goes on; another code, recipe or price file makes other files.
+A fit calls what `fleetcast train` calls, and its forecasts pass the codec of requests. Every fit is saved in a file of
+its own, so an interrupted run continues; a change of code, recipe or prices makes other files.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ class Task(NamedTuple):
     days: int
 
 
-def schedule(market: str, recipe: Recipe, every: int, first: int = 0) -> Iterator[Task]:
+def schedule_refits(market: str, recipe: Recipe, every: int, first: int = 0) -> Iterator[Task]:
     """All fits from day `first` on; one that a coarser schedule has too forecasts as far as that one needs."""
     for day in range(first, DAYS, every):
         longest = next(each for each in EVERY if (day - first) % each == 0)
@@ -75,12 +75,12 @@ def schedule(market: str, recipe: Recipe, every: int, first: int = 0) -> Iterato
 
 
 @cache
-def market(data: Path, name: str) -> Series:
+def read_market(data: Path, name: str) -> Series:
     """A market with its two covariates. Raises SeriesInvalid, OSError."""
     return read_csv(data / f"{name}.csv.gz", TIME, [TARGET], KNOWN)[0]
 
 
-def period_start(series: Series) -> int:
+def find_period_start(series: Series) -> int:
     """The first step of the test period."""
     return len(series.values) - DAYS * HOURS
 
@@ -102,12 +102,12 @@ class Refits:
 
     def done(self, task: Task) -> float:
         """Fit, forecast and keep. The seconds that the fit took."""
-        series = market(self._data, task.market)
-        first = period_start(series) + task.day * HOURS
+        series = read_market(self._data, task.market)
+        first = find_period_start(series) + task.day * HOURS
         started = time.perf_counter()
         fitted = _fitted(series.before(series.start + first * series.step), task.recipe)
         seconds = time.perf_counter() - started
-        quantiles = forecasts(fitted, series, range(first, first + task.days * HOURS, HOURS))
+        quantiles = forecast_days(fitted, series, range(first, first + task.days * HOURS, HOURS))
         path = self._path(task)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, quantiles=quantiles.astype(np.float32), seconds=seconds)
@@ -117,7 +117,7 @@ class Refits:
     def quantiles(self, name: str, recipe: Recipe, every: int, first: int = 0) -> Float64 | None:
         """What fits every so many days forecast from day `first` on [days, 24, levels]; None: not all are done."""
         found = []
-        for task in schedule(name, recipe, every, first):
+        for task in schedule_refits(name, recipe, every, first):
             if not self.has(task):
                 return None
             with np.load(self._path(task)) as kept:
@@ -127,7 +127,7 @@ class Refits:
     def seconds(self, name: str, recipe: Recipe, every: int, first: int = 0) -> float:
         """How long these fits took in all."""
         total = 0.0
-        for task in schedule(name, recipe, every, first):
+        for task in schedule_refits(name, recipe, every, first):
             with np.load(self._path(task)) as kept:
                 total += float(kept["seconds"])
         return total
@@ -143,7 +143,7 @@ def _fitted(series: Series, of: Recipe) -> Fitted:
     return found
 
 
-def forecasts(fitted: Fitted, series: Series, origins: Sequence[int]) -> Float64:
+def forecast_days(fitted: Fitted, series: Series, origins: Sequence[int]) -> Float64:
     """Of the hours from each of the origins on [W, 24, levels], each by a request that ends before it."""
     network, forecast = reference_network(fitted.architecture, fitted.config, fitted.tensors), fitted.forecast
     found = []

@@ -1,10 +1,10 @@
-"""Does anything grow? A large fleet on one host: an hour's traffic in minutes, what it costs, thousands resident.
+"""A large fleet on one host: an hour of traffic in minutes, its cost, thousands of resident models. Nothing may grow.
 
 fleetcast-load bench scale             10,000 archives, room for 1,000, an hour at 20 requests/s in four minutes
 
-Memory, tail, descriptors, threads, files and series are looked at between spans of the same traffic, and judged by
-the trend of the later ones: the first third fills caches. Everything runs on this machine's loopback, in a temporary
-folder of 1 GB. Ends with 1 when a verdict fails.
+Memory, tail latency, descriptors, threads, files and metric series are read between spans of the same traffic. Verdicts
+are by the trend of the later spans, because the first third fills the caches. Everything runs on loopback, in a
+temporary folder of 1 GB. Saves a record, and exits with 1 when a verdict fails.
 """
 
 import os
@@ -30,29 +30,30 @@ from loadtest import record
 from loadtest.benchmarks.growth_checks import (
     Cost,
     Crowd,
-    Span,
-    Verdict,
-    costs_table,
+    GrowthVerdict,
+    TrafficSpan,
+    build_costs_table,
+    build_spans_table,
+    build_verdicts_table,
+    compute_trend,
     judge_costs,
     judge_crowd,
     judge_spans,
-    spans_table,
-    trend,
-    verdicts_table,
 )
 from loadtest.driver.dialects import DIALECTS
-from loadtest.driver.driver_pool import Crew
-from loadtest.driver.open_loop import Target, target
+from loadtest.driver.driver_pool import DriverPool
+from loadtest.driver.open_loop import LoadTarget, make_target
 from loadtest.driver.profiles import Profile, Schedule
 from loadtest.driver.run_result import CACHE, Run
-from loadtest.driver.summary import sparkline
-from loadtest.fleets.archive_writer import progress_bar
-from loadtest.fleets.fleet import Fleet, fleet_names, make_request, write_fleet
-from loadtest.fleets.synthetic_archives import network
+from loadtest.driver.summary import draw_sparkline
+from loadtest.fleets.archive_writer import make_progress_bar
+from loadtest.fleets.fleet import Fleet, list_fleet_names, make_request, write_fleet
+from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.processes import pss
-from loadtest.observe.resource_counts import Census, cpu_seconds, processes, take_census
+from loadtest.observe.processes import read_pss
+from loadtest.observe.resource_counts import Census, list_pids, read_cpu_seconds, take_census
 from model_store.errors import LoadError
+from server.contract import MODELS_PATH
 
 SHOWN_MODELS = 50  #: models with series of their own, so that series of evicted ones would be seen
 COSTS = (100, 1_000)  #: archives of the smaller stores that the large one is compared with
@@ -66,7 +67,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ScalePlan:
     """How large and how long. `disk`: archives that fit in the disk cache; `many`: models for one worker."""
 
     models: int = 10_000
@@ -84,7 +85,7 @@ class Plan:
     @property
     def row_bytes(self) -> int:
         """A resident model's."""
-        return network(self.family).family.row_floats * 4
+        return build_network(self.family).family.row_floats * 4
 
     def flags(self, resident: int, workers: int) -> list[str]:
         """Of a server with room for so many, or a slab more in each worker."""
@@ -93,7 +94,7 @@ class Plan:
         return ["--workers", str(workers), "--slab-bytes", str(slab), "--model-cache-bytes", str(slabs * slab)]
 
 
-USUAL = Plan()
+USUAL = ScalePlan()
 Drive = Callable[[Schedule], Run]
 
 
@@ -101,8 +102,8 @@ Drive = Callable[[Schedule], Run]
 
 
 @contextmanager
-def running(
-    plan: Plan, store: Path, folder: Path, resident: int, workers: int
+def serve_store(
+    plan: ScalePlan, store: Path, folder: Path, resident: int, workers: int
 ) -> Iterator[tuple[LocalServer, Path, Path]]:
     """A server for a store, its disk cache and its TMPDIR, both in `folder`."""
     disk, temp = folder / "disk", folder / "tmp"
@@ -116,15 +117,15 @@ def running(
 
 
 @contextmanager
-def driving(server: LocalServer, models: int, bar: Progress, what: str, seconds: float) -> Iterator[Drive]:
+def start_driver(server: LocalServer, models: int, bar: Progress, what: str, seconds: float) -> Iterator[Drive]:
     """A driver process for `models` models of a fleet; its progress over so many seconds in all."""
-    with Crew(_target(server, models), 1) as crew:
+    with DriverPool(_target(server, models), 1) as pool:
         task = bar.add_task(what, total=round(seconds))
         done = 0.0
 
         def drive(schedule: Schedule) -> Run:
             nonlocal done
-            run = crew.drive(
+            run = pool.drive(
                 schedule, look=lambda t: bar.update(task, completed=round(done + min(t, schedule.seconds)))
             )
             done += schedule.seconds
@@ -134,62 +135,64 @@ def driving(server: LocalServer, models: int, bar: Progress, what: str, seconds:
         bar.remove_task(task)
 
 
-def endure(plan: Plan, server: LocalServer, disk: Path, temp: Path, drive: Drive) -> list[Span]:
+def run_traffic(plan: ScalePlan, server: LocalServer, disk: Path, temp: Path, drive: Drive) -> list[TrafficSpan]:
     """The traffic, a span after another."""
     profile = Profile(plan.models, plan.rate, seed=plan.seed)
-    pids, spans = processes(server), []
+    pids, spans = list_pids(server), []
     for part in range(plan.spans):
-        before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+        before = {name: read_cpu_seconds(pid) for name, pid in pids.items()}
         run = drive(profile.schedule(plan.span_s, part))
-        spent = {name: cpu_seconds(pid) - before[name] for name, pid in pids.items()}
+        spent = {name: read_cpu_seconds(pid) - before[name] for name, pid in pids.items()}
         spans.append(_span(run, spent, take_census(server, disk, temp)))
     return spans
 
 
-def probe(server: LocalServer, archives: int, drive: Drive, requests: int = PROBES) -> Cost:
+def measure_cost(server: LocalServer, archives: int, drive: Drive, requests: int = PROBES) -> Cost:
     """Ask a few models again and again, and list."""
     hot = np.arange(requests) % min(HOT, archives)
     drive(_once(range(min(HOT, archives)), LOAD_RATE))  # now they are resident
-    fronts = [pid for name, pid in processes(server).items() if name.startswith("front")]
-    before = sum(map(cpu_seconds, fronts))
+    fronts = [pid for name, pid in list_pids(server).items() if name.startswith("front")]
+    before = sum(map(read_cpu_seconds, fronts))
     run = drive(Schedule(np.arange(requests) / PROBE_RATE, hot, requests / PROBE_RATE))
-    front_us = (sum(map(cpu_seconds, fronts)) - before) / requests * 1e6
-    resident = int(sum(server.counters("fleetcast_loaded_models").values()))
-    return Cost(archives, resident, front_us, _latency_ms(run, "hit", 50), page_ms(server))
+    front_us = (sum(map(read_cpu_seconds, fronts)) - before) / requests * 1e6
+    resident = server.loaded_models()
+    return Cost(archives, resident, front_us, _latency_ms(run, "hit", 50), measure_page_ms(server))
 
 
-def crowd(plan: Plan, server: LocalServer, drive: Drive) -> Crowd:
+def load_crowd(plan: ScalePlan, server: LocalServer, drive: Drive) -> Crowd:
     """Load more and more models into the only worker, then ask all of them once more."""
-    worker = processes(server)["worker 0"]
+    worker = list_pids(server)["worker 0"]
     resident, memory, pages = [], [], []
     parts = np.array_split(np.arange(plan.many), STEPS)
     for part in parts:
         drive(_once(part.tolist(), LOAD_RATE))
-        resident.append(int(sum(server.counters("fleetcast_loaded_models").values())))
-        memory.append(pss(worker))
-        pages.append(page_ms(server))
+        resident.append(server.loaded_models())
+        memory.append(read_pss(worker))
+        pages.append(measure_page_ms(server))
     again = drive(_once(range(plan.many), PROBE_RATE))
     hits = float((again.cache == CACHE.index("hit")).mean())
-    each = trend(memory) / (plan.many / STEPS)
+    each = compute_trend(memory) / (plan.many / STEPS)
     return Crowd(resident, memory, pages, each, hits, _latency_ms(again, "hit", 99))
 
 
-def page_ms(server: LocalServer) -> float:
-    """The median time of a page of /fleet/models."""
+def measure_page_ms(server: LocalServer) -> float:
+    """The median time of a page of the management API's list of models."""
     with urllib3.PoolManager() as pool:
         return statistics.median(_page(pool, server) for _ in range(PAGES))
 
 
 def _page(pool: urllib3.PoolManager, server: LocalServer) -> float:
     started = time.perf_counter()
-    reply = pool.request("GET", f"{server.management}/fleet/models?limit=100")
+    reply = pool.request("GET", f"{server.management}{MODELS_PATH}?limit=100")
     assert reply.status == 200, reply.data  # noqa: PLR2004
     return (time.perf_counter() - started) * 1e3
 
 
-def _target(server: LocalServer, models: int) -> Target:
+def _target(server: LocalServer, models: int) -> LoadTarget:
     host, body = urlsplit(server.inference).netloc, orjson.dumps(make_request(0))
-    return target(server.inference, [DIALECTS["sagemaker"].request(host, name, body) for name in fleet_names(models)])
+    return make_target(
+        server.inference, [DIALECTS["sagemaker"].request(host, name, body) for name in list_fleet_names(models)]
+    )
 
 
 def _once(models: Sequence[int], rate: float) -> Schedule:
@@ -197,9 +200,9 @@ def _once(models: Sequence[int], rate: float) -> Schedule:
     return Schedule(np.arange(len(models)) / rate, np.array(models), len(models) / rate)
 
 
-def _span(run: Run, spent: Mapping[str, float], census: Census) -> Span:
+def _span(run: Run, spent: Mapping[str, float], census: Census) -> TrafficSpan:
     n = len(run.status)
-    return Span(
+    return TrafficSpan(
         seconds=run.schedule.seconds,
         requests=n,
         failed=int((run.status != 200).sum()) + len(run.unsound),  # noqa: PLR2004
@@ -222,7 +225,7 @@ def _latency_ms(run: Run, cache: str, percentile: float) -> float:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, folder: Path, bar: Progress) -> tuple[list[Span], list[Cost], Crowd]:
+def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[TrafficSpan], list[Cost], Crowd]:
     """All stages. Raises what the server, the driver and the store raise."""
     store = folder / "store"
     write_fleet(Fleet(plan.models, plan.seed, {plan.family: 1.0}), str(store), bar)
@@ -231,29 +234,31 @@ def run(plan: Plan, folder: Path, bar: Progress) -> tuple[list[Span], list[Cost]
         smaller = folder / f"store-{archives}"
         _link(store, smaller, archives)
         with (
-            running(plan, smaller, folder / f"{archives}", plan.resident, plan.workers) as (server, *_),
-            driving(server, archives, bar, f"{archives} archives", archives / LOAD_RATE + PROBES / PROBE_RATE) as drive,
+            serve_store(plan, smaller, folder / f"{archives}", plan.resident, plan.workers) as (server, *_),
+            start_driver(
+                server, archives, bar, f"{archives} archives", archives / LOAD_RATE + PROBES / PROBE_RATE
+            ) as drive,
         ):
             drive(_once(range(archives), LOAD_RATE))
-            costs.append(probe(server, archives, drive))
+            costs.append(measure_cost(server, archives, drive))
     seconds = plan.spans * plan.span_s + PROBES / PROBE_RATE
     with (
-        running(plan, store, folder / "hour", plan.resident, plan.workers) as (server, disk, temp),
-        driving(server, plan.models, bar, f"{plan.models} archives", seconds) as drive,
+        serve_store(plan, store, folder / "hour", plan.resident, plan.workers) as (server, disk, temp),
+        start_driver(server, plan.models, bar, f"{plan.models} archives", seconds) as drive,
     ):
-        spans = endure(plan, server, disk, temp, drive)
-        costs.append(probe(server, plan.models, drive))
+        spans = run_traffic(plan, server, disk, temp, drive)
+        costs.append(measure_cost(server, plan.models, drive))
     seconds = plan.many / LOAD_RATE + plan.many / PROBE_RATE
     with (
-        running(plan, store, folder / "crowd", plan.many, 1) as (server, *_),
-        driving(server, plan.many, bar, f"{plan.many} resident", seconds) as drive,
+        serve_store(plan, store, folder / "crowd", plan.many, 1) as (server, *_),
+        start_driver(server, plan.many, bar, f"{plan.many} resident", seconds) as drive,
     ):
-        return spans, costs, crowd(plan, server, drive)
+        return spans, costs, load_crowd(plan, server, drive)
 
 
 def _link(store: Path, smaller: Path, archives: int) -> None:
     """The first archives of a store as another one, without their bytes."""
-    for name in fleet_names(archives):
+    for name in list_fleet_names(archives):
         (smaller / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(store / name, smaller / name)
 
@@ -275,15 +280,15 @@ def main(
     keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
 ) -> None:
     """Look for what grows: an hour of traffic over a large fleet in minutes; what it costs; thousands resident."""
-    plan = Plan(
+    plan = ScalePlan(
         models, resident, resident * 5 // 2, min(many, models), spans=spans, span_s=seconds, rate=rate, seed=seed
     )
-    before = record.machine()
+    before = record.describe_machine()
     hours = spans * seconds * rate / 20 / 3600
     console.print(f"{models} archives, room for {resident}, {hours:.1f} hours of 20 requests/s at {rate:g} requests/s")
     try:
-        with tempfile.TemporaryDirectory(prefix="fleetcast-scale-") as folder, progress_bar() as bar:
-            found, costs, crowded = run(plan, Path(folder), bar)
+        with tempfile.TemporaryDirectory(prefix="fleetcast-scale-") as folder, make_progress_bar() as bar:
+            found, costs, crowded = run_stages(plan, Path(folder), bar)
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError, LoadError) as error:
         raise SystemExit(f"no verdict: {error}") from error
     verdicts = [*judge_spans(found, plan.disk), *judge_costs(costs), *judge_crowd(crowded, plan.many, plan.row_bytes)]
@@ -296,16 +301,18 @@ def main(
             "crowd": asdict(crowded),
             "verdicts": [{**asdict(verdict), "met": verdict.met} for verdict in verdicts],
         }
-        console.print(f"record: {record.save('scale', seed, before, results)}")
+        console.print(f"record: {record.save_record('scale', seed, before, results)}")
     raise SystemExit(not all(verdict.met for verdict in verdicts))
 
 
-def _show(spans: Sequence[Span], costs: Sequence[Cost], crowded: Crowd, verdicts: Sequence[Verdict]) -> None:
-    console.print(spans_table(spans), costs_table(costs, crowded))
+def _show(
+    spans: Sequence[TrafficSpan], costs: Sequence[Cost], crowded: Crowd, verdicts: Sequence[GrowthVerdict]
+) -> None:
+    console.print(build_spans_table(spans), build_costs_table(costs, crowded))
     for what, values in (
         ("p99 of a hit", [span.hit_p99_ms for span in spans]),
         ("p99 of a miss", [span.miss_p99_ms for span in spans]),
         ("memory", [float(sum(span.census.memory.values())) for span in spans]),
     ):
-        console.print(f"{what:13}  {sparkline(values)}  {min(values):.4g} to {max(values):.4g}")
-    console.print(verdicts_table(verdicts))
+        console.print(f"{what:13}  {draw_sparkline(values)}  {min(values):.4g} to {max(values):.4g}")
+    console.print(build_verdicts_table(verdicts))

@@ -1,8 +1,7 @@
-"""`fleetcast-load bench scenarios`: what joint scenarios cost, from quantiles to the bytes of the answer, on one core.
+"""The cost of joint scenarios on one core, from quantiles to the bytes of the response, without HTTP.
 
-45 products x 300 steps x 100 scenarios, as a market of 5 regions and 9 products asks for a day of 5-minute steps. The
-floor is what the same numbers take alone: drawing as many normal numbers, and writing the answer's bytes. A call of one
-product tells what a small call costs. Ends with a record.
+45 products x 300 steps x 100 scenarios: a market of 5 regions and 9 products, a day of 5-minute steps. The floor is the
+time to draw as many normal numbers and to write the bytes. A call for one product shows the fixed cost. Saves a record.
 """
 
 import os
@@ -45,11 +44,11 @@ def main(
         done = subprocess.run([sys.executable, *sys.orig_argv[1:]], env={**os.environ, **ONE_THREAD}, check=False)
         raise typer.Exit(done.returncode)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    before = record.machine()
+    before = record.describe_machine()
     results = measure(rounds)
-    CONSOLE.print(table(results))
+    CONSOLE.print(build_table(results))
     if save:
-        CONSOLE.print(f"record: {record.save('scenarios', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('scenarios', SEED, before, results)}")
 
 
 def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: int = SCENARIOS) -> dict[str, Any]:
@@ -76,11 +75,11 @@ def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: 
         "steps": steps,
         "scenarios": samples,
         "answer_bytes": len(write_npy(found)),
-        "ms": {name: record.spread(each) for name, each in taken.items()},
+        "ms": {name: record.summarize(each) for name, each in taken.items()},
     }
 
 
-def table(results: dict[str, Any]) -> Table:
+def build_table(results: dict[str, Any]) -> Table:
     """The results beside goal and floor."""
     size = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
     shown = Table(size, "median ms", "min", "max", "goal")

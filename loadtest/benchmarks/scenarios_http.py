@@ -1,12 +1,10 @@
-"""`fleetcast-load bench scenarios-http`: joint scenarios as a client has them, beside the quantiles they are made of.
+"""The latency of joint scenarios through a server, beside that of the quantiles they are drawn from.
 
-45 products x 300 steps x 100 scenarios, as a market of 5 regions and 9 products asks for a day of 5-minute steps: one
-call for the quantiles, one for the scenarios as npy and one as JSON, in turn, of a server with one worker that has
-every model. It shares two cores with the client. `loadtest.benchmarks.scenarios` has the drawing alone. Ends with a
-record.
+45 products x 300 steps x 100 scenarios: a market of 5 regions and 9 products, a day of 5-minute steps. One call for the
+quantiles, one for the scenarios as npy and one as JSON, in turn, to a server with one worker in which every model is
+resident. It shares two cores with the client. `bench scenarios` measures the drawing alone. Saves a record.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,29 +14,25 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from handlers.evaluation.correlation import gaussian
 from handlers.forecasters import build, random_tensors
 from loadtest import record
-from loadtest.driver.dialects import unsound, unsound_call
-from loadtest.driver.market_client import BUDGET_S, NPY, Client, bodies
+from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
+from loadtest.driver.dialects import find_call_fault, find_fault
+from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
 from loadtest.fleets.fleet import make_request
 from loadtest.observe.local_server import serve
 from model_store.archives.manifest import Channel, Forecast, Scaler
 from model_store.archives.packing import pack_correlation, pack_forecaster
 from model_store.names import ModelName
+from server.contract import JSON, NPY
 
-SEED = 5
-PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
-WINDOWS = 200  #: of the errors that the correlation is estimated from
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 CONTEXT = 48
 JOINTLY = ModelName("joint.mar")
-
-CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -50,16 +44,16 @@ def main(
     save: Annotated[bool, typer.Option(help="write the record")] = True,
 ) -> None:
     """Measure, print, record."""
-    before = record.machine()
+    before = record.describe_machine()
     with ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = write_store(store, PRODUCTS, STEPS)
         server = stack.enter_context(serve(str(store), ["--workers", "1"]))
-        client = stack.enter_context(Client(server.inference))
+        client = stack.enter_context(MarketClient(server.inference))
         results = {"steps": STEPS, **measure(client, names, SCENARIOS, rounds)}
-    CONSOLE.print(table(results))
+    CONSOLE.print(build_table(results))
     if save:
-        CONSOLE.print(f"record: {record.save('scenarios_http', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('scenarios_http', SEED, before, results)}")
 
 
 def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
@@ -74,14 +68,14 @@ def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
     return names
 
 
-def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
+def measure(client: MarketClient, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
     """Milliseconds from the first byte out to the last byte in; the first round is warm-up. Raises NotAnswered."""
     (series,) = make_request(SEED, steps=CONTEXT)["instances"]
-    asked = bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
+    asked = write_turn_bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
     ways = {
-        "quantiles": (asked.quantiles, "application/json"),
+        "quantiles": (asked.quantiles, JSON),
         "joint, npy": (asked.scenarios, NPY),
-        "joint, JSON": (asked.scenarios, "application/json"),
+        "joint, JSON": (asked.scenarios, JSON),
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     sizes: dict[str, int] = {}
@@ -90,7 +84,7 @@ def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: 
             started = time.perf_counter()
             answer, _ = client.forecasts(body, accept)
             seconds = time.perf_counter() - started
-            if why := unsound(answer) if accept == NPY else unsound_call(answer, len(names)):
+            if why := find_fault(answer) if accept == NPY else find_call_fault(answer, len(names)):
                 raise RuntimeError(f"{way}: {why}")
             sizes[way] = len(answer)
             if turn:
@@ -99,11 +93,11 @@ def measure(client: Client, names: Sequence[ModelName], scenarios: int, rounds: 
         "products": len(names),
         "scenarios": scenarios,
         "answer_bytes": sizes,
-        "ms": {way: record.spread(each) for way, each in taken.items()},
+        "ms": {way: record.summarize(each) for way, each in taken.items()},
     }
 
 
-def table(results: dict[str, Any]) -> Table:
+def build_table(results: dict[str, Any]) -> Table:
     """The calls beside the market's 20 seconds."""
     title = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
     shown = Table(title, "median ms", "min", "max", "MB", f"of {BUDGET_S:g} s")

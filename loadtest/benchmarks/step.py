@@ -1,9 +1,8 @@
-"""The step's benchmark: `fleetcast-load bench step` prints tables and writes a record; a minute on a quiet machine.
+"""A worker's step, from decoded rows to outputs, beside simpler implementations, without HTTP. About a minute.
 
-Measured is what a worker does between decoded rows and answers, without HTTP, by a process of the server's
-(`server.worker.engine.bench_step`), in turn with peers that it is told by name: batches of a small convolution drawn
-from 500 models beside `FlatTcn`, and of a network of 1.8 MB beside `SplitMlp`, of rows that the CPU's cache holds and
-that it does not; many inputs of one model beside gathering its row as often.
+A process of the server (`server.worker.engine.bench_step`) alternates with peers: batches of a small convolution drawn
+from 500 models beside `FlatTcn`; batches of a network of 1.8 MB beside `SplitMlp`, with rows in and out of the CPU's
+cache; many inputs of one model beside gathering its row as often. Saves a record.
 """
 
 import json
@@ -32,19 +31,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(save: Annotated[bool, typer.Option(help="write a record")] = True) -> None:
     """Measure and print."""
-    before = record.machine()
+    before = record.describe_machine()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "server.worker.engine.bench_step", *PEERS], stdout=subprocess.PIPE, check=False
     )
     if done.returncode:
         raise typer.Exit(done.returncode)  # it has said why
     results = json.loads(done.stdout)
-    CONSOLE.print(table(results), verdict(results))
+    CONSOLE.print(build_table(results), judge_step(results))
     if save:
-        CONSOLE.print(f"record: {record.save('step', SEED, before, results)}")
+        CONSOLE.print(f"record: {record.save_record('step', SEED, before, results)}")
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+def build_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Microseconds an answer by section and rows of a batch, medians; ratios with their spread, goals beside them."""
     shown = Table("", "rows", "ours", "peer", "ratio", "goal", "gathered", "ratio", "floor", "ways")
     shown.title = "microseconds an answer, one core"
@@ -59,7 +58,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return shown
 
 
-def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
+def judge_step(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Of a step of all models."""
     everyone = results["tcn"]["all"]
     count = sum(everyone["paths"].values())

@@ -1,4 +1,4 @@
-"""A forecast drawn in the terminal: the spread of the quantiles by hour, and what really happened. Pure text."""
+"""Draws a forecast in the terminal: the range of the quantiles by hour, and the actual values. Pure text."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,7 @@ HEIGHT = 14
 WIDTH = 3  #: characters an hour
 
 
-def fan_chart(levels: Mapping[str, Sequence[float]], actual: Sequence[float] = ()) -> str:
+def draw_fan_chart(levels: Mapping[str, Sequence[float]], actual: Sequence[float] = ()) -> str:
     """Quantile level -> values [hours], levels ascending -> lines of text: the outer range light, the inner one dark,
     the median as a line, actual values as dots. Prices on the left, hours below.
     """

@@ -1,6 +1,6 @@
-"""`make run`: a fleet, a server whose cache holds a quarter of it, a forecast, a burst, and the lines to go on with.
+"""A fleet, a server whose cache holds a quarter of it, a forecast, a burst of requests, and commands to continue with.
 
-Everything it writes is in `.fleetcast/`. A client's view: the server is a process of its own.
+`make run` starts it. It writes only into `.fleetcast/`; the server is a process of its own.
 """
 
 import json
@@ -21,12 +21,13 @@ from rich.progress import Progress, track
 from rich.table import Table
 
 from handlers.forecasters import family
-from loadtest.demos.fan_chart import fan_chart
-from loadtest.fleets.fleet import fleet_names, make_trained_fleet
-from loadtest.fleets.synthetic_markets import make_request_of, synthetic_markets
+from loadtest.demos.fan_chart import draw_fan_chart
+from loadtest.fleets.fleet import list_fleet_names, make_trained_fleet
+from loadtest.fleets.synthetic_markets import make_market_request, make_training_markets
 from loadtest.observe.local_server import LocalServer, serve
 from model_store.archives.archive import open_archive
 from model_store.names import ModelName
+from server import contract
 
 FOLDER = Path(".fleetcast")
 STORE, REQUEST = FOLDER / "store", FOLDER / "request.json"
@@ -46,9 +47,9 @@ def main(
     resident: Annotated[int, typer.Option(min=1, help="models that fit in the cache, all workers together")] = 50,
     workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
     requests: Annotated[int, typer.Option(min=1, help="requests of the burst")] = 3000,
-    inference_port: int = 8080,
-    management_port: int = 8081,
-    metrics_port: int = 8082,
+    inference_port: int = contract.INFERENCE_PORT,
+    management_port: int = contract.MANAGEMENT_PORT,
+    metrics_port: int = contract.METRICS_PORT,
     once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
 ) -> None:
     """Show Fleetcast on this machine: make a fleet, serve it, ask it. Nothing to install or configure besides."""
@@ -79,7 +80,7 @@ def _say(number: str, text: str) -> None:
 
 
 def _fleet(models: int) -> list[ModelName]:
-    names = fleet_names(models)
+    names = list_fleet_names(models)
     if all((STORE / name).exists() for name in names):
         _say("1", f"the fleet of {models} is in {STORE} already (make clean removes it)")
         return names
@@ -107,23 +108,24 @@ def _row_bytes(name: ModelName) -> int:
 
 def _forecast(server: LocalServer, model: ModelName) -> None:
     """One model asked twice by boto3: first from the store, then from memory."""
-    request, actual = make_request_of(synthetic_markets(1, SEED)[0])
+    request, actual = make_market_request(make_training_markets(1, SEED)[0])
     REQUEST.write_text(json.dumps(request))
     client = boto3.client("sagemaker-runtime", endpoint_url=server.inference, **UNKNOWN_KEYS)
     _say("3", f"a forecast of {model} by boto3, DeepAR JSON")
     for _ in range(2):
         started = time.perf_counter()
         reply = client.invoke_endpoint(
-            EndpointName="fleetcast", TargetModel=model, ContentType="application/json", Body=REQUEST.read_bytes()
+            EndpointName="fleetcast", TargetModel=model, ContentType=contract.JSON, Body=REQUEST.read_bytes()
         )
         answer = json.loads(reply["Body"].read())
         seconds = time.perf_counter() - started
         headers = reply["ResponseMetadata"]["HTTPHeaders"]
-        console.print(f"   {headers['x-fleetcast-cache']:<4} {seconds * 1e3:6.1f} ms, {headers['server-timing']}")
+        cache, times = headers[contract.HEADER_CACHE.lower()], headers[contract.HEADER_SERVER_TIMING.lower()]
+        console.print(f"   {cache:<4} {seconds * 1e3:6.1f} ms, {times}")
     prediction = answer["predictions"][0]
     console.print(_forecast_table(prediction))
     console.print("\n   ░ 10-90 %  ▒ 25-75 %  ━ median  ● what really came (EUR/MWh, hours ahead)\n")
-    console.print(fan_chart(prediction["quantiles"], actual), markup=False)
+    console.print(draw_fan_chart(prediction["quantiles"], actual), markup=False)
 
 
 def _forecast_table(prediction: dict[str, Any]) -> Table:
@@ -143,8 +145,8 @@ def _burst(server: LocalServer, names: Sequence[ModelName], requests: int, resid
     pool = urllib3.PoolManager(maxsize=CONNECTIONS)
 
     def ask(name: ModelName) -> int:
-        headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": "application/json"}
-        return pool.request("POST", f"{server.inference}/invocations", body=body, headers=headers).status
+        headers = {contract.HEADER_TARGET_MODEL: name, "Content-Type": contract.JSON}
+        return pool.request("POST", f"{server.inference}{contract.INVOCATIONS_PATH}", body=body, headers=headers).status
 
     _say("4", f"{requests} requests over the fleet by {CONNECTIONS} connections, popular models more often")
     before = dict(_counts(server))
@@ -156,38 +158,36 @@ def _burst(server: LocalServer, names: Sequence[ModelName], requests: int, resid
     table = Table("", "", show_header=False, title="what /metrics says")
     for row in _burst_rows(burst, statuses, seconds):
         table.add_row(*row)
-    here = sum(server.counters("fleetcast_loaded_models").values())
-    table.add_row("resident now", f"{here:.0f} of {len(names)} models (room for {resident})")
+    table.add_row("resident now", f"{server.loaded_models()} of {len(names)} models (room for {resident})")
     console.print(table)
 
 
 def _counts(server: LocalServer) -> Iterator[tuple[tuple[str, str], float]]:
-    """What the burst moves, summed over workers: (metric, value of its one label that matters) -> count."""
-    for metric, label, values in (
-        ("model_cache_requests_total", "result", ("hit", "miss", "coalesced")),
-        ("model_evictions_total", "tier", ("device",)),
-        ("model_loading_seconds_sum", "tier", ("store", "disk")),
-        ("model_loading_seconds_count", "tier", ("store", "disk")),
+    """What the burst changes, summed over workers: (series, value of its one label that matters) -> count."""
+    for series, label, values in (
+        (contract.CACHE_REQUESTS.series, "result", contract.CACHE_RESULTS),
+        (contract.EVICTIONS.series, "tier", ("device",)),
+        (contract.LOADING.sum, "tier", ("store", "disk")),
+        (contract.LOADING.count, "tier", ("store", "disk")),
     ):
-        samples = server.counters(f"fleetcast_{metric}")
-        for value in values:
-            yield (metric, value), sum(n for labels, n in samples.items() if f'{label}="{value}"' in labels)
+        totals = server.totals(series, label)
+        yield from (((series, value), totals[value]) for value in values)
 
 
 def _burst_rows(
     burst: Mapping[tuple[str, str], float], statuses: Sequence[int], seconds: float
 ) -> Iterator[tuple[str, str]]:
     failed = sum(status != 200 for status in statuses)  # noqa: PLR2004
-    hits, misses, joined = (burst["model_cache_requests_total", result] for result in ("hit", "miss", "coalesced"))
+    hits, misses, joined = (burst[contract.CACHE_REQUESTS.series, result] for result in contract.CACHE_RESULTS)
     yield "answered", f"{len(statuses) - failed}, failed {failed}"
     yield "rate", f"{len(statuses) / seconds:.0f} requests/s, as fast as this Python client asks"
     yield "hit ratio", f"{hits / max(1, hits + misses + joined):.3f}"
     yield "misses", f"{misses:.0f} started a load, {joined:.0f} more waited for one"
     for tier in ("store", "disk"):
-        loads, total = burst["model_loading_seconds_count", tier], burst["model_loading_seconds_sum", tier]
+        loads, total = burst[contract.LOADING.count, tier], burst[contract.LOADING.sum, tier]
         mean = f", {total / loads * 1e3:.1f} ms each, verified and proved" if loads else ""
         yield f"loads from {tier}", f"{loads:.0f}{mean}"
-    yield "evictions", f"{burst['model_evictions_total', 'device']:.0f}"
+    yield "evictions", f"{burst[contract.EVICTIONS.series, 'device']:.0f}"
 
 
 def _how_to(server: LocalServer, model: ModelName) -> None:
@@ -204,14 +204,14 @@ reply = client.invoke_endpoint(EndpointName="fleetcast", TargetModel="{model}",
                                ContentType="application/json", Body=open("{REQUEST}", "rb"))
 print(reply["Body"].read().decode())
 
-curl -i -H "X-Amzn-SageMaker-Target-Model: {model}" -H "Content-Type: application/json" \\
-  --data @{REQUEST} {server.inference}/invocations
+curl -i -H "{contract.HEADER_TARGET_MODEL}: {model}" -H "Content-Type: application/json" \\
+  --data @{REQUEST} {server.inference}{contract.INVOCATIONS_PATH}
 
 {fleetcast} invoke {model} --url {server.inference} --body {REQUEST} -v
 
 {fleetcast} train your.csv --time hour --target price --out {STORE}
 
-curl "{server.management}/fleet/models?limit=3"
-curl {server.metrics}/metrics
+curl "{server.management}{contract.MODELS_PATH}?limit=3"
+curl {server.metrics}{contract.METRICS_PATH}
 """
     console.print(lines, markup=False)

@@ -1,7 +1,8 @@
-"""`make forecast-demo`: a whole turn of a market's clock over many products, timed against its 20 seconds, and drawn.
+"""A market's cycle over many products: prices, quantiles, joint scenarios; timed against 20 seconds, and drawn.
 
-Fits and correlates the forecasters once, by the commands a user has, in `.fleetcast/cycle/`; serves them, or asks a
-server that runs; then prices in, quantiles by one call, joint scenarios by another, again and again. A client's view.
+`make forecast-demo` starts it. The forecasters are fitted and correlated once, by the `fleetcast` commands, in
+`.fleetcast/cycle/`, and served, unless `--url` names a running server. Each turn then publishes prices, requests the
+quantiles of all products in one call and joint scenarios in another.
 """
 
 import json
@@ -30,24 +31,24 @@ from handlers.training.input_recipe import default_prediction
 from handlers.training.time_series import Series, header, read_csv
 from loadtest.driver.market_client import (
     JOINT,
-    NPY,
     STAGES,
     TICK,
-    Client,
     Feed,
-    Fleet,
+    MarketClient,
+    MarketFleet,
     NotAnswered,
     Turn,
     rank_correlation,
-    turn,
+    run_turn,
 )
 from loadtest.fleets.fleet import MARKETS, UNITS
-from loadtest.fleets.synthetic_markets import coupled_markets
+from loadtest.fleets.synthetic_markets import make_coupled_markets
 from loadtest.observe.local_server import serve
-from loadtest.report.market_cycle import Drawn, extremes, of_budget, page
+from loadtest.report.market_cycle import CycleResults, find_extremes, format_budget_share, render_cycle_page
 from model_store.archives.archive import open_archive
 from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name
+from server import contract
 
 FOLDER = Path(".fleetcast/cycle")
 HISTORY, TODAY, STORE, MADE = (FOLDER / name for name in ("history.csv", "today.csv", "store", "made.json"))
@@ -63,7 +64,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @dataclass(frozen=True, slots=True)
-class Prices:
+class PriceOrigin:
     """Where they come from; forecasters that were made from the same are used again."""
 
     csv: str = ""  #: "": the synthetic market
@@ -77,14 +78,14 @@ class Prices:
         if self.csv:
             return read_csv(Path(self.csv), self.time, self.targets)
         zones, products = MARKETS[MARKET]
-        return coupled_markets(zones.split(), products.split(), SEED, A_DAY * DAYS, A_DAY)
+        return make_coupled_markets(zones.split(), products.split(), SEED, A_DAY * DAYS, A_DAY)
 
     def __str__(self) -> str:
         return Path(self.csv).name if self.csv else "a synthetic market"
 
 
 @dataclass(frozen=True, slots=True)
-class Market:
+class DemoMarket:
     """All its prices. The last are kept back: nothing is fitted on them, and they arrive when the clock turns."""
 
     name: str
@@ -121,9 +122,9 @@ def main(
     ticks: Annotated[int, typer.Option(min=2, max=MOST_TICKS, help="turns of the clock; the first is cold")] = 6,
     scenarios: Annotated[int, typer.Option(min=2, max=1000, help="joint scenarios of a turn")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="the same seed, the same scenarios")] = 7,
-    inference_port: int = 8080,
-    management_port: int = 8081,
-    metrics_port: int = 8082,
+    inference_port: int = contract.INFERENCE_PORT,
+    management_port: int = contract.MANAGEMENT_PORT,
+    metrics_port: int = contract.METRICS_PORT,
     once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
 ) -> None:
     """Show a market's cycle: prices in, forecasts of all products, joint scenarios, a page; against 20 seconds."""
@@ -134,11 +135,11 @@ def main(
         market = _make(prices)
         fleet = _fleet(market)
         with _server(url, ports) as address:
-            with Client(address) as client:
+            with MarketClient(address) as client:
                 turns = _turns(market, fleet, client, ticks, scenarios, seed)
             started = clock.perf_counter()
             drawn = _drawn(market, fleet, turns, address)
-            PAGE.write_text(page(drawn), encoding="utf-8")
+            PAGE.write_text(render_cycle_page(drawn), encoding="utf-8")
             _show(drawn, (clock.perf_counter() - started) * 1e3)
             _how_to(address, fleet)
             if not once and not url:
@@ -157,20 +158,20 @@ def _say(number: str, text: str) -> None:
 # --- forecasters ----------------------------------------------------------------------------------------------------
 
 
-def _prices(csv: Path | None, time: str, target: Sequence[str] | None) -> Prices:
+def _prices(csv: Path | None, time: str, target: Sequence[str] | None) -> PriceOrigin:
     if csv is None:
         if target:
             raise ValueError("--target is a column of a --csv")
-        return Prices()
+        return PriceOrigin()
     targets = tuple(target or (name for name in header(csv) if name and name != time))
     if not targets:
         raise ValueError(f"{csv} has no column besides {time!r}")
-    return Prices(str(csv.resolve()), csv.stat().st_mtime_ns, time, targets, ())
+    return PriceOrigin(str(csv.resolve()), csv.stat().st_mtime_ns, time, targets, ())
 
 
-def _make(prices: Prices) -> Market:
+def _make(prices: PriceOrigin) -> DemoMarket:
     """The market, once its forecasters and their correlation are in the store."""
-    wanted, market = json.dumps(asdict(prices)), Market(str(prices), prices.read())
+    wanted, market = json.dumps(asdict(prices)), DemoMarket(str(prices), prices.read())
     count = len(market.products)
     if MADE.exists() and MADE.read_text() == wanted:
         _say("1", f"the forecasters of {count} products of {market.name} are in {STORE} already")
@@ -213,13 +214,13 @@ def _fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str
         raise RuntimeError(f"`fleetcast {verb}` ended with code {done.returncode}")
 
 
-def _fleet(market: Market) -> Fleet:
+def _fleet(market: DemoMarket) -> MarketFleet:
     models = {product: parse_model_name(f"{product}.mar") for product in market.products}
     first = models[market.products[0]]
     spec = open_archive((STORE / first).read_bytes(), first).spec
     assert spec is not None, "`fleetcast train` writes a fleetcast.json"
     assert spec.forecast is not None, "and says in it what a request brings"
-    return Fleet(models, ModelName(JOINTLY), spec.forecast.history_length, spec.forecast.unit)
+    return MarketFleet(models, ModelName(JOINTLY), spec.forecast.history_length, spec.forecast.unit)
 
 
 @contextmanager
@@ -238,7 +239,9 @@ def _server(url: str, ports: Mapping[str, int]) -> Iterator[str]:
 # --- the show -------------------------------------------------------------------------------------------------------
 
 
-def _turns(market: Market, fleet: Fleet, client: Client, ticks: int, scenarios: int, seed: int) -> list[Turn]:
+def _turns(
+    market: DemoMarket, fleet: MarketFleet, client: MarketClient, ticks: int, scenarios: int, seed: int
+) -> list[Turn]:
     """One after another, each with the next line of today's prices. Raises NotAnswered."""
     _say(
         "3", f"the clock turns {ticks} times: prices in, quantiles by one call, {scenarios} joint scenarios by another"
@@ -247,7 +250,7 @@ def _turns(market: Market, fleet: Fleet, client: Client, ticks: int, scenarios: 
     with TODAY.open() as file:
         lines = [line.rstrip("\n") for line in islice(file, 1, 1 + ticks)]
     try:
-        turns = [turn(feed, line, fleet, client, scenarios, seed) for line in lines]
+        turns = [run_turn(feed, line, fleet, client, scenarios, seed) for line in lines]
     except NotAnswered as why:
         raise NotAnswered(f"{why}\nthe server must serve the demo's store: fleetcast serve --store {STORE}") from None
     QUANTILES.write_bytes(turns[-1].asked.quantiles)
@@ -255,10 +258,10 @@ def _turns(market: Market, fleet: Fleet, client: Client, ticks: int, scenarios: 
     return turns
 
 
-def _drawn(market: Market, fleet: Fleet, turns: Sequence[Turn], address: str) -> Drawn:
+def _drawn(market: DemoMarket, fleet: MarketFleet, turns: Sequence[Turn], address: str) -> CycleResults:
     """The last turn, the prices before it, and those that came after it."""
     end, first = market.known + len(turns), market.series[0]
-    return Drawn(
+    return CycleResults(
         title=f"{len(market.products)} products of {market.name}",
         unit=fleet.unit,
         products=market.products,
@@ -271,21 +274,21 @@ def _drawn(market: Market, fleet: Fleet, turns: Sequence[Turn], address: str) ->
     )
 
 
-def _show(drawn: Drawn, drawn_ms: float) -> None:
+def _show(drawn: CycleResults, drawn_ms: float) -> None:
     first, last = drawn.turns[0], drawn.turns[-1]
     table = Table("ms", "first turn", f"turn {len(drawn.turns)}", "of 20 s", title=f"forecast from {last.start}")
     for column in table.columns[1:]:
         column.justify = "right"
     for stage in STAGES:
         ms = last.ms[stage]
-        table.add_row(stage, f"{first.ms[stage]:.1f}", f"{ms:.1f}", of_budget(ms))
+        table.add_row(stage, f"{first.ms[stage]:.1f}", f"{ms:.1f}", format_budget_share(ms))
     table.add_section()
-    table.add_row("together", f"{first.total_ms:.1f}", f"{last.total_ms:.1f}", of_budget(last.total_ms))
-    table.add_row("the page drawn", "", f"{drawn_ms:.1f}", of_budget(drawn_ms))
+    table.add_row("together", f"{first.total_ms:.1f}", f"{last.total_ms:.1f}", format_budget_share(last.total_ms))
+    table.add_row("the page drawn", "", f"{drawn_ms:.1f}", format_budget_share(drawn_ms))
     console.print(table)
     for call in (TICK, JOINT):
         console.print(f"   {call}: first {first.said[call]}\n   {' ' * len(call)}  last  {last.said[call]}")
-    for word, pairs in zip(("alike", "opposed"), extremes(drawn.products, drawn.together, 1), strict=True):
+    for word, pairs in zip(("alike", "opposed"), find_extremes(drawn.products, drawn.together, 1), strict=True):
         for one, other, value in pairs:
             console.print(
                 f"   most {word} in the scenarios: {escape(f'{one} and {other}, rank correlation {value:+.2f}')}"
@@ -295,14 +298,14 @@ def _show(drawn: Drawn, drawn_ms: float) -> None:
 
 def _calls(address: str) -> list[tuple[str, str]]:
     """What was called, as lines to copy."""
-    forecasts = f"curl -s {address}/v1/forecasts"
+    forecasts = f"curl -s {address}{contract.FORECASTS_PATH}"
     return [
         ("quantiles of all products", f"{forecasts} --data @{QUANTILES}"),
-        ("joint scenarios", f"{forecasts} -H 'Accept: {NPY}' \\\n  --data @{SCENARIOS} -o scenarios.npy"),
+        ("joint scenarios", f"{forecasts} -H 'Accept: {contract.NPY}' \\\n  --data @{SCENARIOS} -o scenarios.npy"),
     ]
 
 
-def _how_to(address: str, fleet: Fleet) -> None:
+def _how_to(address: str, fleet: MarketFleet) -> None:
     """Lines to copy."""
     _say("4", "go on with")
     model = next(iter(fleet.models.values()))

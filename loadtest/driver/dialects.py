@@ -1,4 +1,4 @@
-"""How a server is asked for a model and what a sound answer is: one adapter for each protocol. Pure.
+"""One adapter for each server protocol: the request for a model, and the check of a response. Pure.
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
 Server, the inference API (`/predictions`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header
@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-JSON, NPY = "application/json", "application/x-npy"
+from server.contract import FORECASTS_PATH, HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON
+
 DIGITS = 4  #: of the numbers in a tensor body
 
 
-class Body(StrEnum):
+class BodyKind(StrEnum):
     """What is asked."""
 
     DEEPAR = "deepar"  #: a forecast: history as SageMaker DeepAR's JSON
@@ -29,7 +30,7 @@ class Body(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ClientDialect:
     """A protocol: where `{model}` stands in path and headers, and how a tensor body is wrapped."""
 
     name: str
@@ -39,7 +40,7 @@ class Dialect:
     many: bool = False  #: a request is a call for several models
 
     def __repr__(self) -> str:
-        return f"<Dialect {self.name}: POST {self.path}>"
+        return f"<ClientDialect {self.name}: POST {self.path}>"
 
     def tensor_body(self, x: npt.NDArray[np.float32]) -> bytes:
         """One input named x, without a batch axis, as this protocol's JSON; DIGITS digits after the point."""
@@ -57,27 +58,27 @@ class Dialect:
         return "\r\n".join(lines).encode() + body
 
 
-DIALECTS: Mapping[str, Dialect] = {
+DIALECTS: Mapping[str, ClientDialect] = {
     each.name: each
     for each in (
-        Dialect("sagemaker", "/invocations", {"X-Amzn-SageMaker-Target-Model": "{model}"}),
-        Dialect("forecasts", "/v1/forecasts", {}, many=True),
-        Dialect("torchserve", "/predictions/{model}", {}),
-        Dialect("mms", "/predictions/{model}", {}),
-        Dialect("v2", "/v2/models/{model}/infer", {}, wraps_v2=True),
-        Dialect("ray", "/", {"serve_multiplexed_model_id": "{model}"}),
+        ClientDialect("sagemaker", INVOCATIONS_PATH, {HEADER_TARGET_MODEL: "{model}"}),
+        ClientDialect("forecasts", FORECASTS_PATH, {}, many=True),
+        ClientDialect("torchserve", "/predictions/{model}", {}),
+        ClientDialect("mms", "/predictions/{model}", {}),
+        ClientDialect("v2", "/v2/models/{model}/infer", {}, wraps_v2=True),
+        ClientDialect("ray", "/", {"serve_multiplexed_model_id": "{model}"}),
     )
 }
 
 
-def npy_body(x: npt.NDArray[np.float32]) -> bytes:
+def encode_npy(x: npt.NDArray[np.float32]) -> bytes:
     """One array as a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, x)
     return buffer.getvalue()
 
 
-def unsound_call(body: bytes, forecasts: int) -> str | None:
+def find_call_fault(body: bytes, forecasts: int) -> str | None:
     """What is wrong with the answer to a call for so many: a prediction or an error for each, the errors counted."""
     try:
         answer = orjson.loads(body)
@@ -89,15 +90,15 @@ def unsound_call(body: bytes, forecasts: int) -> str | None:
     made = [each for each in found if "error" not in each]
     if answer.get("failed") != forecasts - len(made):
         return f"{answer.get('failed')} said to have failed, but {forecasts - len(made)} errors"
-    return next((why for each in made if (why := _unsound_numbers(each, body))), None)
+    return next((why for each in made if (why := _find_number_fault(each, body))), None)
 
 
-def unsound(body: bytes) -> str | None:
+def find_fault(body: bytes) -> str | None:
     """What is wrong with an answer: JSON or npy, it must have numbers, and all of them finite."""
-    return _unsound_npy(body) if body.startswith(b"\x93NUMPY") else _unsound_json(body)
+    return _find_npy_fault(body) if body.startswith(b"\x93NUMPY") else _find_json_fault(body)
 
 
-def _unsound_npy(body: bytes) -> str | None:
+def _find_npy_fault(body: bytes) -> str | None:
     try:
         array = np.load(io.BytesIO(body), allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -107,7 +108,7 @@ def _unsound_npy(body: bytes) -> str | None:
     return None if np.isfinite(array).all() else "a number that is not finite"
 
 
-def _unsound_json(body: bytes) -> str | None:
+def _find_json_fault(body: bytes) -> str | None:
     try:
         answer = orjson.loads(body)  # refuses NaN and Infinity
     except ValueError as error:
@@ -115,20 +116,20 @@ def _unsound_json(body: bytes) -> str | None:
     if isinstance(answer, dict):
         outputs = [each.get("data") for each in answer.get("outputs", ()) if isinstance(each, dict)]
         answer = answer.get("predictions", outputs)
-    return _unsound_numbers(answer, body)
+    return _find_number_fault(answer, body)
 
 
-def _unsound_numbers(answer: object, body: bytes) -> str | None:
-    numbers = [value for value in _leaves(answer) if not isinstance(value, str)]
+def _find_number_fault(answer: object, body: bytes) -> str | None:
+    numbers = [value for value in _iterate_leaves(answer) if not isinstance(value, str)]
     if not numbers:
         return f"no predictions in {body[:80]!r}"
     bad = [value for value in numbers if isinstance(value, bool) or not isinstance(value, int | float)]
     return f"{bad[0]!r} where a number should be" if bad else None
 
 
-def _leaves(value: object) -> Iterator[object]:
+def _iterate_leaves(value: object) -> Iterator[object]:
     if isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(each)
+            yield from _iterate_leaves(each)
     else:
         yield value

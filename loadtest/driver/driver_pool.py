@@ -1,8 +1,8 @@
-"""Driver processes beside the one that looks on: one schedule dealt to them, one run made of what they saw.
+"""Runs one schedule in several driver processes and merges what they measured into one run.
 
 A driver is single-threaded and must wake to the millisecond, so nothing else runs in its process: the progress bar and
-the scraping of the server's metrics stay with the caller. The processes are started once and take one schedule after
-another. They share a start time, since the monotonic clock is the machine's.
+the scraping of the server's metrics stay with the caller. The processes start once and take one schedule after another.
+They share a start time, because the monotonic clock is the same for all processes of a machine.
 """
 
 import math
@@ -17,47 +17,47 @@ from typing import Any, Self
 
 import numpy as np
 
-from loadtest.driver.open_loop import Target, drive
+from loadtest.driver.open_loop import LoadTarget, drive
 from loadtest.driver.profiles import Schedule
-from loadtest.driver.run_result import Run, merged
+from loadtest.driver.run_result import Run, merge_runs
 
 RATE_OF_ONE = 8_000.0  #: requests/s that one process sends in time with room to spare (20,000 seen on a quiet core)
 PEAK_S = 0.25  #: over which a schedule's highest rate is taken
 BOOT_S, HANDOVER_S = 60.0, 0.2
 
 
-class CrewLost(RuntimeError):
+class DriverLost(RuntimeError):
     """A driver process ended by itself."""
 
 
-def crew_size(schedule: Schedule) -> int:
+def count_drivers(schedule: Schedule) -> int:
     """Processes that the schedule's peak wants, at most one a core."""
     spans = np.bincount((schedule.at / PEAK_S).astype(np.int64), minlength=1)
     wanted = math.ceil(float(spans.max()) / PEAK_S / RATE_OF_ONE)
     return max(1, min(wanted, len(os.sched_getaffinity(0))))
 
 
-class Crew:
+class DriverPool:
     """`size` driver processes for one target; to be used in a `with`."""
 
-    def __init__(self, to: Target, size: int, *, connections: int = 512) -> None:
+    def __init__(self, to: LoadTarget, size: int, *, connections: int = 512) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of what the caller imported
         self._members: list[tuple[Any, Connection]] = []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, to, max(1, connections // size)), daemon=True)
+            process = context.Process(target=_run_driver, args=(theirs, to, max(1, connections // size)), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
 
     def __repr__(self) -> str:
-        return f"<Crew of {len(self._members)}>"
+        return f"<DriverPool of {len(self._members)}>"
 
     def __enter__(self) -> Self:
-        """Raises CrewLost when one does not come up."""
+        """Raises DriverLost when one does not come up."""
         for _, pipe in self._members:
             if not pipe.poll(BOOT_S):
-                raise CrewLost(f"a driver process was not ready within {BOOT_S:g} s")
+                raise DriverLost(f"a driver process was not ready within {BOOT_S:g} s")
             self._receive(pipe)
         return self
 
@@ -75,7 +75,7 @@ class Crew:
         every_s: float = 1.0,
         look: Callable[[float], None] = lambda _: None,
     ) -> Run:
-        """Send a schedule, calling `look(seconds since its start)` about every `every_s`. Raises CrewLost."""
+        """Send a schedule, calling `look(seconds since its start)` about every `every_s`. Raises DriverLost."""
         start, n = time.monotonic() + HANDOVER_S, len(self._members)
         for k, (_, pipe) in enumerate(self._members):
             part = Schedule(schedule.at[k::n], schedule.model[k::n], schedule.seconds)
@@ -90,19 +90,19 @@ class Crew:
             if time.monotonic() >= due:
                 look(time.monotonic() - start)
                 due = max(due + every_s, time.monotonic())
-        return merged(schedule, [parts[pipe] for _, pipe in self._members])
+        return merge_runs(schedule, [parts[pipe] for _, pipe in self._members])
 
     @staticmethod
     def _receive(pipe: Connection) -> Any:
         try:
             return pipe.recv()
         except EOFError:
-            raise CrewLost("a driver process ended before its part of the load did") from None
+            raise DriverLost("a driver process ended before its part of the load did") from None
 
 
-def _serve(pipe: Connection, to: Target, connections: int) -> None:
+def _run_driver(pipe: Connection, to: LoadTarget, connections: int) -> None:
     """A member's life: schedules in, runs out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's, who ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and ends this process
     pipe.send(None)
     with suppress(EOFError):
         while True:

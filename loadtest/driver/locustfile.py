@@ -1,13 +1,13 @@
-"""A fleet for those who live in Locust: users who ask for forecasts of models, the popular ones more often.
+"""A Locust file: users who request forecasts of models, popular models more often.
 
 pip install locust
-locust -f loadtest/locustfile.py --host http://127.0.0.1:8080 --fleet-store DIR --headless --users 8 --run-time 10s
+locust -f loadtest/driver/locustfile.py --host http://127.0.0.1:8080 --fleet-store DIR --headless --users 8 -t 10s
 
-The statistics have one row for each thing that the cache can say (hit, miss, coalesced), not one for each model.
+The statistics have one row for each cache result (hit, miss, coalesced), not one for each model.
 
-Locust is a closed loop: each user waits for an answer before it asks again. It shows how many users a server carries; a
-slow moment hides, though, because nobody asks meanwhile, and its percentiles are too good. For tails, hit ratios at a
-given rate and capacity there is `fleetcast-load`, which asks on schedule.
+Locust is a closed loop: each user waits for a response before the next request. It shows how many users a server
+carries, but it hides slow moments, because no requests are sent during them, and so its percentiles are too good. For
+tail latency, hit ratios at a given rate and capacity use `fleetcast-load`, which sends on schedule.
 """
 
 import ipaddress
@@ -23,11 +23,12 @@ import numpy as np
 import orjson
 from locust import FastHttpUser, events, task
 
-from loadtest.driver.dialects import DIALECTS, JSON, unsound
-from loadtest.driver.profiles import zipf
-from loadtest.fleets.fleet import fleet_names, make_request
+from loadtest.driver.dialects import DIALECTS, find_fault
+from loadtest.driver.profiles import compute_popularity
+from loadtest.fleets.fleet import list_fleet_names, make_request
 from model_store.errors import LoadError
 from model_store.stores.object_store import open_source
+from server.contract import HEADER_CACHE, JSON
 
 FAILED, ANSWERED = "failed", "answered"  #: the rows of what went wrong, and of answers without X-Fleetcast-Cache
 
@@ -50,10 +51,10 @@ def prepare(environment: Any, **_: Any) -> None:
     """Names, popularity and body, once for all users of a process; Locust ends where there are none."""
     options = environment.parsed_options
     try:
-        names = _names(options.fleet_store, options.fleet_models)
+        names = _list_names(options.fleet_store, options.fleet_models)
     except (LoadError, ValueError, OSError) as error:
         raise SystemExit(f"no load: {error}") from error
-    popularity = zipf(len(names), options.fleet_zipf, np.random.default_rng(options.fleet_seed))
+    popularity = compute_popularity(len(names), options.fleet_zipf, np.random.default_rng(options.fleet_seed))
     ClientOfTheFleet.names, ClientOfTheFleet.up_to = names, np.cumsum(popularity).tolist()
     ClientOfTheFleet.body = orjson.dumps(make_request(options.fleet_seed))
     log.warning("Locust is a closed loop, whose percentiles are too good when a server stalls: see fleetcast-load")
@@ -62,13 +63,13 @@ def prepare(environment: Any, **_: Any) -> None:
 @events.test_start.add_listener
 def refuse_strangers(environment: Any, **_: Any) -> None:
     """End before the first request to an address that is not this machine: --host, or what was typed into the page."""
-    if not environment.parsed_options.allow_remote and (why := _stranger(environment.host or "")):
+    if not environment.parsed_options.allow_remote and (why := _explain_remote(environment.host or "")):
         log.error("no load: %s", why)
         environment.process_exit_code = 1  # Locust forgets that of SystemExit
         raise SystemExit(1)
 
 
-def _stranger(host: str) -> str | None:
+def _explain_remote(host: str) -> str | None:
     """Why an address may not be loaded unasked. (The driver cannot be imported: gevent takes its selector away.)"""
     try:
         found = socket.getaddrinfo(urlsplit(host).hostname or "", None, type=socket.SOCK_STREAM)
@@ -78,8 +79,8 @@ def _stranger(host: str) -> str | None:
     return f"{host} is {strangers[0]}, not this machine: loading it takes --allow-remote" if strangers else None
 
 
-def _names(store: str, models: int) -> Sequence[str]:
-    listed = (each.name for each in open_source(store).list()) if store else iter(fleet_names(models))
+def _list_names(store: str, models: int) -> Sequence[str]:
+    listed = (each.name for each in open_source(store).list()) if store else iter(list_fleet_names(models))
     names = list(itertools.islice(listed, max(0, models)))
     if not names:
         raise ValueError(f"no models: {store or 'no --fleet-store'} has none, or --fleet-models {models} is too few")
@@ -104,6 +105,6 @@ class ClientOfTheFleet(FastHttpUser):
             dialect.path, data=self.body, headers=headers, name=FAILED, catch_response=True
         ) as response:
             if response.status_code == 200:  # noqa: PLR2004 -- the others are failures to Locust already
-                response.request_meta["name"] = response.headers.get("x-fleetcast-cache", ANSWERED)
-                if why := unsound(response.content):
+                response.request_meta["name"] = response.headers.get(HEADER_CACHE, ANSWERED)
+                if why := find_fault(response.content):
                     response.failure(f"{model}: {why}")

@@ -1,5 +1,5 @@
-"""One turn of a market's clock, as a client takes it: prices in, quantiles of all products by one call, joint scenarios
-by another. Every stage is timed. Blocking, one connection.
+"""One turn of a market's cycle as a client runs it: prices, quantiles of all products in one call, joint scenarios in
+another. Every stage is timed. Blocking, one connection.
 """
 
 import http.client
@@ -19,6 +19,7 @@ import orjson
 
 from handlers.training.time_series import Float64, Series
 from model_store.names import ModelName
+from server.contract import FORECASTS_PATH, HEADER_CACHE, HEADER_SERVER_TIMING, JSON, NPY
 
 Float32 = npt.NDArray[np.float32]
 
@@ -26,7 +27,6 @@ BUDGET_S = 20.0  #: from a market's prices to the bids that answer them
 PRICES, WRITE, TICK, JOINT, READ = "prices in", "requests written", "quantiles", "joint scenarios", "answers read"
 STAGES = (PRICES, WRITE, TICK, JOINT, READ)
 PATIENCE_S = 60.0
-NPY = "application/x-npy"
 
 
 class NotAnswered(RuntimeError):
@@ -65,8 +65,8 @@ class Feed:
 
 
 @dataclass(frozen=True, slots=True)
-class Fleet:
-    """Who is asked: product -> model, what correlates them, the steps a request brings, and the unit of prices."""
+class MarketFleet:
+    """The models: product -> model, the correlation archive, the steps of history in a request, the unit of prices."""
 
     models: Mapping[str, ModelName]
     correlation: ModelName
@@ -75,7 +75,7 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TurnBodies:
     """The two bodies of a turn."""
 
     quantiles: bytes
@@ -92,7 +92,7 @@ class Turn:
     start: str  #: of the first step that is forecast
     ms: Mapping[str, float]
     said: Mapping[str, str]
-    asked: Asked
+    asked: TurnBodies
     levels: Sequence[float]
     quantiles: Float64
     scenarios: Float32
@@ -103,7 +103,7 @@ class Turn:
         return sum(self.ms.values())
 
 
-class Client:
+class MarketClient:
     """A connection to a server's inference listener; to be used in a `with`."""
 
     def __init__(self, url: str) -> None:
@@ -114,7 +114,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.netloc, timeout=PATIENCE_S)
 
     def __repr__(self) -> str:
-        return f"<Client {self.url}>"
+        return f"<MarketClient {self.url}>"
 
     def __enter__(self) -> Self:
         return self
@@ -122,11 +122,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def forecasts(self, body: bytes, accept: str = "application/json") -> tuple[bytes, str]:
-        """`POST /v1/forecasts`: the answer, and what its headers say. Raises NotAnswered."""
+    def forecasts(self, body: bytes, accept: str = JSON) -> tuple[bytes, str]:
+        """The answer to a call for many models, and what its headers say. Raises NotAnswered."""
         try:
-            headers = {"Content-Type": "application/json", "Accept": accept}
-            self._connection.request("POST", "/v1/forecasts", body, headers)
+            headers = {"Content-Type": JSON, "Accept": accept}
+            self._connection.request("POST", FORECASTS_PATH, body, headers)
             reply = self._connection.getresponse()
             answer = reply.read()
         except (OSError, http.client.HTTPException) as error:
@@ -134,16 +134,16 @@ class Client:
             raise NotAnswered(f"{self.url} does not answer: {error!r}; is `fleetcast serve` running there?") from error
         if reply.status != http.HTTPStatus.OK:
             raise NotAnswered(f"{self.url} answered {reply.status}: {answer[:500].decode(errors='replace')}")
-        return answer, f"{reply.headers['x-fleetcast-cache']}; {reply.headers['server-timing']}"
+        return answer, f"{reply.headers[HEADER_CACHE]}; {reply.headers[HEADER_SERVER_TIMING]}"
 
 
-def turn(feed: Feed, line: str, fleet: Fleet, client: Client, scenarios: int, seed: int) -> Turn:
+def run_turn(feed: Feed, line: str, fleet: MarketFleet, client: MarketClient, scenarios: int, seed: int) -> Turn:
     """Publish a line, ask, and read. Raises NotAnswered, and ValueError for a line that is not the next one."""
     ms: dict[str, float] = {}
     with _timed(ms, PRICES):
         feed.publish(line)
     with _timed(ms, WRITE):
-        asked = bodies(feed.requests(fleet.models, fleet.history), fleet.correlation, scenarios, seed)
+        asked = write_turn_bodies(feed.requests(fleet.models, fleet.history), fleet.correlation, scenarios, seed)
     with _timed(ms, TICK):
         tick, tick_said = client.forecasts(asked.quantiles)
     with _timed(ms, JOINT):
@@ -155,12 +155,14 @@ def turn(feed: Feed, line: str, fleet: Fleet, client: Client, scenarios: int, se
     return Turn(start, MappingProxyType(ms), said, asked, levels, quantiles, found)
 
 
-def bodies(requests: Sequence[Mapping[str, object]], correlation: ModelName, scenarios: int, seed: int) -> Asked:
+def write_turn_bodies(
+    requests: Sequence[Mapping[str, object]], correlation: ModelName, scenarios: int, seed: int
+) -> TurnBodies:
     """Both calls are about the same histories, which are written once."""
     written = b'{"requests":' + orjson.dumps(requests) + b',"configuration":'
     drawn = {"joint": True, "correlation": correlation, "num_samples": scenarios, "seed": seed}
     tick = orjson.dumps({"output_types": ["quantiles"]})
-    return Asked(written + tick + b"}", written + orjson.dumps(drawn) + b"}")
+    return TurnBodies(written + tick + b"}", written + orjson.dumps(drawn) + b"}")
 
 
 def read_quantiles(answer: bytes, products: Sequence[str]) -> tuple[Sequence[float], Float64]:

@@ -1,17 +1,16 @@
-"""The open-loop driver: every request leaves at its intended time, however slow the answers are.
+"""The open-loop driver: every request is sent at its intended time, however slow the responses are.
 
-A closed loop asks less of a server that is slow and so hides its worst moments ("coordinated omission"). Here latency
-counts from the *intended* time, and the driver measures how late it was itself: when that is much, the run says nothing
-about the server and is called invalid. One process, one thread, one event loop (several processes: `crew`); a load is
-sent to loopback only, unless told otherwise. It speaks HTTP/1.1 by httptools: aiohttp costs four times the processor
-time, which the server needs.
+A closed loop sends less to a slow server and so hides its worst moments ("coordinated omission"). Here latency counts
+from the *intended* time, and the driver measures its own lateness: a run whose driver was late says nothing about the
+server and is called invalid. One process, one thread, one event loop (several processes: `driver_pool`). A load is sent
+to loopback only, unless told otherwise. HTTP/1.1 by httptools: aiohttp takes four times the CPU time, which the server
+needs.
 """
 
 import asyncio
 import errno
 import gc
 import ipaddress
-import re
 import select
 import selectors
 import socket
@@ -24,26 +23,26 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 
-from loadtest.driver.dialects import unsound, unsound_call
+from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.profiles import Schedule
-from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Forecasts, Run
+from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, ForecastCounts, Run
+from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_forecasts, raw_header
 
 SAMPLES = 200  #: answers that are looked into, or a few more
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: this machine's limits, not the server's fault
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
-TAIL = 40  #: bytes at the end of the answer to a call for many, within which it says how many failed
+_CACHE_HEADER = raw_header(HEADER_CACHE)
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
-_FAILED = re.compile(rb'"failed":\s*(\d+)\s*}\s*$')
 
 
 class Forbidden(Exception):
-    """The address is not on this machine, and nobody said that it may be loaded."""
+    """The address is not on this machine, and loading it was not allowed explicitly."""
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where a load goes: an address, and one whole HTTP request for each model.
+class LoadTarget:
+    """The target of a load: an address, and one complete HTTP request for each model.
 
     `forecasts`: where the requests are calls for many models, how many each asks; else empty.
     """
@@ -54,7 +53,9 @@ class Target:
     forecasts: Sequence[int] = ()
 
 
-def target(url: str, requests: Sequence[bytes], *, forecasts: Sequence[int] = (), allow_remote: bool = False) -> Target:
+def make_target(
+    url: str, requests: Sequence[bytes], *, forecasts: Sequence[int] = (), allow_remote: bool = False
+) -> LoadTarget:
     """Raises ValueError for a URL that is no plain http://host:port, Forbidden for one beyond loopback."""
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
@@ -63,12 +64,12 @@ def target(url: str, requests: Sequence[bytes], *, forecasts: Sequence[int] = ()
     address = str(socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0])
     if not allow_remote and not ipaddress.ip_address(address).is_loopback:
         raise Forbidden(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
-    return Target(address, port, requests, forecasts)
+    return LoadTarget(address, port, requests, forecasts)
 
 
 def drive(
     schedule: Schedule,
-    to: Target,
+    to: LoadTarget,
     *,
     connections: int = 512,
     patience_s: float = 10.0,
@@ -101,7 +102,7 @@ class _Punctual(selectors.EpollSelector):
 class _Driver:
     """One schedule under way."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, schedule: Schedule, to: Target, connections: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, schedule: Schedule, to: LoadTarget, connections: int) -> None:
         n = len(schedule.at)
         self.loop = loop
         self.start = 0.0
@@ -113,9 +114,9 @@ class _Driver:
         self._asked = np.array(to.forecasts, np.int64)[schedule.model] if to.forecasts else None
         self._failed = np.zeros(n, np.int64) if self._asked is None else self._asked.copy()
         self._sampled = frozenset(range(0, n, max(1, n // SAMPLES)))
-        self._next, self._open, self._unanswered = 0, set[_Connection](), n
+        self._next, self._open, self._unanswered = 0, set[_DriverConnection](), n
         self._opening: set[asyncio.Task[None]] = set()
-        self._free: list[_Connection] = []  # the last used is used first: the others may go idle and be closed
+        self._free: list[_DriverConnection] = []  # the last used is used first: the others may go idle and be closed
         self._waiting: deque[int] = deque()
         self._exhausted = False
         self._ended = asyncio.Event()
@@ -135,11 +136,11 @@ class _Driver:
         await self._close()
         found = [(i, why) for i, body in self.samples.items() if (why := self._unsound(i, body))]
         arrays = (self._woken, self._sent, self._done, self._status, self._cache)
-        forecasts = None if self._asked is None else Forecasts(self._asked, self._failed)
+        forecasts = None if self._asked is None else ForecastCounts(self._asked, self._failed)
         return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found, forecasts)
 
     def _unsound(self, request: int, body: bytes) -> str | None:
-        return unsound(body) if self._asked is None else unsound_call(body, int(self._asked[request]))
+        return find_fault(body) if self._asked is None else find_call_fault(body, int(self._asked[request]))
 
     def _now(self) -> float:
         return self.loop.time() - self.start
@@ -161,7 +162,7 @@ class _Driver:
         if self._next < len(self._at):
             self.loop.call_at(self.start + self._at[self._next], self._due)
 
-    def _send(self, connection: "_Connection", request: int) -> None:
+    def _send(self, connection: "_DriverConnection", request: int) -> None:
         connection.ask(request, self._to.requests[self._model[request]], sampled=request in self._sampled)
         self._sent[request] = self._now()
 
@@ -172,8 +173,8 @@ class _Driver:
 
     def counted(self, request: int, tail: bytes) -> None:
         """How many of a call failed, which the end of its whole answer says; where it does not, all did."""
-        if (said := _FAILED.search(tail)) is not None:
-            self._failed[request] = int(said[1])
+        if (failed := count_failed_forecasts(tail)) is not None:
+            self._failed[request] = failed
 
     def settled(self, request: int, status: int, cache: int = 0) -> None:
         """A request's fate is known."""
@@ -194,7 +195,7 @@ class _Driver:
             connection.abandon()
         await asyncio.sleep(0)  # in which the sockets are closed
 
-    def _take(self) -> "_Connection | None":
+    def _take(self) -> "_DriverConnection | None":
         while self._free:
             connection = self._free.pop()
             if connection.fresh():
@@ -210,10 +211,10 @@ class _Driver:
             task.add_done_callback(self._opening.discard)
 
     async def _connect(self) -> None:
-        """Open a connection for who waits; each failure is the fate of one of them."""
+        """Open a connection for waiting requests; each failure settles one of them."""
         while self._waiting:
             try:
-                await self.loop.create_connection(lambda: _Connection(self), self._to.host, self._to.port)
+                await self.loop.create_connection(lambda: _DriverConnection(self), self._to.host, self._to.port)
             except OSError as error:
                 if error.errno in NO_MORE:
                     self._exhausted = True
@@ -223,26 +224,26 @@ class _Driver:
             else:
                 return
 
-    def opened(self, connection: "_Connection") -> None:
+    def opened(self, connection: "_DriverConnection") -> None:
         """It may take its first request."""
         self._open.add(connection)
         self.free(connection)
 
-    def free(self, connection: "_Connection") -> None:
+    def free(self, connection: "_DriverConnection") -> None:
         """It may take another request."""
         if self._waiting:
             self._send(connection, self._waiting.popleft())
         else:
             self._free.append(connection)
 
-    def closed(self, connection: "_Connection") -> None:
-        """It takes no more; who waits may need another."""
+    def closed(self, connection: "_DriverConnection") -> None:
+        """Forget a closed connection; waiting requests may need another."""
         self._open.discard(connection)
         if self._waiting:
             self._grow()
 
 
-class _Connection(asyncio.Protocol):
+class _DriverConnection(asyncio.Protocol):
     """One keep-alive connection: one request at a time."""
 
     def __init__(self, driver: _Driver) -> None:
@@ -255,7 +256,7 @@ class _Connection(asyncio.Protocol):
         self._since = 0.0
 
     def __repr__(self) -> str:
-        return f"<_Connection {'idle' if self._request is None else f'waits for answer {self._request}'}>"
+        return f"<_DriverConnection {'idle' if self._request is None else f'waits for answer {self._request}'}>"
 
     def fresh(self) -> bool:
         """Whether it can be used; one that cannot is closed."""
@@ -270,7 +271,7 @@ class _Connection(asyncio.Protocol):
         self._transport.write(data)
 
     def abandon(self) -> None:
-        """The run is over: what is still to come is nobody's."""
+        """Close the connection at the end of the run, and ignore any response that is still to come."""
         self._request = None
         self._transport.abort()
 
@@ -296,12 +297,12 @@ class _Connection(asyncio.Protocol):
     # --- httptools' calls -----------------------------------------------------------------------------------------
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"x-fleetcast-cache":
-            self._cache = _cached(value)
+        if name.lower() == _CACHE_HEADER:
+            self._cache = _parse_cache_header(value)
 
     def on_body(self, part: bytes) -> None:
         if self._driver.of_calls:
-            self._tail = (self._tail + part[-TAIL:])[-TAIL:]
+            self._tail = (self._tail + part[-FORECASTS_END_BYTES:])[-FORECASTS_END_BYTES:]
         if self._parts is not None:
             self._parts.append(part)
 
@@ -322,7 +323,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
 
 
-def _cached(said: bytes) -> int:
+def _parse_cache_header(said: bytes) -> int:
     """What the cache did, as an index into CACHE; of a call for many (`hit=44, miss=1`) the slowest of it."""
     if (found := _CACHE.get(said)) is not None:
         return found

@@ -1,11 +1,12 @@
-"""Load profiles: when requests are due and which model each asks for, as arrays. Pure: no clock, no I/O.
+"""Load profiles: when requests are due and which model each names, as arrays. Pure: no clock, no I/O.
 
-A `Profile` is arrivals x popularity: constant, Poisson or diurnal; Zipf, with drift or without. Three shapes decide
-both at once: `Tick` (the market clock), `Onboarding` (models that nobody asked before) and `Replay` (a recording). All
-have `models` and `schedule(seconds, part)`. A ramp is no shape but several runs of one, and `ramp` gives their rates.
+A `Profile` combines an arrival process (constant, Poisson or diurnal) with a popularity (Zipf, with or without drift).
+Three profiles decide both at once: `Tick` (requests by the clock), `Onboarding` (new models) and `Replay` (a
+recording). All have `models` and `schedule(seconds, part)`. A ramp is several runs of one profile;
+`list_ramp_rates` gives their rates.
 
-The same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so that more
-seconds or another rate do not change which models are popular, nor how that changes.
+INVARIANT: the same profile gives the same schedule to the last bit. Each part draws from a generator of its own, so
+that more seconds or another rate do not change which models are popular, nor how that changes.
 """
 
 import math
@@ -42,12 +43,12 @@ class Schedule:
 # --- arrivals x popularity ------------------------------------------------------------------------------------------
 
 
-class Arrivals(StrEnum):
+class ArrivalProcess(StrEnum):
     """How requests follow each other."""
 
     POISSON = "poisson"  #: independent clients
     CONSTANT = "constant"  #: a metronome
-    DIURNAL = "diurnal"  #: independent clients who sleep at night
+    DIURNAL = "diurnal"  #: independent clients, fewer at night
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Profile:
     models: int
     rate: float = 200.0
     zipf: float = 1.0
-    arrivals: Arrivals = Arrivals.POISSON
+    arrivals: ArrivalProcess = ArrivalProcess.POISSON
     seed: int = 0
     drift_s: float = 0.0
     drift_share: float = 0.1
@@ -84,35 +85,37 @@ class Profile:
 
     def popularity(self) -> Float64:
         """[models] how likely each is asked, before any drift."""
-        return zipf(self.models, self.zipf, np.random.default_rng([self.seed, _POPULARITY]))
+        return compute_popularity(self.models, self.zipf, np.random.default_rng([self.seed, _POPULARITY]))
 
     def _check(self, seconds: float) -> None:
-        _within("seconds", seconds, MIN_S, MAX_S)
-        _within("models", self.models, 1, MAX_MODELS)
-        _within("rate", self.rate, 1 / MAX_S, MAX_REQUESTS / MIN_S)
-        _within("zipf", self.zipf, 0, 100)
+        _require_range("seconds", seconds, MIN_S, MAX_S)
+        _require_range("models", self.models, 1, MAX_MODELS)
+        _require_range("rate", self.rate, 1 / MAX_S, MAX_REQUESTS / MIN_S)
+        _require_range("zipf", self.zipf, 0, 100)
         if self.drift_s:
-            _within("models, to trade places,", self.models, 2, MAX_MODELS)
-            _within("drift_s", self.drift_s, seconds / MAX_MOVES, MAX_S)
-            _within("drift_share", self.drift_share, 0, 1)
-        _enough(self.rate * seconds, f"{self.rate:g} requests/s for {seconds:g} s over {self.models} models")
-        if self.arrivals is Arrivals.DIURNAL:
-            _within("day_s", self.day_s, MIN_S, MAX_S)
-            _within("trough", self.trough, 0, 1)
+            _require_range("models, to trade places,", self.models, 2, MAX_MODELS)
+            _require_range("drift_s", self.drift_s, seconds / MAX_MOVES, MAX_S)
+            _require_range("drift_share", self.drift_share, 0, 1)
+        _require_requests(self.rate * seconds, f"{self.rate:g} requests/s for {seconds:g} s over {self.models} models")
+        if self.arrivals is ArrivalProcess.DIURNAL:
+            _require_range("day_s", self.day_s, MIN_S, MAX_S)
+            _require_range("trough", self.trough, 0, 1)
             expected = self.rate * _daylight(seconds, self.day_s, self.trough)
-            _enough(expected, f"the first {seconds:g} s of days of {self.day_s:g} s at {self.rate:g} requests/s")
+            _require_requests(
+                expected, f"the first {seconds:g} s of days of {self.day_s:g} s at {self.rate:g} requests/s"
+            )
 
     def _due(self, seconds: float, rng: np.random.Generator) -> Float64:
         match self.arrivals:
-            case Arrivals.CONSTANT:
-                return constant(self.rate, seconds)
-            case Arrivals.POISSON:
-                return poisson(self.rate, seconds, rng)
-            case Arrivals.DIURNAL:
-                return diurnal(self.rate, seconds, self.day_s, self.trough, rng)
+            case ArrivalProcess.CONSTANT:
+                return draw_constant(self.rate, seconds)
+            case ArrivalProcess.POISSON:
+                return draw_poisson(self.rate, seconds, rng)
+            case ArrivalProcess.DIURNAL:
+                return draw_diurnal(self.rate, seconds, self.day_s, self.trough, rng)
 
     def _drifted(self, at: Float64, model: Int64, seconds: float) -> Int64:
-        """[n] who is asked once models have traded ranks with each other, again and again."""
+        """[n] the models after their ranks have drifted."""
         rng = np.random.default_rng([self.seed, _DRIFT])
         stands_in = np.arange(self.models)
         pairs = min(math.ceil(self.drift_share * self.models / 2), self.models // 2)
@@ -125,28 +128,28 @@ class Profile:
         return found
 
 
-def constant(rate: float, seconds: float) -> Float64:
+def draw_constant(rate: float, seconds: float) -> Float64:
     """Arrivals every 1 / rate seconds from 0 on."""
     return np.arange(round(rate * seconds)) / rate
 
 
-def poisson(rate: float, seconds: float, rng: np.random.Generator) -> Float64:
+def draw_poisson(rate: float, seconds: float, rng: np.random.Generator) -> Float64:
     """A Poisson process: its number of arrivals is Poisson, and given that, they are independent and uniform."""
     return np.sort(rng.uniform(0, seconds, rng.poisson(rate * seconds)))
 
 
-def diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: np.random.Generator) -> Float64:
+def draw_diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: np.random.Generator) -> Float64:
     """A Poisson process of rate `rate` * (1 - swing * cos(2 pi t / day_s)), by thinning one of the peak's rate.
 
     Exact: P. A. W. Lewis and G. S. Shedler, "Simulation of nonhomogeneous Poisson processes by thinning", 1979.
     """
     swing = _swing(trough)
-    at = poisson(rate * (1 + swing), seconds, rng)
+    at = draw_poisson(rate * (1 + swing), seconds, rng)
     return at[rng.random(len(at)) * (1 + swing) < 1 - swing * np.cos(2 * np.pi * at / day_s)]
 
 
-def zipf(models: int, exponent: float, rng: np.random.Generator) -> Float64:
-    """[models] how likely each is asked; who is popular is drawn, so that names next to each other are not."""
+def compute_popularity(models: int, exponent: float, rng: np.random.Generator) -> Float64:
+    """[models] the probability of each; ranks are drawn, so that neighbours in the list differ in popularity."""
     weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
     return rng.permutation(weights / weights.sum())
 
@@ -179,15 +182,15 @@ class Tick:
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
         """Whole ticks only; one is enough of any part but 0. Raises ValueError as `Profile.schedule` does."""
-        _within("seconds", seconds, MIN_S, MAX_S)
-        _within("models", self.models, 1, MAX_MODELS)
-        _within("every_s", self.every_s, MIN_S, MAX_S)
-        _within(
+        _require_range("seconds", seconds, MIN_S, MAX_S)
+        _require_range("models", self.models, 1, MAX_MODELS)
+        _require_range("every_s", self.every_s, MIN_S, MAX_S)
+        _require_range(
             "spread_s, which ends before the next tick and the run do,", self.spread_s, 0, min(self.every_s, seconds)
         )
         ticks = 1 + int((seconds - self.spread_s) / self.every_s + 1e-9)
         least = 1 if part else MIN_REQUESTS
-        _enough(ticks * self.models, f"{ticks} ticks of {self.models} models in {seconds:g} s", least)
+        _require_requests(ticks * self.models, f"{ticks} ticks of {self.models} models in {seconds:g} s", least)
         rng = np.random.default_rng([self.seed, _TICKS, part])
         after = np.sort(rng.uniform(0, self.spread_s, (ticks, self.models)), axis=1)
         at = np.arange(ticks)[:, np.newaxis] * self.every_s + after
@@ -215,13 +218,13 @@ class Onboarding:
         return self.known.models + self.newcomers
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """In any part but 0, such as a warm-up, nobody is new. Raises ValueError as `Profile.schedule` does."""
-        _within("newcomers", self.newcomers, 1, MAX_REQUESTS)
-        _within("within_s, in which the newcomers are asked,", self.within_s, 0, MAX_S)
+        """Only part 0 has new models; a warm-up has none. Raises ValueError as `Profile.schedule` does."""
+        _require_range("newcomers", self.newcomers, 1, MAX_REQUESTS)
+        _require_range("within_s, in which the newcomers are asked,", self.within_s, 0, MAX_S)
         steady = self.known.schedule(seconds, part)
         if part:
             return steady
-        _within("at_s, so that the newcomers are asked before the end,", self.at_s, 0, seconds - self.within_s)
+        _require_range("at_s, so that the newcomers are asked before the end,", self.at_s, 0, seconds - self.within_s)
         rng = np.random.default_rng([self.known.seed, _NEWCOMERS])
         at = np.concatenate([steady.at, rng.uniform(self.at_s, self.at_s + self.within_s, self.newcomers)])
         model = np.concatenate([steady.model, self.known.models + np.arange(self.newcomers)])
@@ -243,16 +246,16 @@ class Replay:
 
         Raises ValueError as `Profile.schedule` does, and for a recording of more models than there are.
         """
-        _within("seconds", seconds, MIN_S, math.inf)
-        _within("speed", self.speed, 1e-3, 1e6)
-        _within("start_s", self.start_s, 0, self.recording.seconds)
+        _require_range("seconds", seconds, MIN_S, math.inf)
+        _require_range("speed", self.speed, 1e-3, 1e6)
+        _require_range("start_s", self.start_s, 0, self.recording.seconds)
         start, end = self.start_s, min(self.start_s + seconds * self.speed, self.recording.seconds)
         if part:
             start, end = max(0.0, self.start_s - seconds * self.speed), self.start_s
         first, last = np.searchsorted(self.recording.at, [start, end]).tolist()
-        _enough(last - first, f"the recording from second {start:g} to {end:g}")
+        _require_requests(last - first, f"the recording from second {start:g} to {end:g}")
         model = self.recording.model[first:last]
-        _within("models, as many as the recording names,", self.models, int(model.max()) + 1, MAX_MODELS)
+        _require_range("models, as many as the recording names,", self.models, int(model.max()) + 1, MAX_MODELS)
         return Schedule((self.recording.at[first:last] - start) / self.speed, model, (end - start) / self.speed)
 
 
@@ -311,43 +314,45 @@ def make_profile(shape: Shape, models: int, seed: int = 0, **settings: float | S
         case Shape.ONBOARDING:
             burst = {name: given.pop(name) for name in _BURST if name in given}
             newcomers = burst.setdefault("newcomers", NEWCOMERS)
-            _within("newcomers, who leave at least one model that is known,", newcomers, 1, models - 1)
+            _require_range("newcomers, who leave at least one model that is known,", newcomers, 1, models - 1)
             return Onboarding(Profile(models - newcomers, seed=seed, **given), **burst)
         case Shape.REPLAY:
             if "recording" not in given:
                 raise ValueError("the load replay takes a recording: give it a trace")
             return Replay(models=models, **given)
         case _:
-            return Profile(models, arrivals=Arrivals(shape), seed=seed, **given)
+            return Profile(models, arrivals=ArrivalProcess(shape), seed=seed, **given)
 
 
-def ramp(start: float, most: float, *, factor: float | None = None, step: float | None = None) -> list[float]:
+def list_ramp_rates(
+    start: float, most: float, *, factor: float | None = None, step: float | None = None
+) -> list[float]:
     """Rates to try one after another until one is too much: each `factor` times the last or `step` more; last, `most`.
 
     Raises ValueError unless exactly one of the two is given, and for rates that do not rise from above 0 to `most`.
     """
     if (factor is None) == (step is None):
         raise ValueError("a ramp rises either by a factor or by a step: give one of them")
-    _within("start", start, 1 / MAX_S, most)
-    _within("most", most, start, MAX_REQUESTS / MIN_S)
+    _require_range("start", start, 1 / MAX_S, most)
+    _require_range("most", most, start, MAX_REQUESTS / MIN_S)
     if factor is not None:
-        _within("factor", factor, (most / start) ** (1 / MAX_RATES) + 1e-9, math.inf)
+        _require_range("factor", factor, (most / start) ** (1 / MAX_RATES) + 1e-9, math.inf)
         rises = math.log(most / start) / math.log(factor)
         rates = [start * factor**i for i in range(math.ceil(rises - 1e-9))]
     else:
         assert step is not None
-        _within("step", step, max((most - start) / MAX_RATES, 1e-9), math.inf)
+        _require_range("step", step, max((most - start) / MAX_RATES, 1e-9), math.inf)
         rates = [start + step * i for i in range(math.ceil((most - start) / step - 1e-9))]
     return [*rates, most]
 
 
-def _within(what: str, value: float, low: float, high: float) -> None:
+def _require_range(what: str, value: float, low: float, high: float) -> None:
     """Raises ValueError where the value is out of its bounds, or not a number."""
     if not low <= value <= high:
         raise ValueError(f"{what} cannot be {value:g}: give {low:g} to {high:g}")
 
 
-def _enough(requests: float, what: str, least: int = MIN_REQUESTS) -> None:
+def _require_requests(requests: float, what: str, least: int = MIN_REQUESTS) -> None:
     """Raises ValueError for too few or too many requests."""
     if not least <= requests <= MAX_REQUESTS:
         few = requests < least

@@ -1,4 +1,4 @@
-"""What to ask the archives of a store, read from the archives themselves: no user has to write a request first."""
+"""Makes a request body for each archive of a store from the archive itself."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.driver.dialects import DIGITS, JSON, NPY, Body, npy_body
+from loadtest.driver.dialects import DIGITS, BodyKind, encode_npy
 from model_store.archives.archive import Archive, open_archive
-from model_store.archives.manifest import Forecast, Kind
+from model_store.archives.manifest import Forecast
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
+from server.contract import JSON, NPY
 
 READERS = 16
 START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class RequestBody:
     """A request body and its content type."""
 
     body: bytes
@@ -30,25 +31,25 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RequestBodies:
     """The models that can be asked and with what; why others cannot."""
 
-    questions: Mapping[ModelName, Question]
+    questions: Mapping[ModelName, RequestBody]
     left_out: Mapping[ModelName, str]
 
 
-def ask_all(
-    source: Source, names: Sequence[ModelName], kind: Body | None, seed: int, step: Callable[[], None]
-) -> Asked:
+def read_request_bodies(
+    source: Source, names: Sequence[ModelName], kind: BodyKind | None, seed: int, step: Callable[[], None]
+) -> RequestBodies:
     """Read every archive, several at a time, and find its question; `step` is called after each."""
-    questions: dict[ModelName, Question] = {}
+    questions: dict[ModelName, RequestBody] = {}
     left_out: dict[ModelName, str] = {}
 
-    def find(name: ModelName) -> Question | str:
+    def find(name: ModelName) -> RequestBody | str:
         try:
             fetched = source.get(name)
             assert fetched is not None, "only a conditional GET is answered `not modified`"
-            return question(open_archive(fetched.data, name), kind, seed)
+            return make_request_body(open_archive(fetched.data, name), kind, seed)
         except (LoadError, ValueError) as error:
             return str(error)
 
@@ -59,17 +60,17 @@ def ask_all(
                 left_out[name] = found
             else:
                 questions[name] = found
-    return Asked(questions, left_out)
+    return RequestBodies(questions, left_out)
 
 
-def call(asked: Mapping[ModelName, Question]) -> Question:
+def join_requests(asked: Mapping[ModelName, RequestBody]) -> RequestBody:
     """One call for many models that asks each of these its question, see CONTRACTS 5.
 
     Raises ValueError for a question that is not one series, and where they differ in their configuration.
     """
     requests, configurations = [], set()
     for name, each in asked.items():
-        whole = _deepar(each)
+        whole = _parse_deepar(each)
         if whole is None:
             raise ValueError(
                 f"{name} is not asked for one forecast, and a call for many is of forecasts: --body deepar"
@@ -78,10 +79,10 @@ def call(asked: Mapping[ModelName, Question]) -> Question:
         requests.append({"target_model": name, **whole["instances"][0]})
     if len(configurations) > 1:
         raise ValueError("the models are asked with different configurations, and a call has one for all")
-    return Question(json.dumps({"requests": requests, "configuration": json.loads(configurations.pop())}).encode())
+    return RequestBody(json.dumps({"requests": requests, "configuration": json.loads(configurations.pop())}).encode())
 
 
-def _deepar(question: Question) -> dict[str, Any] | None:
+def _parse_deepar(question: RequestBody) -> dict[str, Any] | None:
     """A request of one instance; None for another."""
     if question.content_type != JSON:
         return None
@@ -90,7 +91,7 @@ def _deepar(question: Question) -> dict[str, Any] | None:
     return whole if isinstance(instances, list) and len(instances) == 1 and isinstance(instances[0], dict) else None
 
 
-def question(archive: Archive, kind: Body | None, seed: int) -> Question:
+def make_request_body(archive: Archive, kind: BodyKind | None, seed: int) -> RequestBody:
     """One that the archive answers; by default that of its golden sample, else a forecast, else tensors.
 
     Raises ValueError where the archive cannot be asked so, LoadError where it is damaged or of an unserved kind.
@@ -99,21 +100,21 @@ def question(archive: Archive, kind: Body | None, seed: int) -> Question:
     forecast = spec.forecast if spec else None
     golden = archive.golden() if kind is None else None
     if golden is not None:
-        return Question(json.dumps(golden.request).encode())
-    if kind is Body.DEEPAR or (kind is None and forecast is not None):
+        return RequestBody(json.dumps(golden.request).encode())
+    if kind is BodyKind.DEEPAR or (kind is None and forecast is not None):
         if forecast is None:
             raise ValueError(f"{archive.name} carries no `forecast` and cannot be asked for one; ask for tensors")
-        return Question(json.dumps({"instances": [deepar_instance(forecast, seed)]}).encode())
-    arrays = {name: _numbers(shape, seed) for name, shape in _inputs(archive).items()}
-    if kind is not Body.NPY:
+        return RequestBody(json.dumps({"instances": [make_deepar_instance(forecast, seed)]}).encode())
+    arrays = {name: _draw_numbers(shape, seed) for name, shape in _read_input_shapes(archive).items()}
+    if kind is not BodyKind.NPY:
         digits = {name: array.astype(np.float64).round(DIGITS).tolist() for name, array in arrays.items()}
-        return Question(json.dumps(digits).encode())
+        return RequestBody(json.dumps(digits).encode())
     if len(arrays) != 1:
         raise ValueError(f"{archive.name} has {len(arrays)} inputs, and npy carries one array; ask for tensors as JSON")
-    return Question(npy_body(next(iter(arrays.values()))), NPY)
+    return RequestBody(encode_npy(next(iter(arrays.values()))), NPY)
 
 
-def deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
+def make_deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
     """A series of each product as long as the archive needs: a daily wave and noise around its scaler's center."""
     rng = np.random.default_rng(seed)
     steps = forecast.history_length
@@ -132,18 +133,12 @@ def deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
     return found
 
 
-def _inputs(archive: Archive) -> Mapping[str, tuple[int, ...]]:
+def _read_input_shapes(archive: Archive) -> Mapping[str, tuple[int, ...]]:
     """Input name -> shape of one request row, 1 where the model leaves it open."""
-    if archive.kind is Kind.ONNX:
-        from handlers.kinds.onnx import OnnxModel  # noqa: PLC0415 -- an optional extra
+    from handlers.kinds import tensor_inputs  # noqa: PLC0415 -- torch, which a load of forecasts does not need
 
-        return {name: tuple(abs(n) for n in shape) for name, shape in OnnxModel(archive.weights()).inputs.items()}
-    from handlers.forecasters import family  # noqa: PLC0415 -- torch, which a load of forecasts does not need
-
-    assert archive.spec is not None, "a forecaster has its record"
-    found = family(archive.spec)
-    return {found.input_name: found.input_shape}
+    return {name: tuple(abs(n) for n in shape) for name, shape in tensor_inputs(archive).items()}
 
 
-def _numbers(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
+def _draw_numbers(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""One trial of a server under load: what is asked whom, and what came of it."""
+"""One load run against a server: the server, the request bodies, the schedule, and the results."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from loadtest.driver import summary
-from loadtest.driver.dialects import DIALECTS, Body
-from loadtest.driver.driver_pool import Crew, crew_size
-from loadtest.driver.open_loop import Target, target
+from loadtest.driver.dialects import DIALECTS, BodyKind
+from loadtest.driver.driver_pool import DriverPool, count_drivers
+from loadtest.driver.open_loop import LoadTarget, make_target
 from loadtest.driver.profiles import Load, Profile, Schedule
-from loadtest.driver.request_bodies import Question, ask_all, call
+from loadtest.driver.request_bodies import RequestBody, join_requests, read_request_bodies
 from loadtest.driver.run_result import Run
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.metrics_sampler import Watch
-from loadtest.observe.processes import pss
+from loadtest.observe.metrics_sampler import MetricsSampler
+from loadtest.observe.processes import read_pss
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import open_source
+from server.contract import METRICS_PATH
 
 STORE = Path(".fleetcast/load")
 WARMUP = 1  #: part of the profile that is not measured
@@ -32,16 +33,16 @@ SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ServerUnderLoad:
     """A server under load: addresses, what each model is asked, and how to measure its memory, where that is known."""
 
     inference: str
     metrics: str | None
-    questions: Mapping[ModelName, Question]
+    questions: Mapping[ModelName, RequestBody]
     what: str
     memory: Callable[[], dict[str, int]] | None = None
 
-    def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> Target:
+    def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> LoadTarget:
         """A whole request for each model; by a dialect of calls for many, one for each `per_call` of them (None: all).
 
         Raises ValueError, driver.Forbidden.
@@ -53,28 +54,28 @@ class Subject:
             items = list(self.questions.items())
             size = per_call or len(items)
             calls = [dict(items[start : start + size]) for start in range(0, len(items), size)]
-            requests = [spoken.request(host, "", call(each).body) for each in calls]
-            return target(self.inference, requests, forecasts=list(map(len, calls)), allow_remote=allow_remote)
+            requests = [spoken.request(host, "", join_requests(each).body) for each in calls]
+            return make_target(self.inference, requests, forecasts=list(map(len, calls)), allow_remote=allow_remote)
         requests = [spoken.request(host, name, each.body, each.content_type) for name, each in self.questions.items()]
-        return target(self.inference, requests, allow_remote=allow_remote)
+        return make_target(self.inference, requests, allow_remote=allow_remote)
 
-    def watch(self) -> Watch:
+    def watch(self) -> MetricsSampler:
         """What can be seen of it while it is loaded."""
-        where = self.metrics and f"{self.metrics.rstrip('/')}/metrics"
-        return Watch((lambda: str(LocalServer.get(where).data, "utf-8")) if where else None, self.memory)
+        where = self.metrics and f"{self.metrics.rstrip('/')}{METRICS_PATH}"
+        return MetricsSampler((lambda: str(LocalServer.get(where).data, "utf-8")) if where else None, self.memory)
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class RequestSource:
     """Where the models' names and what they are asked come from."""
 
     names: Sequence[ModelName] | None  #: None: the store's
     most: int
-    body: Body | None
+    body: BodyKind | None
     request: bytes | None  #: the same for all instead of one that suits each archive
     seed: int
 
-    def of(self, store: str | None, console: Console) -> dict[ModelName, Question]:
+    def of(self, store: str | None, console: Console) -> dict[ModelName, RequestBody]:
         """Raises ValueError where there is nothing to ask, LoadError and InvalidStoreUrl for the store."""
         names = self.names
         if names is None:
@@ -82,7 +83,7 @@ class Questions:
                 raise ValueError("the models' names are not known: give --store or --names")
             names = [listed.name for listed in itertools.islice(open_source(store).list(), self.most)]
         if self.request is not None:
-            questions = dict.fromkeys(names, Question(self.request))
+            questions = dict.fromkeys(names, RequestBody(self.request))
         elif store is None:
             raise ValueError("without --store nobody knows what the models take: give a --request")
         else:
@@ -91,10 +92,10 @@ class Questions:
             raise ValueError(f"no model of {store} can be asked")
         return questions
 
-    def _read(self, store: str, names: Sequence[ModelName], console: Console) -> dict[ModelName, Question]:
-        with _progress(console) as progress:
+    def _read(self, store: str, names: Sequence[ModelName], console: Console) -> dict[ModelName, RequestBody]:
+        with _make_progress(console) as progress:
             task = progress.add_task("reading archives", total=len(names))
-            asked = ask_all(open_source(store), names, self.body, self.seed, lambda: progress.advance(task))
+            asked = read_request_bodies(open_source(store), names, self.body, self.seed, lambda: progress.advance(task))
         if asked.left_out:
             console.print(f"{len(asked.left_out)} of {len(names)} archives are left out:")
             for why in itertools.islice(asked.left_out.values(), SHOWN):
@@ -103,8 +104,8 @@ class Questions:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How a run goes, whatever the server is."""
+class RunPlan:
+    """The parameters of a run that do not depend on the server."""
 
     load: Load
     seconds: float
@@ -118,68 +119,76 @@ class Plan:
 
 
 @contextmanager
-def own_fleet(models: int, resident: int, workers: int, questions: Questions, console: Console) -> Iterator[Subject]:
+def serve_fleet(
+    models: int, resident: int, workers: int, questions: RequestSource, console: Console
+) -> Iterator[ServerUnderLoad]:
     """A fleet with random weights, made once, and a server with room for some of it."""
     from handlers.forecasters import build  # noqa: PLC0415 -- torch, which only this way needs
-    from loadtest.fleets.fleet import CONFIG, fleet_names, make_fleet  # noqa: PLC0415
+    from loadtest.fleets.fleet import CONFIG, list_fleet_names, make_fleet  # noqa: PLC0415
 
-    names = fleet_names(models)
+    names = list_fleet_names(models)
     if not all((STORE / name).exists() for name in names):
         make_fleet(str(STORE), models)
     row_bytes = build("tcn", CONFIG).row_floats * 4
     flags = ["--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
-    what = f"{models} models, room for {resident}, {_workers(workers)}"
+    what = f"{models} models, room for {resident}, {_format_workers(workers)}"
     asked = replace(questions, names=names).of(str(STORE), console)
     with serve(str(STORE), ["--workers", str(workers), *flags]) as server:
-        yield Subject(server.inference, server.metrics, asked, what, lambda: memory(server))
+        yield ServerUnderLoad(server.inference, server.metrics, asked, what, lambda: measure_memory(server))
 
 
 @contextmanager
-def own_server(
-    store: str, cache: str | None, workers: int, questions: Questions, console: Console
-) -> Iterator[Subject]:
+def serve_store(
+    store: str, cache: str | None, workers: int, questions: RequestSource, console: Console
+) -> Iterator[ServerUnderLoad]:
     """A server of ours for the user's archives."""
     asked = questions.of(store, console)
     room = [] if cache is None else ["--model-cache-bytes", cache]
-    what = f"{len(asked)} models of {store}, {cache or 'all the room there is'} for the cache, {_workers(workers)}"
+    what = (
+        f"{len(asked)} models of {store}, {cache or 'all the room there is'} for the cache, {_format_workers(workers)}"
+    )
     with serve(store, ["--workers", str(workers), *room]) as server:
-        yield Subject(server.inference, server.metrics, asked, what, lambda: memory(server))
+        yield ServerUnderLoad(server.inference, server.metrics, asked, what, lambda: measure_memory(server))
 
 
-def _workers(count: int) -> str:
+def _format_workers(count: int) -> str:
     return f"{count} worker{'s' * (count > 1)}"
 
 
-def running(url: str, metrics_url: str | None, store: str | None, questions: Questions, console: Console) -> Subject:
-    """A server that somebody else started."""
+def connect_server(
+    url: str, metrics_url: str | None, store: str | None, questions: RequestSource, console: Console
+) -> ServerUnderLoad:
+    """A server that runs already."""
     asked = questions.of(store, console)
-    return Subject(url, metrics_url, asked, f"{len(asked)} models at {url}")
+    return ServerUnderLoad(url, metrics_url, asked, f"{len(asked)} models at {url}")
 
 
-def memory(server: LocalServer) -> dict[str, int]:
+def measure_memory(server: LocalServer) -> dict[str, int]:
     """Process -> proportional set size in bytes."""
-    return {f"{each['kind']} {each['index']}": pss(each["pid"]) for each in server.processes()}
+    return {f"{each['kind']} {each['index']}": read_pss(each["pid"]) for each in server.processes()}
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def measure(subject: Subject, plan: Plan, to: Target, console: Console) -> tuple[summary.Results, Run]:
-    """A warm-up that is not measured, then the load. Raises ValueError for a load that cannot be, CrewLost."""
+def measure_run(
+    subject: ServerUnderLoad, plan: RunPlan, to: LoadTarget, console: Console
+) -> tuple[summary.Results, Run]:
+    """A warm-up that is not measured, then the load. Raises ValueError for a load that cannot be, DriverLost."""
     schedule = plan.load.schedule(plan.seconds)
-    size = plan.processes or crew_size(schedule)
+    size = plan.processes or count_drivers(schedule)
     watch = subject.watch()
-    with Crew(to, size, connections=plan.connections) as crew, _progress(console) as progress:
+    with DriverPool(to, size, connections=plan.connections) as pool, _make_progress(console) as progress:
         if plan.warmup:
-            _drive(crew, plan.load.schedule(plan.warmup, WARMUP), progress, "warm-up", lambda _: None)
+            _drive(pool, plan.load.schedule(plan.warmup, WARMUP), progress, "warm-up", lambda _: None)
         watch.look(0.0)
-        run = _drive(crew, schedule, progress, "load", partial(_glance, watch))
-        _glance(watch, run.ended)
-    return {**summary.results(run, watch, plan.slo), "processes": size}, run
+        run = _drive(pool, schedule, progress, "load", partial(_sample_if_possible, watch))
+        _sample_if_possible(watch, run.ended)
+    return {**summary.summarize_run(run, watch, plan.slo), "processes": size}, run
 
 
-def climb(
-    subject: Subject, plan: Plan, to: Target, rates: Sequence[float], console: Console
+def climb_rates(
+    subject: ServerUnderLoad, plan: RunPlan, to: LoadTarget, rates: Sequence[float], console: Console
 ) -> tuple[summary.Results, Run]:
     """Rate after rate until one is too much: the last that was sustained, or the first of all, and a table of them.
 
@@ -192,8 +201,8 @@ def climb(
     best: tuple[summary.Results, Run] | None = None
     steps = []
     for rate in rates:
-        found, run = measure(subject, replace(plan, load=replace(load, rate=rate)), to, console)
-        why = _too_much(found)
+        found, run = measure_run(subject, replace(plan, load=replace(load, rate=rate)), to, console)
+        why = _explain_overload(found)
         latency = found["latency"]["all"]
         steps.append(
             {
@@ -218,7 +227,7 @@ def climb(
     return {**best[0], "steps": steps}, best[1]
 
 
-def _too_much(found: summary.Results) -> str:
+def _explain_overload(found: summary.Results) -> str:
     """Why a step is not sustained; empty where it is."""
     due, failed = found["requests"] / found["seconds"], sum(found["failures"].values())
     if (forecasts := found["forecasts"]) is not None and forecasts["failed"] > FAILED * forecasts["asked"]:
@@ -232,23 +241,23 @@ def _too_much(found: summary.Results) -> str:
     return missed or ("answers fell behind" if found["answered_per_s"] < SUSTAINED * due else "")
 
 
-def _glance(watch: Watch, t: float) -> None:
+def _sample_if_possible(watch: MetricsSampler, t: float) -> None:
     """A sample where one can be had: that the server is gone, the requests tell."""
     with suppress(urllib3.exceptions.HTTPError, OSError, RuntimeError):
         watch.look(t)
 
 
-def _drive(crew: Crew, schedule: Schedule, progress: Progress, what: str, look: Callable[[float], None]) -> Run:
+def _drive(pool: DriverPool, schedule: Schedule, progress: Progress, what: str, look: Callable[[float], None]) -> Run:
     task = progress.add_task(what, total=round(schedule.seconds, 1))
 
     def seen(t: float) -> None:
         look(t)
         progress.update(task, completed=round(min(t, schedule.seconds), 1))
 
-    return crew.drive(schedule, look=seen)
+    return pool.drive(schedule, look=seen)
 
 
-def _progress(console: Console) -> Progress:
+def _make_progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 

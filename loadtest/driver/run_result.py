@@ -1,4 +1,4 @@
-"""What became of a load: every request's times and answer as arrays, and whether the run says anything. Pure."""
+"""The result of a load run: every request's times and status as arrays, and whether the run is valid. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.driver.profiles import Float64, Int64, Schedule
+from server.contract import CACHE_RESULTS
 
-CACHE = ("", "hit", "miss", "coalesced")  #: what X-Fleetcast-Cache said; "": nothing
+CACHE = ("", *CACHE_RESULTS)  #: what the header X-Fleetcast-Cache said; "": it was absent
 NO_ANSWER, LOST = 0, -1  #: stand for a status: none came in time; the connection was refused or lost
 
 BUSY = "the driver was too busy; ask less, or give it a core of its own"
@@ -21,7 +22,7 @@ MAX_LAG_S, MAX_LAG_OF_P50, MAX_UNSENT = 0.005, 0.2, 0.001
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Forecasts:
+class ForecastCounts:
     """Of calls for many models: how many forecasts each asked [n], and how many of these failed [n]."""
 
     asked: Int64
@@ -47,7 +48,7 @@ class Run:
     exhausted: bool
     checked: int
     unsound: Sequence[tuple[int, str]]
-    forecasts: Forecasts | None = None  #: where each request is a call for many models
+    forecasts: ForecastCounts | None = None  #: where each request is a call for many models
 
     @property
     def latency(self) -> Float64:
@@ -60,7 +61,7 @@ class Run:
         return np.where(np.isnan(self.sent), self.ended, self.sent) - self.schedule.at
 
     def invalid(self) -> list[str]:
-        """Why the run says nothing about the server; empty for a valid run."""
+        """Reasons why the run is invalid; empty for a valid run."""
         reasons = []
         unsent = int(np.isnan(self.sent).sum())
         if unsent > MAX_UNSENT * len(self.sent):
@@ -75,18 +76,20 @@ class Run:
         return reasons
 
 
-def merged(schedule: Schedule, parts: Sequence[Run]) -> Run:
+def merge_runs(schedule: Schedule, parts: Sequence[Run]) -> Run:
     """The run of a schedule whose requests were dealt to drivers one after another: part k had k, k + n, k + 2n ..."""
     n = len(parts)
     calls = [part.forecasts for part in parts if part.forecasts is not None]
-    forecasts = Forecasts(_dealt([c.asked for c in calls]), _dealt([c.failed for c in calls])) if calls else None
+    forecasts = (
+        ForecastCounts(_interleave([c.asked for c in calls]), _interleave([c.failed for c in calls])) if calls else None
+    )
     return Run(
         schedule,
-        woken=_dealt([part.woken for part in parts]),
-        sent=_dealt([part.sent for part in parts]),
-        done=_dealt([part.done for part in parts]),
-        status=_dealt([part.status for part in parts]),
-        cache=_dealt([part.cache for part in parts]),
+        woken=_interleave([part.woken for part in parts]),
+        sent=_interleave([part.sent for part in parts]),
+        done=_interleave([part.done for part in parts]),
+        status=_interleave([part.status for part in parts]),
+        cache=_interleave([part.cache for part in parts]),
         ended=max(part.ended for part in parts),
         exhausted=any(part.exhausted for part in parts),
         checked=sum(part.checked for part in parts),
@@ -95,7 +98,7 @@ def merged(schedule: Schedule, parts: Sequence[Run]) -> Run:
     )
 
 
-def _dealt(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+def _interleave(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
     """Put together what was dealt."""
     whole = np.empty(sum(map(len, arrays)), arrays[0].dtype)
     for k, array in enumerate(arrays):

@@ -1,4 +1,4 @@
-"""A load's results as numbers to keep, and as tables for the terminal."""
+"""Summarizes a load run as numbers for a record and as tables for the terminal."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,7 +11,8 @@ from rich.table import Table
 
 from loadtest.driver.profiles import Float64
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run
-from loadtest.observe.metrics_sampler import LOADS, Counts, Watch
+from loadtest.observe.metrics_sampler import MetricsSampler, MetricSums
+from server import contract
 
 try:
     from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
@@ -38,12 +39,12 @@ class Slo:
 
     def verdict(self, found: Results) -> Results | None:
         """Each limit beside what was found; None when nothing was asked. An invalid run meets nothing."""
-        latency, (what, failed) = found["latency"]["all"], _failed(found)
+        latency, (what, failed) = found["latency"]["all"], _compute_failed_share(found)
         checks = [
-            _check("p50 latency", self.p50_ms, latency["p50_ms"], "{:.4g} ms", most=True),
-            _check("p99 latency", self.p99_ms, latency["p99_ms"], "{:.4g} ms", most=True),
-            _check(what, self.failed, failed, "{:.4%}", most=True),
-            _check("hit ratio", self.hit_ratio, found["hit_ratio"], "{:.4f}", most=False),
+            _check_limit("p50 latency", self.p50_ms, latency["p50_ms"], "{:.4g} ms", most=True),
+            _check_limit("p99 latency", self.p99_ms, latency["p99_ms"], "{:.4g} ms", most=True),
+            _check_limit(what, self.failed, failed, "{:.4%}", most=True),
+            _check_limit("hit ratio", self.hit_ratio, found["hit_ratio"], "{:.4f}", most=False),
         ]
         asked = [check for check in checks if check]
         if not asked:
@@ -51,7 +52,7 @@ class Slo:
         return {"met": not found["invalid"] and all(check["met"] for check in asked), "checks": asked}
 
 
-def results(run: Run, watch: Watch, slo: Slo | None = None) -> Results:
+def summarize_run(run: Run, watch: MetricsSampler, slo: Slo | None = None) -> Results:
     """Everything a record keeps of a run and of what was seen of the server meanwhile."""
     answered, counts = run.status == 200, watch.gained()  # noqa: PLR2004
     by_cache = {name: int((answered & (run.cache == i)).sum()) for i, name in enumerate(CACHE) if name}
@@ -64,15 +65,15 @@ def results(run: Run, watch: Watch, slo: Slo | None = None) -> Results:
         "seconds": run.schedule.seconds,
         "answered_per_s": float(answered.sum()) / max(run.schedule.seconds, run.ended),
         "hit_ratio": by_cache["hit"] / max(1, sum(by_cache.values())),
-        "latency": {name: distribution(run.latency[row]) for name, row in rows.items() if row.any()},
-        "lag": distribution(run.lag),
-        "worst_ms": worst(run.schedule.at, run.latency, run.schedule.seconds),
-        "over_time": over_time(run),
-        "failures": _failures(run.status),
-        "forecasts": _forecasts(run),
+        "latency": {name: compute_distribution(run.latency[row]) for name, row in rows.items() if row.any()},
+        "lag": compute_distribution(run.lag),
+        "worst_ms": compute_slowest(run.schedule.at, run.latency, run.schedule.seconds),
+        "over_time": compute_curves(run),
+        "failures": _count_failures(run.status),
+        "forecasts": _summarize_forecasts(run),
         "checked": run.checked,
         "unsound": [f"request {i}: {why}" for i, why in run.unsound],
-        "metrics": None if counts is None else _metrics(counts),
+        "metrics": None if counts is None else _summarize_metrics(counts),
         "server_over_time": watch.server_over_time(),
         "load_time": watch.load_times(),
         "memory": watch.last_memory(),
@@ -81,7 +82,7 @@ def results(run: Run, watch: Watch, slo: Slo | None = None) -> Results:
     return {**found, "slo": (slo or Slo()).verdict(found), "steps": None}
 
 
-def over_time(run: Run) -> Results:
+def compute_curves(run: Run) -> Results:
     """Curves by intended time: rates a second and latencies in ms; None where nothing was due."""
     seconds = run.schedule.seconds
     n = int(np.clip(seconds / MIN_SPAN_S, 1, MAX_SPANS))
@@ -109,7 +110,7 @@ def over_time(run: Run) -> Results:
     }
 
 
-def distribution(seconds: Float64) -> Results:
+def compute_distribution(seconds: Float64) -> Results:
     """Percentiles in milliseconds, to three digits, and the whole HDR histogram (of microseconds), encoded."""
     histogram = HdrHistogram(1, HIGHEST_US, DIGITS)
     for value in (seconds * 1e6).round().clip(1, HIGHEST_US).astype(int).tolist():
@@ -118,21 +119,21 @@ def distribution(seconds: Float64) -> Results:
     return {"count": len(seconds), **found, "max_ms": float(seconds.max()) * 1e3, "hdr": histogram.encode().decode()}
 
 
-def worst(at: Float64, latency: Float64, seconds: float) -> list[float]:
+def compute_slowest(at: Float64, latency: Float64, seconds: float) -> list[float]:
     """The slowest request of each of SLOTS equal spans of intended time, in milliseconds; 0 where none was due."""
     slots: Float64 = np.zeros(SLOTS)
     np.maximum.at(slots, (at * SLOTS / seconds).astype(int).clip(0, SLOTS - 1), latency * 1e3)
     return [round(value, 3) for value in slots.tolist()]
 
 
-def sparkline(values: list[float]) -> str:
+def draw_sparkline(values: list[float]) -> str:
     """Bars on a logarithmic scale from the smallest to the largest value; a blank for 0."""
     logs = np.log([value for value in values if value] or [1.0])
     low, span = logs.min(), max(float(np.ptp(logs)), 1e-9)
     return "".join(BARS[round((np.log(v) - low) / span * (len(BARS) - 1))] if v else " " for v in values)
 
 
-def latency_table(found: Results) -> Table:
+def build_latency_table(found: Results) -> Table:
     """A row for all requests, for each thing the cache did, for failures, and for how late the driver was itself."""
     table = Table("ms from the intended time", "requests", *(f"p{p:g}" for p in PERCENTILES), "max")
     for column in table.columns[1:]:
@@ -143,15 +144,15 @@ def latency_table(found: Results) -> Table:
     return table
 
 
-def facts_table(found: Results) -> Table:
+def build_facts_table(found: Results) -> Table:
     """What is not latency."""
     table = Table(show_header=False)
-    for row in _facts(found):
+    for row in _list_facts(found):
         table.add_row(*row)
     return table
 
 
-def _facts(found: Results) -> Iterator[tuple[str, str]]:
+def _list_facts(found: Results) -> Iterator[tuple[str, str]]:
     yield "answered", f"{found['answered_per_s']:.1f} requests/s"
     if (forecasts := found["forecasts"]) is not None:
         alone = forecasts["per_call"] / found["latency"]["all"]["p50_ms"] * 1e3
@@ -175,16 +176,16 @@ def _facts(found: Results) -> Iterator[tuple[str, str]]:
         yield f"memory of {process}", f"{size / 1e6:.1f} MB (PSS)"
 
 
-def _metrics(counts: Counts) -> Results:
-    hits, misses, joined = (counts["model_cache_requests_total", result] for result in ("hit", "miss", "coalesced"))
+def _summarize_metrics(counts: MetricSums) -> Results:
+    hits, misses, joined = (counts[contract.CACHE_REQUESTS.series, result] for result in contract.CACHE_RESULTS)
     found: Results = {"hit_ratio": hits / max(1.0, hits + misses + joined)}
     for tier in TIERS:
-        found[f"loads_from_{tier}"] = counts[LOADS + "_count", tier]
-        found[f"load_seconds_from_{tier}"] = counts[LOADS + "_sum", tier]
-    return {**found, "evictions": counts["model_evictions_total", "device"]}
+        found[f"loads_from_{tier}"] = counts[contract.LOADING.count, tier]
+        found[f"load_seconds_from_{tier}"] = counts[contract.LOADING.sum, tier]
+    return {**found, "evictions": counts[contract.EVICTIONS.series, "device"]}
 
 
-def _forecasts(run: Run) -> Results | None:
+def _summarize_forecasts(run: Run) -> Results | None:
     """Of calls for many models: forecasts that were asked, that failed, alone or with their call, and answered."""
     if run.forecasts is None:
         return None
@@ -193,21 +194,21 @@ def _forecasts(run: Run) -> Results | None:
     return {"asked": asked, "failed": failed, "per_s": per_s, "per_call": asked / len(run.status)}
 
 
-def _failed(found: Results) -> tuple[str, float]:
+def _compute_failed_share(found: Results) -> tuple[str, float]:
     """What may fail, and the share of it that did."""
     if (forecasts := found.get("forecasts")) is not None:
         return "failed forecasts", forecasts["failed"] / forecasts["asked"]
     return "failed requests", sum(found["failures"].values()) / found["requests"]
 
 
-def _failures(status: npt.NDArray[np.int64]) -> dict[str, int]:
+def _count_failures(status: npt.NDArray[np.int64]) -> dict[str, int]:
     """Status or reason -> how many."""
     said = {NO_ANSWER: "no answer in time", LOST: "connection refused or lost"}
     counted = Counter(status[status != 200].tolist())  # noqa: PLR2004
     return {said.get(code, f"status {code}"): count for code, count in counted.most_common()}
 
 
-def _check(what: str, limit: float | None, found: float, form: str, *, most: bool) -> Results | None:
+def _check_limit(what: str, limit: float | None, found: float, form: str, *, most: bool) -> Results | None:
     if limit is None:
         return None
     met = found <= limit if most else found >= limit

@@ -1,5 +1,5 @@
-"""Recorded traces: who asked for which model when, and what came of it. Written by a server or after a load; read back
-as arrays, by the driver to replay them and by the planner.
+"""Recorded traces: time, model, size and outcome of each request. Written by a server or after a load run; read as
+arrays, by the driver to replay them and by the planner.
 
 A trace is CSV (RFC 4180) in UTF-8, plain or gzipped:
 
@@ -41,20 +41,19 @@ import numpy.typing as npt
 from loadtest.driver.profiles import Float64, Int64, Schedule
 from loadtest.driver.run_result import Run
 from model_store.names import ModelName, parse_model_name
+from server.contract import ACCESS_LOG_HEADER, ACCESS_LOG_OUTCOMES
 
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 
-OUTCOMES = ("answered", "hit", "miss", "coalesced", "refused", "lost")  #: the first four as `outcome.CACHE` has them
 MAX_ROWS, MAX_NAMES = 50_000_000, 1_000_000
 CHUNK = 65_536  #: rows that are Python objects at a time
 MAX_TIME = 1e11  #: seconds: today in milliseconds is more
 MAX_LINE = 8_192  #: bytes; the longest name fits, of whatever characters
 
-_HEADER = "time,model,bytes,outcome\n"
 _TIME, _MODEL, _SIZE = r"\d{1,11}(?:\.\d{1,18})?(?:e-\d\d)?", r'"(?:[^"]|"")*"|[^",]*', r"\d{1,18}"
-_ROW = re.compile(f"({_TIME}),({_MODEL}),({_SIZE}),({'|'.join(OUTCOMES)})\n", re.ASCII)
-_NUMBER = {text: i for i, text in enumerate(OUTCOMES)}
+_ROW = re.compile(f"({_TIME}),({_MODEL}),({_SIZE}),({'|'.join(ACCESS_LOG_OUTCOMES)})\n", re.ASCII)
+_NUMBER = {text: i for i, text in enumerate(ACCESS_LOG_OUTCOMES)}
 _GZIP = b"\x1f\x8b"
 
 
@@ -64,7 +63,9 @@ class TraceInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Requests, columns [n]: `time` in seconds, `model` an index of `names`, `size` in bytes, `outcome` of OUTCOMES."""
+    """Requests, columns [n]: `time` in seconds, `model` an index of `names`, `size` in bytes, `outcome` an index of
+    ACCESS_LOG_OUTCOMES.
+    """
 
     time: Float64
     model: Int32
@@ -88,14 +89,14 @@ class Trace:
         return Schedule(at, places[self.model], float(at[-1]) + 1e-6 if len(at) else 0.0)
 
 
-def trace_of(run: Run, names: Sequence[ModelName], sizes: Sequence[int] | None = None, started: float = 0.0) -> Trace:
+def make_trace(run: Run, names: Sequence[ModelName], sizes: Sequence[int] | None = None, started: float = 0.0) -> Trace:
     """A finished run as its client meant it: `time` is when each request was due, after `started`.
 
     `names` and `sizes` [models] are those of the schedule's models.
     """
     size = np.zeros(len(names), np.int64) if sizes is None else np.asarray(sizes, np.int64)
     asked = run.schedule.model
-    refused, lost = OUTCOMES.index("refused"), OUTCOMES.index("lost")
+    refused, lost = ACCESS_LOG_OUTCOMES.index("refused"), ACCESS_LOG_OUTCOMES.index("lost")
     outcome = np.where(run.status == 200, run.cache, np.where(run.status > 0, refused, lost))  # noqa: PLR2004
     return Trace(started + run.schedule.at, asked.astype(np.int32), size[asked], outcome.astype(np.uint8), names)
 
@@ -110,13 +111,13 @@ def write_trace(path: Path, trace: Trace, *, append: bool = False) -> None:
     """
     if not ((trace.time >= 0) & (trace.time < MAX_TIME)).all() or (trace.size < 0).any():
         raise ValueError(f"{path} is not written: times are 0 to {MAX_TIME:g} seconds, sizes at least 0 bytes")
-    names, outcomes = trace.names.__getitem__, OUTCOMES.__getitem__
+    names, outcomes = trace.names.__getitem__, ACCESS_LOG_OUTCOMES.__getitem__
     headed = append and path.exists() and path.stat().st_size > 0
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "at" if append else "wt", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         if not headed:
-            file.write(_HEADER)
+            file.write(ACCESS_LOG_HEADER)
         for start in range(0, len(trace.time), CHUNK):
             part = slice(start, start + CHUNK)
             times = (f"{time:.6f}" for time in trace.time[part].tolist())
@@ -147,13 +148,13 @@ def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
 
     Raises as `read_trace` does, once it is there.
     """
-    numbers, rows = _Numbers(), 0
-    for part in _parts(path):
-        lines, before = _lines(part), rows
-        if next(lines, (1, ""))[1] != _HEADER:
-            raise TraceInvalid(f"{part}, line 1: a trace begins with the line {_HEADER.rstrip()}")
+    numbers, rows = _ModelNumbers(), 0
+    for part in _list_parts(path):
+        lines, before = _read_lines(part), rows
+        if next(lines, (1, ""))[1] != ACCESS_LOG_HEADER:
+            raise TraceInvalid(f"{part}, line 1: a trace begins with the line {ACCESS_LOG_HEADER.rstrip()}")
         while True:
-            chunk = _chunk(part, lines, numbers)
+            chunk = _read_chunk(part, lines, numbers)
             rows += len(chunk.time)
             if rows > max_rows:
                 line = max_rows - before + 2
@@ -163,7 +164,7 @@ def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
                 break
 
 
-def _parts(path: Path) -> list[Path]:
+def _list_parts(path: Path) -> list[Path]:
     """A file alone; a folder's traces by name. Raises TraceInvalid for a folder without any."""
     if not path.is_dir():
         return [path]
@@ -173,12 +174,12 @@ def _parts(path: Path) -> list[Path]:
     return found
 
 
-def _chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_Numbers") -> Trace:
+def _read_chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_ModelNumbers") -> Trace:
     times, models, sizes, outcomes = [], [], [], []
     for line_number, line in itertools.islice(lines, CHUNK):
         row = _ROW.fullmatch(line)
         if row is None:
-            raise TraceInvalid(f"{path}, line {line_number}: {_why_no_row(line)}")
+            raise TraceInvalid(f"{path}, line {line_number}: {_explain_bad_row(line)}")
         time, model, size, outcome = row.groups()
         try:
             models.append(numbers[model])
@@ -191,7 +192,7 @@ def _chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_Numbers") ->
     return Trace(np.array(times, np.float64), *columns, numbers.names)
 
 
-class _Numbers(dict[str, int]):
+class _ModelNumbers(dict[str, int]):
     """What stands in the model's column -> the model's number, in the order in which they come."""
 
     def __init__(self) -> None:
@@ -211,7 +212,7 @@ class _Numbers(dict[str, int]):
         return self[field]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """A file's lines and their numbers, unzipped, at most MAX_LINE bytes each."""
     number = 0
     with path.open("rb") as file:
@@ -228,13 +229,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             raise TraceInvalid(f"{what}; `gzip -dc` writes out what is whole of it") from error
 
 
-def _why_no_row(line: str) -> str:
-    if line == _HEADER:
+def _explain_bad_row(line: str) -> str:
+    if line == ACCESS_LOG_HEADER:
         return "the header again: two traces were joined; take this line out"
     if not line.endswith("\n"):
         long = len(line.encode()) >= MAX_LINE
         return f"longer than {MAX_LINE} bytes" if long else "not a whole line, its writer was stopped; take it out"
     return (
-        f"{line[:80]!r} is not time,model,bytes,outcome: seconds in digits, at most 11 before a point; name, quoted "
-        f"if it has commas or quotes; a whole number; one of {', '.join(OUTCOMES)}"
+        f"{line[:80]!r} is not {ACCESS_LOG_HEADER.rstrip()}: seconds in digits, at most 11 before a point; name, "
+        f"quoted if it has commas or quotes; a whole number; one of {', '.join(ACCESS_LOG_OUTCOMES)}"
     )

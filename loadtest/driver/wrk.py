@@ -1,4 +1,4 @@
-"""Closed-loop load by wrk on one address: many models round-robin, one body. A process beside the server."""
+"""Closed-loop load by wrk on one address: many models round-robin, one body. wrk is a process beside the server."""
 
 import json
 import shutil
@@ -6,13 +6,13 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.driver.dialects import DIALECTS, Dialect
+from loadtest.driver.dialects import DIALECTS, ClientDialect
 
 SCRIPT = Path(__file__).with_name("round_robin.lua")
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class WrkResult:
     """One run. `errors` counts failed connections, time-outs and statuses other than 2xx and 3xx."""
 
     requests_per_s: float
@@ -22,7 +22,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class WrkTarget:
     """A server that answers POSTs for the models m0{suffix} ... m{count - 1}{suffix}; of `url` only the host counts."""
 
     name: str
@@ -31,7 +31,7 @@ class Target:
     suffix: str
     body: Path
     content_type: str
-    dialect: Dialect = DIALECTS["sagemaker"]  #: where the model's name stands
+    dialect: ClientDialect = DIALECTS["sagemaker"]  #: where the model's name stands
 
 
 def require_wrk() -> None:
@@ -40,7 +40,7 @@ def require_wrk() -> None:
         raise SystemExit("wrk is not installed; on Debian: apt-get install wrk")
 
 
-def run(target: Target, connections: int, seconds: float) -> Result:
+def run_wrk(target: WrkTarget, connections: int, seconds: float) -> WrkResult:
     """Load for so many whole seconds. Raises RuntimeError when any request failed: a fast wrong answer is no result."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(SCRIPT), target.url, "--"]
     command += [str(target.body), str(target.count), target.suffix, target.content_type, target.dialect.path]
@@ -50,4 +50,4 @@ def run(target: Target, connections: int, seconds: float) -> Result:
     found = json.loads(line.removeprefix("RESULT "))
     if found["errors"]:
         raise RuntimeError(f"{target.name}: {found['errors']} of {found['requests']} requests failed")
-    return Result(found["requests"] / found["seconds"], found["p50_ms"], found["p99_ms"], found["errors"])
+    return WrkResult(found["requests"] / found["seconds"], found["p50_ms"], found["p99_ms"], found["errors"])

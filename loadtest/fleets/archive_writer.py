@@ -1,4 +1,4 @@
-"""Archives into a store: several puts at a time, never silently over something else, going on where a run was cut."""
+"""Writes archives into a store: several at a time; it overwrites nothing unasked, and continues an interrupted run."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -28,12 +28,12 @@ WRITERS, AHEAD = 16, 48  #: threads that write, and archives that wait for them 
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Occupied(Exception):
-    """The store has something that is not of this fleet, and nobody said that it may be written over."""
+class StoreOccupied(Exception):
+    """The store has objects that are not of this fleet, and overwriting was not allowed explicitly."""
 
 
 @dataclass(slots=True)
-class Written:
+class WriteCounts:
     """What became of a fleet: kind -> (archives, their bytes), and how many of all were there already."""
 
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class PackedArchive:
     """An archive that is ready to be written."""
 
     name: ModelName
@@ -56,8 +56,8 @@ class Made:
 
 
 def write_archives(
-    where: str, names: set[ModelName], archives: Iterable[Made], bar: Progress, *, over: bool = False
-) -> Written:
+    where: str, names: set[ModelName], archives: Iterable[PackedArchive], bar: Progress, *, over: bool = False
+) -> WriteCounts:
     """Write archives of these names into a folder (made where it is missing) or a store URL; `archives` runs meanwhile.
 
     An archive that is there is fetched and compared: one with the same bytes is kept, so a run that was cut goes on.
@@ -66,10 +66,10 @@ def write_archives(
     """
     if "://" not in where:
         Path(where).mkdir(parents=True, exist_ok=True)
-    source, found = open_source(where), Written()
+    source, found = open_source(where), WriteCounts()
     there = _there(source, where, names, over=over)
     task = bar.add_task("archives", total=len(names))
-    pending: deque[tuple[Made, Future[bool]]] = deque()
+    pending: deque[tuple[PackedArchive, Future[bool]]] = deque()
 
     def settle(most: int) -> None:
         while len(pending) > most:
@@ -86,8 +86,8 @@ def write_archives(
     return found
 
 
-def progress_bar() -> Progress:
-    """Count, rate and time left; silent where nobody looks."""
+def make_progress_bar() -> Progress:
+    """A progress bar with count, rate and time left; prints nothing if the output is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
@@ -106,11 +106,13 @@ def _there(source: Source, where: str, names: set[ModelName], *, over: bool) -> 
         if listed.name in names:
             there.add(listed.name)
         elif not over:
-            raise Occupied(f"{where} has {listed.name}, which is not of this fleet: choose an empty place, or --over")
+            raise StoreOccupied(
+                f"{where} has {listed.name}, which is not of this fleet: choose an empty place, or --over"
+            )
     return there
 
 
-def _write(source: Source, where: str, made: Made, *, over: bool, there: bool) -> bool:
+def _write(source: Source, where: str, made: PackedArchive, *, over: bool, there: bool) -> bool:
     """Runs in a thread. True when the archive was there already, byte by byte."""
     if there:
         found = source.get(made.name)
@@ -119,6 +121,6 @@ def _write(source: Source, where: str, made: Made, *, over: bool, there: bool) -
             return True
         if not over:
             why = "of another seed, other families or another version"
-            raise Occupied(f"{made.name} in {where} is another archive, {why}: choose an empty place, or --over")
+            raise StoreOccupied(f"{made.name} in {where} is another archive, {why}: choose an empty place, or --over")
     source.put(made.name, made.data)
     return False

@@ -2,8 +2,8 @@
 
 fleetcast-load fleet FOLDER|URL --models 10000 --families tcn:0.7,mlp-64:0.2,trained:0.1
 
-A plan is pure: it says of each name what kind of model it is. What an archive of a kind holds is in `archives`, which
-needs torch and is imported only to write. The first names of a fleet are the same whatever its size.
+`Fleet` is pure: it gives each name a kind of model. `synthetic_archives` makes the archives; it needs torch and is
+imported only to write. INVARIANT: the first names of a fleet are the same for every size of it.
 """
 
 import datetime as dt
@@ -24,7 +24,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.progress import Progress
 from rich.table import Table
 
-from loadtest.fleets.archive_writer import Made, Occupied, Written, console, progress_bar, write_archives
+from loadtest.fleets.archive_writer import (
+    PackedArchive,
+    StoreOccupied,
+    WriteCounts,
+    console,
+    make_progress_bar,
+    write_archives,
+)
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
@@ -70,7 +77,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class FleetMember:
     """One model: its name, its place in the fleet, and of what kind it is."""
 
     name: ModelName
@@ -91,11 +98,11 @@ class Fleet:
     seed: int = 0
     shares: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"tcn": 1.0}))
 
-    def members(self) -> list[Member]:
+    def members(self) -> list[FleetMember]:
         """In the order of `fleet_names`."""
-        return [Member(name, i, self._kind(name)) for i, name in enumerate(fleet_names(self.models))]
+        return [FleetMember(name, i, self._kind(name)) for i, name in enumerate(list_fleet_names(self.models))]
 
-    def seed_of(self, member: Member) -> int:
+    def seed_of(self, member: FleetMember) -> int:
         """Of its weights."""
         return self.seed * SEEDS_APART + member.index
 
@@ -108,7 +115,7 @@ class Fleet:
         return (int.from_bytes(digest, "little") + 1) / 2**64
 
 
-def fleet_names(models: int) -> list[ModelName]:
+def list_fleet_names(models: int) -> list[ModelName]:
     """The first `models` names, such as `au/nsw1/energy.mar`; beyond 205 each again with a number."""
     plain = [
         f"{market}/{zone}/{product}"
@@ -164,7 +171,7 @@ def make_request(seed: int, *, steps: int = CONTEXT + LAG, **configuration: Any)
 # --- writing it -----------------------------------------------------------------------------------------------------
 
 
-def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) -> Written:
+def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) -> WriteCounts:
     """Make a fleet's archives and write them, see `writer.write_archives`.
 
     Raises:
@@ -175,14 +182,14 @@ def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) 
     for kind in fleet.shares:
         check_kind(kind)
     members = fleet.members()
-    return write_archives(where, {each.name for each in members}, _made(fleet, members, bar), bar, over=over)
+    return write_archives(where, {each.name for each in members}, _make_archives(fleet, members, bar), bar, over=over)
 
 
 def make_fleet(where: str, models: int = 200, seed: int = 0, families: str = "tcn") -> list[ModelName]:
     """Write a fleet over what is there. Its names. Raises as `write_fleet` and `parse_families` do."""
-    with progress_bar() as bar:
+    with make_progress_bar() as bar:
         write_fleet(Fleet(models, seed, parse_families(families)), where, bar, over=True)
-    return fleet_names(models)
+    return list_fleet_names(models)
 
 
 def make_trained_fleet(
@@ -195,30 +202,30 @@ def make_trained_fleet(
     if "://" not in where:
         Path(where).mkdir(parents=True, exist_ok=True)
     source, fitted = open_source(where), fit_markets(range(models), seed, progress)
-    for name, each in zip(fleet_names(models), fitted, strict=True):
+    for name, each in zip(list_fleet_names(models), fitted, strict=True):
         source.put(name, pack_fitted(each, name, seed))
     return fitted
 
 
-def _made(fleet: Fleet, members: Sequence[Member], bar: Progress) -> Iterator[Made]:
+def _make_archives(fleet: Fleet, members: Sequence[FleetMember], bar: Progress) -> Iterator[PackedArchive]:
     """The archives one by one; last the trained ones, which are fitted in groups and so depend on each other."""
     from loadtest.fleets.synthetic_archives import make_archive, pack_fitted  # noqa: PLC0415 -- torch
     from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
 
     for member in members:
         if member.kind != TRAINED:
-            yield Made(member.name, member.kind, make_archive(member.kind, member.name, fleet.seed_of(member)))
+            yield PackedArchive(member.name, member.kind, make_archive(member.kind, member.name, fleet.seed_of(member)))
     trained = [member for member in members if member.kind == TRAINED]
     for start in range(0, len(trained), TOGETHER):
         group = trained[start : start + TOGETHER]
         task = bar.add_task(f"fitting {len(group)} markets together", total=None)
-        look = partial(_fitting, bar, task)
+        look = partial(_show_fitting, bar, task)
         for member, each in zip(group, fit_markets([each.index for each in group], fleet.seed, look), strict=True):
-            yield Made(member.name, TRAINED, pack_fitted(each, member.name, fleet.seed))
+            yield PackedArchive(member.name, TRAINED, pack_fitted(each, member.name, fleet.seed))
         bar.remove_task(task)
 
 
-def _fitting(bar: Progress, task: Any, done: int, most: int, _: float) -> None:
+def _show_fitting(bar: Progress, task: Any, done: int, most: int, _: float) -> None:
     bar.update(task, completed=done, total=most)
 
 
@@ -258,25 +265,25 @@ def main(
     try:
         if create_bucket:
             _create_bucket(where)
-        fleet = Fleet(models, seed, _shares(families, sizes))
-        with progress_bar() as bar:
+        fleet = Fleet(models, seed, _parse_shares(families, sizes))
+        with make_progress_bar() as bar:
             found = write_fleet(fleet, where, bar, over=over)
-    except (LoadError, Occupied, ValueError, OSError) as error:
+    except (LoadError, StoreOccupied, ValueError, OSError) as error:
         raise SystemExit(f"no fleet: {error}") from error
-    names = fleet_names(models)
-    console.print(_table(found))
+    names = list_fleet_names(models)
+    console.print(_build_table(found))
     kept = f", {found.kept} of them there before" if found.kept else ""
     console.print(f"{models} archives in {where}, from {names[0]} to {names[-1]}{kept}")
 
 
-def _shares(families: str | None, sizes: str | None) -> dict[str, float]:
+def _parse_shares(families: str | None, sizes: str | None) -> dict[str, float]:
     if sizes is None:
         return parse_families(families or "tcn")
     if families is not None:
         raise ValueError("give either --families or --sizes")
-    from loadtest.fleets.synthetic_archives import shares_of_sizes  # noqa: PLC0415 -- torch
+    from loadtest.fleets.synthetic_archives import compute_size_shares  # noqa: PLC0415 -- torch
 
-    return shares_of_sizes(*parse_sizes(sizes))
+    return compute_size_shares(*parse_sizes(sizes))
 
 
 def _create_bucket(where: str) -> None:
@@ -295,7 +302,7 @@ def _create_bucket(where: str) -> None:
         raise ValueError(f"the bucket {parts.netloc} cannot be made: {error}") from error
 
 
-def _table(found: Written) -> Table:
+def _build_table(found: WriteCounts) -> Table:
     """Kind by kind."""
     table = Table("family", "archives", "KB each", "MB")
     for kind, (archives, size) in sorted(found.kinds.items()):

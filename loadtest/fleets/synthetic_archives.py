@@ -1,7 +1,7 @@
-"""One archive of a fleet: a forecaster with seeded random weights, one fitted to a synthetic market, an ONNX graph.
+"""Makes one archive of a fleet: a forecaster with random weights, one fitted to a synthetic market, or an ONNX graph.
 
-The forecasts of random weights mean nothing; everything else is as in a real fleet: DeepAR JSON in, calendar and lags,
-a scaler of each market's own, a golden sample computed by the architecture's reference network. Torch; no store.
+Forecasts of random weights mean nothing; everything else is as in a real fleet: DeepAR JSON, calendar and lags, a
+scaler for each market, a golden sample computed by the architecture's reference network. Torch; no store.
 """
 
 import json
@@ -44,7 +44,7 @@ class Network:
 
 
 @cache
-def network(kind: str) -> Network:
+def build_network(kind: str) -> Network:
     """`tcn`, or `tcn-64` for one of another width. Raises ValueError that says which there are, ArchiveInvalid."""
     architecture, _, width = kind.partition("-")
     known = ARCHITECTURES.get(architecture)
@@ -60,14 +60,14 @@ def network(kind: str) -> Network:
 def check_kind(kind: str) -> None:
     """Raises ValueError where no archive of this kind can be made here, ArchiveInvalid for an impossible width."""
     if kind == ONNX:
-        _onnx()
+        _import_onnx()
     elif kind != TRAINED:
-        network(kind)
+        build_network(kind)
 
 
-def shares_of_sizes(median: float, sigma: float) -> dict[str, float]:
+def compute_size_shares(median: float, sigma: float) -> dict[str, float]:
     """Kind -> share, where the logarithm of the weights' bytes is normal around `median`'s; rounded to LADDER."""
-    rungs = [math.log(network(kind).family.row_floats * 4) for kind in LADDER]
+    rungs = [math.log(build_network(kind).family.row_floats * 4) for kind in LADDER]
     law = NormalDist(math.log(median), sigma)
     below = [0.0, *(law.cdf((low + high) / 2) for low, high in pairwise(rungs)), 1.0]
     shares = {kind: high - low for kind, (low, high) in zip(LADDER, pairwise(below), strict=True)}
@@ -78,16 +78,16 @@ def make_archive(kind: str, name: str, seed: int) -> bytes:
     """One model with random weights; the same bytes for the same arguments. Raises as `check_kind` does."""
     if kind == ONNX:
         return _make_onnx(name, seed)
-    found = network(kind)
+    found = build_network(kind)
     tensors = random_tensors(found.family, seed)
     forecast = make_forecast(UNITS.get(name.partition("/")[0], "EUR/MWh"), seed)
     return pack_forecaster(
         tensors,
         architecture=found.architecture,
         config=found.config,
-        model_name=_plain(name),
+        model_name=_strip_suffix(name),
         forecast=forecast,
-        golden=_golden(found.family, tensors, forecast, seed),
+        golden=_make_golden(found.family, tensors, forecast, seed),
         description=f"random weights, seed {seed}: for load tests, not for forecasts",
     )
 
@@ -98,7 +98,7 @@ def pack_fitted(fitted: Fitted, name: str, seed: int) -> bytes:
         fitted.tensors,
         architecture=fitted.architecture,
         config=fitted.config,
-        model_name=_plain(name),
+        model_name=_strip_suffix(name),
         forecast=fitted.forecast,
         golden=fitted.golden,
         description=f"fitted to the synthetic market {fitted.name} of seed {seed}",
@@ -121,19 +121,19 @@ def make_forecast(unit: str, seed: int) -> Forecast:
     )
 
 
-def _plain(name: str) -> str:
+def _strip_suffix(name: str) -> str:
     return name.removesuffix(".mar").replace("/", "-")
 
 
-def _golden(family: Family, tensors: Mapping[str, Float32], forecast: Forecast, seed: int) -> GoldenSample:
+def _make_golden(family: Family, tensors: Mapping[str, Float32], forecast: Forecast, seed: int) -> GoldenSample:
     """A request and its answer by the reference network, which shares no code with the batched forward."""
     request = make_request(seed, output_types=["mean", "quantiles"], quantiles=["0.1", "0.5", "0.9"])
     call = FamilyCodec(family, forecast).decode(json.dumps(request).encode(), JSON, JSON)
-    answer, _ = call.encode(_answer(family, tensors, call.rows))
+    answer, _ = call.encode(_compute_answer(family, tensors, call.rows))
     return GoldenSample(request=request, response=json.loads(answer))
 
 
-def _answer(family: Family, tensors: Mapping[str, Float32], rows: Float32) -> Float32:
+def _compute_answer(family: Family, tensors: Mapping[str, Float32], rows: Float32) -> Float32:
     """The reference network's, for rows [N, *input_shape]."""
     reference = family.reference()
     reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
@@ -147,22 +147,22 @@ def _answer(family: Family, tensors: Mapping[str, Float32], rows: Float32) -> Fl
 
 def _make_onnx(name: str, seed: int) -> bytes:
     """A perceptron as an ONNX graph: tensors in, tensors out."""
-    family = network(OF_ONNX).family
+    family = build_network(OF_ONNX).family
     tensors = random_tensors(family, seed)
     x = np.random.default_rng(seed).normal(size=family.input_shape).astype(np.float32).round(3)
     return pack_onnx(
-        _graph(family, tensors),
-        model_name=_plain(name),
+        _build_graph(family, tensors),
+        model_name=_strip_suffix(name),
         golden=GoldenSample(
-            request={"x": x.tolist()}, response={"predictions": _answer(family, tensors, x[None])[0].tolist()}
+            request={"x": x.tolist()}, response={"predictions": _compute_answer(family, tensors, x[None])[0].tolist()}
         ),
         description=f"random weights, seed {seed}: for load tests, not for forecasts",
     )
 
 
-def _graph(family: Family, tensors: Mapping[str, Float32]) -> bytes:
+def _build_graph(family: Family, tensors: Mapping[str, Float32]) -> bytes:
     """The perceptron x [n, features, context] -> y [n, prediction, quantiles], its batch axis open."""
-    onnx = _onnx()
+    onnx = _import_onnx()
     helper, kinds = onnx.helper, onnx.TensorProto
     layers = [("x0", "first", "h1"), ("x1", "second", "h2"), ("x2", "head", "h3")]
     nodes = [helper.make_node("Flatten", ["x"], ["x0"])]
@@ -180,7 +180,7 @@ def _graph(family: Family, tensors: Mapping[str, Float32]) -> bytes:
     return packed
 
 
-def _onnx() -> Any:
+def _import_onnx() -> Any:
     """The onnx package, which writes graphs; serving them does not need it."""
     try:
         return import_module("onnx")

@@ -31,12 +31,12 @@ def make_markets(count: int, seed: int, steps: int = KNOWN) -> list[Series]:
     return [make_market(index, seed, steps) for index in range(count)]
 
 
-def synthetic_markets(models: int, seed: int) -> list[Series]:
+def make_training_markets(models: int, seed: int) -> list[Series]:
     """The markets of a trained fleet, with a day more than their models are fitted on."""
     return make_markets(models, seed, KNOWN + DAY)
 
 
-def make_request_of(market: Series) -> tuple[dict[str, Any], list[float]]:
+def make_market_request(market: Series) -> tuple[dict[str, Any], list[float]]:
     """What to ask the model of a synthetic market, and the day that really came: no model was fitted on it."""
     instance = market.instance(KNOWN - 2 * WEEK, KNOWN, DAY)
     return {"instances": [instance]}, market.values[KNOWN : KNOWN + DAY].tolist()
@@ -97,7 +97,9 @@ def _spikes(rng: np.random.Generator, odds: Float64, base: float) -> Float64:
 SHARED = 0.75  #: of a region's weather and luck, the variance that it has in common with the others
 
 
-def coupled_markets(regions: Sequence[str], products: Sequence[str], seed: int, steps: int, a_day: int) -> list[Series]:
+def make_coupled_markets(
+    regions: Sequence[str], products: Sequence[str], seed: int, steps: int, a_day: int
+) -> list[Series]:
     """Prices of every product in every region, named `region/product`, region by region; `a_day` steps each day.
 
     The first product is energy. The others are reserves: `raise...` is dear where energy is scarce, any other where it

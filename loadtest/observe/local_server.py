@@ -1,11 +1,13 @@
-"""A Fleetcast server as a process of ours on loopback, for benchmarks, the demo and tests. A client's view of it."""
+"""A Fleetcast server in a process of its own on loopback, for benchmarks, demos and tests, as a client sees it."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +16,15 @@ from typing import Any
 
 import urllib3
 
+from server.contract import LOADED_MODELS, METRICS_PATH, PROCESSES_PATH
+
 START_S = 60.0
 STOP_S = 40.0
 
 
 @dataclass(frozen=True, slots=True)
 class LocalServer:
-    """Where it listens, and the process."""
+    """The addresses of its listeners, and its process."""
 
     inference: str
     management: str
@@ -28,19 +32,31 @@ class LocalServer:
     process: "subprocess.Popen[bytes]"
 
     def processes(self) -> list[dict[str, Any]]:
-        """Fronts and workers with their pids."""
-        found: list[dict[str, Any]] = self.get(f"{self.management}/fleet/processes").json()["processes"]
+        """Fronts and workers, each with its pid, as the management API lists them."""
+        found: list[dict[str, Any]] = self.get(f"{self.management}{PROCESSES_PATH}").json()["processes"]
         return found
 
     def counters(self, name: str) -> dict[str, float]:
-        """The samples of one metric, label text -> value."""
-        lines = self.get(f"{self.metrics}/metrics").data.decode().splitlines()
+        """The samples of one series, label text -> value."""
+        lines = self.get(f"{self.metrics}{METRICS_PATH}").data.decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if line.startswith((name + "{", name + " ")))
         return {sample.removeprefix(name): float(value) for sample, _, value in samples}
 
+    def totals(self, series: str, label: str) -> dict[str, float]:
+        """Sums of one series by the values of one of its labels, over all others; values not seen yet are 0."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for labels, value in self.counters(series).items():
+            if (found := re.search(rf'[{{,]{label}="([^"]*)"', labels)) is not None:
+                sums[found[1]] += value
+        return sums
+
+    def loaded_models(self) -> int:
+        """Models that are resident now, over all workers."""
+        return int(sum(self.counters(LOADED_MODELS.series).values()))
+
     @staticmethod
     def get(url: str) -> Any:
-        """A GET whose failure is loud."""
+        """The response to a GET. Raises RuntimeError for any status but 200, urllib3's errors for no response."""
         reply = urllib3.request("GET", url, timeout=30.0, retries=False)
         if reply.status != 200:  # noqa: PLR2004
             raise RuntimeError(f"GET {url} answered {reply.status}: {reply.data[:500]!r}")
@@ -51,9 +67,9 @@ class LocalServer:
 def serve(
     store: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None, stderr: Any = None
 ) -> Iterator[LocalServer]:
-    """Run `fleetcast serve` on free ports with its own disk cache; ended by SIGTERM.
+    """Run `fleetcast serve` on free ports with a disk cache of its own; it gets SIGTERM at the end.
 
-    Raises RuntimeError when it does not become ready, with what it said if `stderr` was not taken elsewhere.
+    Raises RuntimeError when it does not become ready; the reason is on `stderr`, by default that of this process.
     """
     with tempfile.TemporaryDirectory(prefix="fleetcast-local-") as folder:
         announce = Path(folder, "addresses.json")
@@ -74,7 +90,7 @@ def serve(
         environment = {**os.environ, **(env or {})}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
         try:
-            yield LocalServer(**_addresses(announce, process), process=process)
+            yield LocalServer(**_wait_for_addresses(announce, process), process=process)
         finally:
             process.terminate()
             try:
@@ -84,8 +100,8 @@ def serve(
                 process.wait()
 
 
-def _addresses(announce: Path, process: "subprocess.Popen[bytes]") -> dict[str, str]:
-    """What the server announces once it is ready."""
+def _wait_for_addresses(announce: Path, process: "subprocess.Popen[bytes]") -> dict[str, str]:
+    """The addresses that the server announces when it is ready."""
     until = time.monotonic() + START_S
     while not announce.exists():
         if process.poll() is not None:

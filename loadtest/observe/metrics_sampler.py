@@ -1,4 +1,4 @@
-"""The server seen from outside while a load runs: its /metrics and its processes' memory, sampled again and again."""
+"""Samples a server's /metrics and the memory of its processes while a load runs."""
 
 import math
 from collections import defaultdict
@@ -9,51 +9,52 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-PREFIX = "fleetcast_"
-TIERS = ("store", "disk", "host")
-LOADS = "model_loading_seconds"
+from server import contract
+from server.contract import MetricSpec
+
+TIERS = ("store", "disk", "host")  #: that a load can come from
 MIN_SPAN_S = 0.25  #: rates over less are noise
 
-Counts = defaultdict[tuple[str, str], float]  #: (metric without prefix, its result, tier or "") -> sum over processes
+MetricSums = defaultdict[tuple[str, str], float]  #: (series, its result, tier or "") -> sum over processes
 Buckets = dict[str, dict[float, float]]  #: tier -> upper bound in seconds (inf the last) -> loads up to it
-Over = dict[str, Any]
+Curves = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class MetricsSample:
     """The server at `t` seconds from the start of the schedule."""
 
     t: float
-    counts: Counts
+    counts: MetricSums
     buckets: Buckets
     memory: Mapping[str, int]
 
 
 @dataclass(slots=True)
-class Watch:
+class MetricsSampler:
     """Collects samples. `scrape` gives the text of /metrics, `memory` bytes by process; None: not known."""
 
     scrape: Callable[[], str] | None = None
     memory: Callable[[], dict[str, int]] | None = None
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[MetricsSample] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return f"<Watch {len(self.samples)} samples>"
+        return f"<MetricsSampler {len(self.samples)} samples>"
 
     def look(self, t: float) -> None:
         """Take a sample; one just after another replaces it. Raises what `scrape` and `memory` raise."""
-        counts, buckets = parsed(self.scrape()) if self.scrape else (defaultdict(float), {})
+        counts, buckets = parse_metrics(self.scrape()) if self.scrape else (defaultdict(float), {})
         if len(self.samples) > 1 and t - self.samples[-1].t < MIN_SPAN_S:
             self.samples.pop()
-        self.samples.append(Sample(t, counts, buckets, self.memory() if self.memory else {}))
+        self.samples.append(MetricsSample(t, counts, buckets, self.memory() if self.memory else {}))
 
-    def gained(self) -> Counts | None:
+    def gained(self) -> MetricSums | None:
         """What the run added to each counter, from the first to the last sample; None without /metrics."""
         if self.scrape is None or not self.samples:
             return None
-        return _gained(self.samples[0].counts, self.samples[-1].counts)
+        return _subtract_sums(self.samples[0].counts, self.samples[-1].counts)
 
-    def load_times(self) -> Over | None:
+    def load_times(self) -> Curves | None:
         """How many loads took how long, by tier: bounds in seconds (the last None: longer) and counts between them."""
         if self.scrape is None or not self.samples:
             return None
@@ -67,30 +68,31 @@ class Watch:
                 found[tier] = {"le_s": [b if math.isfinite(b) else None for b in bounds], "count": counts}
         return found
 
-    def server_over_time(self) -> Over | None:
+    def server_over_time(self) -> Curves | None:
         """Rates and means between samples, levels at their ends; None without /metrics."""
         if self.scrape is None or len(self.samples) < 2:  # noqa: PLR2004 -- a span has two ends
             return None
-        spans = [_Span(a, b) for a, b in pairwise(self.samples)]
-        tiers = [tier for tier in TIERS if any(span.of(LOADS + "_count", tier) for span in spans)]
+        spans = [_SampleSpan(a, b) for a, b in pairwise(self.samples)]
+        loads = contract.LOADING.count
+        tiers = [tier for tier in TIERS if any(span.of(loads, tier) for span in spans)]
         return {
             "t_s": [round(span.end.t, 3) for span in spans],
             "hit_ratio": [span.hit_ratio() for span in spans],
-            "loads_per_s": {tier: [span.of(LOADS + "_count", tier) / span.seconds for span in spans] for tier in tiers},
-            "load_ms": {tier: [span.mean_ms(LOADS, tier) for span in spans] for tier in tiers},
-            "evictions_per_s": [span.of("model_evictions_total", "device") / span.seconds for span in spans],
-            "loaded_models": [span.end.counts["loaded_models", ""] for span in spans],
-            "cache_bytes": [span.end.counts["model_cache_bytes", "device"] for span in spans],
-            "queue_ms": [span.mean_ms("inference_queue_seconds") for span in spans],
-            "batch_rows": [span.mean("inference_batch_rows") for span in spans],
+            "loads_per_s": {tier: [span.of(loads, tier) / span.seconds for span in spans] for tier in tiers},
+            "load_ms": {tier: [span.mean_ms(contract.LOADING, tier) for span in spans] for tier in tiers},
+            "evictions_per_s": [span.of(contract.EVICTIONS.series, "device") / span.seconds for span in spans],
+            "loaded_models": [span.end.counts[contract.LOADED_MODELS.series, ""] for span in spans],
+            "cache_bytes": [span.end.counts[contract.CACHE_BYTES.series, "device"] for span in spans],
+            "queue_ms": [span.mean_ms(contract.QUEUE) for span in spans],
+            "batch_rows": [span.mean(contract.BATCH_ROWS) for span in spans],
         }
 
-    def memory_over_time(self) -> Over | None:
+    def memory_over_time(self) -> Curves | None:
         """Bytes of each process at each sample; processes that came later count 0 before."""
         if self.memory is None or not self.samples:
             return None
         names = sorted({name for sample in self.samples for name in sample.memory})
-        found: Over = {"t_s": [round(sample.t, 3) for sample in self.samples]}
+        found: Curves = {"t_s": [round(sample.t, 3) for sample in self.samples]}
         return found | {name: [sample.memory.get(name, 0) for sample in self.samples] for name in names}
 
     def last_memory(self) -> dict[str, int] | None:
@@ -99,11 +101,11 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
+class _SampleSpan:
     """Between two samples."""
 
-    start: Sample
-    end: Sample
+    start: MetricsSample
+    end: MetricsSample
 
     @property
     def seconds(self) -> float:
@@ -113,28 +115,28 @@ class _Span:
         """What a counter gained; a restarted process, which counts from 0 again, does not make it negative."""
         return max(0.0, self.end.counts[name, label] - self.start.counts[name, label])
 
-    def mean(self, name: str, label: str = "") -> float | None:
-        count = self.of(name + "_count", label)
-        return self.of(name + "_sum", label) / count if count else None
+    def mean(self, metric: MetricSpec, label: str = "") -> float | None:
+        count = self.of(metric.count, label)
+        return self.of(metric.sum, label) / count if count else None
 
-    def mean_ms(self, name: str, label: str = "") -> float | None:
-        mean = self.mean(name, label)
+    def mean_ms(self, metric: MetricSpec, label: str = "") -> float | None:
+        mean = self.mean(metric, label)
         return None if mean is None else mean * 1e3
 
     def hit_ratio(self) -> float | None:
-        hits, *others = (self.of("model_cache_requests_total", each) for each in ("hit", "miss", "coalesced"))
+        hits, *others = (self.of(contract.CACHE_REQUESTS.series, each) for each in contract.CACHE_RESULTS)
         asked = hits + sum(others)
         return hits / asked if asked else None
 
 
-def parsed(text: str) -> tuple[Counts, Buckets]:
+def parse_metrics(text: str) -> tuple[MetricSums, Buckets]:
     """The text of /metrics -> sums over processes, and the load times' buckets by tier."""
-    counts: Counts = defaultdict(float)
+    counts: MetricSums = defaultdict(float)
     buckets: Buckets = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            name, labels = sample.name.removeprefix(PREFIX), sample.labels
-            if name == LOADS + "_bucket":
+            name, labels = sample.name, sample.labels
+            if name == contract.LOADING.series + "_bucket":
                 tier = buckets.setdefault(labels.get("tier", ""), defaultdict(float))
                 tier[float(labels["le"])] += sample.value
             elif "le" not in labels:
@@ -142,8 +144,8 @@ def parsed(text: str) -> tuple[Counts, Buckets]:
     return counts, buckets
 
 
-def _gained(first: Counts, last: Counts) -> Counts:
+def _subtract_sums(first: MetricSums, last: MetricSums) -> MetricSums:
     names: Iterable[tuple[str, str]] = last.keys()
-    gained: Counts = defaultdict(float)
+    gained: MetricSums = defaultdict(float)
     gained.update({name: max(0.0, last[name] - first.get(name, 0.0)) for name in names})
     return gained

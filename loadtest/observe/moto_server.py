@@ -9,7 +9,7 @@ from pathlib import Path
 
 import boto3
 
-from loadtest.observe.processes import ended, free_port, reachable, wait_until
+from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "bench",
@@ -20,13 +20,13 @@ S3_ENVIRONMENT = {
 
 
 @contextmanager
-def moto_server(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
+def serve_moto(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     """An S3 server on loopback with a bucket `bench`; yields its endpoint and a way to read its request log."""
-    port, log = free_port(), folder / "moto.log"
+    port, log = find_free_port(), folder / "moto.log"
     with log.open("wb") as output:
         command = [sys.executable, "-P", "-m", "moto.server", "-p", str(port)]
-        with ended([subprocess.Popen(command, stdout=output, stderr=output)]):
-            wait_until(lambda: reachable(port))
+        with ending([subprocess.Popen(command, stdout=output, stderr=output)]):
+            wait_until(lambda: is_reachable(port))
             endpoint = f"http://127.0.0.1:{port}"
             keys = {"aws_access_key_id": "bench", "aws_secret_access_key": "bench", "region_name": "us-east-1"}
             boto3.client("s3", endpoint_url=endpoint, **keys).create_bucket(Bucket="bench")

@@ -1,4 +1,4 @@
-"""Processes beside the server: started and ended, seen to listen, and what memory they hold."""
+"""Helpers for child processes: end them, find free ports, wait until a port accepts, read memory."""
 
 import re
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def ended(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
+def ending(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
     """End processes of ours, whatever happened; `gently` by SIGTERM, for those that have children of their own."""
     try:
         yield
@@ -20,16 +20,16 @@ def ended(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -
             process.wait()
 
 
-def free_port() -> int:
-    """A port nobody listens on now."""
+def find_free_port() -> int:
+    """A port that no process listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
 
 
-def reachable(port: int) -> bool:
-    """Whether somebody listens."""
+def is_reachable(port: int) -> bool:
+    """Whether the port accepts connections."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def pss(pid: int) -> int:
+def read_pss(pid: int) -> int:
     """Proportional set size in bytes: private memory and a fair share of what is shared."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[0]) * 1024

@@ -1,4 +1,4 @@
-"""What a running server holds, counted from outside: memory, descriptors, threads, processor time, files, series."""
+"""Counts what a running server holds, from outside: memory, descriptors, threads, CPU time, files, metric series."""
 
 import os
 import time
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.observe.local_server import LocalServer
-from loadtest.observe.processes import pss
+from loadtest.observe.processes import read_pss
+from server.contract import METRICS_PATH
 
 PLACES = ("blobs", "index", "locks", "temp")  #: of the disk cache
 SAME_S, PATIENCE_S = 0.2, 4.0  #: counts that stand still so long are at rest; waited for at most so long
@@ -15,7 +16,7 @@ _OF_A_PROCESS = 2  #: kernel: CPUCLOCK_SCHED
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class ResourceCounts:
     """What must not grow: process -> open descriptors and threads, place -> files, kind -> series of /metrics."""
 
     descriptors: Mapping[str, int]
@@ -28,7 +29,7 @@ class Counts:
 class Census:
     """The counts at rest; process -> bytes of memory (PSS) and seconds of processor time; resident models."""
 
-    counts: Counts
+    counts: ResourceCounts
     memory: Mapping[str, int]
     cpu_s: Mapping[str, float]
     resident: int
@@ -46,42 +47,42 @@ def take_census(server: LocalServer, disk: Path, temp: Path) -> Census:
 
     Raises RuntimeError and urllib3's errors when it does not answer, OSError when one of its processes is gone.
     """
-    pids = processes(server)
-    counts, since = _count(server, pids, disk, temp), time.monotonic()
+    pids = list_pids(server)
+    counts, since = _count_resources(server, pids, disk, temp), time.monotonic()
     start = since
     while time.monotonic() - since < SAME_S and time.monotonic() - start < PATIENCE_S:
         time.sleep(SAME_S / 3)
-        again = _count(server, pids, disk, temp)
+        again = _count_resources(server, pids, disk, temp)
         if again != counts:
             counts, since = again, time.monotonic()
-    memory = {name: pss(pid) for name, pid in pids.items()}
-    resident = int(sum(server.counters("fleetcast_loaded_models").values()))
-    return Census(counts, memory, {name: cpu_seconds(pid) for name, pid in pids.items()}, resident)
+    memory = {name: read_pss(pid) for name, pid in pids.items()}
+    resident = server.loaded_models()
+    return Census(counts, memory, {name: read_cpu_seconds(pid) for name, pid in pids.items()}, resident)
 
 
-def processes(server: LocalServer) -> dict[str, int]:
+def list_pids(server: LocalServer) -> dict[str, int]:
     """`worker 0`, `front 0`, ... and `supervisor` -> pid."""
     found = {f"{each['kind']} {each['index']}": int(each["pid"]) for each in server.processes()}
     return {**found, "supervisor": server.process.pid}
 
 
-def cpu_seconds(pid: int) -> float:
+def read_cpu_seconds(pid: int) -> float:
     """What a process has used, to the nanosecond: its clock as of clock_getcpuclockid(3), which Python lacks."""
     return time.clock_gettime(~pid << 3 | _OF_A_PROCESS)
 
 
-def _count(server: LocalServer, pids: Mapping[str, int], disk: Path, temp: Path) -> Counts:
+def _count_resources(server: LocalServer, pids: Mapping[str, int], disk: Path, temp: Path) -> ResourceCounts:
     places = {f"disk cache/{name}": disk / name for name in PLACES} | {"TMPDIR": temp}
-    lines = server.get(f"{server.metrics}/metrics").data.decode().splitlines()
+    lines = server.get(f"{server.metrics}{METRICS_PATH}").data.decode().splitlines()
     series = [line for line in lines if not line.startswith("#")]
     by_model = sum('model="' in line for line in series)
-    return Counts(
-        descriptors={name: _entries(f"/proc/{pid}/fd") for name, pid in pids.items()},
-        threads={name: _entries(f"/proc/{pid}/task") for name, pid in pids.items()},
+    return ResourceCounts(
+        descriptors={name: _count_entries(f"/proc/{pid}/fd") for name, pid in pids.items()},
+        threads={name: _count_entries(f"/proc/{pid}/task") for name, pid in pids.items()},
         files={name: sum(len(files) for _, _, files in os.walk(place)) for name, place in places.items()},
         series={"of models": by_model, "of all else": len(series) - by_model},
     )
 
 
-def _entries(folder: str) -> int:
+def _count_entries(folder: str) -> int:
     return sum(1 for _ in Path(folder).iterdir())

@@ -1,4 +1,4 @@
-"""The contest: servers that answer as they should get their turns of load; one that fails leaves, with its reason."""
+"""Compares servers: those with the right answers take turns under load; one that fails drops out, with its reason."""
 
 import http.client
 import signal
@@ -16,14 +16,15 @@ import torch
 from safetensors.numpy import save_file
 
 from handlers.forecasters import build, random_tensors
-from loadtest.benchmarks.core import TCN
 from loadtest.driver import wrk
-from loadtest.driver.dialects import JSON, npy_body
-from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, standing, turns
+from loadtest.driver.dialects import encode_npy
+from loadtest.fleets.fleet import CONFIG as TCN
+from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, order_turns, summarize_runs
 from loadtest.peers.environments import PeerUnavailable
-from loadtest.peers.servers import Server
-from loadtest.record import spread
+from loadtest.peers.servers import PeerServer
+from loadtest.record import summarize
 from model_store.archives.packing import pack_forecaster
+from server.contract import JSON
 
 SEED = 7
 WARM_S, IDLE_S = 2, 3
@@ -43,7 +44,7 @@ LOST = (
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The same weights for everybody: archives of ours in `store`, plain safetensors in folders under `weights`."""
+    """The same weights for all servers: our archives in `store`, plain safetensors in folders under `weights`."""
 
     store: Path
     weights: Path
@@ -77,15 +78,15 @@ def write_models(folder: Path, count: int) -> Models:
 
 @dataclass(slots=True)
 class Contender:
-    """A server in the contest, what it is asked, and what is known of it so far."""
+    """A server in the comparison, what it is asked, and what is known of it so far."""
 
-    server: Server
+    server: PeerServer
     names: Sequence[str]
     body: bytes
-    target: wrk.Target
+    target: wrk.WrkTarget
     found: dict[str, Any]
     stack: ExitStack
-    runs: dict[int, list[wrk.Result]] = field(default_factory=lambda: {each: [] for each in CONNECTIONS})
+    runs: dict[int, list[wrk.WrkResult]] = field(default_factory=lambda: {each: [] for each in CONNECTIONS})
     burns: bool = False
 
     def __repr__(self) -> str:
@@ -106,8 +107,8 @@ class Contender:
             self.server.tree.signal(signal.SIGSTOP)
 
 
-class Contest:
-    """Who takes part, and who does not and why. One thread."""
+class Comparison:
+    """The servers that take part, and the reasons why others do not. One thread."""
 
     def __init__(self, models: Models, folder: Path, stack: ExitStack) -> None:
         self.models = models
@@ -117,11 +118,11 @@ class Contest:
         self._stack = stack
 
     def __repr__(self) -> str:
-        return f"<Contest of {', '.join(self.contenders)}; lost: {', '.join(self.lost) or 'none'}>"
+        return f"<Comparison of {', '.join(self.contenders)}; lost: {', '.join(self.lost) or 'none'}>"
 
     @contextmanager
     def risking(self, name: str) -> Iterator[None]:
-        """What a server does wrong in this block ends its part in the contest, and is told. Ours may not fail."""
+        """What a server does wrong in this block ends its part in the comparison, and is told. Ours may not fail."""
         try:
             yield
         except LOST as error:
@@ -136,7 +137,7 @@ class Contest:
         self,
         name: str,
         version: str,
-        start: Callable[[], AbstractContextManager[Server]],
+        start: Callable[[], AbstractContextManager[PeerServer]],
         count: int,
         media: str = JSON,
     ) -> None:
@@ -149,21 +150,21 @@ class Contest:
             unless_entered.push(stack)
             begin = time.monotonic()
             server = stack.enter_context(start())
-            stack.callback(server.tree.signal, signal.SIGCONT)  # before its end: who is stopped hears no SIGTERM
+            stack.callback(server.tree.signal, signal.SIGCONT)  # a stopped process would not handle SIGTERM
             found: dict[str, Any] = {"version": version, "start_s": time.monotonic() - begin}
             body, names = server.dialect.tensor_body(self.models.x), self.models.names[:count]
             if not server.fixed:
-                found["load_ms"] = spread([server.load(each, body) * 1e3 for each in names])
+                found["load_ms"] = summarize([server.load(each, body) * 1e3 for each in names])
             for each in names:
                 self._check(server, each, body)
             file = self._folder / f"{name}.json"
-            file.write_bytes(body if media == JSON else npy_body(self.models.x))
-            target = wrk.Target(name, server.url, count, server.suffix, file, media, server.dialect)
-            wrk.run(target, CONNECTIONS[-1], WARM_S)
+            file.write_bytes(body if media == JSON else encode_npy(self.models.x))
+            target = wrk.WrkTarget(name, server.url, count, server.suffix, file, media, server.dialect)
+            wrk.run_wrk(target, CONNECTIONS[-1], WARM_S)
             self.contenders[name] = Contender(server, names, body, target, found, stack)
             unless_entered.pop_all()
 
-    def _check(self, server: Server, model: str, body: bytes) -> None:
+    def _check(self, server: PeerServer, model: str, body: bytes) -> None:
         """Raises RuntimeError when an answer is not that of the weights."""
         wanted = self.models.answers["m0" if server.fixed else model]
         got = server.ask(model, body)
@@ -173,7 +174,7 @@ class Contest:
             )
 
     def settle(self) -> None:
-        """Measure what everybody burns when idle, and stop those who burn too much."""
+        """Measure the CPU time of each idle server, and stop the servers that use too much between their turns."""
         before = {name: each.server.tree.cpu_s() for name, each in self.contenders.items()}
         time.sleep(IDLE_S)
         for name, each in self.contenders.items():
@@ -184,22 +185,22 @@ class Contest:
                 each.server.tree.signal(signal.SIGSTOP)
 
     def play(self, rounds: int, seconds: int) -> Iterator[tuple[int, str, int]]:
-        """Give everybody a turn in every round, another one first each time; yields (round, server, connections)."""
+        """Give each server a turn in every round, in rotating order; yields (round, server, connections)."""
         order = list(self.contenders)
         for number in range(rounds):
-            for name in turns(order, number):
+            for name in order_turns(order, number):
                 if name not in self.contenders:
                     continue
                 contender = self.contenders[name]
                 with self.risking(name), contender.awake():
                     for connections in CONNECTIONS:
                         yield number, name, connections
-                        contender.runs[connections].append(wrk.run(contender.target, connections, seconds))
+                        contender.runs[connections].append(wrk.run_wrk(contender.target, connections, seconds))
 
     def results(self) -> dict[str, Any]:
         """Server -> everything found out about it, with the ratios to ours."""
         ours = {name: self.contenders[name].runs for name in (OURS, OURS_NPY) if name in self.contenders}
         return {
-            name: {**each.found, **standing(each.runs, {} if name.startswith(OURS) else ours)}
+            name: {**each.found, **summarize_runs(each.runs, {} if name.startswith(OURS) else ours)}
             for name, each in self.contenders.items()
         }

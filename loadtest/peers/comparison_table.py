@@ -1,4 +1,4 @@
-"""What a comparison of servers comes to: whose turn it is, medians and ratios of the rounds, one table. Pure."""
+"""The results of a comparison of servers: the order of turns, medians and ratios by round, one table. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,43 +6,43 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from loadtest.driver.wrk import Result
-from loadtest.record import spread
+from loadtest.driver.wrk import WrkResult
+from loadtest.record import summarize
 
 OURS = "fleetcast"
 OURS_NPY = "fleetcast npy"
 CONNECTIONS = (1, 8, 32)
 
 
-def turns(servers: Sequence[str], turn: int) -> list[str]:
-    """The order of a round: each round begins one server later, so that nobody always follows the same noise."""
+def order_turns(servers: Sequence[str], turn: int) -> list[str]:
+    """The order of a round: each round begins one server later, so that no server always follows the same one."""
     at = turn % len(servers)
     return [*servers[at:], *servers[:at]]
 
 
-def standing(
-    runs: Mapping[int, Sequence[Result]], ours: Mapping[str, Mapping[int, Sequence[Result]]]
+def summarize_runs(
+    runs: Mapping[int, Sequence[WrkResult]], ours: Mapping[str, Mapping[int, Sequence[WrkResult]]]
 ) -> dict[str, Any]:
     """One server's results by connections; with ratios ours / its, of each round, to those of `ours` by name."""
     found = {}
     for connections, results in runs.items():
         row: dict[str, Any] = {
-            "requests_per_s": spread([run.requests_per_s for run in results]),
-            "p50_ms": spread([run.p50_ms for run in results]),
-            "p99_ms": spread([run.p99_ms for run in results]),
+            "requests_per_s": summarize([run.requests_per_s for run in results]),
+            "p50_ms": summarize([run.p50_ms for run in results]),
+            "p99_ms": summarize([run.p99_ms for run in results]),
         }
         for name, theirs in ours.items():
             pairs = list(zip(theirs[connections], results, strict=True))
             row[f"{name} / it"] = {
-                "requests_per_s": spread([mine.requests_per_s / its.requests_per_s for mine, its in pairs]),
-                "p50": spread([mine.p50_ms / its.p50_ms for mine, its in pairs]),
+                "requests_per_s": summarize([mine.requests_per_s / its.requests_per_s for mine, its in pairs]),
+                "p50": summarize([mine.p50_ms / its.p50_ms for mine, its in pairs]),
             }
         found[f"{connections} connections"] = row
     return found
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """Three lines a server, one for each number of connections; below them who is missing, and why."""
+def build_table(results: Mapping[str, Any]) -> Table:
+    """Three lines per server, one for each number of connections; below them the missing servers, with reasons."""
     title = f"{results['models']} models, {results['rounds']} rounds of {results['seconds']:g} s: median (min-max)"
     missing = [f"{name} was not measured: {reason}" for name, reason in results["unavailable"].items()]
     shown = Table(title=title, box=box.SIMPLE_HEAD, caption="\n".join(missing), caption_justify="left")
@@ -70,8 +70,8 @@ def table(results: Mapping[str, Any]) -> Table:
     return shown
 
 
-def words(results: Mapping[str, Any]) -> list[str]:
-    """The lines below the table: who was stopped between turns, and what each did when models exceeded memory."""
+def describe_servers(results: Mapping[str, Any]) -> list[str]:
+    """The lines below the table: servers stopped between turns, and what each did when models exceeded memory."""
     lines = []
     stopped = [name for name, found in results["servers"].items() if found["stopped_between_turns"]]
     if stopped:

@@ -20,12 +20,12 @@ class PeerUnavailable(Exception):
     """A peer that cannot be installed, started or asked here; the message says why and what to do."""
 
 
-def requirements(peer: str) -> Path:
+def find_requirements(peer: str) -> Path:
     """Where a peer's pinned requirements are."""
     return HERE / peer / "requirements.txt"
 
 
-def pins(text: str) -> dict[str, str]:
+def parse_pins(text: str) -> dict[str, str]:
     """Package -> version of a requirements file. Raises ValueError for a line that is not `package==version`."""
     found = {}
     for line in text.splitlines():
@@ -38,25 +38,25 @@ def pins(text: str) -> dict[str, str]:
     return found
 
 
-def installed(peer: str, root: Path = ROOT) -> bool:
+def is_installed(peer: str, root: Path = ROOT) -> bool:
     """Whether the peer's environment is made, of the requirements as they are now."""
     return (_folder(peer, root) / DONE).exists()
 
 
-def environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Path:
+def make_environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Path:
     """The folder of the peer's environment, installed if it is not there, instead of an older one.
 
     Raises PeerUnavailable when pip fails.
     """
     folder = _folder(peer, root)
-    if installed(peer, root):
+    if is_installed(peer, root):
         return folder
-    count = len(pins(requirements(peer).read_text()))
+    count = len(parse_pins(find_requirements(peer).read_text()))
     say(f"{peer}: installing {count} packages (about 1 GB with torch) ...")
     started = time.monotonic()
     python = str(folder / "bin" / "python")
     _run([sys.executable, "-m", "venv", "--clear", str(folder)], peer)
-    _run([python, "-m", "pip", "install", "--quiet", "--requirement", str(requirements(peer))], peer)
+    _run([python, "-m", "pip", "install", "--quiet", "--requirement", str(find_requirements(peer))], peer)
     (folder / DONE).touch()
     for older in set(root.absolute().glob(f"{peer}-*")) - {folder}:
         shutil.rmtree(older)
@@ -66,7 +66,7 @@ def environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Pat
 
 def _folder(peer: str, root: Path) -> Path:
     """Named by what is installed there: other requirements or another Python make another one."""
-    key = hashlib.sha256(f"{sys.version_info[:2]}{requirements(peer).read_text()}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{sys.version_info[:2]}{find_requirements(peer).read_text()}".encode()).hexdigest()[:12]
     return (root / f"{peer}-{key}").absolute()
 
 

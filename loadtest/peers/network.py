@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 
-class Block(nn.Module):
+class PlainBlock(nn.Module):
     """relu(causal convolution) + 1x1 convolution: [N, c_in, T] -> [N, c_out, T]."""
 
     def __init__(self, c_in: int, c_out: int, dilation: int) -> None:
@@ -25,12 +25,12 @@ class Block(nn.Module):
         return convolved
 
 
-class Tcn(nn.Module):
+class PlainTcn(nn.Module):
     """Four blocks of dilation 1, 3, 9 and 27, and a head on the last step."""
 
     def __init__(self, channels: int = 32) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*[Block(channels if i else 8, channels, 3**i) for i in range(4)])
+        self.blocks = nn.Sequential(*[PlainBlock(channels if i else 8, channels, 3**i) for i in range(4)])
         self.head = nn.Linear(channels, 24 * 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -39,10 +39,10 @@ class Tcn(nn.Module):
         return answer.view(-1, 24, 5)
 
 
-def load(folder: str) -> Tcn:
+def load_network(folder: str) -> PlainTcn:
     """The network with the weights in `folder`, on one thread."""
     torch.set_num_threads(1)
     weights = load_file(os.path.join(folder, "weights.safetensors"))  # noqa: PTH118 -- as in the peers' own examples
-    network = Tcn(channels=weights["head.weight"].shape[1])
+    network = PlainTcn(channels=weights["head.weight"].shape[1])
     network.load_state_dict(weights)
     return network.eval()

@@ -1,8 +1,8 @@
-"""What servers do when models exceed memory. Every trial is bounded in bytes and models: the machine is never at risk.
+"""Measures what servers do when models exceed memory. Every trial is bounded in bytes and in models.
 
-TorchServe and Multi Model Server have no limit to set and no eviction: they get models until their processes hold a
-stated budget more. MLServer is one process, whose data segment is limited (prlimit) a little above what it holds. Ray
-Serve and Fleetcast evict: they get room for about half of the models, which are then asked in turn.
+TorchServe and Multi Model Server have neither a limit nor eviction: they get models until their processes hold a stated
+budget more. MLServer is one process, whose data segment is limited (prlimit) a little above what it holds. Ray Serve
+and Fleetcast evict: they get room for about half of the models, which are then requested in turn.
 """
 
 import re
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.observe.local_server import serve
-from loadtest.peers.servers import Server, ours, ray
+from loadtest.peers.servers import PeerServer, start_ray, wrap_server
 
 MB = 1e6
 SCANS = 3
@@ -36,7 +36,7 @@ class Growth:
         return f"{self.models} more models took {self.mb:.0f} MB more; {said}"
 
 
-def grow(server: Server, names: Sequence[str], body: bytes, budget_mb: float) -> Growth:
+def grow(server: PeerServer, names: Sequence[str], body: bytes, budget_mb: float) -> Growth:
     """Load models until all are there, the processes hold `budget_mb` more, or one is refused."""
     before, grown = server.tree.memory() / MB, 0.0
     for done, name in enumerate(names):
@@ -50,8 +50,8 @@ def grow(server: Server, names: Sequence[str], body: bytes, budget_mb: float) ->
     return Growth(len(names), grown)
 
 
-def limited(server: Server, loaded: Sequence[str], names: Sequence[str], body: bytes) -> str:
-    """MLServer with HEADROOM left: how many models it takes, what it says then, and who of the loaded still answers."""
+def measure_limited(server: PeerServer, loaded: Sequence[str], names: Sequence[str], body: bytes) -> str:
+    """MLServer with HEADROOM left: how many models it loads, its error then, and which loaded models still answer."""
     (pid,) = server.tree.pids()
     data = int(re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024
     resource.prlimit(pid, resource.RLIMIT_DATA, (data + HEADROOM, data + HEADROOM))
@@ -67,7 +67,7 @@ def limited(server: Server, loaded: Sequence[str], names: Sequence[str], body: b
     return f"with {HEADROOM >> 20} MiB left: {growth}; {after}"
 
 
-def scanned(server: Server, names: Sequence[str], body: bytes) -> str:
+def scan_models(server: PeerServer, names: Sequence[str], body: bytes) -> str:
     """Ask all models in turn, SCANS times: what came back, how fast, and what it took."""
     took, failed = [], 0
     server.ask(names[0], body)
@@ -84,16 +84,18 @@ def scanned(server: Server, names: Sequence[str], body: bytes) -> str:
     return f"asked in turn {SCANS} times, {failed} of {len(took)} failed, {times}, {grown:+.1f} MB"
 
 
-def ours_beyond(store: Path, names: Sequence[str], body: bytes) -> str:
+def measure_ours(store: Path, names: Sequence[str], body: bytes) -> str:
     """Fleetcast with ROOM for resident models."""
     with serve(str(store), ["--workers", "1", "--model-cache-bytes", ROOM]) as local:
-        told = scanned(ours("fleetcast", local), names, body)
-        resident = sum(local.counters("fleetcast_loaded_models").values())
+        told = scan_models(wrap_server("fleetcast", local), names, body)
+        resident = local.loaded_models()
     return f"room for {resident:.0f} of {len(names)} ({ROOM}), evicts: {told}"
 
 
-def ray_beyond(models: Path, names: Sequence[str], body: bytes) -> str:
+def measure_ray(models: Path, names: Sequence[str], body: bytes) -> str:
     """Ray Serve with room for half of the models in its replica."""
     room = len(names) // 2
-    with ray(models, lambda _: None, room) as server:
-        return f"room for {room} of {len(names)} (max_num_models_per_replica), evicts: {scanned(server, names, body)}"
+    with start_ray(models, lambda _: None, room) as server:
+        return (
+            f"room for {room} of {len(names)} (max_num_models_per_replica), evicts: {scan_models(server, names, body)}"
+        )

@@ -1,4 +1,4 @@
-"""The plain two-process peer, started: see `plain_worker` and `plain_front`."""
+"""Starts the plain two-process peer: see `plain_worker` and `plain_front`."""
 
 import os
 import subprocess
@@ -10,23 +10,23 @@ from pathlib import Path
 
 import torch
 
-from loadtest.observe.processes import ended, free_port, reachable, wait_until
+from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
 
 
 @contextmanager
-def plain_peer(folder: Path, network: torch.nn.Module, count: int) -> Iterator[tuple[str, tuple[int, int]]]:
+def serve_plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[tuple[str, tuple[int, int]]]:
     """The plain path with `count` sessions of a network that takes x [1, 8, 168]; yields its address and processes."""
     graph = folder / "tcn.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the old exporter, whose graph ONNX Runtime runs fastest, says it is old
         torch.onnx.export(network, (torch.zeros(1, 8, 168),), graph, dynamo=False, input_names=["x"], verbose=False)
-    path, port = str(folder / "plain.sock"), free_port()
+    path, port = str(folder / "plain.sock"), find_free_port()
     environment = {**os.environ, "PLAIN_SOCKET": path, "OMP_NUM_THREADS": "1"}
     worker = [sys.executable, "-P", "-m", "loadtest.peers.plain_worker", str(graph), str(count), path]
     front = [sys.executable, "-P", "-m", "uvicorn", "--port", str(port), "--no-access-log", "--log-level", "warning"]
     processes = [subprocess.Popen(worker, env=environment)]
-    with ended(processes):
+    with ending(processes):
         wait_until(lambda: Path(path).exists())
         processes.append(subprocess.Popen([*front, "loadtest.peers.plain_front:app"], env=environment))
-        wait_until(lambda: reachable(port))
+        wait_until(lambda: is_reachable(port))
         yield f"http://127.0.0.1:{port}", (processes[0].pid, processes[1].pid)

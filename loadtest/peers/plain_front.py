@@ -8,8 +8,12 @@ import os
 import struct
 from typing import Any, cast
 
+from server.contract import HEADER_TARGET_MODEL, JSON, raw_header
 
-class Link(asyncio.Protocol):
+_TARGET_MODEL = raw_header(HEADER_TARGET_MODEL)
+
+
+class WorkerConnection(asyncio.Protocol):
     """The one connection to the worker."""
 
     def __init__(self) -> None:
@@ -50,7 +54,7 @@ class Link(asyncio.Protocol):
         self._queue.clear()
 
 
-_links: list[Link] = []
+_links: list[WorkerConnection] = []
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -64,10 +68,10 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
         if not message.get("more_body"):
             break
     if not _links:
-        _, link = await asyncio.get_running_loop().create_unix_connection(Link, os.environ["PLAIN_SOCKET"])
+        _, link = await asyncio.get_running_loop().create_unix_connection(WorkerConnection, os.environ["PLAIN_SOCKET"])
         _links.append(link)
-    name = dict(scope["headers"])[b"x-amzn-sagemaker-target-model"]
+    name = dict(scope["headers"])[_TARGET_MODEL]
     reply = await _links[0].call(name, body)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(reply))]
+    headers = [(b"content-type", JSON.encode()), (b"content-length", b"%d" % len(reply))]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": reply})

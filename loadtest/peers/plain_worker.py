@@ -19,7 +19,7 @@ import uvloop
 HEAD = struct.Struct("<III")
 
 
-class Worker(asyncio.Protocol):
+class PlainWorker(asyncio.Protocol):
     """One front's connection; requests run where they are read."""
 
     def __init__(self, sessions: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ async def main(model: Path, count: int, path: str) -> None:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     graph = model.read_bytes()  # noqa: ASYNC240 -- before anything is served
     sessions = {f"m{i}": ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]) for i in range(count)}
-    server = await asyncio.get_running_loop().create_unix_server(lambda: Worker(sessions), path)
+    server = await asyncio.get_running_loop().create_unix_server(lambda: PlainWorker(sessions), path)
     await server.serve_forever()
 
 

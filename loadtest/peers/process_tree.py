@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from loadtest.observe.processes import pss
+from loadtest.observe.processes import read_pss
 
 TICKS = os.sysconf("SC_CLK_TCK")
 GENTLE_S = 10.0
@@ -16,14 +16,14 @@ KILL_S = 20.0
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError, IndexError)  #: ended between two looks
 
 
-class Tree:
+class ProcessTree:
     """Leaders and all their descendants, also those that left the leaders' process group (Ray's daemons)."""
 
     def __init__(self, *leaders: int) -> None:
         self._seen = {pid: int(_stat(pid)[19]) for pid in leaders}  # with start time: pids come again, both do not
 
     def __repr__(self) -> str:
-        return f"<Tree of {len(self.pids())} processes>"
+        return f"<ProcessTree of {len(self.pids())} processes>"
 
     def pids(self) -> list[int]:
         """All that live; whoever was seen once is followed when its parent is gone."""
@@ -50,7 +50,7 @@ class Tree:
         total = 0
         for pid in self.pids():
             with suppress(*GONE):
-                total += pss(pid)
+                total += read_pss(pid)
         return total
 
     def cpu_s(self) -> float:
@@ -69,7 +69,7 @@ class Tree:
                 os.kill(pid, number)
 
     def kill(self) -> None:
-        """Until nobody is left. Raises RuntimeError when that takes longer than KILL_S."""
+        """Kill all processes and wait for their end. Raises RuntimeError when that takes longer than KILL_S."""
         until = time.monotonic() + KILL_S
         while self.pids():
             if time.monotonic() > until:
@@ -79,7 +79,9 @@ class Tree:
 
 
 @contextmanager
-def started(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> Iterator[tuple[Tree, Path]]:
+def start_process(
+    command: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[ProcessTree, Path]]:
     """A process in a session of its own, its tree and its log; at the end SIGTERM for it, SIGKILL for what stays."""
     path = folder / "log.txt"
     with path.open("wb") as log:
@@ -92,7 +94,7 @@ def started(command: Sequence[str], folder: Path, environment: Mapping[str, str]
             stderr=log,
             start_new_session=True,
         )
-    tree = Tree(leader.pid)
+    tree = ProcessTree(leader.pid)
     try:
         yield tree, path
     finally:
@@ -104,7 +106,7 @@ def started(command: Sequence[str], folder: Path, environment: Mapping[str, str]
         leader.wait()
 
 
-def last_words(log: Path) -> str:
+def read_log_end(log: Path) -> str:
     """The end of what a process wrote."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-3:])[-400:]

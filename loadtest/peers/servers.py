@@ -1,7 +1,7 @@
-"""Every server of the comparison, started on loopback and asked: ours, the plain peer, and those of other people.
+"""Starts every server of the comparison on loopback: Fleetcast, the plain peer, and the others.
 
-Each starter is a context manager that yields a `Server`; at its end no process of it is left. What is set is what a
-user would set for small models on a small machine: one worker a model and one thread; all else is as it comes.
+Each starter is a context manager that yields a `PeerServer`; it ends all its processes. Settings are what a user would
+choose for small models on a small machine: one worker per model and one thread; all else is the default.
 """
 
 import http.client
@@ -22,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loadtest.driver.dialects import DIALECTS, JSON, Dialect
+from loadtest.driver.dialects import DIALECTS, ClientDialect
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.processes import free_port, reachable
-from loadtest.peers.environments import HERE, PeerUnavailable, environment
-from loadtest.peers.plain import plain_peer
-from loadtest.peers.process_tree import Tree, last_words, started
+from loadtest.observe.processes import find_free_port, is_reachable
+from loadtest.peers.environments import HERE, PeerUnavailable, make_environment
+from loadtest.peers.plain import serve_plain
+from loadtest.peers.process_tree import ProcessTree, read_log_end, start_process
+from server.contract import JSON
 
 START_S = 120.0
 LOAD_S = 120.0
@@ -36,7 +37,7 @@ UNBOUNDED = 100_000  #: models a Ray replica may keep: more than any run has
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class PeerServer:
     """A running server. `register` makes a model known and waits for its load; where it is None, asking is enough.
 
     A `fixed` server has all its models from the start, each with the weights of m0.
@@ -44,21 +45,21 @@ class Server:
 
     name: str
     url: str
-    dialect: Dialect
+    dialect: ClientDialect
     suffix: str
-    tree: Tree
+    tree: ProcessTree
     prepare: Callable[[str], object] = lambda _: None
     register: Callable[[str], None] | None = None
     fixed: bool = False
 
     def __repr__(self) -> str:
-        return f"<Server {self.name} at {self.url}, {self.tree}>"
+        return f"<PeerServer {self.name} at {self.url}, {self.tree}>"
 
     def ask(self, model: str, body: bytes) -> npt.NDArray[np.float64]:
-        """One answer's numbers, flat. Raises RuntimeError unless it is 200, OSError when nobody answers."""
+        """The numbers of one response, flat. Raises RuntimeError for any status but 200, OSError without a response."""
         path = self.dialect.path.format(model=quote(model + self.suffix))
         headers = {key: value.format(model=model + self.suffix) for key, value in self.dialect.headers.items()}
-        status, data = call("POST", self.url + path, body, {"Content-Type": JSON, **headers})
+        status, data = send_request("POST", self.url + path, body, {"Content-Type": JSON, **headers})
         if status != http.HTTPStatus.OK:
             raise RuntimeError(f"{self.name} answered {status} for {model}: {data[:200].decode(errors='replace')}")
         answer = json.loads(data)
@@ -75,10 +76,12 @@ class Server:
         return time.perf_counter() - begin
 
 
-Starter = Callable[..., AbstractContextManager[Server]]
+Starter = Callable[..., AbstractContextManager[PeerServer]]
 
 
-def call(method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+def send_request(
+    method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes]:
     """One request on a connection of its own."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=LOAD_S)
@@ -90,9 +93,9 @@ def call(method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | 
         connection.close()
 
 
-def accepted(name: str, url: str) -> None:
+def post_accepted(name: str, url: str) -> None:
     """POST without a body. Raises RuntimeError with what was said when it is refused."""
-    status, data = call("POST", url)
+    status, data = send_request("POST", url)
     if status != http.HTTPStatus.OK:
         raise RuntimeError(
             f"{name} refused a model with {status}: {' '.join(data.decode(errors='replace').split())[:200]}"
@@ -100,7 +103,7 @@ def accepted(name: str, url: str) -> None:
 
 
 @contextmanager
-def torchserve(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
+def start_torchserve(models: Path, say: Callable[[str], None]) -> Iterator[PeerServer]:
     """TorchServe: a Java front and one Python process a model."""
     command = ["torchserve", "--foreground", "--ncs", "--disable-token-auth", "--enable-model-api", "--ts-config"]
     with _model_server("torchserve", models, say, command) as server:
@@ -108,24 +111,24 @@ def torchserve(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
 
 
 @contextmanager
-def mms(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
+def start_mms(models: Path, say: Callable[[str], None]) -> Iterator[PeerServer]:
     """Multi Model Server, TorchServe's ancestor: the same shape."""
     with _model_server("mms", models, say, ["multi-model-server", "--foreground", "--mms-config"]) as server:
         yield server
 
 
 @contextmanager
-def _model_server(name: str, models: Path, say: Callable[[str], None], command: list[str]) -> Iterator[Server]:
+def _model_server(name: str, models: Path, say: Callable[[str], None], command: list[str]) -> Iterator[PeerServer]:
     """What the two have in common: properties, archives made by their own archiver, a management listener."""
     require_java()
-    binaries = environment(name, say) / "bin"
+    binaries = make_environment(name, say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         folder, base, management = Path(text), *(f"http://127.0.0.1:{_low_port()}" for _ in range(2))
         (folder / "archives").mkdir()
         (folder / "config.properties").write_text(_properties(name, base, management))
         arguments = [str(folder / "config.properties"), "--start", "--model-store", str(folder / "archives")]
         line = [str(binaries / command[0]), *command[1:], *arguments]
-        with started(line, folder, _environment(binaries, folder)) as (tree, log):
+        with start_process(line, folder, _environment(binaries, folder)) as (tree, log):
             _wait_for(name, f"{base}/ping", tree, log)
 
             def prepare(model: str) -> None:
@@ -133,9 +136,9 @@ def _model_server(name: str, models: Path, say: Callable[[str], None], command: 
 
             def register(model: str) -> None:
                 query = {"url": f"{model}.mar", "model_name": model, "initial_workers": 1, "synchronous": "true"}
-                accepted(name, f"{management}/models?{urlencode(query)}")
+                post_accepted(name, f"{management}/models?{urlencode(query)}")
 
-            yield Server(name, base, DIALECTS[name], "", tree, prepare, register)
+            yield PeerServer(name, base, DIALECTS[name], "", tree, prepare, register)
 
 
 def _properties(name: str, base: str, management: str) -> str:
@@ -143,8 +146,8 @@ def _properties(name: str, base: str, management: str) -> str:
     lines = [f"inference_address={base}", f"management_address={management}"]
     lines += ["default_workers_per_model=1", "job_queue_size=1000"]
     if name == "torchserve":
-        lines += [f"grpc_{listener}_port={free_port()}" for listener in ("inference", "management")]
-        lines.append(f"metrics_address=http://127.0.0.1:{free_port()}")
+        lines += [f"grpc_{listener}_port={find_free_port()}" for listener in ("inference", "management")]
+        lines.append(f"metrics_address=http://127.0.0.1:{find_free_port()}")
     return "\n".join(lines) + "\n"
 
 
@@ -168,12 +171,12 @@ def _archive(name: str, binaries: Path, model: Path, archives: Path) -> None:
 
 
 @contextmanager
-def mlserver(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
+def start_mlserver(models: Path, say: Callable[[str], None]) -> Iterator[PeerServer]:
     """MLServer: one Python process with all models in its event loop (its parallel workers die with uvloop 0.23)."""
-    binaries = environment("mlserver", say) / "bin"
+    binaries = make_environment("mlserver", say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         folder = Path(text)
-        ports = {f"{listener}_port": free_port() for listener in ("http", "grpc", "metrics")}
+        ports = {f"{listener}_port": find_free_port() for listener in ("http", "grpc", "metrics")}
         settings = {
             "host": "127.0.0.1",
             **ports,
@@ -184,56 +187,64 @@ def mlserver(models: Path, say: Callable[[str], None]) -> Iterator[Server]:
         (folder / "settings.json").write_text(json.dumps({**settings, "model_repository_root": str(folder)}))
         for file in ("network.py", "mlserver/handler.py"):
             shutil.copy(HERE / file, folder)
-        with started([str(binaries / "mlserver"), "start", "."], folder, _environment(binaries, folder)) as (tree, log):
+        with start_process([str(binaries / "mlserver"), "start", "."], folder, _environment(binaries, folder)) as (
+            tree,
+            log,
+        ):
             base = f"http://127.0.0.1:{ports['http_port']}"
             _wait_for("mlserver", f"{base}/v2/health/live", tree, log)
 
             def prepare(model: str) -> None:
                 (folder / model).mkdir(exist_ok=True)
                 parameters = {"uri": str(models / model)}
-                described = {"name": model, "implementation": "handler.Forecast", "parameters": parameters}
+                described = {"name": model, "implementation": "handler.MLServerModel", "parameters": parameters}
                 (folder / model / "model-settings.json").write_text(json.dumps(described))
 
             def register(model: str) -> None:
-                accepted("mlserver", f"{base}/v2/repository/models/{model}/load")
+                post_accepted("mlserver", f"{base}/v2/repository/models/{model}/load")
 
-            yield Server("mlserver", base, DIALECTS["v2"], "", tree, prepare, register)
+            yield PeerServer("mlserver", base, DIALECTS["v2"], "", tree, prepare, register)
 
 
 @contextmanager
-def ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -> Iterator[Server]:
+def start_ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -> Iterator[PeerServer]:
     """Ray Serve: proxy, controller and one replica that multiplexes at most so many models."""
-    binaries = environment("ray", say) / "bin"
+    binaries = make_environment("ray", say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
-        folder, port = Path(text), free_port()
+        folder, port = Path(text), find_free_port()
         for file in ("network.py", "ray/handler.py"):
             shutil.copy(HERE / file, folder)
         line = [str(binaries / "python"), "handler.py", str(models), str(port), str(most), str(folder / "ray")]
-        with started(line, folder, _environment(binaries, folder)) as (tree, log):
+        with start_process(line, folder, _environment(binaries, folder)) as (tree, log):
             _wait_for("ray", f"http://127.0.0.1:{port}/-/routes", tree, log, "ready")
-            yield Server("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree)
+            yield PeerServer("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree)
 
 
 @contextmanager
-def fleetcast(name: str, store: Path) -> Iterator[Server]:
+def start_fleetcast(name: str, store: Path) -> Iterator[PeerServer]:
     """Ours, with what it does by default."""
     with serve(str(store)) as local:
-        yield ours(name, local)
+        yield wrap_server(name, local)
 
 
-def ours(name: str, local: LocalServer) -> Server:
+def wrap_server(name: str, local: LocalServer) -> PeerServer:
     """A server of ours that runs."""
-    return Server(name, local.inference, DIALECTS["sagemaker"], ".mar", Tree(local.process.pid))
+    return PeerServer(name, local.inference, DIALECTS["sagemaker"], ".mar", ProcessTree(local.process.pid))
 
 
 @contextmanager
-def plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[Server]:
+def start_plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[PeerServer]:
     """ONNX Runtime behind a socket, see `plain_worker`: what a careful afternoon gives."""
-    with plain_peer(folder, network, count) as (url, pids):
-        yield Server("plain", url, DIALECTS["sagemaker"], "", Tree(*pids), fixed=True)
+    with serve_plain(folder, network, count) as (url, pids):
+        yield PeerServer("plain", url, DIALECTS["sagemaker"], "", ProcessTree(*pids), fixed=True)
 
 
-PEERS: Mapping[str, Starter] = {"torchserve": torchserve, "mms": mms, "mlserver": mlserver, "ray": ray}
+PEERS: Mapping[str, Starter] = {
+    "torchserve": start_torchserve,
+    "mms": start_mms,
+    "mlserver": start_mlserver,
+    "ray": start_ray,
+}
 PACKAGE = {"torchserve": "torchserve", "mms": "multi-model-server", "mlserver": "mlserver", "ray": "ray"}
 
 
@@ -241,7 +252,7 @@ def _low_port() -> int:
     """A free port that Multi Model Server takes: it reads ports as 16 bits with a sign."""
     while True:
         port = random.randrange(20_000, 2**15)
-        if not reachable(port):
+        if not is_reachable(port):
             return port
 
 
@@ -264,16 +275,16 @@ def _environment(binaries: Path, folder: Path) -> dict[str, str]:
     return {**kept, **quiet, **paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def _wait_for(name: str, url: str, tree: Tree, log: Path, word: str = "") -> None:
+def _wait_for(name: str, url: str, tree: ProcessTree, log: Path, word: str = "") -> None:
     """Until the URL answers 200 (and the log says the word). Raises PeerUnavailable with its last words."""
     begin = time.monotonic()
     while time.monotonic() - begin < START_S and tree.pids():
         try:
-            if call("GET", url)[0] == http.HTTPStatus.OK and word in log.read_text(errors="replace"):
+            if send_request("GET", url)[0] == http.HTTPStatus.OK and word in log.read_text(errors="replace"):
                 return
         except (OSError, http.client.HTTPException):
             pass
         time.sleep(0.1)
     waited = time.monotonic() - begin
     how = f"was not ready within {waited:.0f} s" if tree.pids() else f"ended after {waited:.0f} s before it was ready"
-    raise PeerUnavailable(f"{name} {how}: {last_words(log)}")
+    raise PeerUnavailable(f"{name} {how}: {read_log_end(log)}")

@@ -1,8 +1,8 @@
-"""Measure what the server takes for what, here and in some seconds: loads, hits and the most that it answers.
+"""Measures the costs that the planner needs in about twenty seconds: loads, hits and the highest rate.
 
 A client's view: latencies from the intended time, as the open-loop driver has them, and the counters of /metrics. Loads
-and hits are measured while hits come at the rate that is planned for: a core that is asked rarely falls asleep, and a
-hit takes 0.9 ms at 100 requests a second where it takes 0.7 at 150.
+and hits are measured while hits come at the planned rate, because a core that is rarely used falls asleep: a hit takes
+0.9 ms at 100 requests a second where it takes 0.7 at 150.
 """
 
 import re
@@ -12,12 +12,13 @@ from math import inf
 
 import numpy as np
 
-from loadtest.driver.open_loop import Target, drive
-from loadtest.driver.profiles import Float64, Schedule, poisson
+from loadtest.driver.open_loop import LoadTarget, drive
+from loadtest.driver.profiles import Float64, Schedule, draw_poisson
 from loadtest.driver.run_result import CACHE, Run
 from loadtest.observe.local_server import LocalServer
-from loadtest.observe.metrics_sampler import Counts, parsed
-from loadtest.plan.costs import DEFAULT, Costs, less, sample
+from loadtest.observe.metrics_sampler import MetricSums, parse_metrics
+from loadtest.plan.costs import DEFAULT, Costs, make_sample, subtract_samples
+from server import contract
 
 LOAD_RATE, LOADED = 25.0, 80  #: loads a second, far enough apart to meet none other; how many at most
 HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second for so many models that stay, the last ones
@@ -27,22 +28,22 @@ PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class MetricsReading:
     """What /metrics said at a moment; nothing where there is none."""
 
-    counts: Counts | None
+    counts: MetricSums | None
     device: str
 
     @classmethod
-    def at(cls, metrics: str | None) -> "Counted":
+    def at(cls, metrics: str | None) -> "MetricsReading":
         """Raises RuntimeError and urllib3's errors where the address does not answer."""
         if metrics is None:
             return cls(None, DEFAULT.device)
-        text = str(LocalServer.get(f"{metrics.rstrip('/')}/metrics").data, "utf-8")
+        text = str(LocalServer.get(f"{metrics.rstrip('/')}{contract.METRICS_PATH}").data, "utf-8")
         found = re.search(r'device="(\w+)', text)
-        return cls(parsed(text)[0], found[1] if found else DEFAULT.device)
+        return cls(parse_metrics(text)[0], found[1] if found else DEFAULT.device)
 
-    def gained(self, before: "Counted", name: str) -> float:
+    def gained(self, before: "MetricsReading", name: str) -> float:
         """What a counter has gained since."""
         if self.counts is None or before.counts is None:
             return 0.0
@@ -50,33 +51,33 @@ class Counted:
 
 
 def calibrate(
-    to: Target, metrics: str | None, forget: Callable[[int], None] | None, where: str, rate: float = HIT_RATE
+    to: LoadTarget, metrics: str | None, forget: Callable[[int], None] | None, where: str, rate: float = HIT_RATE
 ) -> Costs:
-    """The costs of a server that nobody else asks now. Loads are seen only of models that are not loaded yet.
+    """The costs of a server without other load. Loads are measured only for models that are not loaded yet.
 
     `forget` unloads a model by its number, so that it comes back from disk; None: what that takes is not seen. `rate`:
     requests a second of hits meanwhile. Raises ValueError where no hit is answered, and what `Counted.at` and `forget`
     raise.
     """
     hot = range(len(to.requests))[-HOT:] if len(to.requests) > HOT else range(0)
-    _warm(to, hot)
-    first = _loads(to, hot, rate)
-    again = _middle([_reloads(to, hot, rate, forget) for _ in range(TIMES)]) if forget else first[:0]
+    _warm_up(to, hot)
+    first = _measure_loads(to, hot, rate)
+    again = _choose_middle([_measure_reloads(to, hot, rate, forget) for _ in range(TIMES)]) if forget else first[:0]
     hot = hot or range(len(to.requests))
-    _warm(to, hot)
-    before = Counted.at(metrics)
-    hits = _hits(to, hot, rate)
+    _warm_up(to, hot)
+    before = MetricsReading.at(metrics)
+    hits = _measure_hits(to, hot, rate)
     if not len(hits):
         raise ValueError(f"{where}: no request for {len(hot)} models was answered from a loaded model")
-    between = Counted.at(metrics)
-    full = _full(to, hot)
-    after = Counted.at(metrics)
-    workers = after.counts["worker_up", ""] if after.counts else 1.0
-    step_s, row_s = _step(before, between, after, per_request=max(1.0, workers) / full)
+    between = MetricsReading.at(metrics)
+    full = _measure_full_rate(to, hot)
+    after = MetricsReading.at(metrics)
+    workers = after.counts[contract.WORKER_UP.series, ""] if after.counts else 1.0
+    step_s, row_s = _compute_step(before, between, after, per_request=max(1.0, workers) / full)
     alone = step_s + row_s
     usual = float(np.median(hits))
-    build = sample(np.maximum(again - usual, 0)) if len(again) else DEFAULT.build
-    get = less(sample(np.maximum(first - usual, 0)), build) if len(first) else DEFAULT.get
+    build = make_sample(np.maximum(again - usual, 0)) if len(again) else DEFAULT.build
+    get = subtract_samples(make_sample(np.maximum(first - usual, 0)), build) if len(first) else DEFAULT.get
     seen = (
         f"{len(first)} loads from the store, {len(again)} from disk, {len(hits)} hits, {full:,.0f} requests/s at most"
     )
@@ -85,55 +86,55 @@ def calibrate(
         device=after.device,
         step_s=step_s,
         row_s=row_s,
-        overhead=sample(np.maximum(hits - alone, 0)),
+        overhead=make_sample(np.maximum(hits - alone, 0)),
         get=get,
         build=build,
     )
 
 
-def _warm(to: Target, hot: Sequence[int]) -> None:
+def _warm_up(to: LoadTarget, hot: Sequence[int]) -> None:
     """Load them, three times asked."""
     if hot:
-        _asked(to, np.arange(3 * len(hot)) / LOAD_RATE, [*hot] * 3)
+        _send_requests(to, np.arange(3 * len(hot)) / LOAD_RATE, [*hot] * 3)
 
 
-def _loads(to: Target, hot: Sequence[int], rate: float) -> Float64:
+def _measure_loads(to: LoadTarget, hot: Sequence[int], rate: float) -> Float64:
     """Seconds of those requests, of one for each of the first models, that had to load it; beside them `hot` ones."""
-    first = np.arange(_most(to))
+    first = np.arange(_count_loaded(to))
     at = first / LOAD_RATE
-    beside = poisson(rate, float(at[-1]) + 1 / LOAD_RATE, np.random.default_rng(0)) if hot else np.empty(0)
+    beside = draw_poisson(rate, float(at[-1]) + 1 / LOAD_RATE, np.random.default_rng(0)) if hot else np.empty(0)
     models = np.concatenate([first, np.resize(np.array(hot, np.int64), len(beside))])
     order = np.argsort(whole := np.concatenate([at, beside]), kind="stable")
-    return _latencies(_asked(to, whole[order], models[order].tolist()), "miss")
+    return _select_latencies(_send_requests(to, whole[order], models[order].tolist()), "miss")
 
 
-def _reloads(to: Target, hot: Sequence[int], rate: float, forget: Callable[[int], None]) -> Float64:
+def _measure_reloads(to: LoadTarget, hot: Sequence[int], rate: float, forget: Callable[[int], None]) -> Float64:
     """As `_loads`, of models that have been loaded before."""
-    for model in range(_most(to)):
+    for model in range(_count_loaded(to)):
         forget(model)
-    return _loads(to, hot, rate)
+    return _measure_loads(to, hot, rate)
 
 
-def _hits(to: Target, hot: Sequence[int], rate: float) -> Float64:
+def _measure_hits(to: LoadTarget, hot: Sequence[int], rate: float) -> Float64:
     """Seconds of hits."""
     rng, seen = np.random.default_rng(0), []
     for _ in range(TIMES):
-        at = poisson(rate, HIT_S, rng)
-        seen.append(_latencies(_asked(to, at, rng.choice(list(hot), len(at)).tolist()), "hit"))
-    return _middle(seen)
+        at = draw_poisson(rate, HIT_S, rng)
+        seen.append(_select_latencies(_send_requests(to, at, rng.choice(list(hot), len(at)).tolist()), "hit"))
+    return _choose_middle(seen)
 
 
-def _middle(times: Sequence[Float64]) -> Float64:
+def _choose_middle(times: Sequence[Float64]) -> Float64:
     return sorted(times, key=lambda each: float(np.percentile(each, TAIL)) if len(each) else inf)[TIMES // 2]
 
 
-def _most(to: Target) -> int:
+def _count_loaded(to: LoadTarget) -> int:
     """Models that are loaded: the first, but not the hot ones."""
     count = len(to.requests)
     return min(count - HOT if count > HOT else count, LOADED)
 
 
-def _full(to: Target, hot: Sequence[int]) -> float:
+def _measure_full_rate(to: LoadTarget, hot: Sequence[int]) -> float:
     """Requests a second answered where more are asked."""
     count = int(FULL_S * FULL_RATE)
     schedule = Schedule(np.arange(count) / FULL_RATE, np.resize(np.array(hot), count), FULL_S)
@@ -141,29 +142,31 @@ def _full(to: Target, hot: Sequence[int]) -> float:
     return max(1.0, float((run.status == 200).sum()) / run.ended)  # noqa: PLR2004
 
 
-def _step(before: Counted, between: Counted, after: Counted, per_request: float) -> tuple[float, float]:
+def _compute_step(
+    before: MetricsReading, between: MetricsReading, after: MetricsReading, per_request: float
+) -> tuple[float, float]:
     """Seconds of a step and of each request in it: from steps of about one request, and from full ones.
 
     `per_request` counts all that a request costs the server where it is full, not its steps alone.
     """
-    steps = between.gained(before, "inference_batch_rows_count")
-    full_steps = after.gained(between, "inference_batch_rows_count")
+    steps = between.gained(before, contract.BATCH_ROWS.count)
+    full_steps = after.gained(between, contract.BATCH_ROWS.count)
     if not steps or not full_steps:
         return 0.0, per_request
-    alone = between.gained(before, "step_seconds_total") / steps
-    rows_a_step = max(1.0, after.gained(between, "inference_batch_rows_sum") / full_steps)
+    alone = between.gained(before, contract.STEP_SECONDS.series) / steps
+    rows_a_step = max(1.0, after.gained(between, contract.BATCH_ROWS.sum) / full_steps)
     if rows_a_step < 2 or alone <= per_request:  # noqa: PLR2004 -- steps that never met more than one request
         return 0.0, per_request
     step_s = min(alone, (alone - per_request) / (1 - 1 / rows_a_step))
     return step_s, max(per_request - step_s / rows_a_step, 1e-9)
 
 
-def _asked(to: Target, at: Float64, models: list[int]) -> Run:
+def _send_requests(to: LoadTarget, at: Float64, models: list[int]) -> Run:
     seconds = float(at[-1]) + 1e-3
     return drive(Schedule(at, np.array(models), seconds), to, patience_s=PATIENCE_S)
 
 
-def _latencies(run: Run, cache: str) -> Float64:
+def _select_latencies(run: Run, cache: str) -> Float64:
     """[n] seconds of the answers of which the server said this."""
     found: Float64 = run.latency[(run.status == 200) & (run.cache == CACHE.index(cache))]  # noqa: PLR2004
     return found

@@ -17,25 +17,25 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from loadtest.driver import run as trial
+from loadtest.driver import run as load_run
 from loadtest.driver.open_loop import Forbidden
 from loadtest.driver.profiles import Shape, make_profile
-from loadtest.fleets.archive_writer import progress_bar
+from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
 from loadtest.observe.local_server import serve
 from loadtest.plan.calibrate import HIT_RATE, LOADED, calibrate
 from loadtest.plan.costs import DEFAULT, Costs, read_costs
-from loadtest.plan.demand import Demand, of_profile, of_trace
-from loadtest.plan.machine_choice import Promise, offers
-from loadtest.plan.miss_ratio_curves import SIZES, curve
+from loadtest.plan.demand import Demand, make_profile_demand, make_trace_demand
+from loadtest.plan.machine_choice import Promise, find_offers
+from loadtest.plan.miss_ratio_curves import SIZES, compute_curve
 from loadtest.plan.placement import Placement
-from loadtest.plan.plan_report import Findings
+from loadtest.plan.plan_report import PlanFindings
 from loadtest.plan.prices import EXAMPLE, read_prices
-from loadtest.plan.simulate import SLAB_BYTES, Found, Loss, Machines, simulate
-from loadtest.plan.simulated_worker import LOADER_THREADS
-from loadtest.report.terminal import shown
+from loadtest.plan.simulate import Loss, Machines, SimulationResult, simulate
+from loadtest.report.terminal import render_table
 from model_store.cache.eviction import POLICIES
 from model_store.errors import LoadError
+from server.contract import EVICTION_POLICY, LOADER_THREADS, MIB, SLAB_BYTES, verb_path
 
 EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: of what the fleet weighs: the cache sizes that are simulated
@@ -54,14 +54,18 @@ def plan(
     trace: Annotated[Path | None, _flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)] = None,
     profile: Annotated[Shape, _flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
     models: Annotated[int, _flag(DEMAND, "of the profile", min=1)] = 1_000,
-    rate: Annotated[float | None, _flag(DEMAND, "requests a second; else 200")] = None,
-    seconds: Annotated[float, _flag(DEMAND, "how long")] = SECONDS,
-    warmup: Annotated[float, _flag(DEMAND, "seconds before that fill the caches")] = WARMUP_S,
-    zipf: Annotated[float | None, _flag(DEMAND, "popularity of rank r is 1 / r to this power; else 1")] = None,
-    drift_s: Annotated[float | None, _flag(DEMAND, "models trade ranks every so many seconds; else never")] = None,
-    every_s: Annotated[float | None, _flag(DEMAND, "tick: seconds from one to the next; else 5")] = None,
-    spread_s: Annotated[float | None, _flag(DEMAND, "tick: seconds within which all are asked; else 1")] = None,
-    shuffled: Annotated[bool | None, _flag(DEMAND, "tick: another order every time", "--shuffled")] = None,
+    rate: Annotated[float | None, _flag(DEMAND, "requests per second; default 200")] = None,
+    seconds: Annotated[float, _flag(DEMAND, "duration of the load")] = SECONDS,
+    warmup: Annotated[float, _flag(DEMAND, "seconds of load before that fill the caches")] = WARMUP_S,
+    zipf: Annotated[float | None, _flag(DEMAND, "exponent of the Zipf popularity of models; default 1")] = None,
+    drift_s: Annotated[
+        float | None, _flag(DEMAND, "seconds after which some models exchange ranks; default never")
+    ] = None,
+    every_s: Annotated[float | None, _flag(DEMAND, "tick: seconds between ticks; default 5")] = None,
+    spread_s: Annotated[
+        float | None, _flag(DEMAND, "tick: seconds that its requests are spread over; default 1")
+    ] = None,
+    shuffled: Annotated[bool | None, _flag(DEMAND, "tick: another order in every tick", "--shuffled")] = None,
     model_size: Annotated[
         str | None, _flag(DEMAND, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
     ] = None,
@@ -75,12 +79,12 @@ def plan(
     workers: Annotated[int, _flag(SERVER, "workers of a node", min=1)] = 1,
     nodes: Annotated[int, _flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
     replicas: Annotated[int, _flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
-    lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; else never")] = None,
-    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = "lru",
+    lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; default never")] = None,
+    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
     loader_threads: Annotated[int, _flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
-    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // 2**20}MiB",
-    p99_ms: Annotated[float | None, _flag(PROMISE, "99th percentile at most")] = None,
-    hit_ratio: Annotated[float | None, _flag(PROMISE, "hit ratio at least")] = None,
+    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // MIB}MiB",
+    p99_ms: Annotated[float | None, _flag(PROMISE, "maximum 99th percentile of latency")] = None,
+    hit_ratio: Annotated[float | None, _flag(PROMISE, "minimum hit ratio")] = None,
     availability: Annotated[float, _flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
     prices: Annotated[
         Path, _flag(PROMISE, "price table; the default is a dated example to copy and edit", exists=True)
@@ -88,12 +92,12 @@ def plan(
     html: Annotated[Path | None, _flag(OUTPUT, "write a page with plots for the browser")] = None,
     out: Annotated[Path | None, _flag(OUTPUT, "write all of it as JSON", "--json")] = None,
 ) -> None:
-    """How many models fit, what the tail will be, what it costs: simulated, before the money is spent.
+    """Simulate how many models fit, the tail latency and the cost, before the money is spent.
 
     Caches are the server's own objects, driven in simulated time; miss-ratio
     curves, latency by cache size, the cheapest machines that keep a promise,
-    and one endpoint per model beside them. What the server fetches ahead of a
-    clock is not simulated: a fleet that is asked by one does better.
+    and one endpoint per model beside them. Prefetch is not simulated: a fleet
+    that is requested by the clock does better.
 
     [bold]fleetcast-load calibrate --out costs.json[/]
       what a hit, a step and a load take here
@@ -110,13 +114,21 @@ def plan(
     """
     settings = {"rate": rate, "zipf": zipf, "drift_s": drift_s, "every_s": every_s, "spread_s": spread_s}
     try:
-        demand = _demand(trace, profile, models, seconds, warmup, model_size, seed, {**settings, "shuffled": shuffled})
+        demand = _make_demand(
+            trace, profile, models, seconds, warmup, model_size, seed, {**settings, "shuffled": shuffled}
+        )
         loss = None if lose_at is None else Loss(0, lose_at)
-        base = Machines(0, workers, nodes, replicas, loss, policy, _bytes(slab), loader_threads)
+        base = Machines(0, workers, nodes, replicas, loss, policy, _parse_bytes(slab), loader_threads)
         wanted = Promise(p99_ms, hit_ratio, availability=availability)
         console.print(f"{demand.said}; {demand.fleet_bytes / 1e6:,.1f} MB of models")
-        found = _findings(
-            demand, read_costs(costs) if costs else DEFAULT, base, _sizes(cache, base, demand), wanted, prices, seed
+        found = _compute_findings(
+            demand,
+            read_costs(costs) if costs else DEFAULT,
+            base,
+            _choose_sizes(cache, base, demand),
+            wanted,
+            prices,
+            seed,
         )
     except EXPECTED as error:
         raise SystemExit(f"no plan: {error}") from error
@@ -129,28 +141,31 @@ def plan(
         console.print(f"numbers: {out}")
 
 
-def calibration(
+def calibrate_server(
     *,
-    store: Annotated[str | None, _flag(SERVER, "your archives, in a server of its own; else a fleet is made")] = None,
-    url: Annotated[str | None, _flag(SERVER, "a server that runs and that nobody else asks now")] = None,
-    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: what a step takes")] = None,
-    management_url: Annotated[
-        str | None, _flag(SERVER, "its management address: models are unloaded, to see them come back from disk")
+    store: Annotated[
+        str | None, _flag(SERVER, "your archives, for which a server is started; default a fleet is made")
     ] = None,
-    rate: Annotated[float, _flag(DEMAND, "requests a second that are planned for, of a worker", min=1)] = HIT_RATE,
-    allow_remote: Annotated[bool, _flag(SERVER, "load an address beyond loopback", "--allow-remote")] = False,
-    out: Annotated[Path, _flag(OUTPUT, "where to write them")] = Path("costs.json"),
+    url: Annotated[str | None, _flag(SERVER, "address of a running server that has no other load")] = None,
+    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: the duration of a step")] = None,
+    management_url: Annotated[
+        str | None,
+        _flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
+    ] = None,
+    rate: Annotated[float, _flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
+    allow_remote: Annotated[bool, _flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
+    out: Annotated[Path, _flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
 ) -> None:
-    """Measure in some twenty seconds what `plan` calculates with: a hit, a step, and loads from store and disk.
+    """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
     On the machine, with the archives and the store that the plan is for:
     [bold]fleetcast-load calibrate --store s3://bucket/models[/]
     """
     try:
-        with _server(store, url, metrics_url, management_url) as (subject, management, where):
+        with _serve_measured(store, url, metrics_url, management_url) as (subject, management, where):
             to = subject.target("sagemaker", allow_remote=allow_remote)
             names = list(subject.questions)
-            forget = unloader(management, names) if management else None
+            forget = make_unloader(management, names) if management else None
             with console.status("loads, hits, and as many requests as are answered: twenty seconds"):
                 found = calibrate(to, subject.metrics, forget, where, rate)
     except EXPECTED as error:
@@ -171,7 +186,7 @@ def calibration(
 # --- parts of a plan ------------------------------------------------------------------------------------------------
 
 
-def _demand(
+def _make_demand(
     trace: Path | None,
     profile: Shape,
     models: int,
@@ -185,39 +200,39 @@ def _demand(
     if trace is not None:
         if given := [name for name, value in settings.items() if value is not None]:
             raise ValueError(f"a trace says itself when who is asked: leave out {', '.join(given)}")
-        return of_trace(trace, size)
+        return make_trace_demand(trace, size)
     if profile is Shape.REPLAY:
         raise ValueError("what is replayed is a recording: give it by --trace")
-    return of_profile(make_profile(profile, models, seed, **settings), seconds, warmup, size or MODEL_SIZE)
+    return make_profile_demand(make_profile(profile, models, seed, **settings), seconds, warmup, size or MODEL_SIZE)
 
 
-def _findings(
+def _compute_findings(
     demand: Demand, costs: Costs, base: Machines, sizes: Sequence[int], wanted: Promise, prices: Path, seed: int
-) -> Findings:
+) -> PlanFindings:
     table, placement = read_prices(prices), Placement(demand)
     replace(base, cache_bytes=sizes[0]).cache()  # what is wrong with it is said before anything takes long
-    with progress_bar() as bar:
-        looked = _look(bar, "miss-ratio curves", len(SIZES) * len(POLICIES))
-        curves = [curve(demand, policy, look=looked) for policy in POLICIES]
-        looked, found = _look(bar, "cache sizes", len(sizes)), list[Found]()
+    with make_progress_bar() as bar:
+        looked = _make_progress(bar, "miss-ratio curves", len(SIZES) * len(POLICIES))
+        curves = [compute_curve(demand, policy, look=looked) for policy in POLICIES]
+        looked, found = _make_progress(bar, "cache sizes", len(sizes)), list[SimulationResult]()
         for size in sizes:
             found.append(simulate(placement, replace(base, cache_bytes=size), costs, seed))
             looked()
-        looked = _look(bar, "machines", len(table.machine))
-        offered = offers(placement, costs, table, wanted, base, seed=seed, look=looked)
-    return Findings(demand, costs, table, wanted, curves, found, offered)
+        looked = _make_progress(bar, "machines", len(table.machine))
+        offered = find_offers(placement, costs, table, wanted, base, seed=seed, look=looked)
+    return PlanFindings(demand, costs, table, wanted, curves, found, offered)
 
 
-def _look(bar: Progress, what: str, total: int) -> Callable[[], None]:
+def _make_progress(bar: Progress, what: str, total: int) -> Callable[[], None]:
     task = bar.add_task(what, total=total)
     return lambda: bar.advance(task)
 
 
-def _sizes(text: str | None, base: Machines, demand: Demand) -> list[int]:
+def _choose_sizes(text: str | None, base: Machines, demand: Demand) -> list[int]:
     """Of a node's cache, in bytes, rising; a worker's share has room for a slab."""
     least = base.workers * base.slab_bytes
     if text is not None:
-        found = sorted({_bytes(each) for each in text.split(",")})
+        found = sorted({_parse_bytes(each) for each in text.split(",")})
         if found[0] < least:
             raise ValueError(f"a cache of {found[0]} bytes is less than a slab of {base.slab_bytes} for each worker")
         return found
@@ -225,7 +240,7 @@ def _sizes(text: str | None, base: Machines, demand: Demand) -> list[int]:
     return sorted({max(least, round(share * whole)) for share in SHARES})
 
 
-def _bytes(text: str) -> int:
+def _parse_bytes(text: str) -> int:
     try:
         found = int(TypeAdapter(ByteSize).validate_python(text.strip()))
     except ValidationError:
@@ -235,9 +250,9 @@ def _bytes(text: str) -> int:
     return found
 
 
-def _show(found: Findings) -> None:
+def _show(found: PlanFindings) -> None:
     for table in found.tables():
-        console.print(shown(table), table.says, "")
+        console.print(render_table(table), table.says, "")
     for sentence in found.sentences():
         console.print(sentence)
     console.print(f"costs: {found.costs.said}")
@@ -247,13 +262,13 @@ def _show(found: Findings) -> None:
 
 
 @contextmanager
-def _server(
+def _serve_measured(
     store: str | None, url: str | None, metrics: str | None, management: str | None
-) -> Iterator[tuple[trial.Subject, str | None, str]]:
-    """Who is measured, its management address, and how to call it."""
-    asked = trial.Questions(names=None, most=LOADED, body=None, request=None, seed=0)
+) -> Iterator[tuple[load_run.ServerUnderLoad, str | None, str]]:
+    """The server to measure, its management address, and its name in the output."""
+    asked = load_run.RequestSource(names=None, most=LOADED, body=None, request=None, seed=0)
     if url is not None:
-        yield trial.running(url, metrics, store, asked, console), management, url
+        yield load_run.connect_server(url, metrics, store, asked, console), management, url
         return
     if metrics or management:
         raise ValueError("--metrics-url and --management-url are for the server at --url")
@@ -265,17 +280,17 @@ def _server(
         with serve(where, ["--workers", "1"]) as server:
             what = store or "a fleet of tcn archives in a local folder"
             yield (
-                trial.Subject(server.inference, server.metrics, questions, what),
+                load_run.ServerUnderLoad(server.inference, server.metrics, questions, what),
                 server.management,
                 what,
             )
 
 
-def unloader(management: str, names: Sequence[str]) -> Callable[[int], None]:
+def make_unloader(management: str, names: Sequence[str]) -> Callable[[int], None]:
     """What unloads a model by its number. Raises RuntimeError where the server does not."""
 
     def unload(model: int) -> None:
-        where = f"{management.rstrip('/')}/fleet/unload/{quote(names[model])}"
+        where = f"{management.rstrip('/')}{verb_path('unload')}/{quote(names[model])}"
         reply = urllib3.request("POST", where, timeout=30.0, retries=False)
         if reply.status != 200:  # noqa: PLR2004
             raise RuntimeError(f"POST {where} answered {reply.status}: {reply.data[:200]!r}")

@@ -1,4 +1,4 @@
-"""What the server takes for what, on a machine where it was measured; the planner draws its times from here."""
+"""The costs of hits, steps and loads as measured on a machine; the simulation draws its times from them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -58,7 +58,7 @@ DEFAULT = Costs(
 )
 
 
-def sample(seconds: Sequence[float] | Float64) -> Sample:
+def make_sample(seconds: Sequence[float] | Float64) -> Sample:
     """What was seen as a distribution. Raises ValueError for nothing."""
     values = np.sort(np.asarray(seconds, np.float64))
     if not len(values):
@@ -68,19 +68,19 @@ def sample(seconds: Sequence[float] | Float64) -> Sample:
     return tuple(float(f"{value:.4g}") for value in values)
 
 
-def less(longer: Sample, shorter: Sample) -> Sample:
+def subtract_samples(longer: Sample, shorter: Sample) -> Sample:
     """How much longer the one takes than the other, percentile by percentile; never less than nothing."""
     levels = np.linspace(0, 1, POINTS)
-    difference = _at(longer, levels) - _at(shorter, levels)
-    return sample(np.maximum.accumulate(np.maximum(difference, 0.0)))
+    difference = _interpolate(longer, levels) - _interpolate(shorter, levels)
+    return make_sample(np.maximum.accumulate(np.maximum(difference, 0.0)))
 
 
-def drawn(seen: Sample, count: int, rng: np.random.Generator) -> Float64:
+def draw_seconds(seen: Sample, count: int, rng: np.random.Generator) -> Float64:
     """[count] seconds drawn from what was seen."""
-    return _at(seen, rng.random(count))
+    return _interpolate(seen, rng.random(count))
 
 
-def _at(seen: Sample, levels: Float64) -> Float64:
+def _interpolate(seen: Sample, levels: Float64) -> Float64:
     return np.interp(levels, np.linspace(0, 1, len(seen)), seen)
 
 
@@ -92,38 +92,38 @@ def read_costs(path: Path) -> Costs:
     data = path.read_bytes()
     try:
         found: Mapping[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
-        return of_run(found, path.name) if "results" in found else msgspec.convert(found, Costs)
+        return make_run_costs(found, path.name) if "results" in found else msgspec.convert(found, Costs)
     except (msgspec.MsgspecError, ValueError) as wrong:
         message = f"{path} holds neither the costs that `fleetcast-load calibrate` writes nor a load run: {wrong}"
         raise ValueError(message) from wrong
 
 
-def of_run(record: Mapping[str, Any], name: str) -> Costs:
+def make_run_costs(record: Mapping[str, Any], name: str) -> Costs:
     """A load run as costs: its hits' latency, and the server's own times of loads by tier. Raises ValueError.
 
     Its hits and loads stood in each other's way already, so this errs on the slow side; what a step takes a run does
     not know, and DEFAULT says it.
     """
-    from loadtest.report.results_schema import checked, histogram  # noqa: PLC0415 -- hdrhistogram, for this way alone
+    from loadtest.report.results_schema import check_record, decode_histogram  # noqa: PLC0415 -- hdrhistogram, for this way alone
 
-    run = checked(record)["results"]
+    run = check_record(record)["results"]
     if "hit" not in run["latency"]:
         raise ValueError("no request of the run was a hit")
-    hits = histogram(run["latency"]["hit"]).get_percentile_to_value_dict([*np.linspace(0, 100, POINTS).tolist()])
+    hits = decode_histogram(run["latency"]["hit"]).get_percentile_to_value_dict([*np.linspace(0, 100, POINTS).tolist()])
     alone = DEFAULT.step_s + DEFAULT.row_s
-    overhead = sample([max(0.0, us / 1e6 - alone) for us in hits.values()])
+    overhead = make_sample([max(0.0, us / 1e6 - alone) for us in hits.values()])
     loads = (run["load_time"] or {}).items()
-    times = {tier: _of_buckets(each["le_s"], each["count"]) for tier, each in loads if any(each["count"][:-1])}
+    times = {tier: _sample_buckets(each["le_s"], each["count"]) for tier, each in loads if any(each["count"][:-1])}
     build = times.get("disk", DEFAULT.build)
-    get = less(times["store"], build) if "store" in times else DEFAULT.get
+    get = subtract_samples(times["store"], build) if "store" in times else DEFAULT.get
     said = f"the load run {name}: its hits and loads; a step as in our records of 2026-11"
     return Costs(said=said, step_s=DEFAULT.step_s, row_s=DEFAULT.row_s, overhead=overhead, get=get, build=build)
 
 
-def _of_buckets(bounds: Sequence[float | None], counts: Sequence[float]) -> Sample:
+def _sample_buckets(bounds: Sequence[float | None], counts: Sequence[float]) -> Sample:
     """A histogram as a distribution: evenly between its bounds, which end with None, nothing beyond the last."""
     filled = np.flatnonzero(counts[:-1])
     first, last = int(filled[0]), int(filled[-1])
     ends = np.array([0.0, *bounds[:-1]], np.float64)[first : last + 2]
     share = np.cumsum([0.0, *counts[first : last + 1]]) / sum(counts[first : last + 1])
-    return sample(np.interp(np.linspace(0, 1, POINTS), share, ends))
+    return make_sample(np.interp(np.linspace(0, 1, POINTS), share, ends))

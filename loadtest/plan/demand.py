@@ -1,4 +1,4 @@
-"""What a fleet is asked: when, whom, and what each model weighs. Arrays: a million models are some megabytes."""
+"""The demand that is planned for: requests, models and their sizes, as arrays. A million models are some megabytes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from loadtest.driver.profiles import Int64, Load, Schedule
 from loadtest.driver.trace import Trace, read_trace
-from loadtest.fleets.fleet import fleet_names, parse_sizes
+from loadtest.fleets.fleet import list_fleet_names, parse_sizes
 from model_store.names import ModelName
 
 UInt64 = npt.NDArray[np.uint64]
@@ -62,7 +62,7 @@ class Demand:
         return np.frombuffer(found, np.uint64)
 
 
-def mixed(keys: UInt64, salt: int) -> UInt64:
+def mix_keys(keys: UInt64, salt: int) -> UInt64:
     """Keys hashed once more, independently for every salt: splitmix64 (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         z = keys + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
@@ -71,7 +71,7 @@ def mixed(keys: UInt64, salt: int) -> UInt64:
         return z ^ (z >> np.uint64(31))
 
 
-def of_trace(path: Path, size: str | None) -> Demand:
+def make_trace_demand(path: Path, size: str | None) -> Demand:
     """A recorded trace; `size` (see `charges`) stands where the trace does not say what a model weighs.
 
     The first WARM_SHARE of its time fills the caches. Raises TraceInvalid, OSError, ValueError.
@@ -88,15 +88,15 @@ def of_trace(path: Path, size: str | None) -> Demand:
     return Demand(counted, warm, trace.names, _charges_of(trace, size), said)
 
 
-def of_profile(load: Load, seconds: float, warmup: float, size: str) -> Demand:
+def make_profile_demand(load: Load, seconds: float, warmup: float, size: str) -> Demand:
     """A profile's models under the names of a test fleet. Raises ValueError as `Profile.schedule` and `charges` do."""
     schedule = load.schedule(seconds)
     warm = load.schedule(warmup, WARMUP) if warmup else None
     said = f"{load.models:,} models, {len(schedule.at) / seconds:,.4g} requests/s for {seconds:g} s"
-    return Demand(schedule, warm, fleet_names(load.models), charges(size, load.models), said)
+    return Demand(schedule, warm, list_fleet_names(load.models), draw_charges(size, load.models), said)
 
 
-def charges(size: str, models: int) -> Int64:
+def draw_charges(size: str, models: int) -> Int64:
     """[models] bytes: `70KB` each, or `70KB:1` lognormal around that median, in CLASSES sizes dealt out evenly.
 
     Raises ValueError.
@@ -127,5 +127,5 @@ def _charges_of(trace: Trace, size: str | None) -> Int64:
             raise ValueError(
                 f"the trace does not say what {first} weighs, nor {unknown.sum() - 1} others: --model-size"
             )
-        found[unknown] = charges(size, int(unknown.sum()))
+        found[unknown] = draw_charges(size, int(unknown.sum()))
     return found

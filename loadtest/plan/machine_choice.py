@@ -1,4 +1,4 @@
-"""The cheapest machines that keep a promise: how many of each kind, simulated, and what they cost a month."""
+"""Finds the cheapest machines that keep a promise: how many of each kind, by simulation, and their monthly cost."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,10 +9,10 @@ import numpy as np
 from loadtest.plan.costs import Costs
 from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
-from loadtest.plan.prices import Machine, Prices, nodes_for
-from loadtest.plan.simulate import Found, Machines, simulate
-from loadtest.plan.simulated_worker import REQUEST_TIMEOUT_S
-from loadtest.report.charts import number
+from loadtest.plan.prices import Machine, PriceTable, count_nodes
+from loadtest.plan.simulate import Machines, SimulationResult, simulate
+from loadtest.report.charts import format_number
+from server.contract import REQUEST_TIMEOUT_S
 
 MOST_NODES = 64
 DEARER = 4  #: times the cheapest: what would cost more is not looked at
@@ -29,12 +29,12 @@ class Promise:
     refused: float = 0.001
     availability: float = 0.999
 
-    def missed(self, found: Found) -> str:
+    def missed(self, found: SimulationResult) -> str:
         """What is not kept, in words; empty where all is."""
         if found.refused > self.refused:
             return f"refuses {found.refused:.2%}"
         if self.p99_ms is not None and found.ms["p99"] > self.p99_ms:
-            return f"p99 {number(found.ms['p99'])} ms"
+            return f"p99 {format_number(found.ms['p99'])} ms"
         if self.hit_ratio is not None and found.hit_ratio < self.hit_ratio:
             return f"hits {found.hit_ratio:.3f}"
         return ""
@@ -48,14 +48,14 @@ class Offer:
     needed: int = 0
     nodes: int = 0
     monthly: float = inf
-    found: Found | None = None
+    found: SimulationResult | None = None
     why: str = ""
 
 
-def offers(
+def find_offers(
     placement: Placement,
     costs: Costs,
-    prices: Prices,
+    prices: PriceTable,
     promise: Promise,
     base: Machines,
     *,
@@ -71,16 +71,16 @@ def offers(
     for machine in sorted(prices.machine, key=lambda each: each.price_per_hour / each.workers):
         cheapest = min((offer.needed * offer.machine.price_per_hour for offer in found if offer.found), default=inf)
         most = int(min(MOST_NODES, DEARER * cheapest / machine.price_per_hour))
-        found.append(_offer(machine, placement, costs, prices, promise, base, seed, most))
+        found.append(_find_offer(machine, placement, costs, prices, promise, base, seed, most))
         look()
     return sorted(found, key=lambda offer: (offer.monthly, offer.machine.price_per_hour))
 
 
-def _offer(
+def _find_offer(
     machine: Machine,
     placement: Placement,
     costs: Costs,
-    prices: Prices,
+    prices: PriceTable,
     promise: Promise,
     base: Machines,
     seed: int,
@@ -91,25 +91,25 @@ def _offer(
         return Offer(machine, why=f"the costs were measured on {costs.device}, this one has {machine.device}")
     if machine.cache_bytes // machine.workers < max(base.slab_bytes, int(demand.charge.max())):
         return Offer(machine, why="its memory has no room for a model in each worker")
-    least = max(1, ceil(_workers(demand, there, base.loader_threads) / machine.workers))
+    least = max(1, ceil(_count_workers(demand, there, base.loader_threads) / machine.workers))
     if least > most:
         return Offer(machine, why=f"takes {least} of them; more than {most} are not looked at")
-    tried: dict[int, Found] = {}
+    tried: dict[int, SimulationResult] = {}
 
     def kept(nodes: int) -> bool:
         machines = replace(base, cache_bytes=machine.cache_bytes, workers=machine.workers, nodes=nodes)
         tried[nodes] = simulate(placement, machines, there, seed, most=MOST_REQUESTS)
         return not promise.missed(tried[nodes])
 
-    needed = _fewest(kept, least, most)
+    needed = _find_fewest(kept, least, most)
     if needed is None:
         last = max(tried)
         return Offer(machine, why=f"{last} of them: {promise.missed(tried[last])}")
-    nodes = nodes_for(needed, prices.availability, promise.availability)
+    nodes = count_nodes(needed, prices.availability, promise.availability)
     return Offer(machine, needed, nodes, prices.monthly(machine, nodes), tried[needed])
 
 
-def _workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
+def _count_workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
     """How many are needed at the very least: to compute, and to fetch in time what was never asked before."""
     compute = demand.rate * costs.row_s / MOST_BUSY
     new = np.count_nonzero(demand.asked())
@@ -119,7 +119,7 @@ def _workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
     return max(compute, fetch)
 
 
-def _fewest(kept: Callable[[int], bool], least: int, most: int) -> int | None:
+def _find_fewest(kept: Callable[[int], bool], least: int, most: int) -> int | None:
     """The fewest nodes that are enough, from `least` to `most`: doubled until they are, then halved back."""
     low, high = least - 1, least
     while not kept(high):
@@ -132,8 +132,8 @@ def _fewest(kept: Callable[[int], bool], least: int, most: int) -> int | None:
     return high
 
 
-def cheapest_alone(prices: Prices, models: int, promise: Promise) -> tuple[Machine, int, float]:
+def find_cheapest_alone(prices: PriceTable, models: int, promise: Promise) -> tuple[Machine, int, float]:
     """One endpoint per model, of the cheapest machine: which, how many for one endpoint, and the month of all."""
     machine = min(prices.machine, key=lambda each: each.price_per_hour)
-    instances = nodes_for(1, prices.availability, promise.availability)
+    instances = count_nodes(1, prices.availability, promise.availability)
     return machine, instances, prices.monthly(machine, instances * models)

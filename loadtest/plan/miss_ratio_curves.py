@@ -14,9 +14,10 @@ import numpy as np
 
 from loadtest.driver.profiles import Int64
 from loadtest.plan.costs import DEFAULT
-from loadtest.plan.demand import Demand, mixed
-from loadtest.plan.simulate import SLAB_BYTES, make_cache, models_of
-from loadtest.plan.simulated_worker import Worker
+from loadtest.plan.demand import Demand, mix_keys
+from loadtest.plan.simulate import list_models, make_cache
+from loadtest.plan.simulated_worker import SimulatedWorker
+from server.contract import SLAB_BYTES
 
 SIZES = (
     0.05,
@@ -37,7 +38,7 @@ ROWS = 8  #: that a slab of a miniature holds at least
 
 
 @dataclass(frozen=True, slots=True)
-class Curve:
+class MissRatioCurve:
     """`miss_ratio` [sizes] of a policy for caches of `cache_bytes` [sizes]; `error` [sizes] is one standard error."""
 
     policy: str
@@ -47,7 +48,7 @@ class Curve:
     rate: float  #: the share of the models that was replayed, in each sample
 
 
-def curve(
+def compute_curve(
     demand: Demand,
     policy: str,
     sizes: Sequence[float] = SIZES,
@@ -55,43 +56,43 @@ def curve(
     most_models: int = SAMPLED_MODELS,
     most_requests: int = SAMPLED_REQUESTS,
     look: Callable[[], None] = lambda: None,
-) -> Curve:
+) -> MissRatioCurve:
     """One policy's; `look` is called len(sizes) times. Raises ValueError for a policy that there is not."""
     asked = len(np.flatnonzero(demand.asked()))
     requests = len(demand.schedule.at) + (0 if demand.warm is None else len(demand.warm.at))
     rate = min(1.0, max(min(most_models / asked, most_requests / requests), min(1.0, 500 / asked)))
-    samples = _samples(demand, rate)
+    samples = _draw_samples(demand, rate)
     ratios = np.empty((len(samples), len(sizes)))
     caches = [round(share * demand.fleet_bytes) for share in sizes]
     for j, cache_bytes in enumerate(caches):
         for i, sample in enumerate(samples):
-            ratios[i, j] = _miss_ratio(demand, sample, policy, cache_bytes)
+            ratios[i, j] = _compute_miss_ratio(demand, sample, policy, cache_bytes)
         look()
     error = ratios.std(axis=0, ddof=1) / np.sqrt(len(samples)) if len(samples) > 1 else np.zeros(len(sizes))
-    return Curve(policy, caches, ratios.mean(axis=0).tolist(), error.tolist(), rate)
+    return MissRatioCurve(policy, caches, ratios.mean(axis=0).tolist(), error.tolist(), rate)
 
 
-def _samples(demand: Demand, rate: float) -> list[Int64]:
+def _draw_samples(demand: Demand, rate: float) -> list[Int64]:
     """The models of each sample. None of them is in two."""
     if rate >= 1:
         return [np.arange(len(demand.names))]
-    spread = mixed(demand.keys(), 0) / 2.0**64
+    spread = mix_keys(demand.keys(), 0) / 2.0**64
     return [
         np.flatnonzero((spread >= i * rate) & (spread < (i + 1) * rate)) for i in range(min(SAMPLES, int(1 / rate)))
     ]
 
 
-def _miss_ratio(demand: Demand, sample: Int64, policy: str, cache_bytes: int) -> float:
+def _compute_miss_ratio(demand: Demand, sample: Int64, policy: str, cache_bytes: int) -> float:
     charge = demand.charge[sample]
     largest, scale = int(charge.max()), float(charge.sum()) / demand.fleet_bytes
     budget = max(round(cache_bytes * scale), largest)
     slab = min(SLAB_BYTES, max(round(SLAB_BYTES * scale), ROWS * largest), budget)
-    worker = Worker(make_cache(budget, slab, policy), DEFAULT, np.random.default_rng(0))
+    worker = SimulatedWorker(make_cache(budget, slab, policy), DEFAULT, np.random.default_rng(0))
     among = np.zeros(len(demand.names), np.bool_)
     among[sample] = True
     if demand.warm is not None:
-        worker.fill(models_of(demand, demand.warm.model[among[demand.warm.model]]))
+        worker.fill(list_models(demand, demand.warm.model[among[demand.warm.model]]))
     counted = demand.schedule.model[among[demand.schedule.model]]
-    misses = len(counted) - worker.fill(models_of(demand, counted))
+    misses = len(counted) - worker.fill(list_models(demand, counted))
     expected = len(demand.schedule.model) * len(sample) / len(demand.names)
     return min(1.0, misses / expected)

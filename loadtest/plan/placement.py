@@ -1,16 +1,14 @@
-"""Where a model is served: on which nodes of several, and by which worker there. Rendezvous hashing both times.
+"""Which nodes serve a model, and which worker of a node. Both by rendezvous hashing.
 
-A worker is chosen as the server's own router does (`home` is that rule, restated: a load tester imports no server, and
-a test compares the two). Which node is the business of whatever stands in front of the nodes; the same rule is taken
-for it, over hashes, so that a million names are a matter of a second.
+The worker is chosen by the weights that the server's own router uses. What distributes requests over the nodes is not
+part of the server; the same rule is assumed for it, over hashes, so that a million names take about a second.
 """
-
-from hashlib import blake2b
 
 import numpy as np
 
 from loadtest.driver.profiles import Int64
-from loadtest.plan.demand import Demand, UInt64, mixed
+from loadtest.plan.demand import Demand, UInt64, mix_keys
+from server.contract import home_weight
 
 CHUNK = 65_536  #: models ranked at a time
 
@@ -27,12 +25,12 @@ class Placement:
         return f"<Placement of {self.demand!r}>"
 
     def homes(self, workers: int) -> Int64:
-        """[models] the index of each one's worker on its node; 0 for models that nobody asks."""
+        """[models] the index of each one's worker on its node; 0 for models without requests."""
         found = self._homes.get(workers)
         if found is None:
             found = self._homes[workers] = np.zeros(len(self.demand.names), np.int64)
             asked = np.flatnonzero(self.demand.asked()) if workers > 1 else found[:0]
-            found[asked] = [home(self.demand.names[i], workers) for i in asked.tolist()]
+            found[asked] = [choose_worker(self.demand.names[i], workers) for i in asked.tolist()]
         return found
 
     def nodes(self, nodes: int, most: int) -> Int64:
@@ -41,26 +39,22 @@ class Placement:
             return np.zeros((len(self.demand.names), 1), np.int64)
         if self._keys is None:
             self._keys = self.demand.keys()
-        return ranked(self._keys, nodes, most)
+        return rank_nodes(self._keys, nodes, most)
 
 
-def home(model: str, workers: int) -> int:
-    """The worker of `workers` that serves the model while nobody is overloaded (server/router.py)."""
-    return max(range(workers), key=lambda worker: _weight(model, worker))
+def choose_worker(model: str, workers: int) -> int:
+    """The worker of `workers` that serves the model unless a worker is overloaded (see server/routing.py)."""
+    return max(range(workers), key=lambda worker: home_weight(model, worker))
 
 
-def ranked(keys: UInt64, nodes: int, most: int) -> Int64:
+def rank_nodes(keys: UInt64, nodes: int, most: int) -> Int64:
     """[keys, most] each model's nodes, the highest weight first: that of a lost node falls to the next in line."""
     most = min(most, nodes)
     found = np.empty((len(keys), most), np.int64)
     for start in range(0, len(keys), CHUNK):
         part = keys[start : start + CHUNK]
-        weights = np.stack([mixed(part, node) for node in range(nodes)], axis=1)
+        weights = np.stack([mix_keys(part, node) for node in range(nodes)], axis=1)
         best = np.argpartition(weights, nodes - most, axis=1)[:, nodes - most :]
         order = np.argsort(np.take_along_axis(weights, best, axis=1), axis=1)[:, ::-1]
         found[start : start + CHUNK] = np.take_along_axis(best, order, axis=1)
     return found
-
-
-def _weight(model: str, worker: int) -> bytes:
-    return blake2b(model.encode(), digest_size=8, salt=worker.to_bytes(8, "little")).digest()

@@ -1,4 +1,4 @@
-"""What machines cost, from a table that its user edits; and one endpoint per model against one fleet."""
+"""Prices of machines, from a table that the user edits; one endpoint per model beside one fleet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import msgspec
 
+from server.contract import CACHE_SHARE, GPU_RESERVE_BYTES
+
 EXAMPLE = Path(__file__).with_name("prices.toml")
-CACHE_SHARE = 0.4  #: of a machine's memory, where nobody says otherwise (server/supervisor/worker_plan.py)
-DEVICE_RESERVE_GIB = 2.0  #: of an accelerator's, which is not for models (`gpu_reserve_bytes`)
 GIB = 2**30
+DEVICE_RESERVE_GIB = GPU_RESERVE_BYTES / GIB  #: memory of an accelerator that models cannot use
 MOST_MACHINES = 200
 
 
@@ -59,7 +60,7 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fleet: Machine
 
 
-class Prices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PriceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A price table."""
 
     dated: str
@@ -92,7 +93,7 @@ class Comparison:
     said: str
 
 
-def compared(prices: Prices) -> Comparison | None:
+def compare_published(prices: PriceTable) -> Comparison | None:
     """The published example from its inputs."""
     found = prices.published
     if found is None:
@@ -107,17 +108,17 @@ def compared(prices: Prices) -> Comparison | None:
     return Comparison(each, fleet, f"{said} for all: {found.said}")
 
 
-def read_prices(path: Path = EXAMPLE) -> Prices:
+def read_prices(path: Path = EXAMPLE) -> PriceTable:
     """Raises ValueError that names the file and what is wrong in it; OSError."""
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Prices)
+        return msgspec.toml.decode(path.read_bytes(), type=PriceTable)
     except (msgspec.MsgspecError, ValueError) as wrong:
         raise ValueError(
             f"{path} is not a price table: {wrong}; {EXAMPLE.name} beside {__name__} is an example"
         ) from wrong
 
 
-def nodes_for(needed: int, each: float, wanted: float) -> int:
+def count_nodes(needed: int, each: float, wanted: float) -> int:
     """How many machines, each up for a share `each` of time, so that `needed` are up for a share `wanted` of it.
 
     Raises ValueError where that would take more than MOST_MACHINES.

@@ -1,8 +1,7 @@
-"""A fleet on machines that are not there: every request in simulated time, through caches like the server's own.
+"""Simulates a fleet on machines of any number: every request in simulated time, through the server's own cache.
 
-A worker shares nothing with another, so where there are many of them, or many requests, some are simulated whole and
-speak for the rest: the one that is asked most, which speaks for itself alone, and others drawn by the hash that places
-the models. Memory is a few arrays, and what the simulated workers hold.
+Workers share nothing, so where there are many workers or many requests, a sample of them is simulated completely: the
+one with the most requests, which represents only itself, and others chosen by the hash that places the models.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +11,14 @@ import numpy as np
 
 from loadtest.driver.profiles import Float64, Int64, Schedule
 from loadtest.driver.trace import UInt8
-from loadtest.plan.costs import Costs, drawn
+from loadtest.plan.costs import Costs, draw_seconds
 from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
-from loadtest.plan.simulated_worker import COALESCED, HIT, LOADER_THREADS, MISS, REFUSED, Model, Worker
+from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, SimulatedModel, SimulatedWorker
 from model_store.cache.cache import Cache
 from model_store.cache.eviction import policy_named
+from server.contract import EVICTION_POLICY, LOADER_THREADS, SLAB_BYTES
 
-SLAB_BYTES = 4 * 2**20  #: the server's own setting of that name
 LEVELS = (50, 90, 99, 99.9)
 MOST_REQUESTS = 300_000  #: that are simulated at least where there are so many; beyond, fewer workers
 
@@ -29,10 +28,10 @@ def make_cache(budget_bytes: int, slab_bytes: int, policy: str) -> Cache:
     return Cache(budget_bytes, slab_bytes, policy=policy_named(policy))
 
 
-def models_of(demand: Demand, asked: Int64) -> list[Model]:
+def list_models(demand: Demand, asked: Int64) -> list[SimulatedModel]:
     """[n] the models that are asked, one object for each."""
     names, charge = demand.names, demand.charge
-    known = {i: Model(names[i], int(charge[i]), f"{charge[i]} bytes") for i in np.unique(asked).tolist()}
+    known = {i: SimulatedModel(names[i], int(charge[i]), f"{charge[i]} bytes") for i in np.unique(asked).tolist()}
     return [known[i] for i in asked.tolist()]
 
 
@@ -53,7 +52,7 @@ class Machines:
     nodes: int = 1
     replicas: int = 1
     loss: Loss | None = None
-    policy: str = "lru"
+    policy: str = EVICTION_POLICY
     slab_bytes: int = SLAB_BYTES
     loader_threads: int = LOADER_THREADS
 
@@ -72,7 +71,7 @@ class Machines:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SimulationResult:
     """What was found of machines. Latencies in ms by percentile `p50` ...; shares of all requests.
 
     `busy`: the share of time that the busiest simulated worker computes; `loading`: that the loader threads of the one
@@ -91,7 +90,7 @@ class Found:
     loading: float
     simulated: int
     error: float
-    after: "Found | None" = None
+    after: "SimulationResult | None" = None
 
 
 def simulate(
@@ -102,24 +101,24 @@ def simulate(
     *,
     most: int = MOST_REQUESTS,
     look: Callable[[float], None] | None = None,
-) -> Found:
+) -> SimulationResult:
     """Every request of some workers or of all; `look` hears the share that is done. Raises ValueError as `cache`."""
-    placed = _Placed(placement, machines)
+    placed = _PlacedDemand(placement, machines)
     chosen = placed.chosen(most)
     parts = []
     for i, (worker, weight) in enumerate(chosen):
         parts.append(placed.run(worker, weight, costs, seed))
         if look is not None:
             look((i + 1) / len(chosen))
-    found = _found(machines, parts, placed.requests())
+    found = _combine_workers(machines, parts, placed.requests())
     if machines.loss is None:
         return found
     later = [part.since(machines.loss.at_s) for part in parts]
-    return replace(found, after=_found(machines, later, placed.requests(machines.loss.at_s)))
+    return replace(found, after=_combine_workers(machines, later, placed.requests(machines.loss.at_s)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Part:
+class _WorkerResult:
     """A simulated worker's requests [n] and how many workers it speaks for.
 
     Per second: `loads`, `busy`, and `loading` of a loader thread.
@@ -133,7 +132,7 @@ class _Part:
     loading: float
     weight: float
 
-    def since(self, at_s: float) -> "_Part":
+    def since(self, at_s: float) -> "_WorkerResult":
         """Those from a second on."""
         late = self.at >= at_s
         return replace(self, at=self.at[late], seconds=self.seconds[late], outcome=self.outcome[late])
@@ -143,8 +142,8 @@ class _Part:
         return int(np.isin(self.outcome, outcomes).sum())
 
 
-class _Placed:
-    """Who serves what. A worker is a number: its node times the workers of a node, and its index there."""
+class _PlacedDemand:
+    """The worker of each request. A worker is a number: its node times the workers per node, plus its index there."""
 
     def __init__(self, placement: Placement, machines: Machines) -> None:
         demand = self.demand = placement.demand
@@ -152,7 +151,7 @@ class _Placed:
         models, loss = len(demand.names), machines.loss
         self.lost_node = -1 if loss is None else loss.node
         self.homes = placement.homes(machines.workers)
-        self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # replicas, and who is next in line
+        self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # the replicas, and the next node
         self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the place in line that is lost
         if loss is not None:
             found = self.nodes == loss.node
@@ -161,10 +160,10 @@ class _Placed:
         self.warm = None if demand.warm is None else self._workers(demand.warm, None)
 
     def __repr__(self) -> str:
-        return f"<_Placed {self.demand!r} on {self.machines!r}>"
+        return f"<_PlacedDemand {self.demand!r} on {self.machines!r}>"
 
     def chosen(self, most: int) -> list[tuple[int, float]]:
-        """Who is simulated, and for how many workers it speaks; never one whose node is lost."""
+        """The workers to simulate, and how many workers each represents; never one whose node is lost."""
         each = self.machines.workers
         load = np.bincount(self.worker, minlength=self.machines.nodes * each)
         alive = sorted((w for w in range(len(load)) if w // each != self.lost_node), key=lambda w: -load[w])
@@ -178,22 +177,22 @@ class _Placed:
         stays = self.worker // self.machines.workers != self.lost_node
         return int((stays & (self.demand.schedule.at >= since_s)).sum())
 
-    def run(self, worker: int, weight: float, costs: Costs, seed: int) -> _Part:
+    def run(self, worker: int, weight: float, costs: Costs, seed: int) -> _WorkerResult:
         """A worker's requests, after those that fill its cache."""
         rng = np.random.default_rng([seed, worker])
-        simulated = Worker(self.machines.cache(), costs, rng, self.machines.loader_threads)
+        simulated = SimulatedWorker(self.machines.cache(), costs, rng, self.machines.loader_threads)
         warm, schedule, seconds = self.demand.warm, self.demand.schedule, self.demand.schedule.seconds
         if warm is not None:
-            simulated.fill(models_of(self.demand, warm.model[self.warm == worker]))
+            simulated.fill(list_models(self.demand, warm.model[self.warm == worker]))
         mine = self.worker == worker
         at = schedule.at[mine]
-        ran = simulated.run(at, models_of(self.demand, schedule.model[mine]))
-        took = ran.wait + drawn(costs.overhead, len(at), rng)
+        ran = simulated.run(at, list_models(self.demand, schedule.model[mine]))
+        took = ran.wait + draw_seconds(costs.overhead, len(at), rng)
         loads, busy, loading = (each / seconds for each in (ran.loads, ran.busy_s, ran.loading_s))
-        return _Part(at, took, ran.outcome, loads, busy, loading, weight)
+        return _WorkerResult(at, took, ran.outcome, loads, busy, loading, weight)
 
     def _workers(self, schedule: Schedule, loss: Loss | None) -> Int64:
-        """[n] who gets each request: the replicas of a model take turns, and after a loss who is next in line."""
+        """[n] the worker of each request: a model's replicas take turns; after a loss the next node takes over."""
         machines, count = self.machines, np.arange(len(schedule.at))
         line = count % machines.replicas
         if loss is not None:
@@ -203,7 +202,7 @@ class _Placed:
         return self.nodes[schedule.model, line] * machines.workers + self.homes[schedule.model]
 
 
-def _found(machines: Machines, parts: Sequence[_Part], requests: int) -> Found:
+def _combine_workers(machines: Machines, parts: Sequence[_WorkerResult], requests: int) -> SimulationResult:
     """`requests`: of all workers.
 
     Misses and refusals are what the simulated workers speak for: whoever else has as many models has about as many of
@@ -215,22 +214,22 @@ def _found(machines: Machines, parts: Sequence[_Part], requests: int) -> Found:
         for these in ((MISS, COALESCED), (REFUSED,))
     )
     hits = max(0.0, 1.0 - cold - refused)
-    return Found(
+    return SimulationResult(
         machines,
         requests=requests,
         hit_ratio=hits,
         cold=cold,
         refused=refused,
-        ms=_percentiles(parts, hits * total),
+        ms=_compute_percentiles(parts, hits * total),
         loads_per_s=sum(part.loads * part.weight for part in parts),
         busy=max(part.busy for part in parts),
         loading=min(1.0, max(part.loading for part in parts) / machines.loader_threads),
         simulated=len(parts),
-        error=_error(parts) / total,
+        error=_estimate_error(parts) / total,
     )
 
 
-def _percentiles(parts: Sequence[_Part], hits: float) -> dict[str, float]:
+def _compute_percentiles(parts: Sequence[_WorkerResult], hits: float) -> dict[str, float]:
     """Of all requests: each worker's as often as it speaks for workers, its hits so often that all are so many."""
     seconds = np.concatenate([part.seconds for part in parts])
     if not len(seconds):
@@ -246,7 +245,7 @@ def _percentiles(parts: Sequence[_Part], hits: float) -> dict[str, float]:
     return {f"p{level:g}": float(seconds[order[i]]) * 1e3 for level, i in zip(LEVELS, at.tolist(), strict=True)}
 
 
-def _error(parts: Sequence[_Part]) -> float:
+def _estimate_error(parts: Sequence[_WorkerResult]) -> float:
     """A standard error of how many do not hit, from how those differ that speak for others."""
     missed = [part.count(MISS, COALESCED, REFUSED) for part in parts[1:]]
     if not missed or parts[1].weight == 1 or len(missed) == 1:

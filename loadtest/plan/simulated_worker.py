@@ -1,8 +1,8 @@
-"""One worker in simulated time: the server's own cache decides, and server/steps.py's rules say what waits for what.
+"""One worker in simulated time, with the server's own cache. Pure: arrays and a seed in, arrays out.
 
-One interpreter runs steps and, between them, what of one load after another needs it; loader threads do the rest of
-their loads beside it.
-A step takes half of what is ready by then, of one family. Pure: arrays and a seed in, arrays out.
+One interpreter runs steps and, between two steps, the part of one load that needs the interpreter; loader threads do
+the rest of the loads at the same time. A step takes half of the jobs of one family that are ready (see
+server/worker/scheduler.py).
 """
 
 import heapq
@@ -15,18 +15,24 @@ from typing import NamedTuple
 import numpy as np
 
 from loadtest.driver.profiles import Float64
-from loadtest.driver.trace import OUTCOMES, UInt8
-from loadtest.plan.costs import Costs, Sample, drawn
+from loadtest.driver.trace import UInt8
+from loadtest.plan.costs import Costs, Sample, draw_seconds
 from model_store.cache.cache import Cache, Failure, Placed
 from model_store.cache.slots import Slot
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import NoRoom
 from model_store.names import ModelName
+from server.contract import (
+    ACCESS_LOG_OUTCOMES,
+    LOADER_THREADS,
+    MAX_BATCH_ROWS,
+    QUEUE_PER_WORKER,
+    REQUEST_TIMEOUT_S,
+    REVALIDATE_S,
+    UNHALVED_JOBS,
+)
 
-HIT, MISS, COALESCED, REFUSED = map(OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
-#: The server's own settings, by their names there (server/settings.py).
-LOADER_THREADS, MAX_BATCH_ROWS, QUEUE_PER_WORKER, REQUEST_TIMEOUT_S, REVALIDATE_S = 4, 512, 8192, 50.0, 60.0
-FEW = 4  #: requests that a step does not halve, as of server/scheduler.py
+HIT, MISS, COALESCED, REFUSED = map(ACCESS_LOG_OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
 _STEP, _FETCHED, _BUILT = range(3)
 DRAWS = 4_096
 #: Of a load's time beside its GET, that the interpreter is taken: reading, checking and building a model from disk are
@@ -34,7 +40,7 @@ DRAWS = 4_096
 HELD = 0.4
 
 
-class Model(NamedTuple):
+class SimulatedModel(NamedTuple):
     """What the cache is told of a model."""
 
     name: ModelName
@@ -43,7 +49,7 @@ class Model(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ran:
+class WorkerRun:
     """What became of requests [n]: seconds in the worker; HIT, MISS, COALESCED or REFUSED.
 
     `busy_s` it computed; `loading_s` its loader threads were taken, all together.
@@ -57,7 +63,7 @@ class Ran:
 
 
 @dataclass(slots=True)
-class Worker:
+class SimulatedWorker:
     """What a worker holds. Times are seconds since the start of the load; before that the caches fill."""
 
     cache: Cache
@@ -67,9 +73,9 @@ class Worker:
     fetched: dict[ModelName, float] = field(default_factory=dict)  #: when the store was last asked for it
 
     def __repr__(self) -> str:
-        return f"<Worker {self.cache!r}>"
+        return f"<SimulatedWorker {self.cache!r}>"
 
-    def fill(self, models: Iterable[Model], now: float = 0.0) -> int:
+    def fill(self, models: Iterable[SimulatedModel], now: float = 0.0) -> int:
         """Requests one after the other, each waited for and in no time at all. Returns how many were hits."""
         hits = 0
         for model in models:
@@ -86,7 +92,7 @@ class Worker:
                     self.fail(model, now)
         return hits
 
-    def place(self, model: Model, now: float) -> Placed | Wait | Refuse:
+    def place(self, model: SimulatedModel, now: float) -> Placed | Wait | Refuse:
         """Room for a model that is built; evicts and moves as the cache says."""
         while True:
             placement = self.cache.place(model.name, "", model.charge, now, model.family)
@@ -99,19 +105,19 @@ class Worker:
             else:
                 return placement
 
-    def fail(self, model: Model, now: float) -> None:
+    def fail(self, model: SimulatedModel, now: float) -> None:
         """Its load is over without it: it is larger than the worker's share of the cache."""
         self.cache.failed(model.name, NoRoom(f"{model.name}: more than there is"), now)
 
-    def run(self, at: Float64, asked: Sequence[Model]) -> Ran:
+    def run(self, at: Float64, asked: Sequence[SimulatedModel]) -> WorkerRun:
         """Requests at `at` [n], each for a model."""
-        return _Running(self, at, asked).run()
+        return _WorkerLoad(self, at, asked).run()
 
 
-class _Running:
+class _WorkerLoad:
     """A load under way: requests are numbers."""
 
-    def __init__(self, worker: Worker, at: Float64, asked: Sequence[Model]) -> None:
+    def __init__(self, worker: SimulatedWorker, at: Float64, asked: Sequence[SimulatedModel]) -> None:
         n = len(at)
         self.worker, self.cache, self.costs = worker, worker.cache, worker.costs
         self.at, self.asked = at.tolist(), asked
@@ -130,9 +136,9 @@ class _Running:
         self.held: dict[int, float] = {}  # of loads, seconds of the interpreter
 
     def __repr__(self) -> str:
-        return f"<_Running {self.inside} inside, {len(self.waiting)} models awaited>"
+        return f"<_WorkerLoad {self.inside} inside, {len(self.waiting)} models awaited>"
 
-    def run(self) -> Ran:
+    def run(self) -> WorkerRun:
         """All of it."""
         at, n, i = self.at, len(self.at), 0
         while i < n or self.events:
@@ -146,7 +152,7 @@ class _Running:
                 self._turn(now)
         wait = np.fmin(np.asarray(self.done) - at, REQUEST_TIMEOUT_S)
         outcome = np.where(wait < REQUEST_TIMEOUT_S, np.frombuffer(self.outcome, np.uint8), np.uint8(REFUSED))
-        return Ran(wait, outcome, self.loads, self.busy_s, self.loading_s)
+        return WorkerRun(wait, outcome, self.loads, self.busy_s, self.loading_s)
 
     def _arrive(self, i: int, now: float) -> None:
         model = self.asked[i]
@@ -241,11 +247,11 @@ class _Running:
         elif self.ready:
             self.stepped = True
             family, queue = self.ready.popitem(last=False)
-            count = min(len(queue), max(FEW, (len(queue) + 1) // 2), MAX_BATCH_ROWS)
+            count = min(len(queue), max(UNHALVED_JOBS, (len(queue) + 1) // 2), MAX_BATCH_ROWS)
             batch = [queue.popleft() for _ in range(count)]
             if queue:
                 self.ready[family] = queue
-            rows = sum(now - self.at[i] < REQUEST_TIMEOUT_S for i in batch)  # for the others nobody waits any more
+            rows = sum(now - self.at[i] < REQUEST_TIMEOUT_S for i in batch)  # the others have passed their deadline
             self._compute(now, self.costs.step_s + self.costs.row_s * rows, _STEP, batch)
 
     def _compute(self, now: float, seconds: float, kind: int, requests: Sequence[int]) -> None:
@@ -266,5 +272,5 @@ class _Draws:
 
     def __next__(self) -> float:
         if not self._left:
-            self._left = drawn(self._seen, DRAWS, self._rng).tolist()
+            self._left = draw_seconds(self._seen, DRAWS, self._rng).tolist()
         return self._left.pop()

@@ -1,4 +1,4 @@
-"""One load run, or two compared, as one HTML file that needs nothing else: no network, no server, no other file."""
+"""Renders one load run, or two compared, as one HTML file that needs no network, no server and no other file."""
 
 import base64
 import hashlib
@@ -12,70 +12,72 @@ import jinja2
 import msgspec
 from markupsafe import Markup
 
-from loadtest.report.charts import NOTHING, TAGS, Chart, charts, number
-from loadtest.report.results_schema import NotAResult, checked, load
-from loadtest.report.tables import headlines, remarks, tables, verdict
+from loadtest.report.charts import NOTHING, TAGS, Chart, build_charts, format_number
+from loadtest.report.results_schema import NotAResult, check_record, load_record
+from loadtest.report.tables import build_tables, judge_run, list_headlines, list_remarks
 
-__all__ = ["NotAResult", "alone", "document", "load", "page", "write"]
+__all__ = ["NotAResult", "load_record", "render_document", "render_page", "render_standalone", "write_report"]
 
 HERE = Path(__file__).parent
 MOST_RUNS = len(TAGS)
 MOST_ROWS = 200  #: of the table behind a chart; a longer one is thinned evenly
 
 
-def write(paths: Sequence[Path], out: Path) -> None:
+def write_report(paths: Sequence[Path], out: Path) -> None:
     """Report one result, or compare two: `page` of what `load` finds. Raises NotAResult, OSError, ValueError."""
     names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
-    out.write_text(page([load(path) for path in paths], labels), encoding="utf-8")
+    out.write_text(render_page([load_record(path) for path in paths], labels), encoding="utf-8")
 
 
-def page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
+def render_page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
     """The HTML of one run or of two beside each other; `labels` says what to call them.
 
     Raises NotAResult when a run is not a load run's record, ValueError for another number of runs.
     """
     if not 1 <= len(runs) <= MOST_RUNS or len(labels) != len(runs):
         raise ValueError(f"a report is of one run or two, each with a label, not of {len(runs)} with {len(labels)}")
-    records = [checked(run) for run in runs]
+    records = [check_record(run) for run in runs]
     found = [record["results"] for record in records]
-    return document(
+    return render_document(
         "page.html",
-        charts(found),
+        build_charts(found),
         runs=[
-            {"tag": tag, "label": label, "record": record, "verdict": verdict(run), "remarks": remarks(run)}
+            {"tag": tag, "label": label, "record": record, "verdict": judge_run(run), "remarks": list_remarks(run)}
             for tag, label, record, run in zip(TAGS, labels, records, found, strict=False)
         ],
-        headlines=headlines(found),
-        tables=tables(records),
+        headlines=list_headlines(found),
+        tables=build_tables(records),
     )
 
 
-def document(template: str, drawn: Sequence[Chart], **more: Any) -> str:
+def render_document(template: str, drawn: Sequence[Chart], **more: Any) -> str:
     """A template of this folder with the charts, and whatever else it shows; needs nothing but itself."""
-    return alone(template, ["page.css"], "page.js", [_spec(chart) for chart in drawn], charts=drawn, **more)
+    return render_standalone(
+        template, ["page.css"], "page.js", [_describe_chart(chart) for chart in drawn], charts=drawn, **more
+    )
 
 
-def alone(template: str, styles: Sequence[str], script: str, data: object, **more: Any) -> str:
+def render_standalone(template: str, styles: Sequence[str], script: str, data: object, **more: Any) -> str:
     """A template of this folder with uPlot, style sheets, a script and the data that it draws, all within the page."""
-    library = _uplot()
-    style = Markup("\n".join(map(_text, (library / "uPlot.min.css", *(HERE / name for name in styles)))))  # noqa: S704
-    code = Markup("\n".join(map(_text, (library / "uPlot.iife.js", HERE / script))))  # noqa: S704
+    library = _find_uplot()
+    style = Markup("\n".join(map(_read_text, (library / "uPlot.min.css", *(HERE / name for name in styles)))))  # noqa: S704
+    code = Markup("\n".join(map(_read_text, (library / "uPlot.iife.js", HERE / script))))  # noqa: S704
     return (
-        _house()
+        _make_environment()
         .get_template(template)
         .render(
             style=style,
             script=code,
-            style_hash=_hash(style),
-            script_hash=_hash(code),
-            data=_embedded(data),
+            style_hash=_hash_text(style),
+            script_hash=_hash_text(code),
+            data=_embed_json(data),
             **more,
         )
     )
 
 
-def _house() -> jinja2.Environment:
+def _make_environment() -> jinja2.Environment:
     """Everything a run's file says is escaped: only our own style, script and encoded data are marked as safe."""
     house = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -84,30 +86,30 @@ def _house() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    house.globals = {"number": number, "behind": _behind, "nothing": NOTHING}
+    house.globals = {"number": format_number, "behind": _list_table_rows, "nothing": NOTHING}
     return house
 
 
-def _behind(chart: Chart) -> tuple[list[list[float | None]], str]:
+def _list_table_rows(chart: Chart) -> tuple[list[list[float | None]], str]:
     """The rows of the table behind a chart, and what to say when there were too many."""
     every = -(-len(chart.rows) // MOST_ROWS)
     said = f"Every {every}th of {len(chart.rows):,} rows." if every > 1 else ""
     return chart.rows[:: max(every, 1)], said
 
 
-def _spec(chart: Chart) -> dict[str, Any]:
+def _describe_chart(chart: Chart) -> dict[str, Any]:
     """What the page's script draws. Each line keeps its own x: a gap is not another run's moment."""
     lines = [line._asdict() | {"hue": hue} for line, hue in zip(chart.lines, chart.hues, strict=True)]
     return {"x": asdict(chart.x), "y": asdict(chart.y), "lines": lines}
 
 
-def _embedded(data: object) -> Markup:
+def _embed_json(data: object) -> Markup:
     """JSON that cannot end the element it stands in."""
     text = msgspec.json.encode(data).decode()
     return Markup(text.replace("<", "\\u003c"))  # noqa: S704
 
 
-def _uplot() -> Path:
+def _find_uplot() -> Path:
     """Where `uplot-python` keeps uPlot (MIT licence); the package is not imported, since that imports IPython."""
     found = find_spec("uplot")
     if found is None or not found.submodule_search_locations:
@@ -115,10 +117,10 @@ def _uplot() -> Path:
     return Path(found.submodule_search_locations[0], "static")
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def _hash_text(text: str) -> str:
     """What the Content-Security-Policy knows an inline script or style by."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

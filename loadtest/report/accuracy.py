@@ -1,11 +1,11 @@
-"""Renders a record of `bench accuracy` as one HTML file: accuracy against how often was fitted, and tables. Pure."""
+"""Renders a record of `bench accuracy` as one HTML file: accuracy by number of fits, and tables. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from loadtest.report import document
-from loadtest.report.charts import NOTHING, Axis, Chart, Line
-from loadtest.report.tables import Table
+from loadtest.report import render_document
+from loadtest.report.charts import NOTHING, Axis, Chart, ChartLine
+from loadtest.report.tables import ReportTable
 
 CURVES = 5  #: recipes and mixtures of a chart; the published ensemble is the last line
 PEER = "dnn_ensemble"
@@ -13,23 +13,23 @@ LEVEL = "DNN ensemble, published, fitted daily"
 Curves = dict[str, dict[int, float]]  #: rMAE by recipe or mixture, and days between two fits
 
 
-def page(record: Mapping[str, Any]) -> str:
+def render_accuracy_page(record: Mapping[str, Any]) -> str:
     """The HTML. Raises KeyError for a record of something else."""
     results = record["results"]
     found, days = results["markets"], results["test_days"]
-    curves = {name: _curves(each) for name, each in found.items()}
-    kept = _best(list(curves.values()))
-    return document(
+    curves = {name: _collect_curves(each) for name, each in found.items()}
+    kept = _choose_best(list(curves.values()))
+    return render_document(
         "page.accuracy.html",
-        [_chart(name, curves[name], each["published"][PEER]["rmae"], kept, days) for name, each in found.items()],
+        [_build_chart(name, curves[name], each["published"][PEER]["rmae"], kept, days) for name, each in found.items()],
         record=record,
-        tables=list(tables(results)),
+        tables=list(build_tables(results)),
         left=results["not_reached"],
         commands={name: " ".join(words) for name, words in results["commands"].items()},
     )
 
 
-def _curves(found: Mapping[str, Any]) -> Curves:
+def _collect_curves(found: Mapping[str, Any]) -> Curves:
     """Of one market."""
     curves: Curves = {}
     for row in found["rows"]:
@@ -37,28 +37,28 @@ def _curves(found: Mapping[str, Any]) -> Curves:
     return curves
 
 
-def _best(markets: Sequence[Curves]) -> list[str]:
+def _choose_best(markets: Sequence[Curves]) -> list[str]:
     """The best of all markets together, of those that all have: the same in every chart, in the same colours."""
     names = [name for name in markets[0] if all(name in each for each in markets)]
     return sorted(names, key=lambda name: sum(min(each[name].values()) for each in markets))[:CURVES]
 
 
-def _chart(name: str, curves: Curves, peer: float, kept: Sequence[str], days: int) -> Chart:
+def _build_chart(name: str, curves: Curves, peer: float, kept: Sequence[str], days: int) -> Chart:
     """Of one market rMAE by the days between two fits; `days` apart is once."""
     found = {label: sorted(curves[label].items()) for label in kept}
-    lines = [Line(label, [float(x) for x, _ in points], [y for _, y in points]) for label, points in found.items()]
-    lines.append(Line(LEVEL, [1.0, float(days)], [peer, peer]))
+    lines = [ChartLine(label, [float(x) for x, _ in points], [y for _, y in points]) for label, points in found.items()]
+    lines.append(ChartLine(LEVEL, [1.0, float(days)], [peer, peer]))
     says = f"rMAE, lower is better; fitted once is {days} days, the whole test period"
     axis = Axis("days between two fits, logarithmic", log=True)
     return Chart(name, says, axis, Axis("rMAE", near=True), lines, list(range(len(lines))))
 
 
-def tables(results: Mapping[str, Any]) -> Iterator[Table]:
+def build_tables(results: Mapping[str, Any]) -> Iterator[ReportTable]:
     """Scores by market: published ones, ours, and fev-bench's."""
     found, days = results["markets"], results["test_days"]
     rows = [[model, *(f"{each['published'][model]['rmae']:.3f}" for each in found.values())]
             for model in next(iter(found.values()))["published"]]  # fmt: skip
-    yield Table("Published, fitted daily", ["rMAE", *found], rows, "Lago et al. 2021, scored in this run.")
+    yield ReportTable("Published, fitted daily", ["rMAE", *found], rows, "Lago et al. 2021, scored in this run.")
     for measure, digits in (("rmae", ".3f"), ("pinball", ".3f"), ("coverage", ".1%")):
         cells = {name: {(row["name"], row["every"]): row[measure] for row in each["rows"]}
                  for name, each in found.items()}  # fmt: skip
@@ -66,11 +66,11 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
         rows = [[f"{key[0]}, {'once' if key[1] == days else f'every {key[1]} days'}",
                  *(format(each[key], digits) if key in each else NOTHING for each in cells.values())]
                 for key in keys]  # fmt: skip
-        yield Table({"rmae": "rMAE", "pinball": "Pinball loss", "coverage": "In the 80 % interval"}[measure],
+        yield ReportTable({"rmae": "rMAE", "pinball": "Pinball loss", "coverage": "In the 80 % interval"}[measure],
                     ["", *found], rows)  # fmt: skip
     ours = dict.fromkeys(key for each in found.values() for key in each["wql"])
     rows = [[key, *(f"{each['wql'][key]:.4f}" if key in each["wql"] else NOTHING for each in found.values())]
             for key in ours]  # fmt: skip
     rows += [[f"{model}, published", *(f"{by_market[name]:.4f}" for name in found)]
              for model, by_market in results["published_wql"].items()]  # fmt: skip
-    yield Table("WQL of the last 20 days", ["", *found], rows, "fev-bench's windows and definition.")
+    yield ReportTable("WQL of the last 20 days", ["", *found], rows, "fev-bench's windows and definition.")

@@ -1,11 +1,11 @@
-"""What the report draws: every chart as a title, two axes and its lines. Pure."""
+"""The charts of the report: each is a title, two axes and lines. Pure."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
-from loadtest.report.results_schema import Buckets, Column, Latency, OverTime, Results, ServerOverTime, histogram
+from loadtest.report.results_schema import Buckets, Column, Latency, OverTime, Results, ServerOverTime, decode_histogram
 
 TAGS = ("A", "B")  #: how two runs are called
 CACHE = ("all", "hit", "miss", "coalesced")
@@ -14,7 +14,7 @@ PER_DECADE = 20  #: points of a distribution
 NOTHING = "—"  #: stands for a number that is not there
 
 
-class Line(NamedTuple):
+class ChartLine(NamedTuple):
     """A named curve; `y` is None where it has a gap."""
 
     name: str
@@ -44,7 +44,7 @@ class Chart:
     says: str
     x: Axis
     y: Axis
-    lines: list[Line]
+    lines: list[ChartLine]
     hues: list[int]
     rows: list[list[float | None]] = field(init=False)  #: x, then each line's y: the table behind the chart
 
@@ -56,9 +56,9 @@ class Chart:
         object.__setattr__(self, "rows", [rows[x] for x in sorted(rows)])
 
     def spoken(self) -> str:
-        """The chart in words, for who cannot see it: each line from its smallest to its largest value."""
+        """The chart in words, for screen readers: each line from its smallest to its largest value."""
         return f"{self.title}, {self.says}. " + "; ".join(
-            f"{line.name} between {number(min(known))} and {number(max(known))}"
+            f"{line.name} between {format_number(min(known))} and {format_number(max(known))}"
             for line in self.lines
             if (known := [y for y in line.y if y is not None])
         )
@@ -66,10 +66,10 @@ class Chart:
 
 TIME = Axis("seconds into the run")
 ONE_IN = Axis("share of requests that were faster", "one in", log=True)
-Lines = Callable[[Results], Iterable[Line]]
+Lines = Callable[[Results], Iterable[ChartLine]]
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """About three digits, in thousands with commas; a dash for nothing."""
     if value is None:
         return NOTHING
@@ -79,7 +79,7 @@ def number(value: float | None) -> str:
     return f"{value:.3g}"
 
 
-def charts(runs: Sequence[Results]) -> list[Chart]:
+def build_charts(runs: Sequence[Results]) -> list[Chart]:
     """The charts of one run or of two over each other, without those for which nothing was recorded."""
     drawn = [*_from_the_driver(runs), *_from_the_server(runs), *_of_a_ramp(runs)]
     return [chart for chart in drawn if chart.lines]
@@ -87,14 +87,14 @@ def charts(runs: Sequence[Results]) -> list[Chart]:
 
 def _chart(runs: Sequence[Results], title: str, says: str, x: Axis, y: Axis, lines: Lines) -> Chart:
     """At most MAX_LINES, without those that have no value; a logarithmic axis has no place for 0."""
-    kept: list[Line] = []
+    kept: list[ChartLine] = []
     hues = []
     for i, run in enumerate(runs):
         for name, xs, ys in lines(run):
             shown = [None if v is None or (y.log and v <= 0) else v for v in ys]
             if any(v is not None for v in shown):
                 hues.append(i if len(runs) > 1 else len(kept))
-                kept.append(Line(f"{TAGS[i]} {name}" if len(runs) > 1 else name, xs, shown))
+                kept.append(ChartLine(f"{TAGS[i]} {name}" if len(runs) > 1 else name, xs, shown))
     return Chart(title, says, x, y, kept[:MAX_LINES], hues[:MAX_LINES])
 
 
@@ -102,51 +102,51 @@ def _from_the_driver(runs: Sequence[Results]) -> Iterator[Chart]:
     alone, ms = len(runs) == 1, Axis("ms", log=True)
     yield _chart(runs, "Latency over time", "ms from the intended time, logarithmic", TIME, ms, _latency(alone=alone))
     for names in [CACHE] if alone else [(name,) for name in CACHE]:
-        title = "Latency distribution" if alone else f"Latency distribution: {said(names[0])}"
+        title = "Latency distribution" if alone else f"Latency distribution: {name_latency_row(names[0])}"
         yield _chart(runs, title, "ms by percentile, both logarithmic", ONE_IN, ms, _distributions(names))
     yield _chart(runs, "Throughput", "requests per second", TIME, Axis("per s"), _rates(alone=alone))
     yield _chart(runs, "Hit ratio", "% of answers from a loaded model", TIME, Axis("%", "percent", top=100), _hits)
 
 
 def _latency(*, alone: bool) -> Lines:
-    def lines(run: Results) -> Iterator[Line]:
+    def lines(run: Results) -> Iterator[ChartLine]:
         over: OverTime = run["over_time"]
-        yield Line("p50", over["t_s"], over["p50_ms"])
-        yield Line("p99", over["t_s"], over["p99_ms"])
+        yield ChartLine("p50", over["t_s"], over["p50_ms"])
+        yield ChartLine("p99", over["t_s"], over["p99_ms"])
         if alone:  # the maxima of two runs hide their percentiles
-            yield Line("max", over["t_s"], over["max_ms"])
+            yield ChartLine("max", over["t_s"], over["max_ms"])
 
     return lines
 
 
 def _rates(*, alone: bool) -> Lines:
-    def lines(run: Results) -> Iterator[Line]:
+    def lines(run: Results) -> Iterator[ChartLine]:
         over: OverTime = run["over_time"]
         if alone:
-            yield Line("due", over["t_s"], over["due_per_s"])
-        yield Line("answered", over["t_s"], over["answered_per_s"])
+            yield ChartLine("due", over["t_s"], over["due_per_s"])
+        yield ChartLine("answered", over["t_s"], over["answered_per_s"])
         if any(over["failed_per_s"]):
-            yield Line("failed", over["t_s"], over["failed_per_s"])
+            yield ChartLine("failed", over["t_s"], over["failed_per_s"])
 
     return lines
 
 
-def _hits(run: Results) -> Iterator[Line]:
-    yield Line("seen by clients", run["over_time"]["t_s"], _scaled(run["over_time"]["hit_ratio"], 100))
+def _hits(run: Results) -> Iterator[ChartLine]:
+    yield ChartLine("seen by clients", run["over_time"]["t_s"], _scaled(run["over_time"]["hit_ratio"], 100))
     if (server := run["server_over_time"]) is not None:
-        yield Line("server's metrics", server["t_s"], _scaled(server["hit_ratio"], 100))
+        yield ChartLine("server's metrics", server["t_s"], _scaled(server["hit_ratio"], 100))
 
 
-def said(name: str) -> str:
+def name_latency_row(name: str) -> str:
     """A kind of request in the words of a heading."""
     return {"all": "all requests", "hit": "hits", "miss": "misses"}.get(name, name)
 
 
 def _distributions(names: Sequence[str]) -> Lines:
-    def lines(run: Results) -> Iterator[Line]:
+    def lines(run: Results) -> Iterator[ChartLine]:
         for name in names:
             if name in run["latency"]:
-                yield Line(said(name), *_by_rarity(run["latency"][name]))
+                yield ChartLine(name_latency_row(name), *_by_rarity(run["latency"][name]))
 
     return lines
 
@@ -157,15 +157,15 @@ def _by_rarity(row: Latency) -> tuple[list[float], Column]:
     while (rarity := 10 ** (len(rarities) / PER_DECADE)) < row["count"]:
         rarities.append(rarity)
     percentiles = [*(100 * (1 - 1 / rarity) for rarity in rarities), 100.0]
-    values = histogram(row).get_percentile_to_value_dict(percentiles)
+    values = decode_histogram(row).get_percentile_to_value_dict(percentiles)
     return [*rarities, float(row["count"])], [values[p] / 1e3 for p in percentiles]
 
 
 def _from_the_server(runs: Sequence[Results]) -> Iterator[Chart]:
     def server(lines: Callable[[ServerOverTime], Iterable[tuple[str, Column]]]) -> Lines:
-        def of(run: Results) -> Iterator[Line]:
+        def of(run: Results) -> Iterator[ChartLine]:
             if (over := run["server_over_time"]) is not None:
-                yield from (Line(name, over["t_s"], column) for name, column in lines(over))
+                yield from (ChartLine(name, over["t_s"], column) for name, column in lines(over))
 
         return of
 
@@ -194,10 +194,10 @@ def _from_the_server(runs: Sequence[Results]) -> Iterator[Chart]:
     yield _chart(runs, "Memory", "MB (PSS)", TIME, Axis("MB"), _memory(in_all=len(runs) > 1))
 
 
-def _load_times(run: Results) -> Iterator[Line]:
+def _load_times(run: Results) -> Iterator[ChartLine]:
     for tier, buckets in (run["load_time"] or {}).items():
         if sum(buckets["count"]) > 0:
-            yield Line(f"from {tier}", *_share_within(buckets))
+            yield ChartLine(f"from {tier}", *_share_within(buckets))
 
 
 def _share_within(buckets: Buckets) -> tuple[list[float], Column]:
@@ -213,28 +213,28 @@ def _share_within(buckets: Buckets) -> tuple[list[float], Column]:
 def _memory(*, in_all: bool) -> Lines:
     """A line per process, or their sum where that would be too many."""
 
-    def lines(run: Results) -> Iterator[Line]:
+    def lines(run: Results) -> Iterator[ChartLine]:
         columns = dict(run["memory_over_time"] or {})
         times = [t for t in columns.pop("t_s", []) if t is not None]
         if columns and (in_all or len(columns) > MAX_LINES):
             together = zip(*columns.values(), strict=True)
             columns = {"all processes": [sum(v for v in row if v is not None) for row in together]}
-        yield from (Line(name, times, _scaled(column, 1e-6)) for name, column in columns.items())
+        yield from (ChartLine(name, times, _scaled(column, 1e-6)) for name, column in columns.items())
 
     return lines
 
 
 def _of_a_ramp(runs: Sequence[Results]) -> Iterator[Chart]:
-    def rates(run: Results) -> Iterator[Line]:
+    def rates(run: Results) -> Iterator[ChartLine]:
         asked = [step["rate"] for step in run["steps"] or []]
         if len(runs) == 1:
-            yield Line("asked", asked, [*asked])
-        yield Line("answered", asked, [step["answered_per_s"] for step in run["steps"] or []])
+            yield ChartLine("asked", asked, [*asked])
+        yield ChartLine("answered", asked, [step["answered_per_s"] for step in run["steps"] or []])
 
-    def latency(run: Results) -> Iterator[Line]:
+    def latency(run: Results) -> Iterator[ChartLine]:
         asked = [step["rate"] for step in run["steps"] or []]
-        yield Line("p50", asked, [step["p50_ms"] for step in run["steps"] or []])
-        yield Line("p99", asked, [step["p99_ms"] for step in run["steps"] or []])
+        yield ChartLine("p50", asked, [step["p50_ms"] for step in run["steps"] or []])
+        yield ChartLine("p99", asked, [step["p99_ms"] for step in run["steps"] or []])
 
     asked = Axis("requests/s asked")
     yield _chart(runs, "Ramp: throughput", "requests answered per second by rate", asked, Axis("per s"), rates)

@@ -1,4 +1,4 @@
-"""A turn of a market's clock as one HTML file: fans and scenarios of some products, how all move together, the time."""
+"""Renders a turn of a market's cycle as one HTML file: fans, scenarios, correlations and times."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.driver.market_client import BUDGET_S, JOINT, STAGES, TICK, Turn
-from loadtest.report import alone
-from loadtest.report.charts import number
-from loadtest.report.tables import Table
+from loadtest.report import render_standalone
+from loadtest.report.charts import format_number
+from loadtest.report.tables import ReportTable
 
 Float64 = npt.NDArray[np.float64]
 
@@ -24,7 +24,7 @@ DIGITS = 5  #: of a price
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Drawn:
+class CycleResults:
     """What the page shows. `prices` [products, 2 * steps] from `start`: before the last forecast, and under it.
 
     `together` [products, products] are correlations. `calls`: what was called, and the line that does it again.
@@ -41,13 +41,13 @@ class Drawn:
     calls: Sequence[tuple[str, str]]
 
 
-def page(drawn: Drawn) -> str:
+def render_cycle_page(drawn: CycleResults) -> str:
     """The HTML."""
     last = drawn.turns[-1]
-    alike, opposed = extremes(drawn.products, drawn.together, PAIRS)
-    kept = last.scenarios[:, charted(drawn.products)]
+    alike, opposed = find_extremes(drawn.products, drawn.together, PAIRS)
+    kept = last.scenarios[:, choose_charted(drawn.products)]
     most = max(2, MOST_POINTS // kept[0].size)
-    return alone(
+    return render_standalone(
         "page.cycle.html",
         ["page.css", "page.cycle.css"],
         "page.cycle.js",
@@ -67,7 +67,7 @@ def page(drawn: Drawn) -> str:
     )
 
 
-def charted(products: Sequence[str]) -> list[int]:
+def choose_charted(products: Sequence[str]) -> list[int]:
     """Which get charts: the first of each group (`region/`, `region.`), the last of each, the second, and so on."""
     groups: dict[str, list[int]] = {}
     for i, product in enumerate(products):
@@ -78,13 +78,13 @@ def charted(products: Sequence[str]) -> list[int]:
     return sorted(i for _, i in sorted(ranked)[:MOST_CHARTED])
 
 
-def of_budget(ms: float) -> str:
+def format_budget_share(ms: float) -> str:
     """What milliseconds are of the market's time."""
     percent = ms / BUDGET_S / 10
     return f"{percent:.2f} %" if percent >= 0.01 else "< 0.01 %"  # noqa: PLR2004 -- the last digit shown
 
 
-def extremes(
+def find_extremes(
     products: Sequence[str], together: Float64, most: int
 ) -> tuple[list[tuple[str, str, float]], list[tuple[str, str, float]]]:
     """The pairs that are most alike, from the highest correlation, and those most opposed, from the lowest.
@@ -97,17 +97,17 @@ def extremes(
     return alike, [pair for pair in found[::-1][:most] if pair[2] < 0]
 
 
-def _headlines(drawn: Drawn) -> list[tuple[str, str]]:
+def _headlines(drawn: CycleResults) -> list[tuple[str, str]]:
     last, count = drawn.turns[-1], len(drawn.products)
     scenarios, _, steps = last.scenarios.shape
     per_s = count / (last.ms[TICK] / 1e3)
     return [
         ("from prices to numbers", f"{last.total_ms:.0f} ms"),
-        ("of 20 seconds", of_budget(last.total_ms)),
+        ("of 20 seconds", format_budget_share(last.total_ms)),
         ("first turn", f"{drawn.turns[0].total_ms:.0f} ms"),
         ("forecasts", f"{count} x {steps} steps"),
         ("scenarios", f"{scenarios} x {count} x {steps}"),
-        ("quantile forecasts", f"{number(per_s)}/s"),
+        ("quantile forecasts", f"{format_number(per_s)}/s"),
     ]
 
 
@@ -115,22 +115,24 @@ def _ends(turns: Sequence[Turn]) -> list[tuple[str, Turn]]:
     return [("first", turns[0]), (f"turn {len(turns)}", turns[-1])]
 
 
-def _stages(turns: Sequence[Turn]) -> Table:
+def _stages(turns: Sequence[Turn]) -> ReportTable:
     """Milliseconds of the first turn and of the last, and what the last is of the budget."""
     rows = [
-        [stage, *(f"{each.ms[stage]:.1f}" for _, each in _ends(turns)), of_budget(turns[-1].ms[stage])]
+        [stage, *(f"{each.ms[stage]:.1f}" for _, each in _ends(turns)), format_budget_share(turns[-1].ms[stage])]
         for stage in STAGES
     ]
     total = [f"{each.total_ms:.1f}" for _, each in _ends(turns)]
-    rows.append(["together", *total, of_budget(turns[-1].total_ms)])
-    return Table("Stages", ["ms", "first turn", f"turn {len(turns)}", "of 20 s"], rows)
+    rows.append(["together", *total, format_budget_share(turns[-1].total_ms)])
+    return ReportTable("Stages", ["ms", "first turn", f"turn {len(turns)}", "of 20 s"], rows)
 
 
-def _pairs(title: str, pairs: Sequence[tuple[str, str, float]]) -> Table:
-    return Table(title, ["", "and", "rank correlation"], [[one, other, f"{value:+.2f}"] for one, other, value in pairs])
+def _pairs(title: str, pairs: Sequence[tuple[str, str, float]]) -> ReportTable:
+    return ReportTable(
+        title, ["", "and", "rank correlation"], [[one, other, f"{value:+.2f}"] for one, other, value in pairs]
+    )
 
 
-def _data(drawn: Drawn, most: int) -> dict[str, Any]:
+def _data(drawn: CycleResults, most: int) -> dict[str, Any]:
     """What the page's script draws. Times are seconds, prices to DIGITS digits, correlations in percent."""
     last, seconds = drawn.turns[-1], drawn.step.total_seconds()
     begin = drawn.start.replace(tzinfo=drawn.start.tzinfo or UTC).timestamp()
@@ -146,7 +148,7 @@ def _data(drawn: Drawn, most: int) -> dict[str, Any]:
                 "quantiles": _digits(last.quantiles[i].T),
                 "scenarios": _digits(last.scenarios[:most, i]),
             }
-            for i in charted(drawn.products)
+            for i in choose_charted(drawn.products)
         ],
         "names": list(drawn.products[:count]),
         "together": (100 * drawn.together[:count, :count]).round().astype(int).tolist(),

@@ -1,4 +1,4 @@
-"""A load run's JSON as the report reads it: its shape, and errors that say where a file is not like that."""
+"""The schema of a load run's JSON; its errors name the place in the file that does not fit."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,7 +87,7 @@ class Check(TypedDict):
     met: bool
 
 
-class Slo(TypedDict):
+class SloResult(TypedDict):
     """The service level."""
 
     met: bool
@@ -106,7 +106,7 @@ class Step(TypedDict):
     why: str
 
 
-class Forecasts(TypedDict):
+class ForecastResults(TypedDict):
     """Of calls for many models: forecasts asked and failed, answered a second, and asked by a call on average."""
 
     asked: int
@@ -134,7 +134,7 @@ class Results(TypedDict):
     lag: Latency
     over_time: OverTime
     failures: dict[str, int]
-    forecasts: NotRequired[Forecasts | None]  #: records of before have none
+    forecasts: NotRequired[ForecastResults | None]  #: records of before have none
     checked: int
     unsound: list[Any]
     metrics: Metrics | None
@@ -142,7 +142,7 @@ class Results(TypedDict):
     load_time: dict[str, Buckets] | None
     memory: dict[str, float] | None
     memory_over_time: dict[str, Column] | None
-    slo: Slo | None
+    slo: SloResult | None
     steps: list[Step] | None
 
 
@@ -156,15 +156,15 @@ class Record(TypedDict):
     results: Results
 
 
-def load(path: Path) -> Record:
+def load_record(path: Path) -> Record:
     """The record of a load run in a file. Raises OSError, and NotAResult with the place where it is another thing."""
     try:
-        return checked(msgspec.json.decode(path.read_bytes()))
+        return check_record(msgspec.json.decode(path.read_bytes()))
     except (msgspec.DecodeError, NotAResult) as wrong:
         raise NotAResult(f"{path} is not what `fleetcast-load run` writes: {wrong}") from wrong
 
 
-def checked(found: Mapping[str, Any]) -> Record:
+def check_record(found: Mapping[str, Any]) -> Record:
     """`found`, which has the shape of a load run's record, or NotAResult."""
     try:
         record = msgspec.convert(found, Record)
@@ -173,7 +173,7 @@ def checked(found: Mapping[str, Any]) -> Record:
     results = record["results"]
     for name, row in {**results["latency"], "lag": results["lag"]}.items():
         try:
-            histogram(row)
+            decode_histogram(row)
         except Exception as wrong:  # hdrh raises base64's, zlib's, ctypes' and its own errors
             raise NotAResult(f"the HDR histogram of `{name}` cannot be decoded: {wrong!r}") from wrong
     _even("over_time", results["over_time"])
@@ -190,7 +190,7 @@ def checked(found: Mapping[str, Any]) -> Record:
     return record
 
 
-def histogram(row: Latency) -> HdrHistogram:
+def decode_histogram(row: Latency) -> HdrHistogram:
     """The whole distribution, of microseconds."""
     return HdrHistogram.decode(row["hdr"])
 

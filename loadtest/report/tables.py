@@ -1,10 +1,10 @@
-"""What the report writes: the verdict in words, and its tables, of one run or of two beside each other. Pure."""
+"""The verdict and the tables of the report, of one run or of two compared. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loadtest.report.charts import NOTHING, TAGS, number, said
+from loadtest.report.charts import NOTHING, TAGS, format_number, name_latency_row
 from loadtest.report.results_schema import Record, Results
 
 Percentile = Literal["count", "p50_ms", "p90_ms", "p99_ms", "p99.9_ms", "max_ms"]
@@ -23,7 +23,7 @@ Good = Literal["less", "more", "neither"]  #: which of two values is the better 
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class ReportTable:
     """Headings and rows; the first column names the row. `words`: the cells are text to wrap, not numbers."""
 
     title: str
@@ -34,7 +34,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
+class RunFact:
     """One number of each run, and what tells which is better."""
 
     what: str
@@ -44,7 +44,7 @@ class Fact:
 
     def cells(self) -> list[str]:
         """Each run's value; of two runs also the ratio B/A and a word."""
-        shown = [f"{number(value)}{self.unit if value is not None else ''}" for value in self.values]
+        shown = [f"{format_number(value)}{self.unit if value is not None else ''}" for value in self.values]
         return [*shown, *self.compared()] if len(self.values) > 1 else shown
 
     def compared(self) -> tuple[str, str]:
@@ -60,7 +60,7 @@ class Fact:
         return ratio, "B better" if (b < a) == (self.good == "less") else "B worse"
 
 
-def verdict(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
+def judge_run(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
     """Whether the run says anything and whether the service level was met, in a sentence."""
     if run["invalid"]:
         return "bad", "Not valid: this run says nothing about the server."
@@ -77,7 +77,7 @@ def verdict(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
     return "bad", f"Valid run, but the service level was missed ({missed} of {len(slo['checks'])} checks failed)."
 
 
-def remarks(run: Results) -> list[str]:
+def list_remarks(run: Results) -> list[str]:
     """What a reader must know beside the verdict."""
     said_so = list(run["invalid"])
     if run["unsound"]:
@@ -97,23 +97,23 @@ def remarks(run: Results) -> list[str]:
     return [*said_so, f"Not recorded: {' and '.join(missing)}."] if missing else said_so
 
 
-def headlines(runs: Sequence[Results]) -> list[Fact]:
+def list_headlines(runs: Sequence[Results]) -> list[RunFact]:
     """The few numbers that tell the run."""
     every = [run["latency"].get("all") for run in runs]
     facts = [
-        Fact("answered", [run["answered_per_s"] for run in runs], "/s", "more"),
-        Fact("p50 latency", [row and row["p50_ms"] for row in every], " ms", "less"),
-        Fact("p99 latency", [row and row["p99_ms"] for row in every], " ms", "less"),
-        Fact("hit ratio", [_hit_percent(run) for run in runs], " %", "more"),
-        Fact("failed", [100 * _failed(run) / max(1, run["requests"]) for run in runs], " %", "less"),
+        RunFact("answered", [run["answered_per_s"] for run in runs], "/s", "more"),
+        RunFact("p50 latency", [row and row["p50_ms"] for row in every], " ms", "less"),
+        RunFact("p99 latency", [row and row["p99_ms"] for row in every], " ms", "less"),
+        RunFact("hit ratio", [_hit_percent(run) for run in runs], " %", "more"),
+        RunFact("failed", [100 * _failed(run) / max(1, run["requests"]) for run in runs], " %", "less"),
     ]
     if any(run.get("forecasts") for run in runs):
         calls = [run.get("forecasts") for run in runs]
-        facts.append(Fact("forecasts", [call and call["per_s"] for call in calls], "/s", "more"))
+        facts.append(RunFact("forecasts", [call and call["per_s"] for call in calls], "/s", "more"))
         failed = [call and 100 * call["failed"] / call["asked"] for call in calls]
-        facts.append(Fact("failed forecasts", failed, " %", "less"))
+        facts.append(RunFact("failed forecasts", failed, " %", "less"))
     if any(run["steps"] for run in runs):
-        facts.append(Fact("highest rate sustained", [_sustained(run) for run in runs], "/s", "more"))
+        facts.append(RunFact("highest rate sustained", [_sustained(run) for run in runs], "/s", "more"))
     return facts
 
 
@@ -130,7 +130,7 @@ def _sustained(run: Results) -> float | None:
     return max((step["rate"] for step in run["steps"] or [] if step["sustained"]), default=None)
 
 
-def tables(records: Sequence[Record]) -> list[Table]:
+def build_tables(records: Sequence[Record]) -> list[ReportTable]:
     """Every table of the report; those without rows are left out."""
     runs = [record["results"] for record in records]
     found = [
@@ -145,73 +145,81 @@ def tables(records: Sequence[Record]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _facts(runs: Sequence[Results], title: str, facts: Iterator[Fact], says: str = "") -> Table:
+def _facts(runs: Sequence[Results], title: str, facts: Iterator[RunFact], says: str = "") -> ReportTable:
     head = ["", *TAGS, "B/A", ""] if len(runs) > 1 else ["", "value"]
-    return Table(title, head, [[fact.what, *fact.cells()] for fact in facts], says)
+    return ReportTable(title, head, [[fact.what, *fact.cells()] for fact in facts], says)
 
 
-def _latency(runs: Sequence[Results]) -> Table:
+def _latency(runs: Sequence[Results]) -> ReportTable:
     """A row per kind of request, and how late the driver itself was."""
     rows = []
     (run,) = runs
     for name, row in [*((kind, run["latency"].get(kind)) for kind in KINDS), ("driver late by", run["lag"])]:
         if row is not None:
-            rows.append([said(name), number(row["count"]), *(number(row[key]) for _, key in PERCENTILES)])
-    return Table("Latency", ["ms", "requests", *(name for name, _ in PERCENTILES)], rows, "From the intended time.")
+            rows.append(
+                [
+                    name_latency_row(name),
+                    format_number(row["count"]),
+                    *(format_number(row[key]) for _, key in PERCENTILES),
+                ]
+            )
+    return ReportTable(
+        "Latency", ["ms", "requests", *(name for name, _ in PERCENTILES)], rows, "From the intended time."
+    )
 
 
-def _latency_facts(runs: Sequence[Results]) -> Iterator[Fact]:
+def _latency_facts(runs: Sequence[Results]) -> Iterator[RunFact]:
     for kind in KINDS:
         found = [run["latency"].get(kind) for run in runs]
         if any(found):
-            yield Fact(f"{said(kind)}: requests", [row["count"] if row else 0 for row in found])
+            yield RunFact(f"{name_latency_row(kind)}: requests", [row["count"] if row else 0 for row in found])
             for name, key in PERCENTILES:
                 good: Good = "neither" if kind == "failed" else "less"
-                yield Fact(f"{said(kind)}: {name}", [row and row[key] for row in found], " ms", good)
+                yield RunFact(f"{name_latency_row(kind)}: {name}", [row and row[key] for row in found], " ms", good)
     for name, key in PERCENTILES[2:3]:
-        yield Fact(f"driver late by: {name}", [run["lag"][key] for run in runs], " ms", "less")
+        yield RunFact(f"driver late by: {name}", [run["lag"][key] for run in runs], " ms", "less")
 
 
-def _steps(run: Results, whose: str) -> Table:
+def _steps(run: Results, whose: str) -> ReportTable:
     head = ["requests/s asked", "answered/s", "p50 ms", "p99 ms", "failed", "sustained", "why not"]
     rows = [
         [
-            *(number(value) for value in (step["rate"], step["answered_per_s"], step["p50_ms"], step["p99_ms"])),
-            number(step["failed"]),
+            *(format_number(value) for value in (step["rate"], step["answered_per_s"], step["p50_ms"], step["p99_ms"])),
+            format_number(step["failed"]),
             "yes" if step["sustained"] else "no",
             step["why"],
         ]
         for step in run["steps"] or []
     ]
-    return Table(f"Ramp{whose}", head, rows)
+    return ReportTable(f"Ramp{whose}", head, rows)
 
 
-def _failures(runs: Sequence[Results]) -> Iterator[Fact]:
+def _failures(runs: Sequence[Results]) -> Iterator[RunFact]:
     for why in dict.fromkeys(why for run in runs for why in run["failures"]):
-        yield Fact(why, [run["failures"].get(why, 0) for run in runs])
+        yield RunFact(why, [run["failures"].get(why, 0) for run in runs])
 
 
-def _unsound(run: Results, whose: str) -> Table:
+def _unsound(run: Results, whose: str) -> ReportTable:
     rows = [[str(i + 1), str(what)] for i, what in enumerate(run["unsound"])]
-    return Table(f"Wrong answers{whose}", ["", "what was wrong"], rows, words=True)
+    return ReportTable(f"Wrong answers{whose}", ["", "what was wrong"], rows, words=True)
 
 
-def _loads(runs: Sequence[Results]) -> Iterator[Fact]:
+def _loads(runs: Sequence[Results]) -> Iterator[RunFact]:
     metrics = [run["metrics"] for run in runs]
     if not any(metrics):
         return
     hits = [None if m is None or m["hit_ratio"] is None else 100 * m["hit_ratio"] for m in metrics]
-    yield Fact("hit ratio", hits, " %", "more")
+    yield RunFact("hit ratio", hits, " %", "more")
     for tier in TIERS:
         loads = [m and m[f"loads_from_{tier}"] for m in metrics]  # type: ignore[literal-required]
         seconds = [m and m[f"load_seconds_from_{tier}"] for m in metrics]  # type: ignore[literal-required]
-        yield Fact(f"loads from {tier}", loads)
+        yield RunFact(f"loads from {tier}", loads)
         means = [1e3 * s / n if n and s is not None else None for n, s in zip(loads, seconds, strict=True)]
-        yield Fact(f"mean load from {tier}", means, " ms", "less")
+        yield RunFact(f"mean load from {tier}", means, " ms", "less")
         for share in (0.5, 0.99):
             within = [_within(run, tier, share) for run in runs]
-            yield Fact(f"{share:.0%} of loads from {tier} within", within, " ms", "less")
-    yield Fact("evictions", [m and m["evictions"] for m in metrics])
+            yield RunFact(f"{share:.0%} of loads from {tier} within", within, " ms", "less")
+    yield RunFact("evictions", [m and m["evictions"] for m in metrics])
 
 
 def _within(run: Results, tier: str, share: float) -> float | None:
@@ -227,23 +235,23 @@ def _within(run: Results, tier: str, share: float) -> float | None:
     return None
 
 
-def _memory(runs: Sequence[Results]) -> Iterator[Fact]:
+def _memory(runs: Sequence[Results]) -> Iterator[RunFact]:
     sizes = [run["memory"] or {} for run in runs]
     names = list(dict.fromkeys(name for size in sizes for name in size))
     for name in names:
-        yield Fact(name, [None if name not in size else size[name] / 1e6 for size in sizes], " MB", "less")
+        yield RunFact(name, [None if name not in size else size[name] / 1e6 for size in sizes], " MB", "less")
     if len(names) > 1:
-        yield Fact("all", [sum(size.values()) / 1e6 if size else None for size in sizes], " MB", "less")
+        yield RunFact("all", [sum(size.values()) / 1e6 if size else None for size in sizes], " MB", "less")
 
 
-def _ran(records: Sequence[Record]) -> Table:
+def _ran(records: Sequence[Record]) -> ReportTable:
     """What was run, where and when; of two runs also whether they differ in it."""
     columns = [dict(_descriptions(record)) for record in records]
     rows = []
     for what in dict.fromkeys(what for column in columns for what in column):
         values = [column.get(what, NOTHING) for column in columns]
         rows.append([what, *values, *(["differs" if values[0] != values[1] else ""] if len(values) > 1 else [])])
-    return Table("What ran", ["", *TAGS, ""] if len(records) > 1 else ["", "value"], rows, words=True)
+    return ReportTable("What ran", ["", *TAGS, ""] if len(records) > 1 else ["", "value"], rows, words=True)
 
 
 def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
@@ -253,9 +261,9 @@ def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
     yield from _flat("profile", run["profile"])
     yield "request", f"{run['dialect']}, {run['body']} body of {run['body_bytes']:,} bytes"
     yield "driver", f"{run['processes']} process{'es' if run['processes'] != 1 else ''}"
-    yield "asked", f"{run['requests']:,} requests in {number(run['seconds'])} s"
+    yield "asked", f"{run['requests']:,} requests in {format_number(run['seconds'])} s"
     if forecasts := run.get("forecasts"):
-        yield "forecasts", f"{forecasts['asked']:,}, in calls for {number(forecasts['per_call'])} models each"
+        yield "forecasts", f"{forecasts['asked']:,}, in calls for {format_number(forecasts['per_call'])} models each"
     yield "checked", f"{run['checked']:,} answers looked into"
     yield "date", record["date"]
     yield "commit", record["commit"]
@@ -264,7 +272,7 @@ def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
 
 
 def _flat(prefix: str, found: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    show: Callable[[object], str] = lambda value: number(value) if isinstance(value, float) else str(value)  # noqa: E731
+    show: Callable[[object], str] = lambda value: format_number(value) if isinstance(value, float) else str(value)  # noqa: E731
     for name, value in found.items():
         if isinstance(value, Mapping):
             yield from _flat(f"{prefix} {name}", value)

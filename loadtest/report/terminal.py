@@ -1,11 +1,11 @@
-"""A report's table for the terminal."""
+"""Prints a report's table in the terminal."""
 
 from rich.table import Table as Shown
 
-from loadtest.report.tables import Table
+from loadtest.report.tables import ReportTable
 
 
-def shown(table: Table) -> Shown:
+def render_table(table: ReportTable) -> Shown:
     """Its title, headings and rows, numbers to the right."""
     found = Shown(*table.head, title=table.title, title_justify="left")
     found.columns[0].no_wrap = True

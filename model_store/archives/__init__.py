@@ -1,1 +1,1 @@
-"""One archive: its container, its manifest, how it is read and packed."""
+"""The archive format: containers (zip, gzipped tar), manifest records, reading and packing."""

@@ -1,6 +1,6 @@
-"""One archive, read from its bytes: what kind it is, its records, its weights. Pure; runs in loader threads.
+"""Reads one archive from its bytes: its kind, its records and its weights. Pure; runs in loader threads.
 
-Nothing here is ever unpickled or imported, and nothing is written to disk. Every error names the archive.
+INVARIANT: nothing of an archive is unpickled, imported or written to disk here. Every error names the archive.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from model_store.archives.manifest import (
     parse_mar_manifest,
     parse_spec,
 )
+from model_store.archives.step_budget import StepBudget
 from model_store.archives.tar_reader import read_tar_gz
 from model_store.archives.zip_reader import read_zip
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
@@ -35,6 +36,7 @@ __all__ = ["DEFAULT_LIMITS", "Archive", "Limits", "check_tensors", "open_archive
 Float32 = npt.NDArray[np.float32]
 DEFAULT_LIMITS = Limits()
 
+MAX_TENSORS = 10_000  #: of a safetensors file
 _MODEL_ONNX = "model.onnx"
 _MAX_RECORD_BYTES = 4 << 20  # of a JSON record, and of the header of a safetensors file
 _MAX_LISTED = 5  # names in one message
@@ -47,13 +49,13 @@ _RUNS_LATER = {
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Archive:
-    """An opened archive. Immutable; it holds the archive's bytes and unpacks a member each time one is read."""
+    """An opened archive. Immutable. It keeps the archive's bytes and unpacks a member each time it is read."""
 
     name: str
     kind: Kind
     spec: Spec | None
     mar: MarManifest | None
-    weights_file: str | None  #: the member that holds the numbers; None for code, whose handler knows
+    weights_file: str | None  #: the member that holds the numbers; None for code, where only the handler knows it
     container: Container
 
     @property
@@ -62,12 +64,12 @@ class Archive:
         return tuple(sorted(self.container.members))
 
     def read(self, member: str) -> bytes:
-        """The bytes of one member. Raises ArchiveInvalid where it is missing, damaged, or larger than declared."""
+        """The bytes of one member. Raises ArchiveInvalid if it is missing, damaged, or larger than declared."""
         with _naming(self.name):
             return self.container.read(member)
 
     def weights(self) -> bytes:
-        """The member that holds the numbers, its sha256 checked where `fleetcast.json` has one.
+        """The bytes of the member that holds the numbers. Checks their sha256 if `fleetcast.json` has one.
 
         Raises:
             ArchiveInvalid: the member is damaged or not the one that was packed.
@@ -83,12 +85,12 @@ class Archive:
         return raw
 
     def graph(self) -> bytes:
-        """The operators of a graph archive, unread. Raises ArchiveInvalid where the member is damaged or too large."""
+        """The bytes of a graph archive's operators. Raises ArchiveInvalid if the member is damaged or too large."""
         with _naming(self.name):
             return _read_record(self.container, GRAPH_FILE)
 
     def golden(self) -> GoldenSample | None:
-        """The golden sample, None where the archive has none. Raises ArchiveInvalid that names the field."""
+        """The golden sample; None if the archive has none. Raises ArchiveInvalid, which names the field."""
         if self.spec is None or self.spec.golden is None:
             return None
         with _naming(self.name):
@@ -100,11 +102,11 @@ class Archive:
 
 
 def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Archive:
-    """The archive in `data`, a zip or a gzipped tar by its first bytes; `name` is for messages.
+    """Open the archive in `data`: a zip or a gzipped tar, as its first bytes say. `name` is for messages.
 
     Raises:
-        ArchiveTooLarge: a size rule of `limits` is broken.
-        ArchiveInvalid: not an archive, damaged, hostile, of no known kind, or its records break a rule.
+        ArchiveTooLarge: a limit of `limits` is exceeded.
+        ArchiveInvalid: not an archive, damaged, hostile, of no known kind, or a record breaks a rule.
     """
     with _naming(name):
         container = _read_container(data, limits)
@@ -125,13 +127,13 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
 
 
 def require_supported(archive: Archive) -> None:
-    """Raises UnsupportedKind, which names the kind and what will run it, for kinds that this server does not run."""
+    """Raises UnsupportedKind for a kind that this server does not run; the message says what does."""
     if archive.kind in _RUNS_LATER:
         raise _unsupported(archive)
 
 
 def read_tensors(archive: Archive) -> dict[str, Float32]:
-    """The tensors of a safetensors archive by name: float32, every value finite, memory of their own.
+    """The tensors of a safetensors archive by name: float32 with finite values, in memory of their own.
 
     Raises:
         ArchiveInvalid: damaged, not safetensors, another dtype, or a value that is not finite; names the tensor.
@@ -140,6 +142,8 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
     with _naming(f"{archive.name}: {archive.weights_file}"):
         if (header := int.from_bytes(raw[:8], "little")) > _MAX_RECORD_BYTES:
             raise ArchiveInvalid(f"it is not safetensors, or its header of {header} bytes is too large")
+        # Each tensor has an object of its own in the header, so that there are no more of them than braces.
+        StepBudget(MAX_TENSORS, "tensors").spend(raw.count(b"{", 8, 8 + header) - 1)
         try:
             stored = deserialize(raw)  # type: ignore[no-untyped-call]
         except SafetensorError as error:
@@ -150,10 +154,10 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
 def check_tensors(
     tensors: Mapping[str, npt.NDArray[np.generic]], parameters: Mapping[str, tuple[int, ...]], name: str
 ) -> None:
-    """That `tensors` have exactly the names and shapes of `parameters`; `name` is the archive's.
+    """Check that `tensors` have exactly the names and shapes of `parameters`; `name` is the archive's.
 
     Raises:
-        ArchiveInvalid: lists what is missing, what nobody expects, and what has another shape.
+        ArchiveInvalid: lists missing and unexpected tensors, and those of a wrong shape.
     """
     missing = [shown(key) for key in parameters if key not in tensors]
     unexpected = [shown(key) for key in tensors if key not in parameters]
@@ -174,11 +178,11 @@ def _read_container(data: bytes, limits: Limits) -> Container:
         return read_zip(data, limits)
     if data.startswith(b"\x1f\x8b"):
         return read_tar_gz(data, limits)
-    raise ArchiveInvalid(f"it is neither a zip (.mar) nor a gzip (.tar.gz): it starts with {data[:8]!r}")
+    raise ArchiveInvalid("it is neither a zip (.mar) nor a gzip (.tar.gz)")
 
 
 def _kind_without_spec(files: Iterable[str], mar: MarManifest | None) -> tuple[Kind, str | None]:
-    """The kind of an archive without `fleetcast.json`, and its weights where they are known. Order: DESIGN, kinds."""
+    """The kind of an archive without `fleetcast.json`, and its weights file if that is known."""
     names = set(files)
     handler = mar.model.handler if mar else ""
     serialized = mar.model.serialized_file if mar else ""
@@ -237,7 +241,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Puts the archive's name before the message of an error raised inside."""
+    """Put the archive's name before the message of an error that is raised inside."""
     try:
         yield
     except LoadError as error:

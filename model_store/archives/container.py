@@ -1,10 +1,9 @@
-"""Members by name, whatever container they came in, and the rules that every container must keep.
+"""The members of an archive by name, and the limits and rules that zips and tars share. Pure; runs in loader threads.
 
-Archives are read as if an enemy had written them. Pure: bytes in, bytes out, nothing touches the disk; runs in loader
-threads. The containers are read by `zips.py` and `tars.py` rather than by `zipfile` and `tarfile` because those build a
-record for every entry before anyone can count them, let entries overlap, take a damaged header for the end of a tar,
-and raise a dozen exception types over hostile input. What an archive of models never needs (zip64, encryption, several
-disks or gzip streams, sparse files, links) is refused by name.
+Archives are untrusted input. `zip_reader` and `tar_reader` replace `zipfile` and `tarfile`, because these build a
+record for every entry before entries can be counted, let entries overlap, take a damaged header for the end of a tar,
+and raise a dozen types of exceptions for hostile input. Features that a model archive never needs (zip64, encryption,
+several disks or gzip streams, sparse files, links) are refused with a message that names them.
 """
 
 import re
@@ -17,16 +16,16 @@ from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 _MIB = 1 << 20
 _MAX_PATH = 500  # what manifest.MemberPath allows
 _MAX_SHOWN = 80
-_OWN_FOLDERS = ("MAR-INF/", "code/")  # folders with a meaning: never taken for the one top folder
+_OWN_FOLDERS = ("MAR-INF/", "code/")  # folders with a meaning of their own: never stripped as the single top folder
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an archive may cost. Each default is far above real model archives and far below what hurts a host.
+    """Limits of an archive's size. The defaults are far above real model archives and far below what harms a host.
 
-    `max_archive_bytes` bounds the file itself, `max_entries` its headers of any type (folders too),
-    `max_unpacked_bytes` the sum of all members, or the whole tar. `max_ratio` is unpacked / packed and counts only
-    where more than `ratio_floor_bytes` come out, so that a tiny file full of zeros is not refused.
+    `max_archive_bytes` limits the file itself, `max_entries` its headers of any type (folders too),
+    `max_unpacked_bytes` the sum of all members, or the whole tar. `max_ratio` limits unpacked / packed; it applies only
+    above `ratio_floor_bytes` of unpacked data, so that a small file of zeros is not refused.
     """
 
     max_archive_bytes: int = 1024 * _MIB
@@ -36,12 +35,12 @@ class Limits:
     ratio_floor_bytes: int = _MIB
 
     def check_packed(self, packed: int) -> None:
-        """Raises ArchiveTooLarge where the file itself has too many bytes."""
+        """Raises ArchiveTooLarge if the file itself has too many bytes."""
         if packed > self.max_archive_bytes:
             raise ArchiveTooLarge(f"it has {packed} bytes, more than the {self.max_archive_bytes} allowed")
 
     def check_unpacked(self, unpacked: int, packed: int) -> None:
-        """Raises ArchiveTooLarge where `unpacked` bytes are more than a file of `packed` bytes may hold."""
+        """Raises ArchiveTooLarge if `unpacked` bytes are more than a file of `packed` bytes may hold."""
         if unpacked > self.max_unpacked_bytes:
             raise ArchiveTooLarge(f"it unpacks to more than the {self.max_unpacked_bytes} bytes allowed")
         if unpacked > self.ratio_floor_bytes and unpacked > packed * self.max_ratio:
@@ -56,7 +55,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where one member lies in the container's data: `packed` bytes from `start`, `size` bytes once inflated."""
+    """The place of one member in the container's data: `packed` bytes from `start`, `size` bytes after inflation."""
 
     start: int
     packed: int
@@ -73,7 +72,7 @@ class Container:
     members: Mapping[str, Member]
 
     def read(self, name: str) -> bytes:
-        """The member's bytes, inflated now and never beyond the size its header declares. Raises ArchiveInvalid."""
+        """The member's bytes, inflated to at most the size that its header declares. Raises ArchiveInvalid."""
         member = self.members.get(name)
         if member is None:
             raise ArchiveInvalid(f"it has no member {shown(name)}")
@@ -86,7 +85,7 @@ class Container:
 
 @dataclass(slots=True)
 class Gathering:
-    """The members of a container of `packed` bytes, as its reader finds them, under the rules all share."""
+    """Collects the members of a container of `packed` bytes as its reader finds them, and checks the shared rules."""
 
     limits: Limits
     packed: int
@@ -95,18 +94,23 @@ class Gathering:
     unpacked: int = 0
 
     def count(self, entries: int = 1) -> None:
-        """Headers of any type, counted before they are looked at. Raises ArchiveTooLarge."""
+        """Count headers of any type before they are read. Raises ArchiveTooLarge."""
         self.entries += entries
         if self.entries > self.limits.max_entries:
             raise ArchiveTooLarge(f"it has more than the {self.limits.max_entries} entries allowed")
 
     def add_folder(self, raw_name: bytes) -> None:
-        """A folder leaves no trace, but its name must be sound. Raises ArchiveInvalid."""
+        """Check a folder's name; folders are not kept. Raises ArchiveInvalid."""
         if raw_name not in (b".", b"./"):  # `tar -C folder .` begins with it
             safe_path(raw_name.removesuffix(b"/"))
 
     def add_file(self, raw_name: bytes, member: Member) -> None:
-        """One file. Raises ArchiveInvalid for an unsafe or repeated name, ArchiveTooLarge when the sum of sizes is."""
+        """Add a file.
+
+        Raises:
+            ArchiveInvalid: its name is unsafe or repeated.
+            ArchiveTooLarge: the sum of all sizes exceeds the limit.
+        """
         name = safe_path(raw_name)
         if name in self.members:
             raise ArchiveInvalid(f"it has two members named {shown(name)}")
@@ -115,7 +119,7 @@ class Gathering:
         self.members[name] = member
 
     def container(self, data: bytes) -> Container:
-        """All of them, named relative to the one top folder, as in torch-model-archiver's tgz, if any."""
+        """The container. Names are relative to the single top folder, if there is one (torch-model-archiver's tgz)."""
         if not self.members:
             raise ArchiveInvalid("it has no members")
         top = next(iter(self.members)).partition("/")[0] + "/"
@@ -125,12 +129,12 @@ class Gathering:
 
 
 def shown(name: str) -> str:
-    """The name quoted for a message, shortened where an attacker made it long."""
+    """The name quoted for a message, and shortened."""
     return repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "...")
 
 
 def safe_path(raw: bytes) -> str:
-    """The member's relative path, without a leading `./`. Raises ArchiveInvalid for one that could lead elsewhere."""
+    """The member's relative path without a leading `./`. Raises ArchiveInvalid for a path that is not safe."""
     try:
         name = raw.decode()
     except UnicodeDecodeError as error:

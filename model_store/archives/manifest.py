@@ -1,7 +1,7 @@
-"""The records of an archive: `fleetcast.json`, the MAR manifest, the golden sample. Pure: bytes in, frozen records out.
+"""The records of an archive: `fleetcast.json`, the MAR manifest, and the golden sample. Pure; records are frozen.
 
-`parse_*` checks types, ranges and the rules across fields, and an error names the file and the field. A record made by
-hand is held to the rules across fields at once, and to the rest when it is packed, since packing parses its own result.
+`parse_*` checks types, ranges and the rules across fields; an error names the file and the field. The constructor of a
+record checks only the rules across fields. Packing checks the rest, because it parses its own result.
 """
 
 from enum import StrEnum
@@ -11,12 +11,15 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid
 
 FLEETCAST_JSON = "fleetcast.json"
 MAR_MANIFEST = "MAR-INF/MANIFEST.json"
-GRAPH_FILE = "graph.json"  #: the operators of a graph archive; what may be in it is `handlers.kinds.graph`'s to say
-MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: of a correlation: factors of 16 and 25 MB
+GRAPH_FILE = "graph.json"  #: the operators of a graph archive; `handlers.kinds.graph` defines its content
+MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: limits of a correlation: its factors have at most 16 and 25 MB
+MAX_ROWS, MAX_LEVELS, MAX_FIELDS = 10_000, 1000, 1000  #: channels or covariates; quantile levels; of `config`
+MAX_GOLDEN_DEPTH, MAX_GOLDEN_VALUES = 64, 500_000  #: of a golden sample: how deep its JSON nests, and its values
 
 Name = Annotated[str, Meta(min_length=1, max_length=200)]
 Feature = Literal[
@@ -28,13 +31,14 @@ MemberPath = Annotated[str, Meta(min_length=1, max_length=500)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
 Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
+Numbers = Annotated[list[int], Meta(max_length=MAX_ROWS)]
 T = TypeVar("T", bound=Struct)
 
 
 class Kind(StrEnum):
-    """How an archive runs. `forecaster` and `graph` are rows of banks, `onnx` a session, `code` a child process.
+    """How an archive runs: `forecaster` and `graph` as rows of banks, `onnx` as a session, `code` in a child process.
 
-    A `correlation` answers nothing itself: it says how the forecasts of several models move together.
+    A `correlation` is no forecaster: it describes how the forecasts of several models depend on each other.
     """
 
     FORECASTER = "forecaster"
@@ -45,9 +49,9 @@ class Kind(StrEnum):
 
 
 class Scaler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Between prices and network numbers: z = (y - center) / scale, and asinh of that for `asinh`.
+    """Maps a price y to the network's number z = (y - center) / scale; `asinh` takes asinh of that.
 
-    Quantiles travel back through the inverse, which is increasing, so their order survives.
+    The inverse maps quantiles back. It is increasing, so that quantiles keep their order.
     """
 
     kind: Literal["identity", "linear", "asinh"] = "identity"
@@ -84,35 +88,35 @@ class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a request for a forecast is validated against, and how it becomes the network's input.
+    """What a forecast request must contain, and how it becomes the network's input.
 
     Lengths are in steps of `frequency` (pandas offset alias, such as `1h` or `5min`); `floor` and `cap` in `unit`, for
     every product. An archive of D > 1 `products` takes `target` as [D][T], and its network gives [prediction, D,
     levels] or, the same numbers in the same order, [prediction, D * levels]: for each step all levels of the first
     product, then those of the next. Where their prices differ in size, `scalers` has one for each instead of `scaler`.
 
-    A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then what is
-    answered where a request names none. `origin` is the time of day of the first forecast step of every request, for a
-    model that was trained for it alone; any other is refused.
+    A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then the
+    default of a request. `origin`: the time of day of the first forecast step, for a model that was trained for this
+    time only; the request is refused if it starts at another one.
     """
 
     frequency: Name
     context_length: Length
     prediction_length: Length
-    quantile_levels: tuple[Level, ...]
-    inputs: tuple[Channel, ...]
+    quantile_levels: Annotated[tuple[Level, ...], Meta(max_length=MAX_LEVELS)]
+    inputs: Annotated[tuple[Channel, ...], Meta(max_length=MAX_ROWS)]
     time_zone: Name = "UTC"
-    products: tuple[Name, ...] = ("price",)
-    dynamic_feat: tuple[Name, ...] = ()
-    cat: tuple[Name, ...] = ()
+    products: Annotated[tuple[Name, ...], Meta(max_length=MAX_PRODUCTS)] = ("price",)
+    dynamic_feat: Annotated[tuple[Name, ...], Meta(max_length=MAX_ROWS)] = ()
+    cat: Annotated[tuple[Name, ...], Meta(max_length=MAX_ROWS)] = ()
     unit: str = ""
     floor: float | None = None
     cap: float | None = None
     scaler: Scaler = Scaler()
-    scalers: tuple[Scaler, ...] = ()
+    scalers: Annotated[tuple[Scaler, ...], Meta(max_length=MAX_PRODUCTS)] = ()
     pad_context: bool = False
     tail: Literal["none", "clamp"] = "none"
-    paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # left out where unset, as `origin` is
+    paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # not written if unset, like `origin`
     origin: TimeOfDay | UnsetType = UNSET
 
     def __post_init__(self) -> None:
@@ -159,25 +163,25 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def trained_levels(self) -> tuple[float, ...]:
-        """The levels of the network's last axis: the quantiles', or those of its paths once they are sorted."""
+        """The levels of the network's last axis: of its quantiles, or of its sorted paths."""
         if not self.paths:
             return self.quantile_levels
         return tuple((i + 0.5) / self.paths for i in range(self.paths))
 
     @property
     def history_length(self) -> int:
-        """Target steps a request must bring: the context and the longest lag before it."""
+        """How many target steps a request must contain: the context and the longest lag before it."""
         return self.context_length + max(channel.lag for channel in self.inputs)
 
 
 class Correlation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How the errors of forecasts for N products, `horizon` steps T ahead, hang together: of an archive of that kind.
+    """How forecast errors of N products, `horizon` steps T ahead, depend on each other (kind `correlation`).
 
-    `products` are the names by which a call's forecasts are found in it: the models' names, and `model#product` where a
-    model has several products. `gaussian`: tensors `product_factor` [N, N] and `time_factor` [T, T], each the lower
-    Cholesky factor of a correlation matrix; the whole correlation is their Kronecker product. `schaake`: the tensor
-    `ranks` [windows, N, T], in every margin the ranks 0, 1, ... of past windows. `windows` is how many of them there
-    were, `shrinkage` how much of each matrix was replaced by the identity.
+    `products` are the names by which a call's forecasts are matched: the models' names, or `model#product` for a model
+    of several products. `gaussian`: tensors `product_factor` [N, N] and `time_factor` [T, T], each the lower Cholesky
+    factor of a correlation matrix; the whole correlation is their Kronecker product. `schaake`: the tensor `ranks`
+    [windows, N, T], which has for every product and step the ranks 0 to windows - 1 of past windows. `windows`: the
+    number of past windows; `shrinkage`: the share of each matrix that was replaced by the identity.
     """
 
     products: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MAX_PRODUCTS)]
@@ -211,9 +215,9 @@ class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class GoldenSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A request and the answer it must give, checked whenever the archive is loaded.
+    """A request and its expected answer, which are checked on every load of the archive.
 
-    `request` and `response` are JSON bodies as a client sends and gets them (`content_type` application/json); numbers
+    `request` and `response` are JSON bodies as clients send and receive them (`content_type` application/json). Numbers
     may differ by `abs_tolerance + rel_tolerance * |expected|`.
     """
 
@@ -224,20 +228,20 @@ class GoldenSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`fleetcast.json`: what the archive is. `config` belongs to the architecture and is validated by its network file.
+    """`fleetcast.json`, the description of an archive. The architecture's own module validates `config`.
 
-    An archive of kind forecaster has `architecture`, `config` and `weights`, and `forecast` where it can be asked for a
-    forecast; without it the archive answers tensors only. One of kind graph has `weights`, the member `graph.json`, and
-    `forecast` likewise; one of kind correlation `weights` and `correlation`.
+    Kind forecaster: `architecture`, `config`, `weights`, and `forecast` if it answers forecast requests; without it the
+    archive answers tensors only. Kind graph: `weights`, the member `graph.json`, and `forecast` likewise. Kind
+    correlation: `weights` and `correlation`.
     """
 
     kind: Kind
     weights: Weights
     format: Literal[1] = 1
     architecture: str = ""
-    config: dict[str, int | float | str | bool | list[int]] = {}
+    config: Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)] = {}
     forecast: Forecast | None = None
-    correlation: Correlation | UnsetType = UNSET  # left out where unset: archives of other kinds keep their bytes
+    correlation: Correlation | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None
     description: Annotated[str, Meta(max_length=2000)] = ""
 
@@ -254,13 +258,13 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):
-    """The `model` object of a MAR manifest; fields we do not use are let through."""
+    """The `model` object of a MAR manifest; unused fields are ignored."""
 
     model_name: str = ""
     model_version: str = ""
     handler: str = ""
     serialized_file: str = ""
-    model_file: str = ""
+    model_file: str = ""  #: of archives with code; kept so that a packed manifest has the same bytes
 
 
 class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -283,8 +287,35 @@ def parse_mar_manifest(raw: bytes) -> MarManifest:
 
 
 def parse_golden(raw: bytes, member: str) -> GoldenSample:
-    """The golden sample stored as `member`. Raises ArchiveInvalid that names the field."""
-    return _parse(raw, GoldenSample, member)
+    """The golden sample stored as `member`. Raises ArchiveInvalid that names the field, ArchiveTooLarge."""
+    sample = _parse(raw, GoldenSample, member)
+    try:
+        _check_json((sample.request, sample.response), StepBudget(MAX_GOLDEN_VALUES, "values"))
+    except ArchiveInvalid as error:
+        raise type(error)(f"{member}: {error}") from None
+    return sample
+
+
+def _check_json(value: object, budget: StepBudget) -> None:
+    """That JSON is one that every reader and writer of ours can handle, without recursion.
+
+    Raises:
+        ArchiveInvalid: it nests too deep, or has an integer beyond 64 bits.
+        ArchiveTooLarge: it has too many values.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_GOLDEN_DEPTH):
+        inner: list[Any] = []
+        for each in level:
+            budget.spend(len(each))
+            for one in each.values() if isinstance(each, dict) else each:
+                if isinstance(one, (dict, list)):
+                    inner.append(one)
+                elif isinstance(one, int) and not -(2**63) <= one < 2**64:
+                    raise ArchiveInvalid(f"an integer has {one.bit_length()} bits; 64 are the most")
+        level = inner
+    if level:
+        raise ArchiveInvalid(f"it nests deeper than {MAX_GOLDEN_DEPTH} levels")
 
 
 def encode_record(record: Spec | MarManifest | GoldenSample) -> bytes:

@@ -1,6 +1,6 @@
-"""Writing archives: a valid MAR whose bytes depend on its content alone. Pure; used by tools and tests, not by servers.
+"""Writes archives: valid MAR files whose bytes depend only on their content. Pure; for tools and tests, not servers.
 
-Members are stored, not deflated: weights hardly compress, and a stored member is read by copying it.
+Members are stored, not deflated: weights hardly compress, and a stored member is read by a plain copy.
 """
 
 import hashlib
@@ -35,20 +35,20 @@ WEIGHTS_FILE = "weights.safetensors"
 ONNX_FILE = "model.onnx"
 GOLDEN_FILE = "golden.json"
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest date a zip can tell
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the oldest date that a zip can have
 _CREATED_ON = "01/01/1980 00:00:00"  # the same in the manifest's own notation, day first
 _FILE_MODE = 0o100644 << 16
 _UNIX = 3
 
 
 def pack_archive(spec: Spec, members: Mapping[str, bytes], *, model_name: str, model_version: str = "1.0") -> bytes:
-    """A MAR of `members` (path -> bytes), `fleetcast.json` and a MAR manifest; equal input gives equal bytes.
+    """Pack `members` (path -> bytes), `fleetcast.json` and a MAR manifest; equal input gives equal bytes.
 
-    `weights.sha256` is filled in where the spec has none. `model_name` and `model_version` go into the manifest, where
-    the tools of TorchServe users look for them; the name under which the archive is served is its key in the store.
+    A missing `weights.sha256` is filled in. `model_name` and `model_version` are written to the manifest for the tools
+    of TorchServe users; the server's name of the model is the archive's key in the store.
 
     Raises:
-        ArchiveInvalid: what `open_archive`, and where there are safetensors `read_tensors`, would refuse in the result.
+        ArchiveInvalid: `open_archive` or `read_tensors` would refuse the result.
     """
     for reserved in (FLEETCAST_JSON, MAR_MANIFEST):
         if reserved in members:
@@ -87,7 +87,7 @@ def pack_forecaster(
     golden: GoldenSample | None = None,
     description: str = "",
 ) -> bytes:
-    """A forecaster of the given architecture: `tensors` is its state dict as float32 arrays.
+    """Pack a forecaster of the given architecture. `tensors`: its state dict as float32 arrays.
 
     Raises:
         ArchiveInvalid: a tensor has another dtype or a value that is not finite, or a record breaks a rule.
@@ -115,7 +115,7 @@ def pack_graph(
     golden: GoldenSample | None = None,
     description: str = "",
 ) -> bytes:
-    """A graph: what `handlers.kinds.graph.export` makes of a module. `graph` is not looked into.
+    """Pack a graph, as `handlers.kinds.graph.export` makes it of a module. `graph` is not checked.
 
     Raises:
         ArchiveInvalid: a tensor has another dtype or a value that is not finite, or a record breaks a rule.
@@ -140,7 +140,7 @@ def pack_onnx(
     golden: GoldenSample | None = None,
     description: str = "",
 ) -> bytes:
-    """An ONNX model, given as the bytes of its `.onnx` file; they are not looked into. Raises ArchiveInvalid."""
+    """Pack an ONNX model, given as the bytes of its `.onnx` file, which are not checked. Raises ArchiveInvalid."""
     spec = Spec(
         kind=Kind.ONNX,
         weights=Weights(file=ONNX_FILE),
@@ -160,7 +160,7 @@ def pack_correlation(
     model_version: str = "1.0",
     description: str = "",
 ) -> bytes:
-    """A correlation of what `handlers.evaluation.correlation` estimates.
+    """Pack a correlation, as `handlers.evaluation.correlation` estimates it.
 
     Raises:
         ArchiveInvalid: the tensors are not those of the record, or one has a value that is not finite.
@@ -176,7 +176,7 @@ def pack_correlation(
 
 
 def save_tensors(tensors: Mapping[str, npt.NDArray[np.float32]]) -> bytes:
-    """Arrays of any memory layout as safetensors: equal numbers give equal bytes."""
+    """The arrays as safetensors; equal numbers give equal bytes, whatever the memory layout."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     saved: bytes = safetensors.numpy.save(contiguous)
     return saved
@@ -198,7 +198,7 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
 
 
 def _prove(archive: Archive) -> None:
-    """Reads what the server will read."""
+    """Read everything that a server reads. Raises ArchiveInvalid."""
     archive.golden()
     if archive.spec is not None and archive.spec.correlation:
         check_tensors(read_tensors(archive), archive.spec.correlation.tensors, archive.name)

@@ -1,7 +1,8 @@
-"""Gzipped tars (SageMaker `model.tar.gz`, `torch-model-archiver --archive-format tgz`). Pure, loader threads.
+"""Reads gzipped tars (SageMaker `model.tar.gz`, `torch-model-archiver --archive-format tgz`).
 
-Sources: POSIX.1-2017 `pax` (ustar and pax headers), GNU tar's long names, RFC 1952; why not `tarfile`: see
-`containers.py`, and its pax parser takes quadratic time over hostile headers before Python 3.11.10.
+Pure; runs in loader threads. Sources: POSIX.1-2017 `pax` (ustar and pax headers), GNU tar's long names, RFC 1952.
+`container` says why `tarfile` is not used; also, its pax parser takes quadratic time over hostile headers before Python
+3.11.10.
 """
 
 import re
@@ -9,12 +10,14 @@ import zlib
 from typing import NamedTuple
 
 from model_store.archives.container import Container, Gathering, Limits, Member
-from model_store.errors import ArchiveInvalid
+from model_store.archives.step_budget import StepBudget
+from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
 _BLOCK = 512
 _FILES = (b"0", b"\0", b"7")
 _FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"5", b"L", b"K", b"x", b"g"
-_WITH_DATA = (*_FILES, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL)
+_REMARKS = (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL)
+_WITH_DATA = (*_FILES, *_REMARKS)
 _REFUSED = {
     b"1": "a hard link",
     b"2": "a symbolic link",
@@ -23,11 +26,14 @@ _REFUSED = {
     b"6": "a fifo",
     b"S": "a sparse file",
 }
+MAX_PAX_RECORDS = 20_000  #: in all pax headers of one tar; writers make up to six for a member
+MAX_REMARK_BYTES = 1024 * 1024  #: of one pax header or long name
+MAX_PADDING_BYTES = 16 * 1024 * 1024  #: zeros behind the last member; tar itself writes at most 10 KiB
 _PAX_LENGTH = re.compile(rb"(\d{1,9}) ")
 
 
 class _Header(NamedTuple):
-    """One tar header: its data are `size` bytes from `start`."""
+    """One tar header. Its data are `size` bytes from `start`."""
 
     type: bytes
     name: bytes
@@ -36,14 +42,15 @@ class _Header(NamedTuple):
 
 
 def read_tar_gz(data: bytes, limits: Limits) -> Container:
-    """The members of a gzipped tar, which is unpacked into memory at once: gzip has no random access.
+    """The members of a gzipped tar. It is unpacked into memory as a whole, because gzip has no random access.
 
     Raises:
-        ArchiveTooLarge: a size rule of `limits` is broken.
-        ArchiveInvalid: not a sound gzip or tar, or a member breaks a path or type rule.
+        ArchiveTooLarge: a limit of `limits` is exceeded.
+        ArchiveInvalid: not a valid gzip or tar, or a member breaks a rule for paths or types.
     """
     raw = _gunzip(data, limits)
     found = Gathering(limits, len(data))
+    records = StepBudget(MAX_PAX_RECORDS, "pax records")
     long_name, at = b"", 0
     while (header := _read_header(raw, at)) is not None:
         found.count()
@@ -52,8 +59,8 @@ def read_tar_gz(data: bytes, limits: Limits) -> Container:
         if header.type == _LONG_NAME:
             long_name = raw[content].rstrip(b"\0")
         elif header.type == _PAX:
-            long_name = _pax_path(raw[content]) or long_name
-        elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # remarks; a long link is refused when the link itself comes
+            long_name = _pax_path(raw[content], records) or long_name
+        elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # both are ignored: a long link's own header is refused
             _add(found, header, long_name or header.name)
             long_name = b""
     return found.container(raw)
@@ -85,11 +92,13 @@ def _gunzip(data: bytes, limits: Limits) -> bytes:
 
 
 def _read_header(raw: bytes, at: int) -> _Header | None:
-    """The header at byte `at`; None at the end mark, behind which all is zero."""
+    """The header at byte `at`; None at the end mark, after which all bytes must be zero."""
     block = raw[at : at + _BLOCK]
     if len(block) < _BLOCK:
         raise ArchiveInvalid("the tar is truncated" if at else "the gzip does not hold a tar: it is too short for one")
     if block.count(0) == _BLOCK:
+        if len(raw) - at > MAX_PADDING_BYTES:
+            raise ArchiveTooLarge(f"more than the {MAX_PADDING_BYTES} bytes of padding allowed follow its last member")
         if raw.count(0, at) != len(raw) - at:
             raise ArchiveInvalid(f"the tar is damaged: bytes follow its end mark at byte {at}")
         return None
@@ -98,11 +107,13 @@ def _read_header(raw: bytes, at: int) -> _Header | None:
         what = f"the tar is damaged at byte {at}: a header" if at else "the gzip does not hold a tar: its first block"
         raise ArchiveInvalid(f"{what} has a wrong checksum")
     kind = block[156:157]
-    size = _octal(block[124:136]) if kind in _WITH_DATA else 0  # a folder's or link's size is a remark, no bytes follow
+    size = _octal(block[124:136]) if kind in _WITH_DATA else 0  # no bytes follow a folder or a link
     if size is None:
         raise ArchiveInvalid(f"the tar header at byte {at} has a size that is not octal")
     if at + _BLOCK + size > len(raw):
         raise ArchiveInvalid(f"the tar is truncated: the member at byte {at} declares {size} bytes")
+    if kind in _REMARKS and size > MAX_REMARK_BYTES:
+        raise ArchiveTooLarge(f"the tar header at byte {at} has {size} bytes of names or remarks: too many")
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     return _Header(kind, prefix + b"/" + name if prefix else name, at + _BLOCK, size)
@@ -113,10 +124,11 @@ def _octal(digits: bytes) -> int | None:
     return int(text, 8) if re.fullmatch(b"[0-7]+", text) else None
 
 
-def _pax_path(records: bytes) -> bytes:
-    """The `path` of a pax header, empty if it has none. Records are `<length> <key>=<value>` and a line feed."""
+def _pax_path(records: bytes, budget: StepBudget) -> bytes:
+    """The `path` of a pax header; empty if it has none. A record is `<length> <key>=<value>` and a line feed."""
     path, at = b"", 0
     while at < len(records):
+        budget.spend()
         match = _PAX_LENGTH.match(records, at)
         end = at + int(match[1]) if match else 0
         if not match or not match.end() < end <= len(records) or records[end - 1 : end] != b"\n":

@@ -1,4 +1,4 @@
-"""Zip containers (`.mar`). Source: APPNOTE.TXT 6.3; why not `zipfile`: see `containers.py`. Pure, loader threads."""
+"""Reads zips (`.mar`). Source: APPNOTE.TXT 6.3; `container` says why `zipfile` is not used. Pure; loader threads."""
 
 import stat
 import struct
@@ -19,7 +19,7 @@ _MAX_16, _MAX_32 = 0xFFFF, 0xFFFFFFFF  # where a zip64 record has the real numbe
 
 
 class _Entry(NamedTuple):
-    """What the central directory says of one member. `mode` is the unix mode, `header` its local header's offset."""
+    """One entry of the central directory. `mode`: the unix mode; `header`: the offset of the member's local header."""
 
     name: bytes
     mode: int
@@ -28,11 +28,11 @@ class _Entry(NamedTuple):
 
 
 def read_zip(data: bytes, limits: Limits) -> Container:
-    """The members of a zip; deflated ones are inflated when they are read.
+    """The members of a zip. Deflated members are inflated when they are read.
 
     Raises:
-        ArchiveTooLarge: a size rule of `limits` is broken.
-        ArchiveInvalid: not a sound zip, or a member breaks a path or type rule.
+        ArchiveTooLarge: a limit of `limits` is exceeded.
+        ArchiveInvalid: not a valid zip, or a member breaks a rule for paths or types.
     """
     count, start, end = _find_directory(data)
     found = Gathering(limits, len(data))
@@ -56,7 +56,7 @@ def read_zip(data: bytes, limits: Limits) -> Container:
 
 
 def _find_directory(data: bytes) -> tuple[int, int, int]:
-    """The central directory: how many entries it says it has, where it starts and ends."""
+    """The central directory: its declared number of entries, its first byte, and the byte after its last."""
     end = data.rfind(b"PK\5\6", max(0, len(data) - _END.size - _MAX_16))
     if end < 0 or end + _END.size > len(data):
         raise ArchiveInvalid("the zip is truncated: its end record is missing")
@@ -100,7 +100,7 @@ def _entries(data: bytes, count: int, start: int, end: int) -> Iterator[_Entry]:
 
 
 def _first_byte(data: bytes, header: int, name: bytes) -> int:
-    """The offset of a member's bytes: behind its local header, which must bear the same name."""
+    """The offset of a member's bytes, which follow its local header. Both headers must have the same name."""
     if header + _LOCAL.size > len(data):
         raise ArchiveInvalid(f"the member {name[:80]!r} lies beyond the end of the zip")
     signature, *_, name_length, extra_length = _LOCAL.unpack_from(data, header)

@@ -1,11 +1,14 @@
-"""The cache's decisions: who holds which room, who goes, who waits. Pure: time comes in, victims and moves go out.
+"""The cache of models: decides which model gets memory, which models are evicted, and which loads wait.
 
-Who is worth how much is an eviction policy's to say (`model_store.cache.eviction`), who goes for whom
-`model_store.cache.victim_selection`'.
+All decisions are pure: the current time is an argument, and victims and moves are return values. The eviction policy
+(`model_store.cache.eviction`) ranks models; `model_store.cache.victim_selection` chooses victims by that ranking.
 
-One `Cache` per device share, owned by the worker's step thread. It never touches memory: it says *evict these slots*,
-*move that row*, *copy your row to this offset*, and is told when that has happened. Room is one pool of equal slabs. A
-family holds slabs and a model a row in one of them; a single (an ONNX session) holds plain bytes of the same budget.
+There is one `Cache` for each worker's share of a device. The worker's step thread owns it. The cache never touches
+memory itself: it tells the caller to evict slots, to move a row, or to copy a new row to an offset, and the caller
+reports when that is done. The memory is one pool of equally large slabs. A family of models holds slabs, and each of
+its models holds one row of a slab; a single (an ONNX session) holds plain bytes of the same budget.
+
+INVARIANT: memory of a slot is reused only after its last lease has ended and `retired` was called for it.
 """
 
 from collections import OrderedDict
@@ -20,11 +23,13 @@ from model_store.errors import LoadError
 from model_store.names import ModelName
 
 MAX_FAILURES = 10_000
+MAX_FAILURE_BYTES = 16 * 1024 * 1024  #: of remembered names and messages: a client can make up both
+FAILURE_OVERHEAD_BYTES = 512  #: of one record, beside its texts
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Room is yours: bring the numbers, then call `ready` or `abandon`."""
+    """The model has a slot. The caller copies the numbers there, then calls `ready` or `abandon`."""
 
     slot: Slot
 
@@ -34,7 +39,7 @@ Placement = Placed | Evict | Moves | Wait | Refuse
 
 @dataclass(slots=True)
 class Failure:
-    """A failed load, remembered until `until` so that a broken archive is not fetched a thousand times."""
+    """A failed load. Until `until` (seconds) requests get this error, so that a broken archive is not fetched again."""
 
     error: LoadError
     until: float
@@ -43,17 +48,22 @@ class Failure:
 
 @dataclass(slots=True)
 class Load:
-    """A load in flight: one per model however many wait."""
+    """A load in flight. INVARIANT: there is at most one for each model, however many requests wait for it."""
 
-    started_at: float
-    speculative: bool = False  #: no request waits for it yet
+    speculative: bool = False  #: a prefetch: no request waits for it yet
     victims: tuple[Slot, ...] = ()
 
 
-class Cache:
-    """The slots of one device share under one byte budget. See the module's docstring for who calls what.
+def _failure_bytes(model: ModelName, failure: Failure) -> int:
+    """What remembering a failure costs, about: an ASCII text takes a byte a character, others up to four."""
+    return 4 * (len(model) + len(str(failure.error))) + FAILURE_OVERHEAD_BYTES
 
-    `policy` is this cache's own; LRU where none is given.
+
+class Cache:
+    """The slots of one device share under one budget of bytes.
+
+    `policy` must belong to this cache alone; the default is a new LRU. `moves_per_call` limits how many rows one
+    `Moves` contains, and so how long a step can be delayed by copies.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class Cache:
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}
         self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
+        self._failure_bytes = 0
         self._pins: set[ModelName] = set()
         self._room = Room(budget_bytes, slab_bytes)
         self._victims = Victims(self._room, self._policy, self._slots, self._pins, moves_per_call)
@@ -77,9 +88,10 @@ class Cache:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def lease(self, model: ModelName, now: float) -> Slot | None:
-        """The model's slot, leased; None when the model is not here (then ask `want`).
+        """The model's slot, with one lease more; None when the model is not resident (then call `want`).
 
-        A victim that has not left yet is revived: whoever wanted its room asks `place` again and gets another one.
+        A victim that has not been retired yet is revived: the load that wanted its memory calls `place` again and gets
+        another victim.
         """
         slot = self._slots.get(model)
         if slot is None:
@@ -93,7 +105,7 @@ class Cache:
         return slot
 
     def release(self, slot: Slot) -> bool:
-        """End one lease. True when the slot was told to go and this was its last lease: forget it, then `retired`."""
+        """End one lease. True when the slot is condemned and this was its last lease: then call `retired`."""
         assert slot.leases > 0, f"{slot!r} was released more often than leased"
         slot.leases -= 1
         return slot.condemned and slot.leases == 0
@@ -101,11 +113,12 @@ class Cache:
     def want(
         self, model: ModelName, now: float, *, reload: bool = False, speculative: bool = False
     ) -> Load | Failure | None:
-        """What a request for an absent model does: a new `Load` (miss: start it), None (coalesced: one is running), or
-        the remembered `Failure` of a recent load. `reload` starts one though the model is here or failed just now.
+        """Ask for a load of an absent model.
 
-        `speculative`: nobody asks yet, so that `place` gives it no room of a model that is expected as soon; the first
-        request that wants it makes it a load like any other.
+        Returns a new `Load` (a miss: the caller starts it), None (coalesced: a load is already running), or the
+        `Failure` of a recent load. With `reload` a load starts even if the model is resident or has just failed.
+        A `speculative` load is a prefetch: `place` does not evict a model for it that is expected as soon. The first
+        request that wants the model makes the load a normal one.
         """
         load = self._loads.get(model)
         if load is not None:
@@ -114,11 +127,11 @@ class Cache:
         failure = self._failures.get(model)
         if failure is not None and now < failure.until and not reload:
             return failure
-        load = self._loads[model] = Load(now, speculative)
+        load = self._loads[model] = Load(speculative)
         return load
 
     def expect(self, model: ModelName, now: float) -> bool:
-        """The model is about to be asked: where it is here, it is to stay as if it had been. False where it is not."""
+        """Keep a model that a request is expected for, as if it had been requested. False if it is not resident."""
         if model not in self._slots:
             return False
         if model not in self._pins:
@@ -137,14 +150,20 @@ class Cache:
         *,
         spare: Container[ModelName] = (),
     ) -> Placement:
-        """Room for a model that is built and verified: a row of `charge` bytes of `family`, or `charge` plain bytes.
+        """Memory for a model that is built and verified: a row of `charge` bytes of `family`, or `charge` plain bytes.
 
-        For a row, another one of its family goes that is not of `spare`, about to be asked, as long as there is one.
-        Nobody is asked to go unless enough of them can: a model that would not fit in the end evicts no one. A
-        speculative load takes what is free, or what the policy expects to be asked later than its own model (where it
-        expects nothing, as LRU does, the first to go), and nothing of `spare`; else it is refused, to be ended by
-        `dismiss`.
+        `spare`: models that are expected to be requested soon; they are evicted only if nothing else can be.
+
+        INVARIANT: no model is evicted unless the victims together free enough memory.
         """
+        # The possible outcomes:
+        # 1. The victims of an earlier call have not been retired yet: wait for them.
+        # 2. The model is larger than the budget, or its row larger than a slab: refuse it.
+        # 3. An empty row or enough bytes are free: the model is placed there.
+        # 4. A speculative load would evict a model that is worth as much or is spared: refuse it (see `dismiss`).
+        # 5. Nothing can be evicted: refuse if pins alone hold all memory, otherwise wait for a lease to end.
+        # 6. Victims free enough memory: mark them as retiring and return them; the caller evicts and calls again.
+        # 7. Moving rows empties a slab: return the moves; the caller copies the rows and calls again.
         load = self._loads[model]
         if any(victim.state is State.RETIRING and not victim.leases for victim in load.victims):
             return Wait()
@@ -172,7 +191,7 @@ class Cache:
         return plan
 
     def ready(self, slot: Slot, now: float) -> Slot | None:
-        """The numbers are in place: serve from this slot. Returns the version it replaces if that can leave at once."""
+        """Serve from this slot: its numbers are in place. Returns the replaced version's slot if it has no lease."""
         slot.state = State.READY
         slot.loaded_at = slot.used_at = now
         model = slot.model
@@ -180,7 +199,7 @@ class Cache:
         old = self._slots.get(model)
         load = self._loads.pop(model)
         del self._loading[model]
-        self._failures.pop(model, None)
+        self._forget_failure(model)
         if old is not None:
             self._condemn(old)
         self._slots[model] = slot
@@ -189,44 +208,52 @@ class Cache:
         return old if old is not None and old.leases == 0 else None
 
     def abandon(self, slot: Slot) -> None:
-        """The numbers never arrived: the room is free again. The load is still to be ended by `failed`."""
+        """Free a slot whose numbers could not be copied. The caller still ends the load by `failed`."""
         self._room.free(self._loading.pop(slot.model))
 
     def unchanged(self, model: ModelName, version: str) -> Slot | None:
-        """The slot that serves this version already, if one does: a reload found nothing new, and is over."""
+        """End a reload that found no new version. Returns the slot that serves this version already, if one does."""
         slot = self._slots.get(model)
         if slot is None or slot.version != version:
             return None
         del self._loads[model]
-        self._failures.pop(model, None)
+        self._forget_failure(model)
         return slot
 
     def dismiss(self, model: ModelName) -> None:
-        """A speculative load that found no room is over, and held against nobody."""
+        """End a speculative load that got no memory. It is not remembered as a failure."""
         del self._loads[model]
 
     def failed(self, model: ModelName, error: LoadError, now: float) -> Failure:
-        """The load is over without a model. Remembered for the error's back-off, twice as long on each repetition."""
+        """End a load that failed. The failure is kept for the error's back-off time, doubled on each repetition."""
         del self._loads[model]
-        before = self._failures.pop(model, None)
+        before = self._forget_failure(model)
         times = before.times + 1 if before else 1
         wait = min(error.back_off_s * 2 ** min(times - 1, 30), error.max_back_off_s)
         failure = self._failures[model] = Failure(error, now + wait, times)
-        if len(self._failures) > MAX_FAILURES:
-            self._failures.popitem(last=False)
+        self._failure_bytes += _failure_bytes(model, failure)
+        while len(self._failures) > MAX_FAILURES or self._failure_bytes > MAX_FAILURE_BYTES:
+            self._forget_failure(next(iter(self._failures)))
         return failure
 
-    # --- leaving ----------------------------------------------------------------------------------------------------
+    def _forget_failure(self, model: ModelName) -> Failure | None:
+        """Drop what is remembered of the model's failed loads, and return it."""
+        failure = self._failures.pop(model, None)
+        if failure is not None:
+            self._failure_bytes -= _failure_bytes(model, failure)
+        return failure
+
+    # --- evictions --------------------------------------------------------------------------------------------------
 
     def unload(self, model: ModelName) -> Slot | None:
-        """Tell the model's slot to go for good. Forget it now if it has no lease, else when `release` says so."""
+        """Condemn the model's slot. The caller retires it now if it has no lease, else when `release` returns True."""
         slot = self._slots.get(model)
         if slot is not None:
             self._condemn(slot)
         return slot
 
     def retired(self, slot: Slot) -> bool:
-        """The last step that could read the slot is over: its room is free. False if it was revived meanwhile."""
+        """Free the slot's memory; no step can read it any more. False if the slot was revived in the meantime."""
         if slot.state is not State.RETIRING or slot.leases:
             return False
         if self._slots.get(slot.model) is slot:
@@ -238,13 +265,13 @@ class Cache:
         return True
 
     def moved(self, slot: Slot, offset: int) -> None:
-        """The row has been copied to `offset`; a slab left empty goes back to the pool."""
+        """Record that the row was copied to `offset`. A slab that becomes empty returns to the pool."""
         self._room.move(slot, offset)
 
     # --- pins -------------------------------------------------------------------------------------------------------
 
     def pin(self, model: ModelName) -> None:
-        """The model, once here, is never evicted. Unloading it is still possible; the pin then holds for the next."""
+        """Never evict the model, from now on or once it is loaded. The pin outlives an unload."""
         self._pins.add(model)
         slot = self._slots.get(model)
         if slot is not None:
@@ -252,7 +279,7 @@ class Cache:
             slot.state = State.READY
 
     def unpin(self, model: ModelName) -> None:
-        """The model may be evicted again."""
+        """Allow the model to be evicted again."""
         if model not in self._pins:
             return
         self._pins.discard(model)
@@ -260,11 +287,11 @@ class Cache:
         if slot is not None:
             self._policy.enter(model, slot.family, slot.used_at, asked=False)
 
-    # --- what is here -----------------------------------------------------------------------------------------------
+    # --- contents ---------------------------------------------------------------------------------------------------
 
     @property
     def budget_bytes(self) -> int:
-        """All the room there is."""
+        """The whole budget."""
         return self._room.budget_bytes
 
     @property
@@ -279,17 +306,17 @@ class Cache:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether somebody waits for one of the loads."""
+        """Whether a request waits for one of the loads."""
         return any(not load.speculative for load in self._loads.values())
 
     def is_speculative(self, model: ModelName) -> bool:
-        """Whether the model is being loaded and nobody waits for that."""
+        """Whether the model is being loaded and no request waits for it."""
         load = self._loads.get(model)
         return load is not None and load.speculative
 
     @property
     def pins(self) -> frozenset[ModelName]:
-        """Pinned names, here or not."""
+        """Pinned names, resident or not."""
         return frozenset(self._pins)
 
     def failures(self) -> Iterable[tuple[ModelName, Failure]]:
@@ -297,7 +324,7 @@ class Cache:
         return self._failures.items()
 
     def get(self, model: ModelName) -> Slot | None:
-        """The model's slot, without a lease: for looking, not for running."""
+        """The model's slot without a lease: its numbers must not be read."""
         return self._slots.get(model)
 
     def __contains__(self, model: ModelName) -> bool:
@@ -310,9 +337,9 @@ class Cache:
         return iter(self._slots.values())
 
     def relieve(self, need: int) -> tuple[Slot, ...]:
-        """The device has less memory than the budget says: the coldest singles worth `need` bytes, or all that may go.
+        """Evict singles, coldest first, until they free `need` bytes: the device has less memory than the budget says.
 
-        Forget them and call `retired` for each. Rows stay: they lie in slabs, whose memory their going would not free.
+        The caller drops them and calls `retired` for each. Rows stay, because evicting a row does not free its slab.
         """
         victims = []
         for slot in self._victims.idle(None):

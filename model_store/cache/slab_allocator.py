@@ -1,6 +1,6 @@
-"""The room of one device share: slabs for the rows of families, plain bytes for singles. Pure bookkeeping.
+"""Keeps account of one device share's memory: slabs for the rows of families, plain bytes for singles. Pure.
 
-Who gets room, and who goes for it, is said in `model_store.cache.cache` and `model_store.cache.victim_selection`.
+`model_store.cache.cache` decides which model gets memory, `model_store.cache.victim_selection` which is evicted for it.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ NO_ROW = -1
 
 @dataclass(slots=True, eq=False)
 class Slab:
-    """Rows of one size: the slots by row index, and the indices of the empty rows."""
+    """Equally large rows: the slots by row index, and the indices of the empty rows (`holes`)."""
 
     rows: dict[int, Slot]
     holes: set[int]
@@ -23,9 +23,9 @@ class Slab:
 
 @dataclass(slots=True, eq=False)
 class Bank:
-    """The slabs of one family by index; `open` are those with an empty row, `occupied` counts the rows that are not.
+    """The slabs of one family by index. `open`: slabs with an empty row; `occupied`: the number of rows in use.
 
-    A family without slabs has no bank.
+    INVARIANT: a family without slabs has no bank in `Room.banks`.
     """
 
     family: str
@@ -41,7 +41,7 @@ class Bank:
         return len(self.slabs) * self.rows_per_slab - self.occupied
 
     def put(self, slab: int, row: int, slot: Slot) -> None:
-        """An empty row is taken."""
+        """Fill an empty row with a slot."""
         room = self.slabs[slab]
         room.rows[row] = slot
         room.holes.remove(row)
@@ -50,7 +50,7 @@ class Bank:
             self.open.remove(slab)
 
     def drop(self, slab: int, row: int) -> None:
-        """A row is empty again; a slab whose last row it was leaves the bank."""
+        """Empty a row. A slab without rows leaves the bank."""
         room = self.slabs[slab]
         del room.rows[row]
         room.holes.add(row)
@@ -62,7 +62,7 @@ class Bank:
 
 
 class Room:
-    """One budget of bytes: `slabs` equal slabs, held by families' banks, and what singles hold besides."""
+    """One budget of bytes: `slabs` equally large slabs, held by families' banks, and the bytes that singles hold."""
 
     def __init__(self, budget_bytes: int, slab_bytes: int) -> None:
         self.budget_bytes = budget_bytes
@@ -83,19 +83,19 @@ class Room:
 
     @property
     def free_bytes(self) -> int:
-        """What nobody holds."""
+        """Bytes that are not in use."""
         return self.budget_bytes - self.used_bytes
 
     def bank(self, family: str, row_bytes: int) -> Bank:
-        """The family's bank, or one that is kept once it has a slab."""
+        """The family's bank; a new one, which is kept once it has a slab, for a family without."""
         bank = self.banks.get(family) or Bank(family, row_bytes, max(1, self.slab_bytes // row_bytes))
         assert bank.row_bytes == row_bytes, f"family {family} has rows of {bank.row_bytes} bytes, not of {row_bytes}"
         return bank
 
     def take(self, bank: Bank | None, charge: int) -> int | None:
-        """The offset of an empty row of the bank, or NO_ROW for plain bytes; None where there is no room.
+        """The offset of an empty row of the bank, or NO_ROW for plain bytes; None if no memory is free.
 
-        A row is to be filled by `put` at once.
+        INVARIANT: the caller fills a row by `put` before it calls anything else.
         """
         if bank is not None:
             return self._take_row(bank)
@@ -105,17 +105,17 @@ class Room:
         return NO_ROW
 
     def put(self, slot: Slot) -> None:
-        """The slot takes the row at its offset."""
+        """Fill the row at the slot's offset."""
         self._bank_of(slot).put(*self._row_of(slot), slot)
 
     def move(self, slot: Slot, offset: int) -> None:
-        """The slot takes another row; a slab left empty goes back to the pool."""
+        """Move the slot to another row. A slab that becomes empty returns to the pool."""
         self._vacate(slot)
         slot.offset = offset
         self.put(slot)
 
     def free(self, slot: Slot) -> None:
-        """The slot is empty: its room is anybody's."""
+        """Free the slot's memory."""
         slot.state = State.EMPTY
         if slot.family is None:
             self._single_bytes -= slot.charge
@@ -123,7 +123,7 @@ class Room:
             self._vacate(slot)
 
     def _take_row(self, bank: Bank) -> int | None:
-        """An empty row's offset, in the fullest slab that has one (so that others can empty), else in a fresh slab."""
+        """An empty row's offset: in the fullest slab that has one, so that others can empty, else in a new slab."""
         if bank.open:
             slab = max(bank.open, key=lambda index: len(bank.slabs[index]))
         elif self.free_bytes >= self.slab_bytes:
@@ -150,11 +150,11 @@ class Room:
         return self.banks[slot.family]
 
     def _row_of(self, slot: Slot) -> tuple[int, int]:
-        """Indices of its slab and of its row in there."""
+        """The index of the slot's slab, and of its row within the slab."""
         slab, at = divmod(slot.offset, self.slab_bytes)
         return slab, at // slot.charge
 
 
 def movable(slab: Slab) -> bool:
-    """Whether all rows may be copied elsewhere: none is being written, none is read by a step for the last time."""
+    """Whether all rows can be copied elsewhere: none is being written, and none is about to be freed."""
     return all(slot.state is State.READY for slot in slab.rows.values())

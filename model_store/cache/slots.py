@@ -1,7 +1,9 @@
-"""Slots: a model's place in a cache, and what may be done with it.
+"""Slots: a model's place in a cache, and its state.
 
-A slot is EMPTY, LOADING (room given, numbers on their way), READY, or RETIRING (on its way out: a step in flight may
-still read its numbers, so the room is not free before the cache is told `retired`).
+A slot is EMPTY, LOADING (it has memory, its numbers are being copied), READY, or RETIRING (evicted, but a step in
+flight may still read its numbers).
+
+INVARIANT: the memory of a RETIRING slot is not free before `Cache.retired` is called for it.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from model_store.names import ModelName
 
 
 class State(StrEnum):
-    """Of a slot. An empty slot is in no table: it only tells a holder of the object that its room is free again."""
+    """The state of a slot. An EMPTY slot is in no table; the state only tells holders of the object that it is free."""
 
     EMPTY = "empty"
     LOADING = "loading"
@@ -21,7 +23,11 @@ class State(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A model's place. `offset` is the row's first byte in the pool; singles have no row and offset -1."""
+    """A model's place in the cache.
+
+    `charge`: its bytes. `offset`: the row's first byte in the pool, -1 for a single, which has no row. `leases`: how
+    many running or queued requests use it. INVARIANT: a slot with leases is not evicted.
+    """
 
     model: ModelName
     version: str
@@ -32,7 +38,7 @@ class Slot:
     loaded_at: float
     used_at: float = 0.0
     leases: int = 0
-    #: Told to go for good (unload, superseded version): never revived, gone when the last lease ends.
+    #: Unloaded or replaced by a new version: never revived, retired when the last lease ends.
     condemned: bool = False
 
     def __repr__(self) -> str:
@@ -42,5 +48,5 @@ class Slot:
 
 
 def evictable(slot: Slot) -> bool:
-    """Whether the slot may be asked to go now. (Of pinned ones the policy does not know, so nobody asks.)"""
+    """Whether the slot can be evicted now. (Pinned models are not checked: the policy does not rank them.)"""
     return slot.state is State.READY and slot.leases == 0

@@ -1,6 +1,7 @@
-"""Who goes for the room of another: pure. A policy gives the order, here is said what each one's going would free.
+"""Chooses which models to evict to make room. Pure.
 
-A row takes the place of another row of its family, or a slab's: of singles, or of another family that can spare one.
+The eviction policy ranks models; this module computes how much memory each eviction frees. A new row takes the place of
+another row of its family, or a whole slab becomes free: of singles, or of another family.
 """
 
 from collections import Counter, OrderedDict
@@ -14,37 +15,40 @@ from model_store.cache.slab_allocator import Bank, Room, movable
 from model_store.cache.slots import Slot, evictable
 from model_store.names import ModelName
 
-MAX_SPARED = 2048  #: of those about to be asked, that one search for a victim passes over
+MAX_SPARED = 2048  #: models that one search for a victim skips at most because a request for them is expected
 
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """These must go first: forget them, call `retired` for each, then ask again."""
+    """The caller must evict these slots, call `retired` for each, and then ask again."""
 
     victims: tuple[Slot, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """These rows make room by moving: copy each to its offset, call `moved`, then ask again."""
+    """The caller must copy each of these rows to its offset, call `moved` for each, and then ask again."""
 
     moves: tuple[tuple[Slot, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """All room is leased or on its way out: ask again when a lease has ended."""
+    """All memory is leased or being retired: the caller asks again when a lease has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Waiting would not help; the text says why."""
+    """Waiting would not help. `why` is the reason for the client."""
 
     why: str
 
 
 class Lost:
-    """Rows that were evicted lately and have not come back: what families, also those without a bank, lack room for."""
+    """Rows that were evicted lately and have not been loaded again, counted by family: what a family lacks room for.
+
+    Families that have no bank any more are counted too.
+    """
 
     def __init__(self) -> None:
         self._families: OrderedDict[ModelName, str] = OrderedDict()
@@ -54,7 +58,7 @@ class Lost:
         return f"<Lost {len(self._families)} of {len(self._counts)} families>"
 
     def add(self, model: ModelName, family: str, most: int) -> None:
-        """A model was evicted; beyond so many the oldest are forgotten."""
+        """Record an eviction; the oldest are forgotten beyond `most`."""
         self.found(model)
         self._families[model] = family
         self._counts[family] += 1
@@ -62,7 +66,7 @@ class Lost:
             self.found(next(iter(self._families)))
 
     def found(self, model: ModelName) -> None:
-        """It is here again, or does not matter any more."""
+        """Forget the model: it is resident again, or its eviction is too long ago."""
         family = self._families.pop(model, None)
         if family is not None:
             self._counts[family] -= 1
@@ -70,12 +74,12 @@ class Lost:
                 del self._counts[family]
 
     def of(self, family: str) -> int:
-        """How many of a family."""
+        """How many models of this family are recorded."""
         return self._counts[family]
 
 
 class Victims:
-    """The choice of victims in one cache's room. `slots` and `pins` are the cache's own, `lost` is told by it."""
+    """The choice of victims for one cache, which owns `slots` and `pins` and updates `lost`."""
 
     def __init__(
         self,
@@ -97,13 +101,17 @@ class Victims:
         return f"<Victims by {self._policy!r}, {self.lost!r}>"
 
     def plan(self, bank: Bank | None, charge: int, now: float, spare: Container[ModelName]) -> Evict | Moves | Wait:
-        """Nobody has room to give away: whoever is worth least of what could go, if enough of it can.
+        """The cheapest way to free a row of `bank` (of `charge` bytes), or `charge` plain bytes where `bank` is None.
 
-        `bank`: of the row of `charge` bytes that is to come; None for plain bytes. For a row that is another row of its
-        family, not of `spare` if there is one, singles worth a slab, or another family's slab. A slab has rows for more
-        models than this one, so for a family that lost some of late it may cost more than that one row. A large single
-        may need several slabs, one after another.
+        The price of a way is the summed worth of its victims, as the policy estimates it. To be called when no memory
+        is free. A large single may need several slabs: then this is called once for each.
         """
+        # The candidates, compared by price:
+        # 1. One row of the same family, if `spare` leaves one. A slab holds rows for more than this model, so this
+        #    price is multiplied by the number of models that a slab of its own would bring back (`_gain`).
+        # 2. Singles that together free a slab, or the bytes that are needed.
+        # 3. One slab of another family, emptied by evicting its coldest rows or only by moving rows together.
+        # Wait, if none of them is possible, or if all evictable memory together would not be enough.
         need = (charge if bank is None else self._room.slab_bytes) - self._room.free_bytes
         best: Evict | Moves | None = None
         price = inf
@@ -122,14 +130,14 @@ class Victims:
         return best or Wait()
 
     def may_go_for(self, model: ModelName, plan: Evict | Moves | Wait, spare: Container[ModelName]) -> bool:
-        """Whether a model that nobody waits for is worth the plan."""
+        """Whether a speculative load is worth the plan: it evicts no spared model and only what is worth less."""
         if isinstance(plan, Evict):
             spared = any(victim.model in spare for victim in plan.victims)
             return not spared and self._worth(plan.victims) < self._policy.worth(model)
         return isinstance(plan, Moves)
 
     def pins_fill(self, bank: Bank | None, charge: int) -> Refuse | None:
-        """Whether pins alone leave no room, if they moved together as far as they can: then waiting is in vain."""
+        """A refusal if pinned models alone leave no room, even with their rows moved together; waiting cannot help."""
         rows: dict[str, int] = {}
         held = 0
         for slot in filter(None, map(self._slots.get, self._pins)):
@@ -140,7 +148,7 @@ class Victims:
         for family, count in rows.items():
             other = self._room.banks[family]
             if other is bank and count % bank.rows_per_slab:
-                return None  # a slab that pins hold anyway has an unpinned row for this family
+                return None  # a slab that is held by pins anyway has a row for this family
             held += ceil(count / other.rows_per_slab) * self._room.slab_bytes
         need = charge if bank is None else self._room.slab_bytes
         total = self._room.budget_bytes
@@ -149,13 +157,13 @@ class Victims:
         return Refuse(f"pinned models hold {held} of {total} bytes; unpin some or raise model_cache_bytes")
 
     def idle(self, family: str | None) -> Iterator[Slot]:
-        """Slots of a family, or singles, that may go now: the first to go first."""
+        """Evictable slots of a family, or singles where None, in the policy's order."""
         return filter(evictable, map(self._slots.__getitem__, self._policy.victims(family)))
 
     def _first(self, family: str, now: float, spare: Container[ModelName]) -> Slot | None:
-        """Who goes first of a family, but of `spare` only where the first MAX_SPARED all are of that.
+        """The family's first victim that is not in `spare`; a spared one only if the first MAX_SPARED all are.
 
-        Those that were passed over stay as if they had been asked, so that nobody passes over them again and again.
+        Models that are skipped count as requested, so that the next search does not skip them again.
         """
         passed: list[Slot] = []
         for slot in islice(self.idle(family), MAX_SPARED):
@@ -170,11 +178,11 @@ class Victims:
         return sum(self._policy.worth(slot.model) for slot in slots)
 
     def _gain(self, bank: Bank) -> int:
-        """How many models another slab would hold that are not here now, the one that needs room among them."""
+        """How many absent models one more slab would hold, the one that needs room among them."""
         return min(bank.rows_per_slab, self.lost.of(bank.family) + 1)
 
     def _reclaimable(self) -> int:
-        """Bytes that singles and families could give up if all that may go went and the rest moved together."""
+        """Bytes that would be free if all evictable slots were evicted and the other rows moved together."""
         total = sum(slot.charge for slot in self.idle(None))
         for bank in self._room.banks.values():
             stay = bank.occupied - sum(1 for _ in self.idle(bank.family))
@@ -183,7 +191,7 @@ class Victims:
         return total
 
     def _singles_worth(self, need: int, price: float) -> tuple[Slot, ...]:
-        """The first singles to go that together free `need` bytes; none if they cannot, or are not worth less."""
+        """The coldest singles that together free `need` bytes; none if they cannot, or cost the price or more."""
         victims = []
         for slot in self._cheap(None, price):
             victims.append(slot)
@@ -193,10 +201,11 @@ class Victims:
         return ()
 
     def _drain(self, bank: Bank, price: float) -> tuple[float, Evict | Moves] | None:
-        """How the family gives up one slab, and what that costs; None if it cannot, or for no less than the price.
+        """How the family gives up one slab, and at what price; None if it cannot for less than `price`.
 
-        The first rows to go do so, wherever they lie; then the others of the emptiest slab move to their places. Rows
-        that would be filled soon count as the others do: else a slab that has just been taken is the cheapest of all.
+        The coldest rows are evicted, wherever they lie; then the rows left in the emptiest slab move to their places.
+        Empty rows that the family would soon fill count as occupied: otherwise a slab that a family has just taken
+        would be the cheapest of all.
         """
         excess = max(0, bank.occupied - (len(bank.slabs) - 1) * bank.rows_per_slab)
         filled = min(bank.holes, self.lost.of(bank.family))
@@ -213,7 +222,7 @@ class Victims:
         return 0, Moves(tuple(self._moves(bank, slab, by_size[::-1])))
 
     def _cheap(self, family: str | None, price: float) -> Iterator[Slot]:
-        """Who may go of a family, or of the singles, in order, while all of them together are worth less than that."""
+        """Evictable slots of a family (or singles), coldest first, while their summed worth stays below the price."""
         for slot in self.idle(family):
             price -= self._worth((slot,))
             if price <= 0:
@@ -221,7 +230,7 @@ class Victims:
             yield slot
 
     def _moves(self, bank: Bank, slab: int, targets: Iterable[int]) -> Iterator[tuple[Slot, int]]:
-        """Rows of the slab, and the holes of the others that they go to."""
+        """Rows of the slab, each with the offset of an empty row of another slab."""
         holes = (
             target * self._room.slab_bytes + row * bank.row_bytes
             for target in targets

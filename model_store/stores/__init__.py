@@ -1,1 +1,1 @@
-"""Where archives lie: object stores, the disk cache in front of them."""
+"""Where archives are stored: object stores, and the disk cache in front of them."""

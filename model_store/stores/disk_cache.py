@@ -1,19 +1,26 @@
-"""The disk tier: verified archives in a folder that all workers of a host share and that survives restarts.
+"""The disk tier: verified archives in a folder, which all workers of a host share and which survives restarts.
 
     blobs/{sha256 of the content}        the archive's bytes
     index/{sha256 of source and name}    a small JSON entry: name, version, blob; its mtime is the last use
     locks/{000..fff}                     flock files: one download per archive and host
-    temp/                                files on their way
+    temp/                                files that are being written
 
-There is no lock around the index: files appear by rename, blob before entry, so a crash at any point leaves at worst a
-blob without an entry, which `evict` sweeps. Nothing is synced to the device: a blob torn by a power failure no longer
-matches its name, `read` notices and the archive is fetched again. Loader threads of the workers look up, read and
-publish; only the supervisor evicts. A disk that is full or not writable never fails a load: it is logged.
+INVARIANT: files appear by rename, and a blob before its entry. So the index needs no lock, and a crash leaves at worst
+a blob without an entry, which `evict` removes. Nothing is synced to the device: after a power failure a torn blob does
+not match its name, `read` detects this, and the archive is fetched again. The workers' loader threads look up, read and
+publish; only the supervisor evicts. A disk that is full or not writable never fails a load: the error is logged.
+
+Whoever can write to the folders could give a worker another model's weights. So they must belong to this user and be
+writable by nobody else: `prepare` makes them so, and refuses others. What an index file says is checked field by field
+all the same: its name must be that of its source and model, its blob's name a sha256, its size that of the blob. Links,
+pipes and other odd files are never opened.
 """
 
 import fcntl
 import hashlib
 import os
+import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,9 +31,12 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from model_store.names import ModelName
+from model_store.names import InvalidModelName, ModelName, parse_model_name
 
-#: Age at which a temporary file, or a blob without an entry, no longer belongs to a download in progress.
+MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+#: Age in seconds at which a temporary file, or a blob without an entry, belongs to no running download.
 GRACE_S = 600.0
 
 #: The entries (index file, model name) that share a blob -> their last use, wall clock.
@@ -48,7 +58,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """An archive the index knows: `bytes` long, last seen unchanged in the store at `validated_at` (wall clock)."""
+    """An archive in the index. `bytes`: its size; `validated_at`: when the store last had this version (wall clock)."""
 
     name: ModelName
     path: Path
@@ -57,17 +67,12 @@ class Cached:
     validated_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """A name that left the disk after `age_s` without use. `bytes`: what that freed, once for a shared blob."""
-
-    name: ModelName
-    bytes: int
-    age_s: float
+class UnsafeDiskCache(OSError):
+    """Others can write to the disk tier's folders; the message says which, and what to do."""
 
 
 class DiskTier:
-    """The archives of one source in `folder`; byte counts and eviction see all sources that share the folder."""
+    """The archives of one source in `folder`. Byte counts and eviction include all sources that share the folder."""
 
     def __init__(self, folder: Path, source_url: str) -> None:
         self._folder = folder
@@ -78,17 +83,33 @@ class DiskTier:
     def __repr__(self) -> str:
         return f"DiskTier({self._folder}, {self._source})"
 
+    def prepare(self) -> None:
+        """Make the folders, for this user alone. Call it once for a host, before the first load.
+
+        A disk that refuses is no error here: loads go on without it. Raises UnsafeDiskCache when a folder is not this
+        user's, is a link, or can be written by others.
+        """
+        for folder in (self._blobs, self._index, self._locks, self._temp):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                folder.mkdir(exist_ok=True, mode=0o700)
+                found = folder.lstat()
+            except OSError as error:
+                log.warning("disk_folder_failed", folder=str(folder), error=str(error))
+                continue
+            _check_private(folder, found)
+
     def lookup(self, name: ModelName) -> Cached | None:
-        """What the index says about this name, or None. The blob may be gone or torn: `read` tells."""
+        """The index entry of this name, or None. The blob may be missing or torn; `read` checks it."""
         entry = _read_entry(self._entry_path(name))
         if entry is None:
             return None
         return Cached(name, self._blobs / entry.sha256, entry.version, entry.bytes, entry.validated_at)
 
     def read(self, cached: Cached) -> bytes | None:
-        """The archive's bytes, checked against their sha256; None, and forgotten, when gone or torn."""
+        """The archive's bytes, checked against their sha256. A missing or torn blob is forgotten and gives None."""
         try:
-            data = cached.path.read_bytes()
+            data = _read_file(cached.path, cached.bytes)
         except OSError:
             data = b""  # evicted since it was looked up, most likely
         else:
@@ -103,20 +124,21 @@ class DiskTier:
 
     @contextmanager
     def lock(self, name: ModelName) -> Iterator[None]:
-        """Hold the host's lock for this name, waiting for it; the kernel releases it when the process dies.
+        """Wait for the host's lock of this name and hold it. The kernel releases it when the process dies.
 
-        Names are spread over 4096 lock files, so that names a client makes up cannot fill the disk with them.
+        All names share 4096 lock files, so that clients cannot fill the disk by inventing names. Without a usable lock
+        file the body runs unlocked: to download an archive twice is better than to fail.
         """
         fd = self._open_locked(name)
         try:
-            yield  # without a lock, if need be: an archive downloaded twice is better than none
+            yield
         finally:
             if fd is not None:
                 os.close(fd)
 
     def _open_locked(self, name: ModelName) -> int | None:
         try:
-            self._locks.mkdir(parents=True, exist_ok=True)
+            self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = os.open(self._locks / _key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
@@ -128,11 +150,11 @@ class DiskTier:
         return fd
 
     def publish(self, name: ModelName, data: bytes, version: str, now: float) -> Cached | None:
-        """Keep a verified archive, over the name's older one; None when the disk refuses. Call it under `lock`."""
+        """Keep a verified archive in place of the name's older one; None if the disk refuses. Call it under `lock`."""
         digest = hashlib.sha256(data).hexdigest()
         entry = Entry(source=self._source, name=name, version=version, sha256=digest, bytes=len(data), validated_at=now)
         try:
-            # Written even if such a blob exists: the old one may be torn, or about to be evicted.
+            # Write the blob even if it exists: the old one may be torn, or another process may be evicting it.
             self._write(self._blobs / digest, data)
             self._write(self._entry_path(name), msgspec.json.encode(entry))
         except OSError as error:
@@ -141,7 +163,7 @@ class DiskTier:
         return Cached(name, self._blobs / digest, version, len(data), now)
 
     def validated(self, name: ModelName, now: float) -> None:
-        """Note that the store still has this version. Call it under `lock`."""
+        """Record that the store still has this version. Call it under `lock`."""
         path = self._entry_path(name)
         entry = _read_entry(path)
         if entry is None:
@@ -152,80 +174,77 @@ class DiskTier:
             log.warning("disk_validate_failed", model=name, folder=str(self._folder), error=str(error))
 
     def touch(self, name: ModelName) -> None:
-        """Note a use, for the order of eviction."""
+        """Record a use, for the order of eviction."""
         try:
             os.utime(self._entry_path(name))
         except OSError:
-            pass  # evicted meanwhile, or a disk only for reading, where nothing is evicted either
+            pass  # it was evicted meanwhile, or the disk is read-only, where nothing is evicted
 
     def forget(self, name: ModelName) -> None:
-        """Drop the name; its blob stays until `evict`, since another name may share it."""
+        """Remove the name. Its blob stays until `evict`, because another name may share it."""
         _remove(self._entry_path(name))
 
     def used_bytes(self) -> int:
-        """Bytes of all blobs, shared ones once."""
-        return sum(stat.st_size for _, stat in _files(self._blobs))
+        """Bytes of all blobs; a shared blob counts once."""
+        return sum(found.st_size for _, found in _files(self._blobs))
 
-    def evict(self, budget_bytes: int) -> list[Evicted]:
+    def evict(self, budget_bytes: int) -> list[ModelName]:
         """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
 
-        A blob was last used when any of its names was. Left-overs of dead downloads go first.
+        A blob's last use is the latest one of its names. Files that crashed downloads left are removed first. Returns
+        the evicted names.
         """
         now = time.time()
         names, blobs = self._sweep(now)
-        used = sum(stat.st_size for stat in blobs.values())
+        used = sum(found.st_size for found in blobs.values())
         idle = sorted((path for path in blobs if path.name in names), key=lambda path: max(names[path.name].values()))
-        evicted: list[Evicted] = []
+        evicted: list[ModelName] = []
         for path in idle:
             if used <= budget_bytes:
                 break
             used -= blobs[path].st_size
-            evicted += self._drop(path, blobs[path].st_size, names[path.name], now)
+            evicted += self._drop(path, names[path.name])
         return evicted
 
     def _sweep(self, now: float) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
-        """Remove what crashes left behind: temporary files, blobs without entry, entries without blob. The rest."""
-        for path, stat in _files(self._temp):
-            if now - stat.st_mtime > GRACE_S:
+        """Remove what crashes left: temporary files, blobs without entry, entries without blob. Returns the others."""
+        for path, found in _files(self._temp):
+            if now - found.st_mtime > GRACE_S:
                 _remove(path)
         names = self._names_by_blob()  # before the blobs: an entry seen here has its blob in place, or lost it
         blobs = dict(_files(self._blobs))
-        for path, stat in list(blobs.items()):
-            if path.name not in names and now - stat.st_mtime > GRACE_S:
+        for path, found in list(blobs.items()):
+            if path.name not in names and now - found.st_mtime > GRACE_S:
                 _remove(path)
                 del blobs[path]
         for lost in names.keys() - {path.name for path in blobs}:
-            self._drop(self._blobs / lost, 0, names[lost], now)
+            self._drop(self._blobs / lost, names[lost])
         return names, blobs
 
-    def _drop(self, blob: Path, size: int, names: Names, now: float) -> list[Evicted]:
+    def _drop(self, blob: Path, names: Names) -> list[ModelName]:
         for entry_path, _ in names:
             _remove(entry_path)
         _remove(blob)
-        freed = [size] + [0] * (len(names) - 1)
-        return [
-            Evicted(name, bytes_, max(0.0, now - used_at))
-            for ((_, name), used_at), bytes_ in zip(names.items(), freed, strict=True)
-        ]
+        return [name for _, name in names]
 
     def _names_by_blob(self) -> dict[str, Names]:
-        """Which names each blob has. Entries that cannot be read are removed."""
+        """The names of each blob. Unreadable entries are removed."""
         names: dict[str, Names] = {}
-        for path, stat in _files(self._index):
+        for path, found in _files(self._index):
             entry = _read_entry(path)
             if entry is None:
                 _remove(path)
             else:
-                names.setdefault(entry.sha256, {})[path, entry.name] = stat.st_mtime
+                names.setdefault(entry.sha256, {})[path, entry.name] = found.st_mtime
         return names
 
     def _entry_path(self, name: ModelName) -> Path:
         return self._index / _key(self._source, name)
 
     def _write(self, path: Path, data: bytes) -> None:
-        """The file appears whole or not at all. Raises OSError."""
-        self._temp.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the file atomically. Raises OSError."""
+        self._temp.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd, temp = tempfile.mkstemp(dir=self._temp)
         try:
             with os.fdopen(fd, "wb") as file:
@@ -240,22 +259,52 @@ def _key(source: str, name: ModelName) -> str:
     return hashlib.sha256(f"{source}\n{name}".encode()).hexdigest()
 
 
+def _check_private(folder: Path, found: os.stat_result) -> None:
+    """Raises UnsafeDiskCache unless it is a folder of this user that nobody else may write to."""
+    if not stat.S_ISDIR(found.st_mode):
+        raise UnsafeDiskCache(f"{folder} is not a folder (disk_cache): remove it, or choose another --disk-cache")
+    if found.st_uid != os.geteuid():
+        raise UnsafeDiskCache(
+            f"{folder} belongs to user {found.st_uid}, not to user {os.geteuid()} who runs this server, and could hold "
+            f"forged archives (disk_cache): remove it, or choose another --disk-cache"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UnsafeDiskCache(
+            f"{folder} can be written by other users (mode {stat.S_IMODE(found.st_mode):o}), so that it could hold "
+            f"forged archives (disk_cache): remove it, and the server makes it anew for itself alone"
+        )
+
+
 def _read_entry(path: Path) -> Entry | None:
+    """An index file that is whole and says what its own name says; None for any other."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Entry)
-    except (OSError, msgspec.MsgspecError):  # no such name, or an entry torn by a crash
+        entry = msgspec.json.decode(_read_file(path, MAX_ENTRY_BYTES), type=Entry)
+        parse_model_name(entry.name)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, InvalidModelName):  # none, torn by a crash, or forged
         return None
+    sound = _SHA256.fullmatch(entry.sha256) and entry.bytes >= 0 and path.name == _key(entry.source, entry.name)
+    return entry if sound else None
+
+
+def _read_file(path: Path, most: int) -> bytes:
+    """A plain file of at most `most` bytes. Raises OSError for a longer one, a link, and what is no file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            raise OSError(f"{path} is not a plain file of at most {most} bytes")
+        return file.read(most)
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of a folder that may change, or not exist, while we look."""
+    """The files of a folder. Another process may change or remove the folder meanwhile."""
     try:
         paths = list(folder.iterdir())
     except OSError:
         return
     for path in paths:
         try:
-            yield path, path.stat()
+            yield path, path.lstat()
         except OSError:
             continue
 

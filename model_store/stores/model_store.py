@@ -1,4 +1,4 @@
-"""From a model name to a verified archive: the disk tier before the object store. Runs on a worker's loader threads."""
+"""Fetches verified archives by model name: from the disk tier, else from the object store. Runs on loader threads."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
 from model_store.stores.object_store import Fetched, Listed, Source
 
-#: After a failure of the store, disk copies are served stale at once for so long: not each load has to time out.
+#: Seconds after a failure of the store for which disk copies are served stale at once, so that loads do not time out.
 OUTAGE_PAUSE_S = 5.0
 
 log = structlog.get_logger()
@@ -22,9 +22,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A verified archive. `store_s`: seconds spent in store requests. `stale`: due, but the store is out of reach.
+    """A verified archive.
 
-    `validated_at`: wall clock, when the store was last asked whether this is the version it has.
+    `store_s`: seconds spent in store requests. `stale`: it should be revalidated, but the store cannot be reached.
+    `validated_at`: wall clock time when the store last had this version.
     """
 
     archive: Archive
@@ -36,10 +37,10 @@ class Found:
 
 
 class ModelStore:
-    """One source behind an optional disk tier. Thread-safe; single flight within a process is the caller's.
+    """One source behind an optional disk tier. Thread-safe. The caller makes sure that a process loads a model once.
 
-    A disk copy is served without asking the store while it was validated within `revalidate_s`. `clock` is wall clock,
-    since processes compare it.
+    A disk copy that was validated within the last `revalidate_s` seconds is served without a store request. `clock` is
+    wall clock time, because processes compare it.
     """
 
     def __init__(
@@ -61,14 +62,14 @@ class ModelStore:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
 
     def fetch(self, name: ModelName, revalidate: bool = False) -> Found:
-        """The newest archive of this name, at the price of at most one store request; `revalidate` asks in any case.
+        """The newest archive of this name, by at most one store request; `revalidate` makes that request in any case.
 
-        A host downloads an archive once: whoever waited for another process's download takes its blob. Blocks for as
-        long as the store's time-outs allow.
+        INVARIANT: a host downloads an archive once. A process that waited for another one's download uses its blob.
+        Blocks for as long as the store's time-outs allow.
 
         Raises:
             ModelNotFound: the store has no such key (a disk copy is forgotten).
-            StoreDenied, StoreUnavailable: and the disk has no copy to serve stale.
+            StoreDenied, StoreUnavailable: the disk has no copy to serve stale.
             ArchiveInvalid: the archive breaks a rule; it is not kept on disk.
         """
         asked_at = self._clock()
@@ -83,7 +84,7 @@ class ModelStore:
             return self._fresh(self._disk, name, newer_than) or self._renew(self._disk, name, revalidate)
 
     def forget(self, name: ModelName) -> None:
-        """Drop the disk copy: the worker found it broken deeper than `fetch` looks. The next fetch asks the store."""
+        """Remove the disk copy, because the worker found a fault that `fetch` does not check for."""
         if self._disk:
             self._disk.forget(name)
 
@@ -92,7 +93,7 @@ class ModelStore:
         return self._source.list(prefix)
 
     def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> Found | None:
-        """The disk copy if it was validated after `newer_than` (and not in the future: clocks are set back)."""
+        """The disk copy if it was validated after `newer_than` and not in the future (the clock may be set back)."""
         cached = disk.lookup(name)
         if cached is None or not newer_than < cached.validated_at <= self._clock():
             return None
@@ -100,7 +101,7 @@ class ModelStore:
         return self._from_disk(disk, cached, data) if data is not None else None
 
     def _renew(self, disk: DiskTier, name: ModelName, forced: bool) -> Found:
-        """One conditional GET. With the store out of reach a disk copy is served stale."""
+        """Revalidate by one conditional GET. If the store cannot be reached, a disk copy is served stale."""
         cached = disk.lookup(name)
         data = disk.read(cached) if cached else None
         if cached is None or data is None:
@@ -130,7 +131,7 @@ class ModelStore:
         return self._keep(name, fetched, disk, asked_at, time.perf_counter() - started)
 
     def _keep(self, name: ModelName, fetched: Fetched, disk: DiskTier | None, asked_at: float, store_s: float) -> Found:
-        """Open, then publish: a broken archive never reaches the disk. Valid as of the moment the store was asked."""
+        """Open, then publish. INVARIANT: an invalid archive is never written to disk."""
         archive = open_archive(fetched.data, name, self._limits)
         if disk:
             disk.publish(name, fetched.data, fetched.version, asked_at)

@@ -25,13 +25,13 @@ from obstore.exceptions import (
 )
 from obstore.store import LocalStore, S3Store, from_url
 
-from model_store.errors import ArchiveInvalid, ArchiveTooLarge, ModelNotFound, StoreDenied, StoreUnavailable
+from model_store.errors import ArchiveInvalid, ArchiveTooLarge, LoadError, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 
 if TYPE_CHECKING:
     from obstore import GetOptions  # exists in the stubs only
 
-ONE_REQUEST_BYTES = 8 << 20  # up to here an archive is one GET; above, further ranges of this size
+ONE_REQUEST_BYTES = 8 << 20  # the size of one GET; a larger archive takes several ranges of this size
 PARALLEL_RANGES = 8
 MAX_ARCHIVE_BYTES = 1 << 30
 LIST_PAGE = 1000
@@ -39,20 +39,24 @@ S3_SCHEMES = ("s3", "s3a")
 AZURE_HOST_SCHEMES = ("abfs", "abfss")  # container@account.dfs.core.windows.net: the user part is no secret
 OTHER_SCHEMES = ("gs", "az", "azure", *AZURE_HOST_SCHEMES)
 ACCEPTED = "s3://bucket/prefix, gs://bucket/prefix, az://container/prefix, file:///folder or a folder's path"
-STAGED = re.compile(r"#\d+$")  # how obstore names a file that it has not written to its end
-# Codes that S3 sends with 400 although they mean 401 or 403.
+STAGED = re.compile(r"#\d+$")  # obstore's name of a file that is being written
+# Codes that S3 sends with status 400 although they mean 401 or 403.
 DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"}
 # botocore renews credentials that expire within 10 to 15 minutes when it is asked, so ask at least this often.
 CREDENTIALS_TTL = timedelta(minutes=10)
 
 
+#: What is wrong, as `Where.explain` takes it.
+ABSENT, LEAVES = "{name} is not in {where}: {cause}", "{name} leaves {where} by a symbolic link"
+
+
 class InvalidStoreUrl(ValueError):
-    """The URL names no store that can be opened; the message says what is accepted."""
+    """The URL is no store that can be opened; the message says what is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """An archive as the store had it. `version`: the ETag without quotes, or the store's object version."""
+    """An archive from the store. `version`: the ETag without quotes, or the store's object version."""
 
     data: bytes
     version: str
@@ -67,34 +71,52 @@ class Listed:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A store in messages: `full` for logs (a path, or the URL and for S3 the endpoint), `kind` for clients."""
+
+    full: str
+    kind: str
+
+    def explain(self, error: type[LoadError], text: str, name: str, cause: str = "") -> LoadError:
+        """The error with both messages: `text` with `{name}`, `{where}` and `{cause}`.
+
+        A cause with a slash may be or hold a path, and is for logs alone.
+        """
+        public = "the server's log says why" if "/" in cause else cause
+        return error(
+            text.format(name=name, where=self.full, cause=cause), text.format(name=name, where=self.kind, cause=public)
+        )
+
+
 class Source:
     """One store under one prefix: model name `au/NSW1.mar` is the key `{prefix}/au/NSW1.mar`. Thread-safe, stateless.
 
-    `url` tells this store from every other, on this host: a folder's is absolute, an S3 store's names the endpoint. The
-    disk tier keeps the archives of different stores apart by it.
+    INVARIANT: `url` identifies the store on this host: a folder's path is absolute, an S3 URL includes the endpoint.
+    The disk tier uses it to keep the archives of different stores apart.
 
     Every method raises StoreUnavailable (time-outs, refused connections, 5xx after the retries) and StoreDenied (401,
     403); both name the store and the cause.
     """
 
-    def __init__(self, url: str, store: Any, where: str, max_archive_bytes: int, folder: Path | None = None) -> None:
+    def __init__(self, url: str, store: Any, where: Where, max_archive_bytes: int, folder: Path | None = None) -> None:
         self.url = url
         self._store = store
-        self._where = where  # the URL and, for S3, the endpoint: what an error has to name
+        self._where = where
         self._max_archive_bytes = max_archive_bytes
         self._folder = folder
 
     def __repr__(self) -> str:
-        return f"Source({self._where})"
+        return f"Source({self._where.full})"
 
     def get(self, name: ModelName, unless: str | None = None) -> Fetched | None:
-        """The archive, or None when its version is still `unless`.
+        """The archive, or None if its version is still `unless`.
 
-        One request up to ONE_REQUEST_BYTES; above, the rest follows in parallel ranges of the same version.
+        An archive above ONE_REQUEST_BYTES takes further requests: parallel ranges of the same version.
 
         Raises:
-            ModelNotFound: no object under this key.
-            ArchiveTooLarge: the size in the first reply is above the limit; the body was not read.
+            ModelNotFound: the store has no object under this key.
+            ArchiveTooLarge: the size in the first reply exceeds the limit; the body was not read.
             ArchiveInvalid: the object is empty.
         """
         if self._folder:
@@ -104,7 +126,7 @@ class Source:
                 return self._get(name, unless)
             except NotModifiedError:
                 return None
-            except PreconditionError:  # replaced between two ranges: once more, from its new beginning
+            except PreconditionError:  # the archive was replaced between two ranges: read the new one
                 return self._get(name, None)
 
     def _get(self, name: ModelName, unless: str | None) -> Fetched:
@@ -114,9 +136,8 @@ class Source:
         reply = obstore.get(self._store, name, options=options)
         size = reply.meta["size"]
         if size > self._max_archive_bytes:
-            raise ArchiveTooLarge(
-                f"{name} in {self._where} has {size} bytes, more than the limit of {self._max_archive_bytes}"
-            )
+            what = f"has {size} bytes, more than the limit of {self._max_archive_bytes}"
+            raise self._where.explain(ArchiveTooLarge, f"{{name}} in {{where}} {what}", name)
         head = reply.bytes().to_bytes()
         if size > len(head):
             head += b"".join(self._ranges(name, len(head), size, reply.meta["e_tag"]))
@@ -133,7 +154,9 @@ class Source:
             yield from pool.map(read, range(start, size, ONE_REQUEST_BYTES))
 
     def list(self, prefix: str = "") -> Iterator[Listed]:
-        """The archives whose names start with `prefix`, page by page as the caller iterates; other keys are left out.
+        """The archives whose names start with `prefix`. Pages are requested as the caller iterates.
+
+        Keys that are no model names are left out.
 
         Raises:
             InvalidModelName: the folder part of `prefix` breaks a rule for names.
@@ -155,7 +178,7 @@ class Source:
             yield from page
 
     def _walk(self, folder: str) -> Iterator[Any]:
-        """Like `_pages` for a local folder: obstore would follow linked folders out of it, or round in circles."""
+        """Like `_pages` for a local folder: obstore would follow links out of the folder, or forever."""
         assert self._folder is not None
         for parent, folders, files in os.walk(self._folder / folder):
             folders.sort()
@@ -170,16 +193,16 @@ class Source:
                     continue
 
     def put(self, name: ModelName, data: bytes) -> str:
-        """Store the archive, atomically, over any older one. The new version."""
+        """Store the archive atomically in place of any older one. Returns the new version."""
         if self._folder and not (self._folder / name).parent.resolve().is_relative_to(self._folder):
-            raise StoreDenied(f"{name} leaves {self._where} by a symbolic link")
+            raise self._where.explain(StoreDenied, LEAVES, name)
         with self._explained(name):
             result = obstore.put(self._store, name, data)
         return _version(result)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
-        """Turn what obstore raises into our situations."""
+        """Translate obstore's exceptions into those of `model_store.errors`."""
         try:
             yield
         except (BaseError, OSError) as error:
@@ -196,11 +219,11 @@ def open_source(
     region: str | None = None,
     max_archive_bytes: int = MAX_ARCHIVE_BYTES,
 ) -> Source:
-    """Open the store at `url`: `s3://`, `gs://`, `az://`, `file://` or a folder's path. No request is sent yet.
+    """Open the store at `url`: `s3://`, `gs://`, `az://`, `file://` or a folder's path. No request is sent.
 
-    S3 takes credentials, region, profile and endpoint by boto3's chain; the arguments go before it. `timeout_s` bounds
-    one attempt; no retry starts after it either, so a call of one request ends within twice that. Retries (429, 5xx,
-    cut or refused connections) back off with jitter.
+    S3 takes credentials, region, profile and endpoint from boto3's chain; the arguments override it. `timeout_s` limits
+    one attempt, and no retry starts after that time, so a call of one request ends within twice `timeout_s`. Retries
+    (429, 5xx, cut or refused connections) back off with jitter.
 
     Raises:
         InvalidStoreUrl: an unknown scheme, a folder that does not exist, credentials in the URL.
@@ -219,12 +242,13 @@ def open_source(
     if parts.scheme in S3_SCHEMES:
         session = {"profile_name": profile, "region_name": region}
         store, endpoint = _open_s3(parts.netloc, parts.path.strip("/"), session, endpoint_url, options)
-        where = f"{url} at {endpoint}"
-        return Source(where, store, where, max_archive_bytes)
+        full = f"{url} at {endpoint}"
+        return Source(full, store, Where(full, "the S3 store"), max_archive_bytes)
     if profile or endpoint_url or region:
         raise InvalidStoreUrl(f"profile, endpoint_url and region belong to s3:// stores, not to {url!r}")
     try:
-        return Source(url, from_url(url, **options), url, max_archive_bytes)
+        where = Where(url, f"the {parts.scheme} store")
+        return Source(url, from_url(url, **options), where, max_archive_bytes)
     except (BaseError, ValueError) as error:
         raise InvalidStoreUrl(f"{url!r} cannot be opened: {_cause(error)}") from error
 
@@ -233,13 +257,14 @@ def _open_folder(path: str, max_archive_bytes: int) -> Source:
     folder = Path(path).expanduser().resolve()
     if not path or not folder.is_dir():
         raise InvalidStoreUrl(f"the model folder {str(folder)!r} does not exist; accepted are {ACCEPTED}")
-    return Source(folder.as_uri(), LocalStore(folder), str(folder), max_archive_bytes, folder)
+    where = Where(str(folder), "the store's folder")
+    return Source(folder.as_uri(), LocalStore(folder), where, max_archive_bytes, folder)
 
 
 def _open_s3(
     bucket: str, prefix: str, session_args: dict[str, str | None], endpoint_url: str | None, options: dict[str, Any]
 ) -> tuple[S3Store, str]:
-    """The store and its endpoint. obstore takes boto3's credentials and region, but not a profile's endpoint."""
+    """The store and its endpoint. obstore accepts boto3's credentials and region, but not a profile's endpoint."""
     import boto3  # noqa: PLC0415  a third of a second that only s3:// has to pay
     import botocore.exceptions  # noqa: PLC0415
     from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415
@@ -271,7 +296,7 @@ def _open_s3(
 
 
 def _client_options(timeout_s: float, retries: int) -> dict[str, Any]:
-    """A silent host is given up after a quarter of the time, so that a retry may find another address."""
+    """Options of obstore's client. Connecting may take a quarter of the time, so that a retry can follow."""
     return {
         "client_options": {
             "timeout": timedelta(seconds=timeout_s),
@@ -285,45 +310,46 @@ def _client_options(timeout_s: float, retries: int) -> dict[str, Any]:
     }
 
 
-def _real_file(folder: Path, name: ModelName, where: str) -> None:
-    """Check that the name is a regular file that lies in the folder after all links; a pipe would block its reader."""
+def _real_file(folder: Path, name: ModelName, where: Where) -> None:
+    """Check that the name is a regular file in the folder, with all links resolved; reading a pipe would block."""
     try:
         target = (folder / name).resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ModelNotFound(f"{name} is not in {where}: {getattr(error, 'strerror', error)}") from error
+        raise where.explain(ModelNotFound, ABSENT, name, str(getattr(error, "strerror", error))) from error
     if not target.is_relative_to(folder):
-        raise StoreDenied(f"{name} leaves {where} by a symbolic link")
+        raise where.explain(StoreDenied, LEAVES, name)
     if not target.is_file():
-        raise ModelNotFound(f"{name} in {where} is not a file")
+        raise where.explain(ModelNotFound, "{name} in {where} is not a file", name)
 
 
 def _version(meta: Any) -> str:
-    """The ETag without quotes (and without the mark of a weak one), or the object version."""
+    """The ETag without quotes and without the mark of a weak one, or else the object version."""
     return str(meta["e_tag"] or meta["version"] or "").removeprefix("W/").strip('"')
 
 
-def _situation(error: Exception, name: str, where: str) -> Exception:
-    """Our exception for an obstore one. Some situations arrive as a GenericError whose text alone tells them."""
+def _situation(error: Exception, name: str, where: Where) -> LoadError:
+    """Our exception for one of obstore. Some situations are a GenericError that only its text distinguishes."""
     cause = _cause(error)
     status = re.search(r"status code: (\d{3})", str(error))
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     denied = isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
     if denied or (status and status[1] in ("401", "403")) or (code and code[1] in DENIED_CODES):
-        return StoreDenied(
-            f"{where} refuses {name!r}: {cause}. Either the credentials are wrong or lack permission, or the key does "
+        what = (
+            "{where} refuses {name!r}: {cause}. Either the credentials are wrong or lack permission, or the key does "
             "not exist and they may not list the bucket (S3 then answers 403, not 404)"
         )
+        return where.explain(StoreDenied, what, name, cause)
     if code and code[1] == "NoSuchBucket":  # not "model not found": that would forget good copies on disk
-        return StoreUnavailable(f"{where} does not exist: {cause}")
+        return where.explain(StoreUnavailable, "{where} does not exist: {cause}", name, cause)
     if isinstance(error, FileNotFoundError) or (code and code[1] == "KeyTooLongError"):
-        return ModelNotFound(f"{name} is not in {where}: {cause}")
+        return where.explain(ModelNotFound, ABSENT, name, cause)
     if (status and status[1] == "416") or "InvalidRange" in str(error):
-        return ArchiveInvalid(f"{name} in {where} is empty")
-    return StoreUnavailable(f"{where} failed for {name!r}: {cause}")
+        return where.explain(ArchiveInvalid, "{name} in {where} is empty", name)
+    return where.explain(StoreUnavailable, "{where} failed for {name!r}: {cause}", name, cause)
 
 
 def _cause(error: Exception) -> str:
-    """The heart of obstore's message, which also carries the whole reply and a debug print of many lines."""
+    """The cause in obstore's message, which also contains the whole reply and a debug print of many lines."""
     text = str(error)
     head, _, debug = text.partition("\n\nDebug source:")
     retries = re.search(r"after (\d+) retries", head)

@@ -1,28 +1,23 @@
-"""`fleetcast backtest`: what archives would have forecast for a CSV file, and how good that was. Torch when it runs."""
+"""`fleetcast backtest`: scores what archives would have forecast for a CSV file. Torch when it runs."""
 
 import sys
-from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, moment, one_line_errors, progress
+from server.cli.terminal import BAD, moment, one_line_errors, progress, verbatim
 from server.cli.train import archive_names
+from server.logs import escape_text
+from server.offline.measures import HEADINGS, MEASURES, format_score
 
 if TYPE_CHECKING:
     from server.offline.fleet_evaluation import Backtest
 
 WINDOWS = 28
-SHOWN = {
-    "pinball": "pinball", "wql": "wQL", "wape": "WAPE", "mase": "MASE", "rmae": "rMAE", "crps": "CRPS",
-    "coverage": "coverage",
-}  # fmt: skip
-MEASURES = tuple(SHOWN)
-Score = Literal["pinball", "wql", "wape", "mase", "rmae", "crps"]  #: of these, lower is better: a gate can go by one
 
 
 def backtest(
@@ -76,29 +71,22 @@ def backtest(
     else:
         rich.print(_table(found))
     for name, why in found.failed.items():
-        print(f"error: {name}: {why}", file=sys.stderr)  # noqa: T201
+        print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:
         raise typer.Exit(BAD)
 
 
 def _table(found: "Backtest") -> Table:
-    """A market a row, and the mean of several."""
+    """A row for each market, and their mean."""
     promised = {each.scores.nominal for each in found.markets}
-    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else SHOWN["coverage"]
-    table = Table("market", *(SHOWN[name] for name in MEASURES[:-1]), interval, "n")
+    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
+    table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")
     for column in table.columns[1:]:
         column.justify = "right"
     for each in found.markets:
-        cells = [cell(name, getattr(each.scores, name)) for name in MEASURES]
-        table.add_row(each.target, *cells, str(each.windows))
+        cells = [format_score(name, getattr(each.scores, name)) for name in MEASURES]
+        table.add_row(verbatim(each.target), *cells, str(each.windows))
     if len(found.markets) > 1:
         table.add_section()
-        table.add_row("mean", *(cell(name, found.mean(name)) for name in MEASURES), "")
+        table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")
     return table
-
-
-def cell(name: str, value: float | None) -> str:
-    """A score for people."""
-    if value is None or isnan(value):
-        return "-"
-    return f"{value:.1%}" if name == "coverage" else f"{value:.3f}"

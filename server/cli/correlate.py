@@ -1,4 +1,4 @@
-"""`fleetcast correlate`: how the errors of many forecasts hang together, as an archive. Torch only when it runs."""
+"""`fleetcast correlate`: estimates how the errors of many forecasts are correlated. Torch when it runs."""
 
 import time as clock
 from pathlib import Path
@@ -9,7 +9,6 @@ import rich
 import typer
 from rich.table import Table
 
-from model_store.archives.packing import pack_correlation
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import moment, one_line_errors, progress
@@ -112,16 +111,17 @@ def _write(out: str, estimate: "Estimate", description: str) -> int:
     """Pack it, prove it as a worker would, and store it; its size in bytes."""
     from handlers.codecs.scenarios import load_correlation  # noqa: PLC0415
     from model_store.archives.archive import open_archive, read_tensors  # noqa: PLC0415
-    from server.offline import archive_tools as workshop  # noqa: PLC0415
+    from model_store.archives.packing import pack_correlation  # noqa: PLC0415
+    from server.offline.archive_location import locate_archive, split_location  # noqa: PLC0415
 
-    folder, name = workshop.split(out)
+    folder, name = split_location(out)
     packed = pack_correlation(
         estimate.record, estimate.tensors, model_name=name.partition(".")[0], description=description
     )
     load_correlation(estimate.record, read_tensors(open_archive(packed, name)))
     if "://" not in out:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    workshop.place(settings_from({"store": folder}), name).source.put(name, packed)
+    locate_archive(settings_from({"store": folder}), name).source.put(name, packed)
     return len(packed)
 
 

@@ -5,7 +5,7 @@ Torch when it runs: the facts are `server.offline.host_checks`, the times `serve
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,42 +13,21 @@ import rich
 import typer
 from rich.table import Table
 
-from model_store.errors import LoadError
 from server.access_log import read_rows
-from server.cli.setting_flags import human, settings_from
-from server.cli.terminal import BAD, one_line_errors, progress
+from server.cli.setting_flags import settings_from
+from server.cli.terminal import BAD, one_line_errors, progress, verbatim
 from server.host import Host, read_host
 from server.offline.cache_sizing import Advice, advise
-from server.settings import Settings
+from server.settings import Settings, format_bytes
 from server.supervisor.worker_plan import plan_workers
 from server.worker.engine.execution_plan import SIZES, Path
 
 if TYPE_CHECKING:
-    from handlers.base import Family, Float32
     from server.offline.host_checks import Fact
+    from server.offline.store_families import Measurable
     from server.worker.engine.speed import Pace, Rates
 
-ARCHIVES = 20  #: of a store that are looked into
 TAKEN = "*"
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A family to measure: what people call it, one of its models' rows, and how many archives were seen to have it."""
-
-    name: str
-    family: "Family"
-    row: "Float32"
-    archives: int = 0
-
-
-@dataclass(slots=True)
-class Found:
-    """Of a store: its kinds by family, and facts. `bad`: something there would not serve."""
-
-    kinds: dict[str, Kind] = field(default_factory=dict)
-    facts: list["Fact"] = field(default_factory=list)
-    bad: bool = False
 
 
 def doctor(
@@ -75,6 +54,7 @@ def doctor(
     archive would not load.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline import host_checks as checks  # noqa: PLC0415 -- torch
+    from server.offline.store_families import StoreFamilies, built_in_families, find_families  # noqa: PLC0415
     from server.worker.engine import speed as pace  # noqa: PLC0415
 
     with one_line_errors():
@@ -85,18 +65,18 @@ def doctor(
         if advice is not None:
             facts.append(checks.Fact("access log", advice.now, advice.next))
         with progress("looking") as told:
-            found = _looked_into(settings, told) if given else Found()
-        kinds = list(found.kinds.values()) or list(_built_in())
+            found = find_families(settings, told) if given else StoreFamilies()
+        families = list(found.families.values()) or list(built_in_families())
         with progress("measuring") as told:
-            told(0, len(kinds))
+            told(0, len(families))
             rates, paces = pace.rates(), []
-            for kind in kinds:
-                paces.append(pace.pace(kind.family, kind.row, rates))
-                told(1, len(kinds))
+            for one in families:
+                paces.append(pace.pace(one.family, one.row, rates))
+                told(1, len(families))
     if as_json:
-        print(json.dumps(_plain([*facts, *found.facts], rates, kinds, paces, advice), indent=1))  # noqa: T201
+        print(json.dumps(_plain([*facts, *found.facts], rates, families, paces, advice), indent=1))  # noqa: T201
     else:
-        rich.print(_facts([*facts, *found.facts]), _paces(rates, kinds, paces))
+        rich.print(_facts([*facts, *found.facts]), _paces(rates, families, paces))
     if found.bad:
         raise typer.Exit(BAD)
 
@@ -119,52 +99,6 @@ def _advised(settings: Settings, host: Host, access_log: str) -> Advice:
     return advise(((row.model, row.bytes) for row in read_rows(FilePath(access_log))), budget)
 
 
-# --- what is measured -----------------------------------------------------------------------------------------------
-
-
-def _built_in() -> Iterator[Kind]:
-    """Every architecture in its default configuration."""
-    from handlers.forecasters import ARCHITECTURES, build, random_tensors  # noqa: PLC0415 -- torch
-
-    for name in ARCHITECTURES:
-        family = build(name, {})
-        yield Kind(name, family, family.row(random_tensors(family, 0)))
-
-
-def _looked_into(settings: Settings, told: Any) -> Found:
-    """Some archives from all over the listing, loaded as a worker does but for their golden samples."""
-    from model_store.stores.model_store import ModelStore  # noqa: PLC0415 -- torch
-    from server.offline.host_checks import Fact  # noqa: PLC0415
-    from server.worker.model_loader import Loader, RowModel, open_store  # noqa: PLC0415
-
-    found = Found()
-    try:
-        source, limits = open_store(settings)
-        names = [listed.name for listed in source.list()]
-    except (LoadError, ValueError) as error:
-        found.facts.append(Fact("store", settings.store, f"{error}"))
-        found.bad = True
-        return found
-    empty = "" if names else "it is empty: `fleetcast train` and `fleetcast pack` make archives"
-    found.facts.append(Fact("store", f"{settings.store}: {len(names)} archives", empty))
-    loader = Loader(ModelStore(source, None, limits), "cpu", 1)
-    some = names[:: -(-len(names) // ARCHIVES)] if names else []
-    for name in some:
-        told(1, len(some))
-        try:
-            built = loader.build(name)
-        except LoadError as error:
-            found.bad = True
-            found.facts.append(Fact("archive", name, f"would not load: {error}"))
-            continue
-        if not isinstance(built.body, RowModel) or built.row is None:
-            continue
-        key = built.body.family.key
-        before = found.kinds.get(key)
-        found.kinds[key] = Kind(key, built.body.family, built.row, before.archives + 1 if before else 1)
-    return found
-
-
 # --- shown ----------------------------------------------------------------------------------------------------------
 
 
@@ -172,13 +106,13 @@ def _facts(facts: Sequence["Fact"]) -> Table:
     """A fact a row, and what to do below it."""
     table = Table("", "", show_header=False, box=None, pad_edge=False)
     for fact in facts:
-        table.add_row(f"[bold]{fact.name}[/]", _verbatim(fact.text))
+        table.add_row(verbatim(fact.name, "bold"), verbatim(fact.text))
         if fact.advice:
-            table.add_row("", f"[yellow]! {_verbatim(fact.advice)}[/]")
+            table.add_row("", verbatim(f"! {fact.advice}", "yellow"))
     return table
 
 
-def _paces(rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"]) -> Table:
+def _paces(rates: "Rates", families: Sequence["Measurable"], paces: Sequence["Pace"]) -> Table:
     """A batch size of a family a row."""
     rate = f"{rates.flops / 1e9:.0f} GFLOP/s in a product, {rates.bytes / 1e9:.1f} GB/s in a copy"
     table = Table(
@@ -187,12 +121,12 @@ def _paces(rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"]) -> Ta
     table.caption = f"{rate}; {TAKEN} is the way taken here"
     for column in table.columns[1:]:
         column.justify = "right"
-    for kind, pace in zip(kinds, paces, strict=True):
+    for one, pace in zip(families, paces, strict=True):
         size, seen = (
-            f"{human(pace.row_bytes)}, {pace.flops / 1e6:.2f} MFLOP",
-            f" x {kind.archives}" * bool(kind.archives),
+            f"{format_bytes(pace.row_bytes)}, {pace.flops / 1e6:.2f} MFLOP",
+            f" x {one.archives}" * bool(one.archives),
         )
-        labels = [f"[bold]{kind.name}[/]{seen}", size, ""]
+        labels = [f"[bold]{one.name}[/]{seen}", size, ""]
         for label, rows in zip(labels, SIZES, strict=True):
             table.add_row(label, str(rows), *_cells(pace, rows), end_section=rows == SIZES[-1])
     return table
@@ -215,7 +149,11 @@ def _time(us: float | None, *, taken: bool) -> str:
 
 
 def _plain(
-    facts: Sequence["Fact"], rates: "Rates", kinds: Sequence[Kind], paces: Sequence["Pace"], advice: Advice | None
+    facts: Sequence["Fact"],
+    rates: "Rates",
+    families: Sequence["Measurable"],
+    paces: Sequence["Pace"],
+    advice: Advice | None,
 ) -> Mapping[str, Any]:
     """For programs."""
     return {
@@ -224,15 +162,15 @@ def _plain(
         "rates": {"flops_per_s": rates.flops, "copied_bytes_per_s": rates.bytes},
         "families": [
             {
-                "name": kind.name,
+                "name": one.name,
                 "family": pace.family,
-                "archives": kind.archives,
+                "archives": one.archives,
                 "models": pace.rows,
                 "row_bytes": pace.row_bytes,
                 "flops": pace.flops,
                 "batches": {str(rows): _batch(pace, rows) for rows in SIZES},
             }
-            for kind, pace in zip(kinds, paces, strict=True)
+            for one, pace in zip(families, paces, strict=True)
         ],
     }
 
@@ -244,7 +182,3 @@ def _batch(pace: "Pace", rows: int) -> dict[str, Any]:
         "of_different_models": {"taken": pace.taken(rows, rows), "floor_us": pace.floor_us(rows, rows)},
         "of_one_model": {"taken": pace.taken(rows, 1), "floor_us": pace.floor_us(rows, 1)},
     }
-
-
-def _verbatim(text: str) -> str:
-    return text.replace("[", r"\[")

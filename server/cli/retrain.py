@@ -1,4 +1,4 @@
-"""`fleetcast retrain`: every archive of a fleet fitted anew, and published where it is no worse. Torch when it runs."""
+"""`fleetcast retrain`: refits every archive of a fleet, publishes those that are no worse. Torch when it runs."""
 
 import json
 from collections import Counter
@@ -10,12 +10,12 @@ import rich
 import typer
 from rich.table import Table
 
-from server.cli.backtest import Score
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, progress
+from server.cli.terminal import BAD, one_line_errors, progress, verbatim
 from server.cli.train import archive_names
+from server.offline.measures import Score
 
-SHOWN = 40  #: markets in a table; of a larger fleet only those that want a look
+SHOWN = 40  #: markets in a table; of a larger fleet it shows only those that were not simply published
 
 
 def retrain(
@@ -56,7 +56,7 @@ def retrain(
     fleetcast retrain prices.csv --time hour --store ./models --architecture gru --log to-gru.jsonl
 
     Each market keeps its lengths, quantile levels and covariates, so its clients notice nothing; a running server swaps
-    to a new version between two steps when --reload tells it. New and old forecast the same last windows of the file,
+    to a new version between two steps when --reload names it. New and old forecast the same last windows of the file,
     which the new one has not been fitted to. A market that fails, or would be worse, keeps what it has and stops no
     other. The same command goes on where a killed run has stopped. Ends with 1 when some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
@@ -95,7 +95,7 @@ def _table(outcomes: list[Any]) -> Table:
             _cell("{:.4g}", each.predecessor),
             _cell("{:+.1f} %", each.worse_percent),
         )
-        table.add_row(each.target, each.result, *numbers, each.message)
+        table.add_row(verbatim(each.target), each.result, *numbers, verbatim(each.message))
     return table
 
 

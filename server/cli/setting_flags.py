@@ -1,4 +1,4 @@
-"""The settings as command line flags, as error lines and as a table. Pure: `server.settings` owns names and texts."""
+"""Turns the settings into command-line flags, error messages and a table. `server.settings` owns names and texts."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -7,21 +7,19 @@ from tomllib import TOMLDecodeError
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from pydantic import ByteSize, ValidationError
+from pydantic import ByteSize, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import SettingsError
 
-from server.settings import TOML_FILE, Settings
+from server.settings import TOML_FILE, Settings, format_bytes
 
-TABLE_START = "<!-- settings: written by `make docs` -->"
-TABLE_END = "<!-- end of settings -->"
 _SECRET = "access_keys"  # noqa: S105 -- the field's name: its value is never shown
 _KINDS: Mapping[Any, str] = {
     int: "INTEGER",
     float: "SECONDS",
     ByteSize: "SIZE",
     Path: "PATH",
-    dict[str, str]: "KEY=SECRET",
+    dict[str, SecretStr]: "KEY=SECRET",
 }
 
 
@@ -53,23 +51,9 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def with_table(document: str) -> str:
-    """The document with the table between its two marks brought up to date. Raises ValueError without the marks."""
-    head, start, rest = document.partition(TABLE_START)
-    _, end, tail = rest.partition(TABLE_END)
-    if not (start and end):
-        raise ValueError(f"the document needs the lines {TABLE_START} and {TABLE_END}")
-    return f"{head}{start}\n{table()}\n{end}{tail}"
-
-
 def flag(name: str) -> str:
     """For example `--inference-port` of `inference_port`."""
     return "--" + name.replace("_", "-")
-
-
-def human(size: int) -> str:
-    """Bytes as people read them: `6.0 MiB`."""
-    return ByteSize(size).human_readable(separator=" ") if size else "0"
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -93,7 +77,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, ByteSize):
-        return human(value)
+        return format_bytes(value)
     return "none" if value in (None, [], {}) else str(value)
 
 

@@ -1,32 +1,40 @@
-"""How our commands talk: errors in a line, exit codes, bars of progress, dates. No torch."""
+"""What the commands have in common: errors in one line, exit codes, progress bars, dates. No torch."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from model_store.errors import LoadError
+from server.logs import escape_text
 
-BAD = 1  #: exit code: the answer is no, or something of many failed
-WRONG = 2  #: exit code: it could not be done as asked
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+    from rich.text import Text
 
-Told = Callable[[int, int], None]  #: done now, in all
+BAD = 1  #: exit code: the result is negative, or a part failed
+WRONG = 2  #: exit code: the command could not be run as given
 
 
 def fail(message: str, code: int = WRONG) -> NoReturn:
-    """Say what was wrong, and exit."""
-    print(f"error: {message}", file=sys.stderr)  # noqa: T201 -- the answer
+    """Print what was wrong, and exit."""
+    print(f"error: {escape_text(message)}", file=sys.stderr)  # noqa: T201 -- the answer
     raise typer.Exit(code)
+
+
+def verbatim(text: str, style: str = "") -> "Text":
+    """A cell of a table that shows the text itself: no markup, no links, nothing that a terminal acts on."""
+    from rich.text import Text  # noqa: PLC0415 -- a twentieth of a second that most commands save
+
+    return Text(escape_text(text), style)
 
 
 @contextmanager
 def one_line_errors(*more: type[Exception]) -> Iterator[None]:
-    """What a user can put right (`more` of it) is said in a line; the rest is a bug of ours and keeps its traceback."""
+    """Print errors that a user can fix, also `more`, in one line; other errors are bugs and keep their traceback."""
     known: tuple[type[Exception], ...] = (LoadError, ValueError, OSError, ModuleNotFoundError, *more)
     try:
         yield
@@ -34,16 +42,25 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
         fail(str(error))
 
 
-def bar(amount: ProgressColumn | None = None) -> Progress:
-    """A bar on standard error, for people; gone when it is done. `amount`: the column that says how far."""
+def bar(amount: "ProgressColumn | None" = None) -> "Progress":
+    """A progress bar on standard error, removed when it is done. `amount`: the column that shows the progress."""
+    from rich.console import Console  # noqa: PLC0415 -- a twentieth of a second that most commands save
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), amount or MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Told]:
-    """A bar of one thing."""
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of one task. The yielded function takes how many are newly done, and how many there are in all."""
     with bar() as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, advance=done, total=total)

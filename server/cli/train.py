@@ -12,12 +12,10 @@ import typer
 from rich.progress import TextColumn
 from rich.table import Table
 
-from model_store.archives.manifest import FLEETCAST_JSON
-from model_store.archives.packing import pack_forecaster
-from model_store.errors import ArchiveInvalid
+from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import bar, moment, one_line_errors
+from server.cli.terminal import bar, moment, one_line_errors, verbatim
 
 if TYPE_CHECKING:
     from handlers.training.fit import Fitted, Fitting
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from model_store.archives.manifest import Forecast
 
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
-NAMES = ("tcn", "mlp", "gru", "seq2seq", "lear", "mqcnn", "mqrnn", "deepar", "deepstate", "esrnn", "recursive")
+ARCHITECTURE_HELP = "\b\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
 
 
 def train(
@@ -38,7 +36,7 @@ def train(
         list[str] | None,
         typer.Option(help="column known ahead, such as a load forecast (repeatable); may contain {target}"),
     ] = None,
-    architecture: Annotated[str, typer.Option(help=f"{', '.join(NAMES[:-1])} or {NAMES[-1]}")] = "tcn",
+    architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = "tcn",
     members: Annotated[int, typer.Option(min=1, max=64, help="of an ensemble in one archive")] = 1,
     config: Annotated[str, typer.Option(metavar="JSON", help="what the architecture leaves open")] = "{}",
     name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
@@ -71,6 +69,7 @@ def train(
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415
     from handlers.training.time_series import read_csv  # noqa: PLC0415 -- torch, here and below
+    from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
         names = archive_names(target, name_template)
@@ -80,7 +79,7 @@ def train(
         options = _config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
         recipe["origin"] = _origin(origin)
-        forecasts = make_forecasts(series, architecture, options, prediction_length, context_length, recipe)
+        forecasts = make_recipes(series, architecture, options, prediction_length, context_length, recipe)
         _check_out(out, names[series[0].name])
         limit = minutes * 60 or float("inf")
         fitted = _fit(
@@ -100,30 +99,12 @@ def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]
     return names
 
 
-def make_forecasts(
-    series: Sequence["Series"],
-    architecture: str,
-    config: Mapping[str, Any],
-    prediction_length: int,
-    context_length: int,
-    recipe_options: Mapping[str, Any],
-) -> list["Forecast"]:
-    """The input recipe of each series, lengths of 0 by its frequency. Raises SeriesInvalid, ValueError."""
-    from handlers.training.fit import recipes  # noqa: PLC0415
-
-    try:
-        return recipes(series, architecture, config, prediction_length, context_length, **recipe_options)
-    except ArchiveInvalid as error:  # there is no such file yet: the flags are what was wrong
-        said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
-        raise ValueError(f"--architecture, --config: {said}") from error
-
-
 def _check_out(out: str, name: ModelName) -> None:
     """A place that cannot be written to is better known before the fit. Nothing is made yet. Raises ValueError."""
     if "://" in out:
-        from server.offline import archive_tools as workshop  # noqa: PLC0415 -- torch
+        from server.offline.archive_location import locate_archive  # noqa: PLC0415 -- torch
 
-        workshop.place(settings_from({"store": out}), name)
+        locate_archive(settings_from({"store": out}), name)
         return
     folder = Path(out).expanduser().absolute()
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
@@ -152,12 +133,14 @@ def _fit(
 
 def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
-    from server.offline import archive_tools as workshop  # noqa: PLC0415
+    from model_store.archives.packing import pack_forecaster  # noqa: PLC0415
+    from server.offline.archive_location import locate_archive  # noqa: PLC0415
+    from server.offline.archive_tools import verify_packed_archive  # noqa: PLC0415
 
     if "://" not in out:
         Path(out).expanduser().mkdir(parents=True, exist_ok=True)
     settings, sizes = settings_from({"store": out}), []
-    place = workshop.place(settings, named[0][0])
+    place = locate_archive(settings, named[0][0])
     for name, each in named:
         packed = pack_forecaster(
             each.tensors,
@@ -168,7 +151,7 @@ def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: s
             golden=each.golden,
             description=description,
         )
-        workshop.proved_bytes(packed, name, place.limits)
+        verify_packed_archive(packed, name, place.limits)
         place.source.put(name, packed)
         sizes.append(len(packed))
     return sizes
@@ -183,7 +166,7 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
     table = Table("target", "holdout loss", "naive", "ratio", "bytes")
     for each, size in zip(fitted, sizes, strict=True):
         ratio = f"{each.loss / each.naive_loss:.2f}" if each.naive_loss else ""
-        table.add_row(each.name, f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
+        table.add_row(verbatim(each.name), f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
     rich.print(table)
     forecast = fitted[0].forecast
     steps, ahead = f"{forecast.history_length} steps of {forecast.frequency}", forecast.prediction_length

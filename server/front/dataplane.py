@@ -1,119 +1,216 @@
-"""Calls to workers: routed, watched, and asked once more elsewhere when a worker dies with one. Runs in a front."""
+"""The data plane: infer one model on a worker, and once more on another when that worker dies. Runs in a front.
+
+It knows no transport and no dialect: an `InferRequest` comes in, an `InferResponse` or a `Refused` comes out.
+"""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
 import msgspec
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
 from server.front.worker_client import Call, Link, WorkerLost
-from server.ipc import frames as wire
+from server.ipc.frames import CacheResult, Tier
 from server.routing import Lane, Router
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
 WATCH_AFTER_S = 0.5
+HALF_ANSWER = "the worker died with half of the answer; try again"
+_CACHE: Mapping[int, str | None] = {
+    CacheResult.NONE: None,
+    CacheResult.HIT: "hit",
+    CacheResult.MISS: "miss",
+    CacheResult.COALESCED: "coalesced",
+}
+_TIER: Mapping[int, str] = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
+
+#: Returns an awaitable that is done once the client has left; one wait at a time.
+ClientWatch = Callable[[], Awaitable[object]]
 
 
 class ClientGone(Exception):
-    """The connection ends before the answer: the client left or does not read, or half an answer is all we have."""
+    """The connection ends before the answer: the client left or does not read, or only half an answer is there."""
 
 
-async def nobody() -> MutableMapping[str, Any]:
-    """Stands where a receive channel is that has its watcher already, or is none of ours to watch."""
-    return {}
+class InferRequest(msgspec.Struct, frozen=True):
+    """A request to one model. `deadline` is on the monotonic clock (s)."""
+
+    model: ModelName
+    body: bytes
+    content_type: str
+    accept: str
+    deadline: float
+    client_gone: ClientWatch | None = None  #: None: the caller watches its client itself
 
 
-class Calls:
-    """One front's calls. `links` are the connections to the workers that are up, by worker."""
+class InferStats(msgspec.Struct, frozen=True, gc=False):
+    """What happened to a request, for the headers of its answer. Times in microseconds."""
 
-    def __init__(self) -> None:
+    cache: str | None  #: hit, miss or coalesced; None when the request was refused before the cache was asked
+    queue_us: int
+    load_us: int | None
+    inference_us: int
+    tier: str = ""
+    version: str = ""
+
+
+class InferResponse(msgspec.Struct, frozen=True):
+    """A model's answer: `body` is all of its `body_bytes` or the first part; `parts` yields the others."""
+
+    content_type: str
+    body: bytes
+    body_bytes: int
+    stats: InferStats
+    link: Link
+    call: Call
+
+    @property
+    def unread(self) -> int:
+        """Bytes of the answer that `parts` has not yielded yet."""
+        return self.call.unread
+
+    def parts(self) -> AsyncIterator[bytes]:
+        """The parts after the first, as fast as they are taken. Raises WorkerLost."""
+        return self.link.rest(self.call)
+
+    async def read(self) -> bytes:
+        """The body to its end. Raises Refused when the worker dies before."""
+        if not self.call.unread:
+            return self.body
+        try:
+            return self.body + b"".join([part async for part in self.parts()])
+        except WorkerLost:
+            raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Give up what has not been read; nothing to do when all has."""
+        if self.call.unread:
+            self.link.cancel(self.call)
+
+
+class RefusedByWorker(Refused):
+    """The worker's refusal, with what happened until then."""
+
+    def __init__(self, situation: Situation, detail: Detail, stats: InferStats) -> None:
+        super().__init__(situation, detail.message, detail.instance, detail.field)
+        self.stats = stats
+
+
+class DataPlane:
+    """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
+
+    `held_bytes` are the bytes of request bodies that this front holds, at most `max_held_bytes`: whatever receives or
+    builds a body adds to them for as long as the body is there.
+    """
+
+    def __init__(self, max_held_bytes: int) -> None:
         self.router = Router()
         self.links: dict[int, Link] = {}
-        self._watched: dict[Call, tuple[float, Receive, Link]] = {}
+        self.held_bytes = 0
+        self._max_held_bytes = max_held_bytes
+        self._watched: dict[Call, tuple[float, ClientWatch | None, Link]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        """For example `<Calls 2 links, 12 under way>`."""
-        return f"<Calls {len(self.links)} links, {len(self._watched)} under way>"
+        """For example `<DataPlane 2 links, 12 under way, 12000 bytes held>`."""
+        return f"<DataPlane {len(self.links)} links, {len(self._watched)} under way, {self.held_bytes} bytes held>"
 
-    async def ask(
-        self, model: ModelName, content_type: str, accept: str, deadline: float, body: bytes, receive: Receive
-    ) -> tuple[Link, Call, wire.Response]:
-        """The worker's response. When the worker dies with it, one other worker is asked: a forecast has no effects."""
-        avoid: int | None = None
-        while True:
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """The model's answer. A worker that dies costs one more try: a forecast has no side effects.
+
+        Raises Refused, RefusedByWorker, and ClientGone when the client is watched and leaves.
+        """
+        size = len(request.body)
+        self.held_bytes += size
+        try:
+            if self.held_bytes > self._max_held_bytes:
+                self.check_held()
             now = time.monotonic()
-            lane = self.router.route(model, now, avoid)
-            link = None if lane is None else self.links.get(lane.worker)
-            if lane is None or link is None:
-                if avoid is not None:
-                    raise Refused(
-                        Situation.WORKER_LOST, "the worker died with this request, and no other is up; try again"
-                    )
+            lane = self.router.route(request.model, now)
+            if lane is None or lane.worker not in self.links:
                 raise Refused(Situation.NOT_READY, "no worker is up yet; try again")
-            counted = self.router.started(lane, model)
-            call = link.call(model, content_type, accept, deadline, body)
-            self._watched[call] = (now, receive, link)
             try:
-                response = await call.reply
+                return await self._ask(lane, request, now)
             except WorkerLost:
-                self.router.ended(lane, model, counted, held=False)
-                if avoid is not None:
-                    message = "two workers died with this request; it is not tried again"
-                    raise Refused(Situation.WORKER_LOST, message) from None
-                avoid = lane.worker
-                continue
-            except BaseException:
-                link.cancel(call)
-                self.router.ended(lane, model, counted, held=False)
-                raise
-            finally:
-                del self._watched[call]
-            self._learn(lane, model, counted, response)
-            return link, call, response
+                return await self._ask_another(lane.worker, request)
+        finally:
+            self.held_bytes -= size
 
-    def _learn(self, lane: Lane, model: ModelName, counted: bool, response: wire.Response) -> None:
-        """What the answer says of the worker's pace and of where the model is."""
-        held = response.situation in (0, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
-        wait = (response.queue_us + response.inference_us) / 1e6
-        load = response.load_us / 1e6 if response.cache == wire.CacheResult.MISS and held else 0.0
-        self.router.ended(lane, model, counted, held=held, wait_s=wait, load_s=load)
+    def check_held(self) -> None:
+        """Raises Refused while this front holds too many bytes of requests."""
+        if self.held_bytes > self._max_held_bytes:
+            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests already")
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Count a body as held in a `with` block. Raises Refused when there is no room for it."""
+        self.held_bytes += size
+        try:
+            self.check_held()
+            yield
+        finally:
+            self.held_bytes -= size
 
     def sweep(self) -> None:
-        """Called every tenth of a second: deadlines, and clients that left while their request was slow."""
+        """Refuse requests whose deadline has passed, and watch the clients of slow ones. Called every 0.1 s."""
         now = time.monotonic()
         for link in self.links.values():
             link.sweep(now)
-        for call, (since, receive, link) in list(self._watched.items()):
-            if now - since > WATCH_AFTER_S and not call.reply.done() and receive is not nobody:
-                self._watched[call] = (since, nobody, link)
-                task = asyncio.create_task(_watch(call, receive, link))
+        for call, (since, client_gone, link) in list(self._watched.items()):
+            if client_gone is not None and now - since > WATCH_AFTER_S and not call.reply.done():
+                self._watched[call] = (since, None, link)
+                task = asyncio.create_task(_cancel_when_gone(call, client_gone, link))
                 self._watchers.add(task)
                 task.add_done_callback(self._watchers.discard)
 
+    async def _ask_another(self, dead: int, request: InferRequest) -> InferResponse:
+        """The second try, on a worker that is not the `dead` one."""
+        now = time.monotonic()
+        lane = self.router.route(request.model, now, dead)
+        if lane is None or lane.worker not in self.links:
+            message = "the worker died with this request, and no other is up; try again"
+            raise Refused(Situation.WORKER_LOST, message) from None
+        try:
+            return await self._ask(lane, request, now)
+        except WorkerLost:
+            message = "two workers died with this request; it is not tried again"
+            raise Refused(Situation.WORKER_LOST, message) from None
 
-async def whole(link: Link, call: Call, response: wire.Response) -> bytes:
-    """The response's body to its end. Raises WorkerLost."""
-    try:
-        return response.body + b"".join([part async for part in link.rest(call)])
-    except BaseException:
-        link.cancel(call)
-        raise
+    async def _ask(self, lane: Lane, request: InferRequest, now: float) -> InferResponse:
+        """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
+        model, link = request.model, self.links[lane.worker]
+        counted = self.router.started(lane, model)
+        call = link.call(model, request.content_type, request.accept, request.deadline, request.body)
+        self._watched[call] = (now, request.client_gone, link)
+        try:
+            head = await call.reply
+        except BaseException as error:
+            if not isinstance(error, WorkerLost):
+                link.cancel(call)
+            self.router.ended(lane, model, counted, held=False)
+            raise
+        finally:
+            del self._watched[call]
+        held = not head.situation or head.situation in (Situation.BAD_REQUEST, Situation.MODEL_FAILED)
+        wait_s = (head.queue_us + head.inference_us) / 1e6
+        load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
+        self.router.ended(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
+        cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
+        stats = InferStats(cache, head.queue_us, load_us, head.inference_us, tier, head.version)
+        response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call)
+        if head.situation:
+            detail = msgspec.json.decode(await response.read(), type=Detail)
+            raise RefusedByWorker(Situation(head.situation), detail, stats)
+        return response
 
 
-async def refusal(link: Link, call: Call, response: wire.Response) -> Refused:
-    """What a worker says instead of an answer."""
-    detail = msgspec.json.decode(await whole(link, call, response), type=Detail)
-    return Refused(Situation(response.situation), detail.message, detail.instance, detail.field)
-
-
-async def _watch(call: Call, receive: Receive, link: Link) -> None:
-    """Cancel the call when its client leaves. The body has been read, so the next message can only be that."""
-    message = await receive()
-    if message["type"] == "http.disconnect" and not call.reply.done():
+async def _cancel_when_gone(call: Call, client_gone: ClientWatch, link: Link) -> None:
+    """Cancel the call when its client leaves."""
+    await client_gone()
+    if not call.reply.done():
         link.cancel(call)
         call.reply.set_exception(ClientGone())

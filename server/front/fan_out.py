@@ -1,115 +1,201 @@
-"""A call for many models under way: every item at its worker at once, then the correlation where they are joint.
+"""Many models in one call: each item at its worker, then the correlation where scenarios are joint. Runs in a front.
 
-Runs in a front. What the bodies say is `server.front.dialects.forecasts`' to know.
+It knows DeepAR JSON (every forecast is one) and no dialect. An item's body is built only when its turn comes and is
+counted as held while it is there, so that a call holds about as much again as its own body, however many items share
+however large a configuration.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+from model_store.names import ModelName
+from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import Calls, ClientGone, Receive, nobody, refusal, whole
-from server.front.dialects import forecasts
-from server.front.dialects.forecasts import Item, Prediction, Sliced
-from server.front.worker_client import WorkerLost
+from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats
+from server.front.exchange import Limit
+from server.front.raw_json import (
+    build_correlation_request,
+    build_request,
+    extract_prediction,
+    replace_marginal,
+    split_samples,
+)
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
-JSON, NPY = "application/json", "application/x-npy"
-HALF = "the worker died with half of the answer; try again"
+MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """The bytes a body may have, and the setting that says so."""
+class Item:
+    """One forecast of the call: which model to ask, and the instance as it lies in the call's body."""
 
-    bytes: int
-    setting: str
-
-    def check(self, size: int) -> None:
-        """Raises Refused."""
-        if size > self.bytes:
-            message = f"the body has {size} bytes or more, the limit is {self.bytes} ({self.setting})"
-            raise Refused(Situation.TOO_LARGE, message)
-
-    def check_answers(self, size: int) -> None:
-        """As `check`, for what many models answer together."""
-        if size > self.bytes:
-            message = f"the answers have more than {self.bytes} bytes together ({self.setting})"
-            raise Refused(Situation.TOO_LARGE, f"{message}; ask for less in one call")
+    model: ModelName
+    instance: msgspec.Raw
 
 
 @dataclass(frozen=True, slots=True)
-class Together:
-    """The answer: its body, its type, and what came of each item."""
+class Joint:
+    """How the call's scenarios are joint: which archive correlates them, and how samples are drawn."""
+
+    correlation: ModelName
+    drawn: Mapping[str, msgspec.Raw]
+
+
+@dataclass(frozen=True, slots=True)
+class MultiModelCall:
+    """Items in order, of which one that names no model is refused alone, and what all share."""
+
+    items: Sequence[Item | Refused]
+    configuration: bytes
+    joint: Joint | None
+    size: int  #: bytes of the body that the items lie in
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What came of an item: the prediction's JSON, and what happened on the way."""
 
     body: bytes
-    media: str
-    found: Sequence[Prediction | Refused]
+    stats: InferStats
 
 
-async def answer(calls: Calls, body: bytes, wanted: str, limit: Limit, deadline: float, receive: Receive) -> Together:
-    """The whole call; `wanted` is JSON, or NPY for joint scenarios as one array.
+class FanOut:
+    """The items of one call under way. `limit` bounds their configurations together, and their answers together."""
 
-    Raises Refused for a call that fails as a whole, ClientGone when nobody waits any more.
-    """
-    sliced = forecasts.sliced(body)
-    found = await _all(calls, sliced, limit, deadline, receive)
-    if sliced.joint is None or not any(isinstance(each, Prediction) for each in found):
-        return Together(forecasts.spliced(found), JSON, found)
-    if wanted == NPY:  # one array has no place for an item that failed
-        forecasts.require_all(found)
-    asked = forecasts.together(sliced.joint, sliced.items, found)
-    link, call, response = await calls.ask(sliced.joint.correlation, JSON, wanted, deadline, asked, receive)
-    try:
-        if response.situation:
-            raise forecasts.misplaced(found, await refusal(link, call, response))
-        scenarios = await whole(link, call, response)
-    except WorkerLost:
-        raise Refused(Situation.WORKER_LOST, HALF) from None
-    limit.check_answers(len(scenarios))
-    if wanted == NPY:
-        return Together(scenarios, NPY, found)
-    return Together(forecasts.spliced(forecasts.sampled(found, scenarios)), JSON, found)
+    def __init__(
+        self, plane: DataPlane, call: MultiModelCall, limit: Limit, deadline: float, client_gone: ClientWatch
+    ) -> None:
+        self._plane, self._call, self._limit = plane, call, limit
+        self._deadline, self._client_gone = deadline, client_gone
+        self._window = max(call.size, MIN_WINDOW)
+        self._running = self._under_way = self._answered = 0
+        self._room = asyncio.Event()
+
+    def __repr__(self) -> str:
+        """For example `<FanOut of 500 items, 80 running with 90000 bytes>`."""
+        return f"<FanOut of {len(self._call.items)} items, {self._running} running with {self._under_way} bytes>"
+
+    async def infer(self) -> list[Prediction | Refused]:
+        """What came of each item, in order.
+
+        Raises Refused for a call that fails as a whole, ClientGone when the client leaves.
+        """
+        self._check_size()
+        with self._plane.hold(self._call.size):
+            items = asyncio.ensure_future(self._infer_items())
+            gone = asyncio.ensure_future(self._client_gone())
+            try:
+                await asyncio.wait((items, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not items.done():
+                    raise ClientGone
+                return items.result()
+            finally:
+                gone.cancel()
+                items.cancel()
+                await asyncio.gather(items, gone, return_exceptions=True)
+
+    async def draw(self, joint: Joint, found: Sequence[Prediction | Refused], accept: str) -> bytes:
+        """The correlation's answer: everybody's samples. Raises Refused, its place being that among the items."""
+        asked = build_correlation_request(
+            [
+                (item.model, each.body)
+                for item, each in zip(self._call.items, found, strict=True)
+                if isinstance(item, Item) and isinstance(each, Prediction)
+            ],
+            joint.drawn,
+        )
+        request = InferRequest(joint.correlation, asked, JSON, accept, self._deadline, self._client_gone)
+        try:
+            response = await self._plane.infer(request)
+        except Refused as refused:
+            raise _at_item(refused, found) from None
+        scenarios = await response.read()
+        self._check_answers(len(scenarios))
+        return scenarios
+
+    def _check_size(self) -> None:
+        count, size = len(self._call.items), len(self._call.configuration)
+        if count * size > self._limit.bytes:
+            message = (
+                f"{count} requests with {size} bytes of configuration each are {count * size} bytes, the limit is "
+                f"{self._limit.bytes} ({self._limit.setting}); ask for less in one call"
+            )
+            raise Refused(Situation.TOO_LARGE, message)
+
+    def _check_answers(self, size: int) -> None:
+        if size > self._limit.bytes:
+            message = f"the answers have more than {self._limit.bytes} bytes together ({self._limit.setting})"
+            raise Refused(Situation.TOO_LARGE, f"{message}; ask for less in one call")
+
+    async def _infer_items(self) -> list[Prediction | Refused]:
+        results: dict[int, Prediction | Refused] = {}
+        try:
+            async with asyncio.TaskGroup() as group:
+                for i, item in enumerate(self._call.items):
+                    if isinstance(item, Refused):
+                        results[i] = item
+                    else:
+                        size = len(memoryview(item.instance)) + len(self._call.configuration)
+                        await self._wait_for_room(size)
+                        group.create_task(self._infer_item(i, item, size, results))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [results[i] for i in range(len(results))]
+
+    async def _infer_item(self, i: int, item: Item, size: int, results: dict[int, Prediction | Refused]) -> None:
+        """Put one item's prediction, or why there is none, into its place. Raises Refused when all are too large."""
+        try:
+            results[i] = found = await self._predict(item)
+        finally:
+            self._running -= 1
+            self._under_way -= size
+            self._room.set()
+        if isinstance(found, Prediction):
+            self._answered += len(found.body)
+            self._check_answers(self._answered)
+
+    async def _predict(self, item: Item) -> Prediction | Refused:
+        body = build_request(item.instance, self._call.configuration)
+        try:
+            response = await self._plane.infer(InferRequest(item.model, body, JSON, JSON, self._deadline))
+            marginal = self._call.joint is not None
+            return Prediction(extract_prediction(await response.read(), marginal=marginal), response.stats)
+        except Refused as refused:
+            # A new one: the traceback of this one holds frames, and these hold the item's body.
+            return Refused(refused.situation, *msgspec.structs.astuple(refused.detail))
+
+    async def _wait_for_room(self, size: int) -> None:
+        """Until an item of `size` bytes may begin. One alone always may."""
+        while self._running and (self._running >= MAX_UNDER_WAY or self._under_way + size > self._window):
+            self._room.clear()
+            await self._room.wait()
+        self._running += 1
+        self._under_way += size
 
 
-async def _all(
-    calls: Calls, sliced: Sliced, limit: Limit, deadline: float, receive: Receive
-) -> list[Prediction | Refused]:
-    """What came of each item, in order."""
-    room = asyncio.Semaphore(MAX_UNDER_WAY)
-    answered = 0
-
-    async def one(item: Item | Refused) -> Prediction | Refused:
-        nonlocal answered
-        if isinstance(item, Refused):
-            return item
-        async with room:
-            found = await _one(calls, item, deadline, marginal=sliced.joint is not None)
-        answered += 0 if isinstance(found, Refused) else len(found.body)
-        limit.check_answers(answered)
-        return found
-
-    items = asyncio.gather(*map(one, sliced.items))
-    gone = asyncio.ensure_future(receive())  # the body has been read: the next message can only be that
-    try:
-        await asyncio.wait((items, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not items.done():
-            raise ClientGone
-        return items.result()
-    finally:
-        gone.cancel()
-        items.cancel()
-        await asyncio.gather(items, gone, return_exceptions=True)
+def require_all(found: Sequence[Prediction | Refused]) -> None:
+    """Raises the first item's refusal, with its place, as the whole call's: one array has no place for a failure."""
+    for i, each in enumerate(found):
+        if isinstance(each, Refused):
+            raise Refused(each.situation, each.detail.message, i, each.detail.field)
 
 
-async def _one(calls: Calls, item: Item, deadline: float, *, marginal: bool) -> Prediction | Refused:
-    """One item's prediction, or why there is none."""
-    try:
-        link, call, response = await calls.ask(item.model, JSON, JSON, deadline, item.body, nobody)
-        if response.situation:
-            return await refusal(link, call, response)
-        return Prediction(forecasts.prediction(await whole(link, call, response), marginal=marginal), response)
-    except Refused as refused:
+def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> list[Prediction | Refused]:
+    """The predictions with their samples from the correlation's answer in the place of their marginals."""
+    samples = iter(split_samples(scenarios))
+    return [
+        each if isinstance(each, Refused) else Prediction(replace_marginal(each.body, next(samples)), each.stats)
+        for each in found
+    ]
+
+
+def _at_item(refused: Refused, found: Sequence[Prediction | Refused]) -> Refused:
+    """The correlation's refusal. It counts the forecasts it got; the client counts its items."""
+    detail = refused.detail
+    if detail.instance is None:
         return refused
-    except WorkerLost:
-        return Refused(Situation.WORKER_LOST, HALF)
+    asked = [i for i, each in enumerate(found) if isinstance(each, Prediction)]
+    return Refused(refused.situation, detail.message, asked[detail.instance], detail.field)

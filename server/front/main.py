@@ -1,34 +1,42 @@
-"""A front process: uvicorn on the shared inference socket, links to the workers the supervisor names.
+"""A front process: uvicorn on the shared inference socket, and connections to the workers that the supervisor names.
 
-Started by the supervisor as `python -m server.front.main CONTROL_FD LISTEN_FD`. No torch, no bodies parsed.
+The supervisor starts it as `python -m server.front.main CONTROL_FD LISTEN_FD`. It imports no torch.
 """
 
 import asyncio
 import os
 import socket
 import sys
-from typing import Any
+from typing import assert_never
 
 import structlog
 import uvloop
 
-from server.errors import Situation
+from server.access.tls import open_tls
 from server.front.app import App
 from server.front.worker_client import Link, connect
 from server.http_listener import Listener, listener
-from server.ipc.control import ControlError, Member
+from server.ipc.control import Member
+from server.ipc.operations import (
+    AskedOfFront,
+    AwaitConnections,
+    ConnectWorkers,
+    Drain,
+    JoinAsFront,
+    Ping,
+    ScrapeMetrics,
+)
 from server.logs import configure_logs
 from server.metrics import FrontMetrics
-from server.settings import Settings
+
+log = structlog.get_logger()
 
 SWEEP_S = 0.1
 RECONNECT_S = 0.1
 
-log = structlog.get_logger()
-
 
 class Front:
-    """The links follow the supervisor's list of workers; the app sees only those that are connected."""
+    """Keeps the links as the supervisor's list of workers says; the app sees only those that are connected."""
 
     def __init__(self, app: App, server: Listener, metrics: FrontMetrics) -> None:
         self._app, self._server, self._metrics = app, server, metrics
@@ -40,41 +48,43 @@ class Front:
         """For example `<Front 2 of 3 workers linked>`."""
         return f"<Front {len(self._linked)} of {len(self._wanted)} workers linked>"
 
-    async def handle(self, op: str, args: dict[str, Any]) -> Any:
-        """What the supervisor tells and asks."""
-        if op == "workers":
-            self._follow({int(index): path for index, path in args["sockets"].items()})
-            return None
-        if op == "linked":
-            await asyncio.gather(*self._connecting.values(), return_exceptions=True)
-            return None
-        if op == "metrics":
-            return self._metrics.text()
-        if op == "ping":
-            return repr(self)
-        if op == "drain":
-            self._server.should_exit = True
-            return None
-        raise ControlError(f"a front knows no operation {op!r}", Situation.INTERNAL)
+    async def handle(self, operation: AskedOfFront) -> object:
+        """Perform what the supervisor tells and asks."""
+        match operation:
+            case ConnectWorkers(sockets):
+                self._follow(sockets)
+                return None
+            case AwaitConnections():
+                await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+                return None
+            case ScrapeMetrics():
+                return self._metrics.text()
+            case Ping():
+                return repr(self)
+            case Drain():
+                self._server.should_exit = True
+                return None
+            case _:
+                assert_never(operation)
 
     async def sweep(self) -> None:
-        """Deadlines, for as long as the front lives."""
+        """Refuse calls whose deadline has passed, for as long as the front lives."""
         while True:
             await asyncio.sleep(SWEEP_S)
-            self._app.calls.sweep()
+            self._app.plane.sweep()
 
     def _follow(self, wanted: dict[int, str]) -> None:
         self._wanted = wanted
         for worker, path in list(self._linked.items()):
             if wanted.get(worker) != path:
-                self._app.calls.links[worker].close()
+                self._app.plane.links[worker].close()
         for worker in wanted:
             task = self._connecting.get(worker)
             if worker not in self._linked and (task is None or task.done()):
                 self._connecting[worker] = asyncio.create_task(self._connect(worker))
 
     async def _connect(self, worker: int) -> None:
-        """Try until connected or no longer wanted."""
+        """Try until the worker is connected or no longer wanted."""
         while (path := self._wanted.get(worker)) is not None and worker not in self._linked:
             try:
                 link = await connect(path, worker, self._lost)
@@ -82,34 +92,39 @@ class Front:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             self._linked[worker] = path
-            self._app.calls.links[worker] = link
-            self._app.calls.router.up(worker)
+            self._app.plane.links[worker] = link
+            self._app.plane.router.up(worker)
 
     def _lost(self, link: Link) -> None:
-        """Known here first: the socket closes with the process. The supervisor's word follows."""
-        if self._app.calls.links.get(link.worker) is link:
-            del self._app.calls.links[link.worker], self._linked[link.worker]
-            self._app.calls.router.down(link.worker)
+        """A link has ended. The front learns it before the supervisor does: the socket closes with the process."""
+        if self._app.plane.links.get(link.worker) is link:
+            del self._app.plane.links[link.worker], self._linked[link.worker]
+            self._app.plane.router.down(link.worker)
             if link.worker in self._wanted:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
 
 
 async def main(control_fd: int, listen_fd: int) -> None:
-    """Ask the supervisor for the settings, serve until told to stop or the supervisor is gone."""
-    member = Member()
-    hello = await member.join(control_fd)
-    if hello is None:
+    """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone."""
+    member = Member(AskedOfFront)
+    assignment = await member.join(control_fd, JoinAsFront())
+    if assignment is None:
         return
-    settings = Settings.from_wire(hello["settings"])
-    configure_logs(settings.log_level, settings.log_format, front=hello["index"])
-    os.sched_setaffinity(0, hello["cores"])
+    settings = assignment.settings
+    configure_logs(settings.log_level, settings.log_format, front=assignment.index)
+    os.sched_setaffinity(0, assignment.cores)
     metrics = FrontMetrics()
-    app = App(settings, metrics)
-    server = listener(app, settings.drain_s, settings.client_timeout_s)
+    try:
+        app = App(settings, metrics)
+        tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
+        log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
+        return
+    server = listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))
-    member.ready(front.handle)
+    member.serve(front.handle)
     await asyncio.wait([serving, member.released], return_when=asyncio.FIRST_COMPLETED)
     sweeper.cancel()
     if not serving.done():

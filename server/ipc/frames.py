@@ -1,42 +1,34 @@
-"""Frames between a front and a worker: pack, unpack, large bodies in interleaved chunks under credit. Pure.
+"""The frames between a front and a worker: their fields, their bytes, and a reader that cuts a stream into them. Pure.
 
-A frame is a 16-byte head (bytes that follow, version, type, id) and its payload, little-endian. A body of at most
-`CHUNK` bytes travels inside its request or response. A larger one follows in DATA frames: the sender may have `WINDOW`
-bytes of one body under way and gets room for more by CREDIT frames, as the receiver passes them on. So one large body
-delays the others by a chunk, and one slow client holds a window of the front's memory, not a whole body.
+A frame is a 5-byte prefix (u32 bytes that follow, little-endian; u8 version) and one msgpack array, whose first element
+says which frame it is. A body of at most `CHUNK` bytes travels inside its request or response. The rest of a larger one
+follows in DATA frames, under credit (`server.ipc.bodies`). Every length is checked before memory is taken for it:
+`MAX_FRAME` bounds the frame, and the frame bounds what is inside.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from enum import IntEnum
 from struct import Struct as Layout
-from struct import error as LayoutError  # noqa: N812 -- beside Layout
+from typing import Annotated
 
-from msgspec import Struct
+import msgspec
+from msgspec import Meta, Struct
 
-VERSION = 1
-CHUNK = 64 * 1024
-WINDOW = 4 * CHUNK
-MAX_FRAME = CHUNK + 16 * 1024  # a chunk and the longest head: name, content type and accept are bounded by the front
+from server.errors import Situation
 
-_HEAD = Layout("<IBBHQ")  # payload bytes, version, type, spare, id
-_REQUEST = Layout("<QQHHH")  # deadline, body bytes, bytes of name, content type, accept
-_RESPONSE = Layout("<BBBBQIIIHH")  # situation, cache, tier, spare, body bytes, three times, bytes of version, type
-_CREDIT = Layout("<I")
+VERSION = 2
+CHUNK = 64 * 1024  #: bytes of a body in one frame at most
+MAX_FRAME = CHUNK + 16 * 1024  #: a chunk and the longest head: the front bounds name, content type and accept
+
+_PREFIX = Layout("<IB")
+_encode_into = msgspec.msgpack.Encoder().encode_into
+
+Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Part = Annotated[bytes, Meta(max_length=CHUNK)]
 
 
 class WireError(Exception):
-    """The peer does not speak our frames; the connection is of no use any more."""
-
-
-class FrameType(IntEnum):
-    """The second byte of the head."""
-
-    REQUEST = 1
-    DATA = 2
-    RESPONSE = 3
-    CANCEL = 4
-    CREDIT = 5
+    """The peer does not speak our frames, or a frame of ours would break their bounds. The connection has to end."""
 
 
 class CacheResult(IntEnum):
@@ -57,92 +49,80 @@ class Tier(IntEnum):
     HOST = 3
 
 
-class Request(Struct, frozen=True, gc=False):
-    """Head of a request. `deadline_ns` on the monotonic clock of the host; `body` is all of it or the first part."""
+class _Frame(Struct, array_like=True, gc=False, forbid_unknown_fields=True):
+    """`id` is the request's, unique on its connection."""
 
-    id: int
-    deadline_ns: int
+    id: Count
+
+
+class Request(_Frame, tag=1):
+    """A request. `deadline_ns` is on the host's monotonic clock; `body` is all of the body or its first part."""
+
+    deadline_ns: Count
     model: str
     content_type: str
     accept: str
-    body_bytes: int
-    body: bytes
+    body_bytes: Count
+    body: Part
 
 
-class Response(Struct, frozen=True, gc=False):
-    """Head of a response. `situation` is 0 for success, else a `server.errors.Situation`; times in microseconds."""
-
-    id: int
-    situation: int
-    cache: int
-    tier: int
-    version: str
-    content_type: str
-    queue_us: int
-    load_us: int
-    inference_us: int
-    body_bytes: int
-    body: bytes
-
-
-class Data(Struct, frozen=True, gc=False):
+class Data(_Frame, tag=2):
     """The next part of the body of request or response `id`."""
 
-    id: int
-    body: bytes
+    body: Part
 
 
-class Cancel(Struct, frozen=True, gc=False):
-    """Nobody waits for request `id` any more."""
+class Response(_Frame, tag=3):
+    """A response; the body of one that is not OK is a `server.errors.Detail`. Times are in microseconds."""
 
-    id: int
+    situation: Situation
+    cache: CacheResult
+    tier: Tier
+    version: str
+    content_type: str
+    queue_us: Count
+    load_us: Count
+    inference_us: Count
+    body_bytes: Count
+    body: Part
 
 
-class Credit(Struct, frozen=True, gc=False):
-    """Room for `room` more bytes of the body of `id`."""
-
-    id: int
-    room: int
+class Cancel(_Frame, tag=4):
+    """The answer to request `id` is not wanted any more."""
 
 
-Frame = Request | Response | Data | Cancel | Credit
+class Credit(_Frame, tag=5):
+    """The sender of the body of `id` may send `room` more bytes."""
+
+    room: Count
 
 
-def pack(frame: Frame) -> bytes:
-    """The frame's bytes. Raises WireError for a body above `CHUNK`, and for texts and numbers that fit no frame."""
+Frame = Request | Data | Response | Cancel | Credit
+BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
+
+_decode = msgspec.msgpack.Decoder(Frame).decode
+
+
+def append_frame(buffer: bytearray, frame: Frame) -> None:
+    """Write the frame's bytes behind what is in the buffer: the one copy of a body on its way to the socket.
+
+    Raises WireError for what no frame can hold; the buffer is then as it was.
+    """
+    start = len(buffer)
     try:
-        return _pack(frame)
-    except (LayoutError, UnicodeEncodeError) as error:
-        raise WireError(f"{type(frame).__name__.lower()} {frame.id}: {error}") from error
-
-
-def _pack(frame: Frame) -> bytes:
-    if type(frame) is Request:
-        name, kind, accept = frame.model.encode(), frame.content_type.encode(), frame.accept.encode()
-        fixed = _REQUEST.pack(frame.deadline_ns, frame.body_bytes, len(name), len(kind), len(accept))
-        return _framed(FrameType.REQUEST, frame.id, b"".join((fixed, name, kind, accept)), frame.body)
-    if type(frame) is Response:
-        version, kind = frame.version.encode(), frame.content_type.encode()
-        times = (min(frame.queue_us, 2**32 - 1), min(frame.load_us, 2**32 - 1), min(frame.inference_us, 2**32 - 1))
-        codes = (frame.situation, frame.cache, frame.tier, 0)
-        fixed = _RESPONSE.pack(*codes, frame.body_bytes, *times, len(version), len(kind))
-        return _framed(FrameType.RESPONSE, frame.id, b"".join((fixed, version, kind)), frame.body)
-    if type(frame) is Data:
-        return _framed(FrameType.DATA, frame.id, b"", frame.body)
-    if type(frame) is Credit:
-        return _framed(FrameType.CREDIT, frame.id, _CREDIT.pack(frame.room))
-    return _framed(FrameType.CANCEL, frame.id, b"")
-
-
-def _framed(kind: FrameType, ident: int, head: bytes, body: bytes = b"") -> bytes:
-    size = len(head) + len(body)
-    if size > MAX_FRAME or len(body) > CHUNK:
-        raise WireError(f"a frame of {len(head)} and {len(body)} bytes: at most {MAX_FRAME}, and {CHUNK} of a body")
-    return b"".join((_HEAD.pack(size, VERSION, kind, 0, ident), head, body))
+        _encode_into(frame, buffer, start + _PREFIX.size)
+    except (OverflowError, UnicodeEncodeError) as error:
+        del buffer[start:]
+        raise WireError(f"{type(frame).__name__} {frame.id}: {error}") from error
+    size = len(buffer) - start - _PREFIX.size
+    if size > MAX_FRAME:
+        del buffer[start:]
+        raise WireError(f"{type(frame).__name__} {frame.id} has {size} bytes, a frame has {MAX_FRAME} at most")
+    _PREFIX.pack_into(buffer, start, size, VERSION)
 
 
 class Reader:
-    """Cuts a byte stream into frames; what is left of the last one waits for more."""
+    """Cuts a byte stream into frames; the beginning of an unfinished frame waits for its rest."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -150,143 +130,27 @@ class Reader:
     def feed(self, data: bytes) -> Iterator[Frame]:
         """The frames that `data` completes. Raises WireError for what cannot be a frame of ours."""
         buffer = self._rest + data if self._rest else data
+        view = memoryview(buffer)
         at, end = 0, len(buffer)
         try:
-            while end - at >= _HEAD.size:
-                length, version, kind, _, ident = _HEAD.unpack_from(buffer, at)
-                if version != VERSION or length > MAX_FRAME:
-                    raise WireError(f"not a frame of version {VERSION}: version {version}, {length} bytes")
-                start, stop = at + _HEAD.size, at + _HEAD.size + length
+            while end - at >= _PREFIX.size:
+                size, version = _PREFIX.unpack_from(buffer, at)
+                if version != VERSION or size > MAX_FRAME:
+                    raise WireError(f"not a frame of version {VERSION}: version {version}, {size} bytes")
+                start, stop = at + _PREFIX.size, at + _PREFIX.size + size
                 if stop > end:
                     break
                 at = stop
-                yield _unpack(kind, ident, buffer, start, stop)
+                yield _parse(view[start:stop])
         finally:
             self._rest = buffer[at:]
 
 
-def _unpack(kind: int, ident: int, buffer: bytes, at: int, stop: int) -> Frame:
-    """One frame whose payload is buffer[at:stop]."""
+def _parse(payload: memoryview) -> Frame:
     try:
-        if kind == FrameType.REQUEST:
-            deadline, size, a, b, c = _REQUEST.unpack_from(buffer, at)
-            at += _REQUEST.size
-            texts = (buffer[at : at + a].decode(), buffer[at + a : at + a + b].decode())
-            accept = buffer[at + a + b : at + a + b + c].decode()
-            return Request(ident, deadline, *texts, accept, size, _body(buffer, at + a + b + c, stop, size))
-        if kind == FrameType.RESPONSE:
-            situation, cache, tier, _, size, queue, load, inference, a, b = _RESPONSE.unpack_from(buffer, at)
-            at += _RESPONSE.size
-            texts = (buffer[at : at + a].decode(), buffer[at + a : at + a + b].decode())
-            body = _body(buffer, at + a + b, stop, size)
-            return Response(ident, situation, cache, tier, *texts, queue, load, inference, size, body)
-        if kind == FrameType.DATA:
-            return Data(ident, _body(buffer, at, stop, CHUNK))
-        if kind == FrameType.CREDIT and stop - at == _CREDIT.size:
-            return Credit(ident, _CREDIT.unpack_from(buffer, at)[0])
-        if kind == FrameType.CANCEL and stop == at:
-            return Cancel(ident)
-    except (LayoutError, UnicodeDecodeError) as error:
-        raise WireError(f"frame of type {kind}: {error}") from error
-    raise WireError(f"no frame has type {kind} and {stop - at} bytes")
-
-
-def _body(buffer: bytes, at: int, stop: int, size: int) -> bytes:
-    """The payload's rest: `size` bytes, or the first part of them."""
-    if at > stop or stop - at > min(size, CHUNK):
-        raise WireError("the lengths inside a frame do not fit its size")
-    return buffer[at:stop]
-
-
-class Outbox:
-    """The bodies on their way out that did not fit one frame, each under its own credit, taking turns."""
-
-    def __init__(self) -> None:
-        self._bodies: dict[int, memoryview] = {}
-        self._room: dict[int, int] = {}
-        self._turn: deque[int] = deque()
-
-    def __len__(self) -> int:
-        return len(self._bodies)
-
-    def __repr__(self) -> str:
-        """For example `<Outbox 2 bodies, 300000 bytes>`."""
-        return f"<Outbox {len(self._bodies)} bodies, {sum(map(len, self._bodies.values()))} bytes>"
-
-    def start(self, ident: int, body: bytes) -> bytes:
-        """The part that travels in the request's or response's own frame; the rest is kept for `chunks`."""
-        if len(body) <= CHUNK:
-            return body
-        self._bodies[ident] = memoryview(body)[CHUNK:]
-        self._room[ident] = WINDOW - CHUNK
-        self._turn.append(ident)
-        return body[:CHUNK]
-
-    def credit(self, ident: int, room: int) -> None:
-        """The receiver has room for more. Late credit for a finished body is nothing."""
-        if room and ident in self._bodies:
-            if not self._room[ident]:
-                self._turn.append(ident)
-            self._room[ident] += room
-
-    def drop(self, ident: int) -> None:
-        """Nobody wants the rest of this body."""
-        if self._bodies.pop(ident, None) is not None and self._room.pop(ident):
-            self._turn.remove(ident)
-
-    def chunk(self) -> bytes | None:
-        """The next DATA frame, round-robin over the bodies that have room; None when none has."""
-        if not self._turn:
-            return None
-        ident = self._turn.popleft()
-        body = self._bodies[ident]
-        size = min(CHUNK, self._room[ident], len(body))
-        frame = pack(Data(ident, bytes(body[:size])))
-        if size == len(body):
-            del self._bodies[ident], self._room[ident]
-            return frame
-        self._bodies[ident] = body[size:]
-        self._room[ident] -= size
-        if self._room[ident]:
-            self._turn.append(ident)
-        return frame
-
-
-class Inbox:
-    """The bodies on their way in: parts are joined until the announced size is there."""
-
-    def __init__(self) -> None:
-        self._parts: dict[int, tuple[Request, list[bytes], int]] = {}
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def start(self, request: Request) -> None:
-        """The first part is here, more will come."""
-        self._parts[request.id] = (request, [request.body], request.body_bytes - len(request.body))
-
-    def add(self, data: Data) -> Request | None:
-        """The whole request once its last part is here. Parts of unknown (cancelled, refused) requests are dropped."""
-        entry = self._parts.get(data.id)
-        if entry is None:
-            return None
-        request, parts, missing = entry
-        missing -= len(data.body)
-        if missing < 0:
-            raise WireError(f"request {data.id} has more body than it announced")
-        parts.append(data.body)
-        if missing:
-            self._parts[data.id] = (request, parts, missing)
-            return None
-        del self._parts[data.id]
-        body = b"".join(parts)
-        fixed = (request.id, request.deadline_ns, request.model, request.content_type, request.accept)
-        return Request(*fixed, request.body_bytes, body)
-
-    def knows(self, ident: int) -> bool:
-        """Whether the body of `ident` is still on its way in."""
-        return ident in self._parts
-
-    def drop(self, ident: int) -> bool:
-        """Forget a request that was cancelled while its body was under way; False if there is none such."""
-        return self._parts.pop(ident, None) is not None
+        frame = _decode(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise WireError(f"a frame of {len(payload)} bytes: {error}") from error
+    if isinstance(frame, BODY_STARTS) and len(frame.body) > frame.body_bytes:
+        raise WireError(f"a body of {len(frame.body)} bytes is announced as {frame.body_bytes}")
+    return frame

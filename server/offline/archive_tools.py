@@ -1,155 +1,38 @@
-"""Archives at the desk: packed, looked into, and proved with the very pieces that load them in a worker. No server."""
+"""What an archive is, and the proof that it loads: what `verify`, `inspect` and `pack` do with one. No server runs."""
 
 import hashlib
 import json
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-import torch
 
-from handlers.codecs.joint import JointModel
-from handlers.kinds.graph import GraphFamily, graph_family
-from handlers.kinds.graph.schema import parse_graph
-from model_store.archives.archive import Archive, Limits, open_archive, read_tensors
-from model_store.archives.manifest import Forecast, GoldenSample, Kind, Spec, Weights, parse_golden
-from model_store.archives.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive
-from model_store.errors import ArchiveInvalid
-from model_store.names import ModelName, parse_model_name
-from model_store.stores.model_store import ModelStore
-from model_store.stores.object_store import Source, open_source
-from server.cli.setting_flags import human
-from server.offline.module_export import ExportRequest, export_module
-from server.settings import Settings
-from server.worker.engine.cpu import Engine
-from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
-from server.worker.model_loader import Built, Loader, RowModel, SingleModel, open_store, prove
+from handlers import kinds
+from handlers.model import open_model
+from model_store.archives.archive import Archive, Limits, open_archive
+from model_store.names import ModelName
+from server.offline.archive_location import ArchiveLocation
+from server.settings import format_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one archive is or will be: a store and the archive's name in it."""
-
-    source: Source
-    name: ModelName
-    limits: Limits
-
-    def archive(self) -> tuple[Archive, bytes]:
-        """Opened, and its bytes. Raises LoadError."""
-        fetched = self.source.get(self.name)
-        assert fetched is not None, "only a conditional GET is answered `not modified`"
-        return open_archive(fetched.data, self.name, self.limits), fetched.data
+def verify_archive(location: ArchiveLocation) -> str:
+    """Do everything a load does, the golden sample included; what was proved, in words. Raises LoadError."""
+    archive, _ = location.fetch()
+    return _verify(archive)
 
 
-def split(where: str) -> tuple[str, ModelName]:
-    """A path or URL of one archive -> the store it is in, and its name there. Raises InvalidModelName."""
-    if "://" in where:
-        store, _, name = where.rpartition("/")
-    else:
-        path = Path(where).expanduser().resolve()
-        store, name = str(path.parent), path.name
-    return store, parse_model_name(name)
+def verify_packed_archive(packed: bytes, name: ModelName, limits: Limits) -> str:
+    """`verify_archive` for an archive that is in no store yet. Raises LoadError."""
+    return _verify(open_archive(packed, name, limits))
 
 
-def place(settings: Settings, name: ModelName) -> Place:
-    """The archive `name` of the settings' store. Raises InvalidStoreUrl, StoreDenied."""
-    source, limits = open_store(settings)
-    return Place(source, name, limits)
+def _verify(archive: Archive) -> str:
+    model = open_model(archive)
+    golden = "golden sample reproduced" if model.prove() else "no golden sample"
+    return f"{model.built.summary}, {model.built.charge_bytes} bytes in memory, {golden}"
 
 
-def proved(where: Place) -> str:
-    """Everything a load does, the golden sample included. What was proved, in words. Raises LoadError."""
-    built = Loader(ModelStore(where.source, None, where.limits), "cpu", 1).build(where.name)
-    _prove_row(built)
-    golden = "golden sample reproduced" if built.golden else "no golden sample"
-    return f"{_what(built.body)}, {built.charge} bytes in memory, {golden}"
-
-
-def _what(body: RowModel | SingleModel) -> str:
-    """The family, for a graph also how its rows run; of a correlation what it covers."""
-    if not isinstance(body, RowModel):
-        return f"{body.single.correlation!r}" if isinstance(body.single, JointModel) else "onnx"
-    return f"{body.family.key}, {body.family.runs}" if isinstance(body.family, GraphFamily) else body.family.key
-
-
-def _prove_row(built: Built) -> None:
-    """The golden sample of a row, as `server.worker.step_loop` runs it; that of a single was run by the loader."""
-    body, row, golden = built.body, built.row, built.golden
-    if golden is None or row is None or not isinstance(body, RowModel):
-        return
-    engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), max_rows=1)  # a probe needs no room in the pool
-    prove(built.model, golden, body.codec, lambda call: engine.probe(body.family, row, call.rows))
-
-
-def proved_bytes(packed: bytes, name: ModelName, limits: Limits) -> str:
-    """`proved` for an archive that is in no store yet."""
-    with tempfile.TemporaryDirectory(prefix="fleetcast-") as folder:
-        source = open_source(folder)
-        source.put(name, packed)
-        return proved(Place(source, name, limits))
-
-
-def pack(
-    spec: Spec,
-    members: Mapping[str, bytes],
-    golden: Path | None,
-    *,
-    model_name: str,
-    model_version: str,
-    note: str = "",
-) -> bytes:
-    """The archive of `spec` and its members, `note` added to its description. Raises ArchiveInvalid, OSError."""
-    members = dict(members)
-    spec = msgspec.structs.replace(spec, description="; ".join(filter(None, (spec.description, note))))
-    if golden is not None:
-        sample: GoldenSample = parse_golden(golden.read_bytes(), str(golden))
-        spec = msgspec.structs.replace(spec, golden=GOLDEN_FILE)
-        members[GOLDEN_FILE] = msgspec.json.encode(sample)
-    return pack_archive(spec, members, model_name=model_name, model_version=model_version)
-
-
-def forecaster_spec(architecture: str, config: str, forecast: Path | None, description: str) -> Spec:
-    """`config` is JSON, or the path of a file of it. Raises ArchiveInvalid that names the flag or file, OSError."""
-    fields = _decoded(_json(config), dict[str, int | float | str | bool | list[int]], "--config")
-    weights = Weights(file=WEIGHTS_FILE)
-    return Spec(
-        kind=Kind.FORECASTER,
-        weights=weights,
-        architecture=architecture,
-        config=fields,
-        forecast=_forecast(forecast),
-        description=description,
-    )
-
-
-def onnx_spec(description: str) -> Spec:
-    """Of an ONNX archive."""
-    return Spec(kind=Kind.ONNX, weights=Weights(file=ONNX_FILE), description=description)
-
-
-def graph_spec(forecast: Path | None, description: str) -> Spec:
-    """Of a graph archive. Raises ArchiveInvalid that names the file, OSError."""
-    weights = Weights(file=WEIGHTS_FILE)
-    return Spec(kind=Kind.GRAPH, weights=weights, forecast=_forecast(forecast), description=description)
-
-
-def graph_members(module: str, config: str, inputs: str, weights: Path | None) -> dict[str, bytes]:
-    """`FILE.py:NAME` imported in a process of its own, called with `config`, given its weights and exported.
-
-    Raises:
-        ArchiveInvalid: the flag, file, or operator that is wrong.
-        OSError: a file cannot be read.
-    """
-    shapes = _decoded(_json(inputs), dict[str, tuple[int, ...]], "--inputs")
-    fields = _decoded(_json(config), dict[str, Any], "--config")
-    return export_module(ExportRequest(module, fields, shapes, None if weights is None else str(weights)))
-
-
-def described(archive: Archive, data: bytes) -> dict[str, Any]:
+def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
     """What `fleetcast inspect` tells, as plain JSON values. Raises ArchiveInvalid for tensors that cannot be read."""
     spec = archive.spec
     found: dict[str, Any] = {
@@ -164,31 +47,13 @@ def described(archive: Archive, data: bytes) -> dict[str, Any]:
     if spec is not None:
         found["spec"] = json.loads(msgspec.json.encode(spec))
         found["golden"] = archive.golden() is not None
-    if archive.kind is Kind.GRAPH:
-        found["graph"] = _graph(archive)
-    if archive.kind in (Kind.FORECASTER, Kind.GRAPH, Kind.CORRELATION):
-        found["tensors"] = {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
-    return found
+    return found | kinds.describe(archive)
 
 
-def _graph(archive: Archive) -> dict[str, Any]:
-    """Its family, what goes in and out, how rows run, and the operators by how often they occur."""
-    family = graph_family(archive.graph())
-    family.decide(family.row(read_tensors(archive)))
-    operators = Counter(node.op for node in parse_graph(archive.graph()).nodes)
-    return {
-        "family": family.key,
-        "input": {family.input_name: list(family.input_shape)},
-        "output": list(family.output_shape),
-        "runs": family.runs,
-        "operators": dict(operators.most_common()),
-    }
-
-
-def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What `described` found for people, a label and a text a line."""
+def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `describe_archive` found, for people: a label and a text for each line."""
     spec = found.get("spec", {})
-    yield "archive", f"{found['archive']}, {human(found['bytes'])}"
+    yield "archive", f"{found['archive']}, {format_bytes(found['bytes'])}"
     yield "sha256", found["sha256"]
     yield "kind", f"{found['kind']} {spec.get('architecture', '')}"
     if "manifest" in found:
@@ -208,7 +73,7 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if spec:
         yield "golden", "a sample, checked at every load" if found["golden"] else "none"
     for name, size in found["members"].items():
-        yield "member", f"{name}, {human(size)}"
+        yield "member", f"{name}, {format_bytes(size)}"
     for name, shape in found.get("tensors", {}).items():
         yield "tensor", f"{name} {shape}"
 
@@ -232,20 +97,3 @@ def _prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _channel(channel: dict[str, Any]) -> str:
     moved = [f"{key} {channel[key]}" for key in ("product", "lag", "shift", "index") if channel[key]]
     return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])
-
-
-def _json(text: str) -> bytes:
-    """JSON as it stands, or the file of that name."""
-    return text.encode() if text.lstrip().startswith("{") else Path(text).read_bytes()
-
-
-def _forecast(path: Path | None) -> Forecast | None:
-    found: Forecast | None = None if path is None else _decoded(path.read_bytes(), Forecast, str(path))
-    return found
-
-
-def _decoded(raw: bytes, kind: Any, where: str) -> Any:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ArchiveInvalid(f"{where}: {error}") from error

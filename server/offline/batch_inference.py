@@ -1,4 +1,4 @@
-"""Lines of JSON answered in this process, without a server: what `fleetcast batch` does between reading and writing.
+"""Answers lines of JSON in this process, without a server: the part of `fleetcast batch` between reading and writing.
 
 Each line is what an item of `POST /v1/forecasts` is: `target_model` and the fields of a DeepAR instance, and if it
 wants a `configuration` of its own. Lines are answered model by model, so that each model is loaded once however they
@@ -16,18 +16,14 @@ from typing import BinaryIO
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from handlers.codecs.codec import JSON, Call
 from handlers.errors import RequestError, RunFailed
+from handlers.model import Model
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Detail, Refused, Situation, situation_of
-from server.front.dialects.forecasts import prediction
+from server.front.raw_json import extract_prediction
 from server.offline.checkpoint import Journal
-from server.worker.engine.cpu import Engine
-from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
-from server.worker.model_loader import Builder, Built, RowModel, prove
 
 CHUNK = 64  #: lines of one model that are answered together
 NO_MODEL = -1
@@ -94,11 +90,14 @@ def index(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch: what is read, how models come, and what lines without a configuration are asked."""
+    """One batch: what is read, how models are opened, and the configuration of lines that have none.
+
+    `open_model` is called on `threads` threads. `longest`: bytes of a line at most.
+    """
 
     file: BinaryIO
     index: Index
-    loader: Builder
+    open_model: Callable[[ModelName], Model]
     configuration: bytes
     longest: int
     threads: int
@@ -106,58 +105,44 @@ class Batch:
     def run(self, journal: Journal, step: Callable[[int], None]) -> None:
         """Answer what is left. Raises LoadError where the store cannot be reached: the run may be started again."""
         groups = list(self.index.groups(journal.left()))
-        engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), max_rows=CHUNK)  # rows are run where they were built
         with ThreadPoolExecutor(self.threads) as pool:
-            loads: deque[Future[Built | LoadError]] = deque()
+            loads: deque[Future[Model | LoadError]] = deque()
             for i, (_, lines) in enumerate(groups):
                 while len(loads) < 2 * self.threads and i + len(loads) < len(groups):
                     loads.append(pool.submit(self._load, groups[i + len(loads)][0]))
                 try:
-                    built = loads.popleft().result()
+                    model = loads.popleft().result()
                 except (StoreUnavailable, StoreDenied):
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
                 for chunk in np.split(lines, range(CHUNK, len(lines), CHUNK)):
-                    journal.add(list(zip(chunk.tolist(), self._answers(built, chunk.tolist(), engine), strict=True)))
+                    journal.add(list(zip(chunk.tolist(), self._answers(model, chunk.tolist()), strict=True)))
                     step(len(chunk))
 
-    def _load(self, model: int) -> Built | LoadError:
+    def _load(self, model: int) -> Model | LoadError:
+        """The model, its golden sample run, or why it does not load."""
         if model == NO_MODEL:
             return LoadError("no model")
         try:
-            return self.loader.build(self.index.names[model])
+            opened = self.open_model(self.index.names[model])
+            opened.prove()
         except (StoreUnavailable, StoreDenied):
             raise
         except LoadError as error:
             return error
+        return opened
 
-    def _answers(self, built: Built | LoadError, lines: Sequence[int], engine: Engine) -> list[bytes]:
+    def _answers(self, model: Model | LoadError, lines: Sequence[int]) -> list[bytes]:
         """A line of JSON for each."""
-        if isinstance(built, LoadError):
-            return [_error(self._why_no_model(line) or _failed(built)) for line in lines]
-        body, row = built.body, built.row
-        if not isinstance(body, RowModel) or row is None:
-            wrong = Refused(Situation.MODEL_FAILED, f"{built.model} answers tensors, not forecasts")
-            return [_error(wrong)] * len(lines)
-        try:
-            if built.golden is not None:
-                prove(built.model, built.golden, body.codec, lambda call: engine.probe(body.family, row, call.rows))
-        except LoadError as error:
-            return [_error(_failed(error))] * len(lines)
-        calls = [self._decode(body, line) for line in lines]
-        good = [call for call in calls if isinstance(call, Call)]
-        outputs = iter(())
-        if good:
-            outputs = iter(engine.probe(body.family, row, np.concatenate([call.rows for call in good])))
-        return [_error(call) if isinstance(call, Refused) else _encode(call, next(outputs)[None]) for call in calls]
+        if isinstance(model, LoadError):
+            return [_error(self._why_no_model(line) or _failed(model)) for line in lines]
+        return [_encode(answer) for answer in model.answer_many([self._request(line) for line in lines])]
 
-    def _decode(self, body: RowModel, line: int) -> Call | Refused:
+    def _request(self, line: int) -> bytes:
+        """The line as a request of one instance to its model."""
         raw = self._line(line)
         own = bytes(_head(raw).configuration) or self.configuration
-        try:
-            return body.codec.decode(b'{"instances":[' + raw + b'],"configuration":' + own + b"}", JSON, JSON)
-        except RequestError as bad:
-            return Refused(Situation.BAD_REQUEST, bad.message, field=bad.field)
+        return b'{"instances":[' + raw + b'],"configuration":' + own + b"}"
 
     def _line(self, line: int) -> bytes:
         self.file.seek(int(self.index.start[line]))
@@ -194,12 +179,13 @@ def _head(line: bytes) -> Head:
         raise LineError(f"the line is no request: {error}") from error
 
 
-def _encode(call: Call, outputs: npt.NDArray[np.float32]) -> bytes:
+def _encode(answer: bytes | RequestError | RunFailed) -> bytes:
+    if isinstance(answer, RequestError):
+        return _error(Refused(Situation.BAD_REQUEST, answer.message, field=answer.field))
+    if isinstance(answer, RunFailed):
+        return _error(Refused(Situation.MODEL_FAILED, str(answer)))
     try:
-        answer, _ = call.encode(outputs)
-        return prediction(answer) + b"\n"
-    except RunFailed as failed:
-        return _error(Refused(Situation.MODEL_FAILED, str(failed)))
+        return extract_prediction(answer) + b"\n"
     except Refused as refused:
         return _error(refused)
 

@@ -1,4 +1,4 @@
-"""What more memory would buy: the hit ratio by the cache's size, from the requests of an access log. Pure.
+"""The hit ratio of an LRU cache by its size, from the requests of an access log: what more memory would buy. Pure.
 
 A request is a hit in an LRU cache of a size when the models asked since the last request for the same one, and this one
 itself, weigh no more: its *reuse distance* in bytes (Mattson et al., "Evaluation techniques for storage hierarchies",

@@ -1,4 +1,4 @@
-"""What a batch has done so far, in two files that a killed run leaves whole: answers, and which line each belongs to.
+"""The checkpoint of a batch or a retraining: two files, valid after a kill, with answers and each one's line.
 
 `OUT.part` has the answers one after another as they were made. `OUT.index` has a head that names the work and a fixed
 record for each answer, written after it: a torn last record, or one whose answer is not there, is cut off. So a run
@@ -21,11 +21,11 @@ NOT_DONE = -1
 
 
 class OtherWork(ValueError):
-    """The files belong to another input, store or configuration."""
+    """The checkpoint belongs to another input, store or configuration."""
 
 
 class Journal:
-    """The state of one batch of `lines` lines, opened for going on; to be used in a `with`."""
+    """The checkpoint of a run over `lines` lines, opened to continue it. A context manager."""
 
     def __init__(self, out: Path, work: bytes, lines: int) -> None:
         """`work` is a digest of all that decides the answers. Raises OtherWork, OSError."""
@@ -59,7 +59,7 @@ class Journal:
         return np.equal(self._start, NOT_DONE)
 
     def add(self, answers: Sequence[tuple[int, bytes]]) -> None:
-        """Keep the answers of these lines: first the answers, then that they are there."""
+        """Keep the answers of these lines. INVARIANT: an answer is written before the record that points to it."""
         records = []
         for line, answer in answers:
             self._start[line], self._size[line] = self._end, len(answer)
@@ -71,13 +71,13 @@ class Journal:
         self._records.flush()
 
     def in_order(self) -> Iterator[bytes]:
-        """All answers in the order of their lines."""
+        """All answers, in the order of their lines."""
         descriptor = self._answers.fileno()
         for start, size in zip(self._start.tolist(), self._size.tolist(), strict=True):
             yield os.pread(descriptor, size, start)
 
     def finish(self, out: Path) -> None:
-        """The answers in order into `out`, whole or not at all; the journal goes."""
+        """Write the answers in order to `out`, atomically, and delete the checkpoint."""
         whole = out.with_name(out.name + ".whole")
         with whole.open("wb") as file:
             file.writelines(self.in_order())
@@ -86,7 +86,7 @@ class Journal:
         self.index.unlink()
 
     def _recover(self, head: bytes) -> int:
-        """Read what an earlier run has left, cut off what it tore; the bytes of answers that count."""
+        """Read what an earlier run left and cut off a torn end; returns how many bytes of answers are valid."""
         self.part.touch()
         if not self.index.exists() or self.index.stat().st_size < len(head):
             self.index.write_bytes(head)

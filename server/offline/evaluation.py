@@ -1,4 +1,4 @@
-"""What a backtest says of one market: scores, calibration, errors by hour, and the windows that a chart shows."""
+"""The evaluation of one market's backtest: scores, calibration, errors by hour, and the windows of its chart."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ FAN_STEPS = 14 * 24  #: steps of a chart at most, the last ones
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The share of actuals in each cell between two levels [cells], and what a right forecast has there."""
+    """The share of actuals in each cell between two levels [cells], and the share that a calibrated forecast has."""
 
     edges: list[float]  #: levels, with 0 and 1 around them
     share: list[float]
@@ -33,7 +33,7 @@ class ByHour:
 
 @dataclass(frozen=True, slots=True)
 class Fan:
-    """Windows that do not overlap, one after another [steps], with missing steps NaN: what a chart shows."""
+    """The windows of a chart: without overlap, one after another [steps], missing steps NaN."""
 
     seconds: list[int]
     actual: list[float]
@@ -59,7 +59,7 @@ class Scored:
 
 
 def scored(found: Forecasts, unit: str) -> Scored:
-    """Everything but the chart."""
+    """The market's evaluation without the chart."""
     series, levels = found.series, found.levels
     edges = np.concatenate([[0.0], levels, [1.0]])
     shares = pit(found.actuals, found.quantiles, levels)

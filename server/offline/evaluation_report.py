@@ -1,4 +1,4 @@
-"""A backtest as one HTML file that needs nothing else: fan charts, calibration, errors by hour, a table of the markets.
+"""Renders a backtest as one self-contained HTML file: fan charts, calibration, errors by hour, a table of markets.
 
 Needs the extra `load`: jinja2 for the page, and uPlot for its charts, which the package `uplot-python` carries.
 """
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from server.cli.backtest import MEASURES, SHOWN, cell
 from server.offline.evaluation import ByHour, Calibration, Fan, Scored
 from server.offline.fleet_evaluation import Backtest
+from server.offline.measures import HEADINGS, MEASURES, format_score
 
 HERE = Path(__file__).parent
 MOST_CHARTED = 12  #: markets with charts of their own; the table has all
@@ -25,7 +25,7 @@ NEEDED = "a report needs jinja2 and uPlot: pip install 'fleetcast[load]'"
 
 
 class Bar(NamedTuple):
-    """A cell of the histogram, in the picture's units: 100 wide, 100 high where the share is twice the right one."""
+    """A bar of the calibration histogram in picture units: 100 wide, and 100 high at twice the calibrated share."""
 
     x: float
     y: float
@@ -60,9 +60,9 @@ def page(found: Backtest) -> str:
         data=_embedded([chart for each in drawn for chart in (each.fan, each.by_hour)]),
         found=found,
         drawn=drawn,
-        heads=list(SHOWN.values()),
+        heads=list(HEADINGS.values()),
         rows=list(_rows(found)),
-        means=[cell(name, found.mean(name)) for name in MEASURES],
+        means=[format_score(name, found.mean(name)) for name in MEASURES],
     )
     return html
 
@@ -79,7 +79,7 @@ def _worst(found: Backtest) -> list[tuple[Scored, Fan]]:
 
 def _rows(found: Backtest) -> Iterator[tuple[Scored, list[str]]]:
     for each in found.markets:
-        yield each, [cell(name, getattr(each.scores, name)) for name in MEASURES]
+        yield each, [format_score(name, getattr(each.scores, name)) for name in MEASURES]
 
 
 def _drawn(market: Scored, fan: Fan) -> Drawn:
@@ -98,7 +98,7 @@ def _by_hour(hours: ByHour) -> dict[str, Any]:
 
 
 def _bars(calibration: Calibration) -> Iterator[Bar]:
-    """Density by cell: as high as half the picture where the share is right."""
+    """A bar for each cell: half the picture high where the share is that of a calibrated forecast."""
     edges = calibration.edges
     for low, high, share, right in zip(edges, edges[1:], calibration.share, calibration.right, strict=False):
         height = 0.0 if isnan(share) else min(100.0, 50 * share / right)
@@ -127,7 +127,7 @@ def _template() -> Any:
 
 
 def _embedded(data: Sequence[Mapping[str, Any]]) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON in which no `<` can end the script element around it."""
     return msgspec.json.encode(data).decode().replace("<", "\\u003c")
 
 

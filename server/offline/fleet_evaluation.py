@@ -1,6 +1,6 @@
-"""A whole fleet on one CSV file: its archives fetched, its columns read, every market scored. No server; threads.
+"""Backtests a fleet on one CSV file: fetches archives, reads columns and scores every market, on threads.
 
-One market's trouble is that market's: it is named and the others go on. A store out of reach ends it all.
+A market that fails is named and the others go on. A store that cannot be reached ends the run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,11 +15,12 @@ import msgspec
 from handlers.training.time_series import Series, SeriesInvalid, header, read_csv
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.cli.terminal import Told
 from server.offline.evaluation import Fan, Scored, fan, scored
-from server.offline.rolling_windows import Answers, Model, Rolling, Unfit, forecasts, published, with_known
+from server.offline.rolling_windows import Answers, ArchiveVersion, Rolling, Unfit, fetch_version, forecasts, with_known
 from server.settings import Settings
 from server.worker.model_loader import open_store
+
+Progress = Callable[[int, int], None]  #: is told how many were done since the last call, and how many there are in all
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -27,11 +28,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Backtest:
-    """Of a fleet: the markets that could be scored, their charts in the same order, and why the others could not."""
+    """A fleet's result: the scored markets, their charts in the same order, and why the others could not be scored."""
 
     csv: str
     store: str
-    asked: str  #: who answered, in words
+    asked: str  #: what answered, in words
     markets: Sequence[Scored]
     fans: Sequence[Fan]
     failed: Mapping[str, str]
@@ -40,12 +41,12 @@ class Backtest:
         return f"<Backtest {self.csv}: {len(self.markets)} markets, {len(self.failed)} failed>"
 
     def mean(self, measure: str) -> float | None:
-        """Over the markets that have it."""
+        """The mean of a measure over the markets that have it."""
         found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
         return sum(found) / len(found) if found else None
 
     def json(self, measures: Iterable[str]) -> bytes:
-        """For programs; without the charts, and what is undefined is null."""
+        """JSON for programs: without charts, null where a score is undefined."""
         whole = {
             "csv": self.csv,
             "store": self.store,
@@ -75,17 +76,17 @@ def assess(
     settings: Settings,
     answers: Answers,
     rolling: Rolling,
-    told: Told,
+    report_progress: Progress,
 ) -> Backtest:
     """Every market's windows asked and scored, several markets at a time. Raises LoadError, SeriesInvalid, OSError."""
 
-    def one(market: tuple[str, Model]) -> tuple[Scored, Fan]:
+    def one(market: tuple[str, ArchiveVersion]) -> tuple[Scored, Fan]:
         target, model = market
         forecast = model.forecast
         series = with_known(columns, target, forecast.dynamic_feat)
         origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
         found = forecasts(answers, model, series, origins)
-        told(1, len(names))
+        report_progress(1, len(names))
         return scored(found, forecast.unit), fan(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
@@ -106,12 +107,12 @@ def assess(
 
 def fetch(
     pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
-) -> tuple[dict[str, Model], dict[str, str]]:
+) -> tuple[dict[str, ArchiveVersion], dict[str, str]]:
     """The archives by target, and why those of some cannot be used. Raises StoreUnavailable, StoreDenied."""
     source, limits = open_store(settings)
 
-    def one(name: ModelName) -> Model:
-        model = published(source, name, limits)
+    def one(name: ModelName) -> ArchiveVersion:
+        model = fetch_version(source, name, limits)
         _ = model.forecast  # raises what makes it unfit
         return model
 
@@ -137,14 +138,16 @@ def sorted_out(
 
 
 def why(error: Exception) -> str:
-    """In a line. What is no situation of ours is a bug; it costs this market, not the fleet, and says where it was."""
+    """The error in one line. One that no class of ours describes is a bug: it costs one market and names its place."""
     if isinstance(error, (LoadError, SeriesInvalid, Unfit)):
         return str(error)
     place = extract_tb(error.__traceback__)[-1]
     return f"failed unexpectedly: {error!r} ({Path(place.filename).name}, line {place.lineno})"
 
 
-def read_columns(csv: Path, time: str, models: Mapping[str, Model]) -> tuple[dict[str, Series], dict[str, str]]:
+def read_columns(
+    csv: Path, time: str, models: Mapping[str, ArchiveVersion]
+) -> tuple[dict[str, Series], dict[str, str]]:
     """The columns of the targets and of what their archives want to know ahead, and which targets lack one of these.
 
     Raises SeriesInvalid, OSError: the file cannot be read, or has no column of a target.

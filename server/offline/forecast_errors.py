@@ -1,4 +1,4 @@
-"""How far actual prices were from the forecasts of a store's archives, over rolling windows and without a server."""
+"""Forecast errors of a store's archives over rolling windows, as the probability integral transforms of prices."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from handlers.codecs.features import Float64
 from handlers.evaluation.correlation import pit
 from handlers.training.time_series import Series, read_csv
 from model_store.names import ModelName
-from server.offline.rolling_windows import InProcess, Model, Rolling, forecasts, published, with_known
+from server.offline.rolling_windows import ArchiveVersion, InProcess, Rolling, fetch_version, forecasts, with_known
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -49,7 +49,7 @@ def residuals(
         Unfit: an archive and the prices do not fit together. LoadError, SeriesInvalid, OSError: as their message says.
     """
     source, limits = open_store(settings)
-    found = {target: published(source, name, limits) for target, name in models.items()}
+    found = {target: fetch_version(source, name, limits) for target, name in models.items()}
     pairs = _pairs(csv, time, found)
     horizon = max(model.forecast.prediction_length for model, _ in pairs)
     history = max(model.forecast.history_length for model, _ in pairs)
@@ -63,7 +63,7 @@ def residuals(
     return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])))
 
 
-def _pairs(csv: Path, time: str, models: Mapping[str, Model]) -> list[tuple[Model, Series]]:
+def _pairs(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) -> list[tuple[ArchiveVersion, Series]]:
     """Each model with its prices and covariates; the file is read once."""
     known = {name for model in models.values() for name in model.forecast.dynamic_feat}
     columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}))}

@@ -1,4 +1,4 @@
-"""What of this machine matters to a server, and what to do where it is too little. `fleetcast doctor`'s first half.
+"""Checks of this machine for `fleetcast doctor`: what matters to a server, and advice where it is too little.
 
 Each check is a function of what was read; `machine` reads it. Torch is asked what it is, nothing is computed.
 """
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 
-from server.cli.setting_flags import human
-from server.host import Host
-from server.settings import MIB, Settings
-from server.supervisor.worker_plan import WorkerPlan, plan_workers
+from server.host import Host, WorkerPlan
+from server.settings import MIB, Settings, format_bytes
+from server.supervisor.worker_plan import plan_workers
 
 WORKER_BYTES = 250 * MIB  #: of a worker before its first model: Python, torch, staging (measured: 215 MB)
 FRONT_BYTES = 100 * MIB  #: of a front or the supervisor
@@ -26,7 +25,7 @@ SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Something about the machine; `advice` says what is amiss and what to do, and is empty where nothing is."""
+    """A fact about the machine. `advice` says what is wrong and what to do; empty where nothing is wrong."""
 
     name: str
     text: str
@@ -34,7 +33,7 @@ class Fact:
 
 
 def machine(settings: Settings, host: Host) -> Iterator[Fact]:
-    """All there is to say without a store."""
+    """Every check that needs no store."""
     yield cores(host, os.cpu_count() or 1, os.getloadavg()[0])
     yield torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
     yield accelerator(host, torch.version.cuda, torch.cuda.device_count())
@@ -85,21 +84,21 @@ def accelerator(host: Host, cuda: str | None, devices: int) -> Fact:
 def workers(plans: Sequence[WorkerPlan]) -> Fact:
     """As `serve` would start them."""
     first = plans[0]
-    room = f"{human(first.budget_bytes)} for models" if first.budget_bytes else "their part of the GPU for models"
+    room = format_bytes(first.budget_bytes) if first.budget_bytes else "their part of the GPU"
     each = "1 thread" if first.threads == 1 else f"{first.threads} threads"
-    return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room}")
+    return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room} for models")
 
 
 def memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> Fact:
     """Whether models and processes fit together."""
     models = sum(plan.budget_bytes + plan.host_bytes for plan in plans)
     processes = len(plans) * WORKER_BYTES + (fronts + 1) * FRONT_BYTES
-    text = f"{human(host.memory_bytes)} within the cgroup's limit: {human(models)} for models"
+    text = f"{format_bytes(host.memory_bytes)} within the cgroup's limit: {format_bytes(models)} for models"
     if models + processes <= host.memory_bytes:
         return Fact("memory", text)
     left = host.memory_bytes - processes
     much = f"set --model-cache-bytes {left // MIB}MiB or less" if left > 0 else "give it more memory or fewer --workers"
-    return Fact("memory", text, f"{len(plans)} workers need {human(processes)} beside the models: {much}")
+    return Fact("memory", text, f"{len(plans)} workers need {format_bytes(processes)} beside the models: {much}")
 
 
 def disk_cache(folder: Path, limit: int) -> Fact:
@@ -109,7 +108,7 @@ def disk_cache(folder: Path, limit: int) -> Fact:
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
     held = sum(file.stat().st_size for file in folder.glob("blobs/*"))
-    text = f"{folder}: {human(held)} held, at most {human(limit)}, {human(free)} free on the disk"
+    text = f"{folder}: {format_bytes(held)} held, at most {format_bytes(limit)}, {format_bytes(free)} free on the disk"
     if not os.access(place, os.W_OK):
         return Fact("disk cache", text, f"{place} cannot be written: choose another folder with --disk-cache")
     if held + free < limit:

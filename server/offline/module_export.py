@@ -1,4 +1,4 @@
-"""Exports a user's own nn.Module as a graph, in a process of its own, so that his file runs among his own packages.
+"""Exports a user's nn.Module as a graph in a separate process, where the user's file finds the user's own packages.
 
 Our packages are called `handlers`, `server`, `model_store` and `loadtest`; a user may well have some of these beside
 his file. The parent starts `python -P -m server.offline.module_export FOLDER` and leaves the request in FOLDER. The
@@ -115,7 +115,7 @@ def _export(request: ExportRequest) -> dict[str, bytes]:
 
 
 def main(folder: Path) -> None:
-    """The child's life."""
+    """What the child process runs."""
     request = msgspec.json.decode((folder / REQUEST_FILE).read_bytes(), type=ExportRequest)
     _forget_our_packages()
     try:

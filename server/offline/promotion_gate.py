@@ -1,4 +1,4 @@
-"""Whether an archive may take its predecessor's place: both forecast the same windows, and one score decides."""
+"""The gate before publishing: the new archive and its predecessor forecast the same windows, and one score decides."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import numpy as np
 
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
-from server.cli.backtest import Score
-from server.offline.archive_tools import Place
+from server.offline.archive_location import ArchiveLocation
 from server.offline.evaluation import scores_of
+from server.offline.measures import Score
 from server.offline.rolling_windows import (
     Answers,
+    ArchiveVersion,
     Forecasts,
     InProcess,
-    Model,
     Rolling,
     Unfit,
+    fetch_version,
     forecasts,
-    published,
-    unpublished,
+    open_unpublished,
     with_known,
 )
 
@@ -29,7 +29,7 @@ BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on which quantile l
 
 
 class Refused(ValueError):
-    """The archive is worse than the one it was to replace; the message says by how much."""
+    """The archive is worse than the one that it would replace; the message says by how much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What came of it. Without a predecessor that can answer there is nothing to be worse than."""
+    """The result of a comparison. Without a predecessor that can answer, the candidate passes."""
 
     gate: Gate
     candidate: float
@@ -77,8 +77,8 @@ def judge(
     answers: Answers,
     target: str,
     columns: Mapping[str, Series],
-    candidate: Model,
-    predecessor: Model | None,
+    candidate: ArchiveVersion,
+    predecessor: ArchiveVersion | None,
 ) -> Verdict:
     """Score both on the windows that both can forecast, at the steps and levels both have.
 
@@ -111,7 +111,7 @@ def judge(
 
 
 def _alike(score: Score, found: list[Forecasts]) -> list[Forecasts]:
-    """Cut to the steps that all have, and where the score depends on them to the levels that all have."""
+    """The forecasts cut to the steps that all have and, for a score by levels, to the levels that all have."""
     horizon, levels = min(each.horizon for each in found), found[0].levels
     for each in found[1:]:
         levels = np.intersect1d(levels, each.levels)
@@ -129,15 +129,17 @@ def _value(score: Score, found: Forecasts) -> float:
     return value
 
 
-def judged(gate: Gate, csv: Path, time: str, target: str, where: Place, packed: bytes) -> Verdict:
-    """An archive that is not yet in its place, against what the store has there.
+def compare_with_predecessor(
+    gate: Gate, csv: Path, time: str, target: str, where: ArchiveLocation, packed: bytes
+) -> Verdict:
+    """Compare a packed archive with the one that the store has at its place.
 
     Raises:
         Refused: it is worse. Unfit, SeriesInvalid: it cannot be judged. LoadError, OSError.
     """
-    candidate = unpublished(packed, where.name, where.limits)
+    candidate = open_unpublished(packed, where.name, where.limits)
     try:
-        predecessor = published(where.source, where.name, where.limits)
+        predecessor = fetch_version(where.source, where.name, where.limits)
     except (ModelNotFound, ArchiveInvalid):
         predecessor = None
     known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]

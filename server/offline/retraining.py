@@ -1,4 +1,4 @@
-"""A fleet's archives fitted anew to a CSV file, judged against those in the store, and put in their place. Torch.
+"""Retrains a fleet: fits each archive to a CSV file, compares it with the one in the store, and publishes it. Torch.
 
 Each market keeps what its clients rely on: lengths, quantile levels, covariates, unit. The windows of the gate are held
 back: the new archives have not seen them, nor have the old ones where they came from the same command.
@@ -17,16 +17,18 @@ from msgspec.structs import replace
 from handlers.training.fit import Fitted, Fitting, fit
 from handlers.training.input_recipe import robust_scaler
 from handlers.training.time_series import Float64, Series, SeriesInvalid
-from model_store.archives.manifest import Channel, Forecast, Kind, Scaler, Spec
+from model_store.archives.manifest import Channel, Forecast, Scaler, Spec
 from model_store.archives.packing import pack_forecaster
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.cli.train import make_forecasts
 from server.offline.checkpoint import Journal
 from server.offline.fleet_evaluation import fetch, read_columns, why
+from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import Gate, judge
-from server.offline.rolling_windows import InProcess, Model, Unfit, unpublished, with_known
-from server.sdk.client import Unreachable, reload
+from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, open_unpublished, with_known
+from server.sdk.client import reload_model
+from server.sdk.errors import FleetcastError
+from server.sdk.signing import find_token
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -34,7 +36,7 @@ GROUP = 64  #: markets that are fitted together
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What became of a market: a line of the log. `kept`: the new one was worse, the old one stays."""
+    """The result for one market, a line of the log. `kept`: the new archive was worse, so the old one stays."""
 
     target: str
     model: ModelName
@@ -49,7 +51,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done, and by which terms. `architecture` is empty where each market keeps its own."""
+    """What a run does, and on which terms. `architecture` is empty where each market keeps its own."""
 
     csv: Path
     time: str
@@ -66,7 +68,7 @@ class Plan:
 
     @property
     def digest(self) -> bytes:
-        """Of all that decides the outcome but what the store has."""
+        """A hash of everything that decides the outcome, except what the store holds."""
         digest = hashlib.sha256(self.csv.read_bytes())
         terms = (
             self.time,
@@ -83,10 +85,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Market:
-    """One market before its fit: what the store has, what is fitted, and the `series` up to the gate's windows."""
+    """A market before its fit: the archive in the store, the new recipe, and the `series` up to the gate's windows."""
 
     line: int
-    predecessor: Model
+    predecessor: ArchiveVersion
     series: Series
     forecast: Forecast
     architecture: str
@@ -101,7 +103,7 @@ class Market:
 
 
 class Renewal:
-    """One run over the fleet. What is done is in the journal, so that a run that was ended goes on."""
+    """One run over the fleet. The journal keeps what is done, so that a killed run can be continued."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -113,7 +115,7 @@ class Renewal:
         return f"<Renewal {self._plan!r}>"
 
     def run(self, journal: Journal, told: Callable[[int], None]) -> None:
-        """Every market that is left.
+        """Retrain every market that the journal does not have yet.
 
         Raises:
             StoreUnavailable, StoreDenied, OSError: the run may be started again. SeriesInvalid: the file cannot be
@@ -146,7 +148,7 @@ class Renewal:
                     if each.line in left:
                         done(each.line, self._settled(each, fitted))
 
-    def _market(self, line: int, target: str, model: Model) -> Market:
+    def _market(self, line: int, target: str, model: ArchiveVersion) -> Market:
         """Raises Unfit, SeriesInvalid: this one market cannot be fitted; ValueError: none can, by this architecture."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
         series = with_known(self._columns, target, forecast.dynamic_feat)
@@ -155,13 +157,13 @@ class Renewal:
         if plan.architecture:
             changed = anew(forecast, before, plan.architecture, plan.config)
             return Market(line, model, before, changed, plan.architecture, plan.config)
-        if spec is None or spec.kind is not Kind.FORECASTER:
+        if spec is None or not spec.architecture:
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
             raise Unfit(f"{model.name} is a {model.archive.kind} archive; {what}")
         return Market(line, model, before, rescaled(forecast, before), spec.architecture, spec.config)
 
     def _fitted(self, group: Sequence[Market]) -> Iterator[tuple[Market, Fitted | Exception]]:
-        """All together; where that fails, each by itself, so that only who is at fault fails."""
+        """Fit the group together; if that fails, fit each market alone, so that only those at fault fail."""
         first = group[0]
         series, inputs = [each.series for each in group], [each.forecast for each in group]
         try:
@@ -187,9 +189,9 @@ class Renewal:
             return self._failed(target, why(error))
 
     def _judged(self, market: Market, fitted: Fitted) -> Outcome:
-        """Published if it may be. Raises LoadError, Unfit."""
+        """Publish the fitted archive if it passes the gate. Raises LoadError, Unfit."""
         old, target = market.predecessor, market.series.name
-        candidate = unpublished(self._packed(market, fitted, ""), old.name, self._limits)
+        candidate = open_unpublished(self._packed(market, fitted, ""), old.name, self._limits)
         if _same(candidate.archive.spec, old.archive.spec):
             return Outcome(target=target, model=old.name, result="unchanged", version=old.version)
         verdict = judge(self._plan.gate, self._answers, target, self._columns, candidate, old)
@@ -210,12 +212,12 @@ class Renewal:
         )
 
     def _told(self, model: ModelName) -> str:
-        """The servers have the new archive, or why some have not: it is published all the same."""
+        """Tell the servers of the new archive; why some did not take it, in words. It stays published in any case."""
         wrong = []
         for url in self._plan.servers:
             try:
-                reload(url, model)
-            except Unreachable as error:
+                reload_model(url, model, find_token())
+            except (FleetcastError, ValueError) as error:
                 wrong.append(str(error))
         return "; ".join(wrong)
 
@@ -237,7 +239,7 @@ class Renewal:
 
 
 def rescaled(forecast: Forecast, series: Series) -> Forecast:
-    """The same inputs, their scalers of these values. Raises SeriesInvalid: there are none."""
+    """The same inputs with scalers fitted to these values. Raises SeriesInvalid where there are no values."""
 
     def scaler(of: Scaler, values: Float64, name: str) -> Scaler:
         return of if of.kind == "identity" else robust_scaler(values, of.kind, name)
@@ -252,7 +254,7 @@ def rescaled(forecast: Forecast, series: Series) -> Forecast:
 
 
 def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[str, Any]) -> Forecast:
-    """The inputs that another architecture needs, for what clients send and get as before. Raises ValueError."""
+    """The recipe for another architecture; clients send and get the same as before. Raises ValueError."""
     options = {
         "scaling": "linear" if forecast.scaler.kind == "linear" else "asinh",
         "unit": forecast.unit,
@@ -260,14 +262,14 @@ def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[
         "levels": forecast.quantile_levels,
     }
     lengths = (forecast.prediction_length, forecast.context_length)
-    (made,) = make_forecasts([series], architecture, config, *lengths, options)
+    (made,) = make_recipes([series], architecture, config, *lengths, options)
     origin = made.origin and forecast.origin  # one architecture wants it, one can answer for any hour as it is
     kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
     return replace(made, origin=origin, **kept)
 
 
 def grouped(markets: Sequence[Market]) -> Iterator[Sequence[Market]]:
-    """Those of one kind together, the same ones whatever was done before: what is fitted depends on it."""
+    """Markets that can be fitted together. INVARIANT: groups do not depend on what is done: fits depend on them."""
     kinds: dict[str, list[Market]] = {}
     for each in markets:
         kinds.setdefault(each.kin, []).append(each)
@@ -276,5 +278,5 @@ def grouped(markets: Sequence[Market]) -> Iterator[Sequence[Market]]:
 
 
 def _same(new: Spec | None, old: Spec | None) -> bool:
-    """The same numbers for the same inputs: nothing to publish."""
+    """Whether both have the same tensors and recipe, so that there is nothing to publish."""
     return new is not None and old is not None and (new.weights, new.forecast) == (old.weights, old.forecast)

@@ -1,7 +1,7 @@
 """Rolling windows of series, and what archives forecast for them: in this process, or through a running server.
 
-What a window's forecast is asked with ends before its origin, but for the covariates the archive says are known ahead.
-Both ways send the same request, so both give the same numbers. Used by `backtest`, `pack --gate` and `retrain`.
+The request of a window ends before its origin, but for the covariates that the archive says are known ahead. Both ways
+send the same request, so both give the same numbers. Used by `backtest`, `pack --gate`, `correlate` and `retrain`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,22 +11,20 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-import torch
-from obstore.store import MemoryStore
 
 from handlers.codecs.features import Float64, step_seconds
 from handlers.errors import RequestError, RunFailed
 from handlers.evaluation.scores import Steps
+from handlers.model import open_model
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.archives.manifest import Forecast
 from model_store.names import ModelName
-from model_store.stores.model_store import ModelStore
 from model_store.stores.object_store import Source
-from server.sdk.client import ENDPOINT, sagemaker
-from server.worker.engine.cpu import Engine
-from server.worker.engine.memory_pool import ALIGN_BYTES, Pool
-from server.worker.model_loader import JSON, Loader, RowModel, prove
+from server.contract import HEADER_MODEL_VERSION
+from server.sdk.client import Client
+from server.sdk.errors import FleetcastError
+from server.sdk.signing import find_access_key, find_token
 
 ROWS = 64  #: windows in one request
 PRICE_SCORES = {"configuration": {"output_types": ["quantiles"]}}
@@ -41,21 +39,19 @@ class Unfit(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
-    """One version of an archive."""
+class ArchiveVersion:
+    """One version of an archive, opened."""
 
     name: ModelName
-    version: str  #: of the store; empty where it is in none yet
-    data: bytes
-    limits: Limits
+    version: str  #: in the store; empty where the archive is in none yet
     archive: Archive
 
     def __repr__(self) -> str:
-        return f"<Model {self.name} {self.version or 'not stored'}>"
+        return f"<ArchiveVersion {self.name} {self.version or 'not stored'}>"
 
     @property
     def forecast(self) -> Forecast:
-        """What it forecasts. Raises Unfit for what a column of prices cannot be put to."""
+        """What it forecasts. Raises Unfit where a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
         if forecast is None:
             raise Unfit(f"{self.name} answers tensors, not forecasts; a backtest needs an archive with a `forecast`")
@@ -66,92 +62,75 @@ class Model:
         return forecast
 
 
-def published(source: Source, name: ModelName, limits: Limits) -> Model:
-    """As it is in the store. Raises LoadError."""
+def fetch_version(source: Source, name: ModelName, limits: Limits) -> ArchiveVersion:
+    """The version that the store has. Raises LoadError."""
     fetched = source.get(name)
     assert fetched is not None, "only a conditional GET is answered `not modified`"
-    return Model(name, fetched.version, fetched.data, limits, open_archive(fetched.data, name, limits))
+    return ArchiveVersion(name, fetched.version, open_archive(fetched.data, name, limits))
 
 
-def unpublished(data: bytes, name: ModelName, limits: Limits) -> Model:
+def open_unpublished(data: bytes, name: ModelName, limits: Limits) -> ArchiveVersion:
     """An archive that is in no store yet. Raises ArchiveInvalid."""
-    return Model(name, "", data, limits, open_archive(data, name, limits))
+    return ArchiveVersion(name, "", open_archive(data, name, limits))
 
 
 class Answers(Protocol):
-    """Who forecasts."""
+    """What answers the requests of a backtest."""
 
     @property
     def said(self) -> str:
-        """Who, in words."""
+        """What it is, in words."""
 
-    def of(self, model: Model) -> tuple[Asked, Callable[[], str]]:
+    def of(self, model: ArchiveVersion) -> tuple[Asked, Callable[[], str]]:
         """What answers for this model, and which version it has answered with. Raises LoadError, Unfit."""
 
 
 class InProcess:
-    """Codec, family and engine of a worker, in this process. Thread-safe."""
+    """The archive's own model in this process. Thread-safe."""
 
     said = "in this process"
-
-    def __init__(self) -> None:
-        self._engine = Engine(Pool(ALIGN_BYTES, torch.device("cpu")), ROWS)  # a probe needs no room in the pool
 
     def __repr__(self) -> str:
         return "<InProcess>"
 
-    def of(self, model: Model) -> tuple[Asked, Callable[[], str]]:
-        """A model that is built as a worker builds it, its golden sample run."""
-        memory = Source("memory", MemoryStore(), "memory", model.limits.max_archive_bytes)
-        memory.put(model.name, model.data)
-        built = Loader(ModelStore(memory, None, model.limits), "cpu", 1).build(model.name)
-        body, row = built.body, built.row
-        if not isinstance(body, RowModel) or row is None:
-            raise Unfit(f"{model.name} answers tensors, not forecasts")
-        if built.golden is not None:
-            prove(model.name, built.golden, body.codec, lambda call: self._engine.probe(body.family, row, call.rows))
+    def of(self, model: ArchiveVersion) -> tuple[Asked, Callable[[], str]]:
+        """The archive built, its golden sample run."""
+        opened = open_model(model.archive)
+        opened.prove()
 
         def ask(instances: Instances) -> Float64:
-            call = body.codec.decode(_body(instances), JSON, JSON)
-            answer, _ = call.encode(self._engine.probe(body.family, row, call.rows))
-            return _quantiles(answer)
+            return _quantiles(opened.answer(_body(instances)))
 
         return ask, lambda: model.version
 
 
 class ThroughServer:
-    """A running server, asked as SageMaker's client asks. Thread-safe."""
+    """A running server, asked by the SDK's client. Thread-safe."""
 
     def __init__(self, url: str) -> None:
+        """Raises ValueError for a URL that is not one of HTTP."""
         self._url = url
-        self._client = sagemaker(url)
+        self._client = Client(url, access_key=find_access_key(), token=find_token())
 
     def __repr__(self) -> str:
         return f"<ThroughServer {self._url}>"
 
     @property
     def said(self) -> str:
-        """Who, in words."""
+        """What it is, in words."""
         return f"through {self._url}"
 
-    def of(self, model: Model) -> tuple[Asked, Callable[[], str]]:
+    def of(self, model: ArchiveVersion) -> tuple[Asked, Callable[[], str]]:
         """The model of this name as the server has it."""
-        from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415 -- boto3 is only needed here
-
         seen = [""]
 
         def ask(instances: Instances) -> Float64:
             try:
-                reply = self._client.invoke_endpoint(
-                    EndpointName=ENDPOINT, TargetModel=model.name, Body=_body(instances), ContentType=JSON
-                )
-            except ClientError as error:
-                said = error.response["Error"]
-                raise Unfit(f"{model.name}: the server says {said['Code']}: {said['Message']}") from error
-            except BotoCoreError as error:
-                raise Unfit(f"{model.name}: {error} (is `fleetcast serve` running at {self._url}?)") from error
-            seen[0] = reply["ResponseMetadata"]["HTTPHeaders"].get("x-fleetcast-model-version", "")
-            return _quantiles(reply["Body"].read())
+                reply = self._client.invoke(model.name, _body(instances))
+            except FleetcastError as error:
+                raise Unfit(f"{model.name}: {error}") from error
+            seen[0] = reply.headers.get(HEADER_MODEL_VERSION.lower(), "")
+            return _quantiles(reply.body)
 
         return ask, lambda: seen[0]
 
@@ -179,7 +158,7 @@ def _quantiles(answer: bytes) -> Float64:
 
 @dataclass(frozen=True, slots=True)
 class Rolling:
-    """Which windows: a forecast every so many steps (0: one after the other), all its steps from `first` to `until`.
+    """The windows to forecast: one every `every` steps (0: without overlap), all its steps in `first` to `until`.
 
     Windows are counted from `first` on where it is given, else from the end backwards, the end being `until` or that of
     the series. `most`: only the last so many, 0 all.
@@ -207,7 +186,7 @@ class Rolling:
 
 @dataclass(frozen=True, slots=True)
 class Forecasts:
-    """What a model forecast for the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
+    """One model's forecasts of the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
 
     series: Series
     model: ModelName
@@ -231,7 +210,7 @@ class Forecasts:
 
     @property
     def actuals(self) -> Float64:
-        """What came [W, H], NaN where missing."""
+        """The actual values [W, H], NaN where missing."""
         return self.series.values[self.steps]
 
     def cut(self, horizon: int, levels: Float64) -> "Forecasts":
@@ -240,7 +219,9 @@ class Forecasts:
         return replace(self, levels=self.levels[kept], quantiles=self.quantiles[:, :horizon, kept])
 
 
-def forecasts(answers: Answers, model: Model, series: Series, origins: Steps, told: Told = lambda _: None) -> Forecasts:
+def forecasts(
+    answers: Answers, model: ArchiveVersion, series: Series, origins: Steps, told: Told = lambda _: None
+) -> Forecasts:
     """Ask for every window. Raises LoadError, Unfit."""
     forecast = model.forecast
     _check(model, series, origins)
@@ -258,8 +239,8 @@ def forecasts(answers: Answers, model: Model, series: Series, origins: Steps, to
     return Forecasts(series, model.name, version(), origins, levels, np.concatenate(found))
 
 
-def _check(model: Model, series: Series, origins: Steps) -> None:
-    """What a request would be refused for, said in terms of the file."""
+def _check(model: ArchiveVersion, series: Series, origins: Steps) -> None:
+    """Raises Unfit, in terms of the file, for what a server would refuse a request for."""
     forecast = model.forecast
     if step_seconds(forecast.frequency) != round(series.step.total_seconds()):
         raise Unfit(f"{model.name} forecasts steps of {forecast.frequency}, but {series.name} has {series.frequency}")

@@ -1,65 +1,189 @@
-"""A running server as its clients and operators see it. For commands, never for servers."""
+"""The client of a running server: forecasts of one model or of many, requests as they are, and word of new archives."""
 
-import json
-import os
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any
-from urllib.parse import quote, urlsplit
+import ssl
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import quote
+
+import msgspec
 
 from model_store.names import ModelName
+from server.contract import (
+    FORECASTS_PATH,
+    HEADER_TARGET_MODEL,
+    HEADER_TIMEOUT_MS,
+    INFERENCE_PORT,
+    INVOCATIONS_PATH,
+    JSON,
+    MODELS_PATH,
+    verb_path,
+)
+from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
+from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
+from server.sdk.http_connection import HttpConnection
+from server.sdk.signing import AccessKey, sign_request
 
-ENDPOINT = "fleetcast"  #: any name that SageMaker's rule allows is served
-OK, NOT_FOUND = 200, 404
-RELOAD_S = 60.0
+DEFAULT_URL = f"http://127.0.0.1:{INFERENCE_PORT}"
+TIMEOUT_S = 50.0
+GRACE_S = 5.0  #: how much longer than the deadline a client waits: the server's own message is better than none
+ITEM_RETRY_S = 0.2  #: before an item of a call is asked again, doubled with each retry
+RELOAD_TIMEOUT_S = 60.0
+NOT_FOUND = 404
 
 
-class Unreachable(ValueError):
-    """The server did not do what it was told; the message names it and says why."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a request that was sent as it is. `headers` by lower-case name."""
+
+    body: bytes
+    content_type: str
+    headers: Mapping[str, str]
 
 
-def sagemaker(url: str) -> Any:
-    """boto3's `sagemaker-runtime` for the inference listener at `url`; without keys of the caller's own, with dummies.
+class _Item(msgspec.Struct):
+    error: dict[str, Any] | None = None
 
-    Thread-safe. Raises ValueError for a URL that is none.
+
+class _Predictions(msgspec.Struct):
+    predictions: list[msgspec.Raw]
+
+
+_PREDICTIONS = msgspec.json.Decoder(_Predictions)
+_ITEM, _RESULT = msgspec.json.Decoder(_Item), msgspec.json.Decoder(ForecastResult)
+
+
+class Client:
+    """A running server's inference listener. Thread-safe; keeps `connections` open between requests.
+
+    `timeout_s` is each request's deadline, which the server keeps. A request that the server cannot take now is sent
+    again up to `retries` times, as soon as the server advises. A server that has tokens or access keys demands `token`,
+    or `access_key`, which signs requests (SigV4); the token wins. `ssl_context` says, for an https URL, which
+    authorities are trusted and which certificate is shown; None: the system's authorities, no certificate.
     """
-    import boto3  # noqa: PLC0415 -- a third of a second that only who asks has to pay
 
-    os.environ.setdefault("AWS_EC2_METADATA_DISABLED", "true")  # no server's keys are an EC2 role's: do not ask for one
-    session = boto3.Session()
-    keys = {} if session.get_credentials() else {"aws_access_key_id": "none", "aws_secret_access_key": "none"}
-    region = session.region_name or "us-east-1"
-    return session.client("sagemaker-runtime", endpoint_url=url, region_name=region, **keys)
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: int = 3,
+        connections: int = 8,
+        access_key: AccessKey | None = None,
+        token: str | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        """Raises ValueError for a URL that is not one of HTTP."""
+        self._http = HttpConnection(
+            url,
+            timeout_s=timeout_s + GRACE_S,
+            retries=retries,
+            connections=connections,
+            token=token,
+            ssl_context=ssl_context,
+        )
+        self._deadline = {HEADER_TIMEOUT_MS: str(round(timeout_s * 1000))}
+        self._access_key, self._retries = None if token else access_key, retries
+
+    def __repr__(self) -> str:
+        return f"<Client {self._http.url}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def forecast(
+        self,
+        model: str,
+        *,
+        target: Any,
+        start: Start,
+        cat: Sequence[int] | None = None,
+        dynamic_feat: Any = None,
+        quantiles: Sequence[float | str] | None = None,
+        num_samples: int = 0,
+        seed: int | None = None,
+        output_types: Sequence[OutputType] | None = None,
+    ) -> ForecastResult:
+        """What the model (a key under the store, `au/nsw1.mar`) forecasts: see ForecastRequest and ForecastOptions.
+
+        Raises FleetcastError: one of its classes, with the server's message.
+        """
+        request = ForecastRequest(model=model, target=target, start=start, cat=cat, dynamic_feat=dynamic_feat)
+        options = ForecastOptions(quantiles=quantiles, num_samples=num_samples, seed=seed, output_types=output_types)
+        (result,) = self.forecast_many([request], options)
+        if isinstance(result, FleetcastError):
+            raise result
+        return result
+
+    def forecast_many(
+        self, requests: Sequence[ForecastRequest], options: ForecastOptions | None = None
+    ) -> list[ForecastResult | FleetcastError]:
+        """What each request's model forecasts, by one call, in order; an item that fails has an exception in its place.
+
+        Raises FleetcastError where the whole call fails.
+        """
+        options = options or ForecastOptions()
+        results = self._ask_many(requests, options)
+        for attempt in range(self._retries):
+            again = [i for i, result in enumerate(results) if isinstance(result, Unavailable)]
+            if not again:
+                break
+            time.sleep(ITEM_RETRY_S * 2**attempt)
+            for i, result in zip(again, self._ask_many([requests[i] for i in again], options), strict=True):
+                results[i] = result
+        return results
+
+    def _ask_many(
+        self, requests: Sequence[ForecastRequest], options: ForecastOptions
+    ) -> list[ForecastResult | FleetcastError]:
+        """`forecast_many` by one call, whose items are not retried."""
+        items = [{"target_model": request.model, **request.to_instance()} for request in requests]
+        body = encode_json({"requests": items, "configuration": options.to_configuration()})
+        answer = self._post(FORECASTS_PATH, body, {"Content-Type": JSON}).body
+        try:
+            return [_decode_item(item) for item in _PREDICTIONS.decode(answer).predictions]
+        except msgspec.MsgspecError as error:
+            raise Unreachable(f"{self._http.url}: the answer is not one of forecasts: {error}") from error
+
+    def invoke(self, model: str, body: bytes, *, content_type: str = JSON, accept: str = "") -> Reply:
+        """Send a request to one model as it is: DeepAR JSON, JSON Lines, tensor JSON or npy. Raises FleetcastError."""
+        headers = {HEADER_TARGET_MODEL: model, "Content-Type": content_type, **({"Accept": accept} if accept else {})}
+        return self._post(INVOCATIONS_PATH, body, headers)
+
+    def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
+        headers = {**headers, **self._deadline}
+        if self._access_key is not None:
+            headers = sign_request(self._access_key, "POST", self._http.url.rstrip("/") + path, headers, body)
+        reply = self._http.request("POST", path, body, headers)
+        found = {name.lower(): value for name, value in reply.headers.items()}
+        return Reply(reply.data, found.get("content-type", ""), found)
 
 
-def reload(url: str, model: ModelName) -> None:
+def reload_model(url: str, model: ModelName, token: str | None = None) -> None:
     """Tell the management listener at `url` that the archive has changed; a model that it does not hold is left alone.
 
-    Returns when the new version serves. Raises Unreachable.
+    `token`: one of the server's with the scope manage. Returns when the new version serves. Raises FleetcastError that
+    names the server and says why it does not, ValueError for a URL that is not one of HTTP.
     """
-    parts = urlsplit(url)
-    connect = {"http": HTTPConnection, "https": HTTPSConnection}.get(parts.scheme)
-    if connect is None or not parts.netloc:
-        raise Unreachable(f"{url!r} is no management address; give one such as http://127.0.0.1:8081")
-    connection = connect(parts.netloc, timeout=RELOAD_S)
-    try:
-        if _ask(connection, "GET", f"{parts.path.rstrip('/')}/fleet/models/{quote(model)}")[0] == NOT_FOUND:
-            return
-        status, said = _ask(connection, "POST", f"{parts.path.rstrip('/')}/fleet/reload/{quote(model)}")
-    except (OSError, HTTPException) as error:
-        raise Unreachable(
-            f"{url}: {error!r} (is `fleetcast serve` running there, with this management port?)"
-        ) from error
-    finally:
-        connection.close()
-    if status != OK:
-        raise Unreachable(f"{url} did not take {model}: {said}")
+    with HttpConnection(url, timeout_s=RELOAD_TIMEOUT_S, retries=0, connections=1, token=token) as http:
+        try:
+            http.request("GET", f"{MODELS_PATH}/{quote(model)}")
+            http.request("POST", f"{verb_path('reload')}/{quote(model)}")
+        except Unreachable:
+            raise
+        except FleetcastError as error:
+            if error.status != NOT_FOUND:
+                raise type(error)(f"{url} did not take {model}: {error}", status=error.status) from error
 
 
-def _ask(connection: HTTPConnection, method: str, path: str) -> tuple[int, str]:
-    connection.request(method, path)
-    reply = connection.getresponse()
-    body = reply.read()
-    try:
-        return reply.status, str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return reply.status, body.decode(errors="replace")[:200]
+def _decode_item(item: msgspec.Raw) -> ForecastResult | FleetcastError:
+    error = _ITEM.decode(item).error
+    return _RESULT.decode(item) if error is None else error_from_item(error)

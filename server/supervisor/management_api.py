@@ -6,12 +6,15 @@ Runs in the supervisor's process. Model names have slashes, so paths put the ver
 import asyncio
 import http
 import json
+import os
 import signal
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -21,12 +24,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server.access.sites import Sites
+from server.access.tls import open_tls
 from server.errors import Situation
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, listener
 from server.ipc.control import ControlError
 from server.settings import Settings
+from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.supervisor import Supervisor
+
+log = structlog.get_logger()
 
 MAX_PAGE = 1000
 _STATUS = {
@@ -44,7 +52,7 @@ Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
 
 
 def management_app(supervisor: Supervisor) -> Starlette:
-    """`/fleet/...`: what is where, and load, unload, pin, unpin, reload. Errors are `{"error": {code, message}}`."""
+    """`/fleet/...`: lists models and processes, loads, unloads, pins. Errors are `{"error": {code, message}}`."""
 
     async def models(request: Request) -> Response:
         after, prefix = request.query_params.get("after", ""), request.query_params.get("prefix", "")
@@ -103,16 +111,17 @@ def metrics_app(supervisor: Supervisor) -> Starlette:
     return Starlette(routes=[Route("/metrics", metrics)])
 
 
-def bind(host: str, port: int, flag: str) -> socket.socket:
-    """A listening socket. Raises OSError whose message names the flag to change."""
+def bind(host: str, port: int, name: str) -> socket.socket:
+    """A listening socket. Raises OSError whose message names the flags to change."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        sock.bind((host, port))
+        sock.bind((host.strip("[]"), port))
     except OSError as error:
         sock.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port with {flag}") from error
+        what = f"cannot listen on {host}:{port}: {error.strerror}"
+        raise OSError(f"{what}; choose another port with --{name}-port or address with --{name}-host") from error
     sock.listen(2048)
     return sock
 
@@ -124,20 +133,24 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
     Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
     """
     raise_open_files_limit()
+    settings = read_secrets(settings)
     async with AsyncExitStack() as stack:
-        socks = {
-            name: stack.enter_context(bind(settings.host, port, f"--{name}-port"))
-            for name, port in (
-                ("inference", settings.inference_port),
-                ("management", settings.management_port),
-                ("metrics", settings.metrics_port),
-            )
+        hosts = listener_hosts(settings)
+        ports = {
+            "inference": settings.inference_port,
+            "management": settings.management_port,
+            "metrics": settings.metrics_port,
         }
-        addresses = {name: _address(sock) for name, sock in socks.items()}
+        socks = {name: stack.enter_context(bind(hosts[name], port, name)) for name, port in ports.items()}
+        scheme = "http" if settings.tls_certificate is None else "https"
+        addresses = {name: _address(sock, scheme) for name, sock in socks.items()}
         supervisor = Supervisor(settings)
         stack.push_async_callback(supervisor.stop)
         for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
-            server = listener(app, 1, settings.client_timeout_s)
+            tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+            sites = Sites([hosts[name]], settings.allowed_hosts)
+            checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))
+            server = listener(checked, 1, settings.client_timeout_s, settings.keep_alive_s, tls)
             task = asyncio.create_task(server.serve(sockets=[socks[name]]))
             stack.push_async_callback(_end_listener, server, task)
         await supervisor.start(socks["inference"])
@@ -148,12 +161,20 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
 
 
 async def until_told_to_stop() -> None:
-    """Until SIGTERM or SIGINT."""
+    """Wait for SIGTERM or SIGINT, or for SIGHUP where the server was started from a terminal, which is then gone.
+
+    Without a terminal SIGHUP is an operator's wish for a reload. Settings are not reloaded, so that it changes nothing.
+    """
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
+    loop.add_signal_handler(signal.SIGHUP, told.set if os.isatty(0) else _ignore_hangup)
     await told.wait()
+
+
+def _ignore_hangup() -> None:
+    log.warning("hangup_ignored", why="settings are read at start alone: SIGTERM drains and stops, then start again")
 
 
 async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
@@ -162,15 +183,21 @@ async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    """Whoever waits for the file never sees half of it."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text)
-    draft.replace(path)
+    """Replace the file at once: a reader never sees half of it. The draft is a new file, so no link is followed."""
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            os.fchmod(descriptor, 0o644)  # addresses are no secret
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
 
 
-def _address(sock: socket.socket) -> str:
+def _address(sock: socket.socket, scheme: str) -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _error(situation: Situation, status: int, message: str) -> JSONResponse:

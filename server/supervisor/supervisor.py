@@ -1,76 +1,64 @@
-"""The supervisor: spawns fronts and workers, restarts, drains, keeps the desired state, merges metrics. No torch.
+"""The supervisor: desired state (settings, pins, which workers are up), operators' requests, merged metrics. No torch.
 
-One process, one event loop. Children are told apart by kind and index; each incarnation of a worker listens on a socket
-path of its own, so a front can never reach a dead worker's successor by an old name.
+One process, one event loop. `server.supervisor.children` runs the processes. Each incarnation of a worker listens on a
+socket path of its own, so a front can never reach a dead worker's successor by an old name.
 """
 
 import asyncio
 import contextlib
-import os
-import random
-import signal
 import socket
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any, assert_never
 
+import msgspec
 import structlog
 
-import server
 from model_store.names import ModelName
-from model_store.stores.disk_cache import DiskTier
+from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
 from server.access_log import AccessLog
 from server.errors import Situation
-from server.host import Host, read_host
-from server.ipc.control import Channel, ChannelClosed, ControlError
+from server.host import Host, WorkerPlan, read_host
+from server.ipc.control import ControlError
+from server.ipc.operations import (
+    AccessLogRows,
+    AskedByFront,
+    AskedByWorker,
+    AwaitConnections,
+    ConnectWorkers,
+    Fatal,
+    FrontAssignment,
+    JoinAsFront,
+    JoinAsWorker,
+    ListModels,
+    LoadModel,
+    Operation,
+    PinModel,
+    Ready,
+    ReloadModel,
+    Reply,
+    ScrapeMetrics,
+    TakeAccessLog,
+    UnloadModel,
+    UnpinModel,
+    WorkerAssignment,
+)
 from server.metrics import HostMetrics, Merged
 from server.routing import Router
 from server.settings import Settings
-from server.supervisor.worker_plan import WorkerPlan, front_cores, plan_workers
+from server.supervisor.children import Child, Children
+from server.supervisor.host_files import keep_access_log, keep_disk_cache
+from server.supervisor.runtime_folder import RuntimeFolder
+from server.supervisor.worker_plan import front_cores, plan_workers
 
-BACK_OFF_S = (0.1, 10.0)
-STABLE_S = 30.0
-MAX_FALSE_STARTS = 3
-HEARTBEAT_S = 2.0
 SCRAPE_S = 2.0
-DISK_SWEEP_S = 5.0
-ACCESS_LOG_S = 1.0  #: how often workers are asked for their rows of the access log
-LINK_S = 5.0  #: how long the start waits for a front to reach the workers that are up
-DISK_REST = 25.0  #: times a sweep's processor time, which grows with the archives on disk, before the next
+CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
 log = structlog.get_logger()
 
 
 class StartFailed(Exception):
     """The server cannot start with these settings; the message says why."""
-
-
-@dataclass(slots=True, eq=False)
-class Child:
-    """A front or a worker, over all its incarnations."""
-
-    kind: Literal["front", "worker"]
-    index: int
-    plan: WorkerPlan | None = None
-    incarnation: int = 0
-    failures: int = 0
-    proven: bool = False  #: has been ready at least once
-    process: asyncio.subprocess.Process | None = None
-    channel: Channel | None = None
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def name(self) -> str:
-        """For example `worker-0.2`: kind, index, incarnation."""
-        return f"{self.kind}-{self.index}.{self.incarnation}"
-
-    def __repr__(self) -> str:
-        """For example `<worker-0.2 ready>`."""
-        return f"<{self.name} {'ready' if self.ready.is_set() else 'not ready'}>"
 
 
 class Supervisor:
@@ -83,17 +71,16 @@ class Supervisor:
         self.pins: set[str] = set(settings.pin)
         self.workers = [Child("worker", plan.index, plan) for plan in self.plans]
         self.fronts = [Child("front", index) for index in range(settings.fronts)]
-        self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
         self._homes = Router()  # over all workers, up or not: a pin's home does not wander
         for plan in self.plans:
             self._homes.up(plan.index)
         self._metrics, self._merged = HostMetrics(), Merged()
-        self._folder = tempfile.TemporaryDirectory(prefix="fleetcast-")
-        self._logging: asyncio.Task[None] | None = None
+        self._folder = RuntimeFolder()
+        self._disk_keeper: asyncio.Task[None] | None = None
+        self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
         self._listen: socket.socket | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
 
     def __repr__(self) -> str:
         """For example `<Supervisor 2 of 3 workers, 1 of 1 fronts, 4 pins>`."""
@@ -106,215 +93,112 @@ class Supervisor:
     async def start(self, listen: socket.socket) -> None:
         """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be."""
         self._listen, access_log = listen, open_access_log(self.settings)
-        children = [*self.workers, *self.fronts]
-        self._tasks = [asyncio.create_task(self._keep(child)) for child in children]
-        self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._tend_disk())]
+        prepare_disk_cache(self.settings)
+        self._children.start(listen)
+        self._disk_keeper = asyncio.create_task(keep_disk_cache(self.settings, self._metrics))
         if access_log is not None:
-            self._logging = asyncio.create_task(self._keep_log(access_log))
-        ready = asyncio.create_task(self._all_ready())
-        tasks: list[asyncio.Future[Any]] = [ready, self.fatal]
+            keeping = keep_access_log(access_log, self._metrics, self._take_access_log, self._fronts_gone)
+            self._log_keeper = asyncio.create_task(keeping)
+        ready = asyncio.create_task(self._wait_until_ready())
+        tasks: list[asyncio.Future[Any]] = [ready, self._children.fatal]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if self.fatal.done():
+        if self._children.fatal.done():
             ready.cancel()
-            raise StartFailed(self.fatal.result())
+            raise StartFailed(self._children.fatal.result())
 
-    async def _all_ready(self) -> None:
-        """Every child is up, and every front linked to the workers: the first request finds its way."""
+    async def _wait_until_ready(self) -> None:
+        """Every child is up, and every front connected to the workers: the first request finds its way."""
         for child in (*self.workers, *self.fronts):
             await child.ready.wait()
         for front in self.fronts:
-            with contextlib.suppress(ControlError, ChannelClosed, TimeoutError):  # it died since, and comes back
-                assert front.channel is not None
-                await front.channel.ask("linked", timeout_s=LINK_S)
+            with contextlib.suppress(ControlError):  # it has died since, and comes back
+                await front.ask(AwaitConnections(), CONNECT_S)
 
     async def stop(self) -> None:
-        """Drain: fronts finish what they hold, then workers, then everyone is gone. At most `drain_s` and a little."""
-        self._stopping = True
+        """Drain: fronts finish what they hold, then workers end, then all are gone. At most `drain_s` and a little."""
+        self._children.stop_restarting()
         if self._listen is not None:
-            self._listen.close()  # as each front does with its own: who comes now is refused, not left waiting
-        await self._end(self.fronts, self.settings.drain_s + 2)
+            self._listen.close()  # each front closes its own: new connections are refused, not left waiting
+        await self._children.end(self.fronts, self.settings.drain_s + 2)
         self._fronts_gone.set()
-        if self._logging is not None:
-            await self._logging  # while there is somebody to ask for the last rows
-        await self._end(self.workers, 2)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._folder.cleanup()
+        if self._log_keeper is not None:
+            await self._log_keeper  # while the workers are there to be asked for the last rows
+        await self._children.end(self.workers, 2)
+        await self._children.stop()
+        if self._disk_keeper is not None:
+            self._disk_keeper.cancel()
+            await asyncio.gather(self._disk_keeper, return_exceptions=True)
+        self._folder.close()
 
-    async def _end(self, children: Sequence[Child], patience_s: float) -> None:
-        for child in children:
-            if child.channel is not None:
-                child.channel.tell("drain")
-                if child.kind == "worker" or not child.ready.is_set():
-                    child.channel.close()  # the fronts are gone, or this one has nothing yet: nothing is left to answer
-        waits = [asyncio.create_task(child.process.wait()) for child in children if child.process is not None]
-        if waits:
-            await asyncio.wait(waits, timeout=patience_s)
-        for child in children:
-            if child.process is not None and child.process.returncode is None:
-                log.warning("killed", child=child.name, why="did not end in time")
-                child.process.kill()
-                await child.process.wait()
+    # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------
 
-    async def _keep(self, child: Child) -> None:
-        """Start the child, and again whenever it ends, each time a little later while it keeps failing."""
-        while not self._stopping:  # asked again after the pause: nobody is started during a drain
-            started = time.monotonic()
-            await self._run_once(child)
-            if self._stopping or self.fatal.done():
-                return
-            child.failures = 0 if time.monotonic() - started > STABLE_S else child.failures + 1
-            first, longest = BACK_OFF_S
-            pause = min(longest, first * 2 ** min(child.failures - 1, 10)) if child.failures > 1 else 0.0
-            log.warning("restarting", child=child.name, in_s=round(pause, 2))
-            if child.plan is not None:
-                self._metrics.restarts.labels(*_labels(child.plan)).inc()
-            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
+    async def answer_child(self, child: Child, operation: AskedByFront | AskedByWorker) -> object:
+        """Answer a child."""
+        match operation:
+            case JoinAsFront():
+                return FrontAssignment(self.settings, child.index, front_cores(self.host.cores, self.plans))
+            case JoinAsWorker():
+                return self._worker_assignment(child)
+            case Ready():
+                child.ready.set()
+                child.proven = True
+                self._announce_workers(child)
+                if child.kind == "worker":
+                    await self._replay_pins(child)
+                return None
+            case Fatal(error):
+                self._children.set_fatal(error)
+                return None
+            case _:
+                assert_never(operation)
 
-    async def _run_once(self, child: Child) -> None:
-        """One incarnation, from spawn to its end."""
-        child.incarnation += 1
-        ours, theirs = socket.socketpair()
-        with theirs:
-            fds = [theirs.fileno()]
-            if child.kind == "front":
-                assert self._listen is not None
-                fds.append(self._listen.fileno())
-            child.process = await asyncio.create_subprocess_exec(
-                # -P: the working folder is not on the path, a user's own server/ or handlers/ there is never ours
-                sys.executable, "-P", "-m", f"server.{child.kind}.main", *map(str, fds),
-                pass_fds=fds, env=self._environment(child), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-        child.channel = await Channel.open(ours, lambda op, args: self._handle(child, op, args))
-        served = asyncio.create_task(child.channel.run())
-        code = await child.process.wait()
-        await served
-        if not child.proven and child.incarnation >= MAX_FALSE_STARTS and not self.fatal.done():
-            self.fatal.set_result(f"{child.name} ended with code {code} before it was ready, as those before it did")
-        child.ready.clear()
+    def note_end(self, child: Child) -> None:
+        """Keep what the incarnation counted, and tell the fronts that it is gone."""
         self._merged.buried(child.name)
-        if not (self._stopping or self.fatal.done()):
-            log.error("ended", child=child.name, code=code)
-            self._announce(child)
+        self._announce_workers(child)
 
-    def _environment(self, child: Child) -> dict[str, str]:
-        """The child's environment: our packages importable wherever we were started, its GPU the only one it sees."""
-        root = str(Path(server.__file__).parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    def note_restart(self, child: Child) -> None:
+        """Count a worker's restart."""
         if child.plan is not None:
-            env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(child.plan.threads)
-            if child.plan.device != "cpu":
-                env["CUDA_VISIBLE_DEVICES"] = child.plan.device.removeprefix("cuda:")
-        return env
+            self._metrics.restarts.labels(*_labels(child.plan)).inc()
 
-    async def _handle(self, child: Child, op: str, args: dict[str, Any]) -> Any:
-        """What children ask and tell."""
-        if op == "hello":
-            return self._hello(child)
-        if op == "ready":
-            child.ready.set()
-            child.proven = True
-            self._announce(child)
-            if child.kind == "worker":
-                await self._replay_pins(child)
-            return None
-        if op == "fatal":
-            if not self.fatal.done():
-                self.fatal.set_result(str(args["error"]))
-            return None
-        raise ControlError(f"the supervisor knows no operation {op!r}", Situation.INTERNAL)
-
-    def _hello(self, child: Child) -> dict[str, Any]:
-        common = {"settings": self.settings.to_wire(), "index": child.index}
-        if child.plan is None:
-            return {**common, "cores": front_cores(self.host.cores, self.plans)}
-        plan = asdict(child.plan) | {"torch_device": "cpu" if child.plan.device == "cpu" else "cuda:0"}
-        return {**common, "plan": plan, "socket": self._socket(child)}
+    def _worker_assignment(self, worker: Child) -> WorkerAssignment:
+        assert worker.plan is not None, "every worker has a plan"
+        keyless = self.settings.model_copy(update={"access_keys": {}})
+        return WorkerAssignment(
+            settings=keyless,
+            plan=worker.plan,
+            torch_device="cpu" if worker.plan.device == "cpu" else "cuda:0",  # the only GPU that it sees
+            socket=self._socket(worker),
+        )
 
     def _socket(self, worker: Child) -> str:
-        return f"{self._folder.name}/{worker.index}.{worker.incarnation}"
+        return self._folder.socket(f"{worker.index}.{worker.incarnation}")
 
-    def _announce(self, child: Child) -> None:
-        """Tell the fronts (all of them, or the one that has just come up) which workers are up."""
+    def _announce_workers(self, child: Child) -> None:
+        """Tell the fronts which workers are up, after `child` has come up or ended."""
         if child.plan is not None:
             self._metrics.up.labels(*_labels(child.plan)).set(child.ready.is_set())
-        sockets = {str(worker.index): self._socket(worker) for worker in self.workers if worker.ready.is_set()}
+        sockets = {worker.index: self._socket(worker) for worker in self.workers if worker.ready.is_set()}
         for front in self.fronts:
             if front.channel is not None and front.ready.is_set():
-                front.channel.tell("workers", sockets=sockets)
+                front.channel.tell(ConnectWorkers(sockets))
 
     async def _replay_pins(self, worker: Child) -> None:
-        """Pins survive a worker's death: whoever is home to a pinned model loads it again."""
+        """Pins survive a worker's death: the home of a pinned model loads it again."""
         for model in sorted(self.pins):
             if self.home(model) is worker:
                 try:
-                    await self._ask(worker, "pin", model=model)
-                except (ControlError, ChannelClosed, TimeoutError) as error:
+                    await self._ask(worker, PinModel(model))
+                except ControlError as error:
                     log.error("pin_failed", model=model, worker=worker.index, error=str(error))  # noqa: TRY400
 
-    async def _heartbeat(self) -> None:
-        """A child that says nothing for `worker_timeout_s` is killed; `_keep` starts the next one."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            await asyncio.gather(*(self._check(child) for child in (*self.workers, *self.fronts)))
-
-    async def _check(self, child: Child) -> None:
-        if not child.ready.is_set() or child.channel is None or child.process is None:
-            return
-        process = child.process
-        try:
-            await child.channel.ask("ping", timeout_s=self.settings.worker_timeout_s)
-        except TimeoutError:
-            log.error("killed", child=child.name, why="silent for worker_timeout_s")  # noqa: TRY400
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
-        except (ControlError, ChannelClosed):
-            pass  # starting or ending; its process's end says the rest
-
-    async def _tend_disk(self) -> None:
-        """The disk tier's size, and its eviction: the host's, so the supervisor's."""
-        budget = int(self.settings.disk_cache_bytes)
-        if not budget:
-            return
-        disk = DiskTier(self.settings.disk_cache, self.settings.store)
-        self._metrics.disk_capacity.set(budget)
-        while True:
-            evicted, used, spent = await asyncio.to_thread(_swept, disk, budget)
-            self._metrics.disk_evictions.inc(evicted)
-            self._metrics.disk_bytes.set(used)
-            await asyncio.sleep(max(DISK_SWEEP_S, DISK_REST * spent))
-
-    async def _keep_log(self, access_log: AccessLog) -> None:
-        """The access log: rows are the workers', the files the host's, so the supervisor's. Ends after the fronts."""
-        with contextlib.closing(access_log):
-            last = False
-            while not last:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ACCESS_LOG_S):
-                        await self._fronts_gone.wait()
-                last = self._fronts_gone.is_set()
-                taken = await asyncio.gather(*map(self._arrivals, self.workers))
-                rows, count = "".join(rows for rows, _ in taken), sum(count for _, count in taken)
-                try:
-                    await asyncio.to_thread(access_log.write, rows)
-                except OSError as error:
-                    self._metrics.not_logged.inc(count)
-                    log.warning("access_log_not_written", rows=count, error=str(error))
-                else:
-                    self._metrics.logged.inc(count)
-
-    async def _arrivals(self, worker: Child) -> tuple[str, int]:
-        """The rows that the worker has since the last time, and how many. Of one that ends they are gone with it."""
-        if worker.channel is None or not worker.ready.is_set():
-            return "", 0
-        try:
-            rows, count, dropped = await worker.channel.ask("arrivals", timeout_s=self.settings.worker_timeout_s)
-        except (ControlError, ChannelClosed, TimeoutError):
-            return "", 0
-        self._metrics.not_logged.inc(dropped)
-        return rows, count
+    async def _take_access_log(self) -> Sequence[AccessLogRows]:
+        """The rows that the workers have since the last time. Those of a worker that ends are lost with it."""
+        up = [worker for worker in self.workers if worker.ready.is_set()]
+        asked = (worker.ask(TakeAccessLog(), self.settings.worker_timeout_s) for worker in up)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, AccessLogRows)]
 
     # --- what operators ask -----------------------------------------------------------------------------------------
 
@@ -323,42 +207,46 @@ class Supervisor:
         return self.workers[self._homes.order(model)[0]]
 
     async def load(self, model: ModelName) -> dict[str, Any]:
-        """Load at home. Raises ControlError with the load's situation."""
-        return {"model": model, "version": await self._ask(self.home(model), "load", model=model)}
+        """Load the model at home. Raises ControlError with the load's situation."""
+        return {"model": model, "version": await self._ask(self.home(model), LoadModel(model))}
 
     async def pin(self, model: ModelName) -> dict[str, Any]:
-        """Load at home and keep it there, also after the worker's death."""
-        version = await self._ask(self.home(model), "pin", model=model)
+        """Load the model at home and keep it there, also after the worker's death."""
+        version = await self._ask(self.home(model), PinModel(model))
         self.pins.add(model)
         return {"model": model, "version": version, "pinned": True}
 
     async def unpin(self, model: ModelName) -> dict[str, Any]:
-        """Evictable again, on every worker."""
+        """Let every worker evict the model again."""
         self.pins.discard(model)
-        await self._ask_all("unpin", model=model)
+        await self._ask_all(UnpinModel(model))
         return {"model": model, "pinned": False}
 
     async def reload(self, model: ModelName) -> dict[str, Any]:
         """Every holder (without one, the home) asks the store, loads a changed archive beside the old one and swaps."""
-        described = await self._ask_all("describe", prefix=model, after="", limit=1)
-        holders = [self.workers[index] for index, rows in described if any(row["model"] == model for row in rows)]
+        listed = await self._ask_all(ListModels(prefix=model, after="", limit=1))
+        holders = [self.workers[index] for index, states in listed if any(state.model == model for state in states)]
         answers = await asyncio.gather(
-            *(self._ask(worker, "reload", model=model) for worker in holders or [self.home(model)])
+            *(self._ask(worker, ReloadModel(model)) for worker in holders or [self.home(model)])
         )
         return {"model": model, "version": answers[0], "holders": len(answers)}
 
     async def unload(self, model: ModelName) -> dict[str, Any]:
-        """Forget it everywhere; answers when its memory is free. A pin then holds for the next load only."""
-        gone = await self._ask_all("unload", model=model)
+        """Unload the model everywhere; returns when its memory is free.
+
+        A pinned model stays pinned: its next load is not evicted.
+        """
+        gone = await self._ask_all(UnloadModel(model))
         return {"model": model, "unloaded_from": [index for index, was_there in gone if was_there]}
 
     async def models(self, prefix: str = "", after: str = "", limit: int = 1) -> tuple[list[dict[str, Any]], bool]:
-        """The first `limit` models of a prefix after a name that are resident, loading, failed or pinned, with who
-        holds them, by name; and whether there are more.
+        """Models that are resident, loading, failed or pinned, with the workers that hold them; whether there are more.
+
+        The first `limit` by name, of those that have this prefix and come after a name.
         """
         merged: dict[str, dict[str, Any]] = {}
-        for index, rows in await self._ask_all("describe", prefix=prefix, after=after, limit=limit + 1):
-            for row in rows:
+        for index, states in await self._ask_all(ListModels(prefix, after, limit + 1)):
+            for row in map(msgspec.to_builtins, states):
                 model = row.pop("model")
                 entry = merged.setdefault(model, {"model": model, "pinned": model in self.pins, "holders": []})
                 entry["holders"].append({"worker": index, **row})
@@ -382,7 +270,7 @@ class Supervisor:
         ]
 
     async def metrics(self) -> Merged:
-        """Everybody's counts, now. Who is too busy to say contributes what it said last."""
+        """The metrics of all processes, now. A process too busy to answer contributes what it answered last."""
         children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set()]
         await asyncio.gather(*(self._scrape(child) for child in children))
         self._merged.update("host", self._metrics.text())
@@ -390,16 +278,15 @@ class Supervisor:
 
     async def _scrape(self, child: Child) -> None:
         name = child.name
-        with contextlib.suppress(ControlError, ChannelClosed, TimeoutError):
-            assert child.channel is not None
-            text = await child.channel.ask("metrics", timeout_s=SCRAPE_S)
-            if name == child.name:  # else it died and was buried meanwhile
+        with contextlib.suppress(ControlError):
+            text = await child.ask(ScrapeMetrics(), SCRAPE_S)
+            if name == child.name:  # else it has died meanwhile, and its counters have been kept
                 self._merged.update(name, text)
 
-    async def _ask_all(self, op: str, **args: Any) -> list[tuple[int, Any]]:
-        """The answers of all workers that are up; one that dies meanwhile holds nothing any more."""
+    async def _ask_all(self, operation: Operation[Reply]) -> list[tuple[int, Reply]]:
+        """The replies of all workers that are up, by index. A worker that dies meanwhile holds nothing any more."""
         ready = [worker for worker in self.workers if worker.ready.is_set()]
-        answers = await asyncio.gather(*(self._ask(worker, op, **args) for worker in ready), return_exceptions=True)
+        answers = await asyncio.gather(*(self._ask(worker, operation) for worker in ready), return_exceptions=True)
         found = []
         for worker, answer in zip(ready, answers, strict=True):
             if isinstance(answer, ControlError) and answer.situation != Situation.WORKER_LOST:
@@ -408,15 +295,18 @@ class Supervisor:
                 found.append((worker.index, answer))
         return found
 
-    async def _ask(self, worker: Child, op: str, **args: Any) -> Any:
-        if worker.channel is None or not worker.ready.is_set():
-            raise ControlError(f"worker {worker.index} is not up; try again", Situation.NOT_READY)
-        try:
-            return await worker.channel.ask(op, timeout_s=self.settings.request_timeout_s + 5, **args)
-        except ChannelClosed as error:
-            raise ControlError(f"worker {worker.index} died meanwhile; try again", Situation.WORKER_LOST) from error
-        except TimeoutError as error:
-            raise ControlError(f"worker {worker.index} did not answer in time", Situation.DEADLINE) from error
+    async def _ask(self, worker: Child, operation: Operation[Reply]) -> Reply:
+        return await worker.ask(operation, self.settings.request_timeout_s + 5)
+
+
+def prepare_disk_cache(settings: Settings) -> None:
+    """Make the disk tier's folders for this user alone. Raises StartFailed when others can write to them."""
+    if not settings.disk_cache_bytes:
+        return
+    try:
+        DiskTier(settings.disk_cache, settings.store).prepare()
+    except UnsafeDiskCache as error:
+        raise StartFailed(str(error)) from error
 
 
 def open_access_log(settings: Settings) -> AccessLog | None:
@@ -427,13 +317,6 @@ def open_access_log(settings: Settings) -> AccessLog | None:
         return AccessLog(settings.access_log, int(settings.access_log_bytes))
     except OSError as error:
         raise StartFailed(f"--access-log {settings.access_log}: {error}") from error
-
-
-def _swept(disk: DiskTier, budget: int) -> tuple[int, int, float]:
-    """One sweep of the disk tier: how many were evicted, bytes that are left, and processor seconds it took."""
-    started = time.thread_time()
-    evicted = len(disk.evict(budget))
-    return evicted, disk.used_bytes(), time.thread_time() - started
 
 
 def _labels(plan: WorkerPlan) -> tuple[str, str]:

@@ -1,31 +1,13 @@
 """How the workers share the machine: a device, cores, threads and memory for each. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from server.host import Host
+from server.contract import CACHE_SHARE
+from server.host import Host, WorkerPlan
 from server.settings import Settings
 
-CACHE_SHARE = 0.4  #: of the memory, for models in all workers' caches
 HOST_TIER_SHARE = 0.1  #: of the memory, for the host tier in front of GPUs
 HOST_TIER_BYTES = 4096 * 1024 * 1024  #: the most that the host tier has unless a setting says otherwise
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerPlan:
-    """One worker's share: device (`cpu` or `cuda:N` as the operator sees it), cores, threads, cache budget in bytes.
-
-    A budget of 0: the worker takes its part of what its GPU has, of which there are `sharers`. `host_bytes` are for the
-    host memory tier.
-    """
-
-    index: int
-    device: str
-    cores: tuple[int, ...]
-    threads: int
-    budget_bytes: int
-    host_bytes: int = 0
-    sharers: int = 1
 
 
 def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:

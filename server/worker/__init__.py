@@ -1,1 +1,1 @@
-"""The process that holds models and computes."""
+"""The worker process: holds models and computes their answers."""

@@ -1,8 +1,9 @@
-"""The host memory tier: rows of evicted models, decoded and ready to copy back. Owned by the worker's step thread.
+"""The host memory tier: decoded rows of evicted models, ready to be copied back. The worker's step thread owns it.
 
-A ring of bytes: a row goes to the ring's head and overwrites the oldest ones. A model that returns leaves the shelf, so
-the oldest is the one evicted longest ago, and nothing has to be kept in order. The numbers are brought and fetched by
-the pool's own copies; what they read or overwrite is in their stream's order, and nobody else looks at it.
+The memory is a ring: a new row is written at the head and overwrites the oldest rows. A model that becomes resident
+again leaves the ring, so the oldest row is the one that was evicted longest ago, and no order has to be maintained.
+
+INVARIANT: only the pool's copies read and write the numbers, in the order of their stream.
 """
 
 import time
@@ -12,16 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
+from handlers.kinds import RowModel
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
-from server.worker.model_loader import Built, RowModel
+from server.worker.model_loader import Built
 
 TIER = "host"
 
 
 @dataclass(slots=True)
 class Kept:
-    """A row on the shelf: where it starts (floats), and the model as a load gives it. `held`: on its way back."""
+    """A kept row: its start (in floats), and the model as a load gives it. `held`: a load is using it."""
 
     start: int
     numbers: torch.Tensor
@@ -34,9 +36,9 @@ class Kept:
 
 
 class Shelf:
-    """`memory` [n] float32 on the host. A copy validated `revalidate_s` ago or longer is not served, as on disk.
+    """Keeps rows in `memory` [n] float32 on the host. A row validated `revalidate_s` ago or longer is not served.
 
-    `clock` is wall clock, as of `Built.validated_at`.
+    `clock` is wall clock time, like `Built.validated_at`.
     """
 
     def __init__(self, memory: torch.Tensor, revalidate_s: float, clock: Callable[[], float] = time.time) -> None:
@@ -44,7 +46,7 @@ class Shelf:
         self._kept: OrderedDict[ModelName, Kept] = OrderedDict()  # from the ring's head on: the oldest first
         self._head = 0
         self.used_bytes = 0
-        self.overwritten = 0  #: rows that had to go for others
+        self.overwritten = 0  #: rows that were overwritten by others
 
     def __repr__(self) -> str:
         """For example `<Shelf 12 models, 0.8 of 1024.0 MB>`."""
@@ -58,11 +60,11 @@ class Shelf:
 
     @property
     def capacity_bytes(self) -> int:
-        """All of it."""
+        """Bytes of the whole ring."""
         return self._memory.nbytes
 
     def keep(self, slot: Slot, body: RowModel, validated_at: float) -> torch.Tensor | None:
-        """Where the numbers of this evicted model are to go; None if there is no place for them."""
+        """The place for the numbers of an evicted model, which the caller copies; None if a held row is in the way."""
         self.drop(slot.model)
         size = slot.charge // 4
         if not self._advance(size):
@@ -75,7 +77,10 @@ class Shelf:
         return numbers
 
     def take(self, model: ModelName, *, stale: bool = False) -> Built | None:
-        """The model if it is here and fresh (`stale`: or due), held until `drop`: its numbers stay where they are."""
+        """The model, if its row is kept and was validated recently enough (`stale`: at any time).
+
+        INVARIANT: the row is held, and its numbers stay, until `drop` or `put_back`.
+        """
         kept = self._kept.get(model)
         if kept is None:
             return None
@@ -85,19 +90,19 @@ class Shelf:
         return kept.built
 
     def put_back(self, model: ModelName) -> None:
-        """What was taken stays after all."""
+        """End the hold of `take`, and keep the row."""
         kept = self._kept.get(model)
         if kept is not None:
             kept.held = False
 
     def drop(self, model: ModelName) -> None:
-        """Forget the model, if it is here: it is back, gone from the store, or to be forgotten."""
+        """Forget the model's row, if there is one."""
         kept = self._kept.pop(model, None)
         if kept is not None:
             self.used_bytes -= kept.numbers.nbytes
 
     def _advance(self, size: int) -> bool:
-        """Make room at the head, moved to the start where the end is too near. False when a held row is in the way."""
+        """Free `size` floats at the head, which moves to the start if the end is too near. False if a row is held."""
         capacity = len(self._memory)
         if size > capacity:
             return False
@@ -108,7 +113,10 @@ class Shelf:
         return self._clear(self._head, self._head + size)
 
     def _clear(self, start: int, end: int) -> bool:
-        """Forget the rows that start there: the oldest ones, if any do. (A row never lies across the head.)"""
+        """Forget the rows that start in this range; they are the oldest. False if one is held.
+
+        INVARIANT: no row lies across the head.
+        """
         while self._kept:
             model, oldest = next(iter(self._kept.items()))
             if not start <= oldest.start < end:

@@ -1,6 +1,7 @@
-"""Loads: who begins one, what has been built and waits for room, and who is told how it ended.
+"""The life of a load: begin it, build the model, wait for memory, and tell the waiting requests and operators.
 
-Owned by the step thread. Only building happens elsewhere, on loader threads, and comes back as one call on this one.
+The step thread owns everything here. Only building runs on loader threads; its result returns as one call on the step
+thread.
 """
 
 import asyncio
@@ -18,28 +19,30 @@ from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
-from server.worker.model_loader import Builder, Built, RowModel, prove, timed_build
+from server.worker.model_loader import Builder, Built, timed_build, unexpected
 from server.worker.prefetch.prefetcher import Foresight, Result
 from server.worker.resident_models import Residents
+
+MAX_MESSAGE = 2000  #: characters of a failure that are kept
 
 log = structlog.get_logger()
 
 
 class Waiting(Protocol):
-    """Whom a load's end concerns: the requests that wait for the model."""
+    """What a load tells the step loop, which holds the requests that wait for the model."""
 
     def served(self, built: Built, now: float) -> None:
-        """The model is here."""
+        """The model is resident."""
 
     def failed(self, model: ModelName, error: LoadError) -> None:
-        """It will not be."""
+        """The load failed."""
 
     def wake(self) -> None:
-        """Something is built: ask `Loads.place` in the next step."""
+        """A model is built: call `Loads.place` in the next step."""
 
 
 class Loads:
-    """See the module. A built model waits for room for `patience_s`; `now` is the monotonic clock."""
+    """The loads of one worker. A built model waits for memory at most `patience_s`; `now` is the monotonic clock."""
 
     def __init__(
         self,
@@ -59,20 +62,18 @@ class Loads:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
-        self._built: deque[tuple[Built, float]] = deque()  # verified, waiting for room, and since when
-        self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # operators who wait for a load
+        self.built: deque[tuple[Built, float]] = deque()  # verified models that wait for memory, and since when
+        self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # loads by operators
 
     def __repr__(self) -> str:
         """For example `<Loads 3 under way, 1 waiting for room>`."""
-        return f"<Loads {len(self._started)} under way, {len(self._built)} waiting for room>"
-
-    @property
-    def any_built(self) -> bool:
-        """Whether something waits for room."""
-        return bool(self._built)
+        return f"<Loads {len(self._started)} under way, {len(self.built)} waiting for room>"
 
     def ask(self, model: ModelName, *, revalidate: bool) -> asyncio.Future[str]:
-        """An operator's load: the version that serves in the end, or LoadError. `revalidate` asks the store anyway."""
+        """Load a model for an operator. Resolves with the version that serves, or LoadError.
+
+        `revalidate` makes a store request even if the model is resident.
+        """
         future: asyncio.Future[str] = self._loop.create_future()
         slot = self._cache.get(model)
         if slot is not None and not revalidate:
@@ -84,7 +85,7 @@ class Loads:
         return future
 
     def begin(self, model: ModelName, now: float, *, revalidate: bool = False) -> None:
-        """Load a model that is wanted in the cache."""
+        """Load a model for which `Cache.want` returned a `Load`."""
         self._started[model] = now
         kept = None if revalidate else self._shelf.take(model)
         if kept is not None:
@@ -94,7 +95,7 @@ class Loads:
         task.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._ended, model, *done.result()))
 
     def look_ahead(self) -> None:
-        """Load what is about to be asked, as far as that disturbs nobody."""
+        """Start prefetches of models that are expected to be requested, as far as the prefetcher allows now."""
         if self._foresight is None:
             return
         now = self._now()
@@ -102,13 +103,13 @@ class Loads:
             self.begin(model, now)
 
     def close(self) -> None:
-        """No more loads."""
+        """Start no more loads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # --- built ------------------------------------------------------------------------------------------------------
 
     def _ended(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
-        """A loader thread is done."""
+        """Take the result of a loader thread."""
         if isinstance(built, StoreUnavailable) and (kept := self._shelf.take(model, stale=True)) is not None:
             log.warning("store_unavailable_serving_stale", model=model, version=kept.version, error=str(built))
             self._queue(kept, self._now())
@@ -119,7 +120,7 @@ class Loads:
         self._metrics.downloading.observe(built.download_s)
         try:
             self._prove(built)
-        except Exception as error:  # also what no golden sample should be able to cause costs this load alone
+        except Exception as error:  # whatever a golden sample causes fails this load only
             if not isinstance(error, torch.OutOfMemoryError):
                 self._loader.forget(model)
             self._fail(model, _as_load_error(model, error))
@@ -128,32 +129,24 @@ class Loads:
         self._queue(built, self._now())
 
     def _queue(self, built: Built, now: float) -> None:
-        self._built.append((built, now))
+        self.built.append((built, now))
         self._waiting.wake()
 
     def _prove(self, built: Built) -> None:
-        """The golden sample of a row runs here, in scratch memory, before anyone else loses a place for it."""
-        body, row, golden = built.body, built.row, built.golden
-        if golden is None or row is None or not isinstance(body, RowModel):
-            return
-        engine = self._residents.engine
-        prove(
-            built.model,
-            golden,
-            body.codec,
-            lambda call: self._residents.with_memory(lambda: engine.probe(body.family, row, call.rows)),
-        )
+        """Check the golden sample of a row, in scratch memory. INVARIANT: this precedes any eviction for the model."""
+        residents = self._residents
+        built.prove(lambda family, row, x: residents.with_memory(lambda: residents.engine.probe(family, row, x)))
 
     # --- placed -----------------------------------------------------------------------------------------------------
 
     def place(self) -> bool:
-        """Place built models in order until one must wait. True when something changed."""
+        """Place built models in order until one must wait. True if something changed."""
         changed = False
-        while self._built:
-            built, since = self._built[0]
+        while self.built:
+            built, since = self.built[0]
             now = self._now()
             if self._unchanged(built):
-                self._built.popleft()
+                self.built.popleft()
                 continue
             spare = () if self._foresight is None else self._foresight.rhythms
             placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
@@ -162,17 +155,17 @@ class Loads:
             changed = True
             if isinstance(placement, Moves):
                 self._residents.move(placement.moves)
-                return True  # a few a step: requests go on meanwhile
+                return True  # a few moves a step, so that requests are not delayed
             if isinstance(placement, Evict):
                 for victim in placement.victims:
                     self._residents.evict(victim, now, "budget")
                 continue
-            self._built.popleft()
+            self.built.popleft()
             self._decided(built, placement, now)
         return changed
 
     def _decided(self, built: Built, placement: Placement, now: float) -> None:
-        """It has a place, or will have none."""
+        """End the load by its placement: the model gets its slot, or the load is dismissed or fails."""
         if isinstance(placement, Placed):
             self._settle(placement.slot, built, now)
         elif self._cache.is_speculative(built.model):
@@ -182,7 +175,7 @@ class Loads:
             self._fail(built.model, NoRoom(f"{built.model}: {why}"))
 
     def _unchanged(self, built: Built) -> bool:
-        """A reload that found the serving version again: nothing to place."""
+        """End a reload that found the serving version again; False if it found another version."""
         slot = self._residents.unchanged(built)
         if slot is None:
             return False
@@ -191,10 +184,10 @@ class Loads:
         return True
 
     def _settle(self, slot: Slot, built: Built, now: float) -> None:
-        """Into its place, and everyone who waited is told."""
+        """Copy the model into its slot, serve from it, and tell all who wait."""
         try:
             self._residents.write(slot, built)
-        except Exception as error:  # a device that fails to copy must not keep the room, nor the waiters
+        except Exception as error:  # a failed copy must free the slot and refuse the jobs that wait
             self._cache.abandon(slot)
             self._fail(built.model, _as_load_error(built.model, error))
             return
@@ -209,9 +202,10 @@ class Loads:
             self.look_ahead()
 
     def _fail(self, model: ModelName, error: LoadError) -> None:
-        """Everyone who waited gets the cause; nobody loses a place."""
+        """End a failed load: tell all who wait for it the cause. No model is evicted."""
         if self._foresight is not None:
             self._foresight.ended(model, Result.FAILED)
+        error = _without_frames(error)
         self._cache.failed(model, error, self._now())
         self._shelf.drop(model)
         self._started.pop(model, None)
@@ -225,8 +219,8 @@ class Loads:
                 future.set_exception(error)
 
     def _dismiss(self, model: ModelName) -> None:
-        """A load ahead of time found no room, and is held against nobody."""
-        assert self._foresight is not None, "nobody else looks ahead"
+        """End a prefetch that got no memory; it does not count as a failure of the model."""
+        assert self._foresight is not None, "only the prefetcher starts speculative loads"
         self._foresight.ended(model, Result.REFUSED)
         self._cache.dismiss(model)
         self._shelf.put_back(model)
@@ -238,7 +232,20 @@ class Loads:
                 future.set_result(version)
 
 
+def _without_frames(error: LoadError) -> LoadError:
+    """The same error, bounded, without its traceback.
+
+    A failure is remembered for as long as its back-off and longer. Its traceback would keep the frames of the load, and
+    these the archive's bytes: a few broken archives of 10 MiB would fill the host's memory.
+    """
+    return type(error)(_shorten(str(error)), _shorten(error.public))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} (shortened)"
+
+
 def _as_load_error(model: ModelName, error: Exception) -> LoadError:
     if isinstance(error, torch.OutOfMemoryError):
         return NoRoom(f"{model}: the device is out of memory: {error}")
-    return error if isinstance(error, LoadError) else LoadError(f"{model}: loading failed unexpectedly: {error!r}")
+    return error if isinstance(error, LoadError) else unexpected(model, error)

@@ -1,6 +1,6 @@
-"""The models that a worker has loaded. What the cache decides about them is done here: to pool, shelf and bodies.
+"""The models that a worker has loaded. Carries out the cache's decisions on memory pool, host cache and model objects.
 
-Owned by the step thread, so no step can be reading what is moved, overwritten or given back.
+INVARIANT: only the step thread uses this, so no step reads a row while it is moved, overwritten or freed.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
+from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
@@ -20,7 +21,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import STAGING_BYTES, DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built, RowModel, SingleModel
+from server.worker.model_loader import Built
 from server.worker.prefetch.prefetcher import Foresight
 
 _Result = TypeVar("_Result")
@@ -29,7 +30,7 @@ log = structlog.get_logger()
 
 
 class Residents:
-    """See the module. `foresight` is told who has left; `now` is the monotonic clock."""
+    """The loaded models of one worker. `foresight` is told which models leave; `now` is the monotonic clock."""
 
     def __init__(
         self,
@@ -44,27 +45,27 @@ class Residents:
         self._metrics, self._foresight, self._now = metrics, foresight, now
         self._bodies: dict[Slot, RowModel | SingleModel] = {}
         self._validated: dict[Slot, float] = {}  # `Built.validated_at` of each
-        self._sorted: list[Slot] = []  # the same slots by name, so that a page of them costs a page
-        self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # operators who wait for an unload
+        self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
+        self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
 
     def __repr__(self) -> str:
         """For example `<Residents of <Cache ...>>`."""
         return f"<Residents of {self.cache!r}>"
 
     def __getitem__(self, slot: Slot) -> RowModel | SingleModel:
-        """What runs a slot's requests."""
+        """The model that runs a slot's requests."""
         return self._bodies[slot]
 
-    # --- coming -----------------------------------------------------------------------------------------------------
+    # --- loading ----------------------------------------------------------------------------------------------------
 
     def write(self, slot: Slot, built: Built) -> None:
-        """Numbers in their place. Raises what a failing copy raises."""
+        """Copy the row's numbers to the slot's place. Raises whatever a failing copy raises."""
         row = built.row
         if row is not None:
             self.with_memory(lambda: self.engine.pool.write(slot.offset, row))
 
     def settle(self, slot: Slot, built: Built, now: float) -> bool:
-        """What has been written serves, the old version is out. True if there was one."""
+        """Serve from a written slot and retire the old version. True if there was one."""
         swapped = slot.model in self.cache
         old = self.cache.ready(slot, now)
         self._bodies[slot], self._validated[slot] = built.body, built.validated_at
@@ -75,22 +76,22 @@ class Residents:
         return swapped
 
     def unchanged(self, built: Built) -> Slot | None:
-        """The slot that serves this very version already, known to be valid anew."""
+        """The slot that serves this version already, revalidated; None if another version serves."""
         slot = self.cache.unchanged(built.model, built.version)
         if slot is not None:
             self._validated[slot] = built.validated_at
         return slot
 
     def move(self, moves: Sequence[tuple[Slot, int]]) -> None:
-        """Rows to other places of the pool."""
+        """Copy rows to other places of the pool."""
         for slot, offset in moves:
             self.engine.pool.move(slot.offset, offset, slot.charge)
             self.cache.moved(slot, offset)
 
     def with_memory(self, work: Callable[[], _Result]) -> _Result:
-        """`work`, and once more if the device was out of memory: without idle singles, staging and graphs.
+        """Do `work`; if the device is out of memory, free idle singles, staging and graphs and do it once more.
 
-        Rows need none that they do not have: their pool was taken at the start.
+        Rows are not evicted: their pool was allocated at the start, and evicting them would free no memory.
         """
         try:
             return work()
@@ -101,15 +102,15 @@ class Residents:
             self.engine.trim()
             return work()
 
-    # --- leaving ----------------------------------------------------------------------------------------------------
+    # --- evictions --------------------------------------------------------------------------------------------------
 
     def release(self, slot: Slot) -> None:
-        """A lease ends."""
+        """End a lease; retires the slot if it was the last lease of a condemned one."""
         if self.cache.release(slot):
             self.retire(slot)
 
     def evict(self, slot: Slot, now: float, reason: str) -> None:
-        """Out of the device, into host memory where there is room for it."""
+        """Evict a model from the device, and keep its row in host memory if there is space."""
         self._metrics.labelled(self._metrics.evictions, tier="device", reason=reason).inc()
         self._metrics.age.observe(now - slot.loaded_at)
         log.debug("evicted", model=slot.model, version=slot.version)
@@ -117,7 +118,7 @@ class Residents:
         self.retire(slot)
 
     def retire(self, slot: Slot) -> None:
-        """The slot's room is free, once nobody has a lease on it."""
+        """Free the slot's memory; no-op while the slot has a lease."""
         started = time.perf_counter()
         if not self.cache.retired(slot):
             return
@@ -133,7 +134,7 @@ class Residents:
                 future.set_result(True)
 
     async def unload(self, model: ModelName) -> bool:
-        """Forget the model once nobody uses it; returns when its memory is free. False if it was not here."""
+        """Unload the model after its last lease; returns when its memory is free. False if it was not resident."""
         self.shelf.drop(model)
         slot = self.cache.unload(model)
         if slot is None:
@@ -146,7 +147,7 @@ class Residents:
         return await future
 
     def _shelve(self, slot: Slot) -> None:
-        """Keep an evicted row in host memory, where there is some for it."""
+        """Keep an evicted row in host memory if there is space."""
         body, before = self._bodies[slot], self.shelf.overwritten
         if not isinstance(body, RowModel):
             return
@@ -158,14 +159,14 @@ class Residents:
             return
         try:
             self.engine.pool.keep(slot.offset, numbers)
-        except Exception as error:  # then it is just evicted
+        except Exception as error:  # the model is evicted without a copy
             log.warning("not_kept", model=slot.model, error=repr(error))
             self.shelf.drop(slot.model)
 
-    # --- what is here -----------------------------------------------------------------------------------------------
+    # --- contents ---------------------------------------------------------------------------------------------------
 
     def gauges(self) -> None:
-        """Bring the metrics of what is held up to date."""
+        """Update the gauges of models and bytes held."""
         self._metrics.loaded.set(len(self.cache))
         self._metrics.bytes.set(self.cache.used_bytes)
         self._metrics.capacity.set(self.cache.budget_bytes)
@@ -173,9 +174,10 @@ class Residents:
         self._metrics.host_capacity.set(self.shelf.capacity_bytes)
 
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
-        """Rows of the first `limit` models that this worker knows, by name: resident, loading, or failed.
+        """Describe the first `limit` models by name: resident, loading or failed ones.
 
-        Only names with this prefix and after that name; what a page costs does not grow with what is resident.
+        Only names that start with `prefix` and follow `after`. The cost of a page does not grow with the number of
+        resident models.
         """
         now, found = self._now(), dict[ModelName, list[dict[str, Any]]]()
         for at in range(bisect_left(self._sorted, max(prefix, after), key=_name), len(self._sorted)):
@@ -186,7 +188,7 @@ class Residents:
                 found.setdefault(slot.model, []).append(self._row(slot, now))
         rest = [{"model": model, "state": "loading"} for model in self.cache.loads]
         rest += [
-            {"model": model, "state": "failed", "error": str(failure.error), "reason": failure.error.reason}
+            {"model": model, "state": "failed", "error": failure.error.public, "reason": failure.error.reason}
             for model, failure in self.cache.failures()
         ]
         for row in rest:
@@ -201,7 +203,7 @@ class Residents:
 
     def _row(self, slot: Slot, now: float) -> dict[str, Any]:
         body = self._bodies[slot]
-        alone = {"one_by_one": body.one_by_one} if isinstance(body, RowModel) and body.one_by_one else {}
+        alone = {"one_by_one": body.one_by_one} if body.one_by_one else {}
         return {
             "model": slot.model,
             "version": slot.version,

@@ -1,29 +1,31 @@
-"""What a worker does next. Pure: requests go in, the next batch comes out; the clock is an argument.
+"""Chooses the next batch of a worker. Pure: the clock is an argument.
 
-A job is waiting for its model, or ready to run, or done (answered, cancelled, expired: skipped wherever it still lies).
-Ready jobs wait in groups, one per family or single model. Groups take turns, so no family starves another, and within a
-group models take turns, so a noisy market does not starve the rest.
+A job waits for its model, or is ready to run, or is done (answered, cancelled or expired; done jobs are skipped where
+they are still queued). Ready jobs wait in groups, one for each family or single model. Groups take turns, so no family
+starves another; within a group models take turns, so a busy model does not starve the others.
 
-The next batch is half of what its group has by then: while the fronts answer one half, and clients ask anew, the worker
-runs the other. Were it everything, worker and fronts would wait for each other in turn (8 connections on two cores:
-12,300 requests a second, with halves 17,300). A few are not halved, for a forward costs something whatever it runs.
+A batch takes half of its group's jobs: while the fronts send the answers of one half, and clients send new requests,
+the worker runs the other half. With whole groups, worker and fronts would wait for each other in turn (8 connections on
+two cores: 12,300 requests a second; with halves 17,300). Up to FEW jobs are not halved, because each forward has a
+fixed cost.
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
+from server.contract import UNHALVED_JOBS
 from server.ipc.frames import CacheResult, Request, Tier
 
-FEW = 4  #: jobs that run together
+FEW = UNHALVED_JOBS
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request in this worker. `origin` is whom to answer; times are seconds on the monotonic clock."""
+    """A request in this worker. `origin`: the connection to answer to. Times are seconds on the monotonic clock."""
 
     request: Request
     model: ModelName
@@ -35,6 +37,7 @@ class Job:
     slot: Slot | None = None
     load_s: float = 0.0
     done: bool = False
+    call: Any = None  #: the decoded request, where its batch had no time left for it
 
     def __repr__(self) -> str:
         """For example `<Job 17 au/NSW1.mar miss>`."""
@@ -42,11 +45,11 @@ class Job:
 
 
 class QueueFull(Exception):
-    """A bound is reached; the message says which."""
+    """A limit of queued requests is reached; the message says which."""
 
 
 class Scheduler:
-    """All jobs of one worker between arrival and answer. `few`: jobs that are not halved, see the module."""
+    """All jobs of one worker between arrival and answer. `few`: so few jobs are not halved, see the module."""
 
     def __init__(self, per_model: int, per_worker: int, few: int = FEW) -> None:
         self._per_model = per_model
@@ -56,6 +59,7 @@ class Scheduler:
         self._total = 0
         self._waiting: dict[ModelName, list[Job]] = {}
         self._ready: OrderedDict[str, OrderedDict[ModelName, deque[Job]]] = OrderedDict()
+        self._parked: dict[str, OrderedDict[ModelName, deque[Job]]] = {}
 
     def __repr__(self) -> str:
         """For example `<Scheduler 12 jobs, 3 models awaited, 2 groups ready>`."""
@@ -66,11 +70,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether `next_batch` would give any."""
+        """Whether `next_batch` would return any job."""
         return bool(self._ready)
 
     def admit(self, job: Job) -> None:
-        """Take the job into account. Raises QueueFull when the model's or the worker's queue is."""
+        """Count the job. Raises QueueFull if the queue of its model or of the worker is full."""
         queued = self._counts.get(job.model, 0)
         if queued >= self._per_model:
             raise QueueFull(f"{queued} requests wait for {job.model} already (queue_per_model)")
@@ -80,20 +84,41 @@ class Scheduler:
         self._total += 1
 
     def wait(self, job: Job) -> None:
-        """The job's model is being loaded."""
+        """Add a job whose model is being loaded."""
         self._waiting.setdefault(job.model, []).append(job)
 
     def awaited(self, model: ModelName) -> list[Job]:
-        """The jobs that waited for this model, no longer waiting now; jobs already done are left out."""
+        """Remove and return the jobs that wait for this model, without those that are done."""
         jobs = self._waiting.pop(model, [])
         return [job for job in jobs if not job.done]
 
     def ready(self, group: str, job: Job) -> None:
-        """The job's model is here; it runs in the group's next batch."""
-        self._ready.setdefault(group, OrderedDict()).setdefault(job.model, deque()).append(job)
+        """Queue a job whose model is resident for one of the group's next batches."""
+        self._queues(group).setdefault(job.model, deque()).append(job)
+
+    def put_back(self, group: str, jobs: Sequence[Job]) -> None:
+        """Queue jobs that their batch had no time for before others of their models. Other groups run first."""
+        queues = self._queues(group)
+        for job in reversed(jobs):
+            queues.setdefault(job.model, deque()).appendleft(job)
+            queues.move_to_end(job.model, last=False)
+
+    def park(self, group: str) -> None:
+        """Make no batches of the group until it is unparked. Its jobs stay queued."""
+        self._parked[group] = self._ready.pop(group, OrderedDict())
+
+    def unpark(self, group: str) -> None:
+        """Make batches of the group again."""
+        if queues := self._parked.pop(group):
+            self._ready[group] = queues
+
+    def _queues(self, group: str) -> OrderedDict[ModelName, deque[Job]]:
+        if group in self._parked:
+            return self._parked[group]
+        return self._ready.setdefault(group, OrderedDict())
 
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
-        """A group and half of its jobs, at most `limit`, models taking turns. Those already done are handed out too."""
+        """A group and half of its jobs, at most `limit`, taken from its models in turn. Includes jobs that are done."""
         group, queues = self._ready.popitem(last=False)
         half = (sum(map(len, queues.values())) + 1) // 2
         batch: list[Job] = []
@@ -107,7 +132,7 @@ class Scheduler:
         return group, batch
 
     def finish(self, job: Job) -> bool:
-        """The job is answered or given up: it counts no more. False if it was done before."""
+        """Mark a job as done, because it is answered or given up. False if it was done before."""
         if job.done:
             return False
         job.done = True
@@ -120,9 +145,10 @@ class Scheduler:
         return True
 
     def expired(self, now: float) -> list[Job]:
-        """Jobs that wait for their model and have no time left. (Ready jobs are checked when their batch is made.)
+        """Remove and return the jobs that wait for their model and whose deadline has passed.
 
-        Jobs already done are let go: a slow load does not keep the bodies of requests that nobody waits for.
+        Deadlines of ready jobs are checked when their batch runs. Done jobs are dropped, so that a slow load does not
+        keep the bodies of cancelled requests in memory.
         """
         late = []
         for model, jobs in list(self._waiting.items()):
@@ -137,7 +163,8 @@ class Scheduler:
         return late
 
     def jobs(self) -> Iterator[Job]:
-        """All jobs here, ready and waiting, done ones left out."""
-        groups: Iterable[Iterable[Job]] = (queue for queues in self._ready.values() for queue in queues.values())
-        for jobs in (*groups, *self._waiting.values()):
+        """All ready and waiting jobs, without those that are done."""
+        groups = (*self._ready.values(), *self._parked.values())
+        queues: Iterable[Iterable[Job]] = (queue for queues in groups for queue in queues.values())
+        for jobs in (*queues, *self._waiting.values()):
             yield from (job for job in jobs if not job.done)

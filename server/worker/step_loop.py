@@ -1,12 +1,14 @@
-"""The step loop: schedule -> execute -> update. What a worker does for requests.
+"""The worker's step loop: schedule a batch, execute it, answer its requests.
 
-Everything here runs on the worker's event loop thread, in short calls: `submit` when a request has arrived, `step` when
-there is something to do. What arrives while a step runs is for the next batches. `server.worker.model_loads` brings
-models, `server.worker.resident_models` has those that are here; both live on this thread, so that nothing is changed
-while a batch runs.
+Everything runs on the worker's event loop thread (the step thread) in short calls: `submit` when a request arrives,
+`step` when there is work. A request that arrives during a step runs in a later batch. `server.worker.model_loads` loads
+models, `server.worker.resident_models` holds the loaded ones.
+
+INVARIANT: loads and residents change only on this thread, so no row changes while a batch runs.
 """
 
 import asyncio
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ from typing import Any, Protocol
 import structlog
 import torch
 
-from handlers.errors import RequestError, RunFailed
+from handlers.codecs.codec import Encoded
+from handlers.errors import Overran, RequestError, RunFailed
+from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache, Failure
 from model_store.cache.slots import Slot
 from model_store.errors import LoadError
@@ -27,7 +31,8 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Builder, Built, RowModel, SingleModel
+from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, Outcome, Pace, answer_alone, answer_rows
+from server.worker.model_loader import Builder, Built
 from server.worker.model_loads import Loads
 from server.worker.prefetch.prefetcher import Foresight
 from server.worker.resident_models import Residents
@@ -40,17 +45,22 @@ log = structlog.get_logger()
 
 
 class Origin(Protocol):
-    """Whom a job came from: a front's connection."""
+    """The front connection that a job's response is sent to."""
 
     def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
-        """The job's answer."""
+        """Send the job's answer. `queue_s` and `inference_s`: seconds in the queue and in the forward."""
 
     def refuse(self, job: Job, refused: Refused) -> None:
-        """Why there is none."""
+        """Send the reason why there is no answer."""
 
 
 class StepLoop:
-    """See the module. `now` is the monotonic clock in seconds."""
+    """Accepts, runs and answers the requests of one worker.
+
+    `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
+    access log, None without one. `long`: runs long requests, None to run all on the step thread. `now`: the monotonic
+    clock in seconds.
+    """
 
     def __init__(
         self,
@@ -66,6 +76,7 @@ class StepLoop:
         patience_s: float,
         foresight: Foresight | None = None,
         arrivals: Arrivals | None = None,
+        long: LongJobs | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._residents = Residents(cache, engine, shelf, metrics, foresight, now)
@@ -73,7 +84,7 @@ class StepLoop:
             self._residents, self, loader, metrics, foresight, threads=loader_threads, patience_s=patience_s, now=now
         )
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
-        self._foresight, self._arrivals = foresight, arrivals
+        self._foresight, self._arrivals, self._long = foresight, arrivals, long
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
         self._woken = False
@@ -86,7 +97,7 @@ class StepLoop:
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, origin: Origin) -> Job:
-        """A request has arrived. It is answered through its origin, now or later, exactly once."""
+        """Accept a request. INVARIANT: it is answered or refused through its origin exactly once, unless cancelled."""
         now = self._now()
         model = ModelName(request.model)
         job = Job(request, model, origin, now, request.deadline_ns / 1e9)
@@ -110,14 +121,14 @@ class StepLoop:
         return job
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for the answer: the job is skipped where it lies, its lease ends when its turn comes."""
+        """Cancel a job whose client has left. It is skipped in its batch, where its lease ends."""
         if self._scheduler.finish(job):
             self._record(job, LOST)
 
     def _await_model(self, job: Job, now: float) -> None:
         wanted = self._cache.want(job.model, now)
         if isinstance(wanted, Failure):
-            self._refuse(job, Refused(situation_of(wanted.error), str(wanted.error)))
+            self._refuse(job, Refused(situation_of(wanted.error), wanted.error.public))
             return
         job.cache = CacheResult.COALESCED if wanted is None else CacheResult.MISS
         (self._metrics.coalesced if wanted is None else self._metrics.misses).inc()
@@ -128,19 +139,19 @@ class StepLoop:
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """There is something to do: run a step as soon as what happens now is over."""
+        """Schedule a step on the event loop; no-op if one is scheduled."""
         if not self._woken:
             self._woken = True
             self._loop.call_soon(self.step)
 
     def step(self) -> None:
-        """Give built models their place, then run one batch. Whatever is left asks for the next step."""
+        """Place built models, then run one batch. Schedules another step if work is left."""
         self._woken = False
-        placed = self._loads.place()
+        placed = bool(self._loads.built) and self._loads.place()
         if self._scheduler.has_work:
             group, jobs = self._scheduler.next_batch(self._batch)
             self._execute(group, jobs)
-        if self._scheduler.has_work or (placed and self._loads.any_built):
+        if self._scheduler.has_work or (placed and self._loads.built):
             self.wake()
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
@@ -155,32 +166,43 @@ class StepLoop:
                 live.append(job)
         if not live:
             return
-        self._count(live, now)
+        self._count([job for job in live if job.call is None], now)
         try:
             if isinstance(self._residents[_slot(live[0])], RowModel):
-                self._run_rows(live, now)
+                self._run_rows(group, live, now)
             else:
-                self._run_single(live, now)
+                self._run_single(group, live, now)
         except torch.OutOfMemoryError as error:
-            log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- where it ran out says nothing
+            log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
             for job in live:
                 self._refuse(job, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"))
-        except Exception as error:  # whatever a forward throws is these requests' trouble, not the worker's
+        except Exception as error:  # an error of a forward fails these requests, not the worker
             log.exception("step_failed", group=group)
             for job in live:
                 self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"))
 
-    def _run_rows(self, jobs: Sequence[Job], now: float) -> None:
-        """One forward for the rows of many models."""
-        running, calls, parts = [], [], []
+    def _run_rows(self, group: str, jobs: list[Job], now: float) -> None:
+        """One forward for the rows of many models, of as many as a slice has time for."""
+        running, calls, parts = list[Job](), list[Any](), list[Any]()
         began = time.perf_counter()
-        for job in jobs:
+        first = self._residents[_slot(jobs[0])]
+        assert isinstance(first, RowModel), "a group holds one family"
+        pace = self._long.pace(first) if self._long is not None and self._long.rows else None
+        room: float = math.inf if pace is None else pace.slice_rows
+        for at, job in enumerate(jobs):
             model = self._residents[_slot(job)]
             assert isinstance(model, RowModel), "a group holds one family"
-            call = self._decode(job, model.codec.decode)
-            if call is None:
+            if pace is not None and self._runs_apart(job, model, None, pace, now):
                 continue
-            if not len(call.rows):  # lines of which none can be answered
+            call = job.call or self._decode(job, model.codec.decode)
+            if call is None or (pace is not None and self._runs_apart(job, model, call, pace, now)):
+                continue
+            if running and len(call.rows) > room:
+                job.call = call
+                self._scheduler.put_back(group, jobs[at:])
+                break
+            room -= len(call.rows)
+            if not len(call.rows):  # JSON Lines of which none is valid
                 self._encode(job, call.encode, call.rows, now, 0.0)
                 continue
             running.append(job)
@@ -188,29 +210,44 @@ class StepLoop:
             parts.append(call.rows)
         if not running:
             return
-        family = self._residents[_slot(running[0])]
-        assert isinstance(family, RowModel)
+        jobs[:] = running  # the others do not fail with these
         started = time.perf_counter()
         offsets = [_slot(job).offset for job in running]
-        answers = self._residents.with_memory(lambda: self._engine.run(family.family, offsets, parts))
+        answers = self._residents.with_memory(lambda: self._engine.run(first.family, offsets, parts))
         ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(map(len, parts)))
         self._metrics.batch_models.observe(len({job.model for job in running}))
+        if pace is not None:
+            pace.ran(sum(map(len, parts)), ended - started)
         for job, call, answer in zip(running, calls, answers, strict=True):
             self._encode(job, call.encode, answer, now, ended - started)
         self._spent(began, started, ended)
 
-    def _run_single(self, jobs: Sequence[Job], now: float) -> None:
-        """The requests of one model that is not a row, in one run where the model allows it."""
+    def _run_single(self, group: str, jobs: Sequence[Job], now: float) -> None:
+        """Run the requests of one single model, together if the model allows it."""
         model = self._residents[_slot(jobs[0])]
         assert isinstance(model, SingleModel), "a group holds one single"
+        long = self._long
+        if long is not None and any(long.is_long_to_decode(job, model) for job in jobs):
+            self._run_single_apart(long, group, model, [(job, None) for job in jobs], now)
+            return
         began = time.perf_counter()
         asked = [(job, call) for job in jobs if (call := self._decode(job, model.codec.decode)) is not None]
         if not asked:
             return
+        calls = [call for _, call in asked]
+        if long is not None and long.is_long_alone(model, calls):
+            self._run_single_apart(long, group, model, asked, now)
+            return
         started = time.perf_counter()
-        answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for _, call in asked]))
+        try:
+            answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for call in calls]))
+        except Overran as overran:
+            self._overran(asked[0][0].model, overran)
+            raise
         ended = time.perf_counter()
+        if long is not None:
+            long.ran_alone(model, calls, ended - started)
         self._metrics.batch_rows.observe(sum(call.n for _, call in asked))
         self._metrics.batch_models.observe(1)
         for (job, call), outputs in zip(asked, answers, strict=True):
@@ -220,28 +257,87 @@ class StepLoop:
                 self._encode(job, call.encode, outputs, now, ended - started)
         self._spent(began, started, ended)
 
+    # --- long requests, on other threads ----------------------------------------------------------------------------
+
+    def _runs_apart(self, job: Job, model: RowModel, call: Any, pace: Pace, now: float) -> bool:
+        """Whether this request is long, and is run apart from now on; `call` is None before it is decoded."""
+        assert self._long is not None, "without threads nothing is long"
+        if call is None:
+            if job.call is not None or not self._long.is_long_to_decode(job, model):
+                return False
+        elif pace.seconds(len(call.rows)) + call.seconds <= LONG_S:
+            return False
+        row = self._engine.pool.read(_slot(job).offset, model.family.row_floats * 4)  # the slot may move
+        started = time.perf_counter()
+        self._long.start(
+            [job],
+            answer_rows(job, model, row, call, pace),
+            lambda outcome: self._end_apart(job, outcome, now, time.perf_counter() - started),
+        )
+        return True
+
+    def _run_single_apart(
+        self, long: LongJobs, group: str, model: SingleModel, asked: Sequence[tuple[Job, Any]], now: float
+    ) -> None:
+        jobs, calls = [job for job, _ in asked], [call for _, call in asked]
+        started = time.perf_counter()
+
+        def note(calls: Sequence[Any], seconds: float) -> None:
+            self._loop.call_soon_threadsafe(long.ran_alone, model, calls, seconds)
+
+        def done(outcomes: list[Outcome] | Exception) -> None:
+            took = time.perf_counter() - started
+            self._scheduler.unpark(group)
+            if isinstance(outcomes, Overran):
+                self._overran(jobs[0].model, outcomes)
+            for i, job in enumerate(jobs):
+                self._end_apart(job, outcomes if isinstance(outcomes, Exception) else outcomes[i], now, took)
+            if self._scheduler.has_work:
+                self.wake()
+
+        self._scheduler.park(group)  # a model that runs alone runs one batch at a time
+        long.start(jobs, answer_alone(jobs, model, calls, note), done)
+
+    def _end_apart(self, job: Job, outcome: Outcome, now: float, took: float) -> None:
+        """Answer or refuse a request that ran apart, and end its lease."""
+        if not isinstance(outcome, Exception):
+            self._answer(job, outcome, now, took)
+        elif isinstance(outcome, RequestError):
+            self._refuse(job, Refused(Situation.BAD_REQUEST, outcome.message, outcome.instance, outcome.field))
+        elif isinstance(outcome, DeadlinePassed):
+            self._refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
+        else:
+            if not isinstance(outcome, RunFailed):
+                log.error("long_job_failed", model=job.model, error=repr(outcome))
+            self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {outcome}"))
+
+    def _overran(self, model: ModelName, overran: Overran) -> None:
+        log.warning("overran", model=model, error=str(overran))
+
     def _spent(self, began: float, started: float, ended: float) -> None:
-        """Count where a step's time went: before the forward it decoded, after it it encoded."""
+        """Count a step's seconds of decoding (before `started`), forward (until `ended`) and encoding (until now)."""
         self._metrics.decode_s.inc(started - began)
         self._metrics.forward_s.inc(ended - started)
         self._metrics.encode_s.inc(time.perf_counter() - ended)
 
     def _decode(self, job: Job, decode: Callable[[bytes, str, str], Any]) -> Any:
-        """The request as arrays, or None when it was refused."""
+        """The request as arrays; None if it was refused."""
         try:
             return decode(job.request.body, job.request.content_type, job.request.accept)
         except RequestError as bad:
             self._refuse(job, Refused(Situation.BAD_REQUEST, bad.message, bad.instance, bad.field))
             return None
 
-    def _encode(
-        self, job: Job, encode: Callable[[Any], tuple[bytes, str]], answer: Any, now: float, step_s: float
-    ) -> None:
+    def _encode(self, job: Job, encode: Callable[[Any], Encoded], answer: Any, now: float, step_s: float) -> None:
         try:
-            body, content_type = encode(answer)
+            encoded = encode(answer)
         except RunFailed as failed:
             self._refuse(job, Refused(Situation.MODEL_FAILED, str(failed)))
             return
+        self._answer(job, encoded, now, step_s)
+
+    def _answer(self, job: Job, encoded: Encoded, now: float, step_s: float) -> None:
+        body, content_type = encoded
         if self._scheduler.finish(job):
             self._record(job, job.cache)
             queue_s = max(0.0, now - job.arrived - job.load_s)
@@ -254,13 +350,17 @@ class StepLoop:
             self._metrics.model_request(job.model)
 
     def _refuse(self, job: Job, refused: Refused) -> None:
+        self._tell_refused(job, refused)
+        self._release(job)
+
+    def _tell_refused(self, job: Job, refused: Refused) -> None:
+        """Refuse a job whose model is still in use: its lease ends later."""
         if self._scheduler.finish(job):
             self._record(job, REFUSED)
             job.origin.refuse(job, refused)
-        self._release(job)
 
     def _record(self, job: Job, outcome: int) -> None:
-        """For the access log."""
+        """Add a row to the access log."""
         if self._arrivals is not None:
             self._arrivals.note(job.model, job.arrived, 0 if job.slot is None else job.slot.charge, outcome)
 
@@ -272,11 +372,14 @@ class StepLoop:
     # --- loads ------------------------------------------------------------------------------------------------------
 
     def load(self, model: ModelName, *, revalidate: bool = False) -> asyncio.Future[str]:
-        """An operator's load: the version that serves in the end, or LoadError. `revalidate` asks the store anyway."""
+        """Load a model for an operator. Resolves with the version that serves, or LoadError.
+
+        `revalidate` makes a store request even if the model is resident.
+        """
         return self._loads.ask(model, revalidate=revalidate)
 
     def served(self, built: Built, now: float) -> None:
-        """A model is here: everyone who waited for it is leased and queued."""
+        """Lease and queue the jobs that waited for this model: it is resident now."""
         for job in self._scheduler.awaited(built.model):
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.arrived, _TIERS[built.tier]
@@ -284,64 +387,65 @@ class StepLoop:
             self._scheduler.ready(_group(_slot(job)), job)
 
     def failed(self, model: ModelName, error: LoadError) -> None:
-        """It will not be here: everyone who waited for it gets the cause."""
+        """Refuse the jobs that waited for this model, with the cause of its failed load."""
         for job in self._scheduler.awaited(model):
-            self._refuse(job, Refused(situation_of(error), str(error)))
+            self._refuse(job, Refused(situation_of(error), error.public))
 
     async def unload(self, model: ModelName) -> bool:
-        """Forget the model once nobody uses it; returns when its memory is free. False if it was not here."""
+        """Unload the model after its last lease; returns when its memory is free. False if it was not resident."""
         if model in self._cache.loads:
             try:
-                await self.load(model)  # joins the load: whoever waits for it is served first
+                await self.load(model)  # joins the running load, so that the jobs that wait for it are served first
             except LoadError:
                 return False
         return await self._residents.unload(model)
 
     def pin(self, model: ModelName) -> None:
-        """Never evict the model, now or once it is loaded."""
+        """Never evict the model, from now on or once it is loaded."""
         self._cache.pin(model)
 
     def unpin(self, model: ModelName) -> None:
-        """The model may be evicted again."""
+        """Allow the model to be evicted again."""
         self._cache.unpin(model)
 
     # --- time and state ---------------------------------------------------------------------------------------------
 
     async def _sweep(self) -> None:
-        """Deadlines of jobs that wait for a model, built models that wait for room, a path's time to measure, and what
-        is about to be asked.
+        """Do what depends on time, every SWEEP_S.
+
+        That is: refuse waiting jobs whose deadline has passed, measure execution paths, retry built models that wait
+        for memory, and start prefetches.
         """
         while True:
             await asyncio.sleep(SWEEP_S)
             for job in self._scheduler.expired(self._now()):
                 message = f"{job.model} was not ready before the deadline passed"
                 self._refuse(job, Refused(Situation.DEADLINE, message))
+            for job in [] if self._long is None else [job for job in self._long.running if job.deadline <= self._now()]:
+                self._tell_refused(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
             self._engine.learn()
-            if self._loads.any_built:
+            if self._loads.built:
                 self.wake()
             if self._foresight is not None:
                 self._foresight.look(self._now())
                 self._loads.look_ahead()
 
-    async def drain(self) -> None:
-        """Returns when no job is left."""
-        while len(self._scheduler):  # noqa: ASYNC110 -- asked once in a life, and the step loop stays free of events
-            await asyncio.sleep(SWEEP_S)
-
     def close(self) -> None:
-        """No more loads."""
+        """Stop the sweep and start no more loads."""
         self._sweeper.cancel()
+        if self._long is not None:
+            self._long.close()
         self._loads.close()
 
     def exposition(self) -> str:
-        """The metrics, gauges up to date."""
+        """The metrics in exposition format, with updated gauges."""
         self._residents.gauges()
         if self._foresight is not None:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()
 
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
-        """See Residents.describe."""
+        """Describe models; see `Residents.describe`."""
         return self._residents.describe(prefix, after, limit)
 
 
@@ -351,5 +455,5 @@ def _slot(job: Job) -> Slot:
 
 
 def _group(slot: Slot) -> str:
-    """What may run with it: its family, or it alone."""
+    """The key of jobs that can run in one batch: the slot's family, or the single model and its version."""
     return slot.family or f"single {slot.model}@{slot.version}"

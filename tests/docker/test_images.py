@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.observe.processes import ended, free_port, reachable, wait_until
+from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
 from tests.patience import PATIENCE_S
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -62,8 +63,8 @@ def test_compose_fits_the_compose_specification() -> None:
 
 @needs_prometheus
 def test_prometheus_configuration_is_valid() -> None:
-    """Promtool accepts it."""
-    command = ["promtool", "check", "config", str(DOCKER / "prometheus.yml")]
+    """Promtool accepts it; the file of the token is made when the services start."""
+    command = ["promtool", "check", "config", "--syntax-only", str(DOCKER / "prometheus.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -73,33 +74,37 @@ def started(command: list[str], environment: Mapping[str, str], log: Path) -> It
     """A service of the compose file as a process."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
-        with ended([process], gently=True):
+        with ending([process], gently=True):
             yield
 
 
 @needs_prometheus
 @pytest.mark.e2e
 def test_the_compose_services_work_together(tmp_path: Path) -> None:
-    """S3 server, fleet maker, server with its healthcheck, and Prometheus run by the file's own commands and
-    environment (host names and ports become loopback ones), and Prometheus ends up seeing the worker.
+    """S3 server, fleet maker, token maker, server with its healthcheck, and Prometheus run by the file's own commands
+    and environment (host names, ports and folders become this test's), and Prometheus ends up seeing the worker.
+
+    The management and metrics listeners have the addresses that the file names, and take the file's tokens alone.
     """
     services = compose()["services"]
-    ports = {name: free_port() for name in ("s3", "inference", "management", "metrics", "prometheus")}
+    ports = {name: find_free_port() for name in ("s3", "inference", "management", "metrics", "prometheus")}
     endpoint = f"http://127.0.0.1:{ports['s3']}"
     s3 = [arg.replace("0.0.0.0", "127.0.0.1").replace("5000", str(ports["s3"])) for arg in services["s3"]["command"]]
     environment = {k: str(v).replace("http://s3:5000", endpoint) for k, v in services["fleet"]["environment"].items()}
     serving = {k: str(v).replace("http://s3:5000", endpoint) for k, v in services["server"]["environment"].items()}
     serving |= {f"FLEETCAST_{name.upper()}_PORT": str(ports[name]) for name in ("inference", "management", "metrics")}
+    serving = {k: v.replace("/var/lib/fleetcast/access", str(tmp_path)) for k, v in serving.items()}
     serving |= {"FLEETCAST_DISK_CACHE": str(tmp_path / "cache"), "FLEETCAST_HOST": "127.0.0.1"}
+    make_tokens(services["tokens"], tmp_path)
     fleet = [sys.executable, *services["fleet"]["entrypoint"][1:], *services["fleet"]["command"]]
     config = tmp_path / "prometheus.yml"
     scraped = (DOCKER / "prometheus.yml").read_text().replace("server:8082", f"127.0.0.1:{ports['metrics']}")
-    config.write_text(scraped.replace("5s", "1s"))
+    config.write_text(scraped.replace("5s", "1s").replace("/etc/prometheus/access", str(tmp_path)))
     watch = ["prometheus", *services["prometheus"]["command"], f"--storage.tsdb.path={tmp_path / 'data'}"]
     watch = [arg.replace("/etc/prometheus/prometheus.yml", str(config)) for arg in watch]
     watch.append(f"--web.listen-address=127.0.0.1:{ports['prometheus']}")
     with started([sys.executable, "-m", "moto.server", *s3], {}, tmp_path / "s3.log"):
-        wait_until(lambda: reachable(ports["s3"]))
+        wait_until(lambda: is_reachable(ports["s3"]))
         subprocess.run(fleet, env={**os.environ, **environment}, check=True, capture_output=True)
         entry = [sys.executable, "-m", "server.cli.main", *services["server"]["command"]]
         with started(entry, serving, tmp_path / "server.log"), started(watch, {}, tmp_path / "prometheus.log"):
@@ -108,6 +113,21 @@ def test_the_compose_services_work_together(tmp_path: Path) -> None:
                 lambda: subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 0
             )
             wait_until(lambda: queried(ports["prometheus"], "fleetcast_worker_up") == ["1"])
+            token, models = (tmp_path / "operator.token").read_text().strip(), f"{ports['management']}/fleet/models"
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                urllib.request.urlopen(f"http://127.0.0.1:{models}", timeout=PATIENCE_S)
+            request = urllib.request.Request(f"http://127.0.0.1:{models}", headers={"Authorization": f"Bearer {token}"})
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
+                assert reply.status == 200
+
+
+def make_tokens(service: Mapping[str, Any], folder: Path) -> None:
+    """Run the service's command, twice: the tokens that are there are kept."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    for _ in range(2):
+        subprocess.run([*service["entrypoint"], *service["command"]], cwd=folder, env=environment, check=True)
+    assert (folder / "tokens.toml").read_text().count("[[tokens]]") == 2
+    assert len((folder / "prometheus.token").read_text().split()) == 1
 
 
 def healthcheck() -> str:

@@ -234,9 +234,12 @@ def upload(s3: S3Server, bucket: str, models: Sequence[Model], prefix: str = "")
 def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
     """`fleetcast serve` in processes of its own, ready; its caches and home are below `folder`.
 
+    Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own.
+
     On the way out it ends by SIGTERM; exit code, orphans and tracebacks in the log are checked. The log is printed, so
     that pytest shows it beside a failure.
     """
+    http: httpx.Client | None = settings.pop("http", None)
     mark = uuid.uuid4().hex
     log, announce = folder / f"{mark}.log", folder / f"{mark}.json"
     ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
@@ -255,6 +258,8 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
             cwd=folder, env=_child_environment(s3, folder, mark), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
         )  # fmt: skip
     server = Server(process, mark, log, {})
+    if http is not None:
+        server.http = http
     try:
         server.addresses = _ready(server, announce)
         yield server

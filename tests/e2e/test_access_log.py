@@ -9,8 +9,9 @@ import pytest
 from botocore.exceptions import ClientError
 
 from handlers.forecasters import build
-from loadtest.driver.trace import OUTCOMES, read_trace
+from loadtest.driver.trace import read_trace
 from server.access_log import Row, parts, read_rows
+from server.contract import ACCESS_LOG_OUTCOMES
 from tests.e2e.conftest import Serve
 from tests.e2e.models import SMALL_TCN, fleet
 from tests.e2e.server import ROOT, Server, upload
@@ -55,7 +56,7 @@ def _is_the_trace_of(log: Path, rows: list[Row]) -> None:
     """The load tester reads the same."""
     trace = read_trace(log)
     assert [trace.names[i] for i in trace.model] == [row.model for row in rows]
-    assert [OUTCOMES[i] for i in trace.outcome] == [row.outcome for row in rows]
+    assert [ACCESS_LOG_OUTCOMES[i] for i in trace.outcome] == [row.outcome for row in rows]
 
 
 def test_the_log_is_replayed(s3: S3Server, store: str, serve: Serve, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_who_never_finishes_a_request_is_cut_off(s3: S3Server, store: str, serve
     (model,) = fleet("normal", 1)
     upload(s3, store, [model])
     start = {
-        "body": b"POST /invocations HTTP/1.1\r\nX-Amzn-SageMaker-Target-Model: x\r\nContent-Length: 9999\r\n\r\n",
+        "body": b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
         "headers": b"POST /invocations HTTP/1.1\r\nX-Slow: ",
         "silent": b"",
     }[kind]
@@ -166,7 +166,8 @@ def test_bodies_on_their_way_count_against_the_bound(s3: S3Server, store: str, s
     (model,) = fleet("normal", 1)
     upload(s3, store, [model])
     size = 1 << 20
-    head = f"POST /invocations HTTP/1.1\r\nX-Amzn-SageMaker-Target-Model: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Amzn-SageMaker-Target-Model: x\r\n"
+    head += b"Content-Length: %d\r\n\r\n" % size
     with serve(max_inflight_bytes=4 * size + 65536, client_timeout_s=PATIENCE_S) as server, ExitStack() as stack:
         for _ in range(6):
             sock = stack.enter_context(socket.create_connection(server.address, timeout=PATIENCE_S))

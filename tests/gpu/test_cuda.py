@@ -11,12 +11,12 @@ import torch
 from handlers.base import Family, Float32
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build, random_tensors
+from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from server.worker.engine.device import CudaDevice, Precision, cache_share
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import RowModel
 from tests.server.worker.engine.test_cpu import CONFIGS, reference
 
 pytestmark = [

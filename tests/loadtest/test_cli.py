@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,20 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtest.cli import app
-from loadtest.driver import summary
-from loadtest.driver.profiles import Arrivals, Profile, Schedule, Tick
-from loadtest.driver.run import Plan, Questions, Subject, climb
+from loadtest.cli_groups import BENCHMARKS, DEMOS, LazyCommand
+from loadtest.driver import run_result, summary
+from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule, Tick
+from loadtest.driver.run import RequestSource, RunPlan, ServerUnderLoad, climb_rates
 from loadtest.driver.run_result import Run
 from loadtest.driver.trace import read_trace
-from loadtest.fleets.fleet import fleet_names, make_fleet, make_request
+from loadtest.fleets.fleet import list_fleet_names, make_fleet, make_request
 from loadtest.observe.local_server import serve
-from loadtest.observe.processes import free_port
+from loadtest.observe.processes import find_free_port
 from tests.loadtest.peer import Peer, running
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
+GROUPS = {"bench": BENCHMARKS, "demo": DEMOS}
 console = Console()
 
 
@@ -97,7 +101,7 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
 def test_calls_for_many_models(tmp_path: Path) -> None:
     """A tick as a few calls: each waits for its own models; one that is not there fails in every call that names it."""
     make_fleet(str(tmp_path / "store"), 4)
-    names = [f"{name}\n" for name in fleet_names(4)]
+    names = [f"{name}\n" for name in list_fleet_names(4)]
     (tmp_path / "names").write_text("".join([*names[:2], "none.mar\n", *names[2:]]))
     (tmp_path / "request.json").write_text(json.dumps(make_request(0)))
     out, html = tmp_path / "run.json", tmp_path / "run.html"
@@ -156,19 +160,19 @@ def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkey
     assert why in line
 
 
-def subject(peer: Peer, model: str) -> Subject:
+def subject(peer: Peer, model: str) -> ServerUnderLoad:
     """A peer to be asked for one model."""
-    questions = Questions([model], 1, None, b"{}", 0).of(None, console)  # type: ignore[list-item]
-    return Subject(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
+    questions = RequestSource([model], 1, None, b"{}", 0).of(None, console)  # type: ignore[list-item]
+    return ServerUnderLoad(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
 
 
 def test_a_ramp_ends_where_answers_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rate after rate while they are sustained; the table says at which it was too much, and why."""
-    monkeypatch.setattr("loadtest.driver.run_result.MAX_LAG_S", PATIENCE_S)  # how busy this machine is does not matter
+    monkeypatch.setattr(run_result, "MAX_LAG_S", PATIENCE_S)  # the ramp is judged here, not how busy this machine is
     with running(Peer(stall_at=130, stall_s=4.0)) as peer:
-        plan = Plan(Profile(1, arrivals=Arrivals.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=2000.0))
+        plan = RunPlan(Profile(1, arrivals=ArrivalProcess.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=2000.0))
         to = subject(peer, "hit").target("sagemaker", allow_remote=False)
-        found, _ = climb(subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
+        found, _ = climb_rates(subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
     steps = found["steps"]
     assert [step["sustained"] for step in steps] == [True, False]
     assert steps[1]["why"].startswith("p99 latency ")
@@ -177,9 +181,11 @@ def test_a_ramp_ends_where_answers_fail(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_ramp_is_of_rates() -> None:
     """A tick has no rate to raise."""
-    plan = Plan(Tick(1), 0.5, 0.0, 512, 1, summary.Slo())
+    plan = RunPlan(Tick(1), 0.5, 0.0, 512, 1, summary.Slo())
     with running(Peer()) as peer, pytest.raises(ValueError, match="a ramp is of rates"):
-        climb(subject(peer, "hit"), plan, subject(peer, "hit").target("sagemaker", allow_remote=False), [1.0], console)
+        climb_rates(
+            subject(peer, "hit"), plan, subject(peer, "hit").target("sagemaker", allow_remote=False), [1.0], console
+        )
 
 
 def test_the_verdict() -> None:
@@ -211,7 +217,7 @@ def test_curves_over_time() -> None:
     status, cache = np.array([200, 200, 200, 503, 200, 0]), np.array([1, 2, 1, 0, 1, 0])
     done = np.where(status > 0, at + 0.010, np.nan)
     run = Run(Schedule(at, np.zeros(6, np.int64), 2.0), at, at, done, status, cache, 3.7, False, 0, [])
-    found = summary.over_time(run)
+    found = summary.compute_curves(run)
     assert found["t_s"] == [0.25, 0.75, 1.25, 1.75]
     assert found["due_per_s"] == [8.0, 0.0, 0.0, 4.0]
     assert found["answered_per_s"] == [6.0, 0.0, 0.0, 2.0]
@@ -224,29 +230,52 @@ def test_curves_over_time() -> None:
 def test_a_distribution_is_what_was_measured() -> None:
     """Percentiles to three digits, from a microsecond to an hour."""
     seconds = np.random.default_rng(0).lognormal(-6, 2, 20_000)
-    found = summary.distribution(seconds)
+    found = summary.compute_distribution(seconds)
     for percentile in summary.PERCENTILES:
         low, high = (np.percentile(seconds, percentile, method=method) * 1e3 for method in ("lower", "higher"))
         assert low * 0.998 - 0.001 <= found[f"p{percentile:g}_ms"] <= high * 1.002 + 0.001
     assert found["max_ms"] == seconds.max() * 1e3
     assert found["count"] == 20_000
-    assert summary.distribution(np.array([1e-9, 1e5]))["count"] == 2
+    assert summary.compute_distribution(np.array([1e-9, 1e5]))["count"] == 2
 
 
 def test_the_slowest_over_time() -> None:
     """Every request is in the span in which it was due; spans without requests are blank, the rest on a log scale."""
     at, latency = np.array([0.0, 0.5, 59.999]), np.array([0.001, 0.010, 0.100])
-    slots = summary.worst(at, latency, 60.0)
+    slots = summary.compute_slowest(at, latency, 60.0)
     assert [slots[0], slots[-1], sum(slots)] == [10.0, 100.0, 110.0]
-    assert summary.sparkline([1.0, 0.0, 10.0, 100.0]) == "▁ ▅█"
-    assert summary.sparkline([0.0]) == " "
+    assert summary.draw_sparkline([1.0, 0.0, 10.0, 100.0]) == "▁ ▅█"
+    assert summary.draw_sparkline([0.0]) == " "
 
 
 def test_no_server_is_no_load(tmp_path: Path) -> None:
     """An address nobody listens on is said in a line, not blamed on the driver."""
     make_fleet(str(tmp_path / "store"), 1)
-    address = f"http://127.0.0.1:{free_port()}"
+    address = f"http://127.0.0.1:{find_free_port()}"
     done = fleetcast_load(tmp_path, "run", "--url", address, "--store", str(tmp_path / "store"), "--seconds", "1")
     assert done.returncode == 1
     assert "no load: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("group", "commands"), GROUPS.items())
+def test_the_groups_list_their_commands(group: str, commands: Mapping[str, LazyCommand]) -> None:
+    """Every entry of the tables is a command, listed with its line, in the order of the table."""
+    listed = CliRunner().invoke(app, [group, "--help"], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0
+    assert re.findall(r"^│ ([a-z][a-z-]+) {2,}", listed.output, re.MULTILINE) == list(commands)
+    assert all(lazy.about in listed.output for lazy in commands.values())
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "module"),
+    [(group, name, lazy.module) for group, table in GROUPS.items() for name, lazy in table.items()],
+)
+def test_every_command_has_help(group: str, name: str, module: str) -> None:
+    """Its module imports and has a Typer; `--help` is the module's docstring and its options, and runs nothing."""
+    shown = CliRunner().invoke(app, [group, name, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0, shown.output
+    docstring = import_module(f"loadtest.{module}").__doc__
+    assert docstring is not None
+    assert " ".join(docstring.split()[:8]) in " ".join(shown.output.split())
+    assert "--help" in shown.output

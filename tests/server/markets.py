@@ -14,7 +14,7 @@ from model_store.archives.manifest import Channel, Forecast, Scaler
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from server.cli.main import app
-from server.offline.rolling_windows import Model, unpublished
+from server.offline.rolling_windows import ArchiveVersion, open_unpublished
 
 HISTORY, HORIZON, DAYS = 24, 6, 20
 LEVELS = (0.1, 0.5, 0.9)
@@ -78,9 +78,9 @@ def archive(seed: int = 0, **changes: Any) -> bytes:
     return pack_forecaster(tensors, architecture="mlp", config=config, model_name="m", forecast=record)
 
 
-def model(seed: int = 0, **changes: Any) -> Model:
+def model(seed: int = 0, **changes: Any) -> ArchiveVersion:
     """The same, opened, in no store."""
-    return unpublished(archive(seed, **changes), ModelName("m.mar"), DEFAULT_LIMITS)
+    return open_unpublished(archive(seed, **changes), ModelName("m.mar"), DEFAULT_LIMITS)
 
 
 def fill(store: Path, targets: Sequence[str], **changes: Any) -> Path:

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtest.driver.trace import OUTCOMES as TRACE_OUTCOMES
 from loadtest.driver.trace import TraceInvalid, read_trace
 from model_store.names import parse_model_name
 from server import access_log as arrivals
-from server.access_log import HEADER, OUTCOMES, PARTS, AccessLog, Arrivals, parts, read_rows
+from server.access_log import PARTS, AccessLog, Arrivals, parts, read_rows
+from server.contract import ACCESS_LOG_HEADER as HEADER
+from server.contract import ACCESS_LOG_OUTCOMES as OUTCOMES
 from server.ipc.frames import CacheResult
 
 BUDGET = 64 * 1024
@@ -32,13 +33,14 @@ def clock() -> Callable[[], float]:
     return lambda: 1000.0
 
 
-def test_outcomes_are_those_of_the_trace_and_of_the_wire() -> None:
-    """Both programs and the frames between processes number them alike."""
-    assert OUTCOMES == TRACE_OUTCOMES
-    assert OUTCOMES[CacheResult.HIT] == "hit"
-    assert OUTCOMES[CacheResult.MISS] == "miss"
-    assert OUTCOMES[CacheResult.COALESCED] == "coalesced"
-    assert (OUTCOMES[arrivals.REFUSED], OUTCOMES[arrivals.LOST]) == ("refused", "lost")
+def test_outcomes_are_numbered_as_on_the_wire() -> None:
+    """A worker notes a cache result by its number in the frames, so both must have the same order."""
+    assert {result.name.lower(): OUTCOMES[result] for result in CacheResult} == {
+        "none": "answered",
+        "hit": "hit",
+        "miss": "miss",
+        "coalesced": "coalesced",
+    }
 
 
 @given(st.lists(st.sampled_from(["a.mar", "au/nsw1.mar", 'a "b", c.mar', "\u4ef7,\u683c.mar"]), min_size=1, max_size=9))
@@ -56,7 +58,7 @@ def test_whatever_the_names_both_readers_read_them_back(names: list[str]) -> Non
     assert [row.model for row in found] == names == [trace.names[i] for i in trace.model]
     assert [row.time for row in found] == list(trace.time) == [1_000_000.0 + i for i in range(len(names))]
     assert [row.bytes for row in found] == list(trace.size) == list(range(len(names)))
-    assert [row.outcome for row in found] == [TRACE_OUTCOMES[i] for i in trace.outcome]
+    assert [row.outcome for row in found] == [OUTCOMES[i] for i in trace.outcome]
 
 
 def test_a_worker_keeps_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:

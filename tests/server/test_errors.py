@@ -1,12 +1,10 @@
-"""Situations and their codes (CONTRACTS 1)."""
-
-import json
+"""Situations: what a failed load is, and what a refusal carries."""
 
 import pytest
 
 from model_store import errors
 from model_store.errors import LoadError
-from server.errors import SAGEMAKER, Detail, Refused, SageMakerCode, Situation, sagemaker_error, situation_of
+from server.errors import Detail, Refused, Situation, situation_of
 
 
 def all_load_errors(root: type[LoadError] = LoadError) -> list[type[LoadError]]:
@@ -14,9 +12,8 @@ def all_load_errors(root: type[LoadError] = LoadError) -> list[type[LoadError]]:
     return [root, *(found for child in root.__subclasses__() for found in all_load_errors(child))]
 
 
-def test_every_situation_has_a_code_and_fits_a_byte() -> None:
-    """Nothing but success is missing from the table, and all numbers travel in one byte of a response frame."""
-    assert SAGEMAKER.keys() == set(Situation) - {Situation.OK}
+def test_every_situation_fits_a_byte() -> None:
+    """All numbers travel in one byte of a response frame."""
     assert max(Situation) < 256
 
 
@@ -42,41 +39,6 @@ def test_reasons_are_distinct() -> None:
     """The slug is a metrics label and a table's key: no two classes share one."""
     reasons = [error.reason for error in all_load_errors()]
     assert len(set(reasons)) == len(reasons)
-
-
-def test_a_model_error_carries_its_original() -> None:
-    """424 with OriginalStatusCode and OriginalMessage, and the type that boto3 needs, in header and body."""
-    status, headers, body = sagemaker_error(Situation.DEADLINE, Detail("too late"))
-    assert status == 424
-    assert dict(headers) == {b"content-type": b"application/json", b"x-amzn-errortype": b"ModelError"}
-    assert json.loads(body) == {
-        "message": "too late",
-        "Message": "too late",
-        "OriginalStatusCode": 504,
-        "OriginalMessage": "too late",
-    }
-
-
-def test_the_place_of_a_bad_request_is_named() -> None:
-    """Instance 0 is a place too; a request that is wrong as a whole has none."""
-    _, _, body = sagemaker_error(Situation.BAD_REQUEST, Detail("too short", 0, "dynamic_feat[0]"))
-    assert json.loads(body) == {
-        "message": "too short",
-        "error": {"code": "bad_request", "message": "too short", "instance": 0, "field": "dynamic_feat[0]"},
-    }
-    assert json.loads(sagemaker_error(Situation.BAD_REQUEST, Detail("no JSON"))[2]) == {"message": "no JSON"}
-
-
-def test_overload_says_when_to_retry() -> None:
-    """In milliseconds for botocore, in whole seconds, rounded up, for all others; the operator's code replaces it."""
-    status, headers, _ = sagemaker_error(Situation.OVERLOADED, Detail("full"))
-    assert status == 503
-    assert dict(headers)[b"x-amz-retry-after"] == b"200"
-    assert dict(headers)[b"retry-after"] == b"1"
-    code = SageMakerCode(429, "ModelNotReadyException", retry_after_ms=1500)
-    status, headers, _ = sagemaker_error(Situation.OVERLOADED, Detail("full"), code)
-    assert (status, dict(headers)[b"retry-after"]) == (429, b"2")
-    assert dict(headers)[b"x-amzn-errortype"] == b"ModelNotReadyException"
 
 
 def test_a_refusal_keeps_its_detail() -> None:

@@ -1,9 +1,13 @@
 """What is counted, and what is left of it when processes come and go."""
 
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server import contract
 from server.metrics import FrontMetrics, HostMetrics, Merged, WorkerMetrics
+from tests.server.contributing import copied_tree, run_in, steps
 
 
 def scrape(merged: Merged) -> dict[str, float]:
@@ -139,3 +143,40 @@ def test_series_of_single_models_die_with_their_worker() -> None:
     assert any("model=a" in series for series in scrape(merged))
     merged.buried("worker-0")
     assert not any("model=a" in series for series in scrape(merged))
+
+
+def test_the_metrics_are_those_of_the_contract() -> None:
+    """Nothing is counted that clients are not told of, nothing is promised that no process counts; labels are equal."""
+    counted: dict[str, set[str]] = {}
+    for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), HostMetrics()):
+        for collector in list(process.registry._collector_to_names):
+            for family in collector.collect():
+                counted.setdefault(family.name, set()).update(getattr(collector, "_labelnames", ()))
+    promised = {contract.METRIC_PREFIX + spec.name: spec for spec in contract.METRICS}
+    assert counted.keys() == promised.keys()
+    for name, labels in counted.items():
+        assert labels - set(contract.WORKER_LABELS) == set(promised[name].labels) - set(contract.WORKER_LABELS)
+
+
+def test_a_new_metric_is_a_description_and_a_line(tmp_path: Path) -> None:
+    """CONTRIBUTING's page to the letter: the metric is exposed, has its README row, and its name is public."""
+    tree = copied_tree(tmp_path / "tree")
+    spec, created = steps("A new metric")
+    for file, mark, block in (
+        ("contract", "METRICS: Final", spec),
+        ("metrics", "        self._model_requests =", created),
+    ):
+        source = tree / "server" / f"{file}.py"
+        source.write_text(source.read_text().replace(mark, f"{block}\n{mark}", 1))
+    count_it = (
+        "from server import contract, metrics; m = metrics.WorkerMetrics(0, 'cpu'); m.queued.set(12); print(m.text())"
+    )
+    exposed = run_in(tree, "-c", count_it)
+    assert "# HELP fleetcast_queued_requests Queued requests\n" in exposed
+    assert 'fleetcast_queued_requests{device="cpu",worker="0"} 12.0\n' in exposed
+    run_in(tree, "-m", "server.cli.main", "settings-table", str(tree / "README.md"))
+    assert "| `fleetcast_queued_requests` | Queued requests |" in (tree / "README.md").read_text()
+    assert (
+        run_in(tree, "-c", "from server import contract; print(contract.QUEUED.series)")
+        == "fleetcast_queued_requests\n"
+    )

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
+from pydantic_settings import SettingsError
 
 from server.settings import MIB, TOML_FILE, Settings
+from tests.server.contributing import copied_tree, run_in, steps
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +37,24 @@ def test_sizes_take_units_and_lists_and_keys_are_json(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FLEETCAST_PIN", '["au/NSW1.mar"]')
     monkeypatch.setenv("FLEETCAST_ACCESS_KEYS", '{"AKIA": "secret"}')
     settings = read(store="x")
-    assert (settings.slab_bytes, settings.pin, settings.access_keys) == (8 * MIB, ["au/NSW1.mar"], {"AKIA": "secret"})
+    assert (settings.slab_bytes, settings.pin) == (8 * MIB, ["au/NSW1.mar"])
+    assert settings.access_keys == {"AKIA": SecretStr("secret")}
+
+
+def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by `repr`, `str` or a dump of the settings, nor by the errors of flags and variables that are no settings."""
+    settings = read(store="x", access_keys={"AKIA": "hidden-secret"})
+    for shown in (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json()):
+        assert "AKIA" in shown
+        assert "hidden-secret" not in shown
+    with pytest.raises(ValidationError) as refused:
+        read(store="x", access_keys={"AKIA": ["hidden-secret"]})
+    assert "hidden-secret" not in str(refused.value)
+    for wrong in ('{"AKIA": "hidden-secret"', '{"AKIA": ["hidden-secret"]}', "AKIA=hidden-secret"):
+        monkeypatch.setenv("FLEETCAST_ACCESS_KEYS", wrong)
+        with pytest.raises((ValidationError, SettingsError)) as failed:
+            read(store="x")
+        assert "hidden-secret" not in str(failed.value)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +90,24 @@ def test_a_child_has_its_parents_settings_whatever_its_own_environment(monkeypat
     Path(TOML_FILE).write_text("fronts = 9\n")
     child = Settings.from_wire(values)
     assert child.model_dump() == settings.model_dump()
-    assert isinstance(child.disk_cache, Path)
+    assert {name: type(value) for name, value in child} == {name: type(value) for name, value in settings}
+
+
+def test_a_new_setting_is_one_field(tmp_path: Path) -> None:
+    """CONTRIBUTING's page to the letter: the field alone gives flag, variable, file key, help and README row."""
+    tree = copied_tree(tmp_path / "tree")
+    (field,) = steps("A new setting")
+    source = tree / "server" / "settings.py"
+    source.write_text(source.read_text().replace("    @field_validator", f"{field}\n    @field_validator", 1))
+    run_in(tree, "-m", "server.cli.main", "settings-table", str(tree / "README.md"))
+    row = "| `--idle-timeout-s` | 75.0 | maximum time that a client connection may be idle |"
+    assert row in (tree / "README.md").read_text()
+    assert "--idle-timeout-s SECONDS" in run_in(tree, "-m", "server.cli.main", "serve", "--help")
+    read_it = (
+        "from server.cli.setting_flags import settings_from as read; print(read({'store': 'x', **%s}).idle_timeout_s)"
+    )
+    assert run_in(tree, "-c", read_it % {}) == "75.0\n"
+    (tree / TOML_FILE).write_text("idle_timeout_s = 1\n")
+    assert run_in(tree, "-c", read_it % {}) == "1.0\n"
+    assert run_in(tree, "-c", read_it % {}, FLEETCAST_IDLE_TIMEOUT_S="2") == "2.0\n"
+    assert run_in(tree, "-c", read_it % {"idle_timeout_s": "3"}, FLEETCAST_IDLE_TIMEOUT_S="2") == "3.0\n"

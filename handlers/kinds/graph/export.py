@@ -1,4 +1,4 @@
-"""From an `nn.Module` to a graph and its tensors. Runs where archives are packed, on the module's own code.
+"""Exports an `nn.Module` as a graph and its tensors. This runs where archives are packed: it executes the module.
 
 `torch.export` writes down which ATen operators one request runs. Those that a graph may hold stay as they are, however
 large (`linear`, `scaled_dot_product_attention`); every other one is taken apart until what is left may be held.

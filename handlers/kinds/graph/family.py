@@ -47,7 +47,7 @@ class GraphFamily:
         self.parameters: Mapping[str, Shape] = {name: graph.parameters[name] for name in self.program.parameters}
         self._layout = Layout(self.parameters)
         self.row_floats = max(self._layout.row_floats, 16)  # a network of no parameters still has a place
-        #: Why its rows run one by one; empty where they run together, None while nobody knows.
+        #: Why its rows run one by one; empty where they run together, None until the first archive has decided.
         self.one_by_one: str | None = None
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A graph made ready to run: checked without memory, its constant part computed, its nodes a flat list of calls.
+"""Turns a graph into a list of calls: checks it on meta tensors, and computes the part that does not depend on inputs.
 
 Nothing here trusts the graph. Every operator is looked up by name in the table of those allowed, and the whole graph is
 run on tensors that have shapes and no numbers before any memory is taken for it.

@@ -8,15 +8,15 @@ from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
 from mlserver.types import InferenceRequest, InferenceResponse
 from mlserver.utils import get_model_uri
-from network import load
+from network import load_network
 
 
-class Forecast(MLModel):
+class MLServerModel(MLModel):
     """Input x [1, 8, 168] -> output predictions [1, 24, 5]."""
 
     async def load(self) -> bool:
         """Read the weights in the model's folder."""
-        self.network = load(await get_model_uri(self._settings))
+        self.network = load_network(await get_model_uri(self._settings))
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:

@@ -6,15 +6,15 @@
 from typing import Any
 
 import torch
-from network import Tcn, load
+from network import PlainTcn, load_network
 
-_networks: list[Tcn] = []
+_networks: list[PlainTcn] = []
 
 
 def handle(data: list[Any] | None, context: Any) -> list[Any] | None:
     """Body {"x": [8][168]} -> {"predictions": [[24][5]]}; the first call has no data and loads the model."""
     if not _networks:
-        _networks.append(load(context.system_properties["model_dir"]))
+        _networks.append(load_network(context.system_properties["model_dir"]))
     if not data:
         return None
     x = torch.tensor([row["body"]["x"] for row in data], dtype=torch.float32)

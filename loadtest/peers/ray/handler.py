@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 import torch
-from network import Tcn, load
+from network import PlainTcn, load_network
 from ray import serve
 from starlette.requests import Request
 
@@ -21,13 +21,13 @@ FOLDER, PORT, MODELS, TEMP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sy
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=64)
-class Forecast:
+class MultiplexedModel:
     """Body {"x": [8][168]} -> {"predictions": [[24][5]]}."""
 
     @serve.multiplexed(max_num_models_per_replica=MODELS)
-    async def network(self, model: str) -> Tcn:
+    async def network(self, model: str) -> PlainTcn:
         """Read a model's weights; Ray keeps the most recently used ones."""
-        return load(os.path.join(FOLDER, model))  # noqa: PTH118 -- as in Ray's own examples
+        return load_network(os.path.join(FOLDER, model))  # noqa: PTH118 -- as in Ray's own examples
 
     async def __call__(self, request: Request) -> Any:
         """The header serve_multiplexed_model_id names the model."""
@@ -40,6 +40,6 @@ class Forecast:
 STORE = 100 * 2**20
 ray.init("local", num_cpus=2, include_dashboard=False, _temp_dir=TEMP, log_to_driver=False, object_store_memory=STORE)
 serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-serve.run(Forecast.bind(), name="forecast", route_prefix="/")
+serve.run(MultiplexedModel.bind(), name="forecast", route_prefix="/")
 print("ready", flush=True)
 signal.pause()

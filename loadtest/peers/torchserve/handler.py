@@ -6,16 +6,16 @@
 from typing import Any
 
 import torch
-from network import load
+from network import load_network
 from ts.torch_handler.base_handler import BaseHandler
 
 
-class Forecast(BaseHandler):
+class TorchServeHandler(BaseHandler):
     """Body {"x": [8][168]} -> {"predictions": [[24][5]]}; TorchServe has parsed the JSON."""
 
     def initialize(self, context: Any) -> None:
         """Read the weights beside this file."""
-        self.network = load(context.system_properties["model_dir"])
+        self.network = load_network(context.system_properties["model_dir"])
         self.initialized = True
 
     def preprocess(self, data: list[Any]) -> torch.Tensor:

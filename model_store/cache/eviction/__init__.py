@@ -1,9 +1,9 @@
-"""Who goes first when room is needed: one policy a file, all behind one interface, by name. Pure, without chance.
+"""Eviction policies: one a file, behind one interface, found by name. Pure and deterministic.
 
-A policy ranks models within a *group*, whose members can take each other's place: a family, or None for all singles. It
-is told what happens to those that may be chosen; `model_store.cache.cache.Cache` asks it for an order, goes through
-that for ones without a lease, and decides between groups by `worth`. Each call takes O(log n) amortised, and what a
-policy remembers of models that are not here is bounded.
+A policy ranks models within a *group*, whose members can replace each other: a family, or None for all singles. It is
+told of every event of the models that it ranks; `model_store.cache.cache.Cache` asks it for an order, takes the first
+models without a lease, and compares groups by `worth`. Each call takes O(log n) amortised, and the memory for models
+that are not resident is bounded.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,26 +18,31 @@ from model_store.names import ModelName
 
 
 class Policy(Protocol):
-    """The one interface; `now` is in seconds and never falls. Of pinned models a policy is not told."""
+    """The interface of all policies. `now` is in seconds and never decreases. Pinned models are not ranked."""
 
     def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:
-        """It may be chosen from now on. `asked`: a request is why; else a swap, an end of a pin, or foresight."""
+        """Rank the model from now on. `asked`: because of a request; else of a swap, an unpin, or a prefetch."""
 
     def hit(self, model: ModelName, now: float) -> None:
-        """A request for a model that has entered."""
+        """Record a request for a ranked model."""
 
     def foresee(self, model: ModelName, now: float) -> None:
-        """A model that has entered is about to be asked: it is to stay, as far as the policy does not know better."""
+        """Keep a ranked model that a request is expected for, unless the policy has a better prediction."""
 
     def leave(self, model: ModelName) -> None:
-        """It may not be chosen any more: evicted, unloaded or pinned. Of no effect for one that has not entered."""
+        """Stop ranking the model: it was evicted, unloaded or pinned. No-op for a model that is not ranked."""
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """Every member of the group once, the first to go first. Stop before you tell the policy anything else."""
+        """Every member of the group once, the first to evict first.
+
+        INVARIANT: the caller calls no other method of the policy while it iterates.
+        """
 
     def worth(self, model: ModelName) -> float:
-        """About how often it is asked, above 0: what is lost with it, which adds up and compares between groups. Of a
-        model that is not here, what it would be; inf where the policy expects nothing of it.
+        """An estimate above 0 of how often the model is requested: what its eviction costs.
+
+        Values can be added and compared between groups. For a model that is not resident it is the value that it would
+        have; inf where the policy has no estimate.
         """
 
 
@@ -45,7 +50,7 @@ POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": Lru, "sieve": Sieve, "s3f
 
 
 def policy_named(name: str) -> Policy:
-    """A new policy that knows nothing yet, for one cache. Raises ValueError for a name that there is not."""
+    """A new policy for one cache. Raises ValueError for an unknown name."""
     if name not in POLICIES:
         raise ValueError(f"there is no eviction policy {name!r}: choose one of {', '.join(POLICIES)}")
     return POLICIES[name]()

@@ -1,14 +1,14 @@
-"""Due: whoever is expected back last goes first, by the model's own rhythm. Made for the market clock.
+"""Due: evicts the model whose next request is expected last, by each model's own rhythm. Made for market ticks.
 
-A model that was asked about every 500 requests so far is expected 500 requests after it was asked last. In a tick over
-a fleet that is larger than the cache this lets those go who have just had their turn, not those who are still to come:
-what stays is a stable set, whether the order is fixed or shuffled, and the rest are guests, one after another. Under
-skewed popularity it comes close to keeping the most popular. Rhythm and its deviation are learnt as TCP learns its
-round-trip time (Jacobson and Karels, "Congestion Avoidance and Control", 1988): what has not come some deviations
-after it was expected has probably stopped, and the longer ago it was asked the later it is now expected.
+A model that was requested about every 500 requests is expected 500 requests after its last one. In a tick over a fleet
+that is larger than the cache this evicts models that were just requested, not those still to come in this tick. So a
+stable set stays, whether the order is fixed or shuffled, and the other models replace each other. Under skewed
+popularity it comes close to keeping the most popular models. Rhythm and deviation are estimated as TCP estimates its
+round-trip time (Jacobson and Karels, "Congestion Avoidance and Control", 1988): a model that is some deviations
+late has probably stopped, and the longer ago its last request, the later the next one is expected.
 
-The unit of time is one request for any model. A pause between ticks counts as a request for each model that is here,
-which tells a tick from the next; a night is no longer than any pause, and makes nobody late.
+The unit of time is one request for any model. A pause between ticks counts as one request for each resident model,
+which separates a tick from the next. All pauses count the same, so a night makes no model late.
 """
 
 from collections import OrderedDict
@@ -21,29 +21,29 @@ from math import inf
 from model_store.names import ModelName
 
 MAX_GHOSTS = 10_000
-WINDOW = 32  #: one member in so many has been asked so recently that more requests are the same visit
-GAIN = 0.125  #: weight of the newest gap, once there have been as many as that is worth
+WINDOW = 32  #: one member in so many was requested so recently that more requests belong to the same visit
+GAIN = 0.125  #: weight of the newest gap in the means; while there were fewer gaps than 1 / GAIN, one divided by them
 SLACK = 2.5  #: deviations after which a model counts as late
-OVERDUE = 0.5  #: of the time that a model is overdue it is expected to take still, until it counts as late
-PAUSE = 16  #: mean waits between requests: at random, one in nine million
+OVERDUE = 0.5  #: an overdue model that is not late yet is expected after this share of the time it is overdue
+PAUSE = 16  #: mean waits that make a pause: one random wait in nine million is as long
 WAITS = 1024  #: requests over which the mean wait is taken, about
-STEADY = 0.125  #: of its gap that no model's deviation is taken to be less than
+STEADY = 0.125  #: the least deviation, as a share of the gap
 
 
 @dataclass(slots=True)
 class _Rhythm:
-    """When its last visit began, the mean gap between visits, and how far gaps deviate from that."""
+    """When a model's last visit began, the mean gap between visits, and the mean deviation of gaps from it."""
 
     began: int
-    due: float  #: when it is expected
-    late: float  #: from then on it is not
+    due: float  #: when the next visit is expected
+    late: float  #: from then on the model counts as late
     visits: int = 1
     gap: float = 0.0
     deviation: float = 0.0
-    ticket: int = 0  #: of its entries in the heaps; 0: they are void
+    ticket: int = 0  #: number of its valid entries in the heaps; 0: it has none
 
     def visit(self, now: int) -> None:
-        """A visit begins."""
+        """Record that a visit begins: update gap, deviation and the next expected visit."""
         gap, self.began = now - self.began, now
         if self.visits == 1:
             self.gap = self.deviation = gap
@@ -61,9 +61,11 @@ Entry = tuple[float, int, ModelName]
 
 @dataclass(slots=True)
 class _Group:
-    """Members asked last, oldest first; all others in heaps: by due, the last first; by late; once late, by last visit.
+    """The members of one group.
 
-    An entry with a ticket that its model does not hold any more is void.
+    `window`: the most recently requested, oldest first. All others are in heaps: `by_due`, the latest first, and
+    `by_late`; models that are late move to `late`, ordered by their last visit.
+    INVARIANT: a heap entry is valid only while its model holds the entry's ticket.
     """
 
     size: int = 0
@@ -74,14 +76,14 @@ class _Group:
 
 
 class Due:
-    """Rhythms of those here, and of the last MAX_GHOSTS that left."""
+    """The rhythms of resident models, and of the last MAX_GHOSTS that left."""
 
     def __init__(self) -> None:
         self._now = 0  # in requests
         self._asked_at = inf  # in seconds
         self._waits = 0
         self._wait = 0.0  # from one request to the next, about, in seconds
-        self._since = 0  # who has not been asked since then may be forgotten
+        self._since = 0  # models that were last requested before this may have been forgotten
         self._tickets = count(1)
         self._groups: dict[str | None, _Group] = {}
         self._group: dict[ModelName, str | None] = {}
@@ -92,7 +94,7 @@ class Due:
         return f"<Due of {len(self._group)}, {len(self._ghosts)} ghosts>"
 
     def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:
-        """A visit if it was asked. A newcomer has not been asked for as long as we remember: that is its first gap."""
+        """Record a visit if there was a request. An unknown model's first gap is all the time that is remembered."""
         if asked:
             self._count(now)
         rhythm = self._ghosts.pop(model, None)
@@ -110,7 +112,7 @@ class Due:
             self._file(members, model)
 
     def hit(self, model: ModelName, now: float) -> None:
-        """A visit, unless it is in the midst of one."""
+        """Record a visit, unless the request belongs to the model's last one."""
         self._count(now)
         members = self._groups[self._group[model]]
         if model in members.window:
@@ -120,10 +122,10 @@ class Due:
             self._open(members, model)
 
     def foresee(self, model: ModelName, now: float) -> None:
-        """Known: its rhythm says so."""
+        """No-op: this policy already predicts the next use."""
 
     def leave(self, model: ModelName) -> None:
-        """Its rhythm is remembered for a while."""
+        """Stop ranking the model; its rhythm is kept for a while."""
         if model not in self._group:
             return
         group = self._group.pop(model)
@@ -138,7 +140,7 @@ class Due:
             self._since = max(self._since, forgotten.began)
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """Who is away longest first: late ones and those due last; at the end, if it must be, those asked just now."""
+        """The model whose next request is furthest away first; models that were just requested last."""
         members = self._groups.get(group)
         if members is None:
             return
@@ -152,11 +154,11 @@ class Due:
         yield from members.window
 
     def worth(self, model: ModelName) -> float:
-        """The less the longer until it is expected. A newcomer would be expected after all that we remember."""
+        """The reciprocal of the requests until the model is expected; for an unknown one, of all that is remembered."""
         return 1 / max(1.0, self._away(model))
 
     def _away(self, model: ModelName) -> float:
-        """Requests until it is expected; for a late one, as many as since its last visit."""
+        """Requests until the model is expected; for a late one, as many as since its last visit."""
         rhythm = self._rhythms.get(model) or self._ghosts.get(model)
         if rhythm is None:
             return self._horizon()
@@ -166,7 +168,7 @@ class Due:
         return away if away > 0 else away * -OVERDUE
 
     def _count(self, now: float) -> None:
-        """A request. The wait for it is a pause where it is so long as by chance it never would be."""
+        """Count a request. The wait before it is a pause if it is longer than chance explains."""
         waited = max(0.0, now - self._asked_at)
         self._asked_at = now
         self._now += 1 + (len(self._group) if waited > PAUSE * self._wait else 0)
@@ -177,14 +179,14 @@ class Due:
         return self._now - self._since
 
     def _open(self, members: _Group, model: ModelName) -> None:
-        """Into the window; whoever falls out at its other end can be chosen."""
+        """Put the model into the window; models that drop out of it can be evicted."""
         self._rhythms[model].ticket = 0
         members.window[model] = None
         while len(members.window) > max(1, members.size // WINDOW):
             self._file(members, members.window.popitem(last=False)[0])
 
     def _file(self, members: _Group, model: ModelName) -> None:
-        """Into the heaps, which are cleared once most of their entries are void."""
+        """Put the model into the heaps; a heap is rebuilt once most of its entries are void."""
         rhythm = self._rhythms[model]
         ticket = rhythm.ticket = next(self._tickets)
         heappush(members.by_due, (-rhythm.due, ticket, model))
@@ -200,7 +202,7 @@ class Due:
         return rhythm is not None and rhythm.ticket == ticket
 
     def _ordered(self, heap: list[Entry]) -> Iterator[ModelName]:
-        """The models of a heap's valid entries in its order, k of them in O(k log k); void ones at the top go."""
+        """The models of a heap's valid entries in order, the first k in O(k log k). Void entries at the top go."""
         while heap and not self._holds(heap[0]):
             heappop(heap)
         front = [(heap[0], 0)] if heap else []

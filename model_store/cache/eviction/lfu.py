@@ -1,6 +1,7 @@
-"""Least frequently used, newest first: where all that is here was hit before, each newcomer is a guest in one row.
+"""Evicts the least frequently used model, the newest of equals first.
 
-That keeps a stable set under a tick in fixed order. Counts halve after a while, so that old fame fades.
+If all other residents were hit before, newcomers replace each other in one row. So a stable set stays under a tick in
+fixed order. Counts are halved regularly, so that past popularity fades.
 """
 
 from collections import OrderedDict
@@ -10,8 +11,8 @@ from math import inf
 
 from model_store.names import ModelName
 
-MOST = 15  #: hits that are counted
-AGE = 10  #: hits a member, after which all counts halve
+MOST = 15  #: the highest count of hits
+AGE = 10  #: hits per member after which all counts are halved
 
 
 def _levels() -> list[OrderedDict[ModelName, None]]:
@@ -20,7 +21,7 @@ def _levels() -> list[OrderedDict[ModelName, None]]:
 
 @dataclass(slots=True)
 class _Counts:
-    """The members by hits, each level in the order of arrival there; `hits` since counts last halved."""
+    """The members by their number of hits, in the order in which they reached it. `hits`: since the last halving."""
 
     level: dict[ModelName, int] = field(default_factory=dict)
     levels: list[OrderedDict[ModelName, None]] = field(default_factory=_levels)
@@ -43,7 +44,7 @@ class _Counts:
 
 
 class Lfu:
-    """Counts for each group, forgotten when a model leaves."""
+    """Counts of hits for each group. A model's count is forgotten when it leaves."""
 
     def __init__(self) -> None:
         self._counts: dict[str | None, _Counts] = {}
@@ -53,12 +54,12 @@ class Lfu:
         return f"<Lfu of {len(self._group)}>"
 
     def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
-        """No hit yet: the next to go, unless it is hit before."""
+        """Start at zero hits: the next victim, unless it is hit before."""
         self._group[model] = group
         self._counts.setdefault(group, _Counts()).put(model, 0)
 
     def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
-        """One more."""
+        """Count a hit."""
         counts = self._counts[self._group[model]]
         counts.put(model, min(counts.drop(model) + 1, MOST))
         counts.hits += 1
@@ -66,11 +67,11 @@ class Lfu:
             counts.halve()
 
     def foresee(self, model: ModelName, now: float) -> None:
-        """As good as asked."""
+        """Count an expected request as a request."""
         self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
-        """Forgotten."""
+        """Forget the model."""
         if model in self._group:
             group = self._group.pop(model)
             self._counts[group].drop(model)
@@ -78,11 +79,11 @@ class Lfu:
                 del self._counts[group]
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """Fewest hits first, the newest of them first."""
+        """Fewest hits first, the newest of equals first."""
         if group in self._counts:
             for models in self._counts[group].levels:
                 yield from reversed(models)
 
     def worth(self, model: ModelName) -> float:
-        """Its hits, and the request that brought it."""
+        """The model's hits, plus the request that loaded it."""
         return 1 + self._counts[self._group[model]].level[model] if model in self._group else inf

@@ -1,4 +1,7 @@
-"""Least recently used. Its worst case is a scan in fixed order over a little more than fits: nothing is ever hit."""
+"""Evicts the least recently used model.
+
+Its worst case is a scan in fixed order over slightly more models than fit: then no request is a hit.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -8,7 +11,7 @@ from model_store.names import ModelName
 
 
 class Lru:
-    """Recency is counted in uses of any model."""
+    """One order of use for each group. Recency is counted in uses of any model."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -19,24 +22,24 @@ class Lru:
         return f"<Lru of {len(self._group)}>"
 
     def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
-        """The most recently used of all."""
+        """Rank the model as the most recently used."""
         self._clock += 1
         self._group[model] = group
         self._used.setdefault(group, OrderedDict())[model] = self._clock
 
     def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
-        """The most recently used of all."""
+        """Rank the model as the most recently used."""
         self._clock += 1
         order = self._used[self._group[model]]
         order[model] = self._clock
         order.move_to_end(model)
 
     def foresee(self, model: ModelName, now: float) -> None:
-        """As good as asked."""
+        """Count an expected request as a request."""
         self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
-        """Forgotten."""
+        """Forget the model."""
         if model in self._group:
             group = self._group.pop(model)
             del self._used[group][model]
@@ -44,11 +47,11 @@ class Lru:
                 del self._used[group]
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """In the order of last use."""
+        """Least recently used first."""
         return iter(self._used.get(group, ()))
 
     def worth(self, model: ModelName) -> float:
-        """The less the more others were used since."""
+        """The reciprocal of the number of uses since the model's last one."""
         if model not in self._group:
             return inf
         return 1 / (self._clock + 1 - self._used[self._group[model]][model])

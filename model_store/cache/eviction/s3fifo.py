@@ -1,4 +1,4 @@
-"""S3-FIFO: newcomers pass a small queue; those used twice there, or that come back soon, stay in the main one.
+"""S3-FIFO: a newcomer enters a small queue; it moves to the main queue if it is used twice there or comes back soon.
 
 Yang et al., "FIFO Queues are All You Need for Cache Eviction", SOSP 2023.
 """
@@ -10,14 +10,14 @@ from math import inf
 
 from model_store.names import ModelName
 
-SMALL = 10  #: the small queue is one in so many
+SMALL = 10  #: the small queue holds one model in so many
 MOST_USES = 3
 MAX_GHOSTS = 10_000
 
 
 @dataclass(slots=True)
 class _Queues:
-    """Oldest first. The values are uses since it came, or since its last reprieve in the main queue."""
+    """Both queues, oldest first. The values count uses since the model entered, or since it was last spared."""
 
     small: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
     main: OrderedDict[ModelName, int] = field(default_factory=OrderedDict)
@@ -26,7 +26,10 @@ class _Queues:
         return self.small if model in self.small else self.main
 
     def turn(self) -> Iterator[OrderedDict[ModelName, int]]:
-        """The two, the one first whose oldest goes next; whoever earned it has moved on. Amortised: it costs uses."""
+        """Both queues, first the one whose oldest member is the next victim.
+
+        Members with enough uses are moved on the way; amortised over these uses that costs O(1).
+        """
         while True:
             size = len(self.small) + len(self.main)
             if self.small and (len(self.small) >= max(1, size // SMALL) or not self.main):
@@ -44,28 +47,28 @@ class _Queues:
 
 
 class S3Fifo:
-    """Queues for each group, one memory of who left. Between groups recency decides, as in LRU."""
+    """Two queues for each group, and one record of models that left. Groups are compared by recency, as in LRU."""
 
     def __init__(self) -> None:
         self._clock = 0
         self._queues: dict[str | None, _Queues] = {}
-        self._here: dict[ModelName, tuple[str | None, int]] = {}  # its group, and when it was used last
+        self._here: dict[ModelName, tuple[str | None, int]] = {}  # group, clock of the last use
         self._ghosts: OrderedDict[ModelName, None] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"<S3Fifo of {len(self._here)}, {len(self._ghosts)} ghosts>"
 
     def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
-        """To the small queue, or to the main one where it has left the small one not long ago."""
+        """Enter the small queue, or the main one if the model left the small one recently."""
         self._clock += 1
-        self._here[model] = group, self._clock - len(self._here)  # between groups: asked about once a round
+        self._here[model] = group, self._clock - len(self._here)  # for `worth`: as if used once a round
         queues = self._queues.setdefault(group, _Queues())
         known = model in self._ghosts
         self._ghosts.pop(model, None)
         (queues.main if known else queues.small)[model] = 0
 
     def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
-        """One use more."""
+        """Count a use."""
         self._clock += 1
         group = self._here[model][0]
         self._here[model] = group, self._clock
@@ -73,11 +76,11 @@ class S3Fifo:
         part[model] = min(part[model] + 1, MOST_USES)
 
     def foresee(self, model: ModelName, now: float) -> None:
-        """As good as asked."""
+        """Count an expected request as a request."""
         self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
-        """Who leaves the small queue is remembered, for as many as there are others here."""
+        """Forget the model; one that leaves the small queue is recorded, up to as many as there are members."""
         if model not in self._here:
             return
         group, _ = self._here.pop(model)
@@ -91,11 +94,11 @@ class S3Fifo:
             self._ghosts.popitem(last=False)
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """Oldest first, of the queue whose turn it is and then of the other."""
+        """Oldest first, of the queue whose turn it is, then of the other."""
         if group in self._queues:
             for part in self._queues[group].turn():
                 yield from part
 
     def worth(self, model: ModelName) -> float:
-        """The less the more others were used since."""
+        """The reciprocal of the number of uses since the model's last one."""
         return 1 / (self._clock + 1 - self._here[model][1]) if model in self._here else inf

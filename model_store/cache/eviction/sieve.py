@@ -1,4 +1,4 @@
-"""SIEVE: a queue in the order of arrival, one bit each, and a hand that spares whoever was used since it last came by.
+"""SIEVE: a queue in the order of arrival, one bit a model, and a hand that spares models used since its last pass.
 
 Zhang et al., "SIEVE is Simpler than LRU", NSDI 2024.
 """
@@ -14,7 +14,7 @@ from model_store.names import ModelName
 
 @dataclass(slots=True)
 class _Queue:
-    """Oldest first: those that the hand has passed, then those ahead of it. The values are the bits."""
+    """Members that the hand has passed and those ahead of it, oldest first. The values are the bits."""
 
     passed: OrderedDict[ModelName, bool] = field(default_factory=OrderedDict)
     ahead: OrderedDict[ModelName, bool] = field(default_factory=OrderedDict)
@@ -23,7 +23,7 @@ class _Queue:
         return self.ahead if model in self.ahead else self.passed
 
     def advance(self) -> None:
-        """The hand to the next one that was not used: amortised, since every bit it clears has been a hit."""
+        """Move the hand to the next unused model. Amortised O(1): each bit that it clears was set by a hit."""
         while self.ahead or self.passed:
             if not self.ahead:
                 self.ahead, self.passed = self.passed, self.ahead
@@ -35,35 +35,35 @@ class _Queue:
 
 
 class Sieve:
-    """A queue for each group. Between groups recency decides, as in LRU."""
+    """A queue for each group. Groups are compared by recency, as in LRU."""
 
     def __init__(self) -> None:
         self._clock = 0
         self._queues: dict[str | None, _Queue] = {}
-        self._here: dict[ModelName, tuple[str | None, int]] = {}  # its group, and when it was used last
+        self._here: dict[ModelName, tuple[str | None, int]] = {}  # group, clock of the last use
 
     def __repr__(self) -> str:
         return f"<Sieve of {len(self._here)}>"
 
     def enter(self, model: ModelName, group: str | None, now: float, *, asked: bool) -> None:  # noqa: ARG002 -- for Due
-        """At the queue's end, not used."""
+        """Enter at the queue's end, unused."""
         self._clock += 1
-        self._here[model] = group, self._clock - len(self._here)  # between groups: asked about once a round
+        self._here[model] = group, self._clock - len(self._here)  # for `worth`: as if used once a round
         self._queues.setdefault(group, _Queue()).ahead[model] = False
 
     def hit(self, model: ModelName, now: float) -> None:  # noqa: ARG002 -- for Due
-        """Used: the hand will spare it once."""
+        """Mark the model as used: the hand spares it once."""
         self._clock += 1
         group = self._here[model][0]
         self._here[model] = group, self._clock
         self._queues[group].part(model)[model] = True
 
     def foresee(self, model: ModelName, now: float) -> None:
-        """As good as asked."""
+        """Count an expected request as a request."""
         self.hit(model, now)
 
     def leave(self, model: ModelName) -> None:
-        """Forgotten."""
+        """Forget the model."""
         if model in self._here:
             group, _ = self._here.pop(model)
             queue = self._queues[group]
@@ -72,7 +72,7 @@ class Sieve:
                 del self._queues[group]
 
     def victims(self, group: str | None) -> Iterator[ModelName]:
-        """From the hand on, once round: first those that were not used."""
+        """From the hand on, once around the queue: first unused models, then the others."""
         queue = self._queues.get(group)
         if queue is None:
             return
@@ -83,5 +83,5 @@ class Sieve:
                     yield model
 
     def worth(self, model: ModelName) -> float:
-        """The less the more others were used since."""
+        """The reciprocal of the number of uses since the model's last one."""
         return 1 / (self._clock + 1 - self._here[model][1]) if model in self._here else inf

@@ -1,1 +1,14 @@
-"""One file a protocol: its routes, its requests, its replies and its error bodies."""
+"""The protocols that clients speak, one file each. `DIALECTS` is the registry: a new protocol is a file and a line.
+
+A request goes to the first dialect that matches its method and path; the first one also answers paths that none has.
+"""
+
+from collections.abc import Callable
+
+from server.front.dialects.forecasts import Forecasts
+from server.front.dialects.health import Health
+from server.front.dialects.sagemaker import SageMaker
+from server.front.exchange import Dialect
+from server.settings import Settings
+
+DIALECTS: tuple[Callable[[Settings], Dialect], ...] = (SageMaker, Forecasts, Health)

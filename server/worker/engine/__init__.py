@@ -1,1 +1,1 @@
-"""From rows of numbers through a forward pass to rows of numbers."""
+"""The computation: memory pools of rows, and engines that run a batch's forward passes on CPU or accelerator."""

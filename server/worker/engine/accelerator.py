@@ -1,8 +1,10 @@
-"""The pool and the engine where the device's memory is not the host's: what `bank` and `engine` are on the CPU.
+"""Pool and engine of a device with memory of its own: the counterpart of `memory_pool` and `cpu`.
 
-Owned by the worker's step thread. The pool's copies in and out run on the load stream beside a step; who comes after
-whom: steps and moves wait for the copies told before them, copies wait for the moves told before them, and a step's
-rows stay leased until its event is done, which `run` waits for. So a freed row is nobody's when it is written again.
+The worker's step thread owns it. The pool's copies in and out run on the load stream beside a step.
+
+INVARIANT: steps and moves wait for the copies launched before them, and copies wait for the moves launched before them.
+A step's rows stay leased until its event is done, which `run` waits for. So no work reads a freed row when it is
+written again.
 """
 
 from collections import Counter, OrderedDict, deque
@@ -16,9 +18,9 @@ from handlers.base import Family, Float32
 from server.worker.engine.device import Device, Event
 from server.worker.engine.memory_pool import ALIGN_BYTES
 
-STAGING_BYTES = 256 * 1024 * 1024  #: rows of one forward at most
-LANES = 2  #: forwards in flight: the host fills the second one's input while the first runs
-EAGER_RUNS = 3  #: of a family and bucket before it is worth a graph
+STAGING_BYTES = 256 * 1024 * 1024  #: most bytes of the rows of one forward
+LANES = 2  #: forwards in flight: the host fills the inputs of the second one while the first runs
+EAGER_RUNS = 3  #: runs of a family and bucket before a graph is captured
 MAX_GRAPHS = 64
 
 _FLOATS = ALIGN_BYTES // 4  # between two possible row starts
@@ -27,12 +29,12 @@ log = structlog.get_logger()
 
 
 class DevicePool:
-    """`budget_bytes` of device memory, taken at once. Raises torch.OutOfMemoryError."""
+    """`budget_bytes` of device memory, allocated at once. Raises torch.OutOfMemoryError."""
 
     def __init__(self, budget_bytes: int, device: Device) -> None:
         self.device = device
         self.floats = device.memory(budget_bytes // ALIGN_BYTES * _FLOATS)
-        self.copied: Event | None = None  #: of the last copy in or out
+        self.copied: Event | None = None  #: event of the last copy in or out
         self._moved: Event | None = None
         self._sources: deque[tuple[Event, torch.Tensor]] = deque()  # host memory that copies still read
         self._views: dict[int, torch.Tensor] = {}
@@ -42,7 +44,7 @@ class DevicePool:
         return f"<DevicePool {self.floats.numel() * 4 / 1e6:.1f} MB on {self.device.where}>"
 
     def write(self, offset: int, row: Float32) -> None:
-        """Bring a row's numbers to `offset` (bytes). They must not change any more."""
+        """Copy a row's numbers to `offset` (bytes). INVARIANT: the caller does not change `row` afterwards."""
         source = torch.from_numpy(row)
         self.copied = self.device.copy(self._row(offset, row.nbytes), source, after=self._moved)
         self._sources.append((self.copied, source))
@@ -50,7 +52,7 @@ class DevicePool:
             self._sources.popleft()
 
     def keep(self, offset: int, target: torch.Tensor) -> None:
-        """Bring a row's numbers to host memory, before anything else is written to their place."""
+        """Copy a row's numbers to host memory, before anything else is written to their place."""
         self.copied = self.device.copy(target, self._row(offset, target.numel() * 4), after=self._moved)
 
     def move(self, source: int, target: int, size: int) -> None:
@@ -68,7 +70,7 @@ class DevicePool:
         return found
 
     def gather(self, index: torch.Tensor, out: torch.Tensor) -> None:
-        """Inside of launched work: the rows that start at `index` (units of 64 bytes) into `out` [n, row_floats]."""
+        """Copy the rows at `index` (in units of 64 bytes) to `out` [n, row_floats]; to be called in launched work."""
         width = out.shape[1]
         view = self._views.get(width)
         if view is None:
@@ -81,7 +83,7 @@ class DevicePool:
 
 
 class Lane:
-    """The host's side of one forward in flight: inputs, where its rows lie, and answers, all page-locked."""
+    """Page-locked host memory of one forward in flight: its inputs, the places of its rows, and its answers."""
 
     def __init__(self, family: Family, capacity: int, device: Device) -> None:
         self.x = device.host(capacity, *family.input_shape)
@@ -97,7 +99,7 @@ class Lane:
         return f"<Lane of {len(self.x)} rows, {'idle' if self.done is None else 'in flight'}>"
 
     def fill(self, offsets: Sequence[int], parts: Sequence[Float32], bucket: int) -> None:
-        """The next forward's inputs, one after another, and its rows. Up to `bucket` it gets the first row's again."""
+        """Write the next forward's inputs and the offsets of its rows, padded to `bucket` rows by the first offset."""
         assert self.done is None, "its last answers have been taken"
         at = 0
         for part in parts:
@@ -116,7 +118,7 @@ class Lane:
 
 
 class DeviceStaging:
-    """A family's fixed memory for forwards of powers of two of rows: all that a forward, or its graph, ever sees."""
+    """A family's fixed memory for forwards of powers of two of rows. A forward or its graph reads no other memory."""
 
     def __init__(self, family: Family, max_rows: int, device: Device, *, bf16: bool) -> None:
         self.family = family
@@ -127,21 +129,21 @@ class DeviceStaging:
         self.lanes = [Lane(family, self.capacity, device) for _ in range(LANES)]
         self._device, self._bf16 = device, bf16
         self._forwards: dict[int, Callable[[], torch.Tensor]] = {}
-        device.launch(self.x.zero_)  # what a padding row reads is a number from the first step on
+        device.launch(self.x.zero_)  # so that padding rows read finite numbers from the first step on
 
     def __repr__(self) -> str:
         """For example `<DeviceStaging tcn-4f1c2a9b, 512 rows>`."""
         return f"<DeviceStaging {self.family.key}, {self.capacity} rows>"
 
     def bucket(self, rows: int) -> int:
-        """Rows that a forward of so many runs with: the next power of two, or all there are."""
+        """The padded number of rows of a forward: the next power of two, at most the capacity."""
         return min(self.capacity, 1 << (rows - 1).bit_length())
 
     def forward(self, bucket: int) -> Callable[[], torch.Tensor]:
-        """The family's forward over staging's first rows; to be called inside of launched work."""
+        """The family's forward over the first `bucket` rows of staging; to be called in launched work."""
         found = self._forwards.get(bucket)
         if found is None:
-            bound: list[Callable[[], torch.Tensor]] = []  # made on the compute stream: scratch is zeroed there
+            bound: list[Callable[[], torch.Tensor]] = []  # made on the compute stream, which zeroes scratch
             self._device.launch(lambda: bound.append(self._bound(bucket))).synchronize()
             found = self._forwards[bucket] = bound[0]
         return found
@@ -161,7 +163,7 @@ class DeviceStaging:
         return forward
 
     def cuts(self, offsets: Sequence[int], parts: Sequence[Float32]) -> Iterator[tuple[list[int], list[Float32]]]:
-        """The batch in forwards that fit: an offset a row, and pieces of the parts."""
+        """Cut the batch into forwards that fit: for each the offsets of its rows, and pieces of the parts."""
         starts: list[int] = []
         pieces: list[Float32] = []
         for offset, part in zip(offsets, parts, strict=True):
@@ -179,7 +181,7 @@ class DeviceStaging:
 
 
 class DeviceEngine:
-    """The pool, the staging of every family that has run, and the graphs of their frequent batch sizes."""
+    """Runs batches on a device pool. Keeps each family's staging, and graphs of frequent batch sizes."""
 
     def __init__(self, pool: DevicePool, max_rows: int, *, bf16: bool = False) -> None:
         self.pool = pool
@@ -195,20 +197,21 @@ class DeviceEngine:
     def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32]) -> list[Float32]:
         """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes).
 
-        Returns, and raises, when the device is done with the rows. Raises torch.OutOfMemoryError.
+        INVARIANT: it returns or raises only when the device does not use the rows any more. Raises
+        torch.OutOfMemoryError.
         """
         answers = np.empty((sum(map(len, parts)), *family.output_shape), np.float32)
         try:
             self._run(family, offsets, parts, answers)
         except BaseException:
-            self._device.drain()  # or a row could be freed while what was launched still reads it
+            self._device.drain()  # otherwise a row could be freed while launched work still reads it
             for lane in self._staging[family.key].lanes if family.key in self._staging else ():
                 lane.done = None
             raise
         return np.split(answers, np.cumsum([len(part) for part in parts])[:-1])
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
-        """Answers [n, *output_shape] of a model that has no place yet: its row alone, in scratch memory."""
+        """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory."""
         found = self._device.host(len(x), *family.output_shape)
         kind = torch.bfloat16 if self._bf16 else torch.float32
 
@@ -222,11 +225,11 @@ class DeviceEngine:
         return answers
 
     def learn(self) -> bool:
-        """Nothing to measure: a device gathers at its memory's bandwidth and replays one graph for a whole batch."""
+        """No-op: a device gathers at its memory's bandwidth and replays one graph for a whole batch."""
         return False
 
     def trim(self) -> None:
-        """Give back everything that the next steps can make again: graphs, staging, cached memory."""
+        """Free what later steps can make again: graphs, staging, cached memory."""
         self._graphs.clear()
         self._runs.clear()
         self._staging.clear()
@@ -251,7 +254,7 @@ class DeviceEngine:
             lane.take(target)
 
     def _launch(self, staging: DeviceStaging, lane: Lane, offsets: Sequence[int], parts: Sequence[Float32]) -> None:
-        """Tell the device one forward: inputs in, rows gathered, answers out."""
+        """Launch one forward: copy inputs in, gather rows, run, copy answers out."""
         rows, bucket = len(offsets), staging.bucket(len(offsets))
         lane.fill(offsets, parts, bucket)
         forward = self._forward(staging, bucket)
@@ -265,7 +268,7 @@ class DeviceEngine:
         lane.done = self._device.launch(work, after=self.pool.copied)
 
     def _forward(self, staging: DeviceStaging, bucket: int) -> Callable[[], torch.Tensor]:
-        """The graph of this family and bucket; eager until it has run often enough, or where it cannot be captured."""
+        """The graph of this family and bucket. The plain forward for its first runs, or if it cannot be captured."""
         key = staging.family.key, bucket
         known = self._graphs.get(key)
         if known is not None:

@@ -1,8 +1,8 @@
-"""What the accelerator does, measured in one process: `python -m server.worker.engine.bench_gpu` prints JSON for
+"""Benchmarks the accelerator in one process: `python -m server.worker.engine.bench_gpu` prints JSON for
 `loadtest.benchmarks.gpu`.
 
-Times are milliseconds, the medians of rounds in which the competitors alternate. A floor is what the bytes and launches
-of the same work take alone, on the same device in the same run.
+Times are milliseconds, the medians of rounds in which the competitors alternate. A floor is the time of the bytes and
+launches of the same work alone, on the same device in the same run.
 """
 
 import json
@@ -19,17 +19,17 @@ import torch
 from handlers.base import Family, Float32
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build, random_tensors
+from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from server.worker.engine.device import CudaDevice, Device
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import RowModel
 
 SEED = 7
 CONFIG = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
-LAUNCHES = 5  #: of a forward: inputs, index, gather, graph, answers
-COPY_FLOATS = 64 * 1024 * 1024  #: large enough that a copy's start does not count
+LAUNCHES = 5  #: launches of a forward: inputs, index, gather, graph, answers
+COPY_FLOATS = 64 * 1024 * 1024  #: so large that a copy's start does not matter
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sizes:
 
 
 class Bench:
-    """One family on one device: `resident` models in a pool, of which the first `tick` have networks of their own."""
+    """One family on one device: `resident` models in a pool; the first `tick` of them differ from each other."""
 
     def __init__(self, device: Device, sizes: Sizes, family: Family) -> None:
         self.device, self.sizes, self.family = device, sizes, family
@@ -61,11 +61,11 @@ class Bench:
         return f"<Bench of {self.family.key}, {self.sizes.resident} models>"
 
     def run(self, models: Sequence[int]) -> list[Float32]:
-        """One step: decoded rows to host answers."""
+        """Run one step: from decoded rows to answers on the host."""
         return self.engine.run(self.family, [model * self.row_bytes for model in models], list(self.x[: len(models)]))
 
     def tick(self) -> dict[str, Any]:
-        """All models of a tick at once, against their plain networks one after another on the same device."""
+        """Measure all models of a tick in one step, against their plain networks one by one on the same device."""
         networks = [self._network(model) for model in range(self.sizes.tick)]
         models = list(range(self.sizes.tick))
 
@@ -87,7 +87,7 @@ class Bench:
         }
 
     def scattered(self) -> dict[str, Any]:
-        """A tick's worth of models out of all that are resident, and single requests."""
+        """Measure as many models as a tick, drawn from all residents, and single requests."""
         for models in (self.everyone, self.everyone[:1]):
             for _ in range(EAGER_RUNS + 2):
                 self.run(models)
@@ -98,7 +98,7 @@ class Bench:
         return {"resident": self.sizes.resident, "tick_ms": many, "single_ms": one, "device_bytes_used": total - free}
 
     def returning(self) -> dict[str, Any]:
-        """An evicted model back from host memory: its copy alone, and until the first answer."""
+        """Measure the return of an evicted model from host memory: its copy alone, and until the first answer."""
         shelf = Shelf(self.device.host(4 * self.family.row_floats), 3600)
         body = RowModel(self.family, FamilyCodec(self.family))
         slot = Slot(ModelName("m"), "v1", self.family.key, self.row_bytes, 0, State.RETIRING, 0.0)
@@ -124,7 +124,7 @@ class Bench:
         return {"row_bytes": self.row_bytes, "copy_ms": spread(copies), "first_answer_ms": spread(answers)}
 
     def batches(self) -> dict[str, Any]:
-        """Microseconds a request by batch size."""
+        """Measure microseconds a request by batch size."""
         found = {}
         for rows in (1, 8, 64, 512):
             models = self.everyone[:rows]
@@ -135,7 +135,7 @@ class Bench:
         return found
 
     def floor(self, rows: int) -> dict[str, float]:
-        """What a step's bytes and launches take alone, in ms: copies in and out, the gather, five launches."""
+        """The ms of a step's bytes and launches alone: copies in and out, the gather, five launches."""
         rate, answer_bytes = self.bandwidths(), int(np.prod(self.family.output_shape)) * 4
         floor = {
             "launches": LAUNCHES * rate["launch_ms"],
@@ -146,7 +146,7 @@ class Bench:
         return {**floor, "sum": sum(floor.values()), "gather_of_copy_bandwidth": floor["gather"] / self.gather_ms(rows)}
 
     def gather_ms(self, rows: int) -> float:
-        """The gather alone, often enough that its launch does not count."""
+        """The ms of the gather alone, repeated so that its launch does not matter."""
         starts = torch.tensor(self.everyone[:rows]) * (self.row_bytes // 64)
         block, index = self.device.memory(rows, self.family.row_floats), self.device.memory(rows, dtype=torch.int64)
         self.device.launch(lambda: index.copy_(starts)).synchronize()
@@ -165,7 +165,7 @@ class Bench:
         }
 
     def _repeated(self, work: Callable[[], object], times: int = 20) -> float:
-        """Milliseconds of one of many that run back to back."""
+        """Milliseconds of one run of `work`, of many that run back to back."""
 
         def many() -> None:
             for _ in range(times):
@@ -184,7 +184,7 @@ class Bench:
 
 
 def measure(device: Device, sizes: Sizes) -> dict[str, Any]:
-    """Everything, for the small convolution; batches also for the recurrence, whose launches weigh most."""
+    """Measure everything for the small convolution, and batches for the recurrence, which has the most launches."""
     tcn = Bench(device, sizes, build("tcn", CONFIG))
     found = {"tick": tcn.tick(), "scattered": tcn.scattered(), "returning": tcn.returning(), "tcn": tcn.batches()}
     gru = Bench(device, Sizes(sizes.tick, sizes.tick, sizes.rounds, sizes.copy_floats), build("gru", CONFIG))
@@ -192,7 +192,7 @@ def measure(device: Device, sizes: Sizes) -> dict[str, Any]:
 
 
 def alternating(works: Sequence[Callable[[], object]], rounds: int) -> list[dict[str, float]]:
-    """Each work once a round, every other round in reverse; ms as `spread`."""
+    """Time each work once a round, in reverse order every other round; milliseconds, as `spread`."""
     taken: list[list[float]] = [[] for _ in works]
     for turn in range(rounds):
         for i in range(len(works))[:: 1 if turn % 2 else -1]:
@@ -203,12 +203,12 @@ def alternating(works: Sequence[Callable[[], object]], rounds: int) -> list[dict
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest."""
+    """Median, smallest and largest value, and their number."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
 def main() -> None:
-    """Print the JSON. Exit code 2, with a sentence, where there is no CUDA device."""
+    """Print the JSON. Without a CUDA device: exit code 2 and a sentence."""
     if not torch.cuda.is_available():
         build_of = "is a build for the CPU" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         sys.stderr.write(f"no CUDA device here (torch {torch.__version__} {build_of}): this benchmark needs one\n")

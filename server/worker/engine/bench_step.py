@@ -1,11 +1,10 @@
-"""A worker's step beside simpler ways to the same answers: `python -m server.worker.engine.bench_step TCN MLP` prints
-JSON.
+"""Benchmarks a worker's step against simpler code: `python -m server.worker.engine.bench_step TCN MLP` prints JSON.
 
-For `loadtest.benchmarks.step`, which names the two peers as MODULE:CLASS: called with (family, state dicts of all
-models), they answer (which [B], x [B, *input_shape]). One process and one thread, whose processor time counts. All that
-are compared run in turn, every other round in reverse, and find nothing of theirs in the CPU's cache when their turn
-begins. All are given what a step has, the batch's models and each request's decoded row: making one tensor of these is
-part of it.
+`loadtest.benchmarks.step` runs it and names the two peers as MODULE:CLASS. A peer is made of (family, state dicts of
+all models) and answers (which [B], x [B, *input_shape]). Everything runs in one process and one thread, whose processor
+time counts. The compared ways run in turn, in reverse order every other round, and the CPU's cache is swept before each
+turn. All get what a step gets: the batch's models and each request's decoded row. To make one tensor of the rows is
+part of the measured work.
 """
 
 import json
@@ -32,7 +31,7 @@ from server.worker.engine.memory_pool import Pool
 from server.worker.engine.speed import flops, learn, one_thread, rates
 
 SEED = 7
-SWEEP_BYTES = 256 * 1024 * 1024  #: written before each turn; after 64 MiB, who had the turn before was 14 % faster
+SWEEP_BYTES = 256 * 1024 * 1024  #: written before each turn; with 64 MiB, the way that ran before was 14 % faster
 CONFIG = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
 
 Peer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -41,7 +40,7 @@ MakePeer = Callable[[Family, Sequence[Mapping[str, Float32]]], Peer]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured. `answers`: of one measurement at least, in batches of different draws."""
+    """How much is measured. `answers`: the least number of answers in one measurement."""
 
     models: int = 500
     batches: tuple[int, ...] = (1, 8, 32, 64, 200, 500)
@@ -55,7 +54,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The same requests, one decoded row each: their models by place for the engine, by number for a peer."""
+    """Requests of one decoded row each: `offsets` are their models for the engine, `which` the same for a peer."""
 
     offsets: Sequence[int]
     which: torch.Tensor
@@ -66,7 +65,7 @@ Way = Callable[[Batch], list[Float32]]
 
 
 class Bench:
-    """Models of one family in a pool, an engine that has learnt its paths on them, one that gathers, and a peer."""
+    """Models of one family in a pool, an engine with measured paths, an engine that only gathers, and a peer."""
 
     def __init__(self, family: Family, models: int, make: MakePeer) -> None:
         self.family, self.models = family, models
@@ -87,23 +86,23 @@ class Bench:
         return f"<Bench of {self.family.key}, {self.models} models>"
 
     def drawn(self, size: int, answers: int) -> list[Batch]:
-        """Requests for models drawn at random, `answers` or some more in batches of `size`."""
+        """Draw batches of `size` requests for random models, with at least `answers` requests in all."""
         return [self.batch(self._rng.integers(self.models, size=size).tolist()) for _ in range(-(-answers // size))]
 
     def shuffled(self) -> list[int]:
-        """Every model once."""
+        """Every model once, in random order."""
         return list(self._rng.permutation(self.models).tolist())
 
     def batch(self, models: Sequence[int]) -> Batch:
-        """A request for each of these."""
+        """A batch with one request for each of these models."""
         x = self._rng.standard_normal((len(models), *self.family.input_shape), dtype=np.float32)
         offsets = [model * self.row_bytes for model in models]
         return Batch(offsets, torch.tensor(models), [row[None] for row in x])
 
     def compared(self, batches: Sequence[Batch], rounds: int, *names: str) -> dict[str, Any]:
-        """Microseconds an answer of `fleetcast`, and of `peer` and `gathered` where named, with ratios to them.
+        """Microseconds an answer of `fleetcast` and of the ways in `names` (`peer`, `gathered`), and the ratios.
 
-        Raises AssertionError when their answers differ by more than 1e-5 + 1e-4 of the value.
+        Raises AssertionError if their answers differ by more than 1e-5 + 1e-4 of the value.
         """
         ways = {"fleetcast": self._by(self.chosen), "peer": self._by_peer, "gathered": self._by(self.gathered)}
         named = {name: ways[name] for name in ("fleetcast", *names)}
@@ -136,13 +135,13 @@ class Bench:
         return self.rates.floor_s(self.flops, size) * 1e6
 
     def _paths(self, batch: Batch) -> Counter[str]:
-        """Rows that go each way."""
+        """Count the rows by path."""
         pieces = plan(self.chosen.table(self.family), batch.offsets, self.row_bytes)
         return sum((Counter({str(piece.path): len(piece.rows)}) for piece in pieces), Counter())
 
 
 def measure(tcn: MakePeer, mlp: MakePeer, sizes: Sizes) -> dict[str, Any]:
-    """Everything. The small convolution by batch size, the large network hot and cold, many inputs of one model."""
+    """Measure the small convolution by batch size, the large network hot and cold, and many inputs of one model."""
     found: dict[str, dict[str, Any]] = {}
     with one_thread():
         work = list(_work(tcn, mlp, sizes))
@@ -154,7 +153,7 @@ def measure(tcn: MakePeer, mlp: MakePeer, sizes: Sizes) -> dict[str, Any]:
 def _work(
     tcn: MakePeer, mlp: MakePeer, sizes: Sizes
 ) -> Iterator[tuple[str, str, Bench, Sequence[Batch], tuple[str, ...]]]:
-    """Section, row of it, and what is compared."""
+    """Each comparison: its section, its row there, its bench and batches, and the ways to compare."""
     small = Bench(build("tcn", CONFIG), sizes.models, tcn)
     for size in sizes.batches:
         yield "tcn", str(size), small, small.drawn(size, sizes.answers), ("peer",)
@@ -177,7 +176,7 @@ def _seconds(way: Way, batches: Sequence[Batch], sweep: torch.Tensor) -> float:
 
 
 def named(peer: str) -> MakePeer:
-    """The peer MODULE:CLASS. Raises ImportError, AttributeError."""
+    """Import the peer MODULE:CLASS. Raises ImportError, AttributeError."""
     module, _, name = peer.partition(":")
     found: MakePeer = getattr(import_module(module), name)
     return found

@@ -1,8 +1,9 @@
-"""One step's computation: the rows of many models and their inputs in, answers out. Owned by the worker's step thread.
+"""Computes one step on the CPU: runs a batch's inputs under the rows of many models. The worker's step thread owns it.
 
-A batch is cut into forwards by `server.worker.engine.execution_plan` and the family's measured times. A forward sees
-staging, rows gathered into fixed memory that is bound once to parameter views, or rows where they lie in the pool: no
-load, eviction or move comes between, because all of them are the step thread's too.
+`server.worker.engine.execution_plan` cuts a batch into forwards by the family's measured times. A forward reads rows in
+staging (gathered into fixed memory that is bound to parameter views once) or in the pool itself.
+
+INVARIANT: no load, eviction or move happens during a forward, because the step thread does them too.
 """
 
 import time
@@ -14,6 +15,8 @@ import structlog
 import torch
 
 from handlers.base import Family, Float32
+from handlers.kinds import run_row_on_cpu
+from handlers.kinds.row_work import row_work
 from server.worker.engine.execution_plan import MOST_ROWS, UNKNOWN, Learning, Path, Piece, Table, plan
 from server.worker.engine.memory_pool import Pool
 
@@ -21,11 +24,13 @@ from server.worker.engine.memory_pool import Pool
 #: 5.5; 8 rows of the 1.8 MB `mlp` in 75 us a row instead of 130 for 16). A GPU has `server.worker.engine.accelerator`.
 CPU_ROWS = 64
 CPU_STAGING_BYTES = 8 * 1024 * 1024
-#: Rows in place that stay bound. A binding is views and scratch: right for whatever row of the family comes to lie
-#: there, and two thirds of the time of a lone 1.8 MB `mlp`.
+CPU_INPUT_BYTES = 8 * 1024 * 1024  #: of one forward's inputs, and of what a binding keeps: both stay with the family
+#: Rows in place whose binding is kept. A binding is views and scratch memory, valid for any row of the family at that
+#: place; it takes two thirds of the time of a single 1.8 MB `mlp`.
 BOUND_ROWS = 1024
+BOUND_BYTES = 64 * 1024 * 1024  #: of scratch in a family's bindings, and in all of rows in place
 
-LEARN_S = 0.002  #: of the step thread at a time, for measuring paths
+LEARN_S = 0.002  #: seconds that the step thread measures paths at a time
 
 log = structlog.get_logger()
 
@@ -37,49 +42,64 @@ class Staging:
 
     def __init__(self, family: Family, max_rows: int, device: torch.device) -> None:
         self.family = family
-        self.capacity = max(1, min(CPU_ROWS, max_rows, CPU_STAGING_BYTES // (family.row_floats * 4)))
+        work = row_work(family)
+        #: Rows of one forward in any way: inputs of 100,000 steps would make staging of hundreds of MB.
+        self.most = max(1, min(MOST_ROWS, CPU_INPUT_BYTES // (4 * max(1, work.given, work.scratch))))
+        self.capacity = max(1, min(CPU_ROWS, max_rows, self.most, CPU_STAGING_BYTES // (family.row_floats * 4)))
         self._rows = torch.empty((self.capacity, family.row_floats), dtype=torch.float32, device=device)
-        self._host = torch.empty((MOST_ROWS, *family.input_shape), dtype=torch.float32)
+        self._host = torch.empty((self.most, *family.input_shape), dtype=torch.float32)
         self._host_numpy: Float32 = self._host.numpy()
         self._bound: dict[int, Binding] = {}
         self._same: dict[int, Binding] = {}
+        self._scratch_bytes = 4 * work.scratch  # of a row in a binding
+        self._kept_bytes = 0  # of scratch in both
 
     def __repr__(self) -> str:
         """For example `<Staging tcn-4f1c2a9b, 64 rows>`."""
         return f"<Staging {self.family.key}, {self.capacity} rows>"
 
     def rows(self, count: int) -> Binding:
-        """Staging for `count` rows and its parameter views."""
+        """Staging of `count` rows, and its parameter views."""
         bound = self._bound.get(count)
         if bound is None:
+            self._keep_scratch(count)
             block = self._rows[:count]
             bound = self._bound[count] = (block, self.family.bind(block))
         return bound
 
     def same(self, count: int) -> Binding:
-        """Staging for one row, and the parameter views of `count` rows that are all this one."""
+        """Staging of one row, and the parameter views of `count` rows that are all this row."""
         bound = self._same.get(count)
         if bound is None:
+            self._keep_scratch(count)
             block = self._rows[:1]
             bound = self._same[count] = (block, self.family.bind(block.expand(count, -1)))
         return bound
 
+    def _keep_scratch(self, count: int) -> None:
+        """Make way for one more binding: those of all batch sizes together keep little."""
+        self._kept_bytes += count * self._scratch_bytes
+        if self._kept_bytes > BOUND_BYTES:
+            self._bound.clear()
+            self._same.clear()
+            self._kept_bytes = count * self._scratch_bytes
+
     def inputs(self, parts: Sequence[Float32]) -> torch.Tensor:
-        """The requests' arrays, each [n, *input_shape], one after another."""
+        """The requests' arrays, each [n, *input_shape], concatenated in staging."""
         count = sum(map(len, parts))
         np.concatenate(parts, out=self._host_numpy[:count])
         return self._host[:count]
 
 
 class Engine:
-    """The pool, and for every family that has run its staging and the measured times of its paths."""
+    """Runs batches on a pool. Keeps staging and measured times of each family that has run."""
 
     def __init__(self, pool: Pool, max_rows: int) -> None:
         self.pool = pool
         self._max_rows = max_rows
         self._staging: dict[str, Staging] = {}
-        self._in_place: OrderedDict[tuple[str, int, int], Sequence[torch.Tensor]] = OrderedDict()
-        self._in_place_rows = 0
+        self._in_place: OrderedDict[tuple[str, int, int], tuple[Sequence[torch.Tensor], float]] = OrderedDict()
+        self._in_place_rows = 0.0  # a row counts as more than one where its scratch is large
         self._learning: dict[str, Learning] = {}
 
     def __repr__(self) -> str:
@@ -102,18 +122,14 @@ class Engine:
         return _split(answers, sizes)
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
-        """Answers [n, *output_shape] of a model that has no place yet: its row alone, in scratch memory."""
-        block = torch.from_numpy(row)[None].expand(len(x), -1)
-        with torch.inference_mode():
-            answer = family.forward(family.bind(block), torch.from_numpy(x))
-        found: Float32 = answer.numpy()
-        return found
+        """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory."""
+        return run_row_on_cpu(family, row, x)
 
     def learn(self) -> bool:
-        """Time some more forwards of families that have run, for about LEARN_S. False when nothing is to be learnt.
+        """Time forwards of families that have run, for about LEARN_S. False if nothing has to be measured.
 
-        On the rows that were asked lately and zeros: what they answer is nobody's, so it matters not if one of them
-        has gone since.
+        The forwards run recently requested rows on zeros. Their answers are dropped, so it does not matter if a row has
+        been evicted since.
         """
         until = time.perf_counter() + LEARN_S
         for key, learning in self._learning.items():
@@ -126,24 +142,24 @@ class Engine:
         return False
 
     def table(self, family: Family) -> Table:
-        """What is known of the family's paths."""
+        """The measured times of the family's paths; an empty table if it has not run."""
         learning = self._learning.get(family.key)
         return learning.table if learning else Table()
 
     def use(self, family: Family, table: Table) -> None:
-        """Take this for what the family's paths cost."""
+        """Set the times of the family's paths, instead of measuring them."""
         self._staging_of(family)
         self._learning[family.key].table = table
 
     def trim(self) -> None:
-        """Give back what the next steps can make again: staging and bindings."""
+        """Free what later steps can make again: staging and bindings."""
         self._staging.clear()
         self._unbind()
 
     def _pieces(
         self, staging: Staging, pieces: Sequence[Piece], offsets: Sequence[int], parts: Sequence[Float32]
     ) -> Float32:
-        """A batch in several forwards: a row's inputs [1, *input_shape] a part -> answers [rows, ...] in order."""
+        """Run a batch in several forwards. `parts`: each row's inputs [1, *input_shape] -> answers [rows, ...]."""
         answers = np.empty((len(parts), *staging.family.output_shape), np.float32)
         for path, rows in pieces:
             most = self._most(staging, path)
@@ -168,21 +184,23 @@ class Engine:
         return answer
 
     def _binding(self, family: Family, offset: int, count: int) -> Sequence[torch.Tensor]:
-        """`count` rows that lie side by side in the pool, bound."""
+        """The parameter views of `count` adjacent rows in the pool."""
         key = (family.key, offset, count)
         bound = self._in_place.get(key)
         if bound is not None:
             self._in_place.move_to_end(key)
-            return bound
-        bound = self._in_place[key] = family.bind(self.pool.block(offset, count, family.row_floats))
-        self._in_place_rows += count
-        while self._in_place_rows > BOUND_ROWS:
-            (_, _, gone), _ = self._in_place.popitem(last=False)
+            return bound[0]
+        weights = family.bind(self.pool.block(offset, count, family.row_floats))
+        weight = count * max(1.0, row_work(family).scratch * 4 * BOUND_ROWS / BOUND_BYTES)
+        self._in_place[key] = weights, weight
+        self._in_place_rows += weight
+        while self._in_place_rows > BOUND_ROWS and len(self._in_place) > 1:
+            _, (_, gone) = self._in_place.popitem(last=False)
             self._in_place_rows -= gone
-        return bound
+        return weights
 
     def _timed(self, staging: Staging, path: Path, offsets: Sequence[int], x: Float32) -> float:
-        """Seconds of this thread for one forward, binding included; UNKNOWN where what lies there now cannot be run."""
+        """Seconds of this thread for one forward with its binding; UNKNOWN if the rows there cannot be run any more."""
         self._unbind()
         began = time.thread_time()
         try:
@@ -194,7 +212,7 @@ class Engine:
 
     def _unbind(self) -> None:
         self._in_place.clear()
-        self._in_place_rows = 0
+        self._in_place_rows = 0.0
 
     def _staging_of(self, family: Family) -> Staging:
         staging = self._staging.get(family.key)
@@ -205,8 +223,8 @@ class Engine:
 
     @staticmethod
     def _most(staging: Staging, path: Path) -> int:
-        """Rows of one forward."""
-        return staging.capacity if path is Path.GATHER else MOST_ROWS
+        """The most rows of one forward."""
+        return staging.capacity if path is Path.GATHER else staging.most
 
 
 def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
@@ -218,14 +236,14 @@ def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
 
 
 def _rows(parts: Sequence[Float32], sizes: Sequence[int]) -> Sequence[Float32]:
-    """Arrays [n, *shape] as arrays [1, *shape]."""
+    """Split arrays [n, *shape] into arrays [1, *shape]."""
     if len(sizes) == sum(sizes):
         return parts
     return [part[i : i + 1] for part, size in zip(parts, sizes, strict=True) for i in range(size)]
 
 
 def _repeat(offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
-    """Each offset once per row of its request."""
+    """Repeat each offset for every row of its request."""
     if len(sizes) == sum(sizes):
         return offsets
     return [offset for offset, size in zip(offsets, sizes, strict=True) for _ in range(size)]

@@ -1,8 +1,10 @@
-"""A device whose memory is not the host's: memory, streams, events and graphs behind one small protocol. Worker half.
+"""A device with memory of its own: memory, streams, events and graphs behind one small protocol.
 
-Work is told to one of two streams that run beside each other: *loads* (rows in and out) and *compute* (steps, moves).
-A stream keeps the order in which it was told; `after` makes it wait for an event of the other. Telling waits for
-nothing: only `Event.synchronize` does, and until then whatever the work reads or writes belongs to it.
+Work is launched on one of two concurrent streams: *loads* (copies of rows in and out) and *compute* (steps and moves).
+A stream keeps the order of its work; `after` makes it wait for an event of the other stream. A launch does not block;
+`Event.synchronize` does.
+
+INVARIANT: until its event is done, no other code uses the memory that launched work reads or writes.
 """
 
 from collections.abc import Callable
@@ -20,11 +22,11 @@ class Event(Protocol):
         """Whether all work before it is done."""
 
     def synchronize(self) -> None:
-        """Wait until it is. Errors of that work surface here."""
+        """Wait until all work before it is done. Raises the errors of that work."""
 
 
 class Device(Protocol):
-    """What the worker wants of a device. One thread calls it."""
+    """What a worker needs of a device. INVARIANT: one thread calls it."""
 
     where: torch.device
 
@@ -32,32 +34,32 @@ class Device(Protocol):
         """Device memory, uninitialised. Raises torch.OutOfMemoryError."""
 
     def host(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Host memory that the device copies from and to by itself (page-locked), uninitialised."""
+        """Page-locked host memory, which the device can copy asynchronously; uninitialised."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
-        """Tell *loads* to copy between host and device. Raises torch.OutOfMemoryError."""
+        """Launch a copy between host and device on *loads*. Raises torch.OutOfMemoryError."""
 
     def launch(self, work: Callable[[], object], after: Event | None = None) -> Event:
-        """Tell *compute* what `work` does, in inference mode. Raises torch.OutOfMemoryError."""
+        """Launch `work` on *compute*, in inference mode. Raises torch.OutOfMemoryError."""
 
     def graph(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """`work` captured: a call inside of launched work repeats it on the very memory it was captured with.
+        """Capture `work`. A call of the result, inside of launched work, repeats it on the memory of the capture.
 
-        What a call returns is overwritten by the next. Raises RuntimeError for work that cannot be captured.
+        A call's result is overwritten by the next call. Raises RuntimeError for work that cannot be captured.
         """
 
     def drain(self) -> None:
-        """Wait until the device has done all that it was told."""
+        """Wait until all launched work is done."""
 
     def trim(self) -> None:
-        """Give memory that nothing uses back to the device."""
+        """Return unused memory to the device."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """Bytes: free now for anybody, and there at all."""
+        """Free bytes of the device, and all bytes."""
 
 
 class CudaDevice:
-    """One CUDA device through torch. Float32 is exact unless `precision` allows tensor cores their tf32."""
+    """One CUDA device through torch. Products of float32 are exact unless `precision` is tf32."""
 
     def __init__(self, where: torch.device, precision: Precision) -> None:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -65,14 +67,14 @@ class CudaDevice:
         self.where = where
         self._compute = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
         self._loads = torch.cuda.Stream(where)  # type: ignore[no-untyped-call]
-        self._graphs = torch.cuda.graph_pool_handle()  # one for all: a graph's answer is read before the next replays
+        self._graphs = torch.cuda.graph_pool_handle()  # shared: a graph's answer is read before the next replay
 
     def __repr__(self) -> str:
         """For example `<CudaDevice NVIDIA H200>`."""
         return f"<CudaDevice {torch.cuda.get_device_name(self.where)}>"
 
     def memory(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """See Device. Of the compute stream: what is freed is given again only to work that comes later there."""
+        """See Device. Allocated on the compute stream: freed memory is reused only by later work of that stream."""
         with torch.cuda.stream(self._compute):
             return torch.empty(shape, dtype=dtype, device=self.where)
 
@@ -81,7 +83,7 @@ class CudaDevice:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
-        """See Device. From memory that is not page-locked the driver copies before it returns."""
+        """See Device. Memory that is not page-locked is copied before the call returns."""
         with torch.cuda.stream(self._loads):
             self._wait(self._loads, after)
             target.copy_(source, non_blocking=True)
@@ -97,9 +99,9 @@ class CudaDevice:
         return event
 
     def graph(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """See Device. Captured after it has run eagerly: libraries set themselves up in the first run.
+        """See Device. To be captured after an eager run, in which libraries initialise themselves.
 
-        `thread_local`: a loader thread that allocates meanwhile disturbs neither itself nor the capture.
+        `thread_local`: a loader thread may allocate memory during the capture.
         """
         graph = torch.cuda.CUDAGraph()
         capture = torch.cuda.graph(graph, self._graphs, self._compute, capture_error_mode="thread_local")
@@ -133,9 +135,9 @@ class CudaDevice:
 
 
 def cache_share(free_and_total: tuple[int, int], reserve_bytes: int, sharers: int) -> int:
-    """A worker's cache budget in bytes: an equal part of the device without the reserve, and no more than is free.
+    """A worker's cache budget in bytes: an equal share of the device without the reserve, at most what is free.
 
-    Of the whole device and not of what is free, so that a restarted worker gets what its predecessor had.
+    It is a share of the whole device, so that a restarted worker gets the same budget as before.
     """
     free, total = free_and_total
     return max(0, min(free - reserve_bytes, (total - reserve_bytes) // sharers))

@@ -1,12 +1,12 @@
-"""Which way a batch takes through the engine: decided from measured times, never by a guess. Pure.
+"""Plans the forwards of a batch by measured times. Pure.
 
-There are three ways to run rows of one family. `gather` copies them into staging and runs one forward. `in_place` runs
-them where they lie in the pool, those that lie side by side in one forward: it copies nothing. `repeat` runs many
-inputs of one model, whose row is read once.
+There are three ways (paths) to run rows of one family. `gather` copies them into staging and runs one forward.
+`in_place` runs them where they lie in the pool, adjacent rows in one forward, and copies nothing. `repeat` runs many
+inputs of one model and reads its row once.
 
-What is cheap depends on where the rows are. One core, 1.8 MB `mlp`, microseconds a row: of rows that the CPU's cache
-holds, in place 32 against 77 gathered; of rows that it does not hold, 105 against 96, because a copy streams from
-memory and a product does not. So paths are timed on the rows that were asked lately, and again as these become more.
+Which path is cheapest depends on where the rows are. For example, one core and an `mlp` of 1.8 MB, in microseconds a
+row: for rows in the CPU's cache in place takes 32 and gathered 77; for other rows 105 and 96, because a copy streams
+from memory and a product does not. So paths are timed on recently requested rows, and again when these become more.
 """
 
 from bisect import bisect_left
@@ -16,19 +16,19 @@ from enum import StrEnum
 from itertools import cycle, islice, pairwise
 from typing import NamedTuple
 
-#: Rows of the forwards whose time is measured: between them time is interpolated, beyond them it is in proportion.
+#: Rows of the forwards that are timed. Times between them are interpolated, times beyond them are proportional.
 SIZES = (1, 8, 64)
-MOST_ROWS = 64  #: of a forward in place or of one model
-MARGIN = 0.1  #: what another path than `gather` must save to be taken, for times are noisy
-ROUNDS = 7  #: forwards to measure a cell: the first, which binds staging, does not count, of the others the median does
-PATIENCE_S = 0.01  #: a forward that takes longer is not timed: it would be felt, and its row is not what costs
-RECENT = 1024  #: rows asked lately
-COLD_BYTES = 64 * 1024 * 1024  #: rows that are more than this are in no CPU's cache, and more of them are no colder
+MOST_ROWS = 64  #: most rows of a forward in place or of one model
+MARGIN = 0.1  #: share of time that another path must save over `gather`, because times are noisy
+ROUNDS = 7  #: forwards that measure a cell; the median counts, without the first one, which binds staging
+PATIENCE_S = 0.01  #: a longer forward is not timed: it would delay requests, and its time hardly depends on the path
+RECENT = 1024  #: how many recently requested rows are kept
+COLD_BYTES = 64 * 1024 * 1024  #: more bytes of rows than this do not fit into a CPU's cache
 UNKNOWN = float("inf")
 
 
 class Path(StrEnum):
-    """See the module."""
+    """A way to run rows; see the module."""
 
     GATHER = "gather"
     IN_PLACE = "in_place"
@@ -36,26 +36,26 @@ class Path(StrEnum):
 
 
 Cell = tuple[Path, int]
-#: What is measured, the cheapest first.
+#: All measured combinations, the cheapest first.
 CELLS: tuple[Cell, ...] = tuple((path, size) for size in SIZES for path in Path)
 
 
 class Piece(NamedTuple):
-    """One forward of a plan: which of the batch's rows, and how. Only `gather` may have more than MOST_ROWS."""
+    """One forward of a plan: its path and the indices of the batch's rows. Only `gather` may exceed MOST_ROWS."""
 
     path: Path
     rows: Sequence[int]
 
 
 class Table:
-    """A family's measured seconds a forward, binding included: {(path, rows): seconds}, rows of SIZES.
+    """A family's measured seconds of a forward with its binding: {(path, rows): seconds} for rows of SIZES.
 
-    A path that is not measured is not taken: with an empty table every batch is gathered.
+    A path that is not measured is not taken; with an empty table every batch is gathered.
     """
 
     def __init__(self, seconds: Mapping[Cell, float] | None = None) -> None:
         self.seconds = dict(seconds or {})
-        self._times: dict[Cell, float] = {}  # worked out before
+        self._times: dict[Cell, float] = {}  # interpolated times
         self.in_place_pays = any(self.pays(Path.IN_PLACE, size, of=size) for size in SIZES)
 
     def __repr__(self) -> str:
@@ -63,14 +63,14 @@ class Table:
         return f"<Table {len(self.seconds)} of {len(CELLS)} measured>"
 
     def time(self, path: Path, rows: int) -> float:
-        """Seconds of a forward of so many rows."""
+        """Seconds of a forward of `rows` rows."""
         found = self._times.get((path, rows))
         if found is None:
             found = self._times[path, rows] = self._time(path, rows)
         return found
 
     def pays(self, path: Path, rows: int, *, of: int) -> bool:
-        """Whether `rows` rows, of `of` to be run, cost less this way than as their part of one gathered forward."""
+        """Whether `rows` of `of` rows cost less by this path than their share of one gathered forward."""
         return self.time(path, rows) < (1 - MARGIN) * self.time(Path.GATHER, of) * rows / of
 
     def _time(self, path: Path, rows: int) -> float:
@@ -86,9 +86,9 @@ class Table:
 
 
 def plan(table: Table, offsets: Sequence[int], row_bytes: int) -> list[Piece]:
-    """The forwards of a batch whose row i is run under the model's row at `offsets[i]` (bytes). Each row is in one.
+    """The forwards of a batch whose row i runs under the model's row at `offsets[i]` (bytes).
 
-    A piece that is the whole batch in its order has a range of rows.
+    INVARIANT: each row of the batch is in exactly one forward. A forward of the whole batch in order has a range.
     """
     count = len(offsets)
     apart = count == 1 or len(set(offsets)) == count
@@ -106,9 +106,9 @@ def plan(table: Table, offsets: Sequence[int], row_bytes: int) -> list[Piece]:
 
 
 class Learning:
-    """What a family's paths cost, and which forward to time next to know it better.
+    """Measures a family's paths: says which forward to time next, and keeps the table of times.
 
-    `row_bytes` of the family; rows are known by their offsets in the pool (bytes).
+    `row_bytes`: bytes of the family's rows. Rows are identified by their offsets in the pool (bytes).
     """
 
     def __init__(self, row_bytes: int) -> None:
@@ -116,23 +116,23 @@ class Learning:
         self._row_bytes = row_bytes
         self._recent: deque[int] = deque(maxlen=RECENT)
         self._row_s = UNKNOWN
-        self._bytes = 0  # of the rows that the table was measured on
-        self._news = False
-        self._left: deque[tuple[Cell, list[int]]] = deque()
-        self._taken: list[float] = []  # of the cell that is being measured
+        self._bytes = 0  # bytes of the rows that the table was measured on
+        self._news = False  # whether a batch has run since the last look at `_recent`
+        self._left: deque[tuple[Cell, list[int]]] = deque()  # forwards still to be timed
+        self._taken: list[float] = []  # times of the cell that is being measured
 
     def __repr__(self) -> str:
         """For example `<Learning <Table 8 of 9 measured> on 2.1 MB>`."""
         return f"<Learning {self.table!r} on {self._bytes / 1e6:.1f} MB>"
 
     def ran(self, offsets: Sequence[int], seconds: float) -> None:
-        """A batch of these rows took so long."""
+        """Record a batch of these rows and the seconds that it took."""
         self._recent.extend(offsets)
         self._news = True
         self._row_s = min(self._row_s, seconds / len(offsets))
 
     def next(self) -> tuple[Cell, list[int]] | None:
-        """A forward to time now, as its cell and its rows; None when nothing is to be learnt."""
+        """The cell and the rows of the forward to time next; None if nothing has to be measured."""
         if not self._left and self._news:
             self._news = False
             rows = sorted(set(self._recent))
@@ -143,7 +143,7 @@ class Learning:
         return self._left[0] if self._left else None
 
     def took(self, seconds: float) -> None:
-        """What the forward that `next` gave took."""
+        """Record the seconds of the forward that `next` returned."""
         cell, _ = self._left.popleft()
         self._taken.append(seconds)
         if len(self._taken) == ROUNDS:
@@ -151,14 +151,14 @@ class Learning:
             self._taken.clear()
 
     def _forwards(self, rows: Sequence[int]) -> Iterator[tuple[Cell, list[int]]]:
-        """ROUNDS forwards a cell, as different as there are rows; none for cells with too few rows or too slow."""
+        """ROUNDS forwards for each cell, of different rows if possible; none if rows are too few or too slow."""
         for cell in CELLS:
             batches = list(islice(self._batches(cell, rows), ROUNDS))
             if cell[1] * self._row_s < PATIENCE_S:
                 yield from ((cell, batch) for batch in islice(cycle(batches), ROUNDS))
 
     def _batches(self, cell: Cell, rows: Sequence[int]) -> Iterator[list[int]]:
-        """Batches for a cell, as different as there are rows; none if there are too few."""
+        """Batches of different rows for a cell; none if there are too few rows."""
         path, size = cell
         if path is Path.REPEAT:
             yield from ([row] * size for row in _spread(rows))
@@ -172,16 +172,16 @@ class Learning:
 
 
 def _spread(rows: Sequence[int]) -> list[int]:
-    """The rows in an order in which neighbours in memory are far apart."""
+    """The rows in an order that keeps neighbours in memory far apart."""
     return [rows[i] for start in range(16) for i in range(start, len(rows), 16)]
 
 
 def _repeated(table: Table, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
-    """Models asked so often that it pays to run their inputs apart from the others, and the rows that are left."""
+    """Forwards of models with so many inputs that `repeat` pays, and the other rows."""
     count = len(offsets)
     times = Counter(offsets)
     sizes = {size for size in {min(of_one, MOST_ROWS) for of_one in times.values()} if _repeat_pays(table, size, count)}
-    if not sizes:  # the most common case: 64 requests of 500 models have a model or two in common
+    if not sizes:  # the most common case: 64 requests for 500 models have one or two models in common
         return [], list(range(count))
     rows: dict[int, list[int]] = {}
     for i, offset in enumerate(offsets):
@@ -192,13 +192,13 @@ def _repeated(table: Table, offsets: Sequence[int]) -> tuple[list[Piece], list[i
 
 
 def _repeat_pays(table: Table, size: int, of: int) -> bool:
-    """Whether so many inputs of one model cost less by themselves than as part of a batch, and than one by one."""
+    """Whether `size` inputs of one model cost less by `repeat` than in the gathered batch, and than one by one."""
     cheap = size > 1 and table.pays(Path.REPEAT, size, of=of)
     return cheap and table.time(Path.REPEAT, size) < size * table.time(Path.IN_PLACE, 1)
 
 
 def _runs(rows: Sequence[int], offsets: Sequence[int], row_bytes: int) -> Iterator[list[int]]:
-    """The rows by place, cut wherever the next does not lie side by side with the one before."""
+    """The rows as runs of rows that are adjacent in memory."""
     ordered = sorted(rows, key=offsets.__getitem__)
     run = ordered[:1]
     for before, row in pairwise(ordered):
@@ -210,7 +210,7 @@ def _runs(rows: Sequence[int], offsets: Sequence[int], row_bytes: int) -> Iterat
 
 
 def _in_place(table: Table, run: Sequence[int]) -> list[Piece]:
-    """A run as forwards of several rows, or row by row where that is no slower."""
+    """A run as forwards of several rows, or row by row if that is no slower."""
     together = [Piece(Path.IN_PLACE, part) for part in _cut(run)]
     if sum(table.time(Path.IN_PLACE, len(piece.rows)) for piece in together) < len(run) * table.time(Path.IN_PLACE, 1):
         return together

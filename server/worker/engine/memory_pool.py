@@ -1,8 +1,8 @@
-"""The memory behind the cache: one pool of bytes per device share, in which a model is one flat row of floats.
+"""The memory of the model cache: one pool of bytes for each device share, in which a model is one flat row of floats.
 
-Owned by the worker's step thread. Where a row lies is the policy's decision (`model_store.cache.cache`); here rows are
-only written, moved and gathered. A row starts at any multiple of 64 bytes, so rows of every slab of a family are
-reached by one gather through an overlapping strided view of the whole pool.
+The worker's step thread owns it. `model_store.cache.cache` decides where a row lies; this module only writes, moves and
+gathers rows. Each row starts at a multiple of 64 bytes, so that one gather, through an overlapping strided view of the
+whole pool, reaches the rows of all slabs of a family.
 """
 
 import mmap
@@ -18,7 +18,7 @@ _STEP = ALIGN_BYTES // 4  # floats between two possible row starts
 
 
 class Pool:
-    """`budget_bytes` of the CPU's memory (GPUs: `accelerator`). Untouched pages cost nothing: be generous."""
+    """`budget_bytes` of the CPU's memory (for GPUs see `accelerator`). Pages that were never written use no memory."""
 
     def __init__(self, budget_bytes: int, device: torch.device) -> None:
         count = budget_bytes // ALIGN_BYTES * _STEP
@@ -33,12 +33,12 @@ class Pool:
         return f"<Pool {self.floats.numel() * 4 / 1e6:.1f} MB on {self.device}>"
 
     def write(self, offset: int, row: Float32) -> None:
-        """Bring a row's numbers to `offset` (bytes)."""
+        """Copy a row's numbers to `offset` (bytes)."""
         start = offset // 4
         self.floats[start : start + row.size].copy_(torch.from_numpy(row))
 
     def keep(self, offset: int, target: torch.Tensor) -> None:
-        """Bring a row's numbers to memory outside of the pool."""
+        """Copy a row's numbers to memory outside of the pool."""
         target.copy_(self.floats[offset // 4 : offset // 4 + target.numel()])
 
     def move(self, source: int, target: int, size: int) -> None:
@@ -52,12 +52,12 @@ class Pool:
         return found
 
     def block(self, offset: int, count: int, width: int) -> torch.Tensor:
-        """Rows [count, width] that lie side by side from `offset` (bytes) on, as they are: a view."""
+        """A view of rows [count, width] that lie side by side from `offset` (bytes) on."""
         start = offset // 4
         return self.floats[start : start + count * width].view(count, width)
 
     def gather(self, offsets: Sequence[int], out: torch.Tensor) -> None:
-        """Rows at `offsets` (bytes) into `out` [len(offsets), row_floats], contiguous staging."""
+        """Copy the rows at `offsets` (bytes) to `out` [len(offsets), row_floats], which is contiguous."""
         width = out.shape[1]
         view = self._views.get(width)
         if view is None:

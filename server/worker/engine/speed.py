@@ -1,9 +1,9 @@
-"""How fast a family's models answer on one core of this machine, and how fast they could. For `fleetcast doctor`.
+"""Measures how fast a family's models answer on one core of this machine, and the lower bound. For `fleetcast doctor`.
 
-The paths of a batch (`server.worker.engine.execution_plan`) are timed by the engine itself, on a pool of rows that were
-all asked just now and are more than a CPU's cache holds: as a fleet finds them. The floor of an answer is its
-arithmetic at the rate of a matrix product plus its row at the rate of a copy, both measured here too. Torch; one
-thread, as a worker on one core.
+The engine itself times the paths of a batch (`server.worker.engine.execution_plan`), on a pool of recently requested
+rows that do not fit into a CPU's cache, as in a fleet. The floor of an answer is the time of its arithmetic at the rate
+of a matrix product, plus that of its row at the rate of a copy; both rates are measured too. Torch runs on one thread,
+like a worker on one core.
 """
 
 import time
@@ -22,26 +22,26 @@ from server.worker.engine.cpu import Engine
 from server.worker.engine.execution_plan import COLD_BYTES, MOST_ROWS, RECENT, UNKNOWN, Path, Piece, Table, plan
 from server.worker.engine.memory_pool import Pool
 
-ROUNDS = 9  #: of what has a fastest
-SIDE = 512  #: of the square matrices whose product is timed
-PIECE_BYTES = 256 * 1024  #: copied at a time, into memory that stays in cache, as a row is gathered into staging
-MOST_BYTES = 4 * COLD_BYTES  #: of a family's pool: large rows are fewer
+ROUNDS = 9  #: runs of which the fastest counts
+SIDE = 512  #: side of the square matrices whose product is timed
+PIECE_BYTES = 256 * 1024  #: bytes of one copy into memory that stays in cache, as a row is gathered into staging
+MOST_BYTES = 4 * COLD_BYTES  #: most bytes of a family's pool, which has fewer rows if they are large
 
 
 class Rates(NamedTuple):
-    """What one core does a second."""
+    """Floating-point operations and copied bytes of one core in a second."""
 
     flops: float
     bytes: float
 
     def floor_s(self, flops: int, size: float) -> float:
-        """The least that so much arithmetic on so many bytes from memory takes."""
+        """The least seconds of `flops` operations on `size` bytes from memory."""
         return flops / self.flops + size / self.bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """A family's measured paths. `flops` of one answer; `rows`: how many models' rows were asked in turn."""
+    """A family's measured paths. `flops`: of one answer; `rows`: number of models that were run in turn."""
 
     family: str
     row_bytes: int
@@ -51,24 +51,22 @@ class Pace:
     table: Table
 
     def us(self, path: Path, rows: int) -> float | None:
-        """Microseconds an answer in a batch of so many rows, which is one of SIZES; None where that was not measured,
-        because it takes so long that a worker would not.
-        """
+        """Microseconds an answer in a batch of `rows` rows, one of SIZES; None if that was too slow to be measured."""
         seconds = self.table.seconds.get((path, rows), UNKNOWN)
         return seconds / rows * 1e6 if seconds < UNKNOWN else None
 
     def floor_us(self, rows: int, models: int) -> float:
-        """The floor of an answer in a batch of so many rows of so many models."""
+        """The floor of an answer, in microseconds, in a batch of `rows` rows of `models` models."""
         return self.rates.floor_s(self.flops, self.row_bytes * models / rows) * 1e6
 
     def taken(self, rows: int, models: int) -> Path:
-        """The way that most rows of such a batch go, its models apart in memory."""
+        """The path of most rows of such a batch, if its models are not adjacent in memory."""
         offsets = [2 * self.row_bytes * (i % models) for i in range(rows)]
         return max(plan(self.table, offsets, self.row_bytes), key=_size).path
 
 
 def pace(family: Family, row: Float32, rates: Rates) -> Pace:
-    """Measure the family with the numbers of one of its models in every row."""
+    """Measure the family; every row holds the numbers of one of its models."""
     size = row.nbytes
     count = max(1, min(RECENT, MOST_BYTES // size, max(2 * MOST_ROWS, 1 + COLD_BYTES // size)))
     pool = Pool(count * size, torch.device("cpu"))
@@ -82,7 +80,7 @@ def pace(family: Family, row: Float32, rates: Rates) -> Pace:
 
 
 def learn(engine: Engine, family: Family, offsets: Sequence[int]) -> None:
-    """Ask every model once, then time the family's paths until nothing is to be learnt."""
+    """Run every model once, then time the family's paths until all are measured."""
     x = np.zeros((1, *family.input_shape), np.float32)
     for at in range(0, len(offsets), MOST_ROWS):
         some = offsets[at : at + MOST_ROWS]
@@ -92,17 +90,18 @@ def learn(engine: Engine, family: Family, offsets: Sequence[int]) -> None:
 
 
 def flops(family: Family, row: Float32) -> int:
-    """Floating-point operations of one answer: the products of its forward."""
+    """Count the floating-point operations of one answer: those of the matrix products of its forward."""
     weights, x = family.bind(torch.from_numpy(row)[None]), torch.zeros(1, *family.input_shape)
-    in_place = {torch.ops.aten.baddbmm_: _of_product}  # torch counts a `baddbmm`, but not one in place
+    in_place = {torch.ops.aten.baddbmm_: _of_product}  # torch counts `baddbmm`, but not `baddbmm_`
     with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         family.forward(weights, x)
     return int(counter.get_total_flops())
 
 
 def rates(size: int = COLD_BYTES) -> Rates:
-    """The best of what this core did just now, in a tenth of a second. `size`: bytes that are copied over and over, so
-    that rows which are fewer, and stay in cache, have their own floor.
+    """Measure the best rates of this core in a tenth of a second.
+
+    `size`: bytes that are copied repeatedly. Rows that together fit into the cache have a floor of their own.
     """
     left, right = torch.ones(SIDE, SIDE), torch.ones(SIDE, SIDE)
     product = torch.empty(SIDE, SIDE)
@@ -118,7 +117,7 @@ def rates(size: int = COLD_BYTES) -> Rates:
 
 
 def best_s(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of ROUNDS."""
+    """Seconds of the fastest of ROUNDS runs."""
     taken = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
@@ -129,7 +128,7 @@ def best_s(work: Callable[[], object]) -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch computes on one thread meanwhile."""
+    """Run torch on one thread within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,7 +138,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _of_product(_: Shape, left: Shape, right: Shape, *__: object, **___: object) -> int:
-    """Of matrices [B, n, k] and [B, k, m]."""
+    """Count the operations of a product of matrices [B, n, k] and [B, k, m]."""
     return 2 * prod(left) * right[-1]
 
 

@@ -1,1 +1,1 @@
-"""Loads that begin before anyone asks, by the rhythm of past requests."""
+"""Prefetching: loads models before they are requested, by the rhythm of past requests."""

@@ -1,10 +1,11 @@
-"""What a worker loads before it is asked for. Owned by its step thread; when a model is due
-`server.worker.prefetch.rhythms` knows.
+"""Chooses the models that a worker loads before they are requested. The worker's step thread owns it.
 
-Foresight costs idle bandwidth only: it begins a load while nobody waits for one, some at a time, and each takes room
-that is free or of a model that is worth less, never of a leased, pinned or likewise expected one. What is here already
-is marked as if it had been asked, so that the traffic before the tick does not push it out. A request that comes while
-its model is on the way joins that load, as it would any other.
+`server.worker.prefetch.rhythms` predicts when a model is due. A prefetch must not cost a request anything: it begins
+only while no request waits for a load, a few run at a time, and each takes memory that is free or held by a model that
+is worth less. A resident model that is due counts as requested, so that other traffic does not evict it before its
+tick. A request for a model that is being prefetched joins that load, as it joins any other.
+
+INVARIANT: a prefetch never evicts a model that is leased, pinned, or expected as soon.
 """
 
 from collections import deque
@@ -17,24 +18,24 @@ from server.worker.prefetch.rhythms import Expected, Rhythms
 
 
 class Result(StrEnum):
-    """What came of a load ahead of time, as counted."""
+    """The outcome of a prefetch, as the metrics count it."""
 
-    USED = "used"  #: asked for while it was here
-    LATE = "late"  #: asked for while it was on its way
-    WASTED = "wasted"  #: left again, not asked for
-    REFUSED = "refused"  #: no room that was worth less
+    USED = "used"  #: requested while it was resident
+    LATE = "late"  #: requested while it was being loaded
+    WASTED = "wasted"  #: evicted without a request
+    REFUSED = "refused"  #: no memory was free or held by a model that is worth less
     FAILED = "failed"
 
 
 class Foresight:
-    """The loads ahead of time of one worker: `most` at once."""
+    """The prefetches of one worker, at most `most` at once."""
 
     def __init__(self, cache: Cache, metrics: WorkerMetrics, most: int) -> None:
         self.rhythms = Rhythms()
         self._cache, self._metrics, self._most = cache, metrics, most
         self._next: deque[Expected] = deque()
         self._loading: set[ModelName] = set()
-        self._brought: set[ModelName] = set()  # and not asked for yet
+        self._brought: set[ModelName] = set()  # resident, and not requested yet
 
     def __repr__(self) -> str:
         """For example `<Foresight <Rhythms ...>, 12 to bring, 2 loading, 40 brought>`."""
@@ -42,7 +43,7 @@ class Foresight:
         return f"<Foresight {self.rhythms!r}, {counts}>"
 
     def asked(self, model: ModelName, now: float) -> None:
-        """A request for the model, before the cache is asked."""
+        """Record a request for the model. To be called before the cache is asked for a lease."""
         self.rhythms.note(model, now)
         if model in self._brought:
             self._brought.discard(model)
@@ -52,15 +53,15 @@ class Foresight:
             self._count(Result.LATE)
 
     def look(self, now: float) -> None:
-        """Time has passed."""
+        """Queue the models that have come near their tick; those that are resident are kept."""
         for expected in self.rhythms.due(now):
             if not self._cache.expect(expected.model, now):
                 self._next.append(expected)
 
     def next(self, now: float) -> ModelName | None:
-        """A model to load now, wanted in the cache; None when there is none or the moment is not right."""
+        """A model to load now, for which the cache has a `Load`; None if there is none, or requests wait for loads."""
         while self._next and self._next[0].due < now:
-            self._next.popleft()  # also while others wait for loads all the time
+            self._next.popleft()  # outside of the next loop, so that the queue is bounded while requests wait for loads
         while self._next and len(self._loading) < self._most and not self._cache.is_awaited:
             model, due = self._next.popleft()
             if due < now or model not in self.rhythms or model in self._cache:
@@ -71,19 +72,19 @@ class Foresight:
         return None
 
     def loaded(self, model: ModelName) -> None:
-        """The model is here, whoever wanted it."""
+        """Record that a load has ended with the model resident, whether it was a prefetch or not."""
         if model in self._loading:
             self._loading.discard(model)
             self._brought.add(model)
 
     def ended(self, model: ModelName, result: Result) -> None:
-        """The model's load is over without it."""
+        """Record that a load has ended without the model."""
         if model in self._loading:
             self._loading.discard(model)
             self._count(result)
 
     def left(self, model: ModelName) -> None:
-        """The model was evicted or unloaded; if that was too early, it is brought again."""
+        """Record that the model was evicted or unloaded; it is queued again if it is still due."""
         if model in self._brought:
             self._brought.discard(model)
             self._count(Result.WASTED)

@@ -1,24 +1,23 @@
-"""When a model will be asked next, by its own rhythm, learnt from its calls. Pure: the clock is an argument.
+"""Predicts when a model is requested next, by a rhythm learnt from its requests. Pure: the clock is an argument.
 
-A market's clock asks every model of a product at each tick: every five minutes, every hour. Other traffic comes at any
-time. So a model that is still a stranger has the beginnings of its last HISTORY *visits* remembered (calls with less
-than QUIET_S between them are one visit), and as soon as four of them, the newest among them, are in step, as far apart
-as each other within TOLERANCE of that, the model has a *rhythm*: a period, and when it is due. Three equal gaps among
-independent calls are rare, so noise between the ticks, also for the same models, is mostly passed over; several ticks,
-each with its own models, periods and phases, need nothing more. Who knows the ticks of a fleet is nobody: each model's
-clock is its own, and models of one tick are those that are due together.
+In a market, every model of a product is requested at each tick, such as every five minutes or every hour; other
+requests come at any time. For a model without a rhythm (a *stranger*) the starts of its last HISTORY *visits* are kept;
+requests less than QUIET_S apart are one visit. Once four visits, the newest among them, are equally far apart within
+TOLERANCE, the model has a *rhythm*: a period and a due time. Three equal gaps among independent requests are rare, so
+requests between the ticks are mostly ignored. No tick of the whole fleet is estimated: each model has its own rhythm,
+so several ticks with different models, periods and phases need nothing more.
 
-A rhythm follows its calls as an alpha-beta filter does (phase by PHASE_GAIN, period by PERIOD_GAIN of what a call was
-off), so that it keeps up with a drifting clock. A call that is off by more than the tolerance is other traffic. Where
-none comes the rhythm goes on at its pace and is trusted less; after at most MOST_TRUST such ticks it is forgotten, and
-a model that has left the fleet with it. A model is foreseen from a quarter of its period before it is due, at most
-MAX_LEAD_S.
+A rhythm follows its requests as an alpha-beta filter does: the phase by PHASE_GAIN and the period by PERIOD_GAIN of a
+request's error, so that it follows a drifting clock. A request that is off by more than the tolerance is other traffic.
+If no request comes at a tick, the rhythm keeps its period and loses trust; after at most MOST_TRUST such ticks it is
+forgotten. A model is expected from a quarter of its period before it is due, at most MAX_LEAD_S before.
 
-Costs: a call takes O(1), two or three microseconds, and where a stranger's visit begins at most HISTORY / 3 comparisons
-more; time that passes takes O(1) a tick of a model. Memory is bounded however many names come: MAX_STRANGERS strangers,
-those asked longest ago are forgotten first, and MAX_RHYTHMS rhythms, beyond which no new one is learnt; some 40 MB.
-Not learnt: a period below QUIET_S, a model with more than four other visits between two ticks (which no cache forgets),
-a first rhythm that was every second tick (it stays so until it is missed).
+Costs: a request takes O(1), two or three microseconds, and at most HISTORY / 3 comparisons more when a stranger's visit
+starts; passing time takes O(1) for each tick of a model. Memory is bounded for any number of names, at some 40 MB: of
+MAX_STRANGERS strangers the least recently requested is forgotten first; beyond MAX_RHYTHMS rhythms none is learnt.
+
+Not learnt: a period below QUIET_S; a model with more than four other visits between two ticks (it stays cached anyway);
+and if the first rhythm has twice the true period, it stays so until it is missed.
 """
 
 from array import array
@@ -35,13 +34,13 @@ QUIET_S = 1.0
 TOLERANCE, MAX_TOLERANCE_S = 1 / 24, 30.0
 LEAD, MAX_LEAD_S = 1 / 4, 60.0
 PHASE_GAIN, PERIOD_GAIN = 0.4, 0.1
-TRUST, MOST_TRUST = 2, 4  #: of a new rhythm, and the least with which a model is foreseen; ticks that may be missed
+TRUST, MOST_TRUST = 2, 4  #: trust of a new rhythm, which predictions need at least; the most, in ticks it may miss
 MAX_STRANGERS, MAX_RHYTHMS = 50_000, 100_000
-BUCKET_S = 0.05  #: how exactly time is kept
+BUCKET_S = 0.05  #: resolution of time
 
 
 class Expected(NamedTuple):
-    """A model that is going to be asked, and when: about `due`."""
+    """A model that is expected to be requested at about `due`."""
 
     model: ModelName
     due: float
@@ -49,7 +48,7 @@ class Expected(NamedTuple):
 
 @dataclass(slots=True)
 class _Visits:
-    """When a stranger's visits began, oldest first, and its last call."""
+    """The starts of a stranger's visits, oldest first, and the time of its last request."""
 
     began: "array[float]"
     last: float
@@ -57,7 +56,10 @@ class _Visits:
 
 @dataclass(slots=True)
 class _Rhythm:
-    """Seconds from tick to tick; the next one. `bucket`: when to look at it again; `near`: the tick is to come."""
+    """A model's rhythm: seconds between ticks and the time of the next one.
+
+    `bucket`: when it is examined next. `near`: the tick is near, and the model has not been requested for it yet.
+    """
 
     period: float
     due: float
@@ -70,28 +72,28 @@ class _Rhythm:
         return _tolerance(self.period)
 
     def hit(self, off: float) -> None:
-        """A call came `off` seconds after it was due."""
+        """Record a request that came `off` seconds after it was due."""
         self.period += PERIOD_GAIN * off
         self.due += self.period + PHASE_GAIN * off
         self.trust = min(self.trust + 1, MOST_TRUST)
         self.near = False
 
     def miss(self) -> None:
-        """None came."""
+        """Record that no request came at a tick."""
         self.due += self.period
         self.trust -= 1
         self.near = False
 
 
 class Rhythms:
-    """The models' rhythms. `model in rhythms`: it is foreseen to be asked about now, and has not been yet."""
+    """The rhythms of all models. `model in rhythms`: a request is expected about now and has not come yet."""
 
     def __init__(self) -> None:
-        self._strangers: OrderedDict[ModelName, _Visits] = OrderedDict()  # asked longest ago first
+        self._strangers: OrderedDict[ModelName, _Visits] = OrderedDict()  # least recently requested first
         self._rhythms: dict[ModelName, _Rhythm] = {}
-        self._calendar: dict[int, list[ModelName]] = {}  # by bucket; an entry that its rhythm does not name is void
-        self._buckets: list[int] = []  # of the calendar, a heap
-        self._done = -1  # up to this bucket
+        self._calendar: dict[int, list[ModelName]] = {}  # by bucket; void unless the model's rhythm names that bucket
+        self._buckets: list[int] = []  # the calendar's keys, a heap
+        self._done = -1  # the last bucket that was examined
 
     def __repr__(self) -> str:
         """For example `<Rhythms of 45 models, 300 strangers>`."""
@@ -104,17 +106,17 @@ class Rhythms:
         return isinstance(model, str) and self.near(ModelName(model)) is not None
 
     def near(self, model: ModelName) -> float | None:
-        """When the model is due, where that is about now and it has not been asked yet."""
+        """The model's due time if it is near and the request has not come yet; else None."""
         rhythm = self._rhythms.get(model)
         return rhythm.due if rhythm is not None and rhythm.near and rhythm.trust >= TRUST else None
 
     def period(self, model: ModelName) -> float | None:
-        """Seconds from one of the model's ticks to the next; None where there is none or it is not known."""
+        """Seconds between the model's ticks; None if it has no rhythm."""
         rhythm = self._rhythms.get(model)
         return None if rhythm is None else rhythm.period
 
     def note(self, model: ModelName, now: float) -> None:
-        """The model is asked."""
+        """Record a request for the model."""
         rhythm = self._rhythms.get(model)
         if rhythm is None:
             self._visit(model, now)
@@ -125,7 +127,7 @@ class Rhythms:
             self._file(model, rhythm, _opens(rhythm))
 
     def due(self, now: float) -> list[Expected]:
-        """Who has come near its tick since the last call of this; to be called every so often."""
+        """The models that have come near their tick since the last call. To be called regularly."""
         found: list[Expected] = []
         last = int(now / BUCKET_S)
         while self._buckets and self._buckets[0] <= last:
@@ -138,7 +140,7 @@ class Rhythms:
         return found
 
     def _turn(self, model: ModelName, rhythm: _Rhythm, now: float, found: list[Expected]) -> None:
-        """A rhythm's tick has come near, or gone without a call."""
+        """Examine a rhythm whose tick has come near, or has passed without a request."""
         while rhythm.due + rhythm.tolerance < now and rhythm.trust:
             rhythm.miss()
         if not rhythm.trust:
@@ -160,7 +162,7 @@ class Rhythms:
             models.append(model)
 
     def _visit(self, model: ModelName, now: float) -> None:
-        """A stranger is asked: it has a rhythm now, or is remembered."""
+        """Record a stranger's request; it may complete a rhythm."""
         visits = self._strangers.get(model)
         if visits is None:
             self._strangers[model] = _Visits(array("d", (now,)), now)
@@ -185,15 +187,15 @@ def _tolerance(period: float) -> float:
 
 
 def _opens(rhythm: _Rhythm) -> float:
-    """When it is near."""
+    """From when on the tick counts as near."""
     return rhythm.due - min(rhythm.period * LEAD, MAX_LEAD_S)
 
 
 def _in_step(began: "array[float]") -> float | None:
-    """The period of the newest of these visits and three before it; None if no three are in step with it.
+    """The period of the newest visit and three earlier ones; None if no three are equally far apart.
 
-    Of several periods the one that fits best: by chance one fits as badly as it may. A multiple of one that fits does
-    so too, and is none.
+    If several periods fit, the best one counts, because a chance match tends to fit badly. A multiple of a period that
+    fits is skipped.
     """
     now, best, least = began[-1], None, 1.0
     for first in reversed(began[:-1]):

@@ -44,6 +44,7 @@ SEVERAL = replace(
     scalers=(Scaler(kind="linear", center=100, scale=10), Scaler()),
     inputs=(Channel(source="target"), Channel(source="target", product=1, lag=1)),
 )
+THREE = replace(SEVERAL, products=(*SEVERAL.products, "load"), scalers=(*SEVERAL.scalers, Scaler()))
 #: What the network says: of one product [prediction, levels]; of two the same, and the second's ten times as large.
 STEPS = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]], np.float32)
 TARGET = [1.0, 2.0, 3.0]
@@ -282,6 +283,12 @@ REFUSALS = [
     Refusal("several products: none", *plainly(SEVERAL, one(target=[])), "target", "not 0"),
     Refusal("several products: equally long",
             *plainly(SEVERAL, one(target=[BOTH[0], TARGET])), "target[1]", "3 steps of reserve, but 4 of energy"),
+    Refusal("several products: the first is not shorter",
+            *plainly(SEVERAL, one(target=[BOTH[0], [*BOTH[1], 5.0]])), "target[1]", "5 steps of reserve, but 4"),
+    Refusal("several products: nor the last of three",
+            *plainly(THREE, one(target=[*BOTH, TARGET])), "target[2]", "3 steps of load, but 4 of energy"),
+    Refusal("several products: padding fills up the past of all, not the rows of one",
+            *plainly(replace(SEVERAL, pad_context=True), one(target=[BOTH[0], TARGET])), "target[1]", "fill up"),
     Refusal("several products: long enough for each lag",
             *plainly(SEVERAL, one(target=[TARGET, TARGET])), "target", "3 steps, but the model needs 4"),
     Refusal("several products: text is no number",

@@ -54,6 +54,15 @@ def test_scenarios_of_one_product_and_of_several() -> None:
     )
 
 
+def test_a_product_that_is_named_twice_is_refused() -> None:
+    """The message names the product, the error its second forecast: 10,000 of one took 46 s."""
+    again = body()
+    again["forecasts"].append({"name": "a", "marginal": marginal()})
+    with pytest.raises(RequestError, match="a is named twice") as caught:
+        answer(again)
+    assert (caught.value.instance, caught.value.field) == (2, "configuration.joint")
+
+
 def test_seeds() -> None:
     """The same seed gives the same bytes, none gives others each time."""
     assert answer(body()) == answer(body())

@@ -55,6 +55,16 @@ def marginals_of(correlation: Correlation, steps: int = 0, seed: int = 0) -> lis
     return [Marginal(name, LEVELS, each) for name, each in zip(correlation.products, values, strict=True)]
 
 
+def test_work_is_bounded_before_it_starts() -> None:
+    """What the scores of many products over many steps take is known from shapes, and refused with the numbers."""
+    correlation = gaussian_of(np.eye(40), ar1(0.5, 1500))
+    asked = marginals_of(correlation)
+    with pytest.raises(RequestError, match=r"[\d.]+ thousand million.*, 10 are allowed") as caught:
+        joint_each(asked, correlation, 60, 0)
+    assert caught.value.field == "configuration.num_samples"
+    assert len(joint_each(asked[:2], correlation, 2, 0)) == 2
+
+
 def shuffled(samples: Any, seed: int = 0) -> Any:
     """The same margins [S, N, T] without any dependence."""
     return np.random.default_rng(seed).permuted(samples, axis=0)

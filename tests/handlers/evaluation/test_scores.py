@@ -88,6 +88,19 @@ def test_the_interval_is_the_widest_with_equal_tails() -> None:
     assert outer(np.array([0.2, 0.5, 0.9])) == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("levels", "nominal"), [([0.1, 0.25, 0.5, 0.75, 0.9], 0.8), ([0.05, 0.25, 0.5, 0.75], 0.5), ([0.2, 0.5, 0.9], 0.7)]
+)
+def test_nominal_is_what_the_interval_of_the_coverage_promises(levels: list[float], nominal: float) -> None:
+    """The outer level less the inner one of the very pair that the coverage counts: one step of three lies within."""
+    low, high = outer(np.array(levels))
+    q = np.broadcast_to(np.arange(float(len(levels))), (1, 3, len(levels)))
+    y = np.array([[low - 0.5, (low + high) / 2, high + 0.5]])
+    found = scores(y, q, np.array(levels), np.ones((1, 3)), np.ones(1))
+    assert found.nominal == pytest.approx(nominal)
+    assert found.coverage == pytest.approx(1 / 3)
+
+
 def test_the_pit_of_a_right_forecast_is_the_levels_distance() -> None:
     """Actuals drawn from the forecast itself fill the cells as wide as they are."""
     y = np.random.default_rng(0).random(200_000)

@@ -1,6 +1,7 @@
 """The ONNX runner, against real models: batching, refusals, and no file ever read."""
 
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from handlers.codecs.codec import SingleCodec
-from handlers.errors import RunFailed
-from handlers.kinds.onnx import OnnxModel, refuse_external_data
+from handlers.errors import Overran, RunFailed
+from handlers.kinds.onnx import OnnxModel, check_model
+from handlers.work import SessionLimits
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
 
 
@@ -107,7 +109,7 @@ def test_broken_bytes_are_refused_cleanly(noise: bytes, keep: int) -> None:
     """Noise, and real models that end in noise, raise nothing but ArchiveInvalid before the runtime sees them."""
     for raw in (noise, doubling("n", 2)[:keep] + noise):
         try:
-            refuse_external_data(raw)
+            check_model(raw)
         except ArchiveInvalid as error:
             assert str(error).startswith("model.onnx:")  # noqa: PT017 - either outcome is right
 
@@ -228,3 +230,80 @@ def private_bytes() -> int:
     if not path.exists():
         pytest.skip(f"{os.name} does not tell private memory")
     return sum(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("Private_"))
+
+
+def looping(operator: str = "Loop", trips: int = 2**62) -> bytes:
+    """A model of a few hundred bytes that adds for as long as `trips` says, its loop inside a branch of an If."""
+    info = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["c"], ["going"]), helper.make_node("Add", ["v", "v"], ["w"])],
+        "body",
+        [info("i", TensorProto.INT64, []), info("c", TensorProto.BOOL, []), info("v", TensorProto.FLOAT, None)],
+        [info("going", TensorProto.BOOL, []), info("w", TensorProto.FLOAT, None)],
+    )
+    loop = helper.make_node(operator, ["trips", "yes", "x"], ["z"], body=body)
+    branch = helper.make_graph([loop], "branch", [], [info("z", TensorProto.FLOAT, None)])
+    tensors = (
+        helper.make_tensor("trips", TensorProto.INT64, [], [trips]),
+        helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
+    )
+    choice = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
+    return model([choice], ("n", 2), ("n", 2), tensors)
+
+
+@pytest.mark.parametrize("operator", ["Loop", "Scan", "SequenceMap"])
+def test_a_loop_is_refused_wherever_it_is(operator: str) -> None:
+    """A loop in a branch of an If is found, and the message says what to do; If alone is no loop."""
+    with pytest.raises(ArchiveInvalid, match=f"operator {operator}.*onnx_control_flow"):
+        OnnxModel(looping(operator))
+
+
+def test_a_run_is_ended_at_its_limit() -> None:
+    """Where loops are allowed, an endless one fails as the model's, of several requests the rest is not run, and a loop
+    of a few rounds answers.
+    """
+    allowed = SessionLimits(forward_s=0.1, loops=True)
+    endless = OnnxModel(looping(), limits=allowed)
+    x = {"x": np.ones((1, 2), np.float32)}
+    with pytest.raises(Overran, match=r"after 0\.1 s.*max_forward_s"):
+        endless.run(x)
+    with pytest.raises(Overran):
+        endless.run_all([x, {"x": np.zeros((1, 2), np.float32)}])
+    short = OnnxModel(looping(trips=3), limits=SessionLimits(forward_s=60.0, loops=True))
+    assert short.run(x)["y"].tolist() == [[8.0, 8.0]]
+
+
+def large_constant(numbers: int) -> bytes:
+    """A model of some 150 bytes that adds the largest of so many zeros, which folding would make at load."""
+    nodes = [
+        helper.make_node("ConstantOfShape", ["shape"], ["zeros"]),
+        helper.make_node("ReduceMax", ["zeros"], ["zero"], keepdims=0),
+        helper.make_node("Add", ["x", "zero"], ["y"]),
+    ]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [1], [numbers])
+    return model(nodes, ("n", 2), ("n", 2), (shape,))
+
+
+def test_a_small_file_takes_no_memory_at_load_and_is_bounded_when_it_runs() -> None:
+    """2 GB of constants are not made at load; a run that wants them fails; one within the limit answers."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    huge = OnnxModel(large_constant(1 << 29))
+    x = {"x": np.ones((1, 2), np.float32)}
+    with pytest.raises(RunFailed, match="ONNX Runtime"):
+        huge.run(x)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024  # KiB
+    assert OnnxModel(large_constant(1 << 20)).run(x)["y"].tolist() == [[1.0, 1.0]]
+
+
+@pytest.mark.parametrize(("numbers", "refused"), [(1 << 24, False), (1 << 28, True)])
+def test_a_sparse_tensor_that_becomes_large_is_refused(numbers: int, refused: bool) -> None:
+    """ONNX Runtime makes sparse tensors dense at load: 148 bytes took 1 GB."""
+    parsed = onnx.load_from_string(model([helper.make_node("Add", ["x", "x"], ["y"])], ("n", 2), ("n", 2)))
+    values = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    place = helper.make_tensor("", TensorProto.INT64, [1], [0])
+    parsed.graph.sparse_initializer.append(helper.make_sparse_tensor(values, place, [numbers // 4, 4]))
+    if refused:
+        with pytest.raises(ArchiveInvalid, match=r"sparse tensor of \d+ numbers.*16777216 are allowed"):
+            check_model(parsed.SerializeToString())
+    else:
+        check_model(parsed.SerializeToString())

@@ -12,9 +12,19 @@ import pytest
 
 from loadtest import record
 from loadtest.benchmarks import accuracy
-from loadtest.benchmarks.accuracy_scores import LEAR, MEAN, MIXTURES, TCN, WEIGHTED, WINDOWS, assessed, weighted, wql
-from loadtest.benchmarks.rolling_refits import DAYS, EVERY, HOURS, Recipe, Refits, Task, market, schedule
-from loadtest.report.accuracy import page
+from loadtest.benchmarks.accuracy_scores import (
+    LEAR,
+    MEAN,
+    MIXTURES,
+    TCN,
+    WEIGHTED,
+    WINDOWS,
+    assess_market,
+    compute_wql,
+    weight_parts,
+)
+from loadtest.benchmarks.rolling_refits import DAYS, EVERY, HOURS, Recipe, Refits, Task, read_market, schedule_refits
+from loadtest.report.accuracy import render_accuracy_page
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.slow
@@ -43,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("first", [0, DAYS - 20])
 def test_schedules_cover_every_day_and_share_their_fits(first: int) -> None:
     """Of a schedule no day is left out, and a fit that two of them have is one and the same task, so done once."""
-    of = {every: list(schedule("NP", LEAR, every, first)) for every in EVERY}
+    of = {every: list(schedule_refits("NP", LEAR, every, first)) for every in EVERY}
     for every, tasks in of.items():
         assert [task.day for task in tasks] == list(range(first, DAYS, every))
         assert all(task.days >= min(every, DAYS - task.day) for task in tasks)
@@ -64,7 +74,7 @@ def test_a_fit_is_kept_and_not_done_again(data: Path, tmp_path: Path) -> None:
     """Its file makes the task done for the next run; another recipe's is not, nor one of other prices."""
     refits, task = Refits(data, tmp_path), Task("NP", LEAR, DAYS - 1, 1)
     assert not refits.has(task)
-    assert accuracy.work(refits, [task], 1, time.monotonic() + PATIENCE_S) == 1
+    assert accuracy.run_tasks(refits, [task], 1, time.monotonic() + PATIENCE_S) == 1
     again = Refits(data, tmp_path)
     assert again.has(task)
     assert not again.has(task._replace(recipe=WINDOWS))
@@ -78,16 +88,16 @@ def test_a_fit_is_kept_and_not_done_again(data: Path, tmp_path: Path) -> None:
 
 def test_minutes_that_are_over_end_the_work(data: Path, tmp_path: Path) -> None:
     """Without time left no fit is waited for, though a year of them is asked for; the processes are ended."""
-    tasks = list(schedule("NP", LEAR, 7))
-    assert accuracy.work(Refits(data, tmp_path), tasks, 1, time.monotonic()) < len(tasks)
+    tasks = list(schedule_refits("NP", LEAR, 7))
+    assert accuracy.run_tasks(Refits(data, tmp_path), tasks, 1, time.monotonic()) < len(tasks)
 
 
 def test_a_market_is_scored_by_what_was_reached(data: Path, tmp_path: Path) -> None:
     """One recipe fitted once is one row, better than the naive forecast; the perfect published forecast has rMAE 0."""
     refits = Refits(data, tmp_path)
-    (task,) = schedule("NP", LEAR, DAYS)
+    (task,) = schedule_refits("NP", LEAR, DAYS)
     assert refits.done(task) > 0
-    found = assessed(data, refits, "NP")
+    found = assess_market(data, refits, "NP")
     (row,) = found["rows"]
     assert (row["name"], row["every"]) == (LEAR.name, DAYS)
     assert 0 < row["rmae"] < 0.5
@@ -102,20 +112,20 @@ def test_a_market_is_scored_by_what_was_reached(data: Path, tmp_path: Path) -> N
         "published_wql": accuracy.PUBLISHED_WQL,
         "commands": {LEAR.name: LEAR.flags},
     }
-    html = page(record.made("accuracy", 0, record.machine(), results))
+    html = render_accuracy_page(record.make_record("accuracy", 0, record.describe_machine(), results))
     assert f"{row['rmae']:.3f}" in html
     assert "1 of 1 fits of &lt;NP&gt;" in html
-    assert accuracy.failures({"NP": found}, {"NP": row["mae"]}) == []
-    assert "by train and backtest" in accuracy.failures({"NP": found}, {"NP": 2 * row["mae"]})[0]
+    assert accuracy.list_failures({"NP": found}, {"NP": row["mae"]}) == []
+    assert "by train and backtest" in accuracy.list_failures({"NP": found}, {"NP": 2 * row["mae"]})[0]
     worse = {"NP": {"rows": [row | {"rmae": 0.64}]}}
-    assert "rMAE 0.640 is above 0.63" in accuracy.failures(worse, {"NP": row["mae"]})[0]
+    assert "rMAE 0.640 is above 0.63" in accuracy.list_failures(worse, {"NP": row["mae"]})[0]
 
 
 def test_what_was_forecast_knows_no_later_price(data: Path, tmp_path: Path) -> None:
     """Other prices from the fit's day on leave the first day's forecast as it was, bit by bit."""
     other = tmp_path / "epf"
     other.mkdir()
-    series, day = market(data, "NP"), DAYS - 3
+    series, day = read_market(data, "NP"), DAYS - 3
     at = (TRAINED_DAYS + day) * HOURS
     price = series.values.copy()
     price[at:] += 1000
@@ -136,12 +146,12 @@ def test_weights_go_to_who_was_better_and_come_from_the_past() -> None:
     """Equal in the first week, then nearly all for the better one; what comes later changes no earlier day."""
     y, levels = np.random.default_rng(0).normal(size=(28, 24)), np.array([0.5])
     parts = np.stack([y + 0.1, y + 3.0])[..., None]
-    mixed = weighted(parts, y, levels)[..., 0] - y
+    mixed = weight_parts(parts, y, levels)[..., 0] - y
     np.testing.assert_allclose(mixed[:7], 1.55)
     assert (mixed[7:] < 0.11).all()
     later = y.copy()
     later[14:] -= 50
-    np.testing.assert_array_equal(weighted(parts, later, levels)[:14], weighted(parts, y, levels)[:14])
+    np.testing.assert_array_equal(weight_parts(parts, later, levels)[:14], weight_parts(parts, y, levels)[:14])
     assert set(MIXTURES) == {MEAN, WEIGHTED}
 
 
@@ -149,4 +159,4 @@ def test_wql_is_the_mean_over_windows() -> None:
     """Of two windows, by hand: |error| / mean |y| for the median, the mean |y| being at least 1."""
     y = np.array([[10.0, 30.0], [0.0, 0.5]])
     q = np.array([[12.0, 26.0], [0.5, 0.5]])[..., None]
-    assert wql(y, q, np.array([0.5])) == pytest.approx((3 / 20 + 0.25 / 1) / 2)
+    assert compute_wql(y, q, np.array([0.5])) == pytest.approx((3 / 20 + 0.25 / 1) / 2)

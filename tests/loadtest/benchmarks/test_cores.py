@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from loadtest import record
-from loadtest.benchmarks.cores import a_request, table
+from loadtest.benchmarks.cores import build_table, compute_request_cost
 
 BEFORE = {"front": 1.0, "worker": 2.0, "decode": 0.5, "forward": 0.25, "encode": 0.125}
 AFTER = {"front": 1.5, "worker": 3.0, "decode": 0.75, "forward": 0.5, "encode": 0.25}
@@ -14,17 +14,17 @@ AFTER = {"front": 1.5, "worker": 3.0, "decode": 0.75, "forward": 0.5, "encode": 
 
 def test_a_request_s_time_is_that_of_all_by_their_number() -> None:
     """Microseconds; what the worker's parts do not explain is its rest."""
-    assert a_request(BEFORE, AFTER, 10_000) == pytest.approx(
+    assert compute_request_cost(BEFORE, AFTER, 10_000) == pytest.approx(
         {"front": 50, "worker": 100, "decode": 25, "forward": 25, "encode": 12.5, "rest": 37.5}
     )
 
 
 def test_what_is_measured_is_what_the_table_shows() -> None:
     """Every column is there, of runs as they are measured."""
-    run = {"requests_per_s": 12_345.0, "p50_ms": 0.6, "p99_ms": 1.2} | a_request(BEFORE, AFTER, 10_000)
-    results = {"1 workers, 1 fronts, json": {name: record.spread([value] * 3) for name, value in run.items()}}
+    run = {"requests_per_s": 12_345.0, "p50_ms": 0.6, "p99_ms": 1.2} | compute_request_cost(BEFORE, AFTER, 10_000)
+    results = {"1 workers, 1 fronts, json": {name: record.summarize([value] * 3) for name, value in run.items()}}
     console = Console(file=StringIO(), width=200)
-    console.print(table(results))
+    console.print(build_table(results))
     assert isinstance(console.file, StringIO)
     assert "12345 (12345-12345)" in console.file.getvalue()
     assert "38" in console.file.getvalue()

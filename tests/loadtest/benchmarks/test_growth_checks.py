@@ -10,39 +10,41 @@ import pytest
 from loadtest.benchmarks.growth_checks import (
     Cost,
     Crowd,
-    Span,
-    Verdict,
-    flat,
+    GrowthVerdict,
+    TrafficSpan,
+    compute_trend,
     judge_costs,
     judge_crowd,
+    judge_flat,
+    judge_no_slower,
     judge_spans,
-    no_slower,
-    trend,
 )
-from loadtest.observe.resource_counts import Census, Counts
+from loadtest.observe.resource_counts import Census, ResourceCounts
 
 N, DISK = 20, 500
 
 
-def span(i: int, noise: float = 0.0) -> Span:
+def span(i: int, noise: float = 0.0) -> TrafficSpan:
     """The i-th of a sound server."""
     rng = np.random.default_rng(i)
     jitter = 1 + noise * float(rng.exponential())  # what else the machine does only adds
     files = {"disk cache/blobs": 500, "disk cache/index": 500, "disk cache/locks": 100 + i, "disk cache/temp": 0}
-    counts = Counts({"front 0": 20}, {"front 0": 5}, {**files, "TMPDIR": 3}, {"of models": 50, "of all else": 400})
+    counts = ResourceCounts(
+        {"front 0": 20}, {"front 0": 5}, {**files, "TMPDIR": 3}, {"of models": 50, "of all else": 400}
+    )
     memory = {"front 0": int(60e6 + noise * 1e6 * float(rng.normal()))}
     census = Census(counts, memory, {"front 0": 1.0}, 100)
-    return Span(
+    return TrafficSpan(
         10.0, 3000, 0, 0.7, 0.6 * jitter, 3 * jitter, 2 * jitter, 6 * jitter, {"front 0": 110 * jitter}, census, []
     )
 
 
-def failed(spans: list[Span]) -> list[str]:
+def failed(spans: list[TrafficSpan]) -> list[str]:
     """What the verdicts find fault with."""
     return [verdict.what for verdict in judge_spans(spans, DISK) if not verdict.met]
 
 
-def leaky(change: Callable[[Counts, int], Counts]) -> list[Span]:
+def leaky(change: Callable[[ResourceCounts, int], ResourceCounts]) -> list[TrafficSpan]:
     """Spans whose counts change."""
     spans = [span(i) for i in range(N)]
     return [
@@ -54,25 +56,25 @@ def test_a_trend_is_robust() -> None:
     """The slope of a line, whatever two outliers do; flat noise has next to none; of one value there is none."""
     values = [3.0 * i for i in range(12)]
     values[3], values[8] = 1e6, -1e6
-    assert trend(values) == pytest.approx(3.0)
-    assert abs(trend(np.random.default_rng(0).normal(100, 5, 14).tolist())) < 1
-    assert math.isnan(trend([1.0]))
-    assert not Verdict("unknown", math.nan, 1).met
+    assert compute_trend(values) == pytest.approx(3.0)
+    assert abs(compute_trend(np.random.default_rng(0).normal(100, 5, 14).tolist())) < 1
+    assert math.isnan(compute_trend([1.0]))
+    assert not GrowthVerdict("unknown", math.nan, 1).met
 
 
 def test_growth_is_of_all_values_together() -> None:
     """The limit is absolute or a share of the level, whichever is more."""
-    assert flat("x", [100.0, 101, 102, 103], 2.5).found == pytest.approx(3)
-    assert not flat("x", [100.0, 101, 102, 103], 2.5).met
-    assert flat("x", [100.0, 101, 102, 103], 2.5, 0.05).met
+    assert judge_flat("x", [100.0, 101, 102, 103], 2.5).found == pytest.approx(3)
+    assert not judge_flat("x", [100.0, 101, 102, 103], 2.5).met
+    assert judge_flat("x", [100.0, 101, 102, 103], 2.5, 0.05).met
 
 
 def test_a_neighbour_is_not_a_slower_server() -> None:
     """Latencies that are high for a while, early or late, are the machine's; those that never come down are ours."""
-    assert no_slower("p99", [2.4, 2.6, 2.5, 2.4, 7.0, 2.9, 6.5, 6.8]).met
-    assert no_slower("p99", [8.0, 7.5, 2.5, 2.6, 2.5, 2.4]).met
-    assert not no_slower("p99", [2.4, 2.6, 2.5, 4.4, 7.0, 4.9]).met
-    assert not no_slower("p99", [2.4]).met
+    assert judge_no_slower("p99", [2.4, 2.6, 2.5, 2.4, 7.0, 2.9, 6.5, 6.8]).met
+    assert judge_no_slower("p99", [8.0, 7.5, 2.5, 2.6, 2.5, 2.4]).met
+    assert not judge_no_slower("p99", [2.4, 2.6, 2.5, 4.4, 7.0, 4.9]).met
+    assert not judge_no_slower("p99", [2.4]).met
 
 
 def test_noise_is_let_through() -> None:
@@ -107,7 +109,7 @@ def test_slow_leaks_are_found() -> None:
 def test_the_disk_cache_keeps_its_budget() -> None:
     """Over it by what six seconds fetch and no more; every archive has its name; nothing is left half written."""
 
-    def files(**changed: int) -> list[Span]:
+    def files(**changed: int) -> list[TrafficSpan]:
         paths = {f"disk cache/{name}": n for name, n in changed.items()}
         return leaky(lambda counts, _: replace(counts, files={**counts.files, **paths}))
 

@@ -12,7 +12,7 @@ import pytest
 from handlers.training.fit import Fitted, Fitting, ask, fit, reference_network
 from handlers.training.input_recipe import recipe
 from handlers.training.time_series import Series, read_csv
-from loadtest.benchmarks.markets import SAME, Client, Score, evaluate, request_for, score
+from loadtest.benchmarks.markets import SAME, Score, ScoringClient, evaluate, make_request_for, score_market
 from loadtest.fleets.synthetic_markets import make_markets
 from loadtest.observe.local_server import serve
 from model_store.archives.packing import pack_forecaster
@@ -66,7 +66,7 @@ def server_url(tmp_path: Path, fitted: Fitted) -> Iterator[str]:
 @pytest.mark.e2e
 def test_a_served_market_is_scored(market: Series, tmp_path: Path, server_url: str) -> None:
     """Through boto3 and real processes: every test day, the network's own numbers, one miss, and a useful forecast."""
-    client = Client(server_url)
+    client = ScoringClient(server_url)
     found = evaluate(market, TEST_FROM, open_source(str(tmp_path)), client.ask)
     assert (found.days, client.cache) == (17, {"miss": 1, "hit": 16})
     assert (found.finite, found.is_sorted) == (True, True)
@@ -91,10 +91,10 @@ def test_other_numbers_than_the_networks_are_seen(market: Series, fitted: Fitted
 
 def test_a_request_holds_nothing_of_the_future(market: Series, fitted: Fitted) -> None:
     """History ends just before the forecast's first step: changing later values does not change the request."""
-    request = request_for(market, 1000, fitted.forecast)
+    request = make_request_for(market, 1000, fitted.forecast)
     changed = Series(market.name, market.start, market.step, market.values.copy(), market.known)
     changed.values[1000:] = 1e6
-    assert request_for(changed, 1000, fitted.forecast) == request
+    assert make_request_for(changed, 1000, fitted.forecast) == request
     start = datetime.fromisoformat(request["instances"][0]["start"])
     assert start + timedelta(hours=len(request["instances"][0]["target"])) == market.start + timedelta(hours=1000)
 
@@ -103,7 +103,7 @@ def test_score_by_hand(fitted: Fitted) -> None:
     """Loss, coverage (ends included, missing values left out) and the naive loss of a case one can add up."""
     y = np.array([[10.0, 0.0, 5.0, np.nan]])
     quantiles = np.broadcast_to(np.array([0.0, 2.0, 4.0, 6.0, 8.0]), (1, 4, 5)).copy()
-    found = score(y, quantiles, quantiles + 1e-9, np.full((1, 4, 1), 2.0), fitted.forecast)
+    found = score_market(y, quantiles, quantiles + 1e-9, np.full((1, 4, 1), 2.0), fitted.forecast)
     pairs = list(zip(fitted.forecast.quantile_levels, (0.0, 2.0, 4.0, 6.0, 8.0), strict=True))
     losses = [max(level * (v - q), (level - 1) * (v - q)) for v in (10.0, 0.0, 5.0) for level, q in pairs]
     assert found.pinball == pytest.approx(np.mean(losses))
@@ -130,11 +130,11 @@ def test_real_prices_of_2024() -> None:
     found = fitted_before(series, year, Fitting(epochs=4), {})
     network, horizon = reference_network("tcn", found.config, found.tensors), 24
     starts = np.arange(series.first_at(year), len(series.values) - horizon + 1, horizon)
-    requests = [request_for(series, int(start), found.forecast) for start in starts]
+    requests = [make_request_for(series, int(start), found.forecast) for start in starts]
     body = {"instances": [each["instances"][0] for each in requests], "configuration": requests[0]["configuration"]}
     levels = [str(level) for level in found.forecast.quantile_levels]
     answers = [[p["quantiles"][level] for level in levels] for p in ask(network, found.forecast, body)["predictions"]]
     quantiles, steps = np.array(answers).transpose(0, 2, 1), starts[:, None] + np.arange(horizon)
     naive = series.values[steps - 24][..., None]
-    result = score(series.values[steps], quantiles, quantiles, naive, found.forecast)
+    result = score_market(series.values[steps], quantiles, quantiles, naive, found.forecast)
     assert (result.days, result.failures) == (366, [])

@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loadtest.benchmarks.prefetch import LEARNT, Found, Plan, found, measure
+from loadtest.benchmarks.prefetch import LEARNT, PrefetchPlan, PrefetchResult, measure_ticks, summarize_run
 from loadtest.driver.run_result import CACHE, Run
 from loadtest.fleets.fleet import make_fleet
 
-SMALL = Plan(
+SMALL = PrefetchPlan(
     models=30, others=90, rate=60.0, every_s=3.0, spread_s=0.2, ticks=LEARNT + 3, slab_rows=8, family="tcn-8", seed=1
 )
 
 
-def small(folder: Path, prefetch: str, ticks: int = SMALL.ticks) -> Found:
+def small(folder: Path, prefetch: str, ticks: int = SMALL.ticks) -> PrefetchResult:
     """A run of the small plan."""
     make_fleet(str(folder), SMALL.models + SMALL.others, SMALL.seed, SMALL.family)
-    return measure(replace(SMALL, ticks=ticks), folder, prefetch, lambda _: None)
+    return measure_ticks(replace(SMALL, ticks=ticks), folder, prefetch, lambda _: None)
 
 
 @pytest.mark.e2e
@@ -52,7 +52,7 @@ def test_the_fleet_s_ticks_are_told_from_other_traffic() -> None:
     cache[~fleet & late] = CACHE.index("coalesced")
     latency = np.where(fleet, 0.002, 0.005)
     run = Run(due, due.at, due.at, due.at + latency, np.full(n, 200), cache, SMALL.seconds, False, 0, [])
-    seen = found(SMALL, run, {"used": 3.0}, 1.5)
+    seen = summarize_run(SMALL, run, {"used": 3.0}, 1.5)
     assert list(seen.cold) == [1.0, 0.0, 0.0]
     assert seen.cold_share == pytest.approx(1 / 3)
     assert list(seen.p99_ms) == pytest.approx([2.0] * 3)

@@ -4,7 +4,7 @@ from io import StringIO
 
 from rich.console import Console
 
-from loadtest.benchmarks.scenarios import measure, table
+from loadtest.benchmarks.scenarios import build_table, measure
 
 
 def test_a_small_run_tells_all_numbers() -> None:
@@ -13,7 +13,7 @@ def test_a_small_run_tells_all_numbers() -> None:
     assert results["answer_bytes"] == 128 + 10 * 3 * 4 * 4
     assert {spread["runs"] for spread in results["ms"].values()} == {2}
     shown = StringIO()
-    Console(file=shown, width=110).print(table(results))
+    Console(file=shown, width=110).print(build_table(results))
     for name in ("gaussian", "schaake", "gaussian, one product", "floor: normal numbers", "floor: bytes written"):
         assert name in shown.getvalue()
     assert "3 products x 4 steps x 10 scenarios" in shown.getvalue()

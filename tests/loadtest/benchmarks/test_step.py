@@ -10,7 +10,7 @@ from rich.console import Console
 
 from handlers.base import Family, Float32
 from handlers.forecasters import build, random_tensors
-from loadtest.benchmarks.step import PEERS, table, verdict
+from loadtest.benchmarks.step import PEERS, build_table, judge_step
 from loadtest.peers.flat_rows import FlatTcn, SplitMlp
 from server.worker.engine.bench_step import Sizes, measure, named
 
@@ -65,7 +65,7 @@ def test_everything_is_compared_and_shown() -> None:
                 assert ratio["min"] <= compared["us"]["fleetcast"]["max"] / compared["us"][name]["min"]
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(table(found), verdict(found))
+        console.print(build_table(found), judge_step(found))
     text = shown.get()
     assert text.count("<= 1 ") == 2
     assert text.count("<= 0.8 ") == 1

@@ -13,11 +13,17 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 
-from loadtest.driver.market_client import STAGES, Asked, Turn, rank_correlation
-from loadtest.fleets.synthetic_markets import coupled_markets
+from loadtest.driver.market_client import STAGES, Turn, TurnBodies, rank_correlation
+from loadtest.fleets.synthetic_markets import make_coupled_markets
 from loadtest.observe.local_server import serve
-from loadtest.observe.processes import free_port
-from loadtest.report.market_cycle import Drawn, charted, extremes, of_budget, page
+from loadtest.observe.processes import find_free_port
+from loadtest.report.market_cycle import (
+    CycleResults,
+    choose_charted,
+    find_extremes,
+    format_budget_share,
+    render_cycle_page,
+)
 from tests.loadtest.browser import CHROMIUM, Browser, browser
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +51,7 @@ def forecast_demo(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str
 
 def write_prices(path: Path) -> list[str]:
     """Six weeks of four products that move together, in a user's own file, one price missing; the products."""
-    markets = coupled_markets(["x", "y"], ["energy", "lower"], 0, 24 * 42, 24)
+    markets = make_coupled_markets(["x", "y"], ["energy", "lower"], 0, 24 * 42, 24)
     lines = [",".join(["hour", *(each.name for each in markets)])]
     lines += [
         ",".join([markets[0].stamp(at), *(f"{each.values[at]:.2f}" for each in markets)])
@@ -83,7 +89,7 @@ def test_the_whole_cycle(tmp_path: Path) -> None:
         assert "4 products of prices.csv are in .fleetcast/cycle/store already" in again.stdout
         some = forecast_demo(tmp_path, "--url", server.inference, "--target", "no/such")
     assert (some.returncode, "no/such" in some.stderr) == (1, True)
-    nobody = forecast_demo(tmp_path, "--url", f"http://127.0.0.1:{free_port()}")
+    nobody = forecast_demo(tmp_path, "--url", f"http://127.0.0.1:{find_free_port()}")
     assert nobody.returncode == 1
     assert "does not answer" in nobody.stderr
     assert "fleetcast serve --store .fleetcast/cycle/store" in nobody.stderr
@@ -92,7 +98,7 @@ def test_the_whole_cycle(tmp_path: Path) -> None:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def drawn(products: Sequence[str], steps: int = 12, scenarios: int = 30) -> Drawn:
+def drawn(products: Sequence[str], steps: int = 12, scenarios: int = 30) -> CycleResults:
     """A turn of seeded random numbers, in which a price is missing."""
     rng = np.random.default_rng(2)
     common = rng.normal(size=(scenarios, 1, steps)).cumsum(axis=2)
@@ -102,28 +108,30 @@ def drawn(products: Sequence[str], steps: int = 12, scenarios: int = 30) -> Draw
     prices[0, 3] = np.nan
     ms = MappingProxyType({stage: 1.5 + i for i, stage in enumerate(STAGES)})
     said = dict.fromkeys(STAGES, "hit=2; inference;dur=0.5")
-    turn = Turn("2025-01-06 12:00:00", ms, said, Asked(b"", b""), [0.1, 0.5, 0.9], quantiles, samples)
+    turn = Turn("2025-01-06 12:00:00", ms, said, TurnBodies(b"", b""), [0.1, 0.5, 0.9], quantiles, samples)
     start = datetime(2025, 1, 6)  # noqa: DTZ001 -- stamps have no zone
     calls = [("all", "curl http://127.0.0.1:1/v1/forecasts")]
     together = rank_correlation(samples)
-    return Drawn("2 products", "EUR/MWh", products, start, timedelta(hours=1), prices, [turn] * 3, together, calls)
+    return CycleResults(
+        "2 products", "EUR/MWh", products, start, timedelta(hours=1), prices, [turn] * 3, together, calls
+    )
 
 
 def test_charts_are_of_different_groups() -> None:
     """The first of each region, then the last of each, and no more than nine; without regions the ends first."""
     names = [f"{region}/{product}" for region in "abcde" for product in ("energy", "raise", "lower")]
-    assert [names[i] for i in charted(names)][:4] == ["a/energy", "a/lower", "b/energy", "b/lower"]
-    assert len(charted(names)) == 9
-    assert charted(["NSW1", "VIC1"]) == [0, 1]
-    assert charted(["A.x", "A.y", "A.z", "B.x", *(f"C.{i}" for i in range(9))])[:3] == [0, 1, 2]
-    assert charted(["NSW1"]) == [0]
+    assert [names[i] for i in choose_charted(names)][:4] == ["a/energy", "a/lower", "b/energy", "b/lower"]
+    assert len(choose_charted(names)) == 9
+    assert choose_charted(["NSW1", "VIC1"]) == [0, 1]
+    assert choose_charted(["A.x", "A.y", "A.z", "B.x", *(f"C.{i}" for i in range(9))])[:3] == [0, 1, 2]
+    assert choose_charted(["NSW1"]) == [0]
 
 
 def test_extremes_are_the_strongest_pairs() -> None:
     """Alike from the highest down, opposed from the lowest up, each only with its sign."""
     together = np.array([[1, 0.9, -0.2], [0.9, 1, 0.1], [-0.2, 0.1, 1]])
-    assert extremes("abc", together, 5) == ([("a", "b", 0.9), ("b", "c", 0.1)], [("a", "c", -0.2)])
-    assert (of_budget(20.0), of_budget(0.5)) == ("0.10 %", "< 0.01 %")
+    assert find_extremes("abc", together, 5) == ([("a", "b", 0.9), ("b", "c", 0.1)], [("a", "c", -0.2)])
+    assert (format_budget_share(20.0), format_budget_share(0.5)) == ("0.10 %", "< 0.01 %")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +148,7 @@ def html(tmp_path: Path, reader: Browser) -> Path:
     """The page of some products, one with a hostile name; the browser has said nothing yet."""
     reader.said.clear()
     path = tmp_path / "cycle.html"
-    path.write_text(page(drawn(PRODUCTS)), encoding="utf-8")
+    path.write_text(render_cycle_page(drawn(PRODUCTS)), encoding="utf-8")
     return path
 
 

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from loadtest.driver.dialects import DIALECTS, JSON, npy_body, unsound, unsound_call
+from loadtest.driver.dialects import DIALECTS, encode_npy, find_call_fault, find_fault
+from server.contract import JSON
 from tests.loadtest.peer import SOUND
 
 
@@ -23,16 +24,16 @@ from tests.loadtest.peer import SOUND
         (b"[[1, 2.5]]", None),
         (b'{"outputs": [{"name": "y", "shape": [1, 2], "data": [1, 2.5]}]}', None),
         (b'{"outputs": [{"name": "y", "shape": [1, 2], "data": []}]}', "no predictions"),
-        (npy_body(np.ones((2, 3), np.float32)), None),
-        (npy_body(np.array([[1, np.nan]], np.float32)), "not finite"),
-        (npy_body(np.empty(0, np.float32)), "no numbers"),
-        (npy_body(np.ones(9, np.float32))[:100], "not npy"),
+        (encode_npy(np.ones((2, 3), np.float32)), None),
+        (encode_npy(np.array([[1, np.nan]], np.float32)), "not finite"),
+        (encode_npy(np.empty(0, np.float32)), "no numbers"),
+        (encode_npy(np.ones(9, np.float32))[:100], "not npy"),
         (b"", "not JSON"),
     ],
 )
 def test_sound_answers(body: bytes, why: str | None) -> None:
     """Predictions with numbers that are all finite; else what is wrong."""
-    found = unsound(body)
+    found = find_fault(body)
     assert found is None if why is None else why in str(found)
 
 
@@ -52,7 +53,7 @@ def test_sound_answers(body: bytes, why: str | None) -> None:
 )
 def test_sound_answers_to_calls_for_many(body: bytes, why: str | None) -> None:
     """A prediction with finite numbers or an error for each of two models, as many errors as are said."""
-    found = unsound_call(body, 2)
+    found = find_call_fault(body, 2)
     assert found is None if why is None else why in str(found)
 
 
@@ -83,5 +84,5 @@ def test_tensor_bodies() -> None:
     assert plain == {"x": [[0.0, 0.1429, 0.2857], [0.4286, 0.5714, 0.7143]]}
     (one,) = json.loads(DIALECTS["v2"].tensor_body(x))["inputs"]
     assert (one["shape"], one["datatype"], one["data"]) == ([1, 2, 3], "FP32", [*plain["x"][0], *plain["x"][1]])
-    assert np.load(io.BytesIO(npy_body(x))).tolist() == x.tolist()
+    assert np.load(io.BytesIO(encode_npy(x))).tolist() == x.tolist()
     assert JSON in DIALECTS["v2"].request("h", "m", b"").decode()

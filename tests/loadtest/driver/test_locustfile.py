@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from loadtest.fleets.fleet import fleet_names
+from loadtest.fleets.fleet import list_fleet_names
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
-NAMES = fleet_names(6)
+NAMES = list_fleet_names(6)
 SAID: dict[str, str | None] = dict(zip(NAMES, ("hit", "miss", "coalesced", None, "503", "nan"), strict=True))
 
 pytestmark = pytest.mark.skipif(

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 
 from loadtest.driver.dialects import DIALECTS
-from loadtest.driver.open_loop import Forbidden, Target, drive, target
-from loadtest.driver.profiles import Arrivals, Profile, Schedule
+from loadtest.driver.open_loop import Forbidden, LoadTarget, drive, make_target
+from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
-from loadtest.observe.processes import free_port
+from loadtest.observe.processes import find_free_port
 from tests.loadtest.peer import Peer, running
 from tests.patience import PATIENCE_S
 
 
-def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, Target]:
+def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, LoadTarget]:
     """A constant load on one model."""
-    schedule = Profile(1, rate, arrivals=Arrivals.CONSTANT).schedule(seconds)
+    schedule = Profile(1, rate, arrivals=ArrivalProcess.CONSTANT).schedule(seconds)
     request = DIALECTS["sagemaker"].request("peer", model, b"{}" * 500)
-    return schedule, target(f"http://127.0.0.1:{peer.port}", [request])
+    return schedule, make_target(f"http://127.0.0.1:{peer.port}", [request])
 
 
 def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
@@ -71,7 +71,7 @@ def test_an_overloaded_driver_calls_its_run_invalid() -> None:
     """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
     with running(Peer()) as peer:
         schedule, to = load(peer)
-        run = drive(schedule, Target(to.host, to.port, SlowToMake(to.requests[0])))
+        run = drive(schedule, LoadTarget(to.host, to.port, SlowToMake(to.requests[0])))
     assert (run.status == 200).all()
     assert [reason.endswith(BUSY) for reason in run.invalid()] == [True]
 
@@ -108,14 +108,14 @@ def test_every_request_has_its_fate(model: str, status: int) -> None:
 @pytest.mark.parametrize("connections", [1, 512])
 def test_nobody_listens(connections: int) -> None:
     """Refused connections are lost requests, and the run ends with the last."""
-    run = drive(*load(Peer(port=free_port())), connections=connections, patience_s=PATIENCE_S)
+    run = drive(*load(Peer(port=find_free_port())), connections=connections, patience_s=PATIENCE_S)
     assert (run.status == LOST).all()
     assert run.ended < PATIENCE_S
 
 
 def test_a_lack_of_descriptors_is_our_own_fault() -> None:
     """Where this process may open no more files, requests are unsent, and the run invalid: none failed."""
-    schedule, to = load(Peer(port=free_port()))
+    schedule, to = load(Peer(port=find_free_port()))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = [fd for fd in range(256) if not Path(f"/proc/self/fd/{fd}").exists()]
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[3], hard))  # three are for the event loop
@@ -176,10 +176,10 @@ def a_run(answer_s: float, late: int = 0, late_s: float = 0.0) -> Run:
 
 def test_only_this_machine_unless_told() -> None:
     """Addresses beyond loopback are refused before anything is sent, by what a name resolves to."""
-    assert target("http://localhost:8080", []).port == 8080
+    assert make_target("http://localhost:8080", []).port == 8080
     with pytest.raises(Forbidden, match="--allow-remote"):
-        target("http://192.0.2.7:8080", [])
-    assert target("http://192.0.2.7", [], allow_remote=True) == Target("192.0.2.7", 80, [])
+        make_target("http://192.0.2.7:8080", [])
+    assert make_target("http://192.0.2.7", [], allow_remote=True) == LoadTarget("192.0.2.7", 80, [])
     for url in ("https://localhost", "localhost:8080", "http://localhost/path"):
         with pytest.raises(ValueError, match="http://HOST:PORT"):
-            target(url, [])
+            make_target(url, [])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loadtest.driver.profiles import (
     MAX_REQUESTS,
     TAKES,
-    Arrivals,
+    ArrivalProcess,
     Load,
     Onboarding,
     Profile,
@@ -20,19 +20,19 @@ from loadtest.driver.profiles import (
     Schedule,
     Shape,
     Tick,
-    constant,
-    diurnal,
+    compute_popularity,
+    draw_constant,
+    draw_diurnal,
+    draw_poisson,
+    list_ramp_rates,
     make_profile,
-    poisson,
-    ramp,
-    zipf,
 )
 
 RECORDING = Schedule(np.arange(200) / 10, np.arange(200) % 7, 20.0)
 LOADS: dict[str, Load] = {
     "poisson": Profile(50, 100.0, seed=3),
-    "constant": Profile(50, 100.0, arrivals=Arrivals.CONSTANT, seed=3),
-    "diurnal": Profile(50, 100.0, arrivals=Arrivals.DIURNAL, seed=3, day_s=5.0),
+    "constant": Profile(50, 100.0, arrivals=ArrivalProcess.CONSTANT, seed=3),
+    "diurnal": Profile(50, 100.0, arrivals=ArrivalProcess.DIURNAL, seed=3, day_s=5.0),
     "drift": Profile(50, 100.0, seed=3, drift_s=1.0),
     "tick": Tick(50, every_s=2.0, seed=3),
     "shuffled": Tick(50, every_s=2.0, shuffled=True, seed=3),
@@ -83,17 +83,17 @@ def test_the_warm_up_loads_the_same_popular_models() -> None:
 
 def test_constant_arrivals_are_a_metronome() -> None:
     """The first is due at once, the others 1 / rate apart, none after the end."""
-    at = constant(200.0, 2.0)
+    at = draw_constant(200.0, 2.0)
     assert (len(at), at[0]) == (400, 0.0)
     assert np.diff(at) == pytest.approx(1 / 200)
     assert at[-1] < 2.0
-    assert Profile(1, 200.0, arrivals=Arrivals.CONSTANT).schedule(2.0).at.tolist() == at.tolist()
+    assert Profile(1, 200.0, arrivals=ArrivalProcess.CONSTANT).schedule(2.0).at.tolist() == at.tolist()
 
 
 def test_poisson_arrivals_are_independent() -> None:
     """Their number varies as a Poisson number does, and the gaps are exponential: as wide as their mean."""
     rng = np.random.default_rng(0)
-    runs = [poisson(100.0, 10.0, rng) for _ in range(200)]
+    runs = [draw_poisson(100.0, 10.0, rng) for _ in range(200)]
     counts = np.array([len(at) for at in runs])
     assert counts.mean() == pytest.approx(1000, abs=5 * np.sqrt(1000 / 200))
     assert counts.var() == pytest.approx(1000, rel=0.4)
@@ -107,7 +107,7 @@ def test_poisson_arrivals_are_independent() -> None:
 def test_a_day_has_its_trough_and_its_peak(trough: float) -> None:
     """Each hour of the day has the requests of the sine over it, within five deviations; `rate` is the mean."""
     days, day_s, rate = 200, 24.0, 50.0
-    at = diurnal(rate, days * day_s, day_s, trough, np.random.default_rng(5))
+    at = draw_diurnal(rate, days * day_s, day_s, trough, np.random.default_rng(5))
     hours = np.arange(25)
     swing = (1 - trough) / (1 + trough)
     integral = hours - swing * 24 / (2 * np.pi) * np.sin(2 * np.pi * hours / 24)
@@ -120,7 +120,7 @@ def test_a_day_has_its_trough_and_its_peak(trough: float) -> None:
 
 def test_a_day_is_independent_from_moment_to_moment() -> None:
     """The number of requests at noon varies from day to day as a Poisson number: no day is like the other."""
-    at = diurnal(50.0, 4800.0, 24.0, 0.2, np.random.default_rng(6))
+    at = draw_diurnal(50.0, 4800.0, 24.0, 0.2, np.random.default_rng(6))
     noons = np.histogram(at, bins=4800)[0].reshape(200, 24)[:, 12]
     assert noons.var() == pytest.approx(noons.mean(), rel=0.4)
 
@@ -128,7 +128,7 @@ def test_a_day_is_independent_from_moment_to_moment() -> None:
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.3])
 def test_popularity_falls_with_the_rank(exponent: float) -> None:
     """Sorted, it is 1 / rank ** exponent; as asked, the popular are spread over the fleet."""
-    found = zipf(500, exponent, np.random.default_rng(1))
+    found = compute_popularity(500, exponent, np.random.default_rng(1))
     ranked = np.sort(found)[::-1]
     assert found.sum() == pytest.approx(1)
     assert ranked / ranked[0] == pytest.approx(np.arange(1, 501) ** -exponent)
@@ -253,9 +253,13 @@ def test_a_replay_may_begin_later_and_warm_up_with_what_was_before() -> None:
         (Profile(1, drift_s=1.0), 10.0, "models, to trade places, cannot be 1: give 2"),
         (Profile(10, drift_s=1e-9), 10.0, "drift_s cannot be 1e-09: give 0.0001"),
         (Profile(10, drift_s=1.0, drift_share=1.1), 10.0, "drift_share cannot be 1.1: give 0 to 1"),
-        (Profile(10, arrivals=Arrivals.DIURNAL, day_s=0.0), 10.0, "day_s cannot be 0"),
-        (Profile(10, arrivals=Arrivals.DIURNAL, trough=2.0), 10.0, "trough cannot be 2: give 0 to 1"),
-        (Profile(10, arrivals=Arrivals.DIURNAL, trough=0.0, day_s=1e5), 10.0, "the first 10 s of days of 100000 s"),
+        (Profile(10, arrivals=ArrivalProcess.DIURNAL, day_s=0.0), 10.0, "day_s cannot be 0"),
+        (Profile(10, arrivals=ArrivalProcess.DIURNAL, trough=2.0), 10.0, "trough cannot be 2: give 0 to 1"),
+        (
+            Profile(10, arrivals=ArrivalProcess.DIURNAL, trough=0.0, day_s=1e5),
+            10.0,
+            "the first 10 s of days of 100000 s",
+        ),
         (Tick(10), 0.5, "spread_s, which ends before the next tick and the run do, cannot be 1: give 0 to 0.5"),
         (Tick(10, every_s=0.0), 5.0, "every_s cannot be 0"),
         (Tick(10), 5.0, "1 ticks of 10 models in 5 s: 10 requests"),
@@ -300,8 +304,8 @@ def test_settings_reach_their_shape() -> None:
     found = {shape: make_profile(shape, 200, 5, **{name: given[name] for name in TAKES[shape]}) for shape in Shape}
     half: dict[str, Any] = {"rate": 0.5, "zipf": 0.5, "drift_s": 0.5, "drift_share": 0.5}
     assert found[Shape.POISSON] == Profile(200, seed=5, **half)
-    assert found[Shape.CONSTANT] == Profile(200, arrivals=Arrivals.CONSTANT, seed=5, **half)
-    assert found[Shape.DIURNAL] == Profile(200, arrivals=Arrivals.DIURNAL, seed=5, day_s=0.5, trough=0.5, **half)
+    assert found[Shape.CONSTANT] == Profile(200, arrivals=ArrivalProcess.CONSTANT, seed=5, **half)
+    assert found[Shape.DIURNAL] == Profile(200, arrivals=ArrivalProcess.DIURNAL, seed=5, day_s=0.5, trough=0.5, **half)
     assert found[Shape.TICK] == Tick(200, 0.5, 0.5, shuffled=True, seed=5)
     assert found[Shape.ONBOARDING] == Onboarding(Profile(150, seed=5, **half), 50, 0.5, 0.5)
     replay = found[Shape.REPLAY]
@@ -338,19 +342,19 @@ def test_settings_that_would_be_ignored_are_refused(
 
 def test_a_ramp_rises_to_its_end() -> None:
     """By a factor or a step, and at last to the most, once."""
-    assert ramp(100, 1000, factor=2) == [100, 200, 400, 800, 1000]
-    assert ramp(100, 400, factor=2) == [100, 200, 400]
-    assert ramp(100, 450, step=100) == [100, 200, 300, 400, 450]
-    assert ramp(100, 400, step=100) == [100, 200, 300, 400]
-    assert ramp(100, 100, factor=2) == ramp(100, 100, step=1) == [100]
+    assert list_ramp_rates(100, 1000, factor=2) == [100, 200, 400, 800, 1000]
+    assert list_ramp_rates(100, 400, factor=2) == [100, 200, 400]
+    assert list_ramp_rates(100, 450, step=100) == [100, 200, 300, 400, 450]
+    assert list_ramp_rates(100, 400, step=100) == [100, 200, 300, 400]
+    assert list_ramp_rates(100, 100, factor=2) == list_ramp_rates(100, 100, step=1) == [100]
 
 
 @given(start=st.floats(0.1, 1e6), span=st.floats(1.01, 1e3), factor=st.floats(1.01, 10))
 def test_ramps_rise_all_the_way(start: float, span: float, factor: float) -> None:
     """From start to most, each rate above the one before, none left out."""
     for rates in (
-        ramp(start, start * span, factor=factor),
-        ramp(start, start * span, step=start * span * factor / 100),
+        list_ramp_rates(start, start * span, factor=factor),
+        list_ramp_rates(start, start * span, step=start * span * factor / 100),
     ):
         assert rates[0] == start
         assert rates[-1] == start * span
@@ -374,7 +378,7 @@ def test_ramps_rise_all_the_way(start: float, span: float, factor: float) -> Non
 def test_ramps_that_never_end_are_refused(start: float, most: float, how: dict[str, float], why: str) -> None:
     """Or that would take a thousand runs, or fall."""
     with pytest.raises(ValueError, match=re.escape(why)):
-        ramp(start, most, **how)
+        list_ramp_rates(start, most, **how)
 
 
 def test_a_warm_up_may_be_one_tick() -> None:

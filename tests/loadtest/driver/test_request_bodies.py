@@ -8,8 +8,8 @@ import pytest
 import urllib3
 
 from handlers.forecasters import build, random_tensors
-from loadtest.driver.dialects import NPY, Body, npy_body, unsound
-from loadtest.driver.request_bodies import Question, ask_all, call, question
+from loadtest.driver.dialects import BodyKind, encode_npy, find_fault
+from loadtest.driver.request_bodies import RequestBody, join_requests, make_request_body, read_request_bodies
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import serve
 from model_store.archives.archive import open_archive
@@ -17,6 +17,7 @@ from model_store.archives.manifest import Channel, Forecast, Scaler
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.contract import NPY
 from tests.e2e.models import onnx_model
 
 START = "2026-01-01 00:00:00"
@@ -80,49 +81,53 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     source, names = open_source(str(tmp_path)), [ModelName(name) for name in fleet]
     steps: list[int] = []
-    asked: list[tuple[str, Question]] = []
-    left_out: dict[Body | None, set[str]] = {}
-    for kind in (None, *Body):
-        found = ask_all(source, names, kind, 0, lambda: steps.append(1))
+    asked: list[tuple[str, RequestBody]] = []
+    left_out: dict[BodyKind | None, set[str]] = {}
+    for kind in (None, *BodyKind):
+        found = read_request_bodies(source, names, kind, 0, lambda: steps.append(1))
         asked += [(str(name), each) for name, each in found.questions.items()]
         left_out[kind] = {str(name) for name in found.left_out}
     assert len(steps) == 24
-    assert left_out[None] == left_out[Body.TENSOR] == {"broken.mar"}
-    assert left_out[Body.DEEPAR] == {"broken.mar", "plain.mar", "o.mar"}
+    assert left_out[None] == left_out[BodyKind.TENSOR] == {"broken.mar"}
+    assert left_out[BodyKind.DEEPAR] == {"broken.mar", "plain.mar", "o.mar"}
     with serve(str(tmp_path), ["--workers", "1"]) as server:
         for name, each in asked:
             headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": each.content_type}
             reply = urllib3.request("POST", f"{server.inference}/invocations", body=each.body, headers=headers)
-            assert (name, reply.status, unsound(reply.data)) == (name, 200, None), reply.data[:300]
+            assert (name, reply.status, find_fault(reply.data)) == (name, 200, None), reply.data[:300]
 
 
 def test_the_same_seed_asks_the_same() -> None:
     """A load can be repeated to the last byte; another seed asks something else."""
     archive = open_archive(demanding(), "d.mar")
-    assert question(archive, None, 1) == question(archive, None, 1) != question(archive, None, 2)
-    body = json.loads(question(archive, None, 1).body)
+    assert (
+        make_request_body(archive, None, 1)
+        == make_request_body(archive, None, 1)
+        != make_request_body(archive, None, 2)
+    )
+    body = json.loads(make_request_body(archive, None, 1).body)
     assert len(body["instances"][0]["target"]) == 27
 
 
 def test_what_cannot_be_asked() -> None:
     """The reason names the archive and what to ask for instead."""
     with pytest.raises(ValueError, match=r"p\.mar carries no `forecast` .* ask for tensors"):
-        question(open_archive(plain(), "p.mar"), Body.DEEPAR, 0)
+        make_request_body(open_archive(plain(), "p.mar"), BodyKind.DEEPAR, 0)
 
 
 def test_one_call_asks_all() -> None:
     """Every model with its own series, in order, under the configuration that all share; else what is wrong is said."""
     one, other = (
-        Question(json.dumps({"instances": [{"start": START, "target": [i]}], "configuration": {"seed": 3}}).encode())
+        RequestBody(json.dumps({"instances": [{"start": START, "target": [i]}], "configuration": {"seed": 3}}).encode())
         for i in range(2)
     )
-    plain = Question(json.dumps({"instances": [{"start": START, "target": [1]}]}).encode())
+    plain = RequestBody(json.dumps({"instances": [{"start": START, "target": [1]}]}).encode())
     a, b = ModelName("a.mar"), ModelName("b.mar")
-    body = json.loads(call({a: one, b: other}).body)
+    body = json.loads(join_requests({a: one, b: other}).body)
     assert body["requests"] == [{"target_model": n, "start": START, "target": [i]} for i, n in enumerate((a, b))]
     assert body["configuration"] == {"seed": 3}
     with pytest.raises(ValueError, match="different configurations"):
-        call({a: one, b: plain})
-    for tensors in (Question(b'{"x": [1]}'), Question(npy_body(np.ones(2, np.float32)), NPY)):
+        join_requests({a: one, b: plain})
+    for tensors in (RequestBody(b'{"x": [1]}'), RequestBody(encode_npy(np.ones(2, np.float32)), NPY)):
         with pytest.raises(ValueError, match=r"b\.mar is not asked for one forecast, .*--body deepar"):
-            call({a: one, b: tensors})
+            join_requests({a: one, b: tensors})

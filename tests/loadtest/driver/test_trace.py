@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from loadtest.driver import trace
 from loadtest.driver.profiles import Profile, Replay
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run
-from loadtest.driver.trace import OUTCOMES, Trace, TraceInvalid, read_chunks, read_trace, trace_of, write_trace
+from loadtest.driver.trace import Trace, TraceInvalid, make_trace, read_chunks, read_trace, write_trace
 from model_store.names import ModelName
+from server.contract import ACCESS_LOG_OUTCOMES
 
 HEADER = "time,model,bytes,outcome\n"
 NAMES = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters="\\/."), min_size=1, max_size=12)
@@ -24,7 +25,7 @@ ROWS = st.lists(
         st.integers(0, 2 * 10**15),  # microseconds, up to the year 2033
         NAMES | st.sampled_from(['a,b"c', '"x"', "x", "eu/at/day ahead.mar"]),
         st.integers(0, 10**18 - 1),
-        st.integers(0, len(OUTCOMES) - 1),
+        st.integers(0, len(ACCESS_LOG_OUTCOMES) - 1),
     ),
     max_size=30,
 )
@@ -225,12 +226,12 @@ def test_a_run_becomes_a_trace_that_can_be_replayed(tmp_path: Path) -> None:
     nan = np.full(n, np.nan)
     run = Run(schedule, nan, nan, nan, status, cache, 5.0, False, 0, [])
     names = [ModelName(f"eu/zone-{i}.mar") for i in range(9)]
-    made = trace_of(run, names, sizes=[10 * i for i in range(9)], started=1767225600.0)
+    made = make_trace(run, names, sizes=[10 * i for i in range(9)], started=1767225600.0)
     write_trace(tmp_path / "run.csv.gz", made)
     found = read_trace(tmp_path / "run.csv.gz")
     assert repr(found) == f"<Trace of {n} requests for 9 models>"
     outcomes = ["answered", "hit", "miss", "coalesced", "refused", "refused", "lost", "lost"]
-    assert [OUTCOMES[outcome] for outcome in found.outcome[:8].tolist()] == outcomes
+    assert [ACCESS_LOG_OUTCOMES[outcome] for outcome in found.outcome[:8].tolist()] == outcomes
     assert [found.names[i] for i in found.model.tolist()] == [names[i] for i in schedule.model.tolist()]
     assert found.size.tolist() == (10 * schedule.model).tolist()
     replayed = Replay(found.recording(), len(found.names)).schedule(60.0)
@@ -248,8 +249,3 @@ def test_a_trace_is_replayed_on_a_fleet_by_name() -> None:
     assert a_trace([]).recording().seconds == 0.0
     with pytest.raises(ValueError, match="1 models of the trace are not in the fleet; the first is a"):
         made.recording(["b"])
-
-
-def test_outcomes_begin_as_the_cache_header_does() -> None:
-    """`trace_of` takes one for the other."""
-    assert OUTCOMES[: len(CACHE)] == ("answered", *CACHE[1:])

@@ -7,16 +7,16 @@ import pytest
 import urllib3
 from typer.testing import CliRunner
 
-from loadtest.driver.dialects import unsound
-from loadtest.driver.request_bodies import ask_all
-from loadtest.fleets.archive_writer import Occupied, Written, progress_bar
+from loadtest.driver.dialects import find_fault
+from loadtest.driver.request_bodies import read_request_bodies
+from loadtest.fleets.archive_writer import StoreOccupied, WriteCounts, make_progress_bar
 from loadtest.fleets.fleet import (
     SEEDS_APART,
     TOGETHER,
     Fleet,
-    Member,
+    FleetMember,
     app,
-    fleet_names,
+    list_fleet_names,
     make_fleet,
     make_trained_fleet,
     parse_families,
@@ -32,9 +32,9 @@ from tests.s3 import Fault, S3Server
 ALL = {"tcn": 3.0, "tcn-8": 1.0, "mlp-8": 1.0, "gru": 1.0, "seq2seq": 1.0, "onnx": 1.0, "trained": 1.0}
 
 
-def write(fleet: Fleet, where: str, *, over: bool = False) -> Written:
+def write(fleet: Fleet, where: str, *, over: bool = False) -> WriteCounts:
     """Without a look at the progress."""
-    with progress_bar() as bar:
+    with make_progress_bar() as bar:
         return write_fleet(fleet, where, bar, over=over)
 
 
@@ -48,10 +48,10 @@ def bytes_in(folder: Path) -> dict[str, bytes]:
 
 def test_names_are_distinct_and_valid() -> None:
     """As many names as asked, also beyond the markets' own; a smaller fleet is the beginning of a larger one."""
-    names = fleet_names(500)
+    names = list_fleet_names(500)
     assert len(set(names)) == 500
     assert [parse_model_name(name) for name in names] == names
-    assert names[:3] == fleet_names(3)
+    assert names[:3] == list_fleet_names(3)
     assert names[204] == "us/spp-south/reserve.mar"
     assert names[205] == "au/nsw1/energy-2.mar"
 
@@ -77,7 +77,7 @@ def test_another_share_moves_its_own_models_only() -> None:
 
 def test_weights_of_seeds_are_apart() -> None:
     """The last model of a seed and the first of the next have other weights."""
-    member = Member(fleet_names(1)[0], 0, "tcn")
+    member = FleetMember(list_fleet_names(1)[0], 0, "tcn")
     assert Fleet(seed=3).seed_of(member) == 3 * SEEDS_APART
 
 
@@ -116,7 +116,7 @@ def test_a_seed_makes_the_same_bytes(tmp_path: Path) -> None:
     found = [write(fleet, str(tmp_path / place)) for place in "ab"]
     files = bytes_in(tmp_path / "a")
     assert files == bytes_in(tmp_path / "b")
-    assert list(files.keys() - fleet_names(24)) == []
+    assert list(files.keys() - list_fleet_names(24)) == []
     assert found[0] == found[1]
     assert sum(archives for archives, _ in found[0].kinds.values()) == 24
     assert sum(size for _, size in found[0].kinds.values()) == sum(map(len, files.values()))
@@ -126,13 +126,13 @@ def test_a_cut_run_goes_on(tmp_path: Path) -> None:
     """Archives that are there with the right bytes are kept as they are; a torn one is not of this fleet."""
     where, fleet = str(tmp_path), Fleet(8)
     write(Fleet(5), where)
-    inodes = {name: (tmp_path / name).stat().st_ino for name in fleet_names(5)}
+    inodes = {name: (tmp_path / name).stat().st_ino for name in list_fleet_names(5)}
     assert write(fleet, where).kept == 5
-    assert {name: (tmp_path / name).stat().st_ino for name in fleet_names(5)} == inodes
+    assert {name: (tmp_path / name).stat().st_ino for name in list_fleet_names(5)} == inodes
     whole = bytes_in(tmp_path)
-    torn = tmp_path / fleet_names(8)[6]
+    torn = tmp_path / list_fleet_names(8)[6]
     torn.write_bytes(torn.read_bytes()[:-1] + b"x")
-    with pytest.raises(Occupied, match=r"au/nsw1/lower60sec\.mar in .* is another archive, .* --over"):
+    with pytest.raises(StoreOccupied, match=r"au/nsw1/lower60sec\.mar in .* is another archive, .* --over"):
         write(fleet, where)
     assert write(fleet, where, over=True).kept == 7
     assert bytes_in(tmp_path) == whole
@@ -141,13 +141,13 @@ def test_a_cut_run_goes_on(tmp_path: Path) -> None:
 def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     """Another file, and archives of another seed, stop the run before anything is written; `over` leaves strangers."""
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(Occupied, match=r"has thesis\.txt, which is not of this fleet"):
+    with pytest.raises(StoreOccupied, match=r"has thesis\.txt, which is not of this fleet"):
         write(Fleet(3), str(tmp_path))
     assert list(bytes_in(tmp_path)) == ["thesis.txt"]
     write(Fleet(3, seed=1), str(tmp_path), over=True)
     (tmp_path / "thesis.txt").unlink()
     before = bytes_in(tmp_path)
-    with pytest.raises(Occupied, match="of another seed"):
+    with pytest.raises(StoreOccupied, match="of another seed"):
         write(Fleet(3, seed=2), str(tmp_path))
     assert bytes_in(tmp_path) == before
 
@@ -163,7 +163,7 @@ def test_a_trained_fleet_is_one_of_the_fleets(tmp_path: Path) -> None:
     """The demo's fleet is the one of the kind `trained`, as long as it is fitted in one go."""
     assert TOGETHER >= 200
     make_trained_fleet(str(tmp_path / "demo"), 2, seed=3)
-    assert make_fleet(str(tmp_path / "fleet"), 2, seed=3, families="trained") == fleet_names(2)
+    assert make_fleet(str(tmp_path / "fleet"), 2, seed=3, families="trained") == list_fleet_names(2)
     assert bytes_in(tmp_path / "demo") == bytes_in(tmp_path / "fleet")
 
 
@@ -176,20 +176,20 @@ def test_every_kind_is_served_from_s3(bucket: str) -> None:
     write(fleet, where)
     source = open_source(where)
     assert {listed.name for listed in source.list()} == members.keys()
-    asked = ask_all(source, list(members), None, 0, lambda: None)
+    asked = read_request_bodies(source, list(members), None, 0, lambda: None)
     assert not asked.left_out
     with serve(where, ["--workers", "1"]) as server:
         for name, question in asked.questions.items():
             headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": question.content_type}
             url = f"{server.inference}/invocations"
             reply = urllib3.request("POST", url, body=question.body, headers=headers, retries=False)
-            assert (reply.status, unsound(reply.data)) == (200, None), members[name].kind
+            assert (reply.status, find_fault(reply.data)) == (200, None), members[name].kind
 
 
 def test_a_failing_store_is_said_and_the_run_goes_on(bucket: str, s3: S3Server) -> None:
     """A refused put ends the run with the store's error; the next run puts what is missing and nothing else."""
     where, fleet = f"s3://{bucket}/fleet", Fleet(30)
-    refused = fleet_names(30)[20]
+    refused = list_fleet_names(30)[20]
     s3.inject(Fault(match=f"{bucket}/fleet/{refused}", status=403))
     with pytest.raises(StoreDenied, match=refused):
         write(fleet, where)

@@ -10,17 +10,18 @@ from handlers.codecs.codec import JSON, FamilyCodec
 from loadtest.fleets.fleet import LEVELS, make_request
 from loadtest.fleets.synthetic_archives import (
     LADDER,
+    build_network,
+    compute_size_shares,
     make_archive,
     make_forecast,
-    network,
     pack_fitted,
-    shares_of_sizes,
 )
 from loadtest.fleets.synthetic_markets import fit_markets
 from model_store.archives.archive import open_archive
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
-from server.offline import archive_tools as workshop
+from server.offline.archive_location import locate_archive
+from server.offline.archive_tools import verify_archive
 
 
 @pytest.mark.parametrize("kind", ["tcn", "tcn-8", "mlp-8", "gru", "seq2seq", "onnx"])
@@ -43,7 +44,7 @@ def test_a_fitted_model_loads(tmp_path: Path) -> None:
 
 def proved(folder: Path) -> str:
     """What `fleetcast verify` says of m.mar."""
-    return str(workshop.proved(workshop.place(settings_from({"store": str(folder)}), ModelName("m.mar"))))
+    return str(verify_archive(locate_archive(settings_from({"store": str(folder)}), ModelName("m.mar"))))
 
 
 @pytest.mark.parametrize("kind", ["tcn", "onnx"])
@@ -59,10 +60,10 @@ def test_seeds_decide(kind: str) -> None:
 def test_a_kind_that_there_is_not(kind: str) -> None:
     """The message lists those that there are."""
     if kind == "tcn-":  # no width is the default one
-        assert network(kind).family is network("tcn").family
+        assert build_network(kind).family is build_network("tcn").family
         return
     with pytest.raises(ValueError, match=f"no family '{kind}': known are .*tcn.*onnx, trained.*such as tcn-64"):
-        network(kind)
+        build_network(kind)
 
 
 def test_onnx_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,16 +75,16 @@ def test_onnx_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sizes_are_lognormal() -> None:
     """Shares sum to one; a wide law has all rungs, its middle most; a narrow one far away only the nearest."""
-    wide = shares_of_sizes(70_000, 1.0)
+    wide = compute_size_shares(70_000, 1.0)
     assert list(wide) == list(LADDER)
     assert sum(wide.values()) == pytest.approx(1)
     assert max(wide, key=wide.__getitem__) == "tcn"
-    assert set(shares_of_sizes(1e9, 0.01)) == {"tcn-128"}
+    assert set(compute_size_shares(1e9, 0.01)) == {"tcn-128"}
 
 
 def test_requests_fit_the_forecast() -> None:
     """A made request is decoded by the contract of a made archive, with samples too; one step fewer is not enough."""
-    codec = FamilyCodec(network("tcn").family, make_forecast("EUR/MWh", 0))
+    codec = FamilyCodec(build_network("tcn").family, make_forecast("EUR/MWh", 0))
     body = json.dumps(make_request(7, num_samples=3, output_types=["samples", "quantiles"])).encode()
     call = codec.decode(body, JSON, JSON)
     assert call.rows.shape == (1, 8, 168)

@@ -7,8 +7,9 @@ import urllib3
 
 from loadtest.fleets.fleet import make_fleet, make_request
 from loadtest.observe.local_server import LocalServer, serve
-from loadtest.observe.metrics_sampler import Watch, parsed
-from loadtest.observe.processes import pss
+from loadtest.observe.metrics_sampler import MetricsSampler, parse_metrics
+from loadtest.observe.processes import read_pss
+from server import contract
 
 TEXT = """# TYPE fleetcast_model_cache_requests counter
 fleetcast_model_cache_requests_total{{worker="0",device="cpu",result="hit"}} {hits}
@@ -33,7 +34,7 @@ def text(hits: int, misses: int, quick: int, loads: int, seconds: float, residen
 def test_samples_become_curves() -> None:
     """Counters become rates and means between samples, gauges stay levels; one that restarts never goes below 0."""
     pages = iter([text(10, 2, 5, 5, 0.05, 7), text(16, 4, 6, 8, 0.35, 9), text(0, 0, 0, 0, 0.0, 1)])
-    watch = Watch(lambda: next(pages))
+    watch = MetricsSampler(lambda: next(pages))
     for t in (0.0, 2.0, 4.0):
         watch.look(t)
     curves = watch.server_over_time()
@@ -50,19 +51,19 @@ def test_samples_become_curves() -> None:
 def test_load_times_by_bucket() -> None:
     """Cumulative buckets become counts between bounds, of the run alone; the last bound is open."""
     pages = iter([text(0, 0, 5, 5, 0.05, 7), text(0, 0, 6, 8, 0.35, 9)])
-    watch = Watch(lambda: next(pages))
+    watch = MetricsSampler(lambda: next(pages))
     watch.look(0.0)
     watch.look(1.0)
     assert watch.load_times() == {"disk": {"le_s": [0.01, 0.1, None], "count": [1.0, 2.0, 0.0]}}
     gained = watch.gained()
     assert gained is not None
-    assert gained["model_loading_seconds_count", "disk"] == 3
+    assert gained[contract.LOADING.count, "disk"] == 3
 
 
 def test_a_last_look_is_no_span_of_its_own() -> None:
     """The sample at the end of a run comes just after another and takes its place: a rate over 1 ms is noise."""
     pages = iter([text(hits, 0, 0, 0, 0, 1) for hits in (0, 10, 20, 21)])
-    watch = Watch(lambda: next(pages))
+    watch = MetricsSampler(lambda: next(pages))
     for t in (0.0, 1.0, 2.0, 2.001):
         watch.look(t)
     curves = watch.server_over_time()
@@ -72,7 +73,7 @@ def test_a_last_look_is_no_span_of_its_own() -> None:
 
 def test_nothing_to_see() -> None:
     """Without /metrics and memory everything is None, and looking costs nothing."""
-    watch = Watch()
+    watch = MetricsSampler()
     watch.look(0.0)
     assert [watch.gained(), watch.load_times(), watch.server_over_time()] == [None] * 3
     assert [watch.memory_over_time(), watch.last_memory()] == [None] * 2
@@ -88,14 +89,14 @@ def test_a_real_server(tmp_path: Path) -> None:
         def scrape() -> str:
             return str(LocalServer.get(f"{server.metrics}/metrics").data, "utf-8")
 
-        watch = Watch(scrape, lambda: {"worker 0": pss(worker)})
+        watch = MetricsSampler(scrape, lambda: {"worker 0": read_pss(worker)})
         watch.look(0.0)
         for _ in range(3):
             headers = {"X-Amzn-SageMaker-Target-Model": name}
             reply = urllib3.request("POST", f"{server.inference}/invocations", json=make_request(0), headers=headers)
             assert reply.status == 200
         watch.look(1.0)
-        counts, buckets = parsed(scrape())
+        counts, buckets = parse_metrics(scrape())
     curves = watch.server_over_time()
     assert curves is not None
     assert curves["hit_ratio"] == [pytest.approx(2 / 3)]
@@ -108,5 +109,5 @@ def test_a_real_server(tmp_path: Path) -> None:
     memory = watch.memory_over_time()
     assert memory is not None
     assert memory["worker 0"][1] > 20_000_000
-    assert counts["model_cache_capacity_bytes", "device"] > 0
+    assert counts[contract.CACHE_CAPACITY.series, "device"] > 0
     assert sum(buckets["store"].values()) >= 1

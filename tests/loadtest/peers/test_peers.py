@@ -20,17 +20,25 @@ import torch
 from rich.console import Console
 
 from loadtest.driver import wrk
-from loadtest.driver.dialects import DIALECTS, JSON
+from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import wait_until
-from loadtest.peers import comparison as contest
-from loadtest.peers import environments, servers
-from loadtest.peers.comparison import Contest, write_models
-from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, standing, table, turns, words
-from loadtest.peers.environments import PeerUnavailable, pins, requirements
-from loadtest.peers.network import load
+from loadtest.peers import comparison, environments, servers
+from loadtest.peers.comparison import Comparison, write_models
+from loadtest.peers.comparison_table import (
+    CONNECTIONS,
+    OURS,
+    OURS_NPY,
+    build_table,
+    describe_servers,
+    order_turns,
+    summarize_runs,
+)
+from loadtest.peers.environments import PeerUnavailable, find_requirements, parse_pins
+from loadtest.peers.network import load_network
 from loadtest.peers.over_memory import grow
-from loadtest.peers.process_tree import Tree, started
-from loadtest.peers.servers import PACKAGE, PEERS, Server
+from loadtest.peers.process_tree import ProcessTree, start_process
+from loadtest.peers.servers import PACKAGE, PEERS, PeerServer
+from server.contract import JSON
 
 NEEDS_WRK = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed (apt-get install wrk)")
 
@@ -103,8 +111,8 @@ def test_wrk_asks_every_model_in_its_dialect(dialect: str, wanted: set[tuple[str
     body = DIALECTS[dialect].tensor_body(np.full((8, 168), 1 / 7, np.float32))
     (tmp_path / "body").write_bytes(body)
     with site(Site()) as there:
-        target = wrk.Target("site", there.url, 7, ".mar", tmp_path / "body", JSON, DIALECTS[dialect])
-        result = wrk.run(target, 2, 1)
+        target = wrk.WrkTarget("site", there.url, 7, ".mar", tmp_path / "body", JSON, DIALECTS[dialect])
+        result = wrk.run_wrk(target, 2, 1)
     assert there.seen == {(path, model, JSON, body) for path, model in wanted}
     assert result.requests_per_s > 10
     assert 0 < result.p50_ms <= result.p99_ms
@@ -116,26 +124,26 @@ def test_wrk_counts_no_refusal(tmp_path: Path) -> None:
     """One model of four answers 503: there is no result, but an error that says how many failed."""
     (tmp_path / "body").write_bytes(b"{}")
     with site(Site(refuses="m2")) as there, pytest.raises(RuntimeError, match=r"site: \d+ of \d+ requests failed"):
-        wrk.run(wrk.Target("site", there.url, 4, "", tmp_path / "body", JSON), 2, 1)
+        wrk.run_wrk(wrk.WrkTarget("site", there.url, 4, "", tmp_path / "body", JSON), 2, 1)
 
 
 def test_turns_rotate() -> None:
     """In as many rounds as there are servers each is first once, and in every round each has one turn."""
-    rounds = [turns(["a", "b", "c"], number) for number in range(4)]
+    rounds = [order_turns(["a", "b", "c"], number) for number in range(4)]
     assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
-def _runs(*rates: float) -> dict[int, list[wrk.Result]]:
-    return {each: [wrk.Result(rate, 1000 / rate, 5000 / rate, 0) for rate in rates] for each in CONNECTIONS}
+def _runs(*rates: float) -> dict[int, list[wrk.WrkResult]]:
+    return {each: [wrk.WrkResult(rate, 1000 / rate, 5000 / rate, 0) for rate in rates] for each in CONNECTIONS}
 
 
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that slows down for a round slows both: the ratio of each round stays, that of medians would not."""
-    row = standing(_runs(10, 50, 12), {OURS: _runs(100, 500, 120)})["8 connections"]
+    row = summarize_runs(_runs(10, 50, 12), {OURS: _runs(100, 500, 120)})["8 connections"]
     assert row[f"{OURS} / it"]["requests_per_s"] == {"median": 10, "min": 10, "max": 10, "runs": 3}
     assert row[f"{OURS} / it"]["p50"]["median"] == pytest.approx(0.1)
     assert row["requests_per_s"] == {"median": 12, "min": 10, "max": 50, "runs": 3}
-    assert f"{OURS} / it" not in standing(_runs(1), {})["8 connections"]
+    assert f"{OURS} / it" not in summarize_runs(_runs(1), {})["8 connections"]
 
 
 def test_the_table_says_all() -> None:
@@ -147,18 +155,18 @@ def test_the_table_says_all() -> None:
         "rounds": 3,
         "seconds": 1,
         "servers": {
-            OURS: {"version": "abc", "stopped_between_turns": False, **standing(ours, {})},
+            OURS: {"version": "abc", "stopped_between_turns": False, **summarize_runs(ours, {})},
             "mms": {
                 **told,
                 "stopped_between_turns": True,
                 "beyond": "killed",
-                **standing(its, {OURS: ours, OURS_NPY: npy}),
+                **summarize_runs(its, {OURS: ours, OURS_NPY: npy}),
             },
         },
         "unavailable": {"torchserve": "needs Java 17"},
     }
     file = io.StringIO()
-    Console(file=file, width=165).print(table(results), "\n".join(words(results)))
+    Console(file=file, width=165).print(build_table(results), "\n".join(describe_servers(results)))
     text = file.getvalue()
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert (
@@ -174,7 +182,7 @@ def test_the_table_says_all() -> None:
 @pytest.mark.parametrize("peer", PEERS)
 def test_requirements_pin_exactly(peer: str) -> None:
     """Every line is package==version, the peer itself and our torch among them: the numbers can be had again."""
-    found = pins(requirements(peer).read_text())
+    found = parse_pins(find_requirements(peer).read_text())
     assert found[PACKAGE[peer]]
     assert found["torch"] == "2.13.0"
 
@@ -183,7 +191,7 @@ def test_requirements_pin_exactly(peer: str) -> None:
 def test_what_does_not_pin(line: str) -> None:
     """Ranges, extras and markers would install another thing tomorrow or elsewhere."""
     with pytest.raises(ValueError, match="does not pin one version exactly"):
-        pins(f"# a comment\nnumpy==2.4.6\n{line}\n")
+        parse_pins(f"# a comment\nnumpy==2.4.6\n{line}\n")
 
 
 @pytest.mark.slow
@@ -197,9 +205,9 @@ def test_an_installation_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     said: list[str] = []
     with pytest.raises(PeerUnavailable, match=r"odd: cannot be installed: .*torch==2\.13\.0"):
-        environments.environment("odd", said.append, tmp_path / "made")
+        environments.make_environment("odd", said.append, tmp_path / "made")
     assert "installing 1 packages" in said[0]
-    assert not environments.installed("odd", tmp_path / "made")
+    assert not environments.is_installed("odd", tmp_path / "made")
 
 
 def test_java_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -222,7 +230,7 @@ def test_peers_compute_what_we_compute(tmp_path: Path) -> None:
     assert not np.allclose(models.answers["m0"], models.answers["m1"])
     threads = torch.get_num_threads()
     for name, wanted in models.answers.items():
-        network = load(str(models.weights / name))
+        network = load_network(str(models.weights / name))
         torch.set_num_threads(threads)
         with torch.inference_mode():
             got = network(torch.from_numpy(models.x)[None]).numpy().ravel()
@@ -241,10 +249,10 @@ time.sleep(60)
 @pytest.mark.slow
 def test_a_tree_is_ended_with_whoever_left_its_group(tmp_path: Path) -> None:
     """A daemon in a session of its own, even stopped, is seen, measured and gone after the block, which raises."""
-    trees: list[Tree] = []
+    trees: list[ProcessTree] = []
 
     def fail() -> None:
-        with started([sys.executable, "-c", FAMILY], tmp_path, {}) as (tree, log):
+        with start_process([sys.executable, "-c", FAMILY], tmp_path, {}) as (tree, log):
             trees.append(tree)
             wait_until(lambda: "ready" in log.read_text())
             assert len(tree.pids()) == 2
@@ -261,7 +269,7 @@ def test_a_tree_is_ended_with_whoever_left_its_group(tmp_path: Path) -> None:
 def test_growth_stops_where_a_model_is_refused() -> None:
     """What was loaded until then counts, and the server's words are kept; else it ends with models or budget."""
     with site(Site(refuses="m2")) as there:
-        server = Server("site", there.url, DIALECTS["mms"], "", Tree(os.getpid()))
+        server = PeerServer("site", there.url, DIALECTS["mms"], "", ProcessTree(os.getpid()))
         growth = grow(server, ["m0", "m1", "m2", "m3"], b"{}", float("inf"))
         assert growth.models == 2
         assert growth.refused.startswith("site answered 503 for m2")
@@ -273,11 +281,11 @@ def test_growth_stops_where_a_model_is_refused() -> None:
 
 
 @contextmanager
-def _served(name: str, there: Site, *, fixed: bool = False) -> Iterator[Server]:
-    yield Server(name, there.url, DIALECTS["ray"], "", Tree(os.getpid()), fixed=fixed)
+def _served(name: str, there: Site, *, fixed: bool = False) -> Iterator[PeerServer]:
+    yield PeerServer(name, there.url, DIALECTS["ray"], "", ProcessTree(os.getpid()), fixed=fixed)
 
 
-def _absent() -> AbstractContextManager[Server]:
+def _absent() -> AbstractContextManager[PeerServer]:
     raise PeerUnavailable("needs Java 17")
 
 
@@ -285,13 +293,13 @@ def _absent() -> AbstractContextManager[Server]:
 @pytest.mark.slow
 def test_who_answers_wrongly_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong numbers, a failed start or refusals in a later round end a peer's part, with the reason; others go on."""
-    monkeypatch.setattr(contest, "WARM_S", 1)
-    monkeypatch.setattr(contest, "IDLE_S", 0.01)
-    monkeypatch.setattr(contest, "BURNS", float("inf"))  # their tree is this process
-    monkeypatch.setattr(contest, "CONNECTIONS", (8,))
+    monkeypatch.setattr(comparison, "WARM_S", 1)
+    monkeypatch.setattr(comparison, "IDLE_S", 0.01)
+    monkeypatch.setattr(comparison, "BURNS", float("inf"))  # their tree is this process
+    monkeypatch.setattr(comparison, "CONNECTIONS", (8,))
 
     with ExitStack() as stack:
-        there = Contest(write_models(tmp_path, 2), tmp_path, stack)
+        there = Comparison(write_models(tmp_path, 2), tmp_path, stack)
         answers = {name: answer.tolist() for name, answer in there.models.answers.items()}
         right = stack.enter_context(site(Site(answers)))
         later = stack.enter_context(site(Site(answers)))

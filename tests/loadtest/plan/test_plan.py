@@ -13,20 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtest.driver.profiles import Profile, Schedule, Tick
-from loadtest.driver.trace import OUTCOMES, Trace, write_trace
-from loadtest.fleets.fleet import fleet_names
+from loadtest.driver.trace import Trace, write_trace
+from loadtest.fleets.fleet import list_fleet_names
 from loadtest.plan import simulated_worker as simulated
-from loadtest.plan.costs import DEFAULT, Costs, drawn, less, sample
-from loadtest.plan.demand import Demand, charges, mixed, of_profile, of_trace
-from loadtest.plan.miss_ratio_curves import curve
-from loadtest.plan.placement import Placement, home, ranked
-from loadtest.plan.simulate import SLAB_BYTES, Loss, Machines, simulate
-from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, Model, Worker
+from loadtest.plan.costs import DEFAULT, Costs, draw_seconds, make_sample, subtract_samples
+from loadtest.plan.demand import Demand, draw_charges, make_profile_demand, make_trace_demand, mix_keys
+from loadtest.plan.miss_ratio_curves import compute_curve
+from loadtest.plan.placement import Placement, choose_worker, rank_nodes
+from loadtest.plan.simulate import Loss, Machines, simulate
+from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, SimulatedModel, SimulatedWorker
 from model_store.cache.cache import Cache
 from model_store.names import ModelName
+from server.contract import ACCESS_LOG_OUTCOMES, QUEUE_PER_WORKER, REQUEST_TIMEOUT_S
 from server.routing import Router
-from server.settings import Settings
-from server.worker import scheduler
 
 SLAB = 65_536
 #: A hit takes 3 ms, a step 1 ms and 1 ms a request, a GET 100 ms, the rest of a load 10 ms.
@@ -36,7 +35,7 @@ PLAIN = Costs(said="round numbers", step_s=0.001, row_s=0.001, overhead=(0.001,)
 def demand(at: list[float], asked: list[int], models: int, charge: int = SLAB) -> Demand:
     """Requests given one by one; a model fills a slab."""
     schedule = Schedule(np.array(at), np.array(asked), max(at) + 1)
-    return Demand(schedule, None, fleet_names(models), np.full(models, charge), "by hand")
+    return Demand(schedule, None, list_fleet_names(models), np.full(models, charge), "by hand")
 
 
 def room(models: int, **more: Any) -> Machines:
@@ -44,15 +43,15 @@ def room(models: int, **more: Any) -> Machines:
     return Machines(models * SLAB, slab_bytes=SLAB, **more)
 
 
-def ask(worker: Worker, at: list[float], asked: list[int]) -> simulated.Ran:
+def ask(worker: SimulatedWorker, at: list[float], asked: list[int]) -> simulated.WorkerRun:
     """Requests for models of a slab each."""
-    models = [Model(ModelName(f"m{i}.mar"), SLAB, "family") for i in asked]
+    models = [SimulatedModel(ModelName(f"m{i}.mar"), SLAB, "family") for i in asked]
     return worker.run(np.array(at), models)
 
 
-def worker(rows: int, threads: int = 4) -> Worker:
+def worker(rows: int, threads: int = 4) -> SimulatedWorker:
     """With room for so many."""
-    return Worker(Cache(rows * SLAB, SLAB), PLAIN, np.random.default_rng(0), threads)
+    return SimulatedWorker(Cache(rows * SLAB, SLAB), PLAIN, np.random.default_rng(0), threads)
 
 
 # --- one worker -----------------------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def test_who_comes_during_a_load_joins_it() -> None:
 def test_what_arrives_during_a_step_is_the_next_batch() -> None:
     """Five at once after a warm-up: the first alone, the other four together in 1 + 4 ms."""
     busy = worker(1)
-    busy.fill([Model(ModelName("m0.mar"), SLAB, "family")])
+    busy.fill([SimulatedModel(ModelName("m0.mar"), SLAB, "family")])
     ran = ask(busy, [0.0] * 5, [0] * 5)
     assert ran.wait.tolist() == pytest.approx([0.002] + [0.007] * 4)
 
@@ -101,8 +100,8 @@ def test_loader_threads_bound_the_loads_at_a_time() -> None:
 def test_a_model_larger_than_the_cache_is_refused_and_remembered() -> None:
     """It evicts nobody, and requests within the back-off are refused at once."""
     small = worker(1)
-    small.fill([Model(ModelName("m0.mar"), SLAB, "family")])
-    big = Model(ModelName("big.mar"), 2 * SLAB, "big")
+    small.fill([SimulatedModel(ModelName("m0.mar"), SLAB, "family")])
+    big = SimulatedModel(ModelName("big.mar"), 2 * SLAB, "big")
     ran = small.run(np.array([0.0, 0.2]), [big, big])
     assert ran.outcome.tolist() == [REFUSED, REFUSED]
     assert ran.wait.tolist() == pytest.approx([0.11, 0.0])
@@ -111,7 +110,7 @@ def test_a_model_larger_than_the_cache_is_refused_and_remembered() -> None:
 
 def test_a_worker_refuses_what_its_queue_cannot_hold() -> None:
     """As many as the server's queue_per_worker wait; the next is refused at once."""
-    count = simulated.QUEUE_PER_WORKER + 1
+    count = QUEUE_PER_WORKER + 1
     ran = ask(worker(1), [0.0] * count, [0] * count)
     assert np.flatnonzero(ran.outcome == REFUSED).tolist() == [count - 1]
     assert ran.wait[-1] == 0
@@ -121,19 +120,9 @@ def test_nobody_waits_longer_than_the_deadline() -> None:
     """More loads than can be made: whoever has waited for the server's request_timeout_s is refused then."""
     n = 3000
     ran = ask(worker(10, threads=1), [i * 0.01 for i in range(n)], list(range(n)))
-    assert ran.wait.max() == simulated.REQUEST_TIMEOUT_S
-    assert (ran.outcome[ran.wait == simulated.REQUEST_TIMEOUT_S] == REFUSED).all()
+    assert ran.wait.max() == REQUEST_TIMEOUT_S
+    assert (ran.outcome[ran.wait == REQUEST_TIMEOUT_S] == REFUSED).all()
     assert 0.5 < (ran.outcome == REFUSED).mean() < 1
-
-
-def test_the_settings_are_the_servers() -> None:
-    """What the simulation restates of server/settings.py is what stands there."""
-    fields = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
-    for name in ("loader_threads", "max_batch_rows", "queue_per_worker", "request_timeout_s", "revalidate_s"):
-        assert getattr(simulated, name.upper()) == fields[name]
-    assert simulated.FEW == scheduler.FEW
-    assert fields["slab_bytes"] == SLAB_BYTES
-    assert fields["eviction_policy"] == Machines(0).policy
 
 
 @settings(max_examples=30, deadline=None)
@@ -146,7 +135,7 @@ def test_the_settings_are_the_servers() -> None:
 def test_every_request_ends_under_every_policy(rows: int, asked: list[int], gap_s: float, policy: str) -> None:
     """Whatever is asked how fast: all are answered, misses are loads, and time only goes forward."""
     machines = Machines(rows * SLAB, slab_bytes=SLAB, policy=policy)
-    busy = Worker(machines.cache(), PLAIN, np.random.default_rng(0))
+    busy = SimulatedWorker(machines.cache(), PLAIN, np.random.default_rng(0))
     ran = ask(busy, [i * gap_s for i in range(len(asked))], asked)
     assert {*ran.outcome.tolist()} <= {HIT, MISS, COALESCED}
     assert (ran.wait >= PLAIN.step_s + PLAIN.row_s - 1e-9).all()
@@ -169,7 +158,7 @@ def test_a_cycle_over_one_model_too_many_is_the_end_of_lru() -> None:
 def test_ches_approximation_of_lru_under_zipf() -> None:
     """Independent requests: LRU's hit ratio is what Che, Tung and Wang (2002) calculate for it, within 2 points."""
     profile = Profile(500, 50.0, zipf=0.9)
-    asked = of_profile(profile, 400, 100, str(SLAB))
+    asked = make_profile_demand(profile, 400, 100, str(SLAB))
     found = simulate(Placement(asked), room(100), PLAIN.faster(1e6)).hit_ratio
     share = profile.popularity()
     low, high = 0.0, 1e9
@@ -181,8 +170,8 @@ def test_ches_approximation_of_lru_under_zipf() -> None:
 
 def test_more_cache_is_never_worse_for_lru() -> None:
     """Its miss ratio falls with the cache, down to the models that were never asked before."""
-    asked = of_profile(Profile(300, 100.0), 60, 20, str(SLAB))
-    ratios = curve(asked, "lru").miss_ratio
+    asked = make_profile_demand(Profile(300, 100.0), 60, 20, str(SLAB))
+    ratios = compute_curve(asked, "lru").miss_ratio
     assert all(b <= a for a, b in pairwise(ratios))
     assert ratios[0] > 0.3
     new = {*asked.schedule.model.tolist()} - {*(asked.warm.model.tolist() if asked.warm else [])}
@@ -191,17 +180,17 @@ def test_more_cache_is_never_worse_for_lru() -> None:
 
 def test_policies_differ_where_they_should() -> None:
     """A tick in fixed order with room for 90 %: LRU misses all, the policy that knows the tick about a tenth."""
-    tick = of_profile(Tick(500, every_s=10.0, spread_s=1.0), 200, 60, "8KB")
-    lru, due = (curve(tick, policy, (0.92,)).miss_ratio[0] for policy in ("lru", "due"))
+    tick = make_profile_demand(Tick(500, every_s=10.0, spread_s=1.0), 200, 60, "8KB")
+    lru, due = (compute_curve(tick, policy, (0.92,)).miss_ratio[0] for policy in ("lru", "due"))
     assert lru > 0.99
     assert due < 0.2
 
 
 def test_a_sample_of_the_models_gives_the_same_curve() -> None:
     """A quarter of 4,000 models, three times: within 3 points of the whole, and of what it says of its own error."""
-    asked = of_profile(Profile(4_000, 400.0, zipf=0.8), 100, 50, "8KB")
+    asked = make_profile_demand(Profile(4_000, 400.0, zipf=0.8), 100, 50, "8KB")
     sizes = (0.1, 0.3, 0.6)
-    whole, part = curve(asked, "lru", sizes), curve(asked, "lru", sizes, most_models=1_000)
+    whole, part = compute_curve(asked, "lru", sizes), compute_curve(asked, "lru", sizes, most_models=1_000)
     assert (whole.rate, max(whole.error)) == (1.0, 0.0)
     assert part.rate == pytest.approx(0.25, rel=0.2)
     for one, other, error in zip(whole.miss_ratio, part.miss_ratio, part.error, strict=True):
@@ -212,19 +201,19 @@ def test_a_sample_of_the_models_gives_the_same_curve() -> None:
 
 
 def test_a_models_home_is_where_the_servers_router_sends_it() -> None:
-    """The rule restated here is the router's, for every number of workers tried."""
+    """The planner and the server choose the same worker, for every number of workers tried."""
     for workers in (1, 2, 3, 7):
         router = Router()
         for index in range(workers):
             router.up(index)
-        names = fleet_names(300)
-        assert [home(name, workers) for name in names] == [router.order(name)[0] for name in names]
+        names = list_fleet_names(300)
+        assert [choose_worker(name, workers) for name in names] == [router.order(name)[0] for name in names]
 
 
 def test_a_lost_node_moves_only_its_own_models() -> None:
     """The first in line stays the first unless it is lost; lines are evenly dealt, and each node is in them once."""
-    keys = mixed(np.arange(20_000, dtype=np.uint64), 7)
-    line, smaller = ranked(keys, 5, 3), ranked(keys, 4, 1)
+    keys = mix_keys(np.arange(20_000, dtype=np.uint64), 7)
+    line, smaller = rank_nodes(keys, 5, 3), rank_nodes(keys, 4, 1)
     assert all(len({*row}) == 3 for row in line[:200].tolist())
     assert np.bincount(line[:, 0]).tolist() == pytest.approx([4000] * 5, rel=0.1)
     stays = line[:, 0] != 4
@@ -234,7 +223,7 @@ def test_a_lost_node_moves_only_its_own_models() -> None:
 
 def test_a_node_is_lost() -> None:
     """A third of the models move and are cold once; of two replicas each, two thirds do: each gets its second again."""
-    asked = of_profile(Profile(400, 100.0, zipf=0.0), 60, 60, str(SLAB))
+    asked = make_profile_demand(Profile(400, 100.0, zipf=0.0), 60, 60, str(SLAB))
     for replicas in (1, 2):
         machines = room(400, nodes=3, replicas=replicas)
         found = simulate(Placement(asked), replace(machines, loss=Loss(0, 30.0)), PLAIN)
@@ -245,7 +234,7 @@ def test_a_node_is_lost() -> None:
 
 def test_some_workers_speak_for_the_rest() -> None:
     """Three of sixteen workers simulated: the hit ratio is that of all within what the plan says it is off by."""
-    asked = of_profile(Profile(4_000, 800.0, zipf=0.6), 60, 30, str(SLAB))
+    asked = make_profile_demand(Profile(4_000, 800.0, zipf=0.6), 60, 30, str(SLAB))
     machines = room(2_000, workers=8, nodes=2)
     whole, part = (simulate(Placement(asked), machines, PLAIN, most=most) for most in (10**9, 100))
     assert (whole.simulated, whole.error) == (16, 0.0)
@@ -256,7 +245,7 @@ def test_some_workers_speak_for_the_rest() -> None:
 
 def test_a_popular_model_is_counted_once() -> None:
     """Every fifth request is for one model: the workers that speak for others do not speak of it, nor it for them."""
-    asked = of_profile(Profile(4_000, 800.0, zipf=1.2), 60, 30, str(SLAB))
+    asked = make_profile_demand(Profile(4_000, 800.0, zipf=1.2), 60, 30, str(SLAB))
     machines = room(1_000, workers=8, nodes=2)
     whole, part = (simulate(Placement(asked), machines, PLAIN, most=most) for most in (10**9, 100))
     assert part.simulated < 6
@@ -279,9 +268,9 @@ def test_many_models_take_little_memory() -> None:
     """200,000 models on 28 workers, of which some are simulated: 300 bytes a model, half of that for its name."""
     models = 200_000
     tracemalloc.start()
-    asked = of_profile(Profile(models, 2_000.0), 2, 1, "70KB")
+    asked = make_profile_demand(Profile(models, 2_000.0), 2, 1, "70KB")
     found = simulate(Placement(asked), Machines(8 * 2**30, workers=7, nodes=4, loader_threads=64), DEFAULT, most=600)
-    curve(asked, "lru", (0.01, 0.1), most_models=4_000)
+    compute_curve(asked, "lru", (0.01, 0.1), most_models=4_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert found.simulated < 28
@@ -305,36 +294,36 @@ def test_machines_that_cannot_be() -> None:
 
 def test_a_trace_is_a_demand(tmp_path: Path) -> None:
     """Its first fifth fills the caches; a model weighs what the trace says, or else what is said beside it."""
-    names = fleet_names(3)
-    outcome = np.full(10, OUTCOMES.index("hit"), np.uint8)
+    names = list_fleet_names(3)
+    outcome = np.full(10, ACCESS_LOG_OUTCOMES.index("hit"), np.uint8)
     model, size = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], np.int32), np.zeros(10, np.int64)
     size[[0, 4]] = 500, 700
     write_trace(tmp_path / "t.csv", Trace(np.arange(10.0), model, size, outcome, names))
-    found = of_trace(tmp_path / "t.csv", "1KB")
+    found = make_trace_demand(tmp_path / "t.csv", "1KB")
     assert found.charge.tolist() == [500, 700, 1000]
     assert found.warm is not None
     assert (len(found.warm.at), len(found.schedule.at), found.schedule.at[0]) == (2, 8, 0.0)
     with pytest.raises(ValueError, match=f"does not say what {names[2]} weighs"):
-        of_trace(tmp_path / "t.csv", None)
+        make_trace_demand(tmp_path / "t.csv", None)
 
 
 def test_sizes() -> None:
     """One size for all; or five around a median, as far apart as sigma says; or what is wrong with the text."""
-    assert charges("70KB", 3).tolist() == [70_000] * 3
-    spread = charges("70KB:1", 1000)
+    assert draw_charges("70KB", 3).tolist() == [70_000] * 3
+    spread = draw_charges("70KB:1", 1000)
     assert np.median(spread) == 70_000
     assert np.log(spread).std() == pytest.approx(0.9, abs=0.1)
     assert len({*spread.tolist()}) == 5
     for bad in ("", "0", "70KB:", "much"):
         with pytest.raises(ValueError, match="size"):
-            charges(bad, 3)
+            draw_charges(bad, 3)
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=500))
 def test_a_distribution_draws_what_was_seen(seen: list[float]) -> None:
     """Between the smallest and the largest, to four digits."""
-    kept = sample(seen)
-    values = drawn(kept, 50, np.random.default_rng(1))
+    kept = make_sample(seen)
+    values = draw_seconds(kept, 50, np.random.default_rng(1))
     assert min(seen) * 0.999 <= values.min()
     assert values.max() <= max(seen) * 1.001
     assert list(kept) == sorted(kept)
@@ -342,9 +331,9 @@ def test_a_distribution_draws_what_was_seen(seen: list[float]) -> None:
 
 def test_what_takes_longer_by_a_constant() -> None:
     """The difference of two distributions that differ by 2 s, and no less than nothing the other way round."""
-    short = sample([1.0, 2.0, 3.0])
-    assert less(sample([3.0, 4.0, 5.0]), short) == pytest.approx([2.0] * 201)
-    assert max(less(short, sample([3.0, 4.0, 5.0]))) == 0
+    short = make_sample([1.0, 2.0, 3.0])
+    assert subtract_samples(make_sample([3.0, 4.0, 5.0]), short) == pytest.approx([2.0] * 201)
+    assert max(subtract_samples(short, make_sample([3.0, 4.0, 5.0]))) == 0
 
 
 def test_costs_that_cannot_be() -> None:

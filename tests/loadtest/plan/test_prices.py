@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 from loadtest.cli import app
 from loadtest.driver.profiles import Profile
 from loadtest.plan.costs import DEFAULT, read_costs
-from loadtest.plan.demand import Demand, of_profile
-from loadtest.plan.machine_choice import Promise, cheapest_alone, offers
+from loadtest.plan.demand import Demand, make_profile_demand
+from loadtest.plan.machine_choice import Promise, find_cheapest_alone, find_offers
 from loadtest.plan.placement import Placement
-from loadtest.plan.plan_report import models_that_fit
-from loadtest.plan.prices import CACHE_SHARE, Machine, Prices, compared, nodes_for, read_prices
-from loadtest.plan.simulate import Found, Machines
+from loadtest.plan.plan_report import count_models_that_fit
+from loadtest.plan.prices import Machine, PriceTable, compare_published, count_nodes, read_prices
+from loadtest.plan.simulate import Machines, SimulationResult
 from model_store.cache.eviction import POLICIES
-from server.supervisor.worker_plan import CACHE_SHARE as SERVERS_SHARE
 from tests.loadtest import runs
 
 SMALL = Machine("small", vcpu=2, memory_gib=0.1, price_per_hour=1.0)
@@ -28,27 +27,29 @@ LARGE = Machine("large", vcpu=2, memory_gib=1.0, price_per_hour=2.5)
 CLUSTER = Machine("gpu", vcpu=4, memory_gib=16, price_per_hour=0.1, accelerator="L4", device_memory_gib=24)
 
 
-def table(*machines: Machine, availability: float = 1.0) -> Prices:
+def table(*machines: Machine, availability: float = 1.0) -> PriceTable:
     """Prices by hand."""
-    return Prices(dated="today", said="by hand", machine=machines, availability=availability)
+    return PriceTable(dated="today", said="by hand", machine=machines, availability=availability)
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Demand:
     """2,000 models of 70 KB: 140 MB, of which a small machine's cache holds a third."""
-    return of_profile(Profile(2_000, 100.0), 60, 60, "70KB")
+    return make_profile_demand(Profile(2_000, 100.0), 60, 60, "70KB")
 
 
-def found(*, hit_ratio: float = 0.95, refused: float = 0.0) -> Found:
+def found(*, hit_ratio: float = 0.95, refused: float = 0.0) -> SimulationResult:
     """A finding by hand."""
     ms = {"p50": 1.0, "p90": 2.0, "p99": 9.0, "p99.9": 30.0}
     there = Machines(2**30)
-    return Found(there, 100, hit_ratio, 1 - hit_ratio - refused, refused, ms, 1.0, 0.1, 0.0, simulated=1, error=0.0)
+    return SimulationResult(
+        there, 100, hit_ratio, 1 - hit_ratio - refused, refused, ms, 1.0, 0.1, 0.0, simulated=1, error=0.0
+    )
 
 
 def test_the_published_example() -> None:
     """1,000 models, two instances of an endpoint each or two of one for all: Amazon's own totals, from their inputs."""
-    there = compared(read_prices())
+    there = compare_published(read_prices())
     assert there is not None
     assert (round(there.each), round(there.fleet)) == (171_360, 1_017)
 
@@ -59,7 +60,6 @@ def test_the_example_table_says_that_it_is_one() -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", prices.dated)
     assert "EDIT ME" in Path(read_prices.__globals__["EXAMPLE"]).read_text()
     assert len({machine.name for machine in prices.machine}) == len(prices.machine) > 5
-    assert CACHE_SHARE == SERVERS_SHARE
 
 
 @pytest.mark.parametrize(
@@ -84,17 +84,17 @@ def test_a_table_that_is_none(tmp_path: Path, text: str, said: str) -> None:
 @given(needed=st.integers(1, 8), each=st.floats(0.9, 0.9999), wanted=st.floats(0.5, 0.9999))
 def test_spares_make_up_for_machines_that_fail(needed: int, each: float, wanted: float) -> None:
     """Never fewer than needed; one more is never less available; none to spare where machines never fail."""
-    nodes = nodes_for(needed, each, wanted)
+    nodes = count_nodes(needed, each, wanted)
     assert nodes >= needed
-    assert nodes_for(needed, 1.0, wanted) == needed
-    assert nodes_for(needed + 1, each, wanted) > nodes_for(needed, each, wanted) - 1
-    assert nodes_for(1, 0.995, 0.999) == 2
+    assert count_nodes(needed, 1.0, wanted) == needed
+    assert count_nodes(needed + 1, each, wanted) > count_nodes(needed, each, wanted) - 1
+    assert count_nodes(1, 0.995, 0.999) == 2
 
 
 def test_no_number_of_machines_is_enough() -> None:
     """A machine that is hardly ever up."""
     with pytest.raises(ValueError, match=r"no 200 machines of availability 0\.001 make 1"):
-        nodes_for(10, 0.001, 1.0)
+        count_nodes(10, 0.001, 1.0)
 
 
 def test_what_a_promise_misses() -> None:
@@ -109,10 +109,10 @@ def test_what_a_promise_misses() -> None:
 def test_the_cheapest_machines_that_keep_a_promise(fleet: Demand) -> None:
     """Several small ones where they are cheaper than one large; fewer where less is promised."""
     prices = table(SMALL, LARGE, CLUSTER)
-    strict = offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.92), Machines(0))
+    strict = find_offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.92), Machines(0))
     assert [(offer.machine.name, offer.needed) for offer in strict] == [("large", 1), ("small", 3), ("gpu", 0)]
     assert strict[0].monthly == 2.5 * 720
-    loose = offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.7), Machines(0))
+    loose = find_offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.7), Machines(0))
     assert [(offer.machine.name, offer.needed) for offer in loose] == [("small", 1), ("large", 1), ("gpu", 0)]
     assert loose[2].why == "the costs were measured on cpu, this one has cuda"
     for offer in (*strict[:2], *loose[:2]):
@@ -122,28 +122,28 @@ def test_the_cheapest_machines_that_keep_a_promise(fleet: Demand) -> None:
 
 def test_a_promise_that_nobody_keeps(fleet: Demand) -> None:
     """Each machine says how many were tried and what they missed."""
-    (offer,) = offers(Placement(fleet), DEFAULT, table(LARGE), Promise(p99_ms=0.01), Machines(0))
+    (offer,) = find_offers(Placement(fleet), DEFAULT, table(LARGE), Promise(p99_ms=0.01), Machines(0))
     assert re.fullmatch(r"64 of them: p99 [\d.]+ ms", offer.why)
     tiny = Machine("tiny", vcpu=8, memory_gib=0.01, price_per_hour=1.0)
-    (offer,) = offers(Placement(fleet), DEFAULT, table(tiny), Promise(), Machines(0))
+    (offer,) = find_offers(Placement(fleet), DEFAULT, table(tiny), Promise(), Machines(0))
     assert offer.why == "its memory has no room for a model in each worker"
 
 
 def test_spares_cost_as_much(fleet: Demand) -> None:
     """Machines that are up 99.5 % of the time: one more than needed for 99.9 %, and as many for each endpoint alone."""
     prices = table(LARGE, availability=0.995)
-    (offer,) = offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.9), Machines(0))
+    (offer,) = find_offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.9), Machines(0))
     assert (offer.needed, offer.nodes, offer.monthly) == (1, 2, 2 * 2.5 * 720)
-    assert cheapest_alone(prices, 2_000, Promise()) == (LARGE, 2, 2_000 * 2 * 2.5 * 720)
+    assert find_cheapest_alone(prices, 2_000, Promise()) == (LARGE, 2, 2_000 * 2 * 2.5 * 720)
 
 
 def test_models_that_fit(fleet: Demand) -> None:
     """Whole slabs of whole rows: 59 rows of 70 KB in 4 MiB; every worker its own; a replica takes room again."""
-    assert models_that_fit(fleet, Machines(10 * 2**22)) == 590
-    assert models_that_fit(fleet, Machines(10 * 2**22 + 2**21)) == 590
-    assert models_that_fit(fleet, Machines(10 * 2**22, workers=4)) == 8 * 59
-    assert models_that_fit(fleet, Machines(10 * 2**22, nodes=4, replicas=2)) == 1180
-    assert models_that_fit(fleet, Machines(2**30)) == 2_000
+    assert count_models_that_fit(fleet, Machines(10 * 2**22)) == 590
+    assert count_models_that_fit(fleet, Machines(10 * 2**22 + 2**21)) == 590
+    assert count_models_that_fit(fleet, Machines(10 * 2**22, workers=4)) == 8 * 59
+    assert count_models_that_fit(fleet, Machines(10 * 2**22, nodes=4, replicas=2)) == 1180
+    assert count_models_that_fit(fleet, Machines(2**30)) == 2_000
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from loadtest.cli import app
 from loadtest.driver.profiles import Profile
 from loadtest.driver.run_result import CACHE
 from loadtest.fleets.fleet import make_fleet, make_request
-from loadtest.fleets.synthetic_archives import network
+from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import serve
 from loadtest.plan.calibrate import HOT
 from loadtest.plan.costs import DEFAULT, read_costs
 from loadtest.plan.simulate import make_cache
-from loadtest.plan.simulated_worker import Model, Worker
+from loadtest.plan.simulated_worker import SimulatedModel, SimulatedWorker
+from server.contract import CACHE_REQUESTS
 
 MODELS, RESIDENT, REQUESTS = 20, 6, 200
 
@@ -28,7 +29,7 @@ MODELS, RESIDENT, REQUESTS = 20, 6, 200
 def test_simulated_hits_are_the_servers(tmp_path: Path, policy: str) -> None:
     """One request after the other over loopback: every single answer is the hit or miss that was simulated."""
     names = make_fleet(str(tmp_path), MODELS)
-    row_bytes = network("tcn").family.row_floats * 4
+    row_bytes = build_network("tcn").family.row_floats * 4
     asked = Profile(MODELS, REQUESTS / 10, seed=3).schedule(10.0).model.tolist()
     room = ["--workers", "1", "--slab-bytes", str(row_bytes), "--model-cache-bytes", str(RESIDENT * row_bytes)]
     room += ["--eviction-policy", policy]
@@ -37,13 +38,13 @@ def test_simulated_hits_are_the_servers(tmp_path: Path, policy: str) -> None:
         connection = http.client.HTTPConnection(urlsplit(server.inference).netloc)
         said = [_ask(connection, names[i], body) for i in asked]
         connection.close()
-        counts = server.counters("fleetcast_model_cache_requests_total")
-    worker = Worker(make_cache(RESIDENT * row_bytes, row_bytes, policy), DEFAULT, np.random.default_rng(0))
+        counts = server.totals(CACHE_REQUESTS.series, "result")
+    worker = SimulatedWorker(make_cache(RESIDENT * row_bytes, row_bytes, policy), DEFAULT, np.random.default_rng(0))
     at = np.arange(len(asked), dtype=np.float64)
-    ran = worker.run(at, [Model(names[i], row_bytes, "tcn") for i in asked])
+    ran = worker.run(at, [SimulatedModel(names[i], row_bytes, "tcn") for i in asked])
     assert said == [CACHE[outcome] for outcome in ran.outcome.tolist()]
     assert 0.3 < said.count("hit") / len(said) < 0.9
-    assert sum(value for label, value in counts.items() if 'result="hit"' in label) == said.count("hit")
+    assert counts["hit"] == said.count("hit")
 
 
 def _ask(connection: http.client.HTTPConnection, name: str, body: bytes) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.report import page
+from loadtest.report import render_page
 from tests.loadtest import runs
 from tests.loadtest.browser import CHROMIUM, Browser, browser
 
@@ -61,7 +61,7 @@ def report(request: pytest.FixtureRequest, reader: Browser, tmp_path: Path) -> P
     """The page of the test's parameter as a file; the browser has said nothing yet."""
     reader.said.clear()
     path = tmp_path / "report.html"
-    path.write_text(page(*PAGES[request.param]), encoding="utf-8")
+    path.write_text(render_page(*PAGES[request.param]), encoding="utf-8")
     return path
 
 

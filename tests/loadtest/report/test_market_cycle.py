@@ -8,9 +8,16 @@ import orjson
 import pytest
 
 from handlers.training.time_series import Series
-from loadtest.driver.market_client import Client, Feed, NotAnswered, bodies, rank_correlation, read_quantiles
-from loadtest.fleets.synthetic_markets import coupled_markets
-from loadtest.observe.processes import free_port
+from loadtest.driver.market_client import (
+    Feed,
+    MarketClient,
+    NotAnswered,
+    rank_correlation,
+    read_quantiles,
+    write_turn_bodies,
+)
+from loadtest.fleets.synthetic_markets import make_coupled_markets
+from loadtest.observe.processes import find_free_port
 from model_store.names import ModelName
 
 START = datetime(2025, 1, 6)  # noqa: DTZ001 -- stamps have no zone
@@ -31,7 +38,7 @@ def test_a_published_interval_is_the_last_that_is_asked_with() -> None:
     published = feed()
     published.publish("2025-01-06 05:00:00,7.5,")
     assert published.rows.shape == (3, 2)
-    asked = json.loads(bodies(published.requests(MODELS, 3), ModelName("j.mar"), 10, 7).quantiles)
+    asked = json.loads(write_turn_bodies(published.requests(MODELS, 3), ModelName("j.mar"), 10, 7).quantiles)
     assert asked["requests"][0] == {"target_model": "a.mar", "start": "2025-01-06 03:00:00", "target": [3.0, 4.0, 7.5]}
     assert asked["requests"][1]["target"] == [8.0, 9.0, None]
     assert asked["configuration"] == {"output_types": ["quantiles"]}
@@ -51,7 +58,7 @@ def test_only_the_next_interval_is_taken(line: str) -> None:
 
 def test_both_calls_are_about_the_same_histories() -> None:
     """They differ in the configuration alone, and the joint one names correlation, number and seed."""
-    asked = bodies(feed().requests(MODELS, 2), ModelName("j.mar"), 10, 7)
+    asked = write_turn_bodies(feed().requests(MODELS, 2), ModelName("j.mar"), 10, 7)
     tick, joint = json.loads(asked.quantiles), json.loads(asked.scenarios)
     assert tick["requests"] == joint["requests"]
     assert joint["configuration"] == {"joint": True, "correlation": "j.mar", "num_samples": 10, "seed": 7}
@@ -81,16 +88,19 @@ def test_what_moves_together_is_found() -> None:
 
 def test_nobody_there_is_said() -> None:
     """The address and what to start are in the message; an address that is none is a wrong flag."""
-    address = f"http://127.0.0.1:{free_port()}"
-    with Client(address) as client, pytest.raises(NotAnswered, match=rf"{address} does not answer.*fleetcast serve"):
+    address = f"http://127.0.0.1:{find_free_port()}"
+    with (
+        MarketClient(address) as client,
+        pytest.raises(NotAnswered, match=rf"{address} does not answer.*fleetcast serve"),
+    ):
         client.forecasts(b"{}")
     with pytest.raises(ValueError, match="give http://HOST:PORT"):
-        Client("localhost:8080")
+        MarketClient("localhost:8080")
 
 
 def test_coupled_markets_are_coupled() -> None:
     """Energy prices of regions rise together, raise reserves with them, lower reserves against; the seed decides."""
-    markets = coupled_markets(["x", "y"], ["energy", "raise", "lower"], 3, 24 * 60, 24)
+    markets = make_coupled_markets(["x", "y"], ["energy", "raise", "lower"], 3, 24 * 60, 24)
     assert [each.name for each in markets][:4] == ["x/energy", "x/raise", "x/lower", "y/energy"]
     ranks = np.stack([each.values for each in markets]).argsort(axis=1).argsort(axis=1)
     found = np.asarray(np.corrcoef(ranks))
@@ -98,6 +108,8 @@ def test_coupled_markets_are_coupled() -> None:
     assert found[0, 1] > 0.3
     assert found[0, 2] < -0.3
     assert found[2, 5] > 0.3
-    again, other = (coupled_markets(["x", "y"], ["energy", "raise", "lower"], seed, 24 * 60, 24) for seed in (3, 4))
+    again, other = (
+        make_coupled_markets(["x", "y"], ["energy", "raise", "lower"], seed, 24 * 60, 24) for seed in (3, 4)
+    )
     np.testing.assert_array_equal(markets[5].values, again[5].values)
     assert (markets[5].values != other[5].values).mean() > 0.9

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadtest.report import NotAResult, load, page, write
-from loadtest.report.charts import charts, number
-from loadtest.report.results_schema import Record, checked
-from loadtest.report.tables import Fact, headlines, remarks, tables, verdict
+from loadtest.report import NotAResult, load_record, render_page, write_report
+from loadtest.report.charts import build_charts, format_number
+from loadtest.report.results_schema import Record, check_record
+from loadtest.report.tables import RunFact, build_tables, judge_run, list_headlines, list_remarks
 from tests.loadtest import runs
 
 EVIL = """<img src=x onerror=alert(1)></script><script>alert(2)</script>"'&{{ 7 * 7 }}"""
@@ -45,14 +45,14 @@ def made(**changes: Any) -> Record:
     """A checked record with its results changed."""
     record = runs.record(seconds=5)
     record["results"] |= changes
-    return checked(record)
+    return check_record(record)
 
 
 def test_one_file_that_needs_no_other(tmp_path: Path) -> None:
     """A run becomes a page without anything to fetch; twice the same run, to the last byte the same page."""
     (tmp_path / "a.json").write_text(json.dumps(runs.record()))
     for name in ("1.html", "2.html"):
-        write([tmp_path / "a.json"], tmp_path / name)
+        write_report([tmp_path / "a.json"], tmp_path / name)
     html = (tmp_path / "1.html").read_text(encoding="utf-8")
     assert html == (tmp_path / "2.html").read_text(encoding="utf-8")
     found = Elements(html)
@@ -63,7 +63,7 @@ def test_one_file_that_needs_no_other(tmp_path: Path) -> None:
 
 def test_the_policy_knows_the_style_and_the_script() -> None:
     """What is inline has the hash that the Content-Security-Policy allows, and nothing else is allowed."""
-    html = page([runs.bare()], ["a"])
+    html = render_page([runs.bare()], ["a"])
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
@@ -74,7 +74,10 @@ def test_the_policy_knows_the_style_and_the_script() -> None:
 
 def test_hostile_text_stays_text() -> None:
     """Whatever a run's file or its name says is shown as it is, and makes no element."""
-    harmless, evil = page([runs.hostile("name")] * 2, ["a", "b"]), page([runs.hostile(EVIL)] * 2, [EVIL, EVIL])
+    harmless, evil = (
+        render_page([runs.hostile("name")] * 2, ["a", "b"]),
+        render_page([runs.hostile(EVIL)] * 2, [EVIL, EVIL]),
+    )
     assert Elements(evil).names == Elements(harmless).names
     assert Elements(evil).words.count(EVIL) > 20
 
@@ -90,18 +93,18 @@ def test_hostile_text_stays_text() -> None:
 )
 def test_a_chart_for_everything_that_was_recorded(record: dict[str, Any], wanted: int) -> None:
     """And none for what was not: no empty axes. Each has a table with a row for each x."""
-    drawn = charts([checked(record)["results"]])
+    drawn = build_charts([check_record(record)["results"]])
     assert len(drawn) == wanted
     for chart in drawn:
         assert {x for line in chart.lines for x in line.x} == {row[0] for row in chart.rows}
         assert all(any(y is not None for y in line.y) for line in chart.lines)
-    assert page([record], ["a"]).count('role="img"') == wanted
+    assert render_page([record], ["a"]).count('role="img"') == wanted
 
 
 def test_the_distribution_is_the_histogram() -> None:
     """One request in ten took p90 or longer, one in a hundred p99; the fastest stands first, the slowest last."""
     ms = np.random.default_rng(1).lognormal(1, 1, 5000)
-    drawn = charts([made(latency={"all": runs.row(ms)})["results"]])
+    drawn = build_charts([made(latency={"all": runs.row(ms)})["results"]])
     (line,) = next(chart for chart in drawn if chart.title == "Latency distribution").lines
     at = dict(zip(line.x, line.y, strict=True))
     for rarity, expected in (
@@ -116,7 +119,7 @@ def test_the_distribution_is_the_histogram() -> None:
 
 def test_one_answer_has_a_distribution() -> None:
     """The smallest there is: one point."""
-    drawn = charts([made(latency={"all": runs.row([3.0])})["results"]])
+    drawn = build_charts([made(latency={"all": runs.row([3.0])})["results"]])
     (line,) = next(chart for chart in drawn if chart.title == "Latency distribution").lines
     assert line.x == [1.0]
     assert line.y == pytest.approx([3.0], rel=0.01)
@@ -125,7 +128,7 @@ def test_one_answer_has_a_distribution() -> None:
 def test_load_times_add_up_to_all_loads() -> None:
     """Shares by bucket limit in ms, from none to all, without empty buckets around; loads beyond the last stay out."""
     buckets = {"le_s": [0.001, 0.002, 0.005, 0.01, 0.02, None], "count": [0, 0, 5, 4, 0, 1]}
-    drawn = charts([made(load_time={"disk": buckets})["results"]])
+    drawn = build_charts([made(load_time={"disk": buckets})["results"]])
     (line,) = next(chart for chart in drawn if chart.title == "Load time").lines
     assert dict(zip(line.x, line.y, strict=True)) == {2: 0, 5: 50, 10: 90, 20: 90}
     rows = {row[0]: row[1] for row in table_named("Loads and evictions", made(load_time={"disk": buckets}))}
@@ -135,13 +138,13 @@ def test_load_times_add_up_to_all_loads() -> None:
 
 def table_named(title: str, *records: Record) -> list[list[str]]:
     """The rows of a table of the report."""
-    return [list(row) for table in tables(records) if table.title == title for row in table.rows]
+    return [list(row) for table in build_tables(records) if table.title == title for row in table.rows]
 
 
 def test_two_runs_share_axes_and_rows() -> None:
     """Lines of both runs, each with its length, in the charts; both runs' values in a row of the tables."""
-    pair = [checked(runs.record(seconds=5)), checked(runs.record(1, seconds=50, slow=2.0))]
-    latency = charts([record["results"] for record in pair])[0]
+    pair = [check_record(runs.record(seconds=5)), check_record(runs.record(1, seconds=50, slow=2.0))]
+    latency = build_charts([record["results"] for record in pair])[0]
     assert [(line.name, len(line.x)) for line in latency.lines] == [
         ("A p50", 5),
         ("A p99", 5),
@@ -160,17 +163,17 @@ def test_two_runs_share_axes_and_rows() -> None:
 @pytest.mark.parametrize(
     ("fact", "ratio", "word"),
     [
-        (Fact("p99", [10, 20], "", "less"), "2.00", "B worse"),
-        (Fact("p99", [20, 10], "", "less"), "0.50", "B better"),
-        (Fact("rate", [10, 20], "", "more"), "2.00", "B better"),
-        (Fact("rate", [100, 99], "", "more"), "0.99", "same"),
-        (Fact("failed", [0, 3], "", "less"), "—", "B worse"),
-        (Fact("failed", [0, 0], "", "less"), "—", "same"),
-        (Fact("p99", [None, 3], "", "less"), "—", "—"),
-        (Fact("count", [1, 500]), "500", "more"),
+        (RunFact("p99", [10, 20], "", "less"), "2.00", "B worse"),
+        (RunFact("p99", [20, 10], "", "less"), "0.50", "B better"),
+        (RunFact("rate", [10, 20], "", "more"), "2.00", "B better"),
+        (RunFact("rate", [100, 99], "", "more"), "0.99", "same"),
+        (RunFact("failed", [0, 3], "", "less"), "—", "B worse"),
+        (RunFact("failed", [0, 0], "", "less"), "—", "same"),
+        (RunFact("p99", [None, 3], "", "less"), "—", "—"),
+        (RunFact("count", [1, 500]), "500", "more"),
     ],
 )
-def test_which_is_better(fact: Fact, ratio: str, word: str) -> None:
+def test_which_is_better(fact: RunFact, ratio: str, word: str) -> None:
     """The ratio B/A and a word, also where a value is missing or nothing can be divided by."""
     assert fact.compared() == (ratio, word)
 
@@ -188,36 +191,36 @@ def test_which_is_better(fact: Fact, ratio: str, word: str) -> None:
 def test_the_verdict_in_words(changes: dict[str, Any], mood: str, sentence: str) -> None:
     """Validity goes before everything: a service level that an invalid run met is not met."""
     results = made(**changes)["results"]
-    assert verdict(results) == (mood, sentence)
-    assert set(results["invalid"]) <= set(remarks(results))
+    assert judge_run(results) == (mood, sentence)
+    assert set(results["invalid"]) <= set(list_remarks(results))
 
 
 def test_a_run_of_which_nothing_is_known_says_so() -> None:
     """No metrics, no memory, no answers: dashes and a remark, never a zero that was not measured."""
-    results = checked(runs.bare())["results"]
-    assert "Not recorded: the server's metrics and the server's memory." in remarks(results)
-    assert {fact.what: fact.cells() for fact in headlines([results])}["hit ratio"] == ["—"]
+    results = check_record(runs.bare())["results"]
+    assert "Not recorded: the server's metrics and the server's memory." in list_remarks(results)
+    assert {fact.what: fact.cells() for fact in list_headlines([results])}["hit ratio"] == ["—"]
     results["latency"] = {}
-    assert [fact.cells() for fact in headlines([results])][1:3] == [["—"], ["—"]]
+    assert [fact.cells() for fact in list_headlines([results])][1:3] == [["—"], ["—"]]
 
 
 def test_a_ramp_shows_its_highest_rate() -> None:
     """The highest rate that was sustained is a headline, and the step that was not says why."""
-    record = checked(runs.ramp())
-    assert headlines([record["results"]])[-1].cells() == ["600/s"]
+    record = check_record(runs.ramp())
+    assert list_headlines([record["results"]])[-1].cells() == ["600/s"]
     assert table_named("Ramp", record)[-1][-2:] == ["no", "answered 620 of 800 requests/s"]
 
 
 def test_many_processes_are_drawn_as_one() -> None:
     """More lines than the page has dashes would be told by nothing."""
     memory = {"t_s": [0.0, 1.0], **{f"worker {i}": [1e6, 2e6] for i in range(9)}}
-    (chart,) = [c for c in charts([made(memory_over_time=memory)["results"]]) if c.title == "Memory"]
+    (chart,) = [c for c in build_charts([made(memory_over_time=memory)["results"]]) if c.title == "Memory"]
     assert [(line.name, line.y) for line in chart.lines] == [("all processes", [9.0, 18.0])]
 
 
 def test_long_runs_have_short_tables() -> None:
     """A chart keeps every second of an hour; the table behind it says that it does not."""
-    html = page([runs.record(seconds=3600, rate=2.0)], ["a"])
+    html = render_page([runs.record(seconds=3600, rate=2.0)], ["a"])
     assert "Every 18th of 3,600 rows." in html
     assert html.count("<tr>") < 4000
 
@@ -251,7 +254,7 @@ def test_another_file_is_told_what_it_is_not(tmp_path: Path, text: str, what: st
     path = tmp_path / "x.json"
     path.write_text(text)
     with pytest.raises(NotAResult, match=f"x.json is not what `fleetcast-load run` writes: .*{what}"):
-        load(path)
+        load_record(path)
 
 
 def test_one_run_or_two() -> None:
@@ -259,10 +262,10 @@ def test_one_run_or_two() -> None:
     record = runs.bare()
     for records, labels in (([], []), ([record] * 3, ["a", "b", "c"]), ([record], [])):
         with pytest.raises(ValueError, match="one run or two"):
-            page(records, labels)
+            render_page(records, labels)
 
 
 def test_numbers_are_short() -> None:
     """About three digits, whole numbers whole."""
-    shown = [number(value) for value in (None, 0.0, 0.01234, 1.234, 56.78, 1234.5, 12.0, -3.456)]
+    shown = [format_number(value) for value in (None, 0.0, 0.01234, 1.234, 56.78, 1234.5, 12.0, -3.456)]
     assert shown == ["—", "0", "0.0123", "1.23", "56.8", "1,234", "12", "-3.46"]

@@ -182,7 +182,7 @@ STORED = make_zip({"model.onnx": b"a" * 1000})
     ("archive", "said"),
     [
         (b"", "neither a zip"),
-        (b"<?xml version='1.0'?><Error/>", "starts with b'<?xml ve'"),
+        (b"<?xml version='1.0'?><Error/>", "neither a zip (.mar) nor a gzip (.tar.gz)"),
         (ZIP[:-30], "truncated: its end record is missing"),
         (ZIP + b"more", "does not fit its size"),
         (b"PK" + ZIP, "does not fit its size"),

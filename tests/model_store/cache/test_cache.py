@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from model_store.cache.cache import Cache, Failure, Load, Placed, Placement
+from model_store.cache.cache import MAX_FAILURE_BYTES, Cache, Failure, Load, Placed, Placement
 from model_store.cache.eviction import POLICIES, policy_named
 from model_store.cache.slots import Slot, State
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
@@ -455,6 +455,19 @@ def test_a_reload_ignores_a_remembered_failure() -> None:
     failure = cache.failed(name("a"), BROKEN, 0)
     assert cache.want(name("a"), 0.5) is failure
     assert isinstance(cache.want(name("a"), 0.5, reload=True), Load)
+
+
+def test_failures_are_remembered_in_bounded_bytes() -> None:
+    """Long made-up names and messages push out the oldest, and repeating one counts it once."""
+    cache = Cache(SLAB, SLAB)
+    for i in range(2000):
+        long = name(f"{i:04}" + "x" * 1000)
+        for _ in range(2):
+            cache.want(long, 0.0, reload=True)
+            cache.failed(long, ModelNotFound("y" * 2000), 0.0)
+    kept = [model for model, _ in cache.failures()]
+    assert 4 * 3004 * len(kept) <= MAX_FAILURE_BYTES
+    assert (len(kept) > 300, kept[-1][:4]) == (True, "1999")
 
 
 def test_failures_are_remembered_in_bounded_number() -> None:

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from loadtest.benchmarks import eviction_policies as policies
-from loadtest.benchmarks.eviction_policies import Model, Trace, fleet, hit_ratio, load, recovery, serve
+from loadtest.benchmarks.eviction_policies import (
+    CachedModel,
+    CacheTrace,
+    compute_hit_ratio,
+    load_model,
+    make_models,
+    measure_recovery,
+    serve_request,
+)
 from model_store.cache.cache import Cache, Failure, Load, Placed
 from model_store.cache.eviction import POLICIES, policy_named
 from model_store.cache.eviction.due import MAX_GHOSTS, Due
@@ -22,14 +30,14 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 @cache
-def traces() -> dict[str, Trace]:
+def traces() -> dict[str, CacheTrace]:
     """Of a fleet for 20 slabs."""
-    return policies.traces(models=MODELS)
+    return policies.make_traces(models=MODELS)
 
 
 def ratio(policy: str, trace: str, slabs: int = 18) -> float:
     """Hits of a cache for 90 % of the fleet, or of so many slabs."""
-    return hit_ratio(policy, traces()[trace], slabs * SLAB)
+    return compute_hit_ratio(policy, traces()[trace], slabs * SLAB)
 
 
 def make(policy: str, rows: int) -> Cache:
@@ -39,8 +47,8 @@ def make(policy: str, rows: int) -> Cache:
 
 def ask(where: Cache, names: str, now: float = 0.0) -> str:
     """Requests for models of one letter, one after another: those of them that were there."""
-    asked = [Model(ModelName(letter), ROW, "f") for letter in names]
-    hits = serve(where, Trace(asked, [now] * len(asked), 0))
+    asked = [CachedModel(ModelName(letter), ROW, "f") for letter in names]
+    hits = serve_request(where, CacheTrace(asked, [now] * len(asked), 0))
     return "".join(letter for letter, hit in zip(names, hits, strict=True) if hit)
 
 
@@ -72,7 +80,7 @@ def test_due_is_at_most_a_point_below_lru_on_skewed_popularity(trace: str, slabs
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_due_recovers_within_two_ticks_of_a_change(*, shuffled: bool) -> None:
     """A fifth of the fleet is replaced: that tick and the next one miss, the one after is as good as any before."""
-    before, changed, _, after, *rest = recovery("due", shuffled=shuffled, models=MODELS)
+    before, changed, _, after, *rest = measure_recovery("due", shuffled=shuffled, models=MODELS)
     assert changed < 0.73
     assert min(before, after, *rest) >= 0.85
 
@@ -138,9 +146,9 @@ def test_due_remembers_a_bounded_number() -> None:
     """A scan of names that never come back leaves no more than MAX_GHOSTS behind, and heaps as large as the cache."""
     policy = Due()
     where = Cache(4 * ROW, ROW, policy=policy)
-    for model in fleet(MAX_GHOSTS + 500):
+    for model in make_models(MAX_GHOSTS + 500):
         where.want(model.name, 0)
-        load(where, model, 0)
+        load_model(where, model, 0)
     assert repr(policy) == f"<Due of 4, {MAX_GHOSTS} ghosts>"
     (group,) = policy._groups.values()
     assert max(map(len, (group.by_due, group.by_late, group.late))) <= 8
@@ -213,7 +221,7 @@ def test_due_keeps_the_rhythm_through_a_new_version() -> None:
     ask(where, "abcdefgh" * 5)
     expected = where._policy.worth(ModelName("b"))
     where.want(ModelName("b"), 0, reload=True)
-    load(where, Model(ModelName("b"), ROW, "f"), 0)
+    load_model(where, CachedModel(ModelName("b"), ROW, "f"), 0)
     assert where._policy.worth(ModelName("b")) == expected
 
 
@@ -236,8 +244,8 @@ def test_large_rows_do_not_take_the_slabs_of_small_ones_back_and_forth(policy: s
     """Ten models of 1.8 MB beside 120 of 70 KB in 16 MiB: two large rows for forty small ones is a bad trade. It was
     made whenever forty had been asked longer ago than one: 0.77 by chance, and not one hit in a tick.
     """
-    trace = policies.mixed()
-    ratios = [hit_ratio(policy, each, policies.MIXED_BYTES, policies.MIXED_SLAB) for each in trace.values()]
+    trace = policies.make_mixed_traces()
+    ratios = [compute_hit_ratio(policy, each, policies.MIXED_BYTES, policies.MIXED_SLAB) for each in trace.values()]
     assert min(ratios) >= (0.6 if policy == "lru" else 0.9)
     assert ratios[0] >= 0.9
 
@@ -245,12 +253,12 @@ def test_large_rows_do_not_take_the_slabs_of_small_ones_back_and_forth(policy: s
 @every_policy
 def test_a_slab_just_taken_is_not_taken_back(policy: str) -> None:
     """Two families by chance in two slabs: a family that got the second one is not robbed while its rows fill."""
-    models = [model for family in "fg" for model in fleet(100, family, 70_000 if family == "f" else 90_000)]
+    models = [model for family in "fg" for model in make_models(100, family, 70_000 if family == "f" else 90_000)]
     order = np.random.default_rng(0).integers(0, 200, 6000)
     where = Cache(8 * 2**20, 4 * 2**20, policy=policy_named(policy))
     asked = [models[i] for i in order.tolist()]
     trades, before = 0, 0
-    for _ in serve(where, Trace(asked, [0.0] * len(asked), 0)):
+    for _ in serve_request(where, CacheTrace(asked, [0.0] * len(asked), 0)):
         families = len(where._room.banks)
         trades += families != before
         before = families
@@ -264,10 +272,10 @@ def test_memory_traded_for_hours_does_not_fragment() -> None:
     full, now = [], 0.0
     for turn in range(200):
         family = "fg"[turn % 2]
-        models = fleet(40, family, rows[family])
+        models = make_models(40, family, rows[family])
         for _ in range(6):
             now += 60
-            for _ in serve(where, Trace(models, [now] * len(models), 0)):
+            for _ in serve_request(where, CacheTrace(models, [now] * len(models), 0)):
                 pass
         full.append(sum(slot.charge for slot in where) / where.used_bytes)
         holes = sum(bank.holes * bank.row_bytes for bank in where._room.banks.values())
@@ -280,10 +288,10 @@ def test_memory_traded_for_hours_does_not_fragment() -> None:
 
 def foresee(where: Cache, letter: str) -> bool:
     """A load that nobody asked for: whether it found room."""
-    model = Model(ModelName(letter), ROW, "f")
+    model = CachedModel(ModelName(letter), ROW, "f")
     assert isinstance(where.want(model.name, 0, speculative=True), Load)
     try:
-        load(where, model, 0)
+        load_model(where, model, 0)
     except AssertionError:
         where.dismiss(model.name)
         return False
@@ -311,7 +319,7 @@ def test_a_request_makes_foresight_a_load_like_any_other() -> None:
     assert isinstance(where.want(model, 0, speculative=True), Load)
     assert isinstance(where.place(model, "", ROW, 0, "f"), Refuse)
     assert where.want(model, 0) is None
-    load(where, Model(model, ROW, "f"), 0)
+    load_model(where, CachedModel(model, ROW, "f"), 0)
     assert model in where
 
 

@@ -1,7 +1,9 @@
 """The disk tier on a real folder: crashes, torn files, shared blobs, the byte budget, disks that refuse."""
 
+import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -12,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from model_store.names import ModelName, parse_model_name
-from model_store.stores.disk_cache import GRACE_S, DiskTier, Evicted
+from model_store.stores.disk_cache import GRACE_S, MAX_ENTRY_BYTES, DiskTier, UnsafeDiskCache
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
@@ -137,7 +139,7 @@ def test_a_lost_blob_spares_a_newer_entry(tmp_path: Path) -> None:
 
 
 def test_eviction_is_by_last_use_down_to_the_budget(tmp_path: Path) -> None:
-    """The least recently used go first, no more than needed, and each is reported with its bytes and age."""
+    """The least recently used names are evicted first, no more than needed, and each is reported."""
     disk = DiskTier(tmp_path, SOURCE)
     for name, fill, age_s in ((A, b"a", 30.0), (B, b"b", 20.0), (C, b"c", 10.0)):
         disk.publish(name, fill * 1000, "1", 100.0)
@@ -145,16 +147,15 @@ def test_eviction_is_by_last_use_down_to_the_budget(tmp_path: Path) -> None:
     assert disk.used_bytes() == 3000
     assert disk.evict(3000) == []
     disk.touch(A)
-    (evicted,) = disk.evict(2999)
-    assert (evicted.name, evicted.bytes) == (B, 1000)
-    assert evicted.age_s == pytest.approx(20.0, abs=5.0)
-    assert [e.name for e in disk.evict(1000)] == [C]
+    assert disk.evict(2999) == [B]
+    assert disk.used_bytes() == 2000
+    assert disk.evict(1000) == [C]
     assert disk.lookup(A) is not None
     assert disk.used_bytes() == 1000
 
 
 def test_names_that_share_a_blob_go_together(tmp_path: Path) -> None:
-    """A shared blob counts once and is as recent as its most recent name; evicting it reports its bytes once."""
+    """A shared blob counts once and is as recent as its most recent name; evicting it reports all its names."""
     disk = DiskTier(tmp_path, SOURCE)
     disk.publish(A, b"same" * 250, "1", 100.0)
     disk.publish(B, b"same" * 250, "1", 100.0)
@@ -162,16 +163,14 @@ def test_names_that_share_a_blob_go_together(tmp_path: Path) -> None:
     for name, age_s in ((A, 30.0), (B, 10.0), (C, 20.0)):
         used_at(disk, name, age_s)
     assert disk.used_bytes() == 2000
-    assert [e.name for e in disk.evict(1999)] == [C]
+    assert disk.evict(1999) == [C]
     shared = disk.lookup(A)
     assert shared is not None
     assert disk.read(shared) == b"same" * 250
     disk.forget(A)
     assert disk.used_bytes() == 1000
     disk.publish(A, b"same" * 250, "1", 100.0)
-    gone = disk.evict(0)
-    assert {e.name for e in gone} == {A, B}
-    assert sum(e.bytes for e in gone) == 1000
+    assert sorted(disk.evict(0)) == sorted([A, B])
     assert files(tmp_path) == []
 
 
@@ -274,6 +273,92 @@ def test_a_full_disk_is_logged_not_raised(tmp_path: Path) -> None:
 
 
 def test_reprs_are_honest(tmp_path: Path) -> None:
-    """The tier names folder and source; an eviction is a plain record."""
+    """The tier's repr names folder and source."""
     assert repr(DiskTier(tmp_path, SOURCE)) == f"DiskTier({tmp_path}, {SOURCE})"
-    assert repr(Evicted(A, 1, 2.0)) == "Evicted(name='au/a.mar', bytes=1, age_s=2.0)"
+
+
+# --- forged folders and files ---------------------------------------------------------------------------------------
+
+
+def forge(disk: DiskTier, path: Path, owner: ModelName, /, **fields: object) -> Path:
+    """An index file at `path` that says what an attacker wants."""
+    disk.publish(owner, b"x", "1", 100.0)
+    entry = json.loads(disk._entry_path(owner).read_bytes())
+    disk.forget(owner)
+    path.write_text(json.dumps({**entry, **fields}))
+    return path
+
+
+@pytest.mark.parametrize("forged", ["/etc/victim", "../../victim", "", "0" * 63, "0" * 64 + "/../../victim", "G" * 64])
+def test_an_entry_never_names_a_file_outside(tmp_path: Path, forged: str) -> None:
+    """A blob's name is a sha256: a sweep over an entry that names another file removes the entry and nothing else."""
+    disk, victim = DiskTier(tmp_path / "cache", SOURCE), tmp_path / "victim"
+    victim.write_text("mine")
+    entry = forge(disk, disk._entry_path(A), A, sha256=forged.replace("/etc/victim", str(victim)))
+    assert disk.lookup(A) is None
+    disk.evict(0)
+    assert (victim.exists(), entry.exists()) == (True, False)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"name": B}, {"source": "s3://other"}, {"name": "../a.mar"}, {"bytes": -1}, {"bytes": "many"}]
+)
+def test_an_entry_speaks_for_its_own_name_alone(tmp_path: Path, fields: dict[str, object]) -> None:
+    """An entry whose fields do not belong to its file's name, or are out of range, is no entry, and is removed."""
+    disk = DiskTier(tmp_path, SOURCE)
+    entry = forge(disk, disk._entry_path(A), A, **fields)
+    assert disk.lookup(A) is None
+    disk.evict(1000)
+    assert not entry.exists()
+
+
+def test_odd_files_are_not_opened(tmp_path: Path) -> None:
+    """A link, a pipe and an endless entry in the index, a blob longer than its entry says: unknown at once."""
+    disk = DiskTier(tmp_path, SOURCE)
+    kept = disk.publish(A, b"archive", "1", 100.0)
+    assert kept is not None
+    target = tmp_path / "target"
+    disk._entry_path(A).rename(target)
+    disk._entry_path(A).symlink_to(target)
+    os.mkfifo(disk._entry_path(B))
+    disk._entry_path(C).write_bytes(b" " * (MAX_ENTRY_BYTES + 1))
+    assert [disk.lookup(name) for name in (A, B, C)] == [None, None, None]
+    kept = disk.publish(A, b"archive", "1", 100.0)
+    assert kept is not None
+    kept.path.write_bytes(b"archive and more")
+    assert disk.read(kept) is None
+
+
+def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
+    """Whatever the umask: what `prepare` makes, nobody else may write to, and it accepts it again after a restart."""
+    before = os.umask(0)
+    try:
+        DiskTier(tmp_path / "cache", SOURCE).prepare()
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in (tmp_path / "cache").iterdir()} == {0o700}
+    DiskTier(tmp_path / "cache", SOURCE).prepare()
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path, mode: int) -> None:
+    """The message names the folder, its mode and what to do."""
+    disk = DiskTier(tmp_path, SOURCE)
+    disk.prepare()
+    (tmp_path / "index").chmod(mode)
+    with pytest.raises(UnsafeDiskCache, match=rf"index can be written by other users \(mode {mode:o}\).*remove it"):
+        disk.prepare()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    """Its owner could write to it; a link leads to anybody's."""
+    disk = DiskTier(tmp_path, SOURCE)
+    disk.prepare()
+    os.chown(tmp_path / "blobs", 12345, -1)
+    with pytest.raises(UnsafeDiskCache, match="belongs to user 12345"):
+        disk.prepare()
+    (tmp_path / "blobs").rename(tmp_path / "elsewhere")
+    (tmp_path / "blobs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UnsafeDiskCache, match="not a folder"):
+        disk.prepare()

@@ -10,7 +10,7 @@ import pytest
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge, LoadError, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from model_store.stores import object_store as sources
-from model_store.stores.object_store import InvalidStoreUrl, open_source
+from model_store.stores.object_store import InvalidStoreUrl, Where, open_source
 from tests.patience import PATIENCE_S
 from tests.s3 import Fault, S3Server
 
@@ -336,3 +336,14 @@ def test_a_folder_is_not_left_by_links(tmp_path: Path, name: str, situation: typ
     with pytest.raises(StoreDenied):
         source.put(parse_model_name("out/new.mar"), b"x")
     assert not (tmp_path / "new.mar").exists()
+
+
+@pytest.mark.parametrize("cause", ["timed out after 3 retries", "No such file or directory"])
+def test_clients_are_told_the_cause_and_not_the_place(cause: str) -> None:
+    """The public message has the kind of store; a cause with a slash may be a path and is not in it."""
+    where = Where("/very/private", "the store's folder")
+    error = where.explain(StoreUnavailable, "{where} failed for {name!r}: {cause}", "au/{x}.mar", cause)
+    assert str(error) == f"/very/private failed for 'au/{{x}}.mar': {cause}"
+    assert error.public == f"the store's folder failed for 'au/{{x}}.mar': {cause}"
+    hidden = where.explain(StoreUnavailable, "{where}: {cause}", "m.mar", "cannot open /very/private/m.mar")
+    assert hidden.public == "the store's folder: the server's log says why"

@@ -12,7 +12,7 @@ from handlers.evaluation.scores import scores
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import DEFAULT_LIMITS
 from model_store.names import ModelName
-from server.offline.rolling_windows import InProcess, unpublished
+from server.offline.rolling_windows import InProcess, open_unpublished
 from tests.server.markets import HISTORY, HORIZON, archive, fill, names, run, write_prices
 
 MARKETS = names(3)
@@ -51,7 +51,7 @@ def test_the_numbers_are_those_of_the_scores(csv: Path, store: Path) -> None:
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)["markets"]
     prices, load = read_csv(csv, "hour", ["M01", "load_M00"])
-    own = unpublished(archive(1, **KNOWN), ModelName("M01.mar"), DEFAULT_LIMITS)
+    own = open_unpublished(archive(1, **KNOWN), ModelName("M01.mar"), DEFAULT_LIMITS)
     origins = np.arange(6 * 24, 16 * 24 + 12 - HORIZON + 1, 24)
     requests: list[dict[str, object]] = [
         {

@@ -24,7 +24,8 @@ from model_store.stores.object_store import open_source
 from server.cli.correlate import correlate
 from server.cli.setting_flags import settings_from
 from server.cli.train import train
-from server.offline import archive_tools as workshop
+from server.offline.archive_location import locate_archive
+from server.offline.archive_tools import describe_archive, format_description, verify_archive
 from server.offline.forecast_errors import residuals
 from server.offline.rolling_windows import Unfit
 from tests.e2e.models import onnx_model
@@ -113,11 +114,11 @@ def test_the_desk_knows_the_archive(market: Path, tmp_path: Path) -> None:
     """`fleetcast inspect` and `verify` look into it as into any other."""
     assert of_market(market, "--out", str(tmp_path / "joint.mar")).exit_code == 0
     archive = opened(tmp_path / "joint.mar")
-    told = dict(workshop.lines(workshop.described(archive, (tmp_path / "joint.mar").read_bytes())))
+    told = dict(format_description(describe_archive(archive, (tmp_path / "joint.mar").read_bytes())))
     assert told["products"] == "au/NSW1.mar, au/VIC1.mar"
     assert told["correlation"] == "gaussian, 6 steps, 60 windows"
-    place = workshop.place(settings_from({"store": str(tmp_path)}), ModelName("joint.mar"))
-    assert workshop.proved(place).startswith("<Correlation Gaussian of 2 products, 6 steps>, ")
+    place = locate_archive(settings_from({"store": str(tmp_path)}), ModelName("joint.mar"))
+    assert verify_archive(place).startswith("<Correlation Gaussian of 2 products, 6 steps>, ")
 
 
 def test_the_table_says_what_it_rests_on(market: Path, tmp_path: Path) -> None:

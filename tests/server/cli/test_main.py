@@ -23,7 +23,8 @@ from loadtest.fleets.fleet import make_fleet, make_request
 from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
-from server.cli.setting_flags import settings_from, table, with_table
+from server.cli.setting_flags import settings_from, table
+from server.cli.settings_table import update_tables
 from tests.handlers.kinds.test_onnx import doubling
 from tests.patience import PATIENCE_S
 
@@ -80,7 +81,7 @@ def test_flags_are_texts_of_every_type() -> None:
     }
     settings = settings_from({"store": "x", **flags})
     assert (settings.workers, settings.slab_bytes, settings.overload_status) == (2, 1 << 20, 429)
-    assert (settings.pin, settings.access_keys) == (["a", "b"], {"k": "s=1"})
+    assert (settings.pin, settings.access_keys["k"].get_secret_value()) == (["a", "b"], "s=1")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_a_list_in_a_variable_is_json(desk: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_the_readme_lists_the_settings() -> None:
     """The README's table is the settings' own; `make docs` writes it."""
-    assert with_table(README) == README
+    assert update_tables(README) == README
     assert run("settings-table").stdout.strip() == table()
 
 
@@ -125,6 +126,16 @@ def test_help_teaches() -> None:
         assert f"fleetcast {command} " in run(command, "--help").stdout
     assert "--revalidate-s SECONDS" in run("serve", "--help").stdout
     assert run("--version").stdout.startswith("fleetcast 0.")
+
+
+def test_help_imports_nothing_of_the_work() -> None:
+    """`--help` and `--version` load neither torch nor any library of a command; an unknown command is suggested."""
+    work = "{'torch', 'numpy', 'boto3', 'urllib3', 'uvicorn', 'obstore', 'msgspec', 'structlog', 'rich'}"
+    code = f"import sys, server.cli.main\ntry: server.cli.main.main()\nfinally: print({work} & set(sys.modules))"
+    for flag in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "set()"), done.stderr
+    assert "Did you mean 'serve'?" in run("serv").stderr
 
 
 # --- archives -------------------------------------------------------------------------------------------------------

@@ -120,5 +120,5 @@ def test_what_does_not_fit_is_said(series: Series) -> None:
 
 def test_a_model_says_what_it_is(tmp_path: Path) -> None:
     """Its repr names archive and version."""
-    assert repr(model()) == "<Model m.mar not stored>"
+    assert repr(model()) == "<ArchiveVersion m.mar not stored>"
     assert archive(1) != archive(2)

@@ -1,14 +1,27 @@
-"""Telling a server of a new archive: what a management listener answers, and what is said when none is there."""
+"""The client against listeners that answer as they are told: new archives, retries, connections and errors."""
 
 import socket
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 
 from model_store.names import ModelName
-from server.sdk.client import Unreachable, reload
+from server.sdk.client import Client, reload_model
+from server.sdk.errors import (
+    DeadlineExceeded,
+    FleetcastError,
+    InvalidRequest,
+    ModelFailed,
+    ModelNotFound,
+    ServerFailed,
+    Unavailable,
+    Unreachable,
+    error_from_reply,
+)
+from server.sdk.forecasts import ForecastRequest
 
 
 class Management(BaseHTTPRequestHandler):
@@ -52,19 +65,116 @@ def listener() -> Iterator[str]:
 
 def test_only_what_a_server_holds_is_reloaded(listener: str) -> None:
     """A model that it does not have is not loaded for this; one that it has is, slashes and blanks in its name kept."""
-    reload(listener, ModelName("au/away.mar"))
-    reload(listener, ModelName("au/held it.mar"))
+    reload_model(listener, ModelName("au/away.mar"))
+    reload_model(listener, ModelName("au/held it.mar"))
     get, post = "GET /fleet/models/au/", "POST /fleet/reload/au/"
     assert Management.asked == [f"{get}away.mar", f"{get}held%20it.mar", f"{post}held%20it.mar"]
 
 
 def test_why_a_server_has_not_taken_it_is_said(listener: str) -> None:
     """Its own words, a port where nobody listens, and a URL that is none."""
-    with pytest.raises(Unreachable, match=r"did not take au/bad\.mar: it is rubbish"):
-        reload(listener, ModelName("au/bad.mar"))
+    with pytest.raises(ModelFailed, match=r"did not take au/bad\.mar: it is rubbish"):
+        reload_model(listener, ModelName("au/bad.mar"))
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with pytest.raises(Unreachable, match="is `fleetcast serve` running there"):
-            reload(f"http://127.0.0.1:{closed.getsockname()[1]}", ModelName("m"))
-    with pytest.raises(Unreachable, match="give one such as http"):
-        reload("localhost:8081", ModelName("m"))
+            reload_model(f"http://127.0.0.1:{closed.getsockname()[1]}", ModelName("m"))
+    with pytest.raises(ValueError, match="give one such as http"):
+        reload_model("localhost:8081", ModelName("m"))
+
+
+class Inference(BaseHTTPRequestHandler):
+    """Answers as it is told, one reply a request: (status, headers, body). Counts its connections."""
+
+    protocol_version = "HTTP/1.1"
+    replies: list[tuple[int, dict[str, str], bytes]]
+    connections: int
+    asked: list[bytes]
+
+    def setup(self) -> None:
+        """A new connection."""
+        type(self).connections += 1
+        super().setup()
+
+    def do_POST(self) -> None:
+        """The next reply."""
+        self.asked.append(self.rfile.read(int(self.headers["Content-Length"])))
+        status, headers, body = self.replies.pop(0)
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 -- the base class's name
+        """Silent."""
+
+
+@pytest.fixture
+def inference() -> Iterator[str]:
+    """The address of one."""
+    Inference.connections, Inference.asked = 0, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Inference) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+BUSY = (503, {"X-Amz-Retry-After": "1", "Retry-After": "3600"}, b'{"message": "the queue is full"}')
+ANSWER = b'{"predictions": [{"start": "2026-01-02 00:00:00", "mean": [1.0]}], "failed": 0}'
+LATE = b'{"predictions": [{"error": {"code": "worker_lost", "message": "gone"}}], "failed": 1}'
+
+
+def test_the_servers_advice_is_followed(inference: str) -> None:
+    """A busy server is asked again after its milliseconds, not its hour, over the same connection, `retries` times."""
+    Inference.replies = [BUSY, BUSY, (200, {}, ANSWER), (200, {}, ANSWER)]
+    with Client(inference, retries=2) as client:
+        for _ in range(2):
+            assert client.forecast("m.mar", target=[1.0], start=datetime(2026, 1, 1)).mean == [1.0]  # noqa: DTZ001
+        Inference.replies = [BUSY] * 3
+        with pytest.raises(Unavailable, match="the queue is full") as refused:
+            client.invoke("m.mar", b"{}")
+    assert (refused.value.status, Inference.connections, len(Inference.asked)) == (503, 1, 7)
+    assert b'"start":"2026-01-01 00:00:00"' in Inference.asked[0]
+
+
+def test_only_the_items_that_may_succeed_are_asked_again(inference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An item whose worker died is asked once more, one whose model is missing is not."""
+    monkeypatch.setattr("server.sdk.client.ITEM_RETRY_S", 0.0)
+    missing = b'{"error": {"code": "not_found", "message": "no such archive"}}'
+    both = LATE.replace(b"}}], ", b"}}, " + missing + b"], ")
+    Inference.replies = [(200, {}, both), (200, {}, ANSWER)]
+    requests = [ForecastRequest(model=name, target=[1.0], start="2026-01-01") for name in ("a.mar", "b.mar")]
+    with Client(inference) as client:
+        good, bad = client.forecast_many(requests)
+    assert (getattr(good, "mean", None), type(bad)) == ([1.0], ModelNotFound)
+    assert [asked.count(b"target_model") for asked in Inference.asked] == [2, 1]
+
+
+def test_an_answer_that_is_none(inference: str) -> None:
+    """A server that is not Fleetcast, and one whose text is not JSON: errors of the SDK, with what was said."""
+    Inference.replies = [(200, {}, b"<html>"), (502, {}, b"bad gateway")]
+    with Client(inference, retries=0) as client:
+        with pytest.raises(Unreachable, match="not one of forecasts"):
+            client.forecast("m.mar", target=[1.0], start="2026-01-01")
+        with pytest.raises(ServerFailed, match="bad gateway"):
+            client.invoke("m.mar", b"{}")
+
+
+@pytest.mark.parametrize(
+    ("status", "reply", "kind"),
+    [
+        (424, {"message": "late", "OriginalStatusCode": 504}, DeadlineExceeded),
+        (424, {"message": "broken", "OriginalStatusCode": 500}, ModelFailed),
+        (400, {"message": "bad", "error": {"code": "not_found", "message": "no such"}}, ModelNotFound),
+        (413, {"message": "too large"}, InvalidRequest),
+        (500, {"message": "a fault"}, ServerFailed),
+    ],
+)
+def test_errors_have_the_class_of_what_to_do(status: int, reply: dict[str, object], kind: type[FleetcastError]) -> None:
+    """The situation's name decides, else the original status, else the status."""
+    error = error_from_reply(status, "ModelError", reply)
+    assert (type(error), error.error_type) == (kind, "ModelError")

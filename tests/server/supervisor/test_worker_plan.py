@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given, strategies
 
-from server.host import Host
+from server.host import Host, WorkerPlan
 from server.settings import MIB, Settings
-from server.supervisor.worker_plan import WorkerPlan, front_cores, plan_workers, share_cores
+from server.supervisor.worker_plan import front_cores, plan_workers, share_cores
 
 GIB = 1024 * MIB
 CORES = strategies.lists(strategies.integers(0, 200), min_size=1, max_size=40, unique=True).map(sorted)

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build
+from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import RowModel
 
 FAMILY = build("mlp", {"features": 1, "context_length": 4, "prediction_length": 1, "quantiles": 1})
 BODY = RowModel(FAMILY, FamilyCodec(FAMILY))

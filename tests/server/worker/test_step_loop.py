@@ -1,8 +1,10 @@
 """The step loop with a real cache, scheduler and engine; only the loader is a fake that builds when it is told to."""
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,6 +18,7 @@ import torch
 from handlers.base import Family
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build, random_tensors
+from handlers.kinds import RowModel
 from model_store.archives.manifest import GoldenSample
 from model_store.cache.cache import Cache
 from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound
@@ -26,7 +29,7 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built, RowModel
+from server.worker.model_loader import Built
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
 from tests.patience import PATIENCE_S
@@ -275,6 +278,42 @@ def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Sit
         assert resident(steps) == before
 
     play(scenario, slabs=1)
+
+
+def test_a_failed_load_keeps_nothing_of_its_archive() -> None:
+    """The failure is remembered and told to clients and operators; the frames it was raised in, and their bytes, go."""
+
+    class Bytes:
+        """An archive's, which can be watched."""
+
+    watched: list[weakref.ref[Bytes]] = []
+
+    def fail_with(archive: Bytes, why: str) -> None:
+        watched.append(weakref.ref(archive))
+        try:
+            raise ValueError("not an archive")  # noqa: TRY301 -- a chain, as a reader of archives makes it
+        except ValueError as error:
+            raise ArchiveInvalid(why) from error
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        build = loader.build
+
+        def failing(model: ModelName, *, revalidate: bool = False) -> Built:
+            if model.startswith("a/bad"):
+                fail_with(Bytes(), f"{model}: broken {'x' * 10_000}")
+            return build(model, revalidate=revalidate)
+
+        loader.build = failing  # type: ignore[method-assign]
+        for i in range(3):
+            front.send(f"a/bad{i}")
+        with pytest.raises(ArchiveInvalid, match=r"a/bad9: broken x+ .shortened"):
+            await steps.load(ModelName("a/bad9"))
+        await front.settled()
+        gc.collect()
+        assert [archive() for archive in watched] == [None] * 4
+        assert max(len(str(refused)) for refused in front.refusals.values()) < 3000
+
+    play(scenario)
 
 
 def test_a_wrong_golden_sample_costs_nobody_their_place() -> None:

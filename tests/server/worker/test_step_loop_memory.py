@@ -11,18 +11,19 @@ import torch
 
 from handlers.base import Float32
 from handlers.codecs.codec import SingleCodec
+from handlers.kinds import SingleModel
 from model_store.archives.manifest import GoldenSample
 from model_store.cache.cache import Cache
 from model_store.errors import ModelNotFound, NoRoom, StoreUnavailable
 from model_store.names import ModelName
-from server.errors import SAGEMAKER, Situation, situation_of
+from server.errors import Situation, situation_of
 from server.ipc.frames import Tier
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built, SingleModel
+from server.worker.model_loader import Built
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
@@ -275,7 +276,6 @@ def test_a_step_out_of_memory_is_507_and_the_next_one_is_answered() -> None:
         refused = house.front.refusals[await house.ask("a/m0")]
         assert refused.situation is Situation.NO_ROOM
         assert "the device is out of memory" in refused.detail.message
-        assert SAGEMAKER[refused.situation].original == 507
         house.device.short_of_memory = 0
         assert await house.ask("a/m0") in house.front.answers
 

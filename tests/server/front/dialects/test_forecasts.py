@@ -1,4 +1,4 @@
-"""Bodies sliced and answers spliced: every byte of an item arrives, every fault names its place."""
+"""Calls for many models: every byte of an item arrives, every fault names its place, errors have one shape."""
 
 import json
 from typing import Any
@@ -9,30 +9,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import Refused, Situation
-from server.front.dialects.forecasts import (
-    MAX_ITEMS,
-    Item,
-    Prediction,
-    misplaced,
-    prediction,
-    require_all,
-    sampled,
-    sliced,
-    spliced,
-    statuses,
-    story,
-    together,
-)
-from server.ipc import frames as wire
+from server.front.dataplane import InferStats
+from server.front.dialects.forecasts import MAX_ITEMS, STATUS, Forecasts, build_answer, parse_call, summarise
+from server.front.exchange import Request
+from server.front.fan_out import Item, Prediction
+from server.front.raw_json import build_request, extract_prediction
+from server.settings import Settings
+from tests.server.front.answering import never
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 
 
-def response(cache: wire.CacheResult = wire.CacheResult.HIT, **times: int) -> wire.Response:
-    """A worker's good answer."""
-    took: dict[str, Any] = {"queue_us": 0, "load_us": 0, "inference_us": 0, **times}
-    return wire.Response(1, 0, cache, wire.Tier.DISK, "v", "application/json", **took, body_bytes=0, body=b"")
+def dialect(**settings: object) -> Forecasts:
+    """The dialect under these settings."""
+    return Forecasts(Settings.model_validate({"store": "models", **settings}))
+
+
+def stats(cache: str = "hit", *, queue_us: int = 0, load_us: int | None = None, inference_us: int = 0) -> InferStats:
+    """What happened to an item that was answered."""
+    return InferStats(cache, queue_us, load_us, inference_us, "disk", "v")
 
 
 @pytest.mark.slow
@@ -42,12 +38,15 @@ def test_an_item_is_the_one_instance_of_its_request(items: list[dict[str, Any]],
     configuration.pop("joint", None)
     asked = [{**item, "target_model": f"m{i}.mar"} for i, item in enumerate(items)]
     body = json.dumps({"requests": asked, "configuration": configuration}, indent=1).encode()
-    found = sliced(body)
+    found = parse_call(body)
     assert found.joint is None
     for i, (item, each) in enumerate(zip(asked, found.items, strict=True)):
         assert isinstance(each, Item)
         assert each.model == f"m{i}.mar"
-        assert json.loads(each.body) == {"instances": [item], "configuration": configuration}
+        assert json.loads(build_request(each.instance, found.configuration)) == {
+            "instances": [item],
+            "configuration": configuration,
+        }
 
 
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
@@ -55,7 +54,7 @@ def test_no_body_breaks_the_slicing(body: bytes) -> None:
     """Arbitrary bytes and arbitrary JSON are sliced or refused as a bad request."""
     situation = None
     try:
-        assert sliced(body).items
+        assert parse_call(body).items
     except Refused as refused:
         situation = refused.situation
     assert situation in (None, Situation.BAD_REQUEST)
@@ -83,7 +82,7 @@ def test_no_body_breaks_the_slicing(body: bytes) -> None:
 def test_a_body_that_is_no_call(body: bytes, message: str, field: str | None) -> None:
     """The whole call is refused, with what was wrong and where."""
     with pytest.raises(Refused) as caught:
-        sliced(body)
+        parse_call(body)
     assert message in str(caught.value)
     assert caught.value.detail.field == field
 
@@ -101,7 +100,7 @@ def test_a_body_that_is_no_call(body: bytes, message: str, field: str | None) ->
 def test_a_bad_item_is_refused_alone(item: object, situation: Situation, message: str) -> None:
     """Its neighbours go on; its error names the field."""
     good = {"target_model": "au/m.mar"}
-    first, bad, last = sliced(json.dumps({"requests": [good, item, good]}).encode()).items
+    first, bad, last = parse_call(json.dumps({"requests": [good, item, good]}).encode()).items
     assert isinstance(first, Item)
     assert isinstance(last, Item)
     assert isinstance(bad, Refused)
@@ -111,39 +110,28 @@ def test_a_bad_item_is_refused_alone(item: object, situation: Situation, message
 
 def test_the_answer_in_order() -> None:
     """Predictions as they came, errors in their places, the number of failures, a status for each item's count."""
-    raw = prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}')
+    raw = extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}')
     assert raw == b'{"mean": [1.50, 2e0]}'
     refused = Refused(Situation.NOT_FOUND, "no archive", field="target_model")
-    found: list[Prediction | Refused] = [Prediction(raw, response()), refused, Prediction(raw, response())]
-    answer = json.loads(spliced(found))
+    found: list[Prediction | Refused] = [Prediction(raw, stats()), refused, Prediction(raw, stats())]
+    answer = json.loads(build_answer(found))
     error = {"code": "not_found", "message": "no archive", "field": "target_model"}
     assert answer == {"predictions": [{"mean": [1.5, 2]}, {"error": error}, {"mean": [1.5, 2]}], "failed": 1}
-    assert b'{"mean": [1.50, 2e0]}' in spliced(found)
-    assert statuses(found) == [200, 400, 200]
-
-
-@pytest.mark.parametrize(
-    "answer", [b"{}", b'{"predictions":[]}', b'{"predictions":[1,2]}', b'{"predictions":{"y":[1]}}']
-)
-def test_an_answer_that_is_no_forecast(answer: bytes) -> None:
-    """A model that answers something else fails alone."""
-    with pytest.raises(Refused, match="not a forecast"):
-        prediction(answer)
+    assert b'{"mean": [1.50, 2e0]}' in build_answer(found)
+    assert dialect().statuses(found) == [200, 400, 200]
 
 
 def test_what_the_headers_tell() -> None:
     """How often the cache had the model, and the longest time of each kind."""
     found: list[Prediction | Refused] = [
-        Prediction(b"1", response(queue_us=1500, inference_us=10)),
-        Prediction(b"1", response(wire.CacheResult.MISS, load_us=2000, inference_us=20)),
-        Prediction(b"1", response()),
+        Prediction(b"1", stats(queue_us=1500, inference_us=10)),
+        Prediction(b"1", stats("miss", load_us=2000, inference_us=20)),
+        Prediction(b"1", stats()),
         Refused(Situation.NOT_FOUND, "no"),
     ]
-    assert dict(story(found)) == {
-        b"server-timing": b"queue;dur=1.500, load;dur=2.000, inference;dur=0.020",
-        b"x-fleetcast-cache": b"hit=2, miss=1",
-    }
-    assert msgspec.json.decode(spliced(found))["failed"] == 1
+    assert summarise(found) == InferStats("hit=2, miss=1", 1500, 2000, 20)
+    assert summarise(found[3:]) == InferStats("", 0, 0, 0)
+    assert msgspec.json.decode(build_answer(found))["failed"] == 1
 
 
 def joint_call(**configuration: object) -> bytes:
@@ -157,26 +145,19 @@ def test_a_joint_call_asks_the_models_for_marginals() -> None:
     call = joint_call(
         correlation="j.mar", num_samples=7, seed=3, output_types=["samples", "mean", "quantiles"], quantiles=["0.5"]
     )
-    found = sliced(call)
+    found = parse_call(call)
     assert found.joint is not None
     assert found.joint.correlation == "j.mar"
     item = found.items[1]
     assert isinstance(item, Item)
-    assert json.loads(item.body) == {
+    assert json.loads(build_request(item.instance, found.configuration)) == {
         "instances": [{"target_model": "b.mar", "target": [2]}],
         "configuration": {"output_types": ["mean", "quantiles", "marginal"], "quantiles": ["0.5"]},
     }
-    answers: list[Prediction | Refused] = [
-        Prediction(b'{"mean":[1.50],"marginal":{"levels":[0.5],"values":[[[1]]]}}', response()),
-        Refused(Situation.NOT_FOUND, "no"),
-    ]
-    asked = json.loads(together(found.joint, found.items, answers))
-    marginal = {"levels": [0.5], "values": [[[1]]]}
-    assert asked == {"forecasts": [{"name": "a.mar", "marginal": marginal}], "num_samples": 7, "seed": 3}
-    first, second = sampled(answers, b'{"samples":[[[1.25],[2.50]]]}')
-    assert isinstance(first, Prediction)
-    assert first.body == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
-    assert second is answers[1]
+    assert {name: json.loads(bytes(value)) for name, value in found.joint.drawn.items()} == {
+        "num_samples": 7,
+        "seed": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -192,27 +173,37 @@ def test_a_joint_call_asks_the_models_for_marginals() -> None:
 def test_a_joint_call_that_cannot_be(configuration: dict[str, object], situation: Situation, field: str | None) -> None:
     """No correlation named, a bad name, nothing to draw: refused before any model is asked."""
     with pytest.raises(Refused) as caught:
-        sliced(joint_call(**configuration))
+        parse_call(joint_call(**configuration))
     assert (caught.value.situation, caught.value.detail.field) == (situation, field)
 
 
-def test_places_in_a_joint_call_are_those_of_its_requests() -> None:
-    """The correlation counts the forecasts it got; the client counts its requests."""
-    found: list[Prediction | Refused] = [
-        Refused(Situation.NOT_FOUND, "no"),
-        Prediction(b"{}", response()),
-        Prediction(b"{}", response()),
-    ]
-    placed = misplaced(found, Refused(Situation.BAD_REQUEST, "unknown", 1, "configuration.joint"))
-    assert placed.detail.instance == 2
-    with pytest.raises(Refused) as caught:
-        require_all(found)
-    assert (caught.value.detail.instance, caught.value.situation) == (0, Situation.NOT_FOUND)
-    require_all(found[1:])
+def test_every_situation_has_a_status() -> None:
+    """Nothing but success is missing from the table."""
+    assert STATUS.keys() == set(Situation) - {Situation.OK}
 
 
-def test_a_model_without_marginal_fails_alone() -> None:
-    """Joint scenarios are made of marginals."""
-    with pytest.raises(Refused, match="no marginal"):
-        prediction(b'{"predictions":[{"mean":[1]}]}', marginal=True)
-    assert prediction(b'{"predictions":[{"marginal":{}}]}', marginal=True) == b'{"marginal":{}}'
+@pytest.mark.parametrize(
+    ("refused", "status", "error"),
+    [
+        (Refused(Situation.NOT_FOUND, "no"), 400, {"code": "not_found", "message": "no"}),
+        (
+            Refused(Situation.BAD_REQUEST, "odd", 0, "target"),
+            400,
+            {"code": "bad_request", "message": "odd", "instance": 0, "field": "target"},
+        ),
+        (Refused(Situation.MODEL_FAILED, "nan"), 424, {"code": "model_failed", "message": "nan"}),
+    ],
+)
+def test_the_error_of_a_call(refused: Refused, status: int, error: dict[str, object]) -> None:
+    """One object with code, message and, where there is one, the place; no header of another protocol's."""
+    reply = dialect().refused(refused, Request("POST", "/v1/forecasts", {}, never))
+    assert (reply.status, json.loads(reply.body), reply.headers) == (status, {"error": error}, [])
+
+
+def test_overload_says_when_to_retry() -> None:
+    """By the standard header; the operator chooses between 503 and 429."""
+    for chosen in (503, 429):
+        reply = dialect(overload_status=chosen).refused(
+            Refused(Situation.OVERLOADED, "full"), Request("POST", "/v1/forecasts", {}, never)
+        )
+        assert (reply.status, reply.headers) == (chosen, [(b"retry-after", b"1")])

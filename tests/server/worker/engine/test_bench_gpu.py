@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from loadtest.benchmarks.gpu import table
+from loadtest.benchmarks.gpu import build_table
 from server.worker.engine.bench_gpu import Sizes, measure
 from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
@@ -23,7 +23,7 @@ def test_everything_is_measured_and_shown() -> None:
     assert found["tick"]["ratio"] > 0
     assert found["tick"]["floor_ms"]["sum"] > 0
     assert found["scattered"]["resident"] == 20
-    shown = table(found)
+    shown = build_table(found)
     assert shown.row_count == 7 + 2 * 4
 
 

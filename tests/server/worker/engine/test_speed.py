@@ -47,7 +47,7 @@ def test_a_family_is_measured_on_more_rows_than_a_cache_holds() -> None:
     found = pace(family, family.row(random_tensors(family, 0)), rates())
     assert found.rows * found.row_bytes > 64 * 2**20
     times = [found.us(path, size) for path, size in CELLS]
-    assert all(us is not None and us > 0.1 for us in times)
+    assert not [us for us in times if us is None or us <= 0.1], times
 
 
 def test_one_thread_is_for_a_while() -> None:

@@ -1,6 +1,6 @@
 """Writes `scores.json`, what `test_scores.py` expects, with the packages whose definitions ours have to meet.
 
-    pip install fev==0.10.0 scoringrules==0.10.0 && python -m tests.handlers.make_scores
+    pip install fev==0.10.0 scoringrules==0.10.0 && python -m tests.handlers.evaluation.make_scores
 
 They are no dependencies of the tests: `fev` brings half of a data stack along. Numbers here come from them alone, or
 from loops that are written as the definition is, never from `handlers.evaluation.scores`.

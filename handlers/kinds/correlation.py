@@ -1,0 +1,34 @@
+"""Archives of kind correlation: how the errors of several models' forecasts move together. No torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from handlers.base import Shape
+from handlers.codecs.joint import JointCodec, JointModel
+from handlers.codecs.scenarios import load_correlation
+from handlers.kinds.models import BuiltModel, SingleModel, Target
+from model_store.archives.archive import Archive, read_tensors
+from model_store.archives.manifest import Kind
+
+
+class CorrelationKind:
+    """See ArchiveKind."""
+
+    kind = Kind.CORRELATION
+
+    def build(self, archive: Archive, target: Target) -> BuiltModel:
+        """A model that turns quantile forecasts into joint scenarios. Raises ArchiveInvalid."""
+        del target  # numpy runs it
+        assert archive.spec is not None, "a correlation is known by its fleetcast.json"
+        assert archive.spec.correlation, "the record demands it"
+        correlation = load_correlation(archive.spec.correlation, read_tensors(archive))
+        return BuiltModel(SingleModel(JointModel(correlation), JointCodec(correlation)), None, repr(correlation))
+
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+        """None: it takes forecasts."""
+        del archive
+        return {}
+
+    def describe(self, archive: Archive) -> dict[str, Any]:
+        """The shapes of its tensors. Raises ArchiveInvalid."""
+        return {"tensors": {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}}

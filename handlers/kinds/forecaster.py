@@ -1,0 +1,50 @@
+"""Archives of kind forecaster: one of our own network architectures, its numbers as safetensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from handlers.base import Family, Float32, Shape
+from handlers.codecs.codec import FamilyCodec
+from handlers.forecasters import family
+from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.row_work import row_work
+from handlers.work import RequestBudget
+from model_store.archives.archive import Archive, check_tensors, read_tensors
+from model_store.archives.manifest import Kind
+
+
+class ForecasterKind:
+    """See ArchiveKind."""
+
+    kind = Kind.FORECASTER
+
+    def build(self, archive: Archive, target: Target) -> BuiltModel:
+        """A row of the architecture's family. Raises ArchiveInvalid."""
+        assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
+        network = family(archive.spec)
+        row = read_row(archive, network)
+        budget = RequestBudget(row_work(network), target.limits)
+        body = RowModel(network, FamilyCodec(network, archive.spec.forecast, budget))
+        return BuiltModel(body, row, network.key)
+
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+        """The one input of its family. Raises ArchiveInvalid."""
+        assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
+        network = family(archive.spec)
+        return {network.input_name: network.input_shape}
+
+    def describe(self, archive: Archive) -> dict[str, Any]:
+        """The shapes of its tensors. Raises ArchiveInvalid."""
+        return describe_tensors(archive)
+
+
+def read_row(archive: Archive, network: Family) -> Float32:
+    """The archive's tensors as a row of the family. Raises ArchiveInvalid that lists the tensors that do not fit."""
+    tensors = read_tensors(archive)
+    check_tensors(tensors, network.parameters, archive.name)
+    return network.row(tensors)
+
+
+def describe_tensors(archive: Archive) -> dict[str, Any]:
+    """The section `tensors` of a description: shapes by name, sorted. Raises ArchiveInvalid."""
+    return {"tensors": {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}}

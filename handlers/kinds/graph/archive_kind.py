@@ -1,0 +1,65 @@
+"""Archives of kind graph: the operators of a user's network, and its numbers as safetensors."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from handlers.base import Float32, Shape
+from handlers.codecs.codec import FamilyCodec
+from handlers.forecasters import check_forecast
+from handlers.kinds.forecaster import describe_tensors, read_row
+from handlers.kinds.graph.family import GraphFamily, graph_family
+from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.row_work import row_work
+from handlers.work import RequestBudget
+from model_store.archives.archive import Archive
+from model_store.archives.manifest import Kind
+
+log = structlog.get_logger()
+
+
+class GraphKind:
+    """See ArchiveKind."""
+
+    kind = Kind.GRAPH
+
+    def build(self, archive: Archive, target: Target) -> BuiltModel:
+        """A row of the graph's family; its first archive decides how rows run. Raises ArchiveInvalid."""
+        assert archive.spec is not None, "a graph is known by its fleetcast.json"
+        network, forecast = graph_family(archive.graph()), archive.spec.forecast
+        if forecast is not None:
+            check_forecast(network, forecast)
+        row = read_row(archive, network)
+        budget = RequestBudget(row_work(network), target.limits)
+        one_by_one = _decide_how_rows_run(network, row)
+        body = RowModel(network, FamilyCodec(network, forecast, budget), one_by_one)
+        return BuiltModel(body, row, f"{network.key}, {network.runs}")
+
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+        """The one input of its family. Raises ArchiveInvalid."""
+        network = graph_family(archive.graph())
+        return {network.input_name: network.input_shape}
+
+    def describe(self, archive: Archive) -> dict[str, Any]:
+        """The family, what goes in and out, how rows run, and its operators by how often they occur."""
+        network = graph_family(archive.graph())
+        network.decide(read_row(archive, network))
+        operators = Counter(node.op for node in network.graph.nodes)
+        graph = {
+            "family": network.key,
+            "input": {network.input_name: list(network.input_shape)},
+            "output": list(network.output_shape),
+            "runs": network.runs,
+            "operators": dict(operators.most_common()),
+        }
+        return {"graph": graph, **describe_tensors(archive)}
+
+
+def _decide_how_rows_run(network: GraphFamily, row: Float32) -> str:
+    """Why the graph's rows do not run together; tried and logged with its first archive. Raises ArchiveInvalid."""
+    if network.one_by_one is None:
+        network.decide(row)
+        log.info("graph_family", family=network.key, runs=network.runs)
+    return network.one_by_one or ""

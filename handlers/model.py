@@ -1,0 +1,94 @@
+"""One archive's model in this process: what tools, batches, backtests and the SDK answer requests with. Imports torch.
+
+A worker computes the same numbers: a row runs by the function that proves it there (`run_row_on_cpu`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from handlers import kinds
+from handlers.base import Float32
+from handlers.codecs.codec import JSON, Call
+from handlers.errors import RequestError, RunFailed
+from handlers.kinds import BuiltModel, RowModel, run_row_on_cpu
+from model_store.archives.archive import Archive
+from model_store.archives.manifest import Forecast
+
+Failure = RequestError | RunFailed
+
+
+class Model:
+    """A built archive that answers requests in the calling thread. Thread-safe; holds no state of a request."""
+
+    def __init__(self, archive: Archive, built: BuiltModel) -> None:
+        self.archive, self.built = archive, built
+
+    def __repr__(self) -> str:
+        """For example `<Model au/nsw1.mar: tcn-4f1c2a9b0d3e5a71>`."""
+        return f"<Model {self.name}: {self.built.summary}>"
+
+    @property
+    def name(self) -> str:
+        """The archive's name."""
+        return self.archive.name
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What the model forecasts; None where it answers tensors, or correlates the forecasts of others."""
+        return self.archive.spec.forecast if self.archive.spec else None
+
+    def prove(self) -> bool:
+        """Run the archive's golden sample; False where it has none. Raises GoldenMismatch."""
+        return kinds.prove(self.archive, self.built)
+
+    def answer(self, body: bytes, content_type: str = JSON, accept: str = "") -> bytes:
+        """The answer to a request's body. Without `accept` it has the type of the request.
+
+        Raises RequestError for a wrong request, RunFailed where the model fails or its output is not finite.
+        """
+        decode: Callable[..., Any] = self.built.body.codec.decode
+        call = decode(body, content_type, accept)
+        answer: bytes = call.encode(self.built.body.run(call, self.built.row))[0]
+        return answer
+
+    def answer_many(self, bodies: Sequence[bytes]) -> list[bytes | Failure]:
+        """The answer to each request in JSON, or why it has none. The requests to a row model share one forward."""
+        body = self.built.body
+        if not isinstance(body, RowModel):
+            return [_attempt(self.answer, each) for each in bodies]
+        calls = [_attempt(body.codec.decode, each, JSON, JSON) for each in bodies]
+        good = [call for call in calls if isinstance(call, Call)]
+        if not good:
+            return calls
+        outputs, at = self._run_rows(body, np.concatenate([call.rows for call in good])), 0
+        answers: list[bytes | Failure] = []
+        for call in calls:
+            if isinstance(call, Call):
+                answers.append(_attempt(_encode, call, outputs[at : at + len(call.rows)]))
+                at += len(call.rows)
+            else:
+                answers.append(call)
+        return answers
+
+    def _run_rows(self, body: RowModel, rows: Float32) -> Float32:
+        assert self.built.row is not None, "a row model is built with its row"
+        return run_row_on_cpu(body.family, self.built.row, rows)
+
+
+def open_model(archive: Archive) -> Model:
+    """The archive's model, everything checked but its golden sample, which `Model.prove` runs. Raises LoadError."""
+    return Model(archive, kinds.build(archive))
+
+
+def _encode(call: Call, outputs: Float32) -> bytes:
+    return call.encode(outputs)[0]
+
+
+def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, or the RequestError or RunFailed that it raises."""
+    try:
+        return work(*arguments)
+    except (RequestError, RunFailed) as error:
+        return error

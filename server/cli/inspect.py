@@ -1,0 +1,37 @@
+"""`fleetcast inspect`: shows what an archive is. Torch when it runs."""
+
+import json
+from typing import Annotated
+
+import rich
+import typer
+from rich.table import Table
+
+from server.cli.setting_flags import settings_from
+from server.cli.terminal import one_line_errors, verbatim
+
+
+def inspect(
+    archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="path or store URL (s3://bucket/key)")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Show what an archive is: kind, configuration, members, tensors, hash; of a graph, how its models run.
+
+    \b
+    fleetcast inspect au/nsw1.mar
+    fleetcast inspect s3://models/prices/au/nsw1.mar --json | jq .spec.forecast
+    """  # noqa: D301
+    from server.offline.archive_location import locate_archive, split_location  # noqa: PLC0415 -- torch
+    from server.offline.archive_tools import describe_archive, format_description  # noqa: PLC0415
+
+    with one_line_errors():
+        store, name = split_location(archive)
+        found = describe_archive(*locate_archive(settings_from({"store": store}), name).fetch())
+    if as_json:
+        print(json.dumps(found, indent=1))  # noqa: T201
+        return
+    rows = Table("", "", show_header=False, box=None, pad_edge=False)
+    for label, text in format_description(found):
+        rows.add_row(verbatim(label, "bold"), verbatim(text))
+    rich.print(rows)

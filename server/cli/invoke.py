@@ -1,0 +1,64 @@
+"""`fleetcast invoke`: asks a running server."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import rich
+import typer
+
+from server.cli.terminal import BAD, fail, one_line_errors
+from server.contract import HEADER_SERVER_TIMING
+from server.logs import escape_text
+
+DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
+TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
+
+
+def invoke(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="the archive's key under the store, such as au/nsw1.mar")
+    ],
+    *,
+    body: Annotated[str, typer.Option(metavar="FILE|-", help="the request; - reads standard input")] = "",
+    url: Annotated[str, typer.Option(help="inference address of the server")] = "http://127.0.0.1:8080",
+    content_type: Annotated[str, typer.Option(help="of the request")] = "application/json",
+    accept: Annotated[str, typer.Option(help="wanted of the answer; default: like the request")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also what the cache did, on stderr")] = False,
+) -> None:
+    """Ask a running server.
+
+    The request has the token of the variable FLEETCAST_TOKEN; without one it is signed where boto3's chain finds an
+    access key. For https, SSL_CERT_FILE names the authorities to trust beside the system's.
+
+    \b
+    fleetcast invoke au/nsw1.mar --body request.json -v
+    echo '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2]}]}' | \\
+        fleetcast invoke au/nsw1.mar --body -
+    """  # noqa: D301
+    if not body:
+        fail(
+            f"what shall be asked? Send a file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
+            f"forecast, {TENSOR_EXAMPLE} for a model that is asked for tensors"
+        )
+    from server.sdk.client import Client  # noqa: PLC0415
+    from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
+    from server.sdk.signing import find_access_key, find_token  # noqa: PLC0415 -- botocore
+
+    with one_line_errors():
+        request = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
+        client = Client(url, access_key=find_access_key(), token=find_token())
+        try:
+            reply = client.invoke(model, request, content_type=content_type, accept=accept)
+        except Unreachable as error:
+            fail(str(error))
+        except FleetcastError as error:
+            fail(f"{error.error_type}: {error}", BAD)
+    if verbose:
+        for key in sorted(reply.headers):
+            if key.startswith("x-fleetcast-") or key == HEADER_SERVER_TIMING.lower():
+                print(escape_text(f"{key}: {reply.headers[key]}"), file=sys.stderr)  # noqa: T201
+    if sys.stdout.isatty() and "json" in reply.content_type:
+        rich.print_json(reply.body.decode(), ensure_ascii=True)
+    else:
+        sys.stdout.buffer.write(reply.body)

@@ -1,0 +1,204 @@
+"""What clients, the load tester, the planner, the SDK and the documentation may rely on. Pure; standard library only.
+
+Everything here is public: changing a value changes the wire, the metrics, the access log or a default, and needs a line
+in CHANGELOG.md. The server takes its own values from here, so nothing is stated twice.
+"""
+
+import re
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, Literal
+
+MIB: Final = 2**20
+
+# --- requests and answers ---------------------------------------------------------------------------------------------
+
+#: Header names. HTTP compares them without regard to case; `raw_header` gives the spelling that ASGI uses.
+HEADER_TARGET_MODEL: Final = "X-Amzn-SageMaker-Target-Model"
+HEADER_CUSTOM_ATTRIBUTES: Final = "X-Amzn-SageMaker-Custom-Attributes"
+HEADER_VARIANT: Final = "X-Amzn-Invoked-Production-Variant"
+HEADER_ERROR_TYPE: Final = "X-Amzn-ErrorType"
+HEADER_RETRY_AFTER_MS: Final = "X-Amz-Retry-After"  #: milliseconds, as botocore reads it
+HEADER_REQUEST_ID: Final = "X-Request-Id"
+HEADER_TIMEOUT_MS: Final = "X-Request-Timeout-Ms"
+HEADER_CACHE: Final = "X-Fleetcast-Cache"  #: one of CACHE_RESULTS; of a call for many models `hit=44, miss=1`
+HEADER_MODEL_VERSION: Final = "X-Fleetcast-Model-Version"  #: the store's ETag or version
+HEADER_SERVER_TIMING: Final = "Server-Timing"  #: `queue`, `load` (its `desc` is the tier) and `inference`, in ms
+
+JSON: Final = "application/json"
+NPY: Final = "application/x-npy"
+
+INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
+FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
+PING_PATH: Final = "/ping"  #: 200 while the process lives
+READY_PATH: Final = "/ready"  #: 200 while a worker takes requests, else 503
+METRICS_PATH: Final = "/metrics"  #: on the metrics listener
+
+MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the two below
+PROCESSES_PATH: Final = "/fleet/processes"
+ModelVerb = Literal["load", "unload", "pin", "unpin", "reload"]
+
+CACHE_RESULTS: Final = ("hit", "miss", "coalesced")  #: ready on arrival; started a load; joined one
+TIERS: Final = ("device", "host", "disk", "store")  #: where a model lies, from the fastest to the slowest
+
+#: The answer to a call for many models ends with the number of items that failed, within so many bytes: a client that
+#: only counts failures reads no more than that.
+FORECASTS_END: Final = b'],"failed":%d}'
+FORECASTS_END_BYTES: Final = 40
+_FAILED = re.compile(rb'"failed":\s*(\d+)\s*}\s*$')
+
+
+def raw_header(name: str) -> bytes:
+    """The header's name as ASGI has it: lower case, bytes."""
+    return name.lower().encode("ascii")
+
+
+def verb_path(verb: ModelVerb) -> str:
+    """The path of the management API below which a POST takes a model's name, which may have slashes."""
+    return f"/fleet/{verb}"
+
+
+def count_failed_forecasts(end: bytes) -> int | None:
+    """How many items of a call for many models failed, by its answer's last FORECASTS_END_BYTES; None: not said."""
+    found = _FAILED.search(end)
+    return None if found is None else int(found[1])
+
+
+# --- the access log ---------------------------------------------------------------------------------------------------
+
+ACCESS_LOG_COLUMNS: Final = ("time", "model", "bytes", "outcome")
+ACCESS_LOG_HEADER: Final = ",".join(ACCESS_LOG_COLUMNS) + "\n"
+#: The column `outcome`: `answered` where the cache result is not known, `refused` for any status but 200, `lost` for no
+#: answer. The order is that of the numbers that processes and arrays hold.
+ACCESS_LOG_OUTCOMES: Final = ("answered", *CACHE_RESULTS, "refused", "lost")
+ACCESS_LOG_FILE: Final = "arrivals-{:08}.csv"  #: a part, numbered from 1; older parts end with `.csv.gz`
+ACCESS_LOG_FILES: Final = "arrivals-*.csv"
+
+# --- defaults and rules -----------------------------------------------------------------------------------------------
+
+#: Defaults of the settings of the same names (server/settings.py), for those that other programs calculate with.
+INFERENCE_PORT: Final = 8080
+MANAGEMENT_PORT: Final = 8081
+METRICS_PORT: Final = 8082
+SLAB_BYTES: Final = 4 * MIB
+GPU_RESERVE_BYTES: Final = 2048 * MIB
+EVICTION_POLICY: Final = "lru"
+MAX_BATCH_ROWS: Final = 512
+LOADER_THREADS: Final = 4
+REVALIDATE_S: Final = 60.0
+MAX_BODY_BYTES: Final = 6 * MIB
+MAX_FORECASTS_BYTES: Final = 64 * MIB
+MAX_REQUEST_GFLOP: Final = 200.0
+MAX_REQUEST_NUMBERS: Final = 2**25
+MAX_SESSION_BYTES: Final = 512 * MIB
+MAX_FORWARD_S: Final = 10.0
+QUEUE_PER_MODEL: Final = 1024
+QUEUE_PER_WORKER: Final = 8192
+REQUEST_TIMEOUT_S: Final = 50.0
+
+CACHE_SHARE: Final = 0.4  #: of the host's memory, where `model_cache_bytes` is 0 and models run on the CPU
+UNHALVED_JOBS: Final = 4  #: a step takes half of the jobs that are ready, but never fewer than so many
+
+
+def home_weight(model: str, worker: int) -> bytes:
+    """The model's home is the worker with the highest weight (rendezvous hashing, Thaler and Ravishankar 1996)."""
+    return blake2b(model.encode(), digest_size=8, salt=worker.to_bytes(8, "little")).digest()
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+METRIC_PREFIX: Final = "fleetcast_"
+WORKER_LABELS: Final = ("worker", "device")  #: on every series that a worker counts
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric: `name` without the prefix, help text, and the labels beside WORKER_LABELS."""
+
+    kind: Literal["counter", "gauge", "histogram"]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+    @property
+    def series(self) -> str:
+        """The name in the exposition; a histogram's series add `_bucket`, `_sum` and `_count` to it."""
+        return f"{METRIC_PREFIX}{self.name}{'_total' if self.kind == 'counter' else ''}"
+
+    @property
+    def sum(self) -> str:
+        """The series with a histogram's sum."""
+        return f"{self.series}_sum"
+
+    @property
+    def count(self) -> str:
+        """The series with a histogram's number of observations."""
+        return f"{self.series}_count"
+
+
+CACHE_REQUESTS: Final = MetricSpec(
+    "counter",
+    "model_cache_requests",
+    "Requests by cache result: hit, miss (started a load) or coalesced (joined a load)",
+    ("result",),
+)
+LOADING_WAIT: Final = MetricSpec("histogram", "model_loading_wait_seconds", "Time a request waited for its model")
+DOWNLOADING: Final = MetricSpec("histogram", "model_downloading_seconds", "Time of a load's store requests")
+LOADING: Final = MetricSpec(
+    "histogram",
+    "model_loading_seconds",
+    "Time from the start of a load until the model serves, by the tier it came from: host, disk or store",
+    ("tier",),
+)
+UNLOADING: Final = MetricSpec("histogram", "model_unloading_seconds", "Time to unload a model")
+LOADED_MODELS: Final = MetricSpec("gauge", "loaded_models", "Resident models")
+CACHE_BYTES: Final = MetricSpec(
+    "gauge", "model_cache_bytes", "Cache bytes in use, by tier: device, host or disk", ("tier",)
+)
+CACHE_CAPACITY: Final = MetricSpec(
+    "gauge", "model_cache_capacity_bytes", "Cache capacity in bytes, by tier: device, host or disk", ("tier",)
+)
+EVICTIONS: Final = MetricSpec("counter", "model_evictions", "Evicted models, by tier and reason", ("tier", "reason"))
+AGE_AT_EVICTION: Final = MetricSpec(
+    "histogram", "model_age_at_eviction_seconds", "Time between a model's load and its eviction"
+)
+LOAD_FAILURES: Final = MetricSpec("counter", "model_load_failures", "Failed loads, by reason", ("reason",))
+SWAPS: Final = MetricSpec(
+    "counter", "model_swaps", "Replacements of a serving model version, by result: ok or failed", ("result",)
+)
+PREFETCH: Final = MetricSpec(
+    "counter",
+    "prefetch",
+    "Prefetched models, by result: used, late (requested while loading), wasted (evicted unused), refused (no room) or "
+    "failed",
+    ("result",),
+)
+PREFETCH_MODELS: Final = MetricSpec("gauge", "prefetch_models", "Models whose next request is predicted")
+QUEUE: Final = MetricSpec("histogram", "inference_queue_seconds", "Time a request waited for its step")
+BATCH_ROWS: Final = MetricSpec("histogram", "inference_batch_rows", "Rows per step")
+BATCH_MODELS: Final = MetricSpec("histogram", "inference_batch_models", "Models per step")
+STEP_SECONDS: Final = MetricSpec(
+    "counter", "step_seconds", "Time spent in steps, by part: decode, forward or encode", ("part",)
+)
+MODEL_REQUESTS: Final = MetricSpec(
+    "counter", "model_requests", "Requests by model, for as many models as metrics_per_model allows", ("model",)
+)
+INFERENCE_REQUESTS: Final = MetricSpec(
+    "counter", "inference_requests", "Responses by protocol and status code", ("protocol", "code")
+)
+INFERENCE_SECONDS: Final = MetricSpec(
+    "histogram",
+    "inference_request_seconds",
+    "Time from receiving a request to sending its response, in the front",
+    ("protocol",),
+)
+WORKER_UP: Final = MetricSpec("gauge", "worker_up", "1 while the worker accepts requests, else 0", WORKER_LABELS)
+WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restarts", WORKER_LABELS)
+ACCESS_LOG_ROWS: Final = MetricSpec(
+    "counter", "access_log_rows", "Access log rows, by result: written or dropped", ("result",)
+)
+
+LOG_LINES_DROPPED: Final = MetricSpec(
+    "counter", "log_lines_dropped", "Log lines dropped because standard error was not read"
+)
+METRICS: Final = tuple(each for each in tuple(globals().values()) if isinstance(each, MetricSpec))

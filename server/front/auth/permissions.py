@@ -1,0 +1,102 @@
+"""Who may ask for which model: bearer tokens and signatures, whichever the operator configures. Runs in a front.
+
+Where both are configured either one suffices: a request with a SigV4 Authorization header is judged by its signature,
+any other by its token. A signature allows all models, a token those of its prefixes.
+"""
+
+import contextlib
+from collections.abc import Mapping
+
+from model_store.names import ModelName
+from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
+from server.errors import Refused, Situation
+from server.front.auth.sigv4 import Signatures
+from server.front.dataplane import DataPlane, InferRequest, InferResponse
+from server.settings import Settings
+
+_SIGV4 = b"AWS4-HMAC-SHA256"
+
+
+class PermittedDataPlane(DataPlane):
+    """The data plane as the holder of one token sees it: models that the token does not allow are refused.
+
+    INVARIANT: a dialect has no other way to a model, so that none can forget the check.
+    """
+
+    def __init__(self, plane: DataPlane, token: Token) -> None:  # no own state: all is the other plane's
+        self.router, self.links = plane.router, plane.links
+        self._plane, self._token = plane, token
+
+    def __repr__(self) -> str:
+        """For example `<PermittedDataPlane <Token desk-au: invoke of au/> over <DataPlane ...>>`."""
+        return f"<PermittedDataPlane {self._token!r} over {self._plane!r}>"
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """The model's answer. Raises Refused(FORBIDDEN), and what the plane raises."""
+        require(self._token, request.model)
+        return await self._plane.infer(request)
+
+    def check_held(self) -> None:
+        """Raises Refused while the front holds too many bytes of requests."""
+        self._plane.check_held()
+
+    def hold(self, size: int) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        """Count a body as held in a `with` block."""
+        return self._plane.hold(size)
+
+
+class Permissions:
+    """What the operator configured: `tokens`, `access_keys`, or both."""
+
+    def __init__(self, tokens: TokenFile | None, signatures: Signatures | None) -> None:
+        self._tokens, self._signatures = tokens, signatures
+
+    def __repr__(self) -> str:
+        """For example `<Permissions by <TokenFile ...>, <Signatures of 2 keys>>`."""
+        return f"<Permissions by {self._tokens!r}, {self._signatures!r}>"
+
+    def find_token(self, headers: Mapping[bytes, bytes]) -> Token | None:
+        """The token of a request whose body has not been read; None where its signature is to be checked.
+
+        Raises Refused(UNAUTHORIZED) for a request that shows neither, Refused(FORBIDDEN) for a token of another scope.
+        """
+        authorization = headers.get(b"authorization")
+        signed = authorization is not None and authorization.startswith(_SIGV4)
+        if self._tokens is None or (signed and self._signatures is not None):
+            return None
+        if signed:
+            message = "this server takes bearer tokens, not signatures: send the header Authorization: Bearer TOKEN"
+            raise Refused(Situation.UNAUTHORIZED, f"{message} in the place of boto3's (README, Security)")
+        try:
+            token = self._tokens.current.find(authorization)
+        except Unauthorized as error:
+            either = ", or sign the request with an access key" if self._signatures is not None else ""
+            raise Refused(Situation.UNAUTHORIZED, f"{error}{either}") from None
+        require(token, None)
+        return token
+
+    def check_signature(
+        self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: bytes
+    ) -> None:
+        """Check a request without a token, as it was sent. Raises Refused(BAD_SIGNATURE)."""
+        if self._signatures is not None:
+            self._signatures.check(method, path, query, headers, body)
+
+
+def require(token: Token, model: ModelName | None) -> None:
+    """Raises Refused(FORBIDDEN) unless the token allows requests, for this model where one is named."""
+    try:
+        token.require(Scope.INVOKE, model)
+    except Forbidden as error:
+        raise Refused(Situation.FORBIDDEN, str(error)) from None
+
+
+def open_permissions(settings: Settings) -> Permissions | None:
+    """None where neither tokens nor keys are configured. Raises ValueError for a file of tokens that is wrong."""
+    if settings.tokens is None and not settings.access_keys:
+        return None
+    keys = {key: secret.get_secret_value() for key, secret in settings.access_keys.items()}
+    return Permissions(
+        None if settings.tokens is None else TokenFile(settings.tokens),
+        Signatures(keys, settings.access_region) if keys else None,
+    )

@@ -1,0 +1,62 @@
+"""Compressed request bodies: `Content-Encoding: gzip` and `deflate` (RFC 9110, 8.4.1). Runs in a front.
+
+A body is unpacked in pieces, and the event loop runs between two of them. Whoever takes the pieces bounds their sum, so
+that a body which unpacks to more than is allowed costs no more memory than one that is sent as it is.
+"""
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from server.errors import Refused, Situation
+
+PIECE_BYTES = 256 * 1024  #: unpacked at a time, 1 ms or less
+CODINGS = ("gzip", "deflate")
+_SAME = {"": "", "identity": "", "x-gzip": "gzip"}  #: no coding, and an old name (RFC 9110, 8.4.1.3)
+_RAW, _ZLIB, _GZIP = -zlib.MAX_WBITS, zlib.MAX_WBITS, 16 + zlib.MAX_WBITS
+_ZLIB_METHOD, _ZLIB_CHECK = 8, 31  # RFC 1950: the low four bits of the first byte, and what divides the first two
+
+
+def find_coding(headers: Mapping[bytes, bytes]) -> str:
+    """The body's coding, one of `CODINGS`, or empty where it is sent as it is. Raises Refused for any other."""
+    named = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+    coding = _SAME.get(named, named)
+    if coding and coding not in CODINGS:
+        message = f"Content-Encoding {named[:80]!r} is not served; send {' or '.join(CODINGS)}, or the body as it is"
+        raise Refused(Situation.UNSUPPORTED_CODING, message, field="content-encoding")
+    return coding
+
+
+def unpack(body: bytes, coding: str) -> Callable[[], Awaitable[MutableMapping[str, Any]]]:
+    """A function that gives the unpacked body piece by piece, as ASGI's `http.request` messages.
+
+    It raises Refused where the body is damaged, ends early, or is followed by other bytes.
+    """
+    inflater = zlib.decompressobj(_GZIP if coding == "gzip" else _ZLIB if _is_zlib(body) else _RAW)
+    packed = body
+
+    async def next_piece() -> MutableMapping[str, Any]:
+        nonlocal packed
+        await asyncio.sleep(0)
+        try:
+            piece = inflater.decompress(packed, PIECE_BYTES)
+        except zlib.error as error:
+            raise _refused(f"the body is not sound {coding}: {error}") from None
+        packed = inflater.unconsumed_tail
+        if inflater.unused_data:
+            raise _refused(f"{len(inflater.unused_data)} bytes follow the {coding} stream of the body")
+        if not inflater.eof and not piece:
+            raise _refused(f"the {coding} stream of the body ends early")
+        return {"type": "http.request", "body": piece, "more_body": not inflater.eof}
+
+    return next_piece
+
+
+def _is_zlib(body: bytes) -> bool:
+    """`deflate` means a zlib stream, but some clients send the bare deflate stream that is in one."""
+    return len(body) > 1 and body[0] & 15 == _ZLIB_METHOD and int.from_bytes(body[:2]) % _ZLIB_CHECK == 0
+
+
+def _refused(message: str) -> Refused:
+    return Refused(Situation.BAD_REQUEST, message, field="content-encoding")

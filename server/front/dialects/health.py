@@ -1,0 +1,41 @@
+"""Probes of load balancers and orchestrators: `/ping`, the front answers; `/ready`, a worker takes requests."""
+
+import msgspec
+
+from server import contract
+from server.errors import Refused
+from server.front.dataplane import DataPlane
+from server.front.exchange import Operation, Reply, Request
+from server.settings import Settings
+
+_PING, _READY = Operation("ping", None), Operation("ready", None)
+_OPERATIONS = {contract.PING_PATH: _PING, contract.READY_PATH: _READY}
+
+
+class Health:
+    """See the module. Probes are not counted."""
+
+    name = "health"
+    paths = f"{contract.PING_PATH}, {contract.READY_PATH}"
+
+    def __init__(self, settings: Settings) -> None:
+        del settings
+
+    def match(self, method: str, path: str) -> Operation | None:
+        """Any method: SageMaker's platform and Kubernetes ask by GET, some balancers by HEAD or OPTIONS."""
+        del method
+        return _OPERATIONS.get(path)
+
+    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+        """From what the front knows: no worker is asked."""
+        del request
+        if operation is _PING:
+            return Reply(200, contract.JSON, b'{"status": "Healthy"}\n', counted=())
+        workers = len(plane.router.lanes)
+        body = msgspec.json.encode({"ready": workers > 0, "workers": workers})
+        return Reply(200 if workers else 503, contract.JSON, body, counted=())
+
+    def refused(self, why: Refused, request: Request) -> Reply:
+        """A probe has nothing that could be refused, so this is a failure of the server."""
+        del request
+        return Reply(500, contract.JSON, msgspec.json.encode({"error": why.detail.message}), counted=())

@@ -1,0 +1,136 @@
+"""The SageMaker runtime's protocol, as boto3 speaks it (CONTRACTS 1): one model, named by a header."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server import contract
+from server.contract import raw_header
+from server.errors import Refused, Situation
+from server.front.dataplane import DataPlane, InferRequest
+from server.front.exchange import Headers, Limit, Operation, Reply, Request, wrong_method
+from server.settings import Settings
+
+TOO_MANY = 429
+MAX_NAMES = 50_000
+MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
+_ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
+_TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
+_ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
+_ERROR_TYPE = raw_header(contract.HEADER_ERROR_TYPE)
+_RETRY_AFTER_MS = raw_header(contract.HEADER_RETRY_AFTER_MS)
+_VARIANT = (raw_header(contract.HEADER_VARIANT), b"AllTraffic")
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """How the protocol says a situation. `original` is the OriginalStatusCode of a ModelError."""
+
+    status: int
+    type: str
+    original: int | None = None
+    retry_after_ms: int | None = None
+
+
+#: A passed deadline is a ModelError with original status 504, because botocore would retry a bare 504.
+ERRORS: Mapping[Situation, Code] = {
+    Situation.BAD_NAME: Code(400, "ValidationError"),
+    Situation.NO_TARGET: Code(400, "ValidationError"),
+    Situation.BAD_REQUEST: Code(400, "ValidationError"),
+    Situation.TOO_LARGE: Code(413, "ValidationError"),
+    Situation.NOT_FOUND: Code(400, "ValidationError"),
+    Situation.MODEL_FAILED: Code(424, "ModelError", original=500),
+    Situation.ARCHIVE_FAILED: Code(424, "ModelError", original=500),
+    Situation.STORE_FAILED: Code(503, "ServiceUnavailable", retry_after_ms=1000),
+    Situation.NO_ROOM: Code(424, "ModelError", original=507),
+    Situation.OVERLOADED: Code(503, "ServiceUnavailable", retry_after_ms=200),
+    Situation.NOT_READY: Code(503, "ServiceUnavailable", retry_after_ms=500),
+    Situation.WORKER_LOST: Code(503, "ServiceUnavailable", retry_after_ms=500),
+    Situation.DEADLINE: Code(424, "ModelError", original=504),
+    Situation.INTERNAL: Code(500, "InternalFailure"),
+    Situation.NO_ROUTE: Code(404, "UnknownOperationException"),
+    Situation.BAD_METHOD: Code(405, "UnknownOperationException"),
+    Situation.SLOW_CLIENT: Code(408, "RequestTimeout"),
+    Situation.BAD_SIGNATURE: Code(403, "AccessDeniedException"),
+    Situation.UNSUPPORTED_CODING: Code(415, "ValidationError"),
+    Situation.UNAUTHORIZED: Code(401, "UnrecognizedClientException"),
+    Situation.FORBIDDEN: Code(403, "AccessDeniedException"),
+}
+_OVERLOADED_AS_429 = Code(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
+
+
+class SageMaker:
+    """See the module."""
+
+    name = "sagemaker"
+    paths = "/endpoints/NAME/invocations, /invocations"
+
+    def __init__(self, settings: Settings) -> None:
+        self._invoke = Operation("invoke", Limit(int(settings.max_body_bytes), "max_body_bytes"))
+        too_many = settings.overload_status == TOO_MANY
+        self._errors = {**ERRORS, Situation.OVERLOADED: _OVERLOADED_AS_429} if too_many else ERRORS
+        self._names: dict[bytes, ModelName] = {}
+
+    def match(self, method: str, path: str) -> Operation | None:
+        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`."""
+        if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
+            return None
+        if method != "POST":
+            raise wrong_method(method)
+        return self._invoke
+
+    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+        """The model's answer as it is."""
+        del operation
+        raw = request.headers.get(_TARGET_MODEL)
+        model = self._names.get(raw) if raw is not None else None
+        if model is None:
+            model = self._parse_name(raw)
+        response = await plane.infer(
+            InferRequest(
+                model, request.body, request.content_type, request.accept, request.deadline, request.client_gone
+            )
+        )
+        return Reply(200, response.content_type, response.body, _headers(request), response.stats, response)
+
+    def refused(self, why: Refused, request: Request) -> Reply:
+        """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
+        code, detail = self._errors[why.situation], why.detail
+        body: dict[str, object] = {"message": detail.message}
+        place = {k: v for k, v in (("instance", detail.instance), ("field", detail.field)) if v is not None}
+        if place:
+            body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
+        if code.original is not None:
+            body |= {"Message": detail.message, "OriginalStatusCode": code.original, "OriginalMessage": detail.message}
+        headers = [(_ERROR_TYPE, code.type.encode()), *_headers(request)]
+        if code.retry_after_ms is not None:
+            headers.append((_RETRY_AFTER_MS, b"%d" % code.retry_after_ms))  # botocore's, in milliseconds
+            headers.append((b"retry-after", b"%d" % -(-code.retry_after_ms // 1000)))
+        return Reply(code.status, contract.JSON, msgspec.json.encode(body), headers)
+
+    def _parse_name(self, raw: bytes | None) -> ModelName:
+        """The target model, remembered for the next request. Raises Refused."""
+        if raw is None:
+            raise Refused(Situation.NO_TARGET, f"no target model: send the header {contract.HEADER_TARGET_MODEL}")
+        try:
+            name = parse_model_name(raw.decode())
+        except UnicodeDecodeError:
+            message = f"{contract.HEADER_TARGET_MODEL}: {raw[:80]!r} is not UTF-8; send the model's name as UTF-8"
+            raise Refused(Situation.BAD_NAME, message) from None
+        except InvalidModelName as error:
+            raise Refused(Situation.BAD_NAME, f"{contract.HEADER_TARGET_MODEL}: {error}") from error
+        if len(self._names) >= MAX_NAMES:
+            self._names.clear()
+        self._names[raw] = name
+        return name
+
+
+def _headers(request: Request) -> Headers:
+    """What every answer carries, whatever happens to the request."""
+    custom = request.headers.get(_ATTRIBUTES)
+    if custom is None or len(custom) > MAX_ATTRIBUTES:
+        return [_VARIANT]
+    return [_VARIANT, (_ATTRIBUTES, custom)]

@@ -1,0 +1,85 @@
+"""What a dialect works with: an HTTP request and its reply, and what a dialect is. Runs in a front."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from server.errors import Refused, Situation
+from server.front.dataplane import ClientWatch, DataPlane, InferResponse, InferStats
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The bytes that a body may have, and the setting that says so."""
+
+    bytes: int
+    setting: str
+
+    def exceeded(self, size: int) -> Refused:
+        """Why a body of `size` bytes is refused."""
+        message = f"the body has {size} bytes or more, the limit is {self.bytes} ({self.setting})"
+        return Refused(Situation.TOO_LARGE, message)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What method and path ask of a dialect. A dialect whose paths say more adds fields in a subclass."""
+
+    name: str
+    body_limit: Limit | None  #: None: an open operation, for which no body is read and no signature is asked
+
+
+class Request(msgspec.Struct):
+    """One HTTP request; for an operation that is not open, the fields from `content_type` on have been read."""
+
+    method: str
+    path: str
+    headers: Mapping[bytes, bytes]  #: by lower-case name
+    client_gone: ClientWatch
+    content_type: str = ""
+    accept: str = ""
+    deadline: float = 0.0  #: on the monotonic clock (s)
+    body: bytes = b""
+
+
+class Reply(msgspec.Struct):
+    """An answer to be sent. The app adds Content-Length, X-Request-Id and the headers that `stats` become."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: Headers = []
+    stats: InferStats | None = None
+    stream: InferResponse | None = None  #: the answer of which `body` is the first part
+    counted: Sequence[int] | None = None  #: status codes that the metrics count; None: `status` once
+
+
+class Dialect(Protocol):
+    """One protocol that clients speak: its paths, its requests, its replies and its errors.
+
+    The registry is `server.front.dialects.DIALECTS`.
+    """
+
+    name: str  #: the metrics' label `protocol`
+    paths: str  #: for the message about a path that no dialect has
+
+    def match(self, method: str, path: str) -> Operation | None:
+        """The operation that is asked for; None for a path that is not this dialect's.
+
+        Raises Refused(BAD_METHOD) for a path of this dialect with a method that it does not take.
+        """
+
+    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+        """The reply to a request. Raises Refused, ClientGone."""
+
+    def refused(self, why: Refused, request: Request) -> Reply:
+        """The reply that says why there is no answer. Any situation but OK can come."""
+
+
+def wrong_method(method: str) -> Refused:
+    """Why an operation that is POSTed is not done."""
+    return Refused(Situation.BAD_METHOD, f"requests are POSTed, not {method}")

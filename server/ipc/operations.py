@@ -1,0 +1,170 @@
+"""What our processes ask each other over the control channel: one record an operation, with the type of its reply.
+
+`Operation[str]` is answered with a `str`; `Operation[None]` has no answer but that it is done.
+"""
+
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from msgspec import UNSET, Struct, UnsetType
+
+from server.host import WorkerPlan
+from server.settings import Settings
+
+Reply = TypeVar("Reply")
+
+
+class Operation(Struct, Generic[Reply], tag=True, tag_field="operation", forbid_unknown_fields=True):
+    """Base of all operations. The class's name is what travels."""
+
+
+# --- a child asks the supervisor ------------------------------------------------------------------------------------
+
+
+class FrontAssignment(Struct, frozen=True):
+    """What a front needs to know: it has the access keys, since it verifies signatures."""
+
+    settings: Settings
+    index: int
+    cores: tuple[int, ...]
+
+
+class WorkerAssignment(Struct, frozen=True):
+    """What a worker needs to know. INVARIANT: the settings have no access keys."""
+
+    settings: Settings
+    plan: WorkerPlan
+    torch_device: str
+    socket: str  #: path where the worker listens for the fronts
+
+
+class JoinAsFront(Operation[FrontAssignment]):
+    """A front has started."""
+
+
+class JoinAsWorker(Operation[WorkerAssignment]):
+    """A worker has started."""
+
+
+class Ready(Operation[None]):
+    """The child serves from now on."""
+
+
+class Fatal(Operation[None]):
+    """A worker will never be ready with these settings, and why."""
+
+    error: str
+
+
+AskedByFront: TypeAlias = JoinAsFront | Ready
+AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal
+
+# --- the supervisor asks any child ----------------------------------------------------------------------------------
+
+
+class Ping(Operation[str]):
+    """Answered by an event loop that turns, with the process's state in words."""
+
+
+class ScrapeMetrics(Operation[str]):
+    """The process's metrics in Prometheus's text format."""
+
+
+# --- the supervisor asks a front ------------------------------------------------------------------------------------
+
+
+class ConnectWorkers(Operation[None]):
+    """Be connected to these workers and to no others: socket path by worker index. Answered at once."""
+
+    sockets: dict[int, str]
+
+
+class Drain(Operation[None]):
+    """Finish the requests under way, take no new ones, and end."""
+
+
+class AwaitConnections(Operation[None]):
+    """Answered when the front is connected to all workers that `ConnectWorkers` named last."""
+
+
+AskedOfFront: TypeAlias = Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections
+
+# --- the supervisor asks a worker -----------------------------------------------------------------------------------
+
+
+class LoadModel(Operation[str]):
+    """Answered with the version that serves."""
+
+    model: str
+
+
+class ReloadModel(Operation[str]):
+    """As `LoadModel`, and the store is asked even if the model is here."""
+
+    model: str
+
+
+class UnloadModel(Operation[bool]):
+    """Answered when the model's memory is free: whether the model was here."""
+
+    model: str
+
+
+class PinModel(Operation[str]):
+    """Load the model and never evict it. Answered with the version that serves; what cannot be loaded is not pinned."""
+
+    model: str
+
+
+class UnpinModel(Operation[None]):
+    """The model may be evicted again."""
+
+    model: str
+
+
+class ModelState(Struct, frozen=True):
+    """One version of a model at a worker: what it is, or that it is loading, or why it failed. As operators see it."""
+
+    model: str
+    version: str | UnsetType = UNSET
+    state: str | UnsetType = UNSET
+    family: str | UnsetType | None = UNSET
+    bytes: int | UnsetType = UNSET
+    one_by_one: str | UnsetType = UNSET
+    leases: int | UnsetType = UNSET
+    pinned: bool | UnsetType = UNSET
+    loaded_s_ago: float | UnsetType = UNSET
+    used_s_ago: float | UnsetType = UNSET
+    error: str | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+
+
+class ListModels(Operation[list[ModelState]]):
+    """The first `limit` models, by name, that have this prefix and come after a name: resident, loading or failed."""
+
+    prefix: str
+    after: str
+    limit: int
+
+
+class AccessLogRows(Struct, frozen=True):
+    """Rows for the access log as CSV, how many they are, and how many were dropped for want of memory."""
+
+    rows: str
+    count: int
+    dropped: int
+
+
+class TakeAccessLog(Operation[AccessLogRows]):
+    """The rows since the last time. They are then the supervisor's."""
+
+
+AskedOfWorker: TypeAlias = (
+    Ping | ScrapeMetrics | LoadModel | ReloadModel | UnloadModel | PinModel | UnpinModel | ListModels | TakeAccessLog
+)
+
+
+def reply_type(operation: type[Operation[Any]]) -> Any:
+    """The type of an operation's reply, for example `str` of `Operation[str]`."""
+    (base,) = operation.__orig_bases__  # type: ignore[attr-defined]
+    (reply,) = base.__args__
+    return reply

@@ -1,0 +1,48 @@
+"""Where one archive is or will be: a store and a name in it, found from a path or a URL."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_store.archives.archive import Archive, Limits, open_archive
+from model_store.names import ModelName, parse_model_name
+from model_store.stores.object_store import Source
+from server.settings import Settings
+from server.worker.model_loader import open_store
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveLocation:
+    """A store and the archive's name in it; the archive need not exist yet."""
+
+    source: Source
+    name: ModelName
+    limits: Limits
+
+    def fetch(self) -> tuple[Archive, bytes]:
+        """The archive, opened, and its bytes. Raises LoadError."""
+        fetched = self.source.get(self.name)
+        assert fetched is not None, "only a conditional GET is answered `not modified`"
+        return open_archive(fetched.data, self.name, self.limits), fetched.data
+
+
+def split_location(where: str) -> tuple[str, ModelName]:
+    """A path or URL of one archive -> the store it is in, and its name there. Raises InvalidModelName."""
+    if "://" in where:
+        store, _, name = where.rpartition("/")
+    else:
+        path = Path(where).expanduser().resolve()
+        store, name = str(path.parent), path.name
+    return store, parse_model_name(name)
+
+
+def settings_of_store(store: str) -> Settings:
+    """The settings as their variables and file have them, for another store. Raises ValueError."""
+    given: dict[str, Any] = {"store": store}
+    return Settings(**given)
+
+
+def locate_archive(settings: Settings, name: ModelName) -> ArchiveLocation:
+    """The archive `name` of the settings' store. Raises InvalidStoreUrl, StoreDenied."""
+    source, limits = open_store(settings)
+    return ArchiveLocation(source, name, limits)

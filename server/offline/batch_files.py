@@ -1,0 +1,117 @@
+"""The files of a batch: requests from a folder or S3, answers to a folder or S3, and a checkpoint in between. Torch.
+
+Answers are put together in a file of this machine, so that the same command goes on where a killed run has stopped.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from handlers.model import Model, open_model
+from model_store.names import ModelName
+from server.offline.archive_location import ArchiveLocation
+from server.offline.batch_inference import Batch, index
+from server.offline.checkpoint import Journal
+from server.settings import Settings, format_bytes
+from server.worker.model_loader import open_store
+
+#: Called with a task's description, its total (None: not known) and how much of it is done; what it returns is called
+#: with how much more is done.
+StartTask = Callable[[str, int | None, int], Callable[[int], None]]
+
+
+class TransferFailed(Exception):
+    """S3 refuses to send or take a file, or cannot be reached."""
+
+
+def answer_file(
+    settings: Settings, lines: str, out: str, configuration: bytes, start_task: StartTask
+) -> tuple[int, int]:
+    """Answer the requests of the file `lines` into `out`; how many there are, and how many of them have an error.
+
+    `configuration` is that of lines that have none, as JSON. Paths or `s3://bucket/key`.
+
+    Raises:
+        LoadError: the store cannot be reached. TransferFailed. ValueError: a URL is wrong, or the checkpoint belongs to
+        another batch. OSError.
+    """
+    whole = _find_local_output(settings, lines, out)
+    with _open_input(settings, lines, whole.parent, start_task) as path, path.open("rb") as file:
+        longest = int(settings.max_body_bytes)
+        found = index(file, longest, start_task("reading", path.stat().st_size, 0))
+        digest = hashlib.sha256(found.digest + settings.store.encode() + b"\0" + configuration).digest()
+        source, limits = open_store(settings)
+
+        def open_stored(name: ModelName) -> Model:
+            return open_model(ArchiveLocation(source, name, limits).fetch()[0])
+
+        batch = Batch(file, found, open_stored, configuration, longest, settings.loader_threads)
+        with Journal(whole, digest, len(found.start)) as journal:
+            batch.run(journal, start_task("forecasting", len(found.start), journal.done))
+            failed = sum(answer.startswith(b'{"error"') for answer in journal.in_order())
+            journal.finish(whole)
+    if "://" in out:
+        _upload(settings, whole, out, start_task)
+    return len(found.start), failed
+
+
+def _find_local_output(settings: Settings, lines: str, out: str) -> Path:
+    """Where the answers are put together: the same file for the same command."""
+    if "://" not in out:
+        return Path(out)
+    _split_url(out)
+    folder = settings.disk_cache / "batch" / hashlib.sha256(f"{lines}\0{out}".encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "out.jsonl"
+
+
+@contextmanager
+def _open_input(settings: Settings, lines: str, folder: Path, start_task: StartTask) -> Iterator[Path]:
+    """The input as a file of this machine, below `folder` for as long as it is read."""
+    if "://" not in lines:
+        yield Path(lines)
+        return
+    path = folder / "in.jsonl"
+    bucket, key = _split_url(lines)
+    with _connect_s3(settings, f"fetching {lines}", start_task) as (client, report):
+        client.download_file(bucket, key, str(path), Callback=report)
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _upload(settings: Settings, whole: Path, out: str, start_task: StartTask) -> None:
+    """Move the answers to S3; they stay here when that fails."""
+    bucket, key = _split_url(out)
+    with _connect_s3(settings, f"storing {format_bytes(whole.stat().st_size)}", start_task) as (client, report):
+        client.upload_file(str(whole), bucket, key, Callback=report)
+    whole.unlink()
+
+
+@contextmanager
+def _connect_s3(
+    settings: Settings, description: str, start_task: StartTask
+) -> Iterator[tuple[Any, Callable[[int], None]]]:
+    """An S3 client by boto3's chain, and what counts the bytes. Raises TransferFailed for what S3 refuses."""
+    import boto3  # noqa: PLC0415 -- half a second that a local batch saves
+    from boto3.exceptions import Boto3Error  # noqa: PLC0415
+    from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
+
+    try:
+        session = boto3.Session(profile_name=settings.s3_profile, region_name=settings.s3_region)
+        yield session.client("s3", endpoint_url=settings.s3_endpoint_url), start_task(description, None, 0)
+    except (BotoCoreError, ClientError, Boto3Error) as error:
+        raise TransferFailed(f"{description}: {error}") from error
+
+
+def _split_url(url: str) -> tuple[str, str]:
+    """Bucket and key. Raises ValueError."""
+    parts = urlsplit(url)
+    key = parts.path.removeprefix("/")
+    if parts.scheme != "s3" or not parts.netloc or not key:
+        raise ValueError(f"{url!r}: give a path or s3://bucket/key")
+    return parts.netloc, key

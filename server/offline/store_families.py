@@ -1,0 +1,71 @@
+"""The families that `fleetcast doctor` measures: the built-in architectures, or those found in a store. Torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from handlers import forecasters
+from handlers.base import Family, Float32
+from handlers.kinds import RowModel
+from handlers.model import open_model
+from model_store.errors import LoadError
+from server.offline.archive_location import ArchiveLocation
+from server.offline.host_checks import Fact
+from server.settings import Settings
+from server.worker.model_loader import open_store
+
+MOST_ARCHIVES = 20  #: of a store that are opened, from all over its listing
+
+
+@dataclass(frozen=True, slots=True)
+class Measurable:
+    """A family, the row of one of its models, its name for people, and how many of the opened archives belong to it."""
+
+    name: str
+    family: Family
+    row: Float32
+    archives: int = 0
+
+
+@dataclass(slots=True)
+class StoreFamilies:
+    """What was found in a store: its families by key, and facts. `bad`: something there would not serve."""
+
+    families: dict[str, Measurable] = field(default_factory=dict)
+    facts: list[Fact] = field(default_factory=list)
+    bad: bool = False
+
+
+def built_in_families() -> Iterator[Measurable]:
+    """Every architecture in its default configuration, with random numbers."""
+    for name in forecasters.ARCHITECTURES:
+        family = forecasters.build(name, {})
+        yield Measurable(name, family, family.row(forecasters.random_tensors(family, 0)))
+
+
+def find_families(settings: Settings, report_progress: Callable[[int, int], None]) -> StoreFamilies:
+    """Open some archives of the store as a worker does, all but their golden samples."""
+    found = StoreFamilies()
+    try:
+        source, limits = open_store(settings)
+        names = [listed.name for listed in source.list()]
+    except (LoadError, ValueError) as error:
+        found.facts.append(Fact("store", settings.store, f"{error}"))
+        found.bad = True
+        return found
+    empty = "" if names else "it is empty: `fleetcast train` and `fleetcast pack` make archives"
+    found.facts.append(Fact("store", f"{settings.store}: {len(names)} archives", empty))
+    some = names[:: -(-len(names) // MOST_ARCHIVES)] if names else []
+    for name in some:
+        report_progress(1, len(some))
+        try:
+            model = open_model(ArchiveLocation(source, name, limits).fetch()[0])
+        except LoadError as error:
+            found.bad = True
+            found.facts.append(Fact("archive", name, f"would not load: {error}"))
+            continue
+        body, row = model.built.body, model.built.row
+        if isinstance(body, RowModel) and row is not None:
+            seen = found.families.get(body.family.key)
+            count = seen.archives + 1 if seen else 1
+            found.families[body.family.key] = Measurable(body.family.key, body.family, row, count)
+    return found

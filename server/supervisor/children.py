@@ -1,0 +1,213 @@
+"""The supervisor's child processes, fronts and workers: started, restarted when they end or hang, and ended.
+
+Runs on the supervisor's event loop. A child is known by its kind and index; the processes that are it in turn are its
+incarnations.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import structlog
+
+import server
+from server.errors import Situation
+from server.host import WorkerPlan
+from server.ipc.control import Channel, ChannelClosed, ControlError
+from server.ipc.operations import AskedByFront, AskedByWorker, Drain, Operation, Ping, Reply
+
+BACK_OFF_S = (0.1, 10.0)
+STABLE_S = 30.0
+MAX_FALSE_STARTS = 3
+HEARTBEAT_S = 2.0
+SECRETS = {"FLEETCAST_ACCESS_KEYS", "FLEETCAST_TOKEN"}  #: variables that no child needs: fronts get keys by channel
+STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  #: prefixes of variables with the store's credentials: for workers
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class Child:
+    """A front or a worker, over all its incarnations."""
+
+    kind: Literal["front", "worker"]
+    index: int
+    plan: WorkerPlan | None = None  #: a worker's
+    incarnation: int = 0
+    failures: int = 0
+    proven: bool = False  #: has been ready at least once
+    process: asyncio.subprocess.Process | None = None
+    channel: Channel | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def name(self) -> str:
+        """For example `worker-0.2`: kind, index, incarnation."""
+        return f"{self.kind}-{self.index}.{self.incarnation}"
+
+    def __repr__(self) -> str:
+        """For example `<worker-0.2 ready>`."""
+        return f"<{self.name} {'ready' if self.ready.is_set() else 'not ready'}>"
+
+    async def ask(self, operation: Operation[Reply], timeout_s: float) -> Reply:
+        """The reply. Raises ControlError, also where the child is not up, dies meanwhile or does not answer in time."""
+        if self.channel is None or not self.ready.is_set():
+            raise ControlError(f"{self.kind} {self.index} is not up; try again", Situation.NOT_READY)
+        try:
+            return await self.channel.ask(operation, timeout_s)
+        except ChannelClosed as error:
+            raise ControlError(f"{self.kind} {self.index} died meanwhile; try again", Situation.WORKER_LOST) from error
+        except TimeoutError as error:
+            raise ControlError(f"{self.kind} {self.index} did not answer in time", Situation.DEADLINE) from error
+
+
+class Parent(Protocol):
+    """Answers the children, and is told what becomes of them."""
+
+    async def answer_child(self, child: Child, operation: Any) -> object:
+        """The reply to an operation of `AskedByFront` or `AskedByWorker`."""
+
+    def note_end(self, child: Child) -> None:
+        """The incarnation has ended."""
+
+    def note_restart(self, child: Child) -> None:
+        """The next incarnation will be started."""
+
+
+class Children:
+    """Keeps the children running. `fatal` resolves with the reason when they cannot run with these settings."""
+
+    def __init__(self, children: Sequence[Child], parent: Parent, silence_s: float) -> None:
+        self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._children, self._parent, self._silence_s = children, parent, silence_s
+        self._stopping = False
+        self._listen: socket.socket
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def __repr__(self) -> str:
+        """For example `<Children 2 of 3 up>`."""
+        return f"<Children {sum(child.ready.is_set() for child in self._children)} of {len(self._children)} up>"
+
+    def start(self, listen: socket.socket) -> None:
+        """Start all; fronts get `listen`."""
+        self._listen = listen
+        self._tasks = [asyncio.create_task(self._keep(child)) for child in self._children]
+        self._tasks.append(asyncio.create_task(self._heartbeat()))
+
+    def stop_restarting(self) -> None:
+        """From now on a child that ends is not started again."""
+        self._stopping = True
+
+    async def stop(self) -> None:
+        """Give up watching: the children have ended."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def end(self, children: Sequence[Child], patience_s: float) -> None:
+        """Drain fronts, let workers go; kill the ones that have not ended in time."""
+        for child in children:
+            if child.channel is None:
+                continue
+            if child.kind == "front" and child.ready.is_set():
+                child.channel.tell(Drain())
+            else:
+                child.channel.close()  # a child ends with its channel; this one has no requests to finish
+        waits = [asyncio.create_task(child.process.wait()) for child in children if child.process is not None]
+        if waits:
+            await asyncio.wait(waits, timeout=patience_s)
+        for child in children:
+            if child.process is not None and child.process.returncode is None:
+                log.warning("killed", child=child.name, why="did not end in time")
+                child.process.kill()
+                await child.process.wait()
+
+    def set_fatal(self, reason: str) -> None:
+        """The server cannot run: the first reason counts."""
+        if not self.fatal.done():
+            self.fatal.set_result(reason)
+
+    async def _keep(self, child: Child) -> None:
+        """Start the child, and again whenever it ends, each time a little later while it keeps failing."""
+        while not self._stopping:  # asked again after the pause: no child is started during a drain
+            started = time.monotonic()
+            await self._run_once(child)
+            if self._stopping or self.fatal.done():
+                return
+            child.failures = 0 if time.monotonic() - started > STABLE_S else child.failures + 1
+            first, longest = BACK_OFF_S
+            pause = min(longest, first * 2 ** min(child.failures - 1, 10)) if child.failures > 1 else 0.0
+            log.warning("restarting", child=child.name, in_s=round(pause, 2))
+            self._parent.note_restart(child)
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
+
+    async def _run_once(self, child: Child) -> None:
+        """One incarnation, from spawn to its end."""
+        child.incarnation += 1
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child.process = await self._spawn(child, theirs)
+        accepted = AskedByFront if child.kind == "front" else AskedByWorker
+        child.channel = await Channel.open(ours, accepted, lambda asked: self._parent.answer_child(child, asked))
+        served = asyncio.create_task(child.channel.run())
+        code = await child.process.wait()
+        await served
+        if not child.proven and child.incarnation >= MAX_FALSE_STARTS:
+            self.set_fatal(f"{child.name} ended with code {code} before it was ready, as those before it did")
+        child.ready.clear()
+        self._parent.note_end(child)
+        if not (self._stopping or self.fatal.done()):
+            log.error("ended", child=child.name, code=code)
+
+    async def _spawn(self, child: Child, control: socket.socket) -> asyncio.subprocess.Process:
+        fds = [control.fileno()]
+        if child.kind == "front":
+            fds.append(self._listen.fileno())
+        return await asyncio.create_subprocess_exec(
+            # -P: the working folder is not on the path, a user's own server/ or handlers/ there is never ours
+            sys.executable, "-P", "-m", f"server.{child.kind}.main", *map(str, fds),
+            pass_fds=fds, env=child_environment(child), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+
+    async def _heartbeat(self) -> None:
+        """Kill a child that has not answered for `silence_s`; `_keep` starts the next one."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.gather(*map(self._check, self._children))
+
+    async def _check(self, child: Child) -> None:
+        if not child.ready.is_set() or child.channel is None or child.process is None:
+            return
+        process = child.process
+        try:
+            await child.channel.ask(Ping(), self._silence_s)
+        except TimeoutError:
+            log.error("killed", child=child.name, why="silent for worker_timeout_s")  # noqa: TRY400
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+        except (ControlError, ChannelClosed):
+            pass  # it starts or ends; the end of its process says the rest
+
+
+def child_environment(child: Child) -> dict[str, str]:
+    """The child's environment: no secrets but the store's for a worker, our packages importable, its GPU alone."""
+    root = str(Path(server.__file__).parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
+    if child.kind == "front":
+        env = {name: value for name, value in env.items() if not name.upper().startswith(STORE_VARIABLES)}
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    if child.plan is not None:
+        env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(child.plan.threads)
+        if child.plan.device != "cpu":
+            env["CUDA_VISIBLE_DEVICES"] = child.plan.device.removeprefix("cuda:")
+    return env

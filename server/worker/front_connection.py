@@ -1,0 +1,91 @@
+"""A worker's connection to one front: requests in, jobs to the step loop, answers out.
+
+Runs on the worker's event loop.
+"""
+
+import msgspec
+
+from server.errors import Refused, Situation
+from server.ipc.bodies import Inbox
+from server.ipc.connection import Connection
+from server.ipc.frames import Cancel, Credit, Data, Request, Response, WireError
+from server.worker.scheduler import Job
+from server.worker.step_loop import StepLoop
+
+
+class FrontConnection(Connection):
+    """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself."""
+
+    def __init__(self, steps: StepLoop, max_body_bytes: int) -> None:
+        super().__init__()
+        self._steps = steps
+        self._max_body_bytes = max_body_bytes
+        self._inbox = Inbox()
+        self._jobs: dict[int, Job] = {}
+
+    def __repr__(self) -> str:
+        """For example `<FrontConnection 12 jobs, 1 bodies in, <Outbox 0 bodies, 0 bytes>>`."""
+        return f"<FrontConnection {len(self._jobs)} jobs, {len(self._inbox)} bodies in, {self._outbox!r}>"
+
+    def handle_frame(self, frame: Request | Data | Response | Cancel) -> None:
+        """A request, a part of its body, or its end."""
+        if isinstance(frame, Request):
+            self._receive_request(frame)
+        elif isinstance(frame, Data):
+            self._receive_part(frame)
+        elif isinstance(frame, Cancel):
+            self._cancel(frame.id)
+        else:
+            raise WireError(f"a front sends no {type(frame).__name__}")
+
+    def handle_end(self) -> None:
+        """The front is gone, and every client that waits through it."""
+        for job in self._jobs.values():
+            self._steps.cancel(job)
+        self._jobs.clear()
+
+    def _receive_request(self, request: Request) -> None:
+        if request.body_bytes > self._max_body_bytes:
+            raise WireError(f"a body of {request.body_bytes} bytes is more than {self._max_body_bytes}")
+        if request.body_bytes == len(request.body):
+            self._submit(request)
+        else:
+            self._inbox.start(request)
+
+    def _receive_part(self, part: Data) -> None:
+        if self._inbox.knows(part.id):
+            self.send(Credit(part.id, len(part.body)))
+        whole = self._inbox.add(part)
+        if whole is not None:
+            self._submit(whole)
+
+    def _submit(self, request: Request) -> None:
+        job = self._steps.submit(request, self)
+        if not job.done:
+            self._jobs[request.id] = job
+
+    def _cancel(self, ident: int) -> None:
+        self._inbox.drop(ident)
+        self.drop_body(ident)
+        job = self._jobs.pop(ident, None)
+        if job is not None:
+            self._steps.cancel(job)
+
+    # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
+
+    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+        """Send a job's answer."""
+        self._respond(job, Situation.OK, content_type, body, queue_s, inference_s)
+
+    def refuse(self, job: Job, refused: Refused) -> None:
+        """Send why there is no answer."""
+        self._respond(job, refused.situation, "application/json", msgspec.json.encode(refused.detail), 0.0, 0.0)
+
+    def _respond(
+        self, job: Job, situation: Situation, content_type: str, body: bytes, queue_s: float, inference_s: float
+    ) -> None:
+        ident = job.request.id
+        self._jobs.pop(ident, None)
+        version = job.slot.version if job.slot is not None else ""
+        times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
+        self.send(Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body))

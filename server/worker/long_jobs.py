@@ -1,0 +1,225 @@
+"""Runs requests that would hold the step thread for long on threads of their own, so that other models are served.
+
+What is long is decided before it runs: by the estimated work of a row (`handlers.work`) and the pace that was measured,
+by the numbers that a request asks for, and for models that run alone by the largest input that was quick before. A long
+request of rows is cut into slices, between which other long requests take their turns and its deadline is checked.
+
+Everything here is called on the step thread but for the slices themselves. A slice works on copies and on objects that
+nothing changes: never on the pool or the cache.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from handlers.base import Float32, Single
+from handlers.codecs.codec import Encoded
+from handlers.codecs.deepar_schema import MAX_ROWS
+from handlers.codecs.joint import JointModel
+from handlers.errors import RequestError, RunFailed
+from handlers.kinds import RowModel, SingleModel, run_row_on_cpu
+from handlers.kinds.row_work import row_work
+from handlers.work import CALL_S, Work
+from server.worker.scheduler import Job
+
+SLICE_S = 0.03  #: about how long a batch of rows holds the step thread, or a slice its thread
+LONG_S = 0.06  #: a request that is expected to take longer than this does not run on the step thread
+DECODE_BYTES, DECODE_NUMBERS = 2**20, 500_000  #: a body of more bytes, or inputs of more numbers, are long to decode
+THREADS = 2
+KEPT = 0.7  #: weight of the pace that was measured before
+
+Outcome = Encoded | Exception
+T = TypeVar("T")
+
+
+class DeadlinePassed(Exception):
+    """The request's deadline passed while it ran, or its client left."""
+
+
+class Pace:
+    """How long a row of one family takes on this machine: the estimate at first, then what was measured."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self._fixed_s = work.calls * CALL_S / 2
+        self._row_s = max(1e-6, work.seconds - work.calls * CALL_S)
+
+    def __repr__(self) -> str:
+        """For example `<Pace 0.120 ms a row>`."""
+        return f"<Pace {self._row_s * 1e3:.3f} ms a row>"
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice: calls of torch are shared by them, so these do not count."""
+        return max(1, int(SLICE_S / self._row_s))
+
+    def seconds(self, rows: int) -> float:
+        """What so many rows are expected to take."""
+        return self._fixed_s * -(-rows // self.slice_rows) + rows * self._row_s
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """Learn from a forward of so many rows."""
+        measured = max(1e-6, seconds - self._fixed_s) / rows
+        self._row_s = KEPT * self._row_s + (1 - KEPT) * measured
+
+
+class LongJobs:
+    """The threads, and what is known of the pace of models."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, rows: bool) -> None:
+        """`rows`: whether families run on the CPU, so that their rows can run here."""
+        self.rows = rows
+        self.running: set[Job] = set()
+        self._loop = loop
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="long-job")
+        self._paces: dict[str, Pace] = {}
+        self._quick: WeakKeyDictionary[Single, int] = (
+            WeakKeyDictionary()
+        )  # numbers of inputs that took less than LONG_S
+
+    def __repr__(self) -> str:
+        """For example `<LongJobs 2 running>`."""
+        return f"<LongJobs {len(self.running)} running>"
+
+    def pace(self, model: RowModel) -> Pace:
+        """The pace of the model's family."""
+        pace = self._paces.get(model.family.key)
+        if pace is None:
+            pace = self._paces[model.family.key] = Pace(row_work(model.family))
+        return pace
+
+    def is_long_to_decode(self, job: Job, model: RowModel | SingleModel) -> bool:
+        """Whether reading the request may take long. Every instance needs an object of its own: a brace."""
+        body = job.request.body
+        if len(body) > DECODE_BYTES:
+            return True
+        if not isinstance(model, RowModel):
+            return False
+        given = self.pace(model).work.given
+        return given * MAX_ROWS > DECODE_NUMBERS and given * min(MAX_ROWS, bytes(body).count(b"{")) > DECODE_NUMBERS
+
+    def is_long_alone(self, model: SingleModel, calls: Sequence[Any]) -> bool:
+        """Whether these requests for a model that runs alone may take long together; so does what is not known."""
+        if isinstance(model.single, JointModel):
+            return math.fsum(call.seconds for call in calls) > LONG_S
+        return _numbers(calls) > self._quick.get(model.single, 0)
+
+    def ran_alone(self, model: SingleModel, calls: Sequence[Any], seconds: float) -> None:
+        """Learn from a run of these requests."""
+        if isinstance(model.single, JointModel):
+            return
+        numbers, quick = _numbers(calls), self._quick.get(model.single, 0)
+        self._quick[model.single] = max(quick, numbers) if seconds < LONG_S else min(quick, numbers // 2)
+
+    def start(
+        self, jobs: Sequence[Job], slices: Generator[None, None, T], done: "Callable[[T | Exception], None]"
+    ) -> None:
+        """Run the slices; then call `done` on the step thread with what they return or raise."""
+        self.running.update(jobs)
+        _Run(self, self._loop, self._threads, jobs, slices, done).submit()
+
+    def close(self) -> None:
+        """Start no more slices."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Run(Generic[T]):
+    """The slices of some jobs: one at a time, each behind the slices of others that wait."""
+
+    def __init__(
+        self,
+        owner: LongJobs,
+        loop: asyncio.AbstractEventLoop,
+        threads: ThreadPoolExecutor,
+        jobs: Sequence[Job],
+        slices: Generator[None, None, T],
+        done: Callable[[T | Exception], None],
+    ) -> None:
+        self._owner, self._loop, self._threads = owner, loop, threads
+        self._jobs, self._slices, self._done = jobs, slices, done
+
+    def submit(self) -> None:
+        """Queue the next slice."""
+        self._threads.submit(self._advance)
+
+    def _advance(self) -> None:
+        try:
+            next(self._slices)
+        except StopIteration as end:
+            self._loop.call_soon_threadsafe(self._end, end.value)
+        except Exception as error:  # whatever a model raises is the outcome of its jobs
+            self._loop.call_soon_threadsafe(self._end, error)
+        else:
+            self._loop.call_soon_threadsafe(self.submit)  # not from here: the pool may be closed meanwhile
+
+    def _end(self, outcome: "T | Exception") -> None:
+        self._owner.running.difference_update(self._jobs)
+        self._done(outcome)
+
+
+def answer_rows(job: Job, model: RowModel, row: Float32, call: Any, pace: Pace) -> Generator[None, None, Encoded]:
+    """Slices that answer one request for a model whose row was copied; `call` is None where it is not decoded yet.
+
+    Raises RequestError, RunFailed, DeadlinePassed.
+    """
+    if call is None:
+        call = _decode(job, model)
+        yield
+    found, at = [np.empty((0, *model.family.output_shape), np.float32)], 0
+    while at < len(call.rows):
+        if job.done or time.monotonic() > job.deadline:
+            raise DeadlinePassed
+        some = call.rows[at : at + min(64, pace.slice_rows)]
+        started = time.perf_counter()
+        found.append(run_row_on_cpu(model.family, row, some))
+        pace.ran(len(some), time.perf_counter() - started)
+        at += len(some)
+        yield
+    encoded: Encoded = call.encode(np.concatenate(found))
+    return encoded
+
+
+def answer_alone(
+    jobs: Sequence[Job], model: SingleModel, calls: Sequence[Any], note: Callable[[Sequence[Any], float], None]
+) -> Generator[None, None, list[Outcome]]:
+    """Slices that answer requests for a model that runs alone; a call is None where it is not decoded yet.
+
+    `note` learns what the run took. Raises Overran, which is the outcome of all.
+    """
+    outcomes: list[Any] = []
+    for job, call in zip(jobs, calls, strict=True):
+        try:
+            outcomes.append(_decode(job, model) if call is None else call)
+        except RequestError as error:
+            outcomes.append(error)
+    yield
+    asked = [call for call in outcomes if not isinstance(call, Exception)]
+    started = time.perf_counter()
+    answers = iter(model.single.run_all([call.feeds for call in asked]) if asked else ())
+    note(asked, time.perf_counter() - started)
+    return [each if isinstance(each, Exception) else _encode(each, next(answers)) for each in outcomes]
+
+
+def _numbers(calls: Sequence[Any]) -> int:
+    return sum(int(call.numbers) for call in calls)
+
+
+def _decode(job: Job, model: RowModel | SingleModel) -> Any:
+    request = job.request
+    return model.codec.decode(request.body, request.content_type, request.accept)
+
+
+def _encode(call: Any, answer: Any) -> Outcome:
+    if isinstance(answer, RunFailed):
+        return answer
+    try:
+        encoded: Encoded = call.encode(answer)
+    except RunFailed as failed:
+        return failed
+    return encoded

@@ -1,0 +1,75 @@
+"""What the supervisor may ask of a worker. Runs on the worker's event loop."""
+
+from typing import assert_never
+
+import msgspec
+
+from model_store.errors import LoadError
+from model_store.names import parse_model_name
+from server.access_log import Arrivals
+from server.errors import situation_of
+from server.ipc.control import ControlError
+from server.ipc.operations import (
+    AccessLogRows,
+    AskedOfWorker,
+    ListModels,
+    LoadModel,
+    ModelState,
+    Ping,
+    PinModel,
+    ReloadModel,
+    ScrapeMetrics,
+    TakeAccessLog,
+    UnloadModel,
+    UnpinModel,
+)
+from server.worker.step_loop import StepLoop
+
+
+class Management:
+    """Answers operations from the step loop and the rows for the access log, which is None where none is kept."""
+
+    def __init__(self, steps: StepLoop, arrivals: Arrivals | None) -> None:
+        self._steps, self._arrivals = steps, arrivals
+
+    def __repr__(self) -> str:
+        """For example `<Management of <StepLoop <Cache ...>, <Scheduler ...>>>`."""
+        return f"<Management of {self._steps!r}>"
+
+    async def handle(self, operation: AskedOfWorker) -> object:
+        """The operation's reply. Raises ControlError with the load's situation for a model that cannot be loaded."""
+        try:
+            return await self._perform(operation)
+        except LoadError as error:
+            raise ControlError(error.public, situation_of(error)) from error
+
+    async def _perform(self, operation: AskedOfWorker) -> object:
+        match operation:
+            case LoadModel(model):
+                return await self._steps.load(parse_model_name(model))
+            case ReloadModel(model):
+                return await self._steps.load(parse_model_name(model), revalidate=True)
+            case PinModel(model):
+                return await self._pin(model)
+            case UnpinModel(model):
+                self._steps.unpin(parse_model_name(model))
+                return None
+            case UnloadModel(model):
+                return await self._steps.unload(parse_model_name(model))
+            case ListModels(prefix, after, limit):
+                return msgspec.convert(self._steps.describe(prefix, after, limit), list[ModelState])
+            case ScrapeMetrics():
+                return self._steps.exposition()
+            case TakeAccessLog():
+                return AccessLogRows(*(("", 0, 0) if self._arrivals is None else self._arrivals.take()))
+            case Ping():
+                return repr(self._steps)
+            case _:
+                assert_never(operation)
+
+    async def _pin(self, model: str) -> str:
+        """Load first: a name that cannot be loaded pins nothing."""
+        name = parse_model_name(model)
+        version = await self._steps.load(name)
+        self._steps.pin(name)
+        return version

@@ -1,0 +1,114 @@
+"""A canary: one client that asks one model every 50 ms and compares every byte, while others attack the server.
+
+Two things are judged. Every answer equals the first one, byte for byte, and none fails: that holds on any machine. And
+the slowest percent of the answers stays within a bound: 100 ms, or on a machine that was slow before the attack began
+already, `SLOWER` times the slowest percent of the calm.
+"""
+
+import http.client
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+from tests.e2e.models import Question
+from tests.e2e.server import Server
+from tests.patience import PATIENCE_S, wait_until
+
+PERIOD_S = 0.05
+BOUND_S = 0.1  #: of the slowest percent, on a quiet machine
+SLOWER = 5.0  #: the same bound on a busy one, in terms of the calm before the attack
+CALM = 40  #: answers before the attack that say how fast this machine is
+
+
+@dataclass(slots=True)
+class Beats:
+    """What became of a span of requests: seconds of each answer, and what was wrong with others."""
+
+    seconds: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def slowest_percent(seconds: Sequence[float]) -> float:
+    """The 99th percentile."""
+    ordered = sorted(seconds)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+
+
+class Canary:
+    """`with Canary(server, question) as canary: attack()`; leaving the block judges the attack's span.
+
+    The question's model is asked by one kept-alive connection; it is opened anew where the server ends it.
+    """
+
+    def __init__(self, server: Server, question: Question) -> None:
+        self._server, self._question = server, question
+        self._calm, self._attack = Beats(), Beats()
+        self._beats = self._calm
+        self._first: bytes | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="canary")
+
+    def __enter__(self) -> Self:
+        self._question.check(self._ask(None)[1])  # loads the model, and the numbers are right
+        self._thread.start()
+        wait_until(lambda: len(self._calm.seconds) + len(self._calm.problems) >= CALM, "the canary's calm")
+        self._beats = self._attack
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if kind is None:
+            self.check()
+
+    def __repr__(self) -> str:
+        """For example `<Canary 212 answers, slowest percent 12.1 ms (calm 3.0 ms), 0 problems>`."""
+        calm, attack = (slowest_percent(beats.seconds or [0.0]) * 1e3 for beats in (self._calm, self._attack))
+        problems = len(self._calm.problems) + len(self._attack.problems)
+        count = len(self._attack.seconds)
+        return f"<Canary {count} answers, slowest percent {attack:.1f} ms (calm {calm:.1f} ms), {problems} problems>"
+
+    def more(self, count: int) -> None:
+        """Wait for `count` further requests, so that what an attack leaves behind is seen as well."""
+        goal = len(self._attack.seconds) + len(self._attack.problems) + count
+        wait_until(lambda: len(self._attack.seconds) + len(self._attack.problems) >= goal, f"{count} more")
+
+    def check(self) -> None:
+        """Raises AssertionError that says what the canary saw."""
+        assert not self._calm.problems + self._attack.problems, (self, self._calm.problems, self._attack.problems)
+        assert self._attack.seconds, "the attack was over before the canary asked once: ask for `more`"
+        bound = max(BOUND_S, SLOWER * slowest_percent(self._calm.seconds))
+        assert slowest_percent(self._attack.seconds) <= bound, self
+
+    def _ask(self, connection: http.client.HTTPConnection | None) -> tuple[http.client.HTTPConnection, bytes]:
+        host, port = self._server.address
+        connection = connection or http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
+        headers = {"Content-Type": "application/json", "X-Amzn-SageMaker-Target-Model": self._question.model}
+        connection.request("POST", "/invocations", self._question.body, headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        if answer.status != http.client.OK:
+            raise http.client.HTTPException(f"{answer.status} {body[:200]!r}")
+        return connection, body
+
+    def _run(self) -> None:
+        connection: http.client.HTTPConnection | None = None
+        due = time.monotonic()
+        while not self._stop.is_set():
+            beats, started = self._beats, time.monotonic()
+            try:
+                connection, body = self._ask(connection)
+            except (OSError, http.client.HTTPException) as error:
+                beats.problems.append(repr(error))
+                connection = None
+            else:
+                beats.seconds.append(time.monotonic() - started)
+                self._first = self._first or body
+                if body != self._first:
+                    beats.problems.append(f"answered {body[:200]!r}, before {self._first[:200]!r}")
+            due = max(due + PERIOD_S, time.monotonic())
+            self._stop.wait(max(0.0, due - time.monotonic()))
+        if connection is not None:
+            connection.close()

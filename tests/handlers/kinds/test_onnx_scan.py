@@ -1,0 +1,80 @@
+"""The look for external data takes a bounded number of steps, and finds it wherever it is."""
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from handlers.kinds.onnx import MAX_FIELDS, MAX_SCALAR_BYTES, SCALARS_AT_ONCE, check_model
+from model_store.errors import ArchiveInvalid, ArchiveTooLarge
+
+SCALAR = b"\x08\x01"  #: ir_version of a model, 1
+UNKNOWN = b"\x80\x01\x01"  #: field 16 of a model, which has none, 1
+
+
+def test_fields_at_the_bound() -> None:
+    """So many are looked at, and not one more."""
+    check_model(UNKNOWN * MAX_FIELDS)
+    with pytest.raises(ArchiveTooLarge, match="fields of an ONNX model"):
+        check_model(UNKNOWN * (MAX_FIELDS + 1))
+
+
+def test_fields_count_over_all_messages() -> None:
+    """Those of messages within messages are fields too: here each node's, and each name in one."""
+    node = b"\x0a\x00" * 5  # five inputs
+    graph = (b"\x0a%c" % len(node) + node) * (MAX_FIELDS // 6)
+    check_model(onnx.ModelProto(graph=onnx.GraphProto.FromString(graph)).SerializeToString())
+    more = graph + (b"\x0a%c" % len(node) + node)
+    with pytest.raises(ArchiveTooLarge, match="fields of an ONNX model"):
+        check_model(onnx.ModelProto(graph=onnx.GraphProto.FromString(more)).SerializeToString())
+
+
+def test_single_numbers_at_the_bound() -> None:
+    """They are skipped fast, and are bounded by their bytes."""
+    check_model(SCALAR * (MAX_SCALAR_BYTES // 2))
+    with pytest.raises(ArchiveTooLarge, match="single numbers"):
+        check_model(SCALAR * (MAX_SCALAR_BYTES // 2 + 1))
+
+
+def test_a_large_tree_ensemble_is_scanned() -> None:
+    """100,000 nodes have 800,000 unpacked numbers and as many names as nodes: a sound model."""
+    count = 100_000
+    numbers = {f"numbers_{i}": list(range(count)) for i in range(6)} | {"values": [0.5] * count, "more": [1.5] * count}
+    node = helper.make_node("TreeEnsembleRegressor", ["x"], ["y"])
+    texts = {"nodes_modes": ["BRANCH_LEQ"] * count}
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in {**numbers, **texts}.items())
+    graph = helper.make_graph([node], "g", [], [])
+    check_model(helper.make_model(graph).SerializeToString())
+
+
+NUMBERS = st.lists(
+    st.one_of(st.integers(-(2**63), 2**63 - 1).map(lambda n: ("i", n)), st.floats(width=32).map(lambda x: ("f", x))),
+    max_size=20,
+)
+
+
+@given(numbers=NUMBERS, padding=st.integers(0, 3), external=st.booleans())
+def test_skipping_loses_nothing(numbers: list[tuple[str, float]], padding: int, *, external: bool) -> None:
+    """Whatever numbers stand before it, and wherever a piece that is skipped ends, an external tensor is found."""
+    attributes = []
+    for name, value in numbers:
+        attribute = onnx.AttributeProto(name="a" * padding, type=onnx.AttributeProto.INT)
+        setattr(attribute, name, value)
+        attribute.ints.extend([2**62] * (SCALARS_AT_ONCE // 40))
+        attributes.append(attribute)
+    tensor = TensorProto(name="t", dims=[1], data_type=TensorProto.FLOAT)
+    if external:
+        tensor.data_location = TensorProto.EXTERNAL
+    else:
+        tensor.raw_data = np.zeros(1, np.float32).tobytes()
+    holder = onnx.AttributeProto(name="v", type=onnx.AttributeProto.TENSOR, t=tensor)
+    holder.ints.extend([1] * padding)
+    graph = onnx.GraphProto(node=[onnx.NodeProto(op_type="Constant", attribute=[*attributes, holder])])
+    model = onnx.ModelProto(ir_version=8, graph=graph).SerializeToString()
+    if external:
+        with pytest.raises(ArchiveInvalid, match="external file"):
+            check_model(model)
+    else:
+        check_model(model)

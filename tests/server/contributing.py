@@ -1,0 +1,34 @@
+"""CONTRIBUTING's pages as a newcomer follows them: the code blocks of a page, put into a scratch copy of the tree."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def steps(page: str) -> list[str]:
+    """The Python code blocks of a page, in order."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.search(rf"^## {page}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"CONTRIBUTING has no page {page!r}"
+    return re.findall(r"^```python\n(.*?)^```", found[1], re.MULTILINE | re.DOTALL)
+
+
+def copied_tree(tree: Path) -> Path:
+    """A scratch copy of the code and its README."""
+    unwanted = shutil.ignore_patterns("__pycache__", "records")
+    for package in ("server", "handlers", "model_store"):
+        shutil.copytree(ROOT / package, tree / package, ignore=unwanted)
+    shutil.copy(ROOT / "README.md", tree)
+    return tree
+
+
+def run_in(tree: Path, *arguments: str, **variables: str) -> str:
+    """What Python prints, run in the copy and with its code."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), **variables}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True).stdout

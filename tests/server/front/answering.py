@@ -1,0 +1,114 @@
+"""A worker that answers as a test says, in the place of a link to one; and the app asked as uvicorn asks it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from server.errors import Situation
+from server.front.app import App
+from server.front.dataplane import DataPlane
+from server.front.worker_client import Call, Link, WorkerLost
+from server.ipc.frames import CacheResult, Response, Tier
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that reached the worker."""
+
+    model: str
+    content_type: str
+    accept: str
+    body: bytes
+
+
+@dataclass
+class Worker:
+    """`answer` gives a body, or a situation and a body, or None to die with the request, or leaves it waiting (...)."""
+
+    answer: Callable[[Asked], Any]
+    asked: list[Asked] = field(default_factory=list)
+    cancelled: int = 0
+    rest_of: dict[int, list[bytes]] = field(default_factory=dict)
+
+    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> Call:
+        """A link's: the answer comes in a later pass of the loop."""
+        request = Asked(model, content_type, accept, bytes(body))
+        self.asked.append(request)
+        call = Call(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
+        asyncio.get_running_loop().call_soon(self._reply, call, request)
+        return call
+
+    def cancel(self, call: Call) -> None:
+        """A link's."""
+        del call
+        self.cancelled += 1
+
+    def sweep(self, now: float) -> None:
+        """A link's: nothing is late here."""
+
+    async def rest(self, call: Call) -> AsyncIterator[bytes]:
+        """A link's: the parts after the first; an empty one is the worker's death."""
+        for part in self.rest_of.pop(call.id):
+            if not part:
+                raise WorkerLost("dead")
+            call.unread -= len(part)
+            yield part
+
+    def _reply(self, call: Call, request: Asked) -> None:
+        answer = self.answer(request)
+        if answer is ... or call.reply.done():
+            return
+        if answer is None:
+            call.reply.set_exception(WorkerLost("dead"))
+            return
+        situation, parts = answer if isinstance(answer, tuple) else (Situation.OK, answer)
+        first, *rest = parts if isinstance(parts, list) else [parts]
+        self.rest_of[call.id], call.unread = rest, sum(map(len, rest))
+        size = len(first) + max(1, call.unread) if rest else len(first)
+        call.unread = size - len(first)
+        stats = (situation, CacheResult.HIT, Tier.DISK, "v1", JSON, 1500, 0, 20)
+        call.reply.set_result(Response(call.id, *stats, size, first))
+
+
+def attach(plane: DataPlane, *workers: Worker) -> None:
+    """The workers are up, each by its number."""
+    for number, worker in enumerate(workers):
+        plane.links[number] = cast("Link", worker)
+        plane.router.up(number)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the app sent."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+async def ask(
+    app: App, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+) -> Answered:
+    """One request through the app, over ASGI; the client stays until it is answered."""
+    raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": raw}
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        return incoming.pop() if incoming else await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await app(scope, receive, send)
+    names = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return Answered(sent[0]["status"], names, b"".join(message["body"] for message in sent[1:]))
+
+
+async def never() -> None:
+    """A client that stays."""
+    await asyncio.get_running_loop().create_future()

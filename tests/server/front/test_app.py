@@ -1,0 +1,180 @@
+"""The app over its dialects: a new one is a file and a line, and what the app does for all of them."""
+
+import asyncio
+import json
+import socket
+from collections.abc import Mapping
+
+import httpx
+import pytest
+
+from model_store.names import parse_model_name
+from server.errors import Refused, Situation
+from server.front.app import App
+from server.front.dataplane import DataPlane, InferRequest
+from server.front.dialects import DIALECTS
+from server.front.exchange import Limit, Operation, Reply, Request
+from server.http_listener import listener
+from server.metrics import FrontMetrics
+from server.settings import Settings
+from tests.server.front.answering import JSON, Answered, Worker, ask, attach
+
+TARGET = {"X-Amzn-SageMaker-Target-Model": "m.mar"}
+SETTINGS = Settings.model_validate({"store": "models", "max_body_bytes": 1000, "max_inflight_bytes": 5000})
+
+
+class Toy:
+    """A protocol of `POST /toy/MODEL`, whose errors are plain text."""
+
+    name = "toy"
+    paths = "/toy/MODEL"
+
+    def __init__(self, settings: Settings) -> None:
+        self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
+
+    def match(self, method: str, path: str) -> Operation | None:
+        """Any method."""
+        del method
+        return Operation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
+
+    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+        """The model's answer in brackets."""
+        model = parse_model_name(operation.name)
+        response = await plane.infer(InferRequest(model, request.body, JSON, JSON, request.deadline))
+        return Reply(203, "text/toy", b"<" + await response.read() + b">", stats=response.stats)
+
+    def refused(self, why: Refused, request: Request) -> Reply:
+        """The situation's number."""
+        del request
+        return Reply(500 + why.situation, "text/plain", str(why).encode(), [(b"x-toy", b"no")])
+
+
+def app(worker: Worker | None = None) -> App:
+    """The app with the toy among its dialects."""
+    made = App(SETTINGS, FrontMetrics(), (*DIALECTS, Toy))
+    attach(made.plane, *([worker] if worker else []))
+    return made
+
+
+def answered(
+    made: App, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+) -> Answered:
+    """One request."""
+    return asyncio.run(ask(made, method, path, body, headers))
+
+
+def counted(made: App) -> list[str]:
+    """The app's counters of requests."""
+    lines = made._metrics.text().splitlines()
+    return [line for line in lines if line.startswith("fleetcast_inference_requests_total{")]
+
+
+def test_a_new_dialect_is_served_over_a_socket() -> None:
+    """A dialect in the registry is asked by HTTP: its paths, its replies, its errors, its label in the metrics."""
+
+    async def scenario() -> None:
+        made = app(Worker(lambda asked: asked.body.upper()))
+        server, sock = listener(made, 1.0, 5.0, 5), socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        port = sock.getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            good = await client.post("/toy/au/m.mar", content=b"abc")
+            large = await client.post("/toy/au/m.mar", content=bytes(1001))
+            nowhere = await client.get("/toys")
+        server.should_exit = True
+        await serving
+        assert (good.status_code, good.content, good.headers["content-type"]) == (203, b"<ABC>", "text/toy")
+        assert good.headers["x-fleetcast-cache"] == "hit"
+        assert good.headers["server-timing"] == "queue;dur=1.500, inference;dur=0.020"
+        assert (large.status_code, large.headers["x-toy"]) == (500 + Situation.TOO_LARGE, "no")
+        assert "/toy/MODEL" in nowhere.json()["message"]
+        assert counted(made) == [
+            'fleetcast_inference_requests_total{code="203",protocol="toy"} 1.0',
+            'fleetcast_inference_requests_total{code="504",protocol="toy"} 1.0',
+        ]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/forecasts", "/ping", "/ready", "/toy/m.mar", "/nowhere"])
+def test_every_answer_has_a_request_id(path: str) -> None:
+    """The one that was sent, else one of its own."""
+    made = app(Worker(lambda _: b"1"))
+    assert answered(made, "POST", path, headers={"X-Request-Id": "ours"}).headers["x-request-id"] == "ours"
+    ids = {answered(made, "POST", path).headers["x-request-id"] for _ in range(3)}
+    assert len(ids) == 3
+    assert all(ids)
+
+
+def test_probes_are_open_and_not_counted() -> None:
+    """They are answered whatever their headers and methods are; `/ready` by whether a worker is there."""
+    made = app()
+    assert answered(made, "GET", "/ping", headers={"X-Request-Timeout-Ms": "soon"}).status == 200
+    assert (answered(made, "GET", "/ready").status, answered(app(Worker(str)), "HEAD", "/ready").status) == (503, 200)
+    assert answered(made, "GET", "/nowhere").status == 404
+    assert counted(made) == []
+
+
+def test_a_bug_costs_one_request() -> None:
+    """An exception that is no refusal is an internal error in the dialect's own words; its text stays in the log."""
+    made = app()
+    reply = answered(made, "POST", "/toy/..")
+    assert (reply.status, reply.body) == (500 + Situation.INTERNAL, b"the server failed; its log says why")
+    assert answered(made, "POST", "/toy/m.mar").status == 500 + Situation.NOT_READY
+
+
+def test_a_worker_refuses_in_each_dialect() -> None:
+    """The same refusal, with what happened in the headers, in each protocol's own shape."""
+    made = app(Worker(lambda _: (Situation.NOT_FOUND, b'{"message":"no such"}')))
+    sagemaker = answered(made, "POST", "/invocations", headers=TARGET)
+    assert (sagemaker.status, sagemaker.headers["x-amzn-errortype"]) == (400, "ValidationError")
+    toy = answered(made, "POST", "/toy/m.mar")
+    assert (toy.status, toy.body) == (505, b"no such")
+    assert sagemaker.headers["server-timing"] == toy.headers["server-timing"]
+    forecasts = answered(made, "POST", "/v1/forecasts", b'{"requests":[{"target_model":"m.mar"}]}')
+    assert forecasts.status == 200
+    error = {"code": "not_found", "message": "no such"}
+    assert json.loads(forecasts.body) == {"predictions": [{"error": error}], "failed": 1}
+
+
+def test_large_answers_stream() -> None:
+    """Part by part under one Content-Length; when the worker dies on the way the connection ends, counted as 499."""
+    worker = Worker(lambda _: [b"one", b"two", b"three"])
+    made = app(worker)
+    reply = answered(made, "POST", "/invocations", headers=TARGET)
+    assert (reply.body, reply.headers["content-length"]) == (b"onetwothree", "11")
+    worker.answer = lambda _: [b"one", b""]
+    assert answered(made, "POST", "/invocations", headers=TARGET).body == b"one"
+    assert worker.cancelled == 1
+    assert counted(made) == [
+        'fleetcast_inference_requests_total{code="200",protocol="sagemaker"} 1.0',
+        'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
+    ]
+    assert repr(made).startswith("<App sagemaker, forecasts, health, toy over <DataPlane 1 links, 0 under way, 0 bytes")
+
+
+def test_nothing_stays_held() -> None:
+    """However a body comes and a request ends: in parts, too large in all, more than the front may hold."""
+    made = app(Worker(lambda _: b"1"))
+
+    async def scenario(*parts: bytes) -> int:
+        incoming = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        incoming[-1]["more_body"] = False
+        sent = []
+
+        async def receive() -> object:
+            return incoming.pop(0)
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+
+        headers = [(b"x-amzn-sagemaker-target-model", b"m.mar")]
+        scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
+        await made(scope, receive, send)  # type: ignore[arg-type]
+        return int(str(sent[0]["status"]))
+
+    assert asyncio.run(scenario(b"a", b"b")) == 200
+    assert asyncio.run(scenario(bytes(600), bytes(600))) == 413
+    made.plane.held_bytes = 4900
+    assert asyncio.run(scenario(bytes(100), bytes(100))) == 503
+    assert made.plane.held_bytes == 4900

@@ -1,0 +1,150 @@
+"""The data plane: routing, one more try, refusals, large answers, bytes held, clients that leave."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from model_store.names import parse_model_name
+from server.errors import Refused, Situation
+from server.front import dataplane
+from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
+from tests.server.front.answering import JSON, Worker, attach
+
+FAR = 1e9
+MODEL = parse_model_name("au/m.mar")
+
+
+def request(body: bytes = b"{}", client_gone: ClientWatch | None = None) -> InferRequest:
+    """A request to the model."""
+    return InferRequest(MODEL, body, JSON, "", FAR, client_gone)
+
+
+def plane(*workers: Worker, max_held_bytes: int = 1000) -> DataPlane:
+    """A plane over these workers."""
+    made = DataPlane(max_held_bytes)
+    attach(made, *workers)
+    return made
+
+
+async def refusal(made: DataPlane, asked: InferRequest | None = None) -> Refused:
+    """Why the request is refused."""
+    with pytest.raises(Refused) as caught:
+        await made.infer(asked or request())
+    return caught.value
+
+
+def dead(_: Any) -> None:
+    """A worker that dies with every request."""
+
+
+def test_an_answer_and_what_happened() -> None:
+    """The body, its type, and the worker's account of cache and times."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda asked: asked.body * 2)
+        response = await plane(worker).infer(request(b"ab"))
+        assert (response.body, response.content_type, await response.read()) == (b"abab", JSON, b"abab")
+        assert response.stats == InferStats("hit", 1500, None, 20, "disk", "v1")
+        assert worker.asked[0].model == MODEL
+
+    asyncio.run(scenario())
+
+
+def test_a_dead_worker_costs_one_more_try() -> None:
+    """The other worker is asked once; when it dies too, or there is none, the request is refused."""
+
+    async def scenario() -> None:
+        pair = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
+        made = plane(*pair)
+        home = pair[made.router.order(MODEL)[0]]
+        home.answer = dead
+        assert (await made.infer(request(b"x"))).body == b"x"
+        assert [len(worker.asked) for worker in pair] == [1, 1]
+        pair[0].answer = pair[1].answer = dead
+        refused = await refusal(made)
+        assert (refused.situation, "two workers" in str(refused)) == (Situation.WORKER_LOST, True)
+        assert [len(worker.asked) for worker in pair] == [2, 2]
+        assert (await refusal(plane(Worker(dead)))).situation is Situation.WORKER_LOST
+        assert (await refusal(plane())).situation is Situation.NOT_READY
+        assert all(lane.running == 0 for lane in made.router.lanes.values())
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_refuses() -> None:
+    """Situation, place and what happened until then arrive."""
+
+    async def scenario() -> None:
+        detail = b'{"message":"short","instance":2,"field":"target"}'
+        refused = await refusal(plane(Worker(lambda _: (Situation.BAD_REQUEST, detail))))
+        assert isinstance(refused, RefusedByWorker)
+        assert (refused.situation, refused.detail.instance, refused.detail.field) == (3, 2, "target")
+        assert refused.stats.cache == "hit"
+
+    asyncio.run(scenario())
+
+
+def test_a_large_answer_comes_in_parts() -> None:
+    """All of it when read; when the worker dies on the way a refusal; when it is given up the worker is told."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda _: [b"one", b"two", b"three"])
+        made = plane(worker)
+        assert await (await made.infer(request())).read() == b"onetwothree"
+        assert worker.cancelled == 0
+        response = await made.infer(request())
+        assert (response.body, response.body_bytes, response.unread) == (b"one", 11, 8)
+        response.cancel()
+        assert worker.cancelled == 1
+        worker.answer = lambda _: [b"one", b""]
+        with pytest.raises(Refused, match="half of the answer"):
+            await (await made.infer(request())).read()
+
+    asyncio.run(scenario())
+
+
+def test_bodies_count_as_held_while_they_are_asked() -> None:
+    """Above the limit the front is overloaded; however a request ends, nothing stays counted."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda _: ...)
+        made = plane(worker, max_held_bytes=1000)
+        waiting = asyncio.ensure_future(made.infer(request(bytes(600))))
+        await asyncio.sleep(0)
+        assert made.held_bytes == 600
+        assert (await refusal(made, request(bytes(600)))).situation is Situation.OVERLOADED
+        assert len(worker.asked) == 1
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert (made.held_bytes, worker.cancelled) == (0, 1)
+        with pytest.raises(Refused), made.hold(1001):
+            pass
+        assert made.held_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_cancels_its_slow_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep after the request has become slow watches the client, once; its leaving ends the request."""
+    monkeypatch.setattr(dataplane, "WATCH_AFTER_S", -1.0)
+
+    async def scenario() -> None:
+        left, watches = asyncio.Event(), []
+
+        async def client_gone() -> None:
+            watches.append(1)
+            await left.wait()
+
+        worker = Worker(lambda _: ...)
+        made = plane(worker)
+        waiting = asyncio.ensure_future(made.infer(request(client_gone=client_gone)))
+        await asyncio.sleep(0)
+        made.sweep()
+        made.sweep()
+        left.set()
+        with pytest.raises(ClientGone):
+            await waiting
+        assert (len(watches), worker.cancelled) == (1, 2)
+
+    asyncio.run(scenario())

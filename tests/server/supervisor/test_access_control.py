@@ -1,0 +1,110 @@
+"""Where the operators' listeners may listen, and what files of secrets the start refuses."""
+
+from pathlib import Path
+
+import pytest
+import trustme
+from structlog.testing import capture_logs
+
+from server.access.tokens import hash_token
+from server.settings import Settings
+from server.supervisor.access_control import listener_hosts, read_secrets
+
+
+def settings(**values: object) -> Settings:
+    """Settings with these values."""
+    return Settings.model_validate({"store": "models", **values})
+
+
+def write_tokens(folder: Path, *scopes: str) -> Path:
+    """A file with a token of each scope."""
+    path = folder / "tokens.toml"
+    digest = hash_token(b"x")
+    rows = (f'[[tokens]]\nname = "{scope}"\nsha256 = "{digest}"\nscopes = ["{scope}"]\n' for scope in scopes)
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "hosts"),
+    [
+        ({}, ("127.0.0.1", "127.0.0.1", "127.0.0.1")),
+        ({"host": "::1"}, ("::1", "::1", "::1")),
+        ({"host": "0.0.0.0"}, ("0.0.0.0", "127.0.0.1", "127.0.0.1")),
+        ({"inference_host": "10.0.0.1"}, ("10.0.0.1", "127.0.0.1", "127.0.0.1")),
+        ({"host": "10.0.0.1", "metrics_host": "10.0.0.2"}, ("10.0.0.1", "127.0.0.1", "10.0.0.2")),
+    ],
+)
+def test_unnamed_listeners_stay_on_loopback(values: dict[str, str], hosts: tuple[str, ...]) -> None:
+    """Whatever `host` is: it is the inference listener's."""
+    assert tuple(listener_hosts(settings(**values)).values()) == hosts
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "fleet.example"])
+def test_a_named_public_listener_must_be_protected(host: str, tmp_path: Path) -> None:
+    """By a token of its own scope, or by clients' certificates."""
+    for listener, scope in (("management", "manage"), ("metrics", "metrics")):
+        values = {f"{listener}_host": host}
+        with pytest.raises(ValueError, match=rf"the {listener} listener at {host} .*of the scope {scope}"):
+            read_secrets(settings(**values))
+        others = {"invoke", "manage", "metrics"} - {scope}
+        with pytest.raises(ValueError, match=f"of the scope {scope}"):
+            read_secrets(settings(**values, tokens=write_tokens(tmp_path, *others)))
+        read_secrets(settings(**values, tokens=write_tokens(tmp_path, scope)))
+    ca = trustme.CA()
+    made = ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
+    made.write_to_path(str(tmp_path / "server.pem"))
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    own = {"tls_certificate": tmp_path / "server.pem"}
+    with pytest.raises(ValueError, match="other hosts could use"):
+        read_secrets(settings(management_host=host, **own))
+    read_secrets(settings(management_host=host, tls_client_ca=tmp_path / "ca.pem", **own))
+
+
+@pytest.mark.parametrize("name", ["tls_key", "tls_client_ca"])
+def test_half_of_tls_is_refused(name: str, tmp_path: Path) -> None:
+    """A key or an authority without a certificate would leave the listeners on plain HTTP."""
+    with pytest.raises(ValueError, match=f"{name} needs tls_certificate"):
+        read_secrets(settings(**{name: tmp_path / "x.pem"}))
+
+
+def test_keys_of_a_file_join_the_others(tmp_path: Path) -> None:
+    """A key that is given twice is as the setting says; a file that every user can read is a warning."""
+    path = tmp_path / "keys.toml"
+    path.write_text('AKIA = "from-file"\nOTHER = "other"\n')
+    path.chmod(0o600)
+    with capture_logs() as logs:
+        found = read_secrets(settings(access_keys_file=path, access_keys={"AKIA": "given"}))
+    assert {key: secret.get_secret_value() for key, secret in found.access_keys.items()} == {
+        "AKIA": "given", "OTHER": "other",
+    }  # fmt: skip
+    assert (logs, "from-file" in repr(found), "other" in repr(found.access_keys)) == ([], False, False)
+    path.chmod(0o644)
+    with capture_logs() as logs:
+        read_secrets(settings(access_keys_file=path))
+    assert [line["event"] for line in logs] == ["secrets_readable"]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [
+        ('AKIA = "hidden', 0o600, "must be TOML"),
+        ("AKIA = hidden", 0o600, "must be TOML"),
+        ('AKIA = ["hidden"]', 0o600, "must be TOML"),
+        ('AKIA = ""\nB = "hidden"', 0o600, "must be TOML"),
+        ("", 0o600, "must be TOML"),
+        ('AKIA = "hidden"', 0o620, "can be written by others"),
+        (None, 0, "cannot be read"),
+    ],
+)
+def test_files_of_keys_that_are_wrong(text: str | None, mode: int, said: str, tmp_path: Path) -> None:
+    """The message names the file and the setting, and repeats nothing of the file."""
+    path = tmp_path / "keys.toml"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(mode)
+    with pytest.raises(ValueError, match=said) as refused:
+        read_secrets(settings(access_keys_file=path))
+    assert str(path) in str(refused.value)
+    assert "(access_keys_file)" in str(refused.value)
+    assert "hidden" not in str(refused.value)
