@@ -4,12 +4,17 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from server.logs import configure_logs
 from tests.s3 import S3Server, s3_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: spinning threads slow everyone on two cores
 
+
+# How long an example takes, or takes to be drawn, depends on what else the machine does.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 PROCESSES = frozenset({"s3", "reader"})  #: fixtures that start one
 

@@ -31,6 +31,7 @@ def stats(cache: str = "hit", *, queue_us: int = 0, load_us: int | None = None, 
     return InferStats(cache, queue_us, load_us, inference_us, "disk", "v")
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.text(), VALUES), min_size=1, max_size=8), st.dictionaries(st.text(), VALUES))
 def test_an_item_is_the_one_instance_of_its_request(items: list[dict[str, Any]], configuration: dict[str, Any]) -> None:
     """Whatever fields it has, in whatever spelling: the model's request holds the very item and configuration."""
