@@ -16,10 +16,12 @@ SMALL = PrefetchPlan(
 
 
 def small(folder: Path, prefetch: str, ticks: int = SMALL.ticks, slower: float = 1.0) -> PrefetchResult:
-    """A run of the small plan; `slower`: with so many times as long between the ticks, and as much less other traffic."""
+    """A run of the small plan; `slower`: so many times as long between the ticks, and as much less other traffic."""
     make_fleet(str(folder), SMALL.models + SMALL.others, SMALL.seed, SMALL.family)
-    pace = {"every_s": SMALL.every_s * slower, "spread_s": SMALL.spread_s * slower, "rate": SMALL.rate / slower}
-    return measure_ticks(replace(SMALL, ticks=ticks, **pace), folder, prefetch, lambda _: None)
+    paced = replace(
+        SMALL, ticks=ticks, every_s=SMALL.every_s * slower, spread_s=SMALL.spread_s * slower, rate=SMALL.rate / slower
+    )
+    return measure_ticks(paced, folder, prefetch, lambda _: None)
 
 
 @pytest.mark.e2e
