@@ -22,11 +22,12 @@ from model_store.name_table import NameTable
 from model_store.names import MAX_NAME, ModelName
 from server.cli.setting_flags import settings_from
 from server.errors import Refused, Situation
-from server.front import fan_out
 from server.front.app import PIECE_BYTES, App
+from server.front.dataplane import DataPlane
 from server.front.dialects import sagemaker
 from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, MAX_ITEMS, Forecasts, parse_call
-from server.front.exchange import Reply
+from server.front.exchange import Limit, Reply
+from server.front.fan_out import FanOut
 from server.ipc.bodies import Outbox
 from server.ipc.control import ControlError
 from server.ipc.frames import CHUNK, Request, Response
@@ -52,10 +53,11 @@ def long_name(i: int) -> str:
     return f"{i:08}" + "\N{MATHEMATICAL BOLD CAPITAL A}" * (MAX_NAME - 8)
 
 
-def test_the_table_names_tests_that_exist() -> None:
-    """Each row of the documented table has a test behind it."""
-    rows = re.findall(r"^\|.*\|$", TABLE.read_text(), re.MULTILINE)[2:]
-    assert len(rows) > 25
+@pytest.mark.parametrize("page", [TABLE, ROOT / "SECURITY.md"])
+def test_the_table_names_tests_that_exist(page: Path) -> None:
+    """Each row of the documented tables, of bounds and of threats, has a test behind it."""
+    rows = re.findall(r"^\|.*\|$", page.read_text(), re.MULTILINE)[2:]
+    assert len(rows) > 20
     for row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
         assert named, row
@@ -183,14 +185,14 @@ def test_answers_count_as_held_until_they_are_sent() -> None:
 
 def test_answers_of_a_call_count_as_held() -> None:
     """A front that holds all it may refuses the call as overload, and holds nothing afterwards."""
-    plane = fan_out.DataPlane(10_000)
+    plane = DataPlane(10_000)
     body = b'{"predictions":[{"mean":["' + b"x" * 3000 + b'"]}]}'
     call = parse_call(b'{"requests":[' + b",".join(b'{"target_model":"m%d"}' % i for i in range(8)) + b"]}")
 
     async def scenario() -> None:
         attach(plane, Worker(lambda _: body))
-        limit = fan_out.Limit(MIB, "max_forecasts_bytes")
-        with fan_out.FanOut(plane, call, limit, 1e9, never) as running:
+        limit = Limit(MIB, "max_forecasts_bytes")
+        with FanOut(plane, call, limit, 1e9, never) as running:
             await running.infer()
 
     with pytest.raises(Refused) as caught:
