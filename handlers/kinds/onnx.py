@@ -102,7 +102,7 @@ class OnnxModel:
                 batch axis first (dynamic, or fixed at 1: such a model runs row by row).
             UnsupportedKind: ONNX Runtime or the wanted provider is not installed.
         """
-        check_model(model, loops=limits.loops)
+        self.loops = check_model(model, loops=limits.loops)  #: so its time does not follow from its input's size
         runtime = _runtime(provider)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -301,20 +301,25 @@ def _own_bytes() -> int:
     return (resident - shared) * PAGE
 
 
-def check_model(model: bytes, *, loops: bool = False) -> None:
-    """Raises ArchiveInvalid where a tensor names a file or is too large, an operator loops, or no message is found.
+def check_model(model: bytes, *, loops: bool = False) -> bool:
+    """Whether the model has loops.
+
+    Raises ArchiveInvalid where a tensor names a file or is too large, for a loop unless allowed, and for no message.
 
     ONNX Runtime 1.31 refuses external data of a model given as bytes too, but how has changed between its versions, so
     we look for ourselves: at every place the format has for a tensor, without unpacking any.
     """
     todo, sparse, at = [("Model", memoryview(model))], dict[int, int](), 0
+    found = False
     while todo:
         kind, message = todo.pop()
         at += 1
         for field, value in _fields(message):
             if kind == "Tensor" and (field == EXTERNAL_DATA or (field == DATA_LOCATION and value != 0)):
                 raise ArchiveInvalid("model.onnx: a tensor is in an external file; save the model as a single file")
-            if kind == "Node" and field == OP_TYPE and not loops and bytes(_bytes_of(value)) in LOOPS:
+            looping = kind == "Node" and field == OP_TYPE and bytes(_bytes_of(value)) in LOOPS
+            found = found or looping
+            if looping and not loops:
                 what = f"it has the operator {bytes(_bytes_of(value)).decode()}, whose time no size bounds"
                 raise ArchiveInvalid(f"model.onnx: {what}; export it unrolled, or set onnx_control_flow to allow")
             if kind == "Sparse" and field == DIMS:
@@ -325,6 +330,7 @@ def check_model(model: bytes, *, loops: bool = False) -> None:
             inner = MESSAGES[kind].get(field)
             if inner is not None and isinstance(value, memoryview):
                 todo.append((inner, value))
+    return found
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
