@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 from handlers.base import Float32
 from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate
 from handlers.codecs.deepar_schema import NumSamples, Seed
-from handlers.codecs.scenarios import Correlation, Marginal, joint, joint_each, require
+from handlers.codecs.scenarios import Correlation, Marginal, joint, joint_each, refuse_repeated, require
 from handlers.codecs.tensors import in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 
@@ -121,6 +121,7 @@ class JointCodec:
             request = self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(f"not a request for joint scenarios: {error}") from error
+        refuse_repeated(_names(request))  # before anything is made of ten thousand
         marginals, owners = list[Marginal](), list[int]()
         for i, forecast in enumerate(request.forecasts):
             marginals += _marginals(i, forecast)
@@ -134,6 +135,13 @@ class JointCodec:
         seed = secrets.randbits(53) if request.seed is None else request.seed
         asked = Asked(marginals, widths, request.num_samples, seed, wanted)
         return JointCall(asked, flops=self._correlation.flops(places, request.num_samples))
+
+
+def _names(request: Body) -> Iterator[tuple[int, str]]:
+    """Each product's name, with its forecast's place."""
+    for i, forecast in enumerate(request.forecasts):
+        for product in forecast.marginal.products or [""]:
+            yield i, f"{forecast.name}#{product}" if forecast.marginal.products else forecast.name
 
 
 def _marginals(i: int, forecast: Forecast) -> Iterator[Marginal]:

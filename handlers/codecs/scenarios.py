@@ -15,7 +15,7 @@ scenarios take some 60 ms of one core.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,7 +214,7 @@ def require(
     if numbers > MAX_SAMPLES:
         what = f"{numbers} numbers of samples are more than {MAX_SAMPLES}; ask for fewer"
         raise RequestError(what, field="configuration.num_samples")
-    _refuse_repeated(marginals)
+    refuse_repeated((i, marginal.name) for i, marginal in enumerate(marginals))
     if (flops := correlation.flops(wanted, samples)) > MAX_FLOPS:
         what = f"these forecasts take {flops / 1e9:.3g} thousand million floating-point operations to correlate"
         message = f"{what}, {MAX_FLOPS / 1e9:g} are allowed; ask for fewer samples or products"
@@ -227,14 +227,14 @@ def require(
     return wanted
 
 
-def _refuse_repeated(marginals: Sequence[Marginal]) -> None:
+def refuse_repeated(names: Iterable[tuple[int, str]]) -> None:
     """Raises RequestError for a product that is named twice: both would get the same scenarios."""
     seen = set[str]()
-    for i, marginal in enumerate(marginals):
-        if marginal.name in seen:
-            message = f"{marginal.name} is named twice; a joint call names each product once"
-            raise RequestError(message, instance=i, field="configuration.joint")
-        seen.add(marginal.name)
+    for instance, name in names:
+        if name in seen:
+            message = f"{name} is named twice; a joint call names each product once"
+            raise RequestError(message, instance=instance, field="configuration.joint")
+        seen.add(name)
 
 
 def _blocks(

@@ -113,7 +113,7 @@ class OnnxModel:
                 batch axis first (dynamic, or fixed at 1: such a model runs row by row).
             UnsupportedKind: ONNX Runtime or the wanted provider is not installed.
         """
-        check_model(model, loops=limits.loops)
+        self.loops = check_model(model, loops=limits.loops)  #: so its time does not follow from its input's size
         runtime = _runtime(provider)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -312,8 +312,10 @@ def _own_bytes() -> int:
     return (resident - shared) * PAGE
 
 
-def check_model(model: bytes, *, loops: bool = False) -> None:
-    """Raises ArchiveInvalid where a tensor names a file or is too large, an operator loops, or no message is found.
+def check_model(model: bytes, *, loops: bool = False) -> bool:
+    """Whether the model has loops.
+
+    Raises ArchiveInvalid where a tensor names a file or is too large, for a loop unless allowed, and for no message.
 
     ONNX Runtime 1.31 refuses external data of a model given as bytes too, but how has changed between its versions, so
     we look for ourselves: at every place the format has for a tensor, without unpacking any. Raises ArchiveTooLarge
@@ -322,6 +324,7 @@ def check_model(model: bytes, *, loops: bool = False) -> None:
     fields = StepBudget(MAX_FIELDS, "fields of an ONNX model")
     scalars = StepBudget(MAX_SCALAR_BYTES, "bytes of single numbers in an ONNX model")
     todo = [("Model", memoryview(model))]
+    found = False
     while todo:
         kind, message = todo.pop()
         at, dense = 0, 1
@@ -334,20 +337,22 @@ def check_model(model: bytes, *, loops: bool = False) -> None:
             field, value, at = _field(message, at)
             if kind == "Tensor" and (field == EXTERNAL_DATA or (field == DATA_LOCATION and value != 0)):
                 raise ArchiveInvalid("model.onnx: a tensor is in an external file; save the model as a single file")
-            if kind == "Node" and field == OP_TYPE and not loops:
-                _refuse_loop(_bytes_of(value))
+            if kind == "Node" and field == OP_TYPE and _is_loop(_bytes_of(value)):
+                found = True
+                if not loops:
+                    what = f"it has the operator {bytes(_bytes_of(value)).decode()}, whose time no size bounds"
+                    raise ArchiveInvalid(f"model.onnx: {what}; export it unrolled, or set onnx_control_flow to allow")
             if kind == "Sparse" and field == DIMS:
                 dense = _dense_size(dense, value, fields)
             inner = MESSAGES[kind].get(field)
             if inner is not None and isinstance(value, memoryview):
                 todo.append((inner, value))
+    return found
 
 
-def _refuse_loop(operator: memoryview) -> None:
-    """Raises ArchiveInvalid for an operator that repeats a graph."""
-    if len(operator) <= MAX_OP_TYPE and bytes(operator) in LOOPS:
-        what = f"it has the operator {bytes(operator).decode()}, whose time no size bounds"
-        raise ArchiveInvalid(f"model.onnx: {what}; export it unrolled, or set onnx_control_flow to allow")
+def _is_loop(operator: memoryview) -> bool:
+    """Whether the operator of this name repeats a graph."""
+    return len(operator) <= MAX_OP_TYPE and bytes(operator) in LOOPS
 
 
 def _dense_size(before: int, dims: memoryview | int, budget: StepBudget) -> int:

@@ -35,6 +35,7 @@ class WorkerAssignment(Struct, frozen=True):
     plan: WorkerPlan
     torch_device: str
     socket: str  #: path where the worker listens for the fronts
+    running: str  #: path of the file in which it notes the models that it runs
 
 
 class JoinAsFront(Operation[FrontAssignment]):
@@ -55,8 +56,15 @@ class Fatal(Operation[None]):
     error: str
 
 
+class ReportOverrun(Operation[None]):
+    """A run of the model was a danger to others: it goes into quarantine for this reason."""
+
+    model: str
+    reason: str
+
+
 AskedByFront: TypeAlias = JoinAsFront | Ready
-AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal
+AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------
 
@@ -121,6 +129,12 @@ class UnpinModel(Operation[None]):
     model: str
 
 
+class SetQuarantine(Operation[None]):
+    """The models that no worker runs, with the reasons, in place of those named before."""
+
+    reasons: dict[str, str]
+
+
 class ModelState(Struct, frozen=True):
     """One version of a model at a worker: what it is, or that it is loading, or why it failed. As operators see it."""
 
@@ -159,7 +173,16 @@ class TakeAccessLog(Operation[AccessLogRows]):
 
 
 AskedOfWorker: TypeAlias = (
-    Ping | ScrapeMetrics | LoadModel | ReloadModel | UnloadModel | PinModel | UnpinModel | ListModels | TakeAccessLog
+    Ping
+    | ScrapeMetrics
+    | LoadModel
+    | ReloadModel
+    | UnloadModel
+    | PinModel
+    | UnpinModel
+    | ListModels
+    | TakeAccessLog
+    | SetQuarantine
 )
 
 

@@ -52,7 +52,10 @@ Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
 
 
 def management_app(supervisor: Supervisor) -> Starlette:
-    """`/fleet/...`: lists models and processes, loads, unloads, pins. Errors are `{"error": {code, message}}`."""
+    """`/fleet/...`: lists models and processes; loads, unloads, pins, releases from quarantine.
+
+    Errors are `{"error": {code, message}}`.
+    """
 
     async def models(request: Request) -> Response:
         after, prefix = request.query_params.get("after", ""), request.query_params.get("prefix", "")
@@ -87,7 +90,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
     async def ping(_: Request) -> Response:
         return JSONResponse({"status": "Healthy"})
 
-    verbs = {name: getattr(supervisor, name) for name in ("load", "unload", "pin", "unpin", "reload")}
+    verbs = {name: getattr(supervisor, name) for name in ("load", "unload", "pin", "unpin", "reload", "release")}
     routes = [Route(f"/fleet/{name}/{{model:path}}", post(verb), methods=["POST"]) for name, verb in verbs.items()]
     routes += [
         Route("/fleet/models", models),

@@ -9,6 +9,7 @@ import contextlib
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, assert_never
 
 import msgspec
@@ -38,7 +39,9 @@ from server.ipc.operations import (
     Ready,
     ReloadModel,
     Reply,
+    ReportOverrun,
     ScrapeMetrics,
+    SetQuarantine,
     TakeAccessLog,
     UnloadModel,
     UnpinModel,
@@ -49,6 +52,7 @@ from server.routing import Router
 from server.settings import Settings
 from server.supervisor.children import Child, Children
 from server.supervisor.host_files import keep_access_log, keep_disk_cache
+from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.runtime_folder import RuntimeFolder
 from server.supervisor.worker_plan import front_cores, plan_workers
 
@@ -79,6 +83,7 @@ class Supervisor:
             self._homes.up(plan.index)
         self._metrics, self._merged = HostMetrics(), Merged()
         self._folder = RuntimeFolder()
+        self._quarantine = ServerQuarantine()
         self._disk_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
@@ -144,9 +149,15 @@ class Supervisor:
             case Ready():
                 child.ready.set()
                 child.proven = True
+                if child.kind == "worker" and child.channel is not None:
+                    child.channel.tell(SetQuarantine(self._quarantine.reasons))
                 self._announce_workers(child)
                 if child.kind == "worker":
                     await self._replay_pins(child)
+                return None
+            case ReportOverrun(model, reason):
+                self._quarantine.add(model, reason)
+                self._announce_quarantine()
                 return None
             case Fatal(error):
                 self._children.set_fatal(error)
@@ -157,6 +168,8 @@ class Supervisor:
     def note_end(self, child: Child) -> None:
         """Keep what the incarnation counted, and tell the fronts that it is gone."""
         self._merged.buried(child.name)
+        if child.kind == "worker" and self._quarantine.note_death(Path(self._running(child))):
+            self._announce_quarantine()
         self._announce_workers(child)
 
     def note_restart(self, child: Child) -> None:
@@ -172,10 +185,19 @@ class Supervisor:
             plan=worker.plan,
             torch_device="cpu" if worker.plan.device == "cpu" else "cuda:0",  # the only GPU that it sees
             socket=self._socket(worker),
+            running=self._running(worker),
         )
 
     def _socket(self, worker: Child) -> str:
         return self._folder.socket(f"{worker.index}.{worker.incarnation}")
+
+    def _running(self, worker: Child) -> str:
+        return f"{self._socket(worker)}.run"
+
+    def _announce_quarantine(self) -> None:
+        for worker in self.workers:
+            if worker.channel is not None and worker.ready.is_set():
+                worker.channel.tell(SetQuarantine(self._quarantine.reasons))
 
     def _announce_workers(self, child: Child) -> None:
         """Tell the fronts which workers are up, after `child` has come up or ended."""
@@ -229,6 +251,12 @@ class Supervisor:
         await self._ask_all(UnpinModel(model))
         return {"model": model, "pinned": False}
 
+    async def release(self, model: ModelName) -> dict[str, Any]:
+        """Let a model that is in quarantine run again."""
+        released = self._quarantine.release(model)
+        await self._ask_all(SetQuarantine(self._quarantine.reasons))
+        return {"model": model, "released": released}
+
     async def reload(self, model: ModelName) -> dict[str, Any]:
         """Every holder (without one, the home) asks the store, loads a changed archive beside the old one and swaps."""
         listed = await self._ask_all(ListModels(prefix=model, after="", limit=1))
@@ -247,7 +275,7 @@ class Supervisor:
         return {"model": model, "unloaded_from": [index for index, was_there in gone if was_there]}
 
     async def models(self, prefix: str = "", after: str = "", limit: int = 1) -> tuple[list[dict[str, Any]], bool]:
-        """Models that are resident, loading, failed or pinned, with the workers that hold them; whether there are more.
+        """Models resident, loading, failed, pinned or in quarantine, with their holders; whether there are more.
 
         The first `limit` by name, of those that have this prefix and come after a name.
         """
@@ -260,6 +288,10 @@ class Supervisor:
         for model in self.pins:
             if model > after and model.startswith(prefix):
                 merged.setdefault(model, {"model": model, "pinned": True, "holders": []})
+        for model, reason in self._quarantine.reasons.items():
+            if model > after and model.startswith(prefix):
+                entry = merged.setdefault(model, {"model": model, "pinned": model in self.pins, "holders": []})
+                entry |= {"state": "quarantined", "reason": reason}
         return [merged[model] for model in sorted(merged)[:limit]], len(merged) > limit
 
     def processes(self) -> list[dict[str, Any]]:

@@ -24,13 +24,16 @@ from handlers.codecs.deepar_schema import MAX_ROWS
 from handlers.codecs.joint import JointModel
 from handlers.errors import RequestError, RunFailed
 from handlers.kinds import RowModel, SingleModel, run_row_on_cpu
+from handlers.kinds.onnx import OnnxModel
 from handlers.kinds.row_work import row_work
 from handlers.work import CALL_S, Work
+from server.worker.quarantine import Running
 from server.worker.scheduler import Job
 
 SLICE_S = 0.03  #: about how long a batch of rows holds the step thread, or a slice its thread
 LONG_S = 0.06  #: a request that is expected to take longer than this does not run on the step thread
 DECODE_BYTES, DECODE_NUMBERS = 2**20, 500_000  #: a body of more bytes, or inputs of more numbers, are long to decode
+JOINT_BYTES = 2**16  #: as DECODE_BYTES, of a body of marginals
 THREADS = 2
 KEPT = 0.7  #: weight of the pace that was measured before
 
@@ -72,9 +75,9 @@ class Pace:
 class LongJobs:
     """The threads, and what is known of the pace of models."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, rows: bool) -> None:
-        """`rows`: whether families run on the CPU, so that their rows can run here."""
-        self.rows = rows
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, rows: bool, noted: Running) -> None:
+        """`rows`: whether families run on the CPU, so that their rows can run here. `noted`: names what runs."""
+        self.rows, self.noted = rows, noted
         self.running: set[Job] = set()
         self._loop = loop
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="long-job")
@@ -100,7 +103,7 @@ class LongJobs:
         if len(body) > DECODE_BYTES:
             return True
         if not isinstance(model, RowModel):
-            return False
+            return isinstance(model.single, JointModel) and len(body) > JOINT_BYTES
         given = self.pace(model).work.given
         return given * MAX_ROWS > DECODE_NUMBERS and given * min(MAX_ROWS, bytes(body).count(b"{")) > DECODE_NUMBERS
 
@@ -108,6 +111,8 @@ class LongJobs:
         """Whether these requests for a model that runs alone may take long together; so does what is not known."""
         if isinstance(model.single, JointModel):
             return math.fsum(call.seconds for call in calls) > LONG_S
+        if isinstance(model.single, OnnxModel) and model.single.loops:
+            return True
         return _numbers(calls) > self._quick.get(model.single, 0)
 
     def ran_alone(self, model: SingleModel, calls: Sequence[Any], seconds: float) -> None:
@@ -122,6 +127,7 @@ class LongJobs:
     ) -> None:
         """Run the slices; then call `done` on the step thread with what they return or raise."""
         self.running.update(jobs)
+        self.noted.begin(jobs[0].model)
         _Run(self, self._loop, self._threads, jobs, slices, done).submit()
 
     def close(self) -> None:
@@ -160,6 +166,7 @@ class _Run(Generic[T]):
 
     def _end(self, outcome: "T | Exception") -> None:
         self._owner.running.difference_update(self._jobs)
+        self._owner.noted.end(self._jobs[0].model)
         self._done(outcome)
 
 

@@ -21,7 +21,7 @@ from server.access_log import Arrivals
 from server.host import WorkerPlan
 from server.ipc.control import Member
 from server.ipc.frames import CHUNK
-from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker
+from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
 from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
@@ -35,11 +35,14 @@ from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
 from server.worker.model_loader import Loader, open_store, target_of
 from server.worker.prefetch.prefetcher import Foresight
+from server.worker.quarantine import Running
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 
 
-def build_steps(settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: Arrivals | None) -> StepLoop:
+def build_steps(
+    settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: Arrivals | None, running: Running
+) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
     source, limits = open_store(settings)
@@ -61,7 +64,7 @@ def build_steps(settings: Settings, plan: WorkerPlan, where: torch.device, arriv
         patience_s=settings.request_timeout_s,
         foresight=Foresight(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
-        long=LongJobs(asyncio.get_running_loop(), rows=where.type == "cpu"),
+        long=LongJobs(asyncio.get_running_loop(), rows=where.type == "cpu", noted=running),
     )
 
 
@@ -106,10 +109,13 @@ async def main(control_fd: int) -> None:
     pin_process(plan)
     arrivals = Arrivals() if settings.access_log else None
     try:
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals)
+        steps = build_steps(
+            settings, plan, torch.device(assignment.torch_device), arrivals, Running(assignment.running)
+        )
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
+    steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     loop = asyncio.get_running_loop()
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
     server = await loop.create_unix_server(lambda: FrontConnection(steps, limit, unsent), assignment.socket)

@@ -19,6 +19,7 @@ from server.ipc.operations import (
     PinModel,
     ReloadModel,
     ScrapeMetrics,
+    SetQuarantine,
     TakeAccessLog,
     UnloadModel,
     UnpinModel,
@@ -43,7 +44,7 @@ class Management:
         except LoadError as error:
             raise ControlError(error.public, situation_of(error)) from error
 
-    async def _perform(self, operation: AskedOfWorker) -> object:
+    async def _perform(self, operation: AskedOfWorker) -> object:  # noqa: C901 -- one case an operation
         match operation:
             case LoadModel(model):
                 return await self._steps.load(parse_model_name(model))
@@ -58,6 +59,9 @@ class Management:
                 return await self._steps.unload(parse_model_name(model))
             case ListModels(prefix, after, limit):
                 return msgspec.convert(self._steps.describe(prefix, after, limit), list[ModelState])
+            case SetQuarantine(reasons):
+                self._steps.quarantine.replace(reasons)
+                return None
             case ScrapeMetrics():
                 return self._steps.exposition()
             case TakeAccessLog():

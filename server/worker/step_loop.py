@@ -11,7 +11,8 @@ import asyncio
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import msgspec
@@ -36,6 +37,7 @@ from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, Outcome, P
 from server.worker.model_loader import Builder, Built
 from server.worker.model_loads import Loads
 from server.worker.prefetch.prefetcher import Foresight
+from server.worker.quarantine import Quarantine
 from server.worker.resident_models import Residents
 from server.worker.scheduler import Job, QueueFull, Scheduler
 
@@ -85,6 +87,8 @@ class StepLoop:
             self._residents, self, loader, metrics, foresight, threads=loader_threads, patience_s=patience_s, now=now
         )
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
+        self.quarantine = Quarantine(lambda model, why: log.error("quarantined", model=model, why=why))
+        self._leaving = set[asyncio.Task[bool]]()
         self._foresight, self._arrivals, self._long = foresight, arrivals, long
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
@@ -99,8 +103,7 @@ class StepLoop:
 
     def submit(self, request: Request, origin: Origin) -> Job:
         """Accept a request. INVARIANT: it is answered or refused through its origin exactly once, unless cancelled."""
-        now = self._now()
-        model = ModelName(request.model)
+        now, model = self._now(), ModelName(request.model)
         job = Job(request, model, origin, now, request.deadline_ns / 1e9)
         try:
             self._scheduler.admit(job)
@@ -111,6 +114,9 @@ class StepLoop:
             return job
         if self._foresight is not None:
             self._foresight.asked(model, now)
+        if (quarantined := self.quarantine.error(model)) is not None:
+            self._refuse(job, Refused(situation_of(quarantined), str(quarantined)))
+            return job
         slot = self._cache.lease(model, now)
         if slot is not None:
             job.cache, job.slot = CacheResult.HIT, slot
@@ -162,14 +168,7 @@ class StepLoop:
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
         now = self._now()
-        live = []
-        for job in jobs:
-            if job.done:
-                self._release(job)
-            elif job.deadline <= now:
-                self._refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request was queued"))
-            else:
-                live.append(job)
+        live = list(self._live(jobs, now))
         if not live:
             return
         self._count([job for job in live if job.call is None], now)
@@ -182,10 +181,23 @@ class StepLoop:
             log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
             for job in live:
                 self._refuse(job, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"))
+        except Overran as error:  # reported already
+            for job in live:
+                self._refuse(job, Refused(Situation.MODEL_FAILED, str(error)))
         except Exception as error:  # an error of a forward fails these requests, not the worker
             log.exception("step_failed", group=group)
             for job in live:
                 self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"))
+
+    def _live(self, jobs: Sequence[Job], now: float) -> Iterator[Job]:
+        """The jobs that are to be run; the leases of the others end."""
+        for job in jobs:
+            if job.done:
+                self._release(job)
+            elif job.deadline <= now:
+                self._refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request was queued"))
+            else:
+                yield job
 
     def _run_rows(self, group: str, jobs: list[Job], now: float) -> None:
         """One forward for the rows of many models, of as many as a slice has time for."""
@@ -246,10 +258,12 @@ class StepLoop:
             self._run_single_apart(long, group, model, asked, now)
             return
         started = time.perf_counter()
+        name = asked[0][0].model
         try:
-            answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for call in calls]))
+            with nullcontext() if long is None else long.noted.noting(name):
+                answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for call in calls]))
         except Overran as overran:
-            self._overran(asked[0][0].model, overran)
+            self._overran(name, overran)
             raise
         ended = time.perf_counter()
         if long is not None:
@@ -318,7 +332,11 @@ class StepLoop:
             self._refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {outcome}"))
 
     def _overran(self, model: ModelName, overran: Overran) -> None:
-        log.warning("overran", model=model, error=str(overran))
+        """Refuse the model from now on and free its memory."""
+        self.quarantine.add(model, str(overran))
+        leaving = self._loop.create_task(self.unload(model))
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     def _spent(self, began: float, started: float, ended: float) -> None:
         """Count a step's seconds of decoding (before `started`), forward (until `ended`) and encoding (until now)."""
@@ -382,6 +400,10 @@ class StepLoop:
 
         `revalidate` makes a store request even if the model is resident.
         """
+        if (quarantined := self.quarantine.error(model)) is not None:
+            future: asyncio.Future[str] = self._loop.create_future()
+            future.set_exception(quarantined)
+            return future
         return self._loads.ask(model, revalidate=revalidate)
 
     def served(self, built: Built, now: float) -> None:

@@ -51,7 +51,9 @@ class Canary:
         self._thread = threading.Thread(target=self._run, name="canary")
 
     def __enter__(self) -> Self:
-        self._question.check(self._ask(None)[1])  # loads the model, and the numbers are right
+        connection, answer = self._ask(None)  # loads the model
+        connection.close()
+        self._question.check(answer)
         self._thread.start()
         wait_until(lambda: len(self._calm.seconds) + len(self._calm.problems) >= CALM, "the canary's calm")
         self._beats = self._attack

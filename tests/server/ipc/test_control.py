@@ -92,8 +92,8 @@ def test_settings_keep_their_types() -> None:
         {"store": "s", "disk_cache": "~/d", "access_log": "a", "announce": "b", "overload_status": "429", "pin": ["m"]}
     )
     plan = WorkerPlan(0, "cuda:3", (1, 2), 2, 10**12)
-    _, got = ask(AskedByWorker, JoinAsWorker(), WorkerAssignment(settings, plan, "cuda:0", "path"))
-    assert got == WorkerAssignment(settings, plan, "cuda:0", "path")
+    _, got = ask(AskedByWorker, JoinAsWorker(), WorkerAssignment(settings, plan, "cuda:0", "path", "running"))
+    assert got == WorkerAssignment(settings, plan, "cuda:0", "path", "running")
     types = {name: type(getattr(got.settings, name)) for name in Settings.model_fields}
     assert types == {name: type(getattr(settings, name)) for name in Settings.model_fields}
     assert isinstance(got.settings.access_log, Path)
@@ -225,7 +225,9 @@ def test_a_child_that_starts_refuses_until_it_serves() -> None:
 
         async def answer(asked: Any) -> object:
             told.put_nowait(asked)
-            return WorkerAssignment(settings_from({"store": "s"}), WorkerPlan(0, "cpu", (0,), 1, 1), "cpu", "path")
+            return WorkerAssignment(
+                settings_from({"store": "s"}), WorkerPlan(0, "cpu", (0,), 1, 1), "cpu", "path", "running"
+            )
 
         async def pong(_: Any) -> object:
             return "pong"

@@ -1,0 +1,65 @@
+"""Which models are refused by every worker until an operator releases them. It lives as long as the server."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from server.contract import RUNNING_BYTES
+
+DEATHS = 2  #: of workers, while they ran the model
+WINDOW_S = 3600.0  #: deaths longer ago than this do not count
+MOST = 4096  #: models in quarantine, and models that deaths are counted of; beyond it the oldest are released
+
+log = structlog.get_logger()
+
+
+class ServerQuarantine:
+    """Reasons by model, and the deaths of workers by the models they ran. `now`: the monotonic clock in seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.reasons: dict[str, str] = {}
+        self._deaths: Counter[str] = Counter()
+        self._since, self._now = now(), now
+
+    def __repr__(self) -> str:
+        """For example `<ServerQuarantine 1 models>`."""
+        return f"<ServerQuarantine {len(self.reasons)} models>"
+
+    def add(self, model: str, why: str) -> None:
+        """Refuse the model from now on."""
+        while len(self.reasons) >= MOST:
+            del self.reasons[next(iter(self.reasons))]
+        self.reasons[model] = why
+        log.error("quarantined", model=model, why=why)
+
+    def release(self, model: str) -> bool:
+        """Let the model run again. False if it was not in quarantine."""
+        self._deaths.pop(model, None)
+        return self.reasons.pop(model, None) is not None
+
+    def note_death(self, running: Path) -> bool:
+        """Count a worker's death against the models that its file names. True if one of them is refused now."""
+        if self._now() - self._since > WINDOW_S or len(self._deaths) > MOST:
+            self._deaths.clear()
+            self._since = self._now()
+        found = False
+        for model in read_running(running):
+            self._deaths[model] += 1
+            if self._deaths[model] >= DEATHS and model not in self.reasons:
+                self.add(model, f"{self._deaths[model]} workers died while it ran")
+                found = True
+        return found
+
+
+def read_running(path: Path) -> list[str]:
+    """The models that a worker's file names; the file is removed."""
+    try:
+        raw = path.read_bytes()[:RUNNING_BYTES]
+        path.unlink()
+    except OSError:
+        return []
+    names = raw.partition(b"\0")[0].decode(errors="ignore")
+    return names.split("\n") if names else []
