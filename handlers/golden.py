@@ -5,16 +5,18 @@ from textwrap import shorten
 SHOWN = 80  #: characters of a value in a message
 
 
-def mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float) -> str | None:
+def find_mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float) -> str | None:
     """The first difference between two JSON values, as `predictions[0][3]: expected 1.25, got 1.31`, or None.
 
     Numbers may differ by `abs_tolerance + rel_tolerance * |expected|`; everything else must be equal, with the same
     keys and lengths.
     """
-    return _mismatch(expected, actual, abs_tolerance, rel_tolerance, "")
+    return _find_mismatch(expected, actual, abs_tolerance, rel_tolerance, "")
 
 
-def _mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float, path: str) -> str | None:
+def _find_mismatch(
+    expected: object, actual: object, abs_tolerance: float, rel_tolerance: float, path: str
+) -> str | None:
     where = path or "the answer"
     if isinstance(expected, dict) and isinstance(actual, dict):
         if expected.keys() != actual.keys():
@@ -26,8 +28,8 @@ def _mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolera
         inner = [(f"{path}[{i}]", e, a) for i, (e, a) in enumerate(zip(expected, actual, strict=True))]
     else:
         same = _is_close(expected, actual, abs_tolerance, rel_tolerance)
-        return None if same else f"{where}: expected {_shown(expected)}, got {_shown(actual)}"
-    found = (_mismatch(e, a, abs_tolerance, rel_tolerance, place) for place, e, a in inner)
+        return None if same else f"{where}: expected {_format_value(expected)}, got {_format_value(actual)}"
+    found = (_find_mismatch(e, a, abs_tolerance, rel_tolerance, place) for place, e, a in inner)
     return next((text for text in found if text is not None), None)
 
 
@@ -44,5 +46,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return shorten(repr(value), SHOWN, placeholder="...")

@@ -10,11 +10,11 @@ import numpy as np
 
 from handlers import kinds
 from handlers.base import Float32
-from handlers.codecs.codec import JSON, Call
+from handlers.codecs.codec import JSON, DecodedCall
 from handlers.errors import RequestError, RunFailed
 from handlers.kinds import BuiltModel, RowModel, run_row_on_cpu
 from model_store.archives.archive import Archive
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 
 Failure = RequestError | RunFailed
 
@@ -35,13 +35,13 @@ class Model:
         return self.archive.name
 
     @property
-    def forecast(self) -> Forecast | None:
+    def forecast(self) -> ForecastSpec | None:
         """What the model forecasts; None where it answers tensors, or correlates the forecasts of others."""
         return self.archive.spec.forecast if self.archive.spec else None
 
     def prove(self) -> bool:
         """Run the archive's golden sample; False where it has none. Raises GoldenMismatch."""
-        return kinds.prove(self.archive, self.built)
+        return kinds.prove_model(self.archive, self.built)
 
     def answer(self, body: bytes, content_type: str = JSON, accept: str = "") -> bytes:
         """The answer to a request's body. Without `accept` it has the type of the request.
@@ -57,16 +57,16 @@ class Model:
         """The answer to each request in JSON, or why it has none. The requests to a row model share one forward."""
         body = self.built.body
         if not isinstance(body, RowModel):
-            return [_attempt(self.answer, each) for each in bodies]
-        calls = [_attempt(body.codec.decode, each, JSON, JSON) for each in bodies]
-        good = [call for call in calls if isinstance(call, Call)]
+            return [_try_work(self.answer, each) for each in bodies]
+        calls = [_try_work(body.codec.decode, each, JSON, JSON) for each in bodies]
+        good = [call for call in calls if isinstance(call, DecodedCall)]
         if not good:
             return calls
         outputs, at = self._run_rows(body, np.concatenate([call.rows for call in good])), 0
         answers: list[bytes | Failure] = []
         for call in calls:
-            if isinstance(call, Call):
-                answers.append(_attempt(_encode, call, outputs[at : at + len(call.rows)]))
+            if isinstance(call, DecodedCall):
+                answers.append(_try_work(_encode_answer, call, outputs[at : at + len(call.rows)]))
                 at += len(call.rows)
             else:
                 answers.append(call)
@@ -79,14 +79,14 @@ class Model:
 
 def open_model(archive: Archive) -> Model:
     """The archive's model, everything checked but its golden sample, which `Model.prove` runs. Raises LoadError."""
-    return Model(archive, kinds.build(archive))
+    return Model(archive, kinds.build_model(archive))
 
 
-def _encode(call: Call, outputs: Float32) -> bytes:
+def _encode_answer(call: DecodedCall, outputs: Float32) -> bytes:
     return call.encode(outputs)[0]
 
 
-def _attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+def _try_work(work: Callable[..., Any], *arguments: Any) -> Any:
     """What `work` returns, or the RequestError or RunFailed that it raises."""
     try:
         return work(*arguments)

@@ -16,21 +16,38 @@ import urllib3
 from rich.console import Console
 
 from loadtest import cli_groups, record
-from loadtest.driver import run as load_run
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
-from loadtest.driver.open_loop import Forbidden
+from loadtest.driver.open_loop import RemoteNotAllowed
 from loadtest.driver.profiles import Load, Shape, list_ramp_rates, make_profile
+from loadtest.driver.run import (
+    RequestSource,
+    RunPlan,
+    ServerUnderLoad,
+    climb_rates,
+    connect_server,
+    measure_run,
+    parse_names,
+    serve_fleet,
+    serve_store,
+)
 from loadtest.driver.trace import Trace, make_trace, read_trace, write_trace
 from loadtest.fleets import fleet
 from loadtest.observe.local_server import LocalServer
-from loadtest.plan import cli as command
+from loadtest.plan import cli as plan_cli
 from loadtest.report import render_page, write_report
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from server.contract import PING_PATH
 
-EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
+EXPECTED = (
+    RemoteNotAllowed,
+    LoadError,
+    urllib3.exceptions.HTTPError,
+    ValueError,
+    OSError,
+    RuntimeError,
+)  #: say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
 LOAD, SERVER, SLO, OUTPUT = "Load", "Server", "What must be reached", "Output"
 
@@ -38,77 +55,87 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
 
 
-def _flag(panel: str, text: str, *names: str, **more: Any) -> Any:
+def _make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
 
 
 @app.command()
 def run(
     *,
-    profile: Annotated[Shape, _flag(LOAD, SHAPES)] = Shape.POISSON,
-    rate: Annotated[float | None, _flag(LOAD, "requests per second; default 200")] = None,
-    seconds: Annotated[float, _flag(LOAD, "duration of the measured load")] = 15.0,
+    profile: Annotated[Shape, _make_flag(LOAD, SHAPES)] = Shape.POISSON,
+    rate: Annotated[float | None, _make_flag(LOAD, "requests per second; default 200")] = None,
+    seconds: Annotated[float, _make_flag(LOAD, "duration of the measured load")] = 15.0,
     warmup: Annotated[
-        float | None, _flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
+        float | None, _make_flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
     ] = None,
-    zipf: Annotated[float | None, _flag(LOAD, "exponent of the Zipf popularity of models; default 1")] = None,
+    zipf: Annotated[float | None, _make_flag(LOAD, "exponent of the Zipf popularity of models; default 1")] = None,
     drift_s: Annotated[
-        float | None, _flag(LOAD, "seconds after which some models exchange ranks; default never")
+        float | None, _make_flag(LOAD, "seconds after which some models exchange ranks; default never")
     ] = None,
-    drift_share: Annotated[float | None, _flag(LOAD, "share of the models that exchange ranks; default 0.1")] = None,
-    day_s: Annotated[float | None, _flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
-    trough: Annotated[float | None, _flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")] = None,
-    every_s: Annotated[float | None, _flag(LOAD, "tick: seconds between ticks; default 5")] = None,
-    spread_s: Annotated[float | None, _flag(LOAD, "tick: seconds that its requests are spread over; default 1")] = None,
-    shuffled: Annotated[bool | None, _flag(LOAD, "tick: another order in every tick", "--shuffled")] = None,
-    newcomers: Annotated[int | None, _flag(LOAD, "onboarding: number of new models; default 100")] = None,
-    at_s: Annotated[float | None, _flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
+    drift_share: Annotated[
+        float | None, _make_flag(LOAD, "share of the models that exchange ranks; default 0.1")
+    ] = None,
+    day_s: Annotated[float | None, _make_flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
+    trough: Annotated[
+        float | None, _make_flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")
+    ] = None,
+    every_s: Annotated[float | None, _make_flag(LOAD, "tick: seconds between ticks; default 5")] = None,
+    spread_s: Annotated[
+        float | None, _make_flag(LOAD, "tick: seconds that its requests are spread over; default 1")
+    ] = None,
+    shuffled: Annotated[bool | None, _make_flag(LOAD, "tick: another order in every tick", "--shuffled")] = None,
+    newcomers: Annotated[int | None, _make_flag(LOAD, "onboarding: number of new models; default 100")] = None,
+    at_s: Annotated[float | None, _make_flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
     trace: Annotated[
-        Path | None, _flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
+        Path | None, _make_flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
     ] = None,
-    speed: Annotated[float | None, _flag(LOAD, "replay: speed factor; default 1")] = None,
+    speed: Annotated[float | None, _make_flag(LOAD, "replay: speed factor; default 1")] = None,
     start_s: Annotated[
-        float | None, _flag(LOAD, "replay: second of the trace to start from; default its first")
+        float | None, _make_flag(LOAD, "replay: second of the trace to start from; default its first")
     ] = None,
     ramp_to: Annotated[
-        float | None, _flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
+        float | None, _make_flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
     ] = None,
-    ramp_factor: Annotated[float, _flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
-    seed: Annotated[int, _flag(LOAD, "same seed, same schedule", min=0)] = 0,
-    connections: Annotated[int, _flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
-    processes: Annotated[int | None, _flag(LOAD, "driver processes; default as many as the rate needs", min=1)] = None,
+    ramp_factor: Annotated[float, _make_flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
+    seed: Annotated[int, _make_flag(LOAD, "same seed, same schedule", min=0)] = 0,
+    connections: Annotated[int, _make_flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
+    processes: Annotated[
+        int | None, _make_flag(LOAD, "driver processes; default as many as the rate needs", min=1)
+    ] = None,
     store: Annotated[
-        str | None, _flag(SERVER, "folder or URL of archives; without --url a server is started for it")
+        str | None, _make_flag(SERVER, "folder or URL of archives; without --url a server is started for it")
     ] = None,
-    url: Annotated[str | None, _flag(SERVER, "inference address of a server that runs")] = None,
-    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
-    per_call: Annotated[int | None, _flag(SERVER, "dialect forecasts: models per call; default all", min=1)] = None,
+    url: Annotated[str | None, _make_flag(SERVER, "inference address of a server that runs")] = None,
+    metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
+    per_call: Annotated[
+        int | None, _make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)
+    ] = None,
     names: Annotated[
         Path | None,
-        _flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
+        _make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
     ] = None,
-    dialect: Annotated[str, _flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
+    dialect: Annotated[str, _make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
     body: Annotated[
-        BodyKind | None, _flag(SERVER, "kind of request body; default each archive's golden sample")
+        BodyKind | None, _make_flag(SERVER, "kind of request body; default each archive's golden sample")
     ] = None,
     request: Annotated[
-        Path | None, _flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
+        Path | None, _make_flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
     ] = None,
     models: Annotated[
-        int, _flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
+        int, _make_flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
     ] = 200,
-    resident: Annotated[int, _flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
-    cache: Annotated[str | None, _flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
-    workers: Annotated[int, _flag(SERVER, "started server: number of worker processes", min=1)] = 1,
-    allow_remote: Annotated[bool, _flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
-    p50_ms: Annotated[float | None, _flag(SLO, "maximum median latency")] = None,
-    p99_ms: Annotated[float | None, _flag(SLO, "maximum 99th percentile of latency")] = None,
-    failed: Annotated[float | None, _flag(SLO, "maximum share of failed requests")] = None,
-    hit_ratio: Annotated[float | None, _flag(SLO, "minimum hit ratio")] = None,
-    out: Annotated[Path | None, _flag(OUTPUT, "write the results as JSON")] = None,
-    html: Annotated[Path | None, _flag(OUTPUT, "write a report for the browser")] = None,
-    trace_out: Annotated[Path | None, _flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
-    keep: Annotated[bool, _flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
+    resident: Annotated[int, _make_flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
+    cache: Annotated[str | None, _make_flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
+    workers: Annotated[int, _make_flag(SERVER, "started server: number of worker processes", min=1)] = 1,
+    allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
+    p50_ms: Annotated[float | None, _make_flag(SLO, "maximum median latency")] = None,
+    p99_ms: Annotated[float | None, _make_flag(SLO, "maximum 99th percentile of latency")] = None,
+    failed: Annotated[float | None, _make_flag(SLO, "maximum share of failed requests")] = None,
+    hit_ratio: Annotated[float | None, _make_flag(SLO, "minimum hit ratio")] = None,
+    out: Annotated[Path | None, _make_flag(OUTPUT, "write the results as JSON")] = None,
+    html: Annotated[Path | None, _make_flag(OUTPUT, "write a report for the browser")] = None,
+    trace_out: Annotated[Path | None, _make_flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
+    keep: Annotated[bool, _make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
     """Load a fleet on a schedule drawn beforehand; exits with 1 for an invalid run or a missed SLO.
 
@@ -135,39 +162,39 @@ def run(
         if many and (trace is not None or trace_out is not None):
             raise ValueError("a trace has a row for each model, so --trace and --trace-out are not for calls for many")
         recorded = None if trace is None else read_trace(trace)
-        asked = load_run.RequestSource(
-            names=_names(names, recorded),
+        asked = RequestSource(
+            names=_choose_fleet(names, recorded),
             most=models,
             body=body,
             request=request.read_bytes() if request else None,
             seed=seed,
         )
-        with _subject(asked, url, metrics_url, store, cache, models, resident, workers) as subject:
+        with _open_subject(asked, url, metrics_url, store, cache, models, resident, workers) as subject:
             to = subject.target(dialect, allow_remote=allow_remote, per_call=per_call)
-            load = _load(profile, recorded, subject, len(to.requests), seed, settings)
+            load = _make_load(profile, recorded, subject, len(to.requests), seed, settings)
             slo = summary.Slo(p50_ms, p99_ms, failed, hit_ratio)
-            plan = load_run.RunPlan(load, seconds, warmup, connections, processes, slo)
-            title = _title(profile, seconds, seed, settings, ramp_to)
+            plan = RunPlan(load, seconds, warmup, connections, processes, slo)
+            title = _describe_load(profile, seconds, seed, settings, ramp_to)
             title += f", calls for {max(to.forecasts)} models" if many else ""
             console.print(f"{title}; {subject.what}")
             if dialect in ("sagemaker", "forecasts"):
                 # an unreachable server is reported once, not for every request
                 LocalServer.get(f"{subject.inference.rstrip('/')}{PING_PATH}")
             if ramp_to is None:
-                found, ran = load_run.measure_run(subject, plan, to, console)
+                found, ran = measure_run(subject, plan, to, console)
             else:
                 rates = list_ramp_rates(rate or 200.0, ramp_to, factor=ramp_factor)
-                found, ran = load_run.climb_rates(subject, plan, to, rates, console)
+                found, ran = climb_rates(subject, plan, to, rates, console)
     except EXPECTED as error:
         raise SystemExit(f"no load: {error}") from error
     size = sum(len(each.body) for each in subject.questions.values()) // len(subject.questions)
     found |= {"title": title, "subject": subject.what, "dialect": dialect, "body": body or "golden", "body_bytes": size}
     found |= {"profile": {"shape": profile, "seconds": seconds, "warmup": warmup, "models": load.models, **settings}}
-    _show(found)
+    _show_results(found)
     if trace_out is not None:
         write_trace(trace_out, make_trace(ran, list(subject.questions)))
         console.print(f"trace: {trace_out}")
-    _keep(found, seed, before, out, html, keep=keep)
+    _keep_record(found, seed, before, out, html, keep=keep)
     if (
         found["invalid"]
         or found["unsound"]
@@ -192,8 +219,8 @@ def report(
 
 
 app.command("fleet")(fleet.main)
-app.command("plan")(command.plan)
-app.command("calibrate")(command.calibrate_server)
+app.command("plan")(plan_cli.plan)
+app.command("calibrate")(plan_cli.calibrate_server)
 app.add_typer(cli_groups.bench, name="bench")
 app.add_typer(cli_groups.demo, name="demo")
 
@@ -206,15 +233,15 @@ def main() -> None:
 # --- parts of a run -------------------------------------------------------------------------------------------------
 
 
-def _names(file: Path | None, recorded: Trace | None) -> Sequence[ModelName] | None:
+def _choose_fleet(file: Path | None, recorded: Trace | None) -> Sequence[ModelName] | None:
     if recorded is not None:
         return recorded.names
-    return None if file is None else load_run.parse_names(file.read_text())
+    return None if file is None else parse_names(file.read_text())
 
 
 @contextmanager
-def _subject(
-    asked: load_run.RequestSource,
+def _open_subject(
+    asked: RequestSource,
     url: str | None,
     metrics_url: str | None,
     store: str | None,
@@ -222,26 +249,26 @@ def _subject(
     models: int,
     resident: int,
     workers: int,
-) -> Iterator[load_run.ServerUnderLoad]:
+) -> Iterator[ServerUnderLoad]:
     """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
     if url is not None:
-        yield load_run.connect_server(url, metrics_url, store, asked, console)
+        yield connect_server(url, metrics_url, store, asked, console)
     elif metrics_url or (asked.names is not None and store is None):
         raise ValueError("--metrics-url and --names are for the server at --url")
     elif store is not None:
-        with load_run.serve_store(store, cache, workers, asked, console) as subject:
+        with serve_store(store, cache, workers, asked, console) as subject:
             yield subject
     elif cache is not None:
         raise ValueError("--cache is for a --store of yours; the own fleet's room is given in models, by --resident")
     else:
-        with load_run.serve_fleet(models, resident, workers, asked, console) as subject:
+        with serve_fleet(models, resident, workers, asked, console) as subject:
             yield subject
 
 
-def _load(
+def _make_load(
     profile: Shape,
     recorded: Trace | None,
-    subject: load_run.ServerUnderLoad,
+    subject: ServerUnderLoad,
     requests: int,
     seed: int,
     settings: Mapping[str, Any],
@@ -253,14 +280,16 @@ def _load(
     return make_profile(profile, len(names), seed, recording=recorded.recording(names), **settings)
 
 
-def _title(profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any], ramp_to: float | None) -> str:
+def _describe_load(
+    profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any], ramp_to: float | None
+) -> str:
     """What was asked, in a line."""
     said = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {value:g}" for name, value in settings.items())
     until = f" up to {ramp_to:g}/s" if ramp_to else ""
     return f"{profile}{until} for {seconds:g} s{', ' if said else ''}{said}, seed {seed}"
 
 
-def _show(found: summary.Results) -> None:
+def _show_results(found: summary.Results) -> None:
     console.print(summary.build_latency_table(found), summary.build_facts_table(found))
     slots = found["worst_ms"]
     console.print(f"slowest over time  {summary.draw_sparkline(slots)}  up to {max(slots):.1f} ms")
@@ -272,7 +301,7 @@ def _show(found: summary.Results) -> None:
         console.print("[green]valid[/] the driver kept its schedule")
 
 
-def _keep(
+def _keep_record(
     found: summary.Results, seed: int, before: Mapping[str, Any], out: Path | None, html: Path | None, *, keep: bool
 ) -> None:
     whole = record.make_record("load", seed, before, found)

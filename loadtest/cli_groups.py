@@ -13,38 +13,38 @@ from typer.main import get_command
 
 
 @dataclass(frozen=True, slots=True)
-class LazyCommand:
+class CommandModule:
     """A command: its module below `loadtest`, whose docstring is the command's help, and one line for the list."""
 
     module: str
     about: str
 
 
-BENCHMARKS: Mapping[str, LazyCommand] = {
-    "core": LazyCommand("benchmarks.core", "throughput, cold start and memory beside a plain server; needs wrk"),
-    "accuracy": LazyCommand("benchmarks.accuracy", "accuracy in five day-ahead markets beside published results"),
-    "cores": LazyCommand("benchmarks.cores", "throughput by number of workers and fronts; CPU time per request"),
-    "eviction-policies": LazyCommand(
+BENCHMARKS: Mapping[str, CommandModule] = {
+    "core": CommandModule("benchmarks.core", "throughput, cold start and memory beside a plain server; needs wrk"),
+    "accuracy": CommandModule("benchmarks.accuracy", "accuracy in five day-ahead markets beside published results"),
+    "cores": CommandModule("benchmarks.cores", "throughput by number of workers and fronts; CPU time per request"),
+    "eviction-policies": CommandModule(
         "benchmarks.eviction_policies", "hit ratios of the eviction policies at equal size"
     ),
-    "gpu": LazyCommand("benchmarks.gpu", "steps on a GPU, without HTTP"),
-    "many-models": LazyCommand("benchmarks.many_models", "one call for many models beside a call for each"),
-    "markets": LazyCommand("benchmarks.markets", "accuracy of real prices through a running server"),
-    "peers": LazyCommand("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
-    "planner": LazyCommand("benchmarks.planner", "the planner's prediction beside a real server"),
-    "prefetch": LazyCommand("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),
-    "scale": LazyCommand("benchmarks.scale", "10,000 archives, thousands resident: nothing may grow"),
-    "scenarios": LazyCommand("benchmarks.scenarios", "joint scenarios on one core, without HTTP"),
-    "scenarios-http": LazyCommand("benchmarks.scenarios_http", "joint scenarios through a server"),
-    "step": LazyCommand("benchmarks.step", "a worker's step beside simpler implementations"),
+    "gpu": CommandModule("benchmarks.gpu", "steps on a GPU, without HTTP"),
+    "many-models": CommandModule("benchmarks.many_models", "one call for many models beside a call for each"),
+    "markets": CommandModule("benchmarks.markets", "accuracy of real prices through a running server"),
+    "peers": CommandModule("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
+    "planner": CommandModule("benchmarks.planner", "the planner's prediction beside a real server"),
+    "prefetch": CommandModule("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),
+    "scale": CommandModule("benchmarks.scale", "10,000 archives, thousands resident: nothing may grow"),
+    "scenarios": CommandModule("benchmarks.scenarios", "joint scenarios on one core, without HTTP"),
+    "scenarios-http": CommandModule("benchmarks.scenarios_http", "joint scenarios through a server"),
+    "step": CommandModule("benchmarks.step", "a worker's step beside simpler implementations"),
 }
-DEMOS: Mapping[str, LazyCommand] = {
-    "first-run": LazyCommand("demos.first_run", "a fleet, a server, a forecast and a burst of requests"),
-    "market-cycle": LazyCommand("demos.market_cycle", "a market's cycle: many products, joint scenarios, a page"),
+DEMOS: Mapping[str, CommandModule] = {
+    "first-run": CommandModule("demos.first_run", "a fleet, a server, a forecast and a burst of requests"),
+    "market-cycle": CommandModule("demos.market_cycle", "a market's cycle: many products, joint scenarios, a page"),
 }
 
 
-def make_group(about: str, commands: Mapping[str, LazyCommand]) -> typer.Typer:
+def make_group(about: str, commands: Mapping[str, CommandModule]) -> typer.Typer:
     """A group of stand-ins, each of which passes all its arguments, `--help` among them, to its module's Typer."""
     group = typer.Typer(help=about, no_args_is_help=True, add_completion=False)
     group.callback()(lambda: None)  # keeps a group of one command a group

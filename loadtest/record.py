@@ -15,7 +15,7 @@ RECORDS = Path(__file__).with_name("records")
 PACKAGES = ("torch", "onnxruntime", "numpy", "uvicorn", "uvloop", "obstore")
 
 
-def summarize(values: Sequence[float]) -> dict[str, float]:
+def summarise_spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of repeated measurements."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 

@@ -1,10 +1,10 @@
 """The access log: time, model, size and outcome of every request, as CSV files that the load tester replays.
 
-A worker collects rows (`Arrivals`, on its step thread), because only the worker knows the size of a model and the cache
-result; the supervisor fetches the rows every second and writes them (`AccessLog`, on a thread of its own). A folder has
-parts of bounded size, `arrivals-00000001.csv`; the newest part is plain, older ones are gzipped, and the oldest are
-deleted when the parts exceed the budget. `server.contract` has the columns. The rows of one worker are in the order of
-its responses; each second's rows of one worker follow those of another.
+A worker collects rows (`ArrivalBuffer`, on its step thread), because only the worker knows the size of a model and the
+cache result; the supervisor fetches the rows every second and writes them (`AccessLog`, on a thread of its own). A
+folder has parts of bounded size, `arrivals-00000001.csv`; the newest part is plain, older ones are gzipped, and the
+oldest are deleted when the parts exceed the budget. `server.contract` has the columns. The rows of one worker are in
+the order of its responses; each second's rows of one worker follow those of another.
 
 INVARIANT: a full disk drops rows, which are counted; it never fails a request.
 """
@@ -37,7 +37,7 @@ class Row(NamedTuple):
     outcome: str
 
 
-class Arrivals:
+class ArrivalBuffer:
     """The rows of one worker that have not been taken yet. `wall` and `now` are its wall and monotonic clocks."""
 
     def __init__(self, wall: Callable[[], float] = time.time, now: Callable[[], float] = time.monotonic) -> None:
@@ -88,8 +88,8 @@ class AccessLog:
         for torn in folder.glob(ACCESS_LOG_FILES.replace(".csv", ".tmp")):
             torn.unlink()
         for left in folder.glob(ACCESS_LOG_FILES):
-            _mend(left)
-            _zip(left)
+            _cut_torn_row(left)
+            _gzip_part(left)
         self._open()
 
     def __repr__(self) -> str:
@@ -102,7 +102,7 @@ class AccessLog:
             self._open()
         assert self._part is not None, "it has just been opened"
         try:
-            self._size += _write(self._part, rows.encode())
+            self._size += _write_all(self._part, rows.encode())
         except OSError:
             self._part.truncate(self._size)
             self._part.seek(self._size)
@@ -112,7 +112,7 @@ class AccessLog:
 
     def used_bytes(self) -> int:
         """Bytes of all parts together."""
-        return sum(part.stat().st_size for part in parts(self._folder))
+        return sum(part.stat().st_size for part in list_log_parts(self._folder))
 
     def close(self) -> None:
         """Close the newest part, which is deleted if it has no rows, and release the folder."""
@@ -124,11 +124,11 @@ class AccessLog:
         self._lock.close()
 
     def _open(self) -> None:
-        newest = max((int(part.name.split("-")[1].split(".")[0]) for part in parts(self._folder)), default=0)
+        newest = max((int(part.name.split("-")[1].split(".")[0]) for part in list_log_parts(self._folder)), default=0)
         path = self._folder / ACCESS_LOG_FILE.format(newest + 1)
         part = path.open("xb", buffering=0)
         try:
-            self._size = _write(part, ACCESS_LOG_HEADER.encode())
+            self._size = _write_all(part, ACCESS_LOG_HEADER.encode())
         except OSError:
             part.close()
             path.unlink()
@@ -141,15 +141,15 @@ class AccessLog:
         part, self._part = self._part, None
         part.close()
         with contextlib.suppress(OSError):  # the part stays plain until the next start
-            _zip(Path(part.name))
-        found = parts(self._folder)
+            _gzip_part(Path(part.name))
+        found = list_log_parts(self._folder)
         used = [each.stat().st_size for each in found]
         while found and sum(used) > self._budget - self._budget // PARTS:
             found.pop(0).unlink()
             used.pop(0)
 
 
-def parts(path: Path) -> list[Path]:
+def list_log_parts(path: Path) -> list[Path]:
     """The parts of a log's folder, oldest first; of a single file the file itself."""
     if not path.is_dir():
         return [path]
@@ -162,18 +162,18 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises ValueError for a line that is not a row, OSError.
     """
     with contextlib.ExitStack() as stack:  # open all before reading the first: a server may gzip one meanwhile
-        files = [(part, stack.enter_context(_opened(part))) for part in parts(path)]
+        files = [(part, stack.enter_context(_open_part(part))) for part in list_log_parts(path)]
         for part, file in files:
-            yield from _rows(part, file)
+            yield from _read_rows(part, file)
 
 
-def _opened(part: Path) -> IO[str]:
+def _open_part(part: Path) -> IO[str]:
     if part.suffix == ".gz":
         return gzip.open(part, "rt", encoding="utf-8", newline="")
     return part.open(encoding="utf-8", newline="")
 
 
-def _rows(part: Path, file: IO[str]) -> Iterator[Row]:
+def _read_rows(part: Path, file: IO[str]) -> Iterator[Row]:
     whole = takewhile(lambda line: line.endswith("\n"), file)  # leaves out a row that is being written
     for number, line in enumerate(csv.reader(whole), 1):
         if number == 1:
@@ -188,7 +188,7 @@ def _rows(part: Path, file: IO[str]) -> Iterator[Row]:
         yield row
 
 
-def _write(part: IO[bytes], data: bytes) -> int:
+def _write_all(part: IO[bytes], data: bytes) -> int:
     """Write all of `data`, in as many calls as the system needs; its length. Raises OSError."""
     left = memoryview(data)
     while left:
@@ -196,7 +196,7 @@ def _write(part: IO[bytes], data: bytes) -> int:
     return len(data)
 
 
-def _mend(part: Path) -> None:
+def _cut_torn_row(part: Path) -> None:
     """Cut off the incomplete row that a crash left at the end."""
     with part.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
@@ -205,7 +205,7 @@ def _mend(part: Path) -> None:
         file.truncate(size - back + file.read().rfind(b"\n") + 1)
 
 
-def _zip(part: Path) -> None:
+def _gzip_part(part: Path) -> None:
     """Gzip a part and delete the plain file; a part without rows is only deleted."""
     if part.stat().st_size > len(ACCESS_LOG_HEADER):
         zipped = part.with_suffix(".csv.gz")

@@ -51,7 +51,7 @@ def read_host(root: Path = Path("/")) -> Host:
     folders = [*_cgroup_folders(root)]
     quotas = [quota for hierarchy, folder in folders if (quota := _cpu_quota(hierarchy, folder))]
     limits = [limit for hierarchy, folder in folders for limit in _memory_limits(hierarchy, folder)]
-    return Host(cores[: min(quotas, default=None)], min([_memory_total(root), *limits]), _gpus(root))
+    return Host(cores[: min(quotas, default=None)], min([_memory_total(root), *limits]), _list_gpus(root))
 
 
 def raise_open_files_limit() -> None:
@@ -97,7 +97,7 @@ def _path_below(top: str, path: str) -> PurePosixPath:
 
 def _own_cgroups(root: Path) -> Iterator[tuple[str, str]]:
     """Hierarchy and path of this process's cgroups: lines as `4:cpu,cpuacct:/a/b` (v1) and `0::/a/b` (v2)."""
-    for line in _lines(root / "proc/self/cgroup"):
+    for line in _read_lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         for name in controllers.split(","):
             yield name, path
@@ -105,7 +105,7 @@ def _own_cgroups(root: Path) -> Iterator[tuple[str, str]]:
 
 def _cgroup_mounts(root: Path) -> Iterator[_Mount]:
     """The mounted hierarchies that have limits of memory or CPU (proc_pid_mountinfo(5))."""
-    for line in _lines(root / "proc/self/mountinfo"):
+    for line in _read_lines(root / "proc/self/mountinfo"):
         fields, _, rest = line.partition(" - ")
         top, point = map(_unescape_octal, fields.split()[3:5])
         kind, _, options = rest.split(maxsplit=2)
@@ -131,13 +131,13 @@ def _memory_limits(hierarchy: str, folder: Path) -> Iterator[int]:
         names = ["memory.max", "memory.high"]
     elif hierarchy == "memory":
         names = ["memory.limit_in_bytes"]
-        for line in _lines(folder / "memory.stat"):
+        for line in _read_lines(folder / "memory.stat"):
             if line.startswith("hierarchical_memory_limit "):
                 yield int(line.split()[1])
     else:
         return
     for name in names:
-        if limit := _number(folder / name):
+        if limit := _read_number(folder / name):
             yield limit
 
 
@@ -162,7 +162,7 @@ def _memory_total(root: Path) -> int:
     return int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
 
 
-def _lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
     """A file's lines; none where it cannot be read."""
     try:
         return path.read_text(errors="surrogateescape").splitlines()
@@ -171,15 +171,15 @@ def _lines(path: Path) -> list[str]:
 
 
 def _first_line(path: Path) -> str:
-    return next(iter(_lines(path)), "")
+    return next(iter(_read_lines(path)), "")
 
 
-def _number(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     text = _first_line(path)
     return int(text) if text.isdecimal() else None  # else absent, or "max"
 
 
-def _gpus(root: Path) -> tuple[str, ...]:
+def _list_gpus(root: Path) -> tuple[str, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = (gpu.strip() for gpu in visible.split(","))

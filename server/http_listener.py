@@ -74,7 +74,7 @@ class OneWrite:
             self._transport.write(data)
 
 
-class Connection(HttpToolsProtocol):
+class ClientConnection(HttpToolsProtocol):
     """One client's connection, stricter and more bounded than uvicorn's.
 
     - A head has at most `MAX_HEAD` bytes, and so have a chunked body's trailers; uvicorn bounds neither.
@@ -257,7 +257,7 @@ class Listener(uvicorn.Server):
     def _cut_off(self, now: float) -> None:
         stands = {}
         for connection in list(self.server_state.connections):
-            wait = _turn(connection)
+            wait = _waits_for(connection)
             if wait is None:
                 continue
             before, since = self._stands.get(connection, (None, now))
@@ -270,7 +270,7 @@ class Listener(uvicorn.Server):
         self._stands = stands
 
 
-def _turn(connection: Any) -> Hashable:
+def _waits_for(connection: Any) -> Hashable:
     """What a connection (uvicorn's HttpToolsProtocol) waits for from its client; None when it is the server's turn.
 
     The value changes only when something is achieved. Bytes of a request achieve nothing until the request is whole.
@@ -278,7 +278,7 @@ def _turn(connection: Any) -> Hashable:
     unsent = connection.transport.get_write_buffer_size()
     cycle = connection.cycle
     if unsent:
-        return "taking", cycle, unsent, _unacknowledged(connection.transport)
+        return "taking", cycle, unsent, _count_unacknowledged(connection.transport)
     if connection.pipeline or connection.timeout_keep_alive_task is not None:
         return None  # an earlier request is being answered, or uvicorn times the idle connection
     if cycle is None or cycle.response_complete:
@@ -286,7 +286,7 @@ def _turn(connection: Any) -> Hashable:
     return ("sending", cycle) if cycle.more_body else None
 
 
-def _unacknowledged(transport: asyncio.Transport) -> bytes:
+def _count_unacknowledged(transport: asyncio.Transport) -> bytes:
     """The number of bytes that the kernel holds for the client, as the raw memory of an int.
 
     The kernel may hold megabytes and asks for more only when a third is gone, which a slow reader delays for long.
@@ -297,7 +297,7 @@ def _unacknowledged(transport: asyncio.Transport) -> bytes:
         return b""  # the platform has no such call
 
 
-def listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int, tls: Tls | None = None) -> Listener:
+def make_listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int, tls: Tls | None = None) -> Listener:
     """Uvicorn as every listener is run: httptools, no access log, no signal handlers.
 
     `grace_s`: seconds that running requests get once the server is told to stop. `patience_s`: seconds that a client
@@ -306,7 +306,7 @@ def listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int, tls
     config = uvicorn.Config(
         app,
         loop="none",
-        http=Connection,
+        http=ClientConnection,
         ws="none",
         lifespan="off",
         access_log=False,

@@ -32,15 +32,15 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _GAUGE = "gauge"  #: the type of the families that are dropped when their process ends
 
 
-def _counter(spec: MetricSpec, registry: CollectorRegistry, common: tuple[str, ...] = ()) -> Counter:
+def _make_counter(spec: MetricSpec, registry: CollectorRegistry, common: tuple[str, ...] = ()) -> Counter:
     return Counter(METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels), registry=registry)
 
 
-def _gauge(spec: MetricSpec, registry: CollectorRegistry, common: tuple[str, ...] = ()) -> Gauge:
+def _make_gauge(spec: MetricSpec, registry: CollectorRegistry, common: tuple[str, ...] = ()) -> Gauge:
     return Gauge(METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels), registry=registry)
 
 
-def _histogram(
+def _make_histogram(
     spec: MetricSpec, registry: CollectorRegistry, common: tuple[str, ...] = (), buckets: tuple[float, ...] = _FAST
 ) -> Histogram:
     return Histogram(METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels), registry=registry, buckets=buckets)
@@ -93,13 +93,13 @@ class WorkerMetrics:
         self._model_requests = self._counter(contract.MODEL_REQUESTS)
 
     def _counter(self, spec: MetricSpec) -> Counter:
-        return _counter(spec, self.registry, contract.WORKER_LABELS)
+        return _make_counter(spec, self.registry, contract.WORKER_LABELS)
 
     def _gauge(self, spec: MetricSpec) -> Gauge:
-        return _gauge(spec, self.registry, contract.WORKER_LABELS)
+        return _make_gauge(spec, self.registry, contract.WORKER_LABELS)
 
     def _histogram(self, spec: MetricSpec, buckets: tuple[float, ...] = _FAST) -> Histogram:
-        return _histogram(spec, self.registry, contract.WORKER_LABELS, buckets)
+        return _make_histogram(spec, self.registry, contract.WORKER_LABELS, buckets)
 
     def labelled(self, metric: Counter, **labels: str) -> Counter:
         """The series of a counter with these labels beside the worker's."""
@@ -135,11 +135,11 @@ class FrontMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = _counter(contract.INFERENCE_REQUESTS, self.registry)
-        self._seconds = _histogram(contract.INFERENCE_SECONDS, self.registry)
+        self._requests = _make_counter(contract.INFERENCE_REQUESTS, self.registry)
+        self._seconds = _make_histogram(contract.INFERENCE_SECONDS, self.registry)
         self._bound: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
-    def answered(self, protocol: str, code: int, seconds: float) -> None:
+    def count_answer(self, protocol: str, code: int, seconds: float) -> None:
         """Count a response."""
         bound = self._bound.get((protocol, code))
         if bound is None:
@@ -158,12 +158,12 @@ class HostMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.up = _gauge(contract.WORKER_UP, self.registry)
-        self.restarts = _counter(contract.WORKER_RESTARTS, self.registry)
-        self.disk_bytes = _gauge(contract.CACHE_BYTES, self.registry).labels("disk")
-        self.disk_capacity = _gauge(contract.CACHE_CAPACITY, self.registry).labels("disk")
-        self.disk_evictions = _counter(contract.EVICTIONS, self.registry).labels("disk", "budget")
-        rows = _counter(contract.ACCESS_LOG_ROWS, self.registry)
+        self.up = _make_gauge(contract.WORKER_UP, self.registry)
+        self.restarts = _make_counter(contract.WORKER_RESTARTS, self.registry)
+        self.disk_bytes = _make_gauge(contract.CACHE_BYTES, self.registry).labels("disk")
+        self.disk_capacity = _make_gauge(contract.CACHE_CAPACITY, self.registry).labels("disk")
+        self.disk_evictions = _make_counter(contract.EVICTIONS, self.registry).labels("disk", "budget")
+        rows = _make_counter(contract.ACCESS_LOG_ROWS, self.registry)
         self.logged, self.not_logged = rows.labels("written"), rows.labels("dropped")
 
     def text(self) -> str:
@@ -171,7 +171,7 @@ class HostMetrics:
         return generate_latest(self.registry).decode()
 
 
-class Merged:
+class MergedMetrics:
     """A collector over the latest exposition of every process, and over the counters of those that ended."""
 
     def __init__(self) -> None:
@@ -182,21 +182,21 @@ class Merged:
         """Take the latest exposition of a running process."""
         self._living[process] = text
 
-    def buried(self, process: str) -> None:
+    def retire(self, process: str) -> None:
         """Keep the dead process's counters; drop its gauges and per-model series."""
         families = text_string_to_metric_families(self._living.pop(process, ""))
         counted = [family for family in families if family.type != _GAUGE]
         for family in counted:
             family.samples = [sample for sample in family.samples if "model" not in sample.labels]
-        self._dead = merge([*self._dead, *counted])
+        self._dead = merge_families([*self._dead, *counted])
 
     def collect(self) -> Iterator[Metric]:
         """The families of all processes, equal series summed."""
         living = map(text_string_to_metric_families, self._living.values())
-        yield from merge(chain(self._dead, *living))
+        yield from merge_families(chain(self._dead, *living))
 
 
-def table() -> str:
+def render_metrics_table() -> str:
     """Every metric as a row of Markdown, for the README."""
     rows = ["| metric | what it is |", "|---|---|"]
     for spec in contract.METRICS:
@@ -205,7 +205,7 @@ def table() -> str:
     return "\n".join(rows)
 
 
-def merge(families: Iterable[Metric]) -> list[Metric]:
+def merge_families(families: Iterable[Metric]) -> list[Metric]:
     """Merge families of equal name into one; samples of equal name and labels are summed."""
     merged: dict[str, Metric] = {}
     sums: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], float]] = {}

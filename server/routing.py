@@ -22,7 +22,7 @@ WORKER_BYTES = 128  #: of one worker in an order or among replicas
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class WorkerLoad:
     """What this front knows of one worker: requests running there, its pace (s), the models seen to be there."""
 
     worker: int
@@ -41,7 +41,7 @@ class Router:
     """The lanes to the workers that are up, and the replicas this front has made."""
 
     def __init__(self) -> None:
-        self.lanes: dict[int, Lane] = {}
+        self.lanes: dict[int, WorkerLoad] = {}
         self._orders: NameTable[list[int]] = NameTable(MAX_ORDER_BYTES)
         #: model -> worker -> until when
         self._replicas: NameTable[dict[int, float]] = NameTable(MAX_REPLICA_BYTES, value_bytes=8 * WORKER_BYTES)
@@ -52,12 +52,12 @@ class Router:
         running = sum(lane.running for lane in self.lanes.values())
         return f"<Router {len(self.lanes)} workers, {running} running, {len(self._replicas)} replicated models>"
 
-    def up(self, worker: int) -> None:
+    def worker_up(self, worker: int) -> None:
         """The worker takes requests; it starts cold."""
-        self.lanes[worker] = Lane(worker)
+        self.lanes[worker] = WorkerLoad(worker)
         self._forget_orders()
 
-    def down(self, worker: int) -> None:
+    def worker_down(self, worker: int) -> None:
         """The worker takes no more requests."""
         self.lanes.pop(worker, None)
         self._forget_orders()
@@ -67,7 +67,7 @@ class Router:
     def _forget_orders(self) -> None:
         self._orders = NameTable(MAX_ORDER_BYTES, value_bytes=WORKER_BYTES * len(self.lanes))
 
-    def route(self, model: str, now: float, avoid: int | None = None) -> Lane | None:
+    def route(self, model: str, now: float, avoid: int | None = None) -> WorkerLoad | None:
         """The lane for a request, None when no worker is up. `avoid`: the worker that just died with this request."""
         if len(self.lanes) == 1 and avoid is None:
             return next(iter(self.lanes.values()))
@@ -88,14 +88,14 @@ class Router:
             self._orders.put(model, order)
         return order
 
-    def started(self, lane: Lane, model: str) -> bool:
-        """A request goes out. True when it counts as load, to be given back to `ended`."""
+    def count_start(self, lane: WorkerLoad, model: str) -> bool:
+        """A request goes out. True when it counts as load, to be given back to `count_end`."""
         counts = model in lane.warm
         lane.running += counts
         return counts
 
-    def ended(
-        self, lane: Lane, model: str, counted: bool, *, held: bool, wait_s: float = 0.0, load_s: float = 0.0
+    def count_end(
+        self, lane: WorkerLoad, model: str, counted: bool, *, held: bool, wait_s: float = 0.0, load_s: float = 0.0
     ) -> None:
         """Its answer is here. `held`: the worker has the model now. Times teach the pace."""
         lane.running -= counted
@@ -112,7 +112,7 @@ class Router:
         """The workers beside its home that this front sends the model's overflow to."""
         return list(self._replicas.get(model) or ())
 
-    def _spill(self, model: str, home: Lane, others: list[int], now: float) -> Lane | None:
+    def _spill(self, model: str, home: WorkerLoad, others: list[int], now: float) -> WorkerLoad | None:
         """A replica with less to do than the home; a new one where queueing costs more than loading.
 
         While a new replica loads, it stays the next in the model's order, and the same rule sends requests there.

@@ -20,7 +20,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-def _bytes(size: int) -> ByteSize:
+def _to_byte_size(size: int) -> ByteSize:
     return ByteSize(size)
 
 
@@ -63,12 +63,12 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, le=256, description="compute threads per worker; 0: the worker's share of the cores")
 
     model_cache_bytes: ByteSize = Field(
-        _bytes(0),
+        _to_byte_size(0),
         description="memory for resident models on this host, all workers together; 0: 40 % of the host's memory, or "
         "on GPUs the free memory less `gpu_reserve_bytes`",
     )
     gpu_reserve_bytes: ByteSize = Field(
-        _bytes(contract.GPU_RESERVE_BYTES),
+        _to_byte_size(contract.GPU_RESERVE_BYTES),
         description="memory of each GPU kept free for forward passes, CUDA and other programs",
     )
     host_cache_bytes: ByteSize | None = Field(
@@ -81,7 +81,7 @@ class Settings(BaseSettings):
         description="precision of forward passes on GPUs; float32 is exact; golden samples must pass at this precision",
     )
     slab_bytes: ByteSize = Field(
-        _bytes(contract.SLAB_BYTES),
+        _to_byte_size(contract.SLAB_BYTES),
         ge=65536,
         description="allocation unit of the model cache; one model's row must fit in a slab",
     )
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         description="folder for verified archives, shared by the workers of a host",
     )
     disk_cache_bytes: ByteSize = Field(
-        _bytes(10 * 1024 * MIB), description="maximum size of the disk cache; 0 disables it"
+        _to_byte_size(10 * 1024 * MIB), description="maximum size of the disk cache; 0 disables it"
     )
     revalidate_s: Seconds = Field(
         contract.REVALIDATE_S, description="how long a cached archive is used before the store is asked for changes"
@@ -123,22 +123,22 @@ class Settings(BaseSettings):
     store_timeout_s: Seconds = Field(10.0, description="time-out of one store request")
     store_retries: int = Field(3, ge=0, le=20, description="retries of a failed store request, with jittered back-off")
     max_archive_bytes: ByteSize = Field(
-        _bytes(2048 * MIB), description="maximum size of an archive; larger archives are refused"
+        _to_byte_size(2048 * MIB), description="maximum size of an archive; larger archives are refused"
     )
     max_unpacked_bytes: ByteSize = Field(
-        _bytes(4096 * MIB), description="maximum unpacked size of an archive; larger archives are refused"
+        _to_byte_size(4096 * MIB), description="maximum unpacked size of an archive; larger archives are refused"
     )
 
     max_body_bytes: ByteSize = Field(
-        _bytes(contract.MAX_BODY_BYTES),
+        _to_byte_size(contract.MAX_BODY_BYTES),
         description="maximum size of a request body; larger bodies are answered with 413",
     )
     max_forecasts_bytes: ByteSize = Field(
-        _bytes(contract.MAX_FORECASTS_BYTES),
+        _to_byte_size(contract.MAX_FORECASTS_BYTES),
         description="maximum size of the body of a request for many models, and of the response to it",
     )
     max_inflight_bytes: ByteSize = Field(
-        _bytes(256 * MIB),
+        _to_byte_size(256 * MIB),
         description="maximum bytes of request bodies and answers held by one front; above it: `overload_status`",
     )
     max_request_gflop: float = Field(
@@ -154,7 +154,7 @@ class Settings(BaseSettings):
         "bytes each; larger requests are answered with 400",
     )
     max_session_bytes: ByteSize = Field(
-        _bytes(contract.MAX_SESSION_BYTES),
+        _to_byte_size(contract.MAX_SESSION_BYTES),
         ge=MIB,
         description="memory for the intermediate results of all ONNX models of one worker; a run that needs more fails",
     )
@@ -223,7 +223,7 @@ class Settings(BaseSettings):
         "replay; none: no log",
     )
     access_log_bytes: ByteSize = Field(
-        _bytes(256 * MIB),
+        _to_byte_size(256 * MIB),
         ge=MIB,
         description="maximum size of the access log; older parts are compressed, the oldest are deleted",
     )

@@ -9,16 +9,16 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster, pack_graph
 
 CONFIG: dict[str, int | float | str | bool | list[int]] = {"channels": 4, "dilations": [1, 2]}
-FORECAST = Forecast(
+FORECAST = ForecastSpec(
     frequency="1h",
     context_length=24,
     prediction_length=6,
     quantile_levels=(0.1, 0.5, 0.9),
-    inputs=(Channel(source="target"), Channel(source="calendar", feature="hour_sin", shift=6)),
+    inputs=(InputChannel(source="target"), InputChannel(source="calendar", feature="hour_sin", shift=6)),
     unit="AUD/MWh",
     scaler=Scaler(kind="asinh", center=50.0, scale=20.0),
 )

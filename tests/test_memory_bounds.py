@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from handlers import forecasters
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.kinds.graph import family as graph_families
 from model_store.cache.eviction import due, s3fifo
 from model_store.cache.eviction.due import Due
@@ -26,7 +26,7 @@ from server.front.app import PIECE_BYTES, App
 from server.front.dataplane import DataPlane
 from server.front.dialects import sagemaker
 from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, MAX_ITEMS, Forecasts, parse_call
-from server.front.exchange import Limit, Reply
+from server.front.exchange import HttpReply, Limit
 from server.front.fan_out import FanOut
 from server.ipc.bodies import Outbox
 from server.ipc.control import ControlError
@@ -114,11 +114,11 @@ def test_a_router_remembers_models_in_bounded_bytes() -> None:
     """Orders and warm models of a lane end at their bounds, and routing goes on."""
     router = Router()
     for worker in range(3):
-        router.up(worker)
+        router.worker_up(worker)
     for i in range(4000):
         lane = router.route(long_name(i), 0.0)
         assert lane is not None
-        router.ended(lane, long_name(i), router.started(lane, long_name(i)), held=True)
+        router.count_end(lane, long_name(i), router.count_start(lane, long_name(i)), held=True)
     assert 0 < router._orders.used_bytes <= 16 * MIB
     assert all(0 < lane.warm.used_bytes <= MAX_WARM_BYTES for lane in router.lanes.values())
 
@@ -172,7 +172,7 @@ def test_answers_count_as_held_until_they_are_sent() -> None:
         sent.clear()
         body = np.random.default_rng(1).bytes(size)
         request: Any = type("", (), {"headers": {}})()
-        await app._send(Reply(200, "a/b", body), request, send)
+        await app._send(HttpReply(200, "a/b", body), request, send)
         assert b"".join(sent) == body
         return body
 
@@ -236,12 +236,12 @@ def test_large_answers_that_no_client_takes_are_bounded() -> None:
 def test_families_that_no_model_has_are_forgotten() -> None:
     """The same object while it is used, and none when it is not: an author can make up any number of them."""
     config = {"features": 1, "context_length": 3, "prediction_length": 1, "quantiles": 1}
-    kept = build("mlp", {**config, "context_length": 4})
-    assert build("mlp", {**config, "context_length": 4}) is kept
+    kept = build_family("mlp", {**config, "context_length": 4})
+    assert build_family("mlp", {**config, "context_length": 4}) is kept
     gc.collect()
     before = len(forecasters._families)
     for length in range(100, 150):
-        build("mlp", {**config, "context_length": length})
+        build_family("mlp", {**config, "context_length": length})
     gc.collect()
     assert len(forecasters._families) == before
     assert len(graph_families._families) < 256
@@ -252,7 +252,7 @@ def test_staging_of_families_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cpu, "MAX_STAGING_BYTES", 16 * MIB)
     monkeypatch.setattr(cpu, "MAX_LEARNING", 20)
     config = {"features": 1, "context_length": 3, "prediction_length": 1, "quantiles": 1}
-    families = [build("mlp", {**config, "context_length": 3 + i}) for i in range(40)]
+    families = [build_family("mlp", {**config, "context_length": 3 + i}) for i in range(40)]
     size = max(family.row_floats for family in families) * 4
     pool = Pool(size, torch.device("cpu"))
     engine = cpu.Engine(pool, 512)

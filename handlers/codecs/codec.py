@@ -16,7 +16,7 @@ from handlers.codecs import tensors
 from handlers.codecs.deepar import DeepAr
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 
 JSON = "application/json"
 NPY = "application/x-npy"
@@ -43,7 +43,7 @@ class Tensor(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class DecodedCall:
     """A decoded request for a family: rows [n, *input_shape], and what makes the answer of outputs [n, *output_shape].
 
     `encode` raises RunFailed when the outputs are not finite. `numbers`: about how many the answer has.
@@ -74,7 +74,7 @@ class SingleCall:
 
 
 @lru_cache(maxsize=256)
-def negotiate(content_type: str, accept: str) -> tuple[str, str]:
+def negotiate_media(content_type: str, accept: str) -> tuple[str, str]:
     """(Content-Type, Accept) -> (what the body is, what the answer will be), each JSON, NPY or LINES.
 
     No content type counts as JSON; no Accept, or one that takes anything, gives the body's own type. Raises
@@ -84,7 +84,7 @@ def negotiate(content_type: str, accept: str) -> tuple[str, str]:
     if sent not in MEDIA:
         served = ", ".join(MEDIA)
         raise UnsupportedMedia(f"content type {sent[:80]!r} is not served; send one of {served}", field="content-type")
-    ranked = sorted((_range(each) for each in accept.split(",") if each.strip()), key=lambda pair: -pair[1])
+    ranked = sorted((_parse_media_range(each) for each in accept.split(",") if each.strip()), key=lambda pair: -pair[1])
     for media, quality in ranked:
         if quality > 0:
             if media in ("*/*", "application/*"):
@@ -99,7 +99,9 @@ def negotiate(content_type: str, accept: str) -> tuple[str, str]:
 class FamilyCodec:
     """Tensor JSON, npy and, where the archive carries a forecast, DeepAR JSON for one forecaster archive."""
 
-    def __init__(self, tensor: Tensor, forecast: Forecast | None = None, budget: RequestBudget | None = None) -> None:
+    def __init__(
+        self, tensor: Tensor, forecast: ForecastSpec | None = None, budget: RequestBudget | None = None
+    ) -> None:
         """`budget` refuses forecasts of too many rows; None lets all through.
 
         Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run.
@@ -112,9 +114,9 @@ class FamilyCodec:
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
 
-    def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> Call:
+    def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> DecodedCall:
         """A request's body and headers (empty where not sent) -> its rows. Raises RequestError."""
-        sent, wanted = negotiate(content_type, accept)
+        sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             return self._lines(bytes(body), sent, wanted)
         if sent == NPY:
@@ -125,20 +127,20 @@ class FamilyCodec:
             if found is None:
                 return self._forecast(body, wanted)
             row = found[self._name]
-        return Call(row[None], self._encode_npy if wanted == NPY else self._encode_json)
+        return DecodedCall(row[None], self._encode_npy if wanted == NPY else self._encode_json)
 
-    def _forecast(self, body: bytes, wanted: str) -> Call:
+    def _forecast(self, body: bytes, wanted: str) -> DecodedCall:
         if wanted != JSON:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
-        return Call(rows, lambda outputs: (encode(_sound("predictions", outputs)), JSON), encode.numbers)
+        return DecodedCall(rows, lambda outputs: (encode(_check_finite("predictions", outputs)), JSON), encode.numbers)
 
-    def _lines(self, body: bytes, sent: str, wanted: str) -> Call:
+    def _lines(self, body: bytes, sent: str, wanted: str) -> DecodedCall:
         """JSON Lines in and out. A line whose outputs are not finite is an error by itself."""
         if sent != wanted:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
-        return Call(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
+        return DecodedCall(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
 
     def _forecaster(self, field: str | None) -> DeepAr:
         if self._deepar is None:
@@ -148,10 +150,10 @@ class FamilyCodec:
         return self._deepar
 
     def _encode_json(self, outputs: Float32) -> Encoded:
-        return tensors.write_json({"predictions": _sound("predictions", outputs)[0]}), JSON
+        return tensors.write_json({"predictions": _check_finite("predictions", outputs)[0]}), JSON
 
     def _encode_npy(self, outputs: Float32) -> Encoded:
-        return tensors.write_npy(_sound("predictions", outputs)[0]), NPY
+        return tensors.write_npy(_check_finite("predictions", outputs)[0]), NPY
 
 
 class SingleCodec:
@@ -166,7 +168,7 @@ class SingleCodec:
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> SingleCall:
         """A request's body and headers (empty where not sent) -> its feeds, n = 1. Raises RequestError."""
-        sent, wanted = negotiate(content_type, accept)
+        sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             raise UnsupportedMedia(f"{LINES} is for forecasts; the model answers tensors only: send {JSON}")
         if sent == NPY and len(self._inputs) != 1:
@@ -184,15 +186,15 @@ class SingleCodec:
         return SingleCall(feeds, 1, self._encode_npy if wanted == NPY else self._encode_json)
 
     def _encode_json(self, outputs: Mapping[str, Float32]) -> Encoded:
-        rows = {name: _sound(name, outputs[name])[0] for name in self._outputs}
+        rows = {name: _check_finite(name, outputs[name])[0] for name in self._outputs}
         return tensors.write_json({"predictions": rows if len(rows) > 1 else rows[self._outputs[0]]}), JSON
 
     def _encode_npy(self, outputs: Mapping[str, Float32]) -> Encoded:
         (name,) = self._outputs
-        return tensors.write_npy(_sound(name, outputs[name])[0]), NPY
+        return tensors.write_npy(_check_finite(name, outputs[name])[0]), NPY
 
 
-def _sound(name: str, outputs: Float32) -> Float32:
+def _check_finite(name: str, outputs: Float32) -> Float32:
     """The outputs, C-contiguous. Raises RunFailed that names the first number that is not finite."""
     if not np.isfinite(outputs).all():
         at = np.argwhere(~np.isfinite(outputs))[0]
@@ -201,7 +203,7 @@ def _sound(name: str, outputs: Float32) -> Float32:
     return np.ascontiguousarray(outputs)
 
 
-def _range(text: str) -> tuple[str, float]:
+def _parse_media_range(text: str) -> tuple[str, float]:
     """One media range of an Accept header -> (type in lower case, its q)."""
     media, *parameters = (part.strip().lower() for part in text.split(";"))
     quality = 1.0

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
-from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, Reader
+from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import Float64, Inputs, from_network
 from handlers.codecs.tensors import in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
 from handlers.work import RequestBudget
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 
 MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
@@ -42,7 +42,7 @@ class Levels(NamedTuple):
         return np.minimum(low + self.weight * (high - low), high)
 
 
-class Asked(NamedTuple):
+class InstanceRequest(NamedTuple):
     """What one instance wants to know, checked."""
 
     configuration: Configuration
@@ -66,14 +66,14 @@ class Encode:
 class DeepAr:
     """One archive's forecast contract, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: Forecast, budget: RequestBudget | None = None) -> None:
+    def __init__(self, forecast: ForecastSpec, budget: RequestBudget | None = None) -> None:
         """`budget` refuses requests of too many rows. Raises ArchiveInvalid where the inputs' recipe cannot be run."""
         self._forecast, self._budget = forecast, budget
-        self._reader = Reader(forecast.products)
+        self._reader = RequestReader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
         default = forecast.quantile_levels
-        self._default = _between([str(level) for level in default], np.array(default), self._trained)
+        self._default = _interpolate_levels([str(level) for level in default], np.array(default), self._trained)
         self._mean = mean_weights(self._trained)
         products = len(forecast.products)
         self._several = products > 1
@@ -89,8 +89,8 @@ class DeepAr:
     def decode(self, body: bytes) -> tuple[Float32, Encode]:
         """The body -> (rows [n, channels, context], finite outputs [n, *network's] -> the answer's body).
 
-        Outputs are [n, prediction, levels], or of several products as `Forecast` says. Raises RequestError that names
-        instance and field. The second function raises RunFailed where the prices of an output overflow.
+        Outputs are [n, prediction, levels], or of several products as `ForecastSpec` says. Raises RequestError that
+        names instance and field. The second function raises RunFailed where the prices of an output overflow.
         """
         request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
@@ -101,7 +101,7 @@ class DeepAr:
                 start = self._inputs.fill(rows[i], instance, request.configuration.seed)
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
-            asked.append(Asked(request.configuration, levels, start, instance.item_id))
+            asked.append(InstanceRequest(request.configuration, levels, start, instance.item_id))
         write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})  # noqa: E731
         return rows, Encode(write, self._numbers(asked))
 
@@ -113,7 +113,7 @@ class DeepAr:
         lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
-        rows, asked, errors = self._allocate(len(lines)), list[Asked](), dict[int, RequestError]()
+        rows, asked, errors = self._allocate(len(lines)), list[InstanceRequest](), dict[int, RequestError]()
         for i, text in enumerate(lines):
             try:
                 line = self._reader.line(text)
@@ -122,11 +122,11 @@ class DeepAr:
             except RequestError as error:
                 errors[i] = error
             else:
-                asked.append(Asked(line.configuration, levels, start, line.item_id))
+                asked.append(InstanceRequest(line.configuration, levels, start, line.item_id))
 
         def encode(outputs: Float32) -> bytes:
             answers = iter(self._each(asked, outputs))
-            found = [_error(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
+            found = [_make_error_prediction(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
             return b"".join(write_json(each) + b"\n" for each in found)
 
         return rows[: len(asked)], Encode(encode, self._numbers(asked))
@@ -137,12 +137,12 @@ class DeepAr:
             self._budget(count)
         return self._inputs.rows(count)
 
-    def _numbers(self, asked: Sequence[Asked]) -> int:
+    def _numbers(self, asked: Sequence[InstanceRequest]) -> int:
         """About how many numbers these answers have."""
         series = self._forecast.prediction_length * len(self._forecast.products)
         return series * sum(_numbers_a_step(one) for one in asked)
 
-    def _each(self, asked: Sequence[Asked], outputs: Float32) -> Iterator[Prediction]:
+    def _each(self, asked: Sequence[InstanceRequest], outputs: Float32) -> Iterator[Prediction]:
         """Predictions of instances with configurations of their own; one that fails is an error by itself."""
         for i, one in enumerate(asked):
             try:
@@ -171,10 +171,10 @@ class DeepAr:
             raise RequestError(NO_TAIL, field="configuration.output_types")
         if configuration.quantiles is None:
             return self._default
-        asked = [_level(text, self._trained) for text in configuration.quantiles]
-        return _between(configuration.quantiles, np.array(asked), self._trained)
+        asked = [_parse_level(text, self._trained) for text in configuration.quantiles]
+        return _interpolate_levels(configuration.quantiles, np.array(asked), self._trained)
 
-    def _predictions(self, asked: Sequence[Asked], outputs: Float32) -> list[Prediction]:
+    def _predictions(self, asked: Sequence[InstanceRequest], outputs: Float32) -> list[Prediction]:
         """Finite outputs [n, *network's] in network numbers, all asked alike -> what is known of each."""
         drawn = self._prices(outputs)
         prices = np.sort(drawn, axis=-1)
@@ -258,18 +258,18 @@ def mean_weights(levels: Float64) -> Float64:
     return weights
 
 
-def _numbers_a_step(asked: Asked) -> int:
+def _numbers_a_step(asked: InstanceRequest) -> int:
     samples = asked.configuration.num_samples if "samples" in asked.configuration.output_types else 0
     return samples + len(asked.levels.names)
 
 
-def _error(error: RequestError) -> Prediction:
+def _make_error_prediction(error: RequestError) -> Prediction:
     """A bad line's answer."""
     place = {} if error.field is None else {"field": error.field}
     return {"error": {"code": "bad_request", "message": error.message, **place}}
 
 
-def _level(text: str, trained: Float64) -> float:
+def _parse_level(text: str, trained: Float64) -> float:
     try:
         level = float(text)
     except ValueError:
@@ -280,7 +280,7 @@ def _level(text: str, trained: Float64) -> float:
     return level
 
 
-def _between(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:
+def _interpolate_levels(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:
     """Where the asked levels, within the trained range, lie among the trained ones."""
     below = np.searchsorted(trained, asked, side="right") - 1
     above = np.minimum(below + 1, len(trained) - 1)

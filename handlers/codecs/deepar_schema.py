@@ -52,24 +52,24 @@ class Configuration(Struct, forbid_unknown_fields=True):
     correlation: str | None = None
 
 
-class Body(Struct, Generic[Target]):
+class DeepArRequest(Struct, Generic[Target]):
     """The request."""
 
     instances: Annotated[list[Instance[Target]], Meta(min_length=1, max_length=MAX_ROWS)]
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
-class Line(Instance[Target], Generic[Target]):
+class JsonLine(Instance[Target], Generic[Target]):
     """One line of JSON Lines: an instance, and what the answer shall hold where that is not the default."""
 
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
-_ONE = msgspec.json.Decoder[Any](Body[Numbers]), msgspec.json.Decoder[Any](Line[Numbers])
-_SEVERAL = msgspec.json.Decoder[Any](Body[list[Numbers]]), msgspec.json.Decoder[Any](Line[list[Numbers]])
+_ONE = msgspec.json.Decoder[Any](DeepArRequest[Numbers]), msgspec.json.Decoder[Any](JsonLine[Numbers])
+_SEVERAL = msgspec.json.Decoder[Any](DeepArRequest[list[Numbers]]), msgspec.json.Decoder[Any](JsonLine[list[Numbers]])
 
 
-class Reader:
+class RequestReader:
     """Reads the requests for an archive: `target` is [T] where it has one product, [D][T] where several."""
 
     def __init__(self, products: Sequence[str]) -> None:
@@ -77,16 +77,16 @@ class Reader:
         self._body, self._line = _SEVERAL if self._several else _ONE
         self._depth = "[D][T] belongs to archives of several products; this one has one: send [T]"
         if self._several:
-            self._depth = f"the model has {len(products)} products{named(products)}: send [D][T], a row for each"
+            self._depth = f"the model has {len(products)} products{quote_names(products)}: send [D][T], a row for each"
 
-    def body(self, raw: bytes) -> Body[Any]:
+    def body(self, raw: bytes) -> DeepArRequest[Any]:
         """Raises RequestError that names instance and field."""
-        found: Body[Any] = self._read(self._body, raw)
+        found: DeepArRequest[Any] = self._read(self._body, raw)
         return found
 
-    def line(self, raw: bytes) -> Line[Any]:
+    def line(self, raw: bytes) -> JsonLine[Any]:
         """Raises RequestError that names the field."""
-        found: Line[Any] = self._read(self._line, raw)
+        found: JsonLine[Any] = self._read(self._line, raw)
         return found
 
     def _read(self, decoder: "msgspec.json.Decoder[T]", raw: bytes) -> T:
@@ -108,7 +108,7 @@ class Reader:
         return RequestError(message, instance=None if instance is None else int(instance), field=field or None)
 
 
-def started(text: str) -> datetime:
+def parse_start(text: str) -> datetime:
     """An instance's `start`. Raises RequestError."""
     try:
         if START.fullmatch(text):
@@ -118,7 +118,7 @@ def started(text: str) -> datetime:
     raise RequestError(f"expected YYYY-MM-DD HH:MM:SS without zone, not {text[:40]!r}", field="start")
 
 
-def named(names: Sequence[str]) -> str:
+def quote_names(names: Sequence[str]) -> str:
     """The first names in brackets, for messages; nothing where there are none."""
     more = ", ..." if len(names) > SHOWN_NAMES else ""
     return f" ({', '.join(names[:SHOWN_NAMES])}{more})" if names else ""

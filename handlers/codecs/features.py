@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
-from handlers.codecs.deepar_schema import Instance, Numbers, named, started
+from handlers.codecs.deepar_schema import Instance, Numbers, parse_start, quote_names
 from handlers.errors import RequestError
-from model_store.archives.manifest import FLEETCAST_JSON, Channel, Forecast, Scaler
+from model_store.archives.manifest import FLEETCAST_JSON, ForecastSpec, InputChannel, Scaler
 from model_store.errors import ArchiveInvalid
 
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
@@ -29,7 +29,7 @@ Float64 = npt.NDArray[np.float64]
 class Inputs:
     """One archive's recipe, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: Forecast) -> None:
+    def __init__(self, forecast: ForecastSpec) -> None:
         """Raises ArchiveInvalid for an unknown frequency, or a channel scaler where a product's own applies."""
         self._forecast = forecast
         self._step_s = step_seconds(forecast.frequency)
@@ -52,7 +52,7 @@ class Inputs:
         Raises RequestError that names the field.
         """
         forecast = self._forecast
-        start, series = started(instance.start), self._series(instance)
+        start, series = parse_start(instance.start), self._series(instance)
         steps = len(series[0])
         short = self._short(steps)
         first = _first_forecast(start, steps * self._step_s)
@@ -62,7 +62,7 @@ class Inputs:
         covariates = self._covariates(instance, steps)
         cat = self._cat(instance)
         targets = [
-            to_network(_filled(numbers, short, scaler.center), scaler)
+            to_network(_fill_missing(numbers, short, scaler.center), scaler)
             for numbers, scaler in zip(series, self._scalers, strict=True)
         ]
         begin = short + steps - forecast.context_length  # of the context, in series that are padded by `short`
@@ -101,7 +101,7 @@ class Inputs:
             return (instance.target,)
         names, series = self._forecast.products, instance.target
         if len(series) != len(names):
-            message = f"the model has {len(names)} products{named(names)}: send a row for each, not {len(series)}"
+            message = f"the model has {len(names)} products{quote_names(names)}: send a row for each, not {len(series)}"
             raise RequestError(message, field="target")
         for i, numbers in enumerate(series):
             if len(numbers) != len(series[0]):
@@ -112,7 +112,7 @@ class Inputs:
     def _covariates(self, instance: Instance[Any], steps: int) -> list[Float64]:
         names, sent = self._forecast.dynamic_feat, instance.dynamic_feat or []
         if len(sent) != len(names):
-            message = f"the model needs {len(names)} rows{named(names)}, not {len(sent)}"
+            message = f"the model needs {len(names)} rows{quote_names(names)}, not {len(sent)}"
             raise RequestError(message, field="dynamic_feat")
         needed = steps + self._forecast.prediction_length
         for i, values in enumerate(sent):
@@ -124,14 +124,16 @@ class Inputs:
     def _cat(self, instance: Instance[Any]) -> list[int]:
         names, sent = self._forecast.cat, instance.cat or []
         if len(sent) != len(names):
-            raise RequestError(f"the model needs {len(names)} numbers{named(names)}, not {len(sent)}", field="cat")
+            raise RequestError(
+                f"the model needs {len(names)} numbers{quote_names(names)}, not {len(sent)}", field="cat"
+            )
         return sent
 
-    def _calendar(self, start: datetime, step: int, channel: Channel) -> Float64:
+    def _calendar(self, start: datetime, step: int, channel: InputChannel) -> Float64:
         """The feature at context_length steps, the first `step` steps after (or before) start."""
         origin = np.datetime64(start, "s").astype(np.int64)
         seconds = origin + (step + np.arange(self._forecast.context_length)) * self._step_s
-        return calendar(seconds, channel.feature)
+        return compute_calendar_feature(seconds, channel.feature)
 
 
 def step_seconds(frequency: str) -> int:
@@ -143,7 +145,7 @@ def step_seconds(frequency: str) -> int:
     return int(match[1] or 1) * SECONDS[match[2]]
 
 
-def calendar(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
+def compute_calendar_feature(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
     """Stamps in seconds since 1970-01-01 -> the feature of each.
 
     `hour_*`: the time of day, seconds included, as a turn of 24 h; `weekday_*`: the whole day of the week, Monday 0, as
@@ -198,7 +200,7 @@ def _first_forecast(start: datetime, seconds: int) -> str:
         raise RequestError("the forecast would lie beyond the year 9999", field="start") from None
 
 
-def _filled(target: Numbers, short: int, center: float) -> Float64:
+def _fill_missing(target: Numbers, short: int, center: float) -> Float64:
     """The target with `short` steps before it; missing steps take the last known value, before any the center."""
     values = np.full(short + len(target), np.nan)
     values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN

@@ -15,9 +15,16 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from handlers.base import Float32
-from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate
+from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate_media
 from handlers.codecs.deepar_schema import NumSamples, Seed
-from handlers.codecs.scenarios import Correlation, Marginal, joint, joint_each, refuse_repeated, require
+from handlers.codecs.scenarios import (
+    CorrelationModel,
+    Marginal,
+    draw_scenarios,
+    joint_each,
+    match_marginals,
+    refuse_repeated,
+)
 from handlers.codecs.tensors import in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 
@@ -33,23 +40,23 @@ class Margins(Struct, forbid_unknown_fields=True):
     products: list[str] = []
 
 
-class Forecast(Struct, forbid_unknown_fields=True):
+class MarginalForecast(Struct, forbid_unknown_fields=True):
     """One model's forecast: `name` as the correlation knows it, `name#product` where it has several."""
 
     name: str
     marginal: Margins
 
 
-class Body(Struct, forbid_unknown_fields=True):
+class JointBody(Struct, forbid_unknown_fields=True):
     """The request."""
 
-    forecasts: Annotated[list[Forecast], Meta(min_length=1, max_length=MAX_FORECASTS)]
+    forecasts: Annotated[list[MarginalForecast], Meta(min_length=1, max_length=MAX_FORECASTS)]
     num_samples: NumSamples = 100
     seed: Seed | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class JointRequest:
     """A request that can be answered: the marginals of all products in order, and how the answer is put."""
 
     marginals: Sequence[Marginal]
@@ -63,7 +70,7 @@ class Asked:
 class JointCall:
     """A decoded request. `n` is one, as of every request for a single."""
 
-    feeds: Asked
+    feeds: JointRequest
     n: int = 1
     flops: int = 0  #: about, of its scores
 
@@ -82,39 +89,39 @@ class JointCall:
 class JointModel:
     """A correlation as a single: its requests have nothing in common that could be done for several at once."""
 
-    def __init__(self, correlation: Correlation) -> None:
+    def __init__(self, correlation: CorrelationModel) -> None:
         self.correlation = correlation
         self.charge_bytes = correlation.charge_bytes
 
     def __repr__(self) -> str:
         return f"<JointModel {self.correlation!r}>"
 
-    def run_all(self, requests: Sequence[Asked]) -> list[Encoded]:
+    def run_all(self, requests: Sequence[JointRequest]) -> list[Encoded]:
         """The answers."""
         return [self.run(asked) for asked in requests]
 
-    def run(self, asked: Asked) -> Encoded:
+    def run(self, asked: JointRequest) -> Encoded:
         """The answer to one request."""
         if asked.media == NPY:
-            return write_npy(joint(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
+            return write_npy(draw_scenarios(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
         found = iter(joint_each(asked.marginals, self.correlation, asked.samples, asked.seed))
-        samples = [in_blocks(_several(found, width) if width else next(found)) for width in asked.widths]
+        samples = [in_blocks(_split_products(found, width) if width else next(found)) for width in asked.widths]
         return write_json({"samples": samples}), JSON
 
 
 class JointCodec:
     """Reads requests for one correlation archive."""
 
-    def __init__(self, correlation: Correlation) -> None:
+    def __init__(self, correlation: CorrelationModel) -> None:
         self._correlation = correlation
-        self._decoder = msgspec.json.Decoder(Body)
+        self._decoder = msgspec.json.Decoder(JointBody)
 
     def __repr__(self) -> str:
         return f"<JointCodec {self._correlation!r}>"
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> JointCall:
         """A request's body and headers (empty where not sent). Raises RequestError that names instance and field."""
-        sent, wanted = negotiate(content_type, accept)
+        sent, wanted = negotiate_media(content_type, accept)
         if sent != JSON or wanted == LINES:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
         try:
@@ -124,27 +131,27 @@ class JointCodec:
         refuse_repeated(_names(request))  # before anything is made of ten thousand
         marginals, owners = list[Marginal](), list[int]()
         for i, forecast in enumerate(request.forecasts):
-            marginals += _marginals(i, forecast)
+            marginals += _parse_marginals(i, forecast)
             owners += [i] * (len(marginals) - len(owners))
         try:
-            places = require(marginals, self._correlation, request.num_samples, equal_steps=wanted == NPY)
+            places = match_marginals(marginals, self._correlation, request.num_samples, equal_steps=wanted == NPY)
         except RequestError as bad:
             owner = None if bad.instance is None else owners[bad.instance]
             raise RequestError(bad.message, instance=owner, field=bad.field) from None
         widths = [len(forecast.marginal.products) for forecast in request.forecasts]
         seed = secrets.randbits(53) if request.seed is None else request.seed
-        asked = Asked(marginals, widths, request.num_samples, seed, wanted)
+        asked = JointRequest(marginals, widths, request.num_samples, seed, wanted)
         return JointCall(asked, flops=self._correlation.flops(places, request.num_samples))
 
 
-def _names(request: Body) -> Iterator[tuple[int, str]]:
+def _names(request: JointBody) -> Iterator[tuple[int, str]]:
     """Each product's name, with its forecast's place."""
     for i, forecast in enumerate(request.forecasts):
         for product in forecast.marginal.products or [""]:
             yield i, f"{forecast.name}#{product}" if forecast.marginal.products else forecast.name
 
 
-def _marginals(i: int, forecast: Forecast) -> Iterator[Marginal]:
+def _parse_marginals(i: int, forecast: MarginalForecast) -> Iterator[Marginal]:
     """A forecast's products. Raises RequestError for numbers that are no quantiles."""
     found = forecast.marginal
     names = [f"{forecast.name}#{product}" for product in found.products] or [forecast.name]
@@ -164,6 +171,6 @@ def _marginals(i: int, forecast: Forecast) -> Iterator[Marginal]:
         yield Marginal(name, levels, values)
 
 
-def _several(found: Iterator[Float32], width: int) -> Float32:
+def _split_products(found: Iterator[Float32], width: int) -> Float32:
     """[S, T] of so many products -> [S, D, T]."""
     return np.stack([next(found) for _ in range(width)], axis=1)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from handlers.base import Float32
 from handlers.codecs.deepar import MAX_SAMPLES
-from handlers.codecs.deepar_schema import named
+from handlers.codecs.deepar_schema import quote_names
 from handlers.codecs.features import Float64
 from handlers.errors import RequestError
 from model_store.archives import manifest
@@ -79,7 +79,7 @@ class Gaussian:
         longest = max(steps for _, steps in wanted)
         scratch = np.empty((longest, samples))
         for source in range(1 + max(product for product, _ in wanted)):
-            noise = stream(seed, names[source]).standard_normal((longest, samples))
+            noise = make_random_stream(seed, names[source]).standard_normal((longest, samples))
             for total, (product, steps) in zip(mixed, wanted, strict=True):
                 if source <= product:
                     part = np.multiply(noise[:steps], self.product_factor[product, source], out=scratch[:steps])
@@ -103,17 +103,17 @@ class Templates:
         random.
         """
         rounds = -(-samples // len(self.ranks))
-        pick = stream(seed, TEMPLATES)
+        pick = make_random_stream(seed, TEMPLATES)
         chosen = np.concatenate([pick.permutation(len(self.ranks)) for _ in range(rounds)])[:samples]
         for product, steps in wanted:
-            apart = stream(seed, names[product]).random((steps, samples))
+            apart = make_random_stream(seed, names[product]).random((steps, samples))
             yield self.ranks[chosen, product, :steps].T + apart
 
 
-class Correlation:
+class CorrelationModel:
     """A loaded correlation archive. Immutable, shared by all calls that name it."""
 
-    def __init__(self, record: manifest.Correlation, dependence: Gaussian | Templates) -> None:
+    def __init__(self, record: manifest.CorrelationSpec, dependence: Gaussian | Templates) -> None:
         self.products, self.horizon = record.products, record.horizon
         self.dependence = dependence
         self._places = {name: place for place, name in enumerate(record.products)}
@@ -144,14 +144,14 @@ class Correlation:
         place, steps = self._places.get(marginal.name), len(marginal.values)
         if place is None:
             what = f"the correlation knows nothing of {marginal.name!r}; it has {len(self.products)} products"
-            raise RequestError(what + named(self.products), instance=instance, field="configuration.joint")
+            raise RequestError(what + quote_names(self.products), instance=instance, field="configuration.joint")
         if steps > self.horizon:
             what = f"{marginal.name} forecasts {steps} steps, but the correlation covers {self.horizon}"
             raise RequestError(what, instance=instance, field="configuration.joint")
         return place, steps
 
 
-def load_correlation(record: manifest.Correlation, tensors: Mapping[str, Float32]) -> Correlation:
+def load_correlation(record: manifest.CorrelationSpec, tensors: Mapping[str, Float32]) -> CorrelationModel:
     """What an archive of kind correlation holds, proved.
 
     Raises ArchiveInvalid for tensors that are not those of `record.tensors`, for factors that are not of a correlation
@@ -166,46 +166,48 @@ def load_correlation(record: manifest.Correlation, tensors: Mapping[str, Float32
         if not (np.sort(ranks, axis=0) == np.arange(record.windows, dtype=np.float32)[:, None, None]).all():
             what = f"a margin does not have the ranks 0 to {record.windows - 1}, each once"
             raise ArchiveInvalid(f"the tensor 'ranks': {what}; estimate it again")
-        return Correlation(record, Templates(ranks))
-    return Correlation(record, Gaussian(*(_factor(name, tensors[name]) for name in ("product_factor", "time_factor"))))
+        return CorrelationModel(record, Templates(ranks))
+    return CorrelationModel(
+        record, Gaussian(*(_check_factor(name, tensors[name]) for name in ("product_factor", "time_factor")))
+    )
 
 
-def joint(marginals: Sequence[Marginal], correlation: Correlation, samples: int, seed: int) -> Float32:
+def draw_scenarios(marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int) -> Float32:
     """Scenarios [S, N, T] of forecasts with equally many steps; sample s is the same scenario in every product.
 
     Raises RequestError for a product that is unknown, named twice or too long, for different lengths, for too few or
     too many samples, and for too much work.
     """
-    wanted = require(marginals, correlation, samples, equal_steps=True)
+    wanted = match_marginals(marginals, correlation, samples, equal_steps=True)
     _, steps = wanted[0]
     found = np.empty((samples, len(marginals), steps), np.float32)
-    for place, block in enumerate(_blocks(marginals, correlation, wanted, samples, seed)):
+    for place, block in enumerate(_draw_blocks(marginals, correlation, wanted, samples, seed)):
         found[:, place] = block.T
     return found
 
 
-def joint_each(marginals: Sequence[Marginal], correlation: Correlation, samples: int, seed: int) -> list[Float32]:
-    """As `joint`, for forecasts of any lengths: the scenarios [S, T] of each."""
-    wanted = require(marginals, correlation, samples)
-    return [np.ascontiguousarray(block.T) for block in _blocks(marginals, correlation, wanted, samples, seed)]
+def joint_each(marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int) -> list[Float32]:
+    """As `draw_scenarios`, for forecasts of any lengths: the scenarios [S, T] of each."""
+    wanted = match_marginals(marginals, correlation, samples)
+    return [np.ascontiguousarray(block.T) for block in _draw_blocks(marginals, correlation, wanted, samples, seed)]
 
 
-def stream(seed: int, name: str) -> np.random.Generator:
+def make_random_stream(seed: int, name: str) -> np.random.Generator:
     """The random numbers of this seed and product: Philox (Salmon et al. 2011), keyed by both."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
 
 
-def midpoints(samples: int) -> Float64:
+def compute_midpoints(samples: int) -> Float64:
     """The probabilities at which every margin is sampled [S]."""
     found: Float64 = (np.arange(samples) + 0.5) / samples
     return found
 
 
-def require(
-    marginals: Sequence[Marginal], correlation: Correlation, samples: int, *, equal_steps: bool = False
+def match_marginals(
+    marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, *, equal_steps: bool = False
 ) -> list[tuple[int, int]]:
-    """For each marginal which product it is and how many steps it has. Raises RequestError as `joint` does."""
+    """For each marginal which product it is and how many steps it has. Raises RequestError as `draw_scenarios` does."""
     if samples < LEAST_SAMPLES:
         what = f"joint scenarios need at least {LEAST_SAMPLES} samples: one would be the median of every forecast"
         raise RequestError(what, field="configuration.num_samples")
@@ -237,11 +239,15 @@ def refuse_repeated(names: Iterable[tuple[int, str]]) -> None:
         seen.add(name)
 
 
-def _blocks(
-    marginals: Sequence[Marginal], correlation: Correlation, wanted: Sequence[tuple[int, int]], samples: int, seed: int
+def _draw_blocks(
+    marginals: Sequence[Marginal],
+    correlation: CorrelationModel,
+    wanted: Sequence[tuple[int, int]],
+    samples: int,
+    seed: int,
 ) -> Iterator[Float32]:
     """For each marginal its scenarios [T, S]: its samples in the order of the scores."""
-    u = midpoints(samples)
+    u = compute_midpoints(samples)
     scores = correlation.dependence.scores(correlation.products, wanted, samples, seed)
     for marginal, score in zip(marginals, scores, strict=True):
         block = np.empty(score.shape, np.float32)
@@ -250,7 +256,7 @@ def _blocks(
         yield block
 
 
-def _factor(name: str, stored: Float32) -> Float64:
+def _check_factor(name: str, stored: Float32) -> Float64:
     """Lower triangular with rows of unit length, so that it is the factor of a correlation matrix; in float64."""
     factor = stored.astype(np.float64)
     lengths = np.sqrt((factor**2).sum(axis=1))

@@ -12,7 +12,7 @@ import torch
 
 from handlers.base import Float32
 from handlers.codecs.features import Float64
-from model_store.archives.manifest import Correlation
+from model_store.archives.manifest import CorrelationSpec
 
 LEAST_WINDOWS = 8  #: fewer say nothing
 LEAST_EIGENVALUE = 1e-6  #: of a correlation matrix whose diagonal is 1
@@ -38,7 +38,7 @@ class Matrix:
     @property
     def condition(self) -> float:
         """Largest by smallest eigenvalue."""
-        return condition(self.correlation)
+        return compute_condition(self.correlation)
 
     @property
     def factor(self) -> Float32:
@@ -50,12 +50,12 @@ class Matrix:
 class Estimate:
     """The record of an archive, its tensors, and for the method gaussian both matrices."""
 
-    record: Correlation
+    record: CorrelationSpec
     tensors: dict[str, Float32]
     matrices: tuple[Matrix, ...] = ()
 
 
-def pit(levels: Float64, values: Float64, actual: Float64) -> Float64:
+def compute_pit(levels: Float64, values: Float64, actual: Float64) -> Float64:
     """The probability integral transform of actual [...] under quantiles `values` [..., levels], sorted: in (0, 1).
 
     Linear between the levels; an actual that hits an atom gets the middle of its jump. Beyond the outer quantiles, of
@@ -92,7 +92,7 @@ def normal_scores(errors: Float64) -> Float64:
     return np.asarray(torch.special.ndtri(torch.from_numpy(found)).numpy())
 
 
-def gaussian(errors: Float64, products: tuple[str, ...], overlap: float = 1.0) -> Estimate:
+def estimate_gaussian(errors: Float64, products: tuple[str, ...], overlap: float = 1.0) -> Estimate:
     """The correlation in Kronecker form: products' at equal steps, steps' of equal products, over all windows.
 
     `overlap` is how many windows share a step on average; such are counted as one. Raises TooFewErrors.
@@ -101,13 +101,13 @@ def gaussian(errors: Float64, products: tuple[str, ...], overlap: float = 1.0) -
     scores = normal_scores(errors)
     by_product = np.moveaxis(scores, 1, 0).reshape(len(products), -1)
     by_step = np.moveaxis(scores, 2, 0).reshape(errors.shape[2], -1)
-    (among_products, pairs), (among_steps, step_pairs) = _sample(by_product), _sample(by_step)
+    (among_products, pairs), (among_steps, step_pairs) = _correlate_sample(by_product), _correlate_sample(by_step)
     # Correlated observations count less: the mean of T with correlation C varies as that of T^2 / |C|^2 independent.
     matrices = (
-        shrunk(among_products, pairs, _independent_share(among_steps) / overlap),
-        shrunk(among_steps, step_pairs, _independent_share(among_products) / overlap),
+        shrink_correlation(among_products, pairs, _independent_share(among_steps) / overlap),
+        shrink_correlation(among_steps, step_pairs, _independent_share(among_products) / overlap),
     )
-    record = Correlation(
+    record = CorrelationSpec(
         products=products,
         horizon=errors.shape[2],
         method="gaussian",
@@ -118,7 +118,7 @@ def gaussian(errors: Float64, products: tuple[str, ...], overlap: float = 1.0) -
     return Estimate(record, {"product_factor": matrices[0].factor, "time_factor": matrices[1].factor}, matrices)
 
 
-def schaake(errors: Float64, products: tuple[str, ...]) -> Estimate:
+def estimate_schaake(errors: Float64, products: tuple[str, ...]) -> Estimate:
     """The ranks of the windows in which nothing is missing; equal errors are ranked in the windows' order.
 
     Raises TooFewErrors.
@@ -126,12 +126,12 @@ def schaake(errors: Float64, products: tuple[str, ...]) -> Estimate:
     whole = errors[np.isfinite(errors).all((1, 2))]
     windows = _require_windows(errors, len(whole))
     ranks = whole.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable").astype(np.float32)
-    record = Correlation(products=products, horizon=errors.shape[2], method="schaake", windows=windows)
+    record = CorrelationSpec(products=products, horizon=errors.shape[2], method="schaake", windows=windows)
     return Estimate(record, {"ranks": ranks})
 
 
-def shrunk(sample: Float64, observations: float, independent_share: float = 1.0) -> Matrix:
-    """A sample's correlation matrix, shrunk towards the identity, then `repaired`.
+def shrink_correlation(sample: Float64, observations: float, independent_share: float = 1.0) -> Matrix:
+    """A sample's correlation matrix, shrunk towards the identity, then `repair_matrix`.
 
     The intensity is Schaefer and Strimmer's (2005), the analytic Ledoit-Wolf one for correlations: the sum of the
     entries' variances by that of their squares, a variance being (1 - r^2)^2 / (n - 1) as of normal data.
@@ -142,10 +142,10 @@ def shrunk(sample: Float64, observations: float, independent_share: float = 1.0)
     squares, variances = (off**2).sum(), ((1 - off**2) ** 2).sum() / (n - 1)
     shrinkage = float(min(1.0, variances / squares)) if squares > 0 else float(len(sample) > 1)
     mixed = (1 - shrinkage) * sample + shrinkage * np.eye(len(sample))
-    return Matrix(repaired(mixed), shrinkage, observations, independent, condition(sample))
+    return Matrix(repair_matrix(mixed), shrinkage, observations, independent, compute_condition(sample))
 
 
-def repaired(matrix: Float64) -> Float64:
+def repair_matrix(matrix: Float64) -> Float64:
     """A symmetric matrix with a positive diagonal -> a positive definite one with unit diagonal near it.
 
     Eigenvalues are clipped from below and rows and columns scaled: a congruence, which keeps them positive.
@@ -160,14 +160,14 @@ def repaired(matrix: Float64) -> Float64:
     return found
 
 
-def condition(matrix: Float64) -> float:
+def compute_condition(matrix: Float64) -> float:
     """Largest by smallest eigenvalue; infinite where that is not positive, up to rounding."""
     values = np.linalg.eigvalsh(matrix)
     positive = values[0] > len(matrix) * np.finfo(np.float64).eps * values[-1]
     return float(values[-1] / values[0]) if positive else float("inf")
 
 
-def _sample(scores: Float64) -> tuple[Float64, float]:
+def _correlate_sample(scores: Float64) -> tuple[Float64, float]:
     """Series of scores [n, observations] of mean 0 -> correlations over the observations that both have, and how many.
 
     The mean number of pairs; a series that never varies is uncorrelated.

@@ -34,7 +34,7 @@ class Scores:
     observed: int  #: steps that were scored
 
 
-def scores(y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Float64) -> Scores:
+def score_windows(y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Float64) -> Scores:
     """All scores of windows: y and naive [W, H], q [W, H, Q], seasonal [W].
 
     pinball: mean over steps and levels, as `fleetcast train` shows it. wql: twice that by the mean of |y|. wape: the
@@ -43,31 +43,31 @@ def scores(y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Fl
     median's mean absolute error by that of `naive`, over the steps that both have (Lago et al. 2021). wql, wape and
     mase are those of `fev` with the median as point forecast.
     """
-    losses = _mean(pinball(y, q, levels))
-    size, error = _mean(np.abs(y)), np.abs(y - median(q, levels))
+    losses = _compute_mean(compute_pinball(y, q, levels))
+    size, error = _compute_mean(np.abs(y)), np.abs(y - interpolate_median(q, levels))
     scaled = error / np.where(seasonal > 0, seasonal, np.nan)[:, None]
     both = ~np.isnan(naive - y)
-    low, high = outer(levels)
+    low, high = find_outer_levels(levels)
     return Scores(
         pinball=losses,
-        wql=_ratio(2 * losses, size),
-        wape=_ratio(_mean(error), size),
-        mase=_mean(scaled),
-        rmae=_ratio(_mean(error[both]), _mean(np.abs(y - naive)[both])),
-        crps=_mean(crps(y, q, levels)),
-        coverage=_mean(np.where(np.isnan(y), np.nan, (q[..., low] <= y) & (y <= q[..., high]))),
+        wql=_compute_ratio(2 * losses, size),
+        wape=_compute_ratio(_compute_mean(error), size),
+        mase=_compute_mean(scaled),
+        rmae=_compute_ratio(_compute_mean(error[both]), _compute_mean(np.abs(y - naive)[both])),
+        crps=_compute_mean(compute_crps(y, q, levels)),
+        coverage=_compute_mean(np.where(np.isnan(y), np.nan, (q[..., low] <= y) & (y <= q[..., high]))),
         nominal=float(levels[high] - levels[low]),
         observed=int((~np.isnan(y)).sum()),
     )
 
 
-def pinball(y: Float64, q: Float64, levels: Float64) -> Float64:
+def compute_pinball(y: Float64, q: Float64, levels: Float64) -> Float64:
     """Y [...] and q [..., Q] -> [..., Q]: max(l e, (l - 1) e) for the error e = y - q (Koenker and Bassett 1978)."""
     error = y[..., None] - q
     return np.maximum(levels * error, (levels - 1) * error)
 
 
-def crps(y: Float64, q: Float64, levels: Float64) -> Float64:
+def compute_crps(y: Float64, q: Float64, levels: Float64) -> Float64:
     """Y [...] and q [..., Q] -> [...]: the continuous ranked probability score, exact for what samples are drawn from.
 
     That is the quantile function which is linear between the levels and flat outside them (an archive's `clamp`). The
@@ -85,7 +85,7 @@ def crps(y: Float64, q: Float64, levels: Float64) -> Float64:
     return found
 
 
-def median(q: Float64, levels: Float64) -> Float64:
+def interpolate_median(q: Float64, levels: Float64) -> Float64:
     """Q [..., Q] -> [...]: linear between the levels around 0.5; NaN where all levels are on one side of it."""
     if not levels[0] <= MIDDLE <= levels[-1]:
         return np.full(q.shape[:-1], np.nan)
@@ -97,7 +97,7 @@ def median(q: Float64, levels: Float64) -> Float64:
     return found
 
 
-def outer(levels: Float64) -> tuple[int, int]:
+def find_outer_levels(levels: Float64) -> tuple[int, int]:
     """The places of the widest pair that leaves as much below as above, else of the first and last level."""
     for low, level in enumerate(levels):
         high = int(np.argmin(np.abs(levels - (1 - level))))
@@ -106,7 +106,7 @@ def outer(levels: Float64) -> tuple[int, int]:
     return 0, len(levels) - 1
 
 
-def pit(y: Float64, q: Float64, levels: Float64) -> Float64:
+def compute_calibration(y: Float64, q: Float64, levels: Float64) -> Float64:
     """Which share of the actuals fell below, between and above the quantiles [Q + 1]; right is the levels' distance.
 
     It is the histogram of the probability integral transform with the levels as edges, which is all that quantiles
@@ -130,7 +130,7 @@ def seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
     return found
 
 
-def naive(values: Float64, seconds: Steps, origins: Steps, horizon: int) -> Float64:
+def make_naive_forecast(values: Float64, seconds: Steps, origins: Steps, horizon: int) -> Float64:
     """The forecast that rMAE compares with [W, H], NaN where its value is missing; `seconds` [T]: stamps since 1970.
 
     Steps that divide a day: the value a week before on Saturday, Sunday and Monday, else a day before (the standard
@@ -142,25 +142,25 @@ def naive(values: Float64, seconds: Steps, origins: Steps, horizon: int) -> Floa
     if step_s < DAY and DAY % step_s == 0:
         weekday = (seconds[places] // DAY + 3) % 7  # 1970-01-01 was a Thursday
         by_week = (weekday == MONDAY) | (weekday >= SATURDAY)
-        lag = np.where(by_week, _whole(ahead, WEEK // step_s), _whole(ahead, DAY // step_s))
+        lag = np.where(by_week, _round_to_seasons(ahead, WEEK // step_s), _round_to_seasons(ahead, DAY // step_s))
     else:
-        lag = np.broadcast_to(_whole(ahead, naive_lag(step_s, 1)), places.shape)
+        lag = np.broadcast_to(_round_to_seasons(ahead, naive_lag(step_s, 1)), places.shape)
     return np.where(places >= lag, values[np.maximum(places - lag, 0)], np.nan)
 
 
 def by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
     """Mean error of each group; both arrays of one shape."""
-    return [_mean(errors[group == each]) for each in groups]
+    return [_compute_mean(errors[group == each]) for each in groups]
 
 
-def _whole(ahead: Steps, season: int) -> Steps:
+def _round_to_seasons(ahead: Steps, season: int) -> Steps:
     return -(-ahead // season) * season
 
 
-def _mean(values: npt.NDArray[np.floating]) -> float:
+def _compute_mean(values: npt.NDArray[np.floating]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
-def _ratio(above: float, below: float) -> float:
+def _compute_ratio(above: float, below: float) -> float:
     return above / below if below else float("nan")

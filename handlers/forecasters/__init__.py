@@ -20,7 +20,7 @@ from handlers.architectures import SUMMARIES
 from handlers.base import Family, Float32
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.ensemble import MOST_MEMBERS, Ensemble
-from model_store.archives.manifest import FLEETCAST_JSON, Forecast, Spec
+from model_store.archives.manifest import FLEETCAST_JSON, ForecastSpec, Spec
 from model_store.errors import ArchiveInvalid
 
 
@@ -35,19 +35,19 @@ def _load_record(name: str) -> Architecture:
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({name: _load_record(name) for name in SUMMARIES})
 
 
-def family(spec: Spec) -> Family:
+def get_family(spec: Spec) -> Family:
     """The family of a forecaster archive: the same object for equal architecture and config.
 
     Raises:
         ArchiveInvalid: an unknown architecture, a wrong config field, or a `forecast` that does not fit the network.
     """
-    found = build(spec.architecture, spec.config)
+    found = build_family(spec.architecture, spec.config)
     if spec.forecast is not None:
         check_forecast(found, spec.forecast)
     return found
 
 
-def build(architecture: str, config: Mapping[str, object]) -> Family:
+def build_family(architecture: str, config: Mapping[str, object]) -> Family:
     """The family by name and (partial) config; fields left out have the architecture's defaults. Raises as `family`.
 
     `members` in the config of any architecture of quantiles makes an ensemble of it.
@@ -65,7 +65,7 @@ def build(architecture: str, config: Mapping[str, object]) -> Family:
         record = msgspec.convert(fields, known.config)
     except msgspec.ValidationError as error:
         raise ArchiveInvalid(f"{FLEETCAST_JSON}: config of {architecture}: {error}") from error
-    return _build(architecture, record, members)
+    return _build_family(architecture, record, members)
 
 
 def random_tensors(family: Family, seed: int) -> dict[str, Float32]:
@@ -82,18 +82,20 @@ def split_members(family: Family) -> tuple[Family, int]:
 
 
 def architecture_of(family: Family) -> Architecture:
-    """The record of a family that `build` made; of an ensemble, its members'. Raises KeyError for other families."""
+    """The record of a family that `build_family` made; of an ensemble, its members'. Raises KeyError for other
+    families.
+    """
     return ARCHITECTURES[_name_in_key(family)]
 
 
-def samples(family: Family) -> bool:
+def answers_paths(family: Family) -> bool:
     """Whether it answers sample paths instead of quantiles. A graph never does."""
     record = ARCHITECTURES.get(_name_in_key(family))
     return record is not None and record.samples
 
 
 def _name_in_key(family: Family) -> str:
-    """INVARIANT: `_build` makes keys of the form NAME-DIGEST."""
+    """INVARIANT: `_build_family` makes keys of the form NAME-DIGEST."""
     member, _ = split_members(family)
     return member.key.rpartition("-")[0]
 
@@ -102,7 +104,7 @@ _families: "WeakValueDictionary[tuple[str, msgspec.Struct, int], Family]" = Weak
 _building = threading.RLock()  # reentrant: an ensemble builds its members' family
 
 
-def _build(architecture: str, config: msgspec.Struct, members: int) -> Family:
+def _build_family(architecture: str, config: msgspec.Struct, members: int) -> Family:
     """The same object for the same arguments, for as long as it is in use.
 
     An archive's author chooses the config: families that no model has any more must not stay in memory.
@@ -120,12 +122,12 @@ def _make(architecture: str, config: msgspec.Struct, members: int) -> Family:
         if ARCHITECTURES[architecture].samples:
             what = "the mean of paths is no path; train more of them"
             raise ArchiveInvalid(f"{FLEETCAST_JSON}: config of {architecture}: {what} - at `$.members`")
-        return Ensemble(_build(architecture, config, 1), members)
+        return Ensemble(_build_family(architecture, config, 1), members)
     digest = sha256(msgspec.json.encode(config, order="sorted")).hexdigest()[:16]
     return ARCHITECTURES[architecture].family(f"{architecture}-{digest}", config)
 
 
-def check_forecast(family: Family, forecast: Forecast) -> None:
+def check_forecast(family: Family, forecast: ForecastSpec) -> None:
     """What the forecast promises is what the network takes and gives. Raises ArchiveInvalid that names the field."""
     products, output = len(forecast.products), family.output_shape
     if products > 1 and output[1:-1] == (products,):
@@ -136,7 +138,7 @@ def check_forecast(family: Family, forecast: Forecast) -> None:
         raise ArchiveInvalid(f"{FLEETCAST_JSON}: a forecast needs a network {wanted}, but {family.key} has {shapes}")
     (features, context), (prediction, quantiles) = family.input_shape, output
     last = "quantile_levels" + " times products" * (products > 1), len(forecast.quantile_levels) * products, quantiles
-    if forecast.paths or samples(family):
+    if forecast.paths or answers_paths(family):
         last = "paths", forecast.paths or 0, quantiles
     for field, stated, network in (
         ("inputs", len(forecast.inputs), features),

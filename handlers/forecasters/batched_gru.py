@@ -20,7 +20,7 @@ MOST_NUMBERS = 2**20  #: in one input and in one answer
 CHUNK_ITEMS, STEP_ITEMS = 7, 6  #: of a layer in a binding, see Recurrence.bind
 
 
-class Piece(Protocol):
+class NetworkPart(Protocol):
     """A part of a network: its tensors, and where they go in a row."""
 
     def parameters(self) -> Mapping[str, Shape]:
@@ -36,7 +36,7 @@ class Piece(Protocol):
 class Recurrent(Rows):
     """A family whose row is pieces one after another. A subclass adds `reference`, `bind` and `forward`."""
 
-    def __init__(self, key: str, input_shape: Shape, output_shape: Shape, pieces: Sequence[Piece]) -> None:
+    def __init__(self, key: str, input_shape: Shape, output_shape: Shape, pieces: Sequence[NetworkPart]) -> None:
         parameters, parts = dict[str, Shape](), dict[str, Shape]()
         for piece in pieces:
             parameters |= piece.parameters()
@@ -49,7 +49,7 @@ class Recurrent(Rows):
             piece.fill(part, tensors)
 
 
-class Head:
+class LinearHead:
     """The linear layer `head` from a state of `hidden` numbers to `out`: weight [hidden, out] and bias [1, out]."""
 
     def __init__(self, hidden: int, out: int) -> None:
@@ -155,7 +155,7 @@ class Recurrence:
             h = x.narrow(1, at, self._chunk - skip)
             for i, layer in enumerate(layers):
                 before = layer[-1] if at else start[i] if start else None
-                h = _advance(layer, steps[i], h, skip, before)
+                h = _advance_layer(layer, steps[i], h, skip, before)
             yield h
             at, skip = at + self._chunk - skip, 0
 
@@ -166,7 +166,7 @@ class Recurrence:
         return list(bound[self._layer_items - 1 :: self._layer_items])
 
 
-def _advance(
+def _advance_layer(
     layer: Sequence[torch.Tensor],
     steps: Sequence[tuple[torch.Tensor, ...]],
     x: torch.Tensor,
@@ -191,7 +191,7 @@ def _advance(
     return found[:, :, 0].transpose(0, 1)
 
 
-def products(width: int, hidden: int, layers: int) -> int:
+def count_products(width: int, hidden: int, layers: int) -> int:
     """Multiplications of one step of an `nn.GRU` with `width` inputs."""
     return 3 * hidden * (width + hidden + (layers - 1) * 2 * hidden)
 

@@ -9,27 +9,27 @@ import torch
 BITS = 23  #: of a uniform number, so that it and its distance to 0 and 1 are exact in float32
 
 
-def normals(seeds: torch.Tensor, paths: int, steps: int) -> torch.Tensor:
+def draw_normals(seeds: torch.Tensor, paths: int, steps: int) -> torch.Tensor:
     """The seed channel's first two columns [N, 2], whole numbers of 24 bits -> standard normals [N, paths, steps]."""
-    key = _mixed((seeds[:, :1].long() << 24) + seeds[:, 1:2].long())
+    key = _mix_bits((seeds[:, :1].long() << 24) + seeds[:, 1:2].long())
     counters = torch.arange(1, paths * steps + 1, device=seeds.device)
-    whole = _shifted(_mixed(key + counters * _signed(0x9E3779B97F4A7C15)), 64 - BITS)
+    whole = _shift_right(_mix_bits(key + counters * _as_signed(0x9E3779B97F4A7C15)), 64 - BITS)
     uniform = (whole.to(torch.float32) + 0.5) * 2.0**-BITS
     found: torch.Tensor = torch.special.ndtri(uniform)
     return found.view(-1, paths, steps)
 
 
-def _mixed(z: torch.Tensor) -> torch.Tensor:
+def _mix_bits(z: torch.Tensor) -> torch.Tensor:
     """The finaliser of splitmix64, in integers that wrap around."""
-    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
-    return z ^ _shifted(z, 31)
+    z = (z ^ _shift_right(z, 30)) * _as_signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _as_signed(0x94D049BB133111EB)
+    return z ^ _shift_right(z, 31)
 
 
-def _shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
     """To the right, zeros coming in."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _signed(constant: int) -> int:
+def _as_signed(constant: int) -> int:
     return constant - (1 << 64)

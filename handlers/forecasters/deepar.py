@@ -23,8 +23,15 @@ from torch import nn
 
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.autoregression import Feedback
-from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
-from handlers.forecasters.counter_rng import normals
+from handlers.forecasters.batched_gru import (
+    LinearHead,
+    Recurrence,
+    Recurrent,
+    count_products,
+    require_numbers,
+    require_products,
+)
+from handlers.forecasters.counter_rng import draw_normals
 
 CPU_PATHS = 400  #: that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
 LEAST_SCALE = 1e-3  #: in network numbers
@@ -45,7 +52,7 @@ class DeeparConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         require_longer(self.context_length, self.prediction_length)
         require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
         steps = self.context_length + self.prediction_length * (self.paths - 1)
-        require_products(steps * products(self.features, self.hidden, self.layers))
+        require_products(steps * count_products(self.features, self.hidden, self.layers))
 
 
 def require_longer(context: int, prediction: int) -> None:
@@ -70,7 +77,7 @@ class DeeparReference(nn.Module):
 
     def sampled(self, x: torch.Tensor) -> torch.Tensor:
         """Paths [N, prediction_length, paths]."""
-        noise = normals(x[:, -1, :2], self.paths, self.steps)
+        noise = draw_normals(x[:, -1, :2], self.paths, self.steps)
         known = x[:, :-1].transpose(1, 2)  # [N, context, W - 1]
         past = torch.cat([x[:, 0, self.steps - 1 : -1, None], known[:, : -self.steps]], 2)
         _, state = self.gru(past)
@@ -79,7 +86,7 @@ class DeeparReference(nn.Module):
         for step, of_step in enumerate(known[:, -self.steps :].unbind(1)):
             given = torch.cat([value[..., None], of_step[:, None].expand(-1, self.paths, -1)], 2)
             states, state = self.gru(given.flatten(0, 1)[:, None], state)
-            center, scale = distribution(self.head(states).view(len(x), self.paths, 2))
+            center, scale = compute_normal(self.head(states).view(len(x), self.paths, 2))
             value = center + scale * noise[..., step]
             found.append(value)
         return torch.stack(found, 1)
@@ -92,14 +99,14 @@ class DeeparReference(nn.Module):
         seen, filled = ~y.isnan(), y.nan_to_num()
         before = torch.cat([x[:, 0, self.steps - 1 :], filled[:, :-1]], 1)
         states, _ = self.gru(torch.cat([before[..., None], x[:, :-1].transpose(1, 2)], 2))
-        center, scale = distribution(self.head(states))
+        center, scale = compute_normal(self.head(states))
         target = torch.cat([x[:, 0, self.steps :], filled], 1)
         loss = ((target - center) / scale).square() / 2 + scale.log()
         weight = torch.cat([torch.ones_like(x[:, 0, self.steps :]), seen.to(x.dtype)], 1)
         return (loss * weight).sum(1) / weight.sum(1) * seen.sum(1)
 
 
-def distribution(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compute_normal(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The head's two numbers [..., 2] -> the normal distribution's center and scale [...]."""
     return numbers[..., 0], nn.functional.softplus(numbers[..., 1]) + LEAST_SCALE
 
@@ -112,7 +119,7 @@ class Deepar(Recurrent):
         past = config.context_length - config.prediction_length
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, past)
         self._feedback = Feedback("gru", config.hidden, config.layers)
-        self._head = Head(config.hidden, 2)
+        self._head = LinearHead(config.hidden, 2)
         given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
         super().__init__(key, given, answered, (self._gru, self._head))
 
@@ -132,14 +139,14 @@ class Deepar(Recurrent):
         What the paths need is allocated here: a binding of each batch size would hold on to some MB.
         """
         (head, bias), rest, steps = weights[:2], weights[2:], self.config.prediction_length
-        known, noise = x[:, :-1].transpose(1, 2), normals(x[:, -1, :2], self.config.paths, steps).to(x.dtype)
+        known, noise = x[:, :-1].transpose(1, 2), draw_normals(x[:, -1, :2], self.config.paths, steps).to(x.dtype)
         past = torch.cat([x[:, 0, steps - 1 : -1, None], known[:, :-steps]], 2)
         start = self._gru.final(rest[self._feedback.items :], past)
         found, last = x.new_empty(len(x), *self.output_shape), x[:, :1, -1].expand(-1, self.config.paths)
 
         def some(models: slice) -> None:
             def drawn(step: int, states: torch.Tensor) -> torch.Tensor:
-                center, scale = distribution(torch.baddbmm(bias[models], states, head[models]))
+                center, scale = compute_normal(torch.baddbmm(bias[models], states, head[models]))
                 return torch.addcmul(center, scale, noise[models, :, step], out=found[models, step])
 
             bound = [each[models] for each in rest[: self._feedback.items]]

@@ -24,8 +24,15 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
-from handlers.forecasters.counter_rng import normals
+from handlers.forecasters.batched_gru import (
+    LinearHead,
+    Recurrence,
+    Recurrent,
+    count_products,
+    require_numbers,
+    require_products,
+)
+from handlers.forecasters.counter_rng import draw_normals
 from handlers.forecasters.deepar import require_longer
 
 LEAST_SCALE = 1e-2  #: in network numbers
@@ -50,7 +57,7 @@ class DeepstateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
         width = 1 + 2 * self.harmonics
         filtered = 2 * width**3 * self.context_length + 2 * width**2 * self.prediction_length * self.paths
-        require_products(self.context_length * products(self.features - 1, self.hidden, self.layers) + filtered)
+        require_products(self.context_length * count_products(self.features - 1, self.hidden, self.layers) + filtered)
 
 
 class Space(NamedTuple):
@@ -61,7 +68,7 @@ class Space(NamedTuple):
     changes: torch.Tensor  #: [2, d], ones where the level's and the season's scale apply
 
 
-def space(config: DeepstateConfig) -> Space:
+def make_state_space(config: DeepstateConfig) -> Space:
     """Level and harmonics of the season."""
     width = 1 + 2 * config.harmonics
     turn, changes = torch.eye(width), torch.zeros(2, width)
@@ -133,11 +140,11 @@ class DeepstateReference(nn.Module):
         """
         steps = self.config.prediction_length
         states, _ = self.gru(x[:, :-1].transpose(1, 2))
-        found, past = Filter(space(self.config), self.head(states)), x[:, 0, steps:]
+        found, past = Filter(make_state_space(self.config), self.head(states)), x[:, 0, steps:]
         if y is None:
             for step, value in enumerate(past.unbind(1)):
                 found.update(step, value[:, None] - found.predict(step)[0])
-            return found.drawn(past.shape[1], normals(x[:, -1, :2], self.config.paths, steps))
+            return found.drawn(past.shape[1], draw_normals(x[:, -1, :2], self.config.paths, steps))
         target, losses = torch.cat([past, y], 1), []
         for step, value in enumerate(target.unbind(1)):
             mean, variance = found.predict(step)
@@ -153,9 +160,9 @@ class Deepstate(Recurrent):
 
     def __init__(self, key: str, config: DeepstateConfig) -> None:
         self.config = config
-        self._space = space(config)
+        self._space = make_state_space(config)
         self._gru = Recurrence("gru", config.features - 1, config.hidden, config.layers, config.context_length)
-        self._head = Head(config.hidden, NUMBERS)
+        self._head = LinearHead(config.hidden, NUMBERS)
         given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
         super().__init__(key, given, answered, (self._gru, self._head))
 
@@ -181,7 +188,7 @@ class Deepstate(Recurrent):
         past = x[:, 0, steps:].float()
         for step, value in enumerate(past.unbind(1)):
             found.update(step, value[:, None] - found.predict(step)[0])
-        return found.drawn(past.shape[1], normals(x[:, -1, :2], self.config.paths, steps)).to(x.dtype)
+        return found.drawn(past.shape[1], draw_normals(x[:, -1, :2], self.config.paths, steps)).to(x.dtype)
 
 
 ARCHITECTURE = Architecture(name="deepstate", config=DeepstateConfig, family=Deepstate, samples=True)

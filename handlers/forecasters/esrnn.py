@@ -26,7 +26,14 @@ from torch import nn
 
 from handlers.base import Float32, Shape
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.batched_gru import (
+    LinearHead,
+    Recurrence,
+    Recurrent,
+    count_products,
+    require_numbers,
+    require_products,
+)
 from handlers.forecasters.row_layout import check_finite, check_tensors
 
 
@@ -44,7 +51,7 @@ class EsrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def __post_init__(self) -> None:
         """Raises ValueError for what would hold up a worker."""
         require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
-        require_products(self.context_length * (products(self.features, self.hidden, self.layers) + self.season))
+        require_products(self.context_length * (count_products(self.features, self.hidden, self.layers) + self.season))
 
     @property
     def cycle(self) -> int:
@@ -118,7 +125,7 @@ class Esrnn(Recurrent):
     def __init__(self, key: str, config: EsrnnConfig) -> None:
         self.config = config
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.steps)
-        self._head = Head(config.hidden, config.prediction_length * config.quantiles)
+        self._head = LinearHead(config.hidden, config.prediction_length * config.quantiles)
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
         super().__init__(key, given, answered, (Smoothing(config.cycle), self._gru, self._head))
 

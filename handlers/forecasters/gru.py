@@ -18,7 +18,14 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.batched_gru import (
+    LinearHead,
+    Recurrence,
+    Recurrent,
+    count_products,
+    require_numbers,
+    require_products,
+)
 
 
 class GruConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,7 +41,7 @@ class GruConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         """Raises ValueError for what would hold up a worker."""
         require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
-        require_products(self.context_length * products(self.features, self.hidden, self.layers))
+        require_products(self.context_length * count_products(self.features, self.hidden, self.layers))
 
 
 class GruReference(nn.Module):
@@ -59,7 +66,7 @@ class Gru(Recurrent):
     def __init__(self, key: str, config: GruConfig) -> None:
         self.config = config
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.context_length)
-        self._head = Head(config.hidden, config.prediction_length * config.quantiles)
+        self._head = LinearHead(config.hidden, config.prediction_length * config.quantiles)
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
         super().__init__(key, given, answered, (self._gru, self._head))
 

@@ -45,7 +45,7 @@ class LearConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Raises ValueError for channels that are not there, nothing to read, or a row beyond 256 MB."""
         if self.past + self.marks > self.features:
             raise ValueError(f"past {self.past} and marks {self.marks} are more than the {self.features} features")
-        read = len(list(taps(self)))
+        read = len(list(list_taps(self)))
         if not read:
             raise ValueError("no block lies within the context: make context_length at least prediction_length")
         if read * self.prediction_length * self.quantiles > MOST_PARAMETERS:
@@ -53,7 +53,7 @@ class LearConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"{what} are more than {MOST_PARAMETERS} parameters; name fewer past_blocks, known_blocks")
 
 
-def taps(config: LearConfig) -> Iterator[int]:
+def list_taps(config: LearConfig) -> Iterator[int]:
     """The places in the flattened input [features * context_length] that the model reads."""
     context, block, known = config.context_length, config.prediction_length, config.features - config.marks
     for channel in range(known):
@@ -73,7 +73,7 @@ class LearReference(nn.Module):
     def __init__(self, config: LearConfig) -> None:
         super().__init__()
         self.shape = (-1, config.prediction_length, config.quantiles)
-        self.register_buffer("taps", torch.tensor(list(taps(config)), device="cpu"), persistent=False)
+        self.register_buffer("taps", torch.tensor(list(list_taps(config)), device="cpu"), persistent=False)
         self.head = nn.Linear(len(self.taps), config.prediction_length * config.quantiles)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ class Lear(Rows):
 
     def __init__(self, key: str, config: LearConfig) -> None:
         self.config = config
-        self.taps = torch.tensor(list(taps(config)))
+        self.taps = torch.tensor(list(list_taps(config)))
         out = config.prediction_length * config.quantiles
         parameters: dict[str, Shape] = {"head.weight": (out, len(self.taps)), "head.bias": (out,)}
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)

@@ -32,7 +32,7 @@ class MqrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
             raise ValueError(f"{what}, whose last columns tell of the forecast steps")
         require_parameters(self.features, self.prediction_length, self.contexts, self.hidden)
-        _encoder(self)
+        _make_encoder_config(self)
 
 
 class Mqrnn(Mq):
@@ -40,11 +40,11 @@ class Mqrnn(Mq):
 
     def __init__(self, key: str, config: MqrnnConfig) -> None:
         self.config = config
-        encoder = Gru(f"{key}-encoder", _encoder(config))
+        encoder = Gru(f"{key}-encoder", _make_encoder_config(config))
         super().__init__(key, encoder, config.prediction_length, config.quantiles, config.contexts, config.local)
 
 
-def _encoder(config: MqrnnConfig) -> GruConfig:
+def _make_encoder_config(config: MqrnnConfig) -> GruConfig:
     return GruConfig(
         features=config.features,
         context_length=config.context_length,

@@ -18,7 +18,14 @@ from torch import nn
 
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.autoregression import Feedback
-from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.batched_gru import (
+    LinearHead,
+    Recurrence,
+    Recurrent,
+    count_products,
+    require_numbers,
+    require_products,
+)
 
 
 class RecursiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,7 +45,7 @@ class RecursiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError(f"{what}, whose last columns tell the decoder of the forecast steps")
         require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
         steps = self.context_length + self.prediction_length
-        require_products(steps * products(self.features + 1, self.hidden, self.layers))
+        require_products(steps * count_products(self.features + 1, self.hidden, self.layers))
 
 
 class RecursiveReference(nn.Module):
@@ -71,7 +78,7 @@ class Recursive(Recurrent):
         size = (config.hidden, config.layers)
         self._encoder = Recurrence("encoder", config.features, *size, config.context_length)
         self._feedback = Feedback("decoder", *size)
-        self._head = Head(config.hidden, config.quantiles)
+        self._head = LinearHead(config.hidden, config.quantiles)
         decoder = Recurrence("decoder", 1 + config.features, *size, config.prediction_length)  # for its place in a row
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
         super().__init__(key, given, answered, (self._encoder, decoder, self._head))

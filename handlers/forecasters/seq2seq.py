@@ -18,7 +18,14 @@ from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import Head, Recurrence, Recurrent, products, require_numbers, require_products
+from handlers.forecasters.batched_gru import (
+    LinearHead,
+    Recurrence,
+    Recurrent,
+    count_products,
+    require_numbers,
+    require_products,
+)
 
 
 class Seq2SeqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,8 +48,8 @@ class Seq2SeqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
             raise ValueError(f"{what}, whose last columns tell the decoder of the forecast steps")
         require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
-        encoder = self.context_length * products(self.features, self.hidden, self.layers)
-        decoder = self.prediction_length * products(self.features - self.past, self.hidden, self.layers)
+        encoder = self.context_length * count_products(self.features, self.hidden, self.layers)
+        decoder = self.prediction_length * count_products(self.features - self.past, self.hidden, self.layers)
         require_products(encoder + decoder)
 
 
@@ -72,7 +79,7 @@ class Seq2Seq(Recurrent):
         size, known = (config.hidden, config.layers), config.features - config.past
         self._encoder = Recurrence("encoder", config.features, *size, config.context_length)
         self._decoder = Recurrence("decoder", known, *size, config.prediction_length)
-        self._head = Head(config.hidden, config.quantiles)
+        self._head = LinearHead(config.hidden, config.quantiles)
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
         super().__init__(key, given, answered, (self._encoder, self._decoder, self._head))
 

@@ -37,7 +37,7 @@ class TcnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     layers: Annotated[int, Meta(ge=1, le=16)] = 4
 
 
-class Block(nn.Module):
+class TcnBlock(nn.Module):
     """relu(causal convolution) + 1x1 convolution: [N, c_in, T] -> [N, c_out, T]."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, dilation: int) -> None:
@@ -60,7 +60,7 @@ class TcnReference(nn.Module):
         widths = [config.features, *[config.channels] * config.layers]
         self.shape = (-1, config.prediction_length, config.quantiles)
         self.blocks = nn.Sequential(
-            *[Block(widths[i], widths[i + 1], config.kernel, config.kernel**i) for i in range(config.layers)]
+            *[TcnBlock(widths[i], widths[i + 1], config.kernel, config.kernel**i) for i in range(config.layers)]
         )
         self.head = nn.Linear(config.channels, config.prediction_length * config.quantiles)
 
@@ -84,9 +84,9 @@ class Tcn(Rows):
     def __init__(self, key: str, config: TcnConfig) -> None:
         self.config = config
         self._steps = min(config.context_length, config.kernel**config.layers)  # of the context that are read
-        self._layers = tuple(_layers(config, self._steps))
+        self._layers = tuple(_list_layers(config, self._steps))
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
-        super().__init__(key, given, answered, dict(_parameters(config)), dict(self._parts()))
+        super().__init__(key, given, answered, dict(_list_parameters(config)), dict(self._parts()))
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
@@ -156,7 +156,7 @@ class Tcn(Rows):
         yield "head", (channels, out)
 
 
-def _layers(config: TcnConfig, steps: int) -> Iterator[Layer]:
+def _list_layers(config: TcnConfig, steps: int) -> Iterator[Layer]:
     """From the input up: of n known positions below, every kernel-th counted back from the last is needed above."""
     width, known = config.features, steps
     for _ in range(config.layers):
@@ -165,7 +165,7 @@ def _layers(config: TcnConfig, steps: int) -> Iterator[Layer]:
         width, known = config.channels, positions
 
 
-def _parameters(config: TcnConfig) -> Iterator[tuple[str, Shape]]:
+def _list_parameters(config: TcnConfig) -> Iterator[tuple[str, Shape]]:
     """The reference's state_dict, names and shapes."""
     width = config.features
     for i in range(config.layers):

@@ -26,9 +26,9 @@ __all__ = [
     "RunRow",
     "SingleModel",
     "Target",
-    "build",
-    "describe",
-    "prove",
+    "build_model",
+    "describe_kind",
+    "prove_model",
     "run_row_on_cpu",
     "tensor_inputs",
 ]
@@ -45,7 +45,7 @@ CPU = Target()  #: one thread of this process
 KINDS: Mapping[Kind, ArchiveKind] = MappingProxyType({entry.kind: entry for entry in _ENTRIES})
 
 
-def build(archive: Archive, target: Target = CPU) -> BuiltModel:
+def build_model(archive: Archive, target: Target = CPU) -> BuiltModel:
     """The archive's model, everything checked but its golden sample. Every error names the archive.
 
     Raises:
@@ -61,7 +61,7 @@ def build(archive: Archive, target: Target = CPU) -> BuiltModel:
         raise type(error)(f"{archive.name}: {error}") from error  # networks and codecs do not know the archive
 
 
-def prove(archive: Archive, built: BuiltModel, run_row: RunRow = run_row_on_cpu) -> bool:
+def prove_model(archive: Archive, built: BuiltModel, run_row: RunRow = run_row_on_cpu) -> bool:
     """Run the archive's golden sample on its model; False where it has none. Raises GoldenMismatch."""
     golden = archive.golden()
     if golden is not None:
@@ -69,7 +69,7 @@ def prove(archive: Archive, built: BuiltModel, run_row: RunRow = run_row_on_cpu)
     return golden is not None
 
 
-def describe(archive: Archive) -> dict[str, Any]:
+def describe_kind(archive: Archive) -> dict[str, Any]:
     """What a kind says of an archive beyond its records; empty for a kind that does not run. Raises LoadError."""
     entry = KINDS.get(archive.kind)
     return {} if entry is None else entry.describe(archive)

@@ -5,7 +5,7 @@ from typing import Any
 
 from handlers.base import Family, Float32, Shape
 from handlers.codecs.codec import FamilyCodec
-from handlers.forecasters import family
+from handlers.forecasters import get_family
 from handlers.kinds.models import BuiltModel, RowModel, Target
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
@@ -21,7 +21,7 @@ class ForecasterKind:
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A row of the architecture's family. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
-        network = family(archive.spec)
+        network = get_family(archive.spec)
         row = read_row(archive, network)
         budget = RequestBudget(row_work(network), target.limits)
         body = RowModel(network, FamilyCodec(network, archive.spec.forecast, budget))
@@ -30,7 +30,7 @@ class ForecasterKind:
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
         """The one input of its family. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
-        network = family(archive.spec)
+        network = get_family(archive.spec)
         return {network.input_name: network.input_shape}
 
     def describe(self, archive: Archive) -> dict[str, Any]:

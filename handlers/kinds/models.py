@@ -15,7 +15,7 @@ from handlers.base import Family, Float32, Shape, Single
 from handlers.codecs.codec import JSON, Encoded, FamilyCodec, SingleCodec
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.errors import RequestError, RunFailed
-from handlers.golden import mismatch
+from handlers.golden import find_mismatch
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import GoldenSample, Kind
@@ -69,7 +69,7 @@ def prove_golden(name: str, golden: GoldenSample, codec: _Codec, run: Callable[[
         answer, _ = call.encode(run(call))
     except (RequestError, RunFailed) as error:
         raise GoldenMismatch(f"{name}: the golden sample cannot be run: {error}") from error
-    difference = mismatch(golden.response, orjson.loads(answer), golden.abs_tolerance, golden.rel_tolerance)
+    difference = find_mismatch(golden.response, orjson.loads(answer), golden.abs_tolerance, golden.rel_tolerance)
     if difference:
         raise GoldenMismatch(f"{name}: the golden sample is not reproduced: {difference}")
 

@@ -114,7 +114,7 @@ class OnnxModel:
             UnsupportedKind: ONNX Runtime or the wanted provider is not installed.
         """
         self.loops = check_model(model, loops=limits.loops)  #: so its time does not follow from its input's size
-        runtime = _runtime(provider)
+        runtime = _import_runtime(provider)
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         _share_arena(runtime, limits.memory_bytes)
@@ -131,8 +131,8 @@ class OnnxModel:
             except Exception as error:
                 raise ArchiveInvalid(f"model.onnx: ONNX Runtime cannot load it: {error}") from error
         self._forward_s, self._run_options = limits.forward_s, runtime.RunOptions
-        taken = {each.name: _shape("input", each) for each in self._session.get_inputs()}
-        given = {each.name: _shape("output", each) for each in self._session.get_outputs()}
+        taken = {each.name: _check_shape("input", each) for each in self._session.get_inputs()}
+        given = {each.name: _check_shape("output", each) for each in self._session.get_outputs()}
         if not taken or not given:
             raise ArchiveInvalid("model.onnx: a model needs at least one input and one output")
         self.inputs: Mapping[str, Shape] = {name: shape[1:] for name, shape in taken.items()}
@@ -166,14 +166,14 @@ class OnnxModel:
         Raises Overran when a run took too long: what is left of the requests is not run.
         """
         size = sum(array.nbytes for feeds in requests for array in feeds.values())
-        if self._apart is False or len(requests) == 1 or size > MOST_TOGETHER or not _stackable(requests):
+        if self._apart is False or len(requests) == 1 or size > MOST_TOGETHER or not _can_stack(requests):
             return [self._attempt(feeds) for feeds in requests]
         together = self._stacked(requests)
         if together is not None and self._apart:
             return together
         alone = [self._attempt(feeds) for feeds in requests]
-        if together is not None and _differ(requests):
-            self._apart = _agree(together, alone)
+        if together is not None and _are_different(requests):
+            self._apart = _are_close(together, alone)
         return alone
 
     def _stacked(self, requests: Sequence[Mapping[str, Float32]]) -> list[dict[str, Float32] | RunFailed] | None:
@@ -215,18 +215,20 @@ class OnnxModel:
         return dict(zip(self.outputs, outputs, strict=True))
 
 
-def _stackable(requests: Sequence[Mapping[str, Float32]]) -> bool:
+def _can_stack(requests: Sequence[Mapping[str, Float32]]) -> bool:
     """Whether open axes have the same lengths in all."""
     first = {name: array.shape[1:] for name, array in requests[0].items()}
     return all({name: array.shape[1:] for name, array in feeds.items()} == first for feeds in requests[1:])
 
 
-def _differ(requests: Sequence[Mapping[str, Float32]]) -> bool:
+def _are_different(requests: Sequence[Mapping[str, Float32]]) -> bool:
     """Whether no two requests are equal, so that a mixing graph shows itself."""
     return len({b"".join(array.tobytes() for array in feeds.values()) for feeds in requests}) == len(requests)
 
 
-def _agree(together: Sequence[dict[str, Float32] | RunFailed], alone: Sequence[dict[str, Float32] | RunFailed]) -> bool:
+def _are_close(
+    together: Sequence[dict[str, Float32] | RunFailed], alone: Sequence[dict[str, Float32] | RunFailed]
+) -> bool:
     for a, b in zip(together, alone, strict=True):
         if isinstance(a, RunFailed) or isinstance(b, RunFailed):
             return False
@@ -377,16 +379,16 @@ def _skip_scalars(message: memoryview, at: int, budget: StepBudget) -> int:
 
 def _field(message: memoryview, at: int) -> tuple[int, memoryview | int, int]:
     """The number of the protobuf field at `at`, its bytes or integer, and where it ends. Raises ArchiveInvalid."""
-    tag, at = _varint(message, at)
+    tag, at = _read_varint(message, at)
     number, wire = tag >> 3, tag & 7
     if number == 0 or tag >> 32:
         raise ArchiveInvalid(NOT_A_MODEL)
     if wire == VARINT:
-        value, at = _varint(message, at)
+        value, at = _read_varint(message, at)
         return number, value, at
     length = FIXED.get(wire, len(message))  # beyond the end for groups, which are in no ONNX file
     if wire == BYTES:
-        length, at = _varint(message, at)
+        length, at = _read_varint(message, at)
     if length > len(message) - at:
         raise ArchiveInvalid(NOT_A_MODEL)
     return number, message[at : at + length], at + length
@@ -406,11 +408,11 @@ def _integers(value: memoryview | int) -> Iterator[int]:
         return
     at = 0
     while at < len(value):
-        found, at = _varint(value, at)
+        found, at = _read_varint(value, at)
         yield found
 
 
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
+def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
     """The integer at `at` and where it ends. Raises ArchiveInvalid."""
     value = 0
     for shift, byte in zip(range(0, 70, 7), message[at : at + 10], strict=False):
@@ -420,7 +422,7 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
     raise ArchiveInvalid(NOT_A_MODEL)
 
 
-def _shape(what: str, value: Any) -> Shape:
+def _check_shape(what: str, value: Any) -> Shape:
     """Of an input or output, -1 where open. Raises ArchiveInvalid unless float32 with a usable batch axis."""
     if value.type != "tensor(float)":
         raise ArchiveInvalid(f"model.onnx: {what} {value.name!r} is {value.type}; only float32 tensors are served")
@@ -430,7 +432,7 @@ def _shape(what: str, value: Any) -> Shape:
     return shape
 
 
-def _runtime(provider: Provider) -> ModuleType:
+def _import_runtime(provider: Provider) -> ModuleType:
     """The onnxruntime module. Raises UnsupportedKind that names the extra to install."""
     extra = f"fleetcast[{provider}]"
     try:

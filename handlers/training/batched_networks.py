@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from handlers.base import Family, Float32
-from handlers.forecasters import architecture_of, samples, split_members
+from handlers.forecasters import answers_paths, architecture_of, split_members
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
-class Wants(NamedTuple):
+class InputNeeds(NamedTuple):
     """What a recipe must know of a family."""
 
     reach: int  #: see `reach`
@@ -24,10 +24,10 @@ class Wants(NamedTuple):
     paths: int = 0  #: drawn, from a seed
 
 
-def wants(family: Family) -> Wants:
+def get_input_needs(family: Family) -> InputNeeds:
     """What its inputs are to be."""
     record, (member, _) = architecture_of(family), split_members(family)
-    return Wants(
+    return InputNeeds(
         record.reach(member),
         whole_days=record.whole_days,
         context=record.context(member) if record.context else 0,
@@ -35,15 +35,15 @@ def wants(family: Family) -> Wants:
     )
 
 
-def likelihood(family: Family) -> Callable[[Parts, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+def get_likelihood(family: Family) -> Callable[[Parts, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """What a family that samples is fitted by, differentiable: parts, x as for the forward, y [M, B, prediction].
 
     It gives [M, B], how unlikely y is, in sum over its steps. None: the family answers quantiles.
     """
-    return batched_forward(family) if samples(family) else None
+    return batched_forward(family) if answers_paths(family) else None
 
 
-def reach(family: Family) -> int:
+def compute_reach(family: Family) -> int:
     """The last steps of the context that can change the family's answer."""
     return architecture_of(family).reach(split_members(family)[0])
 
@@ -69,12 +69,12 @@ def _average_members(member: Family, count: int, forward: TrainingForward) -> Tr
     return run
 
 
-def flat(family: Family, tensors: Mapping[str, Float32]) -> Float32:
+def flatten_tensors(family: Family, tensors: Mapping[str, Float32]) -> Float32:
     """A state dict -> its numbers one after another [n]."""
     return np.concatenate([tensors[name].ravel() for name in family.parameters])
 
 
-def unflat(family: Family, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+def unflatten_weights(family: Family, weights: torch.Tensor) -> dict[str, torch.Tensor]:
     """Flat parameters [M, n] -> {name: [M, *shape]}."""
     shapes = family.parameters
     pieces = torch.split(weights, [prod(shape) for shape in shapes.values()], dim=1)

@@ -20,14 +20,28 @@ from torch import nn
 from handlers.base import Family, Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64, from_network, step_seconds
-from handlers.forecasters import ARCHITECTURES, architecture_of, build, random_tensors, split_members
+from handlers.forecasters import ARCHITECTURES, architecture_of, build_family, random_tensors, split_members
 from handlers.forecasters.lear import Lear
-from handlers.training.batched_networks import batched_forward, flat, likelihood, reach, unflat, wants
-from handlers.training.input_recipe import DAY, default_context, default_prediction, grid, recipe, season
+from handlers.training.batched_networks import (
+    batched_forward,
+    compute_reach,
+    flatten_tensors,
+    get_input_needs,
+    get_likelihood,
+    unflatten_weights,
+)
+from handlers.training.input_recipe import (
+    DAY,
+    count_season_steps,
+    default_context,
+    default_prediction,
+    list_origins,
+    make_recipe,
+)
 from handlers.training.lear_fit import LinearFit
 from handlers.training.time_series import Series
 from handlers.training.windows import Windows
-from model_store.archives.manifest import Forecast, GoldenSample
+from model_store.archives.manifest import ForecastSpec, GoldenSample
 
 Config = dict[str, int | float | str | bool | list[int]]
 
@@ -40,27 +54,29 @@ GOLDEN_REL = 1e-3
 GOLDEN_ABS = 1e-4  #: in units of the scaler's scale: network numbers near zero differ by about 1e-6
 
 
-def recipes(
+def suggest_inputs(
     series: Sequence[Series],
     architecture: str,
     config: Mapping[str, Any],
     prediction_length: int = 0,
     context_length: int = 0,
     **options: Any,
-) -> list[Forecast]:
+) -> list[ForecastSpec]:
     """The inputs that an architecture is given of each series; lengths of 0 are what its frequency suggests.
 
-    `options` are `handlers.training.input_recipe.recipe`'s. Without an `origin` a network of whole days starts at
+    `options` are `handlers.training.input_recipe.make_recipe`'s. Without an `origin` a network of whole days starts at
     midnight, with "any" nowhere. Raises SeriesInvalid; model_store.errors.ArchiveInvalid for an architecture or config
     that there is not.
     """
     step_s = round(series[0].step.total_seconds())
     context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
-    needs = wants(build(architecture, {**config, "context_length": context, "prediction_length": horizon}))
+    needs = get_input_needs(
+        build_family(architecture, {**config, "context_length": context, "prediction_length": horizon})
+    )
     asked, of_days = options.pop("origin", ""), needs.whole_days and step_s < DAY and horizon * step_s % DAY == 0
     length = context_length or needs.context or context
     return [
-        recipe(
+        make_recipe(
             each,
             length if needs.context else needs.reach,
             context_length=length,
@@ -99,16 +115,16 @@ class Fitted:
     name: str
     architecture: str
     config: Config
-    forecast: Forecast
+    forecast: ForecastSpec
     tensors: dict[str, Float32]
     golden: GoldenSample
     loss: float
     naive_loss: float
 
 
-def fit(
+def fit_forecasters(
     series: Sequence[Series],
-    forecasts: Sequence[Forecast],
+    forecasts: Sequence[ForecastSpec],
     architecture: str,
     config: Config,
     fitting: Fitting = Fitting(),
@@ -122,23 +138,23 @@ def fit(
     Raises:
         SeriesInvalid: too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
     """
-    config = completed(architecture, config, forecasts[0])
-    family = build(architecture, config)
-    with _threads(fitting.threads) as pool:
-        weights, losses = _fit(family, series, forecasts, fitting, pool, progress)
+    config = complete_config(architecture, config, forecasts[0])
+    family = build_family(architecture, config)
+    with _open_threads(fitting.threads) as pool:
+        weights, losses = _fit_family(family, series, forecasts, fitting, pool, progress)
     found = []
     for i, (each, forecast) in enumerate(zip(series, forecasts, strict=True)):
-        parts = unflat(family, weights[i : i + 1])
+        parts = unflatten_weights(family, weights[i : i + 1])
         tensors = {name: part[0].numpy().copy() for name, part in parts.items()}
         golden = golden_sample(architecture, config, forecast, tensors, each)
         found.append(Fitted(each.name, architecture, config, forecast, tensors, golden, *losses[i]))
     return found
 
 
-def _fit(
+def _fit_family(
     family: Family,
     series: Sequence[Series],
-    forecasts: Sequence[Forecast],
+    forecasts: Sequence[ForecastSpec],
     fitting: Fitting,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
@@ -146,20 +162,20 @@ def _fit(
     """Flat parameters [M, n], and the holdout's losses. The members of ensembles are fitted as models of their own."""
     member, count = split_members(family)
     copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
-    data = Windows(*copies, reach(member), fitting.holdout)
-    whole = data if count == 1 else Windows(series, forecasts, reach(member), fitting.holdout)
+    data = Windows(*copies, compute_reach(member), fitting.holdout)
+    whole = data if count == 1 else Windows(series, forecasts, compute_reach(member), fitting.holdout)
     judge = _Fit(family, whole, fitting, pool)
     if architecture_of(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
         return linear.whole(best).view(len(series), -1), judge.price_losses(best.view(len(series), -1))
-    start = np.stack([flat(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
+    start = np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
     best = _Fit(member, data, fitting, pool).best(torch.from_numpy(start), progress).view(len(series), -1)
     return best, judge.price_losses(best)
 
 
-def completed(architecture: str, config: Config, forecast: Forecast) -> Config:
+def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -> Config:
     """The config with the fields that the forecast decides, `marks` too; a `season` is a day if none is named."""
     found: Config = {
         **config,
@@ -172,7 +188,7 @@ def completed(architecture: str, config: Config, forecast: Forecast) -> Config:
     if "marks" in fields:
         found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
     if "season" in fields:
-        found.setdefault("season", season(step_seconds(forecast.frequency)))
+        found.setdefault("season", count_season_steps(step_seconds(forecast.frequency)))
     if not forecast.paths:
         found["quantiles"] = len(forecast.quantile_levels)
     return found
@@ -180,12 +196,12 @@ def completed(architecture: str, config: Config, forecast: Forecast) -> Config:
 
 def reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:
     """The plain network with these weights."""
-    network = build(architecture, config).reference()
+    network = build_family(architecture, config).reference()
     network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     return network
 
 
-def ask(network: nn.Module, forecast: Forecast, request: object) -> Any:
+def ask_network(network: nn.Module, forecast: ForecastSpec, request: object) -> Any:
     """The answer to a DeepAR request, as the server gives it, by calling the network in this process."""
     inputs, encode = DeepAr(forecast).decode(msgspec.json.encode(request))
     with torch.inference_mode():
@@ -193,18 +209,18 @@ def ask(network: nn.Module, forecast: Forecast, request: object) -> Any:
 
 
 def golden_sample(
-    architecture: str, config: Config, forecast: Forecast, tensors: Mapping[str, Float32], series: Series
+    architecture: str, config: Config, forecast: ForecastSpec, tensors: Mapping[str, Float32], series: Series
 ) -> GoldenSample:
     """The last forecast of the series that has values to compare it with."""
-    places = grid(series, forecast)
+    places = list_origins(series, forecast)
     end = next(at for at in reversed(places) if at <= len(series.values) - forecast.prediction_length)
     request = {"instances": [series.instance(end - forecast.history_length, end, forecast.prediction_length)]}
-    response = ask(reference_network(architecture, config, tensors), forecast, request)
+    response = ask_network(reference_network(architecture, config, tensors), forecast, request)
     tolerance = GOLDEN_ABS * forecast.scaler.scale
     return GoldenSample(request=request, response=response, abs_tolerance=tolerance, rel_tolerance=GOLDEN_REL)
 
 
-def pinball(y: torch.Tensor, forecast: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+def compute_pinball(y: torch.Tensor, forecast: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """Targets [..., P] (NaN: missing, counts 0) and quantiles [..., P, Q] -> [...], the sum over P and mean over Q.
 
     Koenker and Bassett's loss, max(q e, (q - 1) e) for the error e = y - forecast.
@@ -227,7 +243,7 @@ class _Fit:
         self._fitting = fitting
         self._pool = pool
         self._forward = batched_forward(family)
-        self._likelihood = likelihood(family)
+        self._likelihood = get_likelihood(family)
         self._held_out = data.held_out(fitting.holdout_windows)
 
     def __repr__(self) -> str:
@@ -247,7 +263,7 @@ class _Fit:
         every, idle, until = max(1, steps // fitting.checks), 0, time.monotonic() + fitting.max_seconds
         for step in range(1, steps + 1):
             weights.grad = self._gradient(weights, self._data.drawn(fitting.batch, draw))
-            optimiser.param_groups[0]["lr"] = fitting.learning_rate * _rate(step / steps)
+            optimiser.param_groups[0]["lr"] = fitting.learning_rate * _compute_rate(step / steps)
             optimiser.step()
             average.lerp_(weights, max(1 - fitting.average, 1 / step))
             over = step == steps or time.monotonic() > until
@@ -275,7 +291,9 @@ class _Fit:
                 y = torch.from_numpy(np.where(np.isnan(before), np.nan, values[ahead]))[None]
                 quantiles = torch.from_numpy(self._quantiles(from_network(answer, scaler)))
                 naive = torch.from_numpy(np.nan_to_num(before))[..., None]
-                ours, theirs = (pinball(y, each, levels).sum() / _observed(y)[0] for each in (quantiles, naive))
+                ours, theirs = (
+                    compute_pinball(y, each, levels).sum() / _count_observed(y)[0] for each in (quantiles, naive)
+                )
                 found.append((ours.item(), theirs.item()))
             return found
 
@@ -314,27 +332,27 @@ class _Fit:
 
     def _losses(self, weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Of models' windows the mean pinball loss, or how unlikely their values are: [m]."""
-        parts = unflat(self._family, weights)
+        parts = unflatten_weights(self._family, weights)
         unlikely = self._likelihood(parts, x, y) if self._likelihood else None
-        losses = pinball(y, self._forward(parts, x), self._data.levels) if unlikely is None else unlikely
-        return losses.sum(1) / _observed(y)
+        losses = compute_pinball(y, self._forward(parts, x), self._data.levels) if unlikely is None else unlikely
+        return losses.sum(1) / _count_observed(y)
 
     def _answers(self, weights: torch.Tensor, models: slice) -> torch.Tensor:
         """On the holdout [m, B, horizon, levels or paths]."""
         with torch.no_grad():
             x, _ = self._data.cut(self._held_out, models)
-            return self._forward(unflat(self._family, weights[models]), x)
+            return self._forward(unflatten_weights(self._family, weights[models]), x)
 
     def _slices(self, starts: torch.Tensor) -> list[slice]:
         return self._data.slices(starts.shape[1], self._fitting.threads)
 
 
-def _rate(done: float) -> float:
+def _compute_rate(done: float) -> float:
     return min(done / WARM_UP, (1 + cos(pi * done)) / 2)
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+def _open_threads(count: int) -> Iterator[ThreadPoolExecutor]:
     """So many threads, torch's own being one in each meanwhile."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -345,6 +363,6 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _observed(y: torch.Tensor) -> torch.Tensor:
+def _count_observed(y: torch.Tensor) -> torch.Tensor:
     """How many values of y [m, B, P] are not missing, at least 1: [m]."""
     return (~y.isnan()).sum((1, 2)).clamp(min=1)

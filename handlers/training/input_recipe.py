@@ -1,4 +1,4 @@
-"""Decides the inputs of a forecaster: makes the `Forecast` record of a series and an architecture, and its rows.
+"""Decides the inputs of a forecaster: makes the `ForecastSpec` record of a series and an architecture, and its rows.
 
 The rows for training come out of `DeepAr.decode`, the code that serves requests, so both are the same numbers.
 """
@@ -13,7 +13,7 @@ from handlers.base import Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64
 from handlers.training.time_series import Series, SeriesInvalid
-from model_store.archives.manifest import Channel, Feature, Forecast, Scaler
+from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler
 
 HOUR, DAY, WEEK = 3600, 86_400, 604_800
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -43,12 +43,12 @@ def naive_lag(step_s: int, prediction: int) -> int:
     return -(-prediction // steps) * steps
 
 
-def season(step_s: int) -> int:
+def count_season_steps(step_s: int) -> int:
     """The steps of a day, of days those of a week, else of a year of weeks."""
     return DAY // step_s if step_s < DAY else max(2, (WEEK if step_s < WEEK else 52 * WEEK) // step_s)
 
 
-def recipe(
+def make_recipe(
     series: Series,
     reach: int,
     *,
@@ -61,7 +61,7 @@ def recipe(
     origin: str = "",
     weekdays: bool = False,
     paths: int = 0,
-) -> Forecast:
+) -> ForecastSpec:
     """The record for a network that reads the last `reach` steps of its context; scalers from all of `series`.
 
     Channels: the target; where the reach does not see them, the target lagged so that its last `prediction_length`
@@ -72,16 +72,16 @@ def recipe(
     """
     step_s = round(series.step.total_seconds())
     calendar = [
-        Channel(source="calendar", feature=each, shift=prediction_length)
-        for each in (WEEKDAYS if weekdays else _calendar(step_s))
+        InputChannel(source="calendar", feature=each, shift=prediction_length)
+        for each in (WEEKDAYS if weekdays else _choose_calendar(step_s))
     ]
-    known = list(_known(series, prediction_length, reach))
+    known = list(_choose_channels(series, prediction_length, reach))
     channels = [
-        *[Channel(source="target", lag=lag) for lag in _lags(step_s, prediction_length, reach)],
+        *[InputChannel(source="target", lag=lag) for lag in _choose_lags(step_s, prediction_length, reach)],
         *(known + calendar if weekdays else calendar + known),
-        *([Channel(source="seed")] if paths else []),
+        *([InputChannel(source="seed")] if paths else []),
     ]
-    return Forecast(
+    return ForecastSpec(
         frequency=series.frequency,
         context_length=context_length,
         prediction_length=prediction_length,
@@ -97,7 +97,7 @@ def recipe(
     )
 
 
-def grid(series: Series, forecast: Forecast) -> range:
+def list_origins(series: Series, forecast: ForecastSpec) -> range:
     """The steps that a forecast can start from: all, or with an `origin` one a day. Raises SeriesInvalid: none is."""
     if not forecast.origin:
         return range(len(series.values))
@@ -120,7 +120,7 @@ def robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
     return Scaler(kind=kind, center=float(center), scale=float(scale))
 
 
-def rows(series: Series, forecast: Forecast) -> Float32:
+def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
     """The channels along the series [channels, T - prediction - longest lag], from step `longest lag` on.
 
     The row of a forecast from step s on is the slice of `context_length` steps that ends before s.
@@ -133,7 +133,7 @@ def rows(series: Series, forecast: Forecast) -> Float32:
     return found
 
 
-def _lags(step_s: int, prediction: int, reach: int) -> list[int]:
+def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
     """0, and what makes the value of one day and of one week before each forecast step visible."""
     lags = [0]
     for period_s in (DAY, WEEK):
@@ -144,15 +144,15 @@ def _lags(step_s: int, prediction: int, reach: int) -> list[int]:
     return lags
 
 
-def _known(series: Series, prediction: int, reach: int) -> Iterator[Channel]:
+def _choose_channels(series: Series, prediction: int, reach: int) -> Iterator[InputChannel]:
     """Every covariate so that its value at each forecast step is within the last `reach` columns of some channel."""
     for index, (row, name) in enumerate(zip(series.known, series.known_names, strict=True)):
         scaler = robust_scaler(row, "linear", name)
         for shift in range(prediction, 0, -reach):
-            yield Channel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
+            yield InputChannel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
 
 
-def _calendar(step_s: int) -> Iterator[Feature]:
+def _choose_calendar(step_s: int) -> Iterator[Feature]:
     """What changes from step to step."""
     if step_s < DAY:
         yield from ("hour_sin", "hour_cos")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from handlers.forecasters.lear import Lear
-from handlers.training import quantile_lasso as lasso
+from handlers.training import quantile_lasso
 from handlers.training.quantile_lasso import Coefficients, Problem, Regressions
 from handlers.training.windows import Windows
 
@@ -54,25 +54,27 @@ class LinearFit:
             self._problem(model, self._recent(model, self._data.train)),
             self._problem(model, self._held_out),
         )
-        found = kept = lasso.null(problem)
+        found = kept = quantile_lasso.make_null_model(problem)
         regressions = Regressions(problem, found)
         path = regressions.penalties()
-        penalty, least = path[0], self._by_step(lasso.losses(check, found))
+        penalty, least = path[0], self._by_step(quantile_lasso.compute_losses(check, found))
         for each in path:
             found = regressions.solve(each)
-            loss = self._by_step(lasso.losses(check, found))
+            loss = self._by_step(quantile_lasso.compute_losses(check, found))
             better, least = loss < least, torch.minimum(loss, least)
             penalty = torch.where(better, each, penalty)
             kept = Coefficients(*(torch.where(better, new, old) for new, old in zip(found, kept, strict=True)))
         self._penalty[model] = penalty
-        return _flat(kept), least.mean().item()
+        return _flatten_coefficients(kept), least.mean().item()
 
     def _whole(self, model: int, weights: torch.Tensor) -> torch.Tensor:
         train, holdout = self._data.train, self._data.holdout
         windows = self._recent(model, range(train.start, holdout.stop, train.step))
         columns = len(self._penalty[model])
         start = Coefficients(weights[:-columns].view(columns, -1).T, weights[-columns:])
-        return _flat(Regressions(self._problem(model, windows), start).solve(self._penalty[model], 2 * lasso.STEPS))
+        return _flatten_coefficients(
+            Regressions(self._problem(model, windows), start).solve(self._penalty[model], 2 * quantile_lasso.STEPS)
+        )
 
     def _recent(self, model: int, starts: range) -> torch.Tensor:
         """The windows a model is fitted on: for an ensemble's members the last half, quarter and so on of all."""
@@ -93,6 +95,6 @@ class LinearFit:
         return Problem(torch.cat(x), torch.cat(y), self._data.levels)
 
 
-def _flat(found: Coefficients) -> torch.Tensor:
+def _flatten_coefficients(found: Coefficients) -> torch.Tensor:
     """As the state dict has them, one after another [n]."""
     return torch.cat([found.weight.T.flatten(), found.bias])

@@ -42,15 +42,15 @@ class Coefficients(NamedTuple):
     bias: torch.Tensor
 
 
-def null(problem: Problem) -> Coefficients:
+def make_null_model(problem: Problem) -> Coefficients:
     """Zero coefficients, and for the bias the quantiles of the targets."""
     bias = problem.y.nanquantile(problem.levels, dim=0).T.flatten().nan_to_num()
     return Coefficients(problem.x.new_zeros(problem.x.shape[1], problem.columns), bias)
 
 
-def losses(problem: Problem, found: Coefficients) -> torch.Tensor:
+def compute_losses(problem: Problem, found: Coefficients) -> torch.Tensor:
     """Mean pinball loss of every column [columns]."""
-    y, levels = _targets(problem)
+    y, levels = _list_targets(problem)
     error, seen = y.nan_to_num() - torch.addmm(found.bias, problem.x, found.weight), ~y.isnan()
     loss = torch.maximum(levels * error, (levels - 1) * error) * seen
     return loss.sum(0) / seen.sum(0).clamp(min=1)
@@ -60,7 +60,7 @@ class Regressions:
     """All columns of one problem; every `solve` goes on from the one before."""
 
     def __init__(self, problem: Problem, start: Coefficients) -> None:
-        x, (y, levels) = problem.x, _targets(problem)
+        x, (y, levels) = problem.x, _list_targets(problem)
         seen = ~y.isnan()
         self._mean, spread = x.mean(0), x.std(0, correction=0)
         self._spread = torch.where(spread > 1e-4, spread, 1.0)  # noqa: PLR2004 -- a mark that never changes
@@ -102,6 +102,6 @@ class Regressions:
         return Coefficients(weight, self._penalised[-1] - self._mean @ weight)
 
 
-def _targets(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def _list_targets(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """Targets and levels of every column: [n, columns] and [columns]."""
     return problem.y.repeat_interleave(len(problem.levels), 1), problem.levels.repeat(problem.y.shape[1])

@@ -80,7 +80,7 @@ def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequen
     known = [[name.replace("{target}", target) for name in known_future] for target in targets]
     with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
         try:
-            stamps, lines, columns = _columns(
+            stamps, lines, columns = _read_columns(
                 csv.reader(file), time, {*targets, *(n for names in known for n in names)}
             )
         except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
@@ -88,19 +88,21 @@ def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequen
         except SeriesInvalid as error:
             raise SeriesInvalid(f"{path.name}, {error}") from None
     try:
-        step = _step(stamps, lines)
+        step = _find_step(stamps, lines)
         for name in {n for names in known for n in names}:
             _require_complete(name, columns[name], lines)
     except SeriesInvalid as error:
         raise SeriesInvalid(f"{path.name}, {error}") from None
     rows = len(stamps)
     return [
-        Series(target, stamps[0], step, columns[target], _stacked([columns[n] for n in names], rows), tuple(names))
+        Series(
+            target, stamps[0], step, columns[target], _stack_columns([columns[n] for n in names], rows), tuple(names)
+        )
         for target, names in zip(targets, known, strict=True)
     ]
 
 
-def header(path: Path) -> list[str]:
+def read_header(path: Path) -> list[str]:
     """The names of the columns. Raises SeriesInvalid, OSError."""
     with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
         try:
@@ -109,11 +111,11 @@ def header(path: Path) -> list[str]:
             raise SeriesInvalid(f"{path.name}: not a CSV file: {error}") from error
 
 
-def _columns(
+def _read_columns(
     reader: Iterable[list[str]], time: str, wanted: Iterable[str]
 ) -> tuple[list[datetime], list[int], dict[str, Float64]]:
     """Stamps, their line numbers and the wanted columns."""
-    rows = _numbered(reader)
+    rows = _number_rows(reader)
     _, header = next(rows, (0, []))
     names = [name.strip() for name in header]
     for name in (time, *sorted(wanted)):
@@ -124,21 +126,21 @@ def _columns(
     for line, row in rows:
         if len(row) != len(names):
             raise SeriesInvalid(f"line {line}: {len(row)} cells, but the header has {len(names)}")
-        stamps.append(_stamp(row[names.index(time)], line, time))
+        stamps.append(_parse_stamp(row[names.index(time)], line, time))
         lines.append(line)
-        cells.append([_number(row[at], line, name) for name, at in places.items()])
+        cells.append([_parse_number(row[at], line, name) for name, at in places.items()])
     values = np.array(cells, np.float64).reshape(len(cells), len(places))
     return stamps, lines, {name: np.ascontiguousarray(values[:, i]) for i, name in enumerate(places)}
 
 
-def _numbered(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
+def _number_rows(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
     """Rows with the line they end on; blank lines are left out."""
     for row in reader:
         if row:
             yield getattr(reader, "line_num", 0), row
 
 
-def _stamp(text: str, line: int, column: str) -> datetime:
+def _parse_stamp(text: str, line: int, column: str) -> datetime:
     try:
         stamp = datetime.fromisoformat(text.strip())
     except ValueError:
@@ -148,7 +150,7 @@ def _stamp(text: str, line: int, column: str) -> datetime:
     return stamp if stamp.tzinfo is None else stamp.astimezone(UTC).replace(tzinfo=None)
 
 
-def _number(text: str, line: int, column: str) -> float:
+def _parse_number(text: str, line: int, column: str) -> float:
     if text.strip().lower() in MISSING:
         return math.nan
     try:
@@ -161,7 +163,7 @@ def _number(text: str, line: int, column: str) -> float:
     return number
 
 
-def _step(stamps: Sequence[datetime], lines: Sequence[int]) -> timedelta:
+def _find_step(stamps: Sequence[datetime], lines: Sequence[int]) -> timedelta:
     """The one distance between all stamps."""
     if len(stamps) < 2:  # noqa: PLR2004 - a distance needs two
         raise SeriesInvalid(f"{len(stamps)} rows of data, which is too few")
@@ -188,5 +190,5 @@ def _require_complete(name: str, values: Float64, lines: Sequence[int]) -> None:
         raise SeriesInvalid(f"line {lines[missing[0]]}, column {name!r}: {what}")
 
 
-def _stacked(columns: Sequence[Float64], rows: int) -> Float64:
+def _stack_columns(columns: Sequence[Float64], rows: int) -> Float64:
     return np.stack(columns) if columns else np.empty((0, rows))

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from handlers.codecs.features import to_network
-from handlers.training.input_recipe import grid, naive_lag, rows
+from handlers.training.input_recipe import build_rows, list_origins, naive_lag
 from handlers.training.time_series import Series, SeriesInvalid
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 
 FORWARD_ROWS = 512  #: windows in one forward: its scratch of some MiB stays in the caches
 
@@ -16,16 +16,16 @@ FORWARD_ROWS = 512  #: windows in one forward: its scratch of some MiB stays in 
 class Windows:
     """The series in network numbers on one time axis, and windows cut out of them by the step they forecast from."""
 
-    def __init__(self, series: Sequence[Series], forecasts: Sequence[Forecast], reach: int, holdout: float) -> None:
+    def __init__(self, series: Sequence[Series], forecasts: Sequence[ForecastSpec], reach: int, holdout: float) -> None:
         """Raises SeriesInvalid where the series have different lengths or are too short."""
         _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
         split = steps - round(holdout * (steps - first.history_length))
-        places = grid(series[0], first)
-        self.train = _within(places, first.history_length, split - self.horizon)  # the steps to forecast from
-        self.holdout = _within(places, split, steps - self.horizon)
+        places = list_origins(series[0], first)
+        self.train = _cut_range(places, first.history_length, split - self.horizon)  # the steps to forecast from
+        self.holdout = _cut_range(places, split, steps - self.horizon)
         if not self.train or not self.holdout:
             needed = first.history_length + int((self.horizon + places.step - 1) * (1 / holdout + 2))
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
@@ -37,7 +37,7 @@ class Windows:
         self.values = np.stack([each.values for each in series])
         scaled = [to_network(each.values, scaler) for each, scaler in zip(series, self.scalers, strict=True)]
         self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing
-        inputs = [rows(each, forecast).T for each, forecast in zip(series, forecasts, strict=True)]
+        inputs = [build_rows(each, forecast).T for each, forecast in zip(series, forecasts, strict=True)]
         self._inputs = torch.from_numpy(np.ascontiguousarray(np.stack(inputs)))  # [M, T - lag - horizon, channels]
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class Windows:
         return (starts.start + starts.step * places).expand(len(self), -1)
 
 
-def _within(places: range, first: int, last: int) -> range:
+def _cut_range(places: range, first: int, last: int) -> range:
     """The places from `first` to `last`."""
     start = places.start + max(0, -(-(first - places.start) // places.step)) * places.step
     return range(start, last + 1, places.step)

@@ -121,7 +121,7 @@ def main(
     refits = Refits(data, keep)
     checked = run_commands(data, names, processes)
     until = started + 60 * minutes - SCORING_S
-    tasks = list(dict.fromkeys(task for stage in STAGES for task in _tasks(stage, names)))
+    tasks = list(dict.fromkeys(task for stage in STAGES for task in _stage_tasks(stage, names)))
     fits = run_tasks(refits, [task for task in tasks if not refits.has(task)], processes, until)
     found = {name: assess_market(data, refits, name) for name in names}
     results = {
@@ -132,12 +132,14 @@ def main(
         "fits_of_this_run": fits,
         "commands": {each.name: ["fleetcast", "train", "...", *each.flags] for each in RECIPES},
         "commands_mae": checked,
-        "not_reached": [f"{stage}: {missing}" for stage in STAGES if (missing := _missing(refits, stage, names))],
+        "not_reached": [
+            f"{stage}: {missing}" for stage in STAGES if (missing := _describe_missing(refits, stage, names))
+        ],
         "published_wql": PUBLISHED_WQL,
         "once_below": {name: ONCE[name] for name in names},
         "markets": found,
     }
-    _show(results)
+    _show_results(results)
     html.parent.mkdir(parents=True, exist_ok=True)
     html.write_text(render_accuracy_page(record.make_record("accuracy", 0, before, results)), encoding="utf-8")
     print(f"page: {html}" + (f", record: {record.save_record('accuracy', 0, before, results)}" if save else ""))
@@ -149,7 +151,7 @@ def run_tasks(refits: Refits, tasks: Sequence[Task], processes: int, until: floa
     """Do the tasks in their order until the clock says `until`; a fit that is under way then is dropped. How many."""
     done, spent, said = 0, defaultdict[str, float](float), clock.monotonic()
     with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool, suppress(StopIteration, NotYet):
-        results = pool.imap_unordered(partial(_done, refits), tasks)
+        results = pool.imap_unordered(partial(_do_task, refits), tasks)
         while True:
             task, seconds = results.next(max(0.0, until - clock.monotonic()))
             done += 1
@@ -200,17 +202,17 @@ def list_failures(found: Mapping[str, Any], checked: Mapping[str, float]) -> lis
     return wrong
 
 
-def _tasks(stage: Stage, names: Sequence[str]) -> Iterator[Task]:
+def _stage_tasks(stage: Stage, names: Sequence[str]) -> Iterator[Task]:
     """By day, not by market: what is done of a stage is of all markets."""
     for together in zip(*(schedule_refits(name, *stage) for name in names), strict=True):
         yield from together
 
 
-def _done(refits: Refits, task: Task) -> tuple[Task, float]:
+def _do_task(refits: Refits, task: Task) -> tuple[Task, float]:
     return task, refits.done(task)
 
 
-def _missing(refits: Refits, stage: Stage, names: Sequence[str]) -> str:
+def _describe_missing(refits: Refits, stage: Stage, names: Sequence[str]) -> str:
     """For example `12 of 104 fits of NP`."""
     done = {name: [refits.has(task) for task in schedule_refits(name, *stage)] for name in names}
     return ", ".join(
@@ -218,7 +220,7 @@ def _missing(refits: Refits, stage: Stage, names: Sequence[str]) -> str:
     )
 
 
-def _show(results: Mapping[str, Any]) -> None:
+def _show_results(results: Mapping[str, Any]) -> None:
     for table in build_tables(results):
         rich.print(render_table(table))
     print("\n".join(f"not reached: {each}" for each in results["not_reached"]))

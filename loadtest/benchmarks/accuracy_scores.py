@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from handlers.codecs.features import Float64
-from handlers.evaluation.scores import Steps, naive, pinball, scores, seasonal_errors
+from handlers.evaluation.scores import Steps, compute_pinball, make_naive_forecast, score_windows, seasonal_errors
 from handlers.training.time_series import Series
 from loadtest.benchmarks.rolling_refits import (
     DAYS,
@@ -47,10 +47,16 @@ def assess_market(data: Path, refits: Refits, name: str) -> dict[str, Any]:
         for each, quantiles in found.items():
             if quantiles is not None:
                 seconds = round(refits.seconds(name, each, every), 1)
-                rows.append({"name": each.name, "every": every, "fit_s": seconds, **_scored(series, quantiles)})
-        rows += [{"name": mixture, "every": every, **more} for mixture, more in _mixtures(refits, name, every, series)]
-    theirs = {peer: _scored(series, each[..., None], (0.5,)) for peer, each in read_published(data, name).items()}
-    return {"rows": rows, "published": theirs, "wql": _fev(refits, name, series)}
+                rows.append(
+                    {"name": each.name, "every": every, "fit_s": seconds, **_score_test_period(series, quantiles)}
+                )
+        rows += [
+            {"name": mixture, "every": every, **more} for mixture, more in _score_mixtures(refits, name, every, series)
+        ]
+    theirs = {
+        peer: _score_test_period(series, each[..., None], (0.5,)) for peer, each in read_published(data, name).items()
+    }
+    return {"rows": rows, "published": theirs, "wql": _score_fev(refits, name, series)}
 
 
 def read_published(data: Path, name: str) -> dict[str, Float64]:
@@ -63,7 +69,7 @@ def read_published(data: Path, name: str) -> dict[str, Float64]:
 
 def weight_parts(parts: Float64, y: Float64, levels: Float64) -> Float64:
     """Parts [N, days, 24, levels] -> their mean by weights that each week are made of the last days' losses."""
-    losses = pinball(np.broadcast_to(y, parts.shape[:3]), parts, levels).mean((2, 3))
+    losses = compute_pinball(np.broadcast_to(y, parts.shape[:3]), parts, levels).mean((2, 3))
     weights = np.ones(losses.shape)
     for day in range(REVIEW, losses.shape[1], REVIEW):
         mean = losses[:, max(0, day - MEMORY) : day].mean(1)
@@ -75,14 +81,14 @@ def weight_parts(parts: Float64, y: Float64, levels: Float64) -> Float64:
 def compute_wql(y: Float64, q: Float64, levels: Float64) -> float:
     """As fev-bench has it: by window [W] twice the mean pinball loss by the mean of |y|, at least 1; their mean."""
     size = np.maximum(np.abs(y).mean(1), 1.0)
-    return float((2 * pinball(y, q, levels).mean((1, 2)) / size).mean())
+    return float((2 * compute_pinball(y, q, levels).mean((1, 2)) / size).mean())
 
 
-def _mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator[tuple[str, dict[str, Any]]]:
+def _score_mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator[tuple[str, dict[str, Any]]]:
     """Mixtures whose `lear` is fitted so often; the others as often, or as often as was reached."""
     finest = [each for each in reversed(EVERY) if each >= every]
     for mixture, recipes in MIXTURES.items():
-        reached = [next((e for e in finest if _has(refits, name, each, e)), 0) for each in recipes]
+        reached = [next((e for e in finest if _has_fits(refits, name, each, e)), 0) for each in recipes]
         if not all(reached) or every not in reached:
             continue
         found = [refits.quantiles(name, *each) for each in zip(recipes, reached, strict=True)]
@@ -90,28 +96,28 @@ def _mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator
         actual, levels = series.values[find_period_start(series) :].reshape(DAYS, HOURS), np.array(LEAR.levels)
         mixed = parts.mean(0) if mixture == MEAN else weight_parts(parts, actual, levels)
         fitted = {each.name: often for each, often in zip(recipes, reached, strict=True)}
-        yield mixture, {"fitted_every": fitted, **_scored(series, mixed)}
+        yield mixture, {"fitted_every": fitted, **_score_test_period(series, mixed)}
 
 
-def _has(refits: Refits, name: str, recipe: Recipe, every: int) -> bool:
+def _has_fits(refits: Refits, name: str, recipe: Recipe, every: int) -> bool:
     return all(refits.has(task) for task in schedule_refits(name, recipe, every))
 
 
-def _scored(series: Series, q: Float64, levels: Sequence[float] = LEAR.levels) -> dict[str, float]:
+def _score_test_period(series: Series, q: Float64, levels: Sequence[float] = LEAR.levels) -> dict[str, float]:
     """Of quantiles of the test period [days, 24, levels]."""
     start, values = find_period_start(series), series.values
     origins: Steps = np.arange(start, len(values), HOURS)
     began = np.datetime64(series.start, "s").astype(np.int64)
     seconds: Steps = began + 3600 * np.arange(len(values))
-    y, before = values[start:].reshape(DAYS, HOURS), naive(values, seconds, origins, HOURS)
-    found = scores(y, q, np.array(levels), before, seasonal_errors(values, origins, HOURS))
+    y, before = values[start:].reshape(DAYS, HOURS), make_naive_forecast(values, seconds, origins, HOURS)
+    found = score_windows(y, q, np.array(levels), before, seasonal_errors(values, origins, HOURS))
     measures = {"rmae": found.rmae, "mae": float(found.wape * np.abs(y).mean())}
     if len(levels) > 1:
         measures |= {"pinball": found.pinball, "coverage": found.coverage}
     return {measure: round(value, 4) for measure, value in measures.items()}
 
 
-def _fev(refits: Refits, name: str, series: Series) -> dict[str, float]:
+def _score_fev(refits: Refits, name: str, series: Series) -> dict[str, float]:
     """WQL of the last 20 days, of archives fitted before them and where reached every day; and of their mean."""
     first, found = DAYS - FEV_DAYS, {}
     y = series.values[-FEV_DAYS * HOURS :].reshape(FEV_DAYS, HOURS)

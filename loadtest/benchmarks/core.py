@@ -24,11 +24,11 @@ from rich.progress import track
 from rich.table import Table
 
 from handlers.base import Family
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from loadtest import record
 from loadtest.driver import wrk
 from loadtest.fleets.fleet import CONFIG as TCN
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.observe.moto_server import S3_ENVIRONMENT, serve_moto
 from loadtest.observe.processes import read_pss
 from loadtest.peers.plain import serve_plain
@@ -53,10 +53,10 @@ def warm(pairs: int = 7, seconds: float = 3.0) -> None:
     before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
+        write_fleet(folder / "store", build_family("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
         json_body, npy_body = write_bodies(folder)
-        server = stack.enter_context(serve(str(folder / "store")))
-        plain, _ = stack.enter_context(serve_plain(folder, build("tcn", TCN).reference(), MODELS))
+        server = stack.enter_context(run_local_server(str(folder / "store")))
+        plain, _ = stack.enter_context(serve_plain(folder, build_family("tcn", TCN).reference(), MODELS))
         ours = wrk.WrkTarget("fleetcast", server.inference, MODELS, ".mar", json_body, JSON)
         npy = wrk.WrkTarget("fleetcast npy", ours.url, MODELS, ".mar", npy_body, NPY)
         peer = wrk.WrkTarget("plain", plain, MODELS, "", json_body, JSON)
@@ -82,26 +82,28 @@ def cold(models: int = 40) -> None:
         names = [f"cold/m{i}.mar" for i in range(2 * models)]
         os.environ.update(S3_ENVIRONMENT)
         source = open_source("s3://bench/fleet", endpoint_url=endpoint)
-        family = build("tcn", TCN_100_KB)
+        family = build_family("tcn", TCN_100_KB)
         sizes = [put_archive(source, name, family, seed) for seed, name in enumerate(names)]
         _, npy_body = write_bodies(folder)
         body = npy_body.read_bytes()
-        server = stack.enter_context(serve("s3://bench/fleet", ["--s3-endpoint-url", endpoint], S3_ENVIRONMENT))
+        server = stack.enter_context(
+            run_local_server("s3://bench/fleet", ["--s3-endpoint-url", endpoint], S3_ENVIRONMENT)
+        )
         connection = http.client.HTTPConnection(urlsplit(server.inference).netloc)
-        invoke(connection, names[0], body)  # the process's first: imports and connections
+        invoke_model(connection, names[0], body)  # the process's first: imports and connections
         source.get(ModelName(names[1]))
         first, get, seen = [], [], len(requests())
         for i in track(range(2, 2 * models, 2), "cold", transient=True):
             get.append(time_call(source.get, ModelName(names[i + 1])))
-            first.append(time_call(invoke, connection, names[i], body))
+            first.append(time_call(invoke_model, connection, names[i], body))
         asked = len(requests()) - seen - len(get)
     results = {
         "archive_bytes": max(sizes),
         "models": len(first),
         "store_requests_per_first_answer": asked / len(first),
-        "get_ms": record.summarize(get),
-        "first_answer_ms": record.summarize(first),
-        "difference_ms": record.summarize([a - b for a, b in zip(first, get, strict=True)]),
+        "get_ms": record.summarise_spread(get),
+        "first_answer_ms": record.summarise_spread(first),
+        "difference_ms": record.summarise_spread([a - b for a, b in zip(first, get, strict=True)]),
     }
     table = Table("", "median", "min", "max", title=f"{len(first)} first answers, archives of {max(sizes)} bytes")
     for key in ("get_ms", "first_answer_ms", "difference_ms"):
@@ -118,18 +120,20 @@ def memory(models: int = 2000, step: int = 500) -> None:
     before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        family = build("tcn", TCN)
+        family = build_family("tcn", TCN)
         write_fleet(folder / "store", family, TCN, [f"m{i}.mar" for i in range(models + step)])
         _, npy_body = write_bodies(folder)
         body = npy_body.read_bytes()
-        server = stack.enter_context(serve(str(folder / "store"), ["--workers", "1", "--model-cache-bytes", "2GiB"]))
+        server = stack.enter_context(
+            run_local_server(str(folder / "store"), ["--workers", "1", "--model-cache-bytes", "2GiB"])
+        )
         worker = next(p["pid"] for p in server.processes() if p["kind"] == "worker")
         connection = http.client.HTTPConnection(urlsplit(server.inference).netloc)
         sizes = []
         for i in track(range(models + step), "memory", transient=True):
             if i >= step and (i - step) % step == 0:
                 sizes.append((i, read_pss(worker)))
-            invoke(connection, f"m{i}.mar", body)
+            invoke_model(connection, f"m{i}.mar", body)
         sizes.append((models + step, read_pss(worker)))
         resident = server.loaded_models()
     (first, low), (last, high) = sizes[0], sizes[-1]
@@ -163,17 +167,17 @@ def write_fleet(folder: Path, family: Family, config: Mapping[str, Any], names: 
     """Archives of one architecture with seeded random weights."""
     folder.mkdir(parents=True)
     for seed, name in enumerate(track(names, "packing", transient=True)):
-        (folder / name).write_bytes(_pack(family, config, name, seed))
+        (folder / name).write_bytes(_pack_model(family, config, name, seed))
 
 
 def put_archive(source: Any, name: str, family: Family, seed: int) -> int:
     """Pack and store one archive of about 100 KB; its size."""
-    data = _pack(family, TCN_100_KB, name, seed)
+    data = _pack_model(family, TCN_100_KB, name, seed)
     source.put(ModelName(name), data)
     return len(data)
 
 
-def _pack(family: Family, config: Mapping[str, Any], name: str, seed: int) -> bytes:
+def _pack_model(family: Family, config: Mapping[str, Any], name: str, seed: int) -> bytes:
     tensors = random_tensors(family, SEED * 1_000_000 + seed)
     return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name)
 
@@ -190,7 +194,7 @@ def write_bodies(folder: Path) -> tuple[Path, Path]:
     return json_body, npy_body
 
 
-def invoke(connection: http.client.HTTPConnection, name: str, body: bytes) -> bytes:
+def invoke_model(connection: http.client.HTTPConnection, name: str, body: bytes) -> bytes:
     """One invocation; raises RuntimeError unless it is answered 200."""
     headers = {HEADER_TARGET_MODEL: name, "Content-Type": NPY}
     connection.request("POST", INVOCATIONS_PATH, body, headers)
@@ -213,15 +217,17 @@ def _warm_results(runs: dict[tuple[str, int], list[wrk.WrkResult]]) -> dict[str,
     for (name, connections), found in runs.items():
         row = results.setdefault(f"{connections} connections", {})
         row[name] = {
-            "requests_per_s": record.summarize([run.requests_per_s for run in found]),
-            "p50_ms": record.summarize([run.p50_ms for run in found]),
-            "p99_ms": record.summarize([run.p99_ms for run in found]),
+            "requests_per_s": record.summarise_spread([run.requests_per_s for run in found]),
+            "p50_ms": record.summarise_spread([run.p50_ms for run in found]),
+            "p99_ms": record.summarise_spread([run.p99_ms for run in found]),
         }
         if name != "plain":
             pairs = list(zip(found, runs["plain", connections], strict=True))
             row[f"{name} / plain"] = {
-                "requests_per_s": record.summarize([ours.requests_per_s / peer.requests_per_s for ours, peer in pairs]),
-                "p50": record.summarize([ours.p50_ms / peer.p50_ms for ours, peer in pairs]),
+                "requests_per_s": record.summarise_spread(
+                    [ours.requests_per_s / peer.requests_per_s for ours, peer in pairs]
+                ),
+                "p50": record.summarise_spread([ours.p50_ms / peer.p50_ms for ours, peer in pairs]),
             }
     return results
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from handlers.forecasters import build
+from handlers.forecasters import build_family
 from loadtest import record
 from loadtest.benchmarks.core import MODELS, write_bodies, write_fleet
 from loadtest.driver import wrk
 from loadtest.fleets.fleet import CONFIG as TCN
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import read_cpu_seconds
 from server.contract import JSON, NPY, STEP_SECONDS
 
@@ -50,42 +50,43 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")]
     runs: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        write_fleet(folder / "store", build("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
+        write_fleet(folder / "store", build_family("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
         bodies = dict(zip((JSON, NPY), write_bodies(folder), strict=True))
         servers = {}
         for workers, fronts in shapes:
             flags = ["--workers", str(workers), "--fronts", str(fronts)]
-            servers[workers, fronts] = stack.enter_context(serve(str(folder / "store"), flags))
+            servers[workers, fronts] = stack.enter_context(run_local_server(str(folder / "store"), flags))
         for turn in track(range(rounds + 1), "rounds", transient=True):
             for (workers, fronts), (media, body) in product(shapes, bodies.items()):
                 server = servers[workers, fronts]
                 target = wrk.WrkTarget("", f"{server.inference}/invocations", MODELS, ".mar", body, media)
-                found = _run(server, target, SECONDS if turn else 1.0)
+                found = _measure_combination(server, target, SECONDS if turn else 1.0)
                 if turn:
                     key = f"{workers} workers, {fronts} fronts, {media.rpartition('-')[2].rpartition('/')[2]}"
                     runs.setdefault(key, []).append(found)
     results = {
-        key: {name: record.summarize([run[name] for run in found]) for name in found[0]} for key, found in runs.items()
+        key: {name: record.summarise_spread([run[name] for run in found]) for name in found[0]}
+        for key, found in runs.items()
     }
     CONSOLE.print(f"record: {record.save_record('cores', SEED, before, results)}")
     CONSOLE.print(build_table(results))
 
 
-def _run(server: LocalServer, target: wrk.WrkTarget, seconds: float) -> dict[str, float]:
+def _measure_combination(server: LocalServer, target: wrk.WrkTarget, seconds: float) -> dict[str, float]:
     """Requests a second, and microseconds a request by where they went."""
-    before = dict(_spent(server))
+    before = dict(_read_seconds(server))
     found = wrk.run_wrk(target, CONNECTIONS, seconds)
     times = {"requests_per_s": found.requests_per_s, "p50_ms": found.p50_ms, "p99_ms": found.p99_ms}
-    return times | compute_request_cost(before, dict(_spent(server)), found.requests_per_s * seconds)
+    return times | compute_request_cost(before, dict(_read_seconds(server)), found.requests_per_s * seconds)
 
 
 def compute_request_cost(before: Mapping[str, float], after: Mapping[str, float], requests: float) -> dict[str, float]:
-    """Microseconds a request from two readings of `_spent`; `rest` is what a worker used beyond its parts."""
+    """Microseconds a request from two readings of `_read_seconds`; `rest` is what a worker used beyond its parts."""
     used = {name: (after[name] - before[name]) / requests * 1e6 for name in after}
     return {**used, "rest": used["worker"] - sum(used[part] for part in PARTS)}
 
 
-def _spent(server: LocalServer) -> Iterator[tuple[str, float]]:
+def _read_seconds(server: LocalServer) -> Iterator[tuple[str, float]]:
     """Seconds so far of fronts, of workers, and of the workers' parts."""
     for kind in ("front", "worker"):
         yield kind, sum(read_cpu_seconds(each["pid"]) for each in server.processes() if each["kind"] == kind)

@@ -63,15 +63,17 @@ def main(
     before = record.describe_machine()
     found: dict[str, Any] = {"hits": {}, "after_change": {}}
     for name, trace in track(make_traces(seed).items(), "hits", transient=True, console=CONSOLE):
-        found["hits"][name] = {str(share): _each(trace, compute_share_bytes(trace, share), SLAB) for share in SHARES}
+        found["hits"][name] = {
+            str(share): _judge_policies(trace, compute_share_bytes(trace, share), SLAB) for share in SHARES
+        }
     for name, trace in make_mixed_traces(seed).items():
-        found["hits"][name] = {"16 MiB": _each(trace, MIXED_BYTES, MIXED_SLAB)}
+        found["hits"][name] = {"16 MiB": _judge_policies(trace, MIXED_BYTES, MIXED_SLAB)}
     for name, shuffled in (("fixed order", False), ("shuffled", True)):
         found["after_change"][name] = {
             policy: measure_recovery(policy, shuffled=shuffled, seed=seed) for policy in POLICIES
         }
     found["us_a_request"] = measure_costs(seed, rounds)
-    for table in _tables(found):
+    for table in _make_result_tables(found):
         CONSOLE.print(table)
     CONSOLE.print(f"record: {record.save_record('policies', seed, before, found)}")
 
@@ -87,20 +89,25 @@ def make_models(models: int, family: str = "tcn", charge: int = ROW) -> list[Cac
 def make_traces(seed: int = 0, models: int = FLEET) -> dict[str, CacheTrace]:
     """Three that decide: a tick in fixed order, a shuffled one, Zipf with drift. And what else a fleet may see."""
     half, known = models // 2, make_models(models)
-    often = _ticks(half, 48, seed, shuffled=True)
+    often = _make_ticks(half, 48, seed, shuffled=True)
     seldom = Tick(half, 12 * EVERY_S, 1.0, shuffled=True, seed=seed + 1).schedule(48 * EVERY_S)
-    tick, zipf = _ticks(half, TICKS, seed, shuffled=True), _zipf(half, TICKS * half, seed, drift_s=1000, rate=1.0)
-    shuffled = _ticks(models, TICKS, seed, shuffled=True)
+    tick, zipf = (
+        _make_ticks(half, TICKS, seed, shuffled=True),
+        _draw_zipf(half, TICKS * half, seed, drift_s=1000, rate=1.0),
+    )
+    shuffled = _make_ticks(models, TICKS, seed, shuffled=True)
     return {
-        "tick, fixed order": _trace(known, _ticks(models, TICKS)),
-        "tick, shuffled": _trace(known, shuffled),
-        "Zipf with drift": _trace(known, _zipf(models, TICKS * models, seed, drift_s=20)),
-        "Zipf with much drift": _trace(known, _zipf(models, TICKS * models, seed, drift_s=2)),
-        "fixed order, no pauses": _trace(known, _ticks(models, TICKS, pauses=False)),
-        "shuffled, no pauses": _trace(known, _ticks(models, TICKS, seed, shuffled=True, pauses=False)),
-        "tick, each five times": _trace(known, _together(*[shuffled] * 5)),
-        "two ticks, one twelve times as often": _trace(known, _together(often, _others(seldom, half))),
-        "tick over Zipf": _trace(known, _together(tick, _others(zipf, half))),
+        "tick, fixed order": _make_trace(known, _make_ticks(models, TICKS)),
+        "tick, shuffled": _make_trace(known, shuffled),
+        "Zipf with drift": _make_trace(known, _draw_zipf(models, TICKS * models, seed, drift_s=20)),
+        "Zipf with much drift": _make_trace(known, _draw_zipf(models, TICKS * models, seed, drift_s=2)),
+        "fixed order, no pauses": _make_trace(known, _make_ticks(models, TICKS, pauses=False)),
+        "shuffled, no pauses": _make_trace(known, _make_ticks(models, TICKS, seed, shuffled=True, pauses=False)),
+        "tick, each five times": _make_trace(known, _merge_schedules(*[shuffled] * 5)),
+        "two ticks, one twelve times as often": _make_trace(
+            known, _merge_schedules(often, _shift_models(seldom, half))
+        ),
+        "tick over Zipf": _make_trace(known, _merge_schedules(tick, _shift_models(zipf, half))),
     }
 
 
@@ -109,39 +116,39 @@ def make_mixed_traces(seed: int = 0) -> dict[str, CacheTrace]:
     models = [model for family, (count, charge) in MIXED.items() for model in make_models(count, family, charge)]
     asked = np.random.default_rng(seed).integers(0, len(models), 60 * len(models))
     return {
-        "four families, by chance": _trace(models, Schedule(np.arange(len(asked)) / 10, asked, len(asked) / 10)),
-        "four families, tick": _trace(models, _ticks(len(models), 60)),
+        "four families, by chance": _make_trace(models, Schedule(np.arange(len(asked)) / 10, asked, len(asked) / 10)),
+        "four families, tick": _make_trace(models, _make_ticks(len(models), 60)),
     }
 
 
 def make_change_trace(at: int, ticks: int, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> CacheTrace:
     """Ticks; from the one numbered `at` on a fifth of the fleet, drawn, is replaced by others."""
-    ticking = _ticks(models, ticks, seed, shuffled=shuffled)
+    ticking = _make_ticks(models, ticks, seed, shuffled=shuffled)
     gone = np.random.default_rng(seed).permutation(models)[: models // 5]
     asked = ticking.model.copy()
     asked[at * models :] += models * np.isin(asked[at * models :], gone)
-    return _trace(make_models(2 * models), Schedule(ticking.at, asked, ticking.seconds))
+    return _make_trace(make_models(2 * models), Schedule(ticking.at, asked, ticking.seconds))
 
 
-def _trace(models: Sequence[CachedModel], due: Schedule) -> CacheTrace:
+def _make_trace(models: Sequence[CachedModel], due: Schedule) -> CacheTrace:
     return CacheTrace([models[i] for i in due.model.tolist()], due.at.tolist(), len(due.at) // 3)
 
 
-def _ticks(models: int, ticks: int, seed: int = 0, *, shuffled: bool = False, pauses: bool = True) -> Schedule:
+def _make_ticks(models: int, ticks: int, seed: int = 0, *, shuffled: bool = False, pauses: bool = True) -> Schedule:
     return Tick(models, EVERY_S, 1.0 if pauses else EVERY_S, shuffled, seed).schedule(ticks * EVERY_S)
 
 
-def _zipf(models: int, requests: int, seed: int, drift_s: float, rate: float = 100.0) -> Schedule:
+def _draw_zipf(models: int, requests: int, seed: int, drift_s: float, rate: float = 100.0) -> Schedule:
     profile = Profile(models, rate=rate, zipf=0.9, seed=seed, drift_s=drift_s, drift_share=0.02)
     return profile.schedule(requests / rate)
 
 
-def _others(due: Schedule, first: int) -> Schedule:
+def _shift_models(due: Schedule, first: int) -> Schedule:
     """The same for models numbered from `first` on."""
     return Schedule(due.at, first + due.model, due.seconds)
 
 
-def _together(*loads: Schedule) -> Schedule:
+def _merge_schedules(*loads: Schedule) -> Schedule:
     """All of them at once."""
     at = np.concatenate([due.at for due in loads])
     order = np.argsort(at, kind="stable")
@@ -205,32 +212,32 @@ def measure_costs(seed: int, rounds: int) -> Mapping[str, Mapping[str, Any]]:
         seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
         for _ in track(range(rounds), f"cost, {name}", transient=True, console=CONSOLE):
             for policy, times in seconds.items():
-                times.append(_seconds(policy, trace))
+                times.append(_time_policy(policy, trace))
         found[name] = {
             policy: {
-                "us": record.summarize([1e6 * each / len(trace.asked) for each in times]),
-                "ratio": record.summarize([each / lru for each, lru in zip(times, seconds["lru"], strict=True)]),
+                "us": record.summarise_spread([1e6 * each / len(trace.asked) for each in times]),
+                "ratio": record.summarise_spread([each / lru for each, lru in zip(times, seconds["lru"], strict=True)]),
             }
             for policy, times in seconds.items()
         }
     return found
 
 
-def _seconds(policy: str, trace: CacheTrace) -> float:
+def _time_policy(policy: str, trace: CacheTrace) -> float:
     gc.collect()
     started = time.perf_counter()
     compute_hit_ratio(policy, trace, compute_share_bytes(trace, 0.9))
     return time.perf_counter() - started
 
 
-def _each(trace: CacheTrace, cache_bytes: int, slab_bytes: int) -> dict[str, float]:
+def _judge_policies(trace: CacheTrace, cache_bytes: int, slab_bytes: int) -> dict[str, float]:
     return {policy: compute_hit_ratio(policy, trace, cache_bytes, slab_bytes) for policy in POLICIES}
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def _tables(found: Mapping[str, Any]) -> Iterator[Table]:
+def _make_result_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     table = Table("trace", "cache", *POLICIES, title="hit ratio")
     for name, sizes in found["hits"].items():
         for size, ratios in sizes.items():

@@ -45,19 +45,19 @@ def build_table(results: dict[str, Any]) -> Table:
     floor = tick["floor_ms"]
     shown = Table("", "median", "min", "max", "against", title=results["device"])
     against = f"goal {TICK_GOAL_MS:g}; floor {floor['sum']:.3f} ms of bytes and launches"
-    _row(shown, f"tick of {tick['models']} models, ms", tick["ms"], against)
+    _add_row(shown, f"tick of {tick['models']} models, ms", tick["ms"], against)
     share = f"{floor['gather_of_copy_bandwidth']:.0%} of copy bandwidth in the gather"
-    _row(shown, "... one by one, eager, ms", tick["one_by_one_eager_ms"], share)
+    _add_row(shown, "... one by one, eager, ms", tick["one_by_one_eager_ms"], share)
     shown.add_row("... ratio", f"{tick['ratio']:.0f}", "", "", f"goal {RATIO_GOAL:g}")
-    _row(shown, f"tick out of {many['resident']} resident, ms", many["tick_ms"], "")
-    _row(shown, "single request, ms", many["single_ms"], "")
-    _row(shown, "evicted model back, ms", back["copy_ms"], f"goal {RETURN_GOAL_MS:g}; {back['row_bytes']} bytes")
-    _row(shown, "... and its first answer, ms", back["first_answer_ms"], "")
+    _add_row(shown, f"tick out of {many['resident']} resident, ms", many["tick_ms"], "")
+    _add_row(shown, "single request, ms", many["single_ms"], "")
+    _add_row(shown, "evicted model back, ms", back["copy_ms"], f"goal {RETURN_GOAL_MS:g}; {back['row_bytes']} bytes")
+    _add_row(shown, "... and its first answer, ms", back["first_answer_ms"], "")
     for family in ("tcn", "gru"):
         for rows, taken in results[family].items():
-            _row(shown, f"{family}, batch {rows}, ms", taken, f"{taken['us_a_request']:.1f} us a request")
+            _add_row(shown, f"{family}, batch {rows}, ms", taken, f"{taken['us_a_request']:.1f} us a request")
     return shown
 
 
-def _row(shown: Table, what: str, spread: dict[str, float], against: str) -> None:
+def _add_row(shown: Table, what: str, spread: dict[str, float], against: str) -> None:
     shown.add_row(what, *(f"{spread[key]:.3f}" for key in ("median", "min", "max")), against)

@@ -117,12 +117,12 @@ def judge_counts(spans: Sequence[TrafficSpan], disk: int) -> Iterator[GrowthVerd
     fetched = max((1 - span.hit_ratio) * span.requests / span.seconds for span in spans)
     blobs, index, locks, drafts = ([n[f"files in disk cache/{each}"] for n in counts] for each in PLACES)
     yield GrowthVerdict("archives in the disk cache", max(blobs), disk + fetched * SWEEP_S)
-    yield GrowthVerdict("archives without a name there, or the reverse", max(map(_apart, blobs, index)), 0)
+    yield GrowthVerdict("archives without a name there, or the reverse", max(map(_measure_distance, blobs, index)), 0)
     yield GrowthVerdict("lock files there", max(locks), LOCKS)
     yield GrowthVerdict("drafts left there", max(drafts), 0)
 
 
-def _apart(a: float, b: float) -> float:
+def _measure_distance(a: float, b: float) -> float:
     return abs(a - b)
 
 

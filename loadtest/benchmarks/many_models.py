@@ -25,7 +25,7 @@ from loadtest.driver import wrk
 from loadtest.driver.dialects import find_fault
 from loadtest.fleets.fleet import make_request
 from loadtest.fleets.synthetic_archives import make_archive
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON
 
 SEED = 11
@@ -49,18 +49,20 @@ def main(rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")
         (folder / "store").mkdir()
         for seed, name in enumerate(track(names, "packing", transient=True)):
             (folder / "store" / name).write_bytes(make_archive("tcn", name, seed))
-        server = stack.enter_context(serve(str(folder / "store"), ["--workers", "1"]))
-        results = measure(server, names, folder, rounds)
+        server = stack.enter_context(run_local_server(str(folder / "store"), ["--workers", "1"]))
+        results = measure_calls(server, names, folder, rounds)
     table = Table("models in one call", "ms end to end", "forecasts/s", "forecasts/s / single calls'")
     for size in SIZES:
         row = results[f"{size} models"]
-        told = (_spread(row[key], digits) for key, digits in (("ms", 1), ("per_s", 0), ("ratio", 2)))
+        told = (_format_spread(row[key], digits) for key, digits in (("ms", 1), ("per_s", 0), ("ratio", 2)))
         table.add_row(str(size), *told)
-    CONSOLE.print(table, f"single calls over {CONNECTIONS} connections: {_spread(results['singles_per_s'], 0)}/s")
+    CONSOLE.print(
+        table, f"single calls over {CONNECTIONS} connections: {_format_spread(results['singles_per_s'], 0)}/s"
+    )
     CONSOLE.print(f"record: {record.save_record('many', SEED, before, results)}")
 
 
-def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
+def measure_calls(server: LocalServer, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
     """Calls of each size and single calls, in turn; the first round is warm-up."""
     request = make_request(SEED)
     (folder / "body.json").write_text(json.dumps(request))
@@ -77,21 +79,21 @@ def measure(server: LocalServer, names: list[str], folder: Path, rounds: int) ->
     singles: list[float] = []
     for turn in track(range(rounds + 1), "calls", transient=True):
         for size in SIZES:
-            times[size].append(_call(connection, bodies[size], size))
+            times[size].append(_time_call(connection, bodies[size], size))
         singles.append(wrk.run_wrk(single, CONNECTIONS, SINGLES_S if turn else 1.0).requests_per_s)
     rates = singles[1:]
-    found: dict[str, Any] = {"singles_per_s": record.summarize(rates), "body_bytes": len(bodies[500])}
+    found: dict[str, Any] = {"singles_per_s": record.summarise_spread(rates), "body_bytes": len(bodies[500])}
     for size, seconds in times.items():
         per_s = [size / each for each in seconds[1:]]
         found[f"{size} models"] = {
-            "ms": record.summarize([each * 1e3 for each in seconds[1:]]),
-            "per_s": record.summarize(per_s),
-            "ratio": record.summarize([many / one for many, one in zip(per_s, rates, strict=True)]),
+            "ms": record.summarise_spread([each * 1e3 for each in seconds[1:]]),
+            "per_s": record.summarise_spread(per_s),
+            "ratio": record.summarise_spread([many / one for many, one in zip(per_s, rates, strict=True)]),
         }
     return found
 
 
-def _call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
+def _time_call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
     """Seconds from the first byte out to the last byte in. Raises RuntimeError unless all was answered."""
     started = time.perf_counter()
     connection.request("POST", FORECASTS_PATH, body)
@@ -104,5 +106,5 @@ def _call(connection: http.client.HTTPConnection, body: bytes, size: int) -> flo
     return seconds
 
 
-def _spread(values: dict[str, float], digits: int) -> str:
+def _format_spread(values: dict[str, float], digits: int) -> str:
     return f"{values['median']:.{digits}f} ({values['min']:.{digits}f}-{values['max']:.{digits}f})"

@@ -29,13 +29,13 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from handlers.training.fit import ask, pinball, reference_network
+from handlers.training.fit import ask_network, compute_pinball, reference_network
 from handlers.training.input_recipe import naive_lag
 from handlers.training.time_series import Float64, Series, read_csv
 from loadtest import record
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from model_store.archives.archive import open_archive, read_tensors
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import Source, open_source
 from server.contract import HEADER_CACHE, JSON
@@ -118,18 +118,19 @@ def main(
         if not store:
             store = stack.enter_context(tempfile.TemporaryDirectory(prefix="fleetcast-markets-"))
             started = clock.perf_counter()
-            train(data, time, target, test_from, store, seed)
+            train_models(data, time, target, test_from, store, seed)
             results["train_s"] = round(clock.perf_counter() - started, 1)
-        client = ScoringClient(url or stack.enter_context(serve(store)).inference)
+        client = ScoringClient(url or stack.enter_context(run_local_server(store)).inference)
         source = open_source(store)
-        scores = {each.name: evaluate(each, test_from, source, client.ask) for each in series}
+        scores = {each.name: evaluate_market(each, test_from, source, client.ask) for each in series}
     results |= {
         "markets": {name: asdict(score) for name, score in scores.items()},
         "cache": dict(client.cache),
     }
-    results["request_ms"] = record.summarize(client.milliseconds)
+    results["request_ms"] = record.summarise_spread(client.milliseconds)
     rich.print(
-        _table(scores), f"cache: {dict(client.cache)}, median {results['request_ms']['median']:.1f} ms a request"
+        _make_score_table(scores),
+        f"cache: {dict(client.cache)}, median {results['request_ms']['median']:.1f} ms a request",
     )
     rich.print(f"record: {record.save_record('markets', seed, before, results)}")
     failures = [f"{name}: {failure}" for name, score in scores.items() for failure in score.failures]
@@ -137,7 +138,7 @@ def main(
         raise SystemExit("\n".join(failures))
 
 
-def train(data: Path, time: str, targets: Sequence[str], until: datetime, store: str, seed: int) -> None:
+def train_models(data: Path, time: str, targets: Sequence[str], until: datetime, store: str, seed: int) -> None:
     """`fleetcast train` as a user runs it. Raises CalledProcessError; its own words are on stderr."""
     command = [sys.executable, "-P", "-m", "server.cli.main", "train", str(data), "--time", time, "--out", store]
     command += ["--train-until", until.isoformat(), "--seed", str(seed)]
@@ -146,7 +147,7 @@ def train(data: Path, time: str, targets: Sequence[str], until: datetime, store:
     subprocess.run(command, check=True)
 
 
-def evaluate(series: Series, test_from: datetime, source: Source, asked: Ask) -> Score:
+def evaluate_market(series: Series, test_from: datetime, source: Source, asked: Ask) -> Score:
     """A forecast from every `prediction_length`-th step from `test_from` on, as long as all of it has happened.
 
     Raises model_store's LoadError for the archive `{name}.mar`, and what `asked` raises.
@@ -165,28 +166,28 @@ def evaluate(series: Series, test_from: datetime, source: Source, asked: Ask) ->
     served, local = [], []
     for start in track(starts, series.name, transient=True):
         request = make_request_for(series, start, forecast)
-        served.append(_quantiles(asked(name, request), forecast))
-        local.append(_quantiles(ask(network, forecast, request), forecast))
+        served.append(_parse_quantiles(asked(name, request), forecast))
+        local.append(_parse_quantiles(ask_network(network, forecast, request), forecast))
     steps = np.array(starts)[:, None] + np.arange(horizon)
     lag = naive_lag(round(series.step.total_seconds()), horizon)
     naive = series.values[steps - lag][..., None]
     return score_market(series.values[steps], np.stack(served), np.stack(local), naive, forecast)
 
 
-def make_request_for(series: Series, start: int, forecast: Forecast) -> dict[str, Any]:
+def make_request_for(series: Series, start: int, forecast: ForecastSpec) -> dict[str, Any]:
     """The request whose forecast begins with step `start`; it has no value of that step or later."""
     instance = series.instance(start - forecast.history_length, start, forecast.prediction_length)
     levels = [str(level) for level in forecast.quantile_levels]
     return {"instances": [instance], "configuration": {"output_types": ["quantiles"], "quantiles": levels}}
 
 
-def score_market(y: Float64, served: Float64, local: Float64, naive: Float64, forecast: Forecast) -> Score:
+def score_market(y: Float64, served: Float64, local: Float64, naive: Float64, forecast: ForecastSpec) -> Score:
     """Values [days, P], quantiles [days, P, levels] as served and as called here, naive forecasts [days, P, 1]."""
     known = ~np.isnan(y)
 
     def loss(quantiles: Float64) -> float:
         levels = torch.tensor(forecast.quantile_levels, dtype=torch.float64)
-        return float(pinball(torch.from_numpy(y), torch.from_numpy(quantiles), levels).sum()) / int(known.sum())
+        return float(compute_pinball(torch.from_numpy(y), torch.from_numpy(quantiles), levels).sum()) / int(known.sum())
 
     inside = (served[..., 0] <= y) & (y <= served[..., -1])
     difference = np.abs(served - local) / (np.abs(local) + forecast.scaler.scale)
@@ -202,13 +203,13 @@ def score_market(y: Float64, served: Float64, local: Float64, naive: Float64, fo
     )
 
 
-def _quantiles(answer: dict[str, Any], forecast: Forecast) -> Float64:
+def _parse_quantiles(answer: dict[str, Any], forecast: ForecastSpec) -> Float64:
     """[prediction, levels]"""
     quantiles = answer["predictions"][0]["quantiles"]
     return np.array([quantiles[str(level)] for level in forecast.quantile_levels], np.float64).T
 
 
-def _table(scores: dict[str, Score]) -> Table:
+def _make_score_table(scores: dict[str, Score]) -> Table:
     table = Table("market", "days", "pinball", "naive", "ratio", "coverage", "largest difference", "")
     for name, each in scores.items():
         verdict = "; ".join(each.failures) or "ok"

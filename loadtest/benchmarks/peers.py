@@ -23,8 +23,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.peers import over_memory as beyond
-from loadtest.peers.comparison import LOST, SEED, Comparison, write_models
+from loadtest.peers import over_memory
+from loadtest.peers.comparison import LOST, SEED, PeerComparison, write_models
 from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, build_table, describe_servers
 from loadtest.peers.environments import find_requirements, is_installed, parse_pins
 from loadtest.peers.network import load_network
@@ -58,7 +58,7 @@ def main(
     wrk.require_wrk()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that every server is ended
     before = record.describe_machine()
-    results = compare(chosen, rounds, seconds)
+    results = compare_servers(chosen, rounds, seconds)
     CONSOLE.print(build_table(results))
     CONSOLE.print("\n".join(describe_servers(results)), soft_wrap=True, highlight=False)
     if rounds >= RECORDED:
@@ -76,21 +76,21 @@ def show_peers() -> None:
         )
 
 
-def compare(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
+def compare_servers(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
     """The whole comparison; every process of it is ended."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         progress = stack.enter_context(Progress(*columns, console=CONSOLE, transient=True))
         step = progress.add_task("making models")
-        comparison = Comparison(write_models(folder, FLEET + SPARE), folder, stack)
-        _enter(comparison, peers, folder, lambda text: progress.update(step, description=text))
+        comparison = PeerComparison(write_models(folder, FLEET + SPARE), folder, stack)
+        _enter_servers(comparison, peers, folder, lambda text: progress.update(step, description=text))
         comparison.settle()
         for number, name, connections in comparison.play(rounds, seconds):
             progress.update(step, description=f"round {number + 1} of {rounds}: {name}, {connections} connections")
         for name in list(comparison.contenders):
             progress.update(step, description=f"{name}: more models")
-            _exceed(comparison, name)
+            _exceed_memory(comparison, name)
         return {
             "models": MODELS,
             "rounds": rounds,
@@ -102,7 +102,7 @@ def compare(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
         }
 
 
-def _enter(comparison: Comparison, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
+def _enter_servers(comparison: PeerComparison, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
     """Ours with few models, with many and with binary bodies, the plain peer, and the chosen ones."""
     models = comparison.models
     for name, count in ((OURS, MODELS), (f"{OURS} x{FLEET}", FLEET)):
@@ -121,7 +121,7 @@ def _enter(comparison: Comparison, peers: list[str], folder: Path, say: Callable
         comparison.enter(peer, pinned, partial(PEERS[peer], models.weights, say), MODELS)
 
 
-def _exceed(comparison: Comparison, name: str) -> None:
+def _exceed_memory(comparison: PeerComparison, name: str) -> None:
     """More models, and more than there is memory for."""
     contender, names = comparison.contenders[name], comparison.models.names
     if contender.server.fixed or contender.target.count == FLEET or name == OURS_NPY:
@@ -129,15 +129,15 @@ def _exceed(comparison: Comparison, name: str) -> None:
     body, found = contender.body, contender.found
     try:
         with contender.awake():
-            growth = beyond.grow(contender.server, names[MODELS:FLEET], body, BUDGET_MB)
+            growth = over_memory.grow_past_memory(contender.server, names[MODELS:FLEET], body, BUDGET_MB)
             found["growth"] = {"models": growth.models, "mb": growth.mb, "refused": growth.refused}
             found["mb_per_model"] = growth.mb / growth.models if growth.models else None
             if name == OURS:
-                told = beyond.measure_ours(comparison.models.store, names[:FLEET], body)
+                told = over_memory.measure_ours(comparison.models.store, names[:FLEET], body)
             elif name == "ray":
-                told = beyond.measure_ray(comparison.models.weights, names[:MODELS], body)
+                told = over_memory.measure_ray(comparison.models.weights, names[:MODELS], body)
             elif name == "mlserver":
-                told = beyond.measure_limited(contender.server, names[:MODELS], names[FLEET:], body)
+                told = over_memory.measure_limited(contender.server, names[:MODELS], names[FLEET:], body)
             else:
                 told = str(growth)
     except LOST as error:  # what its turns showed stays

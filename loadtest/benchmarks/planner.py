@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import record
-from loadtest.driver import run as load_run
 from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.profiles import Profile
 from loadtest.driver.request_bodies import RequestBody
+from loadtest.driver.run import RequestSource, ServerUnderLoad
 from loadtest.driver.run_result import Run
 from loadtest.fleets.fleet import list_fleet_names, make_fleet
 from loadtest.fleets.synthetic_archives import build_network
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricSums, parse_metrics
 from loadtest.plan.calibrate import calibrate
 from loadtest.plan.cli import make_unloader
@@ -79,7 +79,7 @@ def main(
     costs: list[Costs] = []
     with tempfile.TemporaryDirectory(prefix="fleetcast-plan-") as folder:
         make_fleet(folder, MODELS)
-        asked = load_run.RequestSource(list_fleet_names(MODELS), MODELS, None, None, seed).of(folder, console)
+        asked = RequestSource(list_fleet_names(MODELS), MODELS, None, None, seed).of(folder, console)
         for i in range(rounds):
             costs.append(measure_costs(folder, asked, rate))
             for share in SHARES:
@@ -88,9 +88,9 @@ def main(
                         folder, asked, round(share * MODELS), Profile(MODELS, rate, seed=seed), seconds, costs[-1]
                     )
                 )
-                console.print(f"round {i + 1}: {_said(found[-1])}")
+                console.print(f"round {i + 1}: {_describe_size(found[-1])}")
     results = summarize_sizes(found)
-    _show(results)
+    _show_sizes(results)
     if keep:
         whole = {"rate": rate, "seconds": seconds, "models": MODELS, "sizes": results}
         whole["costs"] = [msgspec.to_builtins(each) for each in costs]
@@ -100,8 +100,8 @@ def main(
 
 def measure_costs(store: str, asked: Mapping[ModelName, RequestBody], rate: float) -> Costs:
     """The costs of a server with room for all, at so many requests a second."""
-    with serve(store, ["--workers", "1"]) as server:
-        subject = load_run.ServerUnderLoad(server.inference, server.metrics, asked, store)
+    with run_local_server(store, ["--workers", "1"]) as server:
+        subject = ServerUnderLoad(server.inference, server.metrics, asked, store)
         to = subject.target("sagemaker", allow_remote=False)
         return calibrate(to, server.metrics, make_unloader(server.management, list(asked)), "here", rate)
 
@@ -112,23 +112,25 @@ def compare_size(
     """One size: the real server and the simulated one under the same schedule, warmed by the same."""
     row_bytes = build_network("tcn").family.row_floats * 4
     flags = ["--workers", "1", "--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
-    with serve(store, flags) as server:
-        to = load_run.ServerUnderLoad(server.inference, None, asked, store).target("sagemaker", allow_remote=False)
+    with run_local_server(store, flags) as server:
+        to = ServerUnderLoad(server.inference, None, asked, store).target("sagemaker", allow_remote=False)
         with DriverPool(to, 1) as pool:
             pool.drive(load.schedule(WARMUP_S, WARMUP))
-            before = _counts(server)
+            before = _read_counts(server)
             run = pool.drive(load.schedule(seconds))
-            after = _counts(server)
+            after = _read_counts(server)
     demand = make_profile_demand(load, seconds, WARMUP_S, str(row_bytes))
     there = simulate(Placement(demand), Machines(resident * row_bytes, slab_bytes=row_bytes), costs, load.seed)
-    return _beside(resident, run, before, after, there)
+    return _set_beside(resident, run, before, after, there)
 
 
-def _counts(server: LocalServer) -> MetricSums:
+def _read_counts(server: LocalServer) -> MetricSums:
     return parse_metrics(server.get(f"{server.metrics}{METRICS_PATH}").data.decode())[0]
 
 
-def _beside(resident: int, run: Run, before: MetricSums, after: MetricSums, there: SimulationResult) -> PlanComparison:
+def _set_beside(
+    resident: int, run: Run, before: MetricSums, after: MetricSums, there: SimulationResult
+) -> PlanComparison:
     asked = CACHE_REQUESTS.series
     seen = {result: after[asked, result] - before[asked, result] for result in CACHE_RESULTS}
     ms = {level: float(np.percentile(run.latency, float(level[1:]))) * 1e3 for level in there.ms}
@@ -144,32 +146,32 @@ def summarize_sizes(found: list[PlanComparison]) -> list[dict[str, Any]]:
         if not rows:
             raise SystemExit(f"no verdict: with room for {resident}, every run was invalid: {here[0].invalid[0]}")
         off = statistics.median(abs(each.hit_ratio - each.simulated_hit_ratio) for each in rows)
-        ms = {level: record.summarize([each.ms[level] for each in rows]) for level in rows[0].ms}
-        there = {level: record.summarize([each.simulated_ms[level] for each in rows]) for level in rows[0].ms}
+        ms = {level: record.summarise_spread([each.ms[level] for each in rows]) for level in rows[0].ms}
+        there = {level: record.summarise_spread([each.simulated_ms[level] for each in rows]) for level in rows[0].ms}
         ratio = there["p99"]["median"] / ms["p99"]["median"]
         sizes.append(
             {
                 "resident": resident,
-                "hit_ratio": record.summarize([each.hit_ratio for each in rows]),
-                "simulated_hit_ratio": record.summarize([each.simulated_hit_ratio for each in rows]),
+                "hit_ratio": record.summarise_spread([each.hit_ratio for each in rows]),
+                "simulated_hit_ratio": record.summarise_spread([each.simulated_hit_ratio for each in rows]),
                 "hit_ratio_off": off,
                 "ms": ms,
                 "simulated_ms": there,
                 "p99_ratio": ratio,
-                "p99_ratios": record.summarize([each.p99_ratio for each in rows]),
+                "p99_ratios": record.summarise_spread([each.p99_ratio for each in rows]),
                 "met": off <= POINT and abs(ratio - 1) <= QUARTER,
             }
         )
     return sizes
 
 
-def _said(each: PlanComparison) -> str:
+def _describe_size(each: PlanComparison) -> str:
     measured = f"hit ratio {each.hit_ratio:.4f}, p99 {each.ms['p99']:.2f} ms"
     simulated = f"simulated {each.simulated_hit_ratio:.4f}, {each.simulated_ms['p99']:.2f} ms"
     return f"room for {each.resident}: {measured}; {simulated}{' INVALID' * bool(each.invalid)}"
 
 
-def _show(sizes: list[dict[str, Any]]) -> None:
+def _show_sizes(sizes: list[dict[str, Any]]) -> None:
     table = Table(
         "room for", "hit ratio", "simulated", "p50 ms", "simulated", "p99 ms", "simulated", "p99 ratio", "met"
     )

@@ -30,7 +30,7 @@ from loadtest.driver.run_result import CACHE, Run
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import list_fleet_names, make_fleet, make_request
 from loadtest.fleets.synthetic_archives import build_network
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import list_pids, read_cpu_seconds
 from server.contract import PREFETCH
 
@@ -103,13 +103,13 @@ class PrefetchResult:
 
 def measure_ticks(plan: PrefetchPlan, store: Path, prefetch: str, look: Callable[[float], None]) -> PrefetchResult:
     """One run on a server of its own; `look` is told the second."""
-    with serve(str(store), plan.flags(prefetch)) as server:
+    with run_local_server(str(store), plan.flags(prefetch)) as server:
         host, body = urlsplit(server.inference).netloc, orjson.dumps(make_request(plan.seed))
         names = list_fleet_names(plan.models + plan.others)
         requests = [DIALECTS["sagemaker"].request(host, name, body) for name in names]
         with DriverPool(make_target(server.inference, requests), 1) as pool:
             run = pool.drive(plan.schedule(), look=look)
-        return summarize_run(plan, run, _prefetched(server), read_cpu_seconds(list_pids(server)["worker 0"]))
+        return summarize_run(plan, run, _count_prefetched(server), read_cpu_seconds(list_pids(server)["worker 0"]))
 
 
 def summarize_run(plan: PrefetchPlan, run: Run, prefetched: Mapping[str, float], worker_s: float) -> PrefetchResult:
@@ -135,7 +135,7 @@ def summarize_run(plan: PrefetchPlan, run: Run, prefetched: Mapping[str, float],
     )
 
 
-def _prefetched(server: LocalServer) -> dict[str, float]:
+def _count_prefetched(server: LocalServer) -> dict[str, float]:
     """Loads ahead of time by result, such as used."""
     return dict(server.totals(PREFETCH.series, "result"))
 
@@ -166,30 +166,30 @@ def main(
                     results[prefetch] = measure_ticks(plan, Path(folder), prefetch, look)
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError) as error:
         raise SystemExit(f"nothing measured: {error}") from error
-    CONSOLE.print(_table(plan, results), *_said(results))
+    CONSOLE.print(_make_result_table(plan, results), *_explain_results(results))
     if keep:
-        saved = {"plan": asdict(plan)} | {f"prefetch {name}": _recorded(each) for name, each in results.items()}
+        saved = {"plan": asdict(plan)} | {f"prefetch {name}": _record_results(each) for name, each in results.items()}
         CONSOLE.print(f"record: {record.save_record('prefetch', seed, before, saved)}")
 
 
-def _recorded(each: PrefetchResult) -> dict[str, Any]:
+def _record_results(each: PrefetchResult) -> dict[str, Any]:
     """With the spread over ticks."""
-    spreads = {name: record.summarize(getattr(each, name)) for name in ("cold", "p50_ms", "p99_ms")}
+    spreads = {name: record.summarise_spread(getattr(each, name)) for name in ("cold", "p50_ms", "p99_ms")}
     return {**asdict(each), "over_ticks": spreads, "cold_share": each.cold_share}
 
 
-def _table(plan: PrefetchPlan, results: Mapping[str, PrefetchResult]) -> Table:
+def _make_result_table(plan: PrefetchPlan, results: Mapping[str, PrefetchResult]) -> Table:
     room = f"{plan.models} models every {plan.every_s:g} s within {plan.spread_s:g} s, {plan.ticks - LEARNT} ticks"
     table = Table("prefetch", "cold", "p50 ms", "p99 ms", "others cold", "others p99 ms", "worker s", title=room)
     for name, each in results.items():
-        over = [record.summarize(values) for values in (each.p50_ms, each.p99_ms)]
+        over = [record.summarise_spread(values) for values in (each.p50_ms, each.p99_ms)]
         times = [f"{of['median']:.1f} ({of['min']:.1f}-{of['max']:.1f})" for of in over]
         others = (f"{each.others['cold']:.1%}", f"{each.others['p99_ms']:.1f}")
         table.add_row(name, f"{each.cold_share:.2%}", *times, *others, f"{each.worker_s:.1f}")
     return table
 
 
-def _said(results: Mapping[str, PrefetchResult]) -> Iterator[str]:
+def _explain_results(results: Mapping[str, PrefetchResult]) -> Iterator[str]:
     ahead = ", ".join(f"{count:.0f} {result}" for result, count in results["on"].prefetched.items())
     yield f"loads ahead of time: {ahead or 'none'}"
     for name, each in results.items():

@@ -17,7 +17,15 @@ import numpy as np
 
 import handlers
 from handlers.codecs.features import Float64
-from handlers.training.fit import Config, Fitted, Fitting, ask, fit, recipes, reference_network
+from handlers.training.fit import (
+    Config,
+    Fitted,
+    Fitting,
+    ask_network,
+    fit_forecasters,
+    reference_network,
+    suggest_inputs,
+)
 from handlers.training.input_recipe import LEVELS, Scaling
 from handlers.training.time_series import Series, read_csv
 
@@ -105,7 +113,7 @@ class Refits:
         series = read_market(self._data, task.market)
         first = find_period_start(series) + task.day * HOURS
         started = time.perf_counter()
-        fitted = _fitted(series.before(series.start + first * series.step), task.recipe)
+        fitted = _fit_task(series.before(series.start + first * series.step), task.recipe)
         seconds = time.perf_counter() - started
         quantiles = forecast_days(fitted, series, range(first, first + task.days * HOURS, HOURS))
         path = self._path(task)
@@ -133,13 +141,13 @@ class Refits:
         return total
 
     def _path(self, task: Task) -> Path:
-        said = repr((task.recipe, task.days)).encode() + _prices(self._data, task.market) + _code()
+        said = repr((task.recipe, task.days)).encode() + _hash_prices(self._data, task.market) + _hash_code()
         return self._folder / f"{task.market}-{hashlib.sha256(said).hexdigest()[:12]}-{task.day:03d}.npz"
 
 
-def _fitted(series: Series, of: Recipe) -> Fitted:
-    made = recipes([series], of.architecture, of.options, HOURS, levels=of.levels, scaling=of.scaling)
-    (found,) = fit([series], made, of.architecture, of.options, Fitting(of.epochs))
+def _fit_task(series: Series, of: Recipe) -> Fitted:
+    made = suggest_inputs([series], of.architecture, of.options, HOURS, levels=of.levels, scaling=of.scaling)
+    (found,) = fit_forecasters([series], made, of.architecture, of.options, Fitting(of.epochs))
     return found
 
 
@@ -150,18 +158,18 @@ def forecast_days(fitted: Fitted, series: Series, origins: Sequence[int]) -> Flo
     for origin in origins:
         instance = series.instance(origin - forecast.history_length, origin, HOURS)
         request = {"instances": [instance], "configuration": {"output_types": ["quantiles"]}}
-        (answer,) = ask(network, forecast, request)["predictions"]
+        (answer,) = ask_network(network, forecast, request)["predictions"]
         found.append(np.array([answer["quantiles"][f"{level:g}"] for level in forecast.quantile_levels]).T)
     return np.stack(found)
 
 
 @cache
-def _prices(data: Path, name: str) -> bytes:
+def _hash_prices(data: Path, name: str) -> bytes:
     return hashlib.sha256((data / f"{name}.csv.gz").read_bytes()).digest()
 
 
 @cache
-def _code() -> bytes:
+def _hash_code() -> bytes:
     """Of all that decides what a fit finds."""
     files = sorted(Path(handlers.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

@@ -49,7 +49,7 @@ from loadtest.driver.summary import draw_sparkline
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import Fleet, list_fleet_names, make_request, write_fleet
 from loadtest.fleets.synthetic_archives import build_network
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.processes import read_pss
 from loadtest.observe.resource_counts import Census, list_pids, read_cpu_seconds, take_census
 from model_store.errors import LoadError
@@ -112,14 +112,14 @@ def serve_store(
     flags = [*plan.flags(resident, workers), "--disk-cache", str(disk)]
     flags += ["--disk-cache-bytes", str(plan.disk * archive.stat().st_size)]
     flags += ["--metrics-per-model", str(SHOWN_MODELS)]
-    with serve(str(store), flags, {"TMPDIR": str(temp)}) as server:
+    with run_local_server(str(store), flags, {"TMPDIR": str(temp)}) as server:
         yield server, disk, temp
 
 
 @contextmanager
 def start_driver(server: LocalServer, models: int, bar: Progress, what: str, seconds: float) -> Iterator[Drive]:
     """A driver process for `models` models of a fleet; its progress over so many seconds in all."""
-    with DriverPool(_target(server, models), 1) as pool:
+    with DriverPool(_load_target(server, models), 1) as pool:
         task = bar.add_task(what, total=round(seconds))
         done = 0.0
 
@@ -143,14 +143,14 @@ def run_traffic(plan: ScalePlan, server: LocalServer, disk: Path, temp: Path, dr
         before = {name: read_cpu_seconds(pid) for name, pid in pids.items()}
         run = drive(profile.schedule(plan.span_s, part))
         spent = {name: read_cpu_seconds(pid) - before[name] for name, pid in pids.items()}
-        spans.append(_span(run, spent, take_census(server, disk, temp)))
+        spans.append(_summarise_span(run, spent, take_census(server, disk, temp)))
     return spans
 
 
 def measure_cost(server: LocalServer, archives: int, drive: Drive, requests: int = PROBES) -> Cost:
     """Ask a few models again and again, and list."""
     hot = np.arange(requests) % min(HOT, archives)
-    drive(_once(range(min(HOT, archives)), LOAD_RATE))  # now they are resident
+    drive(_schedule_each_once(range(min(HOT, archives)), LOAD_RATE))  # now they are resident
     fronts = [pid for name, pid in list_pids(server).items() if name.startswith("front")]
     before = sum(map(read_cpu_seconds, fronts))
     run = drive(Schedule(np.arange(requests) / PROBE_RATE, hot, requests / PROBE_RATE))
@@ -165,11 +165,11 @@ def load_crowd(plan: ScalePlan, server: LocalServer, drive: Drive) -> Crowd:
     resident, memory, pages = [], [], []
     parts = np.array_split(np.arange(plan.many), STEPS)
     for part in parts:
-        drive(_once(part.tolist(), LOAD_RATE))
+        drive(_schedule_each_once(part.tolist(), LOAD_RATE))
         resident.append(server.loaded_models())
         memory.append(read_pss(worker))
         pages.append(measure_page_ms(server))
-    again = drive(_once(range(plan.many), PROBE_RATE))
+    again = drive(_schedule_each_once(range(plan.many), PROBE_RATE))
     hits = float((again.cache == CACHE.index("hit")).mean())
     each = compute_trend(memory) / (plan.many / STEPS)
     return Crowd(resident, memory, pages, each, hits, _latency_ms(again, "hit", 99))
@@ -178,29 +178,29 @@ def load_crowd(plan: ScalePlan, server: LocalServer, drive: Drive) -> Crowd:
 def measure_page_ms(server: LocalServer) -> float:
     """The median time of a page of the management API's list of models."""
     with urllib3.PoolManager() as pool:
-        return statistics.median(_page(pool, server) for _ in range(PAGES))
+        return statistics.median(_list_page(pool, server) for _ in range(PAGES))
 
 
-def _page(pool: urllib3.PoolManager, server: LocalServer) -> float:
+def _list_page(pool: urllib3.PoolManager, server: LocalServer) -> float:
     started = time.perf_counter()
     reply = pool.request("GET", f"{server.management}{MODELS_PATH}?limit=100")
     assert reply.status == 200, reply.data  # noqa: PLR2004
     return (time.perf_counter() - started) * 1e3
 
 
-def _target(server: LocalServer, models: int) -> LoadTarget:
+def _load_target(server: LocalServer, models: int) -> LoadTarget:
     host, body = urlsplit(server.inference).netloc, orjson.dumps(make_request(0))
     return make_target(
         server.inference, [DIALECTS["sagemaker"].request(host, name, body) for name in list_fleet_names(models)]
     )
 
 
-def _once(models: Sequence[int], rate: float) -> Schedule:
+def _schedule_each_once(models: Sequence[int], rate: float) -> Schedule:
     """Each of the models once, in order."""
     return Schedule(np.arange(len(models)) / rate, np.array(models), len(models) / rate)
 
 
-def _span(run: Run, spent: Mapping[str, float], census: Census) -> TrafficSpan:
+def _summarise_span(run: Run, spent: Mapping[str, float], census: Census) -> TrafficSpan:
     n = len(run.status)
     return TrafficSpan(
         seconds=run.schedule.seconds,
@@ -232,14 +232,14 @@ def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[Traff
     costs = []
     for archives in (size for size in COSTS if size < plan.models):
         smaller = folder / f"store-{archives}"
-        _link(store, smaller, archives)
+        _link_archives(store, smaller, archives)
         with (
             serve_store(plan, smaller, folder / f"{archives}", plan.resident, plan.workers) as (server, *_),
             start_driver(
                 server, archives, bar, f"{archives} archives", archives / LOAD_RATE + PROBES / PROBE_RATE
             ) as drive,
         ):
-            drive(_once(range(archives), LOAD_RATE))
+            drive(_schedule_each_once(range(archives), LOAD_RATE))
             costs.append(measure_cost(server, archives, drive))
     seconds = plan.spans * plan.span_s + PROBES / PROBE_RATE
     with (
@@ -256,7 +256,7 @@ def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[Traff
         return spans, costs, load_crowd(plan, server, drive)
 
 
-def _link(store: Path, smaller: Path, archives: int) -> None:
+def _link_archives(store: Path, smaller: Path, archives: int) -> None:
     """The first archives of a store as another one, without their bytes."""
     for name in list_fleet_names(archives):
         (smaller / name).parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,7 @@ def main(
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError, LoadError) as error:
         raise SystemExit(f"no verdict: {error}") from error
     verdicts = [*judge_spans(found, plan.disk), *judge_costs(costs), *judge_crowd(crowded, plan.many, plan.row_bytes)]
-    _show(found, costs, crowded, verdicts)
+    _show_findings(found, costs, crowded, verdicts)
     if keep:
         results = {
             "plan": asdict(plan),
@@ -305,7 +305,7 @@ def main(
     raise SystemExit(not all(verdict.met for verdict in verdicts))
 
 
-def _show(
+def _show_findings(
     spans: Sequence[TrafficSpan], costs: Sequence[Cost], crowded: Crowd, verdicts: Sequence[GrowthVerdict]
 ) -> None:
     console.print(build_spans_table(spans), build_costs_table(costs, crowded))

@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from handlers.codecs.scenarios import Correlation, Marginal, joint, load_correlation, stream
+from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation, make_random_stream
 from handlers.codecs.tensors import write_npy
-from handlers.evaluation.correlation import gaussian, schaake
+from handlers.evaluation.correlation import estimate_gaussian, estimate_schaake
 from loadtest import record
 
 SEED = 5
@@ -45,22 +45,22 @@ def main(
         raise typer.Exit(done.returncode)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     before = record.describe_machine()
-    results = measure(rounds)
+    results = measure_ways(rounds)
     CONSOLE.print(build_table(results))
     if save:
         CONSOLE.print(f"record: {record.save_record('scenarios', SEED, before, results)}")
 
 
-def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: int = SCENARIOS) -> dict[str, Any]:
+def measure_ways(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: int = SCENARIOS) -> dict[str, Any]:
     """Milliseconds of every way, in turn; the first round is warm-up."""
-    copula, templates = _correlations(products, steps)
-    marginals = _marginals(products, steps)
+    copula, templates = _make_correlations(products, steps)
+    marginals = _make_marginals(products, steps)
     found = np.empty((samples, products, steps), np.float32)
     ways: dict[str, Callable[[], object]] = {
-        "gaussian": lambda: write_npy(joint(marginals, copula, samples, SEED)),
-        "schaake": lambda: write_npy(joint(marginals, templates, samples, SEED)),
-        "gaussian, one product": lambda: write_npy(joint(marginals[-1:], copula, samples, SEED)),
-        "floor: normal numbers": lambda: _normals(products, steps, samples),
+        "gaussian": lambda: write_npy(draw_scenarios(marginals, copula, samples, SEED)),
+        "schaake": lambda: write_npy(draw_scenarios(marginals, templates, samples, SEED)),
+        "gaussian, one product": lambda: write_npy(draw_scenarios(marginals[-1:], copula, samples, SEED)),
+        "floor: normal numbers": lambda: _draw_normals(products, steps, samples),
         "floor: bytes written": lambda: write_npy(found),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
@@ -75,7 +75,7 @@ def measure(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: 
         "steps": steps,
         "scenarios": samples,
         "answer_bytes": len(write_npy(found)),
-        "ms": {name: record.summarize(each) for name, each in taken.items()},
+        "ms": {name: record.summarise_spread(each) for name, each in taken.items()},
     }
 
 
@@ -89,18 +89,19 @@ def build_table(results: dict[str, Any]) -> Table:
     return shown
 
 
-def _correlations(products: int, steps: int) -> tuple[Correlation, Correlation]:
+def _make_correlations(products: int, steps: int) -> tuple[CorrelationModel, CorrelationModel]:
     """Both kinds, estimated from errors that are shared among products and last."""
     rng, names = np.random.default_rng(SEED), tuple(f"market-{i}.mar" for i in range(products))
     noise = rng.normal(size=(WINDOWS, products, steps)) + rng.normal(size=(WINDOWS, 1, steps))
     errors = noise.cumsum(axis=2)
     copula, templates = (
-        load_correlation(each.record, each.tensors) for each in (gaussian(errors, names), schaake(errors, names))
+        load_correlation(each.record, each.tensors)
+        for each in (estimate_gaussian(errors, names), estimate_schaake(errors, names))
     )
     return copula, templates
 
 
-def _marginals(products: int, steps: int) -> list[Marginal]:
+def _make_marginals(products: int, steps: int) -> list[Marginal]:
     """Different for every product and step."""
     rng = np.random.default_rng(SEED)
     values = (
@@ -109,7 +110,7 @@ def _marginals(products: int, steps: int) -> list[Marginal]:
     return [Marginal(f"market-{i}.mar", LEVELS, each) for i, each in enumerate(values)]
 
 
-def _normals(products: int, steps: int, samples: int) -> None:
+def _draw_normals(products: int, steps: int, samples: int) -> None:
     """As many normal numbers as the scenarios rest on."""
     for i in range(products):
-        stream(SEED, str(i)).standard_normal((steps, samples))
+        make_random_stream(SEED, str(i)).standard_normal((steps, samples))

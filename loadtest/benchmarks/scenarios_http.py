@@ -17,15 +17,15 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from handlers.evaluation.correlation import gaussian
-from handlers.forecasters import build, random_tensors
+from handlers.evaluation.correlation import estimate_gaussian
+from handlers.forecasters import build_family, random_tensors
 from loadtest import record
 from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
 from loadtest.fleets.fleet import make_request
-from loadtest.observe.local_server import serve
-from model_store.archives.manifest import Channel, Forecast, Scaler
+from loadtest.observe.local_server import run_local_server
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.archives.packing import pack_correlation, pack_forecaster
 from model_store.names import ModelName
 from server.contract import JSON, NPY
@@ -48,9 +48,9 @@ def main(
     with ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = write_store(store, PRODUCTS, STEPS)
-        server = stack.enter_context(serve(str(store), ["--workers", "1"]))
+        server = stack.enter_context(run_local_server(str(store), ["--workers", "1"]))
         client = stack.enter_context(MarketClient(server.inference))
-        results = {"steps": STEPS, **measure(client, names, SCENARIOS, rounds)}
+        results = {"steps": STEPS, **measure_calls(client, names, SCENARIOS, rounds)}
     CONSOLE.print(build_table(results))
     if save:
         CONSOLE.print(f"record: {record.save_record('scenarios_http', SEED, before, results)}")
@@ -60,15 +60,15 @@ def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
     """Forecasters with random weights, and a correlation of errors that are shared among them and last."""
     names = [ModelName(f"m{i}.mar") for i in range(products)]
     for seed, name in enumerate(names):
-        (store / name).write_bytes(_archive(name, steps, seed))
+        (store / name).write_bytes(_pack_archive(name, steps, seed))
     rng = np.random.default_rng(SEED)
     noise = rng.normal(size=(WINDOWS, products, steps)) + rng.normal(size=(WINDOWS, 1, steps))
-    found = gaussian(noise.cumsum(axis=2), tuple(names))
+    found = estimate_gaussian(noise.cumsum(axis=2), tuple(names))
     (store / JOINTLY).write_bytes(pack_correlation(found.record, found.tensors, model_name="joint"))
     return names
 
 
-def measure(client: MarketClient, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
+def measure_calls(client: MarketClient, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
     """Milliseconds from the first byte out to the last byte in; the first round is warm-up. Raises NotAnswered."""
     (series,) = make_request(SEED, steps=CONTEXT)["instances"]
     asked = write_turn_bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
@@ -93,7 +93,7 @@ def measure(client: MarketClient, names: Sequence[ModelName], scenarios: int, ro
         "products": len(names),
         "scenarios": scenarios,
         "answer_bytes": sizes,
-        "ms": {way: record.summarize(each) for way, each in taken.items()},
+        "ms": {way: record.summarise_spread(each) for way, each in taken.items()},
     }
 
 
@@ -109,16 +109,16 @@ def build_table(results: dict[str, Any]) -> Table:
     return shown
 
 
-def _archive(name: str, steps: int, seed: int) -> bytes:
+def _pack_archive(name: str, steps: int, seed: int) -> bytes:
     config = {"features": 1, "context_length": CONTEXT, "prediction_length": steps, "quantiles": len(LEVELS)}
-    forecast = Forecast(
+    forecast = ForecastSpec(
         frequency="5min",
         context_length=CONTEXT,
         prediction_length=steps,
         quantile_levels=LEVELS,
-        inputs=(Channel(source="target"),),
+        inputs=(InputChannel(source="target"),),
         scaler=Scaler(kind="asinh", center=60.0, scale=25.0),
         tail="clamp",
     )
-    tensors = random_tensors(build("tcn", config), seed)
+    tensors = random_tensors(build_family("tcn", config), seed)
     return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name, forecast=forecast)

@@ -51,8 +51,8 @@ def build_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         column.justify, column.no_wrap = "right", True
     for section, rows in results.items():
         for row, found in rows.items():
-            cells = [f"{found['us']['fleetcast']['median']:.1f}", *_against(found, "peer")]
-            cells += [_goal(section, row, found), *_against(found, "gathered"), f"{found['floor_us']:.1f}"]
+            cells = [f"{found['us']['fleetcast']['median']:.1f}", *_compare_with(found, "peer")]
+            cells += [_get_goal(section, row, found), *_compare_with(found, "gathered"), f"{found['floor_us']:.1f}"]
             shown.add_row(section, row, *cells, " ".join(sorted(found["paths"], key=found["paths"].get, reverse=True)))
         shown.add_section()
     return shown
@@ -66,14 +66,14 @@ def judge_step(results: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{count} different models in one step: {ms:.2f} ms, goal {ALL_GOAL_MS:g}"
 
 
-def _against(found: Mapping[str, Any], name: str) -> tuple[str, str]:
+def _compare_with(found: Mapping[str, Any], name: str) -> tuple[str, str]:
     """Its time and our ratio to it, empty where it did not run."""
     if name not in found["ratio"]:
         return "", ""
     return f"{found['us'][name]['median']:.1f}", "{median:.2f} ({min:.2f}-{max:.2f})".format(**found["ratio"][name])
 
 
-def _goal(section: str, row: str, found: Mapping[str, Any]) -> str:
+def _get_goal(section: str, row: str, found: Mapping[str, Any]) -> str:
     """Of the small convolution's batches."""
     if section != "tcn" or not row.isdigit():
         return ""

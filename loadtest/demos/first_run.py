@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
-from handlers.forecasters import family
+from handlers.forecasters import get_family
 from loadtest.demos.fan_chart import draw_fan_chart
 from loadtest.fleets.fleet import list_fleet_names, make_trained_fleet
 from loadtest.fleets.synthetic_markets import make_market_request, make_training_markets
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from model_store.archives.archive import open_archive
 from model_store.names import ModelName
 from server import contract
@@ -54,20 +54,20 @@ def main(
 ) -> None:
     """Show Fleetcast on this machine: make a fleet, serve it, ask it. Nothing to install or configure besides."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
-    names = _fleet(models)
+    names = _make_fleet(models)
     row_bytes = _row_bytes(names[0])
     flags = ["--inference-port", str(inference_port), "--management-port", str(management_port)]
     flags += ["--metrics-port", str(metrics_port), "--workers", str(workers)]
     flags += ["--model-cache-bytes", str(resident * row_bytes), "--slab-bytes", str(row_bytes)]
     try:
-        with serve(str(STORE), flags) as server:
-            _say("2", f"{workers} workers serve {models} models with room for {resident} in memory")
+        with run_local_server(str(STORE), flags) as server:
+            _print_step("2", f"{workers} workers serve {models} models with room for {resident} in memory")
             console.print(f"   inference {server.inference}, management {server.management}, metrics {server.metrics}")
-            _forecast(server, names[0])
-            _burst(server, names, requests, resident)
+            _ask_twice(server, names[0])
+            _send_burst(server, names, requests, resident)
             _how_to(server, names[0])
             if not once:
-                _say("6", "the server runs until Ctrl-C")
+                _print_step("6", "the server runs until Ctrl-C")
                 signal.pause()
     except RuntimeError as error:  # it has said why on stderr
         raise SystemExit(f"{error}; flags of `make run` go into ARGS: make run ARGS='--inference-port 0'") from None
@@ -75,14 +75,14 @@ def main(
         console.print("\nstopped")
 
 
-def _say(number: str, text: str) -> None:
+def _print_step(number: str, text: str) -> None:
     console.print(f"\n[bold]{number}. {text}[/]")
 
 
-def _fleet(models: int) -> list[ModelName]:
+def _make_fleet(models: int) -> list[ModelName]:
     names = list_fleet_names(models)
     if all((STORE / name).exists() for name in names):
-        _say("1", f"the fleet of {models} is in {STORE} already (make clean removes it)")
+        _print_step("1", f"the fleet of {models} is in {STORE} already (make clean removes it)")
         return names
     started = time.perf_counter()
     with Progress(console=console, transient=True) as bar:
@@ -92,7 +92,7 @@ def _fleet(models: int) -> list[ModelName]:
         )
     seconds = time.perf_counter() - started
     better = sum(each.loss / each.naive_loss for each in fitted) / len(fitted)
-    _say("1", f"fitted {models} synthetic markets together in {seconds:.1f} s and packed them into {STORE}")
+    _print_step("1", f"fitted {models} synthetic markets together in {seconds:.1f} s and packed them into {STORE}")
     console.print(
         f"   their mean pinball loss on hours they were not fitted on is {better:.2f} of the naive forecast's"
     )
@@ -103,15 +103,15 @@ def _row_bytes(name: ModelName) -> int:
     """What one model of the fleet holds in memory."""
     spec = open_archive((STORE / name).read_bytes(), name).spec
     assert spec is not None, "a forecaster has a fleetcast.json"
-    return family(spec).row_floats * 4
+    return get_family(spec).row_floats * 4
 
 
-def _forecast(server: LocalServer, model: ModelName) -> None:
+def _ask_twice(server: LocalServer, model: ModelName) -> None:
     """One model asked twice by boto3: first from the store, then from memory."""
     request, actual = make_market_request(make_training_markets(1, SEED)[0])
     REQUEST.write_text(json.dumps(request))
     client = boto3.client("sagemaker-runtime", endpoint_url=server.inference, **UNKNOWN_KEYS)
-    _say("3", f"a forecast of {model} by boto3, DeepAR JSON")
+    _print_step("3", f"a forecast of {model} by boto3, DeepAR JSON")
     for _ in range(2):
         started = time.perf_counter()
         reply = client.invoke_endpoint(
@@ -137,7 +137,7 @@ def _forecast_table(prediction: dict[str, Any]) -> Table:
     return table
 
 
-def _burst(server: LocalServer, names: Sequence[ModelName], requests: int, resident: int) -> None:
+def _send_burst(server: LocalServer, names: Sequence[ModelName], requests: int, resident: int) -> None:
     """Requests whose popularity falls with the rank, as real fleets' does, and what the metrics say of them."""
     rng = random.Random(0)
     asked = rng.choices(rng.sample(names, len(names)), [1 / rank for rank in range(1, len(names) + 1)], k=requests)
@@ -148,13 +148,13 @@ def _burst(server: LocalServer, names: Sequence[ModelName], requests: int, resid
         headers = {contract.HEADER_TARGET_MODEL: name, "Content-Type": contract.JSON}
         return pool.request("POST", f"{server.inference}{contract.INVOCATIONS_PATH}", body=body, headers=headers).status
 
-    _say("4", f"{requests} requests over the fleet by {CONNECTIONS} connections, popular models more often")
-    before = dict(_counts(server))
+    _print_step("4", f"{requests} requests over the fleet by {CONNECTIONS} connections, popular models more often")
+    before = dict(_read_counts(server))
     started = time.perf_counter()
     with ThreadPoolExecutor(CONNECTIONS) as threads:
         statuses = list(track(threads.map(ask, asked), "burst", total=requests, transient=True, console=console))
     seconds = time.perf_counter() - started
-    burst = {key: value - before[key] for key, value in _counts(server)}
+    burst = {key: value - before[key] for key, value in _read_counts(server)}
     table = Table("", "", show_header=False, title="what /metrics says")
     for row in _burst_rows(burst, statuses, seconds):
         table.add_row(*row)
@@ -162,7 +162,7 @@ def _burst(server: LocalServer, names: Sequence[ModelName], requests: int, resid
     console.print(table)
 
 
-def _counts(server: LocalServer) -> Iterator[tuple[tuple[str, str], float]]:
+def _read_counts(server: LocalServer) -> Iterator[tuple[tuple[str, str], float]]:
     """What the burst changes, summed over workers: (series, value of its one label that matters) -> count."""
     for series, label, values in (
         (contract.CACHE_REQUESTS.series, "result", contract.CACHE_RESULTS),
@@ -192,7 +192,7 @@ def _burst_rows(
 
 def _how_to(server: LocalServer, model: ModelName) -> None:
     """Lines to copy."""
-    _say("5", "call it yourself")
+    _print_step("5", "call it yourself")
     python = Path(sys.executable)
     fleetcast = str(script) if (script := python.with_name("fleetcast")).exists() else f"{python} -m server.cli.main"
     fleetcast = fleetcast.removeprefix(f"{Path.cwd()}/")

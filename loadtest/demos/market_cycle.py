@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from handlers.training.input_recipe import default_prediction
-from handlers.training.time_series import Series, header, read_csv
+from handlers.training.time_series import Series, read_csv, read_header
 from loadtest.driver.market_client import (
     JOINT,
     STAGES,
@@ -43,7 +43,7 @@ from loadtest.driver.market_client import (
 )
 from loadtest.fleets.fleet import MARKETS, UNITS
 from loadtest.fleets.synthetic_markets import make_coupled_markets
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.report.market_cycle import CycleResults, find_extremes, format_budget_share, render_cycle_page
 from model_store.archives.archive import open_archive
 from model_store.errors import LoadError
@@ -131,19 +131,19 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
     ports = {"inference": inference_port, "management": management_port, "metrics": metrics_port}
     try:
-        prices = _prices(csv, time, target)
-        market = _make(prices)
-        fleet = _fleet(market)
-        with _server(url, ports) as address:
+        prices = _find_prices(csv, time, target)
+        market = _make_market(prices)
+        fleet = _make_fleet(market)
+        with _open_server(url, ports) as address:
             with MarketClient(address) as client:
-                turns = _turns(market, fleet, client, ticks, scenarios, seed)
+                turns = _play_turns(market, fleet, client, ticks, scenarios, seed)
             started = clock.perf_counter()
-            drawn = _drawn(market, fleet, turns, address)
+            drawn = _make_page(market, fleet, turns, address)
             PAGE.write_text(render_cycle_page(drawn), encoding="utf-8")
-            _show(drawn, (clock.perf_counter() - started) * 1e3)
+            _show_page(drawn, (clock.perf_counter() - started) * 1e3)
             _how_to(address, fleet)
             if not once and not url:
-                _say("5", "the server runs until Ctrl-C")
+                _print_step("5", "the server runs until Ctrl-C")
                 signal.pause()
     except (LoadError, ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f'no demo: {error}\nflags of `make forecast-demo` go into ARGS="..."') from None
@@ -151,52 +151,52 @@ def main(
         console.print("\nstopped")
 
 
-def _say(number: str, text: str) -> None:
+def _print_step(number: str, text: str) -> None:
     console.print(f"\n[bold]{number}. {escape(text)}[/]")
 
 
 # --- forecasters ----------------------------------------------------------------------------------------------------
 
 
-def _prices(csv: Path | None, time: str, target: Sequence[str] | None) -> PriceOrigin:
+def _find_prices(csv: Path | None, time: str, target: Sequence[str] | None) -> PriceOrigin:
     if csv is None:
         if target:
             raise ValueError("--target is a column of a --csv")
         return PriceOrigin()
-    targets = tuple(target or (name for name in header(csv) if name and name != time))
+    targets = tuple(target or (name for name in read_header(csv) if name and name != time))
     if not targets:
         raise ValueError(f"{csv} has no column besides {time!r}")
     return PriceOrigin(str(csv.resolve()), csv.stat().st_mtime_ns, time, targets, ())
 
 
-def _make(prices: PriceOrigin) -> DemoMarket:
+def _make_market(prices: PriceOrigin) -> DemoMarket:
     """The market, once its forecasters and their correlation are in the store."""
     wanted, market = json.dumps(asdict(prices)), DemoMarket(str(prices), prices.read())
     count = len(market.products)
     if MADE.exists() and MADE.read_text() == wanted:
-        _say("1", f"the forecasters of {count} products of {market.name} are in {STORE} already")
+        _print_step("1", f"the forecasters of {count} products of {market.name} are in {STORE} already")
         return market
     if market.known < market.horizon:
         raise ValueError(f"{market.name} has too few rows to learn {market.horizon} steps ahead from")
     started = clock.perf_counter()
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    _write(HISTORY, market.series, 0, market.known)
-    _write(TODAY, market.series, market.known, len(market.series[0].values))
+    _write_prices(HISTORY, market.series, 0, market.known)
+    _write_prices(TODAY, market.series, market.known, len(market.series[0].values))
     targets = [flag for name in market.products for flag in ("--target", name)]
     unit = [] if prices.csv else ["--unit", UNITS[MARKET]]
     fit = ["--out", str(STORE), "--epochs", f"{EPOCHS:g}", "--threads", str(THREADS), "--quantiles", LEVELS, *unit]
-    _fleetcast(f"fitting {count} products of {market.name} together", "train", targets, fit)
+    _run_fleetcast(f"fitting {count} products of {market.name} together", "train", targets, fit)
     windows = ["--store", str(STORE), "--out", str(STORE / JOINTLY), "--every", str(max(1, market.horizon // 4))]
-    _fleetcast("learning how they move together", "correlate", targets, windows)
+    _run_fleetcast("learning how they move together", "correlate", targets, windows)
     MADE.write_text(wanted)
     seconds = clock.perf_counter() - started
-    _say("1", f"fitted and correlated {count} products of {market.name} in {seconds:.0f} s, into {STORE}")
+    _print_step("1", f"fitted and correlated {count} products of {market.name} in {seconds:.0f} s, into {STORE}")
     console.print(f"   by `fleetcast train` and `fleetcast correlate` of {HISTORY}, once (make clean removes it)")
     return market
 
 
-def _write(path: Path, series: Sequence[Series], start: int, end: int) -> None:
+def _write_prices(path: Path, series: Sequence[Series], start: int, end: int) -> None:
     rows = np.stack([each.values[start:end] for each in series], axis=1).tolist()
     with path.open("w", newline="") as file:
         lines = writer(file, lineterminator="\n")
@@ -205,7 +205,7 @@ def _write(path: Path, series: Sequence[Series], start: int, end: int) -> None:
             lines.writerow([series[0].stamp(at), *("" if math.isnan(price) else price for price in row)])
 
 
-def _fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str]) -> None:
+def _run_fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str]) -> None:
     """A command on the history. Raises RuntimeError when it fails; its own words are on stderr."""
     command = [sys.executable, "-P", "-m", "server.cli.main", verb, str(HISTORY), "--time", TIME, *targets, *flags]
     with console.status(what):
@@ -214,7 +214,7 @@ def _fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str
         raise RuntimeError(f"`fleetcast {verb}` ended with code {done.returncode}")
 
 
-def _fleet(market: DemoMarket) -> MarketFleet:
+def _make_fleet(market: DemoMarket) -> MarketFleet:
     models = {product: parse_model_name(f"{product}.mar") for product in market.products}
     first = models[market.products[0]]
     spec = open_archive((STORE / first).read_bytes(), first).spec
@@ -224,26 +224,26 @@ def _fleet(market: DemoMarket) -> MarketFleet:
 
 
 @contextmanager
-def _server(url: str, ports: Mapping[str, int]) -> Iterator[str]:
+def _open_server(url: str, ports: Mapping[str, int]) -> Iterator[str]:
     """The address of the user's, or of one of ours."""
     if url:
-        _say("2", f"asking {url}, which must serve {STORE}")
+        _print_step("2", f"asking {url}, which must serve {STORE}")
         yield url
         return
     flags = [text for name, port in ports.items() for text in (f"--{name}-port", str(port))]
-    with serve(str(STORE), flags) as server:
-        _say("2", f"serving {STORE}: inference {server.inference}, metrics {server.metrics}")
+    with run_local_server(str(STORE), flags) as server:
+        _print_step("2", f"serving {STORE}: inference {server.inference}, metrics {server.metrics}")
         yield server.inference
 
 
 # --- the show -------------------------------------------------------------------------------------------------------
 
 
-def _turns(
+def _play_turns(
     market: DemoMarket, fleet: MarketFleet, client: MarketClient, ticks: int, scenarios: int, seed: int
 ) -> list[Turn]:
     """One after another, each with the next line of today's prices. Raises NotAnswered."""
-    _say(
+    _print_step(
         "3", f"the clock turns {ticks} times: prices in, quantiles by one call, {scenarios} joint scenarios by another"
     )
     feed = Feed([each.before(market.today) for each in market.series], fleet.history)
@@ -258,7 +258,7 @@ def _turns(
     return turns
 
 
-def _drawn(market: DemoMarket, fleet: MarketFleet, turns: Sequence[Turn], address: str) -> CycleResults:
+def _make_page(market: DemoMarket, fleet: MarketFleet, turns: Sequence[Turn], address: str) -> CycleResults:
     """The last turn, the prices before it, and those that came after it."""
     end, first = market.known + len(turns), market.series[0]
     return CycleResults(
@@ -270,11 +270,11 @@ def _drawn(market: DemoMarket, fleet: MarketFleet, turns: Sequence[Turn], addres
         prices=np.stack([each.values[end - market.horizon : end + market.horizon] for each in market.series]),
         turns=turns,
         together=rank_correlation(turns[-1].scenarios),
-        calls=_calls(address),
+        calls=_describe_calls(address),
     )
 
 
-def _show(drawn: CycleResults, drawn_ms: float) -> None:
+def _show_page(drawn: CycleResults, drawn_ms: float) -> None:
     first, last = drawn.turns[0], drawn.turns[-1]
     table = Table("ms", "first turn", f"turn {len(drawn.turns)}", "of 20 s", title=f"forecast from {last.start}")
     for column in table.columns[1:]:
@@ -296,7 +296,7 @@ def _show(drawn: CycleResults, drawn_ms: float) -> None:
     console.print(f"\n[bold]the page: {PAGE.resolve().as_uri()}[/]", soft_wrap=True)
 
 
-def _calls(address: str) -> list[tuple[str, str]]:
+def _describe_calls(address: str) -> list[tuple[str, str]]:
     """What was called, as lines to copy."""
     forecasts = f"curl -s {address}{contract.FORECASTS_PATH}"
     return [
@@ -307,11 +307,11 @@ def _calls(address: str) -> list[tuple[str, str]]:
 
 def _how_to(address: str, fleet: MarketFleet) -> None:
     """Lines to copy."""
-    _say("4", "go on with")
+    _print_step("4", "go on with")
     model = next(iter(fleet.models.values()))
     python = Path(sys.executable)
     bin_ = f"{python.parent}/".removeprefix(f"{Path.cwd()}/") if python.with_name("fleetcast").exists() else ""
-    calls = "\n".join(call for _, call in _calls(address))
+    calls = "\n".join(call for _, call in _describe_calls(address))
     lines = f"""
 {calls}
 

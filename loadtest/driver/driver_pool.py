@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from loadtest.driver.open_loop import LoadTarget, drive
+from loadtest.driver.open_loop import LoadTarget, send_schedule
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import Run, merge_runs
 
@@ -107,4 +107,4 @@ def _run_driver(pipe: Connection, to: LoadTarget, connections: int) -> None:
     with suppress(EOFError):
         while True:
             schedule, patience_s, start = pipe.recv()
-            pipe.send(drive(schedule, to, connections=connections, patience_s=patience_s, start=start))
+            pipe.send(send_schedule(schedule, to, connections=connections, patience_s=patience_s, start=start))

@@ -47,7 +47,7 @@ def add_arguments(parser: Any) -> None:
 
 
 @events.init.add_listener
-def prepare(environment: Any, **_: Any) -> None:
+def prepare_users(environment: Any, **_: Any) -> None:
     """Names, popularity and body, once for all users of a process; Locust ends where there are none."""
     options = environment.parsed_options
     try:

@@ -140,15 +140,15 @@ class MarketClient:
 def run_turn(feed: Feed, line: str, fleet: MarketFleet, client: MarketClient, scenarios: int, seed: int) -> Turn:
     """Publish a line, ask, and read. Raises NotAnswered, and ValueError for a line that is not the next one."""
     ms: dict[str, float] = {}
-    with _timed(ms, PRICES):
+    with _time_stage(ms, PRICES):
         feed.publish(line)
-    with _timed(ms, WRITE):
+    with _time_stage(ms, WRITE):
         asked = write_turn_bodies(feed.requests(fleet.models, fleet.history), fleet.correlation, scenarios, seed)
-    with _timed(ms, TICK):
+    with _time_stage(ms, TICK):
         tick, tick_said = client.forecasts(asked.quantiles)
-    with _timed(ms, JOINT):
+    with _time_stage(ms, JOINT):
         joint, joint_said = client.forecasts(asked.scenarios, NPY)
-    with _timed(ms, READ):
+    with _time_stage(ms, READ):
         levels, quantiles = read_quantiles(tick, list(fleet.models))
         found: Float32 = np.load(io.BytesIO(joint), allow_pickle=False)
     said, start = {TICK: tick_said, JOINT: joint_said}, feed.next.isoformat(sep=" ", timespec="seconds")
@@ -186,7 +186,7 @@ def rank_correlation(scenarios: Float32) -> Float64:
 
 
 @contextmanager
-def _timed(ms: dict[str, float], stage: str) -> Iterator[None]:
+def _time_stage(ms: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
     ms[stage] = (time.perf_counter() - started) * 1e3

@@ -36,7 +36,7 @@ _CACHE_HEADER = raw_header(HEADER_CACHE)
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
 
 
-class Forbidden(Exception):
+class RemoteNotAllowed(Exception):
     """The address is not on this machine, and loading it was not allowed explicitly."""
 
 
@@ -63,11 +63,11 @@ def make_target(
     port = parts.port or 80
     address = str(socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0])
     if not allow_remote and not ipaddress.ip_address(address).is_loopback:
-        raise Forbidden(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
+        raise RemoteNotAllowed(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
     return LoadTarget(address, port, requests, forecasts)
 
 
-def drive(
+def send_schedule(
     schedule: Schedule,
     to: LoadTarget,
     *,

@@ -100,7 +100,7 @@ class Profile:
         if self.arrivals is ArrivalProcess.DIURNAL:
             _require_range("day_s", self.day_s, MIN_S, MAX_S)
             _require_range("trough", self.trough, 0, 1)
-            expected = self.rate * _daylight(seconds, self.day_s, self.trough)
+            expected = self.rate * _integrate_day(seconds, self.day_s, self.trough)
             _require_requests(
                 expected, f"the first {seconds:g} s of days of {self.day_s:g} s at {self.rate:g} requests/s"
             )
@@ -143,7 +143,7 @@ def draw_diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: 
 
     Exact: P. A. W. Lewis and G. S. Shedler, "Simulation of nonhomogeneous Poisson processes by thinning", 1979.
     """
-    swing = _swing(trough)
+    swing = _compute_swing(trough)
     at = draw_poisson(rate * (1 + swing), seconds, rng)
     return at[rng.random(len(at)) * (1 + swing) < 1 - swing * np.cos(2 * np.pi * at / day_s)]
 
@@ -154,14 +154,14 @@ def compute_popularity(models: int, exponent: float, rng: np.random.Generator) -
     return rng.permutation(weights / weights.sum())
 
 
-def _swing(trough: float) -> float:
+def _compute_swing(trough: float) -> float:
     """How far the rate leaves its mean, 0 to 1, where the lowest is `trough` times the highest."""
     return (1 - trough) / (1 + trough)
 
 
-def _daylight(seconds: float, day_s: float, trough: float) -> float:
+def _integrate_day(seconds: float, day_s: float, trough: float) -> float:
     """The integral of a day's rate, in units of its mean."""
-    return seconds - _swing(trough) * day_s / math.tau * math.sin(math.tau * seconds / day_s)
+    return seconds - _compute_swing(trough) * day_s / math.tau * math.sin(math.tau * seconds / day_s)
 
 
 # --- shapes that decide both ----------------------------------------------------------------------------------------

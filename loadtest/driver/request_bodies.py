@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from loadtest.driver.dialects import DIGITS, BodyKind, encode_npy
 from model_store.archives.archive import Archive, open_archive
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
@@ -114,7 +114,7 @@ def make_request_body(archive: Archive, kind: BodyKind | None, seed: int) -> Req
     return RequestBody(encode_npy(next(iter(arrays.values()))), NPY)
 
 
-def make_deepar_instance(forecast: Forecast, seed: int) -> dict[str, object]:
+def make_deepar_instance(forecast: ForecastSpec, seed: int) -> dict[str, object]:
     """A series of each product as long as the archive needs: a daily wave and noise around its scaler's center."""
     rng = np.random.default_rng(seed)
     steps = forecast.history_length

@@ -19,7 +19,7 @@ from loadtest.driver.open_loop import LoadTarget, make_target
 from loadtest.driver.profiles import Load, Profile, Schedule
 from loadtest.driver.request_bodies import RequestBody, join_requests, read_request_bodies
 from loadtest.driver.run_result import Run
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricsSampler
 from loadtest.observe.processes import read_pss
 from model_store.names import ModelName, parse_model_name
@@ -123,17 +123,17 @@ def serve_fleet(
     models: int, resident: int, workers: int, questions: RequestSource, console: Console
 ) -> Iterator[ServerUnderLoad]:
     """A fleet with random weights, made once, and a server with room for some of it."""
-    from handlers.forecasters import build  # noqa: PLC0415 -- torch, which only this way needs
+    from handlers.forecasters import build_family  # noqa: PLC0415 -- torch, which only this way needs
     from loadtest.fleets.fleet import CONFIG, list_fleet_names, make_fleet  # noqa: PLC0415
 
     names = list_fleet_names(models)
     if not all((STORE / name).exists() for name in names):
         make_fleet(str(STORE), models)
-    row_bytes = build("tcn", CONFIG).row_floats * 4
+    row_bytes = build_family("tcn", CONFIG).row_floats * 4
     flags = ["--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
     what = f"{models} models, room for {resident}, {_format_workers(workers)}"
     asked = replace(questions, names=names).of(str(STORE), console)
-    with serve(str(STORE), ["--workers", str(workers), *flags]) as server:
+    with run_local_server(str(STORE), ["--workers", str(workers), *flags]) as server:
         yield ServerUnderLoad(server.inference, server.metrics, asked, what, lambda: measure_memory(server))
 
 
@@ -147,7 +147,7 @@ def serve_store(
     what = (
         f"{len(asked)} models of {store}, {cache or 'all the room there is'} for the cache, {_format_workers(workers)}"
     )
-    with serve(store, ["--workers", str(workers), *room]) as server:
+    with run_local_server(store, ["--workers", str(workers), *room]) as server:
         yield ServerUnderLoad(server.inference, server.metrics, asked, what, lambda: measure_memory(server))
 
 
@@ -180,9 +180,9 @@ def measure_run(
     watch = subject.watch()
     with DriverPool(to, size, connections=plan.connections) as pool, _make_progress(console) as progress:
         if plan.warmup:
-            _drive(pool, plan.load.schedule(plan.warmup, WARMUP), progress, "warm-up", lambda _: None)
+            _drive_load(pool, plan.load.schedule(plan.warmup, WARMUP), progress, "warm-up", lambda _: None)
         watch.look(0.0)
-        run = _drive(pool, schedule, progress, "load", partial(_sample_if_possible, watch))
+        run = _drive_load(pool, schedule, progress, "load", partial(_sample_if_possible, watch))
         _sample_if_possible(watch, run.ended)
     return {**summary.summarize_run(run, watch, plan.slo), "processes": size}, run
 
@@ -247,7 +247,9 @@ def _sample_if_possible(watch: MetricsSampler, t: float) -> None:
         watch.look(t)
 
 
-def _drive(pool: DriverPool, schedule: Schedule, progress: Progress, what: str, look: Callable[[float], None]) -> Run:
+def _drive_load(
+    pool: DriverPool, schedule: Schedule, progress: Progress, what: str, look: Callable[[float], None]
+) -> Run:
     task = progress.add_task(what, total=round(schedule.seconds, 1))
 
     def seen(t: float) -> None:

@@ -81,15 +81,17 @@ def merge_runs(schedule: Schedule, parts: Sequence[Run]) -> Run:
     n = len(parts)
     calls = [part.forecasts for part in parts if part.forecasts is not None]
     forecasts = (
-        ForecastCounts(_interleave([c.asked for c in calls]), _interleave([c.failed for c in calls])) if calls else None
+        ForecastCounts(_interleave_parts([c.asked for c in calls]), _interleave_parts([c.failed for c in calls]))
+        if calls
+        else None
     )
     return Run(
         schedule,
-        woken=_interleave([part.woken for part in parts]),
-        sent=_interleave([part.sent for part in parts]),
-        done=_interleave([part.done for part in parts]),
-        status=_interleave([part.status for part in parts]),
-        cache=_interleave([part.cache for part in parts]),
+        woken=_interleave_parts([part.woken for part in parts]),
+        sent=_interleave_parts([part.sent for part in parts]),
+        done=_interleave_parts([part.done for part in parts]),
+        status=_interleave_parts([part.status for part in parts]),
+        cache=_interleave_parts([part.cache for part in parts]),
         ended=max(part.ended for part in parts),
         exhausted=any(part.exhausted for part in parts),
         checked=sum(part.checked for part in parts),
@@ -98,7 +100,7 @@ def merge_runs(schedule: Schedule, parts: Sequence[Run]) -> Run:
     )
 
 
-def _interleave(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
+def _interleave_parts(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
     """Put together what was dealt."""
     whole = np.empty(sum(map(len, arrays)), arrays[0].dtype)
     for k, array in enumerate(arrays):

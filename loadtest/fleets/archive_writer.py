@@ -47,7 +47,7 @@ class WriteCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedArchive:
+class ReadyArchive:
     """An archive that is ready to be written."""
 
     name: ModelName
@@ -56,7 +56,7 @@ class PackedArchive:
 
 
 def write_archives(
-    where: str, names: set[ModelName], archives: Iterable[PackedArchive], bar: Progress, *, over: bool = False
+    where: str, names: set[ModelName], archives: Iterable[ReadyArchive], bar: Progress, *, over: bool = False
 ) -> WriteCounts:
     """Write archives of these names into a folder (made where it is missing) or a store URL; `archives` runs meanwhile.
 
@@ -67,9 +67,9 @@ def write_archives(
     if "://" not in where:
         Path(where).mkdir(parents=True, exist_ok=True)
     source, found = open_source(where), WriteCounts()
-    there = _there(source, where, names, over=over)
+    there = _list_existing(source, where, names, over=over)
     task = bar.add_task("archives", total=len(names))
-    pending: deque[tuple[PackedArchive, Future[bool]]] = deque()
+    pending: deque[tuple[ReadyArchive, Future[bool]]] = deque()
 
     def settle(most: int) -> None:
         while len(pending) > most:
@@ -78,7 +78,7 @@ def write_archives(
             bar.advance(task)
 
     with ThreadPoolExecutor(WRITERS, "writer") as pool:
-        write = partial(_write, source, where, over=over)
+        write = partial(_write_archive, source, where, over=over)
         for made in archives:
             pending.append((made, pool.submit(write, made, there=made.name in there)))
             settle(AHEAD)
@@ -99,7 +99,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.0f}/s")
 
 
-def _there(source: Source, where: str, names: set[ModelName], *, over: bool) -> set[ModelName]:
+def _list_existing(source: Source, where: str, names: set[ModelName], *, over: bool) -> set[ModelName]:
     """Those of the names that the store has. Raises Occupied at the first key that is none of them, unless `over`."""
     there = set()
     for listed in source.list():
@@ -112,7 +112,7 @@ def _there(source: Source, where: str, names: set[ModelName], *, over: bool) -> 
     return there
 
 
-def _write(source: Source, where: str, made: PackedArchive, *, over: bool, there: bool) -> bool:
+def _write_archive(source: Source, where: str, made: ReadyArchive, *, over: bool, there: bool) -> bool:
     """Runs in a thread. True when the archive was there already, byte by byte."""
     if there:
         found = source.get(made.name)

@@ -25,7 +25,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from loadtest.fleets.archive_writer import (
-    PackedArchive,
+    ReadyArchive,
     StoreOccupied,
     WriteCounts,
     console,
@@ -207,21 +207,21 @@ def make_trained_fleet(
     return fitted
 
 
-def _make_archives(fleet: Fleet, members: Sequence[FleetMember], bar: Progress) -> Iterator[PackedArchive]:
+def _make_archives(fleet: Fleet, members: Sequence[FleetMember], bar: Progress) -> Iterator[ReadyArchive]:
     """The archives one by one; last the trained ones, which are fitted in groups and so depend on each other."""
     from loadtest.fleets.synthetic_archives import make_archive, pack_fitted  # noqa: PLC0415 -- torch
     from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
 
     for member in members:
         if member.kind != TRAINED:
-            yield PackedArchive(member.name, member.kind, make_archive(member.kind, member.name, fleet.seed_of(member)))
+            yield ReadyArchive(member.name, member.kind, make_archive(member.kind, member.name, fleet.seed_of(member)))
     trained = [member for member in members if member.kind == TRAINED]
     for start in range(0, len(trained), TOGETHER):
         group = trained[start : start + TOGETHER]
         task = bar.add_task(f"fitting {len(group)} markets together", total=None)
         look = partial(_show_fitting, bar, task)
         for member, each in zip(group, fit_markets([each.index for each in group], fleet.seed, look), strict=True):
-            yield PackedArchive(member.name, TRAINED, pack_fitted(each, member.name, fleet.seed))
+            yield ReadyArchive(member.name, TRAINED, pack_fitted(each, member.name, fleet.seed))
         bar.remove_task(task)
 
 

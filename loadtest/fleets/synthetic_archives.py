@@ -21,10 +21,10 @@ import torch
 
 from handlers.base import Family, Float32
 from handlers.codecs.codec import JSON, FamilyCodec
-from handlers.forecasters import ARCHITECTURES, build, random_tensors
+from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
 from handlers.training.fit import Fitted
 from loadtest.fleets.fleet import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PREDICTION, TRAINED, UNITS, make_request
-from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster, pack_onnx
 
 CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos")
@@ -54,7 +54,7 @@ def build_network(kind: str) -> Network:
         kinds = ", ".join((*ARCHITECTURES, ONNX, TRAINED))
         raise ValueError(f"there is no family {kind!r}: known are {kinds}, and networks with a width, such as tcn-64")
     config = {**CONFIG, **({field: int(width)} if field and width else {})}
-    return Network(architecture, config, build(architecture, config))
+    return Network(architecture, config, build_family(architecture, config))
 
 
 def check_kind(kind: str) -> None:
@@ -105,16 +105,16 @@ def pack_fitted(fitted: Fitted, name: str, seed: int) -> bytes:
     )
 
 
-def make_forecast(unit: str, seed: int) -> Forecast:
+def make_forecast(unit: str, seed: int) -> ForecastSpec:
     """Hourly prices, a week in and a day out: the target, its value six days earlier, and the calendar ahead."""
     rng = random.Random(seed)
-    calendar = (Channel(source="calendar", feature=feature, shift=PREDICTION) for feature in CALENDAR)  # type: ignore[arg-type]
-    return Forecast(
+    calendar = (InputChannel(source="calendar", feature=feature, shift=PREDICTION) for feature in CALENDAR)  # type: ignore[arg-type]
+    return ForecastSpec(
         frequency="1h",
         context_length=CONTEXT,
         prediction_length=PREDICTION,
         quantile_levels=LEVELS,
-        inputs=(Channel(source="target"), Channel(source="target", lag=LAG), *calendar),
+        inputs=(InputChannel(source="target"), InputChannel(source="target", lag=LAG), *calendar),
         unit=unit,
         scaler=Scaler(kind="asinh", center=round(rng.uniform(40, 90), 2), scale=round(rng.uniform(15, 40), 2)),
         tail="clamp",
@@ -125,7 +125,7 @@ def _strip_suffix(name: str) -> str:
     return name.removesuffix(".mar").replace("/", "-")
 
 
-def _make_golden(family: Family, tensors: Mapping[str, Float32], forecast: Forecast, seed: int) -> GoldenSample:
+def _make_golden(family: Family, tensors: Mapping[str, Float32], forecast: ForecastSpec, seed: int) -> GoldenSample:
     """A request and its answer by the reference network, which shares no code with the batched forward."""
     request = make_request(seed, output_types=["mean", "quantiles"], quantiles=["0.1", "0.5", "0.9"])
     call = FamilyCodec(family, forecast).decode(json.dumps(request).encode(), JSON, JSON)

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from handlers.forecasters import build
-from handlers.training.batched_networks import reach
-from handlers.training.fit import Fitted, Fitting, Progress, fit
-from handlers.training.input_recipe import recipe
+from handlers.forecasters import build_family
+from handlers.training.batched_networks import compute_reach
+from handlers.training.fit import Fitted, Fitting, Progress, fit_forecasters
+from handlers.training.input_recipe import make_recipe
 from handlers.training.time_series import Float64, Series
 
 START = datetime.fromisoformat("2025-01-06")  # a Monday, in the market's wall-clock time
@@ -23,7 +23,7 @@ FLEET = Fitting(epochs=2.5, batch=32, learning_rate=8e-3, average=0.98, holdout_
 
 def make_market(index: int, seed: int, steps: int = KNOWN) -> Series:
     """Hourly prices [steps] of one market; other `steps` make another market."""
-    return _market(index, np.random.default_rng([seed, index]), steps)
+    return _make_market(index, np.random.default_rng([seed, index]), steps)
 
 
 def make_markets(count: int, seed: int, steps: int = KNOWN) -> list[Series]:
@@ -50,32 +50,32 @@ def fit_markets(indices: Sequence[int], seed: int, progress: Progress | None = N
 
 def fit_fleet(markets: Sequence[Series], unit: str = "EUR/MWh", progress: Progress | None = None) -> list[Fitted]:
     """A forecaster of a day ahead for each of the markets, fitted together."""
-    seen = reach(build("tcn", {"context_length": WEEK}))
-    forecasts = [recipe(each, seen, context_length=WEEK, prediction_length=DAY, unit=unit) for each in markets]
-    return fit(markets, forecasts, "tcn", {}, FLEET, progress)
+    seen = compute_reach(build_family("tcn", {"context_length": WEEK}))
+    forecasts = [make_recipe(each, seen, context_length=WEEK, prediction_length=DAY, unit=unit) for each in markets]
+    return fit_forecasters(markets, forecasts, "tcn", {}, FLEET, progress)
 
 
-def _market(index: int, rng: np.random.Generator, steps: int) -> Series:
+def _make_market(index: int, rng: np.random.Generator, steps: int) -> Series:
     hours = np.arange(steps)
     base, swing = rng.uniform(30, 90), rng.uniform(8, 30)
     morning, noon, evening = rng.uniform(7, 9), 12.5, rng.uniform(17.5, 20)
     weekend = np.where(hours % WEEK >= 5 * DAY, rng.uniform(0.5, 0.9), 1.0)
-    load = weekend * (_bump(hours, morning, 2.0) + 1.6 * _bump(hours, evening, 2.5))
-    sky = 0.5 + 0.5 / (1 + np.exp(-2 * _drift(rng, steps, 30.0)))  # from cloudy to clear
-    solar = rng.uniform(0.2, 2.2) * sky * _bump(hours, noon, 2.2)
-    wind = 0.8 * _drift(rng, steps, 18.0)
-    scarcity = _spikes(rng, _bump(hours, evening, 1.5), base)
+    load = weekend * (_make_hill(hours, morning, 2.0) + 1.6 * _make_hill(hours, evening, 2.5))
+    sky = 0.5 + 0.5 / (1 + np.exp(-2 * _draw_drift(rng, steps, 30.0)))  # from cloudy to clear
+    solar = rng.uniform(0.2, 2.2) * sky * _make_hill(hours, noon, 2.2)
+    wind = 0.8 * _draw_drift(rng, steps, 18.0)
+    scarcity = _draw_spikes(rng, _make_hill(hours, evening, 1.5), base)
     prices = base + swing * (load - solar - wind) + rng.normal(0, 0.06 * base, steps) + scarcity
     name = f"market-{index:03d}"
     return Series(name, START, timedelta(hours=1), np.asarray(prices.round(2), np.float64), np.empty((0, steps)))
 
 
-def _bump(hours: npt.NDArray[np.int64] | Float64, center: float, width: float) -> Float64:
+def _make_hill(hours: npt.NDArray[np.int64] | Float64, center: float, width: float) -> Float64:
     """A hill in every day."""
     return np.asarray(np.exp(-(((hours % DAY - center) / width) ** 2)), np.float64)
 
 
-def _drift(rng: np.random.Generator, steps: int, memory: float) -> Float64:
+def _draw_drift(rng: np.random.Generator, steps: int, memory: float) -> Float64:
     """A first-order autoregression of variance 1 that forgets over `memory` steps."""
     keep = np.exp(-1 / memory)
     found = rng.normal(0, np.sqrt(1 - keep**2), steps)
@@ -85,7 +85,7 @@ def _drift(rng: np.random.Generator, steps: int, memory: float) -> Float64:
     return found
 
 
-def _spikes(rng: np.random.Generator, odds: Float64, base: float) -> Float64:
+def _draw_spikes(rng: np.random.Generator, odds: Float64, base: float) -> Float64:
     """Rare hours of several times the base price, mostly where odds are near 1, that fade within hours."""
     steps = len(odds)
     jumps = (rng.random(steps) < 0.001 + 0.02 * odds) * base * rng.pareto(2.0, steps).clip(max=20)
@@ -107,30 +107,32 @@ def make_coupled_markets(
     """
     rng = np.random.default_rng([seed, len(regions), len(products)])
     hours = np.arange(steps) * DAY / a_day
-    wind, sky, luck = (_shared(rng, len(regions), steps, memory * a_day / DAY) for memory in (18.0, 30.0, 4.0))
-    bought = {product: _drift(rng, steps, 12.0 * a_day / DAY) for product in products[1:]}
+    wind, sky, luck = (
+        _draw_shared_drifts(rng, len(regions), steps, memory * a_day / DAY) for memory in (18.0, 30.0, 4.0)
+    )
+    bought = {product: _draw_drift(rng, steps, 12.0 * a_day / DAY) for product in products[1:]}
     found = []
     for region, blows, clear, lucky in zip(regions, wind, sky, luck, strict=True):
         base, swing, solar = rng.uniform(50, 80), rng.uniform(22, 34), rng.uniform(0.8, 1.8)
         weekend = np.where(hours % WEEK >= 5 * DAY, 0.75, 1.0)
-        load = weekend * (_bump(hours, 8.0, 2.0) + 1.6 * _bump(hours, 18.5, 2.5))
-        sun = solar / (1 + np.exp(-2 * clear)) * _bump(hours, 12.5, 2.2)
+        load = weekend * (_make_hill(hours, 8.0, 2.0) + 1.6 * _make_hill(hours, 18.5, 2.5))
+        sun = solar / (1 + np.exp(-2 * clear)) * _make_hill(hours, 12.5, 2.2)
         scarce = load - sun - 0.4 * blows + 0.25 * lucky
-        spikes = _spikes(rng, _bump(hours, 18.5, 1.5) * DAY / a_day, base)
+        spikes = _draw_spikes(rng, _make_hill(hours, 18.5, 1.5) * DAY / a_day, base)
         prices = {products[0]: base + swing * scarce + rng.normal(0, 0.03 * base, steps) + spikes}
         for product in products[1:]:
             sign = 1.0 if product.startswith("raise") else -1.0
-            own = 0.6 * bought[product] + 0.3 * _drift(rng, steps, 6.0 * a_day / DAY)
+            own = 0.6 * bought[product] + 0.3 * _draw_drift(rng, steps, 6.0 * a_day / DAY)
             prices[product] = rng.uniform(2, 12) * np.exp(0.45 * sign * scarce + 0.5 * own)
-        found += [_series(f"{region}/{product}", prices[product], a_day) for product in products]
+        found += [_make_series(f"{region}/{product}", prices[product], a_day) for product in products]
     return found
 
 
-def _shared(rng: np.random.Generator, count: int, steps: int, memory: float) -> list[Float64]:
+def _draw_shared_drifts(rng: np.random.Generator, count: int, steps: int, memory: float) -> list[Float64]:
     """So many drifts that have SHARED of their variance in common."""
-    common = _drift(rng, steps, memory)
-    return [SHARED**0.5 * common + (1 - SHARED) ** 0.5 * _drift(rng, steps, memory) for _ in range(count)]
+    common = _draw_drift(rng, steps, memory)
+    return [SHARED**0.5 * common + (1 - SHARED) ** 0.5 * _draw_drift(rng, steps, memory) for _ in range(count)]
 
 
-def _series(name: str, prices: Float64, a_day: int) -> Series:
+def _make_series(name: str, prices: Float64, a_day: int) -> Series:
     return Series(name, START, timedelta(days=1) / a_day, prices.round(2), np.empty((0, len(prices))))

@@ -64,7 +64,7 @@ class LocalServer:
 
 
 @contextmanager
-def serve(
+def run_local_server(
     store: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None, stderr: Any = None
 ) -> Iterator[LocalServer]:
     """Run `fleetcast serve` on free ports with a disk cache of its own; it gets SIGTERM at the end.

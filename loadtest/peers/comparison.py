@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save_file
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from loadtest.driver import wrk
 from loadtest.driver.dialects import encode_npy
 from loadtest.fleets.fleet import CONFIG as TCN
 from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, order_turns, summarize_runs
 from loadtest.peers.environments import PeerUnavailable
 from loadtest.peers.servers import PeerServer
-from loadtest.record import summarize
+from loadtest.record import summarise_spread
 from model_store.archives.packing import pack_forecaster
 from server.contract import JSON
 
@@ -59,7 +59,7 @@ class Models:
 
 def write_models(folder: Path, count: int) -> Models:
     """Make `count` models with seeded random weights, and their answers."""
-    family = build("tcn", TCN)
+    family = build_family("tcn", TCN)
     network = family.reference()
     x = np.random.default_rng(SEED).standard_normal((8, 168), np.float32).round(4)
     models = Models(folder / "store", folder / "weights", x, {})
@@ -107,7 +107,7 @@ class Contender:
             self.server.tree.signal(signal.SIGSTOP)
 
 
-class Comparison:
+class PeerComparison:
     """The servers that take part, and the reasons why others do not. One thread."""
 
     def __init__(self, models: Models, folder: Path, stack: ExitStack) -> None:
@@ -154,7 +154,7 @@ class Comparison:
             found: dict[str, Any] = {"version": version, "start_s": time.monotonic() - begin}
             body, names = server.dialect.tensor_body(self.models.x), self.models.names[:count]
             if not server.fixed:
-                found["load_ms"] = summarize([server.load(each, body) * 1e3 for each in names])
+                found["load_ms"] = summarise_spread([server.load(each, body) * 1e3 for each in names])
             for each in names:
                 self._check(server, each, body)
             file = self._folder / f"{name}.json"

@@ -7,7 +7,7 @@ from rich import box
 from rich.table import Table
 
 from loadtest.driver.wrk import WrkResult
-from loadtest.record import summarize
+from loadtest.record import summarise_spread
 
 OURS = "fleetcast"
 OURS_NPY = "fleetcast npy"
@@ -27,15 +27,15 @@ def summarize_runs(
     found = {}
     for connections, results in runs.items():
         row: dict[str, Any] = {
-            "requests_per_s": summarize([run.requests_per_s for run in results]),
-            "p50_ms": summarize([run.p50_ms for run in results]),
-            "p99_ms": summarize([run.p99_ms for run in results]),
+            "requests_per_s": summarise_spread([run.requests_per_s for run in results]),
+            "p50_ms": summarise_spread([run.p50_ms for run in results]),
+            "p99_ms": summarise_spread([run.p99_ms for run in results]),
         }
         for name, theirs in ours.items():
             pairs = list(zip(theirs[connections], results, strict=True))
             row[f"{name} / it"] = {
-                "requests_per_s": summarize([mine.requests_per_s / its.requests_per_s for mine, its in pairs]),
-                "p50": summarize([mine.p50_ms / its.p50_ms for mine, its in pairs]),
+                "requests_per_s": summarise_spread([mine.requests_per_s / its.requests_per_s for mine, its in pairs]),
+                "p50": summarise_spread([mine.p50_ms / its.p50_ms for mine, its in pairs]),
             }
         found[f"{connections} connections"] = row
     return found
@@ -50,20 +50,24 @@ def build_table(results: Mapping[str, Any]) -> Table:
     for head in ("", "conns", "requests/s", "p50 ms", "p99 ms", *ratios, "load ms", "MB a model"):
         shown.add_column(head, justify="right" if head else "left", overflow="fold")
     for name, found in results["servers"].items():
-        load, memory = _told(found.get("load_ms")), found.get("mb_per_model")
-        aside = [(name, load, "" if memory is None else _short(memory)), (found["version"], "", ""), ("", "", "")]
+        load, memory = _format_spread(found.get("load_ms")), found.get("mb_per_model")
+        aside = [
+            (name, load, "" if memory is None else _format_number(memory)),
+            (found["version"], "", ""),
+            ("", "", ""),
+        ]
         for connections, (first, *last) in zip(CONNECTIONS, aside, strict=True):
             row = found[f"{connections} connections"]
             ratio, npy = row.get(f"{OURS} / it", {}), row.get(f"{OURS_NPY} / it", {})
             shown.add_row(
                 first,
                 str(connections),
-                _told(row["requests_per_s"]),
-                _told(row["p50_ms"]),
-                _short(row["p99_ms"]["median"]),
-                _told(ratio.get("requests_per_s")),
-                _told(ratio.get("p50")),
-                _told(npy.get("requests_per_s")),
+                _format_spread(row["requests_per_s"]),
+                _format_spread(row["p50_ms"]),
+                _format_number(row["p99_ms"]["median"]),
+                _format_spread(ratio.get("requests_per_s")),
+                _format_spread(ratio.get("p50")),
+                _format_spread(npy.get("requests_per_s")),
                 *last,
                 end_section=connections == CONNECTIONS[-1],
             )
@@ -83,11 +87,15 @@ def describe_servers(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _told(found: Mapping[str, float] | None) -> str:
+def _format_spread(found: Mapping[str, float] | None) -> str:
     """`12.3 (12.1-12.9)`."""
-    return "" if found is None else f"{_short(found['median'])} ({_short(found['min'])}-{_short(found['max'])})"
+    return (
+        ""
+        if found is None
+        else f"{_format_number(found['median'])} ({_format_number(found['min'])}-{_format_number(found['max'])})"
+    )
 
 
-def _short(value: float) -> str:
+def _format_number(value: float) -> str:
     """Three digits or a little more."""
     return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"  # noqa: PLR2004

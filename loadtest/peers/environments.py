@@ -40,7 +40,7 @@ def parse_pins(text: str) -> dict[str, str]:
 
 def is_installed(peer: str, root: Path = ROOT) -> bool:
     """Whether the peer's environment is made, of the requirements as they are now."""
-    return (_folder(peer, root) / DONE).exists()
+    return (_locate_environment(peer, root) / DONE).exists()
 
 
 def make_environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Path:
@@ -48,15 +48,15 @@ def make_environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -
 
     Raises PeerUnavailable when pip fails.
     """
-    folder = _folder(peer, root)
+    folder = _locate_environment(peer, root)
     if is_installed(peer, root):
         return folder
     count = len(parse_pins(find_requirements(peer).read_text()))
     say(f"{peer}: installing {count} packages (about 1 GB with torch) ...")
     started = time.monotonic()
     python = str(folder / "bin" / "python")
-    _run([sys.executable, "-m", "venv", "--clear", str(folder)], peer)
-    _run([python, "-m", "pip", "install", "--quiet", "--requirement", str(find_requirements(peer))], peer)
+    _run_step([sys.executable, "-m", "venv", "--clear", str(folder)], peer)
+    _run_step([python, "-m", "pip", "install", "--quiet", "--requirement", str(find_requirements(peer))], peer)
     (folder / DONE).touch()
     for older in set(root.absolute().glob(f"{peer}-*")) - {folder}:
         shutil.rmtree(older)
@@ -64,13 +64,13 @@ def make_environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -
     return folder
 
 
-def _folder(peer: str, root: Path) -> Path:
+def _locate_environment(peer: str, root: Path) -> Path:
     """Named by what is installed there: other requirements or another Python make another one."""
     key = hashlib.sha256(f"{sys.version_info[:2]}{find_requirements(peer).read_text()}".encode()).hexdigest()[:12]
     return (root / f"{peer}-{key}").absolute()
 
 
-def _run(command: list[str], peer: str) -> None:
+def _run_step(command: list[str], peer: str) -> None:
     """One step of an installation; its last words are in the error."""
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=INSTALL_S)

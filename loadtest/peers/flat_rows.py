@@ -34,7 +34,7 @@ class FlatTcn:
         self._rows = torch.from_numpy(np.stack([np.concatenate([part.ravel() for part in each]) for each in parts]))
         self._block = torch.empty(MOST, self._rows.shape[1])
         self._views: dict[int, tuple[torch.Tensor, list[torch.Tensor]]] = {}
-        self._first, self._taps, self._last = _positions(family.input_shape[1], kernel, self._layers)
+        self._first, self._taps, self._last = _list_positions(family.input_shape[1], kernel, self._layers)
 
     def __repr__(self) -> str:
         """For example `<FlatTcn of 500 models>`."""
@@ -95,7 +95,9 @@ class SplitMlp:
         return h.view(-1, *self._output)
 
 
-def _positions(context: int, kernel: int, layers: int) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+def _list_positions(
+    context: int, kernel: int, layers: int
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Steps of the input that are read; for each layer its outputs' taps, and their own steps, among those below.
 
     The context is at least as long as the receptive field.

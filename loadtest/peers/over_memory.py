@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.peers.servers import PeerServer, start_ray, wrap_server
 
 MB = 1e6
@@ -36,7 +36,7 @@ class Growth:
         return f"{self.models} more models took {self.mb:.0f} MB more; {said}"
 
 
-def grow(server: PeerServer, names: Sequence[str], body: bytes, budget_mb: float) -> Growth:
+def grow_past_memory(server: PeerServer, names: Sequence[str], body: bytes, budget_mb: float) -> Growth:
     """Load models until all are there, the processes hold `budget_mb` more, or one is refused."""
     before, grown = server.tree.memory() / MB, 0.0
     for done, name in enumerate(names):
@@ -55,7 +55,7 @@ def measure_limited(server: PeerServer, loaded: Sequence[str], names: Sequence[s
     (pid,) = server.tree.pids()
     data = int(re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024
     resource.prlimit(pid, resource.RLIMIT_DATA, (data + HEADROOM, data + HEADROOM))
-    growth = grow(server, names, body, float("inf"))
+    growth = grow_past_memory(server, names, body, float("inf"))
     answered = 0
     for name in loaded:
         try:
@@ -86,7 +86,7 @@ def scan_models(server: PeerServer, names: Sequence[str], body: bytes) -> str:
 
 def measure_ours(store: Path, names: Sequence[str], body: bytes) -> str:
     """Fleetcast with ROOM for resident models."""
-    with serve(str(store), ["--workers", "1", "--model-cache-bytes", ROOM]) as local:
+    with run_local_server(str(store), ["--workers", "1", "--model-cache-bytes", ROOM]) as local:
         told = scan_models(wrap_server("fleetcast", local), names, body)
         resident = local.loaded_models()
     return f"room for {resident:.0f} of {len(names)} ({ROOM}), evicts: {told}"

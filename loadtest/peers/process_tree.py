@@ -20,7 +20,7 @@ class ProcessTree:
     """Leaders and all their descendants, also those that left the leaders' process group (Ray's daemons)."""
 
     def __init__(self, *leaders: int) -> None:
-        self._seen = {pid: int(_stat(pid)[19]) for pid in leaders}  # with start time: pids come again, both do not
+        self._seen = {pid: int(_read_stat(pid)[19]) for pid in leaders}  # with start time: pids come again, both do not
 
     def __repr__(self) -> str:
         return f"<ProcessTree of {len(self.pids())} processes>"
@@ -32,7 +32,7 @@ class ProcessTree:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with suppress(*GONE):
-                    state, parent, *fields = _stat(int(entry.name))
+                    state, parent, *fields = _read_stat(int(entry.name))
                     if state != "Z":
                         starts[int(entry.name)] = int(fields[17])
                         children.setdefault(int(parent), []).append(int(entry.name))
@@ -58,7 +58,7 @@ class ProcessTree:
         total = 0
         for pid in self.pids():
             with suppress(*GONE):
-                fields = _stat(pid)
+                fields = _read_stat(pid)
                 total += int(fields[11]) + int(fields[12])
         return total / TICKS
 
@@ -112,6 +112,6 @@ def read_log_end(log: Path) -> str:
     return " | ".join(lines[-3:])[-400:]
 
 
-def _stat(pid: int) -> list[str]:
+def _read_stat(pid: int) -> list[str]:
     """/proc/PID/stat from the state on: 0 state, 1 parent, 11 and 12 processor time, 19 start time."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

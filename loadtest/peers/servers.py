@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from loadtest.driver.dialects import DIALECTS, ClientDialect
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.processes import find_free_port, is_reachable
 from loadtest.peers.environments import HERE, PeerUnavailable, make_environment
 from loadtest.peers.plain import serve_plain
@@ -125,14 +125,14 @@ def _model_server(name: str, models: Path, say: Callable[[str], None], command: 
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         folder, base, management = Path(text), *(f"http://127.0.0.1:{_low_port()}" for _ in range(2))
         (folder / "archives").mkdir()
-        (folder / "config.properties").write_text(_properties(name, base, management))
+        (folder / "config.properties").write_text(_write_properties(name, base, management))
         arguments = [str(folder / "config.properties"), "--start", "--model-store", str(folder / "archives")]
         line = [str(binaries / command[0]), *command[1:], *arguments]
-        with start_process(line, folder, _environment(binaries, folder)) as (tree, log):
+        with start_process(line, folder, _make_environment(binaries, folder)) as (tree, log):
             _wait_for(name, f"{base}/ping", tree, log)
 
             def prepare(model: str) -> None:
-                _archive(name, binaries, models / model, folder / "archives")
+                _pack_peer_archive(name, binaries, models / model, folder / "archives")
 
             def register(model: str) -> None:
                 query = {"url": f"{model}.mar", "model_name": model, "initial_workers": 1, "synchronous": "true"}
@@ -141,7 +141,7 @@ def _model_server(name: str, models: Path, say: Callable[[str], None], command: 
             yield PeerServer(name, base, DIALECTS[name], "", tree, prepare, register)
 
 
-def _properties(name: str, base: str, management: str) -> str:
+def _write_properties(name: str, base: str, management: str) -> str:
     """The configuration: where to listen, one process a model, and room for what 32 connections send at once."""
     lines = [f"inference_address={base}", f"management_address={management}"]
     lines += ["default_workers_per_model=1", "job_queue_size=1000"]
@@ -151,7 +151,7 @@ def _properties(name: str, base: str, management: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _archive(name: str, binaries: Path, model: Path, archives: Path) -> None:
+def _pack_peer_archive(name: str, binaries: Path, model: Path, archives: Path) -> None:
     """Pack a folder of weights with the handler as the peer's own archiver does."""
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         shutil.copy(HERE / "network.py", text)
@@ -187,7 +187,7 @@ def start_mlserver(models: Path, say: Callable[[str], None]) -> Iterator[PeerSer
         (folder / "settings.json").write_text(json.dumps({**settings, "model_repository_root": str(folder)}))
         for file in ("network.py", "mlserver/handler.py"):
             shutil.copy(HERE / file, folder)
-        with start_process([str(binaries / "mlserver"), "start", "."], folder, _environment(binaries, folder)) as (
+        with start_process([str(binaries / "mlserver"), "start", "."], folder, _make_environment(binaries, folder)) as (
             tree,
             log,
         ):
@@ -215,7 +215,7 @@ def start_ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -
         for file in ("network.py", "ray/handler.py"):
             shutil.copy(HERE / file, folder)
         line = [str(binaries / "python"), "handler.py", str(models), str(port), str(most), str(folder / "ray")]
-        with start_process(line, folder, _environment(binaries, folder)) as (tree, log):
+        with start_process(line, folder, _make_environment(binaries, folder)) as (tree, log):
             _wait_for("ray", f"http://127.0.0.1:{port}/-/routes", tree, log, "ready")
             yield PeerServer("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree)
 
@@ -223,7 +223,7 @@ def start_ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -
 @contextmanager
 def start_fleetcast(name: str, store: Path) -> Iterator[PeerServer]:
     """Ours, with what it does by default."""
-    with serve(str(store)) as local:
+    with run_local_server(str(store)) as local:
         yield wrap_server(name, local)
 
 
@@ -267,7 +267,7 @@ def require_java() -> None:
         )
 
 
-def _environment(binaries: Path, folder: Path) -> dict[str, str]:
+def _make_environment(binaries: Path, folder: Path) -> dict[str, str]:
     """What a peer's processes are given: its own programs first, its own temporary folder, one thread, no telemetry."""
     kept = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "JAVA_HOME")}
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_TELEMETRY": "0", "PYTHONUNBUFFERED": "1"}

@@ -12,7 +12,7 @@ from math import inf
 
 import numpy as np
 
-from loadtest.driver.open_loop import LoadTarget, drive
+from loadtest.driver.open_loop import LoadTarget, send_schedule
 from loadtest.driver.profiles import Float64, Schedule, draw_poisson
 from loadtest.driver.run_result import CACHE, Run
 from loadtest.observe.local_server import LocalServer
@@ -138,7 +138,7 @@ def _measure_full_rate(to: LoadTarget, hot: Sequence[int]) -> float:
     """Requests a second answered where more are asked."""
     count = int(FULL_S * FULL_RATE)
     schedule = Schedule(np.arange(count) / FULL_RATE, np.resize(np.array(hot), count), FULL_S)
-    run = drive(schedule, to, connections=CONNECTIONS, patience_s=0.0)
+    run = send_schedule(schedule, to, connections=CONNECTIONS, patience_s=0.0)
     return max(1.0, float((run.status == 200).sum()) / run.ended)  # noqa: PLR2004
 
 
@@ -163,7 +163,7 @@ def _compute_step(
 
 def _send_requests(to: LoadTarget, at: Float64, models: list[int]) -> Run:
     seconds = float(at[-1]) + 1e-3
-    return drive(Schedule(at, np.array(models), seconds), to, patience_s=PATIENCE_S)
+    return send_schedule(Schedule(at, np.array(models), seconds), to, patience_s=PATIENCE_S)
 
 
 def _select_latencies(run: Run, cache: str) -> Float64:

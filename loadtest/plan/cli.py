@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from loadtest.driver import run as load_run
-from loadtest.driver.open_loop import Forbidden
+from loadtest.driver.open_loop import RemoteNotAllowed
 from loadtest.driver.profiles import Shape, make_profile
+from loadtest.driver.run import RequestSource, ServerUnderLoad, connect_server
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.plan.calibrate import HIT_RATE, LOADED, calibrate
 from loadtest.plan.costs import DEFAULT, Costs, read_costs
 from loadtest.plan.demand import Demand, make_profile_demand, make_trace_demand
@@ -37,7 +37,14 @@ from model_store.cache.eviction import POLICIES
 from model_store.errors import LoadError
 from server.contract import EVICTION_POLICY, LOADER_THREADS, MIB, SLAB_BYTES, verb_path
 
-EXPECTED = (Forbidden, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)  #: say what to do
+EXPECTED = (
+    RemoteNotAllowed,
+    LoadError,
+    urllib3.exceptions.HTTPError,
+    ValueError,
+    OSError,
+    RuntimeError,
+)  #: say what to do
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: of what the fleet weighs: the cache sizes that are simulated
 MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
 DEMAND, SERVER, PROMISE, OUTPUT = "What is asked", "The server", "What must be reached", "Output"
@@ -45,52 +52,56 @@ DEMAND, SERVER, PROMISE, OUTPUT = "What is asked", "The server", "What must be r
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
-def _flag(panel: str, text: str, *names: str, **more: Any) -> Any:
+def _make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
 
 
 def plan(
     *,
-    trace: Annotated[Path | None, _flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)] = None,
-    profile: Annotated[Shape, _flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
-    models: Annotated[int, _flag(DEMAND, "of the profile", min=1)] = 1_000,
-    rate: Annotated[float | None, _flag(DEMAND, "requests per second; default 200")] = None,
-    seconds: Annotated[float, _flag(DEMAND, "duration of the load")] = SECONDS,
-    warmup: Annotated[float, _flag(DEMAND, "seconds of load before that fill the caches")] = WARMUP_S,
-    zipf: Annotated[float | None, _flag(DEMAND, "exponent of the Zipf popularity of models; default 1")] = None,
+    trace: Annotated[
+        Path | None, _make_flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)
+    ] = None,
+    profile: Annotated[Shape, _make_flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
+    models: Annotated[int, _make_flag(DEMAND, "of the profile", min=1)] = 1_000,
+    rate: Annotated[float | None, _make_flag(DEMAND, "requests per second; default 200")] = None,
+    seconds: Annotated[float, _make_flag(DEMAND, "duration of the load")] = SECONDS,
+    warmup: Annotated[float, _make_flag(DEMAND, "seconds of load before that fill the caches")] = WARMUP_S,
+    zipf: Annotated[float | None, _make_flag(DEMAND, "exponent of the Zipf popularity of models; default 1")] = None,
     drift_s: Annotated[
-        float | None, _flag(DEMAND, "seconds after which some models exchange ranks; default never")
+        float | None, _make_flag(DEMAND, "seconds after which some models exchange ranks; default never")
     ] = None,
-    every_s: Annotated[float | None, _flag(DEMAND, "tick: seconds between ticks; default 5")] = None,
+    every_s: Annotated[float | None, _make_flag(DEMAND, "tick: seconds between ticks; default 5")] = None,
     spread_s: Annotated[
-        float | None, _flag(DEMAND, "tick: seconds that its requests are spread over; default 1")
+        float | None, _make_flag(DEMAND, "tick: seconds that its requests are spread over; default 1")
     ] = None,
-    shuffled: Annotated[bool | None, _flag(DEMAND, "tick: another order in every tick", "--shuffled")] = None,
+    shuffled: Annotated[bool | None, _make_flag(DEMAND, "tick: another order in every tick", "--shuffled")] = None,
     model_size: Annotated[
-        str | None, _flag(DEMAND, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
+        str | None, _make_flag(DEMAND, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
     ] = None,
-    seed: Annotated[int, _flag(DEMAND, "same seed, same plan", min=0)] = 0,
+    seed: Annotated[int, _make_flag(DEMAND, "same seed, same plan", min=0)] = 0,
     costs: Annotated[
-        Path | None, _flag(SERVER, "what `calibrate` or `run --out` wrote; else our records", exists=True)
+        Path | None, _make_flag(SERVER, "what `calibrate` or `run --out` wrote; else our records", exists=True)
     ] = None,
     cache: Annotated[
-        str | None, _flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; else shares of the fleet")
+        str | None, _make_flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; else shares of the fleet")
     ] = None,
-    workers: Annotated[int, _flag(SERVER, "workers of a node", min=1)] = 1,
-    nodes: Annotated[int, _flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
-    replicas: Annotated[int, _flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
-    lose_at: Annotated[float | None, _flag(SERVER, "the second when a node is lost; default never")] = None,
-    policy: Annotated[str, _flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
-    loader_threads: Annotated[int, _flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
-    slab: Annotated[str, _flag(SERVER, "unit of the cache, as the server's slab_bytes")] = f"{SLAB_BYTES // MIB}MiB",
-    p99_ms: Annotated[float | None, _flag(PROMISE, "maximum 99th percentile of latency")] = None,
-    hit_ratio: Annotated[float | None, _flag(PROMISE, "minimum hit ratio")] = None,
-    availability: Annotated[float, _flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
+    workers: Annotated[int, _make_flag(SERVER, "workers of a node", min=1)] = 1,
+    nodes: Annotated[int, _make_flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
+    replicas: Annotated[int, _make_flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
+    lose_at: Annotated[float | None, _make_flag(SERVER, "the second when a node is lost; default never")] = None,
+    policy: Annotated[str, _make_flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
+    loader_threads: Annotated[int, _make_flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
+    slab: Annotated[
+        str, _make_flag(SERVER, "unit of the cache, as the server's slab_bytes")
+    ] = f"{SLAB_BYTES // MIB}MiB",
+    p99_ms: Annotated[float | None, _make_flag(PROMISE, "maximum 99th percentile of latency")] = None,
+    hit_ratio: Annotated[float | None, _make_flag(PROMISE, "minimum hit ratio")] = None,
+    availability: Annotated[float, _make_flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
     prices: Annotated[
-        Path, _flag(PROMISE, "price table; the default is a dated example to copy and edit", exists=True)
+        Path, _make_flag(PROMISE, "price table; the default is a dated example to copy and edit", exists=True)
     ] = EXAMPLE,
-    html: Annotated[Path | None, _flag(OUTPUT, "write a page with plots for the browser")] = None,
-    out: Annotated[Path | None, _flag(OUTPUT, "write all of it as JSON", "--json")] = None,
+    html: Annotated[Path | None, _make_flag(OUTPUT, "write a page with plots for the browser")] = None,
+    out: Annotated[Path | None, _make_flag(OUTPUT, "write all of it as JSON", "--json")] = None,
 ) -> None:
     """Simulate how many models fit, the tail latency and the cost, before the money is spent.
 
@@ -132,7 +143,7 @@ def plan(
         )
     except EXPECTED as error:
         raise SystemExit(f"no plan: {error}") from error
-    _show(found)
+    _show_findings(found)
     if html is not None:
         html.write_text(found.html(), encoding="utf-8")
         console.print(f"plan: {html}")
@@ -144,17 +155,17 @@ def plan(
 def calibrate_server(
     *,
     store: Annotated[
-        str | None, _flag(SERVER, "your archives, for which a server is started; default a fleet is made")
+        str | None, _make_flag(SERVER, "your archives, for which a server is started; default a fleet is made")
     ] = None,
-    url: Annotated[str | None, _flag(SERVER, "address of a running server that has no other load")] = None,
-    metrics_url: Annotated[str | None, _flag(SERVER, "its metrics address: the duration of a step")] = None,
+    url: Annotated[str | None, _make_flag(SERVER, "address of a running server that has no other load")] = None,
+    metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: the duration of a step")] = None,
     management_url: Annotated[
         str | None,
-        _flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
+        _make_flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
     ] = None,
-    rate: Annotated[float, _flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
-    allow_remote: Annotated[bool, _flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
-    out: Annotated[Path, _flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
+    rate: Annotated[float, _make_flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
+    allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
+    out: Annotated[Path, _make_flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
 ) -> None:
     """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
@@ -250,7 +261,7 @@ def _parse_bytes(text: str) -> int:
     return found
 
 
-def _show(found: PlanFindings) -> None:
+def _show_findings(found: PlanFindings) -> None:
     for table in found.tables():
         console.print(render_table(table), table.says, "")
     for sentence in found.sentences():
@@ -264,11 +275,11 @@ def _show(found: PlanFindings) -> None:
 @contextmanager
 def _serve_measured(
     store: str | None, url: str | None, metrics: str | None, management: str | None
-) -> Iterator[tuple[load_run.ServerUnderLoad, str | None, str]]:
+) -> Iterator[tuple[ServerUnderLoad, str | None, str]]:
     """The server to measure, its management address, and its name in the output."""
-    asked = load_run.RequestSource(names=None, most=LOADED, body=None, request=None, seed=0)
+    asked = RequestSource(names=None, most=LOADED, body=None, request=None, seed=0)
     if url is not None:
-        yield load_run.connect_server(url, metrics, store, asked, console), management, url
+        yield connect_server(url, metrics, store, asked, console), management, url
         return
     if metrics or management:
         raise ValueError("--metrics-url and --management-url are for the server at --url")
@@ -277,10 +288,10 @@ def _serve_measured(
             make_fleet(folder, LOADED)
         where = store or folder
         questions = asked.of(where, console)
-        with serve(where, ["--workers", "1"]) as server:
+        with run_local_server(where, ["--workers", "1"]) as server:
             what = store or "a fleet of tcn archives in a local folder"
             yield (
-                load_run.ServerUnderLoad(server.inference, server.metrics, questions, what),
+                ServerUnderLoad(server.inference, server.metrics, questions, what),
                 server.management,
                 what,
             )

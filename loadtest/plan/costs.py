@@ -71,16 +71,16 @@ def make_sample(seconds: Sequence[float] | Float64) -> Sample:
 def subtract_samples(longer: Sample, shorter: Sample) -> Sample:
     """How much longer the one takes than the other, percentile by percentile; never less than nothing."""
     levels = np.linspace(0, 1, POINTS)
-    difference = _interpolate(longer, levels) - _interpolate(shorter, levels)
+    difference = _interpolate_levels(longer, levels) - _interpolate_levels(shorter, levels)
     return make_sample(np.maximum.accumulate(np.maximum(difference, 0.0)))
 
 
 def draw_seconds(seen: Sample, count: int, rng: np.random.Generator) -> Float64:
     """[count] seconds drawn from what was seen."""
-    return _interpolate(seen, rng.random(count))
+    return _interpolate_levels(seen, rng.random(count))
 
 
-def _interpolate(seen: Sample, levels: Float64) -> Float64:
+def _interpolate_levels(seen: Sample, levels: Float64) -> Float64:
     return np.interp(levels, np.linspace(0, 1, len(seen)), seen)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from loadtest.driver.profiles import Float64
 from loadtest.driver.trace import UInt8
 from loadtest.plan.costs import Costs, Sample, draw_seconds
-from model_store.cache.cache import Cache, Failure, Placed
+from model_store.cache.cache import Cache, FailedLoad, Placed
 from model_store.cache.slots import Slot
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import NoRoom
@@ -83,7 +83,7 @@ class SimulatedWorker:
             if slot is not None:
                 hits += 1
                 self.cache.release(slot)
-            elif not isinstance(self.cache.want(model.name, now), Failure):
+            elif not isinstance(self.cache.want(model.name, now), FailedLoad):
                 self.fetched[model.name] = now
                 placement = self.place(model, now)
                 if isinstance(placement, Placed):
@@ -165,7 +165,7 @@ class _WorkerLoad:
             self._queue(i, slot, HIT)
             return
         wanted = self.cache.want(model.name, now)
-        if isinstance(wanted, Failure):
+        if isinstance(wanted, FailedLoad):
             self._end(i, now, REFUSED)
             return
         self.waiting.setdefault(model.name, []).append(i)

@@ -85,7 +85,7 @@ def build_charts(runs: Sequence[Results]) -> list[Chart]:
     return [chart for chart in drawn if chart.lines]
 
 
-def _chart(runs: Sequence[Results], title: str, says: str, x: Axis, y: Axis, lines: Lines) -> Chart:
+def _make_chart(runs: Sequence[Results], title: str, says: str, x: Axis, y: Axis, lines: Lines) -> Chart:
     """At most MAX_LINES, without those that have no value; a logarithmic axis has no place for 0."""
     kept: list[ChartLine] = []
     hues = []
@@ -100,15 +100,19 @@ def _chart(runs: Sequence[Results], title: str, says: str, x: Axis, y: Axis, lin
 
 def _from_the_driver(runs: Sequence[Results]) -> Iterator[Chart]:
     alone, ms = len(runs) == 1, Axis("ms", log=True)
-    yield _chart(runs, "Latency over time", "ms from the intended time, logarithmic", TIME, ms, _latency(alone=alone))
+    yield _make_chart(
+        runs, "Latency over time", "ms from the intended time, logarithmic", TIME, ms, _make_latency_lines(alone=alone)
+    )
     for names in [CACHE] if alone else [(name,) for name in CACHE]:
         title = "Latency distribution" if alone else f"Latency distribution: {name_latency_row(names[0])}"
-        yield _chart(runs, title, "ms by percentile, both logarithmic", ONE_IN, ms, _distributions(names))
-    yield _chart(runs, "Throughput", "requests per second", TIME, Axis("per s"), _rates(alone=alone))
-    yield _chart(runs, "Hit ratio", "% of answers from a loaded model", TIME, Axis("%", "percent", top=100), _hits)
+        yield _make_chart(runs, title, "ms by percentile, both logarithmic", ONE_IN, ms, _make_distributions(names))
+    yield _make_chart(runs, "Throughput", "requests per second", TIME, Axis("per s"), _make_rate_lines(alone=alone))
+    yield _make_chart(
+        runs, "Hit ratio", "% of answers from a loaded model", TIME, Axis("%", "percent", top=100), _make_hit_lines
+    )
 
 
-def _latency(*, alone: bool) -> Lines:
+def _make_latency_lines(*, alone: bool) -> Lines:
     def lines(run: Results) -> Iterator[ChartLine]:
         over: OverTime = run["over_time"]
         yield ChartLine("p50", over["t_s"], over["p50_ms"])
@@ -119,7 +123,7 @@ def _latency(*, alone: bool) -> Lines:
     return lines
 
 
-def _rates(*, alone: bool) -> Lines:
+def _make_rate_lines(*, alone: bool) -> Lines:
     def lines(run: Results) -> Iterator[ChartLine]:
         over: OverTime = run["over_time"]
         if alone:
@@ -131,10 +135,10 @@ def _rates(*, alone: bool) -> Lines:
     return lines
 
 
-def _hits(run: Results) -> Iterator[ChartLine]:
-    yield ChartLine("seen by clients", run["over_time"]["t_s"], _scaled(run["over_time"]["hit_ratio"], 100))
+def _make_hit_lines(run: Results) -> Iterator[ChartLine]:
+    yield ChartLine("seen by clients", run["over_time"]["t_s"], _scale_column(run["over_time"]["hit_ratio"], 100))
     if (server := run["server_over_time"]) is not None:
-        yield ChartLine("server's metrics", server["t_s"], _scaled(server["hit_ratio"], 100))
+        yield ChartLine("server's metrics", server["t_s"], _scale_column(server["hit_ratio"], 100))
 
 
 def name_latency_row(name: str) -> str:
@@ -142,7 +146,7 @@ def name_latency_row(name: str) -> str:
     return {"all": "all requests", "hit": "hits", "miss": "misses"}.get(name, name)
 
 
-def _distributions(names: Sequence[str]) -> Lines:
+def _make_distributions(names: Sequence[str]) -> Lines:
     def lines(run: Results) -> Iterator[ChartLine]:
         for name in names:
             if name in run["latency"]:
@@ -174,24 +178,24 @@ def _from_the_server(runs: Sequence[Results]) -> Iterator[Chart]:
 
     ms, rate = Axis("ms", log=True), Axis("per s")
     loads = server(lambda over: tiers(over["loads_per_s"]))
-    yield _chart(runs, "Model loads", "per second, by tier", TIME, rate, loads)
+    yield _make_chart(runs, "Model loads", "per second, by tier", TIME, rate, loads)
     load_ms = server(lambda over: tiers(over["load_ms"]))
-    yield _chart(runs, "Load time over time", "mean ms of a load by tier, logarithmic", TIME, ms, load_ms)
+    yield _make_chart(runs, "Load time over time", "mean ms of a load by tier, logarithmic", TIME, ms, load_ms)
     share = Axis("%", "percent", top=100)
-    yield _chart(
+    yield _make_chart(
         runs, "Load time", "% of loads done within so many ms, by tier", Axis("ms", log=True), share, _load_times
     )
     evictions = server(lambda over: [("evictions", over["evictions_per_s"])])
-    yield _chart(runs, "Evictions", "models evicted per second", TIME, rate, evictions)
+    yield _make_chart(runs, "Evictions", "models evicted per second", TIME, rate, evictions)
     models = server(lambda over: [("models", over["loaded_models"])])
-    yield _chart(runs, "Loaded models", "models ready to answer", TIME, Axis("models"), models)
-    cache = server(lambda over: [("cache", _scaled(over["cache_bytes"], 1e-6))])
-    yield _chart(runs, "Cache size", "MB of loaded models", TIME, Axis("MB"), cache)
+    yield _make_chart(runs, "Loaded models", "models ready to answer", TIME, Axis("models"), models)
+    cache = server(lambda over: [("cache", _scale_column(over["cache_bytes"], 1e-6))])
+    yield _make_chart(runs, "Cache size", "MB of loaded models", TIME, Axis("MB"), cache)
     queue = server(lambda over: [("queue", over["queue_ms"])])
-    yield _chart(runs, "Time in the queue", "mean ms a request waits in its worker, logarithmic", TIME, ms, queue)
+    yield _make_chart(runs, "Time in the queue", "mean ms a request waits in its worker, logarithmic", TIME, ms, queue)
     batch = server(lambda over: [("rows", over["batch_rows"])])
-    yield _chart(runs, "Batch size", "mean rows of a step", TIME, Axis("rows"), batch)
-    yield _chart(runs, "Memory", "MB (PSS)", TIME, Axis("MB"), _memory(in_all=len(runs) > 1))
+    yield _make_chart(runs, "Batch size", "mean rows of a step", TIME, Axis("rows"), batch)
+    yield _make_chart(runs, "Memory", "MB (PSS)", TIME, Axis("MB"), _make_memory_lines(in_all=len(runs) > 1))
 
 
 def _load_times(run: Results) -> Iterator[ChartLine]:
@@ -210,7 +214,7 @@ def _share_within(buckets: Buckets) -> tuple[list[float], Column]:
     return [ms for ms, _ in kept], [share for _, share in kept]
 
 
-def _memory(*, in_all: bool) -> Lines:
+def _make_memory_lines(*, in_all: bool) -> Lines:
     """A line per process, or their sum where that would be too many."""
 
     def lines(run: Results) -> Iterator[ChartLine]:
@@ -219,7 +223,7 @@ def _memory(*, in_all: bool) -> Lines:
         if columns and (in_all or len(columns) > MAX_LINES):
             together = zip(*columns.values(), strict=True)
             columns = {"all processes": [sum(v for v in row if v is not None) for row in together]}
-        yield from (ChartLine(name, times, _scaled(column, 1e-6)) for name, column in columns.items())
+        yield from (ChartLine(name, times, _scale_column(column, 1e-6)) for name, column in columns.items())
 
     return lines
 
@@ -237,9 +241,9 @@ def _of_a_ramp(runs: Sequence[Results]) -> Iterator[Chart]:
         yield ChartLine("p99", asked, [step["p99_ms"] for step in run["steps"] or []])
 
     asked = Axis("requests/s asked")
-    yield _chart(runs, "Ramp: throughput", "requests answered per second by rate", asked, Axis("per s"), rates)
-    yield _chart(runs, "Ramp: latency", "ms by rate, logarithmic", asked, Axis("ms", log=True), latency)
+    yield _make_chart(runs, "Ramp: throughput", "requests answered per second by rate", asked, Axis("per s"), rates)
+    yield _make_chart(runs, "Ramp: latency", "ms by rate, logarithmic", asked, Axis("ms", log=True), latency)
 
 
-def _scaled(column: Column, by: float) -> Column:
+def _scale_column(column: Column, by: float) -> Column:
     return [None if value is None else value * by for value in column]

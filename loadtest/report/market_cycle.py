@@ -51,17 +51,17 @@ def render_cycle_page(drawn: CycleResults) -> str:
         "page.cycle.html",
         ["page.css", "page.cycle.css"],
         "page.cycle.js",
-        _data(drawn, most),
+        _encode_data(drawn, most),
         title=drawn.title,
         total_ms=last.total_ms,
         share=last.total_ms / BUDGET_S / 1e3,
         budget_ms=BUDGET_S * 1e3,
-        headlines=_headlines(drawn),
+        headlines=_list_headlines(drawn),
         scenarios=min(len(last.scenarios), most),
-        stages=_stages(drawn.turns),
-        said=[(call, turn, each.said[call]) for call in (TICK, JOINT) for turn, each in _ends(drawn.turns)],
-        pairs=_pairs("Move together", alike) if alike else None,
-        against=_pairs("Move against each other", opposed) if opposed else None,
+        stages=_make_stage_table(drawn.turns),
+        said=[(call, turn, each.said[call]) for call in (TICK, JOINT) for turn, each in _name_ends(drawn.turns)],
+        pairs=_make_pair_table("Move together", alike) if alike else None,
+        against=_make_pair_table("Move against each other", opposed) if opposed else None,
         mapped=min(len(drawn.products), MOST_MAPPED),
         calls=drawn.calls,
     )
@@ -97,7 +97,7 @@ def find_extremes(
     return alike, [pair for pair in found[::-1][:most] if pair[2] < 0]
 
 
-def _headlines(drawn: CycleResults) -> list[tuple[str, str]]:
+def _list_headlines(drawn: CycleResults) -> list[tuple[str, str]]:
     last, count = drawn.turns[-1], len(drawn.products)
     scenarios, _, steps = last.scenarios.shape
     per_s = count / (last.ms[TICK] / 1e3)
@@ -111,28 +111,28 @@ def _headlines(drawn: CycleResults) -> list[tuple[str, str]]:
     ]
 
 
-def _ends(turns: Sequence[Turn]) -> list[tuple[str, Turn]]:
+def _name_ends(turns: Sequence[Turn]) -> list[tuple[str, Turn]]:
     return [("first", turns[0]), (f"turn {len(turns)}", turns[-1])]
 
 
-def _stages(turns: Sequence[Turn]) -> ReportTable:
+def _make_stage_table(turns: Sequence[Turn]) -> ReportTable:
     """Milliseconds of the first turn and of the last, and what the last is of the budget."""
     rows = [
-        [stage, *(f"{each.ms[stage]:.1f}" for _, each in _ends(turns)), format_budget_share(turns[-1].ms[stage])]
+        [stage, *(f"{each.ms[stage]:.1f}" for _, each in _name_ends(turns)), format_budget_share(turns[-1].ms[stage])]
         for stage in STAGES
     ]
-    total = [f"{each.total_ms:.1f}" for _, each in _ends(turns)]
+    total = [f"{each.total_ms:.1f}" for _, each in _name_ends(turns)]
     rows.append(["together", *total, format_budget_share(turns[-1].total_ms)])
     return ReportTable("Stages", ["ms", "first turn", f"turn {len(turns)}", "of 20 s"], rows)
 
 
-def _pairs(title: str, pairs: Sequence[tuple[str, str, float]]) -> ReportTable:
+def _make_pair_table(title: str, pairs: Sequence[tuple[str, str, float]]) -> ReportTable:
     return ReportTable(
         title, ["", "and", "rank correlation"], [[one, other, f"{value:+.2f}"] for one, other, value in pairs]
     )
 
 
-def _data(drawn: CycleResults, most: int) -> dict[str, Any]:
+def _encode_data(drawn: CycleResults, most: int) -> dict[str, Any]:
     """What the page's script draws. Times are seconds, prices to DIGITS digits, correlations in percent."""
     last, seconds = drawn.turns[-1], drawn.step.total_seconds()
     begin = drawn.start.replace(tzinfo=drawn.start.tzinfo or UTC).timestamp()
@@ -144,9 +144,9 @@ def _data(drawn: CycleResults, most: int) -> dict[str, Any]:
         "charts": [
             {
                 "name": drawn.products[i],
-                "prices": _digits(drawn.prices[i]),
-                "quantiles": _digits(last.quantiles[i].T),
-                "scenarios": _digits(last.scenarios[:most, i]),
+                "prices": _round_numbers(drawn.prices[i]),
+                "quantiles": _round_numbers(last.quantiles[i].T),
+                "scenarios": _round_numbers(last.scenarios[:most, i]),
             }
             for i in choose_charted(drawn.products)
         ],
@@ -155,8 +155,8 @@ def _data(drawn: CycleResults, most: int) -> dict[str, Any]:
     }
 
 
-def _digits(values: npt.NDArray[Any]) -> Any:
+def _round_numbers(values: npt.NDArray[Any]) -> Any:
     """Nested lists of numbers that are short to write; None where there is none."""
     if values.ndim > 1:
-        return [_digits(each) for each in values]
+        return [_round_numbers(each) for each in values]
     return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values.tolist()]

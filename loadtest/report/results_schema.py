@@ -176,17 +176,17 @@ def check_record(found: Mapping[str, Any]) -> Record:
             decode_histogram(row)
         except Exception as wrong:  # hdrh raises base64's, zlib's, ctypes' and its own errors
             raise NotAResult(f"the HDR histogram of `{name}` cannot be decoded: {wrong!r}") from wrong
-    _even("over_time", results["over_time"])
+    _check_columns("over_time", results["over_time"])
     if (server := results["server_over_time"]) is not None:
-        _even("server_over_time", server)
-        _even("server_over_time.loads_per_s", {"t_s": server["t_s"], **server["loads_per_s"]})
-        _even("server_over_time.load_ms", {"t_s": server["t_s"], **server["load_ms"]})
+        _check_columns("server_over_time", server)
+        _check_columns("server_over_time.loads_per_s", {"t_s": server["t_s"], **server["loads_per_s"]})
+        _check_columns("server_over_time.load_ms", {"t_s": server["t_s"], **server["load_ms"]})
     if (memory := results["memory_over_time"]) is not None:
         if None in memory.get("t_s", [None]):
             raise NotAResult("`memory_over_time` has no times `t_s`")
-        _even("memory_over_time", memory)
+        _check_columns("memory_over_time", memory)
     for tier, buckets in (results["load_time"] or {}).items():
-        _even(f"load_time.{tier}", buckets)
+        _check_columns(f"load_time.{tier}", buckets)
     return record
 
 
@@ -195,7 +195,7 @@ def decode_histogram(row: Latency) -> HdrHistogram:
     return HdrHistogram.decode(row["hdr"])
 
 
-def _even(where: str, columns: Mapping[str, object]) -> None:
+def _check_columns(where: str, columns: Mapping[str, object]) -> None:
     lengths = {name: len(column) for name, column in columns.items() if isinstance(column, Sequence)}
     if len(set(lengths.values())) > 1:
         raise NotAResult(f"the columns of `{where}` differ in length: {lengths}")

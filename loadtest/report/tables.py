@@ -82,7 +82,7 @@ def list_remarks(run: Results) -> list[str]:
     said_so = list(run["invalid"])
     if run["unsound"]:
         said_so.append(f"{len(run['unsound'])} of {run['checked']} answers that were looked into were wrong.")
-    if (count := _failed(run)) > 0:
+    if (count := _count_failed(run)) > 0:
         said_so.append(f"{count:,} of {run['requests']:,} requests failed.")
     if (forecasts := run.get("forecasts")) and forecasts["failed"]:
         said_so.append(f"{forecasts['failed']:,} of {forecasts['asked']:,} forecasts failed.")
@@ -105,7 +105,7 @@ def list_headlines(runs: Sequence[Results]) -> list[RunFact]:
         RunFact("p50 latency", [row and row["p50_ms"] for row in every], " ms", "less"),
         RunFact("p99 latency", [row and row["p99_ms"] for row in every], " ms", "less"),
         RunFact("hit ratio", [_hit_percent(run) for run in runs], " %", "more"),
-        RunFact("failed", [100 * _failed(run) / max(1, run["requests"]) for run in runs], " %", "less"),
+        RunFact("failed", [100 * _count_failed(run) / max(1, run["requests"]) for run in runs], " %", "less"),
     ]
     if any(run.get("forecasts") for run in runs):
         calls = [run.get("forecasts") for run in runs]
@@ -113,7 +113,7 @@ def list_headlines(runs: Sequence[Results]) -> list[RunFact]:
         failed = [call and 100 * call["failed"] / call["asked"] for call in calls]
         facts.append(RunFact("failed forecasts", failed, " %", "less"))
     if any(run["steps"] for run in runs):
-        facts.append(RunFact("highest rate sustained", [_sustained(run) for run in runs], "/s", "more"))
+        facts.append(RunFact("highest rate sustained", [_get_sustained(run) for run in runs], "/s", "more"))
     return facts
 
 
@@ -122,11 +122,11 @@ def _hit_percent(run: Results) -> float | None:
     return None if run["hit_ratio"] is None or run["answered_per_s"] == 0 else 100 * run["hit_ratio"]
 
 
-def _failed(run: Results) -> int:
+def _count_failed(run: Results) -> int:
     return sum(run["failures"].values())
 
 
-def _sustained(run: Results) -> float | None:
+def _get_sustained(run: Results) -> float | None:
     return max((step["rate"] for step in run["steps"] or [] if step["sustained"]), default=None)
 
 
@@ -134,23 +134,25 @@ def build_tables(records: Sequence[Record]) -> list[ReportTable]:
     """Every table of the report; those without rows are left out."""
     runs = [record["results"] for record in records]
     found = [
-        _latency(runs) if len(runs) == 1 else _facts(runs, "Latency", _latency_facts(runs)),
-        *(_steps(run, f" of {TAGS[i]}" if len(runs) > 1 else "") for i, run in enumerate(runs)),
-        _facts(runs, "Failures", _failures(runs)),
-        *(_unsound(run, f" of {TAGS[i]}" if len(runs) > 1 else "") for i, run in enumerate(runs)),
-        _facts(runs, "Loads and evictions", _loads(runs), "From the server's metrics, over the run."),
-        _facts(runs, "Memory at the end", _memory(runs), "Proportional set size: shared pages counted once."),
-        _ran(records),
+        _make_latency_table(runs) if len(runs) == 1 else _make_fact_table(runs, "Latency", _latency_facts(runs)),
+        *(_make_step_table(run, f" of {TAGS[i]}" if len(runs) > 1 else "") for i, run in enumerate(runs)),
+        _make_fact_table(runs, "Failures", _list_failures(runs)),
+        *(_make_unsound_table(run, f" of {TAGS[i]}" if len(runs) > 1 else "") for i, run in enumerate(runs)),
+        _make_fact_table(runs, "Loads and evictions", _list_loads(runs), "From the server's metrics, over the run."),
+        _make_fact_table(
+            runs, "Memory at the end", _list_memory(runs), "Proportional set size: shared pages counted once."
+        ),
+        _make_run_table(records),
     ]
     return [table for table in found if table.rows]
 
 
-def _facts(runs: Sequence[Results], title: str, facts: Iterator[RunFact], says: str = "") -> ReportTable:
+def _make_fact_table(runs: Sequence[Results], title: str, facts: Iterator[RunFact], says: str = "") -> ReportTable:
     head = ["", *TAGS, "B/A", ""] if len(runs) > 1 else ["", "value"]
     return ReportTable(title, head, [[fact.what, *fact.cells()] for fact in facts], says)
 
 
-def _latency(runs: Sequence[Results]) -> ReportTable:
+def _make_latency_table(runs: Sequence[Results]) -> ReportTable:
     """A row per kind of request, and how late the driver itself was."""
     rows = []
     (run,) = runs
@@ -180,7 +182,7 @@ def _latency_facts(runs: Sequence[Results]) -> Iterator[RunFact]:
         yield RunFact(f"driver late by: {name}", [run["lag"][key] for run in runs], " ms", "less")
 
 
-def _steps(run: Results, whose: str) -> ReportTable:
+def _make_step_table(run: Results, whose: str) -> ReportTable:
     head = ["requests/s asked", "answered/s", "p50 ms", "p99 ms", "failed", "sustained", "why not"]
     rows = [
         [
@@ -194,17 +196,17 @@ def _steps(run: Results, whose: str) -> ReportTable:
     return ReportTable(f"Ramp{whose}", head, rows)
 
 
-def _failures(runs: Sequence[Results]) -> Iterator[RunFact]:
+def _list_failures(runs: Sequence[Results]) -> Iterator[RunFact]:
     for why in dict.fromkeys(why for run in runs for why in run["failures"]):
         yield RunFact(why, [run["failures"].get(why, 0) for run in runs])
 
 
-def _unsound(run: Results, whose: str) -> ReportTable:
+def _make_unsound_table(run: Results, whose: str) -> ReportTable:
     rows = [[str(i + 1), str(what)] for i, what in enumerate(run["unsound"])]
     return ReportTable(f"Wrong answers{whose}", ["", "what was wrong"], rows, words=True)
 
 
-def _loads(runs: Sequence[Results]) -> Iterator[RunFact]:
+def _list_loads(runs: Sequence[Results]) -> Iterator[RunFact]:
     metrics = [run["metrics"] for run in runs]
     if not any(metrics):
         return
@@ -217,12 +219,12 @@ def _loads(runs: Sequence[Results]) -> Iterator[RunFact]:
         means = [1e3 * s / n if n and s is not None else None for n, s in zip(loads, seconds, strict=True)]
         yield RunFact(f"mean load from {tier}", means, " ms", "less")
         for share in (0.5, 0.99):
-            within = [_within(run, tier, share) for run in runs]
+            within = [_find_bucket_limit(run, tier, share) for run in runs]
             yield RunFact(f"{share:.0%} of loads from {tier} within", within, " ms", "less")
     yield RunFact("evictions", [m and m["evictions"] for m in metrics])
 
 
-def _within(run: Results, tier: str, share: float) -> float | None:
+def _find_bucket_limit(run: Results, tier: str, share: float) -> float | None:
     """The limit in ms of the bucket that holds the load of that rank: an upper bound; None beyond the last limit."""
     buckets = (run["load_time"] or {}).get(tier)
     if buckets is None or sum(buckets["count"]) == 0:
@@ -235,7 +237,7 @@ def _within(run: Results, tier: str, share: float) -> float | None:
     return None
 
 
-def _memory(runs: Sequence[Results]) -> Iterator[RunFact]:
+def _list_memory(runs: Sequence[Results]) -> Iterator[RunFact]:
     sizes = [run["memory"] or {} for run in runs]
     names = list(dict.fromkeys(name for size in sizes for name in size))
     for name in names:
@@ -244,9 +246,9 @@ def _memory(runs: Sequence[Results]) -> Iterator[RunFact]:
         yield RunFact("all", [sum(size.values()) / 1e6 if size else None for size in sizes], " MB", "less")
 
 
-def _ran(records: Sequence[Record]) -> ReportTable:
+def _make_run_table(records: Sequence[Record]) -> ReportTable:
     """What was run, where and when; of two runs also whether they differ in it."""
-    columns = [dict(_descriptions(record)) for record in records]
+    columns = [dict(_describe_run(record)) for record in records]
     rows = []
     for what in dict.fromkeys(what for column in columns for what in column):
         values = [column.get(what, NOTHING) for column in columns]
@@ -254,11 +256,11 @@ def _ran(records: Sequence[Record]) -> ReportTable:
     return ReportTable("What ran", ["", *TAGS, ""] if len(records) > 1 else ["", "value"], rows, words=True)
 
 
-def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
+def _describe_run(record: Record) -> Iterator[tuple[str, str]]:
     run = record["results"]
     yield "profile", run["title"]
     yield "served", run["subject"]
-    yield from _flat("profile", run["profile"])
+    yield from _flatten_record("profile", run["profile"])
     yield "request", f"{run['dialect']}, {run['body']} body of {run['body_bytes']:,} bytes"
     yield "driver", f"{run['processes']} process{'es' if run['processes'] != 1 else ''}"
     yield "asked", f"{run['requests']:,} requests in {format_number(run['seconds'])} s"
@@ -268,13 +270,13 @@ def _descriptions(record: Record) -> Iterator[tuple[str, str]]:
     yield "date", record["date"]
     yield "commit", record["commit"]
     yield "seed", str(record["seed"])
-    yield from _flat("machine", record["machine"])
+    yield from _flatten_record("machine", record["machine"])
 
 
-def _flat(prefix: str, found: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+def _flatten_record(prefix: str, found: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     show: Callable[[object], str] = lambda value: format_number(value) if isinstance(value, float) else str(value)  # noqa: E731
     for name, value in found.items():
         if isinstance(value, Mapping):
-            yield from _flat(f"{prefix} {name}", value)
+            yield from _flatten_record(f"{prefix} {name}", value)
         else:
             yield f"{prefix} {name}".replace("_", " "), show(value)

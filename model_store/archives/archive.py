@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, deserialize
 
-from model_store.archives.container import Container, Limits, shown
+from model_store.archives.container import Container, Limits, quote_name
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
     GRAPH_FILE,
@@ -65,7 +65,7 @@ class Archive:
 
     def read(self, member: str) -> bytes:
         """The bytes of one member. Raises ArchiveInvalid if it is missing, damaged, or larger than declared."""
-        with _naming(self.name):
+        with _name_archive(self.name):
             return self.container.read(member)
 
     def weights(self) -> bytes:
@@ -76,24 +76,24 @@ class Archive:
             UnsupportedKind: a code archive, whose numbers only its handler can find.
         """
         if self.weights_file is None:
-            raise _unsupported(self)
+            raise _make_unsupported(self)
         raw = self.read(self.weights_file)
         expected = self.spec.weights.sha256 if self.spec else None
         if expected is not None and (found := hashlib.sha256(raw).hexdigest()) != expected:
-            where = f"{self.name}: {shown(self.weights_file)}"
+            where = f"{self.name}: {quote_name(self.weights_file)}"
             raise ArchiveInvalid(f"{where} has sha256 {found}, but {FLEETCAST_JSON} says {expected}; pack it again")
         return raw
 
     def graph(self) -> bytes:
         """The bytes of a graph archive's operators. Raises ArchiveInvalid if the member is damaged or too large."""
-        with _naming(self.name):
+        with _name_archive(self.name):
             return _read_record(self.container, GRAPH_FILE)
 
     def golden(self) -> GoldenSample | None:
         """The golden sample; None if the archive has none. Raises ArchiveInvalid, which names the field."""
         if self.spec is None or self.spec.golden is None:
             return None
-        with _naming(self.name):
+        with _name_archive(self.name):
             return parse_golden(_read_record(self.container, self.spec.golden), self.spec.golden)
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
         ArchiveTooLarge: a limit of `limits` is exceeded.
         ArchiveInvalid: not an archive, damaged, hostile, of no known kind, or a record breaks a rule.
     """
-    with _naming(name):
+    with _name_archive(name):
         container = _read_container(data, limits)
         files = container.members
         spec = parse_spec(_read_record(container, FLEETCAST_JSON)) if FLEETCAST_JSON in files else None
@@ -116,7 +116,7 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
         if spec is not None:
             for field, member in (("weights.file", spec.weights.file), ("golden", spec.golden)):
                 if member is not None and member not in files:
-                    raise ArchiveInvalid(f"{FLEETCAST_JSON}: `{field}` names {shown(member)}, which is not there")
+                    raise ArchiveInvalid(f"{FLEETCAST_JSON}: `{field}` names {quote_name(member)}, which is not there")
             if spec.kind is Kind.GRAPH and GRAPH_FILE not in files:
                 raise ArchiveInvalid(
                     f"{FLEETCAST_JSON} says graph, but {GRAPH_FILE}, which holds the operators, is missing"
@@ -129,7 +129,7 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
 def require_supported(archive: Archive) -> None:
     """Raises UnsupportedKind for a kind that this server does not run; the message says what does."""
     if archive.kind in _RUNS_LATER:
-        raise _unsupported(archive)
+        raise _make_unsupported(archive)
 
 
 def read_tensors(archive: Archive) -> dict[str, Float32]:
@@ -139,7 +139,7 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
         ArchiveInvalid: damaged, not safetensors, another dtype, or a value that is not finite; names the tensor.
     """
     raw = archive.weights()
-    with _naming(f"{archive.name}: {archive.weights_file}"):
+    with _name_archive(f"{archive.name}: {archive.weights_file}"):
         if (header := int.from_bytes(raw[:8], "little")) > _MAX_RECORD_BYTES:
             raise ArchiveInvalid(f"it is not safetensors, or its header of {header} bytes is too large")
         # Each tensor has an object of its own in the header, so that there are no more of them than braces.
@@ -148,7 +148,7 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
             stored = deserialize(raw)  # type: ignore[no-untyped-call]
         except SafetensorError as error:
             raise ArchiveInvalid(f"it is not sound safetensors: {error}") from error
-        return {name: _tensor(name, **view) for name, view in stored}
+        return {name: _decode_tensor(name, **view) for name, view in stored}
 
 
 def check_tensors(
@@ -159,15 +159,15 @@ def check_tensors(
     Raises:
         ArchiveInvalid: lists missing and unexpected tensors, and those of a wrong shape.
     """
-    missing = [shown(key) for key in parameters if key not in tensors]
-    unexpected = [shown(key) for key in tensors if key not in parameters]
+    missing = [quote_name(key) for key in parameters if key not in tensors]
+    unexpected = [quote_name(key) for key in tensors if key not in parameters]
     reshaped = [
-        f"{shown(key)} is {list(tensors[key].shape)} instead of {list(shape)}"
+        f"{quote_name(key)} is {list(tensors[key].shape)} instead of {list(shape)}"
         for key, shape in parameters.items()
         if key in tensors and tensors[key].shape != tuple(shape)
     ]
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped}
-    problems = [f"{what}: {_listed(which)}" for what, which in found.items() if which]
+    problems = [f"{what}: {_list_names(which)}" for what, which in found.items() if which]
     if problems:
         raise ArchiveInvalid(f"{name}: its tensors are not those of its architecture; {'; '.join(problems)}")
 
@@ -194,10 +194,10 @@ def _kind_without_spec(files: Iterable[str], mar: MarManifest | None) -> tuple[K
         return Kind.ONNX, onnx
     if handler in _TORCHSERVE_HANDLERS or serialized.endswith(_TORCH_FILES):
         return Kind.CODE, None
-    said = f"; {MAR_MANIFEST} names handler {shown(handler)} and file {shown(serialized)}" if mar else ""
+    said = f"; {MAR_MANIFEST} names handler {quote_name(handler)} and file {quote_name(serialized)}" if mar else ""
     raise ArchiveInvalid(
         f"it has neither {FLEETCAST_JSON}, nor a Python handler ({MAR_MANIFEST}, code/*.py, inference.py), "
-        f"nor {_MODEL_ONNX}{said}; its members: {_listed(map(shown, sorted(names)))}"
+        f"nor {_MODEL_ONNX}{said}; its members: {_list_names(map(quote_name, sorted(names)))}"
     )
 
 
@@ -212,35 +212,35 @@ def _read_record(container: Container, member: str) -> bytes:
     return container.read(member)
 
 
-def _tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> Float32:
+def _decode_tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> Float32:
     if dtype != "F32":
-        raise ArchiveInvalid(f"the tensor {shown(name)} is {dtype}; convert it to float32 (F32) before packing")
+        raise ArchiveInvalid(f"the tensor {quote_name(name)} is {dtype}; convert it to float32 (F32) before packing")
     try:
         tensor = np.frombuffer(data, dtype="<f4").reshape(shape)
     except ValueError as error:  # safetensors allows shapes that arrays cannot have: 100 axes, [0, 2**62]
-        raise ArchiveInvalid(f"the tensor {shown(name)} has an impossible shape: {error}") from error
+        raise ArchiveInvalid(f"the tensor {quote_name(name)} has an impossible shape: {error}") from error
     if not np.isfinite(tensor).all():
         bad = int(tensor.size - np.isfinite(tensor).sum())
-        raise ArchiveInvalid(f"the tensor {shown(name)} has {bad} values that are NaN or infinite")
+        raise ArchiveInvalid(f"the tensor {quote_name(name)} has {bad} values that are NaN or infinite")
     return tensor
 
 
-def _unsupported(archive: Archive) -> UnsupportedKind:
-    handler = f" (handler {shown(archive.mar.model.handler)})" if archive.mar and archive.mar.model.handler else ""
+def _make_unsupported(archive: Archive) -> UnsupportedKind:
+    handler = f" (handler {quote_name(archive.mar.model.handler)})" if archive.mar and archive.mar.model.handler else ""
     return UnsupportedKind(
         f"{archive.name} is a {archive.kind} archive{handler}; this version runs forecaster, graph and onnx archives, "
         f"and {_RUNS_LATER[archive.kind]}"
     )
 
 
-def _listed(names: Iterable[str]) -> str:
+def _list_names(names: Iterable[str]) -> str:
     every = list(names)
     rest = len(every) - _MAX_LISTED
     return ", ".join(every[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def _name_archive(name: str) -> Iterator[None]:
     """Put the archive's name before the message of an error that is raised inside."""
     try:
         yield

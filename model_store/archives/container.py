@@ -54,7 +54,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchiveMember:
     """The place of one member in the container's data: `packed` bytes from `start`, `size` bytes after inflation."""
 
     start: int
@@ -69,17 +69,17 @@ class Container:
     """Members by their safe relative path. `data` is the zip itself, or the tar out of its gzip."""
 
     data: bytes = field(repr=False)
-    members: Mapping[str, Member]
+    members: Mapping[str, ArchiveMember]
 
     def read(self, name: str) -> bytes:
         """The member's bytes, inflated to at most the size that its header declares. Raises ArchiveInvalid."""
         member = self.members.get(name)
         if member is None:
-            raise ArchiveInvalid(f"it has no member {shown(name)}")
+            raise ArchiveInvalid(f"it has no member {quote_name(name)}")
         packed = memoryview(self.data)[member.start : member.start + member.packed]
-        raw = _inflate(packed, member.size, name) if member.deflated else bytes(packed)
+        raw = _inflate_member(packed, member.size, name) if member.deflated else bytes(packed)
         if member.crc32 is not None and zlib.crc32(raw) != member.crc32:
-            raise ArchiveInvalid(f"the member {shown(name)} is damaged: its CRC-32 differs from the one declared")
+            raise ArchiveInvalid(f"the member {quote_name(name)} is damaged: its CRC-32 differs from the one declared")
         return raw
 
 
@@ -89,7 +89,7 @@ class Gathering:
 
     limits: Limits
     packed: int
-    members: dict[str, Member] = field(default_factory=dict)
+    members: dict[str, ArchiveMember] = field(default_factory=dict)
     entries: int = 0
     unpacked: int = 0
 
@@ -104,7 +104,7 @@ class Gathering:
         if raw_name not in (b".", b"./"):  # `tar -C folder .` begins with it
             safe_path(raw_name.removesuffix(b"/"))
 
-    def add_file(self, raw_name: bytes, member: Member) -> None:
+    def add_file(self, raw_name: bytes, member: ArchiveMember) -> None:
         """Add a file.
 
         Raises:
@@ -113,7 +113,7 @@ class Gathering:
         """
         name = safe_path(raw_name)
         if name in self.members:
-            raise ArchiveInvalid(f"it has two members named {shown(name)}")
+            raise ArchiveInvalid(f"it has two members named {quote_name(name)}")
         self.unpacked += member.size
         self.limits.check_unpacked(self.unpacked, self.packed)
         self.members[name] = member
@@ -128,7 +128,7 @@ class Gathering:
         return Container(data, {name.removeprefix(top): member for name, member in self.members.items()})
 
 
-def shown(name: str) -> str:
+def quote_name(name: str) -> str:
     """The name quoted for a message, and shortened."""
     return repr(name if len(name) <= _MAX_SHOWN else name[:_MAX_SHOWN] + "...")
 
@@ -140,28 +140,30 @@ def safe_path(raw: bytes) -> str:
     except UnicodeDecodeError as error:
         raise ArchiveInvalid(f"the member name {raw[:80]!r} is not UTF-8") from error
     if len(name) > _MAX_PATH:
-        raise ArchiveInvalid(f"the member name {shown(name)} has {len(name)} characters, more than {_MAX_PATH}")
+        raise ArchiveInvalid(f"the member name {quote_name(name)} has {len(name)} characters, more than {_MAX_PATH}")
     if not name.isprintable():
-        raise ArchiveInvalid(f"the member name {shown(name)} has a NUL, control or unprintable character")
+        raise ArchiveInvalid(f"the member name {quote_name(name)} has a NUL, control or unprintable character")
     if "\\" in name:
-        raise ArchiveInvalid(f"the member name {shown(name)} has a backslash")
+        raise ArchiveInvalid(f"the member name {quote_name(name)} has a backslash")
     if name.startswith("/") or re.match("[A-Za-z]:", name):
-        raise ArchiveInvalid(f"the member name {shown(name)} is absolute; members must be relative")
+        raise ArchiveInvalid(f"the member name {quote_name(name)} is absolute; members must be relative")
     path = name.removeprefix("./")
     for segment in path.split("/"):
         if segment in ("", ".", ".."):
-            raise ArchiveInvalid(f"the member name {shown(name)} has the segment {segment!r}")
+            raise ArchiveInvalid(f"the member name {quote_name(name)} has the segment {segment!r}")
     return path
 
 
-def _inflate(packed: memoryview, size: int, name: str) -> bytes:
+def _inflate_member(packed: memoryview, size: int, name: str) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         raw = inflater.decompress(packed, size + 1)
     except zlib.error as error:
-        raise ArchiveInvalid(f"the member {shown(name)} is damaged: {error}") from error
+        raise ArchiveInvalid(f"the member {quote_name(name)} is damaged: {error}") from error
     if len(raw) > size:
-        raise ArchiveInvalid(f"the member {shown(name)} inflates to more than the {size} bytes its header declares")
+        raise ArchiveInvalid(
+            f"the member {quote_name(name)} inflates to more than the {size} bytes its header declares"
+        )
     if len(raw) < size or not inflater.eof:
-        raise ArchiveInvalid(f"the member {shown(name)} ends early: its header declares {size} bytes")
+        raise ArchiveInvalid(f"the member {quote_name(name)} ends early: its header declares {size} bytes")
     return raw

@@ -59,7 +59,7 @@ class Scaler(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     scale: Annotated[float, Meta(gt=0.0)] = 1.0
 
 
-class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class InputChannel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One input channel of the network over the context: for context step t it holds the source at t - lag + shift.
 
     `target`: the scaled target of `product` (lag >= 0, never shifted: the future is unknown). `dynamic_feat`: row
@@ -87,7 +87,7 @@ class Channel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"a {self.source} channel {'needs' if self.source == 'calendar' else 'has no'} `feature`")
 
 
-class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a forecast request must contain, and how it becomes the network's input.
 
     Lengths are in steps of `frequency` (pandas offset alias, such as `1h` or `5min`); `floor` and `cap` in `unit`, for
@@ -104,7 +104,7 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     context_length: Length
     prediction_length: Length
     quantile_levels: Annotated[tuple[Level, ...], Meta(max_length=MAX_LEVELS)]
-    inputs: Annotated[tuple[Channel, ...], Meta(max_length=MAX_ROWS)]
+    inputs: Annotated[tuple[InputChannel, ...], Meta(max_length=MAX_ROWS)]
     time_zone: Name = "UTC"
     products: Annotated[tuple[Name, ...], Meta(max_length=MAX_PRODUCTS)] = ("price",)
     dynamic_feat: Annotated[tuple[Name, ...], Meta(max_length=MAX_ROWS)] = ()
@@ -174,7 +174,7 @@ class Forecast(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.context_length + max(channel.lag for channel in self.inputs)
 
 
-class Correlation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CorrelationSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How forecast errors of N products, `horizon` steps T ahead, depend on each other (kind `correlation`).
 
     `products` are the names by which a call's forecasts are matched: the models' names, or `model#product` for a model
@@ -240,8 +240,8 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     format: Literal[1] = 1
     architecture: str = ""
     config: Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)] = {}
-    forecast: Forecast | None = None
-    correlation: Correlation | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
+    forecast: ForecastSpec | None = None
+    correlation: CorrelationSpec | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None
     description: Annotated[str, Meta(max_length=2000)] = ""
 
@@ -278,17 +278,17 @@ class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):
 
 def parse_spec(raw: bytes) -> Spec:
     """`fleetcast.json`. Raises ArchiveInvalid that names the field."""
-    return _parse(raw, Spec, FLEETCAST_JSON)
+    return _parse_record(raw, Spec, FLEETCAST_JSON)
 
 
 def parse_mar_manifest(raw: bytes) -> MarManifest:
     """`MAR-INF/MANIFEST.json`. Raises ArchiveInvalid that names the field."""
-    return _parse(raw, MarManifest, MAR_MANIFEST)
+    return _parse_record(raw, MarManifest, MAR_MANIFEST)
 
 
 def parse_golden(raw: bytes, member: str) -> GoldenSample:
     """The golden sample stored as `member`. Raises ArchiveInvalid that names the field, ArchiveTooLarge."""
-    sample = _parse(raw, GoldenSample, member)
+    sample = _parse_record(raw, GoldenSample, member)
     try:
         _check_json((sample.request, sample.response), StepBudget(MAX_GOLDEN_VALUES, "values"))
     except ArchiveInvalid as error:
@@ -323,7 +323,7 @@ def encode_record(record: Spec | MarManifest | GoldenSample) -> bytes:
     return msgspec.json.format(msgspec.json.encode(record, order="sorted"), indent=1) + b"\n"
 
 
-def _parse(raw: bytes, record: type[T], file: str) -> T:
+def _parse_record(raw: bytes, record: type[T], file: str) -> T:
     try:
         return msgspec.json.decode(raw, type=record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

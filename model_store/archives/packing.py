@@ -14,13 +14,13 @@ import numpy.typing as npt
 import safetensors.numpy
 
 from model_store.archives.archive import Archive, check_tensors, open_archive, read_tensors
-from model_store.archives.container import shown
+from model_store.archives.container import quote_name
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
     GRAPH_FILE,
     MAR_MANIFEST,
-    Correlation,
-    Forecast,
+    CorrelationSpec,
+    ForecastSpec,
     GoldenSample,
     Kind,
     MarManifest,
@@ -68,11 +68,13 @@ def pack_archive(spec: Spec, members: Mapping[str, bytes], *, model_name: str, m
         created_on=_CREATED_ON,
         archiver_version="fleetcast",
     )
-    packed = _zip({**members, FLEETCAST_JSON: encode_record(spec), MAR_MANIFEST: encode_record(manifest)})
+    packed = _build_zip({**members, FLEETCAST_JSON: encode_record(spec), MAR_MANIFEST: encode_record(manifest)})
     archive = open_archive(packed, model_name)
     for name in members.keys() - archive.container.members.keys():
-        raise ArchiveInvalid(f"{model_name}: the member {shown(name)} would be lost; give it a plain relative path")
-    _prove(archive)
+        raise ArchiveInvalid(
+            f"{model_name}: the member {quote_name(name)} would be lost; give it a plain relative path"
+        )
+    _check_readable(archive)
     return packed
 
 
@@ -83,7 +85,7 @@ def pack_forecaster(
     config: Mapping[str, int | float | str | bool | list[int]],
     model_name: str,
     model_version: str = "1.0",
-    forecast: Forecast | None = None,
+    forecast: ForecastSpec | None = None,
     golden: GoldenSample | None = None,
     description: str = "",
 ) -> bytes:
@@ -111,7 +113,7 @@ def pack_graph(
     *,
     model_name: str,
     model_version: str = "1.0",
-    forecast: Forecast | None = None,
+    forecast: ForecastSpec | None = None,
     golden: GoldenSample | None = None,
     description: str = "",
 ) -> bytes:
@@ -136,7 +138,7 @@ def pack_onnx(
     *,
     model_name: str,
     model_version: str = "1.0",
-    forecast: Forecast | None = None,
+    forecast: ForecastSpec | None = None,
     golden: GoldenSample | None = None,
     description: str = "",
 ) -> bytes:
@@ -153,7 +155,7 @@ def pack_onnx(
 
 
 def pack_correlation(
-    correlation: Correlation,
+    correlation: CorrelationSpec,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     *,
     model_name: str,
@@ -186,7 +188,7 @@ def _golden_member(golden: GoldenSample | None) -> dict[str, bytes]:
     return {GOLDEN_FILE: encode_record(golden)} if golden else {}
 
 
-def _zip(members: Mapping[str, bytes]) -> bytes:
+def _build_zip(members: Mapping[str, bytes]) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(members):
@@ -197,7 +199,7 @@ def _zip(members: Mapping[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def _prove(archive: Archive) -> None:
+def _check_readable(archive: Archive) -> None:
     """Read everything that a server reads. Raises ArchiveInvalid."""
     archive.golden()
     if archive.spec is not None and archive.spec.correlation:

@@ -9,7 +9,7 @@ import re
 import zlib
 from typing import NamedTuple
 
-from model_store.archives.container import Container, Gathering, Limits, Member
+from model_store.archives.container import ArchiveMember, Container, Gathering, Limits
 from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
@@ -48,7 +48,7 @@ def read_tar_gz(data: bytes, limits: Limits) -> Container:
         ArchiveTooLarge: a limit of `limits` is exceeded.
         ArchiveInvalid: not a valid gzip or tar, or a member breaks a rule for paths or types.
     """
-    raw = _gunzip(data, limits)
+    raw = _unpack_gzip(data, limits)
     found = Gathering(limits, len(data))
     records = StepBudget(MAX_PAX_RECORDS, "pax records")
     long_name, at = b"", 0
@@ -61,22 +61,22 @@ def read_tar_gz(data: bytes, limits: Limits) -> Container:
         elif header.type == _PAX:
             long_name = _pax_path(raw[content], records) or long_name
         elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # both are ignored: a long link's own header is refused
-            _add(found, header, long_name or header.name)
+            _add_member(found, header, long_name or header.name)
             long_name = b""
     return found.container(raw)
 
 
-def _add(found: Gathering, header: _Header, name: bytes) -> None:
+def _add_member(found: Gathering, header: _Header, name: bytes) -> None:
     if header.type == _FOLDER:
         found.add_folder(name)
     elif header.type in _FILES:
-        found.add_file(name, Member(header.start, header.size, header.size))
+        found.add_file(name, ArchiveMember(header.start, header.size, header.size))
     else:
         what = _REFUSED.get(header.type, f"of the unknown type {header.type!r}")
         raise ArchiveInvalid(f"the member {name[:80]!r} is {what}; only files and folders are read")
 
 
-def _gunzip(data: bytes, limits: Limits) -> bytes:
+def _unpack_gzip(data: bytes, limits: Limits) -> bytes:
     room = limits.room(len(data))
     inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
@@ -103,11 +103,11 @@ def _read_header(raw: bytes, at: int) -> _Header | None:
             raise ArchiveInvalid(f"the tar is damaged: bytes follow its end mark at byte {at}")
         return None
     checksum = sum(block) - sum(block[148:156]) + 8 * 32  # the field itself counts as spaces
-    if _octal(block[148:156]) != checksum:
+    if _parse_octal(block[148:156]) != checksum:
         what = f"the tar is damaged at byte {at}: a header" if at else "the gzip does not hold a tar: its first block"
         raise ArchiveInvalid(f"{what} has a wrong checksum")
     kind = block[156:157]
-    size = _octal(block[124:136]) if kind in _WITH_DATA else 0  # no bytes follow a folder or a link
+    size = _parse_octal(block[124:136]) if kind in _WITH_DATA else 0  # no bytes follow a folder or a link
     if size is None:
         raise ArchiveInvalid(f"the tar header at byte {at} has a size that is not octal")
     if at + _BLOCK + size > len(raw):
@@ -119,7 +119,7 @@ def _read_header(raw: bytes, at: int) -> _Header | None:
     return _Header(kind, prefix + b"/" + name if prefix else name, at + _BLOCK, size)
 
 
-def _octal(digits: bytes) -> int | None:
+def _parse_octal(digits: bytes) -> int | None:
     text = digits.strip(b" \0")
     return int(text, 8) if re.fullmatch(b"[0-7]+", text) else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
-from model_store.archives.container import Container, Gathering, Limits, Member
+from model_store.archives.container import ArchiveMember, Container, Gathering, Limits
 from model_store.errors import ArchiveInvalid
 
 _END = struct.Struct("<4s4H2LH")  # end record: signature, disks, counts, directory's size and start, comment length
@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
     name: bytes
     mode: int
     header: int
-    member: Member
+    member: ArchiveMember
 
 
 def read_zip(data: bytes, limits: Limits) -> Container:
@@ -38,7 +38,7 @@ def read_zip(data: bytes, limits: Limits) -> Container:
     found = Gathering(limits, len(data))
     found.count(count)
     spans = []
-    for entry in _entries(data, count, start, end):
+    for entry in _read_entries(data, count, start, end):
         kind = stat.S_IFMT(entry.mode)
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             what = "a symbolic link" if kind == stat.S_IFLNK else f"a special file (mode {entry.mode:o})"
@@ -73,7 +73,7 @@ def _find_directory(data: bytes) -> tuple[int, int, int]:
     return count, start, end
 
 
-def _entries(data: bytes, count: int, start: int, end: int) -> Iterator[_Entry]:
+def _read_entries(data: bytes, count: int, start: int, end: int) -> Iterator[_Entry]:
     at = start
     for _ in range(count):
         if at + _ENTRY.size > end:
@@ -94,7 +94,7 @@ def _entries(data: bytes, count: int, start: int, end: int) -> Iterator[_Entry]:
         first = _first_byte(data, header, name)
         if first + packed > start:
             raise ArchiveInvalid(f"the member {name[:80]!r} reaches into the zip's directory")
-        yield _Entry(name, mode >> 16, header, Member(first, packed, size, method == _DEFLATED, crc))
+        yield _Entry(name, mode >> 16, header, ArchiveMember(first, packed, size, method == _DEFLATED, crc))
     if at != end:
         raise ArchiveInvalid(f"the zip's directory has more than the {count} entries it declares")
 

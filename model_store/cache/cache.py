@@ -38,7 +38,7 @@ Placement = Placed | Evict | Moves | Wait | Refuse
 
 
 @dataclass(slots=True)
-class Failure:
+class FailedLoad:
     """A failed load. Until `until` (seconds) requests get this error, so that a broken archive is not fetched again."""
 
     error: LoadError
@@ -54,7 +54,7 @@ class Load:
     victims: tuple[Slot, ...] = ()
 
 
-def _failure_bytes(model: ModelName, failure: Failure) -> int:
+def _failure_bytes(model: ModelName, failure: FailedLoad) -> int:
     """What remembering a failure costs, about: an ASCII text takes a byte a character, others up to four."""
     return 4 * (len(model) + len(str(failure.error))) + FAILURE_OVERHEAD_BYTES
 
@@ -73,7 +73,7 @@ class Cache:
         self._slots: dict[ModelName, Slot] = {}  # the serving slot of each model: ready, or retiring but revivable
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}
-        self._failures: OrderedDict[ModelName, Failure] = OrderedDict()
+        self._failures: OrderedDict[ModelName, FailedLoad] = OrderedDict()
         self._failure_bytes = 0
         self._pins: set[ModelName] = set()
         self._room = Room(budget_bytes, slab_bytes)
@@ -112,11 +112,11 @@ class Cache:
 
     def want(
         self, model: ModelName, now: float, *, reload: bool = False, speculative: bool = False
-    ) -> Load | Failure | None:
+    ) -> Load | FailedLoad | None:
         """Ask for a load of an absent model.
 
         Returns a new `Load` (a miss: the caller starts it), None (coalesced: a load is already running), or the
-        `Failure` of a recent load. With `reload` a load starts even if the model is resident or has just failed.
+        `FailedLoad` of a recent load. With `reload` a load starts even if the model is resident or has just failed.
         A `speculative` load is a prefetch: `place` does not evict a model for it that is expected as soon. The first
         request that wants the model makes the load a normal one.
         """
@@ -224,19 +224,19 @@ class Cache:
         """End a speculative load that got no memory. It is not remembered as a failure."""
         del self._loads[model]
 
-    def failed(self, model: ModelName, error: LoadError, now: float) -> Failure:
+    def failed(self, model: ModelName, error: LoadError, now: float) -> FailedLoad:
         """End a load that failed. The failure is kept for the error's back-off time, doubled on each repetition."""
         del self._loads[model]
         before = self._forget_failure(model)
         times = before.times + 1 if before else 1
         wait = min(error.back_off_s * 2 ** min(times - 1, 30), error.max_back_off_s)
-        failure = self._failures[model] = Failure(error, now + wait, times)
+        failure = self._failures[model] = FailedLoad(error, now + wait, times)
         self._failure_bytes += _failure_bytes(model, failure)
         while len(self._failures) > MAX_FAILURES or self._failure_bytes > MAX_FAILURE_BYTES:
             self._forget_failure(next(iter(self._failures)))
         return failure
 
-    def _forget_failure(self, model: ModelName) -> Failure | None:
+    def _forget_failure(self, model: ModelName) -> FailedLoad | None:
         """Drop what is remembered of the model's failed loads, and return it."""
         failure = self._failures.pop(model, None)
         if failure is not None:
@@ -319,7 +319,7 @@ class Cache:
         """Pinned names, resident or not."""
         return frozenset(self._pins)
 
-    def failures(self) -> Iterable[tuple[ModelName, Failure]]:
+    def failures(self) -> Iterable[tuple[ModelName, FailedLoad]]:
         """Models whose last load failed, also after their back-off."""
         return self._failures.items()
 

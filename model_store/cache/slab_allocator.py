@@ -155,6 +155,6 @@ class Room:
         return slab, at // slot.charge
 
 
-def movable(slab: Slab) -> bool:
+def can_move_rows(slab: Slab) -> bool:
     """Whether all rows can be copied elsewhere: none is being written, and none is about to be freed."""
     return all(slot.state is State.READY for slot in slab.rows.values())

@@ -47,6 +47,6 @@ class Slot:
         return f"<{self.model}@{self.version} {self.state} {self.leases} leases{end}>"
 
 
-def evictable(slot: Slot) -> bool:
+def is_evictable(slot: Slot) -> bool:
     """Whether the slot can be evicted now. (Pinned models are not checked: the policy does not rank them.)"""
     return slot.state is State.READY and slot.leases == 0

@@ -11,8 +11,8 @@ from itertools import islice
 from math import ceil, inf
 
 from model_store.cache.eviction import Policy
-from model_store.cache.slab_allocator import Bank, Room, movable
-from model_store.cache.slots import Slot, evictable
+from model_store.cache.slab_allocator import Bank, Room, can_move_rows
+from model_store.cache.slots import Slot, is_evictable
 from model_store.names import ModelName
 
 MAX_SPARED = 2048  #: models that one search for a victim skips at most because a request for them is expected
@@ -158,7 +158,7 @@ class Victims:
 
     def idle(self, family: str | None) -> Iterator[Slot]:
         """Evictable slots of a family, or singles where None, in the policy's order."""
-        return filter(evictable, map(self._slots.__getitem__, self._policy.victims(family)))
+        return filter(is_evictable, map(self._slots.__getitem__, self._policy.victims(family)))
 
     def _first(self, family: str, now: float, spare: Container[ModelName]) -> Slot | None:
         """The family's first victim that is not in `spare`; a spared one only if the first MAX_SPARED all are.
@@ -186,7 +186,7 @@ class Victims:
         total = sum(slot.charge for slot in self.idle(None))
         for bank in self._room.banks.values():
             stay = bank.occupied - sum(1 for _ in self.idle(bank.family))
-            fixed = sum(not movable(slab) for slab in bank.slabs.values())
+            fixed = sum(not can_move_rows(slab) for slab in bank.slabs.values())
             total += (len(bank.slabs) - max(fixed, ceil(stay / bank.rows_per_slab))) * self._room.slab_bytes
         return total
 
@@ -214,7 +214,7 @@ class Victims:
         if len(victims) < excess:
             return None
         by_size = sorted(bank.slabs, key=lambda index: len(bank.slabs[index]))
-        slab = next((index for index in by_size if movable(bank.slabs[index])), None)
+        slab = next((index for index in by_size if can_move_rows(bank.slabs[index])), None)
         if slab is None:
             return None
         if victims:

@@ -119,7 +119,7 @@ class DiskTier:
         current = self.lookup(cached.name)
         if current and current.path == cached.path:  # another process may have published a newer one meanwhile
             self.forget(cached.name)
-        _remove(cached.path)
+        _remove_file(cached.path)
         return None
 
     @contextmanager
@@ -139,7 +139,7 @@ class DiskTier:
     def _open_locked(self, name: ModelName) -> int | None:
         try:
             self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd = os.open(self._locks / _key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._locks / _hash_key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
             return None
@@ -182,11 +182,11 @@ class DiskTier:
 
     def forget(self, name: ModelName) -> None:
         """Remove the name. Its blob stays until `evict`, because another name may share it."""
-        _remove(self._entry_path(name))
+        _remove_file(self._entry_path(name))
 
     def used_bytes(self) -> int:
         """Bytes of all blobs; a shared blob counts once."""
-        return sum(found.st_size for _, found in _files(self._blobs))
+        return sum(found.st_size for _, found in _iterate_files(self._blobs))
 
     def evict(self, budget_bytes: int) -> list[ModelName]:
         """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
@@ -208,14 +208,14 @@ class DiskTier:
 
     def _sweep(self, now: float) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
         """Remove what crashes left: temporary files, blobs without entry, entries without blob. Returns the others."""
-        for path, found in _files(self._temp):
+        for path, found in _iterate_files(self._temp):
             if now - found.st_mtime > GRACE_S:
-                _remove(path)
+                _remove_file(path)
         names = self._names_by_blob()  # before the blobs: an entry seen here has its blob in place, or lost it
-        blobs = dict(_files(self._blobs))
+        blobs = dict(_iterate_files(self._blobs))
         for path, found in list(blobs.items()):
             if path.name not in names and now - found.st_mtime > GRACE_S:
-                _remove(path)
+                _remove_file(path)
                 del blobs[path]
         for lost in names.keys() - {path.name for path in blobs}:
             self._drop(self._blobs / lost, names[lost])
@@ -223,23 +223,23 @@ class DiskTier:
 
     def _drop(self, blob: Path, names: Names) -> list[ModelName]:
         for entry_path, _ in names:
-            _remove(entry_path)
-        _remove(blob)
+            _remove_file(entry_path)
+        _remove_file(blob)
         return [name for _, name in names]
 
     def _names_by_blob(self) -> dict[str, Names]:
         """The names of each blob. Unreadable entries are removed."""
         names: dict[str, Names] = {}
-        for path, found in _files(self._index):
+        for path, found in _iterate_files(self._index):
             entry = _read_entry(path)
             if entry is None:
-                _remove(path)
+                _remove_file(path)
             else:
                 names.setdefault(entry.sha256, {})[path, entry.name] = found.st_mtime
         return names
 
     def _entry_path(self, name: ModelName) -> Path:
-        return self._index / _key(self._source, name)
+        return self._index / _hash_key(self._source, name)
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write the file atomically. Raises OSError."""
@@ -251,11 +251,11 @@ class DiskTier:
                 file.write(data)
             Path(temp).replace(path)
         except BaseException:
-            _remove(Path(temp))
+            _remove_file(Path(temp))
             raise
 
 
-def _key(source: str, name: ModelName) -> str:
+def _hash_key(source: str, name: ModelName) -> str:
     return hashlib.sha256(f"{source}\n{name}".encode()).hexdigest()
 
 
@@ -282,7 +282,7 @@ def _read_entry(path: Path) -> Entry | None:
         parse_model_name(entry.name)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, InvalidModelName):  # none, torn by a crash, or forged
         return None
-    sound = _SHA256.fullmatch(entry.sha256) and entry.bytes >= 0 and path.name == _key(entry.source, entry.name)
+    sound = _SHA256.fullmatch(entry.sha256) and entry.bytes >= 0 and path.name == _hash_key(entry.source, entry.name)
     return entry if sound else None
 
 
@@ -296,7 +296,7 @@ def _read_file(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+def _iterate_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """The files of a folder. Another process may change or remove the folder meanwhile."""
     try:
         paths = list(folder.iterdir())
@@ -309,7 +309,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
             continue
 
 
-def _remove(path: Path) -> None:
+def _remove_file(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FetchedArchive:
     """A verified archive.
 
     `store_s`: seconds spent in store requests. `stale`: it should be revalidated, but the store cannot be reached.
@@ -61,7 +61,7 @@ class ModelStore:
     def __repr__(self) -> str:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
 
-    def fetch(self, name: ModelName, revalidate: bool = False) -> Found:
+    def fetch(self, name: ModelName, revalidate: bool = False) -> FetchedArchive:
         """The newest archive of this name, by at most one store request; `revalidate` makes that request in any case.
 
         INVARIANT: a host downloads an archive once. A process that waited for another one's download uses its blob.
@@ -92,7 +92,7 @@ class ModelStore:
         """The store's archives whose names start with `prefix`, lazily: see `Source.list`."""
         return self._source.list(prefix)
 
-    def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> Found | None:
+    def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> FetchedArchive | None:
         """The disk copy if it was validated after `newer_than` and not in the future (the clock may be set back)."""
         cached = disk.lookup(name)
         if cached is None or not newer_than < cached.validated_at <= self._clock():
@@ -100,7 +100,7 @@ class ModelStore:
         data = disk.read(cached)
         return self._from_disk(disk, cached, data) if data is not None else None
 
-    def _renew(self, disk: DiskTier, name: ModelName, forced: bool) -> Found:
+    def _renew(self, disk: DiskTier, name: ModelName, forced: bool) -> FetchedArchive:
         """Revalidate by one conditional GET. If the store cannot be reached, a disk copy is served stale."""
         cached = disk.lookup(name)
         data = disk.read(cached) if cached else None
@@ -124,26 +124,28 @@ class ModelStore:
         disk.validated(name, asked_at)
         return self._from_disk(disk, replace(cached, validated_at=asked_at), data, store_s)
 
-    def _download(self, name: ModelName, disk: DiskTier | None, asked_at: float) -> Found:
+    def _download(self, name: ModelName, disk: DiskTier | None, asked_at: float) -> FetchedArchive:
         started = time.perf_counter()
         fetched = self._source.get(name)
         assert fetched is not None, "only a conditional GET is answered `not modified`"
         return self._keep(name, fetched, disk, asked_at, time.perf_counter() - started)
 
-    def _keep(self, name: ModelName, fetched: Fetched, disk: DiskTier | None, asked_at: float, store_s: float) -> Found:
+    def _keep(
+        self, name: ModelName, fetched: Fetched, disk: DiskTier | None, asked_at: float, store_s: float
+    ) -> FetchedArchive:
         """Open, then publish. INVARIANT: an invalid archive is never written to disk."""
         archive = open_archive(fetched.data, name, self._limits)
         if disk:
             disk.publish(name, fetched.data, fetched.version, asked_at)
-        return Found(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
+        return FetchedArchive(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
 
     def _from_disk(
         self, disk: DiskTier, cached: Cached, data: bytes, store_s: float = 0.0, *, stale: bool = False
-    ) -> Found:
+    ) -> FetchedArchive:
         try:
             archive = open_archive(data, cached.name, self._limits)
         except ArchiveInvalid:  # it was sound when it was published; limits or rules have changed since
             disk.forget(cached.name)
             raise
         disk.touch(cached.name)
-        return Found(archive, cached.version, "disk", store_s, stale, cached.validated_at)
+        return FetchedArchive(archive, cached.version, "disk", store_s, stale, cached.validated_at)

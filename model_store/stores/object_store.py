@@ -141,7 +141,7 @@ class Source:
         head = reply.bytes().to_bytes()
         if size > len(head):
             head += b"".join(self._ranges(name, len(head), size, reply.meta["e_tag"]))
-        return Fetched(head, _version(reply.meta))
+        return Fetched(head, _get_version(reply.meta))
 
     def _ranges(self, name: ModelName, start: int, size: int, e_tag: str | None) -> Iterator[bytes]:
         def read(offset: int) -> bytes:
@@ -171,7 +171,7 @@ class Source:
                 except InvalidModelName:
                     continue
                 if name.startswith(prefix):
-                    yield Listed(name, entry["size"], _version(entry))
+                    yield Listed(name, entry["size"], _get_version(entry))
 
     def _pages(self, folder: str) -> Iterator[Any]:
         for page in obstore.list(self._store, folder or None, chunk_size=LIST_PAGE):
@@ -198,7 +198,7 @@ class Source:
             raise self._where.explain(StoreDenied, LEAVES, name)
         with self._explained(name):
             result = obstore.put(self._store, name, data)
-        return _version(result)
+        return _get_version(result)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -206,7 +206,7 @@ class Source:
         try:
             yield
         except (BaseError, OSError) as error:
-            raise _situation(error, name, self._where) from error
+            raise _translate_error(error, name, self._where) from error
 
 
 def open_source(
@@ -250,7 +250,7 @@ def open_source(
         where = Where(url, f"the {parts.scheme} store")
         return Source(url, from_url(url, **options), where, max_archive_bytes)
     except (BaseError, ValueError) as error:
-        raise InvalidStoreUrl(f"{url!r} cannot be opened: {_cause(error)}") from error
+        raise InvalidStoreUrl(f"{url!r} cannot be opened: {_find_cause(error)}") from error
 
 
 def _open_folder(path: str, max_archive_bytes: int) -> Source:
@@ -322,14 +322,14 @@ def _real_file(folder: Path, name: ModelName, where: Where) -> None:
         raise where.explain(ModelNotFound, "{name} in {where} is not a file", name)
 
 
-def _version(meta: Any) -> str:
+def _get_version(meta: Any) -> str:
     """The ETag without quotes and without the mark of a weak one, or else the object version."""
     return str(meta["e_tag"] or meta["version"] or "").removeprefix("W/").strip('"')
 
 
-def _situation(error: Exception, name: str, where: Where) -> LoadError:
+def _translate_error(error: Exception, name: str, where: Where) -> LoadError:
     """Our exception for one of obstore. Some situations are a GenericError that only its text distinguishes."""
-    cause = _cause(error)
+    cause = _find_cause(error)
     status = re.search(r"status code: (\d{3})", str(error))
     code = re.search(r"<Code>(\w+)</Code>", str(error))
     denied = isinstance(error, PermissionDeniedError | UnauthenticatedError | PermissionError)
@@ -348,7 +348,7 @@ def _situation(error: Exception, name: str, where: Where) -> LoadError:
     return where.explain(StoreUnavailable, "{where} failed for {name!r}: {cause}", name, cause)
 
 
-def _cause(error: Exception) -> str:
+def _find_cause(error: Exception) -> str:
     """The cause in obstore's message, which also contains the whole reply and a debug print of many lines."""
     text = str(error)
     head, _, debug = text.partition("\n\nDebug source:")

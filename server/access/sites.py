@@ -39,16 +39,18 @@ class Sites:
         found = _HOST.fullmatch(host)
         if found is None or not self._is_ours(found[1].decode().lower().strip("[]"), reached_at):
             raise WrongSite(
-                f"the header Host names {_shown(host)}, by which this server is not reached (allowed_hosts)"
+                f"the header Host names {_format_header(host)}, by which this server is not reached (allowed_hosts)"
             )
         origin = headers.get(b"origin")
         if origin is not None:
             named = _ORIGIN.fullmatch(origin)
             if named is None or named[1].lower() != host.lower():
-                raise WrongSite(f"the request comes from a page of {_shown(origin)}, not from this server's own")
+                raise WrongSite(
+                    f"the request comes from a page of {_format_header(origin)}, not from this server's own"
+                )
         site = headers.get(b"sec-fetch-site")
         if site is not None and site not in _SAME:
-            raise WrongSite(f"the request comes from another site's page (Sec-Fetch-Site: {_shown(site)})")
+            raise WrongSite(f"the request comes from another site's page (Sec-Fetch-Site: {_format_header(site)})")
 
     def _is_ours(self, name: str, reached_at: str) -> bool:
         if name in self._names:
@@ -66,7 +68,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(found, "ipv4_mapped", None) or found
 
 
-def _shown(raw: bytes) -> str:
+def _format_header(raw: bytes) -> str:
     """A header as text that is safe to show, cut short."""
     return repr(raw[:100].decode("latin-1"))
 

@@ -63,7 +63,7 @@ class Tls:
             raise ValueError(f"the clients' authority {self._client_ca} (tls_client_ca): {error}") from error
 
     def _identity(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(_of(path) for path in self._files())
+        return tuple(_identify_file(path) for path in self._files())
 
     def _files(self) -> Iterator[Path]:
         yield from filter(None, (self._certificate, self._key, self._client_ca))
@@ -84,6 +84,6 @@ def _no_password() -> str:
     return ""
 
 
-def _of(path: Path) -> tuple[int, ...]:
+def _identify_file(path: Path) -> tuple[int, ...]:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns

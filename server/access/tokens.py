@@ -134,7 +134,7 @@ class TokenFile:
 
     def _look(self) -> None:
         try:
-            if _identity(self._path.stat()) == self._seen:
+            if _identify_file(self._path.stat()) == self._seen:
                 return
             self._seen, self._tokens = read_tokens(self._path)
         except (OSError, ValueError) as error:
@@ -155,7 +155,7 @@ def read_tokens(path: Path) -> tuple[tuple[int, ...], Tokens]:
         raise ValueError(f"the tokens' file {path} can be written by others: chmod go-w {path} (tokens)")
     if len(raw) > MAX_FILE_BYTES:
         raise ValueError(f"the tokens' file {path} has more than {MAX_FILE_BYTES} bytes (tokens)")
-    return _identity(found), parse_tokens(raw, str(path))
+    return _identify_file(found), parse_tokens(raw, str(path))
 
 
 def parse_tokens(raw: bytes, where: str) -> Tokens:
@@ -181,5 +181,5 @@ def hash_token(token: bytes) -> str:
     return hashlib.sha256(token).hexdigest()
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def _identify_file(found: os.stat_result) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, moment, one_line_errors, progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
 from server.cli.train import archive_names
 from server.logs import escape_text
 from server.offline.measures import HEADINGS, MEASURES, format_score
@@ -51,32 +51,32 @@ def backtest(
     before else (of days a week before): below 1 is better than that. Score what the archives were not trained on:
     `fleetcast train --train-until`. Ends with 1 when some markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
-    from server.offline.fleet_evaluation import assess, named  # noqa: PLC0415 -- torch
+    from server.offline.fleet_evaluation import backtest_fleet, match_columns  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
 
     with one_line_errors():
         settings = settings_from({"store": models} if models else {})
-        first, last = moment("--from", since), moment("--until", until)
+        first, last = parse_moment("--from", since), parse_moment("--until", until)
         most = windows if windows is not None else 0 if first else WINDOWS
         rolling, answers = Rolling(every, most, first, last), ThroughServer(url) if url else InProcess()
-        names = archive_names(target, name_template) if target else named(csv, time, settings, name_template)
-        with progress("scoring") as told:
-            found = assess(csv, time, names, settings, answers, rolling, told)
+        names = archive_names(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        with show_progress("scoring") as told:
+            found = backtest_fleet(csv, time, names, settings, answers, rolling, told)
         if html is not None:
-            from server.offline.evaluation_report import page  # noqa: PLC0415 -- an extra
+            from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
-            html.write_text(page(found), encoding="utf-8")
+            html.write_text(render_page(found), encoding="utf-8")
     if as_json:
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
-        rich.print(_table(found))
+        rich.print(_make_score_table(found))
     for name, why in found.failed.items():
         print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:
         raise typer.Exit(BAD)
 
 
-def _table(found: "Backtest") -> Table:
+def _make_score_table(found: "Backtest") -> Table:
     """A row for each market, and their mean."""
     promised = {each.scores.nominal for each in found.markets}
     interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]

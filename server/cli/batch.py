@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, bar, one_line_errors
+from server.cli.terminal import BAD, make_progress_bar, one_line_errors
 
 
 def batch(
@@ -33,7 +33,7 @@ def batch(
     with one_line_errors(TransferFailed):
         settings = settings_from({"store": models} if models else {})
         default = msgspec.json.encode(msgspec.json.decode(configuration, type=dict[str, Any]))
-        with bar() as progress:
+        with make_progress_bar() as progress:
 
             def start_task(description: str, total: int | None, done: int) -> Callable[[int], None]:
                 task = progress.add_task(description, total=total, completed=done)

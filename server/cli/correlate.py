@@ -11,7 +11,7 @@ from rich.table import Table
 
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import moment, one_line_errors, progress
+from server.cli.terminal import one_line_errors, parse_moment, show_progress
 from server.cli.train import archive_names
 
 if TYPE_CHECKING:
@@ -62,21 +62,21 @@ def correlate(
             raise ValueError("give a CSV file with --time, or --residuals")
         if residuals is not None:
             products = tuple(target)
-            errors, told = _read(residuals, len(products)), residuals.name
+            errors, told = _read_errors(residuals, len(products)), residuals.name
         else:
             assert csv is not None, "one of the two is given"
             names = archive_names(target, name_template)
             products = tuple(names[each] for each in target)
-            made = _forecast(csv, time, names, store, since, every)
+            made = _forecast_windows(csv, time, names, store, since, every)
             errors = made.values
             told = f"{csv.name}, windows from {made.first} to {made.last}"
         horizon = errors.shape[2]
-        estimate = _estimate(method, errors, products, max(1.0, horizon / (every or horizon)))
-        size = _write(out, estimate, f"estimated from {told}")
-        _report(out, estimate, size, clock.perf_counter() - started)
+        estimate = _estimate_correlation(method, errors, products, max(1.0, horizon / (every or horizon)))
+        size = _store_archive(out, estimate, f"estimated from {told}")
+        _report_archive(out, estimate, size, clock.perf_counter() - started)
 
 
-def _read(path: Path, products: int) -> "Float64":
+def _read_errors(path: Path, products: int) -> "Float64":
     """Errors [windows, products, steps]. Raises ValueError that says what is there instead."""
     try:
         found = np.load(path, allow_pickle=False)
@@ -92,22 +92,24 @@ def _read(path: Path, products: int) -> "Float64":
     return found.astype(np.float64)
 
 
-def _forecast(csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int) -> "Residuals":
+def _forecast_windows(
+    csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int
+) -> "Residuals":
     """With a bar on stderr."""
-    from server.offline.forecast_errors import residuals  # noqa: PLC0415 -- torch
+    from server.offline.forecast_errors import measure_errors  # noqa: PLC0415 -- torch
 
-    settings, begin = settings_from({"store": store} if store else {}), moment("--since", since)
-    with progress("forecasting") as told:
-        return residuals(settings, csv, time, names, begin, every, told)
-
-
-def _estimate(method: str, errors: "Float64", products: tuple[str, ...], overlap: float) -> "Estimate":
-    from handlers.evaluation.correlation import gaussian, schaake  # noqa: PLC0415 -- torch
-
-    return schaake(errors, products) if method == "schaake" else gaussian(errors, products, overlap)
+    settings, begin = settings_from({"store": store} if store else {}), parse_moment("--since", since)
+    with show_progress("forecasting") as told:
+        return measure_errors(settings, csv, time, names, begin, every, told)
 
 
-def _write(out: str, estimate: "Estimate", description: str) -> int:
+def _estimate_correlation(method: str, errors: "Float64", products: tuple[str, ...], overlap: float) -> "Estimate":
+    from handlers.evaluation.correlation import estimate_gaussian, estimate_schaake  # noqa: PLC0415 -- torch
+
+    return estimate_schaake(errors, products) if method == "schaake" else estimate_gaussian(errors, products, overlap)
+
+
+def _store_archive(out: str, estimate: "Estimate", description: str) -> int:
     """Pack it, prove it as a worker would, and store it; its size in bytes."""
     from handlers.codecs.scenarios import load_correlation  # noqa: PLC0415
     from model_store.archives.archive import open_archive, read_tensors  # noqa: PLC0415
@@ -125,7 +127,7 @@ def _write(out: str, estimate: "Estimate", description: str) -> int:
     return len(packed)
 
 
-def _report(out: str, estimate: "Estimate", size: int, seconds: float) -> None:
+def _report_archive(out: str, estimate: "Estimate", size: int, seconds: float) -> None:
     record = estimate.record
     if estimate.matrices:
         table = Table("among", "", "independent of", "shrunk by", "condition before", "after")

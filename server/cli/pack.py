@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from server.offline.archive_location import ArchiveLocation
 
 
-def _file(text: str) -> Any:
+def _read_file(text: str) -> Any:
     return typer.Option(exists=True, dir_okay=False, metavar="FILE", help=text)
 
 
@@ -28,7 +28,7 @@ def pack(
         str, typer.Option(metavar="JSON|FILE", help="what the architecture leaves open; a module's keyword arguments")
     ] = "{}",
     weights: Annotated[
-        Path | None, _file("state dict: of a forecaster float32 safetensors, of a module .pt and .pth too")
+        Path | None, _read_file("state dict: of a forecaster float32 safetensors, of a module .pt and .pth too")
     ] = None,
     module: Annotated[
         str,
@@ -37,13 +37,15 @@ def pack(
     inputs: Annotated[
         str, typer.Option(metavar="JSON", help='of a module: {"x": [8, 168]}, without the batch axis')
     ] = "",
-    onnx: Annotated[Path | None, _file("an ONNX model in a single file")] = None,
-    forecast: Annotated[Path | None, _file("JSON: what DeepAR requests become the network's input by")] = None,
-    golden: Annotated[Path | None, _file("JSON: a request and the answer it must give")] = None,
+    onnx: Annotated[Path | None, _read_file("an ONNX model in a single file")] = None,
+    forecast: Annotated[Path | None, _read_file("JSON: what DeepAR requests become the network's input by")] = None,
+    golden: Annotated[Path | None, _read_file("JSON: a request and the answer it must give")] = None,
     name: Annotated[str, typer.Option(help="model name in the manifest; default: the file's name")] = "",
     model_version: Annotated[str, typer.Option("--version", help="model version in the manifest")] = "1.0",
     description: Annotated[str, typer.Option(help="a line for people")] = "",
-    gate: Annotated[Path | None, _file("CSV of prices: write only what is no worse there than what OUT has")] = None,
+    gate: Annotated[
+        Path | None, _read_file("CSV of prices: write only what is no worse there than what OUT has")
+    ] = None,
     gate_time: Annotated[str, typer.Option(metavar="COLUMN", help="its time stamps")] = "time",
     gate_target: Annotated[str, typer.Option(metavar="COLUMN", help="the price; default: the file's name")] = "",
     gate_score: Annotated[Score, typer.Option(help="what decides, lower is better")] = "pinball",
@@ -70,12 +72,12 @@ def pack(
     """  # noqa: D301
     from server.offline.archive_location import split_location  # noqa: PLC0415 -- torch
     from server.offline.packing import pack as pack_archive  # noqa: PLC0415
-    from server.offline.promotion_gate import Gate, Refused, compare_with_predecessor  # noqa: PLC0415
+    from server.offline.promotion_gate import GateRefused, GateTerms, compare_with_predecessor  # noqa: PLC0415
     from server.offline.rolling_windows import Rolling  # noqa: PLC0415
 
     def compare(location: "ArchiveLocation", packed: bytes) -> str:
         assert gate is not None, "asked only where there is a gate"
-        terms = Gate(gate_score, gate_margin, Rolling(most=gate_windows))
+        terms = GateTerms(gate_score, gate_margin, Rolling(most=gate_windows))
         target = gate_target or location.name.rpartition("/")[2].partition(".")[0]
         return str(compare_with_predecessor(terms, gate, gate_time, target, location, packed))
 
@@ -98,6 +100,6 @@ def pack(
                 settings=settings_from({"store": store}),
                 compare=None if gate is None else compare,
             )
-        except Refused as refused:
+        except GateRefused as refused:
             fail(f"{refused}; nothing is written", BAD)
     print(escape_text(f"{out}: {packed.bytes} bytes; {packed.proof}"))  # noqa: T201

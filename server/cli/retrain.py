@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
 from server.cli.train import archive_names
 from server.offline.measures import Score
 
@@ -61,49 +61,49 @@ def retrain(
     other. The same command goes on where a killed run has stopped. Ends with 1 when some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
-    from server.offline.checkpoint import Journal  # noqa: PLC0415
-    from server.offline.fleet_evaluation import named  # noqa: PLC0415
-    from server.offline.promotion_gate import Gate  # noqa: PLC0415
-    from server.offline.retraining import Outcome, Plan, Renewal  # noqa: PLC0415
+    from server.offline.checkpoint import Checkpoint  # noqa: PLC0415
+    from server.offline.fleet_evaluation import match_columns  # noqa: PLC0415
+    from server.offline.promotion_gate import GateTerms  # noqa: PLC0415
+    from server.offline.retraining import Outcome, Retraining, RetrainingPlan  # noqa: PLC0415
     from server.offline.rolling_windows import Rolling  # noqa: PLC0415
 
     with one_line_errors():
         settings = settings_from({"store": store} if store else {})
-        names = archive_names(target, name_template) if target else named(csv, time, settings, name_template)
-        gate, fitting = Gate(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
-        options = _config(architecture, config)
-        plan = Plan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())
-        with Journal(log, plan.digest, len(names)) as journal, progress("retraining") as told:
+        names = archive_names(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
+        options = _parse_config(architecture, config)
+        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())
+        with Checkpoint(log, plan.digest, len(names)) as journal, show_progress("retraining") as told:
             told(journal.done, len(names))
-            Renewal(plan).run(journal, lambda count: told(count, len(names)))
+            Retraining(plan).run(journal, lambda count: told(count, len(names)))
             outcomes = [msgspec.json.decode(line, type=Outcome) for line in journal.in_order()]
             journal.finish(log)
     counts = Counter(each.result for each in outcomes)
     shown = [each for each in outcomes if each.result != "published" or each.message or len(outcomes) <= SHOWN]
     if shown:
-        rich.print(_table(shown))
+        rich.print(_make_outcome_table(shown))
     print(f"{', '.join(f'{count} {result}' for result, count in sorted(counts.items()))}: {log}")  # noqa: T201
     if counts["failed"]:
         raise typer.Exit(BAD)
 
 
-def _table(outcomes: list[Any]) -> Table:
+def _make_outcome_table(outcomes: list[Any]) -> Table:
     table = Table("market", "result", "score", "before", "worse by", "")
     for each in outcomes:
         numbers = (
-            _cell("{:.4g}", each.value),
-            _cell("{:.4g}", each.predecessor),
-            _cell("{:+.1f} %", each.worse_percent),
+            _format_cell("{:.4g}", each.value),
+            _format_cell("{:.4g}", each.predecessor),
+            _format_cell("{:+.1f} %", each.worse_percent),
         )
         table.add_row(verbatim(each.target), each.result, *numbers, verbatim(each.message))
     return table
 
 
-def _cell(shape: str, value: float | None) -> str:
+def _format_cell(shape: str, value: float | None) -> str:
     return "" if value is None else shape.format(value)
 
 
-def _config(architecture: str, text: str) -> dict[str, Any]:
+def _parse_config(architecture: str, text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict) or (found and not architecture):
         raise ValueError("--config: an object such as '{\"channels\": 32}' that goes with --architecture")

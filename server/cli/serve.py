@@ -39,7 +39,7 @@ def serve(**flags: Any) -> None:
         configure_logs(settings.log_level, settings.log_format)
         if flags.get("access_keys"):
             warn_of_flag()
-        uvloop.run(_serve(settings))
+        uvloop.run(_serve_until_signal(settings))
 
 
 def warn_of_flag() -> None:
@@ -49,15 +49,15 @@ def warn_of_flag() -> None:
     )
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve_until_signal(settings: Settings) -> None:
     """From start to drained; a signal during the start ends it as well."""
     from rich.console import Console  # noqa: PLC0415
 
-    from server.supervisor.management_api import running, until_told_to_stop  # noqa: PLC0415
+    from server.supervisor.management_api import run_server, until_told_to_stop  # noqa: PLC0415
 
     told = asyncio.create_task(until_told_to_stop())
     async with contextlib.AsyncExitStack() as stack:
-        start = asyncio.create_task(stack.enter_async_context(running(settings)))
+        start = asyncio.create_task(stack.enter_async_context(run_server(settings)))
         await asyncio.wait({start, told}, return_when=asyncio.FIRST_COMPLETED)
         if told.done():
             start.cancel()
@@ -66,7 +66,7 @@ async def _serve(settings: Settings) -> None:
             return
         supervisor, addresses = await start
         console = Console(soft_wrap=True, highlight=False)
-        for label, text in _welcome(supervisor, addresses):
+        for label, text in _list_addresses(supervisor, addresses):
             console.print(f"[bold]{label:<12}[/]", end="")
             console.print(text, markup=False)
         await told
@@ -89,7 +89,7 @@ def _describe_access(settings: Settings) -> str:
     return f"OPEN: whoever reaches {host} may ask every model (tokens, access_keys_file or tls_client_ca); {wire}"
 
 
-def _welcome(supervisor: "Supervisor", addresses: dict[str, str]) -> Iterator[tuple[str, str]]:
+def _list_addresses(supervisor: "Supervisor", addresses: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What runs where with which budget, a label and a text a line."""
     settings = supervisor.settings
     yield "fleetcast", f"{__version__} serves {settings.store}"

@@ -25,14 +25,14 @@ _KINDS: Mapping[Any, str] = {
 
 def with_setting_flags(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one option per setting; typer calls it with their texts, None where a flag was not given."""
-    parameters = [_parameter(name, field) for name, field in Settings.model_fields.items()]
+    parameters = [_make_parameter(name, field) for name, field in Settings.model_fields.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return command
 
 
 def settings_from(flags: Mapping[str, Any]) -> Settings:
     """The settings: flags, then variables, file and defaults. Raises ValueError of one line that names every flag."""
-    given = {name: _value(name, value) for name, value in flags.items() if value}
+    given = {name: _parse_value(name, value) for name, value in flags.items() if value}
     try:
         return Settings(**given)
     except TOMLDecodeError as error:
@@ -40,39 +40,41 @@ def settings_from(flags: Mapping[str, Any]) -> Settings:
     except SettingsError as error:
         raise ValueError(f"{error}; in a variable a list is JSON, such as '[\"au/nsw1.mar\"]'") from error
     except ValidationError as error:
-        raise ValueError("; ".join(_said(problem) for problem in error.errors())) from error
+        raise ValueError("; ".join(_explain_problem(problem) for problem in error.errors())) from error
 
 
-def table() -> str:
+def render_settings() -> str:
     """Every setting as a row of Markdown."""
     rows = ["| flag | default | what it is |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        rows.append(f"| `{flag(name)}` | {_default(field)} | {field.description} |")
+        rows.append(f"| `{name_flag(name)}` | {_format_default(field)} | {field.description} |")
     return "\n".join(rows)
 
 
-def flag(name: str) -> str:
+def name_flag(name: str) -> str:
     """For example `--inference-port` of `inference_port`."""
     return "--" + name.replace("_", "-")
 
 
-def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+def _make_parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     """All are texts here: pydantic alone says what is valid, for flags, variables and file alike."""
     many = get_origin(field.annotation) in (list, dict)
-    note = " (repeatable)" if many else f" [{_default(field)}]"
-    option = typer.Option(flag(name), help=f"{field.description}{note}", metavar=_metavar(field), show_default=False)
+    note = " (repeatable)" if many else f" [{_format_default(field)}]"
+    option = typer.Option(
+        name_flag(name), help=f"{field.description}{note}", metavar=_choose_metavar(field), show_default=False
+    )
     kind: Any = list[str] | None if many else str | None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
-def _metavar(field: FieldInfo) -> str:
+def _choose_metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(map(str, get_args(field.annotation)))
     plain = next((kind for kind in get_args(field.annotation) if kind in _KINDS), field.annotation)
     return _KINDS.get(plain, "TEXT")
 
 
-def _default(field: FieldInfo) -> str:
+def _format_default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -81,24 +83,24 @@ def _default(field: FieldInfo) -> str:
     return "none" if value in (None, [], {}) else str(value)
 
 
-def _value(name: str, given: str | list[str]) -> Any:
+def _parse_value(name: str, given: str | list[str]) -> Any:
     """A flag's text as pydantic takes it."""
     field = Settings.model_fields[name]
     if get_origin(field.annotation) is dict:
         if not all(pair.partition("=")[2] for pair in given):
-            raise ValueError(f"{flag(name)} takes KEY=SECRET")
+            raise ValueError(f"{name_flag(name)} takes KEY=SECRET")
         return {key: secret for key, _, secret in (pair.partition("=") for pair in given)}
     if get_origin(field.annotation) is Literal:  # of which pydantic takes no texts for numbers
         return next((choice for choice in get_args(field.annotation) if str(choice) == given), given)
     return given
 
 
-def _said(problem: Any) -> str:
+def _explain_problem(problem: Any) -> str:
     """One of pydantic's findings, with every place where the setting may have come from."""
     name = str(problem["loc"][0])
     if name not in Settings.model_fields:
         return f"{TOML_FILE}: there is no setting {name!r}"
-    where = f"{flag(name)} (or FLEETCAST_{name.upper()}, or {name} in {TOML_FILE})"
+    where = f"{name_flag(name)} (or FLEETCAST_{name.upper()}, or {name} in {TOML_FILE})"
     if problem["type"] == "missing":
         return f"{where} is required: {Settings.model_fields[name].description}"
     shown = "" if name == _SECRET else f", not {problem['input']!r}"

@@ -7,7 +7,7 @@ import typer
 
 from handlers.architectures import SUMMARIES
 from server import metrics
-from server.cli.setting_flags import table
+from server.cli.setting_flags import render_settings
 from server.cli.terminal import one_line_errors
 
 
@@ -16,7 +16,7 @@ def settings_table(
 ) -> None:
     """Print every setting as a Markdown table, or write all generated tables into a document."""
     if document is None:
-        print(table())  # noqa: T201
+        print(render_settings())  # noqa: T201
         return
     with one_line_errors():
         document.write_text(update_tables(document.read_text()))
@@ -24,7 +24,11 @@ def settings_table(
 
 def update_tables(document: str) -> str:
     """The document with its generated tables brought up to date. Raises ValueError without their marks."""
-    tables = {"settings": table(), "metrics": metrics.table(), "architectures": _tabulate_architectures()}
+    tables = {
+        "settings": render_settings(),
+        "metrics": metrics.render_metrics_table(),
+        "architectures": _tabulate_architectures(),
+    }
     for name, rows in tables.items():
         first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"
         head, start, rest = document.partition(first)

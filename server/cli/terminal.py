@@ -42,7 +42,7 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
         fail(str(error))
 
 
-def bar(amount: "ProgressColumn | None" = None) -> "Progress":
+def make_progress_bar(amount: "ProgressColumn | None" = None) -> "Progress":
     """A progress bar on standard error, removed when it is done. `amount`: the column that shows the progress."""
     from rich.console import Console  # noqa: PLC0415 -- a twentieth of a second that most commands save
     from rich.progress import (  # noqa: PLC0415
@@ -59,14 +59,14 @@ def bar(amount: "ProgressColumn | None" = None) -> "Progress":
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar of one task. The yielded function takes how many are newly done, and how many there are in all."""
-    with bar() as shown:
+    with make_progress_bar() as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, advance=done, total=total)
 
 
-def moment(flag: str, text: str) -> datetime | None:
+def parse_moment(flag: str, text: str) -> datetime | None:
     """A flag's date without zone, None where it was not given. Raises ValueError that names the flag."""
     if not text:
         return None

@@ -15,12 +15,12 @@ from rich.table import Table
 from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import bar, moment, one_line_errors, verbatim
+from server.cli.terminal import make_progress_bar, one_line_errors, parse_moment, verbatim
 
 if TYPE_CHECKING:
     from handlers.training.fit import Fitted, Fitting
     from handlers.training.time_series import Series
-    from model_store.archives.manifest import Forecast
+    from model_store.archives.manifest import ForecastSpec
 
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
 ARCHITECTURE_HELP = "\b\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
@@ -74,19 +74,19 @@ def train(
     with one_line_errors():
         names = archive_names(target, name_template)
         series = read_csv(csv, time, target, known_future or [])
-        if (until := moment("--train-until", train_until)) is not None:
+        if (until := parse_moment("--train-until", train_until)) is not None:
             series = [each.before(until) for each in series]
-        options = _config(config) | ({"members": members} if members > 1 else {})
-        recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _levels(quantiles)}
-        recipe["origin"] = _origin(origin)
+        options = _parse_config(config) | ({"members": members} if members > 1 else {})
+        recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
+        recipe["origin"] = _parse_origin(origin)
         forecasts = make_recipes(series, architecture, options, prediction_length, context_length, recipe)
         _check_out(out, names[series[0].name])
         limit = minutes * 60 or float("inf")
-        fitted = _fit(
+        fitted = _fit_with_progress(
             series, forecasts, architecture, options, Fitting(epochs, max_seconds=limit, seed=seed, threads=threads)
         )
-        sizes = _store(out, [(names[each.name], each) for each in fitted], _described(csv, series[0]))
-        _report(out, fitted, sizes)
+        sizes = _store_archives(out, [(names[each.name], each) for each in fitted], _describe_training(csv, series[0]))
+        _report_archives(out, fitted, sizes)
 
 
 def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]:
@@ -112,26 +112,26 @@ def _check_out(out: str, name: ModelName) -> None:
         raise ValueError(f"--out {out}: {nearest} is not a folder that can be written to")
 
 
-def _fit(
+def _fit_with_progress(
     series: Sequence["Series"],
-    forecasts: Sequence["Forecast"],
+    forecasts: Sequence["ForecastSpec"],
     architecture: str,
     config: Mapping[str, Any],
     fitting: "Fitting",
 ) -> list["Fitted"]:
     """With a bar on stderr."""
-    from handlers.training.fit import fit  # noqa: PLC0415
+    from handlers.training.fit import fit_forecasters  # noqa: PLC0415
 
-    with bar(TextColumn("{task.fields[loss]}")) as shown:
+    with make_progress_bar(TextColumn("{task.fields[loss]}")) as shown:
         task = shown.add_task(f"fitting {len(series)} {architecture}", total=None, loss="")
 
         def progress(done: int, steps: int, loss: float) -> None:
             shown.update(task, completed=done, total=steps, loss=f"holdout loss {loss:.4f}")
 
-        return fit(series, forecasts, architecture, dict(config), fitting, progress)
+        return fit_forecasters(series, forecasts, architecture, dict(config), fitting, progress)
 
 
-def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
+def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
     from model_store.archives.packing import pack_forecaster  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
@@ -157,12 +157,12 @@ def _store(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: s
     return sizes
 
 
-def _described(csv: Path, series: "Series") -> str:
+def _describe_training(csv: Path, series: "Series") -> str:
     """Where the numbers come from."""
     return f"trained on {csv.name}, {series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
 
 
-def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
+def _report_archives(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
     table = Table("target", "holdout loss", "naive", "ratio", "bytes")
     for each, size in zip(fitted, sizes, strict=True):
         ratio = f"{each.loss / each.naive_loss:.2f}" if each.naive_loss else ""
@@ -176,13 +176,13 @@ def _report(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int]) -> None:
     print(f"fleetcast serve --store {out}")  # noqa: T201
 
 
-def _origin(text: str) -> str:
+def _parse_origin(text: str) -> str:
     if text not in ("", "any") and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", text):
         raise ValueError(f"--origin: expected a time of day such as 00:00, or any, not {text!r}")
     return text
 
 
-def _levels(text: str) -> tuple[float, ...]:
+def _parse_levels(text: str) -> tuple[float, ...]:
     try:
         levels = tuple(float(level) for level in text.split(","))
     except ValueError:
@@ -192,7 +192,7 @@ def _levels(text: str) -> tuple[float, ...]:
     return levels
 
 
-def _config(text: str) -> dict[str, Any]:
+def _parse_config(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:

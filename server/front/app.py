@@ -21,7 +21,7 @@ from server.front.auth.permissions import PermittedDataPlane, open_permissions
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
-from server.front.exchange import Dialect, Headers, Limit, Reply, Request
+from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.worker_client import WorkerLost
 from server.metrics import FrontMetrics
 from server.settings import Settings
@@ -65,7 +65,7 @@ class App:
         if scope["type"] != "http":
             return
         started = time.perf_counter()
-        request = Request(scope["method"], scope["path"], dict(scope["headers"]), receive)
+        request = HttpRequest(scope["method"], scope["path"], dict(scope["headers"]), receive)
         dialect = self._dialects[0]
         try:
             for dialect in self._dialects:
@@ -90,18 +90,18 @@ class App:
             statuses = await self._send(reply, request, send)
         seconds = time.perf_counter() - started
         for status in statuses:
-            self._metrics.answered(dialect.name, status, seconds)
+            self._metrics.count_answer(dialect.name, status, seconds)
 
     # --- the request ------------------------------------------------------------------------------------------------
 
-    async def _read(self, request: Request, limit: Limit, scope: Scope, receive: Receive, *, signed: bool) -> None:
+    async def _read(self, request: HttpRequest, limit: Limit, scope: Scope, receive: Receive, *, signed: bool) -> None:
         """Read what an operation that is not open needs, and check its signature unless a token stands for it.
 
         Raises Refused, ClientGone.
         """
         headers, longest = request.headers, self._settings.request_timeout_s
         wanted = headers.get(_TIMEOUT_MS)
-        request.deadline = time.monotonic() + (longest if wanted is None else min(_seconds(wanted), longest))
+        request.deadline = time.monotonic() + (longest if wanted is None else min(_parse_timeout(wanted), longest))
         content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
         if len(content_type) > MAX_HEADER or len(accept) > MAX_HEADER:
             message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
@@ -156,7 +156,7 @@ class App:
 
     # --- the reply --------------------------------------------------------------------------------------------------
 
-    def _refuse(self, dialect: Dialect, request: Request, error: BaseException) -> Reply:
+    def _refuse(self, dialect: Dialect, request: HttpRequest, error: BaseException) -> HttpReply:
         """The reply to a request that ended with an exception, of which all but `Refused` are bugs or the drain's."""
         if isinstance(error, Refused):
             why = error
@@ -180,7 +180,7 @@ class App:
         places = ", ".join(dialect.paths for dialect in self._dialects)
         raise Refused(Situation.NO_ROUTE, f"no such path: {path[:200]}; requests go to {places}")
 
-    async def _send(self, reply: Reply, request: Request, send: Send) -> Sequence[int]:
+    async def _send(self, reply: HttpReply, request: HttpRequest, send: Send) -> Sequence[int]:
         """Send the reply; a large one part by part, as fast as the client takes it (the listener bounds how slow).
 
         Returns the status codes to count.
@@ -218,7 +218,7 @@ class App:
         return (reply.status,) if reply.counted is None else reply.counted
 
 
-def _seconds(raw: bytes) -> float:
+def _parse_timeout(raw: bytes) -> float:
     """What X-Request-Timeout-Ms asks for. Raises Refused."""
     if not re.fullmatch(rb"0{0,9}[1-9][0-9]{0,9}", raw):
         shown = raw[:40].decode("latin-1")

@@ -12,9 +12,9 @@ import msgspec
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
-from server.front.worker_client import Call, Link, WorkerLost
+from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
-from server.routing import Lane, Router
+from server.routing import Router, WorkerLoad
 
 WATCH_AFTER_S = 0.5
 HALF_ANSWER = "the worker died with half of the answer; try again"
@@ -63,8 +63,8 @@ class InferResponse(msgspec.Struct, frozen=True):
     body: bytes
     body_bytes: int
     stats: InferStats
-    link: Link
-    call: Call
+    link: WorkerLink
+    call: WorkerCall
 
     @property
     def unread(self) -> int:
@@ -109,10 +109,10 @@ class DataPlane:
 
     def __init__(self, max_held_bytes: int) -> None:
         self.router = Router()
-        self.links: dict[int, Link] = {}
+        self.links: dict[int, WorkerLink] = {}
         self.held_bytes = 0
         self._max_held_bytes = max_held_bytes
-        self._watched: dict[Call, tuple[float, ClientWatch | None, Link]] = {}
+        self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -180,10 +180,10 @@ class DataPlane:
             message = "two workers died with this request; it is not tried again"
             raise Refused(Situation.WORKER_LOST, message) from None
 
-    async def _ask(self, lane: Lane, request: InferRequest, now: float) -> InferResponse:
+    async def _ask(self, lane: WorkerLoad, request: InferRequest, now: float) -> InferResponse:
         """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
         model, link = request.model, self.links[lane.worker]
-        counted = self.router.started(lane, model)
+        counted = self.router.count_start(lane, model)
         call = link.call(model, request.content_type, request.accept, request.deadline, request.body)
         self._watched[call] = (now, request.client_gone, link)
         try:
@@ -191,14 +191,14 @@ class DataPlane:
         except BaseException as error:
             if not isinstance(error, WorkerLost):
                 link.cancel(call)
-            self.router.ended(lane, model, counted, held=False)
+            self.router.count_end(lane, model, counted, held=False)
             raise
         finally:
             del self._watched[call]
         held = not head.situation or head.situation in (Situation.BAD_REQUEST, Situation.MODEL_FAILED)
         wait_s = (head.queue_us + head.inference_us) / 1e6
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
-        self.router.ended(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
+        self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
         cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
         stats = InferStats(cache, head.queue_us, load_us, head.inference_us, tier, head.version)
         response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call)
@@ -208,7 +208,7 @@ class DataPlane:
         return response
 
 
-async def _cancel_when_gone(call: Call, client_gone: ClientWatch, link: Link) -> None:
+async def _cancel_when_gone(call: WorkerCall, client_gone: ClientWatch, link: WorkerLink) -> None:
     """Cancel the call when its client leaves."""
     await client_gone()
     if not call.reply.done():

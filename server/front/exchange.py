@@ -26,14 +26,14 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Operation:
+class DialectOperation:
     """What method and path ask of a dialect. A dialect whose paths say more adds fields in a subclass."""
 
     name: str
     body_limit: Limit | None  #: None: an open operation, for which no body is read and no signature is asked
 
 
-class Request(msgspec.Struct):
+class HttpRequest(msgspec.Struct):
     """One HTTP request; for an operation that is not open, the fields from `content_type` on have been read."""
 
     method: str
@@ -46,7 +46,7 @@ class Request(msgspec.Struct):
     body: bytes = b""
 
 
-class Reply(msgspec.Struct):
+class HttpReply(msgspec.Struct):
     """An answer to be sent. The app adds Content-Length, X-Request-Id and the headers that `stats` become."""
 
     status: int
@@ -67,16 +67,16 @@ class Dialect(Protocol):
     name: str  #: the metrics' label `protocol`
     paths: str  #: for the message about a path that no dialect has
 
-    def match(self, method: str, path: str) -> Operation | None:
+    def match(self, method: str, path: str) -> DialectOperation | None:
         """The operation that is asked for; None for a path that is not this dialect's.
 
         Raises Refused(BAD_METHOD) for a path of this dialect with a method that it does not take.
         """
 
-    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
         """The reply to a request. Raises Refused, ClientGone."""
 
-    def refused(self, why: Refused, request: Request) -> Reply:
+    def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The reply that says why there is no answer. Any situation but OK can come."""
 
 

@@ -14,9 +14,9 @@ import uvloop
 
 from server.access.tls import open_tls
 from server.front.app import App
-from server.front.worker_client import Link, connect
-from server.http_listener import Listener, listener
-from server.ipc.control import Member
+from server.front.worker_client import WorkerLink, connect_to_worker
+from server.http_listener import Listener, make_listener
+from server.ipc.control import ChildChannel
 from server.ipc.operations import (
     AskedOfFront,
     AwaitConnections,
@@ -87,26 +87,26 @@ class Front:
         """Try until the worker is connected or no longer wanted."""
         while (path := self._wanted.get(worker)) is not None and worker not in self._linked:
             try:
-                link = await connect(path, worker, self._lost)
+                link = await connect_to_worker(path, worker, self._lost)
             except OSError:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             self._linked[worker] = path
             self._app.plane.links[worker] = link
-            self._app.plane.router.up(worker)
+            self._app.plane.router.worker_up(worker)
 
-    def _lost(self, link: Link) -> None:
+    def _lost(self, link: WorkerLink) -> None:
         """A link has ended. The front learns it before the supervisor does: the socket closes with the process."""
         if self._app.plane.links.get(link.worker) is link:
             del self._app.plane.links[link.worker], self._linked[link.worker]
-            self._app.plane.router.down(link.worker)
+            self._app.plane.router.worker_down(link.worker)
             if link.worker in self._wanted:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
 
 
 async def main(control_fd: int, listen_fd: int) -> None:
     """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone."""
-    member = Member(AskedOfFront)
+    member = ChildChannel(AskedOfFront)
     assignment = await member.join(control_fd, JoinAsFront())
     if assignment is None:
         return
@@ -120,7 +120,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
         return
-    server = listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
+    server = make_listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))

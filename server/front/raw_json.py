@@ -11,7 +11,7 @@ import msgspec
 from server.errors import Refused, Situation
 
 
-class _Answer(msgspec.Struct):
+class _PredictionAnswer(msgspec.Struct):
     predictions: list[msgspec.Raw]
 
 
@@ -19,7 +19,7 @@ class _Samples(msgspec.Struct):
     samples: list[msgspec.Raw]
 
 
-_ANSWER, _SAMPLES = msgspec.json.Decoder(_Answer), msgspec.json.Decoder(_Samples)
+_ANSWER, _SAMPLES = msgspec.json.Decoder(_PredictionAnswer), msgspec.json.Decoder(_Samples)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import Refused, Situation
-from server.ipc.connection import Connection
+from server.ipc.connection import FrameConnection
 from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
 
 #: A worker answers a passed deadline itself and says more about it. The front does so when the worker stays silent.
@@ -21,7 +21,7 @@ class WorkerLost(Exception):
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class WorkerCall:
     """A request at the worker. `reply` resolves with the response's head and first part."""
 
     id: int
@@ -33,34 +33,34 @@ class Call:
     parts: asyncio.Queue[bytes | None] | None = None
 
 
-class Link(Connection):
+class WorkerLink(FrameConnection):
     """One front-worker socket. `on_lost` is called once when it ends."""
 
-    def __init__(self, worker: int, on_lost: Callable[["Link"], None]) -> None:
+    def __init__(self, worker: int, on_lost: Callable[["WorkerLink"], None]) -> None:
         super().__init__()
         self.worker = worker
         self._on_lost = on_lost
-        self._calls: dict[int, Call] = {}
+        self._calls: dict[int, WorkerCall] = {}
         self._next_id = 0
 
     def __repr__(self) -> str:
         """For example `<Link to worker 0: 12 calls>`."""
         return f"<Link to worker {self.worker}: {len(self._calls)} calls>"
 
-    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> Call:
+    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
         """Send a request. Its `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes."""
         self._next_id = ident = self._next_id + 1
         self.send(Request(ident, int(deadline * 1e9), model, content_type, accept, len(body), body))
-        call = self._calls[ident] = Call(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
+        call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         return call
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: WorkerCall) -> None:
         """Give the call up: the worker need not answer it."""
         if self._calls.pop(call.id, None) is not None:
             self.drop_body(call.id)
             self.send(Cancel(call.id))
 
-    async def rest(self, call: Call) -> AsyncIterator[bytes]:
+    async def rest(self, call: WorkerCall) -> AsyncIterator[bytes]:
         """The parts of a large answer after the first. Credit follows consumption: a slow client holds a window."""
         while call.parts is not None and call.unread:
             part = await call.parts.get()
@@ -100,7 +100,7 @@ class Link(Connection):
         self._calls.clear()
         self._on_lost(self)
 
-    def _begin_answer(self, call: Call, response: Response) -> None:
+    def _begin_answer(self, call: WorkerCall, response: Response) -> None:
         if call.uploads:
             self.drop_body(response.id)  # an early refusal ends the upload
         call.missing = call.unread = response.body_bytes - len(response.body)
@@ -111,7 +111,7 @@ class Link(Connection):
         if not call.reply.done():
             call.reply.set_result(response)
 
-    def _add_part(self, call: Call, parts: asyncio.Queue[bytes | None], part: bytes) -> None:
+    def _add_part(self, call: WorkerCall, parts: asyncio.Queue[bytes | None], part: bytes) -> None:
         call.missing -= len(part)
         if call.missing < 0:
             raise WireError(f"response {call.id} has more body than it announced")
@@ -120,9 +120,9 @@ class Link(Connection):
             del self._calls[call.id]
 
 
-async def connect(path: str, worker: int, on_lost: Callable[[Link], None]) -> Link:
+async def connect_to_worker(path: str, worker: int, on_lost: Callable[[WorkerLink], None]) -> WorkerLink:
     """A link to the worker that listens at `path`. Raises OSError when none listens there."""
     loop = asyncio.get_running_loop()
-    make: Awaitable[tuple[Any, Link]] = loop.create_unix_connection(lambda: Link(worker, on_lost), path)
+    make: Awaitable[tuple[Any, WorkerLink]] = loop.create_unix_connection(lambda: WorkerLink(worker, on_lost), path)
     _, link = await make
     return link

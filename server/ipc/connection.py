@@ -17,7 +17,7 @@ from server.ipc.frames import (
     Cancel,
     Credit,
     Data,
-    Reader,
+    FrameReader,
     Request,
     Response,
     WireError,
@@ -27,13 +27,13 @@ from server.ipc.frames import (
 log = structlog.get_logger()
 
 
-class Connection(asyncio.Protocol, ABC):
+class FrameConnection(asyncio.Protocol, ABC):
     """See the module. A subclass says what a frame means (`handle_frame`) and what the end means (`handle_end`)."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._reader = Reader()
+        self._reader = FrameReader()
         self._outbox = Outbox()
         self._pending = bytearray()  # frames that the next flush writes
         self._paused = False

@@ -82,7 +82,7 @@ _decode_message = msgspec.msgpack.Decoder(Message).decode
 
 
 @cache
-def _decoder(kind: Any) -> "msgspec.msgpack.Decoder[Any]":
+def _make_decoder(kind: Any) -> "msgspec.msgpack.Decoder[Any]":
     return msgspec.msgpack.Decoder(kind, dec_hook=_from_plain)
 
 
@@ -93,7 +93,7 @@ class _Name(msgspec.Struct):
 def _parse_operation(accepted: Any, payload: msgspec.Raw) -> Operation[Any]:
     """One of the accepted operations. Raises ControlError that says whether its name or its fields are wrong."""
     try:
-        operation: Operation[Any] = _decoder(accepted).decode(payload)
+        operation: Operation[Any] = _make_decoder(accepted).decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         name = "?"
         with suppress(msgspec.MsgspecError, UnicodeDecodeError):
@@ -110,7 +110,7 @@ def _parse_operation(accepted: Any, payload: msgspec.Raw) -> Operation[Any]:
 Handler = Callable[[Any], Awaitable[object]]
 
 
-class Channel:
+class ControlChannel:
     """One end. `handler` gets the other side's operations, which are of the union `accepted`; `run` serves them."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Channel:
         return f"<Channel {len(self._asked)} asked, {len(self._tasks)} serving>"
 
     @classmethod
-    async def open(cls, sock: socket.socket, accepted: Any, handler: Handler) -> "Channel":
+    async def open(cls, sock: socket.socket, accepted: Any, handler: Handler) -> "ControlChannel":
         """A channel over a connected socket."""
         reader, writer = await asyncio.open_connection(sock=sock)
         return cls(reader, writer, accepted, handler)
@@ -175,7 +175,7 @@ class Channel:
         finally:
             self._asked.pop(ident, None)
         try:
-            reply: Reply = _decoder(reply_type(type(operation))).decode(raw)
+            reply: Reply = _make_decoder(reply_type(type(operation))).decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             message = f"the reply to {type(operation).__name__} is malformed: {error}"
             raise ControlError(message, Situation.INTERNAL) from error
@@ -216,13 +216,13 @@ class Channel:
                 log.error("told_in_vain", error=text)  # noqa: TRY400 -- as an answer would say it
 
 
-class Member:
+class ChildChannel:
     """A child's side of its channel: joins the supervisor, and serves `accepted` operations once it is ready."""
 
     def __init__(self, accepted: Any) -> None:
         self._accepted = accepted
         self._handler: Handler | None = None
-        self.channel: Channel
+        self.channel: ControlChannel
         self.released: asyncio.Task[None]  #: done when the supervisor closes the channel, or is gone
 
     def __repr__(self) -> str:
@@ -232,7 +232,7 @@ class Member:
     async def join(self, control_fd: int, request: Operation[Reply]) -> Reply | None:
         """The supervisor's assignment; None when it has told us to stop before we began."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is the supervisor's to act on, and drops no request here
-        self.channel = await Channel.open(socket.socket(fileno=control_fd), self._accepted, self._handle)
+        self.channel = await ControlChannel.open(socket.socket(fileno=control_fd), self._accepted, self._handle)
         self.released = asyncio.create_task(self.channel.run())
         try:
             return await self.channel.ask(request, timeout_s=JOIN_S)

@@ -121,7 +121,7 @@ def append_frame(buffer: bytearray, frame: Frame) -> None:
     _PREFIX.pack_into(buffer, start, size, VERSION)
 
 
-class Reader:
+class FrameReader:
     """Cuts a byte stream into frames; the beginning of an unfinished frame waits for its rest."""
 
     def __init__(self) -> None:
@@ -141,12 +141,12 @@ class Reader:
                 if stop > end:
                     break
                 at = stop
-                yield _parse(view[start:stop])
+                yield _parse_frame(view[start:stop])
         finally:
             self._rest = buffer[at:]
 
 
-def _parse(payload: memoryview) -> Frame:
+def _parse_frame(payload: memoryview) -> Frame:
     try:
         frame = _decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -18,15 +18,15 @@ from server.settings import format_bytes
 def verify_archive(location: ArchiveLocation) -> str:
     """Do everything a load does, the golden sample included; what was proved, in words. Raises LoadError."""
     archive, _ = location.fetch()
-    return _verify(archive)
+    return _verify_opened(archive)
 
 
 def verify_packed_archive(packed: bytes, name: ModelName, limits: Limits) -> str:
     """`verify_archive` for an archive that is in no store yet. Raises LoadError."""
-    return _verify(open_archive(packed, name, limits))
+    return _verify_opened(open_archive(packed, name, limits))
 
 
-def _verify(archive: Archive) -> str:
+def _verify_opened(archive: Archive) -> str:
     model = open_model(archive)
     golden = "golden sample reproduced" if model.prove() else "no golden sample"
     return f"{model.built.summary}, {model.built.charge_bytes} bytes in memory, {golden}"
@@ -47,7 +47,7 @@ def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
     if spec is not None:
         found["spec"] = json.loads(msgspec.json.encode(spec))
         found["golden"] = archive.golden() is not None
-    return found | kinds.describe(archive)
+    return found | kinds.describe_kind(archive)
 
 
 def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -69,7 +69,7 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "graph", f"{graph['family']}, {name} {shape} -> {graph['output']}"
         yield "runs", graph["runs"]
         yield "operators", ", ".join(f"{count} {op}" for op, count in graph["operators"].items())
-    yield from _prices(spec)
+    yield from _list_prices(spec)
     if spec:
         yield "golden", "a sample, checked at every load" if found["golden"] else "none"
     for name, size in found["members"].items():
@@ -78,7 +78,7 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tensor", f"{name} {shape}"
 
 
-def _prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is forecast, or whose forecasts are tied together."""
     forecast, correlation = spec.get("forecast"), spec.get("correlation")
     if forecast:
@@ -87,13 +87,13 @@ def _prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
         yield "products", ", ".join(forecast["products"])
         for i, channel in enumerate(forecast["inputs"]):
-            yield f"channel {i}", _channel(channel)
+            yield f"channel {i}", _format_channel(channel)
     if correlation:
         lengths = f"{correlation['horizon']} steps, {correlation['windows']} windows"
         yield "correlation", f"{correlation['method']}, {lengths}"
         yield "products", ", ".join(correlation["products"])
 
 
-def _channel(channel: dict[str, Any]) -> str:
+def _format_channel(channel: dict[str, Any]) -> str:
     moved = [f"{key} {channel[key]}" for key in ("product", "lag", "shift", "index") if channel[key]]
     return ", ".join([" ".join(filter(None, (channel["source"], channel["feature"]))), *moved])

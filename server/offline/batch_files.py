@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from handlers.model import Model, open_model
 from model_store.names import ModelName
 from server.offline.archive_location import ArchiveLocation
-from server.offline.batch_inference import Batch, index
-from server.offline.checkpoint import Journal
+from server.offline.batch_inference import BatchJob, index_lines
+from server.offline.checkpoint import Checkpoint
 from server.settings import Settings, format_bytes
 from server.worker.model_loader import open_store
 
@@ -41,15 +41,15 @@ def answer_file(
     whole = _find_local_output(settings, lines, out)
     with _open_input(settings, lines, whole.parent, start_task) as path, path.open("rb") as file:
         longest = int(settings.max_body_bytes)
-        found = index(file, longest, start_task("reading", path.stat().st_size, 0))
+        found = index_lines(file, longest, start_task("reading", path.stat().st_size, 0))
         digest = hashlib.sha256(found.digest + settings.store.encode() + b"\0" + configuration).digest()
         source, limits = open_store(settings)
 
         def open_stored(name: ModelName) -> Model:
             return open_model(ArchiveLocation(source, name, limits).fetch()[0])
 
-        batch = Batch(file, found, open_stored, configuration, longest, settings.loader_threads)
-        with Journal(whole, digest, len(found.start)) as journal:
+        batch = BatchJob(file, found, open_stored, configuration, longest, settings.loader_threads)
+        with Checkpoint(whole, digest, len(found.start)) as journal:
             batch.run(journal, start_task("forecasting", len(found.start), journal.done))
             failed = sum(answer.startswith(b'{"error"') for answer in journal.in_order())
             journal.finish(whole)

@@ -23,7 +23,7 @@ from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Detail, Refused, Situation, situation_of
 from server.front.raw_json import extract_prediction
-from server.offline.checkpoint import Journal
+from server.offline.checkpoint import Checkpoint
 
 CHUNK = 64  #: lines of one model that are answered together
 NO_MODEL = -1
@@ -64,7 +64,7 @@ class Index:
                 yield int(self.model[lines[0]]), lines
 
 
-def index(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
+def index_lines(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
     """Read the file once. A line longer than `longest` bytes is not kept in memory. `step` is told the bytes read."""
     start, size, model = array("q"), array("q"), array("i")
     names: dict[ModelName, int] = {}
@@ -78,7 +78,7 @@ def index(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
         start.append(at)
         size.append(read)
         try:
-            name = _head(line).model if read <= longest + 1 else None
+            name = _parse_head(line).model if read <= longest + 1 else None
         except LineError:
             name = None
         model.append(NO_MODEL if name is None else names.setdefault(name, len(names)))
@@ -89,7 +89,7 @@ def index(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class BatchJob:
     """One batch: what is read, how models are opened, and the configuration of lines that have none.
 
     `open_model` is called on `threads` threads. `longest`: bytes of a line at most.
@@ -102,7 +102,7 @@ class Batch:
     longest: int
     threads: int
 
-    def run(self, journal: Journal, step: Callable[[int], None]) -> None:
+    def run(self, journal: Checkpoint, step: Callable[[int], None]) -> None:
         """Answer what is left. Raises LoadError where the store cannot be reached: the run may be started again."""
         groups = list(self.index.groups(journal.left()))
         with ThreadPoolExecutor(self.threads) as pool:
@@ -135,13 +135,13 @@ class Batch:
     def _answers(self, model: Model | LoadError, lines: Sequence[int]) -> list[bytes]:
         """A line of JSON for each."""
         if isinstance(model, LoadError):
-            return [_error(self._why_no_model(line) or _failed(model)) for line in lines]
-        return [_encode(answer) for answer in model.answer_many([self._request(line) for line in lines])]
+            return [_encode_error(self._why_no_model(line) or _to_refusal(model)) for line in lines]
+        return [_encode_answer(answer) for answer in model.answer_many([self._request(line) for line in lines])]
 
     def _request(self, line: int) -> bytes:
         """The line as a request of one instance to its model."""
         raw = self._line(line)
-        own = bytes(_head(raw).configuration) or self.configuration
+        own = bytes(_parse_head(raw).configuration) or self.configuration
         return b'{"instances":[' + raw + b'],"configuration":' + own + b"}"
 
     def _line(self, line: int) -> bytes:
@@ -154,47 +154,47 @@ class Batch:
             message = f"the line has {self.index.size[line]} bytes, the limit is {self.longest} (max_body_bytes)"
             return Refused(Situation.TOO_LARGE, message)
         try:
-            _head(self._line(line))
+            _parse_head(self._line(line))
         except LineError as error:
             return Refused(Situation.BAD_REQUEST, str(error), field="target_model")
         return None
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class LineHead:
     """What a line says of itself."""
 
     model: ModelName
     configuration: bytes
 
 
-def _head(line: bytes) -> Head:
+def _parse_head(line: bytes) -> LineHead:
     """Raises LineError that says what is wrong."""
     try:
         found = _HEAD.decode(line)
-        return Head(parse_model_name(found.target_model), bytes(found.configuration))
+        return LineHead(parse_model_name(found.target_model), bytes(found.configuration))
     except InvalidModelName as error:
         raise LineError(str(error)) from error
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise LineError(f"the line is no request: {error}") from error
 
 
-def _encode(answer: bytes | RequestError | RunFailed) -> bytes:
+def _encode_answer(answer: bytes | RequestError | RunFailed) -> bytes:
     if isinstance(answer, RequestError):
-        return _error(Refused(Situation.BAD_REQUEST, answer.message, field=answer.field))
+        return _encode_error(Refused(Situation.BAD_REQUEST, answer.message, field=answer.field))
     if isinstance(answer, RunFailed):
-        return _error(Refused(Situation.MODEL_FAILED, str(answer)))
+        return _encode_error(Refused(Situation.MODEL_FAILED, str(answer)))
     try:
         return extract_prediction(answer) + b"\n"
     except Refused as refused:
-        return _error(refused)
+        return _encode_error(refused)
 
 
-def _failed(error: LoadError) -> Refused:
+def _to_refusal(error: LoadError) -> Refused:
     return Refused(situation_of(error), str(error))
 
 
-def _error(refused: Refused) -> bytes:
+def _encode_error(refused: Refused) -> bytes:
     detail: Detail = refused.detail
     place = {} if detail.field is None else {"field": detail.field}
     error = {"code": refused.situation.name.lower(), "message": detail.message, **place}

@@ -44,7 +44,7 @@ class Advice:
             found = f"about {self.hit_ratio:.1%} hits, and no more memory would change that"
         else:
             found = f"about {self.hit_ratio:.1%} hits, {self.most_ratio:.1%} with room for all"
-        return f"{self.requests} requests, {_mb(self.budget_bytes)} of cache: {found}"
+        return f"{self.requests} requests, {_round_up_mb(self.budget_bytes)} of cache: {found}"
 
     @property
     def next(self) -> str:
@@ -53,29 +53,29 @@ class Advice:
             return ""
         points, more = (self.better_ratio - self.hit_ratio) * 100, self.better_bytes - self.budget_bytes
         return (
-            f"the next {points:.1f} points of hit ratio cost {_mb(more)}: with --model-cache-bytes "
-            f"{_mb(self.better_bytes)} about {self.better_ratio:.1%}"
+            f"the next {points:.1f} points of hit ratio cost {_round_up_mb(more)}: with --model-cache-bytes "
+            f"{_round_up_mb(self.better_bytes)} about {self.better_ratio:.1%}"
         )
 
 
-def advise(requests: Iterable[tuple[str, int]], budget_bytes: int) -> Advice:
+def advise_cache_size(requests: Iterable[tuple[str, int]], budget_bytes: int) -> Advice:
     """From (model, bytes) of each request in the order of time; bytes 0, not known: as they were before, or left out.
 
     `budget_bytes`: what all workers together have for models.
     """
-    distances = Distances()
+    distances = ReuseDistances()
     for model, size in requests:
         distances.ask(model, size)
     return distances.advice(budget_bytes)
 
 
-class Distances:
+class ReuseDistances:
     """Reuse distances of a stream of requests."""
 
     def __init__(self) -> None:
         self._share = 1.0  # of all models, that are followed
         self._models: dict[str, tuple[int, int, int]] = {}  # -> hash, bytes, place in the tree
-        self._recency = _Recency(2 * SAMPLES)
+        self._recency = _RecencyCounts(2 * SAMPLES)
         self._bins: dict[int, float] = {}  # size -> requests that are hits from there on
         self._first = 0.0
         self._requests = 0
@@ -131,7 +131,7 @@ class Distances:
         """The model is the one asked last."""
         if self._recency.full:
             order = sorted(self._models, key=lambda each: self._models[each][2])
-            self._recency = _Recency(2 * SAMPLES)
+            self._recency = _RecencyCounts(2 * SAMPLES)
             for each in order:
                 if each != model:
                     hashed, weight, _ = self._models[each]
@@ -149,7 +149,7 @@ class Distances:
         self._bins = {step: count / 2 for step, count in self._bins.items()}
 
 
-class _Recency:
+class _RecencyCounts:
     """Weights in the order in which they came, and the sum of those after one: a Fenwick tree."""
 
     def __init__(self, places: int) -> None:
@@ -185,7 +185,7 @@ class _Recency:
             place += place & -place
 
 
-def _mb(size: int) -> str:
+def _round_up_mb(size: int) -> str:
     """As settings take it, and never less."""
     if size < MIB:
         return f"{math.ceil(size / 1024)}KiB"

@@ -24,7 +24,7 @@ class OtherWork(ValueError):
     """The checkpoint belongs to another input, store or configuration."""
 
 
-class Journal:
+class Checkpoint:
     """The checkpoint of a run over `lines` lines, opened to continue it. A context manager."""
 
     def __init__(self, out: Path, work: bytes, lines: int) -> None:

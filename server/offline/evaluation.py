@@ -5,9 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from handlers.codecs.features import Float64
-from handlers.evaluation.scores import Scores, Steps, by_group, median, naive, pit, scores, seasonal_errors
+from handlers.evaluation.scores import (
+    Scores,
+    Steps,
+    by_group,
+    compute_calibration,
+    interpolate_median,
+    make_naive_forecast,
+    score_windows,
+    seasonal_errors,
+)
 from handlers.training.input_recipe import DAY, HOUR, naive_lag
-from server.offline.rolling_windows import Forecasts
+from server.offline.rolling_windows import WindowForecasts
 
 FAN_STEPS = 14 * 24  #: steps of a chart at most, the last ones
 
@@ -32,7 +41,7 @@ class ByHour:
 
 
 @dataclass(frozen=True, slots=True)
-class Fan:
+class FanChart:
     """The windows of a chart: without overlap, one after another [steps], missing steps NaN."""
 
     seconds: list[int]
@@ -42,7 +51,7 @@ class Fan:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class MarketScore:
     """One market. `first` and `last`: the stamps of the first and the last step that was forecast."""
 
     target: str
@@ -58,12 +67,12 @@ class Scored:
     by_hour: ByHour
 
 
-def scored(found: Forecasts, unit: str) -> Scored:
+def score_forecasts(found: WindowForecasts, unit: str) -> MarketScore:
     """The market's evaluation without the chart."""
     series, levels = found.series, found.levels
     edges = np.concatenate([[0.0], levels, [1.0]])
-    shares = pit(found.actuals, found.quantiles, levels)
-    return Scored(
+    shares = compute_calibration(found.actuals, found.quantiles, levels)
+    return MarketScore(
         target=series.name,
         model=found.model,
         version=found.version,
@@ -78,14 +87,14 @@ def scored(found: Forecasts, unit: str) -> Scored:
     )
 
 
-def scores_of(found: Forecasts) -> Scores:
+def scores_of(found: WindowForecasts) -> Scores:
     """The season of MASE is a day, of daily steps a week, of weeks one step."""
     season = naive_lag(round(found.series.step.total_seconds()), 1)
     scale = seasonal_errors(found.series.values, found.origins, season)
-    return scores(found.actuals, found.quantiles, found.levels, _naive(found), scale)
+    return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale)
 
 
-def fan(found: Forecasts) -> Fan:
+def make_fan_chart(found: WindowForecasts) -> FanChart:
     """The last windows, counted back from the very last."""
     kept: list[int] = []
     for at in range(len(found.origins) - 1, -1, -1):
@@ -96,27 +105,29 @@ def fan(found: Forecasts) -> Fan:
     steps = found.steps[kept].ravel()
     quantiles = found.quantiles[kept].reshape(len(steps), -1)
     actual = found.series.values[steps]
-    return Fan(_seconds(found)[steps].tolist(), actual.tolist(), found.levels.tolist(), quantiles.T.tolist())
+    return FanChart(
+        _convert_to_seconds(found)[steps].tolist(), actual.tolist(), found.levels.tolist(), quantiles.T.tolist()
+    )
 
 
-def _by_hour(found: Forecasts) -> ByHour:
+def _by_hour(found: WindowForecasts) -> ByHour:
     step_s = round(found.series.step.total_seconds())
     if step_s < DAY:
-        what, group, groups = "hour of the day", _seconds(found)[found.steps] % DAY // HOUR, list(range(24))
+        what, group, groups = "hour of the day", _convert_to_seconds(found)[found.steps] % DAY // HOUR, list(range(24))
     else:
         ahead = np.arange(1, found.horizon + 1)
         what, group, groups = "steps ahead", np.broadcast_to(ahead, found.steps.shape), ahead.tolist()
     actuals = found.actuals
-    errors = np.abs(actuals - median(found.quantiles, found.levels))
-    theirs = np.abs(actuals - _naive(found))
+    errors = np.abs(actuals - interpolate_median(found.quantiles, found.levels))
+    theirs = np.abs(actuals - _make_naive_forecast(found))
     return ByHour(what, groups, by_group(errors, group, groups), by_group(theirs, group, groups))
 
 
-def _naive(found: Forecasts) -> Float64:
-    return naive(found.series.values, _seconds(found), found.origins, found.horizon)
+def _make_naive_forecast(found: WindowForecasts) -> Float64:
+    return make_naive_forecast(found.series.values, _convert_to_seconds(found), found.origins, found.horizon)
 
 
-def _seconds(found: Forecasts) -> Steps:
+def _convert_to_seconds(found: WindowForecasts) -> Steps:
     """The stamps [T] since 1970."""
     start = np.datetime64(found.series.start, "s").astype(np.int64)
     seconds: Steps = start + round(found.series.step.total_seconds()) * np.arange(len(found.series.values))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from server.offline.evaluation import ByHour, Calibration, Fan, Scored
+from server.offline.evaluation import ByHour, Calibration, FanChart, MarketScore
 from server.offline.fleet_evaluation import Backtest
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
@@ -35,69 +35,71 @@ class Bar(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class MarketSection:
     """One market's part of the page."""
 
-    market: Scored
+    market: MarketScore
     fan: dict[str, Any]
     by_hour: dict[str, Any]
     bars: Sequence[Bar]
 
 
-def page(found: Backtest) -> str:
+def render_page(found: Backtest) -> str:
     """The HTML. Raises ModuleNotFoundError that says what to install, ValueError where no market was scored."""
     if not found.markets:
         raise ValueError(f"no market was scored: {'; '.join(f'{name}: {why}' for name, why in found.failed.items())}")
-    drawn = [_drawn(*each) for each in _worst(found)]
-    library = _uplot()
-    style = "\n".join((_text(library / "uPlot.min.css"), _text(HERE / "backtest.css")))
-    script = "\n".join((_text(library / "uPlot.iife.js"), _text(HERE / "backtest.js")))
-    html: str = _template().render(
+    drawn = [_make_market_section(*each) for each in _find_worst_markets(found)]
+    library = _find_uplot()
+    style = "\n".join((_read_text(library / "uPlot.min.css"), _read_text(HERE / "backtest.css")))
+    script = "\n".join((_read_text(library / "uPlot.iife.js"), _read_text(HERE / "backtest.js")))
+    html: str = _load_template().render(
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-        data=_embedded([chart for each in drawn for chart in (each.fan, each.by_hour)]),
+        style_hash=_hash_for_csp(style),
+        script_hash=_hash_for_csp(script),
+        data=_embed_json([chart for each in drawn for chart in (each.fan, each.by_hour)]),
         found=found,
         drawn=drawn,
         heads=list(HEADINGS.values()),
-        rows=list(_rows(found)),
+        rows=list(_score_rows(found)),
         means=[format_score(name, found.mean(name)) for name in MEASURES],
     )
     return html
 
 
-def _worst(found: Backtest) -> list[tuple[Scored, Fan]]:
+def _find_worst_markets(found: Backtest) -> list[tuple[MarketScore, FanChart]]:
     """The markets to look at first: the highest rMAE."""
 
-    def rmae(pair: tuple[Scored, Fan]) -> float:
+    def rmae(pair: tuple[MarketScore, FanChart]) -> float:
         value = pair[0].scores.rmae
         return float("-inf") if isnan(value) else value
 
     return sorted(zip(found.markets, found.fans, strict=True), key=rmae, reverse=True)[:MOST_CHARTED]
 
 
-def _rows(found: Backtest) -> Iterator[tuple[Scored, list[str]]]:
+def _score_rows(found: Backtest) -> Iterator[tuple[MarketScore, list[str]]]:
     for each in found.markets:
         yield each, [format_score(name, getattr(each.scores, name)) for name in MEASURES]
 
 
-def _drawn(market: Scored, fan: Fan) -> Drawn:
-    return Drawn(market, _fan(fan), _by_hour(market.by_hour), list(_bars(market.calibration)))
+def _make_market_section(market: MarketScore, fan: FanChart) -> MarketSection:
+    return MarketSection(
+        market, _encode_fan(fan), _by_hour(market.by_hour), list(_make_calibration_bars(market.calibration))
+    )
 
 
-def _fan(fan: Fan) -> dict[str, Any]:
+def _encode_fan(fan: FanChart) -> dict[str, Any]:
     """Levels outside in: the page fills between the first and the last, the second and the one before, and so on."""
-    lines = [_rounded(line) for line in fan.quantiles]
-    return {"kind": "fan", "x": fan.seconds, "actual": _rounded(fan.actual), "levels": fan.levels, "lines": lines}
+    lines = [_round_values(line) for line in fan.quantiles]
+    return {"kind": "fan", "x": fan.seconds, "actual": _round_values(fan.actual), "levels": fan.levels, "lines": lines}
 
 
 def _by_hour(hours: ByHour) -> dict[str, Any]:
-    lines = {"model": _rounded(hours.model), "naive": _rounded(hours.naive)}
+    lines = {"model": _round_values(hours.model), "naive": _round_values(hours.naive)}
     return {"kind": "hours", "what": hours.what, "x": hours.group, **lines}
 
 
-def _bars(calibration: Calibration) -> Iterator[Bar]:
+def _make_calibration_bars(calibration: Calibration) -> Iterator[Bar]:
     """A bar for each cell: half the picture high where the share is that of a calibrated forecast."""
     edges = calibration.edges
     for low, high, share, right in zip(edges, edges[1:], calibration.share, calibration.right, strict=False):
@@ -106,11 +108,11 @@ def _bars(calibration: Calibration) -> Iterator[Bar]:
         yield Bar(100 * low, 100 - height, 100 * (high - low), height, says)
 
 
-def _rounded(values: Sequence[float]) -> list[float | None]:
+def _round_values(values: Sequence[float]) -> list[float | None]:
     return [None if isnan(value) else float(f"{value:.{DIGITS}g}") for value in values]
 
 
-def _template() -> Any:
+def _load_template() -> Any:
     """Escaping is on: only our own style, script and encoded data are marked as safe, in the page itself."""
     try:
         import jinja2  # noqa: PLC0415 -- an extra
@@ -126,12 +128,12 @@ def _template() -> Any:
     return house.get_template("backtest.html")
 
 
-def _embedded(data: Sequence[Mapping[str, Any]]) -> str:
+def _embed_json(data: Sequence[Mapping[str, Any]]) -> str:
     """JSON in which no `<` can end the script element around it."""
     return msgspec.json.encode(data).decode().replace("<", "\\u003c")
 
 
-def _uplot() -> Path:
+def _find_uplot() -> Path:
     """Where `uplot-python` keeps uPlot (MIT licence); the package is not imported, since that imports IPython."""
     found = find_spec("uplot")
     if found is None or not found.submodule_search_locations:
@@ -139,10 +141,10 @@ def _uplot() -> Path:
     return Path(found.submodule_search_locations[0], "static")
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def _hash_for_csp(text: str) -> str:
     """What the Content-Security-Policy knows an inline script or style by."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

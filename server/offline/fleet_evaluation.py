@@ -12,11 +12,19 @@ from typing import TypeVar
 
 import msgspec
 
-from handlers.training.time_series import Series, SeriesInvalid, header, read_csv
+from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.offline.evaluation import Fan, Scored, fan, scored
-from server.offline.rolling_windows import Answers, ArchiveVersion, Rolling, Unfit, fetch_version, forecasts, with_known
+from server.offline.evaluation import FanChart, MarketScore, make_fan_chart, score_forecasts
+from server.offline.rolling_windows import (
+    Answers,
+    ArchiveVersion,
+    Rolling,
+    Unfit,
+    fetch_version,
+    forecast_windows,
+    with_known,
+)
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -33,8 +41,8 @@ class Backtest:
     csv: str
     store: str
     asked: str  #: what answered, in words
-    markets: Sequence[Scored]
-    fans: Sequence[Fan]
+    markets: Sequence[MarketScore]
+    fans: Sequence[FanChart]
     failed: Mapping[str, str]
 
     def __repr__(self) -> str:
@@ -58,18 +66,18 @@ class Backtest:
         return msgspec.json.format(msgspec.json.encode(whole), indent=1)
 
 
-def named(csv: Path, time: str, settings: Settings, template: str) -> dict[str, ModelName]:
+def match_columns(csv: Path, time: str, settings: Settings, template: str) -> dict[str, ModelName]:
     """The columns that have an archive of that name in the store. Raises ValueError for none, LoadError."""
     source, _ = open_store(settings)
     there = {each.name for each in source.list(template.partition("{target}")[0])}
-    found = {column: template.replace("{target}", column) for column in header(csv) if column != time}
+    found = {column: template.replace("{target}", column) for column in read_header(csv) if column != time}
     names = {column: ModelName(name) for column, name in found.items() if name in there}
     if not names:
         raise ValueError(f"{settings.store} has no archive {template} of any column of {csv.name}: {', '.join(found)}")
     return names
 
 
-def assess(
+def backtest_fleet(
     csv: Path,
     time: str,
     names: Mapping[str, ModelName],
@@ -80,17 +88,17 @@ def assess(
 ) -> Backtest:
     """Every market's windows asked and scored, several markets at a time. Raises LoadError, SeriesInvalid, OSError."""
 
-    def one(market: tuple[str, ArchiveVersion]) -> tuple[Scored, Fan]:
+    def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
         forecast = model.forecast
         series = with_known(columns, target, forecast.dynamic_feat)
         origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
-        found = forecasts(answers, model, series, origins)
+        found = forecast_windows(answers, model, series, origins)
         report_progress(1, len(names))
-        return scored(found, forecast.unit), fan(found)
+        return score_forecasts(found, forecast.unit), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
-        models, failed = fetch(pool, names, settings)
+        models, failed = fetch_archives(pool, names, settings)
         columns, lacking = read_columns(csv, time, models)
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
         done, wrong = sorted_out(pool, one, markets)
@@ -105,7 +113,7 @@ def assess(
     )
 
 
-def fetch(
+def fetch_archives(
     pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
 ) -> tuple[dict[str, ArchiveVersion], dict[str, str]]:
     """The archives by target, and why those of some cannot be used. Raises StoreUnavailable, StoreDenied."""
@@ -133,11 +141,11 @@ def sorted_out(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         except Exception as error:
-            failed[key] = why(error)
+            failed[key] = explain_error(error)
     return done, failed
 
 
-def why(error: Exception) -> str:
+def explain_error(error: Exception) -> str:
     """The error in one line. One that no class of ours describes is a bug: it costs one market and names its place."""
     if isinstance(error, (LoadError, SeriesInvalid, Unfit)):
         return str(error)
@@ -152,7 +160,7 @@ def read_columns(
 
     Raises SeriesInvalid, OSError: the file cannot be read, or has no column of a target.
     """
-    there = set(header(csv))
+    there = set(read_header(csv))
     lacking = {
         target: [name for name in each.forecast.dynamic_feat if name not in there] for target, each in models.items()
     }

@@ -8,10 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from handlers.codecs.features import Float64
-from handlers.evaluation.correlation import pit
+from handlers.evaluation.correlation import compute_pit
 from handlers.training.time_series import Series, read_csv
 from model_store.names import ModelName
-from server.offline.rolling_windows import ArchiveVersion, InProcess, Rolling, fetch_version, forecasts, with_known
+from server.offline.rolling_windows import (
+    ArchiveVersion,
+    InProcess,
+    Rolling,
+    fetch_version,
+    forecast_windows,
+    with_known,
+)
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -31,7 +38,7 @@ class Residuals:
         return f"<Residuals of {windows} windows, {products} products, {steps} steps>"
 
 
-def residuals(
+def measure_errors(
     settings: Settings,
     csv: Path,
     time: str,
@@ -50,7 +57,7 @@ def residuals(
     """
     source, limits = open_store(settings)
     found = {target: fetch_version(source, name, limits) for target, name in models.items()}
-    pairs = _pairs(csv, time, found)
+    pairs = _match_series(csv, time, found)
     horizon = max(model.forecast.prediction_length for model, _ in pairs)
     history = max(model.forecast.history_length for model, _ in pairs)
     first = pairs[0][1]
@@ -58,12 +65,12 @@ def residuals(
     origins = Rolling(every=every, first=begin).origins(first, history, horizon)
     values, answers = np.full((len(origins), len(pairs), horizon), np.nan), InProcess()
     for place, (model, series) in enumerate(pairs):
-        made = forecasts(answers, model, series, origins, lambda count: told(count, len(origins) * len(pairs)))
-        values[:, place, : made.horizon] = pit(made.levels, made.quantiles, made.actuals)
+        made = forecast_windows(answers, model, series, origins, lambda count: told(count, len(origins) * len(pairs)))
+        values[:, place, : made.horizon] = compute_pit(made.levels, made.quantiles, made.actuals)
     return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])))
 
 
-def _pairs(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) -> list[tuple[ArchiveVersion, Series]]:
+def _match_series(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) -> list[tuple[ArchiveVersion, Series]]:
     """Each model with its prices and covariates; the file is read once."""
     known = {name for model in models.values() for name in model.forecast.dynamic_feat}
     columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}))}

@@ -1,6 +1,6 @@
 """Checks of this machine for `fleetcast doctor`: what matters to a server, and advice where it is too little.
 
-Each check is a function of what was read; `machine` reads it. Torch is asked what it is, nothing is computed.
+Each check is a function of what was read; `check_machine` reads it. Torch is asked what it is, nothing is computed.
 """
 
 import os
@@ -24,7 +24,7 @@ SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
+class HostFact:
     """A fact about the machine. `advice` says what is wrong and what to do; empty where nothing is wrong."""
 
     name: str
@@ -32,100 +32,100 @@ class Fact:
     advice: str = ""
 
 
-def machine(settings: Settings, host: Host) -> Iterator[Fact]:
+def check_machine(settings: Settings, host: Host) -> Iterator[HostFact]:
     """Every check that needs no store."""
-    yield cores(host, os.cpu_count() or 1, os.getloadavg()[0])
+    yield check_cores(host, os.cpu_count() or 1, os.getloadavg()[0])
     yield torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
-    yield accelerator(host, torch.version.cuda, torch.cuda.device_count())
+    yield check_accelerator(host, torch.version.cuda, torch.cuda.device_count())
     try:
         plans = plan_workers(settings, host)
     except ValueError as error:
-        yield Fact("workers", "none can be planned", str(error))
+        yield HostFact("workers", "none can be planned", str(error))
     else:
-        yield workers(plans)
-        yield memory(host, plans, settings.fronts)
+        yield check_workers(plans)
+        yield check_memory(host, plans, settings.fronts)
     yield disk_cache(settings.disk_cache, int(settings.disk_cache_bytes))
     yield open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
-def cores(host: Host, physical: int, load: float) -> Fact:
+def check_cores(host: Host, physical: int, load: float) -> HostFact:
     """`load`: of the last minute."""
     count, advice = len(host.cores), ""
     if count == 1:
         advice = "fronts and worker share one core: give the server two or more for its full speed"
     elif load > count / 2:
         advice = "the machine is busy, so times below are too long: run this again when it is quiet"
-    return Fact("cores", f"{count} of {physical} for this process (affinity and cgroup), load {load:.1f}", advice)
+    return HostFact("cores", f"{count} of {physical} for this process (affinity and cgroup), load {load:.1f}", advice)
 
 
-def torch_build(version: str, capability: str, threads: int) -> Fact:
+def torch_build(version: str, capability: str, threads: int) -> HostFact:
     """`capability`: the CPU instructions that torch uses here; `threads`: of a process that sets none."""
     advice = ""
     if capability in SLOW_CPUS:
         advice = "products run without AVX2, several times slower: choose a CPU, or a CPU model of the VM, that has it"
     text = f"{version}, {capability}, {threads} threads by default; a worker sets its own"
-    return Fact("torch", text, advice)
+    return HostFact("torch", text, advice)
 
 
-def accelerator(host: Host, cuda: str | None, devices: int) -> Fact:
+def check_accelerator(host: Host, cuda: str | None, devices: int) -> HostFact:
     """`cuda`: what torch was built for; `devices`: how many it can use."""
     if not host.gpus and not devices:
-        return Fact("accelerator", "none: models run on the CPU")
+        return HostFact("accelerator", "none: models run on the CPU")
     text = f"{len(host.gpus)} GPUs are here, torch can use {devices}"
     if cuda is None:
-        return Fact(
+        return HostFact(
             "accelerator", text, "torch is a build for the CPU: install one for CUDA, or serve with --device cpu"
         )
     if devices < len(host.gpus):
-        return Fact("accelerator", text, f"is the driver there, and new enough for CUDA {cuda}? See nvidia-smi")
-    return Fact("accelerator", text + "; paths below are the CPU's, `fleetcast-load bench gpu` measures a GPU")
+        return HostFact("accelerator", text, f"is the driver there, and new enough for CUDA {cuda}? See nvidia-smi")
+    return HostFact("accelerator", text + "; paths below are the CPU's, `fleetcast-load bench gpu` measures a GPU")
 
 
-def workers(plans: Sequence[WorkerPlan]) -> Fact:
+def check_workers(plans: Sequence[WorkerPlan]) -> HostFact:
     """As `serve` would start them."""
     first = plans[0]
     room = format_bytes(first.budget_bytes) if first.budget_bytes else "their part of the GPU"
     each = "1 thread" if first.threads == 1 else f"{first.threads} threads"
-    return Fact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room} for models")
+    return HostFact("workers", f"{len(plans)} on {first.device.partition(':')[0]}, each {each} and {room} for models")
 
 
-def memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> Fact:
+def check_memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> HostFact:
     """Whether models and processes fit together."""
     models = sum(plan.budget_bytes + plan.host_bytes for plan in plans)
     processes = len(plans) * WORKER_BYTES + (fronts + 1) * FRONT_BYTES
     text = f"{format_bytes(host.memory_bytes)} within the cgroup's limit: {format_bytes(models)} for models"
     if models + processes <= host.memory_bytes:
-        return Fact("memory", text)
+        return HostFact("memory", text)
     left = host.memory_bytes - processes
     much = f"set --model-cache-bytes {left // MIB}MiB or less" if left > 0 else "give it more memory or fewer --workers"
-    return Fact("memory", text, f"{len(plans)} workers need {format_bytes(processes)} beside the models: {much}")
+    return HostFact("memory", text, f"{len(plans)} workers need {format_bytes(processes)} beside the models: {much}")
 
 
-def disk_cache(folder: Path, limit: int) -> Fact:
+def disk_cache(folder: Path, limit: int) -> HostFact:
     """The folder or, where it is not made yet, the place where it would be."""
     if not limit:
-        return Fact("disk cache", "off", "each restart fetches every archive anew: set --disk-cache-bytes")
+        return HostFact("disk cache", "off", "each restart fetches every archive anew: set --disk-cache-bytes")
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
     held = sum(file.stat().st_size for file in folder.glob("blobs/*"))
     text = f"{folder}: {format_bytes(held)} held, at most {format_bytes(limit)}, {format_bytes(free)} free on the disk"
     if not os.access(place, os.W_OK):
-        return Fact("disk cache", text, f"{place} cannot be written: choose another folder with --disk-cache")
+        return HostFact("disk cache", text, f"{place} cannot be written: choose another folder with --disk-cache")
     if held + free < limit:
         most = f"{(held + free) // MIB}MiB"
         advice = f"the disk is full before the cache is: set --disk-cache-bytes below {most}, or --disk-cache elsewhere"
-        return Fact("disk cache", text, advice)
-    return Fact("disk cache", text)
+        return HostFact("disk cache", text, advice)
+    return HostFact("disk cache", text)
 
 
-def open_files(soft: int, hard: int) -> Fact:
+def open_files(soft: int, hard: int) -> HostFact:
     """The limits of descriptors of this process, as those of `serve` would be in its place: a client needs one."""
     shown = [("none" if limit == resource.RLIM_INFINITY else str(limit)) for limit in (soft, hard)]
     text = f"soft limit {shown[0]}, hard limit {shown[1]}: serve raises the soft limit to the hard one"
     if hard == resource.RLIM_INFINITY or hard >= FILES:
-        return Fact("open files", text)
+        return HostFact("open files", text)
     advice = (
         f"a front needs one for each connection: raise the hard limit to {ENOUGH_FILES} "
         f"(systemd: LimitNOFILE={ENOUGH_FILES}, docker run --ulimit nofile={ENOUGH_FILES}, /etc/security/limits.conf)"
     )
-    return Fact("open files", text, advice)
+    return HostFact("open files", text, advice)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from handlers.training.fit import recipes
+from handlers.training.fit import suggest_inputs
 from handlers.training.time_series import Series
-from model_store.archives.manifest import FLEETCAST_JSON, Forecast
+from model_store.archives.manifest import FLEETCAST_JSON, ForecastSpec
 from model_store.errors import ArchiveInvalid
 
 
@@ -16,7 +16,7 @@ def make_recipes(
     prediction_length: int,
     context_length: int,
     options: Mapping[str, Any],
-) -> list[Forecast]:
+) -> list[ForecastSpec]:
     """The input recipe of each series; a length of 0 (steps) is chosen by the series' frequency.
 
     Raises:
@@ -24,7 +24,7 @@ def make_recipes(
         ValueError: the architecture or its configuration is wrong; the message names the flags that give them.
     """
     try:
-        return recipes(series, architecture, config, prediction_length, context_length, **options)
+        return suggest_inputs(series, architecture, config, prediction_length, context_length, **options)
     except ArchiveInvalid as error:  # no archive exists yet: the flags are what was wrong
         said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
         raise ValueError(f"--architecture, --config: {said}") from error

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from handlers.kinds.graph.export import export
+from handlers.kinds.graph.export import export_graph
 from model_store.archives.manifest import GRAPH_FILE
 from model_store.archives.packing import WEIGHTS_FILE, save_tensors
 from model_store.errors import ArchiveInvalid
@@ -50,7 +50,7 @@ def export_module(request: ExportRequest) -> dict[str, bytes]:
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
         command = [sys.executable, "-P", "-m", "server.offline.module_export", str(folder)]
         # What the user's code prints goes to stderr: stdout belongs to the command's own answer.
-        done = subprocess.run(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=STDERR, check=False)  # noqa: S603
+        done = subprocess.run(command, env=_make_environment(), stdin=subprocess.DEVNULL, stdout=STDERR, check=False)  # noqa: S603
         error = folder / ERROR_FILE
         if error.exists():
             raise ArchiveInvalid(error.read_text())
@@ -59,7 +59,7 @@ def export_module(request: ExportRequest) -> dict[str, bytes]:
         return {member: (folder / member).read_bytes() for member in (GRAPH_FILE, WEIGHTS_FILE)}
 
 
-def _environment() -> dict[str, str]:
+def _make_environment() -> dict[str, str]:
     """The child's environment: our own packages can be imported from wherever this process has them."""
     root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
@@ -102,7 +102,7 @@ def _load_state(weights: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(weights))
 
 
-def _export(request: ExportRequest) -> dict[str, bytes]:
+def _export_module(request: ExportRequest) -> dict[str, bytes]:
     """Archive members by name. Raises ArchiveInvalid."""
     made = _load_module(request.module, request.config)
     if request.weights is not None:
@@ -110,7 +110,7 @@ def _export(request: ExportRequest) -> dict[str, bytes]:
             made.load_state_dict(_load_state(Path(request.weights)))
         except Exception as error:  # torch has many names for a file that does not fit
             raise ArchiveInvalid(f"{request.weights}: not the state dict of {request.module}: {error}") from error
-    graph, tensors = export(made, request.shapes)
+    graph, tensors = export_graph(made, request.shapes)
     return {GRAPH_FILE: graph, WEIGHTS_FILE: save_tensors(tensors)}
 
 
@@ -119,7 +119,7 @@ def main(folder: Path) -> None:
     request = msgspec.json.decode((folder / REQUEST_FILE).read_bytes(), type=ExportRequest)
     _forget_our_packages()
     try:
-        for member, content in _export(request).items():
+        for member, content in _export_module(request).items():
             (folder / member).write_bytes(content)
     except ArchiveInvalid as error:
         (folder / ERROR_FILE).write_text(str(error))

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from model_store.archives.manifest import Forecast, Kind, Spec, Weights, parse_golden
+from model_store.archives.manifest import ForecastSpec, Kind, Spec, Weights, parse_golden
 from model_store.archives.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive, save_tensors
 from model_store.errors import ArchiveInvalid
 from server.offline.archive_location import ArchiveLocation, locate_archive, settings_of_store, split_location
@@ -137,11 +137,11 @@ def _read_weights(weights: str | Path | Mapping[str, Any]) -> bytes:
     return save_tensors({name: np.asarray(tensor, np.float32) for name, tensor in weights.items()})
 
 
-def _read_forecast(forecast: Json | None) -> Forecast | None:
+def _read_forecast(forecast: Json | None) -> ForecastSpec | None:
     if forecast is None:
         return None
     where = "forecast" if isinstance(forecast, Mapping) else str(forecast)
-    found: Forecast = _decode_json(forecast, Forecast, where)
+    found: ForecastSpec = _decode_json(forecast, ForecastSpec, where)
     return found
 
 

@@ -15,12 +15,12 @@ from server.offline.measures import Score
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
-    Forecasts,
     InProcess,
     Rolling,
     Unfit,
+    WindowForecasts,
     fetch_version,
-    forecasts,
+    forecast_windows,
     open_unpublished,
     with_known,
 )
@@ -28,12 +28,12 @@ from server.offline.rolling_windows import (
 BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on which quantile levels there are
 
 
-class Refused(ValueError):
+class GateRefused(ValueError):
     """The archive is worse than the one that it would replace; the message says by how much."""
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class GateTerms:
     """The operator's terms: by `score` (lower is better) at most `margin` percent worse on these windows."""
 
     score: Score
@@ -42,10 +42,10 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GateVerdict:
     """The result of a comparison. Without a predecessor that can answer, the candidate passes."""
 
-    gate: Gate
+    gate: GateTerms
     candidate: float
     predecessor: float | None
     version: str  #: the predecessor's
@@ -72,14 +72,14 @@ class Verdict:
         return f"gate: {self.gate.score} {self.candidate:.4g} against {before}, {span}"
 
 
-def judge(
-    gate: Gate,
+def compare_models(
+    gate: GateTerms,
     answers: Answers,
     target: str,
     columns: Mapping[str, Series],
     candidate: ArchiveVersion,
     predecessor: ArchiveVersion | None,
-) -> Verdict:
+) -> GateVerdict:
     """Score both on the windows that both can forecast, at the steps and levels both have.
 
     `columns` has the target's and those of all covariates. A predecessor whose archive is broken counts as none.
@@ -92,14 +92,14 @@ def judge(
     longest = max(each.forecast.prediction_length for each in both)
     series = [with_known(columns, target, each.forecast.dynamic_feat) for each in both]
     origins = gate.rolling.origins(series[0], history, longest)
-    found = [forecasts(answers, candidate, series[0], origins)]
+    found = [forecast_windows(answers, candidate, series[0], origins)]
     if predecessor is not None:
         try:
-            found.append(forecasts(answers, predecessor, series[1], origins))
+            found.append(forecast_windows(answers, predecessor, series[1], origins))
         except ArchiveInvalid:
             predecessor = None
-    values = [_value(gate.score, each) for each in _alike(gate.score, found)]
-    return Verdict(
+    values = [_score_value(gate.score, each) for each in _cut_to_common(gate.score, found)]
+    return GateVerdict(
         gate=gate,
         candidate=values[0],
         predecessor=values[1] if predecessor else None,
@@ -110,7 +110,7 @@ def judge(
     )
 
 
-def _alike(score: Score, found: list[Forecasts]) -> list[Forecasts]:
+def _cut_to_common(score: Score, found: list[WindowForecasts]) -> list[WindowForecasts]:
     """The forecasts cut to the steps that all have and, for a score by levels, to the levels that all have."""
     horizon, levels = min(each.horizon for each in found), found[0].levels
     for each in found[1:]:
@@ -122,7 +122,7 @@ def _alike(score: Score, found: list[Forecasts]) -> list[Forecasts]:
     return [each.cut(horizon, levels) for each in found]
 
 
-def _value(score: Score, found: Forecasts) -> float:
+def _score_value(score: Score, found: WindowForecasts) -> float:
     value: float = getattr(scores_of(found), score)
     if isnan(value):
         raise Unfit(f"{found!r}: {score} is undefined there (nothing observed, or no median); choose another score")
@@ -130,8 +130,8 @@ def _value(score: Score, found: Forecasts) -> float:
 
 
 def compare_with_predecessor(
-    gate: Gate, csv: Path, time: str, target: str, where: ArchiveLocation, packed: bytes
-) -> Verdict:
+    gate: GateTerms, csv: Path, time: str, target: str, where: ArchiveLocation, packed: bytes
+) -> GateVerdict:
     """Compare a packed archive with the one that the store has at its place.
 
     Raises:
@@ -144,8 +144,8 @@ def compare_with_predecessor(
         predecessor = None
     known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]
     columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])))}
-    verdict = judge(gate, InProcess(), target, columns, candidate, predecessor)
+    verdict = compare_models(gate, InProcess(), target, columns, candidate, predecessor)
     if not verdict.passed:
         worse, most = f"{verdict.worse:.1f} % worse", f"{gate.margin:g} %"
-        raise Refused(f"{where.name} is worse than its predecessor: {verdict}; {worse}, and the margin is {most}")
+        raise GateRefused(f"{where.name} is worse than its predecessor: {verdict}; {worse}, and the margin is {most}")
     return verdict

@@ -14,17 +14,17 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from handlers.training.fit import Fitted, Fitting, fit
+from handlers.training.fit import Fitted, Fitting, fit_forecasters
 from handlers.training.input_recipe import robust_scaler
 from handlers.training.time_series import Float64, Series, SeriesInvalid
-from model_store.archives.manifest import Channel, Forecast, Scaler, Spec
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler, Spec
 from model_store.archives.packing import pack_forecaster
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.offline.checkpoint import Journal
-from server.offline.fleet_evaluation import fetch, read_columns, why
+from server.offline.checkpoint import Checkpoint
+from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
-from server.offline.promotion_gate import Gate, judge
+from server.offline.promotion_gate import GateTerms, compare_models
 from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, open_unpublished, with_known
 from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
@@ -50,14 +50,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RetrainingPlan:
     """What a run does, and on which terms. `architecture` is empty where each market keeps its own."""
 
     csv: Path
     time: str
     names: Mapping[str, ModelName]
     settings: Settings
-    gate: Gate
+    gate: GateTerms
     fitting: Fitting
     architecture: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -84,13 +84,13 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Market:
+class RetrainingMarket:
     """A market before its fit: the archive in the store, the new recipe, and the `series` up to the gate's windows."""
 
     line: int
     predecessor: ArchiveVersion
     series: Series
-    forecast: Forecast
+    forecast: ForecastSpec
     architecture: str
     config: Mapping[str, Any]
 
@@ -102,10 +102,10 @@ class Market:
         return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
 
 
-class Renewal:
+class Retraining:
     """One run over the fleet. The journal keeps what is done, so that a killed run can be continued."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RetrainingPlan) -> None:
         self._plan = plan
         self._source, self._limits = open_store(plan.settings)
         self._answers = InProcess()
@@ -114,7 +114,7 @@ class Renewal:
     def __repr__(self) -> str:
         return f"<Renewal {self._plan!r}>"
 
-    def run(self, journal: Journal, told: Callable[[int], None]) -> None:
+    def run(self, journal: Checkpoint, told: Callable[[int], None]) -> None:
         """Retrain every market that the journal does not have yet.
 
         Raises:
@@ -123,7 +123,7 @@ class Renewal:
         """
         plan = self._plan
         with ThreadPoolExecutor(plan.settings.loader_threads) as pool:
-            models, failed = fetch(pool, plan.names, plan.settings)
+            models, failed = fetch_archives(pool, plan.names, plan.settings)
         self._columns, lacking = read_columns(plan.csv, plan.time, models)
         failed.update(lacking)
         left = set(journal.left().nonzero()[0].tolist())
@@ -136,69 +136,69 @@ class Renewal:
         markets = []
         for line, target in enumerate(plan.names):
             if target in failed:
-                done(line, self._failed(target, failed[target]))
+                done(line, self._record_failure(target, failed[target]))
                 continue
             try:
-                markets.append(self._market(line, target, models[target]))
+                markets.append(self._prepare_market(line, target, models[target]))
             except (SeriesInvalid, Unfit) as error:
-                done(line, self._failed(target, str(error)))
-        for group in grouped(markets):
+                done(line, self._record_failure(target, str(error)))
+        for group in group_markets(markets):
             if any(each.line in left for each in group):
-                for each, fitted in self._fitted(group):
+                for each, fitted in self._fit_group(group):
                     if each.line in left:
-                        done(each.line, self._settled(each, fitted))
+                        done(each.line, self._settle_market(each, fitted))
 
-    def _market(self, line: int, target: str, model: ArchiveVersion) -> Market:
+    def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
         """Raises Unfit, SeriesInvalid: this one market cannot be fitted; ValueError: none can, by this architecture."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
         series = with_known(self._columns, target, forecast.dynamic_feat)
         origins = plan.gate.rolling.origins(series, forecast.history_length, forecast.prediction_length)
         before = series.before(series.start + int(origins[0]) * series.step)
         if plan.architecture:
-            changed = anew(forecast, before, plan.architecture, plan.config)
-            return Market(line, model, before, changed, plan.architecture, plan.config)
+            changed = rebuild_forecast(forecast, before, plan.architecture, plan.config)
+            return RetrainingMarket(line, model, before, changed, plan.architecture, plan.config)
         if spec is None or not spec.architecture:
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
             raise Unfit(f"{model.name} is a {model.archive.kind} archive; {what}")
-        return Market(line, model, before, rescaled(forecast, before), spec.architecture, spec.config)
+        return RetrainingMarket(line, model, before, refit_scalers(forecast, before), spec.architecture, spec.config)
 
-    def _fitted(self, group: Sequence[Market]) -> Iterator[tuple[Market, Fitted | Exception]]:
+    def _fit_group(self, group: Sequence[RetrainingMarket]) -> Iterator[tuple[RetrainingMarket, Fitted | Exception]]:
         """Fit the group together; if that fails, fit each market alone, so that only those at fault fail."""
         first = group[0]
         series, inputs = [each.series for each in group], [each.forecast for each in group]
         try:
-            fitted = fit(series, inputs, first.architecture, dict(first.config), self._plan.fitting)
+            fitted = fit_forecasters(series, inputs, first.architecture, dict(first.config), self._plan.fitting)
         except Exception as error:
             if len(group) == 1:
                 yield first, error
                 return
             for each in group:
-                yield from self._fitted([each])
+                yield from self._fit_group([each])
         else:
             yield from zip(group, fitted, strict=True)
 
-    def _settled(self, market: Market, fitted: Fitted | Exception) -> Outcome:
+    def _settle_market(self, market: RetrainingMarket, fitted: Fitted | Exception) -> Outcome:
         target = market.series.name
         if isinstance(fitted, Exception):
-            return self._failed(target, why(fitted))
+            return self._record_failure(target, explain_error(fitted))
         try:
-            return self._judged(market, fitted)
+            return self._publish_if_better(market, fitted)
         except (StoreUnavailable, StoreDenied):
             raise
         except Exception as error:
-            return self._failed(target, why(error))
+            return self._record_failure(target, explain_error(error))
 
-    def _judged(self, market: Market, fitted: Fitted) -> Outcome:
+    def _publish_if_better(self, market: RetrainingMarket, fitted: Fitted) -> Outcome:
         """Publish the fitted archive if it passes the gate. Raises LoadError, Unfit."""
         old, target = market.predecessor, market.series.name
-        candidate = open_unpublished(self._packed(market, fitted, ""), old.name, self._limits)
-        if _same(candidate.archive.spec, old.archive.spec):
+        candidate = open_unpublished(self._pack_market(market, fitted, ""), old.name, self._limits)
+        if _have_same_tensors(candidate.archive.spec, old.archive.spec):
             return Outcome(target=target, model=old.name, result="unchanged", version=old.version)
-        verdict = judge(self._plan.gate, self._answers, target, self._columns, candidate, old)
+        verdict = compare_models(self._plan.gate, self._answers, target, self._columns, candidate, old)
         version, message = old.version, ""
         if verdict.passed:
-            version = self._source.put(old.name, self._packed(market, fitted, f"; {verdict}"))
-            message = self._told(old.name)
+            version = self._source.put(old.name, self._pack_market(market, fitted, f"; {verdict}"))
+            message = self._reload_servers(old.name)
         return Outcome(
             target=target,
             model=old.name,
@@ -211,7 +211,7 @@ class Renewal:
             message=message,
         )
 
-    def _told(self, model: ModelName) -> str:
+    def _reload_servers(self, model: ModelName) -> str:
         """Tell the servers of the new archive; why some did not take it, in words. It stays published in any case."""
         wrong = []
         for url in self._plan.servers:
@@ -221,7 +221,7 @@ class Renewal:
                 wrong.append(str(error))
         return "; ".join(wrong)
 
-    def _packed(self, market: Market, fitted: Fitted, note: str) -> bytes:
+    def _pack_market(self, market: RetrainingMarket, fitted: Fitted, note: str) -> bytes:
         series = market.series
         span = f"{series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
         return pack_forecaster(
@@ -234,17 +234,17 @@ class Renewal:
             description=f"trained on {self._plan.csv.name}, {span}{note}",
         )
 
-    def _failed(self, target: str, message: str) -> Outcome:
+    def _record_failure(self, target: str, message: str) -> Outcome:
         return Outcome(target=target, model=self._plan.names[target], result="failed", message=message)
 
 
-def rescaled(forecast: Forecast, series: Series) -> Forecast:
+def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
     """The same inputs with scalers fitted to these values. Raises SeriesInvalid where there are no values."""
 
     def scaler(of: Scaler, values: Float64, name: str) -> Scaler:
         return of if of.kind == "identity" else robust_scaler(values, of.kind, name)
 
-    def channel(of: Channel) -> Channel:
+    def channel(of: InputChannel) -> InputChannel:
         if of.source != "dynamic_feat":
             return of
         return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
@@ -253,7 +253,9 @@ def rescaled(forecast: Forecast, series: Series) -> Forecast:
     return replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
 
 
-def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[str, Any]) -> Forecast:
+def rebuild_forecast(
+    forecast: ForecastSpec, series: Series, architecture: str, config: Mapping[str, Any]
+) -> ForecastSpec:
     """The recipe for another architecture; clients send and get the same as before. Raises ValueError."""
     options = {
         "scaling": "linear" if forecast.scaler.kind == "linear" else "asinh",
@@ -268,15 +270,15 @@ def anew(forecast: Forecast, series: Series, architecture: str, config: Mapping[
     return replace(made, origin=origin, **kept)
 
 
-def grouped(markets: Sequence[Market]) -> Iterator[Sequence[Market]]:
+def group_markets(markets: Sequence[RetrainingMarket]) -> Iterator[Sequence[RetrainingMarket]]:
     """Markets that can be fitted together. INVARIANT: groups do not depend on what is done: fits depend on them."""
-    kinds: dict[str, list[Market]] = {}
+    kinds: dict[str, list[RetrainingMarket]] = {}
     for each in markets:
         kinds.setdefault(each.kin, []).append(each)
     for kin in kinds.values():
         yield from (kin[at : at + GROUP] for at in range(0, len(kin), GROUP))
 
 
-def _same(new: Spec | None, old: Spec | None) -> bool:
+def _have_same_tensors(new: Spec | None, old: Spec | None) -> bool:
     """Whether both have the same tensors and recipe, so that there is nothing to publish."""
     return new is not None and old is not None and (new.weights, new.forecast) == (old.weights, old.forecast)

@@ -18,7 +18,7 @@ from handlers.evaluation.scores import Steps
 from handlers.model import open_model
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, Limits, open_archive
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
 from server.contract import HEADER_MODEL_VERSION
@@ -50,7 +50,7 @@ class ArchiveVersion:
         return f"<ArchiveVersion {self.name} {self.version or 'not stored'}>"
 
     @property
-    def forecast(self) -> Forecast:
+    def forecast(self) -> ForecastSpec:
         """What it forecasts. Raises Unfit where a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
         if forecast is None:
@@ -99,7 +99,7 @@ class InProcess:
         opened.prove()
 
         def ask(instances: Instances) -> Float64:
-            return _quantiles(opened.answer(_body(instances)))
+            return _parse_quantiles(opened.answer(_encode_request(instances)))
 
         return ask, lambda: model.version
 
@@ -126,11 +126,11 @@ class ThroughServer:
 
         def ask(instances: Instances) -> Float64:
             try:
-                reply = self._client.invoke(model.name, _body(instances))
+                reply = self._client.invoke(model.name, _encode_request(instances))
             except FleetcastError as error:
                 raise Unfit(f"{model.name}: {error}") from error
             seen[0] = reply.headers.get(HEADER_MODEL_VERSION.lower(), "")
-            return _quantiles(reply.body)
+            return _parse_quantiles(reply.body)
 
         return ask, lambda: seen[0]
 
@@ -139,18 +139,18 @@ class _Prediction(msgspec.Struct):
     quantiles: dict[str, list[float]]
 
 
-class _Answer(msgspec.Struct):
+class _WindowAnswer(msgspec.Struct):
     predictions: list[_Prediction]
 
 
-_ANSWER = msgspec.json.Decoder(_Answer)
+_ANSWER = msgspec.json.Decoder(_WindowAnswer)
 
 
-def _body(instances: Instances) -> bytes:
+def _encode_request(instances: Instances) -> bytes:
     return msgspec.json.encode({"instances": instances, **PRICE_SCORES})
 
 
-def _quantiles(answer: bytes) -> Float64:
+def _parse_quantiles(answer: bytes) -> Float64:
     """[n, horizon, levels], in the order of the archive's levels, as it answers them."""
     found = _ANSWER.decode(answer).predictions
     return np.array([list(each.quantiles.values()) for each in found], np.float64).transpose(0, 2, 1)
@@ -185,7 +185,7 @@ class Rolling:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecasts:
+class WindowForecasts:
     """One model's forecasts of the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
 
     series: Series
@@ -213,18 +213,18 @@ class Forecasts:
         """The actual values [W, H], NaN where missing."""
         return self.series.values[self.steps]
 
-    def cut(self, horizon: int, levels: Float64) -> "Forecasts":
+    def cut(self, horizon: int, levels: Float64) -> "WindowForecasts":
         """The first `horizon` steps at some of its levels."""
         kept = np.isin(self.levels, levels)
         return replace(self, levels=self.levels[kept], quantiles=self.quantiles[:, :horizon, kept])
 
 
-def forecasts(
+def forecast_windows(
     answers: Answers, model: ArchiveVersion, series: Series, origins: Steps, told: Told = lambda _: None
-) -> Forecasts:
+) -> WindowForecasts:
     """Ask for every window. Raises LoadError, Unfit."""
     forecast = model.forecast
-    _check(model, series, origins)
+    _check_windows(model, series, origins)
     ask, version = answers.of(model)
     found = []
     for at in range(0, len(origins), ROWS):
@@ -236,10 +236,10 @@ def forecasts(
             raise Unfit(f"{model.name}, windows from {series.stamp(some[0])}: {error}") from error
         told(len(some))
     levels = np.array(forecast.quantile_levels)
-    return Forecasts(series, model.name, version(), origins, levels, np.concatenate(found))
+    return WindowForecasts(series, model.name, version(), origins, levels, np.concatenate(found))
 
 
-def _check(model: ArchiveVersion, series: Series, origins: Steps) -> None:
+def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> None:
     """Raises Unfit, in terms of the file, for what a server would refuse a request for."""
     forecast = model.forecast
     if step_seconds(forecast.frequency) != round(series.step.total_seconds()):

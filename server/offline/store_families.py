@@ -9,7 +9,7 @@ from handlers.kinds import RowModel
 from handlers.model import open_model
 from model_store.errors import LoadError
 from server.offline.archive_location import ArchiveLocation
-from server.offline.host_checks import Fact
+from server.offline.host_checks import HostFact
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -31,14 +31,14 @@ class StoreFamilies:
     """What was found in a store: its families by key, and facts. `bad`: something there would not serve."""
 
     families: dict[str, Measurable] = field(default_factory=dict)
-    facts: list[Fact] = field(default_factory=list)
+    facts: list[HostFact] = field(default_factory=list)
     bad: bool = False
 
 
 def built_in_families() -> Iterator[Measurable]:
     """Every architecture in its default configuration, with random numbers."""
     for name in forecasters.ARCHITECTURES:
-        family = forecasters.build(name, {})
+        family = forecasters.build_family(name, {})
         yield Measurable(name, family, family.row(forecasters.random_tensors(family, 0)))
 
 
@@ -49,11 +49,11 @@ def find_families(settings: Settings, report_progress: Callable[[int, int], None
         source, limits = open_store(settings)
         names = [listed.name for listed in source.list()]
     except (LoadError, ValueError) as error:
-        found.facts.append(Fact("store", settings.store, f"{error}"))
+        found.facts.append(HostFact("store", settings.store, f"{error}"))
         found.bad = True
         return found
     empty = "" if names else "it is empty: `fleetcast train` and `fleetcast pack` make archives"
-    found.facts.append(Fact("store", f"{settings.store}: {len(names)} archives", empty))
+    found.facts.append(HostFact("store", f"{settings.store}: {len(names)} archives", empty))
     some = names[:: -(-len(names) // MOST_ARCHIVES)] if names else []
     for name in some:
         report_progress(1, len(some))
@@ -61,7 +61,7 @@ def find_families(settings: Settings, report_progress: Callable[[int, int], None
             model = open_model(ArchiveLocation(source, name, limits).fetch()[0])
         except LoadError as error:
             found.bad = True
-            found.facts.append(Fact("archive", name, f"would not load: {error}"))
+            found.facts.append(HostFact("archive", name, f"would not load: {error}"))
             continue
         body, row = model.built.body, model.built.row
         if isinstance(body, RowModel) and row is not None:

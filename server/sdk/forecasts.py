@@ -76,11 +76,11 @@ class ForecastResult(msgspec.Struct, frozen=True):
     item_id: str | int | None = None
 
 
-class _Answer(msgspec.Struct):
+class _ForecastAnswer(msgspec.Struct):
     predictions: list[ForecastResult]
 
 
-_ANSWER = msgspec.json.Decoder(_Answer)
+_ANSWER = msgspec.json.Decoder(_ForecastAnswer)
 _ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.tolist())  # of numpy and pandas; NaN becomes null
 
 

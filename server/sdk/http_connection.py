@@ -89,11 +89,11 @@ class HttpConnection:
             cause = error.reason if isinstance(error, MaxRetryError) else error
             raise Unreachable(f"{self.url}: {cause} (is `fleetcast serve` running there?)") from error
         if reply.status != OK:
-            raise error_from_reply(reply.status, reply.headers.get(HEADER_ERROR_TYPE, ""), _decode(reply.data))
+            raise error_from_reply(reply.status, reply.headers.get(HEADER_ERROR_TYPE, ""), _decode_body(reply.data))
         return reply
 
 
-def _decode(body: bytes) -> Any:
+def _decode_body(body: bytes) -> Any:
     """JSON, or the text that stands there instead."""
     try:
         return json.loads(body)

@@ -22,7 +22,7 @@ import structlog
 import server
 from server.errors import Situation
 from server.host import WorkerPlan
-from server.ipc.control import Channel, ChannelClosed, ControlError
+from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.operations import AskedByFront, AskedByWorker, Drain, Operation, Ping, Reply
 
 BACK_OFF_S = (0.1, 10.0)
@@ -46,7 +46,7 @@ class Child:
     failures: int = 0
     proven: bool = False  #: has been ready at least once
     process: asyncio.subprocess.Process | None = None
-    channel: Channel | None = None
+    channel: ControlChannel | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -157,7 +157,7 @@ class Children:
         with theirs:
             child.process = await self._spawn(child, theirs)
         accepted = AskedByFront if child.kind == "front" else AskedByWorker
-        child.channel = await Channel.open(ours, accepted, lambda asked: self._parent.answer_child(child, asked))
+        child.channel = await ControlChannel.open(ours, accepted, lambda asked: self._parent.answer_child(child, asked))
         served = asyncio.create_task(child.channel.run())
         code = await child.process.wait()
         await served

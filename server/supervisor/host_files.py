@@ -31,13 +31,13 @@ async def keep_disk_cache(settings: Settings, metrics: HostMetrics) -> None:
     disk = DiskTier(settings.disk_cache, settings.store)
     metrics.disk_capacity.set(budget)
     while True:
-        evicted, used, spent = await asyncio.to_thread(_sweep, disk, budget)
+        evicted, used, spent = await asyncio.to_thread(_sweep_disk, disk, budget)
         metrics.disk_evictions.inc(evicted)
         metrics.disk_bytes.set(used)
         await asyncio.sleep(max(DISK_SWEEP_S, DISK_REST * spent))
 
 
-def _sweep(disk: DiskTier, budget: int) -> tuple[int, int, float]:
+def _sweep_disk(disk: DiskTier, budget: int) -> tuple[int, int, float]:
     """One sweep of the disk tier: how many were evicted, bytes that are left, and processor seconds it took."""
     started = time.thread_time()
     evicted = len(disk.evict(budget))

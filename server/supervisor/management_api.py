@@ -28,7 +28,7 @@ from server.access.sites import Sites
 from server.access.tls import open_tls
 from server.errors import Situation
 from server.host import raise_open_files_limit
-from server.http_listener import Listener, listener
+from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
@@ -62,7 +62,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
         try:
             limit = min(MAX_PAGE, max(1, int(request.query_params.get("limit", "100"))))
         except ValueError:
-            return _error(Situation.BAD_REQUEST, 400, "limit must be a number")
+            return _make_error_response(Situation.BAD_REQUEST, 400, "limit must be a number")
         page, more = await supervisor.models(prefix, after, limit)
         return JSONResponse({"models": page, "next_after": page[-1]["model"] if more else None})
 
@@ -71,7 +71,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
         rows, _ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
         if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
-            return _error(Situation.NOT_FOUND, 404, message)
+            return _make_error_response(Situation.NOT_FOUND, 404, message)
         return JSONResponse(rows[0])
 
     def post(verb: Verb) -> Callable[[Request], Awaitable[Response]]:
@@ -114,7 +114,7 @@ def metrics_app(supervisor: Supervisor) -> Starlette:
     return Starlette(routes=[Route("/metrics", metrics)])
 
 
-def bind(host: str, port: int, name: str) -> socket.socket:
+def bind_socket(host: str, port: int, name: str) -> socket.socket:
     """A listening socket. Raises OSError whose message names the flags to change."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -130,7 +130,7 @@ def bind(host: str, port: int, name: str) -> socket.socket:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[str, str]]]:
+async def run_server(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[str, str]]]:
     """The whole server: yields the supervisor and the listeners' addresses once everything is ready, drains on exit.
 
     Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
@@ -144,16 +144,16 @@ async def running(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[st
             "management": settings.management_port,
             "metrics": settings.metrics_port,
         }
-        socks = {name: stack.enter_context(bind(hosts[name], port, name)) for name, port in ports.items()}
+        socks = {name: stack.enter_context(bind_socket(hosts[name], port, name)) for name, port in ports.items()}
         scheme = "http" if settings.tls_certificate is None else "https"
-        addresses = {name: _address(sock, scheme) for name, sock in socks.items()}
+        addresses = {name: _format_address(sock, scheme) for name, sock in socks.items()}
         supervisor = Supervisor(settings)
         stack.push_async_callback(supervisor.stop)
         for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
             tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
             sites = Sites([hosts[name]], settings.allowed_hosts)
             checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))
-            server = listener(checked, 1, settings.client_timeout_s, settings.keep_alive_s, tls)
+            server = make_listener(checked, 1, settings.client_timeout_s, settings.keep_alive_s, tls)
             task = asyncio.create_task(server.serve(sockets=[socks[name]]))
             stack.push_async_callback(_end_listener, server, task)
         await supervisor.start(socks["inference"])
@@ -198,28 +198,28 @@ def _write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _address(sock: socket.socket, scheme: str) -> str:
+def _format_address(sock: socket.socket, scheme: str) -> str:
     host, port = sock.getsockname()[:2]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _error(situation: Situation, status: int, message: str) -> JSONResponse:
+def _make_error_response(situation: Situation, status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"code": situation.name.lower(), "message": message}}, status_code=status)
 
 
 async def _control_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ControlError)
     situation = Situation(error.situation) if error.situation else Situation.INTERNAL
-    return _error(situation, _STATUS.get(situation, 500), str(error))
+    return _make_error_response(situation, _STATUS.get(situation, 500), str(error))
 
 
 async def _bad_name(_: Request, error: Exception) -> Response:
-    return _error(Situation.BAD_NAME, 400, str(error))
+    return _make_error_response(Situation.BAD_NAME, 400, str(error))
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     situation = Situation.BAD_METHOD if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED else Situation.NO_ROUTE
-    return _error(
+    return _make_error_response(
         situation, error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}; see /fleet/models"
     )

@@ -70,14 +70,14 @@ def remove_abandoned(base: Path) -> None:
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 continue
-            with _unused(folder / LOCK_FILE) as unused:
+            with _hold_if_unused(folder / LOCK_FILE) as unused:
                 if unused:
                     shutil.rmtree(folder, ignore_errors=True)
                     log.info("abandoned_folder_removed", folder=str(folder))
 
 
 @contextlib.contextmanager
-def _unused(lock: Path) -> Iterator[bool]:
+def _hold_if_unused(lock: Path) -> Iterator[bool]:
     """Whether nobody holds the lock; it is held meanwhile. Raises OSError where there is no such file.
 
     A server that is just starting has a folder without a lock file for a moment: such a folder is left alone.

@@ -47,7 +47,7 @@ from server.ipc.operations import (
     UnpinModel,
     WorkerAssignment,
 )
-from server.metrics import HostMetrics, Merged
+from server.metrics import HostMetrics, MergedMetrics
 from server.routing import Router
 from server.settings import Settings
 from server.supervisor.children import Child, Children
@@ -80,8 +80,8 @@ class Supervisor:
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
         self._homes = Router()  # over all workers, up or not: a pin's home does not wander
         for plan in self.plans:
-            self._homes.up(plan.index)
-        self._metrics, self._merged = HostMetrics(), Merged()
+            self._homes.worker_up(plan.index)
+        self._metrics, self._merged = HostMetrics(), MergedMetrics()
         self._folder = RuntimeFolder()
         self._quarantine = ServerQuarantine()
         self._disk_keeper: asyncio.Task[None] | None = None
@@ -167,7 +167,7 @@ class Supervisor:
 
     def note_end(self, child: Child) -> None:
         """Keep what the incarnation counted, and tell the fronts that it is gone."""
-        self._merged.buried(child.name)
+        self._merged.retire(child.name)
         if child.kind == "worker" and self._quarantine.note_death(Path(self._running(child))):
             self._announce_quarantine()
         self._announce_workers(child)
@@ -175,7 +175,7 @@ class Supervisor:
     def note_restart(self, child: Child) -> None:
         """Count a worker's restart."""
         if child.plan is not None:
-            self._metrics.restarts.labels(*_labels(child.plan)).inc()
+            self._metrics.restarts.labels(*_make_labels(child.plan)).inc()
 
     def _worker_assignment(self, worker: Child) -> WorkerAssignment:
         assert worker.plan is not None, "every worker has a plan"
@@ -202,7 +202,7 @@ class Supervisor:
     def _announce_workers(self, child: Child) -> None:
         """Tell the fronts which workers are up, after `child` has come up or ended."""
         if child.plan is not None:
-            self._metrics.up.labels(*_labels(child.plan)).set(child.ready.is_set())
+            self._metrics.up.labels(*_make_labels(child.plan)).set(child.ready.is_set())
         sockets = {worker.index: self._socket(worker) for worker in self.workers if worker.ready.is_set()}
         for front in self.fronts:
             if front.channel is not None and front.ready.is_set():
@@ -308,7 +308,7 @@ class Supervisor:
             for child in (*self.workers, *self.fronts)
         ]
 
-    async def metrics(self) -> Merged:
+    async def metrics(self) -> MergedMetrics:
         """The metrics of all processes, now. A process too busy to answer contributes what it answered last."""
         children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set()]
         await asyncio.gather(*(self._scrape(child) for child in children))
@@ -358,5 +358,5 @@ def open_access_log(settings: Settings) -> AccessLog | None:
         raise StartFailed(f"--access-log {settings.access_log}: {error}") from error
 
 
-def _labels(plan: WorkerPlan) -> tuple[str, str]:
+def _make_labels(plan: WorkerPlan) -> tuple[str, str]:
     return str(plan.index), plan.device

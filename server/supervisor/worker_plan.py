@@ -18,7 +18,7 @@ def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
     cuda = _uses_cuda(settings, host)
     default = len(host.gpus) * settings.workers_per_device if cuda else max(1, len(host.cores) - 1)
     count = settings.workers or default
-    budget = _budget(settings, host, count, cuda=cuda)
+    budget = _compute_budget(settings, host, count, cuda=cuda)
     shares = share_cores(host.cores, count)
     gpus = [host.gpus[i % len(host.gpus)] if cuda else "" for i in range(count)]
     return [
@@ -44,7 +44,7 @@ def _uses_cuda(settings: Settings, host: Host) -> bool:
     return cuda
 
 
-def _budget(settings: Settings, host: Host, count: int, *, cuda: bool) -> int:
+def _compute_budget(settings: Settings, host: Host, count: int, *, cuda: bool) -> int:
     """Bytes of a worker's cache. 0 when the workers measure their GPU: this process has no torch."""
     if cuda and not settings.model_cache_bytes:
         return 0

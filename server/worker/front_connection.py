@@ -7,13 +7,13 @@ import msgspec
 
 from server.errors import Refused, Situation
 from server.ipc.bodies import Inbox
-from server.ipc.connection import Connection
+from server.ipc.connection import FrameConnection
 from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 
 
-class FrontConnection(Connection):
+class FrontConnection(FrameConnection):
     """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself.
 
     `max_unsent_bytes`: of large answers that wait here for slow clients; further ones are refused as overload.

@@ -16,7 +16,7 @@ import torch
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
-from server.worker.model_loader import Built
+from server.worker.model_loader import LoadedModel
 
 TIER = "host"
 
@@ -27,7 +27,7 @@ class Kept:
 
     start: int
     numbers: torch.Tensor
-    built: Built
+    built: LoadedModel
     held: bool = False
 
     def __repr__(self) -> str:
@@ -35,10 +35,10 @@ class Kept:
         return f"<{self.built.model}@{self.built.version} at {self.start}{' held' if self.held else ''}>"
 
 
-class Shelf:
+class HostCache:
     """Keeps rows in `memory` [n] float32 on the host. A row validated `revalidate_s` ago or longer is not served.
 
-    `clock` is wall clock time, like `Built.validated_at`.
+    `clock` is wall clock time, like `LoadedModel.validated_at`.
     """
 
     def __init__(self, memory: torch.Tensor, revalidate_s: float, clock: Callable[[], float] = time.time) -> None:
@@ -70,13 +70,13 @@ class Shelf:
         if not self._advance(size):
             return None
         numbers = self._memory[self._head : self._head + size]
-        built = Built(slot.model, slot.version, TIER, 0.0, body, numbers.numpy(), None, validated_at)
+        built = LoadedModel(slot.model, slot.version, TIER, 0.0, body, numbers.numpy(), None, validated_at)
         self._kept[slot.model] = Kept(self._head, numbers, built)
         self._head += size
         self.used_bytes += slot.charge
         return numbers
 
-    def take(self, model: ModelName, *, stale: bool = False) -> Built | None:
+    def take(self, model: ModelName, *, stale: bool = False) -> LoadedModel | None:
         """The model, if its row is kept and was validated recently enough (`stale`: at any time).
 
         INVARIANT: the row is held, and its numbers stay, until `drop` or `put_back`.

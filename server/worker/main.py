@@ -17,9 +17,9 @@ from model_store.cache.eviction import policy_named
 from model_store.errors import LoadError
 from model_store.stores.disk_cache import DiskTier
 from model_store.stores.model_store import ModelStore
-from server.access_log import Arrivals
+from server.access_log import ArrivalBuffer
 from server.host import WorkerPlan
-from server.ipc.control import Member
+from server.ipc.control import ChildChannel
 from server.ipc.frames import CHUNK
 from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
 from server.logs import STANDARD_ERROR, configure_logs
@@ -30,18 +30,18 @@ from server.worker.engine.cpu import Engine
 from server.worker.engine.device import CudaDevice, cache_share
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
-from server.worker.host_cache import Shelf
+from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
-from server.worker.model_loader import Loader, open_store, target_of
-from server.worker.prefetch.prefetcher import Foresight
+from server.worker.model_loader import ModelLoader, open_store, target_of
+from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.quarantine import Running
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 
 
 def build_steps(
-    settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: Arrivals | None, running: Running
+    settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: ArrivalBuffer | None, running: Running
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
@@ -56,13 +56,13 @@ def build_steps(
         cache,
         Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
         engine,
-        Loader(store, target_of(settings, where.type, plan.threads)),
+        ModelLoader(store, target_of(settings, where.type, plan.threads)),
         metrics,
-        shelf=Shelf(memory, settings.revalidate_s),
+        shelf=HostCache(memory, settings.revalidate_s),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
         patience_s=settings.request_timeout_s,
-        foresight=Foresight(cache, metrics, ahead) if settings.prefetch == "on" else None,
+        foresight=Prefetcher(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
         long=LongJobs(asyncio.get_running_loop(), rows=where.type == "cpu", noted=running),
     )
@@ -100,14 +100,14 @@ def open_memory(
 
 async def main(control_fd: int) -> None:
     """Get an assignment from the supervisor, get ready, serve until it closes the channel."""
-    member = Member(AskedOfWorker)
+    member = ChildChannel(AskedOfWorker)
     assignment = await member.join(control_fd, JoinAsWorker())
     if assignment is None:
         return
     settings, plan = assignment.settings, assignment.plan
     configure_logs(settings.log_level, settings.log_format, worker=plan.index)
     pin_process(plan)
-    arrivals = Arrivals() if settings.access_log else None
+    arrivals = ArrivalBuffer() if settings.access_log else None
     try:
         steps = build_steps(
             settings, plan, torch.device(assignment.torch_device), arrivals, Running(assignment.running)

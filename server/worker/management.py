@@ -6,7 +6,7 @@ import msgspec
 
 from model_store.errors import LoadError
 from model_store.names import parse_model_name
-from server.access_log import Arrivals
+from server.access_log import ArrivalBuffer
 from server.errors import situation_of
 from server.ipc.control import ControlError
 from server.ipc.operations import (
@@ -30,7 +30,7 @@ from server.worker.step_loop import StepLoop
 class Management:
     """Answers operations from the step loop and the rows for the access log, which is None where none is kept."""
 
-    def __init__(self, steps: StepLoop, arrivals: Arrivals | None) -> None:
+    def __init__(self, steps: StepLoop, arrivals: ArrivalBuffer | None) -> None:
         self._steps, self._arrivals = steps, arrivals
 
     def __repr__(self) -> str:
@@ -63,7 +63,7 @@ class Management:
                 self._steps.quarantine.replace(reasons)
                 return None
             case ScrapeMetrics():
-                return self._steps.exposition()
+                return self._steps.render_metrics()
             case TakeAccessLog():
                 return AccessLogRows(*(("", 0, 0) if self._arrivals is None else self._arrivals.take()))
             case Ping():

@@ -21,7 +21,7 @@ from server.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class LoadedModel:
     """A verified model without a place: `row` for a RowModel. `download_s` in store requests, `tier` disk or store.
 
     `validated_at`: wall clock, when the store was last asked for this version.
@@ -55,17 +55,17 @@ class Built:
         return self.body.family_key
 
 
-class Builder(Protocol):
+class ModelBuilder(Protocol):
     """What the step loop wants of a loader."""
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> Built:
+    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
         """A verified model. Called on loader threads. Raises LoadError."""
 
     def forget(self, model: ModelName) -> None:
         """The archive proved bad after all: the next load asks the store again."""
 
 
-class Loader:
+class ModelLoader:
     """Builds models from one store. Thread-safe."""
 
     def __init__(self, store: ModelStore, target: Target) -> None:
@@ -75,17 +75,19 @@ class Loader:
         """For example `<Loader of ModelStore(...)>`."""
         return f"<Loader of {self._store!r}>"
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> Built:
+    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
         """Fetch and verify; everything but the golden sample of a row, which needs the device. Raises LoadError."""
         found = self._store.fetch(model, revalidate)
         try:
-            built, golden = kinds.build(found.archive, self._target), found.archive.golden()
+            built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
             if golden is not None and built.row is None:
                 built.body.prove(model, golden, None)
         except LoadError:
             self._store.forget(model)
             raise
-        return Built(model, found.version, found.tier, found.store_s, built.body, built.row, golden, found.validated_at)
+        return LoadedModel(
+            model, found.version, found.tier, found.store_s, built.body, built.row, golden, found.validated_at
+        )
 
     def forget(self, model: ModelName) -> None:
         """The archive proved bad after all: the next load asks the store again."""
@@ -121,7 +123,7 @@ def open_store(settings: Settings) -> tuple[Source, Limits]:
     return source, limits
 
 
-def timed_build(loader: Builder, model: ModelName, *, revalidate: bool) -> tuple[Built | LoadError, float]:
+def timed_build(loader: ModelBuilder, model: ModelName, *, revalidate: bool) -> tuple[LoadedModel | LoadError, float]:
     """The built model, or why not, and the seconds it took. Whatever else goes wrong becomes a LoadError too."""
     started = time.perf_counter()
     try:

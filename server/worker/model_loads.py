@@ -20,9 +20,9 @@ from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
-from server.worker.model_loader import Builder, Built, timed_build, unexpected
-from server.worker.prefetch.prefetcher import Foresight, Result
-from server.worker.resident_models import Residents
+from server.worker.model_loader import LoadedModel, ModelBuilder, timed_build, unexpected
+from server.worker.prefetch.prefetcher import Prefetcher, PrefetchOutcome
+from server.worker.resident_models import ResidentModels
 
 MAX_MESSAGE = 2000  #: characters of a failure that are kept
 #: Loads that wait or run. A client may leave at once, so that the queue of requests does not bound them.
@@ -33,29 +33,29 @@ MAX_BUILT_BYTES = 256 * 1024 * 1024
 log = structlog.get_logger()
 
 
-class Waiting(Protocol):
+class LoadListener(Protocol):
     """What a load tells the step loop, which holds the requests that wait for the model."""
 
-    def served(self, built: Built, now: float) -> None:
+    def served(self, built: LoadedModel, now: float) -> None:
         """The model is resident."""
 
     def failed(self, model: ModelName, error: LoadError) -> None:
         """The load failed."""
 
     def wake(self) -> None:
-        """A model is built: call `Loads.place` in the next step."""
+        """A model is built: call `Loads.place_built` in the next step."""
 
 
-class Loads:
+class ModelLoads:
     """The loads of one worker. A built model waits for memory at most `patience_s`; `now` is the monotonic clock."""
 
     def __init__(
         self,
-        residents: Residents,
-        waiting: Waiting,
-        loader: Builder,
+        residents: ResidentModels,
+        waiting: LoadListener,
+        loader: ModelBuilder,
         metrics: WorkerMetrics,
-        foresight: Foresight | None,
+        foresight: Prefetcher | None,
         *,
         threads: int,
         patience_s: float,
@@ -69,7 +69,7 @@ class Loads:
         self._queued: deque[tuple[ModelName, bool]] = deque()  # loads that wait for one, and whether to revalidate
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
-        self.built: deque[tuple[Built, float]] = deque()  # verified models that wait for memory, and since when
+        self.built: deque[tuple[LoadedModel, float]] = deque()  # verified models that wait for memory, and since when
         self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # loads by operators
 
     def __repr__(self) -> str:
@@ -118,17 +118,17 @@ class Loads:
             task = self._threads.submit(timed_build, self._loader, model, revalidate=revalidate)
             task.add_done_callback(partial(self._pass_on, model))
 
-    def _pass_on(self, model: ModelName, done: "Future[tuple[Built | LoadError, float]]") -> None:
+    def _pass_on(self, model: ModelName, done: "Future[tuple[LoadedModel | LoadError, float]]") -> None:
         """Runs on the loader thread, or on any that cancels."""
         if not done.cancelled():
-            self._loop.call_soon_threadsafe(self._ended, model, *done.result())
+            self._loop.call_soon_threadsafe(self._end_load, model, *done.result())
 
     def look_ahead(self) -> None:
         """Start prefetches of models that are expected to be requested, as far as the prefetcher allows now."""
         if self._foresight is None:
             return
         now = self._now()
-        while (model := self._foresight.next(now)) is not None:
+        while (model := self._foresight.next_load(now)) is not None:
             self.begin(model, now)
 
     def close(self) -> None:
@@ -138,7 +138,7 @@ class Loads:
 
     # --- built ------------------------------------------------------------------------------------------------------
 
-    def _ended(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
+    def _end_load(self, model: ModelName, built: LoadedModel | LoadError, seconds: float) -> None:
         """Take the result of a loader thread."""
         self._idle += 1
         try:
@@ -146,7 +146,7 @@ class Loads:
         finally:
             self._build_next()
 
-    def _take(self, model: ModelName, built: Built | LoadError, seconds: float) -> None:
+    def _take(self, model: ModelName, built: LoadedModel | LoadError, seconds: float) -> None:
         if isinstance(built, StoreUnavailable) and (kept := self._shelf.take(model, stale=True)) is not None:
             log.warning("store_unavailable_serving_stale", model=model, version=kept.version, error=str(built))
             self._queue(kept, self._now())
@@ -165,24 +165,24 @@ class Loads:
         log.debug("built", model=model, version=built.version, tier=built.tier, seconds=round(seconds, 4))
         self._queue(built, self._now())
 
-    def _queue(self, built: Built, now: float) -> None:
+    def _queue(self, built: LoadedModel, now: float) -> None:
         self.built.append((built, now))
         self._waiting.wake()
 
-    def _prove(self, built: Built) -> None:
+    def _prove(self, built: LoadedModel) -> None:
         """Check the golden sample of a row, in scratch memory. INVARIANT: this precedes any eviction for the model."""
         residents = self._residents
         built.prove(lambda family, row, x: residents.with_memory(lambda: residents.engine.probe(family, row, x)))
 
     # --- placed -----------------------------------------------------------------------------------------------------
 
-    def place(self) -> bool:
+    def place_built(self) -> bool:
         """Place built models in order until one must wait. True if something changed."""
         changed = False
         while self.built:
             built, since = self.built[0]
             now = self._now()
-            if self._unchanged(built):
+            if self._keep_unchanged(built):
                 self.built.popleft()
                 self._build_next()
                 continue
@@ -199,11 +199,11 @@ class Loads:
                     self._residents.evict(victim, now, "budget")
                 continue
             self.built.popleft()
-            self._decided(built, placement, now)
+            self._apply_placement(built, placement, now)
             self._build_next()
         return changed
 
-    def _decided(self, built: Built, placement: Placement, now: float) -> None:
+    def _apply_placement(self, built: LoadedModel, placement: Placement, now: float) -> None:
         """End the load by its placement: the model gets its slot, or the load is dismissed or fails."""
         if isinstance(placement, Placed):
             self._settle(placement.slot, built, now)
@@ -213,16 +213,16 @@ class Loads:
             why = placement.why if isinstance(placement, Refuse) else f"all room was in use for {self._patience_s} s"
             self._fail(built.model, NoRoom(f"{built.model}: {why}"))
 
-    def _unchanged(self, built: Built) -> bool:
+    def _keep_unchanged(self, built: LoadedModel) -> bool:
         """End a reload that found the serving version again; False if it found another version."""
-        slot = self._residents.unchanged(built)
+        slot = self._residents.revalidate_same(built)
         if slot is None:
             return False
         self._started.pop(built.model)
         self._tell(built.model, slot.version)
         return True
 
-    def _settle(self, slot: Slot, built: Built, now: float) -> None:
+    def _settle(self, slot: Slot, built: LoadedModel, now: float) -> None:
         """Copy the model into its slot, serve from it, and tell all who wait."""
         try:
             self._residents.write(slot, built)
@@ -237,13 +237,13 @@ class Loads:
         self._tell(built.model, built.version)
         log.info("loaded", model=built.model, version=built.version, tier=built.tier)
         if self._foresight is not None:
-            self._foresight.loaded(built.model)
+            self._foresight.note_loaded(built.model)
             self.look_ahead()
 
     def _fail(self, model: ModelName, error: LoadError) -> None:
         """End a failed load: tell all who wait for it the cause. No model is evicted."""
         if self._foresight is not None:
-            self._foresight.ended(model, Result.FAILED)
+            self._foresight.note_ended(model, PrefetchOutcome.FAILED)
         error = _without_frames(error)
         self._cache.failed(model, error, self._now())
         self._shelf.drop(model)
@@ -260,7 +260,7 @@ class Loads:
     def _dismiss(self, model: ModelName) -> None:
         """End a prefetch that got no memory; it does not count as a failure of the model."""
         assert self._foresight is not None, "only the prefetcher starts speculative loads"
-        self._foresight.ended(model, Result.REFUSED)
+        self._foresight.note_ended(model, PrefetchOutcome.REFUSED)
         self._cache.dismiss(model)
         self._shelf.put_back(model)
         self._started.pop(model)

@@ -20,31 +20,31 @@ from model_store.names import ModelName
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import STAGING_BYTES, DeviceEngine
 from server.worker.engine.cpu import Engine
-from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built
-from server.worker.prefetch.prefetcher import Foresight
+from server.worker.host_cache import HostCache
+from server.worker.model_loader import LoadedModel
+from server.worker.prefetch.prefetcher import Prefetcher
 
 _Result = TypeVar("_Result")
 
 log = structlog.get_logger()
 
 
-class Residents:
+class ResidentModels:
     """The loaded models of one worker. `foresight` is told which models leave; `now` is the monotonic clock."""
 
     def __init__(
         self,
         cache: Cache,
         engine: Engine | DeviceEngine,
-        shelf: Shelf,
+        shelf: HostCache,
         metrics: WorkerMetrics,
-        foresight: Foresight | None,
+        foresight: Prefetcher | None,
         now: Callable[[], float],
     ) -> None:
         self.cache, self.engine, self.shelf = cache, engine, shelf
         self._metrics, self._foresight, self._now = metrics, foresight, now
         self._bodies: dict[Slot, RowModel | SingleModel] = {}
-        self._validated: dict[Slot, float] = {}  # `Built.validated_at` of each
+        self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
 
@@ -58,24 +58,24 @@ class Residents:
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
-    def write(self, slot: Slot, built: Built) -> None:
+    def write(self, slot: Slot, built: LoadedModel) -> None:
         """Copy the row's numbers to the slot's place. Raises whatever a failing copy raises."""
         row = built.row
         if row is not None:
             self.with_memory(lambda: self.engine.pool.write(slot.offset, row))
 
-    def settle(self, slot: Slot, built: Built, now: float) -> bool:
+    def settle(self, slot: Slot, built: LoadedModel, now: float) -> bool:
         """Serve from a written slot and retire the old version. True if there was one."""
         swapped = slot.model in self.cache
         old = self.cache.ready(slot, now)
         self._bodies[slot], self._validated[slot] = built.body, built.validated_at
         self.shelf.drop(built.model)
-        insort(self._sorted, slot, key=_name)
+        insort(self._sorted, slot, key=_slot_name)
         if old is not None:
             self.retire(old)
         return swapped
 
-    def unchanged(self, built: Built) -> Slot | None:
+    def revalidate_same(self, built: LoadedModel) -> Slot | None:
         """The slot that serves this version already, revalidated; None if another version serves."""
         slot = self.cache.unchanged(built.model, built.version)
         if slot is not None:
@@ -123,11 +123,11 @@ class Residents:
         if not self.cache.retired(slot):
             return
         del self._bodies[slot], self._validated[slot]
-        del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_name))]
+        del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_slot_name))]
         if slot.model not in self.cache:
             self._metrics.model_gone(slot.model)
             if self._foresight is not None:
-                self._foresight.left(slot.model)
+                self._foresight.note_evicted(slot.model)
         self._metrics.unloading.observe(time.perf_counter() - started)
         for future in self._leaving.pop(slot, []):
             if not future.done():
@@ -165,7 +165,7 @@ class Residents:
 
     # --- contents ---------------------------------------------------------------------------------------------------
 
-    def gauges(self) -> None:
+    def update_gauges(self) -> None:
         """Update the gauges of models and bytes held."""
         self._metrics.loaded.set(len(self.cache))
         self._metrics.bytes.set(self.cache.used_bytes)
@@ -180,7 +180,7 @@ class Residents:
         resident models.
         """
         now, found = self._now(), dict[ModelName, list[dict[str, Any]]]()
-        for at in range(bisect_left(self._sorted, max(prefix, after), key=_name), len(self._sorted)):
+        for at in range(bisect_left(self._sorted, max(prefix, after), key=_slot_name), len(self._sorted)):
             slot = self._sorted[at]
             if not slot.model.startswith(prefix) or (len(found) >= limit and slot.model not in found):
                 break
@@ -198,7 +198,7 @@ class Residents:
         return [row for model in sorted(found)[:limit] for row in found[model]]
 
     def _is_here(self, model: ModelName) -> bool:
-        at = bisect_left(self._sorted, model, key=_name)
+        at = bisect_left(self._sorted, model, key=_slot_name)
         return at < len(self._sorted) and self._sorted[at].model == model
 
     def _row(self, slot: Slot, now: float) -> dict[str, Any]:
@@ -218,5 +218,5 @@ class Residents:
         }
 
 
-def _name(slot: Slot) -> ModelName:
+def _slot_name(slot: Slot) -> ModelName:
     return slot.model

@@ -83,16 +83,16 @@ class Scheduler:
         self._counts[job.model] = queued + 1
         self._total += 1
 
-    def wait(self, job: Job) -> None:
+    def add_waiting(self, job: Job) -> None:
         """Add a job whose model is being loaded."""
         self._waiting.setdefault(job.model, []).append(job)
 
-    def awaited(self, model: ModelName) -> list[Job]:
+    def take_waiting(self, model: ModelName) -> list[Job]:
         """Remove and return the jobs that wait for this model, without those that are done."""
         jobs = self._waiting.pop(model, [])
         return [job for job in jobs if not job.done]
 
-    def ready(self, group: str, job: Job) -> None:
+    def add_ready(self, group: str, job: Job) -> None:
         """Queue a job whose model is resident for one of the group's next batches."""
         self._queues(group).setdefault(job.model, deque()).append(job)
 
@@ -144,7 +144,7 @@ class Scheduler:
             del self._counts[job.model]
         return True
 
-    def expired(self, now: float) -> list[Job]:
+    def take_expired(self, now: float) -> list[Job]:
         """Remove and return the jobs that wait for their model and whose deadline has passed.
 
         Deadlines of ready jobs are checked when their batch runs. Done jobs are dropped, so that a slow load does not
@@ -162,7 +162,7 @@ class Scheduler:
                 del self._waiting[model]
         return late
 
-    def jobs(self) -> Iterator[Job]:
+    def open_jobs(self) -> Iterator[Job]:
         """All ready and waiting jobs, without those that are done."""
         groups = (*self._ready.values(), *self._parked.values())
         queues: Iterable[Iterable[Job]] = (queue for queues in groups for queue in queues.values())

@@ -22,23 +22,23 @@ import torch
 from handlers.codecs.codec import Encoded
 from handlers.errors import Overran, RequestError, RunFailed
 from handlers.kinds import RowModel, SingleModel
-from model_store.cache.cache import Cache, Failure, Load
+from model_store.cache.cache import Cache, FailedLoad, Load
 from model_store.cache.slots import Slot
 from model_store.errors import LoadError
 from model_store.names import ModelName
-from server.access_log import LOST, REFUSED, Arrivals
+from server.access_log import LOST, REFUSED, ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
-from server.worker.host_cache import Shelf
+from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, Outcome, Pace, answer_alone, answer_rows
-from server.worker.model_loader import Builder, Built
-from server.worker.model_loads import Loads
-from server.worker.prefetch.prefetcher import Foresight
+from server.worker.model_loader import LoadedModel, ModelBuilder
+from server.worker.model_loads import ModelLoads
+from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.quarantine import Quarantine
-from server.worker.resident_models import Residents
+from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, QueueFull, Scheduler
 
 SWEEP_S = 0.05
@@ -70,20 +70,20 @@ class StepLoop:
         cache: Cache,
         scheduler: Scheduler,
         engine: Engine | DeviceEngine,
-        loader: Builder,
+        loader: ModelBuilder,
         metrics: WorkerMetrics,
         *,
-        shelf: Shelf,
+        shelf: HostCache,
         batch: int,
         loader_threads: int,
         patience_s: float,
-        foresight: Foresight | None = None,
-        arrivals: Arrivals | None = None,
+        foresight: Prefetcher | None = None,
+        arrivals: ArrivalBuffer | None = None,
         long: LongJobs | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._residents = Residents(cache, engine, shelf, metrics, foresight, now)
-        self._loads = Loads(
+        self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
+        self._loads = ModelLoads(
             self._residents, self, loader, metrics, foresight, threads=loader_threads, patience_s=patience_s, now=now
         )
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
@@ -113,7 +113,7 @@ class StepLoop:
             origin.refuse(job, Refused(Situation.OVERLOADED, str(full)))
             return job
         if self._foresight is not None:
-            self._foresight.asked(model, now)
+            self._foresight.note_request(model, now)
         if (quarantined := self.quarantine.error(model)) is not None:
             self._refuse(job, Refused(situation_of(quarantined), str(quarantined)))
             return job
@@ -121,7 +121,7 @@ class StepLoop:
         if slot is not None:
             job.cache, job.slot = CacheResult.HIT, slot
             self._metrics.hits.inc()
-            self._scheduler.ready(_group(slot), job)
+            self._scheduler.add_ready(_get_group(slot), job)
             self.wake()
         else:
             self._await_model(job, now)
@@ -139,12 +139,12 @@ class StepLoop:
             self._cache.dismiss(job.model)
             self._refuse(job, Refused(Situation.OVERLOADED, f"{len(self._loads)} models are being loaded already"))
             return
-        if isinstance(wanted, Failure):
+        if isinstance(wanted, FailedLoad):
             self._refuse(job, Refused(situation_of(wanted.error), wanted.error.public))
             return
         job.cache = CacheResult.COALESCED if wanted is None else CacheResult.MISS
         (self._metrics.coalesced if wanted is None else self._metrics.misses).inc()
-        self._scheduler.wait(job)
+        self._scheduler.add_waiting(job)
         if wanted is not None:
             self._loads.begin(job.model, now)
 
@@ -159,7 +159,7 @@ class StepLoop:
     def step(self) -> None:
         """Place built models, then run one batch. Schedules another step if work is left."""
         self._woken = False
-        placed = bool(self._loads.built) and self._loads.place()
+        placed = bool(self._loads.built) and self._loads.place_built()
         if self._scheduler.has_work:
             group, jobs = self._scheduler.next_batch(self._batch)
             self._execute(group, jobs)
@@ -173,7 +173,7 @@ class StepLoop:
             return
         self._count([job for job in live if job.call is None], now)
         try:
-            if isinstance(self._residents[_slot(live[0])], RowModel):
+            if isinstance(self._residents[_get_slot(live[0])], RowModel):
                 self._run_rows(group, live, now)
             else:
                 self._run_single(group, live, now)
@@ -203,12 +203,12 @@ class StepLoop:
         """One forward for the rows of many models, of as many as a slice has time for."""
         running, calls, parts = list[Job](), list[Any](), list[Any]()
         began = time.perf_counter()
-        first = self._residents[_slot(jobs[0])]
+        first = self._residents[_get_slot(jobs[0])]
         assert isinstance(first, RowModel), "a group holds one family"
         pace = self._long.pace(first) if self._long is not None and self._long.rows else None
         room: float = math.inf if pace is None else pace.slice_rows
         for at, job in enumerate(jobs):
-            model = self._residents[_slot(job)]
+            model = self._residents[_get_slot(job)]
             assert isinstance(model, RowModel), "a group holds one family"
             if pace is not None and self._runs_apart(job, model, None, pace, now):
                 continue
@@ -230,7 +230,7 @@ class StepLoop:
             return
         jobs[:] = running  # the others do not fail with these
         started = time.perf_counter()
-        offsets = [_slot(job).offset for job in running]
+        offsets = [_get_slot(job).offset for job in running]
         answers = self._residents.with_memory(lambda: self._engine.run(first.family, offsets, parts))
         ended = time.perf_counter()
         self._metrics.batch_rows.observe(sum(map(len, parts)))
@@ -239,11 +239,11 @@ class StepLoop:
             pace.ran(sum(map(len, parts)), ended - started)
         for job, call, answer in zip(running, calls, answers, strict=True):
             self._encode(job, call.encode, answer, now, ended - started)
-        self._spent(began, started, ended)
+        self._count_step_time(began, started, ended)
 
     def _run_single(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Run the requests of one single model, together if the model allows it."""
-        model = self._residents[_slot(jobs[0])]
+        model = self._residents[_get_slot(jobs[0])]
         assert isinstance(model, SingleModel), "a group holds one single"
         long = self._long
         if long is not None and any(long.is_long_to_decode(job, model) for job in jobs):
@@ -275,7 +275,7 @@ class StepLoop:
                 self._refuse(job, Refused(Situation.MODEL_FAILED, str(outputs)))
             else:
                 self._encode(job, call.encode, outputs, now, ended - started)
-        self._spent(began, started, ended)
+        self._count_step_time(began, started, ended)
 
     # --- long requests, on other threads ----------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class StepLoop:
                 return False
         elif pace.seconds(len(call.rows)) + call.seconds <= LONG_S:
             return False
-        row = self._engine.pool.read(_slot(job).offset, model.family.row_floats * 4)  # the slot may move
+        row = self._engine.pool.read(_get_slot(job).offset, model.family.row_floats * 4)  # the slot may move
         started = time.perf_counter()
         self._long.start(
             [job],
@@ -338,7 +338,7 @@ class StepLoop:
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)
 
-    def _spent(self, began: float, started: float, ended: float) -> None:
+    def _count_step_time(self, began: float, started: float, ended: float) -> None:
         """Count a step's seconds of decoding (before `started`), forward (until `ended`) and encoding (until now)."""
         self._metrics.decode_s.inc(started - began)
         self._metrics.forward_s.inc(ended - started)
@@ -406,17 +406,17 @@ class StepLoop:
             return future
         return self._loads.ask(model, revalidate=revalidate)
 
-    def served(self, built: Built, now: float) -> None:
+    def served(self, built: LoadedModel, now: float) -> None:
         """Lease and queue the jobs that waited for this model: it is resident now."""
-        for job in self._scheduler.awaited(built.model):
+        for job in self._scheduler.take_waiting(built.model):
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.arrived, _TIERS[built.tier]
             self._metrics.loading_wait.observe(job.load_s)
-            self._scheduler.ready(_group(_slot(job)), job)
+            self._scheduler.add_ready(_get_group(_get_slot(job)), job)
 
     def failed(self, model: ModelName, error: LoadError) -> None:
         """Refuse the jobs that waited for this model, with the cause of its failed load."""
-        for job in self._scheduler.awaited(model):
+        for job in self._scheduler.take_waiting(model):
             self._refuse(job, Refused(situation_of(error), error.public))
 
     async def unload(self, model: ModelName) -> bool:
@@ -446,7 +446,7 @@ class StepLoop:
         """
         while True:
             await asyncio.sleep(SWEEP_S)
-            for job in self._scheduler.expired(self._now()):
+            for job in self._scheduler.take_expired(self._now()):
                 message = f"{job.model} was not ready before the deadline passed"
                 self._refuse(job, Refused(Situation.DEADLINE, message))
             for job in [] if self._long is None else [job for job in self._long.running if job.deadline <= self._now()]:
@@ -455,7 +455,7 @@ class StepLoop:
             if self._loads.built:
                 self.wake()
             if self._foresight is not None:
-                self._foresight.look(self._now())
+                self._foresight.advance_time(self._now())
                 self._loads.look_ahead()
 
     def close(self) -> None:
@@ -465,23 +465,23 @@ class StepLoop:
             self._long.close()
         self._loads.close()
 
-    def exposition(self) -> str:
+    def render_metrics(self) -> str:
         """The metrics in exposition format, with updated gauges."""
-        self._residents.gauges()
+        self._residents.update_gauges()
         if self._foresight is not None:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()
 
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
-        """Describe models; see `Residents.describe`."""
+        """Describe models; see `ResidentModels.describe`."""
         return self._residents.describe(prefix, after, limit)
 
 
-def _slot(job: Job) -> Slot:
+def _get_slot(job: Job) -> Slot:
     assert job.slot is not None, "a job in a batch holds a lease"
     return job.slot
 
 
-def _group(slot: Slot) -> str:
+def _get_group(slot: Slot) -> str:
     """The key of jobs that can run in one batch: the slot's family, or the single model and its version."""
     return slot.family or f"single {slot.model}@{slot.version}"

@@ -15,8 +15,8 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from handlers.forecasters import build, random_tensors
-from model_store.archives.manifest import Channel, Forecast, Scaler
+from handlers.forecasters import build_family, random_tensors
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster, pack_onnx
 
 Float32 = npt.NDArray[np.float32]
@@ -86,19 +86,19 @@ def forecaster(
     name: str, seed: int, architecture: str = "tcn", config: Config = SMALL_TCN, *, forecast: bool = False
 ) -> Model:
     """A forecaster of seeded random weights; with `forecast` it is asked by DeepAR JSON of one channel, the target."""
-    family = build(architecture, config)
+    family = build_family(architecture, config)
     tensors = random_tensors(family, seed)
     network = family.reference()
     network.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()})
     recipe = None
     if forecast:
         context, prediction = family.input_shape[1], family.output_shape[0]
-        recipe = Forecast(
+        recipe = ForecastSpec(
             frequency="1h",
             context_length=context,
             prediction_length=prediction,
             quantile_levels=LEVELS,
-            inputs=(Channel(source="target"),),
+            inputs=(InputChannel(source="target"),),
             scaler=Scaler(kind="linear", center=CENTER, scale=SCALE),
             tail="clamp",
         )

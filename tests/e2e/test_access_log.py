@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ClientError
 
-from handlers.forecasters import build
+from handlers.forecasters import build_family
 from loadtest.driver.trace import read_trace
-from server.access_log import Row, parts, read_rows
+from server.access_log import Row, list_log_parts, read_rows
 from server.contract import ACCESS_LOG_OUTCOMES
 from tests.e2e.conftest import Serve
 from tests.e2e.models import SMALL_TCN, fleet
@@ -46,9 +46,12 @@ def test_every_request_is_in_the_log_with_what_came_of_it(
     rows = sorted(read_rows(tmp_path / "log"), key=lambda row: row.time)
     assert [(row.model, row.outcome) for row in rows if row.outcome != "refused"] == said
     assert [row.model for row in rows if row.outcome == "refused"] == [fleet("none", 1)[0].name]
-    assert {row.bytes for row in rows if row.outcome != "refused"} == {build("tcn", SMALL_TCN).row_floats * 4}
+    assert {row.bytes for row in rows if row.outcome != "refused"} == {build_family("tcn", SMALL_TCN).row_floats * 4}
     assert [row.bytes for row in rows if row.outcome == "refused"] == [0]
-    assert [part.name for part in parts(tmp_path / "log")] == ["arrivals-00000001.csv.gz", "arrivals-00000002.csv"]
+    assert [part.name for part in list_log_parts(tmp_path / "log")] == [
+        "arrivals-00000001.csv.gz",
+        "arrivals-00000002.csv",
+    ]
     _is_the_trace_of(tmp_path / "log", rows)
 
 

@@ -18,9 +18,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from handlers.evaluation.correlation import gaussian
-from handlers.forecasters import build, random_tensors
-from model_store.archives.manifest import Channel, Forecast
+from handlers.evaluation.correlation import estimate_gaussian
+from handlers.forecasters import build_family, random_tensors
+from model_store.archives.manifest import ForecastSpec, InputChannel
 from model_store.archives.packing import pack_correlation, pack_forecaster, pack_onnx
 from tests.e2e.canary import Canary
 from tests.e2e.models import FORECAST_TCN, LEVELS, forecaster
@@ -76,20 +76,20 @@ def packed(nodes: list[onnx.NodeProto], constants: list[TensorProto]) -> bytes:
 def long_context() -> bytes:
     """A forecaster of some kilobytes that copies a history of 10,000 steps into 100 channels."""
     config = {**FORECAST_TCN, "features": CHANNELS, "context_length": CONTEXT}
-    recipe = Forecast(
+    recipe = ForecastSpec(
         frequency="1h",
         context_length=CONTEXT,
         prediction_length=4,
         quantile_levels=LEVELS,
-        inputs=(Channel(source="target"),) * CHANNELS,
+        inputs=(InputChannel(source="target"),) * CHANNELS,
     )
-    tensors = random_tensors(build("tcn", config), 3)
+    tensors = random_tensors(build_family("tcn", config), 3)
     return pack_forecaster(tensors, architecture="tcn", config=config, model_name="long", forecast=recipe)
 
 
 def correlation() -> bytes:
     """A correlation of PRODUCTS over STEPS."""
-    found = gaussian(np.random.default_rng(0).standard_normal((60, len(PRODUCTS), STEPS)), tuple(PRODUCTS))
+    found = estimate_gaussian(np.random.default_rng(0).standard_normal((60, len(PRODUCTS), STEPS)), tuple(PRODUCTS))
     return pack_correlation(found.record, found.tensors, model_name="joint")
 
 

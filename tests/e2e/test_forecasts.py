@@ -17,9 +17,9 @@ from msgspec.structs import replace
 from torch import nn
 
 from handlers.base import Float32
-from handlers.forecasters import build, random_tensors
-from handlers.kinds.graph.export import export
-from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from handlers.forecasters import build_family, random_tensors
+from handlers.kinds.graph.export import export_graph
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster, pack_graph
 from tests.e2e.models import ABSOLUTE, CENTER, LEVELS, RELATIVE, SCALE, Model, forecaster
 from tests.e2e.server import ROOT, Server, invoke, serving, upload
@@ -33,14 +33,14 @@ START = "2026-01-01 00:00:00"
 TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
 PRODUCTS = ("energy", "reserve")
 SCALERS = (Scaler(kind="linear", center=CENTER, scale=SCALE), Scaler(kind="linear", center=5, scale=2))
-SEVERAL = Forecast(
+SEVERAL = ForecastSpec(
     frequency="5min",
     context_length=20,
     prediction_length=6,
     quantile_levels=LEVELS,
     products=PRODUCTS,
     scalers=SCALERS,
-    inputs=(Channel(source="target"), Channel(source="target", product=1)),
+    inputs=(InputChannel(source="target"), InputChannel(source="target", product=1)),
     tail="clamp",
 )
 
@@ -84,7 +84,7 @@ def golden(network: nn.Module) -> GoldenSample:
 def market(name: str, seed: int) -> Model:
     """Both products by one `tcn`, which puts their levels side by side: [6, 2 * 3]."""
     config = {**TCN, "features": 2, "quantiles": 6}
-    family = build("tcn", config)
+    family = build_family("tcn", config)
     tensors = random_tensors(family, seed)
     network = family.reference()
     network.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()})
@@ -99,7 +99,7 @@ def own_market(name: str) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         network = nn.Sequential(nn.Flatten(), nn.Linear(40, 36), nn.Unflatten(1, (6, 2, 3))).eval()
-    raw, tensors = export(network, {"input": (2, 20)})
+    raw, tensors = export_graph(network, {"input": (2, 20)})
     return Model(
         name, pack_graph(raw, tensors, model_name="m", forecast=SEVERAL, golden=golden(network)), network, (2, 20)
     )
@@ -110,13 +110,13 @@ def fleet() -> dict[str, Model]:
     """One of one product, two of several, and one whose record promises more products than its network has."""
     one = forecaster("au/one.mar", 1, config=TCN, forecast=True)
     both, own = market("au/both.mar", 2), own_market("au/own.mar")
-    family = build("tcn", TCN)
+    family = build_family("tcn", TCN)
     wrong = pack_forecaster(
         random_tensors(family, 3),
         architecture="tcn",
         config=TCN,
         model_name="m",
-        forecast=replace(SEVERAL, inputs=(Channel(source="target"),)),
+        forecast=replace(SEVERAL, inputs=(InputChannel(source="target"),)),
     )
     return {each.name: each for each in (one, both, own, Model("au/wrong.mar", wrong, nn.Identity(), (1, 20)))}
 

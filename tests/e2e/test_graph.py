@@ -10,8 +10,8 @@ from botocore.exceptions import ClientError
 from torch import nn
 
 from handlers.base import Shape
-from handlers.kinds.graph.export import export
-from model_store.archives.manifest import Channel, Forecast, GoldenSample, Scaler
+from handlers.kinds.graph.export import export_graph
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
 from model_store.archives.packing import pack_graph
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
@@ -21,12 +21,12 @@ from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-FORECAST = Forecast(
+FORECAST = ForecastSpec(
     frequency="1h",
     context_length=12,
     prediction_length=4,
     quantile_levels=LEVELS,
-    inputs=(Channel(source="target"),),
+    inputs=(InputChannel(source="target"),),
     scaler=Scaler(kind="linear", center=CENTER, scale=SCALE),
 )
 
@@ -42,7 +42,7 @@ def model(
 ) -> Model:
     """A graph archive with a golden sample, which is wrong by `off`; with `forecast` it is asked by DeepAR JSON."""
     network = made(build, seed, shape)
-    raw, tensors = export(network, {"x": shape})
+    raw, tensors = export_graph(network, {"x": shape})
     found = Model(name, b"", network, shape, forecast)
     x = np.ones(shape, np.float32)
     golden = GoldenSample(request={"x": x.tolist()}, response={"predictions": (found.run(x) + off).tolist()})

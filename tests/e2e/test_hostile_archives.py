@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from botocore.exceptions import ClientError
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from model_store.archives.manifest import GoldenSample
 from model_store.archives.packing import pack_forecaster
 from tests.archives import make_raw_tar_gz, make_zip, repack
@@ -26,7 +26,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 SOUND = forecaster("sound", 1)
-TENSORS = random_tensors(build("tcn", SMALL_TCN), 1)
+TENSORS = random_tensors(build_family("tcn", SMALL_TCN), 1)
 BACK_OFF_S = 1.0
 
 
@@ -75,7 +75,9 @@ def with_nan() -> bytes:
 
 def wrong_hash() -> bytes:
     """Weights that are not those that were packed."""
-    return repack(SOUND.data, weights_safetensors=safetensors.numpy.save(random_tensors(build("tcn", SMALL_TCN), 2)))
+    return repack(
+        SOUND.data, weights_safetensors=safetensors.numpy.save(random_tensors(build_family("tcn", SMALL_TCN), 2))
+    )
 
 
 def unknown_kind() -> bytes:

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from handlers.evaluation.correlation import gaussian
+from handlers.evaluation.correlation import estimate_gaussian
 from model_store.archives.packing import pack_correlation
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
@@ -29,7 +29,7 @@ def correlation(names: Sequence[str]) -> bytes:
     numbers = np.random.default_rng(5)
     errors = numbers.standard_normal((200, len(names), STEPS))
     errors[:, 1] = 0.98 * errors[:, 0] + 0.2 * errors[:, 1]
-    found = gaussian(errors, tuple(names))
+    found = estimate_gaussian(errors, tuple(names))
     return pack_correlation(found.record, found.tensors, model_name="joint")
 
 

@@ -10,13 +10,13 @@ import torch
 
 from handlers.base import Family, Float32
 from handlers.codecs.codec import FamilyCodec
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from server.worker.engine.device import CudaDevice, Precision, cache_share
-from server.worker.host_cache import Shelf
+from server.worker.host_cache import HostCache
 from tests.server.worker.engine.test_cpu import CONFIGS, reference
 
 pytestmark = [
@@ -57,7 +57,7 @@ def median_ms(work: Callable[[], object], times: int = 30) -> float:
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
 def test_answers_are_the_cpus(architecture: str) -> None:
     """Every architecture, every bucket, eager and as graphs, models in any order: abs <= 1e-5 + 1e-4 |reference|."""
-    family = build(architecture, CONFIGS[architecture])
+    family = build_family(architecture, CONFIGS[architecture])
     made = engine(family, 5, max_rows=64)
     rng = np.random.default_rng(0)
     for rows in [1, 2, 3, 17, 64, 150] * (EAGER_RUNS + 2):
@@ -72,9 +72,9 @@ def test_answers_are_the_cpus(architecture: str) -> None:
 
 def test_a_row_is_back_by_one_copy_from_the_shelf() -> None:
     """Evicted, its place taken by another model, brought back to a third place: the same answers, bit for bit."""
-    family = build("tcn", CONFIGS["tcn"])
+    family = build_family("tcn", CONFIGS["tcn"])
     made, size = engine(family, 8), family.row_floats * 4
-    shelf = Shelf(made.pool.device.host(4 * family.row_floats), 60)
+    shelf = HostCache(made.pool.device.host(4 * family.row_floats), 60)
     x = inputs(family, 3)
     before = made.run(family, [0], [x])[0]
     slot = Slot(ModelName("a"), "v1", family.key, size, 0, State.RETIRING, 0.0)
@@ -92,7 +92,7 @@ def test_a_row_is_back_by_one_copy_from_the_shelf() -> None:
 
 def test_rows_move_while_copies_fly() -> None:
     """Writes and moves told without waiting, a hundred times over; each step sees what was told before it."""
-    family = build("mlp", {**SHAPE, "hidden": 256})
+    family = build_family("mlp", {**SHAPE, "hidden": 256})
     made, size = engine(family, 8), family.row_floats * 4
     rows = [family.row(random_tensors(family, seed)) for seed in range(4)]
     x = inputs(family, 1)
@@ -108,7 +108,7 @@ def test_rows_move_while_copies_fly() -> None:
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 0.01), ("bf16", 0.05)])
 def test_other_precisions_are_close(precision: Precision, tolerance: float) -> None:
     """Within a share of the largest answer. (Float32 is held to the CPU's numbers above.)"""
-    family = build("tcn", SHAPE)
+    family = build_family("tcn", SHAPE)
     made, x = engine(family, 5, precision), inputs(family, 8)
     right = reference(family, 0, x)
     for _ in range(EAGER_RUNS + 2):
@@ -117,7 +117,7 @@ def test_other_precisions_are_close(precision: Precision, tolerance: float) -> N
 
 def test_out_of_memory_is_an_error_that_passes() -> None:
     """More than there is raises torch.OutOfMemoryError; afterwards the engine answers as before."""
-    family = build("tcn", CONFIGS["tcn"])
+    family = build_family("tcn", CONFIGS["tcn"])
     made, x = engine(family, 5), inputs(family, 1)
     before = made.run(family, [0], [x])[0]
     with pytest.raises(torch.OutOfMemoryError):
@@ -135,7 +135,7 @@ def test_the_budget_leaves_the_reserve() -> None:
 
 def test_a_tick_of_a_thousand_models() -> None:
     """1,000 different models, decoded rows to host answers: right, and the time printed (goal: 1 ms)."""
-    family = build("tcn", SHAPE)
+    family = build_family("tcn", SHAPE)
     size = family.row_floats * 4
     made = engine(family, TICK, max_rows=TICK)
     rows = np.stack([family.row(random_tensors(family, model)) for model in range(TICK)])

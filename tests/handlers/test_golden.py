@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from handlers.golden import mismatch
+from handlers.golden import find_mismatch
 
 EXPECTED: dict[str, Any] = {"predictions": [{"mean": [1.0, 100], "item_id": "a", "ok": True, "none": None}]}
 
@@ -17,7 +17,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("actual", [EXPECTED, changed(mean=[1.0009, 100.09]), changed(mean=[1, 99.91])])
 def test_within_tolerance(actual: object) -> None:
     """Numbers may differ by abs + rel * |expected|, and 1 is 1.0."""
-    assert mismatch(EXPECTED, actual, 1e-4, 1e-3) is None
+    assert find_mismatch(EXPECTED, actual, 1e-4, 1e-3) is None
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_within_tolerance(actual: object) -> None:
 )
 def test_the_first_difference_is_named(actual: object, message: str) -> None:
     """The path leads to the value, and both values are shown."""
-    found = mismatch(EXPECTED, actual, 1e-4, 1e-3)
+    found = find_mismatch(EXPECTED, actual, 1e-4, 1e-3)
     assert found is not None
     assert found.startswith(message)
     assert len(found) < 250

@@ -16,14 +16,14 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from loadtest.cli import app
-from loadtest.cli_groups import BENCHMARKS, DEMOS, LazyCommand
+from loadtest.cli_groups import BENCHMARKS, DEMOS, CommandModule
 from loadtest.driver import run_result, summary
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule, Tick
 from loadtest.driver.run import RequestSource, RunPlan, ServerUnderLoad, climb_rates
 from loadtest.driver.run_result import Run
 from loadtest.driver.trace import read_trace
 from loadtest.fleets.fleet import list_fleet_names, make_fleet, make_request
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
 from tests.loadtest.peer import Peer, running
 from tests.patience import PATIENCE_S
@@ -88,7 +88,7 @@ def test_your_own_archives(tmp_path: Path) -> None:
 def test_a_server_that_runs(tmp_path: Path) -> None:
     """The names come from the store; without --metrics-url the server's own figures are left out."""
     make_fleet(str(tmp_path), 3)
-    with serve(str(tmp_path), ["--workers", "1"]) as server:
+    with run_local_server(str(tmp_path), ["--workers", "1"]) as server:
         flags = ["--url", server.inference, "--store", str(tmp_path), "--seconds", "0.5", "--warmup", "0"]
         found = CliRunner().invoke(app, ["run", *flags])
     assert "3 models at" in found.stdout
@@ -105,7 +105,7 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
     (tmp_path / "names").write_text("".join([*names[:2], "none.mar\n", *names[2:]]))
     (tmp_path / "request.json").write_text(json.dumps(make_request(0)))
     out, html = tmp_path / "run.json", tmp_path / "run.html"
-    with serve(str(tmp_path / "store"), ["--workers", "1"]) as server:
+    with run_local_server(str(tmp_path / "store"), ["--workers", "1"]) as server:
         flags = ["--url", server.inference, "--names", str(tmp_path / "names"), "--seconds", "1", "--warmup", "0"]
         flags += ["--request", str(tmp_path / "request.json"), "--out", str(out), "--html", str(html)]
         tick = ["--profile", "tick", "--every-s", "0.1", "--spread-s", "0.05"]
@@ -259,7 +259,7 @@ def test_no_server_is_no_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("group", "commands"), GROUPS.items())
-def test_the_groups_list_their_commands(group: str, commands: Mapping[str, LazyCommand]) -> None:
+def test_the_groups_list_their_commands(group: str, commands: Mapping[str, CommandModule]) -> None:
     """Every entry of the tables is a command, listed with its line, in the order of the table."""
     listed = CliRunner().invoke(app, [group, "--help"], env={"COLUMNS": "200"})
     assert listed.exit_code == 0

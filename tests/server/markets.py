@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from typer.testing import CliRunner, Result
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from model_store.archives.archive import DEFAULT_LIMITS
-from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from server.cli.main import app
@@ -48,33 +48,37 @@ def write_prices(path: Path, targets: Sequence[str], *, days: int = DAYS, empty:
     return path
 
 
-def forecast(**changes: Any) -> Forecast:
+def forecast(**changes: Any) -> ForecastSpec:
     """A day of prices and what is known of the next six hours."""
     horizon = changes.get("prediction_length", HORIZON)
     known = [
-        Channel(source="dynamic_feat", index=i, shift=horizon) for i in range(len(changes.get("dynamic_feat", ())))
+        InputChannel(source="dynamic_feat", index=i, shift=horizon) for i in range(len(changes.get("dynamic_feat", ())))
     ]
     asked: dict[str, Any] = {
         "frequency": "1h",
         "context_length": HISTORY,
         "prediction_length": HORIZON,
         "quantile_levels": LEVELS,
-        "inputs": (Channel(source="target"), Channel(source="calendar", feature="hour_sin", shift=horizon), *known),
+        "inputs": (
+            InputChannel(source="target"),
+            InputChannel(source="calendar", feature="hour_sin", shift=horizon),
+            *known,
+        ),
         "scaler": Scaler(kind="linear", center=60, scale=20),
         "tail": "clamp",
         "unit": "EUR/MWh",
     }
-    return Forecast(**{**asked, **changes})
+    return ForecastSpec(**{**asked, **changes})
 
 
 def archive(seed: int = 0, **changes: Any) -> bytes:
-    """An `mlp` of seeded random weights; keywords change its `Forecast`."""
+    """An `mlp` of seeded random weights; keywords change its `ForecastSpec`."""
     record = forecast(**changes)
     config = {
         "features": len(record.inputs), "context_length": record.context_length, "hidden": 8,
         "prediction_length": record.prediction_length, "quantiles": len(record.quantile_levels),
     }  # fmt: skip
-    tensors = random_tensors(build("mlp", config), seed)
+    tensors = random_tensors(build_family("mlp", config), seed)
     return pack_forecaster(tensors, architecture="mlp", config=config, model_name="m", forecast=record)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loadtest.driver.trace import TraceInvalid, read_trace
 from model_store.names import parse_model_name
 from server import access_log as arrivals
-from server.access_log import PARTS, AccessLog, Arrivals, parts, read_rows
+from server.access_log import PARTS, AccessLog, ArrivalBuffer, list_log_parts, read_rows
 from server.contract import ACCESS_LOG_HEADER as HEADER
 from server.contract import ACCESS_LOG_OUTCOMES as OUTCOMES
 from server.ipc.frames import CacheResult
@@ -46,7 +46,7 @@ def test_outcomes_are_numbered_as_on_the_wire() -> None:
 @given(st.lists(st.sampled_from(["a.mar", "au/nsw1.mar", 'a "b", c.mar', "\u4ef7,\u683c.mar"]), min_size=1, max_size=9))
 def test_whatever_the_names_both_readers_read_them_back(names: list[str]) -> None:
     """Commas, quotes and other scripts survive; time is wall clock."""
-    kept = Arrivals(wall=lambda: 1_000_000.0, now=lambda: 100.0)
+    kept = ArrivalBuffer(wall=lambda: 1_000_000.0, now=lambda: 100.0)
     for i, name in enumerate(names):
         kept.note(parse_model_name(name), 100.0 + i, i, i % len(OUTCOMES))
     with tempfile.TemporaryDirectory() as folder:  # each case needs one
@@ -64,7 +64,7 @@ def test_whatever_the_names_both_readers_read_them_back(names: list[str]) -> Non
 def test_a_worker_keeps_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
     """Where nobody takes them the newest are dropped and counted, once."""
     monkeypatch.setattr(arrivals, "MAX_CHARS", 2 * len("1000.000000,a.mar,1,hit\n") + 1)
-    kept = Arrivals(clock, clock)
+    kept = ArrivalBuffer(clock, clock)
     for i in range(5):
         kept.note("a.mar", i, 1, 1)
     text, count, dropped = kept.take()
@@ -80,7 +80,7 @@ def test_parts_are_zipped_bounded_and_read_in_order(tmp_path: Path) -> None:
         assert log.used_bytes() <= BUDGET
     log.write(rows(60_000, 1))
     log.close()
-    *old, newest = parts(tmp_path)
+    *old, newest = list_log_parts(tmp_path)
     assert len(old) > PARTS, "zipped ones are small"
     assert all(part.name.endswith(".csv.gz") for part in old)
     assert newest.suffix == ".csv"
@@ -102,14 +102,14 @@ def test_the_next_server_goes_on_in_a_new_part_after_a_crash(tmp_path: Path) -> 
     again = AccessLog(tmp_path, BUDGET)
     again.write(rows(5, 1))
     again.close()
-    assert [part.name for part in parts(tmp_path)] == ["arrivals-00000001.csv.gz", "arrivals-00000002.csv"]
+    assert [part.name for part in list_log_parts(tmp_path)] == ["arrivals-00000001.csv.gz", "arrivals-00000002.csv"]
     assert [row.time for row in read_rows(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_server_without_requests_leaves_no_part(tmp_path: Path) -> None:
     """Restarts do not fill the folder, and reading an empty one says what is missing."""
     AccessLog(tmp_path, BUDGET).close()
-    assert parts(tmp_path) == []
+    assert list_log_parts(tmp_path) == []
     with pytest.raises(TraceInvalid, match="has no files"):
         read_trace(tmp_path)
 
@@ -153,10 +153,10 @@ def test_a_disk_too_full_for_the_next_part_is_tried_again(tmp_path: Path) -> Non
         log._rotate()
         with pytest.raises(OSError, match="File too large"):
             log.write(rows(900, 1))
-    assert [part.name for part in parts(tmp_path)] == ["arrivals-00000001.csv"]
+    assert [part.name for part in list_log_parts(tmp_path)] == ["arrivals-00000001.csv"]
     log.write(rows(901, 1))
     log.close()
-    assert [part.name for part in parts(tmp_path)] == ["arrivals-00000001.csv", "arrivals-00000002.csv"]
+    assert [part.name for part in list_log_parts(tmp_path)] == ["arrivals-00000001.csv", "arrivals-00000002.csv"]
     assert not list(tmp_path.glob("*.tmp"))
     assert list(read_trace(tmp_path).time)[-1] == 901
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.http_listener import MAX_HEAD, MAX_PIPELINED, SMALL, OneWrite, listener
+from server.http_listener import MAX_HEAD, MAX_PIPELINED, SMALL, OneWrite, make_listener
 from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
@@ -70,7 +70,7 @@ def serving(app: Any, act: Callable[[Client], Awaitable[None]], keep_alive_s: in
 
     async def scenario() -> None:
         place = socket.create_server(("127.0.0.1", 0))
-        server = listener(app, 1.0, 5.0, keep_alive_s)
+        server = make_listener(app, 1.0, 5.0, keep_alive_s)
         task = asyncio.create_task(server.serve(sockets=[place]))
         reader, writer = await asyncio.open_connection(*place.getsockname())
         try:
@@ -301,7 +301,7 @@ def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
         assert await client.exchange() == b""
 
     serving(Echo(), act, keep_alive_s=1)
-    assert listener(Echo(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
+    assert make_listener(Echo(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
 
 
 def test_uvicorn_still_has_what_the_listener_uses() -> None:

@@ -6,11 +6,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server import contract
-from server.metrics import FrontMetrics, HostMetrics, Merged, WorkerMetrics
+from server.metrics import FrontMetrics, HostMetrics, MergedMetrics, WorkerMetrics
 from tests.server.contributing import copied_tree, run_in, steps
 
 
-def scrape(merged: Merged) -> dict[str, float]:
+def scrape(merged: MergedMetrics) -> dict[str, float]:
     """What Prometheus reads: series as text -> value, through a real exposition."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(merged)
@@ -33,11 +33,11 @@ def evict(worker: WorkerMetrics) -> None:
 
 def test_equal_series_of_two_fronts_are_summed() -> None:
     """Fronts have no label of their own: counters and all histogram buckets are the sum; different codes stay apart."""
-    merged = Merged()
+    merged = MergedMetrics()
     for process, codes in (("front-0", [200, 200, 503]), ("front-1", [200])):
         front = FrontMetrics()
         for code in codes:
-            front.answered("sagemaker", code, 0.002)
+            front.count_answer("sagemaker", code, 0.002)
         merged.update(process, front.text())
     seen = scrape(merged)
     assert seen["fleetcast_inference_requests_total{code=200,protocol=sagemaker}"] == 3
@@ -50,7 +50,7 @@ def test_equal_series_of_two_fronts_are_summed() -> None:
 
 def test_tiers_of_workers_and_host_share_a_family() -> None:
     """The disk's bytes come from the supervisor, the device's from a worker: one family, one series each."""
-    worker, host, merged = WorkerMetrics(0, "cpu"), HostMetrics(), Merged()
+    worker, host, merged = WorkerMetrics(0, "cpu"), HostMetrics(), MergedMetrics()
     worker.bytes.set(10)
     host.disk_bytes.set(20)
     merged.update("worker-0", worker.text())
@@ -62,7 +62,7 @@ def test_tiers_of_workers_and_host_share_a_family() -> None:
 
 def test_a_scrape_replaces_the_last_one() -> None:
     """The same process seen twice counts once."""
-    worker, merged = WorkerMetrics(0, "cpu"), Merged()
+    worker, merged = WorkerMetrics(0, "cpu"), MergedMetrics()
     for _ in range(2):
         worker.hits.inc()
         merged.update("worker-0", worker.text())
@@ -71,7 +71,7 @@ def test_a_scrape_replaces_the_last_one() -> None:
 
 def test_counters_of_the_dead_go_on_and_gauges_vanish() -> None:
     """A restarted worker adds to what its predecessors counted, life after life; what they held is gone with them."""
-    merged, counts = Merged(), []
+    merged, counts = MergedMetrics(), []
     for life in range(3):
         worker = WorkerMetrics(0, "cpu")
         worker.hits.inc(10)
@@ -80,7 +80,7 @@ def test_counters_of_the_dead_go_on_and_gauges_vanish() -> None:
         merged.update(f"worker-0.{life}", worker.text())
         counts.append(scrape(merged)[HITS])
         assert scrape(merged)["fleetcast_model_cache_bytes{device=cpu,tier=device,worker=0}"] == 100
-        merged.buried(f"worker-0.{life}")
+        merged.retire(f"worker-0.{life}")
         counts.append(scrape(merged)[HITS])
     assert counts == [10, 10, 20, 20, 30, 30]
     seen = scrape(merged)
@@ -91,10 +91,10 @@ def test_counters_of_the_dead_go_on_and_gauges_vanish() -> None:
 
 def test_a_series_its_successor_has_not_counted_yet_stays() -> None:
     """Evictions and failures have no series before the first one: the dead worker's must not disappear until then."""
-    old, new, merged = WorkerMetrics(0, "cpu"), WorkerMetrics(0, "cpu"), Merged()
+    old, new, merged = WorkerMetrics(0, "cpu"), WorkerMetrics(0, "cpu"), MergedMetrics()
     evict(old)
     merged.update("old", old.text())
-    merged.buried("old")
+    merged.retire("old")
     merged.update("new", new.text())
     assert scrape(merged)[GONE] == 1
     evict(new)
@@ -104,8 +104,8 @@ def test_a_series_its_successor_has_not_counted_yet_stays() -> None:
 
 def test_burying_a_process_that_was_never_scraped_changes_nothing() -> None:
     """A worker that died at its start has said nothing."""
-    merged = Merged()
-    merged.buried("worker-0")
+    merged = MergedMetrics()
+    merged.retire("worker-0")
     assert scrape(merged) == {}
 
 
@@ -137,11 +137,11 @@ def test_models_have_series_up_to_the_cap_and_only_while_they_are_here() -> None
 
 def test_series_of_single_models_die_with_their_worker() -> None:
     """A dead worker holds no model, so nothing is left under a model's name."""
-    worker, merged = WorkerMetrics(0, "cpu", per_model=5), Merged()
+    worker, merged = WorkerMetrics(0, "cpu", per_model=5), MergedMetrics()
     worker.model_request("a")
     merged.update("worker-0", worker.text())
     assert any("model=a" in series for series in scrape(merged))
-    merged.buried("worker-0")
+    merged.retire("worker-0")
     assert not any("model=a" in series for series in scrape(merged))
 
 

@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies
 
-from server.routing import FREE_QUEUE, REPLICA_S, Lane, Router
+from server.routing import FREE_QUEUE, REPLICA_S, Router, WorkerLoad
 
 MODELS = [f"au/m{i}.mar" for i in range(2000)]
 
@@ -11,7 +11,7 @@ def router(*workers: int) -> Router:
     """A router to these workers, all up and cold."""
     made = Router()
     for worker in workers:
-        made.up(worker)
+        made.worker_up(worker)
     return made
 
 
@@ -26,7 +26,7 @@ def run(made: Router, model: str, now: float = 0.0, *, times: int = 1) -> list[i
     for _ in range(times):
         lane = made.route(model, now)
         assert lane is not None
-        made.started(lane, model)
+        made.count_start(lane, model)
         lanes.append(lane.worker)
     return lanes
 
@@ -34,10 +34,10 @@ def run(made: Router, model: str, now: float = 0.0, *, times: int = 1) -> list[i
 def warm(made: Router, model: str, *workers: int) -> None:
     """These workers have answered for the model."""
     for worker in workers:
-        made.ended(made.lanes[worker], model, counted=False, held=True)
+        made.count_end(made.lanes[worker], model, counted=False, held=True)
 
 
-def slow(lane: Lane) -> None:
+def slow(lane: WorkerLoad) -> None:
     """Queueing costs more than loading there."""
     lane.wait_s = 2 * lane.load_s
 
@@ -53,11 +53,11 @@ def test_a_lost_worker_moves_only_its_own_models() -> None:
     """Models of other homes stay; those of the lost one go to the next of their own order, and come back with it."""
     made = router(0, 1, 2, 3)
     before, orders = homes(made), {model: made.order(model) for model in MODELS}
-    made.down(2)
+    made.worker_down(2)
     after = homes(made)
     assert {model for model in MODELS if before[model] != after[model]} == {m for m in MODELS if before[m] == 2}
     assert all(after[model] == orders[model][1] for model in MODELS if before[model] == 2)
-    made.up(2)
+    made.worker_up(2)
     assert homes(made) == before
 
 
@@ -142,7 +142,7 @@ def test_a_replica_that_lost_the_model_is_used_only_if_a_load_is_worth_it() -> N
     slow(made.lanes[home])
     run(made, "m", times=40)
     warm(made, "m", second)
-    made.ended(made.lanes[second], "m", counted=False, held=False)
+    made.count_end(made.lanes[second], "m", counted=False, held=False)
     made.lanes[home].wait_s = 0.0
     assert set(run(made, "m", times=20)) == {home}
 
@@ -172,14 +172,14 @@ def test_down_and_up_start_cold() -> None:
     run(made, "m", times=50)
     assert made.replicas("m") == [second]
     past = made.lanes[second]
-    made.down(second)
+    made.worker_down(second)
     assert made.replicas("m") == []
     assert set(run(made, "m", times=5)) == {home}
-    made.up(second)
-    made.ended(past, "m", counted=True, held=True)
+    made.worker_up(second)
+    made.count_end(past, "m", counted=True, held=True)
     fresh = made.lanes[second]
     assert (fresh.running, len(fresh.warm)) == (0, 0)
-    made.down(7)  # never up: nothing
+    made.worker_down(7)  # never up: nothing
 
 
 @given(
@@ -191,16 +191,16 @@ def test_down_and_up_start_cold() -> None:
 def test_what_started_and_ended_leaves_no_load(requests: list[tuple[str, bool, bool]]) -> None:
     """However requests interleave and end, the running count returns to zero and never falls below."""
     made = router(0, 1, 2)
-    open_requests: list[tuple[Lane, str, bool]] = []
+    open_requests: list[tuple[WorkerLoad, str, bool]] = []
     for model, ends, held in requests:
         lane = made.route(model, 0.0)
         assert lane is not None
-        open_requests.append((lane, model, made.started(lane, model)))
+        open_requests.append((lane, model, made.count_start(lane, model)))
         if ends:
-            made.ended(*open_requests.pop(0), held=held, wait_s=0.01, load_s=0.02)
+            made.count_end(*open_requests.pop(0), held=held, wait_s=0.01, load_s=0.02)
         assert all(lane.running >= 0 for lane in made.lanes.values())
     for request in open_requests:
-        made.ended(*request, held=True)
+        made.count_end(*request, held=True)
     assert all(lane.running == 0 for lane in made.lanes.values())
 
 
@@ -208,9 +208,9 @@ def test_times_teach_the_pace() -> None:
     """Waits and loads move a lane's pace towards themselves; answers without a load leave its load time."""
     made = router(0)
     lane = made.lanes[0]
-    made.ended(lane, "m", counted=False, held=True, wait_s=1.6, load_s=0.45)
+    made.count_end(lane, "m", counted=False, held=True, wait_s=1.6, load_s=0.45)
     assert (lane.wait_s, round(lane.load_s, 6)) == (0.1, 0.1)
-    made.ended(lane, "m", counted=False, held=True, wait_s=0.1)
+    made.count_end(lane, "m", counted=False, held=True, wait_s=0.1)
     assert (lane.wait_s, round(lane.load_s, 6)) == (0.1, 0.1)
     assert repr(lane) == "<Lane 0: 0 running, 1 warm, 100.0 ms a request, 100 ms a load>"
     assert repr(made) == "<Router 1 workers, 0 running, 0 replicated models>"

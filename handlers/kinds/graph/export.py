@@ -28,7 +28,7 @@ from model_store.errors import ArchiveInvalid
 TRIALS = 2  #: random requests by which the graph is compared with the module
 
 
-def export(module: nn.Module, inputs: Mapping[str, Shape]) -> tuple[bytes, dict[str, Float32]]:
+def export_graph(module: nn.Module, inputs: Mapping[str, Shape]) -> tuple[bytes, dict[str, Float32]]:
     """A module in evaluation mode -> its `graph.json`, and its parameters, buffers and constants by name.
 
     `inputs` names the argument of `forward` and the shape of one request's row, without the batch axis: {"x": (8, 168)}
@@ -44,16 +44,16 @@ def export(module: nn.Module, inputs: Mapping[str, Shape]) -> tuple[bytes, dict[
         )
     ((name, shape),) = inputs.items()
     module = copy.deepcopy(module).cpu().eval().requires_grad_(requires_grad=False)
-    exported = _exported(module, name, shape)
+    exported = _export_program(module, name, shape)
     writer = _Writer(exported)
     raw = encode_graph(writer.graph(name, tuple(shape)))
     made, tensors = graph_family(raw), writer.tensors
     made.decide(made.row(tensors))
-    _compare(module, made, tensors)
+    _check_graph(module, made, tensors)
     return raw, tensors
 
 
-def _exported(module: nn.Module, name: str, shape: Shape) -> ExportedProgram:
+def _export_program(module: nn.Module, name: str, shape: Shape) -> ExportedProgram:
     table: Any = default_decompositions()
     for op in ALLOWED:
         _, packet, overload = op.split(".")
@@ -134,7 +134,7 @@ class _Writer:
         try:
             check_arguments(op, made.args, made.kwargs)
         except ArchiveInvalid as error:
-            raise ArchiveInvalid(f"{error}{_place(node)}") from error
+            raise ArchiveInvalid(f"{error}{_describe_place(node)}") from error
         return made
 
     def _arg(self, arg: Any) -> Arg:
@@ -167,14 +167,14 @@ def _reached_from(output: FxNode) -> set[FxNode]:
     return live
 
 
-def _place(node: FxNode) -> str:
+def _describe_place(node: FxNode) -> str:
     """Where in the module the operator comes from, as far as torch knows."""
     modules = list((node.meta.get("nn_module_stack") or {}).values())
     path = modules[-1][0].removeprefix("L['self'].") if modules else ""
     return f" (in {path})" if path else ""
 
 
-def _compare(module: nn.Module, made: GraphFamily, tensors: Mapping[str, Float32]) -> None:
+def _check_graph(module: nn.Module, made: GraphFamily, tensors: Mapping[str, Float32]) -> None:
     """The graph, read back, answers as the module."""
     numbers = np.random.default_rng(0)
     bound = made.bind(torch.from_numpy(made.row(tensors))[None])

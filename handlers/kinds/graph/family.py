@@ -122,7 +122,7 @@ class GraphFamily:
         """Rows of as many models together, and each alone."""
         numbers = np.random.default_rng(0)
         for rows in TRIED_ROWS:
-            block = torch.from_numpy(_near(row, rows, numbers))
+            block = torch.from_numpy(_perturb_rows(row, rows, numbers))
             x = torch.from_numpy(numbers.standard_normal((rows, *self.input_shape), np.float32))
             if reason := self._difference(block, x):
                 return reason
@@ -196,7 +196,7 @@ def _without_fallback() -> Iterator[None]:
         functorch._set_vmap_fallback_enabled(before)  # noqa: SLF001
 
 
-def _near(row: Float32, count: int, numbers: np.random.Generator) -> Float32:
+def _perturb_rows(row: Float32, count: int, numbers: np.random.Generator) -> Float32:
     """The row, and others near it: no two alike, wherever it is zero too, and variances stay positive."""
     block = np.repeat(row[None], count, axis=0)
     others = block[1:]

@@ -108,7 +108,7 @@ def check_arguments(op: str, args: Sequence[Arg], kwargs: Mapping[str, Arg]) -> 
             f"the operator {op!r} is not one a graph may hold (pure, of fixed shapes, of torch itself); "
             "write this part of the module with plain layers and functions of torch, or pack it as ONNX"
         )
-    names = [argument.name for argument in _overload(op)._schema.arguments]  # noqa: SLF001 -- its names are nowhere else
+    names = [argument.name for argument in _find_overload(op)._schema.arguments]  # noqa: SLF001 -- its names are nowhere else
     given = {**dict(zip(names, args, strict=False)), **kwargs}  # too many are refused by torch, in better words
     if unknown := PLACEMENT & given.keys():
         raise ArchiveInvalid(f"it may not say {', '.join(sorted(unknown))}: the server decides where numbers lie")
@@ -175,13 +175,13 @@ def _check_recurrence(
         raise ValueError(f"its numbers are {found}, but the states and the input need {wanted}")
 
 
-def plain(op: str) -> Callable[..., Any]:
+def find_operator(op: str) -> Callable[..., Any]:
     """What runs one model's operator. Raises ArchiveInvalid where this torch does not have it."""
-    found: Callable[..., Any] = _SAME[op] if op in _SAME else _overload(op)
+    found: Callable[..., Any] = _SAME[op] if op in _SAME else _find_overload(op)
     return found
 
 
-def _overload(op: str) -> Any:
+def _find_overload(op: str) -> Any:
     _, name, overload = op.split(".")
     try:
         return getattr(getattr(torch.ops.aten, name), overload)
@@ -189,12 +189,12 @@ def _overload(op: str) -> Any:
         raise ArchiveInvalid(f"torch {torch.__version__} has no operator {op!r}; pack the archive again") from error
 
 
-def batched(op: str) -> Callable[..., Any]:
+def find_batched_operator(op: str) -> Callable[..., Any]:
     """What runs the operator under `vmap`: the same, or what gives the same answers where `vmap` has no rule."""
-    return _attention if op == "aten.scaled_dot_product_attention.default" else plain(op)
+    return _plain_attention if op == "aten.scaled_dot_product_attention.default" else find_operator(op)
 
 
-def _getitem(several: Sequence[torch.Tensor], index: int) -> torch.Tensor:
+def _batched_getitem(several: Sequence[torch.Tensor], index: int) -> torch.Tensor:
     if not isinstance(several, tuple | list):
         raise TypeError("getitem takes one of several results, not a part of a tensor")
     found: torch.Tensor = several[index]
@@ -224,7 +224,7 @@ def _own_norm(
     return (torch.batch_norm(x, weight, bias, None, None, training, momentum, eps, False),)
 
 
-def _attention(
+def _plain_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -250,7 +250,7 @@ def _attention(
 
 
 _SAME: Mapping[str, Callable[..., Any]] = {
-    GETITEM: _getitem,
+    GETITEM: _batched_getitem,
     # Strides under `vmap` are others than alone, so a view of them may have to be a copy.
     "aten.view.default": torch.ops.aten.reshape.default,
     "aten._native_batch_norm_legit_no_training.default": _batch_norm,

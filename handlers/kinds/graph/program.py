@@ -18,10 +18,10 @@ from handlers.kinds.graph.operators import (
     FACTORIES,
     GETITEM,
     INDEX_ARGUMENTS,
-    batched,
     check_arguments,
     check_tensors,
-    plain,
+    find_batched_operator,
+    find_operator,
 )
 from handlers.kinds.graph.schema import Arg, Constant, Graph, Named, Node
 from model_store.archives.manifest import GRAPH_FILE
@@ -36,11 +36,11 @@ _DTYPES = {name: getattr(torch, name) for name in ("bool", "float32", "float64",
 _NUMBERS = {"inf": inf, "-inf": -inf, "nan": nan}
 
 
-class Slot(int):
+class TensorSlot(int):
     """The place of a tensor among a run's values."""
 
 
-class Call(NamedTuple):
+class OperatorCall(NamedTuple):
     """`run(*args, **kwargs)` with values for slots goes to `slot`; the values of `dies` are not needed afterwards."""
 
     run: Callable[..., Any]
@@ -59,18 +59,18 @@ class Program:
         fixed = _constant_names(graph)
         for node in graph.nodes:
             _check_node(node, fixed)
-        self.answer_shape, self.elements = _measured(graph)
-        live = _needed(graph, fixed)
-        values = _computed(graph, fixed)
+        self.answer_shape, self.elements = _measure_graph(graph)
+        live = _find_needed(graph, fixed)
+        values = _fold_constants(graph, fixed)
         if (kept := sum(value.numel() for name, value in values.items() if name in live)) > MAX_KEPT:
             raise ArchiveInvalid(f"{GRAPH_FILE}: {kept} numbers would be kept that never change, more than {MAX_KEPT}")
         self._constants = [value for name, value in values.items() if name in live]
         names = [graph.input.name, *self.parameters, *(name for name in values if name in live)]
         nodes = [node for node in graph.nodes if node.name in live and node.name not in fixed]
-        slots = {name: Slot(slot) for slot, name in enumerate([*names, *(node.name for node in nodes)])}
+        slots = {name: TensorSlot(slot) for slot, name in enumerate([*names, *(node.name for node in nodes)])}
         self._size, self._output = len(slots), slots[graph.output]
-        self._plain = list(_calls(nodes, slots, self._output, plain))
-        self._batched = list(_calls(nodes, slots, self._output, batched))
+        self._plain = list(_list_calls(nodes, slots, self._output, find_operator))
+        self._batched = list(_list_calls(nodes, slots, self._output, find_batched_operator))
 
     def __repr__(self) -> str:
         return f"<Program {len(self._plain)} operators, {len(self.parameters)} parameters -> {list(self.answer_shape)}>"
@@ -83,8 +83,8 @@ class Program:
         """The answer; `fixed` is the parameters in order, and the constants."""
         values: list[Any] = [x, *fixed, *[None] * (self._size - 1 - len(fixed))]
         for run, args, kwargs, slot, dies in self._batched if for_vmap else self._plain:
-            filled = {key: _filled(arg, values) for key, arg in kwargs.items()} if kwargs else kwargs
-            values[slot] = run(*[_filled(arg, values) for arg in args], **filled)
+            filled = {key: _fill_slots(arg, values) for key, arg in kwargs.items()} if kwargs else kwargs
+            values[slot] = run(*[_fill_slots(arg, values) for arg in args], **filled)
             for dead in dies:
                 values[dead] = None
         answer: torch.Tensor = values[self._output]
@@ -125,7 +125,7 @@ def _constant_names(graph: Graph) -> set[str]:
 
 
 def _check_node(node: Node, fixed: set[str]) -> None:
-    with _naming(node):
+    with _name_node(node):
         check_arguments(node.op, node.args, node.kwargs)
         if node.op in INDEX_ARGUMENTS:
             place = INDEX_ARGUMENTS[node.op]
@@ -134,19 +134,19 @@ def _check_node(node: Node, fixed: set[str]) -> None:
                 raise ArchiveInvalid("it looks up by numbers that depend on the request or on parameters")
 
 
-def _measured(graph: Graph) -> tuple[tuple[int, ...], int]:
+def _measure_graph(graph: Graph) -> tuple[tuple[int, ...], int]:
     """Runs the graph on shapes alone: the answer's shape without batch axis, and the elements one request takes.
 
     The first time in a process torch imports what it knows about shapes: 0.7 s, 70 MB. Then it takes milliseconds.
     """
     meta = torch.device("meta")
     values: dict[str, Any] = {name: torch.empty(shape, device=meta) for name, shape in graph.parameters.items()}
-    values |= {name: _tensor(constant).to(meta) for name, constant in graph.constants.items()}
+    values |= {name: _make_tensor(constant).to(meta) for name, constant in graph.constants.items()}
     values[graph.input.name] = torch.empty(1, *graph.input.shape, device=meta)
     with torch.no_grad(), Meter() as meter:
         for node in graph.nodes:
             kwargs = {**node.kwargs, "device": meta} if node.op in FACTORIES else node.kwargs
-            values[node.name] = _ran(node, plain, values, kwargs)
+            values[node.name] = _run_node(node, find_operator, values, kwargs)
     answer = values[graph.output]
     if not isinstance(answer, torch.Tensor) or answer.dtype != torch.float32 or answer.shape[:1] != (1,):
         raise ArchiveInvalid(
@@ -155,17 +155,17 @@ def _measured(graph: Graph) -> tuple[tuple[int, ...], int]:
     return tuple(answer.shape[1:]), meter.elements
 
 
-def _computed(graph: Graph, fixed: set[str]) -> dict[str, Any]:
+def _fold_constants(graph: Graph, fixed: set[str]) -> dict[str, Any]:
     """The constants, and what follows from them, as tensors."""
-    values: dict[str, Any] = {name: _tensor(constant) for name, constant in graph.constants.items()}
+    values: dict[str, Any] = {name: _make_tensor(constant) for name, constant in graph.constants.items()}
     with torch.no_grad():
         for node in graph.nodes:
             if node.name in fixed:
-                values[node.name] = _ran(node, plain, values, node.kwargs)
+                values[node.name] = _run_node(node, find_operator, values, node.kwargs)
     return values
 
 
-def _needed(graph: Graph, fixed: set[str]) -> set[str]:
+def _find_needed(graph: Graph, fixed: set[str]) -> set[str]:
     """What the answer is made of, up to constants, which are there already."""
     live = {graph.output}
     for node in reversed(graph.nodes):
@@ -174,13 +174,13 @@ def _needed(graph: Graph, fixed: set[str]) -> set[str]:
     return live
 
 
-def _ran(node: Node, lookup: Callable[[str], Callable[..., Any]], values: Mapping[str, Any], kwargs: Any) -> Any:
+def _run_node(node: Node, lookup: Callable[[str], Callable[..., Any]], values: Mapping[str, Any], kwargs: Any) -> Any:
     """The node's result. Raises ArchiveInvalid that names the node."""
-    with _naming(node):
+    with _name_node(node):
         if node.op != GETITEM and not all(isinstance(values[name], torch.Tensor) for name in node.refers_to()):
             raise ArchiveInvalid("it takes tensors, and one of its arguments is several: pick one with getitem")
-        args = [_argument(arg, values) for arg in node.args]
-        kwargs = {key: _argument(arg, values) for key, arg in kwargs.items()}
+        args = [_resolve_argument(arg, values) for arg in node.args]
+        kwargs = {key: _resolve_argument(arg, values) for key, arg in kwargs.items()}
         run = lookup(node.op)
         try:
             check_tensors(node.op, args, kwargs)
@@ -193,22 +193,22 @@ def _ran(node: Node, lookup: Callable[[str], Callable[..., Any]], values: Mappin
         return found
 
 
-def _calls(
-    nodes: Sequence[Node], slots: Mapping[str, Slot], output: int, lookup: Callable[[str], Callable[..., Any]]
-) -> Iterator[Call]:
+def _list_calls(
+    nodes: Sequence[Node], slots: Mapping[str, TensorSlot], output: int, lookup: Callable[[str], Callable[..., Any]]
+) -> Iterator[OperatorCall]:
     """The nodes with slots for names; a value dies at its last reader."""
     readers = {slots[name]: node.name for node in nodes for name in node.refers_to()}
     for node in nodes:
         dies = {slot for name in node.refers_to() if readers[slot := slots[name]] == node.name and slot != output}
-        kwargs = {key: _argument(arg, slots) for key, arg in node.kwargs.items()}
-        args = [_argument(arg, slots) for arg in node.args]
-        yield Call(lookup(node.op), args, kwargs, slots[node.name], tuple(sorted(dies)))
+        kwargs = {key: _resolve_argument(arg, slots) for key, arg in node.kwargs.items()}
+        args = [_resolve_argument(arg, slots) for arg in node.args]
+        yield OperatorCall(lookup(node.op), args, kwargs, slots[node.name], tuple(sorted(dies)))
 
 
-def _argument(arg: Arg, values: Mapping[str, Any]) -> Any:
+def _resolve_argument(arg: Arg, values: Mapping[str, Any]) -> Any:
     """An argument as torch takes it, `values` standing for tensors."""
     if isinstance(arg, list):
-        return [_argument(each, values) for each in arg]
+        return [_resolve_argument(each, values) for each in arg]
     if not isinstance(arg, Named):
         return arg
     if arg.kind == "tensor":
@@ -219,21 +219,21 @@ def _argument(arg: Arg, values: Mapping[str, Any]) -> Any:
     return words[arg.name]
 
 
-def _filled(arg: Any, values: Sequence[Any]) -> Any:
+def _fill_slots(arg: Any, values: Sequence[Any]) -> Any:
     kind = type(arg)
-    if kind is Slot:
+    if kind is TensorSlot:
         return values[arg]
     if kind is list:
-        return [_filled(each, values) for each in arg]
+        return [_fill_slots(each, values) for each in arg]
     return arg
 
 
-def _tensor(constant: Constant) -> torch.Tensor:
+def _make_tensor(constant: Constant) -> torch.Tensor:
     return torch.tensor(constant.data, dtype=_DTYPES[constant.dtype]).reshape(constant.shape)
 
 
 @contextmanager
-def _naming(node: Node) -> Iterator[None]:
+def _name_node(node: Node) -> Iterator[None]:
     """Puts the node before the message of an error raised inside."""
     try:
         yield

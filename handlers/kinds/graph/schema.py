@@ -92,12 +92,12 @@ class Graph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"constants hold {items} items together, more than {MAX_CONSTANT_ITEMS}")
         known = {self.input.name}
         for name in (*self.parameters, *self.constants):
-            _give(name, known)
+            _define_name(name, known)
         for node in self.nodes:
             for name in node.refers_to():
                 if name not in known:
                     raise ValueError(f"node {node.name!r} refers to {name!r}, which nothing before it gives")
-            _give(node.name, known)
+            _define_name(node.name, known)
         if self.output not in known:
             raise ValueError(f"output {self.output!r} is given by no node")
 
@@ -120,7 +120,7 @@ def encode_graph(graph: Graph) -> bytes:
     return msgspec.json.encode(graph, order="deterministic")
 
 
-def _give(name: str, known: set[str]) -> None:
+def _define_name(name: str, known: set[str]) -> None:
     if name in known:
         raise ValueError(f"the name {name!r} is given twice")
     known.add(name)

@@ -33,7 +33,7 @@ STEADY = 0.125  #: the least deviation, as a share of the gap
 
 
 @dataclass(slots=True)
-class _Rhythm:
+class _VisitTimes:
     """When a model's last visit began, the mean gap between visits, and the mean deviation of gaps from it."""
 
     began: int
@@ -89,8 +89,8 @@ class Due:
         self._tickets = count(1)
         self._groups: dict[str | None, _Group] = {}
         self._group: dict[ModelName, str | None] = {}
-        self._rhythms: dict[ModelName, _Rhythm] = {}
-        self._ghosts: NameTable[_Rhythm] = NameTable(MAX_GHOST_BYTES, value_bytes=RHYTHM_BYTES)
+        self._rhythms: dict[ModelName, _VisitTimes] = {}
+        self._ghosts: NameTable[_VisitTimes] = NameTable(MAX_GHOST_BYTES, value_bytes=RHYTHM_BYTES)
 
     def __repr__(self) -> str:
         return f"<Due of {len(self._group)}, {len(self._ghosts)} ghosts>"
@@ -102,7 +102,7 @@ class Due:
         rhythm = self._ghosts.pop(model)
         if rhythm is None:
             due = self._now + self._horizon()
-            rhythm = _Rhythm(self._now, due, due)
+            rhythm = _VisitTimes(self._now, due, due)
         elif asked:
             rhythm.visit(self._now)
         members = self._groups.setdefault(group, _Group())

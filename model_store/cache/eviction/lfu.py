@@ -15,7 +15,7 @@ MOST = 15  #: the highest count of hits
 AGE = 10  #: hits per member after which all counts are halved
 
 
-def _levels() -> list[OrderedDict[ModelName, None]]:
+def _make_levels() -> list[OrderedDict[ModelName, None]]:
     return [OrderedDict() for _ in range(MOST + 1)]
 
 
@@ -24,7 +24,7 @@ class _Counts:
     """The members by their number of hits, in the order in which they reached it. `hits`: since the last halving."""
 
     level: dict[ModelName, int] = field(default_factory=dict)
-    levels: list[OrderedDict[ModelName, None]] = field(default_factory=_levels)
+    levels: list[OrderedDict[ModelName, None]] = field(default_factory=_make_levels)
     hits: int = 0
 
     def put(self, model: ModelName, level: int) -> None:
@@ -37,7 +37,7 @@ class _Counts:
         return level
 
     def halve(self) -> None:
-        before, self.levels, self.hits = self.levels, _levels(), 0
+        before, self.levels, self.hits = self.levels, _make_levels(), 0
         for level, models in enumerate(before):
             for model in models:
                 self.put(model, level // 2)

@@ -55,36 +55,36 @@ class Signatures:
         text = _decode(headers)
         found = _AUTHORIZATION.fullmatch(text.get("authorization", ""))
         if found is None:
-            raise _refused("this server wants requests signed with AWS Signature Version 4")
+            raise _refuse_signature("this server wants requests signed with AWS Signature Version 4")
         key, day, region, service, signed, signature = found.groups()
         secret = self._keys.get(key)
         if secret is None:
-            raise _refused("the access key is not one of this server's")
+            raise _refuse_signature("the access key is not one of this server's")
         names = signed.split(";")
         self._check_scope(text.get("x-amz-date", ""), day, region, service)
         _check_signed(names, text)
         digest = hashlib.sha256(body).hexdigest()
         if text.get("x-amz-content-sha256", digest) != digest:
-            raise _refused("x-amz-content-sha256 is not the hash of the body")
-        request = AWSRequest(method=method, url=_url(path, query), data=body)
+            raise _refuse_signature("x-amz-content-sha256 is not the hash of the body")
+        request = AWSRequest(method=method, url=_rebuild_url(path, query), data=body)
         for name in names:
             request.headers[name] = text[name]
         request.context["timestamp"] = text["x-amz-date"]
         auth = _Verifier(Credentials(key, secret), service, region)
         expected = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
         if not hmac.compare_digest(expected, signature):
-            raise _refused("the signature does not match the request")
+            raise _refuse_signature("the signature does not match the request")
 
     def _check_scope(self, date: str, day: str, region: str, service: str) -> None:
         """That the credential's scope is the request's own. Raises Refused."""
         if not self._is_fresh(date):
-            raise _refused("the signature must cover x-amz-date, and be at most 15 minutes old")
+            raise _refuse_signature("the signature must cover x-amz-date, and be at most 15 minutes old")
         if day != date[:8]:
-            raise _refused(f"the credential's scope is of {day}, but x-amz-date is {date}")
+            raise _refuse_signature(f"the credential's scope is of {day}, but x-amz-date is {date}")
         if service != SERVICE:
-            raise _refused(f"the credential's scope must name the service {SERVICE}, not {service[:80]}")
+            raise _refuse_signature(f"the credential's scope must name the service {SERVICE}, not {service[:80]}")
         if self._region is not None and region != self._region:
-            raise _refused(f"the credential's scope must name the region {self._region}, not {region[:80]}")
+            raise _refuse_signature(f"the credential's scope must name the region {self._region}, not {region[:80]}")
 
     def _is_fresh(self, date: str) -> bool:
         if re.fullmatch(r"[0-9]{8}T[0-9]{6}Z", date) is None:
@@ -116,7 +116,7 @@ def _decode(headers: Mapping[bytes, bytes]) -> dict[str, str]:
             text[name] = value.decode()
         except UnicodeDecodeError:
             if name.startswith(_MEANINGFUL) or name in _REQUIRED:
-                raise _refused(f"the header {name} is not UTF-8, and a signature must cover it") from None
+                raise _refuse_signature(f"the header {name} is not UTF-8, and a signature must cover it") from None
     return text
 
 
@@ -125,19 +125,19 @@ def _check_signed(names: Iterable[str], text: Mapping[str, str]) -> None:
     signed = set(names)
     absent = sorted(signed - text.keys())
     if absent:
-        raise _refused(f"the signature covers the header {absent[0][:80]}, which is absent or not UTF-8")
+        raise _refuse_signature(f"the signature covers the header {absent[0][:80]}, which is absent or not UTF-8")
     needed = {name for name in text if name.startswith(_MEANINGFUL)} - _UNSIGNED
     missing = sorted(needed.union(_REQUIRED) - signed)
     if missing:
-        raise _refused(f"the signature must cover {missing[0][:80]}")
+        raise _refuse_signature(f"the signature must cover {missing[0][:80]}")
 
 
-def _url(path: str, query: bytes) -> str:
+def _rebuild_url(path: str, query: bytes) -> str:
     """The request's URL for botocore. The host is not in it: the signed header is what counts."""
     pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
     tail = "&".join(f"{quote(k, safe='')}={quote(v, safe='')}" for k, v in pairs)
     return f"http://host{quote(path)}" + (f"?{tail}" if tail else "")
 
 
-def _refused(message: str) -> Refused:
+def _refuse_signature(message: str) -> Refused:
     return Refused(Situation.BAD_SIGNATURE, message)

@@ -15,7 +15,7 @@ from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
 from server.front.dataplane import DataPlane, InferStats
-from server.front.exchange import Limit, Operation, Reply, Request, wrong_method
+from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
 from server.front.raw_json import split_fields
 from server.settings import Settings
@@ -99,10 +99,10 @@ class Forecasts:
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_forecasts_bytes), "max_forecasts_bytes")
-        self._forecast = Operation("forecast", self._limit)
+        self._forecast = DialectOperation("forecast", self._limit)
         self._status = {**STATUS, Situation.OVERLOADED: int(settings.overload_status)}
 
-    def match(self, method: str, path: str) -> Operation | None:
+    def match(self, method: str, path: str) -> DialectOperation | None:
         """POST to `/v1/forecasts`."""
         if path != FORECASTS_PATH:
             return None
@@ -110,31 +110,31 @@ class Forecasts:
             raise wrong_method(method)
         return self._forecast
 
-    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
         """All predictions in order; with `joint` and `Accept: application/x-npy`, their samples as one array."""
         del operation
         call = parse_call(request.body)
         with FanOut(plane, call, self._limit, request.deadline, request.client_gone) as fan_out:
             return await self._answer(call, fan_out, request)
 
-    async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: Request) -> Reply:
+    async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest) -> HttpReply:
         found = await fan_out.infer()
-        counted, stats = self.statuses(found), summarise(found)
+        counted, stats = self.statuses(found), summarise_items(found)
         if call.joint is not None and any(isinstance(each, Prediction) for each in found):
             accept = NPY if NPY in request.accept.lower() else JSON
             if accept == NPY:
                 require_all(found)
             scenarios = await fan_out.draw(call.joint, found, accept)
             if accept == NPY:
-                return Reply(OK, NPY, scenarios, stats=stats, counted=counted)
+                return HttpReply(OK, NPY, scenarios, stats=stats, counted=counted)
             found = put_samples(found, scenarios)
-        return Reply(OK, JSON, build_answer(found), stats=stats, counted=counted)
+        return HttpReply(OK, JSON, build_answer(found), stats=stats, counted=counted)
 
-    def refused(self, why: Refused, request: Request) -> Reply:
+    def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The call's error, as an item's is."""
         del request
         headers = [(b"retry-after", b"1")] if why.situation in RETRY_AFTER else []
-        return Reply(self._status[why.situation], JSON, build_error(why), headers)
+        return HttpReply(self._status[why.situation], JSON, build_error(why), headers)
 
     def statuses(self, found: Iterable[Prediction | Refused]) -> list[int]:
         """For each item the status that the metrics count."""
@@ -213,7 +213,7 @@ def build_error(refused: Refused) -> bytes:
     return msgspec.json.encode({"error": error})
 
 
-def summarise(found: Iterable[Prediction | Refused]) -> InferStats:
+def summarise_items(found: Iterable[Prediction | Refused]) -> InferStats:
     """For the headers: how many the cache had, and the longest times."""
     stats = [each.stats for each in found if isinstance(each, Prediction)]
     cache = Counter(each.cache for each in stats if each.cache)

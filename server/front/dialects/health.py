@@ -5,10 +5,10 @@ import msgspec
 from server import contract
 from server.errors import Refused
 from server.front.dataplane import DataPlane
-from server.front.exchange import Operation, Reply, Request
+from server.front.exchange import DialectOperation, HttpReply, HttpRequest
 from server.settings import Settings
 
-_PING, _READY = Operation("ping", None), Operation("ready", None)
+_PING, _READY = DialectOperation("ping", None), DialectOperation("ready", None)
 _OPERATIONS = {contract.PING_PATH: _PING, contract.READY_PATH: _READY}
 
 
@@ -21,21 +21,21 @@ class Health:
     def __init__(self, settings: Settings) -> None:
         del settings
 
-    def match(self, method: str, path: str) -> Operation | None:
+    def match(self, method: str, path: str) -> DialectOperation | None:
         """Any method: SageMaker's platform and Kubernetes ask by GET, some balancers by HEAD or OPTIONS."""
         del method
         return _OPERATIONS.get(path)
 
-    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
         """From what the front knows: no worker is asked."""
         del request
         if operation is _PING:
-            return Reply(200, contract.JSON, b'{"status": "Healthy"}\n', counted=())
+            return HttpReply(200, contract.JSON, b'{"status": "Healthy"}\n', counted=())
         workers = len(plane.router.lanes)
         body = msgspec.json.encode({"ready": workers > 0, "workers": workers})
-        return Reply(200 if workers else 503, contract.JSON, body, counted=())
+        return HttpReply(200 if workers else 503, contract.JSON, body, counted=())
 
-    def refused(self, why: Refused, request: Request) -> Reply:
+    def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """A probe has nothing that could be refused, so this is a failure of the server."""
         del request
-        return Reply(500, contract.JSON, msgspec.json.encode({"error": why.detail.message}), counted=())
+        return HttpReply(500, contract.JSON, msgspec.json.encode({"error": why.detail.message}), counted=())

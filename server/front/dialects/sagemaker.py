@@ -12,7 +12,7 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.dataplane import DataPlane, InferRequest
-from server.front.exchange import Headers, Limit, Operation, Reply, Request, wrong_method
+from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
 from server.settings import Settings
 
 TOO_MANY = 429
@@ -70,12 +70,12 @@ class SageMaker:
     paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
-        self._invoke = Operation("invoke", Limit(int(settings.max_body_bytes), "max_body_bytes"))
+        self._invoke = DialectOperation("invoke", Limit(int(settings.max_body_bytes), "max_body_bytes"))
         too_many = settings.overload_status == TOO_MANY
         self._errors = {**ERRORS, Situation.OVERLOADED: _OVERLOADED_AS_429} if too_many else ERRORS
         self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
 
-    def match(self, method: str, path: str) -> Operation | None:
+    def match(self, method: str, path: str) -> DialectOperation | None:
         """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`."""
         if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
             return None
@@ -83,7 +83,7 @@ class SageMaker:
             raise wrong_method(method)
         return self._invoke
 
-    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
         """The model's answer as it is."""
         del operation
         raw = request.headers.get(_TARGET_MODEL)
@@ -95,9 +95,9 @@ class SageMaker:
                 model, request.body, request.content_type, request.accept, request.deadline, request.client_gone
             )
         )
-        return Reply(200, response.content_type, response.body, _headers(request), response.stats, response)
+        return HttpReply(200, response.content_type, response.body, _make_headers(request), response.stats, response)
 
-    def refused(self, why: Refused, request: Request) -> Reply:
+    def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
         code, detail = self._errors[why.situation], why.detail
         body: dict[str, object] = {"message": detail.message}
@@ -106,11 +106,11 @@ class SageMaker:
             body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
         if code.original is not None:
             body |= {"Message": detail.message, "OriginalStatusCode": code.original, "OriginalMessage": detail.message}
-        headers = [(_ERROR_TYPE, code.type.encode()), *_headers(request)]
+        headers = [(_ERROR_TYPE, code.type.encode()), *_make_headers(request)]
         if code.retry_after_ms is not None:
             headers.append((_RETRY_AFTER_MS, b"%d" % code.retry_after_ms))  # botocore's, in milliseconds
             headers.append((b"retry-after", b"%d" % -(-code.retry_after_ms // 1000)))
-        return Reply(code.status, contract.JSON, msgspec.json.encode(body), headers)
+        return HttpReply(code.status, contract.JSON, msgspec.json.encode(body), headers)
 
     def _parse_name(self, raw: bytes | None) -> ModelName:
         """The target model, remembered for the next request. Raises Refused."""
@@ -127,7 +127,7 @@ class SageMaker:
         return name
 
 
-def _headers(request: Request) -> Headers:
+def _make_headers(request: HttpRequest) -> Headers:
     """What every answer carries, whatever happens to the request."""
     custom = request.headers.get(_ATTRIBUTES)
     if custom is None or len(custom) > MAX_ATTRIBUTES:

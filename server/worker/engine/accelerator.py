@@ -84,7 +84,7 @@ class DevicePool:
         return self.floats[offset // 4 : (offset + size) // 4]
 
 
-class Lane:
+class StagingLane:
     """Page-locked host memory of one forward in flight: its inputs, the places of its rows, and its answers."""
 
     def __init__(self, family: Family, capacity: int, device: Device) -> None:
@@ -111,7 +111,7 @@ class Lane:
         self._index[at:bucket] = offsets[0]
         self._index[:bucket] //= ALIGN_BYTES
 
-    def take(self, answers: Float32) -> None:
+    def read_answers(self, answers: Float32) -> None:
         """Wait for the forward and copy its answers out."""
         assert self.done is not None, "it was launched"
         self.done.synchronize()
@@ -128,7 +128,7 @@ class DeviceStaging:
         self.rows = device.memory(self.capacity, family.row_floats)
         self.x = device.memory(self.capacity, *family.input_shape)
         self.index = device.memory(self.capacity, dtype=torch.int64)
-        self.lanes = [Lane(family, self.capacity, device) for _ in range(LANES)]
+        self.lanes = [StagingLane(family, self.capacity, device) for _ in range(LANES)]
         self.nbytes = self.rows.nbytes + self.x.nbytes
         self._device, self._bf16 = device, bf16
         self._forwards: dict[int, Callable[[], torch.Tensor]] = {}
@@ -138,7 +138,7 @@ class DeviceStaging:
         """For example `<DeviceStaging tcn-4f1c2a9b, 512 rows>`."""
         return f"<DeviceStaging {self.family.key}, {self.capacity} rows>"
 
-    def bucket(self, rows: int) -> int:
+    def bucket_size(self, rows: int) -> int:
         """The padded number of rows of a forward: the next power of two, at most the capacity."""
         return min(self.capacity, 1 << (rows - 1).bit_length())
 
@@ -147,11 +147,11 @@ class DeviceStaging:
         found = self._forwards.get(bucket)
         if found is None:
             bound: list[Callable[[], torch.Tensor]] = []  # made on the compute stream, which zeroes scratch
-            self._device.launch(lambda: bound.append(self._bound(bucket))).synchronize()
+            self._device.launch(lambda: bound.append(self._bind_bucket(bucket))).synchronize()
             found = self._forwards[bucket] = bound[0]
         return found
 
-    def _bound(self, bucket: int) -> Callable[[], torch.Tensor]:
+    def _bind_bucket(self, bucket: int) -> Callable[[], torch.Tensor]:
         family, rows, x = self.family, self.rows[:bucket], self.x[:bucket]
         if not self._bf16:
             weights = family.bind(rows)
@@ -165,7 +165,7 @@ class DeviceStaging:
 
         return forward
 
-    def cuts(self, offsets: Sequence[int], parts: Sequence[Float32]) -> Iterator[tuple[list[int], list[Float32]]]:
+    def cut_batch(self, offsets: Sequence[int], parts: Sequence[Float32]) -> Iterator[tuple[list[int], list[Float32]]]:
         """Cut the batch into forwards that fit: for each the offsets of its rows, and pieces of the parts."""
         starts: list[int] = []
         pieces: list[Float32] = []
@@ -245,18 +245,18 @@ class DeviceEngine:
             self._staging[family.key] = staging
             self._forget_families()
         self._staging.move_to_end(family.key)
-        flying: deque[tuple[Lane, Float32]] = deque()
+        flying: deque[tuple[StagingLane, Float32]] = deque()
         at = 0
-        for i, (starts, pieces) in enumerate(staging.cuts(offsets, parts)):
+        for i, (starts, pieces) in enumerate(staging.cut_batch(offsets, parts)):
             if len(flying) == LANES:
                 lane, target = flying.popleft()
-                lane.take(target)
+                lane.read_answers(target)
             lane = staging.lanes[i % LANES]
             self._launch(staging, lane, starts, pieces)
             flying.append((lane, answers[at : at + len(starts)]))
             at += len(starts)
         for lane, target in flying:
-            lane.take(target)
+            lane.read_answers(target)
 
     def _forget_families(self) -> None:
         """Free the staging of families that have not run for long, with the graphs that read it; not the newest's.
@@ -271,9 +271,11 @@ class DeviceEngine:
                 for key in [key for key in runs if key[0] == gone]:
                     del runs[key]
 
-    def _launch(self, staging: DeviceStaging, lane: Lane, offsets: Sequence[int], parts: Sequence[Float32]) -> None:
+    def _launch(
+        self, staging: DeviceStaging, lane: StagingLane, offsets: Sequence[int], parts: Sequence[Float32]
+    ) -> None:
         """Launch one forward: copy inputs in, gather rows, run, copy answers out."""
-        rows, bucket = len(offsets), staging.bucket(len(offsets))
+        rows, bucket = len(offsets), staging.bucket_size(len(offsets))
         lane.fill(offsets, parts, bucket)
         forward = self._forward(staging, bucket)
 

@@ -18,13 +18,13 @@ import torch
 
 from handlers.base import Family, Float32
 from handlers.codecs.codec import FamilyCodec
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from server.worker.engine.device import CudaDevice, Device
-from server.worker.host_cache import Shelf
+from server.worker.host_cache import HostCache
 
 SEED = 7
 CONFIG = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
@@ -33,7 +33,7 @@ COPY_FLOATS = 64 * 1024 * 1024  #: so large that a copy's start does not matter
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GpuBenchSizes:
     """How much is measured."""
 
     tick: int = 1000
@@ -42,10 +42,10 @@ class Sizes:
     copy_floats: int = COPY_FLOATS
 
 
-class Bench:
+class GpuBench:
     """One family on one device: `resident` models in a pool; the first `tick` of them differ from each other."""
 
-    def __init__(self, device: Device, sizes: Sizes, family: Family) -> None:
+    def __init__(self, device: Device, sizes: GpuBenchSizes, family: Family) -> None:
         self.device, self.sizes, self.family = device, sizes, family
         self.row_bytes = family.row_floats * 4
         self.engine = DeviceEngine(DevicePool(sizes.resident * self.row_bytes, device), sizes.tick)
@@ -60,11 +60,11 @@ class Bench:
         """For example `<Bench of tcn-4f1c2a9b, 10000 models>`."""
         return f"<Bench of {self.family.key}, {self.sizes.resident} models>"
 
-    def run(self, models: Sequence[int]) -> list[Float32]:
+    def run_step(self, models: Sequence[int]) -> list[Float32]:
         """Run one step: from decoded rows to answers on the host."""
         return self.engine.run(self.family, [model * self.row_bytes for model in models], list(self.x[: len(models)]))
 
-    def tick(self) -> dict[str, Any]:
+    def measure_tick(self) -> dict[str, Any]:
         """Measure all models of a tick in one step, against their plain networks one by one on the same device."""
         networks = [self._network(model) for model in range(self.sizes.tick)]
         models = list(range(self.sizes.tick))
@@ -75,34 +75,34 @@ class Bench:
                 return [net(x).cpu().numpy() for net, x in zip(networks, asked, strict=True)]
 
         for _ in range(EAGER_RUNS + 2):
-            found = self.run(models)
+            found = self.run_step(models)
         np.testing.assert_allclose(np.stack(found), np.stack(one_by_one()), rtol=1e-3, atol=1e-4)
-        ours, eager = alternating([lambda: self.run(models), one_by_one], self.sizes.rounds)
+        ours, eager = time_alternating([lambda: self.run_step(models), one_by_one], self.sizes.rounds)
         return {
             "models": len(models),
             "ms": ours,
             "one_by_one_eager_ms": eager,
             "ratio": eager["median"] / ours["median"],
-            "floor_ms": self.floor(len(models)),
+            "floor_ms": self.measure_floor(len(models)),
         }
 
-    def scattered(self) -> dict[str, Any]:
+    def measure_scattered(self) -> dict[str, Any]:
         """Measure as many models as a tick, drawn from all residents, and single requests."""
         for models in (self.everyone, self.everyone[:1]):
             for _ in range(EAGER_RUNS + 2):
-                self.run(models)
-        many, one = alternating(
-            [lambda: self.run(self.everyone), lambda: self.run(self.everyone[:1])], self.sizes.rounds
+                self.run_step(models)
+        many, one = time_alternating(
+            [lambda: self.run_step(self.everyone), lambda: self.run_step(self.everyone[:1])], self.sizes.rounds
         )
         free, total = self.device.free_and_total()
         return {"resident": self.sizes.resident, "tick_ms": many, "single_ms": one, "device_bytes_used": total - free}
 
-    def returning(self) -> dict[str, Any]:
+    def measure_return(self) -> dict[str, Any]:
         """Measure the return of an evicted model from host memory: its copy alone, and until the first answer."""
-        shelf = Shelf(self.device.host(4 * self.family.row_floats), 3600)
+        shelf = HostCache(self.device.host(4 * self.family.row_floats), 3600)
         body = RowModel(self.family, FamilyCodec(self.family))
         slot = Slot(ModelName("m"), "v1", self.family.key, self.row_bytes, 0, State.RETIRING, 0.0)
-        before = [self.run([0]) for _ in range(EAGER_RUNS + 2)][-1][0]
+        before = [self.run_step([0]) for _ in range(EAGER_RUNS + 2)][-1][0]
         copies, answers = [], []
         for _ in range(self.sizes.rounds):
             numbers = shelf.keep(slot, body, time.time())
@@ -117,26 +117,30 @@ class Bench:
             self.engine.pool.write(0, back.row)
             self.device.drain()
             copied = time.perf_counter()
-            answer = self.run([0])[0]
+            answer = self.run_step([0])[0]
             answers.append((time.perf_counter() - started) * 1e3)
             copies.append((copied - started) * 1e3)
             np.testing.assert_array_equal(answer, before)
-        return {"row_bytes": self.row_bytes, "copy_ms": spread(copies), "first_answer_ms": spread(answers)}
+        return {
+            "row_bytes": self.row_bytes,
+            "copy_ms": summarise_spread(copies),
+            "first_answer_ms": summarise_spread(answers),
+        }
 
-    def batches(self) -> dict[str, Any]:
+    def measure_batches(self) -> dict[str, Any]:
         """Measure microseconds a request by batch size."""
         found = {}
         for rows in (1, 8, 64, 512):
             models = self.everyone[:rows]
             for _ in range(EAGER_RUNS + 2):
-                self.run(models)
-            (taken,) = alternating([lambda models=models: self.run(models)], self.sizes.rounds)  # type: ignore[misc]
+                self.run_step(models)
+            (taken,) = time_alternating([lambda models=models: self.run_step(models)], self.sizes.rounds)  # type: ignore[misc]
             found[str(rows)] = {**taken, "us_a_request": taken["median"] * 1e3 / len(models)}
         return found
 
-    def floor(self, rows: int) -> dict[str, float]:
+    def measure_floor(self, rows: int) -> dict[str, float]:
         """The ms of a step's bytes and launches alone: copies in and out, the gather, five launches."""
-        rate, answer_bytes = self.bandwidths(), int(np.prod(self.family.output_shape)) * 4
+        rate, answer_bytes = self.measure_bandwidths(), int(np.prod(self.family.output_shape)) * 4
         floor = {
             "launches": LAUNCHES * rate["launch_ms"],
             "in": rows * self.x[0].nbytes / rate["in_bytes_per_ms"],
@@ -150,21 +154,21 @@ class Bench:
         starts = torch.tensor(self.everyone[:rows]) * (self.row_bytes // 64)
         block, index = self.device.memory(rows, self.family.row_floats), self.device.memory(rows, dtype=torch.int64)
         self.device.launch(lambda: index.copy_(starts)).synchronize()
-        return self._repeated(lambda: self.engine.pool.gather(index, block))
+        return self._time_repeated(lambda: self.engine.pool.gather(index, block))
 
-    def bandwidths(self) -> dict[str, float]:
+    def measure_bandwidths(self) -> dict[str, float]:
         """Bytes per ms of copies (into the device, within it, out of it), and the time of one empty launch."""
         size = self.sizes.copy_floats
         a, b, host = self.device.memory(size), self.device.memory(size), self.device.host(size)
         small = self.device.memory(1)
         return {
-            "in_bytes_per_ms": size * 4 / self._repeated(lambda: a.copy_(host, non_blocking=True)),
-            "copy_bytes_per_ms": size * 4 / self._repeated(lambda: b.copy_(a)),
-            "out_bytes_per_ms": size * 4 / self._repeated(lambda: host.copy_(a, non_blocking=True)),
-            "launch_ms": self._repeated(small.zero_, 1000),
+            "in_bytes_per_ms": size * 4 / self._time_repeated(lambda: a.copy_(host, non_blocking=True)),
+            "copy_bytes_per_ms": size * 4 / self._time_repeated(lambda: b.copy_(a)),
+            "out_bytes_per_ms": size * 4 / self._time_repeated(lambda: host.copy_(a, non_blocking=True)),
+            "launch_ms": self._time_repeated(small.zero_, 1000),
         }
 
-    def _repeated(self, work: Callable[[], object], times: int = 20) -> float:
+    def _time_repeated(self, work: Callable[[], object], times: int = 20) -> float:
         """Milliseconds of one run of `work`, of many that run back to back."""
 
         def many() -> None:
@@ -183,26 +187,33 @@ class Bench:
         return network.to(self.device.where)
 
 
-def measure(device: Device, sizes: Sizes) -> dict[str, Any]:
+def measure_gpu(device: Device, sizes: GpuBenchSizes) -> dict[str, Any]:
     """Measure everything for the small convolution, and batches for the recurrence, which has the most launches."""
-    tcn = Bench(device, sizes, build("tcn", CONFIG))
-    found = {"tick": tcn.tick(), "scattered": tcn.scattered(), "returning": tcn.returning(), "tcn": tcn.batches()}
-    gru = Bench(device, Sizes(sizes.tick, sizes.tick, sizes.rounds, sizes.copy_floats), build("gru", CONFIG))
-    return {**found, "gru": gru.batches()}
+    tcn = GpuBench(device, sizes, build_family("tcn", CONFIG))
+    found = {
+        "tick": tcn.measure_tick(),
+        "scattered": tcn.measure_scattered(),
+        "returning": tcn.measure_return(),
+        "tcn": tcn.measure_batches(),
+    }
+    gru = GpuBench(
+        device, GpuBenchSizes(sizes.tick, sizes.tick, sizes.rounds, sizes.copy_floats), build_family("gru", CONFIG)
+    )
+    return {**found, "gru": gru.measure_batches()}
 
 
-def alternating(works: Sequence[Callable[[], object]], rounds: int) -> list[dict[str, float]]:
-    """Time each work once a round, in reverse order every other round; milliseconds, as `spread`."""
+def time_alternating(works: Sequence[Callable[[], object]], rounds: int) -> list[dict[str, float]]:
+    """Time each work once a round, in reverse order every other round; milliseconds, as `summarise_spread`."""
     taken: list[list[float]] = [[] for _ in works]
     for turn in range(rounds):
         for i in range(len(works))[:: 1 if turn % 2 else -1]:
             started = time.perf_counter()
             works[i]()
             taken[i].append((time.perf_counter() - started) * 1e3)
-    return [spread(times) for times in taken]
+    return [summarise_spread(times) for times in taken]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def summarise_spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest value, and their number."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
@@ -214,7 +225,7 @@ def main() -> None:
         sys.stderr.write(f"no CUDA device here (torch {torch.__version__} {build_of}): this benchmark needs one\n")
         sys.exit(2)
     where = torch.device("cuda:0")
-    found = measure(CudaDevice(where, "float32"), Sizes())
+    found = measure_gpu(CudaDevice(where, "float32"), GpuBenchSizes())
     found["device"] = torch.cuda.get_device_name(where)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 

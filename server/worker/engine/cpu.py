@@ -17,7 +17,15 @@ import torch
 from handlers.base import Family, Float32
 from handlers.kinds import run_row_on_cpu
 from handlers.kinds.row_work import row_work
-from server.worker.engine.execution_plan import MOST_ROWS, UNKNOWN, Learning, Path, Piece, Table, plan
+from server.worker.engine.execution_plan import (
+    MOST_ROWS,
+    UNKNOWN,
+    CostTable,
+    Path,
+    PathTimings,
+    PlannedForward,
+    plan_forwards,
+)
 from server.worker.engine.memory_pool import Pool
 
 #: On the CPU a step is cut into forwards whose staging stays in cache (measured: 500 `tcn` models in 3.5 ms instead of
@@ -63,7 +71,7 @@ class Staging:
         """For example `<Staging tcn-4f1c2a9b, 64 rows>`."""
         return f"<Staging {self.family.key}, {self.capacity} rows>"
 
-    def rows(self, count: int) -> Binding:
+    def stage_rows(self, count: int) -> Binding:
         """Staging of `count` rows, and its parameter views."""
         bound = self._bound.get(count)
         if bound is None:
@@ -72,7 +80,7 @@ class Staging:
             bound = self._bound[count] = (block, self.family.bind(block))
         return bound
 
-    def same(self, count: int) -> Binding:
+    def stage_same(self, count: int) -> Binding:
         """Staging of one row, and the parameter views of `count` rows that are all this row."""
         bound = self._same.get(count)
         if bound is None:
@@ -89,7 +97,7 @@ class Staging:
             self._same.clear()
             self._kept_bytes = count * self._scratch_bytes
 
-    def inputs(self, parts: Sequence[Float32]) -> torch.Tensor:
+    def stage_inputs(self, parts: Sequence[Float32]) -> torch.Tensor:
         """The requests' arrays, each [n, *input_shape], concatenated in staging."""
         count = sum(map(len, parts))
         np.concatenate(parts, out=self._host_numpy[:count])
@@ -105,7 +113,7 @@ class Engine:
         self._staging: OrderedDict[str, Staging] = OrderedDict()  # the least recently used first
         self._in_place: OrderedDict[tuple[str, int, int], tuple[Sequence[torch.Tensor], float]] = OrderedDict()
         self._in_place_rows = 0.0  # a row counts as more than one where its scratch is large
-        self._learning: OrderedDict[str, Learning] = OrderedDict()
+        self._learning: OrderedDict[str, PathTimings] = OrderedDict()
 
     def __repr__(self) -> str:
         """For example `<Engine <Pool 512.0 MB on cpu>, 2 families>`."""
@@ -115,16 +123,20 @@ class Engine:
         """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes)."""
         staging = self._staging_of(family)
         sizes = [len(part) for part in parts]
-        flat = _repeat(offsets, sizes)
+        flat = _repeat_offsets(offsets, sizes)
         learning = self._learning[family.key]
-        pieces = plan(learning.table, flat, family.row_floats * 4)
+        pieces = plan_forwards(learning.table, flat, family.row_floats * 4)
         began = time.perf_counter()
-        if len(pieces) == 1 and len(flat) <= self._most(staging, pieces[0].path) and isinstance(pieces[0].rows, range):
+        if (
+            len(pieces) == 1
+            and len(flat) <= self._most_rows(staging, pieces[0].path)
+            and isinstance(pieces[0].rows, range)
+        ):
             answers = self._forward(staging, pieces[0].path, flat, parts)
         else:
-            answers = self._pieces(staging, pieces, flat, _rows(parts, sizes))
-        learning.ran(flat, time.perf_counter() - began)
-        return _split(answers, sizes)
+            answers = self._run_forwards(staging, pieces, flat, _split_rows(parts, sizes))
+        learning.record_batch(flat, time.perf_counter() - began)
+        return _split_answers(answers, sizes)
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
         """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory."""
@@ -138,20 +150,20 @@ class Engine:
         """
         until = time.perf_counter() + LEARN_S
         for key, learning in list(self._learning.items()):
-            while key in self._staging and (forward := learning.next()) is not None:
+            while key in self._staging and (forward := learning.next_timing()) is not None:
                 (path, size), offsets = forward
                 x = np.zeros((size, *self._staging[key].family.input_shape), np.float32)
-                learning.took(self._timed(self._staging[key], path, offsets, x))
+                learning.record_timing(self._time_forward(self._staging[key], path, offsets, x))
                 if time.perf_counter() > until:
                     return True
         return False
 
-    def table(self, family: Family) -> Table:
+    def cost_table(self, family: Family) -> CostTable:
         """The measured times of the family's paths; an empty table if it has not run."""
         learning = self._learning.get(family.key)
-        return learning.table if learning else Table()
+        return learning.table if learning else CostTable()
 
-    def use(self, family: Family, table: Table) -> None:
+    def use_costs(self, family: Family, table: CostTable) -> None:
         """Set the times of the family's paths, instead of measuring them."""
         self._staging_of(family)
         self._learning[family.key].table = table
@@ -161,13 +173,13 @@ class Engine:
         self._staging.clear()
         self._unbind()
 
-    def _pieces(
-        self, staging: Staging, pieces: Sequence[Piece], offsets: Sequence[int], parts: Sequence[Float32]
+    def _run_forwards(
+        self, staging: Staging, pieces: Sequence[PlannedForward], offsets: Sequence[int], parts: Sequence[Float32]
     ) -> Float32:
         """Run a batch in several forwards. `parts`: each row's inputs [1, *input_shape] -> answers [rows, ...]."""
         answers = np.empty((len(parts), *staging.family.output_shape), np.float32)
         for path, rows in pieces:
-            most = self._most(staging, path)
+            most = self._most_rows(staging, path)
             for at in range(0, len(rows), most):
                 some = rows[at : at + most]
                 where = slice(some.start, some.stop) if isinstance(some, range) else some  # a view, no index
@@ -176,19 +188,19 @@ class Engine:
 
     def _forward(self, staging: Staging, path: Path, offsets: Sequence[int], parts: Sequence[Float32]) -> Float32:
         with torch.inference_mode():
-            x = staging.inputs(parts)
+            x = staging.stage_inputs(parts)
             if path is Path.IN_PLACE:
-                weights = self._binding(staging.family, offsets[0], len(offsets))
+                weights = self._bind_block(staging.family, offsets[0], len(offsets))
             elif path is Path.REPEAT:
-                block, weights = staging.same(len(offsets))
+                block, weights = staging.stage_same(len(offsets))
                 self.pool.gather(offsets[:1], block)
             else:
-                block, weights = staging.rows(len(offsets))
+                block, weights = staging.stage_rows(len(offsets))
                 self.pool.gather(offsets, block)
             answer: Float32 = staging.family.forward(weights, x).numpy()
         return answer
 
-    def _binding(self, family: Family, offset: int, count: int) -> Sequence[torch.Tensor]:
+    def _bind_block(self, family: Family, offset: int, count: int) -> Sequence[torch.Tensor]:
         """The parameter views of `count` adjacent rows in the pool."""
         key = (family.key, offset, count)
         bound = self._in_place.get(key)
@@ -204,12 +216,12 @@ class Engine:
             self._in_place_rows -= gone
         return weights
 
-    def _timed(self, staging: Staging, path: Path, offsets: Sequence[int], x: Float32) -> float:
+    def _time_forward(self, staging: Staging, path: Path, offsets: Sequence[int], x: Float32) -> float:
         """Seconds of this thread for one forward with its binding; UNKNOWN if the rows there cannot be run any more."""
         self._unbind()
         began = time.thread_time()
         try:
-            self._pieces(staging, [Piece(path, range(len(x)))], offsets, _rows([x], [len(x)]))
+            self._run_forwards(staging, [PlannedForward(path, range(len(x)))], offsets, _split_rows([x], [len(x)]))
         except Exception as error:
             log.warning("path_not_measured", family=staging.family.key, path=str(path), error=str(error))
             return UNKNOWN
@@ -223,7 +235,7 @@ class Engine:
         staging = self._staging.get(family.key)
         if staging is None:
             staging = self._staging[family.key] = Staging(family, self._max_rows, self.pool.device)
-            self._learning.setdefault(family.key, Learning(family.row_floats * 4))
+            self._learning.setdefault(family.key, PathTimings(family.row_floats * 4))
             self._forget_families()
         self._staging.move_to_end(family.key)
         self._learning.move_to_end(family.key)
@@ -239,12 +251,12 @@ class Engine:
             self._learning.popitem(last=False)
 
     @staticmethod
-    def _most(staging: Staging, path: Path) -> int:
+    def _most_rows(staging: Staging, path: Path) -> int:
         """The most rows of one forward."""
         return staging.capacity if path is Path.GATHER else staging.most
 
 
-def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
+def _split_answers(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
     found, at = [], 0
     for size in sizes:
         found.append(answers[at : at + size])
@@ -252,14 +264,14 @@ def _split(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
     return found
 
 
-def _rows(parts: Sequence[Float32], sizes: Sequence[int]) -> Sequence[Float32]:
+def _split_rows(parts: Sequence[Float32], sizes: Sequence[int]) -> Sequence[Float32]:
     """Split arrays [n, *shape] into arrays [1, *shape]."""
     if len(sizes) == sum(sizes):
         return parts
     return [part[i : i + 1] for part, size in zip(parts, sizes, strict=True) for i in range(size)]
 
 
-def _repeat(offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
+def _repeat_offsets(offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
     """Repeat each offset for every row of its request."""
     if len(sizes) == sum(sizes):
         return offsets

@@ -40,14 +40,14 @@ Cell = tuple[Path, int]
 CELLS: tuple[Cell, ...] = tuple((path, size) for size in SIZES for path in Path)
 
 
-class Piece(NamedTuple):
+class PlannedForward(NamedTuple):
     """One forward of a plan: its path and the indices of the batch's rows. Only `gather` may exceed MOST_ROWS."""
 
     path: Path
     rows: Sequence[int]
 
 
-class Table:
+class CostTable:
     """A family's measured seconds of a forward with its binding: {(path, rows): seconds} for rows of SIZES.
 
     A path that is not measured is not taken; with an empty table every batch is gathered.
@@ -56,24 +56,24 @@ class Table:
     def __init__(self, seconds: Mapping[Cell, float] | None = None) -> None:
         self.seconds = dict(seconds or {})
         self._times: dict[Cell, float] = {}  # interpolated times
-        self.in_place_pays = any(self.pays(Path.IN_PLACE, size, of=size) for size in SIZES)
+        self.in_place_pays = any(self.pays_off(Path.IN_PLACE, size, of=size) for size in SIZES)
 
     def __repr__(self) -> str:
         """For example `<Table 8 of 9 measured>`."""
         return f"<Table {len(self.seconds)} of {len(CELLS)} measured>"
 
-    def time(self, path: Path, rows: int) -> float:
+    def forward_time(self, path: Path, rows: int) -> float:
         """Seconds of a forward of `rows` rows."""
         found = self._times.get((path, rows))
         if found is None:
-            found = self._times[path, rows] = self._time(path, rows)
+            found = self._times[path, rows] = self._interpolate(path, rows)
         return found
 
-    def pays(self, path: Path, rows: int, *, of: int) -> bool:
+    def pays_off(self, path: Path, rows: int, *, of: int) -> bool:
         """Whether `rows` of `of` rows cost less by this path than their share of one gathered forward."""
-        return self.time(path, rows) < (1 - MARGIN) * self.time(Path.GATHER, of) * rows / of
+        return self.forward_time(path, rows) < (1 - MARGIN) * self.forward_time(Path.GATHER, of) * rows / of
 
-    def _time(self, path: Path, rows: int) -> float:
+    def _interpolate(self, path: Path, rows: int) -> float:
         known = [size for size in SIZES if self.seconds.get((path, size), UNKNOWN) < UNKNOWN]
         if not known:
             return UNKNOWN
@@ -85,7 +85,7 @@ class Table:
         return above if low == high else below + (above - below) * (rows - low) / (high - low)
 
 
-def plan(table: Table, offsets: Sequence[int], row_bytes: int) -> list[Piece]:
+def plan_forwards(table: CostTable, offsets: Sequence[int], row_bytes: int) -> list[PlannedForward]:
     """The forwards of a batch whose row i runs under the model's row at `offsets[i]` (bytes).
 
     INVARIANT: each row of the batch is in exactly one forward. A forward of the whole batch in order has a range.
@@ -93,26 +93,26 @@ def plan(table: Table, offsets: Sequence[int], row_bytes: int) -> list[Piece]:
     count = len(offsets)
     apart = count == 1 or len(set(offsets)) == count
     if apart and not table.in_place_pays:
-        return [Piece(Path.GATHER, range(count))]
-    pieces, rest = (list[Piece](), list(range(count))) if apart else _repeated(table, offsets)
+        return [PlannedForward(Path.GATHER, range(count))]
+    pieces, rest = (list[PlannedForward](), list(range(count))) if apart else _split_repeated(table, offsets)
     if not rest:
-        return pieces if len(pieces) > 1 else [Piece(pieces[0].path, range(count))]
+        return pieces if len(pieces) > 1 else [PlannedForward(pieces[0].path, range(count))]
     if table.in_place_pays:
-        runs = [piece for run in _runs(rest, offsets, row_bytes) for piece in _in_place(table, run)]
-        in_place = sum(table.time(Path.IN_PLACE, len(piece.rows)) for piece in runs)
-        if in_place < (1 - MARGIN) * table.time(Path.GATHER, len(rest)):
-            return pieces + runs if count > 1 else [Piece(Path.IN_PLACE, range(1))]
-    return [*pieces, Piece(Path.GATHER, rest if pieces else range(count))]
+        runs = [piece for run in _find_runs(rest, offsets, row_bytes) for piece in _in_place(table, run)]
+        in_place = sum(table.forward_time(Path.IN_PLACE, len(piece.rows)) for piece in runs)
+        if in_place < (1 - MARGIN) * table.forward_time(Path.GATHER, len(rest)):
+            return pieces + runs if count > 1 else [PlannedForward(Path.IN_PLACE, range(1))]
+    return [*pieces, PlannedForward(Path.GATHER, rest if pieces else range(count))]
 
 
-class Learning:
+class PathTimings:
     """Measures a family's paths: says which forward to time next, and keeps the table of times.
 
     `row_bytes`: bytes of the family's rows. Rows are identified by their offsets in the pool (bytes).
     """
 
     def __init__(self, row_bytes: int) -> None:
-        self.table = Table()
+        self.table = CostTable()
         self._row_bytes = row_bytes
         self._recent: deque[int] = deque(maxlen=RECENT)
         self._row_s = UNKNOWN
@@ -125,13 +125,13 @@ class Learning:
         """For example `<Learning <Table 8 of 9 measured> on 2.1 MB>`."""
         return f"<Learning {self.table!r} on {self._bytes / 1e6:.1f} MB>"
 
-    def ran(self, offsets: Sequence[int], seconds: float) -> None:
+    def record_batch(self, offsets: Sequence[int], seconds: float) -> None:
         """Record a batch of these rows and the seconds that it took."""
         self._recent.extend(offsets)
         self._news = True
         self._row_s = min(self._row_s, seconds / len(offsets))
 
-    def next(self) -> tuple[Cell, list[int]] | None:
+    def next_timing(self) -> tuple[Cell, list[int]] | None:
         """The cell and the rows of the forward to time next; None if nothing has to be measured."""
         if not self._left and self._news:
             self._news = False
@@ -142,12 +142,12 @@ class Learning:
                 self._left.extend(self._forwards(rows))
         return self._left[0] if self._left else None
 
-    def took(self, seconds: float) -> None:
-        """Record the seconds of the forward that `next` returned."""
+    def record_timing(self, seconds: float) -> None:
+        """Record the seconds of the forward that `next_timing` returned."""
         cell, _ = self._left.popleft()
         self._taken.append(seconds)
         if len(self._taken) == ROUNDS:
-            self.table = Table({**self.table.seconds, cell: sorted(self._taken[1:])[ROUNDS // 2]})
+            self.table = CostTable({**self.table.seconds, cell: sorted(self._taken[1:])[ROUNDS // 2]})
             self._taken.clear()
 
     def _forwards(self, rows: Sequence[int]) -> Iterator[tuple[Cell, list[int]]]:
@@ -161,22 +161,22 @@ class Learning:
         """Batches of different rows for a cell; none if there are too few rows."""
         path, size = cell
         if path is Path.REPEAT:
-            yield from ([row] * size for row in _spread(rows))
+            yield from ([row] * size for row in _spread_rows(rows))
         elif path is Path.GATHER:
-            yield from (list(part) for part in zip(*[iter(_spread(rows))] * size, strict=False))
+            yield from (list(part) for part in zip(*[iter(_spread_rows(rows))] * size, strict=False))
         else:
-            runs = _runs(range(len(rows)), rows, self._row_bytes)
+            runs = _find_runs(range(len(rows)), rows, self._row_bytes)
             yield from (
                 [rows[i] for i in run[at : at + size]] for run in runs for at in range(0, len(run) - size + 1, size)
             )
 
 
-def _spread(rows: Sequence[int]) -> list[int]:
+def _spread_rows(rows: Sequence[int]) -> list[int]:
     """The rows in an order that keeps neighbours in memory far apart."""
     return [rows[i] for start in range(16) for i in range(start, len(rows), 16)]
 
 
-def _repeated(table: Table, offsets: Sequence[int]) -> tuple[list[Piece], list[int]]:
+def _split_repeated(table: CostTable, offsets: Sequence[int]) -> tuple[list[PlannedForward], list[int]]:
     """Forwards of models with so many inputs that `repeat` pays, and the other rows."""
     count = len(offsets)
     times = Counter(offsets)
@@ -187,17 +187,17 @@ def _repeated(table: Table, offsets: Sequence[int]) -> tuple[list[Piece], list[i
     for i, offset in enumerate(offsets):
         rows.setdefault(offset, []).append(i)
     apart = [same for same in rows.values() if min(len(same), MOST_ROWS) in sizes]
-    pieces = [Piece(Path.REPEAT, part) for same in apart for part in _cut(same)]
+    pieces = [PlannedForward(Path.REPEAT, part) for same in apart for part in _cut_to_most(same)]
     return pieces, sorted(set(range(count)).difference(*apart))
 
 
-def _repeat_pays(table: Table, size: int, of: int) -> bool:
+def _repeat_pays(table: CostTable, size: int, of: int) -> bool:
     """Whether `size` inputs of one model cost less by `repeat` than in the gathered batch, and than one by one."""
-    cheap = size > 1 and table.pays(Path.REPEAT, size, of=of)
-    return cheap and table.time(Path.REPEAT, size) < size * table.time(Path.IN_PLACE, 1)
+    cheap = size > 1 and table.pays_off(Path.REPEAT, size, of=of)
+    return cheap and table.forward_time(Path.REPEAT, size) < size * table.forward_time(Path.IN_PLACE, 1)
 
 
-def _runs(rows: Sequence[int], offsets: Sequence[int], row_bytes: int) -> Iterator[list[int]]:
+def _find_runs(rows: Sequence[int], offsets: Sequence[int], row_bytes: int) -> Iterator[list[int]]:
     """The rows as runs of rows that are adjacent in memory."""
     ordered = sorted(rows, key=offsets.__getitem__)
     run = ordered[:1]
@@ -209,13 +209,15 @@ def _runs(rows: Sequence[int], offsets: Sequence[int], row_bytes: int) -> Iterat
     yield run
 
 
-def _in_place(table: Table, run: Sequence[int]) -> list[Piece]:
+def _in_place(table: CostTable, run: Sequence[int]) -> list[PlannedForward]:
     """A run as forwards of several rows, or row by row if that is no slower."""
-    together = [Piece(Path.IN_PLACE, part) for part in _cut(run)]
-    if sum(table.time(Path.IN_PLACE, len(piece.rows)) for piece in together) < len(run) * table.time(Path.IN_PLACE, 1):
+    together = [PlannedForward(Path.IN_PLACE, part) for part in _cut_to_most(run)]
+    if sum(table.forward_time(Path.IN_PLACE, len(piece.rows)) for piece in together) < len(run) * table.forward_time(
+        Path.IN_PLACE, 1
+    ):
         return together
-    return [Piece(Path.IN_PLACE, [row]) for row in run]
+    return [PlannedForward(Path.IN_PLACE, [row]) for row in run]
 
 
-def _cut(rows: Sequence[int]) -> list[Sequence[int]]:
+def _cut_to_most(rows: Sequence[int]) -> list[Sequence[int]]:
     return [rows[at : at + MOST_ROWS] for at in range(0, len(rows), MOST_ROWS)]

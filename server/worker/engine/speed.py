@@ -19,7 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handlers.base import Family, Float32, Shape
 from server.worker.engine.cpu import Engine
-from server.worker.engine.execution_plan import COLD_BYTES, MOST_ROWS, RECENT, UNKNOWN, Path, Piece, Table, plan
+from server.worker.engine.execution_plan import (
+    COLD_BYTES,
+    MOST_ROWS,
+    RECENT,
+    UNKNOWN,
+    CostTable,
+    Path,
+    PlannedForward,
+    plan_forwards,
+)
 from server.worker.engine.memory_pool import Pool
 
 ROUNDS = 9  #: runs of which the fastest counts
@@ -28,7 +37,7 @@ PIECE_BYTES = 256 * 1024  #: bytes of one copy into memory that stays in cache, 
 MOST_BYTES = 4 * COLD_BYTES  #: most bytes of a family's pool, which has fewer rows if they are large
 
 
-class Rates(NamedTuple):
+class CoreRates(NamedTuple):
     """Floating-point operations and copied bytes of one core in a second."""
 
     flops: float
@@ -40,17 +49,17 @@ class Rates(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class FamilySpeed:
     """A family's measured paths. `flops`: of one answer; `rows`: number of models that were run in turn."""
 
     family: str
     row_bytes: int
     rows: int
     flops: int
-    rates: Rates
-    table: Table
+    rates: CoreRates
+    table: CostTable
 
-    def us(self, path: Path, rows: int) -> float | None:
+    def answer_us(self, path: Path, rows: int) -> float | None:
         """Microseconds an answer in a batch of `rows` rows, one of SIZES; None if that was too slow to be measured."""
         seconds = self.table.seconds.get((path, rows), UNKNOWN)
         return seconds / rows * 1e6 if seconds < UNKNOWN else None
@@ -59,13 +68,13 @@ class Pace:
         """The floor of an answer, in microseconds, in a batch of `rows` rows of `models` models."""
         return self.rates.floor_s(self.flops, self.row_bytes * models / rows) * 1e6
 
-    def taken(self, rows: int, models: int) -> Path:
+    def chosen_path(self, rows: int, models: int) -> Path:
         """The path of most rows of such a batch, if its models are not adjacent in memory."""
         offsets = [2 * self.row_bytes * (i % models) for i in range(rows)]
-        return max(plan(self.table, offsets, self.row_bytes), key=_size).path
+        return max(plan_forwards(self.table, offsets, self.row_bytes), key=_count_rows).path
 
 
-def pace(family: Family, row: Float32, rates: Rates) -> Pace:
+def measure_family(family: Family, row: Float32, rates: CoreRates) -> FamilySpeed:
     """Measure the family; every row holds the numbers of one of its models."""
     size = row.nbytes
     count = max(1, min(RECENT, MOST_BYTES // size, max(2 * MOST_ROWS, 1 + COLD_BYTES // size)))
@@ -75,11 +84,11 @@ def pace(family: Family, row: Float32, rates: Rates) -> Pace:
         pool.write(offset, row)
     engine = Engine(pool, MOST_ROWS)
     with one_thread():
-        learn(engine, family, offsets)
-        return Pace(family.key, size, count, flops(family, row), rates, engine.table(family))
+        learn_costs(engine, family, offsets)
+        return FamilySpeed(family.key, size, count, count_flops(family, row), rates, engine.cost_table(family))
 
 
-def learn(engine: Engine, family: Family, offsets: Sequence[int]) -> None:
+def learn_costs(engine: Engine, family: Family, offsets: Sequence[int]) -> None:
     """Run every model once, then time the family's paths until all are measured."""
     x = np.zeros((1, *family.input_shape), np.float32)
     for at in range(0, len(offsets), MOST_ROWS):
@@ -89,7 +98,7 @@ def learn(engine: Engine, family: Family, offsets: Sequence[int]) -> None:
         pass
 
 
-def flops(family: Family, row: Float32) -> int:
+def count_flops(family: Family, row: Float32) -> int:
     """Count the floating-point operations of one answer: those of the matrix products of its forward."""
     weights, x = family.bind(torch.from_numpy(row)[None]), torch.zeros(1, *family.input_shape)
     in_place = {torch.ops.aten.baddbmm_: _of_product}  # torch counts `baddbmm`, but not `baddbmm_`
@@ -98,7 +107,7 @@ def flops(family: Family, row: Float32) -> int:
     return int(counter.get_total_flops())
 
 
-def rates(size: int = COLD_BYTES) -> Rates:
+def measure_core(size: int = COLD_BYTES) -> CoreRates:
     """Measure the best rates of this core in a tenth of a second.
 
     `size`: bytes that are copied repeatedly. Rows that together fit into the cache have a floor of their own.
@@ -113,7 +122,7 @@ def rates(size: int = COLD_BYTES) -> Rates:
             cached.copy_(piece)
 
     with one_thread():
-        return Rates(2 * SIDE**3 / best_s(lambda: torch.mm(left, right, out=product)), pieces.nbytes / best_s(copy))
+        return CoreRates(2 * SIDE**3 / best_s(lambda: torch.mm(left, right, out=product)), pieces.nbytes / best_s(copy))
 
 
 def best_s(work: Callable[[], object]) -> float:
@@ -142,5 +151,5 @@ def _of_product(_: Shape, left: Shape, right: Shape, *__: object, **___: object)
     return 2 * prod(left) * right[-1]
 
 
-def _size(piece: Piece) -> int:
+def _count_rows(piece: PlannedForward) -> int:
     return len(piece.rows)

@@ -17,7 +17,7 @@ from server.metrics import WorkerMetrics
 from server.worker.prefetch.rhythms import Expected, Rhythms
 
 
-class Result(StrEnum):
+class PrefetchOutcome(StrEnum):
     """The outcome of a prefetch, as the metrics count it."""
 
     USED = "used"  #: requested while it was resident
@@ -27,7 +27,7 @@ class Result(StrEnum):
     FAILED = "failed"
 
 
-class Foresight:
+class Prefetcher:
     """The prefetches of one worker, at most `most` at once."""
 
     def __init__(self, cache: Cache, metrics: WorkerMetrics, most: int) -> None:
@@ -42,23 +42,23 @@ class Foresight:
         counts = f"{len(self._next)} to bring, {len(self._loading)} loading, {len(self._brought)} brought"
         return f"<Foresight {self.rhythms!r}, {counts}>"
 
-    def asked(self, model: ModelName, now: float) -> None:
+    def note_request(self, model: ModelName, now: float) -> None:
         """Record a request for the model. To be called before the cache is asked for a lease."""
-        self.rhythms.note(model, now)
+        self.rhythms.record_request(model, now)
         if model in self._brought:
             self._brought.discard(model)
-            self._count(Result.USED)
+            self._count(PrefetchOutcome.USED)
         elif model in self._loading:
             self._loading.discard(model)
-            self._count(Result.LATE)
+            self._count(PrefetchOutcome.LATE)
 
-    def look(self, now: float) -> None:
+    def advance_time(self, now: float) -> None:
         """Queue the models that have come near their tick; those that are resident are kept."""
-        for expected in self.rhythms.due(now):
+        for expected in self.rhythms.collect_due(now):
             if not self._cache.expect(expected.model, now):
                 self._next.append(expected)
 
-    def next(self, now: float) -> ModelName | None:
+    def next_load(self, now: float) -> ModelName | None:
         """A model to load now, for which the cache has a `Load`; None if there is none, or requests wait for loads."""
         while self._next and self._next[0].due < now:
             self._next.popleft()  # outside of the next loop, so that the queue is bounded while requests wait for loads
@@ -71,26 +71,26 @@ class Foresight:
                 return model
         return None
 
-    def loaded(self, model: ModelName) -> None:
+    def note_loaded(self, model: ModelName) -> None:
         """Record that a load has ended with the model resident, whether it was a prefetch or not."""
         if model in self._loading:
             self._loading.discard(model)
             self._brought.add(model)
 
-    def ended(self, model: ModelName, result: Result) -> None:
+    def note_ended(self, model: ModelName, result: PrefetchOutcome) -> None:
         """Record that a load has ended without the model."""
         if model in self._loading:
             self._loading.discard(model)
             self._count(result)
 
-    def left(self, model: ModelName) -> None:
+    def note_evicted(self, model: ModelName) -> None:
         """Record that the model was evicted or unloaded; it is queued again if it is still due."""
         if model in self._brought:
             self._brought.discard(model)
-            self._count(Result.WASTED)
-        due = self.rhythms.near(model)
+            self._count(PrefetchOutcome.WASTED)
+        due = self.rhythms.near_tick(model)
         if due is not None:
             self._next.append(Expected(model, due))
 
-    def _count(self, result: Result) -> None:
+    def _count(self, result: PrefetchOutcome) -> None:
         self._metrics.labelled(self._metrics.prefetch, result=result).inc()

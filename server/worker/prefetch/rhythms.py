@@ -71,16 +71,16 @@ class _Rhythm:
 
     @property
     def tolerance(self) -> float:
-        return _tolerance(self.period)
+        return _compute_tolerance(self.period)
 
-    def hit(self, off: float) -> None:
+    def record_hit(self, off: float) -> None:
         """Record a request that came `off` seconds after it was due."""
         self.period += PERIOD_GAIN * off
         self.due += self.period + PHASE_GAIN * off
         self.trust = min(self.trust + 1, MOST_TRUST)
         self.near = False
 
-    def miss(self) -> None:
+    def record_miss(self) -> None:
         """Record that no request came at a tick."""
         self.due += self.period
         self.trust -= 1
@@ -107,9 +107,9 @@ class Rhythms:
         return len(self._rhythms)
 
     def __contains__(self, model: object) -> bool:
-        return isinstance(model, str) and self.near(ModelName(model)) is not None
+        return isinstance(model, str) and self.near_tick(ModelName(model)) is not None
 
-    def near(self, model: ModelName) -> float | None:
+    def near_tick(self, model: ModelName) -> float | None:
         """The model's due time if it is near and the request has not come yet; else None."""
         rhythm = self._rhythms.get(model)
         return rhythm.due if rhythm is not None and rhythm.near and rhythm.trust >= TRUST else None
@@ -119,18 +119,18 @@ class Rhythms:
         rhythm = self._rhythms.get(model)
         return None if rhythm is None else rhythm.period
 
-    def note(self, model: ModelName, now: float) -> None:
+    def record_request(self, model: ModelName, now: float) -> None:
         """Record a request for the model."""
         rhythm = self._rhythms.get(model)
         if rhythm is None:
-            self._visit(model, now)
+            self._record_stranger(model, now)
             return
         off = now - rhythm.due
         if abs(off) <= rhythm.tolerance:
-            rhythm.hit(off)
-            self._file(model, rhythm, _opens(rhythm))
+            rhythm.record_hit(off)
+            self._file_in_bucket(model, rhythm, _compute_opening(rhythm))
 
-    def due(self, now: float) -> list[Expected]:
+    def collect_due(self, now: float) -> list[Expected]:
         """The models that have come near their tick since the last call. To be called regularly."""
         found: list[Expected] = []
         last = int(now / BUCKET_S)
@@ -139,25 +139,25 @@ class Rhythms:
             for model in self._calendar.pop(bucket):
                 rhythm = self._rhythms.get(model)
                 if rhythm is not None and rhythm.bucket == bucket:
-                    self._turn(model, rhythm, now, found)
+                    self._advance_rhythm(model, rhythm, now, found)
         self._done = max(self._done, last)
         return found
 
-    def _turn(self, model: ModelName, rhythm: _Rhythm, now: float, found: list[Expected]) -> None:
+    def _advance_rhythm(self, model: ModelName, rhythm: _Rhythm, now: float, found: list[Expected]) -> None:
         """Examine a rhythm whose tick has come near, or has passed without a request."""
         while rhythm.due + rhythm.tolerance < now and rhythm.trust:
-            rhythm.miss()
+            rhythm.record_miss()
         if not rhythm.trust:
             del self._rhythms[model]
             self._rhythm_bytes -= RHYTHM_BYTES + name_bytes(model)
             return
-        if not rhythm.near and _opens(rhythm) <= now:
+        if not rhythm.near and _compute_opening(rhythm) <= now:
             rhythm.near = True
             if rhythm.trust >= TRUST:
                 found.append(Expected(model, rhythm.due))
-        self._file(model, rhythm, rhythm.due + rhythm.tolerance if rhythm.near else _opens(rhythm))
+        self._file_in_bucket(model, rhythm, rhythm.due + rhythm.tolerance if rhythm.near else _compute_opening(rhythm))
 
-    def _file(self, model: ModelName, rhythm: _Rhythm, at: float) -> None:
+    def _file_in_bucket(self, model: ModelName, rhythm: _Rhythm, at: float) -> None:
         rhythm.bucket = max(int(at / BUCKET_S), self._done) + 1
         models = self._calendar.get(rhythm.bucket)
         if models is None:
@@ -166,7 +166,7 @@ class Rhythms:
         else:
             models.append(model)
 
-    def _visit(self, model: ModelName, now: float) -> None:
+    def _record_stranger(self, model: ModelName, now: float) -> None:
         """Record a stranger's request; it may complete a rhythm."""
         visits = self._strangers.get(model)
         if visits is None:
@@ -184,14 +184,14 @@ class Rhythms:
             self._strangers.pop(model)
             self._rhythm_bytes += size
             rhythm = self._rhythms[model] = _Rhythm(period, now + period)
-            self._file(model, rhythm, _opens(rhythm))
+            self._file_in_bucket(model, rhythm, _compute_opening(rhythm))
 
 
-def _tolerance(period: float) -> float:
+def _compute_tolerance(period: float) -> float:
     return min(period * TOLERANCE, MAX_TOLERANCE_S)
 
 
-def _opens(rhythm: _Rhythm) -> float:
+def _compute_opening(rhythm: _Rhythm) -> float:
     """From when on the tick counts as near."""
     return rhythm.due - min(rhythm.period * LEAD, MAX_LEAD_S)
 
@@ -207,15 +207,15 @@ def _in_step(began: "array[float]") -> float | None:
         guess = now - first
         if now - 3 * guess < began[0] - guess / 2:
             break
-        period = (now - _nearest(began, now - 3 * guess)) / 3
-        off = max(abs(now - period - first), abs(now - 2 * period - _nearest(began, now - 2 * period)))
+        period = (now - _find_nearest(began, now - 3 * guess)) / 3
+        off = max(abs(now - period - first), abs(now - 2 * period - _find_nearest(began, now - 2 * period)))
         multiple = best is not None and abs(period / best - round(period / best)) <= 2 * TOLERANCE
-        if off <= _tolerance(period) and off / period < least / 2 and not multiple:
+        if off <= _compute_tolerance(period) and off / period < least / 2 and not multiple:
             best, least = period, off / period
     return best
 
 
-def _nearest(sorted_times: "array[float]", time: float) -> float:
+def _find_nearest(sorted_times: "array[float]", time: float) -> float:
     at = bisect_left(sorted_times, time)
     around = sorted_times[max(0, at - 1) : at + 1]
     return min(around, key=lambda each: abs(each - time))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from handlers.base import Float32, Shape
 from handlers.codecs import tensors
-from handlers.codecs.codec import JSON, NPY, FamilyCodec, SingleCodec, negotiate
+from handlers.codecs.codec import JSON, NPY, FamilyCodec, SingleCodec, negotiate_media
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
-from model_store.archives.manifest import Channel, Forecast
+from model_store.archives.manifest import ForecastSpec, InputChannel
 
 
 class Tensor:
@@ -29,12 +29,12 @@ class Tensor:
 CODEC = FamilyCodec(Tensor())
 FORECASTER = FamilyCodec(
     Tensor(),
-    Forecast(
+    ForecastSpec(
         frequency="1h",
         context_length=3,
         prediction_length=1,
         quantile_levels=(0.1, 0.9),
-        inputs=(Channel(source="target"), Channel(source="target", lag=1)),
+        inputs=(InputChannel(source="target"), InputChannel(source="target", lag=1)),
     ),
 )
 SINGLE = SingleCodec({"x": (2, -1), "scale": (1,)}, ["y", "z"])
@@ -89,7 +89,7 @@ def test_npy_there_and_back(order: Any, dtype: str) -> None:
 )
 def test_negotiation(content_type: str, accept: str, expected: tuple[str, str]) -> None:
     """The body's own type answers unless the client prefers the other one."""
-    assert negotiate(content_type, accept) == expected
+    assert negotiate_media(content_type, accept) == expected
 
 
 @pytest.mark.parametrize(

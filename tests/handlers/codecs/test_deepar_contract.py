@@ -13,22 +13,22 @@ import pytest
 from msgspec.structs import replace
 
 from handlers.base import Float32
-from handlers.codecs.codec import JSON, LINES, Call, FamilyCodec
-from handlers.codecs.deepar import _between
+from handlers.codecs.codec import JSON, LINES, DecodedCall, FamilyCodec
+from handlers.codecs.deepar import _interpolate_levels
 from handlers.errors import RequestError, RunFailed
-from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 
 DAY = "2024-01-01"
-ONE = Forecast(
+ONE = ForecastSpec(
     frequency="1h",
     context_length=3,
     prediction_length=2,
     quantile_levels=(0.1, 0.5, 0.9),
-    inputs=(Channel(source="target"),),
+    inputs=(InputChannel(source="target"),),
     tail="clamp",
 )
 PADDED = replace(ONE, pad_context=True)
-COVERED = replace(ONE, cat=("zone",), dynamic_feat=("load",), inputs=(*ONE.inputs, Channel(source="static")))
+COVERED = replace(ONE, cat=("zone",), dynamic_feat=("load",), inputs=(*ONE.inputs, InputChannel(source="static")))
 #: As the published example's model: any history, two categories, one feature; three days ahead.
 PUBLISHED = replace(
     PADDED,
@@ -42,7 +42,7 @@ SEVERAL = replace(
     ONE,
     products=("energy", "reserve"),
     scalers=(Scaler(kind="linear", center=100, scale=10), Scaler()),
-    inputs=(Channel(source="target"), Channel(source="target", product=1, lag=1)),
+    inputs=(InputChannel(source="target"), InputChannel(source="target", product=1, lag=1)),
 )
 THREE = replace(SEVERAL, products=(*SEVERAL.products, "load"), scalers=(*SEVERAL.scalers, Scaler()))
 #: What the network says: of one product [prediction, levels]; of two the same, and the second's ten times as large.
@@ -57,25 +57,25 @@ class Network:
 
     input_name = "x"
 
-    def __init__(self, forecast: Forecast) -> None:
+    def __init__(self, forecast: ForecastSpec) -> None:
         self.input_shape = (len(forecast.inputs), forecast.context_length)
         levels = len(forecast.quantile_levels)
         self.output_shape = (forecast.prediction_length, levels * len(forecast.products))
 
 
-def asked(forecast: Forecast, body: bytes, media: str) -> Call:
+def asked(forecast: ForecastSpec, body: bytes, media: str) -> DecodedCall:
     """The call as a worker decodes it."""
     return FamilyCodec(Network(forecast), forecast).decode(body, media, "")
 
 
-def run(forecast: Forecast, call: Call) -> Float32:
+def run(forecast: ForecastSpec, call: DecodedCall) -> Float32:
     """`STEPS` for every row, product by product side by side."""
     steps = STEPS[: forecast.prediction_length, : len(forecast.quantile_levels)]
     wide = np.concatenate([steps * 10**i for i in range(len(forecast.products))], axis=1)
     return np.repeat(wide[None], len(call.rows), axis=0)
 
 
-def predictions(forecast: Forecast, request: dict[str, Any]) -> list[Any]:
+def predictions(forecast: ForecastSpec, request: dict[str, Any]) -> list[Any]:
     """The answer by JSON, which says that it is JSON."""
     call = asked(forecast, json.dumps(request).encode(), JSON)
     body, media = call.encode(run(forecast, call))
@@ -86,7 +86,7 @@ def predictions(forecast: Forecast, request: dict[str, Any]) -> list[Any]:
     return found
 
 
-def answered_lines(forecast: Forecast, request: dict[str, Any]) -> list[Any]:
+def answered_lines(forecast: ForecastSpec, request: dict[str, Any]) -> list[Any]:
     """The same instances as JSON Lines, each with the configuration."""
     wish = {"configuration": request["configuration"]} if "configuration" in request else {}
     lines = "\n".join(json.dumps({**instance, **wish}) for instance in request["instances"])
@@ -116,17 +116,17 @@ class Rule(NamedTuple):
     """A request and the predictions it must get."""
 
     says: str
-    forecast: Forecast
+    forecast: ForecastSpec
     request: dict[str, Any]
     predictions: list[dict[str, Any]]
 
 
-def asks(forecast: Forecast, instance: dict[str, Any], **configuration: Any) -> tuple[Forecast, dict[str, Any]]:
+def asks(forecast: ForecastSpec, instance: dict[str, Any], **configuration: Any) -> tuple[ForecastSpec, dict[str, Any]]:
     """One instance with a configuration."""
     return forecast, {"instances": [instance], "configuration": configuration}
 
 
-def plainly(forecast: Forecast, *instances: dict[str, Any]) -> tuple[Forecast, dict[str, Any]]:
+def plainly(forecast: ForecastSpec, *instances: dict[str, Any]) -> tuple[ForecastSpec, dict[str, Any]]:
     """Instances without a configuration."""
     return forecast, {"instances": instances}
 
@@ -225,7 +225,7 @@ class Refusal(NamedTuple):
     """A wrong instance or configuration: the place and words of what is said."""
 
     says: str
-    forecast: Forecast
+    forecast: ForecastSpec
     request: dict[str, Any]
     field: str | None
     words: str
@@ -395,7 +395,7 @@ def test_a_level_just_below_a_trained_one_is_not_above_it() -> None:
     above = 0.5 - 2.0**-54  # less 2**-55, a tie, it is rounded down to what its neighbour is rounded up to
     low, high = -0.9, 3.7
     assert low + (high - low) > high
-    levels = _between(["a", "b"], np.array([np.nextafter(above, 0), above]), np.array([2.0**-55, above]))
+    levels = _interpolate_levels(["a", "b"], np.array([np.nextafter(above, 0), above]), np.array([2.0**-55, above]))
     assert levels.weight[0] == 1
     below, at = levels.of(np.array([low, high]))
     assert below <= at == high

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.codecs.scenarios import load_correlation
 from handlers.errors import RequestError, UnsupportedMedia
-from handlers.evaluation.correlation import gaussian
+from handlers.evaluation.correlation import estimate_gaussian
 
 JSON, NPY = "application/json", "application/x-npy"
-FOUND = gaussian(np.random.default_rng(0).standard_normal((60, 4, 5)), ("a", "b#x", "b#y", "c"))
+FOUND = estimate_gaussian(np.random.default_rng(0).standard_normal((60, 4, 5)), ("a", "b#x", "b#y", "c"))
 CORRELATION = load_correlation(FOUND.record, FOUND.tensors)
 CODEC, MODEL = JointCodec(CORRELATION), JointModel(CORRELATION)
 LEVELS = [0.1, 0.5, 0.9]

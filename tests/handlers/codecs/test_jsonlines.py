@@ -13,7 +13,7 @@ from handlers.base import Float32
 from handlers.codecs.codec import JSON, LINES, FamilyCodec, SingleCodec
 from handlers.codecs.deepar_schema import MAX_ROWS
 from handlers.errors import RequestError, UnsupportedMedia
-from model_store.archives.manifest import Channel, Scaler
+from model_store.archives.manifest import InputChannel, Scaler
 from tests.handlers.forecasters.test_deepar import FORECAST, INSTANCE, PLAIN
 
 SAMPLED = replace(PLAIN, tail="clamp")
@@ -22,7 +22,7 @@ SEVERAL = replace(
     products=("energy", "reserve"),
     scalers=(PLAIN.scaler, Scaler(kind="asinh")),
     scaler=Scaler(),
-    inputs=(Channel(source="target"), Channel(source="target", product=1)),
+    inputs=(InputChannel(source="target"), InputChannel(source="target", product=1)),
 )
 
 

@@ -13,9 +13,16 @@ import pytest
 import scoringrules
 
 from handlers.codecs.features import Float64
-from handlers.codecs.scenarios import Correlation, Marginal, joint, joint_each, load_correlation, midpoints
+from handlers.codecs.scenarios import (
+    CorrelationModel,
+    Marginal,
+    compute_midpoints,
+    draw_scenarios,
+    joint_each,
+    load_correlation,
+)
 from handlers.errors import RequestError
-from handlers.evaluation.correlation import gaussian, pit, schaake
+from handlers.evaluation.correlation import compute_pit, estimate_gaussian, estimate_schaake
 from handlers.training.time_series import read_csv
 from model_store.archives import manifest
 from model_store.errors import ArchiveInvalid
@@ -39,15 +46,15 @@ def ar1(rho: float, size: int) -> Float64:
     return np.asarray(rho ** np.abs(steps[:, None] - steps))
 
 
-def gaussian_of(products: Float64, steps: Float64, names: Sequence[str] = ()) -> Correlation:
+def gaussian_of(products: Float64, steps: Float64, names: Sequence[str] = ()) -> CorrelationModel:
     """An archive's correlation made by hand."""
     names = tuple(names) or tuple(f"p{i}" for i in range(len(products)))
-    record = manifest.Correlation(products=names, horizon=len(steps), method="gaussian", windows=100)
+    record = manifest.CorrelationSpec(products=names, horizon=len(steps), method="gaussian", windows=100)
     factors = [np.linalg.cholesky(matrix).astype(np.float32) for matrix in (products, steps)]
     return load_correlation(record, dict(zip(("product_factor", "time_factor"), factors, strict=True)))
 
 
-def marginals_of(correlation: Correlation, steps: int = 0, seed: int = 0) -> list[Marginal]:
+def marginals_of(correlation: CorrelationModel, steps: int = 0, seed: int = 0) -> list[Marginal]:
     """Different margins for every product and step."""
     rng = np.random.default_rng(seed)
     shape = (len(correlation.products), steps or correlation.horizon, len(LEVELS))
@@ -90,10 +97,10 @@ def test_margins_are_kept_to_the_bit() -> None:
     """Whatever the seed, every product and step has exactly the quantiles at the midpoints, each once."""
     marginals = marginals_of(FOUR)
     for seed in (1, 2):
-        found = joint(marginals, FOUR, 50, seed)
+        found = draw_scenarios(marginals, FOUR, 50, seed)
         assert (found.shape, str(found.dtype), found.flags.c_contiguous) == ((50, 4, 6), "float32", True)
         for place, marginal in enumerate(marginals):
-            np.testing.assert_array_equal(np.sort(found[:, place], axis=0).T, marginal.quantiles(midpoints(50)))
+            np.testing.assert_array_equal(np.sort(found[:, place], axis=0).T, marginal.quantiles(compute_midpoints(50)))
 
 
 def test_quantiles_are_linear_between_levels_and_flat_outside() -> None:
@@ -110,14 +117,14 @@ def test_floor_cap_and_zero_prices_survive() -> None:
     """No sample leaves [floor, cap]; half of the probability at exactly zero is half of the samples at exactly zero."""
     floor, cap = -1000.0, 17_500.0
     values = np.tile(np.array([floor, 0.0, 0.0, 0.0, cap]), (6, 1))
-    found = joint([Marginal(name, LEVELS, values) for name in FOUR.products], FOUR, 200, 5)
+    found = draw_scenarios([Marginal(name, LEVELS, values) for name in FOUR.products], FOUR, 200, 5)
     assert (found.min(), found.max()) == (floor, cap)
     assert ((found == 0).sum(axis=0) == 100).all()
 
 
 def test_the_dependence_is_the_archives() -> None:
     """Rank correlations are those of the Kronecker product: 6 / pi asin(r / 2) of the normal ones (Pearson 1907)."""
-    found = joint(marginals_of(FOUR), FOUR, 4000, 3).reshape(4000, 24)
+    found = draw_scenarios(marginals_of(FOUR), FOUR, 4000, 3).reshape(4000, 24)
     whole = np.kron(ar1(0.8, 4), ar1(0.9, 6))
     for a, b in ((0, 1), (0, 5), (0, 6), (3, 9), (0, 23), (7, 20)):
         assert spearman(found[:, a], found[:, b]) == pytest.approx(6 / np.pi * np.arcsin(whole[a, b] / 2), abs=0.04)
@@ -127,14 +134,14 @@ def test_the_dependence_is_the_archives() -> None:
 def test_a_seed_means_the_same_in_every_call_and_process() -> None:
     """A product's scenario does not change with the order of requests, with what else is asked, or with the worker."""
     marginals = marginals_of(FOUR)
-    found = joint(marginals, FOUR, 64, 11)
-    np.testing.assert_array_equal(joint(marginals[::-1], FOUR, 64, 11), found[:, ::-1])
+    found = draw_scenarios(marginals, FOUR, 64, 11)
+    np.testing.assert_array_equal(draw_scenarios(marginals[::-1], FOUR, 64, 11), found[:, ::-1])
     for place, marginal in enumerate(marginals):
-        np.testing.assert_array_equal(joint([marginal], FOUR, 64, 11)[:, 0], found[:, place])
-    assert (joint(marginals, FOUR, 64, 12) != found).any()
+        np.testing.assert_array_equal(draw_scenarios([marginal], FOUR, 64, 11)[:, 0], found[:, place])
+    assert (draw_scenarios(marginals, FOUR, 64, 12) != found).any()
     code = (
         "import sys; from tests.handlers.codecs.test_scenarios import *; "
-        "sys.stdout.buffer.write(joint(marginals_of(FOUR), FOUR, 64, 11)[:, 1:].tobytes())"
+        "sys.stdout.buffer.write(draw_scenarios(marginals_of(FOUR), FOUR, 64, 11)[:, 1:].tobytes())"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"}
@@ -145,8 +152,8 @@ def test_a_seed_means_the_same_in_every_call_and_process() -> None:
 def test_a_shorter_forecast_has_the_leading_block() -> None:
     """Its scenarios are those of the longer one's first steps, also beside one that is longer."""
     long, short = marginals_of(FOUR), [Marginal(m.name, m.levels, m.values[:4]) for m in marginals_of(FOUR)]
-    found = joint(long, FOUR, 40, 2)
-    np.testing.assert_array_equal(joint(short, FOUR, 40, 2), found[..., :4])
+    found = draw_scenarios(long, FOUR, 40, 2)
+    np.testing.assert_array_equal(draw_scenarios(short, FOUR, 40, 2), found[..., :4])
     mixed = joint_each([short[0], long[1]], FOUR, 40, 2)
     np.testing.assert_array_equal(mixed[0], found[:, 0, :4])
     np.testing.assert_array_equal(mixed[1], found[:, 1])
@@ -160,7 +167,7 @@ def test_joint_beats_independent_margins_on_correlated_prices() -> None:
     factor = np.linalg.cholesky(np.kron(ar1(0.9, 6), ar1(0.9, 12)))
     pairs = []
     for seed in range(40):
-        found = joint(marginals, correlation, 100, seed)
+        found = draw_scenarios(marginals, correlation, 100, seed)
         actual = 10 * factor @ rng.normal(size=72)
         pairs.append((*scores(actual, found)[:2], *scores(actual, shuffled(found, seed))[:2]))
         np.testing.assert_allclose(
@@ -174,18 +181,18 @@ def test_joint_beats_independent_margins_on_correlated_prices() -> None:
 def test_schaake_gives_the_order_of_past_windows() -> None:
     """As many scenarios as windows: each has one window's ranks in every margin; fewer keep the order among them."""
     errors = np.random.default_rng(0).normal(size=(30, 4, 6)).cumsum(axis=2)
-    estimate = schaake(errors, FOUR.products)
+    estimate = estimate_schaake(errors, FOUR.products)
     correlation = load_correlation(estimate.record, estimate.tensors)
-    found = joint(marginals_of(FOUR), correlation, 30, 9).argsort(axis=0).argsort(axis=0)
+    found = draw_scenarios(marginals_of(FOUR), correlation, 30, 9).argsort(axis=0).argsort(axis=0)
     windows = {window.tobytes() for window in errors.argsort(axis=0).argsort(axis=0)}
     assert {scenario.tobytes() for scenario in found} == windows
-    fewer = joint(marginals_of(FOUR), correlation, 20, 9)
+    fewer = draw_scenarios(marginals_of(FOUR), correlation, 20, 9)
     assert spearman(fewer[:, 0, 4], fewer[:, 0, 5]) > 0.5
-    assert (joint(marginals_of(FOUR), correlation, 20, 10) != fewer).any()
-    more = joint(marginals_of(FOUR), correlation, 1000, 9)
+    assert (draw_scenarios(marginals_of(FOUR), correlation, 20, 10) != fewer).any()
+    more = draw_scenarios(marginals_of(FOUR), correlation, 1000, 9)
     expected = spearman(errors[:, 1, 4], errors[:, 1, 5])
     assert spearman(more[:, 1, 4], more[:, 1, 5]) == pytest.approx(expected, abs=0.1)
-    np.testing.assert_array_equal(joint(marginals_of(FOUR)[2:3], correlation, 1000, 9)[:, 0], more[:, 2])
+    np.testing.assert_array_equal(draw_scenarios(marginals_of(FOUR)[2:3], correlation, 1000, 9)[:, 0], more[:, 2])
 
 
 @pytest.mark.parametrize(
@@ -202,7 +209,7 @@ def test_a_wrong_call_is_told(lengths: list[tuple[str, int]], samples: int, said
     """The message names both sides of what does not fit, and the field."""
     marginals = [Marginal(name, LEVELS, np.zeros((steps, len(LEVELS)))) for name, steps in lengths]
     with pytest.raises(RequestError) as caught:
-        joint(marginals, FOUR, samples, 0)
+        draw_scenarios(marginals, FOUR, samples, 0)
     assert said in caught.value.message
     assert str(caught.value.field).startswith("configuration.")
 
@@ -218,7 +225,7 @@ def test_a_wrong_call_is_told(lengths: list[tuple[str, int]], samples: int, said
 )
 def test_factors_of_no_correlation_are_refused(changed: dict[str, Any], said: str) -> None:
     """An archive made by hand is told which tensor is wrong and how."""
-    record = manifest.Correlation(products=("a", "b"), horizon=2, method="gaussian", windows=9)
+    record = manifest.CorrelationSpec(products=("a", "b"), horizon=2, method="gaussian", windows=9)
     sound = {"product_factor": np.eye(2), "time_factor": np.eye(2)}
     tensors = {name: each.astype(np.float32) for name, each in {**sound, **changed}.items()}
     with pytest.raises(ArchiveInvalid, match=said):
@@ -227,7 +234,7 @@ def test_factors_of_no_correlation_are_refused(changed: dict[str, Any], said: st
 
 def test_ranks_that_are_none_are_refused() -> None:
     """Each margin of templates has every rank once."""
-    record = manifest.Correlation(products=("a",), horizon=1, method="schaake", windows=3)
+    record = manifest.CorrelationSpec(products=("a",), horizon=1, method="schaake", windows=3)
     with pytest.raises(ArchiveInvalid, match="the ranks 0 to 2, each once"):
         load_correlation(record, {"ranks": np.array([0, 1, 1], np.float32).reshape(3, 1, 1)})
 
@@ -245,12 +252,12 @@ def test_real_45_prices_whose_correlation_is_singular() -> None:
     past, future, names = prices[::2], prices[1::2], tuple(lines[0][1:])
     raw = np.nan_to_num(np.corrcoef(past.T))
     assert np.linalg.eigvalsh(raw)[0] < 1e-9
-    estimate = gaussian(past[:, :, None], names)
+    estimate = estimate_gaussian(past[:, :, None], names)
     correlation = load_correlation(estimate.record, estimate.tensors)
     levels = np.linspace(0.05, 0.95, 19)
     quantiles = np.quantile(past, levels, axis=0).T
     marginals = [Marginal(name, levels, each[None]) for name, each in zip(names, quantiles, strict=True)]
-    found = joint(marginals, correlation, 200, 1)
+    found = draw_scenarios(marginals, correlation, 200, 1)
     center, scale = np.median(past, axis=0), np.maximum(quantiles[:, 14] - quantiles[:, 4], 1.0)
     samples, actual = (np.arcsinh((each - center) / scale) for each in (found[..., 0], future))  # spikes drown all else
     apart_samples = shuffled(samples)
@@ -267,13 +274,13 @@ def test_real_prices_of_two_regions_and_24_hours() -> None:
     levels = np.linspace(0.1, 0.9, 9)
     quantiles = np.stack([np.quantile(days[day - 28 : day], levels, axis=0) for day in range(28, len(days))])
     quantiles, days = np.moveaxis(quantiles, 1, -1), days[28:]
-    errors = pit(levels, quantiles[:330], days[:330])
-    estimate = gaussian(errors, ("NSW1", "VIC1"))
+    errors = compute_pit(levels, quantiles[:330], days[:330])
+    estimate = estimate_gaussian(errors, ("NSW1", "VIC1"))
     correlation = load_correlation(estimate.record, estimate.tensors)
     ratios = []
     for day in range(340, len(days), 5):
         marginals = [Marginal(name, levels, quantiles[day, i]) for i, name in enumerate(("NSW1", "VIC1"))]
-        found = joint(marginals, correlation, 100, day)
+        found = draw_scenarios(marginals, correlation, 100, day)
         tied, loose = scores(days[day], found), scores(days[day], shuffled(found, day))
         np.testing.assert_allclose(tied[2], loose[2], rtol=1e-12)
         ratios.append((tied[0] / loose[0], tied[1] / loose[1]))

@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.codecs.features import Float64
-from handlers.evaluation.scores import Scores, crps, median, naive, outer, pinball, pit, scores, seasonal_errors
+from handlers.evaluation.scores import (
+    Scores,
+    compute_calibration,
+    compute_crps,
+    compute_pinball,
+    find_outer_levels,
+    interpolate_median,
+    make_naive_forecast,
+    score_windows,
+    seasonal_errors,
+)
 from handlers.training.time_series import read_csv
 
 HOUR, DAY = 3600, 86_400
@@ -31,8 +41,8 @@ def scored(data: dict[str, Any]) -> Scores:
     start = int(np.datetime64(data["start"], "s").astype(np.int64))
     seconds = start + HOUR * np.arange(len(values))
     y = values[origins[:, None] + np.arange(q.shape[1])]
-    before = naive(values, seconds, origins, q.shape[1])
-    return scores(y, q, np.array(data["levels"]), before, seasonal_errors(values, origins, 24))
+    before = make_naive_forecast(values, seconds, origins, q.shape[1])
+    return score_windows(y, q, np.array(data["levels"]), before, seasonal_errors(values, origins, 24))
 
 
 @pytest.mark.parametrize("name", ["pinball", "wql", "wape", "mase", "rmae", "coverage"])
@@ -58,17 +68,17 @@ def test_crps_is_the_integral_of_twice_the_pinball_loss(quantiles: list[float], 
     """Whatever the quantiles, equal ones included: the sum over 20,000 levels is the closed form."""
     levels, q = LEVELS[:count], np.array(quantiles[:count])
     fine = (np.arange(20_000) + 0.5) / 20_000
-    summed = 2 * pinball(np.array(y), np.interp(fine, levels, q), fine).mean()
-    assert crps(np.array(y), q, levels) == pytest.approx(summed, rel=1e-3, abs=1e-3)
+    summed = 2 * compute_pinball(np.array(y), np.interp(fine, levels, q), fine).mean()
+    assert compute_crps(np.array(y), q, levels) == pytest.approx(summed, rel=1e-3, abs=1e-3)
 
 
 def test_what_cannot_be_scored_is_nan() -> None:
     """Nothing observed; levels without a middle; a series that never changes."""
     y, q = np.full((2, 3), np.nan), np.zeros((2, 3, 2))
-    nothing = scores(y, q, np.array([0.1, 0.9]), y, np.zeros(2))
+    nothing = score_windows(y, q, np.array([0.1, 0.9]), y, np.zeros(2))
     assert nothing.observed == 0
     assert np.isnan([nothing.pinball, nothing.wql, nothing.crps, nothing.coverage, nothing.rmae]).all()
-    upper = scores(np.ones((1, 1)), np.ones((1, 1, 2)), np.array([0.6, 0.9]), np.ones((1, 1)), np.zeros(1))
+    upper = score_windows(np.ones((1, 1)), np.ones((1, 1, 2)), np.array([0.6, 0.9]), np.ones((1, 1)), np.zeros(1))
     assert np.isnan([upper.wape, upper.mase, upper.rmae]).all()
     assert upper.pinball == 0
 
@@ -79,13 +89,13 @@ def test_what_cannot_be_scored_is_nan() -> None:
 def test_the_median_is_between_the_levels_around_it(levels: list[float], expected: float) -> None:
     """Whether 0.5 is a level or lies between two."""
     q = {1: [7.0], 2: [1.0, 3.0] if levels[0] < 0.4 else [1.0, 4.0], 3: [1.0, 2.0, 9.0]}[len(levels)]
-    assert median(np.array(q), np.array(levels)) == pytest.approx(expected)
+    assert interpolate_median(np.array(q), np.array(levels)) == pytest.approx(expected)
 
 
 def test_the_interval_is_the_widest_with_equal_tails() -> None:
     """0.05 has no partner here; without any pair first and last level make the interval."""
-    assert outer(np.array([0.05, 0.1, 0.5, 0.9])) == (1, 3)
-    assert outer(np.array([0.2, 0.5, 0.9])) == (0, 2)
+    assert find_outer_levels(np.array([0.05, 0.1, 0.5, 0.9])) == (1, 3)
+    assert find_outer_levels(np.array([0.2, 0.5, 0.9])) == (0, 2)
 
 
 @pytest.mark.parametrize(
@@ -93,10 +103,10 @@ def test_the_interval_is_the_widest_with_equal_tails() -> None:
 )
 def test_nominal_is_what_the_interval_of_the_coverage_promises(levels: list[float], nominal: float) -> None:
     """The outer level less the inner one of the very pair that the coverage counts: one step of three lies within."""
-    low, high = outer(np.array(levels))
+    low, high = find_outer_levels(np.array(levels))
     q = np.broadcast_to(np.arange(float(len(levels))), (1, 3, len(levels)))
     y = np.array([[low - 0.5, (low + high) / 2, high + 0.5]])
-    found = scores(y, q, np.array(levels), np.ones((1, 3)), np.ones(1))
+    found = score_windows(y, q, np.array(levels), np.ones((1, 3)), np.ones(1))
     assert found.nominal == pytest.approx(nominal)
     assert found.coverage == pytest.approx(1 / 3)
 
@@ -104,22 +114,24 @@ def test_nominal_is_what_the_interval_of_the_coverage_promises(levels: list[floa
 def test_the_pit_of_a_right_forecast_is_the_levels_distance() -> None:
     """Actuals drawn from the forecast itself fill the cells as wide as they are."""
     y = np.random.default_rng(0).random(200_000)
-    shares = pit(y, np.broadcast_to(LEVELS, (len(y), 5)), LEVELS)
+    shares = compute_calibration(y, np.broadcast_to(LEVELS, (len(y), 5)), LEVELS)
     np.testing.assert_allclose(shares, [0.1, 0.15, 0.25, 0.25, 0.15, 0.1], atol=0.005)
 
 
 def test_the_pit_shares_ties() -> None:
     """A price at the floor that three quantiles lie on belongs to the cells on both sides; a missing one to none."""
     q = np.array([[0.0, 0.0, 0.0, 5.0, 9.0]])
-    np.testing.assert_array_equal(pit(np.zeros(1), q, LEVELS), [0.5, 0, 0, 0.5, 0, 0])
-    np.testing.assert_array_equal(pit(np.array([np.nan, 7.0]), q.repeat(2, 0), LEVELS), [0, 0, 0, 0, 1, 0])
+    np.testing.assert_array_equal(compute_calibration(np.zeros(1), q, LEVELS), [0.5, 0, 0, 0.5, 0, 0])
+    np.testing.assert_array_equal(
+        compute_calibration(np.array([np.nan, 7.0]), q.repeat(2, 0), LEVELS), [0, 0, 0, 0, 1, 0]
+    )
 
 
 def lags(start: str, step_s: int, horizon: int, origin: int) -> list[int]:
     """How far the naive forecast looks back, step by step: the values are their own places."""
     values: Float64 = np.arange(60 * 7 * DAY // step_s, dtype=np.float64)
     seconds = int(np.datetime64(start, "s").astype(np.int64)) + step_s * np.arange(len(values))
-    found = naive(values, seconds, np.array([origin]), horizon)[0]
+    found = make_naive_forecast(values, seconds, np.array([origin]), horizon)[0]
     return [int(lag) for lag in origin + np.arange(horizon) - found]
 
 
@@ -135,7 +147,7 @@ def test_the_naive_forecast_knows_only_the_past() -> None:
     assert lags("2024-03-04", 300, 12, 288 * 15 + 7) == [288] * 12
     assert lags("2024-03-04", DAY, 9, 30) == [7] * 7 + [14] * 2
     assert lags("2024-03-04", 7 * DAY, 3, 30) == [1, 2, 3]
-    early = naive(np.zeros(400), HOUR * np.arange(400), np.array([12]), 24)
+    early = make_naive_forecast(np.zeros(400), HOUR * np.arange(400), np.array([12]), 24)
     assert np.isnan(early[0, :12]).all()
 
 
@@ -148,11 +160,11 @@ def test_published_forecasts_get_their_published_error() -> None:
     (ensemble,) = read_csv(folder / "NP_reference_forecasts.csv.gz", "datetime_local", ["dnn_ensemble"])
     origins = np.arange(prices.first_at(ensemble.start), len(prices.values), 24)
     seconds = int(np.datetime64(prices.start, "s").astype(np.int64)) + HOUR * np.arange(len(prices.values))
-    found = scores(
+    found = score_windows(
         prices.values[origins[:, None] + np.arange(24)],
         ensemble.values.reshape(-1, 24, 1),
         np.array([0.5]),
-        naive(prices.values, seconds, origins, 24),
+        make_naive_forecast(prices.values, seconds, origins, 24),
         seasonal_errors(prices.values, origins, 24),
     )
     assert 2 * found.pinball == pytest.approx(1.683, abs=5e-4)  # of the median alone it is half the absolute error

@@ -12,13 +12,13 @@ from msgspec.structs import replace
 from handlers.codecs.codec import NPY, FamilyCodec
 from handlers.codecs.deepar import DeepAr, mean_weights
 from handlers.codecs.deepar_schema import MAX_ROWS
-from handlers.codecs.features import calendar, from_network, step_seconds, to_network
+from handlers.codecs.features import compute_calendar_feature, from_network, step_seconds, to_network
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
-from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.errors import ArchiveInvalid
 
 #: Three hours in, two out; five channels, one of every source and a lag.
-FORECAST = Forecast(
+FORECAST = ForecastSpec(
     frequency="1h",
     context_length=3,
     prediction_length=2,
@@ -27,11 +27,11 @@ FORECAST = Forecast(
     dynamic_feat=("load",),
     cat=("zone",),
     inputs=(
-        Channel(source="target"),
-        Channel(source="target", lag=2),
-        Channel(source="dynamic_feat", shift=2, scaler=Scaler(kind="linear", center=0, scale=10)),
-        Channel(source="calendar", feature="hour_sin", shift=2),
-        Channel(source="static"),
+        InputChannel(source="target"),
+        InputChannel(source="target", lag=2),
+        InputChannel(source="dynamic_feat", shift=2, scaler=Scaler(kind="linear", center=0, scale=10)),
+        InputChannel(source="calendar", feature="hour_sin", shift=2),
+        InputChannel(source="static"),
     ),
 )
 INSTANCE: dict[str, Any] = {
@@ -42,7 +42,7 @@ INSTANCE: dict[str, Any] = {
 }
 #: Network quantiles of two steps, the first crossed: prices 12, 8, 10 and 10, 11, 12.
 OUTPUT = np.array([[[1, -1, 0], [0, 0.5, 1]]], np.float32)
-PLAIN = replace(FORECAST, dynamic_feat=(), cat=(), inputs=(Channel(source="target"),))
+PLAIN = replace(FORECAST, dynamic_feat=(), cat=(), inputs=(InputChannel(source="target"),))
 
 
 def body(*instances: dict[str, Any], **configuration: Any) -> bytes:
@@ -50,14 +50,14 @@ def body(*instances: dict[str, Any], **configuration: Any) -> bytes:
     return orjson.dumps({"instances": instances} | ({"configuration": configuration} if configuration else {}))
 
 
-def rows(forecast: Forecast, *instances: dict[str, Any]) -> list[Any]:
+def rows(forecast: ForecastSpec, *instances: dict[str, Any]) -> list[Any]:
     """The network rows of a request, rounded to four digits."""
     found, _ = DeepAr(forecast).decode(body(*instances))
     rounded: list[Any] = np.round(found.astype(np.float64), 4).tolist()
     return rounded
 
 
-def answer(forecast: Forecast, output: np.ndarray[Any, Any], **configuration: Any) -> dict[str, Any]:
+def answer(forecast: ForecastSpec, output: np.ndarray[Any, Any], **configuration: Any) -> dict[str, Any]:
     """The prediction of one plain instance of three steps, for these network quantiles."""
     _, encode = DeepAr(forecast).decode(body({"start": "2024-01-01", "target": [1, 2, 3]}, **configuration))
     prediction: dict[str, Any] = orjson.loads(encode(output))["predictions"][0]
@@ -137,7 +137,7 @@ def test_padding_where_the_archive_allows_it() -> None:
 def test_calendar_at_known_dates(stamp: str, feature: str, expected: float) -> None:
     """Turns start at midnight, Monday and 1 January, before 1970 too."""
     seconds = np.array([np.datetime64(stamp, "s").astype(np.int64)])
-    assert calendar(seconds, feature)[0] == pytest.approx(expected, abs=1e-12)
+    assert compute_calendar_feature(seconds, feature)[0] == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_other_frequencies_are_refused_at_load(frequency: str) -> None:
 
 def test_a_target_channel_with_a_scaler_is_refused_at_load() -> None:
     """It would be ignored: the archive's own scaler applies."""
-    twice = Channel(source="target", scaler=Scaler(kind="asinh"))
+    twice = InputChannel(source="target", scaler=Scaler(kind="asinh"))
     with pytest.raises(ArchiveInvalid, match=r"inputs\[0\]\.scaler"):
         DeepAr(replace(PLAIN, inputs=(twice,)))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.forecasters.ensemble import Ensemble
 from model_store.errors import ArchiveInvalid
 
@@ -13,7 +13,7 @@ SMALL = {"features": 2, "context_length": 9, "prediction_length": 4, "hidden": 5
 
 def test_the_answer_is_the_mean_of_the_members_answers() -> None:
     """Three archives of an mlp, and one of the three together."""
-    one, three = build("mlp", SMALL), build("mlp", {**SMALL, "members": 3})
+    one, three = build_family("mlp", SMALL), build_family("mlp", {**SMALL, "members": 3})
     states = [random_tensors(one, seed) for seed in range(3)]
     row = three.row({f"members.{i}.{name}": each for i, state in enumerate(states) for name, each in state.items()})
     x = torch.randn((1, 2, 9), generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,7 @@ def test_the_answer_is_the_mean_of_the_members_answers() -> None:
 @pytest.mark.parametrize("architecture", ["tcn", "gru"])
 def test_rows_that_are_all_the_same_one_answer_as_rows_side_by_side(architecture: str) -> None:
     """Many inputs of one ensemble, whose row is read once and may change after it is bound."""
-    made = build(architecture, {"features": 2, "context_length": 9, "prediction_length": 4, "members": 3})
+    made = build_family(architecture, {"features": 2, "context_length": 9, "prediction_length": 4, "members": 3})
     rows = [torch.from_numpy(made.row(random_tensors(made, seed))) for seed in range(2)]
     x, row = torch.randn((5, 2, 9), generator=torch.Generator().manual_seed(0)), rows[0].clone()[None]
     same = made.bind(row.expand(5, -1))
@@ -38,7 +38,7 @@ def test_rows_that_are_all_the_same_one_answer_as_rows_side_by_side(architecture
 
 def test_a_member_that_is_poisoned_spoils_its_ensemble_alone() -> None:
     """NaN in one member's row of one model changes no bit of the models beside it."""
-    made = build("mlp", {**SMALL, "members": 2})
+    made = build_family("mlp", {**SMALL, "members": 2})
     block = torch.from_numpy(np.stack([made.row(random_tensors(made, seed)) for seed in range(3)]))
     bound, x = made.bind(block), torch.ones(3, *made.input_shape)
     clean = made.forward(bound, x)
@@ -50,7 +50,7 @@ def test_a_member_that_is_poisoned_spoils_its_ensemble_alone() -> None:
 
 def test_bad_tensors_are_named_with_their_member() -> None:
     """A missing tensor, and one that is not finite."""
-    made = build("mlp", {**SMALL, "members": 2})
+    made = build_family("mlp", {**SMALL, "members": 2})
     tensors = random_tensors(made, 0)
     with pytest.raises(ArchiveInvalid, match=r"missing \['members.1.head.bias'\]"):
         made.row({name: tensor for name, tensor in tensors.items() if name != "members.1.head.bias"})
@@ -61,11 +61,11 @@ def test_bad_tensors_are_named_with_their_member() -> None:
 
 def test_members_are_a_number_in_bounds() -> None:
     """One member is no ensemble; too many, none, or those of a sampler are refused."""
-    assert not isinstance(build("mlp", {**SMALL, "members": 1}), Ensemble)
-    assert build("mlp", {**SMALL, "members": 2}) is build("mlp", {**SMALL, "members": 2})
-    assert build("mlp", {**SMALL, "members": 2}).key != build("mlp", {**SMALL, "members": 3}).key
+    assert not isinstance(build_family("mlp", {**SMALL, "members": 1}), Ensemble)
+    assert build_family("mlp", {**SMALL, "members": 2}) is build_family("mlp", {**SMALL, "members": 2})
+    assert build_family("mlp", {**SMALL, "members": 2}).key != build_family("mlp", {**SMALL, "members": 3}).key
     for members in (0, 65, "2"):
         with pytest.raises(ArchiveInvalid, match=r"config of mlp: .*\$.members"):
-            build("mlp", {**SMALL, "members": members})
+            build_family("mlp", {**SMALL, "members": members})
     with pytest.raises(ArchiveInvalid, match=r"the mean of paths is no path"):
-        build("deepar", {"members": 2})
+        build_family("deepar", {"members": 2})

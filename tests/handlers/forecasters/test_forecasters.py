@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.base import Family
-from handlers.forecasters import ARCHITECTURES, build, check_forecast, family, random_tensors
+from handlers.forecasters import ARCHITECTURES, build_family, check_forecast, get_family, random_tensors
 from handlers.forecasters.tcn import Tcn, TcnConfig
-from model_store.archives.manifest import Channel, Forecast, Kind, Spec, Weights
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Spec, Weights
 from model_store.errors import ArchiveInvalid
 
 SHAPES = {
@@ -94,7 +94,7 @@ def test_batched_is_reference_for_any_configuration(
     config: tuple[str, dict[str, int]], models: int, batch: int, seed: int
 ) -> None:
     """Any sizes, also contexts shorter than the receptive field, where zeros stand before every layer's input."""
-    assert_batched_is_reference(build(*config), models, batch, seed)
+    assert_batched_is_reference(build_family(*config), models, batch, seed)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 33, 512])
@@ -117,18 +117,18 @@ def test_batched_is_reference_for_any_configuration(
 )
 def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, int], batch: int) -> None:
     """From one request to a tick of 512."""
-    assert_batched_is_reference(build(architecture, config), min(batch, 12), batch, seed=7)
+    assert_batched_is_reference(build_family(architecture, config), min(batch, 12), batch, seed=7)
 
 
 def test_batched_is_reference_for_the_default_mlp() -> None:
     """The wide first product, 1344 inputs."""
-    assert_batched_is_reference(build("mlp", {}), 3, 5, seed=11)
+    assert_batched_is_reference(build_family("mlp", {}), 3, 5, seed=11)
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> None:
     """A binding may be used with and without inference mode, and x may be a strided view."""
-    made = build(architecture, {"context_length": 30})
+    made = build_family(architecture, {"context_length": 30})
     row = torch.from_numpy(made.row(random_tensors(made, 1)))[None]
     x = torch.randn(1, made.input_shape[1], made.input_shape[0]).transpose(1, 2)
     with torch.inference_mode():
@@ -140,7 +140,7 @@ def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> No
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_rows_of_bfloat16_answer_nearly_alike(architecture: str) -> None:
     """A worker may run its forwards so: nothing mixes number types, and answers differ by roundings."""
-    made = build(architecture, {"context_length": 30})
+    made = build_family(architecture, {"context_length": 30})
     block = torch.from_numpy(np.stack([made.row(random_tensors(made, seed)) for seed in range(3)]))
     x = torch.randn((3, *made.input_shape), generator=torch.Generator().manual_seed(0)).bfloat16()
     x[:, -1] = 0  # of a network that samples the seed
@@ -153,7 +153,7 @@ def test_rows_of_bfloat16_answer_nearly_alike(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_parameters_are_the_state_dict(architecture: str) -> None:
     """What the family says it needs is what its reference is saved as, and rows are whole cache lines."""
-    made = build(architecture, {"features": 3, "context_length": 11, "prediction_length": 4})
+    made = build_family(architecture, {"features": 3, "context_length": 11, "prediction_length": 4})
     state = made.reference().state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == dict(made.parameters)
     assert made.row_floats % 16 == 0
@@ -162,14 +162,14 @@ def test_parameters_are_the_state_dict(architecture: str) -> None:
 
 def test_default_tcn_is_the_size_the_design_counts_on() -> None:
     """17,528 parameters in a row of at most 70 KB: what memory per model is promised from."""
-    made = build("tcn", {})
+    made = build_family("tcn", {})
     assert sum(np.prod(shape) for shape in made.parameters.values()) == 17_528
     assert made.row_floats * 4 <= 70_400
 
 
 def test_random_tensors_depend_on_the_seed_alone() -> None:
     """Same seed, same numbers, whatever torch's global generator did; another seed, other numbers."""
-    made = build("tcn", {"layers": 1})
+    made = build_family("tcn", {"layers": 1})
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     first = random_tensors(made, 5)
@@ -180,7 +180,7 @@ def test_random_tensors_depend_on_the_seed_alone() -> None:
     assert not np.array_equal(first["head.weight"], other["head.weight"])
 
 
-def spec(architecture: str = "tcn", forecast: Forecast | None = None, **config: object) -> Spec:
+def spec(architecture: str = "tcn", forecast: ForecastSpec | None = None, **config: object) -> Spec:
     """A forecaster's record, of 2 channels unless the config says otherwise."""
     merged = msgspec.convert({"features": 2, **config}, dict[str, int | float | str | bool | list[int]])
     return Spec(
@@ -192,12 +192,12 @@ def spec(architecture: str = "tcn", forecast: Forecast | None = None, **config: 
     )
 
 
-FORECAST = Forecast(
+FORECAST = ForecastSpec(
     frequency="1h",
     context_length=168,
     prediction_length=24,
     quantile_levels=(0.1, 0.3, 0.5, 0.7, 0.9),
-    inputs=(Channel(source="target"), Channel(source="target", lag=168)),
+    inputs=(InputChannel(source="target"), InputChannel(source="target", lag=168)),
 )
 
 
@@ -206,8 +206,8 @@ SEVERAL = replace(FORECAST, products=("energy", "reserve"))
 
 def test_equal_configs_share_one_family() -> None:
     """Families are the same object, and have the same key, exactly when config and architecture are equal."""
-    assert family(spec(layers=2)) is family(spec(layers=2, channels=32))  # 32 is the default
-    keys = [family(spec(layers=2)).key, family(spec(layers=3)).key, family(spec("mlp")).key]
+    assert get_family(spec(layers=2)) is get_family(spec(layers=2, channels=32))  # 32 is the default
+    keys = [get_family(spec(layers=2)).key, get_family(spec(layers=3)).key, get_family(spec("mlp")).key]
     assert len(set(keys)) == 3
     assert keys[0].startswith("tcn-")
 
@@ -231,13 +231,13 @@ def test_equal_configs_share_one_family() -> None:
 def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
     """A record that does not describe a network of ours says which field is wrong."""
     with pytest.raises(ArchiveInvalid, match=names):
-        family(wrong)
+        get_family(wrong)
 
 
 def test_a_fitting_forecast_is_taken() -> None:
     """The cross-check lets the right record through; several products lie side by side, or on an axis of their own."""
-    assert family(spec(forecast=FORECAST)).output_shape == (24, 5)
-    assert family(spec(forecast=SEVERAL, quantiles=10)).output_shape == (24, 10)
+    assert get_family(spec(forecast=FORECAST)).output_shape == (24, 5)
+    assert get_family(spec(forecast=SEVERAL, quantiles=10)).output_shape == (24, 10)
     check_forecast(Outputs(24, 2, 5), SEVERAL)
     for wrong in (Outputs(24, 3, 5), Outputs(24, 10, 1), Outputs(24)):
         with pytest.raises(
@@ -259,7 +259,7 @@ class Outputs(Tcn):
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
     """Missing, extra, misshapen and mistyped tensors never become a row."""
-    made = build(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
+    made = build_family(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
     good = random_tensors(made, 0)
     bias, out = good["head.bias"], made.parameters["head.bias"][0]
     for wrong, names in (
@@ -276,7 +276,7 @@ def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_non_finite_tensors_are_refused_by_name(architecture: str, number: float) -> None:
     """One bad number in any tensor is found, also where it is folded into others before it reaches the row."""
-    made = build(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
+    made = build_family(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
     good = random_tensors(made, 0)
     for name, tensor in good.items():
         bad = tensor.copy()

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from handlers.base import Family
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.forecasters.batched_gru import CHUNK, MOST_NUMBERS, MOST_PRODUCTS
 from model_store.errors import ArchiveInvalid
 
@@ -21,14 +21,14 @@ def rows_of(made: Family, count: int) -> torch.Tensor:
 
 def test_default_size() -> None:
     """The number of parameters that the documentation states."""
-    assert sum(np.prod(shape) for shape in build("gru", {}).parameters.values()) == 14_232
+    assert sum(np.prod(shape) for shape in build_family("gru", {}).parameters.values()) == 14_232
 
 
 @pytest.mark.parametrize("layers", [1, 4])
 @pytest.mark.parametrize("steps", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 7 * CHUNK])
 def test_a_users_gru_fits_whatever_the_context(steps: int, layers: int) -> None:
     """An nn.GRU and a Linear of the user's own, saved under our names, answer the same, on both sides of a chunk."""
-    made = build("gru", {**SMALL, "context_length": steps, "layers": layers})
+    made = build_family("gru", {**SMALL, "context_length": steps, "layers": layers})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(steps)
         gru, head, x = nn.GRU(3, 5, layers), nn.Linear(5, 8), torch.randn(2, 3, steps)
@@ -45,7 +45,7 @@ def test_a_users_gru_fits_whatever_the_context(steps: int, layers: int) -> None:
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_poison_stays_in_its_row_and_its_forward(architecture: str) -> None:
     """NaN in one model's row or input changes no bit of its neighbours' answers, nor of the next answer there."""
-    made = build(architecture, {**SMALL, "context_length": 2 * CHUNK + 5, "layers": 2})
+    made = build_family(architecture, {**SMALL, "context_length": 2 * CHUNK + 5, "layers": 2})
     block = rows_of(made, 5)
     bound, x = made.bind(block), torch.ones(5, *made.input_shape)
     clean, kept = made.forward(bound, x), block.clone()
@@ -62,7 +62,7 @@ def test_scratch_does_not_grow_with_the_context(architecture: str) -> None:
     """A context of 10,000 steps binds no more memory than one of some chunks."""
 
     def scratch(steps: int) -> int:
-        made = build(architecture, {**SMALL, "context_length": steps})
+        made = build_family(architecture, {**SMALL, "context_length": steps})
         block = rows_of(made, 1)
         memory = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in made.bind(block)}
         return sum(memory.values()) - block.untyped_storage().nbytes()
@@ -84,13 +84,13 @@ def test_scratch_does_not_grow_with_the_context(architecture: str) -> None:
 def test_a_config_that_would_hold_up_a_worker_is_refused(architecture: str, config: dict[str, int], said: str) -> None:
     """Each field within its bounds is not enough: time, input and answer of a forecast have limits, named with why."""
     with pytest.raises(ArchiveInvalid, match=said):
-        build(architecture, config)
+        build_family(architecture, config)
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)
 def test_biases_that_overflow_when_folded_are_refused(architecture: str) -> None:
     """Two finite biases whose sum is not finite never become a row."""
-    made = build(architecture, {**SMALL, "context_length": 6})
+    made = build_family(architecture, {**SMALL, "context_length": 6})
     tensors = random_tensors(made, 0)
     tensors |= {name: np.full_like(each, 3e38) for name, each in tensors.items() if name.endswith(("ih_l0", "hh_l0"))}
     with pytest.raises(ArchiveInvalid, match="not finite: the folded biases overflow float32"):

@@ -13,16 +13,16 @@ import torch
 
 from handlers.codecs.deepar import DeepAr
 from handlers.errors import RequestError
-from handlers.forecasters import build
-from handlers.forecasters.lear import Lear, LearConfig, taps
-from handlers.training import quantile_lasso as lasso
-from handlers.training.batched_networks import wants
-from handlers.training.fit import Fitted, Fitting, fit
-from handlers.training.input_recipe import grid, recipe
+from handlers.forecasters import build_family
+from handlers.forecasters.lear import Lear, LearConfig, list_taps
+from handlers.training import quantile_lasso
+from handlers.training.batched_networks import get_input_needs
+from handlers.training.fit import Fitted, Fitting, fit_forecasters
+from handlers.training.input_recipe import list_origins, make_recipe
 from handlers.training.quantile_lasso import Coefficients, Problem, Regressions
 from handlers.training.time_series import Series, SeriesInvalid, read_csv
 from handlers.training.windows import Windows
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 from model_store.errors import ArchiveInvalid
 
 START = datetime.fromisoformat("2024-01-01 05:00")  # a Monday
@@ -39,16 +39,16 @@ def make_series(seed: int = 0, hours: int = HOURS) -> Series:
     return Series(f"market{seed}", START, timedelta(hours=1), values, load, ("load",))
 
 
-def make_forecast(series: Series, origin: str = "00:00", context: int = 192) -> Forecast:
+def make_forecast(series: Series, origin: str = "00:00", context: int = 192) -> ForecastSpec:
     """The recipe of `fleetcast train --architecture lear`."""
-    return recipe(
+    return make_recipe(
         series, context, context_length=context, prediction_length=24, weekdays=True, origin=origin, scaling="linear"
     )
 
 
 def make_fit(*series: Series, **config: int) -> list[Fitted]:
     """Fitted with the last tenth held out."""
-    return fit(series, [make_forecast(each) for each in series], "lear", {**config}, Fitting())
+    return fit_forecasters(series, [make_forecast(each) for each in series], "lear", {**config}, Fitting())
 
 
 def test_it_reads_the_regressors_of_lago_et_al() -> None:
@@ -57,7 +57,7 @@ def test_it_reads_the_regressors_of_lago_et_al() -> None:
     forecast, end = make_forecast(series), 24 * 20 - 5  # midnight
     request = {"instances": [series.instance(end - forecast.history_length, end, 24)]}
     rows, _ = DeepAr(forecast).decode(msgspec.json.encode(request))
-    family = build("lear", {"features": len(forecast.inputs), "marks": 7})
+    family = build_family("lear", {"features": len(forecast.inputs), "marks": 7})
     assert isinstance(family, Lear)
     read = rows[0].ravel()[family.taps.numpy()]
     days = [series.values[end - 24 * back : end - 24 * back + 24] for back in (1, 2, 3, 7)]
@@ -75,8 +75,8 @@ def test_it_reads_the_regressors_of_lago_et_al() -> None:
 def test_blocks_before_the_context_are_left_out() -> None:
     """A context of three days has d-1, d-2 and d-3 of the price, and of covariates d and d-1."""
     config = LearConfig(features=3, context_length=72, marks=1)
-    assert len(list(taps(config))) == 3 * 24 + 2 * 24 + 1
-    assert wants(build("lear", {"features": 3})).context == 192
+    assert len(list(list_taps(config))) == 3 * 24 + 2 * 24 + 1
+    assert get_input_needs(build_family("lear", {"features": 3})).context == 192
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_blocks_before_the_context_are_left_out() -> None:
 def test_a_config_that_cannot_be_is_refused(config: dict[str, int], said: str) -> None:
     """The message names the fields and what to do."""
     with pytest.raises(ArchiveInvalid, match=said):
-        build("lear", config)
+        build_family("lear", config)
 
 
 def make_problem(features: int = 6, windows: int = 400) -> Problem:
@@ -105,14 +105,17 @@ def make_problem(features: int = 6, windows: int = 400) -> Problem:
 def objective(problem: Problem, found: Coefficients, penalty: torch.Tensor) -> torch.Tensor:
     """What is to be least of every column, as the module says it; the losses' mean is over all windows, gaps too."""
     y, spread = problem.y.repeat_interleave(2, 1), problem.x.std(0, correction=0)[:, None]
-    losses, standard = lasso.losses(problem, found) * (~y.isnan()).float().mean(0), found.weight * spread
-    return losses + penalty * standard.abs().sum(0) + lasso.RIDGE / (2 * len(y)) * (standard**2).sum(0)
+    losses, standard = (
+        quantile_lasso.compute_losses(problem, found) * (~y.isnan()).float().mean(0),
+        found.weight * spread,
+    )
+    return losses + penalty * standard.abs().sum(0) + quantile_lasso.RIDGE / (2 * len(y)) * (standard**2).sum(0)
 
 
 def test_the_regressions_are_at_their_optimum() -> None:
     """No step from what is found, of one coefficient or in any of many directions, comes lower (it is convex)."""
     problem, random = make_problem(), torch.Generator().manual_seed(1)
-    regressions = Regressions(problem, lasso.null(problem))
+    regressions = Regressions(problem, quantile_lasso.make_null_model(problem))
     penalty = regressions.penalties()[1]
     found = regressions.solve(penalty, 2000)
     least = objective(problem, found, penalty)
@@ -128,7 +131,7 @@ def test_the_regressions_are_at_their_optimum() -> None:
 def test_a_fit_that_goes_on_ends_where_one_from_the_beginning_does() -> None:
     """From another penalty's solution, and from coefficients that are handed over, the optimum is the same."""
     problem = make_problem()
-    regressions = Regressions(problem, lasso.null(problem))
+    regressions = Regressions(problem, quantile_lasso.make_null_model(problem))
     _, penalty, *_, least = regressions.penalties()
     handed = regressions.solve(least)
     gone_on = regressions.solve(penalty, 2000)
@@ -140,7 +143,7 @@ def test_a_fit_that_goes_on_ends_where_one_from_the_beginning_does() -> None:
 def test_without_a_penalty_each_level_is_undershot_as_often_as_it_says() -> None:
     """The part of observed targets below the answer is the level, of every column; gaps count for nothing."""
     problem = make_problem(features=3, windows=3000)
-    found = Regressions(problem, lasso.null(problem)).solve(torch.zeros(4), 500)
+    found = Regressions(problem, quantile_lasso.make_null_model(problem)).solve(torch.zeros(4), 500)
     answers = torch.addmm(found.bias, problem.x, found.weight).view(-1, 2, 2)
     seen = ~problem.y.isnan()
     below = ((problem.y[..., None] < answers) & seen[..., None]).sum(0) / seen.sum(0)[:, None]
@@ -151,9 +154,9 @@ def test_a_path_begins_below_the_penalty_at_which_all_coefficients_are_zero() ->
     """At that penalty they are, below it they are not; a column that is always the same stays without a weight."""
     problem = make_problem()
     problem.x[:, 3] = 1.0
-    regressions = Regressions(problem, lasso.null(problem))
+    regressions = Regressions(problem, quantile_lasso.make_null_model(problem))
     path = regressions.penalties()
-    assert regressions.solve(1.01 * path[0] / lasso.LARGEST, 500).weight.abs().max() == 0
+    assert regressions.solve(1.01 * path[0] / quantile_lasso.LARGEST, 500).weight.abs().max() == 0
     found = regressions.solve(path[0], 200).weight
     assert found.abs().max() > 0.1
     assert found[3].abs().max() == 0
@@ -176,7 +179,7 @@ def test_a_fit_does_not_depend_on_its_neighbours() -> None:
     first, second = make_series(0), make_series(1)
     alone = make_fit(second)[0]
     forecasts = [make_forecast(first), make_forecast(second)]
-    together = fit([first, second], forecasts, "lear", {}, Fitting(threads=2))[1]
+    together = fit_forecasters([first, second], forecasts, "lear", {}, Fitting(threads=2))[1]
     np.testing.assert_array_equal(alone.tensors["head.weight"], together.tensors["head.weight"])
 
 
@@ -205,9 +208,9 @@ def test_an_origin_that_no_step_has_is_named() -> None:
     """Hours that begin at half past have no midnight."""
     series = make_series(hours=48)
     moved = Series("p", START + timedelta(minutes=30), series.step, series.values, series.known, series.known_names)
-    assert list(grid(series, make_forecast(series, "06:00"))) == [1, 25]
+    assert list(list_origins(series, make_forecast(series, "06:00"))) == [1, 25]
     with pytest.raises(SeriesInvalid, match=r"p: no step of 1h from 2024-01-01 05:30:00 on is at 00:00 every day"):
-        grid(moved, make_forecast(series))
+        list_origins(moved, make_forecast(series))
 
 
 def test_a_request_from_another_hour_is_refused() -> None:
@@ -229,9 +232,9 @@ def test_it_is_as_good_as_the_published_lear(market: str) -> None:
     (series,) = read_csv(folder / f"{market}.csv.gz", "datetime_local", ["price"], ["exog1", "exog2"])
     test = len(series.values) - 17_472
     before = series.before(series.start + test * series.step)
-    forecast = recipe(before, 192, context_length=192, prediction_length=24, weekdays=True, origin="00:00")
-    (found,) = fit([before], [forecast], "lear", {}, Fitting())
-    family = build("lear", found.config)
+    forecast = make_recipe(before, 192, context_length=192, prediction_length=24, weekdays=True, origin="00:00")
+    (found,) = fit_forecasters([before], [forecast], "lear", {}, Fitting())
+    family = build_family("lear", found.config)
     bound = family.bind(torch.from_numpy(family.row(found.tensors))[None])
     errors = []
     for start in range(test, len(series.values), 24):

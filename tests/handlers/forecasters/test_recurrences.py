@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from handlers.base import Family
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from model_store.errors import ArchiveInvalid
 
 SIZES = {
@@ -28,7 +28,7 @@ def silent(family: Family, *loud: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("architecture", SIZES)
 def test_default_size(architecture: str) -> None:
     """The number of parameters that the documentation states."""
-    assert sum(np.prod(shape) for shape in build(architecture, {}).parameters.values()) == SIZES[architecture]
+    assert sum(np.prod(shape) for shape in build_family(architecture, {}).parameters.values()) == SIZES[architecture]
 
 
 def test_smoothing_by_hand() -> None:
@@ -38,7 +38,9 @@ def test_smoothing_by_hand() -> None:
     t=1: level 4.5 + (8 - 1 - 4.5) / 2 = 5.75, season 1 + (8 - 5.75 - 1) / 4 = 1.3125. In the first season itself the
     steady values are 3, so that nothing changes.
     """
-    family = build("esrnn", {"features": 1, "context_length": 5, "season": 2, "prediction_length": 3, "quantiles": 1})
+    family = build_family(
+        "esrnn", {"features": 1, "context_length": 5, "season": 2, "prediction_length": 3, "quantiles": 1}
+    )
     tensors = silent(family) | {
         "season_rate": np.log(np.array([1 / 3], np.float32))
     }  # a sigmoid of 1/4; that of zero is 1/2
@@ -49,7 +51,7 @@ def test_smoothing_by_hand() -> None:
 @pytest.mark.parametrize("rate", [-30.0, 0.3, 30.0])
 def test_smoothing_holds_at_extreme_rates(rate: float) -> None:
     """Rates of nearly nought and one, also for a long season: finite, and the reference's answer."""
-    family = build("esrnn", {"features": 2, "context_length": 130, "season": 60, "hidden": 4})
+    family = build_family("esrnn", {"features": 2, "context_length": 130, "season": 60, "hidden": 4})
     tensors = random_tensors(family, 0) | {
         "level_rate": np.array([rate], np.float32),
         "season_rate": np.array([-rate], np.float32),
@@ -64,7 +66,7 @@ def test_smoothing_holds_at_extreme_rates(rate: float) -> None:
 
 def test_the_middle_quantile_is_fed_back() -> None:
     """A decoder that hears only its own last answer: another head's middle level changes later steps, an outer none."""
-    family = build("recursive", {"features": 2, "context_length": 9, "prediction_length": 4, "quantiles": 3})
+    family = build_family("recursive", {"features": 2, "context_length": 9, "prediction_length": 4, "quantiles": 3})
     tensors, x = silent(family, "decoder", "head"), torch.zeros(1, 2, 9)
     before = answer(family, tensors, x)
     for level, changed in ((0, False), (1, True), (2, False)):
@@ -79,7 +81,7 @@ def test_the_middle_quantile_is_fed_back() -> None:
 @pytest.mark.parametrize("architecture", ["mqcnn", "mqrnn"])
 def test_a_covariate_of_a_step_reaches_it_by_the_local_network(architecture: str) -> None:
     """With a global layer that says nothing, a number changes the answer of the step it is known of, and no other."""
-    family = build(architecture, {"features": 2, "context_length": 9, "prediction_length": 4, "quantiles": 2})
+    family = build_family(architecture, {"features": 2, "context_length": 9, "prediction_length": 4, "quantiles": 2})
     tensors = silent(family, "local", "head")
     x = torch.zeros(1, 2, 9)
     before = answer(family, tensors, x)
@@ -93,7 +95,7 @@ def test_a_covariate_of_a_step_reaches_it_by_the_local_network(architecture: str
 @pytest.mark.parametrize("architecture", ["mqcnn", "mqrnn"])
 def test_the_past_reaches_every_step_by_the_contexts(architecture: str) -> None:
     """The target's last value, five columns from which no step is known, changes all steps' answers."""
-    family = build(architecture, {"features": 2, "context_length": 9, "prediction_length": 4})
+    family = build_family(architecture, {"features": 2, "context_length": 9, "prediction_length": 4})
     tensors, x = random_tensors(family, 0), torch.zeros(1, 2, 9)
     tensors = {name: abs(each) for name, each in tensors.items()}  # no unit is at rest
     moved = x.clone()
@@ -118,4 +120,4 @@ def test_the_past_reaches_every_step_by_the_contexts(architecture: str) -> None:
 def test_a_config_that_cannot_be_is_refused(architecture: str, config: dict[str, int], said: str) -> None:
     """The message names the fields that do not go together, or the limit."""
     with pytest.raises(ArchiveInvalid, match=said):
-        build(architecture, config)
+        build_family(architecture, config)

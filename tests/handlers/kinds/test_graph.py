@@ -14,9 +14,9 @@ from torch import nn
 
 from handlers.base import Float32
 from handlers.kinds.graph import GraphFamily, graph_family
-from handlers.kinds.graph.export import export
+from handlers.kinds.graph.export import export_graph
 from handlers.kinds.graph.family import CPU_BATCH_ELEMENTS, MAX_BATCH_ELEMENTS, MIN_TOGETHER
-from handlers.kinds.graph.operators import ALLOWED, plain
+from handlers.kinds.graph.operators import ALLOWED, find_operator
 from handlers.kinds.graph.schema import encode_graph, parse_graph
 from model_store.errors import ArchiveInvalid
 from tests.handlers.nets import BATCHED, SHAPE, Attending, Dilated, Recurrent, made
@@ -25,7 +25,7 @@ from tests.handlers.nets import BATCHED, SHAPE, Attending, Dilated, Recurrent, m
 def exported(build: Callable[[], nn.Module], models: int = 3) -> tuple[GraphFamily, list[nn.Module], list[Float32]]:
     """The family of a network, several models of it, and their rows."""
     modules = [made(build, seed) for seed in range(models)]
-    raw, tensors = export(modules[0], {next(iter(inspect.signature(modules[0].forward).parameters)): SHAPE})
+    raw, tensors = export_graph(modules[0], {next(iter(inspect.signature(modules[0].forward).parameters)): SHAPE})
     family = graph_family(raw)
     states = [tensors | {name: tensor.numpy() for name, tensor in module.state_dict().items()} for module in modules]
     rows = [family.row({name: state[name] for name in family.parameters}) for state in states]
@@ -157,9 +157,9 @@ def test_threads_may_load_one_family_at_once() -> None:
 
 def test_models_of_one_class_are_one_family() -> None:
     """The numbers do not matter, the configuration does; nor does how the file is written."""
-    first, _ = export(made(Dilated, 1), {"x": SHAPE})
-    again, _ = export(made(Dilated, 2), {"x": SHAPE})
-    other, _ = export(made(lambda: Dilated(9), 1), {"x": SHAPE})
+    first, _ = export_graph(made(Dilated, 1), {"x": SHAPE})
+    again, _ = export_graph(made(Dilated, 2), {"x": SHAPE})
+    other, _ = export_graph(made(lambda: Dilated(9), 1), {"x": SHAPE})
     assert first == again
     family = graph_family(first)
     assert family is graph_family(again)
@@ -175,7 +175,7 @@ def test_models_of_one_class_are_one_family() -> None:
 def test_a_graph_is_a_module_again() -> None:
     """The reference takes the archive's numbers by name and answers as the module they came from."""
     module = made(BATCHED["image"], 3)
-    raw, tensors = export(module, {"x": SHAPE})
+    raw, tensors = export_graph(module, {"x": SHAPE})
     reference = graph_family(raw).reference()
     reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -185,7 +185,7 @@ def test_a_graph_is_a_module_again() -> None:
 
 def test_wrong_tensors_are_refused_by_name() -> None:
     """Another configuration's numbers never become a row, nor do numbers that are none."""
-    raw, tensors = export(made(Dilated, 1), {"x": SHAPE})
+    raw, tensors = export_graph(made(Dilated, 1), {"x": SHAPE})
     family = graph_family(raw)
     with pytest.raises(ArchiveInvalid, match=r"'head.bias' must be float32 \[12\], not float32 \[11\]"):
         family.row(tensors | {"head.bias": tensors["head.bias"][:-1]})
@@ -200,7 +200,7 @@ def test_export_leaves_the_module_as_it_was() -> None:
     """A module in training stays in training, with its gradients on and its numbers unchanged."""
     module = made(BATCHED["batch-norm"], 0).train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    export(module, {"input": SHAPE})
+    export_graph(module, {"input": SHAPE})
     assert module.training
     assert all(parameter.requires_grad for parameter in module.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
@@ -210,10 +210,10 @@ def test_constants_travel_with_the_archive() -> None:
     """Buffers that are not saved: numbers go with the weights, truth values into the graph. What the answer does not
     need is left out.
     """
-    raw, tensors = export(made(lambda: Attending(norm_first=True), 0), {"x": SHAPE})
+    raw, tensors = export_graph(made(lambda: Attending(norm_first=True), 0), {"x": SHAPE})
     assert tensors["fading"].shape == (12, 1)
     assert parse_graph(raw).constants["seen"].dtype == "bool"
-    _, normed = export(made(BATCHED["batch-norm"], 0), {"input": SHAPE})
+    _, normed = export_graph(made(BATCHED["batch-norm"], 0), {"input": SHAPE})
     assert not any("num_batches_tracked" in name for name in normed)
     assert not any(node.op.startswith("aten.dropout") for node in parse_graph(raw).nodes)
 
@@ -266,15 +266,15 @@ class Odd(nn.Module):
 def test_what_a_graph_cannot_hold_is_not_packed(what: str, said: str) -> None:
     """The error says what is in the way."""
     with pytest.raises(ArchiveInvalid, match=said):
-        export(Odd(what), {"x": SHAPE})
+        export_graph(Odd(what), {"x": SHAPE})
 
 
 def test_inputs_are_checked() -> None:
     """One tensor, by the name that forward gives it."""
     with pytest.raises(ArchiveInvalid, match=r"one tensor, not \['a', 'b'\]"):
-        export(Dilated(), {"a": SHAPE, "b": SHAPE})
+        export_graph(Dilated(), {"a": SHAPE, "b": SHAPE})
     with pytest.raises(ArchiveInvalid, match=r"torch\.export cannot export Dilated"):
-        export(Dilated(), {"y": SHAPE})
+        export_graph(Dilated(), {"y": SHAPE})
 
 
 # --- hostile graphs ---------------------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_a_hostile_graph_is_refused(name: str) -> None:
 def test_what_is_taken_has_no_side_effects() -> None:
     """Torch's own word for every operator: none writes into an argument, and this torch has each of them."""
     for op in ALLOWED:
-        plain(op)
+        find_operator(op)
         _, packet, overload = op.split(".")
         found = getattr(getattr(torch.ops.aten, packet), overload)
         assert not found._schema.is_mutable, op
@@ -401,7 +401,7 @@ def test_what_is_taken_has_no_side_effects() -> None:
 
 def test_records_survive_the_file() -> None:
     """What is written is what is read, infinities and dtypes too."""
-    raw, _ = export(made(BATCHED["encoder"], 0), {"x": SHAPE})
+    raw, _ = export_graph(made(BATCHED["encoder"], 0), {"x": SHAPE})
     assert encode_graph(parse_graph(raw)) == raw
     infinite = graph(("aten.clamp.default", [X, {"kind": "number", "name": "-inf"}, 0.5]))
     x = torch.tensor([[[-1e30] * 4 + [1.0] * 4] * 4])

@@ -6,27 +6,27 @@ import torch
 
 from handlers.codecs.codec import FamilyCodec
 from handlers.errors import RequestError
-from handlers.forecasters import ARCHITECTURES, build
+from handlers.forecasters import ARCHITECTURES, build_family
 from handlers.kinds.row_work import row_work
 from handlers.work import ROW_SIDE, RequestBudget, SessionLimits, Work, WorkLimits
-from model_store.archives.manifest import Channel, Forecast
+from model_store.archives.manifest import ForecastSpec, InputChannel
 from model_store.errors import ArchiveInvalid
 from server import contract
 
 CONTEXT = 16
-FORECAST = Forecast(
+FORECAST = ForecastSpec(
     frequency="h",
     context_length=CONTEXT,
     prediction_length=4,
     quantile_levels=(0.1, 0.5, 0.9),
-    inputs=(Channel(source="target"),),
+    inputs=(InputChannel(source="target"),),
 )
 INSTANCE = {"start": "2024-01-01 00:00:00", "target": [1.0] * CONTEXT}
 
 
 def forecasting(limits: WorkLimits) -> FamilyCodec:
     """A codec for forecasts with these limits."""
-    network = build("mlp", {"features": 1, "context_length": CONTEXT, "prediction_length": 4, "quantiles": 3})
+    network = build_family("mlp", {"features": 1, "context_length": CONTEXT, "prediction_length": 4, "quantiles": 3})
     return FamilyCodec(network, FORECAST, RequestBudget(Work(CONTEXT, 12, flops=1_000_000), limits))
 
 
@@ -38,7 +38,7 @@ def request(instances: int) -> bytes:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_is_estimated(architecture: str) -> None:
     """Input, answer, products and scratch of each network are counted, and the global torch state is as before."""
-    network = build(architecture, {})
+    network = build_family(architecture, {})
     work = row_work(network)
     given, answered = network.input_shape, network.output_shape
     assert (work.given, work.answered) == (given[0] * given[1], answered[0] * answered[1])
@@ -51,27 +51,27 @@ def test_every_architecture_is_estimated(architecture: str) -> None:
 
 def test_an_ensemble_costs_its_members() -> None:
     """Three members take three times the products of one, and a mean."""
-    one, three = (row_work(build("tcn", {"members": members})) for members in (1, 3))
+    one, three = (row_work(build_family("tcn", {"members": members})) for members in (1, 3))
     assert 3 * one.flops <= three.flops < 4 * one.flops
 
 
 def test_products_in_place_count() -> None:
     """The hidden product of a recurrence is an operator in place: twice the hidden units cost over twice the work."""
-    small, large = (row_work(build("gru", {"hidden": hidden})) for hidden in (32, 64))
+    small, large = (row_work(build_family("gru", {"hidden": hidden})) for hidden in (32, 64))
     assert large.flops > 2 * small.flops
 
 
 def test_an_input_too_large_to_hold_is_refused_before_anything_is_allocated() -> None:
     """A few hundred bytes of configuration ask for 400 MB a row."""
     with pytest.raises(ArchiveInvalid, match=rf"\[1024, 100000\] has 102400000 numbers, {ROW_SIDE} are allowed"):
-        row_work(build("tcn", {"features": 1024, "context_length": 100_000}))
+        row_work(build_family("tcn", {"features": 1024, "context_length": 100_000}))
 
 
 def test_a_row_beyond_the_limit_is_refused_before_the_operator_that_goes_beyond() -> None:
     """A deep convolution over a long context: the run of zeros ends at the limit, with the numbers in the message."""
     config = {"features": 40, "context_length": 100_000, "channels": 1024, "kernel": 3, "layers": 12}
     with pytest.raises(ArchiveInvalid, match=r"one row takes \d+ (numbers|floating).* or more, \d+ are allowed"):
-        row_work(build("tcn", config))
+        row_work(build_family("tcn", config))
 
 
 def test_a_request_at_the_limit_of_numbers_is_decoded_and_one_beyond_it_refused() -> None:

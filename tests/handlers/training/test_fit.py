@@ -12,14 +12,14 @@ import torch
 from handlers.base import Family
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import to_network
-from handlers.forecasters import build, random_tensors
-from handlers.golden import mismatch
-from handlers.training.batched_networks import batched_forward, flat, reach, unflat
-from handlers.training.fit import Fitted, Fitting, ask, fit, pinball, reference_network
-from handlers.training.input_recipe import naive_lag, recipe
+from handlers.forecasters import build_family, random_tensors
+from handlers.golden import find_mismatch
+from handlers.training.batched_networks import batched_forward, compute_reach, flatten_tensors, unflatten_weights
+from handlers.training.fit import Fitted, Fitting, ask_network, compute_pinball, fit_forecasters, reference_network
+from handlers.training.input_recipe import make_recipe, naive_lag
 from handlers.training.time_series import Series, SeriesInvalid
 from handlers.training.windows import Windows
-from model_store.archives.manifest import Forecast
+from model_store.archives.manifest import ForecastSpec
 
 pytestmark = pytest.mark.slow
 
@@ -38,9 +38,9 @@ def make_series(seed: int = 0, steps: int = 24 * 40, known: int = 0) -> Series:
     return Series(f"market{seed}", START, timedelta(hours=1), values, covariates, names)
 
 
-def make_forecast(series: Series, context: int = 168, prediction: int = 24) -> Forecast:
+def make_forecast(series: Series, context: int = 168, prediction: int = 24) -> ForecastSpec:
     """The default recipe for a default `tcn`."""
-    return recipe(series, min(81, context), context_length=context, prediction_length=prediction)
+    return make_recipe(series, min(81, context), context_length=context, prediction_length=prediction)
 
 
 def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") -> list[Fitted]:
@@ -48,35 +48,37 @@ def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") ->
     series = [make_series(seed) for seed in range(count)]
     config = SMALL if architecture in ("tcn", "mqcnn") else {"hidden": 16}
     context = 168 if architecture in ("tcn", "mqcnn", "mlp") else 36
-    return fit(series, [make_forecast(each, context) for each in series], architecture, {**config}, fitting)
+    return fit_forecasters(series, [make_forecast(each, context) for each in series], architecture, {**config}, fitting)
 
 
 @pytest.mark.parametrize(
     "family",
     [
-        build("tcn", {"features": 3, "channels": 5}),
-        build("tcn", {"features": 3, "channels": 4, "context_length": 50, "kernel": 3}),
-        build("tcn", {"features": 2, "channels": 4, "context_length": 7, "kernel": 2, "layers": 5}),
-        build("mlp", {"features": 2, "context_length": 12, "hidden": 6}),
-        build("gru", {"features": 2, "context_length": 12, "hidden": 6, "layers": 2}),
-        build("seq2seq", {"features": 3, "context_length": 26, "hidden": 6, "layers": 2}),
-        build("lear", {"features": 4, "context_length": 30, "prediction_length": 4, "marks": 1}),
-        build("mqcnn", {"features": 3, "channels": 5, "prediction_length": 6}),
-        build("mqcnn", {"features": 3, "channels": 5, "kernel": 2, "layers": 2, "prediction_length": 6}),
-        build("mqrnn", {"features": 3, "context_length": 26, "prediction_length": 6, "hidden": 6}),
-        build("mlp", {"features": 2, "context_length": 12, "hidden": 6, "members": 3}),
-        build("tcn", {"features": 3, "channels": 5, "members": 2}),
-        build("esrnn", {"features": 3, "context_length": 14, "season": 4, "hidden": 6}),
-        build("recursive", {"features": 3, "context_length": 26, "prediction_length": 5, "hidden": 6}),
+        build_family("tcn", {"features": 3, "channels": 5}),
+        build_family("tcn", {"features": 3, "channels": 4, "context_length": 50, "kernel": 3}),
+        build_family("tcn", {"features": 2, "channels": 4, "context_length": 7, "kernel": 2, "layers": 5}),
+        build_family("mlp", {"features": 2, "context_length": 12, "hidden": 6}),
+        build_family("gru", {"features": 2, "context_length": 12, "hidden": 6, "layers": 2}),
+        build_family("seq2seq", {"features": 3, "context_length": 26, "hidden": 6, "layers": 2}),
+        build_family("lear", {"features": 4, "context_length": 30, "prediction_length": 4, "marks": 1}),
+        build_family("mqcnn", {"features": 3, "channels": 5, "prediction_length": 6}),
+        build_family("mqcnn", {"features": 3, "channels": 5, "kernel": 2, "layers": 2, "prediction_length": 6}),
+        build_family("mqrnn", {"features": 3, "context_length": 26, "prediction_length": 6, "hidden": 6}),
+        build_family("mlp", {"features": 2, "context_length": 12, "hidden": 6, "members": 3}),
+        build_family("tcn", {"features": 3, "channels": 5, "members": 2}),
+        build_family("esrnn", {"features": 3, "context_length": 14, "season": 4, "hidden": 6}),
+        build_family("recursive", {"features": 3, "context_length": 26, "prediction_length": 5, "hidden": 6}),
     ],
     ids=lambda family: str(family.key),
 )
 def test_the_batched_forward_is_the_reference_network(family: Family) -> None:
     """For models with different weights, answers and gradients are those of the plain networks."""
     states = [random_tensors(family, seed) for seed in range(3)]
-    weights = torch.from_numpy(np.stack([flat(family, state) for state in states])).requires_grad_()
+    weights = torch.from_numpy(np.stack([flatten_tensors(family, state) for state in states])).requires_grad_()
     x = torch.randn((3, 4, *family.input_shape), generator=torch.Generator().manual_seed(0))
-    answers = batched_forward(family)(unflat(family, weights), x.transpose(2, 3)[:, :, -reach(family) :])
+    answers = batched_forward(family)(
+        unflatten_weights(family, weights), x.transpose(2, 3)[:, :, -compute_reach(family) :]
+    )
     (gradient,) = torch.autograd.grad(answers.square().sum(), weights)
     for model, state in enumerate(states):
         network = family.reference()
@@ -85,7 +87,7 @@ def test_the_batched_forward_is_the_reference_network(family: Family) -> None:
         gradients = torch.autograd.grad(expected.square().sum(), list(network.parameters()))
         torch.testing.assert_close(answers[model], expected, rtol=1e-5, atol=1e-5)
         for (name, _), expected in zip(network.named_parameters(), gradients, strict=True):
-            torch.testing.assert_close(unflat(family, gradient)[name][model], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(unflatten_weights(family, gradient)[name][model], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_sees_what_the_server_will_see() -> None:
@@ -120,7 +122,7 @@ def test_pinball_by_hand() -> None:
     """Above the quantile an error costs its level, below one minus it; a missing value costs nothing."""
     y = torch.tensor([3.0, 1.0, torch.nan])
     forecast = torch.tensor([[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]])
-    loss = pinball(y, forecast, torch.tensor([0.1, 0.9]))
+    loss = compute_pinball(y, forecast, torch.tensor([0.1, 0.9]))
     assert loss.item() == pytest.approx((0.1 * 2 + 0.9 * 2) / 2 + (0.9 * 1 + 0.1 * 1) / 2)
 
 
@@ -153,7 +155,9 @@ def test_the_best_weights_of_each_model_are_kept() -> None:
     series = [make_series(seed, steps=600) for seed in range(2)]
     forecasts = [make_forecast(each) for each in series]
     long = Fitting(epochs=100, batch=32, learning_rate=2e-2, average=0.9, patience=100, holdout_windows=48)
-    found = fit(series, forecasts, "tcn", {"channels": 16}, long, lambda _done, _steps, loss: losses.append(loss))
+    found = fit_forecasters(
+        series, forecasts, "tcn", {"channels": 16}, long, lambda _done, _steps, loss: losses.append(loss)
+    )
     assert losses == sorted(losses, reverse=True)
     assert sum(each.loss for each in found) < 3.3  # 3.13; the last weights have 3.45, the naive forecast 5.09
 
@@ -164,7 +168,9 @@ def test_a_run_ends_when_nothing_gets_better_or_time_is_up(limit: dict[str, Any]
     steps: list[tuple[int, int]] = []
     series, fitting = make_series(), replace(QUICK, epochs=500, checks=200, patience=1000)
     forecasts = [make_forecast(series)]
-    fit([series], forecasts, "tcn", {**SMALL}, replace(fitting, **limit), lambda *done: steps.append(done[:2]))
+    fit_forecasters(
+        [series], forecasts, "tcn", {**SMALL}, replace(fitting, **limit), lambda *done: steps.append(done[:2])
+    )
     assert steps[-1][0] < steps[-1][1] / 2
 
 
@@ -172,7 +178,7 @@ def test_missing_values_neither_teach_nor_spoil() -> None:
     """With a tenth of the values gone the weights stay finite and the fit still beats the naive forecast."""
     series = make_series()
     series.values[np.random.default_rng(0).random(len(series.values)) < 0.1] = np.nan
-    (found,) = fit([series], [make_forecast(series)], "tcn", {**SMALL}, QUICK)
+    (found,) = fit_forecasters([series], [make_forecast(series)], "tcn", {**SMALL}, QUICK)
     assert found.loss < 0.85 * found.naive_loss
 
 
@@ -181,11 +187,11 @@ def test_a_golden_sample_is_the_reference_networks_answer() -> None:
     (found,) = make_fit(1, replace(QUICK, epochs=1))
     golden, tensors = found.golden, dict(found.tensors)
     network = reference_network("tcn", found.config, tensors)
-    answer = ask(network, found.forecast, golden.request)
-    assert mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is None
+    answer = ask_network(network, found.forecast, golden.request)
+    assert find_mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is None
     tensors["head.bias"] = tensors["head.bias"] + np.float32(0.01)
-    answer = ask(reference_network("tcn", found.config, tensors), found.forecast, golden.request)
-    assert mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is not None
+    answer = ask_network(reference_network("tcn", found.config, tensors), found.forecast, golden.request)
+    assert find_mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is not None
 
 
 def test_too_short_a_series_says_how_long_it_must_be() -> None:
@@ -229,7 +235,7 @@ def test_lags_show_the_same_time_a_day_and_a_week_before(
     """The last `prediction` steps of a lagged channel lie whole days, and whole weeks, before the forecast ones."""
     step = timedelta(minutes=minutes)
     series = Series("p", START, step, np.arange(50.0), np.empty((0, 50)))
-    forecast = recipe(series, 81, context_length=168, prediction_length=prediction)
+    forecast = make_recipe(series, 81, context_length=168, prediction_length=prediction)
     assert [channel.lag for channel in forecast.inputs if channel.source == "target"] == lags
     assert naive_lag(minutes * 60, prediction) == naive
     features = {channel.feature for channel in forecast.inputs if channel.source == "calendar"}
@@ -240,7 +246,7 @@ def test_lags_show_the_same_time_a_day_and_a_week_before(
 def test_a_covariate_is_seen_at_every_forecast_step(prediction: int, shifts: list[int]) -> None:
     """Where the network's reach is shorter than the forecast, further channels tell of the steps before its reach."""
     series = make_series(steps=800, known=1)
-    forecast = recipe(series, 81, context_length=300, prediction_length=prediction)
+    forecast = make_recipe(series, 81, context_length=300, prediction_length=prediction)
     channels = [channel for channel in forecast.inputs if channel.source == "dynamic_feat"]
     assert [channel.shift for channel in channels] == shifts
     seen = {shift - back for shift in shifts for back in range(81)}  # steps after the last known, 1 the first

@@ -22,7 +22,7 @@ def test_a_request_s_time_is_that_of_all_by_their_number() -> None:
 def test_what_is_measured_is_what_the_table_shows() -> None:
     """Every column is there, of runs as they are measured."""
     run = {"requests_per_s": 12_345.0, "p50_ms": 0.6, "p99_ms": 1.2} | compute_request_cost(BEFORE, AFTER, 10_000)
-    results = {"1 workers, 1 fronts, json": {name: record.summarize([value] * 3) for name, value in run.items()}}
+    results = {"1 workers, 1 fronts, json": {name: record.summarise_spread([value] * 3) for name, value in run.items()}}
     console = Console(file=StringIO(), width=200)
     console.print(build_table(results))
     assert isinstance(console.file, StringIO)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handlers.training.fit import Fitted, Fitting, ask, fit, reference_network
-from handlers.training.input_recipe import recipe
+from handlers.training.fit import Fitted, Fitting, ask_network, fit_forecasters, reference_network
+from handlers.training.input_recipe import make_recipe
 from handlers.training.time_series import Series, read_csv
-from loadtest.benchmarks.markets import SAME, Score, ScoringClient, evaluate, make_request_for, score_market
+from loadtest.benchmarks.markets import SAME, Score, ScoringClient, evaluate_market, make_request_for, score_market
 from loadtest.fleets.synthetic_markets import make_markets
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
@@ -26,8 +26,8 @@ REAL = "nem/nsw_vic_hourly_2020_2024.csv.gz"
 def fitted_before(series: Series, moment: datetime, fitting: Fitting, config: dict[str, Any]) -> Fitted:
     """A default hourly `tcn` of the series before the moment."""
     past = series.before(moment)
-    forecast = recipe(past, 81, context_length=168, prediction_length=24)
-    return fit([past], [forecast], "tcn", config, fitting)[0]
+    forecast = make_recipe(past, 81, context_length=168, prediction_length=24)
+    return fit_forecasters([past], [forecast], "tcn", config, fitting)[0]
 
 
 def store(folder: Path, fitted: Fitted) -> None:
@@ -59,7 +59,7 @@ def fitted(market: Series) -> Fitted:
 def server_url(tmp_path: Path, fitted: Fitted) -> Iterator[str]:
     """A real server of the one archive."""
     store(tmp_path, fitted)
-    with serve(str(tmp_path), ["--workers", "1"]) as server:
+    with run_local_server(str(tmp_path), ["--workers", "1"]) as server:
         yield server.inference
 
 
@@ -67,7 +67,7 @@ def server_url(tmp_path: Path, fitted: Fitted) -> Iterator[str]:
 def test_a_served_market_is_scored(market: Series, tmp_path: Path, server_url: str) -> None:
     """Through boto3 and real processes: every test day, the network's own numbers, one miss, and a useful forecast."""
     client = ScoringClient(server_url)
-    found = evaluate(market, TEST_FROM, open_source(str(tmp_path)), client.ask)
+    found = evaluate_market(market, TEST_FROM, open_source(str(tmp_path)), client.ask)
     assert (found.days, client.cache) == (17, {"miss": 1, "hit": 16})
     assert (found.finite, found.is_sorted) == (True, True)
     assert found.difference <= SAME
@@ -80,12 +80,12 @@ def test_other_numbers_than_the_networks_are_seen(market: Series, fitted: Fitted
     network = reference_network("tcn", fitted.config, fitted.tensors)
 
     def wrong(_: ModelName, request: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = ask(network, fitted.forecast, request)
+        answer: dict[str, Any] = ask_network(network, fitted.forecast, request)
         for values in answer["predictions"][0]["quantiles"].values():
             values[-1] += 0.05
         return answer
 
-    found = evaluate(market, TEST_FROM, open_source(str(tmp_path)), wrong)
+    found = evaluate_market(market, TEST_FROM, open_source(str(tmp_path)), wrong)
     assert "the served numbers are not those of the network" in found.failures
 
 
@@ -133,7 +133,9 @@ def test_real_prices_of_2024() -> None:
     requests = [make_request_for(series, int(start), found.forecast) for start in starts]
     body = {"instances": [each["instances"][0] for each in requests], "configuration": requests[0]["configuration"]}
     levels = [str(level) for level in found.forecast.quantile_levels]
-    answers = [[p["quantiles"][level] for level in levels] for p in ask(network, found.forecast, body)["predictions"]]
+    answers = [
+        [p["quantiles"][level] for level in levels] for p in ask_network(network, found.forecast, body)["predictions"]
+    ]
     quantiles, steps = np.array(answers).transpose(0, 2, 1), starts[:, None] + np.arange(horizon)
     naive = series.values[steps - 24][..., None]
     result = score_market(series.values[steps], quantiles, quantiles, naive, found.forecast)

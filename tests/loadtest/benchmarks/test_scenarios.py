@@ -4,12 +4,12 @@ from io import StringIO
 
 from rich.console import Console
 
-from loadtest.benchmarks.scenarios import build_table, measure
+from loadtest.benchmarks.scenarios import build_table, measure_ways
 
 
 def test_a_small_run_tells_all_numbers() -> None:
     """Both methods, a call of one product and two floors, each with median and spread; the answer's true size."""
-    results = measure(rounds=2, products=3, steps=4, samples=10)
+    results = measure_ways(rounds=2, products=3, steps=4, samples=10)
     assert results["answer_bytes"] == 128 + 10 * 3 * 4 * 4
     assert {spread["runs"] for spread in results["ms"].values()} == {2}
     shown = StringIO()

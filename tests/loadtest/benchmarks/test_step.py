@@ -9,20 +9,22 @@ import torch
 from rich.console import Console
 
 from handlers.base import Family, Float32
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from loadtest.benchmarks.step import PEERS, build_table, judge_step
 from loadtest.peers.flat_rows import FlatTcn, SplitMlp
-from server.worker.engine.bench_step import Sizes, measure, named
+from server.worker.engine.bench_step import StepBenchSizes, import_peer, measure_step
 
-SMALL = Sizes(models=12, batches=(1, 8, 32), hot=2, cold=3, large_batches=(1, 4), repeated=4, answers=8, rounds=2)
+SMALL = StepBenchSizes(
+    models=12, batches=(1, 8, 32), hot=2, cold=3, large_batches=(1, 4), repeated=4, answers=8, rounds=2
+)
 
 
 @pytest.mark.parametrize(
     ("family", "make"),
     [
-        (build("tcn", {"features": 3, "context_length": 40, "channels": 5, "layers": 3}), FlatTcn),
-        (build("tcn", {"features": 2, "context_length": 20, "channels": 4, "kernel": 2}), FlatTcn),
-        (build("mlp", {"features": 3, "context_length": 12, "hidden": 9}), SplitMlp),
+        (build_family("tcn", {"features": 3, "context_length": 40, "channels": 5, "layers": 3}), FlatTcn),
+        (build_family("tcn", {"features": 2, "context_length": 20, "channels": 4, "kernel": 2}), FlatTcn),
+        (build_family("mlp", {"features": 3, "context_length": 12, "hidden": 9}), SplitMlp),
     ],
 )
 def test_peers_give_the_networks_answers(family: Family, make: type[FlatTcn | SplitMlp]) -> None:
@@ -46,7 +48,7 @@ def test_everything_is_compared_and_shown() -> None:
 
     (How fast they are is the benchmark's to say: here are a dozen models.)
     """
-    found = json.loads(json.dumps(measure(named(PEERS[0]), named(PEERS[1]), SMALL)))
+    found = json.loads(json.dumps(measure_step(import_peer(PEERS[0]), import_peer(PEERS[1]), SMALL)))
     sections = {name: list(rows) for name, rows in found.items()}
     assert sections == {
         "tcn": ["1", "8", "32", "all"],
@@ -79,7 +81,7 @@ def test_a_peer_with_wrong_answers_is_no_peer() -> None:
         return FlatTcn(family, [*models[1:], models[0]])
 
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        measure(lying, SplitMlp, SMALL)
+        measure_step(lying, SplitMlp, SMALL)
 
 
 def _answer(family: Family, tensors: Mapping[str, Float32], x: Float32) -> Float32:

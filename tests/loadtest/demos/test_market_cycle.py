@@ -15,7 +15,7 @@ import pytest
 
 from loadtest.driver.market_client import STAGES, Turn, TurnBodies, rank_correlation
 from loadtest.fleets.synthetic_markets import make_coupled_markets
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
 from loadtest.report.market_cycle import (
     CycleResults,
@@ -83,7 +83,7 @@ def test_the_whole_cycle(tmp_path: Path) -> None:
     asked = json.loads((tmp_path / ".fleetcast/cycle/scenarios.json").read_text())
     assert [each["target_model"] for each in asked["requests"]] == [f"{product}.mar" for product in products]
 
-    with serve(str(tmp_path / STORE), ["--workers", "1"]) as server:
+    with run_local_server(str(tmp_path / STORE), ["--workers", "1"]) as server:
         again = forecast_demo(tmp_path, "--url", server.inference)
         assert (again.returncode, again.stderr) == (0, "")
         assert "4 products of prices.csv are in .fleetcast/cycle/store already" in again.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from loadtest.driver.dialects import DIALECTS
-from loadtest.driver.open_loop import Forbidden, LoadTarget, drive, make_target
+from loadtest.driver.open_loop import LoadTarget, RemoteNotAllowed, make_target, send_schedule
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
 from loadtest.observe.processes import find_free_port
@@ -31,7 +31,7 @@ def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
     A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
     """
     with running(Peer(stall_at=100, stall_s=0.8)) as peer:
-        run = drive(*load(peer, seconds=1.5))
+        run = send_schedule(*load(peer, seconds=1.5))
     assert peer.asked == 300
     due = run.schedule.at[100:260] - run.schedule.at[100]  # those due within the stall, at 200/s
     assert (run.latency[100:260] >= 0.8 - due - 0.001).all()
@@ -42,7 +42,7 @@ def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
 def test_waits_for_a_connection_count_and_are_called_out() -> None:
     """One connection to a server that takes 20 ms cannot carry 200/s: latency grows, and the run is invalid."""
     with running(Peer(delay_s=0.02)) as peer:
-        run = drive(*load(peer), connections=1)
+        run = send_schedule(*load(peer), connections=1)
     assert peer.connections == 1
     assert (run.status == 200).all()
     assert run.latency[-1] > 1.0
@@ -71,7 +71,7 @@ def test_an_overloaded_driver_calls_its_run_invalid() -> None:
     """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
     with running(Peer()) as peer:
         schedule, to = load(peer)
-        run = drive(schedule, LoadTarget(to.host, to.port, SlowToMake(to.requests[0])))
+        run = send_schedule(schedule, LoadTarget(to.host, to.port, SlowToMake(to.requests[0])))
     assert (run.status == 200).all()
     assert [reason.endswith(BUSY) for reason in run.invalid()] == [True]
 
@@ -79,7 +79,7 @@ def test_an_overloaded_driver_calls_its_run_invalid() -> None:
 def test_what_was_never_sent_makes_a_run_invalid() -> None:
     """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
     with running(Peer()) as peer:
-        run = drive(*load(peer, "silence"), connections=1, patience_s=0.5)
+        run = send_schedule(*load(peer, "silence"), connections=1, patience_s=0.5)
     assert run.ended >= 1.0  # the schedule's half a second and the patience
     assert np.isnan(run.sent).sum() == 99
     assert run.latency == pytest.approx(run.ended - run.schedule.at)
@@ -89,7 +89,7 @@ def test_what_was_never_sent_makes_a_run_invalid() -> None:
 def test_silence_counts_as_waiting() -> None:
     """Sent but not answered until the end: no answer, with the whole wait as latency, not left out."""
     with running(Peer()) as peer:
-        run = drive(*load(peer, "silence"), patience_s=0.3)
+        run = send_schedule(*load(peer, "silence"), patience_s=0.3)
     assert (run.status == NO_ANSWER).all()
     assert not np.isnan(run.sent).any()
     assert run.latency.min() > 0.25
@@ -99,7 +99,7 @@ def test_silence_counts_as_waiting() -> None:
 def test_every_request_has_its_fate(model: str, status: int) -> None:
     """Answers, refusals, lost connections and ones that the server closes after each answer."""
     with running(Peer()) as peer:
-        run = drive(*load(peer, model))
+        run = send_schedule(*load(peer, model))
     assert (run.status == status).all()
     assert {CACHE[i] for i in run.cache} == ({"hit"} if model == "hit" else {""})
     assert (run.checked, list(run.unsound)) == (100 if status == 200 else 0, [])
@@ -108,7 +108,7 @@ def test_every_request_has_its_fate(model: str, status: int) -> None:
 @pytest.mark.parametrize("connections", [1, 512])
 def test_nobody_listens(connections: int) -> None:
     """Refused connections are lost requests, and the run ends with the last."""
-    run = drive(*load(Peer(port=find_free_port())), connections=connections, patience_s=PATIENCE_S)
+    run = send_schedule(*load(Peer(port=find_free_port())), connections=connections, patience_s=PATIENCE_S)
     assert (run.status == LOST).all()
     assert run.ended < PATIENCE_S
 
@@ -120,7 +120,7 @@ def test_a_lack_of_descriptors_is_our_own_fault() -> None:
     free = [fd for fd in range(256) if not Path(f"/proc/self/fd/{fd}").exists()]
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[3], hard))  # three are for the event loop
     try:
-        run = drive(schedule, to, patience_s=0.1)
+        run = send_schedule(schedule, to, patience_s=0.1)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert (run.status == NO_ANSWER).all()
@@ -130,7 +130,7 @@ def test_a_lack_of_descriptors_is_our_own_fault() -> None:
 def test_connections_are_kept() -> None:
     """A server that answers between two requests sees far fewer connections than requests."""
     with running(Peer()) as peer:
-        drive(*load(peer))
+        send_schedule(*load(peer))
     assert peer.asked == 100
     assert peer.connections < 20
 
@@ -138,7 +138,7 @@ def test_connections_are_kept() -> None:
 def test_wrong_answers_are_noticed() -> None:
     """NaN with status 200 is not an answer."""
     with running(Peer()) as peer:
-        run = drive(*load(peer, "nan"))
+        run = send_schedule(*load(peer, "nan"))
     assert len(run.unsound) == 100
     where, why = run.unsound[0]
     assert where == 0
@@ -177,7 +177,7 @@ def a_run(answer_s: float, late: int = 0, late_s: float = 0.0) -> Run:
 def test_only_this_machine_unless_told() -> None:
     """Addresses beyond loopback are refused before anything is sent, by what a name resolves to."""
     assert make_target("http://localhost:8080", []).port == 8080
-    with pytest.raises(Forbidden, match="--allow-remote"):
+    with pytest.raises(RemoteNotAllowed, match="--allow-remote"):
         make_target("http://192.0.2.7:8080", [])
     assert make_target("http://192.0.2.7", [], allow_remote=True) == LoadTarget("192.0.2.7", 80, [])
     for url in ("https://localhost", "localhost:8080", "http://localhost/path"):

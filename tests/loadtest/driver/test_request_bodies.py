@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import urllib3
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from loadtest.driver.dialects import BodyKind, encode_npy, find_fault
 from loadtest.driver.request_bodies import RequestBody, join_requests, make_request_body, read_request_bodies
 from loadtest.fleets.synthetic_archives import make_archive
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from model_store.archives.archive import open_archive
-from model_store.archives.manifest import Channel, Forecast, Scaler
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
@@ -27,12 +27,12 @@ SMALL = {"features": 4, "context_length": 20, "prediction_length": 6, "quantiles
 def demanding() -> bytes:
     """A forecaster without a golden sample that wants covariates, categories and lags."""
     channels = (
-        Channel(source="target"),
-        Channel(source="target", lag=7),
-        Channel(source="dynamic_feat", shift=6, index=1),
-        Channel(source="static", index=1),
+        InputChannel(source="target"),
+        InputChannel(source="target", lag=7),
+        InputChannel(source="dynamic_feat", shift=6, index=1),
+        InputChannel(source="static", index=1),
     )
-    forecast = Forecast(
+    forecast = ForecastSpec(
         frequency="1h",
         context_length=20,
         prediction_length=6,
@@ -42,28 +42,30 @@ def demanding() -> bytes:
         cat=("zone", "product"),
         scaler=Scaler(kind="asinh", center=50.0, scale=10.0),
     )
-    tensors = random_tensors(build("tcn", SMALL), 3)
+    tensors = random_tensors(build_family("tcn", SMALL), 3)
     return pack_forecaster(tensors, architecture="tcn", config=SMALL, model_name="d", forecast=forecast)
 
 
 def several() -> bytes:
     """A forecaster of two products, which takes a history of each."""
     config = {**SMALL, "features": 2, "quantiles": 6}
-    forecast = Forecast(
+    forecast = ForecastSpec(
         frequency="1h",
         context_length=20,
         prediction_length=6,
         quantile_levels=(0.1, 0.5, 0.9),
         products=("energy", "reserve"),
-        inputs=(Channel(source="target"), Channel(source="target", product=1)),
+        inputs=(InputChannel(source="target"), InputChannel(source="target", product=1)),
     )
-    tensors = random_tensors(build("tcn", config), 5)
+    tensors = random_tensors(build_family("tcn", config), 5)
     return pack_forecaster(tensors, architecture="tcn", config=config, model_name="s", forecast=forecast)
 
 
 def plain() -> bytes:
     """A forecaster that only answers tensors."""
-    return pack_forecaster(random_tensors(build("tcn", SMALL), 4), architecture="tcn", config=SMALL, model_name="p")
+    return pack_forecaster(
+        random_tensors(build_family("tcn", SMALL), 4), architecture="tcn", config=SMALL, model_name="p"
+    )
 
 
 @pytest.mark.e2e
@@ -90,7 +92,7 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
     assert len(steps) == 24
     assert left_out[None] == left_out[BodyKind.TENSOR] == {"broken.mar"}
     assert left_out[BodyKind.DEEPAR] == {"broken.mar", "plain.mar", "o.mar"}
-    with serve(str(tmp_path), ["--workers", "1"]) as server:
+    with run_local_server(str(tmp_path), ["--workers", "1"]) as server:
         for name, each in asked:
             headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": each.content_type}
             reply = urllib3.request("POST", f"{server.inference}/invocations", body=each.body, headers=headers)

@@ -23,7 +23,7 @@ from loadtest.fleets.fleet import (
     parse_sizes,
     write_fleet,
 )
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from model_store.errors import StoreDenied
 from model_store.names import parse_model_name
 from model_store.stores.object_store import open_source
@@ -178,7 +178,7 @@ def test_every_kind_is_served_from_s3(bucket: str) -> None:
     assert {listed.name for listed in source.list()} == members.keys()
     asked = read_request_bodies(source, list(members), None, 0, lambda: None)
     assert not asked.left_out
-    with serve(where, ["--workers", "1"]) as server:
+    with run_local_server(where, ["--workers", "1"]) as server:
         for name, question in asked.questions.items():
             headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": question.content_type}
             url = f"{server.inference}/invocations"

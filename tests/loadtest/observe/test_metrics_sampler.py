@@ -6,7 +6,7 @@ import pytest
 import urllib3
 
 from loadtest.fleets.fleet import make_fleet, make_request
-from loadtest.observe.local_server import LocalServer, serve
+from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricsSampler, parse_metrics
 from loadtest.observe.processes import read_pss
 from server import contract
@@ -83,7 +83,7 @@ def test_nothing_to_see() -> None:
 def test_a_real_server(tmp_path: Path) -> None:
     """The names it looks for are those a real server has: requests, loads, models, bytes, queue and batches."""
     (name, *_) = make_fleet(str(tmp_path), 2)
-    with serve(str(tmp_path), ["--workers", "1"]) as server:
+    with run_local_server(str(tmp_path), ["--workers", "1"]) as server:
         worker = next(each["pid"] for each in server.processes() if each["kind"] == "worker")
 
         def scrape() -> str:

@@ -23,7 +23,7 @@ from loadtest.driver import wrk
 from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import wait_until
 from loadtest.peers import comparison, environments, servers
-from loadtest.peers.comparison import Comparison, write_models
+from loadtest.peers.comparison import PeerComparison, write_models
 from loadtest.peers.comparison_table import (
     CONNECTIONS,
     OURS,
@@ -35,7 +35,7 @@ from loadtest.peers.comparison_table import (
 )
 from loadtest.peers.environments import PeerUnavailable, find_requirements, parse_pins
 from loadtest.peers.network import load_network
-from loadtest.peers.over_memory import grow
+from loadtest.peers.over_memory import grow_past_memory
 from loadtest.peers.process_tree import ProcessTree, start_process
 from loadtest.peers.servers import PACKAGE, PEERS, PeerServer
 from server.contract import JSON
@@ -270,14 +270,14 @@ def test_growth_stops_where_a_model_is_refused() -> None:
     """What was loaded until then counts, and the server's words are kept; else it ends with models or budget."""
     with site(Site(refuses="m2")) as there:
         server = PeerServer("site", there.url, DIALECTS["mms"], "", ProcessTree(os.getpid()))
-        growth = grow(server, ["m0", "m1", "m2", "m3"], b"{}", float("inf"))
+        growth = grow_past_memory(server, ["m0", "m1", "m2", "m3"], b"{}", float("inf"))
         assert growth.models == 2
         assert growth.refused.startswith("site answered 503 for m2")
         assert "2 more models took" in str(growth)
         assert "then refused: site answered 503" in str(growth)
-        assert grow(server, ["m0", "m1"], b"{}", float("inf")).models == 2
-        assert grow(server, ["m0", "m1"], b"{}", -1e9).models == 0
-    assert grow(server, ["m0"], b"{}", float("inf")).refused
+        assert grow_past_memory(server, ["m0", "m1"], b"{}", float("inf")).models == 2
+        assert grow_past_memory(server, ["m0", "m1"], b"{}", -1e9).models == 0
+    assert grow_past_memory(server, ["m0"], b"{}", float("inf")).refused
 
 
 @contextmanager
@@ -299,7 +299,7 @@ def test_who_answers_wrongly_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(comparison, "CONNECTIONS", (8,))
 
     with ExitStack() as stack:
-        there = Comparison(write_models(tmp_path, 2), tmp_path, stack)
+        there = PeerComparison(write_models(tmp_path, 2), tmp_path, stack)
         answers = {name: answer.tolist() for name, answer in there.models.answers.items()}
         right = stack.enter_context(site(Site(answers)))
         later = stack.enter_context(site(Site(answers)))

@@ -205,7 +205,7 @@ def test_a_models_home_is_where_the_servers_router_sends_it() -> None:
     for workers in (1, 2, 3, 7):
         router = Router()
         for index in range(workers):
-            router.up(index)
+            router.worker_up(index)
         names = list_fleet_names(300)
         assert [choose_worker(name, workers) for name in names] == [router.order(name)[0] for name in names]
 

@@ -14,7 +14,7 @@ from loadtest.driver.profiles import Profile
 from loadtest.driver.run_result import CACHE
 from loadtest.fleets.fleet import make_fleet, make_request
 from loadtest.fleets.synthetic_archives import build_network
-from loadtest.observe.local_server import serve
+from loadtest.observe.local_server import run_local_server
 from loadtest.plan.calibrate import HOT
 from loadtest.plan.costs import DEFAULT, read_costs
 from loadtest.plan.simulate import make_cache
@@ -34,7 +34,7 @@ def test_simulated_hits_are_the_servers(tmp_path: Path, policy: str) -> None:
     room = ["--workers", "1", "--slab-bytes", str(row_bytes), "--model-cache-bytes", str(RESIDENT * row_bytes)]
     room += ["--eviction-policy", policy]
     body = json.dumps(make_request(0)).encode()
-    with serve(str(tmp_path), room) as server:
+    with run_local_server(str(tmp_path), room) as server:
         connection = http.client.HTTPConnection(urlsplit(server.inference).netloc)
         said = [_ask(connection, names[i], body) for i in asked]
         connection.close()

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_store.archives.manifest import (
-    Channel,
-    Forecast,
+    ForecastSpec,
     GoldenSample,
+    InputChannel,
     Kind,
     MarManifest,
     MarModel,
@@ -33,12 +33,12 @@ SCALERS = st.builds(
     scale=st.floats(min_value=1e-6, max_value=1e9),
 )
 CHANNELS = st.one_of(
-    st.builds(Channel, source=st.just("target"), lag=st.integers(0, 500), scaler=SCALERS),
-    st.builds(Channel, source=st.just("dynamic_feat"), shift=st.integers(0, 6), index=st.integers(0, 1)),
-    st.builds(Channel, source=st.just("calendar"), feature=st.sampled_from(["hour_sin", "weekend"])),
+    st.builds(InputChannel, source=st.just("target"), lag=st.integers(0, 500), scaler=SCALERS),
+    st.builds(InputChannel, source=st.just("dynamic_feat"), shift=st.integers(0, 6), index=st.integers(0, 1)),
+    st.builds(InputChannel, source=st.just("calendar"), feature=st.sampled_from(["hour_sin", "weekend"])),
 )
 FORECASTS = st.builds(
-    Forecast,
+    ForecastSpec,
     frequency=NAMES,
     context_length=st.integers(1, 1000),
     prediction_length=st.integers(6, 100),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_store.archives.archive import open_archive, read_tensors
-from model_store.archives.manifest import Correlation, Kind, Spec, Weights
+from model_store.archives.manifest import CorrelationSpec, Kind, Spec, Weights
 from model_store.archives.packing import pack_archive, pack_correlation, pack_forecaster, pack_graph, pack_onnx
 from model_store.errors import ArchiveInvalid
 from tests.archives import CONFIG, FORECAST, GOLDEN, GRAPH, make_forecaster, make_tensors
@@ -55,7 +55,7 @@ def test_a_graph_comes_back_as_packed() -> None:
 
 def test_a_correlation_comes_back_as_packed() -> None:
     """Record and factors survive, equal input gives equal bytes; tensors that do not fit the record are refused."""
-    record = Correlation(products=("a.mar", "b.mar"), horizon=3, method="gaussian", windows=9)
+    record = CorrelationSpec(products=("a.mar", "b.mar"), horizon=3, method="gaussian", windows=9)
     factors = {"product_factor": np.eye(2, dtype=np.float32), "time_factor": np.eye(3, dtype=np.float32)}
     packed = pack_correlation(record, factors, model_name="joint")
     archive = open_archive(packed, "joint.mar")

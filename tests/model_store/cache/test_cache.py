@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from model_store.cache.cache import MAX_FAILURE_BYTES, Cache, Failure, Load, Placed, Placement
+from model_store.cache.cache import MAX_FAILURE_BYTES, Cache, FailedLoad, Load, Placed, Placement
 from model_store.cache.eviction import POLICIES, policy_named
 from model_store.cache.slots import Slot, State
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
@@ -478,7 +478,7 @@ def test_failures_are_remembered_in_bounded_number() -> None:
         cache.failed(name(f"m{i}"), BROKEN, 0)
     assert len(list(cache.failures())) == 10_000
     assert isinstance(cache.want(name("m4"), 0), Load)
-    assert isinstance(cache.want(name("m5"), 0), Failure)
+    assert isinstance(cache.want(name("m5"), 0), FailedLoad)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -567,7 +567,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.built: dict[ModelName, tuple[str, tuple[str | None, int]]] = {}
         self.loading: dict[ModelName, Slot] = {}
         self.pins: set[ModelName] = set()
-        self.failed: dict[ModelName, Failure] = {}
+        self.failed: dict[ModelName, FailedLoad] = {}
         self.now = 0.0
         self.versions = 0
 
@@ -586,7 +586,7 @@ class CacheMachine(RuleBasedStateMachine):
         wanted = self.cache.want(model, self.now)
         if wanted is None:
             assert model in self.built
-        elif isinstance(wanted, Failure):
+        elif isinstance(wanted, FailedLoad):
             assert wanted is self.failed[model]
             assert self.now < wanted.until
         else:

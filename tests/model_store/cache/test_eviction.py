@@ -16,7 +16,7 @@ from loadtest.benchmarks.eviction_policies import (
     measure_recovery,
     serve_request,
 )
-from model_store.cache.cache import Cache, Failure, Load, Placed
+from model_store.cache.cache import Cache, FailedLoad, Load, Placed
 from model_store.cache.eviction import POLICIES, policy_named
 from model_store.cache.eviction.due import MAX_GHOSTS, Due
 from model_store.cache.victim_selection import Refuse
@@ -330,4 +330,4 @@ def test_a_dismissed_load_is_held_against_nobody() -> None:
     assert foresee(where, "z") is False
     assert isinstance(where.want(ModelName("z"), 0), Load)
     where.failed(ModelName("z"), NoRoom("a test says so"), 0)
-    assert isinstance(where.want(ModelName("z"), 0, speculative=True), Failure)
+    assert isinstance(where.want(ModelName("z"), 0, speculative=True), FailedLoad)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handlers.evaluation.scores import scores
+from handlers.evaluation.scores import score_windows
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import DEFAULT_LIMITS
 from model_store.names import ModelName
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_scores(csv: Path, store: Path) -> None:
     ask, _ = InProcess().of(own)
     y = prices.values[origins[:, None] + np.arange(HORIZON)]
     nothing = np.full(y.shape, np.nan)
-    expected = scores(y, ask(requests), np.array([0.1, 0.5, 0.9]), nothing, np.full(len(y), np.nan))
+    expected = score_windows(y, ask(requests), np.array([0.1, 0.5, 0.9]), nothing, np.full(len(y), np.nan))
     assert (found["first"], found["last"], found["windows"]) == ("2024-03-10 00:00:00", "2024-03-20 05:00:00", 11)
     for name in ("pinball", "wql", "wape", "crps", "coverage", "observed"):
         assert found["scores"][name] == pytest.approx(getattr(expected, name), rel=1e-12)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.offline.batch_inference import index
-from server.offline.checkpoint import RECORD, Journal, OtherWork
+from server.offline.batch_inference import index_lines
+from server.offline.checkpoint import RECORD, Checkpoint, OtherWork
 from tests.e2e.models import Model, forecaster
 from tests.patience import wait_until
 from tests.s3 import S3Server
@@ -166,10 +166,10 @@ def test_what_cannot_be_started(arguments: list[str], message: str, tmp_path: Pa
 
 def test_other_work_is_not_mixed(tmp_path: Path) -> None:
     """A journal of another input, store or configuration is refused by name."""
-    with Journal(tmp_path / "o", WORK, 2) as journal:
+    with Checkpoint(tmp_path / "o", WORK, 2) as journal:
         journal.add([(0, b"a\n")])
     with pytest.raises(OtherWork, match=r"o\.index belongs to another"):
-        Journal(tmp_path / "o", b"x" * 32, 2)
+        Checkpoint(tmp_path / "o", b"x" * 32, 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -180,13 +180,13 @@ def test_torn_files_lose_only_what_was_torn(
     """Cut either file anywhere, as a crash may: what is kept is whole, what is not kept is answered again."""
     out = tmp_path_factory.mktemp("j") / "o"
     order = data.draw(st.permutations(range(len(texts))))
-    with Journal(out, WORK, len(texts)) as journal:
+    with Checkpoint(out, WORK, len(texts)) as journal:
         for one in order:
             journal.add([(one, texts[one])])
     for file in (journal.part, journal.index):
         size = file.stat().st_size
         os.truncate(file, data.draw(st.integers(0, size)))
-    with Journal(out, WORK, len(texts)) as again:
+    with Checkpoint(out, WORK, len(texts)) as again:
         kept = [i for i in order if not again.left()[i]]
         assert kept == order[: len(kept)]
         again.add([(i, texts[i]) for i in order[len(kept) :]])
@@ -201,7 +201,7 @@ def test_long_lines_are_not_kept(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(short + b"\n" + b"x" * 10_000 + b"\n" + short)
     steps: list[int] = []
     with (tmp_path / "in").open("rb") as file:
-        found = index(file, 100, steps.append)
+        found = index_lines(file, 100, steps.append)
     assert found.size.tolist() == [26, 10_001, 25]
     assert found.start.tolist() == [0, 26, 10_027]
     assert found.model.tolist() == [0, -1, 0]

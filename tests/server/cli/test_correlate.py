@@ -12,10 +12,10 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from handlers.codecs.scenarios import Correlation, Marginal, joint, load_correlation
-from handlers.evaluation.correlation import gaussian, pit, schaake
-from handlers.forecasters import family
-from handlers.training.fit import ask, reference_network
+from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation
+from handlers.evaluation.correlation import compute_pit, estimate_gaussian, estimate_schaake
+from handlers.forecasters import get_family
+from handlers.training.fit import ask_network, reference_network
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.archives.manifest import Kind
@@ -26,7 +26,7 @@ from server.cli.setting_flags import settings_from
 from server.cli.train import train
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import describe_archive, format_description, verify_archive
-from server.offline.forecast_errors import residuals
+from server.offline.forecast_errors import measure_errors
 from server.offline.rolling_windows import Unfit
 from tests.e2e.models import onnx_model
 
@@ -79,7 +79,7 @@ def opened(path: Path) -> Archive:
     return open_archive(path.read_bytes(), path.name)
 
 
-def loaded(archive: Archive) -> Correlation:
+def loaded(archive: Archive) -> CorrelationModel:
     """As a worker would load it."""
     assert archive.spec is not None
     assert archive.spec.correlation
@@ -102,7 +102,7 @@ def test_an_archive_of_held_out_errors(market: Path, tmp_path: Path) -> None:
         assert correlation.horizon == 6
         values = np.tile(np.linspace(0, 10, 9), (6, 1))
         levels = np.linspace(0.001, 0.999, 9)
-        found = joint([Marginal(name, levels, values) for name in correlation.products], correlation, 50, 0)
+        found = draw_scenarios([Marginal(name, levels, values) for name in correlation.products], correlation, 50, 0)
         by_product, by_step = (np.corrcoef(found[:, 0, 3], other)[0, 1] for other in (found[:, 1, 3], found[:, 0, 4]))
         assert (by_product > 0.5, by_step > 0.5) == (True, True)
         again = of_market(market, "--method", method, "--out", str(tmp_path / "again.mar"))
@@ -139,7 +139,7 @@ def test_errors_are_those_of_the_networks_and_of_no_later_price(market: Path) ->
     settings, models = settings_from({"store": str(market / "store")}), {"VIC1": ModelName("au/VIC1.mar")}
     told: list[tuple[int, int]] = []
     since = datetime.fromisoformat(SINCE)
-    made = residuals(settings, market / "prices.csv", "hour", models, since, 7, lambda *each: told.append(each))
+    made = measure_errors(settings, market / "prices.csv", "hour", models, since, 7, lambda *each: told.append(each))
     assert made.first == "2024-03-26 00:00:00"
     assert repr(made) == "<Residuals of 51 windows, 1 products, 6 steps>"
     assert told == [(51, 51)]
@@ -148,16 +148,16 @@ def test_errors_are_those_of_the_networks_and_of_no_later_price(market: Path) ->
     forecast = archive.spec.forecast
     assert forecast is not None
     network = reference_network(archive.spec.architecture, dict(archive.spec.config), read_tensors(archive))
-    assert family(archive.spec).key.startswith("tcn-")
+    assert get_family(archive.spec).key.startswith("tcn-")
     price, load = read_csv(market / "prices.csv", "hour", ["VIC1", "load"])
     missing = 0
     for window in (0, 1, len(made.values) - 1):
         at = price.first_at(datetime.fromisoformat(SINCE)) + 7 * window
         instance = {**price.instance(at - forecast.history_length, at, 6)}
         instance["dynamic_feat"] = [load.values[at - forecast.history_length : at + 6].tolist()]
-        (answer,) = ask(network, forecast, {"instances": [instance]})["predictions"]
+        (answer,) = ask_network(network, forecast, {"instances": [instance]})["predictions"]
         quantiles = np.array(list(answer["quantiles"].values())).T
-        expected = pit(np.array(forecast.quantile_levels), quantiles, price.values[at : at + 6])
+        expected = compute_pit(np.array(forecast.quantile_levels), quantiles, price.values[at : at + 6])
         np.testing.assert_allclose(made.values[window, 0], expected, atol=1e-4)
         missing += int(np.isnan(expected).sum())
     assert np.isnan(made.values).sum() >= missing
@@ -167,7 +167,7 @@ def test_errors_of_ones_own(tmp_path: Path) -> None:
     """--residuals takes an array of any models' errors, without prices or store."""
     errors = np.random.default_rng(0).normal(size=(60, 2, 4)).cumsum(axis=2)
     np.save(tmp_path / "e.npy", errors.astype(np.float32))
-    for method, expected in (("gaussian", gaussian), ("schaake", schaake)):
+    for method, expected in (("gaussian", estimate_gaussian), ("schaake", estimate_schaake)):
         out = tmp_path / f"{method}.mar"
         result = run(
             "--residuals", str(tmp_path / "e.npy"), "--target", "de.mar#spot", "--target", "fr.mar", "--out", str(out),
@@ -242,7 +242,7 @@ def test_an_archive_without_forecast_is_told(market: Path, tmp_path: Path) -> No
     (tmp_path / "m.mar").write_bytes(onnx_model("m.mar", 0).data)
     settings = settings_from({"store": str(tmp_path)})
     with pytest.raises(Unfit, match=r"m\.mar answers tensors, not forecasts"):
-        residuals(settings, market / "prices.csv", "hour", {"NSW1": ModelName("m.mar")}, None, 0, lambda *_: None)
+        measure_errors(settings, market / "prices.csv", "hour", {"NSW1": ModelName("m.mar")}, None, 0, lambda *_: None)
 
 
 def test_importing_the_command_does_not_import_torch() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from handlers.forecasters import ARCHITECTURES, build, random_tensors
+from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
 from model_store.archives.packing import pack_forecaster, pack_onnx
-from server.access_log import AccessLog, Arrivals
+from server.access_log import AccessLog, ArrivalBuffer
 from server.cli.main import app
 from server.ipc.frames import CacheResult
 from tests.handlers.kinds.test_onnx import doubling
@@ -43,7 +43,7 @@ def archive(folder: Path, name: str, seed: int = 0, **config: int) -> None:
     """A small forecaster."""
     folder.mkdir(exist_ok=True)
     fields = {**SMALL, **config}
-    tensors = random_tensors(build("tcn", fields), seed)
+    tensors = random_tensors(build_family("tcn", fields), seed)
     (folder / name).write_bytes(pack_forecaster(tensors, architecture="tcn", config=fields, model_name=name))
 
 
@@ -84,7 +84,7 @@ def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypat
     people with the flag to set and for programs as numbers. A log that is none ends it in a line.
     """
     archive(tmp_path / "s", "a.mar")
-    log, kept = AccessLog(tmp_path / "log", 2**20), Arrivals()
+    log, kept = AccessLog(tmp_path / "log", 2**20), ArrivalBuffer()
     for i in range(72):
         kept.note(f"m{i % 24}.mar", float(i), 4096, CacheResult.MISS)
     log.write(kept.take()[0])

@@ -18,12 +18,12 @@ import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from loadtest.fleets.fleet import make_fleet, make_request
 from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
-from server.cli.setting_flags import settings_from, table
+from server.cli.setting_flags import render_settings, settings_from
 from server.cli.settings_table import update_tables
 from tests.handlers.kinds.test_onnx import doubling
 from tests.patience import PATIENCE_S
@@ -48,7 +48,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (forecast,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "forecast.json").write_text(forecast)
-    save_file(random_tensors(build("tcn", json.loads(config)), 3), tmp_path / "w.safetensors")
+    save_file(random_tensors(build_family("tcn", json.loads(config)), 3), tmp_path / "w.safetensors")
     return tmp_path
 
 
@@ -117,7 +117,7 @@ def test_a_list_in_a_variable_is_json(desk: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_readme_lists_the_settings() -> None:
     """The README's table is the settings' own; `make docs` writes it."""
     assert update_tables(README) == README
-    assert run("settings-table").stdout.strip() == table()
+    assert run("settings-table").stdout.strip() == render_settings()
 
 
 def test_help_teaches() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from handlers.training.fit import Fitting
-from handlers.training.input_recipe import recipe
+from handlers.training.input_recipe import make_recipe
 from handlers.training.time_series import Series
 from model_store.archives.archive import open_archive
 from model_store.archives.manifest import Spec
@@ -18,9 +18,9 @@ from model_store.errors import StoreUnavailable
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
 from server.cli.setting_flags import settings_from
-from server.offline.checkpoint import Journal
-from server.offline.promotion_gate import Gate
-from server.offline.retraining import Plan, Renewal, anew
+from server.offline.checkpoint import Checkpoint
+from server.offline.promotion_gate import GateTerms
+from server.offline.retraining import Retraining, RetrainingPlan, rebuild_forecast
 from server.offline.rolling_windows import Rolling
 from tests.server.markets import archive, fill, names, run, write_prices
 
@@ -128,18 +128,18 @@ def test_a_new_architecture_answers_at_the_hours_that_the_old_one_did() -> None:
     """A `lear` for six o'clock stays one, in place of a `tcn` it forecasts from any hour, and a `tcn` always does."""
     hours = np.arange(24 * 40, dtype=np.float64)
     series = Series("p", datetime(2024, 1, 1), timedelta(hours=1), hours % 24, hours[None][:0])  # noqa: DTZ001
-    at_six = recipe(series, 192, context_length=192, prediction_length=24, weekdays=True, origin="06:00")
-    any_hour = recipe(series, 81, context_length=192, prediction_length=24)
-    assert anew(at_six, series, "lear", {}).origin == "06:00"
-    assert not anew(any_hour, series, "lear", {}).origin
-    assert not anew(at_six, series, "tcn", {}).origin
+    at_six = make_recipe(series, 192, context_length=192, prediction_length=24, weekdays=True, origin="06:00")
+    any_hour = make_recipe(series, 81, context_length=192, prediction_length=24)
+    assert rebuild_forecast(at_six, series, "lear", {}).origin == "06:00"
+    assert not rebuild_forecast(any_hour, series, "lear", {}).origin
+    assert not rebuild_forecast(at_six, series, "tcn", {}).origin
 
 
-def plan(csv: Path, store: Path) -> Plan:
+def plan(csv: Path, store: Path) -> RetrainingPlan:
     """What the command makes of its flags."""
     settings = settings_from({"store": str(store)})
     market_names = {market: ModelName(f"{market}.mar") for market in MARKETS}
-    return Plan(csv, "hour", market_names, settings, Gate("pinball", 2, Rolling(most=8)), Fitting(8.0))
+    return RetrainingPlan(csv, "hour", market_names, settings, GateTerms("pinball", 2, Rolling(most=8)), Fitting(8.0))
 
 
 def test_a_killed_run_goes_on(csv: Path, store: Path, tmp_path: Path) -> None:
@@ -153,19 +153,19 @@ def test_a_killed_run_goes_on(csv: Path, store: Path, tmp_path: Path) -> None:
         if count == 2:
             raise KeyboardInterrupt
 
-    with Journal(tmp_path / "log", work.digest, len(MARKETS)) as journal, pytest.raises(KeyboardInterrupt):
-        Renewal(work).run(journal, killed)
+    with Checkpoint(tmp_path / "log", work.digest, len(MARKETS)) as journal, pytest.raises(KeyboardInterrupt):
+        Retraining(work).run(journal, killed)
     before = store.joinpath("M00.mar").stat().st_mtime_ns
-    with Journal(tmp_path / "log", work.digest, len(MARKETS)) as journal:
+    with Checkpoint(tmp_path / "log", work.digest, len(MARKETS)) as journal:
         assert journal.done == 2
         told: list[int] = []
-        Renewal(work).run(journal, told.append)
+        Retraining(work).run(journal, told.append)
         assert len(told) == 2
         assert journal.done == len(MARKETS)
     assert store.joinpath("M00.mar").stat().st_mtime_ns == before
     other = plan(csv, whole)
-    with Journal(tmp_path / "other", other.digest, len(MARKETS)) as journal:
-        Renewal(other).run(journal, told.append)
+    with Checkpoint(tmp_path / "other", other.digest, len(MARKETS)) as journal:
+        Retraining(other).run(journal, told.append)
     for market in MARKETS:
         assert spec(store, market).weights == spec(whole, market).weights
 

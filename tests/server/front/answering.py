@@ -8,7 +8,7 @@ from typing import Any, cast
 from server.errors import Situation
 from server.front.app import App
 from server.front.dataplane import DataPlane
-from server.front.worker_client import Call, Link, WorkerLost
+from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Response, Tier
 
 JSON = "application/json"
@@ -33,15 +33,15 @@ class Worker:
     cancelled: int = 0
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
 
-    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> Call:
+    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
         """A link's: the answer comes in a later pass of the loop."""
         request = Asked(model, content_type, accept, bytes(body))
         self.asked.append(request)
-        call = Call(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
+        call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
         asyncio.get_running_loop().call_soon(self._reply, call, request)
         return call
 
-    def cancel(self, call: Call) -> None:
+    def cancel(self, call: WorkerCall) -> None:
         """A link's."""
         del call
         self.cancelled += 1
@@ -49,7 +49,7 @@ class Worker:
     def sweep(self, now: float) -> None:
         """A link's: nothing is late here."""
 
-    async def rest(self, call: Call) -> AsyncIterator[bytes]:
+    async def rest(self, call: WorkerCall) -> AsyncIterator[bytes]:
         """A link's: the parts after the first; an empty one is the worker's death."""
         for part in self.rest_of.pop(call.id):
             if not part:
@@ -57,7 +57,7 @@ class Worker:
             call.unread -= len(part)
             yield part
 
-    def _reply(self, call: Call, request: Asked) -> None:
+    def _reply(self, call: WorkerCall, request: Asked) -> None:
         answer = self.answer(request)
         if answer is ... or call.reply.done():
             return
@@ -76,8 +76,8 @@ class Worker:
 def attach(plane: DataPlane, *workers: Worker) -> None:
     """The workers are up, each by its number."""
     for number, worker in enumerate(workers):
-        plane.links[number] = cast("Link", worker)
-        plane.router.up(number)
+        plane.links[number] = cast("WorkerLink", worker)
+        plane.router.worker_up(number)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from server.errors import Refused, Situation
 from server.front.app import App
 from server.front.dataplane import DataPlane, InferRequest
 from server.front.dialects import DIALECTS
-from server.front.exchange import Limit, Operation, Reply, Request
-from server.http_listener import listener
+from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit
+from server.http_listener import make_listener
 from server.metrics import FrontMetrics
 from server.settings import Settings
 from tests.server.front.answering import JSON, Answered, Worker, ask, attach
@@ -32,21 +32,21 @@ class Toy:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
 
-    def match(self, method: str, path: str) -> Operation | None:
+    def match(self, method: str, path: str) -> DialectOperation | None:
         """Any method."""
         del method
-        return Operation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
+        return DialectOperation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
 
-    async def answer(self, operation: Operation, request: Request, plane: DataPlane) -> Reply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
         """The model's answer in brackets."""
         model = parse_model_name(operation.name)
         response = await plane.infer(InferRequest(model, request.body, JSON, JSON, request.deadline))
-        return Reply(203, "text/toy", b"<" + await response.read() + b">", stats=response.stats)
+        return HttpReply(203, "text/toy", b"<" + await response.read() + b">", stats=response.stats)
 
-    def refused(self, why: Refused, request: Request) -> Reply:
+    def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The situation's number."""
         del request
-        return Reply(500 + why.situation, "text/plain", str(why).encode(), [(b"x-toy", b"no")])
+        return HttpReply(500 + why.situation, "text/plain", str(why).encode(), [(b"x-toy", b"no")])
 
 
 def app(worker: Worker | None = None) -> App:
@@ -74,7 +74,7 @@ def test_a_new_dialect_is_served_over_a_socket() -> None:
 
     async def scenario() -> None:
         made = app(Worker(lambda asked: asked.body.upper()))
-        server, sock = listener(made, 1.0, 5.0, 5), socket.create_server(("127.0.0.1", 0))
+        server, sock = make_listener(made, 1.0, 5.0, 5), socket.create_server(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         port = sock.getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:

@@ -8,7 +8,7 @@ import pytest
 from server.cli.setting_flags import settings_from
 from server.front.app import App
 from server.front.main import Front
-from server.http_listener import listener
+from server.http_listener import make_listener
 from server.ipc.operations import AwaitConnections, ConnectWorkers
 from server.metrics import FrontMetrics
 from tests.patience import PATIENCE_S
@@ -21,7 +21,7 @@ def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: 
     async def scenario() -> None:
         metrics = FrontMetrics()
         app = App(settings_from({"store": str(tmp_path)}), metrics)
-        front = Front(app, listener(app, 1.0, 1.0, 5), metrics)
+        front = Front(app, make_listener(app, 1.0, 1.0, 5), metrics)
         path = str(tmp_path / "0.1")
         await front.handle(ConnectWorkers({0: path}))
         linked = asyncio.ensure_future(front.handle(AwaitConnections()))

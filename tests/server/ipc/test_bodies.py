@@ -5,14 +5,14 @@ from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.ipc.bodies import WINDOW, Inbox, Outbox
-from server.ipc.frames import CHUNK, Data, Reader, Request, WireError, append_frame
+from server.ipc.frames import CHUNK, Data, FrameReader, Request, WireError, append_frame
 
 
 def over_the_wire(chunk: Data) -> Data:
     """The chunk as the peer reads it."""
     buffer = bytearray()
     append_frame(buffer, chunk)
-    (data,) = Reader().feed(bytes(buffer))
+    (data,) = FrameReader().feed(bytes(buffer))
     assert isinstance(data, Data)
     return data
 

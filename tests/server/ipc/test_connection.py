@@ -10,7 +10,7 @@ import uvloop
 
 from server.errors import Situation
 from server.ipc.bodies import WINDOW
-from server.ipc.connection import Connection
+from server.ipc.connection import FrameConnection
 from server.ipc.frames import CHUNK, CacheResult, Cancel, Credit, Data, Request, Response, Tier, WireError
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
@@ -18,7 +18,7 @@ LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio"
 END = Cancel(999)
 
 
-class End(Connection):
+class End(FrameConnection):
     """One end, which keeps the frames that arrive; request 13 breaks the wire."""
 
     def __init__(self) -> None:

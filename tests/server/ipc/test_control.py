@@ -15,7 +15,7 @@ from server.cli.setting_flags import settings_from
 from server.errors import Situation
 from server.host import WorkerPlan
 from server.ipc import control
-from server.ipc.control import MAX_MESSAGE, Channel, ChannelClosed, ControlError, Handler, Member
+from server.ipc.control import MAX_MESSAGE, ChannelClosed, ChildChannel, ControlChannel, ControlError, Handler
 from server.ipc.operations import (
     AskedByFront,
     AskedByWorker,
@@ -39,10 +39,13 @@ EVERYTHING = AskedOfFront | AskedOfWorker | AskedByFront | AskedByWorker
 
 
 @contextlib.asynccontextmanager
-async def channel(accepted: Any, handler: Handler) -> AsyncIterator[Channel]:
+async def channel(accepted: Any, handler: Handler) -> AsyncIterator[ControlChannel]:
     """The asking end of a channel whose other end accepts these operations."""
     ours, theirs = socket.socketpair()
-    ends = [await Channel.open(ours, AskedByFront, handler), await Channel.open(theirs, accepted, handler)]
+    ends = [
+        await ControlChannel.open(ours, AskedByFront, handler),
+        await ControlChannel.open(theirs, accepted, handler),
+    ]
     tasks = [asyncio.create_task(end.run()) for end in ends]
     yield ends[0]
     ends[0].close()
@@ -200,7 +203,7 @@ def test_what_is_no_message_closes_the_channel(garbage: bytes) -> None:
 
     async def scenario() -> None:
         ours, theirs = socket.socketpair()
-        end = await Channel.open(ours, AskedByFront, Member(AskedByFront)._handle)
+        end = await ControlChannel.open(ours, AskedByFront, ChildChannel(AskedByFront)._handle)
         running = asyncio.create_task(end.run())
         asked = asyncio.create_task(end.ask(Ping(), 60))
         theirs.sendall(garbage)
@@ -232,9 +235,9 @@ def test_a_child_that_starts_refuses_until_it_serves() -> None:
         async def pong(_: Any) -> object:
             return "pong"
 
-        parent = await Channel.open(ours, AskedByWorker, answer)
+        parent = await ControlChannel.open(ours, AskedByWorker, answer)
         serving = asyncio.create_task(parent.run())
-        member = Member(AskedOfWorker)
+        member = ChildChannel(AskedOfWorker)
         assignment = await member.join(theirs.detach(), JoinAsWorker())
         assert assignment is not None
         assert assignment.socket == "path"

@@ -18,7 +18,7 @@ from server.ipc.frames import (
     Credit,
     Data,
     Frame,
-    Reader,
+    FrameReader,
     Request,
     Response,
     Tier,
@@ -81,7 +81,7 @@ def pack(*frames: Frame) -> bytes:
 
 def read(*pieces: bytes) -> list[Frame]:
     """All frames of a stream that arrives in these pieces."""
-    reader = Reader()
+    reader = FrameReader()
     return [frame for piece in pieces for frame in reader.feed(piece)]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.offline import cache_sizing as advice
-from server.offline.cache_sizing import STEP, advise
+from server.offline.cache_sizing import STEP, advise_cache_size
 
 MB = 1024 * 1024
 
@@ -40,7 +40,7 @@ def zipf(models: int, requests: int, seed: int, size: int = 70_000) -> Requests:
 def test_the_ratio_is_that_of_a_real_lru(ranks: list[int], room: int) -> None:
     """Models of different sizes that are powers of two, as bins are exact there only for sums: within a bin's width."""
     requests = [(f"m{rank}", MB << rank % 3) for rank in ranks]
-    found = advise(requests, room * MB)
+    found = advise_cache_size(requests, room * MB)
     least, most = (lru_hits(requests, int(room * MB * factor)) / len(requests) for factor in (0.98, 1.0))
     assert least <= found.hit_ratio <= most
 
@@ -48,7 +48,7 @@ def test_the_ratio_is_that_of_a_real_lru(ranks: list[int], room: int) -> None:
 def test_the_better_size_buys_what_it_says() -> None:
     """A cache of the size that is advised has the ratio that is promised, and one a little smaller has not."""
     requests = zipf(300, 8000, 1)
-    found = advise(requests, 5 * MB)
+    found = advise_cache_size(requests, 5 * MB)
     assert found.better_bytes is not None
     assert found.better_ratio >= found.hit_ratio + STEP
     assert lru_hits(requests, found.better_bytes) / len(requests) == pytest.approx(found.better_ratio, abs=0.003)
@@ -58,7 +58,7 @@ def test_the_better_size_buys_what_it_says() -> None:
 def test_a_tick_that_does_not_fit_needs_all_of_it() -> None:
     """In a cyclic scan a little less than the fleet is worth nothing: the size that is named is the fleet's."""
     requests = [(f"m{i}", MB) for _ in range(10) for i in range(100)]
-    found = advise(requests, 90 * MB)
+    found = advise_cache_size(requests, 90 * MB)
     assert found.hit_ratio == 0
     assert found.better_bytes == pytest.approx(100 * MB, rel=0.02)
     assert found.better_ratio == pytest.approx(0.9)
@@ -68,27 +68,27 @@ def test_a_tick_that_does_not_fit_needs_all_of_it() -> None:
 
 def test_where_nothing_is_to_be_had_it_says_so() -> None:
     """Everything fits; only first calls miss. And a log without requests is no reason to fail."""
-    fits = advise(zipf(50, 1000, 2), 100 * MB)
+    fits = advise_cache_size(zipf(50, 1000, 2), 100 * MB)
     assert fits.better_bytes is None
     assert fits.hit_ratio == fits.most_ratio
     assert "no more memory would change that" in fits.now
     assert fits.next == ""
-    empty = advise([], MB)
+    empty = advise_cache_size([], MB)
     assert (empty.now, empty.next) == ("no request in it reached a model", "")
 
 
 def test_sizes_that_are_not_known_are_those_before() -> None:
     """A refused request has no size: the model's last one stands in; without any the request does not count."""
-    assert advise([("a", MB), ("a", 0), ("b", 0)], 2 * MB).requests == 2
-    assert advise([("a", MB), ("a", 0)], 2 * MB).hit_ratio == 0.5
+    assert advise_cache_size([("a", MB), ("a", 0), ("b", 0)], 2 * MB).requests == 2
+    assert advise_cache_size([("a", MB), ("a", 0)], 2 * MB).hit_ratio == 0.5
 
 
 def test_a_sample_of_many_models_is_close_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times as many models as are followed: the ratio is within two points of all, in a bounded memory."""
     requests = zipf(10_000, 60_000, 3)
-    exact = advise(requests, 100 * MB)
+    exact = advise_cache_size(requests, 100 * MB)
     monkeypatch.setattr(advice, "SAMPLES", 1000)
-    distances = advice.Distances()
+    distances = advice.ReuseDistances()
     for model, size in requests:
         distances.ask(model, size)
     sampled = distances.advice(100 * MB)

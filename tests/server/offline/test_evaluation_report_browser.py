@@ -7,8 +7,8 @@ import pytest
 
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
-from server.offline.evaluation_report import page
-from server.offline.fleet_evaluation import Backtest, assess
+from server.offline.evaluation_report import render_page
+from server.offline.fleet_evaluation import Backtest, backtest_fleet
 from server.offline.rolling_windows import InProcess, Rolling
 from tests.loadtest.browser import CHROMIUM, Browser, browser
 from tests.server.markets import fill, names, write_prices
@@ -42,10 +42,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     csv = write_prices(folder / "prices.csv", markets)
     settings = settings_from({"store": str(fill(folder / "models", markets))})
     targets = {market: ModelName(f"{market}.mar") for market in markets}
-    found = assess(csv, "hour", targets, settings, InProcess(), Rolling(most=28), lambda *_: None)
+    found = backtest_fleet(csv, "hour", targets, settings, InProcess(), Rolling(most=28), lambda *_: None)
     found = Backtest(EVIL, found.store, found.asked, found.markets, found.fans, {EVIL: EVIL})
     path = folder / "report.html"
-    path.write_text(page(found), encoding="utf-8")
+    path.write_text(render_page(found), encoding="utf-8")
     return path
 
 

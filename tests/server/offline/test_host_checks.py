@@ -10,15 +10,15 @@ import pytest
 from server.cli.setting_flags import settings_from
 from server.host import Host, read_host
 from server.offline.host_checks import (
-    Fact,
-    accelerator,
-    cores,
+    HostFact,
+    check_accelerator,
+    check_cores,
+    check_machine,
+    check_memory,
+    check_workers,
     disk_cache,
-    machine,
-    memory,
     open_files,
     torch_build,
-    workers,
 )
 from server.supervisor.worker_plan import plan_workers
 
@@ -30,11 +30,11 @@ def test_a_good_machine_has_no_advice(tmp_path: Path) -> None:
     """Each fact of a machine with room says what there is and nothing else."""
     plans = plan_workers(settings_from({"store": "x"}), HOST)
     facts = [
-        cores(HOST, 8, 0.5),
+        check_cores(HOST, 8, 0.5),
         torch_build("2.13.0", "AVX2", 4),
-        accelerator(HOST, None, 0),
-        workers(plans),
-        memory(HOST, plans, 1),
+        check_accelerator(HOST, None, 0),
+        check_workers(plans),
+        check_memory(HOST, plans, 1),
         disk_cache(tmp_path / "not" / "made", 1),
         open_files(65536, 65536),
     ]
@@ -49,8 +49,8 @@ def test_a_good_machine_has_no_advice(tmp_path: Path) -> None:
 
 def test_cores_that_are_few_or_busy() -> None:
     """One core is said to be few; a load of more than half of the cores makes times doubtful."""
-    assert "two or more" in cores(Host((0,), GIB, ()), 8, 0.0).advice
-    assert "quiet" in cores(HOST, 8, 2.5).advice
+    assert "two or more" in check_cores(Host((0,), GIB, ()), 8, 0.0).advice
+    assert "quiet" in check_cores(HOST, 8, 2.5).advice
 
 
 def test_a_cpu_without_vector_instructions() -> None:
@@ -61,22 +61,22 @@ def test_a_cpu_without_vector_instructions() -> None:
 def test_gpus_that_torch_cannot_use() -> None:
     """A build for the CPU, and a driver that is too old, are told apart; a GPU that works is pointed at its bench."""
     gpu = Host((0, 1), GIB, ("0",))
-    assert "--device cpu" in accelerator(gpu, None, 0).advice
-    assert "CUDA 12.8" in accelerator(gpu, "12.8", 0).advice
-    assert not accelerator(gpu, "12.8", 1).advice
-    assert "fleetcast-load bench gpu" in accelerator(gpu, "12.8", 1).text
+    assert "--device cpu" in check_accelerator(gpu, None, 0).advice
+    assert "CUDA 12.8" in check_accelerator(gpu, "12.8", 0).advice
+    assert not check_accelerator(gpu, "12.8", 1).advice
+    assert "fleetcast-load bench gpu" in check_accelerator(gpu, "12.8", 1).text
 
 
 def test_memory_that_models_and_processes_overfill() -> None:
     """The budget that would fit beside the processes is named; without any, fewer workers are."""
     tight = plan_workers(settings_from({"store": "x", "model_cache_bytes": "15.5GiB"}), HOST)
-    advice = memory(HOST, tight, 1).advice
+    advice = check_memory(HOST, tight, 1).advice
     assert advice.startswith("3 workers need")
     (most,) = re.findall(r"--model-cache-bytes (\d+MiB) or less", advice)
     fits = plan_workers(settings_from({"store": "x", "model_cache_bytes": most}), HOST)
-    assert not memory(HOST, fits, 1).advice
+    assert not check_memory(HOST, fits, 1).advice
     small = Host((0, 1, 2, 3), GIB // 2, ())
-    assert "fewer --workers" in memory(small, plan_workers(settings_from({"store": "x"}), small), 1).advice
+    assert "fewer --workers" in check_memory(small, plan_workers(settings_from({"store": "x"}), small), 1).advice
 
 
 def test_a_disk_that_is_smaller_than_its_cache(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_few_descriptors() -> None:
     assert few.text.startswith("soft limit 1024, hard limit 2000: serve raises")
     assert "LimitNOFILE=65536" in few.advice
     assert not open_files(256, 4096).advice
-    assert open_files(1024, resource.RLIM_INFINITY) == Fact(
+    assert open_files(1024, resource.RLIM_INFINITY) == HostFact(
         "open files", "soft limit 1024, hard limit none: serve raises the soft limit to the hard one"
     )
 
@@ -110,8 +110,8 @@ def test_few_descriptors() -> None:
 def test_this_machine_as_it_is() -> None:
     """All facts can be read here, each once; settings that cannot be served become a fact instead of an error."""
     names = ["cores", "torch", "accelerator", "workers", "memory", "disk cache", "open files"]
-    assert [fact.name for fact in machine(settings_from({"store": "x"}), read_host())] == names
+    assert [fact.name for fact in check_machine(settings_from({"store": "x"}), read_host())] == names
     too_small = settings_from({"store": "x", "model_cache_bytes": "1MiB", "device": "cpu"})
-    facts = {fact.name: fact for fact in machine(too_small, read_host())}
+    facts = {fact.name: fact for fact in check_machine(too_small, read_host())}
     assert "slab_bytes" in facts["workers"].advice
     assert "memory" not in facts

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.training.time_series import Series, read_csv
 from model_store.archives.archive import open_archive
 from server.offline.evaluation import scores_of
-from server.offline.promotion_gate import Gate, judge
-from server.offline.rolling_windows import InProcess, Rolling, Unfit, forecasts
+from server.offline.promotion_gate import GateTerms, compare_models
+from server.offline.rolling_windows import InProcess, Rolling, Unfit, forecast_windows
 from tests.server.markets import archive, fill, forecast, model, run, write_prices
 
-GATE = Gate("pinball", 2.0, Rolling(most=10))
+GATE = GateTerms("pinball", 2.0, Rolling(most=10))
 CONFIG = {"features": 2, "context_length": 24, "hidden": 8, "prediction_length": 6, "quantiles": 3}
 
 
@@ -36,44 +36,46 @@ def columns(csv: Path) -> Mapping[str, Series]:
 def test_the_verdict_is_the_ratio_of_both_scores(columns: Mapping[str, Series]) -> None:
     """The same windows for both, scored as a backtest does; what is worse one way is better the other."""
     a, b = model(0), model(1)
-    there, back = (judge(GATE, InProcess(), "M00", columns, *pair) for pair in ((a, b), (b, a)))
+    there, back = (compare_models(GATE, InProcess(), "M00", columns, *pair) for pair in ((a, b), (b, a)))
     origins = GATE.rolling.origins(columns["M00"], 24, 6)
-    ours, theirs = (scores_of(forecasts(InProcess(), each, columns["M00"], origins)).pinball for each in (a, b))
+    ours, theirs = (scores_of(forecast_windows(InProcess(), each, columns["M00"], origins)).pinball for each in (a, b))
     assert there.worse == pytest.approx(100 * (ours / theirs - 1))
     assert {there.passed, back.passed} == {True, False}
-    assert judge(GATE, InProcess(), "M00", columns, a, a).worse == 0
+    assert compare_models(GATE, InProcess(), "M00", columns, a, a).worse == 0
     assert str(there).startswith(f"gate: pinball {ours:.4g} against {theirs:.4g} of version")
     assert str(there).endswith("10 windows from 2024-03-21 12:00:00 to 2024-03-23 23:00:00")
 
 
 def test_the_margin_is_the_operators(columns: Mapping[str, Series]) -> None:
     """What one margin refuses a wider one lets through."""
-    pair = sorted((model(0), model(1)), key=lambda m: judge(GATE, InProcess(), "M00", columns, m, None).candidate)
-    worse = judge(GATE, InProcess(), "M00", columns, pair[1], pair[0])
+    pair = sorted(
+        (model(0), model(1)), key=lambda m: compare_models(GATE, InProcess(), "M00", columns, m, None).candidate
+    )
+    worse = compare_models(GATE, InProcess(), "M00", columns, pair[1], pair[0])
     assert not worse.passed
-    wide = Gate("pinball", worse.worse + 1, GATE.rolling)
-    assert judge(wide, InProcess(), "M00", columns, pair[1], pair[0]).passed
+    wide = GateTerms("pinball", worse.worse + 1, GATE.rolling)
+    assert compare_models(wide, InProcess(), "M00", columns, pair[1], pair[0]).passed
 
 
 def test_archives_that_differ_are_compared_where_they_meet(columns: Mapping[str, Series]) -> None:
     """Longer forecasts and other levels: the common steps at the common levels; without any only the median decides."""
     own = model(0)
     longer = model(0, prediction_length=9, quantile_levels=(0.05, 0.5, 0.95))
-    verdict = judge(GATE, InProcess(), "M00", columns, own, longer)
+    verdict = compare_models(GATE, InProcess(), "M00", columns, own, longer)
     origins = GATE.rolling.origins(columns["M00"], 24, 9)
-    cut = forecasts(InProcess(), longer, columns["M00"], origins).cut(6, np.array([0.5]))
+    cut = forecast_windows(InProcess(), longer, columns["M00"], origins).cut(6, np.array([0.5]))
     assert verdict.predecessor == pytest.approx(scores_of(cut).pinball)
     apart = model(1, quantile_levels=(0.2, 0.49, 0.8))
     with pytest.raises(Unfit, match="share no quantile level; gate by wape, mase or rmae"):
-        judge(GATE, InProcess(), "M00", columns, own, apart)
-    assert judge(Gate("rmae", 1e6, GATE.rolling), InProcess(), "M00", columns, own, apart).passed
+        compare_models(GATE, InProcess(), "M00", columns, own, apart)
+    assert compare_models(GateTerms("rmae", 1e6, GATE.rolling), InProcess(), "M00", columns, own, apart).passed
 
 
 def test_an_undefined_score_decides_nothing(columns: Mapping[str, Series]) -> None:
     """Without levels around the median there is no WAPE: that is said, and is not a pass."""
     upper = model(0, quantile_levels=(0.6, 0.7, 0.8))
     with pytest.raises(Unfit, match="wape is undefined there"):
-        judge(Gate("wape", 2, GATE.rolling), InProcess(), "M00", columns, upper, None)
+        compare_models(GateTerms("wape", 2, GATE.rolling), InProcess(), "M00", columns, upper, None)
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def desk(tmp_path: Path) -> Path:
 
 def pack(desk: Path, csv: Path, seed: int, *flags: str) -> tuple[int, str, bytes]:
     """`fleetcast pack --gate` of seeded weights: exit code, what it said, and what is in the store."""
-    save_file(random_tensors(build("mlp", CONFIG), seed), desk / "w.safetensors")
+    save_file(random_tensors(build_family("mlp", CONFIG), seed), desk / "w.safetensors")
     out = desk / "models" / "M00.mar"
     result = run(
         "pack", str(out), "--architecture", "mlp", "--config", json.dumps(CONFIG),
@@ -100,8 +102,10 @@ def pack(desk: Path, csv: Path, seed: int, *flags: str) -> tuple[int, str, bytes
 def test_pack_refuses_a_worse_archive_and_notes_a_pass(desk: Path, csv: Path, columns: Mapping[str, Series]) -> None:
     """Of two archives the worse is refused with exit code 1 and the store is as before; the better one is written."""
     out = desk / "models" / "M00.mar"
-    gate = Gate("pinball", 0, Rolling(most=28))
-    better, worse = sorted((0, 1), key=lambda i: judge(gate, InProcess(), "M00", columns, model(i), None).candidate)
+    gate = GateTerms("pinball", 0, Rolling(most=28))
+    better, worse = sorted(
+        (0, 1), key=lambda i: compare_models(gate, InProcess(), "M00", columns, model(i), None).candidate
+    )
     before = archive(better)
     out.write_bytes(before)
     code, said, found = pack(desk, csv, worse, "--gate-margin", "0")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.training.time_series import Series, read_csv
-from server.offline.rolling_windows import ROWS, InProcess, Rolling, Unfit, forecasts, with_known
+from server.offline.rolling_windows import ROWS, InProcess, Rolling, Unfit, forecast_windows, with_known
 from tests.server.markets import HISTORY, HORIZON, START, archive, model, write_prices
 
 KNOWN = ("load_M00",)
@@ -61,11 +61,11 @@ def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
     """With every price from the origin on, and every covariate beyond the horizon, replaced, it is the same."""
     own = model(dynamic_feat=KNOWN)
     origins = Rolling(most=5).origins(series, HISTORY, HORIZON)
-    whole = forecasts(InProcess(), own, series, origins)
+    whole = forecast_windows(InProcess(), own, series, origins)
     for i, origin in enumerate(origins.tolist()):
         values, known = series.values.copy(), series.known.copy()
         values[origin:], known[:, origin + HORIZON :] = 1e4, -1e4
-        spoilt = forecasts(InProcess(), own, replace(series, values=values, known=known), origins[i : i + 1])
+        spoilt = forecast_windows(InProcess(), own, replace(series, values=values, known=known), origins[i : i + 1])
         np.testing.assert_array_equal(spoilt.quantiles[0], whole.quantiles[i])
 
 
@@ -73,29 +73,29 @@ def test_what_is_known_ahead_is_seen(series: Series) -> None:
     """A covariate of the forecast steps changes the forecast, and so does the last price."""
     own = model(dynamic_feat=KNOWN)
     origins = Rolling(most=1).origins(series, HISTORY, HORIZON)
-    whole = forecasts(InProcess(), own, series, origins).quantiles
+    whole = forecast_windows(InProcess(), own, series, origins).quantiles
     known, values = series.known.copy(), series.values.copy()
     known[0, -1] *= 2
     values[origins[0] - 1] += 100
-    assert (forecasts(InProcess(), own, replace(series, known=known), origins).quantiles != whole).any()
-    assert (forecasts(InProcess(), own, replace(series, values=values), origins).quantiles != whole).any()
+    assert (forecast_windows(InProcess(), own, replace(series, known=known), origins).quantiles != whole).any()
+    assert (forecast_windows(InProcess(), own, replace(series, values=values), origins).quantiles != whole).any()
 
 
 def test_windows_are_answered_alike_however_many_there_are(series: Series) -> None:
     """More windows than one request takes: each is what it is alone, and all are told of."""
     own, told = model(dynamic_feat=KNOWN), list[int]()
     origins = Rolling(every=1, most=ROWS + 9).origins(series, HISTORY, HORIZON)
-    many = forecasts(InProcess(), own, series, origins, told.append)
+    many = forecast_windows(InProcess(), own, series, origins, told.append)
     assert told == [ROWS, 9]
     for at in (0, ROWS - 1, ROWS, ROWS + 8):
-        alone = forecasts(InProcess(), own, series, origins[at : at + 1])
+        alone = forecast_windows(InProcess(), own, series, origins[at : at + 1])
         np.testing.assert_allclose(many.quantiles[at], alone.quantiles[0], rtol=1e-5)
 
 
 def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
     """The first steps, at the levels that are asked for."""
     origins = Rolling(most=3).origins(series, HISTORY, HORIZON)
-    whole = forecasts(InProcess(), model(dynamic_feat=KNOWN), series, origins)
+    whole = forecast_windows(InProcess(), model(dynamic_feat=KNOWN), series, origins)
     cut = whole.cut(4, np.array([0.1, 0.9]))
     assert cut.levels.tolist() == [0.1, 0.9]
     np.testing.assert_array_equal(cut.quantiles, whole.quantiles[:, :4, [0, 2]])
@@ -109,9 +109,9 @@ def test_what_does_not_fit_is_said(series: Series) -> None:
     gap = series.known.copy()
     gap[0, -1] = np.nan
     with pytest.raises(Unfit, match=r"column 'load_M00' at 2024-03-23 23:00:00: a known-future value is missing"):
-        forecasts(ask, own, replace(series, known=gap), origins)
+        forecast_windows(ask, own, replace(series, known=gap), origins)
     with pytest.raises(Unfit, match=r"m.mar forecasts steps of 30min, but M00 has 1h"):
-        forecasts(ask, model(frequency="30min", dynamic_feat=KNOWN), series, origins)
+        forecast_windows(ask, model(frequency="30min", dynamic_feat=KNOWN), series, origins)
     with pytest.raises(Unfit, match=r"x has 29 steps .* a window needs 24 of history and 6 to forecast"):
         Rolling().origins(hours(29), 24, 6)
     with pytest.raises(Unfit, match=r"m.mar wants `cat` \(zone\)"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import fleetcast
-from handlers.forecasters import build
+from handlers.forecasters import build_family
 from server.sdk import __version__
 from tests.e2e.conftest import Serve
 from tests.e2e.models import forecaster
@@ -37,7 +37,7 @@ START = "2026-01-01 00:00:00"
 def archive(tmp_path: Path) -> Path:
     """An untrained forecaster that `fleetcast.pack` made of a state dict."""
     out = tmp_path / "au" / "m.mar"
-    network = build("tcn", TCN).reference()
+    network = build_family("tcn", TCN).reference()
     packed = fleetcast.pack(out, architecture="tcn", config=TCN, weights=network.state_dict(), forecast=FORECAST)
     assert packed.bytes == out.stat().st_size
     assert packed.proof.startswith("tcn-")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from handlers.base import Family, Float32
-from handlers.forecasters import ARCHITECTURES, build, random_tensors
+from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
 from server.worker.engine.cpu import Engine
-from server.worker.engine.execution_plan import CELLS, Path, Table
+from server.worker.engine.execution_plan import CELLS, CostTable, Path
 from server.worker.engine.memory_pool import Pool
 
 CPU = torch.device("cpu")
@@ -24,14 +24,14 @@ CPU = torch.device("cpu")
 SMALL = {"features": 3, "context_length": 12, "prediction_length": 4, "quantiles": 3, "channels": 8, "hidden": 9}
 #: Tables under which a batch takes one way wherever it can, and the one of a family that was never measured.
 TABLES = {
-    path: Table({(other, size): size * (1e-6 if other is path else 1.0) for other, size in CELLS}) for path in Path
-} | {None: Table()}
+    path: CostTable({(other, size): size * (1e-6 if other is path else 1.0) for other, size in CELLS}) for path in Path
+} | {None: CostTable()}
 
 
 def small(architecture: str) -> Family:
     """A family of the architecture that is quick to run."""
     fields = ARCHITECTURES[architecture].config.__struct_fields__
-    return build(architecture, {name: size for name, size in SMALL.items() if name in fields})
+    return build_family(architecture, {name: size for name, size in SMALL.items() if name in fields})
 
 
 class Models:
@@ -81,7 +81,7 @@ def test_every_architecture_on_every_path(architecture: str, path: Path | None) 
     places = [i * size for i in (*range(8), 9, 11, 13, 15)]
     for seed, offset in enumerate(places):
         engine.pool.write(offset, models.row(seed))
-    engine.use(models.family, TABLES[path])
+    engine.use_costs(models.family, TABLES[path])
     numbers = np.random.default_rng(1)
     for count in (1, 2, 8, 63, 64, 65, 200, 512):
         for seeds in (np.arange(count) % 12, numbers.integers(0, 12, count), np.full(count, 5)):
@@ -144,7 +144,7 @@ class Worker(RuleBasedStateMachine):
         of = data.draw(st.sampled_from(sorted(self.rows, key=_offset))).family
         here = sorted((place for place in self.rows if place.family == of), key=_offset)
         asked = data.draw(st.lists(st.tuples(st.sampled_from(here), st.integers(0, 2)), min_size=1, max_size=90))
-        self.engine.use(self.models[of].family, TABLES[path])
+        self.engine.use_costs(self.models[of].family, TABLES[path])
         ask(self.engine, self.models[of], [(place.offset, self.rows[place], which) for place, which in asked])
 
     @rule()

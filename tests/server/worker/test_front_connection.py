@@ -18,7 +18,7 @@ from server.ipc.frames import (
     Credit,
     Data,
     Frame,
-    Reader,
+    FrameReader,
     Request,
     Response,
     Tier,
@@ -70,7 +70,7 @@ class Front:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self._frames = Reader()
+        self._frames = FrameReader()
 
     def write(self, *frames: Frame) -> None:
         """Send frames."""

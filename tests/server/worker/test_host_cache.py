@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.codecs.codec import FamilyCodec
-from handlers.forecasters import build
+from handlers.forecasters import build_family
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
-from server.worker.host_cache import Shelf
+from server.worker.host_cache import HostCache
 
-FAMILY = build("mlp", {"features": 1, "context_length": 4, "prediction_length": 1, "quantiles": 1})
+FAMILY = build_family("mlp", {"features": 1, "context_length": 4, "prediction_length": 1, "quantiles": 1})
 BODY = RowModel(FAMILY, FamilyCodec(FAMILY))
 CAPACITY = 100
 
@@ -22,7 +22,7 @@ def slot(model: str, floats: int, version: str = "v1") -> Slot:
     return Slot(ModelName(model), version, FAMILY.key, floats * 4, 0, State.RETIRING, 0.0)
 
 
-def keep(shelf: Shelf, model: str, floats: int, mark: float = 0.0, validated_at: float = 0.0) -> bool:
+def keep(shelf: HostCache, model: str, floats: int, mark: float = 0.0, validated_at: float = 0.0) -> bool:
     """Shelve a row of marks; whether there was a place."""
     numbers = shelf.keep(slot(model, floats), BODY, validated_at)
     if numbers is not None:
@@ -46,7 +46,7 @@ def test_whatever_is_there_is_whole_and_the_youngest_is_there(actions: list[tupl
     """Rows of any sizes kept, taken and dropped: every row that can be taken has its own numbers, no two overlap, a
     held row is never overwritten, and the row kept last is there unless held rows left it no place.
     """
-    shelf = Shelf(torch.zeros(CAPACITY), 60, clock=lambda: 1.0)
+    shelf = HostCache(torch.zeros(CAPACITY), 60, clock=lambda: 1.0)
     marks: dict[str, float] = {}
     held: set[str] = set()
     for mark, (action, model, floats) in enumerate(actions, 1):
@@ -73,7 +73,7 @@ def test_whatever_is_there_is_whole_and_the_youngest_is_there(actions: list[tupl
 
 def test_the_one_evicted_longest_ago_goes() -> None:
     """A full ring gives up its oldest rows, as many as the new one needs, and counts them."""
-    shelf = Shelf(torch.zeros(CAPACITY), 60, clock=lambda: 0.0)
+    shelf = HostCache(torch.zeros(CAPACITY), 60, clock=lambda: 0.0)
     for model in "abcd":
         keep(shelf, model, 25)
     assert keep(shelf, "e", 30)
@@ -84,7 +84,7 @@ def test_the_one_evicted_longest_ago_goes() -> None:
 
 def test_a_scan_one_row_larger_than_device_and_shelf_is_the_limit() -> None:
     """Models that come back in the order in which they went all find their row, if the shelf has one row for each."""
-    shelf = Shelf(torch.zeros(4 * 25), 60, clock=lambda: 0.0)
+    shelf = HostCache(torch.zeros(4 * 25), 60, clock=lambda: 0.0)
     for i in range(4):
         keep(shelf, f"m{i}", 25)
     for i in range(4, 40):
@@ -99,7 +99,7 @@ def test_a_copy_is_served_while_it_is_fresh(age: float, fresh: bool) -> None:
     """Within `revalidate_s` of its validation, and not before it (clocks are set back); `stale` serves it in any case,
     with the version and the body it had.
     """
-    shelf = Shelf(torch.zeros(CAPACITY), 60, clock=lambda: 1000.0)
+    shelf = HostCache(torch.zeros(CAPACITY), 60, clock=lambda: 1000.0)
     keep(shelf, "a", 3, 7, validated_at=1000 - age)
     assert (shelf.take(ModelName("a")) is not None) is fresh
     built = shelf.take(ModelName("a"), stale=True)
@@ -111,5 +111,5 @@ def test_a_copy_is_served_while_it_is_fresh(age: float, fresh: bool) -> None:
 
 def test_no_memory_keeps_nothing() -> None:
     """A shelf of size 0 is no tier; a row larger than the shelf has no place there."""
-    assert not keep(Shelf(torch.zeros(0), 60), "a", 1)
-    assert not keep(Shelf(torch.zeros(CAPACITY), 60), "a", CAPACITY + 1)
+    assert not keep(HostCache(torch.zeros(0), 60), "a", 1)
+    assert not keep(HostCache(torch.zeros(CAPACITY), 60), "a", CAPACITY + 1)

@@ -21,7 +21,7 @@ def ready(scheduler: Scheduler, group: str, *models: str) -> list[Job]:
     jobs = [job(model) for model in models]
     for one in jobs:
         scheduler.admit(one)
-        scheduler.ready(group, one)
+        scheduler.add_ready(group, one)
     return jobs
 
 
@@ -88,12 +88,12 @@ def test_who_waited_for_a_model_is_handed_out_once_without_the_done() -> None:
     jobs = [job("a"), job("a"), job("b")]
     for one in jobs:
         scheduler.admit(one)
-        scheduler.wait(one)
+        scheduler.add_waiting(one)
     scheduler.finish(jobs[0])
     assert not scheduler.has_work
-    assert scheduler.awaited(ModelName("a")) == [jobs[1]]
-    assert scheduler.awaited(ModelName("a")) == []
-    assert list(scheduler.jobs()) == [jobs[2]]
+    assert scheduler.take_waiting(ModelName("a")) == [jobs[1]]
+    assert scheduler.take_waiting(ModelName("a")) == []
+    assert list(scheduler.open_jobs()) == [jobs[2]]
 
 
 def test_done_ready_jobs_are_handed_out_so_that_their_leases_end() -> None:
@@ -101,7 +101,7 @@ def test_done_ready_jobs_are_handed_out_so_that_their_leases_end() -> None:
     scheduler = Scheduler(LARGE, LARGE)
     first, second = ready(scheduler, "f", "a", "b")
     assert scheduler.finish(first)
-    assert list(scheduler.jobs()) == [second]
+    assert list(scheduler.open_jobs()) == [second]
     assert scheduler.next_batch(8) == ("f", [first, second])
     assert scheduler.finish(first) is False
     assert len(scheduler) == 1
@@ -114,12 +114,12 @@ def test_late_waiting_jobs_are_named_once() -> None:
     for one in jobs:
         scheduler.admit(one)
     for one in jobs[:3]:
-        scheduler.wait(one)
-    scheduler.ready("f", jobs[3])
-    assert scheduler.expired(0.5) == []
-    assert scheduler.expired(2.0) == [jobs[0], jobs[2]]
-    assert scheduler.expired(2.0) == []
-    assert scheduler.awaited(ModelName("a")) == [jobs[1]]
+        scheduler.add_waiting(one)
+    scheduler.add_ready("f", jobs[3])
+    assert scheduler.take_expired(0.5) == []
+    assert scheduler.take_expired(2.0) == [jobs[0], jobs[2]]
+    assert scheduler.take_expired(2.0) == []
+    assert scheduler.take_waiting(ModelName("a")) == [jobs[1]]
 
 
 def test_cancelled_jobs_do_not_pile_up_behind_a_slow_load() -> None:
@@ -128,9 +128,9 @@ def test_cancelled_jobs_do_not_pile_up_behind_a_slow_load() -> None:
     for _ in range(100):
         one = job("a")
         scheduler.admit(one)
-        scheduler.wait(one)
+        scheduler.add_waiting(one)
         scheduler.finish(one)
-    assert scheduler.expired(0.0) == []
+    assert scheduler.take_expired(0.0) == []
     assert repr(scheduler) == "<Scheduler 0 jobs, 0 models awaited, 0 groups ready>"
 
 
@@ -173,18 +173,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hit:
             self._queue(one)
         else:
-            self.scheduler.wait(one)
+            self.scheduler.add_waiting(one)
             self.waiting.append(one)
 
     def _queue(self, one: Job) -> None:
-        self.scheduler.ready("f" if one.model in "ab" else "g", one)
+        self.scheduler.add_ready("f" if one.model in "ab" else "g", one)
         self.queued.append(one)
 
     @rule(model=strategies.sampled_from("abcd"))
     def load(self, model: str) -> None:
         """The load ends: all that waited and are not done may run."""
         expected = [one for one in self.waiting if one.model == model and not one.done]
-        assert self.scheduler.awaited(ModelName(model)) == expected
+        assert self.scheduler.take_waiting(ModelName(model)) == expected
         self.waiting = [one for one in self.waiting if one.model != model]
         for one in expected:
             self._queue(one)
@@ -216,7 +216,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def later(self, seconds: int) -> None:
         """Late ones are named, to be refused."""
         self.now += seconds
-        late = self.scheduler.expired(self.now)
+        late = self.scheduler.take_expired(self.now)
         assert sorted(map(id, late)) == sorted(
             id(one) for one in self.waiting if one.deadline <= self.now and not one.done
         )
@@ -230,7 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler) == len(self.unfinished)
         assert self.scheduler.has_work == bool(self.queued)
         listed = [one for one in (*self.waiting, *self.queued) if not one.done]
-        assert sorted(map(id, self.scheduler.jobs())) == sorted(map(id, listed))
+        assert sorted(map(id, self.scheduler.open_jobs())) == sorted(map(id, listed))
 
     def teardown(self) -> None:
         """When all have ended, all counts are back at zero."""

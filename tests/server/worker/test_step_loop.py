@@ -17,7 +17,7 @@ import torch
 
 from handlers.base import Family
 from handlers.codecs.codec import FamilyCodec
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import RowModel
 from model_store.archives.manifest import GoldenSample
 from model_store.cache.cache import Cache
@@ -28,16 +28,20 @@ from server.ipc.frames import CacheResult, Request
 from server.metrics import WorkerMetrics
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
-from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built
+from server.worker.host_cache import HostCache
+from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
 from tests.patience import PATIENCE_S
 
 SLAB = 64 * 1024
 FAMILIES: dict[str, Family] = {
-    "a": build("tcn", {"features": 2, "context_length": 9, "prediction_length": 2, "quantiles": 3, "channels": 16}),
-    "b": build("tcn", {"features": 2, "context_length": 9, "prediction_length": 2, "quantiles": 3, "channels": 8}),
+    "a": build_family(
+        "tcn", {"features": 2, "context_length": 9, "prediction_length": 2, "quantiles": 3, "channels": 16}
+    ),
+    "b": build_family(
+        "tcn", {"features": 2, "context_length": 9, "prediction_length": 2, "quantiles": 3, "channels": 8}
+    ),
 }
 FAR = 10**18
 VARIANTS = 3
@@ -55,7 +59,7 @@ class FakeLoader:
         self.gate.set()
         self.builds: list[str] = []
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> Built:
+    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
         """A model, or the failure that was ordered."""
         del revalidate
         self.builds.append(model)
@@ -66,7 +70,7 @@ class FakeLoader:
         with SEEDING:
             row = family.row(random_tensors(family, seed_of(model, version)))
         body = RowModel(family, FamilyCodec(family))
-        return Built(model, f"v{version}", "store", 0.0, body, row, self.golden.get(model))
+        return LoadedModel(model, f"v{version}", "store", 0.0, body, row, self.golden.get(model))
 
     def forget(self, model: ModelName) -> None:
         """Nothing is cached below."""
@@ -161,7 +165,7 @@ def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
             engine,
             loader,
             WorkerMetrics(0, "cpu"),
-            shelf=Shelf(torch.empty(0), 60),
+            shelf=HostCache(torch.empty(0), 60),
             batch=64,
             loader_threads=4,
             patience_s=5,
@@ -222,9 +226,9 @@ def test_one_batch_serves_many_models() -> None:
         for i in range(8):
             front.send(f"a/{i}")
         await front.settled()
-        assert "fleetcast_inference_batch_models_sum{" in steps.exposition()
-        assert 'fleetcast_inference_batch_models_sum{device="cpu",worker="0"} 8.0' in steps.exposition()
-        assert 'fleetcast_inference_batch_models_count{device="cpu",worker="0"} 2.0' in steps.exposition()
+        assert "fleetcast_inference_batch_models_sum{" in steps.render_metrics()
+        assert 'fleetcast_inference_batch_models_sum{device="cpu",worker="0"} 8.0' in steps.render_metrics()
+        assert 'fleetcast_inference_batch_models_count{device="cpu",worker="0"} 2.0' in steps.render_metrics()
 
     play(scenario)
 
@@ -298,7 +302,7 @@ def test_a_failed_load_keeps_nothing_of_its_archive() -> None:
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         build = loader.build
 
-        def failing(model: ModelName, *, revalidate: bool = False) -> Built:
+        def failing(model: ModelName, *, revalidate: bool = False) -> LoadedModel:
             if model.startswith("a/bad"):
                 fail_with(Bytes(), f"{model}: broken {'x' * 10_000}")
             return build(model, revalidate=revalidate)
@@ -408,7 +412,7 @@ def test_a_reload_of_the_same_version_changes_nothing() -> None:
         await steps.load(ModelName("a/1"))
         assert await steps.load(ModelName("a/1"), revalidate=True) == "v1"
         assert loader.builds == ["a/1", "a/1"]
-        assert 'model_swaps_total{device="cpu",result="ok"' not in steps.exposition()
+        assert 'model_swaps_total{device="cpu",result="ok"' not in steps.render_metrics()
 
     play(scenario)
 
@@ -424,7 +428,7 @@ def test_a_bad_reload_leaves_the_old_version_serving() -> None:
         ident = front.send("a/1")
         await front.settled()
         assert front.answers[ident] == ("a/1", "v1")
-        assert 'model_swaps_total{device="cpu",result="failed",worker="0"} 1.0' in steps.exposition()
+        assert 'model_swaps_total{device="cpu",result="failed",worker="0"} 1.0' in steps.render_metrics()
 
     play(scenario)
 
@@ -640,7 +644,7 @@ def test_paths_are_measured_while_it_serves() -> None:
         for i in range(16):
             front.send(f"a/{i}")
         await front.settled()
-        await until(lambda: len(engine.table(FAMILIES["a"]).seconds) >= 6)
+        await until(lambda: len(engine.cost_table(FAMILIES["a"]).seconds) >= 6)
         for i in range(48):
             front.send(f"a/{i % 16}" if i < 32 else "a/3")
         await front.settled()

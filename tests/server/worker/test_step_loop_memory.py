@@ -22,8 +22,8 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
-from server.worker.host_cache import Shelf
-from server.worker.model_loader import Built
+from server.worker.host_cache import HostCache
+from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
@@ -37,11 +37,11 @@ class Store(FakeLoader):
 
     now = NOW
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> Built:
+    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
         """As of now."""
         if model.startswith("single"):
             self.builds.append(model)
-            return Built(model, "v1", "store", 0.0, Echo().model(), None, None, self.now)
+            return LoadedModel(model, "v1", "store", 0.0, Echo().model(), None, None, self.now)
         return replace(super().build(model, revalidate=revalidate), validated_at=self.now)
 
 
@@ -75,7 +75,7 @@ class House:
     device: FakeDevice
     cache: Cache
     engine: Engine | DeviceEngine
-    shelf: Shelf
+    shelf: HostCache
 
     async def ask(self, model: str) -> int:
         """Send a request and wait for all there are; its id."""
@@ -89,7 +89,7 @@ class House:
 
     def series(self, name: str) -> float:
         """A number of the exposition."""
-        text = self.steps.exposition()
+        text = self.steps.render_metrics()
         return next(
             float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(f"fleetcast_{name}")
         )
@@ -108,7 +108,7 @@ def play(scenario: Scenario, *, on_device: bool = True, slabs: int = 1, shelf_ro
         engine = DeviceEngine(pool, 16) if isinstance(pool, DevicePool) else Engine(pool, 16)
         store, cache = Store(), Cache(budget, SLAB, moves_per_call=2)
         row_floats = SLAB // 4 // rows_per_slab("a")
-        shelf = Shelf(device.host(shelf_rows * row_floats), 60, clock=lambda: store.now)
+        shelf = HostCache(device.host(shelf_rows * row_floats), 60, clock=lambda: store.now)
         steps = StepLoop(
             cache,
             Scheduler(2000, 5000),

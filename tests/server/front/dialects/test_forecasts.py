@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from server.errors import Refused, Situation
 from server.front.dataplane import InferStats
-from server.front.dialects.forecasts import MAX_ITEMS, STATUS, Forecasts, build_answer, parse_call, summarise
-from server.front.exchange import Request
+from server.front.dialects.forecasts import MAX_ITEMS, STATUS, Forecasts, build_answer, parse_call, summarise_items
+from server.front.exchange import HttpRequest
 from server.front.fan_out import Item, Prediction
 from server.front.raw_json import build_request, extract_prediction
 from server.settings import Settings
@@ -129,8 +129,8 @@ def test_what_the_headers_tell() -> None:
         Prediction(b"1", stats()),
         Refused(Situation.NOT_FOUND, "no"),
     ]
-    assert summarise(found) == InferStats("hit=2, miss=1", 1500, 2000, 20)
-    assert summarise(found[3:]) == InferStats("", 0, 0, 0)
+    assert summarise_items(found) == InferStats("hit=2, miss=1", 1500, 2000, 20)
+    assert summarise_items(found[3:]) == InferStats("", 0, 0, 0)
     assert msgspec.json.decode(build_answer(found))["failed"] == 1
 
 
@@ -196,7 +196,7 @@ def test_every_situation_has_a_status() -> None:
 )
 def test_the_error_of_a_call(refused: Refused, status: int, error: dict[str, object]) -> None:
     """One object with code, message and, where there is one, the place; no header of another protocol's."""
-    reply = dialect().refused(refused, Request("POST", "/v1/forecasts", {}, never))
+    reply = dialect().refused(refused, HttpRequest("POST", "/v1/forecasts", {}, never))
     assert (reply.status, json.loads(reply.body), reply.headers) == (status, {"error": error}, [])
 
 
@@ -204,6 +204,6 @@ def test_overload_says_when_to_retry() -> None:
     """By the standard header; the operator chooses between 503 and 429."""
     for chosen in (503, 429):
         reply = dialect(overload_status=chosen).refused(
-            Refused(Situation.OVERLOADED, "full"), Request("POST", "/v1/forecasts", {}, never)
+            Refused(Situation.OVERLOADED, "full"), HttpRequest("POST", "/v1/forecasts", {}, never)
         )
         assert (reply.status, reply.headers) == (chosen, [(b"retry-after", b"1")])

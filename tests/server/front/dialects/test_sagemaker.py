@@ -6,11 +6,11 @@ import pytest
 
 from server.errors import Refused, Situation
 from server.front.dialects.sagemaker import ERRORS, SageMaker
-from server.front.exchange import Request
+from server.front.exchange import HttpRequest
 from server.settings import Settings
 from tests.server.front.answering import never
 
-PLAIN = Request("POST", "/invocations", {}, never)
+PLAIN = HttpRequest("POST", "/invocations", {}, never)
 
 
 def dialect(**settings: object) -> SageMaker:
@@ -88,6 +88,6 @@ def test_overload_says_when_to_retry() -> None:
 def test_custom_attributes_are_echoed_on_refusals(size: int, echoed: bool) -> None:
     """As long as SageMaker allows them to be."""
     attributes = b"a" * size
-    request = Request("POST", "/invocations", {b"x-amzn-sagemaker-custom-attributes": attributes}, never)
+    request = HttpRequest("POST", "/invocations", {b"x-amzn-sagemaker-custom-attributes": attributes}, never)
     headers = dict(dialect().refused(Refused(Situation.NOT_FOUND, "no"), request).headers)
     assert headers.get(b"x-amzn-sagemaker-custom-attributes") == (attributes if echoed else None)

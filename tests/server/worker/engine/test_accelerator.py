@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.base import Family, Float32
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from server.worker.engine.accelerator import EAGER_RUNS, MAX_GRAPHS, DeviceEngine, DevicePool, DeviceStaging
 from tests.server.fake_device import FakeDevice, GraphTouchesStranger
 from tests.server.worker.engine.test_cpu import CONFIGS, reference
 
-TCN = build("tcn", CONFIGS["tcn"])
+TCN = build_family("tcn", CONFIGS["tcn"])
 SIZE = TCN.row_floats * 4
 ROWS = {model: TCN.row(random_tensors(TCN, model)) for model in range(6)}
 X = np.random.default_rng(0).standard_normal((8, 1, *TCN.input_shape), dtype=np.float32)
@@ -99,7 +99,7 @@ def test_every_architecture_in_any_batch_equals_the_single_models(
     seed: int, architecture: str, models: list[tuple[int, int]]
 ) -> None:
     """Requests of one or many rows, over the cuts of a forward, four times over, so that graphs run too."""
-    family = build(architecture, CONFIGS[architecture])
+    family = build_family(architecture, CONFIGS[architecture])
     device = FakeDevice(seed)
     made = DeviceEngine(DevicePool(4 * family.row_floats * 4, device), 16)
     for model in range(4):
@@ -225,6 +225,6 @@ def test_probe_and_read_are_whole() -> None:
 def test_staging_is_capped() -> None:
     """Buckets are powers of two up to the capacity, which bytes bound as well as rows."""
     staging = DeviceStaging(TCN, 12, FakeDevice(), bf16=False)
-    assert [staging.bucket(rows) for rows in (1, 2, 3, 5, 9, 12)] == [1, 2, 4, 8, 12, 12]
+    assert [staging.bucket_size(rows) for rows in (1, 2, 3, 5, 9, 12)] == [1, 2, 4, 8, 12, 12]
     assert repr(staging) == f"<DeviceStaging {TCN.key}, 12 rows>"
     assert repr(staging.lanes[0]) == "<Lane of 12 rows, idle>"

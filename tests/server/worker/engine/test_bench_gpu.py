@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loadtest.benchmarks.gpu import build_table
-from server.worker.engine.bench_gpu import Sizes, measure
+from server.worker.engine.bench_gpu import GpuBenchSizes, measure_gpu
 from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
 
@@ -18,7 +18,7 @@ def test_everything_is_measured_and_shown() -> None:
 
     (The times of a fake device mean nothing.)
     """
-    found = measure(FakeDevice(), Sizes(tick=12, resident=20, rounds=2, copy_floats=1000))
+    found = measure_gpu(FakeDevice(), GpuBenchSizes(tick=12, resident=20, rounds=2, copy_floats=1000))
     found = json.loads(json.dumps(found)) | {"device": "a fake"}
     assert found["tick"]["ratio"] > 0
     assert found["tick"]["floor_ms"]["sum"] > 0

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.base import Family, Float32
-from handlers.forecasters import build, random_tensors
+from handlers.forecasters import build_family, random_tensors
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 
@@ -48,7 +48,7 @@ def test_any_mix_and_repetition_equals_the_single_models(
     architecture: str, models: list[tuple[int, int]], seed: int
 ) -> None:
     """Requests of one or several rows, any models in any order, over the forward's cut: abs <= 1e-5 + 1e-4 |ref|."""
-    family = build(architecture, CONFIGS[architecture])
+    family = build_family(architecture, CONFIGS[architecture])
     engine, offsets = filled(family)
     rng = np.random.default_rng(seed)
     parts = [rng.standard_normal((rows, *family.input_shape), dtype=np.float32) for _, rows in models]
@@ -59,7 +59,7 @@ def test_any_mix_and_repetition_equals_the_single_models(
 
 def test_rows_survive_moves_between_steps() -> None:
     """A model answers the same after its row has moved, and nothing of the poison around it leaks in."""
-    family = build("tcn", TCN)
+    family = build_family("tcn", TCN)
     engine, offsets = filled(family)
     x = np.ones((1, *family.input_shape), np.float32)
     before = engine.run(family, [offsets[2]], [x])[0].copy()
@@ -71,7 +71,7 @@ def test_rows_survive_moves_between_steps() -> None:
 
 def test_answers_are_not_overwritten_by_the_next_step() -> None:
     """What a step returned stays what it was while the same staging serves the next one."""
-    family = build("tcn", TCN)
+    family = build_family("tcn", TCN)
     engine, offsets = filled(family)
     x = np.ones((1, *family.input_shape), np.float32)
     first = engine.run(family, [offsets[0]], [x])[0]
@@ -82,7 +82,7 @@ def test_answers_are_not_overwritten_by_the_next_step() -> None:
 
 def test_probe_needs_no_place_in_the_pool() -> None:
     """The golden sample's run leaves the pool as it was and equals the reference."""
-    family = build("tcn", TCN)
+    family = build_family("tcn", TCN)
     engine, _ = filled(family)
     before = engine.pool.floats.clone()
     x = np.ones((2, *family.input_shape), np.float32)

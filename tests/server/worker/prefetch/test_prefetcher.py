@@ -15,8 +15,8 @@ from server.ipc.frames import CacheResult
 from server.metrics import WorkerMetrics
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
-from server.worker.host_cache import Shelf
-from server.worker.prefetch.prefetcher import Foresight
+from server.worker.host_cache import HostCache
+from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, resident, rows_per_slab, until
@@ -75,7 +75,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
         now = [0.0]
         loader, metrics = FakeLoader(), WorkerMetrics(0, "cpu")
         cache = Cache(slabs * SLAB, SLAB, policy=policy_named(policy))
-        shelf = Shelf(torch.empty(host), 1e9, clock=lambda: 0.0)
+        shelf = HostCache(torch.empty(host), 1e9, clock=lambda: 0.0)
         steps = StepLoop(
             cache,
             Scheduler(2000, 5000),
@@ -86,7 +86,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
             batch=64,
             loader_threads=4,
             patience_s=5,
-            foresight=Foresight(cache, metrics, 2) if ahead else None,
+            foresight=Prefetcher(cache, metrics, 2) if ahead else None,
             now=lambda: now[0],
         )
         front = Front(steps)

@@ -32,14 +32,14 @@ class Market:
         for time, model in sorted(calls):
             self.wait(time)
             told[time, model] = model in self.rhythms
-            self.rhythms.note(model, time)
+            self.rhythms.record_request(model, time)
         return told
 
     def wait(self, until: float) -> None:
         """Time passes, looked at as often as a worker does."""
         while self.now + STEP_S < until:
             self.now += STEP_S
-            self.foreseen += self.rhythms.due(self.now)
+            self.foreseen += self.rhythms.collect_due(self.now)
 
 
 def names(prefix: str, count: int) -> list[ModelName]:
@@ -78,10 +78,10 @@ def test_any_clock_is_learnt_by_its_fourth_tick_and_kept(
     for k in range(12):
         at = phase + k * period * (1 + drift) + rng.uniform(0, jitter)
         for step in range(1, 40):  # coarser than a worker looks, and that is enough
-            rhythms.due(last + (at - last) * step / 40)
-        rhythms.due(at - STEP_S)
+            rhythms.collect_due(last + (at - last) * step / 40)
+        rhythms.collect_due(at - STEP_S)
         assert (model in rhythms) == (k >= LEARNT), f"call {k}"
-        rhythms.note(model, at)
+        rhythms.record_request(model, at)
         assert model not in rhythms, "it has just been asked"
         last = at
     found = rhythms.period(model)
@@ -167,8 +167,8 @@ def test_a_model_that_is_always_asked_has_no_rhythm() -> None:
     """A steady stream, even with equal gaps, is one long visit: nobody has to bring such a model."""
     rhythms, model = Rhythms(), ModelName("a")
     for i in range(1000):
-        rhythms.due(i * 0.3)
-        rhythms.note(model, i * 0.3)
+        rhythms.collect_due(i * 0.3)
+        rhythms.record_request(model, i * 0.3)
     assert rhythms.period(model) is None
 
 
@@ -178,14 +178,14 @@ def test_memory_is_bounded_whatever_names_come(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prefetch, "MAX_RHYTHM_BYTES", 64_500)
     rhythms = Rhythms()
     for i in range(100_000):
-        rhythms.note(ModelName(f"once/{i}"), i * 1e-3)
+        rhythms.record_request(ModelName(f"once/{i}"), i * 1e-3)
     assert 1000 <= len(rhythms._strangers) <= 1200
     assert rhythms._strangers.used_bytes <= 700_000
     for k in range(1, 30):
         for step in range(60):
-            rhythms.due(1000 + 3.0 * k - 3 + step * STEP_S)
+            rhythms.collect_due(1000 + 3.0 * k - 3 + step * STEP_S)
         for model in names("a", 500):
-            rhythms.note(model, 1000 + 3.0 * k)
+            rhythms.record_request(model, 1000 + 3.0 * k)
     assert 90 <= len(rhythms) <= 100
     assert rhythms._rhythm_bytes <= 64_500
     assert rhythms._strangers.used_bytes <= 700_000
@@ -201,11 +201,11 @@ def test_whatever_the_calls_nobody_is_foreseen_late_or_twice(gaps: list[float], 
     for gap in gaps:
         for step in range(20):
             moment = now + gap * step / 20
-            for each in rhythms.due(moment):
+            for each in rhythms.collect_due(moment):
                 assert each.due >= moment - 50 / 24 - gap / 20 - STEP_S
                 told.append(each)
         now += gap
-        rhythms.note(rng.choice(fleet), now)
+        rhythms.record_request(rng.choice(fleet), now)
     for model in fleet:
         dues = [each.due for each in told if each.model == model]
         assert all(later > earlier for earlier, later in pairwise(dues))
