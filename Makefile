@@ -17,7 +17,7 @@ NO_STORE = graph forecasts joint many retrain slow_clients access_log
 STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run forecast-demo load test-fast test test-s3 check format docs bench bench-peers scale clean
+.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz check format docs bench bench-peers scale clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
 	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
 	  tests/model_store/stores $(STORE_TESTS) $(ARGS)
+
+fuzz: $(READY) ## minutes of mutated archives, bodies, frames and requests (SECONDS=60 a target)
+	FLEETCAST_FUZZ_S=$(or $(SECONDS),60) $(BIN)/python -m pytest -p no:randomly --timeout 0 -s tests/fuzz $(ARGS)
 
 check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
