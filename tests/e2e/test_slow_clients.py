@@ -113,7 +113,7 @@ def test_who_pipelines_and_never_reads_is_cut_off(s3: S3Server, store: str, serv
     config = {**LARGE, "prediction_length": 1000, "quantiles": 4}
     model = forecaster("middle.mar", 1, "mlp", config)
     upload(s3, store, [model])
-    with serve(client_timeout_s=CUT_OFF_S) as server, ExitStack() as stack:
+    with serve(client_timeout_s=CUT_OFF_S, keep_alive_s=2) as server, ExitStack() as stack:
         server.ask(model.question(0))
         (front,) = server.processes("front")
         files = open_files(front["pid"])
