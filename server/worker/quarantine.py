@@ -28,26 +28,26 @@ class Quarantine:
 
     def __init__(self, report: Callable[[ModelName, str], object]) -> None:
         self.report = report
-        self._reasons: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
 
     def __repr__(self) -> str:
         """For example `<Quarantine 2 models>`."""
-        return f"<Quarantine {len(self._reasons)} models>"
+        return f"<Quarantine {len(self.reasons)} models>"
 
     def error(self, model: ModelName) -> ModelQuarantined | None:
         """Why the model is not run; None where it may run."""
-        why = self._reasons.get(model)
+        why = self.reasons.get(model)
         return None if why is None else ModelQuarantined(model, why)
 
     def add(self, model: ModelName, why: str) -> None:
         """Refuse the model from now on, and report it."""
-        if model not in self._reasons:
-            self._reasons[model] = why
+        if model not in self.reasons:
+            self.reasons[model] = why
             self.report(model, why)
 
     def replace(self, reasons: Mapping[str, str]) -> None:
         """Take the supervisor's quarantine for this worker's."""
-        self._reasons = dict(reasons)
+        self.reasons = dict(reasons)
 
 
 class Running:

@@ -113,8 +113,10 @@ class StepLoop:
             origin.refuse(job, Refused(Situation.OVERLOADED, str(full)))
             return job
         if self._foresight is not None:
-            self._foresight.note_request(model, now)
-        if (quarantined := self.quarantine.error(model)) is not None:
+            self._foresight.rhythms.record_request(model, now)
+            if model in self._foresight.brought or model in self._foresight.loading:
+                self._foresight.note_use(model)
+        if model in self.quarantine.reasons and (quarantined := self.quarantine.error(model)) is not None:
             self._refuse(job, Refused(situation_of(quarantined), str(quarantined)))
             return job
         slot = self._cache.lease(model, now)
@@ -371,7 +373,8 @@ class StepLoop:
     def _count(self, jobs: Sequence[Job], now: float) -> None:
         for job in jobs:
             self._metrics.queue.observe(max(0.0, now - job.arrived - job.load_s))
-            self._metrics.model_request(job.model)
+            if self._metrics.per_model:
+                self._metrics.model_request(job.model)
 
     def _refuse(self, job: Job, refused: Refused) -> None:
         self._tell_refused(job, refused)

@@ -37,7 +37,8 @@ def test_equal_series_of_two_fronts_are_summed() -> None:
     for process, codes in (("front-0", [200, 200, 503]), ("front-1", [200])):
         front = FrontMetrics()
         for code in codes:
-            front.count_answer("sagemaker", code, 0.002)
+            front.bind_answers("sagemaker", code).answers.inc()
+            front.bind_answers("sagemaker", code).seconds.observe(0.002)
         merged.update(process, front.text())
     seen = scrape(merged)
     assert seen["fleetcast_inference_requests_total{code=200,protocol=sagemaker}"] == 3

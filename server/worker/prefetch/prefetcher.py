@@ -34,22 +34,21 @@ class Prefetcher:
         self.rhythms = Rhythms()
         self._cache, self._metrics, self._most = cache, metrics, most
         self._next: deque[Expected] = deque()
-        self._loading: set[ModelName] = set()
-        self._brought: set[ModelName] = set()  # resident, and not requested yet
+        self.loading: set[ModelName] = set()
+        self.brought: set[ModelName] = set()  # resident, and not requested yet
 
     def __repr__(self) -> str:
         """For example `<Foresight <Rhythms ...>, 12 to bring, 2 loading, 40 brought>`."""
-        counts = f"{len(self._next)} to bring, {len(self._loading)} loading, {len(self._brought)} brought"
+        counts = f"{len(self._next)} to bring, {len(self.loading)} loading, {len(self.brought)} brought"
         return f"<Foresight {self.rhythms!r}, {counts}>"
 
-    def note_request(self, model: ModelName, now: float) -> None:
-        """Record a request for the model. To be called before the cache is asked for a lease."""
-        self.rhythms.record_request(model, now)
-        if model in self._brought:
-            self._brought.discard(model)
+    def note_use(self, model: ModelName) -> None:
+        """Count a request for a model of `loading` or `brought`. To be called before the cache is asked for a lease."""
+        if model in self.brought:
+            self.brought.discard(model)
             self._count(PrefetchOutcome.USED)
-        elif model in self._loading:
-            self._loading.discard(model)
+        elif model in self.loading:
+            self.loading.discard(model)
             self._count(PrefetchOutcome.LATE)
 
     def advance_time(self, now: float) -> None:
@@ -62,31 +61,31 @@ class Prefetcher:
         """A model to load now, for which the cache has a `Load`; None if there is none, or requests wait for loads."""
         while self._next and self._next[0].due < now:
             self._next.popleft()  # outside of the next loop, so that the queue is bounded while requests wait for loads
-        while self._next and len(self._loading) < self._most and not self._cache.is_awaited:
+        while self._next and len(self.loading) < self._most and not self._cache.is_awaited:
             model, due = self._next.popleft()
             if due < now or model not in self.rhythms or model in self._cache:
                 continue
             if isinstance(self._cache.want(model, now, speculative=True), Load):
-                self._loading.add(model)
+                self.loading.add(model)
                 return model
         return None
 
     def note_loaded(self, model: ModelName) -> None:
         """Record that a load has ended with the model resident, whether it was a prefetch or not."""
-        if model in self._loading:
-            self._loading.discard(model)
-            self._brought.add(model)
+        if model in self.loading:
+            self.loading.discard(model)
+            self.brought.add(model)
 
     def note_ended(self, model: ModelName, result: PrefetchOutcome) -> None:
         """Record that a load has ended without the model."""
-        if model in self._loading:
-            self._loading.discard(model)
+        if model in self.loading:
+            self.loading.discard(model)
             self._count(result)
 
     def note_evicted(self, model: ModelName) -> None:
         """Record that the model was evicted or unloaded; it is queued again if it is still due."""
-        if model in self._brought:
-            self._brought.discard(model)
+        if model in self.brought:
+            self.brought.discard(model)
             self._count(PrefetchOutcome.WASTED)
         due = self.rhythms.near_tick(model)
         if due is not None:

@@ -276,7 +276,8 @@ def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Sit
         await front.settled()
         front.send("a/bad")
         assert [refused.situation for refused in front.refusals.values()] == [situation] * 4
-        assert all(str(error) in str(refused) for refused in front.refusals.values())
+        said = str(error) if isinstance(error, LoadError) else "the server's log says why"
+        assert all(said in str(refused) for refused in front.refusals.values())
         assert front.jobs[-1].cache is CacheResult.NONE
         assert loader.builds.count("a/bad") == 1
         assert resident(steps) == before
@@ -352,7 +353,7 @@ def test_a_copy_that_fails_frees_the_room_and_the_waiters(monkeypatch: pytest.Mo
             broken.setattr(Pool, "write", lambda *_: 1 / 0)
             lost = front.send("a/1")
             await front.settled()
-        assert "ZeroDivisionError" in str(front.refusals[lost])
+        assert "the server's log says why" in str(front.refusals[lost])
         for i in range(2, 2 + rows_per_slab("a")):
             await steps.load(ModelName(f"a/{i}"))
         assert len(resident(steps)) == rows_per_slab("a")
