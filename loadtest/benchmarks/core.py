@@ -27,7 +27,7 @@ from handlers.base import Family
 from handlers.forecasters import build_family, random_tensors
 from loadtest import record
 from loadtest.driver import wrk
-from loadtest.fleets.fleet import CONFIG as TCN
+from loadtest.fleets.network_shape import CONFIG as TCN
 from loadtest.observe.local_server import run_local_server
 from loadtest.observe.moto_server import S3_ENVIRONMENT, serve_moto
 from loadtest.observe.processes import read_pss

@@ -25,7 +25,7 @@ from handlers.forecasters import build_family
 from loadtest import record
 from loadtest.benchmarks.core import MODELS, write_bodies, write_fleet
 from loadtest.driver import wrk
-from loadtest.fleets.fleet import CONFIG as TCN
+from loadtest.fleets.network_shape import CONFIG as TCN
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import read_cpu_seconds
 from server.contract import JSON, NPY, STEP_SECONDS

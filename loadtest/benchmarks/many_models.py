@@ -23,7 +23,7 @@ from rich.table import Table
 from loadtest import record
 from loadtest.driver import wrk
 from loadtest.driver.dialects import find_fault
-from loadtest.fleets.fleet import make_request
+from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import LocalServer, run_local_server
 from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON

@@ -28,7 +28,8 @@ from loadtest.driver.open_loop import make_target
 from loadtest.driver.profiles import Profile, Schedule, Tick
 from loadtest.driver.run_result import CACHE, Run
 from loadtest.fleets.archive_writer import make_progress_bar
-from loadtest.fleets.fleet import list_fleet_names, make_fleet, make_request
+from loadtest.fleets.fleet import list_fleet_names, make_fleet
+from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import list_pids, read_cpu_seconds

@@ -47,7 +47,8 @@ from loadtest.driver.profiles import Profile, Schedule
 from loadtest.driver.run_result import CACHE, Run
 from loadtest.driver.summary import draw_sparkline
 from loadtest.fleets.archive_writer import make_progress_bar
-from loadtest.fleets.fleet import Fleet, list_fleet_names, make_request, write_fleet
+from loadtest.fleets.fleet import Fleet, list_fleet_names, write_fleet
+from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.processes import read_pss

@@ -23,7 +23,7 @@ from loadtest import record
 from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
-from loadtest.fleets.fleet import make_request
+from loadtest.fleets.network_shape import make_request
 from loadtest.observe.local_server import run_local_server
 from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.archives.packing import pack_correlation, pack_forecaster

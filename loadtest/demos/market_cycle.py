@@ -41,7 +41,8 @@ from loadtest.driver.market_client import (
     rank_correlation,
     run_turn,
 )
-from loadtest.fleets.fleet import MARKETS, UNITS
+from loadtest.fleets.fleet import MARKETS
+from loadtest.fleets.network_shape import UNITS
 from loadtest.fleets.synthetic_markets import make_coupled_markets
 from loadtest.observe.local_server import run_local_server
 from loadtest.report.market_cycle import CycleResults, find_extremes, format_budget_share, render_cycle_page

@@ -25,7 +25,8 @@ from locust import FastHttpUser, events, task
 
 from loadtest.driver.dialects import DIALECTS, find_fault
 from loadtest.driver.profiles import compute_popularity
-from loadtest.fleets.fleet import list_fleet_names, make_request
+from loadtest.fleets.fleet import list_fleet_names
+from loadtest.fleets.network_shape import make_request
 from model_store.errors import LoadError
 from model_store.stores.object_store import open_source
 from server.contract import HEADER_CACHE, JSON

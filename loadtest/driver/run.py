@@ -124,7 +124,8 @@ def serve_fleet(
 ) -> Iterator[ServerUnderLoad]:
     """A fleet with random weights, made once, and a server with room for some of it."""
     from handlers.forecasters import build_family  # noqa: PLC0415 -- torch, which only this way needs
-    from loadtest.fleets.fleet import CONFIG, list_fleet_names, make_fleet  # noqa: PLC0415
+    from loadtest.fleets.fleet import list_fleet_names, make_fleet  # noqa: PLC0415
+    from loadtest.fleets.network_shape import CONFIG  # noqa: PLC0415
 
     names = list_fleet_names(models)
     if not all((STORE / name).exists() for name in names):

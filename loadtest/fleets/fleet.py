@@ -6,10 +6,8 @@ fleetcast-load fleet FOLDER|URL --models 10000 --families tcn:0.7,mlp-64:0.2,tra
 imported only to write. INVARIANT: the first names of a fleet are the same for every size of it.
 """
 
-import datetime as dt
 import itertools
 import math
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +30,7 @@ from loadtest.fleets.archive_writer import (
     make_progress_bar,
     write_archives,
 )
+from loadtest.fleets.network_shape import TRAINED
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
@@ -40,16 +39,6 @@ if TYPE_CHECKING:
     from handlers.training.fit import Fitted
     from handlers.training.fit import Progress as Fitting
 
-CONTEXT, PREDICTION, LAG = 168, 24, 144
-LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
-CONFIG: Mapping[str, int | float | str | bool | list[int]] = {
-    "features": 8,  # the target, its lag, six of the calendar
-    "context_length": CONTEXT,
-    "prediction_length": PREDICTION,
-    "quantiles": len(LEVELS),
-}
-START = "2026-01-01 00:00:00"
-ONNX, TRAINED = "onnx", "trained"  #: kinds of model beside the networks'
 SEEDS_APART = 1_000_000  #: more than a fleet has models, so that fleets of different seeds share no weights
 TOGETHER = 200  #: models fitted at a time: a third of a gigabyte
 
@@ -68,7 +57,6 @@ MARKETS: Mapping[str, tuple[str, str]] = {
         "day-ahead real-time load reserve",
     ),
 }
-UNITS = {"au": "AUD/MWh", "eu": "EUR/MWh", "us": "USD/MWh"}
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -153,19 +141,6 @@ def parse_sizes(text: str) -> tuple[int, float]:
     if not (size > 0 and 0 < spread < math.inf):
         raise ValueError(f"the sizes {text!r}: give MEDIAN:SIGMA, such as 70KB:1")
     return int(size), spread
-
-
-def make_request(seed: int, *, steps: int = CONTEXT + LAG, **configuration: Any) -> dict[str, Any]:
-    """A DeepAR request: `steps` hours of prices with a daily and a weekly shape, noise and a few spikes."""
-    rng = random.Random(seed)
-    daily = (0, -4, -7, -8, -6, -1, 8, 16, 14, 6, -2, -9, -12, -12, -8, 2, 14, 28, 30, 22, 13, 7, 4, 2)
-    target = []
-    for hour in range(steps):
-        weekend = (hour // 24 + dt.date.fromisoformat(START[:10]).weekday()) % 7 >= 5  # noqa: PLR2004 -- Saturday
-        spike = rng.expovariate(1 / 120) if rng.random() < 0.01 else 0.0  # noqa: PLR2004 -- one hour in a hundred
-        target.append(round(60 + daily[hour % 24] * (0.5 if weekend else 1.0) + rng.gauss(0, 5) + spike, 2))
-    request: dict[str, Any] = {"instances": [{"start": START, "target": target}]}
-    return request | ({"configuration": configuration} if configuration else {})
 
 
 # --- writing it -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from handlers.base import Family, Float32
 from handlers.codecs.codec import JSON, FamilyCodec
 from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
 from handlers.training.fit import Fitted
-from loadtest.fleets.fleet import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PREDICTION, TRAINED, UNITS, make_request
+from loadtest.fleets.network_shape import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PREDICTION, TRAINED, UNITS, make_request
 from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
 from model_store.archives.packing import pack_forecaster, pack_onnx
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from handlers.forecasters import build_family, random_tensors
 from loadtest.driver import wrk
 from loadtest.driver.dialects import encode_npy
-from loadtest.fleets.fleet import CONFIG as TCN
+from loadtest.fleets.network_shape import CONFIG as TCN
 from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, order_turns, summarize_runs
 from loadtest.peers.environments import PeerUnavailable
 from loadtest.peers.servers import PeerServer

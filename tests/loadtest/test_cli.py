@@ -22,7 +22,8 @@ from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule, Tick
 from loadtest.driver.run import RequestSource, RunPlan, ServerUnderLoad, climb_rates
 from loadtest.driver.run_result import Run
 from loadtest.driver.trace import read_trace
-from loadtest.fleets.fleet import list_fleet_names, make_fleet, make_request
+from loadtest.fleets.fleet import list_fleet_names, make_fleet
+from loadtest.fleets.network_shape import make_request
 from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
 from tests.loadtest.peer import Peer, running

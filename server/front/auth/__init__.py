@@ -1,1 +1,1 @@
-"""Who may do what: request signatures."""
+"""Checks of signed requests (SigV4)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from handlers.codecs.codec import JSON, FamilyCodec
-from loadtest.fleets.fleet import LEVELS, make_request
+from loadtest.fleets.network_shape import LEVELS, make_request
 from loadtest.fleets.synthetic_archives import (
     LADDER,
     build_network,

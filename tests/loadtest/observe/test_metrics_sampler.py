@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import urllib3
 
-from loadtest.fleets.fleet import make_fleet, make_request
+from loadtest.fleets.fleet import make_fleet
+from loadtest.fleets.network_shape import make_request
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricsSampler, parse_metrics
 from loadtest.observe.processes import read_pss

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from loadtest.cli import app
 from loadtest.driver.profiles import Profile
 from loadtest.driver.run_result import CACHE
-from loadtest.fleets.fleet import make_fleet, make_request
+from loadtest.fleets.fleet import make_fleet
+from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import run_local_server
 from loadtest.plan.calibrate import HOT

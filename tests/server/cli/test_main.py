@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import build_family, random_tensors
-from loadtest.fleets.fleet import make_fleet, make_request
+from loadtest.fleets.fleet import make_fleet
+from loadtest.fleets.network_shape import make_request
 from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
