@@ -30,7 +30,7 @@ from server.worker.scheduler import Job
 from server.worker.step_loop import Origin, StepLoop
 
 LIMIT = 10 * CHUNK
-UNSENT = 300_000
+UNSENT = 20 * CHUNK
 
 
 class EchoSteps:
