@@ -22,7 +22,7 @@ from server.request_head import body_framing, find_fault, refuse_head
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 TLS_LOOK_S = 1.0  #: how often certificates' files are looked at
-MAX_PIPELINED = 16  #: requests of one connection that wait for the answer to an earlier one
+MAX_PIPELINED = 512  #: requests of one connection that wait for the answer to an earlier one
 LOOKS = 10  #: checks of all clients within `patience_s`
 SMALL = 4096  #: bytes that are worth copying to save a write
 

@@ -1,1 +1,1 @@
-"""Checks of signed requests (SigV4)."""
+"""Who may ask for what in a front: request signatures, and the models that a token allows."""
