@@ -282,10 +282,10 @@ class Shape(StrEnum):
 
 _ABOUT: Mapping[Shape, str] = {
     Shape.POISSON: "independent clients, Zipf popularity that may drift",
-    Shape.CONSTANT: "the same by a metronome",
+    Shape.CONSTANT: "the same at even intervals",
     Shape.DIURNAL: "the same with quiet nights and busy noons, a day in a minute",
     Shape.TICK: "the market clock: every model within a second, again and again",
-    Shape.ONBOARDING: "independent clients, and at a moment models that nobody asked before",
+    Shape.ONBOARDING: "independent clients, and at one moment requests for models that are new",
     Shape.REPLAY: "a recorded trace, as it was or faster",
 }
 _STEADY = ("rate", "zipf", "drift_s", "drift_share")
@@ -314,7 +314,7 @@ def make_profile(shape: Shape, models: int, seed: int = 0, **settings: float | S
         case Shape.ONBOARDING:
             burst = {name: given.pop(name) for name in _BURST if name in given}
             newcomers = burst.setdefault("newcomers", NEWCOMERS)
-            _require_range("newcomers, who leave at least one model that is known,", newcomers, 1, models - 1)
+            _require_range("newcomers, which leave at least one known model,", newcomers, 1, models - 1)
             return Onboarding(Profile(models - newcomers, seed=seed, **given), **burst)
         case Shape.REPLAY:
             if "recording" not in given:

@@ -98,8 +98,9 @@ def plan(
     hit_ratio: Annotated[float | None, _make_flag(PROMISE, "minimum hit ratio")] = None,
     availability: Annotated[float, _make_flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
     prices: Annotated[
-        Path, _make_flag(PROMISE, "price table; the default is a dated example to copy and edit", exists=True)
-    ] = EXAMPLE,
+        Path | None,
+        _make_flag(PROMISE, "price table; by default a dated example, to be copied and edited", exists=True),
+    ] = None,
     html: Annotated[Path | None, _make_flag(OUTPUT, "write a page with plots for the browser")] = None,
     out: Annotated[Path | None, _make_flag(OUTPUT, "write all of it as JSON", "--json")] = None,
 ) -> None:
@@ -138,7 +139,7 @@ def plan(
             base,
             _choose_sizes(cache, base, demand),
             wanted,
-            prices,
+            prices or EXAMPLE,
             seed,
         )
     except EXPECTED as error:
@@ -210,10 +211,10 @@ def _make_demand(
     """Raises ValueError for flags that have no say in it, and what `of_trace` and `of_profile` raise."""
     if trace is not None:
         if given := [name for name, value in settings.items() if value is not None]:
-            raise ValueError(f"a trace says itself when who is asked: leave out {', '.join(given)}")
+            raise ValueError(f"a trace has its own times and models: leave out {', '.join(given)}")
         return make_trace_demand(trace, size)
     if profile is Shape.REPLAY:
-        raise ValueError("what is replayed is a recording: give it by --trace")
+        raise ValueError("a replay needs a recording: give its file with --trace")
     return make_profile_demand(make_profile(profile, models, seed, **settings), seconds, warmup, size or MODEL_SIZE)
 
 

@@ -328,7 +328,7 @@ def test_settings_reach_their_shape() -> None:
             Shape.ONBOARDING,
             100,
             {},
-            "newcomers, who leave at least one model that is known, cannot be 100: give 1 to 99",
+            "newcomers, which leave at least one known model, cannot be 100: give 1 to 99",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_the_same_seed_is_the_same_plan(tmp_path: Path) -> None:
         (["--replicas", "2"], "no plan: 2 replicas of each model need as many nodes, not 1"),
         (["--lose-at", "3"], "no plan: a node can be lost only where others stay"),
         (["--model-size", "0"], "no plan: the model size '0'"),
-        (["--profile", "replay"], "no plan: what is replayed is a recording: give it by --trace"),
+        (["--profile", "replay"], "no plan: a replay needs a recording: give its file with --trace"),
     ],
 )
 def test_what_cannot_be_planned(flags: list[str], said: str) -> None:
