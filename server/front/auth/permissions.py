@@ -36,6 +36,15 @@ class PermittedDataPlane(DataPlane):
         require(self._token, request.model)
         return await self._plane.infer(request)
 
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that the front holds, of all clients."""
+        return self._plane.held_bytes
+
+    @held_bytes.setter
+    def held_bytes(self, size: int) -> None:
+        self._plane.held_bytes = size
+
     def check_held(self) -> None:
         """Raises Refused while the front holds too many bytes of requests."""
         self._plane.check_held()

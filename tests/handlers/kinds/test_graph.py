@@ -29,6 +29,7 @@ def exported(build: Callable[[], nn.Module], models: int = 3) -> tuple[GraphFami
     family = graph_family(raw)
     states = [tensors | {name: tensor.numpy() for name, tensor in module.state_dict().items()} for module in modules]
     rows = [family.row({name: state[name] for name in family.parameters}) for state in states]
+    family.decide(rows[0])  # as a load does; what `export_graph` found is forgotten with its family
     return family, modules, rows
 
 
