@@ -34,17 +34,19 @@ def find_fault(fields: Fields, version: str) -> str | None:
 
     The number of bytes of the head and its Content-Length are the parser's to check.
     """
-    names = [name for name, _ in fields]
-    if len(set(names)) < len(names):
+    values = dict(fields)  # sound heads rarely repeat a name: one pass over the fields for most requests
+    if len(values) < len(fields):
+        names = [name for name, _ in fields]
         twice = next((name for name in SINGLE if names.count(name) > 1), None)
         if twice is not None:
             return f"the header {twice.decode()} must be sent once, not {names.count(twice)} times"
-    host = next((value for name, value in fields if name == b"host"), None)
+        codings = [value for name, value in fields if name == b"transfer-encoding"]
+        values[b"transfer-encoding"] = b", ".join(codings)
+    host, coded = values.get(b"host"), values.get(b"transfer-encoding", b"")
     if host is None and version != "1.0":
         return "the header Host is missing: HTTP/1.1 requires it"
     if host is not None and _HOST.fullmatch(host) is None:
         return f"the header Host must be a host name or address with an optional port, not {_quote(host)}"
-    coded = b", ".join(value for name, value in fields if name == b"transfer-encoding")
     if coded and version == "1.0":
         return "Transfer-Encoding needs HTTP/1.1; send Content-Length"
     if coded and coded.strip().lower() != b"chunked":
