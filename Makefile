@@ -13,7 +13,7 @@ endif
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
 # What a request or a network may be does not depend on the store, nor how slow a client is, nor what is logged.
-NO_STORE = graph forecasts joint many retrain slow_clients access_log
+NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files
 STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
