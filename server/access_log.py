@@ -47,8 +47,8 @@ class ArrivalBuffer:
         self._offset = wall() - now()
 
     def __repr__(self) -> str:
-        """For example `<Arrivals 200 rows, 0 dropped>`."""
-        return f"<Arrivals {len(self._rows)} rows, {self._dropped} dropped>"
+        """For example `<ArrivalBuffer 200 rows, 0 dropped>`."""
+        return f"<ArrivalBuffer {len(self._rows)} rows, {self._dropped} dropped>"
 
     def note(self, model: str, arrived: float, size: int, outcome: int) -> None:
         """Add a row: a request that came at `arrived` on the monotonic clock, and its index in ACCESS_LOG_OUTCOMES."""

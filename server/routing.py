@@ -32,9 +32,9 @@ class WorkerLoad:
     warm: NameTable[None] = field(default_factory=lambda: NameTable(MAX_WARM_BYTES))
 
     def __repr__(self) -> str:
-        """For example `<Lane 2: 5 running, 40 warm, 0.4 ms a request, 20 ms a load>`."""
+        """For example `<WorkerLoad 2: 5 running, 40 warm, 0.4 ms a request, 20 ms a load>`."""
         pace = f"{self.wait_s * 1e3:.1f} ms a request, {self.load_s * 1e3:.0f} ms a load"
-        return f"<Lane {self.worker}: {self.running} running, {len(self.warm)} warm, {pace}>"
+        return f"<WorkerLoad {self.worker}: {self.running} running, {len(self.warm)} warm, {pace}>"
 
 
 class Router:

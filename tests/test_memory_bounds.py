@@ -5,6 +5,7 @@ import asyncio
 import gc
 import re
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from handlers import forecasters
+from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import RowModel
 from handlers.kinds.graph import family as graph_families
 from model_store.cache.eviction import due, s3fifo
 from model_store.cache.eviction.due import Due
@@ -34,12 +37,14 @@ from server.ipc.frames import CHUNK, Request, Response
 from server.metrics import FrontMetrics
 from server.routing import MAX_WARM_BYTES, Router
 from server.supervisor import supervisor as supervising
-from server.worker import model_loads
+from server.worker import long_jobs, model_loads
 from server.worker.engine import cpu
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
+from server.worker.quarantine import Running
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
+from tests.e2e.models import SHAPES, Config
 from tests.server.front.answering import Worker, attach, never
 from tests.server.worker.test_step_loop import FakeLoader, Front, play, until
 
@@ -339,3 +344,24 @@ def test_pins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ControlError, match="pinned already"):
         asyncio.run(scenario())
+
+
+def test_paces_of_families_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest family's pace is forgotten for a new one's, and estimated anew should it run again."""
+    monkeypatch.setattr(long_jobs, "MOST_PACES", 3)
+    models = [row_model({**SHAPES, "channels": 4 + i}) for i in range(5)]
+    with closing(asyncio.new_event_loop()) as loop:
+        jobs = long_jobs.LongJobs(loop, rows=True, noted=cast("Running", None))
+        first = jobs.pace(models[0])
+        assert jobs.pace(models[0]) is first
+        for model in models:
+            jobs.pace(model)
+        assert list(jobs._paces) == [model.family.key for model in models[2:]]
+        assert jobs.pace(models[0]) is not first
+        jobs.close()
+
+
+def row_model(config: Config) -> RowModel:
+    """A model of a family of its own."""
+    family = build_family("tcn", {**config, "layers": 2})
+    return RowModel(family, FamilyCodec(family))

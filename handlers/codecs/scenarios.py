@@ -119,8 +119,9 @@ class CorrelationModel:
         self._places = {name: place for place, name in enumerate(record.products)}
 
     def __repr__(self) -> str:
-        """For example `<Correlation Gaussian of 45 products, 300 steps>`."""
-        return f"<Correlation {type(self.dependence).__name__} of {len(self.products)} products, {self.horizon} steps>"
+        """For example `<CorrelationModel Gaussian of 45 products, 300 steps>`."""
+        dependence = type(self.dependence).__name__
+        return f"<CorrelationModel {dependence} of {len(self.products)} products, {self.horizon} steps>"
 
     @property
     def charge_bytes(self) -> int:

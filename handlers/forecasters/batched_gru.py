@@ -56,7 +56,7 @@ class LinearHead:
         self._hidden, self._out = hidden, out
 
     def __repr__(self) -> str:
-        return f"<Head {self._hidden} -> {self._out}>"
+        return f"<LinearHead {self._hidden} -> {self._out}>"
 
     def parameters(self) -> dict[str, Shape]:
         """As `nn.Linear` has them."""

@@ -118,7 +118,7 @@ class PeerComparison:
         self._stack = stack
 
     def __repr__(self) -> str:
-        return f"<Comparison of {', '.join(self.contenders)}; lost: {', '.join(self.lost) or 'none'}>"
+        return f"<PeerComparison of {', '.join(self.contenders)}; lost: {', '.join(self.lost) or 'none'}>"
 
     @contextmanager
     def risking(self, name: str) -> Iterator[None]:

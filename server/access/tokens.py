@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import os
 import secrets
-import stat
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -24,7 +23,8 @@ import msgspec
 import structlog
 from msgspec import Meta, Struct
 
-MAX_FILE_BYTES = 1024 * 1024
+from server.access.secret_files import read_secret_file
+
 MAX_TOKEN_BYTES = 1024
 LOOK_S = 1.0  #: how often the file's date is looked at
 _BEARER = b"bearer "
@@ -145,16 +145,7 @@ class TokenFile:
 
 def read_tokens(path: Path) -> tuple[tuple[int, ...], Tokens]:
     """The file's identity (to see a change by) and its tokens. Raises ValueError that says what is wrong, and where."""
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"the tokens' file {path} cannot be read: {error.strerror} (tokens)") from error
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(f"the tokens' file {path} can be written by others: chmod go-w {path} (tokens)")
-    if len(raw) > MAX_FILE_BYTES:
-        raise ValueError(f"the tokens' file {path} has more than {MAX_FILE_BYTES} bytes (tokens)")
+    found, raw = read_secret_file(path, "the tokens' file", "tokens")
     return _identify_file(found), parse_tokens(raw, str(path))
 
 

@@ -44,8 +44,8 @@ class WorkerLink(FrameConnection):
         self._next_id = 0
 
     def __repr__(self) -> str:
-        """For example `<Link to worker 0: 12 calls>`."""
-        return f"<Link to worker {self.worker}: {len(self._calls)} calls>"
+        """For example `<WorkerLink to worker 0: 12 calls>`."""
+        return f"<WorkerLink to worker {self.worker}: {len(self._calls)} calls>"
 
     def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
         """Send a request. Its `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes."""

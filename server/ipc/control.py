@@ -65,6 +65,9 @@ class ChannelClosed(Exception):
     """The other process is gone."""
 
 
+# msgspec asks these two for types that it does not know; NotImplementedError is how its hooks refuse one.
+
+
 def _to_plain(value: Any) -> Any:
     if isinstance(value, Settings):
         return value.to_wire()
@@ -125,8 +128,8 @@ class ControlChannel:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        """For example `<Channel 1 asked, 0 serving>`."""
-        return f"<Channel {len(self._asked)} asked, {len(self._tasks)} serving>"
+        """For example `<ControlChannel 1 asked, 0 serving>`."""
+        return f"<ControlChannel {len(self._asked)} asked, {len(self._tasks)} serving>"
 
     @classmethod
     async def open(cls, sock: socket.socket, accepted: Any, handler: Handler) -> "ControlChannel":
@@ -226,8 +229,8 @@ class ChildChannel:
         self.released: asyncio.Task[None]  #: done when the supervisor closes the channel, or is gone
 
     def __repr__(self) -> str:
-        """For example `<Member ready>`."""
-        return f"<Member {'joining' if self._handler is None else 'ready'}>"
+        """For example `<ChildChannel ready>`."""
+        return f"<ChildChannel {'joining' if self._handler is None else 'ready'}>"
 
     async def join(self, control_fd: int, request: Operation[Reply]) -> Reply | None:
         """The supervisor's assignment; None when it has told us to stop before we began."""

@@ -81,9 +81,9 @@ class ReuseDistances:
         self._requests = 0
 
     def __repr__(self) -> str:
-        """For example `<Distances of 12000 requests, 300 models, all followed>`."""
+        """For example `<ReuseDistances of 12000 requests, 300 models, all followed>`."""
         followed = "all" if self._share == 1 else f"{self._share:.3%}"
-        return f"<Distances of {self._requests} requests, {len(self._models)} models, {followed} followed>"
+        return f"<ReuseDistances of {self._requests} requests, {len(self._models)} models, {followed} followed>"
 
     def ask(self, model: str, size: int) -> None:
         """One request."""

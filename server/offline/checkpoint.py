@@ -38,7 +38,7 @@ class Checkpoint:
         self._answers.seek(self._end)
 
     def __repr__(self) -> str:
-        return f"<Journal {self.part.name}: {self.done} of {len(self._start)} lines done>"
+        return f"<Checkpoint {self.part.name}: {self.done} of {len(self._start)} lines done>"
 
     def __enter__(self) -> Self:
         return self

@@ -64,7 +64,7 @@ class RetrainingPlan:
     servers: Sequence[str] = ()  #: management addresses that are told of each new archive
 
     def __repr__(self) -> str:
-        return f"<Plan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
+        return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
 
     @property
     def digest(self) -> bytes:
@@ -112,7 +112,7 @@ class Retraining:
         self._columns: dict[str, Series] = {}
 
     def __repr__(self) -> str:
-        return f"<Renewal {self._plan!r}>"
+        return f"<Retraining {self._plan!r}>"
 
     def run(self, journal: Checkpoint, told: Callable[[int], None]) -> None:
         """Retrain every market that the journal does not have yet.

@@ -196,7 +196,7 @@ class WindowForecasts:
     quantiles: Float64
 
     def __repr__(self) -> str:
-        return f"<Forecasts of {self.series.name} by {self.model}: {len(self.origins)} windows of {self.horizon}>"
+        return f"<WindowForecasts of {self.series.name} by {self.model}: {len(self.origins)} windows of {self.horizon}>"
 
     @property
     def horizon(self) -> int:

@@ -49,8 +49,8 @@ class HostCache:
         self.overwritten = 0  #: rows that were overwritten by others
 
     def __repr__(self) -> str:
-        """For example `<Shelf 12 models, 0.8 of 1024.0 MB>`."""
-        return f"<Shelf {len(self)} models, {self.used_bytes / 1e6:.1f} of {self.capacity_bytes / 1e6:.1f} MB>"
+        """For example `<HostCache 12 models, 0.8 of 1024.0 MB>`."""
+        return f"<HostCache {len(self)} models, {self.used_bytes / 1e6:.1f} of {self.capacity_bytes / 1e6:.1f} MB>"
 
     def __len__(self) -> int:
         return len(self._kept)

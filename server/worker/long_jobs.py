@@ -35,6 +35,7 @@ LONG_S = 0.06  #: a request that is expected to take longer than this does not r
 DECODE_BYTES, DECODE_NUMBERS = 2**20, 500_000  #: a body of more bytes, or inputs of more numbers, are long to decode
 JOINT_BYTES = 2**16  #: as DECODE_BYTES, of a body of marginals
 THREADS = 2
+MOST_PACES = 1024  #: families whose pace is remembered: an archive's author chooses its family
 KEPT = 0.7  #: weight of the pace that was measured before
 
 Outcome = Encoded | Exception
@@ -82,9 +83,7 @@ class LongJobs:
         self._loop = loop
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="long-job")
         self._paces: dict[str, Pace] = {}
-        self._quick: WeakKeyDictionary[Single, int] = (
-            WeakKeyDictionary()
-        )  # numbers of inputs that took less than LONG_S
+        self._quick: WeakKeyDictionary[Single, int] = WeakKeyDictionary()  # numbers of inputs that took < LONG_S
 
     def __repr__(self) -> str:
         """For example `<LongJobs 2 running>`."""
@@ -94,6 +93,8 @@ class LongJobs:
         """The pace of the model's family."""
         pace = self._paces.get(model.family.key)
         if pace is None:
+            if len(self._paces) >= MOST_PACES:
+                del self._paces[next(iter(self._paces))]  # the oldest; should it run again it is estimated anew
             pace = self._paces[model.family.key] = Pace(row_work(model.family))
         return pace
 

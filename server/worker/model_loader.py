@@ -72,8 +72,8 @@ class ModelLoader:
         self._store, self._target = store, target
 
     def __repr__(self) -> str:
-        """For example `<Loader of ModelStore(...)>`."""
-        return f"<Loader of {self._store!r}>"
+        """For example `<ModelLoader of ModelStore(...)>`."""
+        return f"<ModelLoader of {self._store!r}>"
 
     def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
         """Fetch and verify; everything but the golden sample of a row, which needs the device. Raises LoadError."""

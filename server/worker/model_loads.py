@@ -73,8 +73,8 @@ class ModelLoads:
         self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # loads by operators
 
     def __repr__(self) -> str:
-        """For example `<Loads 3 under way, 1 waiting for room>`."""
-        return f"<Loads {len(self._started)} under way, {len(self.built)} waiting for room>"
+        """For example `<ModelLoads 3 under way, 1 waiting for room>`."""
+        return f"<ModelLoads {len(self._started)} under way, {len(self.built)} waiting for room>"
 
     def __len__(self) -> int:
         return len(self._started)

@@ -34,10 +34,9 @@ class Quarantine:
         """For example `<Quarantine 2 models>`."""
         return f"<Quarantine {len(self.reasons)} models>"
 
-    def error(self, model: ModelName) -> ModelQuarantined | None:
-        """Why the model is not run; None where it may run."""
-        why = self.reasons.get(model)
-        return None if why is None else ModelQuarantined(model, why)
+    def error(self, model: ModelName) -> ModelQuarantined:
+        """Why a model of `reasons` is not run."""
+        return ModelQuarantined(model, self.reasons[model])
 
     def add(self, model: ModelName, why: str) -> None:
         """Refuse the model from now on, and report it."""

@@ -49,8 +49,8 @@ class ResidentModels:
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
 
     def __repr__(self) -> str:
-        """For example `<Residents of <Cache ...>>`."""
-        return f"<Residents of {self.cache!r}>"
+        """For example `<ResidentModels of <Cache ...>>`."""
+        return f"<ResidentModels of {self.cache!r}>"
 
     def __getitem__(self, slot: Slot) -> RowModel | SingleModel:
         """The model that runs a slot's requests."""

@@ -116,7 +116,8 @@ class StepLoop:
             self._foresight.rhythms.record_request(model, now)
             if model in self._foresight.brought or model in self._foresight.loading:
                 self._foresight.note_use(model)
-        if model in self.quarantine.reasons and (quarantined := self.quarantine.error(model)) is not None:
+        if model in self.quarantine.reasons:
+            quarantined = self.quarantine.error(model)
             self._refuse(job, Refused(situation_of(quarantined), str(quarantined)))
             return job
         slot = self._cache.lease(model, now)
@@ -403,9 +404,9 @@ class StepLoop:
 
         `revalidate` makes a store request even if the model is resident.
         """
-        if (quarantined := self.quarantine.error(model)) is not None:
+        if model in self.quarantine.reasons:
             future: asyncio.Future[str] = self._loop.create_future()
-            future.set_exception(quarantined)
+            future.set_exception(self.quarantine.error(model))
             return future
         return self._loads.ask(model, revalidate=revalidate)
 

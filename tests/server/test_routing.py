@@ -212,5 +212,5 @@ def test_times_teach_the_pace() -> None:
     assert (lane.wait_s, round(lane.load_s, 6)) == (0.1, 0.1)
     made.count_end(lane, "m", counted=False, held=True, wait_s=0.1)
     assert (lane.wait_s, round(lane.load_s, 6)) == (0.1, 0.1)
-    assert repr(lane) == "<Lane 0: 0 running, 1 warm, 100.0 ms a request, 100 ms a load>"
+    assert repr(lane) == "<WorkerLoad 0: 0 running, 1 warm, 100.0 ms a request, 100 ms a load>"
     assert repr(made) == "<Router 1 workers, 0 running, 0 replicated models>"

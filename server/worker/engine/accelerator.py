@@ -97,8 +97,8 @@ class StagingLane:
         self.done: Event | None = None
 
     def __repr__(self) -> str:
-        """For example `<Lane of 512 rows, idle>`."""
-        return f"<Lane of {len(self.x)} rows, {'idle' if self.done is None else 'in flight'}>"
+        """For example `<StagingLane of 512 rows, idle>`."""
+        return f"<StagingLane of {len(self.x)} rows, {'idle' if self.done is None else 'in flight'}>"
 
     def fill(self, offsets: Sequence[int], parts: Sequence[Float32], bucket: int) -> None:
         """Write the next forward's inputs and the offsets of its rows, padded to `bucket` rows by the first offset."""

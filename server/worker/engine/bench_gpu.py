@@ -57,8 +57,8 @@ class GpuBench:
         self.everyone = rng.permutation(sizes.resident)[: sizes.tick].tolist()
 
     def __repr__(self) -> str:
-        """For example `<Bench of tcn-4f1c2a9b, 10000 models>`."""
-        return f"<Bench of {self.family.key}, {self.sizes.resident} models>"
+        """For example `<GpuBench of tcn-4f1c2a9b, 10000 models>`."""
+        return f"<GpuBench of {self.family.key}, {self.sizes.resident} models>"
 
     def run_step(self, models: Sequence[int]) -> list[Float32]:
         """Run one step: from decoded rows to answers on the host."""

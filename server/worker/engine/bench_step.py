@@ -82,8 +82,8 @@ class StepBench:
         self._rng = np.random.default_rng(SEED)
 
     def __repr__(self) -> str:
-        """For example `<Bench of tcn-4f1c2a9b, 500 models>`."""
-        return f"<Bench of {self.family.key}, {self.models} models>"
+        """For example `<StepBench of tcn-4f1c2a9b, 500 models>`."""
+        return f"<StepBench of {self.family.key}, {self.models} models>"
 
     def draw_batches(self, size: int, answers: int) -> list[BenchBatch]:
         """Draw batches of `size` requests for random models, with at least `answers` requests in all."""

@@ -59,8 +59,8 @@ class CostTable:
         self.in_place_pays = any(self.pays_off(Path.IN_PLACE, size, of=size) for size in SIZES)
 
     def __repr__(self) -> str:
-        """For example `<Table 8 of 9 measured>`."""
-        return f"<Table {len(self.seconds)} of {len(CELLS)} measured>"
+        """For example `<CostTable 8 of 9 measured>`."""
+        return f"<CostTable {len(self.seconds)} of {len(CELLS)} measured>"
 
     def forward_time(self, path: Path, rows: int) -> float:
         """Seconds of a forward of `rows` rows."""
@@ -122,8 +122,8 @@ class PathTimings:
         self._taken: list[float] = []  # times of the cell that is being measured
 
     def __repr__(self) -> str:
-        """For example `<Learning <Table 8 of 9 measured> on 2.1 MB>`."""
-        return f"<Learning {self.table!r} on {self._bytes / 1e6:.1f} MB>"
+        """For example `<PathTimings <CostTable 8 of 9 measured> on 2.1 MB>`."""
+        return f"<PathTimings {self.table!r} on {self._bytes / 1e6:.1f} MB>"
 
     def record_batch(self, offsets: Sequence[int], seconds: float) -> None:
         """Record a batch of these rows and the seconds that it took."""

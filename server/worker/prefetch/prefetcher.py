@@ -38,9 +38,9 @@ class Prefetcher:
         self.brought: set[ModelName] = set()  # resident, and not requested yet
 
     def __repr__(self) -> str:
-        """For example `<Foresight <Rhythms ...>, 12 to bring, 2 loading, 40 brought>`."""
+        """For example `<Prefetcher <Rhythms ...>, 12 to bring, 2 loading, 40 brought>`."""
         counts = f"{len(self._next)} to bring, {len(self.loading)} loading, {len(self.brought)} brought"
-        return f"<Foresight {self.rhythms!r}, {counts}>"
+        return f"<Prefetcher {self.rhythms!r}, {counts}>"
 
     def note_use(self, model: ModelName) -> None:
         """Count a request for a model of `loading` or `brought`. To be called before the cache is asked for a lease."""

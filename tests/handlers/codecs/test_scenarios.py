@@ -241,7 +241,7 @@ def test_ranks_that_are_none_are_refused() -> None:
 
 def test_it_says_what_it_is_and_holds() -> None:
     """The honest line, and the bytes that the cache is charged."""
-    assert repr(FOUR) == "<Correlation Gaussian of 4 products, 6 steps>"
+    assert repr(FOUR) == "<CorrelationModel Gaussian of 4 products, 6 steps>"
     assert FOUR.charge_bytes == 8 * (16 + 36) + 4 * 202
 
 

@@ -118,7 +118,7 @@ def test_the_desk_knows_the_archive(market: Path, tmp_path: Path) -> None:
     assert told["products"] == "au/NSW1.mar, au/VIC1.mar"
     assert told["correlation"] == "gaussian, 6 steps, 60 windows"
     place = locate_archive(settings_from({"store": str(tmp_path)}), ModelName("joint.mar"))
-    assert verify_archive(place).startswith("<Correlation Gaussian of 2 products, 6 steps>, ")
+    assert verify_archive(place).startswith("<CorrelationModel Gaussian of 2 products, 6 steps>, ")
 
 
 def test_the_table_says_what_it_rests_on(market: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_an_archive_goes_into_a_bucket(bucket: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     fetched = open_source(f"s3://{bucket}/eu").get(ModelName("joint.mar"))
     assert fetched is not None
-    assert repr(loaded(open_archive(fetched.data, "joint.mar"))) == "<Correlation Gaussian of 1 products, 2 steps>"
+    assert repr(loaded(open_archive(fetched.data, "joint.mar"))) == "<CorrelationModel Gaussian of 1 products, 2 steps>"
 
 
 @pytest.mark.parametrize(

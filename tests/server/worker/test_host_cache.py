@@ -79,7 +79,7 @@ def test_the_one_evicted_longest_ago_goes() -> None:
     assert keep(shelf, "e", 30)
     assert [name in shelf for name in map(ModelName, "abcde")] == [False, False, True, True, True]
     assert shelf.overwritten == 2
-    assert repr(shelf) == "<Shelf 3 models, 0.0 of 0.0 MB>"
+    assert repr(shelf) == "<HostCache 3 models, 0.0 of 0.0 MB>"
 
 
 def test_a_scan_one_row_larger_than_device_and_shelf_is_the_limit() -> None:

@@ -227,4 +227,4 @@ def test_staging_is_capped() -> None:
     staging = DeviceStaging(TCN, 12, FakeDevice(), bf16=False)
     assert [staging.bucket_size(rows) for rows in (1, 2, 3, 5, 9, 12)] == [1, 2, 4, 8, 12, 12]
     assert repr(staging) == f"<DeviceStaging {TCN.key}, 12 rows>"
-    assert repr(staging.lanes[0]) == "<Lane of 12 rows, idle>"
+    assert repr(staging.lanes[0]) == "<StagingLane of 12 rows, idle>"

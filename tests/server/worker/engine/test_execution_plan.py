@@ -158,4 +158,4 @@ def test_the_median_counts_and_the_first_forward_does_not() -> None:
         assert learning.next_timing() == ((Path.GATHER, 1), [0])
         learning.record_timing(seconds)
     assert learning.table.forward_time(Path.GATHER, 1) == pytest.approx(4.0)
-    assert repr(learning) == "<Learning <Table 1 of 9 measured> on 0.0 MB>"
+    assert repr(learning) == "<PathTimings <CostTable 1 of 9 measured> on 0.0 MB>"
