@@ -70,9 +70,9 @@ class Decoder(nn.Module):
         return self.network.decode(encoded, x)
 
 
-def reach(family: Mqcnn) -> int:
+def compute_reach(family: Mqcnn) -> int:
     """The steps that the encoder reads, and those whose known-future columns the decoder reads."""
-    return max(tcn.reach(family.tcn), family.config.prediction_length)
+    return max(tcn.compute_reach(family.tcn), family.config.prediction_length)
 
 
 def training_forward(family: Mqcnn) -> TrainingForward:
@@ -88,7 +88,7 @@ def training_forward(family: Mqcnn) -> TrainingForward:
             return answer
 
         of_encoder = {name.removeprefix(inner): part for name, part in parts.items() if name.startswith(inner)}
-        encoded = encode(of_encoder, x[:, :, -tcn.reach(family.tcn) :])
+        encoded = encode(of_encoder, x[:, :, -tcn.compute_reach(family.tcn) :])
         rest = {f"network.{name}": part for name, part in parts.items() if not name.startswith(inner)}
         answers: torch.Tensor = vmap(decode)(rest, encoded, x.transpose(2, 3))
         return answers
@@ -97,5 +97,5 @@ def training_forward(family: Mqcnn) -> TrainingForward:
 
 
 ARCHITECTURE = Architecture(
-    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=reach, training_forward=training_forward
+    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=compute_reach, training_forward=training_forward
 )

@@ -179,7 +179,7 @@ def _list_parameters(config: TcnConfig) -> Iterator[tuple[str, Shape]]:
     yield "head.bias", (out,)
 
 
-def reach(family: Tcn) -> int:
+def compute_reach(family: Tcn) -> int:
     """The last steps of the context that can change the answer."""
     return int(min(family.config.context_length, family.config.kernel**family.config.layers))
 
@@ -209,4 +209,6 @@ def training_forward(family: Tcn) -> TrainingForward:
     return run
 
 
-ARCHITECTURE = Architecture(name="tcn", config=TcnConfig, family=Tcn, reach=reach, training_forward=training_forward)
+ARCHITECTURE = Architecture(
+    name="tcn", config=TcnConfig, family=Tcn, reach=compute_reach, training_forward=training_forward
+)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import boto3
 
-from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
+from loadtest.observe.processes import end_processes, find_free_port, is_reachable, wait_until
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "bench",
@@ -25,7 +25,7 @@ def serve_moto(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
     port, log = find_free_port(), folder / "moto.log"
     with log.open("wb") as output:
         command = [sys.executable, "-P", "-m", "moto.server", "-p", str(port)]
-        with ending([subprocess.Popen(command, stdout=output, stderr=output)]):
+        with end_processes([subprocess.Popen(command, stdout=output, stderr=output)]):
             wait_until(lambda: is_reachable(port))
             endpoint = f"http://127.0.0.1:{port}"
             keys = {"aws_access_key_id": "bench", "aws_secret_access_key": "bench", "region_name": "us-east-1"}

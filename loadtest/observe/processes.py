@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def ending(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
+def end_processes(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
     """End processes of ours, whatever happened; `gently` by SIGTERM, for those that have children of their own."""
     try:
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
+from loadtest.observe.processes import end_processes, find_free_port, is_reachable, wait_until
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def serve_plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[
     worker = [sys.executable, "-P", "-m", "loadtest.peers.plain_worker", str(graph), str(count), path]
     front = [sys.executable, "-P", "-m", "uvicorn", "--port", str(port), "--no-access-log", "--log-level", "warning"]
     processes = [subprocess.Popen(worker, env=environment)]
-    with ending(processes):
+    with end_processes(processes):
         wait_until(lambda: Path(path).exists())
         processes.append(subprocess.Popen([*front, "loadtest.peers.plain_front:app"], env=environment))
         wait_until(lambda: is_reachable(port))

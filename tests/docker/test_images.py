@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loadtest.observe.processes import ending, find_free_port, is_reachable, wait_until
+from loadtest.observe.processes import end_processes, find_free_port, is_reachable, wait_until
 from tests.patience import PATIENCE_S
 
 DOCKER = Path(__file__).parents[2] / "docker"
@@ -74,7 +74,7 @@ def started(command: list[str], environment: Mapping[str, str], log: Path) -> It
     """A service of the compose file as a process."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
-        with ending([process], gently=True):
+        with end_processes([process], gently=True):
             yield
 
 
