@@ -118,6 +118,7 @@ class PathTimings:
         self._row_s = UNKNOWN
         self._bytes = 0  # bytes of the rows that the table was measured on
         self._news = False  # whether a batch has run since the last look at `_recent`
+        self._skipped_s = 0.0  # `_row_s` when forwards were left out because they would take too long
         self._left: deque[tuple[Cell, list[int]]] = deque()  # forwards still to be timed
         self._taken: list[float] = []  # times of the cell that is being measured
 
@@ -132,30 +133,36 @@ class PathTimings:
         self._row_s = min(self._row_s, seconds / len(offsets))
 
     def next_timing(self) -> tuple[Cell, list[int]] | None:
-        """The cell and the rows of the forward to time next; None if nothing has to be measured."""
+        """The cell and the rows of the forward to time next; None if nothing has to be measured.
+
+        A cell whose forward would take PATIENCE_S is left out. It is tried again once rows have become twice as fast.
+        """
         if not self._left and self._news:
             self._news = False
             rows = sorted(set(self._recent))
             size = min(len(rows) * self._row_bytes, COLD_BYTES)
-            if size >= 2 * self._bytes:
-                self._bytes = size
+            if size >= 2 * self._bytes or 2 * self._row_s <= self._skipped_s:
+                self._bytes, self._skipped_s = size, 0.0
                 self._left.extend(self._forwards(rows))
+        while self._left and not self._taken and self._left[0][0][1] * self._row_s >= PATIENCE_S:
+            self._skipped_s = self._row_s
+            self._left.popleft()
         return self._left[0] if self._left else None
 
     def record_timing(self, seconds: float) -> None:
         """Record the seconds of the forward that `next_timing` returned."""
-        cell, _ = self._left.popleft()
+        cell, offsets = self._left.popleft()
+        self._row_s = min(self._row_s, seconds / len(offsets))  # the first batches of a family are slower than the rest
         self._taken.append(seconds)
         if len(self._taken) == ROUNDS:
             self.table = CostTable({**self.table.seconds, cell: sorted(self._taken[1:])[ROUNDS // 2]})
             self._taken.clear()
 
     def _forwards(self, rows: Sequence[int]) -> Iterator[tuple[Cell, list[int]]]:
-        """ROUNDS forwards for each cell, of different rows if possible; none if rows are too few or too slow."""
+        """ROUNDS forwards for each cell, of different rows if possible; none if rows are too few."""
         for cell in CELLS:
             batches = list(islice(self._batches(cell, rows), ROUNDS))
-            if cell[1] * self._row_s < PATIENCE_S:
-                yield from ((cell, batch) for batch in islice(cycle(batches), ROUNDS))
+            yield from ((cell, batch) for batch in islice(cycle(batches), ROUNDS))
 
     def _batches(self, cell: Cell, rows: Sequence[int]) -> Iterator[list[int]]:
         """Batches of different rows for a cell; none if there are too few rows."""

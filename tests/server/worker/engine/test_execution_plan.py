@@ -150,6 +150,20 @@ def test_slow_families_are_left_alone() -> None:
     assert {size for _, size in learn(learning)} == {1, 8}
 
 
+def test_a_slow_first_batch_does_not_decide_for_good() -> None:
+    """The first batch of a family binds staging, perhaps on a busy machine: what it left out is measured later."""
+    learning = PathTimings(ROW)
+    learning.record_batch([i * ROW for i in range(64)], 64 * 0.02)
+    assert learn(learning) == set()
+    learning.record_batch([i * ROW for i in range(64)], 64 * 0.001)
+    assert {size for _, size in learn(learning)} == {1, 8}
+    learning.record_batch([i * ROW for i in range(64)], 64 * 0.0009)
+    assert learn(learning) == set()
+    fast = PathTimings(ROW)
+    fast.record_batch([i * ROW for i in range(64)], 64 * 0.001)
+    assert {size for _, size in learn(fast, dict.fromkeys(Path, 1e-5))} == {1, 8, 64}  # the forwards of 1 said so
+
+
 def test_the_median_counts_and_the_first_forward_does_not() -> None:
     """One slow forward, or the one that binds staging, decides nothing."""
     learning = PathTimings(ROW)
