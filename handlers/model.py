@@ -6,13 +6,10 @@ A worker computes the same numbers: a row runs by the function that proves it th
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from handlers import kinds
-from handlers.base import Float32
-from handlers.codecs.codec import JSON, DecodedCall
+from handlers.codecs.codec import JSON
 from handlers.errors import RequestError, RunFailed
-from handlers.kinds import BuiltModel, RowModel, run_row_on_cpu
+from handlers.kinds import BuiltModel
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import ForecastSpec
 
@@ -55,26 +52,12 @@ class Model:
 
     def answer_many(self, bodies: Sequence[bytes]) -> list[bytes | Failure]:
         """The answer to each request in JSON, or why it has none. The requests to a row model share one forward."""
-        body = self.built.body
-        if not isinstance(body, RowModel):
-            return [_try_work(self.answer, each) for each in bodies]
-        calls = [_try_work(body.codec.decode, each, JSON, JSON) for each in bodies]
-        good = [call for call in calls if isinstance(call, DecodedCall)]
-        if not good:
-            return calls
-        outputs, at = self._run_rows(body, np.concatenate([call.rows for call in good])), 0
-        answers: list[bytes | Failure] = []
-        for call in calls:
-            if isinstance(call, DecodedCall):
-                answers.append(_try_work(_encode_answer, call, outputs[at : at + len(call.rows)]))
-                at += len(call.rows)
-            else:
-                answers.append(call)
-        return answers
-
-    def _run_rows(self, body: RowModel, rows: Float32) -> Float32:
-        assert self.built.row is not None, "a row model is built with its row"
-        return run_row_on_cpu(body.family, self.built.row, rows)
+        decode: Callable[..., Any] = self.built.body.codec.decode
+        calls = [_try_work(decode, each, JSON, JSON) for each in bodies]
+        good = [call for call in calls if not isinstance(call, Failure)]
+        found = _try_work(self.built.body.run_all, good, self.built.row) if good else ()
+        outputs = iter([found] * len(good) if isinstance(found, RunFailed) else found)  # one failed run fails all
+        return [call if isinstance(call, Failure) else _try_work(_encode_answer, call, next(outputs)) for call in calls]
 
 
 def open_model(archive: Archive) -> Model:
@@ -82,8 +65,11 @@ def open_model(archive: Archive) -> Model:
     return Model(archive, kinds.build_model(archive))
 
 
-def _encode_answer(call: DecodedCall, outputs: Float32) -> bytes:
-    return call.encode(outputs)[0]
+def _encode_answer(call: Any, outputs: Any) -> bytes:
+    if isinstance(outputs, RunFailed):
+        raise outputs
+    answer: bytes = call.encode(outputs)[0]
+    return answer
 
 
 def _try_work(work: Callable[..., Any], *arguments: Any) -> Any:

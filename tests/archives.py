@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import tarfile
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -9,8 +10,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
-from model_store.archives.packing import pack_forecaster, pack_graph
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 
 CONFIG: dict[str, int | float | str | bool | list[int]] = {"channels": 4, "dilations": [1, 2]}
 FORECAST = ForecastSpec(
@@ -39,14 +40,23 @@ def make_tensors(seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
 def make_forecaster(seed: int = 0, *, name: str = "NSW1", golden: GoldenSample | None = GOLDEN) -> bytes:
     """A sound forecaster MAR of an architecture that no server has."""
     tensors = make_tensors(seed)
-    return pack_forecaster(
-        tensors, architecture="sketch", config=CONFIG, model_name=name, forecast=FORECAST, golden=golden
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="sketch", config=CONFIG, forecast=FORECAST),
+        model_name=name,
+        golden=golden,
     )
 
 
 def make_graph(seed: int = 0) -> bytes:
     """A sound graph MAR, of operators that only a server would look into."""
-    return pack_graph(GRAPH, make_tensors(seed), model_name="m")
+    return pack_model(Kind.GRAPH, ArchiveParts(program=GRAPH, tensors=make_tensors(seed)), model_name="m")
+
+
+def make_mar_manifest(handler: str = "", serialized: str = "") -> dict[str, bytes]:
+    """A MAR manifest as a member."""
+    model = {"modelName": "m", "modelVersion": "1.0", "handler": handler, "serializedFile": serialized}
+    return {"MAR-INF/MANIFEST.json": json.dumps({"runtime": "python", "model": model}).encode()}
 
 
 def make_zip(

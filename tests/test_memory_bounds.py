@@ -351,7 +351,7 @@ def test_paces_of_families_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_jobs, "MOST_PACES", 3)
     models = [row_model({**SHAPES, "channels": 4 + i}) for i in range(5)]
     with closing(asyncio.new_event_loop()) as loop:
-        jobs = long_jobs.LongJobs(loop, rows=True, noted=cast("Running", None))
+        jobs = long_jobs.LongJobs(loop, cast("Running", None))
         first = jobs.pace(models[0])
         assert jobs.pace(models[0]) is first
         for model in models:

@@ -22,6 +22,7 @@ JSON = "application/json"
 NPY = "application/x-npy"
 LINES = "application/jsonlines"
 MEDIA = (JSON, NPY, LINES)
+QUICK_BYTES = 2**20  #: bodies of up to so many bytes are read quickly
 NUMBER_S = 5e-7  #: about what a number takes to be drawn and written as JSON
 Encoded = tuple[bytes, str]  #: body, content type
 
@@ -72,6 +73,11 @@ class SingleCall:
         """Of all inputs together."""
         return sum(array.size for array in self.feeds.values())
 
+    @property
+    def seconds(self) -> float | None:
+        """None: what a graph makes of its inputs is not known before it has run."""
+        return None
+
 
 @lru_cache(maxsize=256)
 def negotiate_media(content_type: str, accept: str) -> tuple[str, str]:
@@ -98,6 +104,8 @@ def negotiate_media(content_type: str, accept: str) -> tuple[str, str]:
 
 class FamilyCodec:
     """Tensor JSON, npy and, where the archive carries a forecast, DeepAR JSON for one forecaster archive."""
+
+    quick_bytes = QUICK_BYTES
 
     def __init__(
         self, tensor: Tensor, forecast: ForecastSpec | None = None, budget: RequestBudget | None = None
@@ -158,6 +166,8 @@ class FamilyCodec:
 
 class SingleCodec:
     """Tensor JSON, and npy where there is one input or one output, for one single (an ONNX session)."""
+
+    quick_bytes = QUICK_BYTES
 
     def __init__(self, inputs: Mapping[str, Shape], outputs: Sequence[str]) -> None:
         self._inputs = dict(inputs)

@@ -75,10 +75,14 @@ class JointCall:
     flops: int = 0  #: about, of its scores
 
     @property
-    def seconds(self) -> float:
+    def numbers(self) -> int:
+        """Of all scenarios together."""
+        return self.feeds.samples * sum(len(marginal.values) for marginal in self.feeds.marginals)
+
+    @property
+    def seconds(self) -> float | None:
         """A guess of the time that it takes to draw and write the scenarios."""
-        numbers = self.feeds.samples * sum(len(marginal.values) for marginal in self.feeds.marginals)
-        return self.flops / FLOPS_PER_S + numbers * NUMBER_S
+        return self.flops / FLOPS_PER_S + self.numbers * NUMBER_S
 
     @staticmethod
     def encode(answer: Encoded) -> Encoded:
@@ -111,6 +115,8 @@ class JointModel:
 
 class JointCodec:
     """Reads requests for one correlation archive."""
+
+    quick_bytes = 2**16  #: every quantile becomes an object of Python
 
     def __init__(self, correlation: CorrelationModel) -> None:
         self._correlation = correlation

@@ -7,14 +7,21 @@ from handlers.base import Shape
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.codecs.scenarios import load_correlation
 from handlers.kinds.models import BuiltModel, SingleModel, Target
+from handlers.kinds.packing import ArchiveParts
 from model_store.archives.archive import Archive, read_tensors
-from model_store.archives.manifest import Kind
+from model_store.archives.manifest import Kind, Spec, Weights
+from model_store.archives.packing import WEIGHTS_FILE
 
 
 class CorrelationKind:
     """See ArchiveKind."""
 
     kind = Kind.CORRELATION
+
+    def recognises(self, archive: Archive) -> bool:
+        """Never: `fleetcast.json` says so."""
+        del archive
+        return False
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A model that turns quantile forecasts into joint scenarios. Raises ArchiveInvalid."""
@@ -32,3 +39,8 @@ class CorrelationKind:
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The shapes of its tensors. Raises ArchiveInvalid."""
         return {"tensors": {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}}
+
+    def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
+        """The `correlation`, as `handlers.evaluation.correlation` estimates it, and its factors as `tensors`."""
+        spec = Spec(kind=self.kind, weights=Weights(file=WEIGHTS_FILE), correlation=parts.correlation)
+        return spec, {WEIGHTS_FILE: parts.save_tensors()}

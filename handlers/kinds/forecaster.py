@@ -7,16 +7,23 @@ from handlers.base import Family, Float32, Shape
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import get_family
 from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
 from model_store.archives.archive import Archive, check_tensors, read_tensors
-from model_store.archives.manifest import Kind
+from model_store.archives.manifest import Kind, Spec, Weights
+from model_store.archives.packing import WEIGHTS_FILE
 
 
 class ForecasterKind:
     """See ArchiveKind."""
 
     kind = Kind.FORECASTER
+
+    def recognises(self, archive: Archive) -> bool:
+        """Never: `fleetcast.json` says so."""
+        del archive
+        return False
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A row of the architecture's family. Raises ArchiveInvalid."""
@@ -36,6 +43,17 @@ class ForecasterKind:
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The shapes of its tensors. Raises ArchiveInvalid."""
         return describe_tensors(archive)
+
+    def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
+        """The architecture, its configuration and `tensors`, the state dict of its reference network."""
+        spec = Spec(
+            kind=self.kind,
+            weights=Weights(file=WEIGHTS_FILE),
+            architecture=parts.architecture,
+            config=dict(parts.config),
+            forecast=parts.forecast,
+        )
+        return spec, {WEIGHTS_FILE: parts.save_tensors()}
 
 
 def read_row(archive: Archive, network: Family) -> Float32:

@@ -4,10 +4,11 @@ Both kinds of model read a request, run it and write the answer; a worker only h
 never which kind of archive the model came from.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import orjson
 import torch
 
@@ -16,9 +17,10 @@ from handlers.codecs.codec import JSON, Encoded, FamilyCodec, SingleCodec
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.errors import RequestError, RunFailed
 from handlers.golden import find_mismatch
+from handlers.kinds.packing import ArchiveParts
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Archive
-from model_store.archives.manifest import GoldenSample, Kind
+from model_store.archives.manifest import GoldenSample, Kind, Spec
 from model_store.errors import GoldenMismatch
 
 #: Runs inputs [n, *input_shape] under one row of a family, on whatever device the caller has.
@@ -101,6 +103,12 @@ class RowModel:
         assert row is not None, "a row model is built with its row"
         return run_row(self.family, row, call.rows)
 
+    def run_all(self, calls: Sequence[Any], row: Float32 | None) -> Sequence[Any]:
+        """As `run` on the CPU for each of one or more calls, in one forward."""
+        assert row is not None, "a row model is built with its row"
+        outputs = run_row_on_cpu(self.family, row, np.concatenate([call.rows for call in calls]))
+        return np.split(outputs, np.cumsum([len(call.rows) for call in calls])[:-1])
+
 
 @dataclass(frozen=True, slots=True)
 class SingleModel:
@@ -108,7 +116,12 @@ class SingleModel:
 
     single: Single | JointModel
     codec: SingleCodec | JointCodec
-    one_by_one: str = ""  #: as in RowModel; a model that runs alone has nothing to explain
+    unbounded: bool = False  #: whether a request's numbers may say how long it runs: the graph has loops
+
+    @property
+    def family(self) -> None:
+        """None: it belongs to no family."""
+        return None
 
     @property
     def family_key(self) -> str | None:
@@ -130,6 +143,12 @@ class SingleModel:
         run: Callable[[Any], Any] = self.single.run
         return run(call.feeds)
 
+    def run_all(self, calls: Sequence[Any], row: Float32 | None) -> Sequence[Any]:
+        """As `run` for each of the calls, or the RunFailed that it raises. Raises Overran."""
+        del row
+        run_all: Callable[[Any], Sequence[Any]] = self.single.run_all
+        return run_all([call.feeds for call in calls])
+
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
@@ -146,14 +165,14 @@ class BuiltModel:
 
 
 class ArchiveKind(Protocol):
-    """One kind of archive. An entry has no state; its methods raise LoadErrors that need not name the archive.
-
-    `model_store` recognises the kind (`Archive.kind`): by `kind` in `fleetcast.json`, or by its members.
-    """
+    """One kind of archive. An entry has no state; its methods raise LoadErrors that need not name the archive."""
 
     @property
     def kind(self) -> Kind:
         """The name that `fleetcast.json` gives it."""
+
+    def recognises(self, archive: Archive) -> bool:
+        """Whether an archive without `fleetcast.json`, which would say so, is of this kind."""
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """The model, everything checked but its golden sample. Raises LoadError."""
@@ -166,3 +185,6 @@ class ArchiveKind(Protocol):
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """What `fleetcast inspect` says beyond the records, as JSON values by section. Raises LoadError."""
+
+    def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
+        """The record and the members of a new archive. Raises UnsupportedKind where this version packs none."""

@@ -16,13 +16,16 @@ from handlers.base import Float32, Shape
 from handlers.codecs.codec import SingleCodec
 from handlers.errors import Overran, RunFailed
 from handlers.kinds.models import BuiltModel, SingleModel, Target
+from handlers.kinds.packing import ArchiveParts
 from handlers.work import SessionLimits
 from model_store.archives.archive import Archive
-from model_store.archives.manifest import Kind
+from model_store.archives.manifest import Kind, Spec, Weights
 from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 Provider = Literal["cpu", "cuda"]
+ONNX_SUFFIX = ".onnx"
+ONNX_FILE = f"model{ONNX_SUFFIX}"
 LIMITS = SessionLimits()
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -69,19 +72,38 @@ class OnnxKind:
 
     kind = Kind.ONNX
 
+    def recognises(self, archive: Archive) -> bool:
+        """By the ONNX file that the MAR manifest names, or `model.onnx`."""
+        return find_onnx_file(archive) in archive.container.members
+
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A session on the target's device. Raises ArchiveInvalid, UnsupportedKind."""
-        model = OnnxModel(archive.weights(), threads=target.threads, provider=target.device, limits=target.sessions)
-        return BuiltModel(SingleModel(model, SingleCodec(model.inputs, model.outputs)), None, "onnx")
+        model = OnnxModel(_read_file(archive), threads=target.threads, provider=target.device, limits=target.sessions)
+        body = SingleModel(model, SingleCodec(model.inputs, model.outputs), unbounded=model.loops)
+        return BuiltModel(body, None, "onnx")
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
         """The session's inputs. Raises ArchiveInvalid, UnsupportedKind."""
-        return OnnxModel(archive.weights()).inputs
+        return OnnxModel(_read_file(archive)).inputs
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """Nothing: the model is not opened."""
         del archive
         return {}
+
+    def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
+        """The `program`, the bytes of an ONNX file."""
+        return Spec(kind=self.kind, weights=Weights(file=ONNX_FILE)), {ONNX_FILE: parts.program}
+
+
+def find_onnx_file(archive: Archive) -> str:
+    """The name that the ONNX file of an archive without `fleetcast.json` would have."""
+    named = archive.mar.model.serialized_file if archive.mar else ""
+    return named if named.endswith(ONNX_SUFFIX) else ONNX_FILE
+
+
+def _read_file(archive: Archive) -> bytes:
+    return archive.weights() if archive.spec else archive.read(find_onnx_file(archive))
 
 
 class OnnxModel:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from handlers.base import Family
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from loadtest import record
 from loadtest.driver import wrk
 from loadtest.fleets.network_shape import CONFIG as TCN
@@ -32,7 +33,7 @@ from loadtest.observe.local_server import run_local_server
 from loadtest.observe.moto_server import S3_ENVIRONMENT, serve_moto
 from loadtest.observe.processes import read_pss
 from loadtest.peers.plain import serve_plain
-from model_store.archives.packing import pack_forecaster
+from model_store.archives.manifest import Kind
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.contract import HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON, NPY
@@ -179,7 +180,9 @@ def put_archive(source: Any, name: str, family: Family, seed: int) -> int:
 
 def _pack_model(family: Family, config: Mapping[str, Any], name: str, seed: int) -> bytes:
     tensors = random_tensors(family, SEED * 1_000_000 + seed)
-    return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name)
+    return pack_model(
+        Kind.FORECASTER, ArchiveParts(tensors=tensors, architecture="tcn", config=config), model_name=name
+    )
 
 
 def write_bodies(folder: Path) -> tuple[Path, Path]:

@@ -19,14 +19,14 @@ from rich.table import Table
 
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from loadtest import record
 from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
 from loadtest.fleets.network_shape import make_request
 from loadtest.observe.local_server import run_local_server
-from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
-from model_store.archives.packing import pack_correlation, pack_forecaster
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
 from model_store.names import ModelName
 from server.contract import JSON, NPY
 
@@ -64,7 +64,9 @@ def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
     rng = np.random.default_rng(SEED)
     noise = rng.normal(size=(WINDOWS, products, steps)) + rng.normal(size=(WINDOWS, 1, steps))
     found = estimate_gaussian(noise.cumsum(axis=2), tuple(names))
-    (store / JOINTLY).write_bytes(pack_correlation(found.record, found.tensors, model_name="joint"))
+    (store / JOINTLY).write_bytes(
+        pack_model(Kind.CORRELATION, ArchiveParts(correlation=found.record, tensors=found.tensors), model_name="joint")
+    )
     return names
 
 
@@ -121,4 +123,8 @@ def _pack_archive(name: str, steps: int, seed: int) -> bytes:
         tail="clamp",
     )
     tensors = random_tensors(build_family("tcn", config), seed)
-    return pack_forecaster(tensors, architecture="tcn", config=config, model_name=name, forecast=forecast)
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=forecast),
+        model_name=name,
+    )

@@ -22,10 +22,10 @@ import torch
 from handlers.base import Family, Float32
 from handlers.codecs.codec import JSON, FamilyCodec
 from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from handlers.training.fit import Fitted
 from loadtest.fleets.network_shape import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PREDICTION, TRAINED, UNITS, make_request
-from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
-from model_store.archives.packing import pack_forecaster, pack_onnx
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 
 CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos")
 WIDTHS = ("channels", "hidden")  #: what the architectures call the number in `tcn-64`
@@ -81,12 +81,10 @@ def make_archive(kind: str, name: str, seed: int) -> bytes:
     found = build_network(kind)
     tensors = random_tensors(found.family, seed)
     forecast = make_forecast(UNITS.get(name.partition("/")[0], "EUR/MWh"), seed)
-    return pack_forecaster(
-        tensors,
-        architecture=found.architecture,
-        config=found.config,
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture=found.architecture, config=found.config, forecast=forecast),
         model_name=_strip_suffix(name),
-        forecast=forecast,
         golden=_make_golden(found.family, tensors, forecast, seed),
         description=f"random weights, seed {seed}: for load tests, not for forecasts",
     )
@@ -94,12 +92,12 @@ def make_archive(kind: str, name: str, seed: int) -> bytes:
 
 def pack_fitted(fitted: Fitted, name: str, seed: int) -> bytes:
     """The archive of a model fitted to a synthetic market of `seed`."""
-    return pack_forecaster(
-        fitted.tensors,
-        architecture=fitted.architecture,
-        config=fitted.config,
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(
+            tensors=fitted.tensors, architecture=fitted.architecture, config=fitted.config, forecast=fitted.forecast
+        ),
         model_name=_strip_suffix(name),
-        forecast=fitted.forecast,
         golden=fitted.golden,
         description=f"fitted to the synthetic market {fitted.name} of seed {seed}",
     )
@@ -150,8 +148,9 @@ def _make_onnx(name: str, seed: int) -> bytes:
     family = build_network(OF_ONNX).family
     tensors = random_tensors(family, seed)
     x = np.random.default_rng(seed).normal(size=family.input_shape).astype(np.float32).round(3)
-    return pack_onnx(
-        _build_graph(family, tensors),
+    return pack_model(
+        Kind.ONNX,
+        ArchiveParts(program=_build_graph(family, tensors)),
         model_name=_strip_suffix(name),
         golden=GoldenSample(
             request={"x": x.tolist()}, response={"predictions": _compute_answer(family, tensors, x[None])[0].tolist()}

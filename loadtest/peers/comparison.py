@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import save_file
 
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from loadtest.driver import wrk
 from loadtest.driver.dialects import encode_npy
 from loadtest.fleets.network_shape import CONFIG as TCN
@@ -23,7 +24,7 @@ from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, order_t
 from loadtest.peers.environments import PeerUnavailable
 from loadtest.peers.servers import PeerServer
 from loadtest.record import summarise_spread
-from model_store.archives.packing import pack_forecaster
+from model_store.archives.manifest import Kind
 from server.contract import JSON
 
 SEED = 7
@@ -68,7 +69,9 @@ def write_models(folder: Path, count: int) -> Models:
         tensors = random_tensors(family, SEED * 1_000_000 + i)
         (models.weights / f"m{i}").mkdir(parents=True)
         save_file(tensors, models.weights / f"m{i}" / "weights.safetensors")
-        archive = pack_forecaster(tensors, architecture="tcn", config=TCN, model_name=f"m{i}.mar")
+        archive = pack_model(
+            Kind.FORECASTER, ArchiveParts(tensors=tensors, architecture="tcn", config=TCN), model_name=f"m{i}.mar"
+        )
         (models.store / f"m{i}.mar").write_bytes(archive)
         network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
         with torch.inference_mode():

@@ -1,4 +1,6 @@
-"""Reads one archive from its bytes: its kind, its records and its weights. Pure; runs in loader threads.
+"""Reads one archive from its bytes: its records and its weights. Pure; runs in loader threads.
+
+Which kind of archive it is, and so how it runs, is for `handlers.kinds` to say.
 
 INVARIANT: nothing of an archive is unpickled, imported or written to disk here. Every error names the archive.
 """
@@ -7,7 +9,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,8 @@ from safetensors import SafetensorError, deserialize
 from model_store.archives.container import Container, Limits, quote_name
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
-    GRAPH_FILE,
     MAR_MANIFEST,
     GoldenSample,
-    Kind,
     MarManifest,
     Spec,
     parse_golden,
@@ -29,22 +28,16 @@ from model_store.archives.manifest import (
 from model_store.archives.step_budget import StepBudget
 from model_store.archives.tar_reader import read_tar_gz
 from model_store.archives.zip_reader import read_zip
-from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
+from model_store.errors import ArchiveInvalid, LoadError
 
-__all__ = ["DEFAULT_LIMITS", "Archive", "Limits", "check_tensors", "open_archive", "read_tensors", "require_supported"]
+__all__ = ["DEFAULT_LIMITS", "Archive", "Limits", "check_tensors", "list_names", "open_archive", "read_tensors"]
 
 Float32 = npt.NDArray[np.float32]
 DEFAULT_LIMITS = Limits()
 
 MAX_TENSORS = 10_000  #: of a safetensors file
-_MODEL_ONNX = "model.onnx"
 _MAX_RECORD_BYTES = 4 << 20  # of a JSON record, and of the header of a safetensors file
 _MAX_LISTED = 5  # names in one message
-_TORCHSERVE_HANDLERS = ("image_classifier", "image_segmenter", "object_detector", "text_classifier")
-_TORCH_FILES = (".pt", ".pth")
-_RUNS_LATER = {
-    Kind.CODE: "a later version of Fleetcast runs code in forked child processes where the operator allows it",
-}
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -52,10 +45,8 @@ class Archive:
     """An opened archive. Immutable. It keeps the archive's bytes and unpacks a member each time it is read."""
 
     name: str
-    kind: Kind
-    spec: Spec | None
+    spec: Spec | None  #: `fleetcast.json`
     mar: MarManifest | None
-    weights_file: str | None  #: the member that holds the numbers; None for code, where only the handler knows it
     container: Container
 
     @property
@@ -69,25 +60,24 @@ class Archive:
             return self.container.read(member)
 
     def weights(self) -> bytes:
-        """The bytes of the member that holds the numbers. Checks their sha256 if `fleetcast.json` has one.
+        """The bytes of the member that `fleetcast.json` says holds the numbers. Checks their sha256 if it gives one.
 
         Raises:
-            ArchiveInvalid: the member is damaged or not the one that was packed.
-            UnsupportedKind: a code archive, whose numbers only its handler can find.
+            ArchiveInvalid: there is no `fleetcast.json`, or the member is damaged or not the one that was packed.
         """
-        if self.weights_file is None:
-            raise _make_unsupported(self)
-        raw = self.read(self.weights_file)
-        expected = self.spec.weights.sha256 if self.spec else None
+        if self.spec is None:
+            raise ArchiveInvalid(f"{self.name}: it has no {FLEETCAST_JSON}, which would name the file of its numbers")
+        weights = self.spec.weights
+        raw, expected = self.read(weights.file), weights.sha256
         if expected is not None and (found := hashlib.sha256(raw).hexdigest()) != expected:
-            where = f"{self.name}: {quote_name(self.weights_file)}"
+            where = f"{self.name}: {quote_name(weights.file)}"
             raise ArchiveInvalid(f"{where} has sha256 {found}, but {FLEETCAST_JSON} says {expected}; pack it again")
         return raw
 
-    def graph(self) -> bytes:
-        """The bytes of a graph archive's operators. Raises ArchiveInvalid if the member is damaged or too large."""
+    def read_record(self, member: str) -> bytes:
+        """The bytes of a JSON record. Raises ArchiveInvalid if the member is damaged or larger than a record may be."""
         with _name_archive(self.name):
-            return _read_record(self.container, GRAPH_FILE)
+            return _read_record(self.container, member)
 
     def golden(self) -> GoldenSample | None:
         """The golden sample; None if the archive has none. Raises ArchiveInvalid, which names the field."""
@@ -97,7 +87,7 @@ class Archive:
             return parse_golden(_read_record(self.container, self.spec.golden), self.spec.golden)
 
     def __repr__(self) -> str:
-        what = f"{self.kind} {self.spec.architecture}" if self.spec and self.spec.architecture else str(self.kind)
+        what = f"{self.spec.kind} {self.spec.architecture}".rstrip() if self.spec else f"no {FLEETCAST_JSON}"
         return f"<Archive {self.name}: {what}, {len(self.container.members)} members>"
 
 
@@ -106,7 +96,7 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
 
     Raises:
         ArchiveTooLarge: a limit of `limits` is exceeded.
-        ArchiveInvalid: not an archive, damaged, hostile, of no known kind, or a record breaks a rule.
+        ArchiveInvalid: not an archive, damaged, hostile, or a record breaks a rule.
     """
     with _name_archive(name):
         container = _read_container(data, limits)
@@ -117,19 +107,7 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
             for field, member in (("weights.file", spec.weights.file), ("golden", spec.golden)):
                 if member is not None and member not in files:
                     raise ArchiveInvalid(f"{FLEETCAST_JSON}: `{field}` names {quote_name(member)}, which is not there")
-            if spec.kind is Kind.GRAPH and GRAPH_FILE not in files:
-                raise ArchiveInvalid(
-                    f"{FLEETCAST_JSON} says graph, but {GRAPH_FILE}, which holds the operators, is missing"
-                )
-            return Archive(name, spec.kind, spec, mar, spec.weights.file, container)
-        kind, weights_file = _kind_without_spec(files, mar)
-        return Archive(name, kind, None, mar, weights_file, container)
-
-
-def require_supported(archive: Archive) -> None:
-    """Raises UnsupportedKind for a kind that this server does not run; the message says what does."""
-    if archive.kind in _RUNS_LATER:
-        raise _make_unsupported(archive)
+        return Archive(name, spec, mar, container)
 
 
 def read_tensors(archive: Archive) -> dict[str, Float32]:
@@ -139,7 +117,8 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
         ArchiveInvalid: damaged, not safetensors, another dtype, or a value that is not finite; names the tensor.
     """
     raw = archive.weights()
-    with _name_archive(f"{archive.name}: {archive.weights_file}"):
+    where = archive.spec.weights.file if archive.spec else ""
+    with _name_archive(f"{archive.name}: {where}"):
         if (header := int.from_bytes(raw[:8], "little")) > _MAX_RECORD_BYTES:
             raise ArchiveInvalid(f"it is not safetensors, or its header of {header} bytes is too large")
         # Each tensor has an object of its own in the header, so that there are no more of them than braces.
@@ -167,7 +146,7 @@ def check_tensors(
         if key in tensors and tensors[key].shape != tuple(shape)
     ]
     found = {"missing": missing, "unexpected": unexpected, "wrong shape": reshaped}
-    problems = [f"{what}: {_list_names(which)}" for what, which in found.items() if which]
+    problems = [f"{what}: {list_names(which)}" for what, which in found.items() if which]
     if problems:
         raise ArchiveInvalid(f"{name}: its tensors are not those of its architecture; {'; '.join(problems)}")
 
@@ -179,31 +158,6 @@ def _read_container(data: bytes, limits: Limits) -> Container:
     if data.startswith(b"\x1f\x8b"):
         return read_tar_gz(data, limits)
     raise ArchiveInvalid("it is neither a zip (.mar) nor a gzip (.tar.gz)")
-
-
-def _kind_without_spec(files: Iterable[str], mar: MarManifest | None) -> tuple[Kind, str | None]:
-    """The kind of an archive without `fleetcast.json`, and its weights file if that is known."""
-    names = set(files)
-    handler = mar.model.handler if mar else ""
-    serialized = mar.model.serialized_file if mar else ""
-    module = handler.partition(":")[0].removesuffix(".py") + ".py"  # `service.py:handle`, `service:handle`, `service`
-    if module in names or any(_is_sagemaker_code(name) for name in names):
-        return Kind.CODE, None
-    onnx = serialized if serialized.endswith(".onnx") else _MODEL_ONNX
-    if onnx in names:
-        return Kind.ONNX, onnx
-    if handler in _TORCHSERVE_HANDLERS or serialized.endswith(_TORCH_FILES):
-        return Kind.CODE, None
-    said = f"; {MAR_MANIFEST} names handler {quote_name(handler)} and file {quote_name(serialized)}" if mar else ""
-    raise ArchiveInvalid(
-        f"it has neither {FLEETCAST_JSON}, nor a Python handler ({MAR_MANIFEST}, code/*.py, inference.py), "
-        f"nor {_MODEL_ONNX}{said}; its members: {_list_names(map(quote_name, sorted(names)))}"
-    )
-
-
-def _is_sagemaker_code(name: str) -> bool:
-    path = PurePosixPath(name)
-    return name == "inference.py" or (path.suffix == ".py" and path.parts[0] == "code")
 
 
 def _read_record(container: Container, member: str) -> bytes:
@@ -225,15 +179,8 @@ def _decode_tensor(name: str, dtype: str, shape: list[int], data: bytearray) -> 
     return tensor
 
 
-def _make_unsupported(archive: Archive) -> UnsupportedKind:
-    handler = f" (handler {quote_name(archive.mar.model.handler)})" if archive.mar and archive.mar.model.handler else ""
-    return UnsupportedKind(
-        f"{archive.name} is a {archive.kind} archive{handler}; this version runs forecaster, graph and onnx archives, "
-        f"and {_RUNS_LATER[archive.kind]}"
-    )
-
-
-def _list_names(names: Iterable[str]) -> str:
+def list_names(names: Iterable[str]) -> str:
+    """The names for a message: the first few, and how many more there are."""
     every = list(names)
     rest = len(every) - _MAX_LISTED
     return ", ".join(every[:_MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")

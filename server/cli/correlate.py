@@ -112,13 +112,17 @@ def _estimate_correlation(method: str, errors: "Float64", products: tuple[str, .
 def _store_archive(out: str, estimate: "Estimate", description: str) -> int:
     """Pack it, prove it as a worker would, and store it; its size in bytes."""
     from handlers.codecs.scenarios import load_correlation  # noqa: PLC0415
+    from handlers.kinds import ArchiveParts, pack_model  # noqa: PLC0415
     from model_store.archives.archive import open_archive, read_tensors  # noqa: PLC0415
-    from model_store.archives.packing import pack_correlation  # noqa: PLC0415
+    from model_store.archives.manifest import Kind  # noqa: PLC0415
     from server.offline.archive_location import locate_archive, split_location  # noqa: PLC0415
 
     folder, name = split_location(out)
-    packed = pack_correlation(
-        estimate.record, estimate.tensors, model_name=name.partition(".")[0], description=description
+    packed = pack_model(
+        Kind.CORRELATION,
+        ArchiveParts(correlation=estimate.record, tensors=estimate.tensors),
+        model_name=name.partition(".")[0],
+        description=description,
     )
     load_correlation(estimate.record, read_tensors(open_archive(packed, name)))
     if "://" not in out:

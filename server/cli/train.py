@@ -133,7 +133,8 @@ def _fit_with_progress(
 
 def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
     """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
-    from model_store.archives.packing import pack_forecaster  # noqa: PLC0415
+    from handlers.kinds import ArchiveParts, pack_model  # noqa: PLC0415
+    from model_store.archives.manifest import Kind  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
     from server.offline.archive_tools import verify_packed_archive  # noqa: PLC0415
 
@@ -142,12 +143,12 @@ def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], descr
     settings, sizes = settings_from({"store": out}), []
     place = locate_archive(settings, named[0][0])
     for name, each in named:
-        packed = pack_forecaster(
-            each.tensors,
-            architecture=each.architecture,
-            config=each.config,
+        packed = pack_model(
+            Kind.FORECASTER,
+            ArchiveParts(
+                tensors=each.tensors, architecture=each.architecture, config=each.config, forecast=each.forecast
+            ),
             model_name=name.rpartition("/")[2].partition(".")[0],
-            forecast=each.forecast,
             golden=each.golden,
             description=description,
         )

@@ -37,7 +37,7 @@ def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
     spec = archive.spec
     found: dict[str, Any] = {
         "archive": archive.name,
-        "kind": str(archive.kind),
+        "kind": str(kinds.find_kind(archive).kind),
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "members": {name: archive.container.members[name].size for name in archive.members},

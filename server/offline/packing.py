@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from model_store.archives.manifest import ForecastSpec, Kind, Spec, Weights, parse_golden
-from model_store.archives.packing import GOLDEN_FILE, ONNX_FILE, WEIGHTS_FILE, pack_archive, save_tensors
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import GRAPH_FILE, ForecastSpec, Kind, parse_golden
+from model_store.archives.packing import WEIGHTS_FILE
 from model_store.errors import ArchiveInvalid
 from server.offline.archive_location import ArchiveLocation, locate_archive, settings_of_store, split_location
 from server.offline.archive_tools import verify_packed_archive
@@ -62,22 +63,14 @@ def pack(
     _check_arguments(architecture, weights, module, inputs, onnx, forecast)
     store, key = split_location(str(out))
     plain = Path(key).name.partition(".")[0]
-    if module:
-        spec, members = _graph_spec(forecast), _export_members(module, config, inputs, weights)
-    elif onnx is not None:
-        spec = Spec(kind=Kind.ONNX, weights=Weights(file=ONNX_FILE))
-        members = {ONNX_FILE: Path(onnx).read_bytes()}
-    else:
-        assert weights is not None, "checked above"
-        spec, members = _forecaster_spec(architecture, config, forecast), {WEIGHTS_FILE: _read_weights(weights)}
-    if golden is not None:
-        sample = parse_golden(_read_json(golden), "golden" if isinstance(golden, Mapping) else str(golden))
-        spec = msgspec.structs.replace(spec, golden=GOLDEN_FILE)
-        members = {**members, GOLDEN_FILE: msgspec.json.encode(sample)}
+    kind, parts = _gather_parts(architecture, config, weights, module, inputs, onnx, forecast)
+    sample = None if golden is None else parse_golden(_read_json(golden), _name_of("golden", golden))
 
     def pack_with(*notes: str) -> bytes:
-        described = msgspec.structs.replace(spec, description="; ".join(filter(None, notes)))
-        return pack_archive(described, members, model_name=name or plain, model_version=model_version)
+        described = "; ".join(filter(None, notes))
+        return pack_model(
+            kind, parts, model_name=name or plain, model_version=model_version, golden=sample, description=described
+        )
 
     packed = pack_with(description)
     if "://" not in str(out):
@@ -105,20 +98,20 @@ def _check_arguments(architecture: str, weights: Any, module: str, inputs: Json,
         raise ValueError(f"--architecture {architecture} needs its numbers: give a state dict with --weights")
 
 
-def _forecaster_spec(architecture: str, config: Json, forecast: Json | None) -> Spec:
+def _gather_parts(
+    architecture: str, config: Json, weights: Any, module: str, inputs: Json, onnx: str | Path | None, forecast: Any
+) -> tuple[Kind, ArchiveParts]:
+    """The kind that the arguments describe, and what its archive is packed of."""
+    if onnx is not None:
+        return Kind.ONNX, ArchiveParts(program=Path(onnx).read_bytes())
+    record = None if forecast is None else _decode_json(forecast, ForecastSpec, _name_of("forecast", forecast))
+    if module:
+        exported = _export_members(module, config, inputs, weights)
+        parts = ArchiveParts(program=exported[GRAPH_FILE], tensors=exported[WEIGHTS_FILE], forecast=record)
+        return Kind.GRAPH, parts
     fields = _decode_json(config, dict[str, int | float | str | bool | list[int]], "--config")
-    weights = Weights(file=WEIGHTS_FILE)
-    return Spec(
-        kind=Kind.FORECASTER,
-        weights=weights,
-        architecture=architecture,
-        config=fields,
-        forecast=_read_forecast(forecast),
-    )
-
-
-def _graph_spec(forecast: Json | None) -> Spec:
-    return Spec(kind=Kind.GRAPH, weights=Weights(file=WEIGHTS_FILE), forecast=_read_forecast(forecast))
+    tensors = _read_weights(weights)
+    return Kind.FORECASTER, ArchiveParts(tensors=tensors, architecture=architecture, config=fields, forecast=record)
 
 
 def _export_members(module: str, config: Json, inputs: Json, weights: Any) -> dict[str, bytes]:
@@ -130,19 +123,16 @@ def _export_members(module: str, config: Json, inputs: Json, weights: Any) -> di
     return export_module(ExportRequest(module, fields, shapes, None if weights is None else str(weights)))
 
 
-def _read_weights(weights: str | Path | Mapping[str, Any]) -> bytes:
-    """The safetensors of a state dict (torch tensors or arrays), or of the file."""
+def _read_weights(weights: str | Path | Mapping[str, Any]) -> bytes | dict[str, Any]:
+    """The arrays of a state dict (torch tensors or arrays), or the bytes of a safetensors file."""
     if not isinstance(weights, Mapping):
         return Path(weights).read_bytes()
-    return save_tensors({name: np.asarray(tensor, np.float32) for name, tensor in weights.items()})
+    return {name: np.asarray(tensor, np.float32) for name, tensor in weights.items()}
 
 
-def _read_forecast(forecast: Json | None) -> ForecastSpec | None:
-    if forecast is None:
-        return None
-    where = "forecast" if isinstance(forecast, Mapping) else str(forecast)
-    found: ForecastSpec = _decode_json(forecast, ForecastSpec, where)
-    return found
+def _name_of(what: str, given: Json) -> str:
+    """What a message calls this argument: the path of its file, or `what`."""
+    return what if isinstance(given, Mapping) else str(given)
 
 
 def _read_json(given: Json) -> bytes:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec.structs import replace
 
+from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, fit_forecasters
 from handlers.training.input_recipe import robust_scaler
 from handlers.training.time_series import Float64, Series, SeriesInvalid
-from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler, Spec
-from model_store.archives.packing import pack_forecaster
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.checkpoint import Checkpoint
@@ -159,7 +159,7 @@ class Retraining:
             return RetrainingMarket(line, model, before, changed, plan.architecture, plan.config)
         if spec is None or not spec.architecture:
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
-            raise Unfit(f"{model.name} is a {model.archive.kind} archive; {what}")
+            raise Unfit(f"{model.name} is a {find_kind(model.archive).kind} archive; {what}")
         return RetrainingMarket(line, model, before, refit_scalers(forecast, before), spec.architecture, spec.config)
 
     def _fit_group(self, group: Sequence[RetrainingMarket]) -> Iterator[tuple[RetrainingMarket, Fitted | Exception]]:
@@ -224,12 +224,12 @@ class Retraining:
     def _pack_market(self, market: RetrainingMarket, fitted: Fitted, note: str) -> bytes:
         series = market.series
         span = f"{series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
-        return pack_forecaster(
-            fitted.tensors,
-            architecture=fitted.architecture,
-            config=fitted.config,
+        return pack_model(
+            Kind.FORECASTER,
+            ArchiveParts(
+                tensors=fitted.tensors, architecture=fitted.architecture, config=fitted.config, forecast=fitted.forecast
+            ),
             model_name=market.predecessor.name.rpartition("/")[2].partition(".")[0],
-            forecast=fitted.forecast,
             golden=fitted.golden,
             description=f"trained on {self._plan.csv.name}, {span}{note}",
         )

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from handlers import forecasters
 from handlers.base import Family, Float32
-from handlers.kinds import RowModel
 from handlers.model import open_model
 from model_store.errors import LoadError
 from server.offline.archive_location import ArchiveLocation
@@ -63,9 +62,9 @@ def find_families(settings: Settings, report_progress: Callable[[int, int], None
             found.bad = True
             found.facts.append(HostFact("archive", name, f"would not load: {error}"))
             continue
-        body, row = model.built.body, model.built.row
-        if isinstance(body, RowModel) and row is not None:
-            seen = found.families.get(body.family.key)
+        family, row = model.built.body.family, model.built.row
+        if family is not None and row is not None:
+            seen = found.families.get(family.key)
             count = seen.archives + 1 if seen else 1
-            found.families[body.family.key] = Measurable(body.family.key, body.family, row, count)
+            found.families[family.key] = Measurable(family.key, family, row, count)
     return found

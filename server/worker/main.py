@@ -59,12 +59,12 @@ def build_steps(
         ModelLoader(store, target_of(settings, where.type, plan.threads)),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
+        long=LongJobs(asyncio.get_running_loop(), running),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
         patience_s=settings.request_timeout_s,
         foresight=Prefetcher(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
-        long=LongJobs(asyncio.get_running_loop(), rows=where.type == "cpu", noted=running),
     )
 
 

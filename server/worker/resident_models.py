@@ -43,7 +43,8 @@ class ResidentModels:
     ) -> None:
         self.cache, self.engine, self.shelf = cache, engine, shelf
         self._metrics, self._foresight, self._now = metrics, foresight, now
-        self._bodies: dict[Slot, RowModel | SingleModel] = {}
+        self.rows: dict[Slot, RowModel] = {}  #: the models that run a slot's requests
+        self.singles: dict[Slot, SingleModel] = {}  #: as `rows`, those that run alone
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
@@ -51,10 +52,6 @@ class ResidentModels:
     def __repr__(self) -> str:
         """For example `<ResidentModels of <Cache ...>>`."""
         return f"<ResidentModels of {self.cache!r}>"
-
-    def __getitem__(self, slot: Slot) -> RowModel | SingleModel:
-        """The model that runs a slot's requests."""
-        return self._bodies[slot]
 
     # --- loading ----------------------------------------------------------------------------------------------------
 
@@ -68,7 +65,11 @@ class ResidentModels:
         """Serve from a written slot and retire the old version. True if there was one."""
         swapped = slot.model in self.cache
         old = self.cache.ready(slot, now)
-        self._bodies[slot], self._validated[slot] = built.body, built.validated_at
+        if isinstance(built.body, RowModel):
+            self.rows[slot] = built.body
+        else:
+            self.singles[slot] = built.body
+        self._validated[slot] = built.validated_at
         self.shelf.drop(built.model)
         insort(self._sorted, slot, key=_slot_name)
         if old is not None:
@@ -122,7 +123,9 @@ class ResidentModels:
         started = time.perf_counter()
         if not self.cache.retired(slot):
             return
-        del self._bodies[slot], self._validated[slot]
+        self.rows.pop(slot, None)
+        self.singles.pop(slot, None)
+        del self._validated[slot]
         del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_slot_name))]
         if slot.model not in self.cache:
             self._metrics.model_gone(slot.model)
@@ -148,8 +151,8 @@ class ResidentModels:
 
     def _shelve(self, slot: Slot) -> None:
         """Keep an evicted row in host memory if there is space."""
-        body, before = self._bodies[slot], self.shelf.overwritten
-        if not isinstance(body, RowModel):
+        body, before = self.rows.get(slot), self.shelf.overwritten
+        if body is None:
             return
         numbers = self.shelf.keep(slot, body, self._validated[slot])
         self._metrics.labelled(self._metrics.evictions, tier="host", reason="budget").inc(
@@ -202,8 +205,8 @@ class ResidentModels:
         return at < len(self._sorted) and self._sorted[at].model == model
 
     def _row(self, slot: Slot, now: float) -> dict[str, Any]:
-        body = self._bodies[slot]
-        alone = {"one_by_one": body.one_by_one} if body.one_by_one else {}
+        body = self.rows.get(slot)
+        alone = {"one_by_one": body.one_by_one} if body and body.one_by_one else {}
         return {
             "model": slot.model,
             "version": slot.version,

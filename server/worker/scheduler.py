@@ -39,6 +39,10 @@ class Job:
     done: bool = False
     call: Any = None  #: the decoded request, where its batch had no time left for it
 
+    def queued_s(self, began: float) -> float:
+        """Seconds between arrival and the start of its batch, without those in which its model was loaded."""
+        return max(0.0, began - self.arrived - self.load_s)
+
     def __repr__(self) -> str:
         """For example `<Job 17 au/NSW1.mar miss>`."""
         return f"<Job {self.request.id} {self.model} {self.cache.name.lower()}{' done' if self.done else ''}>"

@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from handlers.forecasters import build_family, random_tensors
-from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
-from model_store.archives.packing import pack_forecaster, pack_onnx
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
 
 Float32 = npt.NDArray[np.float32]
 Config = Mapping[str, int | float | str | bool | list[int]]
@@ -102,8 +102,10 @@ def forecaster(
             scaler=Scaler(kind="linear", center=CENTER, scale=SCALE),
             tail="clamp",
         )
-    data = pack_forecaster(
-        tensors, architecture=architecture, config=config, model_name=name.replace("/", "-"), forecast=recipe
+    data = pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture=architecture, config=config, forecast=recipe),
+        model_name=name.replace("/", "-"),
     )
     return Model(name, data, network, family.input_shape, forecast)
 
@@ -141,7 +143,12 @@ def onnx_model(name: str, seed: int) -> Model:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, 3])
     graph = helper.make_graph(nodes, "dense", [x], [y], constants)
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return Model(name, pack_onnx(model.SerializeToString(), model_name=name.replace("/", "-")), network, (3, 12))
+    return Model(
+        name,
+        pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name=name.replace("/", "-")),
+        network,
+        (3, 12),
+    )
 
 
 def fleet(prefix: str, count: int, seed: int = 0, config: Config = SMALL_TCN) -> list[Model]:

@@ -20,8 +20,8 @@ from onnx import TensorProto, helper
 
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.forecasters import build_family, random_tensors
-from model_store.archives.manifest import ForecastSpec, InputChannel
-from model_store.archives.packing import pack_correlation, pack_forecaster, pack_onnx
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind
 from tests.e2e.canary import Canary
 from tests.e2e.models import FORECAST_TCN, LEVELS, forecaster
 from tests.e2e.server import Server, is_answered, serving, upload
@@ -70,7 +70,7 @@ def packed(nodes: list[onnx.NodeProto], constants: list[TensorProto]) -> bytes:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1]) for name in "xy")
     graph = helper.make_graph(nodes, "g", [x], [y], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return pack_onnx(model.SerializeToString(), model_name="attack")
+    return pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name="attack")
 
 
 def long_context() -> bytes:
@@ -84,13 +84,19 @@ def long_context() -> bytes:
         inputs=(InputChannel(source="target"),) * CHANNELS,
     )
     tensors = random_tensors(build_family("tcn", config), 3)
-    return pack_forecaster(tensors, architecture="tcn", config=config, model_name="long", forecast=recipe)
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=recipe),
+        model_name="long",
+    )
 
 
 def correlation() -> bytes:
     """A correlation of PRODUCTS over STEPS."""
     found = estimate_gaussian(np.random.default_rng(0).standard_normal((60, len(PRODUCTS), STEPS)), tuple(PRODUCTS))
-    return pack_correlation(found.record, found.tensors, model_name="joint")
+    return pack_model(
+        Kind.CORRELATION, ArchiveParts(correlation=found.record, tensors=found.tensors), model_name="joint"
+    )
 
 
 def instances(count: int, context: int, **configuration: object) -> bytes:

@@ -18,9 +18,9 @@ from torch import nn
 
 from handlers.base import Float32
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from handlers.kinds.graph.export import export_graph
-from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
-from model_store.archives.packing import pack_forecaster, pack_graph
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 from tests.e2e.models import ABSOLUTE, CENTER, LEVELS, RELATIVE, SCALE, Model, forecaster
 from tests.e2e.server import ROOT, Server, invoke, serving, upload
 from tests.patience import PATIENCE_S
@@ -88,8 +88,11 @@ def market(name: str, seed: int) -> Model:
     tensors = random_tensors(family, seed)
     network = family.reference()
     network.load_state_dict({key: torch.from_numpy(value) for key, value in tensors.items()})
-    data = pack_forecaster(
-        tensors, architecture="tcn", config=config, model_name="m", forecast=SEVERAL, golden=golden(network)
+    data = pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=SEVERAL),
+        model_name="m",
+        golden=golden(network),
     )
     return Model(name, data, network, family.input_shape, forecast=True)
 
@@ -101,7 +104,15 @@ def own_market(name: str) -> Model:
         network = nn.Sequential(nn.Flatten(), nn.Linear(40, 36), nn.Unflatten(1, (6, 2, 3))).eval()
     raw, tensors = export_graph(network, {"input": (2, 20)})
     return Model(
-        name, pack_graph(raw, tensors, model_name="m", forecast=SEVERAL, golden=golden(network)), network, (2, 20)
+        name,
+        pack_model(
+            Kind.GRAPH,
+            ArchiveParts(program=raw, tensors=tensors, forecast=SEVERAL),
+            model_name="m",
+            golden=golden(network),
+        ),
+        network,
+        (2, 20),
     )
 
 
@@ -111,12 +122,15 @@ def fleet() -> dict[str, Model]:
     one = forecaster("au/one.mar", 1, config=TCN, forecast=True)
     both, own = market("au/both.mar", 2), own_market("au/own.mar")
     family = build_family("tcn", TCN)
-    wrong = pack_forecaster(
-        random_tensors(family, 3),
-        architecture="tcn",
-        config=TCN,
+    wrong = pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(
+            tensors=random_tensors(family, 3),
+            architecture="tcn",
+            config=TCN,
+            forecast=replace(SEVERAL, inputs=(InputChannel(source="target"),)),
+        ),
         model_name="m",
-        forecast=replace(SEVERAL, inputs=(InputChannel(source="target"),)),
     )
     return {each.name: each for each in (one, both, own, Model("au/wrong.mar", wrong, nn.Identity(), (1, 20)))}
 

@@ -10,9 +10,9 @@ from botocore.exceptions import ClientError
 from torch import nn
 
 from handlers.base import Shape
+from handlers.kinds import ArchiveParts, pack_model
 from handlers.kinds.graph.export import export_graph
-from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Scaler
-from model_store.archives.packing import pack_graph
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
 from tests.e2e.server import Server, serving, upload
@@ -46,7 +46,12 @@ def model(
     found = Model(name, b"", network, shape, forecast)
     x = np.ones(shape, np.float32)
     golden = GoldenSample(request={"x": x.tolist()}, response={"predictions": (found.run(x) + off).tolist()})
-    data = pack_graph(raw, tensors, model_name="m", forecast=FORECAST if forecast else None, golden=golden)
+    data = pack_model(
+        Kind.GRAPH,
+        ArchiveParts(program=raw, tensors=tensors, forecast=FORECAST if forecast else None),
+        model_name="m",
+        golden=golden,
+    )
     return Model(name, data, network, shape, forecast)
 
 

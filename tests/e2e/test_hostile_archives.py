@@ -15,8 +15,8 @@ import safetensors.numpy
 from botocore.exceptions import ClientError
 
 from handlers.forecasters import build_family, random_tensors
-from model_store.archives.manifest import GoldenSample
-from model_store.archives.packing import pack_forecaster
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import GoldenSample, Kind
 from tests.archives import make_raw_tar_gz, make_zip, repack
 from tests.e2e.models import SMALL_TCN, Question, fleet, forecaster
 from tests.e2e.server import Server, is_answered, serving, upload
@@ -62,7 +62,11 @@ def bomb() -> bytes:
 
 def wrong_shapes() -> bytes:
     """Sound weights of another width than the config says."""
-    return pack_forecaster(TENSORS, architecture="tcn", config={**SMALL_TCN, "channels": 8}, model_name="shapes")
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=TENSORS, architecture="tcn", config={**SMALL_TCN, "channels": 8}),
+        model_name="shapes",
+    )
 
 
 def with_nan() -> bytes:
@@ -101,7 +105,12 @@ def bad_golden() -> bytes:
     x = np.zeros(SOUND.shape, np.float32)
     right = SOUND.run(x)
     golden = GoldenSample(request={"x": x.tolist()}, response={"predictions": (right + 0.5).tolist()})
-    return pack_forecaster(TENSORS, architecture="tcn", config=SMALL_TCN, model_name="golden", golden=golden)
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=TENSORS, architecture="tcn", config=SMALL_TCN),
+        model_name="golden",
+        golden=golden,
+    )
 
 
 def changed(**fields: object) -> bytes:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from handlers.evaluation.correlation import estimate_gaussian
-from model_store.archives.packing import pack_correlation
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import Kind
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
 from tests.e2e.server import Server, upload
@@ -30,7 +31,9 @@ def correlation(names: Sequence[str]) -> bytes:
     errors = numbers.standard_normal((200, len(names), STEPS))
     errors[:, 1] = 0.98 * errors[:, 0] + 0.2 * errors[:, 1]
     found = estimate_gaussian(errors, tuple(names))
-    return pack_correlation(found.record, found.tensors, model_name="joint")
+    return pack_model(
+        Kind.CORRELATION, ArchiveParts(correlation=found.record, tensors=found.tensors), model_name="joint"
+    )
 
 
 def ask(

@@ -21,10 +21,10 @@ from handlers.codecs.codec import FamilyCodec
 from handlers.codecs.deepar import DeepAr
 from handlers.errors import RequestError
 from handlers.forecasters import build_family, random_tensors
-from handlers.kinds import build_model, describe_kind, prove_model
+from handlers.kinds import ArchiveParts, build_model, describe_kind, pack_model, prove_model
 from handlers.kinds.graph.export import export_graph
 from model_store.archives.archive import Limits, open_archive
-from model_store.archives.packing import pack_forecaster, pack_graph, pack_onnx
+from model_store.archives.manifest import Kind
 from model_store.errors import LoadError
 from server.errors import Refused
 from server.front.dialects.forecasts import parse_call
@@ -83,9 +83,13 @@ def sound_archives() -> list[bytes]:
     graph, tensors = export_graph(made(Dilated, 1, SHAPE), {"x": SHAPE})
     return [
         make_forecaster(),
-        pack_forecaster(random_tensors(tcn, 1), architecture="tcn", config=SMALL_TCN, model_name="m"),
-        pack_graph(graph, tensors, model_name="m"),
-        pack_onnx(doubling("n", 2), model_name="m"),
+        pack_model(
+            Kind.FORECASTER,
+            ArchiveParts(tensors=random_tensors(tcn, 1), architecture="tcn", config=SMALL_TCN),
+            model_name="m",
+        ),
+        pack_model(Kind.GRAPH, ArchiveParts(program=graph, tensors=tensors), model_name="m"),
+        pack_model(Kind.ONNX, ArchiveParts(program=doubling("n", 2)), model_name="m"),
         make_tar_gz({"model.onnx": doubling("n", 2)}),
     ]
 

@@ -20,12 +20,11 @@ PACK = """
 import sys
 import numpy as np
 from pathlib import Path
-from model_store.archives.manifest import GoldenSample, Kind, Spec, Weights, encode_record
-from model_store.archives.packing import GOLDEN_FILE, WEIGHTS_FILE, pack_archive, save_tensors
-golden = encode_record(GoldenSample(request={"x": [1.0, -2.0]}, response={"predictions": [3.0, -6.0]}))
-members = {WEIGHTS_FILE: save_tensors({"factor": np.array([3.0], np.float32)}), GOLDEN_FILE: golden}
-spec = Spec(kind=Kind("scale"), weights=Weights(file=WEIGHTS_FILE), golden=GOLDEN_FILE)
-Path(sys.argv[1]).write_bytes(pack_archive(spec, members, model_name="triple"))
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import GoldenSample, Kind
+golden = GoldenSample(request={"x": [1.0, -2.0]}, response={"predictions": [3.0, -6.0]})
+parts = ArchiveParts(tensors={"factor": np.array([3.0], np.float32)})
+Path(sys.argv[1]).write_bytes(pack_model(Kind("scale"), parts, model_name="triple", golden=golden))
 """
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.archive import DEFAULT_LIMITS
-from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
-from model_store.archives.packing import pack_forecaster
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
 from model_store.names import ModelName
 from server.cli.main import app
 from server.offline.rolling_windows import ArchiveVersion, open_unpublished
@@ -79,7 +79,11 @@ def archive(seed: int = 0, **changes: Any) -> bytes:
         "prediction_length": record.prediction_length, "quantiles": len(record.quantile_levels),
     }  # fmt: skip
     tensors = random_tensors(build_family("mlp", config), seed)
-    return pack_forecaster(tensors, architecture="mlp", config=config, model_name="m", forecast=record)
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="mlp", config=config, forecast=record),
+        model_name="m",
+    )
 
 
 def model(seed: int = 0, **changes: Any) -> ArchiveVersion:

@@ -12,10 +12,13 @@ from handlers.forecasters import check_forecast
 from handlers.kinds.forecaster import describe_tensors, read_row
 from handlers.kinds.graph.family import GraphFamily, graph_family
 from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
 from model_store.archives.archive import Archive
-from model_store.archives.manifest import Kind
+from model_store.archives.manifest import FLEETCAST_JSON, GRAPH_FILE, Kind, Spec, Weights
+from model_store.archives.packing import WEIGHTS_FILE
+from model_store.errors import ArchiveInvalid
 
 log = structlog.get_logger()
 
@@ -25,10 +28,15 @@ class GraphKind:
 
     kind = Kind.GRAPH
 
+    def recognises(self, archive: Archive) -> bool:
+        """Never: `fleetcast.json` says so."""
+        del archive
+        return False
+
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A row of the graph's family; its first archive decides how rows run. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a graph is known by its fleetcast.json"
-        network, forecast = graph_family(archive.graph()), archive.spec.forecast
+        network, forecast = graph_family(_read_program(archive)), archive.spec.forecast
         if forecast is not None:
             check_forecast(network, forecast)
         row = read_row(archive, network)
@@ -39,12 +47,12 @@ class GraphKind:
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
         """The one input of its family. Raises ArchiveInvalid."""
-        network = graph_family(archive.graph())
+        network = graph_family(_read_program(archive))
         return {network.input_name: network.input_shape}
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The family, what goes in and out, how rows run, and its operators by how often they occur."""
-        network = graph_family(archive.graph())
+        network = graph_family(_read_program(archive))
         network.decide(read_row(archive, network))
         operators = Counter(node.op for node in network.graph.nodes)
         graph = {
@@ -55,6 +63,18 @@ class GraphKind:
             "operators": dict(operators.most_common()),
         }
         return {"graph": graph, **describe_tensors(archive)}
+
+    def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
+        """The `program` and its `tensors`."""
+        spec = Spec(kind=self.kind, weights=Weights(file=WEIGHTS_FILE), forecast=parts.forecast)
+        return spec, {GRAPH_FILE: parts.program, WEIGHTS_FILE: parts.save_tensors()}
+
+
+def _read_program(archive: Archive) -> bytes:
+    """The operators' record. Raises ArchiveInvalid where it is missing, damaged or too large."""
+    if GRAPH_FILE not in archive.container.members:
+        raise ArchiveInvalid(f"{FLEETCAST_JSON} says graph, but {GRAPH_FILE}, which holds the operators, is missing")
+    return archive.read_record(GRAPH_FILE)
 
 
 def _decide_how_rows_run(network: GraphFamily, row: Float32) -> str:

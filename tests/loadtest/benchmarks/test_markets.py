@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from handlers.kinds import ArchiveParts, pack_model
 from handlers.training.fit import Fitted, Fitting, ask_network, fit_forecasters, reference_network
 from handlers.training.input_recipe import make_recipe
 from handlers.training.time_series import Series, read_csv
 from loadtest.benchmarks.markets import SAME, Score, ScoringClient, evaluate_market, make_request_for, score_market
 from loadtest.fleets.synthetic_markets import make_markets
 from loadtest.observe.local_server import run_local_server
-from model_store.archives.packing import pack_forecaster
+from model_store.archives.manifest import Kind
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 
@@ -32,12 +33,12 @@ def fitted_before(series: Series, moment: datetime, fitting: Fitting, config: di
 
 def store(folder: Path, fitted: Fitted) -> None:
     """The archive `{name}.mar` in the folder."""
-    archive = pack_forecaster(
-        fitted.tensors,
-        architecture=fitted.architecture,
-        config=fitted.config,
+    archive = pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(
+            tensors=fitted.tensors, architecture=fitted.architecture, config=fitted.config, forecast=fitted.forecast
+        ),
         model_name=fitted.name,
-        forecast=fitted.forecast,
         golden=fitted.golden,
     )
     (folder / f"{fitted.name}.mar").write_bytes(archive)

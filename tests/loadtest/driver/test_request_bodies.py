@@ -8,13 +8,13 @@ import pytest
 import urllib3
 
 from handlers.forecasters import build_family, random_tensors
+from handlers.kinds import ArchiveParts, pack_model
 from loadtest.driver.dialects import BodyKind, encode_npy, find_fault
 from loadtest.driver.request_bodies import RequestBody, join_requests, make_request_body, read_request_bodies
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import run_local_server
 from model_store.archives.archive import open_archive
-from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
-from model_store.archives.packing import pack_forecaster
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.contract import NPY
@@ -43,7 +43,11 @@ def demanding() -> bytes:
         scaler=Scaler(kind="asinh", center=50.0, scale=10.0),
     )
     tensors = random_tensors(build_family("tcn", SMALL), 3)
-    return pack_forecaster(tensors, architecture="tcn", config=SMALL, model_name="d", forecast=forecast)
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="tcn", config=SMALL, forecast=forecast),
+        model_name="d",
+    )
 
 
 def several() -> bytes:
@@ -58,13 +62,19 @@ def several() -> bytes:
         inputs=(InputChannel(source="target"), InputChannel(source="target", product=1)),
     )
     tensors = random_tensors(build_family("tcn", config), 5)
-    return pack_forecaster(tensors, architecture="tcn", config=config, model_name="s", forecast=forecast)
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=forecast),
+        model_name="s",
+    )
 
 
 def plain() -> bytes:
     """A forecaster that only answers tensors."""
-    return pack_forecaster(
-        random_tensors(build_family("tcn", SMALL), 4), architecture="tcn", config=SMALL, model_name="p"
+    return pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=random_tensors(build_family("tcn", SMALL), 4), architecture="tcn", config=SMALL),
+        model_name="p",
     )
 
 

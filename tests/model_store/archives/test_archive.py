@@ -1,69 +1,23 @@
 """Reading archives: kinds, records and weights. What a hostile container may try is in `test_containers.py`."""
 
-import io
 import json
 import tarfile
-import zipfile
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from model_store.archives.archive import check_tensors, open_archive, read_tensors, require_supported
-from model_store.archives.manifest import Kind
-from model_store.errors import ArchiveInvalid, UnsupportedKind
-from tests.archives import GOLDEN, GRAPH, make_forecaster, make_graph, make_tar_gz, make_tensors, make_zip, repack
+from model_store.archives.archive import check_tensors, open_archive, read_tensors
+from model_store.errors import ArchiveInvalid
+from tests.archives import GOLDEN, make_forecaster, make_tar_gz, make_tensors, make_zip, repack
 
 MODEL = {"model.onnx": b"numbers"}
-
-
-def mar(handler: str = "", serialized: str = "") -> dict[str, bytes]:
-    """A MAR manifest as a member."""
-    model = {"modelName": "m", "modelVersion": "1.0", "handler": handler, "serializedFile": serialized}
-    return {"MAR-INF/MANIFEST.json": json.dumps({"runtime": "python", "model": model}).encode()}
 
 
 def safetensors_header(header: object, body: bytes = b"") -> bytes:
     """A safetensors file around a header that its own writer would refuse."""
     raw = json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + body
-
-
-# --- kinds
-
-
-@pytest.mark.parametrize("build", [make_zip, make_tar_gz])
-@pytest.mark.parametrize(
-    ("members", "kind"),
-    [
-        ({"model.onnx": b""}, Kind.ONNX),
-        (mar("image_classifier", "net.onnx") | {"net.onnx": b""}, Kind.ONNX),
-        (mar("handler.py", "net.onnx") | {"net.onnx": b"", "handler.py": b""}, Kind.CODE),
-        (mar("service.py:handle") | {"service.py": b""}, Kind.CODE),
-        (mar("service:handle") | {"service.py": b""}, Kind.CODE),
-        (mar("image_classifier", "net.pt") | {"net.pt": b""}, Kind.CODE),
-        (mar("base", "net.pt") | {"net.pt": b""}, Kind.CODE),
-        ({"code/inference.py": b"", "model.pth": b""}, Kind.CODE),
-        ({"code/serve.py": b"", "model.onnx": b""}, Kind.CODE),
-        ({"inference.py": b"", "model.onnx": b""}, Kind.CODE),
-    ],
-)
-def test_the_kind_is_decided_by_what_lies_in_the_archive(
-    build: Callable[[dict[str, bytes]], bytes], members: dict[str, bytes], kind: Kind
-) -> None:
-    """Handlers of TorchServe, Multi Model Server and SageMaker make code, `.onnx` files make onnx, in that order."""
-    assert open_archive(build(members), "m").kind is kind
-
-
-def test_fleetcast_json_goes_before_every_handler() -> None:
-    """A forecaster with a Python handler beside it, for the sake of another server, is a forecaster."""
-    with zipfile.ZipFile(io.BytesIO(make_forecaster())) as packed:
-        members = {name: packed.read(name) for name in packed.namelist()}
-    archive = open_archive(make_zip({**members, **mar("handler.py"), "handler.py": b""}), "m")
-    assert archive.kind is Kind.FORECASTER
-    assert archive.mar is not None
-    assert archive.mar.model.handler == "handler.py"
 
 
 @pytest.mark.parametrize("top", ["", "NSW1/", "./"])
@@ -101,41 +55,7 @@ def test_folders_and_names_beyond_ascii_are_fine() -> None:
 def test_repr_says_what_the_archive_is() -> None:
     """One honest line for logs."""
     assert repr(open_archive(make_forecaster(), "au/NSW1.mar")) == "<Archive au/NSW1.mar: forecaster sketch, 4 members>"
-    assert repr(open_archive(make_zip(MODEL), "m")) == "<Archive m: onnx, 1 members>"
-
-
-def test_an_archive_of_no_kind_says_what_was_looked_for() -> None:
-    """The author learns what is missing, and what the manifest promised."""
-    with pytest.raises(ArchiveInvalid, match=r"m: .*neither fleetcast\.json.*model\.onnx.*'readme\.md'"):
-        open_archive(make_zip({"readme.md": b"", "a/b": b""}), "m")
-    with pytest.raises(ArchiveInvalid, match=r"names handler 'gone\.py' and file 'gone\.onnx'"):
-        open_archive(make_zip(mar("gone.py", "gone.onnx")), "m")
-
-
-def test_supported_kinds_pass() -> None:
-    """Forecasters, graphs and onnx run here."""
-    require_supported(open_archive(make_forecaster(), "m"))
-    require_supported(open_archive(make_graph(), "m"))
-    require_supported(open_archive(make_zip(MODEL), "m"))
-
-
-def test_other_kinds_are_refused_by_name() -> None:
-    """The error says which kind, and what will run it."""
-    code = open_archive(make_zip(mar("h.py") | {"h.py": b""}), "my.mar")
-    with pytest.raises(UnsupportedKind, match=r"my\.mar is a code archive \(handler 'h\.py'\).*forked child processes"):
-        require_supported(code)
-    with pytest.raises(UnsupportedKind, match="code archive"):
-        code.weights()
-
-
-def test_a_graph_brings_its_operators() -> None:
-    """They are read as they are, within the size of a record; without them the archive is refused."""
-    assert open_archive(make_graph(), "m").graph() == GRAPH
-    spec = b'{"kind": "graph", "weights": {"file": "w"}}'
-    with pytest.raises(ArchiveInvalid, match=r"m: fleetcast\.json says graph, but graph\.json"):
-        open_archive(make_zip({"fleetcast.json": spec, "w": b""}), "m")
-    with pytest.raises(ArchiveInvalid, match=r"m: graph\.json has 5242880 bytes"):
-        open_archive(make_zip({"fleetcast.json": spec, "w": b"", "graph.json": b" " * (5 << 20)}), "m").graph()
+    assert repr(open_archive(make_zip(MODEL), "m")) == "<Archive m: no fleetcast.json, 1 members>"
 
 
 # --- records

@@ -11,60 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_store.archives.archive import open_archive, read_tensors
-from model_store.archives.manifest import CorrelationSpec, Kind, Spec, Weights
-from model_store.archives.packing import pack_archive, pack_correlation, pack_forecaster, pack_graph, pack_onnx
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.archive import open_archive
+from model_store.archives.manifest import Kind, Spec, Weights
+from model_store.archives.packing import pack_archive
 from model_store.errors import ArchiveInvalid
-from tests.archives import CONFIG, FORECAST, GOLDEN, GRAPH, make_forecaster, make_tensors
+from tests.archives import CONFIG, make_forecaster, make_tensors
 
 ONNX = Spec(kind=Kind.ONNX, weights=Weights(file="model.onnx"))
 NAMES = st.from_regex(r"[a-z]{1,8}(/[a-z]{1,8})?", fullmatch=True)
-
-
-def test_a_forecaster_comes_back_as_packed() -> None:
-    """Architecture, configuration, forecast metadata, golden sample and numbers survive."""
-    archive = open_archive(make_forecaster(5), "m")
-    assert archive.kind is Kind.FORECASTER
-    assert archive.spec is not None
-    assert (archive.spec.architecture, archive.spec.config, archive.spec.forecast) == ("sketch", CONFIG, FORECAST)
-    assert archive.golden() == GOLDEN
-    tensors = read_tensors(archive)
-    assert tensors.keys() == make_tensors(5).keys()
-    for name, tensor in make_tensors(5).items():
-        np.testing.assert_array_equal(tensors[name], tensor)
-
-
-def test_an_onnx_model_comes_back_as_packed() -> None:
-    """The bytes are carried as they are."""
-    archive = open_archive(pack_onnx(b"\x08\x07graph", model_name="m", golden=GOLDEN), "m")
-    assert (archive.kind, archive.weights(), archive.golden()) == (Kind.ONNX, b"\x08\x07graph", GOLDEN)
-
-
-def test_a_graph_comes_back_as_packed() -> None:
-    """Operators, numbers, forecast metadata and golden sample survive; numbers that are none are refused."""
-    packed = pack_graph(GRAPH, make_tensors(3), model_name="m", forecast=FORECAST, golden=GOLDEN)
-    archive = open_archive(packed, "m")
-    assert archive.spec is not None
-    assert (archive.kind, archive.graph(), archive.spec.forecast) == (Kind.GRAPH, GRAPH, FORECAST)
-    assert archive.golden() == GOLDEN
-    for name, tensor in make_tensors(3).items():
-        np.testing.assert_array_equal(read_tensors(archive)[name], tensor)
-    with pytest.raises(ArchiveInvalid, match="'w' has 1 values that are NaN"):
-        pack_graph(GRAPH, {"w": np.array([np.nan], np.float32)}, model_name="m")
-
-
-def test_a_correlation_comes_back_as_packed() -> None:
-    """Record and factors survive, equal input gives equal bytes; tensors that do not fit the record are refused."""
-    record = CorrelationSpec(products=("a.mar", "b.mar"), horizon=3, method="gaussian", windows=9)
-    factors = {"product_factor": np.eye(2, dtype=np.float32), "time_factor": np.eye(3, dtype=np.float32)}
-    packed = pack_correlation(record, factors, model_name="joint")
-    archive = open_archive(packed, "joint.mar")
-    assert archive.spec is not None
-    assert (archive.kind, archive.spec.correlation) == (Kind.CORRELATION, record)
-    np.testing.assert_array_equal(read_tensors(archive)["time_factor"], np.eye(3))
-    assert pack_correlation(record, dict(reversed(factors.items())), model_name="joint") == packed
-    with pytest.raises(ArchiveInvalid, match=r"'time_factor' is \[2, 2\] instead of \[3, 3\]"):
-        pack_correlation(record, {**factors, "time_factor": np.eye(2, dtype=np.float32)}, model_name="joint")
 
 
 def test_the_result_is_a_mar() -> None:
@@ -89,7 +44,7 @@ def test_the_result_is_a_mar() -> None:
 
 def test_the_bytes_do_not_change_between_releases() -> None:
     """Archives are cached by content: a change of these bytes is a change of the format and must be meant."""
-    packed = pack_onnx(b"model", model_name="m")
+    packed = pack_model(Kind.ONNX, ArchiveParts(program=b"model"), model_name="m")
     assert hashlib.sha256(packed).hexdigest() == "e4d6e9396613c740867d38aba1c6836b65a985dc1c35720bbf8ab20a8a0784ce"
 
 
@@ -108,8 +63,14 @@ def test_the_order_and_layout_of_tensors_do_not_matter() -> None:
     """A transposed view and its copy are the same numbers, so they are the same archive."""
     tensors = make_tensors()
     views = {name: np.asfortranarray(tensor) for name, tensor in reversed(tensors.items())}
-    one = pack_forecaster(tensors, architecture="sketch", config=CONFIG, model_name="m")
-    two = pack_forecaster(views, architecture="sketch", config=dict(reversed(CONFIG.items())), model_name="m")
+    one = pack_model(
+        Kind.FORECASTER, ArchiveParts(tensors=tensors, architecture="sketch", config=CONFIG), model_name="m"
+    )
+    two = pack_model(
+        Kind.FORECASTER,
+        ArchiveParts(tensors=views, architecture="sketch", config=dict(reversed(CONFIG.items()))),
+        model_name="m",
+    )
     assert one == two
 
 
@@ -155,4 +116,6 @@ def test_what_a_server_would_refuse_is_not_packed(spec: Spec, members: dict[str,
 def test_tensors_that_cannot_be_served_are_not_packed(tensor: np.ndarray[tuple[int, ...], np.dtype], said: str) -> None:
     """float64 is not narrowed silently, and a diverged training is noticed before upload."""
     with pytest.raises(ArchiveInvalid, match=said):
-        pack_forecaster({"w": tensor}, architecture="sketch", config={}, model_name="m")
+        pack_model(
+            Kind.FORECASTER, ArchiveParts(tensors={"w": tensor}, architecture="sketch", config={}), model_name="m"
+        )

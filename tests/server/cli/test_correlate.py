@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation
 from handlers.evaluation.correlation import compute_pit, estimate_gaussian, estimate_schaake
 from handlers.forecasters import get_family
+from handlers.kinds import find_kind
 from handlers.training.fit import ask_network, reference_network
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import Archive, open_archive, read_tensors
@@ -92,7 +93,7 @@ def test_an_archive_of_held_out_errors(market: Path, tmp_path: Path) -> None:
         result = of_market(market, "--method", method, "--out", str(tmp_path / "new" / f"{method}.mar"))
         assert result.exit_code == 0, result.output
         archive = opened(tmp_path / "new" / f"{method}.mar")
-        assert (archive.kind, archive.spec is not None) == (Kind.CORRELATION, True)
+        assert (find_kind(archive).kind, archive.spec is not None) == (Kind.CORRELATION, True)
         assert archive.spec is not None
         assert archive.spec.description == (
             "estimated from prices.csv, windows from 2024-03-26 00:00:00 to 2024-04-09 18:00:00"

@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
-from model_store.archives.packing import pack_forecaster, pack_onnx
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import Kind
 from server.access_log import AccessLog, ArrivalBuffer
 from server.cli.main import app
 from server.ipc.frames import CacheResult
@@ -44,7 +45,9 @@ def archive(folder: Path, name: str, seed: int = 0, **config: int) -> None:
     folder.mkdir(exist_ok=True)
     fields = {**SMALL, **config}
     tensors = random_tensors(build_family("tcn", fields), seed)
-    (folder / name).write_bytes(pack_forecaster(tensors, architecture="tcn", config=fields, model_name=name))
+    (folder / name).write_bytes(
+        pack_model(Kind.FORECASTER, ArchiveParts(tensors=tensors, architecture="tcn", config=fields), model_name=name)
+    )
 
 
 def test_every_architecture_is_measured_without_a_store() -> None:
@@ -62,7 +65,9 @@ def test_a_store_is_looked_into(tmp_path: Path) -> None:
     for i in range(3):
         archive(tmp_path / "s", f"a{i}.mar", i)
     archive(tmp_path / "s", "b.mar", channels=4)
-    (tmp_path / "s" / "o.mar").write_bytes(pack_onnx(doubling("n", 2), model_name="o"))
+    (tmp_path / "s" / "o.mar").write_bytes(
+        pack_model(Kind.ONNX, ArchiveParts(program=doubling("n", 2)), model_name="o")
+    )
     answer = doctor("--store", str(tmp_path / "s"), "--json")
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)

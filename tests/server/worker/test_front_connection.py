@@ -26,8 +26,9 @@ from server.ipc.frames import (
 )
 from server.worker.front_connection import FrontConnection
 from server.worker.main import largest_body
+from server.worker.replies import Origin
 from server.worker.scheduler import Job
-from server.worker.step_loop import Origin, StepLoop
+from server.worker.step_loop import StepLoop
 
 LIMIT = 10 * CHUNK
 UNSENT = 20 * CHUNK

@@ -243,3 +243,38 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
+
+
+def test_jobs_that_are_put_back_run_before_others_of_their_models_and_after_other_groups() -> None:
+    """Their batch had no time for them: they keep their order."""
+    scheduler = Scheduler(LARGE, LARGE, few=8)
+    ready(scheduler, "f", *"abc")
+    group, batch = scheduler.next_batch(8)
+    later = ready(scheduler, "f", "a")
+    ready(scheduler, "g", "x")
+    scheduler.put_back(group, batch[1:])
+    assert models(scheduler.next_batch(8)) == ("f", "bca")
+    assert later[0] not in batch
+    assert models(scheduler.next_batch(8)) == ("g", "x")
+    empty = Scheduler(LARGE, LARGE, few=8)
+    ready(empty, "f", *"ab")
+    group, batch = empty.next_batch(8)
+    ready(empty, "g", "x")
+    empty.put_back(group, batch)
+    assert [models(empty.next_batch(8)) for _ in range(2)] == [("g", "x"), ("f", "ab")]
+
+
+def test_a_parked_group_keeps_its_jobs_and_makes_no_batch() -> None:
+    """Those that come meanwhile wait with the others; a group that has none left is forgotten."""
+    scheduler = Scheduler(LARGE, LARGE, few=8)
+    jobs = ready(scheduler, "f", *"ab")
+    scheduler.park("f")
+    assert not scheduler.has_work
+    jobs += ready(scheduler, "f", "c")
+    assert not scheduler.has_work
+    assert list(scheduler.open_jobs()) == jobs
+    scheduler.unpark("f")
+    assert models(scheduler.next_batch(8)) == ("f", "abc")
+    scheduler.park("f")
+    scheduler.unpark("f")
+    assert not scheduler.has_work

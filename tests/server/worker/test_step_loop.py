@@ -33,6 +33,7 @@ from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
 from tests.patience import PATIENCE_S
+from tests.server.worker.long_jobs import make_unsliced_jobs
 
 SLAB = 64 * 1024
 FAMILIES: dict[str, Family] = {
@@ -166,6 +167,7 @@ def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
             loader,
             WorkerMetrics(0, "cpu"),
             shelf=HostCache(torch.empty(0), 60),
+            long=make_unsliced_jobs(),
             batch=64,
             loader_threads=4,
             patience_s=5,

@@ -27,6 +27,7 @@ from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
+from tests.server.worker.long_jobs import make_unsliced_jobs
 from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, expected, inputs, resident, rows_per_slab
 
 NOW = 10_000.0
@@ -116,6 +117,7 @@ def play(scenario: Scenario, *, on_device: bool = True, slabs: int = 1, shelf_ro
             store,
             WorkerMetrics(0, "cpu"),
             shelf=shelf,
+            long=make_unsliced_jobs(),
             batch=64,
             loader_threads=4,
             patience_s=5,

@@ -19,6 +19,7 @@ from server.worker.host_cache import HostCache
 from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
+from tests.server.worker.long_jobs import make_unsliced_jobs
 from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, resident, rows_per_slab, until
 
 PERIOD_S = 300.0
@@ -83,6 +84,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
             loader,
             metrics,
             shelf=shelf,
+            long=make_unsliced_jobs(),
             batch=64,
             loader_threads=4,
             patience_s=5,

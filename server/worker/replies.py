@@ -1,0 +1,110 @@
+"""Answers and refuses a worker's jobs, each of them once, and ends their leases. On the step thread."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from handlers.codecs.codec import Encoded
+from handlers.errors import RequestError, RunFailed
+from model_store.cache.slots import Slot
+from server.access_log import LOST, REFUSED, ArrivalBuffer
+from server.errors import Refused, Situation
+from server.worker.resident_models import ResidentModels
+from server.worker.scheduler import Job, Scheduler
+
+
+class Origin(Protocol):
+    """The front connection that a job's response is sent to."""
+
+    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+        """Send the job's answer. `queue_s` and `inference_s`: seconds in the queue and in the forward."""
+
+    def refuse(self, job: Job, refused: Refused) -> None:
+        """Send the reason why there is no answer."""
+
+
+class Replies:
+    """See the module. `arrivals`: rows of the access log, None without one."""
+
+    def __init__(self, scheduler: Scheduler, residents: ResidentModels, arrivals: ArrivalBuffer | None) -> None:
+        self._scheduler, self._residents, self._arrivals = scheduler, residents, arrivals
+
+    def __repr__(self) -> str:
+        """For example `<Replies of <Scheduler ...>>`."""
+        return f"<Replies of {self._scheduler!r}>"
+
+    def answer(self, job: Job, encoded: Encoded, began: float, run_s: float) -> None:
+        """Send the answer, unless the job is done already. `began`: when its batch did; `run_s`: the forward's time."""
+        body, content_type = encoded
+        if self._scheduler.finish(job):
+            self._record(job, job.cache)
+            job.origin.answer(job, content_type, body, queue_s=job.queued_s(began), inference_s=run_s)
+        self._release(job)
+
+    def encode(self, job: Job, encode: Callable[[Any], Encoded], outputs: Any, began: float, run_s: float) -> None:
+        """Answer with what `encode` makes of a forward's outputs; refuse where these are not finite."""
+        try:
+            encoded = encode(outputs)
+        except RunFailed as failed:
+            self.refuse(job, Refused(Situation.MODEL_FAILED, str(failed)))
+            return
+        self.answer(job, encoded, began, run_s)
+
+    def decode(self, job: Job, decode: Callable[[bytes, str, str], Any]) -> Any:
+        """The request as arrays; None if it was refused, because it is wrong."""
+        try:
+            return decode(job.request.body, job.request.content_type, job.request.accept)
+        except RequestError as bad:
+            self.refuse_request(job, bad)
+            return None
+
+    def refuse_request(self, job: Job, bad: RequestError) -> None:
+        """Refuse a job whose request is wrong."""
+        self.refuse(job, Refused(Situation.BAD_REQUEST, bad.message, bad.instance, bad.field))
+
+    def refuse(self, job: Job, refused: Refused) -> None:
+        """Send the reason, unless the job is done already, and end its lease."""
+        self.tell_refused(job, refused)
+        self._release(job)
+
+    def tell_refused(self, job: Job, refused: Refused) -> None:
+        """Send the reason of a job whose model is still in use: its lease ends later."""
+        if self._scheduler.finish(job):
+            self._record(job, REFUSED)
+            job.origin.refuse(job, refused)
+
+    def refuse_unadmitted(self, job: Job, refused: Refused) -> None:
+        """Send the reason to a job that the scheduler has not admitted."""
+        job.done = True
+        self._record(job, REFUSED)
+        job.origin.refuse(job, refused)
+
+    def cancel(self, job: Job) -> None:
+        """Give up a job whose client has left. Its lease ends where its batch would run it."""
+        if self._scheduler.finish(job):
+            self._record(job, LOST)
+
+    def keep_live(self, jobs: Sequence[Job], now: float) -> Iterator[Job]:
+        """The jobs that are to be run; the leases of the others end."""
+        for job in jobs:
+            if job.done:
+                self._release(job)
+            elif job.deadline <= now:
+                self.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request was queued"))
+            else:
+                yield job
+
+    def _record(self, job: Job, outcome: int) -> None:
+        """Add a row to the access log."""
+        if self._arrivals is not None:
+            self._arrivals.note(job.model, job.arrived, 0 if job.slot is None else job.slot.charge, outcome)
+
+    def _release(self, job: Job) -> None:
+        slot, job.slot = job.slot, None
+        if slot is not None:
+            self._residents.release(slot)
+
+
+def get_slot(job: Job) -> Slot:
+    """The slot that the job has leased. A job in a batch has one."""
+    assert job.slot is not None, "a job in a batch holds a lease"
+    return job.slot
