@@ -21,7 +21,7 @@ LOCK = $(TOOLS)/bin/uv pip compile pyproject.toml --python-version 3.11 --python
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
 # What a request or a network may be does not depend on the store, nor how slow a client is, nor what is logged.
-NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files
+NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files anchor_cves
 STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
