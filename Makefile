@@ -10,14 +10,22 @@ TORCH = torch==2.13.0
 ifeq ($(origin VENV),file)
 READY = $(STAMP)
 endif
+# The tools of the locks have an environment of their own: what they need must not decide what Fleetcast gets.
+UV = uv==0.13.9
+PIP_AUDIT = pip-audit==2.10.1
+TOOLS = .tools
+TOOLS_READY = $(TOOLS)/$(UV)-$(PIP_AUDIT)
+TORCH_WHEELS = https://download.pytorch.org/whl/cpu/torch/
+LOCK = $(TOOLS)/bin/uv pip compile pyproject.toml --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+  --only-binary :all: --generate-hashes --quiet --custom-compile-command "make lock" -c $(TOOLS)/torch.txt
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
 # What a request or a network may be does not depend on the store, nor how slow a client is, nor what is logged.
-NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files
+NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files anchor_cves
 STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz check format docs bench bench-peers scale clean
+.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz check format docs bench bench-peers scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +72,7 @@ check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+	$(BIN)/python -m mypy docker/audit.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m vulture
 
@@ -77,6 +86,20 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
+$(TOOLS_READY):
+	$(PYTHON3) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet $(UV) $(PIP_AUDIT)
+	@touch $@
+
+lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--upgrade, TORCH_WHEELS=folder or page)
+	@echo "$(TORCH)+cpu" > $(TOOLS)/torch.txt
+	$(LOCK) --extra cpu --extra load --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
+	@echo "$(TORCH)" > $(TOOLS)/torch.txt
+	$(LOCK) --extra cuda -o docker/requirements-cuda.lock $(ARGS)
+
+audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
+	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
+
 docs: $(READY) ## the README's tables of settings, metrics and architectures
 	$(BIN)/fleetcast settings-table README.md
 
@@ -84,5 +107,5 @@ bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for 
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
-	rm -rf .venv .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,21 +1,24 @@
 # Fleetcast for CPUs. Built from the repository's root:
 #   docker build -f docker/cpu.Dockerfile -t fleetcast:0.1.0 .
-# Add --build-arg TORCH_INDEX=URL with PyTorch's index of CPU wheels for an image without the CUDA libraries.
+# docker/requirements.lock names every package with its hash (`make lock`), torch in the build without CUDA libraries, which
+# is published by PyTorch alone: --build-arg TORCH_WHEELS=URL names a copy of its page.
 # Run: docker run -p 127.0.0.1:8080:8080 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0 serve
 
-FROM python:3.11.14-slim-bookworm AS build
-ARG TORCH_INDEX=""
-RUN python -m venv /opt/fleetcast && \
-    /opt/fleetcast/bin/pip install --no-cache-dir torch==2.13.0 ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
+FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84 AS build
+ARG TORCH_WHEELS=https://download.pytorch.org/whl/cpu/torch/
 WORKDIR /src
+COPY docker/requirements.lock docker/
+RUN python -m venv /opt/fleetcast && \
+    /opt/fleetcast/bin/pip install --no-cache-dir --only-binary :all: --require-hashes \
+      --find-links "$TORCH_WHEELS" -r docker/requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY handlers handlers
 COPY model_store model_store
 COPY loadtest loadtest
-RUN /opt/fleetcast/bin/pip install --no-cache-dir '.[cpu]'
+RUN /opt/fleetcast/bin/pip install --no-cache-dir --no-index --no-deps --no-build-isolation .
 
-FROM python:3.11.14-slim-bookworm
+FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
     install -d -o fleetcast /var/lib/fleetcast/cache /var/lib/fleetcast/access
 COPY --from=build /opt/fleetcast /opt/fleetcast

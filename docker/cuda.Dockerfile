@@ -1,20 +1,23 @@
 # Fleetcast for NVIDIA GPUs. Built from the repository's root:
 #   docker build -f docker/cuda.Dockerfile -t fleetcast:0.1.0-cuda .
-# The CUDA libraries come with the wheels of torch and onnxruntime-gpu; the host needs the NVIDIA container toolkit.
+# docker/requirements-cuda.lock names every package with its hash (`make lock`). The CUDA libraries come with the wheels of
+# torch and onnxruntime-gpu; the host needs the NVIDIA container toolkit.
 # Run: docker run --gpus all -p 127.0.0.1:8080:8080 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0-cuda serve
 
-FROM python:3.11.14-slim-bookworm AS build
-RUN python -m venv /opt/fleetcast && \
-    /opt/fleetcast/bin/pip install --no-cache-dir torch==2.13.0
+FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84 AS build
 WORKDIR /src
+COPY docker/requirements-cuda.lock docker/
+RUN python -m venv /opt/fleetcast && \
+    /opt/fleetcast/bin/pip install --no-cache-dir --only-binary :all: --require-hashes \
+      -r docker/requirements-cuda.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY handlers handlers
 COPY model_store model_store
 COPY loadtest loadtest
-RUN /opt/fleetcast/bin/pip install --no-cache-dir '.[cuda]'
+RUN /opt/fleetcast/bin/pip install --no-cache-dir --no-index --no-deps --no-build-isolation .
 
-FROM python:3.11.14-slim-bookworm
+FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
     install -d -o fleetcast /var/lib/fleetcast/cache /var/lib/fleetcast/access
 COPY --from=build /opt/fleetcast /opt/fleetcast

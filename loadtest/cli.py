@@ -3,6 +3,7 @@
 A fleet and a server of its own:     fleetcast-load run
 Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
 A server that runs:                  fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
+One with TLS and tokens:             fleetcast-load run --url https://127.0.0.1:8080 --ca ca.pem --token-file desk.token
 """
 
 import sys
@@ -33,7 +34,7 @@ from loadtest.driver.run import (
 )
 from loadtest.driver.trace import Trace, make_trace, read_trace, write_trace
 from loadtest.fleets import fleet
-from loadtest.observe.local_server import LocalServer
+from loadtest.observe.server_access import OPEN, ServerAccess, open_access
 from loadtest.plan import cli as plan_cli
 from loadtest.report import render_page, write_report
 from model_store.errors import LoadError
@@ -107,6 +108,30 @@ def run(
     ] = None,
     url: Annotated[str | None, _make_flag(SERVER, "inference address of a server that runs")] = None,
     metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
+    ca: Annotated[
+        Path | None,
+        _make_flag(
+            SERVER,
+            "PEM file of the authority of the server's certificate; default the system's",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    client_cert: Annotated[
+        Path | None,
+        _make_flag(
+            SERVER, "PEM file of a client certificate, for a server with mutual TLS", exists=True, dir_okay=False
+        ),
+    ] = None,
+    client_key: Annotated[
+        Path | None, _make_flag(SERVER, "PEM file of its key; default in the same file", exists=True, dir_okay=False)
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        _make_flag(
+            SERVER, "file with a bearer token; default the variable FLEETCAST_TOKEN", exists=True, dir_okay=False
+        ),
+    ] = None,
     per_call: Annotated[
         int | None, _make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)
     ] = None,
@@ -169,7 +194,10 @@ def run(
             request=request.read_bytes() if request else None,
             seed=seed,
         )
-        with _open_subject(asked, url, metrics_url, store, cache, models, resident, workers) as subject:
+        if url is None and (ca or client_cert or client_key or token_file):
+            raise ValueError("--ca, --client-cert, --client-key and --token-file are for the server at --url")
+        access = open_access(ca, client_cert, client_key, token_file) if url else OPEN
+        with _open_subject(asked, url, metrics_url, store, cache, models, resident, workers, access) as subject:
             to = subject.target(dialect, allow_remote=allow_remote, per_call=per_call)
             load = _make_load(profile, recorded, subject, len(to.requests), seed, settings)
             slo = summary.Slo(p50_ms, p99_ms, failed, hit_ratio)
@@ -179,7 +207,7 @@ def run(
             console.print(f"{title}; {subject.what}")
             if dialect in ("sagemaker", "forecasts"):
                 # an unreachable server is reported once, not for every request
-                LocalServer.get(f"{subject.inference.rstrip('/')}{PING_PATH}")
+                subject.access.request("GET", f"{subject.inference.rstrip('/')}{PING_PATH}")
             if ramp_to is None:
                 found, ran = measure_run(subject, plan, to, console)
             else:
@@ -249,10 +277,11 @@ def _open_subject(
     models: int,
     resident: int,
     workers: int,
+    access: ServerAccess,
 ) -> Iterator[ServerUnderLoad]:
     """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
     if url is not None:
-        yield connect_server(url, metrics_url, store, asked, console)
+        yield connect_server(url, metrics_url, store, asked, console, access)
     elif metrics_url or (asked.names is not None and store is None):
         raise ValueError("--metrics-url and --names are for the server at --url")
     elif store is not None:

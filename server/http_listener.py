@@ -16,7 +16,7 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from server.access.tls import Tls
+from server.access.tls import CLIENT_NAME, Tls, name_client
 from server.request_head import body_framing, find_fault, refuse_head
 
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
@@ -84,6 +84,7 @@ class ClientConnection(HttpToolsProtocol):
     - `Upgrade` is ignored (RFC 9110, 7.8) and the body is read as the head says. The parser (llhttp) takes the bytes
       after such a head for another protocol and would read a body as the next request: a second parser reads the body.
     - A head that breaks a rule of `server.request_head` is answered 400 in its turn, and the connection is closed.
+    - Where the client has shown a certificate, the application finds its name in the scope, as `CLIENT_NAME`.
     """
 
     _framing_bytes = 0  #: received since the last piece of a body or the last end of a head or message
@@ -92,9 +93,11 @@ class ClientConnection(HttpToolsProtocol):
     _replaying = False  #: while the second parser is given a head that has been handled already
     _over = False  #: what comes is not read any more
     _apart = b""  #: framing of a body that the parser takes for another protocol
+    _client_name: str | None = None  #: of the certificate, which is that of the whole connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Answers are written through `OneWrite`."""
+        self._client_name = name_client(transport.get_extra_info("peercert"))
         super().connection_made(cast("asyncio.Transport", OneWrite(transport)))
 
     def data_received(self, data: bytes) -> None:
@@ -151,6 +154,8 @@ class ClientConnection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests wait on one connection")
         super().on_message_begin()
+        if self._client_name is not None:
+            cast("dict[str, Any]", self.scope)[CLIENT_NAME] = self._client_name
 
     def on_url(self, url: bytes) -> None:
         """The request's target, or a part of it."""

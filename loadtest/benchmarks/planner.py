@@ -103,7 +103,7 @@ def measure_costs(store: str, asked: Mapping[ModelName, RequestBody], rate: floa
     with run_local_server(store, ["--workers", "1"]) as server:
         subject = ServerUnderLoad(server.inference, server.metrics, asked, store)
         to = subject.target("sagemaker", allow_remote=False)
-        return calibrate(to, server.metrics, make_unloader(server.management, list(asked)), "here", rate)
+        return calibrate(to, subject.scrape, make_unloader(server.management, list(asked)), "here", rate)
 
 
 def compare_size(

@@ -18,6 +18,7 @@ import orjson
 
 from server.contract import FORECASTS_PATH, HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON
 
+NO_HEADERS: Mapping[str, str] = {}
 DIGITS = 4  #: of the numbers in a tensor body
 
 
@@ -50,10 +51,13 @@ class ClientDialect:
         one = {"name": "x", "shape": [1, *x.shape], "datatype": "FP32", "data": digits.ravel().tolist()}
         return json.dumps({"inputs": [one]}).encode()
 
-    def request(self, host: str, model: str, body: bytes, content_type: str = JSON) -> bytes:
-        """A whole HTTP/1.1 request, ready to be written."""
+    def request(
+        self, host: str, model: str, body: bytes, content_type: str = JSON, headers: Mapping[str, str] = NO_HEADERS
+    ) -> bytes:
+        """A whole HTTP/1.1 request, ready to be written; `headers` besides the protocol's."""
         lines = [f"POST {self.path.format(model=quote(model))} HTTP/1.1", f"Host: {host}"]
         lines += [f"{key}: {value.format(model=model)}" for key, value in self.headers.items()]
+        lines += [f"{key}: {value}" for key, value in headers.items()]
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}", "", ""]
         return "\r\n".join(lines).encode() + body
 

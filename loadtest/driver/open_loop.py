@@ -16,8 +16,9 @@ import selectors
 import socket
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -26,6 +27,7 @@ import numpy as np
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, ForecastCounts, Run
+from loadtest.observe.server_access import OPEN, ServerAccess
 from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_forecasts, raw_header
 
 SAMPLES = 200  #: answers that are looked into, or a few more
@@ -44,27 +46,41 @@ class RemoteNotAllowed(Exception):
 class LoadTarget:
     """The target of a load: an address, and one complete HTTP request for each model.
 
-    `forecasts`: where the requests are calls for many models, how many each asks; else empty.
+    `forecasts`: where the requests are calls for many models, how many each asks; else empty. `tls_name`: with TLS, the
+    name that the server's certificate must have; `access` says whom to trust and what to show.
     """
 
     host: str
     port: int
-    requests: Sequence[bytes]
+    requests: Sequence[bytes] = field(repr=False)  # a token is in them
     forecasts: Sequence[int] = ()
+    tls_name: str | None = None
+    access: ServerAccess = OPEN
+
+    def make_tls(self) -> dict[str, Any]:
+        """How a connection is opened: arguments of asyncio's `create_connection`. Raises ValueError for wrong files."""
+        return {} if self.tls_name is None else {"ssl": self.access.tls_context(), "server_hostname": self.tls_name}
 
 
 def make_target(
-    url: str, requests: Sequence[bytes], *, forecasts: Sequence[int] = (), allow_remote: bool = False
+    url: str,
+    requests: Sequence[bytes],
+    *,
+    forecasts: Sequence[int] = (),
+    allow_remote: bool = False,
+    access: ServerAccess = OPEN,
 ) -> LoadTarget:
-    """Raises ValueError for a URL that is no plain http://host:port, Forbidden for one beyond loopback."""
+    """Raises ValueError for a URL that is no plain http(s)://host:port, RemoteNotAllowed for one beyond loopback."""
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
-        raise ValueError(f"{url!r} cannot be loaded: give http://HOST:PORT")
-    port = parts.port or 80
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"{url!r} cannot be loaded: give http://HOST:PORT or https://HOST:PORT")
+    access.check_url(url)
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
     address = str(socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0])
     if not allow_remote and not ipaddress.ip_address(address).is_loopback:
         raise RemoteNotAllowed(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
-    return LoadTarget(address, port, requests, forecasts)
+    return LoadTarget(address, port, requests, forecasts, parts.hostname if secure else None, access)
 
 
 def send_schedule(
@@ -108,6 +124,7 @@ class _Driver:
         self.start = 0.0
         self.samples: dict[int, bytes] = {}
         self._schedule, self._to, self._limit = schedule, to, connections
+        self._tls = to.make_tls()
         self._at, self._model = schedule.at.tolist(), schedule.model.tolist()
         self._woken, self._sent, self._done = (np.full(n, np.nan) for _ in range(3))
         self._status, self._cache = np.full(n, NO_ANSWER), np.zeros(n, np.int64)
@@ -214,7 +231,9 @@ class _Driver:
         """Open a connection for waiting requests; each failure settles one of them."""
         while self._waiting:
             try:
-                await self.loop.create_connection(lambda: _DriverConnection(self), self._to.host, self._to.port)
+                await self.loop.create_connection(
+                    lambda: _DriverConnection(self), self._to.host, self._to.port, **self._tls
+                )
             except OSError as error:
                 if error.errno in NO_MORE:
                     self._exhausted = True

@@ -22,6 +22,7 @@ from loadtest.driver.run_result import Run
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricsSampler
 from loadtest.observe.processes import read_pss
+from loadtest.observe.server_access import OPEN, ServerAccess
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import open_source
 from server.contract import METRICS_PATH
@@ -41,12 +42,14 @@ class ServerUnderLoad:
     questions: Mapping[ModelName, RequestBody]
     what: str
     memory: Callable[[], dict[str, int]] | None = None
+    access: ServerAccess = OPEN
 
     def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> LoadTarget:
         """A whole request for each model; by a dialect of calls for many, one for each `per_call` of them (None: all).
 
-        Raises ValueError, driver.Forbidden.
+        Raises ValueError, RemoteNotAllowed.
         """
+        shown = self.access.headers
         host, spoken = urlsplit(self.inference).netloc, DIALECTS[dialect]
         if not spoken.many and per_call is not None:
             raise ValueError(f"the dialect {dialect} asks one model a request: --per-call is for the dialect forecasts")
@@ -54,15 +57,21 @@ class ServerUnderLoad:
             items = list(self.questions.items())
             size = per_call or len(items)
             calls = [dict(items[start : start + size]) for start in range(0, len(items), size)]
-            requests = [spoken.request(host, "", join_requests(each).body) for each in calls]
-            return make_target(self.inference, requests, forecasts=list(map(len, calls)), allow_remote=allow_remote)
-        requests = [spoken.request(host, name, each.body, each.content_type) for name, each in self.questions.items()]
-        return make_target(self.inference, requests, allow_remote=allow_remote)
+            requests = [spoken.request(host, "", join_requests(each).body, headers=shown) for each in calls]
+        else:
+            calls = []
+            asked = self.questions.items()
+            requests = [spoken.request(host, name, each.body, each.content_type, shown) for name, each in asked]
+        counts = list(map(len, calls))
+        return make_target(self.inference, requests, forecasts=counts, allow_remote=allow_remote, access=self.access)
 
     def watch(self) -> MetricsSampler:
         """What can be seen of it while it is loaded."""
-        where = self.metrics and f"{self.metrics.rstrip('/')}{METRICS_PATH}"
-        return MetricsSampler((lambda: str(LocalServer.get(where).data, "utf-8")) if where else None, self.memory)
+        return MetricsSampler(self.scrape if self.metrics else None, self.memory)
+
+    def scrape(self) -> str:
+        """The text of /metrics. Raises RuntimeError where there is none."""
+        return str(self.access.request("GET", f"{(self.metrics or '').rstrip('/')}{METRICS_PATH}").data, "utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +166,18 @@ def _format_workers(count: int) -> str:
 
 
 def connect_server(
-    url: str, metrics_url: str | None, store: str | None, questions: RequestSource, console: Console
+    url: str,
+    metrics_url: str | None,
+    store: str | None,
+    questions: RequestSource,
+    console: Console,
+    access: ServerAccess = OPEN,
 ) -> ServerUnderLoad:
-    """A server that runs already."""
+    """A server that runs already. Raises ValueError for files of `access` that are wrong or not for its addresses."""
+    for address in filter(None, (url, metrics_url)):
+        access.check_url(address)
     asked = questions.of(store, console)
-    return ServerUnderLoad(url, metrics_url, asked, f"{len(asked)} models at {url}")
+    return ServerUnderLoad(url, metrics_url, asked, f"{len(asked)} models at {url}", access=access)
 
 
 def measure_memory(server: LocalServer) -> dict[str, int]:

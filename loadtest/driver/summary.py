@@ -12,6 +12,7 @@ from rich.table import Table
 from loadtest.driver.profiles import Float64
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run
 from loadtest.observe.metrics_sampler import MetricsSampler, MetricSums
+from loadtest.observe.server_access import ADVICE
 from server import contract
 
 try:
@@ -204,6 +205,7 @@ def _compute_failed_share(found: Results) -> tuple[str, float]:
 def _count_failures(status: npt.NDArray[np.int64]) -> dict[str, int]:
     """Status or reason -> how many."""
     said = {NO_ANSWER: "no answer in time", LOST: "connection refused or lost"}
+    said |= {code: f"status {code}, {advice}" for code, advice in ADVICE.items()}
     counted = Counter(status[status != 200].tolist())  # noqa: PLR2004
     return {said.get(code, f"status {code}"): count for code, count in counted.most_common()}
 

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import urllib3
-
+from loadtest.observe.server_access import OPEN
 from server.contract import LOADED_MODELS, METRICS_PATH, PROCESSES_PATH
 
 START_S = 60.0
@@ -56,11 +55,8 @@ class LocalServer:
 
     @staticmethod
     def get(url: str) -> Any:
-        """The response to a GET. Raises RuntimeError for any status but 200, urllib3's errors for no response."""
-        reply = urllib3.request("GET", url, timeout=30.0, retries=False)
-        if reply.status != 200:  # noqa: PLR2004
-            raise RuntimeError(f"GET {url} answered {reply.status}: {reply.data[:500]!r}")
-        return reply
+        """The response to a GET. Raises RuntimeError for no response and for any status but 200."""
+        return OPEN.request("GET", url)
 
 
 @contextmanager

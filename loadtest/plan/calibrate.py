@@ -15,7 +15,6 @@ import numpy as np
 from loadtest.driver.open_loop import LoadTarget, send_schedule
 from loadtest.driver.profiles import Float64, Schedule, draw_poisson
 from loadtest.driver.run_result import CACHE, Run
-from loadtest.observe.local_server import LocalServer
 from loadtest.observe.metrics_sampler import MetricSums, parse_metrics
 from loadtest.plan.costs import DEFAULT, Costs, make_sample, subtract_samples
 from server import contract
@@ -35,11 +34,11 @@ class MetricsReading:
     device: str
 
     @classmethod
-    def at(cls, metrics: str | None) -> "MetricsReading":
-        """Raises RuntimeError and urllib3's errors where the address does not answer."""
-        if metrics is None:
+    def at(cls, scrape: Callable[[], str] | None) -> "MetricsReading":
+        """`scrape` gives the text of /metrics; raises what it raises."""
+        if scrape is None:
             return cls(None, DEFAULT.device)
-        text = str(LocalServer.get(f"{metrics.rstrip('/')}{contract.METRICS_PATH}").data, "utf-8")
+        text = scrape()
         found = re.search(r'device="(\w+)', text)
         return cls(parse_metrics(text)[0], found[1] if found else DEFAULT.device)
 
@@ -51,12 +50,16 @@ class MetricsReading:
 
 
 def calibrate(
-    to: LoadTarget, metrics: str | None, forget: Callable[[int], None] | None, where: str, rate: float = HIT_RATE
+    to: LoadTarget,
+    scrape: Callable[[], str] | None,
+    forget: Callable[[int], None] | None,
+    where: str,
+    rate: float = HIT_RATE,
 ) -> Costs:
     """The costs of a server without other load. Loads are measured only for models that are not loaded yet.
 
     `forget` unloads a model by its number, so that it comes back from disk; None: what that takes is not seen. `rate`:
-    requests a second of hits meanwhile. Raises ValueError where no hit is answered, and what `Counted.at` and `forget`
+    requests a second of hits meanwhile. Raises ValueError where no hit is answered, and what `scrape` and `forget`
     raise.
     """
     hot = range(len(to.requests))[-HOT:] if len(to.requests) > HOT else range(0)
@@ -65,13 +68,13 @@ def calibrate(
     again = _choose_middle([_measure_reloads(to, hot, rate, forget) for _ in range(TIMES)]) if forget else first[:0]
     hot = hot or range(len(to.requests))
     _warm_up(to, hot)
-    before = MetricsReading.at(metrics)
+    before = MetricsReading.at(scrape)
     hits = _measure_hits(to, hot, rate)
     if not len(hits):
         raise ValueError(f"{where}: no request for {len(hot)} models was answered from a loaded model")
-    between = MetricsReading.at(metrics)
+    between = MetricsReading.at(scrape)
     full = _measure_full_rate(to, hot)
-    after = MetricsReading.at(metrics)
+    after = MetricsReading.at(scrape)
     workers = after.counts[contract.WORKER_UP.series, ""] if after.counts else 1.0
     step_s, row_s = _compute_step(before, between, after, per_request=max(1.0, workers) / full)
     alone = step_s + row_s

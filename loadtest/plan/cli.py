@@ -23,6 +23,7 @@ from loadtest.driver.run import RequestSource, ServerUnderLoad, connect_server
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
 from loadtest.observe.local_server import run_local_server
+from loadtest.observe.server_access import OPEN, ServerAccess, open_access
 from loadtest.plan.calibrate import HIT_RATE, LOADED, calibrate
 from loadtest.plan.costs import DEFAULT, Costs, read_costs
 from loadtest.plan.demand import Demand, make_profile_demand, make_trace_demand
@@ -164,6 +165,30 @@ def calibrate_server(
         str | None,
         _make_flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
     ] = None,
+    ca: Annotated[
+        Path | None,
+        _make_flag(
+            SERVER,
+            "PEM file of the authority of the server's certificate; default the system's",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    client_cert: Annotated[
+        Path | None,
+        _make_flag(
+            SERVER, "PEM file of a client certificate, for a server with mutual TLS", exists=True, dir_okay=False
+        ),
+    ] = None,
+    client_key: Annotated[
+        Path | None, _make_flag(SERVER, "PEM file of its key; default in the same file", exists=True, dir_okay=False)
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        _make_flag(
+            SERVER, "file with a bearer token; default the variable FLEETCAST_TOKEN", exists=True, dir_okay=False
+        ),
+    ] = None,
     rate: Annotated[float, _make_flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
     allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
     out: Annotated[Path, _make_flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
@@ -174,12 +199,15 @@ def calibrate_server(
     [bold]fleetcast-load calibrate --store s3://bucket/models[/]
     """
     try:
-        with _serve_measured(store, url, metrics_url, management_url) as (subject, management, where):
+        if url is None and (ca or client_cert or client_key or token_file):
+            raise ValueError("--ca, --client-cert, --client-key and --token-file are for the server at --url")
+        access = open_access(ca, client_cert, client_key, token_file) if url else OPEN
+        with _serve_measured(store, url, metrics_url, management_url, access) as (subject, management, where):
             to = subject.target("sagemaker", allow_remote=allow_remote)
             names = list(subject.questions)
-            forget = make_unloader(management, names) if management else None
+            forget = make_unloader(management, names, subject.access) if management else None
             with console.status("loads, hits, and as many requests as are answered: twenty seconds"):
-                found = calibrate(to, subject.metrics, forget, where, rate)
+                found = calibrate(to, subject.scrape if subject.metrics else None, forget, where, rate)
     except EXPECTED as error:
         raise SystemExit(f"no costs: {error}") from error
     out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
@@ -275,12 +303,12 @@ def _show_findings(found: PlanFindings) -> None:
 
 @contextmanager
 def _serve_measured(
-    store: str | None, url: str | None, metrics: str | None, management: str | None
+    store: str | None, url: str | None, metrics: str | None, management: str | None, access: ServerAccess
 ) -> Iterator[tuple[ServerUnderLoad, str | None, str]]:
     """The server to measure, its management address, and its name in the output."""
     asked = RequestSource(names=None, most=LOADED, body=None, request=None, seed=0)
     if url is not None:
-        yield connect_server(url, metrics, store, asked, console), management, url
+        yield connect_server(url, metrics, store, asked, console, access), management, url
         return
     if metrics or management:
         raise ValueError("--metrics-url and --management-url are for the server at --url")
@@ -298,13 +326,10 @@ def _serve_measured(
             )
 
 
-def make_unloader(management: str, names: Sequence[str]) -> Callable[[int], None]:
+def make_unloader(management: str, names: Sequence[str], access: ServerAccess = OPEN) -> Callable[[int], None]:
     """What unloads a model by its number. Raises RuntimeError where the server does not."""
 
     def unload(model: int) -> None:
-        where = f"{management.rstrip('/')}{verb_path('unload')}/{quote(names[model])}"
-        reply = urllib3.request("POST", where, timeout=30.0, retries=False)
-        if reply.status != 200:  # noqa: PLR2004
-            raise RuntimeError(f"POST {where} answered {reply.status}: {reply.data[:200]!r}")
+        access.request("POST", f"{management.rstrip('/')}{verb_path('unload')}/{quote(names[model])}")
 
     return unload

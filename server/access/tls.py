@@ -1,21 +1,47 @@
-"""TLS of a listener: its certificate, and the authority whose clients may come (mutual TLS); read anew on change."""
+"""TLS of a listener: its certificate, and the authority whose clients may come (mutual TLS); read anew on change.
 
+Also how a client is called that is known by its certificate.
+"""
+
+import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import structlog
+
+CLIENT_NAME = (
+    "fleetcast.client_name"  #: of a request's ASGI scope: what `name_client` says, on a connection by mutual TLS
+)
+MAX_CLIENT_NAME = 100  #: characters
+_UNSAFE = re.compile(r"[^\w.@:/+-]", re.ASCII)
 
 log = structlog.get_logger()
 
 
+class NewestContext(ssl.SSLContext):
+    """A context for a listener, which takes one for its whole life: each connection is made by `newest`.
+
+    A context in use can learn certificates and authorities, but forgets none. So what is read anew is a context of its
+    own, and a client cannot resume a session by which an earlier one let it in.
+    """
+
+    newest: ssl.SSLContext
+
+    def wrap_bio(self, *args: Any, **more: Any) -> ssl.SSLObject:
+        """As any context does it; asyncio and uvloop call this once for each connection."""
+        return self.newest.wrap_bio(*args, **more)
+
+
 class Tls:
-    """A server's context. Certificates that are replaced are taken for new connections; a bad one changes nothing."""
+    """A server's context. Files that are replaced are taken for new connections; a bad one changes nothing."""
 
     def __init__(self, certificate: Path, key: Path | None, client_ca: Path | None) -> None:
         """PEM files; `key` may be in the certificate's. Raises ValueError that names the file and the setting."""
         self._certificate, self._key, self._client_ca = certificate, key, client_ca
-        self.context = self._read()
+        self.context = NewestContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.newest = self._read()
         self._seen = self._identity()
 
     def __repr__(self) -> str:
@@ -34,8 +60,7 @@ class Tls:
             return
         self._seen = seen
         try:
-            self._read()  # first apart: a certificate without its key must not reach the context that serves
-            self._load(self.context)
+            self.context.newest = self._read()
         except ValueError as error:
             log.error("certificate_not_read", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
         else:
@@ -44,23 +69,19 @@ class Tls:
     def _read(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if self._client_ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-        self._load(context)
-        return context
-
-    def _load(self, context: ssl.SSLContext) -> None:
         try:
             context.load_cert_chain(self._certificate, self._key, password=_no_password)
         except (OSError, ssl.SSLError) as error:
             key = f" with the key {self._key} (tls_key)" if self._key else ""
             raise ValueError(f"the certificate {self._certificate} (tls_certificate){key}: {error}") from error
         if self._client_ca is None:
-            return
+            return context
+        context.verify_mode = ssl.CERT_REQUIRED
         try:
             context.load_verify_locations(self._client_ca)
         except (OSError, ssl.SSLError) as error:
             raise ValueError(f"the clients' authority {self._client_ca} (tls_client_ca): {error}") from error
+        return context
 
     def _identity(self) -> tuple[tuple[int, ...], ...]:
         return tuple(_identify_file(path) for path in self._files())
@@ -77,6 +98,24 @@ def open_tls(certificate: Path | None, key: Path | None, client_ca: Path | None)
         if value is not None:
             raise ValueError(f"{name} needs tls_certificate: set the server's certificate as well")
     return None
+
+
+def name_client(certificate: Mapping[str, Any] | None) -> str | None:
+    """How the log calls the client that showed this certificate (as `ssl` describes it); None without one. Pure.
+
+    The subject's common name, else the first alternative name, else the serial number, with its kind in front:
+    `CN:desk-au`, `email:desk@example.org`, `serial:5B21`. Whoever signs certificates for clients chooses these, so all
+    that could forge a part of a log line is escaped, and a long name is cut.
+    """
+    if not certificate:
+        return None
+    subject = [field for part in certificate.get("subject", ()) for field in part]
+    names = [("CN", value) for kind, value in subject if kind == "commonName"]
+    names += [*certificate.get("subjectAltName", ()), ("serial", certificate.get("serialNumber"))]
+    kind, name = next(((kind, str(value)) for kind, value in names if value), ("serial", "unknown"))
+    escaped = _UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}", name[: MAX_CLIENT_NAME + 1])
+    shown = escaped if len(escaped) <= MAX_CLIENT_NAME else f"{escaped[:MAX_CLIENT_NAME]}..."
+    return f"{kind.replace(' ', '')}:{shown}"
 
 
 def _no_password() -> str:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 
 from server.access.access_keys import read_access_keys
 from server.access.sites import Sites, WrongSite, is_loopback
-from server.access.tls import open_tls
+from server.access.tls import CLIENT_NAME, open_tls
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Situation
 from server.settings import Settings
@@ -74,8 +74,8 @@ def read_secrets(settings: Settings) -> Settings:
 class AccessControl:
     """An ASGI application in front of another, which gets only requests that may be made there.
 
-    POSTs of the management API are logged, whatever becomes of them: `management_call` with the token's name (`-`
-    without one), the peer's address, verb, model and status.
+    POSTs of the management API are logged, whatever becomes of them: `management_call` with the names of the token and
+    of the client's certificate (`-` without one), the peer's address, verb, model and status.
     """
 
     def __init__(self, app: App, scope: Scope, sites: Sites, tokens: TokenFile | None) -> None:
@@ -146,6 +146,7 @@ def _audit(scope: Any, token: Token | None, status: int) -> None:
     log.info(
         "management_call",
         token=token.name if token else "-",
+        certificate=scope.get(CLIENT_NAME, "-"),
         peer=(scope.get("client") or ("-",))[0],
         verb=verb[:100],
         model=model[:1000],

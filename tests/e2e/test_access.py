@@ -59,7 +59,7 @@ def bearer(name: str) -> dict[str, str]:
 def audit(server: Server) -> list[tuple[Any, ...]]:
     """The audit log so far: token, verb, model, status."""
     lines = [json.loads(line) for line in server.said().splitlines() if '"management_call"' in line]
-    assert all(line["peer"] == "127.0.0.1" for line in lines)
+    assert all((line["peer"], line["certificate"]) == ("127.0.0.1", "-") for line in lines)
     return [(line["token"], line["verb"], line["model"], line["status"]) for line in lines]
 
 
@@ -281,6 +281,78 @@ def test_mutual_tls_on_every_listener(model: Model, serve: Serve, tmp_path: Path
             renewed = partial(is_renewed, server, listener, known, before)
             wait_until(renewed, f"{listener} shows the renewed certificate")
         assert server.http.get(f"{management}/fleet/models").status_code == 200
+
+
+def knocks(server: Server, listener: str, context: ssl.SSLContext) -> bool:
+    """Whether a new connection to a listener is answered: with TLS 1.3 a refusal comes after the client's handshake."""
+    host, _, port = server.addresses[listener].removeprefix("https://").rpartition(":")
+    try:
+        with contextlib.closing(_connect(host, int(port), context)) as sock:
+            sock.sendall(f"GET /ping HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            return sock.recv(5) == b"HTTP/"
+    except (ssl.SSLError, ConnectionError):
+        return False
+
+
+def showing(trusted: Path, signed_by: trustme.CA, identity: str, **more: str) -> ssl.SSLContext:
+    """A client that trusts the server's authority and shows a certificate of another one."""
+    context = ssl.create_default_context(cafile=trusted)
+    signed_by.issue_cert(identity, **more).configure_cert(context)  # type: ignore[arg-type]
+    return context
+
+
+def test_a_withdrawn_authority_opens_no_new_connection(
+    model: Model, serve: Serve, tmp_path: Path, ca: trustme.CA
+) -> None:
+    """Its clients are refused by every listener while the server runs; a connection that was open goes on.
+
+    Clients of the authority that stays are served.
+    """
+    paths, other = issue(ca, tmp_path), trustme.CA()
+    both = ca.cert_pem.bytes() + other.cert_pem.bytes()
+    paths["tls_client_ca"].write_bytes(both)
+    own = tmp_path / "server-ca.pem"
+    ca.cert_pem.write_to_path(str(own))
+    stays, goes = showing(own, ca, "stays@example.org"), showing(own, other, "goes@example.org")
+    with (
+        serve(http=httpx.Client(verify=stays, timeout=PATIENCE_S, trust_env=False), **paths) as server,
+        httpx.Client(verify=goes, timeout=PATIENCE_S, trust_env=False) as opened,
+    ):
+        url = f"{server.addresses['management']}/fleet/load/{model.name}"
+        assert opened.post(url).status_code == 200
+        assert all(knocks(server, listener, goes) for listener in server.addresses)
+        paths["tls_client_ca"].write_bytes(ca.cert_pem.bytes())
+        for listener in server.addresses:
+            wait_until(lambda at=listener: not knocks(server, at, goes), f"{listener} refuses the authority")  # type: ignore[misc]
+            assert knocks(server, listener, stays)
+        assert opened.post(url).status_code == 200
+
+
+def test_the_audit_log_names_clients_by_their_certificates(
+    model: Model, serve: Serve, tmp_path: Path, ca: trustme.CA
+) -> None:
+    """By the common name, else by the first alternative name; beside the token's name, and for refused calls too.
+
+    A name with spaces and line ends stays one word.
+    """
+    paths = issue(ca, tmp_path)
+    authority = paths["tls_client_ca"]
+    names = {
+        "email:desk@example.org": showing(authority, ca, "desk@example.org"),
+        "CN:desk-au": showing(authority, ca, "desk@example.org", common_name="desk-au"),
+        r"CN:a\x0astatus\x3d200\x20b": showing(authority, ca, "desk@example.org", common_name="a\nstatus=200 b"),
+    }
+    http = httpx.Client(verify=names["CN:desk-au"], timeout=PATIENCE_S, trust_env=False, headers=bearer("all"))
+    with serve(http=http, tokens=write_tokens(tmp_path), **paths) as server:
+        url = f"{server.addresses['management']}/fleet/load/{model.name}"
+        for context in names.values():
+            with httpx.Client(verify=context, timeout=PATIENCE_S, trust_env=False) as client:
+                assert client.post(url, headers=bearer("ops")).status_code == 200
+                assert client.post(url).status_code == 401
+        expected = [pair for name in names for pair in ((name, "ops", 200), (name, "-", 401))]
+        wait_until(lambda: server.said().count('"management_call"') == len(expected), "all calls are in the log")
+        lines = [json.loads(line) for line in server.said().splitlines() if '"management_call"' in line]
+        assert [(line["certificate"], line["token"], line["status"]) for line in lines] == expected
 
 
 # --- the start ------------------------------------------------------------------------------------------------------

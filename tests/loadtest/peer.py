@@ -1,6 +1,7 @@
 """A small real HTTP server that can be slow, silent or wrong: what the driver's tests send a load to."""
 
 import asyncio
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ class Peer:
     port: int = 0
     asked: int = 0
     connections: int = 0
+    tls: ssl.SSLContext | None = None
+    shown: set[str | None] = field(default_factory=set)  #: values of the header Authorization
     stalled_until: float = 0.0
     tasks: set["asyncio.Task[None] | None"] = field(default_factory=set)
 
@@ -33,6 +36,7 @@ class Peer:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 fields = dict(line.split(": ", 1) for line in head.decode().splitlines()[1:-1])
                 await reader.readexactly(int(fields["Content-Length"]))
+                self.shown.add(fields.get("Authorization"))
                 await self._wait()
                 if not self._write(writer, fields["X-Amzn-SageMaker-Target-Model"]):
                     break
@@ -68,7 +72,7 @@ def running(peer: Peer) -> Iterator[Peer]:
     started, ended = threading.Event(), asyncio.Event()
 
     async def main() -> None:
-        server = await asyncio.start_server(peer.answer, "127.0.0.1", 0)
+        server = await asyncio.start_server(peer.answer, "127.0.0.1", 0, ssl=peer.tls)
         peer.port = server.sockets[0].getsockname()[1]
         loops.append(asyncio.get_running_loop())
         started.set()

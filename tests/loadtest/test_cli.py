@@ -1,5 +1,6 @@
 """The command that loads a fleet, and what it makes of a run."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trustme
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -26,6 +28,8 @@ from loadtest.fleets.fleet import list_fleet_names, make_fleet
 from loadtest.fleets.network_shape import make_request
 from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
+from loadtest.observe.server_access import ServerAccess, open_access
+from loadtest.plan.cli import make_unloader
 from tests.loadtest.peer import Peer, running
 from tests.patience import PATIENCE_S
 
@@ -98,6 +102,59 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
     assert "/metrics" not in found.stdout
 
 
+@pytest.fixture
+def protected(tmp_path: Path) -> Mapping[str, list[str]]:
+    """Flags of a server with mutual TLS and tokens, and of the load tester for it."""
+    ca, files = trustme.CA(), {name: str(tmp_path / name) for name in ("ca.pem", "server.pem", "desk.pem", "token")}
+    ca.cert_pem.write_to_path(files["ca.pem"])
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(files["server.pem"])
+    ca.issue_cert("desk@example.org").private_key_and_cert_chain_pem.write_to_path(files["desk.pem"])
+    Path(files["token"]).write_text("desk-secret\n")
+    tokens = tmp_path / "tokens.toml"
+    digest = hashlib.sha256(b"desk-secret").hexdigest()
+    scopes = '["invoke", "manage", "metrics"]'
+    tokens.write_text(f'[[tokens]]\nname = "desk"\nsha256 = "{digest}"\nscopes = {scopes}\n')
+    serve = ["--tls-certificate", files["server.pem"], "--tls-client-ca", files["ca.pem"], "--tokens", str(tokens)]
+    shown = ["--ca", files["ca.pem"], "--client-cert", files["desk.pem"]]
+    return {"serve": serve, "shown": shown, "token": ["--token-file", files["token"]]}
+
+
+@pytest.mark.e2e
+def test_a_server_with_tls_and_tokens(tmp_path: Path, protected: Mapping[str, list[str]]) -> None:
+    """Driver and metrics show certificate and token; without one, or at a plain address, one line says what to give."""
+    models = tmp_path / "models"
+    names = make_fleet(str(models), 3)
+    with run_local_server(str(models), ["--workers", "1", *protected["serve"]], stderr=subprocess.DEVNULL) as server:
+        assert server.inference.startswith("https://")
+        flags = ["--store", str(models), "--seconds", "0.5", "--warmup", "0"]
+        both = ["--url", server.inference, "--metrics-url", server.metrics, *flags]
+        for dialect in ("sagemaker", "forecasts"):
+            whole = [*both, *protected["shown"], *protected["token"], "--dialect", dialect]
+            found = CliRunner().invoke(app, ["run", *whole])
+            assert "failed: " not in found.stdout, found.stdout
+            assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.stdout
+            assert re.search(r"hit ratio by /metrics +│ ", found.stdout)
+        for given, said in (
+            ([*both, *protected["token"]], "--ca FILE"),
+            ([*both, *protected["shown"][:2], *protected["token"]], "--client-cert FILE"),
+            ([*both, *protected["shown"]], "answered 401 (the server wants a token that it knows: --token-file)"),
+            (["--url", server.inference.replace("https", "http"), *flags], "give its address with https"),
+        ):
+            refused = CliRunner().invoke(app, ["run", *given])
+            assert refused.exit_code == 1
+            assert said in refused.output.splitlines()[-1]
+        unknown = CliRunner().invoke(app, ["run", "--url", server.inference, *flags, *protected["shown"]])
+        assert "failed: status 401, the server wants a token that it knows: --token-file" in " ".join(
+            unknown.stdout.replace("│", " ").split()
+        )
+        _, ca, _, cert = protected["shown"]
+        access = open_access(Path(ca), Path(cert), None, Path(protected["token"][1]))
+        unload = make_unloader(server.management, names, access)
+        unload(0)
+        with pytest.raises(RuntimeError, match="answered 401"):
+            make_unloader(server.management, names, ServerAccess(Path(ca), Path(cert)))(0)
+
+
 @pytest.mark.e2e
 def test_calls_for_many_models(tmp_path: Path) -> None:
     """A tick as a few calls: each waits for its own models; one that is not there fails in every call that names it."""
@@ -132,6 +189,11 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1"], "the models' names are not known: give --store or --names"),
         (["--metrics-url", "http://127.0.0.1:1"], "--metrics-url and --names are for the server at --url"),
         (["--cache", "1MiB"], "--cache is for a --store of yours"),
+        (["--store", ".", "--token-file", "names.txt"], "--token-file are for the server at --url"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--token-file", "names.txt"], "must hold a token alone"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--ca", "names.txt"], "are for addresses with https"),
+        (["--url", "https://127.0.0.1:1", "--store", ".", "--ca", "names.txt"], "--ca names.txt: "),
+        (["--url", "https://127.0.0.1:1", "--store", ".", "--client-key", "names.txt"], "needs --client-cert"),
         (["--url", "http://192.0.2.7", "--store", "."], "192.0.2.7 is 192.0.2.7, not this machine"),
         (["--url", "http://127.0.0.1:1", "--store", "nowhere"], "nowhere"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--metrics-url", "http://127.0.0.1:1"], "refused"),

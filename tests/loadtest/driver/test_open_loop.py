@@ -1,6 +1,7 @@
 """The driver against a small real HTTP server that can be slow, silent or wrong."""
 
 import resource
+import ssl
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import overload
 
 import numpy as np
 import pytest
+import trustme
 
 from loadtest.driver.dialects import DIALECTS
 from loadtest.driver.open_loop import LoadTarget, RemoteNotAllowed, make_target, send_schedule
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
 from loadtest.observe.processes import find_free_port
+from loadtest.observe.server_access import ServerAccess
 from tests.loadtest.peer import Peer, running
 from tests.patience import PATIENCE_S
 
@@ -180,6 +183,37 @@ def test_only_this_machine_unless_told() -> None:
     with pytest.raises(RemoteNotAllowed, match="--allow-remote"):
         make_target("http://192.0.2.7:8080", [])
     assert make_target("http://192.0.2.7", [], allow_remote=True) == LoadTarget("192.0.2.7", 80, [])
-    for url in ("https://localhost", "localhost:8080", "http://localhost/path"):
-        with pytest.raises(ValueError, match="http://HOST:PORT"):
+    secure = make_target("https://localhost", [])
+    assert (secure.port, secure.tls_name) == (443, "localhost")
+    for url in ("ftp://localhost", "localhost:8080", "http://localhost/path"):
+        with pytest.raises(ValueError, match="http://HOST:PORT or https://HOST:PORT"):
             make_target(url, [])
+
+
+def test_a_load_over_tls_shows_what_the_server_asks_for(tmp_path: Path) -> None:
+    """Every connection trusts the authority, shows the certificate, and every request the token; the representation of
+    the target does not. Latency is measured as without TLS.
+    """
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    ca.issue_cert("desk@example.org").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "desk.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("127.0.0.1").configure_cert(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    ca.configure_trust(context)
+    access = ServerAccess(tmp_path / "ca.pem", tmp_path / "desk.pem", token="desk-secret")
+    schedule = Profile(1, 200, arrivals=ArrivalProcess.CONSTANT).schedule(0.5)
+    request = DIALECTS["sagemaker"].request("peer", "hit", b"{}", headers=access.headers)
+    with running(Peer(tls=context)) as peer:
+        url = f"https://127.0.0.1:{peer.port}"
+        to = make_target(url, [request], access=access)
+        run = send_schedule(schedule, to)
+        assert (run.status == 200).all()
+        assert (run.cache == CACHE.index("hit")).all()
+        assert peer.shown == {"Bearer desk-secret"}
+        assert "desk-secret" not in repr(to)
+        asked = peer.asked
+        for unknown in (ServerAccess(tmp_path / "ca.pem"), ServerAccess(client_cert=tmp_path / "desk.pem")):
+            refused = send_schedule(schedule, make_target(url, [request], access=unknown), patience_s=PATIENCE_S)
+            assert (refused.status == LOST).all()
+        assert peer.asked == asked

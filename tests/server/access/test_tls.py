@@ -5,13 +5,15 @@ import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 from structlog.testing import capture_logs
 
-from server.access.tls import Tls
+from server.access.tls import MAX_CLIENT_NAME, Tls, name_client
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -110,9 +112,100 @@ def test_clients_must_show_a_certificate_of_the_authority(ca: trustme.CA, tmp_pa
             shake_hands(tls, client)
 
 
+Connected = tuple[ssl.SSLSession | None, bool]
+
+
+def connect(tls: Tls, client: ssl.SSLContext, session: ssl.SSLSession | None = None) -> Connected:
+    """The session of a connection, and whether it was resumed. Raises ssl.SSLError or ConnectionError."""
+
+    async def run() -> Connected:
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(await reader.readline())
+            await writer.drain()
+            await reader.read()
+            writer.close()
+
+        place = socket.create_server(("127.0.0.1", 0))
+        async with await asyncio.start_server(echo, sock=place, ssl=tls.context):
+            return await asyncio.to_thread(ask, place.getsockname())
+
+    def ask(address: tuple[str, int]) -> Connected:
+        raw = socket.create_connection(address, PATIENCE_S)
+        with client.wrap_socket(raw, server_hostname="127.0.0.1", session=session) as sock:
+            sock.sendall(b"hello\n")
+            if sock.recv(6) != b"hello\n":
+                raise ConnectionError("cut off")
+            return sock.session, bool(sock.session_reused)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_withdrawn_authority_is_refused_and_its_sessions_are_not_resumed(
+    ca: trustme.CA, tmp_path: Path, version: ssl.TLSVersion
+) -> None:
+    """From the next look on. Until then its client's session is resumed, which proves that it can be; the client of the
+    authority that stays is served throughout.
+    """
+    authority, other = tmp_path / "ca.pem", trustme.CA()
+    authority.write_bytes(ca.cert_pem.bytes() + other.cert_pem.bytes())
+    tls = Tls(*write(ca, tmp_path), authority)
+    stays, goes = trusting(ca), trusting(ca)
+    goes.maximum_version = version
+    ca.issue_cert("stays@example.org").configure_cert(stays)
+    other.issue_cert("goes@example.org").configure_cert(goes)
+    connect(tls, stays)
+    session, _ = connect(tls, goes)
+    assert connect(tls, goes, session)[1]
+    authority.write_bytes(ca.cert_pem.bytes())
+    tls.reload_if_changed()
+    connect(tls, stays)
+    for shown in (None, session):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            connect(tls, goes, shown)
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense"])
+def test_an_authority_that_turns_bad_changes_nothing(ca: trustme.CA, tmp_path: Path, content: bytes) -> None:
+    """The last good one stays in force: known clients are served, others are not."""
+    authority = tmp_path / "ca.pem"
+    authority.write_bytes(ca.cert_pem.bytes())
+    tls = Tls(*write(ca, tmp_path), authority)
+    known = trusting(ca)
+    ca.issue_cert("desk@example.org").configure_cert(known)
+    authority.write_bytes(content)
+    with capture_logs() as logs:
+        tls.reload_if_changed()
+    assert [line["event"] for line in logs] == ["certificate_not_read"]
+    assert "ca.pem (tls_client_ca)" in logs[0]["error"]
+    connect(tls, known)
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        connect(tls, trusting(ca))
+
+
+@pytest.mark.parametrize(
+    ("certificate", "name"),
+    [
+        (None, None),
+        ({}, None),
+        ({"subject": ((("organizationName", "trustme"),), (("commonName", "desk-au"),))}, "CN:desk-au"),
+        ({"subject": (), "subjectAltName": (("email", "desk@example.org"), ("DNS", "b"))}, "email:desk@example.org"),
+        ({"subjectAltName": (("URI", "spiffe://fleet/desk"),)}, "URI:spiffe://fleet/desk"),
+        ({"subjectAltName": (("IP Address", "10.0.0.1"),)}, "IPAddress:10.0.0.1"),
+        ({"subject": ((("commonName", ""),),), "serialNumber": "5B21"}, "serial:5B21"),
+        ({"subject": ((("commonName", "a status=200\n\u202e\\"),),)}, r"CN:a\x20status\x3d200\x0a\x202e\x5c"),
+        ({"subject": ((("commonName", "a" * 100_000),),)}, f"CN:{'a' * MAX_CLIENT_NAME}..."),
+        ({"subject": ((("commonName", "\n" * 100_000),),)}, f"CN:{(chr(92) + 'x0a') * (MAX_CLIENT_NAME // 4)}..."),
+    ],
+)
+def test_clients_are_named_by_their_certificates(certificate: dict[str, Any] | None, name: str | None) -> None:
+    """The common name, else the first alternative name, else the serial number; bounded, and nothing forges a line."""
+    assert name_client(certificate) == name
+
+
 def test_old_versions_are_refused(ca: trustme.CA, tmp_path: Path) -> None:
     """Nothing below TLS 1.2."""
-    assert Tls(*write(ca, tmp_path), None).context.minimum_version is ssl.TLSVersion.TLSv1_2
+    assert Tls(*write(ca, tmp_path), None).context.newest.minimum_version is ssl.TLSVersion.TLSv1_2
 
 
 def test_files_that_are_wrong_are_named(ca: trustme.CA, tmp_path: Path) -> None:
