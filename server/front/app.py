@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import structlog
 
@@ -22,6 +22,7 @@ from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
+from server.front.slices import ITEM, Pacer
 from server.front.worker_client import WorkerLost
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
@@ -34,6 +35,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_HEADER = 1024
 PIECE_BYTES = 256 * 1024  #: of a large answer that are handed to the client's connection at a time
+HASHED_HERE = 1024 * 1024  #: bytes of a signed body; a longer one is hashed in a thread, without the interpreter's lock
 _TIMEOUT_MS = raw_header(contract.HEADER_TIMEOUT_MS)
 _REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
 _CACHE = raw_header(contract.HEADER_CACHE)
@@ -89,11 +91,12 @@ class App:
             statuses = await self._send(self._refuse(dialect, request, error), request, send)
         else:
             statuses = await self._send(reply, request, send)
-        seconds = time.perf_counter() - started
+        seconds, pacer = time.perf_counter() - started, Pacer()
         for status in statuses:
             answered = self._answered.get((dialect.name, status)) or self._bind_answers(dialect.name, status)
             answered.answers.inc()
             answered.seconds.observe(seconds)
+            await pacer.spend(ITEM)
 
     def _bind_answers(self, protocol: str, status: int) -> AnswerSeries:
         """The series of answers with this status, found once."""
@@ -129,7 +132,11 @@ class App:
             raise limit.exceeded(len(request.body))
         if signed and self._permissions is not None:
             query = scope.get("query_string", b"")
-            self._permissions.check_signature(request.method, request.path, query, headers, request.body)
+            signed_as = (request.method, request.path, query, headers, request.body)
+            if len(request.body) <= HASHED_HERE:
+                self._permissions.check_signature(*signed_as)
+            else:
+                await asyncio.to_thread(self._permissions.check_signature, *signed_as)
         if coding:
             request.body = await self._join(b"", limit, unpack(request.body, coding))
 
@@ -143,7 +150,7 @@ class App:
 
     async def _join(self, first: bytes, limit: Limit, receive: Receive) -> bytes:
         """The whole body. Its parts count as held while they arrive."""
-        parts, size, more = [first], len(first), True
+        body, size, more = bytearray(first), len(first), True  # it grows: a join of all parts takes the loop's time
         self.plane.held_bytes += size
         try:
             while more:
@@ -151,14 +158,14 @@ class App:
                 if message["type"] == "http.disconnect":
                     raise ClientGone
                 part = message.get("body", b"")
-                parts.append(part)
+                body += part
                 size += len(part)
                 self.plane.held_bytes += len(part)
                 if size > limit.bytes:
                     raise limit.exceeded(size)
                 self.plane.check_held()
                 more = message.get("more_body", False)
-            return b"".join(parts)
+            return cast("bytes", body)  # not copied: all that read it take any buffer
         finally:
             self.plane.held_bytes -= size
 

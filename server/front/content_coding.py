@@ -12,6 +12,7 @@ from typing import Any
 from server.errors import Refused, Situation
 
 PIECE_BYTES = 256 * 1024  #: unpacked at a time, 1 ms or less
+FED_BYTES = 64 * 1024  #: packed bytes that zlib is given at a time: it copies what it leaves
 CODINGS = ("gzip", "deflate")
 _SAME = {"": "", "identity": "", "x-gzip": "gzip"}  #: no coding, and an old name (RFC 9110, 8.4.1.3)
 _RAW, _ZLIB, _GZIP = -zlib.MAX_WBITS, zlib.MAX_WBITS, 16 + zlib.MAX_WBITS
@@ -34,19 +35,20 @@ def unpack(body: bytes, coding: str) -> Callable[[], Awaitable[MutableMapping[st
     It raises Refused where the body is damaged, ends early, or is followed by other bytes.
     """
     inflater = zlib.decompressobj(_GZIP if coding == "gzip" else _ZLIB if _is_zlib(body) else _RAW)
-    packed = body
+    packed, at = memoryview(body), 0
 
     async def next_piece() -> MutableMapping[str, Any]:
-        nonlocal packed
+        nonlocal at
         await asyncio.sleep(0)
+        fed = packed[at : at + FED_BYTES]
         try:
-            piece = inflater.decompress(packed, PIECE_BYTES)
+            piece = inflater.decompress(fed, PIECE_BYTES)
         except zlib.error as error:
             raise _refused(f"the body is not sound {coding}: {error}") from None
-        packed = inflater.unconsumed_tail
-        if inflater.unused_data:
-            raise _refused(f"{len(inflater.unused_data)} bytes follow the {coding} stream of the body")
-        if not inflater.eof and not piece:
+        at += len(fed) - len(inflater.unconsumed_tail)
+        if inflater.eof and (left := len(inflater.unused_data) + len(packed) - at):
+            raise _refused(f"{left} bytes follow the {coding} stream of the body")
+        if not inflater.eof and not piece and at == len(packed):
             raise _refused(f"the {coding} stream of the body ends early")
         return {"type": "http.request", "body": piece, "more_body": not inflater.eof}
 

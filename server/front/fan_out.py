@@ -15,7 +15,7 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats
+from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferResponse, InferStats
 from server.front.exchange import Limit
 from server.front.raw_json import (
     build_correlation_request,
@@ -24,6 +24,7 @@ from server.front.raw_json import (
     replace_marginal,
     split_samples,
 )
+from server.front.slices import ITEM, Pacer, Slices
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
 MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
@@ -77,6 +78,7 @@ class FanOut:
         self._window = max(call.size, MIN_WINDOW)
         self._running = self._under_way = self._answered = 0
         self._room = asyncio.Event()
+        self._pacer = Pacer()
 
     def __repr__(self) -> str:
         """For example `<FanOut of 500 items, 80 running with 90000 bytes>`."""
@@ -109,22 +111,23 @@ class FanOut:
 
     async def draw(self, joint: Joint, found: Sequence[Prediction | Refused], accept: str) -> bytes:
         """The correlation's answer: everybody's samples. Raises Refused, its place being that among the items."""
-        asked = build_correlation_request(
-            [
-                (item.model, each.body)
-                for item, each in zip(self._call.items, found, strict=True)
-                if isinstance(item, Item) and isinstance(each, Prediction)
-            ],
-            joint.drawn,
-        )
+        answered = [
+            (item.model, each.body)
+            for item, each in zip(self._call.items, found, strict=True)
+            if isinstance(item, Item) and isinstance(each, Prediction)
+        ]
+        asked = await self._pacer.run(build_correlation_request(answered, joint.drawn))
         request = InferRequest(joint.correlation, asked, JSON, accept, self._deadline, self._client_gone)
         try:
             response = await self._plane.infer(request)
         except Refused as refused:
             raise _at_item(refused, found) from None
-        scenarios = await response.read()
-        self._check_answers(len(scenarios))
-        return scenarios
+        try:
+            self._check_answers(response.body_bytes)
+        except Refused:
+            response.cancel()
+            raise
+        return await response.read()
 
     def _check_size(self) -> None:
         count, size = len(self._call.items), len(self._call.configuration)
@@ -151,6 +154,7 @@ class FanOut:
                         size = len(memoryview(item.instance)) + len(self._call.configuration)
                         await self._wait_for_room(size)
                         group.create_task(self._infer_item(i, item, size, results))
+                        await self._pacer.spend(ITEM + size)
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [results[i] for i in range(len(results))]
@@ -158,26 +162,35 @@ class FanOut:
     async def _infer_item(self, i: int, item: Item, size: int, results: dict[int, Prediction | Refused]) -> None:
         """Put one item's prediction, or why there is none, into its place. Raises Refused when all are too large."""
         try:
-            results[i] = found = await self._predict(item)
+            results[i] = await self._predict(item)
         finally:
             self._running -= 1
             self._under_way -= size
             self._room.set()
-        if isinstance(found, Prediction):
-            self._answered += len(found.body)
-            self._plane.held_bytes += len(found.body)
-            self._check_answers(self._answered)
-            self._plane.check_held()
 
     async def _predict(self, item: Item) -> Prediction | Refused:
         body = build_request(item.instance, self._call.configuration)
         try:
             response = await self._plane.infer(InferRequest(item.model, body, JSON, JSON, self._deadline))
-            marginal = self._call.joint is not None
-            return Prediction(extract_prediction(await response.read(), marginal=marginal), response.stats)
         except Refused as refused:
-            # A new one: the traceback of this one holds frames, and these hold the item's body.
-            return Refused(refused.situation, *msgspec.structs.astuple(refused.detail))
+            return _without_frames(refused)
+        self._hold_answer(response)
+        try:
+            found = extract_prediction(await response.read(), marginal=self._call.joint is not None)
+            return Prediction(await self._pacer.run(found), response.stats)
+        except Refused as refused:
+            return _without_frames(refused)
+
+    def _hold_answer(self, response: InferResponse) -> None:
+        """Count an answer before it is read. Raises Refused, the whole call's, where all are too large."""
+        self._answered += response.body_bytes
+        self._plane.held_bytes += response.body_bytes
+        try:
+            self._check_answers(self._answered)
+            self._plane.check_held()
+        except Refused:
+            response.cancel()
+            raise
 
     async def _wait_for_room(self, size: int) -> None:
         """Until an item of `size` bytes may begin. One alone always may."""
@@ -195,13 +208,22 @@ def require_all(found: Sequence[Prediction | Refused]) -> None:
             raise Refused(each.situation, each.detail.message, i, each.detail.field)
 
 
-def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> list[Prediction | Refused]:
+def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slices[list[Prediction | Refused]]:
     """The predictions with their samples from the correlation's answer in the place of their marginals."""
-    samples = iter(split_samples(scenarios))
-    return [
-        each if isinstance(each, Refused) else Prediction(replace_marginal(each.body, next(samples)), each.stats)
-        for each in found
-    ]
+    samples = iter((yield from split_samples(scenarios)))
+    done: list[Prediction | Refused] = []
+    for each in found:
+        if isinstance(each, Prediction):
+            body = yield from replace_marginal(each.body, next(samples))
+            done.append(Prediction(body, each.stats))
+        else:
+            done.append(each)
+    return done
+
+
+def _without_frames(refused: Refused) -> Refused:
+    """A new one: the traceback of the other holds frames, and these hold the item's body."""
+    return Refused(refused.situation, *msgspec.structs.astuple(refused.detail))
 
 
 def _at_item(refused: Refused, found: Sequence[Prediction | Refused]) -> Refused:

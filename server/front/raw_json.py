@@ -1,26 +1,26 @@
-"""DeepAR JSON cut and joined without decoding a number: requests to models and their answers. Pure.
+"""DeepAR JSON cut and joined without decoding a number: requests to models and their answers. Pure, and in slices.
 
 An instance's bytes become the one instance of a request to its model, and the prediction in that model's answer is put
 into the common answer as it is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import cast
 
 import msgspec
 
 from server.errors import Refused, Situation
+from server.front.json_cutter import NotJson, cut_fields, cut_items
+from server.front.slices import AT_ONCE, Slices, join_parts
+
+MAX_ITEMS = 10_000  #: of one call
 
 
 class _PredictionAnswer(msgspec.Struct):
     predictions: list[msgspec.Raw]
 
 
-class _Samples(msgspec.Struct):
-    samples: list[msgspec.Raw]
-
-
-_ANSWER, _SAMPLES = msgspec.json.Decoder(_PredictionAnswer), msgspec.json.Decoder(_Samples)
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANSWER = msgspec.json.Decoder(_PredictionAnswer)
 
 
 def build_request(instance: msgspec.Raw, configuration: bytes) -> bytes:
@@ -28,35 +28,50 @@ def build_request(instance: msgspec.Raw, configuration: bytes) -> bytes:
     return b"".join((b'{"instances":[', instance, b'],"configuration":', configuration, b"}"))
 
 
-def split_fields(record: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
-    """The fields of a JSON object, not decoded. Raises msgspec.MsgspecError."""
-    return _FIELDS.decode(record)
-
-
-def extract_prediction(answer: bytes, *, marginal: bool = False) -> bytes:
+def extract_prediction(answer: bytes, *, marginal: bool = False) -> Slices[bytes]:
     """The one prediction in a model's answer, with a marginal where that is needed. Raises Refused without one."""
     try:
-        (found,) = _ANSWER.decode(answer).predictions
-        if marginal and "marginal" not in _FIELDS.decode(found):
+        if len(answer) <= AT_ONCE:
+            yield len(answer)
+            (found,) = _ANSWER.decode(answer).predictions
+        else:
+            (found,) = yield from cut_items((yield from cut_fields(answer))["predictions"], 1)
+        if marginal and "marginal" not in (yield from cut_fields(found)):
             raise Refused(Situation.MODEL_FAILED, "the model answers no marginal, which joint scenarios are made of")
-    except (msgspec.MsgspecError, ValueError):
+    except (msgspec.MsgspecError, NotJson, KeyError, ValueError):
         raise Refused(Situation.MODEL_FAILED, "the model answers tensors, not a forecast") from None
-    return bytes(found)
+    view = memoryview(found)
+    # The copy of a small one lets its answer go; a large one is not copied, and all that read it take any buffer.
+    return bytes(view) if len(view) <= AT_ONCE else cast("bytes", view)
 
 
-def build_correlation_request(predictions: Iterable[tuple[str, bytes]], drawn: Mapping[str, msgspec.Raw]) -> bytes:
+def build_correlation_request(
+    predictions: Iterable[tuple[str, bytes]], drawn: Mapping[str, msgspec.Raw]
+) -> Slices[bytes]:
     """The request to a correlation archive: the predictions' marginals by model name, and how samples are drawn."""
-    forecasts = [{"name": name, "marginal": _FIELDS.decode(prediction)["marginal"]} for name, prediction in predictions]
-    return msgspec.json.encode({"forecasts": forecasts, **drawn})
+    parts: list[bytes | memoryview] = [b'{"forecasts":[']
+    for name, prediction in predictions:
+        marginal = (yield from cut_fields(prediction))["marginal"]
+        comma = b"," if len(parts) > 1 else b""
+        parts += (comma + b'{"name":' + msgspec.json.encode(name) + b',"marginal":', memoryview(marginal), b"}")
+    parts.append(b"]")
+    parts += (part for name, value in drawn.items() for part in (b",", *_write_field(name, value)))
+    return (yield from join_parts([*parts, b"}"]))
 
 
-def split_samples(answer: bytes) -> list[msgspec.Raw]:
+def split_samples(answer: bytes) -> Slices[list[msgspec.Raw]]:
     """The samples of each forecast in a correlation archive's answer."""
-    return _SAMPLES.decode(answer).samples
+    return (yield from cut_items((yield from cut_fields(answer))["samples"], MAX_ITEMS))
 
 
-def replace_marginal(prediction: bytes, samples: msgspec.Raw) -> bytes:
+def replace_marginal(prediction: bytes, samples: msgspec.Raw) -> Slices[bytes]:
     """The prediction with its samples in the place of its marginal."""
-    fields = _FIELDS.decode(prediction)
+    fields = yield from cut_fields(prediction)
     del fields["marginal"]
-    return msgspec.json.encode({**fields, "samples": samples})
+    parts = [b"{", *(part for name, value in fields.items() for part in (*_write_field(name, value), b","))]
+    return (yield from join_parts([*parts, *_write_field("samples", samples), b"}"]))
+
+
+def _write_field(name: str, value: msgspec.Raw) -> Iterator[bytes | memoryview]:
+    yield msgspec.json.encode(name) + b":"
+    yield memoryview(value)

@@ -27,8 +27,12 @@ from model_store.archives.archive import Limits, open_archive
 from model_store.archives.manifest import Kind
 from model_store.errors import LoadError
 from server.errors import Refused
+from server.front import json_cutter
 from server.front.dialects.forecasts import parse_call
-from server.front.raw_json import extract_prediction, split_fields, split_samples
+from server.front.exchange import Limit
+from server.front.json_cutter import NotJson, cut_fields
+from server.front.raw_json import extract_prediction, split_samples
+from server.front.slices import AT_ONCE, finish
 from server.ipc.frames import Cancel, Credit, Data, FrameReader, Request, WireError, append_frame
 from tests.archives import FORECAST, make_forecaster, make_tar_gz
 from tests.e2e.canary import Canary
@@ -124,7 +128,7 @@ def test_bodies_of_one_model() -> None:
         fuzz([tensors, npy, lines], lambda data, media=media: codec.decode(data, media, ""), (RequestError,))  # type: ignore[misc]
 
 
-def test_calls_for_many_models() -> None:
+def test_calls_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a front reads of a call, and of workers' answers: Refused or a msgspec error at most."""
     call = (
         b'{"requests":[{"target_model":"a/b.mar","start":"2026-01-01","target":[1,2]},{"target_model":"c.mar"}],'
@@ -132,10 +136,12 @@ def test_calls_for_many_models() -> None:
     )
     answer = b'{"predictions":[{"mean":[1.5,2],"marginal":{"levels":[0.5],"values":[[[1]]]}}]}'
     samples = b'{"samples":[[1.5,2],[3,4]]}'
-    mistakes = (Refused, msgspec.MsgspecError, ValueError, RecursionError)
-    fuzz([call], parse_call, mistakes)
-    for read in (extract_prediction, split_fields, split_samples):
-        fuzz([answer, samples], read, mistakes)
+    limit = Limit(6 * 2**20, "max_body_bytes")
+    for at_once in (AT_ONCE, 0):  # read by msgspec, and cut by the cutter as larger ones are
+        monkeypatch.setattr(json_cutter, "AT_ONCE", at_once)
+        fuzz([call], lambda data: finish(parse_call(data, limit)), (Refused,))
+        for read in (extract_prediction, cut_fields, split_samples):
+            fuzz([answer, samples], lambda data, read=read: finish(read(data)), (Refused, NotJson, KeyError))  # type: ignore[misc]
 
 
 def test_frames() -> None:

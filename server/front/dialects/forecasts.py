@@ -5,9 +5,7 @@ the correlation that the call names turns these into everybody's samples.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -17,11 +15,12 @@ from server.errors import Refused, Situation
 from server.front.dataplane import DataPlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
-from server.front.raw_json import split_fields
+from server.front.json_cutter import NotJson, cut_fields, cut_items
+from server.front.raw_json import MAX_ITEMS
+from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
 from server.settings import Settings
 
-MAX_ITEMS = 10_000
-MAX_CONFIGURATION_BYTES = 256 * 1024  #: its fields become objects in a joint call, some hundred bytes each
+MAX_CONFIGURATION_BYTES = 256 * 1024  #: it goes to every model, and its fields become objects in a joint call
 OK, TOO_MANY = 200, 429
 
 #: The status of a call that fails as a whole, and the one that an item is counted with.
@@ -52,22 +51,6 @@ STATUS: Mapping[Situation, int] = {
 RETRY_AFTER = (Situation.STORE_FAILED, Situation.OVERLOADED, Situation.NOT_READY, Situation.WORKER_LOST)
 
 
-#: The items, as a record of so many optional fields: msgspec refuses an array with one more at that place. A list would
-#: be built before its length is checked, and 64 MiB of `[1,1,1]` would become gigabytes of objects.
-_Items: Any = msgspec.defstruct(
-    "_Items",
-    [(f"item{i}", msgspec.Raw, msgspec.Raw()) for i in range(MAX_ITEMS)],
-    array_like=True,
-    forbid_unknown_fields=True,
-)
-_TOO_MANY_ITEMS = "Expected `array` of at most length"  #: how msgspec begins to say so
-
-
-class _Body(msgspec.Struct):
-    requests: _Items
-    configuration: msgspec.Raw = msgspec.Raw(b"{}")
-
-
 class _Target(msgspec.Struct):
     target_model: str
 
@@ -85,8 +68,9 @@ class _JointConfiguration(msgspec.Struct):
     output_types: tuple[str, ...] = ("samples",)
 
 
-_BODY, _TARGET = msgspec.json.Decoder(_Body), msgspec.json.Decoder(_Target)
+_TARGET = msgspec.json.Decoder(_Target)
 _CONFIGURATION, _JOINT_CONFIGURATION = msgspec.json.Decoder(_Configuration), msgspec.json.Decoder(_JointConfiguration)
+_NO_CONFIGURATION = msgspec.Raw(b"{}")
 #: Of the configuration, what the models do not get when scenarios are joint, and what the correlation gets.
 _NOT_FOR_MODELS, _DRAWN = ("joint", "correlation", "num_samples", "seed"), ("num_samples", "seed")
 
@@ -99,6 +83,7 @@ class Forecasts:
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_forecasts_bytes), "max_forecasts_bytes")
+        self._item_limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
         self._forecast = DialectOperation("forecast", self._limit)
         self._status = {**STATUS, Situation.OVERLOADED: int(settings.overload_status)}
 
@@ -113,11 +98,12 @@ class Forecasts:
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
         """All predictions in order; with `joint` and `Accept: application/x-npy`, their samples as one array."""
         del operation
-        call = parse_call(request.body)
+        pacer = Pacer()
+        call = await pacer.run(parse_call(request.body, self._item_limit))
         with FanOut(plane, call, self._limit, request.deadline, request.client_gone) as fan_out:
-            return await self._answer(call, fan_out, request)
+            return await self._answer(call, fan_out, request, pacer)
 
-    async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest) -> HttpReply:
+    async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest, pacer: Pacer) -> HttpReply:
         found = await fan_out.infer()
         counted, stats = self.statuses(found), summarise_items(found)
         if call.joint is not None and any(isinstance(each, Prediction) for each in found):
@@ -127,8 +113,8 @@ class Forecasts:
             scenarios = await fan_out.draw(call.joint, found, accept)
             if accept == NPY:
                 return HttpReply(OK, NPY, scenarios, stats=stats, counted=counted)
-            found = put_samples(found, scenarios)
-        return HttpReply(OK, JSON, build_answer(found), stats=stats, counted=counted)
+            found = await pacer.run(put_samples(found, scenarios))
+        return HttpReply(OK, JSON, await pacer.run(build_answer(found)), stats=stats, counted=counted)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The call's error, as an item's is."""
@@ -141,31 +127,50 @@ class Forecasts:
         return [self._status[each.situation] if isinstance(each, Refused) else OK for each in found]
 
 
-def parse_call(body: bytes) -> MultiModelCall:
+def parse_call(body: bytes, item_limit: Limit) -> Slices[MultiModelCall]:
     """The call. Raises Refused for a body that is none, with the place."""
     try:
-        call = _BODY.decode(body)
-        joint = _CONFIGURATION.decode(call.configuration).joint
-        size = len(memoryview(call.configuration))
-        if joint and size > MAX_CONFIGURATION_BYTES:
-            message = f"the configuration has {size} bytes, more than {MAX_CONFIGURATION_BYTES} of a joint call"
-            raise Refused(Situation.TOO_LARGE, message, field="configuration")
-        wanted = _JOINT_CONFIGURATION.decode(call.configuration) if joint else None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        if str(error).startswith(_TOO_MANY_ITEMS):
-            raise _wrong_count("more") from None
+        fields = yield from cut_fields(body)
+        configuration = fields.get("configuration", _NO_CONFIGURATION)
+        wanted = _parse_configuration(configuration)
+        drawing = {} if wanted is None else (yield from cut_fields(configuration))
+        requests = yield from _cut_requests(fields)
+    except (NotJson, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(Situation.BAD_REQUEST, f"not a call for forecasts: {error}") from None
-    requests = takewhile(memoryview, msgspec.structs.astuple(call.requests))  # those that were not sent are empty
-    items = [_parse_item(raw) for raw in requests]
-    if not items:
-        raise _wrong_count("0")
+    items: list[Item | Refused] = []
+    for raw in requests:
+        item = yield from _parse_item(raw, item_limit)
+        items.append(item)
     if wanted is None:
-        return MultiModelCall(items, bytes(call.configuration), None, len(body))
-    fields = split_fields(call.configuration)
+        return MultiModelCall(items, bytes(configuration), None, len(body))
     kinds = [kind for kind in wanted.output_types if kind not in ("samples", "marginal")]
-    kept = {name: value for name, value in fields.items() if name not in _NOT_FOR_MODELS}
-    configuration = msgspec.json.encode({**kept, "output_types": [*kinds, "marginal"]})
-    return MultiModelCall(items, configuration, _parse_joint(wanted, fields), len(body))
+    kept = {name: value for name, value in drawing.items() if name not in _NOT_FOR_MODELS}
+    for_models = msgspec.json.encode({**kept, "output_types": [*kinds, "marginal"]})
+    return MultiModelCall(items, for_models, _parse_joint(wanted, drawing), len(body))
+
+
+def _parse_configuration(configuration: msgspec.Raw) -> _JointConfiguration | None:
+    """What the front needs of it; None where scenarios are not joint. Raises Refused, MsgspecError."""
+    size = len(memoryview(configuration))
+    if size > MAX_CONFIGURATION_BYTES:
+        message = f"the configuration has {size} bytes, {MAX_CONFIGURATION_BYTES} are the most"
+        raise Refused(Situation.TOO_LARGE, message, field="configuration")
+    joint = _CONFIGURATION.decode(configuration).joint
+    return _JOINT_CONFIGURATION.decode(configuration) if joint else None
+
+
+def _cut_requests(fields: Mapping[str, msgspec.Raw]) -> Slices[list[msgspec.Raw]]:
+    """The items. Raises Refused for none or too many, NotJson."""
+    if "requests" not in fields:
+        raise NotJson("Object missing required field `requests`")
+    try:
+        requests = yield from cut_items(fields["requests"], MAX_ITEMS)
+    except NotJson as error:
+        raise NotJson(f"{error} - at `$.requests`") from None
+    if not 1 <= len(requests) <= MAX_ITEMS:
+        message = f"a call has 1 to {MAX_ITEMS} requests, not {'more' if requests else 0}"
+        raise Refused(Situation.BAD_REQUEST, message, field="requests")
+    return requests
 
 
 def _parse_joint(wanted: _JointConfiguration, fields: Mapping[str, msgspec.Raw]) -> Joint:
@@ -182,24 +187,38 @@ def _parse_joint(wanted: _JointConfiguration, fields: Mapping[str, msgspec.Raw])
     return Joint(name, {field: fields[field] for field in _DRAWN if field in fields})
 
 
-def _wrong_count(found: str) -> Refused:
-    return Refused(Situation.BAD_REQUEST, f"a call has 1 to {MAX_ITEMS} requests, not {found}", field="requests")
-
-
-def _parse_item(raw: msgspec.Raw) -> Item | Refused:
+def _parse_item(raw: msgspec.Raw, limit: Limit) -> Slices[Item | Refused]:
+    """An item, or why it is refused alone. Of a large one only the borders of its fields are looked for."""
+    size = len(memoryview(raw))
+    if size > limit.bytes:
+        message = f"the request has {size} bytes, the limit of a request to one model is {limit.bytes}"
+        return Refused(Situation.TOO_LARGE, f"{message} ({limit.setting})")
     try:
-        return Item(parse_model_name(_TARGET.decode(raw).target_model), raw)
+        head = raw
+        if size > AT_ONCE:
+            fields = yield from cut_fields(raw)
+            head = msgspec.Raw(msgspec.json.encode({name: fields[name] for name in fields if name == "target_model"}))
+        yield ITEM + len(memoryview(head))
+        return Item(parse_model_name(_TARGET.decode(head).target_model), raw)
     except InvalidModelName as error:
         return Refused(Situation.BAD_NAME, str(error), field="target_model")
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (NotJson, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return Refused(Situation.BAD_REQUEST, f"the request names no model: {error}", field="target_model")
 
 
-def build_answer(found: Sequence[Prediction | Refused]) -> bytes:
+def build_answer(found: Sequence[Prediction | Refused]) -> Slices[bytes]:
     """The whole answer."""
-    parts = [build_error(each) if isinstance(each, Refused) else each.body for each in found]
     failed = sum(isinstance(each, Refused) for each in found)
-    return b'{"predictions":[' + b",".join(parts) + FORECASTS_END % failed
+    return (yield from join_parts(_write_answer(found, failed)))
+
+
+def _write_answer(found: Sequence[Prediction | Refused], failed: int) -> Iterator[bytes]:
+    yield b'{"predictions":['
+    for i, each in enumerate(found):
+        if i:
+            yield b","
+        yield build_error(each) if isinstance(each, Refused) else each.body
+    yield FORECASTS_END % failed
 
 
 def build_error(refused: Refused) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import tracemalloc
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from server.front.dataplane import ClientGone, DataPlane, InferStats
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import MAX_UNDER_WAY, MIN_WINDOW, FanOut, Prediction, put_samples, require_all
+from server.front.slices import ITEM, SLICE, finish
 from tests.server.front.answering import Asked, Worker, attach, never
 
 MIB = 1024 * 1024
@@ -31,7 +33,7 @@ def fan_out(body: bytes, worker: Worker, limit: Limit = LIMIT, client_gone: Any 
     """The call under way at one worker."""
     plane = DataPlane(256 * MIB)
     attach(plane, worker)
-    return FanOut(plane, parse_call(body), limit, FAR, client_gone)
+    return FanOut(plane, finish(parse_call(body, LIMIT)), limit, FAR, client_gone)
 
 
 def test_many_items_with_a_large_configuration_are_refused_before_anything_is_built() -> None:
@@ -86,7 +88,7 @@ def test_items_under_way_are_bounded_by_count_and_bytes() -> None:
         worker = Worker(lambda _: ...)
         running = fan_out(body, worker)
         asked = asyncio.ensure_future(running.infer())
-        for _ in range(10):
+        for _ in range(1000):
             await asyncio.sleep(0)
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
@@ -96,7 +98,31 @@ def test_items_under_way_are_bounded_by_count_and_bytes() -> None:
     count, size = asyncio.run(scenario(call(2000, 30_000)))
     assert 1 < count < 40
     assert size < 1.1 * MIN_WINDOW
-    assert asyncio.run(scenario(call(5, 2 * MIN_WINDOW)))[0] == 1
+    large = b'{"target_model":"m.mar","x":"%b"}' % (b"y" * 2 * MIN_WINDOW)
+    many = b'{"requests":[' + b",".join([large] * 5) + b"]}"
+    assert asyncio.run(scenario(many))[0] == 5, "as many bytes as the call has itself"
+
+
+def test_items_begin_in_slices() -> None:
+    """Between two turns of the loop's other tasks no more items are built than a slice has work for."""
+
+    async def scenario(body: bytes) -> list[tuple[int, int]]:
+        worker, turns = Worker(lambda _: ...), [(0, 0)]
+        running = fan_out(body, worker)
+        asked = asyncio.ensure_future(running.infer())
+        while len(turns) < 200:
+            await asyncio.sleep(0)
+            turns.append((len(worker.asked), sum(len(each.body) for each in worker.asked)))
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        return [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(turns)]
+
+    small = asyncio.run(scenario(call(1000)))
+    assert sum(count for count, _ in small) == 1000
+    assert max(count for count, _ in small) <= SLICE // ITEM + 1
+    large = asyncio.run(scenario(call(50, 20_000)))
+    assert sum(count for count, _ in large) == 50
+    assert max(size for _, size in large) <= SLICE + 21_000
 
 
 def test_order_and_failures() -> None:
@@ -168,7 +194,7 @@ def test_the_correlation_gets_the_marginals_that_are_there() -> None:
         running = fan_out(joint_call(*models), Worker(answer))
         found = await running.infer()
         assert running._call.joint is not None
-        return put_samples(found, await running.draw(running._call.joint, found, ""))
+        return finish(put_samples(found, await running.draw(running._call.joint, found, "")))
 
     first, gone, last = asyncio.run(scenario("a.mar", "gone.mar", "c.mar"))
     assert isinstance(first, Prediction)

@@ -1,6 +1,7 @@
 """Calls for many models: every byte of an item arrives, every fault names its place, errors have one shape."""
 
 import json
+import re
 from typing import Any
 
 import msgspec
@@ -10,15 +11,26 @@ from hypothesis import strategies as st
 
 from server.errors import Refused, Situation
 from server.front.dataplane import InferStats
-from server.front.dialects.forecasts import MAX_ITEMS, STATUS, Forecasts, build_answer, parse_call, summarise_items
-from server.front.exchange import HttpRequest
-from server.front.fan_out import Item, Prediction
-from server.front.raw_json import build_request, extract_prediction
+from server.front.dialects import forecasts
+from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, STATUS, Forecasts, build_answer, summarise_items
+from server.front.exchange import HttpRequest, Limit
+from server.front.fan_out import Item, MultiModelCall, Prediction
+from server.front.raw_json import MAX_ITEMS, build_request, extract_prediction
+from server.front.slices import AT_ONCE, UNIT, finish
 from server.settings import Settings
 from tests.server.front.answering import never
+from tests.server.front.counted import count_work
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
+
+
+LIMIT = Limit(6 * 2**20, "max_body_bytes")
+
+
+def parse_call(body: bytes, limit: Limit = LIMIT) -> MultiModelCall:
+    """The call, without a pause."""
+    return finish(forecasts.parse_call(body, limit))
 
 
 def dialect(**settings: object) -> Forecasts:
@@ -108,16 +120,88 @@ def test_a_bad_item_is_refused_alone(item: object, situation: Situation, message
     assert message in str(bad)
 
 
+def test_a_large_call_is_cut_in_slices() -> None:
+    """No slice reads more than a small call has at once, whatever the call is full of; every item arrives whole."""
+    numbers = b",".join(b"%d.25" % i for i in range(40_000))
+    item = b'{"target":[' + numbers + b'], "target_model" : "au\\u002fm.mar", "dynamic_feat":[[1,"]}"],{"}":[]}]}'
+    body = b' { "configuration": {"seed": 3},"requests" :[ ' + b" , ".join([item] * 5) + b" ,{}, 7]} "
+    call, works = count_work(forecasts.parse_call(body, LIMIT))
+    assert max(works) <= AT_ONCE
+    assert sum(works) >= 2 * len(body), "all bytes are counted, for the call and for its items"
+    assert call.configuration == b'{"seed": 3}'
+    *whole, without, number = call.items
+    assert [(each.model, bytes(each.instance)) for each in whole if isinstance(each, Item)] == [("au/m.mar", item)] * 5
+    assert [each.situation for each in (without, number) if isinstance(each, Refused)] == [Situation.BAD_REQUEST] * 2
+
+
+def test_an_item_has_the_limit_of_a_request_to_its_model() -> None:
+    """The item above it is refused alone, with the numbers."""
+    small, large = (b'{"target_model":"m.mar","x":"%b"}' % (b"y" * size) for size in (3 * AT_ONCE, 4 * AT_ONCE))
+    call = parse_call(b'{"requests":[' + small + b"," + large + b"]}", Limit(len(small), "max_body_bytes"))
+    first, second = call.items
+    assert isinstance(first, Item)
+    assert isinstance(second, Refused)
+    assert second.situation is Situation.TOO_LARGE
+    assert f"{len(large)} bytes, the limit of a request to one model is {len(small)} (max_body" in str(second)
+
+
+def test_a_large_answer_is_built_in_slices() -> None:
+    """Small answers in tens of thousands and single large ones: no slice joins more than its share."""
+    found: list[Prediction | Refused] = [Prediction(b"1" * 300, stats())] * MAX_ITEMS
+    found += [Prediction(b"2" * 10 * UNIT, stats())]
+    answer, works = count_work(build_answer(found))
+    assert max(works) <= 2 * UNIT
+    assert sum(works) >= len(answer) > 300 * MAX_ITEMS
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"requests":[%b 1 2]}', "expected `,` or `]`"),
+        (b'{"requests":[%b1}', "expected `,` or `}`"),
+        (b'{"requests":[%b[1]', "the text ends inside"),
+        (b'{"requests":[%b[1', "the text ends inside"),
+        (b'{"requests":[%b"1', "the text ends inside"),
+        (b'{"requests":[%b' + b"[" * 1000, "more than 500 nested"),
+        (b'{"requests":[%b1],"a"=1}', "expected a field's name"),
+        (b'{"requests":[%b1]} x', "trailing characters"),
+        (b'{"requests":[%b,1]}', "expected a value"),
+        (b'{"requests":{"a":%b1}}', "expected an array at byte 0 - at `$.requests`"),
+        (b"[%b1]", "expected an object at byte 0"),
+        (b'{"a":[%b1],' + b'"a":1,' * 1000 + b'"requests":[1]}', "more than 1000 fields"),
+        (b'{"requests":[1' + b" " * AT_ONCE + b"]}%.0b", "expected `,` or `]`"),
+        (b'{"requests":[1' + b"1" * AT_ONCE + b"]}%.0b", "a number or white space of more than"),
+    ],
+)  # fmt: skip
+def test_a_large_body_that_is_no_call(body: bytes, message: str) -> None:
+    """What is wrong is said as for a small one, with the place."""
+    filling = b"[" + b"1," * AT_ONCE + b"1],"
+    with pytest.raises(Refused, match=re.escape(message)) as caught:
+        parse_call(body % filling if body.count(b"%b") else body % b"")
+    assert caught.value.situation is Situation.BAD_REQUEST
+
+
+def test_a_configuration_is_bounded() -> None:
+    """It goes to every model, so a large one is refused whatever else it asks for."""
+    for size, refused in ((MAX_CONFIGURATION_BYTES - 9, False), (MAX_CONFIGURATION_BYTES, True)):
+        body = b'{"requests":[{"target_model":"m"}],"configuration":{"x":"%b"}}' % (b"y" * size)
+        if refused:
+            with pytest.raises(Refused, match="are the most"):
+                parse_call(body)
+        else:
+            assert len(parse_call(body).items) == 1
+
+
 def test_the_answer_in_order() -> None:
     """Predictions as they came, errors in their places, the number of failures, a status for each item's count."""
-    raw = extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}')
+    raw = finish(extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}'))
     assert raw == b'{"mean": [1.50, 2e0]}'
     refused = Refused(Situation.NOT_FOUND, "no archive", field="target_model")
     found: list[Prediction | Refused] = [Prediction(raw, stats()), refused, Prediction(raw, stats())]
-    answer = json.loads(build_answer(found))
+    answer = json.loads(finish(build_answer(found)))
     error = {"code": "not_found", "message": "no archive", "field": "target_model"}
     assert answer == {"predictions": [{"mean": [1.5, 2]}, {"error": error}, {"mean": [1.5, 2]}], "failed": 1}
-    assert b'{"mean": [1.50, 2e0]}' in build_answer(found)
+    assert b'{"mean": [1.50, 2e0]}' in finish(build_answer(found))
     assert dialect().statuses(found) == [200, 400, 200]
 
 
@@ -131,7 +215,7 @@ def test_what_the_headers_tell() -> None:
     ]
     assert summarise_items(found) == InferStats("hit=2, miss=1", 1500, 2000, 20)
     assert summarise_items(found[3:]) == InferStats("", 0, 0, 0)
-    assert msgspec.json.decode(build_answer(found))["failed"] == 1
+    assert msgspec.json.decode(finish(build_answer(found)))["failed"] == 1
 
 
 def joint_call(**configuration: object) -> bytes:
