@@ -8,7 +8,7 @@ import structlog
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
-from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.names import InvalidModelName, ModelName, is_left_by_desktop, parse_model_name
 from model_store.stores.backend import ACCEPTED, MAX_ARCHIVE_BYTES, Backend, Fetched, InvalidStoreUrl, Where
 from model_store.stores.cloud_store import CloudStore, make_client_options
 from model_store.stores.folder_store import FolderStore, open_folder
@@ -65,7 +65,8 @@ class Source:
     def list(self, prefix: str = "") -> Iterator[Listed]:
         """The archives whose names start with `prefix`. Pages are requested as the caller iterates.
 
-        Keys that are no model names are left out; a warning says how many, and not again while they are the same.
+        Keys that are no model names are left out; a warning says how many, and not again while they are the same. Files
+        that desktops leave in folders, such as `.DS_Store`, are left out without one.
 
         Raises:
             InvalidModelName: the folder part of `prefix` breaks a rule for names.
@@ -77,6 +78,8 @@ class Source:
         try:
             for entry in self._backend.list(prefix):
                 name = _read_key(entry.key)
+                if is_left_by_desktop(entry.key):
+                    continue
                 if name is None:
                     odd, first = odd + bool(entry.key), first or entry.key  # the empty key marks the store's folder
                 elif name.startswith(prefix):
