@@ -22,7 +22,7 @@ BUCKET = "fleet"
 
 @dataclass
 class Habits:
-    """How it answers. `cuts` and `refusals` are how many answers to come are cut in the middle or are 503.
+    """How it answers. `cuts`, `refusals` and `damages` are how many answers to come are cut, 503 or have a wrong byte.
 
     `swaps`: how many answers to come replace the object by its bytes reversed, a minute younger, before they leave.
     `circles`: each page of a listing is the first.
@@ -34,6 +34,7 @@ class Habits:
     last_modified: str = "Mon, 01 Jan 2024 00:00:00 GMT"
     cuts: int = 0
     refusals: int = 0
+    damages: int = 0
     swaps: int = 0
     circles: bool = False
 
@@ -133,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = asked.removeprefix("bytes=").split("-")
             body, status = data[int(first) : int(last) + 1], 206
             headers["Content-Range"] = f"bytes {first}-{int(first) + len(body) - 1}/{len(data)}"
+        if self.state.habits.take("damages"):
+            at = len(body) // 2 + self.state.habits.damages % 50  # each time another one
+            body = body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
         self._reply(status, body, headers, cut=self.state.habits.take("cuts"))
 
     def _reply(self, status: int, body: bytes, headers: dict[str, str], *, cut: bool = False) -> None:

@@ -37,6 +37,10 @@ class Fetched:
     data: bytes
     version: str
 
+    def is_whole(self) -> bool:
+        """Whether the bytes certainly are those of the store: many ETags are their MD5, but not all. Hashes them."""
+        return self.version == hashlib.md5(self.data, usedforsecurity=False).hexdigest()
+
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
