@@ -203,9 +203,7 @@ def open_s3(url: str, limit: int, options: S3Options) -> S3Store:
     """
     parts = urlsplit(url)
     try:
-        core = botocore.session.Session(profile=options.profile)
-        session = boto3.Session(botocore_session=core, region_name=options.region)
-        trusted = find_trusted_cas(core.get_config_variable("ca_bundle"))
+        session, trusted = make_session(options.profile, options.region)
         client = _make_client(session, options, trusted)
         if "@" in urlsplit(client.meta.endpoint_url).netloc:
             raise InvalidStoreUrl(
@@ -233,6 +231,13 @@ def open_s3(url: str, limit: int, options: S3Options) -> S3Store:
     )
     cloud = CloudStore(store, where, limit, trusted.said)
     return S3Store(parts.netloc, f"{prefix}/" if prefix else "", client, cloud, limit, options)
+
+
+def make_session(profile: str | None, region: str | None) -> tuple[boto3.Session, TrustedCas]:
+    """boto3's chain, and the CAs that its clients are to trust (`verify`). Raises BotoCoreError, InvalidStoreUrl."""
+    core = botocore.session.Session(profile=profile)
+    session = boto3.Session(botocore_session=core, region_name=region)
+    return session, find_trusted_cas(core.get_config_variable("ca_bundle"))
 
 
 def find_trusted_cas(bundle: str | None) -> TrustedCas:
