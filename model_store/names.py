@@ -1,10 +1,15 @@
-"""Model names. A model's name is its archive's key under the store's prefix; it is checked before any request. Pure."""
+"""Names in stores and archives. Pure.
+
+A model's name is its archive's key under the store's prefix; it is checked before any request.
+"""
 
 from typing import NewType
 
 ModelName = NewType("ModelName", str)
 MAX_NAME = 1024
 MAX_SHOWN = 80  # characters of a name in a message
+_APPLE_DOUBLE = "._"  # before the name of the file whose Finder data it holds
+_LEFT_FILES = frozenset({".ds_store", "__macosx", "thumbs.db", "desktop.ini"})
 
 
 class InvalidModelName(ValueError):
@@ -34,3 +39,8 @@ def parse_model_name(raw: str) -> ModelName:
             what = f"the segment {segment!r}" if segment else "an empty segment or a leading or trailing slash"
             raise InvalidModelName(f"the model name {shown!r} has {what}")
     return ModelName(raw)
+
+
+def is_left_by_desktop(path: str) -> bool:
+    """Whether the file is one that macOS or Windows leaves in folders and puts into archives, never a user's own."""
+    return any(part.startswith(_APPLE_DOUBLE) or part.casefold() in _LEFT_FILES for part in path.split("/"))

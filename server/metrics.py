@@ -15,6 +15,7 @@ from prometheus_client import (
     Histogram,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,6 +26,9 @@ from server.contract import METRIC_PREFIX, MetricSpec
 from server.logs import STANDARD_ERROR
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
+# A base image may set PROMETHEUS_MULTIPROC_DIR: counts would go through files in that folder, which may not exist. Ours
+# never do, for the supervisor merges what its processes count.
+values.ValueClass = values.MutexValue
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)

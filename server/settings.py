@@ -245,7 +245,10 @@ class Settings(BaseSettings):
     )
     @classmethod
     def _home_is_known(cls, path: Path | None) -> Path | None:
-        return path and path.expanduser()
+        try:
+            return path and path.expanduser()
+        except RuntimeError as error:  # a user without an entry in /etc/passwd, and no HOME
+            raise ValueError(f"{path} is in a home folder that is not known: set HOME, or give a whole path") from error
 
     @classmethod
     def settings_customise_sources(

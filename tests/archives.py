@@ -93,9 +93,14 @@ def make_raw_tar_gz(entries: Iterable[tuple[tarfile.TarInfo, bytes]], *, style: 
     return gzip.compress(out.getvalue(), mtime=0)
 
 
+def read_members(archive: bytes) -> dict[str, bytes]:
+    """The members of a MAR."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
 def repack(archive: bytes, **changes: bytes) -> bytes:
     """A MAR with some members replaced; keywords are member names with `_` for `.` and `/`."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        members = {name: opened.read(name) for name in opened.namelist()}
+    members = read_members(archive)
     by_keyword = {name.replace(".", "_").replace("/", "_").replace("-", "_"): name for name in members}
     return make_zip({**members, **{by_keyword[keyword]: content for keyword, content in changes.items()}})

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
+from model_store.names import is_left_by_desktop
 
 _MIB = 1 << 20
 _MAX_PATH = 500  # what manifest.MemberPath allows
@@ -105,7 +106,7 @@ class Gathering:
             safe_path(raw_name.removesuffix(b"/"))
 
     def add_file(self, raw_name: bytes, member: ArchiveMember) -> None:
-        """Add a file.
+        """Add a file. Those that desktops leave (`._x`, `.DS_Store`, `__MACOSX/`) are checked and counted, not kept.
 
         Raises:
             ArchiveInvalid: its name is unsafe or repeated.
@@ -116,7 +117,8 @@ class Gathering:
             raise ArchiveInvalid(f"it has two members named {quote_name(name)}")
         self.unpacked += member.size
         self.limits.check_unpacked(self.unpacked, self.packed)
-        self.members[name] = member
+        if not is_left_by_desktop(name):
+            self.members[name] = member
 
     def container(self, data: bytes) -> Container:
         """The container. Names are relative to the single top folder, if there is one (torch-model-archiver's tgz)."""

@@ -34,6 +34,7 @@ import structlog
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 
 MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
+_ADVICE = "archives are loaded without a disk cache: let --disk-cache be a folder that can be written to"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 #: Age in seconds at which a temporary file, or a blob without an entry, belongs to no running download.
@@ -95,8 +96,8 @@ class DiskTier:
                 folder.mkdir(exist_ok=True, mode=0o700)
                 found = folder.lstat()
             except OSError as error:
-                log.warning("disk_folder_failed", folder=str(folder), error=str(error))
-                continue
+                log.warning("disk_folder_failed", folder=str(folder), error=str(error), advice=_ADVICE)
+                return  # the others would fail as this one
             _check_private(folder, found)
 
     def lookup(self, name: ModelName) -> Cached | None:

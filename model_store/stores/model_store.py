@@ -3,19 +3,22 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import structlog
 
 from model_store.archives.archive import Archive, Limits, open_archive
-from model_store.errors import ArchiveInvalid, ModelNotFound, StoreUnavailable
+from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound, StoreUnavailable
 from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
 from model_store.stores.object_store import Fetched, Listed, Source
 
 #: Seconds after a failure of the store for which disk copies are served stale at once, so that loads do not time out.
 OUTAGE_PAUSE_S = 5.0
+#: Further downloads of an archive that was damaged on its way.
+REPAIRS = 2
 
 log = structlog.get_logger()
 
@@ -83,6 +86,25 @@ class ModelStore:
             # Another process may have downloaded or validated it while this one waited.
             return self._fresh(self._disk, name, newer_than) or self._renew(self._disk, name, revalidate)
 
+    def repair(self, name: ModelName, broken: FetchedArchive) -> FetchedArchive | None:
+        """The archive from the store once more, or None if it is the same as `broken`, which does not build.
+
+        Bytes damaged on their way are found by checksums that only a build reads.
+        """
+        held = Fetched(broken.archive.container.data, broken.version)
+        if held.is_whole():
+            return None
+        try:
+            with self._disk.lock(name) if self._disk else nullcontext():
+                fresh = self._download(name, self._disk, self._clock())
+        except LoadError as error:  # the first error says more of the archive
+            log.warning("archive_not_fetched_again", model=name, error=str(error))
+            return None
+        if fresh.archive.container.data == held.data:
+            return None
+        log.warning("archive_damaged_in_transit", model=name, version=fresh.version)
+        return fresh
+
     def forget(self, name: ModelName) -> None:
         """Remove the disk copy, because the worker found a fault that `fetch` does not check for."""
         if self._disk:
@@ -134,10 +156,23 @@ class ModelStore:
         self, name: ModelName, fetched: Fetched, disk: DiskTier | None, asked_at: float, store_s: float
     ) -> FetchedArchive:
         """Open, then publish. INVARIANT: an invalid archive is never written to disk."""
-        archive = open_archive(fetched.data, name, self._limits)
+        fetched, archive = self._open_sound(name, fetched)
         if disk:
             disk.publish(name, fetched.data, fetched.version, asked_at)
         return FetchedArchive(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
+
+    def _open_sound(self, name: ModelName, fetched: Fetched) -> tuple[Fetched, Archive]:
+        """Open the archive. One that does not open is fetched again, unless its bytes certainly are the store's."""
+        for _ in range(REPAIRS):
+            try:
+                return fetched, open_archive(fetched.data, name, self._limits)
+            except ArchiveInvalid:
+                again = None if fetched.is_whole() else self._source.get(name)
+                if again is None or again.data == fetched.data:
+                    raise
+                log.warning("archive_damaged_in_transit", model=name, version=fetched.version)
+                fetched = again
+        return fetched, open_archive(fetched.data, name, self._limits)
 
     def _from_disk(
         self, disk: DiskTier, cached: Cached, data: bytes, store_s: float = 0.0, *, stale: bool = False

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from handlers.model import Model, open_model
 from model_store.names import ModelName
+from model_store.stores.object_store import InvalidStoreUrl
 from server.offline.archive_location import ArchiveLocation
 from server.offline.batch_inference import BatchJob, index_lines
 from server.offline.checkpoint import Checkpoint
@@ -97,14 +98,16 @@ def _connect_s3(
     settings: Settings, description: str, start_task: StartTask
 ) -> Iterator[tuple[Any, Callable[[int], None]]]:
     """An S3 client by boto3's chain, and what counts the bytes. Raises TransferFailed for what S3 refuses."""
-    import boto3  # noqa: PLC0415 -- half a second that a local batch saves
-    from boto3.exceptions import Boto3Error  # noqa: PLC0415
+    from boto3.exceptions import Boto3Error  # noqa: PLC0415 -- half a second that a local batch saves
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
+    from model_store.stores.s3_store import make_session  # noqa: PLC0415
+
     try:
-        session = boto3.Session(profile_name=settings.s3_profile, region_name=settings.s3_region)
-        yield session.client("s3", endpoint_url=settings.s3_endpoint_url), start_task(description, None, 0)
-    except (BotoCoreError, ClientError, Boto3Error) as error:
+        session, trusted = make_session(settings.s3_profile, settings.s3_region)
+        client = session.client("s3", endpoint_url=settings.s3_endpoint_url, verify=trusted.file)
+        yield client, start_task(description, None, 0)
+    except (BotoCoreError, ClientError, Boto3Error, InvalidStoreUrl) as error:
         raise TransferFailed(f"{description}: {error}") from error
 
 

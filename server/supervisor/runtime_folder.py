@@ -15,6 +15,8 @@ from pathlib import Path
 
 import structlog
 
+from server.ipc.sockets import make_private_folder
+
 PREFIX = "fleetcast-run-"
 LOCK_FILE = "lock"
 MAX_SOCKET_PATH = 107  #: bytes of a Unix socket's path, which Linux bounds
@@ -32,18 +34,29 @@ class RuntimeFolder:
         base = _short_base(tempfile.gettempdir())
         remove_abandoned(Path(base))
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
-        new = self.path / f"{LOCK_FILE}.new"
-        self._lock = os.open(new, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        new.rename(self.path / LOCK_FILE)  # INVARIANT: a file of this name is locked for as long as the server lives
+        self._lock = self._make_lock()
 
     def __repr__(self) -> str:
         return f"<RuntimeFolder {self.path}>"
 
     def socket(self, name: str) -> str:
-        """The path of a socket in it, which is made anew should a cleaner of old files have removed it."""
-        self.path.mkdir(mode=0o700, exist_ok=True)
+        """The path of a socket in it.
+
+        It is made anew should a cleaner of old files have removed it. Raises OSError where another user was quicker.
+        """
+        make_private_folder(self.path)
+        if not (self.path / LOCK_FILE).exists():
+            os.close(self._lock)
+            self._lock = self._make_lock()
         return str(self.path / name)
+
+    def _make_lock(self) -> int:
+        """INVARIANT: a file of this name is locked for as long as the server lives."""
+        new = self.path / f"{LOCK_FILE}.new"
+        lock = os.open(new, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        new.rename(self.path / LOCK_FILE)
+        return lock
 
     def close(self) -> None:
         """Remove it with all that is in it."""

@@ -22,6 +22,7 @@ from server.host import WorkerPlan
 from server.ipc.control import ChildChannel
 from server.ipc.frames import CHUNK
 from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
+from server.ipc.sockets import listen_at
 from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
@@ -116,12 +117,11 @@ async def main(control_fd: int) -> None:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
-    loop = asyncio.get_running_loop()
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
-    server = await loop.create_unix_server(lambda: FrontConnection(steps, limit, unsent), assignment.socket)
+    listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket)
     member.serve(Management(steps, arrivals).handle)
     await member.released
-    server.close()  # the steps stay open: a request may still come while the process ends
+    listening.cancel()  # the steps stay open: a request may still come while the process ends
 
 
 def pin_process(plan: WorkerPlan) -> None:

@@ -13,9 +13,9 @@ from handlers.kinds import RowModel, RunRow, SingleModel, Target
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Limits
 from model_store.archives.manifest import GoldenSample
-from model_store.errors import LoadError
+from model_store.errors import ArchiveInvalid, LoadError
 from model_store.names import ModelName
-from model_store.stores.model_store import ModelStore
+from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
 from model_store.stores.object_store import Source, open_source
 from server.settings import Settings
 
@@ -76,15 +76,27 @@ class ModelLoader:
         return f"<ModelLoader of {self._store!r}>"
 
     def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
-        """Fetch and verify; everything but the golden sample of a row, which needs the device. Raises LoadError."""
+        """Fetch and verify; everything but the golden sample of a row, which needs the device. Raises LoadError.
+
+        An archive that is invalid because it was damaged on its way is fetched again, at most REPAIRS times.
+        """
         found = self._store.fetch(model, revalidate)
-        try:
-            built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
-            if golden is not None and built.row is None:
-                built.body.prove(model, golden, None)
-        except LoadError:
-            self._store.forget(model)
-            raise
+        for repairs_left in reversed(range(REPAIRS + 1)):
+            try:
+                return self._build_fetched(model, found)
+            except LoadError as error:
+                may_be_damaged = repairs_left and isinstance(error, ArchiveInvalid)
+                fresh = self._store.repair(model, found) if may_be_damaged else None
+                if fresh is None:
+                    self._store.forget(model)
+                    raise
+                found = fresh
+        raise AssertionError("the last turn returns or raises")
+
+    def _build_fetched(self, model: ModelName, found: FetchedArchive) -> LoadedModel:
+        built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
+        if golden is not None and built.row is None:
+            built.body.prove(model, golden, None)
         return LoadedModel(
             model, found.version, found.tier, found.store_s, built.body, built.row, golden, found.validated_at
         )

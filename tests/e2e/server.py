@@ -234,12 +234,14 @@ def upload(s3: S3Server, bucket: str, models: Sequence[Model], prefix: str = "")
 def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
     """`fleetcast serve` in processes of its own, ready; its caches and home are below `folder`.
 
-    Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own.
+    Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own, and
+    `environment` has variables of the process; None removes one.
 
     On the way out it ends by SIGTERM; exit code, orphans and tracebacks in the log are checked. The log is printed, so
     that pytest shows it beside a failure.
     """
     http: httpx.Client | None = settings.pop("http", None)
+    variables: dict[str, str | None] = settings.pop("environment", {})
     mark = uuid.uuid4().hex
     log, announce = folder / f"{mark}.log", folder / f"{mark}.json"
     ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
@@ -251,11 +253,13 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
         "drain_s": 10,
         "log_format": "json",
     }
-    flags = _flags({"store": store, "announce": announce, **ports, **defaults, **settings})
+    given = {"store": store, "announce": announce, **ports, **defaults, **settings}
+    flags = _flags({name: value for name, value in given.items() if value is not None})
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "server.cli.main", "serve", *flags],
-            cwd=folder, env=_child_environment(s3, folder, mark), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            cwd=folder, env=_child_environment(s3, folder, mark, variables),
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out,
         )  # fmt: skip
     server = Server(process, mark, log, {})
     if http is not None:
@@ -283,11 +287,12 @@ def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
             yield from ("--" + name.replace("_", "-"), str(each))
 
 
-def _child_environment(s3: S3Server, folder: Path, mark: str) -> dict[str, str]:
+def _child_environment(s3: S3Server, folder: Path, mark: str, variables: Mapping[str, str | None]) -> dict[str, str]:
     home = folder / "home"
     home.mkdir(exist_ok=True)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(OWN_VARIABLES)}
-    return {**plain, **s3.env, "HOME": str(home), "PYTHONPATH": str(ROOT), MARK: mark}
+    merged = {**plain, **s3.env, "HOME": str(home), "PYTHONPATH": str(ROOT), MARK: mark, **variables}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
 def _ready(server: Server, announce: Path) -> Mapping[str, str]:

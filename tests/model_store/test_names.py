@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_store.names import InvalidModelName, parse_model_name
+from model_store.names import InvalidModelName, is_left_by_desktop, parse_model_name
 
 
 def keeps_the_rules(raw: str) -> bool:
@@ -49,3 +49,20 @@ def test_the_message_names_the_broken_rule(raw: str, said: str) -> None:
 def test_the_longest_name_is_accepted() -> None:
     """The limit itself still is a name."""
     assert len(parse_model_name("a" * 1024)) == 1024
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["._a.mar", "au/._a.mar", "._au/a.mar", ".DS_Store", "x/.DS_Store", "__MACOSX/x", "x/Thumbs.db", "Desktop.ini"],
+)
+def test_what_desktops_leave_is_known(path: str) -> None:
+    """Files of Finder and Explorer, at any depth and however their case is written."""
+    assert is_left_by_desktop(path)
+
+
+@pytest.mark.parametrize(
+    "path", ["a.mar", ".hidden", "_.a", "a._b", "my.DS_Store", "DS_Store", "MACOSX/x", "thumbs.db.mar"]
+)
+def test_files_of_users_are_not_taken_for_those(path: str) -> None:
+    """Hidden files and names that are only alike are kept."""
+    assert not is_left_by_desktop(path)

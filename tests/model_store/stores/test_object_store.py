@@ -9,8 +9,11 @@ import pytest
 
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge, LoadError, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.stores import cloud_store
 from model_store.stores import object_store as sources
-from model_store.stores.object_store import InvalidStoreUrl, Where, open_source
+from model_store.stores.backend import Where
+from model_store.stores.folder_store import HIDDEN
+from model_store.stores.object_store import InvalidStoreUrl, open_source
 from tests.patience import PATIENCE_S
 from tests.s3 import Fault, S3Server
 
@@ -147,7 +150,7 @@ def _connections(server: socket.socket) -> list[tuple[str, int]]:
 
 def test_a_large_archive_comes_in_ranges(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above the one-request size the rest comes in further ranges, whole and in order."""
-    monkeypatch.setattr(sources, "ONE_REQUEST_BYTES", 1 << 16)
+    monkeypatch.setattr(cloud_store, "ONE_REQUEST_BYTES", 1 << 16)
     data = os.urandom((1 << 18) + 17)
     version = s3.put(bucket, NSW1, data)
     assert open_source(f"s3://{bucket}").get(NSW1) == sources.Fetched(data, version)
@@ -156,17 +159,17 @@ def test_a_large_archive_comes_in_ranges(s3: S3Server, bucket: str, monkeypatch:
 
 def test_a_large_archive_is_never_mixed(s3: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive replaced between two ranges is read again from its beginning: If-Match ties the ranges."""
-    monkeypatch.setattr(sources, "ONE_REQUEST_BYTES", 1 << 16)
+    monkeypatch.setattr(cloud_store, "ONE_REQUEST_BYTES", 1 << 16)
     source = open_source(f"s3://{bucket}")
     source.put(NSW1, b"a" * 100_000)
-    ranges = sources.Source._ranges
+    ranges = cloud_store.CloudStore._read_ranges
 
-    def replaced(self: sources.Source, name: ModelName, *rest: object) -> object:
-        monkeypatch.setattr(sources.Source, "_ranges", ranges)
-        self.put(name, b"b" * 100_000)
+    def replaced(self: cloud_store.CloudStore, name: ModelName, *rest: object) -> object:
+        monkeypatch.setattr(cloud_store.CloudStore, "_read_ranges", ranges)
+        source.put(name, b"b" * 100_000)
         return ranges(self, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(sources.Source, "_ranges", replaced)
+    monkeypatch.setattr(cloud_store.CloudStore, "_read_ranges", replaced)
     fetched = source.get(NSW1)
     assert fetched is not None
     assert fetched.data == b"b" * 100_000
@@ -272,8 +275,7 @@ def test_what_a_dead_writer_left_is_not_listed(tmp_path: Path) -> None:
     """A file that a killed `put` has staged is no archive, and hides none."""
     source = open_source(str(tmp_path))
     source.put(ModelName("a.mar"), b"whole")
-    (tmp_path / "a.mar#1").write_bytes(b"ha")
-    (tmp_path / "b.mar#27").write_bytes(b"")
+    (tmp_path / f"{HIDDEN}0123456789abcdef").write_bytes(b"ha")
     assert [listed.name for listed in source.list()] == ["a.mar"]
 
 
@@ -291,7 +293,7 @@ def test_a_folder_is_a_store_too(tmp_path: Path) -> None:
 
 def test_a_large_file_comes_in_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranges and If-Match hold for a folder as for a bucket."""
-    monkeypatch.setattr(sources, "ONE_REQUEST_BYTES", 1 << 16)
+    monkeypatch.setattr(cloud_store, "ONE_REQUEST_BYTES", 1 << 16)
     (tmp_path / "big.mar").write_bytes(data := os.urandom(300_000))
     fetched = open_source(str(tmp_path)).get(parse_model_name("big.mar"))
     assert fetched is not None

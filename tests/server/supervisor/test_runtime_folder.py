@@ -1,5 +1,6 @@
 """The folder of a server's sockets: private, short, removed in the end, or by the next server."""
 
+import shutil
 import signal
 import stat
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from server.supervisor.runtime_folder import MAX_SOCKET_PATH, RuntimeFolder
+from server.supervisor.runtime_folder import LOCK_FILE, MAX_SOCKET_PATH, RuntimeFolder, remove_abandoned
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,22 @@ def test_a_killed_server_is_cleaned_up_after(tmp_path: Path) -> None:
         for child in children:
             child.kill()
             child.communicate()
+
+
+def test_a_removed_folder_is_made_anew_and_held(tmp_path: Path) -> None:
+    """A cleaner of old files has removed it, or the lock alone: it comes back private, and is nobody's to clean up."""
+    folder = RuntimeFolder()
+    shutil.rmtree(folder.path)
+    Path(folder.socket("0.2")).touch()
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    remove_abandoned(tmp_path)
+    assert Path(folder.socket("0.2")).exists()
+    (folder.path / LOCK_FILE).unlink()
+    folder.socket("0.3")
+    remove_abandoned(tmp_path)
+    assert folder.path.exists()
+    folder.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

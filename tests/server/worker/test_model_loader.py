@@ -1,0 +1,83 @@
+"""Archives that are damaged on their way from the store: fetched again, a bounded number of times, and never served."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from structlog.testing import capture_logs
+
+from handlers.kinds import Target
+from handlers.work import SessionLimits, WorkLimits
+from model_store.archives.archive import Limits
+from model_store.errors import ArchiveInvalid
+from model_store.names import ModelName
+from model_store.stores.disk_cache import DiskTier
+from model_store.stores.model_store import REPAIRS, ModelStore
+from model_store.stores.object_store import open_source
+from server.worker.model_loader import ModelLoader
+from tests.archives import make_tar_gz, read_members, repack
+from tests.e2e.models import forecaster
+from tests.model_store.stores.test_s3_store import lead_to
+from tests.odd_s3 import BUCKET, OddS3, odd_s3
+
+NAME = ModelName("au/NSW1.mar")
+DATA = forecaster(NAME, 1).data
+PACKED = {"zip": DATA, "tar.gz": make_tar_gz(read_members(DATA))}
+Tags = Literal["strong", "weak", "none"]
+
+
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddS3]:
+    """A store that can damage what it sends."""
+    with odd_s3() as server:
+        lead_to(server, monkeypatch)
+        yield server
+
+
+def make_loader(disk: Path | None = None) -> ModelLoader:
+    """A worker's loader of the odd store."""
+    source = open_source(f"s3://{BUCKET}")
+    tier = DiskTier(disk, source.url) if disk else None
+    target = Target("cpu", 1, WorkLimits(100.0, 10**9), SessionLimits(1 << 30, 60.0, loops=False))
+    return ModelLoader(ModelStore(source, tier, Limits()), target)
+
+
+@pytest.mark.parametrize("tags", ["strong", "weak", "none"])
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("disk", [False, True])
+def test_damaged_bytes_are_fetched_again(odd: OddS3, tmp_path: Path, tags: Tags, packed: str, *, disk: bool) -> None:
+    """One wrong byte in as many downloads as are repaired: the model loads, with its true weights, and it is logged."""
+    odd.objects[NAME], odd.habits.tags = PACKED[packed], tags
+    sound = make_loader().build(NAME)
+    odd.habits.damages = REPAIRS
+    loader = make_loader(tmp_path if disk else None)
+    with capture_logs() as logs:
+        loaded = loader.build(NAME)
+    assert [entry["event"] for entry in logs] == ["archive_damaged_in_transit"] * REPAIRS
+    assert loaded.row is not None
+    assert sound.row is not None
+    np.testing.assert_array_equal(loaded.row, sound.row)
+    if disk:
+        assert loader.build(NAME).tier == "disk"
+    assert len(odd.requests) == 1 + REPAIRS + 1
+
+
+@pytest.mark.parametrize("packed", PACKED)
+def test_a_line_that_damages_everything_is_given_up(odd: OddS3, packed: str) -> None:
+    """Always another wrong byte: after a bounded number of downloads the archive is refused, and says what is wrong."""
+    odd.objects[NAME] = PACKED[packed]
+    odd.habits.damages = 10**6
+    with pytest.raises(ArchiveInvalid, match=r"damaged|sha256"):
+        make_loader().build(NAME)
+    assert len(odd.requests) <= (REPAIRS + 1) ** 2
+
+
+@pytest.mark.parametrize(("tags", "downloads"), [("strong", 1), ("weak", 1), ("none", 2)])
+def test_a_broken_upload_is_not_fetched_in_vain(odd: OddS3, tags: Tags, downloads: int) -> None:
+    """Where an ETag is the MD5 of the bytes they are the store's: one download. Elsewhere two alike end it."""
+    odd.objects[NAME], odd.habits.tags = repack(DATA, weights_safetensors=b"nothing"), tags
+    with pytest.raises(ArchiveInvalid):
+        make_loader().build(NAME)
+    assert len(odd.requests) == downloads
