@@ -24,6 +24,9 @@ SWIFT = swift-proxy-server swift-account-server swift-container-server swift-obj
 NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files anchor_cves
 STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
 
+# Tests start hundreds of interpreters; without compiled modules on disk each compiles ours again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz check format docs bench bench-peers scale lock audit clean
 

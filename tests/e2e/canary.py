@@ -1,8 +1,9 @@
 """A canary: one client that asks one model every 50 ms and compares every byte, while others attack the server.
 
-Two things are judged. Every answer equals the first one, byte for byte, and none fails: that holds on any machine. And
-the slowest percent of the answers stays within a bound: 100 ms, or on a machine that was slow before the attack began
-already, `SLOWER` times the slowest percent of the calm.
+Two things are judged. Every answer equals the first one, byte for byte, and none fails. And the slowest percent of the
+answers stays within a bound: 100 ms, or on a machine that was slow before the attack began already, `SLOWER` times the
+slowest percent of the calm. An answer's time is what its server worked meanwhile, all threads together, where that is
+less than what went by: on a busy machine the clock goes on while nobody lets the server run.
 """
 
 import http.client
@@ -12,21 +13,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from loadtest.observe.resource_counts import read_cpu_seconds
 from tests.e2e.models import Question
 from tests.e2e.server import Server
 from tests.patience import PATIENCE_S, wait_until
 
 PERIOD_S = 0.05
 BOUND_S = 0.1  #: of the slowest percent, on a quiet machine
+STUCK_S = 10.0  #: of the slowest percent by the clock: who waits so long waits for something that does not work
 SLOWER = 5.0  #: the same bound on a busy one, in terms of the calm before the attack
 CALM = 40  #: answers before the attack that say how fast this machine is
 
 
 @dataclass(slots=True)
 class Beats:
-    """What became of a span of requests: seconds of each answer, and what was wrong with others."""
+    """What became of a span of requests: seconds of each answer, by the clock too, and what was wrong with others."""
 
     seconds: list[float] = field(default_factory=list)
+    by_the_clock: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -47,10 +51,12 @@ class Canary:
         self._calm, self._attack = Beats(), Beats()
         self._beats = self._calm
         self._first: bytes | None = None
+        self._pids: list[int] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="canary")
 
     def __enter__(self) -> Self:
+        self._pids = [row["pid"] for kind in ("front", "worker") for row in self._server.processes(kind)]
         connection, answer = self._ask(None)  # loads the model
         connection.close()
         self._question.check(answer)
@@ -83,6 +89,11 @@ class Canary:
         assert self._attack.seconds, "the attack was over before the canary asked once: ask for `more`"
         bound = max(BOUND_S, SLOWER * slowest_percent(self._calm.seconds))
         assert slowest_percent(self._attack.seconds) <= bound, self
+        assert slowest_percent(self._attack.by_the_clock) <= STUCK_S, self
+
+    def _read_work(self) -> float:
+        """Processor seconds of the server's fronts and workers so far."""
+        return sum(read_cpu_seconds(pid) for pid in self._pids)
 
     def _ask(self, connection: http.client.HTTPConnection | None) -> tuple[http.client.HTTPConnection, bytes]:
         host, port = self._server.address
@@ -101,12 +112,16 @@ class Canary:
         while not self._stop.is_set():
             beats, started = self._beats, time.monotonic()
             try:
+                worked = self._read_work()
                 connection, body = self._ask(connection)
+                worked = self._read_work() - worked
             except (OSError, http.client.HTTPException) as error:
                 beats.problems.append(repr(error))
                 connection = None
             else:
-                beats.seconds.append(time.monotonic() - started)
+                passed = time.monotonic() - started
+                beats.by_the_clock.append(passed)
+                beats.seconds.append(min(passed, worked))
                 self._first = self._first or body
                 if body != self._first:
                     beats.problems.append(f"answered {body[:200]!r}, before {self._first[:200]!r}")

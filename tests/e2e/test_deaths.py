@@ -197,7 +197,7 @@ def refuses(address: tuple[str, int]) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_idle_ends_the_server_at_once(serve: Serve, number: signal.Signals) -> None:
     """Nothing to drain: exit code 0 before `drain_s` is over."""
-    with serve(workers=2, drain_s=NEVER_S) as server:
+    with serve(drain_s=NEVER_S) as server:
         server.process.send_signal(number)
         assert server.process.wait(PATIENCE_S) == 0
 
@@ -205,7 +205,7 @@ def test_a_signal_while_idle_ends_the_server_at_once(serve: Serve, number: signa
 @pytest.mark.parametrize("kind", ["worker", "front"])
 def test_sigterm_while_a_child_restarts_is_a_clean_end(serve: Serve, kind: str) -> None:
     """Told to stop with a child just dead and its successor on the way: exit code 0 at once, nobody is left behind."""
-    with serve(workers=2, fronts=2, drain_s=NEVER_S) as server:
+    with serve(**{"workers": 1, "fronts": 1, f"{kind}s": 2}, drain_s=NEVER_S) as server:
         victim, *_ = server.processes(kind)
         os.kill(victim["pid"], signal.SIGKILL)
         wait_until(lambda: server.processes(kind)[victim["index"]]["incarnation"] == 2, "a successor is started")

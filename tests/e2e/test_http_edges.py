@@ -15,10 +15,10 @@ import pytest
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
 from tests.e2e.server import Server, serving, upload
-from tests.patience import wait_until
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.e2e
 
 MODEL = forecaster("edges/a.mar", 1)
 NAMED = forecaster("價格/caf\u00e9 1.mar", 2)
@@ -38,7 +38,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 def exchange(server: Server, *parts: bytes) -> bytes:
     """What the inference listener says to these bytes until it closes the connection."""
-    with socket.create_connection(server.address, timeout=30) as sock:
+    with socket.create_connection(server.address, timeout=PATIENCE_S) as sock:
         for part in parts:
             sock.sendall(part)
         said = b""
@@ -60,7 +60,7 @@ def head(body: bytes, *lines: str, model: Model = MODEL) -> bytes:
 def test_a_body_behind_an_upgrade_is_no_request(house: Server) -> None:
     """Bytes that a proxy takes for the body of one request are not answered as a second one."""
     last = b"GET /ping HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(house.address, timeout=30) as sock:
+    with socket.create_connection(house.address, timeout=PATIENCE_S) as sock:
         sock.sendall(head(INNER, "Connection: Upgrade", "Upgrade: h2c", "Expect: 100-continue"))
         assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(INNER + last)
@@ -78,7 +78,7 @@ def test_the_jdks_own_client(house: Server, tmp_path: Path) -> None:
     (tmp_path / "body").write_bytes(question.body)
     asked = [f"{house.url}/invocations", MODEL.name, str(tmp_path / "body"), "3"]
     command = ["java", "-XX:TieredStopAtLevel=1", str(Path(__file__).with_name("Ask.java")), *asked]
-    done = subprocess.run(command, capture_output=True, check=False, timeout=100)
+    done = subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr.decode()
     answers = [line.split(b" ", 2) for line in done.stdout.splitlines()]
     assert [(version, status) for version, status, _ in answers] == [(b"HTTP_1_1", b"200")] * 3
@@ -93,7 +93,7 @@ def test_curl_that_would_upgrade(house: Server, tmp_path: Path) -> None:
     (tmp_path / "body").write_bytes(question.body)
     headers = ["-H", f"X-Amzn-SageMaker-Target-Model: {MODEL.name}", "-H", "Content-Type: application/json"]
     command = ["curl", "-sS", "--fail", "--http2", *headers, "--data-binary", f"@{tmp_path / 'body'}"]
-    done = subprocess.run([*command, f"{house.url}/invocations"], capture_output=True, check=False, timeout=60)
+    done = subprocess.run([*command, f"{house.url}/invocations"], capture_output=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr.decode()
     question.check(done.stdout)
 
@@ -164,7 +164,7 @@ def test_trailers_change_nothing_and_cost_nothing(house: Server) -> None:
     question.check(said.partition(b"\r\n\r\n")[2])
     (front,) = house.processes("front")
     before = memory(front["pid"])
-    with socket.create_connection(house.address, timeout=30) as sock:
+    with socket.create_connection(house.address, timeout=PATIENCE_S) as sock:
         sock.sendall(chunked + body)
         with pytest.raises(ConnectionError):
             sock.sendall(b"a:b\r\n" * (TRAILER_BYTES // 5))

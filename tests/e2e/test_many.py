@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Server, upload
+from tests.e2e.server import Server, serving, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import Fault, S3Server
 
@@ -22,9 +22,23 @@ TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles":
 CONFIGURATION = {"output_types": ["quantiles"]}
 
 
-def models(count: int) -> list[Model]:
+@pytest.fixture(scope="module")
+def one_worker(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+    """A server of one worker, and its bucket; each test has models of its own."""
+    bucket = s3.bucket()
+    folder = tmp_path_factory.mktemp("many")
+    with serving(s3, folder, f"s3://{bucket}", workers=1, max_forecasts_bytes=100_000) as server:
+        yield server, bucket
+
+
+def models(count: int, market: str = "au") -> list[Model]:
     """Forecasters that are asked by DeepAR JSON."""
-    return [forecaster(f"au/m{i}.mar", i, config=TCN, forecast=True) for i in range(count)]
+    return [forecaster(f"{market}/m{i}.mar", i, config=TCN, forecast=True) for i in range(count)]
+
+
+def answered(server: Server, code: str) -> float:
+    """How many items of calls have been answered so."""
+    return server.total("fleetcast_inference_requests_total", protocol="forecasts", code=code)
 
 
 def item(model: Model, seed: int = 1) -> dict[str, Any]:
@@ -61,82 +75,83 @@ def test_a_tick_in_one_call(s3: S3Server, store: str, serve: Serve) -> None:
         assert sum(map(int, counted.values())) == 110
         assert int(counted["miss"]) == 100
         assert server.total("fleetcast_model_cache_requests_total") == before + 220
-        assert server.total("fleetcast_inference_requests_total", protocol="forecasts", code="200") == 110
+        assert answered(server, "200") == 110
         again = call(server, [item(model) for model in fleet])
         assert again.headers["x-fleetcast-cache"] == "hit=100"
         assert "inference;dur=" in again.headers["server-timing"]
 
 
-def test_an_item_that_fails_fails_alone(s3: S3Server, store: str, serve: Serve) -> None:
+def test_an_item_that_fails_fails_alone(s3: S3Server, one_worker: tuple[Server, str]) -> None:
     """No such model, a broken archive, too short a history, no model named: errors in their places."""
-    good = models(1)[0]
-    upload(s3, store, [good])
-    s3.put(store, "broken.mar", b"no archive")
+    server, bucket = one_worker
+    good = models(1, "fails")[0]
+    upload(s3, bucket, [good])
+    s3.put(bucket, "broken.mar", b"no archive")
     short = {**item(good), "target": [1.0, 2.0]}
     items = [item(good), {**item(good), "target_model": "none.mar"}, {**item(good), "target_model": "broken.mar"}]
     items += [short, {"start": "2026-01-01"}, item(good)]
-    with serve(workers=1) as server:
-        reply = call(server, items, {"X-Request-Id": "tick-7"})
-        assert (reply.status_code, reply.headers["x-request-id"]) == (200, "tick-7")
-        answer = reply.json()
-        assert answer["failed"] == 4
-        first, missing, broken, history, nameless, last = answer["predictions"]
-        assert first == last
-        assert missing["error"]["code"] == "not_found"
-        assert broken["error"]["code"] == "archive_failed"
-        assert history["error"]["code"] == "bad_request"
-        assert "2" in history["error"]["message"]
-        assert nameless["error"]["field"] == "target_model"
-        assert server.total("fleetcast_inference_requests_total", protocol="forecasts", code="400") == 3
-        assert server.total("fleetcast_inference_requests_total", protocol="forecasts", code="424") == 1
+    refused, failed = answered(server, "400"), answered(server, "424")
+    reply = call(server, items, {"X-Request-Id": "tick-7"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (200, "tick-7")
+    answer = reply.json()
+    assert answer["failed"] == 4
+    first, missing, broken, history, nameless, last = answer["predictions"]
+    assert first == last
+    assert missing["error"]["code"] == "not_found"
+    assert broken["error"]["code"] == "archive_failed"
+    assert history["error"]["code"] == "bad_request"
+    assert "2" in history["error"]["message"]
+    assert nameless["error"]["field"] == "target_model"
+    assert answered(server, "400") == refused + 3
+    assert answered(server, "424") == failed + 1
 
 
-def test_limits_and_bad_calls(s3: S3Server, store: str, serve: Serve) -> None:
+def test_limits_and_bad_calls(s3: S3Server, one_worker: tuple[Server, str]) -> None:
     """A body that is no call, too large a one, a GET, a passed deadline: errors in one shape, and the server goes on.
 
     Neither answers nor errors carry headers of SageMaker's.
     """
-    fleet = models(2)
-    upload(s3, store, fleet)
-    with serve(workers=1, max_forecasts_bytes=100_000) as server:
-        url = f"{server.url}/v1/forecasts"
-        got = httpx.get(url)
-        assert (got.status_code, got.json()["error"]["code"]) == (405, "bad_method")
-        bad = httpx.post(url, content=b'{"requests": 1}')
-        assert (bad.status_code, set(bad.json())) == (400, {"error"})
-        assert bad.json()["error"]["code"] == "bad_request"
-        assert "$.requests" in bad.json()["error"]["message"]
-        large = httpx.post(url, content=b" " * 100_001)
-        assert (large.status_code, "max_forecasts_bytes" in large.json()["error"]["message"]) == (413, True)
-        good = call(server, [item(fleet[0])])
-        for reply in (got, bad, large, good):
-            assert not [name for name in reply.headers if name.startswith("x-am")]
-            assert reply.headers["x-request-id"]
-        with s3.hold("m1.mar"):
-            late = call(server, [item(model) for model in fleet], {"X-Request-Timeout-Ms": "3000"}).json()
-        assert late["failed"] == 1
-        assert late["predictions"][1]["error"]["code"] == "deadline"
-        many = [item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not
-        body = {"requests": many, "configuration": {"output_types": ["samples"], "num_samples": 100}}
-        answers = httpx.post(url, json=body, timeout=PATIENCE_S)
-        assert (answers.status_code, "answers" in answers.json()["error"]["message"]) == (413, True)
-        wait_until(lambda: call(server, [item(fleet[0])]).json()["failed"] == 0, "it goes on")
+    server, bucket = one_worker
+    fleet = models(2, "limits")
+    upload(s3, bucket, fleet)
+    url = f"{server.url}/v1/forecasts"
+    got = httpx.get(url)
+    assert (got.status_code, got.json()["error"]["code"]) == (405, "bad_method")
+    bad = httpx.post(url, content=b'{"requests": 1}')
+    assert (bad.status_code, set(bad.json())) == (400, {"error"})
+    assert bad.json()["error"]["code"] == "bad_request"
+    assert "$.requests" in bad.json()["error"]["message"]
+    large = httpx.post(url, content=b" " * 100_001)
+    assert (large.status_code, "max_forecasts_bytes" in large.json()["error"]["message"]) == (413, True)
+    good = call(server, [item(fleet[0])])
+    for reply in (got, bad, large, good):
+        assert not [name for name in reply.headers if name.startswith("x-am")]
+        assert reply.headers["x-request-id"]
+    with s3.hold("limits/m1.mar"):
+        late = call(server, [item(model) for model in fleet], {"X-Request-Timeout-Ms": "3000"}).json()
+    assert late["failed"] == 1
+    assert late["predictions"][1]["error"]["code"] == "deadline"
+    many = [item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not
+    body = {"requests": many, "configuration": {"output_types": ["samples"], "num_samples": 100}}
+    answers = httpx.post(url, json=body, timeout=PATIENCE_S)
+    assert (answers.status_code, "answers" in answers.json()["error"]["message"]) == (413, True)
+    wait_until(lambda: call(server, [item(fleet[0])]).json()["failed"] == 0, "it goes on")
 
 
-def test_a_client_that_leaves_is_not_worked_for(s3: S3Server, store: str, serve: Serve) -> None:
+def test_a_client_that_leaves_is_not_worked_for(s3: S3Server, one_worker: tuple[Server, str]) -> None:
     """Its items are cancelled: they are counted as the client's going, and nothing is kept."""
-    fleet = models(20)
-    upload(s3, store, fleet)
-    with serve(workers=1) as server:
-        s3.inject(Fault(match="au/", times=20, delay_s=1.0))
-        body = json.dumps({"requests": [item(model) for model in fleet]}).encode()
-        with socket.create_connection(server.address) as client:
-            head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            client.sendall(head.encode() + body)
-            wait_until(lambda: s3.seen("GET", "au/"), "the first load has begun")
-        name, labels = "fleetcast_inference_requests_total", {"protocol": "forecasts", "code": "499"}
-        wait_until(lambda: server.total(name, **labels) == 1, "the client is seen to have gone")
-        assert server.total(name, protocol="forecasts", code="200") == 0
+    server, bucket = one_worker
+    fleet = models(20, "leaves")
+    upload(s3, bucket, fleet)
+    gone, good = answered(server, "499"), answered(server, "200")
+    s3.inject(Fault(match="leaves/", times=20, delay_s=1.0))
+    body = json.dumps({"requests": [item(model) for model in fleet]}).encode()
+    with socket.create_connection(server.address) as client:
+        head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        wait_until(lambda: s3.seen("GET", "leaves/"), "the first load has begun")
+    wait_until(lambda: answered(server, "499") == gone + 1, "the client is seen to have gone")
+    assert answered(server, "200") == good
 
 
 def test_a_worker_that_dies_costs_no_item(s3: S3Server, store: str, serve: Serve) -> None:

@@ -3,15 +3,15 @@
 import asyncio
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import Question, fleet, forecaster
-from tests.e2e.server import Server, never_reading, open_files, peak_memory, upload
+from tests.e2e.models import Model, Question, fleet, forecaster
+from tests.e2e.server import Server, never_reading, open_files, peak_memory, serving, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -26,21 +26,30 @@ FRONT_GROWTH = 48 << 20  #: 50 such answers are 75 MB or more, 50 windows and so
 MEANWHILE = 10  #: requests of another client that must be answered while all the slow ones are there
 
 
+@pytest.fixture(scope="module")
+def impatient(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Model]]:
+    """A server that bears slow clients for `CUT_OFF_S`, and its model."""
+    (model,) = fleet("normal", 1)
+    bucket = s3.bucket()
+    upload(s3, bucket, [model])
+    folder = tmp_path_factory.mktemp("impatient")
+    with serving(s3, folder, f"s3://{bucket}", client_timeout_s=CUT_OFF_S) as server:
+        yield server, model
+
+
 @pytest.mark.parametrize("kind", ["body", "headers", "silent"])
-def test_who_never_finishes_a_request_is_cut_off(s3: S3Server, store: str, serve: Serve, kind: str) -> None:
+def test_who_never_finishes_a_request_is_cut_off(impatient: tuple[Server, Model], kind: str) -> None:
     """50 clients that send their body, or their headers, a byte at a time, or nothing at all: others are answered
     meanwhile, and all 50 are cut off once their time is over, not before.
     """
-    (model,) = fleet("normal", 1)
-    upload(s3, store, [model])
+    server, model = impatient
     start = {
         "body": b"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n",
         "headers": b"POST /invocations HTTP/1.1\r\nX-Slow: ",
         "silent": b"",
     }[kind]
-    with serve(client_timeout_s=CUT_OFF_S) as server:
-        server.ask(model.question(0))
-        asyncio.run(_among(server, model.question(1), _dawdle(server, start, trickle=kind != "silent")))
+    server.ask(model.question(0))
+    asyncio.run(_among(server, model.question(1), _dawdle(server, start, trickle=kind != "silent")))
 
 
 async def _among(server: Server, question: Question, dawdling: Coroutine[Any, Any, list[float]]) -> None:

@@ -1,5 +1,6 @@
 """Archives that come, change and go while the server runs; and the disk tier, over a restart and without the store."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 
+@pytest.fixture(scope="module")
+def running(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
+    """A server that asks the store again after a minute, and its bucket."""
+    bucket = s3.bucket()
+    with serving(s3, tmp_path_factory.mktemp("changes"), f"s3://{bucket}", revalidate_s=60) as server:
+        yield server, bucket
+
+
 def refusal(server: Server, model: Model) -> tuple[int, str, str]:
     """Status, code and message of a request that must be refused."""
     with pytest.raises(ClientError) as caught:
@@ -24,16 +33,16 @@ def refusal(server: Server, model: Model) -> tuple[int, str, str]:
     return response["ResponseMetadata"]["HTTPStatusCode"], response["Error"]["Code"], response["Error"]["Message"]
 
 
-def test_an_added_archive_is_served_at_once(s3: S3Server, store: str, serve: Serve) -> None:
+def test_an_added_archive_is_served_at_once(s3: S3Server, running: tuple[Server, str]) -> None:
     """New in the store: the first call is answered; asked for too early (400, key named), it serves within 2 s."""
+    server, bucket = running
     early, late = fleet("new", 2)
-    with serve() as server:
-        status, code, message = refusal(server, early)
-        assert (status, code) == (400, "ValidationError")
-        assert early.name in message
-        upload(s3, store, [early, late])
-        assert server.ask(late.question(1)).cache == "miss"
-        wait_until(partial(is_answered, server, early), "an archive asked for too early is served")
+    status, code, message = refusal(server, early)
+    assert (status, code) == (400, "ValidationError")
+    assert early.name in message
+    upload(s3, bucket, [early, late])
+    assert server.ask(late.question(1)).cache == "miss"
+    wait_until(partial(is_answered, server, early), "an archive asked for too early is served")
 
 
 def test_a_removed_archive_serves_while_resident_and_is_gone_once_unloaded(
@@ -59,17 +68,17 @@ def test_a_removed_archive_serves_while_resident_and_is_gone_once_unloaded(
         assert model.name in message
 
 
-def test_an_unloaded_archive_serves_from_disk_until_it_is_due(s3: S3Server, store: str, serve: Serve) -> None:
+def test_an_unloaded_archive_serves_from_disk_until_it_is_due(s3: S3Server, running: tuple[Server, str]) -> None:
     """Unload and ask again within `revalidate_s`: from disk, without any store request."""
+    server, bucket = running
     (model,) = fleet("due", 1)
-    upload(s3, store, [model])
-    with serve(revalidate_s=60) as server:
-        server.ask(model.question(0))
-        server.fleet("unload", model.name)
-        answer = server.ask(model.question(1))
-        assert answer.cache == "miss"
-        assert 'desc="disk"' in answer.headers["server-timing"]
-        assert len(s3.seen("GET", f"{store}/{model.name}")) == 1
+    upload(s3, bucket, [model])
+    server.ask(model.question(0))
+    server.fleet("unload", model.name)
+    answer = server.ask(model.question(1))
+    assert answer.cache == "miss"
+    assert 'desc="disk"' in answer.headers["server-timing"]
+    assert len(s3.seen("GET", f"{bucket}/{model.name}")) == 1
 
 
 def test_a_changed_archive_is_swapped_in_without_a_failed_request(s3: S3Server, store: str, serve: Serve) -> None:
@@ -101,18 +110,18 @@ def test_a_changed_archive_is_swapped_in_without_a_failed_request(s3: S3Server, 
         assert server.total("fleetcast_model_swaps_total", result="ok") == 1
 
 
-def test_a_bad_new_version_leaves_the_old_one_serving(s3: S3Server, store: str, serve: Serve) -> None:
+def test_a_bad_new_version_leaves_the_old_one_serving(s3: S3Server, running: tuple[Server, str]) -> None:
     """Replaced by rubbish: the reload fails with the cause (422), the old numbers go on serving as hits."""
+    server, bucket = running
     (model,) = fleet("bad", 1)
-    version = upload(s3, store, [model])[model.name]
-    with serve() as server:
-        server.ask(model.question(0))
-        s3.put(store, model.name, b"PK\x03\x04 rubbish")
-        reload = server.fleet("reload", model.name)
-        assert reload.status_code == 422
-        assert model.name in reload.json()["error"]["message"]
-        answer = server.ask(model.question(1))
-        assert (answer.cache, answer.version) == ("hit", version)
+    version = upload(s3, bucket, [model])[model.name]
+    server.ask(model.question(0))
+    s3.put(bucket, model.name, b"PK\x03\x04 rubbish")
+    reload = server.fleet("reload", model.name)
+    assert reload.status_code == 422
+    assert model.name in reload.json()["error"]["message"]
+    answer = server.ask(model.question(1))
+    assert (answer.cache, answer.version) == ("hit", version)
 
 
 def test_a_restart_keeps_the_disk_tier_and_an_outage_is_survived(s3: S3Server, store: str, tmp_path: Path) -> None:

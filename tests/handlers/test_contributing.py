@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 START = datetime(2024, 3, 1)  # noqa: DTZ001 -- the stamps of a price file have no zone
 COMMAND = (sys.executable, "-P", "-c", "from server.cli.main import main; main()")

@@ -311,6 +311,7 @@ def test_the_slowest_over_time() -> None:
     assert summary.draw_sparkline([0.0]) == " "
 
 
+@pytest.mark.slow
 def test_no_server_is_no_load(tmp_path: Path) -> None:
     """An address nobody listens on is said in a line, not blamed on the driver."""
     make_fleet(str(tmp_path / "store"), 1)

@@ -164,14 +164,14 @@ class Echo:
         await send({"type": "http.response.body", "body": answer})
 
 
-def exchange(*parts: bytes) -> tuple[bytes, Echo]:
+def exchange(*parts: bytes, keep_alive_s: int = 5) -> tuple[bytes, Echo]:
     """What a client that sends these parts gets until the server closes the connection, and what the app saw."""
     app, found = Echo(), []
 
     async def act(client: Client) -> None:
         found.append(await client.exchange(*parts))
 
-    serving(app, act)
+    serving(app, act, keep_alive_s)
     return found[0], app
 
 
@@ -275,7 +275,7 @@ def test_what_can_be_read_in_two_ways_is_refused(case: str) -> None:
 )
 def test_requests_before_a_faulty_one_are_answered_first(bad: bytes) -> None:
     """A pipelined request keeps its answer; what is refused behind it comes after it or only closes the connection."""
-    said, app = exchange(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n" + bad)
+    said, app = exchange(b"GET /first HTTP/1.1\r\nHost: x\r\n\r\n" + bad, keep_alive_s=1)
     assert said.startswith(b"HTTP/1.1 200 ")
     assert b"GET /first 0;" in said
     assert app.bodies == [b""]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -159,6 +160,7 @@ def test_the_metrics_are_those_of_the_contract() -> None:
         assert labels - set(contract.WORKER_LABELS) == set(promised[name].labels) - set(contract.WORKER_LABELS)
 
 
+@pytest.mark.slow
 def test_a_new_metric_is_a_description_and_a_line(tmp_path: Path) -> None:
     """CONTRIBUTING's page to the letter: the metric is exposed, has its README row, and its name is public."""
     tree = copied_tree(tmp_path / "tree")

@@ -93,6 +93,7 @@ def test_a_child_has_its_parents_settings_whatever_its_own_environment(monkeypat
     assert {name: type(value) for name, value in child} == {name: type(value) for name, value in settings}
 
 
+@pytest.mark.slow
 def test_a_new_setting_is_one_field(tmp_path: Path) -> None:
     """CONTRIBUTING's page to the letter: the field alone gives flag, variable, file key, help and README row."""
     tree = copied_tree(tmp_path / "tree")

@@ -4,6 +4,7 @@ import inspect
 import json
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -19,13 +20,20 @@ from handlers.kinds.graph.family import CPU_BATCH_ELEMENTS, MAX_BATCH_ELEMENTS, 
 from handlers.kinds.graph.operators import ALLOWED, find_operator
 from handlers.kinds.graph.schema import encode_graph, parse_graph
 from model_store.errors import ArchiveInvalid
-from tests.handlers.nets import BATCHED, SHAPE, Attending, Dilated, Recurrent, made
+from tests.handlers.nets import BATCHED, SHAPE, Dilated, Recurrent, made
+
+
+@cache  # half a second of torch each
+def exported_once(build: Callable[[], nn.Module]) -> tuple[bytes, dict[str, Float32]]:
+    """What `export_graph` gives for the network's first model."""
+    module = made(build, 0)
+    return export_graph(module, {next(iter(inspect.signature(module.forward).parameters)): SHAPE})
 
 
 def exported(build: Callable[[], nn.Module], models: int = 3) -> tuple[GraphFamily, list[nn.Module], list[Float32]]:
     """The family of a network, several models of it, and their rows."""
     modules = [made(build, seed) for seed in range(models)]
-    raw, tensors = export_graph(modules[0], {next(iter(inspect.signature(modules[0].forward).parameters)): SHAPE})
+    raw, tensors = exported_once(build)
     family = graph_family(raw)
     states = [tensors | {name: tensor.numpy() for name, tensor in module.state_dict().items()} for module in modules]
     rows = [family.row({name: state[name] for name in family.parameters}) for state in states]
@@ -158,7 +166,7 @@ def test_threads_may_load_one_family_at_once() -> None:
 
 def test_models_of_one_class_are_one_family() -> None:
     """The numbers do not matter, the configuration does; nor does how the file is written."""
-    first, _ = export_graph(made(Dilated, 1), {"x": SHAPE})
+    first, _ = exported_once(Dilated)
     again, _ = export_graph(made(Dilated, 2), {"x": SHAPE})
     other, _ = export_graph(made(lambda: Dilated(9), 1), {"x": SHAPE})
     assert first == again
@@ -175,8 +183,7 @@ def test_models_of_one_class_are_one_family() -> None:
 
 def test_a_graph_is_a_module_again() -> None:
     """The reference takes the archive's numbers by name and answers as the module they came from."""
-    module = made(BATCHED["image"], 3)
-    raw, tensors = export_graph(module, {"x": SHAPE})
+    module, (raw, tensors) = made(BATCHED["image"], 0), exported_once(BATCHED["image"])
     reference = graph_family(raw).reference()
     reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -186,7 +193,7 @@ def test_a_graph_is_a_module_again() -> None:
 
 def test_wrong_tensors_are_refused_by_name() -> None:
     """Another configuration's numbers never become a row, nor do numbers that are none."""
-    raw, tensors = export_graph(made(Dilated, 1), {"x": SHAPE})
+    raw, tensors = exported_once(Dilated)
     family = graph_family(raw)
     with pytest.raises(ArchiveInvalid, match=r"'head.bias' must be float32 \[12\], not float32 \[11\]"):
         family.row(tensors | {"head.bias": tensors["head.bias"][:-1]})
@@ -211,10 +218,10 @@ def test_constants_travel_with_the_archive() -> None:
     """Buffers that are not saved: numbers go with the weights, truth values into the graph. What the answer does not
     need is left out.
     """
-    raw, tensors = export_graph(made(lambda: Attending(norm_first=True), 0), {"x": SHAPE})
+    raw, tensors = exported_once(BATCHED["encoder-norm-first"])
     assert tensors["fading"].shape == (12, 1)
     assert parse_graph(raw).constants["seen"].dtype == "bool"
-    _, normed = export_graph(made(BATCHED["batch-norm"], 0), {"input": SHAPE})
+    _, normed = exported_once(BATCHED["batch-norm"])
     assert not any("num_batches_tracked" in name for name in normed)
     assert not any(node.op.startswith("aten.dropout") for node in parse_graph(raw).nodes)
 
@@ -402,7 +409,7 @@ def test_what_is_taken_has_no_side_effects() -> None:
 
 def test_records_survive_the_file() -> None:
     """What is written is what is read, infinities and dtypes too."""
-    raw, _ = export_graph(made(BATCHED["encoder"], 0), {"x": SHAPE})
+    raw, _ = exported_once(BATCHED["encoder"])
     assert encode_graph(parse_graph(raw)) == raw
     infinite = graph(("aten.clamp.default", [X, {"kind": "number", "name": "-inf"}, 0.5]))
     x = torch.tensor([[[-1e30] * 4 + [1.0] * 4] * 4])

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from handlers.kinds.onnx import MAX_FIELDS, MAX_SCALAR_BYTES, SCALARS_AT_ONCE, check_model
+from handlers.kinds import onnx as kind
+from handlers.kinds.onnx import MAX_FIELDS, SCALARS_AT_ONCE, check_model
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
 SCALAR = b"\x08\x01"  #: ir_version of a model, 1
@@ -21,21 +22,25 @@ def test_fields_at_the_bound() -> None:
         check_model(UNKNOWN * (MAX_FIELDS + 1))
 
 
-def test_fields_count_over_all_messages() -> None:
+def test_fields_count_over_all_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of messages within messages are fields too: here each node's, and each name in one."""
+    allowed = 20_000
+    monkeypatch.setattr(kind, "MAX_FIELDS", allowed)
     node = b"\x0a\x00" * 5  # five inputs
-    graph = (b"\x0a%c" % len(node) + node) * (MAX_FIELDS // 6)
+    graph = (b"\x0a%c" % len(node) + node) * (allowed // 6)
     check_model(onnx.ModelProto(graph=onnx.GraphProto.FromString(graph)).SerializeToString())
     more = graph + (b"\x0a%c" % len(node) + node)
     with pytest.raises(ArchiveTooLarge, match="fields of an ONNX model"):
         check_model(onnx.ModelProto(graph=onnx.GraphProto.FromString(more)).SerializeToString())
 
 
-def test_single_numbers_at_the_bound() -> None:
-    """They are skipped fast, and are bounded by their bytes."""
-    check_model(SCALAR * (MAX_SCALAR_BYTES // 2))
+def test_single_numbers_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are skipped fast, and are bounded by their bytes: more of them than fields are allowed."""
+    allowed = 4 * MAX_FIELDS
+    monkeypatch.setattr(kind, "MAX_SCALAR_BYTES", allowed)
+    check_model(SCALAR * (allowed // 2))
     with pytest.raises(ArchiveTooLarge, match="single numbers"):
-        check_model(SCALAR * (MAX_SCALAR_BYTES // 2 + 1))
+        check_model(SCALAR * (allowed // 2 + 1))
 
 
 def test_a_large_tree_ensemble_is_scanned() -> None:

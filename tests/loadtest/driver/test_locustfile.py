@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 
 from loadtest.fleets.fleet import list_fleet_names
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, POLL_S
 
 ROOT = Path(__file__).parents[3]
 NAMES = list_fleet_names(6)
@@ -55,7 +55,7 @@ def peer() -> Iterator[str]:
     """Its address."""
     Peer.asked.clear()
     with ThreadingHTTPServer(("127.0.0.1", 0), Peer) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.server_port}"

@@ -40,7 +40,8 @@ def test_what_desktops_add_is_ignored(build: Build, layout: str) -> None:
     """Whatever was added and wherever: the archive is opened, its weights are read, and it lists its own members."""
     archive = open_archive(build(LAYOUTS[layout]), "NSW1.mar")
     assert archive.members == tuple(sorted(SOUND))
-    assert archive.weights() == SOUND[archive.weights_file or ""]
+    assert archive.spec is not None
+    assert archive.weights() == SOUND[archive.spec.weights.file]
     assert archive.golden() is not None
 
 

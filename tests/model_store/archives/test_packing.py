@@ -8,7 +8,7 @@ import zipfile
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.kinds import ArchiveParts, pack_model
@@ -48,6 +48,7 @@ def test_the_bytes_do_not_change_between_releases() -> None:
     assert hashlib.sha256(packed).hexdigest() == "e4d6e9396613c740867d38aba1c6836b65a985dc1c35720bbf8ab20a8a0784ce"
 
 
+@settings(max_examples=30)  # each is packed twice and read
 @given(st.lists(st.tuples(NAMES, st.binary(max_size=50)), max_size=6, unique_by=lambda pair: pair[0]), st.data())
 def test_packing_depends_on_content_alone(pairs: list[tuple[str, bytes]], data: st.DataObject) -> None:
     """The order of members does not matter, and neither does the clock; every member is read back."""

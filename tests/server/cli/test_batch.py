@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from server.cli.main import app
 from server.offline.batch_inference import index_lines
 from server.offline.checkpoint import RECORD, Checkpoint, OtherWork
 from tests.e2e.models import Model, forecaster
@@ -153,14 +155,18 @@ def test_a_store_that_is_away_ends_the_run(s3: S3Server, tmp_path: Path) -> None
         (["in.jsonl", "out.jsonl", "--models", "s3:/x"], "s3:/x"),
     ],
 )
-def test_what_cannot_be_started(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_started(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line says what is wrong; nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLEETCAST_DISK_CACHE", str(tmp_path / "cache"))
     (tmp_path / "in.jsonl").write_text("{}\n")
     (tmp_path / "models").mkdir()
-    done = run(tmp_path, *arguments, *([] if "--models" in arguments else ["--models", "models"]))
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    done = CliRunner().invoke(app, ["batch", *arguments, *([] if "--models" in arguments else ["--models", "models"])])
+    assert done.exit_code == 2, done.exception
     assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -22,6 +22,7 @@ from server.sdk.errors import (
     error_from_reply,
 )
 from server.sdk.forecasts import ForecastRequest
+from tests.patience import POLL_S
 
 
 class Management(BaseHTTPRequestHandler):
@@ -56,7 +57,7 @@ def listener() -> Iterator[str]:
     """The address of one."""
     Management.asked = []
     with HTTPServer(("127.0.0.1", 0), Management) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -116,7 +117,7 @@ def inference() -> Iterator[str]:
     Inference.connections, Inference.asked = 0, []
     with ThreadingHTTPServer(("127.0.0.1", 0), Inference) as server:
         server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

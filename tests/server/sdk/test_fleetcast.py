@@ -44,6 +44,7 @@ def archive(tmp_path: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_import_takes_no_torch(archive: Path) -> None:
     """Neither the import nor a client loads torch, numpy or handlers; a model that is opened does."""
     code = f"""

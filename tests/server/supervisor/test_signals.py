@@ -11,6 +11,8 @@ import pytest
 
 import server
 
+pytestmark = pytest.mark.slow
+
 WAIT = """
 import asyncio
 from server.supervisor.management_api import until_told_to_stop
