@@ -17,9 +17,9 @@ import structlog
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.auth.permissions import PermittedDataPlane, open_permissions
+from server.front.auth.permissions import PermittedPlane, open_permissions
 from server.front.content_coding import find_coding, unpack
-from server.front.dataplane import ClientGone, DataPlane, InferStats, RefusedByWorker
+from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.slices import ITEM, Pacer
@@ -78,11 +78,11 @@ class App:
             else:
                 dialect = self._dialects[0]
                 operation = self._refuse_path(request.path)
-            plane = self.plane
+            plane: InferencePlane = self.plane
             if operation.body_limit is not None:
                 if self._permissions is not None:
                     token = self._permissions.find_token(request.headers)
-                    plane = self.plane if token is None else PermittedDataPlane(self.plane, token)
+                    plane = self.plane if token is None else PermittedPlane(self.plane, token)
                 await self._read(request, operation.body_limit, scope, receive, signed=plane is self.plane)
             reply = await dialect.answer(operation, request, plane)
         except ClientGone:
@@ -151,7 +151,7 @@ class App:
     async def _join(self, first: bytes, limit: Limit, receive: Receive) -> bytes:
         """The whole body. Its parts count as held while they arrive."""
         body, size, more = bytearray(first), len(first), True  # it grows: a join of all parts takes the loop's time
-        self.plane.held_bytes += size
+        self.plane.held.size += size
         try:
             while more:
                 message = await receive()
@@ -160,14 +160,14 @@ class App:
                 part = message.get("body", b"")
                 body += part
                 size += len(part)
-                self.plane.held_bytes += len(part)
+                self.plane.held.size += len(part)
                 if size > limit.bytes:
                     raise limit.exceeded(size)
-                self.plane.check_held()
+                self.plane.held.check()
                 more = message.get("more_body", False)
             return cast("bytes", body)  # not copied: all that read it take any buffer
         finally:
-            self.plane.held_bytes -= size
+            self.plane.held.size -= size
 
     # --- the reply --------------------------------------------------------------------------------------------------
 
@@ -212,7 +212,7 @@ class App:
         if reply.stats is not None:
             _add_stats(head, reply.stats)
         more, held = len(reply.body) < size, len(reply.body)
-        self.plane.held_bytes += held
+        self.plane.held.size += held
         try:
             await send({"type": "http.response.start", "status": reply.status, "headers": head})
             for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
@@ -227,7 +227,7 @@ class App:
             # RuntimeError; or the drain is over.
             return (CLIENT_GONE,)
         finally:
-            self.plane.held_bytes -= held
+            self.plane.held.size -= held
             if more and stream is not None:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from typing import cast
+from typing import Protocol, cast
 
 import msgspec
 
@@ -104,24 +104,67 @@ class RefusedByWorker(Refused):
         self.stats = stats
 
 
-class DataPlane:
-    """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
+class HeldBytes:
+    """The bytes of request bodies and answers that a front holds, at most `limit`.
 
-    `held_bytes` are the bytes of request bodies and answers that this front holds, at most `max_held_bytes`: whatever
-    receives or builds one adds to them for as long as it is there.
+    Whatever receives or builds a body adds to `size` for as long as it is there.
     """
+
+    def __init__(self, limit: int) -> None:
+        self.size = 0
+        self._limit = limit
+
+    def __repr__(self) -> str:
+        """For example `<HeldBytes 12000 of 1000000>`."""
+        return f"<HeldBytes {self.size} of {self._limit}>"
+
+    def check(self) -> None:
+        """Raises Refused while there are too many."""
+        if self.size > self._limit:
+            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Count a body as held in a `with` block. Raises Refused when there is no room for it."""
+        self.size += size
+        try:
+            self.check()
+            yield
+        finally:
+            self.size -= size
+
+
+class InferencePlane(Protocol):
+    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held."""
+
+    held: HeldBytes
+
+    @property
+    def workers(self) -> int:
+        """How many workers are up."""
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
+
+
+class DataPlane:
+    """One front's requests to the workers. `links` are the connections to the workers that are up, by worker."""
 
     def __init__(self, max_held_bytes: int) -> None:
         self.router = Router()
         self.links: dict[int, WorkerLink] = {}
-        self.held_bytes = 0
-        self._max_held_bytes = max_held_bytes
+        self.held = HeldBytes(max_held_bytes)
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         """For example `<DataPlane 2 links, 12 under way, 12000 bytes held>`."""
-        return f"<DataPlane {len(self.links)} links, {len(self._watched)} under way, {self.held_bytes} bytes held>"
+        return f"<DataPlane {len(self.links)} links, {len(self._watched)} under way, {self.held.size} bytes held>"
+
+    @property
+    def workers(self) -> int:
+        """How many workers are up."""
+        return len(self.router.lanes)
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. A worker that dies costs one more try: a forecast has no side effects.
@@ -129,10 +172,9 @@ class DataPlane:
         Raises Refused, RefusedByWorker, and ClientGone when the client is watched and leaves.
         """
         size = len(request.body)
-        self.held_bytes += size
+        self.held.size += size
         try:
-            if self.held_bytes > self._max_held_bytes:
-                self.check_held()
+            self.held.check()
             now = time.monotonic()
             lane = self.router.route(request.model, now)
             if lane is None or lane.worker not in self.links:
@@ -142,22 +184,7 @@ class DataPlane:
             except WorkerLost:
                 return await self._ask_another(lane.worker, request)
         finally:
-            self.held_bytes -= size
-
-    def check_held(self) -> None:
-        """Raises Refused while this front holds too many bytes of requests."""
-        if self.held_bytes > self._max_held_bytes:
-            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
-
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Count a body as held in a `with` block. Raises Refused when there is no room for it."""
-        self.held_bytes += size
-        try:
-            self.check_held()
-            yield
-        finally:
-            self.held_bytes -= size
+            self.held.size -= size
 
     def sweep(self) -> None:
         """Refuse requests whose deadline has passed, and watch the clients of slow ones. Called every 0.1 s."""

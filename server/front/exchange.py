@@ -7,7 +7,7 @@ from typing import Protocol
 import msgspec
 
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientWatch, DataPlane, InferResponse, InferStats
+from server.front.dataplane import ClientWatch, InferencePlane, InferResponse, InferStats
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -73,7 +73,7 @@ class Dialect(Protocol):
         Raises Refused(BAD_METHOD) for a path of this dialect with a method that it does not take.
         """
 
-    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The reply to a request. Raises Refused, ClientGone."""
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:

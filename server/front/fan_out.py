@@ -15,7 +15,7 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferResponse, InferStats
+from server.front.dataplane import ClientGone, ClientWatch, InferencePlane, InferRequest, InferResponse, InferStats
 from server.front.exchange import Limit
 from server.front.raw_json import (
     build_correlation_request,
@@ -71,7 +71,7 @@ class FanOut:
     """
 
     def __init__(
-        self, plane: DataPlane, call: MultiModelCall, limit: Limit, deadline: float, client_gone: ClientWatch
+        self, plane: InferencePlane, call: MultiModelCall, limit: Limit, deadline: float, client_gone: ClientWatch
     ) -> None:
         self._plane, self._call, self._limit = plane, call, limit
         self._deadline, self._client_gone = deadline, client_gone
@@ -88,7 +88,7 @@ class FanOut:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._plane.held_bytes -= self._answered
+        self._plane.held.size -= self._answered
 
     async def infer(self) -> list[Prediction | Refused]:
         """What came of each item, in order.
@@ -96,7 +96,7 @@ class FanOut:
         Raises Refused for a call that fails as a whole, ClientGone when the client leaves.
         """
         self._check_size()
-        with self._plane.hold(self._call.size):
+        with self._plane.held.hold(self._call.size):
             items = asyncio.ensure_future(self._infer_items())
             gone = asyncio.ensure_future(self._client_gone())
             try:
@@ -184,10 +184,10 @@ class FanOut:
     def _hold_answer(self, response: InferResponse) -> None:
         """Count an answer before it is read. Raises Refused, the whole call's, where all are too large."""
         self._answered += response.body_bytes
-        self._plane.held_bytes += response.body_bytes
+        self._plane.held.size += response.body_bytes
         try:
             self._check_answers(self._answered)
-            self._plane.check_held()
+            self._plane.held.check()
         except Refused:
             response.cancel()
             raise

@@ -4,54 +4,41 @@ Where both are configured either one suffices: a request with a SigV4 Authorizat
 any other by its token. A signature allows all models, a token those of its prefixes.
 """
 
-import contextlib
 from collections.abc import Mapping
 
 from model_store.names import ModelName
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
-from server.front.dataplane import DataPlane, InferRequest, InferResponse
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse
 from server.settings import Settings
 
 _SIGV4 = b"AWS4-HMAC-SHA256"
 
 
-class PermittedDataPlane(DataPlane):
+class PermittedPlane:
     """The data plane as the holder of one token sees it: models that the token does not allow are refused.
 
     INVARIANT: a dialect has no other way to a model, so that none can forget the check.
     """
 
-    def __init__(self, plane: DataPlane, token: Token) -> None:  # no own state: all is the other plane's
-        self.router, self.links = plane.router, plane.links
+    def __init__(self, plane: InferencePlane, token: Token) -> None:
+        self.held = plane.held
         self._plane, self._token = plane, token
 
     def __repr__(self) -> str:
-        """For example `<PermittedDataPlane <Token desk-au: invoke of au/> over <DataPlane ...>>`."""
-        return f"<PermittedDataPlane {self._token!r} over {self._plane!r}>"
+        """For example `<PermittedPlane <Token desk-au: invoke of au/> over <DataPlane ...>>`."""
+        return f"<PermittedPlane {self._token!r} over {self._plane!r}>"
+
+    @property
+    def workers(self) -> int:
+        """How many workers are up."""
+        return self._plane.workers
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused(FORBIDDEN), and what the plane raises."""
         require(self._token, request.model)
         return await self._plane.infer(request)
-
-    @property
-    def held_bytes(self) -> int:
-        """The bytes that the front holds, of all clients."""
-        return self._plane.held_bytes
-
-    @held_bytes.setter
-    def held_bytes(self, size: int) -> None:
-        self._plane.held_bytes = size
-
-    def check_held(self) -> None:
-        """Raises Refused while the front holds too many bytes of requests."""
-        self._plane.check_held()
-
-    def hold(self, size: int) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
-        """Count a body as held in a `with` block."""
-        return self._plane.hold(size)
 
 
 class Permissions:

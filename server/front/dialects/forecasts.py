@@ -12,7 +12,7 @@ import msgspec
 from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
-from server.front.dataplane import DataPlane, InferStats
+from server.front.dataplane import InferencePlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
 from server.front.json_cutter import NotJson, cut_fields, cut_items
@@ -95,7 +95,7 @@ class Forecasts:
             raise wrong_method(method)
         return self._forecast
 
-    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """All predictions in order; with `joint` and `Accept: application/x-npy`, their samples as one array."""
         del operation
         pacer = Pacer()

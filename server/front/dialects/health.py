@@ -4,7 +4,7 @@ import msgspec
 
 from server import contract
 from server.errors import Refused
-from server.front.dataplane import DataPlane
+from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest
 from server.settings import Settings
 
@@ -26,12 +26,12 @@ class Health:
         del method
         return _OPERATIONS.get(path)
 
-    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """From what the front knows: no worker is asked."""
         del request
         if operation is _PING:
             return HttpReply(200, contract.JSON, b'{"status": "Healthy"}\n', counted=())
-        workers = len(plane.router.lanes)
+        workers = plane.workers
         body = msgspec.json.encode({"ready": workers > 0, "workers": workers})
         return HttpReply(200 if workers else 503, contract.JSON, body, counted=())
 

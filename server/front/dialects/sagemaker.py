@@ -11,7 +11,7 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import DataPlane, InferRequest
+from server.front.dataplane import InferencePlane, InferRequest
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
 from server.settings import Settings
 
@@ -83,7 +83,7 @@ class SageMaker:
             raise wrong_method(method)
         return self._invoke
 
-    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer as it is."""
         del operation
         raw = request.headers.get(_TARGET_MODEL)

@@ -11,7 +11,7 @@ import pytest
 from model_store.names import parse_model_name
 from server.errors import Refused, Situation
 from server.front.app import App
-from server.front.dataplane import DataPlane, InferRequest
+from server.front.dataplane import InferencePlane, InferRequest
 from server.front.dialects import DIALECTS
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit
 from server.http_listener import make_listener
@@ -37,7 +37,7 @@ class Toy:
         del method
         return DialectOperation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
 
-    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: DataPlane) -> HttpReply:
+    async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer in brackets."""
         model = parse_model_name(operation.name)
         response = await plane.infer(InferRequest(model, request.body, JSON, JSON, request.deadline))
@@ -175,6 +175,6 @@ def test_nothing_stays_held() -> None:
 
     assert asyncio.run(scenario(b"a", b"b")) == 200
     assert asyncio.run(scenario(bytes(600), bytes(600))) == 413
-    made.plane.held_bytes = 4900
+    made.plane.held.size = 4900
     assert asyncio.run(scenario(bytes(100), bytes(100))) == 503
-    assert made.plane.held_bytes == 4900
+    assert made.plane.held.size == 4900

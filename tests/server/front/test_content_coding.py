@@ -58,7 +58,7 @@ def test_a_packed_body_is_the_body(kind: str, data: bytes) -> None:
     reply, worker, app = asked(pack(data), coding)
     assert reply.status == 200
     assert worker.asked[0].body == data
-    assert app.plane.held_bytes == 0
+    assert app.plane.held.size == 0
 
 
 @pytest.mark.parametrize("coding", ["", "identity", " Identity "])
@@ -73,7 +73,7 @@ def test_the_body_limit_is_that_of_what_comes_out(kind: str) -> None:
     coding, pack = PACK[kind]
     assert asked(pack(bytes(LIMIT)), coding)[0].status == 200
     reply, worker, app = asked(pack(bytes(LIMIT + 1)), coding)
-    assert (reply.status, worker.asked, app.plane.held_bytes) == (413, [], 0)
+    assert (reply.status, worker.asked, app.plane.held.size) == (413, [], 0)
     assert "max_body_bytes" in json.loads(reply.body)["message"]
 
 
@@ -93,7 +93,7 @@ def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
 def test_what_comes_out_is_held_in_flight() -> None:
     """Unpacking stops with 503 where the front would hold more than `max_inflight_bytes`."""
     reply, worker, app = asked(gzip.compress(bytes(LIMIT)), "gzip", max_inflight_bytes=LIMIT // 2)
-    assert (reply.status, worker.asked, app.plane.held_bytes) == (503, [], 0)
+    assert (reply.status, worker.asked, app.plane.held.size) == (503, [], 0)
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "compress", "\xe9"])
@@ -124,7 +124,7 @@ BROKEN = {
 def test_a_broken_body_is_400(case: str) -> None:
     """It says what is wrong with the packed body, and holds nothing."""
     reply, worker, app = asked(BROKEN[case], "gzip")
-    assert (reply.status, worker.asked, app.plane.held_bytes) == (400, [], 0)
+    assert (reply.status, worker.asked, app.plane.held.size) == (400, [], 0)
     assert "gzip" in json.loads(reply.body)["message"]
 
 

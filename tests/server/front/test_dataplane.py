@@ -112,15 +112,15 @@ def test_bodies_count_as_held_while_they_are_asked() -> None:
         made = plane(worker, max_held_bytes=1000)
         waiting = asyncio.ensure_future(made.infer(request(bytes(600))))
         await asyncio.sleep(0)
-        assert made.held_bytes == 600
+        assert made.held.size == 600
         assert (await refusal(made, request(bytes(600)))).situation is Situation.OVERLOADED
         assert len(worker.asked) == 1
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
-        assert (made.held_bytes, worker.cancelled) == (0, 1)
-        with pytest.raises(Refused), made.hold(1001):
+        assert (made.held.size, worker.cancelled) == (0, 1)
+        with pytest.raises(Refused), made.held.hold(1001):
             pass
-        assert made.held_bytes == 0
+        assert made.held.size == 0
 
     asyncio.run(scenario())
 

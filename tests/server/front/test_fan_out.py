@@ -165,7 +165,7 @@ def test_a_client_that_leaves_ends_the_call() -> None:
         left.set()
         with pytest.raises(ClientGone):
             await asked
-        assert (len(worker.asked), worker.cancelled, running._plane.held_bytes) == (20, 20, 0)
+        assert (len(worker.asked), worker.cancelled, running._plane.held.size) == (20, 20, 0)
 
     asyncio.run(scenario())
 

@@ -93,7 +93,7 @@ def test_each_item_needs_the_token(tokens: Path) -> None:
     assert [asked.model for asked in worker.asked] == [AU]
     refused = post(made, "/v1/forecasts", {}, body)
     assert (refused.status, json.loads(refused.body)["error"]["code"]) == (401, "unauthorized")
-    assert made.plane.held_bytes == 0
+    assert made.plane.held.size == 0
     assert [post(made, path, {}).status for path in ("/ping", "/ready", "/nowhere")] == [200, 200, 404]
 
 
