@@ -40,6 +40,8 @@ MESSAGES: Mapping[str, Mapping[int, str]] = {
 }
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  #: fields of Tensor; location 0 is inside the model
 MAX_FIELDS = 200_000  #: that a scan looks at: some 10 for each node or tensor
+#: Nodes, attributes and tensors: ONNX Runtime holds the interpreter while it reads them, some microseconds for each.
+MAX_PARTS = 16_000
 MAX_SCALAR_BYTES = 32 * 2**20  #: of fields that a scan skips
 SCALARS_AT_ONCE = 64 * 1024  #: bytes: the interpreter is held for half a millisecond
 #: A run of varint, fixed 64-bit and fixed 32-bit fields numbered 1 to 15. Possessive, so that it never goes back.
@@ -71,12 +73,13 @@ class OnnxKind:
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A session on the target's device. Raises ArchiveInvalid, UnsupportedKind."""
-        model = OnnxModel(archive.weights(), threads=target.threads, provider=target.device, limits=target.sessions)
+        weights = bytes(archive.weights())
+        model = OnnxModel(weights, threads=target.threads, provider=target.device, limits=target.sessions)
         return BuiltModel(SingleModel(model, SingleCodec(model.inputs, model.outputs)), None, "onnx")
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
         """The session's inputs. Raises ArchiveInvalid, UnsupportedKind."""
-        return OnnxModel(archive.weights()).inputs
+        return OnnxModel(bytes(archive.weights())).inputs
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """Nothing: the model is not opened."""
@@ -324,6 +327,7 @@ def check_model(model: bytes, *, loops: bool = False) -> bool:
     where that takes more steps than a sound model's.
     """
     fields = StepBudget(MAX_FIELDS, "fields of an ONNX model")
+    parts = StepBudget(MAX_PARTS, "nodes, attributes and tensors of an ONNX model")
     scalars = StepBudget(MAX_SCALAR_BYTES, "bytes of single numbers in an ONNX model")
     todo = [("Model", memoryview(model))]
     found = False
@@ -348,6 +352,7 @@ def check_model(model: bytes, *, loops: bool = False) -> bool:
                 dense = _dense_size(dense, value, fields)
             inner = MESSAGES[kind].get(field)
             if inner is not None and isinstance(value, memoryview):
+                parts.spend()
                 todo.append((inner, value))
     return found
 
