@@ -178,7 +178,7 @@ def test_answers_count_as_held_until_they_are_sent() -> None:
 
     async def send(message: Any) -> None:
         sent.append(message.get("body", b""))
-        held.append(app.plane.held_bytes)
+        held.append(app.plane.held.size)
 
     async def scenario(size: int) -> bytes:
         sent.clear()
@@ -192,7 +192,7 @@ def test_answers_count_as_held_until_they_are_sent() -> None:
         asyncio.run(scenario(size))
         assert max(map(len, sent)) <= PIECE_BYTES
         assert set(held[-len(sent) :]) == {size}
-    assert app.plane.held_bytes == 0
+    assert app.plane.held.size == 0
 
 
 def test_answers_of_a_call_count_as_held() -> None:
@@ -210,7 +210,7 @@ def test_answers_of_a_call_count_as_held() -> None:
     with pytest.raises(Refused) as caught:
         asyncio.run(scenario())
     assert caught.value.situation is Situation.OVERLOADED
-    assert plane.held_bytes == 0
+    assert plane.held.size == 0
 
 
 def test_an_outbox_counts_what_it_holds() -> None:

@@ -1,7 +1,6 @@
 """Archives of kind onnx: one ONNX Runtime session a model, float32 in and out, and no file is read but its bytes."""
 
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +15,11 @@ from handlers.base import Float32, Shape
 from handlers.codecs.codec import SingleCodec
 from handlers.errors import Overran, RunFailed
 from handlers.kinds.models import BuiltModel, SingleModel, Target
+from handlers.kinds.onnx_scan import check_model
 from handlers.kinds.packing import ArchiveParts
 from handlers.work import SessionLimits
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind, Spec, Weights
-from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 Provider = Literal["cpu", "cuda"]
@@ -30,35 +29,6 @@ LIMITS = SessionLimits()
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
-#: Where tensors can be in a model: message -> {field number: the message it holds} (onnx.proto of ONNX 1.23).
-MESSAGES: Mapping[str, Mapping[int, str]] = {
-    "Model": {7: "Graph", 20: "Training", 25: "Function"},
-    "Training": {1: "Graph", 2: "Graph"},
-    "Graph": {1: "Node", 5: "Tensor", 15: "Sparse"},
-    "Function": {7: "Node", 11: "Attribute"},
-    "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "Sparse", 23: "Sparse"},
-    "Sparse": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {},
-}
-EXTERNAL_DATA, DATA_LOCATION = 13, 14  #: fields of Tensor; location 0 is inside the model
-MAX_FIELDS = 200_000  #: that a scan looks at: some 10 for each node or tensor
-MAX_SCALAR_BYTES = 32 * 2**20  #: of fields that a scan skips
-SCALARS_AT_ONCE = 64 * 1024  #: bytes: the interpreter is held for half a millisecond
-#: A run of varint, fixed 64-bit and fixed 32-bit fields numbered 1 to 15. Possessive, so that it never goes back.
-SCALARS = re.compile(
-    rb"(?:[%b][\x80-\xff]{0,9}[\x00-\x7f]|[%b].{8}|[%b].{4})++"
-    % tuple(re.escape(bytes(number << 3 | wire for number in range(1, 16))) for wire in (0, 1, 5)),
-    re.DOTALL,
-)
-#: Operators that run a graph of theirs as often as a number says, which a request may give: a model of 380 bytes
-#: would run for years. `If` runs one of its graphs once.
-LOOPS = frozenset({b"Loop", b"Scan", b"SequenceMap"})
-OP_TYPE, DIMS = 4, 3  #: fields of Node and Sparse
-MAX_OP_TYPE = 20  #: bytes of the longest name in LOOPS, and some
-MOST_SPARSE = 1 << 24  #: numbers of a sparse tensor once ONNX Runtime has made it dense, as it does at load
-VARINT, BYTES, FIXED = 0, 2, {1: 8, 5: 4}  #: protobuf wire types; of the last, the length
-NOT_A_MODEL = "model.onnx: not an ONNX model: its protobuf encoding is broken or cut off"
 SESSION_BYTES = 320 * 1024
 BYTES_PER_MODEL_BYTE = 1.25
 MEASURED_BYTES = 8 * 2**20  #: growth of the process below this says nothing of a session
@@ -103,7 +73,7 @@ def find_onnx_file(archive: Archive) -> str:
 
 
 def _read_file(archive: Archive) -> bytes:
-    return archive.weights() if archive.spec else archive.read(find_onnx_file(archive))
+    return bytes(archive.weights() if archive.spec else archive.read(find_onnx_file(archive)))
 
 
 class OnnxModel:
@@ -334,114 +304,6 @@ def _own_bytes() -> int:
     except OSError:
         return 0
     return (resident - shared) * PAGE
-
-
-def check_model(model: bytes, *, loops: bool = False) -> bool:
-    """Whether the model has loops.
-
-    Raises ArchiveInvalid where a tensor names a file or is too large, for a loop unless allowed, and for no message.
-
-    ONNX Runtime 1.31 refuses external data of a model given as bytes too, but how has changed between its versions, so
-    we look for ourselves: at every place the format has for a tensor, without unpacking any. Raises ArchiveTooLarge
-    where that takes more steps than a sound model's.
-    """
-    fields = StepBudget(MAX_FIELDS, "fields of an ONNX model")
-    scalars = StepBudget(MAX_SCALAR_BYTES, "bytes of single numbers in an ONNX model")
-    todo = [("Model", memoryview(model))]
-    found = False
-    while todo:
-        kind, message = todo.pop()
-        at, dense = 0, 1
-        while True:
-            if kind not in ("Tensor", "Sparse"):  # their numbers are told apart: a data's location, the dimensions
-                at = _skip_scalars(message, at, scalars)
-            if at >= len(message):
-                break
-            fields.spend()
-            field, value, at = _field(message, at)
-            if kind == "Tensor" and (field == EXTERNAL_DATA or (field == DATA_LOCATION and value != 0)):
-                raise ArchiveInvalid("model.onnx: a tensor is in an external file; save the model as a single file")
-            if kind == "Node" and field == OP_TYPE and _is_loop(_bytes_of(value)):
-                found = True
-                if not loops:
-                    what = f"it has the operator {bytes(_bytes_of(value)).decode()}, whose time no size bounds"
-                    raise ArchiveInvalid(f"model.onnx: {what}; export it unrolled, or set onnx_control_flow to allow")
-            if kind == "Sparse" and field == DIMS:
-                dense = _dense_size(dense, value, fields)
-            inner = MESSAGES[kind].get(field)
-            if inner is not None and isinstance(value, memoryview):
-                todo.append((inner, value))
-    return found
-
-
-def _is_loop(operator: memoryview) -> bool:
-    """Whether the operator of this name repeats a graph."""
-    return len(operator) <= MAX_OP_TYPE and bytes(operator) in LOOPS
-
-
-def _dense_size(before: int, dims: memoryview | int, budget: StepBudget) -> int:
-    """Numbers of a sparse tensor with these further dimensions, once it is dense. Raises ArchiveInvalid."""
-    size = before
-    for dim in _integers(dims):
-        budget.spend()
-        size *= dim
-        if size > MOST_SPARSE:
-            what = f"a sparse tensor of {size} numbers"
-            raise ArchiveInvalid(f"model.onnx: {what} becomes dense at load; {MOST_SPARSE} are allowed")
-    return size
-
-
-def _skip_scalars(message: memoryview, at: int, budget: StepBudget) -> int:
-    """Where the run of fields that are single numbers ends which starts at `at`: tree ensembles have a million."""
-    while (run := SCALARS.match(message, at, at + SCALARS_AT_ONCE)) is not None:
-        budget.spend(run.end() - at)
-        at = run.end()
-    return at
-
-
-def _field(message: memoryview, at: int) -> tuple[int, memoryview | int, int]:
-    """The number of the protobuf field at `at`, its bytes or integer, and where it ends. Raises ArchiveInvalid."""
-    tag, at = _read_varint(message, at)
-    number, wire = tag >> 3, tag & 7
-    if number == 0 or tag >> 32:
-        raise ArchiveInvalid(NOT_A_MODEL)
-    if wire == VARINT:
-        value, at = _read_varint(message, at)
-        return number, value, at
-    length = FIXED.get(wire, len(message))  # beyond the end for groups, which are in no ONNX file
-    if wire == BYTES:
-        length, at = _read_varint(message, at)
-    if length > len(message) - at:
-        raise ArchiveInvalid(NOT_A_MODEL)
-    return number, message[at : at + length], at + length
-
-
-def _bytes_of(value: memoryview | int) -> memoryview:
-    """The field's bytes. Raises ArchiveInvalid for an integer."""
-    if isinstance(value, int):
-        raise ArchiveInvalid(NOT_A_MODEL)
-    return value
-
-
-def _integers(value: memoryview | int) -> Iterator[int]:
-    """A repeated field's integers: one, or several packed together. Raises ArchiveInvalid."""
-    if isinstance(value, int):
-        yield value
-        return
-    at = 0
-    while at < len(value):
-        found, at = _read_varint(value, at)
-        yield found
-
-
-def _read_varint(message: memoryview, at: int) -> tuple[int, int]:
-    """The integer at `at` and where it ends. Raises ArchiveInvalid."""
-    value = 0
-    for shift, byte in zip(range(0, 70, 7), message[at : at + 10], strict=False):
-        value |= (byte & 127) << shift
-        if byte < 128:  # noqa: PLR2004 - the last byte has no high bit
-            return value, at + shift // 7 + 1
-    raise ArchiveInvalid(NOT_A_MODEL)
 
 
 def _check_shape(what: str, value: Any) -> Shape:

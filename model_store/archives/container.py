@@ -10,11 +10,15 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 from model_store.names import is_left_by_desktop
 
 _MIB = 1 << 20
+COPIED_BYTES = 4 * _MIB  #: at most, of a member that is copied at once
+INFLATED_BYTES = _MIB  #: at a time: zlib releases the interpreter, but puts its result together with it
+FED_BYTES = 64 * 1024  #: packed bytes that zlib is given at a time: it copies what it leaves
 _MAX_PATH = 500  # what manifest.MemberPath allows
 _MAX_SHOWN = 80
 _OWN_FOLDERS = ("MAR-INF/", "code/")  # folders with a meaning of their own: never stripped as the single top folder
@@ -73,15 +77,18 @@ class Container:
     members: Mapping[str, ArchiveMember]
 
     def read(self, name: str) -> bytes:
-        """The member's bytes, inflated to at most the size that its header declares. Raises ArchiveInvalid."""
+        """The member's bytes, inflated to at most the size that its header declares. Raises ArchiveInvalid.
+
+        A large member is a view or a bytearray: to copy it would hold the interpreter, some 0.5 ms for a megabyte.
+        """
         member = self.members.get(name)
         if member is None:
             raise ArchiveInvalid(f"it has no member {quote_name(name)}")
         packed = memoryview(self.data)[member.start : member.start + member.packed]
-        raw = _inflate_member(packed, member.size, name) if member.deflated else bytes(packed)
+        raw = _inflate_member(packed, member.size, name) if member.deflated else cast("bytes", packed)
         if member.crc32 is not None and zlib.crc32(raw) != member.crc32:
             raise ArchiveInvalid(f"the member {quote_name(name)} is damaged: its CRC-32 differs from the one declared")
-        return raw
+        return bytes(raw) if len(raw) <= COPIED_BYTES else raw
 
 
 @dataclass(slots=True)
@@ -156,10 +163,23 @@ def safe_path(raw: bytes) -> str:
     return path
 
 
+def inflate(inflater: "zlib._Decompress", packed: bytes | memoryview, most: int) -> tuple[bytes, int]:
+    """At most so many bytes, piece by piece, and how many packed ones were read. Raises zlib.error."""
+    view, raw, at = memoryview(packed), bytearray(), 0
+    while not inflater.eof and len(raw) < most:
+        fed = view[at : at + FED_BYTES]
+        piece = inflater.decompress(fed, min(INFLATED_BYTES, most - len(raw)))
+        at += len(fed) - len(inflater.unused_data if inflater.eof else inflater.unconsumed_tail)
+        if not piece and at == len(view):
+            break
+        raw += piece
+    return cast("bytes", raw), at
+
+
 def _inflate_member(packed: memoryview, size: int, name: str) -> bytes:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        raw = inflater.decompress(packed, size + 1)
+        raw, _ = inflate(inflater, packed, size + 1)
     except zlib.error as error:
         raise ArchiveInvalid(f"the member {quote_name(name)} is damaged: {error}") from error
     if len(raw) > size:

@@ -9,11 +9,12 @@ import re
 import zlib
 from typing import NamedTuple
 
-from model_store.archives.container import ArchiveMember, Container, Gathering, Limits
+from model_store.archives.container import ArchiveMember, Container, Gathering, Limits, inflate
 from model_store.archives.step_budget import StepBudget
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
 _BLOCK = 512
+_PIECE = 64 * 1024
 _FILES = (b"0", b"\0", b"7")
 _FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"5", b"L", b"K", b"x", b"g"
 _REMARKS = (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL)
@@ -57,9 +58,9 @@ def read_tar_gz(data: bytes, limits: Limits) -> Container:
         at = header.start + (header.size + _BLOCK - 1) // _BLOCK * _BLOCK
         content = slice(header.start, header.start + header.size)
         if header.type == _LONG_NAME:
-            long_name = raw[content].rstrip(b"\0")
+            long_name = bytes(raw[content]).rstrip(b"\0")
         elif header.type == _PAX:
-            long_name = _pax_path(raw[content], records) or long_name
+            long_name = _pax_path(bytes(raw[content]), records) or long_name
         elif header.type not in (_PAX_GLOBAL, _LONG_LINK):  # both are ignored: a long link's own header is refused
             _add_member(found, header, long_name or header.name)
             long_name = b""
@@ -80,26 +81,26 @@ def _unpack_gzip(data: bytes, limits: Limits) -> bytes:
     room = limits.room(len(data))
     inflater = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
-        raw = inflater.decompress(data, room + 1)
+        raw, read = inflate(inflater, data, room + 1)
     except zlib.error as error:
         raise ArchiveInvalid(f"the gzip is damaged: {error}") from error
     limits.check_unpacked(len(raw), len(data))
     if not inflater.eof:
         raise ArchiveInvalid("the gzip is truncated")
-    if inflater.unused_data.strip(b"\0"):
+    if not _is_zeros(memoryview(data)[read:]):
         raise ArchiveInvalid("bytes follow the gzip stream; pack the folder again as one tar.gz")
     return raw
 
 
 def _read_header(raw: bytes, at: int) -> _Header | None:
     """The header at byte `at`; None at the end mark, after which all bytes must be zero."""
-    block = raw[at : at + _BLOCK]
+    block = bytes(raw[at : at + _BLOCK])
     if len(block) < _BLOCK:
         raise ArchiveInvalid("the tar is truncated" if at else "the gzip does not hold a tar: it is too short for one")
     if block.count(0) == _BLOCK:
         if len(raw) - at > MAX_PADDING_BYTES:
             raise ArchiveTooLarge(f"more than the {MAX_PADDING_BYTES} bytes of padding allowed follow its last member")
-        if raw.count(0, at) != len(raw) - at:
+        if not _is_zeros(memoryview(raw)[at:]):
             raise ArchiveInvalid(f"the tar is damaged: bytes follow its end mark at byte {at}")
         return None
     checksum = sum(block) - sum(block[148:156]) + 8 * 32  # the field itself counts as spaces
@@ -117,6 +118,11 @@ def _read_header(raw: bytes, at: int) -> _Header | None:
     name = block[:100].split(b"\0", 1)[0]
     prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
     return _Header(kind, prefix + b"/" + name if prefix else name, at + _BLOCK, size)
+
+
+def _is_zeros(view: memoryview) -> bool:
+    """Whether all bytes are zero; a piece at a time, so that other threads get the interpreter."""
+    return not any(bytes(view[at : at + _PIECE]).strip(b"\0") for at in range(0, len(view), _PIECE))
 
 
 def _parse_octal(digits: bytes) -> int | None:

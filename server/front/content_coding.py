@@ -45,9 +45,9 @@ def unpack(body: bytes, coding: str) -> Callable[[], Awaitable[MutableMapping[st
             piece = inflater.decompress(fed, PIECE_BYTES)
         except zlib.error as error:
             raise _refused(f"the body is not sound {coding}: {error}") from None
-        at += len(fed) - len(inflater.unconsumed_tail)
-        if inflater.eof and (left := len(inflater.unused_data) + len(packed) - at):
-            raise _refused(f"{left} bytes follow the {coding} stream of the body")
+        at += len(fed) - len(inflater.unused_data if inflater.eof else inflater.unconsumed_tail)
+        if inflater.eof and at < len(packed):
+            raise _refused(f"{len(packed) - at} bytes follow the {coding} stream of the body")
         if not inflater.eof and not piece and at == len(packed):
             raise _refused(f"the {coding} stream of the body ends early")
         return {"type": "http.request", "body": piece, "more_body": not inflater.eof}

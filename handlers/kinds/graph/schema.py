@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from model_store.archives.manifest import GRAPH_FILE
+from model_store.archives.manifest import GRAPH_FILE, count_values
 from model_store.errors import ArchiveInvalid
 
 MAX_ITEMS = 1 << 30  #: of a parameter or the input
@@ -109,6 +109,7 @@ class Graph(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 def parse_graph(raw: bytes) -> Graph:
     """`graph.json`. Raises ArchiveInvalid that names the field."""
+    count_values(raw, GRAPH_FILE)
     try:
         return msgspec.json.decode(raw, type=Graph)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from handlers.kinds import onnx as kind
-from handlers.kinds.onnx import MAX_FIELDS, SCALARS_AT_ONCE, check_model
+from handlers.kinds import onnx_scan as kind
+from handlers.kinds.onnx_scan import MAX_FIELDS, MAX_PARTS, SCALARS_AT_ONCE, check_model
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
 SCALAR = b"\x08\x01"  #: ir_version of a model, 1
@@ -83,3 +83,43 @@ def test_skipping_loses_nothing(numbers: list[tuple[str, float]], padding: int, 
             check_model(model)
     else:
         check_model(model)
+
+
+def with_functions(bodies: dict[str, list[str]], main: list[str]) -> bytes:
+    """A model of functions of the domain `ours` that call each other by name; other names are operators."""
+
+    def make_nodes(called: list[str]) -> list[onnx.NodeProto]:
+        return [
+            helper.make_node(name, [f"v{i}"], [f"v{i + 1}"], domain="ours" if name in bodies else "")
+            for i, name in enumerate(called)
+        ]
+
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ours", 1)]
+    functions = [
+        helper.make_function("ours", name, ["v0"], [f"v{len(called)}"], make_nodes(called), opsets)
+        for name, called in bodies.items()
+    ]
+    x, y = (helper.make_tensor_value_info(v, TensorProto.FLOAT, ["n", 1]) for v in ("v0", f"v{len(main)}"))
+    graph = helper.make_graph(make_nodes(main), "g", [x], [y])
+    model = helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=8)
+    packed: bytes = model.SerializeToString()
+    return packed
+
+
+def test_functions_are_counted_in_the_place_of_their_calls() -> None:
+    """Fourteen that double come to the bound; thirty would be a billion nodes, and are refused at once."""
+    doubling = {f"f{i}": [f"f{i - 1}"] * 2 if i else ["Relu"] for i in range(31)}
+    assert MAX_PARTS < 2**14
+    check_model(with_functions({name: doubling[name] for name in list(doubling)[:14]}, ["f13", "Relu"]))
+    with pytest.raises(ArchiveInvalid, match="it has 1073741825 nodes, 16000 are allowed"):
+        check_model(with_functions(doubling, ["f30", "Relu"]))
+
+
+def test_functions_that_call_themselves_are_refused() -> None:
+    """Directly or by way of others; an operator of the standard domain may have a function's name."""
+    for bodies in ({"f": ["Relu", "f"]}, {"f": ["g"], "g": ["h"], "h": ["f"]}):
+        with pytest.raises(ArchiveInvalid, match="calls itself"):
+            check_model(with_functions(bodies, ["f"]))
+    named = onnx.ModelProto.FromString(with_functions({"Relu": ["x"]}, ["Relu"]))
+    named.functions[0].node[0].CopyFrom(helper.make_node("Relu", ["v0"], ["v1"]))
+    check_model(named.SerializeToString())

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from model_store.archives.archive import MAX_TENSORS, Limits, open_archive, read_tensors
+from model_store.archives.archive import Limits, open_archive, read_tensors
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
     MAX_FIELDS,
     MAX_GOLDEN_DEPTH,
-    MAX_GOLDEN_VALUES,
     MAX_LEVELS,
     MAX_PRODUCTS,
     MAX_ROWS,
+    MAX_VALUES,
     parse_golden,
     parse_spec,
 )
+from model_store.archives.safetensors_reader import MAX_TENSORS
 from model_store.archives.step_budget import StepBudget
 from model_store.archives.tar_reader import MAX_PADDING_BYTES, MAX_PAX_RECORDS, MAX_REMARK_BYTES, read_tar_gz
 from model_store.archives.zip_reader import read_zip
@@ -169,10 +170,10 @@ def nested(depth: int) -> object:
 
 def test_values_of_a_golden_sample() -> None:
     """Numbers and containers of both bodies count."""
-    around = 3  # the request, the response, and the request's field
-    parse_golden(golden([0] * (MAX_GOLDEN_VALUES - around)), "golden.json")
+    around = 4  # the record, the request, the list, and the comma before the response
+    parse_golden(golden([0] * (MAX_VALUES - around)), "golden.json")
     with pytest.raises(ArchiveTooLarge, match=r"golden\.json: .* values allowed"):
-        parse_golden(golden([0] * (MAX_GOLDEN_VALUES - around + 1)), "golden.json")
+        parse_golden(golden([0] * (MAX_VALUES - around + 1)), "golden.json")
 
 
 def test_depth_of_a_golden_sample() -> None:
