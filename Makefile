@@ -20,9 +20,13 @@ LOCK = $(TOOLS)/bin/uv pip compile pyproject.toml --python-version 3.11 --python
   --only-binary :all: --generate-hashes --quiet --custom-compile-command "make lock" -c $(TOOLS)/torch.txt
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
-# What a request or a network may be does not depend on the store, nor how slow a client is, nor what is logged.
-NO_STORE = graph forecasts joint many retrain slow_clients access_log access bounded_work http_edges open_files anchor_cves
-STORE_TESTS = $(filter-out $(NO_STORE:%=tests/e2e/test_%.py),$(wildcard tests/e2e/test_*.py))
+# Where the store takes part: what is missing, changed, removed, held up or asked by a prefix. What an archive, a request or
+# an operator may do does not depend on the store behind it, nor who dies.
+STORE_TESTS = $(patsubst %,tests/e2e/test_%.py,contract store_changes traffic)
+
+# A test process often waits for servers. A file's tests stay in one process, and share what its fixtures start.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
+IN_PARALLEL = -n $(JOBS) --dist loadfile
 
 # Tests start hundreds of interpreters; without compiled modules on disk each compiles ours again.
 unexport PYTHONDONTWRITEBYTECODE
@@ -59,13 +63,13 @@ load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loo
 test-fast: $(READY) ## the unit tests, in one process and within two minutes
 	$(BIN)/python -m pytest -m "not (e2e or slow or gpu)" $(ARGS)
 
-test: $(READY) ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## all tests, in as many processes as there are cores, at most four (JOBS=1 for one)
+	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-s3: $(READY) ## the tests of stores and processes once more, against OpenStack Swift
 	@for program in $(SWIFT); do command -v $$program >/dev/null || \
 	  { echo "$$program is missing: apt-get install swift-proxy swift-account swift-container swift-object memcached"; exit 1; }; done
-	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest \
+	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest $(IN_PARALLEL) \
 	  tests/model_store/stores $(STORE_TESTS) $(ARGS)
 
 fuzz: $(READY) ## minutes of mutated archives, bodies, frames and requests (SECONDS=60 a target)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
 from tests.e2e.server import Server, serving, upload
 from tests.handlers.nets import SHAPE, Attending, Dilated, Recurrent, made
+from tests.patience import wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -114,9 +116,13 @@ def test_operators_see_how_a_graph_runs(house: Server, models: dict[str, Model])
     assert holders["own/00.mar"]["family"].startswith("graph-")
     assert "one_by_one" not in holders["own/00.mar"]
     assert "aten::gru" in holders["own/gru.mar"]["one_by_one"]
-    said = [line for line in house.said().splitlines() if "graph_family" in line]
-    assert any('"batched"' in line for line in said)
-    assert any("one by one: " in line for line in said)
+    for runs in ('"batched"', "one by one: "):
+        wait_until(partial(has_logged, house, "graph_family", runs), f"the log has a family that runs {runs}")
+
+
+def has_logged(server: Server, *texts: str) -> bool:
+    """Whether a line of the log has all these."""
+    return any(all(text in line for text in texts) for line in server.said().splitlines())
 
 
 @pytest.mark.parametrize(

@@ -145,4 +145,4 @@ def test_a_restart_keeps_the_disk_tier_and_an_outage_is_survived(s3: S3Server, s
         for model in known:
             server.ask(model.question(1))
         assert refusal(server, stranger)[:2] == (503, "ServiceUnavailable")
-        assert "serving_stale" in server.said()
+        wait_until(lambda: "serving_stale" in server.said(), "the log says so")
