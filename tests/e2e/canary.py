@@ -3,7 +3,8 @@
 Two things are judged. Every answer equals the first one, byte for byte, and none fails. And the slowest percent of the
 answers stays within a bound: 100 ms, or on a machine that was slow before the attack began already, `SLOWER` times the
 slowest percent of the calm. An answer's time is what its server worked meanwhile, all threads together, where that is
-less than what went by: on a busy machine the clock goes on while nobody lets the server run.
+less than what went by: on a busy machine the clock goes on while the server is not let run. The figures are printed:
+pytest shows them beside a failure, and `pytest -rP` always.
 """
 
 import http.client
@@ -87,6 +88,7 @@ class Canary:
         """Raises AssertionError that says what the canary saw."""
         assert not self._calm.problems + self._attack.problems, (self, self._calm.problems, self._attack.problems)
         assert self._attack.seconds, "the attack was over before the canary asked once: ask for `more`"
+        print(self)  # noqa: T201 -- the figures are for who reads the report
         bound = max(BOUND_S, SLOWER * slowest_percent(self._calm.seconds))
         assert slowest_percent(self._attack.seconds) <= bound, self
         assert slowest_percent(self._attack.by_the_clock) <= STUCK_S, self
