@@ -97,7 +97,9 @@ class ClientConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Answers are written through `OneWrite`."""
-        self._client_name = name_client(transport.get_extra_info("peercert"))
+        certificate = transport.get_extra_info("peercert")
+        if certificate is not None:
+            self._client_name = name_client(certificate)
         super().connection_made(cast("asyncio.Transport", OneWrite(transport)))
 
     def data_received(self, data: bytes) -> None:

@@ -110,17 +110,6 @@ class WorkerMetrics:
         """The series of a counter with these labels beside the worker's."""
         return metric.labels(**self._labels, **labels)
 
-    def count_batch(self, rows: int, models: int) -> None:
-        """Record a forward of so many rows of so many models."""
-        self.batch_rows.observe(rows)
-        self.batch_models.observe(models)
-
-    def count_step(self, decode_s: float, forward_s: float, encode_s: float) -> None:
-        """Record where a step's seconds went."""
-        self.decode_s.inc(decode_s)
-        self.forward_s.inc(forward_s)
-        self.encode_s.inc(encode_s)
-
     def load_seconds(self, tier: str, seconds: float) -> None:
         """Record the duration of a load from `tier`."""
         self.loading.labels(**self._labels, tier=tier).observe(seconds)

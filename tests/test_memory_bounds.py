@@ -39,10 +39,11 @@ from server.ipc.frames import CHUNK, Request, Response
 from server.metrics import FrontMetrics
 from server.routing import MAX_WARM_BYTES, Router
 from server.supervisor import supervisor as supervising
-from server.worker import long_jobs, model_loads
+from server.worker import model_loads, row_batches
 from server.worker.engine import cpu
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
+from server.worker.long_jobs import LongJobs
 from server.worker.quarantine import Running
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
@@ -355,17 +356,18 @@ def test_pins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paces_of_families_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest family's pace is forgotten for a new one's, and estimated anew should it run again."""
-    monkeypatch.setattr(long_jobs, "MOST_PACES", 3)
+    monkeypatch.setattr(row_batches, "MOST_PACES", 3)
     models = [row_model({**SHAPES, "channels": 4 + i}) for i in range(5)]
     with closing(asyncio.new_event_loop()) as loop:
-        jobs = long_jobs.LongJobs(loop, cast("Running", None))
-        first = jobs.pace(models[0])
-        assert jobs.pace(models[0]) is first
+        long, nothing = LongJobs(loop, cast("Running", None)), cast("Any", None)
+        batches = row_batches.RowBatches(nothing, nothing, nothing, nothing, long)
+        first = batches.pace(models[0])
+        assert batches.pace(models[0]) is first
         for model in models:
-            jobs.pace(model)
-        assert list(jobs._paces) == [model.family.key for model in models[2:]]
-        assert jobs.pace(models[0]) is not first
-        jobs.close()
+            batches.pace(model)
+        assert list(batches._paces) == [model.family.key for model in models[2:]]
+        assert batches.pace(models[0]) is not first
+        long.close()
 
 
 def row_model(config: Config) -> RowModel:

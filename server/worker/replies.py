@@ -8,6 +8,7 @@ from handlers.errors import RequestError, RunFailed
 from model_store.cache.slots import Slot
 from server.access_log import LOST, REFUSED, ArrivalBuffer
 from server.errors import Refused, Situation
+from server.metrics import WorkerMetrics
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
 
@@ -25,8 +26,10 @@ class Origin(Protocol):
 class Replies:
     """See the module. `arrivals`: rows of the access log, None without one."""
 
-    def __init__(self, scheduler: Scheduler, residents: ResidentModels, arrivals: ArrivalBuffer | None) -> None:
-        self._scheduler, self._residents, self._arrivals = scheduler, residents, arrivals
+    def __init__(
+        self, scheduler: Scheduler, residents: ResidentModels, metrics: WorkerMetrics, arrivals: ArrivalBuffer | None
+    ) -> None:
+        self._scheduler, self._residents, self._metrics, self._arrivals = scheduler, residents, metrics, arrivals
 
     def __repr__(self) -> str:
         """For example `<Replies of <Scheduler ...>>`."""
@@ -93,6 +96,17 @@ class Replies:
             else:
                 yield job
 
+    def count_batch(self, rows: int, models: int) -> None:
+        """Record a forward of so many rows of so many models."""
+        self._metrics.batch_rows.observe(rows)
+        self._metrics.batch_models.observe(models)
+
+    def count_step(self, decode_s: float, forward_s: float, encode_s: float) -> None:
+        """Record where a step's seconds went."""
+        self._metrics.decode_s.inc(decode_s)
+        self._metrics.forward_s.inc(forward_s)
+        self._metrics.encode_s.inc(encode_s)
+
     def _record(self, job: Job, outcome: int) -> None:
         """Add a row to the access log."""
         if self._arrivals is not None:
@@ -100,8 +114,8 @@ class Replies:
 
     def _release(self, job: Job) -> None:
         slot, job.slot = job.slot, None
-        if slot is not None:
-            self._residents.release(slot)
+        if slot is not None and self._residents.cache.release(slot):
+            self._residents.retire(slot)
 
 
 def get_slot(job: Job) -> Slot:

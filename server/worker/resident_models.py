@@ -97,18 +97,17 @@ class ResidentModels:
         try:
             return work()
         except torch.OutOfMemoryError as error:
-            log.warning("out_of_memory_once", error=str(error))
-            for victim in self.cache.relieve(STAGING_BYTES):
-                self.evict(victim, self._now(), "memory")
-            self.engine.trim()
+            self.free_memory(error)
             return work()
 
-    # --- evictions --------------------------------------------------------------------------------------------------
+    def free_memory(self, error: torch.OutOfMemoryError) -> None:
+        """Free idle singles, staging and graphs: the device was out of memory."""
+        log.warning("out_of_memory_once", error=str(error))
+        for victim in self.cache.relieve(STAGING_BYTES):
+            self.evict(victim, self._now(), "memory")
+        self.engine.trim()
 
-    def release(self, slot: Slot) -> None:
-        """End a lease; retires the slot if it was the last lease of a condemned one."""
-        if self.cache.release(slot):
-            self.retire(slot)
+    # --- evictions --------------------------------------------------------------------------------------------------
 
     def evict(self, slot: Slot, now: float, reason: str) -> None:
         """Evict a model from the device, and keep its row in host memory if there is space."""

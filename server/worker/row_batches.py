@@ -1,23 +1,63 @@
 """Runs the requests for rows of one family: one forward for many models. On the step thread.
 
 A batch takes as many rows as a slice of time has room for; what is left runs in a later step, after other groups. A
-request that is long by itself runs apart, see `server.worker.long_jobs`.
+request that is long by itself runs apart, see `server.worker.long_jobs`: what is long is decided before it runs, by the
+estimated work of a row (`handlers.work`), the pace that was measured, and the numbers that the request asks for.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+import torch
+
 from handlers.base import Float32
+from handlers.codecs.codec import Encoded
+from handlers.codecs.deepar_schema import MAX_ROWS
 from handlers.kinds import RowModel, run_row_on_cpu
-from server.metrics import WorkerMetrics
+from handlers.kinds.row_work import row_work
+from handlers.work import CALL_S, Work
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
-from server.worker.long_jobs import LongJobs, Pace, RunCounts, answer_rows
+from server.worker.long_jobs import DeadlinePassed, LongJobs, RunCounts
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
+
+DECODE_NUMBERS = 500_000  #: inputs of more numbers are long to decode; so is a body of more than `quick_bytes`
+MOST_SLICE_ROWS = 1 << 20  #: more than any request has
+MOST_ROWS_AT_ONCE = 64  #: rows of a slice of one model: more of them are no faster
+MOST_PACES = 1024  #: families whose pace is remembered: an archive's author chooses its family
+KEPT = 0.7  #: weight of the pace that was measured before
+
+
+class Pace:
+    """How long a row of one family takes on this machine: the estimate at first, then what was measured."""
+
+    def __init__(self, work: Work, slice_s: float) -> None:
+        self.work, self._slice_s = work, slice_s
+        self._fixed_s = work.calls * CALL_S / 2
+        self._row_s = max(1e-6, work.seconds - work.calls * CALL_S)
+
+    def __repr__(self) -> str:
+        """For example `<Pace 0.120 ms a row>`."""
+        return f"<Pace {self._row_s * 1e3:.3f} ms a row>"
+
+    @property
+    def slice_rows(self) -> int:
+        """Rows of a slice: calls of torch are shared by them, so these do not count."""
+        return max(1, int(min(self._slice_s / self._row_s, MOST_SLICE_ROWS)))
+
+    def seconds(self, rows: int) -> float:
+        """What so many rows are expected to take."""
+        return self._fixed_s * -(-rows // self.slice_rows) + rows * self._row_s
+
+    def ran(self, rows: int, seconds: float) -> None:
+        """Learn from a forward of so many rows."""
+        measured = max(1e-6, seconds - self._fixed_s) / rows
+        self._row_s = KEPT * self._row_s + (1 - KEPT) * measured
 
 
 class RowBatches:
@@ -30,10 +70,10 @@ class RowBatches:
         scheduler: Scheduler,
         engine: Engine | DeviceEngine,
         long: LongJobs,
-        metrics: WorkerMetrics,
     ) -> None:
         self._replies, self._residents, self._scheduler = replies, residents, scheduler
-        self._engine, self._long, self._metrics = engine, long, metrics
+        self._engine, self._long = engine, long
+        self._paces: dict[str, Pace] = {}
 
     def __repr__(self) -> str:
         """For example `<RowBatches on <Engine ...>>`."""
@@ -45,7 +85,7 @@ class RowBatches:
         Jobs that are dealt with leave `jobs`, so that they do not fail with the rest. Raises whatever a forward raises.
         """
         began = time.perf_counter()
-        pace = self._long.pace(self._residents.rows[get_slot(jobs[0])])
+        pace = self.pace(self._residents.rows[get_slot(jobs[0])])
         running, calls = self._take(group, jobs, pace, now)
         jobs[:] = running
         if not running:
@@ -53,27 +93,31 @@ class RowBatches:
         family, parts = self._residents.rows[get_slot(running[0])].family, [call.rows for call in calls]
         started = time.perf_counter()
         offsets = [get_slot(job).offset for job in running]
-        answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, parts))
+        try:
+            answers = self._engine.run(family, offsets, parts)
+        except torch.OutOfMemoryError as error:
+            self._residents.free_memory(error)
+            answers = self._engine.run(family, offsets, parts)
         ended = time.perf_counter()
         rows = sum(map(len, parts))
         pace.ran(rows, ended - started)
         for job, call, answer in zip(running, calls, answers, strict=True):
             self._replies.encode(job, call.encode, answer, now, ended - started)
-        self._metrics.count_batch(rows, len({job.model for job in running}))
-        self._metrics.count_step(started - began, ended - started, time.perf_counter() - ended)
+        self._replies.count_batch(rows, len({job.model for job in running}))
+        self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
 
     def _take(self, group: str, jobs: Sequence[Job], pace: Pace, now: float) -> tuple[list[Job], list[Any]]:
         """The jobs that one slice has room for, and their decoded requests."""
         running, calls, room = list[Job](), list[Any](), pace.slice_rows
         for at, job in enumerate(jobs):
             model = self._residents.rows[get_slot(job)]
-            if job.call is None and self._long.is_long_to_decode(job, pace, model.codec.quick_bytes):
+            if job.call is None and self._is_long_to_decode(job, pace, model.codec.quick_bytes):
                 self._run_apart(job, model, None, pace, now)
                 continue
             call = job.call or self._replies.decode(job, model.codec.decode)
             if call is None:
                 continue
-            if self._long.is_long_to_run(call, pace):
+            if self._is_long_to_run(call, pace):
                 self._run_apart(job, model, call, pace, now)
                 continue
             if running and len(call.rows) > room:
@@ -88,6 +132,26 @@ class RowBatches:
             calls.append(call)
         return running, calls
 
+    def pace(self, model: RowModel) -> Pace:
+        """The pace of the model's family."""
+        pace = self._paces.get(model.family.key)
+        if pace is None:
+            if len(self._paces) >= MOST_PACES:
+                del self._paces[next(iter(self._paces))]  # the oldest; should it run again it is estimated anew
+            pace = self._paces[model.family.key] = Pace(row_work(model.family), self._long.slice_s)
+        return pace
+
+    def _is_long_to_decode(self, job: Job, pace: Pace, quick_bytes: int) -> bool:
+        """Whether reading a request for rows may take long. Every instance needs an object of its own: a brace."""
+        body, given = job.request.body, pace.work.given
+        if len(body) > quick_bytes:
+            return True
+        return given * MAX_ROWS > DECODE_NUMBERS and given * min(MAX_ROWS, bytes(body).count(b"{")) > DECODE_NUMBERS
+
+    def _is_long_to_run(self, call: Any, pace: Pace) -> bool:
+        """Whether a request for rows may take long to run and to answer."""
+        return bool(pace.seconds(len(call.rows)) + call.seconds > self._long.long_s)
+
     # --- long requests ----------------------------------------------------------------------------------------------
 
     def _run_apart(self, job: Job, model: RowModel, call: Any, pace: Pace, now: float) -> None:
@@ -96,7 +160,7 @@ class RowBatches:
 
         def end(outcome: Any) -> None:
             self._long.end_job(self._replies, job, outcome, now, time.perf_counter() - started)
-            counts.count(self._metrics)
+            counts.count(self._replies)
 
         self._long.start([job], answer_rows(job, model, self._make_run(job, model), call, pace, counts), end)
 
@@ -130,3 +194,32 @@ class RowBatches:
             found.set_exception(error)
         else:
             found.set_result(answer)
+
+
+def answer_rows(
+    job: Job, model: RowModel, run: Callable[[Float32], Float32], call: Any, pace: Pace, counts: RunCounts
+) -> Generator[None, None, Encoded]:
+    """Slices that answer one request for rows; `call` is None where it is not decoded yet.
+
+    `run`: some rows' inputs [n, *input_shape] -> their answers [n, *output_shape]. Raises RequestError, RunFailed,
+    DeadlinePassed, and whatever `run` raises.
+    """
+    if call is None:
+        with counts.timing("decode_s"):
+            call = model.codec.decode(job.request.body, job.request.content_type, job.request.accept)
+        yield
+    found, at = [np.empty((0, *model.family.output_shape), np.float32)], 0
+    while at < len(call.rows):
+        if job.done or time.monotonic() > job.deadline:
+            raise DeadlinePassed
+        some = call.rows[at : at + min(MOST_ROWS_AT_ONCE, pace.slice_rows)]
+        started = time.perf_counter()
+        with counts.timing("forward_s"):
+            found.append(run(some))
+        pace.ran(len(some), time.perf_counter() - started)
+        at += len(some)
+        counts.rows += len(some)
+        yield
+    with counts.timing("encode_s"):
+        encoded: Encoded = call.encode(np.concatenate(found))
+    return encoded

@@ -1,19 +1,23 @@
 """Runs the requests for one model that runs alone, together where the model allows it. On the step thread.
 
-Requests that are long run apart, see `server.worker.long_jobs`. A model whose run overran is refused from then on.
+Requests that are long run apart, see `server.worker.long_jobs`: those that say so themselves, and those with more
+numbers than were quick before. A model whose run overran is refused from then on.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from handlers.errors import Overran, RunFailed
+from handlers.base import Single
+from handlers.codecs.codec import Encoded
+from handlers.codecs.joint import JointModel
+from handlers.errors import Overran, RequestError, RunFailed
 from handlers.kinds import SingleModel
 from model_store.names import ModelName
 from server.errors import Refused, Situation
-from server.metrics import WorkerMetrics
-from server.worker.long_jobs import LongJobs, Outcome, RunCounts, answer_alone
+from server.worker.long_jobs import LongJobs, Outcome, RunCounts
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
@@ -28,13 +32,13 @@ class SingleBatches:
         residents: ResidentModels,
         scheduler: Scheduler,
         long: LongJobs,
-        metrics: WorkerMetrics,
         *,
         quarantine: Callable[[ModelName, Overran], None],
         wake: Callable[[], None],
     ) -> None:
         self._replies, self._residents, self._scheduler = replies, residents, scheduler
-        self._long, self._metrics = long, metrics
+        self._long = long
+        self._quick: WeakKeyDictionary[Single | JointModel, int] = WeakKeyDictionary()  # numbers that took < `long_s`
         self._quarantine, self._wake = quarantine, wake
 
     def __repr__(self) -> str:
@@ -52,7 +56,7 @@ class SingleBatches:
         if not asked:
             return
         calls = [call for _, call in asked]
-        if self._long.is_long_alone(model, calls):
+        if self._is_long(model, calls):
             self._run_apart(group, model, asked, now)
             return
         started = time.perf_counter()
@@ -64,14 +68,26 @@ class SingleBatches:
             self._quarantine(name, overran)
             raise
         ended = time.perf_counter()
-        self._long.ran_alone(model, calls, ended - started)
-        self._metrics.count_batch(sum(call.n for call in calls), 1)
+        self._learn(model, calls, ended - started)
+        self._replies.count_batch(sum(call.n for call in calls), 1)
         for (job, call), outputs in zip(asked, answers, strict=True):
             if isinstance(outputs, RunFailed):
                 self._replies.refuse(job, Refused(Situation.MODEL_FAILED, str(outputs)))
             else:
                 self._replies.encode(job, call.encode, outputs, now, ended - started)
-        self._metrics.count_step(started - began, ended - started, time.perf_counter() - ended)
+        self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
+
+    def _is_long(self, model: SingleModel, calls: Sequence[Any]) -> bool:
+        """Whether these requests for a model that runs alone may take long together; so does what is not known."""
+        if model.unbounded:
+            return True
+        known = [call.seconds for call in calls if call.seconds is not None]
+        return sum(known) > self._long.long_s if known else _count_numbers(calls) > self._quick.get(model.single, 0)
+
+    def _learn(self, model: SingleModel, calls: Sequence[Any], seconds: float) -> None:
+        """Learn from a run of these requests."""
+        numbers, quick = _count_numbers(calls), self._quick.get(model.single, 0)
+        self._quick[model.single] = max(quick, numbers) if seconds < self._long.long_s else min(quick, numbers // 2)
 
     def _run_apart(self, group: str, model: SingleModel, asked: Sequence[tuple[Job, Any]], now: float) -> None:
         """Run long requests in slices; a call is None where it is not decoded yet."""
@@ -79,11 +95,11 @@ class SingleBatches:
         loop, counts, started = asyncio.get_running_loop(), RunCounts(), time.perf_counter()
 
         def note(calls: Sequence[Any], seconds: float) -> None:
-            loop.call_soon_threadsafe(self._long.ran_alone, model, calls, seconds)
+            loop.call_soon_threadsafe(self._learn, model, calls, seconds)
 
         def end(outcomes: list[Outcome] | Exception) -> None:
             took = time.perf_counter() - started
-            counts.count(self._metrics)
+            counts.count(self._replies)
             self._scheduler.unpark(group)
             if isinstance(outcomes, Overran):
                 self._quarantine(jobs[0].model, outcomes)
@@ -95,3 +111,56 @@ class SingleBatches:
 
         self._scheduler.park(group)  # a model that runs alone runs one batch at a time
         self._long.start(jobs, answer_alone(jobs, model, calls, note, counts), end)
+
+
+def answer_alone(
+    jobs: Sequence[Job],
+    model: SingleModel,
+    calls: Sequence[Any],
+    note: Callable[[Sequence[Any], float], None],
+    counts: RunCounts,
+) -> Generator[None, None, list[Outcome]]:
+    """Slices that answer requests for a model that runs alone; a call is None where it is not decoded yet.
+
+    `note` learns what the run took. Raises Overran, which is the outcome of all.
+    """
+    outcomes: list[Any] = []
+    for job, call in zip(jobs, calls, strict=True):
+        try:
+            with counts.timing("decode_s"):
+                outcomes.append(_decode(job, model) if call is None else call)
+        except RequestError as error:
+            outcomes.append(error)
+        yield
+    asked = [call for call in outcomes if not isinstance(call, Exception)]
+    started = time.perf_counter()
+    with counts.timing("forward_s"):
+        answers = iter(model.single.run_all([call.feeds for call in asked]) if asked else ())
+    note(asked, time.perf_counter() - started)
+    counts.rows += sum(call.n for call in asked)
+    yield
+    ended: list[Outcome] = []
+    for each in outcomes:
+        with counts.timing("encode_s"):
+            ended.append(each if isinstance(each, Exception) else _encode(each, next(answers)))
+        yield
+    return ended
+
+
+def _decode(job: Job, model: SingleModel) -> Any:
+    request = job.request
+    return model.codec.decode(request.body, request.content_type, request.accept)
+
+
+def _count_numbers(calls: Sequence[Any]) -> int:
+    return sum(int(call.numbers) for call in calls)
+
+
+def _encode(call: Any, answer: Any) -> Outcome:
+    if isinstance(answer, RunFailed):
+        return answer
+    try:
+        encoded: Encoded = call.encode(answer)
+    except RunFailed as failed:
+        return failed
+    return encoded

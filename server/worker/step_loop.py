@@ -78,10 +78,10 @@ class StepLoop:
         self.quarantine = Quarantine(lambda model, why: log.error("quarantined", model=model, why=why))
         self._leaving = set[asyncio.Task[bool]]()
         self._foresight, self._long = foresight, long
-        self._replies = replies = Replies(scheduler, self._residents, arrivals)
-        self._rows = RowBatches(replies, self._residents, scheduler, engine, long, metrics)
+        self._replies = replies = Replies(scheduler, self._residents, metrics, arrivals)
+        self._rows = RowBatches(replies, self._residents, scheduler, engine, long)
         self._singles = SingleBatches(
-            replies, self._residents, scheduler, long, metrics, quarantine=self._quarantine_overran, wake=self.wake
+            replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake
         )
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()

@@ -179,8 +179,10 @@ class Rhythms:
         visits.began.append(now)
         del visits.began[:-HISTORY]
         period = _in_step(visits.began)
+        if period is None:
+            return
         size = RHYTHM_BYTES + name_bytes(model)
-        if period is not None and self._rhythm_bytes + size <= MAX_RHYTHM_BYTES:
+        if self._rhythm_bytes + size <= MAX_RHYTHM_BYTES:
             self._strangers.pop(model)
             self._rhythm_bytes += size
             rhythm = self._rhythms[model] = _Rhythm(period, now + period)

@@ -4,9 +4,10 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import orjson
@@ -29,10 +30,12 @@ from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
-from server.worker.long_jobs import LongJobs, Pace
+from server.worker.long_jobs import LongJobs
 from server.worker.model_loader import LoadedModel
 from server.worker.quarantine import Running
+from server.worker.row_batches import Pace
 from server.worker.scheduler import Job, Scheduler
+from server.worker.single_batches import SingleBatches
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
 from tests.server.markets import HISTORY, archive
@@ -316,21 +319,20 @@ def test_what_runs_apart_is_counted(tmp_path: Path) -> None:
 
 def test_a_single_that_was_quick_runs_on_the_step_thread(tmp_path: Path) -> None:
     """Up to the numbers that were quick before; one that was slow loses half of that."""
-    with_loop = asyncio.new_event_loop()
-    long, model = LongJobs(with_loop, Running(str(tmp_path / "noted"))), Session().model()
-    calls = [model.codec.decode(orjson.dumps({"x": [0.0] * n}), "", "") for n in (100, 60, 40)]
-    try:
-        assert long.is_long_alone(model, calls[:1])
-        long.ran_alone(model, calls[:1], 0.001)
-        assert not long.is_long_alone(model, calls[:1])
-        assert long.is_long_alone(model, calls[:2])
-        long.ran_alone(model, calls[:1], 1.0)
-        assert long.is_long_alone(model, calls[1:2])
-        assert not long.is_long_alone(model, calls[2:])
-        assert long.is_long_alone(replace(model, unbounded=True), calls[2:])
-    finally:
+    with closing(asyncio.new_event_loop()) as loop:
+        long, model = LongJobs(loop, Running(str(tmp_path / "noted"))), Session().model()
+        nothing = cast("Any", None)
+        batches = SingleBatches(nothing, nothing, nothing, long, quarantine=nothing, wake=nothing)
+        calls = [model.codec.decode(orjson.dumps({"x": [0.0] * n}), "", "") for n in (100, 60, 40)]
+        assert batches._is_long(model, calls[:1])
+        batches._learn(model, calls[:1], 0.001)
+        assert not batches._is_long(model, calls[:1])
+        assert batches._is_long(model, calls[:2])
+        batches._learn(model, calls[:1], 1.0)
+        assert batches._is_long(model, calls[1:2])
+        assert not batches._is_long(model, calls[2:])
+        assert batches._is_long(replace(model, unbounded=True), calls[2:])
         long.close()
-        with_loop.close()
 
 
 def test_a_single_that_overran_is_quarantined(tmp_path: Path) -> None:
