@@ -15,34 +15,55 @@ from handlers.base import Float32, Shape
 from handlers.forecasters.row_layout import Rows
 
 CHUNK = 24  #: steps at most whose gates are held; all of 168 at once would save a twentieth of the time at batch 1
-MOST_PRODUCTS = 2**31  #: multiplications a forecast: about a tenth of a second of one core
-MOST_NUMBERS = 2**20  #: in one input and in one answer
 CHUNK_ITEMS, STEP_ITEMS = 7, 6  #: of a layer in a binding, see Recurrence.bind
+
+
+class BoundPart(Protocol):
+    """A part of a network that a batch's rows are bound to."""
+
+    def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Views of B rows' parts -> the tensors that `forward` reads and writes for these rows."""
 
 
 class NetworkPart(Protocol):
     """A part of a network: its tensors, and where they go in a row."""
 
     def parameters(self) -> Mapping[str, Shape]:
-        """The state dict's names and shapes."""
+        """The names and shapes in the state dict."""
 
     def parts(self) -> Mapping[str, Shape]:
-        """The row's."""
+        """The names and shapes in the row."""
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
 
 
 class Recurrent(Rows):
-    """A family whose row is pieces one after another. A subclass adds `reference`, `bind` and `forward`."""
+    """A family whose row is `pieces` one after another. A subclass adds `reference` and `forward`.
 
-    def __init__(self, key: str, input_shape: Shape, output_shape: Shape, pieces: Sequence[NetworkPart]) -> None:
+    `bound` are the parts of a binding in their order, which `forward` relies on.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        input_shape: Shape,
+        output_shape: Shape,
+        pieces: Sequence[NetworkPart],
+        bound: Sequence[BoundPart],
+    ) -> None:
         parameters, parts = dict[str, Shape](), dict[str, Shape]()
         for piece in pieces:
             parameters |= piece.parameters()
             parts |= piece.parts()
         super().__init__(key, input_shape, output_shape, parameters, parts)
-        self._pieces = pieces
+        self._pieces, self._bound = pieces, bound
+
+    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows [B, row_floats] -> what each part of `bound` binds, in order."""
+        part = self._layout.views(block)
+        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
+            return [tensor for each in self._bound for tensor in each.bind(part)]
 
     def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
         for piece in self._pieces:
@@ -59,15 +80,15 @@ class LinearHead:
         return f"<LinearHead {self._hidden} -> {self._out}>"
 
     def parameters(self) -> dict[str, Shape]:
-        """As `nn.Linear` has them."""
+        """The names and shapes that `nn.Linear` gives them."""
         return {"head.weight": (self._out, self._hidden), "head.bias": (self._out,)}
 
     def parts(self) -> dict[str, Shape]:
-        """Transposed."""
+        """The same with the weight transposed."""
         return {"head.weight": (self._hidden, self._out), "head.bias": (1, self._out)}
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
         part["head.weight"][...] = tensors["head.weight"].T
         part["head.bias"][0] = tensors["head.bias"]
 
@@ -112,7 +133,7 @@ class Recurrence:
         return found
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
         shared = 2 * self._hidden
         for ih, hh in self._names:
             part[ih("weight")][...] = tensors[ih("weight")].T
@@ -189,22 +210,3 @@ def _advance_layer(
         reset_update.sigmoid_()
         h = following.addcmul_(reset, hidden_n).tanh_().lerp_(h, update)
     return found[:, :, 0].transpose(0, 1)
-
-
-def count_products(width: int, hidden: int, layers: int) -> int:
-    """Multiplications of one step of an `nn.GRU` with `width` inputs."""
-    return 3 * hidden * (width + hidden + (layers - 1) * 2 * hidden)
-
-
-def require_products(count: int) -> None:
-    """What one forecast takes is little enough that a step of a worker stays one. Raises ValueError."""
-    if count > MOST_PRODUCTS:
-        what = f"a forecast takes {count} multiplications, {MOST_PRODUCTS} are allowed"
-        raise ValueError(f"{what}; make context_length, prediction_length, hidden or layers smaller")
-
-
-def require_numbers(given: int, answered: int, last: str = "quantiles") -> None:
-    """An input and an answer are of a size that a worker can hold many of. Raises ValueError."""
-    for count, fields in ((given, "features x context_length"), (answered, f"prediction_length x {last}")):
-        if count > MOST_NUMBERS:
-            raise ValueError(f"{fields} is {count}, {MOST_NUMBERS} are allowed")

@@ -15,46 +15,33 @@ core: 14 ms for 1 model, 0.8 to 1 ms a model from 32 on. Parameters: 3 H (W + H 
 and 4 H + 4; 4,068 by default.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import cos, pi, sin
 from typing import Annotated, NamedTuple
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
-    count_products,
-    require_numbers,
-    require_products,
-)
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
 from handlers.forecasters.counter_rng import draw_normals
-from handlers.forecasters.deepar import require_longer
+from handlers.forecasters.network_config import Hidden, PathsConfig, count_products, require_products
 
 LEAST_SCALE = 1e-2  #: in network numbers
 NUMBERS = 4  #: that the recurrence gives for a step
 
 
-class DeepstateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, paths]."""
+class DeepstateConfig(PathsConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `deepstate`. x [features, context_length] -> [prediction_length, paths]."""
 
-    features: Annotated[int, Meta(ge=2, le=1024)] = 8  #: the first the target, the last the seed
-    context_length: Annotated[int, Meta(ge=2, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    paths: Annotated[int, Meta(ge=2, le=10_000)] = 100
     season: Annotated[int, Meta(ge=2, le=10_000)] = 24
     harmonics: Annotated[int, Meta(ge=0, le=16)] = 3
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 32
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+    hidden: Hidden = 32
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a context that ends before the forecast begins, or what would hold up a worker."""
-        require_longer(self.context_length, self.prediction_length)
-        require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
+        """Raises ValueError as PathsConfig does, or for a network that would hold up a worker."""
+        PathsConfig.__post_init__(self)
         width = 1 + 2 * self.harmonics
         filtered = 2 * width**3 * self.context_length + 2 * width**2 * self.prediction_length * self.paths
         require_products(self.context_length * count_products(self.features - 1, self.hidden, self.layers) + filtered)
@@ -66,6 +53,11 @@ class Space(NamedTuple):
     observation: torch.Tensor  #: [d], ones and zeros
     turn: torch.Tensor  #: [d, d], the state's next mean is turn @ state
     changes: torch.Tensor  #: [2, d], ones where the level's and the season's scale apply
+
+    def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The three tensors on the device of the rows."""
+        device = part["head.weight"].device
+        return [each.to(device) for each in self]
 
 
 def make_state_space(config: DeepstateConfig) -> Space:
@@ -163,19 +155,12 @@ class Deepstate(Recurrent):
         self._space = make_state_space(config)
         self._gru = Recurrence("gru", config.features - 1, config.hidden, config.layers, config.context_length)
         self._head = LinearHead(config.hidden, NUMBERS)
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
-        super().__init__(key, given, answered, (self._gru, self._head))
+        pieces, bound = (self._gru, self._head), (self._head, self._space, self._gru)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return DeepstateReference(self.config).eval()
-
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the head's weight and bias, the model's constants, what the recurrence binds."""
-        part = self._layout.views(block)
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            constants = [each.to(block.device) for each in self._space]
-            return [*self._head.bind(part), *constants, *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.base import Shape
 from handlers.forecasters.architecture import Architecture
+from handlers.forecasters.network_config import QuantileConfig
 from handlers.forecasters.row_layout import Rows
 from handlers.forecasters.training_forward import map_over_models
 
@@ -29,13 +30,10 @@ MOST_PARAMETERS = 2**26
 Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, le=1000)], ...], Meta(max_length=100)]
 
 
-class LearConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class LearConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `lear`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
     context_length: Annotated[int, Meta(ge=1, le=100_000)] = 192
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
     past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, of which nothing is known ahead
     marks: Annotated[int, Meta(ge=0, le=1023)] = 0  #: the last channels, that say what day it is
     past_blocks: Blocks = (0, 1, 2, 6)

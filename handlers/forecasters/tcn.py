@@ -16,22 +16,19 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.base import Float32, Shape
 from handlers.forecasters.architecture import Architecture
+from handlers.forecasters.network_config import QuantileConfig
 from handlers.forecasters.row_layout import Rows
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
-class TcnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class TcnConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `tcn`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=100_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
     channels: Annotated[int, Meta(ge=1, le=1024)] = 32
     kernel: Annotated[int, Meta(ge=1, le=16)] = 3
     layers: Annotated[int, Meta(ge=1, le=16)] = 4
