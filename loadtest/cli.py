@@ -15,7 +15,7 @@ import typer
 import urllib3
 from rich.console import Console
 
-from loadtest import cli_groups, record
+from loadtest import cli_groups, flags, record
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.open_loop import RemoteNotAllowed
@@ -32,6 +32,7 @@ from loadtest.driver.run import (
     serve_store,
 )
 from loadtest.driver.trace import Trace, make_trace, read_trace, write_trace
+from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
 from loadtest.fleets import fleet
 from loadtest.observe.local_server import LocalServer
 from loadtest.plan import cli as plan_cli
@@ -49,93 +50,82 @@ EXPECTED = (
     RuntimeError,
 )  #: say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
-LOAD, SERVER, SLO, OUTPUT = "Load", "Server", "What must be reached", "Output"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
 
 
-def _make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
-
-
 @app.command()
 def run(
     *,
-    profile: Annotated[Shape, _make_flag(LOAD, SHAPES)] = Shape.POISSON,
-    rate: Annotated[float | None, _make_flag(LOAD, "requests per second; default 200")] = None,
-    seconds: Annotated[float, _make_flag(LOAD, "duration of the measured load")] = 15.0,
+    profile: Annotated[Shape, make_flag(LOAD, SHAPES)] = Shape.POISSON,
+    rate: flags.Rate = None,
+    seconds: Annotated[float, make_flag(LOAD, "duration of the measured load")] = 15.0,
     warmup: Annotated[
-        float | None, _make_flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
+        float | None, make_flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
     ] = None,
-    zipf: Annotated[float | None, _make_flag(LOAD, "exponent of the Zipf popularity of models; default 1")] = None,
-    drift_s: Annotated[
-        float | None, _make_flag(LOAD, "seconds after which some models exchange ranks; default never")
-    ] = None,
+    zipf: flags.Zipf = None,
+    drift_s: flags.Drift = None,
     drift_share: Annotated[
-        float | None, _make_flag(LOAD, "share of the models that exchange ranks; default 0.1")
+        float | None, make_flag(LOAD, "share of the models that exchange ranks; default 0.1")
     ] = None,
-    day_s: Annotated[float | None, _make_flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
+    day_s: Annotated[float | None, make_flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
     trough: Annotated[
-        float | None, _make_flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")
+        float | None, make_flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")
     ] = None,
-    every_s: Annotated[float | None, _make_flag(LOAD, "tick: seconds between ticks; default 5")] = None,
-    spread_s: Annotated[
-        float | None, _make_flag(LOAD, "tick: seconds that its requests are spread over; default 1")
-    ] = None,
-    shuffled: Annotated[bool | None, _make_flag(LOAD, "tick: another order in every tick", "--shuffled")] = None,
-    newcomers: Annotated[int | None, _make_flag(LOAD, "onboarding: number of new models; default 100")] = None,
-    at_s: Annotated[float | None, _make_flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
+    every_s: flags.TickInterval = None,
+    spread_s: flags.TickSpread = None,
+    shuffled: flags.Shuffled = None,
+    newcomers: Annotated[int | None, make_flag(LOAD, "onboarding: number of new models; default 100")] = None,
+    at_s: Annotated[float | None, make_flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
     trace: Annotated[
-        Path | None, _make_flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
+        Path | None, make_flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
     ] = None,
-    speed: Annotated[float | None, _make_flag(LOAD, "replay: speed factor; default 1")] = None,
+    speed: Annotated[float | None, make_flag(LOAD, "replay: speed factor; default 1")] = None,
     start_s: Annotated[
-        float | None, _make_flag(LOAD, "replay: second of the trace to start from; default its first")
+        float | None, make_flag(LOAD, "replay: second of the trace to start from; default its first")
     ] = None,
     ramp_to: Annotated[
-        float | None, _make_flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
+        float | None, make_flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
     ] = None,
-    ramp_factor: Annotated[float, _make_flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
-    seed: Annotated[int, _make_flag(LOAD, "same seed, same schedule", min=0)] = 0,
-    connections: Annotated[int, _make_flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
+    ramp_factor: Annotated[float, make_flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
+    seed: Annotated[int, make_flag(LOAD, "same seed, same schedule", min=0)] = 0,
+    connections: Annotated[int, make_flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
     processes: Annotated[
-        int | None, _make_flag(LOAD, "driver processes; default as many as the rate needs", min=1)
+        int | None, make_flag(LOAD, "driver processes; default as many as the rate needs", min=1)
     ] = None,
     store: Annotated[
-        str | None, _make_flag(SERVER, "folder or URL of archives; without --url a server is started for it")
+        str | None, make_flag(SERVER, "folder or URL of archives; without --url a server is started for it")
     ] = None,
-    url: Annotated[str | None, _make_flag(SERVER, "inference address of a server that runs")] = None,
-    metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
-    per_call: Annotated[
-        int | None, _make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)
-    ] = None,
+    url: Annotated[str | None, make_flag(SERVER, "inference address of a server that runs")] = None,
+    metrics_url: Annotated[str | None, make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
+    per_call: Annotated[int | None, make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)] = None,
     names: Annotated[
         Path | None,
-        _make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
+        make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
     ] = None,
-    dialect: Annotated[str, _make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
+    dialect: Annotated[str, make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
     body: Annotated[
-        BodyKind | None, _make_flag(SERVER, "kind of request body; default each archive's golden sample")
+        BodyKind | None, make_flag(SERVER, "kind of request body; default each archive's golden sample")
     ] = None,
     request: Annotated[
-        Path | None, _make_flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
+        Path | None, make_flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
     ] = None,
     models: Annotated[
-        int, _make_flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
+        int, make_flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
     ] = 200,
-    resident: Annotated[int, _make_flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
-    cache: Annotated[str | None, _make_flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
-    workers: Annotated[int, _make_flag(SERVER, "started server: number of worker processes", min=1)] = 1,
-    allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
-    p50_ms: Annotated[float | None, _make_flag(SLO, "maximum median latency")] = None,
-    p99_ms: Annotated[float | None, _make_flag(SLO, "maximum 99th percentile of latency")] = None,
-    failed: Annotated[float | None, _make_flag(SLO, "maximum share of failed requests")] = None,
-    hit_ratio: Annotated[float | None, _make_flag(SLO, "minimum hit ratio")] = None,
-    out: Annotated[Path | None, _make_flag(OUTPUT, "write the results as JSON")] = None,
-    html: Annotated[Path | None, _make_flag(OUTPUT, "write a report for the browser")] = None,
-    trace_out: Annotated[Path | None, _make_flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
-    keep: Annotated[bool, _make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
+    resident: Annotated[int, make_flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
+    cache: Annotated[str | None, make_flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
+    workers: Annotated[int, make_flag(SERVER, "started server: number of worker processes", min=1)] = 1,
+    allow_remote: flags.AllowRemote = False,
+    p50_ms: Annotated[float | None, make_flag(SLO, "maximum median latency")] = None,
+    p99_ms: flags.MostP99 = None,
+    failed: Annotated[float | None, make_flag(SLO, "maximum share of failed requests")] = None,
+    hit_ratio: flags.LeastHitRatio = None,
+    out: Annotated[Path | None, make_flag(OUTPUT, "write the results as JSON")] = None,
+    html: Annotated[Path | None, make_flag(OUTPUT, "write a report for the browser")] = None,
+    trace_out: Annotated[Path | None, make_flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
+    keep: Annotated[bool, make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
     """Load a fleet on a schedule drawn beforehand; exits with 1 for an invalid run or a missed SLO.
 

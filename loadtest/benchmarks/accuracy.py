@@ -28,7 +28,7 @@ import rich
 import torch
 import typer
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.benchmarks.accuracy_scores import (
     FEV,
     FEV_DAYS,
@@ -111,7 +111,7 @@ def main(
     processes: Annotated[int, typer.Option(min=1, max=256, help="fits at a time, a core each")] = 2,
     keep: Annotated[Path, typer.Option(help="folder of the fits that are done")] = Path(".fleetcast/accuracy"),
     html: Annotated[Path, typer.Option(help="the curves and tables as a page")] = Path(".fleetcast/accuracy.html"),
-    save: Annotated[bool, typer.Option(help="write the record")] = True,
+    save: flags.SaveRecord = True,
 ) -> None:
     """Fit, forecast, score, and compare with what is published; exit code 1 where a market falls short."""
     started, before = clock.monotonic(), record.describe_machine()

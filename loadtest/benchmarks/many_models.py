@@ -12,7 +12,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import typer
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.driver import wrk
 from loadtest.driver.dialects import find_fault
 from loadtest.fleets.network_shape import make_request
@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def main(rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9) -> None:
+def main(rounds: flags.CallRounds = 9) -> None:
     """Measure calls for 100, 500 and 1,000 models."""
     wrk.require_wrk()
     before = record.describe_machine()

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.profiles import Profile
 from loadtest.driver.request_bodies import RequestBody
@@ -70,8 +70,8 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="of all sizes, two minutes each")] = 3,
     rate: Annotated[float, typer.Option(min=1, help="requests a second")] = 150.0,
     seconds: Annotated[float, typer.Option(min=1, help="of a measured run")] = 20.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+    seed: flags.Seed = 0,
+    keep: flags.KeepRecord = True,
 ) -> None:
     """Measure, simulate, compare."""
     before = record.describe_machine()

@@ -21,7 +21,7 @@ import urllib3
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.driver.dialects import DIALECTS
 from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.open_loop import make_target
@@ -148,8 +148,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(
     every_s: Annotated[float, typer.Option(min=2, help="seconds from tick to tick")] = USUAL.every_s,
     ticks: Annotated[int, typer.Option(min=LEARNT + 1, help="of each of the two runs")] = USUAL.ticks,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+    seed: flags.Seed = 0,
+    keep: flags.KeepRecord = True,
 ) -> None:
     """Measure ticks with prefetch off, then on: about three minutes."""
     plan, before, results = (

@@ -26,7 +26,7 @@ import urllib3
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.benchmarks.growth_checks import (
     Cost,
     Crowd,
@@ -277,8 +277,8 @@ def main(
         int, typer.Option(min=MIN_SPANS, help="of traffic, each followed by a look at the server")
     ] = USUAL.spans,
     seconds: Annotated[float, typer.Option(min=1, help="of a span")] = USUAL.span_s,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+    seed: flags.Seed = 0,
+    keep: flags.KeepRecord = True,
 ) -> None:
     """Look for what grows: an hour of traffic over a large fleet in minutes; what it costs; thousands resident."""
     plan = ScalePlan(

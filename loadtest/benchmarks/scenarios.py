@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -19,7 +19,7 @@ from rich.table import Table
 from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation, make_random_stream
 from handlers.codecs.tensors import write_npy
 from handlers.evaluation.correlation import estimate_gaussian, estimate_schaake
-from loadtest import record
+from loadtest import flags, record
 
 SEED = 5
 PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
@@ -36,8 +36,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9,
-    save: Annotated[bool, typer.Option(help="write the record")] = True,
+    rounds: flags.CallRounds = 9,
+    save: flags.SaveRecord = True,
 ) -> None:
     """Measure; in a process of one thread, since a library reads how many it may have when it is imported."""
     if any(os.environ.get(name) != "1" for name in ONE_THREAD):

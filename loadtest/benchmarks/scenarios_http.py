@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.forecasters import build_family, random_tensors
-from loadtest import record
+from loadtest import flags, record
 from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
@@ -40,8 +40,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9,
-    save: Annotated[bool, typer.Option(help="write the record")] = True,
+    rounds: flags.CallRounds = 9,
+    save: flags.SaveRecord = True,
 ) -> None:
     """Measure, print, record."""
     before = record.describe_machine()

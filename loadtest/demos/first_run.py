@@ -22,6 +22,7 @@ from rich.table import Table
 
 from handlers.forecasters import get_family
 from loadtest.demos.fan_chart import draw_fan_chart
+from loadtest.flags import Once, end_on_sigterm
 from loadtest.fleets.fleet import list_fleet_names, make_trained_fleet
 from loadtest.fleets.synthetic_markets import make_market_request, make_training_markets
 from loadtest.observe.local_server import LocalServer, run_local_server
@@ -50,10 +51,10 @@ def main(
     inference_port: int = contract.INFERENCE_PORT,
     management_port: int = contract.MANAGEMENT_PORT,
     metrics_port: int = contract.METRICS_PORT,
-    once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
+    once: Once = False,
 ) -> None:
     """Show Fleetcast on this machine: make a fleet, serve it, ask it. Nothing to install or configure besides."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
+    end_on_sigterm()
     names = _make_fleet(models)
     row_bytes = _row_bytes(names[0])
     flags = ["--inference-port", str(inference_port), "--management-port", str(management_port)]

@@ -41,6 +41,7 @@ from loadtest.driver.market_client import (
     rank_correlation,
     run_turn,
 )
+from loadtest.flags import Once, end_on_sigterm
 from loadtest.fleets.fleet import MARKETS
 from loadtest.fleets.network_shape import UNITS
 from loadtest.fleets.synthetic_markets import make_coupled_markets
@@ -126,10 +127,10 @@ def main(
     inference_port: int = contract.INFERENCE_PORT,
     management_port: int = contract.MANAGEMENT_PORT,
     metrics_port: int = contract.METRICS_PORT,
-    once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
+    once: Once = False,
 ) -> None:
     """Show a market's cycle: prices in, forecasts of all products, joint scenarios, a page; against 20 seconds."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
+    end_on_sigterm()
     ports = {"inference": inference_port, "management": management_port, "metrics": metrics_port}
     try:
         prices = _find_prices(csv, time, target)

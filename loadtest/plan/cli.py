@@ -10,16 +10,17 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
-import typer
 import urllib3
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from loadtest import flags
 from loadtest.driver.open_loop import RemoteNotAllowed
 from loadtest.driver.profiles import Shape, make_profile
 from loadtest.driver.run import RequestSource, ServerUnderLoad, connect_server
+from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
 from loadtest.observe.local_server import run_local_server
@@ -47,62 +48,51 @@ EXPECTED = (
 )  #: say what to do
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: of what the fleet weighs: the cache sizes that are simulated
 MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
-DEMAND, SERVER, PROMISE, OUTPUT = "What is asked", "The server", "What must be reached", "Output"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
-def _make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
-
-
 def plan(
     *,
-    trace: Annotated[
-        Path | None, _make_flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)
-    ] = None,
-    profile: Annotated[Shape, _make_flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
-    models: Annotated[int, _make_flag(DEMAND, "of the profile", min=1)] = 1_000,
-    rate: Annotated[float | None, _make_flag(DEMAND, "requests per second; default 200")] = None,
-    seconds: Annotated[float, _make_flag(DEMAND, "duration of the load")] = SECONDS,
-    warmup: Annotated[float, _make_flag(DEMAND, "seconds of load before that fill the caches")] = WARMUP_S,
-    zipf: Annotated[float | None, _make_flag(DEMAND, "exponent of the Zipf popularity of models; default 1")] = None,
-    drift_s: Annotated[
-        float | None, _make_flag(DEMAND, "seconds after which some models exchange ranks; default never")
-    ] = None,
-    every_s: Annotated[float | None, _make_flag(DEMAND, "tick: seconds between ticks; default 5")] = None,
-    spread_s: Annotated[
-        float | None, _make_flag(DEMAND, "tick: seconds that its requests are spread over; default 1")
-    ] = None,
-    shuffled: Annotated[bool | None, _make_flag(DEMAND, "tick: another order in every tick", "--shuffled")] = None,
+    trace: Annotated[Path | None, make_flag(LOAD, "a recorded trace, or an access log's folder", exists=True)] = None,
+    profile: Annotated[Shape, make_flag(LOAD, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
+    models: Annotated[int, make_flag(LOAD, "of the profile", min=1)] = 1_000,
+    rate: flags.Rate = None,
+    seconds: Annotated[float, make_flag(LOAD, "duration of the load")] = SECONDS,
+    warmup: Annotated[float, make_flag(LOAD, "seconds of load before that fill the caches")] = WARMUP_S,
+    zipf: flags.Zipf = None,
+    drift_s: flags.Drift = None,
+    every_s: flags.TickInterval = None,
+    spread_s: flags.TickSpread = None,
+    shuffled: flags.Shuffled = None,
     model_size: Annotated[
-        str | None, _make_flag(DEMAND, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
+        str | None, make_flag(LOAD, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
     ] = None,
-    seed: Annotated[int, _make_flag(DEMAND, "same seed, same plan", min=0)] = 0,
+    seed: Annotated[int, make_flag(LOAD, "same seed, same plan", min=0)] = 0,
     costs: Annotated[
-        Path | None, _make_flag(SERVER, "what `calibrate` or `run --out` wrote; else our records", exists=True)
+        Path | None, make_flag(SERVER, "what `calibrate` or `run --out` wrote; else our records", exists=True)
     ] = None,
     cache: Annotated[
-        str | None, _make_flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; else shares of the fleet")
+        str | None, make_flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; else shares of the fleet")
     ] = None,
-    workers: Annotated[int, _make_flag(SERVER, "workers of a node", min=1)] = 1,
-    nodes: Annotated[int, _make_flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
-    replicas: Annotated[int, _make_flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
-    lose_at: Annotated[float | None, _make_flag(SERVER, "the second when a node is lost; default never")] = None,
-    policy: Annotated[str, _make_flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
-    loader_threads: Annotated[int, _make_flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
+    workers: Annotated[int, make_flag(SERVER, "workers of a node", min=1)] = 1,
+    nodes: Annotated[int, make_flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
+    replicas: Annotated[int, make_flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
+    lose_at: Annotated[float | None, make_flag(SERVER, "the second when a node is lost; default never")] = None,
+    policy: Annotated[str, make_flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
+    loader_threads: Annotated[int, make_flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
     slab: Annotated[
-        str, _make_flag(SERVER, "unit of the cache, as the server's slab_bytes")
+        str, make_flag(SERVER, "unit of the cache, as the server's slab_bytes")
     ] = f"{SLAB_BYTES // MIB}MiB",
-    p99_ms: Annotated[float | None, _make_flag(PROMISE, "maximum 99th percentile of latency")] = None,
-    hit_ratio: Annotated[float | None, _make_flag(PROMISE, "minimum hit ratio")] = None,
-    availability: Annotated[float, _make_flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
+    p99_ms: flags.MostP99 = None,
+    hit_ratio: flags.LeastHitRatio = None,
+    availability: Annotated[float, make_flag(SLO, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
     prices: Annotated[
         Path | None,
-        _make_flag(PROMISE, "price table; by default a dated example, to be copied and edited", exists=True),
+        make_flag(SLO, "price table; by default a dated example, to be copied and edited", exists=True),
     ] = None,
-    html: Annotated[Path | None, _make_flag(OUTPUT, "write a page with plots for the browser")] = None,
-    out: Annotated[Path | None, _make_flag(OUTPUT, "write all of it as JSON", "--json")] = None,
+    html: Annotated[Path | None, make_flag(OUTPUT, "write a page with plots for the browser")] = None,
+    out: Annotated[Path | None, make_flag(OUTPUT, "write all of it as JSON", "--json")] = None,
 ) -> None:
     """Simulate how many models fit, the tail latency and the cost, before the money is spent.
 
@@ -156,17 +146,17 @@ def plan(
 def calibrate_server(
     *,
     store: Annotated[
-        str | None, _make_flag(SERVER, "your archives, for which a server is started; default a fleet is made")
+        str | None, make_flag(SERVER, "your archives, for which a server is started; default a fleet is made")
     ] = None,
-    url: Annotated[str | None, _make_flag(SERVER, "address of a running server that has no other load")] = None,
-    metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: the duration of a step")] = None,
+    url: Annotated[str | None, make_flag(SERVER, "address of a running server that has no other load")] = None,
+    metrics_url: Annotated[str | None, make_flag(SERVER, "its metrics address: the duration of a step")] = None,
     management_url: Annotated[
         str | None,
-        _make_flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
+        make_flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
     ] = None,
-    rate: Annotated[float, _make_flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
-    allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
-    out: Annotated[Path, _make_flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
+    rate: Annotated[float, make_flag(LOAD, "planned requests per second and worker", min=1)] = HIT_RATE,
+    allow_remote: flags.AllowRemote = False,
+    out: Annotated[Path, make_flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
 ) -> None:
     """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
