@@ -52,6 +52,11 @@ class Market:
             self.now[0] += 100
             await self.ask(f"{model}-{k}" for model in noise)
 
+    async def learn_and_evict(self, fleet: Iterable[str], noise: Iterable[str] | None = None) -> None:
+        """The fleet's ticks, then noise that fills the cache after the last of them."""
+        await self.learn(fleet)
+        await self.ask(named("n", ROOM) if noise is None else noise)
+
     async def before(self, tick: int) -> None:
         """It is shortly before a tick, and the loop has seen that."""
         self.now[0] = PERIOD_S * tick - 20
@@ -133,8 +138,7 @@ def test_without_foresight_the_same_tick_is_cold() -> None:
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(noise)
+        await market.learn_and_evict(fleet, noise)
         await market.before(LEARNT)
         assert set(await market.ask(fleet)) == {CacheResult.MISS}
 
@@ -146,8 +150,7 @@ def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(noise)
+        await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
         await until(lambda: resident(market.steps) == set(fleet))
@@ -161,8 +164,7 @@ def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
     fleet, noise = named("t", ROOM), named("n", ROOM // 2)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(noise)
+        await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
         await until(lambda: resident(market.steps) == set(fleet))
@@ -176,8 +178,7 @@ def test_a_fleet_that_does_not_fit_is_not_brought_in_circles() -> None:
     fleet = named("t", 2 * ROOM)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+        await market.learn_and_evict(fleet)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
         await until(lambda: market.counted("refused") == ROOM)
@@ -247,8 +248,7 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
     fleet = named("t", 4)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+        await market.learn_and_evict(fleet)
         market.loader.gate.clear()
         market.front.send("a/urgent")
         builds = len(market.loader.builds)
@@ -264,8 +264,7 @@ def test_a_request_joins_the_load_that_is_on_its_way() -> None:
     """Asked for too early: coalesced with the load ahead of time, which is built once and counted as late."""
 
     async def scenario(market: Market) -> None:
-        await market.learn(["a/t"])
-        await market.ask(named("n", ROOM))
+        await market.learn_and_evict(["a/t"])
         market.loader.gate.clear()
         await market.before(LEARNT)
         builds = market.loader.builds.count("a/t")
@@ -284,8 +283,7 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     fleet = named("t", 4)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+        await market.learn_and_evict(fleet)
         await market.before(LEARNT)
         await until(lambda: set(fleet) <= resident(market.steps))
         market.now[0] += 100
@@ -302,8 +300,7 @@ def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
     fleet = named("t", 4)
 
     async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+        await market.learn_and_evict(fleet)
         market.loader.broken["a/t0"] = ArchiveInvalid("a/t0: broken")
         await market.before(LEARNT)
         await until(lambda: market.counted("failed") == 1 and set(fleet[1:]) <= resident(market.steps))
