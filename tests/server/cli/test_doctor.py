@@ -155,5 +155,11 @@ def test_settings_are_as_serve_would_have_them(tmp_path: Path, monkeypatch: pyte
 def test_the_help_teaches() -> None:
     """Columns, mark and exit code are explained before anybody has to ask."""
     text = " ".join(doctor("--help").output.split())
-    for words in ("fleetcast doctor --store s3://", "run in place", "* is the way", "The floor is", "Ends with 1"):
+    for words in (
+        "fleetcast doctor --store s3://",
+        "run in place",
+        "* marks the way",
+        "The floor is",
+        "exit code is 1",
+    ):
         assert words in text
