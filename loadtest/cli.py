@@ -1,8 +1,8 @@
-"""Measure a server under load: tail latency, hit ratio, load times, memory. The load tester is a client of the server.
+"""Measure a server under load: tail latency, hit ratio, load times and memory.
 
-A fleet and a server of its own:     fleetcast-load run
-Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
-A server that runs:                  fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
+A fleet and a server that it makes:     fleetcast-load run
+Your archives, a server that it starts: fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
+A server that is running:               fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
 """
 
 import sys
@@ -48,7 +48,7 @@ EXPECTED = (
     ValueError,
     OSError,
     RuntimeError,
-)  #: say what to do
+)  #: their messages say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -127,14 +127,14 @@ def run(
     trace_out: Annotated[Path | None, make_flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
     keep: Annotated[bool, make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
-    """Load a fleet on a schedule drawn beforehand; exits with 1 for an invalid run or a missed SLO.
+    """Load a fleet on a schedule that is drawn beforehand. The exit code is 1 for an invalid run or a missed SLO.
 
-    Latency counts from the intended time, so a server that stalls delays all requests that are due meanwhile.
+    Latency is measured from the intended time, so that a stall counts for every request that is due during it.
 
-    [bold]--dialect forecasts[/] requests many models by one POST /v1/forecasts: a
-    request is then a call, for [bold]--per-call[/] models or for all. A market's
-    tick: [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
-    A call is a hit if all its models were resident; failed items are counted.
+    With [bold]--dialect forecasts[/] a request is a call of POST /v1/forecasts for
+    [bold]--per-call[/] models, or for all. A call is a hit if all its models were
+    resident; failed items are counted. This is a market's tick:
+    [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
     """
     before = record.describe_machine()
     warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
@@ -148,9 +148,11 @@ def run(
     body = BodyKind.DEEPAR if many and body is None else body
     try:
         if dialect not in DIALECTS:
-            raise ValueError(f"there is no dialect {dialect!r}: known are {', '.join(DIALECTS)}")
+            raise ValueError(f"there is no dialect {dialect!r}: known dialects are {', '.join(DIALECTS)}")
         if many and (trace is not None or trace_out is not None):
-            raise ValueError("a trace has a row for each model, so --trace and --trace-out are not for calls for many")
+            raise ValueError(
+                "a trace has a row for each model, so --trace and --trace-out do not go with calls for many models"
+            )
         recorded = None if trace is None else read_trace(trace)
         asked = RequestSource(
             names=_choose_fleet(names, recorded),
@@ -198,9 +200,9 @@ def run(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN.json [OTHER.json]", exists=True, dir_okay=False)],
-    html: Annotated[Path, typer.Option(help="where to write it")] = Path("report.html"),
+    html: Annotated[Path, typer.Option(help="file of the report")] = Path("report.html"),
 ) -> None:
-    """Draw one run for the browser, or two side by side: files of `run --out`, or records."""
+    """Write a report of one run, or of two side by side, from files of `run --out` or records."""
     try:
         write_report(runs, html)
     except (ValueError, OSError) as error:
@@ -240,7 +242,7 @@ def _open_subject(
     resident: int,
     workers: int,
 ) -> Iterator[ServerUnderLoad]:
-    """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
+    """Open the server to load: the one at `url`, else one started for `store`, else one started for a made fleet."""
     if url is not None:
         yield connect_server(url, metrics_url, store, asked, console)
     elif metrics_url or (asked.names is not None and store is None):
@@ -249,7 +251,7 @@ def _open_subject(
         with serve_store(store, cache, workers, asked, console) as subject:
             yield subject
     elif cache is not None:
-        raise ValueError("--cache is for a --store of yours; the own fleet's room is given in models, by --resident")
+        raise ValueError("--cache goes with --store; the cache of a made fleet is given in models, by --resident")
     else:
         with serve_fleet(models, resident, workers, asked, console) as subject:
             yield subject
@@ -263,7 +265,7 @@ def _make_load(
     seed: int,
     settings: Mapping[str, Any],
 ) -> Load:
-    """Over so many different requests."""
+    """Make the load of a profile over `requests` different requests, or the replay of a recording."""
     if recorded is None:
         return make_profile(profile, requests, seed, **settings)
     names = list(subject.questions)
@@ -273,7 +275,7 @@ def _make_load(
 def _describe_load(
     profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any], ramp_to: float | None
 ) -> str:
-    """What was asked, in a line."""
+    """Describe the load in one line."""
     said = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {value:g}" for name, value in settings.items())
     until = f" up to {ramp_to:g}/s" if ramp_to else ""
     return f"{profile}{until} for {seconds:g} s{', ' if said else ''}{said}, seed {seed}"

@@ -131,7 +131,7 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
     [
         (["--url", "http://127.0.0.1:1"], "the models' names are not known: give --store or --names"),
         (["--metrics-url", "http://127.0.0.1:1"], "--metrics-url and --names are for the server at --url"),
-        (["--cache", "1MiB"], "--cache is for a --store of yours"),
+        (["--cache", "1MiB"], "--cache goes with --store"),
         (["--url", "http://192.0.2.7", "--store", "."], "192.0.2.7 is 192.0.2.7, not this machine"),
         (["--url", "http://127.0.0.1:1", "--store", "nowhere"], "nowhere"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--metrics-url", "http://127.0.0.1:1"], "refused"),
@@ -145,7 +145,7 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
             ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],
             "is not asked for one forecast",
         ),
-        (["--store", ".", "--dialect", "esperanto"], "known are sagemaker, forecasts, "),
+        (["--store", ".", "--dialect", "esperanto"], "known dialects are sagemaker, forecasts, "),
     ],
 )
 def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
