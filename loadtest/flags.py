@@ -31,11 +31,11 @@ LeastHitRatio = Annotated[float | None, make_flag(SLO, "minimum hit ratio")]
 
 # --- benchmarks and demos ---------------------------------------------------------------------------------------------
 
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, help="random seed")]
 KeepRecord = Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")]
 SaveRecord = Annotated[bool, typer.Option(help="write the record")]
-CallRounds = Annotated[int, typer.Option(min=7, help="of alternating calls")]
-Once = Annotated[bool, typer.Option("--once", help="exit after the show")]
+CallRounds = Annotated[int, typer.Option(min=7, help="number of rounds of alternating calls")]
+Once = Annotated[bool, typer.Option("--once", help="exit when the demo has finished")]
 
 
 def end_on_sigterm() -> None:

@@ -63,7 +63,7 @@ def main(rounds: flags.CallRounds = 9) -> None:
 
 
 def measure_calls(server: LocalServer, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
-    """Calls of each size and single calls, in turn; the first round is warm-up."""
+    """Measure calls of each size and single calls in turn; the first round is warm-up."""
     request = make_request(SEED)
     (folder / "body.json").write_text(json.dumps(request))
     single = wrk.WrkTarget(
@@ -94,7 +94,7 @@ def measure_calls(server: LocalServer, names: list[str], folder: Path, rounds: i
 
 
 def _time_call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
-    """Seconds from the first byte out to the last byte in. Raises RuntimeError unless all was answered."""
+    """Return the seconds from the first byte sent to the last received. Raises RuntimeError for a failed forecast."""
     started = time.perf_counter()
     connection.request("POST", FORECASTS_PATH, body)
     reply = connection.getresponse()

@@ -140,7 +140,7 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1", "--names", "names.txt"], "give a --request"),
         (["--store", "empty"], "no model of empty can be asked"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--per-call", "3"], "--per-call is for the dialect forecasts"),
-        (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "not for calls for many"),
+        (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "do not go with calls for many"),
         (
             ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],
             "is not asked for one forecast",
