@@ -124,8 +124,6 @@ def _charges_of(trace: Trace, size: str | None) -> Int64:
     if unknown.any():
         if size is None:
             first = trace.names[int(unknown.argmax())]
-            raise ValueError(
-                f"the trace has no size of {first} and of {unknown.sum() - 1} other models: give --model-size"
-            )
+            raise ValueError(f"the trace has no size of {unknown.sum()} models, such as {first}: give --model-size")
         found[unknown] = draw_charges(size, int(unknown.sum()))
     return found

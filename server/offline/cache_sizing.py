@@ -2,11 +2,11 @@
 
 A request is a hit in an LRU cache if the models requested since the last request for the same one, together with this
 one, fit in it. Their size is its *reuse distance* in bytes (Mattson et al., "Evaluation techniques for storage
-hierarchies", 1970). One pass gives the ratio at every size. Only models whose name hashes below a threshold are followed, and their
-distances are scaled up; if there are more than SAMPLES of them, the threshold is lowered ("Efficient MRC Construction
-with SHARDS", Waldspurger et al., 2015). So memory is bounded whatever the log holds, a request takes O(log SAMPLES),
-and the ratio is exact for as many models and about a point off for more. Other policies than LRU do better on ticks
-that do not fit (`fleetcast-load plan` simulates them); above a tick's size all are alike.
+hierarchies", 1970). One pass gives the ratio at every size. Only models whose name hashes below a threshold are
+followed, and their distances are scaled up; if there are more than SAMPLES of them, the threshold is lowered
+("Efficient MRC Construction with SHARDS", Waldspurger et al., 2015). So memory is bounded whatever the log holds, a
+request takes O(log SAMPLES), and the ratio is exact for as many models and about a point off for more. Other policies
+than LRU do better on ticks that do not fit (`fleetcast-load plan` simulates them); above a tick's size all are alike.
 """
 
 import math

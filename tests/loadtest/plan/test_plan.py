@@ -303,7 +303,7 @@ def test_a_trace_is_a_demand(tmp_path: Path) -> None:
     assert found.charge.tolist() == [500, 700, 1000]
     assert found.warm is not None
     assert (len(found.warm.at), len(found.schedule.at), found.schedule.at[0]) == (2, 8, 0.0)
-    with pytest.raises(ValueError, match=f"has no size of {names[2]} and of 0 other models"):
+    with pytest.raises(ValueError, match=f"has no size of 1 models, such as {names[2]}"):
         make_trace_demand(tmp_path / "t.csv", None)
 
 
