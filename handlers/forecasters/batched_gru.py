@@ -1,9 +1,10 @@
-"""The layers of an `nn.GRU` of many models at once, and what families made of them have in common.
+"""The layers of an `nn.GRU` of many models at once, and the common part of families that use them.
 
 `vmap` has no rule for `nn.GRU`, and `nn.GRU` on a CPU is a loop of eight or so kernels a step and model. Here a step of
 all models is five calls in place: one product into gates that hold the input's part already, sigmoid, addcmul, tanh,
-lerp. Gates and states lie time-major, so that each step's are contiguous, and only a chunk of the context is held: the
-scratch does not grow with it. Weights that lie [in, out] are a seventh faster in batches than nn.GRU's [out, in].
+lerp. Gates and states are time-major, so that those of a step are contiguous, and only a chunk of the context is held,
+so that the scratch does not grow with it. Weights that lie [in, out] are a seventh faster in batches than nn.GRU's
+[out, in].
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +15,8 @@ import torch
 from handlers.base import Float32, Shape
 from handlers.forecasters.row_layout import Rows
 
-CHUNK = 24  #: steps at most whose gates are held; all of 168 at once would save a twentieth of the time at batch 1
-CHUNK_ITEMS, STEP_ITEMS = 7, 6  #: of a layer in a binding, see Recurrence.bind
+CHUNK = 24  #: most steps whose gates are held; all 168 at once would save a twentieth of the time at batch 1
+CHUNK_ITEMS, STEP_ITEMS = 7, 6  #: tensors of a chunk and of a step of a layer, see Recurrence.bind
 
 
 class BoundPart(Protocol):
@@ -98,7 +99,7 @@ class LinearHead:
 
 
 class Recurrence:
-    """The layers of an `nn.GRU` called `name`, of many models at once: their parts in a row, and how they run.
+    """The layers of an `nn.GRU` called `name`, of many models at once: their parts in a row, and their run.
 
     For the gates r, z and the candidate n of state h and input x, with * by element and @ by matrix:
     r, z = sigmoid(x @ Wi + h @ Wh + b), n = tanh(x @ Wi + b + r * (h @ Wh + b')), next h = n + z * (h - n).
@@ -111,13 +112,13 @@ class Recurrence:
         self._steps = steps
         self._chunk = -(-steps // -(-steps // CHUNK))
         self._layer_items = CHUNK_ITEMS + STEP_ITEMS * self._chunk
-        self.items = layers * self._layer_items  # of a binding
+        self.items = layers * self._layer_items  # tensors of a binding
 
     def __repr__(self) -> str:
         return f"<Recurrence {len(self._widths)} layers of {self._hidden}, {self._steps} steps by {self._chunk}>"
 
     def parameters(self) -> dict[str, Shape]:
-        """The state dict's names and shapes, as `nn.GRU` orders them."""
+        """The names and shapes in the state dict, as `nn.GRU` orders them."""
         gates, found = 3 * self._hidden, dict[str, Shape]()
         for (ih, hh), width in zip(self._names, self._widths, strict=True):
             found |= {ih("weight"): (gates, width), hh("weight"): (gates, self._hidden)}
@@ -125,7 +126,7 @@ class Recurrence:
         return found
 
     def parts(self) -> dict[str, Shape]:
-        """The row's parts: weights [in, r z n], r and z with one bias, n with one inside the reset's product too."""
+        """The parts of the row: weights [in, r z n], r and z with one bias, n also with one inside the reset."""
         gates, found = 3 * self._hidden, dict[str, Shape]()
         for (ih, hh), width in zip(self._names, self._widths, strict=True):
             found |= {ih("weight"): (width, gates), ih("bias"): (1, gates)}
@@ -143,12 +144,12 @@ class Recurrence:
             part[hh("bias")][0] = tensors[hh("bias")][shared:]
 
     def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Views of B rows' parts -> for each layer seven tensors that concern a whole chunk, then six a step.
+        """Bind views of B rows' parts: for each layer seven tensors of a whole chunk, then six a step.
 
         The seven: the input's weight and bias, the hidden weight and n's hidden bias, the states [1 + chunk, B, 1, H]
         before the first step and after each, the gates r and z of all steps, and n's inner product of all steps. The
-        six are views of one step's gates and next state. The gates' memory is shared by the layers, each of which is
-        done with a chunk before the next begins.
+        six are views of one step's gates and next state. The gates' memory is shared by the layers, each of which
+        finishes a chunk before the next begins.
         """
         hidden, shared, bound = self._hidden, 2 * self._hidden, list[torch.Tensor]()
         some = part[self._names[0][0]("bias")]
@@ -165,9 +166,9 @@ class Recurrence:
     def run(
         self, bound: Sequence[torch.Tensor], x: torch.Tensor, start: Sequence[torch.Tensor] | None = None
     ) -> Iterator[torch.Tensor]:
-        """Inputs x [B, steps, width] -> the last layer's states [B, n, hidden], n steps after n steps.
+        """Run inputs x [B, steps, width]; yields the last layer's states [B, n, hidden], n steps at a time.
 
-        They are scratch that the next n overwrite. `start` has a state [B, 1, hidden] a layer, zero where it is None.
+        They are scratch that the next n steps overwrite. `start` has a state [B, 1, hidden] per layer; None means zero.
         """
         layers = [bound[at : at + self._layer_items] for at in range(0, self.items, self._layer_items)]
         steps = [list(zip(*[iter(layer[CHUNK_ITEMS:])] * STEP_ITEMS, strict=True)) for layer in layers]
@@ -181,7 +182,7 @@ class Recurrence:
             at, skip = at + self._chunk - skip, 0
 
     def final(self, bound: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-        """Inputs x [B, steps, width] -> each layer's state [B, 1, hidden] after the last step, in scratch."""
+        """Run inputs x [B, steps, width]; returns the last state [B, 1, hidden] of each layer, in scratch."""
         for _ in self.run(bound, x):
             pass
         return list(bound[self._layer_items - 1 :: self._layer_items])
@@ -194,9 +195,9 @@ def _advance_layer(
     skip: int,
     before: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One layer over a chunk but for its first `skip` places: x [B, n, width] -> the states [B, n, hidden].
+    """Run one layer over a chunk without its first `skip` places: x [B, n, width] -> the states [B, n, hidden].
 
-    `before` is the state [B, 1, hidden] before the first of these n steps, zero where it is None.
+    `before` is the state [B, 1, hidden] before the first of these n steps; None means zero.
     """
     weight, bias, hidden_weight, hidden_bias, states, r_z, inner = layer[:CHUNK_ITEMS]
     given = torch.baddbmm(bias, x, weight).transpose(0, 1)[:, :, None]  # faster than products into strided memory

@@ -1,4 +1,4 @@
-"""`deepar`: a recurrence that draws each step from a distribution and reads what it drew: an answer is sample paths.
+"""`deepar`: a recurrence that draws each step from a distribution and reads what it drew: its answer is sample paths.
 
 Source: Salinas et al. 2020, "DeepAR: probabilistic forecasting with autoregressive recurrent networks", arXiv
 1704.04110, with gated recurrent units, and the normal distribution in network numbers: where these are asinh of prices,
@@ -25,8 +25,10 @@ from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
 from handlers.forecasters.counter_rng import draw_normals
 from handlers.forecasters.network_config import PathsConfig, count_products, require_products
 
-CPU_PATHS = 400  #: that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
-LEAST_SCALE = 1e-3  #: in network numbers
+CPU_PATHS = (
+    400  #: paths that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
+)
+LEAST_SCALE = 1e-3  #: lower bound of a scale, in network numbers
 
 
 class DeeparConfig(PathsConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -53,7 +55,7 @@ class DeeparReference(nn.Module):
         return self.sampled(x) if y is None else self.likelihood(x, y)
 
     def sampled(self, x: torch.Tensor) -> torch.Tensor:
-        """Paths [N, prediction_length, paths]."""
+        """Draw paths [N, prediction_length, paths]."""
         noise = draw_normals(x[:, -1, :2], self.paths, self.steps)
         known = x[:, :-1].transpose(1, 2)  # [N, context, W - 1]
         past = torch.cat([x[:, 0, self.steps - 1 : -1, None], known[:, : -self.steps]], 2)
@@ -69,9 +71,9 @@ class DeeparReference(nn.Module):
         return torch.stack(found, 1)
 
     def likelihood(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """How unlikely the past and the targets y [N, prediction_length] (NaN: missing) are: [N].
+        """Compute the negative log-likelihood [N] of the past and the targets y [N, prediction_length] (NaN: missing).
 
-        The mean of -log p over all steps, each told what was before it, times the targets that are not missing.
+        It is the mean of -log p over all steps given the values before, times the number of targets not missing.
         """
         seen, filled = ~y.isnan(), y.nan_to_num()
         before = torch.cat([x[:, 0, self.steps - 1 :], filled[:, :-1]], 1)
@@ -84,7 +86,7 @@ class DeeparReference(nn.Module):
 
 
 def compute_normal(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's two numbers [..., 2] -> the normal distribution's center and scale [...]."""
+    """Compute center and scale [...] of the normal distribution from the head's two numbers [..., 2]."""
     return numbers[..., 0], nn.functional.softplus(numbers[..., 1]) + LEAST_SCALE
 
 
@@ -107,7 +109,7 @@ class Deepar(Recurrent):
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
 
-        What the paths need is allocated here: a binding of each batch size would hold on to some MB.
+        The memory of the paths is allocated here, because a binding of each batch size would keep some MB.
         """
         (head, bias), rest, steps = weights[:2], weights[2:], self.config.prediction_length
         known, noise = x[:, :-1].transpose(1, 2), draw_normals(x[:, -1, :2], self.config.paths, steps).to(x.dtype)

@@ -28,8 +28,8 @@ from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
 from handlers.forecasters.counter_rng import draw_normals
 from handlers.forecasters.network_config import Hidden, PathsConfig, count_products, require_products
 
-LEAST_SCALE = 1e-2  #: in network numbers
-NUMBERS = 4  #: that the recurrence gives for a step
+LEAST_SCALE = 1e-2  #: lower bound of a scale, in network numbers
+NUMBERS = 4  #: numbers that the recurrence gives for a step
 
 
 class DeepstateConfig(PathsConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -61,7 +61,7 @@ class Space(NamedTuple):
 
 
 def make_state_space(config: DeepstateConfig) -> Space:
-    """Level and harmonics of the season."""
+    """Make the constants for a level and the harmonics of the season."""
     width = 1 + 2 * config.harmonics
     turn, changes = torch.eye(width), torch.zeros(2, width)
     changes[0, 0], changes[1, 1:] = 1, 1
@@ -76,7 +76,7 @@ class Filter:
     """A Kalman filter of B series, on S paths each: means [B, S, d], and one covariance [B, d, d] for all paths."""
 
     def __init__(self, constants: Space, numbers: torch.Tensor) -> None:
-        """From the recurrence's numbers [B, steps, 4]; the state before is around zero with unit variance."""
+        """Start with the recurrence's numbers [B, steps, 4]; the first state has mean zero and unit variance."""
         self._space = constants
         self._offset = numbers[..., 0, None]
         scales = nn.functional.softplus(numbers[..., 1:]) + LEAST_SCALE
@@ -90,7 +90,7 @@ class Filter:
         return f"<Filter of {len(self._mean)} series, {self._mean.shape[2]} numbers each>"
 
     def predict(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The observation's mean [B, S] and variance [B, 1] at a step."""
+        """Predict the mean [B, S] and variance [B, 1] of the observation at a step."""
         seen = self._covariance @ self._space.observation
         variance = (seen @ self._space.observation)[:, None] + self._noise[:, step]
         self._gain = seen / variance
@@ -98,14 +98,14 @@ class Filter:
         return self._mean @ self._space.observation + self._offset[:, step], variance
 
     def update(self, step: int, error: torch.Tensor) -> None:
-        """Takes in the observation's distance to its predicted mean [B, S], and goes on by a step."""
+        """Update with the distance [B, S] of the observation to its predicted mean, and advance by a step."""
         turn = self._space.turn
         self._mean = (self._mean + error[..., None] * self._gain[:, None]) @ turn.T
         covariance = self._covariance - self._gain[..., None] * self._seen[:, None]
         self._covariance = turn @ covariance @ turn.T + self._change[:, step]
 
     def drawn(self, first: int, noise: torch.Tensor) -> torch.Tensor:
-        """Paths [B, P, S] from step `first` on, of standard normals [B, S, P]."""
+        """Draw paths [B, P, S] from step `first` on, from standard normals [B, S, P]."""
         found = []
         for step in range(noise.shape[2]):
             mean, variance = self.predict(first + step)
@@ -125,9 +125,9 @@ class DeepstateReference(nn.Module):
         self.head = nn.Linear(config.hidden, NUMBERS)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """Input x [N, features, context_length] -> paths [N, prediction_length, paths], or how unlikely y is [N].
+        """Input x [N, features, context_length] -> paths [N, prediction_length, paths], or the loss of y [N].
 
-        That is the mean of -log p over all steps, each told what was before it, times the targets y [N,
+        The loss is the mean of -log p over all steps given the values before, times the number of targets y [N,
         prediction_length] that are not missing.
         """
         steps = self.config.prediction_length
@@ -165,7 +165,7 @@ class Deepstate(Recurrent):
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
 
-        Variances are float32 whatever the network's numbers are: shorter ones would not stay positive.
+        Variances are float32 for every dtype of the network, because shorter ones would not stay positive.
         """
         (head, bias), constants, steps = weights[:2], Space(*weights[2:5]), self.config.prediction_length
         states = self._gru.run(weights[5:], x[:, :-1].transpose(1, 2))

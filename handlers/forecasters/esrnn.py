@@ -82,7 +82,7 @@ class EsrnnReference(nn.Module):
 
 
 class Smoothing:
-    """The rates of level and season, and in a row what a season of them does to the level: a matrix, in float64."""
+    """The rates of level and season, and for a row the matrix (float64) by which a season changes the level."""
 
     def __init__(self, cycle: int) -> None:
         self._cycle = cycle
@@ -91,7 +91,7 @@ class Smoothing:
         return f"<Smoothing of seasons of {self._cycle}>"
 
     def parameters(self) -> dict[str, Shape]:
-        """Both before the sigmoid."""
+        """The names and shapes in the state dict, both before the sigmoid."""
         return {"level_rate": (1,), "season_rate": (1,)}
 
     def parts(self) -> dict[str, Shape]:
@@ -99,7 +99,7 @@ class Smoothing:
         return {"smoothing": (self._cycle, self._cycle), "decay": (self._cycle, 1), "season_rate": (1, 1)}
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
         a, g = (1 / (1 + np.exp(-tensors[name].astype(np.float64))) for name in ("level_rate", "season_rate"))
         t = np.arange(self._cycle)
         part["smoothing"][...] = np.tril(a * (1 - a) ** np.maximum(t[:, None] - t, 0))
@@ -127,7 +127,7 @@ class Esrnn(Recurrent):
         return EsrnnReference(self.config).eval()
 
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row. A rate may be infinite and its sigmoid not, so the tensors are looked at too."""
+        """Make a flat row. The tensors are checked too, since the sigmoid of an infinite rate is finite."""
         check_tensors(self.parameters, tensors)
         check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
         return super().row(tensors)

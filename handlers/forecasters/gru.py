@@ -3,11 +3,11 @@
 Source: Cho et al. 2014, arXiv 1406.1078, as `torch.nn.GRU` has it (the reset gate after the product), whose names the
 state dict keeps: 3 H (W + H + 2) parameters a layer of H units and W inputs, and a head; 14,232 by default.
 
-How many models run at once: `handlers.forecasters.batched_gru`. Measured on one core, by default: 1.6 times as fast as
+`handlers.forecasters.batched_gru` runs many models at once. Measured on one core, by default: 1.6 times as fast as
 `nn.GRU` model by model for 1 model, 6.6 for 8, 10 from 32 on.
 
-Time goes with the context, in training too: a year of hours is fitted in 50 s from 168 steps, and as well in 13
-from 48, where the recipe adds the prices of a week before as a channel.
+The time grows with the context, also in training: a year of hours is fitted in 50 s with 168 steps, and as well in 13 s
+with 48, if the recipe adds the prices of a week before as a channel.
 """
 
 from collections.abc import Sequence

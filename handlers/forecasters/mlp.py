@@ -1,7 +1,7 @@
 """`mlp`: two hidden layers with relu on the flattened input, prediction_length x quantiles out.
 
-At batch 1 a product per layer is a matrix times a vector, bound by reading the weights (1.7 MB by default), so their
-order in memory makes no difference; the row keeps the state dict's [out, in] and making it is a plain copy.
+At batch 1 a product per layer is a matrix times a vector, limited by the reading of the weights (1.7 MB by default), so
+that their order in memory makes no difference; the row keeps the [out, in] of the state dict and is a plain copy.
 """
 
 from collections.abc import Sequence

@@ -61,21 +61,21 @@ class Decoder(nn.Module):
         self.network = network
 
     def forward(self, encoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """See MqReference.decode."""
+        """Decode; see MqReference.decode."""
         return self.network.decode(encoded, x)
 
 
 def compute_reach(family: Mqcnn) -> int:
-    """The steps that the encoder reads, and those whose known-future columns the decoder reads."""
+    """Return the last steps that the encoder reads, or the decoder for its known-future columns."""
     return max(tcn.compute_reach(family.tcn), family.config.prediction_length)
 
 
 def training_forward(family: Mqcnn) -> TrainingForward:
-    """The encoder as `tcn` is trained, the decoder mapped over the models."""
+    """Run the encoder as in the training of `tcn`, and map the decoder over the models."""
     encode, inner = tcn.training_forward(family.tcn), "encoder."
 
     def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
-        with torch.device("meta"):  # each call has a decoder of its own: threads call at once
+        with torch.device("meta"):  # each call has its own decoder, because threads call at the same time
             decoder = Decoder(family.reference())
 
         def decode(parts: Parts, *given: torch.Tensor) -> torch.Tensor:

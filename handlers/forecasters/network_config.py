@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from handlers.base import Shape
 
 MOST_PRODUCTS = 2**31  #: multiplications a forecast: about a tenth of a second of one core
-MOST_NUMBERS = 2**20  #: in one input and in one answer
+MOST_NUMBERS = 2**20  #: numbers in one input and in one answer
 
 Hidden = Annotated[int, Meta(ge=1, le=512)]  #: units of a recurrent layer
 Layers = Annotated[int, Meta(ge=1, le=4)]  #: recurrent layers
