@@ -14,7 +14,7 @@ import numpy.typing as npt
 from handlers.base import Float32
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import Float64, Inputs, from_network
-from handlers.codecs.tensors import in_blocks, write_json
+from handlers.codecs.tensors import encode_in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
@@ -74,7 +74,7 @@ class DeepAr:
         self._trained = np.array(forecast.trained_levels)
         default = forecast.quantile_levels
         self._default = _interpolate_levels([str(level) for level in default], np.array(default), self._trained)
-        self._mean = mean_weights(self._trained)
+        self._mean = compute_mean_weights(self._trained)
         products = len(forecast.products)
         self._several = products > 1
         self._by_level = (0, 3, 1, 2) if self._several else (0, 2, 1)
@@ -198,7 +198,7 @@ class DeepAr:
             if "quantiles" in kinds:
                 answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
             if samples is not None:
-                answer["samples"] = in_blocks(samples[i])
+                answer["samples"] = encode_in_blocks(samples[i])
             if "marginal" in kinds:
                 answer["marginal"] = self._marginal(prices[i])
             predictions.append(answer)
@@ -244,7 +244,7 @@ class DeepAr:
         return found
 
 
-def mean_weights(levels: Float64) -> Float64:
+def compute_mean_weights(levels: Float64) -> Float64:
     """Return weights such that q @ weights is the mean of quantiles q at these levels.
 
     The mean is the integral over (0, 1) of the quantile function that is linear between levels and flat outside them

@@ -32,7 +32,7 @@ class Inputs:
     def __init__(self, forecast: ForecastSpec) -> None:
         """Raises ArchiveInvalid for an unknown frequency, or a channel scaler beside those of products."""
         self._forecast = forecast
-        self._step_s = step_seconds(forecast.frequency)
+        self._step_s = parse_step_seconds(forecast.frequency)
         self._history_length = forecast.history_length
         self._scalers = forecast.product_scalers
         for i, channel in enumerate(forecast.inputs):
@@ -79,7 +79,7 @@ class Inputs:
                     values[:] = to_network(np.array(cat[channel.index], np.float64), channel.scaler)
                 elif channel.source == "seed":
                     values[:] = 0.0
-                    values[:2] = seed_numbers(seed, instance.item_id)[: len(values)]
+                    values[:2] = make_seed_numbers(seed, instance.item_id)[: len(values)]
                 else:
                     values[:] = self._calendar(start, at - short, channel)
         if not np.isfinite(row).all():
@@ -136,7 +136,7 @@ class Inputs:
         return compute_calendar_feature(seconds, channel.feature)
 
 
-def step_seconds(frequency: str) -> int:
+def parse_step_seconds(frequency: str) -> int:
     """Parse a pandas offset alias of fixed length, such as `5min`, `1h`, `D`, into seconds. Raises ArchiveInvalid."""
     match = FREQUENCY.fullmatch(frequency)
     if match is None:
@@ -169,7 +169,7 @@ def compute_calendar_feature(seconds: npt.NDArray[np.int64], feature: str) -> Fl
     return np.sin(2 * np.pi * turns) if feature.endswith("sin") else np.cos(2 * np.pi * turns)
 
 
-def seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:
+def make_seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:
     """Return two numbers of 24 bits, which float32 holds exactly; they depend on seed and item."""
     digest = sha256(repr((seed or 0, item_id)).encode()).digest()
     return int.from_bytes(digest[:3]), int.from_bytes(digest[3:6])

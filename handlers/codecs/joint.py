@@ -23,11 +23,11 @@ from handlers.codecs.scenarios import (
     CorrelationModel,
     Marginal,
     draw_scenarios,
-    joint_each,
+    draw_scenarios_each,
     match_marginals,
     refuse_repeated,
 )
-from handlers.codecs.tensors import in_blocks, write_json, write_npy
+from handlers.codecs.tensors import encode_in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 
 MAX_FORECASTS = 10_000
@@ -106,8 +106,8 @@ class JointModel:
         """Answer one request."""
         if asked.media == NPY:
             return write_npy(draw_scenarios(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
-        found = iter(joint_each(asked.marginals, self.correlation, asked.samples, asked.seed))
-        samples = [in_blocks(_split_products(found, width) if width else next(found)) for width in asked.widths]
+        found = iter(draw_scenarios_each(asked.marginals, self.correlation, asked.samples, asked.seed))
+        samples = [encode_in_blocks(_split_products(found, width) if width else next(found)) for width in asked.widths]
         return write_json({"samples": samples}), JSON
 
 

@@ -188,7 +188,9 @@ def draw_scenarios(marginals: Sequence[Marginal], correlation: CorrelationModel,
     return found
 
 
-def joint_each(marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int) -> list[Float32]:
+def draw_scenarios_each(
+    marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int
+) -> list[Float32]:
     """Draw scenarios [S, T] of each forecast as `draw_scenarios` does, for forecasts of any lengths."""
     wanted = match_marginals(marginals, correlation, samples)
     return [np.ascontiguousarray(block.T) for block in _draw_blocks(marginals, correlation, wanted, samples, seed)]

@@ -76,7 +76,7 @@ def write_json(value: object) -> bytes:
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def in_blocks(array: Float32) -> Float32 | orjson.Fragment:
+def encode_in_blocks(array: Float32) -> Float32 | orjson.Fragment:
     """Prepare an array for `write_json`: a large one is written here block by block, to the same bytes.
 
     orjson holds the interpreter lock while it writes; four million numbers at once would hold it for 0.3 s.

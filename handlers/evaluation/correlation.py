@@ -79,7 +79,7 @@ def compute_pit(levels: Float64, values: Float64, actual: Float64) -> Float64:
     return np.where(np.isnan(actual), np.nan, found)
 
 
-def normal_scores(errors: Float64) -> Float64:
+def compute_normal_scores(errors: Float64) -> Float64:
     """Compute normal scores [W, N, T] of each margin: normal quantiles at (rank - 1/2) / observed; ties share a rank.
 
     NaN stays NaN; a constant margin scores 0.
@@ -99,7 +99,7 @@ def estimate_gaussian(errors: Float64, products: tuple[str, ...], overlap: float
     `overlap` is the mean number of windows that share a step, which count as one. Raises TooFewErrors.
     """
     windows = _require_windows(errors, int(np.isfinite(errors).any((1, 2)).sum()))
-    scores = normal_scores(errors)
+    scores = compute_normal_scores(errors)
     by_product = np.moveaxis(scores, 1, 0).reshape(len(products), -1)
     by_step = np.moveaxis(scores, 2, 0).reshape(errors.shape[2], -1)
     (among_products, pairs), (among_steps, step_pairs) = _correlate_sample(by_product), _correlate_sample(by_step)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.codecs.features import Float64
-from handlers.training.input_recipe import DAY, WEEK, naive_lag
+from handlers.training.input_recipe import DAY, WEEK, compute_naive_lag
 
 Steps = npt.NDArray[np.int64]
 
@@ -119,7 +119,7 @@ def compute_calibration(y: Float64, q: Float64, levels: Float64) -> Float64:
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
-def seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
+def compute_seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
     """Compute the mean |value - value a season before| of all steps before each origin [W], the scale of MASE."""
     steps = np.abs(values[season:] - values[:-season])
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(steps))])
@@ -144,11 +144,11 @@ def make_naive_forecast(values: Float64, seconds: Steps, origins: Steps, horizon
         by_week = (weekday == MONDAY) | (weekday >= SATURDAY)
         lag = np.where(by_week, _round_to_seasons(ahead, WEEK // step_s), _round_to_seasons(ahead, DAY // step_s))
     else:
-        lag = np.broadcast_to(_round_to_seasons(ahead, naive_lag(step_s, 1)), places.shape)
+        lag = np.broadcast_to(_round_to_seasons(ahead, compute_naive_lag(step_s, 1)), places.shape)
     return np.where(places >= lag, values[np.maximum(places - lag, 0)], np.nan)
 
 
-def by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
+def average_by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
     """Return the mean error of each group; both arrays have one shape."""
     return [_compute_mean(errors[group == each]) for each in groups]
 

@@ -81,7 +81,7 @@ def split_members(family: Family) -> tuple[Family, int]:
     return (family.member, family.members) if isinstance(family, Ensemble) else (family, 1)
 
 
-def architecture_of(family: Family) -> Architecture:
+def find_architecture(family: Family) -> Architecture:
     """Return the record of a family that `build_family` made, for an ensemble that of its members.
 
     Raises KeyError for other families.

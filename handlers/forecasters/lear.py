@@ -109,7 +109,7 @@ class Lear(Rows):
         return torch.baddbmm(bias, read[:, None], weight).view(-1, *self.output_shape)
 
 
-def longest_context(family: Lear) -> int:
+def compute_longest_context(family: Lear) -> int:
     """Return the steps that contain every block of the config."""
     config = family.config
     blocks = 1 + max((*config.past_blocks, *config.known_blocks), default=0)
@@ -120,7 +120,7 @@ ARCHITECTURE = Architecture(
     name="lear",
     config=LearConfig,
     family=Lear,
-    context=longest_context,
+    context=compute_longest_context,
     whole_days=True,
     training_forward=map_over_models,
     fit="lasso",

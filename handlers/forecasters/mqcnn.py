@@ -70,9 +70,9 @@ def compute_reach(family: Mqcnn) -> int:
     return max(tcn.compute_reach(family.tcn), family.config.prediction_length)
 
 
-def training_forward(family: Mqcnn) -> TrainingForward:
+def make_training_forward(family: Mqcnn) -> TrainingForward:
     """Run the encoder as in the training of `tcn`, and map the decoder over the models."""
-    encode, inner = tcn.training_forward(family.tcn), "encoder."
+    encode, inner = tcn.make_training_forward(family.tcn), "encoder."
 
     def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
         with torch.device("meta"):  # each call has its own decoder, because threads call at the same time
@@ -92,5 +92,5 @@ def training_forward(family: Mqcnn) -> TrainingForward:
 
 
 ARCHITECTURE = Architecture(
-    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=compute_reach, training_forward=training_forward
+    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=compute_reach, training_forward=make_training_forward
 )

@@ -181,7 +181,7 @@ def compute_reach(family: Tcn) -> int:
     return int(min(family.config.context_length, family.config.kernel**family.config.layers))
 
 
-def training_forward(family: Tcn) -> TrainingForward:
+def make_training_forward(family: Tcn) -> TrainingForward:
     """Run only the positions that reach the answer, every kernel-th of a layer."""
     config = family.config
 
@@ -207,5 +207,5 @@ def training_forward(family: Tcn) -> TrainingForward:
 
 
 ARCHITECTURE = Architecture(
-    name="tcn", config=TcnConfig, family=Tcn, reach=compute_reach, training_forward=training_forward
+    name="tcn", config=TcnConfig, family=Tcn, reach=compute_reach, training_forward=make_training_forward
 )

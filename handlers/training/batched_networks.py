@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from handlers.base import Family, Float32
-from handlers.forecasters import answers_paths, architecture_of, split_members
+from handlers.forecasters import answers_paths, find_architecture, split_members
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
@@ -26,7 +26,7 @@ class InputNeeds(NamedTuple):
 
 def get_input_needs(family: Family) -> InputNeeds:
     """Return the requirements on the inputs of a family."""
-    record, (member, _) = architecture_of(family), split_members(family)
+    record, (member, _) = find_architecture(family), split_members(family)
     return InputNeeds(
         record.reach(member),
         whole_days=record.whole_days,
@@ -40,18 +40,18 @@ def get_likelihood(family: Family) -> Callable[[Parts, torch.Tensor, torch.Tenso
 
     The loss is the negative log-likelihood of y, summed over its steps. Returns None for a family of quantiles.
     """
-    return batched_forward(family) if answers_paths(family) else None
+    return get_batched_forward(family) if answers_paths(family) else None
 
 
 def compute_reach(family: Family) -> int:
     """Return how many last steps of the context can change the answer of the family."""
-    return architecture_of(family).reach(split_members(family)[0])
+    return find_architecture(family).reach(split_members(family)[0])
 
 
-def batched_forward(family: Family) -> TrainingForward:
+def get_batched_forward(family: Family) -> TrainingForward:
     """Return the differentiable ({name: [M, *shape]}, x [M, B, reach, channels]) -> [M, B, prediction, levels]."""
     member, count = split_members(family)
-    forward = architecture_of(family).training_forward(member)
+    forward = find_architecture(family).training_forward(member)
     return forward if count == 1 else _average_members(member, count, forward)
 
 

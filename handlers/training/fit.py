@@ -20,22 +20,22 @@ from torch import nn
 
 from handlers.base import Family, Float32
 from handlers.codecs.deepar import DeepAr
-from handlers.codecs.features import Float64, from_network, step_seconds
-from handlers.forecasters import ARCHITECTURES, architecture_of, build_family, random_tensors, split_members
+from handlers.codecs.features import Float64, from_network, parse_step_seconds
+from handlers.forecasters import ARCHITECTURES, build_family, find_architecture, random_tensors, split_members
 from handlers.forecasters.lear import Lear
 from handlers.training.batched_networks import (
-    batched_forward,
     compute_reach,
     flatten_tensors,
+    get_batched_forward,
     get_input_needs,
     get_likelihood,
     unflatten_weights,
 )
 from handlers.training.input_recipe import (
     DAY,
+    choose_context_length,
+    choose_prediction_length,
     count_season_steps,
-    default_context,
-    default_prediction,
     list_origins,
     make_recipe,
 )
@@ -70,7 +70,10 @@ def suggest_inputs(
     model_store.errors.ArchiveInvalid for an unknown architecture or config.
     """
     step_s = round(series[0].step.total_seconds())
-    context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
+    context, horizon = (
+        context_length or choose_context_length(step_s),
+        prediction_length or choose_prediction_length(step_s),
+    )
     needs = get_input_needs(
         build_family(architecture, {**config, "context_length": context, "prediction_length": horizon})
     )
@@ -147,7 +150,7 @@ def fit_forecasters(
     for i, (each, forecast) in enumerate(zip(series, forecasts, strict=True)):
         parts = unflatten_weights(family, weights[i : i + 1])
         tensors = {name: part[0].numpy().copy() for name, part in parts.items()}
-        golden = golden_sample(architecture, config, forecast, tensors, each)
+        golden = make_golden_sample(architecture, config, forecast, tensors, each)
         found.append(Fitted(each.name, architecture, config, forecast, tensors, golden, *losses[i]))
     return found
 
@@ -166,7 +169,7 @@ def _fit_family(
     data = Windows(*copies, compute_reach(member), fitting.holdout)
     whole = data if count == 1 else Windows(series, forecasts, compute_reach(member), fitting.holdout)
     judge = _Fit(family, whole, fitting, pool)
-    if architecture_of(member).fit == "lasso":
+    if find_architecture(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
@@ -189,13 +192,13 @@ def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -
     if "marks" in fields:
         found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
     if "season" in fields:
-        found.setdefault("season", count_season_steps(step_seconds(forecast.frequency)))
+        found.setdefault("season", count_season_steps(parse_step_seconds(forecast.frequency)))
     if not forecast.paths:
         found["quantiles"] = len(forecast.quantile_levels)
     return found
 
 
-def reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:
+def make_reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:
     """Make the plain network with these weights."""
     network = build_family(architecture, config).reference()
     network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
@@ -209,14 +212,14 @@ def ask_network(network: nn.Module, forecast: ForecastSpec, request: object) -> 
         return msgspec.json.decode(encode(network(torch.from_numpy(inputs)).numpy()))
 
 
-def golden_sample(
+def make_golden_sample(
     architecture: str, config: Config, forecast: ForecastSpec, tensors: Mapping[str, Float32], series: Series
 ) -> GoldenSample:
     """Make a golden sample of the last forecast of the series that has actual values."""
     places = list_origins(series, forecast)
     end = next(at for at in reversed(places) if at <= len(series.values) - forecast.prediction_length)
     request = {"instances": [series.instance(end - forecast.history_length, end, forecast.prediction_length)]}
-    response = ask_network(reference_network(architecture, config, tensors), forecast, request)
+    response = ask_network(make_reference_network(architecture, config, tensors), forecast, request)
     tolerance = GOLDEN_ABS * forecast.scaler.scale
     return GoldenSample(request=request, response=response, abs_tolerance=tolerance, rel_tolerance=GOLDEN_REL)
 
@@ -243,7 +246,7 @@ class _Fit:
         self._data = data
         self._fitting = fitting
         self._pool = pool
-        self._forward = batched_forward(family)
+        self._forward = get_batched_forward(family)
         self._likelihood = get_likelihood(family)
         self._held_out = data.held_out(fitting.holdout_windows)
 

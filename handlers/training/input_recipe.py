@@ -23,7 +23,7 @@ Scaling = Literal["asinh", "linear"]
 WEEKDAYS: tuple[Feature, ...] = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
-def default_prediction(step_s: int) -> int:
+def choose_prediction_length(step_s: int) -> int:
     """Return the default forecast length: an hour below 15 minutes, a day below a day, a week of days, else 4 steps."""
     if step_s < HOUR / 4:
         return max(1, HOUR // step_s)
@@ -32,12 +32,12 @@ def default_prediction(step_s: int) -> int:
     return max(4, WEEK // step_s)
 
 
-def default_context(step_s: int) -> int:
+def choose_context_length(step_s: int) -> int:
     """Return the default context: 168 steps for hourly and finer data, else 84 (twelve weeks of days)."""
     return 168 if step_s <= HOUR else 84
 
 
-def naive_lag(step_s: int, prediction: int) -> int:
+def compute_naive_lag(step_s: int, prediction: int) -> int:
     """Return the steps back to the same time of the last known day (for days: week; above: the last known step)."""
     steps = DAY // step_s if step_s < DAY else WEEK // step_s if step_s < WEEK else 1
     return -(-prediction // steps) * steps
@@ -90,7 +90,7 @@ def make_recipe(
         time_zone=time_zone,
         dynamic_feat=series.known_names,
         unit=unit,
-        scaler=robust_scaler(series.values, scaling, series.name),
+        scaler=fit_robust_scaler(series.values, scaling, series.name),
         tail="clamp",
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
@@ -110,7 +110,7 @@ def list_origins(series: Series, forecast: ForecastSpec) -> range:
     return range(wait // step_s, len(series.values), DAY // step_s)
 
 
-def robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
+def fit_robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
     """Fit median and interquartile range (as of a normal), which resist spikes. Raises SeriesInvalid without values."""
     known = values[~np.isnan(values)]
     if not len(known):
@@ -147,7 +147,7 @@ def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
 def _choose_channels(series: Series, prediction: int, reach: int) -> Iterator[InputChannel]:
     """Choose channels of every covariate so that the last `reach` columns contain its value at each forecast step."""
     for index, (row, name) in enumerate(zip(series.known, series.known_names, strict=True)):
-        scaler = robust_scaler(row, "linear", name)
+        scaler = fit_robust_scaler(row, "linear", name)
         for shift in range(prediction, 0, -reach):
             yield InputChannel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from handlers.codecs.features import to_network
-from handlers.training.input_recipe import build_rows, list_origins, naive_lag
+from handlers.training.input_recipe import build_rows, compute_naive_lag, list_origins
 from handlers.training.time_series import Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec
 
@@ -33,7 +33,7 @@ class Windows:
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
         self.levels = torch.tensor(first.quantile_levels)
         self.scalers = [forecast.scaler for forecast in forecasts]
-        self.naive_lag = naive_lag(round(series[0].step.total_seconds()), self.horizon)
+        self.naive_lag = compute_naive_lag(round(series[0].step.total_seconds()), self.horizon)
         self.values = np.stack([each.values for each in series])
         scaled = [to_network(each.values, scaler) for each, scaler in zip(series, self.scalers, strict=True)]
         self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing

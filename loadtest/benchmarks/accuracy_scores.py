@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from handlers.codecs.features import Float64
-from handlers.evaluation.scores import Steps, compute_pinball, make_naive_forecast, score_windows, seasonal_errors
+from handlers.evaluation.scores import (
+    Steps,
+    compute_pinball,
+    compute_seasonal_errors,
+    make_naive_forecast,
+    score_windows,
+)
 from handlers.training.time_series import Series
 from loadtest.benchmarks.rolling_refits import (
     DAYS,
@@ -110,7 +116,7 @@ def _score_test_period(series: Series, q: Float64, levels: Sequence[float] = LEA
     began = np.datetime64(series.start, "s").astype(np.int64)
     seconds: Steps = began + 3600 * np.arange(len(values))
     y, before = values[start:].reshape(DAYS, HOURS), make_naive_forecast(values, seconds, origins, HOURS)
-    found = score_windows(y, q, np.array(levels), before, seasonal_errors(values, origins, HOURS))
+    found = score_windows(y, q, np.array(levels), before, compute_seasonal_errors(values, origins, HOURS))
     measures = {"rmae": found.rmae, "mae": float(found.wape * np.abs(y).mean())}
     if len(levels) > 1:
         measures |= {"pinball": found.pinball, "coverage": found.coverage}

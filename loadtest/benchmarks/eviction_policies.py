@@ -21,7 +21,7 @@ from rich.table import Table
 from loadtest import record
 from loadtest.driver.profiles import Profile, Schedule, Tick
 from model_store.cache.cache import Cache, Placed
-from model_store.cache.eviction import POLICIES, policy_named
+from model_store.cache.eviction import POLICIES, make_policy
 from model_store.cache.victim_selection import Evict, Moves
 from model_store.names import ModelName
 
@@ -191,7 +191,7 @@ def load_model(cache: Cache, model: CachedModel, now: float) -> None:
 
 def compute_hit_ratio(policy: str, trace: CacheTrace, cache_bytes: int, slab_bytes: int = SLAB) -> float:
     """Compute the hit ratio of the requests after the warm-up."""
-    cache = Cache(cache_bytes, slab_bytes, policy=policy_named(policy))
+    cache = Cache(cache_bytes, slab_bytes, policy=make_policy(policy))
     hits = list(serve_request(cache, trace))
     return statistics.fmean(hits[trace.warm :])
 
@@ -199,7 +199,7 @@ def compute_hit_ratio(policy: str, trace: CacheTrace, cache_bytes: int, slab_byt
 def measure_recovery(policy: str, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> list[float]:
     """Return the hit ratio of the tick before a fifth of the fleet changes, of that tick and the next four, at 90 %."""
     trace = make_change_trace(8, 13, shuffled=shuffled, seed=seed, models=models)
-    cache = Cache(int(0.9 * models * ROW) // SLAB * SLAB, SLAB, policy=policy_named(policy))
+    cache = Cache(int(0.9 * models * ROW) // SLAB * SLAB, SLAB, policy=make_policy(policy))
     hits = np.fromiter(serve_request(cache, trace), float).reshape(13, models).mean(axis=1)
     return [float(ratio) for ratio in hits[7:]]
 

@@ -29,8 +29,8 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from handlers.training.fit import ask_network, compute_pinball, reference_network
-from handlers.training.input_recipe import naive_lag
+from handlers.training.fit import ask_network, compute_pinball, make_reference_network
+from handlers.training.input_recipe import compute_naive_lag
 from handlers.training.time_series import Float64, Series, read_csv
 from loadtest import record
 from loadtest.observe.local_server import run_local_server
@@ -159,7 +159,7 @@ def evaluate_market(series: Series, test_from: datetime, source: Source, asked: 
     if archive.spec is None or archive.spec.forecast is None:
         raise ValueError(f"{name} is not an archive that can be asked for forecasts")
     spec, forecast = archive.spec, archive.spec.forecast
-    network = reference_network(spec.architecture, spec.config, read_tensors(archive))
+    network = make_reference_network(spec.architecture, spec.config, read_tensors(archive))
     horizon = forecast.prediction_length
     first = max(series.first_at(test_from), forecast.history_length)
     starts = range(first, len(series.values) - horizon + 1, horizon)
@@ -169,7 +169,7 @@ def evaluate_market(series: Series, test_from: datetime, source: Source, asked: 
         served.append(_parse_quantiles(asked(name, request), forecast))
         local.append(_parse_quantiles(ask_network(network, forecast, request), forecast))
     steps = np.array(starts)[:, None] + np.arange(horizon)
-    lag = naive_lag(round(series.step.total_seconds()), horizon)
+    lag = compute_naive_lag(round(series.step.total_seconds()), horizon)
     naive = series.values[steps - lag][..., None]
     return score_market(series.values[steps], np.stack(served), np.stack(local), naive, forecast)
 

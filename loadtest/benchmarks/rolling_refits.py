@@ -23,7 +23,7 @@ from handlers.training.fit import (
     Fitting,
     ask_network,
     fit_forecasters,
-    reference_network,
+    make_reference_network,
     suggest_inputs,
 )
 from handlers.training.input_recipe import LEVELS, Scaling
@@ -153,7 +153,7 @@ def _fit_task(series: Series, of: Recipe) -> Fitted:
 
 def forecast_days(fitted: Fitted, series: Series, origins: Sequence[int]) -> Float64:
     """Forecast the day from each origin, [W, 24, levels], each by a request that ends before the origin."""
-    network, forecast = reference_network(fitted.architecture, fitted.config, fitted.tensors), fitted.forecast
+    network, forecast = make_reference_network(fitted.architecture, fitted.config, fitted.tensors), fitted.forecast
     found = []
     for origin in origins:
         instance = series.instance(origin - forecast.history_length, origin, HOURS)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from handlers.training.input_recipe import default_prediction
+from handlers.training.input_recipe import choose_prediction_length
 from handlers.training.time_series import Series, read_csv, read_header
 from loadtest.driver.market_client import (
     JOINT,
@@ -101,7 +101,7 @@ class DemoMarket:
     @property
     def horizon(self) -> int:
         """The number of forecast steps."""
-        return default_prediction(round(self.series[0].step.total_seconds()))
+        return choose_prediction_length(round(self.series[0].step.total_seconds()))
 
     @property
     def known(self) -> int:

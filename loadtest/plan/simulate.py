@@ -16,7 +16,7 @@ from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
 from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, SimulatedModel, SimulatedWorker
 from model_store.cache.cache import Cache
-from model_store.cache.eviction import policy_named
+from model_store.cache.eviction import make_policy
 from server.contract import EVICTION_POLICY, LOADER_THREADS, SLAB_BYTES
 
 LEVELS = (50, 90, 99, 99.9)
@@ -25,7 +25,7 @@ MOST_REQUESTS = 300_000  #: least number of requests that are simulated; beyond 
 
 def make_cache(budget_bytes: int, slab_bytes: int, policy: str) -> Cache:
     """Make the server's cache with a policy by name. Raises ValueError for an unknown policy."""
-    return Cache(budget_bytes, slab_bytes, policy=policy_named(policy))
+    return Cache(budget_bytes, slab_bytes, policy=make_policy(policy))
 
 
 def list_models(demand: Demand, asked: Int64) -> list[SimulatedModel]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
-from server.cli.train import archive_names
+from server.cli.train import name_archives
 from server.logs import escape_text
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
@@ -64,7 +64,7 @@ def backtest(
         first, last = parse_moment("--from", since), parse_moment("--until", until)
         most = windows if windows is not None else 0 if first else WINDOWS
         rolling, answers = Rolling(every, most, first, last), ThroughServer(url) if url else InProcess()
-        names = archive_names(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
         with show_progress("scoring") as told:
             found = backtest_fleet(csv, time, names, settings, answers, rolling, told)
         if html is not None:

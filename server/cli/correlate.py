@@ -12,7 +12,7 @@ from rich.table import Table
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import one_line_errors, parse_moment, show_progress
-from server.cli.train import archive_names
+from server.cli.train import name_archives
 
 if TYPE_CHECKING:
     from handlers.codecs.features import Float64
@@ -72,7 +72,7 @@ def correlate(
             errors, told = _read_errors(residuals, len(products)), residuals.name
         else:
             assert csv is not None, "one of the two is given"
-            names = archive_names(target, name_template)
+            names = name_archives(target, name_template)
             products = tuple(names[each] for each in target)
             made = _forecast_windows(csv, time, names, store, since, every)
             errors = made.values

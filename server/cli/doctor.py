@@ -57,7 +57,7 @@ def doctor(
     when the store cannot be read or an archive does not load.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline import host_checks  # noqa: PLC0415 -- torch
-    from server.offline.store_families import StoreFamilies, built_in_families, find_families  # noqa: PLC0415
+    from server.offline.store_families import StoreFamilies, find_families, make_built_in_families  # noqa: PLC0415
     from server.worker.engine import speed  # noqa: PLC0415
 
     with one_line_errors():
@@ -69,7 +69,7 @@ def doctor(
             facts.append(host_checks.HostFact("access log", advice.now, advice.next))
         with show_progress("looking") as told:
             found = find_families(settings, told) if given else StoreFamilies()
-        families = list(found.families.values()) or list(built_in_families())
+        families = list(found.families.values()) or list(make_built_in_families())
         with show_progress("measuring") as told:
             told(0, len(families))
             rates, paces = speed.measure_core(), []

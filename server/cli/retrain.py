@@ -13,7 +13,7 @@ from rich.table import Table
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
-from server.cli.train import archive_names
+from server.cli.train import name_archives
 
 SHOWN = 40  #: most markets that are all listed; for a larger fleet only those with a message or not published are
 
@@ -72,7 +72,7 @@ def retrain(
 
     with one_line_errors():
         settings = settings_from({"store": store} if store else {})
-        names = archive_names(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
         plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())

@@ -88,7 +88,7 @@ def train(
     from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
-        names = archive_names(target, name_template)
+        names = name_archives(target, name_template)
         series = read_csv(csv, time, target, known_future or [])
         if (until := parse_moment("--train-until", train_until)) is not None:
             series = [each.before(until) for each in series]
@@ -105,7 +105,7 @@ def train(
         _report_archives(out, fitted, sizes)
 
 
-def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]:
+def name_archives(targets: Sequence[str], template: str) -> dict[str, ModelName]:
     """Target -> name in the store. Raises ValueError (InvalidModelName) for an invalid name or one of two targets."""
     names = {target: parse_model_name(template.replace("{target}", target)) for target in targets}
     if len(names) < len(targets):

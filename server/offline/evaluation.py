@@ -8,14 +8,14 @@ from handlers.codecs.features import Float64
 from handlers.evaluation.scores import (
     Scores,
     Steps,
-    by_group,
+    average_by_group,
     compute_calibration,
+    compute_seasonal_errors,
     interpolate_median,
     make_naive_forecast,
     score_windows,
-    seasonal_errors,
 )
-from handlers.training.input_recipe import DAY, HOUR, naive_lag
+from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
 from server.offline.rolling_windows import WindowForecasts
 
 FAN_STEPS = 14 * 24  #: most steps of a chart, which shows the last ones
@@ -81,16 +81,16 @@ def score_forecasts(found: WindowForecasts, unit: str) -> MarketScore:
         first=series.stamp(int(found.origins[0])),
         last=series.stamp(int(found.steps[-1, -1])),
         windows=len(found.origins),
-        scores=scores_of(found),
+        scores=compute_scores(found),
         calibration=Calibration(edges.tolist(), shares.tolist(), np.diff(edges).tolist()),
         by_hour=_by_hour(found),
     )
 
 
-def scores_of(found: WindowForecasts) -> Scores:
+def compute_scores(found: WindowForecasts) -> Scores:
     """Compute the scores. The season of MASE is a day, for daily steps a week, for weekly steps one step."""
-    season = naive_lag(round(found.series.step.total_seconds()), 1)
-    scale = seasonal_errors(found.series.values, found.origins, season)
+    season = compute_naive_lag(round(found.series.step.total_seconds()), 1)
+    scale = compute_seasonal_errors(found.series.values, found.origins, season)
     return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale)
 
 
@@ -120,7 +120,7 @@ def _by_hour(found: WindowForecasts) -> ByHour:
     actuals = found.actuals
     errors = np.abs(actuals - interpolate_median(found.quantiles, found.levels))
     theirs = np.abs(actuals - _make_naive_forecast(found))
-    return ByHour(what, groups, by_group(errors, group, groups), by_group(theirs, group, groups))
+    return ByHour(what, groups, average_by_group(errors, group, groups), average_by_group(theirs, group, groups))
 
 
 def _make_naive_forecast(found: WindowForecasts) -> Float64:

@@ -21,9 +21,9 @@ from server.offline.rolling_windows import (
     ArchiveVersion,
     Rolling,
     Unfit,
+    add_known_series,
     fetch_version,
     forecast_windows,
-    with_known,
 )
 from server.settings import Settings
 from server.worker.model_loader import open_store
@@ -91,7 +91,7 @@ def backtest_fleet(
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
         forecast = model.forecast
-        series = with_known(columns, target, forecast.dynamic_feat)
+        series = add_known_series(columns, target, forecast.dynamic_feat)
         origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
         found = forecast_windows(answers, model, series, origins)
         report_progress(1, len(names))
@@ -101,7 +101,7 @@ def backtest_fleet(
         models, failed = fetch_archives(pool, names, settings)
         columns, lacking = read_columns(csv, time, models)
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
-        done, wrong = sorted_out(pool, one, markets)
+        done, wrong = collect_results(pool, one, markets)
     results = list(done.values())
     return Backtest(
         csv=csv.name,
@@ -124,10 +124,10 @@ def fetch_archives(
         _ = model.forecast  # raises if the archive is unfit
         return model
 
-    return sorted_out(pool, one, names)
+    return collect_results(pool, one, names)
 
 
-def sorted_out(
+def collect_results(
     pool: ThreadPoolExecutor, work: Callable[[T], R], of: Mapping[str, T]
 ) -> tuple[dict[str, R], dict[str, str]]:
     """Collect the results by key, and the errors of some. Raises StoreUnavailable and StoreDenied at once."""

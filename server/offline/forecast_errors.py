@@ -15,9 +15,9 @@ from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
     Rolling,
+    add_known_series,
     fetch_version,
     forecast_windows,
-    with_known,
 )
 from server.settings import Settings
 from server.worker.model_loader import open_store
@@ -74,4 +74,4 @@ def _match_series(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) ->
     """Match each model with its prices and covariates; the file is read once."""
     known = {name for model in models.values() for name in model.forecast.dynamic_feat}
     columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}))}
-    return [(model, with_known(columns, target, model.forecast.dynamic_feat)) for target, model in models.items()]
+    return [(model, add_known_series(columns, target, model.forecast.dynamic_feat)) for target, model in models.items()]

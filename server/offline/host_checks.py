@@ -35,7 +35,7 @@ class HostFact:
 def check_machine(settings: Settings, host: Host) -> Iterator[HostFact]:
     """Run every check that needs no store."""
     yield check_cores(host, os.cpu_count() or 1, os.getloadavg()[0])
-    yield torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    yield check_torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
     yield check_accelerator(host, torch.version.cuda, torch.cuda.device_count())
     try:
         plans = plan_workers(settings, host)
@@ -44,8 +44,8 @@ def check_machine(settings: Settings, host: Host) -> Iterator[HostFact]:
     else:
         yield check_workers(plans)
         yield check_memory(host, plans, settings.fronts)
-    yield disk_cache(settings.disk_cache, int(settings.disk_cache_bytes))
-    yield open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    yield check_disk_cache(settings.disk_cache, int(settings.disk_cache_bytes))
+    yield check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def check_cores(host: Host, physical: int, load: float) -> HostFact:
@@ -58,7 +58,7 @@ def check_cores(host: Host, physical: int, load: float) -> HostFact:
     return HostFact("cores", f"{count} of {physical} for this process (affinity and cgroup), load {load:.1f}", advice)
 
 
-def torch_build(version: str, capability: str, threads: int) -> HostFact:
+def check_torch_build(version: str, capability: str, threads: int) -> HostFact:
     """`capability`: the CPU instructions that torch uses here; `threads`: of a process that sets none."""
     advice = ""
     if capability in SLOW_CPUS:
@@ -101,7 +101,7 @@ def check_memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> HostFa
     return HostFact("memory", text, f"{len(plans)} workers need {format_bytes(processes)} beside the models: {much}")
 
 
-def disk_cache(folder: Path, limit: int) -> HostFact:
+def check_disk_cache(folder: Path, limit: int) -> HostFact:
     """The folder or, where it is not made yet, the place where it would be."""
     if not limit:
         return HostFact("disk cache", "off", "each restart fetches every archive anew: set --disk-cache-bytes")
@@ -118,7 +118,7 @@ def disk_cache(folder: Path, limit: int) -> HostFact:
     return HostFact("disk cache", text)
 
 
-def open_files(soft: int, hard: int) -> HostFact:
+def check_open_files(soft: int, hard: int) -> HostFact:
     """The limits of descriptors of this process, as those of `serve` would be in its place: a client needs one."""
     shown = [("none" if limit == resource.RLIM_INFINITY else str(limit)) for limit in (soft, hard)]
     text = f"soft limit {shown[0]}, hard limit {shown[1]}: serve raises the soft limit to the hard one"

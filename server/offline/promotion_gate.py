@@ -10,7 +10,7 @@ import numpy as np
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from server.offline.archive_location import ArchiveLocation
-from server.offline.evaluation import scores_of
+from server.offline.evaluation import compute_scores
 from server.offline.measures import Score
 from server.offline.rolling_windows import (
     Answers,
@@ -19,10 +19,10 @@ from server.offline.rolling_windows import (
     Rolling,
     Unfit,
     WindowForecasts,
+    add_known_series,
     fetch_version,
     forecast_windows,
     open_unpublished,
-    with_known,
 )
 
 BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on the quantile levels
@@ -90,7 +90,7 @@ def compare_models(
     both = [candidate, *([predecessor] if predecessor else [])]
     history = max(each.forecast.history_length for each in both)
     longest = max(each.forecast.prediction_length for each in both)
-    series = [with_known(columns, target, each.forecast.dynamic_feat) for each in both]
+    series = [add_known_series(columns, target, each.forecast.dynamic_feat) for each in both]
     origins = gate.rolling.origins(series[0], history, longest)
     found = [forecast_windows(answers, candidate, series[0], origins)]
     if predecessor is not None:
@@ -123,7 +123,7 @@ def _cut_to_common(score: Score, found: list[WindowForecasts]) -> list[WindowFor
 
 
 def _score_value(score: Score, found: WindowForecasts) -> float:
-    value: float = getattr(scores_of(found), score)
+    value: float = getattr(compute_scores(found), score)
     if isnan(value):
         raise Unfit(f"{found!r}: {score} is undefined there (nothing observed, or no median); choose another score")
     return value

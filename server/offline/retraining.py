@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from handlers.training.fit import Fitted, Fitting, fit_forecasters
-from handlers.training.input_recipe import robust_scaler
+from handlers.training.input_recipe import fit_robust_scaler
 from handlers.training.time_series import Float64, Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler, Spec
 from model_store.archives.packing import pack_forecaster
@@ -25,7 +25,7 @@ from server.offline.checkpoint import Checkpoint
 from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import GateTerms, compare_models
-from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, open_unpublished, with_known
+from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, add_known_series, open_unpublished
 from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
 from server.sdk.signing import find_token
@@ -151,7 +151,7 @@ class Retraining:
     def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
         """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
-        series = with_known(self._columns, target, forecast.dynamic_feat)
+        series = add_known_series(self._columns, target, forecast.dynamic_feat)
         origins = plan.gate.rolling.origins(series, forecast.history_length, forecast.prediction_length)
         before = series.before(series.start + int(origins[0]) * series.step)
         if plan.architecture:
@@ -242,7 +242,7 @@ def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
     """Return the same inputs with scalers fitted to these values. Raises SeriesInvalid if there are none."""
 
     def scaler(of: Scaler, values: Float64, name: str) -> Scaler:
-        return of if of.kind == "identity" else robust_scaler(values, of.kind, name)
+        return of if of.kind == "identity" else fit_robust_scaler(values, of.kind, name)
 
     def channel(of: InputChannel) -> InputChannel:
         if of.source != "dynamic_feat":

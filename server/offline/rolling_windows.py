@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from handlers.codecs.features import Float64, step_seconds
+from handlers.codecs.features import Float64, parse_step_seconds
 from handlers.errors import RequestError, RunFailed
 from handlers.evaluation.scores import Steps
 from handlers.model import open_model
@@ -242,7 +242,7 @@ def forecast_windows(
 def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> None:
     """Check for what a server would refuse in a request. Raises Unfit, in terms of the file."""
     forecast = model.forecast
-    if step_seconds(forecast.frequency) != round(series.step.total_seconds()):
+    if parse_step_seconds(forecast.frequency) != round(series.step.total_seconds()):
         raise Unfit(f"{model.name} forecasts steps of {forecast.frequency}, but {series.name} has {series.frequency}")
     begin, end = int(origins[0]) - forecast.history_length, int(origins[-1]) + forecast.prediction_length
     for name, row in zip(series.known_names, series.known[:, begin:end], strict=True):
@@ -252,7 +252,7 @@ def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> Non
             raise Unfit(f"column {name!r} at {series.stamp(begin + int(missing[0]))}: {what}")
 
 
-def with_known(columns: Mapping[str, Series], target: str, known: Sequence[str]) -> Series:
+def add_known_series(columns: Mapping[str, Series], target: str, known: Sequence[str]) -> Series:
     """Return the series of one column with others as its covariates known ahead."""
     series = columns[target]
     rows = np.stack([columns[name].values for name in known]) if known else series.known

@@ -35,7 +35,7 @@ class StoreFamilies:
     bad: bool = False
 
 
-def built_in_families() -> Iterator[Measurable]:
+def make_built_in_families() -> Iterator[Measurable]:
     """Make a family of every architecture in its default configuration, with random numbers."""
     for name in forecasters.ARCHITECTURES:
         family = forecasters.build_family(name, {})

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from model_store.cache.cache import MAX_FAILURE_BYTES, Cache, FailedLoad, Load, Placed, Placement
-from model_store.cache.eviction import POLICIES, policy_named
+from model_store.cache.eviction import POLICIES, make_policy
 from model_store.cache.slots import Slot, State
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import ArchiveInvalid, ModelNotFound
@@ -35,7 +35,7 @@ class Worker:
     """Plays the step thread at once: no device to wait for, so a victim's room is free as soon as it is asked to go."""
 
     def __init__(self, slabs: int, extra: int = 0, policy: str = "lru") -> None:
-        self.cache = Cache(slabs * SLAB + extra, SLAB, policy=policy_named(policy))
+        self.cache = Cache(slabs * SLAB + extra, SLAB, policy=make_policy(policy))
         self.now = 0.0
         self.moves = 0
 
@@ -559,7 +559,7 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, late: bool, slabs: int, extra: int) -> None:
         """An empty cache."""
         self.late = late
-        self.cache = Cache(slabs * SLAB + extra, SLAB, moves_per_call=2, policy=policy_named(self.policy))
+        self.cache = Cache(slabs * SLAB + extra, SLAB, moves_per_call=2, policy=make_policy(self.policy))
         self.memory: dict[int, tuple[ModelName, str]] = {}
         self.live: list[Slot] = []
         self.held: list[Slot] = []

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation
 from handlers.evaluation.correlation import compute_pit, estimate_gaussian, estimate_schaake
 from handlers.forecasters import get_family
-from handlers.training.fit import ask_network, reference_network
+from handlers.training.fit import ask_network, make_reference_network
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.archives.manifest import Kind
@@ -147,7 +147,7 @@ def test_errors_are_those_of_the_networks_and_of_no_later_price(market: Path) ->
     assert archive.spec is not None
     forecast = archive.spec.forecast
     assert forecast is not None
-    network = reference_network(archive.spec.architecture, dict(archive.spec.config), read_tensors(archive))
+    network = make_reference_network(archive.spec.architecture, dict(archive.spec.config), read_tensors(archive))
     assert get_family(archive.spec).key.startswith("tcn-")
     price, load = read_csv(market / "prices.csv", "hour", ["VIC1", "load"])
     missing = 0

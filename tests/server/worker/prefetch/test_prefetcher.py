@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model_store.cache.cache import Cache
-from model_store.cache.eviction import policy_named
+from model_store.cache.eviction import make_policy
 from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName
 from server.ipc.frames import CacheResult
@@ -79,7 +79,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
     async def run() -> None:
         now = [0.0]
         loader, metrics = FakeLoader(), WorkerMetrics(0, "cpu")
-        cache = Cache(slabs * SLAB, SLAB, policy=policy_named(policy))
+        cache = Cache(slabs * SLAB, SLAB, policy=make_policy(policy))
         shelf = HostCache(torch.empty(host), 1e9, clock=lambda: 0.0)
         steps = StepLoop(
             cache,
