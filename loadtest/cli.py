@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import urllib3
 from rich.console import Console
 
 from loadtest import cli_groups, flags, record
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
-from loadtest.driver.open_loop import RemoteNotAllowed
 from loadtest.driver.profiles import Load, Shape, list_ramp_rates, make_profile
 from loadtest.driver.run import (
+    EXPECTED,
     RequestSource,
     RunPlan,
     ServerUnderLoad,
@@ -37,18 +36,9 @@ from loadtest.fleets import fleet
 from loadtest.observe.local_server import LocalServer
 from loadtest.plan import cli as plan_cli
 from loadtest.report import render_page, write_report
-from model_store.errors import LoadError
 from model_store.names import ModelName
 from server.contract import PING_PATH
 
-EXPECTED = (
-    RemoteNotAllowed,
-    LoadError,
-    urllib3.exceptions.HTTPError,
-    ValueError,
-    OSError,
-    RuntimeError,
-)  #: their messages say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)

@@ -15,23 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.driver_pool import DriverPool, count_drivers
-from loadtest.driver.open_loop import LoadTarget, make_target
+from loadtest.driver.open_loop import LoadTarget, RemoteNotAllowed, make_target
 from loadtest.driver.profiles import Load, Profile, Schedule
 from loadtest.driver.request_bodies import RequestBody, join_requests, read_request_bodies
 from loadtest.driver.run_result import Run
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricsSampler
 from loadtest.observe.processes import read_pss
+from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import open_source
 from server.contract import METRICS_PATH
 
 STORE = Path(".fleetcast/load")
 WARMUP = 1  #: number of the part of the profile that is not measured
-SUSTAINED, FAILED = (
-    0.98,
-    0.001,
-)  #: limits of a sustained step of a ramp: answered of due requests, and failed of sent ones
+#: Limits of a sustained step of a ramp: answered ones of the due requests, failed ones of the sent requests.
+SUSTAINED, FAILED = 0.98, 0.001
+#: The errors of a run that a user can fix; their messages say how.
+EXPECTED = (RemoteNotAllowed, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)
 SHOWN = 3
 
 

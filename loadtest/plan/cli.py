@@ -17,9 +17,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from loadtest import flags
-from loadtest.driver.open_loop import RemoteNotAllowed
 from loadtest.driver.profiles import Shape, make_profile
-from loadtest.driver.run import RequestSource, ServerUnderLoad, connect_server
+from loadtest.driver.run import EXPECTED, RequestSource, ServerUnderLoad, connect_server
 from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
@@ -35,17 +34,8 @@ from loadtest.plan.prices import EXAMPLE, read_prices
 from loadtest.plan.simulate import Loss, Machines, SimulationResult, simulate
 from loadtest.report.terminal import render_table
 from model_store.cache.eviction import POLICIES
-from model_store.errors import LoadError
 from server.contract import EVICTION_POLICY, LOADER_THREADS, MIB, SLAB_BYTES, verb_path
 
-EXPECTED = (
-    RemoteNotAllowed,
-    LoadError,
-    urllib3.exceptions.HTTPError,
-    ValueError,
-    OSError,
-    RuntimeError,
-)  #: their messages say what to do
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: the simulated cache sizes, as shares of the size of the fleet
 MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
 

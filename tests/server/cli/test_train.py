@@ -1,4 +1,4 @@
-"""`fleetcast train`: a CSV file to archives that load, or one line that says why not."""
+"""`fleetcast train` turns a price file into archives that load, or prints one error line."""
 
 import gzip
 import json
@@ -10,17 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from handlers.forecasters import ARCHITECTURES
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli.setting_flags import settings_from
-from server.cli.train import train
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
+from tests.server import markets
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +28,8 @@ QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
 
 
 def run(*arguments: str) -> Result:
-    """The command as the command line runs it."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(train)
-    return CliRunner().invoke(app, arguments)
+    """Run the command as the command line does."""
+    return markets.run("train", *arguments)
 
 
 @pytest.fixture(scope="module")
