@@ -1,4 +1,4 @@
-"""Modules of one's own, packed as graphs, served by a real server and asked by an unmodified boto3 client."""
+"""Modules of users, packed as graphs, served by a real server and requested by an unmodified boto3 client."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Modules of one's own, as people write them: what graph archives are tried with. Inputs x [N, features, steps]."""
+"""Modules as users write them, for tests of graph archives. Inputs are x [N, features, steps]."""
 
 from collections.abc import Callable
 

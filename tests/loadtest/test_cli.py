@@ -1,4 +1,4 @@
-"""The command that loads a fleet, and what it makes of a run."""
+"""The command that loads a fleet, and its results."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Scores: the numbers of `fev` and `scoringrules`, and what they do at the edges."""
+"""Scores equal those of `fev` and `scoringrules`, and are defined in edge cases."""
 
 import json
 import os

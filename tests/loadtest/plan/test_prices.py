@@ -1,4 +1,4 @@
-"""What a plan says of money: the price table, the machines that keep a promise, and the plan's command and page."""
+"""The costs of a plan: the price table, the machines that reach the targets, and the command and page of the plan."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Eviction policies: what each is for, judged in the cache at equal bytes; and what all of them owe the cache."""
+"""Eviction policies: the strength of each, measured in the cache at equal bytes, and the rules for all of them."""
 
 from functools import cache
 from typing import get_args

@@ -1,4 +1,4 @@
-"""`fleetcast batch`: every line answered once and in its place, whatever happens in between."""
+"""`fleetcast batch` answers every line once and in order, also after interruptions."""
 
 import json
 import os

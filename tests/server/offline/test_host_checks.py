@@ -1,4 +1,4 @@
-"""What `doctor` says of a machine: silent where all is well, and with what to do where it is not."""
+"""The checks of `doctor` give no advice for a sound machine, and advise what to change otherwise."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The gate: an archive takes its predecessor's place only where it is no worse than the margin allows."""
+"""The gate lets an archive replace its predecessor only if it is no worse than the margin allows."""
 
 import json
 from collections.abc import Mapping

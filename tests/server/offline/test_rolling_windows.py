@@ -1,4 +1,4 @@
-"""Rolling windows: where they lie, that none sees its own future, and what is said of archives that do not fit."""
+"""Rolling windows: their places, that none uses its own future, and the errors for archives that do not fit."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta

@@ -1,4 +1,4 @@
-"""The client against listeners that answer as they are told: new archives, retries, connections and errors."""
+"""The client against listeners with prepared answers: new archives, retries, connections and errors."""
 
 import socket
 import threading

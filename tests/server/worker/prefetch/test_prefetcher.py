@@ -1,4 +1,4 @@
-"""Loads ahead of time in the step loop with a real cache: what they bring, and what they never cost anybody."""
+"""Prefetches in the step loop with a real cache: their benefit, and that they never harm other models."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable

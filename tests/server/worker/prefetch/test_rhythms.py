@@ -1,4 +1,4 @@
-"""Rhythms from calls alone: ticks, noise, drift, misses, models that come and go; and that they stay small."""
+"""Rhythms are learnt from calls: ticks, noise, drift, misses, models that come and go; their memory is bounded."""
 
 import random
 from collections.abc import Iterable, Iterator
