@@ -30,9 +30,7 @@ class Matrix:
     shrinkage: float  #: share of the sample matrix that was replaced by the identity
     observations: float  #: number of pairs of values for each entry
     independent: float  #: equivalent number of independent pairs
-    condition_before: (
-        float  #: ratio of the largest to the smallest eigenvalue of the sample matrix; infinite if it is singular
-    )
+    condition_before: float  #: largest / smallest eigenvalue of the sample matrix; infinite if it is singular
 
     def __repr__(self) -> str:
         return f"<Matrix {len(self.correlation)}, shrinkage {self.shrinkage:.3f}, condition {self.condition:.3g}>"

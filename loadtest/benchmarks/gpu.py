@@ -15,7 +15,7 @@ from rich.table import Table
 
 from loadtest import record
 
-SEED = 7  #: name of the record of server.worker.engine.bench_gpu
+SEED = 7  #: seed of server.worker.engine.bench_gpu
 TICK_GOAL_MS, RATIO_GOAL, RETURN_GOAL_MS = 1.0, 100.0, 1.0
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)

@@ -41,7 +41,7 @@ from model_store.stores.object_store import Source, open_source
 from server.contract import HEADER_CACHE, JSON
 
 RATIO_LIMIT = 0.7
-COVERAGE_LIMITS = (0.6, 0.9)  #: nominal coverage of the interval between the outer levels
+COVERAGE_LIMITS = (0.6, 0.9)  #: limits of the coverage of the interval between the outer levels
 SAME = 1e-4  #: tolerance relative to price and scale, since kernels differ in the last bits
 KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
 

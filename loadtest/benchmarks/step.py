@@ -19,7 +19,7 @@ from loadtest import record
 
 SEED = 7  #: of server.worker.engine.bench_step
 PEERS = ("loadtest.peers.flat_rows:FlatTcn", "loadtest.peers.flat_rows:SplitMlp")
-ALL_GOAL_MS = 15.0  #: number of different models
+ALL_GOAL_MS = 15.0  #: milliseconds for 500 different models
 GOALS = ((32, 0.8), (1, 1.0))  #: rows from which the goal holds, and largest share of the peer's time
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 130)

@@ -56,8 +56,8 @@ FOLDER = Path(".fleetcast/cycle")
 HISTORY, TODAY, STORE, MADE = (FOLDER / name for name in ("history.csv", "today.csv", "store", "made.json"))
 PAGE, QUANTILES, SCENARIOS = (FOLDER / name for name in ("cycle.html", "quantiles.json", "scenarios.json"))
 TIME, JOINTLY = "time", "joint.mar"
-MARKET, A_DAY, DAYS, SEED = "au", 24, 150, 0  #: hours of the synthetic market, five months
-EPOCHS, THREADS = 5.0, 2  #: passes of the fit, half a minute on two cores
+MARKET, A_DAY, DAYS, SEED = "au", 24, 150, 0  #: the synthetic market has hourly steps of five months
+EPOCHS, THREADS = 5.0, 2  #: of the fit, which takes half a minute on two cores
 LEVELS = "0.02,0.1,0.25,0.5,0.75,0.9,0.98"  #: quantile levels; samples beyond the outer ones are clamped
 MOST_TICKS = 24  #: intervals that are kept back, besides those of the last forecast
 

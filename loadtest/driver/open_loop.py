@@ -30,11 +30,7 @@ from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_fore
 
 SAMPLES = 200  #: least number of answers whose bodies are checked
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
-NO_MORE = (
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EADDRNOTAVAIL,
-)  #: errors of the limits of this machine, which do not count against the server
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: limits of this machine, not faults of the server
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
 _CACHE_HEADER = raw_header(HEADER_CACHE)
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}

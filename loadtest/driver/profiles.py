@@ -48,7 +48,7 @@ class ArrivalProcess(StrEnum):
 
     POISSON = "poisson"  #: independent clients
     CONSTANT = "constant"  #: equal intervals
-    DIURNAL = "diurnal"  #: independent clients whose number follows the day
+    DIURNAL = "diurnal"  #: independent clients with a lower rate at night
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ BARS, SLOTS = "▁▂▃▄▅▆▇█", 60
 TIERS = ("store", "disk")
 
 Results = dict[str, Any]
-MIN_SPAN_S, MAX_SPANS = 0.5, 240  #: number of points of a curve over time
+MIN_SPAN_S, MAX_SPANS = 0.5, 240  #: least seconds and most spans of a curve over time
 
 
 @dataclass(frozen=True, slots=True)

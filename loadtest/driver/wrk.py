@@ -31,7 +31,7 @@ class WrkTarget:
     suffix: str
     body: Path
     content_type: str
-    dialect: ClientDialect = DIALECTS["sagemaker"]  #: the place of the model's name
+    dialect: ClientDialect = DIALECTS["sagemaker"]  #: the protocol, which places the model's name
 
 
 def require_wrk() -> None:

@@ -10,7 +10,7 @@ from loadtest.observe.local_server import LocalServer
 from loadtest.observe.processes import read_pss
 from server.contract import METRICS_PATH
 
-PLACES = ("blobs", "index", "locks", "temp")  #: files of the disk cache
+PLACES = ("blobs", "index", "locks", "temp")  #: folders of the disk cache
 SAME_S, PATIENCE_S = 0.2, 4.0  #: seconds without change until counts are at rest, and longest wait for that
 _OF_A_PROCESS = 2  #: kernel: CPUCLOCK_SCHED
 

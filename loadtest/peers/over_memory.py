@@ -19,7 +19,7 @@ from loadtest.peers.servers import PeerServer, start_ray, wrap_server
 MB = 1e6
 SCANS = 3
 HEADROOM = 4 * 2**20  #: bytes that the data segment of MLServer may grow
-ROOM = "8MiB"  #: models in two slabs of Fleetcast
+ROOM = "8MiB"  #: two slabs of Fleetcast
 TROUBLE = (RuntimeError, OSError)
 
 

@@ -13,12 +13,8 @@ from loadtest.observe.processes import read_pss
 TICKS = os.sysconf("SC_CLK_TCK")
 GENTLE_S = 10.0
 KILL_S = 20.0
-GONE = (
-    FileNotFoundError,
-    ProcessLookupError,
-    PermissionError,
-    IndexError,
-)  #: errors of a process that has ended meanwhile
+#: errors of a process that has ended meanwhile
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError, IndexError)
 
 
 class ProcessTree:

@@ -21,13 +21,10 @@ from loadtest.plan.costs import DEFAULT, Costs, make_sample, subtract_samples
 from server import contract
 
 LOAD_RATE, LOADED = 25.0, 80  #: loads a second, so few that no two overlap; maximum number of loads
-HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second, for this many models that stay loaded (the last ones)
-TIMES, TAIL = 3, 95  #: repetitions; the one with the median p95 counts, to skip slow moments of the machine
-FULL_S, FULL_RATE, CONNECTIONS = (
-    1.5,
-    40_000.0,
-    32,
-)  #: requests a second beyond what can be answered; number of connections
+HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second, seconds, and models that stay loaded
+TIMES, TAIL = 3, 95  #: repetitions, of which the one with the median p95 counts, because a machine has slow moments
+#: seconds, requests a second (more than can be answered) and connections of the measurement at full load
+FULL_S, FULL_RATE, CONNECTIONS = 1.5, 40_000.0, 32
 PATIENCE_S = 10.0
 
 

@@ -16,7 +16,7 @@ from server.contract import REQUEST_TIMEOUT_S
 
 MOST_NODES = 64
 DEARER = 4  #: as a multiple of the cheapest: more expensive machines are not simulated
-MOST_BUSY = 0.7  #: mean share of time that workers compute at the start of the search; fewer machines never suffice
+MOST_BUSY = 0.7  #: largest mean share of time that workers compute; the search starts with it
 MOST_REQUESTS = 60_000  #: number of requests simulated for each candidate
 
 

@@ -20,7 +20,7 @@ from model_store.cache.eviction import make_policy
 from server.contract import EVICTION_POLICY, LOADER_THREADS, SLAB_BYTES
 
 LEVELS = (50, 90, 99, 99.9)
-MOST_REQUESTS = 300_000  #: least number of requests that are simulated; beyond it, workers are sampled
+MOST_REQUESTS = 300_000  #: requests that are simulated at least; if there are more, workers are sampled
 
 
 def make_cache(budget_bytes: int, slab_bytes: int, policy: str) -> Cache:

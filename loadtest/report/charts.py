@@ -9,7 +9,7 @@ from loadtest.report.results_schema import Buckets, Column, Latency, OverTime, R
 
 TAGS = ("A", "B")  #: names of two runs
 CACHE = ("all", "hit", "miss", "coalesced")
-MAX_LINES = 6  #: number of colours and dashes of the page
+MAX_LINES = 6  #: most lines of a chart: the page has as many colours and dashes
 PER_DECADE = 20  #: points of a distribution
 NOTHING = "—"  #: shown for a missing number
 
@@ -46,9 +46,7 @@ class Chart:
     y: Axis
     lines: list[ChartLine]
     hues: list[int]
-    rows: list[list[float | None]] = field(
-        init=False
-    )  #: headings of x and of each line's y in the table behind the chart
+    rows: list[list[float | None]] = field(init=False)  #: the table behind the chart: x, then the y of each line
 
     def __post_init__(self) -> None:
         rows: dict[float, list[float | None]] = {}

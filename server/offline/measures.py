@@ -9,9 +9,8 @@ HEADINGS = {
     "coverage": "coverage",
 }  # fmt: skip
 MEASURES = tuple(HEADINGS)
-Score = Literal[
-    "pinball", "wql", "wape", "mase", "rmae", "crps"
-]  #: scores of which lower is better, which a gate can use
+#: the scores of which lower is better, which a gate can use
+Score = Literal["pinball", "wql", "wape", "mase", "rmae", "crps"]
 
 
 def format_score(measure: str, value: float | None) -> str:

@@ -48,7 +48,7 @@ class GateVerdict:
     gate: GateTerms
     candidate: float
     predecessor: float | None
-    version: str  #: score of the predecessor
+    version: str  #: version of the predecessor
     windows: int
     first: str
     last: str
