@@ -165,7 +165,7 @@ def compute_share_bytes(trace: CacheTrace, share: float) -> int:
 
 
 def serve_request(cache: Cache, trace: CacheTrace) -> Iterator[bool]:
-    """Serve a request from start to end; returns whether the model was resident."""
+    """Serve each request from start to end; yields whether its model was resident."""
     for model, now in zip(trace.asked, trace.at, strict=True):
         slot = cache.lease(model.name, now)
         if slot is not None:

@@ -16,7 +16,7 @@ from model_store.archives.packing import pack_graph
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
 from tests.e2e.server import Server, serving, upload
-from tests.handlers.nets import SHAPE, Attending, Dilated, Recurrent, made
+from tests.handlers.nets import SHAPE, Attending, Dilated, RecurrentNet, made
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -56,7 +56,7 @@ def models() -> dict[str, Model]:
     fleet = [model(f"own/{seed:02}.mar", seed, Dilated) for seed in range(12)]
     others = [
         model("own/encoder.mar", 20, lambda: Attending(norm_first=False)),
-        model("own/gru.mar", 21, Recurrent),
+        model("own/gru.mar", 21, RecurrentNet),
         model("own/forecast.mar", 22, lambda: Dilated(features=1), (1, 12), forecast=True),
         model("own/wrong.mar", 23, Dilated, off=0.5),
     ]

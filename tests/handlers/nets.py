@@ -104,7 +104,7 @@ class Blocks(nn.Module):
         return F.scaled_dot_product_attention(h, h, h, attn_mask=seen)
 
 
-class Recurrent(nn.Module):
+class RecurrentNet(nn.Module):
     """What `vmap` has no rule for."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ from server.sdk.errors import (
 from server.sdk.forecasts import ForecastRequest
 
 
-class Management(BaseHTTPRequestHandler):
+class ManagementHandler(BaseHTTPRequestHandler):
     """Holds `au/held.mar` and `au/bad.mar`, and cannot load the second."""
 
     asked: list[str]
@@ -54,8 +54,8 @@ class Management(BaseHTTPRequestHandler):
 @pytest.fixture
 def listener() -> Iterator[str]:
     """The address of one."""
-    Management.asked = []
-    with HTTPServer(("127.0.0.1", 0), Management) as server:
+    ManagementHandler.asked = []
+    with HTTPServer(("127.0.0.1", 0), ManagementHandler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -68,7 +68,7 @@ def test_only_what_a_server_holds_is_reloaded(listener: str) -> None:
     reload_model(listener, ModelName("au/away.mar"))
     reload_model(listener, ModelName("au/held it.mar"))
     get, post = "GET /fleet/models/au/", "POST /fleet/reload/au/"
-    assert Management.asked == [f"{get}away.mar", f"{get}held%20it.mar", f"{post}held%20it.mar"]
+    assert ManagementHandler.asked == [f"{get}away.mar", f"{get}held%20it.mar", f"{post}held%20it.mar"]
 
 
 def test_why_a_server_has_not_taken_it_is_said(listener: str) -> None:

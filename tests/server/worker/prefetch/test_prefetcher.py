@@ -27,7 +27,7 @@ ROOM = rows_per_slab("a")
 
 
 @dataclass
-class Market:
+class TickedWorker:
     """A worker under a clock of ours: ticks for a fleet, and other traffic between them."""
 
     steps: StepLoop
@@ -70,7 +70,7 @@ class Market:
         return int(found or 0)
 
 
-Scenario = Callable[[Market], Coroutine[Any, Any, None]]
+Scenario = Callable[[TickedWorker], Coroutine[Any, Any, None]]
 
 
 def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str = "lru", host: int = 0) -> None:
@@ -96,7 +96,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
         )
         front = Front(steps)
         try:
-            await scenario(Market(steps, loader, front, metrics, cache, now))
+            await scenario(TickedWorker(steps, loader, front, metrics, cache, now))
             await front.settled()
             assert all(slot.leases == 0 for slot in cache)
             await until(lambda: not list(cache.loads))
@@ -117,7 +117,7 @@ def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
     """Noise fills the cache between two ticks; at the next one every call is a hit, and every load was of use."""
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
         for tick in range(LEARNT, LEARNT + 3):
             market.now[0] = PERIOD_S * (tick - 1) + 100
@@ -137,7 +137,7 @@ def test_without_foresight_the_same_tick_is_cold() -> None:
     """What the test above is measured against: the same traffic, every call a miss."""
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet, noise)
         await market.before(LEARNT)
         assert set(await market.ask(fleet)) == {CacheResult.MISS}
@@ -149,7 +149,7 @@ def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
     """A model that was evicted to host memory is brought from there."""
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
@@ -163,7 +163,7 @@ def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
     """The oldest in an LRU are the fleet's own rows: noise goes instead of them, also for calls before the tick."""
     fleet, noise = named("t", ROOM), named("n", ROOM // 2)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
@@ -177,7 +177,7 @@ def test_a_fleet_that_does_not_fit_is_not_brought_in_circles() -> None:
     """Models of the same tick never make room for each other: each is built once at most, and the rest is refused."""
     fleet = named("t", 2 * ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
@@ -194,7 +194,7 @@ def test_other_traffic_before_the_tick_takes_its_own_room() -> None:
     """
     fleet = named("t", ROOM - 2)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet, named("n", 3))
         await market.ask(named("o", ROOM))
         await market.before(LEARNT)
@@ -212,7 +212,7 @@ def test_a_request_is_served_where_all_that_is_here_is_about_to_be_asked() -> No
     """No room is worth less than the fleet's: a request has it all the same, and who had to go is brought again."""
     fleet = named("t", ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
         await market.before(LEARNT)
         builds = len(market.loader.builds)
@@ -227,7 +227,7 @@ def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
     """All rows are pinned but one, which a request holds: what was foreseen is refused, nobody has left."""
     fleet, pinned = named("t", 4), named("p", ROOM - 1)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
         await market.ask([*pinned, "a/held"])
         for model in pinned:
@@ -247,7 +247,7 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
     """A request's load comes first and alone; once it is over, foresight goes on."""
     fleet = named("t", 4)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
         market.loader.gate.clear()
         market.front.send("a/urgent")
@@ -263,7 +263,7 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
 def test_a_request_joins_the_load_that_is_on_its_way() -> None:
     """Asked for too early: coalesced with the load ahead of time, which is built once and counted as late."""
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(["a/t"])
         market.loader.gate.clear()
         await market.before(LEARNT)
@@ -282,7 +282,7 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     """The fleet's tick does not come: its rows are the first to go for others, and nobody else has lost one."""
     fleet = named("t", 4)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
         await market.before(LEARNT)
         await until(lambda: set(fleet) <= resident(market.steps))
@@ -299,7 +299,7 @@ def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
     """A broken archive: counted, remembered like any failure, and the other models of the tick are brought."""
     fleet = named("t", 4)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
         market.loader.broken["a/t0"] = ArchiveInvalid("a/t0: broken")
         await market.before(LEARNT)
@@ -312,7 +312,7 @@ def test_under_the_policy_that_knows_rhythms_itself() -> None:
     """`due` expects the fleet as well: foresight brings it back at the price of noise."""
     fleet, noise = named("t", ROOM // 2), named("n", 2 * ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet, noise)
         await market.before(LEARNT)
         await until(lambda: set(fleet) <= resident(market.steps))
