@@ -1,13 +1,13 @@
-"""The names of the architectures and a line about each, as help texts, error messages and the README list them.
+"""The names of the architectures and a line about each, for help texts, error messages and the README.
 
-Importing this imports no torch, so that a command line can list them. Everything else about an architecture is the
+This module imports no torch, so that a command line can list them. Everything else about an architecture is the
 record `ARCHITECTURE` in its own file, `handlers/forecasters/NAME.py`.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-#: An architecture is its file and its line here; `handlers.forecasters` imports the file by the name.
+#: An architecture has a file and a line here; `handlers.forecasters` imports the file by the name.
 SUMMARIES: Mapping[str, str] = MappingProxyType(
     {
         "tcn": "a dilated causal CNN, the default",

@@ -1,11 +1,11 @@
-"""What can go wrong between a request's bytes and its answer's bytes: one class per situation."""
+"""Errors between the bytes of a request and those of its answer: one class per situation."""
 
 
 class RequestError(ValueError):
-    """The request is wrong (400). The message says what was expected and what came.
+    """The request is wrong (400). The message says what was expected and what was received.
 
     Attributes:
-        instance: index of the wrong forecast instance, where there are several.
+        instance: index of the wrong forecast instance, if there are several.
         field: the wrong place, such as `x[3]`, `dynamic_feat[0]`, `configuration.quantiles`.
     """
 
@@ -17,7 +17,7 @@ class RequestError(ValueError):
 
 
 class UnsupportedMedia(RequestError):
-    """The content type or the accepted types are none of ours; the message names ours."""
+    """The content type or the accepted types are not supported; the message names the supported ones."""
 
 
 class RunFailed(Exception):
@@ -25,4 +25,4 @@ class RunFailed(Exception):
 
 
 class Overran(RunFailed):
-    """The model's run took longer than a run may, and was ended or came to its end too late."""
+    """A run of the model exceeded its time limit, and was aborted or ended too late."""

@@ -2,11 +2,11 @@
 
 from textwrap import shorten
 
-SHOWN = 80  #: characters of a value in a message
+SHOWN = 80  #: most characters of a value in a message
 
 
 def find_mismatch(expected: object, actual: object, abs_tolerance: float, rel_tolerance: float) -> str | None:
-    """The first difference between two JSON values, as `predictions[0][3]: expected 1.25, got 1.31`, or None.
+    """Return the first difference between two JSON values, such as `predictions[0]: expected 1.25, got 1.31`, or None.
 
     Numbers may differ by `abs_tolerance + rel_tolerance * |expected|`; everything else must be equal, with the same
     keys and lengths.
@@ -37,7 +37,7 @@ def _is_close(expected: object, actual: object, abs_tolerance: float, rel_tolera
     if _is_number(expected) and _is_number(actual):
         assert isinstance(expected, int | float)
         assert isinstance(actual, int | float)
-        # written so that NaN is close to nothing
+        # in this form NaN is close to no number
         return abs(expected - actual) <= abs_tolerance + rel_tolerance * abs(expected)
     return type(expected) is type(actual) and expected == actual
 

@@ -1,6 +1,6 @@
-"""One archive's model in this process: what tools, batches, backtests and the SDK answer requests with. Imports torch.
+"""The model of one archive in this process, for tools, batches, backtests and the SDK. Imports torch.
 
-A worker computes the same numbers: a row runs by the function that proves it there (`run_row_on_cpu`).
+A worker computes the same numbers, because it verifies rows with the function that runs them here (`run_row_on_cpu`).
 """
 
 from collections.abc import Callable, Sequence
@@ -33,17 +33,17 @@ class Model:
 
     @property
     def forecast(self) -> ForecastSpec | None:
-        """What the model forecasts; None where it answers tensors, or correlates the forecasts of others."""
+        """What the model forecasts; None if it answers tensors, or correlates the forecasts of others."""
         return self.archive.spec.forecast if self.archive.spec else None
 
     def prove(self) -> bool:
-        """Run the archive's golden sample; False where it has none. Raises GoldenMismatch."""
+        """Run the archive's golden sample; returns False if it has none. Raises GoldenMismatch."""
         return kinds.prove_model(self.archive, self.built)
 
     def answer(self, body: bytes, content_type: str = JSON, accept: str = "") -> bytes:
-        """The answer to a request's body. Without `accept` it has the type of the request.
+        """Answer the body of a request. Without `accept` the answer has the type of the request.
 
-        Raises RequestError for a wrong request, RunFailed where the model fails or its output is not finite.
+        Raises RequestError for a wrong request, RunFailed if the model fails or its output is not finite.
         """
         decode: Callable[..., Any] = self.built.body.codec.decode
         call = decode(body, content_type, accept)
@@ -51,7 +51,7 @@ class Model:
         return answer
 
     def answer_many(self, bodies: Sequence[bytes]) -> list[bytes | Failure]:
-        """The answer to each request in JSON, or why it has none. The requests to a row model share one forward."""
+        """Answer each request in JSON; returns answers or errors. The requests to a row model share one forward."""
         decode: Callable[..., Any] = self.built.body.codec.decode
         calls = [_try_work(decode, each, JSON, JSON) for each in bodies]
         good = [call for call in calls if not isinstance(call, Failure)]
@@ -61,7 +61,7 @@ class Model:
 
 
 def open_model(archive: Archive) -> Model:
-    """The archive's model, everything checked but its golden sample, which `Model.prove` runs. Raises LoadError."""
+    """Build the model of an archive and check all but the golden sample, which `Model.prove` runs. Raises LoadError."""
     return Model(archive, kinds.build_model(archive))
 
 
@@ -73,7 +73,7 @@ def _encode_answer(call: Any, outputs: Any) -> bytes:
 
 
 def _try_work(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work` returns, or the RequestError or RunFailed that it raises."""
+    """Return the result of `work`, or the RequestError or RunFailed that it raises."""
     try:
         return work(*arguments)
     except (RequestError, RunFailed) as error:

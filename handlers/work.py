@@ -1,4 +1,4 @@
-"""How much work a row or a request may be: one budget for every kind of model. Pure, no torch.
+"""Limits of the work of a row and of a request, the same for every kind of model. Pure, no torch.
 
 `handlers.kinds.row_work` finds the `Work` of one row of a family before any request runs; limits of one row are checked
 when an archive is loaded, those of a request before its rows are allocated.
@@ -19,13 +19,13 @@ ROW_NUMBERS, ROW_FLOPS, ROW_CALLS, ROW_SIDE = 1 << 25, 20_000_000_000, 400_000, 
 REQUEST_GFLOP, REQUEST_NUMBERS = 200.0, 1 << 25
 #: Limits of models that run alone (`max_session_bytes`, `max_forward_s`).
 SESSION_BYTES, FORWARD_S = 512 * 2**20, 10.0
-#: How fast a core is assumed to be, until its pace is measured: to decide what is run apart from other models.
+#: Assumed speed of a core until its pace is measured; it decides which models run apart from others.
 FLOPS_PER_S, NUMBERS_PER_S, CALL_S = 4e9, 5e8, 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class WorkLimits:
-    """What one request may cost: rows times the floating-point operations of a row, rows times its input and answer."""
+    """Limits of one request: rows times the floating-point operations of a row, rows times its input and answer."""
 
     gflop: float = REQUEST_GFLOP
     numbers: int = REQUEST_NUMBERS
@@ -33,9 +33,9 @@ class WorkLimits:
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """What ONNX models may cost: bytes of intermediate results of all models of this process, seconds of one run.
+    """Limits of ONNX models: bytes of intermediate results of all models of this process, seconds of one run.
 
-    `loops`: whether a model may have control flow whose time does not follow from the model's size.
+    `loops` says whether a model may have control flow, whose time does not follow from the size of the model.
     """
 
     memory_bytes: int = SESSION_BYTES
@@ -45,9 +45,9 @@ class SessionLimits:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one row of a family costs.
+    """The work of one row of a family.
 
-    `given`, `answered`: numbers of its input and its answer. `flops`: floating-point operations, `numbers`: those that
+    `given`, `answered`: numbers in its input and its answer. `flops`: floating-point operations, `numbers`: those that
     its operations allocate, `calls`: calls of torch. `scratch`: of `numbers` those that a binding keeps for each row.
     """
 
@@ -60,12 +60,12 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """A guess of the time that a row takes on one core."""
+        """Estimate the seconds of a row on one core."""
         return self.flops / FLOPS_PER_S + self.numbers / NUMBERS_PER_S + self.calls * CALL_S
 
 
 def require_sides(what: str, input_shape: Shape, output_shape: Shape) -> None:
-    """A row's input and answer are of a size that a worker can hold many of. Raises ArchiveInvalid with the numbers."""
+    """Check that a worker can hold many inputs and answers of a row. Raises ArchiveInvalid with the numbers."""
     for side, shape in (("input", input_shape), ("answer", output_shape)):
         if prod(shape) > ROW_SIDE:
             raise ArchiveInvalid(f"{what}: one {side} {list(shape)} has {prod(shape)} numbers, {ROW_SIDE} are allowed")
@@ -73,13 +73,13 @@ def require_sides(what: str, input_shape: Shape, output_shape: Shape) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RequestBudget:
-    """The limits of a request for one family. Called with its rows, before anything is allocated for them."""
+    """The limits of a request for one family. It is called with the rows before memory is allocated for them."""
 
     work: Work
     limits: WorkLimits
 
     def __call__(self, rows: int) -> None:
-        """Raises RequestError that gives the numbers and names the setting."""
+        """Check the number of rows. Raises RequestError that gives the numbers and names the setting."""
         work, limits = self.work, self.limits
         numbers = rows * (work.given + work.answered)
         if rows > 1 and numbers > limits.numbers:

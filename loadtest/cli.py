@@ -1,9 +1,9 @@
-"""Measure a server under load: tail latency, hit ratio, load times, memory. The load tester is a client of the server.
+"""Measure a server under load: tail latency, hit ratio, load times and memory.
 
-A fleet and a server of its own:     fleetcast-load run
-Your archives, a server of its own:  fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
-A server that runs:                  fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
-One with TLS and tokens:             fleetcast-load run --url https://127.0.0.1:8080 --ca ca.pem --token-file desk.token
+A fleet and a server that it makes:     fleetcast-load run
+Your archives, a server that it starts: fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
+A server that is running:               fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
+One with TLS and tokens:                fleetcast-load run --url https://127.0.0.1:8080 --ca ca.pem --token-file TOKEN
 """
 
 import sys
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import urllib3
 from rich.console import Console
 
-from loadtest import cli_groups, record
+from loadtest import cli_groups, flags, record
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
-from loadtest.driver.open_loop import RemoteNotAllowed
 from loadtest.driver.profiles import Load, Shape, list_ramp_rates, make_profile
 from loadtest.driver.run import (
+    EXPECTED,
     RequestSource,
     RunPlan,
     ServerUnderLoad,
@@ -33,143 +32,104 @@ from loadtest.driver.run import (
     serve_store,
 )
 from loadtest.driver.trace import Trace, make_trace, read_trace, write_trace
+from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
 from loadtest.fleets import fleet
 from loadtest.observe.server_access import OPEN, ServerAccess, open_access
 from loadtest.plan import cli as plan_cli
 from loadtest.report import render_page, write_report
-from model_store.errors import LoadError
 from model_store.names import ModelName
 from server.contract import PING_PATH
 
-EXPECTED = (
-    RemoteNotAllowed,
-    LoadError,
-    urllib3.exceptions.HTTPError,
-    ValueError,
-    OSError,
-    RuntimeError,
-)  #: say what to do
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
-LOAD, SERVER, SLO, OUTPUT = "Load", "Server", "What must be reached", "Output"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
 
 
-def _make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
-
-
 @app.command()
 def run(
     *,
-    profile: Annotated[Shape, _make_flag(LOAD, SHAPES)] = Shape.POISSON,
-    rate: Annotated[float | None, _make_flag(LOAD, "requests per second; default 200")] = None,
-    seconds: Annotated[float, _make_flag(LOAD, "duration of the measured load")] = 15.0,
+    profile: Annotated[Shape, make_flag(LOAD, SHAPES)] = Shape.POISSON,
+    rate: flags.Rate = None,
+    seconds: Annotated[float, make_flag(LOAD, "duration of the measured load")] = 15.0,
     warmup: Annotated[
-        float | None, _make_flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
+        float | None, make_flag(LOAD, "seconds of unmeasured load before; default 5, before a replay 0")
     ] = None,
-    zipf: Annotated[float | None, _make_flag(LOAD, "exponent of the Zipf popularity of models; default 1")] = None,
-    drift_s: Annotated[
-        float | None, _make_flag(LOAD, "seconds after which some models exchange ranks; default never")
-    ] = None,
+    zipf: flags.Zipf = None,
+    drift_s: flags.Drift = None,
     drift_share: Annotated[
-        float | None, _make_flag(LOAD, "share of the models that exchange ranks; default 0.1")
+        float | None, make_flag(LOAD, "share of the models that exchange ranks; default 0.1")
     ] = None,
-    day_s: Annotated[float | None, _make_flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
+    day_s: Annotated[float | None, make_flag(LOAD, "diurnal: length of a day in seconds; default 60")] = None,
     trough: Annotated[
-        float | None, _make_flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")
+        float | None, make_flag(LOAD, "diurnal: lowest rate as a share of the highest; default 0.2")
     ] = None,
-    every_s: Annotated[float | None, _make_flag(LOAD, "tick: seconds between ticks; default 5")] = None,
-    spread_s: Annotated[
-        float | None, _make_flag(LOAD, "tick: seconds that its requests are spread over; default 1")
-    ] = None,
-    shuffled: Annotated[bool | None, _make_flag(LOAD, "tick: another order in every tick", "--shuffled")] = None,
-    newcomers: Annotated[int | None, _make_flag(LOAD, "onboarding: number of new models; default 100")] = None,
-    at_s: Annotated[float | None, _make_flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
+    every_s: flags.TickInterval = None,
+    spread_s: flags.TickSpread = None,
+    shuffled: flags.Shuffled = None,
+    newcomers: Annotated[int | None, make_flag(LOAD, "onboarding: number of new models; default 100")] = None,
+    at_s: Annotated[float | None, make_flag(LOAD, "onboarding: second at which they appear; default 5")] = None,
     trace: Annotated[
-        Path | None, _make_flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
+        Path | None, make_flag(LOAD, "replay: a trace file, or the folder of an access log", exists=True)
     ] = None,
-    speed: Annotated[float | None, _make_flag(LOAD, "replay: speed factor; default 1")] = None,
+    speed: Annotated[float | None, make_flag(LOAD, "replay: speed factor; default 1")] = None,
     start_s: Annotated[
-        float | None, _make_flag(LOAD, "replay: second of the trace to start from; default its first")
+        float | None, make_flag(LOAD, "replay: second of the trace to start from; default its first")
     ] = None,
     ramp_to: Annotated[
-        float | None, _make_flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
+        float | None, make_flag(LOAD, "raise the rate from --rate to this, until one is not sustained")
     ] = None,
-    ramp_factor: Annotated[float, _make_flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
-    seed: Annotated[int, _make_flag(LOAD, "same seed, same schedule", min=0)] = 0,
-    connections: Annotated[int, _make_flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
+    ramp_factor: Annotated[float, make_flag(LOAD, "factor between successive rates of a ramp")] = 1.5,
+    seed: Annotated[int, make_flag(LOAD, "same seed, same schedule", min=0)] = 0,
+    connections: Annotated[int, make_flag(LOAD, "maximum number of connections, opened when needed", min=1)] = 512,
     processes: Annotated[
-        int | None, _make_flag(LOAD, "driver processes; default as many as the rate needs", min=1)
+        int | None, make_flag(LOAD, "driver processes; default as many as the rate needs", min=1)
     ] = None,
     store: Annotated[
-        str | None, _make_flag(SERVER, "folder or URL of archives; without --url a server is started for it")
+        str | None, make_flag(SERVER, "folder or URL of archives; without --url a server is started for it")
     ] = None,
-    url: Annotated[str | None, _make_flag(SERVER, "inference address of a server that runs")] = None,
-    metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
-    ca: Annotated[
-        Path | None,
-        _make_flag(
-            SERVER,
-            "PEM file of the authority of the server's certificate; default the system's",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    client_cert: Annotated[
-        Path | None,
-        _make_flag(
-            SERVER, "PEM file of a client certificate, for a server with mutual TLS", exists=True, dir_okay=False
-        ),
-    ] = None,
-    client_key: Annotated[
-        Path | None, _make_flag(SERVER, "PEM file of its key; default in the same file", exists=True, dir_okay=False)
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        _make_flag(
-            SERVER, "file with a bearer token; default the variable FLEETCAST_TOKEN", exists=True, dir_okay=False
-        ),
-    ] = None,
-    per_call: Annotated[
-        int | None, _make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)
-    ] = None,
+    url: Annotated[str | None, make_flag(SERVER, "inference address of a server that runs")] = None,
+    metrics_url: Annotated[str | None, make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None,
+    ca: flags.Ca = None,
+    client_cert: flags.ClientCert = None,
+    client_key: flags.ClientKey = None,
+    token_file: flags.TokenFile = None,
+    per_call: Annotated[int | None, make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)] = None,
     names: Annotated[
         Path | None,
-        _make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
+        make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
     ] = None,
-    dialect: Annotated[str, _make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
+    dialect: Annotated[str, make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker",
     body: Annotated[
-        BodyKind | None, _make_flag(SERVER, "kind of request body; default each archive's golden sample")
+        BodyKind | None, make_flag(SERVER, "kind of request body; default each archive's golden sample")
     ] = None,
     request: Annotated[
-        Path | None, _make_flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
+        Path | None, make_flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
     ] = None,
     models: Annotated[
-        int, _make_flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
+        int, make_flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
     ] = 200,
-    resident: Annotated[int, _make_flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
-    cache: Annotated[str | None, _make_flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
-    workers: Annotated[int, _make_flag(SERVER, "started server: number of worker processes", min=1)] = 1,
-    allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
-    p50_ms: Annotated[float | None, _make_flag(SLO, "maximum median latency")] = None,
-    p99_ms: Annotated[float | None, _make_flag(SLO, "maximum 99th percentile of latency")] = None,
-    failed: Annotated[float | None, _make_flag(SLO, "maximum share of failed requests")] = None,
-    hit_ratio: Annotated[float | None, _make_flag(SLO, "minimum hit ratio")] = None,
-    out: Annotated[Path | None, _make_flag(OUTPUT, "write the results as JSON")] = None,
-    html: Annotated[Path | None, _make_flag(OUTPUT, "write a report for the browser")] = None,
-    trace_out: Annotated[Path | None, _make_flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
-    keep: Annotated[bool, _make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
+    resident: Annotated[int, make_flag(SERVER, "made fleet: number of models that fit in the cache", min=1)] = 50,
+    cache: Annotated[str | None, make_flag(SERVER, "with --store: size of the model cache, such as 256MiB")] = None,
+    workers: Annotated[int, make_flag(SERVER, "started server: number of worker processes", min=1)] = 1,
+    allow_remote: flags.AllowRemote = False,
+    p50_ms: Annotated[float | None, make_flag(SLO, "maximum median latency")] = None,
+    p99_ms: flags.MostP99 = None,
+    failed: Annotated[float | None, make_flag(SLO, "maximum share of failed requests")] = None,
+    hit_ratio: flags.LeastHitRatio = None,
+    out: Annotated[Path | None, make_flag(OUTPUT, "write the results as JSON")] = None,
+    html: Annotated[Path | None, make_flag(OUTPUT, "write a report for the browser")] = None,
+    trace_out: Annotated[Path | None, make_flag(OUTPUT, "write the requests and their outcomes as a trace")] = None,
+    keep: Annotated[bool, make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False,
 ) -> None:
-    """Load a fleet on a schedule drawn beforehand; exits with 1 for an invalid run or a missed SLO.
+    """Load a fleet on a schedule that is drawn beforehand. The exit code is 1 for an invalid run or a missed SLO.
 
-    Latency counts from the intended time, so a server that stalls delays all requests that are due meanwhile.
+    Latency is measured from the intended time, so that a stall counts for every request that is due during it.
 
-    [bold]--dialect forecasts[/] requests many models by one POST /v1/forecasts: a
-    request is then a call, for [bold]--per-call[/] models or for all. A market's
-    tick: [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
-    A call is a hit if all its models were resident; failed items are counted.
+    With [bold]--dialect forecasts[/] a request is a call of POST /v1/forecasts for
+    [bold]--per-call[/] models, or for all. A call is a hit if all its models were
+    resident; failed items are counted. This is a market's tick:
+    [bold]--dialect forecasts --profile tick --every-s 0.5 --spread-s 0[/]
     """
     before = record.describe_machine()
     warmup = (0.0 if profile is Shape.REPLAY and not start_s else 5.0) if warmup is None else warmup
@@ -183,9 +143,11 @@ def run(
     body = BodyKind.DEEPAR if many and body is None else body
     try:
         if dialect not in DIALECTS:
-            raise ValueError(f"there is no dialect {dialect!r}: known are {', '.join(DIALECTS)}")
+            raise ValueError(f"there is no dialect {dialect!r}: known dialects are {', '.join(DIALECTS)}")
         if many and (trace is not None or trace_out is not None):
-            raise ValueError("a trace has a row for each model, so --trace and --trace-out are not for calls for many")
+            raise ValueError(
+                "a trace has a row for each model, so --trace and --trace-out do not go with calls for many models"
+            )
         recorded = None if trace is None else read_trace(trace)
         asked = RequestSource(
             names=_choose_fleet(names, recorded),
@@ -236,9 +198,9 @@ def run(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN.json [OTHER.json]", exists=True, dir_okay=False)],
-    html: Annotated[Path, typer.Option(help="where to write it")] = Path("report.html"),
+    html: Annotated[Path, typer.Option(help="file of the report")] = Path("report.html"),
 ) -> None:
-    """Draw one run for the browser, or two side by side: files of `run --out`, or records."""
+    """Write a report of one run, or of two side by side, from files of `run --out` or records."""
     try:
         write_report(runs, html)
     except (ValueError, OSError) as error:
@@ -279,7 +241,7 @@ def _open_subject(
     workers: int,
     access: ServerAccess,
 ) -> Iterator[ServerUnderLoad]:
-    """The server to load: one that runs, one of ours for the user's store, or one of ours for our fleet."""
+    """Open the server to load: the one at `url`, else one started for `store`, else one started for a made fleet."""
     if url is not None:
         yield connect_server(url, metrics_url, store, asked, console, access)
     elif metrics_url or (asked.names is not None and store is None):
@@ -288,7 +250,7 @@ def _open_subject(
         with serve_store(store, cache, workers, asked, console) as subject:
             yield subject
     elif cache is not None:
-        raise ValueError("--cache is for a --store of yours; the own fleet's room is given in models, by --resident")
+        raise ValueError("--cache goes with --store; the cache of a made fleet is given in models, by --resident")
     else:
         with serve_fleet(models, resident, workers, asked, console) as subject:
             yield subject
@@ -302,7 +264,7 @@ def _make_load(
     seed: int,
     settings: Mapping[str, Any],
 ) -> Load:
-    """Over so many different requests."""
+    """Make the load of a profile over `requests` different requests, or the replay of a recording."""
     if recorded is None:
         return make_profile(profile, requests, seed, **settings)
     names = list(subject.questions)
@@ -312,7 +274,7 @@ def _make_load(
 def _describe_load(
     profile: Shape, seconds: float, seed: int, settings: Mapping[str, Any], ramp_to: float | None
 ) -> str:
-    """What was asked, in a line."""
+    """Describe the load in one line."""
     said = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {value:g}" for name, value in settings.items())
     until = f" up to {ramp_to:g}/s" if ramp_to else ""
     return f"{profile}{until} for {seconds:g} s{', ' if said else ''}{said}, seed {seed}"

@@ -14,7 +14,7 @@ from typer.main import get_command
 
 @dataclass(frozen=True, slots=True)
 class CommandModule:
-    """A command: its module below `loadtest`, whose docstring is the command's help, and one line for the list."""
+    """A command: its module below `loadtest`, whose docstring is the command's help, and its line in the list."""
 
     module: str
     about: str
@@ -33,7 +33,7 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "peers": CommandModule("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
     "planner": CommandModule("benchmarks.planner", "the planner's prediction beside a real server"),
     "prefetch": CommandModule("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),
-    "scale": CommandModule("benchmarks.scale", "10,000 archives, thousands resident: nothing may grow"),
+    "scale": CommandModule("benchmarks.scale", "10,000 archives, thousands resident: no resource may grow"),
     "scenarios": CommandModule("benchmarks.scenarios", "joint scenarios on one core, without HTTP"),
     "scenarios-http": CommandModule("benchmarks.scenarios_http", "joint scenarios through a server"),
     "step": CommandModule("benchmarks.step", "a worker's step beside simpler implementations"),
@@ -45,7 +45,7 @@ DEMOS: Mapping[str, CommandModule] = {
 
 
 def make_group(about: str, commands: Mapping[str, CommandModule]) -> typer.Typer:
-    """A group of stand-ins, each of which passes all its arguments, `--help` among them, to its module's Typer."""
+    """Make a group of stand-ins. Each passes all its arguments, `--help` among them, to its module's Typer."""
     group = typer.Typer(help=about, no_args_is_help=True, add_completion=False)
     group.callback()(lambda: None)  # keeps a group of one command a group
     passing = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
@@ -64,5 +64,5 @@ def _forward_to(name: str) -> Callable[[typer.Context], None]:
     return run
 
 
-bench = make_group("Measure the server beside something to compare it with; most commands save a record.", BENCHMARKS)
-demo = make_group("Show what the server does, on models that are made on the spot.", DEMOS)
+bench = make_group("Benchmark the server beside something to compare it with; most commands save a record.", BENCHMARKS)
+demo = make_group("Show what the server does, with models that the demo makes.", DEMOS)

@@ -1,4 +1,4 @@
-"""Benchmark records: results, machine, commit and spread. JSON files that are committed."""
+"""Benchmark records: JSON files of results, spread, machine and commit, which are kept in the repository."""
 
 import datetime as dt
 import json
@@ -16,12 +16,12 @@ PACKAGES = ("torch", "onnxruntime", "numpy", "uvicorn", "uvloop", "obstore")
 
 
 def summarise_spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of repeated measurements."""
+    """Return the median, the smallest and the largest of repeated measurements, and their number."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": len(values)}
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what measurements depend on: hardware, versions, and the load average before the run."""
     model = next(
         (
             line.split(":", 1)[1].strip()
@@ -42,7 +42,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def find_commit() -> str:
-    """The checkout's commit, marked when files differ from it."""
+    """Return the commit of the checkout, with a mark if files differ from it."""
     root = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
@@ -50,7 +50,7 @@ def find_commit() -> str:
 
 
 def make_record(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of now; `before` is `machine()` as it was before the run."""
+    """Make a record dated now; `before` is what `describe_machine` returned before the run."""
     return {
         "name": name,
         "date": f"{dt.datetime.now(dt.UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -62,12 +62,12 @@ def make_record(name: str, seed: int, before: Mapping[str, Any], results: Mappin
 
 
 def format_record(record: Mapping[str, Any]) -> str:
-    """As it is stored."""
+    """Format a record as it is stored: indented JSON."""
     return json.dumps(record, indent=1) + "\n"
 
 
 def save_record(name: str, seed: int, before: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
-    """Write a dated record under `records`; arguments as of `made`."""
+    """Write a dated record into `records` and return its path. The arguments are those of `make_record`."""
     record = make_record(name, seed, before, results)
     RECORDS.mkdir(exist_ok=True)
     path = RECORDS / f"{record['date'][:10]}-{name}.json"

@@ -1,1 +1,1 @@
-"""Tests, one folder per package; `s3.py` and `conftest.py` are what they share."""
+"""The tests, with one folder per package; they share `s3.py`, `archives.py` and `conftest.py`."""

@@ -1,4 +1,4 @@
-"""Builders of archives for tests: sound ones as users have them, and hostile ones byte by byte."""
+"""Builders of archives for tests: valid ones like those of users, and hostile ones built byte by byte."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""What every test runs in: a home of its own, no AWS settings of the machine; and the S3 server of the run."""
+"""The environment of every test: its own home, no AWS settings of the machine, and the S3 server of the run."""
 
 import os
 from collections.abc import Iterator

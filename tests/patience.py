@@ -1,4 +1,4 @@
-"""How long tests wait for what comes at once on a quiet machine. Too long is a hang, not a slow machine."""
+"""The time-outs of tests for events that are immediate on a quiet machine. Only a hang exceeds them."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What grows with what clients send is bounded in bytes; docs/memory-bounds.md lists it."""
+"""Everything that grows with the input of clients is bounded in bytes; docs/memory-bounds.md lists it."""
 
 import ast
 import asyncio

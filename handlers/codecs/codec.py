@@ -1,7 +1,7 @@
 """Decodes request bodies into arrays and encodes outputs: a codec for families, a codec for singles. No torch.
 
 A codec belongs to one loaded archive and holds no state of a request. Every wrong request is a RequestError, every
-wrong output a RunFailed; nothing else is raised, whatever the bytes.
+wrong output a RunFailed; no other exception is raised for any bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +22,13 @@ JSON = "application/json"
 NPY = "application/x-npy"
 LINES = "application/jsonlines"
 MEDIA = (JSON, NPY, LINES)
-QUICK_BYTES = 2**20  #: bodies of up to so many bytes are read quickly
-NUMBER_S = 5e-7  #: about what a number takes to be drawn and written as JSON
+QUICK_BYTES = 2**20  #: largest body that is decoded quickly
+NUMBER_S = 5e-7  #: about the seconds to draw a number and write it as JSON
 Encoded = tuple[bytes, str]  #: body, content type
 
 
 class Tensor(Protocol):
-    """The part of a family that its requests must fit."""
+    """The input and output shapes of a family, which its requests must fit."""
 
     @property
     def input_name(self) -> str:
@@ -45,9 +45,9 @@ class Tensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecodedCall:
-    """A decoded request for a family: rows [n, *input_shape], and what makes the answer of outputs [n, *output_shape].
+    """A decoded request for a family: rows [n, *input_shape], and the encoder of outputs [n, *output_shape].
 
-    `encode` raises RunFailed when the outputs are not finite. `numbers`: about how many the answer has.
+    `encode` raises RunFailed if the outputs are not finite. `numbers` is about the number of values in the answer.
     """
 
     rows: Float32
@@ -56,13 +56,13 @@ class DecodedCall:
 
     @property
     def seconds(self) -> float:
-        """A guess of the time that writing the answer takes."""
+        """Estimate the seconds to write the answer."""
         return self.numbers * NUMBER_S
 
 
 @dataclass(frozen=True, slots=True)
 class SingleCall:
-    """A decoded request for a single: feeds [n, *shape] by input name, and what makes the answer of its outputs."""
+    """A decoded request for a single: feeds [n, *shape] by input name, and the encoder of its outputs."""
 
     feeds: dict[str, Float32]
     n: int
@@ -70,7 +70,7 @@ class SingleCall:
 
     @property
     def numbers(self) -> int:
-        """Of all inputs together."""
+        """The number of values in all inputs together."""
         return sum(array.size for array in self.feeds.values())
 
     @property
@@ -81,10 +81,10 @@ class SingleCall:
 
 @lru_cache(maxsize=256)
 def negotiate_media(content_type: str, accept: str) -> tuple[str, str]:
-    """(Content-Type, Accept) -> (what the body is, what the answer will be), each JSON, NPY or LINES.
+    """Return for (Content-Type, Accept) the types of body and answer, each JSON, NPY or LINES.
 
-    No content type counts as JSON; no Accept, or one that takes anything, gives the body's own type. Raises
-    UnsupportedMedia that names what is served.
+    A missing content type means JSON; a missing Accept, or one of any type, means the type of the body. Raises
+    UnsupportedMedia that names the supported types.
     """
     sent = content_type.partition(";")[0].strip().lower() or JSON
     if sent not in MEDIA:
@@ -103,16 +103,16 @@ def negotiate_media(content_type: str, accept: str) -> tuple[str, str]:
 
 
 class FamilyCodec:
-    """Tensor JSON, npy and, where the archive carries a forecast, DeepAR JSON for one forecaster archive."""
+    """Tensor JSON, npy and, if the archive has a forecast, DeepAR JSON for one forecaster archive."""
 
     quick_bytes = QUICK_BYTES
 
     def __init__(
         self, tensor: Tensor, forecast: ForecastSpec | None = None, budget: RequestBudget | None = None
     ) -> None:
-        """`budget` refuses forecasts of too many rows; None lets all through.
+        """`budget` refuses forecasts of too many rows; None means no limit.
 
-        Raises model_store.errors.ArchiveInvalid where the forecast's recipe cannot be run.
+        Raises model_store.errors.ArchiveInvalid if the recipe of the forecast cannot be run.
         """
         self._name = tensor.input_name
         self._shapes = {tensor.input_name: tensor.input_shape}
@@ -123,7 +123,7 @@ class FamilyCodec:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> DecodedCall:
-        """A request's body and headers (empty where not sent) -> its rows. Raises RequestError."""
+        """Decode body and headers (empty if absent) of a request into its rows. Raises RequestError."""
         sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             return self._lines(bytes(body), sent, wanted)
@@ -144,7 +144,7 @@ class FamilyCodec:
         return DecodedCall(rows, lambda outputs: (encode(_check_finite("predictions", outputs)), JSON), encode.numbers)
 
     def _lines(self, body: bytes, sent: str, wanted: str) -> DecodedCall:
-        """JSON Lines in and out. A line whose outputs are not finite is an error by itself."""
+        """Decode JSON Lines. Only the answer of a line whose outputs are not finite is an error."""
         if sent != wanted:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
@@ -165,7 +165,7 @@ class FamilyCodec:
 
 
 class SingleCodec:
-    """Tensor JSON, and npy where there is one input or one output, for one single (an ONNX session)."""
+    """Tensor JSON, and npy for one input or one output, for one single (an ONNX session)."""
 
     quick_bytes = QUICK_BYTES
 
@@ -177,7 +177,7 @@ class SingleCodec:
         return f"<SingleCodec {self._inputs} -> {', '.join(self._outputs)}>"
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> SingleCall:
-        """A request's body and headers (empty where not sent) -> its feeds, n = 1. Raises RequestError."""
+        """Decode body and headers (empty if absent) of a request into its feeds, n = 1. Raises RequestError."""
         sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             raise UnsupportedMedia(f"{LINES} is for forecasts; the model answers tensors only: send {JSON}")
@@ -205,7 +205,7 @@ class SingleCodec:
 
 
 def _check_finite(name: str, outputs: Float32) -> Float32:
-    """The outputs, C-contiguous. Raises RunFailed that names the first number that is not finite."""
+    """Return the outputs C-contiguous. Raises RunFailed that names the first number that is not finite."""
     if not np.isfinite(outputs).all():
         at = np.argwhere(~np.isfinite(outputs))[0]
         place = name + "".join(f"[{i}]" for i in at)
@@ -214,7 +214,7 @@ def _check_finite(name: str, outputs: Float32) -> Float32:
 
 
 def _parse_media_range(text: str) -> tuple[str, float]:
-    """One media range of an Accept header -> (type in lower case, its q)."""
+    """Parse one media range of an Accept header into (type in lower case, its q)."""
     media, *parameters = (part.strip().lower() for part in text.split(";"))
     quality = 1.0
     for parameter in parameters:

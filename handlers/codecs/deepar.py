@@ -1,7 +1,7 @@
-"""DeepAR JSON for one archive: a request's history and covariates to network rows, network quantiles to a forecast.
+"""DeepAR JSON for one archive: turns history and covariates into network rows, and network quantiles into a forecast.
 
-Contract: CONTRACTS 5; one JSON object, or JSON Lines with an instance a line. An archive of one product is asked and
-answers by series [T], one of several by [D][T]; in the arrays here that is an axis D which the first kind lacks.
+Contract: CONTRACTS 5; one JSON object, or JSON Lines with an instance per line. Requests and answers have series
+[T] for an archive of one product, [D][T] for one of several; arrays here have an axis D only for the latter.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,67 +14,67 @@ import numpy.typing as npt
 from handlers.base import Float32
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import Float64, Inputs, from_network
-from handlers.codecs.tensors import in_blocks, write_json
+from handlers.codecs.tensors import encode_in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
 
-MAX_SAMPLES = 4_000_000  #: numbers in one request's samples
+MAX_SAMPLES = 4_000_000  #: most numbers in the samples of one request
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
 
 Prediction = dict[str, object]
 
 
 class Levels(NamedTuple):
-    """Asked quantile levels: each lies `weight` of the way from the trained level `below` to that `above`."""
+    """Requested quantile levels: each lies at the fraction `weight` between the trained levels `below` and `above`."""
 
-    names: Sequence[str]  #: as they were asked
+    names: Sequence[str]  #: the levels as requested
     below: npt.NDArray[np.intp]
     above: npt.NDArray[np.intp]
     weight: Float64
 
     def of(self, prices: Float64) -> Float64:
-        """Quantiles at the trained levels, sorted [..., levels] -> at the asked ones [..., asked], sorted alike.
+        """Interpolate sorted quantiles at the trained levels [..., levels] to the requested ones [..., asked], sorted.
 
-        Multiplying and adding round monotonically; the bound is for weights that are rounded up to one.
+        Products and sums are rounded monotonically; the bound is needed for weights that are rounded up to one.
         """
         low, high = prices[..., self.below], prices[..., self.above]
         return np.minimum(low + self.weight * (high - low), high)
 
 
 class InstanceRequest(NamedTuple):
-    """What one instance wants to know, checked."""
+    """The checked request of one instance."""
 
     configuration: Configuration
     levels: Levels
-    start: str  #: of the first forecast step
+    start: str  #: stamp of the first forecast step
     item_id: str | int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Makes an answer's body of the network's outputs; it has about so many `numbers`."""
+    """Encodes the outputs of the network as the body of an answer, which has about `numbers` values."""
 
     write: Callable[[Float32], bytes]
     numbers: int
 
     def __call__(self, outputs: Float32) -> bytes:
-        """Finite outputs [n, *network's] -> the body. Raises RunFailed where the prices of an output overflow."""
+        """Encode finite outputs [n, *network's]. Raises RunFailed if the prices of an output overflow."""
         return self.write(outputs)
 
 
 class DeepAr:
-    """One archive's forecast contract, checked once when the archive is loaded."""
+    """The forecast contract of one archive, checked once when the archive is loaded."""
 
     def __init__(self, forecast: ForecastSpec, budget: RequestBudget | None = None) -> None:
-        """`budget` refuses requests of too many rows. Raises ArchiveInvalid where the inputs' recipe cannot be run."""
+        """`budget` refuses requests of too many rows. Raises ArchiveInvalid if the input recipe cannot be run."""
         self._forecast, self._budget = forecast, budget
         self._reader = RequestReader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
         default = forecast.quantile_levels
         self._default = _interpolate_levels([str(level) for level in default], np.array(default), self._trained)
-        self._mean = mean_weights(self._trained)
+        self._mean = compute_mean_weights(self._trained)
         products = len(forecast.products)
         self._several = products > 1
         self._by_level = (0, 3, 1, 2) if self._several else (0, 2, 1)
@@ -87,10 +87,10 @@ class DeepAr:
         return f"<DeepAr {lengths}{products}>"
 
     def decode(self, body: bytes) -> tuple[Float32, Encode]:
-        """The body -> (rows [n, channels, context], finite outputs [n, *network's] -> the answer's body).
+        """Decode a body into rows [n, channels, context] and the encoder of finite outputs [n, *network's].
 
         Outputs are [n, prediction, levels], or of several products as `ForecastSpec` says. Raises RequestError that
-        names instance and field. The second function raises RunFailed where the prices of an output overflow.
+        names instance and field. The encoder raises RunFailed if the prices of an output overflow.
         """
         request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
@@ -106,9 +106,9 @@ class DeepAr:
         return rows, Encode(write, self._numbers(asked))
 
     def decode_lines(self, body: bytes) -> tuple[Float32, Encode]:
-        """As `decode` for JSON Lines, an answer a line. A line that cannot be answered has an error for its answer.
+        """Decode JSON Lines, with an answer per line. The answer of a line that cannot be answered is an error.
 
-        Raises RequestError for no line at all, and for more than MAX_ROWS.
+        Raises RequestError for a body without lines, and for more than MAX_ROWS.
         """
         lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
         if len(lines) > MAX_ROWS or not body.strip():
@@ -132,18 +132,18 @@ class DeepAr:
         return rows[: len(asked)], Encode(encode, self._numbers(asked))
 
     def _allocate(self, count: int) -> Float32:
-        """Room for so many rows [count, channels, context]. Raises RequestError for more than the budget allows."""
-        if count > 1 and self._budget is not None:  # one row is within the limits, or the model would not be here
+        """Allocate rows [count, channels, context]. Raises RequestError for more than the budget allows."""
+        if count > 1 and self._budget is not None:  # one row is within the limits, which the load has checked
             self._budget(count)
         return self._inputs.rows(count)
 
     def _numbers(self, asked: Sequence[InstanceRequest]) -> int:
-        """About how many numbers these answers have."""
+        """Estimate the number of values in these answers."""
         series = self._forecast.prediction_length * len(self._forecast.products)
         return series * sum(_numbers_a_step(one) for one in asked)
 
     def _each(self, asked: Sequence[InstanceRequest], outputs: Float32) -> Iterator[Prediction]:
-        """Predictions of instances with configurations of their own; one that fails is an error by itself."""
+        """Predict instances with their own configurations; only the failing ones are errors."""
         for i, one in enumerate(asked):
             try:
                 yield from self._predictions([one], outputs[i : i + 1])
@@ -151,7 +151,7 @@ class DeepAr:
                 yield {"error": {"code": "model_failed", "message": str(failed)}}
 
     def _check_configuration(self, configuration: Configuration, instances: int) -> Levels:
-        """The asked quantile levels."""
+        """Check a configuration and return the requested quantile levels."""
         if configuration.joint:
             message = "joint scenarios need several models in one call, `POST /v1/forecasts`; this call names one"
             raise RequestError(message, field="configuration.joint")
@@ -175,7 +175,7 @@ class DeepAr:
         return _interpolate_levels(configuration.quantiles, np.array(asked), self._trained)
 
     def _predictions(self, asked: Sequence[InstanceRequest], outputs: Float32) -> list[Prediction]:
-        """Finite outputs [n, *network's] in network numbers, all asked alike -> what is known of each."""
+        """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration."""
         drawn = self._prices(outputs)
         prices = np.sort(drawn, axis=-1)
         configuration, levels = asked[0].configuration, asked[0].levels
@@ -198,20 +198,20 @@ class DeepAr:
             if "quantiles" in kinds:
                 answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
             if samples is not None:
-                answer["samples"] = in_blocks(samples[i])
+                answer["samples"] = encode_in_blocks(samples[i])
             if "marginal" in kinds:
                 answer["marginal"] = self._marginal(prices[i])
             predictions.append(answer)
         return predictions
 
     def _marginal(self, prices: Float64) -> dict[str, object]:
-        """One instance's prices [D?, prediction, levels] as `handlers.codecs.joint` reads them."""
+        """Encode the prices [D?, prediction, levels] of one instance as `handlers.codecs.joint` reads them."""
         values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
         products = {"products": self._forecast.products} if self._several else {}
         return {"levels": self._trained, "values": values, **products}
 
     def _prices(self, outputs: Float32) -> Float64:
-        """Network numbers -> prices [n, D?, prediction, levels or paths], within floor and cap.
+        """Turn network numbers into prices [n, D?, prediction, levels or paths], within floor and cap.
 
         Raises RunFailed beyond float32.
         """
@@ -229,13 +229,13 @@ class DeepAr:
         return np.clip(prices, forecast.floor, forecast.cap)
 
     def _samples(self, prices: Float64, configuration: Configuration) -> Float32:
-        """Draws [n, num_samples, D?, prediction]: the inverse CDF with flat tails; each number is drawn by itself."""
+        """Draw samples [n, num_samples, D?, prediction] by the inverse CDF with flat tails, independently."""
         knots = np.concatenate([[0.0], self._trained, [1.0]])
         values = np.concatenate([prices[..., :1], prices, prices[..., -1:]], axis=-1)[:, None]  # [n, 1, D?, P, knots]
         n, *series = prices.shape[:-1]
         u = np.random.default_rng(configuration.seed).random((n, configuration.num_samples, *series))
         found = np.empty(u.shape, np.float32)
-        for i in range(n):  # one at a time: of 16 instances the copies below would be 200 MB
+        for i in range(n):  # one instance at a time, because the copies below would take 200 MB for 16 instances
             upper = np.searchsorted(knots, u[i], side="right")
             weight = (u[i] - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
             low = np.take_along_axis(values[i], (upper - 1)[..., None], -1)[..., 0]
@@ -244,11 +244,11 @@ class DeepAr:
         return found
 
 
-def mean_weights(levels: Float64) -> Float64:
-    """The mean of quantiles q at these levels is q @ weights.
+def compute_mean_weights(levels: Float64) -> Float64:
+    """Return weights such that q @ weights is the mean of quantiles q at these levels.
 
-    It is the integral over (0, 1) of the quantile function that is linear between the levels and flat outside them
-    (trapezoids between, rectangles at both ends): the tail rule `clamp`, and the plainest choice where there is none.
+    The mean is the integral over (0, 1) of the quantile function that is linear between levels and flat outside them
+    (trapezoids between, rectangles at both ends): the tail rule `clamp`, and the simplest choice without a rule.
     """
     knots = np.concatenate([[0.0], levels, [1.0]])
     gaps = np.diff(knots)
@@ -264,7 +264,7 @@ def _numbers_a_step(asked: InstanceRequest) -> int:
 
 
 def _make_error_prediction(error: RequestError) -> Prediction:
-    """A bad line's answer."""
+    """Make the answer of a faulty line."""
     place = {} if error.field is None else {"field": error.field}
     return {"error": {"code": "bad_request", "message": error.message, **place}}
 
@@ -281,7 +281,7 @@ def _parse_level(text: str, trained: Float64) -> float:
 
 
 def _interpolate_levels(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:
-    """Where the asked levels, within the trained range, lie among the trained ones."""
+    """Locate the requested levels, which lie within the trained range, among the trained ones."""
     below = np.searchsorted(trained, asked, side="right") - 1
     above = np.minimum(below + 1, len(trained) - 1)
     gap = trained[above] - trained[below]

@@ -1,6 +1,6 @@
-"""What a DeepAR request may be: its records, read strictly, and the place of each fault. No torch.
+"""The records of a DeepAR request, read strictly, and the place of each fault. No torch.
 
-Contract: CONTRACTS 5. Unknown fields of an instance are let through, those of `configuration` refused.
+Contract: CONTRACTS 5. Unknown fields of an instance are ignored, those of `configuration` are refused.
 """
 
 import re
@@ -13,15 +13,15 @@ from msgspec import Meta, Struct
 
 from handlers.errors import RequestError
 
-MAX_ROWS = 1024  #: instances in one request
-SHOWN_NAMES = 10  #: in a message
+MAX_ROWS = 1024  #: most instances in one request
+SHOWN_NAMES = 10  #: most names in a message
 START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?)?")
 PLACE = re.compile(r"(.*) - at `\$\.?(?:instances\[(\d+)\]\.?)?(.*)`", re.DOTALL)
 ROW = re.compile(r"target\[\d+\]")
 
 T = TypeVar("T")
 Numbers = list[float | Literal["NaN"] | None]  #: one product's history [T]; null and "NaN" are missing
-Target = TypeVar("Target", Numbers, list[Numbers])  #: [T] of an archive of one product, [D][T] of several
+Target = TypeVar("Target", Numbers, list[Numbers])  #: [T] for an archive of one product, [D][T] for several
 Whole = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 NumSamples = Annotated[int, Meta(ge=1, le=10_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**53)]
@@ -29,7 +29,7 @@ Category = Annotated[int, Meta(ge=0, le=2**53)]
 
 
 class Instance(Struct, Generic[Target]):
-    """One time series, or one of each product, and what is known of its future."""
+    """One time series, or one of each product, and its known-future covariates."""
 
     start: str
     target: Target
@@ -39,9 +39,9 @@ class Instance(Struct, Generic[Target]):
 
 
 class Configuration(Struct, forbid_unknown_fields=True):
-    """What the answer shall hold. `quantiles` are levels as text, echoed as they came.
+    """The requested contents of the answer. `quantiles` are levels as text, which the answer repeats.
 
-    `marginal` is what `samples` are drawn from, all trained quantiles as numbers: joint scenarios are made of it.
+    `marginal` is the distribution of `samples`, all trained quantiles as numbers, from which joint scenarios are made.
     """
 
     num_samples: NumSamples = 100
@@ -53,14 +53,14 @@ class Configuration(Struct, forbid_unknown_fields=True):
 
 
 class DeepArRequest(Struct, Generic[Target]):
-    """The request."""
+    """The body of a request."""
 
     instances: Annotated[list[Instance[Target]], Meta(min_length=1, max_length=MAX_ROWS)]
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
 class JsonLine(Instance[Target], Generic[Target]):
-    """One line of JSON Lines: an instance, and what the answer shall hold where that is not the default."""
+    """One line of JSON Lines: an instance, and optionally the requested contents of the answer."""
 
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
@@ -70,7 +70,7 @@ _SEVERAL = msgspec.json.Decoder[Any](DeepArRequest[list[Numbers]]), msgspec.json
 
 
 class RequestReader:
-    """Reads the requests for an archive: `target` is [T] where it has one product, [D][T] where several."""
+    """Reads the requests for an archive: `target` is [T] for one product, [D][T] for several."""
 
     def __init__(self, products: Sequence[str]) -> None:
         self._several = len(products) > 1
@@ -80,12 +80,12 @@ class RequestReader:
             self._depth = f"the model has {len(products)} products{quote_names(products)}: send [D][T], a row for each"
 
     def body(self, raw: bytes) -> DeepArRequest[Any]:
-        """Raises RequestError that names instance and field."""
+        """Parse a body. Raises RequestError that names instance and field."""
         found: DeepArRequest[Any] = self._read(self._body, raw)
         return found
 
     def line(self, raw: bytes) -> JsonLine[Any]:
-        """Raises RequestError that names the field."""
+        """Parse a line. Raises RequestError that names the field."""
         found: JsonLine[Any] = self._read(self._line, raw)
         return found
 
@@ -109,7 +109,7 @@ class RequestReader:
 
 
 def parse_start(text: str) -> datetime:
-    """An instance's `start`. Raises RequestError."""
+    """Parse the `start` of an instance. Raises RequestError."""
     try:
         if START.fullmatch(text):
             return datetime.fromisoformat(text)
@@ -119,6 +119,6 @@ def parse_start(text: str) -> datetime:
 
 
 def quote_names(names: Sequence[str]) -> str:
-    """The first names in brackets, for messages; nothing where there are none."""
+    """Quote the first names in brackets for a message; empty without names."""
     more = ", ..." if len(names) > SHOWN_NAMES else ""
     return f" ({', '.join(names[:SHOWN_NAMES])}{more})" if names else ""

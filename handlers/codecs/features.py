@@ -1,4 +1,4 @@
-"""Fills a network's input channels with an instance's history, covariates and calendar, as `inputs` says. No torch.
+"""Fills the input channels of a network with history, covariates and calendar, by the recipe `inputs`. No torch.
 
 Stamps are wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does.
 """
@@ -20,19 +20,19 @@ from model_store.archives.manifest import FLEETCAST_JSON, ForecastSpec, InputCha
 from model_store.errors import ArchiveInvalid
 
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
-DAYS = tuple(day.lower() for day in day_name)  #: Monday is the first
+DAYS = tuple(day.lower() for day in day_name)  #: the first weekday is Monday
 SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
 
 Float64 = npt.NDArray[np.float64]
 
 
 class Inputs:
-    """One archive's recipe, checked once when the archive is loaded."""
+    """The input recipe of one archive, checked once when the archive is loaded."""
 
     def __init__(self, forecast: ForecastSpec) -> None:
-        """Raises ArchiveInvalid for an unknown frequency, or a channel scaler where a product's own applies."""
+        """Raises ArchiveInvalid for an unknown frequency, or a channel scaler beside those of products."""
         self._forecast = forecast
-        self._step_s = step_seconds(forecast.frequency)
+        self._step_s = parse_step_seconds(forecast.frequency)
         self._history_length = forecast.history_length
         self._scalers = forecast.product_scalers
         for i, channel in enumerate(forecast.inputs):
@@ -41,13 +41,13 @@ class Inputs:
                 raise ArchiveInvalid(f"{FLEETCAST_JSON}: {what}")
 
     def rows(self, count: int) -> Float32:
-        """Room for so many instances [count, channels, context], not yet filled."""
+        """Allocate rows [count, channels, context], not yet filled."""
         return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
 
     def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> str:
-        """Writes an instance's row [channels, context]; returns the stamp of the first forecast step.
+        """Write the row [channels, context] of an instance; returns the stamp of the first forecast step.
 
-        Without a seed a network that samples draws as for seed 0.
+        Without a seed, a network that samples uses seed 0.
 
         Raises RequestError that names the field.
         """
@@ -79,7 +79,7 @@ class Inputs:
                     values[:] = to_network(np.array(cat[channel.index], np.float64), channel.scaler)
                 elif channel.source == "seed":
                     values[:] = 0.0
-                    values[:2] = seed_numbers(seed, instance.item_id)[: len(values)]
+                    values[:2] = make_seed_numbers(seed, instance.item_id)[: len(values)]
                 else:
                     values[:] = self._calendar(start, at - short, channel)
         if not np.isfinite(row).all():
@@ -87,7 +87,7 @@ class Inputs:
         return first
 
     def _short(self, steps: int) -> int:
-        """How many steps of history are missing, and are to be padded."""
+        """Count the missing steps of history, which are padded."""
         needed = self._history_length
         if steps < needed and not self._forecast.pad_context:
             context = self._forecast.context_length
@@ -96,7 +96,7 @@ class Inputs:
         return max(0, needed - steps)
 
     def _series(self, instance: Instance[Any]) -> Sequence[Numbers]:
-        """The histories by product, equally long."""
+        """Return the histories by product, of equal length."""
         if len(self._scalers) == 1:
             return (instance.target,)
         names, series = self._forecast.products, instance.target
@@ -130,14 +130,14 @@ class Inputs:
         return sent
 
     def _calendar(self, start: datetime, step: int, channel: InputChannel) -> Float64:
-        """The feature at context_length steps, the first `step` steps after (or before) start."""
+        """Return the feature at context_length steps, the first of them `step` steps after (or before) start."""
         origin = np.datetime64(start, "s").astype(np.int64)
         seconds = origin + (step + np.arange(self._forecast.context_length)) * self._step_s
         return compute_calendar_feature(seconds, channel.feature)
 
 
-def step_seconds(frequency: str) -> int:
-    """A pandas offset alias of fixed length, such as `5min`, `1h`, `D` -> seconds. Raises ArchiveInvalid."""
+def parse_step_seconds(frequency: str) -> int:
+    """Parse a pandas offset alias of fixed length, such as `5min`, `1h`, `D`, into seconds. Raises ArchiveInvalid."""
     match = FREQUENCY.fullmatch(frequency)
     if match is None:
         what = f"{FLEETCAST_JSON}: forecast.frequency {frequency!r} is not a number and one of {', '.join(SECONDS)}"
@@ -146,7 +146,7 @@ def step_seconds(frequency: str) -> int:
 
 
 def compute_calendar_feature(seconds: npt.NDArray[np.int64], feature: str) -> Float64:
-    """Stamps in seconds since 1970-01-01 -> the feature of each.
+    """Compute a feature of stamps, which are seconds since 1970-01-01.
 
     `hour_*`: the time of day, seconds included, as a turn of 24 h; `weekday_*`: the whole day of the week, Monday 0, as
     a turn of 7 days; `year_*`: the whole day of the year, 1 January 0, as a turn of 365.25 days; `weekend`: 1 on
@@ -169,14 +169,14 @@ def compute_calendar_feature(seconds: npt.NDArray[np.int64], feature: str) -> Fl
     return np.sin(2 * np.pi * turns) if feature.endswith("sin") else np.cos(2 * np.pi * turns)
 
 
-def seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:
-    """Two numbers of 24 bits, which float32 holds exactly: others for another seed or another item."""
+def make_seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:
+    """Return two numbers of 24 bits, which float32 holds exactly; they depend on seed and item."""
     digest = sha256(repr((seed or 0, item_id)).encode()).digest()
     return int.from_bytes(digest[:3]), int.from_bytes(digest[3:6])
 
 
 def to_network(values: Float64, scaler: Scaler) -> Float64:
-    """Prices -> network numbers."""
+    """Turn prices into network numbers."""
     if scaler.kind == "identity":
         return values
     scaled: Float64 = (values - scaler.center) / scaler.scale
@@ -184,7 +184,7 @@ def to_network(values: Float64, scaler: Scaler) -> Float64:
 
 
 def from_network(values: Float64, scaler: Scaler) -> Float64:
-    """Network numbers -> prices, the inverse of `to_network`; too large a number becomes infinite."""
+    """Turn network numbers into prices, the inverse of `to_network`; too large numbers become infinite."""
     if scaler.kind == "identity":
         return values
     with np.errstate(over="ignore"):
@@ -201,7 +201,7 @@ def _first_forecast(start: datetime, seconds: int) -> str:
 
 
 def _fill_missing(target: Numbers, short: int, center: float) -> Float64:
-    """The target with `short` steps before it; missing steps take the last known value, before any the center."""
+    """Return the target with `short` steps before it; missing steps take the last known value, else the center."""
     values = np.full(short + len(target), np.nan)
     values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN
     missing = np.isnan(values)

@@ -1,7 +1,9 @@
-"""What a loaded correlation archive answers: the marginals of several forecasts in, joint scenarios out. No torch.
+"""The requests of a loaded correlation archive: it turns the marginals of several forecasts into joint scenarios.
+
+Imports no torch.
 
 A body is `{"forecasts": [{"name", "marginal"}, ...], "num_samples"?, "seed"?}`: a front collects it from the models'
-answers to `output_types: ["marginal"]`, and anybody may send one. The answer is `{"samples": [...]}` with [S][T] of
+answers to `output_types: ["marginal"]`, and any client may send one. The answer is `{"samples": [...]}` with [S][T] of
 each forecast, [S][D][T] of one of several products; as npy it is one array [S, N, T] of all products in order.
 """
 
@@ -21,19 +23,19 @@ from handlers.codecs.scenarios import (
     CorrelationModel,
     Marginal,
     draw_scenarios,
-    joint_each,
+    draw_scenarios_each,
     match_marginals,
     refuse_repeated,
 )
-from handlers.codecs.tensors import in_blocks, write_json, write_npy
+from handlers.codecs.tensors import encode_in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 
 MAX_FORECASTS = 10_000
-FLOPS_PER_S = 1e9  #: of the scores, one product after another
+FLOPS_PER_S = 1e9  #: assumed speed of the scores, computed one product after another
 
 
 class Margins(Struct, forbid_unknown_fields=True):
-    """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out where it has one."""
+    """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out if it has one."""
 
     levels: Annotated[list[float], Meta(min_length=1, max_length=1000)]
     values: Annotated[list[Annotated[list[list[float]], Meta(min_length=1)]], Meta(min_length=1)]
@@ -41,14 +43,14 @@ class Margins(Struct, forbid_unknown_fields=True):
 
 
 class MarginalForecast(Struct, forbid_unknown_fields=True):
-    """One model's forecast: `name` as the correlation knows it, `name#product` where it has several."""
+    """One model's forecast: `name` is its name in the correlation, `name#product` for several products."""
 
     name: str
     marginal: Margins
 
 
 class JointBody(Struct, forbid_unknown_fields=True):
-    """The request."""
+    """The body of a request."""
 
     forecasts: Annotated[list[MarginalForecast], Meta(min_length=1, max_length=MAX_FORECASTS)]
     num_samples: NumSamples = 100
@@ -57,10 +59,10 @@ class JointBody(Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class JointRequest:
-    """A request that can be answered: the marginals of all products in order, and how the answer is put."""
+    """A checked request: the marginals of all products in order, and the form of the answer."""
 
     marginals: Sequence[Marginal]
-    widths: Sequence[int]  #: products of each forecast, 0 where it is one without a name
+    widths: Sequence[int]  #: products of each forecast; 0 for a single one without a name
     samples: int
     seed: int
     media: str
@@ -72,26 +74,26 @@ class JointCall:
 
     feeds: JointRequest
     n: int = 1
-    flops: int = 0  #: about, of its scores
+    flops: int = 0  #: estimate for its scores
 
     @property
     def numbers(self) -> int:
-        """Of all scenarios together."""
+        """The number of values in all scenarios together."""
         return self.feeds.samples * sum(len(marginal.values) for marginal in self.feeds.marginals)
 
     @property
     def seconds(self) -> float | None:
-        """A guess of the time that it takes to draw and write the scenarios."""
+        """Estimate the seconds to draw and write the scenarios."""
         return self.flops / FLOPS_PER_S + self.numbers * NUMBER_S
 
     @staticmethod
     def encode(answer: Encoded) -> Encoded:
-        """The model has put its answer already."""
+        """Return the answer, which the model has already encoded."""
         return answer
 
 
 class JointModel:
-    """A correlation as a single: its requests have nothing in common that could be done for several at once."""
+    """A correlation as a single; its requests share no work that could be done together."""
 
     def __init__(self, correlation: CorrelationModel) -> None:
         self.correlation = correlation
@@ -101,15 +103,15 @@ class JointModel:
         return f"<JointModel {self.correlation!r}>"
 
     def run_all(self, requests: Sequence[JointRequest]) -> list[Encoded]:
-        """The answers."""
+        """Answer each request."""
         return [self.run(asked) for asked in requests]
 
     def run(self, asked: JointRequest) -> Encoded:
-        """The answer to one request."""
+        """Answer one request."""
         if asked.media == NPY:
             return write_npy(draw_scenarios(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
-        found = iter(joint_each(asked.marginals, self.correlation, asked.samples, asked.seed))
-        samples = [in_blocks(_split_products(found, width) if width else next(found)) for width in asked.widths]
+        found = iter(draw_scenarios_each(asked.marginals, self.correlation, asked.samples, asked.seed))
+        samples = [encode_in_blocks(_split_products(found, width) if width else next(found)) for width in asked.widths]
         return write_json({"samples": samples}), JSON
 
 
@@ -126,7 +128,7 @@ class JointCodec:
         return f"<JointCodec {self._correlation!r}>"
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> JointCall:
-        """A request's body and headers (empty where not sent). Raises RequestError that names instance and field."""
+        """Decode body and headers (empty if absent) of a request. Raises RequestError that names instance and field."""
         sent, wanted = negotiate_media(content_type, accept)
         if sent != JSON or wanted == LINES:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
@@ -134,7 +136,7 @@ class JointCodec:
             request = self._decoder.decode(body)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RequestError(f"not a request for joint scenarios: {error}") from error
-        refuse_repeated(_names(request))  # before anything is made of ten thousand
+        refuse_repeated(_names(request))  # before work is done for ten thousand
         marginals, owners = list[Marginal](), list[int]()
         for i, forecast in enumerate(request.forecasts):
             marginals += _parse_marginals(i, forecast)
@@ -151,14 +153,14 @@ class JointCodec:
 
 
 def _names(request: JointBody) -> Iterator[tuple[int, str]]:
-    """Each product's name, with its forecast's place."""
+    """Return the name of each product, with the index of its forecast."""
     for i, forecast in enumerate(request.forecasts):
         for product in forecast.marginal.products or [""]:
             yield i, f"{forecast.name}#{product}" if forecast.marginal.products else forecast.name
 
 
 def _parse_marginals(i: int, forecast: MarginalForecast) -> Iterator[Marginal]:
-    """A forecast's products. Raises RequestError for numbers that are no quantiles."""
+    """Parse the products of a forecast. Raises RequestError for numbers that are not quantiles."""
     found = forecast.marginal
     names = [f"{forecast.name}#{product}" for product in found.products] or [forecast.name]
     if len(found.values) != len(names):
@@ -178,5 +180,5 @@ def _parse_marginals(i: int, forecast: MarginalForecast) -> Iterator[Marginal]:
 
 
 def _split_products(found: Iterator[Float32], width: int) -> Float32:
-    """[S, T] of so many products -> [S, D, T]."""
+    """Reshape the samples [S, T] of products to [S, D, T]."""
     return np.stack([next(found) for _ in range(width)], axis=1)

@@ -1,17 +1,17 @@
-"""Joint scenarios: quantile forecasts of many products, drawn together as a correlation archive says. No torch.
+"""Joint scenarios: draws quantile forecasts of many products together, by a correlation archive. No torch.
 
-Every margin's samples are its quantiles at the midpoints of S equal parts of (0, 1): the S numbers that are closest to
-its distribution in CRPS (Broecker 2012), whatever the seed. A scenario only decides which of them comes with which of
-another margin: their order is that of correlated scores. So margins are kept to the last bit, floors, caps and atoms
-included. Two sources of scores:
+The samples of every margin are its quantiles at the midpoints of S equal parts of (0, 1): the S numbers that are
+closest to its distribution in CRPS (Broecker 2012), for any seed. A scenario only decides which of them are combined
+with which of another margin: their order is that of correlated scores. So margins are exact to the last bit, including
+floors, caps and atoms. There are two sources of scores:
 
 - `Gaussian`: normal scores Z = L_products E L_time', correlated as the Kronecker product of two small matrices that is
   never formed (Gaussian copula; stratified as in Latin hypercube sampling with dependence, Packham and Schmidt 2010).
 - `Templates`: the ranks that past forecast errors had (Schaake shuffle, Clark et al. 2004, on errors).
 
-Random numbers are counter-based: a stream for each seed and product's name. So a product's scenario depends on seed, S
-and archive alone, not on what else is in the call, on its order, or on the worker. 45 products x 300 steps x 100
-scenarios take some 60 ms of one core.
+Random numbers are counter-based, with a stream for each seed and product name. So the scenario of a product depends
+only on seed, S and archive, not on other products in the call, on their order, or on the worker. 45 products x 300
+steps x 100 scenarios take some 60 ms of one core.
 """
 
 import hashlib
@@ -29,19 +29,20 @@ from handlers.errors import RequestError
 from model_store.archives import manifest
 from model_store.errors import ArchiveInvalid
 
-LEAST_SAMPLES = 2  #: one sample of every margin is its median, and no scenario
-MAX_FLOPS = 10_000_000_000  #: of one call's scores: some seconds of a core
-NOISE_FLOPS = 20  #: that a random number counts as
-UNIT = 1e-4  #: how far the rows of a factor may be from unit length in the archive
-TEMPLATES = "\0templates"  #: the stream that picks templates: no product has this name
+LEAST_SAMPLES = 2  #: a single sample of every margin is its median, which is not a scenario
+MAX_FLOPS = 10_000_000_000  #: most operations for the scores of one call, some seconds of a core
+NOISE_FLOPS = 20  #: operations that a random number counts as
+UNIT = 1e-4  #: largest deviation of the rows of a factor from unit length
+TEMPLATES = "\0templates"  #: name of the stream that picks templates, which no product has
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Marginal:
-    """One product's forecast: `values` [T, levels], sorted along the levels, at `levels` rising within (0, 1).
+    """The forecast of one product: `values` [T, levels], sorted along the levels, at `levels` rising within (0, 1).
 
-    Between the levels the quantile function is linear, outside it is flat (the tail rule `clamp`). `name` is the
-    product's in the correlation archive. Values within floor and cap give samples within them; a flat piece is an atom.
+    The quantile function is linear between the levels and flat outside them (the tail rule `clamp`). `name` is the name
+    of the product in the correlation archive. Values within floor and cap give samples within them; a flat piece is an
+    atom.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Marginal:
     values: Float64
 
     def quantiles(self, u: Float64) -> Float32:
-        """At probabilities u [S], rising: [T, S], rising."""
+        """Return the quantiles [T, S] at rising probabilities u [S]; they rise too."""
         inside = np.clip(u, self.levels[0], self.levels[-1])
         above = np.clip(np.searchsorted(self.levels, inside), 1, max(1, len(self.levels) - 1))
         below = above - 1
@@ -90,7 +91,7 @@ class Gaussian:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Templates:
-    """`ranks` [windows, N, T]: in every margin the ranks that past windows had."""
+    """Ranks [windows, N, T] of past windows in every margin."""
 
     ranks: Float32
 
@@ -99,8 +100,8 @@ class Templates:
     ) -> Iterator[Float64]:
         """For each wanted (product, steps) its scores [steps, samples].
 
-        Windows are drawn without repetition until all have been, then again; those drawn twice are told apart at
-        random.
+        Windows are drawn without repetition until all have been drawn, then again; ties between equal windows are
+        broken at random.
         """
         rounds = -(-samples // len(self.ranks))
         pick = make_random_stream(seed, TEMPLATES)
@@ -125,13 +126,13 @@ class CorrelationModel:
 
     @property
     def charge_bytes(self) -> int:
-        """What it holds in memory."""
+        """The bytes that the archive takes in memory."""
         found = self.dependence
         arrays = (found.ranks,) if isinstance(found, Templates) else (found.product_factor, found.time_factor)
         return sum(array.nbytes for array in arrays) + sum(200 + len(name) for name in self.products)
 
     def flops(self, wanted: Sequence[tuple[int, int]], samples: int) -> int:
-        """About the floating-point operations for the scores of these (product, steps)."""
+        """Estimate the floating-point operations for the scores of these (product, steps)."""
         numbers = samples * sum(steps for _, steps in wanted)
         if isinstance(self.dependence, Templates):
             return NOISE_FLOPS * numbers
@@ -141,7 +142,7 @@ class CorrelationModel:
         return noise + mixing * samples
 
     def place(self, marginal: Marginal, instance: int) -> tuple[int, int]:
-        """Which product it is and how many steps it has. Raises RequestError that names both sides."""
+        """Return the index of the product and its number of steps. Raises RequestError that names both sides."""
         place, steps = self._places.get(marginal.name), len(marginal.values)
         if place is None:
             what = f"the correlation knows nothing of {marginal.name!r}; it has {len(self.products)} products"
@@ -153,10 +154,10 @@ class CorrelationModel:
 
 
 def load_correlation(record: manifest.CorrelationSpec, tensors: Mapping[str, Float32]) -> CorrelationModel:
-    """What an archive of kind correlation holds, proved.
+    """Load and verify the contents of an archive of kind correlation.
 
-    Raises ArchiveInvalid for tensors that are not those of `record.tensors`, for factors that are not of a correlation
-    matrix, and for ranks that are none.
+    Raises ArchiveInvalid for tensors other than those of `record.tensors`, for factors that do not give a correlation
+    matrix, and for ranks that are not ranks.
     """
     for name, shape in record.tensors.items():
         if name not in tensors or tensors[name].shape != shape:
@@ -174,7 +175,7 @@ def load_correlation(record: manifest.CorrelationSpec, tensors: Mapping[str, Flo
 
 
 def draw_scenarios(marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int) -> Float32:
-    """Scenarios [S, N, T] of forecasts with equally many steps; sample s is the same scenario in every product.
+    """Draw scenarios [S, N, T] of forecasts of equal length; sample s is the same scenario in every product.
 
     Raises RequestError for a product that is unknown, named twice or too long, for different lengths, for too few or
     too many samples, and for too much work.
@@ -187,20 +188,22 @@ def draw_scenarios(marginals: Sequence[Marginal], correlation: CorrelationModel,
     return found
 
 
-def joint_each(marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int) -> list[Float32]:
-    """As `draw_scenarios`, for forecasts of any lengths: the scenarios [S, T] of each."""
+def draw_scenarios_each(
+    marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, seed: int
+) -> list[Float32]:
+    """Draw scenarios [S, T] of each forecast as `draw_scenarios` does, for forecasts of any lengths."""
     wanted = match_marginals(marginals, correlation, samples)
     return [np.ascontiguousarray(block.T) for block in _draw_blocks(marginals, correlation, wanted, samples, seed)]
 
 
 def make_random_stream(seed: int, name: str) -> np.random.Generator:
-    """The random numbers of this seed and product: Philox (Salmon et al. 2011), keyed by both."""
+    """Make the random numbers of a seed and a product: Philox (Salmon et al. 2011), keyed by both."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
 
 
 def compute_midpoints(samples: int) -> Float64:
-    """The probabilities at which every margin is sampled [S]."""
+    """Return the probabilities [S] at which every margin is sampled."""
     found: Float64 = (np.arange(samples) + 0.5) / samples
     return found
 
@@ -208,7 +211,7 @@ def compute_midpoints(samples: int) -> Float64:
 def match_marginals(
     marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, *, equal_steps: bool = False
 ) -> list[tuple[int, int]]:
-    """For each marginal which product it is and how many steps it has. Raises RequestError as `draw_scenarios` does."""
+    """Return for each marginal its product and number of steps. Raises RequestError as `draw_scenarios` does."""
     if samples < LEAST_SAMPLES:
         what = f"joint scenarios need at least {LEAST_SAMPLES} samples: one would be the median of every forecast"
         raise RequestError(what, field="configuration.num_samples")
@@ -231,7 +234,7 @@ def match_marginals(
 
 
 def refuse_repeated(names: Iterable[tuple[int, str]]) -> None:
-    """Raises RequestError for a product that is named twice: both would get the same scenarios."""
+    """Check that no product is named twice, as both would get the same scenarios. Raises RequestError."""
     seen = set[str]()
     for instance, name in names:
         if name in seen:
@@ -247,7 +250,7 @@ def _draw_blocks(
     samples: int,
     seed: int,
 ) -> Iterator[Float32]:
-    """For each marginal its scenarios [T, S]: its samples in the order of the scores."""
+    """Yield the scenarios [T, S] of each marginal: its samples in the order of the scores."""
     u = compute_midpoints(samples)
     scores = correlation.dependence.scores(correlation.products, wanted, samples, seed)
     for marginal, score in zip(marginals, scores, strict=True):
@@ -258,7 +261,7 @@ def _draw_blocks(
 
 
 def _check_factor(name: str, stored: Float32) -> Float64:
-    """Lower triangular with rows of unit length, so that it is the factor of a correlation matrix; in float64."""
+    """Check that a factor is lower triangular with unit rows, that is, of a correlation matrix; returns float64."""
     factor = stored.astype(np.float64)
     lengths = np.sqrt((factor**2).sum(axis=1))
     problem = ""

@@ -1,8 +1,8 @@
 """One request's tensors as bytes: nested JSON numbers and `application/x-npy`, read strictly, written fast. No torch.
 
-JSON has a fast path and a careful one that must agree (a property test holds them together). The fast path hands the
-numbers from simdjson's own tape to numpy without making a Python float of each; whatever looks unusual to it goes to
-the careful path, which walks Python lists, names the first wrong place, or reads the body after all. 8 x 168 floats of
+JSON has a fast path and a careful one that must agree, which a property test checks. The fast path passes the numbers
+from simdjson's tape to numpy without a Python float for each; a body that looks unusual is parsed by the careful path,
+which walks Python lists and reads the body or names the first wrong place. 8 x 168 floats of
 4 decimals (10 KB), median microseconds: simdjson 18 with all checks, orjson and `np.array` 32, msgspec with typed
 lists 42; with 17 digits (26 KB) 22, 38, 51.
 """
@@ -28,14 +28,15 @@ NPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     ">f4": np.dtype(">f4"),
     ">f8": np.dtype(">f8"),
 }
-BLOCK = 1 << 15  #: numbers that are written at once: some two milliseconds
-NPY_HEADER_LIMIT = 1024  #: bytes; numpy writes 128 for every shape we serve
+BLOCK = 1 << 15  #: most numbers that are written at once, in about two milliseconds
+NPY_HEADER_LIMIT = 1024  #: most bytes; numpy writes 128 for every shape that is served
 
 
 def read_json(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | None:
-    """`{"x": [8][168]}` -> {"x": array [8, 168]} for every name in `shapes` (-1: any length, but at least 1).
+    """Read `{"x": [8][168]}` as {"x": array [8, 168]} for every name in `shapes` (-1: any length of at least 1).
 
-    None when the object has `instances`: it asks for a forecast. Raises RequestError that names the first wrong place.
+    Returns None if the object has `instances`, which request a forecast. Raises RequestError that names the first wrong
+    place.
     """
     try:
         document = simdjson.Parser().parse(body)  # a fresh parser: a kept one cannot be used while proxies live
@@ -49,9 +50,9 @@ def read_json(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | 
 
 
 def read_npy(body: bytes | memoryview, name: str, shape: Shape) -> Float32:
-    """An npy file (version 1 or 2) of float32 or float64 in any byte order and layout -> float32 array of `shape`.
+    """Read an npy file (version 1 or 2) of float32 or float64 in any byte order and layout -> float32 array of `shape`.
 
-    No pickle, no dtype but those four, the payload exactly as long as the header says. Raises RequestError.
+    It accepts no pickle, only those four dtypes, and only a payload of the length in the header. Raises RequestError.
     """
     start, header_bytes = _npy_header_bytes(bytes(body[: NPY_HEADER_LIMIT + 12]))
     dtype, fortran, sent = _npy_header(header_bytes)
@@ -71,14 +72,14 @@ def read_npy(body: bytes | memoryview, name: str, shape: Shape) -> Float32:
 
 
 def write_json(value: object) -> bytes:
-    """A JSON body; float32 arrays (C-contiguous) are written with the fewest digits that give the same float32."""
+    """Write a JSON body; float32 arrays (C-contiguous) get the fewest digits that give the same float32."""
     return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def in_blocks(array: Float32) -> Float32 | orjson.Fragment:
-    """The array as a value for `write_json`: a large one is written here, block by block, to the same bytes.
+def encode_in_blocks(array: Float32) -> Float32 | orjson.Fragment:
+    """Prepare an array for `write_json`: a large one is written here block by block, to the same bytes.
 
-    orjson holds the interpreter lock while it writes: four million numbers at once would hold it for 0.3 s.
+    orjson holds the interpreter lock while it writes; four million numbers at once would hold it for 0.3 s.
     """
     if array.size <= BLOCK:
         return array
@@ -88,12 +89,12 @@ def in_blocks(array: Float32) -> Float32 | orjson.Fragment:
 
 
 def write_npy(array: Float32) -> bytes:
-    """The array as an npy file, version 1, little-endian float32 in C order."""
+    """Write the array as an npy file, version 1, little-endian float32 in C order."""
     return _npy_prefix(array.shape) + np.ascontiguousarray(array, "<f4").tobytes()
 
 
 def _read_fast(document: simdjson.Object, body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | None:
-    """The regular case, or None. Raises TypeError or ValueError where something is not what it should be."""
+    """Read the regular case; returns None for others. Raises TypeError or ValueError for an unexpected value."""
     if len(document) != len(shapes):
         return None
     found: dict[str, Float32] = {}
@@ -108,16 +109,16 @@ def _read_fast(document: simdjson.Object, body: bytes, shapes: Mapping[str, Shap
         lists += _count_lists(dims)
         with np.errstate(over="ignore"):
             flat = np.frombuffer(value.as_buffer(of_type="d"), np.float64).astype(np.float32)
-            square = flat.dot(flat)  # finite only if all are, in a quarter of the time of asking each
+            square = flat.dot(flat)  # finite only if all numbers are, in a quarter of the time of a check of each
         if flat.size != prod(dims) or not isfinite(square):
             return None
         found[name] = flat.reshape(dims)
-    # as_buffer flattens, so lists hidden among the numbers would go unseen: count what opens one
+    # as_buffer flattens, so that lists among the numbers would not be noticed: count their brackets
     return found if _opens_with(body, lists) else None
 
 
 def _opens_with(body: bytes, lists: int) -> bool:
-    """Whether the text has exactly so many opening brackets. Three times faster than bytes.count for a few in 10 KB."""
+    """Return whether the text has exactly so many opening brackets, three times faster than bytes.count."""
     at = -1
     for _ in range(lists):
         at = body.find(b"[", at + 1)
@@ -127,7 +128,7 @@ def _opens_with(body: bytes, lists: int) -> bool:
 
 
 def _read_leading_dims(value: Any, shape: Shape) -> Shape | None:
-    """The lengths along the first elements, where they fit the shape: None where not."""
+    """Return the lengths along the first elements; None if they do not fit the shape."""
     dims: list[int] = []
     for want in shape:
         have = len(value)
@@ -142,14 +143,14 @@ def _is_regular(value: Any, dims: Shape) -> bool:
     if len(value) != dims[0]:
         return False
     inner = dims[1:]
-    if len(inner) == 1:  # most often, so without a call for each
+    if len(inner) == 1:  # the most frequent case, without a call for each
         return set(map(len, value)) == {inner[0]}
     return not inner or all(_is_regular(each, inner) for each in value)
 
 
 @lru_cache(maxsize=256)
 def _count_lists(dims: Shape) -> int:
-    """How many lists there are in an array."""
+    """Count the lists in an array."""
     return sum(prod(dims[:depth]) for depth in range(len(dims)))
 
 
@@ -181,7 +182,7 @@ def _read_carefully(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float
 
 
 def _first_lengths(value: object, shape: Shape) -> list[int]:
-    """The shape with each -1 replaced by the length found along the first elements (at least 1)."""
+    """Return the shape with each -1 replaced by the length found along the first elements (at least 1)."""
     dims: list[int] = []
     for want in shape:
         have = len(value) if isinstance(value, list) else 0
@@ -191,7 +192,7 @@ def _first_lengths(value: object, shape: Shape) -> list[int]:
 
 
 def _check_lists(value: object, dims: Shape, field: str) -> None:
-    """Lists of exactly these lengths around finite float32 numbers. Raises RequestError that names the place."""
+    """Check lists of exactly these lengths around finite float32 numbers. Raises RequestError that names the place."""
     if not dims:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise RequestError(f"expected a number, not {_name_json_type(value)}", field=field)
@@ -207,7 +208,7 @@ def _check_lists(value: object, dims: Shape, field: str) -> None:
 
 
 def _npy_header_bytes(head: bytes) -> tuple[int, bytes]:
-    """The first bytes of a file -> (where the payload starts, the header's text)."""
+    """Split the first bytes of a file into (start of the payload, text of the header)."""
     if head[:6] != b"\x93NUMPY" or head[6:8] not in (b"\x01\x00", b"\x02\x00"):
         raise RequestError("the body is not an npy file of version 1 or 2")
     size = 2 if head[6] == 1 else 4
@@ -219,9 +220,9 @@ def _npy_header_bytes(head: bytes) -> tuple[int, bytes]:
 
 @lru_cache(maxsize=256)
 def _npy_header(header: bytes) -> tuple[np.dtype[Any], bool, Shape]:
-    """The header's literal -> (dtype, Fortran order, shape). Only our own dtypes are ever made from its text."""
+    """Parse the literal of a header into (dtype, Fortran order, shape). Only known dtypes are made from its text."""
     try:
-        # a literal, never evaluated; tabs, escapes and the like are no part of any writer's header
+        # the literal is never evaluated; no writer puts tabs, escapes and the like into it
         fields: Any = ast.literal_eval(header.decode("ascii").strip()) if b"\\" not in header else None
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
         raise RequestError("npy: the header is not a Python literal") from error
@@ -253,7 +254,7 @@ def _format_names(shapes: Mapping[str, Shape]) -> str:
 
 
 def _name_json_type(value: object) -> str:
-    """The JSON name of a value's type."""
+    """Return the JSON name of the type of a value."""
     names = ((bool, "a boolean"), (int | float, "a number"), (str, "a string"), (dict | simdjson.Object, "an object"))
     for types, name in names:
         if isinstance(value, types):

@@ -1,1 +1,1 @@
-"""Scores of forecasts, and how markets move together."""
+"""Scores of forecasts, and the correlation of their errors."""

@@ -1,8 +1,8 @@
-"""From the errors of held-out forecasts to what a correlation archive holds. Pure numpy, and torch's normal quantile.
+"""Estimates a correlation archive from the errors of held-out forecasts. Pure numpy, and the normal quantile of torch.
 
 Errors of W windows, N products and T steps are an array [W, N, T], NaN where a value is missing. Only their order
-within a margin (a product at a step) matters: it is turned into normal scores, as the Gaussian copula wants, so errors
-may be probability integral transforms or anything else that rises with the actual value.
+within a margin (a product at a step) matters: it is turned into normal scores for the Gaussian copula, so that errors
+may be probability integral transforms or any other numbers that rise with the actual value.
 """
 
 from dataclasses import dataclass
@@ -14,41 +14,41 @@ from handlers.base import Float32
 from handlers.codecs.features import Float64
 from model_store.archives.manifest import CorrelationSpec
 
-LEAST_WINDOWS = 8  #: fewer say nothing
-LEAST_EIGENVALUE = 1e-6  #: of a correlation matrix whose diagonal is 1
+LEAST_WINDOWS = 8  #: least number of windows for an estimate
+LEAST_EIGENVALUE = 1e-6  #: lower bound of the eigenvalues of a correlation matrix
 
 
 class TooFewErrors(ValueError):
-    """Nothing can be estimated from so few windows."""
+    """There are too few windows for an estimate."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
-    """One estimated correlation matrix [n, n], positive definite with unit diagonal, and how it came about."""
+    """One estimated correlation matrix [n, n], positive definite with unit diagonal, and properties of its estimate."""
 
     correlation: Float64
-    shrinkage: float  #: how much of the sample's matrix was replaced by the identity
-    observations: float  #: how many pairs of numbers an entry rests on
-    independent: float  #: as how many independent ones they count
-    condition_before: float  #: largest by smallest eigenvalue of the sample's matrix; infinite where that is singular
+    shrinkage: float  #: share of the sample matrix that was replaced by the identity
+    observations: float  #: number of pairs of values for each entry
+    independent: float  #: equivalent number of independent pairs
+    condition_before: float  #: largest / smallest eigenvalue of the sample matrix; infinite if it is singular
 
     def __repr__(self) -> str:
         return f"<Matrix {len(self.correlation)}, shrinkage {self.shrinkage:.3f}, condition {self.condition:.3g}>"
 
     @property
     def condition(self) -> float:
-        """Largest by smallest eigenvalue."""
+        """The ratio of the largest to the smallest eigenvalue."""
         return compute_condition(self.correlation)
 
     @property
     def factor(self) -> Float32:
-        """Lower Cholesky factor, as archives hold it."""
+        """The lower Cholesky factor, as in archives."""
         return np.linalg.cholesky(self.correlation).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Estimate:
-    """The record of an archive, its tensors, and for the method gaussian both matrices."""
+    """The record of an archive, its tensors, and both matrices for the method gaussian."""
 
     record: CorrelationSpec
     tensors: dict[str, Float32]
@@ -56,11 +56,10 @@ class Estimate:
 
 
 def compute_pit(levels: Float64, values: Float64, actual: Float64) -> Float64:
-    """The probability integral transform of actual [...] under quantiles `values` [..., levels], sorted: in (0, 1).
+    """Compute the probability integral transform of actual [...] under sorted `values` [..., levels], in (0, 1).
 
-    Linear between the levels; an actual that hits an atom gets the middle of its jump. Beyond the outer quantiles, of
-    which a forecast says nothing, exponential tails on the scale of the distance between them keep the order: there
-    only it counts.
+    It is linear between the levels; an actual at an atom gets the middle of its jump. Beyond the outer quantiles, where
+    only the order counts, the tails are exponential on the scale of the distance between them.
     """
     below = (values < actual[..., None]).sum(-1)  # levels whose quantile is less
     upto = (values <= actual[..., None]).sum(-1)
@@ -78,10 +77,10 @@ def compute_pit(levels: Float64, values: Float64, actual: Float64) -> Float64:
     return np.where(np.isnan(actual), np.nan, found)
 
 
-def normal_scores(errors: Float64) -> Float64:
-    """Each margin's normal scores [W, N, T]: the normal quantile at (rank - 1/2) / observed, ties their middle rank.
+def compute_normal_scores(errors: Float64) -> Float64:
+    """Compute normal scores [W, N, T] of each margin: normal quantiles at (rank - 1/2) / observed; ties share a rank.
 
-    NaN stays; a margin that never varies scores 0.
+    NaN stays NaN; a constant margin scores 0.
     """
     found = np.full(errors.shape, np.nan)
     for margin in np.ndindex(errors.shape[1:]):
@@ -93,16 +92,16 @@ def normal_scores(errors: Float64) -> Float64:
 
 
 def estimate_gaussian(errors: Float64, products: tuple[str, ...], overlap: float = 1.0) -> Estimate:
-    """The correlation in Kronecker form: products' at equal steps, steps' of equal products, over all windows.
+    """Estimate the correlation in Kronecker form: of products at equal steps, and of steps of equal products.
 
-    `overlap` is how many windows share a step on average; such are counted as one. Raises TooFewErrors.
+    `overlap` is the mean number of windows that share a step, which count as one. Raises TooFewErrors.
     """
     windows = _require_windows(errors, int(np.isfinite(errors).any((1, 2)).sum()))
-    scores = normal_scores(errors)
+    scores = compute_normal_scores(errors)
     by_product = np.moveaxis(scores, 1, 0).reshape(len(products), -1)
     by_step = np.moveaxis(scores, 2, 0).reshape(errors.shape[2], -1)
     (among_products, pairs), (among_steps, step_pairs) = _correlate_sample(by_product), _correlate_sample(by_step)
-    # Correlated observations count less: the mean of T with correlation C varies as that of T^2 / |C|^2 independent.
+    # Correlated observations count less: the mean of T with correlation C varies as if of T^2 / |C|^2 independent.
     matrices = (
         shrink_correlation(among_products, pairs, _independent_share(among_steps) / overlap),
         shrink_correlation(among_steps, step_pairs, _independent_share(among_products) / overlap),
@@ -119,7 +118,7 @@ def estimate_gaussian(errors: Float64, products: tuple[str, ...], overlap: float
 
 
 def estimate_schaake(errors: Float64, products: tuple[str, ...]) -> Estimate:
-    """The ranks of the windows in which nothing is missing; equal errors are ranked in the windows' order.
+    """Rank the windows without missing values; equal errors are ranked in the order of the windows.
 
     Raises TooFewErrors.
     """
@@ -131,10 +130,10 @@ def estimate_schaake(errors: Float64, products: tuple[str, ...]) -> Estimate:
 
 
 def shrink_correlation(sample: Float64, observations: float, independent_share: float = 1.0) -> Matrix:
-    """A sample's correlation matrix, shrunk towards the identity, then `repair_matrix`.
+    """Shrink the correlation matrix of a sample towards the identity, then apply `repair_matrix`.
 
-    The intensity is Schaefer and Strimmer's (2005), the analytic Ledoit-Wolf one for correlations: the sum of the
-    entries' variances by that of their squares, a variance being (1 - r^2)^2 / (n - 1) as of normal data.
+    The intensity is that of Schaefer and Strimmer (2005), the analytic Ledoit-Wolf one for correlations: the sum of the
+    variances of the entries divided by that of their squares, with the variance (1 - r^2)^2 / (n - 1) of normal data.
     """
     independent = observations * independent_share
     n = max(2.0, independent)
@@ -146,9 +145,9 @@ def shrink_correlation(sample: Float64, observations: float, independent_share: 
 
 
 def repair_matrix(matrix: Float64) -> Float64:
-    """A symmetric matrix with a positive diagonal -> a positive definite one with unit diagonal near it.
+    """Return a positive definite matrix with unit diagonal near a symmetric one with a positive diagonal.
 
-    Eigenvalues are clipped from below and rows and columns scaled: a congruence, which keeps them positive.
+    Eigenvalues are clipped from below, and rows and columns are scaled, a congruence that keeps them positive.
     """
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     floor = LEAST_EIGENVALUE * max(1.0, values[-1])
@@ -161,16 +160,16 @@ def repair_matrix(matrix: Float64) -> Float64:
 
 
 def compute_condition(matrix: Float64) -> float:
-    """Largest by smallest eigenvalue; infinite where that is not positive, up to rounding."""
+    """Return the ratio of the largest to the smallest eigenvalue; infinite if that is not positive, up to rounding."""
     values = np.linalg.eigvalsh(matrix)
     positive = values[0] > len(matrix) * np.finfo(np.float64).eps * values[-1]
     return float(values[-1] / values[0]) if positive else float("inf")
 
 
 def _correlate_sample(scores: Float64) -> tuple[Float64, float]:
-    """Series of scores [n, observations] of mean 0 -> correlations over the observations that both have, and how many.
+    """Correlate scores [n, observations] of mean 0 over common observations; also returns the mean number of pairs.
 
-    The mean number of pairs; a series that never varies is uncorrelated.
+    A constant series is uncorrelated.
     """
     here = np.isfinite(scores).astype(np.float64)
     values = np.where(here > 0, scores, 0.0)
@@ -183,12 +182,12 @@ def _correlate_sample(scores: Float64) -> tuple[Float64, float]:
 
 
 def _independent_share(correlation: Float64) -> float:
-    """How many of n observations with this correlation count, as a share of n."""
+    """Return the equivalent number of independent ones among n observations with this correlation, as a share of n."""
     return float(len(correlation) / (correlation**2).sum())
 
 
 def _middle_ranks(values: Float64) -> Float64:
-    """Rank - 1/2 of each value, equal ones the middle of theirs."""
+    """Return rank - 1/2 of each value; equal values get the middle of their ranks."""
     rising = np.sort(values)
     ranks = np.searchsorted(rising, values, "left") + np.searchsorted(rising, values, "right")
     return np.asarray(ranks / 2)

@@ -1,7 +1,7 @@
-"""Scores of quantile forecasts against what came. Pure numpy; the definition of each stands with its function.
+"""Scores of quantile forecasts against actual values. Pure numpy; each function gives the definition of its score.
 
-Arrays: `y` actuals, NaN where missing; `q` quantiles with one more axis, rising along it; `levels` [Q] of that axis. A
-missing actual never counts, and a score without anything to count is NaN. Lower is better, except for `coverage`.
+Arrays: `y` actuals, NaN if missing; `q` quantiles with one more axis, rising along it; `levels` [Q] of that axis. A
+missing actual is not counted, and a score without values is NaN. Lower is better, except for `coverage`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.codecs.features import Float64
-from handlers.training.input_recipe import DAY, WEEK, naive_lag
+from handlers.training.input_recipe import DAY, WEEK, compute_naive_lag
 
 Steps = npt.NDArray[np.int64]
 
@@ -21,7 +21,7 @@ MIDDLE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of one market over its windows, NaN where undefined. `coverage` is to be near `nominal`."""
+    """The scores of one market over its windows, NaN if undefined. `coverage` should be near `nominal`."""
 
     pinball: float
     wql: float
@@ -31,17 +31,17 @@ class Scores:
     crps: float
     coverage: float
     nominal: float
-    observed: int  #: steps that were scored
+    observed: int  #: number of scored steps
 
 
 def score_windows(y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Float64) -> Scores:
-    """All scores of windows: y and naive [W, H], q [W, H, Q], seasonal [W].
+    """Compute all scores of windows: y and naive [W, H], q [W, H, Q], seasonal [W].
 
-    pinball: mean over steps and levels, as `fleetcast train` shows it. wql: twice that by the mean of |y|. wape: the
-    median's absolute errors by the sum of |y|. mase: the median's absolute error by the window's `seasonal` error, mean
-    over steps (Hyndman and Koehler 2006); steps whose seasonal error is 0 or unknown are left out. rmae: the
-    median's mean absolute error by that of `naive`, over the steps that both have (Lago et al. 2021). wql, wape and
-    mase are those of `fev` with the median as point forecast.
+    pinball: mean over steps and levels, as in `fleetcast train`. wql: twice that, divided by the mean of |y|. wape: the
+    sum of absolute errors of the median, divided by the sum of |y|. mase: the absolute error of the median, divided by
+    the `seasonal` error of the window, mean over steps (Hyndman and Koehler 2006); steps whose seasonal error is 0 or
+    unknown are left out. rmae: the mean absolute error of the median, divided by that of `naive`, over the steps that
+    both have (Lago et al. 2021). wql, wape and mase are those of `fev` with the median as point forecast.
     """
     losses = _compute_mean(compute_pinball(y, q, levels))
     size, error = _compute_mean(np.abs(y)), np.abs(y - interpolate_median(q, levels))
@@ -77,8 +77,8 @@ def compute_crps(y: Float64, q: Float64, levels: Float64) -> Float64:
     a, b = np.concatenate([[0.0], levels]), np.concatenate([levels, [1.0]])
     u, v = np.concatenate([q[..., :1], q], -1), np.concatenate([q, q[..., -1:]], -1)
     width, rise, start = b - a, v - u, u - y[..., None]
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # what is infinite is clipped
-        part = np.where(rise > 0, np.clip(-start / rise, 0, 1), start <= 0)  # of the piece that lies below y
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):  # infinite values are clipped
+        part = np.where(rise > 0, np.clip(-start / rise, 0, 1), start <= 0)  # share of the piece below y
     above = width * (rise * (1 - part**2) / 2 + start * (1 - part))  # the integral of (quantile - y) from c to b
     every = width * (a * (rise / 2 + start) + width * (rise / 3 + start / 2))  # ... of level (quantile - y) from a to b
     found: Float64 = 2 * (above - every).sum(-1)
@@ -86,7 +86,7 @@ def compute_crps(y: Float64, q: Float64, levels: Float64) -> Float64:
 
 
 def interpolate_median(q: Float64, levels: Float64) -> Float64:
-    """Q [..., Q] -> [...]: linear between the levels around 0.5; NaN where all levels are on one side of it."""
+    """Q [..., Q] -> [...]: linear between the levels around 0.5; NaN if all levels are on one side of it."""
     if not levels[0] <= MIDDLE <= levels[-1]:
         return np.full(q.shape[:-1], np.nan)
     above = int(np.searchsorted(levels, MIDDLE))
@@ -98,7 +98,7 @@ def interpolate_median(q: Float64, levels: Float64) -> Float64:
 
 
 def find_outer_levels(levels: Float64) -> tuple[int, int]:
-    """The places of the widest pair that leaves as much below as above, else of the first and last level."""
+    """Return the indices of the widest symmetric pair of levels, else of the first and last level."""
     for low, level in enumerate(levels):
         high = int(np.argmin(np.abs(levels - (1 - level))))
         if high > low and np.isclose(levels[high], 1 - level):
@@ -107,10 +107,10 @@ def find_outer_levels(levels: Float64) -> tuple[int, int]:
 
 
 def compute_calibration(y: Float64, q: Float64, levels: Float64) -> Float64:
-    """Which share of the actuals fell below, between and above the quantiles [Q + 1]; right is the levels' distance.
+    """Compute the shares [Q + 1] of actuals below, between and above the quantiles; ideal are the levels' differences.
 
-    It is the histogram of the probability integral transform with the levels as edges, which is all that quantiles
-    say. An actual that equals quantiles (a floor, a zero price) is shared by the cells on both sides.
+    They are the histogram of the probability integral transform with the levels as edges. An actual that equals
+    quantiles (a floor, a zero price) is shared by the cells on both sides.
     """
     y, q = y[~np.isnan(y)], q[~np.isnan(y)]
     if not len(y):
@@ -119,8 +119,8 @@ def compute_calibration(y: Float64, q: Float64, levels: Float64) -> Float64:
     return np.diff(np.concatenate([[0.0], below, [1.0]]))
 
 
-def seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
-    """Mean |value - value a season before| of all steps before each origin [W]: what MASE scales by."""
+def compute_seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
+    """Compute the mean |value - value a season before| of all steps before each origin [W], the scale of MASE."""
     steps = np.abs(values[season:] - values[:-season])
     sums = np.concatenate([[0.0], np.cumsum(np.nan_to_num(steps))])
     counts = np.concatenate([[0], np.cumsum(~np.isnan(steps))])
@@ -131,11 +131,11 @@ def seasonal_errors(values: Float64, origins: Steps, season: int) -> Float64:
 
 
 def make_naive_forecast(values: Float64, seconds: Steps, origins: Steps, horizon: int) -> Float64:
-    """The forecast that rMAE compares with [W, H], NaN where its value is missing; `seconds` [T]: stamps since 1970.
+    """Make the naive forecast of rMAE [W, H], NaN if its value is missing; `seconds` [T] are stamps since 1970.
 
-    Steps that divide a day: the value a week before on Saturday, Sunday and Monday, else a day before (the standard
-    naive forecast of electricity prices, `epftoolbox`'s default), or where a forecast is longer the last known of the
-    kind. Days: a week before. Else the season that `fleetcast train` compares with.
+    For steps that divide a day it is the value a week before on Saturday, Sunday and Monday, else a day before (the
+    standard naive forecast of electricity prices, the default of `epftoolbox`); a longer forecast repeats the last
+    known ones. For days it is the value a week before. Else it is that of the naive forecast of `fleetcast train`.
     """
     step_s, ahead = int(seconds[1] - seconds[0]), np.arange(1, horizon + 1)
     places = origins[:, None] + ahead - 1
@@ -144,12 +144,12 @@ def make_naive_forecast(values: Float64, seconds: Steps, origins: Steps, horizon
         by_week = (weekday == MONDAY) | (weekday >= SATURDAY)
         lag = np.where(by_week, _round_to_seasons(ahead, WEEK // step_s), _round_to_seasons(ahead, DAY // step_s))
     else:
-        lag = np.broadcast_to(_round_to_seasons(ahead, naive_lag(step_s, 1)), places.shape)
+        lag = np.broadcast_to(_round_to_seasons(ahead, compute_naive_lag(step_s, 1)), places.shape)
     return np.where(places >= lag, values[np.maximum(places - lag, 0)], np.nan)
 
 
-def by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
-    """Mean error of each group; both arrays of one shape."""
+def average_by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
+    """Return the mean error of each group; both arrays have one shape."""
     return [_compute_mean(errors[group == each]) for each in groups]
 
 

@@ -1,4 +1,4 @@
-"""The network architectures that a forecaster archive can name, one file each; how a record becomes its family.
+"""The network architectures that a forecaster archive can name, one file each, and the making of families.
 
 `ARCHITECTURES` is the registry: a record for each name in `handlers.architectures.SUMMARIES`.
 """
@@ -25,7 +25,7 @@ from model_store.errors import ArchiveInvalid
 
 
 def _load_record(name: str) -> Architecture:
-    """The record of `handlers/forecasters/NAME.py`."""
+    """Load the record of `handlers/forecasters/NAME.py`."""
     record = import_module(f"handlers.forecasters.{name}").ARCHITECTURE
     assert isinstance(record, Architecture), f"{name}.py: ARCHITECTURE is no Architecture"
     assert record.name == name, f"{name}.py: its record is called {record.name!r}"
@@ -36,7 +36,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({name: _load_record
 
 
 def get_family(spec: Spec) -> Family:
-    """The family of a forecaster archive: the same object for equal architecture and config.
+    """Return the family of a forecaster archive: the same object for equal architecture and config.
 
     Raises:
         ArchiveInvalid: an unknown architecture, a wrong config field, or a `forecast` that does not fit the network.
@@ -48,7 +48,7 @@ def get_family(spec: Spec) -> Family:
 
 
 def build_family(architecture: str, config: Mapping[str, object]) -> Family:
-    """The family by name and (partial) config; fields left out have the architecture's defaults. Raises as `family`.
+    """Build the family by name and (partial) config; missing fields have defaults. Raises as `get_family` does.
 
     `members` in the config of any architecture of quantiles makes an ensemble of it.
     """
@@ -69,7 +69,7 @@ def build_family(architecture: str, config: Mapping[str, object]) -> Family:
 
 
 def random_tensors(family: Family, seed: int) -> dict[str, Float32]:
-    """A state dict by the reference's own initialisation: the same numbers for the same seed. For demos and tests."""
+    """Make a state dict by the initialisation of the reference, equal for equal seeds. For demos and tests."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = family.reference().state_dict()
@@ -77,25 +77,26 @@ def random_tensors(family: Family, seed: int) -> dict[str, Float32]:
 
 
 def split_members(family: Family) -> tuple[Family, int]:
-    """The family of an ensemble's members and how many there are; of any other family, itself and 1."""
+    """Return the family of the members of an ensemble and their number; for any other family, itself and 1."""
     return (family.member, family.members) if isinstance(family, Ensemble) else (family, 1)
 
 
-def architecture_of(family: Family) -> Architecture:
-    """The record of a family that `build_family` made; of an ensemble, its members'. Raises KeyError for other
-    families.
+def find_architecture(family: Family) -> Architecture:
+    """Return the record of a family that `build_family` made, for an ensemble that of its members.
+
+    Raises KeyError for other families.
     """
     return ARCHITECTURES[_name_in_key(family)]
 
 
 def answers_paths(family: Family) -> bool:
-    """Whether it answers sample paths instead of quantiles. A graph never does."""
+    """Return whether the family answers sample paths instead of quantiles, which a graph never does."""
     record = ARCHITECTURES.get(_name_in_key(family))
     return record is not None and record.samples
 
 
 def _name_in_key(family: Family) -> str:
-    """INVARIANT: `_build_family` makes keys of the form NAME-DIGEST."""
+    """Return the name in a key. INVARIANT: `_build_family` makes keys of the form NAME-DIGEST."""
     member, _ = split_members(family)
     return member.key.rpartition("-")[0]
 
@@ -105,9 +106,9 @@ _building = threading.RLock()  # reentrant: an ensemble builds its members' fami
 
 
 def _build_family(architecture: str, config: msgspec.Struct, members: int) -> Family:
-    """The same object for the same arguments, for as long as it is in use.
+    """Build the family, or return the same object for equal arguments while it is in use.
 
-    An archive's author chooses the config: families that no model has any more must not stay in memory.
+    The author of an archive chooses the config, so that families without models must not stay in memory.
     """
     key = (architecture, config, members)
     with _building:
@@ -128,7 +129,7 @@ def _make(architecture: str, config: msgspec.Struct, members: int) -> Family:
 
 
 def check_forecast(family: Family, forecast: ForecastSpec) -> None:
-    """What the forecast promises is what the network takes and gives. Raises ArchiveInvalid that names the field."""
+    """Check that the forecast fits inputs and outputs of the network. Raises ArchiveInvalid that names the field."""
     products, output = len(forecast.products), family.output_shape
     if products > 1 and output[1:-1] == (products,):
         output = (output[0], products * output[-1])

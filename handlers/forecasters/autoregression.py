@@ -1,28 +1,28 @@
 """A recurrence whose answer to one step is its input at the next: many models, each on many paths, in one product.
 
-What is known of the steps is the same on all paths, so its part of the gates is computed once a model, for all steps.
+The known inputs of the steps are the same on all paths, so that their part of the gates is computed once per model.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-VIEWS = 4  #: of a layer in a binding
+VIEWS = 4  #: tensors of a layer in a binding
 
 
 class Feedback:
-    """The layers of an `nn.GRU` called `name`, whose input is the fed-back value and then what is known of the step."""
+    """The layers of an `nn.GRU` called `name`, whose input is the fed-back value and the known inputs of a step."""
 
     def __init__(self, name: str, hidden: int, layers: int) -> None:
         self._names = [f"{name}.{{}}_l{i}".format for i in range(layers)]
         self._hidden = hidden
-        self.items = VIEWS * layers  # of a binding
+        self.items = VIEWS * layers  # tensors of a binding
 
     def __repr__(self) -> str:
         return f"<Feedback {len(self._names)} layers of {self._hidden}>"
 
     def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Views of B rows' parts, as `gru.Recurrence` lays them out, four a layer."""
+        """Return views of B rows' parts, as `batched_gru.Recurrence` lays them out, four a layer."""
         kinds = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
         return [part[name(kind)] for name in self._names for kind in kinds]
 
@@ -34,9 +34,9 @@ class Feedback:
         value: torch.Tensor,
         told: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> None:
-        """From each layer's state [B, 1, hidden] and the value before the first step [B, S], through known [B, P, W-1].
+        """Run from the states [B, 1, hidden] of the layers and the last value [B, S] through known inputs [B, P, W-1].
 
-        `told` gets a step and the last layer's states [B, S, hidden], and gives the value that is fed back [B, S].
+        `told` takes a step and the last layer's states [B, S, hidden], and returns the value that is fed back [B, S].
         """
         layers = [bound[at : at + VIEWS] for at in range(0, self.items, VIEWS)]
         weight, bias, *_ = layers[0]
@@ -53,7 +53,7 @@ class Feedback:
     def _advance(
         self, given: torch.Tensor, of_state: torch.Tensor, hidden_bias: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
-        """The next states [B, S, hidden] of gates' parts [B, S, 3 hidden], both overwritten. See `gru.Recurrence`."""
+        """Compute the next states [B, S, hidden] of gates' parts [B, S, 3 hidden], both overwritten."""
         shared = 2 * self._hidden
         gates = of_state[..., :shared].add_(given[..., :shared]).sigmoid_()
         inner = of_state[..., shared:].add_(hidden_bias)

@@ -1,9 +1,10 @@
-"""The layers of an `nn.GRU` of many models at once, and what families made of them have in common.
+"""The layers of an `nn.GRU` of many models at once, and the common part of families that use them.
 
 `vmap` has no rule for `nn.GRU`, and `nn.GRU` on a CPU is a loop of eight or so kernels a step and model. Here a step of
 all models is five calls in place: one product into gates that hold the input's part already, sigmoid, addcmul, tanh,
-lerp. Gates and states lie time-major, so that each step's are contiguous, and only a chunk of the context is held: the
-scratch does not grow with it. Weights that lie [in, out] are a seventh faster in batches than nn.GRU's [out, in].
+lerp. Gates and states are time-major, so that those of a step are contiguous, and only a chunk of the context is held,
+so that the scratch does not grow with it. Weights that lie [in, out] are a seventh faster in batches than nn.GRU's
+[out, in].
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,35 +15,56 @@ import torch
 from handlers.base import Float32, Shape
 from handlers.forecasters.row_layout import Rows
 
-CHUNK = 24  #: steps at most whose gates are held; all of 168 at once would save a twentieth of the time at batch 1
-MOST_PRODUCTS = 2**31  #: multiplications a forecast: about a tenth of a second of one core
-MOST_NUMBERS = 2**20  #: in one input and in one answer
-CHUNK_ITEMS, STEP_ITEMS = 7, 6  #: of a layer in a binding, see Recurrence.bind
+CHUNK = 24  #: most steps whose gates are held; all 168 at once would save a twentieth of the time at batch 1
+CHUNK_ITEMS, STEP_ITEMS = 7, 6  #: tensors of a chunk and of a step of a layer, see Recurrence.bind
+
+
+class BoundPart(Protocol):
+    """A part of a network that a batch's rows are bound to."""
+
+    def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Views of B rows' parts -> the tensors that `forward` reads and writes for these rows."""
 
 
 class NetworkPart(Protocol):
     """A part of a network: its tensors, and where they go in a row."""
 
     def parameters(self) -> Mapping[str, Shape]:
-        """The state dict's names and shapes."""
+        """The names and shapes in the state dict."""
 
     def parts(self) -> Mapping[str, Shape]:
-        """The row's."""
+        """The names and shapes in the row."""
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
 
 
 class Recurrent(Rows):
-    """A family whose row is pieces one after another. A subclass adds `reference`, `bind` and `forward`."""
+    """A family whose row is `pieces` one after another. A subclass adds `reference` and `forward`.
 
-    def __init__(self, key: str, input_shape: Shape, output_shape: Shape, pieces: Sequence[NetworkPart]) -> None:
+    `bound` are the parts of a binding in their order, which `forward` relies on.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        input_shape: Shape,
+        output_shape: Shape,
+        pieces: Sequence[NetworkPart],
+        bound: Sequence[BoundPart],
+    ) -> None:
         parameters, parts = dict[str, Shape](), dict[str, Shape]()
         for piece in pieces:
             parameters |= piece.parameters()
             parts |= piece.parts()
         super().__init__(key, input_shape, output_shape, parameters, parts)
-        self._pieces = pieces
+        self._pieces, self._bound = pieces, bound
+
+    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rows [B, row_floats] -> what each part of `bound` binds, in order."""
+        part = self._layout.views(block)
+        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
+            return [tensor for each in self._bound for tensor in each.bind(part)]
 
     def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
         for piece in self._pieces:
@@ -59,15 +81,15 @@ class LinearHead:
         return f"<LinearHead {self._hidden} -> {self._out}>"
 
     def parameters(self) -> dict[str, Shape]:
-        """As `nn.Linear` has them."""
+        """The names and shapes that `nn.Linear` gives them."""
         return {"head.weight": (self._out, self._hidden), "head.bias": (self._out,)}
 
     def parts(self) -> dict[str, Shape]:
-        """Transposed."""
+        """The same with the weight transposed."""
         return {"head.weight": (self._hidden, self._out), "head.bias": (1, self._out)}
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
         part["head.weight"][...] = tensors["head.weight"].T
         part["head.bias"][0] = tensors["head.bias"]
 
@@ -77,7 +99,7 @@ class LinearHead:
 
 
 class Recurrence:
-    """The layers of an `nn.GRU` called `name`, of many models at once: their parts in a row, and how they run.
+    """The layers of an `nn.GRU` called `name`, of many models at once: their parts in a row, and their run.
 
     For the gates r, z and the candidate n of state h and input x, with * by element and @ by matrix:
     r, z = sigmoid(x @ Wi + h @ Wh + b), n = tanh(x @ Wi + b + r * (h @ Wh + b')), next h = n + z * (h - n).
@@ -90,13 +112,13 @@ class Recurrence:
         self._steps = steps
         self._chunk = -(-steps // -(-steps // CHUNK))
         self._layer_items = CHUNK_ITEMS + STEP_ITEMS * self._chunk
-        self.items = layers * self._layer_items  # of a binding
+        self.items = layers * self._layer_items  # tensors of a binding
 
     def __repr__(self) -> str:
         return f"<Recurrence {len(self._widths)} layers of {self._hidden}, {self._steps} steps by {self._chunk}>"
 
     def parameters(self) -> dict[str, Shape]:
-        """The state dict's names and shapes, as `nn.GRU` orders them."""
+        """The names and shapes in the state dict, as `nn.GRU` orders them."""
         gates, found = 3 * self._hidden, dict[str, Shape]()
         for (ih, hh), width in zip(self._names, self._widths, strict=True):
             found |= {ih("weight"): (gates, width), hh("weight"): (gates, self._hidden)}
@@ -104,7 +126,7 @@ class Recurrence:
         return found
 
     def parts(self) -> dict[str, Shape]:
-        """The row's parts: weights [in, r z n], r and z with one bias, n with one inside the reset's product too."""
+        """The parts of the row: weights [in, r z n], r and z with one bias, n also with one inside the reset."""
         gates, found = 3 * self._hidden, dict[str, Shape]()
         for (ih, hh), width in zip(self._names, self._widths, strict=True):
             found |= {ih("weight"): (width, gates), ih("bias"): (1, gates)}
@@ -112,7 +134,7 @@ class Recurrence:
         return found
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
         shared = 2 * self._hidden
         for ih, hh in self._names:
             part[ih("weight")][...] = tensors[ih("weight")].T
@@ -122,12 +144,12 @@ class Recurrence:
             part[hh("bias")][0] = tensors[hh("bias")][shared:]
 
     def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Views of B rows' parts -> for each layer seven tensors that concern a whole chunk, then six a step.
+        """Bind views of B rows' parts: for each layer seven tensors of a whole chunk, then six a step.
 
         The seven: the input's weight and bias, the hidden weight and n's hidden bias, the states [1 + chunk, B, 1, H]
         before the first step and after each, the gates r and z of all steps, and n's inner product of all steps. The
-        six are views of one step's gates and next state. The gates' memory is shared by the layers, each of which is
-        done with a chunk before the next begins.
+        six are views of one step's gates and next state. The gates' memory is shared by the layers, each of which
+        finishes a chunk before the next begins.
         """
         hidden, shared, bound = self._hidden, 2 * self._hidden, list[torch.Tensor]()
         some = part[self._names[0][0]("bias")]
@@ -144,9 +166,9 @@ class Recurrence:
     def run(
         self, bound: Sequence[torch.Tensor], x: torch.Tensor, start: Sequence[torch.Tensor] | None = None
     ) -> Iterator[torch.Tensor]:
-        """Inputs x [B, steps, width] -> the last layer's states [B, n, hidden], n steps after n steps.
+        """Run inputs x [B, steps, width]; yields the last layer's states [B, n, hidden], n steps at a time.
 
-        They are scratch that the next n overwrite. `start` has a state [B, 1, hidden] a layer, zero where it is None.
+        They are scratch that the next n steps overwrite. `start` has a state [B, 1, hidden] per layer; None means zero.
         """
         layers = [bound[at : at + self._layer_items] for at in range(0, self.items, self._layer_items)]
         steps = [list(zip(*[iter(layer[CHUNK_ITEMS:])] * STEP_ITEMS, strict=True)) for layer in layers]
@@ -160,7 +182,7 @@ class Recurrence:
             at, skip = at + self._chunk - skip, 0
 
     def final(self, bound: Sequence[torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-        """Inputs x [B, steps, width] -> each layer's state [B, 1, hidden] after the last step, in scratch."""
+        """Run inputs x [B, steps, width]; returns the last state [B, 1, hidden] of each layer, in scratch."""
         for _ in self.run(bound, x):
             pass
         return list(bound[self._layer_items - 1 :: self._layer_items])
@@ -173,9 +195,9 @@ def _advance_layer(
     skip: int,
     before: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One layer over a chunk but for its first `skip` places: x [B, n, width] -> the states [B, n, hidden].
+    """Run one layer over a chunk without its first `skip` places: x [B, n, width] -> the states [B, n, hidden].
 
-    `before` is the state [B, 1, hidden] before the first of these n steps, zero where it is None.
+    `before` is the state [B, 1, hidden] before the first of these n steps; None means zero.
     """
     weight, bias, hidden_weight, hidden_bias, states, r_z, inner = layer[:CHUNK_ITEMS]
     given = torch.baddbmm(bias, x, weight).transpose(0, 1)[:, :, None]  # faster than products into strided memory
@@ -189,22 +211,3 @@ def _advance_layer(
         reset_update.sigmoid_()
         h = following.addcmul_(reset, hidden_n).tanh_().lerp_(h, update)
     return found[:, :, 0].transpose(0, 1)
-
-
-def count_products(width: int, hidden: int, layers: int) -> int:
-    """Multiplications of one step of an `nn.GRU` with `width` inputs."""
-    return 3 * hidden * (width + hidden + (layers - 1) * 2 * hidden)
-
-
-def require_products(count: int) -> None:
-    """What one forecast takes is little enough that a step of a worker stays one. Raises ValueError."""
-    if count > MOST_PRODUCTS:
-        what = f"a forecast takes {count} multiplications, {MOST_PRODUCTS} are allowed"
-        raise ValueError(f"{what}; make context_length, prediction_length, hidden or layers smaller")
-
-
-def require_numbers(given: int, answered: int, last: str = "quantiles") -> None:
-    """An input and an answer are of a size that a worker can hold many of. Raises ValueError."""
-    for count, fields in ((given, "features x context_length"), (answered, f"prediction_length x {last}")):
-        if count > MOST_NUMBERS:
-            raise ValueError(f"{fields} is {count}, {MOST_NUMBERS} are allowed")

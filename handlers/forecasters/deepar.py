@@ -1,4 +1,4 @@
-"""`deepar`: a recurrence that draws each step from a distribution and reads what it drew: an answer is sample paths.
+"""`deepar`: a recurrence that draws each step from a distribution and reads what it drew: its answer is sample paths.
 
 Source: Salinas et al. 2020, "DeepAR: probabilistic forecasting with autoregressive recurrent networks", arXiv
 1704.04110, with gated recurrent units, and the normal distribution in network numbers: where these are asinh of prices,
@@ -15,51 +15,29 @@ The price of an answer: P steps of `paths` rows each, beside `context - P` of on
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.autoregression import Feedback
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
-    count_products,
-    require_numbers,
-    require_products,
-)
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
 from handlers.forecasters.counter_rng import draw_normals
+from handlers.forecasters.network_config import PathsConfig, count_products, require_products
 
-CPU_PATHS = 400  #: that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
-LEAST_SCALE = 1e-3  #: in network numbers
+#: paths that advance together, so that gates stay in the cache: 64 models take 1.5 ms each instead of 4.2
+CPU_PATHS = 400
+LEAST_SCALE = 1e-3  #: lower bound of a scale, in network numbers
 
 
-class DeeparConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, paths]."""
-
-    features: Annotated[int, Meta(ge=2, le=1024)] = 8  #: the first the target, the last the seed
-    context_length: Annotated[int, Meta(ge=2, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    paths: Annotated[int, Meta(ge=2, le=10_000)] = 100
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+class DeeparConfig(PathsConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `deepar`. x [features, context_length] -> [prediction_length, paths]."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a context that ends before the forecast begins, or what would hold up a worker."""
-        require_longer(self.context_length, self.prediction_length)
-        require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
+        """Raises ValueError as PathsConfig does, or for a network that would hold up a worker."""
+        PathsConfig.__post_init__(self)
         steps = self.context_length + self.prediction_length * (self.paths - 1)
         require_products(steps * count_products(self.features, self.hidden, self.layers))
-
-
-def require_longer(context: int, prediction: int) -> None:
-    """The context has steps before those that its shifted channels tell of. Raises ValueError."""
-    if prediction >= context:
-        what = f"prediction_length {prediction} is not below context_length {context}"
-        raise ValueError(f"{what}, whose last columns tell of the forecast steps")
 
 
 class DeeparReference(nn.Module):
@@ -76,7 +54,7 @@ class DeeparReference(nn.Module):
         return self.sampled(x) if y is None else self.likelihood(x, y)
 
     def sampled(self, x: torch.Tensor) -> torch.Tensor:
-        """Paths [N, prediction_length, paths]."""
+        """Draw paths [N, prediction_length, paths]."""
         noise = draw_normals(x[:, -1, :2], self.paths, self.steps)
         known = x[:, :-1].transpose(1, 2)  # [N, context, W - 1]
         past = torch.cat([x[:, 0, self.steps - 1 : -1, None], known[:, : -self.steps]], 2)
@@ -92,9 +70,9 @@ class DeeparReference(nn.Module):
         return torch.stack(found, 1)
 
     def likelihood(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """How unlikely the past and the targets y [N, prediction_length] (NaN: missing) are: [N].
+        """Compute the negative log-likelihood [N] of the past and the targets y [N, prediction_length] (NaN: missing).
 
-        The mean of -log p over all steps, each told what was before it, times the targets that are not missing.
+        It is the mean of -log p over all steps given the values before, times the number of targets not missing.
         """
         seen, filled = ~y.isnan(), y.nan_to_num()
         before = torch.cat([x[:, 0, self.steps - 1 :], filled[:, :-1]], 1)
@@ -107,7 +85,7 @@ class DeeparReference(nn.Module):
 
 
 def compute_normal(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's two numbers [..., 2] -> the normal distribution's center and scale [...]."""
+    """Compute center and scale [...] of the normal distribution from the head's two numbers [..., 2]."""
     return numbers[..., 0], nn.functional.softplus(numbers[..., 1]) + LEAST_SCALE
 
 
@@ -120,23 +98,17 @@ class Deepar(Recurrent):
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, past)
         self._feedback = Feedback("gru", config.hidden, config.layers)
         self._head = LinearHead(config.hidden, 2)
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
-        super().__init__(key, given, answered, (self._gru, self._head))
+        pieces, bound = (self._gru, self._head), (self._head, self._feedback, self._gru)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return DeeparReference(self.config).eval()
 
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the head's weight and bias, then what feedback and recurrence bind."""
-        part = self._layout.views(block)
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [*self._head.bind(part), *self._feedback.bind(part), *self._gru.bind(part)]
-
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
 
-        What the paths need is allocated here: a binding of each batch size would hold on to some MB.
+        The memory of the paths is allocated here, because a binding of each batch size would keep some MB.
         """
         (head, bias), rest, steps = weights[:2], weights[2:], self.config.prediction_length
         known, noise = x[:, :-1].transpose(1, 2), draw_normals(x[:, -1, :2], self.config.paths, steps).to(x.dtype)

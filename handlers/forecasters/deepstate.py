@@ -15,46 +15,33 @@ core: 14 ms for 1 model, 0.8 to 1 ms a model from 32 on. Parameters: 3 H (W + H 
 and 4 H + 4; 4,068 by default.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import cos, pi, sin
 from typing import Annotated, NamedTuple
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
-    count_products,
-    require_numbers,
-    require_products,
-)
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
 from handlers.forecasters.counter_rng import draw_normals
-from handlers.forecasters.deepar import require_longer
+from handlers.forecasters.network_config import Hidden, PathsConfig, count_products, require_products
 
-LEAST_SCALE = 1e-2  #: in network numbers
-NUMBERS = 4  #: that the recurrence gives for a step
+LEAST_SCALE = 1e-2  #: lower bound of a scale, in network numbers
+NUMBERS = 4  #: numbers that the recurrence gives for a step
 
 
-class DeepstateConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, paths]."""
+class DeepstateConfig(PathsConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `deepstate`. x [features, context_length] -> [prediction_length, paths]."""
 
-    features: Annotated[int, Meta(ge=2, le=1024)] = 8  #: the first the target, the last the seed
-    context_length: Annotated[int, Meta(ge=2, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    paths: Annotated[int, Meta(ge=2, le=10_000)] = 100
     season: Annotated[int, Meta(ge=2, le=10_000)] = 24
     harmonics: Annotated[int, Meta(ge=0, le=16)] = 3
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 32
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+    hidden: Hidden = 32
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a context that ends before the forecast begins, or what would hold up a worker."""
-        require_longer(self.context_length, self.prediction_length)
-        require_numbers(self.features * self.context_length, self.prediction_length * self.paths, "paths")
+        """Raises ValueError as PathsConfig does, or for a network that would hold up a worker."""
+        PathsConfig.__post_init__(self)
         width = 1 + 2 * self.harmonics
         filtered = 2 * width**3 * self.context_length + 2 * width**2 * self.prediction_length * self.paths
         require_products(self.context_length * count_products(self.features - 1, self.hidden, self.layers) + filtered)
@@ -67,9 +54,14 @@ class Space(NamedTuple):
     turn: torch.Tensor  #: [d, d], the state's next mean is turn @ state
     changes: torch.Tensor  #: [2, d], ones where the level's and the season's scale apply
 
+    def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The three tensors on the device of the rows."""
+        device = part["head.weight"].device
+        return [each.to(device) for each in self]
+
 
 def make_state_space(config: DeepstateConfig) -> Space:
-    """Level and harmonics of the season."""
+    """Make the constants for a level and the harmonics of the season."""
     width = 1 + 2 * config.harmonics
     turn, changes = torch.eye(width), torch.zeros(2, width)
     changes[0, 0], changes[1, 1:] = 1, 1
@@ -84,7 +76,7 @@ class Filter:
     """A Kalman filter of B series, on S paths each: means [B, S, d], and one covariance [B, d, d] for all paths."""
 
     def __init__(self, constants: Space, numbers: torch.Tensor) -> None:
-        """From the recurrence's numbers [B, steps, 4]; the state before is around zero with unit variance."""
+        """Start with the recurrence's numbers [B, steps, 4]; the first state has mean zero and unit variance."""
         self._space = constants
         self._offset = numbers[..., 0, None]
         scales = nn.functional.softplus(numbers[..., 1:]) + LEAST_SCALE
@@ -98,7 +90,7 @@ class Filter:
         return f"<Filter of {len(self._mean)} series, {self._mean.shape[2]} numbers each>"
 
     def predict(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The observation's mean [B, S] and variance [B, 1] at a step."""
+        """Predict the mean [B, S] and variance [B, 1] of the observation at a step."""
         seen = self._covariance @ self._space.observation
         variance = (seen @ self._space.observation)[:, None] + self._noise[:, step]
         self._gain = seen / variance
@@ -106,14 +98,14 @@ class Filter:
         return self._mean @ self._space.observation + self._offset[:, step], variance
 
     def update(self, step: int, error: torch.Tensor) -> None:
-        """Takes in the observation's distance to its predicted mean [B, S], and goes on by a step."""
+        """Update with the distance [B, S] of the observation to its predicted mean, and advance by a step."""
         turn = self._space.turn
         self._mean = (self._mean + error[..., None] * self._gain[:, None]) @ turn.T
         covariance = self._covariance - self._gain[..., None] * self._seen[:, None]
         self._covariance = turn @ covariance @ turn.T + self._change[:, step]
 
     def drawn(self, first: int, noise: torch.Tensor) -> torch.Tensor:
-        """Paths [B, P, S] from step `first` on, of standard normals [B, S, P]."""
+        """Draw paths [B, P, S] from step `first` on, from standard normals [B, S, P]."""
         found = []
         for step in range(noise.shape[2]):
             mean, variance = self.predict(first + step)
@@ -133,9 +125,9 @@ class DeepstateReference(nn.Module):
         self.head = nn.Linear(config.hidden, NUMBERS)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        """Input x [N, features, context_length] -> paths [N, prediction_length, paths], or how unlikely y is [N].
+        """Input x [N, features, context_length] -> paths [N, prediction_length, paths], or the loss of y [N].
 
-        That is the mean of -log p over all steps, each told what was before it, times the targets y [N,
+        The loss is the mean of -log p over all steps given the values before, times the number of targets y [N,
         prediction_length] that are not missing.
         """
         steps = self.config.prediction_length
@@ -163,24 +155,17 @@ class Deepstate(Recurrent):
         self._space = make_state_space(config)
         self._gru = Recurrence("gru", config.features - 1, config.hidden, config.layers, config.context_length)
         self._head = LinearHead(config.hidden, NUMBERS)
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.paths)
-        super().__init__(key, given, answered, (self._gru, self._head))
+        pieces, bound = (self._gru, self._head), (self._head, self._space, self._gru)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return DeepstateReference(self.config).eval()
 
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the head's weight and bias, the model's constants, what the recurrence binds."""
-        part = self._layout.views(block)
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            constants = [each.to(block.device) for each in self._space]
-            return [*self._head.bind(part), *constants, *self._gru.bind(part)]
-
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
 
-        Variances are float32 whatever the network's numbers are: shorter ones would not stay positive.
+        Variances are float32 for every dtype of the network, because shorter ones would not stay positive.
         """
         (head, bias), constants, steps = weights[:2], Space(*weights[2:5]), self.config.prediction_length
         states = self._gru.run(weights[5:], x[:, :-1].transpose(1, 2))

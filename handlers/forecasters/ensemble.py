@@ -54,7 +54,7 @@ class Ensemble:
         return EnsembleReference(self.member, self.members).eval()
 
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> the members' rows side by side."""
+        """Make the rows of the members side by side."""
         check_tensors(self.parameters, tensors)
         check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
         names = self.member.parameters
@@ -65,8 +65,8 @@ class Ensemble:
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
         """Rows [B, row_floats] -> a tensor as long as there are bindings of the member's family, and these.
 
-        Side by side, B rows are B x members rows: one binding. Rows that are all the same one are not, as their
-        members do not lie at even distances: there a binding of B rows for each member.
+        B rows side by side are B x members rows, with one binding. For B times the same row the members do not lie at
+        even distances, so that each member has a binding of B rows.
         """
         width = self.member.row_floats
         parts = [block[:, i * width : (i + 1) * width] for i in range(self.members)]

@@ -21,36 +21,24 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.base import Float32, Shape
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
-    count_products,
-    require_numbers,
-    require_products,
-)
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
+from handlers.forecasters.network_config import RecurrentConfig, count_products, require_numbers, require_products
 from handlers.forecasters.row_layout import check_finite, check_tensors
 
 
-class EsrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class EsrnnConfig(RecurrentConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `esrnn`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
     season: Annotated[int, Meta(ge=1, le=512)] = 24
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what would hold up a worker."""
-        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        """Raises ValueError for a network that would hold up a worker."""
+        require_numbers(self.input_shape, self.output_shape)
         require_products(self.context_length * (count_products(self.features, self.hidden, self.layers) + self.season))
 
     @property
@@ -94,7 +82,7 @@ class EsrnnReference(nn.Module):
 
 
 class Smoothing:
-    """The rates of level and season, and in a row what a season of them does to the level: a matrix, in float64."""
+    """The rates of level and season, and for a row the matrix (float64) by which a season changes the level."""
 
     def __init__(self, cycle: int) -> None:
         self._cycle = cycle
@@ -103,7 +91,7 @@ class Smoothing:
         return f"<Smoothing of seasons of {self._cycle}>"
 
     def parameters(self) -> dict[str, Shape]:
-        """Both before the sigmoid."""
+        """The names and shapes in the state dict, both before the sigmoid."""
         return {"level_rate": (1,), "season_rate": (1,)}
 
     def parts(self) -> dict[str, Shape]:
@@ -111,12 +99,16 @@ class Smoothing:
         return {"smoothing": (self._cycle, self._cycle), "decay": (self._cycle, 1), "season_rate": (1, 1)}
 
     def fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """State-dict tensors into the parts of a row."""
+        """Write state-dict tensors into the parts of a row."""
         a, g = (1 / (1 + np.exp(-tensors[name].astype(np.float64))) for name in ("level_rate", "season_rate"))
         t = np.arange(self._cycle)
         part["smoothing"][...] = np.tril(a * (1 - a) ** np.maximum(t[:, None] - t, 0))
         part["decay"][:, 0] = (1 - a) ** (t + 1)
         part["season_rate"][0] = g
+
+    def bind(self, part: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Views of B rows' parts -> smoothing [B, cycle, cycle], decay [B, cycle, 1], the season's rate [B, 1, 1]."""
+        return [part[name] for name in self.parts()]
 
 
 class Esrnn(Recurrent):
@@ -126,25 +118,19 @@ class Esrnn(Recurrent):
         self.config = config
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.steps)
         self._head = LinearHead(config.hidden, config.prediction_length * config.quantiles)
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
-        super().__init__(key, given, answered, (Smoothing(config.cycle), self._gru, self._head))
+        smoothing = Smoothing(config.cycle)
+        pieces, bound = (smoothing, self._gru, self._head), (smoothing, self._head, self._gru)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return EsrnnReference(self.config).eval()
 
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row. A rate may be infinite and its sigmoid not, so the tensors are looked at too."""
+        """Make a flat row. The tensors are checked too, since the sigmoid of an infinite rate is finite."""
         check_tensors(self.parameters, tensors)
         check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
         return super().row(tensors)
-
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> smoothing, decay, season's rate, head's weight and bias, the recurrence's."""
-        part = self._layout.views(block)
-        smoothing = (part[name] for name in ("smoothing", "decay", "season_rate"))
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [*smoothing, *self._head.bind(part), *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""

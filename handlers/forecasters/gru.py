@@ -3,44 +3,29 @@
 Source: Cho et al. 2014, arXiv 1406.1078, as `torch.nn.GRU` has it (the reset gate after the product), whose names the
 state dict keeps: 3 H (W + H + 2) parameters a layer of H units and W inputs, and a head; 14,232 by default.
 
-How many models run at once: `handlers.forecasters.batched_gru`. Measured on one core, by default: 1.6 times as fast as
+`handlers.forecasters.batched_gru` runs many models at once. Measured on one core, by default: 1.6 times as fast as
 `nn.GRU` model by model for 1 model, 6.6 for 8, 10 from 32 on.
 
-Time goes with the context, in training too: a year of hours is fitted in 50 s from 168 steps, and as well in 13
-from 48, where the recipe adds the prices of a week before as a channel.
+The time grows with the context, also in training: a year of hours is fitted in 50 s with 168 steps, and as well in 13 s
+with 48, if the recipe adds the prices of a week before as a channel.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
-    count_products,
-    require_numbers,
-    require_products,
-)
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
+from handlers.forecasters.network_config import RecurrentConfig, count_products, require_numbers, require_products
 
 
-class GruConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
-
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+class GruConfig(RecurrentConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `gru`. x [features, context_length] -> [prediction_length, quantiles]."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what would hold up a worker."""
-        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        """Raises ValueError for a network that would hold up a worker."""
+        require_numbers(self.input_shape, self.output_shape)
         require_products(self.context_length * count_products(self.features, self.hidden, self.layers))
 
 
@@ -67,18 +52,12 @@ class Gru(Recurrent):
         self.config = config
         self._gru = Recurrence("gru", config.features, config.hidden, config.layers, config.context_length)
         self._head = LinearHead(config.hidden, config.prediction_length * config.quantiles)
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
-        super().__init__(key, given, answered, (self._gru, self._head))
+        pieces, bound = (self._gru, self._head), (self._head, self._gru)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return GruReference(self.config).eval()
-
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the head's weight and bias, then what the recurrence binds."""
-        part = self._layout.views(block)
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [*self._head.bind(part), *self._gru.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""

@@ -17,11 +17,12 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.base import Shape
 from handlers.forecasters.architecture import Architecture
+from handlers.forecasters.network_config import QuantileConfig
 from handlers.forecasters.row_layout import Rows
 from handlers.forecasters.training_forward import map_over_models
 
@@ -29,20 +30,17 @@ MOST_PARAMETERS = 2**26
 Blocks = Annotated[tuple[Annotated[int, Meta(ge=0, le=1000)], ...], Meta(max_length=100)]
 
 
-class LearConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class LearConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `lear`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
     context_length: Annotated[int, Meta(ge=1, le=100_000)] = 192
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
-    past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, of which nothing is known ahead
-    marks: Annotated[int, Meta(ge=0, le=1023)] = 0  #: the last channels, that say what day it is
+    past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, which are not known ahead
+    marks: Annotated[int, Meta(ge=0, le=1023)] = 0  #: the last channels, which encode the day
     past_blocks: Blocks = (0, 1, 2, 6)
     known_blocks: Blocks = (0, 1, 7)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for channels that are not there, nothing to read, or a row beyond 256 MB."""
+        """Raises ValueError for missing channels, no inputs, or a row beyond 256 MB."""
         if self.past + self.marks > self.features:
             raise ValueError(f"past {self.past} and marks {self.marks} are more than the {self.features} features")
         read = len(list(list_taps(self)))
@@ -54,7 +52,7 @@ class LearConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def list_taps(config: LearConfig) -> Iterator[int]:
-    """The places in the flattened input [features * context_length] that the model reads."""
+    """Yield the indices in the flattened input [features * context_length] that the model reads."""
     context, block, known = config.context_length, config.prediction_length, config.features - config.marks
     for channel in range(known):
         for back in config.past_blocks if channel < config.past else config.known_blocks:
@@ -83,7 +81,7 @@ class LearReference(nn.Module):
 
 
 class Lear(Rows):
-    """The family: one row a model, all models of a batch in one `baddbmm`, bound by reading the row."""
+    """The family: one row a model, all models of a batch in one `baddbmm`, limited by memory bandwidth."""
 
     def __init__(self, key: str, config: LearConfig) -> None:
         self.config = config
@@ -111,8 +109,8 @@ class Lear(Rows):
         return torch.baddbmm(bias, read[:, None], weight).view(-1, *self.output_shape)
 
 
-def longest_context(family: Lear) -> int:
-    """The steps that hold every block the config names."""
+def compute_longest_context(family: Lear) -> int:
+    """Return the steps that contain every block of the config."""
     config = family.config
     blocks = 1 + max((*config.past_blocks, *config.known_blocks), default=0)
     return blocks * config.prediction_length
@@ -122,7 +120,7 @@ ARCHITECTURE = Architecture(
     name="lear",
     config=LearConfig,
     family=Lear,
-    context=longest_context,
+    context=compute_longest_context,
     whole_days=True,
     training_forward=map_over_models,
     fit="lasso",

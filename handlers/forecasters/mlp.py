@@ -1,31 +1,28 @@
 """`mlp`: two hidden layers with relu on the flattened input, prediction_length x quantiles out.
 
-At batch 1 a product per layer is a matrix times a vector, bound by reading the weights (1.7 MB by default), so their
-order in memory makes no difference; the row keeps the state dict's [out, in] and making it is a plain copy.
+At batch 1 a product per layer is a matrix times a vector, limited by the reading of the weights (1.7 MB by default), so
+that their order in memory makes no difference; the row keeps the [out, in] of the state dict and is a plain copy.
 """
 
 from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.base import Shape
 from handlers.forecasters.architecture import Architecture
+from handlers.forecasters.network_config import QuantileConfig
 from handlers.forecasters.row_layout import Rows
 from handlers.forecasters.training_forward import map_over_models
 
 LAYERS = ("first", "second", "head")
 
 
-class MlpConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class MlpConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `mlp`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=100_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
     hidden: Annotated[int, Meta(ge=1, le=4096)] = 256
 
 
@@ -56,8 +53,7 @@ class Mlp(Rows):
         parameters: dict[str, Shape] = {}
         for name, c_in, c_out in zip(LAYERS, widths[:-1], widths[1:], strict=True):
             parameters |= {f"{name}.weight": (c_out, c_in), f"{name}.bias": (c_out,)}
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
-        super().__init__(key, given, answered, parameters, parameters)
+        super().__init__(key, config.input_shape, config.output_shape, parameters, parameters)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""

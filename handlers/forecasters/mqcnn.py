@@ -8,24 +8,21 @@ default: 13,568 in the convolutions, 1,056 for the encoder's 32 answers, 34,379 
 from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 from torch.func import functional_call, vmap
 
 from handlers.forecasters import tcn
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.multi_horizon_quantile import Mq, MqReference, require_parameters
+from handlers.forecasters.network_config import QuantileConfig, require_known_steps
 from handlers.forecasters.tcn import Tcn, TcnConfig
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
-class MqcnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class MqcnnConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `mqcnn`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=100_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
     channels: Annotated[int, Meta(ge=1, le=1024)] = 32
     kernel: Annotated[int, Meta(ge=1, le=16)] = 3
     layers: Annotated[int, Meta(ge=1, le=16)] = 4
@@ -33,10 +30,8 @@ class MqcnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     local: Annotated[int, Meta(ge=1, le=1024)] = 24
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a global layer that is too large, or a forecast beyond the context."""
-        if self.prediction_length > self.context_length:
-            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
-            raise ValueError(f"{what}, whose last columns tell of the forecast steps")
+        """Raises ValueError for a global layer that is too large, or a forecast longer than the context."""
+        require_known_steps(self)
         require_parameters(self.features, self.prediction_length, self.contexts, self.channels)
 
 
@@ -66,21 +61,21 @@ class Decoder(nn.Module):
         self.network = network
 
     def forward(self, encoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """See MqReference.decode."""
+        """Decode; see MqReference.decode."""
         return self.network.decode(encoded, x)
 
 
 def compute_reach(family: Mqcnn) -> int:
-    """The steps that the encoder reads, and those whose known-future columns the decoder reads."""
+    """Return the last steps that the encoder reads, or the decoder for its known-future columns."""
     return max(tcn.compute_reach(family.tcn), family.config.prediction_length)
 
 
-def training_forward(family: Mqcnn) -> TrainingForward:
-    """The encoder as `tcn` is trained, the decoder mapped over the models."""
-    encode, inner = tcn.training_forward(family.tcn), "encoder."
+def make_training_forward(family: Mqcnn) -> TrainingForward:
+    """Run the encoder as in the training of `tcn`, and map the decoder over the models."""
+    encode, inner = tcn.make_training_forward(family.tcn), "encoder."
 
     def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
-        with torch.device("meta"):  # each call has a decoder of its own: threads call at once
+        with torch.device("meta"):  # each call has its own decoder, because threads call at the same time
             decoder = Decoder(family.reference())
 
         def decode(parts: Parts, *given: torch.Tensor) -> torch.Tensor:
@@ -97,5 +92,5 @@ def training_forward(family: Mqcnn) -> TrainingForward:
 
 
 ARCHITECTURE = Architecture(
-    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=compute_reach, training_forward=training_forward
+    name="mqcnn", config=MqcnnConfig, family=Mqcnn, reach=compute_reach, training_forward=make_training_forward
 )

@@ -7,30 +7,23 @@ Source: Wen et al. 2017, arXiv 1711.11053, with gated recurrent units where the 
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.gru import Gru, GruConfig
 from handlers.forecasters.multi_horizon_quantile import Mq, require_parameters
+from handlers.forecasters.network_config import RecurrentConfig, require_known_steps
 
 
-class MqrnnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class MqrnnConfig(RecurrentConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `mqrnn`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
     contexts: Annotated[int, Meta(ge=1, le=256)] = 6  #: numbers for each step, and as many for all
     local: Annotated[int, Meta(ge=1, le=1024)] = 24
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what would hold up a worker, or a forecast beyond the context."""
-        if self.prediction_length > self.context_length:
-            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
-            raise ValueError(f"{what}, whose last columns tell of the forecast steps")
+        """Raises ValueError for a network that would hold up a worker, or a forecast longer than the context."""
+        require_known_steps(self)
         require_parameters(self.features, self.prediction_length, self.contexts, self.hidden)
         _make_encoder_config(self)
 

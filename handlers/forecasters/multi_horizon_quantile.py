@@ -1,16 +1,16 @@
 """The decoder of `mqcnn` and `mqrnn`, and their family: an encoder, then all steps and levels at once.
 
-Source: Wen et al. 2017, "A multi-horizon quantile recurrent forecaster", arXiv 1711.11053. A global layer turns what
-the encoder says of the past, and all that is known of the forecast steps, into one context for each step and one for
-all; a local network, the same for every step, turns these two and what is known of its step into the step's quantiles.
-No answer is fed back. What is known of the steps are the last `prediction_length` columns of every channel: covariates
-and calendar of the very steps, and of the target the values one prediction length before each.
+Source: Wen et al. 2017, "A multi-horizon quantile recurrent forecaster", arXiv 1711.11053. A global layer turns the
+output of the encoder and the known inputs of all forecast steps into one context for each step and one for all; a local
+network, the same for every step, turns these two and the known inputs of its step into the quantiles of the step. No
+answer is fed back. The known inputs of the steps are the last `prediction_length` columns of every channel: covariates
+and calendar of the steps, and for the target the values one prediction length before each.
 
     e = relu(encoder(x))                                   [hidden]
     c_1 ... c_P, c = relu(global [e, known])               [(P + 1) x contexts]
     y_k = head relu(local [c_k, c, known_k])               [quantiles]
 
-The encoder is a whole family of its own, `tcn` or `gru`, whose head gives e: its row lies at the start of the row here.
+The encoder is a complete family, `tcn` or `gru`, whose head gives e; its row is at the start of the row here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ PARTS = ("global", "local", "head")
 
 
 def require_parameters(features: int, prediction: int, contexts: int, hidden: int) -> None:
-    """The global layer, which grows with the square of the forecast, has a bound. Raises ValueError."""
+    """Check the size of the global layer, which grows with the square of the forecast. Raises ValueError."""
     count = (hidden + features * prediction) * (prediction + 1) * contexts
     if count > MOST_PARAMETERS:
         what = f"the global layer has {count} parameters, {MOST_PARAMETERS} are allowed"
@@ -51,7 +51,7 @@ class MqReference(nn.Module):
         return self.decode(self.encoder(x), x)
 
     def decode(self, encoded: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The encoder's answer [N, 1, hidden], and x of which the last columns are read -> as `forward`."""
+        """Decode the encoder's answer [N, 1, hidden] and the last columns of x into the result of `forward`."""
         known = x[..., -self.steps :].transpose(1, 2)
         seen = torch.cat([torch.relu(encoded.flatten(1)), known.flatten(1)], 1)
         contexts = torch.relu(self.get_submodule("global")(seen)).view(-1, self.steps + 1, self.contexts)
@@ -84,7 +84,7 @@ class Mq(Rows):
         return MqReference(self.encoder, steps, quantiles, self._contexts, self._local).eval()
 
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row. The encoder would name its tensors as it knows them, so they are looked at before."""
+        """Make a flat row. The tensors are checked first, since errors of the encoder would use its own names."""
         check_tensors(self.parameters, tensors)
         check_finite(np.concatenate([tensor.ravel() for tensor in tensors.values()]), tensors)
         return super().row(tensors)
@@ -114,7 +114,7 @@ class Mq(Rows):
         return torch.baddbmm(head_bias, torch.baddbmm(local_bias, local, local_weight).relu_(), head)
 
     def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """The encoder's row, then weights transposed."""
+        """Fill in the row of the encoder, then transposed weights."""
         part["encoder"][...] = self.encoder.row({name: tensors[f"encoder.{name}"] for name in self.encoder.parameters})
         for name in PARTS:
             part[f"{name}.weight"][...] = tensors[f"{name}.weight"].T

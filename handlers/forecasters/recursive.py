@@ -10,40 +10,29 @@ H q + q; 17,093 by default.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
 from handlers.forecasters.autoregression import Feedback
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
+from handlers.forecasters.network_config import (
+    RecurrentConfig,
     count_products,
+    require_known_steps,
     require_numbers,
     require_products,
 )
 
 
-class RecursiveConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
-
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+class RecursiveConfig(RecurrentConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `recursive`. x [features, context_length] -> [prediction_length, quantiles]."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a forecast beyond the context, or what would hold up a worker."""
-        if self.prediction_length > self.context_length:
-            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
-            raise ValueError(f"{what}, whose last columns tell the decoder of the forecast steps")
-        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        """Raises ValueError for a forecast longer than the context, or a network that would hold up a worker."""
+        require_known_steps(self)
+        require_numbers(self.input_shape, self.output_shape)
         steps = self.context_length + self.prediction_length
         require_products(steps * count_products(self.features + 1, self.hidden, self.layers))
 
@@ -80,18 +69,12 @@ class Recursive(Recurrent):
         self._feedback = Feedback("decoder", *size)
         self._head = LinearHead(config.hidden, config.quantiles)
         decoder = Recurrence("decoder", 1 + config.features, *size, config.prediction_length)  # for its place in a row
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
-        super().__init__(key, given, answered, (self._encoder, decoder, self._head))
+        pieces, bound = (self._encoder, decoder, self._head), (self._head, self._feedback, self._encoder)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return RecursiveReference(self.config).eval()
-
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the head's weight and bias, then what feedback and encoder bind."""
-        part = self._layout.views(block)
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            return [*self._head.bind(part), *self._feedback.bind(part), *self._encoder.bind(part)]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""

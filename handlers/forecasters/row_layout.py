@@ -1,4 +1,4 @@
-"""The layout of a model's flat row: where each part lies, how tensors are checked, and how they are written into it."""
+"""The layout of the flat row of a model: the places of its parts, and the checks and writing of tensors."""
 
 from collections.abc import Mapping
 from math import prod
@@ -13,7 +13,7 @@ ALIGN = 16  #: floats: every part starts on a 64-byte cache line
 
 
 class Layout:
-    """Named parts of a flat float32 row, each aligned to 16 floats; what lies between them is zero."""
+    """Named parts of a flat float32 row, each aligned to 16 floats, with zeros between them."""
 
     def __init__(self, parts: Mapping[str, Shape]) -> None:
         self._places: dict[str, tuple[int, int, Shape]] = {}
@@ -27,19 +27,19 @@ class Layout:
         return f"<Layout {len(self._places)} parts, {self.row_floats} floats>"
 
     def arrays(self, row: Float32) -> dict[str, Float32]:
-        """One row [row_floats] -> writable views of its parts."""
+        """Return writable views of the parts of one row [row_floats]."""
         return {name: row[start:end].reshape(shape) for name, (start, end, shape) in self._places.items()}
 
     def views(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Rows [B, row_floats] -> views [B, *shape] of their parts."""
+        """Return views [B, *shape] of the parts of rows [B, row_floats]."""
         rows = block.shape[0]
         return {name: block[:, start:end].view(rows, *shape) for name, (start, end, shape) in self._places.items()}
 
 
 class Rows:
-    """What families of one flat row a model have in common. A subclass adds `reference`, `bind` and `forward`.
+    """A family whose models are flat rows. A subclass adds `reference`, `bind` and `forward`.
 
-    `parameters` are the state dict's shapes, `parts` the row's: the same where a row holds the tensors as they are.
+    `parameters` are the shapes of the state dict, `parts` those of the row; they are equal for unchanged tensors.
     """
 
     input_name = "x"
@@ -64,9 +64,9 @@ class Rows:
         name = type(self).__name__
         return f"<{name} {self.key} {self.input_shape} -> {self.output_shape}, {self.row_floats} floats>"
 
-    @np.errstate(over="ignore", invalid="ignore")  # what is not finite is refused at the end
+    @np.errstate(over="ignore", invalid="ignore")  # numbers that are not finite are refused at the end
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
-        """State dict -> flat row [row_floats]; see Family.row."""
+        """Make the flat row [row_floats] of a state dict; see Family.row."""
         check_tensors(self.parameters, tensors)
         row = np.zeros(self.row_floats, np.float32)
         self._fill(self._layout.arrays(row), tensors)
@@ -74,13 +74,13 @@ class Rows:
         return row
 
     def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """Tensors into the parts of a row: here as they are."""
+        """Write tensors into the parts of a row, here unchanged."""
         for name, each in part.items():
             each[...] = tensors[name]
 
 
 def check_tensors(parameters: Mapping[str, Shape], tensors: Mapping[str, Float32]) -> None:
-    """Names, shapes and dtypes against the family's. Raises ArchiveInvalid that names the tensor."""
+    """Check names, shapes and dtypes of tensors. Raises ArchiveInvalid that names the tensor."""
     if tensors.keys() != parameters.keys():
         missing = sorted(parameters.keys() - tensors.keys())
         extra = sorted(tensors.keys() - parameters.keys())
@@ -93,7 +93,7 @@ def check_tensors(parameters: Mapping[str, Shape], tensors: Mapping[str, Float32
 
 
 def check_finite(row: Float32, tensors: Mapping[str, Float32]) -> None:
-    """The row has no NaN or infinity. Raises ArchiveInvalid that names the tensor it came from."""
+    """Check that a row has no NaN or infinity. Raises ArchiveInvalid that names the tensor."""
     if not np.isfinite(row).all():
         culprits = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
         raise ArchiveInvalid(f"weights: not finite: {', '.join(culprits) or 'the folded biases overflow float32'}")

@@ -14,40 +14,32 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.forecasters.architecture import Architecture
-from handlers.forecasters.batched_gru import (
-    LinearHead,
-    Recurrence,
-    Recurrent,
+from handlers.forecasters.batched_gru import LinearHead, Recurrence, Recurrent
+from handlers.forecasters.network_config import (
+    RecurrentConfig,
     count_products,
+    require_known_steps,
     require_numbers,
     require_products,
 )
 
 
-class Seq2SeqConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class Seq2SeqConfig(RecurrentConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `seq2seq`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=10_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
-    past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, of which the decoder knows nothing
-    hidden: Annotated[int, Meta(ge=1, le=512)] = 48
-    layers: Annotated[int, Meta(ge=1, le=4)] = 1
+    past: Annotated[int, Meta(ge=0, le=1023)] = 1  #: the first channels, which the decoder does not read
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what leaves the decoder nothing to read, or would hold up a worker."""
+        """Raises ValueError for a decoder without inputs, or a network that would hold up a worker."""
         if self.past >= self.features:
             what = f"past is {self.past} of {self.features} features"
             raise ValueError(f"{what}, but the decoder needs a channel that is known of the forecast steps")
-        if self.prediction_length > self.context_length:
-            what = f"prediction_length {self.prediction_length} is above context_length {self.context_length}"
-            raise ValueError(f"{what}, whose last columns tell the decoder of the forecast steps")
-        require_numbers(self.features * self.context_length, self.prediction_length * self.quantiles)
+        require_known_steps(self)
+        require_numbers(self.input_shape, self.output_shape)
         encoder = self.context_length * count_products(self.features, self.hidden, self.layers)
         decoder = self.prediction_length * count_products(self.features - self.past, self.hidden, self.layers)
         require_products(encoder + decoder)
@@ -80,19 +72,12 @@ class Seq2Seq(Recurrent):
         self._encoder = Recurrence("encoder", config.features, *size, config.context_length)
         self._decoder = Recurrence("decoder", known, *size, config.prediction_length)
         self._head = LinearHead(config.hidden, config.quantiles)
-        given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
-        super().__init__(key, given, answered, (self._encoder, self._decoder, self._head))
+        pieces, bound = (self._encoder, self._decoder, self._head), (self._head, self._encoder, self._decoder)
+        super().__init__(key, config.input_shape, config.output_shape, pieces, bound)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
         return Seq2SeqReference(self.config).eval()
-
-    def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the head's weight and bias, then what encoder and decoder bind."""
-        part = self._layout.views(block)
-        with torch.inference_mode(False):  # so that the scratch may be written with and without inference mode
-            encoder, decoder = self._encoder.bind(part), self._decoder.bind(part)
-        return [*self._head.bind(part), *encoder, *decoder]
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""

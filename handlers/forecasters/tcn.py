@@ -2,7 +2,7 @@
 
 Layer i has dilation kernel**i, so only every kernel**(i + 1)-th position, counted back from the last step, reaches the
 answer: 81 <- 27 <- 9 <- 3 <- 1 for kernel 3 and 4 layers. In time order the taps of one needed position are `kernel`
-neighbours among the positions needed below it, so a layer's input matrix is a plain view of the layer below:
+neighbours among the positions needed below it, so that the input matrix of a layer is a plain view of the layer below:
 h [positions * kernel, C] -> u [positions, kernel * C], and its last C columns are the residual's input. No gathers.
 
 The residual's bias costs an operation and is folded away when a row is made: with h = h' + s for a constant s per
@@ -16,22 +16,19 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from msgspec import Meta, Struct
+from msgspec import Meta
 from torch import nn
 
 from handlers.base import Float32, Shape
 from handlers.forecasters.architecture import Architecture
+from handlers.forecasters.network_config import QuantileConfig
 from handlers.forecasters.row_layout import Rows
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
-class TcnConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the architecture leaves open. x [features, context_length] -> [prediction_length, quantiles]."""
+class TcnConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The config of `tcn`. x [features, context_length] -> [prediction_length, quantiles]."""
 
-    features: Annotated[int, Meta(ge=1, le=1024)] = 8
-    context_length: Annotated[int, Meta(ge=1, le=100_000)] = 168
-    prediction_length: Annotated[int, Meta(ge=1, le=10_000)] = 24
-    quantiles: Annotated[int, Meta(ge=1, le=1000)] = 5
     channels: Annotated[int, Meta(ge=1, le=1024)] = 32
     kernel: Annotated[int, Meta(ge=1, le=16)] = 3
     layers: Annotated[int, Meta(ge=1, le=16)] = 4
@@ -73,8 +70,8 @@ class TcnReference(nn.Module):
 class Layer(NamedTuple):
     """The sizes of one layer's work for one model."""
 
-    width: int  #: channels in
-    positions: int  #: outputs that are needed
+    width: int  #: number of input channels
+    positions: int  #: number of outputs that are needed
     lead: int  #: zero positions before the first known input, < kernel; 0 where the context is long enough
 
 
@@ -96,7 +93,7 @@ class Tcn(Rows):
         """Rows [B, row_floats] -> [input, (u, bias, conv, h, last, residual) a layer, bias, h, head, (edge, pad) ...].
 
         u, last and h are views of scratch, h of one layer being u of the next. Making them here instead of in every
-        forward saves a third of its time at batch 1, where the number of calls is what costs.
+        forward saves a third of its time at batch 1, which is dominated by the number of calls.
         """
         part = self._layout.views(block)
         rows, channels = block.shape[0], self.config.channels
@@ -128,7 +125,7 @@ class Tcn(Rows):
         return torch.baddbmm(weights[end], weights[end + 1], weights[end + 2]).view(-1, *self.output_shape)
 
     def _fill(self, part: Mapping[str, Float32], tensors: Mapping[str, Float32]) -> None:
-        """Kernels as [kernel * C, C'], residual biases folded (in float64), see the module."""
+        """Fill in kernels as [kernel * C, C'] with folded residual biases (in float64); see the module."""
         shift = np.zeros(self.config.features)  # s of the module's docstring, for the layer below
         for i, layer in enumerate(self._layers):
             kernel = tensors[f"blocks.{i}.conv.weight"]  # [C', C, kernel]
@@ -143,7 +140,7 @@ class Tcn(Rows):
         part["head.bias"][0] = tensors["head.bias"] + tensors["head.weight"] @ shift
 
     def _parts(self) -> Iterator[tuple[str, Shape]]:
-        """The row's parts in the order in which a forward reads them."""
+        """Return the parts of the row in the order in which a forward reads them."""
         channels = self.config.channels
         for i, layer in enumerate(self._layers):
             if i and layer.lead:
@@ -157,7 +154,7 @@ class Tcn(Rows):
 
 
 def _list_layers(config: TcnConfig, steps: int) -> Iterator[Layer]:
-    """From the input up: of n known positions below, every kernel-th counted back from the last is needed above."""
+    """List the layers from the input up: every kernel-th position below, counted back, is needed above."""
     width, known = config.features, steps
     for _ in range(config.layers):
         positions = -(-known // config.kernel)
@@ -166,7 +163,7 @@ def _list_layers(config: TcnConfig, steps: int) -> Iterator[Layer]:
 
 
 def _list_parameters(config: TcnConfig) -> Iterator[tuple[str, Shape]]:
-    """The reference's state_dict, names and shapes."""
+    """Return the names and shapes of the state dict of the reference."""
     width = config.features
     for i in range(config.layers):
         yield f"blocks.{i}.conv.weight", (config.channels, width, config.kernel)
@@ -180,12 +177,12 @@ def _list_parameters(config: TcnConfig) -> Iterator[tuple[str, Shape]]:
 
 
 def compute_reach(family: Tcn) -> int:
-    """The last steps of the context that can change the answer."""
+    """Return how many last steps of the context can change the answer."""
     return int(min(family.config.context_length, family.config.kernel**family.config.layers))
 
 
-def training_forward(family: Tcn) -> TrainingForward:
-    """Only the positions that reach the answer, every kernel-th of a layer."""
+def make_training_forward(family: Tcn) -> TrainingForward:
+    """Run only the positions that reach the answer, every kernel-th of a layer."""
     config = family.config
 
     def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
@@ -210,5 +207,5 @@ def training_forward(family: Tcn) -> TrainingForward:
 
 
 ARCHITECTURE = Architecture(
-    name="tcn", config=TcnConfig, family=Tcn, reach=compute_reach, training_forward=training_forward
+    name="tcn", config=TcnConfig, family=Tcn, reach=compute_reach, training_forward=make_training_forward
 )

@@ -1,7 +1,7 @@
-"""Networks along a leading model dimension, differentiable: how training runs many models of a family at once.
+"""Differentiable networks with a leading model dimension, by which training runs many models of a family at once.
 
-A family's own `forward` is made for serving: it writes into scratch and has no gradient. Training runs the reference
-network instead, under parameters that carry a leading model dimension M.
+The `forward` of a family is for serving: it writes into scratch and has no gradient. Training runs the reference
+network instead, with parameters that have a leading model dimension M.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,17 +13,17 @@ from handlers.base import Family
 
 Parts = Mapping[str, torch.Tensor]  #: the state dict of M models: {name: [M, *shape]}
 #: (parts, x [M, B, reach, channels]) -> [M, B, prediction, levels]. Families that sample are also called with the
-#: targets y [M, B, prediction] and then give [M, B], how unlikely y is.
+#: targets y [M, B, prediction] and then give the loss [M, B] of y.
 TrainingForward = Callable[..., torch.Tensor]
 
 
 def map_over_models(family: Family) -> TrainingForward:
-    """The reference network under `vmap`: all models in one call, for networks without recurrences."""
+    """Run the reference network under `vmap`: all models in one call, for networks without recurrences."""
     return lambda parts, x: vmap(_run_reference(family))(dict(parts), x)
 
 
 def run_one_by_one(family: Family) -> TrainingForward:
-    """The reference network, one model after another: works for every network.
+    """Run the reference network for one model after another, which works for every network.
 
     `vmap` has no rule for `nn.GRU`, whose own loop over the steps outweighs one over the models. Measured, one core,
     168 steps of 128 windows, forward and backward: 34 ms a model; a cell written out in torch for four models together
@@ -39,8 +39,8 @@ def run_one_by_one(family: Family) -> TrainingForward:
 
 
 def _run_reference(family: Family) -> Callable[..., torch.Tensor]:
-    """The reference of one model: ({name: [*shape]}, x [B, reach, channels]) -> [B, prediction, levels]."""
-    # A call puts the parameters into the network, and threads call at once: each call has a network of its own.
+    """Run the reference of one model: ({name: [*shape]}, x [B, reach, channels]) -> [B, prediction, levels]."""
+    # A call puts the parameters into the network, and threads call at the same time, so that each needs a network.
     with torch.device("meta"):
         network = family.reference()
 

@@ -1,6 +1,6 @@
-"""What training must know of a family: which inputs it wants, how it runs differentiably, and its flat parameters.
+"""The properties of a family for training: its inputs, its differentiable forward, and its flat parameters.
 
-All of it comes from the architecture's record; an ensemble is trained as its members are.
+They come from the record of the architecture; an ensemble is trained like its members.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,22 +11,22 @@ import numpy as np
 import torch
 
 from handlers.base import Family, Float32
-from handlers.forecasters import answers_paths, architecture_of, split_members
+from handlers.forecasters import answers_paths, find_architecture, split_members
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
 class InputNeeds(NamedTuple):
-    """What a recipe must know of a family."""
+    """The properties of a family that determine an input recipe."""
 
     reach: int  #: see `reach`
     whole_days: bool = False  #: the calendar as a channel for each day of the week, and forecasts from midnight
-    context: int = 0  #: as long as the network was made for; 0: as the frequency suggests
-    paths: int = 0  #: drawn, from a seed
+    context: int = 0  #: the context that the network was made for; 0: chosen by the frequency
+    paths: int = 0  #: number of paths that are drawn from a seed
 
 
 def get_input_needs(family: Family) -> InputNeeds:
-    """What its inputs are to be."""
-    record, (member, _) = architecture_of(family), split_members(family)
+    """Return the requirements on the inputs of a family."""
+    record, (member, _) = find_architecture(family), split_members(family)
     return InputNeeds(
         record.reach(member),
         whole_days=record.whole_days,
@@ -36,27 +36,27 @@ def get_input_needs(family: Family) -> InputNeeds:
 
 
 def get_likelihood(family: Family) -> Callable[[Parts, torch.Tensor, torch.Tensor], torch.Tensor] | None:
-    """What a family that samples is fitted by, differentiable: parts, x as for the forward, y [M, B, prediction].
+    """Return the differentiable loss of a family that samples: (parts, x, y [M, B, prediction]) -> [M, B].
 
-    It gives [M, B], how unlikely y is, in sum over its steps. None: the family answers quantiles.
+    The loss is the negative log-likelihood of y, summed over its steps. Returns None for a family of quantiles.
     """
-    return batched_forward(family) if answers_paths(family) else None
+    return get_batched_forward(family) if answers_paths(family) else None
 
 
 def compute_reach(family: Family) -> int:
-    """The last steps of the context that can change the family's answer."""
-    return architecture_of(family).reach(split_members(family)[0])
+    """Return how many last steps of the context can change the answer of the family."""
+    return find_architecture(family).reach(split_members(family)[0])
 
 
-def batched_forward(family: Family) -> TrainingForward:
-    """Differentiable: ({name: [M, *shape]}, x [M, B, reach, channels]) -> [M, B, prediction, levels]."""
+def get_batched_forward(family: Family) -> TrainingForward:
+    """Return the differentiable ({name: [M, *shape]}, x [M, B, reach, channels]) -> [M, B, prediction, levels]."""
     member, count = split_members(family)
-    forward = architecture_of(family).training_forward(member)
+    forward = find_architecture(family).training_forward(member)
     return forward if count == 1 else _average_members(member, count, forward)
 
 
 def _average_members(member: Family, count: int, forward: TrainingForward) -> TrainingForward:
-    """The members as models of their own, side by side; the answer is their mean."""
+    """Run the members as separate models side by side, and average their answers."""
 
     def run(parts: Parts, x: torch.Tensor) -> torch.Tensor:
         apart = {
@@ -70,12 +70,12 @@ def _average_members(member: Family, count: int, forward: TrainingForward) -> Tr
 
 
 def flatten_tensors(family: Family, tensors: Mapping[str, Float32]) -> Float32:
-    """A state dict -> its numbers one after another [n]."""
+    """Concatenate the numbers of a state dict [n]."""
     return np.concatenate([tensors[name].ravel() for name in family.parameters])
 
 
 def unflatten_weights(family: Family, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Flat parameters [M, n] -> {name: [M, *shape]}."""
+    """Split flat parameters [M, n] into {name: [M, *shape]}."""
     shapes = family.parameters
     pieces = torch.split(weights, [prod(shape) for shape in shapes.values()], dim=1)
     return {name: piece.view(-1, *shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}

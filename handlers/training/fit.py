@@ -1,7 +1,8 @@
 """Fits forecasters: all series of a call are fitted together, along a leading model dimension. Torch; no files.
 
-The parameters of M models are one tensor [M, n] with one optimiser; gradients are clipped and the best weights kept by
-model, so the models share nothing but the time. Measured on one core: 67,000 windows a second of the default `tcn`.
+The parameters of M models are one tensor [M, n] with one optimiser. Gradients are clipped and the best weights kept for
+each model, so that the results of models are independent. Measured on one core: 67,000 windows a second of the default
+`tcn`.
 """
 
 import time
@@ -19,22 +20,22 @@ from torch import nn
 
 from handlers.base import Family, Float32
 from handlers.codecs.deepar import DeepAr
-from handlers.codecs.features import Float64, from_network, step_seconds
-from handlers.forecasters import ARCHITECTURES, architecture_of, build_family, random_tensors, split_members
+from handlers.codecs.features import Float64, from_network, parse_step_seconds
+from handlers.forecasters import ARCHITECTURES, build_family, find_architecture, random_tensors, split_members
 from handlers.forecasters.lear import Lear
 from handlers.training.batched_networks import (
-    batched_forward,
     compute_reach,
     flatten_tensors,
+    get_batched_forward,
     get_input_needs,
     get_likelihood,
     unflatten_weights,
 )
 from handlers.training.input_recipe import (
     DAY,
+    choose_context_length,
+    choose_prediction_length,
     count_season_steps,
-    default_context,
-    default_prediction,
     list_origins,
     make_recipe,
 )
@@ -45,11 +46,11 @@ from model_store.archives.manifest import ForecastSpec, GoldenSample
 
 Config = dict[str, int | float | str | bool | list[int]]
 
-Progress = Callable[[int, int, float], None]  #: steps done, of at most, mean holdout loss
+Progress = Callable[[int, int, float], None]  #: takes the steps done, the most steps, and the mean holdout loss
 
-EPOCHS, LEAST_STEPS = 20, 600  #: of a run that is not told how long
-WARM_UP = 0.05  #: of the steps, in which the learning rate rises
-CLIP = 1.0  #: norm of one model's gradient
+EPOCHS, LEAST_STEPS = 20, 600  #: passes of a run without a given number
+WARM_UP = 0.05  #: share of the steps in which the learning rate rises
+CLIP = 1.0  #: largest norm of the gradient of one model
 GOLDEN_REL = 1e-3
 GOLDEN_ABS = 1e-4  #: in units of the scaler's scale: network numbers near zero differ by about 1e-6
 
@@ -62,14 +63,17 @@ def suggest_inputs(
     context_length: int = 0,
     **options: Any,
 ) -> list[ForecastSpec]:
-    """The inputs that an architecture is given of each series; lengths of 0 are what its frequency suggests.
+    """Make the input recipe of an architecture for each series; lengths of 0 are chosen by the frequency.
 
-    `options` are `handlers.training.input_recipe.make_recipe`'s. Without an `origin` a network of whole days starts at
-    midnight, with "any" nowhere. Raises SeriesInvalid; model_store.errors.ArchiveInvalid for an architecture or config
-    that there is not.
+    `options` are those of `handlers.training.input_recipe.make_recipe`. Without an `origin`, forecasts of a network of
+    whole days start at midnight; with "any" they may start at any time. Raises SeriesInvalid;
+    model_store.errors.ArchiveInvalid for an unknown architecture or config.
     """
     step_s = round(series[0].step.total_seconds())
-    context, horizon = context_length or default_context(step_s), prediction_length or default_prediction(step_s)
+    context, horizon = (
+        context_length or choose_context_length(step_s),
+        prediction_length or choose_prediction_length(step_s),
+    )
     needs = get_input_needs(
         build_family(architecture, {**config, "context_length": context, "prediction_length": horizon})
     )
@@ -92,18 +96,18 @@ def suggest_inputs(
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """How long and how: `epochs` are passes over the windows of a series, `holdout` is the last part of it in time."""
+    """The parameters of a fit: `epochs` are passes over the windows of a series, `holdout` is the last share of it."""
 
-    epochs: float = 0.0  #: at most; 0: 20, or for a short series as many as are 600 steps
+    epochs: float = 0.0  #: most passes; 0: 20, or as many as 600 steps for a short series
     batch: int = 128
     learning_rate: float = 4e-3
     weight_decay: float = 0.01
-    average: float = 0.995  #: decay of the weight average that is kept
+    average: float = 0.995  #: decay of the average of the weights, which is kept
     holdout: float = 0.1
     holdout_windows: int = 512
-    checks: int = 40  #: looks at the holdout in a whole run
-    patience: int = 12  #: looks without a better loss of any model, after which the run ends
-    max_seconds: float = float("inf")  #: a run that is cut by it is not reproducible
+    checks: int = 40  #: evaluations of the holdout in a whole run
+    patience: int = 12  #: evaluations without a better loss of any model after which the run ends
+    max_seconds: float = float("inf")  #: a run that reaches it is not reproducible
     seed: int = 0
     threads: int = 1
 
@@ -130,10 +134,10 @@ def fit_forecasters(
     fitting: Fitting = Fitting(),
     progress: Progress | None = None,
 ) -> list[Fitted]:
-    """One forecaster per series, all of one family and of equal length; the same numbers for the same seed.
+    """Fit one forecaster per series, all of one family and of equal length. The same seed gives the same numbers.
 
-    `config` is completed by what the forecasts say (features, lengths, quantiles). Of `fitting`, the fit method
-    "lasso" takes the holdout and the threads alone.
+    `config` is completed by the forecasts (features, lengths, quantiles). The fit method "lasso" uses only holdout and
+    threads of `fitting`.
 
     Raises:
         SeriesInvalid: too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
@@ -146,7 +150,7 @@ def fit_forecasters(
     for i, (each, forecast) in enumerate(zip(series, forecasts, strict=True)):
         parts = unflatten_weights(family, weights[i : i + 1])
         tensors = {name: part[0].numpy().copy() for name, part in parts.items()}
-        golden = golden_sample(architecture, config, forecast, tensors, each)
+        golden = make_golden_sample(architecture, config, forecast, tensors, each)
         found.append(Fitted(each.name, architecture, config, forecast, tensors, golden, *losses[i]))
     return found
 
@@ -159,13 +163,13 @@ def _fit_family(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> tuple[torch.Tensor, list[tuple[float, float]]]:
-    """Flat parameters [M, n], and the holdout's losses. The members of ensembles are fitted as models of their own."""
+    """Fit a family: returns flat parameters [M, n] and holdout losses. Members of ensembles are fitted separately."""
     member, count = split_members(family)
     copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
     data = Windows(*copies, compute_reach(member), fitting.holdout)
     whole = data if count == 1 else Windows(series, forecasts, compute_reach(member), fitting.holdout)
     judge = _Fit(family, whole, fitting, pool)
-    if architecture_of(member).fit == "lasso":
+    if find_architecture(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
@@ -176,7 +180,7 @@ def _fit_family(
 
 
 def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -> Config:
-    """The config with the fields that the forecast decides, `marks` too; a `season` is a day if none is named."""
+    """Complete the config with the fields that the forecast determines, and `marks`; `season` is a day by default."""
     found: Config = {
         **config,
         "features": len(forecast.inputs),
@@ -188,42 +192,42 @@ def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -
     if "marks" in fields:
         found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
     if "season" in fields:
-        found.setdefault("season", count_season_steps(step_seconds(forecast.frequency)))
+        found.setdefault("season", count_season_steps(parse_step_seconds(forecast.frequency)))
     if not forecast.paths:
         found["quantiles"] = len(forecast.quantile_levels)
     return found
 
 
-def reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:
-    """The plain network with these weights."""
+def make_reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:
+    """Make the plain network with these weights."""
     network = build_family(architecture, config).reference()
     network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     return network
 
 
 def ask_network(network: nn.Module, forecast: ForecastSpec, request: object) -> Any:
-    """The answer to a DeepAR request, as the server gives it, by calling the network in this process."""
+    """Answer a DeepAR request like the server, by a call of the network in this process."""
     inputs, encode = DeepAr(forecast).decode(msgspec.json.encode(request))
     with torch.inference_mode():
         return msgspec.json.decode(encode(network(torch.from_numpy(inputs)).numpy()))
 
 
-def golden_sample(
+def make_golden_sample(
     architecture: str, config: Config, forecast: ForecastSpec, tensors: Mapping[str, Float32], series: Series
 ) -> GoldenSample:
-    """The last forecast of the series that has values to compare it with."""
+    """Make a golden sample of the last forecast of the series that has actual values."""
     places = list_origins(series, forecast)
     end = next(at for at in reversed(places) if at <= len(series.values) - forecast.prediction_length)
     request = {"instances": [series.instance(end - forecast.history_length, end, forecast.prediction_length)]}
-    response = ask_network(reference_network(architecture, config, tensors), forecast, request)
+    response = ask_network(make_reference_network(architecture, config, tensors), forecast, request)
     tolerance = GOLDEN_ABS * forecast.scaler.scale
     return GoldenSample(request=request, response=response, abs_tolerance=tolerance, rel_tolerance=GOLDEN_REL)
 
 
 def compute_pinball(y: torch.Tensor, forecast: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """Targets [..., P] (NaN: missing, counts 0) and quantiles [..., P, Q] -> [...], the sum over P and mean over Q.
+    """Compute the loss [...] of quantiles [..., P, Q] for targets [..., P] (NaN: missing): sum over P, mean over Q.
 
-    Koenker and Bassett's loss, max(q e, (q - 1) e) for the error e = y - forecast.
+    It is the loss of Koenker and Bassett, max(q e, (q - 1) e) for the error e = y - forecast.
     """
     error = y.nan_to_num()[..., None] - forecast
     loss = torch.maximum(levels * error, (levels - 1) * error).mean(-1)
@@ -233,8 +237,8 @@ def compute_pinball(y: torch.Tensor, forecast: torch.Tensor, levels: torch.Tenso
 class _Fit:
     """A run: the models of one family over their windows, in groups of models on threads of one core each.
 
-    Threads of torch's own wait for each other in every operation, and busily: on cores that others use too, a step took
-    a second instead of 30 ms. Groups of models are independent, so the numbers do not depend on the threads either.
+    The threads of torch wait for each other in every operation by spinning: on cores that are shared, a step took a
+    second instead of 30 ms. Groups of models are independent, so that the numbers do not depend on the threads.
     """
 
     def __init__(self, family: Family, data: Windows, fitting: Fitting, pool: ThreadPoolExecutor) -> None:
@@ -242,7 +246,7 @@ class _Fit:
         self._data = data
         self._fitting = fitting
         self._pool = pool
-        self._forward = batched_forward(family)
+        self._forward = get_batched_forward(family)
         self._likelihood = get_likelihood(family)
         self._held_out = data.held_out(fitting.holdout_windows)
 
@@ -250,9 +254,9 @@ class _Fit:
         return f"<_Fit {self._family.key} {self._data!r}>"
 
     def best(self, start: torch.Tensor, progress: Progress | None) -> torch.Tensor:
-        """From flat parameters [M, n] to each model's best weight average on the holdout [M, n].
+        """Train flat parameters [M, n]; returns the weight average of each model that is best on the holdout [M, n].
 
-        AdamW; the learning rate warms up and falls by a cosine.
+        The optimiser is AdamW; the learning rate warms up and falls by a cosine.
         """
         fitting, draw = self._fitting, torch.Generator().manual_seed(self._fitting.seed)
         weights, average, best = start.clone(), start.clone(), start.clone()
@@ -280,7 +284,7 @@ class _Fit:
         return best
 
     def price_losses(self, weights: torch.Tensor) -> list[tuple[float, float]]:
-        """Mean pinball losses of the holdout in prices: of each model, and of the value a day (or season) before."""
+        """Compute mean pinball losses of the holdout in prices, for each model and the value a season before."""
         data, levels = self._data, self._data.levels
         ahead = self._held_out[0][:, None].numpy() + np.arange(data.horizon)
 
@@ -300,14 +304,14 @@ class _Fit:
         return [each for some in self._pool.map(of, self._slices(self._held_out)) for each in some]
 
     def _quantiles(self, prices: Float64) -> Float64:
-        """Of sample paths, or the network's own in order [..., levels]."""
+        """Return sorted quantiles [..., levels]: those of sample paths, or of the network."""
         if self._likelihood:
             levels = np.quantile(prices, self._data.levels.double().numpy(), axis=-1, method="hazen")
             return np.moveaxis(levels, 0, -1)
         return np.sort(prices)
 
     def _gradient(self, weights: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Of each model's mean loss over its windows [M, B], clipped by model: [M, n]."""
+        """Compute the gradient [M, n] of the mean loss of each model over its windows [M, B], clipped by model."""
         found = torch.empty_like(weights)
 
         def of(models: slice) -> None:
@@ -322,7 +326,7 @@ class _Fit:
         return found
 
     def _holdout_losses(self, weights: torch.Tensor) -> torch.Tensor:
-        """Mean loss in network numbers [M]."""
+        """Compute the mean holdout loss of each model in network numbers [M]."""
 
         def of(models: slice) -> torch.Tensor:
             with torch.no_grad():
@@ -331,14 +335,14 @@ class _Fit:
         return torch.cat(list(self._pool.map(of, self._slices(self._held_out))))
 
     def _losses(self, weights: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Of models' windows the mean pinball loss, or how unlikely their values are: [m]."""
+        """Compute the loss [m] of windows: the mean pinball loss, or the negative log-likelihood."""
         parts = unflatten_weights(self._family, weights)
         unlikely = self._likelihood(parts, x, y) if self._likelihood else None
         losses = compute_pinball(y, self._forward(parts, x), self._data.levels) if unlikely is None else unlikely
         return losses.sum(1) / _count_observed(y)
 
     def _answers(self, weights: torch.Tensor, models: slice) -> torch.Tensor:
-        """On the holdout [m, B, horizon, levels or paths]."""
+        """Compute the answers [m, B, horizon, levels or paths] on the holdout."""
         with torch.no_grad():
             x, _ = self._data.cut(self._held_out, models)
             return self._forward(unflatten_weights(self._family, weights[models]), x)
@@ -353,7 +357,7 @@ def _compute_rate(done: float) -> float:
 
 @contextmanager
 def _open_threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """So many threads, torch's own being one in each meanwhile."""
+    """Open a pool of threads, in each of which torch uses one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -364,5 +368,5 @@ def _open_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _count_observed(y: torch.Tensor) -> torch.Tensor:
-    """How many values of y [m, B, P] are not missing, at least 1: [m]."""
+    """Count the values of y [m, B, P] that are not missing, at least 1: [m]."""
     return (~y.isnan()).sum((1, 2)).clamp(min=1)

@@ -1,6 +1,6 @@
-"""Decides the inputs of a forecaster: makes the `ForecastSpec` record of a series and an architecture, and its rows.
+"""Makes the input recipe of a forecaster, the `ForecastSpec` record of a series and an architecture, and its rows.
 
-The rows for training come out of `DeepAr.decode`, the code that serves requests, so both are the same numbers.
+The rows for training are made by the code that serves requests, `DeepAr`, so that both are the same numbers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ Scaling = Literal["asinh", "linear"]
 WEEKDAYS: tuple[Feature, ...] = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
-def default_prediction(step_s: int) -> int:
-    """Below 15 minutes an hour, below a day a day, of days a week, above 4 steps."""
+def choose_prediction_length(step_s: int) -> int:
+    """Return the default forecast length: an hour below 15 minutes, a day below a day, a week of days, else 4 steps."""
     if step_s < HOUR / 4:
         return max(1, HOUR // step_s)
     if step_s < DAY:
@@ -32,19 +32,19 @@ def default_prediction(step_s: int) -> int:
     return max(4, WEEK // step_s)
 
 
-def default_context(step_s: int) -> int:
-    """Hourly and finer: 168 steps; coarser: 84, twelve weeks of days."""
+def choose_context_length(step_s: int) -> int:
+    """Return the default context: 168 steps for hourly and finer data, else 84 (twelve weeks of days)."""
     return 168 if step_s <= HOUR else 84
 
 
-def naive_lag(step_s: int, prediction: int) -> int:
-    """The steps back to the same time of the last known day (of the week, for days; else to the last known step)."""
+def compute_naive_lag(step_s: int, prediction: int) -> int:
+    """Return the steps back to the same time of the last known day (for days: week; above: the last known step)."""
     steps = DAY // step_s if step_s < DAY else WEEK // step_s if step_s < WEEK else 1
     return -(-prediction // steps) * steps
 
 
 def count_season_steps(step_s: int) -> int:
-    """The steps of a day, of days those of a week, else of a year of weeks."""
+    """Count the steps of a season: of a day, for daily steps of a week, else of a year of weeks."""
     return DAY // step_s if step_s < DAY else max(2, (WEEK if step_s < WEEK else 52 * WEEK) // step_s)
 
 
@@ -62,13 +62,13 @@ def make_recipe(
     weekdays: bool = False,
     paths: int = 0,
 ) -> ForecastSpec:
-    """The record for a network that reads the last `reach` steps of its context; scalers from all of `series`.
+    """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
 
-    Channels: the target; where the reach does not see them, the target lagged so that its last `prediction_length`
-    steps are the values one day and one week before the forecast ones; calendar and known-future covariates of the
-    forecast steps, a covariate on several channels where one's reach is shorter than the forecast. `weekdays`: the
-    calendar is a channel for each day of the week, after the covariates. `paths`: the network draws so many, from a
-    seed in the last channel. `origin`: forecasts start at this time of day only.
+    The channels are: the target; if the reach does not include them, the target lagged so that its last
+    `prediction_length` steps are the values one day and one week before the forecast ones; calendar and known-future
+    covariates of the forecast steps, a covariate on several channels if the reach is shorter than the forecast.
+    `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the network draws so
+    many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
     """
     step_s = round(series.step.total_seconds())
     calendar = [
@@ -90,7 +90,7 @@ def make_recipe(
         time_zone=time_zone,
         dynamic_feat=series.known_names,
         unit=unit,
-        scaler=robust_scaler(series.values, scaling, series.name),
+        scaler=fit_robust_scaler(series.values, scaling, series.name),
         tail="clamp",
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
@@ -98,7 +98,7 @@ def make_recipe(
 
 
 def list_origins(series: Series, forecast: ForecastSpec) -> range:
-    """The steps that a forecast can start from: all, or with an `origin` one a day. Raises SeriesInvalid: none is."""
+    """List the possible first steps of a forecast: all, or one a day for an `origin`. Raises SeriesInvalid."""
     if not forecast.origin:
         return range(len(series.values))
     step_s, hours, minutes = round(series.step.total_seconds()), *map(int, forecast.origin.split(":"))
@@ -110,8 +110,8 @@ def list_origins(series: Series, forecast: ForecastSpec) -> range:
     return range(wait // step_s, len(series.values), DAY // step_s)
 
 
-def robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
-    """Median and interquartile range (as of a normal), which spikes do not move. Raises SeriesInvalid: no values."""
+def fit_robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
+    """Fit median and interquartile range (as of a normal), which resist spikes. Raises SeriesInvalid without values."""
     known = values[~np.isnan(values)]
     if not len(known):
         raise SeriesInvalid(f"{name}: no values to learn from")
@@ -121,7 +121,7 @@ def robust_scaler(values: Float64, kind: Scaling, name: str) -> Scaler:
 
 
 def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
-    """The channels along the series [channels, T - prediction - longest lag], from step `longest lag` on.
+    """Build the channels along the series [channels, T - prediction - longest lag], from step `longest lag` on.
 
     The row of a forecast from step s on is the slice of `context_length` steps that ends before s.
     """
@@ -134,7 +134,7 @@ def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
 
 
 def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
-    """0, and what makes the value of one day and of one week before each forecast step visible."""
+    """Choose lags: 0, and those that show the value one day and one week before each forecast step."""
     lags = [0]
     for period_s in (DAY, WEEK):
         period, rest = divmod(period_s, step_s)
@@ -145,15 +145,15 @@ def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
 
 
 def _choose_channels(series: Series, prediction: int, reach: int) -> Iterator[InputChannel]:
-    """Every covariate so that its value at each forecast step is within the last `reach` columns of some channel."""
+    """Choose channels of every covariate so that the last `reach` columns contain its value at each forecast step."""
     for index, (row, name) in enumerate(zip(series.known, series.known_names, strict=True)):
-        scaler = robust_scaler(row, "linear", name)
+        scaler = fit_robust_scaler(row, "linear", name)
         for shift in range(prediction, 0, -reach):
             yield InputChannel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
 
 
 def _choose_calendar(step_s: int) -> Iterator[Feature]:
-    """What changes from step to step."""
+    """Choose the calendar features that change from step to step."""
     if step_s < DAY:
         yield from ("hour_sin", "hour_cos")
     if step_s < WEEK:

@@ -1,6 +1,7 @@
 """Fits `lear`: chooses the penalty of each forecast step by the holdout, then fits once more over all windows. Torch.
 
-Models are fitted one after another, or side by side on threads: a model's 24 x 5 regressions are products large enough.
+Models are fitted one after another, or side by side on threads, because the 24 x 5 regressions of a model are large
+products.
 Measured, one core, four years of days with two covariates: 0.6 s a model (`loadtest.benchmarks.accuracy`).
 """
 
@@ -14,14 +15,14 @@ from handlers.training import quantile_lasso
 from handlers.training.quantile_lasso import Coefficients, Problem, Regressions
 from handlers.training.windows import Windows
 
-MOST_WINDOWS = 4096  #: of the training part: enough, and of bounded memory
-CUT = 256  #: windows whose whole context is held at once
+MOST_WINDOWS = 4096  #: most windows of the training part, for bounded memory
+CUT = 256  #: most windows whose whole context is in memory at once
 
 
 class LinearFit:
-    """The regressions of all models of one family over their windows; every `members` of them are one ensemble's.
+    """The regressions of all models of one family over their windows; every `members` of them are one ensemble.
 
-    An ensemble's members see calibration windows of their own, as the LEAR ensembles of Lago et al. do: all of the
+    The members of an ensemble have different calibration windows, as in the LEAR ensembles of Lago et al.: all of the
     past, the last half of it, the last quarter, and so on.
     """
 
@@ -37,7 +38,7 @@ class LinearFit:
         return f"<LinearFit {self._family.key} {self._data!r}>"
 
     def best(self, progress: Callable[[int, int, float], None] | None) -> torch.Tensor:
-        """Flat parameters [M, n]: the penalty of every forecast step is the one with the least holdout loss."""
+        """Fit flat parameters [M, n] with the penalty of least holdout loss for every forecast step."""
         found = []
         for weights, loss in self._pool.map(self._best, range(len(self._data))):
             found.append(weights)
@@ -46,7 +47,7 @@ class LinearFit:
         return torch.stack(found)
 
     def whole(self, weights: torch.Tensor) -> torch.Tensor:
-        """`best` fitted further with the same penalties on all windows, the holdout's too: prices change their ways."""
+        """Continue `best` with the same penalties on all windows, also those of the holdout, since prices change."""
         return torch.stack(list(self._pool.map(self._whole, range(len(self._data)), weights)))
 
     def _best(self, model: int) -> tuple[torch.Tensor, float]:
@@ -77,16 +78,16 @@ class LinearFit:
         )
 
     def _recent(self, model: int, starts: range) -> torch.Tensor:
-        """The windows a model is fitted on: for an ensemble's members the last half, quarter and so on of all."""
+        """Return the windows of a model: for members of an ensemble all, the last half, the last quarter and so on."""
         return self._data.spaced(starts[-(len(starts) >> model % self._members) or -1 :], MOST_WINDOWS)
 
     def _by_step(self, losses: torch.Tensor) -> torch.Tensor:
-        """Every column's loss -> the mean over the levels of its step, again for every column [columns]."""
+        """Replace the loss of every column by the mean over the levels of its step [columns]."""
         by_step = losses.view(*self._family.output_shape)
         return by_step.mean(1, keepdim=True).expand_as(by_step).flatten()
 
     def _problem(self, model: int, starts: torch.Tensor) -> Problem:
-        """Of one model the windows that forecast from these steps [M, n]."""
+        """Make the problem of one model from the windows that forecast from these steps [M, n]."""
         x, y = [], []
         for some in torch.split(starts, CUT, 1):
             context, targets = self._data.cut(some, slice(model, model + 1))
@@ -96,5 +97,5 @@ class LinearFit:
 
 
 def _flatten_coefficients(found: Coefficients) -> torch.Tensor:
-    """As the state dict has them, one after another [n]."""
+    """Concatenate the coefficients as the state dict has them [n]."""
     return torch.cat([found.weight.T.flatten(), found.bias])

@@ -1,11 +1,11 @@
-"""Quantile regressions with an elastic-net penalty, of many steps and levels at once. Torch; no files.
+"""Quantile regressions with an elastic-net penalty, for many steps and levels at once. Torch; no files.
 
-Least is the mean pinball loss + penalty |b| + RIDGE / (2 n) b^2, b for numbers read that are brought to mean 0 and
-spread 1, the bias free. It is found by the alternating direction method of multipliers, after Gu et al. 2018 ("ADMM for
-high-dimensional sparse penalized quantile regression"): residuals and penalised coefficients get copies of their own,
-so a step is two products with the design and one with an inverse that is made once, for all columns of the answer.
-Gradient methods stay far from the optimum here: prices of neighbouring hours are nearly the same number. Measured on
-two test years of NP: MAE 1.747 after 30 steps a penalty, 1.796 after 60 of FISTA, in half the time.
+They minimise the mean pinball loss + penalty |b| + RIDGE / (2 n) b^2, where b are the coefficients of inputs of mean 0
+and spread 1; the bias is not penalised. The minimum is found by the alternating direction method of multipliers, after
+Gu et al. 2018 ("ADMM for high-dimensional sparse penalized quantile regression"): residuals and penalised coefficients
+get split copies, so that a step is two products with the design and one with an inverse that is made once, for all
+columns of the answer. Gradient methods stay far from the optimum here: prices of neighbouring hours are nearly the same
+number. Measured on two test years of NP: MAE 1.747 after 30 steps a penalty, 1.796 after 60 of FISTA, in half the time.
 """
 
 from math import log10
@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 import torch
 
-RIDGE = 10.0  #: as much as ten windows say: what matters where a calibration window is short
-STEPS = 20  #: at each penalty, from the solution at the one before
+RIDGE = 10.0  #: ridge as strong as ten windows, which matters for short calibration windows
+STEPS = 20  #: steps at each penalty, from the solution of the one before
 PENALTIES = 6
-LARGEST, SMALLEST = 0.3, 1e-3  #: of the path, as parts of the penalty at which all coefficients are zero
-RESIDUAL_WEIGHT = 5.0  #: of the split of residuals, which are some tenths in network numbers
-COEFFICIENT_WEIGHT = 0.1  #: of the split of coefficients, as a part of that of residuals and for each window
-RELAXATION = 1.6  #: of Boyd et al. 2011, section 3.4.3
+LARGEST, SMALLEST = 0.3, 1e-3  #: penalties of the path, as shares of the one at which all coefficients are zero
+RESIDUAL_WEIGHT = 5.0  #: weight of the split of residuals, which are some tenths in network numbers
+COEFFICIENT_WEIGHT = 0.1  #: weight of the split of coefficients, as a share of that of residuals and for each window
+RELAXATION = 1.6  #: over-relaxation of Boyd et al. 2011, section 3.4.3
 
 
 class Problem(NamedTuple):
-    """One model's data: design x [n, F], targets y [n, P] (NaN: missing), levels [Q]."""
+    """The data of one model: design x [n, F], targets y [n, P] (NaN: missing), levels [Q]."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -31,25 +31,25 @@ class Problem(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Answers of a model: P x Q, all levels of the first step before those of the next."""
+        """The number of answers of a model, P x Q: all levels of the first step before those of the next."""
         return self.y.shape[1] * len(self.levels)
 
 
 class Coefficients(NamedTuple):
-    """Weight [F, columns] and bias [columns], of the design as it came."""
+    """Weight [F, columns] and bias [columns] for the unscaled design."""
 
     weight: torch.Tensor
     bias: torch.Tensor
 
 
 def make_null_model(problem: Problem) -> Coefficients:
-    """Zero coefficients, and for the bias the quantiles of the targets."""
+    """Make a model of zero coefficients, whose bias is the quantiles of the targets."""
     bias = problem.y.nanquantile(problem.levels, dim=0).T.flatten().nan_to_num()
     return Coefficients(problem.x.new_zeros(problem.x.shape[1], problem.columns), bias)
 
 
 def compute_losses(problem: Problem, found: Coefficients) -> torch.Tensor:
-    """Mean pinball loss of every column [columns]."""
+    """Compute the mean pinball loss of every column [columns]."""
     y, levels = _list_targets(problem)
     error, seen = y.nan_to_num() - torch.addmm(found.bias, problem.x, found.weight), ~y.isnan()
     loss = torch.maximum(levels * error, (levels - 1) * error) * seen
@@ -57,7 +57,7 @@ def compute_losses(problem: Problem, found: Coefficients) -> torch.Tensor:
 
 
 class Regressions:
-    """All columns of one problem; every `solve` goes on from the one before."""
+    """All columns of one problem; every `solve` continues from the one before."""
 
     def __init__(self, problem: Problem, start: Coefficients) -> None:
         x, (y, levels) = problem.x, _list_targets(problem)
@@ -80,13 +80,13 @@ class Regressions:
         return f"<Regressions of {self._y.shape[1]} columns on {tuple(self._x.shape)}>"
 
     def penalties(self) -> torch.Tensor:
-        """The path, falling, as parts of what makes all coefficients zero: [PENALTIES, columns]. Before any `solve`."""
+        """Compute the falling path of penalties [PENALTIES, columns] from zero coefficients on. Call it first."""
         slope = torch.where(self._residual > 0, self._above, self._below) * RESIDUAL_WEIGHT
         largest = (self._x[:, :-1].T @ slope).abs().amax(0) / len(self._x)
         return torch.logspace(log10(LARGEST), log10(SMALLEST), PENALTIES)[:, None] * largest
 
     def solve(self, penalty: torch.Tensor, steps: int = STEPS) -> Coefficients:
-        """With `penalty` [columns]."""
+        """Solve with `penalty` [columns]."""
         strength = RESIDUAL_WEIGHT * self._weight
         threshold, shrink = len(self._x) * penalty / strength, 1 / (1 + RIDGE / strength)
         for _ in range(steps):
@@ -103,5 +103,5 @@ class Regressions:
 
 
 def _list_targets(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """Targets and levels of every column: [n, columns] and [columns]."""
+    """List targets [n, columns] and levels [columns] of every column."""
     return problem.y.repeat_interleave(len(problem.levels), 1), problem.levels.repeat(problem.y.shape[1])

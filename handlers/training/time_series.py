@@ -1,6 +1,6 @@
-"""Time series as training and evaluation read them: evenly spaced columns of a CSV file. No torch.
+"""Time series for training and evaluation: evenly spaced columns of a CSV file. No torch.
 
-Stamps are wall-clock times without daylight-saving jumps, as in requests; stamps with an offset are turned into UTC.
+Stamps are wall-clock times without daylight-saving jumps, as in requests; stamps with an offset are converted to UTC.
 """
 
 import csv
@@ -26,7 +26,7 @@ class SeriesInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values [T] at `start`, `start + step`, ..., NaN where missing; known-future covariates [K, T], none missing."""
+    """Values [T] at `start`, `start + step`, ..., NaN if missing; known-future covariates [K, T], none missing."""
 
     name: str
     start: datetime
@@ -46,20 +46,20 @@ class Series:
         return f"{seconds // size}{unit}"
 
     def stamp(self, at: int) -> str:
-        """The time of step `at` as requests write it."""
+        """Return the time of step `at` in the notation of requests."""
         return (self.start + at * self.step).isoformat(sep=" ", timespec="seconds")
 
     def first_at(self, moment: datetime) -> int:
-        """The first step at or after the moment, T where there is none."""
+        """Return the first step at or after the moment, T if there is none."""
         return min(max(0, -((self.start - moment) // self.step)), len(self.values))
 
     def before(self, moment: datetime) -> "Series":
-        """The steps before the moment."""
+        """Return the series of the steps before the moment."""
         end = self.first_at(moment)
         return Series(self.name, self.start, self.step, self.values[:end], self.known[:, :end], self.known_names)
 
     def instance(self, start: int, end: int, horizon: int) -> dict[str, object]:
-        """A request's instance: the steps `start` to `end` as history, the covariates `horizon` steps further."""
+        """Make the instance of a request: history from `start` to `end`, and covariates for `horizon` more steps."""
         found: dict[str, object] = {
             "start": self.stamp(start),
             "target": [None if math.isnan(value) else value for value in self.values[start:end].tolist()],
@@ -70,12 +70,12 @@ class Series:
 
 
 def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequence[str] = ()) -> list[Series]:
-    """One series per target column, all of the same stamps; `.gz` is unpacked.
+    """Read one series per target column, all with the same stamps; `.gz` is unpacked.
 
     Empty cells of a target are missing. A known-future column whose name contains `{target}` belongs to that target.
 
     Raises:
-        SeriesInvalid: names file, line and column of what is wrong; OSError where the file cannot be read.
+        SeriesInvalid: names file, line and column of the fault. OSError: the file cannot be read.
     """
     known = [[name.replace("{target}", target) for name in known_future] for target in targets]
     with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
@@ -103,7 +103,7 @@ def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequen
 
 
 def read_header(path: Path) -> list[str]:
-    """The names of the columns. Raises SeriesInvalid, OSError."""
+    """Read the names of the columns. Raises SeriesInvalid, OSError."""
     with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
         try:
             return [name.strip() for name in next(csv.reader(file), [])]
@@ -114,7 +114,7 @@ def read_header(path: Path) -> list[str]:
 def _read_columns(
     reader: Iterable[list[str]], time: str, wanted: Iterable[str]
 ) -> tuple[list[datetime], list[int], dict[str, Float64]]:
-    """Stamps, their line numbers and the wanted columns."""
+    """Read stamps, their line numbers and the wanted columns."""
     rows = _number_rows(reader)
     _, header = next(rows, (0, []))
     names = [name.strip() for name in header]
@@ -134,7 +134,7 @@ def _read_columns(
 
 
 def _number_rows(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the line they end on; blank lines are left out."""
+    """Yield the rows with the line on which each ends; blank lines are left out."""
     for row in reader:
         if row:
             yield getattr(reader, "line_num", 0), row
@@ -164,7 +164,7 @@ def _parse_number(text: str, line: int, column: str) -> float:
 
 
 def _find_step(stamps: Sequence[datetime], lines: Sequence[int]) -> timedelta:
-    """The one distance between all stamps."""
+    """Find the distance between stamps, which must be the same for all."""
     if len(stamps) < 2:  # noqa: PLR2004 - a distance needs two
         raise SeriesInvalid(f"{len(stamps)} rows of data, which is too few")
     step = stamps[1] - stamps[0]

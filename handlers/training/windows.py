@@ -1,4 +1,4 @@
-"""Training windows: many series in network numbers on one time axis, cut where a forecast could start. Torch."""
+"""Training windows: many series in network numbers on one time axis, cut at possible starts of a forecast. Torch."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ import numpy as np
 import torch
 
 from handlers.codecs.features import to_network
-from handlers.training.input_recipe import build_rows, list_origins, naive_lag
+from handlers.training.input_recipe import build_rows, compute_naive_lag, list_origins
 from handlers.training.time_series import Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec
 
-FORWARD_ROWS = 512  #: windows in one forward: its scratch of some MiB stays in the caches
+FORWARD_ROWS = 512  #: windows in one forward, whose scratch of some MiB stays in the caches
 
 
 class Windows:
-    """The series in network numbers on one time axis, and windows cut out of them by the step they forecast from."""
+    """The series in network numbers on one time axis, and windows of them by the first forecast step."""
 
     def __init__(self, series: Sequence[Series], forecasts: Sequence[ForecastSpec], reach: int, holdout: float) -> None:
-        """Raises SeriesInvalid where the series have different lengths or are too short."""
+        """Raises SeriesInvalid if the series have different lengths or are too short."""
         _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
         self.lag = first.history_length - first.context_length
@@ -33,7 +33,7 @@ class Windows:
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
         self.levels = torch.tensor(first.quantile_levels)
         self.scalers = [forecast.scaler for forecast in forecasts]
-        self.naive_lag = naive_lag(round(series[0].step.total_seconds()), self.horizon)
+        self.naive_lag = compute_naive_lag(round(series[0].step.total_seconds()), self.horizon)
         self.values = np.stack([each.values for each in series])
         scaled = [to_network(each.values, scaler) for each, scaler in zip(series, self.scalers, strict=True)]
         self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing
@@ -47,12 +47,12 @@ class Windows:
         return f"<Windows of {len(self)} series, to train {self.train}, held out {self.holdout}>"
 
     def slices(self, count: int, threads: int) -> list[slice]:
-        """The models in groups whose `count` windows each one forward takes, at least a group a thread."""
+        """Split the models into groups whose `count` windows each fit one forward, at least one group per thread."""
         size = min(max(1, FORWARD_ROWS // count), -(-len(self) // threads))
         return [slice(at, at + size) for at in range(0, len(self), size)]
 
     def cut(self, starts: torch.Tensor, models: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Steps to forecast from [M, B] -> of some models x [m, B, reach, channels] and y [m, B, horizon]."""
+        """Cut windows at first forecast steps [M, B]: x [m, B, reach, channels], y [m, B, horizon] of some models."""
         inputs, targets, some = self._inputs[models], self._targets[models], starts[models]
         count, length, channels = inputs.shape
         first = some - self.lag - self.reach + length * torch.arange(count)[:, None]
@@ -62,22 +62,22 @@ class Windows:
         return x, targets.gather(1, ahead.flatten(1)).view_as(ahead)
 
     def drawn(self, count: int, random: torch.Generator) -> torch.Tensor:
-        """Random windows of the training part [M, count]."""
+        """Draw random windows of the training part [M, count]."""
         places = torch.randint(0, len(self.train), (len(self), count), generator=random)
         return self.train.start + self.train.step * places
 
     def held_out(self, count: int) -> torch.Tensor:
-        """Up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""
+        """Return up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""
         return self.spaced(self.holdout, count)
 
     def spaced(self, starts: range, count: int) -> torch.Tensor:
-        """Up to `count` of the steps, evenly spaced, the same for every model [M, B]."""
+        """Return up to `count` of the steps, evenly spaced, the same for every model [M, B]."""
         places = torch.linspace(0, len(starts) - 1, min(count, len(starts))).long()
         return (starts.start + starts.step * places).expand(len(self), -1)
 
 
 def _cut_range(places: range, first: int, last: int) -> range:
-    """The places from `first` to `last`."""
+    """Return the range of indices from `first` to `last`."""
     start = places.start + max(0, -(-(first - places.start) // places.step)) * places.step
     return range(start, last + 1, places.step)
 

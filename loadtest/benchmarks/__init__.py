@@ -1,1 +1,1 @@
-"""What `fleetcast-load bench NAME` runs."""
+"""The benchmarks of `fleetcast-load bench NAME`."""

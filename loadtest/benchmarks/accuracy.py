@@ -28,7 +28,7 @@ import rich
 import torch
 import typer
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.benchmarks.accuracy_scores import (
     FEV,
     FEV_DAYS,
@@ -56,10 +56,10 @@ from loadtest.benchmarks.rolling_refits import (
 from loadtest.report.accuracy import build_tables, render_accuracy_page
 from loadtest.report.terminal import render_table
 
-ONCE = {"NP": 0.63, "PJM": 0.63, "BE": 0.82, "FR": 0.75, "DE": 0.50}  #: rMAE to stay below, fitted once
-SCORING_S = 20  #: of the minutes, kept for what follows the fits
-SAID_S = 15  #: between two lines of progress
-SAME = 1e-3  #: of MAE, between our commands and a fit here: quantiles travel as JSON
+ONCE = {"NP": 0.63, "PJM": 0.63, "BE": 0.82, "FR": 0.75, "DE": 0.50}  #: upper bound of the rMAE of a single fit
+SCORING_S = 20  #: seconds of the given minutes that are kept for scoring
+SAID_S = 15  #: seconds between two lines of progress
+SAME = 1e-3  #: tolerance of the MAE between our commands and a fit here, because quantiles are sent as JSON
 
 # WQL by the benchmark's own results, github.com/autogluon/fev at 1bc95fd, benchmarks/fev_bench/results; 30 models
 # are there: the best by the mean of the five markets, all that are the best of one, and two well-known ones.
@@ -88,7 +88,7 @@ class Stage(NamedTuple):
         return f"{self.recipe.name} {often}" + (f" in the last {DAYS - self.first} days" if self.first else "")
 
 
-#: The most valuable first: what the minutes do not suffice for is at the end.
+#: The most valuable stages come first, because the last ones may not fit into the given minutes.
 STAGES = (
     *(Stage(each, DAYS) for each in RECIPES),
     *(Stage(each, DAYS, DAYS - FEV_DAYS) for each in FEV),
@@ -106,14 +106,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(
     *,
     data: Annotated[Path, typer.Option(exists=True, file_okay=False, help="folder of the markets' files")],
-    markets: Annotated[str, typer.Option(help="some of them, comma-separated")] = ",".join(MARKETS),
-    minutes: Annotated[float, typer.Option(min=0.5, help="end after so long, whatever is left")] = 25.0,
-    processes: Annotated[int, typer.Option(min=1, max=256, help="fits at a time, a core each")] = 2,
-    keep: Annotated[Path, typer.Option(help="folder of the fits that are done")] = Path(".fleetcast/accuracy"),
-    html: Annotated[Path, typer.Option(help="the curves and tables as a page")] = Path(".fleetcast/accuracy.html"),
-    save: Annotated[bool, typer.Option(help="write the record")] = True,
+    markets: Annotated[str, typer.Option(help="markets to run, comma-separated")] = ",".join(MARKETS),
+    minutes: Annotated[float, typer.Option(min=0.5, help="time limit; remaining fits are left out")] = 25.0,
+    processes: Annotated[int, typer.Option(min=1, max=256, help="number of fits at a time, each on one core")] = 2,
+    keep: Annotated[Path, typer.Option(help="folder of finished fits")] = Path(".fleetcast/accuracy"),
+    html: Annotated[Path, typer.Option(help="write the curves and tables to this page")] = Path(
+        ".fleetcast/accuracy.html"
+    ),
+    save: flags.SaveRecord = True,
 ) -> None:
-    """Fit, forecast, score, and compare with what is published; exit code 1 where a market falls short."""
+    """Fit, forecast, score, and compare with published results. The exit code is 1 if a market misses a bound."""
     started, before = clock.monotonic(), record.describe_machine()
     names = [name for name in MARKETS if name in markets.split(",")]
     if not names:
@@ -148,7 +150,7 @@ def main(
 
 
 def run_tasks(refits: Refits, tasks: Sequence[Task], processes: int, until: float) -> int:
-    """Do the tasks in their order until the clock says `until`; a fit that is under way then is dropped. How many."""
+    """Run the tasks in order until the time `until`, when running fits are dropped. Returns how many were done."""
     done, spent, said = 0, defaultdict[str, float](float), clock.monotonic()
     with get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool, suppress(StopIteration, NotYet):
         results = pool.imap_unordered(partial(_do_task, refits), tasks)
@@ -167,7 +169,7 @@ def run_tasks(refits: Refits, tasks: Sequence[Task], processes: int, until: floa
 
 
 def run_commands(data: Path, names: Sequence[str], processes: int) -> dict[str, float]:
-    """MAE of the test period by `fleetcast train` and `fleetcast backtest`: the fits here are to find the same."""
+    """Return the MAE of the test period by `fleetcast train` and `fleetcast backtest`, which fits here must match."""
 
     def one(name: str) -> float:
         series, csv_file = read_market(data, name), str(data / f"{name}.csv.gz")
@@ -189,7 +191,7 @@ def run_commands(data: Path, names: Sequence[str], processes: int) -> dict[str, 
 
 
 def list_failures(found: Mapping[str, Any], checked: Mapping[str, float]) -> list[str]:
-    """What falls short, in words: of the bounds for one fit, or of our commands' own numbers."""
+    """List in words which bounds are missed, and which fits differ from the results of our commands."""
     wrong = []
     for name, each in found.items():
         once = {row["name"]: row for row in each["rows"] if row["every"] == DAYS}
@@ -203,7 +205,7 @@ def list_failures(found: Mapping[str, Any], checked: Mapping[str, float]) -> lis
 
 
 def _stage_tasks(stage: Stage, names: Sequence[str]) -> Iterator[Task]:
-    """By day, not by market: what is done of a stage is of all markets."""
+    """List the tasks by day, not by market, so that an unfinished stage has fits of all markets."""
     for together in zip(*(schedule_refits(name, *stage) for name in names), strict=True):
         yield from together
 
@@ -213,7 +215,7 @@ def _do_task(refits: Refits, task: Task) -> tuple[Task, float]:
 
 
 def _describe_missing(refits: Refits, stage: Stage, names: Sequence[str]) -> str:
-    """For example `12 of 104 fits of NP`."""
+    """Describe missing fits, for example `12 of 104 fits of NP`."""
     done = {name: [refits.has(task) for task in schedule_refits(name, *stage)] for name in names}
     return ", ".join(
         f"{each.count(False)} of {len(each)} fits of {name}" for name, each in done.items() if not all(each)

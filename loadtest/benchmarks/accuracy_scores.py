@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 
 from handlers.codecs.features import Float64
-from handlers.evaluation.scores import Steps, compute_pinball, make_naive_forecast, score_windows, seasonal_errors
+from handlers.evaluation.scores import (
+    Steps,
+    compute_pinball,
+    compute_seasonal_errors,
+    make_naive_forecast,
+    score_windows,
+)
 from handlers.training.time_series import Series
 from loadtest.benchmarks.rolling_refits import (
     DAYS,
@@ -32,14 +38,14 @@ FEV = tuple(Recipe(each.name, each.architecture, each.members, each.config, each
             for each in (LEAR, WINDOWS, TCN))  # fmt: skip
 MEAN, WEIGHTED = "mean without the linear one", "all, weighted by their past"
 MIXTURES = {MEAN: (LEAR, WINDOWS, MORE_WINDOWS, TCN), WEIGHTED: RECIPES}
-# Power and memory were chosen by the test periods of NP and DE, fitted every 28 days; the other markets had no say.
-POWER = 8  #: of a forecaster's earlier loss in its weight
-REVIEW, MEMORY = 7, 91  #: days after which weights are made anew, and of which losses
+# Power and memory were chosen by the test periods of NP and DE, fitted every 28 days; the other markets were not used.
+POWER = 8  #: exponent of the earlier loss of a forecaster in its weight
+REVIEW, MEMORY = 7, 91  #: days between updates of the weights, and days of losses that they use
 FEV_DAYS = 20
 
 
 def assess_market(data: Path, refits: Refits, name: str) -> dict[str, Any]:
-    """All that is done of one market: rows by recipe or mixture and how often it was fitted, and the published ones."""
+    """Score all finished fits of one market by recipe or mixture and days between fits, and the published forecasts."""
     series = read_market(data, name)
     rows = []
     for every in EVERY:
@@ -60,7 +66,7 @@ def assess_market(data: Path, refits: Refits, name: str) -> dict[str, Any]:
 
 
 def read_published(data: Path, name: str) -> dict[str, Float64]:
-    """The daily forecasts of Lago et al. 2021 [days, 24] by model."""
+    """Read the daily forecasts of Lago et al. 2021 [days, 24] by model."""
     with gzip.open(data / f"{name}_reference_forecasts.csv.gz", "rt", newline="") as file:
         rows = list(csv.DictReader(file))
     models = [each for each in rows[0] if each not in ("datetime_local", "real_price")]
@@ -68,7 +74,7 @@ def read_published(data: Path, name: str) -> dict[str, Float64]:
 
 
 def weight_parts(parts: Float64, y: Float64, levels: Float64) -> Float64:
-    """Parts [N, days, 24, levels] -> their mean by weights that each week are made of the last days' losses."""
+    """Average parts [N, days, 24, levels] with weights that are updated every week from the losses of the last days."""
     losses = compute_pinball(np.broadcast_to(y, parts.shape[:3]), parts, levels).mean((2, 3))
     weights = np.ones(losses.shape)
     for day in range(REVIEW, losses.shape[1], REVIEW):
@@ -79,13 +85,13 @@ def weight_parts(parts: Float64, y: Float64, levels: Float64) -> Float64:
 
 
 def compute_wql(y: Float64, q: Float64, levels: Float64) -> float:
-    """As fev-bench has it: by window [W] twice the mean pinball loss by the mean of |y|, at least 1; their mean."""
+    """Compute WQL as fev-bench does: the mean over windows [W] of twice the mean pinball loss / max(mean |y|, 1)."""
     size = np.maximum(np.abs(y).mean(1), 1.0)
     return float((2 * compute_pinball(y, q, levels).mean((1, 2)) / size).mean())
 
 
 def _score_mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Mixtures whose `lear` is fitted so often; the others as often, or as often as was reached."""
+    """Score mixtures whose `lear` is fitted at this interval; other parts are fitted as often, or less."""
     finest = [each for each in reversed(EVERY) if each >= every]
     for mixture, recipes in MIXTURES.items():
         reached = [next((e for e in finest if _has_fits(refits, name, each, e)), 0) for each in recipes]
@@ -104,13 +110,13 @@ def _has_fits(refits: Refits, name: str, recipe: Recipe, every: int) -> bool:
 
 
 def _score_test_period(series: Series, q: Float64, levels: Sequence[float] = LEAR.levels) -> dict[str, float]:
-    """Of quantiles of the test period [days, 24, levels]."""
+    """Score quantiles of the test period [days, 24, levels]."""
     start, values = find_period_start(series), series.values
     origins: Steps = np.arange(start, len(values), HOURS)
     began = np.datetime64(series.start, "s").astype(np.int64)
     seconds: Steps = began + 3600 * np.arange(len(values))
     y, before = values[start:].reshape(DAYS, HOURS), make_naive_forecast(values, seconds, origins, HOURS)
-    found = score_windows(y, q, np.array(levels), before, seasonal_errors(values, origins, HOURS))
+    found = score_windows(y, q, np.array(levels), before, compute_seasonal_errors(values, origins, HOURS))
     measures = {"rmae": found.rmae, "mae": float(found.wape * np.abs(y).mean())}
     if len(levels) > 1:
         measures |= {"pinball": found.pinball, "coverage": found.coverage}
@@ -118,7 +124,7 @@ def _score_test_period(series: Series, q: Float64, levels: Sequence[float] = LEA
 
 
 def _score_fev(refits: Refits, name: str, series: Series) -> dict[str, float]:
-    """WQL of the last 20 days, of archives fitted before them and where reached every day; and of their mean."""
+    """Compute the WQL of the last 20 days for fits before them, for daily fits if finished, and for their mean."""
     first, found = DAYS - FEV_DAYS, {}
     y = series.values[-FEV_DAYS * HOURS :].reshape(FEV_DAYS, HOURS)
     parts = []

@@ -1,6 +1,6 @@
 """The core benchmark: throughput, cold start and memory, each as a ratio to a plain server or to a measured floor.
 
-A few minutes; needs wrk. Each command saves a record.
+It takes a few minutes and needs wrk. Each command saves a record.
 """
 
 import http.client
@@ -49,7 +49,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 @app.command()
 def warm(pairs: int = 7, seconds: float = 3.0) -> None:
-    """Throughput at 8 and 32 connections and latency at 1, JSON and npy bodies, alternating with the plain peer."""
+    """Measure throughput at 8 and 32 connections and latency at 1, JSON and npy, alternating with the plain peer."""
     wrk.require_wrk()
     before = record.describe_machine()
     with ExitStack() as stack:
@@ -75,7 +75,7 @@ def warm(pairs: int = 7, seconds: float = 3.0) -> None:
 
 @app.command()
 def cold(models: int = 40) -> None:
-    """First answers of models that are only in an S3 store (100 KB archives), each beside one such GET."""
+    """Measure first answers of models that are only in an S3 store (100 KB archives), each beside one such GET."""
     before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -91,7 +91,7 @@ def cold(models: int = 40) -> None:
             run_local_server("s3://bench/fleet", ["--s3-endpoint-url", endpoint], S3_ENVIRONMENT)
         )
         connection = http.client.HTTPConnection(urlsplit(server.inference).netloc)
-        invoke_model(connection, names[0], body)  # the process's first: imports and connections
+        invoke_model(connection, names[0], body)  # the first of the process, which imports and connects
         source.get(ModelName(names[1]))
         first, get, seen = [], [], len(requests())
         for i in track(range(2, 2 * models, 2), "cold", transient=True):
@@ -117,7 +117,7 @@ def cold(models: int = 40) -> None:
 
 @app.command()
 def memory(models: int = 2000, step: int = 500) -> None:
-    """Proportional set size of the worker as models become resident, per model of 70 KB of weights."""
+    """Measure the proportional set size of the worker as models become resident, per model of 70 KB of weights."""
     before = record.describe_machine()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -155,7 +155,7 @@ def memory(models: int = 2000, step: int = 500) -> None:
 
 @app.command(name="all")
 def run_all() -> None:
-    """The three above, one after another."""
+    """Run the three benchmarks one after another."""
     warm()
     cold()
     memory()
@@ -165,14 +165,14 @@ def run_all() -> None:
 
 
 def write_fleet(folder: Path, family: Family, config: Mapping[str, Any], names: list[str]) -> None:
-    """Archives of one architecture with seeded random weights."""
+    """Write archives of one architecture with seeded random weights."""
     folder.mkdir(parents=True)
     for seed, name in enumerate(track(names, "packing", transient=True)):
         (folder / name).write_bytes(_pack_model(family, config, name, seed))
 
 
 def put_archive(source: Any, name: str, family: Family, seed: int) -> int:
-    """Pack and store one archive of about 100 KB; its size."""
+    """Pack and store one archive of about 100 KB; returns its size."""
     data = _pack_model(family, TCN_100_KB, name, seed)
     source.put(ModelName(name), data)
     return len(data)
@@ -186,7 +186,7 @@ def _pack_model(family: Family, config: Mapping[str, Any], name: str, seed: int)
 
 
 def write_bodies(folder: Path) -> tuple[Path, Path]:
-    """The same 8 x 168 numbers as tensor JSON (11 KB) and as npy (5.5 KB)."""
+    """Write the same 8 x 168 numbers as tensor JSON (11 KB) and as npy (5.5 KB)."""
     rng = random.Random(SEED)
     x = [[round(rng.gauss(0, 1), BODY_DIGITS) for _ in range(168)] for _ in range(8)]
     json_body, npy_body = folder / "body.json", folder / "body.npy"
@@ -198,7 +198,7 @@ def write_bodies(folder: Path) -> tuple[Path, Path]:
 
 
 def invoke_model(connection: http.client.HTTPConnection, name: str, body: bytes) -> bytes:
-    """One invocation; raises RuntimeError unless it is answered 200."""
+    """Invoke a model once. Raises RuntimeError unless the status is 200."""
     headers = {HEADER_TARGET_MODEL: name, "Content-Type": NPY}
     connection.request("POST", INVOCATIONS_PATH, body, headers)
     reply = connection.getresponse()
@@ -209,7 +209,7 @@ def invoke_model(connection: http.client.HTTPConnection, name: str, body: bytes)
 
 
 def time_call(call: Callable[..., object], *args: object) -> float:
-    """Milliseconds."""
+    """Return the milliseconds of a call."""
     started = time.perf_counter()
     call(*args)
     return (time.perf_counter() - started) * 1e3

@@ -41,7 +41,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")] = 7) -> None:
+def main(rounds: Annotated[int, typer.Option(min=1, help="number of rounds over all combinations")] = 7) -> None:
     """Measure every number of workers and fronts up to the cores."""
     wrk.require_wrk()
     before = record.describe_machine()
@@ -73,7 +73,7 @@ def main(rounds: Annotated[int, typer.Option(min=1, help="of all combinations")]
 
 
 def _measure_combination(server: LocalServer, target: wrk.WrkTarget, seconds: float) -> dict[str, float]:
-    """Requests a second, and microseconds a request by where they went."""
+    """Measure requests a second, and the microseconds of a request by part."""
     before = dict(_read_seconds(server))
     found = wrk.run_wrk(target, CONNECTIONS, seconds)
     times = {"requests_per_s": found.requests_per_s, "p50_ms": found.p50_ms, "p99_ms": found.p99_ms}
@@ -81,13 +81,13 @@ def _measure_combination(server: LocalServer, target: wrk.WrkTarget, seconds: fl
 
 
 def compute_request_cost(before: Mapping[str, float], after: Mapping[str, float], requests: float) -> dict[str, float]:
-    """Microseconds a request from two readings of `_read_seconds`; `rest` is what a worker used beyond its parts."""
+    """Compute microseconds a request from two readings of `_read_seconds`; `rest` is worker time beyond its parts."""
     used = {name: (after[name] - before[name]) / requests * 1e6 for name in after}
     return {**used, "rest": used["worker"] - sum(used[part] for part in PARTS)}
 
 
 def _read_seconds(server: LocalServer) -> Iterator[tuple[str, float]]:
-    """Seconds so far of fronts, of workers, and of the workers' parts."""
+    """Read the CPU seconds of fronts and workers, and the seconds of the workers' parts."""
     for kind in ("front", "worker"):
         yield kind, sum(read_cpu_seconds(each["pid"]) for each in server.processes() if each["kind"] == kind)
     spent = server.totals(STEP_SECONDS.series, "part")
@@ -96,7 +96,7 @@ def _read_seconds(server: LocalServer) -> Iterator[tuple[str, float]]:
 
 
 def build_table(results: Mapping[str, Any]) -> Table:
-    """A combination a row, medians."""
+    """Make a table of medians with a row for each combination."""
     columns = ("requests_per_s", "p50_ms", "p99_ms", "front", "worker", *PARTS, "rest")
     shown = Table("", "requests/s", "p50 ms", "p99 ms", "front us", "worker us", *PARTS, "rest")
     for key, row in results.items():

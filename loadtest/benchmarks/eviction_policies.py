@@ -21,7 +21,7 @@ from rich.table import Table
 from loadtest import record
 from loadtest.driver.profiles import Profile, Schedule, Tick
 from model_store.cache.cache import Cache, Placed
-from model_store.cache.eviction import POLICIES, policy_named
+from model_store.cache.eviction import POLICIES, make_policy
 from model_store.cache.victim_selection import Evict, Moves
 from model_store.names import ModelName
 
@@ -35,7 +35,7 @@ CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 
 
 class CachedModel(NamedTuple):
-    """What a cache is told of a model."""
+    """A model as a cache sees it."""
 
     name: ModelName
     charge: int
@@ -44,7 +44,7 @@ class CachedModel(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheTrace:
-    """Requests, and when, in seconds. Until `warm` of them the cache only fills."""
+    """Requests and their times in seconds. The first `warm` requests only fill the cache."""
 
     asked: Sequence[CachedModel]
     at: Sequence[float]
@@ -56,10 +56,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    seed: Annotated[int, typer.Option(help="of the traces")] = 0,
-    rounds: Annotated[int, typer.Option(min=3, help="of alternating measurements of the cost")] = 7,
+    seed: Annotated[int, typer.Option(help="random seed of the traces")] = 0,
+    rounds: Annotated[int, typer.Option(min=3, help="number of alternating measurements of the cost")] = 7,
 ) -> None:
-    """Judge every policy."""
+    """Measure every policy."""
     before = record.describe_machine()
     found: dict[str, Any] = {"hits": {}, "after_change": {}}
     for name, trace in track(make_traces(seed).items(), "hits", transient=True, console=CONSOLE):
@@ -82,12 +82,12 @@ def main(
 
 
 def make_models(models: int, family: str = "tcn", charge: int = ROW) -> list[CachedModel]:
-    """Models of one family."""
+    """Make models of one family."""
     return [CachedModel(ModelName(f"{family}/{i:05}.mar"), charge, family) for i in range(models)]
 
 
 def make_traces(seed: int = 0, models: int = FLEET) -> dict[str, CacheTrace]:
-    """Three that decide: a tick in fixed order, a shuffled one, Zipf with drift. And what else a fleet may see."""
+    """Make three deciding traces (a tick in fixed order, a shuffled one, Zipf with drift), and other plausible ones."""
     half, known = models // 2, make_models(models)
     often = _make_ticks(half, 48, seed, shuffled=True)
     seldom = Tick(half, 12 * EVERY_S, 1.0, shuffled=True, seed=seed + 1).schedule(48 * EVERY_S)
@@ -112,7 +112,7 @@ def make_traces(seed: int = 0, models: int = FLEET) -> dict[str, CacheTrace]:
 
 
 def make_mixed_traces(seed: int = 0) -> dict[str, CacheTrace]:
-    """Families of very different row sizes in a cache of few slabs."""
+    """Make traces of families of very different row sizes, for a cache of few slabs."""
     models = [model for family, (count, charge) in MIXED.items() for model in make_models(count, family, charge)]
     asked = np.random.default_rng(seed).integers(0, len(models), 60 * len(models))
     return {
@@ -122,7 +122,7 @@ def make_mixed_traces(seed: int = 0) -> dict[str, CacheTrace]:
 
 
 def make_change_trace(at: int, ticks: int, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> CacheTrace:
-    """Ticks; from the one numbered `at` on a fifth of the fleet, drawn, is replaced by others."""
+    """Make ticks; from tick `at` on, a drawn fifth of the fleet is replaced by other models."""
     ticking = _make_ticks(models, ticks, seed, shuffled=shuffled)
     gone = np.random.default_rng(seed).permutation(models)[: models // 5]
     asked = ticking.model.copy()
@@ -144,12 +144,12 @@ def _draw_zipf(models: int, requests: int, seed: int, drift_s: float, rate: floa
 
 
 def _shift_models(due: Schedule, first: int) -> Schedule:
-    """The same for models numbered from `first` on."""
+    """Shift the model numbers so that they start at `first`."""
     return Schedule(due.at, first + due.model, due.seconds)
 
 
 def _merge_schedules(*loads: Schedule) -> Schedule:
-    """All of them at once."""
+    """Merge schedules into one."""
     at = np.concatenate([due.at for due in loads])
     order = np.argsort(at, kind="stable")
     return Schedule(at[order], np.concatenate([due.model for due in loads])[order], loads[0].seconds)
@@ -159,13 +159,13 @@ def _merge_schedules(*loads: Schedule) -> Schedule:
 
 
 def compute_share_bytes(trace: CacheTrace, share: float) -> int:
-    """Bytes for so much of all models that are asked, in whole slabs."""
+    """Compute the bytes of a share of all requested models, in whole slabs."""
     total = sum(model.charge for model in set(trace.asked))
     return int(share * total) // SLAB * SLAB
 
 
 def serve_request(cache: Cache, trace: CacheTrace) -> Iterator[bool]:
-    """Each request from its start to its end: whether the model was there."""
+    """Serve each request from start to end; yields whether its model was resident."""
     for model, now in zip(trace.asked, trace.at, strict=True):
         slot = cache.lease(model.name, now)
         if slot is not None:
@@ -190,22 +190,22 @@ def load_model(cache: Cache, model: CachedModel, now: float) -> None:
 
 
 def compute_hit_ratio(policy: str, trace: CacheTrace, cache_bytes: int, slab_bytes: int = SLAB) -> float:
-    """Of the requests after the warm-up."""
-    cache = Cache(cache_bytes, slab_bytes, policy=policy_named(policy))
+    """Compute the hit ratio of the requests after the warm-up."""
+    cache = Cache(cache_bytes, slab_bytes, policy=make_policy(policy))
     hits = list(serve_request(cache, trace))
     return statistics.fmean(hits[trace.warm :])
 
 
 def measure_recovery(policy: str, *, shuffled: bool, seed: int = 0, models: int = FLEET) -> list[float]:
-    """The hit ratio of the tick before a fifth of the fleet is replaced, of that one, and of the next four; 90 %."""
+    """Return the hit ratio of the tick before a fifth of the fleet changes, of that tick and the next four, at 90 %."""
     trace = make_change_trace(8, 13, shuffled=shuffled, seed=seed, models=models)
-    cache = Cache(int(0.9 * models * ROW) // SLAB * SLAB, SLAB, policy=policy_named(policy))
+    cache = Cache(int(0.9 * models * ROW) // SLAB * SLAB, SLAB, policy=make_policy(policy))
     hits = np.fromiter(serve_request(cache, trace), float).reshape(13, models).mean(axis=1)
     return [float(ratio) for ratio in hits[7:]]
 
 
 def measure_costs(seed: int, rounds: int) -> Mapping[str, Mapping[str, Any]]:
-    """Microseconds that cache and policy take for a request, and as a multiple of LRU's in the same round."""
+    """Measure the microseconds of cache and policy per request, and their ratio to those of LRU in the same round."""
     cases = {name: trace for name, trace in make_traces(seed).items() if name in ("tick, shuffled", "Zipf with drift")}
     found: dict[str, Mapping[str, Any]] = {}
     for name, trace in cases.items():

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from loadtest import record
 
-SEED = 7  #: of server.worker.engine.bench_gpu
+SEED = 7  #: seed of server.worker.engine.bench_gpu
 TICK_GOAL_MS, RATIO_GOAL, RETURN_GOAL_MS = 1.0, 100.0, 1.0
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
@@ -32,7 +32,7 @@ def main(save: bool = True) -> None:
         [sys.executable, "-P", "-m", "server.worker.engine.bench_gpu"], stdout=subprocess.PIPE, check=False
     )
     if done.returncode:
-        raise typer.Exit(done.returncode)  # it has said why
+        raise typer.Exit(done.returncode)  # the process has printed the cause
     results = json.loads(done.stdout)
     CONSOLE.print(build_table(results))
     if save:
@@ -40,7 +40,7 @@ def main(save: bool = True) -> None:
 
 
 def build_table(results: dict[str, Any]) -> Table:
-    """The results beside the goals and floors they are to be held against."""
+    """Make a table of the results with their goals and floors."""
     tick, many, back = results["tick"], results["scattered"], results["returning"]
     floor = tick["floor_ms"]
     shown = Table("", "median", "min", "max", "against", title=results["device"])

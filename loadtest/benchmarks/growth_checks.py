@@ -10,13 +10,13 @@ from rich.table import Table
 
 from loadtest.observe.resource_counts import PLACES, Census
 
-SWEEP_S = 6.0  #: the disk cache may be over its budget for so long
-LOCKS = 4096  #: it has at most so many lock files, whatever the names
+SWEEP_S = 6.0  #: seconds for which the disk cache may exceed its budget
+LOCKS = 4096  #: most lock files of the disk cache, for any names
 
 
 @dataclass(frozen=True, slots=True)
 class TrafficSpan:
-    """Some seconds of traffic, and what the server held after them. Milliseconds; processor time per request."""
+    """One span of traffic and the resources of the server after it. Times are milliseconds; CPU time is per request."""
 
     seconds: float
     requests: int
@@ -33,7 +33,7 @@ class TrafficSpan:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a hit and a page of a hundred models cost where the store has so many archives and so many are resident."""
+    """The cost of a hit and of a page of a hundred models, for a number of archives and of resident models."""
 
     archives: int
     resident: int
@@ -44,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """One worker as more and more models are resident: a value for each step."""
+    """One worker with more and more resident models; each field has a value for each step."""
 
     resident: Sequence[int]
     memory: Sequence[int]
@@ -56,7 +56,7 @@ class Crowd:
 
 @dataclass(frozen=True, slots=True)
 class GrowthVerdict:
-    """Something that must not exceed `limit`."""
+    """A value that must not exceed `limit`."""
 
     what: str
     found: float
@@ -65,24 +65,24 @@ class GrowthVerdict:
 
     @property
     def met(self) -> bool:
-        """Not so for what could not be measured (NaN)."""
+        """Whether the value is within its limit; False for a value that was not measured (NaN)."""
         return self.found <= self.limit
 
 
 def compute_trend(values: Sequence[float]) -> float:
-    """Growth from one value to the next: the median of all pairs' slopes (Theil, Sen), robust to outliers."""
+    """Compute the growth from one value to the next: the median slope of all pairs (Theil, Sen), robust to outliers."""
     slopes = [(b - a) / (j - i) for (i, a), (j, b) in combinations(enumerate(values), 2)]
     return statistics.median(slopes) if slopes else float("nan")
 
 
 def judge_flat(what: str, values: Sequence[float], most: float, share: float = 0.0, unit: str = "") -> GrowthVerdict:
-    """The later values grow in all by at most `most`, or `share` of their level where that is more."""
+    """Judge that the later values grow by at most `most`, or by `share` of their level if that is more."""
     growth, level = compute_trend(values) * (len(values) - 1), statistics.median(values)
     return GrowthVerdict(f"{what}: growth", growth, max(most, share * level), unit)
 
 
 def judge_no_slower(what: str, ms: Sequence[float]) -> GrowthVerdict:
-    """The best of the later half against the best of the earlier: what else the machine does only adds to a latency."""
+    """Compare the best of the later half with the best of the earlier, since disturbances only add to a latency."""
     half = len(ms) // 2
     if not half:
         return GrowthVerdict(what, math.nan, math.nan, "ms")
@@ -90,7 +90,7 @@ def judge_no_slower(what: str, ms: Sequence[float]) -> GrowthVerdict:
 
 
 def judge_spans(spans: Sequence[TrafficSpan], disk: int) -> Iterator[GrowthVerdict]:
-    """Of the traffic, the disk cache having room for `disk` archives: nothing fails, and nothing grows in the end."""
+    """Judge the traffic with a disk cache of `disk` archives: no request fails, and no resource grows at the end."""
     late = spans[len(spans) // 3 :]
     yield from judge_counts(spans, disk)
     for process in late[0].census.memory:
@@ -127,7 +127,7 @@ def _measure_distance(a: float, b: float) -> float:
 
 
 def judge_costs(costs: Sequence[Cost]) -> Iterator[GrowthVerdict]:
-    """More archives in the store cost no more: routing, against the smallest; a page, with as many resident."""
+    """Judge that more archives in the store do not cost more: routing against the smallest, pages at equal load."""
     first, last = costs[0], costs[-1]
     alike = next(cost for cost in costs if cost.resident >= 0.9 * last.resident)
     yield GrowthVerdict(
@@ -137,7 +137,7 @@ def judge_costs(costs: Sequence[Cost]) -> Iterator[GrowthVerdict]:
 
 
 def judge_crowd(found: Crowd, many: int, row_bytes: int) -> Iterator[GrowthVerdict]:
-    """All are resident and hit, each for little more than its weights; a page costs the same however many there are."""
+    """Judge a full worker: all models are resident and hit, at little more than their weights; pages cost the same."""
     yield GrowthVerdict(f"models missing of {many} in one worker", many - found.resident[-1], 0)
     yield GrowthVerdict("asked again, not hits", round((1 - found.hit_ratio) * many), 0)
     yield GrowthVerdict("memory per resident model", found.bytes_per_model / 1e3, row_bytes / 1e3 + 50, "KB")
@@ -148,7 +148,7 @@ def judge_crowd(found: Crowd, many: int, row_bytes: int) -> Iterator[GrowthVerdi
 
 
 def build_spans_table(spans: Sequence[TrafficSpan]) -> Table:
-    """A row for every span, or for every second and so on of many."""
+    """Make a table with a row for every span, or for every n-th of many."""
     table = Table("span", "requests", "hit ratio", "hit p50, p99 ms", "miss p50, p99 ms", "memory MB", "fds", "files")
     for i in range(0, len(spans), -(-len(spans) // 12)):
         span, counts = spans[i], spans[i].census.counts
@@ -166,7 +166,7 @@ def build_spans_table(spans: Sequence[TrafficSpan]) -> Table:
 
 
 def build_costs_table(costs: Sequence[Cost], crowded: Crowd) -> Table:
-    """A row for every size of store, then for every step of the crowd."""
+    """Make a table with a row for every size of store, and for every step of the crowd."""
     table = Table("archives", "resident", "front us per hit", "hit p50 ms", "page of 100, ms", "worker MB")
     for cost in costs:
         cells = (f"{cost.front_us:.0f}", f"{cost.hit_p50_ms:.2f}", f"{cost.page_ms:.2f}", "")
@@ -177,7 +177,7 @@ def build_costs_table(costs: Sequence[Cost], crowded: Crowd) -> Table:
 
 
 def build_verdicts_table(verdicts: Sequence[GrowthVerdict]) -> Table:
-    """Failed ones last, where they are seen."""
+    """Make a table of verdicts; failed ones come last, where they are noticed."""
     table = Table("", "what", "found", "at most", title="verdicts")
     for each in sorted(verdicts, key=lambda verdict: not verdict.met, reverse=True):
         word = "[green]met[/]" if each.met else "[red]FAILED[/]"

@@ -12,7 +12,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import typer
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.driver import wrk
 from loadtest.driver.dialects import find_fault
 from loadtest.fleets.network_shape import make_request
@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def main(rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9) -> None:
+def main(rounds: flags.CallRounds = 9) -> None:
     """Measure calls for 100, 500 and 1,000 models."""
     wrk.require_wrk()
     before = record.describe_machine()
@@ -63,7 +63,7 @@ def main(rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")
 
 
 def measure_calls(server: LocalServer, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
-    """Calls of each size and single calls, in turn; the first round is warm-up."""
+    """Measure calls of each size and single calls in turn; the first round is warm-up."""
     request = make_request(SEED)
     (folder / "body.json").write_text(json.dumps(request))
     single = wrk.WrkTarget(
@@ -94,7 +94,7 @@ def measure_calls(server: LocalServer, names: list[str], folder: Path, rounds: i
 
 
 def _time_call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
-    """Seconds from the first byte out to the last byte in. Raises RuntimeError unless all was answered."""
+    """Return the seconds from the first byte sent to the last received. Raises RuntimeError for a failed forecast."""
     started = time.perf_counter()
     connection.request("POST", FORECASTS_PATH, body)
     reply = connection.getresponse()

@@ -29,8 +29,8 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from handlers.training.fit import ask_network, compute_pinball, reference_network
-from handlers.training.input_recipe import naive_lag
+from handlers.training.fit import ask_network, compute_pinball, make_reference_network
+from handlers.training.input_recipe import compute_naive_lag
 from handlers.training.time_series import Float64, Series, read_csv
 from loadtest import record
 from loadtest.observe.local_server import run_local_server
@@ -41,8 +41,8 @@ from model_store.stores.object_store import Source, open_source
 from server.contract import HEADER_CACHE, JSON
 
 RATIO_LIMIT = 0.7
-COVERAGE_LIMITS = (0.6, 0.9)  #: of the interval between the outer levels
-SAME = 1e-4  #: of the price and the scaler's scale: kernels differ in the last bits
+COVERAGE_LIMITS = (0.6, 0.9)  #: limits of the coverage of the interval between the outer levels
+SAME = 1e-4  #: tolerance relative to price and scale, since kernels differ in the last bits
 KEYS = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
 
 Ask = Callable[[ModelName, dict[str, Any]], dict[str, Any]]
@@ -52,7 +52,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One market over the test period, losses in its unit."""
+    """The scores of one market over the test period; losses are in the unit of its prices."""
 
     days: int
     pinball: float  #: mean over levels and steps
@@ -65,7 +65,7 @@ class Score:
 
     @property
     def failures(self) -> list[str]:
-        """What falls short, in words."""
+        """List in words what is insufficient."""
         low, high = COVERAGE_LIMITS
         found = {
             "a quantile is not finite": not self.finite,
@@ -78,7 +78,7 @@ class Score:
 
 
 class ScoringClient:
-    """A boto3 client of the server, and what its answers said of the cache."""
+    """A boto3 client of the server, with the cache results of its answers."""
 
     def __init__(self, url: str) -> None:
         self._runtime = boto3.client("sagemaker-runtime", endpoint_url=url, **KEYS)
@@ -89,7 +89,7 @@ class ScoringClient:
         return f"<ScoringClient {dict(self.cache)}>"
 
     def ask(self, model: ModelName, request: dict[str, Any]) -> dict[str, Any]:
-        """The answer to a DeepAR request."""
+        """Send a DeepAR request and return its answer."""
         body, started = json.dumps(request), clock.perf_counter()
         reply = self._runtime.invoke_endpoint(EndpointName="fleetcast", TargetModel=model, ContentType=JSON, Body=body)
         answer: dict[str, Any] = json.loads(reply["Body"].read())
@@ -101,15 +101,15 @@ class ScoringClient:
 @app.command()
 def main(
     *,
-    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="CSV of prices, .gz or not")],
-    time: Annotated[str, typer.Option(help="its column of time stamps")],
-    target: Annotated[list[str], typer.Option(help="a price column (repeatable)")],
-    test_from: Annotated[datetime, typer.Option(help="train before it, ask from it on to the end")],
-    store: Annotated[str, typer.Option(help="archives {target}.mar to ask; default: train them")] = "",
-    url: Annotated[str, typer.Option(help="a server of that store; default: start one")] = "",
+    data: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="price file (.csv or .csv.gz)")],
+    time: Annotated[str, typer.Option(help="column of its time stamps")],
+    target: Annotated[list[str], typer.Option(help="price column (repeatable)")],
+    test_from: Annotated[datetime, typer.Option(help="date at which the test period begins; training ends before it")],
+    store: Annotated[str, typer.Option(help="store of archives {target}.mar; default: they are trained")] = "",
+    url: Annotated[str, typer.Option(help="address of a server of that store; default: one is started")] = "",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Train, serve, ask, score; exit code 1 when a market falls short."""
+    """Train, serve, request and score. The exit code is 1 if a market is insufficient."""
     if url and not store:
         raise typer.BadParameter("--url needs --store, the store that the server has")
     before, results = record.describe_machine(), dict[str, Any](data=data.name, test_from=f"{test_from:%Y-%m-%d}")
@@ -139,7 +139,7 @@ def main(
 
 
 def train_models(data: Path, time: str, targets: Sequence[str], until: datetime, store: str, seed: int) -> None:
-    """`fleetcast train` as a user runs it. Raises CalledProcessError; its own words are on stderr."""
+    """`fleetcast train` as a user runs it. Raises CalledProcessError; its messages are on stderr."""
     command = [sys.executable, "-P", "-m", "server.cli.main", "train", str(data), "--time", time, "--out", store]
     command += ["--train-until", until.isoformat(), "--seed", str(seed)]
     for target in targets:
@@ -148,9 +148,9 @@ def train_models(data: Path, time: str, targets: Sequence[str], until: datetime,
 
 
 def evaluate_market(series: Series, test_from: datetime, source: Source, asked: Ask) -> Score:
-    """A forecast from every `prediction_length`-th step from `test_from` on, as long as all of it has happened.
+    """Score a forecast from every `prediction_length`-th step from `test_from` on that has all actual values.
 
-    Raises model_store's LoadError for the archive `{name}.mar`, and what `asked` raises.
+    Raises LoadError of model_store for the archive `{name}.mar`, and what `ScoringClient.ask` raises.
     """
     name = parse_model_name(f"{series.name}.mar")
     fetched = source.get(name)
@@ -159,7 +159,7 @@ def evaluate_market(series: Series, test_from: datetime, source: Source, asked: 
     if archive.spec is None or archive.spec.forecast is None:
         raise ValueError(f"{name} is not an archive that can be asked for forecasts")
     spec, forecast = archive.spec, archive.spec.forecast
-    network = reference_network(spec.architecture, spec.config, read_tensors(archive))
+    network = make_reference_network(spec.architecture, spec.config, read_tensors(archive))
     horizon = forecast.prediction_length
     first = max(series.first_at(test_from), forecast.history_length)
     starts = range(first, len(series.values) - horizon + 1, horizon)
@@ -169,20 +169,20 @@ def evaluate_market(series: Series, test_from: datetime, source: Source, asked: 
         served.append(_parse_quantiles(asked(name, request), forecast))
         local.append(_parse_quantiles(ask_network(network, forecast, request), forecast))
     steps = np.array(starts)[:, None] + np.arange(horizon)
-    lag = naive_lag(round(series.step.total_seconds()), horizon)
+    lag = compute_naive_lag(round(series.step.total_seconds()), horizon)
     naive = series.values[steps - lag][..., None]
     return score_market(series.values[steps], np.stack(served), np.stack(local), naive, forecast)
 
 
 def make_request_for(series: Series, start: int, forecast: ForecastSpec) -> dict[str, Any]:
-    """The request whose forecast begins with step `start`; it has no value of that step or later."""
+    """Make the request whose forecast begins at step `start`; it contains no value of that step or later."""
     instance = series.instance(start - forecast.history_length, start, forecast.prediction_length)
     levels = [str(level) for level in forecast.quantile_levels]
     return {"instances": [instance], "configuration": {"output_types": ["quantiles"], "quantiles": levels}}
 
 
 def score_market(y: Float64, served: Float64, local: Float64, naive: Float64, forecast: ForecastSpec) -> Score:
-    """Values [days, P], quantiles [days, P, levels] as served and as called here, naive forecasts [days, P, 1]."""
+    """Score values [days, P] against quantiles [days, P, levels] (served, and made here) and naive [days, P, 1]."""
     known = ~np.isnan(y)
 
     def loss(quantiles: Float64) -> float:
@@ -204,7 +204,7 @@ def score_market(y: Float64, served: Float64, local: Float64, naive: Float64, fo
 
 
 def _parse_quantiles(answer: dict[str, Any], forecast: ForecastSpec) -> Float64:
-    """[prediction, levels]"""
+    """Parse an answer into quantiles [prediction, levels]."""
     quantiles = answer["predictions"][0]["quantiles"]
     return np.array([quantiles[str(level)] for level in forecast.quantile_levels], np.float64).T
 

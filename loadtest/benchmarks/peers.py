@@ -31,9 +31,9 @@ from loadtest.peers.network import load_network
 from loadtest.peers.servers import PACKAGE, PEERS, start_fleetcast, start_plain
 from server.contract import NPY
 
-RECORDED = 7  #: rounds that a record has at least
+RECORDED = 7  #: least number of rounds of a record
 MODELS, FLEET, SPARE = 8, 200, 64
-BUDGET_MB = 1000.0  #: that a server may grow by when it gets more models
+BUDGET_MB = 1000.0  #: MB by which a server may grow when it gets more models
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 165)
 
@@ -44,10 +44,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(
     *,
-    rounds: Annotated[int, typer.Option(min=1, help="of alternating turns; fewer than 7 leave no record")] = RECORDED,
-    seconds: Annotated[int, typer.Option(min=1, help="of each of a turn's three loads")] = 3,
-    peers: Annotated[str, typer.Option(help="which of them, with commas between")] = ",".join(PEERS),
-    tell: Annotated[bool, typer.Option("--list", help="say which peers there are, and end")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="number of rounds; fewer than 7 save no record")] = RECORDED,
+    seconds: Annotated[int, typer.Option(min=1, help="duration of each of the three loads of a turn")] = 3,
+    peers: Annotated[str, typer.Option(help="peers to compare, comma-separated")] = ",".join(PEERS),
+    tell: Annotated[bool, typer.Option("--list", help="list the peers and exit")] = False,
 ) -> None:
     """Compare with TorchServe, Multi Model Server, MLServer, Ray Serve and a plain ONNX Runtime server."""
     if tell:
@@ -67,7 +67,7 @@ def main(
 
 
 def show_peers() -> None:
-    """Which there are, in which version, and whether their environments are made."""
+    """List the peers with their versions, and whether their environments are installed."""
     for peer in PEERS:
         found = parse_pins(find_requirements(peer).read_text())
         state = "installed" if is_installed(peer) else "installed at its first run"
@@ -77,7 +77,7 @@ def show_peers() -> None:
 
 
 def compare_servers(peers: list[str], rounds: int, seconds: int) -> dict[str, Any]:
-    """The whole comparison; every process of it is ended."""
+    """Run the whole comparison and end all its processes."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -103,7 +103,7 @@ def compare_servers(peers: list[str], rounds: int, seconds: int) -> dict[str, An
 
 
 def _enter_servers(comparison: PeerComparison, peers: list[str], folder: Path, say: Callable[[str], None]) -> None:
-    """Ours with few models, with many and with binary bodies, the plain peer, and the chosen ones."""
+    """Start Fleetcast (with few models, with many, with binary bodies), the plain peer, and the chosen peers."""
     models = comparison.models
     for name, count in ((OURS, MODELS), (f"{OURS} x{FLEET}", FLEET)):
         say(f"{name}: starting")
@@ -122,7 +122,7 @@ def _enter_servers(comparison: PeerComparison, peers: list[str], folder: Path, s
 
 
 def _exceed_memory(comparison: PeerComparison, name: str) -> None:
-    """More models, and more than there is memory for."""
+    """Load more models, and then more than fit in memory."""
     contender, names = comparison.contenders[name], comparison.models.names
     if contender.server.fixed or contender.target.count == FLEET or name == OURS_NPY:
         return
@@ -140,6 +140,6 @@ def _exceed_memory(comparison: PeerComparison, name: str) -> None:
                 told = over_memory.measure_limited(contender.server, names[:MODELS], names[FLEET:], body)
             else:
                 told = str(growth)
-    except LOST as error:  # what its turns showed stays
+    except LOST as error:  # the results of its turns are kept
         told = f"the trial failed: {error}"
     found["beyond"] = told

@@ -1,7 +1,7 @@
 """The planner's prediction beside a real server: hit ratio and latency of the same requests.
 
 One worker, 200 models, the same trace for caches of 20, 50 and 80 % of them. Each round measures the costs again and
-then each size; the medians of the rounds count, because a machine has better and worse minutes. Saves a record, and
+then each size; the medians of the rounds count, because the speed of a machine varies. Saves a record, and
 exits with 1 if a hit ratio is off by a point or a p99 by a quarter.
 """
 
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.profiles import Profile
 from loadtest.driver.request_bodies import RequestBody
@@ -57,7 +57,7 @@ class PlanComparison:
 
     @property
     def p99_ratio(self) -> float:
-        """Simulated over measured."""
+        """The simulated p99 divided by the measured one."""
         return self.simulated_ms["p99"] / self.ms["p99"]
 
 
@@ -67,13 +67,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(
     *,
-    rounds: Annotated[int, typer.Option(min=1, help="of all sizes, two minutes each")] = 3,
-    rate: Annotated[float, typer.Option(min=1, help="requests a second")] = 150.0,
-    seconds: Annotated[float, typer.Option(min=1, help="of a measured run")] = 20.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="number of rounds over all sizes, two minutes each")] = 3,
+    rate: Annotated[float, typer.Option(min=1, help="requests per second")] = 150.0,
+    seconds: Annotated[float, typer.Option(min=1, help="duration of a measured run")] = 20.0,
+    seed: flags.Seed = 0,
+    keep: flags.KeepRecord = True,
 ) -> None:
-    """Measure, simulate, compare."""
+    """Measure, simulate and compare."""
     before = record.describe_machine()
     found: list[PlanComparison] = []
     costs: list[Costs] = []
@@ -99,7 +99,7 @@ def main(
 
 
 def measure_costs(store: str, asked: Mapping[ModelName, RequestBody], rate: float) -> Costs:
-    """The costs of a server with room for all, at so many requests a second."""
+    """Measure the costs of a server whose cache holds all models, at this rate."""
     with run_local_server(store, ["--workers", "1"]) as server:
         subject = ServerUnderLoad(server.inference, server.metrics, asked, store)
         to = subject.target("sagemaker", allow_remote=False)
@@ -109,7 +109,7 @@ def measure_costs(store: str, asked: Mapping[ModelName, RequestBody], rate: floa
 def compare_size(
     store: str, asked: Mapping[ModelName, RequestBody], resident: int, load: Profile, seconds: float, costs: Costs
 ) -> PlanComparison:
-    """One size: the real server and the simulated one under the same schedule, warmed by the same."""
+    """Compare the real and the simulated server for one size, under the same schedule and warm-up."""
     row_bytes = build_network("tcn").family.row_floats * 4
     flags = ["--workers", "1", "--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
     with run_local_server(store, flags) as server:
@@ -138,7 +138,7 @@ def _set_beside(
 
 
 def summarize_sizes(found: list[PlanComparison]) -> list[dict[str, Any]]:
-    """Size by size, the rounds' medians and spreads. Rounds that the driver calls invalid count for nothing."""
+    """Summarize each size by medians and spreads of its rounds; invalid runs are left out."""
     sizes = []
     for resident in sorted({each.resident for each in found}):
         here = [each for each in found if each.resident == resident]

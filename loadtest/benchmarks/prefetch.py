@@ -21,7 +21,7 @@ import urllib3
 from rich.console import Console
 from rich.table import Table
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.driver.dialects import DIALECTS
 from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.open_loop import make_target
@@ -35,7 +35,7 @@ from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import list_pids, read_cpu_seconds
 from server.contract import PREFETCH
 
-LEARNT = 4  #: ticks before the first that can be foreseen
+LEARNT = 4  #: ticks before the first one that can be predicted
 OK = 200
 
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -43,7 +43,7 @@ CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 @dataclass(frozen=True, slots=True)
 class PrefetchPlan:
-    """`models` of the fleet, `others` asked at `rate` requests a second; a slab has `slab_rows` of them."""
+    """A fleet of `models` models, and `others` requested at `rate` a second; a slab holds `slab_rows` models."""
 
     models: int = 200
     others: int = 600
@@ -57,18 +57,18 @@ class PrefetchPlan:
 
     @property
     def seconds(self) -> float:
-        """Of a run."""
+        """The seconds of a run."""
         return self.ticks * self.every_s
 
     def flags(self, prefetch: str) -> list[str]:
-        """Of the server."""
+        """The flags of the server."""
         slab = self.slab_rows * build_network(self.family).family.row_floats * 4
         slabs = -(-self.models * 11 // (10 * self.slab_rows))
         room = ["--slab-bytes", str(slab), "--model-cache-bytes", str(slabs * slab)]
         return ["--workers", "1", "--prefetch", prefetch, *room]
 
     def schedule(self) -> Schedule:
-        """The fleet's models come first, then the others."""
+        """Make the schedule of a run; the models of the fleet have the first numbers, then the others."""
         tick = Tick(self.models, self.every_s, self.spread_s, seed=self.seed).schedule(self.seconds)
         noise = Profile(self.others, self.rate, zipf=0.3, seed=self.seed).schedule(self.seconds)
         at = np.concatenate([tick.at, noise.at])
@@ -81,10 +81,10 @@ USUAL = PrefetchPlan()
 
 @dataclass(frozen=True, slots=True)
 class PrefetchResult:
-    """Of the ticks after LEARNT, one value for each: the share of calls that were not hits, and latencies.
+    """The ticks after LEARNT, one value for each: the share of calls that were not hits, and latencies.
 
-    `others`: the same of all other calls since then. `prefetched`: loads ahead of time by result. `worker_s`: processor
-    time of the whole run. `failed` requests of any kind; `invalid`: why the run says nothing, if so.
+    `others` has the same for all other calls since then, `prefetched` the prefetches by result, `worker_s` the CPU time
+    of the whole run, `failed` the failed requests of any kind, and `invalid` the reasons why the run is invalid.
     """
 
     cold: Sequence[float]
@@ -98,12 +98,12 @@ class PrefetchResult:
 
     @property
     def cold_share(self) -> float:
-        """Of all ticks together."""
+        """The share of calls that were not hits, over all ticks."""
         return float(np.mean(self.cold))
 
 
 def measure_ticks(plan: PrefetchPlan, store: Path, prefetch: str, look: Callable[[float], None]) -> PrefetchResult:
-    """One run on a server of its own; `look` is told the second."""
+    """Run once on a new server; `look` gets the current second."""
     with run_local_server(str(store), plan.flags(prefetch)) as server:
         host, body = urlsplit(server.inference).netloc, orjson.dumps(make_request(plan.seed))
         names = list_fleet_names(plan.models + plan.others)
@@ -114,7 +114,7 @@ def measure_ticks(plan: PrefetchPlan, store: Path, prefetch: str, look: Callable
 
 
 def summarize_run(plan: PrefetchPlan, run: Run, prefetched: Mapping[str, float], worker_s: float) -> PrefetchResult:
-    """What the client saw."""
+    """Summarize a run as its client saw it."""
     cold, ms = run.cache != CACHE.index("hit"), run.latency * 1e3
     of_fleet, late = run.schedule.model < plan.models, run.schedule.at >= LEARNT * plan.every_s
     tick = (run.schedule.at / plan.every_s).astype(int)
@@ -137,7 +137,7 @@ def summarize_run(plan: PrefetchPlan, run: Run, prefetched: Mapping[str, float],
 
 
 def _count_prefetched(server: LocalServer) -> dict[str, float]:
-    """Loads ahead of time by result, such as used."""
+    """Count prefetches by result, such as used."""
     return dict(server.totals(PREFETCH.series, "result"))
 
 
@@ -146,10 +146,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    every_s: Annotated[float, typer.Option(min=2, help="seconds from tick to tick")] = USUAL.every_s,
-    ticks: Annotated[int, typer.Option(min=LEARNT + 1, help="of each of the two runs")] = USUAL.ticks,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+    every_s: Annotated[float, typer.Option(min=2, help="seconds between ticks")] = USUAL.every_s,
+    ticks: Annotated[int, typer.Option(min=LEARNT + 1, help="number of ticks of each of the two runs")] = USUAL.ticks,
+    seed: flags.Seed = 0,
+    keep: flags.KeepRecord = True,
 ) -> None:
     """Measure ticks with prefetch off, then on: about three minutes."""
     plan, before, results = (
@@ -174,7 +174,7 @@ def main(
 
 
 def _record_results(each: PrefetchResult) -> dict[str, Any]:
-    """With the spread over ticks."""
+    """Make the results of a record, with the spread over ticks."""
     spreads = {name: record.summarise_spread(getattr(each, name)) for name in ("cold", "p50_ms", "p99_ms")}
     return {**asdict(each), "over_ticks": spreads, "cold_share": each.cold_share}
 

@@ -1,7 +1,7 @@
 """Fits forecasters again and again to the past of a market, and forecasts the days until the next fit.
 
-A fit calls what `fleetcast train` calls, and its forecasts pass the codec of requests. Every fit is saved in a file of
-its own, so an interrupted run continues; a change of code, recipe or prices makes other files.
+A fit calls what `fleetcast train` calls, and its forecasts pass the codec of requests. Every fit is saved in its own
+file, so that an interrupted run continues; a change of code, recipe or prices leads to other files.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from handlers.training.fit import (
     Fitting,
     ask_network,
     fit_forecasters,
-    reference_network,
+    make_reference_network,
     suggest_inputs,
 )
 from handlers.training.input_recipe import LEVELS, Scaling
@@ -32,12 +32,12 @@ from handlers.training.time_series import Series, read_csv
 MARKETS = ("NP", "PJM", "BE", "FR", "DE")
 TIME, TARGET, KNOWN = "datetime_local", "price", ("exog1", "exog2")
 DAYS, HOURS = 728, 24  #: the test period of Lago et al. 2021: the last 17,472 hours of a market
-EVERY = (728, 364, 91, 28, 7, 1)  #: days between two fits
+EVERY = (728, 364, 91, 28, 7, 1)  #: days between two fits, from rare to daily
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a user tells `fleetcast train`."""
+    """The options of a user for `fleetcast train`."""
 
     name: str
     architecture: str
@@ -49,7 +49,7 @@ class Recipe:
 
     @property
     def flags(self) -> list[str]:
-        """Of the command, as far as they are not its defaults."""
+        """The flags of the command that differ from its defaults."""
         found = ["--architecture", self.architecture]
         found += ["--members", str(self.members)] if self.members > 1 else []
         found += ["--config", self.config] if self.config != "{}" else []
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def options(self) -> Config:
-        """The config as the command makes it."""
+        """The config that the command makes."""
         return {
             **msgspec.json.decode(self.config, type=Config),
             **({"members": self.members} if self.members > 1 else {}),
@@ -67,7 +67,7 @@ class Recipe:
 
 
 class Task(NamedTuple):
-    """One fit of a market, to all that was known before test day `day`; it forecasts `days` days."""
+    """One fit of a market to all prices before test day `day`; it forecasts `days` days."""
 
     market: str
     recipe: Recipe
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 def schedule_refits(market: str, recipe: Recipe, every: int, first: int = 0) -> Iterator[Task]:
-    """All fits from day `first` on; one that a coarser schedule has too forecasts as far as that one needs."""
+    """List all fits from day `first` on; a fit that a coarser schedule shares forecasts as far as that one needs."""
     for day in range(first, DAYS, every):
         longest = next(each for each in EVERY if (day - first) % each == 0)
         yield Task(market, recipe, day, min(longest, DAYS - day))
@@ -84,17 +84,17 @@ def schedule_refits(market: str, recipe: Recipe, every: int, first: int = 0) -> 
 
 @cache
 def read_market(data: Path, name: str) -> Series:
-    """A market with its two covariates. Raises SeriesInvalid, OSError."""
+    """Read a market with its two covariates. Raises SeriesInvalid, OSError."""
     return read_csv(data / f"{name}.csv.gz", TIME, [TARGET], KNOWN)[0]
 
 
 def find_period_start(series: Series) -> int:
-    """The first step of the test period."""
+    """Return the first step of the test period."""
     return len(series.values) - DAYS * HOURS
 
 
 class Refits:
-    """The fits that are kept in a folder."""
+    """The saved fits in a folder."""
 
     def __init__(self, data: Path, folder: Path) -> None:
         self._data = data
@@ -105,11 +105,11 @@ class Refits:
         return f"<Refits of {self._data} in {self._folder}>"
 
     def has(self, task: Task) -> bool:
-        """Whether it was done, by this run or one before."""
+        """Return whether this or an earlier run finished the task."""
         return self._path(task).exists()
 
     def done(self, task: Task) -> float:
-        """Fit, forecast and keep. The seconds that the fit took."""
+        """Fit, forecast and save. Returns the seconds of the fit."""
         series = read_market(self._data, task.market)
         first = find_period_start(series) + task.day * HOURS
         started = time.perf_counter()
@@ -123,7 +123,7 @@ class Refits:
         return seconds
 
     def quantiles(self, name: str, recipe: Recipe, every: int, first: int = 0) -> Float64 | None:
-        """What fits every so many days forecast from day `first` on [days, 24, levels]; None: not all are done."""
+        """Return forecasts [days, 24, levels] from day `first` on of fits at this interval; None if one is missing."""
         found = []
         for task in schedule_refits(name, recipe, every, first):
             if not self.has(task):
@@ -133,7 +133,7 @@ class Refits:
         return np.concatenate(found).astype(np.float64)
 
     def seconds(self, name: str, recipe: Recipe, every: int, first: int = 0) -> float:
-        """How long these fits took in all."""
+        """Return the total seconds of these fits."""
         total = 0.0
         for task in schedule_refits(name, recipe, every, first):
             with np.load(self._path(task)) as kept:
@@ -152,8 +152,8 @@ def _fit_task(series: Series, of: Recipe) -> Fitted:
 
 
 def forecast_days(fitted: Fitted, series: Series, origins: Sequence[int]) -> Float64:
-    """Of the hours from each of the origins on [W, 24, levels], each by a request that ends before it."""
-    network, forecast = reference_network(fitted.architecture, fitted.config, fitted.tensors), fitted.forecast
+    """Forecast the day from each origin, [W, 24, levels], each by a request that ends before the origin."""
+    network, forecast = make_reference_network(fitted.architecture, fitted.config, fitted.tensors), fitted.forecast
     found = []
     for origin in origins:
         instance = series.instance(origin - forecast.history_length, origin, HOURS)
@@ -170,6 +170,6 @@ def _hash_prices(data: Path, name: str) -> bytes:
 
 @cache
 def _hash_code() -> bytes:
-    """Of all that decides what a fit finds."""
+    """Hash all code that determines the result of a fit."""
     files = sorted(Path(handlers.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

@@ -1,10 +1,10 @@
-"""A large fleet on one host: an hour of traffic in minutes, its cost, thousands of resident models. Nothing may grow.
+"""A large fleet on one host: an hour of traffic in minutes, its cost, thousands of resident models.
 
 fleetcast-load bench scale             10,000 archives, room for 1,000, an hour at 20 requests/s in four minutes
 
-Memory, tail latency, descriptors, threads, files and metric series are read between spans of the same traffic. Verdicts
-are by the trend of the later spans, because the first third fills the caches. Everything runs on loopback, in a
-temporary folder of 1 GB. Saves a record, and exits with 1 when a verdict fails.
+Memory, tail latency, descriptors, threads, files and metric series, none of which may grow, are read between spans of
+the same traffic. Verdicts are by the trend of the later spans, because the first third fills the caches. Everything
+runs on loopback, in a temporary folder of 1 GB. Saves a record, and exits with 1 when a verdict fails.
 """
 
 import os
@@ -26,7 +26,7 @@ import urllib3
 from rich.console import Console
 from rich.progress import Progress
 
-from loadtest import record
+from loadtest import flags, record
 from loadtest.benchmarks.growth_checks import (
     Cost,
     Crowd,
@@ -56,11 +56,11 @@ from loadtest.observe.resource_counts import Census, list_pids, read_cpu_seconds
 from model_store.errors import LoadError
 from server.contract import MODELS_PATH
 
-SHOWN_MODELS = 50  #: models with series of their own, so that series of evicted ones would be seen
-COSTS = (100, 1_000)  #: archives of the smaller stores that the large one is compared with
-HOT, PROBES, PAGES = 50, 2_000, 30  #: models that are asked to see what routing costs, how often; pages listed
-LOAD_RATE, PROBE_RATE = 200.0, 400.0  #: requests/s, of misses and of hits
-STEPS = 5  #: in which the models of one worker come
+SHOWN_MODELS = 50  #: models with own series, so that series of evicted models would be noticed
+COSTS = (100, 1_000)  #: numbers of archives of the smaller stores, with which the large one is compared
+HOT, PROBES, PAGES = 50, 2_000, 30  #: models requested to measure the cost of routing, and how often; pages listed
+LOAD_RATE, PROBE_RATE = 200.0, 400.0  #: rates of misses and of hits, in requests/s
+STEPS = 5  #: steps in which the models of one worker are loaded
 MIN_SPANS = 6
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
@@ -69,7 +69,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @dataclass(frozen=True, slots=True)
 class ScalePlan:
-    """How large and how long. `disk`: archives that fit in the disk cache; `many`: models for one worker."""
+    """The sizes and durations. `disk`: archives that fit in the disk cache; `many`: models for one worker."""
 
     models: int = 10_000
     resident: int = 1_000
@@ -85,11 +85,11 @@ class ScalePlan:
 
     @property
     def row_bytes(self) -> int:
-        """A resident model's."""
+        """The bytes of a resident model."""
         return build_network(self.family).family.row_floats * 4
 
     def flags(self, resident: int, workers: int) -> list[str]:
-        """Of a server with room for so many, or a slab more in each worker."""
+        """Return the flags of a server whose cache holds so many models, or up to a slab more per worker."""
         slab = self.slab_rows * self.row_bytes
         slabs = workers * -(-resident // (workers * self.slab_rows))
         return ["--workers", str(workers), "--slab-bytes", str(slab), "--model-cache-bytes", str(slabs * slab)]
@@ -106,7 +106,7 @@ Drive = Callable[[Schedule], Run]
 def serve_store(
     plan: ScalePlan, store: Path, folder: Path, resident: int, workers: int
 ) -> Iterator[tuple[LocalServer, Path, Path]]:
-    """A server for a store, its disk cache and its TMPDIR, both in `folder`."""
+    """Run a server for a store, with its disk cache and its TMPDIR in `folder`."""
     disk, temp = folder / "disk", folder / "tmp"
     temp.mkdir(parents=True)
     archive = next(path for path in store.rglob("*.mar"))
@@ -119,7 +119,7 @@ def serve_store(
 
 @contextmanager
 def start_driver(server: LocalServer, models: int, bar: Progress, what: str, seconds: float) -> Iterator[Drive]:
-    """A driver process for `models` models of a fleet; its progress over so many seconds in all."""
+    """Start a driver process for `models` models of a fleet, with a progress bar over so many seconds."""
     with DriverPool(_load_target(server, models), 1) as pool:
         task = bar.add_task(what, total=round(seconds))
         done = 0.0
@@ -137,7 +137,7 @@ def start_driver(server: LocalServer, models: int, bar: Progress, what: str, sec
 
 
 def run_traffic(plan: ScalePlan, server: LocalServer, disk: Path, temp: Path, drive: Drive) -> list[TrafficSpan]:
-    """The traffic, a span after another."""
+    """Run the traffic, one span after another."""
     profile = Profile(plan.models, plan.rate, seed=plan.seed)
     pids, spans = list_pids(server), []
     for part in range(plan.spans):
@@ -149,9 +149,9 @@ def run_traffic(plan: ScalePlan, server: LocalServer, disk: Path, temp: Path, dr
 
 
 def measure_cost(server: LocalServer, archives: int, drive: Drive, requests: int = PROBES) -> Cost:
-    """Ask a few models again and again, and list."""
+    """Measure repeated requests for a few models, and pages of the list of models."""
     hot = np.arange(requests) % min(HOT, archives)
-    drive(_schedule_each_once(range(min(HOT, archives)), LOAD_RATE))  # now they are resident
+    drive(_schedule_each_once(range(min(HOT, archives)), LOAD_RATE))  # from now on they are resident
     fronts = [pid for name, pid in list_pids(server).items() if name.startswith("front")]
     before = sum(map(read_cpu_seconds, fronts))
     run = drive(Schedule(np.arange(requests) / PROBE_RATE, hot, requests / PROBE_RATE))
@@ -161,7 +161,7 @@ def measure_cost(server: LocalServer, archives: int, drive: Drive, requests: int
 
 
 def load_crowd(plan: ScalePlan, server: LocalServer, drive: Drive) -> Crowd:
-    """Load more and more models into the only worker, then ask all of them once more."""
+    """Load more and more models into the only worker, then request each once more."""
     worker = list_pids(server)["worker 0"]
     resident, memory, pages = [], [], []
     parts = np.array_split(np.arange(plan.many), STEPS)
@@ -177,7 +177,7 @@ def load_crowd(plan: ScalePlan, server: LocalServer, drive: Drive) -> Crowd:
 
 
 def measure_page_ms(server: LocalServer) -> float:
-    """The median time of a page of the management API's list of models."""
+    """Measure the median time of a page of the management API's list of models."""
     with urllib3.PoolManager() as pool:
         return statistics.median(_list_page(pool, server) for _ in range(PAGES))
 
@@ -197,7 +197,7 @@ def _load_target(server: LocalServer, models: int) -> LoadTarget:
 
 
 def _schedule_each_once(models: Sequence[int], rate: float) -> Schedule:
-    """Each of the models once, in order."""
+    """Make a schedule that requests each model once, in order."""
     return Schedule(np.arange(len(models)) / rate, np.array(models), len(models) / rate)
 
 
@@ -227,7 +227,7 @@ def _latency_ms(run: Run, cache: str, percentile: float) -> float:
 
 
 def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[TrafficSpan], list[Cost], Crowd]:
-    """All stages. Raises what the server, the driver and the store raise."""
+    """Run all stages. Raises what the server, the driver and the store raise."""
     store = folder / "store"
     write_fleet(Fleet(plan.models, plan.seed, {plan.family: 1.0}), str(store), bar)
     costs = []
@@ -258,7 +258,7 @@ def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[Traff
 
 
 def _link_archives(store: Path, smaller: Path, archives: int) -> None:
-    """The first archives of a store as another one, without their bytes."""
+    """Link the first archives of a store into another one, without copying them."""
     for name in list_fleet_names(archives):
         (smaller / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(store / name, smaller / name)
@@ -267,20 +267,22 @@ def _link_archives(store: Path, smaller: Path, archives: int) -> None:
 @app.command()
 def main(
     *,
-    models: Annotated[int, typer.Option(min=200, help="archives in the store")] = USUAL.models,
+    models: Annotated[int, typer.Option(min=200, help="number of archives in the store")] = USUAL.models,
     resident: Annotated[
-        int, typer.Option(min=1, help="models that fit in memory, all workers together")
+        int, typer.Option(min=1, help="number of models that fit in memory, all workers together")
     ] = USUAL.resident,
-    many: Annotated[int, typer.Option(min=STEPS, help="models resident in one worker, last")] = USUAL.many,
-    rate: Annotated[float, typer.Option(min=10, help="requests a second")] = USUAL.rate,
+    many: Annotated[
+        int, typer.Option(min=STEPS, help="number of models that one worker holds in the last stage")
+    ] = USUAL.many,
+    rate: Annotated[float, typer.Option(min=10, help="requests per second")] = USUAL.rate,
     spans: Annotated[
-        int, typer.Option(min=MIN_SPANS, help="of traffic, each followed by a look at the server")
+        int, typer.Option(min=MIN_SPANS, help="number of spans of traffic, each followed by a count of resources")
     ] = USUAL.spans,
-    seconds: Annotated[float, typer.Option(min=1, help="of a span")] = USUAL.span_s,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    keep: Annotated[bool, typer.Option("--record/--no-record", help="save a record under loadtest/records")] = True,
+    seconds: Annotated[float, typer.Option(min=1, help="duration of a span")] = USUAL.span_s,
+    seed: flags.Seed = 0,
+    keep: flags.KeepRecord = True,
 ) -> None:
-    """Look for what grows: an hour of traffic over a large fleet in minutes; what it costs; thousands resident."""
+    """Check that no resource grows: an hour of traffic over a large fleet in minutes, its cost, thousands resident."""
     plan = ScalePlan(
         models, resident, resident * 5 // 2, min(many, models), spans=spans, span_s=seconds, rate=rate, seed=seed
     )

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -19,11 +19,11 @@ from rich.table import Table
 from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation, make_random_stream
 from handlers.codecs.tensors import write_npy
 from handlers.evaluation.correlation import estimate_gaussian, estimate_schaake
-from loadtest import record
+from loadtest import flags, record
 
 SEED = 5
 PRODUCTS, STEPS, SCENARIOS = 45, 300, 100
-WINDOWS = 200  #: of the errors that the archives are estimated from
+WINDOWS = 200  #: windows of errors from which the archives are estimated
 LEVELS = np.array([0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95])
 GOAL_MS = 500.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -36,10 +36,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9,
-    save: Annotated[bool, typer.Option(help="write the record")] = True,
+    rounds: flags.CallRounds = 9,
+    save: flags.SaveRecord = True,
 ) -> None:
-    """Measure; in a process of one thread, since a library reads how many it may have when it is imported."""
+    """Measure in a process of one thread; libraries read their number of threads when they are imported."""
     if any(os.environ.get(name) != "1" for name in ONE_THREAD):
         done = subprocess.run([sys.executable, *sys.orig_argv[1:]], env={**os.environ, **ONE_THREAD}, check=False)
         raise typer.Exit(done.returncode)
@@ -52,7 +52,7 @@ def main(
 
 
 def measure_ways(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samples: int = SCENARIOS) -> dict[str, Any]:
-    """Milliseconds of every way, in turn; the first round is warm-up."""
+    """Measure the milliseconds of every way in turn; the first round is warm-up."""
     copula, templates = _make_correlations(products, steps)
     marginals = _make_marginals(products, steps)
     found = np.empty((samples, products, steps), np.float32)
@@ -80,7 +80,7 @@ def measure_ways(rounds: int, products: int = PRODUCTS, steps: int = STEPS, samp
 
 
 def build_table(results: dict[str, Any]) -> Table:
-    """The results beside goal and floor."""
+    """Make a table of the results with goal and floor."""
     size = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
     shown = Table(size, "median ms", "min", "max", "goal")
     for name, spread in results["ms"].items():
@@ -90,7 +90,7 @@ def build_table(results: dict[str, Any]) -> Table:
 
 
 def _make_correlations(products: int, steps: int) -> tuple[CorrelationModel, CorrelationModel]:
-    """Both kinds, estimated from errors that are shared among products and last."""
+    """Make correlations of both kinds, from errors that products share and that persist."""
     rng, names = np.random.default_rng(SEED), tuple(f"market-{i}.mar" for i in range(products))
     noise = rng.normal(size=(WINDOWS, products, steps)) + rng.normal(size=(WINDOWS, 1, steps))
     errors = noise.cumsum(axis=2)
@@ -102,7 +102,7 @@ def _make_correlations(products: int, steps: int) -> tuple[CorrelationModel, Cor
 
 
 def _make_marginals(products: int, steps: int) -> list[Marginal]:
-    """Different for every product and step."""
+    """Make marginals that differ for every product and step."""
     rng = np.random.default_rng(SEED)
     values = (
         rng.normal(60, 30, (products, steps, 1)) + np.cumsum(rng.random((products, steps, len(LEVELS))), axis=-1) * 10
@@ -111,6 +111,6 @@ def _make_marginals(products: int, steps: int) -> list[Marginal]:
 
 
 def _draw_normals(products: int, steps: int, samples: int) -> None:
-    """As many normal numbers as the scenarios rest on."""
+    """Draw as many normal numbers as the scenarios need."""
     for i in range(products):
         make_random_stream(SEED, str(i)).standard_normal((steps, samples))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -20,7 +20,7 @@ from rich.table import Table
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
-from loadtest import record
+from loadtest import flags, record
 from loadtest.benchmarks.scenarios import CONSOLE, PRODUCTS, SCENARIOS, SEED, STEPS, WINDOWS
 from loadtest.driver.dialects import find_call_fault, find_fault
 from loadtest.driver.market_client import BUDGET_S, MarketClient, write_turn_bodies
@@ -40,10 +40,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def main(
-    rounds: Annotated[int, typer.Option(min=7, help="of alternating calls")] = 9,
-    save: Annotated[bool, typer.Option(help="write the record")] = True,
+    rounds: flags.CallRounds = 9,
+    save: flags.SaveRecord = True,
 ) -> None:
-    """Measure, print, record."""
+    """Measure, print, and save a record."""
     before = record.describe_machine()
     with ExitStack() as stack:
         store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -57,7 +57,7 @@ def main(
 
 
 def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
-    """Forecasters with random weights, and a correlation of errors that are shared among them and last."""
+    """Write forecasters with random weights, and a correlation from errors that products share and that persist."""
     names = [ModelName(f"m{i}.mar") for i in range(products)]
     for seed, name in enumerate(names):
         (store / name).write_bytes(_pack_archive(name, steps, seed))
@@ -71,7 +71,7 @@ def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
 
 
 def measure_calls(client: MarketClient, names: Sequence[ModelName], scenarios: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds from the first byte out to the last byte in; the first round is warm-up. Raises NotAnswered."""
+    """Measure milliseconds from the first byte sent to the last received; round one is warm-up. Raises NotAnswered."""
     (series,) = make_request(SEED, steps=CONTEXT)["instances"]
     asked = write_turn_bodies([{"target_model": name, **series} for name in names], JOINTLY, scenarios, SEED)
     ways = {
@@ -100,7 +100,7 @@ def measure_calls(client: MarketClient, names: Sequence[ModelName], scenarios: i
 
 
 def build_table(results: dict[str, Any]) -> Table:
-    """The calls beside the market's 20 seconds."""
+    """Make a table of the calls and their share of 20 seconds."""
     title = f"{results['products']} products x {results['steps']} steps x {results['scenarios']} scenarios"
     shown = Table(title, "median ms", "min", "max", "MB", f"of {BUDGET_S:g} s")
     for column in shown.columns[1:]:

@@ -19,8 +19,8 @@ from loadtest import record
 
 SEED = 7  #: of server.worker.engine.bench_step
 PEERS = ("loadtest.peers.flat_rows:FlatTcn", "loadtest.peers.flat_rows:SplitMlp")
-ALL_GOAL_MS = 15.0  #: 500 different models
-GOALS = ((32, 0.8), (1, 1.0))  #: from so many rows on, at most so much of the peer's time
+ALL_GOAL_MS = 15.0  #: milliseconds for 500 different models
+GOALS = ((32, 0.8), (1, 1.0))  #: rows from which the goal holds, and largest share of the peer's time
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 130)
 
@@ -29,14 +29,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def main(save: Annotated[bool, typer.Option(help="write a record")] = True) -> None:
+def main(save: Annotated[bool, typer.Option(help="save a record")] = True) -> None:
     """Measure and print."""
     before = record.describe_machine()
     done = subprocess.run(
         [sys.executable, "-P", "-m", "server.worker.engine.bench_step", *PEERS], stdout=subprocess.PIPE, check=False
     )
     if done.returncode:
-        raise typer.Exit(done.returncode)  # it has said why
+        raise typer.Exit(done.returncode)  # the process has printed the cause
     results = json.loads(done.stdout)
     CONSOLE.print(build_table(results), judge_step(results))
     if save:
@@ -44,7 +44,7 @@ def main(save: Annotated[bool, typer.Option(help="write a record")] = True) -> N
 
 
 def build_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Microseconds an answer by section and rows of a batch, medians; ratios with their spread, goals beside them."""
+    """Make a table of median microseconds per answer by section and batch, and of ratios with spread and goal."""
     shown = Table("", "rows", "ours", "peer", "ratio", "goal", "gathered", "ratio", "floor", "ways")
     shown.title = "microseconds an answer, one core"
     for column in shown.columns[1:-1]:
@@ -59,7 +59,7 @@ def build_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def judge_step(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of a step of all models."""
+    """Judge the step of all models."""
     everyone = results["tcn"]["all"]
     count = sum(everyone["paths"].values())
     ms = everyone["us"]["fleetcast"]["median"] * count / 1e3
@@ -67,14 +67,14 @@ def judge_step(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _compare_with(found: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Its time and our ratio to it, empty where it did not run."""
+    """Format the time of a peer and our ratio to it; empty if it did not run."""
     if name not in found["ratio"]:
         return "", ""
     return f"{found['us'][name]['median']:.1f}", "{median:.2f} ({min:.2f}-{max:.2f})".format(**found["ratio"][name])
 
 
 def _get_goal(section: str, row: str, found: Mapping[str, Any]) -> str:
-    """Of the small convolution's batches."""
+    """Return the goal of a batch of the small convolution."""
     if section != "tcn" or not row.isdigit():
         return ""
     goal = next(most for rows, most in GOALS if int(row) >= rows)

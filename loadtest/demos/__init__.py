@@ -1,1 +1,1 @@
-"""What `fleetcast-load demo NAME` runs."""
+"""The demos of `fleetcast-load demo NAME`."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 HEIGHT = 14
-WIDTH = 3  #: characters an hour
+WIDTH = 3  #: characters per hour
 
 
 def draw_fan_chart(levels: Mapping[str, Sequence[float]], actual: Sequence[float] = ()) -> str:

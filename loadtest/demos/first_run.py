@@ -22,6 +22,7 @@ from rich.table import Table
 
 from handlers.forecasters import get_family
 from loadtest.demos.fan_chart import draw_fan_chart
+from loadtest.flags import Once, end_on_sigterm
 from loadtest.fleets.fleet import list_fleet_names, make_trained_fleet
 from loadtest.fleets.synthetic_markets import make_market_request, make_training_markets
 from loadtest.observe.local_server import LocalServer, run_local_server
@@ -43,17 +44,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(
     *,
-    models: Annotated[int, typer.Option(min=1, help="size of the fleet")] = 200,
-    resident: Annotated[int, typer.Option(min=1, help="models that fit in the cache, all workers together")] = 50,
-    workers: Annotated[int, typer.Option(min=1, help="worker processes")] = 2,
-    requests: Annotated[int, typer.Option(min=1, help="requests of the burst")] = 3000,
+    models: Annotated[int, typer.Option(min=1, help="number of models of the fleet")] = 200,
+    resident: Annotated[
+        int, typer.Option(min=1, help="number of models that fit in the cache, all workers together")
+    ] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="number of worker processes")] = 2,
+    requests: Annotated[int, typer.Option(min=1, help="number of requests of the burst")] = 3000,
     inference_port: int = contract.INFERENCE_PORT,
     management_port: int = contract.MANAGEMENT_PORT,
     metrics_port: int = contract.METRICS_PORT,
-    once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
+    once: Once = False,
 ) -> None:
-    """Show Fleetcast on this machine: make a fleet, serve it, ask it. Nothing to install or configure besides."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
+    """Show Fleetcast on this machine: make a fleet, serve it, and send requests. It needs no configuration."""
+    end_on_sigterm()
     names = _make_fleet(models)
     row_bytes = _row_bytes(names[0])
     flags = ["--inference-port", str(inference_port), "--management-port", str(management_port)]
@@ -69,7 +72,7 @@ def main(
             if not once:
                 _print_step("6", "the server runs until Ctrl-C")
                 signal.pause()
-    except RuntimeError as error:  # it has said why on stderr
+    except RuntimeError as error:  # the process has printed the cause on stderr
         raise SystemExit(f"{error}; flags of `make run` go into ARGS: make run ARGS='--inference-port 0'") from None
     except KeyboardInterrupt:
         console.print("\nstopped")
@@ -100,14 +103,14 @@ def _make_fleet(models: int) -> list[ModelName]:
 
 
 def _row_bytes(name: ModelName) -> int:
-    """What one model of the fleet holds in memory."""
+    """Return the bytes that one model of the fleet takes in memory."""
     spec = open_archive((STORE / name).read_bytes(), name).spec
     assert spec is not None, "a forecaster has a fleetcast.json"
     return get_family(spec).row_floats * 4
 
 
 def _ask_twice(server: LocalServer, model: ModelName) -> None:
-    """One model asked twice by boto3: first from the store, then from memory."""
+    """Request one model twice by boto3: first from the store, then from memory."""
     request, actual = make_market_request(make_training_markets(1, SEED)[0])
     REQUEST.write_text(json.dumps(request))
     client = boto3.client("sagemaker-runtime", endpoint_url=server.inference, **UNKNOWN_KEYS)
@@ -138,7 +141,7 @@ def _forecast_table(prediction: dict[str, Any]) -> Table:
 
 
 def _send_burst(server: LocalServer, names: Sequence[ModelName], requests: int, resident: int) -> None:
-    """Requests whose popularity falls with the rank, as real fleets' does, and what the metrics say of them."""
+    """Send requests whose popularity falls with the rank, as in real fleets, and show what the metrics count."""
     rng = random.Random(0)
     asked = rng.choices(rng.sample(names, len(names)), [1 / rank for rank in range(1, len(names) + 1)], k=requests)
     body = REQUEST.read_bytes()
@@ -163,7 +166,7 @@ def _send_burst(server: LocalServer, names: Sequence[ModelName], requests: int, 
 
 
 def _read_counts(server: LocalServer) -> Iterator[tuple[tuple[str, str], float]]:
-    """What the burst changes, summed over workers: (series, value of its one label that matters) -> count."""
+    """Read the counts that the burst changes, summed over workers: (series, value of its main label) -> count."""
     for series, label, values in (
         (contract.CACHE_REQUESTS.series, "result", contract.CACHE_RESULTS),
         (contract.EVICTIONS.series, "tier", ("device",)),
@@ -191,7 +194,7 @@ def _burst_rows(
 
 
 def _how_to(server: LocalServer, model: ModelName) -> None:
-    """Lines to copy."""
+    """Print commands to copy."""
     _print_step("5", "call it yourself")
     python = Path(sys.executable)
     fleetcast = str(script) if (script := python.with_name("fleetcast")).exists() else f"{python} -m server.cli.main"

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from handlers.training.input_recipe import default_prediction
+from handlers.training.input_recipe import choose_prediction_length
 from handlers.training.time_series import Series, read_csv, read_header
 from loadtest.driver.market_client import (
     JOINT,
@@ -41,6 +41,7 @@ from loadtest.driver.market_client import (
     rank_correlation,
     run_turn,
 )
+from loadtest.flags import Once, end_on_sigterm
 from loadtest.fleets.fleet import MARKETS
 from loadtest.fleets.network_shape import UNITS
 from loadtest.fleets.synthetic_markets import make_coupled_markets
@@ -55,10 +56,10 @@ FOLDER = Path(".fleetcast/cycle")
 HISTORY, TODAY, STORE, MADE = (FOLDER / name for name in ("history.csv", "today.csv", "store", "made.json"))
 PAGE, QUANTILES, SCENARIOS = (FOLDER / name for name in ("cycle.html", "quantiles.json", "scenarios.json"))
 TIME, JOINTLY = "time", "joint.mar"
-MARKET, A_DAY, DAYS, SEED = "au", 24, 150, 0  #: the synthetic market: hours of five months
-EPOCHS, THREADS = 5.0, 2  #: half a minute on two cores
-LEVELS = "0.02,0.1,0.25,0.5,0.75,0.9,0.98"  #: beyond the outer ones samples are clamped
-MOST_TICKS = 24  #: intervals that are kept back, besides what the last forecast is of
+MARKET, A_DAY, DAYS, SEED = "au", 24, 150, 0  #: the synthetic market has hourly steps of five months
+EPOCHS, THREADS = 5.0, 2  #: of the fit, which takes half a minute on two cores
+LEVELS = "0.02,0.1,0.25,0.5,0.75,0.9,0.98"  #: quantile levels; samples beyond the outer ones are clamped
+MOST_TICKS = 24  #: intervals that are kept back, besides those of the last forecast
 
 console = Console(highlight=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -66,7 +67,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @dataclass(frozen=True, slots=True)
 class PriceOrigin:
-    """Where they come from; forecasters that were made from the same are used again."""
+    """The source of the prices; forecasters that were made from the same source are reused."""
 
     csv: str = ""  #: "": the synthetic market
     changed: int = 0
@@ -75,7 +76,7 @@ class PriceOrigin:
     market: tuple[object, ...] = (MARKET, A_DAY, DAYS, SEED, EPOCHS, LEVELS)
 
     def read(self) -> list[Series]:
-        """Raises SeriesInvalid, OSError."""
+        """Read the prices. Raises SeriesInvalid, OSError."""
         if self.csv:
             return read_csv(Path(self.csv), self.time, self.targets)
         zones, products = MARKETS[MARKET]
@@ -87,49 +88,51 @@ class PriceOrigin:
 
 @dataclass(frozen=True, slots=True)
 class DemoMarket:
-    """All its prices. The last are kept back: nothing is fitted on them, and they arrive when the clock turns."""
+    """The prices of the market. The last ones are not used for fits; they are published turn by turn."""
 
     name: str
     series: Sequence[Series]
 
     @property
     def products(self) -> list[str]:
-        """In the order of the columns."""
+        """The products in the order of the columns."""
         return [each.name for each in self.series]
 
     @property
     def horizon(self) -> int:
-        """The steps that are forecast."""
-        return default_prediction(round(self.series[0].step.total_seconds()))
+        """The number of forecast steps."""
+        return choose_prediction_length(round(self.series[0].step.total_seconds()))
 
     @property
     def known(self) -> int:
-        """The steps before today."""
+        """The number of steps before today."""
         return len(self.series[0].values) - MOST_TICKS - self.horizon
 
     @property
     def today(self) -> datetime:
-        """The first step that is kept back."""
+        """The time of the first step that is kept back."""
         return self.series[0].start + self.known * self.series[0].step
 
 
 @app.command()
 def main(
     *,
-    csv: Annotated[Path | None, typer.Option(help="your prices, a row a time step; else a synthetic market")] = None,
-    time: Annotated[str, typer.Option(help="its column of time stamps")] = TIME,
-    target: Annotated[list[str] | None, typer.Option(help="a price column (repeatable); else all of them")] = None,
-    url: Annotated[str, typer.Option(help=f"a running server of {STORE}; else one is started")] = "",
-    ticks: Annotated[int, typer.Option(min=2, max=MOST_TICKS, help="turns of the clock; the first is cold")] = 6,
-    scenarios: Annotated[int, typer.Option(min=2, max=1000, help="joint scenarios of a turn")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="the same seed, the same scenarios")] = 7,
+    csv: Annotated[
+        Path | None, typer.Option(help="your price file with one row per time step; default: a synthetic market")
+    ] = None,
+    time: Annotated[str, typer.Option(help="column of its time stamps")] = TIME,
+    target: Annotated[list[str] | None, typer.Option(help="price column (repeatable); default: all columns")] = None,
+    url: Annotated[str, typer.Option(help=f"address of a running server of {STORE}; default: one is started")] = "",
+    ticks: Annotated[int, typer.Option(min=2, max=MOST_TICKS, help="number of turns; the first is cold")] = 6,
+    scenarios: Annotated[int, typer.Option(min=2, max=1000, help="number of joint scenarios in a turn")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="random seed: the same seed gives the same scenarios")] = 7,
     inference_port: int = contract.INFERENCE_PORT,
     management_port: int = contract.MANAGEMENT_PORT,
     metrics_port: int = contract.METRICS_PORT,
-    once: Annotated[bool, typer.Option("--once", help="exit after the show")] = False,
+    once: Once = False,
 ) -> None:
-    """Show a market's cycle: prices in, forecasts of all products, joint scenarios, a page; against 20 seconds."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # leaves by the same door as Ctrl-C
+    """Show a market's cycle: new prices, forecasts of all products, joint scenarios and a page, within 20 seconds."""
+    end_on_sigterm()
     ports = {"inference": inference_port, "management": management_port, "metrics": metrics_port}
     try:
         prices = _find_prices(csv, time, target)
@@ -171,7 +174,7 @@ def _find_prices(csv: Path | None, time: str, target: Sequence[str] | None) -> P
 
 
 def _make_market(prices: PriceOrigin) -> DemoMarket:
-    """The market, once its forecasters and their correlation are in the store."""
+    """Make the market, with its forecasters and their correlation in the store."""
     wanted, market = json.dumps(asdict(prices)), DemoMarket(str(prices), prices.read())
     count = len(market.products)
     if MADE.exists() and MADE.read_text() == wanted:
@@ -207,7 +210,7 @@ def _write_prices(path: Path, series: Sequence[Series], start: int, end: int) ->
 
 
 def _run_fleetcast(what: str, verb: str, targets: Sequence[str], flags: Sequence[str]) -> None:
-    """A command on the history. Raises RuntimeError when it fails; its own words are on stderr."""
+    """Run a command on the history. Raises RuntimeError if it fails; its messages are on stderr."""
     command = [sys.executable, "-P", "-m", "server.cli.main", verb, str(HISTORY), "--time", TIME, *targets, *flags]
     with console.status(what):
         done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
@@ -226,7 +229,7 @@ def _make_fleet(market: DemoMarket) -> MarketFleet:
 
 @contextmanager
 def _open_server(url: str, ports: Mapping[str, int]) -> Iterator[str]:
-    """The address of the user's, or of one of ours."""
+    """Yield the address of the user's server, or of a started one."""
     if url:
         _print_step("2", f"asking {url}, which must serve {STORE}")
         yield url
@@ -243,7 +246,7 @@ def _open_server(url: str, ports: Mapping[str, int]) -> Iterator[str]:
 def _play_turns(
     market: DemoMarket, fleet: MarketFleet, client: MarketClient, ticks: int, scenarios: int, seed: int
 ) -> list[Turn]:
-    """One after another, each with the next line of today's prices. Raises NotAnswered."""
+    """Run the turns, each with the next line of today's prices. Raises NotAnswered."""
     _print_step(
         "3", f"the clock turns {ticks} times: prices in, quantiles by one call, {scenarios} joint scenarios by another"
     )
@@ -260,7 +263,7 @@ def _play_turns(
 
 
 def _make_page(market: DemoMarket, fleet: MarketFleet, turns: Sequence[Turn], address: str) -> CycleResults:
-    """The last turn, the prices before it, and those that came after it."""
+    """Make the page of the last turn, with the prices before it and the actual ones after it."""
     end, first = market.known + len(turns), market.series[0]
     return CycleResults(
         title=f"{len(market.products)} products of {market.name}",
@@ -298,7 +301,7 @@ def _show_page(drawn: CycleResults, drawn_ms: float) -> None:
 
 
 def _describe_calls(address: str) -> list[tuple[str, str]]:
-    """What was called, as lines to copy."""
+    """Describe the calls as commands to copy."""
     forecasts = f"curl -s {address}{contract.FORECASTS_PATH}"
     return [
         ("quantiles of all products", f"{forecasts} --data @{QUANTILES}"),
@@ -307,7 +310,7 @@ def _describe_calls(address: str) -> list[tuple[str, str]]:
 
 
 def _how_to(address: str, fleet: MarketFleet) -> None:
-    """Lines to copy."""
+    """Print commands to copy."""
     _print_step("4", "go on with")
     model = next(iter(fleet.models.values()))
     python = Path(sys.executable)

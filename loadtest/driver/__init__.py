@@ -1,1 +1,1 @@
-"""The open-loop load: schedules, bodies, processes that send, and what came of it."""
+"""The open-loop load: schedules, request bodies, driver processes and their results."""

@@ -19,20 +19,20 @@ import orjson
 from server.contract import FORECASTS_PATH, HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON
 
 NO_HEADERS: Mapping[str, str] = {}
-DIGITS = 4  #: of the numbers in a tensor body
+DIGITS = 4  #: decimal digits of the numbers in a tensor body
 
 
 class BodyKind(StrEnum):
-    """What is asked."""
+    """The kind of a request body."""
 
-    DEEPAR = "deepar"  #: a forecast: history as SageMaker DeepAR's JSON
+    DEEPAR = "deepar"  #: a forecast: the history as JSON of SageMaker DeepAR
     TENSOR = "tensor"  #: the network's input as nested numbers
     NPY = "npy"  #: the same as a .npy file
 
 
 @dataclass(frozen=True, slots=True)
 class ClientDialect:
-    """A protocol: where `{model}` stands in path and headers, and how a tensor body is wrapped."""
+    """A protocol: its path and headers, which contain `{model}`, and the wrapping of a tensor body."""
 
     name: str
     path: str
@@ -44,7 +44,7 @@ class ClientDialect:
         return f"<ClientDialect {self.name}: POST {self.path}>"
 
     def tensor_body(self, x: npt.NDArray[np.float32]) -> bytes:
-        """One input named x, without a batch axis, as this protocol's JSON; DIGITS digits after the point."""
+        """Write one input named x, without a batch axis, as JSON of this protocol, with DIGITS decimals."""
         digits = x.astype(np.float64).round(DIGITS)
         if not self.wraps_v2:
             return json.dumps({"x": digits.tolist()}).encode()
@@ -54,7 +54,7 @@ class ClientDialect:
     def request(
         self, host: str, model: str, body: bytes, content_type: str = JSON, headers: Mapping[str, str] = NO_HEADERS
     ) -> bytes:
-        """A whole HTTP/1.1 request, ready to be written; `headers` besides the protocol's."""
+        """Make a complete HTTP/1.1 request, with `headers` besides those of the protocol."""
         lines = [f"POST {self.path.format(model=quote(model))} HTTP/1.1", f"Host: {host}"]
         lines += [f"{key}: {value.format(model=model)}" for key, value in self.headers.items()]
         lines += [f"{key}: {value}" for key, value in headers.items()]
@@ -76,14 +76,14 @@ DIALECTS: Mapping[str, ClientDialect] = {
 
 
 def encode_npy(x: npt.NDArray[np.float32]) -> bytes:
-    """One array as a .npy file."""
+    """Encode one array as a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, x)
     return buffer.getvalue()
 
 
 def find_call_fault(body: bytes, forecasts: int) -> str | None:
-    """What is wrong with the answer to a call for so many: a prediction or an error for each, the errors counted."""
+    """Return what is wrong with the answer to a call for many models: it has a prediction or an error for each."""
     try:
         answer = orjson.loads(body)
     except ValueError as error:
@@ -98,7 +98,7 @@ def find_call_fault(body: bytes, forecasts: int) -> str | None:
 
 
 def find_fault(body: bytes) -> str | None:
-    """What is wrong with an answer: JSON or npy, it must have numbers, and all of them finite."""
+    """Return what is wrong with an answer. JSON and npy must contain numbers, all of them finite."""
     return _find_npy_fault(body) if body.startswith(b"\x93NUMPY") else _find_json_fault(body)
 
 

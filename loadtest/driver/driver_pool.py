@@ -21,24 +21,24 @@ from loadtest.driver.open_loop import LoadTarget, send_schedule
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import Run, merge_runs
 
-RATE_OF_ONE = 8_000.0  #: requests/s that one process sends in time with room to spare (20,000 seen on a quiet core)
-PEAK_S = 0.25  #: over which a schedule's highest rate is taken
+RATE_OF_ONE = 8_000.0  #: requests/s that one process sends on time with a margin (20,000 were measured on a quiet core)
+PEAK_S = 0.25  #: seconds over which the highest rate of a schedule is measured
 BOOT_S, HANDOVER_S = 60.0, 0.2
 
 
 class DriverLost(RuntimeError):
-    """A driver process ended by itself."""
+    """A driver process ended unexpectedly."""
 
 
 def count_drivers(schedule: Schedule) -> int:
-    """Processes that the schedule's peak wants, at most one a core."""
+    """Return how many processes the peak of the schedule needs, at most one per core."""
     spans = np.bincount((schedule.at / PEAK_S).astype(np.int64), minlength=1)
     wanted = math.ceil(float(spans.max()) / PEAK_S / RATE_OF_ONE)
     return max(1, min(wanted, len(os.sched_getaffinity(0))))
 
 
 class DriverPool:
-    """`size` driver processes for one target; to be used in a `with`."""
+    """`size` driver processes for one target. Use it in a `with` statement."""
 
     def __init__(self, to: LoadTarget, size: int, *, connections: int = 512) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of what the caller imported
@@ -54,7 +54,7 @@ class DriverPool:
         return f"<DriverPool of {len(self._members)}>"
 
     def __enter__(self) -> Self:
-        """Raises DriverLost when one does not come up."""
+        """Start the processes. Raises DriverLost if one does not start."""
         for _, pipe in self._members:
             if not pipe.poll(BOOT_S):
                 raise DriverLost(f"a driver process was not ready within {BOOT_S:g} s")
@@ -101,7 +101,7 @@ class DriverPool:
 
 
 def _run_driver(pipe: Connection, to: LoadTarget, connections: int) -> None:
-    """A member's life: schedules in, runs out."""
+    """Run a driver process: receive schedules and send back their runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and ends this process
     pipe.send(None)
     with suppress(EOFError):

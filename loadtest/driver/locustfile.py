@@ -31,14 +31,14 @@ from model_store.errors import LoadError
 from model_store.stores.object_store import open_source
 from server.contract import HEADER_CACHE, JSON
 
-FAILED, ANSWERED = "failed", "answered"  #: the rows of what went wrong, and of answers without X-Fleetcast-Cache
+FAILED, ANSWERED = "failed", "answered"  #: rows of failed requests, and of answers without X-Fleetcast-Cache
 
 log = logging.getLogger(__name__)
 
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser: Any) -> None:
-    """Ours go beside Locust's own."""
+    """Add the options of this file to those of Locust."""
     group = parser.add_argument_group("Fleetcast")
     group.add_argument("--fleet-store", env_var="FLEETCAST_STORE", default="", help="the server's store, for the names")
     group.add_argument("--fleet-models", type=int, default=200, help="so many of its models; without it, demo names")
@@ -49,7 +49,7 @@ def add_arguments(parser: Any) -> None:
 
 @events.init.add_listener
 def prepare_users(environment: Any, **_: Any) -> None:
-    """Names, popularity and body, once for all users of a process; Locust ends where there are none."""
+    """Read names, popularity and body once for all users of a process; Locust ends if there are none."""
     options = environment.parsed_options
     try:
         names = _list_names(options.fleet_store, options.fleet_models)
@@ -63,15 +63,15 @@ def prepare_users(environment: Any, **_: Any) -> None:
 
 @events.test_start.add_listener
 def refuse_strangers(environment: Any, **_: Any) -> None:
-    """End before the first request to an address that is not this machine: --host, or what was typed into the page."""
+    """Quit before the first request if --host, or the host typed into the page, is not this machine."""
     if not environment.parsed_options.allow_remote and (why := _explain_remote(environment.host or "")):
         log.error("no load: %s", why)
-        environment.process_exit_code = 1  # Locust forgets that of SystemExit
+        environment.process_exit_code = 1  # Locust ignores the exit code of SystemExit
         raise SystemExit(1)
 
 
 def _explain_remote(host: str) -> str | None:
-    """Why an address may not be loaded unasked. (The driver cannot be imported: gevent takes its selector away.)"""
+    """Explain why an address is refused. (The driver cannot be imported, because gevent removes its selector.)"""
     try:
         found = socket.getaddrinfo(urlsplit(host).hostname or "", None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -89,7 +89,7 @@ def _list_names(store: str, models: int) -> Sequence[str]:
 
 
 class ClientOfTheFleet(FastHttpUser):
-    """Asks one model after another, as fast as it is answered."""
+    """A user that requests one model after another without pauses."""
 
     names: ClassVar[Sequence[str]] = []
     up_to: ClassVar[list[float]] = []  #: [models] cumulated popularity
@@ -97,7 +97,7 @@ class ClientOfTheFleet(FastHttpUser):
 
     @task
     def forecast(self) -> None:
-        """One forecast; where its answer is counted depends on what the cache said."""
+        """Request one forecast and count the answer in the row of its cache result."""
         dialect = DIALECTS["sagemaker"]
         (model,) = random.choices(self.names, cum_weights=self.up_to)
         headers = {key: value.format(model=model) for key, value in dialect.headers.items()}

@@ -1,5 +1,5 @@
-"""One turn of a market's cycle as a client runs it: prices, quantiles of all products in one call, joint scenarios in
-another. Every stage is timed. Blocking, one connection.
+"""One turn of a market's cycle as a client runs it: one call gets the quantiles of all products from their prices, a
+second call gets joint scenarios. Every stage is timed. The client blocks and has one connection.
 """
 
 import http.client
@@ -23,18 +23,18 @@ from server.contract import FORECASTS_PATH, HEADER_CACHE, HEADER_SERVER_TIMING, 
 
 Float32 = npt.NDArray[np.float32]
 
-BUDGET_S = 20.0  #: from a market's prices to the bids that answer them
+BUDGET_S = 20.0  #: seconds from the prices of a market to the deadline of its bids
 PRICES, WRITE, TICK, JOINT, READ = "prices in", "requests written", "quantiles", "joint scenarios", "answers read"
 STAGES = (PRICES, WRITE, TICK, JOINT, READ)
 PATIENCE_S = 60.0
 
 
 class NotAnswered(RuntimeError):
-    """The server did not answer a call, or not for every product; the message says why."""
+    """The server did not answer a call, or not for every product; the message has the cause."""
 
 
 class Feed:
-    """What a market has published of some products: the last `keep` intervals, one more with every line."""
+    """The published prices of some products: the last `keep` intervals; every line adds one."""
 
     def __init__(self, history: Sequence[Series], keep: int) -> None:
         first = history[0]
@@ -46,7 +46,7 @@ class Feed:
         return f"<Feed {self.rows.shape[1]} products, next {self.next}>"
 
     def publish(self, line: str) -> None:
-        """The next interval, `stamp,price,price,...`; an empty price is missing. Raises ValueError for another line."""
+        """Add the next interval, `stamp,price,price,...`; an empty price is missing. Raises ValueError else."""
         stamp, *prices = line.split(",")
         if datetime.fromisoformat(stamp) != self.next or len(prices) != self.rows.shape[1]:
             raise ValueError(f"expected {self.next} and {self.rows.shape[1]} prices, not {line[:60]!r}")
@@ -55,7 +55,7 @@ class Feed:
         self.next += self.step
 
     def requests(self, models: Mapping[str, ModelName], history: int) -> list[dict[str, object]]:
-        """What each model is asked: the last `history` prices of its product. NaN is written as null."""
+        """Make the request of each model: the last `history` prices of its product. NaN is written as null."""
         start = (self.next - history * self.step).isoformat(sep=" ", timespec="seconds")
         columns = self.rows[-history:].T.tolist()
         return [
@@ -84,12 +84,12 @@ class TurnBodies:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turn:
-    """What came of one: milliseconds by stage, the cache's and the server's words by call, and the answers.
+    """The results of one turn: milliseconds by stage, cache result and server timing by call, and the answers.
 
     `quantiles` [products, steps, levels], `scenarios` [scenarios, products, steps].
     """
 
-    start: str  #: of the first step that is forecast
+    start: str  #: time of the first forecast step
     ms: Mapping[str, float]
     said: Mapping[str, str]
     asked: TurnBodies
@@ -99,12 +99,12 @@ class Turn:
 
     @property
     def total_ms(self) -> float:
-        """From the prices to the numbers."""
+        """Milliseconds from the prices to the scenarios."""
         return sum(self.ms.values())
 
 
 class MarketClient:
-    """A connection to a server's inference listener; to be used in a `with`."""
+    """A connection to the inference listener of a server. Use it in a `with` statement."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -123,7 +123,7 @@ class MarketClient:
         self._connection.close()
 
     def forecasts(self, body: bytes, accept: str = JSON) -> tuple[bytes, str]:
-        """The answer to a call for many models, and what its headers say. Raises NotAnswered."""
+        """Call for many models; returns the answer and its headers. Raises NotAnswered."""
         try:
             headers = {"Content-Type": JSON, "Accept": accept}
             self._connection.request("POST", FORECASTS_PATH, body, headers)
@@ -138,7 +138,7 @@ class MarketClient:
 
 
 def run_turn(feed: Feed, line: str, fleet: MarketFleet, client: MarketClient, scenarios: int, seed: int) -> Turn:
-    """Publish a line, ask, and read. Raises NotAnswered, and ValueError for a line that is not the next one."""
+    """Publish a line, send both calls, and read the answers. Raises NotAnswered, ValueError for a line out of order."""
     ms: dict[str, float] = {}
     with _time_stage(ms, PRICES):
         feed.publish(line)
@@ -158,7 +158,7 @@ def run_turn(feed: Feed, line: str, fleet: MarketFleet, client: MarketClient, sc
 def write_turn_bodies(
     requests: Sequence[Mapping[str, object]], correlation: ModelName, scenarios: int, seed: int
 ) -> TurnBodies:
-    """Both calls are about the same histories, which are written once."""
+    """Write the bodies of both calls; their histories are the same and encoded once."""
     written = b'{"requests":' + orjson.dumps(requests) + b',"configuration":'
     drawn = {"joint": True, "correlation": correlation, "num_samples": scenarios, "seed": seed}
     tick = orjson.dumps({"output_types": ["quantiles"]})
@@ -166,7 +166,7 @@ def write_turn_bodies(
 
 
 def read_quantiles(answer: bytes, products: Sequence[str]) -> tuple[Sequence[float], Float64]:
-    """Levels and quantiles [products, steps, levels]. Raises NotAnswered that names the first product without any."""
+    """Read levels and quantiles [products, steps, levels]. Raises NotAnswered that names the first missing product."""
     found = orjson.loads(answer)
     for product, each in zip(products, found["predictions"], strict=True):
         if "error" in each:
@@ -178,7 +178,7 @@ def read_quantiles(answer: bytes, products: Sequence[str]) -> tuple[Sequence[flo
 
 
 def rank_correlation(scenarios: Float32) -> Float64:
-    """How products [n, n] go together in scenarios [s, n, t]: Spearman's coefficient at equal steps, their mean."""
+    """Return Spearman's coefficients [n, n] of the products in scenarios [s, n, t], averaged over the steps."""
     count, _, steps = scenarios.shape
     ranks = scenarios.argsort(axis=0, kind="stable").argsort(axis=0) - (count - 1) / 2
     by_step = ranks.transpose(2, 1, 0)

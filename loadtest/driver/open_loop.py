@@ -3,8 +3,8 @@
 A closed loop sends less to a slow server and so hides its worst moments ("coordinated omission"). Here latency counts
 from the *intended* time, and the driver measures its own lateness: a run whose driver was late says nothing about the
 server and is called invalid. One process, one thread, one event loop (several processes: `driver_pool`). A load is sent
-to loopback only, unless told otherwise. HTTP/1.1 by httptools: aiohttp takes four times the CPU time, which the server
-needs.
+to loopback only, unless told otherwise. It parses HTTP/1.1 by httptools, because aiohttp takes four times the CPU time,
+which the server needs.
 """
 
 import asyncio
@@ -30,9 +30,9 @@ from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, ForecastCounts, R
 from loadtest.observe.server_access import OPEN, ServerAccess
 from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_forecasts, raw_header
 
-SAMPLES = 200  #: answers that are looked into, or a few more
+SAMPLES = 200  #: least number of answers whose bodies are checked
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
-NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: this machine's limits, not the server's fault
+NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: limits of this machine, not faults of the server
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
 _CACHE_HEADER = raw_header(HEADER_CACHE)
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
@@ -46,8 +46,9 @@ class RemoteNotAllowed(Exception):
 class LoadTarget:
     """The target of a load: an address, and one complete HTTP request for each model.
 
-    `forecasts`: where the requests are calls for many models, how many each asks; else empty. `tls_name`: with TLS, the
-    name that the server's certificate must have; `access` says whom to trust and what to show.
+    `forecasts` is the number of models of each call, and empty if the requests are for single models. `tls_name` is the
+    name that the server's certificate must have, and None without TLS. `access` holds the authority that the driver
+    trusts, and its certificate.
     """
 
     host: str
@@ -70,7 +71,7 @@ def make_target(
     allow_remote: bool = False,
     access: ServerAccess = OPEN,
 ) -> LoadTarget:
-    """Raises ValueError for a URL that is no plain http(s)://host:port, RemoteNotAllowed for one beyond loopback."""
+    """Make a target. Raises ValueError for a URL other than http(s)://host:port, RemoteNotAllowed beyond loopback."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError(f"{url!r} cannot be loaded: give http://HOST:PORT or https://HOST:PORT")
@@ -91,10 +92,11 @@ def send_schedule(
     patience_s: float = 10.0,
     start: float | None = None,
 ) -> Run:
-    """Send a schedule. Ends when all is answered, at the latest `patience_s` after the schedule's end.
+    """Send a schedule. Returns when all is answered, at the latest `patience_s` after the end of the schedule.
 
-    At most so many connections, opened when needed. The schedule starts at `start` on the monotonic clock, which the
-    processes of a machine share; by default at once. Blocks; not for use inside an event loop.
+    At most `connections` connections are open; each is opened when it is needed. The schedule starts at `start` on the
+    monotonic clock, which the processes of a machine share, by default at once. It blocks, so that it cannot run inside
+    an event loop.
     """
     gc.collect()
     gc.freeze()  # a full collection over a large program's objects is a pause of many milliseconds
@@ -106,7 +108,7 @@ def send_schedule(
 
 
 class _Punctual(selectors.EpollSelector):
-    """Wakes within some 0.1 ms of the time. epoll alone rounds up to whole milliseconds, and uvloop spins instead."""
+    """A selector that wakes within about 0.1 ms of the time. epoll rounds up to whole milliseconds, uvloop spins."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is not None and timeout > 0:
@@ -116,7 +118,7 @@ class _Punctual(selectors.EpollSelector):
 
 
 class _Driver:
-    """One schedule under way."""
+    """The run of one schedule."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, schedule: Schedule, to: LoadTarget, connections: int) -> None:
         n = len(schedule.at)
@@ -133,7 +135,9 @@ class _Driver:
         self._sampled = frozenset(range(0, n, max(1, n // SAMPLES)))
         self._next, self._open, self._unanswered = 0, set[_DriverConnection](), n
         self._opening: set[asyncio.Task[None]] = set()
-        self._free: list[_DriverConnection] = []  # the last used is used first: the others may go idle and be closed
+        self._free: list[
+            _DriverConnection
+        ] = []  # the most recently used is taken first, so that the others may become idle and be closed
         self._waiting: deque[int] = deque()
         self._exhausted = False
         self._ended = asyncio.Event()
@@ -189,12 +193,12 @@ class _Driver:
         return self._asked is not None
 
     def counted(self, request: int, tail: bytes) -> None:
-        """How many of a call failed, which the end of its whole answer says; where it does not, all did."""
+        """Count the failed forecasts of a call by the end of its answer; without that information all have failed."""
         if (failed := count_failed_forecasts(tail)) is not None:
             self._failed[request] = failed
 
     def settled(self, request: int, status: int, cache: int = 0) -> None:
-        """A request's fate is known."""
+        """Record that a request is answered or lost."""
         self._done[request], self._status[request], self._cache[request] = self._now(), status, cache
         self._unanswered -= 1
         if not self._unanswered:
@@ -244,12 +248,12 @@ class _Driver:
                 return
 
     def opened(self, connection: "_DriverConnection") -> None:
-        """It may take its first request."""
+        """Take a connection that has opened, and give it its first request."""
         self._open.add(connection)
         self.free(connection)
 
     def free(self, connection: "_DriverConnection") -> None:
-        """It may take another request."""
+        """Take a connection that is free, and give it another request."""
         if self._waiting:
             self._send(connection, self._waiting.popleft())
         else:
@@ -278,7 +282,7 @@ class _DriverConnection(asyncio.Protocol):
         return f"<_DriverConnection {'idle' if self._request is None else f'waits for answer {self._request}'}>"
 
     def fresh(self) -> bool:
-        """Whether it can be used; one that cannot is closed."""
+        """Return whether the connection can be used; close it if not."""
         if not self._transport.is_closing() and self._driver.loop.time() - self._since < IDLE_S:
             return True
         self._transport.close()
@@ -327,7 +331,7 @@ class _DriverConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         request, status = self._request, self._parser.get_status_code()
-        if request is None:  # an answer to nothing: the server takes leave
+        if request is None:  # a response without a request: the server is closing the connection
             self._transport.close()
             return
         self._request, self._since = None, self._driver.loop.time()
@@ -343,7 +347,7 @@ class _DriverConnection(asyncio.Protocol):
 
 
 def _parse_cache_header(said: bytes) -> int:
-    """What the cache did, as an index into CACHE; of a call for many (`hit=44, miss=1`) the slowest of it."""
+    """Parse the cache result as an index into CACHE; for a call for many (`hit=44, miss=1`) it is the slowest one."""
     if (found := _CACHE.get(said)) is not None:
         return found
     did = {part.partition(b"=")[0].strip() for part in said.split(b",")}

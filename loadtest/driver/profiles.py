@@ -22,9 +22,9 @@ import numpy.typing as npt
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-MIN_REQUESTS, MAX_REQUESTS = 20, 5_000_000  #: fewer have no percentiles, more take hundreds of megabytes
+MIN_REQUESTS, MAX_REQUESTS = 20, 5_000_000  #: fewer requests have no percentiles, more take hundreds of megabytes
 MAX_MODELS = 10_000_000
-MAX_MOVES = 100_000  #: times that popularity changes in a schedule
+MAX_MOVES = 100_000  #: most changes of popularity in a schedule
 MAX_RATES = 1_000
 NEWCOMERS = 100
 MIN_S, MAX_S = 1e-3, 31 * 86_400.0
@@ -33,7 +33,7 @@ _POPULARITY, _ARRIVALS, _CHOICES, _DRIFT, _TICKS, _NEWCOMERS = range(6)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
-    """Requests: `at` [n] seconds from the start, never falling; `model` [n] which of the models; how long in all."""
+    """Requests at `at` [n] seconds from the start, rising, for the models `model` [n]; `seconds` is the duration."""
 
     at: Float64
     model: Int64
@@ -44,11 +44,11 @@ class Schedule:
 
 
 class ArrivalProcess(StrEnum):
-    """How requests follow each other."""
+    """The process of arrival times."""
 
     POISSON = "poisson"  #: independent clients
-    CONSTANT = "constant"  #: a metronome
-    DIURNAL = "diurnal"  #: independent clients, fewer at night
+    CONSTANT = "constant"  #: equal intervals
+    DIURNAL = "diurnal"  #: independent clients with a lower rate at night
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Profile:
     trough: float = 0.2
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """The load for so long; other parts, such as a warm-up, have other arrivals but the same popular models.
+        """Draw the load for so long. Other parts, such as a warm-up, have other arrivals but the same popular models.
 
         Raises ValueError for fewer than MIN_REQUESTS or more than MAX_REQUESTS, and for a setting out of its bounds.
         """
@@ -84,7 +84,7 @@ class Profile:
         return Schedule(at, model, seconds)
 
     def popularity(self) -> Float64:
-        """[models] how likely each is asked, before any drift."""
+        """Return the probability [models] of each model, before any drift."""
         return compute_popularity(self.models, self.zipf, np.random.default_rng([self.seed, _POPULARITY]))
 
     def _check(self, seconds: float) -> None:
@@ -115,7 +115,7 @@ class Profile:
                 return draw_diurnal(self.rate, seconds, self.day_s, self.trough, rng)
 
     def _drifted(self, at: Float64, model: Int64, seconds: float) -> Int64:
-        """[n] the models after their ranks have drifted."""
+        """Return the models [n] after the drift of their ranks."""
         rng = np.random.default_rng([self.seed, _DRIFT])
         stands_in = np.arange(self.models)
         pairs = min(math.ceil(self.drift_share * self.models / 2), self.models // 2)
@@ -129,19 +129,20 @@ class Profile:
 
 
 def draw_constant(rate: float, seconds: float) -> Float64:
-    """Arrivals every 1 / rate seconds from 0 on."""
+    """Return arrivals every 1 / rate seconds from 0 on."""
     return np.arange(round(rate * seconds)) / rate
 
 
 def draw_poisson(rate: float, seconds: float, rng: np.random.Generator) -> Float64:
-    """A Poisson process: its number of arrivals is Poisson, and given that, they are independent and uniform."""
+    """Draw a Poisson process: a Poisson number of arrivals, which are then independent and uniform."""
     return np.sort(rng.uniform(0, seconds, rng.poisson(rate * seconds)))
 
 
 def draw_diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: np.random.Generator) -> Float64:
-    """A Poisson process of rate `rate` * (1 - swing * cos(2 pi t / day_s)), by thinning one of the peak's rate.
+    """Draw a Poisson process of rate `rate` * (1 - swing * cos(2 pi t / day_s)), by thinning one of the peak's rate.
 
-    Exact: P. A. W. Lewis and G. S. Shedler, "Simulation of nonhomogeneous Poisson processes by thinning", 1979.
+    The method is exact: P. A. W. Lewis and G. S. Shedler, "Simulation of nonhomogeneous Poisson processes by
+    thinning", 1979.
     """
     swing = _compute_swing(trough)
     at = draw_poisson(rate * (1 + swing), seconds, rng)
@@ -149,18 +150,18 @@ def draw_diurnal(rate: float, seconds: float, day_s: float, trough: float, rng: 
 
 
 def compute_popularity(models: int, exponent: float, rng: np.random.Generator) -> Float64:
-    """[models] the probability of each; ranks are drawn, so that neighbours in the list differ in popularity."""
+    """Return the probability [models] of each; ranks are drawn, so that neighbours in the list differ in popularity."""
     weights = np.arange(1, models + 1, dtype=np.float64) ** -exponent
     return rng.permutation(weights / weights.sum())
 
 
 def _compute_swing(trough: float) -> float:
-    """How far the rate leaves its mean, 0 to 1, where the lowest is `trough` times the highest."""
+    """Compute the relative amplitude of the rate, 0 to 1, whose lowest value is `trough` times its highest."""
     return (1 - trough) / (1 + trough)
 
 
 def _integrate_day(seconds: float, day_s: float, trough: float) -> float:
-    """The integral of a day's rate, in units of its mean."""
+    """Integrate the rate of a day, in units of its mean."""
     return seconds - _compute_swing(trough) * day_s / math.tau * math.sin(math.tau * seconds / day_s)
 
 
@@ -169,9 +170,9 @@ def _integrate_day(seconds: float, day_s: float, trough: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The market clock: every `every_s` seconds, from 0 on, each model once at some time within `spread_s` seconds.
+    """The market clock: every `every_s` seconds, from 0 on, each model is requested once within `spread_s` seconds.
 
-    Always in the order of the models, the worst case of an LRU that is slightly too small; or `shuffled` each time.
+    The order is that of the models, the worst case of an LRU that is slightly too small, or `shuffled` each time.
     """
 
     models: int
@@ -181,7 +182,7 @@ class Tick:
     seed: int = 0
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """Whole ticks only; one is enough of any part but 0. Raises ValueError as `Profile.schedule` does."""
+        """Make whole ticks; a part other than 0 has one. Raises ValueError as `Profile.schedule` does."""
         _require_range("seconds", seconds, MIN_S, MAX_S)
         _require_range("models", self.models, 1, MAX_MODELS)
         _require_range("every_s", self.every_s, MIN_S, MAX_S)
@@ -202,9 +203,9 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Onboarding:
-    """The load of the `known` models; `at_s` seconds into it each of `newcomers` others is asked for the first time.
+    """The load of the `known` models; `at_s` seconds into it each of `newcomers` others is requested.
 
-    All of them within `within_s` seconds, in an order drawn, and once. Their indices follow those of the known.
+    Each is requested once, within `within_s` seconds, in a drawn order. Their indices follow those of the known.
     """
 
     known: Profile
@@ -214,11 +215,11 @@ class Onboarding:
 
     @property
     def models(self) -> int:
-        """The known and the newcomers."""
+        """The number of known and new models."""
         return self.known.models + self.newcomers
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """Only part 0 has new models; a warm-up has none. Raises ValueError as `Profile.schedule` does."""
+        """Draw the load; only part 0 has new models. Raises ValueError as `Profile.schedule` does."""
         _require_range("newcomers", self.newcomers, 1, MAX_REQUESTS)
         _require_range("within_s, in which the newcomers are asked,", self.within_s, 0, MAX_S)
         steady = self.known.schedule(seconds, part)
@@ -234,7 +235,7 @@ class Onboarding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
-    """What was recorded, from `start_s` seconds of it on, `speed` times as fast. Nothing is drawn."""
+    """A recording from its second `start_s` on, `speed` times as fast. Nothing is drawn."""
 
     recording: Schedule
     models: int
@@ -242,9 +243,9 @@ class Replay:
     start_s: float = 0.0
 
     def schedule(self, seconds: float, part: int = 0) -> Schedule:
-        """So long, or up to the recording's end; any part but 0, such as a warm-up, is what led up to `start_s`.
+        """Return the recording for so long, or to its end. A part other than 0 is the recording just before `start_s`.
 
-        Raises ValueError as `Profile.schedule` does, and for a recording of more models than there are.
+        Raises ValueError as `Profile.schedule` does, and for a recording of more models than exist.
         """
         _require_range("seconds", seconds, MIN_S, math.inf)
         _require_range("speed", self.speed, 1e-3, 1e6)
@@ -265,7 +266,7 @@ Load = Profile | Tick | Onboarding | Replay
 
 
 class Shape(StrEnum):
-    """The loads by name."""
+    """The shapes of a load by name."""
 
     POISSON = "poisson"
     CONSTANT = "constant"
@@ -276,7 +277,7 @@ class Shape(StrEnum):
 
     @property
     def about(self) -> str:
-        """What it is, in a line."""
+        """The description of the shape in one line."""
         return _ABOUT[self]
 
 
@@ -301,7 +302,7 @@ TAKES: Mapping[Shape, tuple[str, ...]] = {
 
 
 def make_profile(shape: Shape, models: int, seed: int = 0, **settings: float | Schedule | None) -> Load:
-    """The load over so many models in all; a setting that is None is left at its default.
+    """Make the load over so many models; a setting that is None has its default.
 
     Raises ValueError for a setting that the shape does not take, see TAKES, and for a replay without a recording.
     """
@@ -327,7 +328,7 @@ def make_profile(shape: Shape, models: int, seed: int = 0, **settings: float | S
 def list_ramp_rates(
     start: float, most: float, *, factor: float | None = None, step: float | None = None
 ) -> list[float]:
-    """Rates to try one after another until one is too much: each `factor` times the last or `step` more; last, `most`.
+    """List the rates to try until one is not sustained: each is `factor` times the last or `step` more; `most` is last.
 
     Raises ValueError unless exactly one of the two is given, and for rates that do not rise from above 0 to `most`.
     """
@@ -347,13 +348,13 @@ def list_ramp_rates(
 
 
 def _require_range(what: str, value: float, low: float, high: float) -> None:
-    """Raises ValueError where the value is out of its bounds, or not a number."""
+    """Raise ValueError if the value is out of its bounds, or not a number."""
     if not low <= value <= high:
         raise ValueError(f"{what} cannot be {value:g}: give {low:g} to {high:g}")
 
 
 def _require_requests(requests: float, what: str, least: int = MIN_REQUESTS) -> None:
-    """Raises ValueError for too few or too many requests."""
+    """Raise ValueError for too few or too many requests."""
     if not least <= requests <= MAX_REQUESTS:
         few = requests < least
         hint = "ask more, or for longer" if few else "ask less, or not so long"

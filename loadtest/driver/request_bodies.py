@@ -32,7 +32,7 @@ class RequestBody:
 
 @dataclass(frozen=True, slots=True)
 class RequestBodies:
-    """The models that can be asked and with what; why others cannot."""
+    """The models that can be requested, with their bodies, and why others cannot."""
 
     questions: Mapping[ModelName, RequestBody]
     left_out: Mapping[ModelName, str]
@@ -41,7 +41,7 @@ class RequestBodies:
 def read_request_bodies(
     source: Source, names: Sequence[ModelName], kind: BodyKind | None, seed: int, step: Callable[[], None]
 ) -> RequestBodies:
-    """Read every archive, several at a time, and find its question; `step` is called after each."""
+    """Read every archive, several at a time, and make its request body; `step` is called after each."""
     questions: dict[ModelName, RequestBody] = {}
     left_out: dict[ModelName, str] = {}
 
@@ -64,9 +64,9 @@ def read_request_bodies(
 
 
 def join_requests(asked: Mapping[ModelName, RequestBody]) -> RequestBody:
-    """One call for many models that asks each of these its question, see CONTRACTS 5.
+    """Join request bodies into one call for many models (POST /v1/forecasts).
 
-    Raises ValueError for a question that is not one series, and where they differ in their configuration.
+    Raises ValueError for a body that is not one series, and if their configurations differ.
     """
     requests, configurations = [], set()
     for name, each in asked.items():
@@ -83,7 +83,7 @@ def join_requests(asked: Mapping[ModelName, RequestBody]) -> RequestBody:
 
 
 def _parse_deepar(question: RequestBody) -> dict[str, Any] | None:
-    """A request of one instance; None for another."""
+    """Parse a request of one instance; returns None for any other."""
     if question.content_type != JSON:
         return None
     whole = json.loads(question.body)
@@ -92,9 +92,9 @@ def _parse_deepar(question: RequestBody) -> dict[str, Any] | None:
 
 
 def make_request_body(archive: Archive, kind: BodyKind | None, seed: int) -> RequestBody:
-    """One that the archive answers; by default that of its golden sample, else a forecast, else tensors.
+    """Make a request body for the archive: by default its golden sample, else a forecast, else tensors.
 
-    Raises ValueError where the archive cannot be asked so, LoadError where it is damaged or of an unserved kind.
+    Raises ValueError if the archive does not take such a body, LoadError if it is damaged or of an unserved kind.
     """
     spec = archive.spec
     forecast = spec.forecast if spec else None
@@ -115,7 +115,7 @@ def make_request_body(archive: Archive, kind: BodyKind | None, seed: int) -> Req
 
 
 def make_deepar_instance(forecast: ForecastSpec, seed: int) -> dict[str, object]:
-    """A series of each product as long as the archive needs: a daily wave and noise around its scaler's center."""
+    """Make a series of each product, as long as the archive needs: daily wave and noise around its scaler's center."""
     rng = np.random.default_rng(seed)
     steps = forecast.history_length
     wave = np.sin(np.arange(steps) * 2 * np.pi / 24)
@@ -134,7 +134,7 @@ def make_deepar_instance(forecast: ForecastSpec, seed: int) -> dict[str, object]
 
 
 def _read_input_shapes(archive: Archive) -> Mapping[str, tuple[int, ...]]:
-    """Input name -> shape of one request row, 1 where the model leaves it open."""
+    """Return input name -> shape of one request row, with 1 for dimensions that the model leaves open."""
     from handlers.kinds import tensor_inputs  # noqa: PLC0415 -- torch, which a load of forecasts does not need
 
     return {name: tuple(abs(n) for n in shape) for name, shape in tensor_inputs(archive).items()}

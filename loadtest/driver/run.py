@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.driver_pool import DriverPool, count_drivers
-from loadtest.driver.open_loop import LoadTarget, make_target
+from loadtest.driver.open_loop import LoadTarget, RemoteNotAllowed, make_target
 from loadtest.driver.profiles import Load, Profile, Schedule
 from loadtest.driver.request_bodies import RequestBody, join_requests, read_request_bodies
 from loadtest.driver.run_result import Run
@@ -23,19 +23,23 @@ from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.metrics_sampler import MetricsSampler
 from loadtest.observe.processes import read_pss
 from loadtest.observe.server_access import OPEN, ServerAccess
+from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import open_source
 from server.contract import METRICS_PATH
 
 STORE = Path(".fleetcast/load")
-WARMUP = 1  #: part of the profile that is not measured
-SUSTAINED, FAILED = 0.98, 0.001  #: of a ramp's step: answered of what was due, and failed of what was asked
+WARMUP = 1  #: number of the part of the profile that is not measured
+#: Limits of a sustained step of a ramp: answered ones of the due requests, failed ones of the sent requests.
+SUSTAINED, FAILED = 0.98, 0.001
+#: The errors of a run that a user can fix; their messages say how.
+EXPECTED = (RemoteNotAllowed, LoadError, urllib3.exceptions.HTTPError, ValueError, OSError, RuntimeError)
 SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ServerUnderLoad:
-    """A server under load: addresses, what each model is asked, and how to measure its memory, where that is known."""
+    """A server under load: its addresses, the request body of each model, and how to measure its memory, if known."""
 
     inference: str
     metrics: str | None
@@ -45,7 +49,7 @@ class ServerUnderLoad:
     access: ServerAccess = OPEN
 
     def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> LoadTarget:
-        """A whole request for each model; by a dialect of calls for many, one for each `per_call` of them (None: all).
+        """Make a complete request for each model, or a call for each `per_call` models (None: all) in such a dialect.
 
         Raises ValueError, RemoteNotAllowed.
         """
@@ -66,26 +70,26 @@ class ServerUnderLoad:
         return make_target(self.inference, requests, forecasts=counts, allow_remote=allow_remote, access=self.access)
 
     def watch(self) -> MetricsSampler:
-        """What can be seen of it while it is loaded."""
+        """Make the sampler of its metrics and memory for the time of the load."""
         return MetricsSampler(self.scrape if self.metrics else None, self.memory)
 
     def scrape(self) -> str:
-        """The text of /metrics. Raises RuntimeError where there is none."""
+        """GET the text of /metrics. Raises RuntimeError if there is none."""
         return str(self.access.request("GET", f"{(self.metrics or '').rstrip('/')}{METRICS_PATH}").data, "utf-8")
 
 
 @dataclass(frozen=True, slots=True)
 class RequestSource:
-    """Where the models' names and what they are asked come from."""
+    """The source of the models' names and request bodies."""
 
-    names: Sequence[ModelName] | None  #: None: the store's
+    names: Sequence[ModelName] | None  #: None: the names in the store
     most: int
     body: BodyKind | None
-    request: bytes | None  #: the same for all instead of one that suits each archive
+    request: bytes | None  #: one body for all models instead of one for each archive
     seed: int
 
     def of(self, store: str | None, console: Console) -> dict[ModelName, RequestBody]:
-        """Raises ValueError where there is nothing to ask, LoadError and InvalidStoreUrl for the store."""
+        """Make the bodies. Raises ValueError if there are none, LoadError or InvalidStoreUrl for the store."""
         names = self.names
         if names is None:
             if store is None:
@@ -120,7 +124,7 @@ class RunPlan:
     seconds: float
     warmup: float
     connections: int
-    processes: int | None  #: of the driver; None: as many as the highest rate needs
+    processes: int | None  #: driver processes; None: as many as the highest rate needs
     slo: summary.Slo
 
 
@@ -131,7 +135,7 @@ class RunPlan:
 def serve_fleet(
     models: int, resident: int, workers: int, questions: RequestSource, console: Console
 ) -> Iterator[ServerUnderLoad]:
-    """A fleet with random weights, made once, and a server with room for some of it."""
+    """Make a fleet with random weights once, and serve it with a cache for some of the models."""
     from handlers.forecasters import build_family  # noqa: PLC0415 -- torch, which only this way needs
     from loadtest.fleets.fleet import list_fleet_names, make_fleet  # noqa: PLC0415
     from loadtest.fleets.network_shape import CONFIG  # noqa: PLC0415
@@ -151,7 +155,7 @@ def serve_fleet(
 def serve_store(
     store: str, cache: str | None, workers: int, questions: RequestSource, console: Console
 ) -> Iterator[ServerUnderLoad]:
-    """A server of ours for the user's archives."""
+    """Start a server for the archives of a store."""
     asked = questions.of(store, console)
     room = [] if cache is None else ["--model-cache-bytes", cache]
     what = (
@@ -173,7 +177,7 @@ def connect_server(
     console: Console,
     access: ServerAccess = OPEN,
 ) -> ServerUnderLoad:
-    """A server that runs already. Raises ValueError for files of `access` that are wrong or not for its addresses."""
+    """Connect to a running server. Raises ValueError for files of `access` that are wrong, or not for its addresses."""
     for address in filter(None, (url, metrics_url)):
         access.check_url(address)
     asked = questions.of(store, console)
@@ -181,7 +185,7 @@ def connect_server(
 
 
 def measure_memory(server: LocalServer) -> dict[str, int]:
-    """Process -> proportional set size in bytes."""
+    """Return process -> proportional set size in bytes."""
     return {f"{each['kind']} {each['index']}": read_pss(each["pid"]) for each in server.processes()}
 
 
@@ -191,7 +195,7 @@ def measure_memory(server: LocalServer) -> dict[str, int]:
 def measure_run(
     subject: ServerUnderLoad, plan: RunPlan, to: LoadTarget, console: Console
 ) -> tuple[summary.Results, Run]:
-    """A warm-up that is not measured, then the load. Raises ValueError for a load that cannot be, DriverLost."""
+    """Run a warm-up that is not measured, then the load. Raises ValueError for an impossible load, DriverLost."""
     schedule = plan.load.schedule(plan.seconds)
     size = plan.processes or count_drivers(schedule)
     watch = subject.watch()
@@ -207,9 +211,10 @@ def measure_run(
 def climb_rates(
     subject: ServerUnderLoad, plan: RunPlan, to: LoadTarget, rates: Sequence[float], console: Console
 ) -> tuple[summary.Results, Run]:
-    """Rate after rate until one is too much: the last that was sustained, or the first of all, and a table of them.
+    """Run one rate after another until one is not sustained. Returns the last sustained run, else the first one.
 
-    Sustained: a valid run, answered at nearly the rate asked, next to no failures, the SLO met. Raises as `measure`.
+    A step is sustained if its run is valid, nearly all requests are answered, next to none fail and the SLO is met.
+    The results have a table of all steps. Raises as `measure_run` does.
     """
     load = plan.load
     if not isinstance(load, Profile):
@@ -245,7 +250,7 @@ def climb_rates(
 
 
 def _explain_overload(found: summary.Results) -> str:
-    """Why a step is not sustained; empty where it is."""
+    """Explain why a step is not sustained; empty if it is."""
     due, failed = found["requests"] / found["seconds"], sum(found["failures"].values())
     if (forecasts := found["forecasts"]) is not None and forecasts["failed"] > FAILED * forecasts["asked"]:
         return f"{forecasts['failed']} forecasts failed"
@@ -259,7 +264,7 @@ def _explain_overload(found: summary.Results) -> str:
 
 
 def _sample_if_possible(watch: MetricsSampler, t: float) -> None:
-    """A sample where one can be had: that the server is gone, the requests tell."""
+    """Take a sample if the server answers; if it is gone, the requests show that."""
     with suppress(urllib3.exceptions.HTTPError, OSError, RuntimeError):
         watch.look(t)
 
@@ -282,5 +287,5 @@ def _make_progress(console: Console) -> Progress:
 
 
 def parse_names(text: str) -> list[ModelName]:
-    """A name a line; blank lines are let through. Raises InvalidModelName."""
+    """Parse names, one per line; blank lines are ignored. Raises InvalidModelName."""
     return [parse_model_name(line.strip()) for line in text.splitlines() if line.strip()]

@@ -10,8 +10,8 @@ import numpy.typing as npt
 from loadtest.driver.profiles import Float64, Int64, Schedule
 from server.contract import CACHE_RESULTS
 
-CACHE = ("", *CACHE_RESULTS)  #: what the header X-Fleetcast-Cache said; "": it was absent
-NO_ANSWER, LOST = 0, -1  #: stand for a status: none came in time; the connection was refused or lost
+CACHE = ("", *CACHE_RESULTS)  #: values of the header X-Fleetcast-Cache; "" if it was absent
+NO_ANSWER, LOST = 0, -1  #: in place of a status: no answer in time; connection refused or lost
 
 BUSY = "the driver was too busy; ask less, or give it a core of its own"
 NO_CONNECTION = "no more connections could be had, and all were waiting for answers; ask less, or allow more"
@@ -23,7 +23,7 @@ MAX_LAG_S, MAX_LAG_OF_P50, MAX_UNSENT = 0.005, 0.2, 0.001
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForecastCounts:
-    """Of calls for many models: how many forecasts each asked [n], and how many of these failed [n]."""
+    """The forecasts in each call for many models [n], and the failed ones among them [n]."""
 
     asked: Int64
     failed: Int64
@@ -31,11 +31,12 @@ class ForecastCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """What became of a schedule's requests; times [n] in seconds from its start, NaN where it did not happen.
+    """The results of a schedule's requests; times [n] are in seconds from its start, NaN for what did not happen.
 
-    `woken`: the driver turned to the request; `sent`: it had a connection and wrote it; `done`: the answer was whole.
-    `status` [n] is HTTP's, NO_ANSWER or LOST; `cache` [n] indexes CACHE. `exhausted`: all connections allowed
-    were open and taken at some time. `checked` answers were looked into; `unsound`: whose were wrong, and how.
+    `woken` is when the driver came to the request, `sent` when it wrote it to a connection, `done` when the answer was
+    complete. `status` [n] is a status of HTTP, NO_ANSWER or LOST; `cache` [n] is an index of CACHE. `exhausted` says
+    that all allowed connections were in use at some time. `checked` answers were checked; `unsound` describes the wrong
+    ones.
     """
 
     schedule: Schedule
@@ -48,16 +49,16 @@ class Run:
     exhausted: bool
     checked: int
     unsound: Sequence[tuple[int, str]]
-    forecasts: ForecastCounts | None = None  #: where each request is a call for many models
+    forecasts: ForecastCounts | None = None  #: if each request is a call for many models
 
     @property
     def latency(self) -> Float64:
-        """[n] seconds from the intended time; what was not answered has waited until the end."""
+        """Return the latency [n] in seconds from the intended time; an unanswered request has waited until the end."""
         return np.where(np.isnan(self.done), self.ended, self.done) - self.schedule.at
 
     @property
     def lag(self) -> Float64:
-        """[n] seconds from the intended time until the request was on its way; what never was, until the end."""
+        """Return the seconds [n] from the intended time until the request was sent, or to the end if it never was."""
         return np.where(np.isnan(self.sent), self.ended, self.sent) - self.schedule.at
 
     def invalid(self) -> list[str]:
@@ -77,7 +78,7 @@ class Run:
 
 
 def merge_runs(schedule: Schedule, parts: Sequence[Run]) -> Run:
-    """The run of a schedule whose requests were dealt to drivers one after another: part k had k, k + n, k + 2n ..."""
+    """Merge the runs of a schedule whose requests were dealt to n drivers: part k has requests k, k + n, k + 2n ..."""
     n = len(parts)
     calls = [part.forecasts for part in parts if part.forecasts is not None]
     forecasts = (
@@ -101,7 +102,7 @@ def merge_runs(schedule: Schedule, parts: Sequence[Run]) -> Run:
 
 
 def _interleave_parts(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Number]:
-    """Put together what was dealt."""
+    """Interleave the values of the parts in the order of the schedule."""
     whole = np.empty(sum(map(len, arrays)), arrays[0].dtype)
     for k, array in enumerate(arrays):
         whole[k :: len(arrays)] = array

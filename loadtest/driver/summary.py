@@ -21,17 +21,17 @@ except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("the load tester needs hdrhistogram: pip install 'fleetcast[load]'") from missing
 
 PERCENTILES = (50, 90, 99, 99.9)
-HIGHEST_US, DIGITS = 3_600_000_000, 3  #: what a histogram holds, in microseconds, and how exactly
+HIGHEST_US, DIGITS = 3_600_000_000, 3  #: range of a histogram in microseconds, and its significant digits
 BARS, SLOTS = "▁▂▃▄▅▆▇█", 60
 TIERS = ("store", "disk")
 
 Results = dict[str, Any]
-MIN_SPAN_S, MAX_SPANS = 0.5, 240  #: of the curves over time
+MIN_SPAN_S, MAX_SPANS = 0.5, 240  #: least seconds and most spans of a curve over time
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a run must reach; None: no matter. Latencies in ms from the intended time; shares of all requests."""
+    """The limits of a run; None means no limit. Latencies are in ms from the intended time, shares of all requests."""
 
     p50_ms: float | None = None
     p99_ms: float | None = None
@@ -39,7 +39,7 @@ class Slo:
     hit_ratio: float | None = None
 
     def verdict(self, found: Results) -> Results | None:
-        """Each limit beside what was found; None when nothing was asked. An invalid run meets nothing."""
+        """Compare each limit with the result; None without limits. An invalid run meets none."""
         latency, (what, failed) = found["latency"]["all"], _compute_failed_share(found)
         checks = [
             _check_limit("p50 latency", self.p50_ms, latency["p50_ms"], "{:.4g} ms", most=True),
@@ -54,7 +54,7 @@ class Slo:
 
 
 def summarize_run(run: Run, watch: MetricsSampler, slo: Slo | None = None) -> Results:
-    """Everything a record keeps of a run and of what was seen of the server meanwhile."""
+    """Summarize a run, and the server during it, as the results of a record."""
     answered, counts = run.status == 200, watch.gained()  # noqa: PLR2004
     by_cache = {name: int((answered & (run.cache == i)).sum()) for i, name in enumerate(CACHE) if name}
     rows = {"all": np.ones(len(answered), np.bool_)}
@@ -84,7 +84,7 @@ def summarize_run(run: Run, watch: MetricsSampler, slo: Slo | None = None) -> Re
 
 
 def compute_curves(run: Run) -> Results:
-    """Curves by intended time: rates a second and latencies in ms; None where nothing was due."""
+    """Compute curves over intended time: rates a second and latencies in ms; None for spans without requests."""
     seconds = run.schedule.seconds
     n = int(np.clip(seconds / MIN_SPAN_S, 1, MAX_SPANS))
     span = (run.schedule.at * n / seconds).astype(int).clip(0, n - 1)
@@ -112,7 +112,7 @@ def compute_curves(run: Run) -> Results:
 
 
 def compute_distribution(seconds: Float64) -> Results:
-    """Percentiles in milliseconds, to three digits, and the whole HDR histogram (of microseconds), encoded."""
+    """Compute percentiles in milliseconds, to three digits, and the encoded HDR histogram of microseconds."""
     histogram = HdrHistogram(1, HIGHEST_US, DIGITS)
     for value in (seconds * 1e6).round().clip(1, HIGHEST_US).astype(int).tolist():
         histogram.record_value(value)
@@ -121,21 +121,21 @@ def compute_distribution(seconds: Float64) -> Results:
 
 
 def compute_slowest(at: Float64, latency: Float64, seconds: float) -> list[float]:
-    """The slowest request of each of SLOTS equal spans of intended time, in milliseconds; 0 where none was due."""
+    """Return the slowest latency (ms) in each of SLOTS equal spans of intended time; 0 for spans without requests."""
     slots: Float64 = np.zeros(SLOTS)
     np.maximum.at(slots, (at * SLOTS / seconds).astype(int).clip(0, SLOTS - 1), latency * 1e3)
     return [round(value, 3) for value in slots.tolist()]
 
 
 def draw_sparkline(values: list[float]) -> str:
-    """Bars on a logarithmic scale from the smallest to the largest value; a blank for 0."""
+    """Draw bars on a logarithmic scale from the smallest to the largest value; 0 is a blank."""
     logs = np.log([value for value in values if value] or [1.0])
     low, span = logs.min(), max(float(np.ptp(logs)), 1e-9)
     return "".join(BARS[round((np.log(v) - low) / span * (len(BARS) - 1))] if v else " " for v in values)
 
 
 def build_latency_table(found: Results) -> Table:
-    """A row for all requests, for each thing the cache did, for failures, and for how late the driver was itself."""
+    """Make a table with rows for all requests, each cache result, failures, and the lateness of the driver."""
     table = Table("ms from the intended time", "requests", *(f"p{p:g}" for p in PERCENTILES), "max")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -146,7 +146,7 @@ def build_latency_table(found: Results) -> Table:
 
 
 def build_facts_table(found: Results) -> Table:
-    """What is not latency."""
+    """Make the table of all results that are not latencies."""
     table = Table(show_header=False)
     for row in _list_facts(found):
         table.add_row(*row)
@@ -187,7 +187,7 @@ def _summarize_metrics(counts: MetricSums) -> Results:
 
 
 def _summarize_forecasts(run: Run) -> Results | None:
-    """Of calls for many models: forecasts that were asked, that failed, alone or with their call, and answered."""
+    """Summarize the forecasts of calls for many models: requested, failed (alone or with their call), answered."""
     if run.forecasts is None:
         return None
     asked, failed = int(run.forecasts.asked.sum()), int(run.forecasts.failed.sum())
@@ -196,14 +196,14 @@ def _summarize_forecasts(run: Run) -> Results | None:
 
 
 def _compute_failed_share(found: Results) -> tuple[str, float]:
-    """What may fail, and the share of it that did."""
+    """Return what can fail (requests or forecasts), and the share that failed."""
     if (forecasts := found.get("forecasts")) is not None:
         return "failed forecasts", forecasts["failed"] / forecasts["asked"]
     return "failed requests", sum(found["failures"].values()) / found["requests"]
 
 
 def _count_failures(status: npt.NDArray[np.int64]) -> dict[str, int]:
-    """Status or reason -> how many."""
+    """Count the failures by status or reason."""
     said = {NO_ANSWER: "no answer in time", LOST: "connection refused or lost"}
     said |= {code: f"status {code}, {advice}" for code, advice in ADVICE.items()}
     counted = Counter(status[status != 200].tolist())  # noqa: PLR2004

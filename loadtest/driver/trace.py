@@ -9,20 +9,20 @@ A trace is CSV (RFC 4180) in UTF-8, plain or gzipped:
 `time`     seconds when the request came, since any moment; digits with at most 9 behind the point. Rows may be out of
            order: a server writes a row when it has answered
 `model`    the model's name, quoted when it has a comma or a quote
-`bytes`    what the model weighs, as a load of it costs; 0 where that is not known
+`bytes`    size of the model in the cache; 0 if it is not known
 `outcome`  hit, miss, coalesced: as X-Fleetcast-Cache says; answered: the same without that; refused: any other status
            than 200; lost: no answer at all
 
-CSV, because every row is small and a stranger's tool should read it: `duckdb: FROM read_csv('load.csv.gz')`, pandas:
-`read_csv("load.csv.gz", dtype={"model": str}, keep_default_na=False)`. It is appended to by writing more rows, a gzip
-file by another member; what a crash tears is at most the last row; and reading it runs nothing. JSON Lines are twice as
-long, Parquet cannot be appended to, and zstd is not in Python 3.11's library.
+The format is CSV, because rows are small and other tools can read it: `duckdb: FROM read_csv('load.csv.gz')`, pandas:
+`read_csv("load.csv.gz", dtype={"model": str}, keep_default_na=False)`. More rows are appended by writing
+them, to a gzip file as another member; a crash damages at most the last row; and reading it runs no code. JSON Lines
+are twice as long, Parquet cannot be appended to, and zstd is not in Python 3.11's library.
 
 A folder is a trace too: its files `*.csv` and `*.csv.gz` in the order of their names, as a server with `--access-log`
 leaves them.
 
-Reading is strict, since what it does not understand would be left out of a replay in silence. It keeps a few arrays and
-one text a model, whatever the file claims, and stops at `max_rows` rows and MAX_NAMES models.
+Reading is strict, because a row that it skipped would be missing from a replay without notice. It keeps a few arrays
+and one name per model, whatever the file contains, and stops at `max_rows` rows and MAX_NAMES models.
 """
 
 import csv
@@ -47,9 +47,9 @@ Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
 
 MAX_ROWS, MAX_NAMES = 50_000_000, 1_000_000
-CHUNK = 65_536  #: rows that are Python objects at a time
-MAX_TIME = 1e11  #: seconds: today in milliseconds is more
-MAX_LINE = 8_192  #: bytes; the longest name fits, of whatever characters
+CHUNK = 65_536  #: most rows that are Python objects at one time
+MAX_TIME = 1e11  #: seconds; a time in milliseconds is larger
+MAX_LINE = 8_192  #: bytes; a row with the longest name of any characters fits
 
 _TIME, _MODEL, _SIZE = r"\d{1,11}(?:\.\d{1,18})?(?:e-\d\d)?", r'"(?:[^"]|"")*"|[^",]*', r"\d{1,18}"
 _ROW = re.compile(f"({_TIME}),({_MODEL}),({_SIZE}),({'|'.join(ACCESS_LOG_OUTCOMES)})\n", re.ASCII)
@@ -58,7 +58,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class TraceInvalid(ValueError):
-    """A file is no trace; the message names file and line and says what is wrong there."""
+    """A file is not a trace; the message names file and line and says what is wrong there."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,9 +77,9 @@ class Trace:
         return f"<Trace of {len(self.time)} requests for {len(self.names)} models>"
 
     def recording(self, fleet: Sequence[str] | None = None) -> Schedule:
-        """The same to be replayed on a fleet of these names (None: its own): from its first request on, in seconds.
+        """Make a schedule from the first request on, for a fleet of these names (None: those of the trace).
 
-        It ends a microsecond after its last request. Raises ValueError for models that the fleet does not have.
+        It ends a microsecond after the last request. Raises ValueError for models that the fleet does not have.
         """
         place = {name: i for i, name in enumerate(self.names if fleet is None else fleet)}
         if missing := [name for name in self.names if name not in place]:
@@ -90,7 +90,7 @@ class Trace:
 
 
 def make_trace(run: Run, names: Sequence[ModelName], sizes: Sequence[int] | None = None, started: float = 0.0) -> Trace:
-    """A finished run as its client meant it: `time` is when each request was due, after `started`.
+    """Make a trace of a finished run; `time` is when each request was due, in seconds after `started`.
 
     `names` and `sizes` [models] are those of the schedule's models.
     """
@@ -105,7 +105,7 @@ def make_trace(run: Run, names: Sequence[ModelName], sizes: Sequence[int] | None
 
 
 def write_trace(path: Path, trace: Trace, *, append: bool = False) -> None:
-    """Write a trace, to the microsecond; gzipped where the path ends in .gz. `append`: after the rows that are there.
+    """Write a trace with microseconds, gzipped if the path ends in .gz. `append` keeps the existing rows.
 
     Raises ValueError for times or sizes that a trace cannot have, OSError.
     """
@@ -130,9 +130,9 @@ def write_trace(path: Path, trace: Trace, *, append: bool = False) -> None:
 
 
 def read_trace(path: Path, max_rows: int = MAX_ROWS) -> Trace:
-    """A whole file, or a folder of such, in the order of time: 21 bytes a row, twice that for a moment.
+    """Read a file, or a folder of files, in the order of time. It takes 21 bytes a row, and briefly twice that.
 
-    Raises TraceInvalid for a row that is none, broken gzip, and more than `max_rows` rows or MAX_NAMES models; OSError.
+    Raises TraceInvalid for an invalid row, broken gzip, and more than `max_rows` rows or MAX_NAMES models; OSError.
     """
     chunks = list(read_chunks(path, max_rows))
     columns = ([getattr(chunk, name) for chunk in chunks] for name in ("time", "model", "size", "outcome"))
@@ -144,9 +144,9 @@ def read_trace(path: Path, max_rows: int = MAX_ROWS) -> Trace:
 
 
 def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
-    """The rows as they stand, CHUNK at a time, at a file's end fewer or none; `names` grows from one to the next.
+    """Yield the rows in file order, at most CHUNK at a time; `names` grows from chunk to chunk.
 
-    Raises as `read_trace` does, once it is there.
+    Raises as `read_trace` does, when it reaches the fault.
     """
     numbers, rows = _ModelNumbers(), 0
     for part in _list_parts(path):
@@ -165,7 +165,7 @@ def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
 
 
 def _list_parts(path: Path) -> list[Path]:
-    """A file alone; a folder's traces by name. Raises TraceInvalid for a folder without any."""
+    """Return the file itself, or the traces of a folder by name. Raises TraceInvalid for a folder without any."""
     if not path.is_dir():
         return [path]
     found = sorted((*path.glob("*.csv"), *path.glob("*.csv.gz")), key=lambda part: part.name)
@@ -193,17 +193,17 @@ def _read_chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_ModelNu
 
 
 class _ModelNumbers(dict[str, int]):
-    """What stands in the model's column -> the model's number, in the order in which they come."""
+    """The number of each model by the text of its column; new models get the next number."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[ModelName] = []
 
     def __missing__(self, field: str) -> int:
-        """Raises ValueError for what cannot name a model, and for too many names."""
+        """Number a new model. Raises ValueError for an invalid name, and for too many names."""
         plain = field[1:-1].replace('""', '"') if field.startswith('"') else field
         if plain != field and not set(plain) & set('",'):
-            self[field] = self[plain]  # quoted without need
+            self[field] = self[plain]  # quoted although no quotes are needed
         elif len(self.names) >= MAX_NAMES:
             raise ValueError(f"more than {MAX_NAMES} models")
         else:
@@ -213,7 +213,7 @@ class _ModelNumbers(dict[str, int]):
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """A file's lines and their numbers, unzipped, at most MAX_LINE bytes each."""
+    """Yield the numbers and the unzipped lines of a file, at most MAX_LINE bytes each."""
     number = 0
     with path.open("rb") as file:
         zipped = file.peek(len(_GZIP)).startswith(_GZIP)

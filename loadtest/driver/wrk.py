@@ -1,4 +1,4 @@
-"""Closed-loop load by wrk on one address: many models round-robin, one body. wrk is a process beside the server."""
+"""Closed-loop load by wrk on one address: many models in turn, one body. wrk is a separate process."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("round_robin.lua")
 
 @dataclass(frozen=True, slots=True)
 class WrkResult:
-    """One run. `errors` counts failed connections, time-outs and statuses other than 2xx and 3xx."""
+    """The result of one run. `errors` counts failed connections, time-outs and statuses other than 2xx and 3xx."""
 
     requests_per_s: float
     p50_ms: float
@@ -23,7 +23,7 @@ class WrkResult:
 
 @dataclass(frozen=True, slots=True)
 class WrkTarget:
-    """A server that answers POSTs for the models m0{suffix} ... m{count - 1}{suffix}; of `url` only the host counts."""
+    """A server that answers POST for the models m0{suffix} ... m{count - 1}{suffix}; only the host of `url` is used."""
 
     name: str
     url: str
@@ -31,17 +31,17 @@ class WrkTarget:
     suffix: str
     body: Path
     content_type: str
-    dialect: ClientDialect = DIALECTS["sagemaker"]  #: where the model's name stands
+    dialect: ClientDialect = DIALECTS["sagemaker"]  #: the protocol, which places the model's name
 
 
 def require_wrk() -> None:
-    """Raises SystemExit that says how to install wrk."""
+    """Check that wrk is installed. Raises SystemExit that says how to install it."""
     if shutil.which("wrk") is None:
         raise SystemExit("wrk is not installed; on Debian: apt-get install wrk")
 
 
 def run_wrk(target: WrkTarget, connections: int, seconds: float) -> WrkResult:
-    """Load for so many whole seconds. Raises RuntimeError when any request failed: a fast wrong answer is no result."""
+    """Run wrk for so many whole seconds. Raises RuntimeError if any request failed, because errors may be fast."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(SCRIPT), target.url, "--"]
     command += [str(target.body), str(target.count), target.suffix, target.content_type, target.dialect.path]
     command += [part for header in target.dialect.headers.items() for part in header]

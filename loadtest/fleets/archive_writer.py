@@ -1,4 +1,4 @@
-"""Writes archives into a store: several at a time; it overwrites nothing unasked, and continues an interrupted run."""
+"""Writes archives into a store, several at a time. It overwrites only if told to, and continues an interrupted run."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from rich.text import Text
 from model_store.names import ModelName
 from model_store.stores.object_store import Source, open_source
 
-WRITERS, AHEAD = 16, 48  #: threads that write, and archives that wait for them at most
+WRITERS, AHEAD = 16, 48  #: threads that write, and most archives that wait for them
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -34,13 +34,13 @@ class StoreOccupied(Exception):
 
 @dataclass(slots=True)
 class WriteCounts:
-    """What became of a fleet: kind -> (archives, their bytes), and how many of all were there already."""
+    """The written archives of a fleet by kind (number, bytes), and how many were there already."""
 
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
     kept: int = 0
 
     def count(self, kind: str, size: int, *, kept: bool) -> None:
-        """One archive more."""
+        """Count one more archive."""
         archives, bytes_ = self.kinds.get(kind, (0, 0))
         self.kinds[kind] = archives + 1, bytes_ + size
         self.kept += kept
@@ -58,11 +58,11 @@ class ReadyArchive:
 def write_archives(
     where: str, names: set[ModelName], archives: Iterable[ReadyArchive], bar: Progress, *, over: bool = False
 ) -> WriteCounts:
-    """Write archives of these names into a folder (made where it is missing) or a store URL; `archives` runs meanwhile.
+    """Write archives of these names into a folder (created if missing) or a store URL, while `archives` makes them.
 
-    An archive that is there is fetched and compared: one with the same bytes is kept, so a run that was cut goes on.
-    Another archive under one of the names, and any other key, is Occupied unless `over`; keys of other names stay in
-    any case. Raises LoadError and InvalidStoreUrl for the store.
+    An existing archive is fetched and compared; one with the same bytes is kept, so that an interrupted run continues.
+    A different archive under one of the names, or any other key, raises StoreOccupied unless `over`; other keys are
+    never changed. Raises LoadError and InvalidStoreUrl for the store.
     """
     if "://" not in where:
         Path(where).mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ class _Rate(ProgressColumn):
 
 
 def _list_existing(source: Source, where: str, names: set[ModelName], *, over: bool) -> set[ModelName]:
-    """Those of the names that the store has. Raises Occupied at the first key that is none of them, unless `over`."""
+    """Return the names that the store has. Raises StoreOccupied at the first other key, unless `over`."""
     there = set()
     for listed in source.list():
         if listed.name in names:
@@ -113,7 +113,7 @@ def _list_existing(source: Source, where: str, names: set[ModelName], *, over: b
 
 
 def _write_archive(source: Source, where: str, made: ReadyArchive, *, over: bool, there: bool) -> bool:
-    """Runs in a thread. True when the archive was there already, byte by byte."""
+    """Write one archive, in a thread. Returns True if the same bytes were there already."""
     if there:
         found = source.get(made.name)
         assert found is not None, "only a conditional GET is answered `not modified`"

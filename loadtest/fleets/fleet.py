@@ -1,4 +1,4 @@
-"""Fleets to test with: which archives a seed makes, under names like those of real markets, and writing them.
+"""Fleets to test with: the archives that a seed makes, under names like those of real markets, and their writing.
 
 fleetcast-load fleet FOLDER|URL --models 10000 --families tcn:0.7,mlp-64:0.2,trained:0.1
 
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from handlers.training.fit import Fitted
     from handlers.training.fit import Progress as Fitting
 
-SEEDS_APART = 1_000_000  #: more than a fleet has models, so that fleets of different seeds share no weights
-TOGETHER = 200  #: models fitted at a time: a third of a gigabyte
+SEEDS_APART = 1_000_000  #: more than the models of a fleet, so that fleets of different seeds share no weights
+TOGETHER = 200  #: models that are fitted at a time, in a third of a gigabyte
 
 #: Market -> its zones and products: 5 x 9 + 30 x 4 + 10 x 4 = 205 names, with a real market's skew between markets.
 MARKETS: Mapping[str, tuple[str, str]] = {
@@ -66,7 +66,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 @dataclass(frozen=True, slots=True)
 class FleetMember:
-    """One model: its name, its place in the fleet, and of what kind it is."""
+    """One model: its name, its index in the fleet, and its kind."""
 
     name: ModelName
     index: int
@@ -75,11 +75,11 @@ class FleetMember:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`models` models of the kinds in `shares`, kind -> its weight against the others'.
+    """`models` models of the kinds in `shares`, which maps a kind to its relative weight.
 
-    A model's kind is drawn by its name and the seed: the kind whose -log(u) / share is least, each u a uniform number
-    of that model and kind (weighted rendezvous). So another share of one kind moves models to or from it and nowhere
-    else, and another size of the fleet changes no model.
+    A model's kind is drawn by its name and the seed: it is the kind of least -log(u) / share, where u is a uniform
+    number of that model and kind (weighted rendezvous). So a changed share of one kind moves models only to or from
+    that kind, and a changed size of the fleet changes no model.
     """
 
     models: int = 200
@@ -87,24 +87,24 @@ class Fleet:
     shares: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({"tcn": 1.0}))
 
     def members(self) -> list[FleetMember]:
-        """In the order of `fleet_names`."""
+        """The models in the order of `list_fleet_names`."""
         return [FleetMember(name, i, self._kind(name)) for i, name in enumerate(list_fleet_names(self.models))]
 
     def seed_of(self, member: FleetMember) -> int:
-        """Of its weights."""
+        """Return the seed of a model's weights."""
         return self.seed * SEEDS_APART + member.index
 
     def _kind(self, name: ModelName) -> str:
         return min(self.shares, key=lambda kind: -math.log(self._uniform(name, kind)) / self.shares[kind])
 
     def _uniform(self, name: ModelName, kind: str) -> float:
-        """Above 0, at most 1."""
+        """Return the uniform number of a model and kind, above 0 and at most 1."""
         digest = blake2b(f"{self.seed} {kind} {name}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "little") + 1) / 2**64
 
 
 def list_fleet_names(models: int) -> list[ModelName]:
-    """The first `models` names, such as `au/nsw1/energy.mar`; beyond 205 each again with a number."""
+    """List the first `models` names, such as `au/nsw1/energy.mar`; beyond 205 they repeat with a number."""
     plain = [
         f"{market}/{zone}/{product}"
         for market, (zones, products) in MARKETS.items()
@@ -117,7 +117,7 @@ def list_fleet_names(models: int) -> list[ModelName]:
 
 
 def parse_families(text: str) -> dict[str, float]:
-    """`tcn:0.7,mlp-64:0.3` or just `tcn` -> shares. Raises ValueError."""
+    """Parse `tcn:0.7,mlp-64:0.3`, or just `tcn`, into shares. Raises ValueError."""
     shares: dict[str, float] = {}
     for part in text.split(","):
         kind, colon, share = part.strip().partition(":")
@@ -132,7 +132,7 @@ def parse_families(text: str) -> dict[str, float]:
 
 
 def parse_sizes(text: str) -> tuple[int, float]:
-    """`70KB:1` -> the median in bytes, and the standard deviation of the sizes' logarithm. Raises ValueError."""
+    """Parse `70KB:1` into the median in bytes and the standard deviation of the logarithm. Raises ValueError."""
     median, _, sigma = text.partition(":")
     try:
         size, spread = TypeAdapter(ByteSize).validate_python(median), float(sigma)
@@ -147,10 +147,10 @@ def parse_sizes(text: str) -> tuple[int, float]:
 
 
 def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) -> WriteCounts:
-    """Make a fleet's archives and write them, see `writer.write_archives`.
+    """Make the archives of a fleet and write them; see `archive_writer.write_archives`.
 
     Raises:
-        ValueError: a kind that there is not. Also what `write_archives` raises.
+        ValueError: an unknown kind. Also what `write_archives` raises.
     """
     from loadtest.fleets.synthetic_archives import check_kind  # noqa: PLC0415 -- torch
 
@@ -161,7 +161,7 @@ def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) 
 
 
 def make_fleet(where: str, models: int = 200, seed: int = 0, families: str = "tcn") -> list[ModelName]:
-    """Write a fleet over what is there. Its names. Raises as `write_fleet` and `parse_families` do."""
+    """Write a fleet over existing archives and return its names. Raises as `write_fleet` and `parse_families` do."""
     with make_progress_bar() as bar:
         write_fleet(Fleet(models, seed, parse_families(families)), where, bar, over=True)
     return list_fleet_names(models)
@@ -170,7 +170,7 @@ def make_fleet(where: str, models: int = 200, seed: int = 0, families: str = "tc
 def make_trained_fleet(
     where: str, models: int = 200, seed: int = 0, progress: "Fitting | None" = None
 ) -> "list[Fitted]":
-    """Fit forecasters of as many synthetic markets together and write them; in the order of `fleet_names`."""
+    """Fit forecasters of synthetic markets together and write them; returns names as `list_fleet_names` orders them."""
     from loadtest.fleets.synthetic_archives import pack_fitted  # noqa: PLC0415 -- torch
     from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
 
@@ -183,7 +183,7 @@ def make_trained_fleet(
 
 
 def _make_archives(fleet: Fleet, members: Sequence[FleetMember], bar: Progress) -> Iterator[ReadyArchive]:
-    """The archives one by one; last the trained ones, which are fitted in groups and so depend on each other."""
+    """Yield the archives one by one; the trained ones come last, because they are fitted in groups."""
     from loadtest.fleets.synthetic_archives import make_archive, pack_fitted  # noqa: PLC0415 -- torch
     from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
 
@@ -222,10 +222,10 @@ def main(
     ] = False,
     create_bucket: Annotated[bool, typer.Option("--create-bucket", help="make the s3:// URL's bucket first")] = False,
 ) -> None:
-    """Make a fleet of archives to test with, in a folder or in an S3 bucket.
+    """Make a fleet of archives for tests, in a folder or in an S3 bucket.
 
-    [bold]--families tcn:7,mlp-64:2,trained:1[/] says of what kinds and how many of
-    each: the networks tcn, gru, seq2seq and mlp with random weights, also of
+    [bold]--families tcn:7,mlp-64:2,trained:1[/] gives the kinds and their shares:
+    the networks tcn, gru, seq2seq and mlp with random weights, also with
     another width (mlp-64 has 64 hidden units); trained, a tcn fitted to a
     synthetic market of its own (20 a second); onnx, graphs that take tensors.
 
@@ -234,8 +234,8 @@ def main(
     widths of tcn, since models of one family share memory and batches.
 
     The same seed makes the same bytes, and a larger fleet begins with the
-    smaller one. A run that was cut goes on where it is started again: what is
-    there is compared and kept. For S3, boto3's settings apply.
+    smaller one. The same command continues an interrupted run: existing
+    archives are compared and kept. For S3, boto3's settings apply.
     """
     try:
         if create_bucket:
@@ -262,7 +262,7 @@ def _parse_shares(families: str | None, sizes: str | None) -> dict[str, float]:
 
 
 def _create_bucket(where: str) -> None:
-    """Raises ValueError where there is none to make."""
+    """Create the bucket of a store URL. Raises ValueError if the store has none."""
     import boto3  # noqa: PLC0415 -- a third of a second
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
@@ -278,7 +278,7 @@ def _create_bucket(where: str) -> None:
 
 
 def _build_table(found: WriteCounts) -> Table:
-    """Kind by kind."""
+    """Make the table of the written archives, with a row for each kind."""
     table = Table("family", "archives", "KB each", "MB")
     for kind, (archives, size) in sorted(found.kinds.items()):
         table.add_row(kind, str(archives), f"{size / archives / 1e3:.1f}", f"{size / 1e6:.1f}")

@@ -1,4 +1,4 @@
-"""What the networks of all fleets have in common: lengths, levels, configuration, units; and requests to them. Pure."""
+"""The lengths, levels, configuration and units of the networks of all fleets, and requests to them. Pure."""
 
 import datetime as dt
 import random
@@ -14,12 +14,12 @@ CONFIG: Mapping[str, int | float | str | bool | list[int]] = {
     "quantiles": len(LEVELS),
 }
 START = "2026-01-01 00:00:00"
-ONNX, TRAINED = "onnx", "trained"  #: kinds of model beside the networks'
+ONNX, TRAINED = "onnx", "trained"  #: kinds of model beside the networks
 UNITS = {"au": "AUD/MWh", "eu": "EUR/MWh", "us": "USD/MWh"}
 
 
 def make_request(seed: int, *, steps: int = CONTEXT + LAG, **configuration: Any) -> dict[str, Any]:
-    """A DeepAR request: `steps` hours of prices with a daily and a weekly shape, noise and a few spikes."""
+    """Make a DeepAR request: `steps` hours of prices with a daily and a weekly shape, noise and a few spikes."""
     rng = random.Random(seed)
     daily = (0, -4, -7, -8, -6, -1, 8, 16, 14, 6, -2, -9, -12, -12, -8, 2, 14, 28, 30, 22, 13, 7, 4, 2)
     target = []

@@ -28,7 +28,7 @@ from loadtest.fleets.network_shape import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PR
 from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 
 CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos")
-WIDTHS = ("channels", "hidden")  #: what the architectures call the number in `tcn-64`
+WIDTHS = ("channels", "hidden")  #: config fields that the number in `tcn-64` sets
 LADDER = ("tcn-8", "tcn-16", "tcn", "tcn-64", "tcn-128")  #: sizes are rounded to these: few families, full banks
 OF_ONNX = "mlp-8"  #: the network that an ONNX archive holds as a graph
 OPSET, IR_VERSION = 17, 8  #: of ONNX graphs: what ONNX Runtime 1.20 reads as well as later ones
@@ -45,7 +45,7 @@ class Network:
 
 @cache
 def build_network(kind: str) -> Network:
-    """`tcn`, or `tcn-64` for one of another width. Raises ValueError that says which there are, ArchiveInvalid."""
+    """Build the network of `tcn`, or of `tcn-64` with another width. Raises ValueError, ArchiveInvalid."""
     architecture, _, width = kind.partition("-")
     known = ARCHITECTURES.get(architecture)
     fields = [] if known is None else [field.name for field in msgspec.structs.fields(known.config)]
@@ -58,7 +58,7 @@ def build_network(kind: str) -> Network:
 
 
 def check_kind(kind: str) -> None:
-    """Raises ValueError where no archive of this kind can be made here, ArchiveInvalid for an impossible width."""
+    """Check a kind. Raises ValueError if its archives cannot be made here, ArchiveInvalid for an impossible width."""
     if kind == ONNX:
         _import_onnx()
     elif kind != TRAINED:
@@ -66,7 +66,7 @@ def check_kind(kind: str) -> None:
 
 
 def compute_size_shares(median: float, sigma: float) -> dict[str, float]:
-    """Kind -> share, where the logarithm of the weights' bytes is normal around `median`'s; rounded to LADDER."""
+    """Compute kind -> share for lognormal sizes of the weights around `median` bytes, rounded to LADDER."""
     rungs = [math.log(build_network(kind).family.row_floats * 4) for kind in LADDER]
     law = NormalDist(math.log(median), sigma)
     below = [0.0, *(law.cdf((low + high) / 2) for low, high in pairwise(rungs)), 1.0]
@@ -75,7 +75,7 @@ def compute_size_shares(median: float, sigma: float) -> dict[str, float]:
 
 
 def make_archive(kind: str, name: str, seed: int) -> bytes:
-    """One model with random weights; the same bytes for the same arguments. Raises as `check_kind` does."""
+    """Make one model with random weights; equal arguments give equal bytes. Raises as `check_kind` does."""
     if kind == ONNX:
         return _make_onnx(name, seed)
     found = build_network(kind)
@@ -91,7 +91,7 @@ def make_archive(kind: str, name: str, seed: int) -> bytes:
 
 
 def pack_fitted(fitted: Fitted, name: str, seed: int) -> bytes:
-    """The archive of a model fitted to a synthetic market of `seed`."""
+    """Pack a model that was fitted to a synthetic market of `seed`."""
     return pack_model(
         Kind.FORECASTER,
         ArchiveParts(
@@ -104,7 +104,7 @@ def pack_fitted(fitted: Fitted, name: str, seed: int) -> bytes:
 
 
 def make_forecast(unit: str, seed: int) -> ForecastSpec:
-    """Hourly prices, a week in and a day out: the target, its value six days earlier, and the calendar ahead."""
+    """Describe a day ahead from a week of hourly prices: the target, its value six days earlier, and the calendar."""
     rng = random.Random(seed)
     calendar = (InputChannel(source="calendar", feature=feature, shift=PREDICTION) for feature in CALENDAR)  # type: ignore[arg-type]
     return ForecastSpec(
@@ -124,7 +124,7 @@ def _strip_suffix(name: str) -> str:
 
 
 def _make_golden(family: Family, tensors: Mapping[str, Float32], forecast: ForecastSpec, seed: int) -> GoldenSample:
-    """A request and its answer by the reference network, which shares no code with the batched forward."""
+    """Make a request and its answer by the reference network, which shares no code with the batched forward."""
     request = make_request(seed, output_types=["mean", "quantiles"], quantiles=["0.1", "0.5", "0.9"])
     call = FamilyCodec(family, forecast).decode(json.dumps(request).encode(), JSON, JSON)
     answer, _ = call.encode(_compute_answer(family, tensors, call.rows))
@@ -132,7 +132,7 @@ def _make_golden(family: Family, tensors: Mapping[str, Float32], forecast: Forec
 
 
 def _compute_answer(family: Family, tensors: Mapping[str, Float32], rows: Float32) -> Float32:
-    """The reference network's, for rows [N, *input_shape]."""
+    """Run the reference network on rows [N, *input_shape]."""
     reference = family.reference()
     reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     with torch.inference_mode():
@@ -144,7 +144,7 @@ def _compute_answer(family: Family, tensors: Mapping[str, Float32], rows: Float3
 
 
 def _make_onnx(name: str, seed: int) -> bytes:
-    """A perceptron as an ONNX graph: tensors in, tensors out."""
+    """Make the archive of a perceptron as an ONNX graph, which takes and gives tensors."""
     family = build_network(OF_ONNX).family
     tensors = random_tensors(family, seed)
     x = np.random.default_rng(seed).normal(size=family.input_shape).astype(np.float32).round(3)
@@ -160,7 +160,7 @@ def _make_onnx(name: str, seed: int) -> bytes:
 
 
 def _build_graph(family: Family, tensors: Mapping[str, Float32]) -> bytes:
-    """The perceptron x [n, features, context] -> y [n, prediction, quantiles], its batch axis open."""
+    """Build the perceptron x [n, features, context] -> y [n, prediction, quantiles] with an open batch axis."""
     onnx = _import_onnx()
     helper, kinds = onnx.helper, onnx.TensorProto
     layers = [("x0", "first", "h1"), ("x1", "second", "h2"), ("x2", "head", "h3")]
@@ -180,7 +180,7 @@ def _build_graph(family: Family, tensors: Mapping[str, Float32]) -> bytes:
 
 
 def _import_onnx() -> Any:
-    """The onnx package, which writes graphs; serving them does not need it."""
+    """Import the onnx package, which only the writing of graphs needs."""
     try:
         return import_module("onnx")
     except ModuleNotFoundError as error:

@@ -15,41 +15,41 @@ from handlers.training.time_series import Float64, Series
 
 START = datetime.fromisoformat("2025-01-06")  # a Monday, in the market's wall-clock time
 DAY, WEEK = 24, 168
-KNOWN = 90 * DAY  #: hours of a market that its model is fitted on
+KNOWN = 90 * DAY  #: hours of a market to which its model is fitted
 
 #: 200 of the default `tcn` in about 12 s on one core, 8 s on two.
 FLEET = Fitting(epochs=2.5, batch=32, learning_rate=8e-3, average=0.98, holdout_windows=24, checks=8, threads=2)
 
 
 def make_market(index: int, seed: int, steps: int = KNOWN) -> Series:
-    """Hourly prices [steps] of one market; other `steps` make another market."""
+    """Make hourly prices [steps] of one market; other `steps` give another market."""
     return _make_market(index, np.random.default_rng([seed, index]), steps)
 
 
 def make_markets(count: int, seed: int, steps: int = KNOWN) -> list[Series]:
-    """The first `count` markets of a seed, [steps] each."""
+    """Make the first `count` markets of a seed, [steps] each."""
     return [make_market(index, seed, steps) for index in range(count)]
 
 
 def make_training_markets(models: int, seed: int) -> list[Series]:
-    """The markets of a trained fleet, with a day more than their models are fitted on."""
+    """Make the markets of a trained fleet, with one day more than their models are fitted to."""
     return make_markets(models, seed, KNOWN + DAY)
 
 
 def make_market_request(market: Series) -> tuple[dict[str, Any], list[float]]:
-    """What to ask the model of a synthetic market, and the day that really came: no model was fitted on it."""
+    """Make a request for the model of a synthetic market, and the actual next day, to which no model was fitted."""
     instance = market.instance(KNOWN - 2 * WEEK, KNOWN, DAY)
     return {"instances": [instance]}, market.values[KNOWN : KNOWN + DAY].tolist()
 
 
 def fit_markets(indices: Sequence[int], seed: int, progress: Progress | None = None) -> list[Fitted]:
-    """A forecaster of each of these markets of a seed, fitted together on all but their last day."""
+    """Fit forecasters of markets of a seed together, on all but their last day."""
     markets = [make_market(index, seed, KNOWN + DAY) for index in indices]
     return fit_fleet([market.before(market.start + KNOWN * market.step) for market in markets], progress=progress)
 
 
 def fit_fleet(markets: Sequence[Series], unit: str = "EUR/MWh", progress: Progress | None = None) -> list[Fitted]:
-    """A forecaster of a day ahead for each of the markets, fitted together."""
+    """Fit day-ahead forecasters of the markets together."""
     seen = compute_reach(build_family("tcn", {"context_length": WEEK}))
     forecasts = [make_recipe(each, seen, context_length=WEEK, prediction_length=DAY, unit=unit) for each in markets]
     return fit_forecasters(markets, forecasts, "tcn", {}, FLEET, progress)
@@ -71,12 +71,12 @@ def _make_market(index: int, rng: np.random.Generator, steps: int) -> Series:
 
 
 def _make_hill(hours: npt.NDArray[np.int64] | Float64, center: float, width: float) -> Float64:
-    """A hill in every day."""
+    """Make a daily hill."""
     return np.asarray(np.exp(-(((hours % DAY - center) / width) ** 2)), np.float64)
 
 
 def _draw_drift(rng: np.random.Generator, steps: int, memory: float) -> Float64:
-    """A first-order autoregression of variance 1 that forgets over `memory` steps."""
+    """Draw a first-order autoregression of variance 1 with a memory of `memory` steps."""
     keep = np.exp(-1 / memory)
     found = rng.normal(0, np.sqrt(1 - keep**2), steps)
     found[0] = rng.normal()
@@ -86,7 +86,7 @@ def _draw_drift(rng: np.random.Generator, steps: int, memory: float) -> Float64:
 
 
 def _draw_spikes(rng: np.random.Generator, odds: Float64, base: float) -> Float64:
-    """Rare hours of several times the base price, mostly where odds are near 1, that fade within hours."""
+    """Draw rare hours of several times the base price, mostly where the odds are near 1; they fade within hours."""
     steps = len(odds)
     jumps = (rng.random(steps) < 0.001 + 0.02 * odds) * base * rng.pareto(2.0, steps).clip(max=20)
     return np.convolve(jumps, 0.5 ** np.arange(6))[:steps]
@@ -94,13 +94,13 @@ def _draw_spikes(rng: np.random.Generator, odds: Float64, base: float) -> Float6
 
 # --- products that move together ------------------------------------------------------------------------------------
 
-SHARED = 0.75  #: of a region's weather and luck, the variance that it has in common with the others
+SHARED = 0.75  #: share of the variance of a region that it has in common with the others
 
 
 def make_coupled_markets(
     regions: Sequence[str], products: Sequence[str], seed: int, steps: int, a_day: int
 ) -> list[Series]:
-    """Prices of every product in every region, named `region/product`, region by region; `a_day` steps each day.
+    """Make prices of every product in every region, named `region/product`, region by region; `a_day` steps each day.
 
     The first product is energy. The others are reserves: `raise...` is dear where energy is scarce, any other where it
     abounds. Regions share most of their weather, and reserves of one kind are bought for all of them together.
@@ -129,7 +129,7 @@ def make_coupled_markets(
 
 
 def _draw_shared_drifts(rng: np.random.Generator, count: int, steps: int, memory: float) -> list[Float64]:
-    """So many drifts that have SHARED of their variance in common."""
+    """Draw drifts that have SHARED of their variance in common."""
     common = _draw_drift(rng, steps, memory)
     return [SHARED**0.5 * common + (1 - SHARED) ** 0.5 * _draw_drift(rng, steps, memory) for _ in range(count)]
 

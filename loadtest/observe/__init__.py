@@ -1,1 +1,1 @@
-"""A server and its host seen from outside."""
+"""Observation of a server and its host from outside."""

@@ -1,4 +1,4 @@
-"""A Fleetcast server in a process of its own on loopback, for benchmarks, demos and tests, as a client sees it."""
+"""Starts a Fleetcast server in its own process on loopback, for benchmarks, demos and tests."""
 
 import json
 import os
@@ -31,18 +31,18 @@ class LocalServer:
     process: "subprocess.Popen[bytes]"
 
     def processes(self) -> list[dict[str, Any]]:
-        """Fronts and workers, each with its pid, as the management API lists them."""
+        """Return fronts and workers with their pids, as the management API lists them."""
         found: list[dict[str, Any]] = self.get(f"{self.management}{PROCESSES_PATH}").json()["processes"]
         return found
 
     def counters(self, name: str) -> dict[str, float]:
-        """The samples of one series, label text -> value."""
+        """Return the samples of one series: label text -> value."""
         lines = self.get(f"{self.metrics}{METRICS_PATH}").data.decode().splitlines()
         samples = (line.rpartition(" ") for line in lines if line.startswith((name + "{", name + " ")))
         return {sample.removeprefix(name): float(value) for sample, _, value in samples}
 
     def totals(self, series: str, label: str) -> dict[str, float]:
-        """Sums of one series by the values of one of its labels, over all others; values not seen yet are 0."""
+        """Sum one series by the values of one label; values not seen yet are 0."""
         sums: defaultdict[str, float] = defaultdict(float)
         for labels, value in self.counters(series).items():
             if (found := re.search(rf'[{{,]{label}="([^"]*)"', labels)) is not None:
@@ -50,12 +50,12 @@ class LocalServer:
         return sums
 
     def loaded_models(self) -> int:
-        """Models that are resident now, over all workers."""
+        """Count the resident models of all workers."""
         return int(sum(self.counters(LOADED_MODELS.series).values()))
 
     @staticmethod
     def get(url: str) -> Any:
-        """The response to a GET. Raises RuntimeError for no response and for any status but 200."""
+        """GET a URL. Raises RuntimeError for no response and for any status but 200."""
         return OPEN.request("GET", url)
 
 
@@ -63,9 +63,9 @@ class LocalServer:
 def run_local_server(
     store: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None, stderr: Any = None
 ) -> Iterator[LocalServer]:
-    """Run `fleetcast serve` on free ports with a disk cache of its own; it gets SIGTERM at the end.
+    """Run `fleetcast serve` on free ports with its own disk cache, and send it SIGTERM at the end.
 
-    Raises RuntimeError when it does not become ready; the reason is on `stderr`, by default that of this process.
+    Raises RuntimeError if it does not become ready; the cause is on `stderr`, by default that of this process.
     """
     with tempfile.TemporaryDirectory(prefix="fleetcast-local-") as folder:
         announce = Path(folder, "addresses.json")
@@ -97,7 +97,7 @@ def run_local_server(
 
 
 def _wait_for_addresses(announce: Path, process: "subprocess.Popen[bytes]") -> dict[str, str]:
-    """The addresses that the server announces when it is ready."""
+    """Wait for the addresses that the server announces when it is ready."""
     until = time.monotonic() + START_S
     while not announce.exists():
         if process.poll() is not None:

@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server import contract
 from server.contract import MetricSpec
 
-TIERS = ("store", "disk", "host")  #: that a load can come from
-MIN_SPAN_S = 0.25  #: rates over less are noise
+TIERS = ("store", "disk", "host")  #: tiers of a load
+MIN_SPAN_S = 0.25  #: least seconds between samples; rates over less are noise
 
 MetricSums = defaultdict[tuple[str, str], float]  #: (series, its result, tier or "") -> sum over processes
 Buckets = dict[str, dict[float, float]]  #: tier -> upper bound in seconds (inf the last) -> loads up to it
@@ -32,7 +32,7 @@ class MetricsSample:
 
 @dataclass(slots=True)
 class MetricsSampler:
-    """Collects samples. `scrape` gives the text of /metrics, `memory` bytes by process; None: not known."""
+    """Collects samples. `scrape` returns the text of /metrics, `memory` the bytes by process; None: not available."""
 
     scrape: Callable[[], str] | None = None
     memory: Callable[[], dict[str, int]] | None = None
@@ -42,20 +42,20 @@ class MetricsSampler:
         return f"<MetricsSampler {len(self.samples)} samples>"
 
     def look(self, t: float) -> None:
-        """Take a sample; one just after another replaces it. Raises what `scrape` and `memory` raise."""
+        """Take a sample; it replaces one taken just before. Raises what `scrape` and `memory` raise."""
         counts, buckets = parse_metrics(self.scrape()) if self.scrape else (defaultdict(float), {})
         if len(self.samples) > 1 and t - self.samples[-1].t < MIN_SPAN_S:
             self.samples.pop()
         self.samples.append(MetricsSample(t, counts, buckets, self.memory() if self.memory else {}))
 
     def gained(self) -> MetricSums | None:
-        """What the run added to each counter, from the first to the last sample; None without /metrics."""
+        """Return the increase of each counter from the first to the last sample; None without /metrics."""
         if self.scrape is None or not self.samples:
             return None
         return _subtract_sums(self.samples[0].counts, self.samples[-1].counts)
 
     def load_times(self) -> Curves | None:
-        """How many loads took how long, by tier: bounds in seconds (the last None: longer) and counts between them."""
+        """Return the histogram of load times by tier: bounds in seconds (None: infinity) and counts between them."""
         if self.scrape is None or not self.samples:
             return None
         first, last = self.samples[0].buckets, self.samples[-1].buckets
@@ -69,7 +69,7 @@ class MetricsSampler:
         return found
 
     def server_over_time(self) -> Curves | None:
-        """Rates and means between samples, levels at their ends; None without /metrics."""
+        """Return rates and means between samples, and levels at their ends; None without /metrics."""
         if self.scrape is None or len(self.samples) < 2:  # noqa: PLR2004 -- a span has two ends
             return None
         spans = [_SampleSpan(a, b) for a, b in pairwise(self.samples)]
@@ -88,7 +88,7 @@ class MetricsSampler:
         }
 
     def memory_over_time(self) -> Curves | None:
-        """Bytes of each process at each sample; processes that came later count 0 before."""
+        """Return the bytes of each process at each sample; 0 before a process started."""
         if self.memory is None or not self.samples:
             return None
         names = sorted({name for sample in self.samples for name in sample.memory})
@@ -96,13 +96,13 @@ class MetricsSampler:
         return found | {name: [sample.memory.get(name, 0) for sample in self.samples] for name in names}
 
     def last_memory(self) -> dict[str, int] | None:
-        """Bytes by process at the end."""
+        """Return the bytes by process in the last sample."""
         return None if self.memory is None or not self.samples else dict(self.samples[-1].memory)
 
 
 @dataclass(frozen=True, slots=True)
 class _SampleSpan:
-    """Between two samples."""
+    """The time between two samples."""
 
     start: MetricsSample
     end: MetricsSample
@@ -112,7 +112,7 @@ class _SampleSpan:
         return max(1e-3, self.end.t - self.start.t)
 
     def of(self, name: str, label: str = "") -> float:
-        """What a counter gained; a restarted process, which counts from 0 again, does not make it negative."""
+        """Return the increase of a counter; it is not negative if a process restarted and counts from 0."""
         return max(0.0, self.end.counts[name, label] - self.start.counts[name, label])
 
     def mean(self, metric: MetricSpec, label: str = "") -> float | None:
@@ -130,7 +130,7 @@ class _SampleSpan:
 
 
 def parse_metrics(text: str) -> tuple[MetricSums, Buckets]:
-    """The text of /metrics -> sums over processes, and the load times' buckets by tier."""
+    """Parse the text of /metrics into sums over processes, and the buckets of load times by tier."""
     counts: MetricSums = defaultdict(float)
     buckets: Buckets = {}
     for family in text_string_to_metric_families(text):

@@ -1,4 +1,4 @@
-"""An S3 server on loopback for benchmarks: moto in a process of its own, with a request log that can be counted."""
+"""An S3 server on loopback for benchmarks: moto in its own process, with a request log."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ S3_ENVIRONMENT = {
 
 @contextmanager
 def serve_moto(folder: Path) -> Iterator[tuple[str, Callable[[], list[str]]]]:
-    """An S3 server on loopback with a bucket `bench`; yields its endpoint and a way to read its request log."""
+    """Run an S3 server on loopback with a bucket `bench`; yields its endpoint and a reader of its request log."""
     port, log = find_free_port(), folder / "moto.log"
     with log.open("wb") as output:
         command = [sys.executable, "-P", "-m", "moto.server", "-p", str(port)]

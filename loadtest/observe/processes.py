@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def end_processes(processes: list["subprocess.Popen[bytes]"], *, gently: bool = False) -> Iterator[None]:
-    """End processes of ours, whatever happened; `gently` by SIGTERM, for those that have children of their own."""
+    """End child processes in any case; `gently` sends SIGTERM first, for processes that have children."""
     try:
         yield
     finally:
@@ -21,7 +21,7 @@ def end_processes(processes: list["subprocess.Popen[bytes]"], *, gently: bool = 
 
 
 def find_free_port() -> int:
-    """A port that no process listens on now."""
+    """Return a port that no process listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
@@ -29,13 +29,13 @@ def find_free_port() -> int:
 
 
 def is_reachable(port: int) -> bool:
-    """Whether the port accepts connections."""
+    """Return whether the port accepts connections."""
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
 def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
-    """Poll. Raises RuntimeError when it stays false."""
+    """Poll until the condition holds. Raises RuntimeError if it stays false."""
     until = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > until:
@@ -44,6 +44,6 @@ def wait_until(condition: Callable[[], bool], patience_s: float = 60.0) -> None:
 
 
 def read_pss(pid: int) -> int:
-    """Proportional set size in bytes: private memory and a fair share of what is shared."""
+    """Read the proportional set size in bytes: private memory and a proportional share of shared memory."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(re.findall(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)[0]) * 1024

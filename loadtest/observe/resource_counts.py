@@ -1,4 +1,4 @@
-"""Counts what a running server holds, from outside: memory, descriptors, threads, CPU time, files, metric series."""
+"""Counts the resources of a running server from outside: memory, descriptors, threads, CPU time, files, series."""
 
 import os
 import time
@@ -10,14 +10,14 @@ from loadtest.observe.local_server import LocalServer
 from loadtest.observe.processes import read_pss
 from server.contract import METRICS_PATH
 
-PLACES = ("blobs", "index", "locks", "temp")  #: of the disk cache
-SAME_S, PATIENCE_S = 0.2, 4.0  #: counts that stand still so long are at rest; waited for at most so long
+PLACES = ("blobs", "index", "locks", "temp")  #: folders of the disk cache
+SAME_S, PATIENCE_S = 0.2, 4.0  #: seconds without change until counts are at rest, and longest wait for that
 _OF_A_PROCESS = 2  #: kernel: CPUCLOCK_SCHED
 
 
 @dataclass(frozen=True, slots=True)
 class ResourceCounts:
-    """What must not grow: process -> open descriptors and threads, place -> files, kind -> series of /metrics."""
+    """Counts that must not grow: descriptors and threads by process, files by place, series of /metrics by kind."""
 
     descriptors: Mapping[str, int]
     threads: Mapping[str, int]
@@ -27,7 +27,7 @@ class ResourceCounts:
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """The counts at rest; process -> bytes of memory (PSS) and seconds of processor time; resident models."""
+    """The counts at rest, the memory (PSS, bytes) and CPU time (s) by process, and the resident models."""
 
     counts: ResourceCounts
     memory: Mapping[str, int]
@@ -35,7 +35,7 @@ class Census:
     resident: int
 
     def numbers(self) -> Iterator[tuple[str, float]]:
-        """Every count by a name of its own."""
+        """Return every count by its own name."""
         for what in ("descriptors", "threads"):
             yield from ((f"{what} of {name}", n) for name, n in getattr(self.counts, what).items())
         yield from ((f"files in {place}", n) for place, n in self.counts.files.items())
@@ -43,9 +43,9 @@ class Census:
 
 
 def take_census(server: LocalServer, disk: Path, temp: Path) -> Census:
-    """Count, once nothing moves any more. `disk` is the server's disk cache, `temp` its TMPDIR.
+    """Count when the counts are at rest. `disk` is the disk cache of the server, `temp` its TMPDIR.
 
-    Raises RuntimeError and urllib3's errors when it does not answer, OSError when one of its processes is gone.
+    Raises RuntimeError or an error of urllib3 if the server does not answer, OSError if one of its processes is gone.
     """
     pids = list_pids(server)
     counts, since = _count_resources(server, pids, disk, temp), time.monotonic()
@@ -61,13 +61,13 @@ def take_census(server: LocalServer, disk: Path, temp: Path) -> Census:
 
 
 def list_pids(server: LocalServer) -> dict[str, int]:
-    """`worker 0`, `front 0`, ... and `supervisor` -> pid."""
+    """Return name (`worker 0`, `front 0`, ..., `supervisor`) -> pid."""
     found = {f"{each['kind']} {each['index']}": int(each["pid"]) for each in server.processes()}
     return {**found, "supervisor": server.process.pid}
 
 
 def read_cpu_seconds(pid: int) -> float:
-    """What a process has used, to the nanosecond: its clock as of clock_getcpuclockid(3), which Python lacks."""
+    """Read the CPU time of a process, to the nanosecond, by the clock of clock_getcpuclockid(3), which Python lacks."""
     return time.clock_gettime(~pid << 3 | _OF_A_PROCESS)
 
 

@@ -1,1 +1,1 @@
-"""What Fleetcast is measured against, in the same run, on the same machine, with the same weights and body."""
+"""Other servers, measured in the same run and on the same machine as Fleetcast, with the same weights and body."""

@@ -31,7 +31,7 @@ SEED = 7
 WARM_S, IDLE_S = 2, 3
 BURNS = 0.01  #: cores; a server that uses more when idle is stopped between its turns
 CLOSE = 1e-4
-#: what a server that fails raises
+#: exceptions of a server that fails
 LOST = (
     PeerUnavailable,
     RuntimeError,
@@ -45,11 +45,11 @@ LOST = (
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The same weights for all servers: our archives in `store`, plain safetensors in folders under `weights`."""
+    """The weights that all servers get: archives in `store`, plain safetensors in folders under `weights`."""
 
     store: Path
     weights: Path
-    x: npt.NDArray[np.float32]  #: [8, 168], what is asked of every model
+    x: npt.NDArray[np.float32]  #: [8, 168], the input of every request
     answers: dict[str, npt.NDArray[np.float64]]  #: model -> the plain network's answer, [24 * 5]
 
     @property
@@ -81,7 +81,7 @@ def write_models(folder: Path, count: int) -> Models:
 
 @dataclass(slots=True)
 class Contender:
-    """A server in the comparison, what it is asked, and what is known of it so far."""
+    """A server in the comparison, its requests, and its results so far."""
 
     server: PeerServer
     names: Sequence[str]
@@ -97,7 +97,7 @@ class Contender:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """For its turn, where it is stopped between turns; its first answers tell that it has its connections again."""
+        """Wake the server for its turn if it is stopped between turns; its first answers show that it serves again."""
         if not self.burns:
             yield
             return
@@ -125,7 +125,7 @@ class PeerComparison:
 
     @contextmanager
     def risking(self, name: str) -> Iterator[None]:
-        """What a server does wrong in this block ends its part in the comparison, and is told. Ours may not fail."""
+        """Drop a server that fails in this block from the comparison, with its reason. Fleetcast may not fail."""
         try:
             yield
         except LOST as error:
@@ -168,7 +168,7 @@ class PeerComparison:
             unless_entered.pop_all()
 
     def _check(self, server: PeerServer, model: str, body: bytes) -> None:
-        """Raises RuntimeError when an answer is not that of the weights."""
+        """Check the answers. Raises RuntimeError if one differs from the plain network."""
         wanted = self.models.answers["m0" if server.fixed else model]
         got = server.ask(model, body)
         if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=CLOSE, atol=CLOSE):
@@ -201,7 +201,7 @@ class PeerComparison:
                         contender.runs[connections].append(wrk.run_wrk(contender.target, connections, seconds))
 
     def results(self) -> dict[str, Any]:
-        """Server -> everything found out about it, with the ratios to ours."""
+        """Return the results of each server, with their ratios to those of Fleetcast."""
         ours = {name: self.contenders[name].runs for name in (OURS, OURS_NPY) if name in self.contenders}
         return {
             name: {**each.found, **summarize_runs(each.runs, {} if name.startswith(OURS) else ours)}

@@ -21,12 +21,12 @@ class PeerUnavailable(Exception):
 
 
 def find_requirements(peer: str) -> Path:
-    """Where a peer's pinned requirements are."""
+    """Return the file of the pinned requirements of a peer."""
     return HERE / peer / "requirements.txt"
 
 
 def parse_pins(text: str) -> dict[str, str]:
-    """Package -> version of a requirements file. Raises ValueError for a line that is not `package==version`."""
+    """Parse a requirements file into package -> version. Raises ValueError for a line other than `package==version`."""
     found = {}
     for line in text.splitlines():
         if not line or line.startswith("#"):
@@ -39,14 +39,14 @@ def parse_pins(text: str) -> dict[str, str]:
 
 
 def is_installed(peer: str, root: Path = ROOT) -> bool:
-    """Whether the peer's environment is made, of the requirements as they are now."""
+    """Return whether the environment of the peer is installed with its present requirements."""
     return (_locate_environment(peer, root) / DONE).exists()
 
 
 def make_environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -> Path:
-    """The folder of the peer's environment, installed if it is not there, instead of an older one.
+    """Return the environment folder of a peer; it is installed if missing, and replaces an older one.
 
-    Raises PeerUnavailable when pip fails.
+    Raises PeerUnavailable if pip fails.
     """
     folder = _locate_environment(peer, root)
     if is_installed(peer, root):
@@ -65,13 +65,13 @@ def make_environment(peer: str, say: Callable[[str], None], root: Path = ROOT) -
 
 
 def _locate_environment(peer: str, root: Path) -> Path:
-    """Named by what is installed there: other requirements or another Python make another one."""
+    """Name the environment by its contents: other requirements or another Python give another name."""
     key = hashlib.sha256(f"{sys.version_info[:2]}{find_requirements(peer).read_text()}".encode()).hexdigest()[:12]
     return (root / f"{peer}-{key}").absolute()
 
 
 def _run_step(command: list[str], peer: str) -> None:
-    """One step of an installation; its last words are in the error."""
+    """Run one step of an installation; the error has the end of its output."""
     try:
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=INSTALL_S)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-"""Two ways to run many models at once that need no engine: what `loadtest.benchmarks.step` holds Fleetcast's own step
-against.
+"""Two ways to run many models at once without an engine, with which `loadtest.benchmarks.step` compares Fleetcast's
+step.
 
 Both take models as state dicts of the reference networks, and answer which[B] models for x [B, *input_shape]. They are
-written from the idea alone: the rows are copied, every layer is one batched product, nothing is measured or chosen.
+simple implementations: the rows are copied, every layer is one batched product, nothing is measured or chosen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class FlatTcn:
         return torch.baddbmm(weights[-1], h, weights[-2]).view(-1, *self._output)
 
     def _of(self, count: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The block of so many rows and its parameters, made once."""
+        """Return the block of so many rows and its parameters, made once."""
         if count not in self._views:
             block = self._block[:count]
             places = zip(pairwise(self._ends), self._shapes, strict=True)
@@ -62,7 +62,7 @@ class FlatTcn:
         return self._views[count]
 
     def _parts(self, tensors: Tensors) -> list[Float32]:
-        """A model's parameters as the products take them: [in, out] matrices and [1, out] biases."""
+        """Return the parameters of a model as the products need them: [in, out] matrices and [1, out] biases."""
         parts = []
         for i in range(self._layers):
             kernel = tensors[f"blocks.{i}.conv.weight"]  # [out, in, taps]

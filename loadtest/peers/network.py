@@ -1,6 +1,6 @@
-"""The network of the comparison as a peer's user would write it: plain torch, eager, one thread, nothing of ours.
+"""The network of the comparison as a peer's user would write it: plain, eager torch on one thread.
 
-Copied beside each peer's handler. 17,528 parameters at its defaults; x [N, 8, 168] -> [N, 24, 5].
+This file is copied beside the handler of each peer. 17,528 parameters at its defaults; x [N, 8, 168] -> [N, 24, 5].
 """
 
 import os
@@ -40,7 +40,7 @@ class PlainTcn(nn.Module):
 
 
 def load_network(folder: str) -> PlainTcn:
-    """The network with the weights in `folder`, on one thread."""
+    """Load the network with the weights in `folder`, on one thread."""
     torch.set_num_threads(1)
     weights = load_file(os.path.join(folder, "weights.safetensors"))  # noqa: PTH118 -- as in the peers' own examples
     network = PlainTcn(channels=weights["head.weight"].shape[1])

@@ -18,14 +18,14 @@ from loadtest.peers.servers import PeerServer, start_ray, wrap_server
 
 MB = 1e6
 SCANS = 3
-HEADROOM = 4 * 2**20  #: bytes of data that MLServer may add
+HEADROOM = 4 * 2**20  #: bytes that the data segment of MLServer may grow
 ROOM = "8MiB"  #: two slabs of Fleetcast
 TROUBLE = (RuntimeError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """So many models more took so many MB; `refused` is what was said to the next one."""
+    """The memory in MB of additional models; `refused` is the error for the next one."""
 
     models: int
     mb: float
@@ -37,7 +37,7 @@ class Growth:
 
 
 def grow_past_memory(server: PeerServer, names: Sequence[str], body: bytes, budget_mb: float) -> Growth:
-    """Load models until all are there, the processes hold `budget_mb` more, or one is refused."""
+    """Load models until all are loaded, the processes hold `budget_mb` more, or one is refused."""
     before, grown = server.tree.memory() / MB, 0.0
     for done, name in enumerate(names):
         if grown > budget_mb:
@@ -51,7 +51,7 @@ def grow_past_memory(server: PeerServer, names: Sequence[str], body: bytes, budg
 
 
 def measure_limited(server: PeerServer, loaded: Sequence[str], names: Sequence[str], body: bytes) -> str:
-    """MLServer with HEADROOM left: how many models it loads, its error then, and which loaded models still answer."""
+    """Measure MLServer with HEADROOM: the models that it loads, its error, and which loaded models still answer."""
     (pid,) = server.tree.pids()
     data = int(re.findall(r"^VmData:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[0]) * 1024
     resource.prlimit(pid, resource.RLIMIT_DATA, (data + HEADROOM, data + HEADROOM))
@@ -68,7 +68,7 @@ def measure_limited(server: PeerServer, loaded: Sequence[str], names: Sequence[s
 
 
 def scan_models(server: PeerServer, names: Sequence[str], body: bytes) -> str:
-    """Ask all models in turn, SCANS times: what came back, how fast, and what it took."""
+    """Request all models in turn, SCANS times, and measure results, times and memory."""
     took, failed = [], 0
     server.ask(names[0], body)
     before = server.tree.memory() / MB
@@ -85,7 +85,7 @@ def scan_models(server: PeerServer, names: Sequence[str], body: bytes) -> str:
 
 
 def measure_ours(store: Path, names: Sequence[str], body: bytes) -> str:
-    """Fleetcast with ROOM for resident models."""
+    """Measure Fleetcast with ROOM for resident models."""
     with run_local_server(str(store), ["--workers", "1", "--model-cache-bytes", ROOM]) as local:
         told = scan_models(wrap_server("fleetcast", local), names, body)
         resident = local.loaded_models()
@@ -93,7 +93,7 @@ def measure_ours(store: Path, names: Sequence[str], body: bytes) -> str:
 
 
 def measure_ray(models: Path, names: Sequence[str], body: bytes) -> str:
-    """Ray Serve with room for half of the models in its replica."""
+    """Measure Ray Serve with room for half of the models in its replica."""
     room = len(names) // 2
     with start_ray(models, lambda _: None, room) as server:
         return (

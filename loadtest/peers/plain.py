@@ -15,10 +15,12 @@ from loadtest.observe.processes import end_processes, find_free_port, is_reachab
 
 @contextmanager
 def serve_plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The plain path with `count` sessions of a network that takes x [1, 8, 168]; yields its address and processes."""
+    """Run the plain path with `count` sessions of a network of x [1, 8, 168]; yields its address and processes."""
     graph = folder / "tcn.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the old exporter, whose graph ONNX Runtime runs fastest, says it is old
+        warnings.simplefilter(
+            "ignore"
+        )  # the old exporter, whose graph ONNX Runtime runs fastest, warns that it is deprecated
         torch.onnx.export(network, (torch.zeros(1, 8, 168),), graph, dynamo=False, input_names=["x"], verbose=False)
     path, port = str(folder / "plain.sock"), find_free_port()
     environment = {**os.environ, "PLAIN_SOCKET": path, "OMP_NUM_THREADS": "1"}

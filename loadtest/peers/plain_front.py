@@ -28,7 +28,7 @@ class WorkerConnection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Hand every whole answer to whoever waits."""
+        """Hand every complete answer to its waiting call."""
         self._buffer += data
         buffer, at = self._buffer, 0
         while len(buffer) - at >= 8:  # noqa: PLR2004 -- id and length
@@ -40,7 +40,7 @@ class WorkerConnection(asyncio.Protocol):
         del buffer[:at]
 
     def call(self, name: bytes, body: bytes) -> asyncio.Future[bytes]:
-        """The answer to come; requests of one loop pass leave in one write."""
+        """Return the future answer; the requests of one pass of the event loop are sent in one write."""
         loop = asyncio.get_running_loop()
         self._next_id = (self._next_id + 1) & 0xFFFFFFFF
         future = self._pending[self._next_id] = loop.create_future()
@@ -58,7 +58,7 @@ _links: list[WorkerConnection] = []
 
 
 async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    """Every POST is an invocation."""
+    """Handle a request; every POST is an invocation."""
     if scope["type"] != "http":
         return
     body = b""

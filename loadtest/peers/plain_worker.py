@@ -1,6 +1,6 @@
 """The plain two-process path: one ONNX Runtime session a model behind one Unix socket, and nothing else.
 
-No cache, no checks, no errors, no batching across models: what a careful afternoon gives. `python -m
+It has no cache, no checks, no error handling and no batching across models. `python -m
 loadtest.peers.plain_worker MODEL.onnx COUNT SOCKET` serves COUNT sessions of the same graph under the names m0, m1, ...
 Frames in: id, name length, body length (u32 little-endian), name, body; frames out: id, length, body.
 """
@@ -20,7 +20,7 @@ HEAD = struct.Struct("<III")
 
 
 class PlainWorker(asyncio.Protocol):
-    """One front's connection; requests run where they are read."""
+    """The connection of one front; requests run in the callback that reads them."""
 
     def __init__(self, sessions: dict[str, Any]) -> None:
         self._sessions = sessions
@@ -28,7 +28,7 @@ class PlainWorker(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A front is there."""
+        """A front has connected."""
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:

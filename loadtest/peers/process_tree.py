@@ -13,20 +13,23 @@ from loadtest.observe.processes import read_pss
 TICKS = os.sysconf("SC_CLK_TCK")
 GENTLE_S = 10.0
 KILL_S = 20.0
-GONE = (FileNotFoundError, ProcessLookupError, PermissionError, IndexError)  #: ended between two looks
+#: errors of a process that has ended meanwhile
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError, IndexError)
 
 
 class ProcessTree:
     """Leaders and all their descendants, also those that left the leaders' process group (Ray's daemons)."""
 
     def __init__(self, *leaders: int) -> None:
-        self._seen = {pid: int(_read_stat(pid)[19]) for pid in leaders}  # with start time: pids come again, both do not
+        self._seen = {
+            pid: int(_read_stat(pid)[19]) for pid in leaders
+        }  # with start time: pids are reused, the pair is not
 
     def __repr__(self) -> str:
         return f"<ProcessTree of {len(self.pids())} processes>"
 
     def pids(self) -> list[int]:
-        """All that live; whoever was seen once is followed when its parent is gone."""
+        """The pids of all live processes; one that was seen once is followed after its parent has ended."""
         children: dict[int, list[int]] = {}
         starts = {}
         for entry in Path("/proc").iterdir():
@@ -46,7 +49,7 @@ class ProcessTree:
         return sorted(self._seen)
 
     def memory(self) -> int:
-        """Proportional set size of all in bytes."""
+        """The proportional set size of all processes in bytes."""
         total = 0
         for pid in self.pids():
             with suppress(*GONE):
@@ -54,7 +57,7 @@ class ProcessTree:
         return total
 
     def cpu_s(self) -> float:
-        """Processor seconds of those that live."""
+        """The CPU seconds of the live processes."""
         total = 0
         for pid in self.pids():
             with suppress(*GONE):
@@ -63,7 +66,7 @@ class ProcessTree:
         return total / TICKS
 
     def signal(self, number: signal.Signals) -> None:
-        """To every process."""
+        """Send a signal to every process."""
         for pid in self.pids():
             with suppress(*GONE):
                 os.kill(pid, number)
@@ -82,7 +85,7 @@ class ProcessTree:
 def start_process(
     command: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> Iterator[tuple[ProcessTree, Path]]:
-    """A process in a session of its own, its tree and its log; at the end SIGTERM for it, SIGKILL for what stays."""
+    """Start a process in a new session; yields its tree and its log. At the end it gets SIGTERM, the rest SIGKILL."""
     path = folder / "log.txt"
     with path.open("wb") as log:
         leader = subprocess.Popen(
@@ -98,7 +101,7 @@ def start_process(
     try:
         yield tree, path
     finally:
-        tree.signal(signal.SIGCONT)  # a stopped process would not hear of SIGTERM
+        tree.signal(signal.SIGCONT)  # a stopped process would not handle SIGTERM
         leader.terminate()
         with suppress(subprocess.TimeoutExpired):
             leader.wait(GENTLE_S)
@@ -107,11 +110,11 @@ def start_process(
 
 
 def read_log_end(log: Path) -> str:
-    """The end of what a process wrote."""
+    """Read the end of the output of a process."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return " | ".join(lines[-3:])[-400:]
 
 
 def _read_stat(pid: int) -> list[str]:
-    """/proc/PID/stat from the state on: 0 state, 1 parent, 11 and 12 processor time, 19 start time."""
+    """Read /proc/PID/stat from the state on: 0 state, 1 parent, 11 and 12 processor time, 19 start time."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -33,12 +33,12 @@ from server.contract import JSON
 START_S = 120.0
 LOAD_S = 120.0
 JAVA = 17
-UNBOUNDED = 100_000  #: models a Ray replica may keep: more than any run has
+UNBOUNDED = 100_000  #: most models of a Ray replica, more than any run has
 
 
 @dataclass(frozen=True, slots=True)
 class PeerServer:
-    """A running server. `register` makes a model known and waits for its load; where it is None, asking is enough.
+    """A running server. `register` loads a model; if it is None, the first request loads it.
 
     A `fixed` server has all its models from the start, each with the weights of m0.
     """
@@ -56,7 +56,10 @@ class PeerServer:
         return f"<PeerServer {self.name} at {self.url}, {self.tree}>"
 
     def ask(self, model: str, body: bytes) -> npt.NDArray[np.float64]:
-        """The numbers of one response, flat. Raises RuntimeError for any status but 200, OSError without a response."""
+        """Request a model and return the numbers of its response, flat.
+
+        Raises RuntimeError for any status but 200, OSError without a response.
+        """
         path = self.dialect.path.format(model=quote(model + self.suffix))
         headers = {key: value.format(model=model + self.suffix) for key, value in self.dialect.headers.items()}
         status, data = send_request("POST", self.url + path, body, {"Content-Type": JSON, **headers})
@@ -67,7 +70,7 @@ class PeerServer:
         return np.asarray(found, np.float64).ravel()
 
     def load(self, model: str, body: bytes) -> float:
-        """Seconds from making a model known to its first answer; packing it is not counted."""
+        """Measure the seconds from registering a model to its first answer, without packing it."""
         self.prepare(model)
         begin = time.perf_counter()
         if self.register is not None:
@@ -82,7 +85,7 @@ Starter = Callable[..., AbstractContextManager[PeerServer]]
 def send_request(
     method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> tuple[int, bytes]:
-    """One request on a connection of its own."""
+    """Send one request on a new connection."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=LOAD_S)
     try:
@@ -94,7 +97,7 @@ def send_request(
 
 
 def post_accepted(name: str, url: str) -> None:
-    """POST without a body. Raises RuntimeError with what was said when it is refused."""
+    """POST without a body. Raises RuntimeError with the response if it is refused."""
     status, data = send_request("POST", url)
     if status != http.HTTPStatus.OK:
         raise RuntimeError(
@@ -119,7 +122,7 @@ def start_mms(models: Path, say: Callable[[str], None]) -> Iterator[PeerServer]:
 
 @contextmanager
 def _model_server(name: str, models: Path, say: Callable[[str], None], command: list[str]) -> Iterator[PeerServer]:
-    """What the two have in common: properties, archives made by their own archiver, a management listener."""
+    """Start either of the two: properties, archives made by their own archiver, a management listener."""
     require_java()
     binaries = make_environment(name, say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
@@ -142,7 +145,7 @@ def _model_server(name: str, models: Path, say: Callable[[str], None], command: 
 
 
 def _write_properties(name: str, base: str, management: str) -> str:
-    """The configuration: where to listen, one process a model, and room for what 32 connections send at once."""
+    """Write the configuration: listeners, one process per model, and queues for 32 connections."""
     lines = [f"inference_address={base}", f"management_address={management}"]
     lines += ["default_workers_per_model=1", "job_queue_size=1000"]
     if name == "torchserve":
@@ -152,7 +155,7 @@ def _write_properties(name: str, base: str, management: str) -> str:
 
 
 def _pack_peer_archive(name: str, binaries: Path, model: Path, archives: Path) -> None:
-    """Pack a folder of weights with the handler as the peer's own archiver does."""
+    """Pack a folder of weights and the handler with the peer's own archiver."""
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         shutil.copy(HERE / "network.py", text)
         shutil.copy(model / "weights.safetensors", text)
@@ -222,19 +225,19 @@ def start_ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -
 
 @contextmanager
 def start_fleetcast(name: str, store: Path) -> Iterator[PeerServer]:
-    """Ours, with what it does by default."""
+    """Fleetcast with its defaults."""
     with run_local_server(str(store)) as local:
         yield wrap_server(name, local)
 
 
 def wrap_server(name: str, local: LocalServer) -> PeerServer:
-    """A server of ours that runs."""
+    """Wrap a running Fleetcast server."""
     return PeerServer(name, local.inference, DIALECTS["sagemaker"], ".mar", ProcessTree(local.process.pid))
 
 
 @contextmanager
 def start_plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[PeerServer]:
-    """ONNX Runtime behind a socket, see `plain_worker`: what a careful afternoon gives."""
+    """ONNX Runtime behind a socket, see `plain_worker`."""
     with serve_plain(folder, network, count) as (url, pids):
         yield PeerServer("plain", url, DIALECTS["sagemaker"], "", ProcessTree(*pids), fixed=True)
 
@@ -249,7 +252,7 @@ PACKAGE = {"torchserve": "torchserve", "mms": "multi-model-server", "mlserver": 
 
 
 def _low_port() -> int:
-    """A free port that Multi Model Server takes: it reads ports as 16 bits with a sign."""
+    """Return a free port below 2**15, because Multi Model Server reads ports as signed 16-bit numbers."""
     while True:
         port = random.randrange(20_000, 2**15)
         if not is_reachable(port):
@@ -257,7 +260,7 @@ def _low_port() -> int:
 
 
 def require_java() -> None:
-    """Raises PeerUnavailable that says how to install Java."""
+    """Check that Java is installed. Raises PeerUnavailable that says how to install it."""
     found = shutil.which("java")
     said = subprocess.run([found, "-version"], capture_output=True, text=True, check=False).stderr if found else ""
     major = said.partition('version "')[2].partition(".")[0].partition('"')[0]
@@ -268,7 +271,7 @@ def require_java() -> None:
 
 
 def _make_environment(binaries: Path, folder: Path) -> dict[str, str]:
-    """What a peer's processes are given: its own programs first, its own temporary folder, one thread, no telemetry."""
+    """Make the environment of a peer's processes: its own PATH and temporary folder, one thread, no telemetry."""
     kept = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "JAVA_HOME")}
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_TELEMETRY": "0", "PYTHONUNBUFFERED": "1"}
     paths = {"PATH": f"{binaries}:{os.environ['PATH']}", "TMPDIR": str(folder), "TEMP": str(folder)}
@@ -276,7 +279,7 @@ def _make_environment(binaries: Path, folder: Path) -> dict[str, str]:
 
 
 def _wait_for(name: str, url: str, tree: ProcessTree, log: Path, word: str = "") -> None:
-    """Until the URL answers 200 (and the log says the word). Raises PeerUnavailable with its last words."""
+    """Wait until the URL answers 200 (and the log has the word). Raises PeerUnavailable with the end of its output."""
     begin = time.monotonic()
     while time.monotonic() - begin < START_S and tree.pids():
         try:

@@ -1,1 +1,1 @@
-"""The planner: how many models fit, what the tail will be, what it costs; before the money is spent. A simulation."""
+"""The planner predicts by simulation how many models fit, the tail latency and the cost."""

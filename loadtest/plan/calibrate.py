@@ -1,8 +1,8 @@
 """Measures the costs that the planner needs in about twenty seconds: loads, hits and the highest rate.
 
-A client's view: latencies from the intended time, as the open-loop driver has them, and the counters of /metrics. Loads
-and hits are measured while hits come at the planned rate, because a core that is rarely used falls asleep: a hit takes
-0.9 ms at 100 requests a second where it takes 0.7 at 150.
+It measures as a client: latencies from the intended time, by the open-loop driver, and the counters of /metrics. Loads
+and hits are measured while hits arrive at the planned rate, because a core that is rarely used enters sleep states: a
+hit takes 0.9 ms at 100 requests a second, but 0.7 ms at 150.
 """
 
 import re
@@ -19,23 +19,24 @@ from loadtest.observe.metrics_sampler import MetricSums, parse_metrics
 from loadtest.plan.costs import DEFAULT, Costs, make_sample, subtract_samples
 from server import contract
 
-LOAD_RATE, LOADED = 25.0, 80  #: loads a second, far enough apart to meet none other; how many at most
-HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second for so many models that stay, the last ones
-TIMES, TAIL = 3, 95  #: that a thing is measured: the time with the middle p95 counts, since a machine has worse moments
-FULL_S, FULL_RATE, CONNECTIONS = 1.5, 40_000.0, 32  #: more than is answered, over so many connections
+LOAD_RATE, LOADED = 25.0, 80  #: loads a second, so few that no two overlap; maximum number of loads
+HIT_RATE, HIT_S, HOT = 100.0, 2.5, 5  #: requests a second, seconds, and models that stay loaded
+TIMES, TAIL = 3, 95  #: repetitions, of which the one with the median p95 counts, because a machine has slow moments
+#: seconds, requests a second (more than can be answered) and connections of the measurement at full load
+FULL_S, FULL_RATE, CONNECTIONS = 1.5, 40_000.0, 32
 PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class MetricsReading:
-    """What /metrics said at a moment; nothing where there is none."""
+    """The counters of /metrics at one moment; empty if there is no metrics address."""
 
     counts: MetricSums | None
     device: str
 
     @classmethod
     def at(cls, scrape: Callable[[], str] | None) -> "MetricsReading":
-        """`scrape` gives the text of /metrics; raises what it raises."""
+        """Read the metrics now. `scrape` returns the text of /metrics; what it raises is raised."""
         if scrape is None:
             return cls(None, DEFAULT.device)
         text = scrape()
@@ -43,7 +44,7 @@ class MetricsReading:
         return cls(parse_metrics(text)[0], found[1] if found else DEFAULT.device)
 
     def gained(self, before: "MetricsReading", name: str) -> float:
-        """What a counter has gained since."""
+        """Return by how much a counter has increased since."""
         if self.counts is None or before.counts is None:
             return 0.0
         return self.counts[name, ""] - before.counts[name, ""]
@@ -56,11 +57,11 @@ def calibrate(
     where: str,
     rate: float = HIT_RATE,
 ) -> Costs:
-    """The costs of a server without other load. Loads are measured only for models that are not loaded yet.
+    """Measure the costs of a server that has no other load. Loads are measured only for models not loaded yet.
 
-    `forget` unloads a model by its number, so that it comes back from disk; None: what that takes is not seen. `rate`:
-    requests a second of hits meanwhile. Raises ValueError where no hit is answered, and what `scrape` and `forget`
-    raise.
+    `forget` unloads a model by its number, so that its next load is from disk; without it such loads are not measured.
+    `rate` is the rate of hits meanwhile, in requests a second. Raises ValueError if no hit is answered, and what
+    `scrape` and `forget` raise.
     """
     hot = range(len(to.requests))[-HOT:] if len(to.requests) > HOT else range(0)
     _warm_up(to, hot)
@@ -96,13 +97,13 @@ def calibrate(
 
 
 def _warm_up(to: LoadTarget, hot: Sequence[int]) -> None:
-    """Load them, three times asked."""
+    """Request each of the models three times, so that they are loaded."""
     if hot:
         _send_requests(to, np.arange(3 * len(hot)) / LOAD_RATE, [*hot] * 3)
 
 
 def _measure_loads(to: LoadTarget, hot: Sequence[int], rate: float) -> Float64:
-    """Seconds of those requests, of one for each of the first models, that had to load it; beside them `hot` ones."""
+    """Measure the seconds of requests that load a model, one for each of the first models, beside `hot` requests."""
     first = np.arange(_count_loaded(to))
     at = first / LOAD_RATE
     beside = draw_poisson(rate, float(at[-1]) + 1 / LOAD_RATE, np.random.default_rng(0)) if hot else np.empty(0)
@@ -112,14 +113,14 @@ def _measure_loads(to: LoadTarget, hot: Sequence[int], rate: float) -> Float64:
 
 
 def _measure_reloads(to: LoadTarget, hot: Sequence[int], rate: float, forget: Callable[[int], None]) -> Float64:
-    """As `_loads`, of models that have been loaded before."""
+    """Measure as `_measure_loads` does, for models that have been loaded before."""
     for model in range(_count_loaded(to)):
         forget(model)
     return _measure_loads(to, hot, rate)
 
 
 def _measure_hits(to: LoadTarget, hot: Sequence[int], rate: float) -> Float64:
-    """Seconds of hits."""
+    """Measure the seconds of hits."""
     rng, seen = np.random.default_rng(0), []
     for _ in range(TIMES):
         at = draw_poisson(rate, HIT_S, rng)
@@ -132,13 +133,13 @@ def _choose_middle(times: Sequence[Float64]) -> Float64:
 
 
 def _count_loaded(to: LoadTarget) -> int:
-    """Models that are loaded: the first, but not the hot ones."""
+    """Count the models to load: the first ones, without the hot ones."""
     count = len(to.requests)
     return min(count - HOT if count > HOT else count, LOADED)
 
 
 def _measure_full_rate(to: LoadTarget, hot: Sequence[int]) -> float:
-    """Requests a second answered where more are asked."""
+    """Measure how many requests a second are answered when more are sent."""
     count = int(FULL_S * FULL_RATE)
     schedule = Schedule(np.arange(count) / FULL_RATE, np.resize(np.array(hot), count), FULL_S)
     run = send_schedule(schedule, to, connections=CONNECTIONS, patience_s=0.0)
@@ -148,9 +149,9 @@ def _measure_full_rate(to: LoadTarget, hot: Sequence[int]) -> float:
 def _compute_step(
     before: MetricsReading, between: MetricsReading, after: MetricsReading, per_request: float
 ) -> tuple[float, float]:
-    """Seconds of a step and of each request in it: from steps of about one request, and from full ones.
+    """Compute the seconds of a step and of each request in it, from steps of about one request and from full steps.
 
-    `per_request` counts all that a request costs the server where it is full, not its steps alone.
+    `per_request` is all the time that a request costs a saturated server, not only its share of a step.
     """
     steps = between.gained(before, contract.BATCH_ROWS.count)
     full_steps = after.gained(between, contract.BATCH_ROWS.count)
@@ -170,6 +171,6 @@ def _send_requests(to: LoadTarget, at: Float64, models: list[int]) -> Run:
 
 
 def _select_latencies(run: Run, cache: str) -> Float64:
-    """[n] seconds of the answers of which the server said this."""
+    """Return the latencies [n], in seconds, of the answers with this cache result and tier."""
     found: Float64 = run.latency[(run.status == 200) & (run.cache == CACHE.index(cache))]  # noqa: PLR2004
     return found

@@ -10,16 +10,15 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import msgspec
-import typer
-import urllib3
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from loadtest.driver.open_loop import RemoteNotAllowed
+from loadtest import flags
 from loadtest.driver.profiles import Shape, make_profile
-from loadtest.driver.run import RequestSource, ServerUnderLoad, connect_server
+from loadtest.driver.run import EXPECTED, RequestSource, ServerUnderLoad, connect_server
+from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
 from loadtest.observe.local_server import run_local_server
@@ -35,95 +34,80 @@ from loadtest.plan.prices import EXAMPLE, read_prices
 from loadtest.plan.simulate import Loss, Machines, SimulationResult, simulate
 from loadtest.report.terminal import render_table
 from model_store.cache.eviction import POLICIES
-from model_store.errors import LoadError
 from server.contract import EVICTION_POLICY, LOADER_THREADS, MIB, SLAB_BYTES, verb_path
 
-EXPECTED = (
-    RemoteNotAllowed,
-    LoadError,
-    urllib3.exceptions.HTTPError,
-    ValueError,
-    OSError,
-    RuntimeError,
-)  #: say what to do
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: of what the fleet weighs: the cache sizes that are simulated
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: the simulated cache sizes, as shares of the size of the fleet
 MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
-DEMAND, SERVER, PROMISE, OUTPUT = "What is asked", "The server", "What must be reached", "Output"
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
-def _make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
-
-
 def plan(
     *,
-    trace: Annotated[
-        Path | None, _make_flag(DEMAND, "a recorded trace, or an access log's folder", exists=True)
-    ] = None,
-    profile: Annotated[Shape, _make_flag(DEMAND, "else a load as of `run`: " + ", ".join(Shape))] = Shape.POISSON,
-    models: Annotated[int, _make_flag(DEMAND, "of the profile", min=1)] = 1_000,
-    rate: Annotated[float | None, _make_flag(DEMAND, "requests per second; default 200")] = None,
-    seconds: Annotated[float, _make_flag(DEMAND, "duration of the load")] = SECONDS,
-    warmup: Annotated[float, _make_flag(DEMAND, "seconds of load before that fill the caches")] = WARMUP_S,
-    zipf: Annotated[float | None, _make_flag(DEMAND, "exponent of the Zipf popularity of models; default 1")] = None,
-    drift_s: Annotated[
-        float | None, _make_flag(DEMAND, "seconds after which some models exchange ranks; default never")
-    ] = None,
-    every_s: Annotated[float | None, _make_flag(DEMAND, "tick: seconds between ticks; default 5")] = None,
-    spread_s: Annotated[
-        float | None, _make_flag(DEMAND, "tick: seconds that its requests are spread over; default 1")
-    ] = None,
-    shuffled: Annotated[bool | None, _make_flag(DEMAND, "tick: another order in every tick", "--shuffled")] = None,
+    trace: Annotated[Path | None, make_flag(LOAD, "trace file, or the folder of an access log", exists=True)] = None,
+    profile: Annotated[
+        Shape, make_flag(LOAD, "without a trace: shape of the load, as of `run`: " + ", ".join(Shape))
+    ] = Shape.POISSON,
+    models: Annotated[int, make_flag(LOAD, "number of models of the profile", min=1)] = 1_000,
+    rate: flags.Rate = None,
+    seconds: Annotated[float, make_flag(LOAD, "duration of the load")] = SECONDS,
+    warmup: Annotated[float, make_flag(LOAD, "seconds of load before, which fill the caches")] = WARMUP_S,
+    zipf: flags.Zipf = None,
+    drift_s: flags.Drift = None,
+    every_s: flags.TickInterval = None,
+    spread_s: flags.TickSpread = None,
+    shuffled: flags.Shuffled = None,
     model_size: Annotated[
-        str | None, _make_flag(DEMAND, "bytes of a model in the cache, such as 70KB; 70KB:1 is lognormal; else 70KB")
+        str | None, make_flag(LOAD, "size of a model in the cache, such as 70KB, or 70KB:1 (lognormal); default 70KB")
     ] = None,
-    seed: Annotated[int, _make_flag(DEMAND, "same seed, same plan", min=0)] = 0,
+    seed: Annotated[int, make_flag(LOAD, "same seed, same plan", min=0)] = 0,
     costs: Annotated[
-        Path | None, _make_flag(SERVER, "what `calibrate` or `run --out` wrote; else our records", exists=True)
+        Path | None,
+        make_flag(SERVER, "file that `calibrate` or `run --out` wrote; default: costs from our records", exists=True),
     ] = None,
     cache: Annotated[
-        str | None, _make_flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; else shares of the fleet")
+        str | None, make_flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; default: shares of the fleet")
     ] = None,
-    workers: Annotated[int, _make_flag(SERVER, "workers of a node", min=1)] = 1,
-    nodes: Annotated[int, _make_flag(SERVER, "nodes, over which the models are dealt out", min=1)] = 1,
-    replicas: Annotated[int, _make_flag(SERVER, "nodes that serve each model, in turns", min=1)] = 1,
-    lose_at: Annotated[float | None, _make_flag(SERVER, "the second when a node is lost; default never")] = None,
-    policy: Annotated[str, _make_flag(SERVER, "of eviction: " + ", ".join(POLICIES))] = EVICTION_POLICY,
-    loader_threads: Annotated[int, _make_flag(SERVER, "loads of a worker at a time", min=1)] = LOADER_THREADS,
+    workers: Annotated[int, make_flag(SERVER, "number of workers of a node", min=1)] = 1,
+    nodes: Annotated[int, make_flag(SERVER, "number of nodes, over which the models are distributed", min=1)] = 1,
+    replicas: Annotated[int, make_flag(SERVER, "number of nodes that serve each model in turn", min=1)] = 1,
+    lose_at: Annotated[float | None, make_flag(SERVER, "second at which a node is lost; default never")] = None,
+    policy: Annotated[str, make_flag(SERVER, "eviction policy: " + ", ".join(POLICIES))] = EVICTION_POLICY,
+    loader_threads: Annotated[
+        int, make_flag(SERVER, "number of loads that a worker runs at a time", min=1)
+    ] = LOADER_THREADS,
     slab: Annotated[
-        str, _make_flag(SERVER, "unit of the cache, as the server's slab_bytes")
+        str, make_flag(SERVER, "unit of the cache; see the server's slab_bytes")
     ] = f"{SLAB_BYTES // MIB}MiB",
-    p99_ms: Annotated[float | None, _make_flag(PROMISE, "maximum 99th percentile of latency")] = None,
-    hit_ratio: Annotated[float | None, _make_flag(PROMISE, "minimum hit ratio")] = None,
-    availability: Annotated[float, _make_flag(PROMISE, "share of time that enough nodes are up", min=0, max=1)] = 0.999,
+    p99_ms: flags.MostP99 = None,
+    hit_ratio: flags.LeastHitRatio = None,
+    availability: Annotated[float, make_flag(SLO, "share of time for which enough nodes are up", min=0, max=1)] = 0.999,
     prices: Annotated[
         Path | None,
-        _make_flag(PROMISE, "price table; by default a dated example, to be copied and edited", exists=True),
+        make_flag(SLO, "price table; default: a dated example to copy and edit", exists=True),
     ] = None,
-    html: Annotated[Path | None, _make_flag(OUTPUT, "write a page with plots for the browser")] = None,
-    out: Annotated[Path | None, _make_flag(OUTPUT, "write all of it as JSON", "--json")] = None,
+    html: Annotated[Path | None, make_flag(OUTPUT, "write a page with plots for the browser")] = None,
+    out: Annotated[Path | None, make_flag(OUTPUT, "write the plan as JSON", "--json")] = None,
 ) -> None:
-    """Simulate how many models fit, the tail latency and the cost, before the money is spent.
+    """Simulate how many models fit, the tail latency and the cost of a fleet.
 
-    Caches are the server's own objects, driven in simulated time; miss-ratio
-    curves, latency by cache size, the cheapest machines that keep a promise,
-    and one endpoint per model beside them. Prefetch is not simulated: a fleet
-    that is requested by the clock does better.
+    The simulation runs the server's own cache in simulated time. It gives
+    miss-ratio curves, latency by cache size, the cheapest machines that reach
+    the targets, and the cost of one endpoint per model. Prefetch is not
+    simulated: a fleet that is requested at regular times does better.
 
     [bold]fleetcast-load calibrate --out costs.json[/]
-      what a hit, a step and a load take here
+      measure a hit, a step and a load on this machine
 
     [bold]fleetcast-load plan --costs costs.json --models 5000 --rate 500 --p99-ms 50 --html plan.html[/]
       a fleet of 5,000 models under Zipf popularity
 
     [bold]fleetcast-load plan --trace access-log --cache 64MiB,256MiB --hit-ratio 0.99[/]
-      what was really asked: a folder that `fleetcast serve --access-log` wrote
+      plan for real requests, which `fleetcast serve --access-log` recorded
 
     [bold]fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7[/]
       [bold]--loader-threads 16 --lose-at 150[/]
-      more than one machine, and the loss of one
+      plan for several machines and the loss of one
     """
     settings = {"rate": rate, "zipf": zipf, "drift_s": drift_s, "every_s": every_s, "spread_s": spread_s}
     try:
@@ -157,45 +141,28 @@ def plan(
 def calibrate_server(
     *,
     store: Annotated[
-        str | None, _make_flag(SERVER, "your archives, for which a server is started; default a fleet is made")
+        str | None,
+        make_flag(SERVER, "folder or URL of archives, for which a server is started; default: a fleet is made"),
     ] = None,
-    url: Annotated[str | None, _make_flag(SERVER, "address of a running server that has no other load")] = None,
-    metrics_url: Annotated[str | None, _make_flag(SERVER, "its metrics address: the duration of a step")] = None,
+    url: Annotated[str | None, make_flag(SERVER, "address of a running server that has no other load")] = None,
+    metrics_url: Annotated[
+        str | None, make_flag(SERVER, "its metrics address, to measure the duration of a step")
+    ] = None,
     management_url: Annotated[
         str | None,
-        _make_flag(SERVER, "its management address: models are unloaded, so that their load from disk is measured"),
+        make_flag(SERVER, "its management address, to unload models and measure loads from disk"),
     ] = None,
-    ca: Annotated[
-        Path | None,
-        _make_flag(
-            SERVER,
-            "PEM file of the authority of the server's certificate; default the system's",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    client_cert: Annotated[
-        Path | None,
-        _make_flag(
-            SERVER, "PEM file of a client certificate, for a server with mutual TLS", exists=True, dir_okay=False
-        ),
-    ] = None,
-    client_key: Annotated[
-        Path | None, _make_flag(SERVER, "PEM file of its key; default in the same file", exists=True, dir_okay=False)
-    ] = None,
-    token_file: Annotated[
-        Path | None,
-        _make_flag(
-            SERVER, "file with a bearer token; default the variable FLEETCAST_TOKEN", exists=True, dir_okay=False
-        ),
-    ] = None,
-    rate: Annotated[float, _make_flag(DEMAND, "planned requests per second and worker", min=1)] = HIT_RATE,
-    allow_remote: Annotated[bool, _make_flag(SERVER, "allow an address other than loopback", "--allow-remote")] = False,
-    out: Annotated[Path, _make_flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
+    ca: flags.Ca = None,
+    client_cert: flags.ClientCert = None,
+    client_key: flags.ClientKey = None,
+    token_file: flags.TokenFile = None,
+    rate: Annotated[float, make_flag(LOAD, "planned requests per second and worker", min=1)] = HIT_RATE,
+    allow_remote: flags.AllowRemote = False,
+    out: Annotated[Path, make_flag(OUTPUT, "file to write the costs to")] = Path("costs.json"),
 ) -> None:
     """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
-    On the machine, with the archives and the store that the plan is for:
+    Run it on the machine and with the archives and the store that you plan for:
     [bold]fleetcast-load calibrate --store s3://bucket/models[/]
     """
     try:
@@ -236,10 +203,10 @@ def _make_demand(
     seed: int,
     settings: Mapping[str, Any],
 ) -> Demand:
-    """Raises ValueError for flags that have no say in it, and what `of_trace` and `of_profile` raise."""
+    """Make the demand of the flags. Raises ValueError for flags that do not apply, and as the demand's makers do."""
     if trace is not None:
         if given := [name for name, value in settings.items() if value is not None]:
-            raise ValueError(f"a trace has its own times and models: leave out {', '.join(given)}")
+            raise ValueError(f"a trace has its own times and models: omit {', '.join(given)}")
         return make_trace_demand(trace, size)
     if profile is Shape.REPLAY:
         raise ValueError("a replay needs a recording: give its file with --trace")
@@ -250,7 +217,7 @@ def _compute_findings(
     demand: Demand, costs: Costs, base: Machines, sizes: Sequence[int], wanted: Promise, prices: Path, seed: int
 ) -> PlanFindings:
     table, placement = read_prices(prices), Placement(demand)
-    replace(base, cache_bytes=sizes[0]).cache()  # what is wrong with it is said before anything takes long
+    replace(base, cache_bytes=sizes[0]).cache()  # raises for a wrong cache before the long work starts
     with make_progress_bar() as bar:
         looked = _make_progress(bar, "miss-ratio curves", len(SIZES) * len(POLICIES))
         curves = [compute_curve(demand, policy, look=looked) for policy in POLICIES]
@@ -269,7 +236,7 @@ def _make_progress(bar: Progress, what: str, total: int) -> Callable[[], None]:
 
 
 def _choose_sizes(text: str | None, base: Machines, demand: Demand) -> list[int]:
-    """Of a node's cache, in bytes, rising; a worker's share has room for a slab."""
+    """Return the cache sizes of a node in bytes, rising; each worker's share holds at least a slab."""
     least = base.workers * base.slab_bytes
     if text is not None:
         found = sorted({_parse_bytes(each) for each in text.split(",")})
@@ -286,7 +253,7 @@ def _parse_bytes(text: str) -> int:
     except ValidationError:
         found = 0
     if found <= 0:
-        raise ValueError(f"{text!r} is no size: give bytes such as 64MiB")
+        raise ValueError(f"{text!r} is not a size: give bytes such as 64MiB")
     return found
 
 
@@ -305,7 +272,7 @@ def _show_findings(found: PlanFindings) -> None:
 def _serve_measured(
     store: str | None, url: str | None, metrics: str | None, management: str | None, access: ServerAccess
 ) -> Iterator[tuple[ServerUnderLoad, str | None, str]]:
-    """The server to measure, its management address, and its name in the output."""
+    """Open the server to measure; yields it, its management address, and its name in the output."""
     asked = RequestSource(names=None, most=LOADED, body=None, request=None, seed=0)
     if url is not None:
         yield connect_server(url, metrics, store, asked, console, access), management, url
@@ -327,7 +294,7 @@ def _serve_measured(
 
 
 def make_unloader(management: str, names: Sequence[str], access: ServerAccess = OPEN) -> Callable[[int], None]:
-    """What unloads a model by its number. Raises RuntimeError where the server does not."""
+    """Make a function that unloads a model by its number, and raises RuntimeError if the server does not."""
 
     def unload(model: int) -> None:
         access.request("POST", f"{management.rstrip('/')}{verb_path('unload')}/{quote(names[model])}")

@@ -10,16 +10,16 @@ import numpy as np
 
 from loadtest.driver.profiles import Float64
 
-POINTS = 201  #: of a distribution, at most
+POINTS = 201  #: most values of a distribution
 
-Sample = tuple[float, ...]  #: seconds, sorted, evenly spaced from the smallest to the largest of what was seen
+Sample = tuple[float, ...]  #: seconds, sorted: evenly spaced quantiles from the smallest to the largest
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds, each alone on an idle server. A distribution is what was seen, sorted, POINTS at most.
+    """Seconds of each operation alone on an idle server. A distribution is the sorted sample, at most POINTS values.
 
     A hit takes `overhead` (client, network, front) and a step of `step_s` + `row_s` for every request in it. A load
-    takes `get` where the store is asked, then `build` (read, verify, place), a part of which needs the worker's
+    takes `get` if the store is asked, then `build` (read, verify, place), a part of which needs the worker's
     interpreter as steps do.
     """
 
@@ -40,14 +40,15 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("the costs' `row_s` must be above 0 seconds, `step_s` at least 0")
 
     def faster(self, speed: float) -> "Costs":
-        """On cores `speed` times as fast; the store stays as it is."""
+        """Return the costs on cores `speed` times as fast, with the same store."""
         quick = {name: tuple(v / speed for v in getattr(self, name)) for name in ("overhead", "build")}
         return msgspec.structs.replace(self, step_s=self.step_s / speed, row_s=self.row_s / speed, **quick)
 
 
 #: The medians of our records of November 2026 (two cores of an AMD EPYC, JSON bodies of 11 KB, 17,528 parameters):
 #: `warm`, 0.148 ms at one connection and 19,168 requests/s at 32; `cold`, 1.3 ms from a GET's end to the answer. The
-#: store is Amazon S3 as its user guide has it, "consistent small object latencies of roughly 100-200 milliseconds".
+#: store is Amazon S3 as its user guide describes it, "consistent small object latencies of roughly
+#: 100-200 milliseconds".
 DEFAULT = Costs(
     said="our records of 2026-11 (2 cores of an AMD EPYC), Amazon S3 at 100-200 ms a GET: measure yours",
     step_s=30e-6,
@@ -59,7 +60,7 @@ DEFAULT = Costs(
 
 
 def make_sample(seconds: Sequence[float] | Float64) -> Sample:
-    """What was seen as a distribution. Raises ValueError for nothing."""
+    """Make a distribution of measured values. Raises ValueError if there are none."""
     values = np.sort(np.asarray(seconds, np.float64))
     if not len(values):
         raise ValueError("nothing was measured")
@@ -69,14 +70,14 @@ def make_sample(seconds: Sequence[float] | Float64) -> Sample:
 
 
 def subtract_samples(longer: Sample, shorter: Sample) -> Sample:
-    """How much longer the one takes than the other, percentile by percentile; never less than nothing."""
+    """Subtract a distribution from a longer one, percentile by percentile; negative differences become zero."""
     levels = np.linspace(0, 1, POINTS)
     difference = _interpolate_levels(longer, levels) - _interpolate_levels(shorter, levels)
     return make_sample(np.maximum.accumulate(np.maximum(difference, 0.0)))
 
 
 def draw_seconds(seen: Sample, count: int, rng: np.random.Generator) -> Float64:
-    """[count] seconds drawn from what was seen."""
+    """Draw seconds [count] from a distribution."""
     return _interpolate_levels(seen, rng.random(count))
 
 
@@ -88,7 +89,7 @@ def _interpolate_levels(seen: Sample, levels: Float64) -> Float64:
 
 
 def read_costs(path: Path) -> Costs:
-    """What `calibrate --out` wrote, or the JSON of a load run. Raises ValueError that names the file; OSError."""
+    """Read costs from a file of `calibrate --out` or of a load run. Raises ValueError that names the file, OSError."""
     data = path.read_bytes()
     try:
         found: Mapping[str, Any] = msgspec.json.decode(data, type=dict[str, Any])
@@ -99,10 +100,10 @@ def read_costs(path: Path) -> Costs:
 
 
 def make_run_costs(record: Mapping[str, Any], name: str) -> Costs:
-    """A load run as costs: its hits' latency, and the server's own times of loads by tier. Raises ValueError.
+    """Derive costs from a load run: the latency of its hits, and the server's load times by tier. Raises ValueError.
 
-    Its hits and loads stood in each other's way already, so this errs on the slow side; what a step takes a run does
-    not know, and DEFAULT says it.
+    The hits and loads of a run delay each other, so that the result is pessimistic. A run does not measure the time of
+    a step, which is taken from DEFAULT.
     """
     from loadtest.report.results_schema import check_record, decode_histogram  # noqa: PLC0415 -- hdrhistogram, for this way alone
 
@@ -121,7 +122,7 @@ def make_run_costs(record: Mapping[str, Any], name: str) -> Costs:
 
 
 def _sample_buckets(bounds: Sequence[float | None], counts: Sequence[float]) -> Sample:
-    """A histogram as a distribution: evenly between its bounds, which end with None, nothing beyond the last."""
+    """Turn a histogram into a distribution, evenly between its bounds; the last bound, None, is ignored."""
     filled = np.flatnonzero(counts[:-1])
     first, last = int(filled[0]), int(filled[-1])
     ends = np.array([0.0, *bounds[:-1]], np.float64)[first : last + 2]

@@ -1,4 +1,4 @@
-"""The demand that is planned for: requests, models and their sizes, as arrays. A million models are some megabytes."""
+"""The demand to plan for: requests, models and their sizes, as arrays. A million models take some megabytes."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from model_store.names import ModelName
 
 UInt64 = npt.NDArray[np.uint64]
 
-CLASSES = 5  #: of sizes, since models of one size are of one family and share memory and batches
-WARM_SHARE = 0.2  #: of a trace, for which caches are filled and nothing is counted
-WARMUP = 1  #: the part of a profile that does the same
+CLASSES = 5  #: number of model sizes; models of one size are one family, which shares memory and batches
+WARM_SHARE = 0.2  #: share of a trace that only fills the caches and is not counted
+WARMUP = 1  #: number of the part of a profile that only fills the caches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
     """Requests of `schedule` for the models `names` [m], of `charge` [m] bytes of cache each; `warm` comes before.
 
-    Models of one charge are one family. `said` tells a reader what all this is.
+    Models of one charge are one family. `said` describes the demand in a sentence.
     """
 
     schedule: Schedule
@@ -40,30 +40,30 @@ class Demand:
 
     @property
     def rate(self) -> float:
-        """Requests a second."""
+        """The number of requests a second."""
         return len(self.schedule.at) / self.schedule.seconds
 
     @property
     def fleet_bytes(self) -> int:
-        """All models together."""
+        """The bytes of all models together."""
         return int(self.charge.sum())
 
     def asked(self) -> Int64:
-        """[m] how many requests each model gets, those before the count among them."""
+        """Count the requests [m] of each model, including those of `warm`."""
         counts = np.bincount(self.schedule.model, minlength=len(self.names))
         if self.warm is not None:
             counts = counts + np.bincount(self.warm.model, minlength=len(self.names))
         return counts
 
     def keys(self) -> UInt64:
-        """[m] a hash of each name, the same in every run and on every machine."""
+        """Hash each name: keys [m] that are the same in every run and on every machine."""
         digest = hashlib.blake2b
         found = b"".join(digest(name.encode(), digest_size=8).digest() for name in self.names)
         return np.frombuffer(found, np.uint64)
 
 
 def mix_keys(keys: UInt64, salt: int) -> UInt64:
-    """Keys hashed once more, independently for every salt: splitmix64 (Steele, Lea, Flood 2014)."""
+    """Hash keys again, independently for every salt, by splitmix64 (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         z = keys + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -72,7 +72,7 @@ def mix_keys(keys: UInt64, salt: int) -> UInt64:
 
 
 def make_trace_demand(path: Path, size: str | None) -> Demand:
-    """A recorded trace; `size` (see `charges`) stands where the trace does not say what a model weighs.
+    """Make the demand of a trace; `size` (see `draw_charges`) is used for models whose size it does not contain.
 
     The first WARM_SHARE of its time fills the caches. Raises TraceInvalid, OSError, ValueError.
     """
@@ -89,7 +89,7 @@ def make_trace_demand(path: Path, size: str | None) -> Demand:
 
 
 def make_profile_demand(load: Load, seconds: float, warmup: float, size: str) -> Demand:
-    """A profile's models under the names of a test fleet. Raises ValueError as `Profile.schedule` and `charges` do."""
+    """Make the demand of a profile, with the names of a test fleet. Raises ValueError for a wrong profile or size."""
     schedule = load.schedule(seconds)
     warm = load.schedule(warmup, WARMUP) if warmup else None
     said = f"{load.models:,} models, {len(schedule.at) / seconds:,.4g} requests/s for {seconds:g} s"
@@ -97,7 +97,7 @@ def make_profile_demand(load: Load, seconds: float, warmup: float, size: str) ->
 
 
 def draw_charges(size: str, models: int) -> Int64:
-    """[models] bytes: `70KB` each, or `70KB:1` lognormal around that median, in CLASSES sizes dealt out evenly.
+    """Draw the bytes [models] of models: `70KB` each, or `70KB:1` lognormal around that median, in CLASSES sizes.
 
     Raises ValueError.
     """
@@ -116,7 +116,7 @@ def draw_charges(size: str, models: int) -> Int64:
 
 
 def _charges_of(trace: Trace, size: str | None) -> Int64:
-    """The last size that the trace gives of each model."""
+    """Return the last size of each model in the trace."""
     found = np.zeros(len(trace.names), np.int64)
     known = trace.size > 0
     found[trace.model[known]] = trace.size[known]
@@ -124,8 +124,6 @@ def _charges_of(trace: Trace, size: str | None) -> Int64:
     if unknown.any():
         if size is None:
             first = trace.names[int(unknown.argmax())]
-            raise ValueError(
-                f"the trace does not say what {first} weighs, nor {unknown.sum() - 1} others: --model-size"
-            )
+            raise ValueError(f"the trace has no size of {unknown.sum()} models, such as {first}: give --model-size")
         found[unknown] = draw_charges(size, int(unknown.sum()))
     return found

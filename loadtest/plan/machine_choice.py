@@ -1,4 +1,4 @@
-"""Finds the cheapest machines that keep a promise: how many of each kind, by simulation, and their monthly cost."""
+"""Finds by simulation how many machines of each kind reach the targets, and what they cost in a month."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,14 +15,14 @@ from loadtest.report.charts import format_number
 from server.contract import REQUEST_TIMEOUT_S
 
 MOST_NODES = 64
-DEARER = 4  #: times the cheapest: what would cost more is not looked at
-MOST_BUSY = 0.7  #: of a worker's time, on average over all, where the search begins: less is never enough
-MOST_REQUESTS = 60_000  #: simulated for each candidate
+DEARER = 4  #: as a multiple of the cheapest: more expensive machines are not simulated
+MOST_BUSY = 0.7  #: largest mean share of time that workers compute; the search starts with it
+MOST_REQUESTS = 60_000  #: number of requests simulated for each candidate
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What must be reached; None: no matter. `refused` as a share of requests, `availability` of the whole."""
+    """The targets to reach; None means no limit. `refused` is a share of requests, `availability` a share of time."""
 
     p99_ms: float | None = None
     hit_ratio: float | None = None
@@ -30,7 +30,7 @@ class Promise:
     availability: float = 0.999
 
     def missed(self, found: SimulationResult) -> str:
-        """What is not kept, in words; empty where all is."""
+        """Return the targets that are missed, in words; empty if all are reached."""
         if found.refused > self.refused:
             return f"refuses {found.refused:.2%}"
         if self.p99_ms is not None and found.ms["p99"] > self.p99_ms:
@@ -42,7 +42,7 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A kind of machine: `needed` of them keep the promise as `found`, `nodes` make it available; or `why` not."""
+    """A kind of machine: `needed` of them reach the targets (`found`), `nodes` keep enough up; or `why` it cannot."""
 
     machine: Machine
     needed: int = 0
@@ -62,9 +62,9 @@ def find_offers(
     seed: int = 0,
     look: Callable[[], None] = lambda: None,
 ) -> list[Offer]:
-    """Every kind of machine, the cheapest first, those that cannot last. `base`: policy, slabs, loader threads.
+    """Make an offer of every kind of machine, cheapest first; kinds that cannot reach the targets come last.
 
-    As many as keep the promise share the models, each on one of them. `look` is called once a kind.
+    `base` gives policy, slabs and loader threads. Each model is on one of the machines. `look` is called once a kind.
     """
     found: list[Offer] = []
     base = replace(base, replicas=1, loss=None)
@@ -110,7 +110,7 @@ def _find_offer(
 
 
 def _count_workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
-    """How many are needed at the very least: to compute, and to fetch in time what was never asked before."""
+    """Compute a lower bound of workers: for the computation, and for the loads of models never requested before."""
     compute = demand.rate * costs.row_s / MOST_BUSY
     new = np.count_nonzero(demand.asked())
     if demand.warm is not None:
@@ -120,7 +120,7 @@ def _count_workers(demand: Demand, costs: Costs, loader_threads: int) -> float:
 
 
 def _find_fewest(kept: Callable[[int], bool], least: int, most: int) -> int | None:
-    """The fewest nodes that are enough, from `least` to `most`: doubled until they are, then halved back."""
+    """Find the fewest sufficient nodes from `least` to `most`, by doubling and then by bisection."""
     low, high = least - 1, least
     while not kept(high):
         if high == most:
@@ -133,7 +133,7 @@ def _find_fewest(kept: Callable[[int], bool], least: int, most: int) -> int | No
 
 
 def find_cheapest_alone(prices: PriceTable, models: int, promise: Promise) -> tuple[Machine, int, float]:
-    """One endpoint per model, of the cheapest machine: which, how many for one endpoint, and the month of all."""
+    """For one endpoint per model: return the cheapest machine, how many an endpoint needs, and the monthly cost."""
     machine = min(prices.machine, key=lambda each: each.price_per_hour)
     instances = count_nodes(1, prices.availability, promise.availability)
     return machine, instances, prices.monthly(machine, instances * models)

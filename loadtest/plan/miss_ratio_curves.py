@@ -1,10 +1,10 @@
-"""Miss-ratio curves: what share of requests finds its model absent, by cache size, under the server's own policies.
+"""Miss-ratio curves: the share of requests whose model is absent, by cache size, under the server's own policies.
 
-A small fleet is replayed whole. Of a large one a sample of the *models* is, chosen by a hash of their names, in a cache
-smaller by the same factor: a miniature simulation (SHARDS: C. Waldspurger et al., "Efficient MRC Construction with
-SHARDS", FAST 2015, and "Cache Modeling and Optimization using Miniature Simulations", ATC 2017). Misses are counted
-against the requests that a sample of this size would expect, so that it matters little whether the most popular model
-is among them (their SHARDS-adj). Three samples that share no model say by how much the answer is off.
+A small fleet is replayed completely. Of a large one, a sample of the *models*, chosen by a hash of their names, is
+replayed in a cache smaller by the same factor, a miniature simulation (SHARDS: C. Waldspurger et al., "Efficient MRC
+Construction with SHARDS", FAST 2015, and "Cache Modeling and Optimization using Miniature Simulations", ATC 2017).
+Misses are divided by the requests that a sample of this size would expect, so that it matters little whether the most
+popular model is in the sample (their SHARDS-adj). Three samples that share no model give the standard error.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,9 @@ SIZES = (
     0.9,
     1.0,
     1.1,
-)  #: of what the fleet weighs; slabs are not filled to the end
+)  #: cache sizes as shares of the size of the fleet; beyond 1 because slabs are not filled completely
 SAMPLES, SAMPLED_MODELS, SAMPLED_REQUESTS = 3, 8_192, 250_000
-ROWS = 8  #: that a slab of a miniature holds at least
+ROWS = 8  #: least number of models in a slab of a miniature
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def compute_curve(
     most_requests: int = SAMPLED_REQUESTS,
     look: Callable[[], None] = lambda: None,
 ) -> MissRatioCurve:
-    """One policy's; `look` is called len(sizes) times. Raises ValueError for a policy that there is not."""
+    """Compute one policy's curve; `look` is called len(sizes) times. Raises ValueError for an unknown policy."""
     asked = len(np.flatnonzero(demand.asked()))
     requests = len(demand.schedule.at) + (0 if demand.warm is None else len(demand.warm.at))
     rate = min(1.0, max(min(most_models / asked, most_requests / requests), min(1.0, 500 / asked)))
@@ -73,7 +73,7 @@ def compute_curve(
 
 
 def _draw_samples(demand: Demand, rate: float) -> list[Int64]:
-    """The models of each sample. None of them is in two."""
+    """Draw the models of each sample; no model is in two samples."""
     if rate >= 1:
         return [np.arange(len(demand.names))]
     spread = mix_keys(demand.keys(), 0) / 2.0**64

@@ -1,4 +1,4 @@
-"""Which nodes serve a model, and which worker of a node. Both by rendezvous hashing.
+"""Chooses the nodes that serve a model, and the worker of a node, both by rendezvous hashing.
 
 The worker is chosen by the weights that the server's own router uses. What distributes requests over the nodes is not
 part of the server; the same rule is assumed for it, over hashes, so that a million names take about a second.
@@ -10,11 +10,11 @@ from loadtest.driver.profiles import Int64
 from loadtest.plan.demand import Demand, UInt64, mix_keys
 from server.contract import home_weight
 
-CHUNK = 65_536  #: models ranked at a time
+CHUNK = 65_536  #: number of models ranked at a time
 
 
 class Placement:
-    """A demand, and where its models are on whatever machines. What takes long for a million names is found once."""
+    """A demand, and the places of its models on any machines. Slow results for a million names are computed once."""
 
     def __init__(self, demand: Demand) -> None:
         self.demand = demand
@@ -25,7 +25,7 @@ class Placement:
         return f"<Placement of {self.demand!r}>"
 
     def homes(self, workers: int) -> Int64:
-        """[models] the index of each one's worker on its node; 0 for models without requests."""
+        """Return for each model [models] the index of its worker on its node; 0 for models without requests."""
         found = self._homes.get(workers)
         if found is None:
             found = self._homes[workers] = np.zeros(len(self.demand.names), np.int64)
@@ -34,7 +34,7 @@ class Placement:
         return found
 
     def nodes(self, nodes: int, most: int) -> Int64:
-        """[models, most] as `ranked`."""
+        """Return the nodes [models, most] of each model, as `rank_nodes` does."""
         if nodes == 1:
             return np.zeros((len(self.demand.names), 1), np.int64)
         if self._keys is None:
@@ -43,12 +43,12 @@ class Placement:
 
 
 def choose_worker(model: str, workers: int) -> int:
-    """The worker of `workers` that serves the model unless a worker is overloaded (see server/routing.py)."""
+    """Choose the worker that serves the model unless a worker is overloaded (see server/routing.py)."""
     return max(range(workers), key=lambda worker: home_weight(model, worker))
 
 
 def rank_nodes(keys: UInt64, nodes: int, most: int) -> Int64:
-    """[keys, most] each model's nodes, the highest weight first: that of a lost node falls to the next in line."""
+    """Rank the nodes [keys, most] of each model, highest weight first; if one is lost, the next takes its models."""
     most = min(most, nodes)
     found = np.empty((len(keys), most), np.int64)
     for start in range(0, len(keys), CHUNK):

@@ -17,13 +17,13 @@ from loadtest.report.charts import Axis, Chart, ChartLine, format_number
 from loadtest.report.tables import ReportTable
 
 MIB = 2**20
-LOADING = 0.9  #: share of the loader threads' time from which on loads wait for them
+LOADING = 0.9  #: share of the loader threads' time beyond which loads wait for a thread
 PERCENTILES = ("p50", "p90", "p99", "p99.9")
 
 
 @dataclass(frozen=True, slots=True)
 class PlanFindings:
-    """All of a plan. `sizes` in the order of their caches, `offers` the cheapest first."""
+    """The results of a plan: `sizes` in the order of their caches, `offers` with the cheapest first."""
 
     demand: Demand
     costs: Costs
@@ -35,11 +35,11 @@ class PlanFindings:
 
     @property
     def best(self) -> Offer | None:
-        """The cheapest that keeps the promise."""
+        """The cheapest offer that reaches the targets."""
         return next((offer for offer in self.offers if offer.found is not None), None)
 
     def as_json(self) -> dict[str, Any]:
-        """For a file."""
+        """Return the plan as JSON values for a file."""
         machine, instances, alone = find_cheapest_alone(self.prices, len(self.demand.names), self.promise)
         return {
             "demand": {
@@ -58,7 +58,7 @@ class PlanFindings:
         }
 
     def html(self) -> str:
-        """One file for the browser."""
+        """Render the plan as one HTML file."""
         return render_document(
             "page.plan.html",
             self.charts(),
@@ -77,7 +77,7 @@ class PlanFindings:
     # --- in words ---------------------------------------------------------------------------------------------------
 
     def sentences(self) -> Iterator[str]:
-        """How many fit, what the tail will be, what it costs."""
+        """Say how many models fit, the tail latency, and the cost."""
         models, best = len(self.demand.names), self.best
         yield f"{models:,} models weigh {_format_size(self.demand.fleet_bytes)} in the cache."
         if best is not None and best.found is not None:
@@ -96,7 +96,7 @@ class PlanFindings:
     # --- in numbers -------------------------------------------------------------------------------------------------
 
     def tables(self) -> list[ReportTable]:
-        """By cache size, by machine, and one endpoint per model against one fleet."""
+        """Make the tables by cache size, by machine, and of one endpoint per model against one fleet."""
         found = [self._by_size(), self._by_machine()]
         if self.sizes and self.sizes[0].after is not None:
             found.insert(1, self._after())
@@ -160,7 +160,7 @@ class PlanFindings:
     # --- in curves --------------------------------------------------------------------------------------------------
 
     def charts(self) -> list[Chart]:
-        """Miss ratio, latency and hit ratio by cache size."""
+        """Make the charts of miss ratio, latency and hit ratio by cache size."""
         size = Axis("cache of all nodes, MiB")
         misses = [
             ChartLine(each.policy, [b / MIB for b in each.cache_bytes], [100 * ratio for ratio in each.miss_ratio])
@@ -182,7 +182,7 @@ class PlanFindings:
 
 
 def count_models_that_fit(demand: Demand, machines: Machines) -> int:
-    """How many models the caches hold, each as often as it has replicas: whole slabs of rows of one size."""
+    """Count the models that the caches hold: each as often as it has replicas, in whole slabs of rows of one size."""
     each = machines.cache_bytes // machines.workers // machines.slab_bytes
     slabs = each * machines.workers * machines.nodes / machines.replicas
     rows = np.maximum(1, machines.slab_bytes // demand.charge)

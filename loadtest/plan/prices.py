@@ -1,4 +1,4 @@
-"""Prices of machines, from a table that the user edits; one endpoint per model beside one fleet."""
+"""Prices of machines, from a table that the user edits, and the cost of one endpoint per model beside one fleet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,24 +34,24 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def device(self) -> str:
-        """Where its models run, as costs name it."""
+        """The device on which its models run, under the name that costs have for it."""
         return "cuda" if self.accelerator else "cpu"
 
     @property
     def workers(self) -> int:
-        """As many as the server starts by itself: one on an accelerator, else one core is the front's."""
+        """The number of workers that the server starts by default: one on an accelerator, else the cores less one."""
         return 1 if self.accelerator else max(1, self.vcpu - 1)
 
     @property
     def cache_bytes(self) -> int:
-        """Memory for models, of all workers together."""
+        """The memory for models, of all workers together."""
         if self.accelerator:
             return int((self.device_memory_gib - DEVICE_RESERVE_GIB) * GIB)
         return int(self.memory_gib * GIB * CACHE_SHARE)
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A published comparison: `instances` of `each` for every one of the models, against as many of `fleet` for all."""
+    """A published comparison: `instances` of `each` for every model, against as many of `fleet` for all models."""
 
     said: str
     models: int
@@ -76,17 +76,17 @@ class PriceTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("a price table has machines, hours_per_month above 0, and an availability of 0 to 1")
 
     def monthly(self, machine: Machine, count: int) -> float:
-        """What so many cost in a month."""
+        """Return the cost of so many machines in a month."""
         return machine.price_per_hour * count * self.hours_per_month
 
     def money(self, amount: float) -> str:
-        """As the reader writes it."""
+        """Format an amount in the currency of the table."""
         return f"{self.currency}{amount:,.0f}"
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A month of one endpoint per model, and of one fleet for all."""
+    """The monthly costs of one endpoint per model, and of one fleet for all."""
 
     each: float
     fleet: float
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def compare_published(prices: PriceTable) -> Comparison | None:
-    """The published example from its inputs."""
+    """Compute the published example from its inputs."""
     found = prices.published
     if found is None:
         return None
@@ -109,7 +109,7 @@ def compare_published(prices: PriceTable) -> Comparison | None:
 
 
 def read_prices(path: Path = EXAMPLE) -> PriceTable:
-    """Raises ValueError that names the file and what is wrong in it; OSError."""
+    """Read a price table. Raises ValueError that names the file and the error in it, OSError."""
     try:
         return msgspec.toml.decode(path.read_bytes(), type=PriceTable)
     except (msgspec.MsgspecError, ValueError) as wrong:
@@ -119,9 +119,9 @@ def read_prices(path: Path = EXAMPLE) -> PriceTable:
 
 
 def count_nodes(needed: int, each: float, wanted: float) -> int:
-    """How many machines, each up for a share `each` of time, so that `needed` are up for a share `wanted` of it.
+    """Count the machines, each up for a share `each` of time, so that `needed` are up for a share `wanted` of it.
 
-    Raises ValueError where that would take more than MOST_MACHINES.
+    Raises ValueError if that takes more than MOST_MACHINES.
     """
     for nodes in range(needed, MOST_MACHINES + 1):
         enough = sum(comb(nodes, up) * each**up * (1 - each) ** (nodes - up) for up in range(needed, nodes + 1))

@@ -16,20 +16,20 @@ from loadtest.plan.demand import Demand
 from loadtest.plan.placement import Placement
 from loadtest.plan.simulated_worker import COALESCED, HIT, MISS, REFUSED, SimulatedModel, SimulatedWorker
 from model_store.cache.cache import Cache
-from model_store.cache.eviction import policy_named
+from model_store.cache.eviction import make_policy
 from server.contract import EVICTION_POLICY, LOADER_THREADS, SLAB_BYTES
 
 LEVELS = (50, 90, 99, 99.9)
-MOST_REQUESTS = 300_000  #: that are simulated at least where there are so many; beyond, fewer workers
+MOST_REQUESTS = 300_000  #: requests that are simulated at least; if there are more, workers are sampled
 
 
 def make_cache(budget_bytes: int, slab_bytes: int, policy: str) -> Cache:
-    """The server's, of a policy by name. Raises ValueError for one that there is not."""
-    return Cache(budget_bytes, slab_bytes, policy=policy_named(policy))
+    """Make the server's cache with a policy by name. Raises ValueError for an unknown policy."""
+    return Cache(budget_bytes, slab_bytes, policy=make_policy(policy))
 
 
 def list_models(demand: Demand, asked: Int64) -> list[SimulatedModel]:
-    """[n] the models that are asked, one object for each."""
+    """Return the models [n] as the cache sees them, one object for each."""
     names, charge = demand.names, demand.charge
     known = {i: SimulatedModel(names[i], int(charge[i]), f"{charge[i]} bytes") for i in np.unique(asked).tolist()}
     return [known[i] for i in asked.tolist()]
@@ -37,7 +37,7 @@ def list_models(demand: Demand, asked: Int64) -> list[SimulatedModel]:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A node that is gone from this second on."""
+    """A node that is lost at this second."""
 
     node: int
     at_s: float
@@ -63,7 +63,7 @@ class Machines:
             raise ValueError("a node can be lost only where others stay")
 
     def cache(self) -> Cache:
-        """A worker's, empty. Raises ValueError where it would be less than a slab."""
+        """Make an empty cache of one worker. Raises ValueError if it is smaller than a slab."""
         each = self.cache_bytes // self.workers
         if each < self.slab_bytes:
             raise ValueError(f"{self.cache_bytes} bytes for {self.workers} workers are less than a slab each")
@@ -72,11 +72,11 @@ class Machines:
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """What was found of machines. Latencies in ms by percentile `p50` ...; shares of all requests.
+    """The results of machines: latencies in ms by percentile (`p50`, ...), and shares of all requests.
 
-    `busy`: the share of time that the busiest simulated worker computes; `loading`: that the loader threads of the one
-    that loads most are taken. `error`: a standard error of the hit ratio, 0 where every worker was simulated. `after`:
-    the same of what came after a loss.
+    `busy` is the share of time that the busiest simulated worker computes; `loading` is the share of time that the
+    loader threads are busy in the worker that loads most. `error` is the standard error of the hit ratio, 0 if every
+    worker was simulated. `after` has the results after a loss.
     """
 
     machines: Machines
@@ -102,7 +102,7 @@ def simulate(
     most: int = MOST_REQUESTS,
     look: Callable[[float], None] | None = None,
 ) -> SimulationResult:
-    """Every request of some workers or of all; `look` hears the share that is done. Raises ValueError as `cache`."""
+    """Simulate every request of all or some workers; `look` gets the share done. Raises ValueError as `cache`."""
     placed = _PlacedDemand(placement, machines)
     chosen = placed.chosen(most)
     parts = []
@@ -119,9 +119,9 @@ def simulate(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WorkerResult:
-    """A simulated worker's requests [n] and how many workers it speaks for.
+    """A simulated worker's requests [n], and the number of workers that it represents.
 
-    Per second: `loads`, `busy`, and `loading` of a loader thread.
+    `loads`, `busy`, and `loading` of a loader thread are per second.
     """
 
     at: Float64
@@ -133,12 +133,12 @@ class _WorkerResult:
     weight: float
 
     def since(self, at_s: float) -> "_WorkerResult":
-        """Those from a second on."""
+        """Return the requests from a second on."""
         late = self.at >= at_s
         return replace(self, at=self.at[late], seconds=self.seconds[late], outcome=self.outcome[late])
 
     def count(self, *outcomes: int) -> int:
-        """Of its requests."""
+        """Count its requests with this outcome."""
         return int(np.isin(self.outcome, outcomes).sum())
 
 
@@ -152,7 +152,7 @@ class _PlacedDemand:
         self.lost_node = -1 if loss is None else loss.node
         self.homes = placement.homes(machines.workers)
         self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # the replicas, and the next node
-        self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the place in line that is lost
+        self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the rank of the lost node
         if loss is not None:
             found = self.nodes == loss.node
             self.lost = np.where(found.any(axis=1), found.argmax(axis=1), machines.nodes)
@@ -173,12 +173,12 @@ class _PlacedDemand:
         return [(alive[0], 1.0), *((worker, len(others) / len(picked)) for worker in picked)]
 
     def requests(self, since_s: float = 0.0) -> int:
-        """How many there are for all workers that `chosen` chooses from."""
+        """Return the number of requests for all workers from which `chosen` samples."""
         stays = self.worker // self.machines.workers != self.lost_node
         return int((stays & (self.demand.schedule.at >= since_s)).sum())
 
     def run(self, worker: int, weight: float, costs: Costs, seed: int) -> _WorkerResult:
-        """A worker's requests, after those that fill its cache."""
+        """Simulate the requests of a worker, after those that fill its cache."""
         rng = np.random.default_rng([seed, worker])
         simulated = SimulatedWorker(self.machines.cache(), costs, rng, self.machines.loader_threads)
         warm, schedule, seconds = self.demand.warm, self.demand.schedule, self.demand.schedule.seconds
@@ -192,7 +192,7 @@ class _PlacedDemand:
         return _WorkerResult(at, took, ran.outcome, loads, busy, loading, weight)
 
     def _workers(self, schedule: Schedule, loss: Loss | None) -> Int64:
-        """[n] the worker of each request: a model's replicas take turns; after a loss the next node takes over."""
+        """Return the worker of each request [n]: a model's replicas take turns; the next node replaces a lost one."""
         machines, count = self.machines, np.arange(len(schedule.at))
         line = count % machines.replicas
         if loss is not None:
@@ -203,10 +203,11 @@ class _PlacedDemand:
 
 
 def _combine_workers(machines: Machines, parts: Sequence[_WorkerResult], requests: int) -> SimulationResult:
-    """`requests`: of all workers.
+    """Estimate the results of all workers, which have `requests` requests, from the simulated ones.
 
-    Misses and refusals are what the simulated workers speak for: whoever else has as many models has about as many of
-    them. Hits are the rest of the requests, since it is those by which a worker with a popular model differs.
+    Misses and refusals are scaled by the workers that each simulated one represents, because workers with as many
+    models have about as many of them. Hits are the rest of the requests, since a worker with a popular model differs
+    from others only in its hits.
     """
     total = max(1, requests)
     cold, refused = (
@@ -230,7 +231,9 @@ def _combine_workers(machines: Machines, parts: Sequence[_WorkerResult], request
 
 
 def _compute_percentiles(parts: Sequence[_WorkerResult], hits: float) -> dict[str, float]:
-    """Of all requests: each worker's as often as it speaks for workers, its hits so often that all are so many."""
+    """Compute percentiles over all requests: a worker's requests are weighted by the workers that it represents, and
+    its hits so that the weights sum to all hits.
+    """
     seconds = np.concatenate([part.seconds for part in parts])
     if not len(seconds):
         return {f"p{level:g}": 0.0 for level in LEVELS}
@@ -246,7 +249,7 @@ def _compute_percentiles(parts: Sequence[_WorkerResult], hits: float) -> dict[st
 
 
 def _estimate_error(parts: Sequence[_WorkerResult]) -> float:
-    """A standard error of how many do not hit, from how those differ that speak for others."""
+    """Estimate the standard error of the misses, from the differences among the sampled workers."""
     missed = [part.count(MISS, COALESCED, REFUSED) for part in parts[1:]]
     if not missed or parts[1].weight == 1 or len(missed) == 1:
         return 0.0

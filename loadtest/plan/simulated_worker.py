@@ -35,13 +35,13 @@ from server.contract import (
 HIT, MISS, COALESCED, REFUSED = map(ACCESS_LOG_OUTCOMES.index, ("hit", "miss", "coalesced", "refused"))
 _STEP, _FETCHED, _BUILT = range(3)
 DRAWS = 4_096
-#: Of a load's time beside its GET, that the interpreter is taken: reading, checking and building a model from disk are
-#: 0.4 ms of work in a loop (loader alone, 70 KB), a load is 1.1: threads that wake one another are the rest.
+#: The share of a load's time, without its GET, that needs the interpreter. To read, check and build a model from disk
+#: takes 0.4 ms of work in a loop (loader alone, 70 KB), but a load takes 1.1 ms: the rest is the waking of threads.
 HELD = 0.4
 
 
 class SimulatedModel(NamedTuple):
-    """What the cache is told of a model."""
+    """A model as the cache sees it."""
 
     name: ModelName
     charge: int
@@ -50,9 +50,9 @@ class SimulatedModel(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkerRun:
-    """What became of requests [n]: seconds in the worker; HIT, MISS, COALESCED or REFUSED.
+    """The results of requests [n]: seconds in the worker, and HIT, MISS, COALESCED or REFUSED.
 
-    `busy_s` it computed; `loading_s` its loader threads were taken, all together.
+    `busy_s` is the time that it computed; `loading_s` the busy time of all its loader threads together.
     """
 
     wait: Float64
@@ -64,7 +64,7 @@ class WorkerRun:
 
 @dataclass(slots=True)
 class SimulatedWorker:
-    """What a worker holds. Times are seconds since the start of the load; before that the caches fill."""
+    """The state of a worker. Times are seconds since the start of the load; negative ones are while caches fill."""
 
     cache: Cache
     costs: Costs
@@ -76,7 +76,7 @@ class SimulatedWorker:
         return f"<SimulatedWorker {self.cache!r}>"
 
     def fill(self, models: Iterable[SimulatedModel], now: float = 0.0) -> int:
-        """Requests one after the other, each waited for and in no time at all. Returns how many were hits."""
+        """Run requests one after the other, each completely and in no time. Returns the number of hits."""
         hits = 0
         for model in models:
             slot = self.cache.lease(model.name, now)
@@ -93,7 +93,7 @@ class SimulatedWorker:
         return hits
 
     def place(self, model: SimulatedModel, now: float) -> Placed | Wait | Refuse:
-        """Room for a model that is built; evicts and moves as the cache says."""
+        """Place a built model; evict and move others as the cache decides."""
         while True:
             placement = self.cache.place(model.name, "", model.charge, now, model.family)
             if isinstance(placement, Evict):
@@ -106,16 +106,16 @@ class SimulatedWorker:
                 return placement
 
     def fail(self, model: SimulatedModel, now: float) -> None:
-        """Its load is over without it: it is larger than the worker's share of the cache."""
+        """End the load of a model that is larger than the worker's share of the cache."""
         self.cache.failed(model.name, NoRoom(f"{model.name}: more than there is"), now)
 
     def run(self, at: Float64, asked: Sequence[SimulatedModel]) -> WorkerRun:
-        """Requests at `at` [n], each for a model."""
+        """Run requests at the times `at` [n], each for one model."""
         return _WorkerLoad(self, at, asked).run()
 
 
 class _WorkerLoad:
-    """A load under way: requests are numbers."""
+    """The run of one load of requests, which are numbers."""
 
     def __init__(self, worker: SimulatedWorker, at: Float64, asked: Sequence[SimulatedModel]) -> None:
         n = len(at)
@@ -139,7 +139,7 @@ class _WorkerLoad:
         return f"<_WorkerLoad {self.inside} inside, {len(self.waiting)} models awaited>"
 
     def run(self) -> WorkerRun:
-        """All of it."""
+        """Run until all requests have their results."""
         at, n, i = self.at, len(self.at), 0
         while i < n or self.events:
             if i < n and (not self.events or at[i] <= self.events[0][0]):
@@ -175,7 +175,7 @@ class _WorkerLoad:
             self._fetch(now)
 
     def _queue(self, i: int, slot: Slot, outcome: int) -> None:
-        """It runs in its family's next step."""
+        """Queue a request for the next step of its family."""
         self.outcome[i], self.slots[i] = outcome, slot
         self.ready.setdefault(self.asked[i].family, deque()).append(i)
 
@@ -201,7 +201,7 @@ class _WorkerLoad:
     # --- loads ------------------------------------------------------------------------------------------------------
 
     def _fetch(self, now: float) -> None:
-        """Loader threads that are free take the next loads; the store is asked unless it was a short while ago."""
+        """Give the next loads to free loader threads; the store is asked unless it was asked a short while ago."""
         while self.threads and self.queued:
             self.threads -= 1
             self.loading_s -= now
@@ -214,7 +214,7 @@ class _WorkerLoad:
             heapq.heappush(self.events, (ready + build - self.held[i], _FETCHED, (i,)))
 
     def _place(self, now: float) -> None:
-        """Built models in order until one must wait for room; whoever waited for one is ready."""
+        """Place built models in order until one must wait for room; requests for a placed model become ready."""
         while self.built:
             model = self.asked[self.built[0]]
             placement = self.worker.place(model, now)
@@ -237,7 +237,7 @@ class _WorkerLoad:
     # --- the interpreter --------------------------------------------------------------------------------------------
 
     def _turn(self, now: float) -> None:
-        """Steps and builds take turns where both have work."""
+        """Run a step or a build; they take turns if both have work."""
         if self.built:
             self._place(now)
         if self.to_build and (self.stepped or not self.ready):
@@ -261,7 +261,7 @@ class _WorkerLoad:
 
 
 class _Draws:
-    """A distribution's draws, some thousand at a time."""
+    """Draws from a distribution, made some thousand at a time."""
 
     def __init__(self, seen: Sample, rng: np.random.Generator) -> None:
         self._seen, self._rng = seen, rng

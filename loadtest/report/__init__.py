@@ -20,20 +20,20 @@ __all__ = ["NotAResult", "load_record", "render_document", "render_page", "rende
 
 HERE = Path(__file__).parent
 MOST_RUNS = len(TAGS)
-MOST_ROWS = 200  #: of the table behind a chart; a longer one is thinned evenly
+MOST_ROWS = 200  #: most rows of the table behind a chart; a longer one is thinned evenly
 
 
 def write_report(paths: Sequence[Path], out: Path) -> None:
-    """Report one result, or compare two: `page` of what `load` finds. Raises NotAResult, OSError, ValueError."""
+    """Write the report of one run, or of two compared. Raises NotAResult, OSError, ValueError."""
     names = [path.name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
     out.write_text(render_page([load_record(path) for path in paths], labels), encoding="utf-8")
 
 
 def render_page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
-    """The HTML of one run or of two beside each other; `labels` says what to call them.
+    """Render the HTML of one run, or of two side by side with the names `labels`.
 
-    Raises NotAResult when a run is not a load run's record, ValueError for another number of runs.
+    Raises NotAResult if a run is not the record of a load run, ValueError for another number of runs.
     """
     if not 1 <= len(runs) <= MOST_RUNS or len(labels) != len(runs):
         raise ValueError(f"a report is of one run or two, each with a label, not of {len(runs)} with {len(labels)}")
@@ -52,14 +52,14 @@ def render_page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str
 
 
 def render_document(template: str, drawn: Sequence[Chart], **more: Any) -> str:
-    """A template of this folder with the charts, and whatever else it shows; needs nothing but itself."""
+    """Render a template of this folder with the charts and its other values, as a self-contained page."""
     return render_standalone(
         template, ["page.css"], "page.js", [_describe_chart(chart) for chart in drawn], charts=drawn, **more
     )
 
 
 def render_standalone(template: str, styles: Sequence[str], script: str, data: object, **more: Any) -> str:
-    """A template of this folder with uPlot, style sheets, a script and the data that it draws, all within the page."""
+    """Render a template of this folder with uPlot, style sheets, a script and its data, all within the page."""
     library = _find_uplot()
     style = Markup("\n".join(map(_read_text, (library / "uPlot.min.css", *(HERE / name for name in styles)))))  # noqa: S704
     code = Markup("\n".join(map(_read_text, (library / "uPlot.iife.js", HERE / script))))  # noqa: S704
@@ -78,7 +78,7 @@ def render_standalone(template: str, styles: Sequence[str], script: str, data: o
 
 
 def _make_environment() -> jinja2.Environment:
-    """Everything a run's file says is escaped: only our own style, script and encoded data are marked as safe."""
+    """Make the environment. All text of a run is escaped; only our own style, script and encoded data are safe."""
     house = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -91,26 +91,26 @@ def _make_environment() -> jinja2.Environment:
 
 
 def _list_table_rows(chart: Chart) -> tuple[list[list[float | None]], str]:
-    """The rows of the table behind a chart, and what to say when there were too many."""
+    """List the rows of the table behind a chart, and a note if there were too many."""
     every = -(-len(chart.rows) // MOST_ROWS)
     said = f"Every {every}th of {len(chart.rows):,} rows." if every > 1 else ""
     return chart.rows[:: max(every, 1)], said
 
 
 def _describe_chart(chart: Chart) -> dict[str, Any]:
-    """What the page's script draws. Each line keeps its own x: a gap is not another run's moment."""
+    """Describe a chart for the script of the page. Each line keeps its own x, so that gaps of one run stay gaps."""
     lines = [line._asdict() | {"hue": hue} for line, hue in zip(chart.lines, chart.hues, strict=True)]
     return {"x": asdict(chart.x), "y": asdict(chart.y), "lines": lines}
 
 
 def _embed_json(data: object) -> Markup:
-    """JSON that cannot end the element it stands in."""
+    """Encode JSON that cannot close the element that contains it."""
     text = msgspec.json.encode(data).decode()
     return Markup(text.replace("<", "\\u003c"))  # noqa: S704
 
 
 def _find_uplot() -> Path:
-    """Where `uplot-python` keeps uPlot (MIT licence); the package is not imported, since that imports IPython."""
+    """Find the uPlot (MIT licence) of `uplot-python` without importing the package, which would import IPython."""
     found = find_spec("uplot")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("reports need uPlot: pip install 'fleetcast[load]'")
@@ -122,5 +122,5 @@ def _read_text(file: Path) -> str:
 
 
 def _hash_text(text: str) -> str:
-    """What the Content-Security-Policy knows an inline script or style by."""
+    """Hash an inline script or style for the Content-Security-Policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

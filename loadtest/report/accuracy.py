@@ -7,14 +7,14 @@ from loadtest.report import render_document
 from loadtest.report.charts import NOTHING, Axis, Chart, ChartLine
 from loadtest.report.tables import ReportTable
 
-CURVES = 5  #: recipes and mixtures of a chart; the published ensemble is the last line
+CURVES = 5  #: most recipes and mixtures of a chart, whose last line is the published ensemble
 PEER = "dnn_ensemble"
 LEVEL = "DNN ensemble, published, fitted daily"
 Curves = dict[str, dict[int, float]]  #: rMAE by recipe or mixture, and days between two fits
 
 
 def render_accuracy_page(record: Mapping[str, Any]) -> str:
-    """The HTML. Raises KeyError for a record of something else."""
+    """Render the page. Raises KeyError for a record of another benchmark."""
     results = record["results"]
     found, days = results["markets"], results["test_days"]
     curves = {name: _collect_curves(each) for name, each in found.items()}
@@ -30,7 +30,7 @@ def render_accuracy_page(record: Mapping[str, Any]) -> str:
 
 
 def _collect_curves(found: Mapping[str, Any]) -> Curves:
-    """Of one market."""
+    """Collect the curves of one market."""
     curves: Curves = {}
     for row in found["rows"]:
         curves.setdefault(row["name"], {})[row["every"]] = row["rmae"]
@@ -38,13 +38,13 @@ def _collect_curves(found: Mapping[str, Any]) -> Curves:
 
 
 def _choose_best(markets: Sequence[Curves]) -> list[str]:
-    """The best of all markets together, of those that all have: the same in every chart, in the same colours."""
+    """Choose the best over all markets among those that all have, so that all charts have the same lines."""
     names = [name for name in markets[0] if all(name in each for each in markets)]
     return sorted(names, key=lambda name: sum(min(each[name].values()) for each in markets))[:CURVES]
 
 
 def _build_chart(name: str, curves: Curves, peer: float, kept: Sequence[str], days: int) -> Chart:
-    """Of one market rMAE by the days between two fits; `days` apart is once."""
+    """Chart the rMAE of one market by the days between two fits; `days` means a single fit."""
     found = {label: sorted(curves[label].items()) for label in kept}
     lines = [ChartLine(label, [float(x) for x, _ in points], [y for _, y in points]) for label, points in found.items()]
     lines.append(ChartLine(LEVEL, [1.0, float(days)], [peer, peer]))
@@ -54,7 +54,7 @@ def _build_chart(name: str, curves: Curves, peer: float, kept: Sequence[str], da
 
 
 def build_tables(results: Mapping[str, Any]) -> Iterator[ReportTable]:
-    """Scores by market: published ones, ours, and fev-bench's."""
+    """Make tables of scores by market: published ones, ours, and those of fev-bench."""
     found, days = results["markets"], results["test_days"]
     rows = [[model, *(f"{each['published'][model]['rmae']:.3f}" for each in found.values())]
             for model in next(iter(found.values()))["published"]]  # fmt: skip

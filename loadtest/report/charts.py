@@ -7,11 +7,11 @@ from typing import Literal, NamedTuple
 
 from loadtest.report.results_schema import Buckets, Column, Latency, OverTime, Results, ServerOverTime, decode_histogram
 
-TAGS = ("A", "B")  #: how two runs are called
+TAGS = ("A", "B")  #: names of two runs
 CACHE = ("all", "hit", "miss", "coalesced")
-MAX_LINES = 6  #: as many colours and dashes the page has
+MAX_LINES = 6  #: most lines of a chart: the page has as many colours and dashes
 PER_DECADE = 20  #: points of a distribution
-NOTHING = "—"  #: stands for a number that is not there
+NOTHING = "—"  #: shown for a missing number
 
 
 class ChartLine(NamedTuple):
@@ -24,7 +24,7 @@ class ChartLine(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """`kind` decides how the page writes a value; `top` ends a linear axis, which else ends above its data.
+    """`kind` decides the format of a value; `top` is the end of a linear axis, by default just above its data.
 
     A linear axis begins at 0, or `near` its data, for lines that are told apart by a few percent.
     """
@@ -46,7 +46,7 @@ class Chart:
     y: Axis
     lines: list[ChartLine]
     hues: list[int]
-    rows: list[list[float | None]] = field(init=False)  #: x, then each line's y: the table behind the chart
+    rows: list[list[float | None]] = field(init=False)  #: the table behind the chart: x, then the y of each line
 
     def __post_init__(self) -> None:
         rows: dict[float, list[float | None]] = {}
@@ -70,7 +70,7 @@ Lines = Callable[[Results], Iterable[ChartLine]]
 
 
 def format_number(value: float | None) -> str:
-    """About three digits, in thousands with commas; a dash for nothing."""
+    """Format about three digits, with commas between thousands; a dash for a missing number."""
     if value is None:
         return NOTHING
     size = abs(value)
@@ -80,13 +80,13 @@ def format_number(value: float | None) -> str:
 
 
 def build_charts(runs: Sequence[Results]) -> list[Chart]:
-    """The charts of one run or of two over each other, without those for which nothing was recorded."""
+    """Build the charts of one run, or of two overlaid, without charts that have no data."""
     drawn = [*_from_the_driver(runs), *_from_the_server(runs), *_of_a_ramp(runs)]
     return [chart for chart in drawn if chart.lines]
 
 
 def _make_chart(runs: Sequence[Results], title: str, says: str, x: Axis, y: Axis, lines: Lines) -> Chart:
-    """At most MAX_LINES, without those that have no value; a logarithmic axis has no place for 0."""
+    """Make a chart of at most MAX_LINES lines that have values; a logarithmic axis cannot show 0."""
     kept: list[ChartLine] = []
     hues = []
     for i, run in enumerate(runs):
@@ -142,7 +142,7 @@ def _make_hit_lines(run: Results) -> Iterator[ChartLine]:
 
 
 def name_latency_row(name: str) -> str:
-    """A kind of request in the words of a heading."""
+    """Name a kind of request in words for a heading."""
     return {"all": "all requests", "hit": "hits", "miss": "misses"}.get(name, name)
 
 
@@ -215,7 +215,7 @@ def _share_within(buckets: Buckets) -> tuple[list[float], Column]:
 
 
 def _make_memory_lines(*, in_all: bool) -> Lines:
-    """A line per process, or their sum where that would be too many."""
+    """Make a line per process, or their sum if that would be too many lines."""
 
     def lines(run: Results) -> Iterator[ChartLine]:
         columns = dict(run["memory_over_time"] or {})

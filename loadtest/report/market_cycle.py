@@ -16,18 +16,18 @@ from loadtest.report.tables import ReportTable
 
 Float64 = npt.NDArray[np.float64]
 
-MOST_CHARTED = 9  #: products with charts of their own
-MOST_MAPPED = 200  #: products in the map
-MOST_POINTS = 1_000_000  #: numbers of scenarios in the page; beyond, fewer scenarios are drawn
-PAIRS = 8  #: that are named beside the map, of either kind
-DIGITS = 5  #: of a price
+MOST_CHARTED = 9  #: most products with charts
+MOST_MAPPED = 200  #: most products in the map
+MOST_POINTS = 1_000_000  #: most numbers of scenarios in the page; beyond it, fewer scenarios are drawn
+PAIRS = 8  #: pairs of either kind that are named beside the map
+DIGITS = 5  #: digits of a price
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CycleResults:
-    """What the page shows. `prices` [products, 2 * steps] from `start`: before the last forecast, and under it.
+    """The contents of the page. `prices` [products, 2 * steps] from `start` lie before and during the last forecast.
 
-    `together` [products, products] are correlations. `calls`: what was called, and the line that does it again.
+    `together` [products, products] are correlations. `calls` are the calls, and the commands that repeat them.
     """
 
     title: str
@@ -42,7 +42,7 @@ class CycleResults:
 
 
 def render_cycle_page(drawn: CycleResults) -> str:
-    """The HTML."""
+    """Render the page."""
     last = drawn.turns[-1]
     alike, opposed = find_extremes(drawn.products, drawn.together, PAIRS)
     kept = last.scenarios[:, choose_charted(drawn.products)]
@@ -68,7 +68,7 @@ def render_cycle_page(drawn: CycleResults) -> str:
 
 
 def choose_charted(products: Sequence[str]) -> list[int]:
-    """Which get charts: the first of each group (`region/`, `region.`), the last of each, the second, and so on."""
+    """Choose the charted products: the first of each group (`region/`, `region.`), the last, the second, and so on."""
     groups: dict[str, list[int]] = {}
     for i, product in enumerate(products):
         groups.setdefault(product.rpartition("/" if "/" in product else ".")[0], []).append(i)
@@ -79,7 +79,7 @@ def choose_charted(products: Sequence[str]) -> list[int]:
 
 
 def format_budget_share(ms: float) -> str:
-    """What milliseconds are of the market's time."""
+    """Format milliseconds as a share of the time of the market."""
     percent = ms / BUDGET_S / 10
     return f"{percent:.2f} %" if percent >= 0.01 else "< 0.01 %"  # noqa: PLR2004 -- the last digit shown
 
@@ -87,10 +87,7 @@ def format_budget_share(ms: float) -> str:
 def find_extremes(
     products: Sequence[str], together: Float64, most: int
 ) -> tuple[list[tuple[str, str, float]], list[tuple[str, str, float]]]:
-    """The pairs that are most alike, from the highest correlation, and those most opposed, from the lowest.
-
-    Only pairs above 0 are alike, and only those below are opposed.
-    """
+    """Find the pairs with the highest positive correlations, and those with the lowest negative ones."""
     pairs = ((float(together[i, j]), i, j) for i, j in combinations(range(len(products)), 2))
     found = [(products[i], products[j], value) for value, i, j in sorted(pairs, key=lambda pair: -pair[0])]
     alike = [pair for pair in found[:most] if pair[2] > 0]
@@ -116,7 +113,7 @@ def _name_ends(turns: Sequence[Turn]) -> list[tuple[str, Turn]]:
 
 
 def _make_stage_table(turns: Sequence[Turn]) -> ReportTable:
-    """Milliseconds of the first turn and of the last, and what the last is of the budget."""
+    """Make a table of the milliseconds of the first and the last turn, and the share of the budget of the last."""
     rows = [
         [stage, *(f"{each.ms[stage]:.1f}" for _, each in _name_ends(turns)), format_budget_share(turns[-1].ms[stage])]
         for stage in STAGES
@@ -133,7 +130,7 @@ def _make_pair_table(title: str, pairs: Sequence[tuple[str, str, float]]) -> Rep
 
 
 def _encode_data(drawn: CycleResults, most: int) -> dict[str, Any]:
-    """What the page's script draws. Times are seconds, prices to DIGITS digits, correlations in percent."""
+    """Encode the data of the page's script. Times are seconds, prices to DIGITS digits, correlations in percent."""
     last, seconds = drawn.turns[-1], drawn.step.total_seconds()
     begin = drawn.start.replace(tzinfo=drawn.start.tzinfo or UTC).timestamp()
     steps, count = drawn.prices.shape[1], min(len(drawn.products), MOST_MAPPED)
@@ -156,7 +153,7 @@ def _encode_data(drawn: CycleResults, most: int) -> dict[str, Any]:
 
 
 def _round_numbers(values: npt.NDArray[Any]) -> Any:
-    """Nested lists of numbers that are short to write; None where there is none."""
+    """Round to nested lists of short numbers; None for missing ones."""
     if values.ndim > 1:
         return [_round_numbers(each) for each in values]
     return [float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None for value in values.tolist()]

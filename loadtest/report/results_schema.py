@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError("the load tester needs hdrhistogram: pip install 'fleetcast[load]'") from missing
 
-Column = list[float | None]  #: one value per row of time; None where there is nothing to say
+Column = list[float | None]  #: one value per row of time; None for missing ones
 
 
 class NotAResult(ValueError):
@@ -34,7 +34,7 @@ Latency.__doc__ = "Percentiles, and in `hdr` the whole distribution of microseco
 
 
 class OverTime(TypedDict):
-    """What the driver saw, by the requests' intended time; all of one length."""
+    """Measurements of the driver by intended time; all lists have one length."""
 
     t_s: list[float]
     due_per_s: Column
@@ -47,7 +47,7 @@ class OverTime(TypedDict):
 
 
 class ServerOverTime(TypedDict):
-    """What the server's metrics said during the run; all of one length."""
+    """Metrics of the server during the run; all lists have one length."""
 
     t_s: list[float]
     hit_ratio: Column
@@ -61,7 +61,7 @@ class ServerOverTime(TypedDict):
 
 
 class Metrics(TypedDict):
-    """What the run added to the server's counters."""
+    """The increase of the server's counters during the run."""
 
     hit_ratio: float | None
     loads_from_store: float
@@ -79,7 +79,7 @@ class Buckets(TypedDict):
 
 
 class Check(TypedDict):
-    """One promise of the service level."""
+    """One limit of the SLO and its result."""
 
     what: str
     limit: str
@@ -88,7 +88,7 @@ class Check(TypedDict):
 
 
 class SloResult(TypedDict):
-    """The service level."""
+    """The results of the SLO."""
 
     met: bool
     checks: list[Check]
@@ -107,7 +107,7 @@ class Step(TypedDict):
 
 
 class ForecastResults(TypedDict):
-    """Of calls for many models: forecasts asked and failed, answered a second, and asked by a call on average."""
+    """The forecasts in calls for many models: requested, failed, answered a second, requested per call (mean)."""
 
     asked: int
     failed: int
@@ -116,7 +116,7 @@ class ForecastResults(TypedDict):
 
 
 class Results(TypedDict):
-    """What a load run found."""
+    """The results of a load run."""
 
     title: str
     subject: str
@@ -134,7 +134,7 @@ class Results(TypedDict):
     lag: Latency
     over_time: OverTime
     failures: dict[str, int]
-    forecasts: NotRequired[ForecastResults | None]  #: records of before have none
+    forecasts: NotRequired[ForecastResults | None]  #: missing in older records
     checked: int
     unsound: list[Any]
     metrics: Metrics | None
@@ -147,7 +147,7 @@ class Results(TypedDict):
 
 
 class Record(TypedDict):
-    """A load run's file."""
+    """The file of a load run."""
 
     date: str
     commit: str
@@ -157,7 +157,7 @@ class Record(TypedDict):
 
 
 def load_record(path: Path) -> Record:
-    """The record of a load run in a file. Raises OSError, and NotAResult with the place where it is another thing."""
+    """Load the record of a load run. Raises OSError, and NotAResult with the place that does not fit."""
     try:
         return check_record(msgspec.json.decode(path.read_bytes()))
     except (msgspec.DecodeError, NotAResult) as wrong:
@@ -165,7 +165,7 @@ def load_record(path: Path) -> Record:
 
 
 def check_record(found: Mapping[str, Any]) -> Record:
-    """`found`, which has the shape of a load run's record, or NotAResult."""
+    """Return `found` as a checked record of a load run. Raises NotAResult."""
     try:
         record = msgspec.convert(found, Record)
     except msgspec.ValidationError as wrong:
@@ -174,7 +174,7 @@ def check_record(found: Mapping[str, Any]) -> Record:
     for name, row in {**results["latency"], "lag": results["lag"]}.items():
         try:
             decode_histogram(row)
-        except Exception as wrong:  # hdrh raises base64's, zlib's, ctypes' and its own errors
+        except Exception as wrong:  # hdrh raises errors of base64, zlib and ctypes beside its own
             raise NotAResult(f"the HDR histogram of `{name}` cannot be decoded: {wrong!r}") from wrong
     _check_columns("over_time", results["over_time"])
     if (server := results["server_over_time"]) is not None:
@@ -191,7 +191,7 @@ def check_record(found: Mapping[str, Any]) -> Record:
 
 
 def decode_histogram(row: Latency) -> HdrHistogram:
-    """The whole distribution, of microseconds."""
+    """Decode a histogram of microseconds."""
     return HdrHistogram.decode(row["hdr"])
 
 

@@ -17,9 +17,9 @@ PERCENTILES: tuple[tuple[str, Percentile], ...] = (
 )
 KINDS = ("all", "hit", "miss", "coalesced", "failed")
 TIERS: tuple[Literal["store", "disk"], ...] = ("store", "disk")
-LIKE = 0.02  #: a ratio this near to one is called the same
+LIKE = 0.02  #: largest difference of a ratio from one that counts as equal
 
-Good = Literal["less", "more", "neither"]  #: which of two values is the better one; counts alone say neither
+Good = Literal["less", "more", "neither"]  #: which of two values is better; a count is neither
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ReportTable:
 
 @dataclass(frozen=True, slots=True)
 class RunFact:
-    """One number of each run, and what tells which is better."""
+    """One number of each run, and which of two is better."""
 
     what: str
     values: Sequence[float | None]
@@ -43,7 +43,7 @@ class RunFact:
     good: Good = "neither"
 
     def cells(self) -> list[str]:
-        """Each run's value; of two runs also the ratio B/A and a word."""
+        """The cells of the row: each value, and for two runs the ratio B/A and a verdict."""
         shown = [f"{format_number(value)}{self.unit if value is not None else ''}" for value in self.values]
         return [*shown, *self.compared()] if len(self.values) > 1 else shown
 
@@ -61,7 +61,7 @@ class RunFact:
 
 
 def judge_run(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
-    """Whether the run says anything and whether the service level was met, in a sentence."""
+    """Say in a sentence whether the run is valid and whether the SLO was met."""
     if run["invalid"]:
         return "bad", "Not valid: this run says nothing about the server."
     if run["answered_per_s"] == 0:
@@ -78,7 +78,7 @@ def judge_run(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
 
 
 def list_remarks(run: Results) -> list[str]:
-    """What a reader must know beside the verdict."""
+    """List remarks that qualify the verdict."""
     said_so = list(run["invalid"])
     if run["unsound"]:
         said_so.append(f"{len(run['unsound'])} of {run['checked']} answers that were looked into were wrong.")
@@ -98,7 +98,7 @@ def list_remarks(run: Results) -> list[str]:
 
 
 def list_headlines(runs: Sequence[Results]) -> list[RunFact]:
-    """The few numbers that tell the run."""
+    """List the most important numbers."""
     every = [run["latency"].get("all") for run in runs]
     facts = [
         RunFact("answered", [run["answered_per_s"] for run in runs], "/s", "more"),
@@ -118,7 +118,7 @@ def list_headlines(runs: Sequence[Results]) -> list[RunFact]:
 
 
 def _hit_percent(run: Results) -> float | None:
-    """None where no answer could have been a hit."""
+    """Return the hit ratio in percent; None if no answer could have been a hit."""
     return None if run["hit_ratio"] is None or run["answered_per_s"] == 0 else 100 * run["hit_ratio"]
 
 
@@ -131,7 +131,7 @@ def _get_sustained(run: Results) -> float | None:
 
 
 def build_tables(records: Sequence[Record]) -> list[ReportTable]:
-    """Every table of the report; those without rows are left out."""
+    """Build every table of the report; tables without rows are left out."""
     runs = [record["results"] for record in records]
     found = [
         _make_latency_table(runs) if len(runs) == 1 else _make_fact_table(runs, "Latency", _latency_facts(runs)),
@@ -153,7 +153,7 @@ def _make_fact_table(runs: Sequence[Results], title: str, facts: Iterator[RunFac
 
 
 def _make_latency_table(runs: Sequence[Results]) -> ReportTable:
-    """A row per kind of request, and how late the driver itself was."""
+    """Make a table with a row per kind of request, and one for the lateness of the driver."""
     rows = []
     (run,) = runs
     for name, row in [*((kind, run["latency"].get(kind)) for kind in KINDS), ("driver late by", run["lag"])]:
@@ -225,7 +225,7 @@ def _list_loads(runs: Sequence[Results]) -> Iterator[RunFact]:
 
 
 def _find_bucket_limit(run: Results, tier: str, share: float) -> float | None:
-    """The limit in ms of the bucket that holds the load of that rank: an upper bound; None beyond the last limit."""
+    """Return the limit (ms) of the bucket with the load of that rank, an upper bound; None beyond the last limit."""
     buckets = (run["load_time"] or {}).get(tier)
     if buckets is None or sum(buckets["count"]) == 0:
         return None
@@ -247,7 +247,7 @@ def _list_memory(runs: Sequence[Results]) -> Iterator[RunFact]:
 
 
 def _make_run_table(records: Sequence[Record]) -> ReportTable:
-    """What was run, where and when; of two runs also whether they differ in it."""
+    """Make a table of the conditions of each run, and for two runs whether they differ."""
     columns = [dict(_describe_run(record)) for record in records]
     rows = []
     for what in dict.fromkeys(what for column in columns for what in column):

@@ -1,4 +1,4 @@
-"""Prints a report's table in the terminal."""
+"""Renders the tables of a report in the terminal."""
 
 from rich.table import Table as Shown
 
@@ -6,7 +6,7 @@ from loadtest.report.tables import ReportTable
 
 
 def render_table(table: ReportTable) -> Shown:
-    """Its title, headings and rows, numbers to the right."""
+    """Render title, headings and rows, with numbers aligned to the right."""
     found = Shown(*table.head, title=table.title, title_justify="left")
     found.columns[0].no_wrap = True
     for column in found.columns[1:]:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
-from model_store.cache.eviction import Policy, policy_named
+from model_store.cache.eviction import Policy, make_policy
 from model_store.cache.slab_allocator import Room
 from model_store.cache.slots import Slot, State
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Victims, Wait
@@ -69,7 +69,7 @@ class Cache:
     def __init__(
         self, budget_bytes: int, slab_bytes: int, moves_per_call: int = 8, policy: Policy | None = None
     ) -> None:
-        self._policy = policy or policy_named("lru")
+        self._policy = policy or make_policy("lru")
         self._slots: dict[ModelName, Slot] = {}  # the serving slot of each model: ready, or retiring but revivable
         self._loading: dict[ModelName, Slot] = {}
         self._loads: dict[ModelName, Load] = {}

@@ -1,4 +1,4 @@
-"""`fleetcast backtest`: scores what archives would have forecast for a CSV file. Torch when it runs."""
+"""`fleetcast backtest` scores what archives would have forecast for a price file. It imports torch when it runs."""
 
 import sys
 from pathlib import Path
@@ -8,9 +8,10 @@ import rich
 import typer
 from rich.table import Table
 
+from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
-from server.cli.train import archive_names
+from server.cli.train import name_archives
 from server.logs import escape_text
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
@@ -21,25 +22,28 @@ WINDOWS = 28
 
 
 def backtest(
-    csv: Annotated[Path, typer.Argument(metavar="CSV", help="file (.csv or .csv.gz) with a header, a row a time step")],
+    csv: price_flags.PriceFile,
     *,
-    time: Annotated[str, typer.Option(help="column of the time stamps, evenly spaced")],
-    target: Annotated[
-        list[str] | None, typer.Option(help="price column (repeatable); default: all that have an archive")
-    ] = None,
-    models: Annotated[str, typer.Option(metavar="STORE", help="of the archives; else as `serve` finds it")] = "",
-    name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
-    url: Annotated[str, typer.Option(help="ask this running server instead of forecasting in this process")] = "",
-    since: Annotated[str, typer.Option("--from", metavar="DATE", help="forecast no step before it")] = "",
-    until: Annotated[str, typer.Option(metavar="DATE", help="forecast only steps before it")] = "",
-    every: Annotated[int, typer.Option(min=0, help="steps between two forecasts; 0: as many as are forecast")] = 0,
+    time: price_flags.TimeColumn,
+    target: price_flags.ArchivedTargets = None,
+    models: Annotated[
+        str, typer.Option(metavar="STORE", help="folder or store URL of the archives; default: the store of `serve`")
+    ] = "",
+    name_template: price_flags.NameTemplate = price_flags.NAME_TEMPLATE,
+    url: Annotated[str, typer.Option(help="inference address of a server that forecasts instead of this process")] = "",
+    since: Annotated[
+        str, typer.Option("--from", metavar="DATE", help="date of the first step that may be forecast")
+    ] = "",
+    until: Annotated[str, typer.Option(metavar="DATE", help="date before which all forecast steps lie")] = "",
+    every: Annotated[int, typer.Option(min=0, help="steps between two forecasts; 0: the length of a forecast")] = 0,
     windows: Annotated[
-        int | None, typer.Option(min=0, help=f"the last so many, 0: all; default: {WINDOWS}, with --from all")
+        int | None,
+        typer.Option(min=0, help=f"number of last windows to score, 0: all; default: {WINDOWS}, or all with --from"),
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="a report with charts, in one file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs, on standard output")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
-    """Score archives on a CSV file with rolling windows: each forecast knows what was known when it starts.
+    """Score archives on a price file with rolling windows: each forecast uses only what was known at its start.
 
     \b
     fleetcast backtest prices.csv --time hour --models ./models --html report.html
@@ -47,9 +51,10 @@ def backtest(
     fleetcast backtest de.csv.gz --time hour --target price --models ./models --name-template de.mar --json
 
     Covariates known ahead are the columns that the archive names. pinball and CRPS are in the unit of the prices; wQL,
-    WAPE, MASE and rMAE have none. rMAE compares with the value a week before on Saturday, Sunday and Monday and a day
-    before else (of days a week before): below 1 is better than that. Score what the archives were not trained on:
-    `fleetcast train --train-until`. Ends with 1 when some markets could not be scored.
+    WAPE, MASE and rMAE have none. rMAE divides the error by that of a naive forecast: the value a week before on
+    Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
+    Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit code is 1 when some
+    markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline.fleet_evaluation import backtest_fleet, match_columns  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
@@ -59,7 +64,7 @@ def backtest(
         first, last = parse_moment("--from", since), parse_moment("--until", until)
         most = windows if windows is not None else 0 if first else WINDOWS
         rolling, answers = Rolling(every, most, first, last), ThroughServer(url) if url else InProcess()
-        names = archive_names(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
         with show_progress("scoring") as told:
             found = backtest_fleet(csv, time, names, settings, answers, rolling, told)
         if html is not None:
@@ -77,7 +82,7 @@ def backtest(
 
 
 def _make_score_table(found: "Backtest") -> Table:
-    """A row for each market, and their mean."""
+    """A table with a row for each market, and one for their mean."""
     promised = {each.scores.nominal for each in found.markets}
     interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
     table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")

@@ -1,4 +1,4 @@
-"""`fleetcast correlate`: estimates how the errors of many forecasts are correlated. Torch when it runs."""
+"""`fleetcast correlate` estimates how the errors of many forecasts are correlated. It imports torch when it runs."""
 
 import time as clock
 from pathlib import Path
@@ -12,7 +12,7 @@ from rich.table import Table
 from model_store.names import ModelName
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import one_line_errors, parse_moment, show_progress
-from server.cli.train import archive_names
+from server.cli.train import name_archives
 
 if TYPE_CHECKING:
     from handlers.codecs.features import Float64
@@ -24,21 +24,28 @@ AXES = 3  #: of residuals
 
 def correlate(
     csv: Annotated[
-        Path | None, typer.Argument(metavar="CSV", help="prices (.csv or .csv.gz) with a header, a row a time step")
+        Path | None,
+        typer.Argument(metavar="CSV", help="price file (.csv or .csv.gz) with a header and one row per time step"),
     ] = None,
     *,
     target: Annotated[list[str], typer.Option(help="price column, or the name of a product (repeatable)")],
     out: Annotated[str, typer.Option(metavar="ARCHIVE", help="path or store URL of the archive to write")],
-    time: Annotated[str, typer.Option(help="column of the time stamps, evenly spaced")] = "",
-    store: Annotated[str, typer.Option(help="folder or store URL of the forecasters; else as `serve` finds it")] = "",
-    name_template: Annotated[str, typer.Option(help="a target's archive in the store")] = "{target}.mar",
+    time: Annotated[str, typer.Option(help="column of the time stamps, which are evenly spaced")] = "",
+    store: Annotated[
+        str, typer.Option(help="folder or store URL of the forecasters; default: the store of `serve`")
+    ] = "",
+    name_template: Annotated[str, typer.Option(help="name of a target's archive in the store")] = "{target}.mar",
     residuals: Annotated[
         Path | None, typer.Option(metavar="FILE.npy", help="errors [windows, targets, steps] instead of CSV and store")
     ] = None,
-    since: Annotated[str, typer.Option(metavar="DATE", help="forecast only from here on; else the last tenth")] = "",
-    every: Annotated[int, typer.Option(min=0, help="steps between windows; 0: so that they do not overlap")] = 0,
+    since: Annotated[
+        str,
+        typer.Option(metavar="DATE", help="date of the first step that is forecast; default: that of the last tenth"),
+    ] = "",
+    every: Annotated[int, typer.Option(min=0, help="steps between windows; 0: the windows do not overlap")] = 0,
     method: Annotated[
-        Literal["gaussian", "schaake"], typer.Option(help="two small matrices, or the ranks of past windows")
+        Literal["gaussian", "schaake"],
+        typer.Option(help="gaussian keeps two small matrices, schaake the ranks of past windows"),
     ] = "gaussian",
 ) -> None:
     """Estimate how the forecasts of several models move together, and pack it as an archive for joint scenarios.
@@ -48,13 +55,13 @@ def correlate(
         --since 2024-01-01 --out ./models/joint.mar
     fleetcast correlate --residuals errors.npy --target de.mar --target fr.mar --out s3://models/joint.mar
 
-    Each target's model forecasts the prices of rolling windows that it has not seen, in this process, and what matters
-    of its errors is their order: how a high price here goes with a high price there, and now with later. Products are
-    found in the archive by the models' names in the store; with --residuals by what --target says (a model's name, or
-    model#product). Errors are anything that rises with the actual price, NaN where it is missing.
+    In this process, each target's model forecasts the prices of rolling windows that it was not fitted to. Only the
+    order of its errors is used: it tells how a high price of one product goes with a high price of another, and now
+    with later. A product has the name of its model in the store; with --residuals it has the name that --target gives
+    (a model's name, or model#product). Errors may be any numbers that rise with the actual price, NaN if it is missing.
 
-    gaussian: a correlation matrix of the products and one of the steps, shrunk, made positive definite. schaake: the
-    order of past windows itself, whatever its shape; only windows without missing values count, and take room.
+    gaussian: a correlation matrix of the products and one of the steps, shrunk and made positive definite. schaake: the
+    order of past windows itself, of any shape; only windows without missing values are used, and each takes memory.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         started = clock.perf_counter()
@@ -65,7 +72,7 @@ def correlate(
             errors, told = _read_errors(residuals, len(products)), residuals.name
         else:
             assert csv is not None, "one of the two is given"
-            names = archive_names(target, name_template)
+            names = name_archives(target, name_template)
             products = tuple(names[each] for each in target)
             made = _forecast_windows(csv, time, names, store, since, every)
             errors = made.values
@@ -77,7 +84,7 @@ def correlate(
 
 
 def _read_errors(path: Path, products: int) -> "Float64":
-    """Errors [windows, products, steps]. Raises ValueError that says what is there instead."""
+    """Read errors [windows, products, steps]. Raises ValueError that says what the file contains instead."""
     try:
         found = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -95,7 +102,7 @@ def _read_errors(path: Path, products: int) -> "Float64":
 def _forecast_windows(
     csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int
 ) -> "Residuals":
-    """With a bar on stderr."""
+    """Forecast all windows, with a progress bar on stderr."""
     from server.offline.forecast_errors import measure_errors  # noqa: PLC0415 -- torch
 
     settings, begin = settings_from({"store": store} if store else {}), parse_moment("--since", since)
@@ -110,7 +117,7 @@ def _estimate_correlation(method: str, errors: "Float64", products: tuple[str, .
 
 
 def _store_archive(out: str, estimate: "Estimate", description: str) -> int:
-    """Pack it, prove it as a worker would, and store it; its size in bytes."""
+    """Pack the estimate, verify it as a worker would, and store it. Returns its size in bytes."""
     from handlers.codecs.scenarios import load_correlation  # noqa: PLC0415
     from handlers.kinds import ArchiveParts, pack_model  # noqa: PLC0415
     from model_store.archives.archive import open_archive, read_tensors  # noqa: PLC0415

@@ -1,6 +1,7 @@
-"""`fleetcast doctor`: what this machine gives a server, and how fast it answers each kind of model. No server runs.
+"""`fleetcast doctor` checks this machine and measures how fast it answers each kind of model, without a server.
 
-Torch when it runs: the facts are `server.offline.host_checks`, the times `server.worker.engine.speed`.
+It imports torch when it runs. The facts come from `server.offline.host_checks`, the times from
+`server.worker.engine.speed`.
 """
 
 import json
@@ -32,29 +33,31 @@ TAKEN = "*"
 
 def doctor(
     *,
-    store: Annotated[str, typer.Option(help="look into this store too; else into the one that `serve` finds")] = "",
-    access_log: Annotated[
-        str, typer.Option(help="what `serve --access-log` has written: what would more memory buy?")
+    store: Annotated[
+        str, typer.Option(help="folder or store URL whose archives are measured; default: the store of `serve`")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="for programs, on standard output")] = False,
+    access_log: Annotated[
+        str, typer.Option(help="folder that `serve --access-log` wrote: advise on the cache size")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="print the facts and times as JSON")] = False,
 ) -> None:
-    """Look at this machine and say what to change; then measure how fast models answer here, on one core.
+    """Check this machine and advise on changes; then measure how fast models answer on one of its cores.
 
     \b
-    fleetcast doctor                              before there is a store: the built-in architectures
+    fleetcast doctor                              without a store: the built-in architectures
     fleetcast doctor --store s3://models/prices   the families of up to 20 of its archives, each loaded once
     fleetcast doctor --access-log logs            the cache size that buys the next five points of hit ratio
     fleetcast doctor --json | jq .families
 
-    Times are microseconds an answer, of up to 1024 models that were asked in turn: rows that the CPU's cache does not
-    hold, unless they are small. A batch of 1, 8 or 64 different models is gathered (rows copied side by side) or run in
-    place; many inputs of one model can repeat its row. * is the way that a worker would take here, - what takes too
-    long to be measured while it serves. The floor is the answer's arithmetic at the rate of a matrix product and its
-    row at the rate of a copy from memory, once for a repeated one. Ends with 1 when the store cannot be read or an
-    archive would not load.
+    Times are microseconds per answer, for up to 1024 models in turn, whose rows do not fit in the CPU's cache unless
+    they are small. A batch of 1, 8 or 64 different models is gathered (rows copied side by side) or run in place; for
+    many inputs of one model its row can be repeated. * marks the way that a worker chooses on this machine, - a way
+    that takes too long to be measured while it serves. The floor is the time for the answer's arithmetic at the rate of
+    a matrix product and for its row at the rate of a copy from memory (once for a repeated row). The exit code is 1
+    when the store cannot be read or an archive does not load.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline import host_checks  # noqa: PLC0415 -- torch
-    from server.offline.store_families import StoreFamilies, built_in_families, find_families  # noqa: PLC0415
+    from server.offline.store_families import StoreFamilies, find_families, make_built_in_families  # noqa: PLC0415
     from server.worker.engine import speed  # noqa: PLC0415
 
     with one_line_errors():
@@ -66,7 +69,7 @@ def doctor(
             facts.append(host_checks.HostFact("access log", advice.now, advice.next))
         with show_progress("looking") as told:
             found = find_families(settings, told) if given else StoreFamilies()
-        families = list(found.families.values()) or list(built_in_families())
+        families = list(found.families.values()) or list(make_built_in_families())
         with show_progress("measuring") as told:
             told(0, len(families))
             rates, paces = speed.measure_core(), []
@@ -82,20 +85,20 @@ def doctor(
 
 
 def _read_settings(store: str) -> tuple[Settings, bool]:
-    """The settings as `serve` would have them, and whether they name a store. Raises ValueError."""
+    """The settings that `serve` would use, and whether they name a store. Raises ValueError."""
     try:
         return settings_from({"store": store}), True
     except ValueError:
         if store:
             raise
-        return settings_from({"store": "."}), False  # anything else that is wrong is wrong here too
+        return settings_from({"store": "."}), False  # any other error is raised again by this call
 
 
 def _advise_from_log(settings: Settings, host: Host, access_log: str) -> Advice:
-    """What the log's requests say of the cache that `serve` would have. Raises ValueError, OSError."""
+    """Advise on the cache size of `serve` by the requests in the log. Raises ValueError, OSError."""
     budget = sum(plan.budget_bytes for plan in plan_workers(settings, host))
     if not budget:
-        raise ValueError("the cache is what is free on the GPU: say how much with FLEETCAST_MODEL_CACHE_BYTES")
+        raise ValueError("the cache takes the free memory of the GPU: set its size with FLEETCAST_MODEL_CACHE_BYTES")
     return advise_cache_size(((row.model, row.bytes) for row in read_rows(FilePath(access_log))), budget)
 
 
@@ -103,7 +106,7 @@ def _advise_from_log(settings: Settings, host: Host, access_log: str) -> Advice:
 
 
 def _make_fact_table(facts: Sequence["HostFact"]) -> Table:
-    """A fact a row, and what to do below it."""
+    """A table with a row for each fact, and its advice below it."""
     table = Table("", "", show_header=False, box=None, pad_edge=False)
     for fact in facts:
         table.add_row(verbatim(fact.name, "bold"), verbatim(fact.text))
@@ -113,7 +116,7 @@ def _make_fact_table(facts: Sequence["HostFact"]) -> Table:
 
 
 def _make_speed_table(rates: "CoreRates", families: Sequence["Measurable"], paces: Sequence["FamilySpeed"]) -> Table:
-    """A batch size of a family a row."""
+    """A table with a row for each batch size of each family."""
     rate = f"{rates.flops / 1e9:.0f} GFLOP/s in a product, {rates.bytes / 1e9:.1f} GB/s in a copy"
     table = Table(
         "", "rows", "gather", "in place", "floor", "repeat", "floor", title="microseconds an answer, one core"

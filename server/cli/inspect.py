@@ -1,4 +1,4 @@
-"""`fleetcast inspect`: shows what an archive is. Torch when it runs."""
+"""`fleetcast inspect` shows the contents of an archive. It imports torch when it runs."""
 
 import json
 from typing import Annotated
@@ -14,9 +14,9 @@ from server.cli.terminal import one_line_errors, verbatim
 def inspect(
     archive: Annotated[str, typer.Argument(metavar="ARCHIVE", help="path or store URL (s3://bucket/key)")],
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the description as JSON")] = False,
 ) -> None:
-    """Show what an archive is: kind, configuration, members, tensors, hash; of a graph, how its models run.
+    """Show the kind, configuration, members, tensors and hash of an archive, and for a graph how its models run.
 
     \b
     fleetcast inspect au/nsw1.mar

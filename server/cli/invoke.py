@@ -1,4 +1,4 @@
-"""`fleetcast invoke`: asks a running server."""
+"""`fleetcast invoke` sends a request to a running server."""
 
 import sys
 from pathlib import Path
@@ -20,16 +20,18 @@ def invoke(
         str, typer.Argument(metavar="MODEL", help="the archive's key under the store, such as au/nsw1.mar")
     ],
     *,
-    body: Annotated[str, typer.Option(metavar="FILE|-", help="the request; - reads standard input")] = "",
+    body: Annotated[str, typer.Option(metavar="FILE|-", help="file of the request body; - reads standard input")] = "",
     url: Annotated[str, typer.Option(help="inference address of the server")] = "http://127.0.0.1:8080",
-    content_type: Annotated[str, typer.Option(help="of the request")] = "application/json",
-    accept: Annotated[str, typer.Option(help="wanted of the answer; default: like the request")] = "",
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="also what the cache did, on stderr")] = False,
+    content_type: Annotated[str, typer.Option(help="content type of the request")] = "application/json",
+    accept: Annotated[str, typer.Option(help="content type of the answer; default: that of the request")] = "",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="print the cache result and timings on stderr")
+    ] = False,
 ) -> None:
-    """Ask a running server.
+    """Send a request to a model of a running server and print the answer.
 
-    The request has the token of the variable FLEETCAST_TOKEN; without one it is signed where boto3's chain finds an
-    access key. For https, SSL_CERT_FILE names the authorities to trust beside the system's.
+    The request carries the token of the variable FLEETCAST_TOKEN. Without a token it is signed if boto3's credential
+    chain finds an access key. For https, SSL_CERT_FILE names certificate authorities to trust beside the system's.
 
     \b
     fleetcast invoke au/nsw1.mar --body request.json -v
@@ -38,8 +40,8 @@ def invoke(
     """  # noqa: D301
     if not body:
         fail(
-            f"what shall be asked? Send a file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
-            f"forecast, {TENSOR_EXAMPLE} for a model that is asked for tensors"
+            f"there is no request: give its file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
+            f"forecast, {TENSOR_EXAMPLE} for a model of tensors"
         )
     from server.sdk.client import Client  # noqa: PLC0415
     from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415

@@ -18,13 +18,13 @@ COMMANDS = {
     "train": "Fit forecasters to your prices.",
     "batch": "Answer a file of requests.",
     "backtest": "Score archives on past prices.",
-    "retrain": "Fit a fleet anew, publish what is no worse.",
-    "correlate": "Learn how markets move together.",
-    "doctor": "Look at this machine, measure what it can.",
+    "retrain": "Refit a fleet, publish archives that are no worse.",
+    "correlate": "Estimate how forecasts of markets move together.",
+    "doctor": "Check this machine and measure its speed.",
     "pack": "Make an archive.",
-    "inspect": "Show what an archive is.",
-    "verify": "Prove that archives would load.",
-    "invoke": "Ask a running server.",
+    "inspect": "Show the contents of an archive.",
+    "verify": "Check that archives load.",
+    "invoke": "Send a request to a running server.",
     "token": "Make a token for a client or an operator.",
     "settings-table": "",
 }
@@ -40,10 +40,10 @@ app = typer.Typer(
 
 
 class LazyCommand(TyperCommand):
-    """Stands in the list of commands for a file that is not imported yet; a context is that of the file's command."""
+    """A command whose file is imported only when the command runs; until then its name and help line suffice."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The arguments parsed by the real command, which is what then runs."""
+        """The context of the real command, which parses the arguments and then runs."""
         assert self.name is not None, "every command is added by name"
         return _load_command(self.name).make_context(info_name, args, parent, **extra)
 
@@ -58,7 +58,7 @@ def _load_command(name: str) -> TyperCommand:
 
 
 def _stand_in() -> None:
-    """What a LazyCommand has for a function: it is never called."""
+    """The function that typer requires of a LazyCommand; it is never called."""
 
 
 for _name, _help in COMMANDS.items():
@@ -78,17 +78,17 @@ def fleetcast(
 
     \b
     fleetcast serve --store s3://models/prices        run the server
-    fleetcast invoke au/nsw1.mar --body r.json        ask it
+    fleetcast invoke au/nsw1.mar --body r.json        send it a request
     fleetcast train p.csv --time hour --target NSW1 --out models
     fleetcast pack au/nsw1.mar --onnx model.onnx      make an archive
-    fleetcast inspect au/nsw1.mar                     look into one
-    fleetcast verify au/*.mar                         prove that they would load
+    fleetcast inspect au/nsw1.mar                     show the contents of one
+    fleetcast verify au/*.mar                         check that they load
     fleetcast batch in.jsonl out.jsonl                answer a file of requests, without a server
     fleetcast backtest p.csv --time hour --models models    score archives on past prices
-    fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    for joint scenarios
-    fleetcast retrain p.csv --time hour --store models      fit a fleet anew, publish what is no worse
-    fleetcast token desk-au --scope invoke --model au/      let a client ask
-    fleetcast doctor --store s3://models/prices       what this machine can do, and what is missing
+    fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    prepare joint scenarios
+    fleetcast retrain p.csv --time hour --store models      refit a fleet, publish archives that are no worse
+    fleetcast token desk-au --scope invoke --model au/      make a token for a client
+    fleetcast doctor --store s3://models/prices       check this machine and measure its speed
     """  # noqa: D301 -- click's mark for "do not wrap"
     if version:
         print(f"fleetcast {__version__}")  # noqa: T201 -- the answer

@@ -1,4 +1,4 @@
-"""`fleetcast retrain`: refits every archive of a fleet, publishes those that are no worse. Torch when it runs."""
+"""`fleetcast retrain` refits every archive of a fleet and publishes those that are no worse. It imports torch late."""
 
 import json
 from collections import Counter
@@ -10,42 +10,44 @@ import rich
 import typer
 from rich.table import Table
 
+from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
-from server.cli.train import archive_names
-from server.offline.measures import Score
+from server.cli.train import name_archives
 
-SHOWN = 40  #: markets in a table; of a larger fleet it shows only those that were not simply published
+SHOWN = 40  #: most markets that are all listed; for a larger fleet only those with a message or not published are
 
 
 def retrain(
-    csv: Annotated[Path, typer.Argument(metavar="CSV", help="file (.csv or .csv.gz) with a header, a row a time step")],
+    csv: price_flags.PriceFile,
     *,
-    time: Annotated[str, typer.Option(help="column of the time stamps, evenly spaced")],
-    store: Annotated[str, typer.Option(help="of the archives: folder or URL; else as `serve` finds it")] = "",
-    target: Annotated[
-        list[str] | None, typer.Option(help="price column (repeatable); default: all that have an archive")
-    ] = None,
-    name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
-    architecture: Annotated[str, typer.Option(help="change to this one; default: each keeps its own")] = "",
-    config: Annotated[str, typer.Option(metavar="JSON", help="what that architecture leaves open")] = "{}",
-    score: Annotated[Score, typer.Option(help="the gate's, lower is better")] = "pinball",
-    margin: Annotated[float, typer.Option(min=0, help="percent that a new archive may be worse")] = 2.0,
+    time: price_flags.TimeColumn,
+    store: Annotated[str, typer.Option(help="folder or store URL of the archives; default: the store of `serve`")] = "",
+    target: price_flags.ArchivedTargets = None,
+    name_template: price_flags.NameTemplate = price_flags.NAME_TEMPLATE,
+    architecture: Annotated[
+        str, typer.Option(help="architecture of the new archives; default: that of the old one")
+    ] = "",
+    config: Annotated[
+        str, typer.Option(metavar="JSON", help="config fields of --architecture that differ from its defaults")
+    ] = "{}",
+    score: price_flags.GateScore = "pinball",
+    margin: price_flags.GateMargin = price_flags.GATE_MARGIN,
     windows: Annotated[
-        int, typer.Option(min=1, help="last windows, held back from the fit, that the gate looks at")
-    ] = 28,
-    epochs: Annotated[float, typer.Option(min=0, help="passes at most; 0: 20, more for a short series")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same archives")] = 0,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="cores to use, as far as there are targets")] = 1,
+        int, typer.Option(min=1, help="number of last windows that the gate compares; they are held back from the fit")
+    ] = price_flags.GATE_WINDOWS,
+    epochs: price_flags.Epochs = 0.0,
+    seed: price_flags.FitSeed = 0,
+    threads: price_flags.FitThreads = 1,
     reload: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="URL", help="management address of a server that is told of each new archive (repeatable)"
-        ),
+        typer.Option(metavar="URL", help="management address of a server that reloads each new archive (repeatable)"),
     ] = None,
     log: Annotated[
         Path,
-        typer.Option(metavar="FILE.jsonl", help="what became of each market, a line each; also where a run goes on"),
+        typer.Option(
+            metavar="FILE.jsonl", help="result of each market, one per line; a repeated command continues from it"
+        ),
     ] = Path("retrain.jsonl"),
 ) -> None:
     """Fit every archive of a fleet to newer prices; publish each that is no worse than the one in the store.
@@ -55,10 +57,11 @@ def retrain(
     fleetcast retrain prices.csv --time hour --store ./models --margin 0 --score crps --windows 56
     fleetcast retrain prices.csv --time hour --store ./models --architecture gru --log to-gru.jsonl
 
-    Each market keeps its lengths, quantile levels and covariates, so its clients notice nothing; a running server swaps
-    to a new version between two steps when --reload names it. New and old forecast the same last windows of the file,
-    which the new one has not been fitted to. A market that fails, or would be worse, keeps what it has and stops no
-    other. The same command goes on where a killed run has stopped. Ends with 1 when some markets failed.
+    Each market keeps its lengths, quantile levels and covariates, so that clients need not change; a server that
+    --reload names swaps to the new version between two steps. The gate lets the old and the new archive forecast the
+    same last windows of the file, to which the new one was not fitted. A market that fails, or would be worse, keeps
+    its old archive, and the others continue. The same command continues a run that was killed. The exit code is 1 when
+    some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
     from server.offline.checkpoint import Checkpoint  # noqa: PLC0415
@@ -69,7 +72,7 @@ def retrain(
 
     with one_line_errors():
         settings = settings_from({"store": store} if store else {})
-        names = archive_names(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
         plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())

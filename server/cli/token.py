@@ -1,4 +1,4 @@
-"""`fleetcast token`: makes a token, and the lines by which a server knows it."""
+"""`fleetcast token` makes a token, and the lines of the server's token file that accept it."""
 
 import json
 import sys
@@ -11,33 +11,36 @@ from server.cli.terminal import one_line_errors
 
 
 def token(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="what the audit log says, such as desk-au")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="name of the token in the audit log, such as desk-au")],
     *,
-    scope: Annotated[list[Scope], typer.Option(help="what it allows (repeatable)")],
+    scope: Annotated[list[Scope], typer.Option(help="operation that the token allows (repeatable)")],
     model: Annotated[
-        list[str] | None, typer.Option(metavar="PREFIX", help="only models of these names (repeatable); else all")
+        list[str] | None,
+        typer.Option(
+            metavar="PREFIX", help="prefix of the model names that the token allows (repeatable); default: all models"
+        ),
     ] = None,
 ) -> None:
-    """Make a token: its secret on stderr, shown this once, and the server's lines on standard output.
+    """Make a token. Its secret is printed once, on stderr; the lines for the server go to standard output.
 
     \b
     fleetcast token desk-au --scope invoke --model au/ >> tokens.toml
     fleetcast token prometheus --scope metrics >> tokens.toml
     fleetcast serve --store ./models --tokens tokens.toml
 
-    A client sends it as the header Authorization: Bearer TOKEN. The file has the token's hash alone; a running server
-    takes a changed file within a second. Take the lines out to withdraw the token.
+    A client sends it as the header Authorization: Bearer TOKEN. The file contains only the hash of the token; a running
+    server reads a changed file within a second. Remove the lines to revoke the token.
     """  # noqa: D301 -- click's mark for "do not wrap"
     secret = make_token()
     with one_line_errors():
         lines = _lines(name, secret, scope, model or [])
         parse_tokens(lines.encode(), "the token")
     print(lines)  # noqa: T201
-    print(f"the token of {name}, which is kept nowhere: {secret}", file=sys.stderr)  # noqa: T201
+    print(f"the token of {name}, which is stored nowhere: {secret}", file=sys.stderr)  # noqa: T201
 
 
 def _lines(name: str, secret: str, scopes: list[Scope], models: list[str]) -> str:
-    """TOML to append to the server's file."""
+    """The TOML to append to the server's token file."""
     rows: dict[str, object] = {
         "name": name,
         "sha256": hash_token(secret.encode()),

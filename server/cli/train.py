@@ -1,4 +1,4 @@
-"""`fleetcast train`: the price columns of a CSV file to archives in a store. Torch is imported when it runs."""
+"""`fleetcast train` fits forecasters to a price file and stores them as archives. It imports torch when it runs."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
+from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import make_progress_bar, one_line_errors, parse_moment, verbatim
 
@@ -27,35 +28,49 @@ ARCHITECTURE_HELP = "\b\n" + "\n".join(f"{name}: {summary}" for name, summary in
 
 
 def train(
-    csv: Annotated[Path, typer.Argument(metavar="CSV", help="file (.csv or .csv.gz) with a header, a row a time step")],
+    csv: price_flags.PriceFile,
     *,
-    time: Annotated[str, typer.Option(help="column of the time stamps, evenly spaced")],
-    target: Annotated[list[str], typer.Option(help="price column (repeatable: all are fitted together)")],
-    out: Annotated[str, typer.Option(help="folder, made where it is missing, or store URL (s3://bucket/prefix)")],
+    time: price_flags.TimeColumn,
+    target: Annotated[list[str], typer.Option(help="price column (repeatable; all columns are fitted together)")],
+    out: Annotated[str, typer.Option(help="folder, created if missing, or store URL (s3://bucket/prefix)")],
     known_future: Annotated[
         list[str] | None,
-        typer.Option(help="column known ahead, such as a load forecast (repeatable); may contain {target}"),
+        typer.Option(
+            help="column that is known in advance, such as a load forecast (repeatable); may contain {target}"
+        ),
     ] = None,
     architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = "tcn",
-    members: Annotated[int, typer.Option(min=1, max=64, help="of an ensemble in one archive")] = 1,
-    config: Annotated[str, typer.Option(metavar="JSON", help="what the architecture leaves open")] = "{}",
-    name_template: Annotated[str, typer.Option(help="an archive's name in the store")] = "{target}.mar",
-    prediction_length: Annotated[int, typer.Option(min=0, help="steps to forecast; 0: by the frequency, hours 24")] = 0,
-    context_length: Annotated[int, typer.Option(min=0, help="steps to look at; 0: 168, above an hour 84")] = 0,
-    quantiles: Annotated[str, typer.Option(help="levels to forecast")] = "0.1,0.25,0.5,0.75,0.9",
-    scaling: Annotated[Literal["asinh", "linear"], typer.Option(help="after median and quartiles")] = "asinh",
+    members: Annotated[int, typer.Option(min=1, max=64, help="number of networks in the ensemble of one archive")] = 1,
+    config: Annotated[
+        str, typer.Option(metavar="JSON", help="config fields of the architecture that differ from its defaults")
+    ] = "{}",
+    name_template: price_flags.NameTemplate = price_flags.NAME_TEMPLATE,
+    prediction_length: Annotated[
+        int, typer.Option(min=0, help="number of steps to forecast; 0: chosen by the frequency, 24 for hours")
+    ] = 0,
+    context_length: Annotated[
+        int, typer.Option(min=0, help="number of past steps that are read; 0: 168, or 84 if a step is over an hour")
+    ] = 0,
+    quantiles: Annotated[str, typer.Option(help="quantile levels to forecast")] = "0.1,0.25,0.5,0.75,0.9",
+    scaling: Annotated[
+        Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
+    ] = "asinh",
     origin: Annotated[
-        str, typer.Option(metavar="HH:MM", help="every forecast's first step; lear of days 00:00, or any")
+        str,
+        typer.Option(
+            metavar="HH:MM",
+            help="time of day when every forecast starts, or any; default: 00:00 for lear with whole days, else any",
+        ),
     ] = "",
-    train_until: Annotated[str, typer.Option(metavar="DATE", help="use only the rows before it")] = "",
-    epochs: Annotated[float, typer.Option(min=0, help="passes at most; 0: 20, more for a short series")] = 0.0,
+    train_until: Annotated[str, typer.Option(metavar="DATE", help="use only the rows before this date")] = "",
+    epochs: price_flags.Epochs = 0.0,
     minutes: Annotated[
-        float, typer.Option(min=0, help="end after so long, 0: no limit; if cut not reproducible")
+        float, typer.Option(min=0, help="time limit, 0: none; a fit that reaches it is not reproducible")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same archives")] = 0,
-    threads: Annotated[int, typer.Option(min=1, max=256, help="cores to use, as far as there are targets")] = 1,
-    unit: Annotated[str, typer.Option(help="of the prices, noted in the archive")] = "",
-    time_zone: Annotated[str, typer.Option(help="of the time stamps, noted in the archive")] = "UTC",
+    seed: price_flags.FitSeed = 0,
+    threads: price_flags.FitThreads = 1,
+    unit: Annotated[str, typer.Option(help="unit of the prices, recorded in the archive")] = "",
+    time_zone: Annotated[str, typer.Option(help="time zone of the time stamps, recorded in the archive")] = "UTC",
 ) -> None:
     """Fit a forecaster to each price column of a CSV file and pack it as an archive with a golden sample.
 
@@ -64,15 +79,16 @@ def train(
     fleetcast train de.csv.gz --time hour --target price --known-future load --out s3://models --name-template de.mar
 
     The frequency is inferred from the stamps; empty cells of a price column are missing values. The last tenth of the
-    rows decides when to stop, and the losses shown are of it: mean pinball loss over the quantile levels, for the
-    forecaster and for the naive forecast (the value at the same time of the last known day, or week for daily data).
+    rows is held out: its loss decides when training stops, and is shown beside the loss of the naive forecast (the
+    value at the same time of the last known day, or week for daily data). The loss is the mean pinball loss over the
+    quantile levels.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415
     from handlers.training.time_series import read_csv  # noqa: PLC0415 -- torch, here and below
     from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
-        names = archive_names(target, name_template)
+        names = name_archives(target, name_template)
         series = read_csv(csv, time, target, known_future or [])
         if (until := parse_moment("--train-until", train_until)) is not None:
             series = [each.before(until) for each in series]
@@ -89,8 +105,8 @@ def train(
         _report_archives(out, fitted, sizes)
 
 
-def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]:
-    """Target -> name in the store. Raises ValueError (InvalidModelName) for an impossible or a shared name."""
+def name_archives(targets: Sequence[str], template: str) -> dict[str, ModelName]:
+    """Target -> name in the store. Raises ValueError (InvalidModelName) for an invalid name or one of two targets."""
     names = {target: parse_model_name(template.replace("{target}", target)) for target in targets}
     if len(names) < len(targets):
         raise ValueError("--target names a column twice")
@@ -100,7 +116,7 @@ def archive_names(targets: Sequence[str], template: str) -> dict[str, ModelName]
 
 
 def _check_out(out: str, name: ModelName) -> None:
-    """A place that cannot be written to is better known before the fit. Nothing is made yet. Raises ValueError."""
+    """Check before the fit that `out` can be written to; nothing is created. Raises ValueError."""
     if "://" in out:
         from server.offline.archive_location import locate_archive  # noqa: PLC0415 -- torch
 
@@ -119,7 +135,7 @@ def _fit_with_progress(
     config: Mapping[str, Any],
     fitting: "Fitting",
 ) -> list["Fitted"]:
-    """With a bar on stderr."""
+    """Fit all series, with a progress bar on stderr."""
     from handlers.training.fit import fit_forecasters  # noqa: PLC0415
 
     with make_progress_bar(TextColumn("{task.fields[loss]}")) as shown:
@@ -132,7 +148,7 @@ def _fit_with_progress(
 
 
 def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
-    """Pack the archives, prove them as a worker would, and store them; their sizes in bytes."""
+    """Pack the archives, verify them as a worker would, and store them. Returns their sizes in bytes."""
     from handlers.kinds import ArchiveParts, pack_model  # noqa: PLC0415
     from model_store.archives.manifest import Kind  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
@@ -159,7 +175,7 @@ def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], descr
 
 
 def _describe_training(csv: Path, series: "Series") -> str:
-    """Where the numbers come from."""
+    """The archive's description: the price file and the range of its rows that the fit used."""
     return f"trained on {csv.name}, {series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
 
 
@@ -173,7 +189,7 @@ def _report_archives(out: str, fitted: Sequence["Fitted"], sizes: Sequence[int])
     steps, ahead = f"{forecast.history_length} steps of {forecast.frequency}", forecast.prediction_length
     features = ", ".join(forecast.dynamic_feat)
     known = f", with dynamic_feat ({features}) for these and {ahead} more," if features else ""
-    print(f"a request brings {steps}{known} and gets the next {ahead}; next:")  # noqa: T201
+    print(f"a request contains {steps}{known} and its answer the next {ahead}; to serve the archives:")  # noqa: T201
     print(f"fleetcast serve --store {out}")  # noqa: T201
 
 
@@ -199,6 +215,6 @@ def _parse_config(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"--config: not JSON: {error}") from None
     if not isinstance(found, dict) or found.keys() & DECIDED:
-        what = f"an object such as '{{\"channels\": 32}}' without {', '.join(DECIDED)}, which the other options decide"
+        what = f"an object such as '{{\"channels\": 32}}' without {', '.join(DECIDED)}, which other options set"
         raise ValueError(f"--config: expected {what}, not {text!r}")
     return found

@@ -1,4 +1,4 @@
-"""`fleetcast verify`: does with archives what a worker does when it loads them. Torch when it runs."""
+"""`fleetcast verify` loads archives as a worker does. It imports torch when it runs."""
 
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from server.logs import escape_text
 def verify(
     archives: Annotated[list[str], typer.Argument(metavar="ARCHIVE", help="paths or store URLs (s3://bucket/key)")],
 ) -> None:
-    """Do everything a load does, the golden sample included; a line each, exit code 1 when any is bad.
+    """Load archives as a worker does and run their golden samples. The exit code is 1 when one of them is bad.
 
     \b
     fleetcast verify models/au/*.mar
@@ -31,7 +31,7 @@ def verify(
         except (LoadError, ValueError, OSError) as error:
             bad += 1
             print(escape_text(f"BAD  {archive}: {error}"))  # noqa: T201
-        except Exception as error:  # a fault of ours with one archive hides no other's
+        except Exception as error:  # a bug that one archive triggers must not hide the results of the others
             bad += 1
             print(escape_text(f"BAD  {archive}: it cannot be verified, by a fault of this program: {error!r}"))  # noqa: T201
     if bad:

@@ -1,1 +1,1 @@
-"""Work on archives and price files that needs no server."""
+"""Operations on archives and price files that need no server."""

@@ -1,4 +1,4 @@
-"""Where one archive is or will be: a store and a name in it, found from a path or a URL."""
+"""Locates one archive, which may not exist yet: its store and its name there, from a path or a URL."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,14 @@ class ArchiveLocation:
     limits: Limits
 
     def fetch(self) -> tuple[Archive, bytes]:
-        """The archive, opened, and its bytes. Raises LoadError."""
+        """Fetch the archive; returns it opened, and its bytes. Raises LoadError."""
         fetched = self.source.get(self.name)
         assert fetched is not None, "only a conditional GET is answered `not modified`"
         return open_archive(fetched.data, self.name, self.limits), fetched.data
 
 
 def split_location(where: str) -> tuple[str, ModelName]:
-    """A path or URL of one archive -> the store it is in, and its name there. Raises InvalidModelName."""
+    """Split the path or URL of an archive into its store and its name there. Raises InvalidModelName."""
     if "://" in where:
         store, _, name = where.rpartition("/")
     else:
@@ -37,12 +37,12 @@ def split_location(where: str) -> tuple[str, ModelName]:
 
 
 def settings_of_store(store: str) -> Settings:
-    """The settings as their variables and file have them, for another store. Raises ValueError."""
+    """Return the settings of variables and file, with another store. Raises ValueError."""
     given: dict[str, Any] = {"store": store}
     return Settings(**given)
 
 
 def locate_archive(settings: Settings, name: ModelName) -> ArchiveLocation:
-    """The archive `name` of the settings' store. Raises InvalidStoreUrl, StoreDenied."""
+    """Locate the archive `name` in the store of the settings. Raises InvalidStoreUrl, StoreDenied."""
     source, limits = open_store(settings)
     return ArchiveLocation(source, name, limits)

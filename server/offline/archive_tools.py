@@ -1,4 +1,4 @@
-"""What an archive is, and the proof that it loads: what `verify`, `inspect` and `pack` do with one. No server runs."""
+"""Describes and verifies archives for `verify`, `inspect` and `pack`, without a server."""
 
 import hashlib
 import json
@@ -16,13 +16,16 @@ from server.settings import format_bytes
 
 
 def verify_archive(location: ArchiveLocation) -> str:
-    """Do everything a load does, the golden sample included; what was proved, in words. Raises LoadError."""
+    """Do everything that a load does, including the golden sample. Returns what was verified, in words.
+
+    Raises LoadError.
+    """
     archive, _ = location.fetch()
     return _verify_opened(archive)
 
 
 def verify_packed_archive(packed: bytes, name: ModelName, limits: Limits) -> str:
-    """`verify_archive` for an archive that is in no store yet. Raises LoadError."""
+    """Verify an archive that is in no store yet, as `verify_archive` does. Raises LoadError."""
     return _verify_opened(open_archive(packed, name, limits))
 
 
@@ -33,7 +36,7 @@ def _verify_opened(archive: Archive) -> str:
 
 
 def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
-    """What `fleetcast inspect` tells, as plain JSON values. Raises ArchiveInvalid for tensors that cannot be read."""
+    """Describe an archive in plain JSON values for `inspect`. Raises ArchiveInvalid for tensors that cannot be read."""
     spec = archive.spec
     found: dict[str, Any] = {
         "archive": archive.name,
@@ -51,7 +54,7 @@ def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
 
 
 def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What `describe_archive` found, for people: a label and a text for each line."""
+    """Format the result of `describe_archive` as lines of a label and a text."""
     spec = found.get("spec", {})
     yield "archive", f"{found['archive']}, {format_bytes(found['bytes'])}"
     yield "sha256", found["sha256"]
@@ -79,7 +82,7 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _list_prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is forecast, or whose forecasts are tied together."""
+    """List what the model forecasts, or the products whose forecasts it correlates."""
     forecast, correlation = spec.get("forecast"), spec.get("correlation")
     if forecast:
         levels = " ".join(map(str, forecast["quantile_levels"]))

@@ -1,6 +1,6 @@
-"""The files of a batch: requests from a folder or S3, answers to a folder or S3, and a checkpoint in between. Torch.
+"""The files of a batch: requests and answers in a folder or in S3, and a checkpoint in between. Imports torch.
 
-Answers are put together in a file of this machine, so that the same command goes on where a killed run has stopped.
+Answers are collected in a local file, so that the same command continues a run that was killed.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from server.offline.checkpoint import Checkpoint
 from server.settings import Settings, format_bytes
 from server.worker.model_loader import open_store
 
-#: Called with a task's description, its total (None: not known) and how much of it is done; what it returns is called
-#: with how much more is done.
+#: Takes the description of a task, its total (None: not known) and the part that is done; returns a function that takes
+#: how much more is done.
 StartTask = Callable[[str, int | None, int], Callable[[int], None]]
 
 
@@ -31,9 +31,9 @@ class TransferFailed(Exception):
 def answer_file(
     settings: Settings, lines: str, out: str, configuration: bytes, start_task: StartTask
 ) -> tuple[int, int]:
-    """Answer the requests of the file `lines` into `out`; how many there are, and how many of them have an error.
+    """Answer the requests of the file `lines` into `out`. Returns the number of requests, and of those with an error.
 
-    `configuration` is that of lines that have none, as JSON. Paths or `s3://bucket/key`.
+    Files are paths or `s3://bucket/key`. `configuration` (JSON) is used for lines that have none.
 
     Raises:
         LoadError: the store cannot be reached. TransferFailed. ValueError: a URL is wrong, or the checkpoint belongs to
@@ -60,7 +60,7 @@ def answer_file(
 
 
 def _find_local_output(settings: Settings, lines: str, out: str) -> Path:
-    """Where the answers are put together: the same file for the same command."""
+    """Return the local file that collects the answers; it is the same for the same command."""
     if "://" not in out:
         return Path(out)
     _split_url(out)
@@ -71,7 +71,7 @@ def _find_local_output(settings: Settings, lines: str, out: str) -> Path:
 
 @contextmanager
 def _open_input(settings: Settings, lines: str, folder: Path, start_task: StartTask) -> Iterator[Path]:
-    """The input as a file of this machine, below `folder` for as long as it is read."""
+    """Open the input as a local file, which is below `folder` while it is read."""
     if "://" not in lines:
         yield Path(lines)
         return
@@ -86,7 +86,7 @@ def _open_input(settings: Settings, lines: str, folder: Path, start_task: StartT
 
 
 def _upload(settings: Settings, whole: Path, out: str, start_task: StartTask) -> None:
-    """Move the answers to S3; they stay here when that fails."""
+    """Move the answers to S3; if that fails, the local file is kept."""
     bucket, key = _split_url(out)
     with _connect_s3(settings, f"storing {format_bytes(whole.stat().st_size)}", start_task) as (client, report):
         client.upload_file(str(whole), bucket, key, Callback=report)
@@ -97,7 +97,7 @@ def _upload(settings: Settings, whole: Path, out: str, start_task: StartTask) ->
 def _connect_s3(
     settings: Settings, description: str, start_task: StartTask
 ) -> Iterator[tuple[Any, Callable[[int], None]]]:
-    """An S3 client by boto3's chain, and what counts the bytes. Raises TransferFailed for what S3 refuses."""
+    """Yield an S3 client by boto3's chain, and a callback that counts bytes. Raises TransferFailed if S3 refuses."""
     from boto3.exceptions import Boto3Error  # noqa: PLC0415 -- half a second that a local batch saves
     from botocore.exceptions import BotoCoreError, ClientError  # noqa: PLC0415
 
@@ -112,7 +112,7 @@ def _connect_s3(
 
 
 def _split_url(url: str) -> tuple[str, str]:
-    """Bucket and key. Raises ValueError."""
+    """Split a URL into bucket and key. Raises ValueError."""
     parts = urlsplit(url)
     key = parts.path.removeprefix("/")
     if parts.scheme != "s3" or not parts.netloc or not key:

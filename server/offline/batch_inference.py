@@ -1,8 +1,8 @@
 """Answers lines of JSON in this process, without a server: the part of `fleetcast batch` between reading and writing.
 
-Each line is what an item of `POST /v1/forecasts` is: `target_model` and the fields of a DeepAR instance, and if it
-wants a `configuration` of its own. Lines are answered model by model, so that each model is loaded once however they
-are mixed, and kept in a journal. Memory holds twenty bytes a line, one chunk of answers, and a few models.
+Each line is an item of `POST /v1/forecasts`: `target_model`, the fields of a DeepAR instance, and optionally its own
+`configuration`. Lines are answered model by model, so that each model is loaded once in any order of the lines, and
+the answers are kept in a checkpoint. Memory holds twenty bytes a line, one chunk of answers, and a few models.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from server.front.raw_json import extract_prediction
 from server.front.slices import finish
 from server.offline.checkpoint import Checkpoint
 
-CHUNK = 64  #: lines of one model that are answered together
+CHUNK = 64  #: most lines of one model that are answered together
 NO_MODEL = -1
 
 
@@ -44,7 +44,7 @@ class LineError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Index:
-    """Where the lines of a file are and which model each is for; `model` is NO_MODEL where that cannot be told."""
+    """The places of the lines of a file and the model of each; `model` is NO_MODEL for a line without a valid one."""
 
     start: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
@@ -56,7 +56,7 @@ class Index:
         return f"<Index {len(self.start)} lines for {len(self.names)} models>"
 
     def groups(self, left: npt.NDArray[np.bool_]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """(model, its lines that are `left`), models in the order in which they first come."""
+        """Yield (model, its lines that are `left`), models in the order of their first lines."""
         order = np.argsort(self.model, kind="stable")
         order = order[left[order]]
         cuts = np.flatnonzero(np.diff(self.model[order])) + 1
@@ -66,7 +66,7 @@ class Index:
 
 
 def index_lines(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
-    """Read the file once. A line longer than `longest` bytes is not kept in memory. `step` is told the bytes read."""
+    """Read the file once. A line longer than `longest` bytes is not kept in memory. `step` gets the bytes read."""
     start, size, model = array("q"), array("q"), array("i")
     names: dict[ModelName, int] = {}
     digest, at = hashlib.sha256(), 0
@@ -91,9 +91,9 @@ def index_lines(file: BinaryIO, longest: int, step: Callable[[int], None]) -> In
 
 @dataclass(frozen=True, slots=True)
 class BatchJob:
-    """One batch: what is read, how models are opened, and the configuration of lines that have none.
+    """One batch: its input, the opener of models, and the configuration of lines that have none.
 
-    `open_model` is called on `threads` threads. `longest`: bytes of a line at most.
+    `open_model` is called on `threads` threads. `longest` is the largest length of a line in bytes.
     """
 
     file: BinaryIO
@@ -104,7 +104,7 @@ class BatchJob:
     threads: int
 
     def run(self, journal: Checkpoint, step: Callable[[int], None]) -> None:
-        """Answer what is left. Raises LoadError where the store cannot be reached: the run may be started again."""
+        """Answer all lines that are left. Raises LoadError if the store cannot be reached; a later run continues."""
         groups = list(self.index.groups(journal.left()))
         with ThreadPoolExecutor(self.threads) as pool:
             loads: deque[Future[Model | LoadError]] = deque()
@@ -121,7 +121,7 @@ class BatchJob:
                     step(len(chunk))
 
     def _load(self, model: int) -> Model | LoadError:
-        """The model, its golden sample run, or why it does not load."""
+        """Load a model and run its golden sample; returns the error if it does not load."""
         if model == NO_MODEL:
             return LoadError("no model")
         try:
@@ -134,13 +134,13 @@ class BatchJob:
         return opened
 
     def _answers(self, model: Model | LoadError, lines: Sequence[int]) -> list[bytes]:
-        """A line of JSON for each."""
+        """Answer each line with a line of JSON."""
         if isinstance(model, LoadError):
             return [_encode_error(self._why_no_model(line) or _to_refusal(model)) for line in lines]
         return [_encode_answer(answer) for answer in model.answer_many([self._request(line) for line in lines])]
 
     def _request(self, line: int) -> bytes:
-        """The line as a request of one instance to its model."""
+        """Turn a line into a request of one instance to its model."""
         raw = self._line(line)
         own = bytes(_parse_head(raw).configuration) or self.configuration
         return b'{"instances":[' + raw + b'],"configuration":' + own + b"}"
@@ -150,7 +150,7 @@ class BatchJob:
         return self.file.read(int(self.index.size[line])).strip()
 
     def _why_no_model(self, line: int) -> Refused | None:
-        """What is wrong with the line itself; None where it names a model."""
+        """Return what is wrong with the line itself; None if it names a model."""
         if self.index.size[line] > self.longest + 1:
             message = f"the line has {self.index.size[line]} bytes, the limit is {self.longest} (max_body_bytes)"
             return Refused(Situation.TOO_LARGE, message)
@@ -163,14 +163,14 @@ class BatchJob:
 
 @dataclass(frozen=True, slots=True)
 class LineHead:
-    """What a line says of itself."""
+    """The fields of a line that do not depend on its model."""
 
     model: ModelName
     configuration: bytes
 
 
 def _parse_head(line: bytes) -> LineHead:
-    """Raises LineError that says what is wrong."""
+    """Parse the fields of a line that do not depend on its model. Raises LineError that says what is wrong."""
     try:
         found = _HEAD.decode(line)
         return LineHead(parse_model_name(found.target_model), bytes(found.configuration))

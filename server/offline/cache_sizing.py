@@ -1,12 +1,12 @@
-"""The hit ratio of an LRU cache by its size, from the requests of an access log: what more memory would buy. Pure.
+"""The hit ratio of an LRU cache by its size, from the requests of an access log. Pure.
 
-A request is a hit in an LRU cache of a size when the models asked since the last request for the same one, and this one
-itself, weigh no more: its *reuse distance* in bytes (Mattson et al., "Evaluation techniques for storage hierarchies",
-1970). One pass gives the ratio at every size. Only models whose name hashes below a threshold are followed, and their
-distances scaled up; when there are more than SAMPLES of them, the threshold is lowered ("Efficient MRC Construction
-with SHARDS", Waldspurger et al., 2015). So memory is bounded whatever the log holds, a request takes O(log SAMPLES),
-and the ratio is exact for as many models and about a point off for more. Other policies than LRU do better on ticks
-that do not fit (`fleetcast-load plan` simulates them); above a tick's size all are alike.
+A request is a hit in an LRU cache if the models requested since the last request for the same one, together with this
+one, fit in it. Their size is its *reuse distance* in bytes (Mattson et al., "Evaluation techniques for storage
+hierarchies", 1970). One pass gives the ratio at every size. Only models whose name hashes below a threshold are
+followed, and their distances are scaled up; if there are more than SAMPLES of them, the threshold is lowered
+("Efficient MRC Construction with SHARDS", Waldspurger et al., 2015). So memory is bounded whatever the log holds, a
+request takes O(log SAMPLES), and the ratio is exact for as many models and about a point off for more. Other policies
+than LRU do better on ticks that do not fit (`fleetcast-load plan` simulates them); above a tick's size all are alike.
 """
 
 import math
@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 SAMPLES = 16_384
-STEP = 0.05  #: of the hit ratio: what an advice is about
+STEP = 0.05  #: increase of the hit ratio that an advice is about
 MIB = 1024 * 1024
-_BINS = 64  #: sizes that are told apart, in a factor of two
+_BINS = 64  #: number of distinct sizes in a factor of two
 _SPACE = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Hit ratios of an LRU cache: with `budget_bytes`, with `better_bytes`, and with room for everything.
+    """Hit ratios of an LRU cache of `budget_bytes`, of `better_bytes`, and of unlimited size.
 
-    `better_bytes` is the least that buys STEP more, or as much as there is to be had if that is less; None: nothing is.
+    `better_bytes` is the least size with a hit ratio higher by STEP, or by all that is possible if that is less; None
+    if no size is better.
     """
 
     requests: int
@@ -37,7 +38,7 @@ class Advice:
 
     @property
     def now(self) -> str:
-        """For people: what there is."""
+        """Describe the present hit ratio."""
         if not self.requests:
             return "no request in it reached a model"
         if self.better_bytes is None:
@@ -48,7 +49,7 @@ class Advice:
 
     @property
     def next(self) -> str:
-        """For people: what would buy more; empty where nothing does."""
+        """Describe the size that gives a better hit ratio; empty if none does."""
         if self.better_bytes is None:
             return ""
         points, more = (self.better_ratio - self.hit_ratio) * 100, self.better_bytes - self.budget_bytes
@@ -59,9 +60,10 @@ class Advice:
 
 
 def advise_cache_size(requests: Iterable[tuple[str, int]], budget_bytes: int) -> Advice:
-    """From (model, bytes) of each request in the order of time; bytes 0, not known: as they were before, or left out.
+    """Advise from (model, bytes) of each request in the order of time.
 
-    `budget_bytes`: what all workers together have for models.
+    If bytes are 0 (not known), the last known size is used, or the request is left out. `budget_bytes` is the cache of
+    all workers together.
     """
     distances = ReuseDistances()
     for model, size in requests:
@@ -86,7 +88,7 @@ class ReuseDistances:
         return f"<ReuseDistances of {self._requests} requests, {len(self._models)} models, {followed} followed>"
 
     def ask(self, model: str, size: int) -> None:
-        """One request."""
+        """Add one request."""
         known = self._models.get(model)
         if known is None:
             if size:
@@ -102,11 +104,11 @@ class ReuseDistances:
         self._enter(model, number, size or before)
 
     def advice(self, budget_bytes: int) -> Advice:
-        """What a cache of that size would hit, and the next better one."""
+        """Return the hit ratio of a cache of that size, and the next better size."""
         if not self._first:
             return Advice(0, budget_bytes, 0.0, None, 0.0, 0.0)
         seen = self._requests * self._share
-        curve, hits = [], seen - self._first - sum(self._bins.values())  # what a few popular models have too few of
+        curve, hits = [], seen - self._first - sum(self._bins.values())  # samples of few popular models are too few
         for step in sorted(self._bins):
             hits += self._bins[step]
             curve.append((math.ceil(2 ** (step / _BINS)), hits / seen))
@@ -118,7 +120,7 @@ class ReuseDistances:
         return Advice(self._requests, budget_bytes, now, size, ratio, most)
 
     def _meet(self, model: str, size: int) -> None:
-        """A model's first request. Which models are followed depends on their names alone, so first ones count too."""
+        """Add the first request for a model. Only its name decides whether it is followed, so it counts too."""
         number = int.from_bytes(blake2b(model.encode(), digest_size=8).digest())
         if number >= self._share * _SPACE:
             return
@@ -128,7 +130,7 @@ class ReuseDistances:
             self._thin()
 
     def _enter(self, model: str, number: int, size: int) -> None:
-        """The model is the one asked last."""
+        """Make the model the most recently requested one."""
         if self._recency.full:
             order = sorted(self._models, key=lambda each: self._models[each][2])
             self._recency = _RecencyCounts(2 * SAMPLES)
@@ -139,7 +141,7 @@ class ReuseDistances:
         self._models[model] = number, size, self._recency.add(size)
 
     def _thin(self) -> None:
-        """Follow half as many models, and count as if it had never been more."""
+        """Follow half as many models, and count as if there had never been more."""
         self._share /= 2
         for model, (number, size, place) in list(self._models.items()):
             if number >= self._share * _SPACE:
@@ -150,7 +152,7 @@ class ReuseDistances:
 
 
 class _RecencyCounts:
-    """Weights in the order in which they came, and the sum of those after one: a Fenwick tree."""
+    """Weights in the order of their arrival, and sums of those after a place, by a Fenwick tree."""
 
     def __init__(self, places: int) -> None:
         self._sums = [0] * (places + 1)
@@ -162,7 +164,7 @@ class _RecencyCounts:
         return self._next == len(self._sums)
 
     def add(self, weight: int) -> int:
-        """The newest; its place."""
+        """Add the newest weight and return its place."""
         place, self._next = self._next, self._next + 1
         self._change(place, weight)
         return place
@@ -171,7 +173,7 @@ class _RecencyCounts:
         self._change(place, -weight)
 
     def since(self, place: int) -> int:
-        """The sum of all that came after this one."""
+        """Return the sum of all weights after this place."""
         upto, at = 0, place
         while at:
             upto += self._sums[at]
@@ -186,7 +188,7 @@ class _RecencyCounts:
 
 
 def _round_up_mb(size: int) -> str:
-    """As settings take it, and never less."""
+    """Round up to whole MB, in the notation of the settings."""
     if size < MIB:
         return f"{math.ceil(size / 1024)}KiB"
     return f"{math.ceil(10 * size / MIB) / 10:.1f}MiB" if size < 100 * MIB else f"{math.ceil(size / MIB)}MiB"

@@ -1,8 +1,8 @@
 """The checkpoint of a batch or a retraining: two files, valid after a kill, with answers and each one's line.
 
-`OUT.part` has the answers one after another as they were made. `OUT.index` has a head that names the work and a fixed
-record for each answer, written after it: a torn last record, or one whose answer is not there, is cut off. So a run
-that goes on knows exactly which lines are done.
+`OUT.part` has the answers in the order in which they were made. `OUT.index` has a head that identifies the work, and a
+fixed record for each answer, written after it. A torn last record, or one without its answer, is cut off. So a run that
+continues has exactly the lines that are done.
 """
 
 import os
@@ -28,7 +28,7 @@ class Checkpoint:
     """The checkpoint of a run over `lines` lines, opened to continue it. A context manager."""
 
     def __init__(self, out: Path, work: bytes, lines: int) -> None:
-        """`work` is a digest of all that decides the answers. Raises OtherWork, OSError."""
+        """`work` is a digest of everything that determines the answers. Raises OtherWork, OSError."""
         self.part, self.index = (out.with_name(out.name + suffix) for suffix in (".part", ".index"))
         self._start = np.full(lines, NOT_DONE, np.int64)
         self._size = np.zeros(lines, np.int64)
@@ -51,11 +51,11 @@ class Checkpoint:
 
     @property
     def done(self) -> int:
-        """Lines that are answered."""
+        """The number of answered lines."""
         return int((self._start != NOT_DONE).sum())
 
     def left(self) -> npt.NDArray[np.bool_]:
-        """[lines] which are not answered yet."""
+        """Return a mask [lines] of those not answered yet."""
         return np.equal(self._start, NOT_DONE)
 
     def add(self, answers: Sequence[tuple[int, bytes]]) -> None:
@@ -71,7 +71,7 @@ class Checkpoint:
         self._records.flush()
 
     def in_order(self) -> Iterator[bytes]:
-        """All answers, in the order of their lines."""
+        """Yield all answers in the order of their lines."""
         descriptor = self._answers.fileno()
         for start, size in zip(self._start.tolist(), self._size.tolist(), strict=True):
             yield os.pread(descriptor, size, start)

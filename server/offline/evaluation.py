@@ -8,17 +8,17 @@ from handlers.codecs.features import Float64
 from handlers.evaluation.scores import (
     Scores,
     Steps,
-    by_group,
+    average_by_group,
     compute_calibration,
+    compute_seasonal_errors,
     interpolate_median,
     make_naive_forecast,
     score_windows,
-    seasonal_errors,
 )
-from handlers.training.input_recipe import DAY, HOUR, naive_lag
+from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
 from server.offline.rolling_windows import WindowForecasts
 
-FAN_STEPS = 14 * 24  #: steps of a chart at most, the last ones
+FAN_STEPS = 14 * 24  #: most steps of a chart, which shows the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class ByHour:
-    """Mean absolute errors of the median and of the naive forecast, by hour of the day, of whole days by step ahead."""
+    """Mean absolute errors of the median and the naive forecast by hour of the day; for daily steps by step ahead."""
 
     what: str
     group: list[int]
@@ -42,7 +42,7 @@ class ByHour:
 
 @dataclass(frozen=True, slots=True)
 class FanChart:
-    """The windows of a chart: without overlap, one after another [steps], missing steps NaN."""
+    """The windows of a chart, one after another without overlap [steps]; missing steps are NaN."""
 
     seconds: list[int]
     actual: list[float]
@@ -52,7 +52,7 @@ class FanChart:
 
 @dataclass(frozen=True, slots=True)
 class MarketScore:
-    """One market. `first` and `last`: the stamps of the first and the last step that was forecast."""
+    """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps."""
 
     target: str
     model: str
@@ -68,7 +68,7 @@ class MarketScore:
 
 
 def score_forecasts(found: WindowForecasts, unit: str) -> MarketScore:
-    """The market's evaluation without the chart."""
+    """Evaluate the forecasts of a market, without the chart."""
     series, levels = found.series, found.levels
     edges = np.concatenate([[0.0], levels, [1.0]])
     shares = compute_calibration(found.actuals, found.quantiles, levels)
@@ -81,21 +81,21 @@ def score_forecasts(found: WindowForecasts, unit: str) -> MarketScore:
         first=series.stamp(int(found.origins[0])),
         last=series.stamp(int(found.steps[-1, -1])),
         windows=len(found.origins),
-        scores=scores_of(found),
+        scores=compute_scores(found),
         calibration=Calibration(edges.tolist(), shares.tolist(), np.diff(edges).tolist()),
         by_hour=_by_hour(found),
     )
 
 
-def scores_of(found: WindowForecasts) -> Scores:
-    """The season of MASE is a day, of daily steps a week, of weeks one step."""
-    season = naive_lag(round(found.series.step.total_seconds()), 1)
-    scale = seasonal_errors(found.series.values, found.origins, season)
+def compute_scores(found: WindowForecasts) -> Scores:
+    """Compute the scores. The season of MASE is a day, for daily steps a week, for weekly steps one step."""
+    season = compute_naive_lag(round(found.series.step.total_seconds()), 1)
+    scale = compute_seasonal_errors(found.series.values, found.origins, season)
     return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale)
 
 
 def make_fan_chart(found: WindowForecasts) -> FanChart:
-    """The last windows, counted back from the very last."""
+    """Make a chart of the last windows, counted back from the last one."""
     kept: list[int] = []
     for at in range(len(found.origins) - 1, -1, -1):
         apart = not kept or found.origins[at] + found.horizon <= found.origins[kept[-1]]
@@ -120,7 +120,7 @@ def _by_hour(found: WindowForecasts) -> ByHour:
     actuals = found.actuals
     errors = np.abs(actuals - interpolate_median(found.quantiles, found.levels))
     theirs = np.abs(actuals - _make_naive_forecast(found))
-    return ByHour(what, groups, by_group(errors, group, groups), by_group(theirs, group, groups))
+    return ByHour(what, groups, average_by_group(errors, group, groups), average_by_group(theirs, group, groups))
 
 
 def _make_naive_forecast(found: WindowForecasts) -> Float64:
@@ -128,7 +128,7 @@ def _make_naive_forecast(found: WindowForecasts) -> Float64:
 
 
 def _convert_to_seconds(found: WindowForecasts) -> Steps:
-    """The stamps [T] since 1970."""
+    """Convert stamps [T] to seconds since 1970."""
     start = np.datetime64(found.series.start, "s").astype(np.int64)
     seconds: Steps = start + round(found.series.step.total_seconds()) * np.arange(len(found.series.values))
     return seconds

@@ -19,8 +19,8 @@ from server.offline.fleet_evaluation import Backtest
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
 HERE = Path(__file__).parent
-MOST_CHARTED = 12  #: markets with charts of their own; the table has all
-DIGITS = 5  #: of a number in a chart
+MOST_CHARTED = 12  #: most markets with charts; the table has all
+DIGITS = 5  #: digits of a number in a chart
 NEEDED = "a report needs jinja2 and uPlot: pip install 'fleetcast[load]'"
 
 
@@ -36,7 +36,7 @@ class Bar(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MarketSection:
-    """One market's part of the page."""
+    """The section of one market in the page."""
 
     market: MarketScore
     fan: dict[str, Any]
@@ -45,7 +45,7 @@ class MarketSection:
 
 
 def render_page(found: Backtest) -> str:
-    """The HTML. Raises ModuleNotFoundError that says what to install, ValueError where no market was scored."""
+    """Render the page. Raises ModuleNotFoundError that says what to install, ValueError if no market was scored."""
     if not found.markets:
         raise ValueError(f"no market was scored: {'; '.join(f'{name}: {why}' for name, why in found.failed.items())}")
     drawn = [_make_market_section(*each) for each in _find_worst_markets(found)]
@@ -68,7 +68,7 @@ def render_page(found: Backtest) -> str:
 
 
 def _find_worst_markets(found: Backtest) -> list[tuple[MarketScore, FanChart]]:
-    """The markets to look at first: the highest rMAE."""
+    """Return the markets with the highest rMAE."""
 
     def rmae(pair: tuple[MarketScore, FanChart]) -> float:
         value = pair[0].scores.rmae
@@ -89,7 +89,7 @@ def _make_market_section(market: MarketScore, fan: FanChart) -> MarketSection:
 
 
 def _encode_fan(fan: FanChart) -> dict[str, Any]:
-    """Levels outside in: the page fills between the first and the last, the second and the one before, and so on."""
+    """Encode a chart with levels from outside in: the page fills between first and last, second and next to last."""
     lines = [_round_values(line) for line in fan.quantiles]
     return {"kind": "fan", "x": fan.seconds, "actual": _round_values(fan.actual), "levels": fan.levels, "lines": lines}
 
@@ -100,7 +100,7 @@ def _by_hour(hours: ByHour) -> dict[str, Any]:
 
 
 def _make_calibration_bars(calibration: Calibration) -> Iterator[Bar]:
-    """A bar for each cell: half the picture high where the share is that of a calibrated forecast."""
+    """Make a bar for each cell; a calibrated share is half as high as the picture."""
     edges = calibration.edges
     for low, high, share, right in zip(edges, edges[1:], calibration.share, calibration.right, strict=False):
         height = 0.0 if isnan(share) else min(100.0, 50 * share / right)
@@ -113,7 +113,7 @@ def _round_values(values: Sequence[float]) -> list[float | None]:
 
 
 def _load_template() -> Any:
-    """Escaping is on: only our own style, script and encoded data are marked as safe, in the page itself."""
+    """Load the template. All text is escaped; only our own style, script and encoded data are marked as safe."""
     try:
         import jinja2  # noqa: PLC0415 -- an extra
     except ModuleNotFoundError:
@@ -129,12 +129,12 @@ def _load_template() -> Any:
 
 
 def _embed_json(data: Sequence[Mapping[str, Any]]) -> str:
-    """JSON in which no `<` can end the script element around it."""
+    """Encode JSON that cannot close the script element around it."""
     return msgspec.json.encode(data).decode().replace("<", "\\u003c")
 
 
 def _find_uplot() -> Path:
-    """Where `uplot-python` keeps uPlot (MIT licence); the package is not imported, since that imports IPython."""
+    """Find the uPlot (MIT licence) of `uplot-python` without importing the package, which would import IPython."""
     found = find_spec("uplot")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError(NEEDED)
@@ -146,5 +146,5 @@ def _read_text(file: Path) -> str:
 
 
 def _hash_for_csp(text: str) -> str:
-    """What the Content-Security-Policy knows an inline script or style by."""
+    """Hash an inline script or style for the Content-Security-Policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,6 +1,6 @@
 """Backtests a fleet on one CSV file: fetches archives, reads columns and scores every market, on threads.
 
-A market that fails is named and the others go on. A store that cannot be reached ends the run.
+A market that fails is reported, and the others continue. A store that cannot be reached ends the run.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,14 +21,14 @@ from server.offline.rolling_windows import (
     ArchiveVersion,
     Rolling,
     Unfit,
+    add_known_series,
     fetch_version,
     forecast_windows,
-    with_known,
 )
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
-Progress = Callable[[int, int], None]  #: is told how many were done since the last call, and how many there are in all
+Progress = Callable[[int, int], None]  #: takes how many are newly done, and how many there are in all
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,7 +40,7 @@ class Backtest:
 
     csv: str
     store: str
-    asked: str  #: what answered, in words
+    asked: str  #: the source of the forecasts, in words
     markets: Sequence[MarketScore]
     fans: Sequence[FanChart]
     failed: Mapping[str, str]
@@ -49,12 +49,12 @@ class Backtest:
         return f"<Backtest {self.csv}: {len(self.markets)} markets, {len(self.failed)} failed>"
 
     def mean(self, measure: str) -> float | None:
-        """The mean of a measure over the markets that have it."""
+        """Return the mean of a measure over the markets that have it."""
         found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
         return sum(found) / len(found) if found else None
 
     def json(self, measures: Iterable[str]) -> bytes:
-        """JSON for programs: without charts, null where a score is undefined."""
+        """Encode the results as JSON, without charts and with null for undefined scores."""
         whole = {
             "csv": self.csv,
             "store": self.store,
@@ -67,7 +67,7 @@ class Backtest:
 
 
 def match_columns(csv: Path, time: str, settings: Settings, template: str) -> dict[str, ModelName]:
-    """The columns that have an archive of that name in the store. Raises ValueError for none, LoadError."""
+    """Match the columns that have an archive in the store. Raises ValueError if there are none, LoadError."""
     source, _ = open_store(settings)
     there = {each.name for each in source.list(template.partition("{target}")[0])}
     found = {column: template.replace("{target}", column) for column in read_header(csv) if column != time}
@@ -86,12 +86,12 @@ def backtest_fleet(
     rolling: Rolling,
     report_progress: Progress,
 ) -> Backtest:
-    """Every market's windows asked and scored, several markets at a time. Raises LoadError, SeriesInvalid, OSError."""
+    """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError."""
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
         forecast = model.forecast
-        series = with_known(columns, target, forecast.dynamic_feat)
+        series = add_known_series(columns, target, forecast.dynamic_feat)
         origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
         found = forecast_windows(answers, model, series, origins)
         report_progress(1, len(names))
@@ -101,7 +101,7 @@ def backtest_fleet(
         models, failed = fetch_archives(pool, names, settings)
         columns, lacking = read_columns(csv, time, models)
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
-        done, wrong = sorted_out(pool, one, markets)
+        done, wrong = collect_results(pool, one, markets)
     results = list(done.values())
     return Backtest(
         csv=csv.name,
@@ -116,21 +116,21 @@ def backtest_fleet(
 def fetch_archives(
     pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
 ) -> tuple[dict[str, ArchiveVersion], dict[str, str]]:
-    """The archives by target, and why those of some cannot be used. Raises StoreUnavailable, StoreDenied."""
+    """Fetch the archives by target; also returns why some cannot be used. Raises StoreUnavailable, StoreDenied."""
     source, limits = open_store(settings)
 
     def one(name: ModelName) -> ArchiveVersion:
         model = fetch_version(source, name, limits)
-        _ = model.forecast  # raises what makes it unfit
+        _ = model.forecast  # raises if the archive is unfit
         return model
 
-    return sorted_out(pool, one, names)
+    return collect_results(pool, one, names)
 
 
-def sorted_out(
+def collect_results(
     pool: ThreadPoolExecutor, work: Callable[[T], R], of: Mapping[str, T]
 ) -> tuple[dict[str, R], dict[str, str]]:
-    """The results by key, and what went wrong with some. Raises StoreUnavailable and StoreDenied at once."""
+    """Collect the results by key, and the errors of some. Raises StoreUnavailable and StoreDenied at once."""
     futures = {key: pool.submit(work, each) for key, each in of.items()}
     done: dict[str, R] = {}
     failed: dict[str, str] = {}
@@ -146,7 +146,7 @@ def sorted_out(
 
 
 def explain_error(error: Exception) -> str:
-    """The error in one line. One that no class of ours describes is a bug: it costs one market and names its place."""
+    """Explain an error in one line. An error of an unknown class is a bug; it fails one market and names its place."""
     if isinstance(error, (LoadError, SeriesInvalid, Unfit)):
         return str(error)
     place = extract_tb(error.__traceback__)[-1]
@@ -156,7 +156,7 @@ def explain_error(error: Exception) -> str:
 def read_columns(
     csv: Path, time: str, models: Mapping[str, ArchiveVersion]
 ) -> tuple[dict[str, Series], dict[str, str]]:
-    """The columns of the targets and of what their archives want to know ahead, and which targets lack one of these.
+    """Read the columns of the targets and their covariates known ahead; also returns targets that lack a covariate.
 
     Raises SeriesInvalid, OSError: the file cannot be read, or has no column of a target.
     """

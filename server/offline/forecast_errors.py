@@ -15,14 +15,14 @@ from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
     Rolling,
+    add_known_series,
     fetch_version,
     forecast_windows,
-    with_known,
 )
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
-HELD_OUT = 0.1  #: the last part of the rows, where no date is given: what `fleetcast train` does not fit to
+HELD_OUT = 0.1  #: last share of the rows that is used without a date; `fleetcast train` does not fit to it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +31,7 @@ class Residuals:
 
     values: Float64
     first: str  #: stamp of the first forecast step of the first window
-    last: str  #: of the last window
+    last: str  #: stamp of the first forecast step of the last window
 
     def __repr__(self) -> str:
         windows, products, steps = self.values.shape
@@ -49,11 +49,11 @@ def measure_errors(
 ) -> Residuals:
     """Forecast every window of each target's model from `since` on (None: the last tenth of the rows).
 
-    Windows are the same for all, `every` so many steps (0: they do not overlap). Covariates are the CSV's columns by
-    the names in the archives. `told` is how many forecasts were made just now, and how many will be.
+    The windows are the same for all targets, one every `every` steps (0: without overlap). Covariates are the columns
+    that the archives name. `told` gets the number of new forecasts, and the number of all.
 
     Raises:
-        Unfit: an archive and the prices do not fit together. LoadError, SeriesInvalid, OSError: as their message says.
+        Unfit: an archive and the prices do not fit together. LoadError, SeriesInvalid, OSError.
     """
     source, limits = open_store(settings)
     found = {target: fetch_version(source, name, limits) for target, name in models.items()}
@@ -71,7 +71,7 @@ def measure_errors(
 
 
 def _match_series(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) -> list[tuple[ArchiveVersion, Series]]:
-    """Each model with its prices and covariates; the file is read once."""
+    """Match each model with its prices and covariates; the file is read once."""
     known = {name for model in models.values() for name in model.forecast.dynamic_feat}
     columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}))}
-    return [(model, with_known(columns, target, model.forecast.dynamic_feat)) for target, model in models.items()]
+    return [(model, add_known_series(columns, target, model.forecast.dynamic_feat)) for target, model in models.items()]

@@ -1,6 +1,6 @@
-"""Checks of this machine for `fleetcast doctor`: what matters to a server, and advice where it is too little.
+"""Checks of this machine for `fleetcast doctor`: facts that matter to a server, and advice where they are insufficient.
 
-Each check is a function of what was read; `check_machine` reads it. Torch is asked what it is, nothing is computed.
+Each check is a function of values that `check_machine` reads. Torch only reports its version and build.
 """
 
 import os
@@ -16,16 +16,16 @@ from server.host import Host, WorkerPlan
 from server.settings import MIB, Settings, format_bytes
 from server.supervisor.worker_plan import plan_workers
 
-WORKER_BYTES = 250 * MIB  #: of a worker before its first model: Python, torch, staging (measured: 215 MB)
-FRONT_BYTES = 100 * MIB  #: of a front or the supervisor
-FILES = 4096  #: a front has one for each connection; with a lower hard limit there is advice
+WORKER_BYTES = 250 * MIB  #: bytes of a worker before its first model: Python, torch, staging (215 MB measured)
+FRONT_BYTES = 100 * MIB  #: bytes of a front or the supervisor
+FILES = 4096  #: descriptors; a front has one for each connection, and a lower hard limit leads to advice
 ENOUGH_FILES = 65536
-SLOW_CPUS = ("DEFAULT", "NO AVX")  #: what torch calls a CPU without AVX2
+SLOW_CPUS = ("DEFAULT", "NO AVX")  #: torch's name for a CPU without AVX2
 
 
 @dataclass(frozen=True, slots=True)
 class HostFact:
-    """A fact about the machine. `advice` says what is wrong and what to do; empty where nothing is wrong."""
+    """A fact about the machine. `advice` says what is wrong and what to do; empty if nothing is wrong."""
 
     name: str
     text: str
@@ -33,9 +33,9 @@ class HostFact:
 
 
 def check_machine(settings: Settings, host: Host) -> Iterator[HostFact]:
-    """Every check that needs no store."""
+    """Run every check that needs no store."""
     yield check_cores(host, os.cpu_count() or 1, os.getloadavg()[0])
-    yield torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    yield check_torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
     yield check_accelerator(host, torch.version.cuda, torch.cuda.device_count())
     try:
         plans = plan_workers(settings, host)
@@ -44,12 +44,12 @@ def check_machine(settings: Settings, host: Host) -> Iterator[HostFact]:
     else:
         yield check_workers(plans)
         yield check_memory(host, plans, settings.fronts)
-    yield disk_cache(settings.disk_cache, int(settings.disk_cache_bytes))
-    yield open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
+    yield check_disk_cache(settings.disk_cache, int(settings.disk_cache_bytes))
+    yield check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
 
 
 def check_cores(host: Host, physical: int, load: float) -> HostFact:
-    """`load`: of the last minute."""
+    """Check the number of cores and the `load` of the last minute."""
     count, advice = len(host.cores), ""
     if count == 1:
         advice = "fronts and worker share one core: give the server two or more for its full speed"
@@ -58,7 +58,7 @@ def check_cores(host: Host, physical: int, load: float) -> HostFact:
     return HostFact("cores", f"{count} of {physical} for this process (affinity and cgroup), load {load:.1f}", advice)
 
 
-def torch_build(version: str, capability: str, threads: int) -> HostFact:
+def check_torch_build(version: str, capability: str, threads: int) -> HostFact:
     """`capability`: the CPU instructions that torch uses here; `threads`: of a process that sets none."""
     advice = ""
     if capability in SLOW_CPUS:
@@ -82,7 +82,7 @@ def check_accelerator(host: Host, cuda: str | None, devices: int) -> HostFact:
 
 
 def check_workers(plans: Sequence[WorkerPlan]) -> HostFact:
-    """As `serve` would start them."""
+    """Check the workers as `serve` would start them."""
     first = plans[0]
     room = format_bytes(first.budget_bytes) if first.budget_bytes else "their part of the GPU"
     each = "1 thread" if first.threads == 1 else f"{first.threads} threads"
@@ -90,7 +90,7 @@ def check_workers(plans: Sequence[WorkerPlan]) -> HostFact:
 
 
 def check_memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> HostFact:
-    """Whether models and processes fit together."""
+    """Check whether models and processes fit in memory together."""
     models = sum(plan.budget_bytes + plan.host_bytes for plan in plans)
     processes = len(plans) * WORKER_BYTES + (fronts + 1) * FRONT_BYTES
     text = f"{format_bytes(host.memory_bytes)} within the cgroup's limit: {format_bytes(models)} for models"
@@ -101,7 +101,7 @@ def check_memory(host: Host, plans: Sequence[WorkerPlan], fronts: int) -> HostFa
     return HostFact("memory", text, f"{len(plans)} workers need {format_bytes(processes)} beside the models: {much}")
 
 
-def disk_cache(folder: Path, limit: int) -> HostFact:
+def check_disk_cache(folder: Path, limit: int) -> HostFact:
     """The folder or, where it is not made yet, the place where it would be."""
     if not limit:
         return HostFact("disk cache", "off", "each restart fetches every archive anew: set --disk-cache-bytes")
@@ -118,7 +118,7 @@ def disk_cache(folder: Path, limit: int) -> HostFact:
     return HostFact("disk cache", text)
 
 
-def open_files(soft: int, hard: int) -> HostFact:
+def check_open_files(soft: int, hard: int) -> HostFact:
     """The limits of descriptors of this process, as those of `serve` would be in its place: a client needs one."""
     shown = [("none" if limit == resource.RLIM_INFINITY else str(limit)) for limit in (soft, hard)]
     text = f"soft limit {shown[0]}, hard limit {shown[1]}: serve raises the soft limit to the hard one"

@@ -1,4 +1,4 @@
-"""What the commands that fit forecasters (`train`, `retrain`) decide in common: each series' input recipe. Torch."""
+"""Makes the input recipe of each series for `train` and `retrain`. Imports torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def make_recipes(
     context_length: int,
     options: Mapping[str, Any],
 ) -> list[ForecastSpec]:
-    """The input recipe of each series; a length of 0 (steps) is chosen by the series' frequency.
+    """Make the input recipe of each series; a length of 0 (steps) is chosen by the series' frequency.
 
     Raises:
         SeriesInvalid: a series cannot be fitted.
@@ -25,6 +25,6 @@ def make_recipes(
     """
     try:
         return suggest_inputs(series, architecture, config, prediction_length, context_length, **options)
-    except ArchiveInvalid as error:  # no archive exists yet: the flags are what was wrong
+    except ArchiveInvalid as error:  # no archive exists yet, so that the flags are wrong
         said = str(error).removeprefix(f"{FLEETCAST_JSON}: ")
         raise ValueError(f"--architecture, --config: {said}") from error

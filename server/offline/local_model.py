@@ -1,4 +1,4 @@
-"""A model in this process as the SDK gives it to users: `fleetcast.open_model(where).forecast(...)`. Imports torch."""
+"""A model in this process for users of the SDK: `fleetcast.open_model(where).forecast(...)`. Imports torch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from server.sdk.forecasts import (
 
 
 class LocalModel:
-    """An archive's model in this process. Its answers are those of a server; its exceptions are those of the client."""
+    """The model of an archive in this process, with the answers of a server and the exceptions of the client."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -50,7 +50,7 @@ class LocalModel:
         seed: int | None = None,
         output_types: Sequence[OutputType] | None = None,
     ) -> ForecastResult:
-        """As `Client.forecast`, without a server. Raises InvalidRequest, ModelFailed."""
+        """Forecast as `Client.forecast` does, without a server. Raises InvalidRequest, ModelFailed."""
         request = ForecastRequest(target=target, start=start, cat=cat, dynamic_feat=dynamic_feat)
         options = ForecastOptions(quantiles=quantiles, num_samples=num_samples, seed=seed, output_types=output_types)
         return self.forecast_many([request], options)[0]
@@ -58,11 +58,11 @@ class LocalModel:
     def forecast_many(
         self, requests: Sequence[ForecastRequest], options: ForecastOptions | None = None
     ) -> list[ForecastResult]:
-        """Several series by one forward, in order. Raises InvalidRequest, ModelFailed: for all if one is wrong."""
+        """Forecast several series by one forward, in order. Raises InvalidRequest, ModelFailed if any is wrong."""
         return decode_predictions(self.answer(encode_instances(requests, options or ForecastOptions())))
 
     def answer(self, body: bytes, content_type: str = contract.JSON, accept: str = "") -> bytes:
-        """The answer to a request's body, as of `Client.invoke`. Raises InvalidRequest, ModelFailed."""
+        """Answer the body of a request as `Client.invoke` does. Raises InvalidRequest, ModelFailed."""
         try:
             return self._model.answer(body, content_type, accept)
         except RequestError as error:
@@ -71,13 +71,13 @@ class LocalModel:
             raise errors.ModelFailed(str(error), code="model_failed") from error
 
     def prove(self) -> bool:
-        """Run the archive's golden sample; False where it has none. Raises ModelFailed where the answer is another."""
+        """Run the archive's golden sample; False if it has none. Raises ModelFailed if the answer differs."""
         with _sdk_errors():
             return self._model.prove()
 
 
 def open_model(where: str | Path) -> LocalModel:
-    """The model of the archive at `where`: a path, or a store URL such as `s3://models/au/nsw1.mar`.
+    """Open the model of the archive at `where`: a path, or a store URL such as `s3://models/au/nsw1.mar`.
 
     A store is reached as `fleetcast serve` reaches it: by the settings' variables and file, and by boto3's chain.
     Raises ModelNotFound, ModelFailed where the archive does not load, Unavailable where the store cannot be reached.

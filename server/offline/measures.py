@@ -1,4 +1,4 @@
-"""The scores of a backtest: their names, how reports head their columns, and how one is written. Imports no torch."""
+"""The scores of a backtest: their names, headings and formats. Imports no torch."""
 
 from math import isnan
 from typing import Literal
@@ -9,11 +9,12 @@ HEADINGS = {
     "coverage": "coverage",
 }  # fmt: skip
 MEASURES = tuple(HEADINGS)
-Score = Literal["pinball", "wql", "wape", "mase", "rmae", "crps"]  #: those where lower is better: a gate can use them
+#: the scores of which lower is better, which a gate can use
+Score = Literal["pinball", "wql", "wape", "mase", "rmae", "crps"]
 
 
 def format_score(measure: str, value: float | None) -> str:
-    """A score in a table's cell: `0.213`, coverage as `78.1%`, and `-` where it is undefined."""
+    """Format a score for a table: `0.213`, coverage as `78.1%`, and `-` where it is undefined."""
     if value is None or isnan(value):
         return "-"
     return f"{value:.1%}" if measure == "coverage" else f"{value:.3f}"

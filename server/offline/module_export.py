@@ -1,9 +1,9 @@
 """Exports a user's nn.Module as a graph in a separate process, where the user's file finds the user's own packages.
 
-Our packages are called `handlers`, `server`, `model_store` and `loadtest`; a user may well have some of these beside
-his file. The parent starts `python -P -m server.offline.module_export FOLDER` and leaves the request in FOLDER. The
-child imports what it needs of ours first, then forgets our packages' names, so that an `import handlers` in the user's
-file finds the user's. The child leaves the graph and its weights in FOLDER, or the reason why there are none.
+Our packages are called `handlers`, `server`, `model_store` and `loadtest`; a user may have packages of these names
+beside the file. The parent starts `python -P -m server.offline.module_export FOLDER` and leaves the request in FOLDER.
+The child first imports the modules of ours that it needs, then removes their names, so that an `import handlers` in
+the user's file finds the user's package. The child leaves the graph and its weights in FOLDER, or the error.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ REQUEST_FILE, ERROR_FILE = "request.json", "error.txt"
 
 
 class ExportRequest(msgspec.Struct, frozen=True):
-    """What the child is to export: `FILE.py:NAME`, its keyword arguments, its inputs' shapes, its state dict's file."""
+    """The module to export: `FILE.py:NAME`, its keyword arguments, its inputs' shapes, its state dict's file."""
 
     module: str
     config: dict[str, Any]
@@ -39,7 +39,7 @@ class ExportRequest(msgspec.Struct, frozen=True):
 
 
 def export_module(request: ExportRequest) -> dict[str, bytes]:
-    """The graph and weights of the module, as archive members by name. The user's code runs in a child process.
+    """Export the module as archive members by name: graph and weights. The user's code runs in a child process.
 
     Raises:
         ArchiveInvalid: the flag, file or operator that is wrong.
@@ -60,20 +60,20 @@ def export_module(request: ExportRequest) -> dict[str, bytes]:
 
 
 def _make_environment() -> dict[str, str]:
-    """The child's environment: our own packages can be imported from wherever this process has them."""
+    """Make the environment of the child, in which our packages are imported from the same place as here."""
     root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
 
 
 def _forget_our_packages() -> None:
-    """From here on `import server` means the user's, if he has one. Modules that we hold already go on working."""
+    """Make `import server` find a package of the user from now on. Modules that are imported already keep working."""
     for name in list(sys.modules):
         if name.partition(".")[0] in OUR_PACKAGES:
             del sys.modules[name]
 
 
 def _load_module(module: str, config: dict[str, Any]) -> nn.Module:
-    """What `NAME(**config)` of the file returns."""
+    """Load the file and return `NAME(**config)`."""
     path, _, name = module.rpartition(":")
     file = Path(path).expanduser().resolve()
     if not path or not file.is_file():
@@ -81,13 +81,13 @@ def _load_module(module: str, config: dict[str, Any]) -> nn.Module:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
         raise ArchiveInvalid(f"--module {module}: {file.name} is not a Python file")
-    sys.path.insert(0, str(file.parent))  # so that it may import its neighbours
+    sys.path.insert(0, str(file.parent))  # so that the file can import its neighbours
     code = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = code  # dataclasses look themselves up
+    sys.modules[file.stem] = code  # dataclasses look up their own module
     try:
         spec.loader.exec_module(code)
         made = getattr(code, name)(**config)
-    except Exception as error:  # it is the user's code, and says best what is wrong with it
+    except Exception as error:  # the user's code has the best message
         raise ArchiveInvalid(f"--module {module}: {type(error).__name__}: {error}") from error
     if not isinstance(made, nn.Module):
         raise ArchiveInvalid(f"--module {module}: it gives {type(made).__name__}, not a torch.nn.Module")
@@ -95,7 +95,7 @@ def _load_module(module: str, config: dict[str, Any]) -> nn.Module:
 
 
 def _load_state(weights: Path) -> dict[str, torch.Tensor]:
-    """A state dict of safetensors, or of a .pt or .pth file that holds tensors alone."""
+    """Load a state dict from safetensors, or from a .pt or .pth file that contains only tensors."""
     if weights.suffix in (".pt", ".pth"):
         found: dict[str, torch.Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
         return found
@@ -103,19 +103,19 @@ def _load_state(weights: Path) -> dict[str, torch.Tensor]:
 
 
 def _export_module(request: ExportRequest) -> dict[str, bytes]:
-    """Archive members by name. Raises ArchiveInvalid."""
+    """Export the module as archive members by name. Raises ArchiveInvalid."""
     made = _load_module(request.module, request.config)
     if request.weights is not None:
         try:
             made.load_state_dict(_load_state(Path(request.weights)))
-        except Exception as error:  # torch has many names for a file that does not fit
+        except Exception as error:  # torch raises many classes for a wrong file
             raise ArchiveInvalid(f"{request.weights}: not the state dict of {request.module}: {error}") from error
     graph, tensors = export_graph(made, request.shapes)
     return {GRAPH_FILE: graph, WEIGHTS_FILE: save_tensors(tensors)}
 
 
 def main(folder: Path) -> None:
-    """What the child process runs."""
+    """Run the child process."""
     request = msgspec.json.decode((folder / REQUEST_FILE).read_bytes(), type=ExportRequest)
     _forget_our_packages()
     try:

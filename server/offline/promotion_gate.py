@@ -10,7 +10,7 @@ import numpy as np
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from server.offline.archive_location import ArchiveLocation
-from server.offline.evaluation import scores_of
+from server.offline.evaluation import compute_scores
 from server.offline.measures import Score
 from server.offline.rolling_windows import (
     Answers,
@@ -19,22 +19,22 @@ from server.offline.rolling_windows import (
     Rolling,
     Unfit,
     WindowForecasts,
+    add_known_series,
     fetch_version,
     forecast_windows,
     open_unpublished,
-    with_known,
 )
 
-BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on which quantile levels there are
+BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on the quantile levels
 
 
 class GateRefused(ValueError):
-    """The archive is worse than the one that it would replace; the message says by how much."""
+    """The archive is worse than the one that it would replace; the message has the scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateTerms:
-    """The operator's terms: by `score` (lower is better) at most `margin` percent worse on these windows."""
+    """The terms of the operator: at most `margin` percent worse by `score` (lower is better) on these windows."""
 
     score: Score
     margin: float
@@ -48,21 +48,21 @@ class GateVerdict:
     gate: GateTerms
     candidate: float
     predecessor: float | None
-    version: str  #: the predecessor's
+    version: str  #: version of the predecessor
     windows: int
     first: str
     last: str
 
     @property
     def worse(self) -> float:
-        """Percent, negative where it is better."""
+        """By how many percent the archive is worse; negative if it is better."""
         if self.predecessor is None or self.candidate == self.predecessor:
             return 0.0
         return 100 * (self.candidate / self.predecessor - 1) if self.predecessor else float("inf")
 
     @property
     def passed(self) -> bool:
-        """Whether it may be published."""
+        """Whether the archive may be published."""
         return self.worse <= self.gate.margin
 
     def __str__(self) -> str:
@@ -80,9 +80,9 @@ def compare_models(
     candidate: ArchiveVersion,
     predecessor: ArchiveVersion | None,
 ) -> GateVerdict:
-    """Score both on the windows that both can forecast, at the steps and levels both have.
+    """Score both models on the windows that both can forecast, at the steps and levels that both have.
 
-    `columns` has the target's and those of all covariates. A predecessor whose archive is broken counts as none.
+    `columns` contains the target and all covariates. A broken predecessor counts as none.
 
     Raises:
         Unfit: one of them cannot be backtested, or the score is undefined. LoadError: the candidate does not load.
@@ -90,7 +90,7 @@ def compare_models(
     both = [candidate, *([predecessor] if predecessor else [])]
     history = max(each.forecast.history_length for each in both)
     longest = max(each.forecast.prediction_length for each in both)
-    series = [with_known(columns, target, each.forecast.dynamic_feat) for each in both]
+    series = [add_known_series(columns, target, each.forecast.dynamic_feat) for each in both]
     origins = gate.rolling.origins(series[0], history, longest)
     found = [forecast_windows(answers, candidate, series[0], origins)]
     if predecessor is not None:
@@ -111,7 +111,7 @@ def compare_models(
 
 
 def _cut_to_common(score: Score, found: list[WindowForecasts]) -> list[WindowForecasts]:
-    """The forecasts cut to the steps that all have and, for a score by levels, to the levels that all have."""
+    """Cut the forecasts to the steps that all have and, for a score by levels, to the levels that all have."""
     horizon, levels = min(each.horizon for each in found), found[0].levels
     for each in found[1:]:
         levels = np.intersect1d(levels, each.levels)
@@ -123,7 +123,7 @@ def _cut_to_common(score: Score, found: list[WindowForecasts]) -> list[WindowFor
 
 
 def _score_value(score: Score, found: WindowForecasts) -> float:
-    value: float = getattr(scores_of(found), score)
+    value: float = getattr(compute_scores(found), score)
     if isnan(value):
         raise Unfit(f"{found!r}: {score} is undefined there (nothing observed, or no median); choose another score")
     return value
@@ -135,7 +135,7 @@ def compare_with_predecessor(
     """Compare a packed archive with the one that the store has at its place.
 
     Raises:
-        Refused: it is worse. Unfit, SeriesInvalid: it cannot be judged. LoadError, OSError.
+        GateRefused: it is worse. Unfit, SeriesInvalid: it cannot be judged. LoadError, OSError.
     """
     candidate = open_unpublished(packed, where.name, where.limits)
     try:

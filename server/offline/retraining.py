@@ -1,7 +1,7 @@
 """Retrains a fleet: fits each archive to a CSV file, compares it with the one in the store, and publishes it. Torch.
 
-Each market keeps what its clients rely on: lengths, quantile levels, covariates, unit. The windows of the gate are held
-back: the new archives have not seen them, nor have the old ones where they came from the same command.
+Each market keeps lengths, quantile levels, covariates and unit, on which its clients rely. The windows of the gate are
+held back: neither the new archives nor old ones of the same command were fitted to them.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, fit_forecasters
-from handlers.training.input_recipe import robust_scaler
+from handlers.training.input_recipe import fit_robust_scaler
 from handlers.training.time_series import Float64, Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
@@ -25,14 +25,14 @@ from server.offline.checkpoint import Checkpoint
 from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import GateTerms, compare_models
-from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, open_unpublished, with_known
+from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, add_known_series, open_unpublished
 from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
 from server.sdk.signing import find_token
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
-GROUP = 64  #: markets that are fitted together
+GROUP = 64  #: most markets that are fitted together
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -41,7 +41,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     target: str
     model: ModelName
     result: Literal["published", "kept", "unchanged", "failed"]
-    version: str = ""  #: in the store from now on
+    version: str = ""  #: the version that the store has from now on
     score: str = ""
     value: float | None = None
     predecessor: float | None = None
@@ -51,7 +51,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 @dataclass(frozen=True, slots=True)
 class RetrainingPlan:
-    """What a run does, and on which terms. `architecture` is empty where each market keeps its own."""
+    """The parameters of a run. `architecture` is empty if each market keeps its own."""
 
     csv: Path
     time: str
@@ -61,14 +61,14 @@ class RetrainingPlan:
     fitting: Fitting
     architecture: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
-    servers: Sequence[str] = ()  #: management addresses that are told of each new archive
+    servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
 
     def __repr__(self) -> str:
         return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
 
     @property
     def digest(self) -> bytes:
-        """A hash of everything that decides the outcome, except what the store holds."""
+        """A hash of everything that determines the outcome, except the contents of the store."""
         digest = hashlib.sha256(self.csv.read_bytes())
         terms = (
             self.time,
@@ -96,14 +96,14 @@ class RetrainingMarket:
 
     @property
     def kin(self) -> str:
-        """Equal for markets that can be fitted together."""
+        """A key that is equal for markets that can be fitted together."""
         forecast = self.forecast
         lengths = (forecast.context_length, forecast.prediction_length, forecast.history_length, len(forecast.inputs))
         return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
 
 
 class Retraining:
-    """One run over the fleet. The journal keeps what is done, so that a killed run can be continued."""
+    """One run over the fleet. The checkpoint keeps finished markets, so that a killed run can be continued."""
 
     def __init__(self, plan: RetrainingPlan) -> None:
         self._plan = plan
@@ -115,7 +115,7 @@ class Retraining:
         return f"<Retraining {self._plan!r}>"
 
     def run(self, journal: Checkpoint, told: Callable[[int], None]) -> None:
-        """Retrain every market that the journal does not have yet.
+        """Retrain every market that the checkpoint does not have yet.
 
         Raises:
             StoreUnavailable, StoreDenied, OSError: the run may be started again. SeriesInvalid: the file cannot be
@@ -149,9 +149,9 @@ class Retraining:
                         done(each.line, self._settle_market(each, fitted))
 
     def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
-        """Raises Unfit, SeriesInvalid: this one market cannot be fitted; ValueError: none can, by this architecture."""
+        """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
-        series = with_known(self._columns, target, forecast.dynamic_feat)
+        series = add_known_series(self._columns, target, forecast.dynamic_feat)
         origins = plan.gate.rolling.origins(series, forecast.history_length, forecast.prediction_length)
         before = series.before(series.start + int(origins[0]) * series.step)
         if plan.architecture:
@@ -163,7 +163,7 @@ class Retraining:
         return RetrainingMarket(line, model, before, refit_scalers(forecast, before), spec.architecture, spec.config)
 
     def _fit_group(self, group: Sequence[RetrainingMarket]) -> Iterator[tuple[RetrainingMarket, Fitted | Exception]]:
-        """Fit the group together; if that fails, fit each market alone, so that only those at fault fail."""
+        """Fit the group together; if that fails, fit each market alone, so that only the faulty ones fail."""
         first = group[0]
         series, inputs = [each.series for each in group], [each.forecast for each in group]
         try:
@@ -212,7 +212,7 @@ class Retraining:
         )
 
     def _reload_servers(self, model: ModelName) -> str:
-        """Tell the servers of the new archive; why some did not take it, in words. It stays published in any case."""
+        """Let the servers reload the archive; returns their errors in words. It stays published in any case."""
         wrong = []
         for url in self._plan.servers:
             try:
@@ -239,10 +239,10 @@ class Retraining:
 
 
 def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
-    """The same inputs with scalers fitted to these values. Raises SeriesInvalid where there are no values."""
+    """Return the same inputs with scalers fitted to these values. Raises SeriesInvalid if there are none."""
 
     def scaler(of: Scaler, values: Float64, name: str) -> Scaler:
-        return of if of.kind == "identity" else robust_scaler(values, of.kind, name)
+        return of if of.kind == "identity" else fit_robust_scaler(values, of.kind, name)
 
     def channel(of: InputChannel) -> InputChannel:
         if of.source != "dynamic_feat":
@@ -256,7 +256,7 @@ def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
 def rebuild_forecast(
     forecast: ForecastSpec, series: Series, architecture: str, config: Mapping[str, Any]
 ) -> ForecastSpec:
-    """The recipe for another architecture; clients send and get the same as before. Raises ValueError."""
+    """Make the recipe for another architecture, with the same requests and answers. Raises ValueError."""
     options = {
         "scaling": "linear" if forecast.scaler.kind == "linear" else "asinh",
         "unit": forecast.unit,
@@ -265,13 +265,16 @@ def rebuild_forecast(
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_recipes([series], architecture, config, *lengths, options)
-    origin = made.origin and forecast.origin  # one architecture wants it, one can answer for any hour as it is
+    origin = made.origin and forecast.origin  # one architecture needs an origin, another answers for any hour
     kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
     return replace(made, origin=origin, **kept)
 
 
 def group_markets(markets: Sequence[RetrainingMarket]) -> Iterator[Sequence[RetrainingMarket]]:
-    """Markets that can be fitted together. INVARIANT: groups do not depend on what is done: fits depend on them."""
+    """Group markets that can be fitted together.
+
+    INVARIANT: groups do not depend on which markets are done, because the results of fits depend on the group.
+    """
     kinds: dict[str, list[RetrainingMarket]] = {}
     for each in markets:
         kinds.setdefault(each.kin, []).append(each)
@@ -280,5 +283,5 @@ def group_markets(markets: Sequence[RetrainingMarket]) -> Iterator[Sequence[Retr
 
 
 def _have_same_tensors(new: Spec | None, old: Spec | None) -> bool:
-    """Whether both have the same tensors and recipe, so that there is nothing to publish."""
+    """Return whether both have the same tensors and recipe, so that nothing needs to be published."""
     return new is not None and old is not None and (new.weights, new.forecast) == (old.weights, old.forecast)

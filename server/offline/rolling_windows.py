@@ -1,7 +1,7 @@
-"""Rolling windows of series, and what archives forecast for them: in this process, or through a running server.
+"""Rolling windows of series, and their forecasts by archives in this process or through a running server.
 
-The request of a window ends before its origin, but for the covariates that the archive says are known ahead. Both ways
-send the same request, so both give the same numbers. Used by `backtest`, `pack --gate`, `correlate` and `retrain`.
+The request of a window ends before its origin, except for covariates that are known ahead. Both ways use the same
+request, so that both give the same numbers. `backtest`, `pack --gate`, `correlate` and `retrain` use them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from handlers.codecs.features import Float64, step_seconds
+from handlers.codecs.features import Float64, parse_step_seconds
 from handlers.errors import RequestError, RunFailed
 from handlers.evaluation.scores import Steps
 from handlers.model import open_model
@@ -26,12 +26,12 @@ from server.sdk.client import Client
 from server.sdk.errors import FleetcastError
 from server.sdk.signing import find_access_key, find_token
 
-ROWS = 64  #: windows in one request
+ROWS = 64  #: most windows in one request
 PRICE_SCORES = {"configuration": {"output_types": ["quantiles"]}}
 
 Instances = Sequence[dict[str, object]]
 Asked = Callable[[Instances], Float64]  #: instances [n] -> quantiles [n, horizon, levels]
-Told = Callable[[int], None]  #: windows that were answered just now
+Told = Callable[[int], None]  #: takes the number of newly answered windows
 
 
 class Unfit(ValueError):
@@ -43,7 +43,7 @@ class ArchiveVersion:
     """One version of an archive, opened."""
 
     name: ModelName
-    version: str  #: in the store; empty where the archive is in none yet
+    version: str  #: version in the store; empty if the archive is in no store yet
     archive: Archive
 
     def __repr__(self) -> str:
@@ -51,7 +51,7 @@ class ArchiveVersion:
 
     @property
     def forecast(self) -> ForecastSpec:
-        """What it forecasts. Raises Unfit where a column of prices cannot be a request for it."""
+        """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
         if forecast is None:
             raise Unfit(f"{self.name} answers tensors, not forecasts; a backtest needs an archive with a `forecast`")
@@ -63,30 +63,30 @@ class ArchiveVersion:
 
 
 def fetch_version(source: Source, name: ModelName, limits: Limits) -> ArchiveVersion:
-    """The version that the store has. Raises LoadError."""
+    """Fetch the version in the store. Raises LoadError."""
     fetched = source.get(name)
     assert fetched is not None, "only a conditional GET is answered `not modified`"
     return ArchiveVersion(name, fetched.version, open_archive(fetched.data, name, limits))
 
 
 def open_unpublished(data: bytes, name: ModelName, limits: Limits) -> ArchiveVersion:
-    """An archive that is in no store yet. Raises ArchiveInvalid."""
+    """Open an archive that is in no store yet. Raises ArchiveInvalid."""
     return ArchiveVersion(name, "", open_archive(data, name, limits))
 
 
 class Answers(Protocol):
-    """What answers the requests of a backtest."""
+    """A source of answers to the requests of a backtest."""
 
     @property
     def said(self) -> str:
         """What it is, in words."""
 
     def of(self, model: ArchiveVersion) -> tuple[Asked, Callable[[], str]]:
-        """What answers for this model, and which version it has answered with. Raises LoadError, Unfit."""
+        """Return a function that answers for this model, and one for its version. Raises LoadError, Unfit."""
 
 
 class InProcess:
-    """The archive's own model in this process. Thread-safe."""
+    """Answers by the models of the archives in this process. Thread-safe."""
 
     said = "in this process"
 
@@ -94,7 +94,7 @@ class InProcess:
         return "<InProcess>"
 
     def of(self, model: ArchiveVersion) -> tuple[Asked, Callable[[], str]]:
-        """The archive built, its golden sample run."""
+        """Build the archive and run its golden sample."""
         opened = open_model(model.archive)
         opened.prove()
 
@@ -105,10 +105,10 @@ class InProcess:
 
 
 class ThroughServer:
-    """A running server, asked by the SDK's client. Thread-safe."""
+    """Answers by a running server, through the client of the SDK. Thread-safe."""
 
     def __init__(self, url: str) -> None:
-        """Raises ValueError for a URL that is not one of HTTP."""
+        """Connect to `url`. Raises ValueError for a URL that is not one of HTTP."""
         self._url = url
         self._client = Client(url, access_key=find_access_key(), token=find_token())
 
@@ -121,7 +121,7 @@ class ThroughServer:
         return f"through {self._url}"
 
     def of(self, model: ArchiveVersion) -> tuple[Asked, Callable[[], str]]:
-        """The model of this name as the server has it."""
+        """Use the model of this name on the server."""
         seen = [""]
 
         def ask(instances: Instances) -> Float64:
@@ -151,17 +151,17 @@ def _encode_request(instances: Instances) -> bytes:
 
 
 def _parse_quantiles(answer: bytes) -> Float64:
-    """[n, horizon, levels], in the order of the archive's levels, as it answers them."""
+    """Parse an answer into quantiles [n, horizon, levels], in the order of the archive's levels."""
     found = _ANSWER.decode(answer).predictions
     return np.array([list(each.quantiles.values()) for each in found], np.float64).transpose(0, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Rolling:
-    """The windows to forecast: one every `every` steps (0: without overlap), all its steps in `first` to `until`.
+    """The windows to forecast: one every `every` steps (0: without overlap), with all steps from `first` to `until`.
 
-    Windows are counted from `first` on where it is given, else from the end backwards, the end being `until` or that of
-    the series. `most`: only the last so many, 0 all.
+    Windows are counted from `first` on if it is given, else backwards from `until` or the end of the series. `most`
+    limits them to the last ones, 0: all.
     """
 
     every: int = 0
@@ -170,7 +170,7 @@ class Rolling:
     until: datetime | None = None
 
     def origins(self, series: Series, history: int, horizon: int) -> Steps:
-        """The first forecast step of each window [W], all of its steps within the series. Raises Unfit for none."""
+        """Return the first step of each window [W] that lies within the series. Raises Unfit if there is none."""
         every = self.every or horizon
         end = series.first_at(self.until) if self.until else len(series.values)
         if self.first is None:
@@ -186,7 +186,7 @@ class Rolling:
 
 @dataclass(frozen=True, slots=True)
 class WindowForecasts:
-    """One model's forecasts of the windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
+    """The forecasts of one model for windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
 
     series: Series
     model: ModelName
@@ -200,21 +200,21 @@ class WindowForecasts:
 
     @property
     def horizon(self) -> int:
-        """Steps of a window."""
+        """The number of steps of a window."""
         return int(self.quantiles.shape[1])
 
     @property
     def steps(self) -> Steps:
-        """The places in the series that are forecast [W, H]."""
+        """The indices in the series that are forecast [W, H]."""
         return self.origins[:, None] + np.arange(self.horizon)
 
     @property
     def actuals(self) -> Float64:
-        """The actual values [W, H], NaN where missing."""
+        """Return the actual values [W, H], NaN if missing."""
         return self.series.values[self.steps]
 
     def cut(self, horizon: int, levels: Float64) -> "WindowForecasts":
-        """The first `horizon` steps at some of its levels."""
+        """Cut to the first `horizon` steps and to some of the levels."""
         kept = np.isin(self.levels, levels)
         return replace(self, levels=self.levels[kept], quantiles=self.quantiles[:, :horizon, kept])
 
@@ -222,7 +222,7 @@ class WindowForecasts:
 def forecast_windows(
     answers: Answers, model: ArchiveVersion, series: Series, origins: Steps, told: Told = lambda _: None
 ) -> WindowForecasts:
-    """Ask for every window. Raises LoadError, Unfit."""
+    """Forecast every window. Raises LoadError, Unfit."""
     forecast = model.forecast
     _check_windows(model, series, origins)
     ask, version = answers.of(model)
@@ -240,9 +240,9 @@ def forecast_windows(
 
 
 def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> None:
-    """Raises Unfit, in terms of the file, for what a server would refuse a request for."""
+    """Check for what a server would refuse in a request. Raises Unfit, in terms of the file."""
     forecast = model.forecast
-    if step_seconds(forecast.frequency) != round(series.step.total_seconds()):
+    if parse_step_seconds(forecast.frequency) != round(series.step.total_seconds()):
         raise Unfit(f"{model.name} forecasts steps of {forecast.frequency}, but {series.name} has {series.frequency}")
     begin, end = int(origins[0]) - forecast.history_length, int(origins[-1]) + forecast.prediction_length
     for name, row in zip(series.known_names, series.known[:, begin:end], strict=True):
@@ -252,8 +252,8 @@ def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> Non
             raise Unfit(f"column {name!r} at {series.stamp(begin + int(missing[0]))}: {what}")
 
 
-def with_known(columns: Mapping[str, Series], target: str, known: Sequence[str]) -> Series:
-    """The series of one column with others as its covariates known ahead."""
+def add_known_series(columns: Mapping[str, Series], target: str, known: Sequence[str]) -> Series:
+    """Return the series of one column with others as its covariates known ahead."""
     series = columns[target]
     rows = np.stack([columns[name].values for name in known]) if known else series.known
     return replace(series, known=rows, known_names=tuple(known))

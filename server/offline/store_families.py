@@ -12,12 +12,12 @@ from server.offline.host_checks import HostFact
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
-MOST_ARCHIVES = 20  #: of a store that are opened, from all over its listing
+MOST_ARCHIVES = 20  #: most archives of a store that are opened, spread over its listing
 
 
 @dataclass(frozen=True, slots=True)
 class Measurable:
-    """A family, the row of one of its models, its name for people, and how many of the opened archives belong to it."""
+    """A family, the row of one of its models, its name for people, and the number of opened archives of it."""
 
     name: str
     family: Family
@@ -27,15 +27,15 @@ class Measurable:
 
 @dataclass(slots=True)
 class StoreFamilies:
-    """What was found in a store: its families by key, and facts. `bad`: something there would not serve."""
+    """The families of a store by key, and facts. `bad` says that some of its archives would not load."""
 
     families: dict[str, Measurable] = field(default_factory=dict)
     facts: list[HostFact] = field(default_factory=list)
     bad: bool = False
 
 
-def built_in_families() -> Iterator[Measurable]:
-    """Every architecture in its default configuration, with random numbers."""
+def make_built_in_families() -> Iterator[Measurable]:
+    """Make a family of every architecture in its default configuration, with random numbers."""
     for name in forecasters.ARCHITECTURES:
         family = forecasters.build_family(name, {})
         yield Measurable(name, family, family.row(forecasters.random_tensors(family, 0)))

@@ -13,7 +13,7 @@ import torch
 import uvloop
 
 from model_store.cache.cache import Cache
-from model_store.cache.eviction import policy_named
+from model_store.cache.eviction import make_policy
 from model_store.errors import LoadError
 from model_store.stores.disk_cache import DiskTier
 from model_store.stores.model_store import ModelStore
@@ -49,7 +49,7 @@ def build_steps(
     source, limits = open_store(settings)
     disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
     store = ModelStore(source, disk, limits, settings.revalidate_s)
-    cache = Cache(budget, int(settings.slab_bytes), policy=policy_named(settings.eviction_policy))
+    cache = Cache(budget, int(settings.slab_bytes), policy=make_policy(settings.eviction_policy))
     metrics = WorkerMetrics(plan.index, plan.device, settings.metrics_per_model)
     few = FEW if where.type == "cpu" else settings.max_batch_rows  # a GPU's step costs launches, rows next to nothing
     ahead = max(1, settings.loader_threads // 2)  # the others are for loads that a request waits for

@@ -1,4 +1,4 @@
-"""No container engine is needed here: files are linted, and the commands in them run for real outside containers."""
+"""Tests without a container engine: files are linted, and the commands in them run outside containers."""
 
 import json
 import os

@@ -1,1 +1,1 @@
-"""Fleetcast from outside: real processes, real sockets, a real S3 server, and the AWS client as users have it."""
+"""Tests of Fleetcast from outside: real processes, sockets and S3 server, and an unmodified AWS client."""

@@ -1,4 +1,4 @@
-"""A server for each test that wants its own, buckets, and many file descriptors for many clients."""
+"""Fixtures for a server per test, for buckets, and for enough file descriptors for many clients."""
 
 import resource
 from collections.abc import Callable, Iterator

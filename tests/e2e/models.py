@@ -1,4 +1,4 @@
-"""Archives to serve and questions to ask them, each with the answer of the plain `nn.Module`.
+"""Archives to serve and requests for them, each with the answer of the plain `nn.Module`.
 
 Nothing of the batched forward is used for what is expected: it is the reference network's own forward on the inputs.
 """

@@ -1,4 +1,4 @@
-"""A real Fleetcast for end-to-end tests: `fleetcast serve` in processes of its own, and what a test asks of it.
+"""A real Fleetcast for end-to-end tests: `fleetcast serve` in its own processes, with helpers for tests.
 
 However a test ends, the server ends: by SIGTERM, with exit code 0, and leaving no process behind.
 """

@@ -1,4 +1,4 @@
-"""Who may reach what over HTTP, at real listeners: other sites' pages, tokens and scopes, TLS, the audit log."""
+"""Access over HTTP at real listeners: pages of other sites, tokens and scopes, TLS, the audit log."""
 
 import contextlib
 import hashlib

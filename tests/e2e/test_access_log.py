@@ -1,4 +1,4 @@
-"""The access log of real processes: what clients see is what it says, and the load tester replays it."""
+"""The access log of real processes agrees with what clients see, and the load tester replays it."""
 
 import os
 import subprocess

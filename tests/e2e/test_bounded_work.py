@@ -1,4 +1,4 @@
-"""Requests and archives that ask for more work than they look like: refused with the numbers, or run apart from others.
+"""Requests and archives that need much more work than their size shows are refused with the numbers, or run apart.
 
 A canary asks one model all the while: its answers stay the same and come in time.
 """

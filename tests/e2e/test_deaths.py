@@ -1,4 +1,4 @@
-"""Processes that die or are told to: what their clients see, who comes back, and that nobody is left behind."""
+"""Processes that die or are ended: the errors of their clients, the restarts, and that no process is left over."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""Density: what a resident model costs a real worker process, Python's objects and the allocator's rests included."""
+"""Density: the memory of a resident model in a real worker process, with Python objects and allocator overhead."""
 
 from pathlib import Path
 

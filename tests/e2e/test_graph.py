@@ -1,4 +1,4 @@
-"""Modules of one's own, packed as graphs, served by a real server and asked by an unmodified boto3 client."""
+"""Modules of users, packed as graphs, served by a real server and requested by an unmodified boto3 client."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChann
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
 from tests.e2e.server import Server, serving, upload
-from tests.handlers.nets import SHAPE, Attending, Dilated, Recurrent, made
+from tests.handlers.nets import SHAPE, Attending, Dilated, RecurrentNet, made
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -63,7 +63,7 @@ def models() -> dict[str, Model]:
     fleet = [model(f"own/{seed:02}.mar", seed, Dilated) for seed in range(12)]
     others = [
         model("own/encoder.mar", 20, lambda: Attending(norm_first=False)),
-        model("own/gru.mar", 21, Recurrent),
+        model("own/gru.mar", 21, RecurrentNet),
         model("own/forecast.mar", 22, lambda: Dilated(features=1), (1, 12), forecast=True),
         model("own/wrong.mar", 23, Dilated, off=0.5),
     ]

@@ -1,4 +1,4 @@
-"""The host memory tier with real processes. On the CPU it holds what the device holds, and serves only to be tested."""
+"""The host memory tier with real processes. On the CPU it duplicates the memory of the device, only for tests."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Archives that are broken, wrong or hostile: each says what is wrong with it, and costs nobody else anything."""
+"""Broken, wrong and hostile archives: each fails with its own message and does not affect other models."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What operators do: load, unload, pin, unpin, reload, list, describe; and what that means for clients meanwhile."""
+"""The operations load, unload, pin, unpin, reload, list and describe, and their effects on clients meanwhile."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

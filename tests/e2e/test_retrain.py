@@ -1,4 +1,4 @@
-"""A fleet retrained and republished while it is served; and a backtest that asks a server instead of itself."""
+"""A fleet is retrained and republished while it is served; a backtest forecasts through a server."""
 
 import json
 import os

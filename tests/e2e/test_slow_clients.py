@@ -1,4 +1,4 @@
-"""Clients that dawdle: they are cut off after `client_timeout_s`, hold little memory, and delay nobody."""
+"""Slow clients are disconnected after `client_timeout_s`, hold little memory, and do not delay others."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""Archives that come, change and go while the server runs; and the disk tier, over a restart and without the store."""
+"""Archives come, change and go while the server runs; the disk tier survives a restart and a lost store."""
 
 from collections.abc import Iterator
 from functools import partial

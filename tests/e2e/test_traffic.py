@@ -1,4 +1,4 @@
-"""The cache under traffic: every answer right, every count true, evictions in order, one load however many wait."""
+"""The cache under traffic: answers and counts are right, evictions are in order, and requests share loads."""
 
 import asyncio
 import threading

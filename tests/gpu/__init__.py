@@ -1,1 +1,1 @@
-"""What needs a CUDA device. Skipped, with the reason, where there is none."""
+"""Tests that need a CUDA device. Without one they are skipped with the reason."""

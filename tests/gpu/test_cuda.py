@@ -1,4 +1,4 @@
-"""The accelerator on a real CUDA device: what `tests/server/test_accelerator.py` proves on a fake one, and times."""
+"""The accelerator on a real CUDA device: the tests of `test_accelerator.py`, which uses a fake device, and times."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""Modules of one's own, as people write them: what graph archives are tried with. Inputs x [N, features, steps]."""
+"""Modules as users write them, for tests of graph archives. Inputs are x [N, features, steps]."""
 
 from collections.abc import Callable
 
@@ -104,7 +104,7 @@ class Blocks(nn.Module):
         return F.scaled_dot_product_attention(h, h, h, attn_mask=seen)
 
 
-class Recurrent(nn.Module):
+class RecurrentNet(nn.Module):
     """What `vmap` has no rule for."""
 
     def __init__(self) -> None:

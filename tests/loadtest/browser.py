@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through its DevTools pipe: opens a page as a reader would and looks at it."""
+"""A headless Chromium that is controlled through its DevTools pipe: it opens and inspects a page like a reader."""
 
 import json
 import os
@@ -71,6 +71,11 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def point(self, place: str) -> None:
+        """Move the pointer to the [x, y] that a JavaScript expression gives."""
+        x, y = self.value(place)
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def close(self) -> None:
         """End the browser."""

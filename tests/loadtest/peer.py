@@ -1,4 +1,4 @@
-"""A small real HTTP server that can be slow, silent or wrong: what the driver's tests send a load to."""
+"""A small real HTTP server that can be slow, silent or wrong, for the tests of the driver."""
 
 import asyncio
 import ssl

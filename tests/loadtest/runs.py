@@ -1,4 +1,4 @@
-"""Load runs as records, made of seeded random numbers in realistic shapes: what the report's tests read."""
+"""Records of load runs from seeded random numbers in realistic shapes, for the tests of the report."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The command that loads a fleet, and what it makes of a run."""
+"""The command that loads a fleet, and its results."""
 
 import hashlib
 import json
@@ -188,7 +188,7 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
     [
         (["--url", "http://127.0.0.1:1"], "the models' names are not known: give --store or --names"),
         (["--metrics-url", "http://127.0.0.1:1"], "--metrics-url and --names are for the server at --url"),
-        (["--cache", "1MiB"], "--cache is for a --store of yours"),
+        (["--cache", "1MiB"], "--cache goes with --store"),
         (["--store", ".", "--token-file", "names.txt"], "--token-file are for the server at --url"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--token-file", "names.txt"], "must hold a token alone"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--ca", "names.txt"], "are for addresses with https"),
@@ -202,12 +202,12 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1", "--names", "names.txt"], "give a --request"),
         (["--store", "empty"], "no model of empty can be asked"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--per-call", "3"], "--per-call is for the dialect forecasts"),
-        (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "not for calls for many"),
+        (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "do not go with calls for many"),
         (
             ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],
             "is not asked for one forecast",
         ),
-        (["--store", ".", "--dialect", "esperanto"], "known are sagemaker, forecasts, "),
+        (["--store", ".", "--dialect", "esperanto"], "known dialects are sagemaker, forecasts, "),
     ],
 )
 def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

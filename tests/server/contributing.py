@@ -1,4 +1,4 @@
-"""CONTRIBUTING's pages as a newcomer follows them: the code blocks of a page, put into a scratch copy of the tree."""
+"""The pages of CONTRIBUTING, followed literally: their code blocks are put into a scratch copy of the tree."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A device that is as asynchronous as it may be: what it was told happens at the last moment, in any legal order."""
+"""A device that is as asynchronous as allowed: each operation runs at the last moment, in any legal order."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Situations: what a failed load is, and what a refusal carries."""
+"""Situations of failed loads, and the contents of a refusal."""
 
 import pytest
 

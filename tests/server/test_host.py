@@ -1,4 +1,4 @@
-"""What a machine gives, on made-up machines: root folders with the files that a kernel would show."""
+"""The resources of made-up machines: root folders with the files that a kernel would show."""
 
 import json
 import os

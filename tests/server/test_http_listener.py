@@ -25,7 +25,7 @@ HELD = 16 << 20  #: bytes that the sockets and one read of the loop may hold bet
 Message = MutableMapping[str, Any]
 
 
-class Client:
+class RawClient:
     """A client's side of a connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -65,7 +65,7 @@ class Client:
         return int(struct.unpack_from("<I", info, DATA_SEGMENTS_IN)[0])
 
 
-def serving(app: Any, act: Callable[[Client], Awaitable[None]], keep_alive_s: int = 5) -> None:
+def serving(app: Any, act: Callable[[RawClient], Awaitable[None]], keep_alive_s: int = 5) -> None:
     """Uvicorn as ours with this app on loopback, and one client that acts."""
 
     async def scenario() -> None:
@@ -75,7 +75,7 @@ def serving(app: Any, act: Callable[[Client], Awaitable[None]], keep_alive_s: in
         reader, writer = await asyncio.open_connection(*place.getsockname())
         try:
             async with asyncio.timeout(PATIENCE_S):
-                await act(Client(reader, writer))
+                await act(RawClient(reader, writer))
         finally:
             writer.close()
             server.should_exit = True
@@ -95,7 +95,7 @@ def test_an_answer_is_one_segment(size: int) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"x" * (size - 1) + b"!"})
 
-    async def act(client: Client) -> None:
+    async def act(client: RawClient) -> None:
         for _ in range(ASKED):
             await client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", b"!")
         assert client.segments() == ASKED
@@ -113,7 +113,7 @@ def test_a_head_does_not_wait_for_a_late_body() -> None:
         await loose.wait()
         await send({"type": "http.response.body", "body": b"late"})
 
-    async def act(client: Client) -> None:
+    async def act(client: RawClient) -> None:
         await client.ask(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n\r\n")
         assert client.segments() == 1
         loose.set()
@@ -140,7 +140,7 @@ UPGRADES = {
 }
 
 
-class Echo:
+class EchoApp:
     """An application that remembers requests and answers `METHOD PATH BODY_BYTES;`."""
 
     def __init__(self) -> None:
@@ -164,11 +164,11 @@ class Echo:
         await send({"type": "http.response.body", "body": answer})
 
 
-def exchange(*parts: bytes, keep_alive_s: int = 5) -> tuple[bytes, Echo]:
+def exchange(*parts: bytes, keep_alive_s: int = 5) -> tuple[bytes, EchoApp]:
     """What a client that sends these parts gets until the server closes the connection, and what the app saw."""
-    app, found = Echo(), []
+    app, found = EchoApp(), []
 
-    async def act(client: Client) -> None:
+    async def act(client: RawClient) -> None:
         found.append(await client.exchange(*parts))
 
     serving(app, act, keep_alive_s)
@@ -220,10 +220,10 @@ def test_trailers_are_dropped() -> None:
 def test_what_is_no_body_is_bounded(start: bytes, part: bytes) -> None:
     """Trailers and chunk extensions that never end get the connection closed long before they are 64 MB."""
 
-    async def act(client: Client) -> None:
+    async def act(client: RawClient) -> None:
         assert await client.flood(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + start, part) < HELD
 
-    serving(Echo(), act)
+    serving(EchoApp(), act)
 
 
 def test_small_chunks_are_no_framing() -> None:
@@ -296,12 +296,12 @@ def test_http_1_0_needs_no_host() -> None:
 def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
     """Uvicorn gets the seconds of the setting, and closes the idle connection after them."""
 
-    async def act(client: Client) -> None:
+    async def act(client: RawClient) -> None:
         await client.ask(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b";")
         assert await client.exchange() == b""
 
-    serving(Echo(), act, keep_alive_s=1)
-    assert make_listener(Echo(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
+    serving(EchoApp(), act, keep_alive_s=1)
+    assert make_listener(EchoApp(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
 
 
 def test_uvicorn_still_has_what_the_listener_uses() -> None:
@@ -310,7 +310,7 @@ def test_uvicorn_still_has_what_the_listener_uses() -> None:
     """
 
     async def scenario() -> None:
-        config = uvicorn.Config(Echo(), loop="none", http=HttpToolsProtocol, lifespan="off")
+        config = uvicorn.Config(EchoApp(), loop="none", http=HttpToolsProtocol, lifespan="off")
         config.load()
         assert config.ssl is None, "set by Listener.startup"
         protocol = HttpToolsProtocol(config, uvicorn.server.ServerState(), {}, asyncio.get_running_loop())

@@ -1,4 +1,4 @@
-"""Logging: lines leave by a thread of their own, a reader that stops or goes costs lines and nothing else."""
+"""Logging: a separate thread writes lines; a reader that stops or goes loses lines and has no other effect."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What is counted, and what is left of it when processes come and go."""
+"""The metrics, and what remains of them when processes start and end."""
 
 from pathlib import Path
 

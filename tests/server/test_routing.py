@@ -1,4 +1,4 @@
-"""Which worker gets a request: rendezvous homes, bounded load, replicas."""
+"""The choice of the worker of a request: rendezvous homes, bounded load, replicas."""
 
 from hypothesis import given, strategies
 

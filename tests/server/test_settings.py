@@ -1,4 +1,4 @@
-"""Where a setting comes from, and that children get exactly what the parent has."""
+"""The sources of a setting, and that children get exactly the settings of the parent."""
 
 import json
 from pathlib import Path

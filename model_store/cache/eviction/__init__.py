@@ -49,7 +49,7 @@ class Policy(Protocol):
 POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": Lru, "sieve": Sieve, "s3fifo": S3Fifo, "lfu": Lfu, "due": Due}
 
 
-def policy_named(name: str) -> Policy:
+def make_policy(name: str) -> Policy:
     """A new policy for one cache. Raises ValueError for an unknown name."""
     if name not in POLICIES:
         raise ValueError(f"there is no eviction policy {name!r}: choose one of {', '.join(POLICIES)}")

@@ -1,4 +1,4 @@
-"""Codecs: what is sent arrives as numbers or as an error that names the place, and nothing else is ever raised."""
+"""Codecs decode a body into numbers or raise an error that names the place, and raise no other exception."""
 
 import io
 import json

@@ -52,7 +52,7 @@ BOTH = [[100.0, 110.0, 120.0, 130.0], [1.0, 2.0, 3.0, 4.0]]
 SAMPLES = {"output_types": ["samples"], "num_samples": 2}
 
 
-class Network:
+class ContractFamily:
     """Its shapes follow the archive."""
 
     input_name = "x"
@@ -65,7 +65,7 @@ class Network:
 
 def asked(forecast: ForecastSpec, body: bytes, media: str) -> DecodedCall:
     """The call as a worker decodes it."""
-    return FamilyCodec(Network(forecast), forecast).decode(body, media, "")
+    return FamilyCodec(ContractFamily(forecast), forecast).decode(body, media, "")
 
 
 def run(forecast: ForecastSpec, call: DecodedCall) -> Float32:

@@ -1,4 +1,4 @@
-"""A correlation archive's codec: marginals in, joint scenarios out, and no body that does anything else."""
+"""The codec of a correlation archive turns marginals into joint scenarios and refuses any other body."""
 
 import io
 import json

@@ -18,7 +18,7 @@ from handlers.codecs.scenarios import (
     Marginal,
     compute_midpoints,
     draw_scenarios,
-    joint_each,
+    draw_scenarios_each,
     load_correlation,
 )
 from handlers.errors import RequestError
@@ -67,9 +67,9 @@ def test_work_is_bounded_before_it_starts() -> None:
     correlation = gaussian_of(np.eye(40), ar1(0.5, 1500))
     asked = marginals_of(correlation)
     with pytest.raises(RequestError, match=r"[\d.]+ thousand million.*, 10 are allowed") as caught:
-        joint_each(asked, correlation, 60, 0)
+        draw_scenarios_each(asked, correlation, 60, 0)
     assert caught.value.field == "configuration.num_samples"
-    assert len(joint_each(asked[:2], correlation, 2, 0)) == 2
+    assert len(draw_scenarios_each(asked[:2], correlation, 2, 0)) == 2
 
 
 def shuffled(samples: Any, seed: int = 0) -> Any:
@@ -154,7 +154,7 @@ def test_a_shorter_forecast_has_the_leading_block() -> None:
     long, short = marginals_of(FOUR), [Marginal(m.name, m.levels, m.values[:4]) for m in marginals_of(FOUR)]
     found = draw_scenarios(long, FOUR, 40, 2)
     np.testing.assert_array_equal(draw_scenarios(short, FOUR, 40, 2), found[..., :4])
-    mixed = joint_each([short[0], long[1]], FOUR, 40, 2)
+    mixed = draw_scenarios_each([short[0], long[1]], FOUR, 40, 2)
     np.testing.assert_array_equal(mixed[0], found[:, 0, :4])
     np.testing.assert_array_equal(mixed[1], found[:, 1])
 

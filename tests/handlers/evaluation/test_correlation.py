@@ -11,10 +11,10 @@ from handlers.codecs.scenarios import Marginal, draw_scenarios, load_correlation
 from handlers.evaluation.correlation import (
     TooFewErrors,
     compute_condition,
+    compute_normal_scores,
     compute_pit,
     estimate_gaussian,
     estimate_schaake,
-    normal_scores,
     repair_matrix,
     shrink_correlation,
 )
@@ -71,10 +71,10 @@ def test_the_transform_by_hand() -> None:
 def test_normal_scores_keep_order_ties_and_gaps() -> None:
     """Middle ranks over what is known, as normal quantiles; a margin without variation says nothing."""
     errors = np.array([[5.0, 1.0], [7.0, 1.0], [5.0, 1.0], [np.nan, np.nan], [-2.0, 1.0]])[:, :, None]
-    found = normal_scores(errors)[:, 0, 0]
+    found = compute_normal_scores(errors)[:, 0, 0]
     np.testing.assert_allclose(found[[0, 1, 2, 4]], [0.0, 1.15034938, 0.0, -1.15034938], atol=1e-8)
     assert np.isnan(found[3])
-    np.testing.assert_array_equal(normal_scores(errors)[:4, 1, 0], [0, 0, 0, np.nan])
+    np.testing.assert_array_equal(compute_normal_scores(errors)[:4, 1, 0], [0, 0, 0, np.nan])
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.3])

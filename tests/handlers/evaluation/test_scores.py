@@ -1,4 +1,4 @@
-"""Scores: the numbers of `fev` and `scoringrules`, and what they do at the edges."""
+"""Scores equal those of `fev` and `scoringrules`, and are defined in edge cases."""
 
 import json
 import os
@@ -16,11 +16,11 @@ from handlers.evaluation.scores import (
     compute_calibration,
     compute_crps,
     compute_pinball,
+    compute_seasonal_errors,
     find_outer_levels,
     interpolate_median,
     make_naive_forecast,
     score_windows,
-    seasonal_errors,
 )
 from handlers.training.time_series import read_csv
 
@@ -42,7 +42,7 @@ def scored(data: dict[str, Any]) -> Scores:
     seconds = start + HOUR * np.arange(len(values))
     y = values[origins[:, None] + np.arange(q.shape[1])]
     before = make_naive_forecast(values, seconds, origins, q.shape[1])
-    return score_windows(y, q, np.array(data["levels"]), before, seasonal_errors(values, origins, 24))
+    return score_windows(y, q, np.array(data["levels"]), before, compute_seasonal_errors(values, origins, 24))
 
 
 @pytest.mark.parametrize("name", ["pinball", "wql", "wape", "mase", "rmae", "coverage"])
@@ -165,7 +165,7 @@ def test_published_forecasts_get_their_published_error() -> None:
         ensemble.values.reshape(-1, 24, 1),
         np.array([0.5]),
         make_naive_forecast(prices.values, seconds, origins, 24),
-        seasonal_errors(prices.values, origins, 24),
+        compute_seasonal_errors(prices.values, origins, 24),
     )
     assert 2 * found.pinball == pytest.approx(1.683, abs=5e-4)  # of the median alone it is half the absolute error
     assert found.rmae == pytest.approx(0.532, abs=5e-4)

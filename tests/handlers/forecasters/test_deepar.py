@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.codecs.codec import NPY, FamilyCodec
-from handlers.codecs.deepar import DeepAr, mean_weights
+from handlers.codecs.deepar import DeepAr, compute_mean_weights
 from handlers.codecs.deepar_schema import MAX_ROWS
-from handlers.codecs.features import compute_calendar_feature, from_network, step_seconds, to_network
+from handlers.codecs.features import compute_calendar_feature, from_network, parse_step_seconds, to_network
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.errors import ArchiveInvalid
@@ -146,7 +146,7 @@ def test_calendar_at_known_dates(stamp: str, feature: str, expected: float) -> N
 )
 def test_frequencies(frequency: str, seconds: int) -> None:
     """Aliases of pandas of fixed length."""
-    assert step_seconds(frequency) == seconds
+    assert parse_step_seconds(frequency) == seconds
 
 
 @pytest.mark.parametrize("frequency", ["1M", "QS", "0h", "-1h", "1 h", "1h30min", "hour"])
@@ -186,10 +186,10 @@ def test_mean_alone() -> None:
 
 def test_mean_weights() -> None:
     """They sum to one; one level is the mean itself; a uniform distribution on [0, 1] has the mean 1/2."""
-    assert mean_weights(np.array([0.4])).tolist() == [1.0]
+    assert compute_mean_weights(np.array([0.4])).tolist() == [1.0]
     levels = np.array([0.05, 0.2, 0.5, 0.8, 0.95])
-    assert mean_weights(levels).sum() == pytest.approx(1)
-    assert mean_weights(levels) @ levels == pytest.approx(0.5)
+    assert compute_mean_weights(levels).sum() == pytest.approx(1)
+    assert compute_mean_weights(levels) @ levels == pytest.approx(0.5)
 
 
 def test_floor_and_cap_clip_every_output() -> None:

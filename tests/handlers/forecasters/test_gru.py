@@ -7,7 +7,8 @@ from torch import nn
 
 from handlers.base import Family
 from handlers.forecasters import build_family, random_tensors
-from handlers.forecasters.batched_gru import CHUNK, MOST_NUMBERS, MOST_PRODUCTS
+from handlers.forecasters.batched_gru import CHUNK
+from handlers.forecasters.network_config import MOST_NUMBERS, MOST_PRODUCTS
 from model_store.errors import ArchiveInvalid
 
 SMALL = {"features": 3, "prediction_length": 4, "quantiles": 2, "hidden": 5}

@@ -11,15 +11,15 @@ from msgspec.structs import replace
 
 from handlers.base import Family
 from handlers.codecs.deepar import DeepAr
-from handlers.codecs.features import seed_numbers
+from handlers.codecs.features import make_seed_numbers
 from handlers.errors import RequestError
 from handlers.forecasters import build_family, check_forecast, random_tensors
 from handlers.forecasters.counter_rng import draw_normals
 from handlers.forecasters.deepstate import Deepstate, DeepstateReference, Filter, make_state_space
 from handlers.training.batched_networks import (
-    batched_forward,
     compute_reach,
     flatten_tensors,
+    get_batched_forward,
     get_likelihood,
     unflatten_weights,
 )
@@ -84,10 +84,10 @@ def test_noise_is_normal_and_of_the_seed_alone() -> None:
 
 def test_seed_numbers_are_exact_in_float32() -> None:
     """Two whole numbers of 24 bits, others for each seed and item; no seed is seed 0."""
-    pairs = [seed_numbers(seed, item) for seed in range(50) for item in (None, "a", "b", 1)]
+    pairs = [make_seed_numbers(seed, item) for seed in range(50) for item in (None, "a", "b", 1)]
     assert len(set(pairs)) == len(pairs)
     assert all(int(np.float32(number)) == number < 2**24 for pair in pairs for number in pair)
-    assert seed_numbers(None, "a") == seed_numbers(0, "a")
+    assert make_seed_numbers(None, "a") == make_seed_numbers(0, "a")
 
 
 @pytest.mark.parametrize("architecture", SAMPLERS)
@@ -218,7 +218,7 @@ def test_the_likelihood_rewards_the_truth(architecture: str) -> None:
         parts = unflatten_weights(family, torch.from_numpy(flatten_tensors(family, tensors))[None])
         batched = fitted_by(parts, x[None].transpose(2, 3)[:, :, -compute_reach(family) :], y[None])
         torch.testing.assert_close(batched[0], network(x, y))
-        answers = batched_forward(family)(parts, x[None].transpose(2, 3))
+        answers = get_batched_forward(family)(parts, x[None].transpose(2, 3))
         torch.testing.assert_close(answers[0], network(x))
 
 

@@ -20,7 +20,7 @@ from handlers.kinds.graph.family import CPU_BATCH_ELEMENTS, MAX_BATCH_ELEMENTS, 
 from handlers.kinds.graph.operators import ALLOWED, find_operator
 from handlers.kinds.graph.schema import encode_graph, parse_graph
 from model_store.errors import ArchiveInvalid
-from tests.handlers.nets import BATCHED, SHAPE, Dilated, Recurrent, made
+from tests.handlers.nets import BATCHED, SHAPE, Dilated, RecurrentNet, made
 
 
 @cache  # half a second of torch each
@@ -79,7 +79,7 @@ def test_a_batch_of_models_answers_as_each_alone(name: str) -> None:
 
 def test_what_cannot_batch_runs_one_by_one_and_says_why() -> None:
     """`vmap` has no rule for a fused recurrence: the reason names the operator, the answers are right all the same."""
-    family, modules, rows = exported(Recurrent)
+    family, modules, rows = exported(RecurrentNet)
     assert "aten::gru" in str(family.one_by_one)
     assert family.runs.startswith("one by one: ")
     for batch in (1, 9):
@@ -144,7 +144,7 @@ def test_rows_at_once_follow_the_device_and_the_network() -> None:
 
 def test_the_switch_of_vmap_is_left_as_it_was() -> None:
     """Trying a family changes nothing for others in the process."""
-    exported(Recurrent, models=1)
+    exported(RecurrentNet, models=1)
     assert torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
 
 

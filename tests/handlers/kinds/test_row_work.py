@@ -1,4 +1,4 @@
-"""What a row costs is known before any request runs, and limits of rows and requests refuse with the numbers."""
+"""The cost of a row is computed before any request runs, and limits of rows and requests refuse with the numbers."""
 
 import msgspec
 import pytest

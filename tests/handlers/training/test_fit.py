@@ -14,9 +14,9 @@ from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import to_network
 from handlers.forecasters import build_family, random_tensors
 from handlers.golden import find_mismatch
-from handlers.training.batched_networks import batched_forward, compute_reach, flatten_tensors, unflatten_weights
-from handlers.training.fit import Fitted, Fitting, ask_network, compute_pinball, fit_forecasters, reference_network
-from handlers.training.input_recipe import make_recipe, naive_lag
+from handlers.training.batched_networks import compute_reach, flatten_tensors, get_batched_forward, unflatten_weights
+from handlers.training.fit import Fitted, Fitting, ask_network, compute_pinball, fit_forecasters, make_reference_network
+from handlers.training.input_recipe import compute_naive_lag, make_recipe
 from handlers.training.time_series import Series, SeriesInvalid
 from handlers.training.windows import Windows
 from model_store.archives.manifest import ForecastSpec
@@ -76,7 +76,7 @@ def test_the_batched_forward_is_the_reference_network(family: Family) -> None:
     states = [random_tensors(family, seed) for seed in range(3)]
     weights = torch.from_numpy(np.stack([flatten_tensors(family, state) for state in states])).requires_grad_()
     x = torch.randn((3, 4, *family.input_shape), generator=torch.Generator().manual_seed(0))
-    answers = batched_forward(family)(
+    answers = get_batched_forward(family)(
         unflatten_weights(family, weights), x.transpose(2, 3)[:, :, -compute_reach(family) :]
     )
     (gradient,) = torch.autograd.grad(answers.square().sum(), weights)
@@ -186,11 +186,11 @@ def test_a_golden_sample_is_the_reference_networks_answer() -> None:
     """Asked of the plain network, the sample's request gives its response; with slightly other weights it does not."""
     (found,) = make_fit(1, replace(QUICK, epochs=1))
     golden, tensors = found.golden, dict(found.tensors)
-    network = reference_network("tcn", found.config, tensors)
+    network = make_reference_network("tcn", found.config, tensors)
     answer = ask_network(network, found.forecast, golden.request)
     assert find_mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is None
     tensors["head.bias"] = tensors["head.bias"] + np.float32(0.01)
-    answer = ask_network(reference_network("tcn", found.config, tensors), found.forecast, golden.request)
+    answer = ask_network(make_reference_network("tcn", found.config, tensors), found.forecast, golden.request)
     assert find_mismatch(golden.response, answer, golden.abs_tolerance, golden.rel_tolerance) is not None
 
 
@@ -237,7 +237,7 @@ def test_lags_show_the_same_time_a_day_and_a_week_before(
     series = Series("p", START, step, np.arange(50.0), np.empty((0, 50)))
     forecast = make_recipe(series, 81, context_length=168, prediction_length=prediction)
     assert [channel.lag for channel in forecast.inputs if channel.source == "target"] == lags
-    assert naive_lag(minutes * 60, prediction) == naive
+    assert compute_naive_lag(minutes * 60, prediction) == naive
     features = {channel.feature for channel in forecast.inputs if channel.source == "calendar"}
     assert ("hour_sin" in features, "weekend" in features) == (minutes < 24 * 60, minutes < 7 * 24 * 60)
 

@@ -1,4 +1,4 @@
-"""Where the time of a request goes: the arithmetic of `bench cores` and its table, without its servers."""
+"""The arithmetic of `bench cores` and its table, without its servers."""
 
 from io import StringIO
 

@@ -1,4 +1,4 @@
-"""What counts as growth, on made-up spans: noise is let through, leaks are not."""
+"""The judgement of growth on made-up spans: noise passes, leaks fail."""
 
 import math
 from collections.abc import Callable

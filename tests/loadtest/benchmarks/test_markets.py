@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from handlers.kinds import ArchiveParts, pack_model
-from handlers.training.fit import Fitted, Fitting, ask_network, fit_forecasters, reference_network
+from handlers.training.fit import Fitted, Fitting, ask_network, fit_forecasters, make_reference_network
 from handlers.training.input_recipe import make_recipe
 from handlers.training.time_series import Series, read_csv
 from loadtest.benchmarks.markets import SAME, Score, ScoringClient, evaluate_market, make_request_for, score_market
@@ -78,7 +78,7 @@ def test_a_served_market_is_scored(market: Series, tmp_path: Path, server_url: s
 def test_other_numbers_than_the_networks_are_seen(market: Series, fitted: Fitted, tmp_path: Path) -> None:
     """A server that answers a cent too much is told from one that answers right."""
     store(tmp_path, fitted)
-    network = reference_network("tcn", fitted.config, fitted.tensors)
+    network = make_reference_network("tcn", fitted.config, fitted.tensors)
 
     def wrong(_: ModelName, request: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = ask_network(network, fitted.forecast, request)
@@ -129,7 +129,7 @@ def test_real_prices_of_2024() -> None:
         pytest.skip(f"FLEETCAST_DATA names no folder with {REAL}")
     (series,), year = read_csv(path, "nem_hour", ["NSW1"]), datetime.fromisoformat("2024-01-01")
     found = fitted_before(series, year, Fitting(epochs=4), {})
-    network, horizon = reference_network("tcn", found.config, found.tensors), 24
+    network, horizon = make_reference_network("tcn", found.config, found.tensors), 24
     starts = np.arange(series.first_at(year), len(series.values) - horizon + 1, horizon)
     requests = [make_request_for(series, int(start), found.forecast) for start in starts]
     body = {"instances": [each["instances"][0] for each in requests], "configuration": requests[0]["configuration"]}

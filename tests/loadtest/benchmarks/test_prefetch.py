@@ -1,4 +1,4 @@
-"""A small version of the prefetch benchmark, against a real server, and what it makes of a run."""
+"""A small version of the prefetch benchmark against a real server, and its summary of a run."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A small version of the scale run, against a real server: what it would leak, it would leak here too."""
+"""A small version of the scale run against a real server, in which leaks would show too."""
 
 from pathlib import Path
 

@@ -189,10 +189,9 @@ def test_a_step_shows_the_same_scenario_everywhere(html: Path, reader: Browser) 
 def test_pointing_at_the_map_names_the_pair(html: Path, reader: Browser) -> None:
     """The cell under the pointer reads as its two products and their correlation."""
     reader.open(html)
-    x, y = reader.value(
+    reader.point(
         "(() => { const map = document.getElementById('map'); map.scrollIntoView();"
         " const at = map.getBoundingClientRect(); return [at.right - 5, at.bottom - 5]; })()"
     )
-    reader.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     reader.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert reader.value("document.getElementById('cell').textContent") == "b/energy and b/energy: 1.00"

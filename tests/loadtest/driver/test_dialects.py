@@ -1,4 +1,4 @@
-"""How servers are asked, and which of their answers are sound."""
+"""The requests for each server protocol, and the check of its answers."""
 
 import io
 import json

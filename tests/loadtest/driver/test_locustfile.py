@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Peer(BaseHTTPRequestHandler):
+class FleetHandler(BaseHTTPRequestHandler):
     """Answers as SAID of the model; keeps what it was asked."""
 
     protocol_version = "HTTP/1.1"
@@ -53,8 +53,8 @@ class Peer(BaseHTTPRequestHandler):
 @pytest.fixture
 def peer() -> Iterator[str]:
     """Its address."""
-    Peer.asked.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), Peer) as server:
+    FleetHandler.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), FleetHandler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
         thread.start()
         try:
@@ -90,7 +90,7 @@ def test_rows_are_what_the_cache_said(peer: str) -> None:
     """A row for each outcome, none for a model; refusals and NaN fail; the popular are asked more often."""
     run = locust(peer, "--fleet-models", "6", "--fleet-zipf", "1.5")
     rows = {row["name"]: row for row in json.loads(run.stdout)}
-    asked = [model for _, model, _ in Peer.asked]
+    asked = [model for _, model, _ in FleetHandler.asked]
     counts = [asked.count(name) for name in NAMES]
     assert {name: row["num_requests"] for name, row in rows.items()} == {
         "hit": counts[0],
@@ -105,9 +105,10 @@ def test_rows_are_what_the_cache_said(peer: str) -> None:
     }
     assert run.returncode == 1  # Locust's own, for failures
     assert max(counts) / sum(counts) == pytest.approx(0.525, abs=0.1)  # 1 of 1 + 2**-1.5 + ... + 6**-1.5
-    assert {head for head, _, _ in Peer.asked} == {"/invocations application/json"}
+    assert {head for head, _, _ in FleetHandler.asked} == {"/invocations application/json"}
     assert all(
-        list(json.loads(body)["instances"][0]) == ["start", "target"] for body in {body for *_, body in Peer.asked}
+        list(json.loads(body)["instances"][0]) == ["start", "target"]
+        for body in {body for *_, body in FleetHandler.asked}
     )
     assert "Locust is a closed loop" in run.stderr
     assert "fleetcast-load" in run.stderr

@@ -1,4 +1,4 @@
-"""Load profiles: seeded, and distributed as they say."""
+"""Load profiles are reproducible, and have the distributions that they document."""
 
 import re
 from itertools import pairwise

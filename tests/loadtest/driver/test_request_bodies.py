@@ -1,4 +1,4 @@
-"""What archives are asked, read from the archives: every question is answered by a real server."""
+"""Request bodies that are made from archives; a real server answers each of them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Traces: what is written is read, what is not understood is refused with its place, and memory has bounds."""
+"""Traces are read as they were written, invalid rows are refused with their place, and memory is bounded."""
 
 import gzip
 import re

@@ -1,4 +1,4 @@
-"""Fleets for load tests: the plan, and writing it where something may be already."""
+"""Fleets for load tests: their plan, and their writing into a store that may have objects."""
 
 from collections import Counter
 from pathlib import Path

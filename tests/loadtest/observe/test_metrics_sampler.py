@@ -1,4 +1,4 @@
-"""What is seen of a server while it is loaded."""
+"""Samples of the metrics of a server under load."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The comparison with other servers, without any of them: how they are asked, what is measured, who leaves and why."""
+"""The comparison with other servers, without them: requests, measurements, and servers that drop out with a reason."""
 
 import io
 import json

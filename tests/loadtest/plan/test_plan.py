@@ -293,7 +293,7 @@ def test_machines_that_cannot_be() -> None:
 
 
 def test_a_trace_is_a_demand(tmp_path: Path) -> None:
-    """Its first fifth fills the caches; a model weighs what the trace says, or else what is said beside it."""
+    """Its first fifth fills the caches; a model has the size of the trace, or else the given one."""
     names = list_fleet_names(3)
     outcome = np.full(10, ACCESS_LOG_OUTCOMES.index("hit"), np.uint8)
     model, size = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0], np.int32), np.zeros(10, np.int64)
@@ -303,7 +303,7 @@ def test_a_trace_is_a_demand(tmp_path: Path) -> None:
     assert found.charge.tolist() == [500, 700, 1000]
     assert found.warm is not None
     assert (len(found.warm.at), len(found.schedule.at), found.schedule.at[0]) == (2, 8, 0.0)
-    with pytest.raises(ValueError, match=f"does not say what {names[2]} weighs"):
+    with pytest.raises(ValueError, match=f"has no size of 1 models, such as {names[2]}"):
         make_trace_demand(tmp_path / "t.csv", None)
 
 

@@ -1,4 +1,4 @@
-"""What a plan says of money: the price table, the machines that keep a promise, and the plan's command and page."""
+"""The costs of a plan: the price table, the machines that reach the targets, and the command and page of the plan."""
 
 import json
 import re
@@ -182,7 +182,7 @@ def test_the_same_seed_is_the_same_plan(tmp_path: Path) -> None:
     ("flags", "said"),
     [
         (["--cache", "1KB"], "no plan: a cache of 1000 bytes is less than a slab of 4194304 for each worker"),
-        (["--cache", "much"], "no plan: 'much' is no size"),
+        (["--cache", "much"], "no plan: 'much' is not a size"),
         (["--policy", "fifo"], "no plan: there is no eviction policy 'fifo'"),
         (["--replicas", "2"], "no plan: 2 replicas of each model need as many nodes, not 1"),
         (["--lose-at", "3"], "no plan: a node can be lost only where others stay"),

@@ -1,4 +1,4 @@
-"""The planner beside the server that it plans: the same requests, the same hits; and costs measured of a real one."""
+"""The planner and a real server have the same hits for the same requests; costs are measured on a real server."""
 
 import http.client
 import json

@@ -113,11 +113,10 @@ def test_printing_is_light_and_fits(reader: Browser, report: Path) -> None:
 def test_pointing_at_a_chart_reads_its_values(reader: Browser, report: Path) -> None:
     """The legend shows what the table behind the chart says for that second, and the other charts' too."""
     reader.open(report)
-    x, y = reader.value(
+    reader.point(
         "(() => { const at = document.querySelector('.u-over').getBoundingClientRect();"
         " return [at.x + at.width / 2, at.y + at.height / 2]; })()"
     )
-    reader.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     shown = reader.value(READ)
     rows = reader.value(ROWS)
     row = next(row for row in rows if row[0] == shown[0][0])

@@ -1,4 +1,4 @@
-"""The report's numbers, words and errors; what a browser makes of it is in test_report_browser.py."""
+"""The numbers, words and errors of the report; its rendering is tested in test_browser.py."""
 
 import base64
 import hashlib

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from model_store.cache.cache import MAX_FAILURE_BYTES, Cache, FailedLoad, Load, Placed, Placement
-from model_store.cache.eviction import POLICIES, policy_named
+from model_store.cache.eviction import POLICIES, make_policy
 from model_store.cache.slots import Slot, State
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import ArchiveInvalid, ModelNotFound
@@ -31,11 +31,11 @@ def name(text: str) -> ModelName:
     return ModelName(text)
 
 
-class Worker:
+class InstantWorker:
     """Plays the step thread at once: no device to wait for, so a victim's room is free as soon as it is asked to go."""
 
     def __init__(self, slabs: int, extra: int = 0, policy: str = "lru") -> None:
-        self.cache = Cache(slabs * SLAB + extra, SLAB, policy=policy_named(policy))
+        self.cache = Cache(slabs * SLAB + extra, SLAB, policy=make_policy(policy))
         self.now = 0.0
         self.moves = 0
 
@@ -91,7 +91,7 @@ def here(cache: Cache) -> set[str]:
 
 def test_one_family_loses_its_least_recently_used_model_first() -> None:
     """Victims within a family come in the exact order of last use, uses and loads alike."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.fill("abcdef", 300, "f")
     worker.use("b", "a", "e")
     assert [worker.load(model, 300, "f") for model in "123456"] == [["c"], ["d"], ["f"], ["b"], ["a"], ["e"]]
@@ -99,7 +99,7 @@ def test_one_family_loses_its_least_recently_used_model_first() -> None:
 
 def test_a_family_takes_its_own_coldest_row_when_nothing_else_is_colder() -> None:
     """The other family's slab costs warmer models, so the load costs one row of its own family."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.fill("abc", 300, "f")
     worker.fill("xyz", 300, "g")
     assert worker.load("d", 300, "f") == ["a"]
@@ -107,7 +107,7 @@ def test_a_family_takes_its_own_coldest_row_when_nothing_else_is_colder() -> Non
 
 def test_a_family_takes_a_colder_slab_of_another_one_once_it_has_use_for_it() -> None:
     """Three models for one is a bad trade, for as many as the family had to let go lately a good one."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.fill("xyz", 300, "g")
     worker.fill("abc", 300, "f")
     assert [worker.load(model, 300, "f") for model in "de"] == [["a"], ["x", "y", "z"]]
@@ -115,7 +115,7 @@ def test_a_family_takes_a_colder_slab_of_another_one_once_it_has_use_for_it() ->
 
 def test_one_warm_model_saves_its_slab() -> None:
     """A slab counts as warm as the warmest model that would have to go: here that is warmer than the family's own."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.fill("xyz", 300, "g")
     worker.fill("abc", 300, "f")
     worker.use("z")
@@ -124,7 +124,7 @@ def test_one_warm_model_saves_its_slab() -> None:
 
 def test_a_single_goes_when_it_is_the_coldest() -> None:
     """Singles and rows are compared by last use, whatever they are."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.load("s", SLAB)
     worker.fill("abc", 300, "f")
     assert worker.load("d", 300, "f") == ["s"]
@@ -134,14 +134,14 @@ def test_a_single_goes_when_it_is_the_coldest() -> None:
 
 def test_small_singles_go_only_if_they_are_worth_the_room_together() -> None:
     """Cold singles that are too small to help are not lost on the way to a solution that does not need them."""
-    worker = Worker(slabs=3)
+    worker = InstantWorker(slabs=3)
     worker.fill("st", 400)
     worker.fill("abcxyz", 300, "f")
     assert [worker.load(model, 300, "f") for model in "de"] == [
         ["a"],
         ["s", "t"],
     ]  # 800 and the 200 that were left: a slab
-    worker = Worker(slabs=3)
+    worker = InstantWorker(slabs=3)
     worker.fill("st", 400)
     worker.fill("abcxyz", 300, "f")
     worker.use("t")
@@ -150,7 +150,7 @@ def test_small_singles_go_only_if_they_are_worth_the_room_together() -> None:
 
 def test_relief_is_the_coldest_idle_singles_and_no_row() -> None:
     """What frees memory outside of the slabs goes, coldest first, until it is enough or nothing idle is left."""
-    worker = Worker(slabs=4)
+    worker = InstantWorker(slabs=4)
     worker.fill("ab", 300, "f")
     worker.fill("wxyz", 100)
     worker.use("w")
@@ -166,7 +166,7 @@ def test_relief_is_the_coldest_idle_singles_and_no_row() -> None:
 
 def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
     """Cold rows that lie in different slabs go, hot ones move together, leased ones as well, and keep their leases."""
-    worker = Worker(slabs=3)
+    worker = InstantWorker(slabs=3)
     worker.fill("abcdefghi", 300, "f")
     worker.use("a", "b", "d", "e", "g", "h")
     held = worker.hold("a")
@@ -182,7 +182,7 @@ def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
 def test_moves_come_a_few_at_a_time() -> None:
     """Draining a slab of many hot rows is cut into calls, so that requests go on between them."""
     cache = Cache(2 * SLAB, SLAB, moves_per_call=2)
-    worker = Worker(2)
+    worker = InstantWorker(2)
     worker.cache = cache
     worker.fill([f"m{i}" for i in range(20)], 100, "f")
     for i in range(10):
@@ -199,7 +199,7 @@ def test_moves_come_a_few_at_a_time() -> None:
 
 def test_an_unpinned_model_is_the_most_recently_used() -> None:
     """The end of a pin counts as a use, in its own family and in comparison with others; the end of no pin does not."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.cache.pin(name("x"))
     worker.fill("xyz", 300, "g")
     worker.fill("abc", 300, "f")
@@ -214,7 +214,7 @@ def test_an_unpinned_model_is_the_most_recently_used() -> None:
 
 def test_a_revived_victim_stays_and_the_load_gets_another() -> None:
     """A request for a model on its way out keeps it; the late `retired` is told so, and the load asks again."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     cache = worker.cache
     worker.fill("abc", 300, "f")
     cache.want(name("d"), 0)
@@ -235,7 +235,7 @@ def test_a_revived_victim_stays_and_the_load_gets_another() -> None:
 
 def test_a_load_that_would_not_fit_in_the_end_evicts_nobody() -> None:
     """Evicting all that may go would not make room for it: it waits, and everyone keeps their place."""
-    worker = Worker(slabs=3)
+    worker = InstantWorker(slabs=3)
     worker.fill("abc", 300, "f")
     worker.fill("st", SLAB)
     held = worker.hold("s")
@@ -251,7 +251,7 @@ def test_a_load_that_would_not_fit_in_the_end_evicts_nobody() -> None:
 
 def test_a_slab_that_is_being_written_is_not_counted_on() -> None:
     """Rows on their way in cannot move, so slabs that hold one are no room to come: nobody is evicted for them."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.fill("abcdef", 300, "f")
     for model in ("b", "e"):  # one of each slab
         slot = worker.cache.unload(name(model))
@@ -268,7 +268,7 @@ def test_a_slab_that_is_being_written_is_not_counted_on() -> None:
 
 def test_when_all_room_is_leased_a_load_waits_for_a_release() -> None:
     """Wait, not Refuse, and nobody goes; the first release makes room."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     worker.fill("abc", 300, "f")
     held = [worker.hold(model) for model in "abc"]
     worker.cache.want(name("d"), 0)
@@ -282,7 +282,7 @@ def test_when_all_room_is_leased_a_load_waits_for_a_release() -> None:
 @pytest.mark.parametrize("family", ["f", "g", None])
 def test_pins_that_fill_the_budget_refuse_and_say_so(family: str | None) -> None:
     """No patience helps against pins, so the load ends at once; the text has the bytes and what to do."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     for model in "abcdef":
         worker.cache.pin(name(model))
     worker.fill("abcdef", 300, "f")
@@ -298,7 +298,7 @@ def test_pins_that_fill_the_budget_refuse_and_say_so(family: str | None) -> None
 
 def test_pins_scattered_over_slabs_do_not_fill_them() -> None:
     """One pin in each slab blocks no slab: pinned rows move together, and another family gets the room."""
-    worker = Worker(slabs=3)
+    worker = InstantWorker(slabs=3)
     worker.fill("abcdefghi", 300, "f")
     for model in "adg":
         worker.cache.pin(name(model))
@@ -314,7 +314,7 @@ def test_pins_scattered_over_slabs_do_not_fill_them() -> None:
 
 def test_a_family_may_use_the_rows_beside_its_pins() -> None:
     """A slab held by pins has unpinned rows: leased now, so their family waits for them, while others are refused."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     worker.fill("abc", 300, "f")
     worker.cache.pin(name("a"))
     held = [worker.hold("b"), worker.hold("c")]
@@ -329,7 +329,7 @@ def test_a_family_may_use_the_rows_beside_its_pins() -> None:
 @pytest.mark.parametrize(("family", "charge", "what"), [("g", 1001, "slab_bytes"), (None, 2501, "model_cache_bytes")])
 def test_what_never_fits_is_refused_at_once(family: str | None, charge: int, what: str) -> None:
     """A row larger than a slab, a single larger than the budget: the text names the setting, and nobody goes."""
-    worker = Worker(slabs=2, extra=500)
+    worker = InstantWorker(slabs=2, extra=500)
     worker.fill("abc", 300, "f")
     worker.cache.want(name("x"), 0)
     answer, gone = worker.place("x", charge, family)
@@ -341,7 +341,7 @@ def test_what_never_fits_is_refused_at_once(family: str | None, charge: int, wha
 
 def test_a_pin_saves_a_victim_that_has_not_left() -> None:
     """Pinning a model on its way out keeps it, as a lease would."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     worker.fill("abc", 300, "f")
     worker.cache.want(name("d"), 0)
     answer = worker.cache.place(name("d"), "1", 300, 0, "f")
@@ -356,7 +356,7 @@ def test_a_pin_saves_a_victim_that_has_not_left() -> None:
 
 def test_an_unloaded_model_leaves_with_its_last_lease() -> None:
     """Unload hides the model at once; its room is held until the last of its requests has ended."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     worker.fill("a", 300, "f")
     first, second = worker.hold("a"), worker.hold("a")
     assert worker.cache.unload(name("a")) is first
@@ -372,7 +372,7 @@ def test_an_unloaded_model_leaves_with_its_last_lease() -> None:
 
 def test_a_new_version_serves_while_leases_on_the_old_one_run_out() -> None:
     """After the swap new requests get the new row; the old row stays readable until its own leases end."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     cache = worker.cache
     worker.fill("a", 300, "f")
     old = worker.hold("a")
@@ -391,7 +391,7 @@ def test_a_new_version_serves_while_leases_on_the_old_one_run_out() -> None:
 
 def test_a_reload_that_finds_the_same_version_is_over() -> None:
     """`unchanged` ends the load and keeps the slot; another version does not match and the load goes on."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     cache = worker.cache
     worker.fill("a", 300, "f")
     cache.want(name("a"), 1, reload=True)
@@ -402,7 +402,7 @@ def test_a_reload_that_finds_the_same_version_is_over() -> None:
 
 def test_an_abandoned_row_is_free_again() -> None:
     """When the numbers never arrive the room goes back, and the failed load leaves nothing but its memory."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     worker.cache.want(name("a"), 0)
     answer, _ = worker.place("a", 300, "f")
     assert isinstance(answer, Placed)
@@ -424,7 +424,7 @@ def test_one_load_however_many_want_it() -> None:
 
 def test_back_off_doubles_up_to_its_cap_and_a_success_ends_it() -> None:
     """1, 2, 4 ... 32 s for a broken archive; refused until that is over, tried again after, forgotten once it works."""
-    worker = Worker(slabs=1)
+    worker = InstantWorker(slabs=1)
     cache = worker.cache
     waits = []
     for _ in range(8):
@@ -486,7 +486,7 @@ def test_failures_are_remembered_in_bounded_number() -> None:
 
 def test_two_families_that_trade_memory_a_thousand_times_do_not_grow() -> None:
     """Slabs go to and fro without a leak: never above the budget, and all free, with no bank left, in the end."""
-    worker = Worker(slabs=4, extra=300)
+    worker = InstantWorker(slabs=4, extra=300)
     for i in range(1000):
         kind = i // 10 % 2
         worker.load(f"m{i % 40}", (250, 490)[kind], "fg"[kind], version=str(i))
@@ -502,7 +502,7 @@ def test_two_families_that_trade_memory_a_thousand_times_do_not_grow() -> None:
 
 def test_a_family_with_another_row_size_is_a_mistake_of_ours() -> None:
     """Rows of one family share slabs, so one size per family is an invariant, said before memory is harmed."""
-    worker = Worker(slabs=2)
+    worker = InstantWorker(slabs=2)
     worker.fill("a", 300, "f")
     worker.cache.want(name("b"), 0)
     with pytest.raises(AssertionError, match="family f has rows of 300 bytes, not of 200"):
@@ -511,7 +511,7 @@ def test_a_family_with_another_row_size_is_a_mistake_of_ours() -> None:
 
 def test_reprs_say_the_state() -> None:
     """The one-line pictures an operator sees in logs and pings."""
-    worker = Worker(slabs=4)
+    worker = InstantWorker(slabs=4)
     worker.load("a", 300, "f")
     slot = worker.hold("a")
     assert repr(worker.cache) == "<Cache 1 models, 0 loads, 0 pins, 0.0 of 0.0 MB>"
@@ -559,7 +559,7 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, late: bool, slabs: int, extra: int) -> None:
         """An empty cache."""
         self.late = late
-        self.cache = Cache(slabs * SLAB + extra, SLAB, moves_per_call=2, policy=policy_named(self.policy))
+        self.cache = Cache(slabs * SLAB + extra, SLAB, moves_per_call=2, policy=make_policy(self.policy))
         self.memory: dict[int, tuple[ModelName, str]] = {}
         self.live: list[Slot] = []
         self.held: list[Slot] = []

@@ -1,4 +1,4 @@
-"""Eviction policies: what each is for, judged in the cache at equal bytes; and what all of them owe the cache."""
+"""Eviction policies: the strength of each, measured in the cache at equal bytes, and the rules for all of them."""
 
 from functools import cache
 from typing import get_args
@@ -17,7 +17,7 @@ from loadtest.benchmarks.eviction_policies import (
     serve_request,
 )
 from model_store.cache.cache import Cache, FailedLoad, Load, Placed
-from model_store.cache.eviction import POLICIES, policy_named
+from model_store.cache.eviction import POLICIES, make_policy
 from model_store.cache.eviction.due import MAX_GHOSTS, Due
 from model_store.cache.victim_selection import Refuse
 from model_store.errors import NoRoom
@@ -42,7 +42,7 @@ def ratio(policy: str, trace: str, slabs: int = 18) -> float:
 
 def make(policy: str, rows: int) -> Cache:
     """A cache for so many rows of one family."""
-    return Cache(rows * ROW, ROW, policy=policy_named(policy))
+    return Cache(rows * ROW, ROW, policy=make_policy(policy))
 
 
 def ask(where: Cache, names: str, now: float = 0.0) -> str:
@@ -171,7 +171,7 @@ def test_every_request_is_served_in_the_smallest_cache(policy: str, rows: int) -
 @every_policy
 def test_a_policy_forgets_who_left(policy: str) -> None:
     """Unloaded, evicted, pinned: a group without members has no victims, and a member is named once."""
-    judge = policy_named(policy)
+    judge = make_policy(policy)
     for i in range(100):
         judge.enter(ModelName(f"m{i % 7}"), "f" if i % 2 else None, 0, asked=True)
         judge.hit(ModelName(f"m{i % 7}"), 0)
@@ -233,7 +233,7 @@ def test_an_operator_can_choose_every_policy_and_no_other() -> None:
 def test_a_name_that_there_is_not_is_refused() -> None:
     """The error has the names that there are."""
     with pytest.raises(ValueError, match="no eviction policy 'mru': choose one of lru, sieve, s3fifo, lfu, due"):
-        policy_named("mru")
+        make_policy("mru")
 
 
 # --- families and slabs ----------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_a_slab_just_taken_is_not_taken_back(policy: str) -> None:
     """Two families by chance in two slabs: a family that got the second one is not robbed while its rows fill."""
     models = [model for family in "fg" for model in make_models(100, family, 70_000 if family == "f" else 90_000)]
     order = np.random.default_rng(0).integers(0, 200, 6000)
-    where = Cache(8 * 2**20, 4 * 2**20, policy=policy_named(policy))
+    where = Cache(8 * 2**20, 4 * 2**20, policy=make_policy(policy))
     asked = [models[i] for i in order.tolist()]
     trades, before = 0, 0
     for _ in serve_request(where, CacheTrace(asked, [0.0] * len(asked), 0)):
@@ -268,7 +268,7 @@ def test_a_slab_just_taken_is_not_taken_back(policy: str) -> None:
 def test_memory_traded_for_hours_does_not_fragment() -> None:
     """Two families take turns, as markets do over a day, 200 times: each turn ends as full as the first ones."""
     rows = {"f": 70_000, "g": 500_000}
-    where = Cache(8 * 2**20, 2**20, policy=policy_named("due"))
+    where = Cache(8 * 2**20, 2**20, policy=make_policy("due"))
     full, now = [], 0.0
     for turn in range(200):
         family = "fg"[turn % 2]

@@ -1,4 +1,4 @@
-"""Which requests may come from a page that is not ours: DNS rebinding by Host, forgery by Origin and Sec-Fetch-Site."""
+"""Requests from pages of other sites: DNS rebinding is found by Host, forgery by Origin and Sec-Fetch-Site."""
 
 import pytest
 

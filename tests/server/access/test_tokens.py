@@ -1,4 +1,4 @@
-"""Tokens: what a file may say, who is found, what is allowed, and that nothing of them leaks."""
+"""Tokens: the contents of a file, the lookup, the permissions, and that no secret leaks."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`fleetcast backtest`: the table, the JSON, and what one bad market does to the others."""
+"""`fleetcast backtest`: the table, the JSON, and that one bad market does not affect the others."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`fleetcast batch`: every line answered once and in its place, whatever happens in between."""
+"""`fleetcast batch` answers every line once and in order, also after interruptions."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_every_line_in_its_place(s3: S3Server, tmp_path: Path) -> None:
     flags = ["--models", f"s3://{bucket}/models", "--configuration", '{"output_types": ["quantiles"]}']
     done = run(tmp_path, f"s3://{bucket}/in.jsonl", f"s3://{bucket}/out.jsonl", *flags, env=s3.env)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "400 lines answered, 6 of them by an error" in done.stderr
+    assert "400 lines answered, 6 of them with an error" in done.stderr
     out = s3.client().get_object(Bucket=bucket, Key="out.jsonl")["Body"].read().decode().splitlines()
     found = [json.loads(each) for each in out]
     codes = {i: each["error"]["code"] for i, each in enumerate(found) if "error" in each}

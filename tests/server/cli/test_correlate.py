@@ -1,4 +1,4 @@
-"""`fleetcast correlate`: held-out errors of real archives to a correlation archive, or one line that says why not."""
+"""`fleetcast correlate` turns held-out errors of real archives into a correlation archive, or prints one error line."""
 
 import re
 import subprocess
@@ -9,27 +9,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation
 from handlers.evaluation.correlation import compute_pit, estimate_gaussian, estimate_schaake
 from handlers.forecasters import get_family
 from handlers.kinds import find_kind
-from handlers.training.fit import ask_network, reference_network
+from handlers.training.fit import ask_network, make_reference_network
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.archives.manifest import Kind
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
-from server.cli.correlate import correlate
 from server.cli.setting_flags import settings_from
-from server.cli.train import train
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import describe_archive, format_description, verify_archive
 from server.offline.forecast_errors import measure_errors
 from server.offline.rolling_windows import Unfit
 from tests.e2e.models import onnx_model
+from tests.server import markets
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +36,8 @@ COLUMNS = ("--time", "hour", "--target", "NSW1", "--target", "VIC1")
 
 
 def run(*arguments: str) -> Result:
-    """The command as the command line runs it."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(correlate)
-    return CliRunner().invoke(app, arguments)
+    """Run the command as the command line does."""
+    return markets.run("correlate", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +51,10 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
         nsw, vic = 60 + 20 * np.sin(hour / 24 * 2 * np.pi) + shared + rng.normal(0, 2, 2)
         lines.append(f"{stamp:%Y-%m-%d %H:%M},{nsw:.2f},{'' if hour % 97 == 5 else f'{vic:.2f}'},{hour % 24}")
     (folder / "prices.csv").write_text("\n".join(lines))
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(train)
-    made = CliRunner().invoke(
-        app,
-        [
-            str(folder / "prices.csv"), *COLUMNS, "--known-future", "load", "--out", str(folder / "store"), "--epochs",
-            "1", "--config", '{"channels": 4}', "--context-length", "48", "--prediction-length", "6",
-            "--name-template", "au/{target}.mar", "--train-until", SINCE,
-        ],
+    made = markets.run(
+        "train", str(folder / "prices.csv"), *COLUMNS, "--known-future", "load", "--out", str(folder / "store"),
+        "--epochs", "1", "--config", '{"channels": 4}', "--context-length", "48", "--prediction-length", "6",
+        "--name-template", "au/{target}.mar", "--train-until", SINCE,
     )  # fmt: skip
     assert made.exit_code == 0, made.output
     return folder
@@ -148,7 +139,7 @@ def test_errors_are_those_of_the_networks_and_of_no_later_price(market: Path) ->
     assert archive.spec is not None
     forecast = archive.spec.forecast
     assert forecast is not None
-    network = reference_network(archive.spec.architecture, dict(archive.spec.config), read_tensors(archive))
+    network = make_reference_network(archive.spec.architecture, dict(archive.spec.config), read_tensors(archive))
     assert get_family(archive.spec).key.startswith("tcn-")
     price, load = read_csv(market / "prices.csv", "hour", ["VIC1", "load"])
     missing = 0

@@ -1,4 +1,4 @@
-"""What archives say is shown as text: no markup, no links, nothing that a terminal acts on, no line of its own."""
+"""Texts from archives are printed without markup, links, control characters or additional lines."""
 
 import json
 import os

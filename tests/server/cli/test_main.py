@@ -1,4 +1,4 @@
-"""The command line: settings, archives made and proved, the server as a process, and the README about all that."""
+"""The command line: settings, making and verification of archives, the server as a process, and the README."""
 
 import json
 import os

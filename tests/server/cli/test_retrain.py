@@ -1,4 +1,4 @@
-"""`fleetcast retrain`: a fleet fitted anew market by market, judged, published, and gone on with after a kill."""
+"""`fleetcast retrain` refits a fleet market by market, compares and publishes archives, and continues after a kill."""
 
 import json
 import re

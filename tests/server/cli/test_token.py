@@ -1,4 +1,4 @@
-"""`fleetcast token`: what it prints is what a server takes."""
+"""`fleetcast token` prints lines that a server accepts."""
 
 import pytest
 from typer.testing import CliRunner

@@ -1,4 +1,4 @@
-"""`fleetcast train`: a CSV file to archives that load, or one line that says why not."""
+"""`fleetcast train` turns a price file into archives that load, or prints one error line."""
 
 import gzip
 import json
@@ -10,17 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from handlers.forecasters import ARCHITECTURES
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli.setting_flags import settings_from
-from server.cli.train import train
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
+from tests.server import markets
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +28,8 @@ QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
 
 
 def run(*arguments: str) -> Result:
-    """The command as the command line runs it."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(train)
-    return CliRunner().invoke(app, arguments)
+    """Run the command as the command line does."""
+    return markets.run("train", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +164,14 @@ def test_the_help_lists_every_architecture() -> None:
         (["--target", "NSW1", "--origin", "noon"], "--origin: expected a time of day such as 00:00, or any"),
         (["--target", "NSW1", "--origin", "00:30"], "no step of 1h from 2024-03-01 00:00:00 on is at 00:30 every day"),
         (["--target", "NSW1", "--architecture", "deepar", "--members", "2"], "the mean of paths is no path"),
-        (["--target", "NSW1", "--config", '{"members": 2}'], "which the other options decide"),
+        (["--target", "NSW1", "--config", '{"members": 2}'], "which other options set"),
         (["--target", "SA1"], "prices.csv.gz, line 1: 0 columns 'SA1'; the columns are hour, NSW1"),
         (["--target", "NSW1", "--target", "VIC1", "--name-template", "a.mar"], "put {target} into it"),
         (["--target", "NSW1", "--target", "NSW1"], "--target names a column twice"),
         (["--target", "NSW1", "--name-template", "../{target}.mar"], ".."),
         (["--target", "NSW1", "--quantiles", "0.5,0.1"], "--quantiles: expected rising levels"),
         (["--target", "NSW1", "--config", "{"], "--config: not JSON"),
-        (["--target", "NSW1", "--config", '{"features": 3}'], "which the other options decide"),
+        (["--target", "NSW1", "--config", '{"features": 3}'], "which other options set"),
         (["--target", "NSW1", "--config", '{"chanels": 3}'], "config of tcn: Object contains unknown field `chanels`"),
         (["--target", "NSW1", "--architecture", "rnn"], "unknown architecture 'rnn'; known are "),
         (["--target", "NSW1", "--train-until", "March"], "--train-until: expected a date such as 2024-01-01"),

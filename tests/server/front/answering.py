@@ -1,4 +1,4 @@
-"""A worker that answers as a test says, in the place of a link to one; and the app asked as uvicorn asks it."""
+"""A worker client that answers as a test defines, and a caller of the app that behaves like uvicorn."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping

@@ -1,4 +1,4 @@
-"""A front and its links: when it says that it reaches the workers."""
+"""A front and its connections: when it reports that it reaches the workers."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What more memory would buy, against caches that are simulated one by one."""
+"""The advice on the cache size agrees with caches that are simulated one by one."""
 
 import itertools
 import random

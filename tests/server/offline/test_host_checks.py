@@ -1,4 +1,4 @@
-"""What `doctor` says of a machine: silent where all is well, and with what to do where it is not."""
+"""The checks of `doctor` give no advice for a sound machine, and advise what to change otherwise."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from server.offline.host_checks import (
     HostFact,
     check_accelerator,
     check_cores,
+    check_disk_cache,
     check_machine,
     check_memory,
+    check_open_files,
+    check_torch_build,
     check_workers,
-    disk_cache,
-    open_files,
-    torch_build,
 )
 from server.supervisor.worker_plan import plan_workers
 
@@ -31,12 +31,12 @@ def test_a_good_machine_has_no_advice(tmp_path: Path) -> None:
     plans = plan_workers(settings_from({"store": "x"}), HOST)
     facts = [
         check_cores(HOST, 8, 0.5),
-        torch_build("2.13.0", "AVX2", 4),
+        check_torch_build("2.13.0", "AVX2", 4),
         check_accelerator(HOST, None, 0),
         check_workers(plans),
         check_memory(HOST, plans, 1),
-        disk_cache(tmp_path / "not" / "made", 1),
-        open_files(65536, 65536),
+        check_disk_cache(tmp_path / "not" / "made", 1),
+        check_open_files(65536, 65536),
     ]
     assert [fact.advice for fact in facts] == [""] * 7
     assert [fact.text for fact in facts[:4]] == [
@@ -55,7 +55,7 @@ def test_cores_that_are_few_or_busy() -> None:
 
 def test_a_cpu_without_vector_instructions() -> None:
     """What torch calls such a CPU is turned into what to choose."""
-    assert "AVX2" in torch_build("2.13.0", "DEFAULT", 1).advice
+    assert "AVX2" in check_torch_build("2.13.0", "DEFAULT", 1).advice
 
 
 def test_gpus_that_torch_cannot_use() -> None:
@@ -83,26 +83,26 @@ def test_a_disk_that_is_smaller_than_its_cache(tmp_path: Path) -> None:
     """The limit that the disk can hold is named; a cache that is off is said to cost fetches."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "a").write_bytes(bytes(5000))
-    fact = disk_cache(tmp_path, 2**60)
+    fact = check_disk_cache(tmp_path, 2**60)
     assert "--disk-cache-bytes below" in fact.advice
     assert "4.9 KiB held" in fact.text
-    assert "--disk-cache-bytes" in disk_cache(tmp_path, 0).advice
+    assert "--disk-cache-bytes" in check_disk_cache(tmp_path, 0).advice
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """The place where the cache would be made is named."""
     tmp_path.chmod(0o500)
-    assert "--disk-cache" in disk_cache(tmp_path / "cache", 1).advice
+    assert "--disk-cache" in check_disk_cache(tmp_path / "cache", 1).advice
 
 
 def test_few_descriptors() -> None:
     """Both limits are said; only the hard one matters, since `serve` raises the other; no limit is fine."""
-    few = open_files(1024, 2000)
+    few = check_open_files(1024, 2000)
     assert few.text.startswith("soft limit 1024, hard limit 2000: serve raises")
     assert "LimitNOFILE=65536" in few.advice
-    assert not open_files(256, 4096).advice
-    assert open_files(1024, resource.RLIM_INFINITY) == HostFact(
+    assert not check_open_files(256, 4096).advice
+    assert check_open_files(1024, resource.RLIM_INFINITY) == HostFact(
         "open files", "soft limit 1024, hard limit none: serve raises the soft limit to the hard one"
     )
 

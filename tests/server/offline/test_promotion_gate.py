@@ -1,4 +1,4 @@
-"""The gate: an archive takes its predecessor's place only where it is no worse than the margin allows."""
+"""The gate lets an archive replace its predecessor only if it is no worse than the margin allows."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from handlers.forecasters import build_family, random_tensors
 from handlers.training.time_series import Series, read_csv
 from model_store.archives.archive import open_archive
-from server.offline.evaluation import scores_of
+from server.offline.evaluation import compute_scores
 from server.offline.promotion_gate import GateTerms, compare_models
 from server.offline.rolling_windows import InProcess, Rolling, Unfit, forecast_windows
 from tests.server.markets import archive, fill, forecast, model, run, write_prices
@@ -38,7 +38,9 @@ def test_the_verdict_is_the_ratio_of_both_scores(columns: Mapping[str, Series]) 
     a, b = model(0), model(1)
     there, back = (compare_models(GATE, InProcess(), "M00", columns, *pair) for pair in ((a, b), (b, a)))
     origins = GATE.rolling.origins(columns["M00"], 24, 6)
-    ours, theirs = (scores_of(forecast_windows(InProcess(), each, columns["M00"], origins)).pinball for each in (a, b))
+    ours, theirs = (
+        compute_scores(forecast_windows(InProcess(), each, columns["M00"], origins)).pinball for each in (a, b)
+    )
     assert there.worse == pytest.approx(100 * (ours / theirs - 1))
     assert {there.passed, back.passed} == {True, False}
     assert compare_models(GATE, InProcess(), "M00", columns, a, a).worse == 0
@@ -64,7 +66,7 @@ def test_archives_that_differ_are_compared_where_they_meet(columns: Mapping[str,
     verdict = compare_models(GATE, InProcess(), "M00", columns, own, longer)
     origins = GATE.rolling.origins(columns["M00"], 24, 9)
     cut = forecast_windows(InProcess(), longer, columns["M00"], origins).cut(6, np.array([0.5]))
-    assert verdict.predecessor == pytest.approx(scores_of(cut).pinball)
+    assert verdict.predecessor == pytest.approx(compute_scores(cut).pinball)
     apart = model(1, quantile_levels=(0.2, 0.49, 0.8))
     with pytest.raises(Unfit, match="share no quantile level; gate by wape, mase or rmae"):
         compare_models(GATE, InProcess(), "M00", columns, own, apart)

@@ -1,4 +1,4 @@
-"""Rolling windows: where they lie, that none sees its own future, and what is said of archives that do not fit."""
+"""Rolling windows: their places, that none uses its own future, and the errors for archives that do not fit."""
 
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.training.time_series import Series, read_csv
-from server.offline.rolling_windows import ROWS, InProcess, Rolling, Unfit, forecast_windows, with_known
+from server.offline.rolling_windows import ROWS, InProcess, Rolling, Unfit, add_known_series, forecast_windows
 from tests.server.markets import HISTORY, HORIZON, START, archive, model, write_prices
 
 KNOWN = ("load_M00",)
@@ -21,7 +21,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Series:
     """One market with its load forecast."""
     csv = write_prices(tmp_path_factory.mktemp("data") / "prices.csv", ["M00"])
     columns = {each.name: each for each in read_csv(csv, "hour", ["M00", *KNOWN])}
-    return with_known(columns, "M00", KNOWN)
+    return add_known_series(columns, "M00", KNOWN)
 
 
 def hours(count: int) -> Series:

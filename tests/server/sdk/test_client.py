@@ -1,4 +1,4 @@
-"""The client against listeners that answer as they are told: new archives, retries, connections and errors."""
+"""The client against listeners with prepared answers: new archives, retries, connections and errors."""
 
 import socket
 import threading
@@ -25,7 +25,7 @@ from server.sdk.forecasts import ForecastRequest
 from tests.patience import POLL_S
 
 
-class Management(BaseHTTPRequestHandler):
+class ManagementHandler(BaseHTTPRequestHandler):
     """Holds `au/held.mar` and `au/bad.mar`, and cannot load the second."""
 
     asked: list[str]
@@ -55,8 +55,8 @@ class Management(BaseHTTPRequestHandler):
 @pytest.fixture
 def listener() -> Iterator[str]:
     """The address of one."""
-    Management.asked = []
-    with HTTPServer(("127.0.0.1", 0), Management) as server:
+    ManagementHandler.asked = []
+    with HTTPServer(("127.0.0.1", 0), ManagementHandler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -69,7 +69,7 @@ def test_only_what_a_server_holds_is_reloaded(listener: str) -> None:
     reload_model(listener, ModelName("au/away.mar"))
     reload_model(listener, ModelName("au/held it.mar"))
     get, post = "GET /fleet/models/au/", "POST /fleet/reload/au/"
-    assert Management.asked == [f"{get}away.mar", f"{get}held%20it.mar", f"{post}held%20it.mar"]
+    assert ManagementHandler.asked == [f"{get}away.mar", f"{get}held%20it.mar", f"{post}held%20it.mar"]
 
 
 def test_why_a_server_has_not_taken_it_is_said(listener: str) -> None:

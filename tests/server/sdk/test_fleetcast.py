@@ -1,4 +1,4 @@
-"""What users import as `fleetcast`: cheap to import, the same numbers in process as from a server, archives made."""
+"""The package `fleetcast`: it is cheap to import, gives the numbers of a server in process, and makes archives."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Where the operators' listeners may listen, and what files of secrets the start refuses."""
+"""The allowed addresses of the operators' listeners, and the files of secrets that the start refuses."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The server's quarantine: who gets there by deaths of workers, and who leaves it."""
+"""The quarantine of the server: which models enter it by deaths of workers, and which leave it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the supervisor tells its children, without starting any."""
+"""The messages of the supervisor to its children, without starting any."""
 
 import asyncio
 from pathlib import Path

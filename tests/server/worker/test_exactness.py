@@ -34,7 +34,7 @@ def small(architecture: str) -> Family:
     return build_family(architecture, {name: size for name, size in SMALL.items() if name in fields})
 
 
-class Models:
+class SeededModels:
     """Models of a family by their seed, each with the inputs it is asked and what it answers to them alone."""
 
     INPUTS = 3
@@ -61,7 +61,7 @@ class Models:
         return found
 
 
-def ask(engine: Engine, models: Models, asked: list[tuple[int, int, int]]) -> None:
+def ask(engine: Engine, models: SeededModels, asked: list[tuple[int, int, int]]) -> None:
     """One batch of (offset, seed, input); every answer must be its model's."""
     parts = [models.x[which : which + 1] for _, _, which in asked]
     answers = engine.run(models.family, [offset for offset, _, _ in asked], parts)
@@ -74,7 +74,7 @@ def ask(engine: Engine, models: Models, asked: list[tuple[int, int, int]]) -> No
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_on_every_path(architecture: str, path: Path | None) -> None:
     """Batches of 1 to 512 rows of twelve models: side by side, apart, in any order, and one model's alone."""
-    models = Models(small(architecture))
+    models = SeededModels(small(architecture))
     size = models.family.row_floats * 4
     engine = Engine(Pool(16 * size, CPU), 512)
     engine.pool.floats.fill_(float("nan"))
@@ -96,7 +96,7 @@ class Place:
     offset: int
 
 
-class Worker(RuleBasedStateMachine):
+class ExactnessMachine(RuleBasedStateMachine):
     """Rows of two families are loaded, evicted and moved between steps of any mix, on any path, measured meanwhile."""
 
     ROWS = 10
@@ -173,15 +173,15 @@ class Worker(RuleBasedStateMachine):
 
 
 @cache  # what the plain networks answer is the same in every example
-def _cached(architecture: str) -> Models:
-    return Models(small(architecture))
+def _cached(architecture: str) -> SeededModels:
+    return SeededModels(small(architecture))
 
 
 def _offset(place: Place) -> int:
     return place.offset
 
 
-TestWorker = Worker.TestCase
+TestWorker = ExactnessMachine.TestCase
 TestWorker.settings = settings(
     deadline=None, max_examples=40, stateful_step_count=30, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -66,7 +66,7 @@ class EchoSteps:
             job.origin.answer(job, "text/plain", job.request.body, queue_s=0.001, inference_s=0.002)
 
 
-class Front:
+class FrontSocket:
     """The front's end of a socket, by hand: it writes and reads frames and gives no credit by itself."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,12 +103,12 @@ async def connect(steps: EchoSteps) -> tuple[FrontConnection, socket.socket]:
 
 
 @asynccontextmanager
-async def connected(steps: EchoSteps) -> AsyncIterator[Front]:
+async def connected(steps: EchoSteps) -> AsyncIterator[FrontSocket]:
     """A front that is connected to a worker with these steps."""
     _, sock = await connect(steps)
     reader, writer = await asyncio.open_connection(sock=sock)
     with closing(writer):
-        yield Front(reader, writer)
+        yield FrontSocket(reader, writer)
 
 
 def make_request(ident: int, body: bytes, model: str = "m", body_bytes: int | None = None) -> Request:

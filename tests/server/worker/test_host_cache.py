@@ -1,4 +1,4 @@
-"""The host memory tier's ring, against a plain list of what should be there."""
+"""The ring of the host memory tier, compared with a plain list of its expected contents."""
 
 import pytest
 import torch

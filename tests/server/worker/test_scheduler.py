@@ -1,4 +1,4 @@
-"""What a worker does next: bounds, turns, deadlines, and that no job is lost or run twice."""
+"""The scheduler of a worker: bounds, turns, deadlines, and that no job is lost or run twice."""
 
 import pytest
 from hypothesis import settings, strategies

@@ -1,4 +1,4 @@
-"""Tokens at the inference listener: every dialect and every item needs them, and what is told to whom shows none."""
+"""Tokens at the inference listener: every dialect and every item needs them, and messages never show them."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Signatures: what botocore's own signer signs is taken, whatever the names; anything else is refused with a reason."""
+"""Signatures of the signer of botocore are accepted for all names; any other is refused with a reason."""
 
 import datetime as dt
 import hashlib

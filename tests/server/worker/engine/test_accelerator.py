@@ -38,7 +38,7 @@ def check(found: Sequence[Float32], models: Sequence[int], parts: Sequence[Float
         np.testing.assert_allclose(answer, reference(TCN, model, x), rtol=1e-4, atol=1e-5)
 
 
-class Fleet:
+class RandomRows:
     """Rows that come, go and move at random, what should be where, and steps that check it."""
 
     def __init__(self, seed: int) -> None:
@@ -81,7 +81,7 @@ def test_no_order_that_the_streams_allow_is_seen(seed: int) -> None:
     """Rows written, moved, kept on the host, written back and run: whatever order the device then takes, every step
     sees the rows that were told before it, and nothing else. (Fails without any one of the pool's `after`.)
     """
-    fleet = Fleet(seed)
+    fleet = RandomRows(seed)
     for _ in range(12):
         while fleet.random.random() < 0.85 or not fleet.models:
             fleet.act()

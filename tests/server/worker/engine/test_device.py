@@ -1,4 +1,4 @@
-"""What a worker takes of its device. Streams, events and graphs: `test_accelerator`, and `tests/gpu` for real."""
+"""The device of a worker. Streams, events and graphs are tested in `test_accelerator` and `tests/gpu`."""
 
 from hypothesis import given
 from hypothesis import strategies as st

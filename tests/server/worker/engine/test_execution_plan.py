@@ -1,4 +1,4 @@
-"""Which way a batch takes: every row once, in forwards that may be, and the cheapest by the measured times."""
+"""The execution plan of a batch: every row once, in allowed forwards, at the least measured time."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Paces: operations are counted right, floors are arithmetic, and the way that is marked is the way that is taken."""
+"""Paces: operations are counted right, floors are computed, and the marked way is the one that is taken."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Loads ahead of time in the step loop with a real cache: what they bring, and what they never cost anybody."""
+"""Prefetches in the step loop with a real cache: their benefit, and that they never harm other models."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model_store.cache.cache import Cache
-from model_store.cache.eviction import policy_named
+from model_store.cache.eviction import make_policy
 from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName
 from server.ipc.frames import CacheResult
@@ -28,7 +28,7 @@ ROOM = rows_per_slab("a")
 
 
 @dataclass
-class Market:
+class TickedWorker:
     """A worker under a clock of ours: ticks for a fleet, and other traffic between them."""
 
     steps: StepLoop
@@ -53,6 +53,11 @@ class Market:
             self.now[0] += 100
             await self.ask(f"{model}-{k}" for model in noise)
 
+    async def learn_and_evict(self, fleet: Iterable[str], noise: Iterable[str] | None = None) -> None:
+        """The fleet's ticks, then noise that fills the cache after the last of them."""
+        await self.learn(fleet)
+        await self.ask(named("n", ROOM) if noise is None else noise)
+
     async def before(self, tick: int) -> None:
         """It is shortly before a tick, and the loop has seen that."""
         self.now[0] = PERIOD_S * tick - 20
@@ -66,7 +71,7 @@ class Market:
         return int(found or 0)
 
 
-Scenario = Callable[[Market], Coroutine[Any, Any, None]]
+Scenario = Callable[[TickedWorker], Coroutine[Any, Any, None]]
 
 
 def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str = "lru", host: int = 0) -> None:
@@ -75,7 +80,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
     async def run() -> None:
         now = [0.0]
         loader, metrics = FakeLoader(), WorkerMetrics(0, "cpu")
-        cache = Cache(slabs * SLAB, SLAB, policy=policy_named(policy))
+        cache = Cache(slabs * SLAB, SLAB, policy=make_policy(policy))
         shelf = HostCache(torch.empty(host), 1e9, clock=lambda: 0.0)
         steps = StepLoop(
             cache,
@@ -93,7 +98,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
         )
         front = Front(steps)
         try:
-            await scenario(Market(steps, loader, front, metrics, cache, now))
+            await scenario(TickedWorker(steps, loader, front, metrics, cache, now))
             await front.settled()
             assert all(slot.leases == 0 for slot in cache)
             await until(lambda: not list(cache.loads))
@@ -114,7 +119,7 @@ def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
     """Noise fills the cache between two ticks; at the next one every call is a hit, and every load was of use."""
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
         for tick in range(LEARNT, LEARNT + 3):
             market.now[0] = PERIOD_S * (tick - 1) + 100
@@ -134,9 +139,8 @@ def test_without_foresight_the_same_tick_is_cold() -> None:
     """What the test above is measured against: the same traffic, every call a miss."""
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(noise)
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet, noise)
         await market.before(LEARNT)
         assert set(await market.ask(fleet)) == {CacheResult.MISS}
 
@@ -147,9 +151,8 @@ def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
     """A model that was evicted to host memory is brought from there."""
     fleet, noise = named("t", ROOM), named("n", ROOM)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(noise)
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
         await until(lambda: resident(market.steps) == set(fleet))
@@ -162,9 +165,8 @@ def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
     """The oldest in an LRU are the fleet's own rows: noise goes instead of them, also for calls before the tick."""
     fleet, noise = named("t", ROOM), named("n", ROOM // 2)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(noise)
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
         await until(lambda: resident(market.steps) == set(fleet))
@@ -177,9 +179,8 @@ def test_a_fleet_that_does_not_fit_is_not_brought_in_circles() -> None:
     """Models of the same tick never make room for each other: each is built once at most, and the rest is refused."""
     fleet = named("t", 2 * ROOM)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
         await until(lambda: market.counted("refused") == ROOM)
@@ -195,7 +196,7 @@ def test_other_traffic_before_the_tick_takes_its_own_room() -> None:
     """
     fleet = named("t", ROOM - 2)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet, named("n", 3))
         await market.ask(named("o", ROOM))
         await market.before(LEARNT)
@@ -213,7 +214,7 @@ def test_a_request_is_served_where_all_that_is_here_is_about_to_be_asked() -> No
     """No room is worth less than the fleet's: a request has it all the same, and who had to go is brought again."""
     fleet = named("t", ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
         await market.before(LEARNT)
         builds = len(market.loader.builds)
@@ -228,7 +229,7 @@ def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
     """All rows are pinned but one, which a request holds: what was foreseen is refused, nobody has left."""
     fleet, pinned = named("t", 4), named("p", ROOM - 1)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
         await market.ask([*pinned, "a/held"])
         for model in pinned:
@@ -248,9 +249,8 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
     """A request's load comes first and alone; once it is over, foresight goes on."""
     fleet = named("t", 4)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet)
         market.loader.gate.clear()
         market.front.send("a/urgent")
         builds = len(market.loader.builds)
@@ -265,9 +265,8 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
 def test_a_request_joins_the_load_that_is_on_its_way() -> None:
     """Asked for too early: coalesced with the load ahead of time, which is built once and counted as late."""
 
-    async def scenario(market: Market) -> None:
-        await market.learn(["a/t"])
-        await market.ask(named("n", ROOM))
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(["a/t"])
         market.loader.gate.clear()
         await market.before(LEARNT)
         builds = market.loader.builds.count("a/t")
@@ -285,9 +284,8 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     """The fleet's tick does not come: its rows are the first to go for others, and nobody else has lost one."""
     fleet = named("t", 4)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet)
         await market.before(LEARNT)
         await until(lambda: set(fleet) <= resident(market.steps))
         market.now[0] += 100
@@ -303,9 +301,8 @@ def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
     """A broken archive: counted, remembered like any failure, and the other models of the tick are brought."""
     fleet = named("t", 4)
 
-    async def scenario(market: Market) -> None:
-        await market.learn(fleet)
-        await market.ask(named("n", ROOM))
+    async def scenario(market: TickedWorker) -> None:
+        await market.learn_and_evict(fleet)
         market.loader.broken["a/t0"] = ArchiveInvalid("a/t0: broken")
         await market.before(LEARNT)
         await until(lambda: market.counted("failed") == 1 and set(fleet[1:]) <= resident(market.steps))
@@ -317,7 +314,7 @@ def test_under_the_policy_that_knows_rhythms_itself() -> None:
     """`due` expects the fleet as well: foresight brings it back at the price of noise."""
     fleet, noise = named("t", ROOM // 2), named("n", 2 * ROOM)
 
-    async def scenario(market: Market) -> None:
+    async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet, noise)
         await market.before(LEARNT)
         await until(lambda: set(fleet) <= resident(market.steps))

@@ -1,4 +1,4 @@
-"""Rhythms from calls alone: ticks, noise, drift, misses, models that come and go; and that they stay small."""
+"""Rhythms are learnt from calls: ticks, noise, drift, misses, models that come and go; their memory is bounded."""
 
 import random
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ LEARNT = 4  #: ticks after which a model is foreseen
 Call = tuple[float, ModelName]
 
 
-class Market:
+class CallPlayer:
     """Plays calls to rhythms in the order of time, and keeps what was foreseen."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ def test_any_clock_is_learnt_by_its_fourth_tick_and_kept(
 
 def test_a_fleet_is_foreseen_in_time_and_once_a_tick() -> None:
     """Each model once for each tick, before its call, and the due times are right within the spread."""
-    market, rng, fleet = Market(), random.Random(1), names("a", 50)
+    market, rng, fleet = CallPlayer(), random.Random(1), names("a", 50)
     calls = [call for k in range(1, 11) for call in tick(fleet, 300.0 * k, 1.0, rng)]
     told = market.play(calls)
     assert all(known == (time >= 300 * (LEARNT + 1)) for (time, _), known in told.items())
@@ -101,7 +101,7 @@ def test_a_fleet_is_foreseen_in_time_and_once_a_tick() -> None:
 
 def test_noise_between_the_ticks_is_passed_over() -> None:
     """Zipf traffic for other models and for the same ones: the tick is learnt, noise is hardly foreseen."""
-    market, rng = Market(), random.Random(2)
+    market, rng = CallPlayer(), random.Random(2)
     fleet, others = names("a", 100), names("b", 400)
     calls = [call for k in range(1, 16) for call in tick(fleet, 300.0 * k, 1.0, rng)]
     told = market.play([*calls, *noise(others, 2.0, 4700, rng), *noise(fleet, 0.2, 4700, rng)])
@@ -113,7 +113,7 @@ def test_noise_between_the_ticks_is_passed_over() -> None:
 
 def test_two_clocks_at_once() -> None:
     """Five minutes and an hour, models of one, of the other and of both: each is foreseen for its own ticks."""
-    market, rng = Market(), random.Random(3)
+    market, rng = CallPlayer(), random.Random(3)
     fast, slow = names("fast", 20), names("slow", 20)
     hours = 7
     calls = [call for k in range(1, 12 * hours) for call in tick(fast, 300.0 * k, 1.0, rng)]
@@ -127,7 +127,7 @@ def test_two_clocks_at_once() -> None:
 
 def test_missed_ticks_are_forgiven() -> None:
     """After one and after two ticks without calls the next is foreseen as ever."""
-    market, rng, fleet = Market(), random.Random(4), names("a", 10)
+    market, rng, fleet = CallPlayer(), random.Random(4), names("a", 10)
     ticks = [k for k in range(1, 20) if k not in (9, 14, 15)]
     told = market.play(call for k in ticks for call in tick(fleet, 300.0 * k, 1.0, rng))
     assert all(known for (time, _), known in told.items() if time >= 300 * (LEARNT + 1))
@@ -135,7 +135,7 @@ def test_missed_ticks_are_forgiven() -> None:
 
 def test_a_model_that_leaves_the_fleet_is_forgotten() -> None:
     """It is foreseen for a few ticks more, then not even remembered."""
-    market, rng = Market(), random.Random(5)
+    market, rng = CallPlayer(), random.Random(5)
     stay, leave = names("stay", 10), names("leave", 10)
     calls = [call for k in range(1, 21) for call in tick(stay, 300.0 * k, 1.0, rng)]
     calls += [call for k in range(1, 11) for call in tick(leave, 300.0 * k, 1.0, rng)]
@@ -147,7 +147,7 @@ def test_a_model_that_leaves_the_fleet_is_forgotten() -> None:
 
 def test_a_clock_that_jumps_is_learnt_anew() -> None:
     """The fleet's tick moves by half a period: some ticks later it is foreseen at its new time."""
-    market, rng, fleet = Market(), random.Random(6), names("a", 10)
+    market, rng, fleet = CallPlayer(), random.Random(6), names("a", 10)
     moved = 3000.0 + 150
     calls = [call for k in range(1, 11) for call in tick(fleet, 300.0 * k, 1.0, rng)]
     calls += [call for k in range(1, 16) for call in tick(fleet, moved + 300.0 * k, 1.0, rng)]
@@ -157,7 +157,7 @@ def test_a_clock_that_jumps_is_learnt_anew() -> None:
 
 def test_several_calls_at_a_tick_are_one_visit() -> None:
     """Clients that ask a model again at once, or some times within seconds, do not make a faster clock of it."""
-    market, rng, model = Market(), random.Random(7), ModelName("a")
+    market, rng, model = CallPlayer(), random.Random(7), ModelName("a")
     calls = [(300.0 * k + i * 0.4 + rng.random() * 0.2, model) for k in range(1, 12) for i in range(8)]
     market.play(calls)
     assert market.rhythms.period(model) == pytest.approx(300, rel=0.01)
