@@ -96,7 +96,6 @@ QUEUE_PER_MODEL: Final = 1024
 QUEUE_PER_WORKER: Final = 8192
 REQUEST_TIMEOUT_S: Final = 50.0
 
-RUNNING_BYTES: Final = 4096  #: of the file in which a worker notes the models that it runs
 CACHE_SHARE: Final = 0.4  #: of the host's memory, where `model_cache_bytes` is 0 and models run on the CPU
 UNHALVED_JOBS: Final = 4  #: a step takes half of the jobs that are ready, but never fewer than so many
 

@@ -36,6 +36,7 @@ from server.front.slices import finish
 from server.ipc.bodies import Outbox
 from server.ipc.control import ControlError
 from server.ipc.frames import CHUNK, Request, Response
+from server.ipc.pulse import Pulse
 from server.metrics import FrontMetrics
 from server.routing import MAX_WARM_BYTES, Router
 from server.supervisor import supervisor as supervising
@@ -43,7 +44,6 @@ from server.worker import long_jobs, model_loads
 from server.worker.engine import cpu
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
-from server.worker.quarantine import Running
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 from tests.e2e.models import SHAPES, Config
@@ -358,7 +358,7 @@ def test_paces_of_families_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_jobs, "MOST_PACES", 3)
     models = [row_model({**SHAPES, "channels": 4 + i}) for i in range(5)]
     with closing(asyncio.new_event_loop()) as loop:
-        jobs = long_jobs.LongJobs(loop, cast("Running", None))
+        jobs = long_jobs.LongJobs(loop, Pulse())
         first = jobs.pace(models[0])
         assert jobs.pace(models[0]) is first
         for model in models:

@@ -10,14 +10,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import cast
 
 import msgspec
+import structlog
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
+from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
 WATCH_AFTER_S = 0.5
+
+log = structlog.get_logger()
+
 HALF_ANSWER = "the worker died with half of the answer; try again"
 _CACHE: Mapping[int, str | None] = {
     CacheResult.NONE: None,
@@ -114,6 +119,7 @@ class DataPlane:
     def __init__(self, max_held_bytes: int) -> None:
         self.router = Router()
         self.links: dict[int, WorkerLink] = {}
+        self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.held_bytes = 0
         self._max_held_bytes = max_held_bytes
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
@@ -160,8 +166,12 @@ class DataPlane:
             self.held_bytes -= size
 
     def sweep(self) -> None:
-        """Refuse requests whose deadline has passed, and watch the clients of slow ones. Called every 0.1 s."""
+        """Called every 0.1 s.
+
+        Refuse requests whose deadline has passed, route around silent workers, watch the clients of slow requests.
+        """
         now = time.monotonic()
+        self._route_around_silence(now)
         for link in self.links.values():
             link.sweep(now)
         for call, (since, client_gone, link) in list(self._watched.items()):
@@ -170,6 +180,16 @@ class DataPlane:
                 task = asyncio.create_task(_cancel_when_gone(call, client_gone, link))
                 self._watchers.add(task)
                 task.add_done_callback(self._watchers.discard)
+
+    def _route_around_silence(self, now: float) -> None:
+        """Requests go to workers whose step loops turn, as long as there is one; so do those that silent ones have."""
+        silent = frozenset(worker for worker, pulse in self.pulses.items() if pulse.observe(now) >= SILENT_S)
+        if silent != self.router.silent:
+            log.warning("silent_workers", workers=sorted(silent), were=sorted(self.router.silent))
+            self.router.silent = silent
+        if len(silent) < len(self.links):
+            for worker in silent:
+                self.links[worker].give_up()
 
     async def _ask_another(self, dead: int, request: InferRequest) -> InferResponse:
         """The second try, on a worker that is not the `dead` one."""

@@ -63,12 +63,13 @@ def management_app(supervisor: Supervisor) -> Starlette:
             limit = min(MAX_PAGE, max(1, int(request.query_params.get("limit", "100"))))
         except ValueError:
             return _make_error_response(Situation.BAD_REQUEST, 400, "limit must be a number")
-        page, more = await supervisor.models(prefix, after, limit)
-        return JSONResponse({"models": page, "next_after": page[-1]["model"] if more else None})
+        page = await supervisor.models(prefix, after, limit)
+        listed = {"models": page.rows, "next_after": page.rows[-1]["model"] if page.more else None}
+        return JSONResponse({**listed, **({"unheard_workers": page.unheard} if page.unheard else {})})
 
     async def describe(request: Request) -> Response:
         name = parse_model_name(request.path_params["model"])
-        rows, _ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
+        rows, *_ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
         if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
             return _make_error_response(Situation.NOT_FOUND, 404, message)

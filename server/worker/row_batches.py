@@ -53,13 +53,18 @@ class RowBatches:
         family, parts = self._residents.rows[get_slot(running[0])].family, [call.rows for call in calls]
         started = time.perf_counter()
         offsets = [get_slot(job).offset for job in running]
-        answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, parts))
+        models = {job.model for job in running}
+        self._long.pulse.begin_batch(models)
+        try:
+            answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, parts))
+        finally:
+            self._long.pulse.end_batch()
         ended = time.perf_counter()
         rows = sum(map(len, parts))
         pace.ran(rows, ended - started)
         for job, call, answer in zip(running, calls, answers, strict=True):
             self._replies.encode(job, call.encode, answer, now, ended - started)
-        self._metrics.count_batch(rows, len({job.model for job in running}))
+        self._metrics.count_batch(rows, len(models))
         self._metrics.count_step(started - began, ended - started, time.perf_counter() - ended)
 
     def _take(self, group: str, jobs: Sequence[Job], pace: Pace, now: float) -> tuple[list[Job], list[Any]]:

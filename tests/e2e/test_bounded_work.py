@@ -22,6 +22,7 @@ from handlers.evaluation.correlation import estimate_gaussian
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import ForecastSpec, InputChannel, Kind
+from server.ipc.pulse import PulseReader, RunningModel
 from tests.e2e.canary import Canary
 from tests.e2e.models import FORECAST_TCN, LEVELS, forecaster
 from tests.e2e.server import Server, is_answered, serving, upload
@@ -222,8 +223,9 @@ def is_replaced(server: Server, pid: int) -> bool:
 
 def runs_loop(pid: int) -> bool:
     """Whether this worker notes that it runs loop.mar."""
-    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return any(b"loop.mar" in Path(line.split()[-1]).read_bytes() for line in maps if line.endswith(".run"))
+    folder = Path(f"/proc/{pid}/fd")
+    pulses = [link for link in folder.iterdir() if "fleetcast-pulse" in str(link.readlink())]
+    return any(RunningModel("loop.mar", "alone") in PulseReader(str(pulse)).running() for pulse in pulses)
 
 
 def quarantined(server: Server) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from model_store.cache.cache import Cache
 from model_store.names import ModelName
 from server.errors import Refused, Situation
 from server.ipc.frames import Request
+from server.ipc.pulse import Pulse
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
@@ -31,7 +32,6 @@ from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs, Pace
 from server.worker.model_loader import LoadedModel
-from server.worker.quarantine import Running
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
@@ -160,7 +160,7 @@ def play(
         pool = DevicePool(4 * SLAB, FakeDevice(0)) if on_device else Pool(4 * SLAB, torch.device("cpu"))
         engine = DeviceEngine(pool, 64) if isinstance(pool, DevicePool) else Engine(pool, 64)
         cache, metrics = Cache(4 * SLAB, SLAB), WorkerMetrics(0, "cpu")
-        long = LongJobs(asyncio.get_running_loop(), Running(str(noted)), slice_s=slice_s, long_s=long_s)
+        long = LongJobs(asyncio.get_running_loop(), Pulse(str(noted)), slice_s=slice_s, long_s=long_s)
         steps = StepLoop(
             cache,
             Scheduler(2000, 5000),
@@ -317,7 +317,7 @@ def test_what_runs_apart_is_counted(tmp_path: Path) -> None:
 def test_a_single_that_was_quick_runs_on_the_step_thread(tmp_path: Path) -> None:
     """Up to the numbers that were quick before; one that was slow loses half of that."""
     with_loop = asyncio.new_event_loop()
-    long, model = LongJobs(with_loop, Running(str(tmp_path / "noted"))), Session().model()
+    long, model = LongJobs(with_loop, Pulse()), Session().model()
     calls = [model.codec.decode(orjson.dumps({"x": [0.0] * n}), "", "") for n in (100, 60, 40)]
     try:
         assert long.is_long_alone(model, calls[:1])
