@@ -31,7 +31,7 @@ NPY: Final = "application/x-npy"
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
 PING_PATH: Final = "/ping"  #: 200 while the process lives
-READY_PATH: Final = "/ready"  #: 200 while a worker takes requests, else 503
+READY_PATH: Final = "/ready"  #: 200 while a worker takes all requests, else 503; its body says the state of each
 METRICS_PATH: Final = "/metrics"  #: on the metrics listener
 
 MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the two below

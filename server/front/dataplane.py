@@ -118,6 +118,7 @@ class DataPlane:
 
     def __init__(self, max_held_bytes: int) -> None:
         self.router = Router()
+        self.expected = 0  #: how many workers the server has, up or not
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.held_bytes = 0

@@ -26,6 +26,7 @@ class FrontAssignment(Struct, frozen=True):
     settings: Settings
     index: int
     cores: tuple[int, ...]
+    workers: int  #: how many the server has, up or not
 
 
 class WorkerAssignment(Struct, frozen=True):

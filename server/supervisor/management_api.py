@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -82,8 +83,8 @@ def management_app(supervisor: Supervisor) -> Starlette:
         return endpoint
 
     async def ready(_: Request) -> Response:
-        up = sum(worker.ready.is_set() for worker in supervisor.workers)
-        return JSONResponse({"ready": bool(up), "workers": up}, status_code=200 if up else 503)
+        found = supervisor.readiness()
+        return JSONResponse(msgspec.to_builtins(found), status_code=found.status)
 
     async def processes(_: Request) -> Response:
         return JSONResponse({"processes": supervisor.processes()})

@@ -47,6 +47,7 @@ from server.ipc.operations import (
     WorkerAssignment,
 )
 from server.ipc.pulse import SUFFIX, PulseReader
+from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
 from server.routing import Router
 from server.settings import Settings
@@ -153,7 +154,8 @@ class Supervisor:
         """Answer a child."""
         match operation:
             case JoinAsFront():
-                return FrontAssignment(self.settings, child.index, front_cores(self.host.cores, self.plans))
+                cores = front_cores(self.host.cores, self.plans)
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers))
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
@@ -314,6 +316,11 @@ class Supervisor:
                 entry = merged.setdefault(model, {"model": model, "pinned": model in self.pins, "holders": []})
                 entry |= {"state": "quarantined", "reason": reason}
         return ModelPage([merged[model] for model in sorted(merged)[:limit]], len(merged) > limit, unheard)
+
+    def readiness(self) -> Readiness:
+        """What `/ready` says: see `server.ipc.readiness`."""
+        up = {worker.index: worker.pulse for worker in self.workers if worker.ready.is_set()}
+        return describe_workers(up, len(self.workers), stuck_after_s(self.settings))
 
     def processes(self) -> list[dict[str, Any]]:
         """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget."""
