@@ -31,7 +31,7 @@ NPY: Final = "application/x-npy"
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
 PING_PATH: Final = "/ping"  #: 200 while the process lives
-READY_PATH: Final = "/ready"  #: 200 while a worker takes requests, else 503
+READY_PATH: Final = "/ready"  #: 200 while a worker takes all requests, else 503; its body says the state of each
 METRICS_PATH: Final = "/metrics"  #: on the metrics listener
 
 MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the two below
@@ -96,7 +96,6 @@ QUEUE_PER_MODEL: Final = 1024
 QUEUE_PER_WORKER: Final = 8192
 REQUEST_TIMEOUT_S: Final = 50.0
 
-RUNNING_BYTES: Final = 4096  #: of the file in which a worker notes the models that it runs
 CACHE_SHARE: Final = 0.4  #: of the host's memory, where `model_cache_bytes` is 0 and models run on the CPU
 UNHALVED_JOBS: Final = 4  #: a step takes half of the jobs that are ready, but never fewer than so many
 

@@ -42,6 +42,7 @@ class Router:
 
     def __init__(self) -> None:
         self.lanes: dict[int, WorkerLoad] = {}
+        self.silent: frozenset[int] = frozenset()  #: workers that get requests only when no other is up
         self._orders: NameTable[list[int]] = NameTable(MAX_ORDER_BYTES)
         #: model -> worker -> until when
         self._replicas: NameTable[dict[int, float]] = NameTable(MAX_REPLICA_BYTES, value_bytes=8 * WORKER_BYTES)
@@ -72,6 +73,8 @@ class Router:
         if len(self.lanes) == 1 and avoid is None:
             return next(iter(self.lanes.values()))
         order = [worker for worker in self.order(model) if worker != avoid]
+        if self.silent:
+            order = [worker for worker in order if worker not in self.silent] or order
         if not order:
             return None
         home = self.lanes[order[0]]

@@ -231,7 +231,11 @@ class Settings(BaseSettings):
         None, description="file to which the addresses of the listeners are written as JSON when the server is ready"
     )
     drain_s: Seconds = Field(25.0, description="maximum time for running requests to finish after SIGTERM")
-    worker_timeout_s: Seconds = Field(60.0, description="a worker that does not respond for this long is restarted")
+    worker_timeout_s: Seconds = Field(
+        5.0,
+        description="a worker whose step loop makes no turn for this long is ended and started again; after one second "
+        "its requests go to other workers",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 

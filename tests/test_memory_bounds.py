@@ -36,6 +36,7 @@ from server.front.slices import finish
 from server.ipc.bodies import Outbox
 from server.ipc.control import ControlError
 from server.ipc.frames import CHUNK, Request, Response
+from server.ipc.pulse import Pulse
 from server.metrics import FrontMetrics
 from server.routing import MAX_WARM_BYTES, Router
 from server.supervisor import supervisor as supervising
@@ -44,7 +45,6 @@ from server.worker.engine import cpu
 from server.worker.engine.memory_pool import Pool
 from server.worker.front_connection import FrontConnection
 from server.worker.long_jobs import LongJobs
-from server.worker.quarantine import Running
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 from tests.e2e.models import SHAPES, Config
@@ -359,7 +359,7 @@ def test_paces_of_families_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_batches, "MOST_PACES", 3)
     models = [row_model({**SHAPES, "channels": 4 + i}) for i in range(5)]
     with closing(asyncio.new_event_loop()) as loop:
-        long, nothing = LongJobs(loop, cast("Running", None)), cast("Any", None)
+        long, nothing = LongJobs(loop, Pulse()), cast("Any", None)
         batches = row_batches.RowBatches(nothing, nothing, nothing, nothing, long)
         first = batches.pace(models[0])
         assert batches.pace(models[0]) is first

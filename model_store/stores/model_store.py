@@ -17,6 +17,8 @@ from model_store.stores.object_store import Fetched, Listed, Source
 
 #: Seconds after a failure of the store for which disk copies are served stale at once, so that loads do not time out.
 OUTAGE_PAUSE_S = 5.0
+#: Seconds for which a failure of the store says something of its state.
+SAID_S = 60.0
 #: Further downloads of an archive that was damaged on its way.
 REPAIRS = 2
 
@@ -60,6 +62,7 @@ class ModelStore:
         self._revalidate_s = revalidate_s
         self._clock = clock
         self._outage_at = -math.inf
+        self._failing = (0.0, -math.inf)  # monotonic: since when the store fails, and when it last did
 
     def __repr__(self) -> str:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
@@ -114,6 +117,25 @@ class ModelStore:
         """The store's archives whose names start with `prefix`, lazily: see `Source.list`."""
         return self._source.list(prefix)
 
+    def gone_s(self) -> float:
+        """For how many seconds the store has failed; 0 where its last answer was none, or is too long ago to say."""
+        now, (since, last) = time.monotonic(), self._failing
+        return now - since if now - last < SAID_S else 0.0
+
+    def _ask(self, name: ModelName, unless: str | None = None) -> Fetched | None:
+        """`Source.get`, whose outcome says whether the store is there."""
+        try:
+            found = self._source.get(name, unless=unless)
+        except StoreUnavailable:
+            now = time.monotonic()
+            self._failing = (self._failing[0] if now - self._failing[1] < SAID_S else now, now)
+            raise
+        except LoadError:
+            self._failing = (0.0, -math.inf)
+            raise
+        self._failing = (0.0, -math.inf)
+        return found
+
     def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> FetchedArchive | None:
         """The disk copy if it was validated after `newer_than` and not in the future (the clock may be set back)."""
         cached = disk.lookup(name)
@@ -132,7 +154,7 @@ class ModelStore:
         if not forced and 0.0 <= asked_at - self._outage_at < OUTAGE_PAUSE_S:
             return self._from_disk(disk, cached, data, stale=True)
         try:
-            fetched = self._source.get(name, unless=cached.version)
+            fetched = self._ask(name, cached.version)
         except ModelNotFound:
             disk.forget(name)
             raise
@@ -148,7 +170,7 @@ class ModelStore:
 
     def _download(self, name: ModelName, disk: DiskTier | None, asked_at: float) -> FetchedArchive:
         started = time.perf_counter()
-        fetched = self._source.get(name)
+        fetched = self._ask(name)
         assert fetched is not None, "only a conditional GET is answered `not modified`"
         return self._keep(name, fetched, disk, asked_at, time.perf_counter() - started)
 
@@ -167,7 +189,7 @@ class ModelStore:
             try:
                 return fetched, open_archive(fetched.data, name, self._limits)
             except ArchiveInvalid:
-                again = None if fetched.is_whole() else self._source.get(name)
+                again = None if fetched.is_whole() else self._ask(name)
                 if again is None or again.data == fetched.data:
                     raise
                 log.warning("archive_damaged_in_transit", model=name, version=fetched.version)

@@ -10,14 +10,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Protocol, cast
 
 import msgspec
+import structlog
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
+from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
 WATCH_AFTER_S = 0.5
+
+log = structlog.get_logger()
+
 HALF_ANSWER = "the worker died with half of the answer; try again"
 _CACHE: Mapping[int, str | None] = {
     CacheResult.NONE: None,
@@ -140,8 +145,12 @@ class InferencePlane(Protocol):
     held: HeldBytes
 
     @property
-    def workers(self) -> int:
-        """How many workers are up."""
+    def expected(self) -> int:
+        """How many workers the server has, up or not."""
+
+    @property
+    def workers(self) -> Mapping[int, PulseReader | None]:
+        """The workers that are up, and what is seen of each."""
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
@@ -152,7 +161,9 @@ class DataPlane:
 
     def __init__(self, max_held_bytes: int) -> None:
         self.router = Router()
+        self.expected = 0  #: how many workers the server has, up or not
         self.links: dict[int, WorkerLink] = {}
+        self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.held = HeldBytes(max_held_bytes)
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
@@ -162,9 +173,9 @@ class DataPlane:
         return f"<DataPlane {len(self.links)} links, {len(self._watched)} under way, {self.held.size} bytes held>"
 
     @property
-    def workers(self) -> int:
-        """How many workers are up."""
-        return len(self.router.lanes)
+    def workers(self) -> Mapping[int, PulseReader | None]:
+        """The workers that are up, and what is seen of each."""
+        return {worker: self.pulses.get(worker) for worker in self.router.lanes}
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. A worker that dies costs one more try: a forecast has no side effects.
@@ -187,8 +198,12 @@ class DataPlane:
             self.held.size -= size
 
     def sweep(self) -> None:
-        """Refuse requests whose deadline has passed, and watch the clients of slow ones. Called every 0.1 s."""
+        """Called every 0.1 s.
+
+        Refuse requests whose deadline has passed, route around silent workers, watch the clients of slow requests.
+        """
         now = time.monotonic()
+        self._route_around_silence(now)
         for link in self.links.values():
             link.sweep(now)
         for call, (since, client_gone, link) in list(self._watched.items()):
@@ -197,6 +212,16 @@ class DataPlane:
                 task = asyncio.create_task(_cancel_when_gone(call, client_gone, link))
                 self._watchers.add(task)
                 task.add_done_callback(self._watchers.discard)
+
+    def _route_around_silence(self, now: float) -> None:
+        """Requests go to workers whose step loops turn, as long as there is one; so do those that silent ones have."""
+        silent = frozenset(worker for worker, pulse in self.pulses.items() if pulse.observe(now) >= SILENT_S)
+        if silent != self.router.silent:
+            log.warning("silent_workers", workers=sorted(silent), were=sorted(self.router.silent))
+            self.router.silent = silent
+        if len(silent) < len(self.links):
+            for worker in silent:
+                self.links[worker].give_up()
 
     async def _ask_another(self, dead: int, request: InferRequest) -> InferResponse:
         """The second try, on a worker that is not the `dead` one."""

@@ -26,6 +26,7 @@ from server.ipc.operations import (
     Ping,
     ScrapeMetrics,
 )
+from server.ipc.pulse import SUFFIX, PulseReader
 from server.logs import configure_logs
 from server.metrics import FrontMetrics
 
@@ -68,7 +69,7 @@ class Front:
                 assert_never(operation)
 
     async def sweep(self) -> None:
-        """Refuse calls whose deadline has passed, for as long as the front lives."""
+        """Sweep the data plane for as long as the front lives."""
         while True:
             await asyncio.sleep(SWEEP_S)
             self._app.plane.sweep()
@@ -87,18 +88,19 @@ class Front:
         """Try until the worker is connected or no longer wanted."""
         while (path := self._wanted.get(worker)) is not None and worker not in self._linked:
             try:
+                pulse = PulseReader(path + SUFFIX)
                 link = await connect_to_worker(path, worker, self._lost)
             except OSError:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             self._linked[worker] = path
-            self._app.plane.links[worker] = link
+            self._app.plane.links[worker], self._app.plane.pulses[worker] = link, pulse
             self._app.plane.router.worker_up(worker)
 
     def _lost(self, link: WorkerLink) -> None:
         """A link has ended. The front learns it before the supervisor does: the socket closes with the process."""
         if self._app.plane.links.get(link.worker) is link:
-            del self._app.plane.links[link.worker], self._linked[link.worker]
+            del self._app.plane.links[link.worker], self._app.plane.pulses[link.worker], self._linked[link.worker]
             self._app.plane.router.worker_down(link.worker)
             if link.worker in self._wanted:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
@@ -116,6 +118,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
     metrics = FrontMetrics()
     try:
         app = App(settings, metrics)
+        app.plane.expected = assignment.workers
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug

@@ -17,7 +17,7 @@ GRACE_S = 0.25
 
 
 class WorkerLost(Exception):
-    """The worker's connection ended with this call under way."""
+    """The worker's connection ended with this call under way, or the worker fell silent."""
 
 
 @dataclass(slots=True, eq=False)
@@ -77,6 +77,12 @@ class WorkerLink(FrameConnection):
         for call in late:
             self.cancel(call)
             call.reply.set_exception(Refused(Situation.DEADLINE, "the worker did not answer before the deadline"))
+
+    def give_up(self) -> None:
+        """The worker is silent: every call that it has not begun to answer ends as if the worker had died."""
+        for call in [call for call in self._calls.values() if not call.reply.done()]:
+            self.cancel(call)
+            call.reply.set_exception(WorkerLost(f"worker {self.worker} is silent"))
 
     def handle_frame(self, frame: Request | Data | Response | Cancel) -> None:
         """The head of an answer or a part of its body."""

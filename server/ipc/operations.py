@@ -26,6 +26,7 @@ class FrontAssignment(Struct, frozen=True):
     settings: Settings
     index: int
     cores: tuple[int, ...]
+    workers: int  #: how many the server has, up or not
 
 
 class WorkerAssignment(Struct, frozen=True):
@@ -35,7 +36,7 @@ class WorkerAssignment(Struct, frozen=True):
     plan: WorkerPlan
     torch_device: str
     socket: str  #: path where the worker listens for the fronts
-    running: str  #: path of the file in which it notes the models that it runs
+    pulse: str  #: path of the link to its `server.ipc.pulse`
 
 
 class JoinAsFront(Operation[FrontAssignment]):

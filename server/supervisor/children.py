@@ -24,11 +24,14 @@ from server.errors import Situation
 from server.host import WorkerPlan
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.operations import AskedByFront, AskedByWorker, Drain, Operation, Ping, Reply
+from server.ipc.pulse import PulseReader
 
 BACK_OFF_S = (0.1, 10.0)
 STABLE_S = 30.0
 MAX_FALSE_STARTS = 3
 HEARTBEAT_S = 2.0
+FRONT_SILENCE_S = 15.0  #: a front that has not answered for so long is killed
+WATCH_S = 0.25  #: between two looks at the workers' pulses
 SECRETS = {"FLEETCAST_ACCESS_KEYS", "FLEETCAST_TOKEN"}  #: variables that no child needs: fronts get keys by channel
 STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  #: prefixes of variables with the store's credentials: for workers
 
@@ -47,12 +50,18 @@ class Child:
     proven: bool = False  #: has been ready at least once
     process: asyncio.subprocess.Process | None = None
     channel: ControlChannel | None = None
+    pulse: PulseReader | None = None  #: a worker's that has been ready
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def name(self) -> str:
         """For example `worker-0.2`: kind, index, incarnation."""
         return f"{self.kind}-{self.index}.{self.incarnation}"
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it is a worker whose step loop does not turn."""
+        return self.pulse is not None and self.pulse.is_silent
 
     def __repr__(self) -> str:
         """For example `<worker-0.2 ready>`."""
@@ -79,6 +88,9 @@ class Parent(Protocol):
     def note_end(self, child: Child) -> None:
         """The incarnation has ended."""
 
+    def note_silence(self, child: Child) -> None:
+        """The worker has fallen silent, or is silent no more."""
+
     def note_restart(self, child: Child) -> None:
         """The next incarnation will be started."""
 
@@ -101,7 +113,7 @@ class Children:
         """Start all; fronts get `listen`."""
         self._listen = listen
         self._tasks = [asyncio.create_task(self._keep(child)) for child in self._children]
-        self._tasks.append(asyncio.create_task(self._heartbeat()))
+        self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._watch())]
 
     def stop_restarting(self) -> None:
         """From now on a child that ends is not started again."""
@@ -179,21 +191,41 @@ class Children:
         )  # fmt: skip
 
     async def _heartbeat(self) -> None:
-        """Kill a child that has not answered for `silence_s`; `_keep` starts the next one."""
+        """Kill a front that has not answered for FRONT_SILENCE_S; `_keep` starts the next one."""
+        fronts = [child for child in self._children if child.kind == "front"]
         while True:
             await asyncio.sleep(HEARTBEAT_S)
-            await asyncio.gather(*map(self._check, self._children))
+            await asyncio.gather(*map(self._check, fronts))
+
+    async def _watch(self) -> None:
+        """Kill a worker whose step loop has not turned for `silence_s`; tell when one falls silent or beats again."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for child in self._children:
+                if child.pulse is None or child.process is None:
+                    continue
+                was_silent = child.is_silent
+                if child.pulse.observe(time.monotonic()) >= self._silence_s:
+                    self._kill(
+                        child, child.process, f"its step loop was silent for {self._silence_s:g} s (worker_timeout_s)"
+                    )
+                if child.is_silent != was_silent:
+                    log.warning("silent" if child.is_silent else "beats_again", child=child.name)
+                    self._parent.note_silence(child)
+
+    def _kill(self, child: Child, process: asyncio.subprocess.Process, why: str) -> None:
+        log.error("killed", child=child.name, why=why)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
 
     async def _check(self, child: Child) -> None:
         if not child.ready.is_set() or child.channel is None or child.process is None:
             return
         process = child.process
         try:
-            await child.channel.ask(Ping(), self._silence_s)
+            await child.channel.ask(Ping(), FRONT_SILENCE_S)
         except TimeoutError:
-            log.error("killed", child=child.name, why="silent for worker_timeout_s")  # noqa: TRY400
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+            self._kill(child, process, f"silent for {FRONT_SILENCE_S:g} s")
         except (ControlError, ChannelClosed):
             pass  # it starts or ends; the end of its process says the rest
 

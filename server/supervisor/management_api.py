@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -63,12 +64,13 @@ def management_app(supervisor: Supervisor) -> Starlette:
             limit = min(MAX_PAGE, max(1, int(request.query_params.get("limit", "100"))))
         except ValueError:
             return _make_error_response(Situation.BAD_REQUEST, 400, "limit must be a number")
-        page, more = await supervisor.models(prefix, after, limit)
-        return JSONResponse({"models": page, "next_after": page[-1]["model"] if more else None})
+        page = await supervisor.models(prefix, after, limit)
+        listed = {"models": page.rows, "next_after": page.rows[-1]["model"] if page.more else None}
+        return JSONResponse({**listed, **({"unheard_workers": page.unheard} if page.unheard else {})})
 
     async def describe(request: Request) -> Response:
         name = parse_model_name(request.path_params["model"])
-        rows, _ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
+        rows, *_ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
         if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
             return _make_error_response(Situation.NOT_FOUND, 404, message)
@@ -81,8 +83,8 @@ def management_app(supervisor: Supervisor) -> Starlette:
         return endpoint
 
     async def ready(_: Request) -> Response:
-        up = sum(worker.ready.is_set() for worker in supervisor.workers)
-        return JSONResponse({"ready": bool(up), "workers": up}, status_code=200 if up else 503)
+        found = supervisor.readiness()
+        return JSONResponse(msgspec.to_builtins(found), status_code=found.status)
 
     async def processes(_: Request) -> Response:
         return JSONResponse({"processes": supervisor.processes()})

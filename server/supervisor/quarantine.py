@@ -2,12 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import structlog
-
-from server.contract import RUNNING_BYTES
 
 DEATHS = 2  #: of workers, while they ran the model
 WINDOW_S = 3600.0  #: deaths longer ago than this do not count
@@ -40,26 +37,15 @@ class ServerQuarantine:
         self._deaths.pop(model, None)
         return self.reasons.pop(model, None) is not None
 
-    def note_death(self, running: Path) -> bool:
-        """Count a worker's death against the models that its file names. True if one of them is refused now."""
+    def note_death(self, running: Iterable[str]) -> bool:
+        """Count a worker's death against the models that ran. True if one of them is refused now."""
         if self._now() - self._since > WINDOW_S or len(self._deaths) > MOST:
             self._deaths.clear()
             self._since = self._now()
         found = False
-        for model in read_running(running):
+        for model in running:
             self._deaths[model] += 1
             if self._deaths[model] >= DEATHS and model not in self.reasons:
                 self.add(model, f"{self._deaths[model]} workers died while it ran")
                 found = True
         return found
-
-
-def read_running(path: Path) -> list[str]:
-    """The models that a worker's file names; the file is removed."""
-    try:
-        raw = path.read_bytes()[:RUNNING_BYTES]
-        path.unlink()
-    except OSError:
-        return []
-    names = raw.partition(b"\0")[0].decode(errors="ignore")
-    return names.split("\n") if names else []

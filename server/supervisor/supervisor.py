@@ -9,8 +9,7 @@ import contextlib
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import msgspec
 import structlog
@@ -47,6 +46,8 @@ from server.ipc.operations import (
     UnpinModel,
     WorkerAssignment,
 )
+from server.ipc.pulse import SUFFIX, PulseReader
+from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
 from server.routing import Router
 from server.settings import Settings
@@ -57,10 +58,20 @@ from server.supervisor.runtime_folder import RuntimeFolder
 from server.supervisor.worker_plan import front_cores, plan_workers
 
 SCRAPE_S = 2.0
+LIST_S = 2.0  #: how long a list waits for a worker; it then names the worker as unheard
+SILENT_WAIT_S = 0.5  #: how long an operation waits for a silent worker, which performs it should it turn again
 MAX_PIN_BYTES = 8 * 1024 * 1024  #: of the names of pinned models
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
 log = structlog.get_logger()
+
+
+class ModelPage(NamedTuple):
+    """Rows by model, whether more follow, and the workers that did not answer: what they hold is not in the rows."""
+
+    rows: list[dict[str, Any]]
+    more: bool
+    unheard: list[int]
 
 
 class StartFailed(Exception):
@@ -143,10 +154,13 @@ class Supervisor:
         """Answer a child."""
         match operation:
             case JoinAsFront():
-                return FrontAssignment(self.settings, child.index, front_cores(self.host.cores, self.plans))
+                cores = front_cores(self.host.cores, self.plans)
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers))
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
+                if child.kind == "worker":
+                    child.pulse = PulseReader(self._pulse(child))
                 child.ready.set()
                 child.proven = True
                 if child.kind == "worker" and child.channel is not None:
@@ -168,9 +182,16 @@ class Supervisor:
     def note_end(self, child: Child) -> None:
         """Keep what the incarnation counted, and tell the fronts that it is gone."""
         self._merged.retire(child.name)
-        if child.kind == "worker" and self._quarantine.note_death(Path(self._running(child))):
+        running = [] if child.pulse is None else child.pulse.running()
+        if self._quarantine.note_death(sorted({each.model for each in running})):
             self._announce_quarantine()
+        child.pulse = None
         self._announce_workers(child)
+
+    def note_silence(self, child: Child) -> None:
+        """Say by `worker_up` whether it is silent. The fronts see it themselves."""
+        if child.plan is not None:
+            self._metrics.up.labels(*_make_labels(child.plan)).set(child.ready.is_set() and not child.is_silent)
 
     def note_restart(self, child: Child) -> None:
         """Count a worker's restart."""
@@ -185,14 +206,14 @@ class Supervisor:
             plan=worker.plan,
             torch_device="cpu" if worker.plan.device == "cpu" else "cuda:0",  # the only GPU that it sees
             socket=self._socket(worker),
-            running=self._running(worker),
+            pulse=self._pulse(worker),
         )
 
     def _socket(self, worker: Child) -> str:
         return self._folder.socket(f"{worker.index}.{worker.incarnation}")
 
-    def _running(self, worker: Child) -> str:
-        return f"{self._socket(worker)}.run"
+    def _pulse(self, worker: Child) -> str:
+        return self._socket(worker) + SUFFIX
 
     def _announce_quarantine(self) -> None:
         for worker in self.workers:
@@ -202,7 +223,7 @@ class Supervisor:
     def _announce_workers(self, child: Child) -> None:
         """Tell the fronts which workers are up, after `child` has come up or ended."""
         if child.plan is not None:
-            self._metrics.up.labels(*_make_labels(child.plan)).set(child.ready.is_set())
+            self.note_silence(child)
         sockets = {worker.index: self._socket(worker) for worker in self.workers if worker.ready.is_set()}
         for front in self.fronts:
             if front.channel is not None and front.ready.is_set():
@@ -248,39 +269,41 @@ class Supervisor:
     async def unpin(self, model: ModelName) -> dict[str, Any]:
         """Let every worker evict the model again."""
         self.pins.discard(model)
-        await self._ask_all(UnpinModel(model))
-        return {"model": model, "pinned": False}
+        _, unheard = await self._ask_all(UnpinModel(model))
+        return {"model": model, "pinned": False, **_name_unheard(unheard)}
 
     async def release(self, model: ModelName) -> dict[str, Any]:
         """Let a model that is in quarantine run again."""
         released = self._quarantine.release(model)
-        await self._ask_all(SetQuarantine(self._quarantine.reasons))
-        return {"model": model, "released": released}
+        _, unheard = await self._ask_all(SetQuarantine(self._quarantine.reasons))
+        return {"model": model, "released": released, **_name_unheard(unheard)}
 
     async def reload(self, model: ModelName) -> dict[str, Any]:
         """Every holder (without one, the home) asks the store, loads a changed archive beside the old one and swaps."""
-        listed = await self._ask_all(ListModels(prefix=model, after="", limit=1))
+        listed, unheard = await self._ask_all(ListModels(prefix=model, after="", limit=1), LIST_S)
         holders = [self.workers[index] for index, states in listed if any(state.model == model for state in states)]
         answers = await asyncio.gather(
             *(self._ask(worker, ReloadModel(model)) for worker in holders or [self.home(model)])
         )
-        return {"model": model, "version": answers[0], "holders": len(answers)}
+        return {"model": model, "version": answers[0], "holders": len(answers), **_name_unheard(unheard)}
 
     async def unload(self, model: ModelName) -> dict[str, Any]:
         """Unload the model everywhere; returns when its memory is free.
 
         A pinned model stays pinned: its next load is not evicted.
         """
-        gone = await self._ask_all(UnloadModel(model))
-        return {"model": model, "unloaded_from": [index for index, was_there in gone if was_there]}
+        gone, unheard = await self._ask_all(UnloadModel(model))
+        unloaded_from = [index for index, was_there in gone if was_there]
+        return {"model": model, "unloaded_from": unloaded_from, **_name_unheard(unheard)}
 
-    async def models(self, prefix: str = "", after: str = "", limit: int = 1) -> tuple[list[dict[str, Any]], bool]:
-        """Models resident, loading, failed, pinned or in quarantine, with their holders; whether there are more.
+    async def models(self, prefix: str = "", after: str = "", limit: int = 1) -> ModelPage:
+        """Models resident, loading, failed, pinned or in quarantine, with their holders.
 
         The first `limit` by name, of those that have this prefix and come after a name.
         """
         merged: dict[str, dict[str, Any]] = {}
-        for index, states in await self._ask_all(ListModels(prefix, after, limit + 1)):
+        answers, unheard = await self._ask_all(ListModels(prefix, after, limit + 1), LIST_S)
+        for index, states in answers:
             for row in map(msgspec.to_builtins, states):
                 model = row.pop("model")
                 entry = merged.setdefault(model, {"model": model, "pinned": model in self.pins, "holders": []})
@@ -292,7 +315,12 @@ class Supervisor:
             if model > after and model.startswith(prefix):
                 entry = merged.setdefault(model, {"model": model, "pinned": model in self.pins, "holders": []})
                 entry |= {"state": "quarantined", "reason": reason}
-        return [merged[model] for model in sorted(merged)[:limit]], len(merged) > limit
+        return ModelPage([merged[model] for model in sorted(merged)[:limit]], len(merged) > limit, unheard)
+
+    def readiness(self) -> Readiness:
+        """What `/ready` says: see `server.ipc.readiness`."""
+        up = {worker.index: worker.pulse for worker in self.workers if worker.ready.is_set()}
+        return describe_workers(up, len(self.workers), stuck_after_s(self.settings))
 
     def processes(self) -> list[dict[str, Any]]:
         """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget."""
@@ -302,7 +330,8 @@ class Supervisor:
                 "index": child.index,
                 "pid": child.process.pid if child.process is not None else None,
                 "incarnation": child.incarnation,
-                "up": child.ready.is_set(),
+                "up": child.ready.is_set() and not child.is_silent,
+                **({"silent_s": round(child.pulse.silent_s, 1)} if child.pulse is not None and child.is_silent else {}),
                 **({} if child.plan is None else asdict(child.plan)),
             }
             for child in (*self.workers, *self.fronts)
@@ -310,7 +339,7 @@ class Supervisor:
 
     async def metrics(self) -> MergedMetrics:
         """The metrics of all processes, now. A process too busy to answer contributes what it answered last."""
-        children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set()]
+        children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set() and not child.is_silent]
         await asyncio.gather(*(self._scrape(child) for child in children))
         self._merged.update("host", self._metrics.text())
         return self._merged
@@ -322,20 +351,29 @@ class Supervisor:
             if name == child.name:  # else it has died meanwhile, and its counters have been kept
                 self._merged.update(name, text)
 
-    async def _ask_all(self, operation: Operation[Reply]) -> list[tuple[int, Reply]]:
-        """The replies of all workers that are up, by index. A worker that dies meanwhile holds nothing any more."""
-        ready = [worker for worker in self.workers if worker.ready.is_set()]
-        answers = await asyncio.gather(*(self._ask(worker, operation) for worker in ready), return_exceptions=True)
-        found = []
-        for worker, answer in zip(ready, answers, strict=True):
-            if isinstance(answer, ControlError) and answer.situation != Situation.WORKER_LOST:
-                raise answer
-            if not isinstance(answer, BaseException):
-                found.append((worker.index, answer))
-        return found
+    async def _ask_all(
+        self, operation: Operation[Reply], timeout_s: float | None = None
+    ) -> tuple[list[tuple[int, Reply]], list[int]]:
+        """The replies of all workers that are up, by index, and the workers that have not answered in time.
 
-    async def _ask(self, worker: Child, operation: Operation[Reply]) -> Reply:
-        return await worker.ask(operation, self.settings.request_timeout_s + 5)
+        A worker that dies meanwhile holds nothing any more. A silent one is waited for only briefly.
+        """
+        ready = [worker for worker in self.workers if worker.ready.is_set()]
+        asked = (self._ask(worker, operation, SILENT_WAIT_S if worker.is_silent else timeout_s) for worker in ready)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        found, unheard = [], []
+        for worker, answer in zip(ready, answers, strict=True):
+            if isinstance(answer, ControlError):
+                if answer.situation == Situation.DEADLINE:
+                    unheard.append(worker.index)
+                elif answer.situation != Situation.WORKER_LOST:
+                    raise answer
+            elif not isinstance(answer, BaseException):
+                found.append((worker.index, answer))
+        return found, unheard
+
+    async def _ask(self, worker: Child, operation: Operation[Reply], timeout_s: float | None = None) -> Reply:
+        return await worker.ask(operation, timeout_s or self.settings.request_timeout_s + 5)
 
 
 def prepare_disk_cache(settings: Settings) -> None:
@@ -356,6 +394,11 @@ def open_access_log(settings: Settings) -> AccessLog | None:
         return AccessLog(settings.access_log, int(settings.access_log_bytes))
     except OSError as error:
         raise StartFailed(f"--access-log {settings.access_log}: {error}") from error
+
+
+def _name_unheard(workers: list[int]) -> dict[str, list[int]]:
+    """What an answer says of workers that did not answer in time; nothing where all did."""
+    return {"unheard_workers": workers} if workers else {}
 
 
 def _make_labels(plan: WorkerPlan) -> tuple[str, str]:

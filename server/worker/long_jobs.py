@@ -20,7 +20,7 @@ import structlog
 from handlers.codecs.codec import Encoded
 from handlers.errors import RequestError, RunFailed
 from server.errors import Refused, Situation
-from server.worker.quarantine import Running
+from server.ipc.pulse import Pulse
 from server.worker.replies import Replies
 from server.worker.scheduler import Job
 
@@ -67,10 +67,10 @@ class LongJobs:
     """The threads, and the jobs that they run."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, noted: Running, *, slice_s: float = SLICE_S, long_s: float = LONG_S
+        self, loop: asyncio.AbstractEventLoop, pulse: Pulse, *, slice_s: float = SLICE_S, long_s: float = LONG_S
     ) -> None:
-        """`noted`: names what runs. `slice_s`, `long_s`: see SLICE_S and LONG_S; tests choose others."""
-        self.noted, self.slice_s, self.long_s = noted, slice_s, long_s
+        """`pulse`: names what runs. `slice_s`, `long_s`: see SLICE_S and LONG_S; tests choose others."""
+        self.pulse, self.slice_s, self.long_s = pulse, slice_s, long_s
         self.running: set[Job] = set()
         self._loop = loop
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="long-job")
@@ -106,7 +106,6 @@ class LongJobs:
     ) -> None:
         """Run the slices; then call `done` on the step thread with what they return or raise."""
         self.running.update(jobs)
-        self.noted.begin(jobs[0].model)
         _Run(self, self._loop, self._threads, jobs, slices, done).submit()
 
     def close(self) -> None:
@@ -135,7 +134,8 @@ class _Run(Generic[T]):
 
     def _advance(self) -> None:
         try:
-            next(self._slices)
+            with self._owner.pulse.noting(self._jobs[0].model, "alone"):
+                next(self._slices)
         except StopIteration as end:
             self._loop.call_soon_threadsafe(self._end, end.value)
         except Exception as error:  # whatever a model raises is the outcome of its jobs
@@ -145,5 +145,4 @@ class _Run(Generic[T]):
 
     def _end(self, outcome: "T | Exception") -> None:
         self._owner.running.difference_update(self._jobs)
-        self._owner.noted.end(self._jobs[0].model)
         self._done(outcome)

@@ -22,6 +22,7 @@ from server.host import WorkerPlan
 from server.ipc.control import ChildChannel
 from server.ipc.frames import CHUNK
 from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
+from server.ipc.pulse import Pulse
 from server.ipc.sockets import listen_at
 from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
@@ -36,13 +37,12 @@ from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
 from server.worker.model_loader import ModelLoader, open_store, target_of
 from server.worker.prefetch.prefetcher import Prefetcher
-from server.worker.quarantine import Running
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 
 
 def build_steps(
-    settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: ArrivalBuffer | None, running: Running
+    settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: ArrivalBuffer | None, pulse: Pulse
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
@@ -60,12 +60,13 @@ def build_steps(
         ModelLoader(store, target_of(settings, where.type, plan.threads)),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
-        long=LongJobs(asyncio.get_running_loop(), running),
+        long=LongJobs(asyncio.get_running_loop(), pulse),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
         patience_s=settings.request_timeout_s,
         foresight=Prefetcher(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
+        store_gone_s=store.gone_s,
     )
 
 
@@ -110,9 +111,7 @@ async def main(control_fd: int) -> None:
     pin_process(plan)
     arrivals = ArrivalBuffer() if settings.access_log else None
     try:
-        steps = build_steps(
-            settings, plan, torch.device(assignment.torch_device), arrivals, Running(assignment.running)
-        )
+        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, Pulse(assignment.pulse))
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return

@@ -19,6 +19,7 @@ from model_store.cache.slots import Slot
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreUnavailable
 from model_store.names import ModelName
+from server.ipc.pulse import Pulse
 from server.metrics import WorkerMetrics
 from server.worker.model_loader import LoadedModel, ModelBuilder, timed_build, unexpected
 from server.worker.prefetch.prefetcher import Prefetcher, PrefetchOutcome
@@ -57,15 +58,17 @@ class ModelLoads:
         metrics: WorkerMetrics,
         foresight: Prefetcher | None,
         *,
+        pulse: Pulse,
         threads: int,
         patience_s: float,
         now: Callable[[], float],
     ) -> None:
         self._residents, self._waiting, self._loader, self._metrics = residents, waiting, loader, metrics
         self._cache, self._shelf, self._foresight = residents.cache, residents.shelf, foresight
-        self._patience_s, self._now = patience_s, now
+        self._pulse, self._patience_s, self._now = pulse, patience_s, now
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._idle = threads  # loader threads that build nothing
+        self._busy_since = 0.0  # when one last took up or ended a build
         self._queued: deque[tuple[ModelName, bool]] = deque()  # loads that wait for one, and whether to revalidate
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
@@ -114,9 +117,18 @@ class ModelLoads:
         held = sum(built.charge for built, _ in self.built)
         while self._queued and self._idle and held <= MAX_BUILT_BYTES:
             model, revalidate = self._queued.popleft()
-            self._idle -= 1
-            task = self._threads.submit(timed_build, self._loader, model, revalidate=revalidate)
+            self._idle, self._busy_since = self._idle - 1, self._now()
+            task = self._threads.submit(self._build, model, revalidate=revalidate)
             task.add_done_callback(partial(self._pass_on, model))
+
+    def _build(self, model: ModelName, *, revalidate: bool) -> tuple[LoadedModel | LoadError, float]:
+        """Runs on a loader thread. The load is noted: foreign bytes in native code may end this process."""
+        with self._pulse.noting(model, "load"):
+            return timed_build(self._loader, model, revalidate=revalidate)
+
+    def stuck_s(self, now: float) -> float:
+        """For how many seconds all loader threads have been busy with the same builds; 0 while one is idle."""
+        return 0.0 if self._idle else now - self._busy_since
 
     def _pass_on(self, model: ModelName, done: "Future[tuple[LoadedModel | LoadError, float]]") -> None:
         """Runs on the loader thread, or on any that cancels."""
@@ -140,7 +152,7 @@ class ModelLoads:
 
     def _end_load(self, model: ModelName, built: LoadedModel | LoadError, seconds: float) -> None:
         """Take the result of a loader thread."""
-        self._idle += 1
+        self._idle, self._busy_since = self._idle + 1, self._now()
         try:
             self._take(model, built, seconds)
         finally:

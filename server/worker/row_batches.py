@@ -6,7 +6,7 @@ estimated work of a row (`handlers.work`), the pace that was measured, and the n
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -73,6 +73,7 @@ class RowBatches:
     ) -> None:
         self._replies, self._residents, self._scheduler = replies, residents, scheduler
         self._engine, self._long = engine, long
+        self._noted = long.pulse.batch
         self._paces: dict[str, Pace] = {}
 
     def __repr__(self) -> str:
@@ -93,18 +94,27 @@ class RowBatches:
         family, parts = self._residents.rows[get_slot(running[0])].family, [call.rows for call in calls]
         started = time.perf_counter()
         offsets = [get_slot(job).offset for job in running]
+        models = {job.model for job in running}
+        self._note_batch(models)
         try:
             answers = self._engine.run(family, offsets, parts)
         except torch.OutOfMemoryError as error:
             self._residents.free_memory(error)
             answers = self._engine.run(family, offsets, parts)
+        finally:
+            self._noted[0] = 0
         ended = time.perf_counter()
         rows = sum(map(len, parts))
         pace.ran(rows, ended - started)
         for job, call, answer in zip(running, calls, answers, strict=True):
             self._replies.encode(job, call.encode, answer, now, ended - started)
-        self._replies.count_batch(rows, len({job.model for job in running}))
+        self._replies.count_batch(rows, len(models))
         self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
+
+    def _note_batch(self, models: Iterable[str]) -> None:
+        """Write down what runs now: should the process die of it, the supervisor reads it."""
+        names = "\n".join(models).encode()[: len(self._noted) - 1]
+        self._noted[: len(names) + 1] = names + b"\0"
 
     def _take(self, group: str, jobs: Sequence[Job], pace: Pace, now: float) -> tuple[list[Job], list[Any]]:
         """The jobs that one slice has room for, and their decoded requests."""

@@ -62,7 +62,7 @@ class SingleBatches:
         started = time.perf_counter()
         name = asked[0][0].model
         try:
-            with self._long.noted.noting(name):
+            with self._long.pulse.noting(name, "alone"):
                 answers = self._residents.with_memory(lambda: model.single.run_all([call.feeds for call in calls]))
         except Overran as overran:
             self._quarantine(name, overran)

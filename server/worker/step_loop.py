@@ -25,6 +25,7 @@ from model_store.names import ModelName
 from server.access_log import ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
+from server.ipc.pulse import LoadSigns
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
@@ -41,6 +42,7 @@ from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
 
 SWEEP_S = 0.05
+BEAT_S = 0.2  #: between two beats of the step loop's pulse
 _TIERS = {"host": Tier.HOST, "disk": Tier.DISK, "store": Tier.STORE}
 
 log = structlog.get_logger()
@@ -50,7 +52,8 @@ class StepLoop:
     """Accepts, runs and answers the requests of one worker.
 
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
-    access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds.
+    access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `store_gone_s`: for
+    how long the store has failed, 0 while it does not.
     """
 
     def __init__(
@@ -69,11 +72,14 @@ class StepLoop:
         foresight: Prefetcher | None = None,
         arrivals: ArrivalBuffer | None = None,
         now: Callable[[], float] = time.monotonic,
+        store_gone_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
         self._loads = ModelLoads(
-            self._residents, self, loader, metrics, foresight, threads=loader_threads, patience_s=patience_s, now=now
-        )
+            self._residents, self, loader, metrics, foresight, pulse=long.pulse, threads=loader_threads,
+            patience_s=patience_s, now=now,
+        )  # fmt: skip
+        self._store_gone_s = store_gone_s
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
         self.quarantine = Quarantine(lambda model, why: log.error("quarantined", model=model, why=why))
         self._leaving = set[asyncio.Task[bool]]()
@@ -85,7 +91,7 @@ class StepLoop:
         )
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
-        self._woken = False
+        self._woken, self._beaten, self._beat_due = False, self._now(), False
         self._sweeper = self._loop.create_task(self._sweep())
 
     def __repr__(self) -> str:
@@ -160,6 +166,9 @@ class StepLoop:
             self._execute(group, jobs)
         if self._scheduler.has_work or (placed and self._loads.built):
             self.wake()
+        if self._beat_due:  # at the end: a step that fails each time beats no more
+            self._beat_due, self._beaten = False, self._now()
+            self._long.pulse.beat(LoadSigns(self._loads.stuck_s(self._beaten), self._store_gone_s()))
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
         now = self._now()
@@ -243,7 +252,8 @@ class StepLoop:
         """Do what depends on time, every SWEEP_S.
 
         That is: refuse waiting jobs whose deadline has passed, measure execution paths, retry built models that wait
-        for memory, and start prefetches.
+        for memory, start prefetches, and send a beat through the queue of steps. INVARIANT: only a loop whose sweeps
+        and whose steps both turn beats.
         """
         while True:
             await asyncio.sleep(SWEEP_S)
@@ -257,6 +267,9 @@ class StepLoop:
             if self._foresight is not None:
                 self._foresight.advance_time(self._now())
                 self._loads.look_ahead()
+            if self._now() - self._beaten >= BEAT_S:
+                self._beat_due = True
+                self.wake()
 
     def close(self) -> None:
         """Stop the sweep and start no more loads."""

@@ -21,7 +21,8 @@ from onnx import TensorProto, helper
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind
+from server.ipc.pulse import PulseReader, RunningModel
 from tests.e2e.canary import Canary
 from tests.e2e.models import FORECAST_TCN, LEVELS, forecaster
 from tests.e2e.server import Server, is_answered, serving, upload
@@ -37,7 +38,7 @@ CONTEXT, CHANNELS = 10_000, 100
 PRODUCTS = [f"p{i}" for i in range(20)]
 
 
-def rounds_by_request() -> bytes:
+def rounds_by_request(golden: GoldenSample | None = None) -> bytes:
     """An ONNX model that loops as often as the request's first number says."""
     info = helper.make_tensor_value_info
     body = helper.make_graph(
@@ -52,7 +53,7 @@ def rounds_by_request() -> bytes:
         helper.make_node("Loop", ["trips", "yes", "x"], ["y"], body=body),
     ]
     yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
-    return packed(nodes, [yes])
+    return packed(nodes, [yes], golden)
 
 
 def large_result() -> bytes:
@@ -65,12 +66,12 @@ def large_result() -> bytes:
     return packed(nodes, [helper.make_tensor("shape", TensorProto.INT64, [1], [1 << 29])])
 
 
-def packed(nodes: list[onnx.NodeProto], constants: list[TensorProto]) -> bytes:
+def packed(nodes: list[onnx.NodeProto], constants: list[TensorProto], golden: GoldenSample | None = None) -> bytes:
     """The archive of a model x [n, 1] -> y [n, 1]."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1]) for name in "xy")
     graph = helper.make_graph(nodes, "g", [x], [y], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name="attack")
+    return pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name="attack", golden=golden)
 
 
 def long_context() -> bytes:
@@ -222,8 +223,9 @@ def is_replaced(server: Server, pid: int) -> bool:
 
 def runs_loop(pid: int) -> bool:
     """Whether this worker notes that it runs loop.mar."""
-    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return any(b"loop.mar" in Path(line.split()[-1]).read_bytes() for line in maps if line.endswith(".run"))
+    folder = Path(f"/proc/{pid}/fd")
+    pulses = [link for link in folder.iterdir() if "fleetcast-pulse" in str(link.readlink())]
+    return any(RunningModel("loop.mar", "alone") in PulseReader(str(pulse)).running() for pulse in pulses)
 
 
 def quarantined(server: Server) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorize
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.ipc.pulse import PulseReader
 from server.settings import Settings
 
 _SIGV4 = b"AWS4-HMAC-SHA256"
@@ -31,8 +32,13 @@ class PermittedPlane:
         return f"<PermittedPlane {self._token!r} over {self._plane!r}>"
 
     @property
-    def workers(self) -> int:
-        """How many workers are up."""
+    def expected(self) -> int:
+        """How many workers the server has, up or not."""
+        return self._plane.expected
+
+    @property
+    def workers(self) -> Mapping[int, PulseReader | None]:
+        """The workers that are up, and what is seen of each."""
         return self._plane.workers
 
     async def infer(self, request: InferRequest) -> InferResponse:

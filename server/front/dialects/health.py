@@ -1,4 +1,4 @@
-"""Probes of load balancers and orchestrators: `/ping`, the front answers; `/ready`, a worker takes requests."""
+"""Probes of load balancers and orchestrators: `/ping`, the front answers; `/ready`, a worker takes all requests."""
 
 import msgspec
 
@@ -6,6 +6,7 @@ from server import contract
 from server.errors import Refused
 from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest
+from server.ipc.readiness import describe_workers, stuck_after_s
 from server.settings import Settings
 
 _PING, _READY = DialectOperation("ping", None), DialectOperation("ready", None)
@@ -19,7 +20,7 @@ class Health:
     paths = f"{contract.PING_PATH}, {contract.READY_PATH}"
 
     def __init__(self, settings: Settings) -> None:
-        del settings
+        self._stuck_s = stuck_after_s(settings)
 
     def match(self, method: str, path: str) -> DialectOperation | None:
         """Any method: SageMaker's platform and Kubernetes ask by GET, some balancers by HEAD or OPTIONS."""
@@ -27,13 +28,12 @@ class Health:
         return _OPERATIONS.get(path)
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
-        """From what the front knows: no worker is asked."""
+        """From what the front sees of the workers: none is asked, so a stopped one holds no probe up."""
         del request
         if operation is _PING:
             return HttpReply(200, contract.JSON, b'{"status": "Healthy"}\n', counted=())
-        workers = plane.workers
-        body = msgspec.json.encode({"ready": workers > 0, "workers": workers})
-        return HttpReply(200 if workers else 503, contract.JSON, body, counted=())
+        found = describe_workers(plane.workers, plane.expected, self._stuck_s)
+        return HttpReply(found.status, contract.JSON, msgspec.json.encode(found), counted=())
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """A probe has nothing that could be refused, so this is a failure of the server."""

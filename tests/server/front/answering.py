@@ -31,6 +31,8 @@ class Worker:
     answer: Callable[[Asked], Any]
     asked: list[Asked] = field(default_factory=list)
     cancelled: int = 0
+    given_up: int = 0
+    waiting: list[WorkerCall] = field(default_factory=list)
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
 
     def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
@@ -49,6 +51,13 @@ class Worker:
     def sweep(self, now: float) -> None:
         """A link's: nothing is late here."""
 
+    def give_up(self) -> None:
+        """A link's: what waits for an answer ends."""
+        self.given_up += 1
+        for call in self.waiting:
+            if not call.reply.done():
+                call.reply.set_exception(WorkerLost("silent"))
+
     async def rest(self, call: WorkerCall) -> AsyncIterator[bytes]:
         """A link's: the parts after the first; an empty one is the worker's death."""
         for part in self.rest_of.pop(call.id):
@@ -60,6 +69,7 @@ class Worker:
     def _reply(self, call: WorkerCall, request: Asked) -> None:
         answer = self.answer(request)
         if answer is ... or call.reply.done():
+            self.waiting.append(call)
             return
         if answer is None:
             call.reply.set_exception(WorkerLost("dead"))

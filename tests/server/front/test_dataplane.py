@@ -1,6 +1,7 @@
 """The data plane: routing, one more try, refusals, large answers, bytes held, clients that leave."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from model_store.names import parse_model_name
 from server.errors import Refused, Situation
 from server.front import dataplane
 from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
+from server.ipc.pulse import LoadSigns, Pulse, PulseReader
 from tests.server.front.answering import JSON, Worker, attach
 
 FAR = 1e9
@@ -146,5 +148,43 @@ def test_a_client_that_leaves_cancels_its_slow_request(monkeypatch: pytest.Monke
         with pytest.raises(ClientGone):
             await waiting
         assert (len(watches), worker.cancelled) == (1, 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_silent_worker_is_routed_around(tmp_path: Path) -> None:
+    """What it has is asked elsewhere, new requests go elsewhere, until it beats again; where all are silent none is
+    given up, for there is nowhere to go.
+    """
+
+    async def scenario() -> None:
+        workers = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
+        made = plane(*workers)
+        home, other = made.router.order(MODEL)
+        pulses = {number: Pulse(str(tmp_path / str(number))) for number in (home, other)}
+        made.pulses = {number: PulseReader(str(tmp_path / str(number))) for number in pulses}
+        workers[home].answer = lambda _: ...
+        waiting = asyncio.ensure_future(made.infer(request(b"first")))
+        for tick in range(5):
+            await asyncio.sleep(0)
+            pulses[other].beat(LoadSigns(0, 0))
+            made._route_around_silence(tick * 0.25)
+            assert (workers[home].given_up > 0) == (tick == 4)
+        assert (await waiting).body == b"first"
+        assert (await made.infer(request(b"second"))).body == b"second"
+        assert [asked.body for asked in workers[other].asked] == [b"first", b"second"]
+        pulses[home].beat(LoadSigns(0, 0))
+        made._route_around_silence(1.5)
+        workers[home].answer = lambda asked: asked.body
+        assert (await made.infer(request(b"third"))).body == b"third"
+        assert len(workers[home].asked) == 2
+        given_up = workers[home].given_up
+        for pulse in pulses.values():
+            pulse.beat(LoadSigns(0, 0))
+        for tick in range(10):
+            made._route_around_silence(2 + tick * 0.25)
+        assert made.router.silent == {home, other}
+        assert (await made.infer(request(b"fourth"))).body == b"fourth"
+        assert (workers[home].given_up, workers[other].given_up) == (given_up, 0)
 
     asyncio.run(scenario())

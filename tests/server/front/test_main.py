@@ -10,6 +10,7 @@ from server.front.app import App
 from server.front.main import Front
 from server.http_listener import make_listener
 from server.ipc.operations import AwaitConnections, ConnectWorkers
+from server.ipc.pulse import SUFFIX, Pulse
 from server.metrics import FrontMetrics
 from tests.patience import PATIENCE_S
 
@@ -28,6 +29,7 @@ def test_linked_means_that_a_request_finds_its_way(tmp_path: Path, monkeypatch: 
         await asyncio.sleep(0.05)
         assert not linked.done()
         assert not app.plane.router.lanes
+        Pulse(path + SUFFIX)
         server = await asyncio.start_unix_server(lambda _, writer: writer.close(), path)
         async with asyncio.timeout(PATIENCE_S):
             await linked

@@ -25,6 +25,7 @@ from model_store.cache.cache import Cache
 from model_store.names import ModelName
 from server.errors import Refused, Situation
 from server.ipc.frames import Request
+from server.ipc.pulse import BATCH_BYTES, Pulse, PulseReader, RunningModel
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
@@ -32,8 +33,7 @@ from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
 from server.worker.model_loader import LoadedModel
-from server.worker.quarantine import Running
-from server.worker.row_batches import Pace
+from server.worker.row_batches import Pace, RowBatches
 from server.worker.scheduler import Job, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.step_loop import StepLoop
@@ -163,7 +163,7 @@ def play(
         pool = DevicePool(4 * SLAB, FakeDevice(0)) if on_device else Pool(4 * SLAB, torch.device("cpu"))
         engine = DeviceEngine(pool, 64) if isinstance(pool, DevicePool) else Engine(pool, 64)
         cache, metrics = Cache(4 * SLAB, SLAB), WorkerMetrics(0, "cpu")
-        long = LongJobs(asyncio.get_running_loop(), Running(str(noted)), slice_s=slice_s, long_s=long_s)
+        long = LongJobs(asyncio.get_running_loop(), Pulse(str(noted)), slice_s=slice_s, long_s=long_s)
         steps = StepLoop(
             cache,
             Scheduler(2000, 5000),
@@ -320,7 +320,7 @@ def test_what_runs_apart_is_counted(tmp_path: Path) -> None:
 def test_a_single_that_was_quick_runs_on_the_step_thread(tmp_path: Path) -> None:
     """Up to the numbers that were quick before; one that was slow loses half of that."""
     with closing(asyncio.new_event_loop()) as loop:
-        long, model = LongJobs(loop, Running(str(tmp_path / "noted"))), Session().model()
+        long, model = LongJobs(loop, Pulse()), Session().model()
         nothing = cast("Any", None)
         batches = SingleBatches(nothing, nothing, nothing, long, quarantine=nothing, wake=nothing)
         calls = [model.codec.decode(orjson.dumps({"x": [0.0] * n}), "", "") for n in (100, 60, 40)]
@@ -348,6 +348,19 @@ def test_a_single_that_overran_is_quarantined(tmp_path: Path) -> None:
         await until(lambda: not worker.steps.describe())
 
     play(scenario, tmp_path / "noted", session=Session(overruns=True))
+
+
+def test_the_models_of_a_batch_are_noted_as_far_as_there_is_room(tmp_path: Path) -> None:
+    """The supervisor reads them while they run; a longer list is cut."""
+    path, nothing = str(tmp_path / "run"), cast("Any", None)
+    with closing(asyncio.new_event_loop()) as loop:
+        long = LongJobs(loop, Pulse(path))
+        batches, reader = RowBatches(nothing, nothing, nothing, nothing, long), PulseReader(path)
+        batches._note_batch(["a.mar", "b.mar"])
+        assert reader.running() == [RunningModel("a.mar", "batch"), RunningModel("b.mar", "batch")]
+        batches._note_batch(f"{i:08}.mar" for i in range(BATCH_BYTES // 8))
+        assert BATCH_BYTES // 16 < len(reader.running()) <= BATCH_BYTES // 12
+        long.close()
 
 
 def test_a_pace_follows_what_was_measured() -> None:
