@@ -23,7 +23,8 @@ HEADER_REQUEST_ID: Final = "X-Request-Id"
 HEADER_TIMEOUT_MS: Final = "X-Request-Timeout-Ms"
 HEADER_CACHE: Final = "X-Fleetcast-Cache"  #: one of CACHE_RESULTS; of a call for many models `hit=44, miss=1`
 HEADER_MODEL_VERSION: Final = "X-Fleetcast-Model-Version"  #: the store's ETag or version
-HEADER_SERVER_TIMING: Final = "Server-Timing"  #: `queue`, `load` (its `desc` is the tier) and `inference`, in ms
+#: In ms: `queue`, from arrival at the front and without the load; `load`, whose `desc` is the tier; `inference`.
+HEADER_SERVER_TIMING: Final = "Server-Timing"
 
 JSON: Final = "application/json"
 NPY: Final = "application/x-npy"
@@ -174,7 +175,9 @@ PREFETCH: Final = MetricSpec(
     ("result",),
 )
 PREFETCH_MODELS: Final = MetricSpec("gauge", "prefetch_models", "Models whose next request is predicted")
-QUEUE: Final = MetricSpec("histogram", "inference_queue_seconds", "Time a request waited for its step")
+QUEUE: Final = MetricSpec(
+    "histogram", "inference_queue_seconds", "Time from a request's arrival at the front to its step, without its load"
+)
 BATCH_ROWS: Final = MetricSpec("histogram", "inference_batch_rows", "Rows per step")
 BATCH_MODELS: Final = MetricSpec("histogram", "inference_batch_models", "Models per step")
 STEP_SECONDS: Final = MetricSpec(

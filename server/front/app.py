@@ -67,7 +67,7 @@ class App:
         """Answer one request, whatever happens, and count what became of it. Only HTTP is served."""
         if scope["type"] != "http":
             return
-        started = time.perf_counter()
+        started = time.monotonic()
         request = HttpRequest(scope["method"], scope["path"], dict(scope["headers"]), receive)
         dialect = self._dialects[0]
         try:
@@ -83,6 +83,7 @@ class App:
                 if self._permissions is not None:
                     token = self._permissions.find_token(request.headers)
                     plane = self.plane if token is None else PermittedPlane(self.plane, token)
+                request.arrived = started
                 await self._read(request, operation.body_limit, scope, receive, signed=plane is self.plane)
             reply = await dialect.answer(operation, request, plane)
         except ClientGone:
@@ -91,7 +92,7 @@ class App:
             statuses = await self._send(self._refuse(dialect, request, error), request, send)
         else:
             statuses = await self._send(reply, request, send)
-        await self._count(dialect.name, statuses, time.perf_counter() - started)
+        await self._count(dialect.name, statuses, time.monotonic() - started)
 
     async def _count(self, protocol: str, statuses: Sequence[int], seconds: float) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
@@ -112,11 +113,11 @@ class App:
     async def _read(self, request: HttpRequest, limit: Limit, scope: Scope, receive: Receive, *, signed: bool) -> None:
         """Read what an operation that is not open needs, and check its signature unless a token stands for it.
 
-        Raises Refused, ClientGone.
+        The deadline counts from the head's arrival, the queue from that of the body's end. Raises Refused, ClientGone.
         """
         headers, longest = request.headers, self._settings.request_timeout_s
         wanted = headers.get(_TIMEOUT_MS)
-        request.deadline = time.monotonic() + (longest if wanted is None else min(_parse_timeout(wanted), longest))
+        request.deadline = request.arrived + (longest if wanted is None else min(_parse_timeout(wanted), longest))
         content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
         if len(content_type) > MAX_HEADER or len(accept) > MAX_HEADER:
             message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
@@ -132,6 +133,7 @@ class App:
         request.body = message.get("body", b"")
         if message.get("more_body"):
             request.body = await self._read_rest(request.body, limit, receive)
+            request.arrived = time.monotonic()
         if len(request.body) > limit.bytes:
             raise limit.exceeded(len(request.body))
         if signed and self._permissions is not None:

@@ -41,7 +41,7 @@ class ClientGone(Exception):
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """A request to one model. `deadline` is on the monotonic clock (s)."""
+    """A request to one model. `deadline`, and `arrived` (0: now), are on the monotonic clock (s)."""
 
     model: ModelName
     body: bytes
@@ -49,10 +49,14 @@ class InferRequest(msgspec.Struct, frozen=True):
     accept: str
     deadline: float
     client_gone: ClientWatch | None = None  #: None: the caller watches its client itself
+    arrived: float = 0.0
 
 
 class InferStats(msgspec.Struct, frozen=True, gc=False):
-    """What happened to a request, for the headers of its answer. Times in microseconds."""
+    """What happened to a request, for the headers of its answer. Times in microseconds.
+
+    `queue_us` counts from the request's arrival at the front, without the time in which its model was loaded.
+    """
 
     cache: str | None  #: hit, miss or coalesced; None when the request was refused before the cache was asked
     queue_us: int
@@ -240,7 +244,8 @@ class DataPlane:
         """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
         model, link = request.model, self.links[lane.worker]
         counted = self.router.count_start(lane, model)
-        call = link.call(model, request.content_type, request.accept, request.deadline, request.body)
+        arrived = request.arrived or now
+        call = link.call(model, request.content_type, request.accept, request.deadline, request.body, arrived)
         self._watched[call] = (now, request.client_gone, link)
         try:
             head = await call.reply

@@ -44,6 +44,7 @@ class HttpRequest(msgspec.Struct):
     accept: str = ""
     deadline: float = 0.0  #: on the monotonic clock (s)
     body: bytes = b""
+    arrived: float = 0.0  #: on the same clock: when all of the body was here
 
 
 class HttpReply(msgspec.Struct):

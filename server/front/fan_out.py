@@ -71,10 +71,16 @@ class FanOut:
     """
 
     def __init__(
-        self, plane: InferencePlane, call: MultiModelCall, limit: Limit, deadline: float, client_gone: ClientWatch
+        self,
+        plane: InferencePlane,
+        call: MultiModelCall,
+        limit: Limit,
+        deadline: float,
+        client_gone: ClientWatch,
+        arrived: float = 0.0,
     ) -> None:
         self._plane, self._call, self._limit = plane, call, limit
-        self._deadline, self._client_gone = deadline, client_gone
+        self._deadline, self._client_gone, self._arrived = deadline, client_gone, arrived
         self._window = max(call.size, MIN_WINDOW)
         self._running = self._under_way = self._answered = 0
         self._room = asyncio.Event()
@@ -171,7 +177,8 @@ class FanOut:
     async def _predict(self, item: Item) -> Prediction | Refused:
         body = build_request(item.instance, self._call.configuration)
         try:
-            response = await self._plane.infer(InferRequest(item.model, body, JSON, JSON, self._deadline))
+            request = InferRequest(item.model, body, JSON, JSON, self._deadline, arrived=self._arrived)
+            response = await self._plane.infer(request)
         except Refused as refused:
             return _without_frames(refused)
         self._hold_answer(response)

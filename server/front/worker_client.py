@@ -47,10 +47,16 @@ class WorkerLink(FrameConnection):
         """For example `<WorkerLink to worker 0: 12 calls>`."""
         return f"<WorkerLink to worker {self.worker}: {len(self._calls)} calls>"
 
-    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
-        """Send a request. Its `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes."""
+    def call(
+        self, model: str, content_type: str, accept: str, deadline: float, body: bytes, arrived: float = 0.0
+    ) -> WorkerCall:
+        """Send a request that came to the front at `arrived` (monotonic, s; 0: now).
+
+        The `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes.
+        """
         self._next_id = ident = self._next_id + 1
-        self.send(Request(ident, int(deadline * 1e9), model, content_type, accept, len(body), body))
+        times = (int(deadline * 1e9), int(arrived * 1e9))
+        self.send(Request(ident, times[0], model, content_type, accept, len(body), body, times[1]))
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         return call
 

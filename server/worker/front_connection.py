@@ -3,6 +3,8 @@
 Runs on the worker's event loop.
 """
 
+import time
+
 import msgspec
 
 from server.errors import Refused, Situation
@@ -85,8 +87,9 @@ class FrontConnection(FrameConnection):
         self._respond(job, Situation.OK, content_type, body, queue_s, inference_s)
 
     def refuse(self, job: Job, refused: Refused) -> None:
-        """Send why there is no answer."""
-        self._respond(job, refused.situation, "application/json", msgspec.json.encode(refused.detail), 0.0, 0.0)
+        """Send why there is no answer, and how long the request waited for that."""
+        queue_s = job.queued_s(time.monotonic())
+        self._respond(job, refused.situation, "application/json", msgspec.json.encode(refused.detail), queue_s, 0.0)
 
     def _respond(
         self, job: Job, situation: Situation, content_type: str, body: bytes, queue_s: float, inference_s: float

@@ -25,7 +25,10 @@ FEW = UNHALVED_JOBS
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A request in this worker. `origin`: the connection to answer to. Times are seconds on the monotonic clock."""
+    """A request in this worker. `origin`: the connection to answer to. Times are seconds on the monotonic clock.
+
+    `arrived`: at the front; `accepted`: by this worker. Between the two the request waited for the worker to read it.
+    """
 
     request: Request
     model: ModelName
@@ -38,9 +41,10 @@ class Job:
     load_s: float = 0.0
     done: bool = False
     call: Any = None  #: the decoded request, where its batch had no time left for it
+    accepted: float = 0.0
 
     def queued_s(self, began: float) -> float:
-        """Seconds between arrival and the start of its batch, without those in which its model was loaded."""
+        """Seconds from arrival at the front to the start of its batch, without those in which its model was loaded."""
         return max(0.0, began - self.arrived - self.load_s)
 
     def __repr__(self) -> str:

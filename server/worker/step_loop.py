@@ -103,7 +103,8 @@ class StepLoop:
     def submit(self, request: Request, origin: Origin) -> Job:
         """Accept a request. INVARIANT: it is answered or refused through its origin exactly once, unless cancelled."""
         now, model = self._now(), ModelName(request.model)
-        job = Job(request, model, origin, now, request.deadline_ns / 1e9)
+        arrived = min(now, request.arrived_ns / 1e9) or now
+        job = Job(request, model, origin, arrived, request.deadline_ns / 1e9, accepted=now)
         try:
             self._scheduler.admit(job)
         except QueueFull as full:
@@ -172,10 +173,10 @@ class StepLoop:
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
         now = self._now()
+        self._count([job for job in jobs if job.call is None and not job.done], now)
         live = list(self._replies.keep_live(jobs, now))
         if not live:
             return
-        self._count([job for job in live if job.call is None], now)
         try:
             (self._singles if get_slot(live[0]).family is None else self._rows).run(group, live, now)
         except torch.OutOfMemoryError as error:
@@ -220,7 +221,7 @@ class StepLoop:
         """Lease and queue the jobs that waited for this model: it is resident now."""
         for job in self._scheduler.take_waiting(built.model):
             job.slot = self._cache.lease(built.model, now)
-            job.load_s, job.tier = now - job.arrived, _TIERS[built.tier]
+            job.load_s, job.tier = now - job.accepted, _TIERS[built.tier]
             self._metrics.loading_wait.observe(job.load_s)
             self._scheduler.add_ready(_get_group(get_slot(job)), job)
 

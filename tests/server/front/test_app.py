@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Mapping
 
 import httpx
@@ -178,3 +179,36 @@ def test_nothing_stays_held() -> None:
     made.plane.held.size = 4900
     assert asyncio.run(scenario(bytes(100), bytes(100))) == 503
     assert made.plane.held.size == 4900
+
+
+def test_a_request_has_arrived_when_all_of_its_body_is_here() -> None:
+    """The worker is told the time on the monotonic clock; a slow client's upload is no queue of ours."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda asked: asked.body)
+        made, began, sent = app(worker), time.monotonic(), 0.0
+        parts = [(b"one", True), (b"two", False)]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/invocations",
+            "query_string": b"",
+            "headers": [(name.lower().encode(), value.encode()) for name, value in TARGET.items()],
+        }
+
+        async def receive() -> dict[str, object]:
+            nonlocal sent
+            body, more = parts.pop(0)
+            await asyncio.sleep(0.001)
+            sent = time.monotonic()
+            return {"type": "http.request", "body": body, "more_body": more}
+
+        async def send(message: object) -> None:
+            del message
+
+        await made(scope, receive, send)
+        (asked,) = worker.asked
+        assert asked.body == b"onetwo"
+        assert began < sent <= asked.arrived <= time.monotonic()
+
+    asyncio.run(scenario())

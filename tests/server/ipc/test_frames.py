@@ -43,7 +43,7 @@ def three(values: strategies.SearchStrategy[T]) -> strategies.SearchStrategy[lis
 def make_request(ident: int, deadline: int, texts: list[str], body: bytes, more: int) -> Request:
     """A request with its body, or with the first part of one that is `more` bytes longer."""
     name, kind, accept = texts
-    return Request(ident, deadline, name, kind, accept, len(body) + more, body)
+    return Request(ident, deadline, name, kind, accept, len(body) + more, body, deadline // 2)
 
 
 def make_response(

@@ -6,11 +6,19 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from server.supervisor.runtime_folder import LOCK_FILE, MAX_SOCKET_PATH, RuntimeFolder, remove_abandoned
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A folder with a short path: one that is too long for sockets is not used."""
+    with tempfile.TemporaryDirectory(prefix="ft-", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

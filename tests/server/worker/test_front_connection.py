@@ -154,6 +154,7 @@ def test_requests_are_answered_with_what_happened() -> None:
     assert isinstance(refused, Response)
     assert (refused.id, refused.situation) == (2, Situation.OVERLOADED)
     assert refused.body == b'{"message":"the queue is full"}'
+    assert refused.queue_us > 0, "since its arrival at the front"
     assert isinstance(answer, Response)
     assert (answer.id, answer.situation, answer.body, answer.body_bytes) == (1, Situation.OK, b"one", 3)
     assert (answer.queue_us, answer.load_us, answer.inference_us) == (1000, 0, 2000)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ class Front:
     answers: dict[int, tuple[str, str]] = field(default_factory=dict)  # id -> model, version
     refusals: dict[int, Refused] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
+    queued: dict[int, float] = field(default_factory=dict)  # id -> seconds, of what is answered
 
     def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
         """An answer is right, and the first for its job."""
@@ -121,6 +123,7 @@ class Front:
         assert queue_s >= 0 <= inference_s
         assert job.slot is not None
         self._first(job)
+        self.queued[job.request.id] = queue_s
         self.answers[job.request.id] = (job.model, job.slot.version)
         found = orjson.loads(body)["predictions"]
         right = expected(job.model, job.slot.version, job.request.id % VARIANTS)
@@ -131,11 +134,11 @@ class Front:
         self._first(job)
         self.refusals[job.request.id] = refused
 
-    def send(self, model: str, *, deadline_ns: int = FAR, body: bytes | None = None) -> int:
+    def send(self, model: str, *, deadline_ns: int = FAR, body: bytes | None = None, arrived_ns: int = 0) -> int:
         """Submit a request; its id."""
         ident = len(self.jobs)
         body = body if body is not None else orjson.dumps({"x": inputs(ident % VARIANTS)})
-        request = Request(ident, deadline_ns, model, "", "", 0, body)
+        request = Request(ident, deadline_ns, model, "", "", 0, body, arrived_ns)
         self.jobs.append(self.steps.submit(request, self))
         return ident
 
@@ -548,6 +551,25 @@ def test_deadlines_while_loading_and_while_queued() -> None:
         await front.settled()
         assert front.refusals[queued].situation is Situation.DEADLINE
         assert resident(steps) == {"a/1"}
+
+    play(scenario)
+
+
+def test_the_queue_counts_from_the_arrival_at_the_front() -> None:
+    """A request that waited 3 s for the worker to read it has queued for 3 s, in its answer and in the histogram."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        front.send("a/0")
+        await front.settled()
+        late = front.send("a/0", arrived_ns=time.monotonic_ns() - 3_000_000_000)
+        ahead_of_time = front.send("a/0", arrived_ns=time.monotonic_ns() + 3_000_000_000)
+        await front.settled()
+        assert front.queued[late] >= 3.0
+        assert front.queued[ahead_of_time] >= 0.0
+        told = steps.render_metrics().splitlines()
+        total = next(line for line in told if line.startswith("fleetcast_inference_queue_seconds_sum"))
+        assert float(total.rpartition(" ")[2]) >= 3.0
 
     play(scenario)
 
