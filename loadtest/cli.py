@@ -3,7 +3,7 @@
 A fleet and a server that it makes:     fleetcast-load run
 Your archives, a server that it starts: fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
 A server that is running:               fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
-One with TLS and tokens:                fleetcast-load run --url https://127.0.0.1:8080 --ca ca.pem --token-file TOKEN
+One with TLS and tokens:                fleetcast-load run --url https://127.0.0.1:8080 --ca ca.pem --token-file token
 """
 
 import sys

@@ -47,7 +47,8 @@ class Tensor(Protocol):
 class DecodedCall:
     """A decoded request for a family: rows [n, *input_shape], and the encoder of outputs [n, *output_shape].
 
-    `encode` raises RunFailed if the outputs are not finite. `numbers` is about the number of values in the answer.
+    `encode` raises RunFailed if the outputs are not finite, but for JSON Lines it encodes an error for each such line.
+    `numbers` is about the number of values in a forecast's answer, and 0 for tensors.
     """
 
     rows: Float32

@@ -108,7 +108,7 @@ class DeepAr:
     def decode_lines(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode JSON Lines, with an answer per line. The answer of a line that cannot be answered is an error.
 
-        Raises RequestError for a body without lines, and for more than MAX_ROWS.
+        Raises RequestError for a body without lines, and for more than MAX_ROWS or the budget allow.
         """
         lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
         if len(lines) > MAX_ROWS or not body.strip():

@@ -30,7 +30,7 @@ class Inputs:
     """The input recipe of one archive, checked once when the archive is loaded."""
 
     def __init__(self, forecast: ForecastSpec) -> None:
-        """Raises ArchiveInvalid for an unknown frequency, or a channel scaler beside those of products."""
+        """Raises ArchiveInvalid for an unknown frequency, or a scaler of a target or calendar channel."""
         self._forecast = forecast
         self._step_s = parse_step_seconds(forecast.frequency)
         self._history_length = forecast.history_length
@@ -87,7 +87,7 @@ class Inputs:
         return first
 
     def _short(self, steps: int) -> int:
-        """Count the missing steps of history, which are padded."""
+        """Count the missing steps of history, which are padded. Raises RequestError if the archive pads none."""
         needed = self._history_length
         if steps < needed and not self._forecast.pad_context:
             context = self._forecast.context_length

@@ -153,7 +153,7 @@ class JointCodec:
 
 
 def _names(request: JointBody) -> Iterator[tuple[int, str]]:
-    """Return the name of each product, with the index of its forecast."""
+    """Yield the name of each product, with the index of its forecast."""
     for i, forecast in enumerate(request.forecasts):
         for product in forecast.marginal.products or [""]:
             yield i, f"{forecast.name}#{product}" if forecast.marginal.products else forecast.name

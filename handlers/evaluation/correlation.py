@@ -28,7 +28,7 @@ class Matrix:
 
     correlation: Float64
     shrinkage: float  #: share of the sample matrix that was replaced by the identity
-    observations: float  #: number of pairs of values for each entry
+    observations: float  #: mean number of pairs of values of an entry
     independent: float  #: equivalent number of independent pairs
     condition_before: float  #: largest / smallest eigenvalue of the sample matrix; infinite if it is singular
 

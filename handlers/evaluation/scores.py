@@ -135,7 +135,8 @@ def make_naive_forecast(values: Float64, seconds: Steps, origins: Steps, horizon
 
     For steps that divide a day it is the value a week before on Saturday, Sunday and Monday, else a day before (the
     standard naive forecast of electricity prices, the default of `epftoolbox`); a longer forecast repeats the last
-    known ones. For days it is the value a week before. Else it is that of the naive forecast of `fleetcast train`.
+    known ones. For other steps it is the value one season, or several, before: `compute_naive_lag(step, 1)`, of days a
+    week.
     """
     step_s, ahead = int(seconds[1] - seconds[0]), np.arange(1, horizon + 1)
     places = origins[:, None] + ahead - 1

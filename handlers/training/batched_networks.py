@@ -18,7 +18,7 @@ from handlers.forecasters.training_forward import Parts, TrainingForward
 class InputNeeds(NamedTuple):
     """The properties of a family that determine an input recipe."""
 
-    reach: int  #: see `reach`
+    reach: int  #: see `compute_reach`
     whole_days: bool = False  #: the calendar as a channel for each day of the week, and forecasts from midnight
     context: int = 0  #: the context that the network was made for; 0: chosen by the frequency
     paths: int = 0  #: number of paths that are drawn from a seed

@@ -48,7 +48,7 @@ Config = dict[str, int | float | str | bool | list[int]]
 
 Progress = Callable[[int, int, float], None]  #: takes the steps done, the most steps, and the mean holdout loss
 
-EPOCHS, LEAST_STEPS = 20, 600  #: passes of a run without a given number
+EPOCHS, LEAST_STEPS = 20, 600  #: passes of a run whose number is not given, and its least number of steps
 WARM_UP = 0.05  #: share of the steps in which the learning rate rises
 CLIP = 1.0  #: largest norm of the gradient of one model
 GOLDEN_REL = 1e-3
@@ -63,11 +63,11 @@ def suggest_inputs(
     context_length: int = 0,
     **options: Any,
 ) -> list[ForecastSpec]:
-    """Make the input recipe of an architecture for each series; lengths of 0 are chosen by the frequency.
+    """Make the input recipe of an architecture for each series; lengths of 0 are the network's, else by the frequency.
 
     `options` are those of `handlers.training.input_recipe.make_recipe`. Without an `origin`, forecasts of a network of
-    whole days start at midnight; with "any" they may start at any time. Raises SeriesInvalid;
-    model_store.errors.ArchiveInvalid for an unknown architecture or config.
+    whole days start at midnight if they are whole days long; with "any" they may start at any time. Raises
+    SeriesInvalid; model_store.errors.ArchiveInvalid for an unknown architecture or config.
     """
     step_s = round(series[0].step.total_seconds())
     context, horizon = (
@@ -140,7 +140,7 @@ def fit_forecasters(
     threads of `fitting`.
 
     Raises:
-        SeriesInvalid: too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
+        SeriesInvalid: unequal lengths, too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
     """
     config = complete_config(architecture, config, forecasts[0])
     family = build_family(architecture, config)
@@ -180,7 +180,7 @@ def _fit_family(
 
 
 def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -> Config:
-    """Complete the config with the fields that the forecast determines, and `marks`; `season` is a day by default."""
+    """Complete the config with the fields that the forecast determines; `season` is by default the frequency's."""
     found: Config = {
         **config,
         "features": len(forecast.inputs),
@@ -284,7 +284,7 @@ class _Fit:
         return best
 
     def price_losses(self, weights: torch.Tensor) -> list[tuple[float, float]]:
-        """Compute mean pinball losses of the holdout in prices, for each model and the value a season before."""
+        """Compute mean pinball losses of the holdout in prices: of each model, and of the values `naive_lag` before."""
         data, levels = self._data, self._data.levels
         ahead = self._held_out[0][:, None].numpy() + np.arange(data.horizon)
 

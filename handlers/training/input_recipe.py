@@ -38,7 +38,7 @@ def choose_context_length(step_s: int) -> int:
 
 
 def compute_naive_lag(step_s: int, prediction: int) -> int:
-    """Return the steps back to the same time of the last known day (for days: week; above: the last known step)."""
+    """Return the least lag of whole days (for days: weeks; above: steps) that is known for all `prediction` steps."""
     steps = DAY // step_s if step_s < DAY else WEEK // step_s if step_s < WEEK else 1
     return -(-prediction // steps) * steps
 
@@ -65,10 +65,10 @@ def make_recipe(
     """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
 
     The channels are: the target; if the reach does not include them, the target lagged so that its last
-    `prediction_length` steps are the values one day and one week before the forecast ones; calendar and known-future
-    covariates of the forecast steps, a covariate on several channels if the reach is shorter than the forecast.
-    `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the network draws so
-    many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
+    `prediction_length` steps are the values whole days and whole weeks before the forecast ones; calendar and
+    known-future covariates of the forecast steps, a covariate on several channels if the reach is shorter than the
+    forecast. `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the
+    network draws so many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
     """
     step_s = round(series.step.total_seconds())
     calendar = [
@@ -134,7 +134,7 @@ def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
 
 
 def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
-    """Choose lags: 0, and those that show the value one day and one week before each forecast step."""
+    """Choose lags: 0, and those that show the value whole days and whole weeks before each forecast step."""
     lags = [0]
     for period_s in (DAY, WEEK):
         period, rest = divmod(period_s, step_s)

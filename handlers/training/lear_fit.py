@@ -15,7 +15,7 @@ from handlers.training import quantile_lasso
 from handlers.training.quantile_lasso import Coefficients, Problem, Regressions
 from handlers.training.windows import Windows
 
-MOST_WINDOWS = 4096  #: most windows of the training part, for bounded memory
+MOST_WINDOWS = 4096  #: most windows of a regression and of its holdout, for bounded memory
 CUT = 256  #: most windows whose whole context is in memory at once
 
 

@@ -80,7 +80,7 @@ class Regressions:
         return f"<Regressions of {self._y.shape[1]} columns on {tuple(self._x.shape)}>"
 
     def penalties(self) -> torch.Tensor:
-        """Compute the falling path of penalties [PENALTIES, columns] from zero coefficients on. Call it first."""
+        """Compute the falling path of penalties [PENALTIES, columns]. Call it while the coefficients are zero."""
         slope = torch.where(self._residual > 0, self._above, self._below) * RESIDUAL_WEIGHT
         largest = (self._x[:, :-1].T @ slope).abs().amax(0) / len(self._x)
         return torch.logspace(log10(LARGEST), log10(SMALLEST), PENALTIES)[:, None] * largest

@@ -17,7 +17,7 @@ class Windows:
     """The series in network numbers on one time axis, and windows of them by the first forecast step."""
 
     def __init__(self, series: Sequence[Series], forecasts: Sequence[ForecastSpec], reach: int, holdout: float) -> None:
-        """Raises SeriesInvalid if the series have different lengths or are too short."""
+        """Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values."""
         _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
         self.lag = first.history_length - first.context_length
@@ -47,7 +47,7 @@ class Windows:
         return f"<Windows of {len(self)} series, to train {self.train}, held out {self.holdout}>"
 
     def slices(self, count: int, threads: int) -> list[slice]:
-        """Split the models into groups whose `count` windows each fit one forward, at least one group per thread."""
+        """Split the models into groups: a forward has at most FORWARD_ROWS windows or one model, a thread its share."""
         size = min(max(1, FORWARD_ROWS // count), -(-len(self) // threads))
         return [slice(at, at + size) for at in range(0, len(self), size)]
 
@@ -77,7 +77,7 @@ class Windows:
 
 
 def _cut_range(places: range, first: int, last: int) -> range:
-    """Return the range of indices from `first` to `last`."""
+    """Return the places from `first` to `last`, both included."""
     start = places.start + max(0, -(-(first - places.start) // places.step)) * places.step
     return range(start, last + 1, places.step)
 

@@ -135,9 +135,8 @@ class _Driver:
         self._sampled = frozenset(range(0, n, max(1, n // SAMPLES)))
         self._next, self._open, self._unanswered = 0, set[_DriverConnection](), n
         self._opening: set[asyncio.Task[None]] = set()
-        self._free: list[
-            _DriverConnection
-        ] = []  # the most recently used is taken first, so that the others may become idle and be closed
+        # the most recently used is taken first, so that the others may become idle and be closed
+        self._free: list[_DriverConnection] = []
         self._waiting: deque[int] = deque()
         self._exhausted = False
         self._ended = asyncio.Event()

@@ -1,4 +1,4 @@
-"""What a server asks of its clients: an authority to trust, a certificate, a token; and requests that show them."""
+"""The access to a server: the authority to trust, a client certificate and a token; sends requests with them."""
 
 import os
 import ssl
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import urllib3
 
 TOKEN_VARIABLE = "FLEETCAST_TOKEN"  # noqa: S105 -- a variable's name
-MAX_TOKEN_BYTES = 1024  #: a server reads no longer one
+MAX_TOKEN_BYTES = 1024  #: longest token that a server reads
 TIMEOUT_S = 30.0
 ADVICE: Mapping[int, str] = {
     401: "the server wants a token that it knows: --token-file",
@@ -26,9 +26,9 @@ class CannotConnect(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class ServerAccess:
-    """For requests to all listeners of one server. `client_key`: None where the certificate's file has the key too.
+    """The access to all listeners of one server. `client_key` is None if the file of the certificate has the key too.
 
-    Picklable, so that driver processes make their own TLS contexts.
+    It can be pickled, so that driver processes make their own TLS contexts.
     """
 
     ca: Path | None = None
@@ -38,24 +38,24 @@ class ServerAccess:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """That go with each request."""
+        """The headers that each request has."""
         return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
 
     def check_url(self, url: str) -> None:
-        """Raises ValueError for files of TLS where the address has none, and for files that are wrong."""
+        """Check the files. Raises ValueError for wrong ones, and for files of TLS if the address has no https."""
         if urlsplit(url).scheme == "https":
             self.tls_context()
         elif self.ca or self.client_cert or self.client_key:
             raise ValueError(f"--ca, --client-cert and --client-key are for addresses with https, not {url}")
 
     def tls_context(self) -> ssl.SSLContext:
-        """The same for each call in one process. Raises ValueError that names the flag and the file."""
+        """Return the TLS context, made once in a process. Raises ValueError that names the flag and the file."""
         return _make_context(self.ca, self.client_cert, self.client_key)
 
     def request(self, method: str, url: str) -> Any:
-        """A response with status 200. Redirects are not followed: the token is for this server alone.
+        """Request a URL; returns the response. Redirects are not followed: the token is for this server alone.
 
-        Raises CannotConnect where there is no response, RuntimeError for any other status.
+        Raises CannotConnect if there is no response, RuntimeError for any status but 200.
         """
         self.check_url(url)
         pool = _make_pool(self.tls_context() if urlsplit(url).scheme == "https" else None)
@@ -69,13 +69,13 @@ class ServerAccess:
         return reply
 
 
-OPEN = ServerAccess()  #: to a server that asks for nothing
+OPEN = ServerAccess()  #: access to a server without TLS and tokens
 
 
 def open_access(ca: Path | None, client_cert: Path | None, client_key: Path | None, token: Path | None) -> ServerAccess:
-    """Access by these files; without one of a token, by that of the variable FLEETCAST_TOKEN, where it is set.
+    """Make the access of these files. Without a token file, the token is that of the variable FLEETCAST_TOKEN, if any.
 
-    Raises ValueError that names the flag and the file that is wrong, and repeats nothing of a token.
+    Raises ValueError that names the flag and the file that is wrong; the message never contains the token.
     """
     if client_key is not None and client_cert is None:
         raise ValueError("--client-key needs --client-cert: the certificate that the key belongs to")
@@ -114,7 +114,7 @@ def _make_context(ca: Path | None, client_cert: Path | None, client_key: Path | 
 
 
 def _no_password() -> str:
-    """An encrypted key cannot be read: without this OpenSSL would ask for its password on the terminal."""
+    """Make OpenSSL fail for an encrypted key; otherwise it would ask for the password on the terminal."""
     return ""
 
 
@@ -124,7 +124,7 @@ def _make_pool(context: ssl.SSLContext | None) -> urllib3.PoolManager:
 
 
 def _advise(url: str, error: Exception) -> str:
-    """What may help, by what the failure says. A connection that is cut off says no more than that."""
+    """Suggest what may help, by the text of the error. An error of a closed connection has no other information."""
     said, secure = str(error), urlsplit(url).scheme == "https"
     cut_off = any(word in said for word in ("Connection aborted", "RemoteDisconnected", "reset", "Broken pipe", "EOF"))
     if "CERTIFICATE_VERIFY_FAILED" in said:

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Annotated, Any
 
-import rich
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from server.access_log import read_rows
@@ -79,7 +79,7 @@ def doctor(
     if as_json:
         print(json.dumps(_as_json([*facts, *found.facts], rates, families, paces, advice), indent=1))  # noqa: T201
     else:
-        rich.print(_make_fact_table([*facts, *found.facts]), _make_speed_table(rates, families, paces))
+        Console().print(_make_fact_table([*facts, *found.facts]), _make_speed_table(rates, families, paces))
     if found.bad:
         raise typer.Exit(BAD)
 

@@ -1,4 +1,4 @@
-"""The files of a batch: requests and answers in a folder or in S3, and a checkpoint in between. Imports torch.
+"""The files of a batch: requests and answers on disk or in S3, and a checkpoint in between. Imports torch.
 
 Answers are collected in a local file, so that the same command continues a run that was killed.
 """
@@ -71,7 +71,7 @@ def _find_local_output(settings: Settings, lines: str, out: str) -> Path:
 
 @contextmanager
 def _open_input(settings: Settings, lines: str, folder: Path, start_task: StartTask) -> Iterator[Path]:
-    """Open the input as a local file, which is below `folder` while it is read."""
+    """Yield the input as a local file; one in S3 is fetched into `folder` and deleted afterwards."""
     if "://" not in lines:
         yield Path(lines)
         return

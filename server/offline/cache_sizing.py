@@ -188,7 +188,7 @@ class _RecencyCounts:
 
 
 def _round_up_mb(size: int) -> str:
-    """Round up to whole MB, in the notation of the settings."""
+    """Round up to KiB, tenths of a MiB, or MiB, in the notation of the settings."""
     if size < MIB:
         return f"{math.ceil(size / 1024)}KiB"
     return f"{math.ceil(10 * size / MIB) / 10:.1f}MiB" if size < 100 * MIB else f"{math.ceil(size / MIB)}MiB"

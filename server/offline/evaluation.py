@@ -32,7 +32,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class ByHour:
-    """Mean absolute errors of the median and the naive forecast by hour of the day; for daily steps by step ahead."""
+    """Mean absolute errors of the median and the naive forecast by hour of the day, or for days by step ahead."""
 
     what: str
     group: list[int]

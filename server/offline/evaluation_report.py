@@ -89,7 +89,7 @@ def _make_market_section(market: MarketScore, fan: FanChart) -> MarketSection:
 
 
 def _encode_fan(fan: FanChart) -> dict[str, Any]:
-    """Encode a chart with levels from outside in: the page fills between first and last, second and next to last."""
+    """Encode a chart with rising levels: the page fills between first and last, second and next to last."""
     lines = [_round_values(line) for line in fan.quantiles]
     return {"kind": "fan", "x": fan.seconds, "actual": _round_values(fan.actual), "levels": fan.levels, "lines": lines}
 

@@ -1,6 +1,6 @@
 """Checks of this machine for `fleetcast doctor`: facts that matter to a server, and advice where they are insufficient.
 
-Each check is a function of values that `check_machine` reads. Torch only reports its version and build.
+Each check is a function of values that `check_machine` reads. Torch only reports its build, threads and devices.
 """
 
 import os

@@ -210,7 +210,7 @@ class WindowForecasts:
 
     @property
     def actuals(self) -> Float64:
-        """Return the actual values [W, H], NaN if missing."""
+        """The actual values [W, H], NaN if missing."""
         return self.series.values[self.steps]
 
     def cut(self, horizon: int, levels: Float64) -> "WindowForecasts":

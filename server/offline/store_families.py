@@ -27,7 +27,7 @@ class Measurable:
 
 @dataclass(slots=True)
 class StoreFamilies:
-    """The families of a store by key, and facts. `bad` says that some of its archives would not load."""
+    """The families of a store by key, and facts. `bad` says that it or some archives cannot be opened."""
 
     families: dict[str, Measurable] = field(default_factory=dict)
     facts: list[HostFact] = field(default_factory=list)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
@@ -96,6 +97,7 @@ def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypat
     log.close()
     for name, value in {"MODEL_CACHE_BYTES": "65536", "SLAB_BYTES": "65536", "WORKERS": "1"}.items():
         monkeypatch.setenv(f"FLEETCAST_{name}", value)
+    monkeypatch.setattr("rich._console", Console(width=80))  # what a command that printed earlier leaves in the process
     flags = ["--store", str(tmp_path / "s"), "--access-log", str(tmp_path / "log")]
     advice = json.loads(doctor(*flags, "--json").stdout)["access_log"]
     assert (advice["requests"], advice["budget_bytes"], advice["hit_ratio"]) == (72, 65536, 0.0)
