@@ -308,3 +308,22 @@ def test_a_sparse_tensor_that_becomes_large_is_refused(numbers: int, refused: bo
             check_model(parsed.SerializeToString())
     else:
         check_model(parsed.SerializeToString())
+
+
+def test_a_model_leaves_no_file_open_and_no_path_in_messages() -> None:
+    """It is read from a file in memory, while which the interpreter's lock is free; the file goes with the load."""
+    sound, unsound = (
+        model([helper.make_node(kind, ["x"], ["y"])], ("n", 2), ("n", 2)) for kind in ("Relu", "Nonsense")
+    )
+    before = count_descriptors()
+    loaded = OnnxModel(sound)
+    with pytest.raises(ArchiveInvalid) as caught:
+        OnnxModel(unsound)
+    assert "/proc/" not in str(caught.value)
+    assert count_descriptors() == before
+    assert loaded.run({"x": np.array([[-1.0, 2.0]], np.float32)})["y"].tolist() == [[0.0, 2.0]]
+
+
+def count_descriptors() -> int:
+    """Files that this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
