@@ -71,10 +71,16 @@ class FanOut:
     """
 
     def __init__(
-        self, plane: DataPlane, call: MultiModelCall, limit: Limit, deadline: float, client_gone: ClientWatch
+        self,
+        plane: DataPlane,
+        call: MultiModelCall,
+        limit: Limit,
+        deadline: float,
+        client_gone: ClientWatch,
+        ident: bytes = b"",
     ) -> None:
         self._plane, self._call, self._limit = plane, call, limit
-        self._deadline, self._client_gone = deadline, client_gone
+        self._deadline, self._client_gone, self._ident = deadline, client_gone, ident
         self._window = max(call.size, MIN_WINDOW)
         self._running = self._under_way = self._answered = 0
         self._room = asyncio.Event()
@@ -117,7 +123,7 @@ class FanOut:
             if isinstance(item, Item) and isinstance(each, Prediction)
         ]
         asked = await self._pacer.run(build_correlation_request(answered, joint.drawn))
-        request = InferRequest(joint.correlation, asked, JSON, accept, self._deadline, self._client_gone)
+        request = InferRequest(joint.correlation, asked, JSON, accept, self._deadline, self._client_gone, self._ident)
         try:
             response = await self._plane.infer(request)
         except Refused as refused:
@@ -171,7 +177,9 @@ class FanOut:
     async def _predict(self, item: Item) -> Prediction | Refused:
         body = build_request(item.instance, self._call.configuration)
         try:
-            response = await self._plane.infer(InferRequest(item.model, body, JSON, JSON, self._deadline))
+            response = await self._plane.infer(
+                InferRequest(item.model, body, JSON, JSON, self._deadline, None, self._ident)
+            )
         except Refused as refused:
             return _without_frames(refused)
         self._hold_answer(response)

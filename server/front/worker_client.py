@@ -19,6 +19,8 @@ GRACE_S = 0.25
 class WorkerLost(Exception):
     """The worker's connection ended with this call under way, or the worker fell silent."""
 
+    worker = -1  #: which one, where it is known
+
 
 @dataclass(slots=True, eq=False)
 class WorkerCall:
@@ -47,10 +49,15 @@ class WorkerLink(FrameConnection):
         """For example `<WorkerLink to worker 0: 12 calls>`."""
         return f"<WorkerLink to worker {self.worker}: {len(self._calls)} calls>"
 
-    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
-        """Send a request. Its `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes."""
+    def call(
+        self, model: str, content_type: str, accept: str, deadline: float, body: bytes, alone: bool = False
+    ) -> WorkerCall:
+        """Send a request (`alone`: see `Request`).
+
+        Its `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes.
+        """
         self._next_id = ident = self._next_id + 1
-        self.send(Request(ident, int(deadline * 1e9), model, content_type, accept, len(body), body))
+        self.send(Request(ident, int(deadline * 1e9), model, content_type, accept, len(body), body, alone))
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         return call
 

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from server.errors import Situation
 
-VERSION = 2
+VERSION = 3
 CHUNK = 64 * 1024  #: bytes of a body in one frame at most
 MAX_FRAME = CHUNK + 16 * 1024  #: a chunk and the longest head: the front bounds name, content type and accept
 
@@ -56,7 +56,10 @@ class _Frame(Struct, array_like=True, gc=False, forbid_unknown_fields=True):
 
 
 class Request(_Frame, tag=1):
-    """A request. `deadline_ns` is on the host's monotonic clock; `body` is all of the body or its first part."""
+    """A request. `deadline_ns` is on the host's monotonic clock; `body` is all of the body or its first part.
+
+    `alone`: it is to run in a batch of its own, because its model ran when a worker died.
+    """
 
     deadline_ns: Count
     model: str
@@ -64,6 +67,7 @@ class Request(_Frame, tag=1):
     accept: str
     body_bytes: Count
     body: Part
+    alone: bool = False
 
 
 class Data(_Frame, tag=2):

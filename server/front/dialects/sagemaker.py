@@ -92,9 +92,10 @@ class SageMaker:
             model = self._parse_name(raw)
         response = await plane.infer(
             InferRequest(
-                model, request.body, request.content_type, request.accept, request.deadline, request.client_gone
+                model, request.body, request.content_type, request.accept, request.deadline, request.client_gone,
+                request.id,
             )
-        )
+        )  # fmt: skip
         return HttpReply(200, response.content_type, response.body, _make_headers(request), response.stats, response)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:

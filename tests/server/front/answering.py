@@ -22,6 +22,7 @@ class Asked:
     content_type: str
     accept: str
     body: bytes
+    alone: bool = False
 
 
 @dataclass
@@ -35,9 +36,11 @@ class Worker:
     waiting: list[WorkerCall] = field(default_factory=list)
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
 
-    def call(self, model: str, content_type: str, accept: str, deadline: float, body: bytes) -> WorkerCall:
+    def call(
+        self, model: str, content_type: str, accept: str, deadline: float, body: bytes, alone: bool = False
+    ) -> WorkerCall:
         """A link's: the answer comes in a later pass of the loop."""
-        request = Asked(model, content_type, accept, bytes(body))
+        request = Asked(model, content_type, accept, bytes(body), alone)
         self.asked.append(request)
         call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
         asyncio.get_running_loop().call_soon(self._reply, call, request)
