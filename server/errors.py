@@ -50,6 +50,11 @@ def situation_of(error: LoadError) -> Situation:
     return _LOAD_SITUATIONS.get(error.reason, Situation.ARCHIVE_FAILED)
 
 
+def describe_quarantine(model: str, why: str) -> str:
+    """What a client is told whose model is in quarantine."""
+    return f"{model} is quarantined: {why}; an operator can release it: POST /fleet/release/{model}"
+
+
 class Detail(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of an error response frame: what was wrong and where."""
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NoReturn, cast
 
 import structlog
@@ -116,6 +116,7 @@ class App:
         The deadline counts from the head's arrival, the queue from that of the body's end. Raises Refused, ClientGone.
         """
         headers, longest = request.headers, self._settings.request_timeout_s
+        request.id = self._identify(headers)
         wanted = headers.get(_TIMEOUT_MS)
         request.deadline = request.arrived + (longest if wanted is None else min(_parse_timeout(wanted), longest))
         content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
@@ -145,6 +146,11 @@ class App:
                 await asyncio.to_thread(self._permissions.check_signature, *signed_as)
         if coding:
             request.body = await self._join(b"", limit, unpack(request.body, coding))
+
+    def _identify(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """The client's own id of its request where it gives one, else a new one."""
+        given = headers.get(_REQUEST_ID, b"")
+        return given if 0 < len(given) <= MAX_HEADER else b"%s-%d" % (self._id_prefix, next(self._ids))
 
     async def _read_rest(self, first: bytes, limit: Limit, receive: Receive) -> bytes:
         try:
@@ -207,12 +213,10 @@ class App:
         Returns the status codes to count.
         """
         stream, size = reply.stream, len(reply.body) if reply.stream is None else reply.stream.body_bytes
-        given = request.headers.get(_REQUEST_ID, b"")
-        ident = given if 0 < len(given) <= MAX_HEADER else b"%s-%d" % (self._id_prefix, next(self._ids))
         head: Headers = [
             (b"content-type", reply.content_type.encode()),
             (b"content-length", b"%d" % size),
-            (_REQUEST_ID, ident),
+            (_REQUEST_ID, request.id or self._identify(request.headers)),
             *reply.headers,
         ]
         if reply.stats is not None:

@@ -14,6 +14,7 @@ import structlog
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
+from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.pulse import SILENT_S, PulseReader
@@ -23,6 +24,9 @@ WATCH_AFTER_S = 0.5
 
 log = structlog.get_logger()
 
+MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
+RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
+MOST_WAITING = 1024  #: requests that wait for one
 HALF_ANSWER = "the worker died with half of the answer; try again"
 _CACHE: Mapping[int, str | None] = {
     CacheResult.NONE: None,
@@ -50,6 +54,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     deadline: float
     client_gone: ClientWatch | None = None  #: None: the caller watches its client itself
     arrived: float = 0.0
+    request_id: bytes = b""  #: as its client knows it
 
 
 class InferStats(msgspec.Struct, frozen=True, gc=False):
@@ -168,7 +173,10 @@ class DataPlane:
         self.expected = 0  #: how many workers the server has, up or not
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
+        self.suspects = Suspects()
         self.held = HeldBytes(max_held_bytes)
+        self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
+        self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -182,7 +190,7 @@ class DataPlane:
         return {worker: self.pulses.get(worker) for worker in self.router.lanes}
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """The model's answer. A worker that dies costs one more try: a forecast has no side effects.
+        """The model's answer. A worker that is lost costs one more try: a forecast has no side effects.
 
         Raises Refused, RefusedByWorker, and ClientGone when the client is watched and leaves.
         """
@@ -190,14 +198,14 @@ class DataPlane:
         self.held.size += size
         try:
             self.held.check()
+            if self.suspects and self.suspects.has(request.model):
+                return await self._ask_again(request, None)
             now = time.monotonic()
-            lane = self.router.route(request.model, now)
-            if lane is None or lane.worker not in self.links:
-                raise Refused(Situation.NOT_READY, "no worker is up yet; try again")
+            lane = self.router.route(request.model, now) or await self._wait_for_lane(request, None)
             try:
                 return await self._ask(lane, request, now)
             except WorkerLost:
-                return await self._ask_another(lane.worker, request)
+                return await self._ask_again(request, lane.worker)
         finally:
             self.held.size -= size
 
@@ -221,36 +229,96 @@ class DataPlane:
         """Requests go to workers whose step loops turn, as long as there is one; so do those that silent ones have."""
         silent = frozenset(worker for worker, pulse in self.pulses.items() if pulse.observe(now) >= SILENT_S)
         if silent != self.router.silent:
+            for worker in silent - self.router.silent:
+                self.note_loss(worker)
             log.warning("silent_workers", workers=sorted(silent), were=sorted(self.router.silent))
             self.router.silent = silent
         if len(silent) < len(self.links):
             for worker in silent:
                 self.links[worker].give_up()
 
-    async def _ask_another(self, dead: int, request: InferRequest) -> InferResponse:
-        """The second try, on a worker that is not the `dead` one."""
-        now = time.monotonic()
-        lane = self.router.route(request.model, now, dead)
-        if lane is None or lane.worker not in self.links:
-            message = "the worker died with this request, and no other is up; try again"
-            raise Refused(Situation.WORKER_LOST, message) from None
-        try:
-            return await self._ask(lane, request, now)
-        except WorkerLost:
-            message = "two workers died with this request; it is not tried again"
-            raise Refused(Situation.WORKER_LOST, message) from None
+    def note_up(self, worker: int) -> None:
+        """The worker is connected."""
+        self.router.worker_up(worker)
+        self._was_up = True
+        self._up.set()
+        self._up = asyncio.Event()
 
-    async def _ask(self, lane: WorkerLoad, request: InferRequest, now: float) -> InferResponse:
+    def note_loss(self, worker: int) -> None:
+        """The worker has died or fallen silent: the models that it runs are suspects.
+
+        INVARIANT: it is called before a request that was lost is tried again.
+        """
+        self.suspects.add({each.model for each in self.pulses[worker].running()}, worker)
+
+    async def _ask_again(self, request: InferRequest, lost: int | None) -> InferResponse:
+        """Try on other workers than the `lost` one: alone while the model is a suspect, at once while it is not."""
+        for _ in range(MOST_TRIES - 1):
+            try:
+                if self.suspects.has(request.model):
+                    return await self._ask_alone(request, lost)
+                lane = await self._wait_for_lane(request, lost)
+                return await self._ask(lane, request, time.monotonic())
+            except WorkerLost as error:
+                lost = error.worker
+        message = f"{MOST_TRIES} workers were lost with this request; it is not tried again"
+        raise Refused(Situation.WORKER_LOST, message)
+
+    async def _ask_alone(self, request: InferRequest, lost: int | None) -> InferResponse:
+        """Run a suspect once the supervisor permits it. Its answer clears the model. Raises WorkerLost, Refused."""
+        model = request.model
+        log.warning("suspect_request", model=model, request_id=request.request_id.decode("latin-1"), lost_with=lost)
+        async with self.suspects.trying(model, request.deadline) as trial:
+            if self.suspects.has(model):
+                lane = await self._wait_for_lane(request, lost)
+                try:
+                    response = await self._ask(lane, request, time.monotonic(), alone=True)
+                except WorkerLost as error:
+                    trial.lost = error.worker
+                    raise
+                self.suspects.clear(model)
+                return response
+        lane = await self._wait_for_lane(request, lost)  # another request has cleared the model meanwhile
+        return await self._ask(lane, request, time.monotonic())
+
+    async def _wait_for_lane(self, request: InferRequest, lost: int | None) -> WorkerLoad:
+        """The lane for a request. Where all workers have died, some requests wait for one to come up again."""
+        until = min(request.deadline, time.monotonic() + RESTART_S)
+        while (lane := self._find_lane(request.model, lost)) is None:
+            if not self._was_up:
+                raise Refused(Situation.NOT_READY, "no worker is up yet; try again")
+            if self._waiting >= MOST_WAITING:
+                raise Refused(
+                    Situation.NOT_READY, f"no worker is up, and {MOST_WAITING} requests wait for one; try again"
+                )
+            self._waiting += 1
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await self._up.wait()
+            except TimeoutError:
+                raise Refused(Situation.NOT_READY, "all workers have died, and none came up in time") from None
+            finally:
+                self._waiting -= 1
+        return lane
+
+    def _find_lane(self, model: ModelName, lost: int | None) -> WorkerLoad | None:
+        now = time.monotonic()
+        lane = self.router.route(model, now, lost)
+        return self.router.route(model, now) if lane is None else lane
+
+    async def _ask(self, lane: WorkerLoad, request: InferRequest, now: float, *, alone: bool = False) -> InferResponse:
         """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
         model, link = request.model, self.links[lane.worker]
         counted = self.router.count_start(lane, model)
         arrived = request.arrived or now
-        call = link.call(model, request.content_type, request.accept, request.deadline, request.body, arrived)
+        call = link.call(model, request.content_type, request.accept, request.deadline, request.body, arrived, alone)
         self._watched[call] = (now, request.client_gone, link)
         try:
             head = await call.reply
         except BaseException as error:
-            if not isinstance(error, WorkerLost):
+            if isinstance(error, WorkerLost):
+                error.worker = lane.worker
+            else:
                 link.cancel(call)
             self.router.count_end(lane, model, counted, held=False)
             raise

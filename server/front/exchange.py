@@ -40,6 +40,7 @@ class HttpRequest(msgspec.Struct):
     path: str
     headers: Mapping[bytes, bytes]  #: by lower-case name
     client_gone: ClientWatch
+    id: bytes = b""  #: the client's own, or made by the app
     content_type: str = ""
     accept: str = ""
     deadline: float = 0.0  #: on the monotonic clock (s)

@@ -78,9 +78,10 @@ class FanOut:
         deadline: float,
         client_gone: ClientWatch,
         arrived: float = 0.0,
+        ident: bytes = b"",
     ) -> None:
         self._plane, self._call, self._limit = plane, call, limit
-        self._deadline, self._client_gone, self._arrived = deadline, client_gone, arrived
+        self._deadline, self._client_gone, self._arrived, self._ident = deadline, client_gone, arrived, ident
         self._window = max(call.size, MIN_WINDOW)
         self._running = self._under_way = self._answered = 0
         self._room = asyncio.Event()
@@ -123,7 +124,9 @@ class FanOut:
             if isinstance(item, Item) and isinstance(each, Prediction)
         ]
         asked = await self._pacer.run(build_correlation_request(answered, joint.drawn))
-        request = InferRequest(joint.correlation, asked, JSON, accept, self._deadline, self._client_gone)
+        request = InferRequest(
+            joint.correlation, asked, JSON, accept, self._deadline, self._client_gone, self._arrived, self._ident
+        )
         try:
             response = await self._plane.infer(request)
         except Refused as refused:
@@ -177,7 +180,7 @@ class FanOut:
     async def _predict(self, item: Item) -> Prediction | Refused:
         body = build_request(item.instance, self._call.configuration)
         try:
-            request = InferRequest(item.model, body, JSON, JSON, self._deadline, arrived=self._arrived)
+            request = InferRequest(item.model, body, JSON, JSON, self._deadline, None, self._arrived, self._ident)
             response = await self._plane.infer(request)
         except Refused as refused:
             return _without_frames(refused)

@@ -95,11 +95,12 @@ class Front:
                 continue
             self._linked[worker] = path
             self._app.plane.links[worker], self._app.plane.pulses[worker] = link, pulse
-            self._app.plane.router.worker_up(worker)
+            self._app.plane.note_up(worker)
 
     def _lost(self, link: WorkerLink) -> None:
         """A link has ended. The front learns it before the supervisor does: the socket closes with the process."""
         if self._app.plane.links.get(link.worker) is link:
+            self._app.plane.note_loss(link.worker)
             del self._app.plane.links[link.worker], self._app.plane.pulses[link.worker], self._linked[link.worker]
             self._app.plane.router.worker_down(link.worker)
             if link.worker in self._wanted:
@@ -118,7 +119,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
     metrics = FrontMetrics()
     try:
         app = App(settings, metrics)
-        app.plane.expected = assignment.workers
+        app.plane.expected, app.plane.suspects.channel = assignment.workers, member.channel
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug

@@ -19,6 +19,8 @@ GRACE_S = 0.25
 class WorkerLost(Exception):
     """The worker's connection ended with this call under way, or the worker fell silent."""
 
+    worker = -1  #: which one, where it is known
+
 
 @dataclass(slots=True, eq=False)
 class WorkerCall:
@@ -48,15 +50,22 @@ class WorkerLink(FrameConnection):
         return f"<WorkerLink to worker {self.worker}: {len(self._calls)} calls>"
 
     def call(
-        self, model: str, content_type: str, accept: str, deadline: float, body: bytes, arrived: float = 0.0
+        self,
+        model: str,
+        content_type: str,
+        accept: str,
+        deadline: float,
+        body: bytes,
+        arrived: float = 0.0,
+        alone: bool = False,
     ) -> WorkerCall:
-        """Send a request that came to the front at `arrived` (monotonic, s; 0: now).
+        """Send a request that came to the front at `arrived` (monotonic, s; 0: now); `alone`: see `Request`.
 
         The `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes.
         """
         self._next_id = ident = self._next_id + 1
         times = (int(deadline * 1e9), int(arrived * 1e9))
-        self.send(Request(ident, times[0], model, content_type, accept, len(body), body, times[1]))
+        self.send(Request(ident, times[0], model, content_type, accept, len(body), body, times[1], alone))
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         return call
 

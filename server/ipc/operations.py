@@ -64,7 +64,21 @@ class ReportOverrun(Operation[None]):
     reason: str
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready
+class TrySuspect(Operation[str]):
+    """Run a model alone that ran when a worker died. Answered when it may, with nothing, or with why it may not."""
+
+    model: str
+    for_s: float  #: how long the request can wait and run
+
+
+class EndTrial(Operation[None]):
+    """The run that `TrySuspect` permitted has ended."""
+
+    model: str
+    lost: int  #: the worker that died of it, or fell silent; -1: none
+
+
+AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------

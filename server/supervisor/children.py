@@ -47,6 +47,7 @@ class Child:
     plan: WorkerPlan | None = None  #: a worker's
     incarnation: int = 0
     failures: int = 0
+    condemned: bool = False  #: killed by us, because it was silent
     proven: bool = False  #: has been ready at least once
     process: asyncio.subprocess.Process | None = None
     channel: ControlChannel | None = None
@@ -165,6 +166,7 @@ class Children:
     async def _run_once(self, child: Child) -> None:
         """One incarnation, from spawn to its end."""
         child.incarnation += 1
+        child.condemned = False
         ours, theirs = socket.socketpair()
         with theirs:
             child.process = await self._spawn(child, theirs)
@@ -215,6 +217,7 @@ class Children:
 
     def _kill(self, child: Child, process: asyncio.subprocess.Process, why: str) -> None:
         log.error("killed", child=child.name, why=why)
+        child.condemned = True
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGKILL)
 

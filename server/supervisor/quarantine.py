@@ -1,10 +1,12 @@
 """Which models are refused by every worker until an operator releases them. It lives as long as the server."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 
 import structlog
+
+from server.ipc.pulse import RunningModel
 
 DEATHS = 2  #: of workers, while they ran the model
 WINDOW_S = 3600.0  #: deaths longer ago than this do not count
@@ -19,6 +21,7 @@ class ServerQuarantine:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.reasons: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
+        self._shares: defaultdict[str, float] = defaultdict(float)
         self._since, self._now = now(), now
 
     def __repr__(self) -> str:
@@ -35,17 +38,27 @@ class ServerQuarantine:
     def release(self, model: str) -> bool:
         """Let the model run again. False if it was not in quarantine."""
         self._deaths.pop(model, None)
+        self._shares.pop(model, None)
         return self.reasons.pop(model, None) is not None
 
-    def note_death(self, running: Iterable[str]) -> bool:
-        """Count a worker's death against the models that ran. True if one of them is refused now."""
+    def note_death(self, running: Sequence[RunningModel], *, tried: str = "", from_outside: bool = False) -> bool:
+        """Count a worker's death against the models that ran. True if one of them is refused now.
+
+        A model is refused at its second death, where it ran with no other or was on trial (`tried`), or when its shares
+        of deaths, one divided by the models that ran, make DEATHS. A kill from outside says nothing of rows, whose
+        arithmetic is ours, nor of loads: they ran there by chance.
+        """
         if self._now() - self._since > WINDOW_S or len(self._deaths) > MOST:
             self._deaths.clear()
+            self._shares.clear()
             self._since = self._now()
         found = False
-        for model in running:
+        named = {each.model for each in running if not from_outside or each.how == "alone"}
+        for model in sorted(named):
             self._deaths[model] += 1
-            if self._deaths[model] >= DEATHS and model not in self.reasons:
+            self._shares[model] += 1 / len(named)
+            again = self._deaths[model] >= DEATHS and (len(named) == 1 or model == tried)
+            if (again or self._shares[model] >= DEATHS) and model not in self.reasons:
                 self.add(model, f"{self._deaths[model]} workers died while it ran")
                 found = True
         return found

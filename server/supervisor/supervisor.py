@@ -6,6 +6,7 @@ socket path of its own, so a front can never reach a dead worker's successor by 
 
 import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from server.ipc.operations import (
     AskedByWorker,
     AwaitConnections,
     ConnectWorkers,
+    EndTrial,
     Fatal,
     FrontAssignment,
     JoinAsFront,
@@ -42,6 +44,7 @@ from server.ipc.operations import (
     ScrapeMetrics,
     SetQuarantine,
     TakeAccessLog,
+    TrySuspect,
     UnloadModel,
     UnpinModel,
     WorkerAssignment,
@@ -55,9 +58,11 @@ from server.supervisor.children import Child, Children
 from server.supervisor.host_files import keep_access_log, keep_disk_cache
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.runtime_folder import RuntimeFolder
+from server.supervisor.trials import Trials
 from server.supervisor.worker_plan import front_cores, plan_workers
 
 SCRAPE_S = 2.0
+LOGGED_MODELS = 50  #: of those that ran when a worker died
 LIST_S = 2.0  #: how long a list waits for a worker; it then names the worker as unheard
 SILENT_WAIT_S = 0.5  #: how long an operation waits for a silent worker, which performs it should it turn again
 MAX_PIN_BYTES = 8 * 1024 * 1024  #: of the names of pinned models
@@ -95,6 +100,7 @@ class Supervisor:
         self._metrics, self._merged = HostMetrics(), MergedMetrics()
         self._folder = RuntimeFolder()
         self._quarantine = ServerQuarantine()
+        self._trials = Trials(self._quarantine, self._count_ready, len(self.workers))
         self._disk_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
@@ -150,7 +156,9 @@ class Supervisor:
 
     # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------
 
-    async def answer_child(self, child: Child, operation: AskedByFront | AskedByWorker) -> object:
+    async def answer_child(  # noqa: C901 -- one case an operation
+        self, child: Child, operation: AskedByFront | AskedByWorker
+    ) -> object:
         """Answer a child."""
         match operation:
             case JoinAsFront():
@@ -167,11 +175,18 @@ class Supervisor:
                     child.channel.tell(SetQuarantine(self._quarantine.reasons))
                 self._announce_workers(child)
                 if child.kind == "worker":
+                    self._trials.note_worker(child.index)
                     await self._replay_pins(child)
                 return None
             case ReportOverrun(model, reason):
                 self._quarantine.add(model, reason)
                 self._announce_quarantine()
+                return None
+            case TrySuspect(model, for_s):
+                return await self._trials.begin(child.name, model, for_s)
+            case EndTrial(model, lost):
+                waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
+                self._trials.end(child.name, model, lost if waits else -1)
                 return None
             case Fatal(error):
                 self._children.set_fatal(error)
@@ -182,16 +197,33 @@ class Supervisor:
     def note_end(self, child: Child) -> None:
         """Keep what the incarnation counted, and tell the fronts that it is gone."""
         self._merged.retire(child.name)
-        running = [] if child.pulse is None else child.pulse.running()
-        if self._quarantine.note_death(sorted({each.model for each in running})):
-            self._announce_quarantine()
+        if child.kind == "front":
+            self._trials.note_front_end(child.name)
+        else:
+            self._note_death(child)
         child.pulse = None
         self._announce_workers(child)
+        if child.kind == "worker":
+            self._trials.note_worker(child.index)
+
+    def _note_death(self, worker: Child) -> None:
+        """Blame the models that the worker ran, and log them."""
+        running = [] if worker.pulse is None else worker.pulse.running()
+        if running:
+            names = [each.model for each in running]
+            log.error("suspects", child=worker.name, models=names[:LOGGED_MODELS], count=len(names))
+        from_outside = (
+            worker.process is not None and worker.process.returncode == -signal.SIGKILL and not worker.condemned
+        )
+        if self._quarantine.note_death(running, tried=self._trials.model, from_outside=from_outside):
+            self._announce_quarantine()
 
     def note_silence(self, child: Child) -> None:
         """Say by `worker_up` whether it is silent. The fronts see it themselves."""
         if child.plan is not None:
             self._metrics.up.labels(*_make_labels(child.plan)).set(child.ready.is_set() and not child.is_silent)
+            if not child.is_silent:
+                self._trials.note_worker(child.index)
 
     def note_restart(self, child: Child) -> None:
         """Count a worker's restart."""
@@ -215,7 +247,11 @@ class Supervisor:
     def _pulse(self, worker: Child) -> str:
         return self._socket(worker) + SUFFIX
 
+    def _count_ready(self) -> int:
+        return sum(worker.ready.is_set() and not worker.is_silent for worker in self.workers)
+
     def _announce_quarantine(self) -> None:
+        self._trials.note_quarantine()
         for worker in self.workers:
             if worker.channel is not None and worker.ready.is_set():
                 worker.channel.tell(SetQuarantine(self._quarantine.reasons))

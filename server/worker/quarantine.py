@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from model_store.errors import LoadError
 from model_store.names import ModelName
+from server.errors import describe_quarantine
 
 
 class ModelQuarantined(LoadError):
@@ -16,7 +17,7 @@ class ModelQuarantined(LoadError):
     reason = "quarantined"
 
     def __init__(self, model: str, why: str) -> None:
-        super().__init__(f"{model} is quarantined: {why}; an operator can release it: POST /fleet/release/{model}")
+        super().__init__(describe_quarantine(model, why))
 
 
 class Quarantine:

@@ -122,7 +122,7 @@ class StepLoop:
         if slot is not None:
             job.cache, job.slot = CacheResult.HIT, slot
             self._metrics.hits.inc()
-            self._scheduler.add_ready(_get_group(slot), job)
+            self._scheduler.add_ready(_get_group(slot, job), job)
             self.wake()
         else:
             self._await_model(job, now)
@@ -223,7 +223,7 @@ class StepLoop:
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.accepted, _TIERS[built.tier]
             self._metrics.loading_wait.observe(job.load_s)
-            self._scheduler.add_ready(_get_group(get_slot(job)), job)
+            self._scheduler.add_ready(_get_group(get_slot(job), job), job)
 
     def failed(self, model: ModelName, error: LoadError) -> None:
         """Refuse the jobs that waited for this model, with the cause of its failed load."""
@@ -290,6 +290,11 @@ class StepLoop:
         return self._residents.describe(prefix, after, limit)
 
 
-def _get_group(slot: Slot) -> str:
-    """The key of jobs that can run in one batch: the slot's family, or the single model and its version."""
-    return slot.family or f"single {slot.model}@{slot.version}"
+def _get_group(slot: Slot, job: Job) -> str:
+    """The key of jobs that can run in one batch: the slot's family, or the single model and its version.
+
+    A suspect's request runs beside no other model's, so that a death says which it was.
+    """
+    if slot.family is None:
+        return f"single {slot.model}@{slot.version}"
+    return f"{slot.family} alone {slot.model}" if job.request.alone else slot.family

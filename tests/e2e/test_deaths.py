@@ -74,7 +74,7 @@ def holds(server: Server, model: str, worker: int) -> bool:
 
 
 def test_a_worker_that_dies_with_requests_waiting_loses_none(s3: S3Server, store: str, serve: Serve) -> None:
-    """Killed while requests wait for a slow load: another worker is asked, and all of them are answered right."""
+    """Killed while requests wait for a slow load: another worker loads it once, and all of them are answered right."""
     (model,) = fleet("slow", 1)
     upload(s3, store, [model])
     with serve(workers=2, disk_cache_bytes=0) as server, ThreadPoolExecutor(8) as pool, s3.hold(model.name):
@@ -84,7 +84,7 @@ def test_a_worker_that_dies_with_requests_waiting_loses_none(s3: S3Server, store
         victim = server.processes("worker")[holder["worker"]]
         os.kill(victim["pid"], signal.SIGKILL)
         answers = [future.result(PATIENCE_S) for future in asked]
-        assert sorted(answer.cache for answer in answers) == ["coalesced"] * 7 + ["miss"]
+        assert [answer.cache for answer in answers].count("miss") == 1
         wait_until(partial(is_up, server, "worker", holder["worker"], 2), "the worker is back")
 
 

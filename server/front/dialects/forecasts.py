@@ -100,7 +100,9 @@ class Forecasts:
         del operation
         pacer = Pacer()
         call = await pacer.run(parse_call(request.body, self._item_limit))
-        with FanOut(plane, call, self._limit, request.deadline, request.client_gone, request.arrived) as fan_out:
+        with FanOut(
+            plane, call, self._limit, request.deadline, request.client_gone, request.arrived, request.id
+        ) as fan_out:
             return await self._answer(call, fan_out, request, pacer)
 
     async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest, pacer: Pacer) -> HttpReply:

@@ -99,8 +99,9 @@ class SageMaker:
                 request.deadline,
                 request.client_gone,
                 request.arrived,
+                request.id,
             )
-        )
+        )  # fmt: skip
         return HttpReply(200, response.content_type, response.body, _make_headers(request), response.stats, response)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:

@@ -23,6 +23,7 @@ class Asked:
     accept: str
     body: bytes
     arrived: float = 0.0
+    alone: bool = False
 
 
 @dataclass
@@ -37,10 +38,17 @@ class Worker:
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
 
     def call(
-        self, model: str, content_type: str, accept: str, deadline: float, body: bytes, arrived: float = 0.0
+        self,
+        model: str,
+        content_type: str,
+        accept: str,
+        deadline: float,
+        body: bytes,
+        arrived: float = 0.0,
+        alone: bool = False,
     ) -> WorkerCall:
         """A link's: the answer comes in a later pass of the loop."""
-        request = Asked(model, content_type, accept, bytes(body), arrived)
+        request = Asked(model, content_type, accept, bytes(body), arrived, alone)
         self.asked.append(request)
         call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
         asyncio.get_running_loop().call_soon(self._reply, call, request)

@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -10,6 +10,7 @@ from model_store.names import parse_model_name
 from server.errors import Refused, Situation
 from server.front import dataplane
 from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
+from server.front.worker_client import WorkerLink
 from server.ipc.pulse import LoadSigns, Pulse, PulseReader
 from tests.server.front.answering import JSON, Worker, attach
 
@@ -54,7 +55,7 @@ def test_an_answer_and_what_happened() -> None:
 
 
 def test_a_dead_worker_costs_one_more_try() -> None:
-    """The other worker is asked once; when it dies too, or there is none, the request is refused."""
+    """The other worker is asked; where one worker after the other dies with a request, it is refused after some."""
 
     async def scenario() -> None:
         pair = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
@@ -65,11 +66,56 @@ def test_a_dead_worker_costs_one_more_try() -> None:
         assert [len(worker.asked) for worker in pair] == [1, 1]
         pair[0].answer = pair[1].answer = dead
         refused = await refusal(made)
-        assert (refused.situation, "two workers" in str(refused)) == (Situation.WORKER_LOST, True)
-        assert [len(worker.asked) for worker in pair] == [2, 2]
+        assert (refused.situation, "4 workers" in str(refused)) == (Situation.WORKER_LOST, True)
+        assert [len(worker.asked) for worker in pair] == [3, 3]
         assert (await refusal(plane(Worker(dead)))).situation is Situation.WORKER_LOST
         assert (await refusal(plane())).situation is Situation.NOT_READY
         assert all(lane.running == 0 for lane in made.router.lanes.values())
+
+    asyncio.run(scenario())
+
+
+def test_requests_wait_for_the_next_worker_where_all_have_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ones too, up to a number of them and for a time."""
+
+    async def scenario() -> None:
+        made = plane()
+        made.note_up(0)
+        made.router.worker_down(0)
+        waiting = asyncio.ensure_future(made.infer(request(b"x")))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(dataplane, "MOST_WAITING", 1)
+        assert "1 requests wait" in str(await refusal(made))
+        made.links[0] = cast("WorkerLink", Worker(lambda asked: asked.body))
+        made.note_up(0)
+        assert (await waiting).body == b"x"
+        made.router.worker_down(0)
+        monkeypatch.setattr(dataplane, "RESTART_S", 0.01)
+        assert (await refusal(made)).situation is Situation.NOT_READY
+
+    asyncio.run(scenario())
+
+
+def test_a_suspect_runs_alone_and_an_answer_clears_it(tmp_path: Path) -> None:
+    """The model that ran when the worker died is marked in its request, until it has been answered; others are not."""
+
+    async def scenario() -> None:
+        pair = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
+        made = plane(*pair)
+        home, other = made.router.order(MODEL)
+        pulse = Pulse(str(tmp_path / "run"))
+        made.pulses[home] = PulseReader(str(tmp_path / "run"))
+        innocent = parse_model_name(next(f"{i}.mar" for i in range(99) if made.router.order(f"{i}.mar")[0] == home))
+
+        def die(_: Any) -> None:
+            pulse.batch[: len(MODEL) + 1] = MODEL.encode() + b"\0"
+            made.note_loss(home)
+            pulse.batch[0] = 0
+
+        pair[home].answer = die
+        assert (await made.infer(request(b"x"))).body == b"x"
+        assert (await made.infer(InferRequest(innocent, b"y", JSON, "", FAR))).body == b"y"
+        assert [(each.model, each.alone) for each in pair[other].asked] == [(MODEL, True), (innocent, False)]
 
     asyncio.run(scenario())
 
