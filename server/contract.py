@@ -195,6 +195,12 @@ INFERENCE_SECONDS: Final = MetricSpec(
     "Time from receiving a request to sending its response, in the front",
     ("protocol",),
 )
+UNDER_WAY: Final = MetricSpec(
+    "gauge",
+    "requests_under_way",
+    "Requests that fronts have sent to a worker, or hold for it, and that are not answered",
+    ("worker",),
+)
 WORKER_UP: Final = MetricSpec("gauge", "worker_up", "1 while the worker accepts requests, else 0", WORKER_LABELS)
 WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restarts", WORKER_LABELS)
 ACCESS_LOG_ROWS: Final = MetricSpec(

@@ -56,19 +56,30 @@ def describe_quarantine(model: str, why: str) -> str:
 
 
 class Detail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The body of an error response frame: what was wrong and where."""
+    """The body of an error response frame: what was wrong and where, and when to try again where that was estimated."""
 
     message: str
     instance: int | None = None
     field: str | None = None
+    retry_ms: int | None = None
 
 
 class Refused(Exception):
     """A request ends here with a situation; a dialect of the front says it in the client's protocol."""
 
     def __init__(
-        self, situation: Situation, message: str, instance: int | None = None, field: str | None = None
+        self,
+        situation: Situation,
+        message: str,
+        instance: int | None = None,
+        field: str | None = None,
+        retry_ms: int | None = None,
     ) -> None:
         super().__init__(message)
         self.situation = situation
-        self.detail = Detail(message, instance, field)
+        self.detail = Detail(message, instance, field, retry_ms)
+
+    def advise(self, retry_s: float) -> None:
+        """Say after how many seconds to try again, unless that is said already."""
+        if self.detail.retry_ms is None and retry_s > 0:
+            self.detail = msgspec.structs.replace(self.detail, retry_ms=max(1, round(retry_s * 1e3)))

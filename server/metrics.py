@@ -4,7 +4,7 @@ Each process counts in a registry of its own. On a scrape the supervisor asks it
 the counts of processes that ended, and sums equal series. INVARIANT: a counter does not decrease when a worker dies.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
 
@@ -149,10 +149,17 @@ class FrontMetrics:
         self.registry = CollectorRegistry()
         self._requests = _make_counter(contract.INFERENCE_REQUESTS, self.registry)
         self._seconds = _make_histogram(contract.INFERENCE_SECONDS, self.registry)
+        self._under_way = _make_gauge(contract.UNDER_WAY, self.registry)
 
     def bind_answers(self, protocol: str, code: int) -> AnswerSeries:
         """The series of answers of a protocol with a status code; to be kept, since finding them costs microseconds."""
         return AnswerSeries(self._requests.labels(protocol, str(code)), self._seconds.labels(protocol))
+
+    def show_under_way(self, counts: Mapping[int, int]) -> None:
+        """The requests under way at each worker now."""
+        self._under_way.clear()
+        for worker, count in counts.items():
+            self._under_way.labels(str(worker)).set(count)
 
     def text(self) -> str:
         """The exposition as text, for the supervisor."""

@@ -18,6 +18,7 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.auth.permissions import PermittedPlane, open_permissions
+from server.front.backlog import Bounds
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
@@ -50,7 +51,8 @@ class App:
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[Callable[[Settings], Dialect]] = DIALECTS
     ) -> None:
-        self.plane = DataPlane(int(settings.max_inflight_bytes))
+        bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
+        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds)
         self._settings = settings
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
@@ -85,7 +87,7 @@ class App:
                     plane = self.plane if token is None else PermittedPlane(self.plane, token)
                 request.arrived = started
                 await self._read(request, operation.body_limit, scope, receive, signed=plane is self.plane)
-            reply = await dialect.answer(operation, request, plane)
+            reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
@@ -241,6 +243,15 @@ class App:
             if more and stream is not None:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted
+
+
+def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:
+    """The reply. INVARIANT: none leaves as a success after its deadline. Raises Refused."""
+    if request.deadline and time.monotonic() > request.deadline:
+        if reply.stream is not None:
+            reply.stream.cancel()
+        raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
+    return reply
 
 
 def _parse_timeout(raw: bytes) -> float:

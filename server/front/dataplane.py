@@ -13,7 +13,9 @@ import msgspec
 import structlog
 
 from model_store.names import ModelName
+from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
+from server.front.backlog import Backlog, Bounds
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
@@ -21,6 +23,7 @@ from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
 WATCH_AFTER_S = 0.5
+BOUNDS = Bounds(QUEUE_PER_WORKER, QUEUE_PER_MODEL)  #: those of the settings' defaults
 
 log = structlog.get_logger()
 
@@ -114,7 +117,7 @@ class RefusedByWorker(Refused):
     """The worker's refusal, with what happened until then."""
 
     def __init__(self, situation: Situation, detail: Detail, stats: InferStats) -> None:
-        super().__init__(situation, detail.message, detail.instance, detail.field)
+        super().__init__(situation, *msgspec.structs.astuple(detail))
         self.stats = stats
 
 
@@ -166,10 +169,14 @@ class InferencePlane(Protocol):
 
 
 class DataPlane:
-    """One front's requests to the workers. `links` are the connections to the workers that are up, by worker."""
+    """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
 
-    def __init__(self, max_held_bytes: int) -> None:
+    `bounds` are those of the requests under way at one worker.
+    """
+
+    def __init__(self, max_held_bytes: int, bounds: Bounds = BOUNDS) -> None:
         self.router = Router()
+        self._bounds = bounds
         self.expected = 0  #: how many workers the server has, up or not
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
@@ -309,7 +316,11 @@ class DataPlane:
     async def _ask(self, lane: WorkerLoad, request: InferRequest, now: float, *, alone: bool = False) -> InferResponse:
         """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
         model, link = request.model, self.links[lane.worker]
+        backlog = link.backlog
+        ahead = backlog.count_ahead(model)
+        self._admit(request, lane, backlog, request.deadline - now)
         counted = self.router.count_start(lane, model)
+        backlog.start(model, is_work=counted)
         arrived = request.arrived or now
         call = link.call(model, request.content_type, request.accept, request.deadline, request.body, arrived, alone)
         self._watched[call] = (now, request.client_gone, link)
@@ -321,11 +332,17 @@ class DataPlane:
             else:
                 link.cancel(call)
             self.router.count_end(lane, model, counted, held=False)
+            if isinstance(error, Refused):
+                error.advise(backlog.expected_s(ahead))
             raise
         finally:
             del self._watched[call]
+            backlog.end(model, was_work=counted)
         held = not head.situation or head.situation in (Situation.BAD_REQUEST, Situation.MODEL_FAILED)
-        wait_s = (head.queue_us + head.inference_us) / 1e6
+        took_s = time.monotonic() - now
+        wait_s = max(0.0, took_s - head.load_us / 1e6)
+        if counted and held and head.cache == CacheResult.HIT:
+            backlog.learn(ahead, took_s)
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
         self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
         cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
@@ -333,8 +350,20 @@ class DataPlane:
         response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call)
         if head.situation:
             detail = msgspec.json.decode(await response.read(), type=Detail)
-            raise RefusedByWorker(Situation(head.situation), detail, stats)
+            refused = RefusedByWorker(Situation(head.situation), detail, stats)
+            if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE):
+                refused.advise(backlog.expected_s(ahead))
+            raise refused
         return response
+
+    def _admit(self, request: InferRequest, lane: WorkerLoad, backlog: Backlog, left_s: float) -> None:
+        """Raises Refused for a request that its worker has no room for, or would not answer in time."""
+        model = request.model
+        refusal = backlog.check(model, left_s, self._bounds, is_work=lane.warm.has(model))
+        if refusal is not None:
+            refused = Refused(Situation.OVERLOADED, refusal.reason)
+            refused.advise(refusal.retry_s)
+            raise refused
 
 
 async def _cancel_when_gone(call: WorkerCall, client_gone: ClientWatch, link: WorkerLink) -> None:

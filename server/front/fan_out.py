@@ -215,7 +215,7 @@ def require_all(found: Sequence[Prediction | Refused]) -> None:
     """Raises the first item's refusal, with its place, as the whole call's: one array has no place for a failure."""
     for i, each in enumerate(found):
         if isinstance(each, Refused):
-            raise Refused(each.situation, each.detail.message, i, each.detail.field)
+            raise Refused(each.situation, each.detail.message, i, each.detail.field, each.detail.retry_ms)
 
 
 def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slices[list[Prediction | Refused]]:
@@ -242,4 +242,4 @@ def _at_item(refused: Refused, found: Sequence[Prediction | Refused]) -> Refused
     if detail.instance is None:
         return refused
     asked = [i for i, each in enumerate(found) if isinstance(each, Prediction)]
-    return Refused(refused.situation, detail.message, asked[detail.instance], detail.field)
+    return Refused(refused.situation, detail.message, asked[detail.instance], detail.field, detail.retry_ms)

@@ -59,6 +59,8 @@ class Front:
                 await asyncio.gather(*self._connecting.values(), return_exceptions=True)
                 return None
             case ScrapeMetrics():
+                links = self._app.plane.links
+                self._metrics.show_under_way({worker: len(link.backlog) for worker, link in links.items()})
                 return self._metrics.text()
             case Ping():
                 return repr(self)

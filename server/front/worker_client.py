@@ -4,11 +4,13 @@ Runs on the front's event loop.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from server.errors import Refused, Situation
+from server.front.backlog import Backlog, Turns
 from server.ipc.connection import FrameConnection
 from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
 
@@ -36,18 +38,26 @@ class WorkerCall:
 
 
 class WorkerLink(FrameConnection):
-    """One front-worker socket. `on_lost` is called once when it ends."""
+    """One front-worker socket. `on_lost` is called once when it ends.
+
+    While the worker does not read, requests wait here and not in the socket's buffers, where they would be in the order
+    of their arrival and could not be taken back: their models take turns, and what has expired is not sent.
+    """
 
     def __init__(self, worker: int, on_lost: Callable[["WorkerLink"], None]) -> None:
         super().__init__()
         self.worker = worker
+        self.backlog = Backlog()
         self._on_lost = on_lost
         self._calls: dict[int, WorkerCall] = {}
+        self._unsent: Turns[Request] = Turns()
+        self._bodies_first = False  # whether large bodies or requests leave first: they take turns
         self._next_id = 0
 
     def __repr__(self) -> str:
-        """For example `<WorkerLink to worker 0: 12 calls>`."""
-        return f"<WorkerLink to worker {self.worker}: {len(self._calls)} calls>"
+        """For example `<WorkerLink to worker 0: 12 calls, 3 of them not sent>`."""
+        unsent = f", {len(self._unsent)} of them not sent" if self._unsent else ""
+        return f"<WorkerLink to worker {self.worker}: {len(self._calls)} calls{unsent}>"
 
     def call(
         self,
@@ -65,13 +75,17 @@ class WorkerLink(FrameConnection):
         """
         self._next_id = ident = self._next_id + 1
         times = (int(deadline * 1e9), int(arrived * 1e9))
-        self.send(Request(ident, times[0], model, content_type, accept, len(body), body, times[1], alone))
+        request = Request(ident, times[0], model, content_type, accept, len(body), body, times[1], alone)
+        if self.is_paused or self._unsent:
+            self._unsent.put(model, ident, request)
+        else:
+            self.send(request)
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         return call
 
     def cancel(self, call: WorkerCall) -> None:
         """Give the call up: the worker need not answer it."""
-        if self._calls.pop(call.id, None) is not None:
+        if self._calls.pop(call.id, None) is not None and not self._unsent.drop(call.id):
             self.drop_body(call.id)
             self.send(Cancel(call.id))
 
@@ -88,10 +102,36 @@ class WorkerLink(FrameConnection):
 
     def sweep(self, now: float) -> None:
         """Refuse the calls whose deadline has passed without a word from the worker."""
-        late = [call for call in self._calls.values() if call.deadline + GRACE_S <= now and not call.reply.done()]
-        for call in late:
-            self.cancel(call)
-            call.reply.set_exception(Refused(Situation.DEADLINE, "the worker did not answer before the deadline"))
+        for call in [call for call in self._calls.values() if call.deadline <= now and not call.reply.done()]:
+            if call.id in self._unsent or call.deadline + GRACE_S <= now:
+                self._refuse_late(call)
+
+    def resume_writing(self) -> None:
+        """The worker reads again: requests that wait leave, and parts of large bodies, either first in turn."""
+        self._bodies_first = not self._bodies_first
+        if self._bodies_first:
+            super().resume_writing()
+            self._send_waiting()
+        else:
+            self.is_paused = False
+            self._send_waiting()
+            if not self.is_paused:
+                super().resume_writing()
+
+    def _send_waiting(self) -> None:
+        now = time.monotonic()
+        while self._unsent and not self.is_paused:
+            request = self._unsent.take()
+            call = self._calls[request.id]
+            if call.deadline <= now:
+                self._refuse_late(call)
+            else:
+                self.send(request)
+
+    def _refuse_late(self, call: WorkerCall) -> None:
+        was = "was not read by the worker" if call.id in self._unsent else "was not answered by the worker"
+        self.cancel(call)
+        call.reply.set_exception(Refused(Situation.DEADLINE, f"the request {was} before the deadline"))
 
     def give_up(self) -> None:
         """The worker is silent: every call that it has not begun to answer ends as if the worker had died."""
@@ -119,6 +159,7 @@ class WorkerLink(FrameConnection):
             elif not call.reply.done():
                 call.reply.set_exception(WorkerLost(f"worker {self.worker} died"))
         self._calls.clear()
+        self._unsent.clear()
         self._on_lost(self)
 
     def _begin_answer(self, call: WorkerCall, response: Response) -> None:

@@ -36,7 +36,7 @@ class FrameConnection(asyncio.Protocol, ABC):
         self._reader = FrameReader()
         self._outbox = Outbox()
         self._pending = bytearray()  # frames that the next flush writes
-        self._paused = False
+        self.is_paused = False  # while the peer reads slower than we write
         self._ended = False
 
     # --- for the subclass -------------------------------------------------------------------------------------------
@@ -105,12 +105,12 @@ class FrameConnection(asyncio.Protocol, ABC):
             self.close()
 
     def pause_writing(self) -> None:
-        """The peer reads slower than we write: large bodies wait."""
-        self._paused = True
+        """The peer reads slower than we write: large bodies wait, and what the subclass keeps back."""
+        self.is_paused = True
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
-        self._paused = False
+        self.is_paused = False
         self._send_chunks()
 
     def _write(self, frame: Request | Data | Response | Cancel | Credit) -> None:
@@ -130,5 +130,5 @@ class FrameConnection(asyncio.Protocol, ABC):
             self._transport.write(pending)
 
     def _send_chunks(self) -> None:
-        while not self._paused and (chunk := self._outbox.next_chunk()) is not None:
+        while not self.is_paused and (chunk := self._outbox.next_chunk()) is not None:
             self._write(chunk)

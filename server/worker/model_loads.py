@@ -25,6 +25,7 @@ from server.worker.model_loader import LoadedModel, ModelBuilder, timed_build, u
 from server.worker.prefetch.prefetcher import Prefetcher, PrefetchOutcome
 from server.worker.resident_models import ResidentModels
 
+KEPT = 7 / 8  #: weight of the loads that were measured before
 MAX_MESSAGE = 2000  #: characters of a failure that are kept
 #: Loads that wait or run. A client may leave at once, so that the queue of requests does not bound them.
 MAX_LOADS = 4096
@@ -67,8 +68,10 @@ class ModelLoads:
         self._cache, self._shelf, self._foresight = residents.cache, residents.shelf, foresight
         self._pulse, self._patience_s, self._now = pulse, patience_s, now
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._idle = threads  # loader threads that build nothing
+        self._size = self._idle = threads  # loader threads, and those that build nothing
         self._busy_since = 0.0  # when one last took up or ended a build
+        self._load_s = 0.0  # what a build takes on a loader thread
+        self._due: dict[ModelName, float] = {}  # when models that are being built are expected to be
         self._queued: deque[tuple[ModelName, bool]] = deque()  # loads that wait for one, and whether to revalidate
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
@@ -81,6 +84,10 @@ class ModelLoads:
 
     def __len__(self) -> int:
         return len(self._started)
+
+    def expected_s(self, model: ModelName, now: float) -> float:
+        """In how many seconds a model that is being loaded is expected to be built; 0 while no load was measured."""
+        return max(0.0, self._due.get(model, now) - now)
 
     @property
     def are_full(self) -> bool:
@@ -109,6 +116,7 @@ class ModelLoads:
         if kept is not None:
             self._queue(kept, now)
             return
+        self._due[model] = now + self._load_s * (1 + len(self._queued) / self._size)
         self._queued.append((model, revalidate))
         self._build_next()
 
@@ -153,6 +161,7 @@ class ModelLoads:
     def _end_load(self, model: ModelName, built: LoadedModel | LoadError, seconds: float) -> None:
         """Take the result of a loader thread."""
         self._idle, self._busy_since = self._idle + 1, self._now()
+        self._due.pop(model, None)
         try:
             self._take(model, built, seconds)
         finally:
@@ -166,6 +175,7 @@ class ModelLoads:
         if isinstance(built, LoadError):
             self._fail(model, built)
             return
+        self._load_s = seconds if not self._load_s else KEPT * self._load_s + (1 - KEPT) * seconds
         self._metrics.downloading.observe(built.download_s)
         try:
             self._prove(built)

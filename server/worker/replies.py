@@ -1,5 +1,6 @@
 """Answers and refuses a worker's jobs, each of them once, and ends their leases. On the step thread."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -24,20 +25,32 @@ class Origin(Protocol):
 
 
 class Replies:
-    """See the module. `arrivals`: rows of the access log, None without one."""
+    """See the module. `arrivals`: rows of the access log, None without one. `now`: the monotonic clock in seconds."""
 
     def __init__(
-        self, scheduler: Scheduler, residents: ResidentModels, metrics: WorkerMetrics, arrivals: ArrivalBuffer | None
+        self,
+        scheduler: Scheduler,
+        residents: ResidentModels,
+        metrics: WorkerMetrics,
+        arrivals: ArrivalBuffer | None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._scheduler, self._residents, self._metrics, self._arrivals = scheduler, residents, metrics, arrivals
+        self._scheduler, self._residents, self._metrics = scheduler, residents, metrics
+        self._arrivals, self._now = arrivals, now
 
     def __repr__(self) -> str:
         """For example `<Replies of <Scheduler ...>>`."""
         return f"<Replies of {self._scheduler!r}>"
 
     def answer(self, job: Job, encoded: Encoded, began: float, run_s: float) -> None:
-        """Send the answer, unless the job is done already. `began`: when its batch did; `run_s`: the forward's time."""
+        """Send the answer, unless the job is done already. `began`: when its batch did; `run_s`: the forward's time.
+
+        INVARIANT: no answer is sent after its deadline.
+        """
         body, content_type = encoded
+        if job.deadline < self._now():
+            self.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
+            return
         if self._scheduler.finish(job):
             self._record(job, job.cache)
             job.origin.answer(job, content_type, body, queue_s=job.queued_s(began), inference_s=run_s)

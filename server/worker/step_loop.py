@@ -84,7 +84,7 @@ class StepLoop:
         self.quarantine = Quarantine(lambda model, why: log.error("quarantined", model=model, why=why))
         self._leaving = set[asyncio.Task[bool]]()
         self._foresight, self._long = foresight, long
-        self._replies = replies = Replies(scheduler, self._residents, metrics, arrivals)
+        self._replies = replies = Replies(scheduler, self._residents, metrics, arrivals, now)
         self._rows = RowBatches(replies, self._residents, scheduler, engine, long)
         self._singles = SingleBatches(
             replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake
@@ -146,9 +146,15 @@ class StepLoop:
             return
         job.cache = CacheResult.COALESCED if wanted is None else CacheResult.MISS
         (self._metrics.coalesced if wanted is None else self._metrics.misses).inc()
-        self._scheduler.add_waiting(job)
         if wanted is not None:
             self._loads.begin(job.model, now)
+        load_s = self._loads.expected_s(job.model, now)
+        if load_s and now + load_s > job.deadline:  # the load goes on, so that the advice to come back is true
+            message = f"{job.model} is expected to be loaded in {load_s * 1e3:.0f} ms, after the deadline"
+            retry_ms = max(1, round(load_s * 1e3))
+            self._replies.refuse(job, Refused(Situation.OVERLOADED, message, retry_ms=retry_ms))
+        else:
+            self._scheduler.add_waiting(job)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 

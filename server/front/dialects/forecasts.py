@@ -47,7 +47,7 @@ STATUS: Mapping[Situation, int] = {
     Situation.UNAUTHORIZED: 401,
     Situation.FORBIDDEN: 403,
 }
-#: When a client should come back: all that is short of room or of a worker is over within a second.
+#: When a client should come back, where nothing is estimated: what is short of room or of a worker is over within 1 s.
 RETRY_AFTER = (Situation.STORE_FAILED, Situation.OVERLOADED, Situation.NOT_READY, Situation.WORKER_LOST)
 
 
@@ -121,7 +121,8 @@ class Forecasts:
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The call's error, as an item's is."""
         del request
-        headers = [(b"retry-after", b"1")] if why.situation in RETRY_AFTER else []
+        retry_ms = why.detail.retry_ms or (1000 if why.situation in RETRY_AFTER else 0)
+        headers = [(b"retry-after", b"%d" % -(-retry_ms // 1000))] if retry_ms else []
         return HttpReply(self._status[why.situation], JSON, build_error(why), headers)
 
     def statuses(self, found: Iterable[Prediction | Refused]) -> list[int]:

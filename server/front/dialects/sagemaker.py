@@ -114,9 +114,10 @@ class SageMaker:
         if code.original is not None:
             body |= {"Message": detail.message, "OriginalStatusCode": code.original, "OriginalMessage": detail.message}
         headers = [(_ERROR_TYPE, code.type.encode()), *_make_headers(request)]
-        if code.retry_after_ms is not None:
-            headers.append((_RETRY_AFTER_MS, b"%d" % code.retry_after_ms))  # botocore's, in milliseconds
-            headers.append((b"retry-after", b"%d" % -(-code.retry_after_ms // 1000)))
+        retry_ms = code.retry_after_ms if detail.retry_ms is None else detail.retry_ms
+        if retry_ms is not None:
+            headers.append((_RETRY_AFTER_MS, b"%d" % retry_ms))  # botocore's, in milliseconds
+            headers.append((b"retry-after", b"%d" % -(-retry_ms // 1000)))
         return HttpReply(code.status, contract.JSON, msgspec.json.encode(body), headers)
 
     def _parse_name(self, raw: bytes | None) -> ModelName:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from server.errors import Situation
 from server.front.app import App
+from server.front.backlog import Backlog
 from server.front.dataplane import DataPlane
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Response, Tier
@@ -36,6 +37,7 @@ class Worker:
     given_up: int = 0
     waiting: list[WorkerCall] = field(default_factory=list)
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
+    backlog: Backlog = field(default_factory=Backlog)
 
     def call(
         self,

@@ -154,6 +154,21 @@ def test_large_answers_stream() -> None:
     assert repr(made).startswith("<App sagemaker, forecasts, health, toy over <DataPlane 1 links, 0 under way, 0 bytes")
 
 
+def test_no_answer_leaves_as_a_success_after_its_deadline() -> None:
+    """The client of a worker that answers late reads of the deadline, in its dialect, and what streams is ended."""
+
+    def answer_late(_: object) -> list[bytes]:
+        time.sleep(0.01)
+        return [b"one", b"two"]
+
+    made = app(worker := Worker(answer_late))
+    late = answered(made, "POST", "/invocations", b"x", {**TARGET, "X-Request-Timeout-Ms": "1"})
+    assert (late.status, json.loads(late.body)["OriginalStatusCode"]) == (424, 504)
+    assert worker.cancelled == 1
+    in_time = answered(made, "POST", "/invocations", b"x", {**TARGET, "X-Request-Timeout-Ms": "9000"})
+    assert (in_time.status, in_time.body) == (200, b"onetwo")
+
+
 def test_nothing_stays_held() -> None:
     """However a body comes and a request ends: in parts, too large in all, more than the front may hold."""
     made = app(Worker(lambda _: b"1"))

@@ -1,15 +1,18 @@
 """The data plane: routing, one more try, refusals, large answers, bytes held, clients that leave."""
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from model_store.names import parse_model_name
 from server.errors import Refused, Situation
 from server.front import dataplane
-from server.front.dataplane import ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
+from server.front.backlog import Backlog, Bounds
+from server.front.dataplane import BOUNDS, ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
 from server.front.worker_client import WorkerLink
 from server.ipc.pulse import LoadSigns, Pulse, PulseReader
 from tests.server.front.answering import JSON, Worker, attach
@@ -23,9 +26,9 @@ def request(body: bytes = b"{}", client_gone: ClientWatch | None = None) -> Infe
     return InferRequest(MODEL, body, JSON, "", FAR, client_gone)
 
 
-def plane(*workers: Worker, max_held_bytes: int = 1000) -> DataPlane:
+def plane(*workers: Worker, max_held_bytes: int = 1000, bounds: Bounds = BOUNDS) -> DataPlane:
     """A plane over these workers."""
-    made = DataPlane(max_held_bytes)
+    made = DataPlane(max_held_bytes, bounds)
     attach(made, *workers)
     return made
 
@@ -232,5 +235,69 @@ def test_a_silent_worker_is_routed_around(tmp_path: Path) -> None:
         assert made.router.silent == {home, other}
         assert (await made.infer(request(b"fourth"))).body == b"fourth"
         assert (workers[home].given_up, workers[other].given_up) == (given_up, 0)
+
+    asyncio.run(scenario())
+
+
+def test_what_is_under_way_is_bounded_for_each_model_and_worker() -> None:
+    """The third of a model is refused before the worker is asked, another model is not; all that ends makes room."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda _: ...)
+        made = plane(worker, bounds=Bounds(per_worker=5, per_model=2))
+        other = msgspec.structs.replace(request(), model=parse_model_name("other.mar"))
+        waiting = [asyncio.ensure_future(made.infer(each)) for each in (request(), request(), other)]
+        await asyncio.sleep(0)
+        refused = await refusal(made)
+        assert (refused.situation, "queue_per_model" in str(refused)) == (Situation.OVERLOADED, True)
+        assert (len(worker.asked), len(worker.backlog)) == (3, 3)
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        assert len(worker.backlog) == 0
+        worker.answer = dead
+        assert (await refusal(made)).situation is Situation.WORKER_LOST
+        assert len(worker.backlog) == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_answered_in_time_is_refused_at_once_with_advice() -> None:
+    """20 requests are ahead and 10 ms each: 50 ms are not enough, and 210 ms are what the client is told; 50 s are."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda asked: asked.body)
+        made = plane(worker)
+        await made.infer(request())  # the model is there now
+        worker.answer = lambda _: ...
+        worker.backlog = Backlog()
+        for _ in range(20):
+            worker.backlog.start(MODEL, is_work=True)
+        worker.backlog.learn(20, 0.2)
+        asked = len(worker.asked)
+        short = msgspec.structs.replace(request(), deadline=time.monotonic() + 0.05)
+        refused = await refusal(made, short)
+        assert (refused.situation, refused.detail.retry_ms, len(worker.asked)) == (Situation.OVERLOADED, 210, asked)
+        patient = asyncio.ensure_future(made.infer(request()))
+        await asyncio.sleep(0)
+        assert len(worker.asked) == asked + 1
+        patient.cancel()
+        worker.answer = lambda _: (Situation.DEADLINE, b'{"message":"late"}')
+        refused = await refusal(made)
+        assert refused.detail.retry_ms in (210, 220), "the worker's refusal gets the front's advice"
+
+    asyncio.run(scenario())
+
+
+def test_answers_teach_the_pace() -> None:
+    """Answers of models that were there are learnt from; loads and refusals are not."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda asked: asked.body)
+        made = plane(worker)
+        await made.infer(request())
+        assert worker.backlog.expected_s(1) == 0, "the model was not known to be there"
+        await made.infer(request())
+        assert worker.backlog.expected_s(1) > 0
 
     asyncio.run(scenario())

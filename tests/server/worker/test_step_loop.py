@@ -574,6 +574,58 @@ def test_the_queue_counts_from_the_arrival_at_the_front() -> None:
     play(scenario)
 
 
+def test_a_load_that_will_not_make_the_deadline_is_refused_at_once_and_goes_on() -> None:
+    """Loads take minutes here: who has 10 s is told at once when to come back, and then the model is there."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        front.send("a/0")
+        await front.settled()
+        steps._loads._load_s = 120.0
+        loader.gate.clear()
+        soon = front.send("a/1", deadline_ns=time.monotonic_ns() + 10_000_000_000)
+        assert soon in front.refusals, "before the load has ended"
+        joins = front.send("a/1", deadline_ns=time.monotonic_ns() + 10_000_000_000)
+        patient = front.send("a/1")
+        for ident in (soon, joins):
+            refused = front.refusals[ident]
+            assert refused.situation is Situation.OVERLOADED
+            assert refused.detail.retry_ms is not None
+            assert 119_000 < refused.detail.retry_ms <= 120_000
+        loader.gate.set()
+        await front.settled()
+        assert patient in front.answers
+        assert loader.builds == ["a/0", "a/1"]
+        again = front.send("a/1", deadline_ns=time.monotonic_ns() + 60_000_000_000)
+        await front.settled()
+        assert again in front.answers
+        assert not steps._loads._due
+        assert 0 < steps._loads._load_s < 120
+
+    play(scenario)
+
+
+def test_what_is_ready_after_its_deadline_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline passes while the forward runs: the client is told so."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader
+        front.send("a/0")
+        await front.settled()
+        run = steps._engine.run
+
+        def run_slowly(*arguments: Any) -> Any:
+            found = run(*arguments)
+            monkeypatch.setattr(steps._replies, "_now", lambda: time.monotonic() + 100)
+            return found
+
+        monkeypatch.setattr(steps._engine, "run", run_slowly)
+        late = front.send("a/0", deadline_ns=time.monotonic_ns() + 50_000_000_000)
+        await front.settled()
+        assert front.refusals[late].situation is Situation.DEADLINE
+
+    play(scenario)
+
+
 def test_a_bad_request_costs_its_batch_nothing() -> None:
     """One wrong body in a batch is refused with its place; the others of the batch are answered."""
 

@@ -1,0 +1,171 @@
+"""What is under way at a worker: bounds, room for other models, the expected wait, turns."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from server.front.backlog import FEW, Backlog, Bounds, Turns
+
+WIDE = Bounds(100_000, 100_000)
+FAR = 1e6
+
+
+def fill(backlog: Backlog, model: str, count: int, *, is_work: bool = True) -> None:
+    """So many requests are under way."""
+    for _ in range(count):
+        backlog.start(model, is_work=is_work)
+
+
+def refusal(backlog: Backlog, model: str, left_s: float = FAR, bounds: Bounds = WIDE, *, is_work: bool = True) -> str:
+    """Why one more is not admitted; empty where it is."""
+    found = backlog.check(model, left_s, bounds, is_work=is_work)
+    return "" if found is None else found.reason
+
+
+def test_a_worker_and_a_model_have_bounds() -> None:
+    """The reason names the setting; an ended request makes room."""
+    backlog = Backlog()
+    fill(backlog, "a", 2)
+    fill(backlog, "b", 2)
+    assert "4 requests are under way at the worker already (queue_per_worker)" in refusal(
+        backlog, "c", FAR, Bounds(4, 9)
+    )
+    assert "2 requests for a are under way already (queue_per_model)" in refusal(backlog, "a", FAR, Bounds(99, 2))
+    backlog.end("a", was_work=True)
+    assert not refusal(backlog, "c", FAR, Bounds(4, 9))
+    assert not refusal(backlog, "a", FAR, Bounds(99, 2))
+
+
+@pytest.mark.parametrize(("hot", "each"), [(1, 50), (2, 33), (3, 25)])
+def test_hot_models_leave_room_for_others(hot: int, each: int) -> None:
+    """Models that take all they get leave as much room as each of them has: a newcomer is always admitted."""
+    backlog, bounds, asked = Backlog(), Bounds(100, 100), [f"m{i}" for i in range(hot)]
+    for _ in range(200):
+        for model in asked:
+            if not refusal(backlog, model, FAR, bounds):
+                backlog.start(model, is_work=True)
+    held = Counter({model: backlog._held[model] for model in asked})
+    assert all(abs(count - each) <= 1 for count in held.values()), held
+    assert not refusal(backlog, "other", FAR, bounds)
+
+
+def test_a_prober_waits_for_its_turn_and_not_for_the_hot_model() -> None:
+    """A hot model's request waits for all of its own; that of another for one of each model."""
+    backlog = Backlog()
+    fill(backlog, "hot", 1000)
+    fill(backlog, "warm", 5)
+    assert backlog.count_ahead("hot") == 1006
+    assert backlog.count_ahead("warm") == 5 + 6 + 1
+    assert backlog.count_ahead("prober") == 3
+
+
+def test_what_cannot_make_its_deadline_is_refused_with_the_time() -> None:
+    """10 ms a request and 100 ahead: about a second, which 0.5 s do not reach; a prober is admitted."""
+    backlog = Backlog()
+    fill(backlog, "hot", 100)
+    assert not refusal(backlog, "hot", 0.5), "nothing is known yet"
+    for _ in range(100):
+        backlog.learn(100, 1.0)
+    found = backlog.check("hot", 0.5, WIDE, is_work=True)
+    assert found is not None
+    assert "expected in 1010 ms, the deadline is in 500 ms: 100 requests are ahead" in found.reason
+    assert found.retry_s == pytest.approx(1.01)
+    assert not refusal(backlog, "hot", 2.0)
+    assert not refusal(backlog, "prober", 0.5)
+    assert not refusal(backlog, "hot", 0.5, is_work=False), "of loads the worker decides"
+
+
+def test_an_idle_worker_admits_whatever_was_learnt() -> None:
+    """The slowest past refuses nothing that has few ahead, and quick answers correct it."""
+    backlog = Backlog()
+    for _ in range(100):
+        backlog.learn(50, 500.0)
+    fill(backlog, "a", FEW - 1)
+    assert not refusal(backlog, "a", 0.001)
+    fill(backlog, "a", 10)
+    assert refusal(backlog, "a", 0.5)
+    for _ in range(200):
+        backlog.learn(1, 0.002)
+    assert not refusal(backlog, "a", 0.5)
+
+
+@given(
+    each_s=strategies.floats(1e-5, 0.1),
+    deadline_s=strategies.floats(0.05, 5.0),
+    models=strategies.integers(1, 20),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_admitted_are_answered_in_time(each_s: float, deadline_s: float, models: int) -> None:
+    """A worker that takes `each_s` a request, its models in turns, at three times its rate, once the pace is learnt.
+
+    Every admitted request is answered before its deadline, and the worker never stands still.
+    """
+    backlog, waiting, now, idle, late = Backlog(), Turns[tuple[str, int, float]](), 0.0, 0, 0
+    warm_up = 400
+    for ident in range(3 * warm_up, 3 * warm_up + 3000):
+        model = f"m{ident % models}"
+        if backlog.check(model, deadline_s, Bounds(2000, 2000), is_work=True) is None:
+            waiting.put(model, ident, (model, backlog.count_ahead(model), now))
+            backlog.start(model, is_work=True)
+        if ident % 3:
+            continue
+        now += each_s
+        if not waiting:
+            idle += 1
+            continue
+        done, ahead, began = waiting.take()
+        backlog.end(done, was_work=True)
+        backlog.learn(ahead, now - began)
+        late += now - began > max(deadline_s, (FEW + 1) * models * each_s) and ident > 4 * warm_up
+    assert (idle, late) == (0, 0)
+
+
+class BacklogMachine(RuleBasedStateMachine):
+    """Any order of starts and ends agrees with counting anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backlog = Backlog()
+        self.open: list[tuple[str, bool]] = []
+
+    @rule(model=strategies.sampled_from("abc"), is_work=strategies.booleans())
+    def start(self, model: str, *, is_work: bool) -> None:
+        """One more."""
+        self.backlog.start(model, is_work=is_work)
+        self.open.append((model, is_work))
+
+    @rule(which=strategies.integers(0, 1000))
+    def end(self, which: int) -> None:
+        """One less."""
+        if self.open:
+            model, was_work = self.open.pop(which % len(self.open))
+            self.backlog.end(model, was_work=was_work)
+
+    @invariant()
+    def agrees(self) -> None:
+        """The sum of turns, and nothing left behind."""
+        assert len(self.backlog) == len(self.open)
+        work = Counter(model for model, is_work in self.open if is_work)
+        for model in "abcd":
+            mine = work[model]
+            others = sum(min(count, mine + 1) for other, count in work.items() if other != model)
+            assert self.backlog.count_ahead(model) == mine + others + 1
+        assert len(self.backlog._deeper) == max(work.values(), default=0)
+        assert set(self.backlog._held) == {model for model, _ in self.open}
+
+
+TestBacklogMachine = BacklogMachine.TestCase
+TestBacklogMachine.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
+
+
+def test_models_take_turns_and_keep_their_order() -> None:
+    """One of each in turn; what is dropped is not taken."""
+    turns = Turns[str]()
+    for ident, model in enumerate("aaaabbc"):
+        turns.put(model, ident, f"{model}{ident}")
+    assert (turns.drop(1), turns.drop(1), turns.drop(6), 6 in turns, 4 in turns) == (True, False, True, False, True)
+    assert [turns.take() for _ in range(len(turns))] == ["a0", "b4", "a2", "b5", "a3"]
+    with pytest.raises(KeyError):
+        turns.take()
