@@ -205,7 +205,7 @@ class DataPlane:
         self.held.size += size
         try:
             self.held.check()
-            if self.suspects and self.suspects.has(request.model):
+            if self.suspects.has(request.model):
                 return await self._ask_again(request, None)
             now = time.monotonic()
             lane = self.router.route(request.model, now) or await self._wait_for_lane(request, None)
