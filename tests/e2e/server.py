@@ -234,14 +234,15 @@ def upload(s3: S3Server, bucket: str, models: Sequence[Model], prefix: str = "")
 def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
     """`fleetcast serve` in processes of its own, ready; its caches and home are below `folder`.
 
-    Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own, and
-    `environment` has variables of the process; None removes one.
+    Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own,
+    `environment` has variables of the process (None removes one), and `output` is where the log goes instead of a file.
 
     On the way out it ends by SIGTERM; exit code, orphans and tracebacks in the log are checked. The log is printed, so
     that pytest shows it beside a failure.
     """
     http: httpx.Client | None = settings.pop("http", None)
     variables: dict[str, str | None] = settings.pop("environment", {})
+    output: int | None = settings.pop("output", None)
     mark = uuid.uuid4().hex
     log, announce = folder / f"{mark}.log", folder / f"{mark}.json"
     ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
@@ -259,7 +260,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
         process = subprocess.Popen(
             [sys.executable, "-m", "server.cli.main", "serve", *flags],
             cwd=folder, env=_child_environment(s3, folder, mark, variables),
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            stdin=subprocess.DEVNULL, stdout=output or out, stderr=output or out,
         )  # fmt: skip
     server = Server(process, mark, log, {})
     if http is not None:
