@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-STDERR = 2  #: the descriptor
+STDOUT, STDERR = 1, 2  #: the descriptors
 MAX_LINES, MAX_BYTES = 10_000, 4 * 1024 * 1024  #: that wait for the descriptor
 MAX_LINE_BYTES = 64 * 1024  #: of one line; a longer one is cut
 FLUSH_S = 1.0  #: how long the end of a process waits for its last lines
@@ -131,6 +131,7 @@ class _LibraryHandler(logging.Handler):
 
 
 STANDARD_ERROR = LineWriter(STDERR)
+STANDARD_OUTPUT = LineWriter(STDOUT)  #: of a server: its addresses, and that it stops
 atexit.register(STANDARD_ERROR.flush)
 
 

@@ -53,6 +53,7 @@ async def _serve_until_signal(settings: Settings) -> None:
     """From start to drained; a signal during the start ends it as well."""
     from rich.console import Console  # noqa: PLC0415
 
+    from server.logs import STANDARD_OUTPUT  # noqa: PLC0415
     from server.supervisor.management_api import run_server, until_told_to_stop  # noqa: PLC0415
 
     told = asyncio.create_task(until_told_to_stop())
@@ -66,11 +67,14 @@ async def _serve_until_signal(settings: Settings) -> None:
             return
         supervisor, addresses = await start
         console = Console(soft_wrap=True, highlight=False)
-        for label, text in _list_addresses(supervisor, addresses):
-            console.print(f"[bold]{label:<12}[/]", end="")
-            console.print(text, markup=False)
+        with console.capture() as shown:
+            for label, text in _list_addresses(supervisor, addresses):
+                console.print(f"[bold]{label:<12}[/]", end="")
+                console.print(text, markup=False)
+        STANDARD_OUTPUT.write(shown.get().removesuffix("\n"))  # a reader that has stopped must not hold us up
         await told
-        console.print("stopping: no new requests, running ones are finished")
+        STANDARD_OUTPUT.write("stopping: no new requests, running ones are finished")
+    STANDARD_OUTPUT.flush()
 
 
 def _describe_access(settings: Settings) -> str:
