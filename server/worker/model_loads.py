@@ -168,7 +168,8 @@ class ModelLoads:
             return
         self._metrics.downloading.observe(built.download_s)
         try:
-            self._prove(built)
+            with self._pulse.noting(model, "load"):
+                self._prove(built)
         except Exception as error:  # whatever a golden sample causes fails this load only
             if not isinstance(error, torch.OutOfMemoryError):
                 self._loader.forget(model)
