@@ -208,13 +208,12 @@ class Supervisor:
 
     def _note_death(self, worker: Child) -> None:
         """Blame the models that the worker ran, and log them."""
-        running = [] if worker.pulse is None else worker.pulse.running()
+        code = None if worker.process is None else worker.process.returncode
+        running = [] if worker.pulse is None or not code else worker.pulse.running()  # code 0: it was told to end
         if running:
             names = [each.model for each in running]
             log.error("suspects", child=worker.name, models=names[:LOGGED_MODELS], count=len(names))
-        from_outside = (
-            worker.process is not None and worker.process.returncode == -signal.SIGKILL and not worker.condemned
-        )
+        from_outside = code == -signal.SIGKILL and not worker.condemned
         if self._quarantine.note_death(running, tried=self._trials.model, from_outside=from_outside):
             self._announce_quarantine()
 

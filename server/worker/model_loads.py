@@ -178,7 +178,8 @@ class ModelLoads:
         self._load_s = seconds if not self._load_s else KEPT * self._load_s + (1 - KEPT) * seconds
         self._metrics.downloading.observe(built.download_s)
         try:
-            self._prove(built)
+            with self._pulse.noting(model, "load"):
+                self._prove(built)
         except Exception as error:  # whatever a golden sample causes fails this load only
             if not isinstance(error, torch.OutOfMemoryError):
                 self._loader.forget(model)

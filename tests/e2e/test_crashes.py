@@ -1,6 +1,7 @@
 """A request whose forward ends its worker, as a fault in native code would: who is blamed, and what the others notice.
 
-The fault is put into the workers by a `sitecustomize` on their PYTHONPATH: rows with a certain number abort.
+The fault is put into the workers by a `sitecustomize` on their PYTHONPATH: rows with a certain number abort, and the
+load of one model does.
 """
 
 import json
@@ -19,6 +20,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 POISON = 666.0
+NEVER_LOADED = "crash/load.mar"
 FAULT = f"""
 import os, sys
 if "server.worker.main" in " ".join(sys.orig_argv):
@@ -29,6 +31,13 @@ if "server.worker.main" in " ".join(sys.orig_argv):
             os.abort()
         return run(self, family, offsets, parts)
     Engine.run = run_or_abort
+    from server.worker.model_loader import ModelLoader
+    build = ModelLoader.build
+    def build_or_abort(self, model, **more):
+        if model == {NEVER_LOADED!r}:
+            os.abort()
+        return build(self, model, **more)
+    ModelLoader.build = build_or_abort
 """
 MODELS = fleet("crash", 12)
 CULPRIT, *INNOCENTS = MODELS
@@ -86,6 +95,9 @@ def test_a_poisonous_request_costs_two_workers_and_nobody_else_anything(
         assert server.fleet("release", CULPRIT.name).json()["released"]
         server.ask(CULPRIT.question(2))
         assert server.total("fleetcast_worker_restarts_total") == 2
+        answer = server.post(NEVER_LOADED)
+        assert (answer.status_code, "quarantined" in answer.text) == (424, True), "a load is blamed as a run is"
+        assert server.total("fleetcast_worker_restarts_total") == 4
 
 
 def test_a_single_worker_is_ended_twice_by_one_model_at_most(

@@ -316,3 +316,19 @@ def test_stores_that_are_written_alike_do_not_share_copies(tmp_path: Path, monke
         monkeypatch.setenv(name, value)
     urls = {open_source("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{port}").url for port in (1, 2)}
     assert len(urls) == 2
+
+
+def test_a_store_that_fails_says_for_how_long(s3: S3Server, bucket: str, store: ModelStore) -> None:
+    """Also where a copy on disk is served meanwhile. An answer ends it, also that there is no such key."""
+    s3.put(bucket, NAME, archive())
+    store.fetch(NAME)
+    assert store.gone_s() == 0.0
+    with s3.outage(bucket):
+        assert store.fetch(NAME, revalidate=True).stale
+        first = store.gone_s()
+        with pytest.raises(StoreUnavailable):
+            store.fetch(parse_model_name("au/other.mar"))
+        assert 0.0 < first < store.gone_s()
+    with pytest.raises(ModelNotFound):
+        store.fetch(parse_model_name("au/other.mar"))
+    assert store.gone_s() == 0.0

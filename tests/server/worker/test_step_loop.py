@@ -736,3 +736,28 @@ def test_paths_are_measured_while_it_serves() -> None:
         assert not front.refusals
 
     play(scenario)
+
+
+def test_only_a_loop_whose_steps_turn_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beats come without any request; while each step fails there are none, though the event loop turns."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        del loader, front
+        pulse = steps._long.pulse
+        await until(lambda: pulse._beats >= 2)
+        fails = 0
+
+        def fail(_: object) -> bool:
+            nonlocal fails
+            fails += 1
+            raise RuntimeError("a bug of ours")
+
+        steps._loop.set_exception_handler(lambda *_: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(steps._scheduler), "has_work", property(fail))
+            before = pulse._beats
+            await until(lambda: fails >= 3)
+            assert pulse._beats == before
+        await until(lambda: pulse._beats > before)
+
+    play(scenario)
