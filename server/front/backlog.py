@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 FEW = 4  #: requests ahead of one that say nothing about the pace, as they run in one batch
 SAFETY = 2.0  #: an admitted request is expected to take so much less than its deadline allows
 KEPT = 15 / 16  #: weight of what was measured before
+MOST = 3.0  #: times what was measured before count at most: a request that is long by itself says nothing of others
 
 T = TypeVar("T")
 
@@ -90,8 +91,10 @@ class Backlog:
         return NoAdmission(reason, self.expected_s(self.count_ahead(model), now))
 
     def _check_deadline(self, model: str, now: float, left_s: float) -> NoAdmission | None:
+        if self._total < FEW or not self._each_s:
+            return None
         ahead = self.count_ahead(model)
-        if ahead <= FEW or not self._each_s or self.expected_s(ahead, now, SAFETY) <= left_s:
+        if ahead <= FEW or self.expected_s(ahead, now, SAFETY) <= left_s:
             return None
         expected = self.expected_s(ahead, now)
         reason = f"the answer is expected in {expected * 1e3:.0f} ms, the deadline is in {left_s * 1e3:.0f} ms"
@@ -124,11 +127,17 @@ class Backlog:
         """An answer has come to a request that had so many ahead when it began, itself included."""
         seconds, self._heard = now - began, now
         if ahead <= FEW:
-            self._fixed_s = seconds if not self._fixed_s else KEPT * self._fixed_s + (1 - KEPT) * seconds
+            self._fixed_s = _move(self._fixed_s, seconds)
             each_s = min(self._each_s, seconds / ahead)
         else:
-            each_s = max(0.0, seconds - self._fixed_s) / ahead
-        self._each_s = KEPT * self._each_s + (1 - KEPT) * each_s if self._each_s else each_s
+            self._fixed_s = min(self._fixed_s, seconds)
+            each_s = (seconds - self._fixed_s) / ahead
+        self._each_s = _move(self._each_s, each_s)
+
+
+def _move(mean: float, found: float) -> float:
+    """The moving mean after one more measurement; the first is taken as it is."""
+    return KEPT * mean + (1 - KEPT) * min(found, MOST * mean) if mean else found
 
 
 def _take_one(counts: dict[str, int], model: str) -> int:

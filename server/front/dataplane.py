@@ -232,6 +232,9 @@ class DataPlane:
             if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE):
                 refused.advise(backlog.expected_s(ahead, ended))
             raise refused
+        if ended > request.deadline:
+            response.cancel()
+            raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
 
     def _admit(self, request: InferRequest, lane: WorkerLoad, backlog: Backlog, now: float) -> None:

@@ -7,7 +7,7 @@ from loadtest.benchmarks.overload import OverloadPlan, build_table, make_load, m
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import Run
 
-PLAN = OverloadPlan(models=4, kind="tcn", deadline_s=0.5, seconds=2.0, burst=100)
+PLAN = OverloadPlan(models=4, kind="gru-192", deadline_s=0.5, seconds=2.0, burst=100)
 
 
 def test_each_request_is_counted_once() -> None:

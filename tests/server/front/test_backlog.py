@@ -91,6 +91,17 @@ def test_an_idle_worker_admits_whatever_was_learnt() -> None:
     assert not refusal(backlog, "a", 0.5)
 
 
+def test_a_request_that_is_long_by_itself_says_little_of_others() -> None:
+    """One of 10 s among many of 1 ms raises what is expected by an eighth at most, however many were ahead of it."""
+    for ahead in (1, 20):
+        backlog = Backlog()
+        for _ in range(100):
+            backlog.learn(ahead, -0.001 * ahead, 0.0)
+        before = backlog.expected_s(20, 0.0)
+        backlog.learn(ahead, -10.0, 0.0)
+        assert before < backlog.expected_s(20, 0.0) <= before * 1.125
+
+
 def test_silence_is_added_to_the_wait() -> None:
     """A worker that has not answered for 0.4 s is expected to need as long again; one that had nothing to do is not."""
     backlog = Backlog()

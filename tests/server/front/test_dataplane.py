@@ -206,6 +206,18 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once_with_advice() -> Non
     asyncio.run(scenario())
 
 
+def test_what_is_ready_after_its_deadline_is_no_answer() -> None:
+    """Neither to one request nor to an item of a call; what is on the way is given up."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda _: [b"one", b"two"])
+        late = msgspec.structs.replace(request(), deadline=time.monotonic() - 1)
+        assert (await refusal(plane(worker), late)).situation is Situation.DEADLINE
+        assert worker.cancelled == 1
+
+    asyncio.run(scenario())
+
+
 def test_answers_teach_the_pace() -> None:
     """Answers of models that were there are learnt from; loads and refusals are not."""
 
