@@ -30,6 +30,9 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "gpu": CommandModule("benchmarks.gpu", "steps on a GPU, without HTTP"),
     "many-models": CommandModule("benchmarks.many_models", "one call for many models beside a call for each"),
     "markets": CommandModule("benchmarks.markets", "accuracy of real prices through a running server"),
+    "overload": CommandModule(
+        "benchmarks.overload", "one to three times the peak: answers in time, late ones, refusals"
+    ),
     "peers": CommandModule("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
     "planner": CommandModule("benchmarks.planner", "the planner's prediction beside a real server"),
     "prefetch": CommandModule("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),

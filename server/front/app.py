@@ -246,8 +246,11 @@ class App:
 
 
 def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:
-    """The reply. INVARIANT: none leaves as a success after its deadline. Raises Refused."""
-    if request.deadline and time.monotonic() > request.deadline:
+    """The reply. INVARIANT: no model's answer leaves as a success after its deadline. Raises Refused.
+
+    A call for many is answered when its deadline passes, with an error for each item that was not ready.
+    """
+    if request.deadline and reply.counted is None and time.monotonic() > request.deadline:
         if reply.stream is not None:
             reply.stream.cancel()
         raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")

@@ -3,8 +3,9 @@
 Pure: the clock is an argument. A worker serves its models in turns, so that one more request of a model waits for the
 requests of its own model before it, and for as many of each other model, not for all that are there.
 
-The wait is estimated from answers: a request that had so many ahead of it took so long. At first nothing is known and
-everything is admitted; up to FEW requests always are, so that there is always something to learn from.
+The wait is estimated from answers: a request that had so many ahead of it took so long. While no answer comes, the
+silence is added. At first nothing is known and everything is admitted; up to FEW requests always are, so that there is
+always something to learn from.
 """
 
 from collections import OrderedDict
@@ -12,8 +13,9 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 FEW = 4  #: requests ahead of one that say nothing about the pace, as they run in one batch
-SAFETY = 1.5  #: an admitted request is expected to take so much less than its deadline allows
+SAFETY = 2.0  #: an admitted request is expected to take so much less than its deadline allows
 KEPT = 15 / 16  #: weight of what was measured before
+MOST = 3.0  #: times what was measured before count at most: a request that is long by itself says nothing of others
 
 T = TypeVar("T")
 
@@ -47,6 +49,7 @@ class Backlog:
         self._deeper: list[int] = []  # INVARIANT: [k] is the number of models with more than k requests of work
         self._fixed_s = 0.0  # what a request takes that has next to nothing ahead of it
         self._each_s = 0.0  # what each request ahead adds
+        self._heard = 0.0  # when the last answer came, or the worker got work after it had none
 
     def __len__(self) -> int:
         return self._total
@@ -59,11 +62,12 @@ class Backlog:
         """The requests of work that are done when one more of this model is done, itself included."""
         return sum(self._deeper[: self._work.get(model, 0) + 1]) + 1
 
-    def expected_s(self, ahead: int) -> float:
+    def expected_s(self, ahead: int, now: float, safety: float = 1.0) -> float:
         """What a request is expected to take that has so many ahead, itself included."""
-        return self._fixed_s + self._each_s * ahead
+        silent_s = now - self._heard if self._work else 0.0
+        return self._fixed_s + safety * self._each_s * ahead + silent_s
 
-    def check(self, model: str, left_s: float, bounds: Bounds, *, is_work: bool) -> NoAdmission | None:
+    def check(self, model: str, now: float, left_s: float, bounds: Bounds, *, is_work: bool) -> NoAdmission | None:
         """Why one more request of this model, with so much time left, is not admitted; None: it is.
 
         1. The worker's bound is reached.
@@ -83,22 +87,26 @@ class Backlog:
                 f"models (queue_per_worker)"
             )
         else:
-            return self._check_deadline(model, left_s) if is_work else None
-        return NoAdmission(reason, self.expected_s(self.count_ahead(model)))
+            return self._check_deadline(model, now, left_s) if is_work else None
+        return NoAdmission(reason, self.expected_s(self.count_ahead(model), now))
 
-    def _check_deadline(self, model: str, left_s: float) -> NoAdmission | None:
-        ahead = self.count_ahead(model)
-        expected = self.expected_s(ahead)
-        if ahead <= FEW or self._fixed_s + SAFETY * self._each_s * ahead <= left_s:
+    def _check_deadline(self, model: str, now: float, left_s: float) -> NoAdmission | None:
+        if self._total < FEW or not self._each_s:
             return None
+        ahead = self.count_ahead(model)
+        if ahead <= FEW or self.expected_s(ahead, now, SAFETY) <= left_s:
+            return None
+        expected = self.expected_s(ahead, now)
         reason = f"the answer is expected in {expected * 1e3:.0f} ms, the deadline is in {left_s * 1e3:.0f} ms"
         return NoAdmission(f"{reason}: {ahead - 1} requests are ahead", expected)
 
-    def start(self, model: str, *, is_work: bool) -> None:
+    def start(self, model: str, now: float, *, is_work: bool) -> None:
         """A request of the model is under way."""
         self._total += 1
         self._held[model] = self._held.get(model, 0) + 1
         if is_work:
+            if not self._work:
+                self._heard = now
             depth = self._work.get(model, 0)
             self._work[model] = depth + 1
             if depth == len(self._deeper):
@@ -115,14 +123,21 @@ class Backlog:
             if not self._deeper[-1]:
                 self._deeper.pop()
 
-    def learn(self, ahead: int, seconds: float) -> None:
-        """An answer came so many seconds after its request began, with so many ahead then, itself included."""
+    def learn(self, ahead: int, began: float, now: float) -> None:
+        """An answer has come to a request that had so many ahead when it began, itself included."""
+        seconds, self._heard = now - began, now
         if ahead <= FEW:
-            self._fixed_s = seconds if not self._fixed_s else KEPT * self._fixed_s + (1 - KEPT) * seconds
+            self._fixed_s = _move(self._fixed_s, seconds)
             each_s = min(self._each_s, seconds / ahead)
         else:
-            each_s = max(0.0, seconds - self._fixed_s) / ahead
-        self._each_s = KEPT * self._each_s + (1 - KEPT) * each_s if self._each_s else each_s
+            self._fixed_s = min(self._fixed_s, seconds)
+            each_s = (seconds - self._fixed_s) / ahead
+        self._each_s = _move(self._each_s, each_s)
+
+
+def _move(mean: float, found: float) -> float:
+    """The moving mean after one more measurement; the first is taken as it is."""
+    return KEPT * mean + (1 - KEPT) * min(found, MOST * mean) if mean else found
 
 
 def _take_one(counts: dict[str, int], model: str) -> int:

@@ -318,9 +318,9 @@ class DataPlane:
         model, link = request.model, self.links[lane.worker]
         backlog = link.backlog
         ahead = backlog.count_ahead(model)
-        self._admit(request, lane, backlog, request.deadline - now)
+        self._admit(request, lane, backlog, now)
         counted = self.router.count_start(lane, model)
-        backlog.start(model, is_work=counted)
+        backlog.start(model, now, is_work=counted)
         arrived = request.arrived or now
         call = link.call(model, request.content_type, request.accept, request.deadline, request.body, arrived, alone)
         self._watched[call] = (now, request.client_gone, link)
@@ -333,16 +333,16 @@ class DataPlane:
                 link.cancel(call)
             self.router.count_end(lane, model, counted, held=False)
             if isinstance(error, Refused):
-                error.advise(backlog.expected_s(ahead))
+                error.advise(backlog.expected_s(ahead, time.monotonic()))
             raise
         finally:
             del self._watched[call]
             backlog.end(model, was_work=counted)
         held = not head.situation or head.situation in (Situation.BAD_REQUEST, Situation.MODEL_FAILED)
-        took_s = time.monotonic() - now
-        wait_s = max(0.0, took_s - head.load_us / 1e6)
+        ended = time.monotonic()
+        wait_s = max(0.0, ended - now - head.load_us / 1e6)
         if counted and held and head.cache == CacheResult.HIT:
-            backlog.learn(ahead, took_s)
+            backlog.learn(ahead, now, ended)
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
         self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
         cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
@@ -352,14 +352,18 @@ class DataPlane:
             detail = msgspec.json.decode(await response.read(), type=Detail)
             refused = RefusedByWorker(Situation(head.situation), detail, stats)
             if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE):
-                refused.advise(backlog.expected_s(ahead))
+                refused.advise(backlog.expected_s(ahead, ended))
             raise refused
+        if ended > request.deadline:
+            response.cancel()
+            raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
 
-    def _admit(self, request: InferRequest, lane: WorkerLoad, backlog: Backlog, left_s: float) -> None:
+    def _admit(self, request: InferRequest, lane: WorkerLoad, backlog: Backlog, now: float) -> None:
         """Raises Refused for a request that its worker has no room for, or would not answer in time."""
         model = request.model
-        refusal = backlog.check(model, left_s, self._bounds, is_work=lane.warm.has(model))
+        left_s, is_work = request.deadline - now, lane.warm.has(model)
+        refusal = backlog.check(model, now, left_s, self._bounds, is_work=is_work)
         if refusal is not None:
             refused = Refused(Situation.OVERLOADED, refusal.reason)
             refused.advise(refusal.retry_s)

@@ -183,3 +183,12 @@ def test_a_new_metric_is_a_description_and_a_line(tmp_path: Path) -> None:
         run_in(tree, "-c", "from server import contract; print(contract.QUEUED.series)")
         == "fleetcast_queued_requests\n"
     )
+
+
+def test_what_is_under_way_is_shown_by_worker() -> None:
+    """A worker that is gone has no series any more."""
+    metrics = FrontMetrics()
+    metrics.show_under_way({0: 3, 1: 0})
+    metrics.show_under_way({1: 2})
+    lines = [line for line in metrics.text().splitlines() if line.startswith(contract.UNDER_WAY.series)]
+    assert lines == ['fleetcast_requests_under_way{worker="1"} 2.0']

@@ -15,12 +15,12 @@ FAR = 1e6
 def fill(backlog: Backlog, model: str, count: int, *, is_work: bool = True) -> None:
     """So many requests are under way."""
     for _ in range(count):
-        backlog.start(model, is_work=is_work)
+        backlog.start(model, 0.0, is_work=is_work)
 
 
 def refusal(backlog: Backlog, model: str, left_s: float = FAR, bounds: Bounds = WIDE, *, is_work: bool = True) -> str:
     """Why one more is not admitted; empty where it is."""
-    found = backlog.check(model, left_s, bounds, is_work=is_work)
+    found = backlog.check(model, 0.0, left_s, bounds, is_work=is_work)
     return "" if found is None else found.reason
 
 
@@ -45,7 +45,7 @@ def test_hot_models_leave_room_for_others(hot: int, each: int) -> None:
     for _ in range(200):
         for model in asked:
             if not refusal(backlog, model, FAR, bounds):
-                backlog.start(model, is_work=True)
+                backlog.start(model, 0.0, is_work=True)
     held = Counter({model: backlog._held[model] for model in asked})
     assert all(abs(count - each) <= 1 for count in held.values()), held
     assert not refusal(backlog, "other", FAR, bounds)
@@ -67,12 +67,12 @@ def test_what_cannot_make_its_deadline_is_refused_with_the_time() -> None:
     fill(backlog, "hot", 100)
     assert not refusal(backlog, "hot", 0.5), "nothing is known yet"
     for _ in range(100):
-        backlog.learn(100, 1.0)
-    found = backlog.check("hot", 0.5, WIDE, is_work=True)
+        backlog.learn(100, -1.0, 0.0)
+    found = backlog.check("hot", 0.0, 0.5, WIDE, is_work=True)
     assert found is not None
     assert "expected in 1010 ms, the deadline is in 500 ms: 100 requests are ahead" in found.reason
     assert found.retry_s == pytest.approx(1.01)
-    assert not refusal(backlog, "hot", 2.0)
+    assert not refusal(backlog, "hot", 3.0)
     assert not refusal(backlog, "prober", 0.5)
     assert not refusal(backlog, "hot", 0.5, is_work=False), "of loads the worker decides"
 
@@ -81,14 +81,41 @@ def test_an_idle_worker_admits_whatever_was_learnt() -> None:
     """The slowest past refuses nothing that has few ahead, and quick answers correct it."""
     backlog = Backlog()
     for _ in range(100):
-        backlog.learn(50, 500.0)
+        backlog.learn(50, -500.0, 0.0)
     fill(backlog, "a", FEW - 1)
     assert not refusal(backlog, "a", 0.001)
     fill(backlog, "a", 10)
     assert refusal(backlog, "a", 0.5)
     for _ in range(200):
-        backlog.learn(1, 0.002)
+        backlog.learn(1, -0.002, 0.0)
     assert not refusal(backlog, "a", 0.5)
+
+
+def test_a_request_that_is_long_by_itself_says_little_of_others() -> None:
+    """One of 10 s among many of 1 ms raises what is expected by an eighth at most, however many were ahead of it."""
+    for ahead in (1, 20):
+        backlog = Backlog()
+        for _ in range(100):
+            backlog.learn(ahead, -0.001 * ahead, 0.0)
+        before = backlog.expected_s(20, 0.0)
+        backlog.learn(ahead, -10.0, 0.0)
+        assert before < backlog.expected_s(20, 0.0) <= before * 1.125
+
+
+def test_silence_is_added_to_the_wait() -> None:
+    """A worker that has not answered for 0.4 s is expected to need as long again; one that had nothing to do is not."""
+    backlog = Backlog()
+    fill(backlog, "a", 10)
+    backlog.learn(10, 0.0, 0.1)
+    assert backlog.expected_s(11, 0.1) == pytest.approx(0.11)
+    assert backlog.expected_s(11, 0.5) == pytest.approx(0.51)
+    assert backlog.check("a", 0.1, 0.4, WIDE, is_work=True) is None
+    assert backlog.check("a", 0.5, 0.4, WIDE, is_work=True) is not None
+    for _ in range(10):
+        backlog.end("a", was_work=True)
+    assert backlog.expected_s(11, 9.0) == pytest.approx(0.11)
+    backlog.start("a", 9.0, is_work=True)
+    assert backlog.expected_s(11, 9.0) == pytest.approx(0.11)
 
 
 @given(
@@ -106,9 +133,9 @@ def test_the_admitted_are_answered_in_time(each_s: float, deadline_s: float, mod
     warm_up = 400
     for ident in range(3 * warm_up, 3 * warm_up + 3000):
         model = f"m{ident % models}"
-        if backlog.check(model, deadline_s, Bounds(2000, 2000), is_work=True) is None:
+        if backlog.check(model, now, deadline_s, Bounds(2000, 2000), is_work=True) is None:
             waiting.put(model, ident, (model, backlog.count_ahead(model), now))
-            backlog.start(model, is_work=True)
+            backlog.start(model, now, is_work=True)
         if ident % 3:
             continue
         now += each_s
@@ -117,7 +144,7 @@ def test_the_admitted_are_answered_in_time(each_s: float, deadline_s: float, mod
             continue
         done, ahead, began = waiting.take()
         backlog.end(done, was_work=True)
-        backlog.learn(ahead, now - began)
+        backlog.learn(ahead, began, now)
         late += now - began > max(deadline_s, (FEW + 1) * models * each_s) and ident > 4 * warm_up
     assert (idle, late) == (0, 0)
 
@@ -133,7 +160,7 @@ class BacklogMachine(RuleBasedStateMachine):
     @rule(model=strategies.sampled_from("abc"), is_work=strategies.booleans())
     def start(self, model: str, *, is_work: bool) -> None:
         """One more."""
-        self.backlog.start(model, is_work=is_work)
+        self.backlog.start(model, 0.0, is_work=is_work)
         self.open.append((model, is_work))
 
     @rule(which=strategies.integers(0, 1000))

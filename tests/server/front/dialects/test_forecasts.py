@@ -291,3 +291,6 @@ def test_overload_says_when_to_retry() -> None:
             Refused(Situation.OVERLOADED, "full"), HttpRequest("POST", "/v1/forecasts", {}, never)
         )
         assert (reply.status, reply.headers) == (chosen, [(b"retry-after", b"1")])
+    late = Refused(Situation.DEADLINE, "late", retry_ms=1234)
+    reply = dialect().refused(late, HttpRequest("POST", "/v1/forecasts", {}, never))
+    assert (reply.status, reply.headers) == (424, [(b"retry-after", b"2")])

@@ -79,6 +79,8 @@ def test_overload_says_when_to_retry() -> None:
     assert reply.status == 503
     assert dict(reply.headers)[b"x-amz-retry-after"] == b"200"
     assert dict(reply.headers)[b"retry-after"] == b"1"
+    estimated = dict(dialect().refused(Refused(Situation.OVERLOADED, "full", retry_ms=1234), PLAIN).headers)
+    assert (estimated[b"x-amz-retry-after"], estimated[b"retry-after"]) == (b"1234", b"2")
     reply = dialect(overload_status=429).refused(full, PLAIN)
     assert (reply.status, dict(reply.headers)[b"retry-after"]) == (429, b"1")
     assert dict(reply.headers)[b"x-amzn-errortype"] == b"ModelNotReadyException"
