@@ -5,6 +5,7 @@ thread.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -141,7 +142,8 @@ class ModelLoads:
     def _pass_on(self, model: ModelName, done: "Future[tuple[LoadedModel | LoadError, float]]") -> None:
         """Runs on the loader thread, or on any that cancels."""
         if not done.cancelled():
-            self._loop.call_soon_threadsafe(self._end_load, model, *done.result())
+            with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile, and its loop with it
+                self._loop.call_soon_threadsafe(self._end_load, model, *done.result())
 
     def look_ahead(self) -> None:
         """Start prefetches of models that are expected to be requested, as far as the prefetcher allows now."""
