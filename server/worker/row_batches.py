@@ -5,6 +5,7 @@ request that is long by itself runs apart, see `server.worker.long_jobs`: what i
 estimated work of a row (`handlers.work`), the pace that was measured, and the numbers that the request asks for.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 
 from handlers.base import Float32
-from handlers.codecs.codec import Encoded
+from handlers.codecs.codec import NUMBER_S, Encoded
 from handlers.codecs.deepar_schema import MAX_ROWS
 from handlers.kinds import RowModel, run_row_on_cpu
 from handlers.kinds.row_work import row_work
 from handlers.work import CALL_S, Work
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
-from server.worker.long_jobs import DeadlinePassed, LongJobs, RunCounts
+from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, RunCounts
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
@@ -31,24 +32,27 @@ MOST_SLICE_ROWS = 1 << 20  #: more than any request has
 MOST_ROWS_AT_ONCE = 64  #: rows of a slice of one model: more of them are no faster
 MOST_PACES = 1024  #: families whose pace is remembered: an archive's author chooses its family
 KEPT = 0.7  #: weight of the pace that was measured before
+LEAST_INSTANCE_BYTES = 16  #: of an instance in a body: `{"start":"2024"}`
+SHORT_NUMBERS = 20_000  #: of an answer, which are written in 10 ms
 
 
 class Pace:
     """How long a row of one family takes on this machine: the estimate at first, then what was measured."""
 
-    def __init__(self, work: Work, slice_s: float) -> None:
+    def __init__(self, work: Work, slice_s: float, long_s: float = LONG_S) -> None:
         self.work, self._slice_s = work, slice_s
         self._fixed_s = work.calls * CALL_S / 2
         self._row_s = max(1e-6, work.seconds - work.calls * CALL_S)
+        #: Bodies up to so many bytes have too few instances to be long to decode.
+        self.quick_bytes: float = math.inf
+        if work.given * MAX_ROWS > DECODE_NUMBERS:
+            self.quick_bytes = LEAST_INSTANCE_BYTES * DECODE_NUMBERS // work.given
+        self._has_short_slices = self._fixed_s + slice_s + SHORT_NUMBERS * NUMBER_S <= long_s
+        self._follow()
 
     def __repr__(self) -> str:
         """For example `<Pace 0.120 ms a row>`."""
         return f"<Pace {self._row_s * 1e3:.3f} ms a row>"
-
-    @property
-    def slice_rows(self) -> int:
-        """Rows of a slice: calls of torch are shared by them, so these do not count."""
-        return max(1, int(min(self._slice_s / self._row_s, MOST_SLICE_ROWS)))
 
     def seconds(self, rows: int) -> float:
         """What so many rows are expected to take."""
@@ -58,6 +62,14 @@ class Pace:
         """Learn from a forward of so many rows."""
         measured = max(1e-6, seconds - self._fixed_s) / rows
         self._row_s = KEPT * self._row_s + (1 - KEPT) * measured
+        self._follow()
+
+    def _follow(self) -> None:
+        """What follows from the time of a row; read for each request, so kept."""
+        #: Rows of a slice: calls of torch are shared by them, so these do not count.
+        self.slice_rows = max(1, int(min(self._slice_s / self._row_s, MOST_SLICE_ROWS)))
+        #: So many rows and fewer are not long to run, with an answer of SHORT_NUMBERS.
+        self.short_rows = self.slice_rows if self._has_short_slices else 0
 
 
 class RowBatches:
@@ -120,14 +132,18 @@ class RowBatches:
         """The jobs that one slice has room for, and their decoded requests."""
         running, calls, room = list[Job](), list[Any](), pace.slice_rows
         for at, job in enumerate(jobs):
-            model = self._residents.rows[get_slot(job)]
-            if job.call is None and self._is_long_to_decode(job, pace, model.codec.quick_bytes):
+            slot = job.slot
+            assert slot is not None, "a job in a batch holds a lease"
+            model, size = self._residents.rows[slot], len(job.request.body)
+            may_be_long = size > model.codec.quick_bytes or size > pace.quick_bytes
+            if may_be_long and job.call is None and self._is_long_to_decode(job, pace, model.codec.quick_bytes):
                 self._run_apart(job, model, None, pace, now)
                 continue
             call = job.call or self._replies.decode(job, model.codec.decode)
             if call is None:
                 continue
-            if self._is_long_to_run(call, pace):
+            may_be_long = len(call.rows) > pace.short_rows or call.numbers > SHORT_NUMBERS
+            if may_be_long and self._is_long_to_run(call, pace):
                 self._run_apart(job, model, call, pace, now)
                 continue
             if running and len(call.rows) > room:
@@ -148,15 +164,13 @@ class RowBatches:
         if pace is None:
             if len(self._paces) >= MOST_PACES:
                 del self._paces[next(iter(self._paces))]  # the oldest; should it run again it is estimated anew
-            pace = self._paces[model.family.key] = Pace(row_work(model.family), self._long.slice_s)
+            pace = self._paces[model.family.key] = Pace(row_work(model.family), self._long.slice_s, self._long.long_s)
         return pace
 
     def _is_long_to_decode(self, job: Job, pace: Pace, quick_bytes: int) -> bool:
         """Whether reading a request for rows may take long. Every instance needs an object of its own: a brace."""
-        body, given = job.request.body, pace.work.given
-        if len(body) > quick_bytes:
-            return True
-        return given * MAX_ROWS > DECODE_NUMBERS and given * min(MAX_ROWS, bytes(body).count(b"{")) > DECODE_NUMBERS
+        body = job.request.body
+        return len(body) > quick_bytes or pace.work.given * min(MAX_ROWS, bytes(body).count(b"{")) > DECODE_NUMBERS
 
     def _is_long_to_run(self, call: Any, pace: Pace) -> bool:
         """Whether a request for rows may take long to run and to answer."""
