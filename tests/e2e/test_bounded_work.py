@@ -3,6 +3,7 @@
 A canary asks one model all the while: its answers stay the same and come in time.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -223,9 +224,11 @@ def is_replaced(server: Server, pid: int) -> bool:
 
 def runs_loop(pid: int) -> bool:
     """Whether this worker notes that it runs loop.mar."""
-    folder = Path(f"/proc/{pid}/fd")
-    pulses = [link for link in folder.iterdir() if "fleetcast-pulse" in str(link.readlink())]
-    return any(RunningModel("loop.mar", "alone") in PulseReader(str(pulse)).running() for pulse in pulses)
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            if "fleetcast-pulse" in str(link.readlink()):
+                return RunningModel("loop.mar", "alone") in PulseReader(str(link)).running()
+    return False
 
 
 def quarantined(server: Server) -> dict[str, Any]:
