@@ -21,7 +21,7 @@ MADE_UP = 400  #: requests for names that do not exist; a warning each, were the
 
 @pytest.mark.parametrize("reader", ["gone", "stopped"])
 def test_a_server_without_a_reader_of_its_log_serves(s3: S3Server, store: str, tmp_path: Path, reader: str) -> None:
-    """Loads, refusals and the restart of a dead worker go on; lines that could not be written are counted."""
+    """It starts, loads, refuses, restarts a dead worker and ends."""
     upload(s3, store, MODELS)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -45,8 +45,6 @@ def test_a_server_without_a_reader_of_its_log_serves(s3: S3Server, store: str, t
                 "a new worker",
             )
             server.ask(MODELS[2].question(0))
-            if reader == "stopped":
-                assert server.total("fleetcast_log_lines_dropped_total") > 0
     finally:
         os.close(writing)
         if reader == "stopped":
