@@ -53,8 +53,9 @@ class Pulse:
         descriptor = os.memfd_create("fleetcast-pulse")
         os.ftruncate(descriptor, _BYTES)
         self._memory = mmap.mmap(descriptor, _BYTES)
+        self._path, self._descriptor = path, descriptor
         if path:
-            Path(path).symlink_to(f"/proc/{os.getpid()}/fd/{descriptor}")
+            self.link()
         else:
             os.close(descriptor)
         #: The names of the models of the running batch of rows, separated by newlines and ended by a zero byte. Row
@@ -66,6 +67,11 @@ class Pulse:
     def __repr__(self) -> str:
         """For example `<Pulse 12 beats, 1 models noted>`."""
         return f"<Pulse {self._beats} beats, {SEATS - len(self._free)} models noted>"
+
+    def link(self) -> None:
+        """Make the link to it, unless it is there: its folder may have been removed, and made anew."""
+        if not os.path.lexists(self._path):
+            Path(self._path).symlink_to(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def beat(self, signs: LoadSigns) -> None:
         """The step loop has turned."""

@@ -21,18 +21,28 @@ def make_private_folder(folder: Path) -> None:
         raise OSError(f"{folder} is not a folder of this user alone: remove it, the server makes it anew")
 
 
-async def listen_at(make: Callable[[], asyncio.Protocol], path: str, look_s: float = LOOK_S) -> asyncio.Task[None]:
+async def listen_at(
+    make: Callable[[], asyncio.Protocol],
+    path: str,
+    look_s: float = LOOK_S,
+    *,
+    made_anew: Callable[[], None] = lambda: None,
+) -> asyncio.Task[None]:
     """Listen on a Unix socket until the task is cancelled. Raises OSError.
 
     A cleaner of old files may remove the socket or its folder. Connections outlive that, but a new front would find
-    nobody, so the socket is made anew.
+    nobody, so the socket is made anew; `made_anew` then makes what else lay in the folder.
     """
     server = await asyncio.get_running_loop().create_unix_server(make, path)
-    return asyncio.create_task(_keep_listening(server, make, path, look_s))
+    return asyncio.create_task(_keep_listening(server, make, path, look_s, made_anew))
 
 
 async def _keep_listening(
-    server: asyncio.AbstractServer, make: Callable[[], asyncio.Protocol], path: str, look_s: float
+    server: asyncio.AbstractServer,
+    make: Callable[[], asyncio.Protocol],
+    path: str,
+    look_s: float,
+    made_anew: Callable[[], None],
 ) -> None:
     try:
         while True:
@@ -43,6 +53,7 @@ async def _keep_listening(
             try:
                 make_private_folder(Path(path).parent)
                 server = await asyncio.get_running_loop().create_unix_server(make, path)
+                made_anew()
             except OSError as error:
                 log.warning("socket_not_made", socket=path, error=str(error))
             else:

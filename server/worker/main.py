@@ -111,13 +111,14 @@ async def main(control_fd: int) -> None:
     pin_process(plan)
     arrivals = ArrivalBuffer() if settings.access_log else None
     try:
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, Pulse(assignment.pulse))
+        pulse = Pulse(assignment.pulse)
+        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
-    listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket)
+    listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket, made_anew=pulse.link)
     member.serve(Management(steps, arrivals).handle)
     await member.released
     listening.cancel()  # the steps stay open: a request may still come while the process ends

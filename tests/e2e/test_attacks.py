@@ -208,8 +208,8 @@ def exchange(server: Server, sent: bytes) -> bytes:
 def test_hostile_management(attacked: Server) -> None:
     """Names that were rebound, forged origins, made-up verbs and models: refused, and the fleet is as it was."""
     management = attacked.addresses["management"]
-    before = attacked.resident()
     with Canary(attacked, CANARY.question(0)) as canary, Memory(attacked):
+        before = attacked.resident()
         for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
             for i in range(30):
                 for verb in ("load", "unload", "pin", "release"):
