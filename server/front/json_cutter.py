@@ -233,7 +233,7 @@ def _count_to_closing(piece: bytes, depth: int, *, quoted: bool) -> int:
             depth += 1 if byte in b"[{" else -1
             if depth == 0:
                 return offset + 1
-    raise AssertionError("the caller has counted the bracket that closes")
+    raise NotJson("a backslash outside of a string")  # it escaped the bracket that the caller has counted
 
 
 def _unescaped(piece: bytes) -> Iterator[tuple[int, int]]:

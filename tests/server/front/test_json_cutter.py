@@ -6,7 +6,7 @@ from unittest import mock
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from server.front import json_cutter
@@ -45,6 +45,7 @@ def test_items_are_those_that_msgspec_finds(value: list[Any], unit: int, indent:
 
 
 @given(st.text('[]{}",:\\1a ', max_size=60).map(str.encode), st.integers(2, 20))
+@example(b"[[\\]", 2)  # a backslash that is in no string
 def test_what_is_cut_stays_within_its_borders(text: bytes, unit: int) -> None:
     """Of text that is no JSON either nothing is cut, or pieces that cannot become JSON together with anything around:
     a request made of one is refused by its model, and never read as another.
