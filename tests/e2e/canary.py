@@ -26,6 +26,7 @@ QUIET = os.environ.get("FLEETCAST_QUIET") == "1"
 BOUND_S = 0.1 if QUIET else 0.5  #: of the slowest percent
 STUCK_S = 10.0  #: of the slowest percent by the clock: who waits so long waits for something that does not work
 SLOWER = 10.0  #: the same bound on a busy machine, in terms of the calm before the attack
+LEAST = 110  #: answers that are judged
 CALM = 40  #: answers before the attack that say how fast this machine is
 
 
@@ -70,6 +71,8 @@ class Canary:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:  # of fewer answers the slowest percent would be the slowest one
+            self.more(max(0, LEAST - len(self._attack.seconds)))
         self._stop.set()
         self._thread.join()
         if kind is None:
