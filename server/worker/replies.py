@@ -52,8 +52,7 @@ class Replies:
             self.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
             return
         if self._scheduler.finish(job):
-            if self._arrivals is not None:
-                self._record(job, job.cache)
+            self._record(job, job.cache)
             job.origin.answer(job, content_type, body, queue_s=job.queued_s(began), inference_s=run_s)
         self._release(job)
 
