@@ -32,7 +32,7 @@ from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, Forecasts
 from server.front.exchange import HttpReply, Limit
 from server.front.fan_out import FanOut, MultiModelCall
 from server.front.raw_json import MAX_ITEMS
-from server.front.slices import finish
+from server.front.slices import finish_slices
 from server.front.suspects import MAX_SUSPECT_BYTES, Suspects
 from server.ipc.bodies import Outbox
 from server.ipc.control import ControlError
@@ -59,7 +59,7 @@ MIB = 1024 * 1024
 
 def parse_call(body: bytes) -> MultiModelCall:
     """The call, without a pause."""
-    return finish(forecasts.parse_call(body, Limit(6 * MIB, "max_body_bytes")))
+    return finish_slices(forecasts.parse_call(body, Limit(6 * MIB, "max_body_bytes")))
 
 
 def long_name(i: int) -> str:

@@ -47,7 +47,7 @@ class Pacer:
                 await self.spend(0)
 
 
-def finish(slices: Slices[T]) -> T:
+def finish_slices(slices: Slices[T]) -> T:
     """The value without a pause, where no event loop waits."""
     while True:
         try:

@@ -23,7 +23,7 @@ from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Detail, Refused, Situation, situation_of
 from server.front.raw_json import extract_prediction
-from server.front.slices import finish
+from server.front.slices import finish_slices
 from server.offline.checkpoint import Checkpoint
 
 CHUNK = 64  #: most lines of one model that are answered together
@@ -186,7 +186,7 @@ def _encode_answer(answer: bytes | RequestError | RunFailed) -> bytes:
     if isinstance(answer, RunFailed):
         return _encode_error(Refused(Situation.MODEL_FAILED, str(answer)))
     try:
-        return finish(extract_prediction(answer)) + b"\n"
+        return finish_slices(extract_prediction(answer)) + b"\n"
     except Refused as refused:
         return _encode_error(refused)
 

@@ -32,7 +32,7 @@ from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.json_cutter import NotJson, cut_fields
 from server.front.raw_json import extract_prediction, split_samples
-from server.front.slices import AT_ONCE, finish
+from server.front.slices import AT_ONCE, finish_slices
 from server.ipc.frames import Cancel, Credit, Data, FrameReader, Request, WireError, append_frame
 from tests.archives import FORECAST, make_forecaster, make_tar_gz
 from tests.e2e.canary import Canary
@@ -139,9 +139,9 @@ def test_calls_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Limit(6 * 2**20, "max_body_bytes")
     for at_once in (AT_ONCE, 0):  # read by msgspec, and cut by the cutter as larger ones are
         monkeypatch.setattr(json_cutter, "AT_ONCE", at_once)
-        fuzz([call], lambda data: finish(parse_call(data, limit)), (Refused,))
+        fuzz([call], lambda data: finish_slices(parse_call(data, limit)), (Refused,))
         for read in (extract_prediction, cut_fields, split_samples):
-            fuzz([answer, samples], lambda data, read=read: finish(read(data)), (Refused, NotJson, KeyError))  # type: ignore[misc]
+            fuzz([answer, samples], lambda data, read=read: finish_slices(read(data)), (Refused, NotJson, KeyError))  # type: ignore[misc]
 
 
 def test_frames() -> None:

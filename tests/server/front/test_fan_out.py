@@ -13,7 +13,7 @@ from server.front.dataplane import ClientGone, DataPlane, InferStats
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import MAX_UNDER_WAY, MIN_WINDOW, FanOut, Prediction, put_samples, require_all
-from server.front.slices import ITEM, SLICE, finish
+from server.front.slices import ITEM, SLICE, finish_slices
 from tests.server.front.answering import Asked, Worker, attach, never
 
 MIB = 1024 * 1024
@@ -33,7 +33,7 @@ def fan_out(body: bytes, worker: Worker, limit: Limit = LIMIT, client_gone: Any 
     """The call under way at one worker."""
     plane = DataPlane(256 * MIB)
     attach(plane, worker)
-    return FanOut(plane, finish(parse_call(body, LIMIT)), limit, FAR, client_gone)
+    return FanOut(plane, finish_slices(parse_call(body, LIMIT)), limit, FAR, client_gone)
 
 
 def test_many_items_with_a_large_configuration_are_refused_before_anything_is_built() -> None:
@@ -194,7 +194,7 @@ def test_the_correlation_gets_the_marginals_that_are_there() -> None:
         running = fan_out(joint_call(*models), Worker(answer))
         found = await running.infer()
         assert running._call.joint is not None
-        return finish(put_samples(found, await running.draw(running._call.joint, found, "")))
+        return finish_slices(put_samples(found, await running.draw(running._call.joint, found, "")))
 
     first, gone, last = asyncio.run(scenario("a.mar", "gone.mar", "c.mar"))
     assert isinstance(first, Prediction)

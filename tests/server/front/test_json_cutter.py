@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from server.front import json_cutter
 from server.front.json_cutter import MAX_DEPTH, NotJson, cut_fields, cut_items
-from server.front.slices import AT_ONCE, UNIT, finish
+from server.front.slices import AT_ONCE, UNIT, finish_slices
 from tests.server.front.counted import count_work
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -29,7 +29,7 @@ def test_fields_are_those_that_msgspec_finds(value: dict[str, Any], unit: int, i
     """In any spelling, and wherever a piece ends: inside an escape, between brackets, in a name."""
     text = json.dumps(value, indent=indent, ensure_ascii=indent is None).encode()
     with cut_small(unit):
-        found = finish(cut_fields(text))
+        found = finish_slices(cut_fields(text))
     assert {name: bytes(raw) for name, raw in found.items()} == {
         name: bytes(raw) for name, raw in msgspec.json.decode(text, type=dict[str, msgspec.Raw]).items()
     }
@@ -40,7 +40,7 @@ def test_items_are_those_that_msgspec_finds(value: list[Any], unit: int, indent:
     """The same of an array."""
     text = json.dumps(value, indent=indent).encode()
     with cut_small(unit):
-        found = finish(cut_items(text, 1000))
+        found = finish_slices(cut_items(text, 1000))
     assert list(map(bytes, found)) == list(map(bytes, msgspec.json.decode(text, type=list[msgspec.Raw])))
 
 
@@ -52,7 +52,7 @@ def test_what_is_cut_stays_within_its_borders(text: bytes, unit: int) -> None:
     """
     with cut_small(unit):
         try:
-            found = finish(cut_items(text, 100))
+            found = finish_slices(cut_items(text, 100))
         except NotJson:
             return
     for item in map(bytes, found):
@@ -80,7 +80,7 @@ def test_no_slice_works_longer_than_its_share(filling: bytes) -> None:
 def test_items_beyond_the_most_are_not_cut() -> None:
     """One more than allowed is cut, so that the caller sees it; the rest is not looked at."""
     text = b"[" + b"1," * AT_ONCE + b"1]"
-    assert len(finish(cut_items(text, 10))) == 11
+    assert len(finish_slices(cut_items(text, 10))) == 11
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH - 1, MAX_DEPTH + 1])
@@ -90,7 +90,7 @@ def test_depth_is_bounded(depth: int) -> None:
     text = b"[" + inner + b"]"
     with cut_small(UNIT):
         if depth < MAX_DEPTH:
-            assert bytes(finish(cut_items(text, 1))[0]) == inner
+            assert bytes(finish_slices(cut_items(text, 1))[0]) == inner
         else:
             with pytest.raises(NotJson, match=f"more than {MAX_DEPTH} nested brackets"):
-                finish(cut_items(text, 1))
+                finish_slices(cut_items(text, 1))

@@ -13,7 +13,7 @@ from server.front.raw_json import (
     replace_marginal,
     split_samples,
 )
-from server.front.slices import finish
+from server.front.slices import finish_slices
 
 
 def test_a_request_is_its_parts() -> None:
@@ -25,7 +25,7 @@ def test_a_request_is_its_parts() -> None:
 
 def test_a_prediction_is_cut_out() -> None:
     """As it was written, digits and spaces too."""
-    assert finish(extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}')) == b'{"mean": [1.50, 2e0]}'
+    assert finish_slices(extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}')) == b'{"mean": [1.50, 2e0]}'
 
 
 @pytest.mark.parametrize(
@@ -34,21 +34,21 @@ def test_a_prediction_is_cut_out() -> None:
 def test_an_answer_that_is_no_forecast(answer: bytes) -> None:
     """A model that answers something else is refused."""
     with pytest.raises(Refused, match="not a forecast"):
-        finish(extract_prediction(answer))
+        finish_slices(extract_prediction(answer))
 
 
 def test_joint_scenarios_need_marginals() -> None:
     """A prediction without one is refused."""
     with pytest.raises(Refused, match="no marginal"):
-        finish(extract_prediction(b'{"predictions":[{"mean":[1]}]}', marginal=True))
-    assert finish(extract_prediction(b'{"predictions":[{"marginal":{}}]}', marginal=True)) == b'{"marginal":{}}'
+        finish_slices(extract_prediction(b'{"predictions":[{"mean":[1]}]}', marginal=True))
+    assert finish_slices(extract_prediction(b'{"predictions":[{"marginal":{}}]}', marginal=True)) == b'{"marginal":{}}'
 
 
 def test_marginals_become_samples() -> None:
     """The correlation gets names and marginals; its samples take their place, all other fields stay."""
     prediction = b'{"mean":[1.50],"marginal":{"levels":[0.5],"values":[[[1]]]}}'
-    asked = finish(build_correlation_request([("a.mar", prediction)], {"seed": msgspec.Raw(b"3")}))
+    asked = finish_slices(build_correlation_request([("a.mar", prediction)], {"seed": msgspec.Raw(b"3")}))
     marginal = {"levels": [0.5], "values": [[[1]]]}
     assert json.loads(asked) == {"forecasts": [{"name": "a.mar", "marginal": marginal}], "seed": 3}
-    (samples,) = finish(split_samples(b'{"samples":[[[1.25],[2.50]]]}'))
-    assert finish(replace_marginal(prediction, samples)) == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
+    (samples,) = finish_slices(split_samples(b'{"samples":[[[1.25],[2.50]]]}'))
+    assert finish_slices(replace_marginal(prediction, samples)) == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'

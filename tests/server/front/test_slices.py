@@ -3,7 +3,7 @@
 import asyncio
 from itertools import pairwise
 
-from server.front.slices import SLICE, UNIT, Pacer, Slices, finish, join_parts
+from server.front.slices import SLICE, UNIT, Pacer, Slices, finish_slices, join_parts
 from tests.server.front.counted import count_work
 
 
@@ -60,4 +60,4 @@ def test_parts_are_joined() -> None:
     joined, works = count_work(join_parts(parts))
     assert joined == b"".join(map(bytes, parts))
     assert max(works) <= 2 * UNIT
-    assert finish(join_parts([])) == b""
+    assert finish_slices(join_parts([])) == b""

@@ -16,7 +16,7 @@ from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, STATUS, For
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import Item, MultiModelCall, Prediction
 from server.front.raw_json import MAX_ITEMS, build_request, extract_prediction
-from server.front.slices import AT_ONCE, UNIT, finish
+from server.front.slices import AT_ONCE, UNIT, finish_slices
 from server.settings import Settings
 from tests.server.front.answering import never
 from tests.server.front.counted import count_work
@@ -30,7 +30,7 @@ LIMIT = Limit(6 * 2**20, "max_body_bytes")
 
 def parse_call(body: bytes, limit: Limit = LIMIT) -> MultiModelCall:
     """The call, without a pause."""
-    return finish(forecasts.parse_call(body, limit))
+    return finish_slices(forecasts.parse_call(body, limit))
 
 
 def dialect(**settings: object) -> Forecasts:
@@ -194,14 +194,14 @@ def test_a_configuration_is_bounded() -> None:
 
 def test_the_answer_in_order() -> None:
     """Predictions as they came, errors in their places, the number of failures, a status for each item's count."""
-    raw = finish(extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}'))
+    raw = finish_slices(extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}'))
     assert raw == b'{"mean": [1.50, 2e0]}'
     refused = Refused(Situation.NOT_FOUND, "no archive", field="target_model")
     found: list[Prediction | Refused] = [Prediction(raw, stats()), refused, Prediction(raw, stats())]
-    answer = json.loads(finish(build_answer(found)))
+    answer = json.loads(finish_slices(build_answer(found)))
     error = {"code": "not_found", "message": "no archive", "field": "target_model"}
     assert answer == {"predictions": [{"mean": [1.5, 2]}, {"error": error}, {"mean": [1.5, 2]}], "failed": 1}
-    assert b'{"mean": [1.50, 2e0]}' in finish(build_answer(found))
+    assert b'{"mean": [1.50, 2e0]}' in finish_slices(build_answer(found))
     assert dialect().statuses(found) == [200, 400, 200]
 
 
@@ -215,7 +215,7 @@ def test_what_the_headers_tell() -> None:
     ]
     assert summarise_items(found) == InferStats("hit=2, miss=1", 1500, 2000, 20)
     assert summarise_items(found[3:]) == InferStats("", 0, 0, 0)
-    assert msgspec.json.decode(finish(build_answer(found)))["failed"] == 1
+    assert msgspec.json.decode(finish_slices(build_answer(found)))["failed"] == 1
 
 
 def joint_call(**configuration: object) -> bytes:
