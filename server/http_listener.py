@@ -6,72 +6,82 @@ Runs in the event loop of fronts and of the supervisor.
 import asyncio
 import contextlib
 import fcntl
+import re
 import socket
 import termios
 import time
 from collections.abc import Hashable, Iterator
 from typing import Any, cast
+from urllib.parse import unquote
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.access.tls import CLIENT_NAME, Tls, name_client
-from server.request_head import body_framing, find_fault, refuse_head
+from server.request_head import Fields, body_framing, find_fault, refuse_head
 
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
 TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 TLS_LOOK_S = 1.0  #: how often certificates' files are looked at
 MAX_PIPELINED = 512  #: requests of one connection that wait for the answer to an earlier one
 LOOKS = 10  #: checks of all clients within `patience_s`
-SMALL = 4096  #: bytes that are worth copying to save a write
+BODY_FOLLOWS = "fleetcast.body_follows"  #: in `http.response.start`: the body's first part is sent without a pause
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
-class OneWrite:
-    """A client's transport that sends a response's head and body in one write.
+class Exchange(RequestResponseCycle):
+    """One request and its response, of which head and first part leave in one write where the application allows it.
 
-    Uvicorn writes them separately, and uvloop sends each at once, which would wake the client twice. A small first
-    write is held for the second, at most until the end of the loop's pass. Other methods are the transport's own.
+    Uvicorn writes them separately, and uvloop sends each at once, which would wake the client twice. An application
+    that sends the body's first part right after the head says so by `BODY_FOLLOWS` in its `http.response.start`.
     """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._held = b""
-        self._call_soon = asyncio.get_running_loop().call_soon
-        self.is_closing = transport.is_closing
+    _head = b""  # a head whose body is about to follow
 
-    def __getattr__(self, name: str) -> Any:
-        """The transport's own."""
-        return getattr(self._transport, name)
+    async def send(self, message: Any) -> None:
+        """See the ASGI specification. Raises RuntimeError for a message out of turn and for a faulty head or body."""
+        if self._head:
+            await self._send_first(message["body"], more=message.get("more_body", False))
+        elif BODY_FOLLOWS in message and not self.response_started and self.scope["method"] != "HEAD":
+            self._head = self._make_head(message["status"], message["headers"])
+            self.response_started, self.waiting_for_100_continue = True, False
+        else:
+            await super().send(message)
 
-    def __repr__(self) -> str:
-        """For example `<OneWrite 0 bytes held, <TCPTransport ...>>`."""
-        return f"<OneWrite {len(self._held)} bytes held, {self._transport!r}>"
+    def _make_head(self, status: int, headers: Fields) -> bytes:
+        """The bytes of the head. Content-Length must be among the headers; names are the application's own."""
+        pieces, values, closes = [STATUS_LINE[status]], [], not self.keep_alive
+        for name, value in (*self.default_headers, *headers):
+            pieces += name, b": ", value, b"\r\n"
+            values.append(value)
+            if name == b"content-length":
+                self.expected_content_length = int(value)
+            elif name == b"connection":
+                closes, self.keep_alive = False, self.keep_alive and value != b"close"
+        if _CONTROL.search(b"".join(values)) is not None:
+            raise RuntimeError("a response header holds a control character")
+        self.chunked_encoding = False
+        pieces.append(b"connection: close\r\n\r\n" if closes else b"\r\n")
+        return b"".join(pieces)
 
-    def write(self, data: bytes) -> None:
-        """Send the bytes, or hold them for the next write."""
-        if self._held:
-            data, self._held = self._held + data, b""
-            self._transport.write(data)
-        elif len(data) > SMALL:
-            self._transport.write(data)
-        elif data:
-            self._held = data
-            self._call_soon(self._flush)
-
-    def close(self) -> None:
-        """Send the held bytes and close."""
-        self._flush()
-        self._transport.close()
-
-    def get_write_buffer_size(self) -> int:
-        """Bytes that are not sent yet."""
-        return len(self._held) + self._transport.get_write_buffer_size()
-
-    def _flush(self) -> None:
-        data, self._held = self._held, b""
-        if data and not self.is_closing():  # a closed transport would log an error
-            self._transport.write(data)
+    async def _send_first(self, body: bytes, *, more: bool) -> None:
+        """Send the head and the first part of the body, which may be all of it."""
+        head, self._head = self._head, b""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        self.expected_content_length -= len(body)
+        if self.expected_content_length < 0 or (self.expected_content_length and not more):
+            raise RuntimeError("the response's body is longer or shorter than its Content-Length")
+        self.transport.writelines((head, body))
+        if not more:
+            self.response_complete = True
+            self.message_event.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
 
 
 class ClientConnection(HttpToolsProtocol):
@@ -81,6 +91,7 @@ class ClientConnection(HttpToolsProtocol):
     - At most `MAX_PIPELINED` requests wait behind one that is being answered; they are answered, then the connection is
       closed. Uvicorn pauses reading only for bytes that it has not received yet, and these can hold 10,000 requests.
     - Trailers are dropped: they never become headers of the request.
+    - A request's response is an `Exchange`, whose head and body leave in one write.
     - `Upgrade` is ignored (RFC 9110, 7.8) and the body is read as the head says. The parser (llhttp) takes the bytes
       after such a head for another protocol and would read a body as the next request: a second parser reads the body.
     - A head that breaks a rule of `server.request_head` is answered 400 in its turn, and the connection is closed.
@@ -96,11 +107,11 @@ class ClientConnection(HttpToolsProtocol):
     _client_name: str | None = None  #: of the certificate, which is that of the whole connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Answers are written through `OneWrite`."""
+        """Note whose certificate the client has shown."""
         certificate = transport.get_extra_info("peercert")
         if certificate is not None:
             self._client_name = name_client(certificate)
-        super().connection_made(cast("asyncio.Transport", OneWrite(transport)))
+        super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one or many requests. Those that lie wholly within a head, framing or trailers are counted."""
@@ -164,26 +175,40 @@ class ClientConnection(HttpToolsProtocol):
         if not self._replaying:
             super().on_url(url)
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """A field of the head. After the head's end it is a trailer, which is dropped."""
-        if not (self._replaying or self._in_message):
-            super().on_header(name, value)
-
     def on_headers_complete(self) -> None:
-        """A head has ended: the application is started, or one that refuses."""
+        """A head has ended: the application is started, or one that refuses, in its turn."""
         if self._replaying:
             return
         self._advanced = self._in_message = True
-        fault = find_fault(self.headers, self.parser.get_http_version())
+        version, fields = self.parser.get_http_version(), self.headers
+        fault = find_fault(fields, version)
         if self.parser.should_upgrade():
-            self._apart = body_framing(self.headers)
-        served = self.app
-        if fault is not None:
-            self.app = _refusing(fault)
-        try:
-            super().on_headers_complete()
-        finally:
-            self.app = served
+            self._apart = body_framing(fields)
+        url = httptools.parse_url(self.url)
+        scope = cast("dict[str, Any]", self.scope)
+        scope["method"], scope["http_version"] = self.parser.get_method().decode("ascii"), version
+        scope["raw_path"], scope["query_string"] = url.path, url.query or b""
+        scope["path"] = unquote(url.path.decode("ascii"))
+        self.headers = []  # what comes now is a trailer, which is dropped
+        before, served = self.cycle, self.app if fault is None else _refusing(fault)
+        self.cycle = Exchange(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, served)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, served))
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""

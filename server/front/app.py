@@ -24,6 +24,7 @@ from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferS
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.worker_client import WorkerLost
+from server.http_listener import BODY_FOLLOWS
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
@@ -226,7 +227,7 @@ class App:
         more, held = len(reply.body) < size, len(reply.body)
         self.plane.held.size += held
         try:
-            await send({"type": "http.response.start", "status": reply.status, "headers": head})
+            await send({"type": "http.response.start", "status": reply.status, "headers": head, BODY_FOLLOWS: True})
             for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
                 await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
             rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body

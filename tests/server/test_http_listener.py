@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.http_listener import MAX_HEAD, MAX_PIPELINED, SMALL, OneWrite, make_listener
+from server.http_listener import BODY_FOLLOWS, MAX_HEAD, MAX_PIPELINED, make_listener
 from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
@@ -86,13 +86,13 @@ def serving(app: Any, act: Callable[[RawClient], Awaitable[None]], keep_alive_s:
 
 @pytest.mark.parametrize("size", [1, 2000, 30_000])
 def test_an_answer_is_one_segment(size: int) -> None:
-    """Head and body leave together: a client is woken once for each of its requests."""
+    """Head and body leave together where the application says so: a client is woken once for each of its requests."""
 
     async def app(scope: Message, receive: Any, send: Any) -> None:
         del scope
         await receive()
         headers = [(b"content-length", b"%d" % size)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": headers, BODY_FOLLOWS: True})
         await send({"type": "http.response.body", "body": b"x" * (size - 1) + b"!"})
 
     async def act(client: RawClient) -> None:
@@ -104,7 +104,7 @@ def test_an_answer_is_one_segment(size: int) -> None:
 
 
 def test_a_head_does_not_wait_for_a_late_body() -> None:
-    """What is held leaves at the end of the loop's pass, whatever comes after."""
+    """An application that does not say when its body comes has its head sent at once."""
     loose = asyncio.Event()
 
     async def app(scope: Message, receive: Any, send: Any) -> None:
@@ -314,10 +314,22 @@ def test_uvicorn_still_has_what_the_listener_uses() -> None:
         config.load()
         assert config.ssl is None, "set by Listener.startup"
         protocol = HttpToolsProtocol(config, uvicorn.server.ServerState(), {}, asyncio.get_running_loop())
-        for name in ("app", "cycle", "flow", "parser", "pipeline", "headers", "timeout_keep_alive_task"):
+        for name in (
+            "app",
+            "cycle",
+            "flow",
+            "parser",
+            "pipeline",
+            "headers",
+            "logger",
+            "access_logger",
+            "timeout_keep_alive_task",
+        ):
             assert hasattr(protocol, name) or name in HttpToolsProtocol.__annotations__, name
         assert callable(protocol._unset_keepalive_if_required)
-        for name in ("response_complete", "response_started", "more_body", "keep_alive"):
+        assert callable(protocol._start_asgi_task)
+        ours = ("response_complete", "response_started", "more_body", "keep_alive", "expected_content_length")
+        for name in (*ours, "chunked_encoding", "waiting_for_100_continue", "disconnected"):
             assert name in inspect.getsource(RequestResponseCycle.__init__), name
         assert inspect.signature(uvicorn.Server.startup).parameters.keys() == {"self", "sockets"}
         assert "ssl=config.ssl" in inspect.getsource(uvicorn.Server.startup)
@@ -328,66 +340,53 @@ def test_uvicorn_still_has_what_the_listener_uses() -> None:
 
 # --- bytes that are written -------------------------------------------------------------------------------------------
 
-Step = int | None  #: so many bytes are written; None lets the loop pass
+
+@settings(max_examples=40, deadline=None)
+@given(
+    parts=st.lists(st.integers(0, 70_000), min_size=1, max_size=6),
+    version=st.sampled_from([b"1.0", b"1.1"]),
+    method=st.sampled_from([b"GET", b"HEAD"]),
+    follows=st.booleans(),
+)
+def test_no_byte_is_lost_or_out_of_order(parts: list[int], version: bytes, method: bytes, follows: bool) -> None:
+    """In however many parts an application sends its answer, the client gets what uvicorn alone would send."""
+    whole = [bytes([65 + i]) * size for i, size in enumerate(parts)]
+
+    async def app(scope: Message, receive: Any, send: Any) -> None:
+        del scope
+        await receive()
+        headers = [(b"content-length", b"%d" % sum(parts)), (b"x-kept", b"a")]
+        start: Message = {"type": "http.response.start", "status": 200, "headers": headers}
+        await send({**start, BODY_FOLLOWS: True} if follows else start)
+        for i, part in enumerate(whole):
+            await send({"type": "http.response.body", "body": part, "more_body": i < len(whole) - 1})
+
+    async def act(client: RawClient) -> None:
+        request = b"%b / HTTP/%b\r\nHost: x\r\nConnection: close\r\n\r\n" % (method, version)
+        head, _, body = (await client.exchange(request)).partition(b"\r\n\r\n")
+        lines = head.lower().split(b"\r\n")
+        assert lines[0] == b"http/1.1 200 ok"
+        assert lines[1].startswith(b"date: ")
+        assert lines[2:] == [b"content-length: %d" % sum(parts), b"x-kept: a", b"connection: close"]
+        assert body == (b"" if method == b"HEAD" else b"".join(whole))
+
+    serving(app, act)
 
 
-@settings(max_examples=60, deadline=None)
-@given(steps=st.lists(st.one_of(st.none(), st.integers(0, 20), st.integers(SMALL - 2, 3 * SMALL)), max_size=12))
-def test_no_byte_is_lost_or_out_of_order(steps: list[Step]) -> None:
-    """Whatever is written, in whatever passes of the loop, arrives as it was written, the end after it."""
-    parts = [None if size is None else bytes([i + 1]) * size for i, size in enumerate(steps)]
-    written: asyncio.Queue[OneWrite] = asyncio.Queue()
+@pytest.mark.parametrize("fault", ["short", "long", "control"])
+def test_a_faulty_answer_ends_the_connection(fault: str) -> None:
+    """A body of another size than its head says, or a header that would be two, reaches no client as a whole answer."""
+    size, value = {"short": (3, b"a"), "long": (1, b"a"), "control": (2, b"a\r\nx-forged: b")}[fault]
 
-    class Writer(asyncio.Protocol):
-        def connection_made(self, transport: Any) -> None:
-            written.put_nowait(OneWrite(transport))
+    async def app(scope: Message, receive: Any, send: Any) -> None:
+        del scope, receive
+        headers = [(b"content-length", b"%d" % size), (b"x-kept", value)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers, BODY_FOLLOWS: True})
+        await send({"type": "http.response.body", "body": b"ab"})
 
-    async def scenario() -> bytes:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(Writer, "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        transport = await written.get()
-        for part in parts:
-            if part is None:
-                await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                assert transport.get_write_buffer_size() == 0
-            else:
-                transport.write(part)
-        transport.close()
-        found = await reader.read()
-        writer.close()
-        server.close()
-        return found
+    async def act(client: RawClient) -> None:
+        answer = await client.exchange(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert b"x-forged" not in answer
+        assert answer == b"" if fault != "control" else answer.startswith(b"HTTP/1.1 500 ")
 
-    assert uvloop.run(scenario()) == b"".join(part for part in parts if part is not None)
-
-
-def test_what_is_held_for_a_client_that_is_cut_off_is_let_go() -> None:
-    """Cut off before the end of the pass: the connection is closed by then, and nothing fails in the loop."""
-    wrong: list[Any] = []
-    over: asyncio.Queue[None] = asyncio.Queue()
-
-    class Writer(asyncio.Protocol):
-        def connection_made(self, transport: Any) -> None:
-            held = OneWrite(transport)
-            held.abort()
-            held.write(b"held")
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            del exc
-            over.put_nowait(None)
-
-    async def scenario() -> bytes:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(lambda _, context: wrong.append(context))
-        server = await loop.create_server(Writer, "127.0.0.1", 0)
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        await over.get()
-        found = await reader.read()
-        writer.close()
-        server.close()
-        return found
-
-    assert uvloop.run(scenario()) == b""
-    assert wrong == []
+    serving(app, act)
