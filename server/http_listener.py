@@ -119,19 +119,27 @@ class ClientConnection(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._advanced = False
-        self._feed(memoryview(data))
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._feed_again(memoryview(data)[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            self._end(_not_http(str(error)))
         self._framing_bytes = 0 if self._advanced else self._framing_bytes + len(data)
         if self._framing_bytes > MAX_HEAD:
             self._end(TOO_LONG)
 
-    def _feed(self, data: memoryview) -> None:
-        while data:
+    def _feed_again(self, data: memoryview) -> None:
+        """What follows a head with `Upgrade`, at which the parser has stopped; more such heads may be in it."""
+        while True:
+            if self._apart:
+                self._read_body_apart()
+            if not data:
+                return
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
                 data = data[upgrade.args[0] :]
-                if self._apart:
-                    self._read_body_apart()
             except httptools.HttpParserError as error:
                 self._end(_not_http(str(error)))
                 return
@@ -169,11 +177,6 @@ class ClientConnection(HttpToolsProtocol):
         super().on_message_begin()
         if self._client_name is not None:
             cast("dict[str, Any]", self.scope)[CLIENT_NAME] = self._client_name
-
-    def on_url(self, url: bytes) -> None:
-        """The request's target, or a part of it."""
-        if not self._replaying:
-            super().on_url(url)
 
     def on_headers_complete(self) -> None:
         """A head has ended: the application is started, or one that refuses, in its turn."""

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 from server import contract
 from server.contract import METRIC_PREFIX, MetricSpec
 from server.logs import STANDARD_ERROR
+from server.single_thread_metrics import CounterFamily, HistogramFamily, LoopCounter, LoopHistogram
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 # A base image may set PROMETHEUS_MULTIPROC_DIR: counts would go through files in that folder, which may not exist. Ours
@@ -69,36 +70,45 @@ class WorkerMetrics:
         self._labels = dict(zip(contract.WORKER_LABELS, (str(worker), device), strict=True))
         self.per_model = per_model
         self._shown: set[str] = set()
-        bind = self._labels
-        requests = self._counter(contract.CACHE_REQUESTS)
-        self.hits, self.misses, self.coalesced = (
-            requests.labels(**bind, result=result) for result in contract.CACHE_RESULTS
+        bind, each = self._labels, tuple(self._labels.values())
+        # What is counted with every request or step is counted on the step thread alone.
+        requests = self._loop_counter(contract.CACHE_REQUESTS)
+        self.hits, self.misses, self.coalesced = (requests.labels(*each, result) for result in contract.CACHE_RESULTS)
+        spent = self._loop_counter(contract.STEP_SECONDS)
+        self.decode_s, self.forward_s, self.encode_s = (
+            spent.labels(*each, part) for part in ("decode", "forward", "encode")
         )
+        self.queue = self._loop_histogram(contract.QUEUE, _FAST).labels(*each)
+        self.batch_rows = self._loop_histogram(contract.BATCH_ROWS, _SIZES).labels(*each)
+        self.batch_models = self._loop_histogram(contract.BATCH_MODELS, _SIZES).labels(*each)
         self.loading_wait = self._histogram(contract.LOADING_WAIT).labels(**bind)
         self.downloading = self._histogram(contract.DOWNLOADING).labels(**bind)
         self.loading = self._histogram(contract.LOADING)
         self.unloading = self._histogram(contract.UNLOADING).labels(**bind)
         self.loaded = self._gauge(contract.LOADED_MODELS).labels(**bind)
         used, capacity = self._gauge(contract.CACHE_BYTES), self._gauge(contract.CACHE_CAPACITY)
-        self.bytes, self.capacity = (each.labels(**bind, tier="device") for each in (used, capacity))
-        self.host_bytes, self.host_capacity = (each.labels(**bind, tier="host") for each in (used, capacity))
+        self.bytes, self.capacity = (gauge.labels(**bind, tier="device") for gauge in (used, capacity))
+        self.host_bytes, self.host_capacity = (gauge.labels(**bind, tier="host") for gauge in (used, capacity))
         self.evictions = self._counter(contract.EVICTIONS)
         self.age = self._histogram(contract.AGE_AT_EVICTION, _AGES).labels(**bind)
         self.failures = self._counter(contract.LOAD_FAILURES)
         self.swaps = self._counter(contract.SWAPS)
         self.prefetch = self._counter(contract.PREFETCH)
         self.rhythms = self._gauge(contract.PREFETCH_MODELS).labels(**bind)
-        self.queue = self._histogram(contract.QUEUE).labels(**bind)
-        self.batch_rows = self._histogram(contract.BATCH_ROWS, _SIZES).labels(**bind)
-        self.batch_models = self._histogram(contract.BATCH_MODELS, _SIZES).labels(**bind)
-        spent = self._counter(contract.STEP_SECONDS)
-        self.decode_s, self.forward_s, self.encode_s = (
-            spent.labels(**bind, part=part) for part in ("decode", "forward", "encode")
-        )
         self._model_requests = self._counter(contract.MODEL_REQUESTS)
 
     def _counter(self, spec: MetricSpec) -> Counter:
         return _make_counter(spec, self.registry, contract.WORKER_LABELS)
+
+    def _loop_counter(self, spec: MetricSpec) -> CounterFamily:
+        family = CounterFamily(spec, contract.WORKER_LABELS)
+        self.registry.register(family)
+        return family
+
+    def _loop_histogram(self, spec: MetricSpec, bounds: tuple[float, ...]) -> HistogramFamily:
+        family = HistogramFamily(spec, bounds, contract.WORKER_LABELS)
+        self.registry.register(family)
+        return family
 
     def _gauge(self, spec: MetricSpec) -> Gauge:
         return _make_gauge(spec, self.registry, contract.WORKER_LABELS)
@@ -138,8 +148,8 @@ class WorkerMetrics:
 class AnswerSeries(NamedTuple):
     """A counter of answers, and a histogram of their times in seconds."""
 
-    answers: Counter
-    seconds: Histogram
+    answers: LoopCounter
+    seconds: LoopHistogram
 
 
 class FrontMetrics:
@@ -147,8 +157,10 @@ class FrontMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._requests = _make_counter(contract.INFERENCE_REQUESTS, self.registry)
-        self._seconds = _make_histogram(contract.INFERENCE_SECONDS, self.registry)
+        self._requests = CounterFamily(contract.INFERENCE_REQUESTS)
+        self._seconds = HistogramFamily(contract.INFERENCE_SECONDS, _FAST)
+        self.registry.register(self._requests)
+        self.registry.register(self._seconds)
         self._under_way = _make_gauge(contract.UNDER_WAY, self.registry)
 
     def bind_answers(self, protocol: str, code: int) -> AnswerSeries:

@@ -86,13 +86,13 @@ class Backlog:
                 f"{held} requests for {model} are under way already; the rest of {bounds.per_worker} is for other "
                 f"models (queue_per_worker)"
             )
+        elif is_work and self._total >= FEW and self._each_s:
+            return self._check_deadline(model, now, left_s)
         else:
-            return self._check_deadline(model, now, left_s) if is_work else None
+            return None
         return NoAdmission(reason, self.expected_s(self.count_ahead(model), now))
 
     def _check_deadline(self, model: str, now: float, left_s: float) -> NoAdmission | None:
-        if self._total < FEW or not self._each_s:
-            return None
         ahead = self.count_ahead(model)
         if ahead <= FEW or self.expected_s(ahead, now, SAFETY) <= left_s:
             return None
@@ -116,9 +116,13 @@ class Backlog:
     def end(self, model: str, *, was_work: bool) -> None:
         """It is answered, refused or given up; `was_work` as it was at its start."""
         self._total -= 1
-        _take_one(self._held, model)
+        held = self._held[model] = self._held[model] - 1
+        if not held:
+            del self._held[model]
         if was_work:
-            depth = _take_one(self._work, model)
+            depth = self._work[model] = self._work[model] - 1
+            if not depth:
+                del self._work[model]
             self._deeper[depth] -= 1
             if not self._deeper[-1]:
                 self._deeper.pop()
@@ -138,16 +142,6 @@ class Backlog:
 def _move(mean: float, found: float) -> float:
     """The moving mean after one more measurement; the first is taken as it is."""
     return KEPT * mean + (1 - KEPT) * min(found, MOST * mean) if mean else found
-
-
-def _take_one(counts: dict[str, int], model: str) -> int:
-    """Count one less; how many are left."""
-    left = counts[model] - 1
-    if left:
-        counts[model] = left
-    else:
-        del counts[model]
-    return left
 
 
 class Turns(Generic[T]):

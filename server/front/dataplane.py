@@ -15,7 +15,7 @@ import structlog
 from model_store.names import ModelName
 from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
-from server.front.backlog import Backlog, Bounds
+from server.front.backlog import Bounds, NoAdmission
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
@@ -37,6 +37,8 @@ _CACHE: Mapping[int, str | None] = {
     CacheResult.MISS: "miss",
     CacheResult.COALESCED: "coalesced",
 }
+#: Situations of answers that only a worker that holds the model can give.
+_HOLDS = (Situation.OK, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
 _TIER: Mapping[int, str] = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
 
 #: Returns an awaitable that is done once the client has left; one wait at a time.
@@ -317,8 +319,10 @@ class DataPlane:
         """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
         model, link = request.model, self.links[lane.worker]
         backlog = link.backlog
-        ahead = backlog.count_ahead(model)
-        self._admit(request, lane, backlog, now)
+        is_work, left_s, ahead = lane.warm.has(model), request.deadline - now, backlog.count_ahead(model)
+        refusal = backlog.check(model, now, left_s, self._bounds, is_work=is_work)
+        if refusal is not None:
+            raise _overloaded(refusal)
         counted = self.router.count_start(lane, model)
         backlog.start(model, now, is_work=counted)
         arrived = request.arrived or now
@@ -338,7 +342,7 @@ class DataPlane:
         finally:
             del self._watched[call]
             backlog.end(model, was_work=counted)
-        held = not head.situation or head.situation in (Situation.BAD_REQUEST, Situation.MODEL_FAILED)
+        held = head.situation in _HOLDS
         ended = time.monotonic()
         wait_s = max(0.0, ended - now - head.load_us / 1e6)
         if counted and held and head.cache == CacheResult.HIT:
@@ -359,15 +363,12 @@ class DataPlane:
             raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
 
-    def _admit(self, request: InferRequest, lane: WorkerLoad, backlog: Backlog, now: float) -> None:
-        """Raises Refused for a request that its worker has no room for, or would not answer in time."""
-        model = request.model
-        left_s, is_work = request.deadline - now, lane.warm.has(model)
-        refusal = backlog.check(model, now, left_s, self._bounds, is_work=is_work)
-        if refusal is not None:
-            refused = Refused(Situation.OVERLOADED, refusal.reason)
-            refused.advise(refusal.retry_s)
-            raise refused
+
+def _overloaded(refusal: NoAdmission) -> Refused:
+    """The refusal of a request that its worker has no room for, or would not answer in time."""
+    refused = Refused(Situation.OVERLOADED, refusal.reason)
+    refused.advise(refusal.retry_s)
+    return refused
 
 
 async def _cancel_when_gone(call: WorkerCall, client_gone: ClientWatch, link: WorkerLink) -> None:

@@ -6,6 +6,7 @@ orphans.
 """
 
 import asyncio
+import gc
 import itertools
 import signal
 import socket
@@ -243,7 +244,12 @@ class ChildChannel:
             return None
 
     def serve(self, handler: Handler) -> None:
-        """From now on `handler` answers, and the supervisor knows it."""
+        """From now on `handler` answers, and the supervisor knows it.
+
+        What the process holds by now stays, so the garbage collector need not look at it: a full walk over the 200,000
+        objects of torch and its imports would stop the event loop for a tenth of a second and longer.
+        """
+        gc.freeze()
         self._handler = handler
         self.channel.tell(Ready())
 

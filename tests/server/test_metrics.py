@@ -153,11 +153,13 @@ def test_the_metrics_are_those_of_the_contract() -> None:
     for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), HostMetrics()):
         for collector in list(process.registry._collector_to_names):
             for family in collector.collect():
-                counted.setdefault(family.name, set()).update(getattr(collector, "_labelnames", ()))
+                ours: tuple[str, ...] = getattr(collector, "label_names", ())
+                labels: tuple[str, ...] = getattr(collector, "_labelnames", ours)
+                counted.setdefault(family.name, set()).update(labels)
     promised = {contract.METRIC_PREFIX + spec.name: spec for spec in contract.METRICS}
     assert counted.keys() == promised.keys()
-    for name, labels in counted.items():
-        assert labels - set(contract.WORKER_LABELS) == set(promised[name].labels) - set(contract.WORKER_LABELS)
+    for name, found in counted.items():
+        assert found - set(contract.WORKER_LABELS) == set(promised[name].labels) - set(contract.WORKER_LABELS)
 
 
 @pytest.mark.slow

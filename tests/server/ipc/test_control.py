@@ -1,6 +1,7 @@
 """The control channel: typed operations and replies; an unknown or malformed one is an error that says so."""
 
 import asyncio
+import gc
 import contextlib
 import socket
 from collections.abc import AsyncIterator
@@ -220,7 +221,10 @@ def test_what_is_no_message_closes_the_channel(garbage: bytes) -> None:
 
 
 def test_a_child_that_starts_refuses_until_it_serves() -> None:
-    """Asked before it is ready it says so; afterwards its handler answers, and it ends with its channel."""
+    """Asked before it is ready it says so; afterwards its handler answers, and it ends with its channel.
+
+    What it holds when it is ready is left out of garbage collection.
+    """
 
     async def scenario() -> None:
         ours, theirs = socket.socketpair()
@@ -244,7 +248,10 @@ def test_a_child_that_starts_refuses_until_it_serves() -> None:
         with pytest.raises(ControlError, match="still starting") as caught:
             await parent.ask(Ping(), 60)
         assert caught.value.situation == Situation.NOT_READY
+        frozen = gc.get_freeze_count()
         member.serve(pong)
+        assert gc.get_freeze_count() > frozen + 1000
+        gc.unfreeze()
         assert await parent.ask(Ping(), 60) == "pong"
         assert [await told.get(), await told.get()] == [JoinAsWorker(), Ready()]
         parent.close()

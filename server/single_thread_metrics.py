@@ -1,0 +1,115 @@
+"""Counters and histograms in which one thread of a process counts, for what is counted with every request.
+
+They show what prometheus_client's show and count in a tenth of the time or less: those take a lock and check their
+state at each call, one to two microseconds, and a request is counted in nine of them.
+
+INVARIANT: only the thread of the process's event loop calls `inc`, `observe`, `labels` and `collect`.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from typing import Generic, TypeVar
+
+from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from server.contract import METRIC_PREFIX, MetricSpec
+
+
+class LoopCounter:
+    """One series of a counter."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def __repr__(self) -> str:
+        """For example `<LoopCounter 12.0>`."""
+        return f"<LoopCounter {self.value}>"
+
+    def inc(self, amount: float = 1.0) -> None:
+        """Add to it; `amount` is not negative."""
+        self.value += amount
+
+
+class LoopHistogram:
+    """One series of a histogram. `bounds`: the buckets' upper bounds, ascending, without infinity."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds, self._counts, self._sum = tuple(bounds), [0] * (len(bounds) + 1), 0.0
+
+    def __repr__(self) -> str:
+        """For example `<LoopHistogram of 12 values>`."""
+        return f"<LoopHistogram of {sum(self._counts)} values>"
+
+    def observe(self, value: float) -> None:
+        """Count the value in the first bucket whose bound is not below it."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Add the series with these labels' values to what a scrape gets."""
+        buckets, total = [], 0
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append((floatToGoString(bound), float(total)))  # type: ignore[no-untyped-call]
+        family.add_metric(labels, buckets, self._sum)
+
+
+Series = TypeVar("Series", LoopCounter, LoopHistogram)
+
+
+class _Family(Collector, Generic[Series]):
+    """The series of one metric by their labels' values."""
+
+    def __init__(self, spec: MetricSpec, common: Sequence[str] = ()) -> None:
+        self._name, self._help, self.label_names = METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels)
+        self._series: dict[tuple[str, ...], Series] = {}
+
+    def __repr__(self) -> str:
+        """For example `<CounterFamily fleetcast_requests: 3 series>`."""
+        return f"<{type(self).__name__.lstrip('_')} {self._name}: {len(self._series)} series>"
+
+    def labels(self, *values: str) -> Series:
+        """The series with these labels' values, in the order of the labels; to be kept, since finding it takes time."""
+        if len(values) != len(self.label_names):
+            raise ValueError(f"{self._name} has the labels {self.label_names}, not {values}")
+        series = self._series.get(values)
+        if series is None:
+            series = self._series[values] = self._make()
+        return series
+
+    def _make(self) -> Series:
+        raise NotImplementedError
+
+
+class CounterFamily(_Family[LoopCounter]):
+    """A counter's series. `common`: names of labels before those that the metric itself has."""
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        family = CounterMetricFamily(self._name, self._help, labels=self.label_names)
+        for labels, series in self._series.items():
+            family.add_metric(labels, series.value)
+        yield family
+
+    def _make(self) -> LoopCounter:
+        return LoopCounter()
+
+
+class HistogramFamily(_Family[LoopHistogram]):
+    """A histogram's series. `bounds`: the buckets' upper bounds, ascending, without infinity."""
+
+    def __init__(self, spec: MetricSpec, bounds: Sequence[float], common: Sequence[str] = ()) -> None:
+        super().__init__(spec, common)
+        self._bounds = bounds
+
+    def collect(self) -> Iterator[Metric]:
+        """See prometheus_client."""
+        family = HistogramMetricFamily(self._name, self._help, labels=self.label_names)
+        for labels, series in self._series.items():
+            series.add_to(family, labels)
+        yield family
+
+    def _make(self) -> LoopHistogram:
+        return LoopHistogram(self._bounds)
