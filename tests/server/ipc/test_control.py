@@ -1,8 +1,8 @@
 """The control channel: typed operations and replies; an unknown or malformed one is an error that says so."""
 
 import asyncio
-import gc
 import contextlib
+import gc
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
