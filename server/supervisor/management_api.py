@@ -183,7 +183,7 @@ def _ignore_hangup() -> None:
 
 
 async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
-    server.should_exit = True
+    server.stop()
     await task
 
 
