@@ -191,6 +191,8 @@ def refuses(address: tuple[str, int]) -> bool:
         socket.create_connection(address, timeout=1).close()
     except ConnectionRefusedError:
         return True
+    except TimeoutError:
+        pass  # it came in the very moment: asked again it is refused
     return False
 
 
