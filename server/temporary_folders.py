@@ -13,11 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import structlog
-
 LOCK_FILE = "lock"
-
-log = structlog.get_logger()
 
 
 def make_folder(base: Path, prefix: str) -> tuple[Path, int]:
@@ -47,8 +43,9 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
         os.close(lock)
 
 
-def remove_abandoned(base: Path, prefix: str) -> None:
-    """Remove the folders in `base` whose names begin so, that dead processes of this user left behind."""
+def remove_abandoned(base: Path, prefix: str) -> list[Path]:
+    """Remove the folders in `base` whose names begin so, that dead processes of this user left behind; returns them."""
+    removed = []
     for folder in base.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):  # gone meanwhile, or of a kind that is none of ours
             found = folder.lstat()
@@ -57,7 +54,8 @@ def remove_abandoned(base: Path, prefix: str) -> None:
             with _hold_if_unused(folder / LOCK_FILE) as unused:
                 if unused:
                     shutil.rmtree(folder, ignore_errors=True)
-                    log.info("abandoned_folder_removed", folder=str(folder))
+                    removed.append(folder)
+    return removed
 
 
 @contextlib.contextmanager

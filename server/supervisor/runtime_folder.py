@@ -8,13 +8,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import structlog
+
 from server.ipc.sockets import make_private_folder
-from server.temporary_folders import LOCK_FILE, hold_lock, make_folder
+from server.temporary_folders import LOCK_FILE, hold_lock, make_folder, remove_abandoned
 
 PREFIX = "fleetcast-run-"
 MAX_SOCKET_PATH = 107  #: bytes of a Unix socket's path, which Linux bounds
 LONGEST_NAME = 24  #: of a socket within the folder
 FALLBACK = "/tmp"  # noqa: S108 -- short; the folder made in it is private, and its name is random
+
+log = structlog.get_logger()
 
 
 class RuntimeFolder:
@@ -23,6 +27,8 @@ class RuntimeFolder:
     def __init__(self) -> None:
         """Raises OSError that says what to do where no folder can be made."""
         base = _short_base(tempfile.gettempdir())
+        for folder in remove_abandoned(Path(base), PREFIX):
+            log.info("abandoned_folder_removed", folder=str(folder))
         self.path, self._lock = make_folder(Path(base), PREFIX)
 
     def __repr__(self) -> str:
