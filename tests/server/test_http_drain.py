@@ -3,13 +3,17 @@
 import asyncio
 import itertools
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import uvloop
 
+from server.access.tls import Tls
 from server.http_drain import LINGER_LOOKS, LOOK_S
 from server.http_listener import Listener, make_listener
 from tests.patience import PATIENCE_S
@@ -73,19 +77,25 @@ async def until(predicate: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-def draining(act: Callable[[App, Listener, Connect], Awaitable[None]], grace_s: float) -> None:
+def draining(
+    act: Callable[[App, Listener, Connect], Awaitable[None]],
+    grace_s: float,
+    tls: Tls | None = None,
+    trusting: ssl.SSLContext | None = None,
+) -> None:
     """A listener as ours; `act` gets its app, itself and a maker of clients. It must end by itself after `act`."""
 
     async def scenario() -> None:
         app, place = App(), socket.create_server(("127.0.0.1", 0), backlog=2048)
         address = place.getsockname()
-        listener = make_listener(app, grace_s, PATIENCE_S, 75)
+        listener = make_listener(app, grace_s, PATIENCE_S, 75, tls)
         serving = asyncio.create_task(listener.serve(sockets=[place]))
         clients = []
 
         async def connect(sock: socket.socket | None = None) -> Client:
             to: dict[str, Any] = {"sock": sock} if sock else {"host": address[0], "port": address[1]}
-            clients.append(Client(*await asyncio.open_connection(**to)))
+            name = None if trusting is None else "127.0.0.1"
+            clients.append(Client(*await asyncio.open_connection(**to, ssl=trusting, server_hostname=name)))
             return clients[-1]
 
         async with asyncio.timeout(PATIENCE_S):
@@ -179,23 +189,28 @@ def test_a_request_that_has_begun_is_answered_however_long_it_takes_to_come() ->
     draining(act, PATIENCE_S)
 
 
-def test_connections_nobody_has_accepted_are_served() -> None:
-    """Opened, with a request sent, while the loop did something else and was told to stop: answered."""
+@pytest.mark.parametrize("with_tls", [False, True])
+def test_connections_nobody_has_accepted_are_served(tmp_path: Path, *, with_tls: bool) -> None:
+    """Opened while the loop did something else and was told to stop: each is answered."""
+    tls = trusting = None
+    if with_tls:
+        ca, trusting = trustme.CA(), ssl.create_default_context()
+        ca.configure_trust(trusting)
+        ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+        tls = Tls(tmp_path / "server.pem", None, None)
 
     async def act(app: App, listener: Listener, connect: Connect) -> None:
         app.open.set()
         address = listener.servers[0].sockets[0].getsockname()
-        waiting = []
         listener.stop()
-        for _ in range(50):
-            sock = socket.create_connection(address)
-            sock.sendall(ASK)
-            waiting.append(sock)
+        waiting = [socket.create_connection(address) for _ in range(50)]
         time.sleep(0.2)  # noqa: ASYNC251 -- by now uvicorn's look at `should_exit` comes before the loop accepts
-        clients = [await connect(sock) for sock in waiting]
+        clients = await asyncio.gather(*map(connect, waiting))
+        for client in clients:
+            client.send(ASK)
         assert [(await client.answer())[-4:] for client in clients] == [b"done"] * 50
 
-    draining(act, PATIENCE_S)
+    draining(act, PATIENCE_S, tls, trusting)
 
 
 def test_what_is_cut_is_told_so_in_time() -> None:
