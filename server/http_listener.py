@@ -6,6 +6,7 @@ Runs in the event loop of fronts and of the supervisor.
 import asyncio
 import contextlib
 import fcntl
+import math
 import re
 import socket
 import termios
@@ -19,6 +20,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.access.tls import CLIENT_NAME, Tls, name_client
+from server.http_drain import DrainState, PendingConnections, end_connections
 from server.request_head import Fields, body_framing, find_fault, refuse_head
 
 MAX_HEAD = 64 * 1024  #: bytes of a request's line and headers, or of the framing between two pieces of its body
@@ -96,11 +98,15 @@ class ClientConnection(HttpToolsProtocol):
       after such a head for another protocol and would read a body as the next request: a second parser reads the body.
     - A head that breaks a rule of `server.request_head` is answered 400 in its turn, and the connection is closed.
     - Where the client has shown a certificate, the application finds its name in the scope, as `CLIENT_NAME`.
+    - While the listener drains, the last request that has come is answered with `Connection: close`.
     """
 
+    server_state: DrainState
     _framing_bytes = 0  #: received since the last piece of a body or the last end of a head or message
     _advanced = False  #: whether the bytes at hand held such a piece or end
+    _in_head = False  #: after a head's first byte, until its end
     _in_message = False  #: after a head's end, until its message ends
+    _last: Any = None  #: the request whose answer says `Connection: close` because the listener drains
     _replaying = False  #: while the second parser is given a head that has been handled already
     _over = False  #: what comes is not read any more
     _apart = b""  #: framing of a body that the parser takes for another protocol
@@ -128,6 +134,21 @@ class ClientConnection(HttpToolsProtocol):
         self._framing_bytes = 0 if self._advanced else self._framing_bytes + len(data)
         if self._framing_bytes > MAX_HEAD:
             self._end(TOO_LONG)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request has begun that is not answered. The rest of a body that nobody reads is no request."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered and not (self.pipeline or self._in_head)
+
+    def start_drain(self) -> None:
+        """Say `Connection: close` in the last answer. One that has begun cannot say it: the connection stays."""
+        if self.cycle is not None:
+            self._close_after(self.cycle)
+
+    def _close_after(self, cycle: Any) -> None:
+        if cycle.keep_alive and not cycle.response_started:
+            cycle.keep_alive, self._last = False, cycle
 
     def _feed_again(self, data: memoryview) -> None:
         """What follows a head with `Upgrade`, at which the parser has stopped; more such heads may be in it."""
@@ -175,6 +196,7 @@ class ClientConnection(HttpToolsProtocol):
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError(f"more than {MAX_PIPELINED} requests wait on one connection")
         super().on_message_begin()
+        self._in_head = True
         if self._client_name is not None:
             cast("dict[str, Any]", self.scope)[CLIENT_NAME] = self._client_name
 
@@ -183,6 +205,7 @@ class ClientConnection(HttpToolsProtocol):
         if self._replaying:
             return
         self._advanced = self._in_message = True
+        self._in_head = False
         version, fields = self.parser.get_http_version(), self.headers
         fault = find_fault(fields, version)
         if self.parser.should_upgrade():
@@ -212,6 +235,10 @@ class ClientConnection(HttpToolsProtocol):
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, served))
+        if self.server_state.draining:
+            if before is not None and before is self._last and not before.response_started:
+                before.keep_alive = True  # another has come behind it
+            self._close_after(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
@@ -249,12 +276,15 @@ class Listener(uvicorn.Server):
 
     Uvicorn bounds only the pause between two requests. This one also bounds by `patience_s` seconds how long a client
     may take to send its first request, to finish a request it has begun, and to read any part of an answer. The
-    supervisor decides when the server stops. With `tls` it speaks TLS, and renewed certificates are used at once.
+    supervisor decides when the server stops: what has arrived then is answered within `grace_s` seconds, or told that
+    the server stops (`server.http_drain`). With `tls` it speaks TLS, and renewed certificates are used at once.
     """
 
-    def __init__(self, config: uvicorn.Config, patience_s: float, tls: Tls | None = None) -> None:
+    def __init__(self, config: uvicorn.Config, grace_s: float, patience_s: float, tls: Tls | None = None) -> None:
         super().__init__(config)
-        self._patience_s, self._tls = patience_s, tls
+        self.server_state: DrainState = DrainState()
+        self._grace_s, self._patience_s, self._tls = grace_s, patience_s, tls
+        self._until = math.inf
         self._stands: dict[Any, tuple[Hashable, float]] = {}  # connection -> state, and since when
 
     @contextlib.contextmanager
@@ -278,6 +308,26 @@ class Listener(uvicorn.Server):
         if self._tls is not None:
             self.config.ssl = self._tls.context
         await super().startup(sockets)
+
+    def stop(self, grace_s: float = math.inf) -> None:
+        """Stop, within `grace_s` seconds where that is less than the listener's own. May be said again, with less."""
+        self._until = min(self._until, asyncio.get_running_loop().time() + min(grace_s, self._grace_s))
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuse new connections; answer and close those that are there. Uvicorn would close idle ones at once."""
+        self.stop()
+        pending = PendingConnections(
+            sockets or [], self._make_connection, None if self._tls is None else self._tls.context
+        )
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        await end_connections(self.server_state, pending, lambda: self._until, linger=self._tls is not None)
+
+    def _make_connection(self) -> asyncio.Protocol:
+        return ClientConnection(self.config, self.server_state, self.lifespan.state, asyncio.get_running_loop())
 
     async def _renew(self, tls: Tls) -> None:
         while True:
@@ -335,8 +385,8 @@ def _count_unacknowledged(transport: asyncio.Transport) -> bytes:
 def make_listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int, tls: Tls | None = None) -> Listener:
     """Uvicorn as every listener is run: httptools, no access log, no signal handlers.
 
-    `grace_s`: seconds that running requests get once the server is told to stop. `patience_s`: seconds that a client
-    may let pass where it is its turn. `keep_alive_s`: seconds that a connection stays open between two requests.
+    `grace_s`: seconds in which requests are answered once the server is told to stop. `patience_s`: seconds that a
+    client may let pass where it is its turn. `keep_alive_s`: seconds that a connection stays open between two requests.
     """
     config = uvicorn.Config(
         app,
@@ -350,7 +400,6 @@ def make_listener(app: Any, grace_s: float, patience_s: float, keep_alive_s: int
         server_header=False,
         date_header=True,
         timeout_keep_alive=keep_alive_s,
-        timeout_graceful_shutdown=max(1, int(grace_s)),
         backlog=2048,
     )
-    return Listener(config, patience_s, tls)
+    return Listener(config, grace_s, patience_s, tls)

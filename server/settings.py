@@ -230,7 +230,10 @@ class Settings(BaseSettings):
     announce: Path | None = Field(
         None, description="file to which the addresses of the listeners are written as JSON when the server is ready"
     )
-    drain_s: Seconds = Field(25.0, description="maximum time for running requests to finish after SIGTERM")
+    drain_s: Seconds = Field(
+        25.0,
+        description="maximum time for running requests to finish after SIGTERM; all processes are gone 4 s later",
+    )
     worker_timeout_s: Seconds = Field(
         5.0,
         description="a worker whose step loop makes no turn for this long is ended and started again; after one second "

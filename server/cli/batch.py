@@ -34,7 +34,10 @@ def batch(
 
     Lines may name models in any order: each model is loaded once. The answer of a line that fails is an error. Finished
     lines are kept in OUT.part and OUT.index (for an OUT in S3 below the disk cache), so that the same command continues
-    a run that was killed.
+    a run that was killed; with the same archives it ends with the same bytes as one that was never interrupted.
+
+    Only one run writes an OUT at a time: it holds OUT.lock, in S3 for another minute where it was killed (the same
+    command need not wait). A store without conditional writes, or that forbids OUT.lock, is not locked, with a warning.
     """  # noqa: D301
     from server.offline.batch_files import TransferFailed, answer_file  # noqa: PLC0415 -- torch
 

@@ -60,12 +60,14 @@ def retrain(
     Each market keeps its lengths, quantile levels and covariates, so that clients need not change; a server that
     --reload names swaps to the new version between two steps. The gate lets the old and the new archive forecast the
     same last windows of the file, to which the new one was not fitted. A market that fails, or would be worse, keeps
-    its old archive, and the others continue. The same command continues a run that was killed. The exit code is 1 when
-    some markets failed.
+    its old archive, and the others continue. The same command continues a run that was killed; two runs cannot have the
+    same log at a time. With other logs they can: each archive is published as a whole, and the last one stays. The exit
+    code is 1 when some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
     from server.offline.checkpoint import Checkpoint  # noqa: PLC0415
     from server.offline.fleet_evaluation import match_columns  # noqa: PLC0415
+    from server.offline.output_lock import hold_file  # noqa: PLC0415
     from server.offline.promotion_gate import GateTerms  # noqa: PLC0415
     from server.offline.retraining import Outcome, Retraining, RetrainingPlan  # noqa: PLC0415
     from server.offline.rolling_windows import Rolling  # noqa: PLC0415
@@ -76,7 +78,11 @@ def retrain(
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
         plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())
-        with Checkpoint(log, plan.digest, len(names)) as journal, show_progress("retraining") as told:
+        with (
+            hold_file(log),
+            Checkpoint(log, plan.digest, len(names)) as journal,
+            show_progress("retraining") as told,
+        ):
             told(journal.done, len(names))
             Retraining(plan).run(journal, lambda count: told(count, len(names)))
             outcomes = [msgspec.json.decode(line, type=Outcome) for line in journal.in_order()]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @with_setting_flags
 def serve(**flags: Any) -> None:
-    """Run the server until SIGTERM or Ctrl-C, then finish what is running and exit.
+    """Run the server until SIGTERM or Ctrl-C, then finish what is running and exit; at the second one exit at once.
 
     \b
     fleetcast serve --store ./models
@@ -50,15 +50,22 @@ def warn_of_flag() -> None:
 
 
 async def _serve_until_signal(settings: Settings) -> None:
-    """From start to drained; a signal during the start ends it as well."""
+    """From start to drained; a signal during the start ends it as well.
+
+    INVARIANT: it takes at most `drain_s` + LONGEST_END_S from the signal on, whatever is stuck.
+    """
     from rich.console import Console  # noqa: PLC0415
 
     from server.logs import STANDARD_OUTPUT  # noqa: PLC0415
-    from server.supervisor.management_api import run_server, until_told_to_stop  # noqa: PLC0415
+    from server.supervisor.management_api import run_server  # noqa: PLC0415
+    from server.supervisor.stop_signals import StopSignals  # noqa: PLC0415
+    from server.supervisor.supervisor import LONGEST_END_S  # noqa: PLC0415
 
-    told = asyncio.create_task(until_told_to_stop())
+    signals = StopSignals()
+    told = asyncio.create_task(signals.told.wait())
+    told.add_done_callback(lambda _: signals.limit(settings.drain_s + LONGEST_END_S))
     async with contextlib.AsyncExitStack() as stack:
-        start = asyncio.create_task(stack.enter_async_context(run_server(settings)))
+        start = asyncio.create_task(stack.enter_async_context(run_server(settings, signals)))
         await asyncio.wait({start, told}, return_when=asyncio.FIRST_COMPLETED)
         if told.done():
             start.cancel()
@@ -73,7 +80,9 @@ async def _serve_until_signal(settings: Settings) -> None:
                 console.print(text, markup=False)
         STANDARD_OUTPUT.write(shown.get().removesuffix("\n"))  # a reader that has stopped must not hold us up
         await told
-        STANDARD_OUTPUT.write("stopping: no new requests, running ones are finished")
+        STANDARD_OUTPUT.write(
+            f"stopping: no new connections, requests are finished within {settings.drain_s:g} s; again to stop at once"
+        )
     STANDARD_OUTPUT.flush()
 
 
@@ -117,4 +126,4 @@ def _list_addresses(supervisor: "Supervisor", addresses: dict[str, str]) -> Iter
         yield "disk tier", f"{settings.disk_cache}, at most {format_bytes(settings.disk_cache_bytes)}"
     else:
         yield "disk tier", "off (disk_cache_bytes is 0)"
-    yield "ready", "Ctrl-C or SIGTERM drains and stops"
+    yield "ready", "Ctrl-C or SIGTERM drains and stops, again it stops at once"

@@ -34,6 +34,7 @@ log = structlog.get_logger()
 
 SWEEP_S = 0.1
 RECONNECT_S = 0.1
+ORPHAN_S = 1.0  #: for the requests of a front whose supervisor has died, with which the workers die
 
 
 class Front:
@@ -65,7 +66,7 @@ class Front:
             case Ping():
                 return repr(self)
             case Drain():
-                self._server.should_exit = True
+                self._server.stop()
                 return None
             case _:
                 assert_never(operation)
@@ -132,10 +133,10 @@ async def main(control_fd: int, listen_fd: int) -> None:
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))
     member.serve(front.handle)
     await asyncio.wait([serving, member.released], return_when=asyncio.FIRST_COMPLETED)
-    sweeper.cancel()
     if not serving.done():
-        server.should_exit = True
+        server.stop(ORPHAN_S)
         await serving
+    sweeper.cancel()
 
 
 if __name__ == "__main__":

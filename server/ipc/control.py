@@ -20,6 +20,7 @@ import structlog
 
 from server.errors import Situation
 from server.ipc.operations import Operation, Ready, Reply, reply_type
+from server.ipc.parent_death import send_on_parent_death
 from server.settings import Settings
 
 MAX_MESSAGE = 64 * 1024 * 1024  #: the largest is a second of the access log: 8 million characters, 32 MB at most
@@ -233,8 +234,14 @@ class ChildChannel:
         """For example `<ChildChannel ready>`."""
         return f"<ChildChannel {'joining' if self._handler is None else 'ready'}>"
 
-    async def join(self, control_fd: int, request: Operation[Reply]) -> Reply | None:
-        """The supervisor's assignment; None when it has told us to stop before we began."""
+    async def join(
+        self, control_fd: int, request: Operation[Reply], *, orphaned: signal.Signals = signal.SIGCONT
+    ) -> Reply | None:
+        """The supervisor's assignment; None when it has told us to stop before we began.
+
+        `orphaned`: what the kernel sends should the supervisor die.
+        """
+        send_on_parent_death(orphaned)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is the supervisor's to act on, and drops no request here
         self.channel = await ControlChannel.open(socket.socket(fileno=control_fd), self._accepted, self._handle)
         self.released = asyncio.create_task(self.channel.run())

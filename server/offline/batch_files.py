@@ -5,7 +5,7 @@ Answers are collected in a local file, so that the same command continues a run 
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ from model_store.stores.object_store import InvalidStoreUrl
 from server.offline.archive_location import ArchiveLocation
 from server.offline.batch_inference import BatchJob, index_lines
 from server.offline.checkpoint import Checkpoint
+from server.offline.output_lock import Lease, LeaseLost, hold_file, hold_object
 from server.settings import Settings, format_bytes
 from server.worker.model_loader import open_store
 
@@ -36,10 +37,21 @@ def answer_file(
     Files are paths or `s3://bucket/key`. `configuration` (JSON) is used for lines that have none.
 
     Raises:
-        LoadError: the store cannot be reached. TransferFailed. ValueError: a URL is wrong, or the checkpoint belongs to
-        another batch. OSError.
+        LoadError: the store cannot be reached. TransferFailed. ValueError: a URL is wrong, the checkpoint belongs to
+        another batch, or another run writes to the same output (OutputInUse). OSError.
     """
     whole = _find_local_output(settings, lines, out)
+    with hold_file(whole), _hold_in_s3(settings, out, whole, start_task) as lease:
+        counts = _answer(settings, lines, whole, configuration, start_task)
+        if "://" in out:
+            _upload(settings, whole, out, lease, start_task)
+    return counts
+
+
+def _answer(
+    settings: Settings, lines: str, whole: Path, configuration: bytes, start_task: StartTask
+) -> tuple[int, int]:
+    """Answer the requests into the local file `whole`. See `answer_file`."""
     with _open_input(settings, lines, whole.parent, start_task) as path, path.open("rb") as file:
         longest = int(settings.max_body_bytes)
         found = index_lines(file, longest, start_task("reading", path.stat().st_size, 0))
@@ -54,9 +66,20 @@ def answer_file(
             batch.run(journal, start_task("forecasting", len(found.start), journal.done))
             failed = sum(answer.startswith(b'{"error"') for answer in journal.in_order())
             journal.finish(whole)
-    if "://" in out:
-        _upload(settings, whole, out, start_task)
     return len(found.start), failed
+
+
+@contextmanager
+def _hold_in_s3(settings: Settings, out: str, whole: Path, start_task: StartTask) -> Iterator[Lease | None]:
+    """Hold an output in S3 for this run; None for a local one. Raises OutputInUse, TransferFailed."""
+    if "://" not in out:
+        yield None
+        return
+    bucket, key = _split_url(out)
+    with ExitStack() as stack:
+        with _connect_s3(settings, f"locking {out}", start_task) as (client, _):
+            lease = stack.enter_context(hold_object(client, bucket, key, whole.with_name("lease")))
+        yield lease
 
 
 def _find_local_output(settings: Settings, lines: str, out: str) -> Path:
@@ -85,9 +108,14 @@ def _open_input(settings: Settings, lines: str, folder: Path, start_task: StartT
         path.unlink(missing_ok=True)
 
 
-def _upload(settings: Settings, whole: Path, out: str, start_task: StartTask) -> None:
-    """Move the answers to S3; if that fails, the local file is kept."""
+def _upload(settings: Settings, whole: Path, out: str, lease: Lease | None, start_task: StartTask) -> None:
+    """Move the answers to S3; if that fails, or another run has the output by now, the local file is kept."""
     bucket, key = _split_url(out)
+    if lease is not None:
+        try:
+            lease.require()
+        except LeaseLost as error:
+            raise TransferFailed(f"{error}; the answers are in {whole}") from error
     with _connect_s3(settings, f"storing {format_bytes(whole.stat().st_size)}", start_task) as (client, report):
         client.upload_file(str(whole), bucket, key, Callback=report)
     whole.unlink()

@@ -55,14 +55,24 @@ class Index:
     def __repr__(self) -> str:
         return f"<Index {len(self.start)} lines for {len(self.names)} models>"
 
-    def groups(self, left: npt.NDArray[np.bool_]) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Yield (model, its lines that are `left`), models in the order of their first lines."""
+    def groups(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield (model, its lines), models in the order of their first lines."""
         order = np.argsort(self.model, kind="stable")
-        order = order[left[order]]
         cuts = np.flatnonzero(np.diff(self.model[order])) + 1
         for lines in np.split(order, cuts):
             if len(lines):
                 yield int(self.model[lines[0]]), lines
+
+    def chunks(self, left: npt.NDArray[np.bool_]) -> Iterator[tuple[int, Sequence[npt.NDArray[np.int64]]]]:
+        """Yield (model, its chunks of lines of which any is `left`), without models of which none is.
+
+        INVARIANT: which lines form a chunk does not depend on what is left. A forward over other rows may differ in
+        the last bit, so that a run that goes on would end with other bytes than one that was never interrupted.
+        """
+        for model, lines in self.groups():
+            chunks = [chunk for chunk in np.split(lines, range(CHUNK, len(lines), CHUNK)) if left[chunk].any()]
+            if chunks:
+                yield model, chunks
 
 
 def index_lines(file: BinaryIO, longest: int, step: Callable[[int], None]) -> Index:
@@ -105,10 +115,11 @@ class BatchJob:
 
     def run(self, journal: Checkpoint, step: Callable[[int], None]) -> None:
         """Answer all lines that are left. Raises LoadError if the store cannot be reached; a later run continues."""
-        groups = list(self.index.groups(journal.left()))
+        left = journal.left()
+        groups = list(self.index.chunks(left))
         with ThreadPoolExecutor(self.threads) as pool:
             loads: deque[Future[Model | LoadError]] = deque()
-            for i, (_, lines) in enumerate(groups):
+            for i, (_, chunks) in enumerate(groups):
                 while len(loads) < 2 * self.threads and i + len(loads) < len(groups):
                     loads.append(pool.submit(self._load, groups[i + len(loads)][0]))
                 try:
@@ -116,9 +127,10 @@ class BatchJob:
                 except (StoreUnavailable, StoreDenied):
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
-                for chunk in np.split(lines, range(CHUNK, len(lines), CHUNK)):
-                    journal.add(list(zip(chunk.tolist(), self._answers(model, chunk.tolist()), strict=True)))
-                    step(len(chunk))
+                for chunk in chunks:
+                    answers = zip(chunk.tolist(), self._answers(model, chunk.tolist()), strict=True)
+                    journal.add([(line, answer) for line, answer in answers if left[line]])
+                    step(int(left[chunk].sum()))
 
     def _load(self, model: int) -> Model | LoadError:
         """Load a model and run its golden sample; returns the error if it does not load."""

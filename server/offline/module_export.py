@@ -10,7 +10,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from handlers.kinds.graph.export import export_graph
 from model_store.archives.manifest import GRAPH_FILE
 from model_store.archives.packing import WEIGHTS_FILE, save_tensors
 from model_store.errors import ArchiveInvalid
+from server.temporary_folders import temporary_folder
 
 OUR_PACKAGES = ("server", "handlers", "model_store", "loadtest")
 STDERR = 2  #: the descriptor
@@ -45,8 +45,7 @@ def export_module(request: ExportRequest) -> dict[str, bytes]:
         ArchiveInvalid: the flag, file or operator that is wrong.
         OSError: a file cannot be read, or the process cannot be started.
     """
-    with tempfile.TemporaryDirectory(prefix="fleetcast-export-") as name:
-        folder = Path(name)
+    with temporary_folder("fleetcast-export-") as folder:
         (folder / REQUEST_FILE).write_bytes(msgspec.json.encode(request))
         command = [sys.executable, "-P", "-m", "server.offline.module_export", str(folder)]
         # What the user's code prints goes to stderr: stdout belongs to the command's own answer.

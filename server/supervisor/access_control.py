@@ -4,6 +4,7 @@ Checks themselves are in `server.access`. A request passes when it is not anothe
 configured, shows one with the listener's scope and for the model in its path. `/ping` and `/ready` are open.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -24,7 +25,7 @@ OPEN_PATHS = ("/ping", "/ready")
 #: The listeners that only operators use, with the scope that a token needs there.
 PROTECTED = {"management": Scope.MANAGE, "metrics": Scope.METRICS}
 _OF_MODEL = re.compile(r"/fleet/([^/]+)/(.+)", re.DOTALL)
-_STATUS = {Situation.UNAUTHORIZED: 401, Situation.FORBIDDEN: 403}
+_STATUS = {Situation.UNAUTHORIZED: 401, Situation.FORBIDDEN: 403, Situation.NOT_READY: 503}
 
 log = structlog.get_logger()
 
@@ -90,12 +91,12 @@ class AccessControl:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        token, status = None, 500
+        token, status, has_begun = None, 500, False
 
         async def send_and_note(message: Message) -> None:
-            nonlocal status
+            nonlocal status, has_begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, has_begun = message["status"], True
             await send(message)
 
         app = self._app
@@ -108,6 +109,10 @@ class AccessControl:
             app = error_reply(Situation.FORBIDDEN, str(error))
         try:
             await app(scope, receive, send_and_note)
+        except asyncio.CancelledError:  # the listener stops, and the time for running requests is over
+            if not has_begun:
+                stopping = error_reply(Situation.NOT_READY, "the server is stopping; what was asked may have happened")
+                await stopping(scope, receive, send_and_note)
         finally:
             if self._scope is Scope.MANAGE and scope["method"] == "POST":
                 _audit(scope, token, status)
@@ -135,7 +140,7 @@ class AccessControl:
 
 
 def error_reply(situation: Situation, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """A refusal of these listeners: 401 or 403, its body as all their errors have it."""
+    """A refusal of these listeners: 401, 403 or 503, its body as all their errors have it."""
     error = {"code": situation.name.lower(), "message": message}
     return JSONResponse({"error": error}, status_code=_STATUS[situation], headers=headers)
 

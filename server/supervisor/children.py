@@ -129,20 +129,25 @@ class Children:
     async def end(self, children: Sequence[Child], patience_s: float) -> None:
         """Drain fronts, let workers go; kill the ones that have not ended in time."""
         for child in children:
-            if child.channel is None:
-                continue
-            if child.kind == "front" and child.ready.is_set():
+            if child.kind == "front" and child.ready.is_set() and child.channel is not None:
                 child.channel.tell(Drain())
-            else:
+            elif child.channel is not None:
                 child.channel.close()  # a child ends with its channel; this one has no requests to finish
+            else:
+                _kill_process(child)  # it has only just been started
         waits = [asyncio.create_task(child.process.wait()) for child in children if child.process is not None]
         if waits:
-            await asyncio.wait(waits, timeout=patience_s)
+            await asyncio.wait(waits, timeout=max(0.0, patience_s))
         for child in children:
-            if child.process is not None and child.process.returncode is None:
+            if _kill_process(child) and child.process is not None:
                 log.warning("killed", child=child.name, why="did not end in time")
-                child.process.kill()
                 await child.process.wait()
+
+    def kill(self) -> None:
+        """Kill all, without waiting for their ends."""
+        self._stopping = True
+        for child in self._children:
+            _kill_process(child)
 
     def set_fatal(self, reason: str) -> None:
         """The server cannot run: the first reason counts."""
@@ -231,6 +236,15 @@ class Children:
             self._kill(child, process, f"silent for {FRONT_SILENCE_S:g} s")
         except (ControlError, ChannelClosed):
             pass  # it starts or ends; the end of its process says the rest
+
+
+def _kill_process(child: Child) -> bool:
+    """Kill the child's process; False where there is none any more."""
+    if child.process is None or child.process.returncode is not None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        child.process.kill()
+    return True
 
 
 def child_environment(child: Child) -> dict[str, str]:

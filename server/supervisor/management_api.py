@@ -1,4 +1,4 @@
-"""The management and metrics listeners (Starlette), and the server's life from sockets to SIGTERM.
+"""The management and metrics listeners (Starlette), and the server's life from sockets to drained.
 
 Runs in the supervisor's process. Model names have slashes, so paths put the verb first: `POST /fleet/load/au/NSW1.mar`.
 """
@@ -7,11 +7,11 @@ import asyncio
 import http
 import json
 import os
-import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -33,6 +33,7 @@ from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.stop_signals import StopSignals
 from server.supervisor.supervisor import Supervisor
 
 log = structlog.get_logger()
@@ -132,10 +133,10 @@ def bind_socket(host: str, port: int, name: str) -> socket.socket:
 
 
 @asynccontextmanager
-async def run_server(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict[str, str]]]:
+async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[tuple[Supervisor, dict[str, str]]]:
     """The whole server: yields the supervisor and the listeners' addresses once everything is ready, drains on exit.
 
-    Raises OSError, ValueError or StartFailed when it cannot start, with nothing left behind.
+    Raises OSError, ValueError or StartFailed when it cannot start. Nothing is left behind, also when `signals` end it.
     """
     raise_open_files_limit()
     settings = read_secrets(settings)
@@ -150,41 +151,32 @@ async def run_server(settings: Settings) -> AsyncIterator[tuple[Supervisor, dict
         scheme = "http" if settings.tls_certificate is None else "https"
         addresses = {name: _format_address(sock, scheme) for name, sock in socks.items()}
         supervisor = Supervisor(settings)
-        stack.push_async_callback(supervisor.stop)
+        signals.call_at_once(supervisor.end_at_once)
+        listeners: list[tuple[Listener, asyncio.Task[None]]] = []
+        stack.push_async_callback(_stop, supervisor, listeners)
         for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
             tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
             sites = Sites([hosts[name]], settings.allowed_hosts)
             checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))
             server = make_listener(checked, 1, settings.client_timeout_s, settings.keep_alive_s, tls)
-            task = asyncio.create_task(server.serve(sockets=[socks[name]]))
-            stack.push_async_callback(_end_listener, server, task)
+            listeners.append((server, asyncio.create_task(server.serve(sockets=[socks[name]]))))
         await supervisor.start(socks["inference"])
         if settings.announce is not None:
-            stack.callback(settings.announce.unlink, missing_ok=True)
+            forget = partial(settings.announce.unlink, missing_ok=True)
+            signals.call_at_once(forget)
+            stack.callback(forget)
             _write_atomically(settings.announce, json.dumps(addresses) + "\n")
         yield supervisor, addresses
 
 
-async def until_told_to_stop() -> None:
-    """Wait for SIGTERM or SIGINT, or for SIGHUP where the server was started from a terminal, which is then gone.
-
-    Without a terminal SIGHUP is an operator's wish for a reload. Settings are not reloaded, so that it changes nothing.
-    """
-    told = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
-    loop.add_signal_handler(signal.SIGHUP, told.set if os.isatty(0) else _ignore_hangup)
-    await told.wait()
-
-
-def _ignore_hangup() -> None:
-    log.warning("hangup_ignored", why="settings are read at start alone: SIGTERM drains and stops, then start again")
-
-
-async def _end_listener(server: Listener, task: asyncio.Task[None]) -> None:
-    server.should_exit = True
-    await task
+async def _stop(supervisor: Supervisor, listeners: Sequence[tuple[Listener, asyncio.Task[None]]]) -> None:
+    """End all at the same time. What fails keeps none of the others from ending."""
+    for listener, _ in listeners:
+        listener.stop()
+    ended = await asyncio.gather(supervisor.stop(), *(task for _, task in listeners), return_exceptions=True)
+    for each in ended:
+        if isinstance(each, BaseException):
+            raise each
 
 
 def _write_atomically(path: Path, text: str) -> None:

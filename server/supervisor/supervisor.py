@@ -66,6 +66,10 @@ LOGGED_MODELS = 50  #: of those that ran when a worker died
 LIST_S = 2.0  #: how long a list waits for a worker; it then names the worker as unheard
 SILENT_WAIT_S = 0.5  #: how long an operation waits for a silent worker, which performs it should it turn again
 MAX_PIN_BYTES = 8 * 1024 * 1024  #: of the names of pinned models
+FRONTS_END_S = 1.0  #: beyond `drain_s`, for fronts to refuse what is left and end
+LOG_END_S = 1.0  #: for the last rows of the access log
+WORKERS_END_S = 1.5  #: for workers to end, which then have no requests
+LONGEST_END_S = 4.0  #: beyond `drain_s`, after which nothing of the server is left
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
 log = structlog.get_logger()
@@ -139,19 +143,36 @@ class Supervisor:
                 await front.ask(AwaitConnections(), CONNECT_S)
 
     async def stop(self) -> None:
-        """Drain: fronts finish what they hold, then workers end, then all are gone. At most `drain_s` and a little."""
+        """Drain: fronts finish what they hold, then workers end, then all are gone.
+
+        Within `drain_s` + LONGEST_END_S, in which the machine's own delays have a place too.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self.settings.drain_s + FRONTS_END_S
         self._children.stop_restarting()
         if self._listen is not None:
             self._listen.close()  # each front closes its own: new connections are refused, not left waiting
-        await self._children.end(self.fronts, self.settings.drain_s + 2)
-        self._fronts_gone.set()
-        if self._log_keeper is not None:
-            await self._log_keeper  # while the workers are there to be asked for the last rows
-        await self._children.end(self.workers, 2)
+        await self._children.end(self.fronts, until - loop.time())
+        await self._end_access_log()
+        await self._children.end(self.workers, min(WORKERS_END_S, until + WORKERS_END_S - loop.time()))
         await self._children.stop()
         if self._disk_keeper is not None:
             self._disk_keeper.cancel()
             await asyncio.gather(self._disk_keeper, return_exceptions=True)
+        self._folder.close()
+
+    async def _end_access_log(self) -> None:
+        """Write the last rows while the workers are there to be asked for them."""
+        self._fronts_gone.set()
+        if self._log_keeper is not None:
+            _, late = await asyncio.wait([self._log_keeper], timeout=LOG_END_S)
+            for each in late:
+                log.warning("access_log_not_ended", why=f"workers or its disk did not answer within {LOG_END_S:g} s")
+                each.cancel()
+
+    def end_at_once(self) -> None:
+        """Kill all children and remove the folder of their sockets. Nothing is answered."""
+        self._children.kill()
         self._folder.close()
 
     # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------

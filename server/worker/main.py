@@ -7,6 +7,7 @@ control channel.
 
 import asyncio
 import os
+import signal
 import sys
 
 import torch
@@ -103,7 +104,7 @@ def open_memory(
 async def main(control_fd: int) -> None:
     """Get an assignment from the supervisor, get ready, serve until it closes the channel."""
     member = ChildChannel(AskedOfWorker)
-    assignment = await member.join(control_fd, JoinAsWorker())
+    assignment = await member.join(control_fd, JoinAsWorker(), orphaned=signal.SIGKILL)
     if assignment is None:
         return
     settings, plan = assignment.settings, assignment.plan

@@ -334,6 +334,10 @@ def test_uvicorn_still_has_what_the_listener_uses() -> None:
         assert inspect.signature(uvicorn.Server.startup).parameters.keys() == {"self", "sockets"}
         assert "ssl=config.ssl" in inspect.getsource(uvicorn.Server.startup)
         assert isinstance(uvicorn.server.ServerState().connections, set)
+        assert isinstance(uvicorn.server.ServerState().tasks, set)
+        assert inspect.signature(uvicorn.Server.shutdown).parameters.keys() == {"self", "sockets"}
+        for name in ("self.servers", "self.lifespan.state", "server_state=self.server_state"):
+            assert name in inspect.getsource(uvicorn.Server.startup), name
 
     asyncio.run(scenario())
 

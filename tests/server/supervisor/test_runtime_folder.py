@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from server.supervisor.runtime_folder import LOCK_FILE, MAX_SOCKET_PATH, RuntimeFolder, remove_abandoned
+from server.supervisor.runtime_folder import MAX_SOCKET_PATH, PREFIX, RuntimeFolder
+from server.temporary_folders import LOCK_FILE, remove_abandoned
 
 
 @pytest.fixture
@@ -77,11 +78,11 @@ def test_a_removed_folder_is_made_anew_and_held(tmp_path: Path) -> None:
     shutil.rmtree(folder.path)
     Path(folder.socket("0.2")).touch()
     assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
-    remove_abandoned(tmp_path)
+    remove_abandoned(tmp_path, PREFIX)
     assert Path(folder.socket("0.2")).exists()
     (folder.path / LOCK_FILE).unlink()
     folder.socket("0.3")
-    remove_abandoned(tmp_path)
+    remove_abandoned(tmp_path, PREFIX)
     assert folder.path.exists()
     folder.close()
     assert list(tmp_path.iterdir()) == []
