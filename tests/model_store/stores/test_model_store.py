@@ -200,7 +200,7 @@ def test_with_the_store_down_a_due_copy_is_served_stale(
     store.probe()
     assert store.health.failing_s() == 0
     assert not store.fetch(NAME).stale
-    assert s3.seen("GET", f"{bucket}/{PROBE}")[-1] == 404
+    assert s3.probes[-1] == ("GET", f"/{bucket}/{PROBE}", 404)
 
 
 def test_what_is_at_hand_waits_for_nobody(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
