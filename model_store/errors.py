@@ -43,6 +43,12 @@ class StoreUnavailable(LoadError):
     reason = "store_unavailable"
 
 
+class StoreOut(StoreUnavailable):
+    """The store answers nothing at present, so that it was not asked. Remembered for a second: it may be back then."""
+
+    max_back_off_s = 1.0
+
+
 class ArchiveInvalid(LoadError):
     """The archive breaks a rule of the format: container, paths, manifest, hash, tensors or golden sample."""
 

@@ -163,6 +163,12 @@ EVICTIONS: Final = MetricSpec("counter", "model_evictions", "Evicted models, by 
 AGE_AT_EVICTION: Final = MetricSpec(
     "histogram", "model_age_at_eviction_seconds", "Time between a model's load and its eviction"
 )
+LOADS_UNDER_WAY: Final = MetricSpec(
+    "gauge",
+    "loads_under_way",
+    "Loads by lane: disk (copies at hand, and building) or store (requests to it), and state: running or waiting",
+    ("lane", "state"),
+)
 LOAD_FAILURES: Final = MetricSpec("counter", "model_load_failures", "Failed loads, by reason", ("reason",))
 SWAPS: Final = MetricSpec(
     "counter", "model_swaps", "Replacements of a serving model version, by result: ok or failed", ("result",)

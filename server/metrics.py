@@ -91,6 +91,11 @@ class WorkerMetrics:
         self.host_bytes, self.host_capacity = (gauge.labels(**bind, tier="host") for gauge in (used, capacity))
         self.evictions = self._counter(contract.EVICTIONS)
         self.age = self._histogram(contract.AGE_AT_EVICTION, _AGES).labels(**bind)
+        loads = self._gauge(contract.LOADS_UNDER_WAY)
+        self.disk_lane, self.store_lane = (
+            tuple(loads.labels(**bind, lane=lane, state=state) for state in ("running", "waiting"))
+            for lane in ("disk", "store")
+        )
         self.failures = self._counter(contract.LOAD_FAILURES)
         self.swaps = self._counter(contract.SWAPS)
         self.prefetch = self._counter(contract.PREFETCH)

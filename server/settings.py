@@ -100,7 +100,11 @@ class Settings(BaseSettings):
         "before their next request",
     )
     loader_threads: int = Field(
-        contract.LOADER_THREADS, ge=1, le=64, description="models that one worker fetches and verifies concurrently"
+        contract.LOADER_THREADS,
+        ge=1,
+        le=64,
+        description="models that one worker builds and verifies concurrently; it fetches as many at the same time, "
+        "and up to twice as many more while the store is slow",
     )
 
     disk_cache: Path = Field(
@@ -112,7 +116,9 @@ class Settings(BaseSettings):
         _to_byte_size(10 * 1024 * MIB), description="maximum size of the disk cache; 0 disables it"
     )
     revalidate_s: Seconds = Field(
-        contract.REVALIDATE_S, description="how long a cached archive is used before the store is asked for changes"
+        contract.REVALIDATE_S,
+        description="how long a cached archive is used before the store is asked for changes; longer only while the "
+        "store is slow or out",
     )
 
     s3_endpoint_url: str | None = Field(

@@ -1,8 +1,8 @@
 """A real S3 server for tests, behind a proxy that counts requests and breaks them on demand.
 
 The server is moto in a process of its own or, with FLEETCAST_TEST_S3=swift, OpenStack Swift (`swift.sh`). The proxy
-runs in threads of the test process; every request of `S3Server.endpoint_url` passes it and is in `S3Server.requests` as
-(method, path, status) before its answer leaves.
+runs in threads of the test process; each request of `S3Server.endpoint_url` passes it and is in `S3Server.requests`, or
+`S3Server.probes`, as (method, path, status) before its answer leaves.
 """
 
 import http.client
@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 import boto3
 from botocore.config import Config
 
+from model_store.stores.model_store import PROBE
 from tests.patience import PATIENCE_S, POLL_S
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
@@ -56,6 +57,7 @@ class S3Server:
     endpoint_url: str
     env: dict[str, str]
     requests: list[tuple[str, str, int]] = field(default_factory=list)
+    probes: list[tuple[str, str, int]] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -134,9 +136,9 @@ class S3Server:
         return None
 
     def record(self, method: str, path: str, status: int) -> None:
-        """The proxy's log."""
+        """The proxy's log. Probes, which a server makes by the clock, are counted apart."""
         with self._lock:
-            self.requests.append((method, path, status))
+            (self.probes if path.endswith(f"/{PROBE}") else self.requests).append((method, path, status))
 
 
 @contextmanager

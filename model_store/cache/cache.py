@@ -306,8 +306,8 @@ class Cache:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a request waits for one of the loads."""
-        return any(not load.speculative for load in self._loads.values())
+        """Whether a request waits for one of the loads; for a reload of a resident model none does."""
+        return any(not load.speculative and model not in self._slots for model, load in self._loads.items())
 
     def is_speculative(self, model: ModelName) -> bool:
         """Whether the model is being loaded and no request waits for it."""

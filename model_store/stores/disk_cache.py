@@ -8,7 +8,8 @@
 INVARIANT: files appear by rename, and a blob before its entry. So the index needs no lock, and a crash leaves at worst
 a blob without an entry, which `evict` removes. Nothing is synced to the device: after a power failure a torn blob does
 not match its name, `read` detects this, and the archive is fetched again. The workers' loader threads look up, read and
-publish; only the supervisor evicts. A disk that is full or not writable never fails a load: the error is logged.
+publish; the supervisor evicts, and so does a publication that finds the disk full. A disk that is not writable, or is
+full of other things, never fails a load: the error is logged.
 
 Whoever can write to the folders could give a worker another model's weights. So they must belong to this user and be
 writable by nobody else: `prepare` makes them so, and refuses others. What an index file says is checked field by field
@@ -16,6 +17,7 @@ all the same: its name must be that of its source and model, its blob's name a s
 pipes and other odd files are never opened.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -39,6 +41,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 #: Age in seconds at which a temporary file, or a blob without an entry, belongs to no running download.
 GRACE_S = 600.0
+#: On a full disk a part of the archives makes room, and not only what one publication needs: a sweep reads the index.
+FULL_PART = 1 / 16
 
 #: The entries (index file, model name) that share a blob -> their last use, wall clock.
 Names = dict[tuple[Path, ModelName], float]
@@ -156,8 +160,8 @@ class DiskTier:
         entry = Entry(source=self._source, name=name, version=version, sha256=digest, bytes=len(data), validated_at=now)
         try:
             # Write the blob even if it exists: the old one may be torn, or another process may be evicting it.
-            self._write(self._blobs / digest, data)
-            self._write(self._entry_path(name), msgspec.json.encode(entry))
+            self._write_with_room(self._blobs / digest, data)
+            self._write_with_room(self._entry_path(name), msgspec.json.encode(entry))
         except OSError as error:
             log.warning("disk_publish_failed", model=name, bytes=len(data), folder=str(self._folder), error=str(error))
             return None
@@ -170,7 +174,7 @@ class DiskTier:
         if entry is None:
             return
         try:
-            self._write(path, msgspec.json.encode(msgspec.structs.replace(entry, validated_at=now)))
+            self._write_with_room(path, msgspec.json.encode(msgspec.structs.replace(entry, validated_at=now)))
         except OSError as error:
             log.warning("disk_validate_failed", model=name, folder=str(self._folder), error=str(error))
 
@@ -241,6 +245,27 @@ class DiskTier:
 
     def _entry_path(self, name: ModelName) -> Path:
         return self._index / _hash_key(self._source, name)
+
+    def _write_with_room(self, path: Path, data: bytes) -> None:
+        """Write the file atomically. On a full disk the least recently used archives make room. Raises OSError."""
+        try:
+            self._write(path, data)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room(len(data)):
+                raise
+            self._write(path, data)
+
+    def _make_room(self, size: int) -> bool:
+        """Evict archives of at least `size` bytes; False, and nothing is evicted, where all of them are not that large.
+
+        A file's blocks, and its folder's, may take more than its bytes, so twice as much is asked for.
+        """
+        used = self.used_bytes()
+        if used < size:
+            return False
+        evicted = self.evict(used - max(2 * size, int(used * FULL_PART)))
+        log.warning("disk_full", folder=str(self._folder), bytes=size, evicted=len(evicted))
+        return bool(evicted)
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write the file atomically. Raises OSError."""

@@ -1,9 +1,11 @@
-"""Fetches verified archives by model name: from the disk tier, else from the object store. Runs on loader threads."""
+"""Fetches verified archives by model name: from the disk tier, else from the object store. Runs on loader threads.
 
-import math
+`at_hand` reads this host's disk and waits for nobody; `fetch`, `repair` and `probe` ask the store, and hang as it does.
+"""
+
+import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,11 +16,10 @@ from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound, StoreUn
 from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
 from model_store.stores.object_store import Fetched, Listed, Source
+from model_store.stores.store_health import StoreHealth
 
-#: Seconds after a failure of the store for which disk copies are served stale at once, so that loads do not time out.
-OUTAGE_PAUSE_S = 5.0
-#: Seconds for which a failure of the store says something of its state.
-SAID_S = 60.0
+#: What `probe` asks for. No store has it: "not found" is a short answer that costs nothing.
+PROBE = ModelName("fleetcast-probe")
 #: Further downloads of an archive that was damaged on its way.
 REPAIRS = 2
 
@@ -29,7 +30,7 @@ log = structlog.get_logger()
 class FetchedArchive:
     """A verified archive.
 
-    `store_s`: seconds spent in store requests. `stale`: it should be revalidated, but the store cannot be reached.
+    `store_s`: seconds spent in store requests. `stale`: it is due, and the store has not been heard on it.
     `validated_at`: wall clock time when the store last had this version.
     """
 
@@ -45,7 +46,7 @@ class ModelStore:
     """One source behind an optional disk tier. Thread-safe. The caller makes sure that a process loads a model once.
 
     A disk copy that was validated within the last `revalidate_s` seconds is served without a store request. `clock` is
-    wall clock time, because processes compare it.
+    wall clock time, because processes compare it; `now` is the monotonic clock.
     """
 
     def __init__(
@@ -55,17 +56,31 @@ class ModelStore:
         limits: Limits,
         revalidate_s: float = 60.0,
         clock: Callable[[], float] = time.time,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._source = source
         self._disk = disk
         self._limits = limits
         self._revalidate_s = revalidate_s
-        self._clock = clock
-        self._outage_at = -math.inf
-        self._failing = (0.0, -math.inf)  # monotonic: since when the store fails, and when it last did
+        self._clock, self._now = clock, now
+        self.health = StoreHealth(now)
 
     def __repr__(self) -> str:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
+
+    def at_hand(self, name: ModelName, *, stale: bool = False) -> FetchedArchive | None:
+        """The disk copy that can be served without asking the store: a fresh one or, with `stale`, one that is due.
+
+        INVARIANT: it takes no lock, because downloads hold those for as long as the store hangs. Raises ArchiveInvalid.
+        """
+        if self._disk is None:
+            return None
+        found = self._fresh(self._disk, name, self._clock() - self._revalidate_s)
+        return found or (self._stale(self._disk, name) if stale else None)
+
+    def has_copy(self, name: ModelName) -> bool:
+        """Whether the disk has a copy, fresh or due."""
+        return self._disk is not None and self._disk.lookup(name) is not None
 
     def fetch(self, name: ModelName, revalidate: bool = False) -> FetchedArchive:
         """The newest archive of this name, by at most one store request; `revalidate` makes that request in any case.
@@ -89,21 +104,23 @@ class ModelStore:
             # Another process may have downloaded or validated it while this one waited.
             return self._fresh(self._disk, name, newer_than) or self._renew(self._disk, name, revalidate)
 
+    def may_be_damaged(self, broken: FetchedArchive) -> bool:
+        """Whether an archive that does not build may differ from the store's: its version does not prove its bytes."""
+        return not Fetched(broken.archive.container.data, broken.version).is_whole()
+
     def repair(self, name: ModelName, broken: FetchedArchive) -> FetchedArchive | None:
         """The archive from the store once more, or None if it is the same as `broken`, which does not build.
 
-        Bytes damaged on their way are found by checksums that only a build reads.
+        Bytes damaged on their way are found by checksums that only a build reads. Call it if `may_be_damaged`.
         """
-        held = Fetched(broken.archive.container.data, broken.version)
-        if held.is_whole():
-            return None
+        held = broken.archive.container.data
         try:
-            with self._disk.lock(name) if self._disk else nullcontext():
+            with self._disk.lock(name) if self._disk else contextlib.nullcontext():
                 fresh = self._download(name, self._disk, self._clock())
         except LoadError as error:  # the first error says more of the archive
             log.warning("archive_not_fetched_again", model=name, error=str(error))
             return None
-        if fresh.archive.container.data == held.data:
+        if fresh.archive.container.data == held:
             return None
         log.warning("archive_damaged_in_transit", model=name, version=fresh.version)
         return fresh
@@ -117,23 +134,23 @@ class ModelStore:
         """The store's archives whose names start with `prefix`, lazily: see `Source.list`."""
         return self._source.list(prefix)
 
-    def gone_s(self) -> float:
-        """For how many seconds the store has failed; 0 where its last answer was none, or is too long ago to say."""
-        now, (since, last) = time.monotonic(), self._failing
-        return now - since if now - last < SAID_S else 0.0
+    def probe(self) -> None:
+        """Ask the store for something that it does not have, so that `health` learns whether it answers."""
+        with self.health.probing(), contextlib.suppress(LoadError):
+            self._ask(PROBE)
 
     def _ask(self, name: ModelName, unless: str | None = None) -> Fetched | None:
         """`Source.get`, whose outcome says whether the store is there."""
+        asked_at = self._now()
         try:
             found = self._source.get(name, unless=unless)
         except StoreUnavailable:
-            now = time.monotonic()
-            self._failing = (self._failing[0] if now - self._failing[1] < SAID_S else now, now)
+            self.health.note_failure(asked_at)
             raise
         except LoadError:
-            self._failing = (0.0, -math.inf)
+            self.health.note_answer()
             raise
-        self._failing = (0.0, -math.inf)
+        self.health.note_answer()
         return found
 
     def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> FetchedArchive | None:
@@ -144,14 +161,20 @@ class ModelStore:
         data = disk.read(cached)
         return self._from_disk(disk, cached, data) if data is not None else None
 
+    def _stale(self, disk: DiskTier, name: ModelName) -> FetchedArchive | None:
+        """The disk copy, however old."""
+        cached = disk.lookup(name)
+        data = disk.read(cached) if cached else None
+        return self._from_disk(disk, cached, data, stale=True) if cached and data is not None else None
+
     def _renew(self, disk: DiskTier, name: ModelName, forced: bool) -> FetchedArchive:
-        """Revalidate by one conditional GET. If the store cannot be reached, a disk copy is served stale."""
+        """Revalidate by one conditional GET. While the store is out, a disk copy is served stale."""
         cached = disk.lookup(name)
         data = disk.read(cached) if cached else None
         if cached is None or data is None:
             return self._download(name, disk, self._clock())
         asked_at, started = self._clock(), time.perf_counter()
-        if not forced and 0.0 <= asked_at - self._outage_at < OUTAGE_PAUSE_S:
+        if not forced and self.health.is_out:
             return self._from_disk(disk, cached, data, stale=True)
         try:
             fetched = self._ask(name, cached.version)
@@ -159,7 +182,6 @@ class ModelStore:
             disk.forget(name)
             raise
         except StoreUnavailable as error:
-            self._outage_at = self._clock()
             log.warning("store_unavailable_serving_stale", model=name, version=cached.version, error=str(error))
             return self._from_disk(disk, cached, data, time.perf_counter() - started, stale=True)
         store_s = time.perf_counter() - started

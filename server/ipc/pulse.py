@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple
 
 SUFFIX: Final = ".run"  #: behind the path of the worker's socket
 MAX_NAME_BYTES: Final = 4096  #: of a model's name of 1024 characters
-SEATS: Final = 72  #: models that are loaded or run apart at the same time: more than there are threads for them
+SEATS: Final = 272  #: models that are loaded or run apart at the same time: more than there are threads for them
 BATCH_BYTES: Final = 256 * 1024  #: of the names of the models of one batch; of a longer list the end is not noted
 SILENT_S: Final = 1.0  #: a step loop that has not beaten for so long is silent: fronts ask other workers
 LONGEST_TICK_S: Final = 0.5  #: the most of an observer's own pause that counts as silence of the one that it observes

@@ -40,6 +40,7 @@ from server.worker.model_loader import ModelLoader, open_store, target_of
 from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
+from server.worker.store_probe import StoreProbe
 
 
 def build_steps(
@@ -67,7 +68,8 @@ def build_steps(
         patience_s=settings.request_timeout_s,
         foresight=Prefetcher(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
-        store_gone_s=store.gone_s,
+        health=store.health,
+        probe=StoreProbe(store.probe, store.health),
     )
 
 

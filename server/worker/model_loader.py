@@ -1,9 +1,10 @@
 """From a model name to something that can run: fetch, verify, build. Runs on a worker's loader threads.
 
-Nothing here touches the cache, the pool or a queue: the result goes back to the step thread, which finds it a place.
+Nothing here touches the cache, the pool or a queue: the result goes back to the step thread, which finds it a place. A
+load is a generator: between two of its steps it changes the lane, see `server.worker.load_lanes`.
 """
 
-import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +25,8 @@ from server.settings import Settings
 class LoadedModel:
     """A verified model without a place: `row` for a RowModel. `download_s` in store requests, `tier` disk or store.
 
-    `validated_at`: wall clock, when the store was last asked for this version.
+    `validated_at`: wall clock, when the store was last asked for this version. `stale`: it is due, and the store has
+    not been heard on it.
     """
 
     model: ModelName
@@ -35,6 +37,7 @@ class LoadedModel:
     row: Float32 | None
     golden: GoldenSample | None
     validated_at: float = 0.0
+    stale: bool = False
 
     def prove(self, run_row: RunRow) -> None:
         """Run the golden sample of a row, if there is one: the loader has run that of a model without a row.
@@ -55,11 +58,29 @@ class LoadedModel:
         return self.body.family_key
 
 
+@dataclass(frozen=True, slots=True)
+class AskStore:
+    """The load's next step asks the store. `has_copy`: there is a copy on disk that could be served meanwhile."""
+
+    has_copy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFetched:
+    """The load's next step builds what the store gave. `stale`: the store did not answer, so it is the copy on disk."""
+
+    stale: bool
+
+
+#: A load. Each step runs on a thread of the lane that the step before it named; the first one's is the disk lane.
+LoadSteps = Generator[AskStore | BuildFetched, None, LoadedModel]
+
+
 class ModelBuilder(Protocol):
     """What the step loop wants of a loader."""
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
-        """A verified model. Called on loader threads. Raises LoadError."""
+    def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
+        """The steps to a verified model; each may raise LoadError. `stale`: take a copy on disk also if it is due."""
 
     def forget(self, model: ModelName) -> None:
         """The archive proved bad after all: the next load asks the store again."""
@@ -75,30 +96,46 @@ class ModelLoader:
         """For example `<ModelLoader of ModelStore(...)>`."""
         return f"<ModelLoader of {self._store!r}>"
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
-        """Fetch and verify; everything but the golden sample of a row, which needs the device. Raises LoadError.
+    def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
+        """Find and verify; everything but the golden sample of a row, which needs the device. Raises LoadError.
 
         An archive that is invalid because it was damaged on its way is fetched again, at most REPAIRS times.
         """
-        found = self._store.fetch(model, revalidate)
+        found = None if revalidate else self._store.at_hand(model, stale=stale)
+        if found is None:
+            yield AskStore(has_copy=not revalidate and self._store.has_copy(model))
+            found = self._store.fetch(model, revalidate)
+            yield BuildFetched(found.stale)
         for repairs_left in reversed(range(REPAIRS + 1)):
             try:
                 return self._build_fetched(model, found)
             except LoadError as error:
-                may_be_damaged = repairs_left and isinstance(error, ArchiveInvalid)
-                fresh = self._store.repair(model, found) if may_be_damaged else None
-                if fresh is None:
-                    self._store.forget(model)
-                    raise
-                found = fresh
-        raise AssertionError("the last turn returns or raises")
+                problem = error
+            if not (repairs_left and isinstance(problem, ArchiveInvalid) and self._store.may_be_damaged(found)):
+                break
+            yield AskStore(has_copy=False)
+            fresh = self._store.repair(model, found)
+            if fresh is None:
+                break
+            found = fresh
+            yield BuildFetched(found.stale)
+        self._store.forget(model)
+        raise problem
 
     def _build_fetched(self, model: ModelName, found: FetchedArchive) -> LoadedModel:
         built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
         if golden is not None and built.row is None:
             built.body.prove(model, golden, None)
         return LoadedModel(
-            model, found.version, found.tier, found.store_s, built.body, built.row, golden, found.validated_at
+            model,
+            found.version,
+            found.tier,
+            found.store_s,
+            built.body,
+            built.row,
+            golden,
+            found.validated_at,
+            found.stale,
         )
 
     def forget(self, model: ModelName) -> None:
@@ -133,17 +170,6 @@ def open_store(settings: Settings) -> tuple[Source, Limits]:
         max_archive_bytes=limits.max_archive_bytes,
     )
     return source, limits
-
-
-def timed_build(loader: ModelBuilder, model: ModelName, *, revalidate: bool) -> tuple[LoadedModel | LoadError, float]:
-    """The built model, or why not, and the seconds it took. Whatever else goes wrong becomes a LoadError too."""
-    started = time.perf_counter()
-    try:
-        return loader.build(model, revalidate=revalidate), time.perf_counter() - started
-    except LoadError as error:
-        return error, time.perf_counter() - started
-    except Exception as error:  # a bug of ours must cost one model, not the worker
-        return unexpected(model, error), time.perf_counter() - started
 
 
 def unexpected(model: ModelName, error: Exception) -> LoadError:

@@ -1,15 +1,15 @@
 """The life of a load: begin it, build the model, wait for memory, and tell the waiting requests and operators.
 
-The step thread owns everything here. Only building runs on loader threads; its result returns as one call on the step
-thread.
+The step thread owns everything here. `server.worker.load_lanes` runs what takes time; its results return as calls on
+the step thread. A copy that is due is served without the store's word where the store is out or slow; it is loaded
+again as soon as the store answers, and what is new is swapped in.
 """
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from dataclasses import replace
+from itertools import islice
 from typing import Protocol
 
 import structlog
@@ -18,20 +18,26 @@ import torch
 from model_store.cache.cache import Placed, Placement
 from model_store.cache.slots import Slot
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
-from model_store.errors import LoadError, NoRoom, StoreUnavailable
+from model_store.errors import LoadError, NoRoom, StoreOut, StoreUnavailable
 from model_store.names import ModelName
-from server.ipc.pulse import Pulse
+from model_store.stores.store_health import StoreHealth
+from server.ipc.pulse import LoadSigns, Pulse
 from server.metrics import WorkerMetrics
-from server.worker.model_loader import LoadedModel, ModelBuilder, timed_build, unexpected
+from server.worker.load_lanes import LoadLanes
+from server.worker.model_loader import LoadedModel, ModelBuilder, unexpected
 from server.worker.prefetch.prefetcher import Prefetcher, PrefetchOutcome
 from server.worker.resident_models import ResidentModels
+from server.worker.store_probe import StoreProbe
 
-KEPT = 7 / 8  #: weight of the loads that were measured before
 MAX_MESSAGE = 2000  #: characters of a failure that are kept
 #: Loads that wait or run. A client may leave at once, so that the queue of requests does not bound them.
 MAX_LOADS = 4096
 #: Bytes of built models that wait for memory, beyond which no further model is built. One is always built.
 MAX_BUILT_BYTES = 256 * 1024 * 1024
+#: Models that were served from due copies and are to be loaded again. More are checked when they are next loaded.
+MAX_DUE = 100_000
+#: Of these, how many are looked at in one sweep.
+DUE_A_SWEEP = 64
 
 log = structlog.get_logger()
 
@@ -42,15 +48,21 @@ class LoadListener(Protocol):
     def served(self, built: LoadedModel, now: float) -> None:
         """The model is resident."""
 
-    def failed(self, model: ModelName, error: LoadError) -> None:
-        """The load failed."""
+    def failed(self, model: ModelName, error: LoadError, retry_s: float) -> None:
+        """The load failed, and is not tried again for `retry_s`."""
+
+    def delayed(self, model: ModelName, load_s: float) -> None:
+        """The store has to be asked for the model, which is expected in so many seconds."""
 
     def wake(self) -> None:
         """A model is built: call `Loads.place_built` in the next step."""
 
 
 class ModelLoads:
-    """The loads of one worker. A built model waits for memory at most `patience_s`; `now` is the monotonic clock."""
+    """The loads of one worker. A built model waits for memory at most `patience_s`; `now` is the monotonic clock.
+
+    `health`: what is known of the store; `probe` asks it, None where nobody shall.
+    """
 
     def __init__(
         self,
@@ -61,6 +73,8 @@ class ModelLoads:
         foresight: Prefetcher | None,
         *,
         pulse: Pulse,
+        health: StoreHealth,
+        probe: StoreProbe | None,
         threads: int,
         patience_s: float,
         now: Callable[[], float],
@@ -68,15 +82,13 @@ class ModelLoads:
         self._residents, self._waiting, self._loader, self._metrics = residents, waiting, loader, metrics
         self._cache, self._shelf, self._foresight = residents.cache, residents.shelf, foresight
         self._pulse, self._patience_s, self._now = pulse, patience_s, now
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-        self._size = self._idle = threads  # loader threads, and those that build nothing
-        self._busy_since = 0.0  # when one last took up or ended a build
-        self._load_s = 0.0  # what a build takes on a loader thread
-        self._due: dict[ModelName, float] = {}  # when models that are being built are expected to be
-        self._queued: deque[tuple[ModelName, bool]] = deque()  # loads that wait for one, and whether to revalidate
+        self._health, self._probe, self._threads = health, probe, threads
+        self.lanes = LoadLanes(loader, self, pulse=pulse, threads=threads, now=now)
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
         self.built: deque[tuple[LoadedModel, float]] = deque()  # verified models that wait for memory, and since when
+        self._due: dict[ModelName, None] = {}  # residents that were loaded from a copy that was due, the oldest first
+        self._renewing: set[ModelName] = set()  # those of them that are being loaded again
         self._watchers: dict[ModelName, list[asyncio.Future[str]]] = {}  # loads by operators
 
     def __repr__(self) -> str:
@@ -85,10 +97,6 @@ class ModelLoads:
 
     def __len__(self) -> int:
         return len(self._started)
-
-    def expected_s(self, model: ModelName, now: float) -> float:
-        """In how many seconds a model that is being loaded is expected to be built; 0 while no load was measured."""
-        return max(0.0, self._due.get(model, now) - now)
 
     @property
     def are_full(self) -> bool:
@@ -113,37 +121,54 @@ class ModelLoads:
     def begin(self, model: ModelName, now: float, *, revalidate: bool = False) -> None:
         """Load a model for which `Cache.want` returned a `Load`."""
         self._started[model] = now
-        kept = None if revalidate else self._shelf.take(model)
+        use_copy = self._health.is_out or self.lanes.prefers_copy(model, now)
+        kept = None if revalidate else self._take_kept(model, stale=use_copy)
         if kept is not None:
             self._queue(kept, now)
-            return
-        self._due[model] = now + self._load_s * (1 + len(self._queued) / self._size)
-        self._queued.append((model, revalidate))
-        self._build_next()
+        else:
+            self.lanes.start(model, revalidate=revalidate, stale=use_copy)
 
-    def _build_next(self) -> None:
-        """Start builds on idle loader threads, unless the models that are built already hold enough memory."""
-        held = sum(built.charge for built, _ in self.built)
-        while self._queued and self._idle and held <= MAX_BUILT_BYTES:
-            model, revalidate = self._queued.popleft()
-            self._idle, self._busy_since = self._idle - 1, self._now()
-            task = self._threads.submit(self._build, model, revalidate=revalidate)
-            task.add_done_callback(partial(self._pass_on, model))
+    def _take_kept(self, model: ModelName, *, stale: bool) -> LoadedModel | None:
+        """The model from host memory. `stale`: also if it is due."""
+        kept = self._shelf.take(model)
+        if kept is None and stale and (kept := self._shelf.take(model, stale=True)) is not None:
+            kept = replace(kept, stale=True)
+        return kept
 
-    def _build(self, model: ModelName, *, revalidate: bool) -> tuple[LoadedModel | LoadError, float]:
-        """Runs on a loader thread. The load is noted: foreign bytes in native code may end this process."""
-        with self._pulse.noting(model, "load"):
-            return timed_build(self._loader, model, revalidate=revalidate)
+    def advance_time(self, now: float) -> None:
+        """Do what depends on time: serve copies where the store is slow, probe the store, load due models again."""
+        for model in list(self.lanes.late(now)):
+            if model in self._cache:
+                continue  # it is served
+            kept = self._take_kept(model, stale=True)
+            if kept is not None:
+                self.lanes.leave(model)
+                self._queue(kept, now)
+            else:
+                self.lanes.serve_copy(model)
+        self.lanes.advance()
+        if self._probe is not None:
+            self._probe.advance_time(now, doubted=self.lanes.is_doubtful(now))
+        if self._due and not self._health.is_out:
+            self._renew(now)
 
-    def stuck_s(self, now: float) -> float:
-        """For how many seconds all loader threads have been busy with the same builds; 0 while one is idle."""
-        return 0.0 if self._idle else now - self._busy_since
+    def _renew(self, now: float) -> None:
+        """Load models again that came from due copies, a few at a time, so that requests find free threads."""
+        for model in list(islice(self._due, DUE_A_SWEEP)):
+            if len(self._renewing) >= max(1, self._threads // 2):
+                return
+            del self._due[model]
+            if model not in self._cache:
+                continue
+            if self.lanes.prefers_copy(model, now) or self._cache.want(model, now, reload=True) is None:
+                self._due[model] = None
+            else:
+                self._renewing.add(model)
+                self.begin(model, now)
 
-    def _pass_on(self, model: ModelName, done: "Future[tuple[LoadedModel | LoadError, float]]") -> None:
-        """Runs on the loader thread, or on any that cancels."""
-        if not done.cancelled():
-            with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile, and its loop with it
-                self._loop.call_soon_threadsafe(self._end_load, model, *done.result())
+    def describe_signs(self, now: float) -> LoadSigns:
+        """What the worker's pulse says of its loads and its store."""
+        return LoadSigns(self.lanes.stuck_s(now), self._health.failing_s())
 
     def look_ahead(self) -> None:
         """Start prefetches of models that are expected to be requested, as far as the prefetcher allows now."""
@@ -153,31 +178,41 @@ class ModelLoads:
         while (model := self._foresight.next_load(now)) is not None:
             self.begin(model, now)
 
+    def update_gauges(self) -> None:
+        """Update the gauges of loads."""
+        lanes = self.lanes
+        counts = (len(lanes.disk.running), lanes.waiting_to_build, len(lanes.store.running), lanes.waiting_to_ask)
+        for gauge, count in zip((*self._metrics.disk_lane, *self._metrics.store_lane), counts, strict=True):
+            gauge.set(count)
+
     def close(self) -> None:
         """Start no more loads."""
-        self._queued.clear()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.close()
+        if self._probe is not None:
+            self._probe.close()
 
     # --- built ------------------------------------------------------------------------------------------------------
 
-    def _end_load(self, model: ModelName, built: LoadedModel | LoadError, seconds: float) -> None:
-        """Take the result of a loader thread."""
-        self._idle, self._busy_since = self._idle + 1, self._now()
-        self._due.pop(model, None)
-        try:
-            self._take(model, built, seconds)
-        finally:
-            self._build_next()
+    def may_build(self) -> bool:
+        """See LaneOwner."""
+        return sum(built.charge for built, _ in self.built) <= MAX_BUILT_BYTES
 
-    def _take(self, model: ModelName, built: LoadedModel | LoadError, seconds: float) -> None:
-        if isinstance(built, StoreUnavailable) and (kept := self._shelf.take(model, stale=True)) is not None:
-            log.warning("store_unavailable_serving_stale", model=model, version=kept.version, error=str(built))
+    def refuse_asking(self, model: ModelName) -> LoadError | None:
+        """See LaneOwner: one more request would only wait for a store that answers none."""
+        if self._health.is_out and self.lanes.store.is_full:
+            text = f"the store has not answered for {self._health.failing_s():.0f} s"
+            return StoreOut(f"{model}: {text}, and {len(self.lanes.store.running)} requests wait for it already")
+        self._waiting.delayed(model, self.lanes.expected_s(model, self._now()))
+        return None
+
+    def end_load(self, model: ModelName, built: LoadedModel | LoadError) -> None:
+        """See LaneOwner."""
+        if isinstance(built, StoreUnavailable) and (kept := self._take_kept(model, stale=True)) is not None:
             self._queue(kept, self._now())
             return
         if isinstance(built, LoadError):
             self._fail(model, built)
             return
-        self._load_s = seconds if not self._load_s else KEPT * self._load_s + (1 - KEPT) * seconds
         self._metrics.downloading.observe(built.download_s)
         try:
             with self._pulse.noting(model, "load"):
@@ -187,7 +222,7 @@ class ModelLoads:
                 self._loader.forget(model)
             self._fail(model, _as_load_error(model, error))
             return
-        log.debug("built", model=model, version=built.version, tier=built.tier, seconds=round(seconds, 4))
+        log.debug("built", model=model, version=built.version, tier=built.tier)
         self._queue(built, self._now())
 
     def _queue(self, built: LoadedModel, now: float) -> None:
@@ -209,7 +244,7 @@ class ModelLoads:
             now = self._now()
             if self._keep_unchanged(built):
                 self.built.popleft()
-                self._build_next()
+                self.lanes.advance()
                 continue
             spare = () if self._foresight is None else self._foresight.rhythms
             placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
@@ -225,7 +260,7 @@ class ModelLoads:
                 continue
             self.built.popleft()
             self._apply_placement(built, placement, now)
-            self._build_next()
+            self.lanes.advance()
         return changed
 
     def _apply_placement(self, built: LoadedModel, placement: Placement, now: float) -> None:
@@ -243,9 +278,22 @@ class ModelLoads:
         slot = self._residents.revalidate_same(built)
         if slot is None:
             return False
-        self._started.pop(built.model)
+        self._end(built.model)
+        self._note_due(built)
         self._tell(built.model, slot.version)
         return True
+
+    def _note_due(self, built: LoadedModel) -> None:
+        """Load the model again when the store answers, if it came from a copy that is due."""
+        if not built.stale:
+            self._due.pop(built.model, None)
+        elif len(self._due) < MAX_DUE:
+            self._due[built.model] = None
+
+    def _end(self, model: ModelName) -> float:
+        """The load has ended: when it began."""
+        self._renewing.discard(model)
+        return self._started.pop(model, 0.0)
 
     def _settle(self, slot: Slot, built: LoadedModel, now: float) -> None:
         """Copy the model into its slot, serve from it, and tell all who wait."""
@@ -257,9 +305,12 @@ class ModelLoads:
             return
         if self._residents.settle(slot, built, now):
             self._metrics.labelled(self._metrics.swaps, result="ok").inc()
-        self._metrics.load_seconds(built.tier, now - self._started.pop(built.model))
+        self._metrics.load_seconds(built.tier, now - self._end(built.model))
+        self._note_due(built)
         self._waiting.served(built, now)
         self._tell(built.model, built.version)
+        if built.stale:
+            log.warning("serving_stale", model=built.model, version=built.version, store_out=self._health.is_out)
         log.info("loaded", model=built.model, version=built.version, tier=built.tier)
         if self._foresight is not None:
             self._foresight.note_loaded(built.model)
@@ -270,14 +321,15 @@ class ModelLoads:
         if self._foresight is not None:
             self._foresight.note_ended(model, PrefetchOutcome.FAILED)
         error = _without_frames(error)
-        self._cache.failed(model, error, self._now())
+        now = self._now()
+        retry_s = self._cache.failed(model, error, now).until - now
         self._shelf.drop(model)
-        self._started.pop(model, None)
+        self._end(model)
         self._metrics.labelled(self._metrics.failures, reason=error.reason).inc()
         if model in self._cache:
             self._metrics.labelled(self._metrics.swaps, result="failed").inc()
         log.warning("load_failed", model=model, reason=error.reason, error=str(error))
-        self._waiting.failed(model, error)
+        self._waiting.failed(model, error, retry_s)
         for future in self._watchers.pop(model, []):
             if not future.done():
                 future.set_exception(error)
@@ -288,7 +340,7 @@ class ModelLoads:
         self._foresight.note_ended(model, PrefetchOutcome.REFUSED)
         self._cache.dismiss(model)
         self._shelf.put_back(model)
-        self._started.pop(model)
+        self._end(model)
 
     def _tell(self, model: ModelName, version: str) -> None:
         for future in self._watchers.pop(model, []):

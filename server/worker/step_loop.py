@@ -20,12 +20,12 @@ import torch
 from handlers.errors import Overran
 from model_store.cache.cache import Cache, FailedLoad, Load
 from model_store.cache.slots import Slot
-from model_store.errors import LoadError
+from model_store.errors import LoadError, StoreUnavailable
 from model_store.names import ModelName
+from model_store.stores.store_health import StoreHealth
 from server.access_log import ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
-from server.ipc.pulse import LoadSigns
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
@@ -40,6 +40,7 @@ from server.worker.resident_models import ResidentModels
 from server.worker.row_batches import RowBatches
 from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
+from server.worker.store_probe import StoreProbe
 
 SWEEP_S = 0.05
 BEAT_S = 0.2  #: between two beats of the step loop's pulse
@@ -52,8 +53,8 @@ class StepLoop:
     """Accepts, runs and answers the requests of one worker.
 
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
-    access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `store_gone_s`: for
-    how long the store has failed, 0 while it does not.
+    access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
+    known of the store; `probe` asks it, None where nobody shall.
     """
 
     def __init__(
@@ -72,14 +73,14 @@ class StepLoop:
         foresight: Prefetcher | None = None,
         arrivals: ArrivalBuffer | None = None,
         now: Callable[[], float] = time.monotonic,
-        store_gone_s: Callable[[], float] = lambda: 0.0,
+        health: StoreHealth | None = None,
+        probe: StoreProbe | None = None,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
         self._loads = ModelLoads(
-            self._residents, self, loader, metrics, foresight, pulse=long.pulse, threads=loader_threads,
-            patience_s=patience_s, now=now,
+            self._residents, self, loader, metrics, foresight, pulse=long.pulse, health=health or StoreHealth(now),
+            probe=probe, threads=loader_threads, patience_s=patience_s, now=now,
         )  # fmt: skip
-        self._store_gone_s = store_gone_s
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
         self.quarantine = Quarantine(lambda model, why: log.error("quarantined", model=model, why=why))
         self._leaving = set[asyncio.Task[bool]]()
@@ -142,13 +143,16 @@ class StepLoop:
             )
             return
         if isinstance(wanted, FailedLoad):
-            self._replies.refuse(job, Refused(situation_of(wanted.error), wanted.error.public))
+            self._replies.refuse(job, _explain_failure(wanted.error, wanted.until - now))
             return
         job.cache = CacheResult.COALESCED if wanted is None else CacheResult.MISS
         (self._metrics.coalesced if wanted is None else self._metrics.misses).inc()
         if wanted is not None:
             self._loads.begin(job.model, now)
-        load_s = self._loads.expected_s(job.model, now)
+        self._await_load(job, self._loads.lanes.expected_s(job.model, now), now)
+
+    def _await_load(self, job: Job, load_s: float, now: float) -> None:
+        """Let the job wait for its model, unless that is expected too late."""
         if load_s and now + load_s > job.deadline:  # the load goes on, so that the advice to come back is true
             message = f"{job.model} is expected to be loaded in {load_s * 1e3:.0f} ms, after the deadline"
             retry_ms = max(1, round(load_s * 1e3))
@@ -175,7 +179,7 @@ class StepLoop:
             self.wake()
         if self._beat_due:  # at the end: a step that fails each time beats no more
             self._beat_due, self._beaten = False, self._now()
-            self._long.pulse.beat(LoadSigns(self._loads.stuck_s(self._beaten), self._store_gone_s()))
+            self._long.pulse.beat(self._loads.describe_signs(self._beaten))
 
     def _execute(self, group: str, jobs: Sequence[Job]) -> None:
         now = self._now()
@@ -231,10 +235,16 @@ class StepLoop:
             self._metrics.loading_wait.observe(job.load_s)
             self._scheduler.add_ready(_get_group(get_slot(job), job), job)
 
-    def failed(self, model: ModelName, error: LoadError) -> None:
+    def failed(self, model: ModelName, error: LoadError, retry_s: float) -> None:
         """Refuse the jobs that waited for this model, with the cause of its failed load."""
         for job in self._scheduler.take_waiting(model):
-            self._replies.refuse(job, Refused(situation_of(error), error.public))
+            self._replies.refuse(job, _explain_failure(error, retry_s))
+
+    def delayed(self, model: ModelName, load_s: float) -> None:
+        """Refuse the jobs whose deadlines pass before the store is expected to have given this model."""
+        now = self._now()
+        for job in self._scheduler.take_waiting(model):
+            self._await_load(job, load_s, now)
 
     async def unload(self, model: ModelName) -> bool:
         """Unload the model after its last lease; returns when its memory is free. False if it was not resident."""
@@ -259,8 +269,8 @@ class StepLoop:
         """Do what depends on time, every SWEEP_S.
 
         That is: refuse waiting jobs whose deadline has passed, measure execution paths, retry built models that wait
-        for memory, start prefetches, and send a beat through the queue of steps. INVARIANT: only a loop whose sweeps
-        and whose steps both turn beats.
+        for memory, look after slow loads, start prefetches, and send a beat through the queue of steps. INVARIANT: only
+        a loop whose sweeps and whose steps both turn beats.
         """
         while True:
             await asyncio.sleep(SWEEP_S)
@@ -271,6 +281,7 @@ class StepLoop:
             self._engine.learn()
             if self._loads.built:
                 self.wake()
+            self._loads.advance_time(self._now())
             if self._foresight is not None:
                 self._foresight.advance_time(self._now())
                 self._loads.look_ahead()
@@ -287,6 +298,7 @@ class StepLoop:
     def render_metrics(self) -> str:
         """The metrics in exposition format, with updated gauges."""
         self._residents.update_gauges()
+        self._loads.update_gauges()
         if self._foresight is not None:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()
@@ -294,6 +306,12 @@ class StepLoop:
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
         """Describe models; see `ResidentModels.describe`."""
         return self._residents.describe(prefix, after, limit)
+
+
+def _explain_failure(error: LoadError, retry_s: float) -> Refused:
+    """The refusal of a request whose model's load failed. A store's failure passes, so it is worth to come back."""
+    passes = isinstance(error, StoreUnavailable)
+    return Refused(situation_of(error), error.public, retry_ms=max(1, round(retry_s * 1e3)) if passes else None)
 
 
 def _get_group(slot: Slot, job: Job) -> str:

@@ -31,13 +31,13 @@ if "server.worker.main" in " ".join(sys.orig_argv):
             os.abort()
         return run(self, family, offsets, parts)
     Engine.run = run_or_abort
-    from server.worker.model_loader import ModelLoader
-    build = ModelLoader.build
-    def build_or_abort(self, model, **more):
+    from model_store.stores.model_store import ModelStore
+    at_hand = ModelStore.at_hand
+    def find_or_abort(self, model, **more):
         if model == {NEVER_LOADED!r}:
             os.abort()
-        return build(self, model, **more)
-    ModelLoader.build = build_or_abort
+        return at_hand(self, model, **more)
+    ModelStore.at_hand = find_or_abort
 """
 MODELS = fleet("crash", 12)
 CULPRIT, *INNOCENTS = MODELS

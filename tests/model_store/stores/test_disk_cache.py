@@ -1,5 +1,6 @@
 """The disk tier on a real folder: crashes, torn files, shared blobs, the byte budget, disks that refuse."""
 
+import errno
 import json
 import os
 import signal
@@ -270,6 +271,56 @@ def test_a_full_disk_is_logged_not_raised(tmp_path: Path) -> None:
     assert cached is not None
     assert disk.read(cached) == b"old"
     assert files(tmp_path) == ["blobs", "index"]
+
+
+FULL = """if True:
+    import os, pathlib, sys
+    from model_store.stores.disk_cache import DiskTier
+    disk = DiskTier(pathlib.Path(sys.argv[1]), sys.argv[2])
+    names = [f"au/{i}.mar" for i in range(12)]
+    for age, name in enumerate(reversed(names)):
+        assert disk.publish(name, os.urandom(100_000), "1", 100.0)  # as soon as the disk is full the oldest make room
+        os.utime(disk._entry_path(name), (1_000 + age, 1_000 + age))
+    held = [name for name in names if disk.lookup(name) and disk.read(disk.lookup(name))]
+    too_large = disk.publish("au/large.mar", os.urandom(2_000_000), "1", 100.0)
+    disk.validated(names[0], 200.0)
+    assert (too_large, disk.lookup(names[0]).validated_at) == (None, 200.0)
+    assert held == names[: len(held)] == [name for name in names if disk.lookup(name)]
+    print(len(held))
+"""
+
+
+def test_on_a_full_disk_the_least_recently_used_make_room(tmp_path: Path) -> None:
+    """A file system of 1 MiB that nobody sweeps: each new archive is kept, the oldest ones go. What is larger than all
+    of them evicts none.
+    """
+    mount = 'mount -t tmpfs -o size=1m none "$1" && shift && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "sh", str(tmp_path)]
+    if subprocess.run([*command, "true"], capture_output=True, check=False, timeout=PATIENCE_S).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    run = [*command, sys.executable, "-c", FULL, str(tmp_path), SOURCE]
+    child = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    assert child.returncode == 0, child.stderr
+    assert 6 <= int(child.stdout.splitlines()[-1]) <= 10, "about a megabyte of them"
+    assert "disk_full" in child.stdout + child.stderr
+
+
+def test_a_disk_that_is_full_of_other_things_is_not_emptied_in_vain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel refuses whatever is evicted: an archive larger than all others is dropped, and these stay."""
+    disk = DiskTier(tmp_path, SOURCE)
+    disk.publish(A, b"old", "1", 100.0)
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, f"no space for {path} of {len(data)} bytes")
+
+    monkeypatch.setattr(disk, "_write", refuse)
+    with capture_logs() as logs:
+        assert disk.publish(B, b"larger", "1", 100.0) is None
+        assert disk.lookup(A) is not None
+        assert disk.publish(B, b"b", "1", 100.0) is None
+    assert [entry["event"] for entry in logs] == ["disk_publish_failed", "disk_full", "disk_publish_failed"]
 
 
 def test_reprs_are_honest(tmp_path: Path) -> None:

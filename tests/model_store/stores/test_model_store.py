@@ -14,7 +14,7 @@ from model_store.archives.archive import Limits
 from model_store.errors import ArchiveInvalid, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import parse_model_name
 from model_store.stores.disk_cache import DiskTier
-from model_store.stores.model_store import OUTAGE_PAUSE_S, ModelStore
+from model_store.stores.model_store import PROBE, ModelStore
 from model_store.stores.object_store import open_source
 from tests.archives import make_forecaster, make_zip
 from tests.patience import PATIENCE_S
@@ -28,7 +28,7 @@ FETCH = """if True:
     from model_store.archives.archive import Limits
     from model_store.stores.disk_cache import DiskTier
     from model_store.stores.object_store import open_source
-    from model_store.stores.model_store import ModelStore
+    from model_store.stores.model_store import PROBE, ModelStore
     url, folder = sys.argv[1:]
     store = ModelStore(open_source(url), DiskTier(pathlib.Path(folder), url), Limits())
     print("ready", flush=True)
@@ -179,21 +179,49 @@ def test_a_refusal_is_no_outage(s3: S3Server, bucket: str, store: ModelStore, cl
 def test_with_the_store_down_a_due_copy_is_served_stale(
     s3: S3Server, bucket: str, store: ModelStore, clock: Clock
 ) -> None:
-    """An outage is reported, logged, and asked about again only after a pause; then the copy is fresh again."""
+    """An outage is logged, and while it lasts no load asks; an answered probe ends it, and the copy is fresh again."""
     version = s3.put(bucket, NAME, archive())
     store.fetch(NAME)
     clock.now += 61.0
     with s3.outage(bucket), capture_logs() as logs:
         stale, again = store.fetch(NAME), store.fetch(NAME)
         asked = len(s3.seen("GET", bucket))
+        clock.now += 3_600.0
+        assert store.fetch(NAME).stale
+        assert len(s3.seen("GET", bucket)) == asked
         assert store.fetch(NAME, revalidate=True).stale
         assert len(s3.seen("GET", bucket)) > asked
+        store.probe()
+        assert store.health.failing_s() > 0
     assert (stale.tier, stale.version, stale.stale) == ("disk", version, True)
     assert stale.store_s > 0.0
     assert (again.stale, again.store_s) == (True, 0.0)
     assert logs[0]["event"] == "store_unavailable_serving_stale"
-    clock.now += OUTAGE_PAUSE_S
+    store.probe()
+    assert store.health.failing_s() == 0
     assert not store.fetch(NAME).stale
+    assert s3.probes[-1] == ("GET", f"/{bucket}/{PROBE}", 404)
+
+
+def test_what_is_at_hand_waits_for_nobody(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
+    """A fresh copy, and a due one if it may be stale, are read while a download holds the name's lock; no request."""
+    assert store._disk is not None
+    with store._disk.lock(NAME):
+        assert store.at_hand(NAME) is None
+        assert not store.has_copy(NAME)
+    s3.put(bucket, NAME, archive())
+    store.fetch(NAME)
+    requests = len(s3.seen("GET", bucket))
+    with store._disk.lock(NAME):
+        fresh = store.at_hand(NAME)
+        clock.now += 61.0
+        assert store.at_hand(NAME) is None
+        due = store.at_hand(NAME, stale=True)
+        assert store.has_copy(NAME)
+    assert fresh is not None
+    assert due is not None
+    assert (fresh.stale, due.stale, due.tier, due.version) == (False, True, "disk", fresh.version)
+    assert len(s3.seen("GET", bucket)) == requests
 
 
 def test_a_cold_fetch_with_the_store_down_fails(s3: S3Server, bucket: str, store: ModelStore) -> None:
@@ -322,13 +350,13 @@ def test_a_store_that_fails_says_for_how_long(s3: S3Server, bucket: str, store: 
     """Also where a copy on disk is served meanwhile. An answer ends it, also that there is no such key."""
     s3.put(bucket, NAME, archive())
     store.fetch(NAME)
-    assert store.gone_s() == 0.0
+    assert store.health.failing_s() == 0.0
     with s3.outage(bucket):
         assert store.fetch(NAME, revalidate=True).stale
-        first = store.gone_s()
+        first = store.health.failing_s()
         with pytest.raises(StoreUnavailable):
             store.fetch(parse_model_name("au/other.mar"))
-        assert 0.0 < first < store.gone_s()
+        assert 0.0 < first < store.health.failing_s()
     with pytest.raises(ModelNotFound):
         store.fetch(parse_model_name("au/other.mar"))
-    assert store.gone_s() == 0.0
+    assert store.health.failing_s() == 0.0

@@ -32,13 +32,14 @@ from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
-from server.worker.model_loader import LoadedModel
+from server.worker.model_loader import LoadedModel, LoadSteps
 from server.worker.row_batches import Pace, RowBatches
 from server.worker.scheduler import Job, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
 from tests.server.markets import HISTORY, archive
+from tests.server.worker.loads import make_load
 from tests.server.worker.test_step_loop import until
 
 SLAB = 1 << 20
@@ -64,9 +65,13 @@ class Loader:
 
     session: "Session"
 
-    def build(self, model: ModelName, *, revalidate: bool = False) -> LoadedModel:
+    def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
         """As from a store."""
-        del revalidate
+        del revalidate, stale
+        return make_load(lambda: self.build(model))
+
+    def build(self, model: ModelName) -> LoadedModel:
+        """What a load gives."""
         if model.startswith("single"):
             return LoadedModel(model, "v1", "store", 0.0, self.session.model(), None, None)
         built = build_model(open_archive(ARCHIVES[int(model)], model))

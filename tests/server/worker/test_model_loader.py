@@ -21,6 +21,7 @@ from tests.archives import make_tar_gz, read_members, repack
 from tests.e2e.models import forecaster
 from tests.model_store.stores.test_s3_store import lead_to
 from tests.odd_s3 import BUCKET, OddS3, odd_s3
+from tests.server.worker.loads import run_load
 
 NAME = ModelName("au/NSW1.mar")
 DATA = forecaster(NAME, 1).data
@@ -50,17 +51,17 @@ def make_loader(disk: Path | None = None) -> ModelLoader:
 def test_damaged_bytes_are_fetched_again(odd: OddS3, tmp_path: Path, tags: Tags, packed: str, *, disk: bool) -> None:
     """One wrong byte in as many downloads as are repaired: the model loads, with its true weights, and it is logged."""
     odd.objects[NAME], odd.habits.tags = PACKED[packed], tags
-    sound = make_loader().build(NAME)
+    sound = run_load(make_loader().load(NAME))
     odd.habits.damages = REPAIRS
     loader = make_loader(tmp_path if disk else None)
     with capture_logs() as logs:
-        loaded = loader.build(NAME)
+        loaded = run_load(loader.load(NAME))
     assert [entry["event"] for entry in logs] == ["archive_damaged_in_transit"] * REPAIRS
     assert loaded.row is not None
     assert sound.row is not None
     np.testing.assert_array_equal(loaded.row, sound.row)
     if disk:
-        assert loader.build(NAME).tier == "disk"
+        assert run_load(loader.load(NAME)).tier == "disk"
     assert len(odd.requests) == 1 + REPAIRS + 1
 
 
@@ -70,7 +71,7 @@ def test_a_line_that_damages_everything_is_given_up(odd: OddS3, packed: str) -> 
     odd.objects[NAME] = PACKED[packed]
     odd.habits.damages = 10**6
     with pytest.raises(ArchiveInvalid, match=r"damaged|sha256"):
-        make_loader().build(NAME)
+        run_load(make_loader().load(NAME))
     assert len(odd.requests) <= (REPAIRS + 1) ** 2
 
 
@@ -79,5 +80,5 @@ def test_a_broken_upload_is_not_fetched_in_vain(odd: OddS3, tags: Tags, download
     """Where an ETag is the MD5 of the bytes they are the store's: one download. Elsewhere two alike end it."""
     odd.objects[NAME], odd.habits.tags = repack(DATA, weights_safetensors=b"nothing"), tags
     with pytest.raises(ArchiveInvalid):
-        make_loader().build(NAME)
+        run_load(make_loader().load(NAME))
     assert len(odd.requests) == downloads

@@ -30,10 +30,11 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
-from server.worker.model_loader import LoadedModel
+from server.worker.model_loader import LoadedModel, LoadSteps
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
 from tests.patience import PATIENCE_S
+from tests.server.worker.loads import make_load
 from tests.server.worker.long_jobs import make_unsliced_jobs
 
 SLAB = 64 * 1024
@@ -73,6 +74,11 @@ class FakeLoader:
             row = family.row(random_tensors(family, seed_of(model, version)))
         body = RowModel(family, FamilyCodec(family))
         return LoadedModel(model, f"v{version}", "store", 0.0, body, row, self.golden.get(model))
+
+    def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
+        """One step, in the disk lane."""
+        del stale
+        return make_load(lambda: self.build(model, revalidate=revalidate))
 
     def forget(self, model: ModelName) -> None:
         """Nothing is cached below."""
@@ -580,7 +586,7 @@ def test_a_load_that_will_not_make_the_deadline_is_refused_at_once_and_goes_on()
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         front.send("a/0")
         await front.settled()
-        steps._loads._load_s = 120.0
+        steps._loads.lanes.disk.seconds = 120.0
         loader.gate.clear()
         soon = front.send("a/1", deadline_ns=time.monotonic_ns() + 10_000_000_000)
         assert soon in front.refusals, "before the load has ended"
@@ -598,8 +604,8 @@ def test_a_load_that_will_not_make_the_deadline_is_refused_at_once_and_goes_on()
         again = front.send("a/1", deadline_ns=time.monotonic_ns() + 60_000_000_000)
         await front.settled()
         assert again in front.answers
-        assert not steps._loads._due
-        assert 0 < steps._loads._load_s < 120
+        assert not steps._loads.lanes._due
+        assert 0 < steps._loads.lanes.disk.seconds < 120
 
     play(scenario)
 
