@@ -1,6 +1,7 @@
 """The lanes of loads, with a clock and a store of the test's own: who asks, who waits, and who waits for nobody."""
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -27,17 +28,24 @@ class HeldStore(FakeLoader):
         super().__init__()
         self.fresh, self.due = set[str](), set[str]()
         self.asked: list[str] = []
+        self.is_well = False  #: it answers at once
         self._answers: dict[str, Future[LoadError | None]] = {}
 
     def answer(self, model: str, error: LoadError | None = None) -> None:
         """Answer the request that the store has for this key, or the next one."""
         self._answers.setdefault(model, Future()).set_result(error)
 
-    def answer_all(self) -> None:
-        """Answer whatever still asks, so that no thread is left."""
-        for future in self._answers.values():
+    def answer_all(self, error: LoadError | None = TIMED_OUT) -> None:
+        """Answer whatever asks, for example so that no thread is left."""
+        for future in list(self._answers.values()):
             if not future.done():
-                future.set_result(TIMED_OUT)
+                future.set_result(error)
+
+    def answer_some(self, rng: random.Random, error: LoadError | None) -> None:
+        """Answer a request that the store has, if there is one."""
+        asking = [future for future in list(self._answers.values()) if not future.done()]
+        if asking:
+            rng.choice(asking).set_result(error)
 
     def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
         """From the disk where a copy may be served, else from the store; what this gives is fresh on disk then."""
@@ -46,8 +54,8 @@ class HeldStore(FakeLoader):
         yield AskStore(has_copy=not revalidate and model in self.due)
         future = self._answers.setdefault(model, Future())
         self.asked.append(model)
-        error = future.result(PATIENCE_S)
-        del self._answers[model]
+        error = None if self.is_well else future.result(PATIENCE_S)
+        self._answers.pop(model, None)
         if error is not None and model not in self.due:
             raise error
         if error is None:

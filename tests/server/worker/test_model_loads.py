@@ -1,6 +1,7 @@
 """Due copies, by a whole step loop: served while the store is slow or out, and renewed when it is back."""
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from server.worker import model_loads
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
-from server.worker.load_lanes import SLOW_PLACES, SLOW_S
+from server.worker.load_lanes import SLOW_PLACES, SLOW_S, SUSPECTED_S
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.worker.long_jobs import make_unsliced_jobs
@@ -234,5 +235,53 @@ def test_requests_learn_that_their_model_comes_from_a_slow_store() -> None:
         store.answer("a/cold")
         await front.settled()
         assert patient in front.answers
+
+    play(scenario)
+
+
+def act_at_random(worker: Worker, rng: random.Random, model: ModelName) -> asyncio.Future[Any] | None:
+    """One thing that a client, an operator, the store or the clock does."""
+    store, steps = worker.store, worker.steps
+    acts: dict[str, tuple[int, Callable[[], Any]]] = {
+        "request": (50, lambda: worker.front.send(model)),
+        "unload": (10, lambda: asyncio.ensure_future(steps.unload(model))),
+        "reload": (5, lambda: steps.load(model, revalidate=True)),
+        "answer": (10, lambda: store.answer_some(rng, None)),
+        "time out": (5, lambda: store.answer_some(rng, StoreUnavailable("timed out"))),
+        "let time pass": (10, lambda: worker.clock.__setitem__(0, worker.clock[0] + rng.choice([0.1, SLOW_S]))),
+        "let a copy become due": (5, lambda: store.fresh.discard(model)),
+        "outage": (2, lambda: worker.health.note_failure(worker.clock[0])),
+        "end of the outage": (3, worker.health.note_answer),
+    }
+    (name,) = rng.choices(list(acts), [weight for weight, _ in acts.values()])
+    found = acts[name][1]()
+    return found if isinstance(found, asyncio.Future) else None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_store_does_every_request_has_one_answer(seed: int) -> None:
+    """Requests, unloads, reloads, time, answers, time-outs and outages in random order: each request is answered or
+    refused once, and when the store is well again nothing is left that waits, and all copies are renewed.
+    """
+    rng = random.Random(seed)
+    names = [ModelName(f"a/{i}") for i in range(24)]
+
+    async def scenario(worker: Worker) -> None:
+        store, steps, loads = worker.store, worker.steps, worker.steps._loads
+        store.due.update(names[:16])
+        tasks = []
+        for _ in range(600):
+            tasks.append(act_at_random(worker, rng, rng.choice(names)))
+            await asyncio.sleep(rng.choice([0, 0, 0.002]))
+        store.is_well = True
+        store.answer_all(None)
+        worker.health.note_answer()
+        worker.clock[0] += SUSPECTED_S
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+        lanes = loads.lanes
+        await until(lambda: not (loads._due or list(steps._cache.loads) or lanes.store.running or lanes.disk.running))
+        assert (lanes.waiting_to_ask, lanes.waiting_to_build, len(loads)) == (0, 0, 0)
+        assert [*lanes._runs, *lanes._left, *lanes._due, *loads._renewing] == []
+        assert lanes._fetched == 0
 
     play(scenario)
