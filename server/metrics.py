@@ -184,7 +184,7 @@ class FrontMetrics:
 
 
 class HostMetrics:
-    """What the supervisor counts: which workers are up, the access log, and the disk tier, which the workers share."""
+    """What the supervisor counts: which workers are up, the access log, the disk tier of all workers, the watch."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -193,6 +193,8 @@ class HostMetrics:
         self.disk_bytes = _make_gauge(contract.CACHE_BYTES, self.registry).labels("disk")
         self.disk_capacity = _make_gauge(contract.CACHE_CAPACITY, self.registry).labels("disk")
         self.disk_evictions = _make_counter(contract.EVICTIONS, self.registry).labels("disk", "budget")
+        checks = _make_counter(contract.STORE_CHECKS, self.registry)
+        self.checks = {result: checks.labels(result) for result in ("unchanged", "changed", "removed", "failed")}
         rows = _make_counter(contract.ACCESS_LOG_ROWS, self.registry)
         self.logged, self.not_logged = rows.labels("written"), rows.labels("dropped")
 

@@ -175,6 +175,13 @@ class ListModels(Operation[list[ModelState]]):
     limit: int
 
 
+class ListVersions(Operation[dict[str, str]]):
+    """The versions that serve, by model: of the first `limit` resident models, by name, that come after a name."""
+
+    after: str
+    limit: int
+
+
 class AccessLogRows(Struct, frozen=True):
     """Rows for the access log as CSV, how many they are, and how many were dropped for want of memory."""
 
@@ -196,6 +203,7 @@ AskedOfWorker: TypeAlias = (
     | PinModel
     | UnpinModel
     | ListModels
+    | ListVersions
     | TakeAccessLog
     | SetQuarantine
 )

@@ -27,6 +27,7 @@ from starlette.routing import Route
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.access.sites import Sites
 from server.access.tls import open_tls
+from server.contract import EVENTS_PATH
 from server.errors import Situation
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
@@ -34,6 +35,8 @@ from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.stop_signals import StopSignals
+from server.supervisor.store_events import MAX_EVENT_BYTES, BadEvent, parse_event
+from server.supervisor.store_watch import TooManyEvents
 from server.supervisor.supervisor import Supervisor
 
 log = structlog.get_logger()
@@ -99,6 +102,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/fleet/models", models),
         Route("/fleet/models/{model:path}", describe),
         Route("/fleet/processes", processes),
+        Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
@@ -167,6 +171,38 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
             stack.callback(forget)
             _write_atomically(settings.announce, json.dumps(addresses) + "\n")
         yield supervisor, addresses
+
+
+def _make_events_endpoint(supervisor: Supervisor) -> Callable[[Request], Awaitable[Response]]:
+    """`POST /fleet/events`: what a store says of changed archives. Answered before they are reloaded."""
+
+    async def events(request: Request) -> Response:
+        try:
+            changes = parse_event(await _read_body(request, MAX_EVENT_BYTES), supervisor.settings.store)
+            supervisor.tell_changed(changes.models)
+        except _BodyTooLarge:
+            return _make_error_response(Situation.TOO_LARGE, 413, f"the body has more than {MAX_EVENT_BYTES} bytes")
+        except BadEvent as error:
+            return _make_error_response(Situation.BAD_REQUEST, 400, str(error))
+        except TooManyEvents as error:
+            return _make_error_response(Situation.OVERLOADED, 503, str(error))
+        return JSONResponse({"accepted": len(changes.models), "ignored": changes.ignored}, status_code=202)
+
+    return events
+
+
+class _BodyTooLarge(Exception):
+    """The body of a management request is longer than it may be."""
+
+
+async def _read_body(request: Request, most: int) -> bytes:
+    """The whole body. Raises _BodyTooLarge."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise _BodyTooLarge
+    return bytes(body)
 
 
 async def _stop(supervisor: Supervisor, listeners: Sequence[tuple[Listener, asyncio.Task[None]]]) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, assert_never
 
@@ -34,6 +34,7 @@ from server.ipc.operations import (
     JoinAsFront,
     JoinAsWorker,
     ListModels,
+    ListVersions,
     LoadModel,
     Operation,
     PinModel,
@@ -54,10 +55,12 @@ from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
 from server.routing import Router
 from server.settings import Settings
+from server.store_access import open_settings_store
 from server.supervisor.children import Child, Children
 from server.supervisor.host_files import keep_access_log, keep_disk_cache
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.runtime_folder import RuntimeFolder
+from server.supervisor.store_watch import StoreWatch
 from server.supervisor.trials import Trials
 from server.supervisor.worker_plan import front_cores, plan_workers
 
@@ -70,6 +73,7 @@ FRONTS_END_S = 1.0  #: beyond `drain_s`, for fronts to refuse what is left and e
 LOG_END_S = 1.0  #: for the last rows of the access log
 WORKERS_END_S = 1.5  #: for workers to end, which then have no requests
 LONGEST_END_S = 4.0  #: beyond `drain_s`, after which nothing of the server is left
+VERSIONS_PAGE = 500  #: models of one worker whose versions are asked for at a time
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
 log = structlog.get_logger()
@@ -105,6 +109,15 @@ class Supervisor:
         self._folder = RuntimeFolder()
         self._quarantine = ServerQuarantine()
         self._trials = Trials(self._quarantine, self._count_ready, len(self.workers))
+        #: Half of the loader threads are for loads that a request waits for.
+        self._watch = StoreWatch(
+            self,
+            self._metrics,
+            settings.revalidate_s,
+            max(1, settings.loader_threads // 2),
+            polls=settings.watch_store == "on",
+        )
+        self._watcher: asyncio.Task[None] | None = None
         self._disk_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
@@ -133,6 +146,7 @@ class Supervisor:
         if self._children.fatal.done():
             ready.cancel()
             raise StartFailed(self._children.fatal.result())
+        self._watcher = asyncio.create_task(self._watch.run(lambda: open_settings_store(self.settings)))
 
     async def _wait_until_ready(self) -> None:
         """Every child is up, and every front connected to the workers: the first request finds its way."""
@@ -150,6 +164,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.settings.drain_s + FRONTS_END_S
         self._children.stop_restarting()
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
         if self._listen is not None:
             self._listen.close()  # each front closes its own: new connections are refused, not left waiting
         await self._children.end(self.fronts, until - loop.time())
@@ -301,6 +318,27 @@ class Supervisor:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, AccessLogRows)]
 
+    # --- what the watch asks (store_watch.Fleet) --------------------------------------------------------------------
+
+    async def list_versions(self) -> dict[ModelName, dict[int, str]]:
+        """The version that each worker serves, by model; nothing of workers that do not answer."""
+        found: dict[ModelName, dict[int, str]] = {}
+        for worker in self.workers:
+            after = ""
+            with contextlib.suppress(ControlError):
+                while worker.ready.is_set() and not worker.is_silent:
+                    page = await self._ask(worker, ListVersions(after, VERSIONS_PAGE), LIST_S)
+                    if not page:
+                        break
+                    for model, version in page.items():
+                        found.setdefault(ModelName(model), {})[worker.index] = version
+                    after = max(page)
+        return found
+
+    async def reload_at(self, worker: int, model: ModelName) -> str:
+        """Have a holder ask the store. The version that serves then. Raises ControlError."""
+        return await self._ask(self.workers[worker], ReloadModel(model))
+
     # --- what operators ask -----------------------------------------------------------------------------------------
 
     def home(self, model: str) -> Child:
@@ -331,6 +369,7 @@ class Supervisor:
     async def release(self, model: ModelName) -> dict[str, Any]:
         """Let a model that is in quarantine run again."""
         released = self._quarantine.release(model)
+        self._watch.release(model)
         _, unheard = await self._ask_all(SetQuarantine(self._quarantine.reasons))
         return {"model": model, "released": released, **_name_unheard(unheard)}
 
@@ -342,6 +381,10 @@ class Supervisor:
             *(self._ask(worker, ReloadModel(model)) for worker in holders or [self.home(model)])
         )
         return {"model": model, "version": answers[0], "holders": len(answers), **_name_unheard(unheard)}
+
+    def tell_changed(self, models: Iterable[ModelName]) -> None:
+        """The store says that these archives have changed: their holders reload them. Raises TooManyEvents."""
+        self._watch.tell(models)
 
     async def unload(self, model: ModelName) -> dict[str, Any]:
         """Unload the model everywhere; returns when its memory is free.

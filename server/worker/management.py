@@ -13,6 +13,7 @@ from server.ipc.operations import (
     AccessLogRows,
     AskedOfWorker,
     ListModels,
+    ListVersions,
     LoadModel,
     ModelState,
     Ping,
@@ -59,6 +60,8 @@ class Management:
                 return await self._steps.unload(parse_model_name(model))
             case ListModels(prefix, after, limit):
                 return msgspec.convert(self._steps.describe(prefix, after, limit), list[ModelState])
+            case ListVersions(after, limit):
+                return self._steps.list_versions(after, limit)
             case SetQuarantine(reasons):
                 self._steps.quarantine.replace(reasons)
                 return None

@@ -17,8 +17,9 @@ from model_store.archives.manifest import GoldenSample
 from model_store.errors import ArchiveInvalid, LoadError
 from model_store.names import ModelName
 from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
-from model_store.stores.object_store import Source, open_source
+from model_store.stores.object_store import Source
 from server.settings import Settings
+from server.store_access import open_settings_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +161,7 @@ def open_store(settings: Settings) -> tuple[Source, Limits]:
     limits = Limits(
         max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
     )
-    source = open_source(
-        settings.store,
-        timeout_s=settings.store_timeout_s,
-        retries=settings.store_retries,
-        profile=settings.s3_profile,
-        endpoint_url=settings.s3_endpoint_url,
-        region=settings.s3_region,
-        max_archive_bytes=limits.max_archive_bytes,
-    )
-    return source, limits
+    return open_settings_store(settings), limits
 
 
 def unexpected(model: ModelName, error: Exception) -> LoadError:

@@ -303,6 +303,10 @@ class StepLoop:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()
 
+    def list_versions(self, after: str, limit: int) -> dict[str, str]:
+        """The versions that serve; see `ResidentModels.list_versions`."""
+        return self._residents.list_versions(after, limit)
+
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
         """Describe models; see `ResidentModels.describe`."""
         return self._residents.describe(prefix, after, limit)
