@@ -208,6 +208,18 @@ STORE_CHECKS: Final = MetricSpec(
     "Resident archives compared with the store, by result: unchanged, changed, removed or failed",
     ("result",),
 )
+RELEASE_REQUESTS: Final = MetricSpec(
+    "counter",
+    "release_requests",
+    "Requests by an alias or by the name of a model that is rolled back, by version and result: ok or failed",
+    ("target", "version", "result"),
+)
+RELEASE_SECONDS: Final = MetricSpec(
+    "histogram",
+    "release_request_seconds",
+    "Time of the same requests in the front until the answer begins, without those that failed",
+    ("target", "version"),
+)
 UNDER_WAY: Final = MetricSpec(
     "gauge",
     "requests_under_way",
