@@ -7,6 +7,8 @@ from typing import NewType
 
 ModelName = NewType("ModelName", str)
 MAX_NAME = 1024
+MAX_VERSION = 256
+VERSION_MARK = "\\"  # between name and version
 MAX_SHOWN = 80  # characters of a name in a message
 _APPLE_DOUBLE = "._"  # before the name of the file whose Finder data it holds
 _LEFT_FILES = frozenset({".ds_store", "__macosx", "thumbs.db", "desktop.ini"})
@@ -39,6 +41,35 @@ def parse_model_name(raw: str) -> ModelName:
             what = f"the segment {segment!r}" if segment else "an empty segment or a leading or trailing slash"
             raise InvalidModelName(f"the model name {shown!r} has {what}")
     return ModelName(raw)
+
+
+def at_version(name: ModelName, version: str) -> ModelName:
+    """What a model is called inside the server where it is asked for at a version. No archive and no client's name can
+    be the same, since these have no backslash.
+    """
+    return ModelName(f"{name}{VERSION_MARK}{version}")
+
+
+def split_version(name: ModelName) -> tuple[ModelName, str]:
+    """The archive's name, and the version that `at_version` has added; empty where it has not."""
+    archive, _, version = name.partition(VERSION_MARK)
+    return ModelName(archive), version
+
+
+def parse_versioned_name(raw: str) -> ModelName:
+    """A model name as `parse_model_name` has it, or one that `at_version` has made. Raises InvalidModelName."""
+    name, mark, version = raw.partition(VERSION_MARK)
+    if not mark:
+        return parse_model_name(raw)
+    return at_version(parse_model_name(name), parse_version(version))
+
+
+def parse_version(raw: str) -> str:
+    """A version as stores give it, such as an ETag. Raises InvalidModelName."""
+    if not 1 <= len(raw) <= MAX_VERSION or not raw.isprintable() or VERSION_MARK in raw:
+        shown = raw if len(raw) <= MAX_SHOWN else raw[:MAX_SHOWN] + "..."
+        raise InvalidModelName(f"{shown!r} is no version: 1 to {MAX_VERSION} printable characters without a backslash")
+    return raw
 
 
 def is_left_by_desktop(path: str) -> bool:

@@ -35,8 +35,9 @@ PING_PATH: Final = "/ping"  #: 200 while the process lives
 READY_PATH: Final = "/ready"  #: 200 while a worker takes all requests, else 503; its body says the state of each
 METRICS_PATH: Final = "/metrics"  #: on the metrics listener
 
-MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the two below
+MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the three below
 PROCESSES_PATH: Final = "/fleet/processes"
+EVENTS_PATH: Final = "/fleet/events"  #: takes a store's notifications of changed archives (POST)
 ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced")  #: ready on arrival; started a load; joined one
@@ -200,6 +201,24 @@ INFERENCE_SECONDS: Final = MetricSpec(
     "inference_request_seconds",
     "Time from receiving a request to sending its response, in the front",
     ("protocol",),
+)
+STORE_CHECKS: Final = MetricSpec(
+    "counter",
+    "store_checks",
+    "Resident archives compared with the store, by result: unchanged, changed, removed or failed",
+    ("result",),
+)
+RELEASE_REQUESTS: Final = MetricSpec(
+    "counter",
+    "release_requests",
+    "Requests by an alias or by the name of a model that is rolled back, by version and result: ok or failed",
+    ("target", "version", "result"),
+)
+RELEASE_SECONDS: Final = MetricSpec(
+    "histogram",
+    "release_request_seconds",
+    "Time of the same requests in the front until the answer begins, without those that failed",
+    ("target", "version"),
 )
 UNDER_WAY: Final = MetricSpec(
     "gauge",

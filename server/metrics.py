@@ -35,6 +35,8 @@ _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 
 _AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+_NAMING = ("model", "target")  #: labels with names of models, whose series end with their process
+_RESULTS = ("ok", "failed")  #: of requests by a name in the table of releases
 _GAUGE = "gauge"  #: the type of the families that are dropped when their process ends
 
 
@@ -157,6 +159,14 @@ class AnswerSeries(NamedTuple):
     seconds: LoopHistogram
 
 
+class ReleaseSeries(NamedTuple):
+    """Counters of requests by a name and a version, and a histogram of the times of those that succeeded."""
+
+    ok: Counter
+    failed: Counter
+    seconds: Histogram
+
+
 class FrontMetrics:
     """What one front counts."""
 
@@ -167,10 +177,23 @@ class FrontMetrics:
         self.registry.register(self._requests)
         self.registry.register(self._seconds)
         self._under_way = _make_gauge(contract.UNDER_WAY, self.registry)
+        self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
+        self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 
     def bind_answers(self, protocol: str, code: int) -> AnswerSeries:
         """The series of answers of a protocol with a status code; to be kept, since finding them costs microseconds."""
         return AnswerSeries(self._requests.labels(protocol, str(code)), self._seconds.labels(protocol))
+
+    def bind_release(self, name: str, version: str) -> ReleaseSeries:
+        """The series of a name in the table of releases, and of one of its versions."""
+        ok, failed = (self._releases.labels(name, version, result) for result in _RESULTS)
+        return ReleaseSeries(ok, failed, self._release_seconds.labels(name, version))
+
+    def drop_release(self, name: str, version: str) -> None:
+        """Remove these series: the name or its version is not in the table any more."""
+        for result in _RESULTS:
+            self._releases.remove(name, version, result)
+        self._release_seconds.remove(name, version)
 
     def show_under_way(self, counts: Mapping[int, int]) -> None:
         """The requests under way at each worker now."""
@@ -184,7 +207,7 @@ class FrontMetrics:
 
 
 class HostMetrics:
-    """What the supervisor counts: which workers are up, the access log, and the disk tier, which the workers share."""
+    """What the supervisor counts: which workers are up, the access log, the disk tier of all workers, the watch."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -193,6 +216,8 @@ class HostMetrics:
         self.disk_bytes = _make_gauge(contract.CACHE_BYTES, self.registry).labels("disk")
         self.disk_capacity = _make_gauge(contract.CACHE_CAPACITY, self.registry).labels("disk")
         self.disk_evictions = _make_counter(contract.EVICTIONS, self.registry).labels("disk", "budget")
+        checks = _make_counter(contract.STORE_CHECKS, self.registry)
+        self.checks = {result: checks.labels(result) for result in ("unchanged", "changed", "removed", "failed")}
         rows = _make_counter(contract.ACCESS_LOG_ROWS, self.registry)
         self.logged, self.not_logged = rows.labels("written"), rows.labels("dropped")
 
@@ -217,7 +242,7 @@ class MergedMetrics:
         families = text_string_to_metric_families(self._living.pop(process, ""))
         counted = [family for family in families if family.type != _GAUGE]
         for family in counted:
-            family.samples = [sample for sample in family.samples if "model" not in sample.labels]
+            family.samples = [sample for sample in family.samples if sample.labels.keys().isdisjoint(_NAMING)]
         self._dead = merge_families([*self._dead, *counted])
 
     def collect(self) -> Iterator[Metric]:

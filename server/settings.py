@@ -121,6 +121,12 @@ class Settings(BaseSettings):
         "store is slow or out",
     )
 
+    watch_store: Literal["on", "off"] = Field(
+        "on",
+        description="on: compare resident models with the store every half `revalidate_s`, and replace those that have "
+        "changed",
+    )
+
     s3_endpoint_url: str | None = Field(
         None, description="endpoint URL of an S3-compatible store; none: boto3's configuration decides"
     )

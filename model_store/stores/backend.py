@@ -75,6 +75,9 @@ class Backend(Protocol):
     def read(self, name: ModelName, unless: str | None) -> Fetched | None:
         """The whole object, of one version; None if its version is still `unless`. See `Source.get`."""
 
+    def read_version(self, name: ModelName) -> str:
+        """The object's version, by a request without a body. See `Source.read_version`."""
+
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """The objects whose relative keys start with `prefix`, lazily, in any order."""
 

@@ -115,6 +115,11 @@ class CloudStore:
         with ThreadPoolExecutor(PARALLEL_RANGES, "archive-range") as pool:
             yield from pool.map(read, range(start, size, ONE_REQUEST_BYTES))
 
+    def read_version(self, name: ModelName) -> str:
+        """See Backend."""
+        with self._explained(name):
+            return _get_version(obstore.head(self._store, name))
+
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """See Backend. obstore ends a listing at a key that its own paths cannot have, such as one with `//`."""
         with self._explained(prefix):

@@ -2,6 +2,7 @@
 
     blobs/{sha256 of the content}        the archive's bytes
     index/{sha256 of source and name}    a small JSON entry: name, version, blob; its mtime is the last use
+    kept/{sha256 of source and name}     the versions of an archive that have served, see `kept_versions`
     locks/{000..fff}                     flock files: one download per archive and host
     temp/                                files that are being written
 
@@ -20,12 +21,12 @@ pipes and other odd files are never opened.
 import errno
 import fcntl
 import hashlib
+import math
 import os
 import re
 import stat
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ import msgspec
 import structlog
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.stores.disk_files import hash_key, iterate_files, read_file, remove_file, write_file
+from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use
 
 MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
 _ADVICE = "archives are loaded without a disk cache: let --disk-cache be a folder that can be written to"
@@ -84,6 +87,7 @@ class DiskTier:
         self._source = source_url
         self._blobs, self._index = folder / "blobs", folder / "index"
         self._locks, self._temp = folder / "locks", folder / "temp"
+        self._kept = KeptVersions(folder / "kept", self._temp, source_url)
 
     def __repr__(self) -> str:
         return f"DiskTier({self._folder}, {self._source})"
@@ -94,7 +98,7 @@ class DiskTier:
         A disk that refuses is no error here: loads go on without it. Raises UnsafeDiskCache when a folder is not this
         user's, is a link, or can be written by others.
         """
-        for folder in (self._blobs, self._index, self._locks, self._temp):
+        for folder in (self._blobs, self._index, self._kept.folder, self._locks, self._temp):
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 folder.mkdir(exist_ok=True, mode=0o700)
@@ -114,7 +118,7 @@ class DiskTier:
     def read(self, cached: Cached) -> bytes | None:
         """The archive's bytes, checked against their sha256. A missing or torn blob is forgotten and gives None."""
         try:
-            data = _read_file(cached.path, cached.bytes)
+            data = read_file(cached.path, cached.bytes)
         except OSError:
             data = b""  # evicted since it was looked up, most likely
         else:
@@ -124,7 +128,7 @@ class DiskTier:
         current = self.lookup(cached.name)
         if current and current.path == cached.path:  # another process may have published a newer one meanwhile
             self.forget(cached.name)
-        _remove_file(cached.path)
+        remove_file(cached.path)
         return None
 
     @contextmanager
@@ -144,7 +148,7 @@ class DiskTier:
     def _open_locked(self, name: ModelName) -> int | None:
         try:
             self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd = os.open(self._locks / _hash_key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._locks / hash_key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
             return None
@@ -187,40 +191,86 @@ class DiskTier:
 
     def forget(self, name: ModelName) -> None:
         """Remove the name. Its blob stays until `evict`, because another name may share it."""
-        _remove_file(self._entry_path(name))
+        remove_file(self._entry_path(name))
+
+    # --- versions ---------------------------------------------------------------------------------------------------
+
+    def keep_version(self, name: ModelName, version: str, now: float, *, newest: bool) -> None:
+        """Keep the blob of a version that serves now, unless the name has another one by now. Waits for the lock.
+
+        `newest`: it serves as the newest in the store, not because it was asked for by its version. Raises OSError.
+        """
+        if self._kept.has(name, version, newest=newest):
+            return
+        with self.lock(name):
+            entry = _read_entry(self._entry_path(name))
+            if entry is not None and entry.version == version:
+                self._kept.add(name, KeptVersion(version, entry.sha256, entry.bytes, now), newest=newest)
+
+    def hold_versions(self, name: ModelName, versions: Collection[str]) -> set[str]:
+        """Never forget these of the kept versions, from now on; any other may be forgotten.
+
+        Returns those that are held now. Raises OSError.
+        """
+        with self.lock(name):
+            self._kept.hold(name, versions)
+        return {kept.version for kept in self.list_versions(name) if kept.held}
+
+    def list_versions(self, name: ModelName) -> list[KeptVersion]:
+        """The kept versions whose blobs are there, the one that served last first."""
+        return [kept for kept in self._kept.read(name) if (self._blobs / kept.sha256).is_file()]
+
+    def lookup_version(self, name: ModelName, version: str) -> Cached | None:
+        """A kept version, or None. `read` checks its blob."""
+        entry = _read_entry(self._entry_path(name))
+        if entry is not None and entry.version == version:
+            return Cached(name, self._blobs / entry.sha256, version, entry.bytes, entry.validated_at)
+        for kept in self._kept.read(name):
+            if kept.version == version:
+                return Cached(name, self._blobs / kept.sha256, version, kept.bytes, kept.served_at)
+        return None
+
+    # --- eviction ---------------------------------------------------------------------------------------------------
 
     def used_bytes(self) -> int:
         """Bytes of all blobs; a shared blob counts once."""
-        return sum(found.st_size for _, found in _iterate_files(self._blobs))
+        return sum(found.st_size for _, found in iterate_files(self._blobs))
 
     def evict(self, budget_bytes: int) -> list[ModelName]:
         """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
 
-        A blob's last use is the latest one of its names. Files that crashed downloads left are removed first. Returns
-        the evicted names.
+        A blob's last use is the latest one of its names, or when it began to serve as a version that is kept. Those of
+        held versions stay. Files that crashed downloads left are removed first. Returns the evicted names.
         """
-        now = time.time()
-        names, blobs = self._sweep(now)
+        now, files = time.time(), self._kept.read_all()
+        kept = find_last_use(files)
+        names, blobs = self._sweep(now, kept)
+        there = {path.name for path in blobs}
+        for path, changed_at, versions in files:
+            if now - changed_at > GRACE_S and there.isdisjoint(each.sha256 for each in versions):
+                remove_file(path)  # its versions were evicted, all of them
         used = sum(found.st_size for found in blobs.values())
-        idle = sorted((path for path in blobs if path.name in names), key=lambda path: max(names[path.name].values()))
+        last_use = {path: max([kept.get(path.name, 0.0), *names.get(path.name, {}).values()]) for path in blobs}
+        known = [path for path in blobs if path.name in names or path.name in kept]
+        idle = sorted((path for path in known if last_use[path] < math.inf), key=last_use.__getitem__)
         evicted: list[ModelName] = []
         for path in idle:
             if used <= budget_bytes:
                 break
             used -= blobs[path].st_size
-            evicted += self._drop(path, names[path.name])
+            evicted += self._drop(path, names.get(path.name, {}))
         return evicted
 
-    def _sweep(self, now: float) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
+    def _sweep(self, now: float, kept: Collection[str]) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
         """Remove what crashes left: temporary files, blobs without entry, entries without blob. Returns the others."""
-        for path, found in _iterate_files(self._temp):
+        for path, found in iterate_files(self._temp):
             if now - found.st_mtime > GRACE_S:
-                _remove_file(path)
+                remove_file(path)
         names = self._names_by_blob()  # before the blobs: an entry seen here has its blob in place, or lost it
-        blobs = dict(_iterate_files(self._blobs))
+        blobs = dict(iterate_files(self._blobs))
         for path, found in list(blobs.items()):
-            if path.name not in names and now - found.st_mtime > GRACE_S:
-                _remove_file(path)
+            if path.name not in names and path.name not in kept and now - found.st_mtime > GRACE_S:
+                remove_file(path)
                 del blobs[path]
         for lost in names.keys() - {path.name for path in blobs}:
             self._drop(self._blobs / lost, names[lost])
@@ -228,23 +278,23 @@ class DiskTier:
 
     def _drop(self, blob: Path, names: Names) -> list[ModelName]:
         for entry_path, _ in names:
-            _remove_file(entry_path)
-        _remove_file(blob)
+            remove_file(entry_path)
+        remove_file(blob)
         return [name for _, name in names]
 
     def _names_by_blob(self) -> dict[str, Names]:
         """The names of each blob. Unreadable entries are removed."""
         names: dict[str, Names] = {}
-        for path, found in _iterate_files(self._index):
+        for path, found in iterate_files(self._index):
             entry = _read_entry(path)
             if entry is None:
-                _remove_file(path)
+                remove_file(path)
             else:
                 names.setdefault(entry.sha256, {})[path, entry.name] = found.st_mtime
         return names
 
     def _entry_path(self, name: ModelName) -> Path:
-        return self._index / _hash_key(self._source, name)
+        return self._index / hash_key(self._source, name)
 
     def _write_with_room(self, path: Path, data: bytes) -> None:
         """Write the file atomically. On a full disk the least recently used archives make room. Raises OSError."""
@@ -269,20 +319,7 @@ class DiskTier:
 
     def _write(self, path: Path, data: bytes) -> None:
         """Write the file atomically. Raises OSError."""
-        self._temp.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd, temp = tempfile.mkstemp(dir=self._temp)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(data)
-            Path(temp).replace(path)
-        except BaseException:
-            _remove_file(Path(temp))
-            raise
-
-
-def _hash_key(source: str, name: ModelName) -> str:
-    return hashlib.sha256(f"{source}\n{name}".encode()).hexdigest()
+        write_file(path, data, self._temp)
 
 
 def _check_private(folder: Path, found: os.stat_result) -> None:
@@ -304,39 +341,9 @@ def _check_private(folder: Path, found: os.stat_result) -> None:
 def _read_entry(path: Path) -> Entry | None:
     """An index file that is whole and says what its own name says; None for any other."""
     try:
-        entry = msgspec.json.decode(_read_file(path, MAX_ENTRY_BYTES), type=Entry)
+        entry = msgspec.json.decode(read_file(path, MAX_ENTRY_BYTES), type=Entry)
         parse_model_name(entry.name)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, InvalidModelName):  # none, torn by a crash, or forged
         return None
-    sound = _SHA256.fullmatch(entry.sha256) and entry.bytes >= 0 and path.name == _hash_key(entry.source, entry.name)
+    sound = _SHA256.fullmatch(entry.sha256) and entry.bytes >= 0 and path.name == hash_key(entry.source, entry.name)
     return entry if sound else None
-
-
-def _read_file(path: Path, most: int) -> bytes:
-    """A plain file of at most `most` bytes. Raises OSError for a longer one, a link, and what is no file."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
-            raise OSError(f"{path} is not a plain file of at most {most} bytes")
-        return file.read(most)
-
-
-def _iterate_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of a folder. Another process may change or remove the folder meanwhile."""
-    try:
-        paths = list(folder.iterdir())
-    except OSError:
-        return
-    for path in paths:
-        try:
-            yield path, path.lstat()
-        except OSError:
-            continue
-
-
-def _remove_file(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("disk_remove_failed", file=str(path), error=str(error))

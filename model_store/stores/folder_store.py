@@ -65,6 +65,14 @@ class FolderStore:
                     break
         raise problem
 
+    def read_version(self, name: ModelName) -> str:
+        """See Backend."""
+        try:
+            with self._open(self._find_root(), name) as file:
+                return _get_version(os.fstat(file))
+        except OSError as error:
+            raise self._explain(error, name) from error
+
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """See Backend. Links are followed within the folder; what cannot be read is left out."""
         root, folder = self._find_root(), prefix.rpartition("/")[0]

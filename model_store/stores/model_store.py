@@ -108,6 +108,35 @@ class ModelStore:
         """Whether an archive that does not build may differ from the store's: its version does not prove its bytes."""
         return not Fetched(broken.archive.container.data, broken.version).is_whole()
 
+    def version_at_hand(self, name: ModelName, version: str) -> FetchedArchive | None:
+        """This version of the archive from disk, if it was kept; no lock is taken. Raises ArchiveInvalid."""
+        cached = self._disk.lookup_version(name, version) if self._disk else None
+        data = self._disk.read(cached) if self._disk and cached else None
+        if cached is None or data is None:
+            return None
+        archive = open_archive(data, name, self._limits)
+        return FetchedArchive(archive, version, "disk", 0.0, stale=False, validated_at=self._clock())
+
+    def fetch_version(self, name: ModelName, version: str) -> FetchedArchive:
+        """This version of the archive from the store, while it is the newest there.
+
+        Raises:
+            ModelNotFound: the store has another version by now, or none.
+            StoreDenied, StoreUnavailable, ArchiveInvalid: as `fetch`.
+        """
+        with self._disk.lock(name) if self._disk else contextlib.nullcontext():
+            found = self._download(name, self._disk, self._clock())
+        if found.version != version:
+            raise ModelNotFound(
+                f"version {version} of {name} is not kept on disk, and the store has version {found.version}"
+            )
+        return found
+
+    def keep_version(self, name: ModelName, version: str, *, newest: bool) -> None:
+        """Keep on disk a version that serves now: see `DiskTier.keep_version`."""
+        if self._disk:
+            self._disk.keep_version(name, version, self._clock(), newest=newest)
+
     def repair(self, name: ModelName, broken: FetchedArchive) -> FetchedArchive | None:
         """The archive from the store once more, or None if it is the same as `broken`, which does not build.
 

@@ -62,6 +62,14 @@ class Source:
         """
         return self._backend.read(name, unless)
 
+    def read_version(self, name: ModelName) -> str:
+        """The version that `get` would give, without the archive; empty where the store names none.
+
+        Raises:
+            ModelNotFound: the store has no object under this key.
+        """
+        return self._backend.read_version(name)
+
     def list(self, prefix: str = "") -> Iterator[Listed]:
         """The archives whose names start with `prefix`. Pages are requested as the caller iterates.
 

@@ -118,6 +118,11 @@ class S3Store:
         self._obstore_reads = False
         return found
 
+    def read_version(self, name: ModelName) -> str:
+        """See Backend."""
+        reply = self._retry(lambda: self._client.head_object(Bucket=self._bucket, Key=self._base + name), name)
+        return strip_tag(reply.get("ETag")) or reply.get("VersionId") or ""
+
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """See Backend."""
         further: dict[str, str] = {}

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, cast
 import structlog
 
 from server import contract
+from server.access.tokens import Token
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.auth.permissions import PermittedPlane, open_permissions
@@ -23,6 +24,7 @@ from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
+from server.front.releases import ReleasedPlane, Releases
 from server.front.worker_client import WorkerLost
 from server.http_listener import BODY_FOLLOWS
 from server.metrics import AnswerSeries, FrontMetrics
@@ -54,6 +56,7 @@ class App:
     ) -> None:
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
         self.plane = DataPlane(int(settings.max_inflight_bytes), bounds)
+        self.releases = Releases(metrics)
         self._settings = settings
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
@@ -83,11 +86,11 @@ class App:
                 operation = self._refuse_path(request.path)
             plane: InferencePlane = self.plane
             if operation.body_limit is not None:
-                if self._permissions is not None:
-                    token = self._permissions.find_token(request.headers)
-                    plane = self.plane if token is None else PermittedPlane(self.plane, token)
+                token = None if self._permissions is None else self._permissions.find_token(request.headers)
+                if token is not None or self.releases.routes:
+                    plane = self._make_plane(token)
                 request.arrived = started
-                await self._read(request, operation.body_limit, scope, receive, signed=plane is self.plane)
+                await self._read(request, operation.body_limit, scope, receive, signed=token is None)
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
@@ -96,6 +99,13 @@ class App:
         else:
             statuses = await self._send(reply, request, send)
         await self._count(dialect.name, statuses, time.monotonic() - started)
+
+    def _make_plane(self, token: Token | None) -> InferencePlane:
+        """The data plane for one request. INVARIANT: a token must allow an alias and also what it stands for."""
+        plane: InferencePlane = self.plane
+        if self.releases.routes:
+            plane = ReleasedPlane(plane if token is None else PermittedPlane(plane, token), self.releases)
+        return plane if token is None else PermittedPlane(plane, token)
 
     async def _count(self, protocol: str, statuses: Sequence[int], seconds: float) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""

@@ -25,6 +25,7 @@ from server.ipc.operations import (
     JoinAsFront,
     Ping,
     ScrapeMetrics,
+    SetReleases,
 )
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.logs import configure_logs
@@ -55,6 +56,9 @@ class Front:
         match operation:
             case ConnectWorkers(sockets):
                 self._follow(sockets)
+                return None
+            case SetReleases(routes):
+                self._app.releases.replace(routes)
                 return None
             case AwaitConnections():
                 await asyncio.gather(*self._connecting.values(), return_exceptions=True)

@@ -105,11 +105,28 @@ class Drain(Operation[None]):
     """Finish the requests under way, take no new ones, and end."""
 
 
+class ReleaseArm(Struct, frozen=True):
+    """What a name stands for, in a share of its requests. `model` may name a version, as `at_version` makes it.
+
+    `version`: the one it is held at; empty where it follows the store.
+    """
+
+    model: str
+    version: str
+    share: float
+
+
+class SetReleases(Operation[None]):
+    """What names stand for that are not simply their archives, in place of those told before."""
+
+    routes: dict[str, list[ReleaseArm]]
+
+
 class AwaitConnections(Operation[None]):
     """Answered when the front is connected to all workers that `ConnectWorkers` named last."""
 
 
-AskedOfFront: TypeAlias = Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections
+AskedOfFront: TypeAlias = Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases
 
 # --- the supervisor asks a worker -----------------------------------------------------------------------------------
 
@@ -175,6 +192,13 @@ class ListModels(Operation[list[ModelState]]):
     limit: int
 
 
+class ListVersions(Operation[dict[str, str]]):
+    """The versions that serve, by model: of the first `limit` resident models, by name, that come after a name."""
+
+    after: str
+    limit: int
+
+
 class AccessLogRows(Struct, frozen=True):
     """Rows for the access log as CSV, how many they are, and how many were dropped for want of memory."""
 
@@ -196,6 +220,7 @@ AskedOfWorker: TypeAlias = (
     | PinModel
     | UnpinModel
     | ListModels
+    | ListVersions
     | TakeAccessLog
     | SetQuarantine
 )

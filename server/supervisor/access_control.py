@@ -75,8 +75,8 @@ def read_secrets(settings: Settings) -> Settings:
 class AccessControl:
     """An ASGI application in front of another, which gets only requests that may be made there.
 
-    POSTs of the management API are logged, whatever becomes of them: `management_call` with the names of the token and
-    of the client's certificate (`-` without one), the peer's address, verb, model and status.
+    POSTs and DELETEs of the management API are logged, whatever becomes of them: `management_call` with the names of
+    the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
     """
 
     def __init__(self, app: App, scope: Scope, sites: Sites, tokens: TokenFile | None) -> None:
@@ -114,7 +114,7 @@ class AccessControl:
                 stopping = error_reply(Situation.NOT_READY, "the server is stopping; what was asked may have happened")
                 await stopping(scope, receive, send_and_note)
         finally:
-            if self._scope is Scope.MANAGE and scope["method"] == "POST":
+            if self._scope is Scope.MANAGE and scope["method"] in ("POST", "DELETE"):
                 _audit(scope, token, status)
 
     def _find_caller(self, scope: Any) -> Token | None:
@@ -135,7 +135,7 @@ class AccessControl:
         if path == "/fleet/models":
             model = QueryParams(scope["query_string"]).get("prefix", "")
         token.require(self._scope, model or None)
-        if not model:
+        if not model or (found and found[1] == "alias"):  # an alias may stand for any model
             token.require_all_models(path[:200])
 
 

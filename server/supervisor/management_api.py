@@ -24,16 +24,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.names import InvalidModelName, ModelName, parse_model_name, parse_versioned_name
 from server.access.sites import Sites
 from server.access.tls import open_tls
+from server.contract import EVENTS_PATH
 from server.errors import Situation
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.release_api import list_release_routes
+from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
+from server.supervisor.store_events import MAX_EVENT_BYTES, BadEvent, parse_event
+from server.supervisor.store_watch import TooManyEvents
 from server.supervisor.supervisor import Supervisor
 
 log = structlog.get_logger()
@@ -41,6 +46,9 @@ log = structlog.get_logger()
 MAX_PAGE = 1000
 _STATUS = {
     Situation.BAD_NAME: 400,
+    Situation.BAD_REQUEST: 400,
+    Situation.TOO_LARGE: 413,
+    Situation.OVERLOADED: 503,
     Situation.NOT_FOUND: 404,
     Situation.ARCHIVE_FAILED: 422,
     Situation.STORE_FAILED: 503,
@@ -79,7 +87,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
 
     def post(verb: Verb) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            return JSONResponse(await verb(parse_model_name(request.path_params["model"])))
+            return JSONResponse(await verb(parse_versioned_name(request.path_params["model"])))
 
         return endpoint
 
@@ -99,6 +107,8 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/fleet/models", models),
         Route("/fleet/models/{model:path}", describe),
         Route("/fleet/processes", processes),
+        Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
+        *list_release_routes(supervisor.releases),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
@@ -167,6 +177,22 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
             stack.callback(forget)
             _write_atomically(settings.announce, json.dumps(addresses) + "\n")
         yield supervisor, addresses
+
+
+def _make_events_endpoint(supervisor: Supervisor) -> Callable[[Request], Awaitable[Response]]:
+    """`POST /fleet/events`: what a store says of changed archives. Answered before they are reloaded."""
+
+    async def events(request: Request) -> Response:
+        try:
+            changes = parse_event(await read_body(request, MAX_EVENT_BYTES), supervisor.settings.store)
+            supervisor.tell_changed(changes.models)
+        except BadEvent as error:
+            raise ControlError(str(error), Situation.BAD_REQUEST) from None
+        except TooManyEvents as error:
+            raise ControlError(str(error), Situation.OVERLOADED) from None
+        return JSONResponse({"accepted": len(changes.models), "ignored": changes.ignored}, status_code=202)
+
+    return events
 
 
 async def _stop(supervisor: Supervisor, listeners: Sequence[tuple[Listener, asyncio.Task[None]]]) -> None:

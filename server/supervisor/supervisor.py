@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, assert_never
 
@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from model_store.name_table import name_bytes
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
 from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
 from server.access_log import AccessLog
 from server.errors import Situation
@@ -34,15 +34,18 @@ from server.ipc.operations import (
     JoinAsFront,
     JoinAsWorker,
     ListModels,
+    ListVersions,
     LoadModel,
     Operation,
     PinModel,
     Ready,
+    ReleaseArm,
     ReloadModel,
     Reply,
     ReportOverrun,
     ScrapeMetrics,
     SetQuarantine,
+    SetReleases,
     TakeAccessLog,
     TrySuspect,
     UnloadModel,
@@ -54,10 +57,14 @@ from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
 from server.routing import Router
 from server.settings import Settings
+from server.store_access import open_settings_store
 from server.supervisor.children import Child, Children
 from server.supervisor.host_files import keep_access_log, keep_disk_cache
 from server.supervisor.quarantine import ServerQuarantine
+from server.supervisor.release_service import ReleaseService
+from server.supervisor.releases import TableUnreadable
 from server.supervisor.runtime_folder import RuntimeFolder
+from server.supervisor.store_watch import StoreWatch
 from server.supervisor.trials import Trials
 from server.supervisor.worker_plan import front_cores, plan_workers
 
@@ -70,6 +77,7 @@ FRONTS_END_S = 1.0  #: beyond `drain_s`, for fronts to refuse what is left and e
 LOG_END_S = 1.0  #: for the last rows of the access log
 WORKERS_END_S = 1.5  #: for workers to end, which then have no requests
 LONGEST_END_S = 4.0  #: beyond `drain_s`, after which nothing of the server is left
+VERSIONS_PAGE = 500  #: models of one worker whose versions are asked for at a time
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
 log = structlog.get_logger()
@@ -105,6 +113,16 @@ class Supervisor:
         self._folder = RuntimeFolder()
         self._quarantine = ServerQuarantine()
         self._trials = Trials(self._quarantine, self._count_ready, len(self.workers))
+        self.releases = ReleaseService(settings, self)
+        #: Half of the loader threads are for loads that a request waits for.
+        self._watch = StoreWatch(
+            self,
+            self._metrics,
+            settings.revalidate_s,
+            max(1, settings.loader_threads // 2),
+            polls=settings.watch_store == "on",
+        )
+        self._watcher: asyncio.Task[None] | None = None
         self._disk_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
@@ -122,6 +140,10 @@ class Supervisor:
         """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be."""
         self._listen, access_log = listen, open_access_log(self.settings)
         prepare_disk_cache(self.settings)
+        try:
+            self.releases.open()
+        except TableUnreadable as error:
+            raise StartFailed(str(error)) from error
         self._children.start(listen)
         self._disk_keeper = asyncio.create_task(keep_disk_cache(self.settings, self._metrics))
         if access_log is not None:
@@ -133,6 +155,7 @@ class Supervisor:
         if self._children.fatal.done():
             ready.cancel()
             raise StartFailed(self._children.fatal.result())
+        self._watcher = asyncio.create_task(self._watch.run(lambda: open_settings_store(self.settings)))
 
     async def _wait_until_ready(self) -> None:
         """Every child is up, and every front connected to the workers: the first request finds its way."""
@@ -150,6 +173,9 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.settings.drain_s + FRONTS_END_S
         self._children.stop_restarting()
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
         if self._listen is not None:
             self._listen.close()  # each front closes its own: new connections are refused, not left waiting
         await self._children.end(self.fronts, until - loop.time())
@@ -194,6 +220,8 @@ class Supervisor:
                 child.proven = True
                 if child.kind == "worker" and child.channel is not None:
                     child.channel.tell(SetQuarantine(self._quarantine.reasons))
+                if child.kind == "front" and child.channel is not None:  # before it learns of workers
+                    child.channel.tell(SetReleases(self.releases.table.make_routes()))
                 self._announce_workers(child)
                 if child.kind == "worker":
                     self._trials.note_worker(child.index)
@@ -287,7 +315,8 @@ class Supervisor:
 
     async def _replay_pins(self, worker: Child) -> None:
         """Pins survive a worker's death: the home of a pinned model loads it again."""
-        for model in sorted(self.pins):
+        held = [key for model in self.pins for key in self.releases.list_held(model)]
+        for model in sorted([*self.pins, *held]):
             if self.home(model) is worker:
                 try:
                     await self._ask(worker, PinModel(model))
@@ -301,6 +330,64 @@ class Supervisor:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         return [answer for answer in answers if isinstance(answer, AccessLogRows)]
 
+    # --- what the watch asks (store_watch.Fleet) --------------------------------------------------------------------
+
+    async def list_versions(self) -> dict[ModelName, dict[int, str]]:
+        """The version that each worker serves, by model; nothing of workers that do not answer."""
+        found: dict[ModelName, dict[int, str]] = {}
+        for worker in self.workers:
+            after = ""
+            with contextlib.suppress(ControlError):
+                while worker.ready.is_set() and not worker.is_silent:
+                    page = await self._ask(worker, ListVersions(after, VERSIONS_PAGE), LIST_S)
+                    if not page:
+                        break
+                    for model, version in page.items():
+                        name, held = split_version(ModelName(model))
+                        if not held:  # else it follows nothing
+                            found.setdefault(name, {})[worker.index] = version
+                    after = max(page)
+        return found
+
+    async def reload_at(self, worker: int, model: ModelName) -> str:
+        """Have a holder ask the store. The version that serves then. Raises ControlError."""
+        return await self._ask(self.workers[worker], ReloadModel(model))
+
+    # --- what the releases ask (release_service.ReleasedFleet) ------------------------------------------------------
+
+    async def serving_versions(self, model: ModelName) -> set[str]:
+        """The versions that workers serve now."""
+        listed, _ = await self._ask_all(ListModels(prefix=model, after="", limit=1), LIST_S)
+        rows = [state for _, states in listed for state in states if state.model == model and state.state == "ready"]
+        return {row.version for row in rows if isinstance(row.version, str)}
+
+    async def prove_release(self, model: ModelName, key: ModelName) -> None:
+        """Load the model, or one of its versions, at its home, and keep it there where the model is pinned.
+
+        Raises ControlError.
+        """
+        await self._ask(self.home(key), PinModel(key) if model in self.pins else LoadModel(key))
+
+    async def drop_release(self, key: ModelName) -> None:
+        """The version may be evicted."""
+        await self._ask_all(UnpinModel(key), LIST_S)
+
+    async def announce_releases(self, routes: dict[str, list[ReleaseArm]]) -> list[int]:
+        """Have all fronts follow this table from now on. Those that have not said so in time.
+
+        One that is starting gets it then, and one that is slow as soon as its loop turns.
+        """
+        ready = [front for front in self.fronts if front.ready.is_set()]
+        answers = await asyncio.gather(*(self._tell_releases(front, routes) for front in ready))
+        return [front.index for front, heard in zip(ready, answers, strict=True) if not heard]
+
+    async def _tell_releases(self, front: Child, routes: dict[str, list[ReleaseArm]]) -> bool:
+        try:
+            await front.ask(SetReleases(routes), LIST_S)
+        except ControlError as error:
+            return error.situation != Situation.DEADLINE  # one that has died gets the table when it is back
+        return True
+
     # --- what operators ask -----------------------------------------------------------------------------------------
 
     def home(self, model: str) -> Child:
@@ -308,8 +395,9 @@ class Supervisor:
         return self.workers[self._homes.order(model)[0]]
 
     async def load(self, model: ModelName) -> dict[str, Any]:
-        """Load the model at home. Raises ControlError with the load's situation."""
-        return {"model": model, "version": await self._ask(self.home(model), LoadModel(model))}
+        """Load the model, or what its name stands for, at home. Raises ControlError with the load's situation."""
+        wanted = (self.releases.list_held(model) or [model])[0]
+        return {"model": model, "version": await self._ask(self.home(wanted), LoadModel(wanted))}
 
     async def pin(self, model: ModelName) -> dict[str, Any]:
         """Load the model at home and keep it there, also after the worker's death.
@@ -318,7 +406,9 @@ class Supervisor:
         """
         if sum(map(name_bytes, self.pins)) + name_bytes(model) > MAX_PIN_BYTES:
             raise ControlError(f"{len(self.pins)} models are pinned already; unpin some", Situation.NO_ROOM)
-        version = await self._ask(self.home(model), PinModel(model))
+        version = ""
+        for wanted in (model, *self.releases.list_held(model)):
+            version = await self._ask(self.home(wanted), PinModel(wanted))
         self.pins.add(model)
         return {"model": model, "version": version, "pinned": True}
 
@@ -326,11 +416,14 @@ class Supervisor:
         """Let every worker evict the model again."""
         self.pins.discard(model)
         _, unheard = await self._ask_all(UnpinModel(model))
+        for held in self.releases.list_held(model):
+            await self._ask_all(UnpinModel(held))
         return {"model": model, "pinned": False, **_name_unheard(unheard)}
 
     async def release(self, model: ModelName) -> dict[str, Any]:
         """Let a model that is in quarantine run again."""
         released = self._quarantine.release(model)
+        self._watch.release(model)
         _, unheard = await self._ask_all(SetQuarantine(self._quarantine.reasons))
         return {"model": model, "released": released, **_name_unheard(unheard)}
 
@@ -343,14 +436,21 @@ class Supervisor:
         )
         return {"model": model, "version": answers[0], "holders": len(answers), **_name_unheard(unheard)}
 
+    def tell_changed(self, models: Iterable[ModelName]) -> None:
+        """The store says that these archives have changed: their holders reload them. Raises TooManyEvents."""
+        self._watch.tell(models)
+
     async def unload(self, model: ModelName) -> dict[str, Any]:
         """Unload the model everywhere; returns when its memory is free.
 
         A pinned model stays pinned: its next load is not evicted.
         """
-        gone, unheard = await self._ask_all(UnloadModel(model))
-        unloaded_from = [index for index, was_there in gone if was_there]
-        return {"model": model, "unloaded_from": unloaded_from, **_name_unheard(unheard)}
+        unloaded_from, silent = set[int](), set[int]()
+        for held in (model, *self.releases.list_held(model)):
+            gone, unheard = await self._ask_all(UnloadModel(held))
+            unloaded_from.update(index for index, was_there in gone if was_there)
+            silent.update(unheard)
+        return {"model": model, "unloaded_from": sorted(unloaded_from), **_name_unheard(sorted(silent))}
 
     async def models(self, prefix: str = "", after: str = "", limit: int = 1) -> ModelPage:
         """Models resident, loading, failed, pinned or in quarantine, with their holders.

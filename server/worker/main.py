@@ -41,6 +41,7 @@ from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 from server.worker.store_probe import StoreProbe
+from server.worker.version_keeper import VersionKeeper
 
 
 def build_steps(
@@ -70,6 +71,7 @@ def build_steps(
         arrivals=arrivals,
         health=store.health,
         probe=StoreProbe(store.probe, store.health),
+        note_served=VersionKeeper(store).note,
     )
 
 

@@ -5,7 +5,7 @@ from typing import assert_never
 import msgspec
 
 from model_store.errors import LoadError
-from model_store.names import parse_model_name
+from model_store.names import parse_versioned_name
 from server.access_log import ArrivalBuffer
 from server.errors import situation_of
 from server.ipc.control import ControlError
@@ -13,6 +13,7 @@ from server.ipc.operations import (
     AccessLogRows,
     AskedOfWorker,
     ListModels,
+    ListVersions,
     LoadModel,
     ModelState,
     Ping,
@@ -47,18 +48,20 @@ class Management:
     async def _perform(self, operation: AskedOfWorker) -> object:  # noqa: C901 -- one case an operation
         match operation:
             case LoadModel(model):
-                return await self._steps.load(parse_model_name(model))
+                return await self._steps.load(parse_versioned_name(model))
             case ReloadModel(model):
-                return await self._steps.load(parse_model_name(model), revalidate=True)
+                return await self._steps.load(parse_versioned_name(model), revalidate=True)
             case PinModel(model):
                 return await self._pin(model)
             case UnpinModel(model):
-                self._steps.unpin(parse_model_name(model))
+                self._steps.unpin(parse_versioned_name(model))
                 return None
             case UnloadModel(model):
-                return await self._steps.unload(parse_model_name(model))
+                return await self._steps.unload(parse_versioned_name(model))
             case ListModels(prefix, after, limit):
                 return msgspec.convert(self._steps.describe(prefix, after, limit), list[ModelState])
+            case ListVersions(after, limit):
+                return self._steps.list_versions(after, limit)
             case SetQuarantine(reasons):
                 self._steps.quarantine.replace(reasons)
                 return None
@@ -73,7 +76,7 @@ class Management:
 
     async def _pin(self, model: str) -> str:
         """Load first: a name that cannot be loaded pins nothing."""
-        name = parse_model_name(model)
+        name = parse_versioned_name(model)
         version = await self._steps.load(name)
         self._steps.pin(name)
         return version

@@ -15,10 +15,11 @@ from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Limits
 from model_store.archives.manifest import GoldenSample
 from model_store.errors import ArchiveInvalid, LoadError
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
 from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
-from model_store.stores.object_store import Source, open_source
+from model_store.stores.object_store import Source
 from server.settings import Settings
+from server.store_access import open_settings_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,9 @@ class ModelLoader:
 
         An archive that is invalid because it was damaged on its way is fetched again, at most REPAIRS times.
         """
+        name, version = split_version(model)
+        if version:
+            return (yield from self._load_version(model, name, version))
         found = None if revalidate else self._store.at_hand(model, stale=stale)
         if found is None:
             yield AskStore(has_copy=not revalidate and self._store.has_copy(model))
@@ -121,6 +125,15 @@ class ModelLoader:
             yield BuildFetched(found.stale)
         self._store.forget(model)
         raise problem
+
+    def _load_version(self, model: ModelName, name: ModelName, version: str) -> LoadSteps:
+        """The same for `model`, which is a version of the archive `name`."""
+        found = self._store.version_at_hand(name, version)
+        if found is None:
+            yield AskStore(has_copy=False)
+            found = self._store.fetch_version(name, version)
+            yield BuildFetched(found.stale)
+        return self._build_fetched(model, found)
 
     def _build_fetched(self, model: ModelName, found: FetchedArchive) -> LoadedModel:
         built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
@@ -160,16 +173,7 @@ def open_store(settings: Settings) -> tuple[Source, Limits]:
     limits = Limits(
         max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
     )
-    source = open_source(
-        settings.store,
-        timeout_s=settings.store_timeout_s,
-        retries=settings.store_retries,
-        profile=settings.s3_profile,
-        endpoint_url=settings.s3_endpoint_url,
-        region=settings.s3_region,
-        max_archive_bytes=limits.max_archive_bytes,
-    )
-    return source, limits
+    return open_settings_store(settings), limits
 
 
 def unexpected(model: ModelName, error: Exception) -> LoadError:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from handlers.codecs.codec import Encoded
 from handlers.errors import RequestError, RunFailed
 from model_store.cache.slots import Slot
+from model_store.names import split_version
 from server.access_log import LOST, REFUSED, ArrivalBuffer
 from server.errors import Refused, Situation
 from server.metrics import WorkerMetrics
@@ -123,7 +124,9 @@ class Replies:
     def _record(self, job: Job, outcome: int) -> None:
         """Add a row to the access log."""
         if self._arrivals is not None:
-            self._arrivals.note(job.model, job.arrived, 0 if job.slot is None else job.slot.charge, outcome)
+            self._arrivals.note(
+                split_version(job.model)[0], job.arrived, 0 if job.slot is None else job.slot.charge, outcome
+            )
 
     def _release(self, job: Job) -> None:
         slot, job.slot = job.slot, None

@@ -6,8 +6,9 @@ INVARIANT: only the step thread uses this, so no step reads a row while it is mo
 import asyncio
 import sys
 import time
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import structlog
@@ -198,6 +199,13 @@ class ResidentModels:
             if model > after and model.startswith(prefix) and not self._is_here(model):
                 found[model] = [row]
         return [row for model in sorted(found)[:limit] for row in found[model]]
+
+    def list_versions(self, after: str, limit: int) -> dict[str, str]:
+        """The versions that serve, by model: of the first `limit` models by name that follow `after`."""
+        start = bisect_right(self._sorted, after, key=_slot_name)
+        names = dict.fromkeys(slot.model for slot in self._sorted[start : start + 2 * limit])  # two may be one model's
+        serving = ((name, self.cache.get(name)) for name in islice(names, limit))
+        return {name: slot.version for name, slot in serving if slot is not None}
 
     def _is_here(self, model: ModelName) -> bool:
         at = bisect_left(self._sorted, model, key=_slot_name)

@@ -54,7 +54,8 @@ class StepLoop:
 
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
     access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
-    known of the store; `probe` asks it, None where nobody shall.
+    known of the store; `probe` asks it, None where nobody shall. `note_served` is told of each model that was
+    loaded.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class StepLoop:
         now: Callable[[], float] = time.monotonic,
         health: StoreHealth | None = None,
         probe: StoreProbe | None = None,
+        note_served: Callable[[LoadedModel], None] = lambda _: None,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
         self._loads = ModelLoads(
             self._residents, self, loader, metrics, foresight, pulse=long.pulse, health=health or StoreHealth(now),
             probe=probe, threads=loader_threads, patience_s=patience_s, now=now,
         )  # fmt: skip
+        self._note_served = note_served
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
         self.quarantine = Quarantine(lambda model, why: log.error("quarantined", model=model, why=why))
         self._leaving = set[asyncio.Task[bool]]()
@@ -229,6 +232,7 @@ class StepLoop:
 
     def served(self, built: LoadedModel, now: float) -> None:
         """Lease and queue the jobs that waited for this model: it is resident now."""
+        self._note_served(built)
         for job in self._scheduler.take_waiting(built.model):
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.accepted, _TIERS[built.tier]
@@ -302,6 +306,10 @@ class StepLoop:
         if self._foresight is not None:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()
+
+    def list_versions(self, after: str, limit: int) -> dict[str, str]:
+        """The versions that serve; see `ResidentModels.list_versions`."""
+        return self._residents.list_versions(after, limit)
 
     def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
         """Describe models; see `ResidentModels.describe`."""

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_store.names import InvalidModelName, is_left_by_desktop, parse_model_name
+from model_store.names import (
+    InvalidModelName,
+    at_version,
+    is_left_by_desktop,
+    parse_model_name,
+    parse_versioned_name,
+    split_version,
+)
 
 
 def keeps_the_rules(raw: str) -> bool:
@@ -66,3 +73,22 @@ def test_what_desktops_leave_is_known(path: str) -> None:
 def test_files_of_users_are_not_taken_for_those(path: str) -> None:
     """Hidden files and names that are only alike are kept."""
     assert not is_left_by_desktop(path)
+
+
+def test_a_name_with_a_version_is_nobodys_name() -> None:
+    """It comes apart again, is parsed inside the server, and no client can send it."""
+    name = parse_model_name("au/nsw1@v2.mar")
+    key = at_version(name, "W/0eae77ba-12=")
+    assert split_version(key) == (name, "W/0eae77ba-12=")
+    assert split_version(name) == (name, "")
+    assert parse_versioned_name(key) == key
+    assert parse_versioned_name(name) == name
+    with pytest.raises(InvalidModelName, match="backslash"):
+        parse_model_name(key)
+
+
+@pytest.mark.parametrize("raw", ["a.mar\\", "a.mar\\\n", "a.mar\\v\\w", "\\v", "a//b\\v", f"a.mar\\{'v' * 257}"])
+def test_what_is_no_name_with_a_version(raw: str) -> None:
+    """Either part breaks a rule."""
+    with pytest.raises(InvalidModelName):
+        parse_versioned_name(raw)

@@ -194,3 +194,15 @@ def test_what_is_under_way_is_shown_by_worker() -> None:
     metrics.show_under_way({1: 2})
     lines = [line for line in metrics.text().splitlines() if line.startswith(contract.UNDER_WAY.series)]
     assert lines == ['fleetcast_requests_under_way{worker="1"} 2.0']
+
+
+def test_series_of_aliases_end_with_their_front() -> None:
+    """As those of single models do: else names that left the table would stay for as long as the server runs."""
+    front, merged = FrontMetrics(), MergedMetrics()
+    front.bind_answers("sagemaker", 200).answers.inc()
+    front.bind_release("nsw1@stable", "v1").ok.inc()
+    merged.update("front-0.1", front.text())
+    assert any("nsw1@stable" in series for series in scrape(merged))
+    merged.retire("front-0.1")
+    assert not any("nsw1@stable" in series for series in scrape(merged))
+    assert any("sagemaker" in series for series in scrape(merged))

@@ -360,3 +360,26 @@ def test_a_store_that_fails_says_for_how_long(s3: S3Server, bucket: str, store: 
     with pytest.raises(ModelNotFound):
         store.fetch(parse_model_name("au/other.mar"))
     assert store.health.failing_s() == 0.0
+
+
+def test_a_kept_version_is_read_without_the_store(s3: S3Server, bucket: str, store: ModelStore) -> None:
+    """Replaced in the store: the version that served before comes from disk, also while the store is gone, and the
+    newest stays the newest. A version that neither has is not found; the newest is fetched where the disk has lost it.
+    """
+    first = s3.put(bucket, NAME, archive())
+    store.fetch(NAME)
+    store.keep_version(NAME, first, newest=True)
+    second = s3.put(bucket, NAME, archive(b"second"))
+    assert store.fetch(NAME, revalidate=True).version == second
+    with s3.outage(bucket):
+        found = store.version_at_hand(NAME, first)
+        assert found is not None
+        assert (found.version, found.tier, found.archive.container.data) == (first, "disk", archive())
+        assert store.version_at_hand(NAME, second) is not None
+    assert store.fetch(NAME).version == second
+    assert store.version_at_hand(NAME, "v0") is None
+    with pytest.raises(ModelNotFound, match=f"version v0 of {NAME} is not kept on disk, and the store has .* {second}"):
+        store.fetch_version(NAME, "v0")
+    store.forget(NAME)
+    assert store.version_at_hand(NAME, second) is None
+    assert store.fetch_version(NAME, second).tier == "store"

@@ -349,3 +349,20 @@ def test_clients_are_told_the_cause_and_not_the_place(cause: str) -> None:
     assert error.public == f"the store's folder failed for 'au/{{x}}.mar': {cause}"
     hidden = where.explain(StoreUnavailable, "{where}: {cause}", "m.mar", "cannot open /very/private/m.mar")
     assert hidden.public == "the store's folder: the server's log says why"
+
+
+def test_versions_are_the_same_however_they_are_asked_for(s3: S3Server, bucket: str, tmp_path: Path) -> None:
+    """A GET, a listing and a request for the version alone agree, before and after a change; what is absent says so."""
+    for source in (open_source(f"s3://{bucket}/p"), open_source(str(tmp_path))):
+        seen = set()
+        for data in (b"first", b"second, which is longer"):
+            source.put(NSW1, data)
+            fetched = source.get(NSW1)
+            assert fetched is not None
+            versions = {fetched.version, source.read_version(NSW1), *(each.version for each in source.list())}
+            assert versions == {fetched.version}
+            seen |= versions
+        assert len(seen) == 2
+        with pytest.raises(ModelNotFound):
+            source.read_version(parse_model_name("au/absent.mar"))
+    assert s3.seen("HEAD", bucket) == [200, 200, 404]

@@ -1,14 +1,19 @@
 """The allowed addresses of the operators' listeners, and the files of secrets that the start refuses."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import trustme
+from starlette.responses import JSONResponse
 from structlog.testing import capture_logs
 
-from server.access.tokens import hash_token
+from server.access.sites import Sites
+from server.access.tokens import Scope, TokenFile, hash_token
 from server.settings import Settings
-from server.supervisor.access_control import listener_hosts, read_secrets
+from server.supervisor.access_control import AccessControl, listener_hosts, read_secrets
 
 
 def settings(**values: object) -> Settings:
@@ -108,3 +113,30 @@ def test_files_of_keys_that_are_wrong(text: str | None, mode: int, said: str, tm
     assert str(path) in str(refused.value)
     assert "(access_keys_file)" in str(refused.value)
     assert "hidden" not in str(refused.value)
+
+
+def test_an_alias_is_for_tokens_of_all_models(tmp_path: Path) -> None:
+    """A token of `au/` may roll back a model of it, and set no alias even there, since it may stand for any model."""
+    path, calls = tmp_path / "tokens.toml", []
+    path.write_text(f'[[tokens]]\nname = "au"\nsha256 = "{hash_token(b"x")}"\nscopes = ["manage"]\nmodels = ["au/"]\n')
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        calls.append((scope["method"], scope["path"]))
+        await JSONResponse({})(scope, receive, send)
+
+    checked = AccessControl(app, Scope.MANAGE, Sites(["127.0.0.1"], []), TokenFile(path))
+    asked = [
+        ("POST", "/fleet/rollback/au/a.mar", 200), ("POST", "/fleet/rollback/de/a.mar", 403),
+        ("POST", "/fleet/alias/au/a@stable", 403), ("DELETE", "/fleet/alias/au/a@stable", 403),
+        ("GET", "/fleet/aliases", 403), ("POST", "/fleet/events", 403),
+    ]  # fmt: skip
+    for method, where, status in asked:
+        assert asyncio.run(ask_checked(checked, method, where)) == status, (method, where)
+    assert calls == [("POST", "/fleet/rollback/au/a.mar")]
+
+
+async def ask_checked(app: AccessControl, method: str, path: str) -> int:
+    """The status of a request with the token, as a listener would make it."""
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        return (await client.request(method, path, headers={"Authorization": "Bearer x"})).status_code

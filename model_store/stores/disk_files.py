@@ -1,0 +1,64 @@
+"""Files of the disk tier: written by rename, read only where they are plain files of a bounded size."""
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from model_store.names import ModelName
+
+log = structlog.get_logger()
+
+
+def hash_key(source: str, name: ModelName) -> str:
+    """The name of the files of an archive."""
+    return hashlib.sha256(f"{source}\n{name}".encode()).hexdigest()
+
+
+def write_file(path: Path, data: bytes, temp: Path) -> None:
+    """Write the file atomically, by way of the folder `temp` of the same disk. Raises OSError."""
+    temp.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd, draft = tempfile.mkstemp(dir=temp)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        Path(draft).replace(path)
+    except BaseException:
+        remove_file(Path(draft))
+        raise
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """A plain file of at most `most` bytes. Raises OSError for a longer one, a link, and what is no file."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > most:
+            raise OSError(f"{path} is not a plain file of at most {most} bytes")
+        return file.read(most)
+
+
+def iterate_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of a folder. Another process may change or remove the folder meanwhile."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return
+    for path in paths:
+        try:
+            yield path, path.lstat()
+        except OSError:
+            continue
+
+
+def remove_file(path: Path) -> None:
+    """Remove the file, if it is there. A disk that refuses is logged."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("disk_remove_failed", file=str(path), error=str(error))

@@ -1,0 +1,150 @@
+"""What names stand for that are not simply their archives: aliases, and models that are rolled back. Runs in a front.
+
+The supervisor keeps the table (`server.ipc.operations.SetReleases`). A request for such a name goes to one of its arms:
+an archive, or a version of it, which a worker holds beside others as a model of its own.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+
+from msgspec.structs import replace
+
+from model_store.names import ModelName
+from server.errors import Refused
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse, RefusedByWorker
+from server.ipc.operations import ReleaseArm
+from server.ipc.pulse import PulseReader
+from server.metrics import FrontMetrics, ReleaseSeries
+
+MOST_FOLLOWED = 4  #: versions of a name that follows the store which have series at a time
+UNKNOWN = "unknown"  #: the version of such a name before its first answer
+
+
+class Arm:
+    """One arm. `below`: the upper end of its part of the range from 0 to 1; `version`: see ReleaseArm."""
+
+    def __init__(self, arm: ReleaseArm, below: float) -> None:
+        self.model, self.version, self.below = ModelName(arm.model), arm.version, below
+        self.last = UNKNOWN  #: the version of the last answer
+
+    def __repr__(self) -> str:
+        """For example `<Arm au/nsw1.mar below 0.1>`."""
+        return f"<Arm {self.model} below {self.below:g}>"
+
+
+class Route:
+    """The arms of one name, and the series of its versions."""
+
+    def __init__(self, name: str, arms: Sequence[ReleaseArm], metrics: FrontMetrics) -> None:
+        self._name, self._metrics = name, metrics
+        self._series: OrderedDict[str, ReleaseSeries] = OrderedDict()
+        self.follow(arms)
+
+    def __repr__(self) -> str:
+        """For example `<Route of nsw1@stable, 2 arms, 3 versions counted>`."""
+        return f"<Route of {self._name}, {len(self._arms)} arms, {len(self._series)} versions counted>"
+
+    def follow(self, arms: Sequence[ReleaseArm]) -> None:
+        """Take these arms for those before. Versions that both have count on."""
+        shares = [arm.share for arm in arms]
+        self._arms = tuple(Arm(arm, sum(shares[: i + 1])) for i, arm in enumerate(arms))
+        self._most = len(arms) + MOST_FOLLOWED
+        wanted = {arm.version for arm in arms}
+        for version in [version for version in self._series if version not in wanted]:
+            self._drop(version)
+
+    def choose(self, request_id: bytes) -> Arm:
+        """The arm for a request. The same id gets the same arm again."""
+        if len(self._arms) == 1:
+            return self._arms[0]
+        drawn = int.from_bytes(blake2b(request_id, digest_size=4, key=self._name.encode()[:64]).digest()) / 2**32
+        return next((arm for arm in self._arms if drawn < arm.below), self._arms[-1])
+
+    def count(self, arm: Arm, version: str, seconds: float | None) -> None:
+        """Count a request that this version answered after so many seconds; None: it failed."""
+        arm.last = version or arm.last
+        counted = arm.version or arm.last
+        series = self._series.get(counted) or self._bind(counted)
+        if seconds is None:
+            series.failed.inc()
+        else:
+            series.ok.inc()
+            series.seconds.observe(seconds)
+
+    def drop_series(self) -> None:
+        """Remove all series: the name is its archive's again, or nothing's."""
+        for version in list(self._series):
+            self._drop(version)
+
+    def _bind(self, version: str) -> ReleaseSeries:
+        """The series of a version. Of those that followed the store before, the oldest are removed."""
+        held = {arm.version for arm in self._arms}
+        followed = [each for each in self._series if each not in held]
+        if len(self._series) >= self._most and followed:
+            self._drop(followed[0])
+        series = self._series[version] = self._metrics.bind_release(self._name, version)
+        return series
+
+    def _drop(self, version: str) -> None:
+        del self._series[version]
+        self._metrics.drop_release(self._name, version)
+
+
+class Releases:
+    """The table as this front has it. `routes` is empty where every name is its archive's."""
+
+    def __init__(self, metrics: FrontMetrics) -> None:
+        self.routes: dict[str, Route] = {}
+        self._metrics = metrics
+
+    def __repr__(self) -> str:
+        """For example `<Releases of 3 names>`."""
+        return f"<Releases of {len(self.routes)} names>"
+
+    def replace(self, table: Mapping[str, Sequence[ReleaseArm]]) -> None:
+        """Take the supervisor's table for the one before."""
+        for name in self.routes.keys() - table.keys():
+            self.routes.pop(name).drop_series()
+        for name, arms in table.items():
+            if name in self.routes:
+                self.routes[name].follow(arms)
+            else:
+                self.routes[name] = Route(name, arms, self._metrics)
+
+
+class ReleasedPlane:
+    """The data plane with the table's names in front of it."""
+
+    def __init__(self, plane: InferencePlane, releases: Releases) -> None:
+        self.held = plane.held
+        self._plane, self._releases = plane, releases
+
+    def __repr__(self) -> str:
+        """For example `<ReleasedPlane <Releases of 3 names> over <DataPlane ...>>`."""
+        return f"<ReleasedPlane {self._releases!r} over {self._plane!r}>"
+
+    @property
+    def expected(self) -> int:
+        """How many workers the server has, up or not."""
+        return self._plane.expected
+
+    @property
+    def workers(self) -> Mapping[int, PulseReader | None]:
+        """The workers that are up, and what is seen of each."""
+        return self._plane.workers
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """The answer of the arm that the request gets. Raises what the plane raises."""
+        route = self._releases.routes.get(request.model)
+        if route is None:
+            return await self._plane.infer(request)
+        arm, started = route.choose(request.request_id), time.monotonic()
+        try:
+            response = await self._plane.infer(replace(request, model=arm.model))
+        except Refused as refused:
+            route.count(arm, refused.stats.version if isinstance(refused, RefusedByWorker) else "", None)
+            raise
+        route.count(arm, response.stats.version, time.monotonic() - started)
+        return response

@@ -1,0 +1,255 @@
+"""The table of releases, its file, and the service that changes it: over a real folder store and a real disk tier."""
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from model_store.archives.archive import Limits
+from model_store.errors import LoadError
+from model_store.names import InvalidModelName, ModelName, at_version, split_version
+from model_store.stores.disk_cache import DiskTier
+from model_store.stores.model_store import ModelStore
+from model_store.stores.object_store import open_source
+from server.errors import Situation, situation_of
+from server.ipc.control import ControlError
+from server.ipc.operations import ReleaseArm
+from server.settings import Settings
+from server.supervisor import releases
+from server.supervisor.release_service import ReleaseService
+from server.supervisor.releases import (
+    AliasRequest,
+    Arm,
+    BadRelease,
+    Canary,
+    ReleaseFile,
+    ReleaseTable,
+    TableUnreadable,
+)
+from tests.archives import make_graph
+
+NAME, OTHER, ALIAS = ModelName("au/nsw1.mar"), ModelName("au/vic1.mar"), ModelName("nsw1@stable")
+
+
+def test_an_alias_stands_for_archives_alone() -> None:
+    """Not for itself, not for an alias, and no name that is rolled back becomes one; the other way round as well."""
+    table = ReleaseTable("s").set_alias(ALIAS, (Arm(NAME),)).hold(NAME, "v1")
+    for name, arms, said in (
+        (NAME, (Arm(OTHER),), "is rolled back"),
+        (OTHER, (Arm(ALIAS),), "is an alias, not an archive"),
+        (OTHER, (Arm(OTHER, "v1"),), "stand for itself"),
+    ):
+        with pytest.raises(BadRelease, match=said):
+            table.set_alias(name, arms)
+    with pytest.raises(BadRelease, match="is an alias"):
+        table.hold(ALIAS, "v1")
+    with pytest.raises(BadRelease, match=r"cannot stand for au/vic1\.mar"):
+        table.set_alias(ModelName("b"), (Arm(OTHER),)).set_alias(OTHER, (Arm(NAME),))
+
+
+def test_an_alias_that_follows_goes_where_its_model_goes() -> None:
+    """Rolled back, the model takes its aliases along, but those that are pinned; then they follow again."""
+    table = ReleaseTable("s").set_alias(ALIAS, (Arm(NAME, "", 0.5), Arm(NAME, "v1", 0.5)))
+    assert table.make_routes() == {ALIAS: [ReleaseArm(NAME, "", 0.5), ReleaseArm(at_version(NAME, "v1"), "v1", 0.5)]}
+    held = table.hold(NAME, "v2")
+    assert held.make_routes()[ALIAS][0] == ReleaseArm(at_version(NAME, "v2"), "v2", 0.5)
+    assert held.held_versions() == {NAME: {"v1", "v2"}}
+    assert held.remove(NAME) == table
+
+
+def test_the_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further name is refused; one that is in the table may change."""
+    monkeypatch.setattr(releases, "MOST_NAMES", 2)
+    table = ReleaseTable("s").hold(NAME, "v1").hold(OTHER, "v1")
+    with pytest.raises(BadRelease, match="2 names are in the table already"):
+        table.set_alias(ALIAS, (Arm(NAME),))
+    assert table.hold(NAME, "v2").held_version(NAME) == "v2"
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"model": "a", "x": 1}, {"model": "a", "canary": {}}, {"model": "a", "canary": {"share": 1.5}}]
+)
+def test_a_body_is_checked_field_by_field(body: Any) -> None:
+    """Missing, unknown and impossible fields are named."""
+    with pytest.raises(ValueError, match=r"share|field"):
+        msgspec.convert(body, AliasRequest)
+
+
+@pytest.mark.parametrize(
+    "asked", [AliasRequest("a//b"), AliasRequest("a", "v\\"), AliasRequest("a", canary=Canary(0.1, "/"))]
+)
+def test_names_and_versions_in_a_body_are_checked(asked: AliasRequest) -> None:
+    """As those in paths."""
+    with pytest.raises(InvalidModelName):
+        asked.make_arms()
+
+
+class House:
+    """A store, a disk tier, and a fleet of one worker that loads by them. `versions`: what was published, in order."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        (folder / "store").mkdir(exist_ok=True)
+        self.settings = Settings.model_validate(
+            {"store": str(folder / "store"), "disk_cache": folder / "cache", **settings}
+        )
+        source = open_source(self.settings.store)
+        disk = DiskTier(self.settings.disk_cache, source.url)
+        disk.prepare()
+        self._source, self.store, self.disk = source, ModelStore(source, disk, Limits()), disk
+        self.serving: set[str] = set()
+        self.routes: dict[str, list[ReleaseArm]] = {}
+        self.proved: list[ModelName] = []
+        self.dropped: list[ModelName] = []
+        self.unheard: list[int] = []  # fronts that do not answer
+        self.service = ReleaseService(self.settings, self)
+        self.service.open()
+
+    def publish(self, seed: int) -> str:
+        """A new version, which serves at once."""
+        self._source.put(NAME, make_graph(seed))
+        found = self.store.fetch(NAME, revalidate=True)
+        self.store.keep_version(NAME, found.version, newest=True)
+        self.serving = {found.version}
+        return found.version
+
+    async def serving_versions(self, model: ModelName) -> set[str]:
+        """See ReleasedFleet."""
+        return self.serving if model == NAME else set()
+
+    async def prove_release(self, model: ModelName, key: ModelName) -> None:
+        """See ReleasedFleet."""
+        assert split_version(key)[0] == model
+        try:
+            name, version = split_version(key)
+            if version:
+                self.store.version_at_hand(name, version) or self.store.fetch_version(name, version)
+            else:
+                self.store.fetch(name)
+        except LoadError as error:
+            raise ControlError(str(error), situation_of(error)) from error
+        self.proved.append(key)
+
+    async def drop_release(self, key: ModelName) -> None:
+        """See ReleasedFleet."""
+        self.dropped.append(key)
+
+    async def announce_releases(self, routes: dict[str, list[ReleaseArm]]) -> list[int]:
+        """See ReleasedFleet."""
+        self.routes = routes
+        return self.unheard
+
+    def held(self) -> set[str]:
+        """The versions that the disk tier holds."""
+        return {kept.version for kept in self.disk.list_versions(NAME) if kept.held}
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """The result."""
+    return asyncio.run(work)
+
+
+def refusal(work: Coroutine[Any, Any, Any]) -> Situation:
+    """The situation of a call that must fail."""
+    with pytest.raises(ControlError) as caught:
+        run(work)
+    return Situation(caught.value.situation)
+
+
+def test_rollbacks_go_back_one_version_after_another(tmp_path: Path) -> None:
+    """From the third to the second to the first, then no further; each is proved before fronts hear of it, and held."""
+    house = House(tmp_path)
+    first, second, third = (house.publish(seed) for seed in (1, 2, 3))
+    assert run(house.service.rollback(NAME)) == {"model": NAME, "version": second, "served": [third]}
+    assert run(house.service.rollback(NAME))["version"] == first
+    assert house.routes == {NAME: [ReleaseArm(at_version(NAME, first), first, 1.0)]}
+    assert refusal(house.service.rollback(NAME)) is Situation.NOT_FOUND
+    assert house.proved == [at_version(NAME, second), at_version(NAME, first)]
+    assert (house.held(), house.dropped) == ({first}, [at_version(NAME, second)])
+    house.unheard = [1]
+    assert run(house.service.follow(NAME)) == {"model": NAME, "held": first, "unheard_fronts": [1]}
+    assert house.proved[-1] == NAME
+    assert (house.routes, house.held()) == ({}, set())
+    assert run(house.service.follow(NAME)) == {"model": NAME, "held": None}
+
+
+def test_the_table_survives_a_restart(tmp_path: Path) -> None:
+    """A new service on the same folder has what was last announced; another store's has nothing of it."""
+    house = House(tmp_path)
+    first, _ = house.publish(1), house.publish(2)
+    run(house.service.rollback(NAME))
+    run(house.service.set_alias(ALIAS, AliasRequest(NAME)))
+    restarted = House(tmp_path)
+    assert restarted.service.table.make_routes() == house.routes
+    assert restarted.service.describe() == {
+        "aliases": [{"alias": ALIAS, "arms": ({"model": NAME},)}],
+        "rollbacks": [{"model": NAME, "version": first}],
+    }
+    (tmp_path / "other" / "store").mkdir(parents=True)
+    settings = house.settings.model_copy(update={"store": str(tmp_path / "other" / "store")})
+    assert ReleaseFile(settings).read().names == {}
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """To start without it would let names mean something else."""
+    file = ReleaseFile(House(tmp_path).settings)
+    file.path.parent.mkdir()
+    for content in ("{", json.dumps({"store": "s", "names": {"a//b": [{"model": "a"}]}}), json.dumps({"names": {}})):
+        file.path.write_text(content)
+        with pytest.raises(TableUnreadable, match=r"releases/.*\.json: the table of .* cannot be read"):
+            file.read()
+
+
+def test_a_server_without_a_disk_cache_has_no_table(tmp_path: Path) -> None:
+    """A folder that is none, or cannot be made, is no reason not to start: nothing was ever written there."""
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "absent", tmp_path / "file" / "cache"):
+        settings = House(tmp_path).settings.model_copy(update={"disk_cache": folder})
+        assert ReleaseFile(settings).read().names == {}
+
+
+def test_what_cannot_be_proved_or_written_changes_nothing(tmp_path: Path) -> None:
+    """A version that nobody has; a disk that refuses; no disk tier: refused, and the fronts keep what they had."""
+    house = House(tmp_path)
+    first, _ = house.publish(1), house.publish(2)
+    assert refusal(house.service.rollback(NAME, "v0")) is Situation.NOT_FOUND
+    assert refusal(house.service.set_alias(ALIAS, AliasRequest(ALIAS))) is Situation.BAD_REQUEST
+    folder = ReleaseFile(house.settings).path.parent
+    folder.write_text("a file in its place")
+    assert refusal(house.service.rollback(NAME, first)) is Situation.INTERNAL
+    assert (house.routes, house.service.table.names) == ({}, {})
+    folder.unlink()
+    without = House(tmp_path, disk_cache_bytes=0)
+    assert refusal(without.service.set_alias(ALIAS, AliasRequest(NAME, first))) is Situation.BAD_REQUEST
+    run(without.service.set_alias(ALIAS, AliasRequest(NAME)))
+    assert list(without.routes) == [ALIAS]
+
+
+def test_what_cannot_be_loaded_is_not_followed(tmp_path: Path) -> None:
+    """Rubbish in the place of the archive: its model stays rolled back. No archive at all: the alias is not made."""
+    house = House(tmp_path)
+    house.publish(1)
+    house.publish(2)
+    held = run(house.service.rollback(NAME))["version"]
+    house.store.forget(NAME)
+    (tmp_path / "store" / NAME).write_bytes(b"PK\x03\x04 rubbish")
+    assert refusal(house.service.follow(NAME)) is Situation.ARCHIVE_FAILED
+    assert house.service.table.held_version(NAME) == held
+    assert refusal(house.service.set_alias(ALIAS, AliasRequest(OTHER))) is Situation.NOT_FOUND
+    assert list(house.routes) == [NAME]
+
+
+def test_aliases_hold_what_they_are_pinned_to(tmp_path: Path) -> None:
+    """Versions of an alias and of its canary stay on disk however many follow; removed, they are let go."""
+    house = House(tmp_path)
+    first, second = house.publish(1), house.publish(2)
+    run(house.service.set_alias(ALIAS, AliasRequest(NAME, first, Canary(0.1, version=second))))
+    for seed in range(3, 8):
+        house.publish(seed)
+    assert house.held() == {first, second}
+    assert run(house.service.remove_alias(ALIAS)) == {"alias": ALIAS, "removed": True}
+    assert house.held() == set()
+    assert run(house.service.remove_alias(ALIAS)) == {"alias": ALIAS, "removed": False}
