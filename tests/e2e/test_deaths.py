@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import termios
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -145,22 +144,21 @@ def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, st
 
 def test_a_killed_supervisor_takes_its_children_along(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGKILL of the supervisor: no process of the server is left, though a load is under way that does not end, and a
-    worker and a front are stopped and see nothing.
+    worker and a front are stopped and see nothing. The request that waits is told so.
     """
     (model,) = fleet("orphan", 1)
     upload(s3, store, [model])
-    with serve(workers=2, fronts=2) as server:
+    with serve(workers=2, fronts=2) as server, ThreadPoolExecutor(1) as pool:
         server.exit_code = -signal.SIGKILL
-        asking = threading.Thread(target=server.post, args=(model.name, model.question(0).body))
         with s3.hold(model.name):
-            asking.start()
+            asked = pool.submit(server.post, model.name, model.question(0).body)
             wait_until(lambda: server.total("fleetcast_model_cache_requests_total") >= 1, "the load is under way")
             assert len(server.survivors()) == 5
             for kind in ("worker", "front"):
                 os.kill(server.processes(kind)[0]["pid"], signal.SIGSTOP)
             server.process.kill()
             wait_until(lambda: not server.survivors(), "all children have ended")
-        asking.join()
+        assert asked.result(PATIENCE_S).status_code == 503
 
 
 def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: str, serve: Serve) -> None:
