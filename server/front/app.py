@@ -15,6 +15,7 @@ from typing import Any, NoReturn, cast
 import structlog
 
 from server import contract
+from server.access.tls import CLIENT_NAME
 from server.access.tokens import Token
 from server.contract import raw_header
 from server.errors import Refused, Situation
@@ -90,6 +91,7 @@ class App:
                 if token is not None or self.releases.routes:
                     plane = self._make_plane(token)
                 request.arrived = started
+                request.client = scope.get(CLIENT_NAME, "") if token is None else token.name
                 await self._read(request, operation.body_limit, scope, receive, signed=token is None)
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
@@ -153,10 +155,10 @@ class App:
         if signed and self._permissions is not None:
             query = scope.get("query_string", b"")
             signed_as = (request.method, request.path, query, headers, request.body)
-            if len(request.body) <= HASHED_HERE:
-                self._permissions.check_signature(*signed_as)
-            else:
-                await asyncio.to_thread(self._permissions.check_signature, *signed_as)
+            check = self._permissions.check_signature
+            is_small = len(request.body) <= HASHED_HERE
+            key = check(*signed_as) if is_small else await asyncio.to_thread(check, *signed_as)
+            request.client = key or request.client
         if coding:
             request.body = await self._join(b"", limit, unpack(request.body, coding))
 

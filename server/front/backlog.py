@@ -1,7 +1,8 @@
 """What a front has under way at one worker: how much, how long one more would wait, and whose turn is next.
 
-Pure: the clock is an argument. A worker serves its models in turns, so that one more request of a model waits for the
-requests of its own model before it, and for as many of each other model, not for all that are there.
+Pure: the clock is an argument. A worker serves its clients in turns, and the models of each client in turns. So one
+more request waits for those of its own client and model before it, and for as many of each other model and of each
+other client, not for all that are there. Where the server is open to all, all requests are one client's, the client "".
 
 The wait is estimated from answers: a request that had so many ahead of it took so long. While no answer comes, the
 silence is added. At first nothing is known and everything is admitted; up to FEW requests always are, so that there is
@@ -36,6 +37,39 @@ class NoAdmission:
     retry_s: float
 
 
+class TurnCounts:
+    """How many requests there are of each key, and how many are served before one more, where the keys take turns."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._deeper: list[int] = []  # INVARIANT: [k] is the number of keys with more than k requests
+
+    def __repr__(self) -> str:
+        """For example `<TurnCounts of 3 keys>`."""
+        return f"<TurnCounts of {len(self.counts)} keys>"
+
+    def count_turns(self, most: int) -> int:
+        """The requests that are served while each key gets `most` turns at most."""
+        return sum(self._deeper[:most])
+
+    def add(self, key: str) -> None:
+        """One more of this key."""
+        depth = self.counts.get(key, 0)
+        self.counts[key] = depth + 1
+        if depth == len(self._deeper):
+            self._deeper.append(0)
+        self._deeper[depth] += 1
+
+    def remove(self, key: str) -> None:
+        """One less of this key."""
+        depth = self.counts[key] = self.counts[key] - 1
+        if not depth:
+            del self.counts[key]
+        self._deeper[depth] -= 1
+        if not self._deeper[-1]:
+            self._deeper.pop()
+
+
 class Backlog:
     """The requests that one front has under way at one worker.
 
@@ -43,10 +77,11 @@ class Backlog:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, int] = {}
-        self._work: dict[str, int] = {}
+        self._held: dict[str, int] = {}  # by model
+        self._held_by: dict[str, int] = {}  # by client, where clients are known
         self._total = 0
-        self._deeper: list[int] = []  # INVARIANT: [k] is the number of models with more than k requests of work
+        self._work: dict[str, TurnCounts] = {}  # by client; theirs by model
+        self._clients = TurnCounts()  # work by client, where clients are known
         self._fixed_s = 0.0  # what a request takes that has next to nothing ahead of it
         self._each_s = 0.0  # what each request ahead adds
         self._heard = 0.0  # when the last answer came, or the worker got work after it had none
@@ -58,74 +93,89 @@ class Backlog:
         """For example `<Backlog 12 requests of 3 models, 2.1 ms each>`."""
         return f"<Backlog {self._total} requests of {len(self._held)} models, {self._each_s * 1e3:.1f} ms each>"
 
-    def count_ahead(self, model: str) -> int:
+    def count_ahead(self, model: str, client: str = "") -> int:
         """The requests of work that are done when one more of this model is done, itself included."""
-        return sum(self._deeper[: self._work.get(model, 0) + 1]) + 1
+        work = self._work.get(client)
+        own = 1 if work is None else work.count_turns(work.counts.get(model, 0) + 1) + 1
+        if not client:
+            return own
+        # In as many turns as the client needs, each other client has at most as many.
+        return own + self._clients.count_turns(own) - min(own, self._clients.counts.get(client, 0))
 
     def expected_s(self, ahead: int, now: float, safety: float = 1.0) -> float:
         """What a request is expected to take that has so many ahead, itself included."""
         silent_s = now - self._heard if self._work else 0.0
         return self._fixed_s + safety * self._each_s * ahead + silent_s
 
-    def check(self, model: str, now: float, left_s: float, bounds: Bounds, *, is_work: bool) -> NoAdmission | None:
+    def check(
+        self, model: str, client: str, now: float, left_s: float, bounds: Bounds, *, is_work: bool
+    ) -> NoAdmission | None:
         """Why one more request of this model, with so much time left, is not admitted; None: it is.
 
         1. The worker's bound is reached.
         2. The model's bound is reached.
         3. The model has more than the worker has room for: so one hot model leaves half to the others, two a third
            (dynamic thresholds, Choudhury and Hahne 1998).
-        4. It would not be answered in time. Of a request that waits for a load the worker knows more: it decides.
+        4. The client has more than the worker has room for, with the same effect, where clients are known.
+        5. It would not be answered in time. Of a request that waits for a load the worker knows more: it decides.
         """
-        held = self._held.get(model, 0)
-        if self._total >= bounds.per_worker:
+        held, room = self._held.get(model, 0), bounds.per_worker - self._total
+        if room <= 0:
             reason = f"{self._total} requests are under way at the worker already (queue_per_worker)"
         elif held >= bounds.per_model:
             reason = f"{held} requests for {model} are under way already (queue_per_model)"
-        elif held > bounds.per_worker - self._total:
+        elif held > room:
             reason = (
                 f"{held} requests for {model} are under way already; the rest of {bounds.per_worker} is for other "
                 f"models (queue_per_worker)"
             )
+        elif client and self._held_by.get(client, 0) > room:
+            reason = (
+                f"{self._held_by[client]} requests of {client} are under way already; the rest of {bounds.per_worker} "
+                f"is for other clients (queue_per_worker)"
+            )
         elif is_work and self._total >= FEW and self._each_s:
-            return self._check_deadline(model, now, left_s)
+            return self._check_deadline(model, client, now, left_s)
         else:
             return None
-        return NoAdmission(reason, self.expected_s(self.count_ahead(model), now))
+        return NoAdmission(reason, self.expected_s(self.count_ahead(model, client), now))
 
-    def _check_deadline(self, model: str, now: float, left_s: float) -> NoAdmission | None:
-        ahead = self.count_ahead(model)
+    def _check_deadline(self, model: str, client: str, now: float, left_s: float) -> NoAdmission | None:
+        ahead = self.count_ahead(model, client)
         if ahead <= FEW or self.expected_s(ahead, now, SAFETY) <= left_s:
             return None
         expected = self.expected_s(ahead, now)
         reason = f"the answer is expected in {expected * 1e3:.0f} ms, the deadline is in {left_s * 1e3:.0f} ms"
         return NoAdmission(f"{reason}: {ahead - 1} requests are ahead", expected)
 
-    def start(self, model: str, now: float, *, is_work: bool) -> None:
+    def start(self, model: str, client: str, now: float, *, is_work: bool) -> None:
         """A request of the model is under way."""
         self._total += 1
         self._held[model] = self._held.get(model, 0) + 1
+        if client:
+            self._held_by[client] = self._held_by.get(client, 0) + 1
         if is_work:
             if not self._work:
                 self._heard = now
-            depth = self._work.get(model, 0)
-            self._work[model] = depth + 1
-            if depth == len(self._deeper):
-                self._deeper.append(0)
-            self._deeper[depth] += 1
+            if client not in self._work:
+                self._work[client] = TurnCounts()
+            self._work[client].add(model)
+            if client:
+                self._clients.add(client)
 
-    def end(self, model: str, *, was_work: bool) -> None:
+    def end(self, model: str, client: str, *, was_work: bool) -> None:
         """It is answered, refused or given up; `was_work` as it was at its start."""
         self._total -= 1
-        held = self._held[model] = self._held[model] - 1
-        if not held:
-            del self._held[model]
+        _take_one(self._held, model)
+        if client:
+            _take_one(self._held_by, client)
         if was_work:
-            depth = self._work[model] = self._work[model] - 1
-            if not depth:
-                del self._work[model]
-            self._deeper[depth] -= 1
-            if not self._deeper[-1]:
-                self._deeper.pop()
+            work = self._work[client]
+            work.remove(model)
+            if not work.counts:
+                del self._work[client]
+            if client:
+                self._clients.remove(client)
 
     def learn(self, ahead: int, began: float, now: float) -> None:
         """An answer has come to a request that had so many ahead when it began, itself included."""
@@ -144,50 +194,64 @@ def _move(mean: float, found: float) -> float:
     return KEPT * mean + (1 - KEPT) * min(found, MOST * mean) if mean else found
 
 
+def _take_one(counts: dict[str, int], key: str) -> None:
+    left = counts[key] = counts[key] - 1
+    if not left:
+        del counts[key]
+
+
 class Turns(Generic[T]):
-    """Things that wait, each for a model; the models take turns, a model's own things keep their order."""
+    """Things that wait, each for a client's request of a model.
+
+    Clients take turns, and the models of each client; the things of one client and model keep their order.
+    """
 
     def __init__(self) -> None:
-        self._queues: OrderedDict[str, dict[int, T]] = OrderedDict()
-        self._models: dict[int, str] = {}
+        self._queues: OrderedDict[str, OrderedDict[str, dict[int, T]]] = OrderedDict()  # by client and model
+        self._places: dict[int, tuple[str, str]] = {}  # client and model
 
     def __len__(self) -> int:
-        return len(self._models)
+        return len(self._places)
 
     def __contains__(self, ident: int) -> bool:
-        return ident in self._models
+        return ident in self._places
 
     def __repr__(self) -> str:
-        """For example `<Turns 12 of 3>`."""
-        return f"<Turns {len(self._models)} of {len(self._queues)}>"
+        """For example `<Turns 12 of 3 clients>`."""
+        return f"<Turns {len(self._places)} of {len(self._queues)} clients>"
 
-    def put(self, model: str, ident: int, thing: T) -> None:
-        """Add a thing behind those of its model."""
-        self._queues.setdefault(model, {})[ident] = thing
-        self._models[ident] = model
+    def put(self, model: str, ident: int, thing: T, client: str = "") -> None:
+        """Add a thing behind those of its client and model."""
+        self._queues.setdefault(client, OrderedDict()).setdefault(model, {})[ident] = thing
+        self._places[ident] = client, model
 
     def take(self) -> T:
-        """The first thing of the model whose turn it is. Raises KeyError where there is none."""
-        model, queue = self._queues.popitem(last=False)
+        """The first thing of the client and the model whose turn it is. Raises KeyError where there is none."""
+        client, models = self._queues.popitem(last=False)
+        model, queue = models.popitem(last=False)
         ident = next(iter(queue))
-        del self._models[ident]
+        del self._places[ident]
         thing = queue.pop(ident)
         if queue:
-            self._queues[model] = queue
+            models[model] = queue
+        if models:
+            self._queues[client] = models
         return thing
 
     def drop(self, ident: int) -> bool:
         """Forget a thing; False if it does not wait here."""
-        model = self._models.pop(ident, None)
-        if model is None:
+        if ident not in self._places:
             return False
-        queue = self._queues[model]
-        del queue[ident]
-        if not queue:
-            del self._queues[model]
+        client, model = self._places.pop(ident)
+        models = self._queues[client]
+        del models[model][ident]
+        if not models[model]:
+            del models[model]
+        if not models:
+            del self._queues[client]
         return True
 
     def clear(self) -> None:
         """Forget everything."""
         self._queues.clear()
-        self._models.clear()
+        self._places.clear()

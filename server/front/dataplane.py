@@ -50,7 +50,11 @@ class ClientGone(Exception):
 
 
 class InferRequest(msgspec.Struct, frozen=True):
-    """A request to one model. `deadline`, and `arrived` (0: now), are on the monotonic clock (s)."""
+    """A request to one model. `deadline`, and `arrived` (0: now), are on the monotonic clock (s).
+
+    `client`: the name of its token, access key or certificate. Clients take turns where they are known. Empty where the
+    server is open to all: then there is one.
+    """
 
     model: ModelName
     body: bytes
@@ -60,6 +64,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     client_gone: ClientWatch | None = None  #: None: the caller watches its client itself
     arrived: float = 0.0
     request_id: bytes = b""  #: as its client knows it
+    client: str = ""
 
 
 class InferStats(msgspec.Struct, frozen=True, gc=False):
@@ -317,16 +322,24 @@ class DataPlane:
 
     async def _ask(self, lane: WorkerLoad, request: InferRequest, now: float, *, alone: bool = False) -> InferResponse:
         """One try, which begins `now`. Raises WorkerLost, Refused, ClientGone."""
-        model, link = request.model, self.links[lane.worker]
+        model, client, link = request.model, request.client, self.links[lane.worker]
         backlog = link.backlog
-        is_work, left_s, ahead = lane.warm.has(model), request.deadline - now, backlog.count_ahead(model)
-        refusal = backlog.check(model, now, left_s, self._bounds, is_work=is_work)
+        is_work, left_s, ahead = lane.warm.has(model), request.deadline - now, backlog.count_ahead(model, client)
+        refusal = backlog.check(model, client, now, left_s, self._bounds, is_work=is_work)
         if refusal is not None:
             raise _overloaded(refusal)
         counted = self.router.count_start(lane, model)
-        backlog.start(model, now, is_work=counted)
-        arrived = request.arrived or now
-        call = link.call(model, request.content_type, request.accept, request.deadline, request.body, arrived, alone)
+        backlog.start(model, client, now, is_work=counted)
+        call = link.call(
+            model,
+            request.content_type,
+            request.accept,
+            request.deadline,
+            request.body,
+            request.arrived or now,
+            alone,
+            client,
+        )
         self._watched[call] = (now, request.client_gone, link)
         try:
             head = await call.reply
@@ -341,7 +354,7 @@ class DataPlane:
             raise
         finally:
             del self._watched[call]
-            backlog.end(model, was_work=counted)
+            backlog.end(model, client, was_work=counted)
         held = head.situation in _HOLDS
         ended = time.monotonic()
         wait_s = max(0.0, ended - now - head.load_us / 1e6)

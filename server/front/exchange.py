@@ -46,6 +46,7 @@ class HttpRequest(msgspec.Struct):
     deadline: float = 0.0  #: on the monotonic clock (s)
     body: bytes = b""
     arrived: float = 0.0  #: on the same clock: when all of the body was here
+    client: str = ""  #: the name of its token, access key or certificate; empty where the server asks for none
 
 
 class HttpReply(msgspec.Struct):

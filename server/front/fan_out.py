@@ -79,9 +79,10 @@ class FanOut:
         client_gone: ClientWatch,
         arrived: float = 0.0,
         ident: bytes = b"",
+        client: str = "",
     ) -> None:
         self._plane, self._call, self._limit = plane, call, limit
-        self._deadline, self._client_gone, self._arrived, self._ident = deadline, client_gone, arrived, ident
+        self._deadline, self._client_gone, self._origin = deadline, client_gone, (arrived, ident, client)
         self._window = max(call.size, MIN_WINDOW)
         self._running = self._under_way = self._answered = 0
         self._room = asyncio.Event()
@@ -124,9 +125,7 @@ class FanOut:
             if isinstance(item, Item) and isinstance(each, Prediction)
         ]
         asked = await self._pacer.run(build_correlation_request(answered, joint.drawn))
-        request = InferRequest(
-            joint.correlation, asked, JSON, accept, self._deadline, self._client_gone, self._arrived, self._ident
-        )
+        request = InferRequest(joint.correlation, asked, JSON, accept, self._deadline, self._client_gone, *self._origin)
         try:
             response = await self._plane.infer(request)
         except Refused as refused:
@@ -180,7 +179,7 @@ class FanOut:
     async def _predict(self, item: Item) -> Prediction | Refused:
         body = build_request(item.instance, self._call.configuration)
         try:
-            request = InferRequest(item.model, body, JSON, JSON, self._deadline, None, self._arrived, self._ident)
+            request = InferRequest(item.model, body, JSON, JSON, self._deadline, None, *self._origin)
             response = await self._plane.infer(request)
         except Refused as refused:
             return _without_frames(refused)

@@ -41,7 +41,7 @@ class WorkerLink(FrameConnection):
     """One front-worker socket. `on_lost` is called once when it ends.
 
     While the worker does not read, requests wait here and not in the socket's buffers, where they would be in the order
-    of their arrival and could not be taken back: their models take turns, and what has expired is not sent.
+    of their arrival and could not be taken back: clients and models take turns, and what has expired is not sent.
     """
 
     def __init__(self, worker: int, on_lost: Callable[["WorkerLink"], None]) -> None:
@@ -68,16 +68,17 @@ class WorkerLink(FrameConnection):
         body: bytes,
         arrived: float = 0.0,
         alone: bool = False,
+        client: str = "",
     ) -> WorkerCall:
-        """Send a request that came to the front at `arrived` (monotonic, s; 0: now); `alone`: see `Request`.
+        """Send a request that came to the front at `arrived` (monotonic, s; 0: now); `alone`, `client`: see `Request`.
 
         The `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes.
         """
         self._next_id = ident = self._next_id + 1
         times = (int(deadline * 1e9), int(arrived * 1e9))
-        request = Request(ident, times[0], model, content_type, accept, len(body), body, times[1], alone)
+        request = Request(ident, times[0], model, content_type, accept, len(body), body, times[1], alone, client)
         if self.is_paused or self._unsent:
-            self._unsent.put(model, ident, request)
+            self._unsent.put(model, ident, request, client)
         else:
             self.send(request)
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)

@@ -60,7 +60,7 @@ class Request(_Frame, tag=1):
 
     `deadline_ns` and `arrived_ns`, when it arrived at the front, are on the monotonic clock, which the host's processes
     share. `arrived_ns` 0: it arrived now.
-    `alone`: it is to run in a batch of its own, because its model ran when a worker died.
+    `alone`: it is to run in a batch of its own, because its model ran when a worker died. `client`: see InferRequest.
     """
 
     deadline_ns: Count
@@ -71,6 +71,7 @@ class Request(_Frame, tag=1):
     body: Part
     arrived_ns: Count = 0
     alone: bool = False
+    client: str = ""
 
 
 class Data(_Frame, tag=2):

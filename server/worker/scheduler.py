@@ -2,7 +2,8 @@
 
 A job waits for its model, or is ready to run, or is done (answered, cancelled or expired; done jobs are skipped where
 they are still queued). Ready jobs wait in groups, one for each family or single model. Groups take turns, so no family
-starves another; within a group models take turns, so a busy model does not starve the others.
+starves another; within a group clients take turns, and within a client's jobs its models, so that neither a busy client
+nor a busy model starves the others. Where the server is open to all, all jobs are one client's.
 
 A batch takes half of its group's jobs: while the fronts send the answers of one half, and clients send new requests,
 the worker runs the other half. With whole groups, worker and fronts would wait for each other in turn (8 connections on
@@ -52,6 +53,9 @@ class Job:
         return f"<Job {self.request.id} {self.model} {self.cache.name.lower()}{' done' if self.done else ''}>"
 
 
+_Queues = OrderedDict[str, OrderedDict[ModelName, deque[Job]]]  #: a group's jobs by client, and theirs by model
+
+
 class QueueFull(Exception):
     """A limit of queued requests is reached; the message says which."""
 
@@ -66,8 +70,8 @@ class Scheduler:
         self._counts: dict[ModelName, int] = {}
         self._total = 0
         self._waiting: dict[ModelName, list[Job]] = {}
-        self._ready: OrderedDict[str, OrderedDict[ModelName, deque[Job]]] = OrderedDict()
-        self._parked: dict[str, OrderedDict[ModelName, deque[Job]]] = {}
+        self._ready: OrderedDict[str, _Queues] = OrderedDict()
+        self._parked: dict[str, _Queues] = {}
 
     def __repr__(self) -> str:
         """For example `<Scheduler 12 jobs, 3 models awaited, 2 groups ready>`."""
@@ -102,14 +106,16 @@ class Scheduler:
 
     def add_ready(self, group: str, job: Job) -> None:
         """Queue a job whose model is resident for one of the group's next batches."""
-        self._queues(group).setdefault(job.model, deque()).append(job)
+        self._queues(group).setdefault(job.request.client, OrderedDict()).setdefault(job.model, deque()).append(job)
 
     def put_back(self, group: str, jobs: Sequence[Job]) -> None:
-        """Queue jobs that their batch had no time for before others of their models. Other groups run first."""
+        """Queue jobs that their batch had no time for before others. Other groups run first."""
         queues = self._queues(group)
         for job in reversed(jobs):
-            queues.setdefault(job.model, deque()).appendleft(job)
-            queues.move_to_end(job.model, last=False)
+            models = queues.setdefault(job.request.client, OrderedDict())
+            queues.move_to_end(job.request.client, last=False)
+            models.setdefault(job.model, deque()).appendleft(job)
+            models.move_to_end(job.model, last=False)
 
     def park(self, group: str) -> None:
         """Make no batches of the group until it is unparked. Its jobs stay queued."""
@@ -120,21 +126,24 @@ class Scheduler:
         if queues := self._parked.pop(group):
             self._ready[group] = queues
 
-    def _queues(self, group: str) -> OrderedDict[ModelName, deque[Job]]:
+    def _queues(self, group: str) -> _Queues:
         if group in self._parked:
             return self._parked[group]
         return self._ready.setdefault(group, OrderedDict())
 
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
-        """A group and half of its jobs, at most `limit`, taken from its models in turn. Includes jobs that are done."""
+        """A group and half of its jobs, at most `limit`, taken in turns. Includes jobs that are done."""
         group, queues = self._ready.popitem(last=False)
-        half = (sum(map(len, queues.values())) + 1) // 2
-        batch: list[Job] = []
-        while queues and len(batch) < min(max(half, self._few), limit):
-            model, queue = queues.popitem(last=False)
+        half = (sum(sum(map(len, models.values())) for models in queues.values()) + 1) // 2
+        most, batch = min(max(half, self._few), limit), list[Job]()
+        while queues and len(batch) < most:
+            client, models = queues.popitem(last=False)
+            model, queue = models.popitem(last=False)
             batch.append(queue.popleft())
             if queue:
-                queues[model] = queue
+                models[model] = queue
+            if models:
+                queues[client] = models
         if queues:
             self._ready[group] = queues
         return group, batch
@@ -173,6 +182,8 @@ class Scheduler:
     def open_jobs(self) -> Iterator[Job]:
         """All ready and waiting jobs, without those that are done."""
         groups = (*self._ready.values(), *self._parked.values())
-        queues: Iterable[Iterable[Job]] = (queue for queues in groups for queue in queues.values())
+        queues: Iterable[Iterable[Job]] = (
+            queue for queues in groups for models in queues.values() for queue in models.values()
+        )
         for jobs in (*queues, *self._waiting.values()):
             yield from (job for job in jobs if not job.done)

@@ -46,8 +46,8 @@ class Signatures:
         """For example `<Signatures of 2 keys>`."""
         return f"<Signatures of {len(self._keys)} keys>"
 
-    def check(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: bytes) -> None:
-        """Check a request as it was sent: `path` is decoded, `headers` have lower-case names.
+    def check(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: bytes) -> str:
+        """Check a request as it was sent: `path` is decoded, `headers` have lower-case names. The key that signed it.
 
         Raises Refused(BAD_SIGNATURE) unless one of the keys signed it within 15 minutes, for this service and region,
         with every header that changes its meaning.
@@ -74,6 +74,7 @@ class Signatures:
         expected = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
         if not hmac.compare_digest(expected, signature):
             raise _refuse_signature("the signature does not match the request")
+        return key
 
     def _check_scope(self, date: str, day: str, region: str, service: str) -> None:
         """That the credential's scope is the request's own. Raises Refused."""

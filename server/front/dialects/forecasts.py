@@ -100,9 +100,8 @@ class Forecasts:
         del operation
         pacer = Pacer()
         call = await pacer.run(parse_call(request.body, self._item_limit))
-        with FanOut(
-            plane, call, self._limit, request.deadline, request.client_gone, request.arrived, request.id
-        ) as fan_out:
+        origin = (request.arrived, request.id, request.client)
+        with FanOut(plane, call, self._limit, request.deadline, request.client_gone, *origin) as fan_out:
             return await self._answer(call, fan_out, request, pacer)
 
     async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest, pacer: Pacer) -> HttpReply:
@@ -232,6 +231,8 @@ def build_error(refused: Refused) -> bytes:
         error["instance"] = detail.instance
     if detail.field is not None:
         error["field"] = detail.field
+    if detail.retry_ms is not None:
+        error["retry_after_ms"] = detail.retry_ms
     return msgspec.json.encode({"error": error})
 
 

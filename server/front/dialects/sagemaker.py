@@ -100,6 +100,7 @@ class SageMaker:
                 request.client_gone,
                 request.arrived,
                 request.id,
+                request.client,
             )
         )  # fmt: skip
         return HttpReply(200, response.content_type, response.body, _make_headers(request), response.stats, response)

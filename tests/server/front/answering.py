@@ -25,6 +25,7 @@ class Asked:
     body: bytes
     arrived: float = 0.0
     alone: bool = False
+    client: str = ""
 
 
 @dataclass
@@ -48,9 +49,10 @@ class Worker:
         body: bytes,
         arrived: float = 0.0,
         alone: bool = False,
+        client: str = "",
     ) -> WorkerCall:
         """A link's: the answer comes in a later pass of the loop."""
-        request = Asked(model, content_type, accept, bytes(body), arrived, alone)
+        request = Asked(model, content_type, accept, bytes(body), arrived, alone, client)
         self.asked.append(request)
         call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
         asyncio.get_running_loop().call_soon(self._reply, call, request)

@@ -15,12 +15,12 @@ FAR = 1e6
 def fill(backlog: Backlog, model: str, count: int, *, is_work: bool = True) -> None:
     """So many requests are under way."""
     for _ in range(count):
-        backlog.start(model, 0.0, is_work=is_work)
+        backlog.start(model, "", 0.0, is_work=is_work)
 
 
 def refusal(backlog: Backlog, model: str, left_s: float = FAR, bounds: Bounds = WIDE, *, is_work: bool = True) -> str:
     """Why one more is not admitted; empty where it is."""
-    found = backlog.check(model, 0.0, left_s, bounds, is_work=is_work)
+    found = backlog.check(model, "", 0.0, left_s, bounds, is_work=is_work)
     return "" if found is None else found.reason
 
 
@@ -33,7 +33,7 @@ def test_a_worker_and_a_model_have_bounds() -> None:
         backlog, "c", FAR, Bounds(4, 9)
     )
     assert "2 requests for a are under way already (queue_per_model)" in refusal(backlog, "a", FAR, Bounds(99, 2))
-    backlog.end("a", was_work=True)
+    backlog.end("a", "", was_work=True)
     assert not refusal(backlog, "c", FAR, Bounds(4, 9))
     assert not refusal(backlog, "a", FAR, Bounds(99, 2))
 
@@ -45,7 +45,7 @@ def test_hot_models_leave_room_for_others(hot: int, each: int) -> None:
     for _ in range(200):
         for model in asked:
             if not refusal(backlog, model, FAR, bounds):
-                backlog.start(model, 0.0, is_work=True)
+                backlog.start(model, "", 0.0, is_work=True)
     held = Counter({model: backlog._held[model] for model in asked})
     assert all(abs(count - each) <= 1 for count in held.values()), held
     assert not refusal(backlog, "other", FAR, bounds)
@@ -68,7 +68,7 @@ def test_what_cannot_make_its_deadline_is_refused_with_the_time() -> None:
     assert not refusal(backlog, "hot", 0.5), "nothing is known yet"
     for _ in range(100):
         backlog.learn(100, -1.0, 0.0)
-    found = backlog.check("hot", 0.0, 0.5, WIDE, is_work=True)
+    found = backlog.check("hot", "", 0.0, 0.5, WIDE, is_work=True)
     assert found is not None
     assert "expected in 1010 ms, the deadline is in 500 ms: 100 requests are ahead" in found.reason
     assert found.retry_s == pytest.approx(1.01)
@@ -109,12 +109,12 @@ def test_silence_is_added_to_the_wait() -> None:
     backlog.learn(10, 0.0, 0.1)
     assert backlog.expected_s(11, 0.1) == pytest.approx(0.11)
     assert backlog.expected_s(11, 0.5) == pytest.approx(0.51)
-    assert backlog.check("a", 0.1, 0.4, WIDE, is_work=True) is None
-    assert backlog.check("a", 0.5, 0.4, WIDE, is_work=True) is not None
+    assert backlog.check("a", "", 0.1, 0.4, WIDE, is_work=True) is None
+    assert backlog.check("a", "", 0.5, 0.4, WIDE, is_work=True) is not None
     for _ in range(10):
-        backlog.end("a", was_work=True)
+        backlog.end("a", "", was_work=True)
     assert backlog.expected_s(11, 9.0) == pytest.approx(0.11)
-    backlog.start("a", 9.0, is_work=True)
+    backlog.start("a", "", 9.0, is_work=True)
     assert backlog.expected_s(11, 9.0) == pytest.approx(0.11)
 
 
@@ -133,9 +133,9 @@ def test_the_admitted_are_answered_in_time(each_s: float, deadline_s: float, mod
     warm_up = 400
     for ident in range(3 * warm_up, 3 * warm_up + 3000):
         model = f"m{ident % models}"
-        if backlog.check(model, now, deadline_s, Bounds(2000, 2000), is_work=True) is None:
+        if backlog.check(model, "", now, deadline_s, Bounds(2000, 2000), is_work=True) is None:
             waiting.put(model, ident, (model, backlog.count_ahead(model), now))
-            backlog.start(model, now, is_work=True)
+            backlog.start(model, "", now, is_work=True)
         if ident % 3:
             continue
         now += each_s
@@ -143,10 +143,26 @@ def test_the_admitted_are_answered_in_time(each_s: float, deadline_s: float, mod
             idle += 1
             continue
         done, ahead, began = waiting.take()
-        backlog.end(done, was_work=True)
+        backlog.end(done, "", was_work=True)
         backlog.learn(ahead, began, now)
         late += now - began > max(deadline_s, (FEW + 1) * models * each_s) and ident > 4 * warm_up
     assert (idle, late) == (0, 0)
+
+
+def count_served(before: Counter[tuple[str, str]], client: str, model: str) -> int:
+    """Requests that are taken until one more of this client and model is, as `Turns` takes them, itself included.
+
+    Which client and which model have the first turn is not known: the one more is the last in every round.
+    """
+    turns, at = Turns[int](), 0
+    order = sorted(before.elements(), key=lambda each: (each[0] == client, each[1] == model))
+    for at, (owner, name) in enumerate(order, 1):
+        turns.put(name, at, at, owner)
+    turns.put(model, 0, 0, client)
+    served = 1
+    while turns.take():
+        served += 1
+    return served
 
 
 class BacklogMachine(RuleBasedStateMachine):
@@ -155,32 +171,32 @@ class BacklogMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.backlog = Backlog()
-        self.open: list[tuple[str, bool]] = []
+        self.open: list[tuple[str, str, bool]] = []
 
-    @rule(model=strategies.sampled_from("abc"), is_work=strategies.booleans())
-    def start(self, model: str, *, is_work: bool) -> None:
+    @rule(model=strategies.sampled_from("abc"), client=strategies.sampled_from("xyz"), is_work=strategies.booleans())
+    def start(self, model: str, client: str, *, is_work: bool) -> None:
         """One more."""
-        self.backlog.start(model, 0.0, is_work=is_work)
-        self.open.append((model, is_work))
+        self.backlog.start(model, client, 0.0, is_work=is_work)
+        self.open.append((model, client, is_work))
 
     @rule(which=strategies.integers(0, 1000))
     def end(self, which: int) -> None:
         """One less."""
         if self.open:
-            model, was_work = self.open.pop(which % len(self.open))
-            self.backlog.end(model, was_work=was_work)
+            model, client, was_work = self.open.pop(which % len(self.open))
+            self.backlog.end(model, client, was_work=was_work)
 
     @invariant()
     def agrees(self) -> None:
-        """The sum of turns, and nothing left behind."""
+        """What is ahead is what turns would take before, and nothing is left behind."""
         assert len(self.backlog) == len(self.open)
-        work = Counter(model for model, is_work in self.open if is_work)
+        work = Counter((client, model) for model, client, is_work in self.open if is_work)
         for model in "abcd":
-            mine = work[model]
-            others = sum(min(count, mine + 1) for other, count in work.items() if other != model)
-            assert self.backlog.count_ahead(model) == mine + others + 1
-        assert len(self.backlog._deeper) == max(work.values(), default=0)
-        assert set(self.backlog._held) == {model for model, _ in self.open}
+            for client in "wxyz":
+                assert self.backlog.count_ahead(model, client) == count_served(work, client, model)
+        assert set(self.backlog._held) == {model for model, _, _ in self.open}
+        assert set(self.backlog._held_by) == {client for _, client, _ in self.open}
+        assert set(self.backlog._work) == {client for client, _ in work}
 
 
 TestBacklogMachine = BacklogMachine.TestCase
@@ -196,3 +212,27 @@ def test_models_take_turns_and_keep_their_order() -> None:
     assert [turns.take() for _ in range(len(turns))] == ["a0", "b4", "a2", "b5", "a3"]
     with pytest.raises(KeyError):
         turns.take()
+
+
+def test_clients_take_turns_and_their_models_within() -> None:
+    """A client with many requests of many models gets one turn of two."""
+    turns = Turns[str]()
+    for ident, key in enumerate(["xa", "xa", "xb", "xc", "ya", "ya"]):
+        turns.put(key[1], ident, f"{key}{ident}", key[0])
+    assert [turns.take() for _ in range(len(turns))] == ["xa0", "ya4", "xb2", "ya5", "xc3", "xa1"]
+
+
+def test_a_client_leaves_room_for_others() -> None:
+    """With one request for each of many models it gets half of the room; another one gets in, and waits little."""
+    backlog, bounds = Backlog(), Bounds(100, 100)
+    for i in range(200):
+        if backlog.check(f"m{i}", "greedy", 0.0, 60.0, bounds, is_work=True) is None:
+            backlog.start(f"m{i}", "greedy", 0.0, is_work=True)
+    refused = backlog.check("new", "greedy", 0.0, 60.0, bounds, is_work=True)
+    assert refused is not None
+    assert refused.reason.startswith(
+        "51 requests of greedy are under way already; the rest of 100 is for other clients"
+    )
+    assert backlog.check("m0", "quiet", 0.0, 60.0, bounds, is_work=True) is None
+    assert backlog.count_ahead("m0", "quiet") == 2
+    assert backlog.count_ahead("m0", "greedy") == 51 + 1

@@ -272,7 +272,7 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once_with_advice() -> Non
         worker.answer = lambda _: ...
         worker.backlog = Backlog()
         for _ in range(20):
-            worker.backlog.start(MODEL, time.monotonic(), is_work=True)
+            worker.backlog.start(MODEL, "", time.monotonic(), is_work=True)
         worker.backlog.learn(20, time.monotonic() - 0.2, time.monotonic())
         asked = len(worker.asked)
         short = msgspec.structs.replace(request(), deadline=time.monotonic() + 0.05)

@@ -11,9 +11,9 @@ from server.worker.scheduler import Job, QueueFull, Scheduler
 LARGE = 1_000_000
 
 
-def job(model: str, deadline: float = 100.0, ident: int = 1) -> Job:
+def job(model: str, deadline: float = 100.0, ident: int = 1, client: str = "") -> Job:
     """A request for the model."""
-    return Job(Request(ident, 0, model, "", "", 0, b""), ModelName(model), None, 0.0, deadline)
+    return Job(Request(ident, 0, model, "", "", 0, b"", client=client), ModelName(model), None, 0.0, deadline)
 
 
 def ready(scheduler: Scheduler, group: str, *models: str) -> list[Job]:
@@ -49,6 +49,20 @@ def test_a_noisy_model_does_not_starve_another() -> None:
     scheduler = Scheduler(LARGE, LARGE)
     ready(scheduler, "f", *"a" * 1000, "b")
     assert "b" in models(scheduler.next_batch(32))[1]
+
+
+def test_clients_take_turns_and_their_models_within() -> None:
+    """A client with many jobs of many models gets every second place; jobs that are put back come first again."""
+    scheduler = Scheduler(LARGE, LARGE)
+    for client, names in (("greedy", "abcabcabc"), ("quiet", "aab")):
+        for name in names:
+            one = job(name, client=client)
+            scheduler.admit(one)
+            scheduler.add_ready("f", one)
+    group, batch = scheduler.next_batch(5)
+    assert [one.request.client[0] + one.model for one in batch] == ["ga", "qa", "gb", "qb", "gc"]
+    scheduler.put_back(group, batch[2:])
+    assert [one.request.client[0] + one.model for one in scheduler.next_batch(3)[1]] == ["gb", "qb", "gc"]
 
 
 def test_models_take_turns_across_batches() -> None:

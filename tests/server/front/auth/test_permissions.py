@@ -117,3 +117,14 @@ def test_a_body_is_not_read_for_strangers(tokens: Path) -> None:
     """They are refused by the head: a body above the limit is not what they are told about."""
     made = app(Worker(lambda _: b"1"), tokens=tokens, max_body_bytes=10)
     assert post(made, "/invocations", {"X-Amzn-SageMaker-Target-Model": AU}, bytes(1000)).status == 401
+
+
+def test_a_worker_knows_whose_a_request_is(tokens: Path) -> None:
+    """By its token's name, in each dialect, for each item: clients take turns. In an open server all are one's."""
+    worker = Worker(lambda _: b'{"predictions":[{"mean":[1.0]}]}')
+    made, sent = app(worker, tokens=tokens), {"Authorization": "Bearer desk-secret"}
+    invoke(made, AU, sent["Authorization"])
+    post(made, "/v1/forecasts", sent, json.dumps({"requests": [{"target_model": AU}]}).encode())
+    assert [asked.client for asked in worker.asked] == ["desk", "desk"]
+    invoke(app(worker), AU)
+    assert worker.asked[-1].client == ""

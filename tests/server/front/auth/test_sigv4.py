@@ -49,7 +49,7 @@ def check(
 ) -> str | None:
     """None where the request is taken, else why not."""
     try:
-        Signatures(KEYS, region, lambda: NOW).check("POST", PATH, query, sent, body)
+        assert Signatures(KEYS, region, lambda: NOW).check("POST", PATH, query, sent, body) in KEYS
     except Refused as refused:
         return str(refused) if refused.situation is Situation.BAD_SIGNATURE else f"wrong situation: {refused!r}"
     return None
