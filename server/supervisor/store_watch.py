@@ -10,7 +10,7 @@ Runs on the supervisor's event loop.
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -26,12 +26,24 @@ LEAST_PAUSE_S = 0.5  #: between two rounds, however short `revalidate_s` is
 MOST_PAUSE_S = 600.0  #: between two rounds while the store is gone, unless `revalidate_s` is longer
 AT_ONCE = 256  #: models whose reloads wait for their workers at the same time
 MOST_TOLD = 10_000  #: names that events have brought and that are not reloaded yet
-SETTLED_ROUNDS = 10  #: for how many rounds an archive that was refused, or found unchanged after all, is not loaded
+SETTLED_ROUNDS = 10  #: for how many rounds an archive that was refused, or twice found unchanged, is not loaded
 
 log = structlog.get_logger()
 
 Residents = Mapping[ModelName, Mapping[int, str]]  #: the version that each worker serves, by model
 Holding = tuple[ModelName, int]  #: a model at a worker
+
+
+class Settled(NamedTuple):
+    """What came of a reload that has swapped nothing: counts until a round, for one version in the store.
+
+    `newest`: that version. `is_final`: the archive is not loaded meanwhile. A first load that finds the serving version
+    is not final: the store may have failed in between, so that the copy on disk was taken.
+    """
+
+    newest: str
+    until: int
+    is_final: bool
 
 
 class Fleet(Protocol):
@@ -55,8 +67,7 @@ class StoreWatch:
         self._fleet, self._metrics, self._lanes, self._polls = fleet, metrics, lanes, polls
         self._interval_s = max(LEAST_PAUSE_S, revalidate_s / 2)
         self._rounds = self._failures = 0
-        #: What the store has where a holder goes on serving another version, and until which round that is accepted.
-        self._settled: dict[Holding, tuple[str, int]] = {}
+        self._settled: dict[Holding, Settled] = {}
         self._told: set[ModelName] = set()
         self._woken = asyncio.Event()
 
@@ -122,8 +133,8 @@ class StoreWatch:
 
     def _forget(self, residents: Residents) -> None:
         """Keep what is settled only for what is still held, and not for ever."""
-        for (model, worker), (_, until) in list(self._settled.items()):
-            if until <= self._rounds or worker not in residents.get(model, {}):
+        for (model, worker), settled in list(self._settled.items()):
+            if settled.until <= self._rounds or worker not in residents.get(model, {}):
                 del self._settled[model, worker]
 
     def _note_outage(self, gone: str) -> None:
@@ -137,8 +148,12 @@ class StoreWatch:
             (model, worker)
             for model, newest in found.versions.items()
             for worker, version in residents[model].items()
-            if newest != version and self._settled.get((model, worker), ("", 0))[0] != newest
+            if newest != version and not self._is_settled((model, worker), newest)
         ]
+
+    def _is_settled(self, holding: Holding, newest: str) -> bool:
+        settled = self._settled.get(holding)
+        return settled is not None and settled.is_final and settled.newest == newest
 
     def _count(self, residents: Residents, found: Found, changed: set[ModelName]) -> None:
         checks, failed = self._metrics.checks, len(residents) - len(found.versions) - len(found.removed)
@@ -191,10 +206,15 @@ class StoreWatch:
                 served = await self._fleet.reload_at(worker, model)
             except ControlError as error:
                 log.warning("change_not_followed", model=model, worker=worker, serving=before, error=str(error))
-                is_final = error.situation == Situation.ARCHIVE_FAILED
-            else:
-                is_final = served == before
-                if not is_final:
-                    log.info("change_followed", model=model, worker=worker, before=before, version=served)
-        if newest and is_final:
-            self._settled[model, worker] = (newest, self._rounds + SETTLED_ROUNDS)
+                if error.situation == Situation.ARCHIVE_FAILED:
+                    self._settle((model, worker), newest, is_final=True)
+                return
+        if served == before:
+            known = self._settled.get((model, worker))
+            self._settle((model, worker), newest, is_final=known is not None and known.newest == newest)
+        else:
+            log.info("change_followed", model=model, worker=worker, before=before, version=served)
+
+    def _settle(self, holding: Holding, newest: str, *, is_final: bool) -> None:
+        if newest:  # else it was an event, which says nothing of the version
+            self._settled[holding] = Settled(newest, self._rounds + SETTLED_ROUNDS, is_final)
