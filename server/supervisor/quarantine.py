@@ -41,6 +41,10 @@ class ServerQuarantine:
         self._shares.pop(model, None)
         return self.reasons.pop(model, None) is not None
 
+    def is_blamed(self, model: str) -> bool:
+        """Whether a worker has died of its own while the model ran, alone or beside others."""
+        return self._deaths[model] > 0
+
     def note_death(self, running: Sequence[RunningModel], *, tried: str = "", from_outside: bool = False) -> bool:
         """Count a worker's death against the models that ran. True if one of them is refused now.
 
