@@ -74,11 +74,15 @@ class Outage:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Faults by name, from when they began until they were healed, and until when the server was watched after it."""
+    """Faults by name, from when they began until they were healed, and until when the server was watched after it.
+
+    `whole`: when all its processes were up again.
+    """
 
     faults: tuple[str, ...]
     begin: float
     healed: float
+    whole: float
     end: float
 
 
@@ -145,6 +149,7 @@ class FaultRow:
     during: Mapping[str, int]
     after: Mapping[str, int]
     recovery_s: float | None
+    whole_s: float  #: until all processes were up; not judged, since the machine has other work
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +183,7 @@ class Report:
                 "held_s": round(row.held_s, 2),
                 "during": dict(row.during),
                 "after": dict(row.after),
+                "whole_s": round(row.whole_s, 2),
                 "recovery_s": None if row.recovery_s is None else round(row.recovery_s, 2),
             }
             for row in self.rows
@@ -228,6 +234,7 @@ def summarize_window(window: Window, judged: Sequence[tuple[Record, Verdict]], s
         during,
         Counter(str(verdict) for _, verdict in after),
         recovery,
+        window.whole - window.healed,
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -46,17 +46,18 @@ class Fault:
 @contextmanager
 def kill_worker(world: World) -> Iterator[None]:
     """SIGKILL one worker. Nothing heals it but the server."""
-    os.kill(world.rng.choice(world.pids("worker")), signal.SIGKILL)
-    yield
+    with killed(world, "worker", world.rng.choice(world.pids("worker"))):
+        yield
 
 
 @contextmanager
 def kill_workers(world: World) -> Iterator[None]:
     """SIGKILL all workers at once. It is healed when the server is ready again, which takes the time of a start."""
     begin = time.monotonic()
-    for pid in world.pids("worker"):
-        os.kill(pid, signal.SIGKILL)
-    yield
+    with ExitStack() as stack:
+        for pid in world.pids("worker"):
+            stack.enter_context(killed(world, "worker", pid))
+        yield
     wait_until(lambda: world.server.http.get(f"{world.server.url}/ready").is_success, "/ready says yes")
     world.say(f"all workers killed: ready again after {time.monotonic() - begin:.1f} s")
 
@@ -72,9 +73,9 @@ def stop_worker(world: World) -> Iterator[None]:
 def kill_front(world: World) -> Iterator[None]:
     """SIGKILL one front: what it has under way is lost, as the README says."""
     begin = time.monotonic()
-    os.kill(world.rng.choice(world.pids("front")), signal.SIGKILL)
-    world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S))
-    yield
+    with killed(world, "front", world.rng.choice(world.pids("front"))):
+        world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S))
+        yield
 
 
 @contextmanager
@@ -106,6 +107,14 @@ def kill_supervisor(world: World) -> Iterator[None]:
     took = world.start()
     world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, all_down=True))
     world.say(f"supervisor killed: all ended after {ended - begin:.1f} s, ready again {took:.1f} s after the start")
+
+
+@contextmanager
+def killed(world: World, kind: str, pid: int) -> Iterator[None]:
+    """The process is killed, and after the block the supervisor knows."""
+    os.kill(pid, signal.SIGKILL)
+    yield
+    wait_until(lambda: pid not in world.pids(kind), "the supervisor has seen the death")
 
 
 @contextmanager
@@ -300,7 +309,7 @@ def make_schedule(seed: int, faults: Sequence[Fault]) -> Iterator[tuple[Fault, .
 @contextmanager
 def apply_faults(world: World, faults: Sequence[Fault]) -> Iterator[None]:
     """All of them within the block."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         for fault in faults:
             stack.enter_context(fault.apply(world))
         yield

@@ -32,6 +32,7 @@ from tests.chaos.checker import FaultRow, Report, Verdict, Window, count
 from tests.chaos.clients import Clients
 from tests.chaos.faults import FAULTS, Fault, apply_faults, make_schedule
 from tests.chaos.world import World, open_world
+from tests.patience import wait_until
 from tests.s3 import S3Server, s3_server
 
 GONE_SHARE, GONE_S = 0.3, 60.0  #: a store that is gone stays so for this part of the run, at most a minute
@@ -123,8 +124,10 @@ def inject_faults(
         with apply_faults(world, step):
             time.sleep(max(measure_hold(fault, total) for fault in step))
         healed = time.monotonic()
-        time.sleep(settle_s)
-        world.history.windows.append(Window(names, begin, healed, time.monotonic()))
+        wait_until(world.is_whole, "all processes are up")  # else the next fault meets half a server
+        whole = time.monotonic()
+        time.sleep(max(0.0, settle_s - (whole - healed)))
+        world.history.windows.append(Window(names, begin, healed, whole, time.monotonic()))
 
 
 def measure_hold(fault: Fault, total_s: float) -> float:
@@ -159,7 +162,7 @@ def show_report(report: Report, notes: Sequence[str], problems: Sequence[str]) -
 
 def make_table(rows: Sequence[FaultRow]) -> Table:
     """A row for each step."""
-    table = Table("fault", "at s", "held s", "while it lasted", "after it", "recovery s")
+    table = Table("fault", "at s", "held s", "while it lasted", "after it", "recovery s", "all up s")
     for row in rows:
         table.add_row(
             " + ".join(row.faults),
@@ -168,6 +171,7 @@ def make_table(rows: Sequence[FaultRow]) -> Table:
             format_counts(row.during),
             format_counts(row.after),
             "not seen" if row.recovery_s is None else f"{row.recovery_s:.2f}",
+            f"{row.whole_s:.2f}",
         )
     return table
 

@@ -87,7 +87,7 @@ def test_the_client_s_own_stall_is_not_held_against_the_server(history: History)
 
 def test_recovery_ends_with_the_last_request_that_was_not_answered(history: History) -> None:
     """Counted from the heal, by when it was sent; what is bad until the end has not recovered; both are said."""
-    history.windows += [Window(("a",), 10, 12, 20), Window(("b",), 20, 22, 30)]
+    history.windows += [Window(("a",), 10, 12, 13, 20), Window(("b",), 20, 22, 23, 30)]
     records = [answered(sent, "v1", V1) for sent in range(10, 30)]
     records += [refused(11.5, 503), refused(14.5, 503), refused(29.8, 503), refused(28.0, 400, hostile=True)]
     report = count(records, history, 10.0)

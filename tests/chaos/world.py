@@ -141,6 +141,11 @@ class World:
         """Process ids of the fronts or workers."""
         return [int(row["pid"]) for row in self.server.processes(kind) if row["pid"]]
 
+    def is_whole(self) -> bool:
+        """Whether all fronts and workers are up, and none is silent."""
+        rows = [row for kind in ("front", "worker") for row in self.server.processes(kind)]
+        return all(row["up"] and "silent_s" not in row for row in rows)
+
     # --- models ----------------------------------------------------------------------------------------------------
 
     def publish(self, model: Model) -> str:
