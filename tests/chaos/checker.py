@@ -140,7 +140,7 @@ def judge(record: Record, history: History) -> Verdict:
 @dataclass(frozen=True, slots=True)
 class FaultRow:
     """What one window's faults did. `recovery_s`: after the heal, until the last request was sent that was not answered
-    right; None where it was not seen to recover, since the last request of the window still was not.
+    right, but for the last STRAYS of them; None where the end of the window had such requests.
     """
 
     faults: tuple[str, ...]
@@ -201,6 +201,7 @@ class Report:
 SHOWN = 20  #: examples in a report
 REASON = 120  #: characters of a refusal's message
 QUIET_S = 0.5  #: at a window's end, in which a server that has recovered answers right
+STRAYS = 0.01  #: of the requests after a heal: a busy machine refuses some that have a second's deadline
 
 
 def count(records: Iterable[Record], history: History, started: float) -> Report:
@@ -224,16 +225,15 @@ def summarize_window(window: Window, judged: Sequence[tuple[Record, Verdict]], s
     during = Counter(str(verdict) for each, verdict in ours if each.sent < window.healed)
     after = [(each, verdict) for each, verdict in ours if each.sent >= window.healed]
     bad = [each.sent - window.healed for each, verdict in after if verdict is not Verdict.RIGHT]
-    recovery: float | None = max(bad, default=0.0)
-    if not after or (bad and recovery is not None and recovery > window.end - window.healed - QUIET_S):
-        recovery = None
+    last = max(bad[: len(bad) - int(STRAYS * len(after))], default=0.0)
+    recovered = after and last <= window.end - window.healed - QUIET_S
     return FaultRow(
         window.faults,
         window.begin - started,
         window.healed - window.begin,
         during,
         Counter(str(verdict) for _, verdict in after),
-        recovery,
+        last if recovered else None,
         window.whole - window.healed,
     )
 

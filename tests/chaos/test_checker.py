@@ -99,6 +99,16 @@ def test_recovery_ends_with_the_last_request_that_was_not_answered(history: Hist
     assert report.violations(None) == []
 
 
+def test_a_stray_refusal_is_no_lack_of_recovery(history: History) -> None:
+    """One of a hundred may be refused at any time; two are too many."""
+    history.windows.append(Window(("a",), 10, 12, 13, 20))
+    good = [answered(12 + at * 0.05, "v1", V1) for at in range(150)]
+    found = [
+        count([*good, *(refused(19.9, 503) for _ in range(times))], history, 0.0).rows[0].recovery_s for times in (1, 2)
+    ]
+    assert found == [0.0, None]
+
+
 def test_a_run_without_answers_or_with_a_violation_fails(history: History) -> None:
     """Nothing right is no success, and each violation is counted and shown."""
     assert count([refused(1, 503)], history, 0.0).violations(None) == ["no request was answered right"]
