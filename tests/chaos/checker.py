@@ -26,7 +26,7 @@ class Verdict(StrEnum):
     LATE = "late"  #: answered or refused, but after the deadline and the grace
     LOST = "lost"  #: no answer
     CUT = "cut"  #: no answer or a late one, because the front was killed or stopped that had the request
-    DOWN = "down"  #: not connected, because the supervisor was killed and the server not started again yet
+    DOWN = "down"  #: not connected or late, because the server had ended and was not ready again yet
 
 
 #: A run with one of these has failed.
@@ -65,11 +65,14 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """From `begin` to `end` requests under way may be cut; with `all_down` nobody listens."""
+    """From `begin` to `end`: with `cuts` requests under way may be lost or late; with `down` no front runs, so that
+    connections are refused, or wait until the next one has started.
+    """
 
     begin: float
     end: float
-    all_down: bool = False
+    cuts: bool
+    down: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,19 +122,22 @@ class History:
 def judge(record: Record, history: History) -> Verdict:
     """The verdict on one request."""
     outages = [each for each in history.outages if record.sent <= each.end and record.ended >= each.begin]
+    may_be_cut = any(each.cuts for each in outages)
     late = record.ended - record.sent > record.deadline_s + GRACE_S + record.stalled_s
     if not record.connected:
-        return Verdict.DOWN if any(each.all_down for each in outages) else Verdict.LOST
+        return Verdict.DOWN if any(each.down for each in outages) else Verdict.LOST
     if record.status is None:
-        return Verdict.CUT if outages else Verdict.LOST
+        return Verdict.CUT if may_be_cut else Verdict.LOST
     if record.status == 200 and (record.hostile or record.version not in record.agrees):
         return Verdict.WRONG
     if record.status == 200 and not history.permits(record):
         return Verdict.STALE
     if record.status != 200 and record.status not in REFUSALS:
         return Verdict.BROKEN
+    if late and may_be_cut:
+        return Verdict.CUT
     if late:
-        return Verdict.CUT if outages else Verdict.LATE
+        return Verdict.DOWN if any(each.down for each in outages) else Verdict.LATE
     if record.status == 200:
         return Verdict.RIGHT
     return Verdict.REPELLED if record.hostile else Verdict.REFUSED

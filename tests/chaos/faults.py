@@ -74,7 +74,7 @@ def kill_front(world: World) -> Iterator[None]:
     """SIGKILL one front: what it has under way is lost, as the README says."""
     begin = time.monotonic()
     with killed(world, "front", world.rng.choice(world.pids("front"))):
-        world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S))
+        world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, cuts=True, down=False))
         yield
 
 
@@ -84,7 +84,7 @@ def stop_front(world: World) -> Iterator[None]:
     begin = time.monotonic()
     with stopped(world.rng.choice(world.pids("front"))):
         yield
-    world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S))
+    world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, cuts=True, down=False))
 
 
 @contextmanager
@@ -105,8 +105,20 @@ def kill_supervisor(world: World) -> Iterator[None]:
     world.stop()
     ended = time.monotonic()
     took = world.start()
-    world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, all_down=True))
+    world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, cuts=True, down=True))
     world.say(f"supervisor killed: all ended after {ended - begin:.1f} s, ready again {took:.1f} s after the start")
+
+
+@contextmanager
+def restart(world: World) -> Iterator[None]:
+    """SIGTERM, and a new server on the same ports: connections are refused meanwhile, and no request is lost."""
+    begin = time.monotonic()
+    world.stop()
+    ended = time.monotonic()
+    took = world.start()
+    world.history.outages.append(Outage(begin, time.monotonic(), cuts=False, down=True))
+    world.say(f"restarted: ended after {ended - begin:.1f} s, ready again {took:.1f} s after the start")
+    yield
 
 
 @contextmanager
@@ -275,6 +287,7 @@ FAULTS: Mapping[str, Fault] = {
         Fault("stop-front", "process", SHORT_S, stop_front),
         Fault("stop-supervisor", "process", SHORT_S, stop_supervisor),
         Fault("kill-supervisor", "process", 0.0, kill_supervisor),
+        Fault("restart", "process", 0.0, restart),
         Fault("poison", "process", SHORT_S, send_poison),
         Fault("store-slow", "store", 4.0, partial(break_store, delay_s=1.0)),
         Fault("store-hangs", "store", 6.0, partial(break_store, delay_s=5.0)),

@@ -2,14 +2,14 @@
 
 A fleet in an S3 server, two workers that have room for two thirds of it, two fronts, and clients that compare each
 answer with the networks' own, version by version. Faults come one by one in an order that the seed gives, later also in
-pairs: processes are killed and stopped; the store is slow, hangs, fails, is cut, damages bytes or is gone; the disk
-tier is full, read-only, deleted or replaced by a file; the wall clock jumps; a model ends its workers; archives are
-replaced and rolled back. Malformed requests and broken archives are there all the time. After each fault is healed,
-the server is watched for --settle seconds.
+pairs: processes are killed, stopped and restarted; the store is slow, hangs, fails, is cut, damages bytes or is gone;
+the disk tier is full, read-only, deleted or replaced by a file; the wall clock jumps; a model ends its workers;
+archives are replaced and rolled back. Malformed requests and broken archives are there all the time. After each fault
+is healed, the server is watched for --settle seconds.
 
 What must hold: no answer is wrong, stale, late or lost, and every recovery takes at most --recovery seconds. Requests
 that a killed front, or a killed supervisor's fronts, had under way are counted apart (`cut`), and so are those that a
-stopped front answers late. While no server runs at all, connections are refused (`down`).
+stopped front answers late. While no server runs, connections are refused or wait for the next one (`down`).
 
 The exit code is 1 if something did not hold. Equal seeds give equal faults and requests, but their timing is the
 machine's. A run lasts longer than --seconds by the time of its last step and of the server's start and end.

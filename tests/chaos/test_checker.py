@@ -67,15 +67,16 @@ def test_a_version_that_is_put_back_is_right_again(history: History) -> None:
 
 def test_only_what_an_outage_had_under_way_is_excused(history: History) -> None:
     """A killed front's requests are cut, not lost; one sent later is lost; a wrong answer is wrong at any time."""
-    history.outages.append(Outage(50.0, 50.3))
+    history.outages.append(Outage(50.0, 50.3, cuts=True, down=False))
     assert judge(refused(49.9, None, 0.2), history) is Verdict.CUT
     assert judge(refused(49.0, None, 0.5), history) is Verdict.LOST
     assert judge(refused(50.4, None), history) is Verdict.LOST
     assert judge(refused(50.1, None, connected=False), history) is Verdict.LOST, "the other front listens"
     assert judge(answered(49.9, "v1", V1, 3.0), history) is Verdict.CUT
     assert judge(answered(50.1, "v1", frozenset()), history) is Verdict.WRONG
-    history.outages.append(Outage(60.0, 70.0, all_down=True))
+    history.outages.append(Outage(60.0, 70.0, cuts=False, down=True))
     assert judge(refused(65.0, None, connected=False), history) is Verdict.DOWN
+    assert judge(refused(65.0, None), history) is Verdict.LOST, "a server that stops answers what it was sent"
 
 
 def test_the_client_s_own_stall_is_not_held_against_the_server(history: History) -> None:
