@@ -32,7 +32,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz check format docs bench bench-peers scale lock audit clean
+.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-peers scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 
 fuzz: $(READY) ## minutes of mutated archives, bodies, frames and requests (SECONDS=60 a target)
 	FLEETCAST_FUZZ_S=$(or $(SECONDS),60) $(BIN)/python -m pytest -p no:randomly --timeout 0 -s tests/fuzz $(ARGS)
+
+chaos: $(READY) ## faults of every kind under load, each answer counted; minutes (ARGS="--seed 2 --seconds 60 --out x.json")
+	@$(BIN)/python -m tests.chaos.run $(ARGS)
 
 check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check

@@ -38,9 +38,10 @@ class StoreDenied(LoadError):
 
 
 class StoreUnavailable(LoadError):
-    """The store cannot be reached, or fails after the retries."""
+    """The store cannot be reached, or fails after the retries. Remembered for at most two seconds: it may be back."""
 
     reason = "store_unavailable"
+    max_back_off_s = 2.0
 
 
 class StoreOut(StoreUnavailable):

@@ -47,6 +47,7 @@ class Fault:
     status: int | None = None
     delay_s: float = 0.0
     cut_after: int | None = None
+    damaged: bool = False
     held: threading.Event | None = None
 
 
@@ -266,6 +267,9 @@ class _Handler(BaseHTTPRequestHandler):
             reply, status, headers = b"", fault.status, [("Content-Length", "0")]
         else:
             reply, status, headers = self._ask_upstream(body)
+        if fault.damaged and reply:
+            middle = len(reply) // 2
+            reply = reply[:middle] + bytes([reply[middle] ^ 1]) + reply[middle + 1 :]
         self.server_state.record(self.command, self.path, status)
         self.send_response_only(status)
         for key, value in headers:

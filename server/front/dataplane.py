@@ -282,7 +282,7 @@ class DataPlane:
         """Run a suspect once the supervisor permits it. Its answer clears the model. Raises WorkerLost, Refused."""
         model = request.model
         log.warning("suspect_request", model=model, request_id=request.request_id.decode("latin-1"), lost_with=lost)
-        async with self.suspects.trying(model, request.deadline) as trial:
+        async with self.suspects.trying(model, request.deadline, lost) as trial:
             if self.suspects.has(model):
                 lane = await self._wait_for_lane(request, lost)
                 try:

@@ -52,15 +52,19 @@ class Suspects:
         self._models.pop(model)
 
     @asynccontextmanager
-    async def trying(self, model: str, deadline: float) -> AsyncIterator["Trial"]:
-        """The supervisor's permission to run the suspect. Raises Refused when it is in quarantine, or not in time."""
+    async def trying(self, model: str, deadline: float, lost: int | None = None) -> AsyncIterator["Trial"]:
+        """The supervisor's permission to run the suspect. Raises Refused when it is in quarantine, or not in time.
+
+        `lost`: the worker that was lost with the request, of which the supervisor may not know yet.
+        """
         trial = Trial(model)
         if self.channel is None:
             yield trial
             return
         left_s = deadline - self._now()
         try:
-            why = await self.channel.ask(TrySuspect(model, max(0.0, left_s)), max(0.0, left_s))
+            asked = TrySuspect(model, max(0.0, left_s), -1 if lost is None else lost)
+            why = await self.channel.ask(asked, max(0.0, left_s))
         except TimeoutError:
             message = f"a worker died while {model} ran; the deadline passed before it could be tried alone"
             raise Refused(Situation.DEADLINE, message) from None

@@ -69,6 +69,7 @@ class TrySuspect(Operation[str]):
 
     model: str
     for_s: float  #: how long the request can wait and run
+    lost: int = -1  #: the worker that was lost with the request; -1: none
 
 
 class EndTrial(Operation[None]):

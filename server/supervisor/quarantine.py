@@ -21,6 +21,7 @@ class ServerQuarantine:
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.reasons: dict[str, str] = {}
         self._deaths: Counter[str] = Counter()
+        self._blamed: set[str] = set()
         self._shares: defaultdict[str, float] = defaultdict(float)
         self._since, self._now = now(), now
 
@@ -38,8 +39,13 @@ class ServerQuarantine:
     def release(self, model: str) -> bool:
         """Let the model run again. False if it was not in quarantine."""
         self._deaths.pop(model, None)
+        self._blamed.discard(model)
         self._shares.pop(model, None)
         return self.reasons.pop(model, None) is not None
+
+    def is_blamed(self, model: str) -> bool:
+        """Whether a worker has died of its own while the model ran, and no culprit has been found since."""
+        return model in self._blamed
 
     def note_death(self, running: Sequence[RunningModel], *, tried: str = "", from_outside: bool = False) -> bool:
         """Count a worker's death against the models that ran. True if one of them is refused now.
@@ -50,10 +56,12 @@ class ServerQuarantine:
         """
         if self._now() - self._since > WINDOW_S or len(self._deaths) > MOST:
             self._deaths.clear()
+            self._blamed.clear()
             self._shares.clear()
             self._since = self._now()
         found = False
         named = {each.model for each in running if not from_outside or each.how == "alone"}
+        self._blamed |= named
         for model in sorted(named):
             self._deaths[model] += 1
             self._shares[model] += 1 / len(named)
@@ -61,4 +69,6 @@ class ServerQuarantine:
             if (again or self._shares[model] >= DEATHS) and model not in self.reasons:
                 self.add(model, f"{self._deaths[model]} workers died while it ran")
                 found = True
+        if found:
+            self._blamed.clear()
         return found

@@ -112,7 +112,7 @@ class Supervisor:
         self._metrics, self._merged = HostMetrics(), MergedMetrics()
         self._folder = RuntimeFolder()
         self._quarantine = ServerQuarantine()
-        self._trials = Trials(self._quarantine, self._count_ready, len(self.workers))
+        self._trials = Trials(self._quarantine, self._find_ready, len(self.workers))
         self.releases = ReleaseService(settings, self)
         #: Half of the loader threads are for loads that a request waits for.
         self._watch = StoreWatch(
@@ -231,8 +231,8 @@ class Supervisor:
                 self._quarantine.add(model, reason)
                 self._announce_quarantine()
                 return None
-            case TrySuspect(model, for_s):
-                return await self._trials.begin(child.name, model, for_s)
+            case TrySuspect(model, for_s, lost):
+                return await self._trials.begin(child.name, model, for_s, lost)
             case EndTrial(model, lost):
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
@@ -295,8 +295,8 @@ class Supervisor:
     def _pulse(self, worker: Child) -> str:
         return self._socket(worker) + SUFFIX
 
-    def _count_ready(self) -> int:
-        return sum(worker.ready.is_set() and not worker.is_silent for worker in self.workers)
+    def _find_ready(self) -> set[int]:
+        return {worker.index for worker in self.workers if worker.ready.is_set() and not worker.is_silent}
 
     def _announce_quarantine(self) -> None:
         self._trials.note_quarantine()

@@ -19,7 +19,7 @@ from model_store.cache.cache import MAX_FAILURE_BYTES, Cache, FailedLoad, Load, 
 from model_store.cache.eviction import POLICIES, make_policy
 from model_store.cache.slots import Slot, State
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
-from model_store.errors import ArchiveInvalid, ModelNotFound
+from model_store.errors import ArchiveInvalid, ModelNotFound, StoreUnavailable
 from model_store.names import ModelName
 
 SLAB = 1000
@@ -446,6 +446,16 @@ def test_a_missing_model_is_remembered_for_a_second_at_most() -> None:
         cache.want(name("a"), 100, reload=True)
         waits.append(cache.failed(name("a"), ModelNotFound("no such key"), 100).until - 100)
     assert waits == [0.5, 1, 1, 1]
+
+
+def test_a_failing_store_is_remembered_for_two_seconds_at_most() -> None:
+    """However long it failed: what was asked meanwhile is served soon after the store is back."""
+    cache = Cache(SLAB, SLAB)
+    waits = []
+    for _ in range(5):
+        cache.want(name("a"), 100, reload=True)
+        waits.append(cache.failed(name("a"), StoreUnavailable("timed out"), 100).until - 100)
+    assert waits == [1, 2, 2, 2, 2]
 
 
 def test_a_reload_ignores_a_remembered_failure() -> None:

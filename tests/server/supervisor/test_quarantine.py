@@ -61,3 +61,16 @@ def test_deaths_long_ago_do_not_count() -> None:
     quarantine.note_death(ran("a.mar"))
     now[0] = WINDOW_S + 1
     assert not quarantine.note_death(ran("a.mar"))
+
+
+def test_blame_ends_when_the_culprit_is_found() -> None:
+    """Whatever ran when a worker died of its own is blamed until a death shows who did it; a kill blames no rows."""
+    quarantine = ServerQuarantine()
+    quarantine.note_death(ran("killed.mar"), from_outside=True)
+    quarantine.note_death(ran("culprit.mar", "beside.mar"))
+    assert [quarantine.is_blamed(name) for name in ("killed.mar", "culprit.mar", "beside.mar")] == [False, True, True]
+    assert quarantine.note_death(ran("culprit.mar", "other.mar"), tried="culprit.mar")
+    assert not any(quarantine.is_blamed(name) for name in ("culprit.mar", "beside.mar", "other.mar"))
+    quarantine.note_death(ran("beside.mar"))
+    quarantine.release("beside.mar")
+    assert not quarantine.is_blamed("beside.mar")

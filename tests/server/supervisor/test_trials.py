@@ -21,7 +21,7 @@ def play(scenario: Callable[[Trials, ServerQuarantine, list[int]], Coroutine[Any
     async def run() -> None:
         quarantine, ready = ServerQuarantine(), [3]
         async with asyncio.timeout(PATIENCE_S):
-            await scenario(Trials(quarantine, lambda: ready[0], 3), quarantine, ready)
+            await scenario(Trials(quarantine, lambda: set(range(ready[0])), 3), quarantine, ready)
 
     asyncio.run(run())
 
@@ -88,6 +88,48 @@ def test_the_last_worker_is_not_risked_at_once(monkeypatch: pytest.MonkeyPatch) 
         assert await waits(task)
         ready[0] = 1
         trials.note_worker(0)
+        assert await task == ""
+
+    play(scenario)
+
+
+def test_a_front_s_news_of_a_death_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that a front has lost does not count as the second one, though the supervisor has not heard of its
+    end; it counts again once there is news of it, and where none comes the front was wrong.
+    """
+    monkeypatch.setattr(module, "NEWS_S", 99.0)
+
+    async def scenario(trials: Trials, _: ServerQuarantine, ready: list[int]) -> None:
+        ready[0] = 2
+        task = asyncio.create_task(trials.begin(FRONT, "a.mar", 99.0, 1))
+        assert await waits(task), "worker 0 is the last one"
+        trials.note_worker(1)
+        assert await task == "", "both are ready: it is up again"
+        trials.end(FRONT, "a.mar", -1)
+        monkeypatch.setattr(module, "NEWS_S", 0.01)
+        assert await trials.begin(FRONT, "a.mar", 99.0, 1) == ""
+
+    play(scenario)
+
+
+def test_what_a_worker_died_of_waits_longer_for_a_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that a worker died of by itself does not get the last worker soon; one that was there when a worker was
+    killed gets it within its deadline, though that be shorter than the wait.
+    """
+    monkeypatch.setattr(module, "SPARE_S", 99.0)
+
+    async def scenario(trials: Trials, quarantine: ServerQuarantine, ready: list[int]) -> None:
+        ready[0] = 1
+        quarantine.note_death([RunningModel("bad.mar", "batch")])
+        quarantine.note_death([RunningModel("good.mar", "batch")], from_outside=True)
+        assert await trials.begin(FRONT, "good.mar", 0.2) == ""
+        trials.end(FRONT, "good.mar", -1)
+        with pytest.raises(TimeoutError):
+            await trials.begin(FRONT, "bad.mar", 0.2)
+        task = asyncio.create_task(trials.begin(FRONT, "bad.mar", 99.0))
+        assert await waits(task)
+        ready[0] = 2
+        trials.note_worker(1)
         assert await task == ""
 
     play(scenario)
