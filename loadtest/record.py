@@ -41,9 +41,8 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def find_commit() -> str:
-    """Return the commit of the checkout, with a mark if files differ from it."""
-    root = Path(__file__).parent
+def find_commit(root: Path = RECORDS.parent) -> str:
+    """Return the commit of a checkout, by default this one's, with a mark if files differ from it."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
     return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")

@@ -1,10 +1,13 @@
 """Throughput by number of workers and fronts on this machine, and the CPU time of each part of a request.
 
-200 resident models under load by wrk over 32 connections, which shares the machine with the server: JSON and npy
-bodies, every number of workers and fronts up to the number of cores, in turn. `front` and `worker` are microseconds of
-CPU time per request. `decode`, `forward` and `encode` are wall time as the worker counts it, so they include the wait
-for a core when there are more processes than cores. `rest` is what a worker uses beyond these three: frames, queues and
-its event loop. Saves a record.
+200 resident models under load by wrk, which shares the machine with the server: JSON and npy bodies, every number of
+workers and fronts up to the number of cores, in turn. `front` and `worker` are microseconds of CPU time per request.
+`decode`, `forward` and `encode` are wall time as the worker counts it, so they include the wait for a core when there
+are more processes than cores. `rest` is what a worker uses beyond these three: frames, queues and its event loop. Saves
+a record.
+
+With --beside the server of another checkout takes turns with this one, and `ratio` is this one's requests a second by
+the other's, turn by turn: `git worktree add ../before COMMIT`, then --beside ../before.
 """
 
 import os
@@ -31,7 +34,8 @@ from loadtest.observe.resource_counts import read_cpu_seconds
 from server.contract import JSON, NPY, STEP_SECONDS
 
 SEED = 7
-CONNECTIONS, SECONDS = 32, 3.0
+SECONDS = 3.0
+HERE, BESIDE = "here", "beside"
 PARTS = ("decode", "forward", "encode")
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
@@ -41,41 +45,67 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def main(rounds: Annotated[int, typer.Option(min=1, help="number of rounds over all combinations")] = 7) -> None:
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="number of rounds over all combinations")] = 7,
+    connections: Annotated[str, typer.Option(help="numbers of wrk's connections, separated by commas")] = "32",
+    most: Annotated[int | None, typer.Option(min=1, help="most workers, and fronts; default: the cores")] = None,
+    beside: Annotated[Path | None, typer.Option(exists=True, help="a checkout to compare with")] = None,
+) -> None:
     """Measure every number of workers and fronts up to the cores."""
+    try:
+        numbers = [int(each) for each in connections.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{connections!r} are no numbers such as 1,8,32") from None
     wrk.require_wrk()
     before = record.describe_machine()
     cores = len(os.sched_getaffinity(0))
-    shapes = list(product(range(1, cores + 1), repeat=2))
+    shapes = list(product(range(1, (most or cores) + 1), repeat=2))
+    trees = {HERE: None} if beside is None else {HERE: None, BESIDE: beside.resolve()}
     runs: dict[str, list[dict[str, float]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_fleet(folder / "store", build_family("tcn", TCN), TCN, [f"m{i}.mar" for i in range(MODELS)])
         bodies = dict(zip((JSON, NPY), write_bodies(folder), strict=True))
         servers = {}
-        for workers, fronts in shapes:
+        for (workers, fronts), (name, tree) in product(shapes, trees.items()):
             flags = ["--workers", str(workers), "--fronts", str(fronts)]
-            servers[workers, fronts] = stack.enter_context(run_local_server(str(folder / "store"), flags))
+            server = stack.enter_context(run_local_server(str(folder / "store"), flags, tree=tree))
+            servers[workers, fronts, name] = server
         for turn in track(range(rounds + 1), "rounds", transient=True):
-            for (workers, fronts), (media, body) in product(shapes, bodies.items()):
-                server = servers[workers, fronts]
+            order = list(trees) if turn % 2 else list(reversed(trees))
+            for (workers, fronts), (media, body), count, name in product(shapes, bodies.items(), numbers, order):
+                server = servers[workers, fronts, name]
                 target = wrk.WrkTarget("", f"{server.inference}/invocations", MODELS, ".mar", body, media)
-                found = _measure_combination(server, target, SECONDS if turn else 1.0)
+                found = _measure_combination(server, target, count, SECONDS if turn else 1.0)
                 if turn:
-                    key = f"{workers} workers, {fronts} fronts, {media.rpartition('-')[2].rpartition('/')[2]}"
+                    kind = media.rpartition("-")[2].rpartition("/")[2]
+                    key = f"{workers}+{fronts}, {count}, {kind}, {name}"
                     runs.setdefault(key, []).append(found)
-    results = {
+    add_ratios(runs)
+    results: dict[str, Any] = {
         key: {name: record.summarise_spread([run[name] for run in found]) for name in found[0]}
         for key, found in runs.items()
     }
+    if beside is not None:
+        results["beside_commit"] = record.find_commit(beside)
     CONSOLE.print(f"record: {record.save_record('cores', SEED, before, results)}")
     CONSOLE.print(build_table(results))
 
 
-def _measure_combination(server: LocalServer, target: wrk.WrkTarget, seconds: float) -> dict[str, float]:
+def add_ratios(runs: Mapping[str, list[dict[str, float]]]) -> None:
+    """Add to each run here its requests a second by those of the run beside it in the same round, if there is one."""
+    for key, found in runs.items():
+        others = runs.get(f"{key.removesuffix(HERE)}{BESIDE}", []) if key.endswith(HERE) else []
+        for one, other in zip(found, others, strict=False):
+            one["ratio"] = one["requests_per_s"] / other["requests_per_s"]
+
+
+def _measure_combination(
+    server: LocalServer, target: wrk.WrkTarget, connections: int, seconds: float
+) -> dict[str, float]:
     """Measure requests a second, and the microseconds of a request by part."""
     before = dict(_read_seconds(server))
-    found = wrk.run_wrk(target, CONNECTIONS, seconds)
+    found = wrk.run_wrk(target, connections, seconds)
     times = {"requests_per_s": found.requests_per_s, "p50_ms": found.p50_ms, "p99_ms": found.p99_ms}
     return times | compute_request_cost(before, dict(_read_seconds(server)), found.requests_per_s * seconds)
 
@@ -98,9 +128,22 @@ def _read_seconds(server: LocalServer) -> Iterator[tuple[str, float]]:
 def build_table(results: Mapping[str, Any]) -> Table:
     """Make a table of medians with a row for each combination."""
     columns = ("requests_per_s", "p50_ms", "p99_ms", "front", "worker", *PARTS, "rest")
-    shown = Table("", "requests/s", "p50 ms", "p99 ms", "front us", "worker us", *PARTS, "rest")
+    shown = Table(
+        "workers + fronts, connections",
+        "requests/s",
+        "p50 ms",
+        "p99 ms",
+        "front us",
+        "worker us",
+        *PARTS,
+        "rest",
+        "ratio",
+    )
     for key, row in results.items():
+        if not isinstance(row, dict):  # the other checkout's commit
+            continue
         cells = [f"{row[name]['median']:.{2 if name.endswith('ms') else 0}f}" for name in columns]
-        rate = row["requests_per_s"]
-        shown.add_row(key, f"{cells[0]} ({rate['min']:.0f}-{rate['max']:.0f})", *cells[1:])
+        rate, ratio = row["requests_per_s"], row.get("ratio")
+        against = "" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        shown.add_row(key, f"{cells[0]} ({rate['min']:.0f}-{rate['max']:.0f})", *cells[1:], against)
     return shown

@@ -61,11 +61,16 @@ class LocalServer:
 
 @contextmanager
 def run_local_server(
-    store: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None, stderr: Any = None
+    store: str,
+    flags: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    stderr: Any = None,
+    tree: Path | None = None,
 ) -> Iterator[LocalServer]:
     """Run `fleetcast serve` on free ports with its own disk cache, and send it SIGTERM at the end.
 
-    Raises RuntimeError if it does not become ready; the cause is on `stderr`, by default that of this process.
+    `tree`: a checkout whose server is run in the place of the installed one, in the same environment. Raises
+    RuntimeError if it does not become ready; the cause is on `stderr`, by default that of this process.
     """
     with tempfile.TemporaryDirectory(prefix="fleetcast-local-") as folder:
         announce = Path(folder, "addresses.json")
@@ -73,7 +78,7 @@ def run_local_server(
             sys.executable,
             "-P",
             "-m",
-            "server.cli.main",
+            "server.cli.main" if tree is None or (tree / "server/cli/main.py").exists() else "server.cli",
             "serve",
             "--store",
             store,
@@ -83,8 +88,8 @@ def run_local_server(
         for listener in ("inference", "management", "metrics"):
             command += [f"--{listener}-port", "0"]
         command += ["--disk-cache", str(Path(folder, "disk")), "--log-level", "warning", *flags]
-        environment = {**os.environ, **(env or {})}
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
+        environment = {**os.environ, **({} if tree is None else {"PYTHONPATH": str(tree)}), **(env or {})}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, cwd=tree)
         try:
             yield LocalServer(**_wait_for_addresses(announce, process), process=process)
         finally:

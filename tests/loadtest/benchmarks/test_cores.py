@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from loadtest import record
-from loadtest.benchmarks.cores import build_table, compute_request_cost
+from loadtest.benchmarks.cores import add_ratios, build_table, compute_request_cost
 
 BEFORE = {"front": 1.0, "worker": 2.0, "decode": 0.5, "forward": 0.25, "encode": 0.125}
 AFTER = {"front": 1.5, "worker": 3.0, "decode": 0.75, "forward": 0.5, "encode": 0.25}
@@ -28,3 +28,12 @@ def test_what_is_measured_is_what_the_table_shows() -> None:
     assert isinstance(console.file, StringIO)
     assert "12345 (12345-12345)" in console.file.getvalue()
     assert "38" in console.file.getvalue()
+
+
+def test_turns_are_compared_in_pairs() -> None:
+    """Each round's run with the one beside it; a run without another has no ratio."""
+    here, beside = ([{"requests_per_s": rate} for rate in rates] for rates in ((200.0, 90.0), (100.0, 100.0)))
+    runs = {"json, here": here, "json, beside": beside, "npy, here": [{"requests_per_s": 1.0}]}
+    add_ratios(runs)
+    assert [run["ratio"] for run in here] == [2.0, 0.9]
+    assert all("ratio" not in run for run in (*beside, *runs["npy, here"]))
