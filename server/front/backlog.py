@@ -79,8 +79,8 @@ class Backlog:
     def __init__(self) -> None:
         self._held: dict[str, int] = {}  # by model
         self._held_by: dict[str, int] = {}  # by client, where clients are known
-        self._total = 0
-        self._work: dict[str, TurnCounts] = {}  # by client; theirs by model
+        self._total = self._total_work = 0
+        self._work = {"": TurnCounts()}  # by client; theirs by model
         self._clients = TurnCounts()  # work by client, where clients are known
         self._fixed_s = 0.0  # what a request takes that has next to nothing ahead of it
         self._each_s = 0.0  # what each request ahead adds
@@ -104,7 +104,7 @@ class Backlog:
 
     def expected_s(self, ahead: int, now: float, safety: float = 1.0) -> float:
         """What a request is expected to take that has so many ahead, itself included."""
-        silent_s = now - self._heard if self._work else 0.0
+        silent_s = now - self._heard if self._total_work else 0.0
         return self._fixed_s + safety * self._each_s * ahead + silent_s
 
     def check(
@@ -155,8 +155,9 @@ class Backlog:
         if client:
             self._held_by[client] = self._held_by.get(client, 0) + 1
         if is_work:
-            if not self._work:
+            if not self._total_work:
                 self._heard = now
+            self._total_work += 1
             if client not in self._work:
                 self._work[client] = TurnCounts()
             self._work[client].add(model)
@@ -170,12 +171,13 @@ class Backlog:
         if client:
             _take_one(self._held_by, client)
         if was_work:
+            self._total_work -= 1
             work = self._work[client]
             work.remove(model)
-            if not work.counts:
-                del self._work[client]
             if client:
                 self._clients.remove(client)
+                if not work.counts:
+                    del self._work[client]
 
     def learn(self, ahead: int, began: float, now: float) -> None:
         """An answer has come to a request that had so many ahead when it began, itself included."""

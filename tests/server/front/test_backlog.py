@@ -196,7 +196,7 @@ class BacklogMachine(RuleBasedStateMachine):
                 assert self.backlog.count_ahead(model, client) == count_served(work, client, model)
         assert set(self.backlog._held) == {model for model, _, _ in self.open}
         assert set(self.backlog._held_by) == {client for _, client, _ in self.open}
-        assert set(self.backlog._work) == {client for client, _ in work}
+        assert set(self.backlog._work) == {"", *(client for client, _ in work)}
 
 
 TestBacklogMachine = BacklogMachine.TestCase
