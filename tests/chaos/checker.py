@@ -91,9 +91,14 @@ class Window:
 
 @dataclass(slots=True)
 class History:
-    """What happened beside the requests. `follow_s`: how long after its replacement a version may still answer."""
+    """What happened beside the requests.
+
+    `follow_s`: how long after its replacement a version may still answer. `store_broken`: spans in which the store
+    could not be asked, so that any copy on disk may answer, and `follow_s` after them.
+    """
 
     follow_s: float
+    store_broken: list[tuple[float, float]] = field(default_factory=list)
     versions: dict[str, list[Published]] = field(default_factory=dict)
     outages: list[Outage] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
@@ -102,19 +107,18 @@ class History:
         """The version is in the store, or is about to be."""
         self.versions.setdefault(model, []).append(Published(version, at))
 
-    def replace(self, model: str, version: str, at: float) -> None:
-        """Every worker is known to have this version: those before it are history."""
-        rows = self.versions[model]
-        newest = max(index for index, each in enumerate(rows) if each.version == version)
-        for each in rows[:newest]:
+    def replace(self, model: str, at: float) -> None:
+        """The newest version is in the store, or is ordered: those before it are to go."""
+        for each in self.versions[model][:-1]:
             each.replaced = each.replaced or at
 
     def permits(self, record: Record) -> bool:
         """Whether the version that the answer names may have answered."""
+        store_broken = any(begin <= record.sent <= end + self.follow_s for begin, end in self.store_broken)
         return any(
             each.version == record.version
             and each.at <= record.ended
-            and (each.replaced is None or record.sent <= each.replaced + self.follow_s)
+            and (each.replaced is None or record.sent <= each.replaced + self.follow_s or store_broken)
             for each in self.versions.get(record.model, ())
         )
 
@@ -229,9 +233,10 @@ def summarize_window(window: Window, judged: Sequence[tuple[Record, Verdict]], s
     """The requests of one window, and the recovery after it. Hostile requests do not count: they are always refused."""
     ours = [(each, verdict) for each, verdict in judged if window.begin <= each.sent < window.end and not each.hostile]
     during = Counter(str(verdict) for each, verdict in ours if each.sent < window.healed)
-    after = [(each, verdict) for each, verdict in ours if each.sent >= window.healed]
+    # What ends later than the window may have met the next fault.
+    after = [(each, verdict) for each, verdict in ours if each.sent >= window.healed and each.ended < window.end]
     bad = [each.sent - window.healed for each, verdict in after if verdict is not Verdict.RIGHT]
-    last = max(bad[: len(bad) - int(STRAYS * len(after))], default=0.0)
+    last = max(bad[: max(0, len(bad) - int(STRAYS * len(after)))], default=0.0)
     recovered = after and last <= window.end - window.healed - QUIET_S
     return FaultRow(
         window.faults,

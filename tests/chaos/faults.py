@@ -18,8 +18,7 @@ from functools import partial
 import httpx
 
 from tests.chaos.checker import Outage
-from tests.chaos.world import World, mount
-from tests.e2e.models import Model
+from tests.chaos.world import FOLLOW_S, World, mount
 from tests.e2e.test_crashes import POISON
 from tests.patience import wait_until
 from tests.s3 import Fault as StoreFault
@@ -154,11 +153,13 @@ def break_store(
 ) -> Iterator[None]:
     """Within the block every request to the store meets this, as `tests.s3.Fault` has it."""
     fault = StoreFault("", sys.maxsize, status, delay_s, cut_after, damaged)
+    begin = time.monotonic()
     world.s3.inject(fault)
     try:
         yield
     finally:
         world.s3.faults.remove(fault)
+        world.history.store_broken.append((begin, time.monotonic()))
 
 
 # --- disk -----------------------------------------------------------------------------------------------------------
@@ -258,22 +259,39 @@ def send_poison(world: World) -> Iterator[None]:
 
 @contextmanager
 def republish(world: World) -> Iterator[None]:
-    """Another version of a few models, as hot as any; then each is rolled back to the one before it."""
-    chosen = world.rng.sample(sorted(name for name in world.models if name.startswith("tcn/")), 3)
-    before = [world.models[name] for name in chosen]
+    """Other versions of a few models, which the server notices by itself; then the archives before are put back."""
+    before = [world.models[name] for name in choose_rows(world, 3)]
     for model in before:
-        new = world.revise(model)
-        world.reload(new, world.publish(new))
+        world.publish(world.revise(model))
     try:
         yield
     finally:
         for model in before:
-            roll_back(world, model)
+            world.publish(model)
 
 
-def roll_back(world: World, model: Model) -> None:
-    """The version before serves again: its archive is put back. A server that rolls back by itself is asked here."""
-    world.reload(model, world.publish(model))
+@contextmanager
+def roll_back(world: World) -> Iterator[None]:
+    """Another version of a model serves and is rolled back by one call, while the store has it; then it is followed."""
+    (name,) = choose_rows(world, 1)
+    before, after = world.models[name], world.revise(world.models[name])
+    first = world.history.versions[name][-1].version
+    world.command("load", name)
+    second = world.publish(after)
+    world.command("reload", name)
+    rolled = world.command("rollback", name)
+    if rolled.get("version") == first:
+        world.history.publish(name, first, time.monotonic())
+        world.history.replace(name, time.monotonic())
+    yield
+    if rolled and world.command("follow", name):
+        world.history.publish(name, second, time.monotonic())
+    world.publish(before)
+
+
+def choose_rows(world: World, count: int) -> list[str]:
+    """Names of models that can have other versions."""
+    return world.rng.sample(sorted(name for name in world.models if name.startswith("tcn/")), count)
 
 
 FAULTS: Mapping[str, Fault] = {
@@ -295,7 +313,8 @@ FAULTS: Mapping[str, Fault] = {
         Fault("store-cut", "store", 4.0, partial(break_store, cut_after=100)),
         Fault("store-wrong", "store", 3.0, partial(break_store, damaged=True)),
         Fault("store-gone", "store", 10.0, partial(break_store, cut_after=-1)),
-        Fault("republish", "store", SHORT_S, republish),
+        Fault("republish", "store", FOLLOW_S, republish),
+        Fault("rollback", "store", SHORT_S, roll_back),
         Fault("disk-full", "disk", 4.0, fill_disk, needs="disk"),
         Fault("disk-read-only", "disk", 4.0, forbid_writing, needs="disk"),
         Fault("disk-deleted", "disk", SHORT_S, delete_disk),

@@ -9,7 +9,7 @@ from tests.chaos.faults import FAULTS, make_schedule
 from tests.chaos.run import run_chaos
 from tests.s3 import S3Server
 
-SMOKE = ("kill-worker", "kill-front", "store-wrong", "republish", "disk-replaced", "clock-back")
+SMOKE = ("kill-worker", "kill-front", "store-wrong", "rollback", "disk-replaced", "clock-back")
 
 
 def test_a_schedule_is_its_seed_s_and_has_each_fault_once_before_any_pair() -> None:

@@ -30,7 +30,7 @@ ROWS = 48  #: models that are rows, which do not all fit beside the ONNX models
 WIDE = {**SMALL_TCN, "channels": 32}
 SLAB = 80 * 1024  #: bytes: four of the models
 REVALIDATE_S = 2.0  #: often, so that disk, store and the copies in memory are compared all the time
-FOLLOW_S = REVALIDATE_S + 3.0  #: how long after its replacement a version may answer
+FOLLOW_S = REVALIDATE_S + 3.0  #: how long after its replacement a version may answer, on a busy machine
 DISK_BYTES = 512 * 1024  #: of the disk tier: not all archives fit
 MOUNT = "4m"
 QUESTIONS = 3  #: to each model
@@ -154,6 +154,7 @@ class World:
         self.answers.add(model, version)  # before: it may be answered as soon as it is there
         self.history.publish(model.name, version, time.monotonic())
         assert upload(self.s3, self.bucket, [model]) == {model.name: version}
+        self.history.replace(model.name, time.monotonic())
         self.models[model.name] = model
         return version
 
@@ -162,17 +163,17 @@ class World:
         self._revision += 1
         return forecaster(model.name, 10_000 * self._revision + self.rng.randrange(1000), config=WIDE)
 
-    def reload(self, model: Model, version: str) -> None:
-        """Have all workers take the version; from then on those before it are stale."""
+    def command(self, verb: str, model: str) -> dict[str, Any]:
+        """The answer of `POST /fleet/{verb}/{model}`; empty, with a note, where it is refused."""
         try:
-            answer = self.server.fleet("reload", model.name)
+            answer = self.server.fleet(verb, model)
         except httpx.HTTPError as error:
-            self.say(f"reload of {model.name}: {error!r}")
-            return
-        if answer.is_success and answer.json().get("version") == version:
-            self.history.replace(model.name, version, time.monotonic())
-        else:
-            self.say(f"reload of {model.name}: {answer.status_code} {answer.text[:200]}")
+            self.say(f"{verb} of {model}: {error!r}")
+            return {}
+        if answer.is_success:
+            return dict(answer.json())
+        self.say(f"{verb} of {model}: {answer.status_code} {answer.text[:200]}")
+        return {}
 
     # --- disk and clock --------------------------------------------------------------------------------------------
 
