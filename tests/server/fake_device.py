@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from server.worker.engine.capture import capture_graph
 from server.worker.engine.device import Event
 from tests.server.fake_memory import Ledger
 from tests.server.fake_operators import INVALIDATED, Operators, Recording, poison
@@ -43,8 +44,45 @@ class Work:
         while not self.done:
             self.device.advance()
         self.device.require_context()
-        if self.error is not None:
-            raise self.error
+        error, self.error = self.error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # its traceback holds this frame, and with it whatever the work used
+
+
+class FakeCapture:
+    """As PyTorch has it: the end of a capture that failed raises before the allocator is told."""
+
+    def __init__(self, device: "FakeDevice", recording: Recording) -> None:
+        self._device, self._recording = device, recording
+        self._mode = Operators(device, recording)
+        self._is_recording = False
+
+    def begin(self) -> None:
+        """The cache is emptied at first."""
+        self._device.empty_cache()
+        self._device.captures += 1
+        self._device.is_capturing = self._is_recording = True
+        self._recording.invalid = self._device.uncapturable
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """Of the stream, then of the allocator."""
+        if not self._is_recording:
+            raise torch.AcceleratorError("CUDA error: illegal state")
+        self._is_recording = False
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._recording.invalid:
+            raise torch.AcceleratorError(INVALIDATED)
+        self._device.is_capturing = False
+
+    def abandon(self) -> None:
+        """Of the allocator."""
+        if not self._device.endless_captures:
+            self._device.is_capturing = False
+        self._device.empty_cache()
 
 
 @dataclass(eq=False)
@@ -61,6 +99,7 @@ class FakeDevice:
     captures: int = 0
     told: dict[str, list[Work]] = field(default_factory=lambda: {"loads": [], "compute": []})
     uncapturable: bool = False
+    endless_captures: bool = False  #: nothing ends a capture that failed
     broken: bool = False  #: its context, for good
     is_capturing: bool = False  #: the allocator's view: for ever after a failed capture that nobody ended
 
@@ -101,22 +140,11 @@ class FakeDevice:
         return self._tell("compute", work, after)
 
     def graph(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """As `torch.cuda.graph` does it: the end of a capture that failed raises before the allocator is told."""
+        """A capture computes nothing; a replay repeats its operators."""
         self._allocate()
-        if self.is_capturing:  # the cache is emptied at the beginning
-            raise RuntimeError(STILL_CAPTURING)
         recording = Recording(self)
-        self.is_capturing = True
-        self.captures += 1
-        try:
-            with torch.inference_mode(), Operators(self, recording):
-                answer = work()
-        finally:
-            if self.uncapturable or recording.invalid:
-                raise torch.AcceleratorError(INVALIDATED)
-            self.is_capturing = False
         with torch.inference_mode():
-            poison(answer)
+            answer = poison(capture_graph(FakeCapture(self, recording), work))
 
         def replay() -> torch.Tensor:
             self.replays += 1
@@ -135,9 +163,7 @@ class FakeDevice:
 
     def trim(self) -> None:
         """Counted."""
-        self.require_context()
-        if self.is_capturing:
-            raise RuntimeError(STILL_CAPTURING)
+        self.empty_cache()
         self.trims += 1
 
     def free_and_total(self) -> tuple[int, int]:
@@ -155,6 +181,12 @@ class FakeDevice:
         """Raises torch.AcceleratorError once the context is broken."""
         if self.broken:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def empty_cache(self) -> None:
+        """Raises RuntimeError during a capture."""
+        self.require_context()
+        if self.is_capturing:
+            raise RuntimeError(STILL_CAPTURING)
 
     def count(self, made: torch.Tensor) -> None:
         """Raises torch.OutOfMemoryError for memory that the device has not."""

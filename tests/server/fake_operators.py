@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from server.worker.engine.capture import waits_for_device
 from tests.server.fake_memory import Reference, get_address, list_new, list_tensors
 
 if TYPE_CHECKING:
@@ -21,19 +22,11 @@ INVALIDATED = "CUDA error: operation failed due to a previous error during captu
 UNINITIALISED = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 #: Operators that add many numbers, in an order that is the device's own.
 SUMS = {f"aten::{name}" for name in ("bmm", "baddbmm", "baddbmm_", "mm", "addmm", "sum", "mean", "convolution")}
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fill memory that nobody has written yet."""
     return tensor.fill_(NAN if tensor.is_floating_point() else -(10**15) if tensor.itemsize == 8 else 1)
-
-
-def reads_numbers(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the host must wait for the device: for a number, or for the size of the result."""
-    if func.name().partition(".")[0] in INDEXING:
-        return any(index.dtype in {torch.bool, torch.uint8} for index in list_tensors(args[1]))
-    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -50,7 +43,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        if self._capture is not None and reads_numbers(func, args):
+        if self._capture is not None and waits_for_device(func, args):
             self._capture.invalid = True
             raise torch.AcceleratorError(f"{NOT_CAPTURED} ({func})")
         self._require_page_locked(func, args, kwargs)

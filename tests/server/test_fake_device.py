@@ -5,8 +5,9 @@ import gc
 import pytest
 import torch
 
-from tests.server.fake_device import FakeDevice
+from tests.server.fake_device import FakeCapture, FakeDevice
 from tests.server.fake_memory import GraphTouchesStranger
+from tests.server.fake_operators import Recording
 
 MIB = 2**20
 
@@ -24,10 +25,14 @@ def test_a_capture_that_fails_is_never_over(work: object) -> None:
     device = FakeDevice()
     x = device.memory(4)
     device.launch(x.zero_).synchronize()
+    capture = FakeCapture(device, Recording(device))
+    capture.begin()
+    with pytest.raises(torch.AcceleratorError, match="not permitted"), torch.inference_mode():
+        work(x)  # type: ignore[operator]
     with pytest.raises(torch.AcceleratorError, match="previous error during capture"):
-        device.graph(lambda: work(x))  # type: ignore[operator]
+        capture.end()
     with pytest.raises(RuntimeError, match="captures_underway"):
-        device.graph(lambda: x + 1)
+        FakeCapture(device, Recording(device)).begin()
     with pytest.raises(RuntimeError, match="captures_underway"):
         device.trim()
 
