@@ -163,7 +163,7 @@ class DeviceStaging:
 
         def forward() -> torch.Tensor:
             short.copy_(rows)
-            return family.forward(short_weights, x.to(torch.bfloat16)).float()
+            return family.forward(short_weights, x).float()
 
         return forward
 
@@ -223,7 +223,7 @@ class DeviceEngine:
 
         def work() -> None:
             block = torch.from_numpy(np.repeat(row[None], len(x), axis=0)).to(self._device.where, kind)
-            answer = family.forward(family.bind(block), torch.from_numpy(x).to(self._device.where, kind))
+            answer = family.forward(family.bind(block), torch.from_numpy(x).to(self._device.where))
             found.copy_(answer.float())
 
         self._device.launch(work).synchronize()

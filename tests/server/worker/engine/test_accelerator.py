@@ -192,6 +192,23 @@ def test_bf16_is_close_and_nothing_else() -> None:
         assert not np.allclose(answer, right, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["deepar", "deepstate"])
+def test_bf16_draws_the_paths_of_the_seed(architecture: str) -> None:
+    """Two seeds that bfloat16 cannot tell apart give two sets of paths, each close to float32's: a golden sample holds
+    within the roundings of the network.
+    """
+    family = build_family(architecture, {"context_length": 30, "prediction_length": 6, "paths": 20})
+    row, x = family.row(random_tensors(family, 0)), inputs(family, 2)
+    x[:, -1] = 0
+    x[:, -1, :2] = [[1_000_001, 7], [1_000_999, 7]]
+    right = reference(family, 0, x)
+    made = DeviceEngine(DevicePool(row.nbytes, FakeDevice()), 16, bf16=True)
+    made.pool.write(0, row)
+    for answer in [made.run(family, [0], [x])[0] for _ in range(EAGER_RUNS + 2)] + [made.probe(family, row, x)]:
+        np.testing.assert_allclose(answer, right, atol=0.03 * np.abs(right).max())
+        assert np.abs(answer[0] - answer[1]).max() > 0.3 * np.abs(right).max()
+
+
 @pytest.mark.parametrize("failures", [1, 2, 3])
 def test_a_step_short_of_memory_can_be_run_again(failures: int) -> None:
     """Wherever the allocation fails, the engine is whole after `trim`: nothing in flight, the same answers."""
