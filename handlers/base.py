@@ -52,6 +52,9 @@ class Family(Protocol):
 
         `weights` is a binding of exactly B rows, on the device of x. Neither the rows nor x are changed. It uses no
         autograd and does not synchronise with the device.
+
+        x is float32 for rows of every precision. A family casts what it multiplies by weights, and nothing else: seeds
+        and other whole numbers of an input would not survive.
         """
 
     def reference(self) -> nn.Module:

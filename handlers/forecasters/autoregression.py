@@ -40,10 +40,10 @@ class Feedback:
         """
         layers = [bound[at : at + VIEWS] for at in range(0, self.items, VIEWS)]
         weight, bias, *_ = layers[0]
-        of_value, of_known = weight[:, :1], torch.baddbmm(bias, known, weight[:, 1:])
+        of_value, of_known = weight[:, :1], torch.baddbmm(bias, known.to(weight.dtype), weight[:, 1:])
         states = [state.expand(-1, value.shape[1], -1) for state in start]
         for step in range(known.shape[1]):
-            given = torch.baddbmm(of_known[:, step : step + 1], value[..., None], of_value)
+            given = torch.baddbmm(of_known[:, step : step + 1], value[..., None].to(of_value.dtype), of_value)
             for i, (weight, bias, hidden_weight, hidden_bias) in enumerate(layers):
                 if i:
                     given = torch.baddbmm(bias, states[i - 1], weight)

@@ -168,13 +168,14 @@ class Recurrence:
     ) -> Iterator[torch.Tensor]:
         """Run inputs x [B, steps, width]; yields the last layer's states [B, n, hidden], n steps at a time.
 
-        They are scratch that the next n steps overwrite. `start` has a state [B, 1, hidden] per layer; None means zero.
+        They are scratch that the next n steps overwrite. Inputs are cast to the weights' precision. `start` has a state
+        [B, 1, hidden] per layer; None means zero.
         """
         layers = [bound[at : at + self._layer_items] for at in range(0, self.items, self._layer_items)]
         steps = [list(zip(*[iter(layer[CHUNK_ITEMS:])] * STEP_ITEMS, strict=True)) for layer in layers]
         at, skip = 0, -self._steps % self._chunk  # the first chunk is the short one, at the end of its memory
         while at < self._steps:
-            h = x.narrow(1, at, self._chunk - skip)
+            h = x.narrow(1, at, self._chunk - skip).to(bound[0].dtype)
             for i, layer in enumerate(layers):
                 before = layer[-1] if at else start[i] if start else None
                 h = _advance_layer(layer, steps[i], h, skip, before)

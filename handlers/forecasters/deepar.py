@@ -108,17 +108,19 @@ class Deepar(Recurrent):
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
 
+        Seeds and draws are float32 for every precision of the network: a shorter seed would be another one.
+
         The memory of the paths is allocated here, because a binding of each batch size would keep some MB.
         """
         (head, bias), rest, steps = weights[:2], weights[2:], self.config.prediction_length
-        known, noise = x[:, :-1].transpose(1, 2), draw_normals(x[:, -1, :2], self.config.paths, steps).to(x.dtype)
+        known, noise = x[:, :-1].transpose(1, 2), draw_normals(x[:, -1, :2], self.config.paths, steps)
         past = torch.cat([x[:, 0, steps - 1 : -1, None], known[:, :-steps]], 2)
         start = self._gru.final(rest[self._feedback.items :], past)
         found, last = x.new_empty(len(x), *self.output_shape), x[:, :1, -1].expand(-1, self.config.paths)
 
         def some(models: slice) -> None:
             def drawn(step: int, states: torch.Tensor) -> torch.Tensor:
-                center, scale = compute_normal(torch.baddbmm(bias[models], states, head[models]))
+                center, scale = compute_normal(torch.baddbmm(bias[models], states, head[models]).float())
                 return torch.addcmul(center, scale, noise[models, :, step], out=found[models, step])
 
             bound = [each[models] for each in rest[: self._feedback.items]]

@@ -165,15 +165,16 @@ class Deepstate(Recurrent):
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, paths]; see Family.forward.
 
-        Variances are float32 for every dtype of the network, because shorter ones would not stay positive.
+        Seeds, draws and variances are float32 for every precision of the network, because a shorter seed would be
+        another one, and shorter variances would not stay positive.
         """
         (head, bias), constants, steps = weights[:2], Space(*weights[2:5]), self.config.prediction_length
         states = self._gru.run(weights[5:], x[:, :-1].transpose(1, 2))
         found = Filter(constants, torch.cat([torch.baddbmm(bias, some, head) for some in states], 1).float())
-        past = x[:, 0, steps:].float()
+        past = x[:, 0, steps:]
         for step, value in enumerate(past.unbind(1)):
             found.update(step, value[:, None] - found.predict(step)[0])
-        return found.drawn(past.shape[1], draw_normals(x[:, -1, :2], self.config.paths, steps)).to(x.dtype)
+        return found.drawn(past.shape[1], draw_normals(x[:, -1, :2], self.config.paths, steps))
 
 
 ARCHITECTURE = Architecture(name="deepstate", config=DeepstateConfig, family=Deepstate, samples=True)

@@ -134,7 +134,8 @@ class Esrnn(Recurrent):
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
-        smoothing, decay, rate, head, bias = weights[:5]
+        smoothing, decay, rate = (each.float() for each in weights[:3])  # sums of a whole context
+        head, bias = weights[3:5]
         cycle, (steps, _) = self.config.cycle, self.output_shape
         x = x[..., -self.config.steps :]
         y = x[:, 0].reshape(len(x), -1, cycle, 1)

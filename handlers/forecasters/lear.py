@@ -105,7 +105,7 @@ class Lear(Rows):
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
         places, weight, bias, read = weights
-        torch.index_select(x.flatten(1), 1, places, out=read)
+        torch.index_select(x.flatten(1).to(read.dtype), 1, places, out=read)
         return torch.baddbmm(bias, read[:, None], weight).view(-1, *self.output_shape)
 
 

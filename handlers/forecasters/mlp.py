@@ -71,7 +71,7 @@ class Mlp(Rows):
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
         first, first_bias, second, second_bias, head, head_bias, h1, h2 = weights
-        torch.baddbmm(first_bias, x.flatten(1)[:, None], first, out=h1).relu_()
+        torch.baddbmm(first_bias, x.flatten(1)[:, None].to(first.dtype), first, out=h1).relu_()
         torch.baddbmm(second_bias, h1, second, out=h2).relu_()
         return torch.baddbmm(head_bias, h2, head).view(-1, *self.output_shape)
 

@@ -81,7 +81,7 @@ class Recursive(Recurrent):
         (head, bias), rest = weights[:2], weights[2:]
         steps, middle = self.config.prediction_length, self.config.quantiles // 2
         start = self._encoder.final(rest[self._feedback.items :], x.transpose(1, 2))
-        found = x.new_empty(len(x), *self.output_shape)
+        found = head.new_empty(len(x), *self.output_shape)
 
         def answered(step: int, states: torch.Tensor) -> torch.Tensor:
             torch.baddbmm(bias, states, head, out=found[:, step : step + 1])

@@ -98,12 +98,14 @@ class ResidentModels:
         try:
             return work()
         except torch.OutOfMemoryError as error:
-            self.free_memory(error)
-            return work()
+            why = str(error)
+        # INVARIANT: the error is gone here. The frames of its traceback hold the staging that is to be freed.
+        self._free_memory(why)
+        return work()
 
-    def free_memory(self, error: torch.OutOfMemoryError) -> None:
+    def _free_memory(self, why: str) -> None:
         """Free idle singles, staging and graphs: the device was out of memory."""
-        log.warning("out_of_memory_once", error=str(error))
+        log.warning("out_of_memory_once", error=why)
         for victim in self.cache.relieve(STAGING_BYTES):
             self.evict(victim, self._now(), "memory")
         self.engine.trim()

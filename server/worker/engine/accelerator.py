@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from handlers.base import Family, Float32
+from server.worker.engine.capture import HostReads, NotCapturable
 from server.worker.engine.device import Device, Event
 from server.worker.engine.memory_pool import ALIGN_BYTES
 
@@ -24,6 +25,7 @@ MAX_STAGING_BYTES = 1024 * 1024 * 1024
 LANES = 2  #: forwards in flight: the host fills the inputs of the second one while the first runs
 EAGER_RUNS = 3  #: runs of a family and bucket before a graph is captured
 MAX_GRAPHS = 64
+MOST_PLAIN = 1024  #: families that are remembered as not to be captured: an archive's author chooses its family
 
 _FLOATS = ALIGN_BYTES // 4  # between two possible row starts
 
@@ -161,7 +163,7 @@ class DeviceStaging:
 
         def forward() -> torch.Tensor:
             short.copy_(rows)
-            return family.forward(short_weights, x.to(torch.bfloat16)).float()
+            return family.forward(short_weights, x).float()
 
         return forward
 
@@ -192,6 +194,7 @@ class DeviceEngine:
         self._staging: OrderedDict[str, DeviceStaging] = OrderedDict()  # the least recently used first
         self._graphs: OrderedDict[tuple[str, int], Callable[[], torch.Tensor]] = OrderedDict()
         self._runs: Counter[tuple[str, int]] = Counter()
+        self._plain = dict[str, str]()  # why a family's forwards are not captured, for good
 
     def __repr__(self) -> str:
         """For example `<DeviceEngine <DevicePool 512.0 MB on cuda:0>, 2 families, 7 graphs>`."""
@@ -220,7 +223,7 @@ class DeviceEngine:
 
         def work() -> None:
             block = torch.from_numpy(np.repeat(row[None], len(x), axis=0)).to(self._device.where, kind)
-            answer = family.forward(family.bind(block), torch.from_numpy(x).to(self._device.where, kind))
+            answer = family.forward(family.bind(block), torch.from_numpy(x).to(self._device.where))
             found.copy_(answer.float())
 
         self._device.launch(work).synchronize()
@@ -288,24 +291,44 @@ class DeviceEngine:
         lane.done = self._device.launch(work, after=self.pool.copied)
 
     def _forward(self, staging: DeviceStaging, bucket: int) -> Callable[[], torch.Tensor]:
-        """The graph of this family and bucket. The plain forward for its first runs, or if it cannot be captured."""
+        """The graph of this family and bucket. The plain forward for its first runs, or if it cannot be captured.
+
+        The last run before a capture is watched: work for which the host waits is never captured, because a capture
+        that fails is costly to contain.
+        """
         key = staging.family.key, bucket
         known = self._graphs.get(key)
         if known is not None:
             self._graphs.move_to_end(key)
             return known
         forward = staging.forward(bucket)
-        self._runs[key] += 1
-        if self._runs[key] <= EAGER_RUNS:
+        if staging.family.key in self._plain:
             return forward
+        self._runs[key] += 1
+        if self._runs[key] < EAGER_RUNS:
+            return forward
+        if self._runs[key] == EAGER_RUNS:
+            return lambda: self._watch(staging.family, forward)
         try:
             self._graphs[key] = self._device.graph(forward)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            log.warning("runs_without_graph", family=staging.family.key, rows=bucket, error=str(error))
-            self._graphs[key] = forward
+        except NotCapturable as error:
+            self._run_plainly(staging.family, str(error))
+            return forward
         del self._runs[key]
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return self._graphs[key]
+
+    def _watch(self, family: Family, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with HostReads(self._device.where) as watch:
+            answer = forward()
+        if watch.found:
+            self._run_plainly(family, f"{watch.found} waits for the device or reads the host's memory")
+        return answer
+
+    def _run_plainly(self, family: Family, why: str) -> None:
+        """Capture no forward of this family any more; outlives `trim`."""
+        log.warning("runs_without_graph", family=family.key, error=why)
+        if len(self._plain) >= MOST_PLAIN:
+            self._plain.clear()
+        self._plain[family.key] = why

@@ -120,7 +120,7 @@ class GpuBench:
             answer = self.run_step([0])[0]
             answers.append((time.perf_counter() - started) * 1e3)
             copies.append((copied - started) * 1e3)
-            np.testing.assert_array_equal(answer, before)
+            np.testing.assert_allclose(answer, before, rtol=1e-4, atol=1e-5)  # a device adds in any order
         return {
             "row_bytes": self.row_bytes,
             "copy_ms": summarise_spread(copies),

@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from server.worker.engine.capture import CudaCapture, capture_graph
+
 Precision = Literal["float32", "tf32", "bf16"]
 
 
@@ -45,7 +47,7 @@ class Device(Protocol):
     def graph(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Capture `work`. A call of the result, inside of launched work, repeats it on the memory of the capture.
 
-        A call's result is overwritten by the next call. Raises RuntimeError for work that cannot be captured.
+        A call's result is overwritten by the next call. Raises as `capture.capture_graph` does.
         """
 
     def drain(self) -> None:
@@ -99,14 +101,10 @@ class CudaDevice:
         return event
 
     def graph(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """See Device. To be captured after an eager run, in which libraries initialise themselves.
-
-        `thread_local`: a loader thread may allocate memory during the capture.
-        """
+        """See Device. To be captured after an eager run, in which libraries initialise themselves."""
         graph = torch.cuda.CUDAGraph()
-        capture = torch.cuda.graph(graph, self._graphs, self._compute, capture_error_mode="thread_local")
-        with torch.inference_mode(), capture:
-            answer = work()
+        with torch.cuda.stream(self._compute), torch.inference_mode():
+            answer = capture_graph(CudaCapture(graph, self._graphs, self.where), work)
 
         def replay() -> torch.Tensor:
             graph.replay()

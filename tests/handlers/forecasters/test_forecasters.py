@@ -139,14 +139,18 @@ def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> No
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_rows_of_bfloat16_answer_nearly_alike(architecture: str) -> None:
-    """A worker may run its forwards so: nothing mixes number types, and answers differ by roundings."""
+    """A worker may run its forwards so, on inputs of float32: answers differ by roundings, and drawn paths are those of
+    the same seed, which bfloat16 cannot hold.
+    """
     made = build_family(architecture, {"context_length": 30})
     block = torch.from_numpy(np.stack([made.row(random_tensors(made, seed)) for seed in range(3)]))
-    x = torch.randn((3, *made.input_shape), generator=torch.Generator().manual_seed(0)).bfloat16()
-    x[:, -1] = 0  # of a network that samples the seed
-    answer = made.forward(made.bind(block), x.float())
+    x = torch.randn((3, *made.input_shape), generator=torch.Generator().manual_seed(0))
+    samples = ARCHITECTURES[architecture].samples
+    if samples:
+        x[:, -1] = torch.tensor([[2.0**23 + 1], [2.0**23 + 3], [2.0**24 - 1]])
+    answer = made.forward(made.bind(block), x)
     short = made.forward(made.bind(block.bfloat16()), x)
-    assert short.dtype == torch.bfloat16
+    assert short.dtype == (torch.float32 if samples or architecture == "esrnn" else torch.bfloat16)
     torch.testing.assert_close(short.float(), answer, atol=0.15, rtol=0.05)
 
 

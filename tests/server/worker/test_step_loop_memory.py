@@ -284,6 +284,29 @@ def test_a_step_out_of_memory_is_507_and_the_next_one_is_answered() -> None:
     play(scenario)
 
 
+def test_the_staging_of_a_step_out_of_memory_is_gone_before_the_step_runs_again() -> None:
+    """The frames of the error hold the family's staging; a second one beside it would never find room."""
+
+    async def scenario(house: House) -> None:
+        await house.steps.load(ModelName("a/m0"))
+        assert isinstance(house.engine, DeviceEngine)
+        pool, used, trim = house.device.ledger.used_bytes, list[int](), house.engine.trim
+        house.device.total_bytes = pool + 219_500  # its staging, without the scratch of a forward
+
+        def trimmed() -> None:
+            trim()
+            used.append(house.device.ledger.used_bytes)
+
+        house.engine.trim = trimmed  # type: ignore[method-assign]
+        refused = house.front.refusals[await house.ask("a/m0")]
+        assert "wanted" in refused.detail.message
+        assert used == [pool]
+        house.device.total_bytes = 2**30
+        assert await house.ask("a/m0") in house.front.answers
+
+    play(scenario)
+
+
 def test_a_load_out_of_memory_once_and_always() -> None:
     """A row's copy fails once: the model serves. It always fails: its waiters get 507, and its room is free again."""
 
