@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import torch
 
 from handlers.base import Float32
 from handlers.codecs.codec import NUMBER_S, Encoded
@@ -109,11 +108,8 @@ class RowBatches:
         models = {job.model for job in running}
         self._note_batch(models)
         try:
-            answers = self._engine.run(family, offsets, parts)
-        except torch.OutOfMemoryError as error:
-            self._residents.free_memory(error)
-            answers = self._engine.run(family, offsets, parts)
-        finally:
+            answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, parts))
+        finally:  # a worker that ends inside leaves the names for the supervisor
             self._noted[0] = 0
         ended = time.perf_counter()
         rows = sum(map(len, parts))
