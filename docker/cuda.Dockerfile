@@ -1,7 +1,8 @@
 # Fleetcast for NVIDIA GPUs. Built from the repository's root:
 #   docker build -f docker/cuda.Dockerfile -t fleetcast:0.1.0-cuda .
 # docker/requirements-cuda.lock names every package with its hash (`make lock`). The CUDA libraries come with the wheels of
-# torch and onnxruntime-gpu; the host needs the NVIDIA container toolkit.
+# torch and onnxruntime-gpu; the host needs the NVIDIA driver 580 or newer (torch is built for CUDA 13) and the NVIDIA
+# container toolkit. A worker that finds an older one, or no GPU, says so in one sentence and the server ends.
 # Run: docker run --gpus all -p 127.0.0.1:8080:8080 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0-cuda serve
 
 FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84 AS build
@@ -26,7 +27,10 @@ WORKDIR /var/lib/fleetcast
 # The inference listener must be reachable from outside the container; `docker run -p` decides what is published. The
 # management and metrics listeners stay on the container's loopback until FLEETCAST_MANAGEMENT_HOST and
 # FLEETCAST_METRICS_HOST name an address and FLEETCAST_TOKENS a file (see docker/compose.yaml).
+# NVIDIA_REQUIRE_CUDA: the container toolkit refuses to start the container on a host whose driver is too old.
+LABEL org.fleetcast.nvidia-driver=">=580"
 ENV PATH=/opt/fleetcast/bin:$PATH \
+    NVIDIA_REQUIRE_CUDA="cuda>=13.0" \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     FLEETCAST_HOST=0.0.0.0 \

@@ -24,5 +24,9 @@ class RunFailed(Exception):
     """The model itself failed (424): a non-finite output, an output of the wrong shape, an error of its runtime."""
 
 
+class DeviceFailed(Exception):
+    """The device failed, not the model: no run in this process succeeds any more."""
+
+
 class Overran(RunFailed):
     """A run of the model exceeded its time limit, and was aborted or ended too late."""

@@ -21,7 +21,7 @@ USUAL_MOUNTS = {V2: "sys/fs/cgroup", "memory": "sys/fs/cgroup/memory", "cpu": "s
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The cores this process may use, memory in bytes (cgroup limits known), and GPU indices."""
+    """The cores this process may use, memory in bytes (cgroup limits known), and CUDA's names of the GPUs."""
 
     cores: tuple[int, ...]
     memory_bytes: int
@@ -30,8 +30,9 @@ class Host:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """One worker's share: device (`cpu` or `cuda:N` as the operator sees it), cores, threads, cache budget in bytes.
+    """One worker's share: device, cores, threads, cache budget in bytes.
 
+    The device is `cpu`, or `cuda:` and what CUDA_VISIBLE_DEVICES names the GPU: `cuda:0`, `cuda:MIG-41b3`.
     A budget of 0: the worker takes its part of what its GPU has, of which there are `sharers`. `host_bytes` are for the
     host memory tier.
     """
@@ -180,8 +181,14 @@ def _read_number(path: Path) -> int | None:
 
 
 def _list_gpus(root: Path) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES may have to show one GPU each.
+
+    Its names (numbers, UUIDs, MIG instances) where it is set. Else ordinals: CUDA numbers the GPUs that it may open
+    from 0, whatever the numbers of their device nodes. A container that was given /dev/nvidia5 alone has GPU 0.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         names = (gpu.strip() for gpu in visible.split(","))
         return tuple(takewhile(lambda gpu: gpu not in ("", "-1"), names))  # as CUDA reads it: the rest is hidden
-    return tuple(str(i) for i in sorted(int(p.name[6:]) for p in (root / "dev").glob("nvidia[0-9]*")))
+    nodes = [each for each in (root / "dev").glob("nvidia[0-9]*") if each.name[6:].isdecimal()]
+    return tuple(str(i) for i in range(sum(os.access(each, os.R_OK | os.W_OK) for each in nodes)))

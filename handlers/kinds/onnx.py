@@ -1,6 +1,7 @@
 """Archives of kind onnx: one ONNX Runtime session a model, float32 in and out, and no file is read but its bytes."""
 
 import os
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from handlers.base import Float32, Shape
 from handlers.codecs.codec import SingleCodec
-from handlers.errors import Overran, RunFailed
+from handlers.errors import DeviceFailed, Overran, RunFailed
 from handlers.kinds.models import BuiltModel, SingleModel, Target
 from handlers.kinds.onnx_scan import check_model
 from handlers.kinds.packing import ArchiveParts
@@ -34,6 +35,11 @@ BYTES_PER_MODEL_BYTE = 1.25
 MEASURED_BYTES = 8 * 2**20  #: growth of the process below this says nothing of a session
 WATCH_S = 0.02  #: how late a run that takes too long may be ended
 MOST_TOGETHER = 32 * 2**20  #: bytes of inputs in one run
+_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+#: As ONNX Runtime begins its messages of CUDA and its libraries: `CUDA failure 700: an illegal memory access ...`.
+_CUDA_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS|CUFFT) (failure|error)\b", re.IGNORECASE)
+_NO_MEMORY = re.compile(r"out of memory|failed to allocate|ALLOC_FAILED", re.IGNORECASE)
+_FAILED_BEFORE = re.compile(r"EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR", re.IGNORECASE)
 ATOL, RTOL = 1e-5, 1e-4  #: within which answers run together equal those run alone
 
 
@@ -121,9 +127,11 @@ class OnnxModel:
                     path, options, providers=[PROVIDERS[provider]], disabled_optimizers=["ConstantFolding"]
                 )
             except Exception as error:
+                if provider == "cuda" and is_device_failure(str(error)):
+                    raise DeviceFailed(f"ONNX Runtime: {error}") from error
                 why = str(error).replace(path, ONNX_FILE)
                 raise ArchiveInvalid(f"model.onnx: ONNX Runtime cannot load it: {why}") from error
-        self._forward_s, self._run_options = limits.forward_s, runtime.RunOptions
+        self._forward_s, self._run_options, self._provider = limits.forward_s, runtime.RunOptions, provider
         taken = {each.name: _check_shape("input", each) for each in self._session.get_inputs()}
         given = {each.name: _check_shape("output", each) for each in self._session.get_outputs()}
         if not taken or not given:
@@ -140,7 +148,10 @@ class OnnxModel:
         return f"<OnnxModel {dict(self.inputs)} -> {', '.join(self.outputs)}, {how}>"
 
     def run(self, feeds: Mapping[str, Float32]) -> Mapping[str, Float32]:
-        """Arrays [N, *shape] by input name -> arrays [N, ...] by output name. Raises RunFailed, Overran."""
+        """Arrays [N, *shape] by input name -> arrays [N, ...] by output name.
+
+        Raises RunFailed, Overran, DeviceFailed.
+        """
         rows = len(next(iter(feeds.values())))
         if not self._row_by_row or rows == 1:
             return self._run(feeds, rows)
@@ -156,7 +167,7 @@ class OnnxModel:
         A graph with an open batch axis may still mix rows (a softmax or a mean along the batch), and then one client's
         answer would depend on another's request. So the first requests that differ are run both ways and compared.
 
-        Raises Overran when a run took too long: what is left of the requests is not run.
+        Raises Overran when a run took too long, and DeviceFailed: what is left of the requests is not run.
         """
         size = sum(array.nbytes for feeds in requests for array in feeds.values())
         if self._apart is False or len(requests) == 1 or size > MOST_TOGETHER or not _can_stack(requests):
@@ -198,6 +209,8 @@ class OnnxModel:
             with _WATCHDOG.watching(options, started + self._forward_s):
                 outputs = self._session.run(None, dict(feeds), options)
         except Exception as error:
+            if self._provider == "cuda" and is_device_failure(str(error)):
+                raise DeviceFailed(f"ONNX Runtime: {error}") from error
             if not options.terminate:
                 raise RunFailed(f"ONNX Runtime: {error}") from error
         if time.monotonic() - started > self._forward_s:
@@ -206,6 +219,18 @@ class OnnxModel:
             if output.ndim == 0 or len(output) != rows:
                 raise RunFailed(f"output {name!r} has the shape {list(output.shape)}, but {rows} rows were asked")
         return dict(zip(self.outputs, outputs, strict=True))
+
+
+def is_device_failure(message: str) -> bool:
+    """Whether ONNX Runtime's message says that CUDA fails from now on, which being out of memory does not.
+
+    Only what follows the last `Status Message:` counts, since the names in front of it are the archive's.
+    """
+    said = _PREFIX.sub("", message.rpartition("Status Message:")[2].strip(), count=1)
+    found = _CUDA_FAILURE.match(said)
+    if found is None or _NO_MEMORY.search(said):
+        return False
+    return found[1].upper() == "CUDA" or _FAILED_BEFORE.search(said) is not None
 
 
 def _can_stack(requests: Sequence[Mapping[str, Float32]]) -> bool:

@@ -52,7 +52,7 @@ class Ready(Operation[None]):
 
 
 class Fatal(Operation[None]):
-    """A worker will never be ready with these settings, and why."""
+    """A worker cannot be ready with these settings on this host as it is now, and why."""
 
     error: str
 

@@ -77,7 +77,8 @@ def check_accelerator(host: Host, cuda: str | None, devices: int) -> HostFact:
             "accelerator", text, "torch is a build for the CPU: install one for CUDA, or serve with --device cpu"
         )
     if devices < len(host.gpus):
-        return HostFact("accelerator", text, f"is the driver there, and new enough for CUDA {cuda}? See nvidia-smi")
+        advice = f"is the driver there, and new enough for CUDA {cuda} (CUDA 13 needs 580)? See nvidia-smi"
+        return HostFact("accelerator", text, advice)
     return HostFact("accelerator", text + "; paths below are the CPU's, `fleetcast-load bench gpu` measures a GPU")
 
 

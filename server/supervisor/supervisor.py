@@ -238,7 +238,7 @@ class Supervisor:
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
             case Fatal(error):
-                self._children.set_fatal(error)
+                self._note_failed_start(child, error)
                 return None
             case _:
                 assert_never(operation)
@@ -265,6 +265,16 @@ class Supervisor:
         from_outside = code == -signal.SIGKILL and not worker.condemned
         if self._quarantine.note_death(running, tried=self._trials.model, from_outside=from_outside):
             self._announce_quarantine()
+
+    def _note_failed_start(self, child: Child, why: str) -> None:
+        """Before the server is up its start fails. Later only this child is missing, and is started again and again.
+
+        INVARIANT: a child that has been ready once never ends the others.
+        """
+        if child.proven:
+            log.error("cannot_start", child=child.name, why=why)
+        else:
+            self._children.set_fatal(why)
 
     def note_silence(self, child: Child) -> None:
         """Say by `worker_up` whether it is silent. The fronts see it themselves."""

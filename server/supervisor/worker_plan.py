@@ -37,7 +37,10 @@ def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
 
 def _uses_cuda(settings: Settings, host: Host) -> bool:
     if settings.device == "cuda" and not host.gpus:
-        raise ValueError("device is cuda, but no GPU is visible here (/dev/nvidia*, CUDA_VISIBLE_DEVICES)")
+        raise ValueError(
+            "device is cuda, but no GPU is visible here (/dev/nvidia* that this user may open, CUDA_VISIBLE_DEVICES): "
+            "install the NVIDIA driver, start the container with --gpus, or serve with --device cpu"
+        )
     cuda = bool(host.gpus) and settings.device != "cpu"
     if settings.precision != "float32" and not cuda:
         raise ValueError(f"precision is {settings.precision}, but models run on the CPU, in float32: leave it out")

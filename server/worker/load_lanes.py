@@ -19,6 +19,7 @@ from typing import Protocol
 from model_store.errors import LoadError, StoreUnavailable
 from model_store.names import ModelName
 from server.ipc.pulse import Pulse
+from server.worker.engine.device_errors import ending_if_lost
 from server.worker.model_loader import AskStore, BuildFetched, LoadedModel, LoadSteps, ModelBuilder, unexpected
 
 KEPT = 7 / 8  #: weight of the times that were measured before
@@ -245,7 +246,7 @@ class LoadLanes:
         started = time.perf_counter()
         outcome: Outcome
         try:
-            with self._pulse.noting(run.model, "load"):
+            with self._pulse.noting(run.model, "load"), ending_if_lost():
                 outcome = next(run.steps)
         except StopIteration as end:
             outcome = end.value

@@ -30,8 +30,10 @@ from server.metrics import WorkerMetrics
 from server.settings import Settings
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
+from server.worker.engine.cuda_start import check_build, explain_host_memory, explain_start
 from server.worker.engine.device import CudaDevice, cache_share
 from server.worker.engine.memory_pool import Pool
+from server.worker.engine.self_check import check_device, check_onnx
 from server.worker.front_connection import FrontConnection
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
@@ -80,13 +82,12 @@ def open_memory(
 ) -> tuple[Engine | DeviceEngine, int, torch.Tensor]:
     """The engine with its pool, the pool's bytes, and the memory of the host tier [floats].
 
-    Raises ValueError when the device has no room for them.
+    Raises ValueError when the device cannot be used or has no room for them.
     """
     budget, rows = plan.budget_bytes, settings.max_batch_rows
     if where.type == "cpu":
         return Engine(Pool(budget, where), rows), budget, torch.empty(plan.host_bytes // 4)
-    device = CudaDevice(where, settings.precision)
-    free = device.free_and_total()
+    device, free = open_device(settings, plan, where)
     budget = budget or cache_share(free, int(settings.gpu_reserve_bytes), plan.sharers)
     if budget < settings.slab_bytes:
         raise ValueError(
@@ -102,7 +103,19 @@ def open_memory(
             f"or raise gpu_reserve_bytes: {error}"
         ) from error
     engine = DeviceEngine(pool, rows, bf16=settings.precision == "bf16")
-    return engine, budget, device.host(plan.host_bytes // 4)
+    with explain_host_memory(plan.host_bytes):
+        memory = device.host(plan.host_bytes // 4)
+    return engine, budget, memory
+
+
+def open_device(settings: Settings, plan: WorkerPlan, where: torch.device) -> tuple[CudaDevice, tuple[int, int]]:
+    """The worker's GPU, checked, with its free and total bytes. Raises CannotStart."""
+    check_build(plan.device, torch.__version__, torch.version.cuda)
+    with explain_start(plan.device):
+        device = CudaDevice(where, settings.precision)
+        check_device(device, settings.precision)
+        check_onnx("cuda")
+        return device, device.free_and_total()
 
 
 async def main(control_fd: int) -> None:

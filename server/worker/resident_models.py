@@ -21,6 +21,7 @@ from model_store.names import ModelName
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import STAGING_BYTES, DeviceEngine
 from server.worker.engine.cpu import Engine
+from server.worker.engine.device_errors import end_if_lost, ending_if_lost
 from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel
 from server.worker.prefetch.prefetcher import Prefetcher
@@ -86,22 +87,25 @@ class ResidentModels:
 
     def move(self, moves: Sequence[tuple[Slot, int]]) -> None:
         """Copy rows to other places of the pool."""
-        for slot, offset in moves:
-            self.engine.pool.move(slot.offset, offset, slot.charge)
-            self.cache.moved(slot, offset)
+        with ending_if_lost():
+            for slot, offset in moves:
+                self.engine.pool.move(slot.offset, offset, slot.charge)
+                self.cache.moved(slot, offset)
 
     def with_memory(self, work: Callable[[], _Result]) -> _Result:
         """Do `work`; if the device is out of memory, free idle singles, staging and graphs and do it once more.
 
-        Rows are not evicted: their pool was allocated at the start, and evicting them would free no memory.
+        Rows are not evicted: their pool was allocated at the start, and evicting them would free no memory. If the
+        device is lost, this process ends.
         """
-        try:
+        with ending_if_lost():
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                why = str(error)
+            # INVARIANT: the error is gone here. The frames of its traceback hold the staging that is to be freed.
+            self._free_memory(why)
             return work()
-        except torch.OutOfMemoryError as error:
-            why = str(error)
-        # INVARIANT: the error is gone here. The frames of its traceback hold the staging that is to be freed.
-        self._free_memory(why)
-        return work()
 
     def _free_memory(self, why: str) -> None:
         """Free idle singles, staging and graphs: the device was out of memory."""
@@ -165,6 +169,7 @@ class ResidentModels:
         try:
             self.engine.pool.keep(slot.offset, numbers)
         except Exception as error:  # the model is evicted without a copy
+            end_if_lost(error)
             log.warning("not_kept", model=slot.model, error=repr(error))
             self.shelf.drop(slot.model)
 

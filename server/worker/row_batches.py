@@ -109,7 +109,7 @@ class RowBatches:
         self._note_batch(models)
         try:
             answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, parts))
-        finally:
+        finally:  # a worker that ends inside leaves the names for the supervisor
             self._noted[0] = 0
         ended = time.perf_counter()
         rows = sum(map(len, parts))

@@ -17,6 +17,7 @@ from handlers.errors import Overran, RequestError, RunFailed
 from handlers.kinds import SingleModel
 from model_store.names import ModelName
 from server.errors import Refused, Situation
+from server.worker.engine.device_errors import ending_if_lost
 from server.worker.long_jobs import LongJobs, Outcome, RunCounts
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
@@ -134,7 +135,7 @@ def answer_alone(
         yield
     asked = [call for call in outcomes if not isinstance(call, Exception)]
     started = time.perf_counter()
-    with counts.timing("forward_s"):
+    with counts.timing("forward_s"), ending_if_lost():
         answers = iter(model.single.run_all([call.feeds for call in asked]) if asked else ())
     note(asked, time.perf_counter() - started)
     counts.rows += sum(call.n for call in asked)

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from server.host import read_host
+from server.settings import Settings
+from server.supervisor.children import Child, child_environment
+from server.supervisor.worker_plan import plan_workers
 
 GIB = 1024**3
 CORES = 16
@@ -224,23 +227,53 @@ def test_cores_are_those_of_the_affinity(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
-        (None, ("0", "1", "2", "10")),
+        (None, ("0", "1", "2", "3")),
         ("", ()),
         ("-1", ()),
         ("1", ("1",)),
         ("2, 0", ("2", "0")),
         ("1,-1,2", ("1",)),
         ("GPU-5a1b,GPU-77", ("GPU-5a1b", "GPU-77")),
+        ("MIG-41b3-9d", ("MIG-41b3-9d",)),
     ],
 )
-def test_gpus_are_device_files_or_what_the_operator_shows(
+def test_gpus_are_numbered_as_cuda_does_or_named_as_the_operator_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: tuple[str, ...]
 ) -> None:
-    """Sorted by number; other nvidia files are no GPUs; CUDA_VISIBLE_DEVICES decides where set, as CUDA reads it."""
+    """From 0 without a gap; other nvidia files are no GPUs; CUDA_VISIBLE_DEVICES decides where set, as CUDA does."""
     root = make_root(tmp_path, dict.fromkeys([f"dev/nvidia{i}" for i in ("0", "10", "2", "1", "ctl", "-uvm")], ""))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert read_host(root).gpus == expected
+
+
+def test_a_container_with_gpu_5_alone_has_gpu_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only node is /dev/nvidia5, and CUDA in it knows one GPU: number 0, which is what its worker is shown."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    host = read_host(make_root(tmp_path, dict.fromkeys(["dev/nvidia5", "dev/nvidiactl", "dev/nvidia-uvm"], "")))
+    (plan,) = plan_workers(Settings.model_validate({"store": "archives"}), host)
+    assert plan.device == "cuda:0"
+    assert child_environment(Child("worker", 0, plan))["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_a_mig_instance_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operator shows by a name that is no number reaches the worker as it is."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b3-9d,GPU-77")
+    plans = plan_workers(
+        Settings.model_validate({"store": "archives"}), read_host(make_root(tmp_path, {"dev/nvidia5": ""}))
+    )
+    shown = [child_environment(Child("worker", plan.index, plan))["CUDA_VISIBLE_DEVICES"] for plan in plans]
+    assert shown == ["MIG-41b3-9d", "GPU-77"]
+
+
+def test_a_gpu_that_may_not_be_opened_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA numbers what it may open: of two nodes that is one."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    root = make_root(tmp_path, {"dev/nvidia0": "", "dev/nvidia1": ""})
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "nvidia0" and real(path, mode))  # root may
+    assert read_host(root).gpus == ("0",)
 
 
 def test_this_machine_can_be_read() -> None:
