@@ -139,8 +139,11 @@ def _close_idle(state: DrainState, idle: dict[DrainedConnection, int]) -> dict[D
 
 def _count_unread(transport: asyncio.Transport) -> int:
     """Bytes that the kernel has received from the client and the loop has not read."""
+    sock = transport.get_extra_info("socket")
+    if sock is None:  # over TLS: lost, which the connection itself learns in the loop's next turn
+        return 0
     try:
-        unread = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
+        unread = fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4))
     except OSError:
         return 0  # closed meanwhile
     return int.from_bytes(unread, sys.byteorder)

@@ -376,8 +376,11 @@ def _count_unacknowledged(transport: asyncio.Transport) -> bytes:
 
     The kernel may hold megabytes and asks for more only when a third is gone, which a slow reader delays for long.
     """
+    sock = transport.get_extra_info("socket")
+    if sock is None:  # over TLS: lost, which the connection itself learns in the loop's next turn
+        return b""
     try:
-        return fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
         return b""  # the platform has no such call
 

@@ -88,11 +88,11 @@ class App:
             plane: InferencePlane = self.plane
             if operation.body_limit is not None:
                 token = None if self._permissions is None else self._permissions.find_token(request.headers)
-                if token is not None or self.releases.routes:
-                    plane = self._make_plane(token)
                 request.arrived = started
                 request.client = scope.get(CLIENT_NAME, "") if token is None else token.name
                 await self._read(request, operation.body_limit, scope, receive, signed=token is None)
+                if token is not None or self.releases.routes:  # as they are now: a body may have taken long
+                    plane = self._make_plane(token)
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)

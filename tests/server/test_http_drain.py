@@ -7,14 +7,14 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trustme
 import uvloop
 
 from server.access.tls import Tls
-from server.http_drain import LINGER_LOOKS, LOOK_S
+from server.http_drain import LINGER_LOOKS, LOOK_S, _count_unread
 from server.http_listener import Listener, make_listener
 from tests.patience import PATIENCE_S
 
@@ -189,15 +189,48 @@ def test_a_request_that_has_begun_is_answered_however_long_it_takes_to_come() ->
     draining(act, PATIENCE_S)
 
 
+def make_tls(folder: Path) -> tuple[Tls, ssl.SSLContext]:
+    """A server's certificate, and a client that trusts it."""
+    ca, trusting = trustme.CA(), ssl.create_default_context()
+    ca.configure_trust(trusting)
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(folder / "server.pem"))
+    return Tls(folder / "server.pem", None, None), trusting
+
+
+def test_a_connection_that_is_just_being_lost_has_nothing_unread(tmp_path: Path) -> None:
+    """Over TLS a lost connection has no socket any more, for a moment before it learns that it is lost."""
+    tls, trusting = make_tls(tmp_path)
+    made: asyncio.Queue[asyncio.Transport] = asyncio.Queue()
+    lost = asyncio.Event()
+
+    class Server(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            made.put_nowait(cast("asyncio.Transport", transport))
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            del exc
+            lost.set()
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(Server, "127.0.0.1", 0, ssl=tls.context)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname(), ssl=trusting)
+        transport = await made.get()
+        writer.transport.abort()
+        try:
+            while not lost.is_set():
+                assert _count_unread(transport) == 0
+                await asyncio.sleep(0)
+        finally:
+            server.close()
+
+    uvloop.run(scenario())
+
+
 @pytest.mark.parametrize("with_tls", [False, True])
 def test_connections_nobody_has_accepted_are_served(tmp_path: Path, *, with_tls: bool) -> None:
     """Opened while the loop did something else and was told to stop: each is answered."""
-    tls = trusting = None
-    if with_tls:
-        ca, trusting = trustme.CA(), ssl.create_default_context()
-        ca.configure_trust(trusting)
-        ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-        tls = Tls(tmp_path / "server.pem", None, None)
+    tls, trusting = make_tls(tmp_path) if with_tls else (None, None)
 
     async def act(app: App, listener: Listener, connect: Connect) -> None:
         app.open.set()
