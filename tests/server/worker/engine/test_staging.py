@@ -13,6 +13,8 @@ from server.worker.engine.work_memory import measure_work
 from tests.server.fake_device import FakeDevice
 from tests.server.worker.engine.test_cpu import reference
 
+MIB = 2**20
+
 
 def test_many_large_families_share_one_staging() -> None:
     """Twelve families in turn, each of as much staging as a forward may have: nothing is thrown away, all are replayed,
@@ -96,3 +98,17 @@ def test_a_larger_family_makes_staging_grow_and_smaller_ones_answer_on() -> None
             answer = engine.run(family, [offsets[family.key]], [x])[0]
             np.testing.assert_allclose(answer, reference(family, 1, x), rtol=1e-4, atol=1e-5)
     assert device.captures == 3
+
+
+def test_page_locked_memory_that_is_short_is_out_of_memory() -> None:
+    """It is an error that passes, as that of the device's memory: after `trim` the step runs."""
+    family = build_family("mlp", {"features": 2, "context_length": 90, "prediction_length": 2, "hidden": 64})
+    device = FakeDevice(page_locked_bytes=10_000)
+    engine = DeviceEngine(DevicePool(family.row_floats * 4, device), 16)
+    engine.pool.write(0, family.row(random_tensors(family, 0)))
+    x = np.ones((2, *family.input_shape), np.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.run(family, [0], [x])
+    engine.trim()
+    device.page_locked_bytes = MIB
+    np.testing.assert_allclose(engine.run(family, [0], [x])[0], reference(family, 0, x), rtol=1e-4, atol=1e-5)
