@@ -112,3 +112,18 @@ def test_page_locked_memory_that_is_short_is_out_of_memory() -> None:
     engine.trim()
     device.page_locked_bytes = MIB
     np.testing.assert_allclose(engine.run(family, [0], [x])[0], reference(family, 0, x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_families_keep_is_bounded_by_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch and graphs of a family that has not run for long are freed, those of the others are replayed on."""
+    families = [build_family("gru", {"features": 2, "context_length": 24, "hidden": 8 + i}) for i in range(3)]
+    kept = max(sum(measure_work(family, bf16=False)) for family in families)
+    monkeypatch.setattr("server.worker.engine.accelerator.MAX_KEPT_BYTES", 2 * kept)
+    device = FakeDevice()
+    engine = DeviceEngine(DevicePool(max(family.row_floats for family in families) * 4, device), 4)
+    engine.pool.write(0, np.zeros(engine.pool.floats.numel(), np.float32))
+    for family in families:
+        for _ in range(EAGER_RUNS + 1):
+            engine.run(family, [0], [np.zeros((1, *family.input_shape), np.float32)])
+    assert list(engine._staging) == [family.key for family in families[1:]]
+    assert [key for key, _ in engine._graphs] == [family.key for family in families[1:]]
