@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     )
     gpu_reserve_bytes: ByteSize = Field(
         _to_byte_size(contract.GPU_RESERVE_BYTES),
-        description="memory of each GPU kept free for forward passes, CUDA and other programs",
+        description="memory of a GPU that each of its workers leaves to forward passes, CUDA and other programs",
     )
     host_cache_bytes: ByteSize | None = Field(
         None,

@@ -91,9 +91,9 @@ def open_memory(
     budget = budget or cache_share(free, int(settings.gpu_reserve_bytes), plan.sharers)
     if budget < settings.slab_bytes:
         raise ValueError(
-            f"{plan.device} has {free[0]} of {free[1]} bytes free; without gpu_reserve_bytes "
-            f"{int(settings.gpu_reserve_bytes)} and for {plan.sharers} workers that is {budget} each, less than one "
-            f"slab (slab_bytes)"
+            f"{plan.device} has {free[0]} of {free[1]} bytes free; for {plan.sharers} workers, each with "
+            f"gpu_reserve_bytes {int(settings.gpu_reserve_bytes)} of its own, that is {budget} for models, less than "
+            f"one slab (slab_bytes): start fewer --workers-per-device, or lower gpu_reserve_bytes"
         )
     try:
         pool = DevicePool(budget, device)

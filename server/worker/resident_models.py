@@ -19,9 +19,10 @@ from model_store.cache.cache import Cache
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
-from server.worker.engine.accelerator import STAGING_BYTES, DeviceEngine
+from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.engine.device_errors import end_if_lost, ending_if_lost
+from server.worker.engine.staging import STAGING_BYTES
 from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel
 from server.worker.prefetch.prefetcher import Prefetcher

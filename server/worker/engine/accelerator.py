@@ -8,7 +8,7 @@ written again.
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import structlog
@@ -18,11 +18,11 @@ from handlers.base import Family, Float32
 from server.worker.engine.capture import HostReads, NotCapturable
 from server.worker.engine.device import Device, Event
 from server.worker.engine.memory_pool import ALIGN_BYTES
+from server.worker.engine.staging import LANES, DeviceStaging, StagingLane, StagingMemory, count_capacity, count_floats
+from server.worker.engine.work_memory import WorkBytes, measure_work
 
-STAGING_BYTES = 256 * 1024 * 1024  #: most bytes of the rows of one forward
-#: Bytes of staging of all families together, beyond which the least recently used family's is freed.
-MAX_STAGING_BYTES = 1024 * 1024 * 1024
-LANES = 2  #: forwards in flight: the host fills the inputs of the second one while the first runs
+#: Bytes of scratch and graphs of all families, beyond which the least recently used family's are freed.
+MAX_KEPT_BYTES = 512 * 1024 * 1024
 EAGER_RUNS = 3  #: runs of a family and bucket before a graph is captured
 MAX_GRAPHS = 64
 MOST_PLAIN = 1024  #: families that are remembered as not to be captured: an archive's author chooses its family
@@ -86,111 +86,14 @@ class DevicePool:
         return self.floats[offset // 4 : (offset + size) // 4]
 
 
-class StagingLane:
-    """Page-locked host memory of one forward in flight: its inputs, the places of its rows, and its answers."""
-
-    def __init__(self, family: Family, capacity: int, device: Device) -> None:
-        self.x = device.host(capacity, *family.input_shape)
-        self.index = device.host(capacity, dtype=torch.int64)
-        self.out = device.host(capacity, *family.output_shape)
-        self._x: Float32 = self.x.numpy()
-        self._index = self.index.numpy()
-        self._out: Float32 = self.out.numpy()
-        self.done: Event | None = None
-
-    def __repr__(self) -> str:
-        """For example `<StagingLane of 512 rows, idle>`."""
-        return f"<StagingLane of {len(self.x)} rows, {'idle' if self.done is None else 'in flight'}>"
-
-    def fill(self, offsets: Sequence[int], parts: Sequence[Float32], bucket: int) -> None:
-        """Write the next forward's inputs and the offsets of its rows, padded to `bucket` rows by the first offset."""
-        assert self.done is None, "its last answers have been taken"
-        at = 0
-        for part in parts:
-            self._x[at : at + len(part)] = part
-            at += len(part)
-        self._index[:at] = offsets
-        self._index[at:bucket] = offsets[0]
-        self._index[:bucket] //= ALIGN_BYTES
-
-    def read_answers(self, answers: Float32) -> None:
-        """Wait for the forward and copy its answers out."""
-        assert self.done is not None, "it was launched"
-        self.done.synchronize()
-        self.done = None
-        answers[...] = self._out[: len(answers)]
-
-
-class DeviceStaging:
-    """A family's fixed memory for forwards of powers of two of rows. A forward or its graph reads no other memory."""
-
-    def __init__(self, family: Family, max_rows: int, device: Device, *, bf16: bool) -> None:
-        self.family = family
-        self.capacity = max(1, min(max_rows, STAGING_BYTES // (family.row_floats * 4)))
-        self.rows = device.memory(self.capacity, family.row_floats)
-        self.x = device.memory(self.capacity, *family.input_shape)
-        self.index = device.memory(self.capacity, dtype=torch.int64)
-        self.lanes = [StagingLane(family, self.capacity, device) for _ in range(LANES)]
-        self.nbytes = self.rows.nbytes + self.x.nbytes
-        self._device, self._bf16 = device, bf16
-        self._forwards: dict[int, Callable[[], torch.Tensor]] = {}
-        device.launch(self.x.zero_)  # so that padding rows read finite numbers from the first step on
-
-    def __repr__(self) -> str:
-        """For example `<DeviceStaging tcn-4f1c2a9b, 512 rows>`."""
-        return f"<DeviceStaging {self.family.key}, {self.capacity} rows>"
-
-    def bucket_size(self, rows: int) -> int:
-        """The padded number of rows of a forward: the next power of two, at most the capacity."""
-        return min(self.capacity, 1 << (rows - 1).bit_length())
-
-    def forward(self, bucket: int) -> Callable[[], torch.Tensor]:
-        """The family's forward over the first `bucket` rows of staging; to be called in launched work."""
-        found = self._forwards.get(bucket)
-        if found is None:
-            bound: list[Callable[[], torch.Tensor]] = []  # made on the compute stream, which zeroes scratch
-            self._device.launch(lambda: bound.append(self._bind_bucket(bucket))).synchronize()
-            found = self._forwards[bucket] = bound[0]
-        return found
-
-    def _bind_bucket(self, bucket: int) -> Callable[[], torch.Tensor]:
-        family, rows, x = self.family, self.rows[:bucket], self.x[:bucket]
-        if not self._bf16:
-            weights = family.bind(rows)
-            return lambda: family.forward(weights, x)
-        short = rows.to(torch.bfloat16)
-        short_weights = family.bind(short)
-
-        def forward() -> torch.Tensor:
-            short.copy_(rows)
-            return family.forward(short_weights, x).float()
-
-        return forward
-
-    def cut_batch(self, offsets: Sequence[int], parts: Sequence[Float32]) -> Iterator[tuple[list[int], list[Float32]]]:
-        """Cut the batch into forwards that fit: for each the offsets of its rows, and pieces of the parts."""
-        starts: list[int] = []
-        pieces: list[Float32] = []
-        for offset, part in zip(offsets, parts, strict=True):
-            left = part
-            while len(left):
-                piece = left[: self.capacity - len(starts)]
-                starts += [offset] * len(piece)
-                pieces.append(piece)
-                left = left[len(piece) :]
-                if len(starts) == self.capacity:
-                    yield starts, pieces
-                    starts, pieces = [], []
-        if starts:
-            yield starts, pieces
-
-
 class DeviceEngine:
     """Runs batches on a device pool. Keeps each family's staging, and graphs of frequent batch sizes."""
 
     def __init__(self, pool: DevicePool, max_rows: int, *, bf16: bool = False) -> None:
         self.pool = pool
-        self._device, self._max_rows, self._bf16 = pool.device, max_rows, bf16
+        self._device, self._bf16 = pool.device, bf16
+        self._memory = StagingMemory(max_rows, self._device)
+        self._work = dict[str, WorkBytes]()  # of families that ran, for good
         self._staging: OrderedDict[str, DeviceStaging] = OrderedDict()  # the least recently used first
         self._graphs: OrderedDict[tuple[str, int], Callable[[], torch.Tensor]] = OrderedDict()
         self._runs: Counter[tuple[str, int]] = Counter()
@@ -236,17 +139,12 @@ class DeviceEngine:
 
     def trim(self) -> None:
         """Free what later steps can make again: graphs, staging, cached memory."""
-        self._graphs.clear()
-        self._runs.clear()
-        self._staging.clear()
+        self._forget_all()
+        self._memory = StagingMemory(self._memory.max_rows, self._device)
         self._device.trim()
 
     def _run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32], answers: Float32) -> None:
-        staging = self._staging.get(family.key)
-        if staging is None:
-            staging = DeviceStaging(family, self._max_rows, self._device, bf16=self._bf16)
-            self._staging[family.key] = staging
-            self._forget_families()
+        staging = self._staging.get(family.key) or self._stage(family)
         self._staging.move_to_end(family.key)
         flying: deque[tuple[StagingLane, Float32]] = deque()
         at = 0
@@ -260,16 +158,36 @@ class DeviceEngine:
             at += len(starts)
         for lane, target in flying:
             lane.read_answers(target)
+        self._forget_families()
+
+    def _stage(self, family: Family) -> DeviceStaging:
+        """Give the family its views of the staging that all share; the staging grows for the largest family."""
+        work = self._work.get(family.key)
+        if work is None:
+            if len(self._work) >= MOST_PLAIN:
+                self._work.clear()
+            work = self._work[family.key] = measure_work(family, bf16=self._bf16)
+        floats = count_floats(family, count_capacity(family, work, self._memory.max_rows))
+        if not self._memory.has_room(*floats):
+            self._forget_all()
+            self._memory.grow(*floats)
+        staging = self._staging[family.key] = DeviceStaging(family, self._memory, work, self._device, bf16=self._bf16)
+        return staging
+
+    def _forget_all(self) -> None:
+        self._graphs.clear()
+        self._runs.clear()
+        self._staging.clear()
 
     def _forget_families(self) -> None:
-        """Free the staging of families that have not run for long, with the graphs that read it; not the newest's.
+        """Free scratch and graphs of families that have not run for long; not the newest's.
 
         No forward of another family is in flight: `run` returns only when its own are done.
         """
-        held = sum(staging.nbytes for staging in self._staging.values())
-        while held > MAX_STAGING_BYTES and len(self._staging) > 1:
+        held = sum(staging.kept_bytes for staging in self._staging.values())
+        while held > MAX_KEPT_BYTES and len(self._staging) > 1:
             gone, staging = self._staging.popitem(last=False)
-            held -= staging.nbytes
+            held -= staging.kept_bytes
             for runs in (self._graphs, self._runs):
                 for key in [key for key in runs if key[0] == gone]:
                     del runs[key]
@@ -284,6 +202,8 @@ class DeviceEngine:
 
         def work() -> None:
             staging.x[:rows].copy_(lane.x[:rows], non_blocking=True)
+            if rows < bucket:  # padding is a real input: another family's numbers may be no legal index
+                staging.x[rows:bucket].copy_(staging.x[:1].expand(bucket - rows, *staging.x.shape[1:]))
             staging.index[:bucket].copy_(lane.index[:bucket], non_blocking=True)
             self.pool.gather(staging.index[:bucket], staging.rows[:bucket])
             lane.out[:rows].copy_(forward()[:rows], non_blocking=True)
@@ -314,6 +234,7 @@ class DeviceEngine:
         except NotCapturable as error:
             self._run_plainly(staging.family, str(error))
             return forward
+        staging.note_captured(bucket)
         del self._runs[key]
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)

@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from handlers.errors import DeviceFailed
+
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}  # of a shape that depends on numbers only by masks
 
@@ -39,7 +41,7 @@ def capture_graph(capture: Capture, work: Callable[[], torch.Tensor]) -> torch.T
     Raises:
         NotCapturable: the capture failed, and is over.
         torch.OutOfMemoryError: the same, for want of memory.
-        torch.AcceleratorError: the capture failed and will not end, so that the process is of no use any more.
+        handlers.errors.DeviceFailed: the capture failed and will not end, so that the process is of no use any more.
     """
     try:
         capture.begin()
@@ -60,7 +62,7 @@ def _end_failed(capture: Capture) -> None:
     try:
         capture.abandon()
     except RuntimeError as error:
-        raise torch.AcceleratorError(f"a failed capture of a graph does not end: {error}") from error
+        raise DeviceFailed(f"a failed capture of a graph does not end: {error}") from error
 
 
 class CudaCapture:

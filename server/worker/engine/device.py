@@ -8,6 +8,7 @@ INVARIANT: until its event is done, no other code uses the memory that launched 
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Literal, Protocol
 
 import torch
@@ -36,7 +37,10 @@ class Device(Protocol):
         """Device memory, uninitialised. Raises torch.OutOfMemoryError."""
 
     def host(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Page-locked host memory, which the device can copy asynchronously; uninitialised."""
+        """Page-locked host memory, which the device can copy asynchronously; uninitialised.
+
+        Raises torch.OutOfMemoryError.
+        """
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
         """Launch a copy between host and device on *loads*. Raises torch.OutOfMemoryError."""
@@ -82,7 +86,12 @@ class CudaDevice:
 
     def host(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """See Device."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except torch.AcceleratorError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(f"no {prod(shape) * dtype.itemsize} bytes of page-locked memory") from error
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None = None) -> Event:
         """See Device. Memory that is not page-locked is copied before the call returns."""
@@ -133,9 +142,10 @@ class CudaDevice:
 
 
 def cache_share(free_and_total: tuple[int, int], reserve_bytes: int, sharers: int) -> int:
-    """A worker's cache budget in bytes: an equal share of the device without the reserve, at most what is free.
+    """A worker's cache budget in bytes: an equal share of the device without its own reserve, at most what is free.
 
-    It is a share of the whole device, so that a restarted worker gets the same budget as before.
+    Each worker has a reserve, because each has a context, staging and temporaries of its own. The share is one of the
+    whole device, so that a restarted worker gets the same budget as before.
     """
     free, total = free_and_total
-    return max(0, min(free - reserve_bytes, (total - reserve_bytes) // sharers))
+    return max(0, min(free, total // sharers) - reserve_bytes)

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from handlers.base import Family, Float32
 from handlers.forecasters import build_family, random_tensors
-from server.worker.engine.accelerator import EAGER_RUNS, MAX_GRAPHS, DeviceEngine, DevicePool, DeviceStaging
+from server.worker.engine.accelerator import EAGER_RUNS, MAX_GRAPHS, DeviceEngine, DevicePool
+from server.worker.engine.staging import DeviceStaging, StagingMemory, count_floats
+from server.worker.engine.work_memory import measure_work
 from tests.server.fake_device import FakeDevice
 from tests.server.worker.engine.test_cpu import CONFIGS, reference
 
@@ -166,6 +168,7 @@ def test_graphs_are_bounded_and_optional() -> None:
     """No more graphs than MAX_GRAPHS, the least recently used go; what cannot be captured runs eagerly for good."""
     made = engine(FakeDevice())
     made.pool.write(0, ROWS[0])
+    made.run(TCN, [0], [inputs(TCN, 1)])
     for i in range(MAX_GRAPHS):
         made._graphs[f"other-{i}", 1] = lambda: torch.ones(1)
     for _ in range(EAGER_RUNS + 1):
@@ -236,7 +239,10 @@ def test_probe_and_read_are_whole() -> None:
 
 def test_staging_is_capped() -> None:
     """Buckets are powers of two up to the capacity, which bytes bound as well as rows."""
-    staging = DeviceStaging(TCN, 12, FakeDevice(), bf16=False)
+    device, work = FakeDevice(), measure_work(TCN, bf16=False)
+    memory = StagingMemory(12, device)
+    memory.grow(*count_floats(TCN, 12))
+    staging = DeviceStaging(TCN, memory, work, device, bf16=False)
     assert [staging.bucket_size(rows) for rows in (1, 2, 3, 5, 9, 12)] == [1, 2, 4, 8, 12, 12]
     assert repr(staging) == f"<DeviceStaging {TCN.key}, 12 rows>"
     assert repr(staging.lanes[0]) == "<StagingLane of 12 rows, idle>"

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from handlers.base import Family
+from handlers.errors import DeviceFailed
 from handlers.forecasters import build_family, random_tensors
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from server.worker.engine.capture import NotCapturable
+from server.worker.engine.device_errors import is_lost
 from tests.server.fake_device import FakeDevice
 from tests.server.worker.engine.test_cpu import CONFIGS
 
@@ -49,8 +51,9 @@ def test_a_capture_that_does_not_end_ends_the_worker() -> None:
     """No later capture or trim would work: the error is that of a context that is of no use any more."""
     device = FakeDevice(endless_captures=True)
     x = device.memory(4)
-    with pytest.raises(torch.AcceleratorError, match="does not end"):
+    with pytest.raises(DeviceFailed, match="does not end") as failed:
         device.graph(lambda: torch.nonzero(x))
+    assert is_lost(failed.value)
 
 
 class Reading:

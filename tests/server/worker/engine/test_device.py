@@ -13,8 +13,15 @@ def test_workers_of_one_device_get_equal_parts_at_any_time() -> None:
     total, reserve = 80 * GIB, 2 * GIB
     first = cache_share((total, total), reserve, 2)
     second = cache_share((total - first, total), reserve, 2)
-    assert first == second == 39 * GIB
+    assert first == second == 38 * GIB
     assert cache_share((total - second, total), reserve, 2) == first
+
+
+def test_every_sharer_has_a_reserve() -> None:
+    """A context, staging and temporaries are each worker's own: sixteen of them never use more than there is."""
+    total, reserve, sharers = 80 * GIB, 2 * GIB, 16
+    assert sharers * (cache_share((total, total), reserve, sharers) + reserve) <= total
+    assert cache_share((24 * GIB, 24 * GIB), reserve, sharers) == 0  # refused at the start, with the numbers
 
 
 @given(total=st.integers(0, 80 * GIB), used=st.integers(0, 80 * GIB), reserve=st.integers(0, 80 * GIB))
