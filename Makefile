@@ -1,7 +1,9 @@
 # The only door: everything a developer or CI does goes through here.
 # VENV=/path uses an environment that you keep yourself, as it is. ARGS=... goes to the command of `run`, `load` and `bench`.
 
-VENV = .venv
+# What the environment is for: cpu, or cuda (`make gpu`), which brings ONNX Runtime for GPUs.
+ACCELERATOR = cpu
+VENV = $(if $(filter cuda,$(ACCELERATOR)),.venv-cuda,.venv)
 FITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON3 ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
@@ -32,7 +34,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-peers scale lock audit clean
+.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-peers gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +50,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON3) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[cpu,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[$(ACCELERATOR),dev]'
 	@touch $@
 
 run: $(READY) ## a fleet, a server, a forecast and a burst; stays until Ctrl-C (ARGS=--once does not)
@@ -96,6 +98,14 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
+gpu: ## the first ten minutes on a real GPU: checks, suites, benchmark, a record (makes .venv-cuda)
+	@ls /dev/nvidia[0-9]* /dev/dxg >/dev/null 2>&1 || { \
+	  echo "no GPU here (/dev/nvidia*): this needs a host, or a container started with --gpus, that has one"; exit 2; }
+	@$(MAKE) --no-print-directory gpu-steps ACCELERATOR=cuda
+
+gpu-steps: $(READY)
+	@$(BIN)/python -P -m loadtest.benchmarks.first_gpu $(ARGS)
+
 $(TOOLS_READY):
 	$(PYTHON3) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet $(UV) $(PIP_AUDIT)
@@ -117,5 +127,5 @@ bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for 
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
-	rm -rf .venv .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,17 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: find_version(name) for name in PACKAGES},
         "load_average_before": os.getloadavg()[0],
     }
+
+
+def find_version(package: str) -> str:
+    """Return the version of an installed package, or of its build for GPUs, whose name says so."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return f"{version(f'{package}-gpu')} (gpu)"
 
 
 def find_commit(root: Path = RECORDS.parent) -> str:
