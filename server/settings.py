@@ -177,6 +177,11 @@ class Settings(BaseSettings):
         "refuse",
         description="ONNX models with loops (Loop, Scan, SequenceMap): their time does not follow from their size",
     )
+    onnx_device: Literal["auto", "cpu", "device"] = Field(
+        "auto",
+        description="where ONNX models run if workers have a GPU; auto: on the CPU if it answers a row of the model "
+        "within 2 ms, else on the GPU; device: on the GPU",
+    )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
     )

@@ -40,13 +40,16 @@ def run_row_on_cpu(family: Family, row: Float32, x: Float32) -> Float32:
 class Target:
     """Where a model will run: models that run alone are built for a device and a number of threads.
 
-    `limits`: what one request may cost; `sessions`: what models that run alone may cost.
+    `limits`: what one request may cost; `sessions`: what models that run alone may cost. `onnx_device` says where ONNX
+    models run if the device is not the CPU, as the setting does, and `tf32` whether their products may be rounded.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
     limits: WorkLimits = field(default_factory=WorkLimits)
     sessions: SessionLimits = field(default_factory=SessionLimits)
+    onnx_device: Literal["auto", "cpu", "device"] = "auto"
+    tf32: bool = False
 
 
 class _Call(Protocol):

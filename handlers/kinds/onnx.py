@@ -1,7 +1,7 @@
 """Archives of kind onnx: one ONNX Runtime session a model, float32 in and out, and no file is read but its bytes."""
 
+import math
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from handlers.base import Float32, Shape
 from handlers.codecs.codec import SingleCodec
-from handlers.errors import DeviceFailed, Overran, RunFailed
+from handlers.errors import Overran, RunFailed
+from handlers.kinds import onnx_cuda
 from handlers.kinds.models import BuiltModel, SingleModel, Target
 from handlers.kinds.onnx_scan import check_model
 from handlers.kinds.packing import ArchiveParts
@@ -28,18 +30,14 @@ ONNX_SUFFIX = ".onnx"
 ONNX_FILE = f"model{ONNX_SUFFIX}"
 LIMITS = SessionLimits()
 PAGE = os.sysconf("SC_PAGE_SIZE")
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 SESSION_BYTES = 320 * 1024
 BYTES_PER_MODEL_BYTE = 1.25
 MEASURED_BYTES = 8 * 2**20  #: growth of the process below this says nothing of a session
+QUICK_S = 2e-3  #: a model whose row the CPU answers sooner gains nothing on a GPU: see DECISIONS
+PROBE_S = 1.0  #: most that the run of a load takes, which measures and has libraries make what they need
 WATCH_S = 0.02  #: how late a run that takes too long may be ended
 MOST_TOGETHER = 32 * 2**20  #: bytes of inputs in one run
-_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
-#: As ONNX Runtime begins its messages of CUDA and its libraries: `CUDA failure 700: an illegal memory access ...`.
-_CUDA_FAILURE = re.compile(r"(CUDA|CUDNN|CUBLAS|CUFFT) (failure|error)\b", re.IGNORECASE)
-_NO_MEMORY = re.compile(r"out of memory|failed to allocate|ALLOC_FAILED", re.IGNORECASE)
-_FAILED_BEFORE = re.compile(r"EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR", re.IGNORECASE)
 ATOL, RTOL = 1e-5, 1e-4  #: within which answers run together equal those run alone
 
 
@@ -53,8 +51,8 @@ class OnnxKind:
         return find_onnx_file(archive) in archive.container.members
 
     def build(self, archive: Archive, target: Target) -> BuiltModel:
-        """A session on the target's device. Raises ArchiveInvalid, UnsupportedKind."""
-        model = OnnxModel(_read_file(archive), threads=target.threads, provider=target.device, limits=target.sessions)
+        """A session where `place_session` says. Raises as `OnnxModel` does."""
+        model = place_session(_read_file(archive), target)
         body = SingleModel(model, SingleCodec(model.inputs, model.outputs), unbounded=model.loops)
         return BuiltModel(body, None, "onnx")
 
@@ -82,14 +80,28 @@ def _read_file(archive: Archive) -> bytes:
     return bytes(archive.weights() if archive.spec else archive.read(find_onnx_file(archive)))
 
 
+def place_session(model: bytes, target: Target) -> "OnnxModel":
+    """A session on the target's device, or on the CPU where the target says so or the model is quick there.
+
+    Raises as `OnnxModel` does.
+    """
+    if target.device == "cpu" or target.onnx_device != "device":
+        here = OnnxModel(model, threads=target.threads, limits=target.sessions)
+        if target.device == "cpu" or target.onnx_device == "cpu" or here.time_row() < QUICK_S:
+            return here
+        del here  # its memory is free before the other is measured
+    return OnnxModel(model, threads=target.threads, provider="cuda", limits=target.sessions, tf32=target.tf32)
+
+
 class OnnxModel:
     """A loaded session. `run` may be called by one thread at a time.
 
     The charge is 320 KiB + 1.25 x the model's bytes: private memory grew by 394 KiB a session for 50 sessions of the
     17.5k-parameter dilated CNN (78 KiB of model) and by 1257 KiB at 128 channels (858 KiB), one run done in each, with
-    onnxruntime 1.31 on CPU, one thread and no arena. An arena added 147 and 344 KiB and was not faster. On CUDA this
-    covers the weights, not the provider's workspace. A session that made the process grow by much more than that (its
-    weights unpacked, or packed anew for products) is charged what was measured.
+    onnxruntime 1.31 on CPU, one thread and no arena. An arena added 147 and 344 KiB and was not faster. A session that
+    made the process grow by much more than that (its weights unpacked, or packed anew for products) is charged what was
+    measured. On CUDA it is charged what the device's free memory shrank by, one run included, if that is more: the
+    provider's handles and workspaces take tens of megabytes, and no rule says how many.
 
     Intermediate results lie in one arena for all sessions of the process, which has a limit, so neither a model nor
     the numbers of a request can take more. Constants are not folded: 296 bytes made 2 GB that way.
@@ -102,6 +114,7 @@ class OnnxModel:
         threads: int = 1,
         provider: Provider = "cpu",
         limits: SessionLimits = LIMITS,
+        tf32: bool = False,
     ) -> None:
         """Builds the session from the bytes of `model.onnx`.
 
@@ -109,29 +122,23 @@ class OnnxModel:
             ArchiveInvalid: not an ONNX model, external data, a loop where none is allowed, a sparse tensor that is
                 too large once it is dense, inputs or outputs that are not float32 tensors with a
                 batch axis first (dynamic, or fixed at 1: such a model runs row by row).
-            UnsupportedKind: ONNX Runtime or the wanted provider is not installed.
+            UnsupportedKind: ONNX Runtime or the wanted provider is not installed, or gives a session somewhere else.
+            torch.OutOfMemoryError: the device is full.
+            DeviceFailed: the device is lost.
         """
         self.loops = check_model(model, loops=limits.loops)  #: so its time does not follow from its input's size
-        runtime = _import_runtime(provider)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        _share_arena(runtime, limits.memory_bytes)
-        options.add_session_config_entry("session.use_env_allocators", "1")
-        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # not in the arena
-        options.log_severity_level = 4  # errors reach us as exceptions
-        options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format is not checked above
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        with _measured_growth() as grown, _unnamed_file(model) as path:
-            try:
-                self._session: Any = runtime.InferenceSession(
-                    path, options, providers=[PROVIDERS[provider]], disabled_optimizers=["ConstantFolding"]
-                )
-            except Exception as error:
-                if provider == "cuda" and is_device_failure(str(error)):
-                    raise DeviceFailed(f"ONNX Runtime: {error}") from error
-                why = str(error).replace(path, ONNX_FILE)
-                raise ArchiveInvalid(f"model.onnx: ONNX Runtime cannot load it: {why}") from error
-        self._forward_s, self._run_options, self._provider = limits.forward_s, runtime.RunOptions, provider
+        self._runtime, self._forward_s, self._on_cuda = _import_runtime(provider), limits.forward_s, provider == "cuda"
+        _share_arenas(self._runtime, limits.memory_bytes, provider)
+        with _measured_growth(provider) as grown:
+            self._session: Any = _open_session(self._runtime, model, threads, provider, limits.memory_bytes, tf32=tf32)
+            self._describe()
+            if provider == "cuda":
+                self._run_first()
+        usual = SESSION_BYTES + int(BYTES_PER_MODEL_BYTE * len(model))
+        noise = 0 if provider == "cuda" else usual + MEASURED_BYTES
+        self.charge_bytes = usual if grown[0] < usual + noise else grown[0]
+
+    def _describe(self) -> None:
         taken = {each.name: _check_shape("input", each) for each in self._session.get_inputs()}
         given = {each.name: _check_shape("output", each) for each in self._session.get_outputs()}
         if not taken or not given:
@@ -140,17 +147,45 @@ class OnnxModel:
         self.outputs: Sequence[str] = tuple(given)
         self._row_by_row = any(shape[0] == 1 for shape in taken.values())
         self._apart: bool | None = False if self._row_by_row else None  # whether requests run together stay apart
-        usual = SESSION_BYTES + int(BYTES_PER_MODEL_BYTE * len(model))
-        self.charge_bytes = usual if grown[0] < 2 * usual + MEASURED_BYTES else grown[0]
 
     def __repr__(self) -> str:
         how = "row by row" if self._row_by_row else "batched"
-        return f"<OnnxModel {dict(self.inputs)} -> {', '.join(self.outputs)}, {how}>"
+        where = "CUDA" if self._on_cuda else "the CPU"
+        return f"<OnnxModel {dict(self.inputs)} -> {', '.join(self.outputs)}, {how} on {where}>"
+
+    def time_row(self) -> float:
+        """Seconds of a row of ones, the best of three runs; infinity where lengths are open, or the run fails."""
+        if any(length < 0 for shape in self.inputs.values() for length in shape):
+            return math.inf
+        best = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            try:
+                self._run(self._ones(), 1, PROBE_S)
+            except RunFailed:
+                return math.inf
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    def _run_first(self) -> None:
+        """Run one row, so that what libraries make at a first use is made, and measured, at the load.
+
+        A row of ones may well be one that the model fails for, or be too slow: requests will show it. Raises
+        torch.OutOfMemoryError.
+        """
+        try:
+            self._run(self._ones(), 1, PROBE_S)
+        except RunFailed:
+            pass
+
+    def _ones(self) -> dict[str, Float32]:
+        shapes = {name: [1, *(max(1, length) for length in shape)] for name, shape in self.inputs.items()}
+        return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
 
     def run(self, feeds: Mapping[str, Float32]) -> Mapping[str, Float32]:
         """Arrays [N, *shape] by input name -> arrays [N, ...] by output name.
 
-        Raises RunFailed, Overran, DeviceFailed.
+        Raises RunFailed, Overran; on CUDA torch.OutOfMemoryError and DeviceFailed too.
         """
         rows = len(next(iter(feeds.values())))
         if not self._row_by_row or rows == 1:
@@ -181,7 +216,7 @@ class OnnxModel:
         return alone
 
     def _stacked(self, requests: Sequence[Mapping[str, Float32]]) -> list[dict[str, Float32] | RunFailed] | None:
-        """All in one run; None where that fails, so that each fails for its own reason."""
+        """All in one run; None where that fails, so that each fails for its own reason; one alone takes less memory."""
         ends = np.cumsum([len(next(iter(feeds.values()))) for feeds in requests])
         try:
             found = self._run(
@@ -189,7 +224,7 @@ class OnnxModel:
             )
         except Overran:
             raise
-        except RunFailed:
+        except (RunFailed, torch.OutOfMemoryError):
             return None
         parts = {name: np.split(output, ends[:-1]) for name, output in found.items()}
         return [{name: part[i] for name, part in parts.items()} for i in range(len(requests))]
@@ -202,35 +237,65 @@ class OnnxModel:
         except RunFailed as failed:
             return failed
 
-    def _run(self, feeds: Mapping[str, Float32], rows: int) -> dict[str, Float32]:
-        options = self._run_options()
+    def _run(self, feeds: Mapping[str, Float32], rows: int, limit_s: float | None = None) -> dict[str, Float32]:
+        limit_s = self._forward_s if limit_s is None else min(limit_s, self._forward_s)
+        options = self._runtime.RunOptions()
         started = time.monotonic()
+        failed: Exception | None = None
         try:
-            with _WATCHDOG.watching(options, started + self._forward_s):
+            with _WATCHDOG.watching(options, started + limit_s):
                 outputs = self._session.run(None, dict(feeds), options)
         except Exception as error:
-            if self._provider == "cuda" and is_device_failure(str(error)):
-                raise DeviceFailed(f"ONNX Runtime: {error}") from error
             if not options.terminate:
-                raise RunFailed(f"ONNX Runtime: {error}") from error
-        if time.monotonic() - started > self._forward_s:
-            raise Overran(f"a run was ended after {self._forward_s:g} s, the most that one may take (max_forward_s)")
+                failed = self._read_failure(error)
+        if failed is not None:
+            raise failed  # out of the handler: the runtime's error would keep its frames, and they what is to be freed
+        if time.monotonic() - started > limit_s:
+            raise Overran(f"a run was ended after {limit_s:g} s, the most that one may take (max_forward_s)")
         for name, output in zip(self.outputs, outputs, strict=True):
             if output.ndim == 0 or len(output) != rows:
                 raise RunFailed(f"output {name!r} has the shape {list(output.shape)}, but {rows} rows were asked")
         return dict(zip(self.outputs, outputs, strict=True))
 
+    def _read_failure(self, error: Exception) -> Exception:
+        return onnx_cuda.read_failure(error) if self._on_cuda else RunFailed(f"ONNX Runtime: {error}")
 
-def is_device_failure(message: str) -> bool:
-    """Whether ONNX Runtime's message says that CUDA fails from now on, which being out of memory does not.
 
-    Only what follows the last `Status Message:` counts, since the names in front of it are the archive's.
-    """
-    said = _PREFIX.sub("", message.rpartition("Status Message:")[2].strip(), count=1)
-    found = _CUDA_FAILURE.match(said)
-    if found is None or _NO_MEMORY.search(said):
-        return False
-    return found[1].upper() == "CUDA" or _FAILED_BEFORE.search(said) is not None
+def _open_session(
+    runtime: ModuleType, model: bytes, threads: int, provider: Provider, limit: int, *, tf32: bool
+) -> Any:
+    """A session of these bytes. Raises as `OnnxModel` does."""
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # not in the arena
+    options.log_severity_level = 4  # errors reach us as exceptions
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # its own format is not checked before
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    places: list[Any] = ["CPUExecutionProvider"]  # on CUDA for operators that it has not, such as those of shapes
+    if provider == "cuda":
+        places.insert(0, (onnx_cuda.PROVIDER, onnx_cuda.make_options(limit, tf32=tf32)))
+    with _unnamed_file(model) as path:
+        try:
+            session = runtime.InferenceSession(
+                path,
+                options,
+                providers=places,
+                disabled_optimizers=["ConstantFolding"],
+                enable_fallback=0,  # to a session on the CPU, without what is disabled, now or after an error of CUDA
+            )
+        except Exception as error:
+            raise _read_load_failure(error, provider, path) from error
+    if provider == "cuda":
+        onnx_cuda.require_placed(session)
+    return session
+
+
+def _read_load_failure(error: Exception, provider: Provider, path: str) -> Exception:
+    found = onnx_cuda.read_failure(error) if provider == "cuda" else RunFailed(f"ONNX Runtime: {error}")
+    if not isinstance(found, RunFailed):
+        return found
+    return ArchiveInvalid(f"model.onnx: it cannot be loaded: {str(found).replace(path, ONNX_FILE)}")
 
 
 def _can_stack(requests: Sequence[Mapping[str, Float32]]) -> bool:
@@ -312,30 +377,41 @@ def _unnamed_file(model: bytes) -> Iterator[str]:
 
 
 _WATCHDOG = _Watchdog()
-_arenas_lock, _arenas = threading.Lock(), list[int]()
+_arenas_lock, _arenas = threading.Lock(), set[Provider]()
+_measuring = threading.Lock()
 
 
-def _share_arena(runtime: ModuleType, limit: int) -> None:
-    """Make the arena for the intermediate results of all sessions; the first limit in a process is the one that holds.
+def _share_arenas(runtime: ModuleType, limit: int, provider: Provider) -> None:
+    """Make the arenas for the intermediate results of all sessions; the first limit in a process is the one that holds.
 
-    Between runs it keeps the memory that it has had, up to the limit.
+    Between runs they keep the memory that they have had, up to the limit.
     """
     with _arenas_lock:
-        if _arenas:
-            return
-        kinds = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
-        as_asked = {"max_mem": limit, "arena_extend_strategy": 1}
-        runtime.create_and_register_allocator(runtime.OrtMemoryInfo("Cpu", *kinds), runtime.OrtArenaCfg(as_asked))
-        _arenas.append(limit)
+        if "cpu" not in _arenas:
+            kinds = runtime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, runtime.OrtMemType.DEFAULT
+            as_asked = {"max_mem": limit, "arena_extend_strategy": 1}
+            runtime.create_and_register_allocator(runtime.OrtMemoryInfo("Cpu", *kinds), runtime.OrtArenaCfg(as_asked))
+            _arenas.add("cpu")
+        if provider == "cuda" and "cuda" not in _arenas:
+            onnx_cuda.share_device_arena(runtime, limit)
+            _arenas.add("cuda")
 
 
 @contextmanager
-def _measured_growth() -> Iterator[list[int]]:
-    """The bytes that this process has grown by inside, in the list at the end.
+def _measured_growth(provider: Provider) -> Iterator[list[int]]:
+    """The bytes that this process has grown by inside, or the device's free memory shrunk, in the list at the end.
 
-    Other threads' memory counts too, so it is an upper bound, of use where a session takes far more than is usual.
+    Others' memory counts too, so it is an upper bound. On CUDA, where it is always of use, no two sessions are measured
+    at the same time.
     """
-    found, before = [0], _own_bytes()
+    found = [0]
+    if provider == "cuda":
+        with _measuring:
+            free = onnx_cuda.read_free_bytes()
+            yield found
+            found[0] = max(0, free - onnx_cuda.read_free_bytes())
+        return
+    before = _own_bytes()
     yield found
     found[0] = max(0, _own_bytes() - before)
 
@@ -362,11 +438,10 @@ def _check_shape(what: str, value: Any) -> Shape:
 
 def _import_runtime(provider: Provider) -> ModuleType:
     """The onnxruntime module. Raises UnsupportedKind that names the extra to install."""
-    extra = f"fleetcast[{provider}]"
     try:
         onnxruntime: ModuleType = import_module("onnxruntime")  # here: an optional extra, 0.1 s of import
     except ImportError as error:
-        raise UnsupportedKind(f"onnx archives need ONNX Runtime: install {extra}") from error
-    if PROVIDERS[provider] not in onnxruntime.get_available_providers():
-        raise UnsupportedKind(f"this ONNX Runtime has no {PROVIDERS[provider]}: install {extra}")
+        raise UnsupportedKind(f"onnx archives need ONNX Runtime: install fleetcast[{provider}]") from error
+    if provider == "cuda":
+        onnx_cuda.require_cuda(onnxruntime)
     return onnxruntime

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import structlog
+import torch
 
 from handlers.codecs.codec import Encoded
 from handlers.errors import RequestError, RunFailed
@@ -91,6 +92,9 @@ class LongJobs:
             replies.refuse_request(job, outcome)
         elif isinstance(outcome, (DeadlinePassed, TimeoutError)):
             replies.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
+        elif isinstance(outcome, torch.OutOfMemoryError):
+            log.error("out_of_memory", model=job.model, error=str(outcome))
+            replies.refuse(job, Refused(Situation.NO_ROOM, f"the device is out of memory: {outcome}"))
         else:
             if not isinstance(outcome, RunFailed):
                 log.error("long_job_failed", model=job.model, error=repr(outcome))

@@ -114,7 +114,7 @@ def open_device(settings: Settings, plan: WorkerPlan, where: torch.device) -> tu
     with explain_start(plan.device):
         device = CudaDevice(where, settings.precision)
         check_device(device, settings.precision)
-        check_onnx("cuda")
+        check_onnx("cpu" if settings.onnx_device == "cpu" else "cuda", target_of(settings, where.type, 1).sessions)
         return device, device.free_and_total()
 
 

@@ -8,13 +8,15 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from handlers import kinds
 from handlers.base import Float32
 from handlers.kinds import RowModel, RunRow, SingleModel, Target
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Limits
 from model_store.archives.manifest import GoldenSample
-from model_store.errors import ArchiveInvalid, LoadError
+from model_store.errors import ArchiveInvalid, LoadError, NoRoom
 from model_store.names import ModelName, split_version
 from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
 from model_store.stores.object_store import Source
@@ -165,6 +167,8 @@ def target_of(settings: Settings, device: str, threads: int) -> Target:
         SessionLimits(
             int(settings.max_session_bytes), settings.max_forward_s, loops=settings.onnx_control_flow == "allow"
         ),
+        settings.onnx_device,
+        tf32=settings.precision == "tf32",
     )
 
 
@@ -177,6 +181,13 @@ def open_store(settings: Settings) -> tuple[Source, Limits]:
 
 
 def unexpected(model: ModelName, error: Exception) -> LoadError:
-    """What is no LoadError as one: clients are not shown what it says, which may be a path of this host."""
+    """What is no LoadError as one: clients are not shown what it says, which may be a path of this host.
+
+    Of a device that is out of memory, which the error's cause says, it is no secret.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        found = NoRoom(f"{model}: the device is out of memory: {error}")
+        found.__cause__ = error
+        return found
     what = f"{model}: loading failed unexpectedly"
     return LoadError(f"{what}: {error!r}", f"{what}; the server's log says why")

@@ -211,6 +211,8 @@ class ModelLoads:
             self._queue(kept, self._now())
             return
         if isinstance(built, LoadError):
+            if isinstance(built.__cause__, torch.OutOfMemoryError):
+                self._residents.free_memory(str(built.__cause__))  # for its next load, after the back-off
             self._fail(model, built)
             return
         self._metrics.downloading.observe(built.download_s)
@@ -362,6 +364,4 @@ def _shorten(text: str) -> str:
 
 
 def _as_load_error(model: ModelName, error: Exception) -> LoadError:
-    if isinstance(error, torch.OutOfMemoryError):
-        return NoRoom(f"{model}: the device is out of memory: {error}")
     return error if isinstance(error, LoadError) else unexpected(model, error)

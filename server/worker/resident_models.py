@@ -105,10 +105,10 @@ class ResidentModels:
             except torch.OutOfMemoryError as error:
                 why = str(error)
             # INVARIANT: the error is gone here. The frames of its traceback hold the staging that is to be freed.
-            self._free_memory(why)
+            self.free_memory(why)
             return work()
 
-    def _free_memory(self, why: str) -> None:
+    def free_memory(self, why: str) -> None:
         """Free idle singles, staging and graphs: the device was out of memory."""
         log.warning("out_of_memory_once", error=why)
         for victim in self.cache.relieve(STAGING_BYTES):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from handlers.base import Single
 from handlers.codecs.codec import Encoded
 from handlers.codecs.joint import JointModel
@@ -90,8 +92,13 @@ class SingleBatches:
         numbers, quick = _count_numbers(calls), self._quick.get(model.single, 0)
         self._quick[model.single] = max(quick, numbers) if seconds < self._long.long_s else min(quick, numbers // 2)
 
-    def _run_apart(self, group: str, model: SingleModel, asked: Sequence[tuple[Job, Any]], now: float) -> None:
-        """Run long requests in slices; a call is None where it is not decoded yet."""
+    def _run_apart(
+        self, group: str, model: SingleModel, asked: Sequence[tuple[Job, Any]], now: float, *, again: bool = False
+    ) -> None:
+        """Run long requests in slices; a call is None where it is not decoded yet.
+
+        If the device is out of memory it is freed as for other steps, and they run once more: `again`.
+        """
         jobs, calls = [job for job, _ in asked], [call for _, call in asked]
         loop, counts, started = asyncio.get_running_loop(), RunCounts(), time.perf_counter()
 
@@ -102,6 +109,10 @@ class SingleBatches:
             took = time.perf_counter() - started
             counts.count(self._replies)
             self._scheduler.unpark(group)
+            if isinstance(outcomes, torch.OutOfMemoryError) and not again:
+                self._residents.free_memory(str(outcomes))
+                self._run_apart(group, model, asked, now, again=True)
+                return
             if isinstance(outcomes, Overran):
                 self._quarantine(jobs[0].model, outcomes)
             for i, job in enumerate(jobs):

@@ -93,6 +93,17 @@ def test_the_cpu_image_has_no_cuda_libraries_and_both_have_the_same_torch() -> N
     assert [str(pinned(lock["torch"][0])) for lock in (cpu, cuda)] == [f"{tested[1]}+cpu", tested[1]]
 
 
+def test_the_cuda_extra_admits_wheels_of_one_cuda_only() -> None:
+    """A process loads the libraries of one CUDA. Torch is built for CUDA 13 since 2.11, onnxruntime-gpu since 1.27; the
+    lock has one set of them.
+    """
+    needs = {need.name: need.specifier for need in list_needs(("cuda",))}
+    assert not needs["onnxruntime-gpu"].contains("1.26.0"), "built for CUDA 12"
+    assert not needs["torch"].contains("2.10.0"), "built for CUDA 12"
+    libraries = [package for package in read_lock("requirements-cuda.lock") if re.search(r"-cu\d+$", package)]
+    assert {package.rpartition("-cu")[2] for package in libraries} == {"13"}
+
+
 @pytest.mark.parametrize("path", sorted(DOCKER.glob("*.Dockerfile")), ids=lambda path: path.name)
 def test_images_install_nothing_but_the_lock(path: Path) -> None:
     """Every `pip install` is of a lock with hashes, or of the project alone, and no base is without a digest."""

@@ -248,6 +248,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
     ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
     defaults = {
         "workers": 1,
+        "device": "cpu",  # also on a host with GPUs, which many servers at a time would fill: tests/gpu has one there
         "disk_cache": folder / "cache",
         "store_retries": 1,
         "store_timeout_s": PATIENCE_S,

@@ -17,6 +17,7 @@ from handlers.base import Family, Float32
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import run_row_on_cpu
 from handlers.kinds.onnx import OnnxModel, Provider
+from handlers.work import SessionLimits
 from model_store.errors import LoadError
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cuda_start import CannotStart, shorten_error
@@ -60,14 +61,16 @@ def check_device(device: Device, precision: Precision) -> bool:
     return captured
 
 
-def check_onnx(provider: Provider) -> bool:
+def check_onnx(provider: Provider, limits: SessionLimits) -> bool:
     """Open and run one ONNX session. Raises CannotStart for wrong answers.
+
+    It is the first of this process, whose limits hold for the memory of all.
 
     False where it cannot be opened or run, which is also an error in the log: a fleet may have no ONNX archives.
     """
     started = time.perf_counter()
     try:
-        check_session(OnnxModel(ONNX_MODEL, provider=provider))
+        check_session(OnnxModel(ONNX_MODEL, provider=provider, limits=limits))
     except CannotStart:
         raise
     except LoadError as error:

@@ -292,7 +292,7 @@ def test_one_bad_archive_of_many(desk: Path) -> None:
 def serving(folder: Path, *more: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
     """`fleetcast serve` as a process, and the lines it printed until it was ready."""
     command = [sys.executable, "-m", "server.cli.main", "serve", *PORTS, "--disk-cache", str(folder / "disk"), *more]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLEETCAST_DEVICE": "cpu"}
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=2, text=True)
     try:
         assert process.stdout is not None

@@ -73,6 +73,7 @@ class Loader:
     def build(self, model: ModelName) -> LoadedModel:
         """What a load gives."""
         if model.startswith("single"):
+            self.session.take(self.session.short_loads)
             return LoadedModel(model, "v1", "store", 0.0, self.session.model(), None, None)
         built = build_model(open_archive(ARCHIVES[int(model)], model))
         return LoadedModel(model, "v1", "store", 0.0, built.body, built.row, None)
@@ -83,9 +84,11 @@ class Loader:
 
 @dataclass
 class Session:
-    """A session that doubles its input."""
+    """A session that doubles its input. The device is out of memory for the first runs and loads, as many as said."""
 
     overruns: bool = False
+    short_runs: list[str] = field(default_factory=list)
+    short_loads: list[str] = field(default_factory=list)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"x": (-1,)})
     outputs: Sequence[str] = ("y",)
     charge_bytes: int = 1000
@@ -105,7 +108,13 @@ class Session:
         """Of each."""
         if self.overruns:
             raise Overran("a run was ended after 1 s")
+        self.take(self.short_runs)
         return [self.run(feeds) for feeds in requests]
+
+    def take(self, errors: list[str]) -> None:
+        """Raise the next error, if there is one."""
+        if errors:
+            raise torch.OutOfMemoryError(errors.pop())
 
 
 @dataclass
@@ -353,6 +362,40 @@ def test_a_single_that_overran_is_quarantined(tmp_path: Path) -> None:
         await until(lambda: not worker.steps.describe())
 
     play(scenario, tmp_path / "noted", session=Session(overruns=True))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_long_run_that_is_out_of_memory_runs_once_more(tmp_path: Path, times: int) -> None:
+    """As on the step thread: memory is freed first, and a second time is the device's fault, not the model's."""
+
+    async def scenario(worker: Worker) -> None:
+        worker.send("single", b'{"x": [1]}')
+        await worker.settled()
+        if times == 1:
+            assert worker.origin.answers == {1: b'{"predictions":[2.0]}'}
+        else:
+            assert worker.origin.refusals[1].situation is Situation.NO_ROOM
+            assert "the device is out of memory" in worker.origin.refusals[1].detail.message
+
+    play(scenario, tmp_path / "noted", session=Session(short_runs=["full"] * times))
+
+
+def test_a_load_that_is_out_of_memory_frees_some(tmp_path: Path) -> None:
+    """A session takes its memory from the device while it is loaded: refused as no room, idle sessions leave."""
+    session = Session()
+
+    async def scenario(worker: Worker) -> None:
+        worker.send("single/idle", b'{"x": [1]}')
+        await worker.settled()
+        assert [row["model"] for row in worker.steps.describe() if row["state"] == "ready"] == ["single/idle"]
+        session.short_loads.append("full")
+        worker.send("single/new", b'{"x": [1]}')
+        await worker.settled()
+        assert worker.origin.refusals[2].situation is Situation.NO_ROOM
+        assert "single/new: the device is out of memory: full" in worker.origin.refusals[2].detail.message
+        assert not [row for row in worker.steps.describe() if row["state"] == "ready"]
+
+    play(scenario, tmp_path / "noted", session=session)
 
 
 def test_the_models_of_a_batch_are_noted_as_far_as_there_is_room(tmp_path: Path) -> None:

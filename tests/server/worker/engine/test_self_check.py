@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from handlers.base import Float32
 from handlers.kinds.onnx import OnnxModel
+from handlers.work import SessionLimits
 from model_store.errors import UnsupportedKind
 from server.worker.engine import self_check
 from server.worker.engine.cuda_start import CannotStart
@@ -83,7 +84,7 @@ def test_the_onnx_model_is_what_it_says() -> None:
     """The bytes in the source are a valid model, and compute the product and its ReLU."""
     onnx.checker.check_model(onnx.load_from_string(ONNX_MODEL))
     check_session(OnnxModel(ONNX_MODEL))
-    assert check_onnx("cpu")
+    assert check_onnx("cpu", SessionLimits())
 
 
 def test_an_onnx_session_that_answers_wrong_is_refused() -> None:
@@ -112,12 +113,12 @@ def test_an_onnx_runtime_that_cannot_be_used_is_said_and_does_no_harm(
 ) -> None:
     """Most fleets have no ONNX archives."""
 
-    def refuse(model: bytes, *, provider: str) -> OnnxModel:
+    def refuse(model: bytes, *, provider: str, limits: SessionLimits) -> OnnxModel:
         raise error
 
     monkeypatch.setattr(self_check, "OnnxModel", refuse)
     with capture_logs() as logs:
-        assert not check_onnx("cuda")
+        assert not check_onnx("cuda", SessionLimits())
     assert [(each["event"], each["log_level"]) for each in logs] == [("onnx_unusable", "error")]
     assert logs[0]["then"].endswith(then)
     assert str(error)[:50] in logs[0]["why"]
