@@ -4,6 +4,7 @@
     index/{sha256 of source and name}    a small JSON entry: name, version, blob; its mtime is the last use
     kept/{sha256 of source and name}     the versions of an archive that have served, see `kept_versions`
     locks/{000..fff}                     flock files: one download per archive and host
+    locks/kept-{000..fff}                flock files for changes of files in kept/
     temp/                                files that are being written
 
 INVARIANT: files appear by rename, and a blob before its entry. So the index needs no lock, and a crash leaves at worst
@@ -27,7 +28,7 @@ import re
 import stat
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ import structlog
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from model_store.stores.disk_files import hash_key, iterate_files, read_file, remove_file, write_file
-from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use
+from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use, lock_name
 
 MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
 _ADVICE = "archives are loaded without a disk cache: let --disk-cache be a folder that can be written to"
@@ -138,24 +139,29 @@ class DiskTier:
         All names share 4096 lock files, so that clients cannot fill the disk by inventing names. Without a usable lock
         file the body runs unlocked: to download an archive twice is better than to fail.
         """
-        fd = self._open_locked(name)
+        with self._locked(hash_key(self._source, name)[:3]):
+            yield
+
+    @contextmanager
+    def _locked(self, lock: str) -> Iterator[None]:
+        fd = self._open_locked(lock)
         try:
             yield
         finally:
             if fd is not None:
                 os.close(fd)
 
-    def _open_locked(self, name: ModelName) -> int | None:
+    def _open_locked(self, lock: str) -> int | None:
         try:
             self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd = os.open(self._locks / hash_key(self._source, name)[:3], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._locks / lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
+            log.warning("disk_lock_failed", lock=lock, folder=str(self._folder), error=str(error))
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
         except OSError as error:  # a file system without locks
-            log.warning("disk_lock_failed", model=name, folder=str(self._folder), error=str(error))
+            log.warning("disk_lock_failed", lock=lock, folder=str(self._folder), error=str(error))
         return fd
 
     def publish(self, name: ModelName, data: bytes, version: str, now: float) -> Cached | None:
@@ -196,13 +202,14 @@ class DiskTier:
     # --- versions ---------------------------------------------------------------------------------------------------
 
     def keep_version(self, name: ModelName, version: str, now: float, *, newest: bool) -> None:
-        """Keep the blob of a version that serves now, unless the name has another one by now. Waits for the lock.
+        """Keep the blob of a version that serves now, unless the name has another one by now.
 
-        `newest`: it serves as the newest in the store, not because it was asked for by its version. Raises OSError.
+        `newest`: it serves as the newest in the store, not because it was asked for by its version. INVARIANT: it does
+        not wait for `lock`, which a download holds for as long as the store hangs. Raises OSError.
         """
         if self._kept.has(name, version, newest=newest):
             return
-        with self.lock(name):
+        with self._locked(lock_name(self._kept.path(name))):
             entry = _read_entry(self._entry_path(name))
             if entry is not None and entry.version == version:
                 self._kept.add(name, KeptVersion(version, entry.sha256, entry.bytes, now), newest=newest)
@@ -210,9 +217,9 @@ class DiskTier:
     def hold_versions(self, name: ModelName, versions: Collection[str]) -> set[str]:
         """Never forget these of the kept versions, from now on; any other may be forgotten.
 
-        Returns those that are held now. Raises OSError.
+        Returns those that are held now. As `keep_version` it waits for no download. Raises OSError.
         """
-        with self.lock(name):
+        with self._locked(lock_name(self._kept.path(name))):
             self._kept.hold(name, versions)
         return {kept.version for kept in self.list_versions(name) if kept.held}
 
@@ -239,8 +246,8 @@ class DiskTier:
     def evict(self, budget_bytes: int) -> list[ModelName]:
         """Remove the least recently used blobs, each with all its names, until the rest fits the budget.
 
-        A blob's last use is the latest one of its names, or when it began to serve as a version that is kept. Those of
-        held versions stay. Files that crashed downloads left are removed first. Returns the evicted names.
+        A blob's last use is the latest one of its names, or when another version took its place. Those of held versions
+        stay. Files that crashed downloads left are removed first. Returns the evicted names.
         """
         now, files = time.time(), self._kept.read_all()
         kept = find_last_use(files)
@@ -248,7 +255,7 @@ class DiskTier:
         there = {path.name for path in blobs}
         for path, changed_at, versions in files:
             if now - changed_at > GRACE_S and there.isdisjoint(each.sha256 for each in versions):
-                remove_file(path)  # its versions were evicted, all of them
+                self._forget_kept(path, changed_at)  # its versions were evicted, all of them
         used = sum(found.st_size for found in blobs.values())
         last_use = {path: max([kept.get(path.name, 0.0), *names.get(path.name, {}).values()]) for path in blobs}
         known = [path for path in blobs if path.name in names or path.name in kept]
@@ -260,6 +267,12 @@ class DiskTier:
             used -= blobs[path].st_size
             evicted += self._drop(path, names.get(path.name, {}))
         return evicted
+
+    def _forget_kept(self, path: Path, changed_at: float) -> None:
+        """Remove a file of `kept`, unless it has been changed since."""
+        with self._locked(lock_name(path)), suppress(OSError):
+            if path.lstat().st_mtime == changed_at:
+                remove_file(path)
 
     def _sweep(self, now: float, kept: Collection[str]) -> tuple[dict[str, Names], dict[Path, os.stat_result]]:
         """Remove what crashes left: temporary files, blobs without entry, entries without blob. Returns the others."""

@@ -1,6 +1,7 @@
 """The versions that the disk tier keeps: how many, which are held, and what evictions and odd files do to them."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 
 from model_store.names import ModelName
 from model_store.stores.disk_cache import GRACE_S, DiskTier
-from model_store.stores.kept_versions import MOST_KEPT
+from model_store.stores.kept_versions import MOST_KEPT, lock_name
+from tests.patience import PATIENCE_S
 
 A, B = ModelName("au/a.mar"), ModelName("au/b.mar")
 
@@ -67,6 +69,52 @@ def test_a_version_that_comes_back_is_the_newest_and_one_asked_for_by_name_is_no
     assert list_versions(disk, A) == ["v1", "v2"]
 
 
+def test_a_version_asked_for_by_name_can_be_held_however_many_have_served(disk: DiskTier) -> None:
+    """A canary of a new version: it displaces none that served as the newest, and later ones do not displace those."""
+    serve(disk, A, "v1", "v2", "v3")
+    for at, version in enumerate(("c1", "c2", "c3", "c4")):
+        disk.publish(A, version.encode(), version, 2000.0 + at)
+        disk.keep_version(A, version, 2000.0 + at, newest=False)
+        assert disk.hold_versions(A, {version}) == {version}
+    assert disk.hold_versions(A, set()) == set()
+    assert [kept.version for kept in disk.list_versions(A) if not kept.asked] == ["v3", "v2", "v1"]
+    assert [kept.version for kept in disk.list_versions(A) if kept.asked] == ["c4", "c3", "c2"]
+    disk.keep_version(A, "c4", 3000.0, newest=True)
+    assert [kept.version for kept in disk.list_versions(A) if not kept.asked] == ["c4", "v3", "v2"]
+
+
+def test_what_served_until_now_is_evicted_after_what_nobody_asks_for(disk: DiskTier) -> None:
+    """A version's last use is the moment in which another took its place, however long ago it began to serve."""
+    serve(disk, A, "v1", at=1000.0)
+    serve(disk, B, "w1", at=2000.0)
+    (entry,) = (path for path in (disk._folder / "index").iterdir() if b"w1" in path.read_bytes())
+    os.utime(entry, (2000.0, 2000.0))
+    serve(disk, A, "v2", at=3000.0)
+    assert disk.evict(budget_bytes=4) == [B]
+    assert list_versions(disk, A) == ["v2", "v1"]
+
+
+def test_nobody_waits_for_a_download(disk: DiskTier) -> None:
+    """The lock of a name, which a request to a store that hangs holds, is in the way of no rollback and no eviction."""
+    serve(disk, A, "v1", "v2")
+    disk.publish(A, b"v3", "v3", 2000.0)
+    held: list[set[str]] = []
+
+    def work() -> None:
+        disk.keep_version(A, "v3", 2000.0, newest=True)
+        held.append(disk.hold_versions(A, {"v1"}))
+        disk.evict(budget_bytes=1000)
+
+    working = threading.Thread(target=work)
+    with disk.lock(A):
+        working.start()
+        working.join(timeout=PATIENCE_S / 10)
+        waits = working.is_alive()
+    working.join()
+    assert (waits, held) == (False, [{"v1"}])
+    assert list_versions(disk, A) == ["v3", "v2", "v1"]
+
+
 def test_held_versions_are_never_forgotten(disk: DiskTier) -> None:
     """However many follow; let go, it is the next to be forgotten."""
     serve(disk, A, "v1")
@@ -113,6 +161,22 @@ def test_files_whose_versions_are_gone_go_too(disk: DiskTier) -> None:
         os.utime(file, (1.0, 1.0))
     disk.evict(budget_bytes=0)
     assert list(kept.iterdir()) == []
+
+
+def test_a_file_that_changes_meanwhile_is_not_removed(disk: DiskTier) -> None:
+    """An eviction that finds the versions of a file gone, while another process notes a new one under the lock."""
+    serve(disk, A, "v1")
+    (path,) = (disk._folder / "kept").iterdir()
+    for file in (path, *(disk._folder / "blobs").iterdir()):
+        os.utime(file, (1.0, 1.0))
+    (disk._folder / "blobs" / disk.list_versions(A)[0].sha256).unlink()
+    evicting = threading.Thread(target=disk.evict, args=(1000,))
+    with disk._locked(lock_name(path)):
+        evicting.start()
+        evicting.join(timeout=0.5)  # long enough to remove it, were there no lock
+        os.utime(path)
+    evicting.join()
+    assert path.is_file()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"source":"s3://models","name":"au/b.mar","versions":[]}', b"\xff"])
