@@ -107,7 +107,7 @@ class DiskTier:
             except OSError as error:
                 log.warning("disk_folder_failed", folder=str(folder), error=str(error), advice=_ADVICE)
                 return  # the others would fail as this one
-            _check_private(folder, found)
+            check_private(folder, found)
 
     def lookup(self, name: ModelName) -> Cached | None:
         """The index entry of this name, or None. The blob may be missing or torn; `read` checks it."""
@@ -223,6 +223,14 @@ class DiskTier:
             self._kept.hold(name, versions)
         return {kept.version for kept in self.list_versions(name) if kept.held}
 
+    def has_held(self) -> bool:
+        """Whether versions of any source are held."""
+        return any(kept.held for _, _, versions in self._kept.read_all() for kept in versions)
+
+    def list_held(self) -> list[ModelName]:
+        """The archives of this source of which versions are held."""
+        return self._kept.list_held()
+
     def list_versions(self, name: ModelName) -> list[KeptVersion]:
         """The kept versions whose blobs are there, the one that served last first."""
         return [kept for kept in self._kept.read(name) if (self._blobs / kept.sha256).is_file()]
@@ -335,19 +343,19 @@ class DiskTier:
         write_file(path, data, self._temp)
 
 
-def _check_private(folder: Path, found: os.stat_result) -> None:
-    """Raises UnsafeDiskCache unless it is a folder of this user that nobody else may write to."""
+def check_private(folder: Path, found: os.stat_result) -> None:
+    """Raises UnsafeDiskCache unless it is a folder of this user that nobody else may write to. `found`: by `lstat`."""
     if not stat.S_ISDIR(found.st_mode):
         raise UnsafeDiskCache(f"{folder} is not a folder (disk_cache): remove it, or choose another --disk-cache")
     if found.st_uid != os.geteuid():
         raise UnsafeDiskCache(
             f"{folder} belongs to user {found.st_uid}, not to user {os.geteuid()} who runs this server, and could hold "
-            f"forged archives (disk_cache): remove it, or choose another --disk-cache"
+            f"forged files (disk_cache): remove it, or choose another --disk-cache"
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UnsafeDiskCache(
             f"{folder} can be written by other users (mode {stat.S_IMODE(found.st_mode):o}), so that it could hold "
-            f"forged archives (disk_cache): remove it, and the server makes it anew for itself alone"
+            f"forged files (disk_cache): remove it, and the server makes it anew for itself alone"
         )
 
 

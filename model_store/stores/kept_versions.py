@@ -85,6 +85,13 @@ class KeptVersions:
         if after != list(before):
             self._write(name, after)
 
+    def list_held(self) -> list[ModelName]:
+        """The names of this source that have held versions."""
+        found = (_read(path) for path, _ in iterate_files(self.folder))
+        return sorted(
+            file.name for file in found if file and file.source == self._source and any(k.held for k in file.versions)
+        )
+
     def read_all(self) -> list[tuple[Path, float, Sequence[KeptVersion]]]:
         """All files of all sources: path, time of the last change, versions."""
         found = ((path, about.st_mtime, _read(path)) for path, about in iterate_files(self.folder))

@@ -74,9 +74,10 @@ class ReleaseService:
         async with self._changing:
             held = self.table.held_version(model)
             serving = {held} if held else await self._fleet.serving_versions(model)
-            chosen = version or choose_previous(await self._list_kept(model), serving)
+            present = serving or await self._find_newest(model)
+            chosen = version or choose_previous(await self._list_kept(model), present)
             if chosen is None:
-                message = f"no version of {model} is kept from before {', '.join(sorted(serving)) or 'now'}"
+                message = f"no version of {model} is kept from before {', '.join(sorted(present)) or 'now'}"
                 raise ControlError(f"{message}; GET /fleet/versions/{model} lists those that are", Situation.NOT_FOUND)
             unheard = await self._change(_decide(lambda: self.table.hold(model, chosen)))
             log.warning("rolled_back", model=model, version=chosen, served=sorted(serving))
@@ -137,11 +138,16 @@ class ReleaseService:
             raise ControlError(message, Situation.BAD_REQUEST)
         for key in sorted({*table.list_keys(), *also} - self.table.list_keys()):
             await self._fleet.prove_release(split_version(key)[0], key)
+        touched = [model for model, versions in added.items() if versions]
         try:
-            for model in [model for model, versions in added.items() if versions]:
+            for model in touched:
                 await asyncio.to_thread(self._hold, model, before.get(model, set()) | after[model], added[model])
             await asyncio.to_thread(self._file.write, table)
-        except OSError as error:
+        except (OSError, ControlError) as error:
+            for model in touched:
+                await self._let_go(model, added[model], before.get(model, set()))
+            if isinstance(error, ControlError):
+                raise
             message = f"the table of releases cannot be written ({error.strerror or error}); nothing is changed"
             raise ControlError(f"{message}: disk_cache must be writable", Situation.INTERNAL) from error
         self.table = table
@@ -170,6 +176,26 @@ class ReleaseService:
         if lost:
             message = f"version {', '.join(sorted(lost))} of {model} was replaced before it could be kept on disk"
             raise ControlError(f"{message}; nothing is changed", Situation.NOT_FOUND)
+
+    async def let_go_leftovers(self) -> None:
+        """Let go what no entry names: a host that failed between the hold and the table has left it."""
+        any_source = DiskTier(self._settings.disk_cache, self._settings.store)
+        if not self._settings.disk_cache_bytes or not await asyncio.to_thread(any_source.has_held):
+            return  # and the store is not opened, which takes a while
+        async with self._changing:
+            held = self.table.held_versions()
+            try:
+                for model in await asyncio.to_thread(lambda: self._open_disk().list_held()):
+                    await asyncio.to_thread(self._hold, model, held.get(model, set()), set())
+            except (OSError, ControlError) as error:  # they are kept a while longer
+                log.warning("versions_not_let_go", error=str(error))
+
+    async def _find_newest(self, model: ModelName) -> set[str]:
+        """The version that a worker would load now, where nobody has the model; none where the last one proved bad."""
+        if not self._settings.disk_cache_bytes:
+            return set()
+        newest = await asyncio.to_thread(lambda: self._open_disk().lookup(model))
+        return {newest.version} if newest else set()
 
     async def _list_kept(self, model: ModelName) -> Sequence[KeptVersion]:
         if not self._settings.disk_cache_bytes:

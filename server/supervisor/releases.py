@@ -7,6 +7,7 @@ archive that follows the store, or of one of its versions, with a share of the r
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,16 +15,22 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import structlog
 from msgspec import Meta, Struct
 
 from model_store.names import InvalidModelName, ModelName, at_version, parse_model_name, parse_version
+from model_store.stores.disk_cache import UnsafeDiskCache, check_private
+from model_store.stores.disk_files import read_file
 from model_store.stores.kept_versions import KeptVersion
 from server.ipc.operations import ReleaseArm
 from server.settings import Settings
 
 MOST_NAMES = 1000
+MOST_ARMS = 2
 MAX_FILE_BYTES = 16 * 1024 * 1024
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+
+log = structlog.get_logger()
 
 
 class BadRelease(ValueError):
@@ -149,9 +156,21 @@ class ReleaseTable(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def choose_previous(kept: Sequence[KeptVersion], serving: set[str]) -> str | None:
-    """The version before those that serve now; None where none is kept. `kept`: the one that served last first."""
-    at = max((i for i, each in enumerate(kept) if each.version in serving), default=-1)
-    return kept[at + 1].version if at + 1 < len(kept) else None
+    """The version that was the newest before those that serve now; None where none is kept.
+
+    `kept`: the one that served last first. Of several that serve, while holders swap, the last one is the present one.
+    """
+    at = min((i for i, each in enumerate(kept) if each.version in serving), default=-1)
+    return next((each.version for each in kept[at + 1 :] if not each.asked), None)
+
+
+def _check_arms(name: str, arms: Sequence[Arm]) -> None:
+    """Raises BadRelease, InvalidModelName."""
+    parse_model_name(name)
+    if not 1 <= len(arms) <= MOST_ARMS:
+        raise BadRelease(f"{name} has {len(arms)} arms, not one or two")
+    for arm in arms:
+        _make_arm(arm.model, arm.version, arm.share)
 
 
 class ReleaseFile:
@@ -160,6 +179,7 @@ class ReleaseFile:
     def __init__(self, settings: Settings) -> None:
         self._store = f"{settings.store} {settings.s3_endpoint_url or ''}".strip()
         name = hashlib.sha256(self._store.encode()).hexdigest()[:32]
+        self._disk_cache = settings.disk_cache
         self.path = settings.disk_cache / "releases" / f"{name}.json"
 
     def __repr__(self) -> str:
@@ -168,22 +188,39 @@ class ReleaseFile:
     def read(self) -> ReleaseTable:
         """The table, an empty one where there is no file, or no disk cache that could have one.
 
-        Raises TableUnreadable for a file that cannot be used: names would mean something else without it.
+        Raises TableUnreadable for a file that cannot be used, or that others could have written: names would mean
+        something else without it, and another's models with it.
         """
         try:
-            self.path.stat()
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return ReleaseTable(self._store)
-        except OSError as error:
-            raise self._refuse(error) from error
-        try:
-            with self.path.open("rb") as file:
-                table = msgspec.json.decode(file.read(MAX_FILE_BYTES), type=ReleaseTable)
-            for name in table.names:
-                parse_model_name(name)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, InvalidModelName) as error:
+            if not self._is_there():
+                return ReleaseTable(self._store)
+            table = msgspec.json.decode(read_file(self.path, MAX_FILE_BYTES), type=ReleaseTable)
+            for name, arms in table.names.items():
+                _check_arms(name, arms)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, InvalidModelName, BadRelease) as error:
             raise self._refuse(error) from error
         return table
+
+    def _is_there(self) -> bool:
+        """Whether there is a file. Raises OSError where it is not known, or where file or folder are others' too."""
+        try:
+            self._disk_cache.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except PermissionError as error:  # in a folder that is closed to this user, such as another one's home
+            log.warning("releases_not_looked_for", file=str(self.path), error=str(error))
+            return False
+        try:
+            check_private(self.path.parent, self.path.parent.lstat())
+            found = self.path.lstat()
+        except FileNotFoundError:
+            return False
+        if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            mode = stat.S_IMODE(found.st_mode)
+            raise UnsafeDiskCache(
+                f"it belongs to user {found.st_uid} and has mode {mode:o}, so that others write to it"
+            )
+        return True
 
     def _refuse(self, error: Exception) -> TableUnreadable:
         return TableUnreadable(

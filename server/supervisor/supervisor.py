@@ -145,7 +145,7 @@ class Supervisor:
         except TableUnreadable as error:
             raise StartFailed(str(error)) from error
         self._children.start(listen)
-        self._disk_keeper = asyncio.create_task(keep_disk_cache(self.settings, self._metrics))
+        self._disk_keeper = asyncio.create_task(self._keep_disk())
         if access_log is not None:
             keeping = keep_access_log(access_log, self._metrics, self._take_access_log, self._fronts_gone)
             self._log_keeper = asyncio.create_task(keeping)
@@ -156,6 +156,10 @@ class Supervisor:
             ready.cancel()
             raise StartFailed(self._children.fatal.result())
         self._watcher = asyncio.create_task(self._watch.run(lambda: open_settings_store(self.settings)))
+
+    async def _keep_disk(self) -> None:
+        await self.releases.let_go_leftovers()  # before the first sweep, which could do with their room
+        await keep_disk_cache(self.settings, self._metrics)
 
     async def _wait_until_ready(self) -> None:
         """Every child is up, and every front connected to the workers: the first request finds its way."""
@@ -379,8 +383,9 @@ class Supervisor:
         await self._ask(self.home(key), PinModel(key) if model in self.pins else LoadModel(key))
 
     async def drop_release(self, key: ModelName) -> None:
-        """The version may be evicted."""
-        await self._ask_all(UnpinModel(key), LIST_S)
+        """The version may be evicted, unless an operator has pinned it as well."""
+        if key not in self.pins:
+            await self._ask_all(UnpinModel(key), LIST_S)
 
     async def announce_releases(self, routes: dict[str, list[ReleaseArm]]) -> list[int]:
         """Have all fronts follow this table from now on. Those that have not said so in time.
@@ -427,7 +432,7 @@ class Supervisor:
         self.pins.discard(model)
         _, unheard = await self._ask_all(UnpinModel(model))
         for held in self.releases.list_held(model):
-            await self._ask_all(UnpinModel(held))
+            await self.drop_release(held)
         return {"model": model, "pinned": False, **_name_unheard(unheard)}
 
     async def release(self, model: ModelName) -> dict[str, Any]:

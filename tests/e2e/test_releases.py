@@ -93,6 +93,7 @@ def test_an_alias_with_a_canary_serves_two_versions(s3: S3Server, store: str, tm
     old = market.publish(1)
     with serving(s3, tmp_path, f"s3://{store}", revalidate_s=600) as server:
         market.ask(server, NAME)
+        post(server, f"pin/{NAME}%5C{old}")
         assert post(server, f"alias/{ALIAS}", {"model": NAME, "version": old})["alias"] == ALIAS
         new = market.publish(2)
         post(server, f"reload/{NAME}")
@@ -114,6 +115,7 @@ def test_an_alias_with_a_canary_serves_two_versions(s3: S3Server, store: str, tm
         removed = server.http.delete(f"{server.addresses['management']}/fleet/alias/{ALIAS}")
         assert removed.json() == {"alias": ALIAS, "removed": True}
         assert server.post(ALIAS).status_code == 400
+        assert is_pinned(server, f"{NAME}\\{old}"), "an operator has pinned it, whatever the alias does"
         wait_until(lambda: server.said().count('"verb": "alias"') == 4, "the log says who set and removed aliases")
 
 

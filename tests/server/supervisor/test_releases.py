@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,49 @@ def test_rollbacks_go_back_one_version_after_another(tmp_path: Path) -> None:
     assert run(house.service.follow(NAME)) == {"model": NAME, "held": None}
 
 
+def test_the_present_version_is_known_though_nobody_holds_the_model(tmp_path: Path) -> None:
+    """After a restart, or unloaded: the disk says what would be loaded. A version that proved bad is forgotten there;
+    then the one that served last is the one to go back to. While holders swap, the newer of two is the present one.
+    """
+    house = House(tmp_path)
+    _, second, third = (house.publish(seed) for seed in (1, 2, 3))
+    house.serving = {third, second}
+    assert run(house.service.rollback(NAME))["version"] == second
+    run(house.service.follow(NAME))
+    house.serving = set()
+    assert run(house.service.rollback(NAME)) == {"model": NAME, "version": second, "served": []}
+    run(house.service.follow(NAME))
+    house.store.forget(NAME)
+    assert run(house.service.rollback(NAME))["version"] == third
+
+
+def test_a_rollback_goes_back_to_no_canary(tmp_path: Path) -> None:
+    """A version that was asked for by name alone has never been what the model's clients got."""
+    house = House(tmp_path)
+    first, second = house.publish(1), house.publish(2)
+    house._source.put(NAME, make_graph(3))
+    canary = house._source.read_version(NAME)
+    run(house.service.set_alias(ALIAS, AliasRequest(NAME, second, Canary(0.1, version=canary))))
+    assert house.held() == {second, canary}
+    assert run(house.service.rollback(NAME))["version"] == first
+
+
+def test_a_table_that_is_not_written_holds_nothing(tmp_path: Path) -> None:
+    """The hold before it is undone, and the version may be evicted; what a crash left is let go at the next start."""
+    house = House(tmp_path)
+    first, second = house.publish(1), house.publish(2)
+    folder = ReleaseFile(house.settings).path.parent
+    folder.write_text("a file in its place")
+    assert refusal(house.service.rollback(NAME)) is Situation.INTERNAL
+    assert (house.held(), house.dropped) == (set(), [at_version(NAME, first)])
+    folder.unlink()
+    run(house.service.set_alias(ALIAS, AliasRequest(NAME, second)))
+    house.disk.hold_versions(NAME, {first, second})
+    restarted = House(tmp_path)
+    run(restarted.service.let_go_leftovers())
+    assert house.held() == {second}
+
+
 def test_the_table_survives_a_restart(tmp_path: Path) -> None:
     """A new service on the same folder has what was last announced; another store's has nothing of it."""
     house = House(tmp_path)
@@ -196,11 +241,62 @@ def test_the_table_survives_a_restart(tmp_path: Path) -> None:
 def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     """To start without it would let names mean something else."""
     file = ReleaseFile(House(tmp_path).settings)
-    file.path.parent.mkdir()
-    for content in ("{", json.dumps({"store": "s", "names": {"a//b": [{"model": "a"}]}}), json.dumps({"names": {}})):
+    file.path.parent.mkdir(mode=0o700)
+    tables: list[dict[str, Any]] = [
+        {"a//b": [{"model": "a"}]},
+        {"a": []},
+        {"a": [{"model": "b"}] * 3},
+        {"a": [{"model": "a//b"}]},
+        {"a": [{"model": "b", "version": "v\\"}]},
+    ]
+    for content in ("{", json.dumps({"names": {}}), *(json.dumps({"store": "s", "names": each}) for each in tables)):
         file.path.write_text(content)
         with pytest.raises(TableUnreadable, match=r"releases/.*\.json: the table of .* cannot be read"):
             file.read()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_table_that_others_could_have_written_is_refused(tmp_path: Path, what: str) -> None:
+    """Its names would stand for their models. Neither owner nor mode may let anybody else write."""
+    house = House(tmp_path)
+    file = ReleaseFile(house.settings)
+    file.write(ReleaseTable("s").hold(NAME, "v1"))
+    assert file.read().held_version(NAME) == "v1"
+    path = file.path if what == "file" else file.path.parent
+    mode = path.stat().st_mode
+    path.chmod(mode | 0o020)
+    with pytest.raises(TableUnreadable, match=r"has mode 620|written by other users \(mode 720"):
+        file.read()
+    path.chmod(mode)
+    os.chown(path, 12345, -1)
+    with pytest.raises(TableUnreadable, match="belongs to user 12345"):
+        ReleaseService(house.settings, house).open()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_table_that_is_closed_to_this_user_is_no_missing_one() -> None:
+    """The start ends, and no rollback is forgotten. A disk cache that was never this user's has no table."""
+    with tempfile.TemporaryDirectory() as folder:
+        house = House(Path(folder))
+        file = ReleaseFile(house.settings)
+        file.write(ReleaseTable("s").hold(NAME, "v1"))
+        os.seteuid(12345)
+        try:
+            assert file.read().names == {}  # behind a closed folder
+            os.seteuid(0)
+            for each in (Path(folder), house.settings.disk_cache):
+                each.chmod(0o755)
+            os.seteuid(12345)
+            with pytest.raises(TableUnreadable, match=r"cannot be read: .*belongs to user 0"):
+                file.read()
+            os.seteuid(0)
+            house.settings.disk_cache.chmod(0o700)
+            os.seteuid(12345)
+            with pytest.raises(TableUnreadable, match="Permission denied"):
+                file.read()
+        finally:
+            os.seteuid(0)
 
 
 def test_a_server_without_a_disk_cache_has_no_table(tmp_path: Path) -> None:
