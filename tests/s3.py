@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 import boto3
 from botocore.config import Config
 
-from model_store.stores.model_store import PROBE
+from model_store.stores.store_health import PROBE
 from tests.patience import PATIENCE_S, POLL_S
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}

@@ -16,10 +16,8 @@ from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound, StoreUn
 from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
 from model_store.stores.object_store import Fetched, Listed, Source
-from model_store.stores.store_health import StoreHealth
+from model_store.stores.store_health import PROBE, StoreHealth
 
-#: What `probe` asks for. No store has it: "not found" is a short answer that costs nothing.
-PROBE = ModelName("fleetcast-probe")
 #: Further downloads of an archive that was damaged on its way.
 REPAIRS = 2
 

@@ -5,8 +5,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from model_store.names import ModelName
+
 #: Seconds after which a probe without an answer says that the store is out, long before it times out.
 PROBE_PATIENCE_S = 1.0
+#: What a probe asks for. No store has it: "not found" is a short answer that costs nothing.
+PROBE = ModelName("fleetcast-probe")
 
 
 class StoreHealth:

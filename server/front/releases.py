@@ -40,6 +40,8 @@ class Route:
     def __init__(self, name: str, arms: Sequence[ReleaseArm], metrics: FrontMetrics) -> None:
         self._name, self._metrics = name, metrics
         self._series: OrderedDict[str, ReleaseSeries] = OrderedDict()
+        self._arms: tuple[Arm, ...] = ()
+        self._closed = False
         self.follow(arms)
 
     def __repr__(self) -> str:
@@ -47,13 +49,17 @@ class Route:
         return f"<Route of {self._name}, {len(self._arms)} arms, {len(self._series)} versions counted>"
 
     def follow(self, arms: Sequence[ReleaseArm]) -> None:
-        """Take these arms for those before. Versions that both have count on."""
-        shares = [arm.share for arm in arms]
+        """Take these arms for those before. Versions that both have count on, and those that an arm has followed."""
+        shares, before = [arm.share for arm in arms], {arm.model: arm for arm in self._arms}
         self._arms = tuple(Arm(arm, sum(shares[: i + 1])) for i, arm in enumerate(arms))
+        for arm in self._arms:
+            arm.last = before[arm.model].last if arm.model in before else UNKNOWN
         self._most = len(arms) + MOST_FOLLOWED
-        wanted = {arm.version for arm in arms}
-        for version in [version for version in self._series if version not in wanted]:
-            self._drop(version)
+        follows = any(not arm.version for arm in self._arms)
+        wanted, named = {arm.version or arm.last for arm in self._arms}, {arm.version for arm in before.values()}
+        for version in list(self._series):
+            if version not in wanted and (version in named or not follows):
+                self._drop(version)
 
     def choose(self, request_id: bytes) -> Arm:
         """The arm for a request. The same id gets the same arm again."""
@@ -66,7 +72,9 @@ class Route:
         """Count a request that this version answered after so many seconds; None: it failed."""
         arm.last = version or arm.last
         counted = arm.version or arm.last
-        series = self._series.get(counted) or self._bind(counted)
+        series = self._series.get(counted) or self._bind(arm, counted)
+        if series is None:
+            return
         if seconds is None:
             series.failed.inc()
         else:
@@ -74,12 +82,18 @@ class Route:
             series.seconds.observe(seconds)
 
     def drop_series(self) -> None:
-        """Remove all series: the name is its archive's again, or nothing's."""
+        """Remove all series, for good: the name is its archive's again, or nothing's."""
+        self._closed = True
         for version in list(self._series):
             self._drop(version)
 
-    def _bind(self, version: str) -> ReleaseSeries:
-        """The series of a version. Of those that followed the store before, the oldest are removed."""
+    def _bind(self, arm: Arm, version: str) -> ReleaseSeries | None:
+        """The series of an arm's version. Of those that followed the store before, the oldest are removed.
+
+        None where the request was under way when its arm left the table: nobody would remove the series again.
+        """
+        if self._closed or arm.version not in {each.version for each in self._arms}:
+            return None
         held = {arm.version for arm in self._arms}
         followed = [each for each in self._series if each not in held]
         if len(self._series) >= self._most and followed:

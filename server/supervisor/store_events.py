@@ -15,7 +15,8 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 
 MAX_EVENT_BYTES = 256 * 1024  #: what SNS, SQS and EventBridge send at most
 MOST_RECORDS = 1000
-_REMOVALS = ("ObjectRemoved", "s3:ObjectRemoved", "Object Deleted", "LifecycleExpiration", "s3:LifecycleExpiration")
+#: What says that an object was written. Of all else reads must be ignored: a reload is one, and would follow itself.
+_WRITES = ("ObjectCreated", "s3:ObjectCreated", "Object Created")
 
 
 class BadEvent(ValueError):
@@ -65,7 +66,7 @@ def parse_event(body: bytes, store: str) -> Changes:
     models: dict[ModelName, None] = {}
     ignored = 0
     for event, where in _list_places(_decode(body)):
-        is_ours = where.bucket.name == bucket and not event.startswith(_REMOVALS)
+        is_ours = where.bucket.name == bucket and (not event or event.startswith(_WRITES))
         name = _read_key(where.object.key, prefix) if is_ours else None
         if name is None:
             ignored += 1

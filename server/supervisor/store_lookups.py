@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,12 +18,13 @@ import structlog
 from model_store.errors import LoadError, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
+from model_store.stores.store_health import PROBE, StoreHealth
 
 FEW = 20  #: archives that are asked one by one in any case
 PRICE = 10  #: requests for one archive that a page of a listing is worth: what S3 and its kin bill
 PAGE = 1000  #: archives on a page of a listing
 THREADS = 8  #: that ask for single archives at the same time
-MOST_PAUSE_S = 0.1  #: between two requests of a thread, which are spread over the time there is
+MOST_PAUSE_S = 0.1  #: between two requests of a thread; less where the time there is would not do
 
 _Result = TypeVar("_Result")
 
@@ -55,8 +57,9 @@ class StoreLookups:
         return f"<StoreLookups in {self._source!r}, {self._listed} listed>"
 
     async def find_versions(self, names: Collection[ModelName], spread_s: float) -> Found:
-        """The versions of these archives. Requests for single ones are spread over `spread_s` seconds."""
-        found, stop = Found(), threading.Event()
+        """The versions of these archives. The pauses between requests for single ones are at most `spread_s` in all."""
+        found = Found()
+        asking = _Asking(self._source, found)
         try:
             if self.prefers_listing(len(names)):
                 await _run_on_daemon(lambda: self._list(names, found))
@@ -64,11 +67,11 @@ class StoreLookups:
             rest = sorted(set(names) - found.versions.keys())
             pause_s = min(MOST_PAUSE_S, spread_s * THREADS / max(1, len(rest)))
             shares = [share for at in range(THREADS) if (share := rest[at::THREADS])]
-            asks = (_run_on_daemon(lambda share=share: self._ask_each(share, found, pause_s, stop)) for share in shares)  # type: ignore[misc]
+            asks = (_run_on_daemon(lambda share=share: asking.ask_each(share, pause_s)) for share in shares)  # type: ignore[misc]
             if not found.gone:
                 await asyncio.gather(*asks)
         finally:
-            stop.set()
+            asking.stop.set()
         return found
 
     def prefers_listing(self, names: int) -> bool:
@@ -93,25 +96,64 @@ class StoreLookups:
             found.gone = str(error)
         self._listed = count
 
-    def _ask_each(self, names: Sequence[ModelName], found: Found, pause_s: float, stop: threading.Event) -> None:
+
+class _Asking:
+    """A round of requests for single archives, by several threads. `stop`: no further one is begun."""
+
+    def __init__(self, source: Source, found: Found) -> None:
+        self._source, self._found = source, found
+        self.stop = threading.Event()
+        self._health = StoreHealth()
+        self._probing = threading.Lock()
+
+    def __repr__(self) -> str:
+        """For example `<_Asking Source(...), <StoreHealth answering>>`."""
+        return f"<_Asking {self._source!r}, {self._health!r}>"
+
+    def ask_each(self, names: Sequence[ModelName], pause_s: float) -> None:
         """Ask for archives one by one, until the store is gone."""
         for name in names:
-            if stop.wait(pause_s):
+            if self.stop.wait(pause_s):
                 return
             try:
-                version = self._source.read_version(name)
+                version = self._ask(name)
             except ModelNotFound:
-                found.removed.add(name)
+                self._found.removed.add(name)
             except StoreUnavailable as error:
-                found.gone = str(error)
-                stop.set()
+                if self._is_gone(error):
+                    return
+                self._found.failed.add(name)
             except LoadError:
-                found.failed.add(name)
+                self._found.failed.add(name)
             else:
                 if version:
-                    found.versions[name] = version
+                    self._found.versions[name] = version
                 else:
-                    found.failed.add(name)
+                    self._found.failed.add(name)
+
+    def _ask(self, name: ModelName) -> str:
+        asked_at = time.monotonic()
+        try:
+            version = self._source.read_version(name)
+        except StoreUnavailable:
+            self._health.note_failure(asked_at)
+            raise
+        except LoadError:
+            self._health.note_answer()
+            raise
+        self._health.note_answer()
+        return version
+
+    def _is_gone(self, error: StoreUnavailable) -> bool:
+        """Whether the store fails, and not one of its keys: nothing was answered since, and a probe is not either."""
+        with self._probing:
+            if not self.stop.is_set() and self._health.is_out:
+                with contextlib.suppress(LoadError):
+                    self._ask(PROBE)
+            if not self.stop.is_set() and self._health.is_out:
+                self._found.gone = str(error)
+                self.stop.set()
+            return self.stop.is_set()
 
 
 def _most_listed(names: int) -> int:

@@ -14,8 +14,9 @@ from model_store.archives.archive import Limits
 from model_store.errors import ArchiveInvalid, ModelNotFound, StoreDenied, StoreUnavailable
 from model_store.names import parse_model_name
 from model_store.stores.disk_cache import DiskTier
-from model_store.stores.model_store import PROBE, ModelStore
+from model_store.stores.model_store import ModelStore
 from model_store.stores.object_store import open_source
+from model_store.stores.store_health import PROBE
 from tests.archives import make_forecaster, make_zip
 from tests.patience import PATIENCE_S
 from tests.s3 import Fault, S3Server
@@ -28,7 +29,7 @@ FETCH = """if True:
     from model_store.archives.archive import Limits
     from model_store.stores.disk_cache import DiskTier
     from model_store.stores.object_store import open_source
-    from model_store.stores.model_store import PROBE, ModelStore
+    from model_store.stores.model_store import ModelStore
     url, folder = sys.argv[1:]
     store = ModelStore(open_source(url), DiskTier(pathlib.Path(folder), url), Limits())
     print("ready", flush=True)

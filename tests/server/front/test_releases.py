@@ -123,6 +123,37 @@ def test_series_go_with_their_entries() -> None:
     assert ("follows", "v49", "ok") in house.counted()
 
 
+def test_what_follows_counts_on_whatever_else_changes() -> None:
+    """Another alias is set, or an arm gets another share: no counter of a version that was answered starts anew, and a
+    failure without a version is the last one's.
+    """
+    house, follows = House({}), {ALIAS: [ReleaseArm(NAME, "", 1.0)]}
+    releases = house.app.releases
+    releases.replace(follows)
+    for version in ("v6", "v7"):
+        releases.routes[ALIAS].count(releases.routes[ALIAS].choose(b"1"), version, 0.1)
+    releases.replace({**follows, **HELD})
+    assert house.counted() == {(ALIAS, "v6", "ok"): 1, (ALIAS, "v7", "ok"): 1}
+    releases.routes[ALIAS].count(releases.routes[ALIAS].choose(b"1"), "", None)
+    assert house.counted()[ALIAS, "v7", "failed"] == 1
+
+
+def test_a_request_under_way_leaves_no_series_of_what_was_removed() -> None:
+    """Neither of an alias nor of an arm: its answer comes when the table has changed, and is not counted."""
+    house = House(CANARY)
+    releases = house.app.releases
+    route = releases.routes[ALIAS]
+    old, new = route._arms
+    releases.replace({ALIAS: [ReleaseArm(NAME, "", 1.0)]})
+    route.count(old, "old", 0.1)
+    assert house.counted() == {}
+    route.count(new, "v1", 0.1)
+    assert house.counted() == {(ALIAS, "v1", "ok"): 1}
+    releases.replace({})
+    route.count(new, "v1", 0.1)
+    assert house.counted() == {}
+
+
 @pytest.mark.parametrize(
     ("models", "answered"),
     [((), 200), (("au/",), 200), (("au/nsw1@",), 403), (("au/nsw1.mar",), 403), (("de/",), 403)],

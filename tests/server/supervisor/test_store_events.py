@@ -35,7 +35,21 @@ def test_minio_says_the_same_with_a_prefix() -> None:
     assert parse(event) == Changes(["a.mar"], 1)  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize(("kind", "found"), [("Object Created", ["a+b.mar"]), ("Object Deleted", [])])
+@pytest.mark.parametrize(
+    ("event", "models"),
+    [("ObjectCreated:CompleteMultipartUpload", 1), ("s3:ObjectCreated:Copy", 1), ("", 1), ("s3:ObjectAccessed:Get", 0),
+     ("s3:ObjectAccessed:Head", 0), ("ObjectTagging:Put", 0), ("ObjectRestore:Post", 0), ("ObjectRemoved:Delete", 0),
+     ("s3:Replication:OperationFailedReplication", 0), ("LifecycleExpiration:Delete", 0)],
+)  # fmt: skip
+def test_only_what_was_written_is_a_change(event: str, models: int) -> None:
+    """MinIO tells of reads too where it is asked to: a reload that followed one would be followed by the next."""
+    assert parse({"Records": [record("prices/a.mar", event=event)]}) == Changes(["a.mar"][:models], 1 - models)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("Object Created", ["a+b.mar"]), ("Object Deleted", []), ("Object Access Tier Changed", []), ("", ["a+b.mar"])],
+)
 def test_eventbridge_has_plain_keys(kind: str, found: list[str]) -> None:
     """A plus sign is itself there."""
     detail = {"version": "0", "bucket": {"name": "models"}, "object": {"key": "prices/a+b.mar", "size": 1}}

@@ -78,7 +78,7 @@ def test_a_listing_of_far_more_than_is_resident_is_given_up(
 
 
 def test_a_store_that_is_gone_is_asked_no_more_in_this_round(s3: S3Server, bucket: str) -> None:
-    """After the first failure the other archives are not asked for: at most one request of each thread more."""
+    """After the first failure the other archives are not asked for: at most one request of each thread, and a probe."""
     models = name_models(20)
     fill(s3, bucket, models)
     lookups = StoreLookups(open_source(f"s3://{bucket}", retries=0))
@@ -87,3 +87,14 @@ def test_a_store_that_is_gone_is_asked_no_more_in_this_round(s3: S3Server, bucke
     assert f"s3://{bucket}" in found.gone
     assert len(s3.seen("HEAD", bucket)) <= store_lookups.THREADS
     assert (found.versions, found.removed) == ({}, set())
+
+
+@pytest.mark.parametrize("bad", [0, 19])
+def test_a_key_that_fails_does_not_end_the_round(s3: S3Server, bucket: str, bad: int) -> None:
+    """Asked for first or last, it is counted as failed; the store answers for all others, so that it is not gone."""
+    models = name_models(20)
+    versions = fill(s3, bucket, models)
+    s3.inject(Fault(match=f"{models[bad]}", status=503))
+    found = find(StoreLookups(open_source(f"s3://{bucket}", retries=0)), models)
+    assert (found.gone, found.failed) == ("", {models[bad]})
+    assert found.versions == {model: version for model, version in versions.items() if model != models[bad]}
