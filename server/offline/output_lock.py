@@ -3,8 +3,9 @@
 A local output is held by a lock on the file `OUT.lock`, which the kernel releases with the process. An output in S3 is
 held by the object `OUT.lock` as well: a lease, which its run renews and which another may take when it has not been
 renewed for LEASE_S. Times are the store's own, so that clocks need not agree. A lease is written on the condition that
-it is still as it was read. AWS, MinIO and others check that; with a store that does not, two runs that start in the
-same moment are not told apart.
+its ETag is still the one that was read. AWS, MinIO and others check that; with a store that does not, two runs that
+start in the same moment are not told apart. Where an ETag is a hash of the body, as MD5 is, a renewal does not change
+it: the condition tells holders apart, not renewals, and a run whose lease was taken learns so when it renews next.
 """
 
 import contextlib

@@ -8,8 +8,10 @@ Runs on the supervisor's event loop.
 """
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -26,6 +28,8 @@ LEAST_PAUSE_S = 0.5  #: between two rounds, however short `revalidate_s` is
 MOST_PAUSE_S = 600.0  #: between two rounds while the store is gone, unless `revalidate_s` is longer
 AT_ONCE = 256  #: models whose reloads wait for their workers at the same time
 MOST_TOLD = 10_000  #: names that events have brought and that are not reloaded yet
+RETRY_S = 10.0  #: after which an event without effect is followed again where nothing is compared; doubles each time
+MOST_TRIES = 8  #: of an event: the last one comes 21 minutes later
 SETTLED_ROUNDS = 10  #: for how many rounds an archive that was refused, or twice found unchanged, is not loaded
 
 log = structlog.get_logger()
@@ -46,11 +50,21 @@ class Settled(NamedTuple):
     is_final: bool
 
 
+class Retry(NamedTuple):
+    """An event without effect: it is followed again `at` (monotonic), and was so many times."""
+
+    at: float
+    tries: int
+
+
 class Fleet(Protocol):
     """What the watch has of the supervisor."""
 
     async def list_versions(self) -> Residents:
         """What the workers serve."""
+
+    def has_listed_all(self) -> bool:
+        """Whether the last list has what all workers serve: none was starting, silent or slow."""
 
     async def reload_at(self, worker: int, model: ModelName) -> str:
         """Have the worker ask the store, load and swap. The version that serves then. Raises ControlError."""
@@ -69,6 +83,7 @@ class StoreWatch:
         self._rounds = self._failures = 0
         self._settled: dict[Holding, Settled] = {}
         self._told: set[ModelName] = set()
+        self._again: dict[ModelName, Retry] = {}
         self._woken = asyncio.Event()
 
     def __repr__(self) -> str:
@@ -101,7 +116,9 @@ class StoreWatch:
 
     async def _keep_following_events(self) -> None:
         while True:
-            await self._woken.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._until_retry_s()):
+                    await self._woken.wait()
             try:
                 await self.follow_events()
             except Exception:  # as above
@@ -167,40 +184,77 @@ class StoreWatch:
     def tell(self, models: Iterable[ModelName]) -> None:
         """The store says that these have changed. Raises TooManyEvents, and then takes none of them."""
         told = self._told.union(models)
-        if len(told) > MOST_TOLD:
-            raise TooManyEvents(f"{len(self._told)} changed archives wait for their reload already; send it again")
+        if len(told.union(self._again)) > MOST_TOLD:
+            raise TooManyEvents(
+                f"{len(self._told.union(self._again))} changed archives wait for their reload already; send it again"
+            )
         self._told = told
         self._woken.set()
 
     async def follow_events(self) -> None:
-        """Reload what events have named, where it is resident."""
-        told, self._told = self._told, set()
-        self._woken.clear()
+        """Reload what events have named, where it is resident.
+
+        An event is answered before. So where no comparison would find what was missed, it is followed again if a worker
+        could not be asked or refused for a reason that passes, or if it serves the same version after all: it takes the
+        copy on disk while the store is out.
+        """
+        told = self._take_told()
         if not told:
             return
         residents = await self._fleet.list_versions()
         holdings = [(model, worker) for model in sorted(told) for worker in residents.get(model, {})]
         for holding in holdings:
             self._settled.pop(holding, None)
-        await self._reload_all(residents, holdings, {})
+        vain = await self._reload_all(residents, holdings, {})
+        if not self._polls:
+            self._try_again(told, vain if self._fleet.has_listed_all() else set(told))
+
+    def _until_retry_s(self) -> float | None:
+        return max(0.0, min(retry.at for retry in self._again.values()) - time.monotonic()) if self._again else None
+
+    def _take_told(self) -> dict[ModelName, int]:
+        """What is to be reloaded, and how often each was tried before."""
+        now = time.monotonic()
+        told = {model: retry.tries for model, retry in self._again.items() if retry.at <= now}
+        told.update(dict.fromkeys(self._told, 0))
+        self._again = {model: retry for model, retry in self._again.items() if model not in told}
+        self._told = set()
+        self._woken.clear()
+        return told
+
+    def _try_again(self, told: Mapping[ModelName, int], vain: Collection[ModelName]) -> None:
+        now = time.monotonic()
+        for model in vain:
+            tries = told[model] + 1
+            if tries < MOST_TRIES:
+                self._again[model] = Retry(now + RETRY_S * 2.0 ** (tries - 1), tries)
+            else:
+                log.warning("event_without_effect", model=model, tries=tries)
 
     # --- loads ------------------------------------------------------------------------------------------------------
 
     async def _reload_all(
         self, residents: Residents, holdings: list[Holding], versions: Mapping[ModelName, str]
-    ) -> None:
-        """Reload all, each worker so many at a time that loader threads are left for requests."""
+    ) -> set[ModelName]:
+        """Reload all, each worker so many at a time that loader threads are left for requests. Those tried in vain."""
+        vain: set[ModelName] = set()
         lanes = {worker: asyncio.Semaphore(self._lanes) for _, worker in holdings}
         for at in range(0, len(holdings), AT_ONCE):
-            await asyncio.gather(
+            some = holdings[at : at + AT_ONCE]
+            followed = await asyncio.gather(
                 *(
                     self._reload(model, worker, residents[model][worker], versions.get(model, ""), lanes[worker])
-                    for model, worker in holdings[at : at + AT_ONCE]
+                    for model, worker in some
                 )
             )
+            vain.update(model for (model, _), done in zip(some, followed, strict=True) if not done)
+        return vain
 
-    async def _reload(self, model: ModelName, worker: int, before: str, newest: str, lane: asyncio.Semaphore) -> None:
-        """One model at one holder. What cannot be loaded, or proves to be the same, is left alone for some rounds."""
+    async def _reload(self, model: ModelName, worker: int, before: str, newest: str, lane: asyncio.Semaphore) -> bool:
+        """One model at one holder. What cannot be loaded, or proves to be the same, is left alone for some rounds.
+
+        False where another try may have another end.
+        """
         async with lane:
             try:
                 served = await self._fleet.reload_at(worker, model)
@@ -208,12 +262,13 @@ class StoreWatch:
                 log.warning("change_not_followed", model=model, worker=worker, serving=before, error=str(error))
                 if error.situation == Situation.ARCHIVE_FAILED:
                     self._settle((model, worker), newest, is_final=True)
-                return
+                return error.situation in (Situation.ARCHIVE_FAILED, Situation.NOT_FOUND)
         if served == before:
             known = self._settled.get((model, worker))
             self._settle((model, worker), newest, is_final=known is not None and known.newest == newest)
         else:
             log.info("change_followed", model=model, worker=worker, before=before, version=served)
+        return served != before
 
     def _settle(self, holding: Holding, newest: str, *, is_final: bool) -> None:
         if newest:  # else it was an event, which says nothing of the version

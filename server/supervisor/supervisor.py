@@ -103,6 +103,7 @@ class Supervisor:
         self.host = host or read_host()
         self.plans = plan_workers(settings, self.host)
         self.pins: set[str] = set(settings.pin)
+        self._unlisted = 0  # workers that the last list of versions lacks
         self.workers = [Child("worker", plan.index, plan) for plan in self.plans]
         self.fronts = [Child("front", index) for index in range(settings.fronts)]
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
@@ -349,12 +350,14 @@ class Supervisor:
     async def list_versions(self) -> dict[ModelName, dict[int, str]]:
         """The version that each worker serves, by model; nothing of workers that do not answer."""
         found: dict[ModelName, dict[int, str]] = {}
+        self._unlisted = len(self.workers)
         for worker in self.workers:
             after = ""
             with contextlib.suppress(ControlError):
                 while worker.ready.is_set() and not worker.is_silent:
                     page = await self._ask(worker, ListVersions(after, VERSIONS_PAGE), LIST_S)
                     if not page:
+                        self._unlisted -= 1
                         break
                     for model, version in page.items():
                         name, held = split_version(ModelName(model))
@@ -362,6 +365,10 @@ class Supervisor:
                             found.setdefault(name, {})[worker.index] = version
                     after = max(page)
         return found
+
+    def has_listed_all(self) -> bool:
+        """Whether the last `list_versions` has what all workers serve."""
+        return self._unlisted == 0
 
     async def reload_at(self, worker: int, model: ModelName) -> str:
         """Have a holder ask the store. The version that serves then. Raises ControlError."""

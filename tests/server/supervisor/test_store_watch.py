@@ -27,6 +27,7 @@ class Workers:
         self.held: dict[int, dict[ModelName, str]] = {worker: {} for worker in range(workers)}
         self.reloads: list[tuple[ModelName, int]] = []
         self.refusal: ControlError | None = None
+        self.silent: set[int] = set()
         self.running = self.most_running = 0
 
     def hold(self, models: Sequence[ModelName], workers: Iterable[int] = (0,)) -> None:
@@ -39,9 +40,15 @@ class Workers:
         """See Fleet."""
         found: dict[ModelName, dict[int, str]] = {}
         for worker, models in self.held.items():
+            if worker in self.silent:
+                continue
             for model, version in models.items():
                 found.setdefault(model, {})[worker] = version
         return found
+
+    def has_listed_all(self) -> bool:
+        """See Fleet."""
+        return not self.silent
 
     async def reload_at(self, worker: int, model: ModelName) -> str:
         """See Fleet."""
@@ -205,6 +212,66 @@ def test_an_event_reloads_what_is_resident_at_once(house: House) -> None:
     house.watch.tell([A, C])
     asyncio.run(house.watch.follow_events())
     assert house.workers.take_reloads() == [(A, 0), (A, 1)]
+
+
+@pytest.mark.parametrize("missed", ["store", "worker", "copy"])
+def test_an_event_is_followed_until_it_has_an_effect(
+    house: House, monkeypatch: pytest.MonkeyPatch, missed: str
+) -> None:
+    """Where nothing is compared: the store failed a holder, gave it no answer so that it took its copy, or the worker
+    was silent. The event was answered, so that nobody sends it again; once it has been followed, all is quiet.
+    """
+    monkeypatch.setattr(store_watch, "RETRY_S", 0.0)
+    watch = StoreWatch(house.workers, house.metrics, revalidate_s=60.0, lanes=2, polls=False)
+    house.workers.hold([A], workers=(0, 1))
+    if missed == "copy":
+        watch.tell([A])
+        asyncio.run(watch.follow_events())
+    house.write(A, b"second")
+    if missed == "store":
+        house.workers.refusal = ControlError("503", Situation.STORE_FAILED)
+    elif missed == "worker":
+        house.workers.silent = {1}
+    if missed != "copy":
+        watch.tell([A])
+        asyncio.run(watch.follow_events())
+    house.workers.refusal, house.workers.silent = None, set()
+    house.workers.take_reloads()
+    second = house.source.read_version(A)
+    asyncio.run(watch.follow_events())
+    assert {held[A] for held in house.workers.held.values()} == {second}
+    for _ in range(store_watch.MOST_TRIES):
+        asyncio.run(watch.follow_events())
+    house.workers.take_reloads()
+    asyncio.run(watch.follow_events())
+    assert house.workers.take_reloads() == []
+
+
+def test_a_watch_that_runs_follows_an_event_again_by_itself(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without another event; an archive that is bad is not tried again."""
+    monkeypatch.setattr(store_watch, "RETRY_S", 0.01)
+    watch = StoreWatch(house.workers, house.metrics, revalidate_s=60.0, lanes=2, polls=False)
+    house.workers.hold([A])
+
+    async def count_reloads(situation: Situation, enough: int) -> int:
+        house.workers.refusal = ControlError("refused", situation)
+        watch.tell([A])
+        running = asyncio.create_task(watch.run(lambda: house.source))
+        for _ in range(3000):
+            await asyncio.sleep(0.01)
+            if len(house.workers.reloads) >= enough:
+                break
+        await asyncio.sleep(0.1)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return len(house.workers.take_reloads())
+
+    async def scenario() -> tuple[int, int]:
+        return await count_reloads(Situation.ARCHIVE_FAILED, 1), await count_reloads(Situation.STORE_FAILED, 3)
+
+    bad, passing = asyncio.run(scenario())
+    assert bad == 1
+    assert passing >= 3
 
 
 def test_events_are_bounded(house: House) -> None:
