@@ -71,7 +71,7 @@ def test_a_lost_device_ends_its_worker_and_costs_no_other_request(s3: S3Server, 
     poison = json.dumps({"x": [[POISON] * context] * features}).encode()
     questions = [model.question(1) for model in innocents]
     with (
-        serving(s3, tmp_path, f"s3://{store}", workers=None, environment=shown, **sizes) as server,
+        serving(s3, tmp_path, f"s3://{store}", workers=None, environment=shown, device="auto", **sizes) as server,
         ThreadPoolExecutor(2) as pool,
     ):
         assert {row["device"] for row in server.processes("worker")} == {"cuda:GPU-1", "cuda:MIG-2"}

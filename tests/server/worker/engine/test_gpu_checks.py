@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from handlers.errors import DeviceFailed
 from handlers.forecasters import build_family
 from server.worker.engine import gpu_checks
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
@@ -69,7 +70,7 @@ def test_a_failed_capture_is_followed_by_a_sound_one() -> None:
     assert len(said) == 2
     with pytest.raises(Wrong, match="was captured"):
         list(gpu_checks.check_failed_capture(Careless()))
-    with pytest.raises((Wrong, RuntimeError)):
+    with pytest.raises(DeviceFailed):
         list(gpu_checks.check_failed_capture(FakeDevice(endless_captures=True)))
 
 
