@@ -19,7 +19,8 @@ def test_without_a_gpu_it_says_so_at_once_and_makes_nothing(tmp_path: Path) -> N
     found = CliRunner().invoke(first_gpu.app, ["--dev", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (2, first_gpu.NO_GPU + "\n")
     if not any(any(Path("/dev").glob(pattern)) for pattern in first_gpu.NODES):
-        made = subprocess.run(["make", "--no-print-directory", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+        command = ["make", "--no-print-directory", "gpu"]
+        made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert made.returncode == 2
         assert made.stdout == first_gpu.NO_GPU + "\n"
         assert not (ROOT / ".venv-cuda").exists()
