@@ -7,7 +7,7 @@ INVARIANT: only the thread of the process's event loop calls `inc`, `observe`, `
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -60,11 +60,12 @@ Series = TypeVar("Series", LoopCounter, LoopHistogram)
 
 
 class _Family(Collector, Generic[Series]):
-    """The series of one metric by their labels' values."""
+    """The series of one metric by their labels' values. `make`: a new series."""
 
-    def __init__(self, spec: MetricSpec, common: Sequence[str] = ()) -> None:
+    def __init__(self, spec: MetricSpec, common: Sequence[str], make: Callable[[], Series]) -> None:
         self._name, self._help, self.label_names = METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels)
         self._series: dict[tuple[str, ...], Series] = {}
+        self._make: Callable[[], Series] = make
 
     def __repr__(self) -> str:
         """For example `<CounterFamily fleetcast_requests: 3 series>`."""
@@ -79,12 +80,12 @@ class _Family(Collector, Generic[Series]):
             series = self._series[values] = self._make()
         return series
 
-    def _make(self) -> Series:
-        raise NotImplementedError
-
 
 class CounterFamily(_Family[LoopCounter]):
     """A counter's series. `common`: names of labels before those that the metric itself has."""
+
+    def __init__(self, spec: MetricSpec, common: Sequence[str] = ()) -> None:
+        super().__init__(spec, common, LoopCounter)
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
@@ -93,16 +94,12 @@ class CounterFamily(_Family[LoopCounter]):
             family.add_metric(labels, series.value)
         yield family
 
-    def _make(self) -> LoopCounter:
-        return LoopCounter()
-
 
 class HistogramFamily(_Family[LoopHistogram]):
     """A histogram's series. `bounds`: the buckets' upper bounds, ascending, without infinity."""
 
     def __init__(self, spec: MetricSpec, bounds: Sequence[float], common: Sequence[str] = ()) -> None:
-        super().__init__(spec, common)
-        self._bounds = bounds
+        super().__init__(spec, common, lambda: LoopHistogram(bounds))
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""
@@ -110,6 +107,3 @@ class HistogramFamily(_Family[LoopHistogram]):
         for labels, series in self._series.items():
             series.add_to(family, labels)
         yield family
-
-    def _make(self) -> LoopHistogram:
-        return LoopHistogram(self._bounds)

@@ -175,6 +175,23 @@ class InferencePlane(Protocol):
         """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
 
 
+class PlaneInFront:
+    """What stands in front of a plane and has its own `infer`: all else is the plane's."""
+
+    def __init__(self, plane: InferencePlane) -> None:
+        self.held, self._plane = plane.held, plane
+
+    @property
+    def expected(self) -> int:
+        """How many workers the server has, up or not."""
+        return self._plane.expected
+
+    @property
+    def workers(self) -> Mapping[int, PulseReader | None]:
+        """The workers that are up, and what is seen of each."""
+        return self._plane.workers
+
+
 class DataPlane:
     """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
 

@@ -13,9 +13,8 @@ from msgspec.structs import replace
 
 from model_store.names import ModelName
 from server.errors import Refused
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse, RefusedByWorker
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront, RefusedByWorker
 from server.ipc.operations import ReleaseArm
-from server.ipc.pulse import PulseReader
 from server.metrics import FrontMetrics, ReleaseSeries
 
 MOST_FOLLOWED = 4  #: versions of a name that follows the store which have series at a time
@@ -128,26 +127,16 @@ class Releases:
                 self.routes[name] = Route(name, arms, self._metrics)
 
 
-class ReleasedPlane:
+class ReleasedPlane(PlaneInFront):
     """The data plane with the table's names in front of it."""
 
     def __init__(self, plane: InferencePlane, releases: Releases) -> None:
-        self.held = plane.held
-        self._plane, self._releases = plane, releases
+        super().__init__(plane)
+        self._releases = releases
 
     def __repr__(self) -> str:
         """For example `<ReleasedPlane <Releases of 3 names> over <DataPlane ...>>`."""
         return f"<ReleasedPlane {self._releases!r} over {self._plane!r}>"
-
-    @property
-    def expected(self) -> int:
-        """How many workers the server has, up or not."""
-        return self._plane.expected
-
-    @property
-    def workers(self) -> Mapping[int, PulseReader | None]:
-        """The workers that are up, and what is seen of each."""
-        return self._plane.workers
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The answer of the arm that the request gets. Raises what the plane raises."""

@@ -99,12 +99,15 @@ class ResidentModels:
         Rows are not evicted: their pool was allocated at the start, and evicting them would free no memory. If the
         device is lost, this process ends.
         """
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            why = str(error)
+        except Exception as error:
+            end_if_lost(error)
+            raise
+        # INVARIANT: the error is gone here. The frames of its traceback hold the staging that is to be freed.
         with ending_if_lost():
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                why = str(error)
-            # INVARIANT: the error is gone here. The frames of its traceback hold the staging that is to be freed.
             self.free_memory(why)
             return work()
 

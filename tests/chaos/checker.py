@@ -123,7 +123,7 @@ class History:
         )
 
 
-def judge(record: Record, history: History) -> Verdict:
+def judge_request(record: Record, history: History) -> Verdict:
     """The verdict on one request."""
     outages = [each for each in history.outages if record.sent <= each.end and record.ended >= each.begin]
     may_be_cut = any(each.cuts for each in outages)
@@ -214,11 +214,11 @@ QUIET_S = 0.5  #: at a window's end, in which a server that has recovered answer
 STRAYS = 0.01  #: of the requests after a heal: a busy machine refuses some that have a second's deadline
 
 
-def count(records: Iterable[Record], history: History, started: float) -> Report:
+def count_verdicts(records: Iterable[Record], history: History, started: float) -> Report:
     """Judge all requests."""
-    judged = sorted(((each, judge(each, history)) for each in records), key=lambda pair: pair[0].sent)
+    judged = sorted(((each, judge_request(each, history)) for each in records), key=lambda pair: pair[0].sent)
     counts = Counter(str(verdict) for _, verdict in judged)
-    examples = [describe(each, verdict, started) for each, verdict in judged if verdict in VIOLATIONS]
+    examples = [describe_record(each, verdict, started) for each, verdict in judged if verdict in VIOLATIONS]
     rows = [summarize_window(window, judged, started) for window in history.windows]
     slowest = max((each.ended - each.sent for each, verdict in judged if verdict is not Verdict.CUT), default=0.0)
     refusals = Counter(
@@ -249,7 +249,7 @@ def summarize_window(window: Window, judged: Sequence[tuple[Record, Verdict]], s
     )
 
 
-def describe(record: Record, verdict: Verdict, started: float) -> str:
+def describe_record(record: Record, verdict: Verdict, started: float) -> str:
     """One request in a line, for the report."""
     took = record.ended - record.sent
     return (

@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.checker import FaultRow, Report, Verdict, Window, count
+from tests.chaos.checker import FaultRow, Report, Verdict, Window, count_verdicts
 from tests.chaos.clients import Clients
 from tests.chaos.faults import FAULTS, Fault, apply_faults, make_schedule
 from tests.chaos.world import World, open_world
@@ -105,7 +105,7 @@ def run_chaos(
         problems.append(str(error).partition("\n")[0])
     assert world is not None, problems
     assert clients is not None, problems
-    return count(clients.records, world.history, started), world.notes, problems
+    return count_verdicts(clients.records, world.history, started), world.notes, problems
 
 
 def inject_faults(

@@ -10,36 +10,25 @@ from model_store.names import ModelName
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
-from server.ipc.pulse import PulseReader
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront
 from server.settings import Settings
 
 _SIGV4 = b"AWS4-HMAC-SHA256"
 
 
-class PermittedPlane:
+class PermittedPlane(PlaneInFront):
     """The data plane as the holder of one token sees it: models that the token does not allow are refused.
 
     INVARIANT: a dialect has no other way to a model, so that none can forget the check.
     """
 
     def __init__(self, plane: InferencePlane, token: Token) -> None:
-        self.held = plane.held
-        self._plane, self._token = plane, token
+        super().__init__(plane)
+        self._token = token
 
     def __repr__(self) -> str:
         """For example `<PermittedPlane <Token desk-au: invoke of au/> over <DataPlane ...>>`."""
         return f"<PermittedPlane {self._token!r} over {self._plane!r}>"
-
-    @property
-    def expected(self) -> int:
-        """How many workers the server has, up or not."""
-        return self._plane.expected
-
-    @property
-    def workers(self) -> Mapping[int, PulseReader | None]:
-        """The workers that are up, and what is seen of each."""
-        return self._plane.workers
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused(FORBIDDEN), and what the plane raises."""
