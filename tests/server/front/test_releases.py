@@ -73,6 +73,23 @@ def test_an_empty_table_is_not_in_the_way() -> None:
     assert house.ask(NAME).body == NAME.encode()
 
 
+def test_a_name_is_looked_up_when_its_request_is_here() -> None:
+    """A rollback that comes while a client still sends its body holds for the request, as for those after it."""
+    house, sent = House({}), list[Mapping[str, object]]()
+    headers = [(b"x-amzn-sagemaker-target-model", NAME.encode())]
+    scope = {"type": "http", "method": "POST", "path": "/invocations", "query_string": b"", "headers": headers}
+
+    async def receive() -> Mapping[str, object]:
+        house.app.releases.replace(HELD)
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Mapping[str, object]) -> None:
+        sent.append(message)
+
+    asyncio.run(house.app(scope, receive, send))  # type: ignore[arg-type]  # messages are made by the test
+    assert sent[1]["body"] == OLD.encode()
+
+
 def test_a_canary_gets_its_share_and_a_request_its_arm() -> None:
     """Of 2,000 ids about a tenth goes to the canary; the same id goes the same way again, by another alias its own."""
     releases = Releases(FrontMetrics())
