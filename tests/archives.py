@@ -62,11 +62,18 @@ def make_mar_manifest(handler: str = "", serialized: str = "") -> dict[str, byte
 def make_zip(
     members: Mapping[str, bytes] | Iterable[tuple[str | zipfile.ZipInfo, bytes]], *, deflate: bool = False
 ) -> bytes:
-    """A zip of the members in the given order; pairs may repeat a name or bring their own ZipInfo."""
+    """A zip of the members in the given order; pairs may repeat a name or bring their own ZipInfo. Equal members give
+    equal bytes at any time of day, since every entry made here bears the zip format's first date.
+    """
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(out, "w") as archive:
         for entry, content in members.items() if isinstance(members, Mapping) else members:
-            archive.writestr(entry, content)
+            if isinstance(entry, zipfile.ZipInfo):
+                archive.writestr(entry, content)
+                continue
+            info = zipfile.ZipInfo(entry)
+            info.external_attr = (0o40775 << 16 | 0x10) if entry.endswith("/") else 0o600 << 16
+            archive.writestr(info, content, zipfile.ZIP_DEFLATED if deflate else zipfile.ZIP_STORED)
     return out.getvalue()
 
 
