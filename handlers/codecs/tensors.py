@@ -114,17 +114,20 @@ def _read_fast(document: simdjson.Object, body: bytes, shapes: Mapping[str, Shap
             return None
         found[name] = flat.reshape(dims)
     # as_buffer flattens, so that lists among the numbers would not be noticed: count their brackets
-    return found if _opens_with(body, lists) else None
+    return found if count_up_to(body, b"[", lists + 1) == lists else None
 
 
-def _opens_with(body: bytes, lists: int) -> bool:
-    """Return whether the text has exactly so many opening brackets, three times faster than bytes.count."""
+def count_up_to(body: bytes, mark: bytes, most: int) -> int:
+    """Count a byte that is rare in the body, but no further than `most`.
+
+    `bytes.count` looks at each byte by itself (8 us for 11 KB), `bytes.find` at many at a time (0.4 us).
+    """
     at = -1
-    for _ in range(lists):
-        at = body.find(b"[", at + 1)
+    for found in range(most):
+        at = body.find(mark, at + 1)
         if at < 0:
-            return False
-    return body.find(b"[", at + 1) < 0
+            return found
+    return most
 
 
 def _read_leading_dims(value: Any, shape: Shape) -> Shape | None:

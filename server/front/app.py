@@ -27,7 +27,7 @@ from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.releases import ReleasedPlane, Releases
 from server.front.worker_client import WorkerLost
-from server.http_listener import BODY_FOLLOWS
+from server.http_listener import BODY_FOLLOWS, CLOSE
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
@@ -211,7 +211,7 @@ class App:
         if isinstance(why, RefusedByWorker):
             reply.stats = why.stats
         if why.situation is Situation.SLOW_CLIENT:
-            reply.headers.append((b"connection", b"close"))  # the rest of its body is of no use
+            reply.headers.append(CLOSE)  # the rest of its body is of no use
         elif why.situation is Situation.UNAUTHORIZED:
             reply.headers.append((b"www-authenticate", b"Bearer"))
         elif why.situation is Situation.NO_ROUTE:
@@ -229,8 +229,8 @@ class App:
         """
         stream, size = reply.stream, len(reply.body) if reply.stream is None else reply.stream.body_bytes
         head: Headers = [
-            (b"content-type", reply.content_type.encode()),
             (b"content-length", b"%d" % size),
+            (b"content-type", reply.content_type.encode()),
             (_REQUEST_ID, request.id or self._identify(request.headers)),
             *reply.headers,
         ]

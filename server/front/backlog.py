@@ -56,9 +56,10 @@ class TurnCounts:
         """One more of this key."""
         depth = self.counts.get(key, 0)
         self.counts[key] = depth + 1
-        if depth == len(self._deeper):
-            self._deeper.append(0)
-        self._deeper[depth] += 1
+        if depth < len(self._deeper):
+            self._deeper[depth] += 1
+        else:
+            self._deeper.append(1)
 
     def remove(self, key: str) -> None:
         """One less of this key."""

@@ -16,6 +16,7 @@ import numpy as np
 from handlers.base import Float32
 from handlers.codecs.codec import NUMBER_S, Encoded
 from handlers.codecs.deepar_schema import MAX_ROWS
+from handlers.codecs.tensors import count_up_to
 from handlers.kinds import RowModel, run_row_on_cpu
 from handlers.kinds.row_work import row_work
 from handlers.work import CALL_S, Work
@@ -166,7 +167,10 @@ class RowBatches:
     def _is_long_to_decode(self, job: Job, pace: Pace, quick_bytes: int) -> bool:
         """Whether reading a request for rows may take long. Every instance needs an object of its own: a brace."""
         body = job.request.body
-        return len(body) > quick_bytes or pace.work.given * min(MAX_ROWS, bytes(body).count(b"{")) > DECODE_NUMBERS
+        if len(body) > quick_bytes:
+            return True
+        most = min(MAX_ROWS, DECODE_NUMBERS // pace.work.given)
+        return most < MAX_ROWS and count_up_to(bytes(body), b"{", most + 1) > most
 
     def _is_long_to_run(self, call: Any, pace: Pace) -> bool:
         """Whether a request for rows may take long to run and to answer."""

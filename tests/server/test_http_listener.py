@@ -1,9 +1,11 @@
 """The listener: an answer is one segment, no byte is lost or out of order, and every request is read in one way."""
 
 import asyncio
+import gc
 import inspect
 import socket
 import struct
+import weakref
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -82,6 +84,13 @@ def serving(app: Any, act: Callable[[RawClient], Awaitable[None]], keep_alive_s:
             await task
 
     uvloop.run(scenario())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something is true."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 -- a listener has no events for its inner state
+            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("size", [1, 2000, 30_000])
@@ -302,6 +311,71 @@ def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
 
     serving(EchoApp(), act, keep_alive_s=1)
     assert make_listener(EchoApp(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
+
+
+def test_a_connection_is_served_by_one_task_that_ends_with_it() -> None:
+    """Requests one after the other, and some behind one another; between them nothing of a request is held."""
+    tasks, held = list[Any](), weakref.WeakSet[Any]()
+
+    async def app(scope: Message, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.current_task())
+        held.add(receive.__self__)
+        await receive()
+        await asyncio.sleep(0)
+        headers = [(b"content-length", b"1")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers, BODY_FOLLOWS: True})
+        await send({"type": "http.response.body", "body": b"!" if scope["path"] == "/" else b"?"})
+
+    async def act(client: RawClient) -> None:
+        for _ in range(3):
+            await client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", b"!")
+        assert len(set(tasks)) == 1
+        pipelined = b"GET /more HTTP/1.1\r\nhost: x\r\n\r\n" * 5
+        await client.ask(pipelined + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"!")
+        assert len(tasks) == 9
+        await until(lambda: sum(not task.done() for task in set(tasks)) == 1)
+        gc.collect()
+        assert len(held) == 1  # the last one, which the connection knows
+        end = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        assert (await client.exchange(end)).endswith(b"!")
+        await until(lambda: all(task.done() for task in tasks))
+
+    serving(app, act)
+
+
+def test_a_client_that_leaves_ends_the_task_that_waits_for_its_next_request() -> None:
+    """Also where it has just been answered, or leaves while its request runs."""
+    tasks, loose = list[Any](), asyncio.Event()
+
+    async def app(scope: Message, receive: Any, send: Any) -> None:
+        tasks.append(asyncio.current_task())
+        if scope["path"] == "/slow":
+            await loose.wait()
+        headers = [(b"content-length", b"1")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers, BODY_FOLLOWS: True})
+        await send({"type": "http.response.body", "body": b"!"})
+
+    async def scenario(path: bytes) -> None:
+        place = socket.create_server(("127.0.0.1", 0))
+        server = make_listener(app, 1.0, 5.0, 5)
+        serving = asyncio.create_task(server.serve(sockets=[place]))
+        reader, writer = await asyncio.open_connection(*place.getsockname())
+        writer.write(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path)
+        if path == b"/":
+            await reader.readuntil(b"!")
+        await until(lambda: bool(tasks))
+        writer.close()
+        await until(lambda: not server.server_state.connections)
+        loose.set()
+        await until(lambda: all(task.done() for task in tasks))
+        assert not server.server_state.tasks
+        server.should_exit = True
+        await serving
+
+    for path in (b"/", b"/slow"):
+        tasks.clear()
+        loose.clear()
+        uvloop.run(scenario(path))
 
 
 def test_uvicorn_still_has_what_the_listener_uses() -> None:

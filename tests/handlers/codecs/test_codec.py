@@ -269,3 +269,10 @@ def test_single_refuses_ragged_and_empty_lists() -> None:
         with pytest.raises(RequestError) as caught:
             SINGLE.decode(body, "", "")
         assert caught.value.field == field
+
+
+@given(st.binary(max_size=200), st.integers(0, 300))
+@example(b"{{{", 3)
+def test_a_byte_is_counted_up_to_a_bound(body: bytes, most: int) -> None:
+    """As `bytes.count` does, but no further than asked."""
+    assert tensors.count_up_to(body, b"{", most) == min(body.count(b"{"), most)
