@@ -113,8 +113,7 @@ class ClientConnection(HttpToolsProtocol):
     _over = False  #: what comes is not read any more
     _apart = b""  #: framing of a body that the parser takes for another protocol
     _client_name: str | None = None  #: of the certificate, which is that of the whole connection
-    _next: asyncio.Future[tuple[Any, Any]] | None = None  #: what the task that serves this connection waits for
-    _server: asyncio.Task[None] | None = None  #: that task
+    _idle: tuple[asyncio.Task[Any], asyncio.Future[tuple[Any, Any]]] | None = None  #: a task and what it waits for
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Note whose certificate the client has shown."""
@@ -126,8 +125,8 @@ class ClientConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has left, or the connection was closed: the task that serves it ends with its last answer."""
         super().connection_lost(exc)
-        if self._next is not None:
-            self._next.cancel()
+        if self._idle is not None:
+            self._idle[1].cancel()
 
     def data_received(self, data: bytes) -> None:
         """Bytes of one or many requests. Those that lie wholly within a head, framing or trailers are counted."""
@@ -252,26 +251,27 @@ class ClientConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         """Serve a request, by the task that has served the last one where it is free: a new one takes 3 us."""
-        if self._next is not None and not self._next.done():
-            self._next.set_result((cycle, app))
-            self._next = None
-            self.tasks.add(self._server)
+        if self._idle is not None and not self._idle[1].done():
+            (task, awaited), self._idle = self._idle, None
+            awaited.set_result((cycle, app))
         else:
-            self._server = self.loop.create_task(self._serve(cycle, app))
-            self._server.add_done_callback(self.tasks.discard)
-            self.tasks.add(self._server)
+            task = self.loop.create_task(self._serve(cycle, app))
+            task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     async def _serve(self, cycle: Any, app: Any) -> None:
         """Serve a request, and those that come when it is answered. In `tasks` only while it serves one."""
         task = asyncio.current_task()
+        assert task is not None, "a coroutine that runs is a task's"
         while True:
             await cycle.run_asgi(app)
             self.tasks.discard(task)
-            del cycle, app
-            if self._next is not None or self.transport.is_closing():
+            del cycle, app  # a connection that waits holds no body
+            if self._idle is not None or self.transport.is_closing():
                 return
-            self._next = self.loop.create_future()
-            cycle, app = await self._next
+            awaited = self.loop.create_future()
+            self._idle = task, awaited
+            cycle, app = await awaited
 
     def on_body(self, body: bytes) -> None:
         """A piece of the body."""
