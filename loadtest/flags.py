@@ -2,6 +2,9 @@
 
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +16,25 @@ LOAD, SERVER, SLO, OUTPUT = "Load", "Server", "What must be reached", "Output"  
 def make_flag(panel: str, text: str, *names: str, **more: Any) -> Any:
     """An option with its help text in a panel of the command's help; the rest as `typer.Option` takes it."""
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=True, **more)
+
+
+def with_flags(kind: type[Any]) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """A command whose flags are the fields of the dataclass `kind`, and which is called with one of these."""
+
+    def decorate(command: Callable[[Any], None]) -> Callable[..., None]:
+        def call(**given: Any) -> None:
+            command(kind(**given))
+
+        parameters = [
+            Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in fields(kind)
+        ]
+        call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {field.name: field.type for field in fields(kind)}
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        return call
+
+    return decorate
 
 
 # --- the profile of a load, as `run` and `plan` take it ---------------------------------------------------------------

@@ -65,16 +65,17 @@ class Settings(BaseSettings):
     model_cache_bytes: ByteSize = Field(
         _to_byte_size(0),
         description="memory for resident models on this host, all workers together; 0: 40 % of the host's memory, or "
-        "on GPUs the free memory less `gpu_reserve_bytes`",
+        "on GPUs an equal share of theirs less 512 MiB for CUDA and `gpu_reserve_bytes`",
     )
     gpu_reserve_bytes: ByteSize = Field(
         _to_byte_size(contract.GPU_RESERVE_BYTES),
-        description="memory of a GPU that each of its workers leaves to forward passes, CUDA and other programs",
+        description="memory of a GPU that each of its workers leaves to forward passes, ONNX models and other programs",
     )
     host_cache_bytes: ByteSize | None = Field(
         None,
         description="page-locked host memory for models evicted from GPUs, all workers together; none: a tenth of the "
-        "host's memory, at most 4 GiB; on the CPU nothing, because model_cache_bytes serves better there",
+        "host's memory, at most 4 GiB; a worker's part is rounded down to a power of two; on the CPU nothing, because "
+        "model_cache_bytes serves better there",
     )
     precision: Literal["float32", "tf32", "bf16"] = Field(
         "float32",

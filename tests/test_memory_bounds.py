@@ -40,7 +40,7 @@ from server.ipc.frames import CHUNK, Request, Response
 from server.ipc.pulse import Pulse
 from server.metrics import FrontMetrics
 from server.routing import MAX_WARM_BYTES, Router
-from server.supervisor import supervisor as supervising
+from server.supervisor import pins
 from server.worker import model_loads, row_batches
 from server.worker.engine import cpu
 from server.worker.engine.memory_pool import Pool
@@ -342,17 +342,10 @@ def test_a_cancelled_request_gives_its_body_up() -> None:
 
 def test_pins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """An operator's script that pins names without end is told so."""
-    monkeypatch.setattr(supervising, "MAX_PIN_BYTES", 100)
-
-    async def scenario() -> None:
-        made = supervising.Supervisor(settings_from({"store": "x", "pin": ["a" * 60]}))
-        try:
-            await made.pin(ModelName("b" * 60))
-        finally:
-            await made.stop()
-
-    with pytest.raises(ControlError, match="pinned already"):
-        asyncio.run(scenario())
+    monkeypatch.setattr(pins, "MAX_PIN_BYTES", 100)
+    pinned = pins.PinnedModels(["a" * 60])
+    with pytest.raises(ControlError, match="1 models are pinned already"):
+        pinned.require_room("b" * 60)
 
 
 def test_suspects_are_bounded() -> None:

@@ -32,7 +32,7 @@ def serve(**flags: Any) -> None:
     import uvloop  # noqa: PLC0415
 
     from server.logs import configure_logs  # noqa: PLC0415
-    from server.supervisor.supervisor import StartFailed  # noqa: PLC0415
+    from server.supervisor.host_files import StartFailed  # noqa: PLC0415
 
     with one_line_errors(StartFailed):
         settings = settings_from(flags)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from model_store.stores.disk_cache import DiskTier
+from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
 from server.access_log import AccessLog
 from server.ipc.operations import AccessLogRows
 from server.metrics import HostMetrics
@@ -21,6 +21,30 @@ DISK_REST = 25.0  #: times a sweep's processor time, which grows with the archiv
 ACCESS_LOG_S = 1.0  #: how often workers are asked for their rows of the access log
 
 log = structlog.get_logger()
+
+
+class StartFailed(Exception):
+    """The server cannot start with these settings; the message says why."""
+
+
+def prepare_disk_cache(settings: Settings) -> None:
+    """Make the disk tier's folders for this user alone. Raises StartFailed when others can write to them."""
+    if not settings.disk_cache_bytes:
+        return
+    try:
+        DiskTier(settings.disk_cache, settings.store).prepare()
+    except UnsafeDiskCache as error:
+        raise StartFailed(str(error)) from error
+
+
+def open_access_log(settings: Settings) -> AccessLog | None:
+    """The access log, where one is wanted. Raises StartFailed when it cannot be written."""
+    if settings.access_log is None:
+        return None
+    try:
+        return AccessLog(settings.access_log, int(settings.access_log_bytes))
+    except OSError as error:
+        raise StartFailed(f"--access-log {settings.access_log}: {error}") from error
 
 
 async def keep_disk_cache(settings: Settings, metrics: HostMetrics) -> None:

@@ -34,11 +34,11 @@ from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
-from server.supervisor.release_api import list_release_routes
+from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
-from server.supervisor.store_events import MAX_EVENT_BYTES, BadEvent, parse_event
-from server.supervisor.store_watch import TooManyEvents
+from server.supervisor.store_watch.events import MAX_EVENT_BYTES, BadEvent, parse_event
+from server.supervisor.store_watch.watch import TooManyEvents
 from server.supervisor.supervisor import Supervisor
 
 log = structlog.get_logger()
@@ -66,6 +66,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
 
     Errors are `{"error": {code, message}}`.
     """
+    operations = supervisor.operations
 
     async def models(request: Request) -> Response:
         after, prefix = request.query_params.get("after", ""), request.query_params.get("prefix", "")
@@ -73,13 +74,13 @@ def management_app(supervisor: Supervisor) -> Starlette:
             limit = min(MAX_PAGE, max(1, int(request.query_params.get("limit", "100"))))
         except ValueError:
             return _make_error_response(Situation.BAD_REQUEST, 400, "limit must be a number")
-        page = await supervisor.models(prefix, after, limit)
+        page = await operations.list_models(prefix, after, limit)
         listed = {"models": page.rows, "next_after": page.rows[-1]["model"] if page.more else None}
         return JSONResponse({**listed, **({"unheard_workers": page.unheard} if page.unheard else {})})
 
     async def describe(request: Request) -> Response:
         name = parse_model_name(request.path_params["model"])
-        rows, *_ = await supervisor.models(prefix=name)  # of all with this prefix the name itself comes first
+        rows, *_ = await operations.list_models(prefix=name)  # of all with this prefix the name itself comes first
         if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
             return _make_error_response(Situation.NOT_FOUND, 404, message)
@@ -101,7 +102,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
     async def ping(_: Request) -> Response:
         return JSONResponse({"status": "Healthy"})
 
-    verbs = {name: getattr(supervisor, name) for name in ("load", "unload", "pin", "unpin", "reload", "release")}
+    verbs = {name: getattr(operations, name) for name in ("load", "unload", "pin", "unpin", "reload", "release")}
     routes = [Route(f"/fleet/{name}/{{model:path}}", post(verb), methods=["POST"]) for name, verb in verbs.items()]
     routes += [
         Route("/fleet/models", models),
@@ -185,7 +186,7 @@ def _make_events_endpoint(supervisor: Supervisor) -> Callable[[Request], Awaitab
     async def events(request: Request) -> Response:
         try:
             changes = parse_event(await read_body(request, MAX_EVENT_BYTES), supervisor.settings.store)
-            supervisor.tell_changed(changes.models)
+            supervisor.operations.tell_changed(changes.models)
         except BadEvent as error:
             raise ControlError(str(error), Situation.BAD_REQUEST) from None
         except TooManyEvents as error:

@@ -28,7 +28,7 @@ def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
             cores=shares[i],
             threads=settings.threads or len(shares[i]),
             budget_bytes=budget,
-            host_bytes=_host_tier(settings, host, cuda) // count,
+            host_bytes=_share_host_tier(settings, host, count, cuda=cuda),
             sharers=gpus.count(gpus[i]),
         )
         for i in range(count)
@@ -61,11 +61,18 @@ def _compute_budget(settings: Settings, host: Host, count: int, *, cuda: bool) -
     return budget
 
 
-def _host_tier(settings: Settings, host: Host, cuda: bool) -> int:
-    """Bytes of the host memory tier, all workers together."""
+def _share_host_tier(settings: Settings, host: Host, count: int, *, cuda: bool) -> int:
+    """Bytes of a worker's part of the host memory tier.
+
+    Beside a GPU it is page-locked, which torch rounds up to a power of two: so that all workers together take no more
+    than they were given, a part is rounded down to one.
+    """
     if settings.host_cache_bytes is not None:
-        return int(settings.host_cache_bytes)
-    return min(HOST_TIER_BYTES, int(host.memory_bytes * HOST_TIER_SHARE)) if cuda else 0
+        total = int(settings.host_cache_bytes)
+    else:
+        total = min(HOST_TIER_BYTES, int(host.memory_bytes * HOST_TIER_SHARE)) if cuda else 0
+    share = total // count
+    return 1 << share.bit_length() - 1 if cuda and share else share
 
 
 def share_cores(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 
+import structlog
 import torch
 import uvloop
 
@@ -31,7 +32,8 @@ from server.settings import Settings
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.cuda_start import check_build, explain_host_memory, explain_start
-from server.worker.engine.device import CudaDevice, cache_share
+from server.worker.engine.device import CudaDevice
+from server.worker.engine.device_budget import FORWARD_BYTES, choose_budget
 from server.worker.engine.memory_pool import Pool
 from server.worker.engine.self_check import check_device, check_onnx
 from server.worker.front_connection import FrontConnection
@@ -44,6 +46,8 @@ from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 from server.worker.store_probe import StoreProbe
 from server.worker.version_keeper import VersionKeeper
+
+log = structlog.get_logger()
 
 
 def build_steps(
@@ -84,28 +88,37 @@ def open_memory(
 
     Raises ValueError when the device cannot be used or has no room for them.
     """
-    budget, rows = plan.budget_bytes, settings.max_batch_rows
+    rows = settings.max_batch_rows
     if where.type == "cpu":
-        return Engine(Pool(budget, where), rows), budget, torch.empty(plan.host_bytes // 4)
-    device, free = open_device(settings, plan, where)
-    budget = budget or cache_share(free, int(settings.gpu_reserve_bytes), plan.sharers)
-    if budget < settings.slab_bytes:
-        raise ValueError(
-            f"{plan.device} has {free[0]} of {free[1]} bytes free; for {plan.sharers} workers, each with "
-            f"gpu_reserve_bytes {int(settings.gpu_reserve_bytes)} of its own, that is {budget} for models, less than "
-            f"one slab (slab_bytes): start fewer --workers-per-device, or lower gpu_reserve_bytes"
-        )
+        return Engine(Pool(plan.budget_bytes, where), rows), plan.budget_bytes, torch.empty(plan.host_bytes // 4)
+    device, memory = open_device(settings, plan, where)
+    budget = plan_device_memory(settings, plan, memory)
     try:
         pool = DevicePool(budget, device)
     except torch.OutOfMemoryError as error:
+        free, total = device.free_and_total()
         raise ValueError(
-            f"{plan.device} has {free[0]} bytes free, but {budget} are to be for models: lower model_cache_bytes "
-            f"or raise gpu_reserve_bytes: {error}"
+            f"{plan.device} has {free} of {total} bytes free now, but {budget} are to be for the models of one of its "
+            f"{plan.sharers} worker(s): end other programs on this GPU, or set model_cache_bytes to less: {error}"
         ) from error
     engine = DeviceEngine(pool, rows, bf16=settings.precision == "bf16")
     with explain_host_memory(plan.host_bytes):
-        memory = device.host(plan.host_bytes // 4)
-    return engine, budget, memory
+        shelf = device.host(plan.host_bytes // 4)
+    return engine, budget, shelf
+
+
+def plan_device_memory(settings: Settings, plan: WorkerPlan, free_and_total: tuple[int, int]) -> int:
+    """Bytes of the worker's GPU for models. Raises NoBudget with the numbers where its settings do not fit."""
+    reserve = int(settings.gpu_reserve_bytes)
+    budget = choose_budget(
+        plan.device, plan.budget_bytes, int(settings.slab_bytes), free_and_total, reserve, plan.sharers
+    )
+    sessions = 0 if settings.onnx_device == "cpu" else int(settings.max_session_bytes)
+    numbers = {"reserve_bytes": reserve, "forwards_may_take": FORWARD_BYTES + sessions}
+    log.info("gpu_memory", device=plan.device, sharers=plan.sharers, models_bytes=budget, **numbers)
+    if numbers["forwards_may_take"] > reserve:
+        log.warning("gpu_reserve_small", then="large families may be refused for want of memory", **numbers)
+    return budget
 
 
 def open_device(settings: Settings, plan: WorkerPlan, where: torch.device) -> tuple[CudaDevice, tuple[int, int]]:

@@ -112,11 +112,12 @@ class ResidentModels:
             return work()
 
     def free_memory(self, why: str) -> None:
-        """Free idle singles, staging and graphs: the device was out of memory."""
+        """Free idle singles, staging and graphs: the device was out of memory. If it is lost, this process ends."""
         log.warning("out_of_memory_once", error=why)
-        for victim in self.cache.relieve(STAGING_BYTES):
-            self.evict(victim, self._now(), "memory")
-        self.engine.trim()
+        with ending_if_lost():
+            for victim in self.cache.relieve(STAGING_BYTES):
+                self.evict(victim, self._now(), "memory")
+            self.engine.trim()
 
     # --- evictions --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
+from server.worker.engine.device_errors import ending_if_lost
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
 from server.worker.model_loader import LoadedModel, ModelBuilder
@@ -282,7 +283,7 @@ class StepLoop:
                 message = f"{job.model} was not ready before the deadline passed"
                 self._replies.refuse(job, Refused(Situation.DEADLINE, message))
             self._long.tell_late(self._replies, self._now())
-            self._engine.learn()
+            self._learn()
             if self._loads.built:
                 self.wake()
             self._loads.advance_time(self._now())
@@ -292,6 +293,17 @@ class StepLoop:
             if self._now() - self._beaten >= BEAT_S:
                 self._beat_due = True
                 self.wake()
+
+    def _learn(self) -> None:
+        """Let the engine do what is idle work. Nobody waits for it, so its errors fail no request and end no sweep.
+
+        If the device is lost, this process ends.
+        """
+        try:
+            with ending_if_lost():
+                self._engine.learn()
+        except Exception:  # whatever a device raises
+            log.exception("idle_work_failed")
 
     def close(self) -> None:
         """Stop the sweep and start no more loads."""

@@ -15,7 +15,8 @@ from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
-from server.worker.engine.device import CudaDevice, Precision, cache_share
+from server.worker.engine.device import CudaDevice, Precision
+from server.worker.engine.device_budget import cache_share
 from server.worker.host_cache import HostCache
 from tests.server.worker.engine.test_cpu import CONFIGS, reference
 

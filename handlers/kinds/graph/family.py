@@ -90,7 +90,6 @@ class GraphFamily:
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, *input_shape] -> [B, *output_shape]; see Family.forward."""
-        x = x.to(weights[0].dtype) if self.parameters else x
         if len(x) == 1 or self.one_by_one != "":
             return self._alone(weights, x)
         return self._together(weights, x)

@@ -99,6 +99,31 @@ _DIVISIONS = frozenset(
 )
 
 
+_MULTIPLYING = """
+addmm.default baddbmm.default bmm.default conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default
+conv_transpose1d.default conv_transpose2d.input convolution.default gru.input linear.default lstm.input matmul.default
+mm.default rnn_relu.input rnn_tanh.input scaled_dot_product_attention.default
+"""
+_NORMALISING = """
+_native_batch_norm_legit.no_stats _native_batch_norm_legit_no_training.default group_norm.default layer_norm.default
+prelu.default rms_norm.default select_scatter.default slice_scatter.default
+"""
+#: They multiply numbers by weights, and do so in the weights' precision.
+_PRODUCTS = frozenset(f"aten.{name}" for name in _MULTIPLYING.split())
+#: Their kernels want one precision for all arguments too, but products they are not.
+_OF_ONE_PRECISION = frozenset(f"aten.{name}" for name in _NORMALISING.split())
+
+
+def choose_precision(op: str, short: torch.dtype) -> torch.dtype | None:
+    """In what precision the operator's tensors meet where weights are `short` and inputs float32.
+
+    None where torch itself brings them together, in float32.
+    """
+    if op in _PRODUCTS:
+        return short
+    return torch.float32 if op in _OF_ONE_PRECISION else None
+
+
 def check_arguments(op: str, args: Sequence[Arg], kwargs: Mapping[str, Arg]) -> None:
     """What may be said before anything is computed, of an operator by name. Raises ArchiveInvalid."""
     if op == GETITEM:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from handlers.kinds.graph.operators import (
@@ -20,6 +20,7 @@ from handlers.kinds.graph.operators import (
     INDEX_ARGUMENTS,
     check_arguments,
     check_tensors,
+    choose_precision,
     find_batched_operator,
     find_operator,
 )
@@ -36,6 +37,9 @@ _DTYPES = {name: getattr(torch, name) for name in ("bool", "float32", "float64",
 _NUMBERS = {"inf": inf, "-inf": -inf, "nan": nan}
 
 
+_Arguments = tuple[list[Any], dict[str, Any]]  # by position and by name
+
+
 class TensorSlot(int):
     """The place of a tensor among a run's values."""
 
@@ -43,6 +47,7 @@ class TensorSlot(int):
 class OperatorCall(NamedTuple):
     """`run(*args, **kwargs)` with values for slots goes to `slot`; the values of `dies` are not needed afterwards."""
 
+    op: str
     run: Callable[..., Any]
     args: list[Any]
     kwargs: dict[str, Any]
@@ -80,11 +85,18 @@ class Program:
         return [constant.to(device) for constant in self._constants]
 
     def run(self, x: torch.Tensor, fixed: Sequence[torch.Tensor], *, for_vmap: bool = False) -> torch.Tensor:
-        """The answer; `fixed` is the parameters in order, and the constants."""
+        """The answer; `fixed` is the parameters in order, and the constants.
+
+        The parameters may be of a shorter precision than x. Then only what is multiplied by them is rounded to it.
+        """
         values: list[Any] = [x, *fixed, *[None] * (self._size - 1 - len(fixed))]
-        for run, args, kwargs, slot, dies in self._batched if for_vmap else self._plain:
+        short = fixed[0].dtype if self.parameters and fixed[0].dtype != x.dtype else None
+        for op, run, args, kwargs, slot, dies in self._batched if for_vmap else self._plain:
             filled = {key: _fill_slots(arg, values) for key, arg in kwargs.items()} if kwargs else kwargs
-            values[slot] = run(*[_fill_slots(arg, values) for arg in args], **filled)
+            given = [_fill_slots(arg, values) for arg in args]
+            if short is not None and (meeting := choose_precision(op, short)) is not None:
+                given, filled = _unify_precision((given, filled), meeting)
+            values[slot] = run(*given, **filled)
             for dead in dies:
                 values[dead] = None
         answer: torch.Tensor = values[self._output]
@@ -202,7 +214,7 @@ def _list_calls(
         dies = {slot for name in node.refers_to() if readers[slot := slots[name]] == node.name and slot != output}
         kwargs = {key: _resolve_argument(arg, slots) for key, arg in node.kwargs.items()}
         args = [_resolve_argument(arg, slots) for arg in node.args]
-        yield OperatorCall(lookup(node.op), args, kwargs, slots[node.name], tuple(sorted(dies)))
+        yield OperatorCall(node.op, lookup(node.op), args, kwargs, slots[node.name], tuple(sorted(dies)))
 
 
 def _resolve_argument(arg: Arg, values: Mapping[str, Any]) -> Any:
@@ -226,6 +238,19 @@ def _fill_slots(arg: Any, values: Sequence[Any]) -> Any:
     if kind is list:
         return [_fill_slots(each, values) for each in arg]
     return arg
+
+
+def _unify_precision(arguments: _Arguments, meeting: torch.dtype) -> _Arguments:
+    """The arguments, floats of several precisions in that of their meeting. Whole numbers are what they are."""
+    floats = {leaf.dtype for leaf in tree_leaves(arguments) if _is_float(leaf)}
+    if len(floats) < 2:  # noqa: PLR2004 -- several
+        return arguments
+    found: _Arguments = tree_map(lambda leaf: leaf.to(meeting) if _is_float(leaf) else leaf, arguments)
+    return found
+
+
+def _is_float(leaf: object) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
 
 
 def _make_tensor(constant: Constant) -> torch.Tensor:

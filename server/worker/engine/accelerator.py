@@ -120,7 +120,14 @@ class DeviceEngine:
         return np.split(answers, np.cumsum([len(part) for part in parts])[:-1])
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
-        """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory."""
+        """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory, as much as a forward has."""
+        answers = np.empty((len(x), *family.output_shape), np.float32)
+        most = count_capacity(family, self._measure_work(family), self._memory.max_rows)
+        for at in range(0, len(x), most):
+            answers[at : at + most] = self._probe_rows(family, row, x[at : at + most])
+        return answers
+
+    def _probe_rows(self, family: Family, row: Float32, x: Float32) -> Float32:
         found = self._device.host(len(x), *family.output_shape)
         kind = torch.bfloat16 if self._bf16 else torch.float32
 
@@ -130,7 +137,7 @@ class DeviceEngine:
             found.copy_(answer.float())
 
         self._device.launch(work).synchronize()
-        answers: Float32 = found.numpy().copy()
+        answers: Float32 = found.numpy()
         return answers
 
     def learn(self) -> bool:
@@ -162,17 +169,22 @@ class DeviceEngine:
 
     def _stage(self, family: Family) -> DeviceStaging:
         """Give the family its views of the staging that all share; the staging grows for the largest family."""
-        work = self._work.get(family.key)
-        if work is None:
-            if len(self._work) >= MOST_PLAIN:
-                self._work.clear()
-            work = self._work[family.key] = measure_work(family, bf16=self._bf16)
+        work = self._measure_work(family)
         floats = count_floats(family, count_capacity(family, work, self._memory.max_rows))
         if not self._memory.has_room(*floats):
             self._forget_all()
             self._memory.grow(*floats)
         staging = self._staging[family.key] = DeviceStaging(family, self._memory, work, self._device, bf16=self._bf16)
         return staging
+
+    def _measure_work(self, family: Family) -> WorkBytes:
+        """What its forwards take for each row; measured at its first use."""
+        work = self._work.get(family.key)
+        if work is None:
+            if len(self._work) >= MOST_PLAIN:
+                self._work.clear()
+            work = self._work[family.key] = measure_work(family, bf16=self._bf16)
+        return work
 
     def _forget_all(self) -> None:
         self._graphs.clear()

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: The oldest driver for CUDA 13, which the wheels of torch 2.13 bring along.
+#: The oldest driver for CUDA 13: NVIDIA's table of minor version compatibility has ">= 580" for 13.x
+#: (docs.nvidia.com/deploy/cuda-compatibility), and PyPI's torch 2.13 needs cuda-toolkit 13.0 (requirements-cuda.lock).
 DRIVER = "580"
 MOST_SAID = 300  #: characters of what CUDA says
 

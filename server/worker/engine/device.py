@@ -15,6 +15,9 @@ import torch
 
 from server.worker.engine.capture import CudaCapture, capture_graph
 
+#: What CUDA says in lower case where the host has no memory to lock, or may not lock it.
+HOST_SHORT = ("out of memory", "os call failed")
+
 Precision = Literal["float32", "tf32", "bf16"]
 
 
@@ -89,7 +92,7 @@ class CudaDevice:
         try:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         except torch.AcceleratorError as error:
-            if "out of memory" not in str(error):
+            if not is_host_short(error):
                 raise
             raise torch.OutOfMemoryError(f"no {prod(shape) * dtype.itemsize} bytes of page-locked memory") from error
 
@@ -141,11 +144,10 @@ class CudaDevice:
             stream.wait_event(after)
 
 
-def cache_share(free_and_total: tuple[int, int], reserve_bytes: int, sharers: int) -> int:
-    """A worker's cache budget in bytes: an equal share of the device without its own reserve, at most what is free.
+def is_host_short(error: torch.AcceleratorError) -> bool:
+    """Whether an allocation of page-locked memory failed for want of it, and not because the device is lost. Pure.
 
-    Each worker has a reserve, because each has a context, staging and temporaries of its own. The share is one of the
-    whole device, so that a restarted worker gets the same budget as before.
+    CUDA says that memory is out, or that the system refused to lock it (cudaErrorOperatingSystem).
     """
-    free, total = free_and_total
-    return max(0, min(free, total // sharers) - reserve_bytes)
+    said = str(error).lower()
+    return any(each in said for each in HOST_SHORT)

@@ -20,7 +20,8 @@ from handlers.kinds.onnx import OnnxModel, Provider
 from server.host import read_host
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from server.worker.engine.cuda_start import shorten_error
-from server.worker.engine.device import CudaDevice, Device, Precision, cache_share
+from server.worker.engine.device import CudaDevice, Device, Precision
+from server.worker.engine.device_budget import cache_share
 from server.worker.engine.device_errors import is_lost
 from server.worker.engine.self_check import ONNX_MODEL, check_device, check_session
 

@@ -45,9 +45,9 @@ class StagingMemory:
         """
         sizes = max(block_floats, self.block.numel()), max(lane_floats, self.lanes[-1].numel())
         self.block, self.lanes = torch.empty(0), [torch.empty(0)] * LANES  # freed before the larger ones are made
-        if self.index is None:
-            self.index = self._device.memory(self.max_rows, dtype=torch.int64)
-            self.lane_indices = [self._device.host(self.max_rows, dtype=torch.int64) for _ in range(LANES)]
+        if self.index is None:  # both or none, whichever kind of memory is short
+            lane_indices = [self._device.host(self.max_rows, dtype=torch.int64) for _ in range(LANES)]
+            self.index, self.lane_indices = self._device.memory(self.max_rows, dtype=torch.int64), lane_indices
         block_floats, lane_floats = (1 << (size - 1).bit_length() for size in sizes)
         block = self._device.memory(block_floats)
         self.lanes = [self._device.host(lane_floats) for _ in range(LANES)]

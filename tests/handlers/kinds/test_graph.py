@@ -416,3 +416,52 @@ def test_records_survive_the_file() -> None:
     x = torch.tensor([[[-1e30] * 4 + [1.0] * 4] * 4])
     answer = graph_family(infinite).program.run(x, [])
     assert answer[0, 0].tolist() == x[0, 0].clamp(max=0.5).tolist()
+
+
+# --- short weights ----------------------------------------------------------------------------------------------------
+
+
+class Drawing(nn.Module):
+    """A head over x, and noise that follows from a whole number in the last channel: paths of a seed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, 3, 12], the seed at [:, 2, 0] -> [N, 4]."""
+        noise = torch.sin((x[:, 2, :1] * torch.arange(1, 5)) % 997)
+        answer: torch.Tensor = self.head(x[:, 0]) + self.scale * noise
+        return answer
+
+
+@pytest.mark.parametrize("name", [*BATCHED, "recurrent"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_weights_in_bfloat16_answer_closely(name: str, batch: int) -> None:
+    """Inputs stay float32, as families promise: every layer gets what it multiplies in one precision."""
+    family, _, rows = exported(BATCHED.get(name, RecurrentNet))
+    x = torch.from_numpy(np.random.default_rng(batch).standard_normal((batch, *SHAPE), np.float32))
+    block = torch.from_numpy(np.stack([rows[i % len(rows)] for i in range(batch)]))
+    with torch.inference_mode():
+        right = family.forward(family.bind(block), x)
+        found = family.forward(family.bind(block.to(torch.bfloat16)), x).float()
+    torch.testing.assert_close(found, right, atol=0.06 * float(right.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_whole_numbers_of_an_input_survive_short_weights(batch: int) -> None:
+    """Two seeds that bfloat16 cannot tell apart draw two sets of paths, those of float32."""
+    family, _, rows = exported(Drawing, 1)
+    assert family.one_by_one == ""
+    x = torch.zeros(2, *SHAPE)
+    x[:, 2, 0] = torch.tensor([1_000_001.0, 1_000_999.0])
+    assert x.to(torch.bfloat16)[0].equal(x.to(torch.bfloat16)[1])
+    block = torch.from_numpy(np.stack([rows[0]] * 2))
+    with torch.inference_mode():
+        right = family.forward(family.bind(block), x)
+        short = block.to(torch.bfloat16)
+        parts = [family.forward(family.bind(short[at : at + batch]), x[at : at + batch]) for at in range(0, 2, batch)]
+    found = torch.cat(parts).float()
+    torch.testing.assert_close(found, right, atol=0.02, rtol=0.02)
+    assert (found[0] - found[1]).abs().max() > 0.3

@@ -105,6 +105,16 @@ def test_the_host_tier_is_for_gpus_unless_asked_for() -> None:
     assert {plan.host_bytes for plan in plan_workers(cpu, host)} == {32 * MIB}
 
 
+def test_page_locked_memory_is_no_more_than_was_given() -> None:
+    """It comes in powers of two: a worker beside a GPU gets the next one below its part, one on the CPU its part."""
+    host = Host(tuple(range(9)), 30 * GIB, ("0",))
+    assert {plan.host_bytes for plan in plan_workers(settings(), host)} == {2 * GIB}
+    three = plan_workers(settings(workers=3, host_cache_bytes="1GiB"), host)
+    assert {plan.host_bytes for plan in three} == {256 * MIB}
+    cpu = settings(device="cpu", workers=3, host_cache_bytes="48MiB")
+    assert {plan.host_bytes for plan in plan_workers(cpu, host)} == {16 * MIB}
+
+
 def test_precision_is_for_gpus() -> None:
     """On the CPU another precision than float32 would be a promise that is not kept: refused, with what to do."""
     host = Host((0, 1), 10 * GIB, ("0",))

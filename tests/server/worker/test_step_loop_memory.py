@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,14 +23,16 @@ from server.ipc.frames import Tier
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
+from server.worker.engine.device_errors import EXIT_CODE
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
+from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
 from tests.server.worker.long_jobs import make_unsliced_jobs
-from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, expected, inputs, resident, rows_per_slab
+from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, expected, inputs, resident, rows_per_slab, until
 
 NOW = 10_000.0
 
@@ -341,3 +345,76 @@ def test_a_golden_sample_out_of_memory_is_not_the_archives_fault() -> None:
         assert await house.steps.load(ModelName("a/m0")) == "v1"
 
     play(scenario)
+
+
+def test_page_locked_memory_that_is_short_costs_one_request() -> None:
+    """The host lets the device lock no more: NO_ROOM for the request that needed it; the worker stays and serves."""
+
+    async def scenario(house: House) -> None:
+        await house.steps.load(ModelName("a/m0"))
+        house.device.page_locked_bytes = house.device.page_locked.used_bytes
+        refused = house.front.refusals[await house.ask("a/m0")]
+        assert refused.situation is Situation.NO_ROOM
+        house.device.page_locked_bytes = 2**30
+        assert await house.ask("a/m0") in house.front.answers
+
+    play(scenario)
+
+
+def test_page_locked_memory_that_is_short_costs_one_load() -> None:
+    """A golden sample's answers have no place: the load is refused, and the next one succeeds."""
+
+    async def scenario(house: House) -> None:
+        response = {"predictions": expected("a/m0", "v1", 0).tolist()}
+        house.store.golden["a/m0"] = GoldenSample(request={"x": inputs(0)}, response=response)
+        house.device.page_locked_bytes = house.device.page_locked.used_bytes
+        with pytest.raises(NoRoom, match="out of memory"):
+            await house.steps.load(ModelName("a/m0"))
+        assert await house.ask("b/m0") not in house.front.answers
+        house.device.page_locked_bytes = 2**30
+        assert await house.steps.load(ModelName("a/m0")) == "v1"
+        assert await house.ask("b/m0") in house.front.answers
+
+    play(scenario, slabs=2)
+
+
+def test_idle_work_that_fails_costs_nothing() -> None:
+    """The sweep goes on, and with it the beats that say that this worker is alive."""
+
+    async def scenario(house: House) -> None:
+        tried: list[None] = []
+
+        def learn() -> bool:
+            tried.append(None)
+            raise torch.OutOfMemoryError("out of memory")
+
+        house.engine.learn = learn  # type: ignore[method-assign]
+        await until(lambda: len(tried) > 1)
+        assert await house.ask("a/m0") in house.front.answers
+
+    play(scenario)
+
+
+#: A worker whose device is lost in idle work, and one whose device is lost while its memory is freed.
+LOST_IN = {
+    "idle work": "    house.engine.learn = house.device.require_context\n    await asyncio.sleep(60)\n",
+    "freeing": "    house.steps._residents.free_memory('a batch was out of memory')\n",
+}
+
+
+@pytest.mark.parametrize("where", LOST_IN)
+def test_a_device_that_is_lost_outside_of_a_request_ends_the_worker(where: str) -> None:
+    """Nobody waits for this work, so no request would ever say that the worker is of no use any more."""
+    script = (
+        "import asyncio\n"
+        "from tests.server.worker.test_step_loop_memory import play\n"
+        "async def scenario(house):\n"
+        "    house.device.break_context()\n"
+        f"{LOST_IN[where]}"
+        "play(scenario)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+    )
+    assert ended.returncode == EXIT_CODE, ended.stderr
+    assert "device_lost" in ended.stdout + ended.stderr

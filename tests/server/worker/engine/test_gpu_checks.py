@@ -11,6 +11,7 @@ from handlers.forecasters import build_family
 from server.worker.engine import gpu_checks
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.device import Event
+from server.worker.engine.device_budget import CONTEXT_BYTES
 from server.worker.engine.gpu_checks import RESERVE_BYTES, Wrong, draw_inputs
 from tests.server.fake_device import FakeDevice, Work
 
@@ -93,7 +94,7 @@ def test_samplers_get_seeds_that_are_whole_numbers() -> None:
 
 def test_the_pool_is_used_to_its_last_row() -> None:
     """And more families run than have room."""
-    device = FakeDevice(total_bytes=RESERVE_BYTES + 8 * MIB)
+    device = FakeDevice(total_bytes=CONTEXT_BYTES + RESERVE_BYTES + 8 * MIB)
     assert [line.partition(" ")[0] for line in gpu_checks.check_memory(device, families=2)] == ["first", "2", "after"]
 
 

@@ -127,3 +127,13 @@ def test_what_families_keep_is_bounded_by_the_least_recently_used(monkeypatch: p
             engine.run(family, [0], [np.zeros((1, *family.input_shape), np.float32)])
     assert list(engine._staging) == [family.key for family in families[1:]]
     assert [key for key, _ in engine._graphs] == [family.key for family in families[1:]]
+
+
+def test_a_golden_sample_of_many_rows_takes_no_more_than_a_forward() -> None:
+    """Its rows are an archive's to choose. Run at once they would want eight times what a forward here has."""
+    family = build_family("gru", {"features": 4, "context_length": 32, "hidden": 32})
+    row, device = family.row(random_tensors(family, 0)), FakeDevice()
+    engine = DeviceEngine(DevicePool(row.nbytes, device), 8)
+    x = np.random.default_rng(0).standard_normal((64, *family.input_shape), np.float32)
+    device.total_bytes = device.ledger.used_bytes + 2 * 8 * sum(measure_work(family, bf16=False))
+    np.testing.assert_allclose(engine.probe(family, row, x), reference(family, 0, x), rtol=1e-4, atol=1e-5)

@@ -8,8 +8,8 @@ from starlette.routing import Route
 from model_store.names import parse_model_name, parse_version
 from server.errors import Situation
 from server.ipc.control import ControlError
-from server.supervisor.release_service import ReleaseService
-from server.supervisor.releases import AliasRequest
+from server.supervisor.releases.service import ReleaseService
+from server.supervisor.releases.table import AliasRequest
 from server.supervisor.request_bodies import read_body
 
 MAX_ALIAS_BYTES = 64 * 1024

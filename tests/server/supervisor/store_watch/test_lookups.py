@@ -7,8 +7,8 @@ import pytest
 
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
-from server.supervisor import store_lookups
-from server.supervisor.store_lookups import Found, StoreLookups
+from server.supervisor.store_watch import lookups as store_lookups
+from server.supervisor.store_watch.lookups import Found, StoreLookups
 from tests.s3 import Fault, S3Server
 
 

@@ -22,7 +22,7 @@ from server.ipc.control import ControlError
 from server.ipc.operations import ReleaseArm
 from server.settings import Settings
 from server.store_access import open_settings_store
-from server.supervisor.releases import AliasRequest, BadRelease, ReleaseFile, ReleaseTable, choose_previous
+from server.supervisor.releases.table import AliasRequest, BadRelease, ReleaseFile, ReleaseTable, choose_previous
 
 log = structlog.get_logger()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from server.supervisor.store_events import MOST_RECORDS, BadEvent, Changes, parse_event
+from server.supervisor.store_watch.events import MOST_RECORDS, BadEvent, Changes, parse_event
 
 STORE = "s3://models/prices"
 

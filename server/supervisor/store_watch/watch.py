@@ -22,7 +22,7 @@ from model_store.stores.object_store import InvalidStoreUrl, Source
 from server.errors import Situation
 from server.ipc.control import ControlError
 from server.metrics import HostMetrics
-from server.supervisor.store_lookups import Found, StoreLookups
+from server.supervisor.store_watch.lookups import Found, StoreLookups
 
 LEAST_PAUSE_S = 0.5  #: between two rounds, however short `revalidate_s` is
 MOST_PAUSE_S = 600.0  #: between two rounds while the store is gone, unless `revalidate_s` is longer

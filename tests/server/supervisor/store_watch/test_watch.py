@@ -12,9 +12,9 @@ from model_store.stores.object_store import Source, open_source
 from server.errors import Situation
 from server.ipc.control import ControlError
 from server.metrics import HostMetrics
-from server.supervisor import store_watch
-from server.supervisor.store_lookups import StoreLookups
-from server.supervisor.store_watch import StoreWatch, TooManyEvents
+from server.supervisor.store_watch import watch as store_watch
+from server.supervisor.store_watch.lookups import StoreLookups
+from server.supervisor.store_watch.watch import StoreWatch, TooManyEvents
 
 A, B, C = ModelName("au/a.mar"), ModelName("au/b.mar"), ModelName("c.mar")
 

@@ -1,0 +1,1 @@
+"""Rollbacks, aliases and canaries: the table of names (`table`), how it changes (`service`), and who follows it."""
