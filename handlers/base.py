@@ -28,6 +28,7 @@ class Family(Protocol):
     key: str  #: equal if and only if architecture and configuration are equal, e.g. `tcn-4f1c2a9b0d3e5a71`
     input_name: str  #: the tensor's name in requests, `x`
     input_shape: Shape  #: shape of one request row, without batch axis: (features, context length)
+    read_shape: Shape  #: as `input_shape`; the last axis is shorter where `forward` reads only its last steps
     output_shape: Shape  #: shape of one answer row: (prediction length, quantile levels)
     parameters: Mapping[str, Shape]  #: the tensors of `weights.safetensors`: the reference's state_dict
     row_floats: int  #: floats in a row, a multiple of 16 (64-byte aligned rows)
@@ -49,6 +50,8 @@ class Family(Protocol):
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Run x [B, *input_shape], row b with the weights of model b -> [B, *output_shape], a new tensor.
+
+        x may lack the first steps of its last axis, as long as those of `read_shape` are there: they are not read.
 
         `weights` is a binding of exactly B rows, on the device of x. Neither the rows nor x are changed. It uses no
         autograd and does not synchronise with the device.

@@ -41,6 +41,7 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "scenarios": CommandModule("benchmarks.scenarios", "joint scenarios on one core, without HTTP"),
     "scenarios-http": CommandModule("benchmarks.scenarios_http", "joint scenarios through a server"),
     "step": CommandModule("benchmarks.step", "a worker's step beside simpler implementations"),
+    "tick": CommandModule("benchmarks.tick", "what a tick costs a GPU's host; needs no GPU"),
 }
 DEMOS: Mapping[str, CommandModule] = {
     "first-run": CommandModule("demos.first_run", "a fleet, a server, a forecast and a burst of requests"),

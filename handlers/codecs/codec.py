@@ -14,6 +14,7 @@ import numpy as np
 from handlers.base import Float32, Shape
 from handlers.codecs import tensors
 from handlers.codecs.deepar import DeepAr
+from handlers.codecs.tensors import Place, put
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
@@ -46,6 +47,8 @@ class Tensor(Protocol):
 @dataclass(frozen=True, slots=True)
 class DecodedCall:
     """A decoded request for a family: rows [n, *input_shape], and the encoder of outputs [n, *output_shape].
+
+    Rows that were decoded to a place lie there and have its shape.
 
     `encode` raises RunFailed if the outputs are not finite, but for JSON Lines it encodes an error for each such line.
     `numbers` is about the number of values in a forecast's answer, and 0 for tensors.
@@ -123,32 +126,40 @@ class FamilyCodec:
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
 
-    def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> DecodedCall:
-        """Decode body and headers (empty if absent) of a request into its rows. Raises RequestError."""
+    def decode(
+        self, body: bytes | memoryview, content_type: str, accept: str, place: Place | None = None
+    ) -> DecodedCall:
+        """Decode body and headers (empty if absent) of a request into its rows. Raises RequestError.
+
+        With `place` rows are written where it says, once they are right.
+        """
         sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
-            return self._lines(bytes(body), sent, wanted)
+            return self._lines(bytes(body), sent, wanted, place)
+        encode = self._encode_npy if wanted == NPY else self._encode_json
         if sent == NPY:
-            row = tensors.read_npy(body, self._name, self._shapes[self._name])
+            row = tensors.read_npy(body, self._name, self._shapes[self._name], copy=place is None)
         else:
             body = bytes(body)
             found = tensors.read_json(body, self._shapes)
             if found is None:
-                return self._forecast(body, wanted)
+                return self._forecast(body, wanted, place)
             row = found[self._name]
-        return DecodedCall(row[None], self._encode_npy if wanted == NPY else self._encode_json)
+        return DecodedCall(put(row[None], place), encode)
 
-    def _forecast(self, body: bytes, wanted: str) -> DecodedCall:
+    def _forecast(self, body: bytes, wanted: str, place: Place | None) -> DecodedCall:
         if wanted != JSON:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
+        rows = put(rows, place)
         return DecodedCall(rows, lambda outputs: (encode(_check_finite("predictions", outputs)), JSON), encode.numbers)
 
-    def _lines(self, body: bytes, sent: str, wanted: str) -> DecodedCall:
+    def _lines(self, body: bytes, sent: str, wanted: str, place: Place | None) -> DecodedCall:
         """Decode JSON Lines. Only the answer of a line whose outputs are not finite is an error."""
         if sent != wanted:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
+        rows = put(rows, place)
         return DecodedCall(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
 
     def _forecaster(self, field: str | None) -> DeepAr:

@@ -9,7 +9,7 @@ lists 42; with 17 digits (26 KB) 22, 38, 51.
 
 import ast
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import isfinite, prod
 from typing import Any
@@ -28,6 +28,7 @@ NPY_DTYPES: Mapping[str, np.dtype[Any]] = {
     ">f4": np.dtype(">f4"),
     ">f8": np.dtype(">f8"),
 }
+Place = Callable[[int], Float32]  #: memory for so many rows; their last axis may be shorter than a request's
 BLOCK = 1 << 15  #: most numbers that are written at once, in about two milliseconds
 NPY_HEADER_LIMIT = 1024  #: most bytes; numpy writes 128 for every shape that is served
 
@@ -49,10 +50,11 @@ def read_json(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | 
     return _read_carefully(body, shapes)
 
 
-def read_npy(body: bytes | memoryview, name: str, shape: Shape) -> Float32:
+def read_npy(body: bytes | memoryview, name: str, shape: Shape, *, copy: bool = True) -> Float32:
     """Read an npy file (version 1 or 2) of float32 or float64 in any byte order and layout -> float32 array of `shape`.
 
-    It accepts no pickle, only those four dtypes, and only a payload of the length in the header. Raises RequestError.
+    Without `copy` it may be a view of the body, at any address and in any order. It accepts no pickle, only those four
+    dtypes, and only a payload of the length in the header. Raises RequestError.
     """
     start, header_bytes = _npy_header_bytes(bytes(body[: NPY_HEADER_LIMIT + 12]))
     dtype, fortran, sent = _npy_header(header_bytes)
@@ -62,13 +64,24 @@ def read_npy(body: bytes | memoryview, name: str, shape: Shape) -> Float32:
     if payload != prod(sent) * dtype.itemsize or not payload:
         needed = prod(sent) * dtype.itemsize
         raise RequestError(f"npy: {list(sent)} of {dtype.str} are {needed} bytes, but {payload} follow the header")
-    with np.errstate(over="ignore"):
-        flat = np.frombuffer(body, dtype, offset=start).astype(np.float32)
-    array = np.ascontiguousarray(flat.reshape(sent, order="F" if fortran else "C"))
+    flat = np.frombuffer(body, dtype, offset=start)
+    if copy or dtype != np.float32:
+        with np.errstate(over="ignore"):
+            flat = flat.astype(np.float32)
+    array: Float32 = flat.reshape(sent, order="F" if fortran else "C")
     if not np.isfinite(array).all():
-        place = "".join(f"[{i}]" for i in np.argwhere(~np.isfinite(array))[0])
-        raise RequestError("the number is not finite in float32", field=name + place)
-    return array
+        at = "".join(f"[{i}]" for i in np.argwhere(~np.isfinite(array))[0])
+        raise RequestError("the number is not finite in float32", field=name + at)
+    return np.ascontiguousarray(array) if copy else array
+
+
+def put(rows: Float32, place: Place | None) -> Float32:
+    """Write rows [n, *shape] to their place, if they have one, without the first steps that have no room there."""
+    if place is None:
+        return rows
+    placed = place(len(rows))
+    placed[...] = rows[..., -placed.shape[-1] :]
+    return placed
 
 
 def write_json(value: object) -> bytes:

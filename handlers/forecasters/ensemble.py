@@ -40,6 +40,7 @@ class Ensemble:
         self.members = members
         self.input_name = member.input_name
         self.input_shape: Shape = member.input_shape
+        self.read_shape: Shape = member.read_shape
         self.output_shape: Shape = member.output_shape
         self.parameters: Mapping[str, Shape] = {
             f"members.{i}.{name}": shape for i in range(members) for name, shape in member.parameters.items()

@@ -77,6 +77,7 @@ class Mq(Rows):
             parameters |= {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
             parts |= {f"{name}.weight": (width, out), f"{name}.bias": (1, out)}
         super().__init__(key, encoder.input_shape, (prediction_length, quantiles), parameters, parts)
+        self.read_shape = (features, max(encoder.read_shape[1], prediction_length))
 
     def reference(self) -> MqReference:
         """The plain network, freshly initialised, in eval mode."""

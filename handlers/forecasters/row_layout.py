@@ -53,7 +53,7 @@ class Rows:
         parts: Mapping[str, Shape],
     ) -> None:
         self.key = key
-        self.input_shape = input_shape
+        self.input_shape = self.read_shape = input_shape
         self.output_shape = output_shape
         self.parameters = parameters
         self._layout = Layout(parts)

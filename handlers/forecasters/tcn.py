@@ -84,6 +84,7 @@ class Tcn(Rows):
         self._layers = tuple(_list_layers(config, self._steps))
         given, answered = (config.features, config.context_length), (config.prediction_length, config.quantiles)
         super().__init__(key, given, answered, dict(_list_parameters(config)), dict(self._parts()))
+        self.read_shape = (config.features, self._steps)
 
     def reference(self) -> nn.Module:
         """The plain network, freshly initialised, in eval mode."""
@@ -115,7 +116,7 @@ class Tcn(Rows):
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
-        weights[0].copy_(x.narrow(2, self.input_shape[1] - self._steps, self._steps))
+        weights[0].copy_(x.narrow(2, x.shape[2] - self._steps, self._steps))
         end = 1 + 6 * len(self._layers)
         for at in range(end + 3, len(weights), 2):
             weights[at].copy_(weights[at + 1])

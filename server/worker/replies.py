@@ -66,10 +66,10 @@ class Replies:
             return
         self.answer(job, encoded, began, run_s)
 
-    def decode(self, job: Job, decode: Callable[[bytes, str, str], Any]) -> Any:
-        """The request as arrays; None if it was refused, because it is wrong."""
+    def decode(self, job: Job, decode: Callable[..., Any], *place: Any) -> Any:
+        """The request as arrays, at their `place` if it says one; None if it was refused, because it is wrong."""
         try:
-            return decode(job.request.body, job.request.content_type, job.request.accept)
+            return decode(job.request.body, job.request.content_type, job.request.accept, *place)
         except RequestError as bad:
             self.refuse_request(job, bad)
             return None

@@ -9,18 +9,20 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from handlers.base import Float32
-from handlers.codecs.codec import NUMBER_S, Encoded
+from handlers.codecs.codec import NUMBER_S, DecodedCall, Encoded
 from handlers.codecs.deepar_schema import MAX_ROWS
 from handlers.codecs.tensors import count_up_to
 from handlers.kinds import RowModel, run_row_on_cpu
 from handlers.kinds.row_work import row_work
 from handlers.work import CALL_S, Work
 from server.worker.engine.accelerator import DeviceEngine
+from server.worker.engine.batch_inputs import LaneInputs, ListedInputs
 from server.worker.engine.cpu import Engine
 from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, RunCounts
 from server.worker.replies import Replies, get_slot
@@ -34,6 +36,9 @@ MOST_PACES = 1024  #: families whose pace is remembered: an archive's author cho
 KEPT = 0.7  #: weight of the pace that was measured before
 LEAST_INSTANCE_BYTES = 16  #: of an instance in a body: `{"start":"2024"}`
 SHORT_NUMBERS = 20_000  #: of an answer, which are written in 10 ms
+
+Inputs = ListedInputs | LaneInputs
+Encoder = Callable[[Float32], Encoded]
 
 
 class Pace:
@@ -99,24 +104,25 @@ class RowBatches:
         """
         began = time.perf_counter()
         pace = self.pace(self._residents.rows[get_slot(jobs[0])])
-        running, calls = self._take(group, jobs, pace, now)
+        family = self._residents.rows[get_slot(jobs[0])].family
+        inputs: Any = self._engine.open_batch(family)  # either engine takes what it gave
+        running, encoders = self._take(group, jobs, pace, inputs, now)
         jobs[:] = running
         if not running:
             return
-        family, parts = self._residents.rows[get_slot(running[0])].family, [call.rows for call in calls]
         started = time.perf_counter()
         offsets = [get_slot(job).offset for job in running]
         models = {job.model for job in running}
         self._note_batch(models)
         try:
-            answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, parts))
+            answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, inputs))
         finally:  # a worker that ends inside leaves the names for the supervisor
             self._noted[0] = 0
         ended = time.perf_counter()
-        rows = sum(map(len, parts))
+        rows = inputs.rows
         pace.ran(rows, ended - started)
-        for job, call, answer in zip(running, calls, answers, strict=True):
-            self._replies.encode(job, call.encode, answer, now, ended - started)
+        for job, encode, answer in zip(running, encoders, answers, strict=True):
+            self._replies.encode(job, encode, answer, now, ended - started)
         self._replies.count_batch(rows, len(models))
         self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
 
@@ -125,9 +131,14 @@ class RowBatches:
         names = "\n".join(models).encode()[: len(self._noted) - 1]
         self._noted[: len(names) + 1] = names + b"\0"
 
-    def _take(self, group: str, jobs: Sequence[Job], pace: Pace, now: float) -> tuple[list[Job], list[Any]]:
-        """The jobs that one slice has room for, and their decoded requests."""
-        running, calls, room = list[Job](), list[Any](), pace.slice_rows
+    def _take(
+        self, group: str, jobs: Sequence[Job], pace: Pace, inputs: Inputs, now: float
+    ) -> tuple[list[Job], list[Encoder]]:
+        """The jobs that one slice has room for, decoded into `inputs`, and the encoders of their answers.
+
+        Nothing else keeps their rows: on a device these lie in memory that the next batch uses.
+        """
+        running, encoders, room = list[Job](), list[Encoder](), pace.slice_rows
         for at, job in enumerate(jobs):
             slot = job.slot
             assert slot is not None, "a job in a batch holds a lease"
@@ -136,24 +147,26 @@ class RowBatches:
             if may_be_long and job.call is None and self._is_long_to_decode(job, pace, model.codec.quick_bytes):
                 self._run_apart(job, model, None, pace, now)
                 continue
-            call = job.call or self._replies.decode(job, model.codec.decode)
+            call = job.call or self._replies.decode(job, model.codec.decode, inputs.place)
             if call is None:
                 continue
             may_be_long = len(call.rows) > pace.short_rows or call.numbers > SHORT_NUMBERS
             if may_be_long and self._is_long_to_run(call, pace):
-                self._run_apart(job, model, call, pace, now)
+                self._run_apart(job, model, _detach(call, inputs), pace, now)
                 continue
             if running and len(call.rows) > room:
-                job.call = call
+                job.call = _detach(call, inputs)
                 self._scheduler.put_back(group, jobs[at:])
                 break
             room -= len(call.rows)
             if not len(call.rows):  # JSON Lines of which none is valid
                 self._replies.encode(job, call.encode, call.rows, now, 0.0)
                 continue
+            inputs.keep(call.rows)
             running.append(job)
-            calls.append(call)
-        return running, calls
+            encoders.append(call.encode)
+            job.call = None
+        return running, encoders
 
     def pace(self, model: RowModel) -> Pace:
         """The pace of the model's family."""
@@ -218,6 +231,11 @@ class RowBatches:
             found.set_exception(error)
         else:
             found.set_result(answer)
+
+
+def _detach(call: DecodedCall, inputs: Inputs) -> DecodedCall:
+    """The call of a request that does not run with this batch."""
+    return replace(call, rows=inputs.detach(call.rows))
 
 
 def answer_rows(

@@ -44,6 +44,7 @@ class GraphFamily:
         self.program = Program(graph)
         self.input_name = graph.input.name
         self.input_shape: Shape = graph.input.shape
+        self.read_shape = self.input_shape  # what a program reads of it is not looked for
         self.output_shape: Shape = self.program.answer_shape
         self.parameters: Mapping[str, Shape] = {name: graph.parameters[name] for name in self.program.parameters}
         self._layout = Layout(self.parameters)

@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from handlers.base import Family, Float32
+from server.worker.engine.batch_inputs import Index, LaneInputs
 from server.worker.engine.capture import HostReads, NotCapturable
 from server.worker.engine.device import Device, Event
 from server.worker.engine.memory_pool import ALIGN_BYTES
@@ -97,27 +98,43 @@ class DeviceEngine:
         self._staging: OrderedDict[str, DeviceStaging] = OrderedDict()  # the least recently used first
         self._graphs: OrderedDict[tuple[str, int], Callable[[], torch.Tensor]] = OrderedDict()
         self._runs: Counter[tuple[str, int]] = Counter()
+        self._opened: LaneInputs | None = None  # what `open_batch` gave last
         self._plain = dict[str, str]()  # why a family's forwards are not captured, for good
 
     def __repr__(self) -> str:
         """For example `<DeviceEngine <DevicePool 512.0 MB on cuda:0>, 2 families, 7 graphs>`."""
         return f"<DeviceEngine {self.pool!r}, {len(self._staging)} families, {len(self._graphs)} graphs>"
 
-    def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32]) -> list[Float32]:
+    def open_batch(self, family: Family) -> LaneInputs:
+        """The inputs of the family's next batch, to be decoded into; they are in use until the next call.
+
+        They are arrays where the family has no staging yet, whose size takes a while to find.
+        """
+        staging = self._staging.get(family.key)
+        lanes = () if staging is None else [lane.inputs for lane in staging.lanes]
+        self._opened = LaneInputs(family.read_shape, lanes)
+        return self._opened
+
+    def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32] | LaneInputs) -> Sequence[Float32]:
         """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes).
+
+        The inputs of `open_batch` are in their place already; other arrays are copied there.
 
         INVARIANT: it returns or raises only when the device does not use the rows any more. Raises
         torch.OutOfMemoryError.
         """
-        answers = np.empty((sum(map(len, parts)), *family.output_shape), np.float32)
+        inputs = parts if isinstance(parts, LaneInputs) else LaneInputs.of(family, parts)
+        starts = inputs.repeat(np.array(offsets, np.int64) // ALIGN_BYTES)
+        answers = np.empty((len(starts), *family.output_shape), np.float32)
         try:
-            self._run(family, offsets, parts, answers)
+            self._run(family, starts, inputs, answers)
         except BaseException:
             self._device.drain()  # otherwise a row could be freed while launched work still reads it
             for lane in self._staging[family.key].lanes if family.key in self._staging else ():
                 lane.done = None
             raise
-        return np.split(answers, np.cumsum([len(part) for part in parts])[:-1])
+        self._opened = None
+        return inputs.split(answers)
 
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
         """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory, as much as a forward has."""
@@ -150,19 +167,18 @@ class DeviceEngine:
         self._memory = StagingMemory(self._memory.max_rows, self._device)
         self._device.trim()
 
-    def _run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32], answers: Float32) -> None:
+    def _run(self, family: Family, starts: Index, inputs: LaneInputs, answers: Float32) -> None:
         staging = self._staging.get(family.key) or self._stage(family)
         self._staging.move_to_end(family.key)
         flying: deque[tuple[StagingLane, Float32]] = deque()
         at = 0
-        for i, (starts, pieces) in enumerate(staging.cut_batch(offsets, parts)):
-            if len(flying) == LANES:
-                lane, target = flying.popleft()
-                lane.read_answers(target)
-            lane = staging.lanes[i % LANES]
-            self._launch(staging, lane, starts, pieces)
-            flying.append((lane, answers[at : at + len(starts)]))
-            at += len(starts)
+        for lane, rows in staging.fill_lanes(inputs):
+            self._launch(staging, lane, starts[at : at + rows])
+            flying.append((lane, answers[at : at + rows]))
+            at += rows
+            if len(flying) == LANES:  # the next forward's inputs are written to the lane of the first one
+                first, target = flying.popleft()
+                first.read_answers(target)
         for lane, target in flying:
             lane.read_answers(target)
         self._forget_families()
@@ -187,6 +203,9 @@ class DeviceEngine:
         return work
 
     def _forget_all(self) -> None:
+        if self._opened is not None:  # it may run again, with other staging
+            self._opened.leave_lanes()
+            self._opened = None
         self._graphs.clear()
         self._runs.clear()
         self._staging.clear()
@@ -204,12 +223,10 @@ class DeviceEngine:
                 for key in [key for key in runs if key[0] == gone]:
                     del runs[key]
 
-    def _launch(
-        self, staging: DeviceStaging, lane: StagingLane, offsets: Sequence[int], parts: Sequence[Float32]
-    ) -> None:
-        """Launch one forward: copy inputs in, gather rows, run, copy answers out."""
-        rows, bucket = len(offsets), staging.bucket_size(len(offsets))
-        lane.fill(offsets, parts, bucket)
+    def _launch(self, staging: DeviceStaging, lane: StagingLane, starts: Index) -> None:
+        """Launch one forward: copy inputs in, gather the rows at `starts`, run, copy answers out."""
+        rows, bucket = len(starts), staging.bucket_size(len(starts))
+        lane.point_at(starts, bucket)
         forward = self._forward(staging, bucket)
 
         def work() -> None:

@@ -60,7 +60,7 @@ class GpuBench:
         """For example `<GpuBench of tcn-4f1c2a9b, 10000 models>`."""
         return f"<GpuBench of {self.family.key}, {self.sizes.resident} models>"
 
-    def run_step(self, models: Sequence[int]) -> list[Float32]:
+    def run_step(self, models: Sequence[int]) -> Sequence[Float32]:
         """Run one step: from decoded rows to answers on the host."""
         return self.engine.run(self.family, [model * self.row_bytes for model in models], list(self.x[: len(models)]))
 

@@ -17,6 +17,7 @@ import torch
 from handlers.base import Family, Float32
 from handlers.kinds import run_row_on_cpu
 from handlers.kinds.row_work import row_work
+from server.worker.engine.batch_inputs import ListedInputs
 from server.worker.engine.execution_plan import (
     MOST_ROWS,
     UNKNOWN,
@@ -118,6 +119,10 @@ class Engine:
     def __repr__(self) -> str:
         """For example `<Engine <Pool 512.0 MB on cpu>, 2 families>`."""
         return f"<Engine {self.pool!r}, {len(self._staging)} families>"
+
+    def open_batch(self, family: Family) -> ListedInputs:  # noqa: ARG002 -- as a device's engine has it
+        """The inputs of the family's next batch."""
+        return ListedInputs()
 
     def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32]) -> list[Float32]:
         """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes)."""

@@ -5,13 +5,14 @@ the memory of staging does not grow with the number of families. What grows with
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from math import prod
 
 import torch
 
 from handlers.base import Family, Float32
+from server.worker.engine.batch_inputs import Index, LaneInputs
 from server.worker.engine.device import Device, Event
-from server.worker.engine.memory_pool import ALIGN_BYTES
 from server.worker.engine.work_memory import WorkBytes
 
 STAGING_BYTES = 256 * 1024 * 1024  #: most bytes of the rows and inputs of one forward, unless one row has more
@@ -56,7 +57,7 @@ class StagingMemory:
 
 def count_capacity(family: Family, work: WorkBytes, max_rows: int) -> int:
     """The rows of one forward whose staging, page-locked memory, scratch and temporaries are within their bounds."""
-    given, answered = prod(family.input_shape) * 4, prod(family.output_shape) * 4
+    given, answered = prod(family.read_shape) * 4, prod(family.output_shape) * 4
     rows = min(
         max_rows,
         STAGING_BYTES // (family.row_floats * 4 + given),
@@ -67,14 +68,17 @@ def count_capacity(family: Family, work: WorkBytes, max_rows: int) -> int:
 
 
 class StagingLane:
-    """Page-locked host memory of one forward in flight: its inputs, the places of its rows, and its answers."""
+    """Page-locked host memory of one forward in flight: its inputs, the places of its rows, and its answers.
+
+    Of the inputs it has the steps that the family reads, so that no others travel.
+    """
 
     def __init__(self, family: Family, capacity: int, memory: torch.Tensor, index: torch.Tensor) -> None:
-        given, answered = capacity * prod(family.input_shape), capacity * prod(family.output_shape)
-        self.x = memory[:given].view(capacity, *family.input_shape)
+        given, answered = capacity * prod(family.read_shape), capacity * prod(family.output_shape)
+        self.x = memory[:given].view(capacity, *family.read_shape)
         self.index = index[:capacity]
         self.out = memory[given : given + answered].view(capacity, *family.output_shape)
-        self._x: Float32 = self.x.numpy()
+        self.inputs: Float32 = self.x.numpy()
         self._index = self.index.numpy()
         self._out: Float32 = self.out.numpy()
         self.done: Event | None = None
@@ -83,16 +87,20 @@ class StagingLane:
         """For example `<StagingLane of 512 rows, idle>`."""
         return f"<StagingLane of {len(self.x)} rows, {'idle' if self.done is None else 'in flight'}>"
 
-    def fill(self, offsets: Sequence[int], parts: Sequence[Float32], bucket: int) -> None:
-        """Write the next forward's inputs and the offsets of its rows, padded to `bucket` rows by the first offset."""
+    def write(self, pieces: Sequence[Float32]) -> int:
+        """Write the next forward's inputs, each [n, *input_shape] or their steps that are read; returns the rows."""
         assert self.done is None, "its last answers have been taken"
-        at = 0
-        for part in parts:
-            self._x[at : at + len(part)] = part
-            at += len(part)
-        self._index[:at] = offsets
-        self._index[at:bucket] = offsets[0]
-        self._index[:bucket] //= ALIGN_BYTES
+        at, steps = 0, self.inputs.shape[-1]
+        for piece in pieces:
+            self.inputs[at : at + len(piece)] = piece[..., -steps:]
+            at += len(piece)
+        return at
+
+    def point_at(self, starts: Index, bucket: int) -> None:
+        """Write where the next forward's rows start, padded to `bucket` rows by the first one."""
+        assert self.done is None, "its last answers have been taken"
+        self._index[: len(starts)] = starts
+        self._index[len(starts) : bucket] = starts[0]
 
     def read_answers(self, answers: Float32) -> None:
         """Wait for the forward and copy its answers out."""
@@ -110,9 +118,9 @@ class DeviceStaging:
         assert memory.index is not None, "the memory has grown"
         self.family = family
         self.capacity = count_capacity(family, work, memory.max_rows)
-        rows, given = self.capacity * family.row_floats, self.capacity * prod(family.input_shape)
+        rows, given = self.capacity * family.row_floats, self.capacity * prod(family.read_shape)
         self.rows = memory.block[:rows].view(self.capacity, family.row_floats)
-        self.x = memory.block[rows : rows + given].view(self.capacity, *family.input_shape)
+        self.x = memory.block[rows : rows + given].view(self.capacity, *family.read_shape)
         self.index = memory.index[: self.capacity]
         blocks = zip(memory.lanes, memory.lane_indices, strict=True)
         self.lanes = [StagingLane(family, self.capacity, *each) for each in blocks]
@@ -123,6 +131,18 @@ class DeviceStaging:
     def __repr__(self) -> str:
         """For example `<DeviceStaging tcn-4f1c2a9b, 512 rows>`."""
         return f"<DeviceStaging {self.family.key}, {self.capacity} rows>"
+
+    def fill_lanes(self, inputs: LaneInputs) -> Iterator[tuple[StagingLane, int]]:
+        """The batch's forwards in order: a lane with the inputs of each, and its rows.
+
+        The caller has taken the answers of a lane before it asks for the forward that uses it again.
+        """
+        if inputs.is_staged:
+            yield from ((lane, rows) for lane, rows in zip(self.lanes, inputs.filled, strict=False) if rows)
+            return
+        inputs.leave_lanes()
+        for lane, pieces in zip(cycle(self.lanes), inputs.cut(self.capacity), strict=False):
+            yield lane, lane.write(pieces)
 
     @property
     def kept_bytes(self) -> int:
@@ -160,25 +180,8 @@ class DeviceStaging:
 
         return forward
 
-    def cut_batch(self, offsets: Sequence[int], parts: Sequence[Float32]) -> Iterator[tuple[list[int], list[Float32]]]:
-        """Cut the batch into forwards that fit: for each the offsets of its rows, and pieces of the parts."""
-        starts: list[int] = []
-        pieces: list[Float32] = []
-        for offset, part in zip(offsets, parts, strict=True):
-            left = part
-            while len(left):
-                piece = left[: self.capacity - len(starts)]
-                starts += [offset] * len(piece)
-                pieces.append(piece)
-                left = left[len(piece) :]
-                if len(starts) == self.capacity:
-                    yield starts, pieces
-                    starts, pieces = [], []
-        if starts:
-            yield starts, pieces
-
 
 def count_floats(family: Family, capacity: int) -> tuple[int, int]:
     """The floats of so many rows in the block of the device, and in a block of the host's."""
-    given, answered = prod(family.input_shape), prod(family.output_shape)
+    given, answered = prod(family.read_shape), prod(family.output_shape)
     return capacity * (family.row_floats + given), capacity * (given + answered)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from handlers.base import Float32, Shape
 from handlers.codecs import tensors
-from handlers.codecs.codec import JSON, NPY, FamilyCodec, SingleCodec, negotiate_media
+from handlers.codecs.codec import JSON, LINES, NPY, FamilyCodec, SingleCodec, negotiate_media
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from model_store.archives.manifest import ForecastSpec, InputChannel
 
@@ -54,6 +54,11 @@ def npy_with(header: bytes, payload: bytes = b"", version: bytes = b"\1\0") -> b
     return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header + payload
 
 
+def npy_of(dtype: str, order: Any) -> bytes:
+    """`ROWS` in some layout."""
+    return npy(np.asarray(ROWS[0], dtype, order=order))
+
+
 def test_tensor_json_there_and_back() -> None:
     """A nested list becomes one row, an answer row becomes nested lists, without the batch axis on both sides."""
     call = CODEC.decode(memoryview(BODY), "", "")
@@ -63,11 +68,47 @@ def test_tensor_json_there_and_back() -> None:
     assert (body, content_type) == (b'{"predictions":[[0.1,2.0]]}', JSON)
 
 
+@pytest.mark.parametrize(
+    ("body", "media"),
+    [
+        (BODY, JSON),
+        (b'{"instances": [{"start": "2024-01-01", "target": [7, 1, 2.5, 3]}]}', JSON),
+        (b'{"start": "2024-01-01", "target": [7, 1, 2.5, 3]}\n{}\n', LINES),
+        *((npy_of(dtype, order), NPY) for dtype in ("<f4", ">f4", "<f8", ">f8") for order in ("C", "F")),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_rows_are_written_to_their_place_without_the_steps_that_nobody_reads(
+    body: bytes, media: str, steps: int
+) -> None:
+    """From every kind of body: the same numbers as elsewhere, and nothing else of the memory there is written."""
+    memory = np.full((5, 2, steps), np.nan, np.float32)
+    call = FORECASTER.decode(memoryview(body), media, "", lambda rows: memory[1 : 1 + rows])
+    elsewhere = FORECASTER.decode(body, media, "")
+    assert np.shares_memory(call.rows, memory)
+    assert np.array_equal(call.rows, elsewhere.rows[..., -steps:])
+    assert np.array_equal(memory[1:2], call.rows)
+    assert np.isnan(memory[[0, 2, 3, 4]]).all()
+    answer = np.array([[[0.1, 2]]], np.float32)
+    assert call.encode(answer) == elsewhere.encode(answer)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e300])
+def test_a_wrong_number_among_those_that_nobody_reads_is_an_error_too(number: float) -> None:
+    """What is wrong does not depend on where the rows go, and nothing is written."""
+    memory = np.zeros((1, 2, 1), np.float32)
+    wrong = np.array([[number, 0, 0], [0, 0, 0]])
+    with pytest.raises(RequestError, match="not finite in float32") as error:
+        CODEC.decode(npy(wrong), NPY, "", lambda rows: memory[:rows])
+    assert error.value.field == "x[0][0]"
+    assert not memory.any()
+
+
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8"])
 def test_npy_there_and_back(order: Any, dtype: str) -> None:
     """Every float layout that numpy writes is read as the same numbers, and numpy reads our answer."""
-    call = CODEC.decode(npy(np.asarray(ROWS[0], dtype, order=order)), NPY, "")
+    call = CODEC.decode(npy_of(dtype, order), NPY, "")
     assert np.array_equal(call.rows, ROWS)
     assert call.rows.flags.c_contiguous
     body, content_type = call.encode(np.array([[[0.1, 2]]], np.float32))

@@ -125,6 +125,40 @@ def test_batched_is_reference_for_the_default_mlp() -> None:
     assert_batched_is_reference(build_family("mlp", {}), 3, 5, seed=11)
 
 
+@settings(max_examples=40, deadline=None)
+@given(CONFIGS, st.integers(1, 4), st.integers(0, 2**31))
+def test_the_steps_that_are_read_give_the_answer_of_all(
+    config: tuple[str, dict[str, int]], batch: int, seed: int
+) -> None:
+    """Bit for bit, whatever the other steps are, and without them."""
+    made = build_family(*config)
+    generator = np.random.default_rng(seed)
+    bound = made.bind(torch.from_numpy(np.stack([made.row(random_tensors(made, seed))] * batch)))
+    x = torch.from_numpy(generator.standard_normal((batch, *made.input_shape), np.float32))
+    steps = made.read_shape[-1]
+    assert made.read_shape == (*made.input_shape[:-1], steps)
+    right = made.forward(bound, x).clone()
+    others = x.clone()
+    others[..., :-steps] = 1e9
+    for given_x in (others, x[..., -steps:], x[..., -steps:].contiguous()):
+        assert torch.equal(made.forward(bound, given_x), right)
+
+
+def test_a_short_reach_is_known() -> None:
+    """A convolution's receptive field, a decoder's known future, an ensemble's member's; a recurrence reads all."""
+    shape = {"features": 3, "context_length": 100, "prediction_length": 30}
+    reach = {"kernel": 3, "layers": 2}
+    found = {
+        "tcn": build_family("tcn", shape | reach),
+        "ensemble": build_family("tcn", shape | reach | {"members": 2}),
+        "mqcnn": build_family("mqcnn", shape | {"kernel": 3, "layers": 2}),
+        "gru": build_family("gru", shape),
+    }
+    assert {name: made.read_shape for name, made in found.items()} == {
+        "tcn": (3, 9), "ensemble": (3, 9), "mqcnn": (3, 30), "gru": (3, 100)
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> None:
     """A binding may be used with and without inference mode, and x may be a strided view."""

@@ -1,6 +1,7 @@
 """The step loop over an accelerator's pool, with a shelf for evicted models, and a device that runs out of memory."""
 
 import asyncio
+import math
 import random
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from model_store.errors import ModelNotFound, NoRoom, StoreUnavailable
 from model_store.names import ModelName
 from server.errors import Situation, situation_of
 from server.ipc.frames import Tier
+from server.ipc.pulse import Pulse
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.device_errors import EXIT_CODE
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
+from server.worker.long_jobs import LongJobs
 from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
@@ -103,7 +106,15 @@ class House:
 Scenario = Callable[[House], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, *, on_device: bool = True, slabs: int = 1, shelf_rows: int = 8, seed: int = 0) -> None:
+def play(
+    scenario: Scenario,
+    *,
+    on_device: bool = True,
+    slabs: int = 1,
+    shelf_rows: int = 8,
+    seed: int = 0,
+    long: Callable[[], LongJobs] = make_unsliced_jobs,
+) -> None:
     """Run a scenario over an engine whose free memory is NaN; afterwards nothing may be left over."""
 
     async def run() -> None:
@@ -121,7 +132,7 @@ def play(scenario: Scenario, *, on_device: bool = True, slabs: int = 1, shelf_ro
             store,
             WorkerMetrics(0, "cpu"),
             shelf=shelf,
-            long=make_unsliced_jobs(),
+            long=long(),
             batch=64,
             loader_threads=4,
             patience_s=5,
@@ -255,6 +266,21 @@ def test_a_fleet_larger_than_its_device_answers_right_on_any_order_of_the_stream
         assert {"host", "store", "none"} <= set(house.tiers())
 
     play(scenario, slabs=3, seed=seed, shelf_rows=6)
+
+
+def test_a_request_that_its_batch_has_no_room_for_keeps_its_numbers() -> None:
+    """It is decoded, put back, and runs behind another family's batch, whose inputs lie where its own lay."""
+
+    async def scenario(house: House) -> None:
+        for model in ("a/m0", "a/m1", "b/m0", "b/m1"):
+            await house.ask(model)
+        for _ in range(3):  # other inputs each: they follow from the request's number
+            for model in ("a/m0", "a/m1", "b/m0", "b/m1", "a/m0", "b/m0", "a/m1"):
+                house.front.send(model)
+            await house.front.settled()
+        assert not house.front.refusals  # answers are compared as they come
+
+    play(scenario, slabs=2, long=lambda: LongJobs(asyncio.get_running_loop(), Pulse(), slice_s=0.0, long_s=math.inf))
 
 
 def test_a_step_out_of_memory_once_is_answered() -> None:

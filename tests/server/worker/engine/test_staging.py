@@ -40,7 +40,7 @@ def test_many_large_families_share_one_staging() -> None:
     ("architecture", "config"),
     [
         ("gru", {"features": 100, "context_length": 10_000, "hidden": 8}),
-        ("tcn", {"features": 1024, "context_length": 100_000, "channels": 1, "layers": 1}),
+        ("tcn", {"features": 1024, "context_length": 100_000, "channels": 1, "kernel": 16}),
         ("deepar", {"paths": 1000, "prediction_length": 4, "context_length": 24}),
     ],
 )
@@ -48,7 +48,7 @@ def test_what_an_archive_may_ask_for_is_bounded(architecture: str, config: dict[
     """Inputs, answers, scratch and temporaries count beside rows: of all that only one row may have more."""
     family = build_family(architecture, config)
     work = measure_work(family, bf16=False)
-    rows, given = count_capacity(family, work, 512), prod(family.input_shape) * 4
+    rows, given = count_capacity(family, work, 512), prod(family.read_shape) * 4
     for size, limit in (
         (family.row_floats * 4 + given, STAGING_BYTES),
         (given + prod(family.output_shape) * 4, LANE_BYTES),
