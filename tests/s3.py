@@ -146,8 +146,10 @@ class S3Server:
 def s3_server() -> Iterator[S3Server]:
     """Start the server chosen by FLEETCAST_TEST_S3 (`moto`, the default, or `swift`) and the proxy before it."""
     kind = os.environ.get("FLEETCAST_TEST_S3", "moto")
-    start, access, secret = {"moto": (_moto, "test", "testing"), "swift": (_swift, "test:tester", "testing")}[kind]
-    with start() as upstream, _proxy(upstream) as server:
+    start, access, secret = {"moto": (_run_moto, "test", "testing"), "swift": (_run_swift, "test:tester", "testing")}[
+        kind
+    ]
+    with start() as upstream, _run_proxy(upstream) as server:
         server.env.update(
             AWS_ACCESS_KEY_ID=access,
             AWS_SECRET_ACCESS_KEY=secret,
@@ -159,7 +161,7 @@ def s3_server() -> Iterator[S3Server]:
 
 
 @contextmanager
-def _moto() -> Iterator[str]:
+def _run_moto() -> Iterator[str]:
     port = _free_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -172,7 +174,7 @@ def _moto() -> Iterator[str]:
 
 
 @contextmanager
-def _swift() -> Iterator[str]:
+def _run_swift() -> Iterator[str]:
     port = _free_ports(5)
     folder = Path(tempfile.mkdtemp(prefix="swift-"))
     try:
@@ -215,7 +217,7 @@ def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def _proxy(upstream: str) -> Iterator[S3Server]:
+def _run_proxy(upstream: str) -> Iterator[S3Server]:
     server = S3Server(endpoint_url="", env={})
     handler = type("Handler", (_Handler,), {"upstream": urlsplit(upstream), "server_state": server})
     with _ProxyServer(("127.0.0.1", 0), handler) as proxy:

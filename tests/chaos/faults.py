@@ -45,7 +45,7 @@ class Fault:
 @contextmanager
 def kill_worker(world: World) -> Iterator[None]:
     """SIGKILL one worker. Nothing heals it but the server."""
-    with killed(world, "worker", world.rng.choice(world.pids("worker"))):
+    with kill_process(world, "worker", world.rng.choice(world.pids("worker"))):
         yield
 
 
@@ -55,7 +55,7 @@ def kill_workers(world: World) -> Iterator[None]:
     begin = time.monotonic()
     with ExitStack() as stack:
         for pid in world.pids("worker"):
-            stack.enter_context(killed(world, "worker", pid))
+            stack.enter_context(kill_process(world, "worker", pid))
         yield
     wait_until(lambda: world.server.http.get(f"{world.server.url}/ready").is_success, "/ready says yes")
     world.say(f"all workers killed: ready again after {time.monotonic() - begin:.1f} s")
@@ -64,7 +64,7 @@ def kill_workers(world: World) -> Iterator[None]:
 @contextmanager
 def stop_worker(world: World) -> Iterator[None]:
     """SIGSTOP one worker; SIGCONT, unless it has been replaced meanwhile."""
-    with stopped(world.rng.choice(world.pids("worker"))):
+    with stop_process(world.rng.choice(world.pids("worker"))):
         yield
 
 
@@ -72,7 +72,7 @@ def stop_worker(world: World) -> Iterator[None]:
 def kill_front(world: World) -> Iterator[None]:
     """SIGKILL one front: what it has under way is lost, as the README says."""
     begin = time.monotonic()
-    with killed(world, "front", world.rng.choice(world.pids("front"))):
+    with kill_process(world, "front", world.rng.choice(world.pids("front"))):
         world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, cuts=True, down=False))
         yield
 
@@ -81,7 +81,7 @@ def kill_front(world: World) -> Iterator[None]:
 def stop_front(world: World) -> Iterator[None]:
     """SIGSTOP one front: what it has under way waits."""
     begin = time.monotonic()
-    with stopped(world.rng.choice(world.pids("front"))):
+    with stop_process(world.rng.choice(world.pids("front"))):
         yield
     world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, cuts=True, down=False))
 
@@ -89,7 +89,7 @@ def stop_front(world: World) -> Iterator[None]:
 @contextmanager
 def stop_supervisor(world: World) -> Iterator[None]:
     """SIGSTOP the supervisor: requests do not need it."""
-    with stopped(world.server.process.pid):
+    with stop_process(world.server.process.pid):
         yield
 
 
@@ -121,7 +121,7 @@ def restart(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def killed(world: World, kind: str, pid: int) -> Iterator[None]:
+def kill_process(world: World, kind: str, pid: int) -> Iterator[None]:
     """The process is killed, and after the block the supervisor knows."""
     os.kill(pid, signal.SIGKILL)
     yield
@@ -129,7 +129,7 @@ def killed(world: World, kind: str, pid: int) -> Iterator[None]:
 
 
 @contextmanager
-def stopped(pid: int) -> Iterator[None]:
+def stop_process(pid: int) -> Iterator[None]:
     """The process is stopped within the block."""
     os.kill(pid, signal.SIGSTOP)
     try:

@@ -70,7 +70,7 @@ def test_prometheus_configuration_is_valid() -> None:
 
 
 @contextmanager
-def started(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
+def start_service(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[None]:
     """A service of the compose file as a process."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=output, stderr=output)
@@ -103,16 +103,19 @@ def test_the_compose_services_work_together(tmp_path: Path) -> None:
     watch = ["prometheus", *services["prometheus"]["command"], f"--storage.tsdb.path={tmp_path / 'data'}"]
     watch = [arg.replace("/etc/prometheus/prometheus.yml", str(config)) for arg in watch]
     watch.append(f"--web.listen-address=127.0.0.1:{ports['prometheus']}")
-    with started([sys.executable, "-m", "moto.server", *s3], {}, tmp_path / "s3.log"):
+    with start_service([sys.executable, "-m", "moto.server", *s3], {}, tmp_path / "s3.log"):
         wait_until(lambda: is_reachable(ports["s3"]))
         subprocess.run(fleet, env={**os.environ, **environment}, check=True, capture_output=True)
         entry = [sys.executable, "-m", "server.cli.main", *services["server"]["command"]]
-        with started(entry, serving, tmp_path / "server.log"), started(watch, {}, tmp_path / "prometheus.log"):
-            check = healthcheck().replace("127.0.0.1:8080", f"127.0.0.1:{ports['inference']}")
+        with (
+            start_service(entry, serving, tmp_path / "server.log"),
+            start_service(watch, {}, tmp_path / "prometheus.log"),
+        ):
+            check = read_healthcheck().replace("127.0.0.1:8080", f"127.0.0.1:{ports['inference']}")
             wait_until(
                 lambda: subprocess.run([sys.executable, "-c", check], capture_output=True, check=False).returncode == 0
             )
-            wait_until(lambda: queried(ports["prometheus"], "fleetcast_worker_up") == ["1"])
+            wait_until(lambda: query_prometheus(ports["prometheus"], "fleetcast_worker_up") == ["1"])
             token, models = (tmp_path / "operator.token").read_text().strip(), f"{ports['management']}/fleet/models"
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(f"http://127.0.0.1:{models}", timeout=PATIENCE_S)
@@ -130,7 +133,7 @@ def make_tokens(service: Mapping[str, Any], folder: Path) -> None:
     assert len((folder / "prometheus.token").read_text().split()) == 1
 
 
-def healthcheck() -> str:
+def read_healthcheck() -> str:
     """The Python of the image's healthcheck."""
     line = next(
         line
@@ -141,7 +144,7 @@ def healthcheck() -> str:
     return command[2]
 
 
-def queried(port: int, query: str) -> list[str]:
+def query_prometheus(port: int, query: str) -> list[str]:
     """The values Prometheus has for a query now."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/query?query={query}", timeout=PATIENCE_S) as reply:

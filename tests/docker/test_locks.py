@@ -46,7 +46,7 @@ def read_lock(name: str) -> dict[str, tuple[Requirement, list[str]]]:
     return found
 
 
-def pinned(requirement: Requirement) -> Version:
+def read_pin(requirement: Requirement) -> Version:
     """The one version that a line of a lock admits."""
     (only,) = requirement.specifier
     assert only.operator == "==", requirement
@@ -70,14 +70,14 @@ def test_a_lock_satisfies_every_range_of_the_project(name: str) -> None:
     assert len(needs) > 15
     for need in needs:
         assert canonicalize_name(need.name) in lock, f"{need} is not in {name}: make lock"
-        assert need.specifier.contains(pinned(lock[canonicalize_name(need.name)][0])), f"{need}: make lock"
+        assert need.specifier.contains(read_pin(lock[canonicalize_name(need.name)][0])), f"{need}: make lock"
 
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_every_line_has_one_version_and_hashes(name: str) -> None:
     """No range, no address, no file of this machine: one version and SHA-256 hashes."""
     for package, (requirement, hashes) in read_lock(name).items():
-        assert pinned(requirement)
+        assert read_pin(requirement)
         assert requirement.url is None
         assert hashes, package
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", each) for each in hashes), package
@@ -90,7 +90,7 @@ def test_the_cpu_image_has_no_cuda_libraries_and_both_have_the_same_torch() -> N
     assert [package for package in cuda if package.startswith("nvidia-")]
     tested = re.search(r"^TORCH = torch==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert tested is not None
-    assert [str(pinned(lock["torch"][0])) for lock in (cpu, cuda)] == [f"{tested[1]}+cpu", tested[1]]
+    assert [str(read_pin(lock["torch"][0])) for lock in (cpu, cuda)] == [f"{tested[1]}+cpu", tested[1]]
 
 
 def test_the_cuda_extra_admits_wheels_of_one_cuda_only() -> None:

@@ -160,7 +160,7 @@ class Server:
         """Processes of this server that still run, whoever is their parent."""
         needle = f"{MARK}={self.mark}".encode()
         pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
-        return [pid for pid in pids if needle in _environment(pid)]
+        return [pid for pid in pids if needle in _make_environment(pid)]
 
     def terminate(self) -> int:
         """SIGTERM; the exit code."""
@@ -256,7 +256,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
         "log_format": "json",
     }
     given = {"store": store, "announce": announce, **ports, **defaults, **settings}
-    flags = _flags({name: value for name, value in given.items() if value is not None})
+    flags = _make_flags({name: value for name, value in given.items() if value is not None})
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "server.cli.main", "serve", *flags],
@@ -267,7 +267,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
     if http is not None:
         server.http = http
     try:
-        server.addresses = _ready(server, announce)
+        server.addresses = _await_ready(server, announce)
         yield server
         if process.poll() is None:
             server.terminate()
@@ -282,7 +282,7 @@ def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator
         sys.stdout.write(f"--- the server's log\n{server.said()[-SHOWN_LOG:]}\n")
 
 
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+def _make_flags(settings: Mapping[str, Any]) -> Iterator[str]:
     for name, value in settings.items():
         many = [f"{key}={secret}" for key, secret in value.items()] if isinstance(value, dict) else value
         for each in many if isinstance(many, list) else [value]:
@@ -297,18 +297,18 @@ def _child_environment(s3: S3Server, folder: Path, mark: str, variables: Mapping
     return {name: value for name, value in merged.items() if value is not None}
 
 
-def _ready(server: Server, announce: Path) -> Mapping[str, str]:
-    def announced() -> bool:
+def _await_ready(server: Server, announce: Path) -> Mapping[str, str]:
+    def read_announcement() -> bool:
         assert server.process.poll() is None, f"the server ended with {server.process.returncode} before it was ready"
         return announce.exists()
 
-    wait_until(announced, "the server announces its addresses")
+    wait_until(read_announcement, "the server announces its addresses")
     found: dict[str, str] = json.loads(announce.read_text())
     wait_until(lambda: server.http.get(f"{found['inference']}/ready").is_success, "/ready says yes")
     return found
 
 
-def _environment(pid: int) -> bytes:
+def _make_environment(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:  # gone meanwhile, or another user's; a zombie's is empty

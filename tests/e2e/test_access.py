@@ -51,7 +51,7 @@ def write_tokens(folder: Path) -> Path:
     return path
 
 
-def bearer(name: str) -> dict[str, str]:
+def make_bearer(name: str) -> dict[str, str]:
     """The header of a token."""
     return {"Authorization": f"Bearer {name}-secret"}
 
@@ -108,24 +108,24 @@ def test_tokens_open_what_their_scopes_say(model: Model, serve: Serve, tmp_path:
         question = model.question(0)
         body, target = question.body, {"X-Amzn-SageMaker-Target-Model": model.name}
 
-        def statuses(method: str, url: str, **more: Any) -> dict[str, int]:
+        def ask_statuses(method: str, url: str, **more: Any) -> dict[str, int]:
             headers = more.pop("headers", {})
             return {
-                name: server.http.request(method, url, headers={**headers, **bearer(name)}, **more).status_code
+                name: server.http.request(method, url, headers={**headers, **make_bearer(name)}, **more).status_code
                 for name in SCOPES
             }
 
         only = dict.fromkeys(SCOPES, 403)
-        assert statuses("POST", f"{server.url}/invocations", content=body, headers=target) == {
+        assert ask_statuses("POST", f"{server.url}/invocations", content=body, headers=target) == {
             **only, "desk": 200, "all": 200,
         }  # fmt: skip
-        assert statuses("POST", load) == {**only, "ops": 200, "au-ops": 200, "all": 200}
-        assert statuses("GET", models) == {**only, "ops": 200, "all": 200}
-        assert statuses("GET", f"{models}?prefix=au/") == {**only, "ops": 200, "au-ops": 200, "all": 200}
-        assert statuses("GET", f"{models}?prefix=au/&prefix=") == {**only, "ops": 200, "all": 200}
-        assert statuses("GET", f"{management}/fleet/processes") == {**only, "ops": 200, "all": 200}
-        assert statuses("GET", f"{metrics}/metrics") == {**only, "prometheus": 200, "all": 200}
-        assert statuses("POST", f"{management}/fleet/unload/de/lu.mar")["au-ops"] == 403
+        assert ask_statuses("POST", load) == {**only, "ops": 200, "au-ops": 200, "all": 200}
+        assert ask_statuses("GET", models) == {**only, "ops": 200, "all": 200}
+        assert ask_statuses("GET", f"{models}?prefix=au/") == {**only, "ops": 200, "au-ops": 200, "all": 200}
+        assert ask_statuses("GET", f"{models}?prefix=au/&prefix=") == {**only, "ops": 200, "all": 200}
+        assert ask_statuses("GET", f"{management}/fleet/processes") == {**only, "ops": 200, "all": 200}
+        assert ask_statuses("GET", f"{metrics}/metrics") == {**only, "prometheus": 200, "all": 200}
+        assert ask_statuses("POST", f"{management}/fleet/unload/de/lu.mar")["au-ops"] == 403
         for method, url in (("POST", f"{server.url}/invocations"), ("POST", load), ("GET", f"{metrics}/metrics")):
             for headers in ({}, {"Authorization": "Bearer no-such-token"}, {"Authorization": "Basic YTpi"}):
                 reply = server.http.request(method, url, headers=headers)
@@ -145,7 +145,7 @@ def test_every_item_and_the_correlation_need_the_token(model: Model, serve: Serv
 
         def call(requests: list[Any], configuration: Mapping[str, Any]) -> httpx.Response:
             body = {"requests": requests, "configuration": configuration}
-            return server.http.post(f"{server.url}/v1/forecasts", json=body, headers=bearer("desk"))
+            return server.http.post(f"{server.url}/v1/forecasts", json=body, headers=make_bearer("desk"))
 
         good, bad = call(items, {}).json()["predictions"]
         assert "error" not in good
@@ -198,13 +198,13 @@ def test_boto3_and_the_client_send_tokens(model: Model, serve: Serve, tmp_path: 
         assert server.post(model.name).status_code == 401
         seen = [_read(pid, name) for pid in server.survivors() for name in ("cmdline", "environ")]
         assert not any(b"hidden/secret" in each for each in seen)
-        fronts = [_read(row["pid"], "environ") for row in _processes(server, "front")]
+        fronts = [_read(row["pid"], "environ") for row in _list_processes(server, "front")]
         assert len(fronts) == 1
         assert b"AWS_SECRET_ACCESS_KEY" not in fronts[0]
 
 
-def _processes(server: Server, kind: str) -> list[Any]:
-    reply = server.http.get(f"{server.addresses['management']}/fleet/processes", headers=bearer("ops"))
+def _list_processes(server: Server, kind: str) -> list[Any]:
+    reply = server.http.get(f"{server.addresses['management']}/fleet/processes", headers=make_bearer("ops"))
     return [row for row in reply.json()["processes"] if row["kind"] == kind]
 
 
@@ -231,7 +231,7 @@ def issue(ca: trustme.CA, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def shown(server: Server, listener: str, context: ssl.SSLContext) -> bytes:
+def fetch_certificate(server: Server, listener: str, context: ssl.SSLContext) -> bytes:
     """The certificate that a new connection to a listener is shown."""
     host, _, port = server.addresses[listener].removeprefix("https://").rpartition(":")
     with contextlib.closing(_connect(host, int(port), context)) as sock:
@@ -240,7 +240,7 @@ def shown(server: Server, listener: str, context: ssl.SSLContext) -> bytes:
 
 def is_renewed(server: Server, listener: str, context: ssl.SSLContext, before: bytes) -> bool:
     """Whether a new connection is shown another certificate than `before`."""
-    return shown(server, listener, context) != before
+    return fetch_certificate(server, listener, context) != before
 
 
 def _connect(host: str, port: int, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -276,7 +276,7 @@ def test_mutual_tls_on_every_listener(model: Model, serve: Serve, tmp_path: Path
             for url in (f"{server.url}/ping", f"{management}/ping", f"{metrics}/metrics"):
                 with pytest.raises(httpx.TransportError):
                     stranger.get(url)
-        first = {listener: shown(server, listener, known) for listener in server.addresses}
+        first = {listener: fetch_certificate(server, listener, known) for listener in server.addresses}
         issue(ca, tmp_path)
         for listener, before in first.items():
             renewed = partial(is_renewed, server, listener, known, before)
@@ -284,7 +284,7 @@ def test_mutual_tls_on_every_listener(model: Model, serve: Serve, tmp_path: Path
         assert server.http.get(f"{management}/fleet/models").status_code == 200
 
 
-def knocks(server: Server, listener: str, context: ssl.SSLContext) -> bool:
+def is_let_in(server: Server, listener: str, context: ssl.SSLContext) -> bool:
     """Whether a new connection to a listener is answered: with TLS 1.3 a refusal comes after the client's handshake."""
     host, _, port = server.addresses[listener].removeprefix("https://").rpartition(":")
     try:
@@ -295,7 +295,7 @@ def knocks(server: Server, listener: str, context: ssl.SSLContext) -> bool:
         return False
 
 
-def showing(trusted: Path, signed_by: trustme.CA, identity: str, **more: str) -> ssl.SSLContext:
+def show_certificate(trusted: Path, signed_by: trustme.CA, identity: str, **more: str) -> ssl.SSLContext:
     """A client that trusts the server's authority and shows a certificate of another one."""
     context = ssl.create_default_context(cafile=trusted)
     signed_by.issue_cert(identity, **more).configure_cert(context)  # type: ignore[arg-type]
@@ -314,18 +314,18 @@ def test_a_withdrawn_authority_opens_no_new_connection(
     paths["tls_client_ca"].write_bytes(both)
     own = tmp_path / "server-ca.pem"
     ca.cert_pem.write_to_path(str(own))
-    stays, goes = showing(own, ca, "stays@example.org"), showing(own, other, "goes@example.org")
+    stays, goes = show_certificate(own, ca, "stays@example.org"), show_certificate(own, other, "goes@example.org")
     with (
         serve(http=httpx.Client(verify=stays, timeout=PATIENCE_S, trust_env=False), **paths) as server,
         httpx.Client(verify=goes, timeout=PATIENCE_S, trust_env=False) as opened,
     ):
         url = f"{server.addresses['management']}/fleet/load/{model.name}"
         assert opened.post(url).status_code == 200
-        assert all(knocks(server, listener, goes) for listener in server.addresses)
+        assert all(is_let_in(server, listener, goes) for listener in server.addresses)
         paths["tls_client_ca"].write_bytes(ca.cert_pem.bytes())
         for listener in server.addresses:
-            wait_until(lambda at=listener: not knocks(server, at, goes), f"{listener} refuses the authority")  # type: ignore[misc]
-            assert knocks(server, listener, stays)
+            wait_until(lambda at=listener: not is_let_in(server, at, goes), f"{listener} refuses the authority")  # type: ignore[misc]
+            assert is_let_in(server, listener, stays)
         assert opened.post(url).status_code == 200
 
 
@@ -339,16 +339,18 @@ def test_the_audit_log_names_clients_by_their_certificates(
     paths = issue(ca, tmp_path)
     authority = paths["tls_client_ca"]
     names = {
-        "email:desk@example.org": showing(authority, ca, "desk@example.org"),
-        "CN:desk-au": showing(authority, ca, "desk@example.org", common_name="desk-au"),
-        r"CN:a\x0astatus\x3d200\x20b": showing(authority, ca, "desk@example.org", common_name="a\nstatus=200 b"),
+        "email:desk@example.org": show_certificate(authority, ca, "desk@example.org"),
+        "CN:desk-au": show_certificate(authority, ca, "desk@example.org", common_name="desk-au"),
+        r"CN:a\x0astatus\x3d200\x20b": show_certificate(
+            authority, ca, "desk@example.org", common_name="a\nstatus=200 b"
+        ),
     }
-    http = httpx.Client(verify=names["CN:desk-au"], timeout=PATIENCE_S, trust_env=False, headers=bearer("all"))
+    http = httpx.Client(verify=names["CN:desk-au"], timeout=PATIENCE_S, trust_env=False, headers=make_bearer("all"))
     with serve(http=http, tokens=write_tokens(tmp_path), **paths) as server:
         url = f"{server.addresses['management']}/fleet/load/{model.name}"
         for context in names.values():
             with httpx.Client(verify=context, timeout=PATIENCE_S, trust_env=False) as client:
-                assert client.post(url, headers=bearer("ops")).status_code == 200
+                assert client.post(url, headers=make_bearer("ops")).status_code == 200
                 assert client.post(url).status_code == 401
         expected = [pair for name in names for pair in ((name, "ops", 200), (name, "-", 401))]
         wait_until(lambda: server.said().count('"management_call"') == len(expected), "all calls are in the log")

@@ -21,7 +21,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 
-def logged(server: Server) -> int:
+def read_log(server: Server) -> int:
     """Rows that are written."""
     return int(server.total("fleetcast_access_log_rows_total", result="written"))
 
@@ -39,7 +39,7 @@ def test_every_request_is_in_the_log_with_what_came_of_it(
         said += [(model.name, server.ask(model.question(0)).cache) for model in [*models, *models]]
         with pytest.raises(ClientError):
             server.ask(fleet("none", 1)[0].question(0))
-        wait_until(lambda: logged(server) == 13, "all rows are written")
+        wait_until(lambda: read_log(server) == 13, "all rows are written")
         said.append((models[0].name, server.ask(models[0].question(1)).cache))
     with serve(workers=2, access_log=tmp_path / "log") as server:
         said.append((models[1].name, server.ask(models[1].question(1)).cache))
@@ -73,7 +73,7 @@ def test_the_log_is_replayed(s3: S3Server, store: str, serve: Serve, tmp_path: P
     request.write_bytes(models[0].question(0).body)
     with serve(access_log=tmp_path / "again", disk_cache=tmp_path / "cache2") as server:
         flags = ["--url", server.url, "--trace", str(tmp_path / "log"), "--request", str(request)]
-        run = _command("loadtest.cli", "run", "--profile", "replay", *flags, folder=tmp_path)
+        run = _run_command("loadtest.cli", "run", "--profile", "replay", *flags, folder=tmp_path)
         assert run.returncode in {0, 1}, run.stdout + run.stderr  # 1: the driver was late, which is not asked here
     again = sorted(read_rows(tmp_path / "again"), key=lambda row: row.time)
     assert [row.model for row in again] == [model.name for model in models * 5]
@@ -84,14 +84,14 @@ def test_a_folder_that_cannot_be_written_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     flags = ["--store", str(tmp_path), "--access-log", str(tmp_path / "file"), "--inference-port", "0"]
     flags += ["--management-port", "0", "--metrics-port", "0"]
-    ended = _command("server.cli.main", "serve", *flags, folder=tmp_path)
+    ended = _run_command("server.cli.main", "serve", *flags, folder=tmp_path)
     assert ended.returncode == 2
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error")]
     assert line.startswith(f"error: --access-log {tmp_path / 'file'}: ")
     assert "File exists" in line
 
 
-def _command(module: str, *arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
+def _run_command(module: str, *arguments: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},

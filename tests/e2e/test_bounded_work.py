@@ -55,7 +55,7 @@ def rounds_by_request(golden: GoldenSample | None = None) -> bytes:
         helper.make_node("Loop", ["trips", "yes", "x"], ["y"], body=body),
     ]
     yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
-    return packed(nodes, [yes], golden)
+    return pack_onnx(nodes, [yes], golden)
 
 
 def large_result() -> bytes:
@@ -65,10 +65,10 @@ def large_result() -> bytes:
         helper.make_node("ReduceMax", ["zeros"], ["zero"], keepdims=0),
         helper.make_node("Add", ["x", "zero"], ["y"]),
     ]
-    return packed(nodes, [helper.make_tensor("shape", TensorProto.INT64, [1], [1 << 29])])
+    return pack_onnx(nodes, [helper.make_tensor("shape", TensorProto.INT64, [1], [1 << 29])])
 
 
-def packed(nodes: list[onnx.NodeProto], constants: list[TensorProto], golden: GoldenSample | None = None) -> bytes:
+def pack_onnx(nodes: list[onnx.NodeProto], constants: list[TensorProto], golden: GoldenSample | None = None) -> bytes:
     """The archive of a model x [n, 1] -> y [n, 1]."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 1]) for name in "xy")
     graph = helper.make_graph(nodes, "g", [x], [y], constants)
@@ -94,7 +94,7 @@ def long_context() -> bytes:
     )
 
 
-def correlation() -> bytes:
+def pack_correlation() -> bytes:
     """A correlation of PRODUCTS over STEPS."""
     found = estimate_gaussian(np.random.default_rng(0).standard_normal((60, len(PRODUCTS), STEPS)), tuple(PRODUCTS))
     return pack_model(
@@ -102,7 +102,7 @@ def correlation() -> bytes:
     )
 
 
-def instances(count: int, context: int, **configuration: object) -> bytes:
+def make_instances(count: int, context: int, **configuration: object) -> bytes:
     """A forecast request of so many short series."""
     series = {"start": "2026-01-01 00:00:00", "target": [1] * context}
     return json.dumps({"instances": [series] * count, "configuration": configuration}).encode()
@@ -116,7 +116,7 @@ def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     for name, data in (
         ("loop", rounds_by_request()),
         ("large", large_result()),
-        ("joint", correlation()),
+        ("joint", pack_correlation()),
         ("long", long_context()),
     ):
         s3.put(bucket, f"{name}.mar", data)
@@ -125,7 +125,7 @@ def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server
 
 
-def refusal(reply: httpx.Response) -> str:
+def read_refusal(reply: httpx.Response) -> str:
     """The message of a reply that is no answer."""
     assert reply.status_code in (400, 424), reply.text[:300]
     found: str = json.dumps(reply.json())
@@ -135,16 +135,16 @@ def refusal(reply: httpx.Response) -> str:
 def test_many_instances_of_a_long_context_are_refused_with_the_numbers(attacked: Server) -> None:
     """A small body for a small archive asks for gigabytes of inputs; a few instances are answered."""
     with Canary(attacked, CANARY.question(0)) as canary:
-        refused = refusal(attacked.post("long.mar", instances(40, CONTEXT)))
+        refused = read_refusal(attacked.post("long.mar", make_instances(40, CONTEXT)))
         assert "max_request_numbers" in refused
-        few = attacked.post("long.mar", instances(8, CONTEXT))
+        few = attacked.post("long.mar", make_instances(8, CONTEXT))
         assert (few.status_code, len(few.json()["predictions"])) == (200, 8)
         canary.more(20)
 
 
 def test_many_samples_do_not_stall_others(attacked: Server) -> None:
     """16 instances of 10,000 samples are allowed; they are drawn and written beside the step thread."""
-    asked = instances(16, 12, output_types=["samples"], num_samples=10_000, seed=7)
+    asked = make_instances(16, 12, output_types=["samples"], num_samples=10_000, seed=7)
     with Canary(attacked, CANARY.question(0)) as canary:
         answers = [attacked.post(SAMPLED.name, asked) for _ in range(3)]
         canary.more(5)
@@ -159,7 +159,7 @@ def test_a_joint_call_names_a_product_once(attacked: Server) -> None:
     marginal = {"levels": [0.5], "values": [[[1.0]]]}
     body = {"forecasts": [{"name": "p19", "marginal": marginal}] * 10_000, "num_samples": 100}
     with Canary(attacked, CANARY.question(0)) as canary:
-        assert "p19 is named twice" in refusal(attacked.post("joint.mar", json.dumps(body).encode()))
+        assert "p19 is named twice" in read_refusal(attacked.post("joint.mar", json.dumps(body).encode()))
         canary.more(20)
 
 
@@ -167,7 +167,7 @@ def test_a_run_that_wants_too_much_memory_fails_alone(attacked: Server) -> None:
     """2 GB of a 150-byte model: the run fails as the model's, and the worker has not grown."""
     with Canary(attacked, CANARY.question(0)) as canary:
         for _ in range(3):
-            assert "ONNX Runtime" in refusal(attacked.post("large.mar", b'{"x": [1]}'))
+            assert "ONNX Runtime" in read_refusal(attacked.post("large.mar", b'{"x": [1]}'))
         canary.more(20)
 
 
@@ -178,15 +178,15 @@ def test_an_endless_run_is_ended_and_its_model_refused_until_an_operator_release
     worker = attacked.processes("worker")[0]["pid"]
     assert attacked.post("loop.mar", b'{"x": [3]}').json() == {"predictions": [3.0]}
     with Canary(attacked, CANARY.question(0)) as canary:
-        assert "max_forward_s" in refusal(attacked.post("loop.mar", b'{"x": [9e18]}'))
-        assert "quarantined" in refusal(attacked.post("loop.mar", b'{"x": [3]}'))
+        assert "max_forward_s" in read_refusal(attacked.post("loop.mar", b'{"x": [9e18]}'))
+        assert "quarantined" in read_refusal(attacked.post("loop.mar", b'{"x": [3]}'))
         canary.more(20)
-    row = wait_until(lambda: quarantined(attacked), "the supervisor knows")
+    row = wait_until(lambda: find_quarantined(attacked), "the supervisor knows")
     assert "max_forward_s" in row["reason"]
     assert attacked.fleet("load", "loop.mar").status_code == 422
     assert attacked.fleet("release", "loop.mar").json() == {"model": "loop.mar", "released": True}
     assert attacked.post("loop.mar", b'{"x": [4]}').json() == {"predictions": [4.0]}
-    assert quarantined(attacked) == {}
+    assert find_quarantined(attacked) == {}
     assert attacked.processes("worker")[0]["pid"] == worker
 
 
@@ -195,7 +195,7 @@ def test_loops_are_refused_unless_allowed(s3: S3Server, tmp_path: Path, store: s
     s3.put(store, "loop.mar", rounds_by_request())
     upload(s3, store, [CANARY])
     with serving(s3, tmp_path, f"s3://{store}") as server, Canary(server, CANARY.question(0)) as canary:
-        assert "operator Loop" in refusal(server.post("loop.mar", b'{"x": [3]}'))
+        assert "operator Loop" in read_refusal(server.post("loop.mar", b'{"x": [3]}'))
         canary.more(5)
 
 
@@ -210,15 +210,15 @@ def test_a_model_that_workers_die_of_twice_is_refused(s3: S3Server, tmp_path: Pa
             pid = server.processes("worker")[0]["pid"]
             clients.submit(server.post, "loop.mar", b'{"x": [9e18]}')
             wait_until(partial(runs_or_is_refused, server, pid), "the model runs, or is refused")
-            if quarantined(server):
+            if find_quarantined(server):
                 break
             # A kill between the request's decoding and the model's run, where no model runs, is no death of the model.
             os.kill(pid, signal.SIGKILL)
             wait_until(partial(is_replaced, server, pid), "the next worker")
-        row = wait_until(lambda: quarantined(server), "the quarantine")
+        row = wait_until(lambda: find_quarantined(server), "the quarantine")
         assert "2 workers died while it ran" in row["reason"]
         wait_until(lambda: is_answered(server, CANARY), "the third worker serves")
-        assert "quarantined" in refusal(server.post("loop.mar", b'{"x": [3]}'))
+        assert "quarantined" in read_refusal(server.post("loop.mar", b'{"x": [3]}'))
 
 
 def is_replaced(server: Server, pid: int) -> bool:
@@ -237,10 +237,10 @@ def runs_loop(pid: int) -> bool:
 
 def runs_or_is_refused(server: Server, pid: int) -> bool:
     """Whether the worker runs loop.mar, or nobody does any more."""
-    return runs_loop(pid) or bool(quarantined(server))
+    return runs_loop(pid) or bool(find_quarantined(server))
 
 
-def quarantined(server: Server) -> dict[str, Any]:
+def find_quarantined(server: Server) -> dict[str, Any]:
     """The row of loop.mar where it is in quarantine; else empty."""
     row: dict[str, Any] = server.models().get("loop.mar", {})
     return row if row.get("state") == "quarantined" else {}

@@ -49,7 +49,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory, models: dict[s
         yield server
 
 
-def raised(client: Any, **arguments: Any) -> tuple[str, dict[str, Any]]:
+def catch_error(client: Any, **arguments: Any) -> tuple[str, dict[str, Any]]:
     """The name of boto3's exception class and its response."""
     given = {"EndpointName": "fleet", "ContentType": "application/json", "Body": b"{}", **arguments}
     with pytest.raises(ClientError) as caught:
@@ -170,7 +170,7 @@ def test_a_model_name_is_any_text_that_the_rules_allow(s3: S3Server, store: str,
 
 def test_no_target_is_a_validation_error(house: Server) -> None:
     """Without TargetModel boto3 sends no header: its ValidationError, 400, that names the header."""
-    name, response = raised(house.client())
+    name, response = catch_error(house.client())
     assert (name, response["ResponseMetadata"]["HTTPStatusCode"]) == ("ValidationError", 400)
     assert "X-Amzn-SageMaker-Target-Model" in response["Error"]["Message"]
 
@@ -188,7 +188,7 @@ def test_bad_names_are_refused_before_any_store_is_asked(s3: S3Server, house: Se
 
 def test_an_absent_model_is_a_validation_error_that_names_the_key(house: Server) -> None:
     """As SageMaker does: ValidationError, 400."""
-    name, response = raised(house.client(), TargetModel="au/absent.mar")
+    name, response = catch_error(house.client(), TargetModel="au/absent.mar")
     assert (name, response["ResponseMetadata"]["HTTPStatusCode"]) == ("ValidationError", 400)
     assert "au/absent.mar" in response["Error"]["Message"]
 
@@ -232,7 +232,7 @@ def test_more_than_six_mebibytes_are_413(house: Server, models: dict[str, Model]
     """Announced or not (chunked), and through boto3: 413 that names the limit; 6 MiB themselves are read."""
     name = models["small"].name
     too_many = bytes(6 * MIB + 1)
-    _, response = raised(house.client(), TargetModel=name, Body=too_many)
+    _, response = catch_error(house.client(), TargetModel=name, Body=too_many)
     assert response["ResponseMetadata"]["HTTPStatusCode"] == 413
     assert str(6 * MIB) in response["Error"]["Message"]
     parts = (too_many[at : at + MIB] for at in range(0, len(too_many), MIB))
@@ -301,7 +301,7 @@ def test_a_passed_deadline_is_a_model_error_of_original_status_504(s3: S3Server,
         client.meta.events.register("before-sign.sagemaker-runtime.InvokeEndpoint", _hurry)
         with s3.hold(model.name):  # as long as it is held, no answer can come of a load
             started = time.monotonic()
-            name, response = raised(client, TargetModel=model.name, Body=model.question(0).body)
+            name, response = catch_error(client, TargetModel=model.name, Body=model.question(0).body)
             assert time.monotonic() - started >= 0.3
         assert (name, response["OriginalStatusCode"]) == ("ModelError", 504)
         assert response["ResponseMetadata"]["RetryAttempts"] == 0
@@ -330,7 +330,7 @@ def test_a_full_queue_is_503_and_boto3_comes_back(s3: S3Server, store: str, serv
         assert int(refused.headers["retry-after"]) >= 1
         assert "queue_per_model" in refused.json()["message"]
         assert server.ask(other.question(0)).cache == "miss"
-        patient = pool.submit(_retries, server, slow.question(3))
+        patient = pool.submit(_count_retries, server, slow.question(3))
         wait_until(lambda: server.total("fleetcast_inference_requests_total", code="503") >= 2, "it is refused too")
         loading.set()
         assert patient.result(PATIENCE_S) >= 1
@@ -338,7 +338,7 @@ def test_a_full_queue_is_503_and_boto3_comes_back(s3: S3Server, store: str, serv
             future.result(PATIENCE_S)
 
 
-def _retries(server: Server, question: Question) -> int:
+def _count_retries(server: Server, question: Question) -> int:
     """Ask with boto3's own retries, more of them than it comes with; how often it had to come back."""
     reply = server.client(attempts=20).invoke_endpoint(
         EndpointName="fleet", TargetModel=question.model, ContentType="application/json", Body=question.body
@@ -358,7 +358,7 @@ def test_overload_can_be_429(s3: S3Server, store: str, serve: Serve) -> None:
     ):
         waiting = pool.submit(server.ask, slow.question(0))
         wait_until(lambda: server.total("fleetcast_model_cache_requests_total") == 1, "one is waiting")
-        name, response = raised(server.client(), TargetModel=slow.name, Body=slow.question(1).body)
+        name, response = catch_error(server.client(), TargetModel=slow.name, Body=slow.question(1).body)
         assert (name, response["ResponseMetadata"]["HTTPStatusCode"]) == ("ModelNotReadyException", 429)
         assert "queue_per_worker" in response["Error"]["Message"]
         loading.set()
@@ -395,7 +395,7 @@ def test_where_keys_are_configured_requests_must_be_signed_with_one(s3: S3Server
             "wrong secret": server.client(key="AKIAFLEET", secret="other"),
         }
         for client in wrong.values():
-            _, response = raised(client, TargetModel=model.name, Body=model.question(0).body)
+            _, response = catch_error(client, TargetModel=model.name, Body=model.question(0).body)
             assert response["ResponseMetadata"]["HTTPStatusCode"] == 403
             assert response["Error"]["Code"] == "AccessDeniedException"
         assert server.post(model.name, model.question(0).body).status_code == 403
@@ -404,5 +404,5 @@ def test_where_keys_are_configured_requests_must_be_signed_with_one(s3: S3Server
         server.ask(model.question(0), right, CustomAttributes="signed=too", Accept="application/json")
         server.ask(odd.question(0), right)
         server.ask(model.question(1), server.client(key="AKIAOTHER", secret="other"))
-        _, response = raised(right, TargetModel=model.name, Body=bytes(5 * MIB))
+        _, response = catch_error(right, TargetModel=model.name, Body=bytes(5 * MIB))
         assert response["ResponseMetadata"]["HTTPStatusCode"] == 400, "signed rightly, but no JSON"

@@ -51,22 +51,22 @@ def test_a_killed_worker_costs_no_request_and_comes_back(s3: S3Server, store: st
             os.kill(victim["pid"], signal.SIGKILL)
             load.more(30)  # more than there are clients, and a new worker has torch to import
             assert not is_up(server, "worker", victim["index"], 2)
-            assert falls(before, during := server.series()) == {}
+            assert find_falls(before, during := server.series()) == {}
             wait_until(partial(is_up, server, "worker", victim["index"], 2), "the worker is back")
             load.more(60)
         assert {o.problem for o in load.outcomes} <= {"", "503 ServiceUnavailable"}
-        assert falls(during, server.series()) == {}
+        assert find_falls(during, server.series()) == {}
         assert server.total("fleetcast_worker_up", worker=str(victim["index"])) == 1
         assert server.total("fleetcast_worker_restarts_total", worker=str(victim["index"])) == 1
-        wait_until(lambda: all(holds(server, name, victim["index"]) for name in pinned), "pinned models are back")
+        wait_until(lambda: all(is_held(server, name, victim["index"]) for name in pinned), "pinned models are back")
 
 
-def falls(before: dict[Any, float], after: dict[Any, float]) -> dict[Any, tuple[float, float | None]]:
+def find_falls(before: dict[Any, float], after: dict[Any, float]) -> dict[Any, tuple[float, float | None]]:
     """The series that are smaller than they were, or gone."""
     return {series: (value, after.get(series)) for series, value in before.items() if after.get(series, -1.0) < value}
 
 
-def holds(server: Server, model: str, worker: int) -> bool:
+def is_held(server: Server, model: str, worker: int) -> bool:
     """Whether the worker holds the model, pinned."""
     holders = server.models()[model]["holders"]
     return any(row["worker"] == worker and row["state"] == "ready" and row["pinned"] for row in holders)
@@ -96,7 +96,7 @@ def test_a_worker_that_dies_half_way_through_an_answer_cuts_it(s3: S3Server, sto
     with serve(workers=2, slab_bytes=16 << 20) as server:
         server.ask(model.question(0))
         with never_reading(server, model.question(0)) as sock:
-            wait_until(lambda: unread(sock) > 0, "the answer has begun")
+            wait_until(lambda: count_unread(sock) > 0, "the answer has begun")
             (holder,) = server.models()[model.name]["holders"]
             os.kill(server.processes("worker")[holder["worker"]]["pid"], signal.SIGKILL)
             head, _, body = read_all(sock).partition(b"\r\n\r\n")
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_half_way_through_an_answer_cuts_it(s3: S3Server, sto
         server.ask(model.question(1))
 
 
-def unread(sock: socket.socket) -> int:
+def count_unread(sock: socket.socket) -> int:
     """Bytes that have arrived and are not read."""
     return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
 
@@ -139,7 +139,7 @@ def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, st
         assert server.processes("front")[other["index"]]["pid"] == other["pid"]
         for seed in range(20):
             server.ask(models[seed % 4].question(seed), client)
-        assert falls(before, server.series()) == {}
+        assert find_falls(before, server.series()) == {}
 
 
 def test_a_killed_supervisor_takes_its_children_along(s3: S3Server, store: str, serve: Serve) -> None:
@@ -179,7 +179,7 @@ def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: 
             assert read_answer(idle).startswith(b"HTTP/1.1 200")
             server.process.send_signal(signal.SIGTERM)
             assert idle.recv(4096) == b""
-        wait_until(partial(refuses, server.address), "new connections are refused")
+        wait_until(partial(is_refused, server.address), "new connections are refused")
         assert not any(future.done() for future in asked), "the requests outlive the listener"
         loading.set()
         for future in asked:
@@ -187,7 +187,7 @@ def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: 
         assert server.process.wait(PATIENCE_S) == 0
 
 
-def refuses(address: tuple[str, int]) -> bool:
+def is_refused(address: tuple[str, int]) -> bool:
     """Whether nobody listens there."""
     try:
         socket.create_connection(address, timeout=1).close()

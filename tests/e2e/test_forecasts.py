@@ -45,13 +45,13 @@ SEVERAL = ForecastSpec(
 )
 
 
-def history(seed: int, steps: int = 20) -> list[list[float]]:
+def make_history(seed: int, steps: int = 20) -> list[list[float]]:
     """Prices of both products [D][T]."""
     drawn = np.random.default_rng(seed).normal(size=(2, steps))
     return [(scaler.center + scaler.scale * row).round(2).tolist() for scaler, row in zip(SCALERS, drawn, strict=True)]
 
 
-def expected(network: nn.Module, target: Sequence[Sequence[float]]) -> dict[str, Float32]:
+def compute_expected(network: nn.Module, target: Sequence[Sequence[float]]) -> dict[str, Float32]:
     """Quantiles [D, prediction] by level, by the plain network alone."""
     x = np.stack([(np.array(row) - scaler.center) / scaler.scale for row, scaler in zip(target, SCALERS, strict=True)])
     with torch.inference_mode():
@@ -62,16 +62,16 @@ def expected(network: nn.Module, target: Sequence[Sequence[float]]) -> dict[str,
 
 def check(prediction: dict[str, Any], network: nn.Module, target: Sequence[Sequence[float]]) -> None:
     """The prediction's quantiles are the network's."""
-    right = expected(network, target)
+    right = compute_expected(network, target)
     assert list(prediction["quantiles"]) == list(right)
     for level, rows in right.items():
         np.testing.assert_allclose(prediction["quantiles"][level], rows, rtol=RELATIVE, atol=ABSOLUTE)
 
 
-def golden(network: nn.Module) -> GoldenSample:
+def make_golden(network: nn.Module) -> GoldenSample:
     """What the archive proves itself by at every load."""
-    target = history(99)
-    right = {level: rows.tolist() for level, rows in expected(network, target).items()}
+    target = make_history(99)
+    right = {level: rows.tolist() for level, rows in compute_expected(network, target).items()}
     request = {
         "instances": [{"start": START, "target": target}],
         "configuration": {"output_types": ["quantiles"]},
@@ -81,7 +81,7 @@ def golden(network: nn.Module) -> GoldenSample:
     )
 
 
-def market(name: str, seed: int) -> Model:
+def make_market(name: str, seed: int) -> Model:
     """Both products by one `tcn`, which puts their levels side by side: [6, 2 * 3]."""
     config = {**TCN, "features": 2, "quantiles": 6}
     family = build_family("tcn", config)
@@ -92,7 +92,7 @@ def market(name: str, seed: int) -> Model:
         Kind.FORECASTER,
         ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=SEVERAL),
         model_name="m",
-        golden=golden(network),
+        golden=make_golden(network),
     )
     return Model(name, data, network, family.input_shape, forecast=True)
 
@@ -109,7 +109,7 @@ def own_market(name: str) -> Model:
             Kind.GRAPH,
             ArchiveParts(program=raw, tensors=tensors, forecast=SEVERAL),
             model_name="m",
-            golden=golden(network),
+            golden=make_golden(network),
         ),
         network,
         (2, 20),
@@ -120,7 +120,7 @@ def own_market(name: str) -> Model:
 def fleet() -> dict[str, Model]:
     """One of one product, two of several, and one whose record promises more products than its network has."""
     one = forecaster("au/one.mar", 1, config=TCN, forecast=True)
-    both, own = market("au/both.mar", 2), own_market("au/own.mar")
+    both, own = make_market("au/both.mar", 2), own_market("au/own.mar")
     family = build_family("tcn", TCN)
     wrong = pack_model(
         Kind.FORECASTER,
@@ -150,7 +150,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory, bucket: str) -
         yield server
 
 
-def lines(*each: object) -> bytes:
+def read_lines(*each: object) -> bytes:
     """JSON Lines."""
     return b"".join(json.dumps(line).encode() + b"\n" for line in each)
 
@@ -161,7 +161,7 @@ def test_json_lines(house: Server, fleet: dict[str, Model]) -> None:
     questions = [model.question(seed) for seed in range(30)]
     instances = [json.loads(each.body)["instances"][0] for each in questions]
     wish = {"configuration": {"output_types": ["mean"]}}
-    body = lines(*instances, {**instances[0], **wish}, {**instances[0], "target": [1.0]}) + b"no json\n"
+    body = read_lines(*instances, {**instances[0], **wish}, {**instances[0], "target": [1.0]}) + b"no json\n"
     answer = invoke(house.client(), model.name, body, ContentType=LINES)
     assert answer.headers["content-type"] == LINES
     found = [json.loads(line) for line in answer.body.splitlines()]
@@ -177,7 +177,7 @@ def test_json_lines(house: Server, fleet: dict[str, Model]) -> None:
 @pytest.mark.parametrize("name", ["au/both.mar", "au/own.mar"])
 def test_several_products(house: Server, fleet: dict[str, Model], name: str) -> None:
     """Quantiles [D][T] of the plain network, mean and samples beside them; the same by JSON Lines."""
-    network, targets = fleet[name].network, [history(seed) for seed in (1, 2)]
+    network, targets = fleet[name].network, [make_history(seed) for seed in (1, 2)]
     instances = [{"start": START, "target": target, "item_id": i} for i, target in enumerate(targets)]
     wish = {"output_types": ["mean", "quantiles", "samples"], "num_samples": 7, "seed": 1}
     body = json.dumps({"instances": instances, "configuration": wish}).encode()
@@ -188,7 +188,7 @@ def test_several_products(house: Server, fleet: dict[str, Model], name: str) -> 
         check(prediction, network, target)
         assert np.shape(prediction["mean"]) == (2, 6)
         assert np.shape(prediction["samples"]) == (7, 2, 6)
-    by_line = invoke(house.client(), name, lines(*instances), ContentType=LINES)
+    by_line = invoke(house.client(), name, read_lines(*instances), ContentType=LINES)
     for line, prediction in zip(by_line.body.splitlines(), predictions, strict=True):
         del prediction["samples"]
         assert json.loads(line) == prediction
@@ -209,7 +209,7 @@ def test_wrong_requests_name_the_product(house: Server) -> None:
 
 def test_a_network_of_fewer_products_is_refused_at_load(house: Server) -> None:
     """The archive is wrong, not the request."""
-    body = json.dumps({"instances": [{"start": START, "target": history(1)}]}).encode()
+    body = json.dumps({"instances": [{"start": START, "target": make_history(1)}]}).encode()
     with pytest.raises(ClientError) as caught:
         invoke(house.client(), "au/wrong.mar", body)
     assert caught.value.response["Error"]["Code"] == "ModelError"
@@ -221,14 +221,14 @@ def test_many_models_in_one_call(house: Server, fleet: dict[str, Model]) -> None
     (plain,) = json.loads(fleet["au/one.mar"].question(3).body)["instances"]
     items = [
         {"target_model": "au/one.mar", **plain},
-        {"target_model": "au/both.mar", "start": START, "target": history(4)},
+        {"target_model": "au/both.mar", "start": START, "target": make_history(4)},
         {"target_model": "au/both.mar", **plain},
     ]
     body = {"requests": items, "configuration": {"output_types": ["quantiles"]}}
     answer = httpx.post(f"{house.url}/v1/forecasts", json=body, timeout=PATIENCE_S).json()
     one, both, wrong = answer["predictions"]
     fleet["au/one.mar"].question(3).check(json.dumps({"predictions": [one]}).encode())
-    check(both, fleet["au/both.mar"].network, history(4))
+    check(both, fleet["au/both.mar"].network, make_history(4))
     assert (answer["failed"], wrong["error"]["field"]) == (1, "target")
 
 
@@ -237,9 +237,9 @@ def test_commands(s3: S3Server, bucket: str, tmp_path: Path, fleet: dict[str, Mo
     for name in ("both.mar", "own.mar"):
         (tmp_path / name).write_bytes(fleet[f"au/{name}"].data)
     asked: list[dict[str, Any]] = [
-        {"target_model": "au/both.mar", "start": START, "target": history(seed)} for seed in range(3)
+        {"target_model": "au/both.mar", "start": START, "target": make_history(seed)} for seed in range(3)
     ]
-    (tmp_path / "in.jsonl").write_bytes(lines(*asked))
+    (tmp_path / "in.jsonl").write_bytes(read_lines(*asked))
     environment = {**os.environ, **s3.env, "PYTHONPATH": str(ROOT), "FLEETCAST_DISK_CACHE": str(tmp_path / "cache")}
     for arguments in (
         ["verify", "both.mar", "own.mar"],

@@ -17,7 +17,7 @@ from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChann
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
 from tests.e2e.server import Server, serving, upload
-from tests.handlers.nets import SHAPE, Attending, Dilated, RecurrentNet, made
+from tests.handlers.nets import SHAPE, Attending, Dilated, RecurrentNet, make_module
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -33,7 +33,7 @@ FORECAST = ForecastSpec(
 )
 
 
-def model(
+def make_graph_model(
     name: str,
     seed: int,
     build: Callable[[], nn.Module],
@@ -43,7 +43,7 @@ def model(
     off: float = 0,
 ) -> Model:
     """A graph archive with a golden sample, which is wrong by `off`; with `forecast` it is asked by DeepAR JSON."""
-    network = made(build, seed, shape)
+    network = make_module(build, seed, shape)
     raw, tensors = export_graph(network, {"x": shape})
     found = Model(name, b"", network, shape, forecast)
     x = np.ones(shape, np.float32)
@@ -60,12 +60,12 @@ def model(
 @pytest.fixture(scope="module")
 def models() -> dict[str, Model]:
     """Twelve of one family, and one each of others."""
-    fleet = [model(f"own/{seed:02}.mar", seed, Dilated) for seed in range(12)]
+    fleet = [make_graph_model(f"own/{seed:02}.mar", seed, Dilated) for seed in range(12)]
     others = [
-        model("own/encoder.mar", 20, lambda: Attending(norm_first=False)),
-        model("own/gru.mar", 21, RecurrentNet),
-        model("own/forecast.mar", 22, lambda: Dilated(features=1), (1, 12), forecast=True),
-        model("own/wrong.mar", 23, Dilated, off=0.5),
+        make_graph_model("own/encoder.mar", 20, lambda: Attending(norm_first=False)),
+        make_graph_model("own/gru.mar", 21, RecurrentNet),
+        make_graph_model("own/forecast.mar", 22, lambda: Dilated(features=1), (1, 12), forecast=True),
+        make_graph_model("own/wrong.mar", 23, Dilated, off=0.5),
     ]
     return {each.name: each for each in [*fleet, *others]}
 

@@ -36,12 +36,12 @@ def corrupt() -> bytes:
     return SOUND.data[:at] + bytes([SOUND.data[at] ^ 1]) + SOUND.data[at + 1 :]
 
 
-def traversal() -> bytes:
+def make_traversal() -> bytes:
     """A member that would be written outside."""
     return make_zip({"fleetcast.json": b"{}", "../../etc/cron.d/evil": b"* * * * * root true"})
 
 
-def link() -> bytes:
+def make_link() -> bytes:
     """A symbolic link to the host's secrets, in a zip."""
     info = zipfile.ZipInfo("weights.safetensors")
     info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
@@ -55,7 +55,7 @@ def tar_link() -> bytes:
     return make_raw_tar_gz([(info, b"")])
 
 
-def bomb() -> bytes:
+def make_bomb() -> bytes:
     """20 MB of zeros in 20 KB."""
     return make_zip({"fleetcast.json": b"{}", "weights.safetensors": bytes(20 << 20)}, deflate=True)
 
@@ -74,7 +74,7 @@ def with_nan() -> bytes:
     weights = TENSORS["head.weight"].copy()
     weights[0, 0] = np.nan
     numbers = safetensors.numpy.save({**TENSORS, "head.weight": weights})
-    return repack(SOUND.data, weights_safetensors=numbers, fleetcast_json=changed(weights=without_hash()))
+    return repack(SOUND.data, weights_safetensors=numbers, fleetcast_json=change_spec(weights=without_hash()))
 
 
 def wrong_hash() -> bytes:
@@ -86,15 +86,15 @@ def wrong_hash() -> bytes:
 
 def unknown_kind() -> bytes:
     """A kind of the future."""
-    return repack(SOUND.data, fleetcast_json=changed(kind="quantum"))
+    return repack(SOUND.data, fleetcast_json=change_spec(kind="quantum"))
 
 
 def unknown_architecture() -> bytes:
     """A network that this server does not have."""
-    return repack(SOUND.data, fleetcast_json=changed(architecture="transformer"))
+    return repack(SOUND.data, fleetcast_json=change_spec(architecture="transformer"))
 
 
-def code() -> bytes:
+def make_code() -> bytes:
     """A TorchServe archive with a Python handler."""
     manifest = {"runtime": "python", "model": {"modelName": "old", "handler": "service.py", "serializedFile": "m.pt"}}
     return make_zip({"MAR-INF/MANIFEST.json": json.dumps(manifest).encode(), "service.py": b"import os", "m.pt": b""})
@@ -113,7 +113,7 @@ def bad_golden() -> bytes:
     )
 
 
-def changed(**fields: object) -> bytes:
+def change_spec(**fields: object) -> bytes:
     """The sound archive's `fleetcast.json` with some fields changed."""
     with zipfile.ZipFile(io.BytesIO(SOUND.data)) as archive:
         return json.dumps({**json.loads(archive.read("fleetcast.json")), **fields}).encode()
@@ -130,16 +130,16 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "truncated": (lambda: SOUND.data[: len(SOUND.data) // 2], ("zip", "end")),
     "empty": (lambda: b"", ("empty",)),
     "rubbish": (lambda: b"<html>404</html>", ("neither a zip", "gzip")),
-    "traversal": (traversal, ("../../etc/cron.d/evil",)),
-    "link": (link, ("symbolic link",)),
+    "traversal": (make_traversal, ("../../etc/cron.d/evil",)),
+    "link": (make_link, ("symbolic link",)),
     "tar-link": (tar_link, ("link",)),
-    "bomb": (bomb, ("100 times", "bomb")),
+    "bomb": (make_bomb, ("100 times", "bomb")),
     "wrong-shapes": (wrong_shapes, ("wrong shape", "blocks.0.conv.weight", "[16, 3, 3] instead of [8, 3, 3]")),
     "nan": (with_nan, ("head.weight", "NaN")),
     "wrong-hash": (wrong_hash, ("sha256", "pack it again")),
     "unknown-kind": (unknown_kind, ("quantum", "kind")),
     "unknown-architecture": (unknown_architecture, ("transformer", "known are")),
-    "code": (code, ("service.py", "this version runs forecaster, graph and onnx")),
+    "code": (make_code, ("service.py", "this version runs forecaster, graph and onnx")),
     "bad-golden": (bad_golden, ("golden sample",)),
 }
 
@@ -168,7 +168,7 @@ def test_a_hostile_archive_says_what_is_wrong_and_evicts_nobody(s3: S3Server, ho
     name = f"hostile/{kind}.mar"
     before, evictions = house.resident(), house.total("fleetcast_model_evictions_total")
     started = time.monotonic()
-    messages = {refused(house, name) for _ in range(3)}
+    messages = {read_refusal(house, name) for _ in range(3)}
     fetched = len(s3.seen("GET", name))
     assert time.monotonic() - started > BACK_OFF_S or fetched == 1
     (message,) = messages
@@ -179,7 +179,7 @@ def test_a_hostile_archive_says_what_is_wrong_and_evicts_nobody(s3: S3Server, ho
     assert (row["state"], row["error"]) == ("failed", message)
 
 
-def refused(server: Server, name: str) -> str:
+def read_refusal(server: Server, name: str) -> str:
     """The message of the ModelError that this model is answered with."""
     question = Question(name, b'{"x": []}', np.zeros(0, np.float32))
     with pytest.raises(ClientError) as caught:
@@ -203,7 +203,7 @@ def test_a_mended_archive_is_served_after_the_back_off_or_at_an_operators_word(
         s3.put(store, model.name, model.data[:100])
     with serving(s3, tmp_path, f"s3://{store}") as server:
         for model in (by_client, by_operator):
-            refused(server, model.name)
+            read_refusal(server, model.name)
         upload(s3, store, [by_client, by_operator])
         assert server.fleet("load", by_operator.name).status_code == 200
         assert server.ask(by_operator.question(0)).cache == "hit"

@@ -47,7 +47,7 @@ def exchange(server: Server, *parts: bytes) -> bytes:
     return said
 
 
-def head(body: bytes, *lines: str, model: Model = MODEL) -> bytes:
+def make_head(body: bytes, *lines: str, model: Model = MODEL) -> bytes:
     """An invocation's head; the connection ends with its answer."""
     target = f"X-Amzn-SageMaker-Target-Model: {model.name}"
     every = ["POST /invocations HTTP/1.1", "Host: fleet", target, *lines, f"Content-Length: {len(body)}"]
@@ -61,7 +61,7 @@ def test_a_body_behind_an_upgrade_is_no_request(house: Server) -> None:
     """Bytes that a proxy takes for the body of one request are not answered as a second one."""
     last = b"GET /ping HTTP/1.1\r\nHost: fleet\r\nConnection: close\r\n\r\n"
     with socket.create_connection(house.address, timeout=PATIENCE_S) as sock:
-        sock.sendall(head(INNER, "Connection: Upgrade", "Upgrade: h2c", "Expect: 100-continue"))
+        sock.sendall(make_head(INNER, "Connection: Upgrade", "Upgrade: h2c", "Expect: 100-continue"))
         assert sock.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         sock.sendall(INNER + last)
         said = b""
@@ -118,7 +118,7 @@ http {{
 
 
 @contextmanager
-def nginx(folder: Path, server: Server) -> Iterator[Path]:
+def run_nginx(folder: Path, server: Server) -> Iterator[Path]:
     """Nginx before the server, with one kept connection and the usual snippet for websockets: its socket."""
     (folder / "conf").write_text(NGINX.format(folder=folder, address=f"{server.address[0]}:{server.address[1]}"))
     process = subprocess.Popen(
@@ -135,13 +135,13 @@ def nginx(folder: Path, server: Server) -> Iterator[Path]:
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="needs nginx")
 def test_nginx_with_the_websocket_snippet(house: Server, tmp_path: Path) -> None:
     """Requests with and without an upgrade share its one connection to the server, and each gets its own answer."""
-    with nginx(tmp_path, house) as path:
+    with run_nginx(tmp_path, house) as path:
         for i in range(6):
             question = MODEL.question(i)
             upgrade = ("Connection: Upgrade", "Upgrade: h2c") if i % 2 else ()
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(path))
-                sock.sendall(head(question.body, "Content-Type: application/json", *upgrade) + question.body)
+                sock.sendall(make_head(question.body, "Content-Type: application/json", *upgrade) + question.body)
                 said = b""
                 while not said.partition(b"\r\n\r\n")[2].endswith(b"}"):
                     data = sock.recv(65536)
@@ -157,22 +157,22 @@ def test_nginx_with_the_websocket_snippet(house: Server, tmp_path: Path) -> None
 def test_trailers_change_nothing_and_cost_nothing(house: Server) -> None:
     """A trailer does not name another model; 24 MB of them get the connection closed and leave the front small."""
     question = MODEL.question(5)
-    chunked = head(b"", "Connection: close").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    chunked = make_head(b"", "Connection: close").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     body = b"%x\r\n%b\r\n0\r\n" % (len(question.body), question.body)
     said = exchange(house, chunked + body + b"X-Amzn-SageMaker-Target-Model: other.mar\r\n\r\n")
     assert said.startswith(b"HTTP/1.1 200 ")
     question.check(said.partition(b"\r\n\r\n")[2])
     (front,) = house.processes("front")
-    before = memory(front["pid"])
+    before = read_memory(front["pid"])
     with socket.create_connection(house.address, timeout=PATIENCE_S) as sock:
         sock.sendall(chunked + body)
         with pytest.raises(ConnectionError):
             sock.sendall(b"a:b\r\n" * (TRAILER_BYTES // 5))
-    assert memory(front["pid"]) - before < FRONT_GROWTH
+    assert read_memory(front["pid"]) - before < FRONT_GROWTH
     house.ask(question)
 
 
-def memory(pid: int) -> int:
+def read_memory(pid: int) -> int:
     """Resident bytes."""
     status = Path(f"/proc/{pid}/status").read_text().split()
     return int(status[status.index("VmRSS:") + 1]) * 1024
@@ -197,7 +197,7 @@ def test_names_in_other_scripts(s3: S3Server, store: str, serve: Serve, house: S
     upload(s3, store, [NAMED])
     with serve(access_keys={"AKIA": "secret"}, access_region="us-east-1") as server:
         server.ask(NAMED.question(1), server.client(key="AKIA", secret="secret"))
-    latin = head(b"", "Connection: close").replace(MODEL.name.encode(), b"caf\xe9.mar")
+    latin = make_head(b"", "Connection: close").replace(MODEL.name.encode(), b"caf\xe9.mar")
     said = exchange(house, latin)
     assert said.startswith(b"HTTP/1.1 400 ")
     assert b"UTF-8" in said

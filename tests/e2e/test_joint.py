@@ -14,7 +14,7 @@ from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import Kind
 from tests.e2e.models import Model, forecaster
 from tests.e2e.server import Server, serving, upload
-from tests.e2e.test_many import TCN, item
+from tests.e2e.test_many import TCN, make_item
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
@@ -24,7 +24,7 @@ NAMES = [f"au/m{i}.mar" for i in range(4)]
 STEPS = TCN["prediction_length"]
 
 
-def correlation(names: Sequence[str]) -> bytes:
+def make_correlation(names: Sequence[str]) -> bytes:
     """An archive in which the first two products move together and the others by themselves."""
     numbers = np.random.default_rng(5)
     errors = numbers.standard_normal((200, len(names), STEPS))
@@ -42,7 +42,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     fleet = [forecaster(name, i, config=TCN, forecast=True) for i, name in enumerate([*NAMES, "au/new.mar"])]
     upload(s3, bucket, fleet)
     for name in ("joint.mar", "unasked.mar"):
-        s3.put(bucket, name, correlation(NAMES))
+        s3.put(bucket, name, make_correlation(NAMES))
     with serving(s3, tmp_path_factory.mktemp("joint"), f"s3://{bucket}", workers=3, fronts=2) as server:
         yield server, fleet
 
@@ -52,11 +52,14 @@ def ask(
 ) -> httpx.Response:
     """A joint call; 100 scenarios by seed 7 unless said otherwise."""
     configuration = {"joint": True, "correlation": "joint.mar", "num_samples": 100, "seed": 7, **configuration}
-    body = {"requests": [item(model, sum(model.name.encode())) for model in models], "configuration": configuration}
+    body = {
+        "requests": [make_item(model, sum(model.name.encode())) for model in models],
+        "configuration": configuration,
+    }
     return httpx.post(f"{server.url}/v1/forecasts", json=body, headers=headers, timeout=PATIENCE_S)
 
 
-def samples(reply: httpx.Response) -> np.ndarray[Any, Any]:
+def read_samples(reply: httpx.Response) -> np.ndarray[Any, Any]:
     """The scenarios of all predictions [N, S, T]."""
     assert reply.status_code == 200, reply.text
     return np.array([prediction["samples"] for prediction in reply.json()["predictions"]], np.float32)
@@ -66,7 +69,7 @@ def test_one_call_for_joint_scenarios(house: tuple[Server, list[Model]]) -> None
     """Margins are the models' own, what moves together does so, JSON and npy agree, on any worker and in any order."""
     server, (*fleet, _) = house
     first = ask(server, fleet)
-    found = samples(first)
+    found = read_samples(first)
     assert found.shape == (4, 100, STEPS)
     assert first.json()["failed"] == 0
     assert set(first.json()["predictions"][0]) == {"start", "samples"}
@@ -89,10 +92,10 @@ def test_one_call_for_joint_scenarios(house: tuple[Server, list[Model]]) -> None
     assert "hit=4" in npy.headers["x-fleetcast-cache"]
 
     backwards = ask(server, fleet[::-1])
-    np.testing.assert_array_equal(samples(backwards)[::-1], found)
-    assert (samples(ask(server, fleet, seed=8)) != found).any()
-    unseeded = samples(ask(server, fleet, seed=None))
-    assert (unseeded != samples(ask(server, fleet, seed=None))).any()
+    np.testing.assert_array_equal(read_samples(backwards)[::-1], found)
+    assert (read_samples(ask(server, fleet, seed=8)) != found).any()
+    unseeded = read_samples(ask(server, fleet, seed=None))
+    assert (unseeded != read_samples(ask(server, fleet, seed=None))).any()
     assert "joint.mar" in server.resident()
 
 

@@ -29,7 +29,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         yield server, {model.name: model for model in models}
 
 
-def quoted(name: str) -> str:
+def quote_name(name: str) -> str:
     """As a URL's path has it, slashes left alone."""
     return name.replace("%", "%25").replace("#", "%23").replace(" ", "%20")
 
@@ -38,7 +38,7 @@ def quoted(name: str) -> str:
 def test_verbs_take_names_with_slashes(house: tuple[Server, dict[str, Model]], name: str) -> None:
     """Load, describe, pin, reload, unpin, unload of one model; each is visible in the description that follows."""
     server, models = house
-    path = quoted(name)
+    path = quote_name(name)
     loaded = server.fleet("load", path).json()
     assert loaded["model"] == name
     assert server.ask(models[name].question(0)).cache == "hit"
@@ -72,7 +72,7 @@ def test_the_list_is_paged_and_filtered(house: tuple[Server, dict[str, Model]]) 
     """`prefix`, `limit` and `after` walk over all names, each once, in order."""
     server, models = house
     for name in models:
-        assert server.fleet("load", quoted(name)).is_success
+        assert server.fleet("load", quote_name(name)).is_success
     assert set(server.models(prefix="au/nsw1/")) == {name for name in models if name.startswith("au/nsw1/")}
     seen: list[str] = []
     after = ""

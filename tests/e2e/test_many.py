@@ -31,17 +31,17 @@ def one_worker(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield server, bucket
 
 
-def models(count: int, market: str = "au") -> list[Model]:
+def make_models(count: int, market: str = "au") -> list[Model]:
     """Forecasters that are asked by DeepAR JSON."""
     return [forecaster(f"{market}/m{i}.mar", i, config=TCN, forecast=True) for i in range(count)]
 
 
-def answered(server: Server, code: str) -> float:
+def count_answered(server: Server, code: str) -> float:
     """How many items of calls have been answered so."""
     return server.total("fleetcast_inference_requests_total", protocol="forecasts", code=code)
 
 
-def item(model: Model, seed: int = 1) -> dict[str, Any]:
+def make_item(model: Model, seed: int = 1) -> dict[str, Any]:
     """A model's part of a call."""
     (instance,) = json.loads(model.question(seed).body)["instances"]
     return {"target_model": model.name, **instance}
@@ -57,12 +57,12 @@ def test_a_tick_in_one_call(s3: S3Server, store: str, serve: Serve) -> None:
     """A hundred models over three workers, some twice: in order, right, and to the last digit what a call of its own
     gives; the cache counts per item, and a second call finds all of them.
     """
-    fleet = models(100)
+    fleet = make_models(100)
     upload(s3, store, fleet)
     asked = [*fleet, *fleet[:10]]
     with serve(workers=3, fronts=2) as server:
         before = server.total("fleetcast_model_cache_requests_total")
-        reply = call(server, [item(model, seed) for seed, model in enumerate(asked)])
+        reply = call(server, [make_item(model, seed) for seed, model in enumerate(asked)])
         assert reply.status_code == 200
         answer = reply.json()
         assert answer["failed"] == 0
@@ -75,8 +75,8 @@ def test_a_tick_in_one_call(s3: S3Server, store: str, serve: Serve) -> None:
         assert sum(map(int, counted.values())) == 110
         assert int(counted["miss"]) == 100
         assert server.total("fleetcast_model_cache_requests_total") == before + 220
-        assert answered(server, "200") == 110
-        again = call(server, [item(model) for model in fleet])
+        assert count_answered(server, "200") == 110
+        again = call(server, [make_item(model) for model in fleet])
         assert again.headers["x-fleetcast-cache"] == "hit=100"
         assert "inference;dur=" in again.headers["server-timing"]
 
@@ -84,13 +84,17 @@ def test_a_tick_in_one_call(s3: S3Server, store: str, serve: Serve) -> None:
 def test_an_item_that_fails_fails_alone(s3: S3Server, one_worker: tuple[Server, str]) -> None:
     """No such model, a broken archive, too short a history, no model named: errors in their places."""
     server, bucket = one_worker
-    good = models(1, "fails")[0]
+    good = make_models(1, "fails")[0]
     upload(s3, bucket, [good])
     s3.put(bucket, "broken.mar", b"no archive")
-    short = {**item(good), "target": [1.0, 2.0]}
-    items = [item(good), {**item(good), "target_model": "none.mar"}, {**item(good), "target_model": "broken.mar"}]
-    items += [short, {"start": "2026-01-01"}, item(good)]
-    refused, failed = answered(server, "400"), answered(server, "424")
+    short = {**make_item(good), "target": [1.0, 2.0]}
+    items = [
+        make_item(good),
+        {**make_item(good), "target_model": "none.mar"},
+        {**make_item(good), "target_model": "broken.mar"},
+    ]
+    items += [short, {"start": "2026-01-01"}, make_item(good)]
+    refused, failed = count_answered(server, "400"), count_answered(server, "424")
     reply = call(server, items, {"X-Request-Id": "tick-7"})
     assert (reply.status_code, reply.headers["x-request-id"]) == (200, "tick-7")
     answer = reply.json()
@@ -102,8 +106,8 @@ def test_an_item_that_fails_fails_alone(s3: S3Server, one_worker: tuple[Server, 
     assert history["error"]["code"] == "bad_request"
     assert "2" in history["error"]["message"]
     assert nameless["error"]["field"] == "target_model"
-    assert answered(server, "400") == refused + 3
-    assert answered(server, "424") == failed + 1
+    assert count_answered(server, "400") == refused + 3
+    assert count_answered(server, "424") == failed + 1
 
 
 def test_limits_and_bad_calls(s3: S3Server, one_worker: tuple[Server, str]) -> None:
@@ -112,7 +116,7 @@ def test_limits_and_bad_calls(s3: S3Server, one_worker: tuple[Server, str]) -> N
     Neither answers nor errors carry headers of SageMaker's.
     """
     server, bucket = one_worker
-    fleet = models(2, "limits")
+    fleet = make_models(2, "limits")
     upload(s3, bucket, fleet)
     url = f"{server.url}/v1/forecasts"
     got = httpx.get(url)
@@ -123,44 +127,44 @@ def test_limits_and_bad_calls(s3: S3Server, one_worker: tuple[Server, str]) -> N
     assert "$.requests" in bad.json()["error"]["message"]
     large = httpx.post(url, content=b" " * 100_001)
     assert (large.status_code, "max_forecasts_bytes" in large.json()["error"]["message"]) == (413, True)
-    good = call(server, [item(fleet[0])])
+    good = call(server, [make_item(fleet[0])])
     for reply in (got, bad, large, good):
         assert not [name for name in reply.headers if name.startswith("x-am")]
         assert reply.headers["x-request-id"]
     with s3.hold("limits/m1.mar"):
-        late = call(server, [item(model) for model in fleet], {"X-Request-Timeout-Ms": "3000"}).json()
+        late = call(server, [make_item(model) for model in fleet], {"X-Request-Timeout-Ms": "3000"}).json()
     assert late["failed"] == 1
     assert late["predictions"][1]["error"]["code"] == "deadline"
-    many = [item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not
+    many = [make_item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not
     body = {"requests": many, "configuration": {"output_types": ["samples"], "num_samples": 100}}
     answers = httpx.post(url, json=body, timeout=PATIENCE_S)
     assert (answers.status_code, "answers" in answers.json()["error"]["message"]) == (413, True)
-    wait_until(lambda: call(server, [item(fleet[0])]).json()["failed"] == 0, "it goes on")
+    wait_until(lambda: call(server, [make_item(fleet[0])]).json()["failed"] == 0, "it goes on")
 
 
 def test_a_client_that_leaves_is_not_worked_for(s3: S3Server, one_worker: tuple[Server, str]) -> None:
     """Its items are cancelled: they are counted as the client's going, and nothing is kept."""
     server, bucket = one_worker
-    fleet = models(20, "leaves")
+    fleet = make_models(20, "leaves")
     upload(s3, bucket, fleet)
-    gone, good = answered(server, "499"), answered(server, "200")
+    gone, good = count_answered(server, "499"), count_answered(server, "200")
     s3.inject(Fault(match="leaves/", times=20, delay_s=1.0))
-    body = json.dumps({"requests": [item(model) for model in fleet]}).encode()
+    body = json.dumps({"requests": [make_item(model) for model in fleet]}).encode()
     with socket.create_connection(server.address) as client:
         head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         client.sendall(head.encode() + body)
         wait_until(lambda: s3.seen("GET", "leaves/"), "the first load has begun")
-    wait_until(lambda: answered(server, "499") == gone + 1, "the client is seen to have gone")
-    assert answered(server, "200") == good
+    wait_until(lambda: count_answered(server, "499") == gone + 1, "the client is seen to have gone")
+    assert count_answered(server, "200") == good
 
 
 def test_a_worker_that_dies_costs_no_item(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGKILL while a call is under way: its items are asked of another worker, and all are answered."""
-    fleet = models(40)
+    fleet = make_models(40)
     upload(s3, store, fleet)
     with serve(workers=2) as server:
         s3.inject(Fault(match="au/", times=8, delay_s=1.5))
-        body = json.dumps({"requests": [item(model) for model in fleet], "configuration": CONFIGURATION}).encode()
+        body = json.dumps({"requests": [make_item(model) for model in fleet], "configuration": CONFIGURATION}).encode()
         with socket.create_connection(server.address) as client:
             head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
             client.sendall(head.encode() + body)

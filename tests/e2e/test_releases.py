@@ -56,11 +56,11 @@ def test_a_rollback_is_one_call_and_survives_a_restart(s3: S3Server, store: str,
     start = partial(serving, s3, tmp_path, f"s3://{store}", revalidate_s=600)
     with start(workers=2) as server:
         assert market.ask(server, NAME) == first
-        wait_until(lambda: kept(server) == [first], "the first version is kept")
+        wait_until(lambda: list_kept(server) == [first], "the first version is kept")
         assert server.http.post(f"{server.addresses['management']}/fleet/rollback/{NAME}").status_code == 404
         second = market.publish(2)
         post(server, f"reload/{NAME}")
-        wait_until(lambda: kept(server) == [second, first], "both versions are kept")
+        wait_until(lambda: list_kept(server) == [second, first], "both versions are kept")
         with Load(server, [market.right[second].question(0)], ask=partial(ask_as, market, server)) as load:
             load.more(10)
             rolled = post(server, f"rollback/{NAME}")
@@ -77,11 +77,11 @@ def test_a_rollback_is_one_call_and_survives_a_restart(s3: S3Server, store: str,
         assert market.ask(server, NAME) == first
         assert server.fleet("load", NAME).json()["version"] == first
         wait_until(lambda: is_pinned(server, f"{NAME}\\{first}"), "what a pinned name stands for is pinned")
-        assert aliases(server) == {"aliases": [], "rollbacks": [{"model": NAME, "version": first}]}
+        assert read_aliases(server) == {"aliases": [], "rollbacks": [{"model": NAME, "version": first}]}
         assert post(server, f"follow/{NAME}") == {"model": NAME, "held": first}
         assert market.ask(server, NAME) == second
         assert not is_pinned(server, f"{NAME}\\{first}")
-        assert aliases(server) == {"aliases": [], "rollbacks": []}
+        assert read_aliases(server) == {"aliases": [], "rollbacks": []}
         assert server.total(RELEASED, target=NAME) == 0
 
 
@@ -105,7 +105,7 @@ def test_an_alias_with_a_canary_serves_two_versions(s3: S3Server, store: str, tm
         assert server.total(RELEASED, target=ALIAS, version=old, result="ok") == answered.count(old) + 1
         assert server.total(RELEASED, target=ALIAS, version=new, result="ok") == answered.count(new)
         assert server.total("fleetcast_release_request_seconds_count", target=ALIAS, version=new) == answered.count(new)
-        assert aliases(server)["aliases"] == [
+        assert read_aliases(server)["aliases"] == [
             {"alias": ALIAS, "arms": [{"model": NAME, "version": old, "share": 0.5}, {"model": NAME, "share": 0.5}]}
         ]
         absent = server.http.post(
@@ -119,7 +119,7 @@ def test_an_alias_with_a_canary_serves_two_versions(s3: S3Server, store: str, tm
         wait_until(lambda: server.said().count('"verb": "alias"') == 4, "the log says who set and removed aliases")
 
 
-def kept(server: Server) -> list[str]:
+def list_kept(server: Server) -> list[str]:
     """The versions on disk, the one that served last first."""
     reply = server.http.get(f"{server.addresses['management']}/fleet/versions/{NAME}").json()
     return [each["version"] for each in reply["versions"]]
@@ -130,7 +130,7 @@ def is_pinned(server: Server, model: str) -> bool:
     return any(holder.get("pinned") for holder in server.models().get(model, {"holders": []})["holders"])
 
 
-def aliases(server: Server) -> Any:
+def read_aliases(server: Server) -> Any:
     """The table."""
     return server.http.get(f"{server.addresses['management']}/fleet/aliases").json()
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 MARKETS = names(200)
 
 
-def forecast(question: Question, client: Any) -> Answer:
+def ask_forecast(question: Question, client: Any) -> Answer:
     """Ask; raises ClientError for a refusal, AssertionError for an answer that is no forecast."""
     answer = invoke(client, question.model, question.body)
     quantiles = json.loads(answer.body)["predictions"][0]["quantiles"]
@@ -33,14 +33,14 @@ def forecast(question: Question, client: Any) -> Answer:
     return answer
 
 
-def questions() -> list[Question]:
+def make_questions() -> list[Question]:
     """One a market."""
     instance = {"start": "2024-03-23 00:00:00", "target": [60.0] * HISTORY}
     body = msgspec.json.encode({"instances": [instance], "configuration": {"output_types": ["quantiles"]}})
     return [Question(f"{market}.mar", body, np.empty(0, np.float32)) for market in MARKETS]
 
 
-def fleetcast(s3: S3Server, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_fleetcast(s3: S3Server, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     """A command in a process of its own, with the store's credentials."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "FLEETCAST_"))}
     return subprocess.run(
@@ -68,21 +68,21 @@ def test_a_fleet_is_republished_while_it_is_served(
 ) -> None:
     """Two hundred markets retrained under load: no request fails, and every market's answers go over to its new one."""
     fill(s3, store)
-    with serve() as server, Load(server, questions(), ask=forecast) as load:
+    with serve() as server, Load(server, make_questions(), ask=ask_forecast) as load:
         wait_until(lambda: len({each.model for each in load.outcomes}) == len(MARKETS), "all markets are served")
         before = {each.model: each.version for each in load.outcomes}
         quick = ("--epochs", "4", "--windows", "6", "--margin", "50", "--reload", server.addresses["management"])
-        done = fleetcast(s3, tmp_path, "retrain", str(csv), "--time", "hour", "--store", f"s3://{store}", *quick)
+        done = run_fleetcast(s3, tmp_path, "retrain", str(csv), "--time", "hour", "--store", f"s3://{store}", *quick)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [json.loads(line) for line in tmp_path.joinpath("retrain.jsonl").read_text().splitlines()]
         new = {each["model"]: each["version"] for each in lines if each["result"] == "published"}
         assert len(new) == len(MARKETS), done.stdout
         assert not any(each.get("message") for each in lines)
 
-        def served() -> bool:
+        def is_served() -> bool:
             return {each.model: each.version for each in load.outcomes[-4 * len(MARKETS) :]} == new
 
-        wait_until(served, "every market answers with its new version")
+        wait_until(is_served, "every market answers with its new version")
     assert [each for each in load.outcomes if each.problem] == []
     for model, version in new.items():
         seen = [each.version for each in load.outcomes if each.model == model]
@@ -108,8 +108,8 @@ def test_a_server_gives_the_scores_of_this_process(
         "M07",
     )
     with serve() as server:
-        through = fleetcast(s3, tmp_path, "backtest", str(csv), *flags, "--url", server.url)
-    alone = fleetcast(s3, tmp_path, "backtest", str(csv), *flags)
+        through = run_fleetcast(s3, tmp_path, "backtest", str(csv), *flags, "--url", server.url)
+    alone = run_fleetcast(s3, tmp_path, "backtest", str(csv), *flags)
     assert (through.returncode, alone.returncode) == (0, 0), through.stderr + alone.stderr
     ours, theirs = json.loads(alone.stdout), json.loads(through.stdout)
     assert (ours["asked"], theirs["asked"]) == ("in this process", f"through {server.url}")

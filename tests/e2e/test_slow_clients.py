@@ -50,10 +50,10 @@ def test_who_never_finishes_a_request_is_cut_off(impatient: tuple[Server, Model]
         "silent": b"",
     }[kind]
     server.ask(model.question(0))
-    asyncio.run(_among(server, model.question(1), _dawdle(server, start, trickle=kind != "silent")))
+    asyncio.run(_ask_among(server, model.question(1), _dawdle(server, start, trickle=kind != "silent")))
 
 
-async def _among(server: Server, question: Question, dawdling: Coroutine[Any, Any, list[float]]) -> None:
+async def _ask_among(server: Server, question: Question, dawdling: Coroutine[Any, Any, list[float]]) -> None:
     """Normal requests while others dawdle; both are judged."""
     (front,) = server.processes("front")
     crowded = open_files(front["pid"]) + EACH - KEPT_OPEN
@@ -76,7 +76,7 @@ def _answers_meanwhile(server: Server, question: Question, pid: int, crowded: in
 async def _dawdle(server: Server, start: bytes, *, trickle: bool) -> list[float]:
     """Until they are cut off: how long each of 50 clients was borne."""
 
-    async def client() -> float:
+    async def run_client() -> float:
         began = time.monotonic()
         reader, writer = await asyncio.open_connection(*server.address)
         writer.write(start)
@@ -88,7 +88,7 @@ async def _dawdle(server: Server, start: bytes, *, trickle: bool) -> list[float]
         writer.close()
         return time.monotonic() - began
 
-    return list(await asyncio.gather(*(client() for _ in range(EACH))))
+    return list(await asyncio.gather(*(run_client() for _ in range(EACH))))
 
 
 async def _until_closed(reader: asyncio.StreamReader) -> None:

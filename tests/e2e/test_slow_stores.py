@@ -8,7 +8,7 @@ import pytest
 from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, fleet, forecaster
 from tests.e2e.server import Server, upload
-from tests.e2e.test_stalls import readiness
+from tests.e2e.test_stalls import ask_readiness
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -45,7 +45,7 @@ def test_models_on_disk_do_not_wait_for_keys_that_hang(s3: S3Server, store: str,
             load_from_disk(server, on_disk)
             for model in others:
                 assert server.ask(model.question(0)).cache == "miss"
-            assert readiness(server) == (200, [{"worker": 0, "state": "ready"}])
+            assert ask_readiness(server) == (200, [{"worker": 0, "state": "ready"}])
             assert server.total("fleetcast_loads_under_way", lane="store") == HUNG
             assert not any(future.done() for future in loading)
         for future in loading:
@@ -67,9 +67,11 @@ def test_due_copies_are_served_while_the_store_hangs(s3: S3Server, store: str, s
         with s3.hold(store, MANY):
             load_from_disk(server, [*models, old])  # the last one is due by then: the first one waits a second
             assert server.ask(old.question(1)).version == before
-            wait_until(lambda: "store_failing_s" in readiness(server)[1][0], "the store is said to fail")
-            assert readiness(server)[0] == 200
+            wait_until(lambda: "store_failing_s" in ask_readiness(server)[1][0], "the store is said to fail")
+            assert ask_readiness(server)[0] == 200
             load_from_disk(server, models)
         wait_until(lambda: server.models()[new.name]["holders"][0]["version"] == after, "the new version is swapped in")
         assert server.ask(new.question(0)).version == after
-        wait_until(lambda: "store_failing_s" not in readiness(server)[1][0], "the store is not said to fail any more")
+        wait_until(
+            lambda: "store_failing_s" not in ask_readiness(server)[1][0], "the store is not said to fail any more"
+        )

@@ -43,7 +43,7 @@ def test_a_stopped_worker_is_routed_around_and_replaced(s3: S3Server, store: str
             assert listed["unheard_workers"] == [victim["index"]]
             assert {row["worker"] for model in listed["models"] for row in model["holders"]} == {other["index"]}
             assert server.total("fleetcast_worker_up", worker=str(victim["index"])) == 0
-            status, states = readiness(server)
+            status, states = ask_readiness(server)
             assert (status, states[victim["index"]]["state"], states[other["index"]]["state"]) == (
                 200,
                 "silent",
@@ -88,23 +88,23 @@ def test_stuck_loads_and_a_store_that_is_gone_are_told_apart(s3: S3Server, store
     settings = {"loader_threads": 1, "store_timeout_s": 3, "store_retries": 0, "disk_cache_bytes": 0}
     with serve(**settings, onnx_control_flow="allow", max_forward_s=PATIENCE_S, drain_s=1) as server:
         server.ask(models[0].question(0))
-        assert readiness(server) == (200, [{"worker": 0, "state": "ready"}])
+        assert ask_readiness(server) == (200, [{"worker": 0, "state": "ready"}])
         with s3.outage():
             assert server.post(models[1].name).status_code >= 500
-            wait_until(lambda: "store_failing_s" in readiness(server)[1][0], "the store is said to fail")
-            status, (state,) = readiness(server)
+            wait_until(lambda: "store_failing_s" in ask_readiness(server)[1][0], "the store is said to fail")
+            status, (state,) = ask_readiness(server)
             assert (status, state["state"]) == (200, "ready")
             server.ask(models[0].question(1))
         wait_until(lambda: is_answered(server, models[2]), "the store is back")
-        wait_until(lambda: "store_failing_s" not in readiness(server)[1][0], "and not said to fail any more")
+        wait_until(lambda: "store_failing_s" not in ask_readiness(server)[1][0], "and not said to fail any more")
         server.post("stuck.mar", headers={"X-Request-Timeout-Ms": "100"})
-        wait_until(lambda: readiness(server)[1][0]["state"] == "loads_stuck", "the loader thread is stuck")
-        assert readiness(server)[0] == 503
+        wait_until(lambda: ask_readiness(server)[1][0]["state"] == "loads_stuck", "the loader thread is stuck")
+        assert ask_readiness(server)[0] == 503
         assert server.http.get(f"{server.url}/ping").status_code == 200
         server.ask(models[0].question(2))
 
 
-def readiness(server: Server) -> tuple[int, list[dict[str, Any]]]:
+def ask_readiness(server: Server) -> tuple[int, list[dict[str, Any]]]:
     """The status of `/ready`, and what it says of the workers."""
     answer = server.http.get(f"{server.url}/ready")
     said = answer.json()

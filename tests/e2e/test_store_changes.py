@@ -25,7 +25,7 @@ def running(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield server, bucket
 
 
-def refusal(server: Server, model: Model) -> tuple[int, str, str]:
+def read_refusal(server: Server, model: Model) -> tuple[int, str, str]:
     """Status, code and message of a request that must be refused."""
     with pytest.raises(ClientError) as caught:
         server.ask(model.question(0))
@@ -37,7 +37,7 @@ def test_an_added_archive_is_served_at_once(s3: S3Server, running: tuple[Server,
     """New in the store: the first call is answered; asked for too early (400, key named), it serves within 2 s."""
     server, bucket = running
     early, late = fleet("new", 2)
-    status, code, message = refusal(server, early)
+    status, code, message = read_refusal(server, early)
     assert (status, code) == (400, "ValidationError")
     assert early.name in message
     upload(s3, bucket, [early, late])
@@ -63,7 +63,7 @@ def test_a_removed_archive_serves_while_resident_and_is_gone_once_unloaded(
         assert server.total("fleetcast_model_swaps_total", result="failed") == 1
         assert server.fleet("unload", model.name).json()["unloaded_from"] == [0]
         wait_until(lambda: not is_answered(server, model), "the removed archive is refused")
-        status, code, message = refusal(server, model)
+        status, code, message = read_refusal(server, model)
         assert (status, code) == (400, "ValidationError")
         assert model.name in message
 
@@ -144,5 +144,5 @@ def test_a_restart_keeps_the_disk_tier_and_an_outage_is_survived(s3: S3Server, s
     with start(revalidate_s=0.05) as server, s3.outage(store):
         for model in known:
             server.ask(model.question(1))
-        assert refusal(server, stranger)[:2] == (503, "ServiceUnavailable")
+        assert read_refusal(server, stranger)[:2] == (503, "ServiceUnavailable")
         wait_until(lambda: "serving_stale" in server.said(), "the log says so")

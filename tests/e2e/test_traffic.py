@@ -47,7 +47,7 @@ def archives(s3: S3Server) -> tuple[str, list[Model]]:
     return bucket, models
 
 
-def zipf(models: list[Model], client: int) -> list[Question]:
+def draw_questions(models: list[Model], client: int) -> list[Question]:
     """One client's questions: popularity 1/rank, the same for the same client."""
     rng = np.random.default_rng(client)
     weights = 1 / np.arange(1, len(models) + 1)
@@ -83,7 +83,7 @@ def test_zipf_traffic_is_answered_right_and_counted_truly(
 
 def _drive(server: Server, models: list[Model], client: int) -> list[str]:
     boto = server.client()
-    return [server.ask(question, boto).cache for question in zipf(models, client)]
+    return [server.ask(question, boto).cache for question in draw_questions(models, client)]
 
 
 def _within_budget(server: Server, budget: int) -> None:
@@ -127,7 +127,7 @@ def test_a_thousand_first_calls_are_one_load(s3: S3Server, store: str, serve: Se
     question = model.question(1)
     with serve(workers=2, fronts=2) as server:
         with s3.hold(f"{store}/{model.name}") as loading:
-            answers = asyncio.run(_herd(server, question, loading))
+            answers = asyncio.run(_ask_at_once(server, question, loading))
         for answer in answers:
             question.check(answer.body)
         assert Counter(answer.cache for answer in answers) == {"miss": 1, "coalesced": HERD - 1}
@@ -136,7 +136,7 @@ def test_a_thousand_first_calls_are_one_load(s3: S3Server, store: str, serve: Se
         assert server.total("fleetcast_model_cache_requests_total", result="coalesced") == HERD - 1
 
 
-async def _herd(server: Server, question: Question, loading: threading.Event) -> list[Answer]:
+async def _ask_at_once(server: Server, question: Question, loading: threading.Event) -> list[Answer]:
     """A connection for each of a thousand clients, all asking before the model is loaded."""
     host, port = server.address
 

@@ -39,8 +39,8 @@ from tests.e2e.canary import Canary
 from tests.e2e.models import SMALL_TCN, forecaster
 from tests.e2e.server import request_bytes, serving, upload
 from tests.fuzz.mutations import mutate
-from tests.handlers.kinds.test_onnx import doubling
-from tests.handlers.nets import SHAPE, Dilated, made
+from tests.handlers.kinds.test_onnx import make_doubling
+from tests.handlers.nets import SHAPE, Dilated, make_module
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
@@ -51,7 +51,7 @@ CPU_S = 20.0  #: of one input: far above what any bound allows on a slow machine
 LIMITS = Limits(max_archive_bytes=8 << 20, max_unpacked_bytes=16 << 20)
 
 
-def seeds() -> Iterator[int]:
+def draw_seeds() -> Iterator[int]:
     """One a input; in `make fuzz` for FUZZ_S seconds, with a line on standard error every ten."""
     if not FUZZ_S:
         yield from range(SEED, SEED + INPUTS)
@@ -67,7 +67,7 @@ def seeds() -> Iterator[int]:
 
 def fuzz(sound: Sequence[bytes], target: Callable[[bytes], object], expected: tuple[type[Exception], ...]) -> None:
     """Feed mutated inputs to the target. Only `expected` may be raised."""
-    for seed in seeds():
+    for seed in draw_seeds():
         data, began = mutate(sound, seed), time.thread_time()
         try:
             target(data)
@@ -84,7 +84,7 @@ def fuzz(sound: Sequence[bytes], target: Callable[[bytes], object], expected: tu
 def sound_archives() -> list[bytes]:
     """One of every kind and container."""
     tcn = build_family("tcn", SMALL_TCN)
-    graph, tensors = export_graph(made(Dilated, 1, SHAPE), {"x": SHAPE})
+    graph, tensors = export_graph(make_module(Dilated, 1, SHAPE), {"x": SHAPE})
     return [
         make_forecaster(),
         pack_model(
@@ -93,8 +93,8 @@ def sound_archives() -> list[bytes]:
             model_name="m",
         ),
         pack_model(Kind.GRAPH, ArchiveParts(program=graph, tensors=tensors), model_name="m"),
-        pack_model(Kind.ONNX, ArchiveParts(program=doubling("n", 2)), model_name="m"),
-        make_tar_gz({"model.onnx": doubling("n", 2)}),
+        pack_model(Kind.ONNX, ArchiveParts(program=make_doubling("n", 2)), model_name="m"),
+        make_tar_gz({"model.onnx": make_doubling("n", 2)}),
     ]
 
 

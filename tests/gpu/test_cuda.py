@@ -18,7 +18,7 @@ from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePoo
 from server.worker.engine.device import CudaDevice, Precision
 from server.worker.engine.device_budget import cache_share
 from server.worker.host_cache import HostCache
-from tests.server.worker.engine.test_cpu import CONFIGS, reference
+from tests.server.worker.engine.test_cpu import CONFIGS, answer_plainly
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ TICK = 1000
 SHAPE = {"features": 8, "context_length": 168, "prediction_length": 24, "quantiles": 5}
 
 
-def engine(family: Family, models: int, precision: Precision = "float32", max_rows: int = 512) -> DeviceEngine:
+def make_engine(family: Family, models: int, precision: Precision = "float32", max_rows: int = 512) -> DeviceEngine:
     """An engine whose pool is poisoned but for the first five models."""
     size = family.row_floats * 4
     pool = DevicePool(models * size, CudaDevice(WHERE, precision))
@@ -40,7 +40,7 @@ def engine(family: Family, models: int, precision: Precision = "float32", max_ro
     return DeviceEngine(pool, max_rows, bf16=precision == "bf16")
 
 
-def inputs(family: Family, rows: int, seed: int = 0) -> Float32:
+def draw_inputs(family: Family, rows: int, seed: int = 0) -> Float32:
     """Rows of input."""
     return np.random.default_rng(seed).standard_normal((rows, *family.input_shape), dtype=np.float32)
 
@@ -59,14 +59,14 @@ def median_ms(work: Callable[[], object], times: int = 30) -> float:
 def test_answers_are_the_cpus(architecture: str) -> None:
     """Every architecture, every bucket, eager and as graphs, models in any order: abs <= 1e-5 + 1e-4 |reference|."""
     family = build_family(architecture, CONFIGS[architecture])
-    made = engine(family, 5, max_rows=64)
+    made = make_engine(family, 5, max_rows=64)
     rng = np.random.default_rng(0)
     for rows in [1, 2, 3, 17, 64, 150] * (EAGER_RUNS + 2):
         models = rng.integers(0, 5, rows).tolist()
-        parts = [inputs(family, 1, rows + i) for i in range(rows)]
+        parts = [draw_inputs(family, 1, rows + i) for i in range(rows)]
         found = made.run(family, [model * family.row_floats * 4 for model in models], parts)
         for answer, model, x in list(zip(found, models, parts, strict=True))[:: max(1, rows // 8)]:
-            np.testing.assert_allclose(answer, reference(family, model, x), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(answer, answer_plainly(family, model, x), rtol=1e-4, atol=1e-5)
     assert len(made._graphs) == 5  # buckets 1, 2, 4, 32 and 64; 150 rows are two of 64 and one of 32
     assert all(replay.__name__ == "replay" for replay in made._graphs.values()), "captured, not fallen back to eager"
 
@@ -74,9 +74,9 @@ def test_answers_are_the_cpus(architecture: str) -> None:
 def test_a_row_is_back_by_one_copy_from_the_shelf() -> None:
     """Evicted, its place taken by another model, brought back to a third place: the same answers, bit for bit."""
     family = build_family("tcn", CONFIGS["tcn"])
-    made, size = engine(family, 8), family.row_floats * 4
+    made, size = make_engine(family, 8), family.row_floats * 4
     shelf = HostCache(made.pool.device.host(4 * family.row_floats), 60)
-    x = inputs(family, 3)
+    x = draw_inputs(family, 3)
     before = made.run(family, [0], [x])[0]
     slot = Slot(ModelName("a"), "v1", family.key, size, 0, State.RETIRING, 0.0)
     numbers = shelf.keep(slot, RowModel(family, FamilyCodec(family)), time.time())
@@ -88,15 +88,15 @@ def test_a_row_is_back_by_one_copy_from_the_shelf() -> None:
     assert back.row is not None
     made.pool.write(7 * size, back.row)
     assert np.array_equal(made.run(family, [7 * size], [x])[0], before)
-    np.testing.assert_allclose(made.run(family, [0], [x])[0], reference(family, 4, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(made.run(family, [0], [x])[0], answer_plainly(family, 4, x), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_move_while_copies_fly() -> None:
     """Writes and moves told without waiting, a hundred times over; each step sees what was told before it."""
     family = build_family("mlp", {**SHAPE, "hidden": 256})
-    made, size = engine(family, 8), family.row_floats * 4
+    made, size = make_engine(family, 8), family.row_floats * 4
     rows = [family.row(random_tensors(family, seed)) for seed in range(4)]
-    x = inputs(family, 1)
+    x = draw_inputs(family, 1)
     right = [made.probe(family, row, x) for row in rows]
     for i in range(100):
         made.pool.write(0, rows[i % 4])
@@ -110,8 +110,8 @@ def test_rows_move_while_copies_fly() -> None:
 def test_other_precisions_are_close(precision: Precision, tolerance: float) -> None:
     """Within a share of the largest answer. (Float32 is held to the CPU's numbers above.)"""
     family = build_family("tcn", SHAPE)
-    made, x = engine(family, 5, precision), inputs(family, 8)
-    right = reference(family, 0, x)
+    made, x = make_engine(family, 5, precision), draw_inputs(family, 8)
+    right = answer_plainly(family, 0, x)
     for _ in range(EAGER_RUNS + 2):
         np.testing.assert_allclose(made.run(family, [0], [x])[0], right, atol=tolerance * np.abs(right).max())
 
@@ -119,7 +119,7 @@ def test_other_precisions_are_close(precision: Precision, tolerance: float) -> N
 def test_out_of_memory_is_an_error_that_passes() -> None:
     """More than there is raises torch.OutOfMemoryError; afterwards the engine answers as before."""
     family = build_family("tcn", CONFIGS["tcn"])
-    made, x = engine(family, 5), inputs(family, 1)
+    made, x = make_engine(family, 5), draw_inputs(family, 1)
     before = made.run(family, [0], [x])[0]
     with pytest.raises(torch.OutOfMemoryError):
         DevicePool(made.pool.device.free_and_total()[1] * 2, made.pool.device)
@@ -138,16 +138,16 @@ def test_a_tick_of_a_thousand_models() -> None:
     """1,000 different models, decoded rows to host answers: right, and the time printed (goal: 1 ms)."""
     family = build_family("tcn", SHAPE)
     size = family.row_floats * 4
-    made = engine(family, TICK, max_rows=TICK)
+    made = make_engine(family, TICK, max_rows=TICK)
     rows = np.stack([family.row(random_tensors(family, model)) for model in range(TICK)])
     for model, row in enumerate(rows):
         made.pool.write(model * size, row)
     offsets = np.random.default_rng(0).permutation(TICK) * size
-    parts = list(inputs(family, TICK)[:, None])
+    parts = list(draw_inputs(family, TICK)[:, None])
     for _ in range(EAGER_RUNS + 2):
         found = made.run(family, offsets.tolist(), parts)
     for at in (0, 499, 999):
-        right = reference(family, int(offsets[at]) // size, parts[at])
+        right = answer_plainly(family, int(offsets[at]) // size, parts[at])
         np.testing.assert_allclose(found[at], right, rtol=1e-4, atol=1e-5)
     taken = median_ms(lambda: made.run(family, offsets.tolist(), parts))
     print(f"tick of {TICK} models: {taken:.3f} ms on {torch.cuda.get_device_name(WHERE)}")  # noqa: T201 -- the point

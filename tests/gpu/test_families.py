@@ -19,8 +19,8 @@ from handlers.kinds.graph.export import export_graph
 from handlers.kinds.graph.family import graph_family
 from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
 from tests.gpu.devices import DEVICES, open_device
-from tests.handlers.nets import BATCHED, SHAPE, RecurrentNet, made
-from tests.server.worker.test_exactness import SMALL, small
+from tests.handlers.nets import BATCHED, SHAPE, RecurrentNet, make_module
+from tests.server.worker.test_exactness import SMALL, make_small
 
 MODELS = 5
 ROWS = (1, 2, 17, 64, 70)  #: of batches: alone, small, a full forward, more than one
@@ -33,37 +33,37 @@ MEMBERS = ("gru", "lear", "mqcnn", "tcn")
 Tensors = dict[str, Float32]
 
 
-def forecasters(family: Family) -> tuple[Family, list[Tensors]]:
+def make_forecasters(family: Family) -> tuple[Family, list[Tensors]]:
     """The family and the numbers of its models."""
     return family, [random_tensors(family, seed) for seed in range(MODELS)]
 
 
-def ensemble(architecture: str) -> tuple[Family, list[Tensors]]:
+def make_ensemble(architecture: str) -> tuple[Family, list[Tensors]]:
     """Three members each."""
     fields = ARCHITECTURES[architecture].config.__struct_fields__
     config = {name: size for name, size in SMALL.items() if name in fields}
-    return forecasters(build_family(architecture, {**config, "members": 3}))
+    return make_forecasters(build_family(architecture, {**config, "members": 3}))
 
 
-def graphs(build: Callable[[], nn.Module]) -> tuple[Family, list[Tensors]]:
+def make_graphs(build: Callable[[], nn.Module]) -> tuple[Family, list[Tensors]]:
     """One exported graph; its models differ by some percent, so that a variance stays positive."""
-    module = made(build, 0)
+    module = make_module(build, 0)
     program, tensors = export_graph(module, {next(iter(signature(module.forward).parameters)): SHAPE})
     family = graph_family(program)
     family.decide(family.row(tensors))
     rng = np.random.default_rng(0)
 
-    def near(value: Float32) -> Float32:
+    def vary(value: Float32) -> Float32:
         return value * rng.uniform(0.9, 1.1, value.shape).astype(np.float32)
 
-    return family, [{name: near(value) for name, value in tensors.items()} for _ in range(MODELS)]
+    return family, [{name: vary(value) for name, value in tensors.items()} for _ in range(MODELS)]
 
 
 FLEETS: dict[str, Callable[[], tuple[Family, list[Tensors]]]] = {
-    **{name: lambda name=name: forecasters(small(name)) for name in sorted(ARCHITECTURES)},  # type: ignore[misc]
-    **{f"ensemble-{name}": lambda name=name: ensemble(name) for name in MEMBERS},  # type: ignore[misc]
-    **{f"graph-{name}": lambda net=net: graphs(net) for name, net in BATCHED.items()},  # type: ignore[misc]
-    "graph-one-by-one": lambda: graphs(RecurrentNet),
+    **{name: lambda name=name: make_forecasters(make_small(name)) for name in sorted(ARCHITECTURES)},  # type: ignore[misc]
+    **{f"ensemble-{name}": lambda name=name: make_ensemble(name) for name in MEMBERS},  # type: ignore[misc]
+    **{f"graph-{name}": lambda net=net: make_graphs(net) for name, net in BATCHED.items()},  # type: ignore[misc]
+    "graph-one-by-one": lambda: make_graphs(RecurrentNet),
 }
 
 #: Enough to prove the test on the simulated device; other graphs take their seconds to export.
@@ -79,7 +79,7 @@ def on_each_device() -> list[ParameterSet]:
     ]
 
 
-def reference(family: Family, tensors: Tensors, x: Float32) -> Float32:
+def answer_on_cpu(family: Family, tensors: Tensors, x: Float32) -> Float32:
     """What the plain network answers on the CPU."""
     network = family.reference()
     network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
@@ -103,7 +103,7 @@ def test_batches_are_the_rows_alone_and_the_cpus(fleet: str, device: str) -> Non
     alone = [np.concatenate([engine.probe(family, row, x[i : i + 1]) for i in range(3)]) for row in rows]
     for answer, tensors in zip(alone, numbers, strict=True):
         assert np.isfinite(answer).all()
-        np.testing.assert_allclose(answer, reference(family, tensors, x), rtol=RELATIVE, atol=ABSOLUTE)
+        np.testing.assert_allclose(answer, answer_on_cpu(family, tensors, x), rtol=RELATIVE, atol=ABSOLUTE)
     for count in ROWS * (EAGER_RUNS + 2) if device == "cuda" else PROVING_ROWS:
         models, which = rng.integers(0, MODELS, count), rng.integers(0, 3, count)
         found = engine.run(family, [2 * int(model) * size for model in models], [x[i : i + 1] for i in which])

@@ -16,7 +16,7 @@ from tests.e2e.conftest import Serve, serve, store
 from tests.e2e.models import Model, Question, fleet, forecaster, onnx_model
 from tests.e2e.server import Server, upload
 from tests.e2e.test_deaths import is_up
-from tests.e2e.test_graph import model as graph_model
+from tests.e2e.test_graph import make_graph_model as graph_model
 from tests.gpu.devices import NEEDS_CUDA
 from tests.handlers.nets import Dilated, RecurrentNet
 from tests.patience import wait_until

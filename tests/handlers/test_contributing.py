@@ -30,7 +30,7 @@ Path(sys.argv[1]).write_bytes(pack_model(Kind("scale"), parts, model_name="tripl
 """
 
 
-def blocks(title: str) -> list[str]:
+def read_blocks(title: str) -> list[str]:
     """The code blocks of one page of CONTRIBUTING."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     (page,) = (each for each in text.split("\n## ") if each.startswith(f"{title}\n"))
@@ -71,7 +71,7 @@ def run(tree: Path, *command: str) -> str:
 
 def test_the_page_on_a_new_architecture_is_true(tree: Path, tmp_path: Path) -> None:
     """Its file and its line: the help and the README list it, it is trained, packed, proved, and tested as others."""
-    file, line = blocks("A new architecture")
+    file, line = read_blocks("A new architecture")
     add_file(tree, file)
     insert(tree, "handlers/architectures.py", "    }\n)\n", line)
     assert f"{line.strip().split(':')[0].strip(chr(34))}: one linear layer" in run(tree, *COMMAND, "train", "--help")
@@ -95,7 +95,7 @@ def test_the_page_on_a_new_architecture_is_true(tree: Path, tmp_path: Path) -> N
 
 def test_the_page_on_a_new_kind_is_true(tree: Path, tmp_path: Path) -> None:
     """Its file and its lines: an archive of the kind is packed, proved by its golden sample, and described."""
-    name, file, entry = blocks("A new kind")
+    name, file, entry = read_blocks("A new kind")
     add_file(tree, file)
     insert(tree, "model_store/archives/manifest.py", '    CORRELATION = "correlation"\n', name)
     insert(tree, "handlers/kinds/__init__.py", "    OnnxKind(),\n", entry)

@@ -9,12 +9,12 @@ from handlers.golden import find_mismatch
 EXPECTED: dict[str, Any] = {"predictions": [{"mean": [1.0, 100], "item_id": "a", "ok": True, "none": None}]}
 
 
-def changed(**fields: Any) -> dict[str, Any]:
+def change_expected(**fields: Any) -> dict[str, Any]:
     """EXPECTED with other fields in its prediction."""
     return {"predictions": [EXPECTED["predictions"][0] | fields]}
 
 
-@pytest.mark.parametrize("actual", [EXPECTED, changed(mean=[1.0009, 100.09]), changed(mean=[1, 99.91])])
+@pytest.mark.parametrize("actual", [EXPECTED, change_expected(mean=[1.0009, 100.09]), change_expected(mean=[1, 99.91])])
 def test_within_tolerance(actual: object) -> None:
     """Numbers may differ by abs + rel * |expected|, and 1 is 1.0."""
     assert find_mismatch(EXPECTED, actual, 1e-4, 1e-3) is None
@@ -23,14 +23,14 @@ def test_within_tolerance(actual: object) -> None:
 @pytest.mark.parametrize(
     ("actual", "message"),
     [
-        (changed(mean=[1.0, 100.2]), "predictions[0].mean[1]: expected 100, got 100.2"),
-        (changed(mean=[float("nan"), 100]), "predictions[0].mean[0]: expected 1.0, got nan"),
-        (changed(mean=[True, 100]), "predictions[0].mean[0]: expected 1.0, got True"),
-        (changed(mean=[1.0]), "predictions[0].mean: expected 2 items, got 1"),
-        (changed(mean=5), "predictions[0].mean: expected [1.0, 100], got 5"),
-        (changed(ok=1), "predictions[0].ok: expected True, got 1"),
-        (changed(item_id="b"), "predictions[0].item_id: expected 'a', got 'b'"),
-        (changed(none=0), "predictions[0].none: expected None, got 0"),
+        (change_expected(mean=[1.0, 100.2]), "predictions[0].mean[1]: expected 100, got 100.2"),
+        (change_expected(mean=[float("nan"), 100]), "predictions[0].mean[0]: expected 1.0, got nan"),
+        (change_expected(mean=[True, 100]), "predictions[0].mean[0]: expected 1.0, got True"),
+        (change_expected(mean=[1.0]), "predictions[0].mean: expected 2 items, got 1"),
+        (change_expected(mean=5), "predictions[0].mean: expected [1.0, 100], got 5"),
+        (change_expected(ok=1), "predictions[0].ok: expected True, got 1"),
+        (change_expected(item_id="b"), "predictions[0].item_id: expected 'a', got 'b'"),
+        (change_expected(none=0), "predictions[0].none: expected None, got 0"),
         ({"predictions": []}, "predictions: expected 1 items, got 0"),
         ({}, "the answer: expected the keys ['predictions'], got []"),
         ([], "the answer: expected {'predictions':"),

@@ -94,7 +94,7 @@ class Browser:
 
 
 @contextmanager
-def browser(home: Path) -> Iterator[Browser]:
+def open_browser(home: Path) -> Iterator[Browser]:
     """A browser with an empty profile under `home`, ended with the block."""
     assert CHROMIUM is not None
     process = subprocess.Popen(

@@ -67,7 +67,7 @@ class Peer:
 
 
 @contextmanager
-def running(peer: Peer) -> Iterator[Peer]:
+def run_peer(peer: Peer) -> Iterator[Peer]:
     """Serve in a thread until the end of the block."""
     started, ended = threading.Event(), asyncio.Event()
 

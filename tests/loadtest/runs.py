@@ -8,7 +8,7 @@ from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, None)
 
 
-def row(ms: Any) -> dict[str, Any]:
+def make_row(ms: Any) -> dict[str, Any]:
     """A latency row of the given milliseconds."""
     histogram = HdrHistogram(1, 3_600_000_000, 3)
     for value in (np.asarray(ms) * 1e3).clip(1).astype(int).tolist():
@@ -51,8 +51,8 @@ def record(seed: int = 0, seconds: int = 60, rate: float = 200.0, slow: float = 
         "seconds": float(seconds),
         "answered_per_s": float((~failed).sum() / seconds),
         "hit_ratio": 0.8,
-        "latency": {"all": row(ms)} | {k: row(v) for k, v in good.items()} | {"failed": row(ms[failed])},
-        "lag": row(rng.exponential(0.1, requests)),
+        "latency": {"all": make_row(ms)} | {k: make_row(v) for k, v in good.items()} | {"failed": make_row(ms[failed])},
+        "lag": make_row(rng.exponential(0.1, requests)),
         "worst_ms": [float(slot.max(initial=0)) for slot in slots],
         "over_time": over_time,
         "failures": {"status 503": int(failed.sum()) - 1, "connection refused or lost": 1},
@@ -66,7 +66,7 @@ def record(seed: int = 0, seconds: int = 60, rate: float = 200.0, slow: float = 
             ],
         },
         "steps": None,
-        **_watched(rng, seconds),
+        **_make_watched(rng, seconds),
     }
     machine = {"cpu": "Xeon, 2 cores", "cores": 2, "memory_gib": 7.8, "packages": {"torch": "2.13.0", "numpy": "2.3"}}
     whole = {
@@ -77,7 +77,7 @@ def record(seed: int = 0, seconds: int = 60, rate: float = 200.0, slow: float = 
     return {**whole, "seed": seed, "machine": {**machine, "load_average_before": 0.12}, "results": results}
 
 
-def ramp(seed: int = 0) -> dict[str, Any]:
+def make_ramp(seed: int = 0) -> dict[str, Any]:
     """A ramp that breaks at its last rate."""
     made = record(seed, seconds=40, rate=100.0)
     made["results"]["title"] = "A ramp from 100 to 800 requests/s over 200 models"
@@ -96,13 +96,13 @@ def ramp(seed: int = 0) -> dict[str, Any]:
     return made
 
 
-def bare(seed: int = 0) -> dict[str, Any]:
+def make_bare(seed: int = 0) -> dict[str, Any]:
     """A run of which nothing was watched, and to which nothing was answered."""
     made = record(seed, seconds=10)
     results = made["results"]
     for name in ("metrics", "server_over_time", "load_time", "memory", "memory_over_time", "slo"):
         results[name] = None
-    failed = row(np.full(2000, 10_000.0))
+    failed = make_row(np.full(2000, 10_000.0))
     nothing: list[None] = [None] * 10
     results |= {"answered_per_s": 0.0, "hit_ratio": 0.0, "latency": {"all": failed, "failed": failed}}
     results |= {"failures": {"connection refused or lost": 2000}, "checked": 0}
@@ -117,7 +117,7 @@ def bare(seed: int = 0) -> dict[str, Any]:
     return made
 
 
-def hostile(text: str) -> dict[str, Any]:
+def make_hostile(text: str) -> dict[str, Any]:
     """A run in which every text, and every name the server or the user chose, is `text`."""
     made = record(seconds=5)
     results = made["results"]
@@ -127,14 +127,14 @@ def hostile(text: str) -> dict[str, Any]:
     results["slo"]["checks"][0] |= {"what": text, "limit": text, "found": text}
     results["memory"] = {text: 1e6}
     results["memory_over_time"] = {"t_s": [0.0, 1.0], text: [1e6, 2e6]}
-    results["steps"] = [{**ramp()["results"]["steps"][0], "why": text}]
+    results["steps"] = [{**make_ramp()["results"]["steps"][0], "why": text}]
     for over in ("loads_per_s", "load_ms"):
         results["server_over_time"][over][text] = results["server_over_time"][over].pop("disk")
     results["load_time"][text] = results["load_time"].pop("disk")
     return made | {"date": text, "commit": text, "machine": {text: {text: text}}}
 
 
-def _watched(rng: np.random.Generator, seconds: int) -> dict[str, Any]:
+def _make_watched(rng: np.random.Generator, seconds: int) -> dict[str, Any]:
     """What the server's metrics and the processes' memory said every second."""
     at = (np.arange(seconds) + 0.5).tolist()
     filled = (50 * (1 - np.exp(-np.arange(seconds) / 8))).round()

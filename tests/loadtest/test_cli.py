@@ -30,7 +30,7 @@ from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
 from loadtest.observe.server_access import ServerAccess, open_access
 from loadtest.plan.cli import make_unloader
-from tests.loadtest.peer import Peer, running
+from tests.loadtest.peer import Peer, run_peer
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -223,7 +223,7 @@ def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkey
     assert why in line
 
 
-def subject(peer: Peer, model: str) -> ServerUnderLoad:
+def make_subject(peer: Peer, model: str) -> ServerUnderLoad:
     """A peer to be asked for one model."""
     questions = RequestSource([model], 1, None, b"{}", 0).of(None, console)  # type: ignore[list-item]
     return ServerUnderLoad(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
@@ -232,10 +232,10 @@ def subject(peer: Peer, model: str) -> ServerUnderLoad:
 def test_a_ramp_ends_where_answers_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rate after rate while they are sustained; the table says at which it was too much, and why."""
     monkeypatch.setattr(run_result, "MAX_LAG_S", PATIENCE_S)  # the ramp is judged here, not how busy this machine is
-    with running(Peer(stall_at=130, stall_s=4.0)) as peer:
+    with run_peer(Peer(stall_at=130, stall_s=4.0)) as peer:
         plan = RunPlan(Profile(1, arrivals=ArrivalProcess.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=2000.0))
-        to = subject(peer, "hit").target("sagemaker", allow_remote=False)
-        found, _ = climb_rates(subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
+        to = make_subject(peer, "hit").target("sagemaker", allow_remote=False)
+        found, _ = climb_rates(make_subject(peer, "hit"), plan, to, [100.0, 200.0, 400.0], console)
     steps = found["steps"]
     assert [step["sustained"] for step in steps] == [True, False]
     assert steps[1]["why"].startswith("p99 latency ")
@@ -245,9 +245,13 @@ def test_a_ramp_ends_where_answers_fail(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_ramp_is_of_rates() -> None:
     """A tick has no rate to raise."""
     plan = RunPlan(Tick(1), 0.5, 0.0, 512, 1, summary.Slo())
-    with running(Peer()) as peer, pytest.raises(ValueError, match="a ramp is of rates"):
+    with run_peer(Peer()) as peer, pytest.raises(ValueError, match="a ramp is of rates"):
         climb_rates(
-            subject(peer, "hit"), plan, subject(peer, "hit").target("sagemaker", allow_remote=False), [1.0], console
+            make_subject(peer, "hit"),
+            plan,
+            make_subject(peer, "hit").target("sagemaker", allow_remote=False),
+            [1.0],
+            console,
         )
 
 

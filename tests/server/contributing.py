@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def steps(page: str) -> list[str]:
+def read_steps(page: str) -> list[str]:
     """The Python code blocks of a page, in order."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     found = re.search(rf"^## {page}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)

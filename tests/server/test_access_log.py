@@ -22,7 +22,7 @@ from server.ipc.frames import CacheResult
 BUDGET = 64 * 1024
 
 
-def rows(first: int, count: int) -> str:
+def make_rows(first: int, count: int) -> str:
     """Rows of so many seconds."""
     return "".join(f"{second}.000000,au/nsw1.mar,70000,hit\n" for second in range(first, first + count))
 
@@ -76,9 +76,9 @@ def test_parts_are_zipped_bounded_and_read_in_order(tmp_path: Path) -> None:
     """Far more rows than fit: all parts but the newest are gzipped, the oldest are gone, the rest is in order."""
     log = AccessLog(tmp_path, BUDGET)
     for second in range(0, 60_000, 200):
-        log.write(rows(second, 200))
+        log.write(make_rows(second, 200))
         assert log.used_bytes() <= BUDGET
-    log.write(rows(60_000, 1))
+    log.write(make_rows(60_000, 1))
     log.close()
     *old, newest = list_log_parts(tmp_path)
     assert len(old) > PARTS, "zipped ones are small"
@@ -92,7 +92,7 @@ def test_parts_are_zipped_bounded_and_read_in_order(tmp_path: Path) -> None:
 def test_the_next_server_goes_on_in_a_new_part_after_a_crash(tmp_path: Path) -> None:
     """What a crash has torn is cut off, what it left is zipped, and its numbers are not used again."""
     log = AccessLog(tmp_path, BUDGET)
-    log.write(rows(0, 5))
+    log.write(make_rows(0, 5))
     assert log._part is not None
     for file in (log._lock, log._part):
         file.close()  # the process is gone
@@ -100,7 +100,7 @@ def test_the_next_server_goes_on_in_a_new_part_after_a_crash(tmp_path: Path) -> 
     torn.write_text(torn.read_text() + "5.000000,au/ns")
     (tmp_path / "arrivals-00000000.tmp").write_bytes(gzip.compress(b"half")[:9])
     again = AccessLog(tmp_path, BUDGET)
-    again.write(rows(5, 1))
+    again.write(make_rows(5, 1))
     again.close()
     assert [part.name for part in list_log_parts(tmp_path)] == ["arrivals-00000001.csv.gz", "arrivals-00000002.csv"]
     assert [row.time for row in read_rows(tmp_path)] == [0, 1, 2, 3, 4, 5]
@@ -137,10 +137,10 @@ def full_disk(largest: int) -> Iterator[None]:
 def test_a_full_disk_costs_rows_and_leaves_a_whole_log(tmp_path: Path) -> None:
     """Half of the rows fit: the write fails, nothing of it stays, and once there is room the log goes on."""
     log = AccessLog(tmp_path, BUDGET)
-    log.write(rows(0, 3))
+    log.write(make_rows(0, 3))
     with full_disk(log.used_bytes() + 50), pytest.raises(OSError, match="File too large"):
-        log.write(rows(3, 3))
-    log.write(rows(9, 1))
+        log.write(make_rows(3, 3))
+    log.write(make_rows(9, 1))
     log.close()
     assert [row.time for row in read_rows(tmp_path)] == [0, 1, 2, 9]
 
@@ -148,13 +148,13 @@ def test_a_full_disk_costs_rows_and_leaves_a_whole_log(tmp_path: Path) -> None:
 def test_a_disk_too_full_for_the_next_part_is_tried_again(tmp_path: Path) -> None:
     """Not even its header fits: no torn part stays, and the log goes on with whole ones; the old part is not zipped."""
     log = AccessLog(tmp_path, BUDGET)
-    log.write(rows(0, 9))
+    log.write(make_rows(0, 9))
     with full_disk(10):
         log._rotate()
         with pytest.raises(OSError, match="File too large"):
-            log.write(rows(900, 1))
+            log.write(make_rows(900, 1))
     assert [part.name for part in list_log_parts(tmp_path)] == ["arrivals-00000001.csv"]
-    log.write(rows(901, 1))
+    log.write(make_rows(901, 1))
     log.close()
     assert [part.name for part in list_log_parts(tmp_path)] == ["arrivals-00000001.csv", "arrivals-00000002.csv"]
     assert not list(tmp_path.glob("*.tmp"))

@@ -90,13 +90,13 @@ def test_a_graph_repeats_operators_and_not_python() -> None:
     names = {"x": device.memory(3)}
     turn = [0]
 
-    def work() -> torch.Tensor:
+    def do_work() -> torch.Tensor:
         turn[0] += 1
         kept = names["x"] + turn[0]
         return kept[1:].mul_(2)
 
     device.launch(names["x"].zero_).synchronize()
-    replay = device.graph(work)
+    replay = device.graph(do_work)
     found: list[list[float]] = []
     device.launch(lambda: found.append(replay().tolist())).synchronize()
     device.launch(lambda: names["x"].fill_(4)).synchronize()

@@ -71,13 +71,13 @@ class Client:
 Connect = Callable[..., Awaitable[Client]]
 
 
-async def until(predicate: Callable[[], bool]) -> None:
+async def wait_on_loop(predicate: Callable[[], bool]) -> None:
     """Wait for it, on the loop."""
     while not predicate():  # noqa: ASYNC110 -- what it waits for has no event
         await asyncio.sleep(0.005)
 
 
-def draining(
+def run_draining(
     act: Callable[[App, Listener, Connect], Awaitable[None]],
     grace_s: float,
     tls: Tls | None = None,
@@ -99,7 +99,7 @@ def draining(
             return clients[-1]
 
         async with asyncio.timeout(PATIENCE_S):
-            await until(lambda: listener.started)
+            await wait_on_loop(lambda: listener.started)
             await act(app, listener, connect)
             await serving
         for client in clients:
@@ -134,13 +134,13 @@ def test_clients_that_go_on_asking_lose_nothing() -> None:
     async def act(app: App, listener: Listener, connect: Connect) -> None:
         app.open.set()
         asking = [asyncio.create_task(keep_asking(connect, listener, anew=i % 3 == 0)) for i in range(CLIENTS)]
-        await until(lambda: counted["answered"] >= 20 * CLIENTS)
+        await wait_on_loop(lambda: counted["answered"] >= 20 * CLIENTS)
         listener.stop()
         await asyncio.gather(*asking)
 
     for _ in range(ROUNDS):
         counted["answered"] = 0
-        draining(act, PATIENCE_S)
+        run_draining(act, PATIENCE_S)
         assert counted["lost"] == 0
 
 
@@ -154,14 +154,14 @@ def test_what_comes_to_an_idle_connection_is_answered() -> None:
             each.send(ASK)
             assert b"connection: close" not in await each.answer()
         listener.stop()
-        await until(lambda: listener.server_state.draining)
+        await wait_on_loop(lambda: listener.server_state.draining)
         client.send(ASK)
         answer = await client.answer()
         assert answer.endswith(b"done")
         assert b"connection: close" in answer
         assert await idle.answer() == b"", "closed once it has been idle"
 
-    draining(act, PATIENCE_S)
+    run_draining(act, PATIENCE_S)
 
 
 def test_a_request_that_has_begun_is_answered_however_long_it_takes_to_come() -> None:
@@ -172,9 +172,9 @@ def test_a_request_that_has_begun_is_answered_however_long_it_takes_to_come() ->
         head.send(ASK[:20])
         body.send(ASK[:-1])
         behind.send(ASK)
-        await until(lambda: app.asked == 2)
+        await wait_on_loop(lambda: app.asked == 2)
         listener.stop()
-        await until(lambda: listener.server_state.draining)
+        await wait_on_loop(lambda: listener.server_state.draining)
         behind.send(ASK)
         await asyncio.sleep(2 * LINGER_LOOKS * LOOK_S)  # idle connections would be gone by now
         head.send(ASK[20:])
@@ -186,7 +186,7 @@ def test_a_request_that_has_begun_is_answered_however_long_it_takes_to_come() ->
         assert [answer[-4:] for answer in answers] == [b"done", b"done"]
         assert [b"connection: close" in answer for answer in answers] == [False, True]
 
-    draining(act, PATIENCE_S)
+    run_draining(act, PATIENCE_S)
 
 
 def make_tls(folder: Path) -> tuple[Tls, ssl.SSLContext]:
@@ -243,7 +243,7 @@ def test_connections_nobody_has_accepted_are_served(tmp_path: Path, *, with_tls:
             client.send(ASK)
         assert [(await client.answer())[-4:] for client in clients] == [b"done"] * 50
 
-    draining(act, PATIENCE_S, tls, trusting)
+    run_draining(act, PATIENCE_S, tls, trusting)
 
 
 def test_what_is_cut_is_told_so_in_time() -> None:
@@ -257,12 +257,12 @@ def test_what_is_cut_is_told_so_in_time() -> None:
         body.send(ASK[:-1])
         behind.send(ASK + ASK)
         head.send(ASK[:20])
-        await until(lambda: app.asked == 3)
+        await wait_on_loop(lambda: app.asked == 3)
         listener.stop()
-        await until(lambda: listener.server_state.draining)
+        await wait_on_loop(lambda: listener.server_state.draining)
         listener.stop(0.2)
         for client in (running, body, behind, behind):
             assert (await client.answer()).endswith(b"stop")
         assert await head.answer() == b""
 
-    draining(act, PATIENCE_S)
+    run_draining(act, PATIENCE_S)

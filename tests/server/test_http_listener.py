@@ -67,7 +67,7 @@ class RawClient:
         return int(struct.unpack_from("<I", info, DATA_SEGMENTS_IN)[0])
 
 
-def serving(app: Any, act: Callable[[RawClient], Awaitable[None]], keep_alive_s: int = 5) -> None:
+def serve_app(app: Any, act: Callable[[RawClient], Awaitable[None]], keep_alive_s: int = 5) -> None:
     """Uvicorn as ours with this app on loopback, and one client that acts."""
 
     async def scenario() -> None:
@@ -97,7 +97,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_an_answer_is_one_segment(size: int) -> None:
     """Head and body leave together where the application says so: a client is woken once for each of its requests."""
 
-    async def app(scope: Message, receive: Any, send: Any) -> None:
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
         del scope
         await receive()
         headers = [(b"content-length", b"%d" % size)]
@@ -109,14 +109,14 @@ def test_an_answer_is_one_segment(size: int) -> None:
             await client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", b"!")
         assert client.segments() == ASKED
 
-    serving(app, act)
+    serve_app(answer_request, act)
 
 
 def test_a_head_does_not_wait_for_a_late_body() -> None:
     """An application that does not say when its body comes has its head sent at once."""
     loose = asyncio.Event()
 
-    async def app(scope: Message, receive: Any, send: Any) -> None:
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
         del scope, receive
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
         await loose.wait()
@@ -128,7 +128,7 @@ def test_a_head_does_not_wait_for_a_late_body() -> None:
         loose.set()
         await client.ask(b"", b"late")
 
-    serving(app, act)
+    serve_app(answer_request, act)
 
 
 # --- one way to read a request ----------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def exchange(*parts: bytes, keep_alive_s: int = 5) -> tuple[bytes, EchoApp]:
     async def act(client: RawClient) -> None:
         found.append(await client.exchange(*parts))
 
-    serving(app, act, keep_alive_s)
+    serve_app(app, act, keep_alive_s)
     return found[0], app
 
 
@@ -232,7 +232,7 @@ def test_what_is_no_body_is_bounded(start: bytes, part: bytes) -> None:
     async def act(client: RawClient) -> None:
         assert await client.flood(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + start, part) < HELD
 
-    serving(EchoApp(), act)
+    serve_app(EchoApp(), act)
 
 
 def test_small_chunks_are_no_framing() -> None:
@@ -309,7 +309,7 @@ def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
         await client.ask(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b";")
         assert await client.exchange() == b""
 
-    serving(EchoApp(), act, keep_alive_s=1)
+    serve_app(EchoApp(), act, keep_alive_s=1)
     assert make_listener(EchoApp(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
 
 
@@ -317,7 +317,7 @@ def test_a_connection_is_served_by_one_task_that_ends_with_it() -> None:
     """Requests one after the other, and some behind one another; between them nothing of a request is held."""
     tasks, held = list[Any](), weakref.WeakSet[Any]()
 
-    async def app(scope: Message, receive: Any, send: Any) -> None:
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
         tasks.append(asyncio.current_task())
         held.add(receive.__self__)
         await receive()
@@ -340,14 +340,14 @@ def test_a_connection_is_served_by_one_task_that_ends_with_it() -> None:
         assert (await client.exchange(end)).endswith(b"!")
         await until(lambda: all(task.done() for task in tasks))
 
-    serving(app, act)
+    serve_app(answer_request, act)
 
 
 def test_a_client_that_leaves_ends_the_task_that_waits_for_its_next_request() -> None:
     """Also where it has just been answered, or leaves while its request runs."""
     tasks, loose = list[Any](), asyncio.Event()
 
-    async def app(scope: Message, receive: Any, send: Any) -> None:
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
         tasks.append(asyncio.current_task())
         if scope["path"] == "/slow":
             await loose.wait()
@@ -357,7 +357,7 @@ def test_a_client_that_leaves_ends_the_task_that_waits_for_its_next_request() ->
 
     async def scenario(path: bytes) -> None:
         place = socket.create_server(("127.0.0.1", 0))
-        server = make_listener(app, 1.0, 5.0, 5)
+        server = make_listener(answer_request, 1.0, 5.0, 5)
         serving = asyncio.create_task(server.serve(sockets=[place]))
         reader, writer = await asyncio.open_connection(*place.getsockname())
         writer.write(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path)
@@ -430,7 +430,7 @@ def test_no_byte_is_lost_or_out_of_order(parts: list[int], version: bytes, metho
     """In however many parts an application sends its answer, the client gets what uvicorn alone would send."""
     whole = [bytes([65 + i]) * size for i, size in enumerate(parts)]
 
-    async def app(scope: Message, receive: Any, send: Any) -> None:
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
         del scope
         await receive()
         headers = [(b"content-length", b"%d" % sum(parts)), (b"x-kept", b"a")]
@@ -448,7 +448,7 @@ def test_no_byte_is_lost_or_out_of_order(parts: list[int], version: bytes, metho
         assert lines[2:] == [b"content-length: %d" % sum(parts), b"x-kept: a", b"connection: close"]
         assert body == (b"" if method == b"HEAD" else b"".join(whole))
 
-    serving(app, act)
+    serve_app(answer_request, act)
 
 
 @pytest.mark.parametrize("fault", ["short", "long", "control"])
@@ -456,7 +456,7 @@ def test_a_faulty_answer_ends_the_connection(fault: str) -> None:
     """A body of another size than its head says, or a header that would be two, reaches no client as a whole answer."""
     size, value = {"short": (3, b"a"), "long": (1, b"a"), "control": (2, b"a\r\nx-forged: b")}[fault]
 
-    async def app(scope: Message, receive: Any, send: Any) -> None:
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
         del scope, receive
         headers = [(b"content-length", b"%d" % size), (b"x-kept", value)]
         await send({"type": "http.response.start", "status": 200, "headers": headers, BODY_FOLLOWS: True})
@@ -467,4 +467,4 @@ def test_a_faulty_answer_ends_the_connection(fault: str) -> None:
         assert b"x-forged" not in answer
         assert answer == b"" if fault != "control" else answer.startswith(b"HTTP/1.1 500 ")
 
-    serving(app, act)
+    serve_app(answer_request, act)

@@ -97,18 +97,18 @@ def test_warnings_are_limited_by_kind() -> None:
     now = [0.0]
     limit = RateLimit(lambda: now[0])
 
-    def passes(kind: str, method: str = "warning") -> dict[str, Any] | None:
+    def is_passed(kind: str, method: str = "warning") -> dict[str, Any] | None:
         try:
             return dict(limit(None, method, {"event": kind}))
         except structlog.DropEvent:
             return None
 
-    assert [passes("load_failed") for _ in range(BURST + 7)].count(None) == 7
-    assert passes("load_failed", "error") == passes("load_failed", "info") == {"event": "load_failed"}
-    assert passes("other") == {"event": "other"}
+    assert [is_passed("load_failed") for _ in range(BURST + 7)].count(None) == 7
+    assert is_passed("load_failed", "error") == is_passed("load_failed", "info") == {"event": "load_failed"}
+    assert is_passed("other") == {"event": "other"}
     now[0] = 1.0
-    assert passes("load_failed") == {"event": "load_failed", "not_shown": 7}
-    assert [passes("load_failed") for _ in range(10)].count(None) == 10 - int(PER_SECOND) + 1
+    assert is_passed("load_failed") == {"event": "load_failed", "not_shown": 7}
+    assert [is_passed("load_failed") for _ in range(10)].count(None) == 10 - int(PER_SECOND) + 1
 
 
 def test_a_process_writes_its_last_lines() -> None:

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server import contract
 from server.metrics import FrontMetrics, HostMetrics, MergedMetrics, WorkerMetrics
-from tests.server.contributing import copied_tree, run_in, steps
+from tests.server.contributing import copied_tree, read_steps, run_in
 
 
 def scrape(merged: MergedMetrics) -> dict[str, float]:
@@ -166,7 +166,7 @@ def test_the_metrics_are_those_of_the_contract() -> None:
 def test_a_new_metric_is_a_description_and_a_line(tmp_path: Path) -> None:
     """CONTRIBUTING's page to the letter: the metric is exposed, has its README row, and its name is public."""
     tree = copied_tree(tmp_path / "tree")
-    spec, created = steps("A new metric")
+    spec, created = read_steps("A new metric")
     for file, mark, block in (
         ("contract", "METRICS: Final", spec),
         ("metrics", "        self._model_requests =", created),

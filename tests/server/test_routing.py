@@ -7,7 +7,7 @@ from server.routing import FREE_QUEUE, REPLICA_S, Router, WorkerLoad
 MODELS = [f"au/m{i}.mar" for i in range(2000)]
 
 
-def router(*workers: int) -> Router:
+def make_router(*workers: int) -> Router:
     """A router to these workers, all up and cold."""
     made = Router()
     for worker in workers:
@@ -15,7 +15,7 @@ def router(*workers: int) -> Router:
     return made
 
 
-def homes(made: Router) -> dict[str, int]:
+def find_homes(made: Router) -> dict[str, int]:
     """The home of each model."""
     return {model: made.order(model)[0] for model in MODELS}
 
@@ -31,13 +31,13 @@ def run(made: Router, model: str, now: float = 0.0, *, times: int = 1) -> list[i
     return lanes
 
 
-def warm(made: Router, model: str, *workers: int) -> None:
+def warm_up(made: Router, model: str, *workers: int) -> None:
     """These workers have answered for the model."""
     for worker in workers:
         made.count_end(made.lanes[worker], model, counted=False, held=True)
 
 
-def slow(lane: WorkerLoad) -> None:
+def slow_down(lane: WorkerLoad) -> None:
     """Queueing costs more than loading there."""
     lane.wait_s = 2 * lane.load_s
 
@@ -45,46 +45,46 @@ def slow(lane: WorkerLoad) -> None:
 @given(strategies.lists(strategies.integers(0, 255), min_size=2, max_size=8, unique=True))
 def test_fronts_agree_whatever_they_saw_first(workers: list[int]) -> None:
     """Two routers that learned of the same workers in different order put every model in the same order."""
-    one, other = router(*workers), router(*sorted(workers))
+    one, other = make_router(*workers), make_router(*sorted(workers))
     assert [one.order(model) for model in MODELS[:50]] == [other.order(model) for model in MODELS[:50]]
 
 
 def test_a_lost_worker_moves_only_its_own_models() -> None:
     """Models of other homes stay; those of the lost one go to the next of their own order, and come back with it."""
-    made = router(0, 1, 2, 3)
-    before, orders = homes(made), {model: made.order(model) for model in MODELS}
+    made = make_router(0, 1, 2, 3)
+    before, orders = find_homes(made), {model: made.order(model) for model in MODELS}
     made.worker_down(2)
-    after = homes(made)
+    after = find_homes(made)
     assert {model for model in MODELS if before[model] != after[model]} == {m for m in MODELS if before[m] == 2}
     assert all(after[model] == orders[model][1] for model in MODELS if before[model] == 2)
     made.worker_up(2)
-    assert homes(made) == before
+    assert find_homes(made) == before
 
 
 def test_homes_are_balanced() -> None:
     """2,000 models on 4 workers: each is home to 500, give or take four standard deviations (19.4)."""
-    counts = [list(homes(router(0, 1, 2, 3)).values()).count(worker) for worker in range(4)]
+    counts = [list(find_homes(make_router(0, 1, 2, 3)).values()).count(worker) for worker in range(4)]
     assert all(abs(count - 500) < 78 for count in counts), counts
 
 
 def test_no_worker_no_lane() -> None:
     """None when nobody is up, and when the only worker up is the one to avoid."""
-    assert router().route("m", 0) is None
-    assert router(3).route("m", 0, avoid=3) is None
-    lane = router(3).route("m", 0)
+    assert make_router().route("m", 0) is None
+    assert make_router(3).route("m", 0, avoid=3) is None
+    lane = make_router(3).route("m", 0)
     assert lane is not None
     assert lane.worker == 3
 
 
 def test_the_avoided_worker_is_passed_over() -> None:
     """A request whose worker died goes to the next in order, also when the dead one is a listed replica."""
-    made = router(0, 1, 2)
+    made = make_router(0, 1, 2)
     first, second, third = made.order("m")
     lane = made.route("m", 0, avoid=first)
     assert lane is not None
     assert lane.worker == second
-    warm(made, "m", first, second)
-    slow(made.lanes[first])
+    warm_up(made, "m", first, second)
+    slow_down(made.lanes[first])
     run(made, "m", times=40)
     assert made.replicas("m") == [second]
     lane = made.route("m", 0, avoid=second)
@@ -94,7 +94,7 @@ def test_the_avoided_worker_is_passed_over() -> None:
 
 def test_requests_for_a_loading_model_are_not_load() -> None:
     """They count nowhere and stay at the home however many they are, so that they share one load."""
-    made = router(0, 1, 2)
+    made = make_router(0, 1, 2)
     home = made.order("m")[0]
     assert set(run(made, "m", times=500)) == {home}
     assert made.lanes[home].running == 0
@@ -102,33 +102,33 @@ def test_requests_for_a_loading_model_are_not_load() -> None:
 
 def test_a_short_queue_never_spills() -> None:
     """Up to the free queue and the fair share the home keeps its requests, however slow it is."""
-    made = router(0, 1)
+    made = make_router(0, 1)
     home = made.order("m")[0]
-    warm(made, "m", home)
-    slow(made.lanes[home])
+    warm_up(made, "m", home)
+    slow_down(made.lanes[home])
     assert set(run(made, "m", times=FREE_QUEUE + 1)) == {home}
 
 
 def test_overflow_makes_a_replica_only_where_queueing_costs_more_than_loading() -> None:
     """Fast home: everything stays. Slow home: the next worker in the model's own order gets the overflow, no other."""
-    made = router(0, 1, 2, 3)
+    made = make_router(0, 1, 2, 3)
     home, second = made.order("m")[:2]
-    warm(made, "m", home)
+    warm_up(made, "m", home)
     assert set(run(made, "m", times=200)) == {home}
     assert made.replicas("m") == []
-    slow(made.lanes[home])
+    slow_down(made.lanes[home])
     assert set(run(made, "m", times=50)) == {second}
     assert made.replicas("m") == [second]
 
 
 def test_the_home_and_its_replica_share_the_load() -> None:
     """A warm replica takes what is above the bound while it has less to do, without a further load."""
-    made = router(0, 1, 2, 3)
+    made = make_router(0, 1, 2, 3)
     home, second = made.order("m")[:2]
-    warm(made, "m", home)
-    slow(made.lanes[home])
+    warm_up(made, "m", home)
+    slow_down(made.lanes[home])
     run(made, "m", times=40)
-    warm(made, "m", second)
+    warm_up(made, "m", second)
     made.lanes[home].wait_s = 0.0
     assert set(run(made, "m", times=300)) == {home, second}
     assert abs(made.lanes[home].running - made.lanes[second].running) <= FREE_QUEUE + 1
@@ -136,12 +136,12 @@ def test_the_home_and_its_replica_share_the_load() -> None:
 
 def test_a_replica_that_lost_the_model_is_used_only_if_a_load_is_worth_it() -> None:
     """Once the replica's worker has evicted the model, requests return to a home that is fast enough again."""
-    made = router(0, 1, 2)
+    made = make_router(0, 1, 2)
     home, second = made.order("m")[:2]
-    warm(made, "m", home)
-    slow(made.lanes[home])
+    warm_up(made, "m", home)
+    slow_down(made.lanes[home])
     run(made, "m", times=40)
-    warm(made, "m", second)
+    warm_up(made, "m", second)
     made.count_end(made.lanes[second], "m", counted=False, held=False)
     made.lanes[home].wait_s = 0.0
     assert set(run(made, "m", times=20)) == {home}
@@ -149,26 +149,26 @@ def test_a_replica_that_lost_the_model_is_used_only_if_a_load_is_worth_it() -> N
 
 def test_replicas_expire() -> None:
     """A replica is listed while it is used and for a time after; then its overflow starts anew."""
-    made = router(0, 1, 2)
+    made = make_router(0, 1, 2)
     home, second = made.order("m")[:2]
-    warm(made, "m", home, second)
-    slow(made.lanes[home])
+    warm_up(made, "m", home, second)
+    slow_down(made.lanes[home])
     run(made, "m", now=0.0, times=40)
     run(made, "m", now=50.0)
     run(made, "m", now=50.0 + REPLICA_S - 1)  # the use at 50 s renewed it
     assert made.replicas("m") == [second]
     other = next(model for model in MODELS if made.order(model)[0] == home)
-    warm(made, other, home)
+    warm_up(made, other, home)
     run(made, other, now=50.0 + 3 * REPLICA_S)  # any overflow cleans up
     assert made.replicas("m") == []
 
 
 def test_down_and_up_start_cold() -> None:
     """A restarted worker has no load, no warm models and no replicas; late answers of its past do not count."""
-    made = router(0, 1)
+    made = make_router(0, 1)
     home, second = made.order("m")
-    warm(made, "m", home, second)
-    slow(made.lanes[home])
+    warm_up(made, "m", home, second)
+    slow_down(made.lanes[home])
     run(made, "m", times=50)
     assert made.replicas("m") == [second]
     past = made.lanes[second]
@@ -190,7 +190,7 @@ def test_down_and_up_start_cold() -> None:
 )
 def test_what_started_and_ended_leaves_no_load(requests: list[tuple[str, bool, bool]]) -> None:
     """However requests interleave and end, the running count returns to zero and never falls below."""
-    made = router(0, 1, 2)
+    made = make_router(0, 1, 2)
     open_requests: list[tuple[WorkerLoad, str, bool]] = []
     for model, ends, held in requests:
         lane = made.route(model, 0.0)
@@ -206,7 +206,7 @@ def test_what_started_and_ended_leaves_no_load(requests: list[tuple[str, bool, b
 
 def test_times_teach_the_pace() -> None:
     """Waits and loads move a lane's pace towards themselves; answers without a load leave its load time."""
-    made = router(0)
+    made = make_router(0)
     lane = made.lanes[0]
     made.count_end(lane, "m", counted=False, held=True, wait_s=1.6, load_s=0.45)
     assert (lane.wait_s, round(lane.load_s, 6)) == (0.1, 0.1)

@@ -8,7 +8,7 @@ from pydantic import SecretStr, ValidationError
 from pydantic_settings import SettingsError
 
 from server.settings import MIB, TOML_FILE, Settings
-from tests.server.contributing import copied_tree, run_in, steps
+from tests.server.contributing import copied_tree, read_steps, run_in
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def test_a_child_has_its_parents_settings_whatever_its_own_environment(monkeypat
 def test_a_new_setting_is_one_field(tmp_path: Path) -> None:
     """CONTRIBUTING's page to the letter: the field alone gives flag, variable, file key, help and README row."""
     tree = copied_tree(tmp_path / "tree")
-    (field,) = steps("A new setting")
+    (field,) = read_steps("A new setting")
     source = tree / "server" / "settings.py"
     source.write_text(source.read_text().replace("    @field_validator", f"{field}\n    @field_validator", 1))
     run_in(tree, "-m", "server.cli.main", "settings-table", str(tree / "README.md"))

@@ -42,7 +42,7 @@ BODY = b'{"x": [[1, 2.5, 3e0], [4, 5, -6]]}'
 ROWS = np.array([[[1, 2.5, 3], [4, 5, -6]]], np.float32)
 
 
-def npy(array: np.ndarray[Any, Any]) -> bytes:
+def save_npy(array: np.ndarray[Any, Any]) -> bytes:
     """The array as numpy itself saves it."""
     file = io.BytesIO()
     np.save(file, array)
@@ -56,7 +56,7 @@ def npy_with(header: bytes, payload: bytes = b"", version: bytes = b"\1\0") -> b
 
 def npy_of(dtype: str, order: Any) -> bytes:
     """`ROWS` in some layout."""
-    return npy(np.asarray(ROWS[0], dtype, order=order))
+    return save_npy(np.asarray(ROWS[0], dtype, order=order))
 
 
 def test_tensor_json_there_and_back() -> None:
@@ -99,7 +99,7 @@ def test_a_wrong_number_among_those_that_nobody_reads_is_an_error_too(number: fl
     memory = np.zeros((1, 2, 1), np.float32)
     wrong = np.array([[number, 0, 0], [0, 0, 0]])
     with pytest.raises(RequestError, match="not finite in float32") as error:
-        CODEC.decode(npy(wrong), NPY, "", lambda rows: memory[:rows])
+        CODEC.decode(save_npy(wrong), NPY, "", lambda rows: memory[:rows])
     assert error.value.field == "x[0][0]"
     assert not memory.any()
 
@@ -178,16 +178,16 @@ def test_wrong_json_names_the_place(body: bytes, field: str | None, message: str
     [
         (b"", "not an npy file"),
         (BODY, "not an npy file"),
-        (npy(ROWS[0])[:100], "longer than the body"),
-        (npy(ROWS[0])[:-1], "24 bytes, but 23 follow"),
-        (npy(ROWS[0]) + b"\0", "24 bytes, but 25 follow"),
-        (npy(ROWS), r"must have the shape \[2, 3\], not \[1, 2, 3\]"),
-        (npy(ROWS[0].T), r"not \[3, 2\]"),
-        (npy(ROWS[0].astype(np.int32)), "float32 or float64, not '<i4'"),
-        (npy(np.array([[{}, {}, {}]] * 2, dtype=object)), r"float32 or float64, not '\|O'"),
-        (npy(np.zeros((2, 3), "f4,f4")), "float32 or float64, not \"\\[\\('f0'"),
-        (npy(np.array([[1, 2, np.inf], [1, 2, 3]], np.float32)), "not finite"),
-        (npy(np.array([[1, 2, 1e39], [1, 2, 3]])), "not finite"),
+        (save_npy(ROWS[0])[:100], "longer than the body"),
+        (save_npy(ROWS[0])[:-1], "24 bytes, but 23 follow"),
+        (save_npy(ROWS[0]) + b"\0", "24 bytes, but 25 follow"),
+        (save_npy(ROWS), r"must have the shape \[2, 3\], not \[1, 2, 3\]"),
+        (save_npy(ROWS[0].T), r"not \[3, 2\]"),
+        (save_npy(ROWS[0].astype(np.int32)), "float32 or float64, not '<i4'"),
+        (save_npy(np.array([[{}, {}, {}]] * 2, dtype=object)), r"float32 or float64, not '\|O'"),
+        (save_npy(np.zeros((2, 3), "f4,f4")), "float32 or float64, not \"\\[\\('f0'"),
+        (save_npy(np.array([[1, 2, np.inf], [1, 2, 3]], np.float32)), "not finite"),
+        (save_npy(np.array([[1, 2, 1e39], [1, 2, 3]])), "not finite"),
         (npy_with(b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, %d)}" % 10**30), "must be a tuple"),
         (npy_with(b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, -3)}"), "must be a tuple"),
         (npy_with(b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, True)}"), "must be a tuple"),
@@ -233,7 +233,7 @@ JSON_VALUES = st.recursive(
     st.one_of(
         st.binary(max_size=200),
         st.binary(max_size=60).map(lambda tail: BODY[:-5] + tail),
-        st.binary(max_size=60).map(lambda tail: npy(ROWS[0])[:60] + tail),
+        st.binary(max_size=60).map(lambda tail: save_npy(ROWS[0])[:60] + tail),
         JSON_VALUES.map(lambda value: json.dumps(value).encode()),
         JSON_VALUES.map(lambda value: json.dumps({"x": value}).encode()),
         JSON_VALUES.map(lambda value: json.dumps({"instances": value}).encode()),
@@ -264,7 +264,7 @@ def test_the_fast_path_agrees_with_the_careful_one(value: list[object], extra: b
     body = json.dumps({"x": value} | ({"y": 1} if extra else {})).encode()
     shapes: dict[str, Shape] = {"x": (-1, 2)}
 
-    def outcome(read: Callable[[bytes, dict[str, Shape]], dict[str, Float32] | None]) -> object:
+    def decode_outcome(read: Callable[[bytes, dict[str, Shape]], dict[str, Float32] | None]) -> object:
         try:
             found = read(body, shapes)
         except RequestError as error:
@@ -272,7 +272,7 @@ def test_the_fast_path_agrees_with_the_careful_one(value: list[object], extra: b
         assert found is not None
         return found["x"].shape, found["x"].tobytes()
 
-    assert outcome(tensors.read_json) == outcome(tensors._read_carefully)
+    assert decode_outcome(tensors.read_json) == decode_outcome(tensors._read_carefully)
 
 
 def test_single_takes_every_input_and_gives_every_output() -> None:
@@ -287,7 +287,7 @@ def test_single_takes_every_input_and_gives_every_output() -> None:
 def test_single_with_one_array_each_way_speaks_npy() -> None:
     """One input and one output need no names."""
     codec = SingleCodec({"x": (-1,)}, ["y"])
-    call = codec.decode(npy(np.arange(3.0)), NPY, "")
+    call = codec.decode(save_npy(np.arange(3.0)), NPY, "")
     assert call.feeds["x"].tolist() == [[0, 1, 2]]
     body, _ = call.encode({"y": np.ones((1, 2), np.float32)})
     assert np.load(io.BytesIO(body)).tolist() == [1, 1]
@@ -297,7 +297,7 @@ def test_single_with_one_array_each_way_speaks_npy() -> None:
 def test_single_with_several_arrays_refuses_npy(content_type: str, accept: str) -> None:
     """One npy array cannot carry two; the error says to use JSON."""
     with pytest.raises(UnsupportedMedia, match=JSON):
-        SINGLE.decode(npy(ROWS), content_type, accept)
+        SINGLE.decode(save_npy(ROWS), content_type, accept)
 
 
 def test_single_refuses_ragged_and_empty_lists() -> None:

@@ -21,15 +21,15 @@ CODEC, MODEL = JointCodec(CORRELATION), JointModel(CORRELATION)
 LEVELS = [0.1, 0.5, 0.9]
 
 
-def marginal(products: int = 0, steps: int = 5, base: float = 0.0) -> dict[str, Any]:
+def make_marginal(products: int = 0, steps: int = 5, base: float = 0.0) -> dict[str, Any]:
     """Quantiles that rise with the level; named products x, y, ... where there are several."""
     values = [[[base + d + t, base + d + t + 1, base + d + t + 4] for t in range(steps)] for d in range(products or 1)]
     return {"levels": LEVELS, "values": values, **({"products": list("xyz"[:products])} if products else {})}
 
 
-def body(**fields: object) -> dict[str, Any]:
+def make_body(**fields: object) -> dict[str, Any]:
     """A request for a model of one product and one of two."""
-    forecasts = [{"name": "a", "marginal": marginal()}, {"name": "b", "marginal": marginal(2, base=50)}]
+    forecasts = [{"name": "a", "marginal": make_marginal()}, {"name": "b", "marginal": make_marginal(2, base=50)}]
     return {"forecasts": forecasts, "num_samples": 9, "seed": 3, **fields}
 
 
@@ -42,10 +42,10 @@ def answer(request: object, accept: str = "") -> tuple[bytes, str]:
 
 def test_scenarios_of_one_product_and_of_several() -> None:
     """[S][T] and [S][D][T] in JSON, [S, N, T] as npy, the same numbers; every margin's middle sample is its median."""
-    raw, media = answer(body())
+    raw, media = answer(make_body())
     one, two = (np.array(each) for each in json.loads(raw)["samples"])
     assert (media, one.shape, two.shape) == (JSON, (9, 5), (9, 2, 5))
-    raw, media = answer(body(), NPY)
+    raw, media = answer(make_body(), NPY)
     array = np.load(io.BytesIO(raw))
     assert (media, array.shape, array.dtype) == (NPY, (9, 3, 5), np.float32)
     np.testing.assert_array_equal(array, np.concatenate([one[:, None], two], axis=1).astype(np.float32))
@@ -56,8 +56,8 @@ def test_scenarios_of_one_product_and_of_several() -> None:
 
 def test_a_product_that_is_named_twice_is_refused() -> None:
     """The message names the product, the error its second forecast: 10,000 of one took 46 s."""
-    again = body()
-    again["forecasts"].append({"name": "a", "marginal": marginal()})
+    again = make_body()
+    again["forecasts"].append({"name": "a", "marginal": make_marginal()})
     with pytest.raises(RequestError, match="a is named twice") as caught:
         answer(again)
     assert (caught.value.instance, caught.value.field) == (2, "configuration.joint")
@@ -65,18 +65,18 @@ def test_a_product_that_is_named_twice_is_refused() -> None:
 
 def test_seeds() -> None:
     """The same seed gives the same bytes, none gives others each time."""
-    assert answer(body()) == answer(body())
-    assert answer(body(seed=4)) != answer(body())
-    assert answer(body(seed=None)) != answer(body(seed=None))
+    assert answer(make_body()) == answer(make_body())
+    assert answer(make_body(seed=4)) != answer(make_body())
+    assert answer(make_body(seed=None)) != answer(make_body(seed=None))
 
 
 def test_lengths_may_differ_in_json() -> None:
     """A shorter forecast has the leading block of what it would have at full length; one array cannot hold both."""
-    forecasts = [{"name": "a", "marginal": marginal()}, {"name": "c", "marginal": marginal(steps=2)}]
-    long, short = json.loads(answer(body(forecasts=forecasts))[0])["samples"]
+    forecasts = [{"name": "a", "marginal": make_marginal()}, {"name": "c", "marginal": make_marginal(steps=2)}]
+    long, short = json.loads(answer(make_body(forecasts=forecasts))[0])["samples"]
     assert (np.array(long).shape, np.array(short).shape) == ((9, 5), (9, 2))
     with pytest.raises(RequestError, match="ask for JSON"):
-        answer(body(forecasts=forecasts), NPY)
+        answer(make_body(forecasts=forecasts), NPY)
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,29 @@ def test_lengths_may_differ_in_json() -> None:
         ({"num_samples": 1}, "at least 2", None),
         ({"seed": -1}, "seed", None),
         ({"unknown": 1}, "unknown", None),
-        ({"forecasts": [{"name": "a", "marginal": marginal()}, {"name": "z", "marginal": marginal()}]}, "'z'", 1),
-        ({"forecasts": [{"name": "b", "marginal": marginal(2)}, {"name": "z", "marginal": marginal()}]}, "'z'", 1),
-        ({"forecasts": [{"name": "a", "marginal": marginal(steps=6)}]}, "6 steps", 0),
-        ({"forecasts": [{"name": "b", "marginal": {**marginal(2), "products": ["x"]}}]}, "2 rows", 0),
-        ({"forecasts": [{"name": "a", "marginal": {**marginal(), "levels": [0.5, 0.1, 0.9]}}]}, "levels must rise", 0),
-        ({"forecasts": [{"name": "a", "marginal": {**marginal(), "levels": [0.1, 0.5, 1.0]}}]}, "levels must rise", 0),
-        ({"forecasts": [{"name": "a", "marginal": {**marginal(), "levels": [0.5]}}]}, "must have 1 values", 0),
+        (
+            {"forecasts": [{"name": "a", "marginal": make_marginal()}, {"name": "z", "marginal": make_marginal()}]},
+            "'z'",
+            1,
+        ),
+        (
+            {"forecasts": [{"name": "b", "marginal": make_marginal(2)}, {"name": "z", "marginal": make_marginal()}]},
+            "'z'",
+            1,
+        ),
+        ({"forecasts": [{"name": "a", "marginal": make_marginal(steps=6)}]}, "6 steps", 0),
+        ({"forecasts": [{"name": "b", "marginal": {**make_marginal(2), "products": ["x"]}}]}, "2 rows", 0),
+        (
+            {"forecasts": [{"name": "a", "marginal": {**make_marginal(), "levels": [0.5, 0.1, 0.9]}}]},
+            "levels must rise",
+            0,
+        ),
+        (
+            {"forecasts": [{"name": "a", "marginal": {**make_marginal(), "levels": [0.1, 0.5, 1.0]}}]},
+            "levels must rise",
+            0,
+        ),
+        ({"forecasts": [{"name": "a", "marginal": {**make_marginal(), "levels": [0.5]}}]}, "must have 1 values", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.1, 0.5], "values": [[[2, 1]]]}}]}, "sorted", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[[1e39]]]}}]}, "finite", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[]]}}]}, "length >= 1", None),
@@ -103,7 +119,7 @@ def test_lengths_may_differ_in_json() -> None:
 def test_wrong_requests_say_what_and_where(change: dict[str, Any], message: str, instance: int | None) -> None:
     """Each fault is a RequestError with its place among the forecasts."""
     with pytest.raises(RequestError) as caught:
-        answer(body(**change))
+        answer(make_body(**change))
     assert message in caught.value.message
     assert caught.value.instance == instance
 
@@ -112,7 +128,7 @@ def test_wrong_requests_say_what_and_where(change: dict[str, Any], message: str,
 def test_other_media_are_refused(content_type: str, accept: str) -> None:
     """Marginals are JSON."""
     with pytest.raises(UnsupportedMedia):
-        CODEC.decode(json.dumps(body()).encode(), content_type, accept)
+        CODEC.decode(json.dumps(make_body()).encode(), content_type, accept)
 
 
 SCRAPS = st.recursive(
@@ -128,7 +144,9 @@ SCRAPS = st.recursive(
         {},
         optional={
             "forecasts": SCRAPS
-            | st.lists(st.fixed_dictionaries({"name": SCRAPS, "marginal": SCRAPS | st.just(marginal())}), max_size=3),
+            | st.lists(
+                st.fixed_dictionaries({"name": SCRAPS, "marginal": SCRAPS | st.just(make_marginal())}), max_size=3
+            ),
             "num_samples": SCRAPS | st.just(5),
             "seed": SCRAPS,
         },

@@ -32,7 +32,7 @@ SNAPSHOT = "nem/nem_5region_9product_1000intervals_2019.csv.gz"
 HOURLY = "nem/nsw_vic_hourly_2020_2024.csv.gz"
 
 
-def real(file: str) -> Path:
+def find_real(file: str) -> Path:
     """A file of real prices, or the test is skipped."""
     path = Path(os.environ.get("FLEETCAST_DATA", ""), file)
     if not path.is_file():
@@ -40,7 +40,7 @@ def real(file: str) -> Path:
     return path
 
 
-def ar1(rho: float, size: int) -> Float64:
+def make_ar1(rho: float, size: int) -> Float64:
     """The correlation matrix with entries rho ** distance."""
     steps = np.arange(size)
     return np.asarray(rho ** np.abs(steps[:, None] - steps))
@@ -64,7 +64,7 @@ def marginals_of(correlation: CorrelationModel, steps: int = 0, seed: int = 0) -
 
 def test_work_is_bounded_before_it_starts() -> None:
     """What the scores of many products over many steps take is known from shapes, and refused with the numbers."""
-    correlation = gaussian_of(np.eye(40), ar1(0.5, 1500))
+    correlation = gaussian_of(np.eye(40), make_ar1(0.5, 1500))
     asked = marginals_of(correlation)
     with pytest.raises(RequestError, match=r"[\d.]+ thousand million.*, 10 are allowed") as caught:
         draw_scenarios_each(asked, correlation, 60, 0)
@@ -72,12 +72,12 @@ def test_work_is_bounded_before_it_starts() -> None:
     assert len(draw_scenarios_each(asked[:2], correlation, 2, 0)) == 2
 
 
-def shuffled(samples: Any, seed: int = 0) -> Any:
+def shuffle_margins(samples: Any, seed: int = 0) -> Any:
     """The same margins [S, N, T] without any dependence."""
     return np.random.default_rng(seed).permuted(samples, axis=0)
 
 
-def scores(actual: Any, samples: Any) -> tuple[float, float, Any]:
+def score_scenarios(actual: Any, samples: Any) -> tuple[float, float, Any]:
     """Energy and variogram score of scenarios [S, ...] against what came [...], and the CRPS of every margin."""
     flat, truth = samples.reshape(len(samples), -1).astype(np.float64), actual.ravel().astype(np.float64)
     crps = scoringrules.crps_ensemble(truth, flat.T, backend="numpy")
@@ -85,12 +85,12 @@ def scores(actual: Any, samples: Any) -> tuple[float, float, Any]:
     return float(energy), float(scoringrules.vs_ensemble(truth, flat, backend="numpy")), crps
 
 
-def spearman(a: Any, b: Any) -> float:
+def correlate_ranks(a: Any, b: Any) -> float:
     """Rank correlation of two samples."""
     return float(np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1])
 
 
-FOUR = gaussian_of(ar1(0.8, 4), ar1(0.9, 6))
+FOUR = gaussian_of(make_ar1(0.8, 4), make_ar1(0.9, 6))
 
 
 def test_margins_are_kept_to_the_bit() -> None:
@@ -125,9 +125,11 @@ def test_floor_cap_and_zero_prices_survive() -> None:
 def test_the_dependence_is_the_archives() -> None:
     """Rank correlations are those of the Kronecker product: 6 / pi asin(r / 2) of the normal ones (Pearson 1907)."""
     found = draw_scenarios(marginals_of(FOUR), FOUR, 4000, 3).reshape(4000, 24)
-    whole = np.kron(ar1(0.8, 4), ar1(0.9, 6))
+    whole = np.kron(make_ar1(0.8, 4), make_ar1(0.9, 6))
     for a, b in ((0, 1), (0, 5), (0, 6), (3, 9), (0, 23), (7, 20)):
-        assert spearman(found[:, a], found[:, b]) == pytest.approx(6 / np.pi * np.arcsin(whole[a, b] / 2), abs=0.04)
+        assert correlate_ranks(found[:, a], found[:, b]) == pytest.approx(
+            6 / np.pi * np.arcsin(whole[a, b] / 2), abs=0.04
+        )
 
 
 @pytest.mark.slow
@@ -161,17 +163,20 @@ def test_a_shorter_forecast_has_the_leading_block() -> None:
 
 def test_joint_beats_independent_margins_on_correlated_prices() -> None:
     """Energy and variogram score fall, CRPS does not move, where prices come from the copula itself."""
-    correlation, rng = gaussian_of(ar1(0.9, 6), ar1(0.9, 12)), np.random.default_rng(4)
+    correlation, rng = gaussian_of(make_ar1(0.9, 6), make_ar1(0.9, 12)), np.random.default_rng(4)
     spread = np.quantile(rng.normal(size=100_000), LEVELS) * 10
     marginals = [Marginal(name, LEVELS, np.tile(spread, (12, 1))) for name in correlation.products]
-    factor = np.linalg.cholesky(np.kron(ar1(0.9, 6), ar1(0.9, 12)))
+    factor = np.linalg.cholesky(np.kron(make_ar1(0.9, 6), make_ar1(0.9, 12)))
     pairs = []
     for seed in range(40):
         found = draw_scenarios(marginals, correlation, 100, seed)
         actual = 10 * factor @ rng.normal(size=72)
-        pairs.append((*scores(actual, found)[:2], *scores(actual, shuffled(found, seed))[:2]))
+        pairs.append((*score_scenarios(actual, found)[:2], *score_scenarios(actual, shuffle_margins(found, seed))[:2]))
         np.testing.assert_allclose(
-            scores(actual, found)[2], scores(actual, shuffled(found, seed))[2], rtol=0, atol=1e-12
+            score_scenarios(actual, found)[2],
+            score_scenarios(actual, shuffle_margins(found, seed))[2],
+            rtol=0,
+            atol=1e-12,
         )
     energy, variogram, loose_energy, loose_variogram = np.mean(pairs, axis=0)
     assert energy < 0.98 * loose_energy
@@ -187,11 +192,11 @@ def test_schaake_gives_the_order_of_past_windows() -> None:
     windows = {window.tobytes() for window in errors.argsort(axis=0).argsort(axis=0)}
     assert {scenario.tobytes() for scenario in found} == windows
     fewer = draw_scenarios(marginals_of(FOUR), correlation, 20, 9)
-    assert spearman(fewer[:, 0, 4], fewer[:, 0, 5]) > 0.5
+    assert correlate_ranks(fewer[:, 0, 4], fewer[:, 0, 5]) > 0.5
     assert (draw_scenarios(marginals_of(FOUR), correlation, 20, 10) != fewer).any()
     more = draw_scenarios(marginals_of(FOUR), correlation, 1000, 9)
-    expected = spearman(errors[:, 1, 4], errors[:, 1, 5])
-    assert spearman(more[:, 1, 4], more[:, 1, 5]) == pytest.approx(expected, abs=0.1)
+    expected = correlate_ranks(errors[:, 1, 4], errors[:, 1, 5])
+    assert correlate_ranks(more[:, 1, 4], more[:, 1, 5]) == pytest.approx(expected, abs=0.1)
     np.testing.assert_array_equal(draw_scenarios(marginals_of(FOUR)[2:3], correlation, 1000, 9)[:, 0], more[:, 2])
 
 
@@ -247,7 +252,7 @@ def test_it_says_what_it_is_and_holds() -> None:
 
 def test_real_45_prices_whose_correlation_is_singular() -> None:
     """5 regions x 9 products, some of them equal: every other interval's order makes scenarios of the others better."""
-    lines = [line.split(",") for line in _unpacked(real(SNAPSHOT))]
+    lines = [line.split(",") for line in _unpack(find_real(SNAPSHOT))]
     prices = np.array([[float(cell or "nan") for cell in row[1:]] for row in lines[1:]])
     past, future, names = prices[::2], prices[1::2], tuple(lines[0][1:])
     raw = np.nan_to_num(np.corrcoef(past.T))
@@ -260,16 +265,18 @@ def test_real_45_prices_whose_correlation_is_singular() -> None:
     found = draw_scenarios(marginals, correlation, 200, 1)
     center, scale = np.median(past, axis=0), np.maximum(quantiles[:, 14] - quantiles[:, 4], 1.0)
     samples, actual = (np.arcsinh((each - center) / scale) for each in (found[..., 0], future))  # spikes drown all else
-    apart_samples = shuffled(samples)
-    tied = np.mean([scores(row, samples)[:2] for row in actual[::5]], axis=0)
-    apart = np.mean([scores(row, apart_samples)[:2] for row in actual[::5]], axis=0)
-    np.testing.assert_allclose(scores(actual[0], samples)[2], scores(actual[0], apart_samples)[2], rtol=0, atol=1e-12)
+    apart_samples = shuffle_margins(samples)
+    tied = np.mean([score_scenarios(row, samples)[:2] for row in actual[::5]], axis=0)
+    apart = np.mean([score_scenarios(row, apart_samples)[:2] for row in actual[::5]], axis=0)
+    np.testing.assert_allclose(
+        score_scenarios(actual[0], samples)[2], score_scenarios(actual[0], apart_samples)[2], rtol=0, atol=1e-12
+    )
     assert (tied / apart <= (0.985, 0.9)).all()
 
 
 def test_real_prices_of_two_regions_and_24_hours() -> None:
     """NSW1 and VIC1, quantiles of each hour's last four weeks: 2023 teaches the order, 2024 is better by it."""
-    series = read_csv(real(HOURLY), "nem_hour", ["NSW1", "VIC1"])
+    series = read_csv(find_real(HOURLY), "nem_hour", ["NSW1", "VIC1"])
     days = np.stack([each.values[-2 * 365 * 24 :].reshape(-1, 24) for each in series], axis=1)  # [day, product, hour]
     levels = np.linspace(0.1, 0.9, 9)
     quantiles = np.stack([np.quantile(days[day - 28 : day], levels, axis=0) for day in range(28, len(days))])
@@ -281,7 +288,7 @@ def test_real_prices_of_two_regions_and_24_hours() -> None:
     for day in range(340, len(days), 5):
         marginals = [Marginal(name, levels, quantiles[day, i]) for i, name in enumerate(("NSW1", "VIC1"))]
         found = draw_scenarios(marginals, correlation, 100, day)
-        tied, loose = scores(days[day], found), scores(days[day], shuffled(found, day))
+        tied, loose = score_scenarios(days[day], found), score_scenarios(days[day], shuffle_margins(found, day))
         np.testing.assert_allclose(tied[2], loose[2], rtol=1e-12)
         ratios.append((tied[0] / loose[0], tied[1] / loose[1]))
     energy, variogram = np.mean(ratios, axis=0)
@@ -289,5 +296,5 @@ def test_real_prices_of_two_regions_and_24_hours() -> None:
     assert variogram < 0.96
 
 
-def _unpacked(path: Path) -> list[str]:
+def _unpack(path: Path) -> list[str]:
     return gzip.decompress(path.read_bytes()).decode().splitlines()

@@ -19,7 +19,7 @@ MEMBERS = 5000  #: of the ensemble that stands for a piecewise linear quantile f
 MONDAY, SATURDAY = 0, 5
 
 
-def made() -> dict[str, Any]:
+def make_prices() -> dict[str, Any]:
     """Hourly prices with missing values and zeros, and quantile forecasts of ten days in a row."""
     rng = np.random.default_rng(20240301)
     hours = np.arange(24 * DAYS)
@@ -33,7 +33,7 @@ def made() -> dict[str, Any]:
     return {"values": values, "origins": origins, "quantiles": quantiles}
 
 
-def naive(values: Any, origins: Any) -> Any:
+def forecast_naively(values: Any, origins: Any) -> Any:
     """A week before on Saturday, Sunday and Monday, else a day before: `epftoolbox`'s default."""
     start, found = datetime.fromisoformat(START), []
     for origin in origins:
@@ -43,7 +43,7 @@ def naive(values: Any, origins: Any) -> Any:
     return np.array(found).reshape(len(origins), HORIZON)
 
 
-def expected(values: Any, origins: Any, quantiles: Any) -> dict[str, float]:
+def compute_expected(values: Any, origins: Any, quantiles: Any) -> dict[str, float]:
     """The scores by `fev` and `scoringrules`."""
     import fev.metrics as fev  # type: ignore[import-not-found, unused-ignore] # noqa: PLC0415
     import scoringrules as sr  # type: ignore[import-not-found, import-untyped, unused-ignore] # noqa: PLC0415
@@ -61,7 +61,7 @@ def expected(values: Any, origins: Any, quantiles: Any) -> dict[str, float]:
     known = ~np.isnan(y)
     members = (np.arange(MEMBERS) + 0.5) / MEMBERS
     drawn = np.array([np.interp(members, LEVELS, each) for each in quantiles[known]])
-    before = naive(values, origins)
+    before = forecast_naively(values, origins)
     both = ~np.isnan(before - y)
     losses = [sr.quantile_score(y[known], quantiles[known][:, i], level).mean() for i, level in enumerate(LEVELS)]
     found = {
@@ -81,8 +81,8 @@ def expected(values: Any, origins: Any, quantiles: Any) -> dict[str, float]:
 
 def main() -> None:
     """Write the file."""
-    data = made()
-    scores = expected(**data)
+    data = make_prices()
+    scores = compute_expected(**data)
     lists = {name: np.array(np.where(np.isnan(array), None, array)).tolist() for name, array in data.items()}
     out = Path(__file__).with_name("scores.json")
     out.write_text(json.dumps({"start": START, "levels": LEVELS, "expected": scores, **lists}) + "\n")

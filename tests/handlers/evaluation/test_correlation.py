@@ -18,7 +18,7 @@ from handlers.evaluation.correlation import (
     repair_matrix,
     shrink_correlation,
 )
-from tests.handlers.codecs.test_scenarios import ar1, spearman
+from tests.handlers.codecs.test_scenarios import correlate_ranks, make_ar1
 
 LEVELS = np.array([0.1, 0.5, 0.9])
 PRODUCTS = ("a", "b", "c")
@@ -28,10 +28,10 @@ SYMMETRIC = st.integers(1, 6).flatmap(
 QUANTILES = st.lists(st.sampled_from([-5.0, 0.0, 1.0, 2.5, 300.0]), min_size=3, max_size=3).map(sorted).map(np.array)
 
 
-def kronecker(windows: int, seed: int = 0) -> Float64:
+def draw_errors(windows: int, seed: int = 0) -> Float64:
     """Errors [windows, 3, 8] with the correlation 0.7 ** distance of products and 0.9 ** distance of steps."""
     noise = np.random.default_rng(seed).normal(size=(windows, 3, 8))
-    return np.linalg.cholesky(ar1(0.7, 3)) @ noise @ np.linalg.cholesky(ar1(0.9, 8)).T
+    return np.linalg.cholesky(make_ar1(0.7, 3)) @ noise @ np.linalg.cholesky(make_ar1(0.9, 8)).T
 
 
 @given(SYMMETRIC)
@@ -48,7 +48,7 @@ def test_any_symmetric_matrix_becomes_a_correlation(matrix: Float64) -> None:
 @given(st.floats(-0.95, 0.95), st.integers(2, 8))
 def test_a_sound_correlation_is_left_alone(rho: float, size: int) -> None:
     """Repairing changes nothing where nothing is broken."""
-    np.testing.assert_allclose(repair_matrix(ar1(rho, size)), ar1(rho, size), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(repair_matrix(make_ar1(rho, size)), make_ar1(rho, size), rtol=0, atol=1e-14)
 
 
 @given(QUANTILES, st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).map(sorted))
@@ -80,16 +80,16 @@ def test_normal_scores_keep_order_ties_and_gaps() -> None:
 @pytest.mark.parametrize("missing", [0.0, 0.3])
 def test_the_correlation_that_made_the_errors_is_found(missing: float) -> None:
     """Both matrices, with the margins bent by any rising function, and with values missing at random."""
-    errors = np.sinh(2 * kronecker(3000))
+    errors = np.sinh(2 * draw_errors(3000))
     errors[np.random.default_rng(1).random(errors.shape) < missing] = np.nan
     products, steps = estimate_gaussian(errors, PRODUCTS).matrices
-    np.testing.assert_allclose(products.correlation, ar1(0.7, 3), rtol=0, atol=0.03)
-    np.testing.assert_allclose(steps.correlation, ar1(0.9, 8), rtol=0, atol=0.03)
+    np.testing.assert_allclose(products.correlation, make_ar1(0.7, 3), rtol=0, atol=0.03)
+    np.testing.assert_allclose(steps.correlation, make_ar1(0.9, 8), rtol=0, atol=0.03)
 
 
 def test_equal_and_constant_products_work() -> None:
     """A singular correlation: equal products go together in the scenarios, one that never moves goes with nobody."""
-    errors = kronecker(400)
+    errors = draw_errors(400)
     errors[:, 1], errors[:, 2] = errors[:, 0], 0.0
     estimate = estimate_gaussian(errors, PRODUCTS)
     products = estimate.matrices[0]
@@ -98,8 +98,8 @@ def test_equal_and_constant_products_work() -> None:
     correlation = load_correlation(estimate.record, estimate.tensors)
     values = np.tile(np.array([1.0, 5.0, 20.0]), (8, 1))
     found = draw_scenarios([Marginal(name, LEVELS, values) for name in PRODUCTS], correlation, 500, 0)
-    assert spearman(found[:, 0, 3], found[:, 1, 3]) > 0.97
-    assert abs(spearman(found[:, 0, 3], found[:, 2, 3])) < 0.15
+    assert correlate_ranks(found[:, 0, 3], found[:, 1, 3]) > 0.97
+    assert abs(correlate_ranks(found[:, 0, 3], found[:, 2, 3])) < 0.15
 
 
 def test_pairs_that_contradict_each_other_are_repaired() -> None:
@@ -119,15 +119,15 @@ def test_shrinkage_falls_with_the_evidence() -> None:
     """Of independent series everything is taken for chance; of correlated ones the less, the more there is."""
     noise = np.asarray(np.corrcoef(np.random.default_rng(0).normal(size=(10, 30))))
     assert shrink_correlation(noise, 30).shrinkage > 0.8
-    few, many = (shrink_correlation(ar1(0.8, 10), n).shrinkage for n in (20, 2000))
+    few, many = (shrink_correlation(make_ar1(0.8, 10), n).shrinkage for n in (20, 2000))
     assert 0 < 50 * many < few < 0.5
-    assert shrink_correlation(ar1(0.8, 10), 2000, 0.01).shrinkage == pytest.approx(few)
+    assert shrink_correlation(make_ar1(0.8, 10), 2000, 0.01).shrinkage == pytest.approx(few)
     assert (shrink_correlation(np.eye(1), 50).shrinkage, shrink_correlation(np.eye(3), 50).shrinkage) == (0.0, 1.0)
 
 
 def test_overlapping_windows_count_less() -> None:
     """Windows that share steps are no new evidence."""
-    apart, shared = (estimate_gaussian(kronecker(200), PRODUCTS, overlap).matrices[0] for overlap in (1.0, 4.0))
+    apart, shared = (estimate_gaussian(draw_errors(200), PRODUCTS, overlap).matrices[0] for overlap in (1.0, 4.0))
     assert shared.independent == pytest.approx(apart.independent / 4)
     assert shared.observations == apart.observations == 200 * 8
 
@@ -140,7 +140,7 @@ def test_the_condition_tells_a_singular_matrix() -> None:
 
 def test_too_few_windows_are_refused() -> None:
     """Both methods say how many can be used; templates are whole windows only."""
-    errors = kronecker(20)
+    errors = draw_errors(20)
     with pytest.raises(TooFewErrors, match="7 of 7 windows"):
         estimate_gaussian(errors[:7], PRODUCTS)
     errors[6:, 1, 2] = np.nan

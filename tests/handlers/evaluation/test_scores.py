@@ -28,13 +28,13 @@ HOUR, DAY = 3600, 86_400
 LEVELS = np.array([0.1, 0.25, 0.5, 0.75, 0.9])
 
 
-def fixture() -> dict[str, Any]:
+def read_fixture() -> dict[str, Any]:
     """What `make_scores.py` wrote."""
     found: dict[str, Any] = json.loads(Path(__file__).with_name("scores.json").read_text())
     return found
 
 
-def scored(data: dict[str, Any]) -> Scores:
+def score_fixture(data: dict[str, Any]) -> Scores:
     """The fixture by our own functions, from its values on."""
     values, q = np.array(data["values"], np.float64), np.array(data["quantiles"])
     origins = np.array(data["origins"])
@@ -48,15 +48,15 @@ def scored(data: dict[str, Any]) -> Scores:
 @pytest.mark.parametrize("name", ["pinball", "wql", "wape", "mase", "rmae", "coverage"])
 def test_scores_are_those_of_fev_and_scoringrules(name: str) -> None:
     """With missing values, zeros, and a forecast whose quantiles are all equal."""
-    data = fixture()
-    assert getattr(scored(data), name) == pytest.approx(data["expected"][name], rel=1e-12)
+    data = read_fixture()
+    assert getattr(score_fixture(data), name) == pytest.approx(data["expected"][name], rel=1e-12)
 
 
 def test_crps_is_that_of_what_samples_are_drawn_from() -> None:
     """The closed form meets `scoringrules` on an ensemble of 5,000 evenly spread draws of the same distribution."""
-    data = fixture()
-    assert scored(data).crps == pytest.approx(data["expected"]["crps"], rel=1e-5)
-    assert 2 * scored(data).pinball == pytest.approx(data["expected"]["twice_pinball"], rel=1e-12)
+    data = read_fixture()
+    assert score_fixture(data).crps == pytest.approx(data["expected"]["crps"], rel=1e-5)
+    assert 2 * score_fixture(data).pinball == pytest.approx(data["expected"]["twice_pinball"], rel=1e-12)
 
 
 @given(
@@ -127,7 +127,7 @@ def test_the_pit_shares_ties() -> None:
     )
 
 
-def lags(start: str, step_s: int, horizon: int, origin: int) -> list[int]:
+def find_lags(start: str, step_s: int, horizon: int, origin: int) -> list[int]:
     """How far the naive forecast looks back, step by step: the values are their own places."""
     values: Float64 = np.arange(60 * 7 * DAY // step_s, dtype=np.float64)
     seconds = int(np.datetime64(start, "s").astype(np.int64)) + step_s * np.arange(len(values))
@@ -137,16 +137,16 @@ def lags(start: str, step_s: int, horizon: int, origin: int) -> list[int]:
 
 def test_the_naive_forecast_of_hours_follows_the_weekday() -> None:
     """2024-03-04 is a Monday: a week back there and on Saturday and Sunday, a day from Tuesday to Friday."""
-    found = [lags("2024-03-04", HOUR, 24, 24 * day) for day in range(14, 21)]
+    found = [find_lags("2024-03-04", HOUR, 24, 24 * day) for day in range(14, 21)]
     assert [set(each) for each in found] == [{168}, {24}, {24}, {24}, {24}, {168}, {168}]
 
 
 def test_the_naive_forecast_knows_only_the_past() -> None:
     """Beyond a day it takes the last day that is known, and by five minutes or days it looks as far as it must."""
-    assert lags("2024-03-04", HOUR, 48, 24 * 15) == [24] * 24 + [48] * 24
-    assert lags("2024-03-04", 300, 12, 288 * 15 + 7) == [288] * 12
-    assert lags("2024-03-04", DAY, 9, 30) == [7] * 7 + [14] * 2
-    assert lags("2024-03-04", 7 * DAY, 3, 30) == [1, 2, 3]
+    assert find_lags("2024-03-04", HOUR, 48, 24 * 15) == [24] * 24 + [48] * 24
+    assert find_lags("2024-03-04", 300, 12, 288 * 15 + 7) == [288] * 12
+    assert find_lags("2024-03-04", DAY, 9, 30) == [7] * 7 + [14] * 2
+    assert find_lags("2024-03-04", 7 * DAY, 3, 30) == [1, 2, 3]
     early = make_naive_forecast(np.zeros(400), HOUR * np.arange(400), np.array([12]), 24)
     assert np.isnan(early[0, :12]).all()
 

@@ -218,7 +218,7 @@ def test_random_tensors_depend_on_the_seed_alone() -> None:
     assert not np.array_equal(first["head.weight"], other["head.weight"])
 
 
-def spec(architecture: str = "tcn", forecast: ForecastSpec | None = None, **config: object) -> Spec:
+def make_spec(architecture: str = "tcn", forecast: ForecastSpec | None = None, **config: object) -> Spec:
     """A forecaster's record, of 2 channels unless the config says otherwise."""
     merged = msgspec.convert({"features": 2, **config}, dict[str, int | float | str | bool | list[int]])
     return Spec(
@@ -244,8 +244,8 @@ SEVERAL = replace(FORECAST, products=("energy", "reserve"))
 
 def test_equal_configs_share_one_family() -> None:
     """Families are the same object, and have the same key, exactly when config and architecture are equal."""
-    assert get_family(spec(layers=2)) is get_family(spec(layers=2, channels=32))  # 32 is the default
-    keys = [get_family(spec(layers=2)).key, get_family(spec(layers=3)).key, get_family(spec("mlp")).key]
+    assert get_family(make_spec(layers=2)) is get_family(make_spec(layers=2, channels=32))  # 32 is the default
+    keys = [get_family(make_spec(layers=2)).key, get_family(make_spec(layers=3)).key, get_family(make_spec("mlp")).key]
     assert len(set(keys)) == 3
     assert keys[0].startswith("tcn-")
 
@@ -253,17 +253,17 @@ def test_equal_configs_share_one_family() -> None:
 @pytest.mark.parametrize(
     ("wrong", "names"),
     [
-        (spec("lstm"), f"unknown architecture 'lstm'; known are {', '.join(ARCHITECTURES)}"),
-        (spec(channels=0), r"\$.channels"),
-        (spec(kernel="3"), r"\$.kernel"),
-        (spec(kernel=True), r"\$.kernel"),
-        (spec(width=3), "width"),
-        (spec("mlp", layers=4), "layers"),
-        (spec(forecast=FORECAST, features=3), "forecast.inputs says 2, but the network tcn-[0-9a-f]+ has 3"),
-        (spec(forecast=FORECAST, context_length=100), "forecast.context_length says 168"),
-        (spec(forecast=FORECAST, prediction_length=48), "forecast.prediction_length says 24"),
-        (spec(forecast=FORECAST, quantiles=9), "forecast.quantile_levels says 5"),
-        (spec(forecast=SEVERAL, quantiles=5), "forecast.quantile_levels times products says 10, but .* has 5"),
+        (make_spec("lstm"), f"unknown architecture 'lstm'; known are {', '.join(ARCHITECTURES)}"),
+        (make_spec(channels=0), r"\$.channels"),
+        (make_spec(kernel="3"), r"\$.kernel"),
+        (make_spec(kernel=True), r"\$.kernel"),
+        (make_spec(width=3), "width"),
+        (make_spec("mlp", layers=4), "layers"),
+        (make_spec(forecast=FORECAST, features=3), "forecast.inputs says 2, but the network tcn-[0-9a-f]+ has 3"),
+        (make_spec(forecast=FORECAST, context_length=100), "forecast.context_length says 168"),
+        (make_spec(forecast=FORECAST, prediction_length=48), "forecast.prediction_length says 24"),
+        (make_spec(forecast=FORECAST, quantiles=9), "forecast.quantile_levels says 5"),
+        (make_spec(forecast=SEVERAL, quantiles=5), "forecast.quantile_levels times products says 10, but .* has 5"),
     ],
 )
 def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
@@ -274,8 +274,8 @@ def test_wrong_records_are_refused_by_field(wrong: Spec, names: str) -> None:
 
 def test_a_fitting_forecast_is_taken() -> None:
     """The cross-check lets the right record through; several products lie side by side, or on an axis of their own."""
-    assert get_family(spec(forecast=FORECAST)).output_shape == (24, 5)
-    assert get_family(spec(forecast=SEVERAL, quantiles=10)).output_shape == (24, 10)
+    assert get_family(make_spec(forecast=FORECAST)).output_shape == (24, 5)
+    assert get_family(make_spec(forecast=SEVERAL, quantiles=10)).output_shape == (24, 10)
     check_forecast(Outputs(24, 2, 5), SEVERAL)
     for wrong in (Outputs(24, 3, 5), Outputs(24, 10, 1), Outputs(24)):
         with pytest.raises(

@@ -62,13 +62,13 @@ def test_poison_stays_in_its_row_and_its_forward(architecture: str) -> None:
 def test_scratch_does_not_grow_with_the_context(architecture: str) -> None:
     """A context of 10,000 steps binds no more memory than one of some chunks."""
 
-    def scratch(steps: int) -> int:
+    def bind_scratch(steps: int) -> int:
         made = build_family(architecture, {**SMALL, "context_length": steps})
         block = rows_of(made, 1)
         memory = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in made.bind(block)}
         return sum(memory.values()) - block.untyped_storage().nbytes()
 
-    assert scratch(10_000) <= scratch(8 * CHUNK)
+    assert bind_scratch(10_000) <= bind_scratch(8 * CHUNK)
 
 
 @pytest.mark.parametrize("architecture", RECURRENT)

@@ -102,7 +102,7 @@ def make_problem(features: int = 6, windows: int = 400) -> Problem:
     return Problem(5 + 3 * x, y, torch.tensor([0.3, 0.5]))
 
 
-def objective(problem: Problem, found: Coefficients, penalty: torch.Tensor) -> torch.Tensor:
+def compute_objective(problem: Problem, found: Coefficients, penalty: torch.Tensor) -> torch.Tensor:
     """What is to be least of every column, as the module says it; the losses' mean is over all windows, gaps too."""
     y, spread = problem.y.repeat_interleave(2, 1), problem.x.std(0, correction=0)[:, None]
     losses, standard = (
@@ -118,14 +118,14 @@ def test_the_regressions_are_at_their_optimum() -> None:
     regressions = Regressions(problem, quantile_lasso.make_null_model(problem))
     penalty = regressions.penalties()[1]
     found = regressions.solve(penalty, 2000)
-    least = objective(problem, found, penalty)
+    least = compute_objective(problem, found, penalty)
     active = found.weight != 0
     assert 0 < active.sum() < active.numel()
     directions = [*torch.eye(7), *torch.randn((200, 7), generator=random)]
     for size in (1e-3, 1e-2, -1e-3, -1e-2):
         for each in directions:
             moved = Coefficients(found.weight + size * each[:-1, None], found.bias + size * each[-1])
-            assert (objective(problem, moved, penalty) > least - 1e-5).all()
+            assert (compute_objective(problem, moved, penalty) > least - 1e-5).all()
 
 
 def test_a_fit_that_goes_on_ends_where_one_from_the_beginning_does() -> None:

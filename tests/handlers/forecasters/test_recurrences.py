@@ -19,7 +19,7 @@ def answer(family: Family, tensors: dict[str, np.ndarray], x: torch.Tensor) -> t
     return family.forward(family.bind(torch.from_numpy(family.row(tensors))[None]), x)
 
 
-def silent(family: Family, *loud: str) -> dict[str, np.ndarray]:
+def draw_silent(family: Family, *loud: str) -> dict[str, np.ndarray]:
     """Random tensors, all zero but those whose names begin so."""
     tensors = random_tensors(family, 3)
     return {name: each if name.startswith(loud) else np.zeros_like(each) for name, each in tensors.items()}
@@ -41,7 +41,7 @@ def test_smoothing_by_hand() -> None:
     family = build_family(
         "esrnn", {"features": 1, "context_length": 5, "season": 2, "prediction_length": 3, "quantiles": 1}
     )
-    tensors = silent(family) | {
+    tensors = draw_silent(family) | {
         "season_rate": np.log(np.array([1 / 3], np.float32))
     }  # a sigmoid of 1/4; that of zero is 1/2
     found = answer(family, tensors, torch.tensor([[[99.0, 2.0, 4.0, 5.0, 8.0]]]))
@@ -67,7 +67,7 @@ def test_smoothing_holds_at_extreme_rates(rate: float) -> None:
 def test_the_middle_quantile_is_fed_back() -> None:
     """A decoder that hears only its own last answer: another head's middle level changes later steps, an outer none."""
     family = build_family("recursive", {"features": 2, "context_length": 9, "prediction_length": 4, "quantiles": 3})
-    tensors, x = silent(family, "decoder", "head"), torch.zeros(1, 2, 9)
+    tensors, x = draw_silent(family, "decoder", "head"), torch.zeros(1, 2, 9)
     before = answer(family, tensors, x)
     for level, changed in ((0, False), (1, True), (2, False)):
         bias = tensors["head.bias"].copy()
@@ -82,7 +82,7 @@ def test_the_middle_quantile_is_fed_back() -> None:
 def test_a_covariate_of_a_step_reaches_it_by_the_local_network(architecture: str) -> None:
     """With a global layer that says nothing, a number changes the answer of the step it is known of, and no other."""
     family = build_family(architecture, {"features": 2, "context_length": 9, "prediction_length": 4, "quantiles": 2})
-    tensors = silent(family, "local", "head")
+    tensors = draw_silent(family, "local", "head")
     x = torch.zeros(1, 2, 9)
     before = answer(family, tensors, x)
     for column in range(9):

@@ -174,7 +174,7 @@ def test_the_filter_draws_from_the_joint_distribution() -> None:
     for step, value in enumerate(past.unbind(1)):
         found.update(step, value[:, None] - found.predict(step)[0])
     paths = found.drawn(5, draw_normals(torch.tensor([[3.0, 4.0]]), 10_000, 3))[0].double()
-    mean, covariance = _joint(numbers[0].double(), [each.double() for each in constants])
+    mean, covariance = _compute_joint(numbers[0].double(), [each.double() for each in constants])
     seen, ahead = covariance[:5, :5], covariance[5:, :5]
     expected = mean[5:] + ahead @ torch.linalg.solve(seen, past[0].double() - mean[:5])
     conditional = covariance[5:, 5:] - ahead @ torch.linalg.solve(seen, ahead.T)
@@ -182,7 +182,7 @@ def test_the_filter_draws_from_the_joint_distribution() -> None:
     torch.testing.assert_close(torch.cov(paths), conditional, atol=0.1, rtol=0.05)
 
 
-def _joint(numbers: torch.Tensor, constants: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _compute_joint(numbers: torch.Tensor, constants: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [T] and covariance [T, T] of the observations, written out from the state's covariances."""
     observation, turn, changes = constants
     scales = (torch.nn.functional.softplus(numbers[:, 1:]) + 1e-2).square()
@@ -234,7 +234,7 @@ def test_the_deepstate_likelihood_is_that_of_its_joint_distribution() -> None:
         loss = network(x, y)
         states, _ = network.gru(x[:, :-1].transpose(1, 2))
         constants = [each.double() for each in make_state_space(network.config)]
-        mean, covariance = _joint(network.head(states)[0].double(), constants)
+        mean, covariance = _compute_joint(network.head(states)[0].double(), constants)
     error = torch.cat([x[0, 0, 3:], y[0]]).double() - mean
     expected = (error @ torch.linalg.solve(covariance, error) + covariance.logdet()) / 2
     assert loss.item() * 9 / 3 == pytest.approx(expected.item(), rel=1e-3)

@@ -20,19 +20,21 @@ from handlers.kinds.graph.family import CPU_BATCH_ELEMENTS, MAX_BATCH_ELEMENTS, 
 from handlers.kinds.graph.operators import ALLOWED, find_operator
 from handlers.kinds.graph.schema import encode_graph, parse_graph
 from model_store.errors import ArchiveInvalid
-from tests.handlers.nets import BATCHED, SHAPE, Dilated, RecurrentNet, made
+from tests.handlers.nets import BATCHED, SHAPE, Dilated, RecurrentNet, make_module
 
 
 @cache  # half a second of torch each
 def exported_once(build: Callable[[], nn.Module]) -> tuple[bytes, dict[str, Float32]]:
     """What `export_graph` gives for the network's first model."""
-    module = made(build, 0)
+    module = make_module(build, 0)
     return export_graph(module, {next(iter(inspect.signature(module.forward).parameters)): SHAPE})
 
 
-def exported(build: Callable[[], nn.Module], models: int = 3) -> tuple[GraphFamily, list[nn.Module], list[Float32]]:
+def export_models(
+    build: Callable[[], nn.Module], models: int = 3
+) -> tuple[GraphFamily, list[nn.Module], list[Float32]]:
     """The family of a network, several models of it, and their rows."""
-    modules = [made(build, seed) for seed in range(models)]
+    modules = [make_module(build, seed) for seed in range(models)]
     raw, tensors = exported_once(build)
     family = graph_family(raw)
     states = [tensors | {name: tensor.numpy() for name, tensor in module.state_dict().items()} for module in modules]
@@ -72,7 +74,7 @@ def assert_answers_as_modules(family: GraphFamily, modules: list[nn.Module], row
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_batch_of_models_answers_as_each_alone(name: str) -> None:
     """Linear, convolution, norms, attention, pooling, padding: run together, from one request to a tick of 512."""
-    family, modules, rows = exported(BATCHED[name])
+    family, modules, rows = export_models(BATCHED[name])
     assert family.one_by_one == ""
     for batch in (1, 2, 33, 512):
         assert_answers_as_modules(family, modules, rows, batch)
@@ -80,7 +82,7 @@ def test_a_batch_of_models_answers_as_each_alone(name: str) -> None:
 
 def test_what_cannot_batch_runs_one_by_one_and_says_why() -> None:
     """`vmap` has no rule for a fused recurrence: the reason names the operator, the answers are right all the same."""
-    family, modules, rows = exported(RecurrentNet)
+    family, modules, rows = export_models(RecurrentNet)
     assert "aten::gru" in str(family.one_by_one)
     assert family.runs.startswith("one by one: ")
     for batch in (1, 9):
@@ -89,7 +91,7 @@ def test_what_cannot_batch_runs_one_by_one_and_says_why() -> None:
 
 def test_answers_that_differ_are_not_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batching rule that is wrong is found by the probe, and then not used."""
-    family, modules, rows = exported(BATCHED["linear"])
+    family, modules, rows = export_models(BATCHED["linear"])
     fresh = GraphFamily(family.graph)
     monkeypatch.setattr(fresh, "_together", lambda weights, x: fresh._alone(weights, x) * 1.001)
     fresh.decide(rows[0])
@@ -101,7 +103,7 @@ def test_answers_that_differ_are_not_batched(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("first", ["usual", "zeros"])
 def test_answers_under_another_model_are_found(first: str, moved: list[int]) -> None:
     """A batching rule that gives rows the numbers of others shows, whatever the first archive's numbers are."""
-    family, _, rows = exported(BATCHED["linear"])
+    family, _, rows = export_models(BATCHED["linear"])
 
     class Moved(GraphFamily):
         """Its rules move models about, in batches of one size."""
@@ -118,7 +120,7 @@ def test_answers_under_another_model_are_found(first: str, moved: list[int]) -> 
 
 def test_nothing_runs_together_before_it_is_proved() -> None:
     """A family that was not tried answers one by one."""
-    family, modules, rows = exported(BATCHED["linear"])
+    family, modules, rows = export_models(BATCHED["linear"])
     fresh = GraphFamily(family.graph)
     assert (fresh.one_by_one, fresh.runs) == (None, "not tried yet")
     assert_answers_as_modules(fresh, modules, rows, 3)
@@ -126,7 +128,7 @@ def test_nothing_runs_together_before_it_is_proved() -> None:
 
 def test_a_large_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows as the memory for intermediate results allows, and the rest after them."""
-    family, modules, rows = exported(BATCHED["linear"])
+    family, modules, rows = export_models(BATCHED["linear"])
     monkeypatch.setattr(family, "_at_once", lambda _: 3)
     assert_answers_as_modules(family, modules, rows, 17)
     assert not family._why_not_batched(rows[0])
@@ -135,23 +137,23 @@ def test_a_large_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_at_once_follow_the_device_and_the_network() -> None:
     """Few where results would leave a CPU's cache, more on a GPU, and some of even the largest network."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    family, _, _ = exported(Dilated, models=1)
+    family, _, _ = export_models(Dilated, models=1)
     assert family._at_once(gpu) > 8 * family._at_once(cpu)
     assert 512 < family._at_once(cpu) <= CPU_BATCH_ELEMENTS // family.program.elements
-    large = graph_family(graph(("aten.expand.default", [p("w"), [1, 1 << 24]]), w=[1]))
+    large = graph_family(make_graph(("aten.expand.default", [take_named("w"), [1, 1 << 24]]), w=[1]))
     assert large._at_once(cpu) == MIN_TOGETHER
     assert large._at_once(gpu) * large.program.elements <= MAX_BATCH_ELEMENTS
 
 
 def test_the_switch_of_vmap_is_left_as_it_was() -> None:
     """Trying a family changes nothing for others in the process."""
-    exported(RecurrentNet, models=1)
+    export_models(RecurrentNet, models=1)
     assert torch._C._functorch._is_vmap_fallback_enabled()  # type: ignore[attr-defined]
 
 
 def test_threads_may_load_one_family_at_once() -> None:
     """As loader threads do: one decision, right answers."""
-    family, modules, rows = exported(Dilated)
+    family, modules, rows = export_models(Dilated)
     fresh = GraphFamily(family.graph)
     threads = [threading.Thread(target=fresh.decide, args=(row,)) for row in rows * 3]
     for thread in threads:
@@ -168,8 +170,8 @@ def test_threads_may_load_one_family_at_once() -> None:
 def test_models_of_one_class_are_one_family() -> None:
     """The numbers do not matter, the configuration does; nor does how the file is written."""
     first, _ = exported_once(Dilated)
-    again, _ = export_graph(made(Dilated, 2), {"x": SHAPE})
-    other, _ = export_graph(made(lambda: Dilated(9), 1), {"x": SHAPE})
+    again, _ = export_graph(make_module(Dilated, 2), {"x": SHAPE})
+    other, _ = export_graph(make_module(lambda: Dilated(9), 1), {"x": SHAPE})
     assert first == again
     family = graph_family(first)
     assert family is graph_family(again)
@@ -184,7 +186,7 @@ def test_models_of_one_class_are_one_family() -> None:
 
 def test_a_graph_is_a_module_again() -> None:
     """The reference takes the archive's numbers by name and answers as the module they came from."""
-    module, (raw, tensors) = made(BATCHED["image"], 0), exported_once(BATCHED["image"])
+    module, (raw, tensors) = make_module(BATCHED["image"], 0), exported_once(BATCHED["image"])
     reference = graph_family(raw).reference()
     reference.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
     x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1))
@@ -207,7 +209,7 @@ def test_wrong_tensors_are_refused_by_name() -> None:
 
 def test_export_leaves_the_module_as_it_was() -> None:
     """A module in training stays in training, with its gradients on and its numbers unchanged."""
-    module = made(BATCHED["batch-norm"], 0).train()
+    module = make_module(BATCHED["batch-norm"], 0).train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     export_graph(module, {"input": SHAPE})
     assert module.training
@@ -292,17 +294,17 @@ X = {"kind": "tensor", "name": "x"}
 FLOAT64 = {"dtype": {"kind": "dtype", "name": "float64"}}
 
 
-def t(place: int) -> dict[str, str]:
+def take_node(place: int) -> dict[str, str]:
     """The result of the node at that place."""
     return {"kind": "tensor", "name": f"n{place}"}
 
 
-def p(name: str) -> dict[str, str]:
+def take_named(name: str) -> dict[str, str]:
     """A parameter or constant."""
     return {"kind": "tensor", "name": name}
 
 
-def graph(*nodes: tuple[Any, ...], constants: Any = None, **parameters: list[int]) -> bytes:
+def make_graph(*nodes: tuple[Any, ...], constants: Any = None, **parameters: list[int]) -> bytes:
     """A `graph.json` of x [4, 8] whose last node is the answer."""
     listed = [
         {"name": f"n{i}", "op": op, "args": args, "kwargs": kwargs[0] if kwargs else {}}
@@ -312,15 +314,18 @@ def graph(*nodes: tuple[Any, ...], constants: Any = None, **parameters: list[int
     return json.dumps({**made, "nodes": listed, "output": f"n{len(nodes) - 1}"}).encode()
 
 
-def ones(*shape: int) -> tuple[str, list[Any]]:
+def make_ones(*shape: int) -> tuple[str, list[Any]]:
     """A node that makes a tensor of nothing."""
     return "aten.full.default", [list(shape), 1.0]
 
 
-DOUBLED = [("aten.cat.default", [[t(i), t(i)], 0]) for i in range(40)]
+DOUBLED = [("aten.cat.default", [[take_node(i), take_node(i)], 0]) for i in range(40)]
 NORM = "aten._native_batch_norm_legit_no_training.default"
-GRU = [("aten.gru.input", [X, p("h"), [p("w")] * 2, False, 1, 0.0, False, False, True]), ("getitem", [t(0), 0])]
-MANY = [("aten.gru.input", [X, p("h"), [p("w")] * 2, False, 2**20, 0.0, False, False, True])]
+GRU = [
+    ("aten.gru.input", [X, take_named("h"), [take_named("w")] * 2, False, 1, 0.0, False, False, True]),
+    ("getitem", [take_node(0), 0]),
+]
+MANY = [("aten.gru.input", [X, take_named("h"), [take_named("w")] * 2, False, 2**20, 0.0, False, False, True])]
 INDEX = {"i": {"dtype": "int64", "shape": [1], "data": [99]}}
 RELU = "aten.relu.default"
 LEAST = {"a": {"dtype": "int64", "shape": [1], "data": [-(2**63)]}, "b": {"dtype": "int64", "shape": [], "data": [-1]}}
@@ -328,62 +333,95 @@ TRUNC = {"rounding_mode": "trunc"}
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"\xff", "graph.json: "),
     "nested": (b"[" * 100_000, "graph.json: "),
-    "another operator": (graph(("os.system", ["ls"])), "'os.system' is not one a graph may hold"),
-    "beyond its memory": (graph(("aten.as_strided.default", [X, [9], [1]])), "aten.as_strided.default' is not one"),
-    "in place": (graph(("aten.add_.Tensor", [X, 1])), "node 'n0'.*is not one"),
-    "random": (graph(("aten.rand_like.default", [X])), "is not one"),
+    "another operator": (make_graph(("os.system", ["ls"])), "'os.system' is not one a graph may hold"),
+    "beyond its memory": (
+        make_graph(("aten.as_strided.default", [X, [9], [1]])),
+        "aten.as_strided.default' is not one",
+    ),
+    "in place": (make_graph(("aten.add_.Tensor", [X, 1])), "node 'n0'.*is not one"),
+    "random": (make_graph(("aten.rand_like.default", [X])), "is not one"),
     "dropout": (
-        graph(("aten.scaled_dot_product_attention.default", [X, X, X, None, 0.5])),
+        make_graph(("aten.scaled_dot_product_attention.default", [X, X, X, None, 0.5])),
         "dropout_p 0.5, but a served model is in evaluation mode",
     ),
-    "a device": (graph(("aten.full_like.default", [X, 1.0], {"device": "cuda"})), "may not say device"),
-    "dangling": (graph((RELU, [p("y")])), "refers to 'y', which nothing before it gives"),
-    "a cycle": (graph((RELU, [t(1)]), (RELU, [t(0)])), "refers to 'n1', which nothing before it gives"),
-    "a name twice": (graph((RELU, [X])).replace(b'"n0"', b'"x"'), "'x' is given twice"),
-    "arity": (graph((RELU, [X, X])), "expected at most 1 argument"),
-    "a type": (graph((RELU, ["x"])), "Expected a value of type 'Tensor'"),
-    "a number for a dtype": (graph(("aten.softmax.int", [X, -1, -1])), "not a named dtype"),
-    "a dtype": (graph(("aten._to_copy.default", [X], {"dtype": p("x") | {"kind": "dtype"}})), "unknown dtype 'x'"),
-    "huge": (graph(ones(2**40)), "one request takes 1099511627776 numbers"),
-    "huger": (graph(ones(2**62, 2**62)), "cannot run: Storage size"),
-    "a long range": (graph(("aten.arange.default", [10**15])), "numbers in its results"),
-    "expanded": (graph(("aten.expand.default", [X, [2**33, 4, 8]])), "numbers in its results"),
-    "doubled": (graph((RELU, [X]), *DOUBLED), "node 'n2.'.*numbers in its results"),
-    "arithmetic": (graph(ones(4096, 4096), ("aten.mm.default", [t(0), t(0)])), "floating-point operations"),
-    "pieces": (graph(ones(10**7), ("aten.split.Tensor", [t(0), 1])), "10000000 tensors, more than 4096"),
-    "no pieces": (graph(("aten.split.Tensor", [X, 0])), "cannot run"),
-    "kept": (graph(ones(1, 2**21), ("aten.add.Tensor", [t(0), p("w")]), w=[1]), "2097152 numbers would be kept"),
-    "a parameter": (graph((RELU, [X]), w=[2**31, 2**31]), "'w' of shape"),
-    "several": (graph(("aten.split.Tensor", [X, 2, 1]), (RELU, [t(0)])), "pick one with getitem"),
-    "no such piece": (graph(("aten.split.Tensor", [X, 2, 1]), ("getitem", [t(0), 7])), "out of range"),
-    "of a tensor": (graph(("getitem", [X, 0])), "not a part of a tensor"),
-    "the answer": (graph(("aten._to_copy.default", [X], FLOAT64)), "must be one float32 tensor"),
-    "no batch axis": (graph(("aten.view.default", [X, [2, 16]])), "must be one float32 tensor"),
-    "a lookup": (graph(("aten.gt.Scalar", [X, 0.0]), ("aten.index.Tensor", [X, [t(0)]])), "depend on the request"),
+    "a device": (make_graph(("aten.full_like.default", [X, 1.0], {"device": "cuda"})), "may not say device"),
+    "dangling": (make_graph((RELU, [take_named("y")])), "refers to 'y', which nothing before it gives"),
+    "a cycle": (
+        make_graph((RELU, [take_node(1)]), (RELU, [take_node(0)])),
+        "refers to 'n1', which nothing before it gives",
+    ),
+    "a name twice": (make_graph((RELU, [X])).replace(b'"n0"', b'"x"'), "'x' is given twice"),
+    "arity": (make_graph((RELU, [X, X])), "expected at most 1 argument"),
+    "a type": (make_graph((RELU, ["x"])), "Expected a value of type 'Tensor'"),
+    "a number for a dtype": (make_graph(("aten.softmax.int", [X, -1, -1])), "not a named dtype"),
+    "a dtype": (
+        make_graph(("aten._to_copy.default", [X], {"dtype": take_named("x") | {"kind": "dtype"}})),
+        "unknown dtype 'x'",
+    ),
+    "huge": (make_graph(make_ones(2**40)), "one request takes 1099511627776 numbers"),
+    "huger": (make_graph(make_ones(2**62, 2**62)), "cannot run: Storage size"),
+    "a long range": (make_graph(("aten.arange.default", [10**15])), "numbers in its results"),
+    "expanded": (make_graph(("aten.expand.default", [X, [2**33, 4, 8]])), "numbers in its results"),
+    "doubled": (make_graph((RELU, [X]), *DOUBLED), "node 'n2.'.*numbers in its results"),
+    "arithmetic": (
+        make_graph(make_ones(4096, 4096), ("aten.mm.default", [take_node(0), take_node(0)])),
+        "floating-point operations",
+    ),
+    "pieces": (
+        make_graph(make_ones(10**7), ("aten.split.Tensor", [take_node(0), 1])),
+        "10000000 tensors, more than 4096",
+    ),
+    "no pieces": (make_graph(("aten.split.Tensor", [X, 0])), "cannot run"),
+    "kept": (
+        make_graph(make_ones(1, 2**21), ("aten.add.Tensor", [take_node(0), take_named("w")]), w=[1]),
+        "2097152 numbers would be kept",
+    ),
+    "a parameter": (make_graph((RELU, [X]), w=[2**31, 2**31]), "'w' of shape"),
+    "several": (make_graph(("aten.split.Tensor", [X, 2, 1]), (RELU, [take_node(0)])), "pick one with getitem"),
+    "no such piece": (make_graph(("aten.split.Tensor", [X, 2, 1]), ("getitem", [take_node(0), 7])), "out of range"),
+    "of a tensor": (make_graph(("getitem", [X, 0])), "not a part of a tensor"),
+    "the answer": (make_graph(("aten._to_copy.default", [X], FLOAT64)), "must be one float32 tensor"),
+    "no batch axis": (make_graph(("aten.view.default", [X, [2, 16]])), "must be one float32 tensor"),
+    "a lookup": (
+        make_graph(("aten.gt.Scalar", [X, 0.0]), ("aten.index.Tensor", [X, [take_node(0)]])),
+        "depend on the request",
+    ),
     "a lookup outside": (
-        graph(("aten.index.Tensor", [X, [None, p("i")]]), constants=INDEX),
+        make_graph(("aten.index.Tensor", [X, [None, take_named("i")]]), constants=INDEX),
         "index 99 is out of bounds",
     ),
-    "a norm's numbers": (graph((NORM, [X, None, None, p("m"), p("m"), 0.1, 1e-5]), m=[2]), "should contain 4 elements"),
-    "stride 0": (graph(("aten.conv1d.default", [X, p("w"), None, [0]]), w=[2, 4, 3]), "cannot run"),
-    "padding": (graph(("aten.conv1d.default", [X, p("w"), None, [1], [-1]]), w=[2, 4, 3]), "negative padding"),
-    "no window": (graph(("aten.max_pool1d.default", [X, [0]])), "greater than zero"),
+    "a norm's numbers": (
+        make_graph((NORM, [X, None, None, take_named("m"), take_named("m"), 0.1, 1e-5]), m=[2]),
+        "should contain 4 elements",
+    ),
+    "stride 0": (make_graph(("aten.conv1d.default", [X, take_named("w"), None, [0]]), w=[2, 4, 3]), "cannot run"),
+    "padding": (
+        make_graph(("aten.conv1d.default", [X, take_named("w"), None, [1], [-1]]), w=[2, 4, 3]),
+        "negative padding",
+    ),
+    "no window": (make_graph(("aten.max_pool1d.default", [X, [0]])), "greater than zero"),
     "a quotient": (
-        graph(("aten.div.Tensor_mode", [p("a"), p("b")], TRUNC), constants=LEAST),
+        make_graph(("aten.div.Tensor_mode", [take_named("a"), take_named("b")], TRUNC), constants=LEAST),
         "whole numbers by a tensor",
     ),
-    "a quotient's number": (graph(("aten.floor_divide.default", [p("a"), -1]), constants=LEAST), "or by -1"),
-    "a remainder": (graph(("aten.fmod.Scalar", [p("a")], {"other": -1}), constants=LEAST), "cannot run"),
-    "rolled models": (graph(("aten.roll.default", [p("w"), [12]]), ("aten.add.Tensor", [X, t(0)]), w=[]), "of no axes"),
-    "a factor": (graph(("aten.pixel_shuffle.default", [X, 2**32])), "factor 4294967296 is too large"),
-    "a recurrence's numbers": (graph(*GRU, w=[4, 4], h=[1, 1, 4]), r"need \[\(12, 8\), \(12, 4\)\]"),
-    "a recurrence's state": (graph(*GRU, w=[12, 8], h=[1, 4]), "do not fit the input"),
-    "a recurrence's length": (graph(*MANY, w=[12, 8], h=[2**20, 1, 4]), "not those of 1048576 layers"),
-    "a constant's shape": (graph((RELU, [X]), constants={"i": INDEX["i"] | {"shape": [2]}}), "needs 2 items"),
+    "a quotient's number": (
+        make_graph(("aten.floor_divide.default", [take_named("a"), -1]), constants=LEAST),
+        "or by -1",
+    ),
+    "a remainder": (make_graph(("aten.fmod.Scalar", [take_named("a")], {"other": -1}), constants=LEAST), "cannot run"),
+    "rolled models": (
+        make_graph(("aten.roll.default", [take_named("w"), [12]]), ("aten.add.Tensor", [X, take_node(0)]), w=[]),
+        "of no axes",
+    ),
+    "a factor": (make_graph(("aten.pixel_shuffle.default", [X, 2**32])), "factor 4294967296 is too large"),
+    "a recurrence's numbers": (make_graph(*GRU, w=[4, 4], h=[1, 1, 4]), r"need \[\(12, 8\), \(12, 4\)\]"),
+    "a recurrence's state": (make_graph(*GRU, w=[12, 8], h=[1, 4]), "do not fit the input"),
+    "a recurrence's length": (make_graph(*MANY, w=[12, 8], h=[2**20, 1, 4]), "not those of 1048576 layers"),
+    "a constant's shape": (make_graph((RELU, [X]), constants={"i": INDEX["i"] | {"shape": [2]}}), "needs 2 items"),
 }
 
 
-def tried(raw: bytes) -> None:
+def load_graph(raw: bytes) -> None:
     """What a loader does with a graph and numbers of the right shapes."""
     family = graph_family(raw)
     family.decide(family.row({key: np.ones(shape, np.float32) for key, shape in family.parameters.items()}))
@@ -394,7 +432,7 @@ def test_a_hostile_graph_is_refused(name: str) -> None:
     """Each with its own ArchiveInvalid that names the file, and the node where there is one; nothing else is raised."""
     raw, said = HOSTILE[name]
     with pytest.raises(ArchiveInvalid, match=said) as caught:
-        tried(raw)
+        load_graph(raw)
     assert str(caught.value).startswith("graph.json: ")
 
 
@@ -412,7 +450,7 @@ def test_records_survive_the_file() -> None:
     """What is written is what is read, infinities and dtypes too."""
     raw, _ = exported_once(BATCHED["encoder"])
     assert encode_graph(parse_graph(raw)) == raw
-    infinite = graph(("aten.clamp.default", [X, {"kind": "number", "name": "-inf"}, 0.5]))
+    infinite = make_graph(("aten.clamp.default", [X, {"kind": "number", "name": "-inf"}, 0.5]))
     x = torch.tensor([[[-1e30] * 4 + [1.0] * 4] * 4])
     answer = graph_family(infinite).program.run(x, [])
     assert answer[0, 0].tolist() == x[0, 0].clamp(max=0.5).tolist()
@@ -440,7 +478,7 @@ class Drawing(nn.Module):
 @pytest.mark.parametrize("batch", [1, 5])
 def test_weights_in_bfloat16_answer_closely(name: str, batch: int) -> None:
     """Inputs stay float32, as families promise: every layer gets what it multiplies in one precision."""
-    family, _, rows = exported(BATCHED.get(name, RecurrentNet))
+    family, _, rows = export_models(BATCHED.get(name, RecurrentNet))
     x = torch.from_numpy(np.random.default_rng(batch).standard_normal((batch, *SHAPE), np.float32))
     block = torch.from_numpy(np.stack([rows[i % len(rows)] for i in range(batch)]))
     with torch.inference_mode():
@@ -452,7 +490,7 @@ def test_weights_in_bfloat16_answer_closely(name: str, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_whole_numbers_of_an_input_survive_short_weights(batch: int) -> None:
     """Two seeds that bfloat16 cannot tell apart draw two sets of paths, those of float32."""
-    family, _, rows = exported(Drawing, 1)
+    family, _, rows = export_models(Drawing, 1)
     assert family.one_by_one == ""
     x = torch.zeros(2, *SHAPE)
     x[:, 2, 0] = torch.tensor([1_000_001.0, 1_000_999.0])

@@ -21,7 +21,7 @@ from handlers.work import SessionLimits
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
 
 
-def model(
+def make_onnx(
     nodes: list[onnx.NodeProto],
     x: tuple[str | int, ...],
     y: tuple[str | int, ...],
@@ -41,12 +41,12 @@ def model(
     )
 
 
-def doubling(*x: str | int) -> bytes:
+def make_doubling(*x: str | int) -> bytes:
     """The model of y = x + x."""
-    return model([helper.make_node("Add", ["x", "x"], ["y"])], x, x)
+    return make_onnx([helper.make_node("Add", ["x", "x"], ["y"])], x, x)
 
 
-def external(location: str) -> TensorProto:
+def make_external(location: str) -> TensorProto:
     """A tensor of two floats that lie in another file."""
     tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", "0"), ("length", "8")):
@@ -57,7 +57,7 @@ def external(location: str) -> TensorProto:
 @pytest.mark.parametrize("x", [("n", 2, 3), (1, 2, 3)])
 def test_runs_any_batch(x: tuple[str | int, ...]) -> None:
     """A dynamic batch axis runs at once, one fixed at 1 row by row; both give the same rows."""
-    loaded = OnnxModel(doubling(*x))
+    loaded = OnnxModel(make_doubling(*x))
     assert dict(loaded.inputs) == {"x": (2, 3)}
     assert list(loaded.outputs) == ["y"]
     rows = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
@@ -67,7 +67,7 @@ def test_runs_any_batch(x: tuple[str | int, ...]) -> None:
 
 def test_a_request_through_the_codec() -> None:
     """The runner's own description is what the codec needs: JSON in, JSON out, an open dimension included."""
-    loaded = OnnxModel(doubling("n", "length"))
+    loaded = OnnxModel(make_doubling("n", "length"))
     codec = SingleCodec(loaded.inputs, loaded.outputs)
     call = codec.decode(b'{"x": [1, 2, 3]}', "", "")
     assert call.encode(loaded.run(call.feeds))[0] == b'{"predictions":[2.0,4.0,6.0]}'
@@ -79,19 +79,19 @@ def test_external_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A tensor in a file is refused wherever the format allows a tensor, also where the file exists."""
     (tmp_path / "weights.bin").write_bytes(bytes(8))
     monkeypatch.chdir(tmp_path)
-    tensor = external(location)
+    tensor = make_external(location)
     add = helper.make_node("Add", ["x", "w"], ["y"])
     shape = ("n", 2)
     constant = helper.make_node("Constant", [], ["w"], value=tensor)
     if place == "initializer":
-        raw = model([add], shape, shape, (tensor,))
+        raw = make_onnx([add], shape, shape, (tensor,))
     elif place == "attribute":
-        raw = model([constant, add], shape, shape)
+        raw = make_onnx([constant, add], shape, shape)
     elif place == "subgraph":
         branch = helper.make_graph([constant], "b", [], [helper.make_tensor_value_info("w", 1, [2])])
-        raw = model([helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)], shape, shape)
+        raw = make_onnx([helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)], shape, shape)
     else:
-        parsed = onnx.load_from_string(model([add], shape, shape))
+        parsed = onnx.load_from_string(make_onnx([add], shape, shape))
         parsed.graph.sparse_initializer.add().values.CopyFrom(tensor)
         raw = parsed.SerializeToString()
     with pytest.raises(ArchiveInvalid, match="external file"):
@@ -102,14 +102,14 @@ def test_tensors_inside_the_model_are_fine() -> None:
     """An initializer that says aloud that it is inside (location 0) is no external data."""
     tensor = helper.make_tensor("w", TensorProto.FLOAT, [2], [1, 2])
     tensor.data_location = TensorProto.DEFAULT
-    loaded = OnnxModel(model([helper.make_node("Add", ["x", "w"], ["y"])], ("n", 2), ("n", 2), (tensor,)))
+    loaded = OnnxModel(make_onnx([helper.make_node("Add", ["x", "w"], ["y"])], ("n", 2), ("n", 2), (tensor,)))
     assert loaded.run({"x": np.zeros((1, 2), np.float32)})["y"].tolist() == [[1, 2]]
 
 
 @given(st.binary(max_size=300), st.integers(0, 100))
 def test_broken_bytes_are_refused_cleanly(noise: bytes, keep: int) -> None:
     """Noise, and real models that end in noise, raise nothing but ArchiveInvalid before the runtime sees them."""
-    for raw in (noise, doubling("n", 2)[:keep] + noise):
+    for raw in (noise, make_doubling("n", 2)[:keep] + noise):
         try:
             check_model(raw)
         except ArchiveInvalid as error:
@@ -121,11 +121,11 @@ def test_broken_bytes_are_refused_cleanly(noise: bytes, keep: int) -> None:
     [
         (b"", "cannot be loaded|at least one"),
         (b"not a model", "not an ONNX model"),
-        (doubling("n", 2)[:-3], "not an ONNX model"),
-        (model([helper.make_node("Nonsense", ["x"], ["y"])], ("n", 2), ("n", 2)), "cannot be loaded.*Nonsense"),
-        (model([helper.make_node("Add", ["x", "x"], ["y"])], ("n",), ("n",), kind=TensorProto.INT64), "int64"),
-        (doubling(3, 2), r"\[3, 2\] needs a batch axis"),
-        (doubling(), "needs a batch axis"),
+        (make_doubling("n", 2)[:-3], "not an ONNX model"),
+        (make_onnx([helper.make_node("Nonsense", ["x"], ["y"])], ("n", 2), ("n", 2)), "cannot be loaded.*Nonsense"),
+        (make_onnx([helper.make_node("Add", ["x", "x"], ["y"])], ("n",), ("n",), kind=TensorProto.INT64), "int64"),
+        (make_doubling(3, 2), r"\[3, 2\] needs a batch axis"),
+        (make_doubling(), "needs a batch axis"),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_load(raw: bytes, message: str) -> None:
@@ -137,13 +137,13 @@ def test_what_cannot_be_served_is_refused_at_load(raw: bytes, message: str) -> N
 def test_a_failing_run_is_the_models_failure() -> None:
     """The runtime's own error, and an output that lost its batch axis, are RunFailed."""
     with pytest.raises(RunFailed, match="ONNX Runtime"):
-        OnnxModel(doubling("n", 2)).run({"x": np.zeros((1, 3), np.float32)})
-    total = model([helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)], ("n", 2), ())
+        OnnxModel(make_doubling("n", 2)).run({"x": np.zeros((1, 3), np.float32)})
+    total = make_onnx([helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)], ("n", 2), ())
     with pytest.raises(RunFailed, match=r"shape \[\], but 1 rows"):
         OnnxModel(total).run({"x": np.zeros((1, 2), np.float32)})
 
 
-def counted(loaded: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_runs(loaded: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each run of the session from now on."""
     rows: list[int] = []
     run = loaded._run
@@ -156,19 +156,19 @@ def counted(loaded: OnnxModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-def requests(*seeds: int, rows: int = 1) -> list[dict[str, npt.NDArray[np.float32]]]:
+def draw_requests(*seeds: int, rows: int = 1) -> list[dict[str, npt.NDArray[np.float32]]]:
     """A request of random numbers for each seed."""
     return [{"x": np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)} for seed in seeds]
 
 
 def test_requests_run_together_once_that_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first that differ are run both ways; from then on one run serves all, each getting its own rows."""
-    loaded = OnnxModel(doubling("n", 3))
-    runs = counted(loaded, monkeypatch)
-    loaded.run_all(requests(1, 1))  # equal requests prove nothing
-    loaded.run_all(requests(1, 2))
+    loaded = OnnxModel(make_doubling("n", 3))
+    runs = count_runs(loaded, monkeypatch)
+    loaded.run_all(draw_requests(1, 1))  # equal requests prove nothing
+    loaded.run_all(draw_requests(1, 2))
     assert runs == [2, 1, 1, 2, 1, 1]
-    asked = [*requests(3, 4, rows=2), *requests(5)]
+    asked = [*draw_requests(3, 4, rows=2), *draw_requests(5)]
     answers = loaded.run_all(asked)
     assert runs[6:] == [5]
     for feeds, answer in zip(asked, answers, strict=True):
@@ -178,10 +178,10 @@ def test_requests_run_together_once_that_is_proved(monkeypatch: pytest.MonkeyPat
 
 def test_a_graph_that_mixes_rows_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A softmax along the batch axis would let one client's request change another's answer: each runs alone."""
-    loaded = OnnxModel(model([helper.make_node("Softmax", ["x"], ["y"], axis=0)], ("n", 3), ("n", 3)))
-    runs = counted(loaded, monkeypatch)
+    loaded = OnnxModel(make_onnx([helper.make_node("Softmax", ["x"], ["y"], axis=0)], ("n", 3), ("n", 3)))
+    runs = count_runs(loaded, monkeypatch)
     for seeds in ((1, 2, 3), (4, 5)):
-        for answer in loaded.run_all(requests(*seeds)):
+        for answer in loaded.run_all(draw_requests(*seeds)):
             assert isinstance(answer, dict)
             assert answer["y"].tolist() == [[1.0, 1.0, 1.0]]
     assert runs == [3, 1, 1, 1, 1, 1]
@@ -191,7 +191,7 @@ def test_one_bad_request_costs_the_others_nothing() -> None:
     """Where the common run fails each is run alone, and only the bad one fails; so do open axes of other lengths."""
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
     shape = helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 4])
-    loaded = OnnxModel(model(nodes, ("n", "m"), ("n", 4), (shape,)))
+    loaded = OnnxModel(make_onnx(nodes, ("n", "m"), ("n", 4), (shape,)))
     good, bad = np.zeros((2, 4), np.float32), np.ones((1, 3), np.float32)
     found = loaded.run_all([{"x": good}, {"x": bad}, {"x": good}])
     assert [isinstance(each, RunFailed) for each in found] == [False, True, False]
@@ -204,7 +204,7 @@ def test_without_cuda_the_error_names_the_extra() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device: tests/gpu has sessions on it")
     with pytest.raises(UnsupportedKind, match=r"fleetcast\[cuda\]"):
-        OnnxModel(doubling("n", 2), provider="cuda")
+        OnnxModel(make_doubling("n", 2), provider="cuda")
     assert issubclass(UnsupportedKind, LoadError)
 
 
@@ -212,7 +212,7 @@ def test_charge_covers_the_session() -> None:
     """Private memory of 20 more sessions stays within what they are charged."""
     weights = np.zeros((256, 256), np.float32)
     tensor = helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.tobytes(), raw=True)
-    raw = model([helper.make_node("MatMul", ["x", "w"], ["y"])], ("n", 256), ("n", 256), (tensor,))
+    raw = make_onnx([helper.make_node("MatMul", ["x", "w"], ["y"])], ("n", 256), ("n", 256), (tensor,))
     x = np.zeros((1, 256), np.float32)
     warm = [OnnxModel(raw) for _ in range(3)]
     for each in warm:
@@ -232,7 +232,7 @@ def private_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith("Private_"))
 
 
-def looping(operator: str = "Loop", trips: int = 2**62) -> bytes:
+def make_looping(operator: str = "Loop", trips: int = 2**62) -> bytes:
     """A model of a few hundred bytes that adds for as long as `trips` says, its loop inside a branch of an If."""
     info = helper.make_tensor_value_info
     body = helper.make_graph(
@@ -248,14 +248,14 @@ def looping(operator: str = "Loop", trips: int = 2**62) -> bytes:
         helper.make_tensor("yes", TensorProto.BOOL, [], [True]),
     )
     choice = helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=branch)
-    return model([choice], ("n", 2), ("n", 2), tensors)
+    return make_onnx([choice], ("n", 2), ("n", 2), tensors)
 
 
 @pytest.mark.parametrize("operator", ["Loop", "Scan", "SequenceMap"])
 def test_a_loop_is_refused_wherever_it_is(operator: str) -> None:
     """A loop in a branch of an If is found, and the message says what to do; If alone is no loop."""
     with pytest.raises(ArchiveInvalid, match=f"operator {operator}.*onnx_control_flow"):
-        OnnxModel(looping(operator))
+        OnnxModel(make_looping(operator))
 
 
 def test_a_run_is_ended_at_its_limit() -> None:
@@ -263,13 +263,13 @@ def test_a_run_is_ended_at_its_limit() -> None:
     of a few rounds answers.
     """
     allowed = SessionLimits(forward_s=0.1, loops=True)
-    endless = OnnxModel(looping(), limits=allowed)
+    endless = OnnxModel(make_looping(), limits=allowed)
     x = {"x": np.ones((1, 2), np.float32)}
     with pytest.raises(Overran, match=r"after 0\.1 s.*max_forward_s"):
         endless.run(x)
     with pytest.raises(Overran):
         endless.run_all([x, {"x": np.zeros((1, 2), np.float32)}])
-    short = OnnxModel(looping(trips=3), limits=SessionLimits(forward_s=60.0, loops=True))
+    short = OnnxModel(make_looping(trips=3), limits=SessionLimits(forward_s=60.0, loops=True))
     assert short.run(x)["y"].tolist() == [[8.0, 8.0]]
 
 
@@ -281,7 +281,7 @@ def large_constant(numbers: int) -> bytes:
         helper.make_node("Add", ["x", "zero"], ["y"]),
     ]
     shape = helper.make_tensor("shape", TensorProto.INT64, [1], [numbers])
-    return model(nodes, ("n", 2), ("n", 2), (shape,))
+    return make_onnx(nodes, ("n", 2), ("n", 2), (shape,))
 
 
 def test_a_small_file_takes_no_memory_at_load_and_is_bounded_when_it_runs() -> None:
@@ -298,7 +298,7 @@ def test_a_small_file_takes_no_memory_at_load_and_is_bounded_when_it_runs() -> N
 @pytest.mark.parametrize(("numbers", "refused"), [(1 << 24, False), (1 << 28, True)])
 def test_a_sparse_tensor_that_becomes_large_is_refused(numbers: int, refused: bool) -> None:
     """ONNX Runtime makes sparse tensors dense at load: 148 bytes took 1 GB."""
-    parsed = onnx.load_from_string(model([helper.make_node("Add", ["x", "x"], ["y"])], ("n", 2), ("n", 2)))
+    parsed = onnx.load_from_string(make_onnx([helper.make_node("Add", ["x", "x"], ["y"])], ("n", 2), ("n", 2)))
     values = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
     place = helper.make_tensor("", TensorProto.INT64, [1], [0])
     parsed.graph.sparse_initializer.append(helper.make_sparse_tensor(values, place, [numbers // 4, 4]))
@@ -312,7 +312,7 @@ def test_a_sparse_tensor_that_becomes_large_is_refused(numbers: int, refused: bo
 def test_a_model_leaves_no_file_open_and_no_path_in_messages() -> None:
     """It is read from a file in memory, while which the interpreter's lock is free; the file goes with the load."""
     sound, unsound = (
-        model([helper.make_node(kind, ["x"], ["y"])], ("n", 2), ("n", 2)) for kind in ("Relu", "Nonsense")
+        make_onnx([helper.make_node(kind, ["x"], ["y"])], ("n", 2), ("n", 2)) for kind in ("Relu", "Nonsense")
     )
     before = count_descriptors()
     loaded = OnnxModel(sound)

@@ -16,7 +16,7 @@ from model_store.archives.archive import open_archive
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
 from tests.e2e.models import onnx_model
 from tests.handlers.kinds.fake_cuda_runtime import CUDA, HOSTNAME, FakeCuda, cuda_error, cuda_here
-from tests.handlers.kinds.test_onnx import doubling, looping, requests
+from tests.handlers.kinds.test_onnx import draw_requests, make_doubling, make_looping
 
 X = {"x": np.ones((1, 2), np.float32)}
 ILLEGAL = cuda_error("CUDA", 700, "an illegal memory access was encountered")
@@ -31,7 +31,7 @@ def cuda() -> Iterator[FakeCuda]:
 
 def on_cuda() -> OnnxModel:
     """A model of two numbers a row."""
-    return OnnxModel(doubling("n", 2), provider="cuda")
+    return OnnxModel(make_doubling("n", 2), provider="cuda")
 
 
 def test_a_session_that_is_not_on_cuda_is_refused(cuda: FakeCuda) -> None:
@@ -70,7 +70,7 @@ def test_a_torch_without_cuda_is_named(cuda: FakeCuda, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("tf32", [False, True])
 def test_what_a_session_asks_for(cuda: FakeCuda, *, tf32: bool) -> None:
     """Float32 unless the precision is tf32, a bounded arena that grows as asked, no benchmarks, our stream."""
-    OnnxModel(doubling("n", 2), provider="cuda", limits=SessionLimits(memory_bytes=2**20), tf32=tf32)
+    OnnxModel(make_doubling("n", 2), provider="cuda", limits=SessionLimits(memory_bytes=2**20), tf32=tf32)
     (first, options), rest = cuda.asked[0][0], cuda.asked[0][1:]
     assert first == CUDA
     assert rest == ["CPUExecutionProvider"]
@@ -91,7 +91,7 @@ def test_no_session_falls_back(cuda: FakeCuda) -> None:
     without what we disable.
     """
     on_cuda()
-    OnnxModel(doubling("n", 2))
+    OnnxModel(make_doubling("n", 2))
     for options in cuda.options:
         assert options["enable_fallback"] == 0
         assert options["disabled_optimizers"] == ["ConstantFolding"]
@@ -100,7 +100,7 @@ def test_no_session_falls_back(cuda: FakeCuda) -> None:
 def test_sessions_share_one_arena_of_the_device(cuda: FakeCuda) -> None:
     """A limit for all of them; without it each session would have one of its own, and as much."""
     for _ in range(3):
-        OnnxModel(doubling("n", 2), provider="cuda", limits=SessionLimits(memory_bytes=2**20))
+        OnnxModel(make_doubling("n", 2), provider="cuda", limits=SessionLimits(memory_bytes=2**20))
     assert [(name, arena.settings) for name, arena in cuda.arenas] == [
         (CUDA, {"max_mem": 2**20, "arena_extend_strategy": 1})
     ]
@@ -156,9 +156,9 @@ def test_a_model_that_needs_more_than_the_arena_is_at_fault(cuda: FakeCuda) -> N
 
 def test_requests_that_do_not_fit_together_run_alone(cuda: FakeCuda) -> None:
     """A batch takes more memory than its requests one by one, which then have their answers."""
-    loaded = OnnxModel(doubling("n", 3), provider="cuda")
+    loaded = OnnxModel(make_doubling("n", 3), provider="cuda")
     cuda.run_errors = [cuda_error("CUDA", 2, "out of memory")]
-    asked = requests(1, 2)
+    asked = draw_requests(1, 2)
     for feeds, answer in zip(asked, loaded.run_all(asked), strict=True):
         assert isinstance(answer, dict)
         np.testing.assert_array_equal(answer["y"], 2 * feeds["x"])
@@ -191,7 +191,7 @@ def test_a_broken_model_is_the_archives_fault_on_cuda_too(cuda: FakeCuda) -> Non
 
 def test_small_models_stay_on_the_cpu(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default those that the CPU answers sooner than QUICK_S; `onnx_device` cpu and device decide for all."""
-    target, raw = Target("cuda"), doubling("n", 2)
+    target, raw = Target("cuda"), make_doubling("n", 2)
     took = QUICK_S / 2
     monkeypatch.setattr(OnnxModel, "time_row", lambda self: took)
     assert "on the CPU" in repr(place_session(raw, target))
@@ -204,9 +204,9 @@ def test_small_models_stay_on_the_cpu(cuda: FakeCuda, monkeypatch: pytest.Monkey
 
 def test_a_row_is_timed() -> None:
     """A row of a known shape takes some time; one of open lengths, or one that fails or is slow, is not quick."""
-    assert 0 < OnnxModel(doubling("n", 2)).time_row() < PROBE_S
-    assert OnnxModel(doubling("n", "length")).time_row() == float("inf")
-    endless = OnnxModel(looping(), limits=SessionLimits(forward_s=0.1, loops=True))
+    assert 0 < OnnxModel(make_doubling("n", 2)).time_row() < PROBE_S
+    assert OnnxModel(make_doubling("n", "length")).time_row() == float("inf")
+    endless = OnnxModel(make_looping(), limits=SessionLimits(forward_s=0.1, loops=True))
     assert endless.time_row() == float("inf")
 
 
@@ -214,7 +214,7 @@ def test_a_model_that_cannot_answer_ones_is_loaded(cuda: FakeCuda) -> None:
     """The run of a load proves nothing of a model: requests will show what is wrong with it."""
     cuda.run_errors = ["it does not like ones"]
     assert np.array_equal(on_cuda().run(X)["y"], 2 * X["x"])
-    endless = OnnxModel(looping(), provider="cuda", limits=SessionLimits(forward_s=0.1, loops=True))
+    endless = OnnxModel(make_looping(), provider="cuda", limits=SessionLimits(forward_s=0.1, loops=True))
     with pytest.raises(Overran):
         endless.run(X)
 

@@ -24,13 +24,13 @@ FORECAST = ForecastSpec(
 INSTANCE = {"start": "2024-01-01 00:00:00", "target": [1.0] * CONTEXT}
 
 
-def forecasting(limits: WorkLimits) -> FamilyCodec:
+def make_codec(limits: WorkLimits) -> FamilyCodec:
     """A codec for forecasts with these limits."""
     network = build_family("mlp", {"features": 1, "context_length": CONTEXT, "prediction_length": 4, "quantiles": 3})
     return FamilyCodec(network, FORECAST, RequestBudget(Work(CONTEXT, 12, flops=1_000_000), limits))
 
 
-def request(instances: int) -> bytes:
+def make_request(instances: int) -> bytes:
     """A forecast request of so many instances."""
     return msgspec.json.encode({"instances": [INSTANCE] * instances})
 
@@ -76,22 +76,22 @@ def test_a_row_beyond_the_limit_is_refused_before_the_operator_that_goes_beyond(
 
 def test_a_request_at_the_limit_of_numbers_is_decoded_and_one_beyond_it_refused() -> None:
     """The message has the instances and the numbers and names the setting; a single row is the archive's matter."""
-    codec = forecasting(WorkLimits(numbers=3 * (CONTEXT + 12)))
-    assert len(codec.decode(request(3), "", "").rows) == 3
+    codec = make_codec(WorkLimits(numbers=3 * (CONTEXT + 12)))
+    assert len(codec.decode(make_request(3), "", "").rows) == 3
     with pytest.raises(RequestError, match=r"4 instances of 16 .* are 112 numbers, 84 are allowed \(max_request_numb"):
-        codec.decode(request(4), "", "")
+        codec.decode(make_request(4), "", "")
     lines = b"\n".join([msgspec.json.encode(INSTANCE)] * 4)
     with pytest.raises(RequestError, match="max_request_numbers"):
         codec.decode(lines, "application/jsonlines", "")
-    assert len(forecasting(WorkLimits(numbers=1)).decode(request(1), "", "").rows) == 1
+    assert len(make_codec(WorkLimits(numbers=1)).decode(make_request(1), "", "").rows) == 1
 
 
 def test_a_request_at_the_limit_of_operations_is_decoded_and_one_beyond_it_refused() -> None:
     """As for numbers."""
-    codec = forecasting(WorkLimits(gflop=0.003))
-    assert len(codec.decode(request(3), "", "").rows) == 3
+    codec = make_codec(WorkLimits(gflop=0.003))
+    assert len(codec.decode(make_request(3), "", "").rows) == 3
     with pytest.raises(RequestError, match=r"4 instances take 0\.004 .*, 0\.003 are allowed \(max_request_gflop"):
-        codec.decode(request(4), "", "")
+        codec.decode(make_request(4), "", "")
 
 
 def test_the_defaults_are_those_of_the_settings() -> None:

@@ -24,7 +24,7 @@ from loadtest.observe.resource_counts import Census, ResourceCounts
 N, DISK = 20, 500
 
 
-def span(i: int, noise: float = 0.0) -> TrafficSpan:
+def make_span(i: int, noise: float = 0.0) -> TrafficSpan:
     """The i-th of a sound server."""
     rng = np.random.default_rng(i)
     jitter = 1 + noise * float(rng.exponential())  # what else the machine does only adds
@@ -39,14 +39,14 @@ def span(i: int, noise: float = 0.0) -> TrafficSpan:
     )
 
 
-def failed(spans: list[TrafficSpan]) -> list[str]:
+def list_faults(spans: list[TrafficSpan]) -> list[str]:
     """What the verdicts find fault with."""
     return [verdict.what for verdict in judge_spans(spans, DISK) if not verdict.met]
 
 
-def leaky(change: Callable[[ResourceCounts, int], ResourceCounts]) -> list[TrafficSpan]:
+def make_leaky(change: Callable[[ResourceCounts, int], ResourceCounts]) -> list[TrafficSpan]:
     """Spans whose counts change."""
-    spans = [span(i) for i in range(N)]
+    spans = [make_span(i) for i in range(N)]
     return [
         replace(each, census=replace(each.census, counts=change(each.census.counts, i))) for i, each in enumerate(spans)
     ]
@@ -80,53 +80,55 @@ def test_a_neighbour_is_not_a_slower_server() -> None:
 def test_noise_is_let_through() -> None:
     """Of thirty noisy but sound servers none is found guilty."""
     for seed in range(30):
-        spans = [replace(span(seed * N + i, 0.3), invalid=["late"] if i % 3 == 0 else []) for i in range(N)]
-        assert failed(spans) == [], seed
+        spans = [replace(make_span(seed * N + i, 0.3), invalid=["late"] if i % 3 == 0 else []) for i in range(N)]
+        assert list_faults(spans) == [], seed
 
 
 def test_slow_leaks_are_found() -> None:
     """A third of a megabyte, a descriptor, a thread, a file or a series more after every span; a tail that grows."""
-    memory = [span(i) for i in range(N)]
+    memory = [make_span(i) for i in range(N)]
     memory = [
         replace(each, census=replace(each.census, memory={"front 0": 60_000_000 + i * 330_000}))
         for i, each in enumerate(memory)
     ]
-    assert failed(memory) == ["memory of front 0: growth"]
-    fds = leaky(lambda counts, i: replace(counts, descriptors={"front 0": 20 + i}))
-    assert failed(fds) == ["descriptors of front 0: growth"]
-    threads = leaky(lambda counts, i: replace(counts, threads={"front 0": 5 + i}))
-    assert failed(threads) == ["threads of front 0: growth"]
-    series = leaky(lambda counts, i: replace(counts, series={**counts.series, "of models": 50 + i}))
-    assert failed(series) == ["series of models: growth"]
-    files = leaky(lambda counts, i: replace(counts, files={**counts.files, "TMPDIR": 3 + i}))
-    assert failed(files) == ["files in TMPDIR: growth"]
-    tail = [replace(span(i), hit_p99_ms=3 + 0.4 * i) for i in range(N)]
-    assert failed(tail) == ["p99 of a hit: best later"]
-    cpu = [replace(span(i), cpu_us={"front 0": 110 + 5 * i}) for i in range(N)]
-    assert failed(cpu) == ["processor time of front 0 per request: growth"]
+    assert list_faults(memory) == ["memory of front 0: growth"]
+    fds = make_leaky(lambda counts, i: replace(counts, descriptors={"front 0": 20 + i}))
+    assert list_faults(fds) == ["descriptors of front 0: growth"]
+    threads = make_leaky(lambda counts, i: replace(counts, threads={"front 0": 5 + i}))
+    assert list_faults(threads) == ["threads of front 0: growth"]
+    series = make_leaky(lambda counts, i: replace(counts, series={**counts.series, "of models": 50 + i}))
+    assert list_faults(series) == ["series of models: growth"]
+    files = make_leaky(lambda counts, i: replace(counts, files={**counts.files, "TMPDIR": 3 + i}))
+    assert list_faults(files) == ["files in TMPDIR: growth"]
+    tail = [replace(make_span(i), hit_p99_ms=3 + 0.4 * i) for i in range(N)]
+    assert list_faults(tail) == ["p99 of a hit: best later"]
+    cpu = [replace(make_span(i), cpu_us={"front 0": 110 + 5 * i}) for i in range(N)]
+    assert list_faults(cpu) == ["processor time of front 0 per request: growth"]
 
 
 def test_the_disk_cache_keeps_its_budget() -> None:
     """Over it by what six seconds fetch and no more; every archive has its name; nothing is left half written."""
 
-    def files(**changed: int) -> list[TrafficSpan]:
+    def count_files(**changed: int) -> list[TrafficSpan]:
         paths = {f"disk cache/{name}": n for name, n in changed.items()}
-        return leaky(lambda counts, _: replace(counts, files={**counts.files, **paths}))
+        return make_leaky(lambda counts, _: replace(counts, files={**counts.files, **paths}))
 
-    assert failed(files(blobs=1039, index=1039)) == []  # 300 requests a second, of which 0.3 miss: 540 in 6 s
-    assert failed(files(blobs=1041, index=1041)) == ["archives in the disk cache"]
-    assert failed(files(index=499)) == ["archives without a name there, or the reverse"]
-    assert failed(files(temp=1)) == ["drafts left there"]
-    assert failed(files(locks=4097)) == ["lock files there"]
+    assert (
+        list_faults(count_files(blobs=1039, index=1039)) == []
+    )  # 300 requests a second, of which 0.3 miss: 540 in 6 s
+    assert list_faults(count_files(blobs=1041, index=1041)) == ["archives in the disk cache"]
+    assert list_faults(count_files(index=499)) == ["archives without a name there, or the reverse"]
+    assert list_faults(count_files(temp=1)) == ["drafts left there"]
+    assert list_faults(count_files(locks=4097)) == ["lock files there"]
 
 
 def test_failures_count_from_the_start() -> None:
     """Also in the spans that fill caches; a driver that was late too often says nothing, which is no pass."""
-    spans = [span(i) for i in range(N)]
-    assert failed([replace(spans[0], failed=1), *spans[1:]]) == ["requests failed or wrong"]
+    spans = [make_span(i) for i in range(N)]
+    assert list_faults([replace(spans[0], failed=1), *spans[1:]]) == ["requests failed or wrong"]
     late = [replace(each, invalid=["late"]) for each in spans]
-    assert failed(late)[0] == "spans whose driver was late"
-    assert "p99 of a hit" in failed(late)
+    assert list_faults(late)[0] == "spans whose driver was late"
+    assert "p99 of a hit" in list_faults(late)
 
 
 def test_costs_must_not_grow() -> None:

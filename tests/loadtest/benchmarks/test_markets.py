@@ -31,7 +31,7 @@ def fitted_before(series: Series, moment: datetime, fitting: Fitting, config: di
     return fit_forecasters([past], [forecast], "tcn", config, fitting)[0]
 
 
-def store(folder: Path, fitted: Fitted) -> None:
+def store_archive(folder: Path, fitted: Fitted) -> None:
     """The archive `{name}.mar` in the folder."""
     archive = pack_model(
         Kind.FORECASTER,
@@ -59,7 +59,7 @@ def fitted(market: Series) -> Fitted:
 @pytest.fixture
 def server_url(tmp_path: Path, fitted: Fitted) -> Iterator[str]:
     """A real server of the one archive."""
-    store(tmp_path, fitted)
+    store_archive(tmp_path, fitted)
     with run_local_server(str(tmp_path), ["--workers", "1"]) as server:
         yield server.inference
 
@@ -77,16 +77,16 @@ def test_a_served_market_is_scored(market: Series, tmp_path: Path, server_url: s
 
 def test_other_numbers_than_the_networks_are_seen(market: Series, fitted: Fitted, tmp_path: Path) -> None:
     """A server that answers a cent too much is told from one that answers right."""
-    store(tmp_path, fitted)
+    store_archive(tmp_path, fitted)
     network = make_reference_network("tcn", fitted.config, fitted.tensors)
 
-    def wrong(_: ModelName, request: dict[str, Any]) -> dict[str, Any]:
+    def answer_wrongly(_: ModelName, request: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = ask_network(network, fitted.forecast, request)
         for values in answer["predictions"][0]["quantiles"].values():
             values[-1] += 0.05
         return answer
 
-    found = evaluate_market(market, TEST_FROM, open_source(str(tmp_path)), wrong)
+    found = evaluate_market(market, TEST_FROM, open_source(str(tmp_path)), answer_wrongly)
     assert "the served numbers are not those of the network" in found.failures
 
 

@@ -16,7 +16,7 @@ SMALL = PrefetchPlan(
 MOSTLY = 0.5  #: the share of cold calls that tells a tick with prefetch from one without
 
 
-def small(folder: Path, prefetch: str, ticks: int = SMALL.ticks, slower: float = 1.0) -> PrefetchResult:
+def run_small(folder: Path, prefetch: str, ticks: int = SMALL.ticks, slower: float = 1.0) -> PrefetchResult:
     """A run of the small plan; `slower`: so many times as long between the ticks, and as much less other traffic."""
     make_fleet(str(folder), SMALL.models + SMALL.others, SMALL.seed, SMALL.family)
     paced = replace(
@@ -32,9 +32,9 @@ def test_a_learnt_tick_is_warm(tmp_path: Path) -> None:
     Mostly and one, since a machine may be late for the others: their share is what the benchmark records. On a machine
     that is too busy to keep the schedule at all the clock goes slower once.
     """
-    on = small(tmp_path / "usual", "on")
+    on = run_small(tmp_path / "usual", "on")
     if on.invalid or min(on.cold) >= MOSTLY:
-        on = small(tmp_path / "slow", "on", slower=4.0)
+        on = run_small(tmp_path / "slow", "on", slower=4.0)
     assert on.failed == 0
     assert min(on.cold) < MOSTLY, f"cold by tick: {on.cold}, loads ahead of time: {on.prefetched}"
     assert on.prefetched["used"] >= SMALL.models // 2
@@ -43,7 +43,7 @@ def test_a_learnt_tick_is_warm(tmp_path: Path) -> None:
 @pytest.mark.e2e
 def test_without_prefetch_every_tick_is_cold(tmp_path: Path) -> None:
     """The same traffic evicts most of the fleet between two ticks: what the test above is measured against."""
-    off = small(tmp_path, "off", LEARNT + 1)
+    off = run_small(tmp_path, "off", LEARNT + 1)
     assert off.failed == 0
     assert min(off.cold) > MOSTLY
     assert not sum(off.prefetched.values())

@@ -77,11 +77,11 @@ def test_everything_is_compared_and_shown() -> None:
 def test_a_peer_with_wrong_answers_is_no_peer() -> None:
     """What answers something else is not compared: the run ends with numpy's account of the difference."""
 
-    def lying(family: Family, models: Sequence[Mapping[str, Float32]]) -> FlatTcn:
+    def lie(family: Family, models: Sequence[Mapping[str, Float32]]) -> FlatTcn:
         return FlatTcn(family, [*models[1:], models[0]])
 
     with pytest.raises(AssertionError, match="Mismatched elements"):
-        measure_step(lying, SplitMlp, SMALL)
+        measure_step(lie, SplitMlp, SMALL)
 
 
 def _answer(family: Family, tensors: Mapping[str, Float32], x: Float32) -> Float32:

@@ -24,7 +24,7 @@ from loadtest.report.market_cycle import (
     format_budget_share,
     render_cycle_page,
 )
-from tests.loadtest.browser import CHROMIUM, Browser, browser
+from tests.loadtest.browser import CHROMIUM, Browser, open_browser
 
 ROOT = Path(__file__).parents[3]
 STORE = ".fleetcast/cycle/store"
@@ -98,7 +98,7 @@ def test_the_whole_cycle(tmp_path: Path) -> None:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def drawn(products: Sequence[str], steps: int = 12, scenarios: int = 30) -> CycleResults:
+def draw_turn(products: Sequence[str], steps: int = 12, scenarios: int = 30) -> CycleResults:
     """A turn of seeded random numbers, in which a price is missing."""
     rng = np.random.default_rng(2)
     common = rng.normal(size=(scenarios, 1, steps)).cumsum(axis=2)
@@ -139,7 +139,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A browser for all tests."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on the PATH to open the page in")
-    with browser(tmp_path_factory.mktemp("home")) as found:
+    with open_browser(tmp_path_factory.mktemp("home")) as found:
         yield found
 
 
@@ -148,7 +148,7 @@ def html(tmp_path: Path, reader: Browser) -> Path:
     """The page of some products, one with a hostile name; the browser has said nothing yet."""
     reader.said.clear()
     path = tmp_path / "cycle.html"
-    path.write_text(render_cycle_page(drawn(PRODUCTS)), encoding="utf-8")
+    path.write_text(render_cycle_page(draw_turn(PRODUCTS)), encoding="utf-8")
     return path
 
 
@@ -180,7 +180,7 @@ def test_a_step_shows_the_same_scenario_everywhere(html: Path, reader: Browser) 
     reader.value("document.getElementById('back').click(), document.getElementById('back').click()")
     assert reader.value(shown) == ["30", "30"]
     reader.value("document.getElementById('highest').click()")
-    dearest = drawn(PRODUCTS).turns[0].scenarios[:, 0].mean(axis=1).argmax()
+    dearest = draw_turn(PRODUCTS).turns[0].scenarios[:, 0].mean(axis=1).argmax()
     assert reader.value("document.getElementById('highest').textContent") == "highest a/energy"
     assert reader.value(shown) == [str(dearest + 1)] * 2
     assert reader.said == []

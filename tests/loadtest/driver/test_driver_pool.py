@@ -11,12 +11,12 @@ from loadtest.driver.driver_pool import DriverLost, DriverPool, count_drivers
 from loadtest.driver.open_loop import LoadTarget, make_target
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import CACHE
-from tests.loadtest.peer import Peer, running
+from tests.loadtest.peer import Peer, run_peer
 
 pytestmark = pytest.mark.slow
 
 
-def to(peer: Peer, *models: str) -> LoadTarget:
+def target_peer(peer: Peer, *models: str) -> LoadTarget:
     """Requests for these models at the peer."""
     requests = [DIALECTS["sagemaker"].request("peer", model, b"{}") for model in models]
     return make_target(f"http://127.0.0.1:{peer.port}", requests)
@@ -28,7 +28,7 @@ def test_what_two_processes_saw_is_one_run() -> None:
     model = np.arange(n) % 3
     schedule = Schedule(np.arange(n) / 200, model, 1.0)
     looks: list[float] = []
-    with running(Peer()) as peer, DriverPool(to(peer, "hit", "miss", "503"), 2) as pool:
+    with run_peer(Peer()) as peer, DriverPool(target_peer(peer, "hit", "miss", "503"), 2) as pool:
         run = pool.drive(schedule, every_s=0.2, look=looks.append)
         again = pool.drive(Schedule(schedule.at[:20], model[:20], 0.1))
     assert peer.asked == n + 20
@@ -44,7 +44,7 @@ def test_what_two_processes_saw_is_one_run() -> None:
 def test_wrong_answers_keep_their_number() -> None:
     """A request that a second process sent is named by its place in the whole schedule."""
     schedule = Schedule(np.arange(40) / 400, np.arange(40) % 2, 0.1)
-    with running(Peer()) as peer, DriverPool(to(peer, "hit", "nan"), 2) as pool:
+    with run_peer(Peer()) as peer, DriverPool(target_peer(peer, "hit", "nan"), 2) as pool:
         run = pool.drive(schedule)
     assert {i % 2 for i, _ in run.unsound} == {1}
     assert len(run.unsound) == 20
@@ -53,7 +53,7 @@ def test_wrong_answers_keep_their_number() -> None:
 def test_a_dead_driver_is_said() -> None:
     """A process that is killed ends a long run at once, with an error, and the others are ended too."""
     schedule = Schedule(np.linspace(0, 9_900, 100), np.zeros(100, np.int64), 10_000.0)
-    with running(Peer()) as peer, DriverPool(to(peer, "hit"), 2) as pool:
+    with run_peer(Peer()) as peer, DriverPool(target_peer(peer, "hit"), 2) as pool:
         pids = [process.pid for process, _ in pool._members]
         with pytest.raises(DriverLost):
             pool.drive(schedule, every_s=0.1, look=lambda _: os.kill(pids[1], signal.SIGKILL))

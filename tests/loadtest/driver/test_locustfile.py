@@ -64,7 +64,7 @@ def peer() -> Iterator[str]:
             thread.join()
 
 
-def locust(host: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+def run_locust(host: str, *flags: str) -> "subprocess.CompletedProcess[str]":
     """Four users for two seconds; statistics as JSON on stdout."""
     command = [sys.executable, "-m", "locust", "-f", "loadtest/driver/locustfile.py", "--host", host]
     command += [
@@ -88,7 +88,7 @@ def locust(host: str, *flags: str) -> "subprocess.CompletedProcess[str]":
 
 def test_rows_are_what_the_cache_said(peer: str) -> None:
     """A row for each outcome, none for a model; refusals and NaN fail; the popular are asked more often."""
-    run = locust(peer, "--fleet-models", "6", "--fleet-zipf", "1.5")
+    run = run_locust(peer, "--fleet-models", "6", "--fleet-zipf", "1.5")
     rows = {row["name"]: row for row in json.loads(run.stdout)}
     asked = [model for _, model, _ in FleetHandler.asked]
     counts = [asked.count(name) for name in NAMES]
@@ -128,7 +128,7 @@ def test_rows_are_what_the_cache_said(peer: str) -> None:
 )
 def test_loads_that_are_refused(host: str, flags: list[str], why: str) -> None:
     """An address beyond this machine, and a fleet without models, end Locust with a line, and nothing was asked."""
-    run = locust(host, *flags)
+    run = run_locust(host, *flags)
     assert run.returncode == 1
     assert why in run.stderr
     assert "Traceback" not in run.stderr

@@ -17,7 +17,7 @@ from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule
 from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTION, Run
 from loadtest.observe.processes import find_free_port
 from loadtest.observe.server_access import ServerAccess
-from tests.loadtest.peer import Peer, running
+from tests.loadtest.peer import Peer, run_peer
 from tests.patience import PATIENCE_S
 
 
@@ -33,7 +33,7 @@ def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
 
     A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
     """
-    with running(Peer(stall_at=100, stall_s=0.8)) as peer:
+    with run_peer(Peer(stall_at=100, stall_s=0.8)) as peer:
         run = send_schedule(*load(peer, seconds=1.5))
     assert peer.asked == 300
     due = run.schedule.at[100:260] - run.schedule.at[100]  # those due within the stall, at 200/s
@@ -44,7 +44,7 @@ def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
 
 def test_waits_for_a_connection_count_and_are_called_out() -> None:
     """One connection to a server that takes 20 ms cannot carry 200/s: latency grows, and the run is invalid."""
-    with running(Peer(delay_s=0.02)) as peer:
+    with run_peer(Peer(delay_s=0.02)) as peer:
         run = send_schedule(*load(peer), connections=1)
     assert peer.connections == 1
     assert (run.status == 200).all()
@@ -72,7 +72,7 @@ class SlowToMake(Sequence[bytes]):
 
 def test_an_overloaded_driver_calls_its_run_invalid() -> None:
     """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
-    with running(Peer()) as peer:
+    with run_peer(Peer()) as peer:
         schedule, to = load(peer)
         run = send_schedule(schedule, LoadTarget(to.host, to.port, SlowToMake(to.requests[0])))
     assert (run.status == 200).all()
@@ -81,7 +81,7 @@ def test_an_overloaded_driver_calls_its_run_invalid() -> None:
 
 def test_what_was_never_sent_makes_a_run_invalid() -> None:
     """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
-    with running(Peer()) as peer:
+    with run_peer(Peer()) as peer:
         run = send_schedule(*load(peer, "silence"), connections=1, patience_s=0.5)
     assert run.ended >= 1.0  # the schedule's half a second and the patience
     assert np.isnan(run.sent).sum() == 99
@@ -91,7 +91,7 @@ def test_what_was_never_sent_makes_a_run_invalid() -> None:
 
 def test_silence_counts_as_waiting() -> None:
     """Sent but not answered until the end: no answer, with the whole wait as latency, not left out."""
-    with running(Peer()) as peer:
+    with run_peer(Peer()) as peer:
         run = send_schedule(*load(peer, "silence"), patience_s=0.3)
     assert (run.status == NO_ANSWER).all()
     assert not np.isnan(run.sent).any()
@@ -101,7 +101,7 @@ def test_silence_counts_as_waiting() -> None:
 @pytest.mark.parametrize(("model", "status"), [("hit", 200), ("503", 503), ("hangup", LOST), ("bye", 200)])
 def test_every_request_has_its_fate(model: str, status: int) -> None:
     """Answers, refusals, lost connections and ones that the server closes after each answer."""
-    with running(Peer()) as peer:
+    with run_peer(Peer()) as peer:
         run = send_schedule(*load(peer, model))
     assert (run.status == status).all()
     assert {CACHE[i] for i in run.cache} == ({"hit"} if model == "hit" else {""})
@@ -132,7 +132,7 @@ def test_a_lack_of_descriptors_is_our_own_fault() -> None:
 
 def test_connections_are_kept() -> None:
     """A server that answers between two requests sees far fewer connections than requests."""
-    with running(Peer()) as peer:
+    with run_peer(Peer()) as peer:
         send_schedule(*load(peer))
     assert peer.asked == 100
     assert peer.connections < 20
@@ -140,7 +140,7 @@ def test_connections_are_kept() -> None:
 
 def test_wrong_answers_are_noticed() -> None:
     """NaN with status 200 is not an answer."""
-    with running(Peer()) as peer:
+    with run_peer(Peer()) as peer:
         run = send_schedule(*load(peer, "nan"))
     assert len(run.unsound) == 100
     where, why = run.unsound[0]
@@ -204,7 +204,7 @@ def test_a_load_over_tls_shows_what_the_server_asks_for(tmp_path: Path) -> None:
     access = ServerAccess(tmp_path / "ca.pem", tmp_path / "desk.pem", token="desk-secret")
     schedule = Profile(1, 200, arrivals=ArrivalProcess.CONSTANT).schedule(0.5)
     request = DIALECTS["sagemaker"].request("peer", "hit", b"{}", headers=access.headers)
-    with running(Peer(tls=context)) as peer:
+    with run_peer(Peer(tls=context)) as peer:
         url = f"https://127.0.0.1:{peer.port}"
         to = make_target(url, [request], access=access)
         run = send_schedule(schedule, to)

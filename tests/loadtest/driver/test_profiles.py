@@ -169,13 +169,18 @@ def test_drift_moves_a_share_of_the_models() -> None:
 def test_drift_is_the_same_at_any_rate_and_length_and_in_any_part() -> None:
     """What happens to the popular depends on seed and time alone."""
 
-    def after(rate: float, seconds: float, part: int, seed: int = 0) -> list[int]:
+    def list_after(rate: float, seconds: float, part: int, seed: int = 0) -> list[int]:
         drifting = Profile(20, rate, zipf=0.5, seed=seed, drift_s=1.0, drift_share=0.5).schedule(seconds, part)
         still = Profile(20, rate, zipf=0.5, seed=seed).schedule(seconds, part)
         return stand_ins(still, drifting, 20, 3.0, 4.0)
 
-    assert after(1000.0, 4.0, 0) == after(3000.0, 4.0, 0) == after(1000.0, 9.0, 0) == after(1000.0, 4.0, 1)
-    assert after(1000.0, 4.0, 0) != after(1000.0, 4.0, 0, seed=1)
+    assert (
+        list_after(1000.0, 4.0, 0)
+        == list_after(3000.0, 4.0, 0)
+        == list_after(1000.0, 9.0, 0)
+        == list_after(1000.0, 4.0, 1)
+    )
+    assert list_after(1000.0, 4.0, 0) != list_after(1000.0, 4.0, 0, seed=1)
 
 
 @pytest.mark.parametrize("spread_s", [0.0, 0.5, 2.0])

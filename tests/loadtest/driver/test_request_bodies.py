@@ -24,7 +24,7 @@ START = "2026-01-01 00:00:00"
 SMALL = {"features": 4, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
 
 
-def demanding() -> bytes:
+def make_demanding() -> bytes:
     """A forecaster without a golden sample that wants covariates, categories and lags."""
     channels = (
         InputChannel(source="target"),
@@ -50,7 +50,7 @@ def demanding() -> bytes:
     )
 
 
-def several() -> bytes:
+def make_several() -> bytes:
     """A forecaster of two products, which takes a history of each."""
     config = {**SMALL, "features": 2, "quantiles": 6}
     forecast = ForecastSpec(
@@ -69,7 +69,7 @@ def several() -> bytes:
     )
 
 
-def plain() -> bytes:
+def make_plain() -> bytes:
     """A forecaster that only answers tensors."""
     return pack_model(
         Kind.FORECASTER,
@@ -83,11 +83,11 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
     """Golden samples, covariates and categories, tensors, ONNX, npy: by default and by each kind that applies."""
     fleet = {
         "golden.mar": make_archive("tcn", "golden", 1),
-        "demanding.mar": demanding(),
-        "plain.mar": plain(),
-        "several.mar": several(),
+        "demanding.mar": make_demanding(),
+        "plain.mar": make_plain(),
+        "several.mar": make_several(),
         "o.mar": onnx_model("o", 1).data,
-        "broken.mar": plain()[:500],
+        "broken.mar": make_plain()[:500],
     }
     for name, data in fleet.items():
         (tmp_path / name).write_bytes(data)
@@ -111,7 +111,7 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
 
 def test_the_same_seed_asks_the_same() -> None:
     """A load can be repeated to the last byte; another seed asks something else."""
-    archive = open_archive(demanding(), "d.mar")
+    archive = open_archive(make_demanding(), "d.mar")
     assert (
         make_request_body(archive, None, 1)
         == make_request_body(archive, None, 1)
@@ -124,7 +124,7 @@ def test_the_same_seed_asks_the_same() -> None:
 def test_what_cannot_be_asked() -> None:
     """The reason names the archive and what to ask for instead."""
     with pytest.raises(ValueError, match=r"p\.mar carries no `forecast` .* ask for tensors"):
-        make_request_body(open_archive(plain(), "p.mar"), BodyKind.DEEPAR, 0)
+        make_request_body(open_archive(make_plain(), "p.mar"), BodyKind.DEEPAR, 0)
 
 
 def test_one_call_asks_all() -> None:

@@ -28,7 +28,7 @@ from server.offline.archive_tools import verify_archive
 def test_every_kind_loads(tmp_path: Path, kind: str) -> None:
     """Each proves its golden sample by what serves it, against an answer of the reference network."""
     (tmp_path / "m.mar").write_bytes(make_archive(kind, "m.mar", 5))
-    assert "golden sample reproduced" in proved(tmp_path)
+    assert "golden sample reproduced" in verify_model(tmp_path)
 
 
 def test_a_fitted_model_loads(tmp_path: Path) -> None:
@@ -36,13 +36,13 @@ def test_a_fitted_model_loads(tmp_path: Path) -> None:
     (fitted,) = fit_markets([7], seed=2)
     packed = pack_fitted(fitted, "au/m.mar", 2)
     (tmp_path / "m.mar").write_bytes(packed)
-    assert "golden sample reproduced" in proved(tmp_path)
+    assert "golden sample reproduced" in verify_model(tmp_path)
     spec = open_archive(packed, "m").spec
     assert spec is not None
     assert spec.description == "fitted to the synthetic market market-007 of seed 2"
 
 
-def proved(folder: Path) -> str:
+def verify_model(folder: Path) -> str:
     """What `fleetcast verify` says of m.mar."""
     return str(verify_archive(locate_archive(settings_from({"store": str(folder)}), ModelName("m.mar"))))
 

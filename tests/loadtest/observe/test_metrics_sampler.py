@@ -27,14 +27,14 @@ fleetcast_loaded_models{{worker="0"}} {resident}
 """
 
 
-def text(hits: int, misses: int, quick: int, loads: int, seconds: float, resident: int) -> str:
+def make_text(hits: int, misses: int, quick: int, loads: int, seconds: float, resident: int) -> str:
     """A server's /metrics."""
     return TEXT.format(hits=hits, misses=misses, quick=quick, all=loads, sum=seconds, resident=resident)
 
 
 def test_samples_become_curves() -> None:
     """Counters become rates and means between samples, gauges stay levels; one that restarts never goes below 0."""
-    pages = iter([text(10, 2, 5, 5, 0.05, 7), text(16, 4, 6, 8, 0.35, 9), text(0, 0, 0, 0, 0.0, 1)])
+    pages = iter([make_text(10, 2, 5, 5, 0.05, 7), make_text(16, 4, 6, 8, 0.35, 9), make_text(0, 0, 0, 0, 0.0, 1)])
     watch = MetricsSampler(lambda: next(pages))
     for t in (0.0, 2.0, 4.0):
         watch.look(t)
@@ -51,7 +51,7 @@ def test_samples_become_curves() -> None:
 
 def test_load_times_by_bucket() -> None:
     """Cumulative buckets become counts between bounds, of the run alone; the last bound is open."""
-    pages = iter([text(0, 0, 5, 5, 0.05, 7), text(0, 0, 6, 8, 0.35, 9)])
+    pages = iter([make_text(0, 0, 5, 5, 0.05, 7), make_text(0, 0, 6, 8, 0.35, 9)])
     watch = MetricsSampler(lambda: next(pages))
     watch.look(0.0)
     watch.look(1.0)
@@ -63,7 +63,7 @@ def test_load_times_by_bucket() -> None:
 
 def test_a_last_look_is_no_span_of_its_own() -> None:
     """The sample at the end of a run comes just after another and takes its place: a rate over 1 ms is noise."""
-    pages = iter([text(hits, 0, 0, 0, 0, 1) for hits in (0, 10, 20, 21)])
+    pages = iter([make_text(hits, 0, 0, 0, 0, 1) for hits in (0, 10, 20, 21)])
     watch = MetricsSampler(lambda: next(pages))
     for t in (0.0, 1.0, 2.0, 2.001):
         watch.look(t)

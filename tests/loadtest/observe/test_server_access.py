@@ -41,7 +41,7 @@ class QuietServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(tls: ssl.SSLContext | None) -> Iterator[str]:
+def serve_connections(tls: ssl.SSLContext | None) -> Iterator[str]:
     """A listener, with TLS where there is a context; its host and port."""
     server = QuietServer(("127.0.0.1", 0), Answer)
     if tls is not None:
@@ -68,7 +68,7 @@ def ca(tmp_path: Path) -> trustme.CA:
     return made
 
 
-def listening(ca: trustme.CA, *, mutual: bool = False) -> ssl.SSLContext:
+def make_context(ca: trustme.CA, *, mutual: bool = False) -> ssl.SSLContext:
     """A server's context; `mutual`: clients must show a certificate of the authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ca.issue_cert("127.0.0.1").configure_cert(context)
@@ -82,7 +82,7 @@ def test_a_server_that_asks_for_all_is_answered(ca: trustme.CA, tmp_path: Path) 
     """Its authority is trusted, the certificate is shown from one file or two, and so is the token."""
     token = tmp_path / "token"
     token.write_text(f"{TOKEN}\n")
-    with serving(listening(ca, mutual=True)) as place:
+    with serve_connections(make_context(ca, mutual=True)) as place:
         for cert, key in ((tmp_path / "desk.pem", None), (tmp_path / "own.pem", tmp_path / "own.key")):
             access = open_access(tmp_path / "ca.pem", cert, key, token)
             assert access.request("GET", f"https://{place}/ping").status == 200
@@ -102,7 +102,7 @@ def test_the_variable_has_the_token_where_no_file_does(tmp_path: Path, monkeypat
 def test_what_is_missing_is_named(ca: trustme.CA, tmp_path: Path) -> None:
     """The flag that may help: for the authority, the certificate, the token, and for TLS where there is none."""
     known = ServerAccess(ca=tmp_path / "ca.pem")
-    with serving(listening(ca)) as place:
+    with serve_connections(make_context(ca)) as place:
         with pytest.raises(CannotConnect, match="--ca FILE"):
             ServerAccess().request("GET", f"https://{place}/ping")
         with pytest.raises(RuntimeError, match=r"answered 401 .*--token-file"):
@@ -112,9 +112,12 @@ def test_what_is_missing_is_named(ca: trustme.CA, tmp_path: Path) -> None:
         assert "other-secret" not in str(refused.value)
         with pytest.raises(CannotConnect, match="address with https"):
             ServerAccess().request("GET", f"http://{place}/ping")
-    with serving(listening(ca, mutual=True)) as place, pytest.raises(CannotConnect, match="--client-cert FILE"):
+    with (
+        serve_connections(make_context(ca, mutual=True)) as place,
+        pytest.raises(CannotConnect, match="--client-cert FILE"),
+    ):
         known.request("GET", f"https://{place}/ping")
-    with serving(None) as place, pytest.raises(CannotConnect, match="speaks no TLS there"):
+    with serve_connections(None) as place, pytest.raises(CannotConnect, match="speaks no TLS there"):
         known.request("GET", f"https://{place}/ping")
     with pytest.raises(CannotConnect, match="refused"):
         known.request("GET", f"https://127.0.0.1:{find_free_port()}/ping")
@@ -122,14 +125,14 @@ def test_what_is_missing_is_named(ca: trustme.CA, tmp_path: Path) -> None:
 
 def test_a_certificate_of_another_name_is_refused(ca: trustme.CA, tmp_path: Path) -> None:
     """The authority alone does not make a server the one that was named."""
-    with serving(listening(ca)) as place, pytest.raises(CannotConnect, match="CERTIFICATE_VERIFY_FAILED"):
+    with serve_connections(make_context(ca)) as place, pytest.raises(CannotConnect, match="CERTIFICATE_VERIFY_FAILED"):
         ServerAccess(ca=tmp_path / "ca.pem").request("GET", f"https://localhost:{place.partition(':')[2]}/ping")
 
 
 def test_a_redirect_is_not_followed(ca: trustme.CA, tmp_path: Path) -> None:
     """The token goes to the server that was named and to no other."""
     access = ServerAccess(ca=tmp_path / "ca.pem", token=TOKEN)
-    with serving(listening(ca)) as place, pytest.raises(RuntimeError, match="answered 302"):
+    with serve_connections(make_context(ca)) as place, pytest.raises(RuntimeError, match="answered 302"):
         access.request("GET", f"https://{place}/elsewhere")
 
 

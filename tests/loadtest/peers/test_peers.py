@@ -59,7 +59,7 @@ class Site:
 
 
 @contextmanager
-def site(of: Site) -> Iterator[Site]:
+def serve_site(of: Site) -> Iterator[Site]:
     """Serve in threads until the end of the block."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -110,7 +110,7 @@ def test_wrk_asks_every_model_in_its_dialect(dialect: str, wanted: set[tuple[str
     """All models have their turn, named where the protocol has the name, one body; 7 is the stride's multiple."""
     body = DIALECTS[dialect].tensor_body(np.full((8, 168), 1 / 7, np.float32))
     (tmp_path / "body").write_bytes(body)
-    with site(Site()) as there:
+    with serve_site(Site()) as there:
         target = wrk.WrkTarget("site", there.url, 7, ".mar", tmp_path / "body", JSON, DIALECTS[dialect])
         result = wrk.run_wrk(target, 2, 1)
     assert there.seen == {(path, model, JSON, body) for path, model in wanted}
@@ -123,7 +123,10 @@ def test_wrk_asks_every_model_in_its_dialect(dialect: str, wanted: set[tuple[str
 def test_wrk_counts_no_refusal(tmp_path: Path) -> None:
     """One model of four answers 503: there is no result, but an error that says how many failed."""
     (tmp_path / "body").write_bytes(b"{}")
-    with site(Site(refuses="m2")) as there, pytest.raises(RuntimeError, match=r"site: \d+ of \d+ requests failed"):
+    with (
+        serve_site(Site(refuses="m2")) as there,
+        pytest.raises(RuntimeError, match=r"site: \d+ of \d+ requests failed"),
+    ):
         wrk.run_wrk(wrk.WrkTarget("site", there.url, 4, "", tmp_path / "body", JSON), 2, 1)
 
 
@@ -133,22 +136,22 @@ def test_turns_rotate() -> None:
     assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
-def _runs(*rates: float) -> dict[int, list[wrk.WrkResult]]:
+def _is_running(*rates: float) -> dict[int, list[wrk.WrkResult]]:
     return {each: [wrk.WrkResult(rate, 1000 / rate, 5000 / rate, 0) for rate in rates] for each in CONNECTIONS}
 
 
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that slows down for a round slows both: the ratio of each round stays, that of medians would not."""
-    row = summarize_runs(_runs(10, 50, 12), {OURS: _runs(100, 500, 120)})["8 connections"]
+    row = summarize_runs(_is_running(10, 50, 12), {OURS: _is_running(100, 500, 120)})["8 connections"]
     assert row[f"{OURS} / it"]["requests_per_s"] == {"median": 10, "min": 10, "max": 10, "runs": 3}
     assert row[f"{OURS} / it"]["p50"]["median"] == pytest.approx(0.1)
     assert row["requests_per_s"] == {"median": 12, "min": 10, "max": 50, "runs": 3}
-    assert f"{OURS} / it" not in summarize_runs(_runs(1), {})["8 connections"]
+    assert f"{OURS} / it" not in summarize_runs(_is_running(1), {})["8 connections"]
 
 
 def test_the_table_says_all() -> None:
     """Medians with spread, load time, memory; who is missing and why, who was stopped, what exceeded memory did."""
-    ours, npy, its = _runs(100, 200, 300), _runs(200, 400, 600), _runs(10, 20, 25)
+    ours, npy, its = _is_running(100, 200, 300), _is_running(200, 400, 600), _is_running(10, 20, 25)
     told = {"version": "1.2", "load_ms": {"median": 3000.0, "min": 2900.0, "max": 3100.0}, "mb_per_model": 168.04}
     results = {
         "models": 8,
@@ -268,7 +271,7 @@ def test_a_tree_is_ended_with_whoever_left_its_group(tmp_path: Path) -> None:
 
 def test_growth_stops_where_a_model_is_refused() -> None:
     """What was loaded until then counts, and the server's words are kept; else it ends with models or budget."""
-    with site(Site(refuses="m2")) as there:
+    with serve_site(Site(refuses="m2")) as there:
         server = PeerServer("site", there.url, DIALECTS["mms"], "", ProcessTree(os.getpid()))
         growth = grow_past_memory(server, ["m0", "m1", "m2", "m3"], b"{}", float("inf"))
         assert growth.models == 2
@@ -281,11 +284,11 @@ def test_growth_stops_where_a_model_is_refused() -> None:
 
 
 @contextmanager
-def _served(name: str, there: Site, *, fixed: bool = False) -> Iterator[PeerServer]:
+def _serve(name: str, there: Site, *, fixed: bool = False) -> Iterator[PeerServer]:
     yield PeerServer(name, there.url, DIALECTS["ray"], "", ProcessTree(os.getpid()), fixed=fixed)
 
 
-def _absent() -> AbstractContextManager[PeerServer]:
+def _is_absent() -> AbstractContextManager[PeerServer]:
     raise PeerUnavailable("needs Java 17")
 
 
@@ -301,14 +304,14 @@ def test_who_answers_wrongly_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with ExitStack() as stack:
         there = PeerComparison(write_models(tmp_path, 2), tmp_path, stack)
         answers = {name: answer.tolist() for name, answer in there.models.answers.items()}
-        right = stack.enter_context(site(Site(answers)))
-        later = stack.enter_context(site(Site(answers)))
-        wrong = stack.enter_context(site(Site({"m0": answers["m0"], "m1": answers["m0"]})))
-        there.enter(OURS, "1", partial(_served, OURS, right), 2)
-        there.enter("absent", "1", _absent, 2)
-        there.enter("wrong", "1", partial(_served, "wrong", wrong), 2)
-        there.enter("fixed", "1", partial(_served, "fixed", wrong, fixed=True), 1)
-        there.enter("later", "1", partial(_served, "later", later), 2)
+        right = stack.enter_context(serve_site(Site(answers)))
+        later = stack.enter_context(serve_site(Site(answers)))
+        wrong = stack.enter_context(serve_site(Site({"m0": answers["m0"], "m1": answers["m0"]})))
+        there.enter(OURS, "1", partial(_serve, OURS, right), 2)
+        there.enter("absent", "1", _is_absent, 2)
+        there.enter("wrong", "1", partial(_serve, "wrong", wrong), 2)
+        there.enter("fixed", "1", partial(_serve, "fixed", wrong, fixed=True), 1)
+        there.enter("later", "1", partial(_serve, "later", later), 2)
         assert list(there.contenders) == [OURS, "fixed", "later"]
         there.settle()
         for turn in there.play(1, 1):

@@ -32,13 +32,13 @@ SLAB = 65_536
 PLAIN = Costs(said="round numbers", step_s=0.001, row_s=0.001, overhead=(0.001,), get=(0.1,), build=(0.01,))
 
 
-def demand(at: list[float], asked: list[int], models: int, charge: int = SLAB) -> Demand:
+def make_demand(at: list[float], asked: list[int], models: int, charge: int = SLAB) -> Demand:
     """Requests given one by one; a model fills a slab."""
     schedule = Schedule(np.array(at), np.array(asked), max(at) + 1)
     return Demand(schedule, None, list_fleet_names(models), np.full(models, charge), "by hand")
 
 
-def room(models: int, **more: Any) -> Machines:
+def make_room(models: int, **more: Any) -> Machines:
     """One worker with room for so many of them."""
     return Machines(models * SLAB, slab_bytes=SLAB, **more)
 
@@ -49,7 +49,7 @@ def ask(worker: SimulatedWorker, at: list[float], asked: list[int]) -> simulated
     return worker.run(np.array(at), models)
 
 
-def worker(rows: int, threads: int = 4) -> SimulatedWorker:
+def make_worker(rows: int, threads: int = 4) -> SimulatedWorker:
     """With room for so many."""
     return SimulatedWorker(Cache(rows * SLAB, SLAB), PLAIN, np.random.default_rng(0), threads)
 
@@ -59,7 +59,7 @@ def worker(rows: int, threads: int = 4) -> SimulatedWorker:
 
 def test_a_hit_and_a_miss_take_what_they_cost() -> None:
     """A first request waits for the GET, the build and its step; the next one for its step alone."""
-    ran = ask(worker(2), [0.0, 1.0], [0, 0])
+    ran = ask(make_worker(2), [0.0, 1.0], [0, 0])
     assert ran.outcome.tolist() == [MISS, HIT]
     assert ran.wait.tolist() == pytest.approx([0.1 + 0.01 + 0.002, 0.002])
     assert ran.loads == 1
@@ -68,7 +68,7 @@ def test_a_hit_and_a_miss_take_what_they_cost() -> None:
 
 def test_who_comes_during_a_load_joins_it() -> None:
     """One load for all who wait; they run in one step when it ends, so the last waits least."""
-    ran = ask(worker(2), [0.0, 0.05, 0.1], [0, 0, 0])
+    ran = ask(make_worker(2), [0.0, 0.05, 0.1], [0, 0, 0])
     assert ran.outcome.tolist() == [MISS, COALESCED, COALESCED]
     assert (ran.wait + np.array([0.0, 0.05, 0.1])).tolist() == pytest.approx([0.114] * 3)
     assert ran.loads == 1
@@ -76,7 +76,7 @@ def test_who_comes_during_a_load_joins_it() -> None:
 
 def test_what_arrives_during_a_step_is_the_next_batch() -> None:
     """Five at once after a warm-up: the first alone, the other four together in 1 + 4 ms."""
-    busy = worker(1)
+    busy = make_worker(1)
     busy.fill([SimulatedModel(ModelName("m0.mar"), SLAB, "family")])
     ran = ask(busy, [0.0] * 5, [0] * 5)
     assert ran.wait.tolist() == pytest.approx([0.002] + [0.007] * 4)
@@ -84,14 +84,14 @@ def test_what_arrives_during_a_step_is_the_next_batch() -> None:
 
 def test_an_archive_fetched_a_short_while_ago_comes_from_disk() -> None:
     """Evicted and asked again within a minute: no GET. Later: one, since the server asks whether it has changed."""
-    ran = ask(worker(1), [0.0, 1.0, 2.0, 100.0, 101.0], [0, 1, 0, 1, 0])
+    ran = ask(make_worker(1), [0.0, 1.0, 2.0, 100.0, 101.0], [0, 1, 0, 1, 0])
     from_disk, from_store = 0.012, 0.112
     assert ran.wait.tolist() == pytest.approx([from_store, from_store, from_disk, from_store, from_store])
 
 
 def test_loader_threads_bound_the_loads_at_a_time() -> None:
     """Four loads by two threads take two GETs, by four threads one; builds take turns on the interpreter in part."""
-    slow, fast = ask(worker(4, threads=2), [0.0] * 4, [0, 1, 2, 3]), ask(worker(4), [0.0] * 4, [0, 1, 2, 3])
+    slow, fast = ask(make_worker(4, threads=2), [0.0] * 4, [0, 1, 2, 3]), ask(make_worker(4), [0.0] * 4, [0, 1, 2, 3])
     held = simulated.HELD * 0.01
     assert slow.wait.max() == pytest.approx(2 * (0.1 + 0.01 + held) + 0.004, abs=0.006)
     assert fast.wait.max() == pytest.approx(0.1 + 0.01 + 3 * held + 0.008, abs=0.006)
@@ -99,7 +99,7 @@ def test_loader_threads_bound_the_loads_at_a_time() -> None:
 
 def test_a_model_larger_than_the_cache_is_refused_and_remembered() -> None:
     """It evicts nobody, and requests within the back-off are refused at once."""
-    small = worker(1)
+    small = make_worker(1)
     small.fill([SimulatedModel(ModelName("m0.mar"), SLAB, "family")])
     big = SimulatedModel(ModelName("big.mar"), 2 * SLAB, "big")
     ran = small.run(np.array([0.0, 0.2]), [big, big])
@@ -111,7 +111,7 @@ def test_a_model_larger_than_the_cache_is_refused_and_remembered() -> None:
 def test_a_worker_refuses_what_its_queue_cannot_hold() -> None:
     """As many as the server's queue_per_worker wait; the next is refused at once."""
     count = QUEUE_PER_WORKER + 1
-    ran = ask(worker(1), [0.0] * count, [0] * count)
+    ran = ask(make_worker(1), [0.0] * count, [0] * count)
     assert np.flatnonzero(ran.outcome == REFUSED).tolist() == [count - 1]
     assert ran.wait[-1] == 0
 
@@ -119,7 +119,7 @@ def test_a_worker_refuses_what_its_queue_cannot_hold() -> None:
 def test_nobody_waits_longer_than_the_deadline() -> None:
     """More loads than can be made: whoever has waited for the server's request_timeout_s is refused then."""
     n = 3000
-    ran = ask(worker(10, threads=1), [i * 0.01 for i in range(n)], list(range(n)))
+    ran = ask(make_worker(10, threads=1), [i * 0.01 for i in range(n)], list(range(n)))
     assert ran.wait.max() == REQUEST_TIMEOUT_S
     assert (ran.outcome[ran.wait == REQUEST_TIMEOUT_S] == REFUSED).all()
     assert 0.5 < (ran.outcome == REFUSED).mean() < 1
@@ -150,16 +150,16 @@ def test_every_request_ends_under_every_policy(rows: int, asked: list[int], gap_
 def test_a_cycle_over_one_model_too_many_is_the_end_of_lru() -> None:
     """The market clock's worst case: no hit at all; with room for all of them, every request but the first."""
     asked = [*range(10)] * 20
-    cycle = demand([i * 1.0 for i in range(200)], asked, 10)
-    assert simulate(Placement(cycle), room(9), PLAIN).hit_ratio == 0
-    assert simulate(Placement(cycle), room(10), PLAIN).hit_ratio == 190 / 200
+    cycle = make_demand([i * 1.0 for i in range(200)], asked, 10)
+    assert simulate(Placement(cycle), make_room(9), PLAIN).hit_ratio == 0
+    assert simulate(Placement(cycle), make_room(10), PLAIN).hit_ratio == 190 / 200
 
 
 def test_ches_approximation_of_lru_under_zipf() -> None:
     """Independent requests: LRU's hit ratio is what Che, Tung and Wang (2002) calculate for it, within 2 points."""
     profile = Profile(500, 50.0, zipf=0.9)
     asked = make_profile_demand(profile, 400, 100, str(SLAB))
-    found = simulate(Placement(asked), room(100), PLAIN.faster(1e6)).hit_ratio
+    found = simulate(Placement(asked), make_room(100), PLAIN.faster(1e6)).hit_ratio
     share = profile.popularity()
     low, high = 0.0, 1e9
     for _ in range(100):  # the time in which as many models are asked as there is room for
@@ -225,7 +225,7 @@ def test_a_node_is_lost() -> None:
     """A third of the models move and are cold once; of two replicas each, two thirds do: each gets its second again."""
     asked = make_profile_demand(Profile(400, 100.0, zipf=0.0), 60, 60, str(SLAB))
     for replicas in (1, 2):
-        machines = room(400, nodes=3, replicas=replicas)
+        machines = make_room(400, nodes=3, replicas=replicas)
         found = simulate(Placement(asked), replace(machines, loss=Loss(0, 30.0)), PLAIN)
         assert found.after is not None
         assert simulate(Placement(asked), machines, PLAIN).hit_ratio > 0.99
@@ -235,7 +235,7 @@ def test_a_node_is_lost() -> None:
 def test_some_workers_speak_for_the_rest() -> None:
     """Three of sixteen workers simulated: the hit ratio is that of all within what the plan says it is off by."""
     asked = make_profile_demand(Profile(4_000, 800.0, zipf=0.6), 60, 30, str(SLAB))
-    machines = room(2_000, workers=8, nodes=2)
+    machines = make_room(2_000, workers=8, nodes=2)
     whole, part = (simulate(Placement(asked), machines, PLAIN, most=most) for most in (10**9, 100))
     assert (whole.simulated, whole.error) == (16, 0.0)
     assert 3 <= part.simulated < 6
@@ -246,7 +246,7 @@ def test_some_workers_speak_for_the_rest() -> None:
 def test_a_popular_model_is_counted_once() -> None:
     """Every fifth request is for one model: the workers that speak for others do not speak of it, nor it for them."""
     asked = make_profile_demand(Profile(4_000, 800.0, zipf=1.2), 60, 30, str(SLAB))
-    machines = room(1_000, workers=8, nodes=2)
+    machines = make_room(1_000, workers=8, nodes=2)
     whole, part = (simulate(Placement(asked), machines, PLAIN, most=most) for most in (10**9, 100))
     assert part.simulated < 6
     assert part.requests == whole.requests == len(asked.schedule.at)
@@ -257,8 +257,8 @@ def test_a_popular_model_is_counted_once() -> None:
 
 def test_loader_threads_are_what_it_waits_for() -> None:
     """Every request loads, each for 0.11 s: 30 a second take four threads for 82 % of the time, two for all of it."""
-    asked = demand([i / 30 for i in range(300)], list(range(300)), 300)
-    ample, scarce = (simulate(Placement(asked), room(10, loader_threads=n), PLAIN) for n in (4, 2))
+    asked = make_demand([i / 30 for i in range(300)], list(range(300)), 300)
+    ample, scarce = (simulate(Placement(asked), make_room(10, loader_threads=n), PLAIN) for n in (4, 2))
     assert ample.loading == pytest.approx(300 * 0.11 / 4 / asked.schedule.seconds, rel=0.05)
     assert scarce.loading == 1.0
     assert scarce.ms["p99"] > 10 * ample.ms["p99"]

@@ -27,7 +27,7 @@ LARGE = Machine("large", vcpu=2, memory_gib=1.0, price_per_hour=2.5)
 CLUSTER = Machine("gpu", vcpu=4, memory_gib=16, price_per_hour=0.1, accelerator="L4", device_memory_gib=24)
 
 
-def table(*machines: Machine, availability: float = 1.0) -> PriceTable:
+def make_table(*machines: Machine, availability: float = 1.0) -> PriceTable:
     """Prices by hand."""
     return PriceTable(dated="today", said="by hand", machine=machines, availability=availability)
 
@@ -38,7 +38,7 @@ def fleet() -> Demand:
     return make_profile_demand(Profile(2_000, 100.0), 60, 60, "70KB")
 
 
-def found(*, hit_ratio: float = 0.95, refused: float = 0.0) -> SimulationResult:
+def make_finding(*, hit_ratio: float = 0.95, refused: float = 0.0) -> SimulationResult:
     """A finding by hand."""
     ms = {"p50": 1.0, "p90": 2.0, "p99": 9.0, "p99.9": 30.0}
     there = Machines(2**30)
@@ -99,16 +99,16 @@ def test_no_number_of_machines_is_enough() -> None:
 
 def test_what_a_promise_misses() -> None:
     """In a word or two; refusals first, since a refused request is fast."""
-    assert Promise().missed(found()) == ""
-    assert Promise(p99_ms=9.0, hit_ratio=0.95).missed(found()) == ""
-    assert Promise(p99_ms=8.0).missed(found()) == "p99 9 ms"
-    assert Promise(hit_ratio=0.96).missed(found()) == "hits 0.950"
-    assert Promise(p99_ms=8.0).missed(found(refused=0.1)) == "refuses 10.00%"
+    assert Promise().missed(make_finding()) == ""
+    assert Promise(p99_ms=9.0, hit_ratio=0.95).missed(make_finding()) == ""
+    assert Promise(p99_ms=8.0).missed(make_finding()) == "p99 9 ms"
+    assert Promise(hit_ratio=0.96).missed(make_finding()) == "hits 0.950"
+    assert Promise(p99_ms=8.0).missed(make_finding(refused=0.1)) == "refuses 10.00%"
 
 
 def test_the_cheapest_machines_that_keep_a_promise(fleet: Demand) -> None:
     """Several small ones where they are cheaper than one large; fewer where less is promised."""
-    prices = table(SMALL, LARGE, CLUSTER)
+    prices = make_table(SMALL, LARGE, CLUSTER)
     strict = find_offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.92), Machines(0))
     assert [(offer.machine.name, offer.needed) for offer in strict] == [("large", 1), ("small", 3), ("gpu", 0)]
     assert strict[0].monthly == 2.5 * 720
@@ -122,16 +122,16 @@ def test_the_cheapest_machines_that_keep_a_promise(fleet: Demand) -> None:
 
 def test_a_promise_that_nobody_keeps(fleet: Demand) -> None:
     """Each machine says how many were tried and what they missed."""
-    (offer,) = find_offers(Placement(fleet), DEFAULT, table(LARGE), Promise(p99_ms=0.01), Machines(0))
+    (offer,) = find_offers(Placement(fleet), DEFAULT, make_table(LARGE), Promise(p99_ms=0.01), Machines(0))
     assert re.fullmatch(r"64 of them: p99 [\d.]+ ms", offer.why)
     tiny = Machine("tiny", vcpu=8, memory_gib=0.01, price_per_hour=1.0)
-    (offer,) = find_offers(Placement(fleet), DEFAULT, table(tiny), Promise(), Machines(0))
+    (offer,) = find_offers(Placement(fleet), DEFAULT, make_table(tiny), Promise(), Machines(0))
     assert offer.why == "its memory has no room for a model in each worker"
 
 
 def test_spares_cost_as_much(fleet: Demand) -> None:
     """Machines that are up 99.5 % of the time: one more than needed for 99.9 %, and as many for each endpoint alone."""
-    prices = table(LARGE, availability=0.995)
+    prices = make_table(LARGE, availability=0.995)
     (offer,) = find_offers(Placement(fleet), DEFAULT, prices, Promise(hit_ratio=0.9), Machines(0))
     assert (offer.needed, offer.nodes, offer.monthly) == (1, 2, 2 * 2.5 * 720)
     assert find_cheapest_alone(prices, 2_000, Promise()) == (LARGE, 2, 2_000 * 2 * 2.5 * 720)
@@ -203,7 +203,7 @@ def test_what_cannot_be_planned(flags: list[str], said: str) -> None:
 def test_a_load_run_is_costs(tmp_path: Path) -> None:
     """Its hits give what a hit takes beside its step, its loads by tier the GET and the rest."""
     record = runs.record(seconds=5)
-    record["results"]["latency"]["hit"] = runs.row(np.full(100, 5.0))
+    record["results"]["latency"]["hit"] = runs.make_row(np.full(100, 5.0))
     record["results"]["load_time"] = {
         "host": {"le_s": [0.001, None], "count": [0, 0]},
         "disk": {"le_s": [0.001, 0.01, 60.0, None], "count": [0, 10, 0, 0]},

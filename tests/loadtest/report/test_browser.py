@@ -8,7 +8,7 @@ import pytest
 
 from loadtest.report import render_page
 from tests.loadtest import runs
-from tests.loadtest.browser import CHROMIUM, Browser, browser
+from tests.loadtest.browser import CHROMIUM, Browser, open_browser
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the report in")
 
@@ -16,9 +16,9 @@ EVIL = """<img src=x onerror=alert(1)></script><script>alert(2)</script>"'"""
 PAGES: dict[str, tuple[Sequence[dict[str, Any]], Sequence[str]]] = {
     "one": ([runs.record()], ["one.json"]),
     "two": ([runs.record(), runs.record(1, seconds=95, slow=1.6)], ["before.json", "after-a-change.json"]),
-    "ramp": ([runs.ramp()], ["ramp.json"]),
-    "bare": ([runs.bare()], ["bare.json"]),
-    "hostile": ([runs.hostile(EVIL), runs.hostile("w" * 300)], [EVIL, "w" * 300]),
+    "ramp": ([runs.make_ramp()], ["ramp.json"]),
+    "bare": ([runs.make_bare()], ["bare.json"]),
+    "hostile": ([runs.make_hostile(EVIL), runs.make_hostile("w" * 300)], [EVIL, "w" * 300]),
 }
 # The pixels of a chart. A copy is read: reading the original twice makes the browser warn about its own speed.
 PIXELS = """const pixels = (canvas) => {
@@ -52,7 +52,7 @@ DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A browser for all tests: starting one takes a second."""
-    with browser(tmp_path_factory.mktemp("home")) as found:
+    with open_browser(tmp_path_factory.mktemp("home")) as found:
         yield found
 
 

@@ -41,7 +41,7 @@ class Elements(HTMLParser):
         self.words += data
 
 
-def made(**changes: Any) -> Record:
+def make_run(**changes: Any) -> Record:
     """A checked record with its results changed."""
     record = runs.record(seconds=5)
     record["results"] |= changes
@@ -63,7 +63,7 @@ def test_one_file_that_needs_no_other(tmp_path: Path) -> None:
 
 def test_the_policy_knows_the_style_and_the_script() -> None:
     """What is inline has the hash that the Content-Security-Policy allows, and nothing else is allowed."""
-    html = render_page([runs.bare()], ["a"])
+    html = render_page([runs.make_bare()], ["a"])
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
     assert policy.startswith("default-src 'none';")
     assert "unsafe" not in policy
@@ -75,8 +75,8 @@ def test_the_policy_knows_the_style_and_the_script() -> None:
 def test_hostile_text_stays_text() -> None:
     """Whatever a run's file or its name says is shown as it is, and makes no element."""
     harmless, evil = (
-        render_page([runs.hostile("name")] * 2, ["a", "b"]),
-        render_page([runs.hostile(EVIL)] * 2, [EVIL, EVIL]),
+        render_page([runs.make_hostile("name")] * 2, ["a", "b"]),
+        render_page([runs.make_hostile(EVIL)] * 2, [EVIL, EVIL]),
     )
     assert Elements(evil).names == Elements(harmless).names
     assert Elements(evil).words.count(EVIL) > 20
@@ -86,8 +86,8 @@ def test_hostile_text_stays_text() -> None:
     ("record", "wanted"),
     [
         (runs.record(seconds=5), 13),
-        (runs.ramp(), 15),
-        (runs.bare(), 2),
+        (runs.make_ramp(), 15),
+        (runs.make_bare(), 2),
     ],
     ids=["whole", "ramp", "bare"],
 )
@@ -104,7 +104,7 @@ def test_a_chart_for_everything_that_was_recorded(record: dict[str, Any], wanted
 def test_the_distribution_is_the_histogram() -> None:
     """One request in ten took p90 or longer, one in a hundred p99; the fastest stands first, the slowest last."""
     ms = np.random.default_rng(1).lognormal(1, 1, 5000)
-    drawn = build_charts([made(latency={"all": runs.row(ms)})["results"]])
+    drawn = build_charts([make_run(latency={"all": runs.make_row(ms)})["results"]])
     (line,) = next(chart for chart in drawn if chart.title == "Latency distribution").lines
     at = dict(zip(line.x, line.y, strict=True))
     for rarity, expected in (
@@ -119,7 +119,7 @@ def test_the_distribution_is_the_histogram() -> None:
 
 def test_one_answer_has_a_distribution() -> None:
     """The smallest there is: one point."""
-    drawn = build_charts([made(latency={"all": runs.row([3.0])})["results"]])
+    drawn = build_charts([make_run(latency={"all": runs.make_row([3.0])})["results"]])
     (line,) = next(chart for chart in drawn if chart.title == "Latency distribution").lines
     assert line.x == [1.0]
     assert line.y == pytest.approx([3.0], rel=0.01)
@@ -128,10 +128,10 @@ def test_one_answer_has_a_distribution() -> None:
 def test_load_times_add_up_to_all_loads() -> None:
     """Shares by bucket limit in ms, from none to all, without empty buckets around; loads beyond the last stay out."""
     buckets = {"le_s": [0.001, 0.002, 0.005, 0.01, 0.02, None], "count": [0, 0, 5, 4, 0, 1]}
-    drawn = build_charts([made(load_time={"disk": buckets})["results"]])
+    drawn = build_charts([make_run(load_time={"disk": buckets})["results"]])
     (line,) = next(chart for chart in drawn if chart.title == "Load time").lines
     assert dict(zip(line.x, line.y, strict=True)) == {2: 0, 5: 50, 10: 90, 20: 90}
-    rows = {row[0]: row[1] for row in table_named("Loads and evictions", made(load_time={"disk": buckets}))}
+    rows = {row[0]: row[1] for row in table_named("Loads and evictions", make_run(load_time={"disk": buckets}))}
     assert rows["50% of loads from disk within"] == "5 ms"
     assert rows["99% of loads from disk within"] == "—"
 
@@ -190,14 +190,14 @@ def test_which_is_better(fact: RunFact, ratio: str, word: str) -> None:
 )
 def test_the_verdict_in_words(changes: dict[str, Any], mood: str, sentence: str) -> None:
     """Validity goes before everything: a service level that an invalid run met is not met."""
-    results = made(**changes)["results"]
+    results = make_run(**changes)["results"]
     assert judge_run(results) == (mood, sentence)
     assert set(results["invalid"]) <= set(list_remarks(results))
 
 
 def test_a_run_of_which_nothing_is_known_says_so() -> None:
     """No metrics, no memory, no answers: dashes and a remark, never a zero that was not measured."""
-    results = check_record(runs.bare())["results"]
+    results = check_record(runs.make_bare())["results"]
     assert "Not recorded: the server's metrics and the server's memory." in list_remarks(results)
     assert {fact.what: fact.cells() for fact in list_headlines([results])}["hit ratio"] == ["—"]
     results["latency"] = {}
@@ -206,7 +206,7 @@ def test_a_run_of_which_nothing_is_known_says_so() -> None:
 
 def test_a_ramp_shows_its_highest_rate() -> None:
     """The highest rate that was sustained is a headline, and the step that was not says why."""
-    record = check_record(runs.ramp())
+    record = check_record(runs.make_ramp())
     assert list_headlines([record["results"]])[-1].cells() == ["600/s"]
     assert table_named("Ramp", record)[-1][-2:] == ["no", "answered 620 of 800 requests/s"]
 
@@ -214,7 +214,7 @@ def test_a_ramp_shows_its_highest_rate() -> None:
 def test_many_processes_are_drawn_as_one() -> None:
     """More lines than the page has dashes would be told by nothing."""
     memory = {"t_s": [0.0, 1.0], **{f"worker {i}": [1e6, 2e6] for i in range(9)}}
-    (chart,) = [c for c in build_charts([made(memory_over_time=memory)["results"]]) if c.title == "Memory"]
+    (chart,) = [c for c in build_charts([make_run(memory_over_time=memory)["results"]]) if c.title == "Memory"]
     assert [(line.name, line.y) for line in chart.lines] == [("all processes", [9.0, 18.0])]
 
 
@@ -225,7 +225,7 @@ def test_long_runs_have_short_tables() -> None:
     assert html.count("<tr>") < 4000
 
 
-def spoiled(spoil: Callable[[dict[str, Any]], Any]) -> str:
+def spoil_run(spoil: Callable[[dict[str, Any]], Any]) -> str:
     """A run's JSON after a change of its results."""
     record = runs.record(seconds=3)
     spoil(record["results"])
@@ -239,14 +239,14 @@ def spoiled(spoil: Callable[[dict[str, Any]], Any]) -> str:
         ("<html>", "malformed"),
         ("[1]", "Expected `object`, got `array`"),
         ('{"name": "warm", "results": {}}', r"missing required field `title` - at `\$.results`"),
-        (spoiled(lambda r: r.pop("lag")), r"missing required field `lag` - at `\$.results`"),
+        (spoil_run(lambda r: r.pop("lag")), r"missing required field `lag` - at `\$.results`"),
         (
-            spoiled(lambda r: r["over_time"].update(p50_ms=["1"] * 3)),
+            spoil_run(lambda r: r["over_time"].update(p50_ms=["1"] * 3)),
             r"got `str` - at `\$.results.over_time.p50_ms\[0\]`",
         ),
-        (spoiled(lambda r: r["over_time"]["p99_ms"].pop()), "columns of `over_time` differ in length.*'p99_ms': 2"),
-        (spoiled(lambda r: r["latency"]["hit"].update(hdr="AAAA")), "HDR histogram of `hit` cannot be decoded"),
-        (spoiled(lambda r: r["memory_over_time"].pop("t_s")), "`memory_over_time` has no times"),
+        (spoil_run(lambda r: r["over_time"]["p99_ms"].pop()), "columns of `over_time` differ in length.*'p99_ms': 2"),
+        (spoil_run(lambda r: r["latency"]["hit"].update(hdr="AAAA")), "HDR histogram of `hit` cannot be decoded"),
+        (spoil_run(lambda r: r["memory_over_time"].pop("t_s")), "`memory_over_time` has no times"),
     ],
 )
 def test_another_file_is_told_what_it_is_not(tmp_path: Path, text: str, what: str) -> None:
@@ -259,7 +259,7 @@ def test_another_file_is_told_what_it_is_not(tmp_path: Path, text: str, what: st
 
 def test_one_run_or_two() -> None:
     """Not none, not three, and each with a label."""
-    record = runs.bare()
+    record = runs.make_bare()
     for records, labels in (([], []), ([record] * 3, ["a", "b", "c"]), ([record], [])):
         with pytest.raises(ValueError, match="one run or two"):
             render_page(records, labels)

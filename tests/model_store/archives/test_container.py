@@ -166,7 +166,7 @@ def test_only_posix_tars_have_a_prefix(magic: bytes, path: str) -> None:
 # --- sizes that lie, containers that are damaged
 
 
-def patched(archive: bytes, signature: bytes, offset: int, fmt: str, value: int) -> bytes:
+def patch_zip(archive: bytes, signature: bytes, offset: int, fmt: str, value: int) -> bytes:
     """The zip with one field of its first record of that signature replaced."""
     raw = bytearray(archive)
     struct.pack_into(fmt, raw, archive.index(signature) + offset, value)
@@ -186,19 +186,19 @@ STORED = make_zip({"model.onnx": b"a" * 1000})
         (ZIP[:-30], "truncated: its end record is missing"),
         (ZIP + b"more", "does not fit its size"),
         (b"PK" + ZIP, "does not fit its size"),
-        (patched(ZIP, ENTRY, 8, "<H", 1), "is encrypted"),
-        (patched(ZIP, ENTRY, 10, "<H", 14), "compression method 14"),
-        (patched(ZIP, ENTRY, 42, "<L", 5), "no local header"),
-        (patched(ZIP, ENTRY, 42, "<L", 10**6), "beyond the end"),
-        (patched(ZIP, ENTRY, 42, "<L", len(ZIP) - 29), "beyond the end"),  # a byte too few for a local header
-        (patched(ZIP, ENTRY, 42, "<L", len(ZIP) - 30), "no local header"),
-        (patched(STORED, ENTRY, 20, "<L", 10), "its sizes differ"),
-        (patched(ZIP, ENTRY, 20, "<L", 10**6), "reaches into the zip's directory"),
-        (patched(ZIP, ENTRY, 28, "<H", 60000), "directory is damaged"),
-        (patched(patched(ZIP, END, 8, "<H", 2), END, 10, "<H", 2), "ends before its 2 entries"),
-        (patched(patched(ZIP, END, 8, "<H", 0), END, 10, "<H", 0), "more than the 0 entries"),
-        (patched(ZIP, END, 4, "<H", 1), "several disks"),
-        (patched(ZIP, END, 10, "<H", 0xFFFF), "zip64"),
+        (patch_zip(ZIP, ENTRY, 8, "<H", 1), "is encrypted"),
+        (patch_zip(ZIP, ENTRY, 10, "<H", 14), "compression method 14"),
+        (patch_zip(ZIP, ENTRY, 42, "<L", 5), "no local header"),
+        (patch_zip(ZIP, ENTRY, 42, "<L", 10**6), "beyond the end"),
+        (patch_zip(ZIP, ENTRY, 42, "<L", len(ZIP) - 29), "beyond the end"),  # a byte too few for a local header
+        (patch_zip(ZIP, ENTRY, 42, "<L", len(ZIP) - 30), "no local header"),
+        (patch_zip(STORED, ENTRY, 20, "<L", 10), "its sizes differ"),
+        (patch_zip(ZIP, ENTRY, 20, "<L", 10**6), "reaches into the zip's directory"),
+        (patch_zip(ZIP, ENTRY, 28, "<H", 60000), "directory is damaged"),
+        (patch_zip(patch_zip(ZIP, END, 8, "<H", 2), END, 10, "<H", 2), "ends before its 2 entries"),
+        (patch_zip(patch_zip(ZIP, END, 8, "<H", 0), END, 10, "<H", 0), "more than the 0 entries"),
+        (patch_zip(ZIP, END, 4, "<H", 1), "several disks"),
+        (patch_zip(ZIP, END, 10, "<H", 0xFFFF), "zip64"),
         (make_zip({}), "no members"),
         (make_zip({"folder/": b""}), "no members"),
         (gzip.compress(b""), "does not hold a tar"),
@@ -224,9 +224,9 @@ def test_damaged_containers_are_refused(archive: bytes, said: str) -> None:
 @pytest.mark.parametrize(
     ("archive", "said"),
     [
-        (patched(ZIP, ENTRY, 24, "<L", 10), "inflates to more than the 10 bytes"),
-        (patched(ZIP, ENTRY, 24, "<L", 2000), "ends early: its header declares 2000"),
-        (patched(STORED, ENTRY, 16, "<L", 7), "CRC-32 differs"),
+        (patch_zip(ZIP, ENTRY, 24, "<L", 10), "inflates to more than the 10 bytes"),
+        (patch_zip(ZIP, ENTRY, 24, "<L", 2000), "ends early: its header declares 2000"),
+        (patch_zip(STORED, ENTRY, 16, "<L", 7), "CRC-32 differs"),
         (ZIP[:40] + b"\xff\xff" + ZIP[42:], "is damaged: Error -3"),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_bomb_costs_no_memory(build: Callable[[dict[str, bytes]], bytes]) -> N
     """16 MiB of zeros, with headers that lie in the zip, are refused within a few MiB."""
     bomb = build({"model.onnx": bytes(16 << 20)})
     if bomb.startswith(b"PK"):
-        bomb = patched(bomb, ENTRY, 24, "<L", 1000)
+        bomb = patch_zip(bomb, ENTRY, 24, "<L", 1000)
     tracemalloc.start()
     with pytest.raises(ArchiveInvalid, match=r"inflates to more|zip bomb|unpacks to more"):
         open_archive(bomb, "m", SMALL).read("model.onnx")

@@ -87,12 +87,12 @@ def test_archives_unpack_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tar and a deflated member are unpacked by it, and come out whole."""
     calls = []
 
-    def recording(inflater: Any, packed: Any, most: int) -> Any:
+    def record_holds(inflater: Any, packed: Any, most: int) -> Any:
         calls.append(most)
         return inflate(inflater, packed, most)
 
-    monkeypatch.setattr(container, "inflate", recording)
-    monkeypatch.setattr(tar_reader, "inflate", recording)
+    monkeypatch.setattr(container, "inflate", record_holds)
+    monkeypatch.setattr(tar_reader, "inflate", record_holds)
     members = {"a": NOISE, "b": bytes(2 * MIB)}
     found = read_tar_gz(tar_gz(members, padding=MIB), WIDE)
     assert {name: found.read(name) for name in members} == members

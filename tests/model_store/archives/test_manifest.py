@@ -83,7 +83,7 @@ def test_any_bytes_are_a_record_or_refused(raw: bytes) -> None:
             parse(raw)
 
 
-def forecaster(**changes: Any) -> dict[str, Any]:
+def make_forecaster(**changes: Any) -> dict[str, Any]:
     """A small sound `fleetcast.json` as an object, with top-level fields replaced."""
     forecast = {
         "frequency": "1h",
@@ -95,12 +95,12 @@ def forecaster(**changes: Any) -> dict[str, Any]:
     return {"kind": "forecaster", "weights": {"file": "w"}, "architecture": "tcn", "forecast": forecast, **changes}
 
 
-def forecast(**changes: Any) -> dict[str, Any]:
+def make_forecast(**changes: Any) -> dict[str, Any]:
     """The same with fields of `forecast` replaced."""
-    return forecaster(forecast={**forecaster()["forecast"], **changes})
+    return make_forecaster(forecast={**make_forecaster()["forecast"], **changes})
 
 
-def correlation(**changes: Any) -> dict[str, Any]:
+def make_correlation(**changes: Any) -> dict[str, Any]:
     """A small sound `fleetcast.json` of a correlation, with fields of `correlation` replaced."""
     inner = {"products": ["a.mar", "b.mar"], "horizon": 3, "method": "gaussian", "windows": 9, **changes}
     return {"kind": "correlation", "weights": {"file": "w"}, "correlation": inner}
@@ -108,11 +108,11 @@ def correlation(**changes: Any) -> dict[str, Any]:
 
 def test_a_correlation_names_its_tensors() -> None:
     """Two factors, or the ranks of every window."""
-    found = parse_spec(json.dumps(correlation()).encode())
+    found = parse_spec(json.dumps(make_correlation()).encode())
     assert encode_record(parse_spec(encode_record(found))) == encode_record(found)
     assert found.correlation
     assert found.correlation.tensors == {"product_factor": (2, 2), "time_factor": (3, 3)}
-    templates = parse_spec(json.dumps(correlation(method="schaake")).encode()).correlation
+    templates = parse_spec(json.dumps(make_correlation(method="schaake")).encode()).correlation
     assert templates
     assert templates.tensors == {"ranks": (9, 2, 3)}
 
@@ -120,41 +120,44 @@ def test_a_correlation_names_its_tensors() -> None:
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        (correlation(products=[]), "$.correlation.products"),
-        (correlation(products=["a.mar", "a.mar"]), "products must be different names"),
-        (correlation(horizon=2501), "$.correlation.horizon"),
-        (correlation(method="clayton"), "$.correlation.method"),
-        (correlation(method="schaake", shrinkage_time=0.1), "shrinkage belongs to the method gaussian"),
-        ({**correlation(), "kind": "onnx"}, "`correlation` belongs to archives of that kind"),
+        (make_correlation(products=[]), "$.correlation.products"),
+        (make_correlation(products=["a.mar", "a.mar"]), "products must be different names"),
+        (make_correlation(horizon=2501), "$.correlation.horizon"),
+        (make_correlation(method="clayton"), "$.correlation.method"),
+        (make_correlation(method="schaake", shrinkage_time=0.1), "shrinkage belongs to the method gaussian"),
+        ({**make_correlation(), "kind": "onnx"}, "`correlation` belongs to archives of that kind"),
         ({"kind": "correlation", "weights": {"file": "w"}}, "`correlation` belongs to archives of that kind"),
-        ({**correlation(), "golden": "g.json"}, "has no `forecast` and no `golden`"),
-        (forecaster(kind="tree"), "$.kind"),
-        (forecaster(weights={}), "`file` - at `$.weights`"),
-        (forecaster(weights={"file": "w", "sha256": "abc"}), "$.weights.sha256"),
-        (forecaster(format=2), "$.format"),
-        (forecaster(architecture=""), "needs `architecture`"),
-        (forecaster(kind="onnx"), "belong to forecasters"),
-        (forecaster(colour="red"), "`colour`"),
-        (forecaster(config={"a": {"b": 1}}), "$.config"),
-        (forecast(context_length=0), "$.forecast.context_length"),
-        (forecast(quantile_levels=[0.5, 0.1]), "increasing"),
-        (forecast(quantile_levels=[]), "not empty"),
-        (forecast(quantile_levels=[1.0]), "$.forecast.quantile_levels"),
-        (forecast(inputs=[]), "at least one channel"),
-        (forecast(inputs=[{"source": "target", "shift": 1}]), "the future target is unknown"),
-        (forecast(inputs=[{"source": "calendar"}]), "needs `feature`"),
-        (forecast(inputs=[{"source": "target", "feature": "hour_sin"}]), "has no `feature`"),
-        (forecast(inputs=[{"source": "dynamic_feat"}]), "inputs[0].index is 0, but there are 0"),
-        (forecast(inputs=[{"source": "calendar", "feature": "weekend", "shift": 3}]), "inputs[0].shift is 3, but 2"),
-        (forecast(products=[]), "products must be different and not empty"),
-        (forecast(products=["price", "price"]), "products must be different"),
-        (forecast(scalers=[{}]), "scalers is for archives of several products"),
-        (forecast(products=["price", "reserve"], scalers=[{}]), "1 scalers for 2 products"),
-        (forecast(products=["price", "reserve"], scaler={"scale": 2.0}, scalers=[{}, {}]), "exclude each other"),
-        (forecast(products=["a", "b"], inputs=[{"source": "target", "product": 2}]), "inputs[0].product is 2"),
-        (forecast(inputs=[{"source": "calendar", "feature": "weekend", "product": 1}]), "has no `product`"),
-        (forecast(floor=10.0, cap=10.0), "not below cap"),
-        (forecast(scaler={"scale": 0.0}), "$.forecast.scaler.scale"),
+        ({**make_correlation(), "golden": "g.json"}, "has no `forecast` and no `golden`"),
+        (make_forecaster(kind="tree"), "$.kind"),
+        (make_forecaster(weights={}), "`file` - at `$.weights`"),
+        (make_forecaster(weights={"file": "w", "sha256": "abc"}), "$.weights.sha256"),
+        (make_forecaster(format=2), "$.format"),
+        (make_forecaster(architecture=""), "needs `architecture`"),
+        (make_forecaster(kind="onnx"), "belong to forecasters"),
+        (make_forecaster(colour="red"), "`colour`"),
+        (make_forecaster(config={"a": {"b": 1}}), "$.config"),
+        (make_forecast(context_length=0), "$.forecast.context_length"),
+        (make_forecast(quantile_levels=[0.5, 0.1]), "increasing"),
+        (make_forecast(quantile_levels=[]), "not empty"),
+        (make_forecast(quantile_levels=[1.0]), "$.forecast.quantile_levels"),
+        (make_forecast(inputs=[]), "at least one channel"),
+        (make_forecast(inputs=[{"source": "target", "shift": 1}]), "the future target is unknown"),
+        (make_forecast(inputs=[{"source": "calendar"}]), "needs `feature`"),
+        (make_forecast(inputs=[{"source": "target", "feature": "hour_sin"}]), "has no `feature`"),
+        (make_forecast(inputs=[{"source": "dynamic_feat"}]), "inputs[0].index is 0, but there are 0"),
+        (
+            make_forecast(inputs=[{"source": "calendar", "feature": "weekend", "shift": 3}]),
+            "inputs[0].shift is 3, but 2",
+        ),
+        (make_forecast(products=[]), "products must be different and not empty"),
+        (make_forecast(products=["price", "price"]), "products must be different"),
+        (make_forecast(scalers=[{}]), "scalers is for archives of several products"),
+        (make_forecast(products=["price", "reserve"], scalers=[{}]), "1 scalers for 2 products"),
+        (make_forecast(products=["price", "reserve"], scaler={"scale": 2.0}, scalers=[{}, {}]), "exclude each other"),
+        (make_forecast(products=["a", "b"], inputs=[{"source": "target", "product": 2}]), "inputs[0].product is 2"),
+        (make_forecast(inputs=[{"source": "calendar", "feature": "weekend", "product": 1}]), "has no `product`"),
+        (make_forecast(floor=10.0, cap=10.0), "not below cap"),
+        (make_forecast(scaler={"scale": 0.0}), "$.forecast.scaler.scale"),
     ],
 )
 def test_an_error_names_the_file_and_the_field(record: dict[str, Any], said: str) -> None:
@@ -191,7 +194,9 @@ def test_a_manifest_without_model_names_the_field() -> None:
 
 def test_history_reaches_back_by_the_longest_lag() -> None:
     """A lagged target needs steps before the context."""
-    spec = parse_spec(json.dumps(forecast(inputs=[{"source": "target"}, {"source": "target", "lag": 144}])).encode())
+    spec = parse_spec(
+        json.dumps(make_forecast(inputs=[{"source": "target"}, {"source": "target", "lag": 144}])).encode()
+    )
     assert spec.forecast is not None
     assert spec.forecast.history_length == 4 + 144
 

@@ -155,12 +155,12 @@ def test_levels_products_and_configuration_of_a_manifest() -> None:
                 parse_spec(raw.encode())
 
 
-def golden(request: object) -> bytes:
+def make_golden(request: object) -> bytes:
     """A golden sample of this request."""
     return json.dumps({"request": {"x": request}, "response": {}}).encode()
 
 
-def nested(depth: int) -> object:
+def nest_list(depth: int) -> object:
     """A list in a list, so often."""
     value: object = 1
     for _ in range(depth):
@@ -171,15 +171,15 @@ def nested(depth: int) -> object:
 def test_values_of_a_golden_sample() -> None:
     """Numbers and containers of both bodies count."""
     around = 4  # the record, the request, the list, and the comma before the response
-    parse_golden(golden([0] * (MAX_VALUES - around)), "golden.json")
+    parse_golden(make_golden([0] * (MAX_VALUES - around)), "golden.json")
     with pytest.raises(ArchiveTooLarge, match=r"golden\.json: .* values allowed"):
-        parse_golden(golden([0] * (MAX_VALUES - around + 1)), "golden.json")
+        parse_golden(make_golden([0] * (MAX_VALUES - around + 1)), "golden.json")
 
 
 def test_depth_of_a_golden_sample() -> None:
     """Deeper JSON than any reader of ours takes is the archive's fault."""
     outside = 2  # both bodies, and the request
-    parse_golden(golden(nested(MAX_GOLDEN_DEPTH - outside)), "golden.json")
+    parse_golden(make_golden(nest_list(MAX_GOLDEN_DEPTH - outside)), "golden.json")
     for depth in (MAX_GOLDEN_DEPTH - outside + 1, 500, 100_000):
         text = b'{"request": {"x": %b1%b}, "response": {}}' % (b"[" * depth, b"]" * depth)
         with pytest.raises(ArchiveInvalid, match=r"golden\.json"):
@@ -189,11 +189,11 @@ def test_depth_of_a_golden_sample() -> None:
 @pytest.mark.parametrize("number", [2**64 - 1, -(2**63)])
 def test_integers_of_a_golden_sample(number: int) -> None:
     """64 bits, as in every reader of requests."""
-    assert parse_golden(golden([number]), "golden.json").request == {"x": [number]}
+    assert parse_golden(make_golden([number]), "golden.json").request == {"x": [number]}
     beyond = number + (1 if number > 0 else -1)
     for value in (beyond, beyond * 10**30):
         with pytest.raises(ArchiveInvalid, match=r"golden\.json: an integer has \d+ bits"):
-            parse_golden(golden({"deep": [value]}), "golden.json")
+            parse_golden(make_golden({"deep": [value]}), "golden.json")
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------

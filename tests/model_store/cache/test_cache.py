@@ -26,7 +26,7 @@ SLAB = 1000
 BROKEN = ArchiveInvalid("a test says so")
 
 
-def name(text: str) -> ModelName:
+def name_model(text: str) -> ModelName:
     """A model name, unchecked."""
     return ModelName(text)
 
@@ -43,7 +43,7 @@ class InstantWorker:
         """Ask until the answer is final; who went on the way."""
         gone: list[str] = []
         for _ in range(100):
-            answer = self.cache.place(name(model), version, charge, self.now, family)
+            answer = self.cache.place(name_model(model), version, charge, self.now, family)
             if isinstance(answer, Evict):
                 gone += [victim.model for victim in answer.victims]
                 assert all(self.cache.retired(victim) for victim in answer.victims)
@@ -57,7 +57,7 @@ class InstantWorker:
 
     def load(self, model: str, charge: int, family: str | None = None, version: str = "1") -> list[str]:
         """Load to the end, which must succeed; returns who had to go."""
-        assert isinstance(self.cache.want(name(model), self.now, reload=True), Load)
+        assert isinstance(self.cache.want(name_model(model), self.now, reload=True), Load)
         answer, gone = self.place(model, charge, family, version)
         assert isinstance(answer, Placed), answer
         old = self.cache.ready(answer.slot, self.now)
@@ -76,12 +76,12 @@ class InstantWorker:
 
     def hold(self, model: str) -> Slot:
         """A request that has not ended."""
-        slot = self.cache.lease(name(model), self.now)
+        slot = self.cache.lease(name_model(model), self.now)
         assert slot is not None, f"{model} is not here"
         return slot
 
 
-def here(cache: Cache) -> set[str]:
+def list_served(cache: Cache) -> set[str]:
     """The names that are served."""
     return {str(slot.model) for slot in cache}
 
@@ -161,7 +161,7 @@ def test_relief_is_the_coldest_idle_singles_and_no_row() -> None:
     assert [slot.model for slot in last] == ["w"]
     assert all(worker.cache.retired(slot) for slot in last)
     worker.cache.release(held)
-    assert {"a", "b", "x"} <= here(worker.cache)
+    assert {"a", "b", "x"} <= list_served(worker.cache)
 
 
 def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
@@ -172,10 +172,10 @@ def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
     held = worker.hold("a")
     assert worker.load("x", 600, "g") == ["c", "f", "i"]
     assert worker.moves == 2
-    assert here(worker.cache) == set("abdeghx")
+    assert list_served(worker.cache) == set("abdeghx")
     rows = {slot.offset for slot in worker.cache}
     assert len(rows) == 7
-    assert held is worker.cache.get(name("a"))
+    assert held is worker.cache.get(name_model("a"))
     assert held.leases == 1
 
 
@@ -186,11 +186,11 @@ def test_moves_come_a_few_at_a_time() -> None:
     worker.cache = cache
     worker.fill([f"m{i}" for i in range(20)], 100, "f")
     for i in range(10):
-        slot = cache.unload(name(f"m{2 * i}"))
+        slot = cache.unload(name_model(f"m{2 * i}"))
         assert slot is not None
         assert cache.retired(slot)
-    cache.want(name("x"), 0)
-    answer = cache.place(name("x"), "1", SLAB, 0, "g")
+    cache.want(name_model("x"), 0)
+    answer = cache.place(name_model("x"), "1", SLAB, 0, "g")
     assert isinstance(answer, Moves)
     assert len(answer.moves) == 2
     assert isinstance(worker.place("x", SLAB, "g")[0], Placed)
@@ -200,11 +200,11 @@ def test_moves_come_a_few_at_a_time() -> None:
 def test_an_unpinned_model_is_the_most_recently_used() -> None:
     """The end of a pin counts as a use, in its own family and in comparison with others; the end of no pin does not."""
     worker = InstantWorker(slabs=2)
-    worker.cache.pin(name("x"))
+    worker.cache.pin(name_model("x"))
     worker.fill("xyz", 300, "g")
     worker.fill("abc", 300, "f")
-    worker.cache.unpin(name("x"))
-    worker.cache.unpin(name("y"))
+    worker.cache.unpin(name_model("x"))
+    worker.cache.unpin(name_model("y"))
     assert worker.load("d", 300, "f") == ["a"]
     assert worker.load("w", 300, "g") == ["y"]
 
@@ -217,20 +217,20 @@ def test_a_revived_victim_stays_and_the_load_gets_another() -> None:
     worker = InstantWorker(slabs=1)
     cache = worker.cache
     worker.fill("abc", 300, "f")
-    cache.want(name("d"), 0)
-    first = cache.place(name("d"), "1", 300, 0, "f")
+    cache.want(name_model("d"), 0)
+    first = cache.place(name_model("d"), "1", 300, 0, "f")
     assert isinstance(first, Evict)
-    assert isinstance(cache.place(name("d"), "1", 300, 0, "f"), Wait)
+    assert isinstance(cache.place(name_model("d"), "1", 300, 0, "f"), Wait)
     revived = worker.hold("a")
     assert first.victims == (revived,)
     assert cache.retired(revived) is False
-    second = cache.place(name("d"), "1", 300, 0, "f")
+    second = cache.place(name_model("d"), "1", 300, 0, "f")
     assert isinstance(second, Evict)
     assert [victim.model for victim in second.victims] == ["b"]
     assert cache.retired(second.victims[0])
-    assert isinstance(cache.place(name("d"), "1", 300, 0, "f"), Placed)
+    assert isinstance(cache.place(name_model("d"), "1", 300, 0, "f"), Placed)
     assert cache.release(revived) is False
-    assert here(cache) == {"a", "c"}
+    assert list_served(cache) == {"a", "c"}
 
 
 def test_a_load_that_would_not_fit_in_the_end_evicts_nobody() -> None:
@@ -239,10 +239,10 @@ def test_a_load_that_would_not_fit_in_the_end_evicts_nobody() -> None:
     worker.fill("abc", 300, "f")
     worker.fill("st", SLAB)
     held = worker.hold("s")
-    worker.cache.want(name("big"), 0)
+    worker.cache.want(name_model("big"), 0)
     answer, gone = worker.place("big", 2 * SLAB + 1, None)
     assert (answer, gone) == (Wait(), [])
-    assert here(worker.cache) == set("abcst")
+    assert list_served(worker.cache) == set("abcst")
     worker.cache.release(held)
     answer, gone = worker.place("big", 2 * SLAB + 1, None)
     assert isinstance(answer, Placed)
@@ -254,16 +254,16 @@ def test_a_slab_that_is_being_written_is_not_counted_on() -> None:
     worker = InstantWorker(slabs=2)
     worker.fill("abcdef", 300, "f")
     for model in ("b", "e"):  # one of each slab
-        slot = worker.cache.unload(name(model))
+        slot = worker.cache.unload(name_model(model))
         assert slot is not None
         assert worker.cache.retired(slot)
     for model in "xy":
-        worker.cache.want(name(model), 0)
+        worker.cache.want(name_model(model), 0)
         assert isinstance(worker.place(model, 300, "f")[0], Placed)
-    worker.cache.want(name("g"), 0)
+    worker.cache.want(name_model("g"), 0)
     answer, gone = worker.place("g", 700, "g")
     assert (answer, gone) == (Wait(), [])
-    assert here(worker.cache) == set("acdf")
+    assert list_served(worker.cache) == set("acdf")
 
 
 def test_when_all_room_is_leased_a_load_waits_for_a_release() -> None:
@@ -271,7 +271,7 @@ def test_when_all_room_is_leased_a_load_waits_for_a_release() -> None:
     worker = InstantWorker(slabs=1)
     worker.fill("abc", 300, "f")
     held = [worker.hold(model) for model in "abc"]
-    worker.cache.want(name("d"), 0)
+    worker.cache.want(name_model("d"), 0)
     assert worker.place("d", 300, "f") == (Wait(), [])
     assert worker.cache.release(held[1]) is False
     answer, gone = worker.place("d", 300, "f")
@@ -284,13 +284,13 @@ def test_pins_that_fill_the_budget_refuse_and_say_so(family: str | None) -> None
     """No patience helps against pins, so the load ends at once; the text has the bytes and what to do."""
     worker = InstantWorker(slabs=2)
     for model in "abcdef":
-        worker.cache.pin(name(model))
+        worker.cache.pin(name_model(model))
     worker.fill("abcdef", 300, "f")
-    worker.cache.want(name("x"), 0)
+    worker.cache.want(name_model("x"), 0)
     answer, gone = worker.place("x", 300, family)
     assert answer == Refuse("pinned models hold 2000 of 2000 bytes; unpin some or raise model_cache_bytes")
     assert gone == []
-    worker.cache.unpin(name("b"))
+    worker.cache.unpin(name_model("b"))
     answer, gone = worker.place("x", 300, "f")
     assert isinstance(answer, Placed)
     assert gone == ["b"]
@@ -301,12 +301,12 @@ def test_pins_scattered_over_slabs_do_not_fill_them() -> None:
     worker = InstantWorker(slabs=3)
     worker.fill("abcdefghi", 300, "f")
     for model in "adg":
-        worker.cache.pin(name(model))
-    worker.cache.pin(name("x"))
+        worker.cache.pin(name_model(model))
+    worker.cache.pin(name_model("x"))
     assert worker.load("x", 900, "g") == ["b", "c", "e"]
     assert worker.load("s", 900) == ["f", "h", "i"]
-    worker.cache.want(name("y"), 0)
-    worker.cache.pin(name("s"))
+    worker.cache.want(name_model("y"), 0)
+    worker.cache.pin(name_model("s"))
     answer, _ = worker.place("y", 900, "g")
     assert isinstance(answer, Refuse)
     assert "pinned models hold 2900 of 3000 bytes" in answer.why
@@ -316,10 +316,10 @@ def test_a_family_may_use_the_rows_beside_its_pins() -> None:
     """A slab held by pins has unpinned rows: leased now, so their family waits for them, while others are refused."""
     worker = InstantWorker(slabs=1)
     worker.fill("abc", 300, "f")
-    worker.cache.pin(name("a"))
+    worker.cache.pin(name_model("a"))
     held = [worker.hold("b"), worker.hold("c")]
-    worker.cache.want(name("d"), 0)
-    worker.cache.want(name("x"), 0)
+    worker.cache.want(name_model("d"), 0)
+    worker.cache.want(name_model("x"), 0)
     assert worker.place("d", 300, "f") == (Wait(), [])
     assert isinstance(worker.place("x", 300, "g")[0], Refuse)
     worker.cache.release(held[0])
@@ -331,7 +331,7 @@ def test_what_never_fits_is_refused_at_once(family: str | None, charge: int, wha
     """A row larger than a slab, a single larger than the budget: the text names the setting, and nobody goes."""
     worker = InstantWorker(slabs=2, extra=500)
     worker.fill("abc", 300, "f")
-    worker.cache.want(name("x"), 0)
+    worker.cache.want(name_model("x"), 0)
     answer, gone = worker.place("x", charge, family)
     assert isinstance(answer, Refuse)
     assert what in answer.why
@@ -343,10 +343,10 @@ def test_a_pin_saves_a_victim_that_has_not_left() -> None:
     """Pinning a model on its way out keeps it, as a lease would."""
     worker = InstantWorker(slabs=1)
     worker.fill("abc", 300, "f")
-    worker.cache.want(name("d"), 0)
-    answer = worker.cache.place(name("d"), "1", 300, 0, "f")
+    worker.cache.want(name_model("d"), 0)
+    answer = worker.cache.place(name_model("d"), "1", 300, 0, "f")
     assert isinstance(answer, Evict)
-    worker.cache.pin(name("a"))
+    worker.cache.pin(name_model("a"))
     assert worker.cache.retired(answer.victims[0]) is False
     assert worker.place("d", 300, "f")[1] == ["b"]
 
@@ -359,9 +359,9 @@ def test_an_unloaded_model_leaves_with_its_last_lease() -> None:
     worker = InstantWorker(slabs=1)
     worker.fill("a", 300, "f")
     first, second = worker.hold("a"), worker.hold("a")
-    assert worker.cache.unload(name("a")) is first
-    assert worker.cache.lease(name("a"), 1) is None
-    assert worker.cache.unload(name("a")) is None
+    assert worker.cache.unload(name_model("a")) is first
+    assert worker.cache.lease(name_model("a"), 1) is None
+    assert worker.cache.unload(name_model("a")) is None
     assert worker.cache.retired(first) is False
     assert worker.cache.release(second) is False
     assert worker.cache.used_bytes == SLAB
@@ -376,7 +376,7 @@ def test_a_new_version_serves_while_leases_on_the_old_one_run_out() -> None:
     cache = worker.cache
     worker.fill("a", 300, "f")
     old = worker.hold("a")
-    cache.want(name("a"), 1, reload=True)
+    cache.want(name_model("a"), 1, reload=True)
     answer, gone = worker.place("a", 300, "f", "2")
     assert isinstance(answer, Placed)
     assert gone == []
@@ -394,22 +394,22 @@ def test_a_reload_that_finds_the_same_version_is_over() -> None:
     worker = InstantWorker(slabs=1)
     cache = worker.cache
     worker.fill("a", 300, "f")
-    cache.want(name("a"), 1, reload=True)
-    assert cache.unchanged(name("a"), "2") is None
-    assert cache.unchanged(name("a"), "1") is cache.get(name("a"))
+    cache.want(name_model("a"), 1, reload=True)
+    assert cache.unchanged(name_model("a"), "2") is None
+    assert cache.unchanged(name_model("a"), "1") is cache.get(name_model("a"))
     assert list(cache.loads) == []
 
 
 def test_an_abandoned_row_is_free_again() -> None:
     """When the numbers never arrive the room goes back, and the failed load leaves nothing but its memory."""
     worker = InstantWorker(slabs=1)
-    worker.cache.want(name("a"), 0)
+    worker.cache.want(name_model("a"), 0)
     answer, _ = worker.place("a", 300, "f")
     assert isinstance(answer, Placed)
     assert worker.cache.used_bytes == SLAB
     worker.cache.abandon(answer.slot)
-    worker.cache.failed(name("a"), BROKEN, 0)
-    assert (worker.cache.used_bytes, here(worker.cache), list(worker.cache.loads)) == (0, set(), [])
+    worker.cache.failed(name_model("a"), BROKEN, 0)
+    assert (worker.cache.used_bytes, list_served(worker.cache), list(worker.cache.loads)) == (0, set(), [])
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -418,8 +418,8 @@ def test_an_abandoned_row_is_free_again() -> None:
 def test_one_load_however_many_want_it() -> None:
     """Single flight: the first asker gets the load, all others None until it is over."""
     cache = Cache(SLAB, SLAB)
-    assert [isinstance(cache.want(name("a"), 0), Load), cache.want(name("a"), 0)] == [True, None]
-    assert cache.want(name("a"), 0, reload=True) is None
+    assert [isinstance(cache.want(name_model("a"), 0), Load), cache.want(name_model("a"), 0)] == [True, None]
+    assert cache.want(name_model("a"), 0, reload=True) is None
 
 
 def test_back_off_doubles_up_to_its_cap_and_a_success_ends_it() -> None:
@@ -428,9 +428,9 @@ def test_back_off_doubles_up_to_its_cap_and_a_success_ends_it() -> None:
     cache = worker.cache
     waits = []
     for _ in range(8):
-        assert isinstance(cache.want(name("a"), worker.now), Load)
-        failure = cache.failed(name("a"), BROKEN, worker.now)
-        assert cache.want(name("a"), failure.until - 0.001) is failure
+        assert isinstance(cache.want(name_model("a"), worker.now), Load)
+        failure = cache.failed(name_model("a"), BROKEN, worker.now)
+        assert cache.want(name_model("a"), failure.until - 0.001) is failure
         waits.append(failure.until - worker.now)
         worker.now = failure.until
     assert waits == [1, 2, 4, 8, 16, 32, 32, 32]
@@ -443,8 +443,8 @@ def test_a_missing_model_is_remembered_for_a_second_at_most() -> None:
     cache = Cache(SLAB, SLAB)
     waits = []
     for _ in range(4):
-        cache.want(name("a"), 100, reload=True)
-        waits.append(cache.failed(name("a"), ModelNotFound("no such key"), 100).until - 100)
+        cache.want(name_model("a"), 100, reload=True)
+        waits.append(cache.failed(name_model("a"), ModelNotFound("no such key"), 100).until - 100)
     assert waits == [0.5, 1, 1, 1]
 
 
@@ -453,25 +453,25 @@ def test_a_failing_store_is_remembered_for_two_seconds_at_most() -> None:
     cache = Cache(SLAB, SLAB)
     waits = []
     for _ in range(5):
-        cache.want(name("a"), 100, reload=True)
-        waits.append(cache.failed(name("a"), StoreUnavailable("timed out"), 100).until - 100)
+        cache.want(name_model("a"), 100, reload=True)
+        waits.append(cache.failed(name_model("a"), StoreUnavailable("timed out"), 100).until - 100)
     assert waits == [1, 2, 2, 2, 2]
 
 
 def test_a_reload_ignores_a_remembered_failure() -> None:
     """An operator who asks again gets a new attempt at once; a plain request does not."""
     cache = Cache(SLAB, SLAB)
-    cache.want(name("a"), 0)
-    failure = cache.failed(name("a"), BROKEN, 0)
-    assert cache.want(name("a"), 0.5) is failure
-    assert isinstance(cache.want(name("a"), 0.5, reload=True), Load)
+    cache.want(name_model("a"), 0)
+    failure = cache.failed(name_model("a"), BROKEN, 0)
+    assert cache.want(name_model("a"), 0.5) is failure
+    assert isinstance(cache.want(name_model("a"), 0.5, reload=True), Load)
 
 
 def test_failures_are_remembered_in_bounded_bytes() -> None:
     """Long made-up names and messages push out the oldest, and repeating one counts it once."""
     cache = Cache(SLAB, SLAB)
     for i in range(2000):
-        long = name(f"{i:04}" + "x" * 1000)
+        long = name_model(f"{i:04}" + "x" * 1000)
         for _ in range(2):
             cache.want(long, 0.0, reload=True)
             cache.failed(long, ModelNotFound("y" * 2000), 0.0)
@@ -484,11 +484,11 @@ def test_failures_are_remembered_in_bounded_number() -> None:
     """A scan of random names cannot fill the memory: the oldest failures are forgotten."""
     cache = Cache(SLAB, SLAB)
     for i in range(10_005):
-        cache.want(name(f"m{i}"), 0)
-        cache.failed(name(f"m{i}"), BROKEN, 0)
+        cache.want(name_model(f"m{i}"), 0)
+        cache.failed(name_model(f"m{i}"), BROKEN, 0)
     assert len(list(cache.failures())) == 10_000
-    assert isinstance(cache.want(name("m4"), 0), Load)
-    assert isinstance(cache.want(name("m5"), 0), FailedLoad)
+    assert isinstance(cache.want(name_model("m4"), 0), Load)
+    assert isinstance(cache.want(name_model("m5"), 0), FailedLoad)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -514,7 +514,7 @@ def test_a_family_with_another_row_size_is_a_mistake_of_ours() -> None:
     """Rows of one family share slabs, so one size per family is an invariant, said before memory is harmed."""
     worker = InstantWorker(slabs=2)
     worker.fill("a", 300, "f")
-    worker.cache.want(name("b"), 0)
+    worker.cache.want(name_model("b"), 0)
     with pytest.raises(AssertionError, match="family f has rows of 300 bytes, not of 200"):
         worker.place("b", 200, "f")
 
@@ -526,14 +526,14 @@ def test_reprs_say_the_state() -> None:
     slot = worker.hold("a")
     assert repr(worker.cache) == "<Cache 1 models, 0 loads, 0 pins, 0.0 of 0.0 MB>"
     assert repr(slot) == "<a@1 ready 1 leases>"
-    worker.cache.unload(name("a"))
+    worker.cache.unload(name_model("a"))
     assert repr(slot) == "<a@1 retiring 1 leases condemned>"
 
 
 # --- the machine -----------------------------------------------------------------------------------------------------
 
 ROWS = {"f": 250, "g": 490, "h": 333, "i": 1000}
-MODELS = strategies.sampled_from([name(f"m{i}") for i in range(14)])
+MODELS = strategies.sampled_from([name_model(f"m{i}") for i in range(14)])
 PLACES = strategies.one_of(
     strategies.sampled_from(list(ROWS.items())),
     strategies.tuples(strategies.none(), strategies.integers(1, 2500)),

@@ -136,7 +136,7 @@ def test_nothing_drifts(spans: list[Span], family: str) -> None:
     early, late = mine[:tenth], mine[-tenth:]
     assert {span.used for span in mine} == {SLABS * SLAB}
     for what, share in (("models", 0.02), ("loads", 0.05), ("moves", 0.25)):
-        before, after = (statistics.mean(_number(span, what, family) for span in part) for part in (early, late))
+        before, after = (statistics.mean(_number_model(span, what, family) for span in part) for part in (early, late))
         assert after == pytest.approx(before, rel=share, abs=1), what
 
 
@@ -148,5 +148,5 @@ def test_memory_is_full_of_models(spans: list[Span]) -> None:
         assert SLABS - least <= 2
 
 
-def _number(span: Span, what: str, family: str) -> int:
+def _number_model(span: Span, what: str, family: str) -> int:
     return span.models[family] if what == "models" else int(getattr(span, what))

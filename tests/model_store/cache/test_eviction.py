@@ -30,14 +30,14 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 @cache
-def traces() -> dict[str, CacheTrace]:
+def make_traces() -> dict[str, CacheTrace]:
     """Of a fleet for 20 slabs."""
     return policies.make_traces(models=MODELS)
 
 
-def ratio(policy: str, trace: str, slabs: int = 18) -> float:
+def measure_hits(policy: str, trace: str, slabs: int = 18) -> float:
     """Hits of a cache for 90 % of the fleet, or of so many slabs."""
-    return compute_hit_ratio(policy, traces()[trace], slabs * SLAB)
+    return compute_hit_ratio(policy, make_traces()[trace], slabs * SLAB)
 
 
 def make(policy: str, rows: int) -> Cache:
@@ -58,23 +58,23 @@ def ask(where: Cache, names: str, now: float = 0.0) -> str:
 @pytest.mark.parametrize("order", ["tick, fixed order", "tick, shuffled"])
 def test_due_keeps_a_stable_set_under_the_tick(order: str) -> None:
     """Where 90 % of the fleet fits, 0.90 is the ceiling; LRU has nothing of it in fixed order."""
-    assert 0.85 <= ratio("due", order) <= 0.9
-    assert ratio("lru", "tick, fixed order") == 0
+    assert 0.85 <= measure_hits("due", order) <= 0.9
+    assert measure_hits("lru", "tick, fixed order") == 0
 
 
 @pytest.mark.parametrize("order", ["fixed order, no pauses", "shuffled, no pauses"])
 def test_due_needs_no_pauses_to_tell_ticks(order: str) -> None:
     """Rhythm is counted in requests: one round after another without an end does as well."""
-    assert ratio("due", order) >= 0.85
+    assert measure_hits("due", order) >= 0.85
 
 
 @pytest.mark.parametrize("trace", ["Zipf with drift", "Zipf with much drift"])
 @pytest.mark.parametrize("slabs", [18, 10, 2])
 def test_due_is_at_most_a_point_below_lru_on_skewed_popularity(trace: str, slabs: int) -> None:
     """What is made for the tick costs nothing where popularity is skewed and drifts; in small caches it gains."""
-    assert ratio("due", trace, slabs) >= ratio("lru", trace, slabs) - 0.01
+    assert measure_hits("due", trace, slabs) >= measure_hits("lru", trace, slabs) - 0.01
     if slabs == 2:
-        assert ratio("due", trace, slabs) >= ratio("lru", trace, slabs) + 0.05
+        assert measure_hits("due", trace, slabs) >= measure_hits("lru", trace, slabs) + 0.05
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -88,7 +88,7 @@ def test_due_recovers_within_two_ticks_of_a_change(*, shuffled: bool) -> None:
 def test_due_keeps_what_is_asked_often_through_what_is_asked_seldom() -> None:
     """Of fleets asked every five minutes and every hour, half fits: LRU lets the second evict the first."""
     trace = "two ticks, one twelve times as often"
-    assert ratio("due", trace, 10) >= ratio("lru", trace, 10) + 0.05
+    assert measure_hits("due", trace, 10) >= measure_hits("lru", trace, 10) + 0.05
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,8 @@ def test_due_keeps_what_is_asked_often_through_what_is_asked_seldom() -> None:
 )
 def test_the_others_do_as_they_are_known_to(policy: str, fixed: float, shuffled: float) -> None:
     """Each policy's own weakness and strength under the tick: a wrong implementation would have others."""
-    assert ratio(policy, "tick, fixed order") == pytest.approx(fixed, abs=0.03)
-    assert ratio(policy, "tick, shuffled") == pytest.approx(shuffled, abs=0.03)
+    assert measure_hits(policy, "tick, fixed order") == pytest.approx(fixed, abs=0.03)
+    assert measure_hits(policy, "tick, shuffled") == pytest.approx(shuffled, abs=0.03)
 
 
 # --- what each one looks at ------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_who_goes_first(policy: str, stays: str) -> None:
 
 def test_due_takes_a_burst_for_one_visit() -> None:
     """Five requests at once, every tick: the rhythm is still the tick's, so the set stays as stable as with one."""
-    assert ratio("due", "tick, each five times") >= (4 + 0.85) / 5
+    assert measure_hits("due", "tick, each five times") >= (4 + 0.85) / 5
 
 
 def test_due_lets_go_what_has_stopped() -> None:

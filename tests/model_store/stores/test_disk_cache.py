@@ -24,7 +24,7 @@ SOURCE = "s3://fleet/v1"
 A, B, C = (parse_model_name(f"au/{letter}.mar") for letter in "abc")
 
 
-def python(code: str, *arguments: object) -> "subprocess.Popen[str]":
+def run_python(code: str, *arguments: object) -> "subprocess.Popen[str]":
     """A child that runs `code` in the repository, its output readable line by line."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -36,7 +36,7 @@ def used_at(disk: DiskTier, name: ModelName, age_s: float) -> None:
     os.utime(disk._entry_path(name), (then, then))
 
 
-def files(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """Every file below `folder` but the locks."""
     return sorted(p.relative_to(folder).parts[0] for p in folder.rglob("*") if p.is_file() and p.parent.name != "locks")
 
@@ -88,12 +88,12 @@ def test_a_crash_between_blob_and_index_leaves_nothing_visible(tmp_path: Path) -
         with disk.lock("au/a.mar"):
             disk.publish("au/a.mar", b"x" * 1000, "1", 100.0)
     """
-    with python(code, tmp_path, SOURCE) as child:
+    with run_python(code, tmp_path, SOURCE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "blob written\n"
         child.send_signal(signal.SIGKILL)
     disk = DiskTier(tmp_path, SOURCE)
-    assert files(tmp_path) == ["blobs"]
+    assert list_files(tmp_path) == ["blobs"]
     assert disk.lookup(A) is None
     with disk.lock(A):
         cached = disk.publish(A, b"x" * 1000, "1", 100.0)
@@ -173,7 +173,7 @@ def test_names_that_share_a_blob_go_together(tmp_path: Path) -> None:
     assert disk.used_bytes() == 1000
     disk.publish(A, b"same" * 250, "1", 100.0)
     assert sorted(disk.evict(0)) == sorted([A, B])
-    assert files(tmp_path) == []
+    assert list_files(tmp_path) == []
 
 
 def test_leftovers_go_after_their_grace(tmp_path: Path) -> None:
@@ -183,12 +183,12 @@ def test_leftovers_go_after_their_grace(tmp_path: Path) -> None:
     disk.publish(A, b"new", "2", 100.0)
     (tmp_path / "temp" / "dead").write_bytes(b"half")
     disk.evict(1_000)
-    assert files(tmp_path) == ["blobs", "blobs", "index", "temp"]
+    assert list_files(tmp_path) == ["blobs", "blobs", "index", "temp"]
     then = time.time() - GRACE_S - 1
     for path in [*(tmp_path / "temp").iterdir(), *(tmp_path / "blobs").iterdir()]:
         os.utime(path, (then, then))
     assert disk.evict(1_000) == []
-    assert files(tmp_path) == ["blobs", "index"]
+    assert list_files(tmp_path) == ["blobs", "index"]
     assert disk.used_bytes() == 3
 
 
@@ -199,7 +199,7 @@ def test_an_entry_without_blob_goes(tmp_path: Path) -> None:
     assert cached is not None
     cached.path.unlink()
     assert disk.evict(1_000) == []
-    assert files(tmp_path) == []
+    assert list_files(tmp_path) == []
 
 
 def test_the_lock_excludes_threads_and_dies_with_its_process(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_the_lock_excludes_threads_and_dies_with_its_process(tmp_path: Path) -> 
         with disk.lock(A):
             entered.set()
 
-    with python(code, tmp_path, SOURCE) as child:
+    with run_python(code, tmp_path, SOURCE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "locked\n"
         thread = threading.Thread(target=enter)
@@ -264,7 +264,7 @@ def test_a_full_disk_is_logged_not_raised(tmp_path: Path) -> None:
         disk = DiskTier(pathlib.Path(sys.argv[1]), sys.argv[2])
         print(disk.publish("au/a.mar", b"x" * 100_000, "2", 100.0))
     """
-    with python(code, tmp_path, SOURCE) as child:
+    with run_python(code, tmp_path, SOURCE) as child:
         output, _ = child.communicate(timeout=PATIENCE_S)
     assert child.returncode == 0
     assert "disk_publish_failed" in output
@@ -272,7 +272,7 @@ def test_a_full_disk_is_logged_not_raised(tmp_path: Path) -> None:
     cached = disk.lookup(A)
     assert cached is not None
     assert disk.read(cached) == b"old"
-    assert files(tmp_path) == ["blobs", "index"]
+    assert list_files(tmp_path) == ["blobs", "index"]
 
 
 FULL = """if True:

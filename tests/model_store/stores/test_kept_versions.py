@@ -100,12 +100,12 @@ def test_nobody_waits_for_a_download(disk: DiskTier) -> None:
     disk.publish(A, b"v3", "v3", 2000.0)
     held: list[set[str]] = []
 
-    def work() -> None:
+    def keep_versions() -> None:
         disk.keep_version(A, "v3", 2000.0, newest=True)
         held.append(disk.hold_versions(A, {"v1"}))
         disk.evict(budget_bytes=1000)
 
-    working = threading.Thread(target=work)
+    working = threading.Thread(target=keep_versions)
     with disk.lock(A):
         working.start()
         working.join(timeout=PATIENCE_S / 10)

@@ -50,12 +50,12 @@ class Clock:
         return self.now
 
 
-def archive(content: bytes = b"first") -> bytes:
+def make_archive(content: bytes = b"first") -> bytes:
     """A sound archive of kind onnx; only a session would look at its graph."""
     return make_zip({"model.onnx": content})
 
 
-def fetcher(bucket: str, folder: Path) -> "subprocess.Popen[str]":
+def run_fetcher(bucket: str, folder: Path) -> "subprocess.Popen[str]":
     """A worker's process in small: it fetches NAME once it is told to."""
     child = subprocess.Popen(
         [sys.executable, "-c", FETCH, f"s3://{bucket}", str(folder)],
@@ -91,7 +91,7 @@ def store(bucket: str, tmp_path: Path, clock: Clock) -> ModelStore:
 
 def test_a_cold_fetch_is_one_get_and_then_none(s3: S3Server, bucket: str, store: ModelStore) -> None:
     """The first fetch costs one GET, the second, within the revalidation interval, nothing."""
-    version = s3.put(bucket, NAME, archive())
+    version = s3.put(bucket, NAME, make_archive())
     cold, warm = store.fetch(NAME), store.fetch(NAME)
     assert (cold.tier, cold.version, cold.stale) == ("store", version, False)
     assert cold.store_s > 0.0
@@ -102,7 +102,7 @@ def test_a_cold_fetch_is_one_get_and_then_none(s3: S3Server, bucket: str, store:
 
 def test_without_a_disk_tier_every_fetch_is_one_get(s3: S3Server, bucket: str) -> None:
     """The disk tier is optional."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store = ModelStore(open_source(f"s3://{bucket}"), None, Limits())
     assert [store.fetch(NAME).tier, store.fetch(NAME, revalidate=True).tier] == ["store", "store"]
     store.forget(NAME)
@@ -112,7 +112,7 @@ def test_without_a_disk_tier_every_fetch_is_one_get(s3: S3Server, bucket: str) -
 
 def test_a_due_copy_is_revalidated_once(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """After the interval one conditional GET (304) makes the copy fresh again; `revalidate` asks at any time."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     clock.now += 61.0
     due, fresh = store.fetch(NAME), store.fetch(NAME)
@@ -126,7 +126,7 @@ def test_a_due_copy_is_revalidated_once(s3: S3Server, bucket: str, store: ModelS
 
 def test_a_copy_says_when_it_was_last_validated(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """The moment the store was asked: at the download, and again at a 304; a fresh copy from disk keeps it."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     found = [store.fetch(NAME).validated_at]
     for seconds in (30.0, 31.0, 1.0):
         clock.now += seconds
@@ -136,7 +136,7 @@ def test_a_copy_says_when_it_was_last_validated(s3: S3Server, bucket: str, store
 
 def test_a_clock_set_back_does_not_freeze_a_copy(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """A copy validated in the future is due."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     clock.now -= 3_600.0
     store.fetch(NAME)
@@ -145,9 +145,9 @@ def test_a_clock_set_back_does_not_freeze_a_copy(s3: S3Server, bucket: str, stor
 
 def test_a_changed_archive_replaces_the_copy(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """A new version in the store is fetched when the copy is due, and kept."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
-    version = s3.put(bucket, NAME, archive(b"second"))
+    version = s3.put(bucket, NAME, make_archive(b"second"))
     assert store.fetch(NAME).archive.read("model.onnx") == b"first"
     clock.now += 61.0
     changed = store.fetch(NAME)
@@ -157,7 +157,7 @@ def test_a_changed_archive_replaces_the_copy(s3: S3Server, bucket: str, store: M
 
 def test_a_deleted_archive_is_forgotten(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """404 for a due copy is the store's word: not found, and no copy comes back in a later outage."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     s3.delete(bucket, NAME)
     clock.now += 61.0
@@ -169,7 +169,7 @@ def test_a_deleted_archive_is_forgotten(s3: S3Server, bucket: str, store: ModelS
 
 def test_a_refusal_is_no_outage(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """403 is an answer: the copy is not served as if the store were away."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     clock.now += 61.0
     s3.inject(Fault(match=bucket, status=403))
@@ -181,7 +181,7 @@ def test_with_the_store_down_a_due_copy_is_served_stale(
     s3: S3Server, bucket: str, store: ModelStore, clock: Clock
 ) -> None:
     """An outage is logged, and while it lasts no load asks; an answered probe ends it, and the copy is fresh again."""
-    version = s3.put(bucket, NAME, archive())
+    version = s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     clock.now += 61.0
     with s3.outage(bucket), capture_logs() as logs:
@@ -210,7 +210,7 @@ def test_what_is_at_hand_waits_for_nobody(s3: S3Server, bucket: str, store: Mode
     with store._disk.lock(NAME):
         assert store.at_hand(NAME) is None
         assert not store.has_copy(NAME)
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     requests = len(s3.seen("GET", bucket))
     with store._disk.lock(NAME):
@@ -233,7 +233,7 @@ def test_a_cold_fetch_with_the_store_down_fails(s3: S3Server, bucket: str, store
 
 def test_a_broken_archive_is_never_kept(s3: S3Server, bucket: str, store: ModelStore, tmp_path: Path) -> None:
     """What does not open is refused before it is published, each time it is asked for."""
-    s3.put(bucket, NAME, archive()[:40])
+    s3.put(bucket, NAME, make_archive()[:40])
     for _ in range(2):
         with pytest.raises(ArchiveInvalid):
             store.fetch(NAME)
@@ -245,7 +245,7 @@ def test_a_broken_new_version_leaves_the_old_copy(
     s3: S3Server, bucket: str, store: ModelStore, clock: Clock, tmp_path: Path
 ) -> None:
     """A bad upload is reported and the good copy stays on disk, ready if the upload is undone."""
-    version = s3.put(bucket, NAME, archive())
+    version = s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     s3.put(bucket, NAME, b"not an archive")
     clock.now += 61.0
@@ -258,7 +258,7 @@ def test_a_broken_new_version_leaves_the_old_copy(
 
 def test_a_copy_that_no_longer_opens_is_forgotten(s3: S3Server, bucket: str, store: ModelStore, tmp_path: Path) -> None:
     """Stricter limits after a restart refuse the copy, and the next fetch asks the store again."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     source = open_source(f"s3://{bucket}")
     strict = ModelStore(source, DiskTier(tmp_path, source.url), Limits(max_entries=0))
@@ -271,7 +271,7 @@ def test_a_copy_that_no_longer_opens_is_forgotten(s3: S3Server, bucket: str, sto
 
 def test_forget_makes_the_next_fetch_ask(s3: S3Server, bucket: str, store: ModelStore) -> None:
     """What the worker found broken deeper is fetched whole, not revalidated."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     store.forget(NAME)
     assert store.fetch(NAME).tier == "store"
@@ -280,7 +280,7 @@ def test_forget_makes_the_next_fetch_ask(s3: S3Server, bucket: str, store: Model
 
 def test_a_torn_blob_is_fetched_again(s3: S3Server, bucket: str, store: ModelStore, tmp_path: Path) -> None:
     """A copy damaged on disk is never served: one plain GET repairs it."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     (blob,) = (tmp_path / "blobs").iterdir()
     blob.write_bytes(blob.read_bytes()[:-1])
@@ -293,7 +293,7 @@ def test_a_torn_blob_is_fetched_again(s3: S3Server, bucket: str, store: ModelSto
 def test_an_unusable_disk_does_not_fail_a_load(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     """With a file in the way of the folder the archive comes from the store each time, and it is logged."""
     (tmp_path / "cache").write_text("in the way")
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store = ModelStore(open_source(f"s3://{bucket}"), DiskTier(tmp_path / "cache", "s3://x"), Limits())
     with capture_logs() as logs:
         assert store.fetch(NAME).archive.read("model.onnx") == b"first"
@@ -302,9 +302,9 @@ def test_an_unusable_disk_does_not_fail_a_load(s3: S3Server, bucket: str, tmp_pa
 
 def test_two_processes_download_once(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     """Two workers that miss at the same moment cost one GET: the second waits and takes the first one's blob."""
-    version = s3.put(bucket, NAME, archive(os.urandom(100_000)))
+    version = s3.put(bucket, NAME, make_archive(os.urandom(100_000)))
     s3.inject(Fault(match=NAME, delay_s=0.4))  # long enough for the second to arrive while the first downloads
-    children = [fetcher(bucket, tmp_path), fetcher(bucket, tmp_path)]
+    children = [run_fetcher(bucket, tmp_path), run_fetcher(bucket, tmp_path)]
     for child in children:
         start(child)
     answers = sorted(json.loads(child.communicate(timeout=PATIENCE_S)[0]) for child in children)
@@ -314,14 +314,14 @@ def test_two_processes_download_once(s3: S3Server, bucket: str, tmp_path: Path) 
 
 def test_a_restart_reuses_what_a_killed_process_left(s3: S3Server, bucket: str, tmp_path: Path) -> None:
     """A worker killed during its download holds up nobody; one that finished leaves its blob to the next process."""
-    version = s3.put(bucket, NAME, archive())
-    with s3.hold(NAME), fetcher(bucket, tmp_path) as killed:
+    version = s3.put(bucket, NAME, make_archive())
+    with s3.hold(NAME), run_fetcher(bucket, tmp_path) as killed:
         start(killed)
         while not any(fault.match == NAME and fault.times == 0 for fault in s3.faults):
             os.sched_yield()  # its request has not reached the proxy yet
         killed.send_signal(signal.SIGKILL)
     for tier in ("store", "disk"):
-        with fetcher(bucket, tmp_path) as child:
+        with run_fetcher(bucket, tmp_path) as child:
             start(child)
             assert json.loads(child.communicate(timeout=PATIENCE_S)[0]) == [tier, version]
 
@@ -349,7 +349,7 @@ def test_stores_that_are_written_alike_do_not_share_copies(tmp_path: Path, monke
 
 def test_a_store_that_fails_says_for_how_long(s3: S3Server, bucket: str, store: ModelStore) -> None:
     """Also where a copy on disk is served meanwhile. An answer ends it, also that there is no such key."""
-    s3.put(bucket, NAME, archive())
+    s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     assert store.health.failing_s() == 0.0
     with s3.outage(bucket):
@@ -367,15 +367,15 @@ def test_a_kept_version_is_read_without_the_store(s3: S3Server, bucket: str, sto
     """Replaced in the store: the version that served before comes from disk, also while the store is gone, and the
     newest stays the newest. A version that neither has is not found; the newest is fetched where the disk has lost it.
     """
-    first = s3.put(bucket, NAME, archive())
+    first = s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     store.keep_version(NAME, first, newest=True)
-    second = s3.put(bucket, NAME, archive(b"second"))
+    second = s3.put(bucket, NAME, make_archive(b"second"))
     assert store.fetch(NAME, revalidate=True).version == second
     with s3.outage(bucket):
         found = store.version_at_hand(NAME, first)
         assert found is not None
-        assert (found.version, found.tier, found.archive.container.data) == (first, "disk", archive())
+        assert (found.version, found.tier, found.archive.container.data) == (first, "disk", make_archive())
         assert store.version_at_hand(NAME, second) is not None
     assert store.fetch(NAME).version == second
     assert store.version_at_hand(NAME, "v0") is None

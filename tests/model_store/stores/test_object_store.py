@@ -133,10 +133,10 @@ def test_a_silent_endpoint_is_unavailable(bucket: str) -> None:
         )
         with pytest.raises(StoreUnavailable, match="timed out"):
             source.get(NSW1)
-        assert len(_connections(silent)) == 1
+        assert len(_list_connections(silent)) == 1
 
 
-def _connections(server: socket.socket) -> list[tuple[str, int]]:
+def _list_connections(server: socket.socket) -> list[tuple[str, int]]:
     """The addresses of those who have connected and were not accepted yet."""
     server.setblocking(False)
     found = []
@@ -164,12 +164,12 @@ def test_a_large_archive_is_never_mixed(s3: S3Server, bucket: str, monkeypatch: 
     source.put(NSW1, b"a" * 100_000)
     ranges = cloud_store.CloudStore._read_ranges
 
-    def replaced(self: cloud_store.CloudStore, name: ModelName, *rest: object) -> object:
+    def replace_between(self: cloud_store.CloudStore, name: ModelName, *rest: object) -> object:
         monkeypatch.setattr(cloud_store.CloudStore, "_read_ranges", ranges)
         source.put(name, b"b" * 100_000)
         return ranges(self, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(cloud_store.CloudStore, "_read_ranges", replaced)
+    monkeypatch.setattr(cloud_store.CloudStore, "_read_ranges", replace_between)
     fetched = source.get(NSW1)
     assert fetched is not None
     assert fetched.data == b"b" * 100_000

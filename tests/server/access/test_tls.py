@@ -54,7 +54,7 @@ def shake_hands(tls: Tls, client: ssl.SSLContext, before: Callable[[], None] = l
     return asyncio.run(run())
 
 
-def trusting(ca: trustme.CA) -> ssl.SSLContext:
+def make_client(ca: trustme.CA) -> ssl.SSLContext:
     """A client that trusts the authority."""
     context = ssl.create_default_context()
     ca.configure_trust(context)
@@ -64,15 +64,15 @@ def trusting(ca: trustme.CA) -> ssl.SSLContext:
 def test_a_renewed_certificate_is_shown_to_new_clients(ca: trustme.CA, tmp_path: Path) -> None:
     """Without a restart, from the next look on; looking without a change does nothing."""
     tls = Tls(*write(ca, tmp_path), None)
-    first = shake_hands(tls, trusting(ca))
+    first = shake_hands(tls, make_client(ca))
     tls.reload_if_changed()
-    assert shake_hands(tls, trusting(ca)) == first
+    assert shake_hands(tls, make_client(ca)) == first
 
     def renew() -> None:
         write(ca, tmp_path)
         tls.reload_if_changed()
 
-    second = shake_hands(tls, trusting(ca), renew)
+    second = shake_hands(tls, make_client(ca), renew)
     assert second != first
 
 
@@ -80,7 +80,7 @@ def test_a_renewal_that_is_half_done_changes_nothing(ca: trustme.CA, tmp_path: P
     """A certificate without its key, no PEM, no file: the old one serves on, and an error names the file."""
     certificate, key = write(ca, tmp_path)
     tls = Tls(certificate, key, None)
-    first = shake_hands(tls, trusting(ca))
+    first = shake_hands(tls, make_client(ca))
     other = tmp_path / "other"
     other.mkdir()
     halves: tuple[Callable[[], object], ...] = (
@@ -94,7 +94,7 @@ def test_a_renewal_that_is_half_done_changes_nothing(ca: trustme.CA, tmp_path: P
             tls.reload_if_changed()
         assert logs[0]["event"] in ("certificate_not_read", "certificate_missing")
         assert "server.pem" in logs[0]["error"]
-        assert shake_hands(tls, trusting(ca)) == first
+        assert shake_hands(tls, make_client(ca)) == first
 
 
 def test_clients_must_show_a_certificate_of_the_authority(ca: trustme.CA, tmp_path: Path) -> None:
@@ -103,11 +103,11 @@ def test_clients_must_show_a_certificate_of_the_authority(ca: trustme.CA, tmp_pa
     ca.cert_pem.write_to_path(str(authority))
     tls = Tls(*write(ca, tmp_path), authority)
     assert repr(tls) == "<Tls server.pem, clients of ca.pem>"
-    known, stranger = trusting(ca), trusting(ca)
+    known, stranger = make_client(ca), make_client(ca)
     ca.issue_cert("desk@example.org").configure_cert(known)
     trustme.CA().issue_cert("desk@example.org").configure_cert(stranger)
     shake_hands(tls, known)
-    for client in (stranger, trusting(ca)):
+    for client in (stranger, make_client(ca)):
         with pytest.raises((ssl.SSLError, ConnectionError)):
             shake_hands(tls, client)
 
@@ -150,7 +150,7 @@ def test_a_withdrawn_authority_is_refused_and_its_sessions_are_not_resumed(
     authority, other = tmp_path / "ca.pem", trustme.CA()
     authority.write_bytes(ca.cert_pem.bytes() + other.cert_pem.bytes())
     tls = Tls(*write(ca, tmp_path), authority)
-    stays, goes = trusting(ca), trusting(ca)
+    stays, goes = make_client(ca), make_client(ca)
     goes.maximum_version = version
     ca.issue_cert("stays@example.org").configure_cert(stays)
     other.issue_cert("goes@example.org").configure_cert(goes)
@@ -171,7 +171,7 @@ def test_an_authority_that_turns_bad_changes_nothing(ca: trustme.CA, tmp_path: P
     authority = tmp_path / "ca.pem"
     authority.write_bytes(ca.cert_pem.bytes())
     tls = Tls(*write(ca, tmp_path), authority)
-    known = trusting(ca)
+    known = make_client(ca)
     ca.issue_cert("desk@example.org").configure_cert(known)
     authority.write_bytes(content)
     with capture_logs() as logs:
@@ -180,7 +180,7 @@ def test_an_authority_that_turns_bad_changes_nothing(ca: trustme.CA, tmp_path: P
     assert "ca.pem (tls_client_ca)" in logs[0]["error"]
     connect(tls, known)
     with pytest.raises((ssl.SSLError, ConnectionError)):
-        connect(tls, trusting(ca))
+        connect(tls, make_client(ca))
 
 
 @pytest.mark.parametrize(

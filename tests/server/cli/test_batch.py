@@ -29,18 +29,18 @@ TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles":
 WORK = b"w" * 32
 
 
-def line(model: Model, seed: int) -> dict[str, Any]:
+def make_line(model: Model, seed: int) -> dict[str, Any]:
     """A request of a batch."""
     (instance,) = json.loads(model.question(seed).body)["instances"]
     return {"target_model": model.name, "item_id": seed, **instance}
 
 
-def command(*arguments: str) -> list[str]:
+def make_command(*arguments: str) -> list[str]:
     """The command line."""
     return [sys.executable, "-m", "server.cli.main", "batch", *arguments]
 
 
-def environment(folder: Path, env: dict[str, str] | None = None) -> dict[str, str]:
+def make_environment(folder: Path, env: dict[str, str] | None = None) -> dict[str, str]:
     """Paths of this checkout, a cache of this test."""
     cache = {"FLEETCAST_DISK_CACHE": str(folder / "cache")}
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **cache, **(env or {})}
@@ -49,16 +49,16 @@ def environment(folder: Path, env: dict[str, str] | None = None) -> dict[str, st
 def run(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """The command to its end."""
     return subprocess.run(
-        command(*arguments),
+        make_command(*arguments),
         cwd=folder,
-        env=environment(folder, env),
+        env=make_environment(folder, env),
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-def answers(file: Path) -> list[dict[str, Any]]:
+def read_answers(file: Path) -> list[dict[str, Any]]:
     """Its lines."""
     return [json.loads(text) for text in file.read_text().splitlines()]
 
@@ -70,7 +70,7 @@ def test_every_line_in_its_place(s3: S3Server, tmp_path: Path) -> None:
     for model in models:
         s3.put(bucket, f"models/{model.name}", model.data)
     s3.put(bucket, "models/broken.mar", b"nothing")
-    asked: list[Any] = [line(models[i * 7 % 5], i) for i in range(400)]
+    asked: list[Any] = [make_line(models[i * 7 % 5], i) for i in range(400)]
     asked[10], asked[20], asked[30] = "no object", {"target_model": "none.mar"}, {"target_model": "broken.mar"}
     asked[40] = {**asked[40], "target": [1.0]}
     asked[50] = {**asked[50], "configuration": {"output_types": ["mean"]}}
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on(s3: S3Server, tmp_path: Path) -> None:
     bucket, models = s3.bucket(), [forecaster(f"m{i}.mar", i, config=TCN, forecast=True) for i in range(12)]
     for model in models:
         s3.put(bucket, model.name, model.data)
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line(models[i % 12], i)) + "\n" for i in range(600)))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(make_line(models[i % 12], i)) + "\n" for i in range(600)))
     flags = ["--models", f"s3://{bucket}"]
     whole = run(tmp_path, "in.jsonl", "whole.jsonl", *flags, env=s3.env)
     assert whole.returncode == 0, whole.stderr
@@ -118,9 +118,9 @@ def test_a_killed_run_goes_on(s3: S3Server, tmp_path: Path) -> None:
     for held, answered in (("m2", 60), ("m9", 200)):
         with s3.hold(f"{bucket}/{held}.mar"):
             killed = subprocess.Popen(
-                command("in.jsonl", "out.jsonl", *flags),
+                make_command("in.jsonl", "out.jsonl", *flags),
                 cwd=tmp_path,
-                env=environment(tmp_path, s3.env),
+                env=make_environment(tmp_path, s3.env),
                 stderr=subprocess.DEVNULL,
             )
             wait_until(partial(has_answers, index_file, answered), "a part is answered")
@@ -140,14 +140,14 @@ def test_a_store_that_is_away_ends_the_run(s3: S3Server, tmp_path: Path) -> None
     """No line is given up for a store that may be back: the command says so, and goes on when it is run again."""
     bucket, model = s3.bucket(), forecaster("m.mar", 1, config=TCN, forecast=True)
     s3.put(bucket, model.name, model.data)
-    (tmp_path / "in.jsonl").write_text(json.dumps(line(model, 1)) + "\n")
+    (tmp_path / "in.jsonl").write_text(json.dumps(make_line(model, 1)) + "\n")
     variables = {**s3.env, "FLEETCAST_STORE_RETRIES": "0"}
     with s3.outage():
         away = run(tmp_path, "in.jsonl", "out.jsonl", "--models", f"s3://{bucket}", env=variables)
     assert away.returncode == 2
     assert away.stderr.startswith("error: ")
     assert run(tmp_path, "in.jsonl", "out.jsonl", "--models", f"s3://{bucket}", env=variables).returncode == 0
-    assert len(answers(tmp_path / "out.jsonl")) == 1
+    assert len(read_answers(tmp_path / "out.jsonl")) == 1
 
 
 @pytest.mark.parametrize(

@@ -66,12 +66,12 @@ def of_market(market: Path, *more: str) -> Result:
     return run(str(market / "prices.csv"), *COLUMNS, *store, "--since", SINCE, *more)
 
 
-def opened(path: Path) -> Archive:
+def open_stored(path: Path) -> Archive:
     """An archive."""
     return open_archive(path.read_bytes(), path.name)
 
 
-def loaded(archive: Archive) -> CorrelationModel:
+def load_archive(archive: Archive) -> CorrelationModel:
     """As a worker would load it."""
     assert archive.spec is not None
     assert archive.spec.correlation
@@ -83,13 +83,13 @@ def test_an_archive_of_held_out_errors(market: Path, tmp_path: Path) -> None:
     for method in ("gaussian", "schaake"):
         result = of_market(market, "--method", method, "--out", str(tmp_path / "new" / f"{method}.mar"))
         assert result.exit_code == 0, result.output
-        archive = opened(tmp_path / "new" / f"{method}.mar")
+        archive = open_stored(tmp_path / "new" / f"{method}.mar")
         assert (find_kind(archive).kind, archive.spec is not None) == (Kind.CORRELATION, True)
         assert archive.spec is not None
         assert archive.spec.description == (
             "estimated from prices.csv, windows from 2024-03-26 00:00:00 to 2024-04-09 18:00:00"
         )
-        correlation = loaded(archive)
+        correlation = load_archive(archive)
         assert correlation.products == ("au/NSW1.mar", "au/VIC1.mar")
         assert correlation.horizon == 6
         values = np.tile(np.linspace(0, 10, 9), (6, 1))
@@ -99,13 +99,13 @@ def test_an_archive_of_held_out_errors(market: Path, tmp_path: Path) -> None:
         assert (by_product > 0.5, by_step > 0.5) == (True, True)
         again = of_market(market, "--method", method, "--out", str(tmp_path / "again.mar"))
         assert again.exit_code == 0, again.output
-        assert opened(tmp_path / "again.mar").weights() == archive.weights()
+        assert open_stored(tmp_path / "again.mar").weights() == archive.weights()
 
 
 def test_the_desk_knows_the_archive(market: Path, tmp_path: Path) -> None:
     """`fleetcast inspect` and `verify` look into it as into any other."""
     assert of_market(market, "--out", str(tmp_path / "joint.mar")).exit_code == 0
-    archive = opened(tmp_path / "joint.mar")
+    archive = open_stored(tmp_path / "joint.mar")
     told = dict(format_description(describe_archive(archive, (tmp_path / "joint.mar").read_bytes())))
     assert told["products"] == "au/NSW1.mar, au/VIC1.mar"
     assert told["correlation"] == "gaussian, 6 steps, 60 windows"
@@ -135,7 +135,7 @@ def test_errors_are_those_of_the_networks_and_of_no_later_price(market: Path) ->
     assert made.first == "2024-03-26 00:00:00"
     assert repr(made) == "<Residuals of 51 windows, 1 products, 6 steps>"
     assert told == [(51, 51)]
-    archive = opened(market / "store" / "au" / "VIC1.mar")
+    archive = open_stored(market / "store" / "au" / "VIC1.mar")
     assert archive.spec is not None
     forecast = archive.spec.forecast
     assert forecast is not None
@@ -167,7 +167,7 @@ def test_errors_of_ones_own(tmp_path: Path) -> None:
         )  # fmt: skip
         assert result.exit_code == 0, result.output
         estimate = expected(errors.astype(np.float32).astype(np.float64), ("de.mar#spot", "fr.mar"))
-        for name, tensor in read_tensors(opened(out)).items():
+        for name, tensor in read_tensors(open_stored(out)).items():
             np.testing.assert_array_equal(tensor, estimate.tensors[name])
 
 
@@ -178,7 +178,10 @@ def test_an_archive_goes_into_a_bucket(bucket: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     fetched = open_source(f"s3://{bucket}/eu").get(ModelName("joint.mar"))
     assert fetched is not None
-    assert repr(loaded(open_archive(fetched.data, "joint.mar"))) == "<CorrelationModel Gaussian of 1 products, 2 steps>"
+    assert (
+        repr(load_archive(open_archive(fetched.data, "joint.mar")))
+        == "<CorrelationModel Gaussian of 1 products, 2 steps>"
+    )
 
 
 @pytest.mark.parametrize(

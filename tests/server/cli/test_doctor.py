@@ -15,7 +15,7 @@ from model_store.archives.manifest import Kind
 from server.access_log import AccessLog, ArrivalBuffer
 from server.cli.main import app
 from server.ipc.frames import CacheResult
-from tests.handlers.kinds.test_onnx import doubling
+from tests.handlers.kinds.test_onnx import make_doubling
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +36,12 @@ def _only_lear(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("handlers.forecasters.ARCHITECTURES", {"lear": ARCHITECTURES["lear"]})
 
 
-def doctor(*arguments: str) -> Result:
+def run_doctor(*arguments: str) -> Result:
     """The command in this process."""
     return CliRunner(env={"COLUMNS": "160"}).invoke(app, ["doctor", *arguments])
 
 
-def archive(folder: Path, name: str, seed: int = 0, **config: int) -> None:
+def make_archive(folder: Path, name: str, seed: int = 0, **config: int) -> None:
     """A small forecaster."""
     folder.mkdir(exist_ok=True)
     fields = {**SMALL, **config}
@@ -53,7 +53,7 @@ def archive(folder: Path, name: str, seed: int = 0, **config: int) -> None:
 
 def test_every_architecture_is_measured_without_a_store() -> None:
     """The machine's facts, then a time for each architecture's ways with one of them marked, and exit code 0."""
-    shown = doctor()
+    shown = run_doctor()
     assert shown.exit_code == 0, shown.output
     for word in ("cores", "torch", "memory", "disk cache", "open files", "GFLOP/s", *ARCHITECTURES):
         assert word in shown.output
@@ -64,12 +64,12 @@ def test_every_architecture_is_measured_without_a_store() -> None:
 def test_a_store_is_looked_into(tmp_path: Path) -> None:
     """Its archives are counted, its families measured with how many have each; an ONNX archive has no ways."""
     for i in range(3):
-        archive(tmp_path / "s", f"a{i}.mar", i)
-    archive(tmp_path / "s", "b.mar", channels=4)
+        make_archive(tmp_path / "s", f"a{i}.mar", i)
+    make_archive(tmp_path / "s", "b.mar", channels=4)
     (tmp_path / "s" / "o.mar").write_bytes(
-        pack_model(Kind.ONNX, ArchiveParts(program=doubling("n", 2)), model_name="o")
+        pack_model(Kind.ONNX, ArchiveParts(program=make_doubling("n", 2)), model_name="o")
     )
-    answer = doctor("--store", str(tmp_path / "s"), "--json")
+    answer = run_doctor("--store", str(tmp_path / "s"), "--json")
     assert answer.exit_code == 0, answer.output
     found = json.loads(answer.stdout)
     facts = {fact["name"]: fact for fact in found["facts"]}
@@ -89,7 +89,7 @@ def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypat
     """Three rounds over 24 models of 4 KiB and room for 16 of them: all miss, and room for 24 is what is named, for
     people with the flag to set and for programs as numbers. A log that is none ends it in a line.
     """
-    archive(tmp_path / "s", "a.mar")
+    make_archive(tmp_path / "s", "a.mar")
     log, kept = AccessLog(tmp_path / "log", 2**20), ArrivalBuffer()
     for i in range(72):
         kept.note(f"m{i % 24}.mar", float(i), 4096, CacheResult.MISS)
@@ -99,14 +99,14 @@ def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypat
         monkeypatch.setenv(f"FLEETCAST_{name}", value)
     monkeypatch.setattr("rich._console", Console(width=80))  # what a command that printed earlier leaves in the process
     flags = ["--store", str(tmp_path / "s"), "--access-log", str(tmp_path / "log")]
-    advice = json.loads(doctor(*flags, "--json").stdout)["access_log"]
+    advice = json.loads(run_doctor(*flags, "--json").stdout)["access_log"]
     assert (advice["requests"], advice["budget_bytes"], advice["hit_ratio"]) == (72, 65536, 0.0)
     assert advice["better_bytes"] == pytest.approx(24 * 4096, rel=0.02)
     assert advice["better_ratio"] == pytest.approx(2 / 3)
-    assert "the next 66.7 points of hit ratio cost 33KiB: with --model-cache-bytes 97KiB" in doctor(*flags).output
+    assert "the next 66.7 points of hit ratio cost 33KiB: with --model-cache-bytes 97KiB" in run_doctor(*flags).output
     other = tmp_path / "other.csv"
     other.write_text("what is this?\n")
-    wrong = doctor("--store", str(tmp_path / "s"), "--access-log", str(other))
+    wrong = run_doctor("--store", str(tmp_path / "s"), "--access-log", str(other))
     assert wrong.exit_code == 2
     assert "other.csv, line 1: an access log begins with the line time,model,bytes,outcome" in wrong.output
 
@@ -114,17 +114,17 @@ def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypat
 def test_many_archives_are_sampled(tmp_path: Path) -> None:
     """Of more than twenty archives no more are loaded, from all over the listing."""
     for i in range(45):
-        archive(tmp_path / "s", f"m{i:02}.mar", channels=4 if i == 44 else 8)
-    found = json.loads(doctor("--store", str(tmp_path / "s"), "--json").stdout)
+        make_archive(tmp_path / "s", f"m{i:02}.mar", channels=4 if i == 44 else 8)
+    found = json.loads(run_doctor("--store", str(tmp_path / "s"), "--json").stdout)
     assert sum(family["archives"] for family in found["families"]) <= 20
     assert "45 archives" in str(found["facts"])
 
 
 def test_an_archive_that_would_not_load_is_a_no(tmp_path: Path) -> None:
     """Exit code 1, the archive named with its reason; the others are measured all the same."""
-    archive(tmp_path / "s", "good.mar")
+    make_archive(tmp_path / "s", "good.mar")
     (tmp_path / "s" / "bad.mar").write_bytes(b"no zip")
-    answer = doctor("--store", str(tmp_path / "s"))
+    answer = run_doctor("--store", str(tmp_path / "s"))
     assert answer.exit_code == 1
     assert "would not load: bad.mar" in answer.output
     assert "tcn-" in answer.output
@@ -139,25 +139,25 @@ def test_a_store_without_archives(tmp_path: Path, store: str, code: int, said: l
 
     Only a store that cannot be read is an error; an empty one is none.
     """
-    answer = doctor("--store", str(tmp_path / store))
+    answer = run_doctor("--store", str(tmp_path / store))
     assert answer.exit_code == code
     assert all(words in answer.output for words in [*said, "lear"])
 
 
 def test_settings_are_as_serve_would_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file's store is looked into without a flag; what is wrong there ends it in a line, store or no store."""
-    archive(tmp_path / "s", "a.mar")
+    make_archive(tmp_path / "s", "a.mar")
     Path("fleetcast.toml").write_text('store = "s"\n')
-    assert "s: 1 archives" in doctor().output
+    assert "s: 1 archives" in run_doctor().output
     Path("fleetcast.toml").write_text("workers = -1\n")
-    answer = doctor()
+    answer = run_doctor()
     assert answer.exit_code == 2
     assert "--workers" in answer.output
 
 
 def test_the_help_teaches() -> None:
     """Columns, mark and exit code are explained before anybody has to ask."""
-    text = " ".join(doctor("--help").output.split())
+    text = " ".join(run_doctor("--help").output.split())
     for words in (
         "fleetcast doctor --store s3://",
         "run in place",

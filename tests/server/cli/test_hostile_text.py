@@ -32,7 +32,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def described(text: str) -> bytes:
+def make_described(text: str) -> bytes:
     """An archive with this description."""
     spec = json.loads(open_archive(make_forecaster(), "m").read(FLEETCAST_JSON))
     return repack(make_forecaster(), fleetcast_json=json.dumps({**spec, "description": text}).encode())
@@ -47,7 +47,7 @@ def with_golden(text: bytes) -> bytes:
     return make_zip({**members, FLEETCAST_JSON: json.dumps(spec).encode(), "golden.json": text})
 
 
-def dangling(name: str) -> bytes:
+def make_dangling(name: str) -> bytes:
     """An ONNX archive whose error message has this name."""
     node = helper.make_node("Relu", [name], ["y"])
     x, y = (helper.make_tensor_value_info(each, TensorProto.FLOAT, ["n", 2]) for each in "xy")
@@ -67,7 +67,7 @@ def huge_golden() -> bytes:
 
 def test_markup_is_shown_as_it_is(tmp_path: Path) -> None:
     """`inspect` shows the brackets of a description, and makes no link of them."""
-    (tmp_path / "m.mar").write_bytes(described(MARKUP))
+    (tmp_path / "m.mar").write_bytes(make_described(MARKUP))
     result = run("inspect", str(tmp_path / "m.mar"))
     assert result.exit_code == 0, result.output
     assert " ".join(MARKUP.split()) in " ".join(result.output.split())
@@ -75,7 +75,7 @@ def test_markup_is_shown_as_it_is(tmp_path: Path) -> None:
 
 def test_controls_are_escaped(tmp_path: Path) -> None:
     """`inspect` shows control and format characters by their numbers, on the description's own line."""
-    (tmp_path / "m.mar").write_bytes(described(CONTROLS))
+    (tmp_path / "m.mar").write_bytes(make_described(CONTROLS))
     result = run("inspect", str(tmp_path / "m.mar"))
     assert result.exit_code == 0, result.output
     assert all(line.isprintable() for line in result.output.splitlines())
@@ -84,7 +84,7 @@ def test_controls_are_escaped(tmp_path: Path) -> None:
     assert not any(line.startswith("ok ") for line in result.output.splitlines())
 
 
-@pytest.mark.parametrize("make", [lambda: dangling(CONTROLS), nested_golden, huge_golden])
+@pytest.mark.parametrize("make", [lambda: make_dangling(CONTROLS), nested_golden, huge_golden])
 def test_verify_says_what_is_bad_and_goes_on(tmp_path: Path, make: Callable[[], bytes]) -> None:
     """One line for each archive, whatever a name in it holds, and the sound one after it is verified."""
     (tmp_path / "bad.mar").write_bytes(make())

@@ -26,7 +26,7 @@ from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
 from server.cli.setting_flags import render_settings, settings_from
 from server.cli.settings_table import update_tables
-from tests.handlers.kinds.test_onnx import doubling
+from tests.handlers.kinds.test_onnx import make_doubling
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
@@ -269,7 +269,7 @@ def test_a_module_that_cannot_be_packed(desk: Path, arguments: tuple[str, ...], 
 
 def test_onnx_into_a_store(desk: Path, bucket: str) -> None:
     """An ONNX model is packed into an object store, looked into and proved there."""
-    (desk / "model.onnx").write_bytes(doubling("n", 2))
+    (desk / "model.onnx").write_bytes(make_doubling("n", 2))
     url = f"s3://{bucket}/fleet/de/at.mar"
     assert run("pack", url, "--onnx", "model.onnx").exit_code == 0
     assert json.loads(run("inspect", url, "--json").stdout)["kind"] == "onnx"
@@ -289,7 +289,7 @@ def test_one_bad_archive_of_many(desk: Path) -> None:
 
 
 @contextmanager
-def serving(folder: Path, *more: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
+def run_serve(folder: Path, *more: str) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
     """`fleetcast serve` as a process, and the lines it printed until it was ready."""
     command = [sys.executable, "-m", "server.cli.main", "serve", *PORTS, "--disk-cache", str(folder / "disk"), *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FLEETCAST_DEVICE": "cpu"}
@@ -312,7 +312,7 @@ def test_serve_and_invoke(desk: Path) -> None:
     """Started, asked by our own client, told to stop: the answer, the story, errors by type, exit code 0, no torch."""
     (name,) = make_fleet("store", models=1)
     (desk / "request.json").write_text(json.dumps(make_request(0)))
-    with serving(desk, "--store", "store", "--model-cache-bytes", "64MiB", "--workers", "1") as (process, lines):
+    with run_serve(desk, "--store", "store", "--model-cache-bytes", "64MiB", "--workers", "1") as (process, lines):
         said = dict(line.rstrip("\n").split(maxsplit=1) for line in lines if line[0] != "w")
         assert "64.0 MiB for models" in next(line for line in lines if line.startswith("worker 0"))
         url = said["inference"].partition("/invocations")[0]

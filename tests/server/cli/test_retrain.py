@@ -42,14 +42,14 @@ def store(tmp_path: Path) -> Path:
     return fill(tmp_path / "models", MARKETS)
 
 
-def spec(store: Path, market: str) -> Spec:
+def read_spec(store: Path, market: str) -> Spec:
     """Of the archive in the store."""
     found = open_archive(store.joinpath(f"{market}.mar").read_bytes(), market).spec
     assert found is not None
     return found
 
 
-def outcomes(log: Path) -> dict[str, dict[str, Any]]:
+def read_outcomes(log: Path) -> dict[str, dict[str, Any]]:
     """The log by market."""
     return {each["target"]: each for each in map(json.loads, log.read_text().splitlines())}
 
@@ -67,13 +67,13 @@ def test_better_archives_are_published_and_a_failure_stops_nobody(csv: Path, sto
     code, said = retrain(csv, store, log)
     assert code == 1, said
     assert "1 failed, 3 published" in said
-    found = outcomes(log)
+    found = read_outcomes(log)
     assert "M03: no values" in found["M03"]["message"]
     assert store.joinpath("M03.mar").read_bytes() == before["M03"]
     for market in MARKETS[:3]:
         assert found[market]["result"] == "published"
         assert found[market]["worse_percent"] < 0
-        new, old = spec(store, market), open_archive(before[market], market).spec
+        new, old = read_spec(store, market), open_archive(before[market], market).spec
         assert old is not None
         assert new.forecast is not None
         assert old.forecast is not None
@@ -89,7 +89,7 @@ def test_the_same_data_again_changes_nothing(csv: Path, store: Path, tmp_path: P
     retrain(csv, store, tmp_path / "log.jsonl")
     before = {market: store.joinpath(f"{market}.mar").read_bytes() for market in MARKETS}
     retrain(csv, store, tmp_path / "log.jsonl")
-    results = {market: each["result"] for market, each in outcomes(tmp_path / "log.jsonl").items()}
+    results = {market: each["result"] for market, each in read_outcomes(tmp_path / "log.jsonl").items()}
     assert results == {"M00": "unchanged", "M01": "unchanged", "M02": "unchanged", "M03": "failed"}
     assert before == {market: store.joinpath(f"{market}.mar").read_bytes() for market in MARKETS}
 
@@ -100,7 +100,7 @@ def test_a_worse_archive_is_kept_out(csv: Path, store: Path, tmp_path: Path) -> 
     before = store.joinpath("M00.mar").read_bytes()
     code, said = retrain(csv, store, tmp_path / "log.jsonl", "--epochs", "0.1", "--target", "M00")
     assert code == 0, said
-    found = outcomes(tmp_path / "log.jsonl")["M00"]
+    found = read_outcomes(tmp_path / "log.jsonl")["M00"]
     assert found["result"] == "kept"
     assert found["worse_percent"] > 2
     assert store.joinpath("M00.mar").read_bytes() == before
@@ -108,11 +108,11 @@ def test_a_worse_archive_is_kept_out(csv: Path, store: Path, tmp_path: Path) -> 
 
 def test_another_architecture_keeps_the_contract(csv: Path, store: Path, tmp_path: Path) -> None:
     """From mlp to tcn: what clients send and get stays; a config without the architecture is refused."""
-    old = spec(store, "M00")
+    old = read_spec(store, "M00")
     flags = ("--architecture", "tcn", "--config", '{"channels": 4}', "--target", "M00")
     code, said = retrain(csv, store, tmp_path / "log.jsonl", *flags)
     assert code == 0, said
-    new = spec(store, "M00")
+    new = read_spec(store, "M00")
     assert new.architecture == "tcn"
     assert old.forecast is not None
     assert new.forecast is not None
@@ -135,7 +135,7 @@ def test_a_new_architecture_answers_at_the_hours_that_the_old_one_did() -> None:
     assert not rebuild_forecast(at_six, series, "tcn", {}).origin
 
 
-def plan(csv: Path, store: Path) -> RetrainingPlan:
+def make_plan(csv: Path, store: Path) -> RetrainingPlan:
     """What the command makes of its flags."""
     settings = settings_from({"store": str(store)})
     market_names = {market: ModelName(f"{market}.mar") for market in MARKETS}
@@ -144,17 +144,17 @@ def plan(csv: Path, store: Path) -> RetrainingPlan:
 
 def test_a_killed_run_goes_on(csv: Path, store: Path, tmp_path: Path) -> None:
     """Cut between two markets of a group: the rest is done, what was done is not touched, the numbers are the same."""
-    work, whole = plan(csv, store), fill(tmp_path / "whole", MARKETS)
+    work, whole = make_plan(csv, store), fill(tmp_path / "whole", MARKETS)
     count = 0
 
-    def killed(done: int) -> None:
+    def fail_as_killed(done: int) -> None:
         nonlocal count
         count += done
         if count == 2:
             raise KeyboardInterrupt
 
     with Checkpoint(tmp_path / "log", work.digest, len(MARKETS)) as journal, pytest.raises(KeyboardInterrupt):
-        Retraining(work).run(journal, killed)
+        Retraining(work).run(journal, fail_as_killed)
     before = store.joinpath("M00.mar").stat().st_mtime_ns
     with Checkpoint(tmp_path / "log", work.digest, len(MARKETS)) as journal:
         assert journal.done == 2
@@ -163,11 +163,11 @@ def test_a_killed_run_goes_on(csv: Path, store: Path, tmp_path: Path) -> None:
         assert len(told) == 2
         assert journal.done == len(MARKETS)
     assert store.joinpath("M00.mar").stat().st_mtime_ns == before
-    other = plan(csv, whole)
+    other = make_plan(csv, whole)
     with Checkpoint(tmp_path / "other", other.digest, len(MARKETS)) as journal:
         Retraining(other).run(journal, told.append)
     for market in MARKETS:
-        assert spec(store, market).weights == spec(whole, market).weights
+        assert read_spec(store, market).weights == read_spec(whole, market).weights
 
 
 def test_a_store_out_of_reach_ends_the_run(
@@ -176,18 +176,18 @@ def test_a_store_out_of_reach_ends_the_run(
     """An outage while publishing is no market's fault: the run ends, and goes on when the store is back."""
     put = Source.put
 
-    def out(self: Source, name: ModelName, data: bytes) -> str:
+    def fail_as_out(self: Source, name: ModelName, data: bytes) -> str:
         if name == "M01.mar":
             raise StoreUnavailable("the store is out")
         return put(self, name, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Source, "put", out)
+        patch.setattr(Source, "put", fail_as_out)
         code, said = retrain(csv, store, tmp_path / "log.jsonl")
     assert code == 2
     assert "error: the store is out" in said
     code, said = retrain(csv, store, tmp_path / "log.jsonl")
-    assert {market: each["result"] for market, each in outcomes(tmp_path / "log.jsonl").items()} == {
+    assert {market: each["result"] for market, each in read_outcomes(tmp_path / "log.jsonl").items()} == {
         "M00": "published", "M01": "published", "M02": "published", "M03": "failed"
     }  # fmt: skip
 
@@ -196,9 +196,9 @@ def test_markets_of_two_kinds_are_fitted_apart(csv: Path, store: Path, tmp_path:
     """One market forecasts further than the others: all are retrained as they are."""
     store.joinpath("M01.mar").write_bytes(archive(prediction_length=9))
     retrain(csv, store, tmp_path / "log.jsonl")
-    results = {market: each["result"] for market, each in outcomes(tmp_path / "log.jsonl").items()}
+    results = {market: each["result"] for market, each in read_outcomes(tmp_path / "log.jsonl").items()}
     assert results == {"M00": "published", "M01": "published", "M02": "published", "M03": "failed"}
-    forecasts = [spec(store, market).forecast for market in MARKETS[:3]]
+    forecasts = [read_spec(store, market).forecast for market in MARKETS[:3]]
     assert [each.prediction_length for each in forecasts if each] == [6, 9, 6]
 
 
@@ -207,7 +207,7 @@ def test_a_fit_that_fails_for_one_is_done_for_the_others(store: Path, tmp_path: 
     csv = write_prices(tmp_path / "prices.csv", MARKETS, empty="M01", since=24 * 8)
     code, said = retrain(csv, store, tmp_path / "log.jsonl")
     assert code == 1, said
-    found = outcomes(tmp_path / "log.jsonl")
+    found = read_outcomes(tmp_path / "log.jsonl")
     assert found["M01"]["message"] == "M01: no values in the holdout part"
     assert [found[market]["result"] for market in MARKETS] == ["published", "failed", "published", "published"]
 
@@ -216,7 +216,7 @@ def test_a_covariate_that_is_gone_fails_its_market_alone(csv: Path, store: Path,
     """The file has lost a column that one archive wants: that market is named, the others are retrained."""
     store.joinpath("M02.mar").write_bytes(archive(dynamic_feat=("wind",)))
     retrain(csv, store, tmp_path / "log.jsonl")
-    found = outcomes(tmp_path / "log.jsonl")
+    found = read_outcomes(tmp_path / "log.jsonl")
     assert found["M02"]["message"].startswith("wind: prices.csv has no such column")
     assert [found[market]["result"] for market in MARKETS[:2]] == ["published", "published"]
 
@@ -225,6 +225,6 @@ def test_a_server_that_is_not_there_costs_no_market(csv: Path, store: Path, tmp_
     """The archives are published all the same, and the log says who could not be told."""
     code, said = retrain(csv, store, tmp_path / "log.jsonl", "--reload", "http://127.0.0.1:9", "--target", "M00")
     assert code == 0, said
-    found = outcomes(tmp_path / "log.jsonl")["M00"]
+    found = read_outcomes(tmp_path / "log.jsonl")["M00"]
     assert found["result"] == "published"
     assert "is `fleetcast serve` running there" in found["message"]

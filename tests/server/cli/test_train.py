@@ -46,7 +46,7 @@ def prices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def opened(store: Path, name: str) -> Archive:
+def open_stored(store: Path, name: str) -> Archive:
     """An archive of the store."""
     return open_archive(store.joinpath(name).read_bytes(), name)
 
@@ -62,7 +62,7 @@ def test_archives_load_and_carry_what_was_asked_for(prices: Path, tmp_path: Path
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     for target in ("NSW1", "VIC1"):
-        spec = opened(store, f"au/{target}.mar").spec
+        spec = open_stored(store, f"au/{target}.mar").spec
         assert spec is not None
         assert spec.description == "trained on prices.csv.gz, 2024-03-01 00:00:00 to 2024-03-24 23:00:00"
         forecast = spec.forecast
@@ -124,7 +124,7 @@ def test_a_lear_of_days_forecasts_from_midnight(prices: Path, tmp_path: Path) ->
             str(prices), "--time", "hour", "--target", "VIC1", "--architecture", "lear", *flags, "--out", str(tmp_path)
         )
         assert result.exit_code == 0, result.output
-        spec = opened(tmp_path, "VIC1.mar").spec
+        spec = open_stored(tmp_path, "VIC1.mar").spec
         assert spec is not None
         assert spec.forecast is not None
         assert (spec.forecast.context_length, spec.forecast.origin) == lengths
@@ -142,7 +142,7 @@ def test_any_architecture_can_be_an_ensemble(prices: Path, tmp_path: Path, archi
         "--config", config, "--epochs", "0.1", "--context-length", "30", "--out", str(tmp_path),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    biases = [read_tensors(opened(tmp_path, "VIC1.mar"))[f"members.{i}.head.bias"] for i in range(3)]
+    biases = [read_tensors(open_stored(tmp_path, "VIC1.mar"))[f"members.{i}.head.bias"] for i in range(3)]
     assert len({bias.tobytes() for bias in biases}) == 3
 
 

@@ -50,21 +50,21 @@ class Toy:
         return HttpReply(500 + why.situation, "text/plain", str(why).encode(), [(b"x-toy", b"no")])
 
 
-def app(worker: Worker | None = None) -> App:
+def make_app(worker: Worker | None = None) -> App:
     """The app with the toy among its dialects."""
     made = App(SETTINGS, FrontMetrics(), (*DIALECTS, Toy))
     attach(made.plane, *([worker] if worker else []))
     return made
 
 
-def answered(
+def ask_once(
     made: App, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> Answered:
     """One request."""
     return asyncio.run(ask(made, method, path, body, headers))
 
 
-def counted(made: App) -> list[str]:
+def count_requests(made: App) -> list[str]:
     """The app's counters of requests."""
     lines = made._metrics.text().splitlines()
     return [line for line in lines if line.startswith("fleetcast_inference_requests_total{")]
@@ -74,7 +74,7 @@ def test_a_new_dialect_is_served_over_a_socket() -> None:
     """A dialect in the registry is asked by HTTP: its paths, its replies, its errors, its label in the metrics."""
 
     async def scenario() -> None:
-        made = app(Worker(lambda asked: asked.body.upper()))
+        made = make_app(Worker(lambda asked: asked.body.upper()))
         server, sock = make_listener(made, 1.0, 5.0, 5), socket.create_server(("127.0.0.1", 0))
         serving = asyncio.create_task(server.serve(sockets=[sock]))
         port = sock.getsockname()[1]
@@ -89,7 +89,7 @@ def test_a_new_dialect_is_served_over_a_socket() -> None:
         assert good.headers["server-timing"] == "queue;dur=1.500, inference;dur=0.020"
         assert (large.status_code, large.headers["x-toy"]) == (500 + Situation.TOO_LARGE, "no")
         assert "/toy/MODEL" in nowhere.json()["message"]
-        assert counted(made) == [
+        assert count_requests(made) == [
             'fleetcast_inference_requests_total{code="203",protocol="toy"} 1.0',
             'fleetcast_inference_requests_total{code="504",protocol="toy"} 1.0',
         ]
@@ -100,39 +100,42 @@ def test_a_new_dialect_is_served_over_a_socket() -> None:
 @pytest.mark.parametrize("path", ["/invocations", "/v1/forecasts", "/ping", "/ready", "/toy/m.mar", "/nowhere"])
 def test_every_answer_has_a_request_id(path: str) -> None:
     """The one that was sent, else one of its own."""
-    made = app(Worker(lambda _: b"1"))
-    assert answered(made, "POST", path, headers={"X-Request-Id": "ours"}).headers["x-request-id"] == "ours"
-    ids = {answered(made, "POST", path).headers["x-request-id"] for _ in range(3)}
+    made = make_app(Worker(lambda _: b"1"))
+    assert ask_once(made, "POST", path, headers={"X-Request-Id": "ours"}).headers["x-request-id"] == "ours"
+    ids = {ask_once(made, "POST", path).headers["x-request-id"] for _ in range(3)}
     assert len(ids) == 3
     assert all(ids)
 
 
 def test_probes_are_open_and_not_counted() -> None:
     """They are answered whatever their headers and methods are; `/ready` by whether a worker is there."""
-    made = app()
-    assert answered(made, "GET", "/ping", headers={"X-Request-Timeout-Ms": "soon"}).status == 200
-    assert (answered(made, "GET", "/ready").status, answered(app(Worker(str)), "HEAD", "/ready").status) == (503, 200)
-    assert answered(made, "GET", "/nowhere").status == 404
-    assert counted(made) == []
+    made = make_app()
+    assert ask_once(made, "GET", "/ping", headers={"X-Request-Timeout-Ms": "soon"}).status == 200
+    assert (ask_once(made, "GET", "/ready").status, ask_once(make_app(Worker(str)), "HEAD", "/ready").status) == (
+        503,
+        200,
+    )
+    assert ask_once(made, "GET", "/nowhere").status == 404
+    assert count_requests(made) == []
 
 
 def test_a_bug_costs_one_request() -> None:
     """An exception that is no refusal is an internal error in the dialect's own words; its text stays in the log."""
-    made = app()
-    reply = answered(made, "POST", "/toy/..")
+    made = make_app()
+    reply = ask_once(made, "POST", "/toy/..")
     assert (reply.status, reply.body) == (500 + Situation.INTERNAL, b"the server failed; its log says why")
-    assert answered(made, "POST", "/toy/m.mar").status == 500 + Situation.NOT_READY
+    assert ask_once(made, "POST", "/toy/m.mar").status == 500 + Situation.NOT_READY
 
 
 def test_a_worker_refuses_in_each_dialect() -> None:
     """The same refusal, with what happened in the headers, in each protocol's own shape."""
-    made = app(Worker(lambda _: (Situation.NOT_FOUND, b'{"message":"no such"}')))
-    sagemaker = answered(made, "POST", "/invocations", headers=TARGET)
+    made = make_app(Worker(lambda _: (Situation.NOT_FOUND, b'{"message":"no such"}')))
+    sagemaker = ask_once(made, "POST", "/invocations", headers=TARGET)
     assert (sagemaker.status, sagemaker.headers["x-amzn-errortype"]) == (400, "ValidationError")
-    toy = answered(made, "POST", "/toy/m.mar")
+    toy = ask_once(made, "POST", "/toy/m.mar")
     assert (toy.status, toy.body) == (505, b"no such")
     assert sagemaker.headers["server-timing"] == toy.headers["server-timing"]
-    forecasts = answered(made, "POST", "/v1/forecasts", b'{"requests":[{"target_model":"m.mar"}]}')
+    forecasts = ask_once(made, "POST", "/v1/forecasts", b'{"requests":[{"target_model":"m.mar"}]}')
     assert forecasts.status == 200
     error = {"code": "not_found", "message": "no such"}
     assert json.loads(forecasts.body) == {"predictions": [{"error": error}], "failed": 1}
@@ -141,13 +144,13 @@ def test_a_worker_refuses_in_each_dialect() -> None:
 def test_large_answers_stream() -> None:
     """Part by part under one Content-Length; when the worker dies on the way the connection ends, counted as 499."""
     worker = Worker(lambda _: [b"one", b"two", b"three"])
-    made = app(worker)
-    reply = answered(made, "POST", "/invocations", headers=TARGET)
+    made = make_app(worker)
+    reply = ask_once(made, "POST", "/invocations", headers=TARGET)
     assert (reply.body, reply.headers["content-length"]) == (b"onetwothree", "11")
     worker.answer = lambda _: [b"one", b""]
-    assert answered(made, "POST", "/invocations", headers=TARGET).body == b"one"
+    assert ask_once(made, "POST", "/invocations", headers=TARGET).body == b"one"
     assert worker.cancelled == 1
-    assert counted(made) == [
+    assert count_requests(made) == [
         'fleetcast_inference_requests_total{code="200",protocol="sagemaker"} 1.0',
         'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
     ]
@@ -161,17 +164,17 @@ def test_no_answer_leaves_as_a_success_after_its_deadline() -> None:
         time.sleep(0.01)
         return [b"one", b"two"]
 
-    made = app(worker := Worker(answer_late))
-    late = answered(made, "POST", "/invocations", b"x", {**TARGET, "X-Request-Timeout-Ms": "1"})
+    made = make_app(worker := Worker(answer_late))
+    late = ask_once(made, "POST", "/invocations", b"x", {**TARGET, "X-Request-Timeout-Ms": "1"})
     assert (late.status, json.loads(late.body)["OriginalStatusCode"]) == (424, 504)
     assert worker.cancelled == 1
-    in_time = answered(made, "POST", "/invocations", b"x", {**TARGET, "X-Request-Timeout-Ms": "9000"})
+    in_time = ask_once(made, "POST", "/invocations", b"x", {**TARGET, "X-Request-Timeout-Ms": "9000"})
     assert (in_time.status, in_time.body) == (200, b"onetwo")
 
 
 def test_nothing_stays_held() -> None:
     """However a body comes and a request ends: in parts, too large in all, more than the front may hold."""
-    made = app(Worker(lambda _: b"1"))
+    made = make_app(Worker(lambda _: b"1"))
 
     async def scenario(*parts: bytes) -> int:
         incoming = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
@@ -201,7 +204,7 @@ def test_a_request_has_arrived_when_all_of_its_body_is_here() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda asked: asked.body)
-        made, began, sent = app(worker), time.monotonic(), 0.0
+        made, began, sent = make_app(worker), time.monotonic(), 0.0
         parts = [(b"one", True), (b"two", False)]
         scope = {
             "type": "http",

@@ -18,7 +18,9 @@ def fill(backlog: Backlog, model: str, count: int, *, is_work: bool = True) -> N
         backlog.start(model, "", 0.0, is_work=is_work)
 
 
-def refusal(backlog: Backlog, model: str, left_s: float = FAR, bounds: Bounds = WIDE, *, is_work: bool = True) -> str:
+def find_refusal(
+    backlog: Backlog, model: str, left_s: float = FAR, bounds: Bounds = WIDE, *, is_work: bool = True
+) -> str:
     """Why one more is not admitted; empty where it is."""
     found = backlog.check(model, "", 0.0, left_s, bounds, is_work=is_work)
     return "" if found is None else found.reason
@@ -29,13 +31,13 @@ def test_a_worker_and_a_model_have_bounds() -> None:
     backlog = Backlog()
     fill(backlog, "a", 2)
     fill(backlog, "b", 2)
-    assert "4 requests are under way at the worker already (queue_per_worker)" in refusal(
+    assert "4 requests are under way at the worker already (queue_per_worker)" in find_refusal(
         backlog, "c", FAR, Bounds(4, 9)
     )
-    assert "2 requests for a are under way already (queue_per_model)" in refusal(backlog, "a", FAR, Bounds(99, 2))
+    assert "2 requests for a are under way already (queue_per_model)" in find_refusal(backlog, "a", FAR, Bounds(99, 2))
     backlog.end("a", "", was_work=True)
-    assert not refusal(backlog, "c", FAR, Bounds(4, 9))
-    assert not refusal(backlog, "a", FAR, Bounds(99, 2))
+    assert not find_refusal(backlog, "c", FAR, Bounds(4, 9))
+    assert not find_refusal(backlog, "a", FAR, Bounds(99, 2))
 
 
 @pytest.mark.parametrize(("hot", "each"), [(1, 50), (2, 33), (3, 25)])
@@ -44,11 +46,11 @@ def test_hot_models_leave_room_for_others(hot: int, each: int) -> None:
     backlog, bounds, asked = Backlog(), Bounds(100, 100), [f"m{i}" for i in range(hot)]
     for _ in range(200):
         for model in asked:
-            if not refusal(backlog, model, FAR, bounds):
+            if not find_refusal(backlog, model, FAR, bounds):
                 backlog.start(model, "", 0.0, is_work=True)
     held = Counter({model: backlog._held[model] for model in asked})
     assert all(abs(count - each) <= 1 for count in held.values()), held
-    assert not refusal(backlog, "other", FAR, bounds)
+    assert not find_refusal(backlog, "other", FAR, bounds)
 
 
 def test_a_prober_waits_for_its_turn_and_not_for_the_hot_model() -> None:
@@ -65,16 +67,16 @@ def test_what_cannot_make_its_deadline_is_refused_with_the_time() -> None:
     """10 ms a request and 100 ahead: about a second, which 0.5 s do not reach; a prober is admitted."""
     backlog = Backlog()
     fill(backlog, "hot", 100)
-    assert not refusal(backlog, "hot", 0.5), "nothing is known yet"
+    assert not find_refusal(backlog, "hot", 0.5), "nothing is known yet"
     for _ in range(100):
         backlog.learn(100, -1.0, 0.0)
     found = backlog.check("hot", "", 0.0, 0.5, WIDE, is_work=True)
     assert found is not None
     assert "expected in 1010 ms, the deadline is in 500 ms: 100 requests are ahead" in found.reason
     assert found.retry_s == pytest.approx(1.01)
-    assert not refusal(backlog, "hot", 3.0)
-    assert not refusal(backlog, "prober", 0.5)
-    assert not refusal(backlog, "hot", 0.5, is_work=False), "of loads the worker decides"
+    assert not find_refusal(backlog, "hot", 3.0)
+    assert not find_refusal(backlog, "prober", 0.5)
+    assert not find_refusal(backlog, "hot", 0.5, is_work=False), "of loads the worker decides"
 
 
 def test_an_idle_worker_admits_whatever_was_learnt() -> None:
@@ -83,12 +85,12 @@ def test_an_idle_worker_admits_whatever_was_learnt() -> None:
     for _ in range(100):
         backlog.learn(50, -500.0, 0.0)
     fill(backlog, "a", FEW - 1)
-    assert not refusal(backlog, "a", 0.001)
+    assert not find_refusal(backlog, "a", 0.001)
     fill(backlog, "a", 10)
-    assert refusal(backlog, "a", 0.5)
+    assert find_refusal(backlog, "a", 0.5)
     for _ in range(200):
         backlog.learn(1, -0.002, 0.0)
-    assert not refusal(backlog, "a", 0.5)
+    assert not find_refusal(backlog, "a", 0.5)
 
 
 def test_a_request_that_is_long_by_itself_says_little_of_others() -> None:

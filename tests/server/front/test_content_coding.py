@@ -40,7 +40,7 @@ PACK: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 }
 
 
-def asked(body: bytes, coding: str, **chosen: object) -> tuple[Answered, Worker, App]:
+def ask_echo(body: bytes, coding: str, **chosen: object) -> tuple[Answered, Worker, App]:
     """One request in this coding, to an echo behind the app."""
     app = App(Settings.model_validate({"store": "s", "max_body_bytes": LIMIT, **chosen}), FrontMetrics())
     worker = Worker(lambda request: request.body)
@@ -55,7 +55,7 @@ def asked(body: bytes, coding: str, **chosen: object) -> tuple[Answered, Worker,
 def test_a_packed_body_is_the_body(kind: str, data: bytes) -> None:
     """Whatever the bytes, the worker gets what was packed."""
     coding, pack = PACK[kind]
-    reply, worker, app = asked(pack(data), coding)
+    reply, worker, app = ask_echo(pack(data), coding)
     assert reply.status == 200
     assert worker.asked[0].body == data
     assert app.plane.held.size == 0
@@ -64,15 +64,15 @@ def test_a_packed_body_is_the_body(kind: str, data: bytes) -> None:
 @pytest.mark.parametrize("coding", ["", "identity", " Identity "])
 def test_no_coding_is_no_coding(coding: str) -> None:
     """A body that says it is sent as it is, is."""
-    assert asked(b"plain", coding)[1].asked[0].body == b"plain"
+    assert ask_echo(b"plain", coding)[1].asked[0].body == b"plain"
 
 
 @pytest.mark.parametrize("kind", ["gzip", "deflate"])
 def test_the_body_limit_is_that_of_what_comes_out(kind: str) -> None:
     """At `max_body_bytes` it is served, one byte more is 413 and never reaches a worker."""
     coding, pack = PACK[kind]
-    assert asked(pack(bytes(LIMIT)), coding)[0].status == 200
-    reply, worker, app = asked(pack(bytes(LIMIT + 1)), coding)
+    assert ask_echo(pack(bytes(LIMIT)), coding)[0].status == 200
+    reply, worker, app = ask_echo(pack(bytes(LIMIT + 1)), coding)
     assert (reply.status, worker.asked, app.plane.held.size) == (413, [], 0)
     assert "max_body_bytes" in json.loads(reply.body)["message"]
 
@@ -82,7 +82,7 @@ def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
     bomb = gzip.compress(bytes(32 << 20))
     tracemalloc.start()
     try:
-        reply = asked(bomb, "gzip")[0]
+        reply = ask_echo(bomb, "gzip")[0]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -92,7 +92,7 @@ def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
 
 def test_what_comes_out_is_held_in_flight() -> None:
     """Unpacking stops with 503 where the front would hold more than `max_inflight_bytes`."""
-    reply, worker, app = asked(gzip.compress(bytes(LIMIT)), "gzip", max_inflight_bytes=LIMIT // 2)
+    reply, worker, app = ask_echo(gzip.compress(bytes(LIMIT)), "gzip", max_inflight_bytes=LIMIT // 2)
     assert (reply.status, worker.asked, app.plane.held.size) == (503, [], 0)
 
 
@@ -105,7 +105,7 @@ def test_other_codings_are_415_by_name(coding: str) -> None:
     assert repr(coding) in message
     assert "gzip or deflate" in message
     if coding.isascii():
-        assert asked(b"{}", coding)[0].status == 415
+        assert ask_echo(b"{}", coding)[0].status == 415
 
 
 PACKED = gzip.compress(b'{"x": [1, 2, 3]}')
@@ -123,7 +123,7 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_body_is_400(case: str) -> None:
     """It says what is wrong with the packed body, and holds nothing."""
-    reply, worker, app = asked(BROKEN[case], "gzip")
+    reply, worker, app = ask_echo(BROKEN[case], "gzip")
     assert (reply.status, worker.asked, app.plane.held.size) == (400, [], 0)
     assert "gzip" in json.loads(reply.body)["message"]
 

@@ -21,26 +21,26 @@ FAR = 1e9
 MODEL = parse_model_name("au/m.mar")
 
 
-def request(body: bytes = b"{}", client_gone: ClientWatch | None = None) -> InferRequest:
+def make_request(body: bytes = b"{}", client_gone: ClientWatch | None = None) -> InferRequest:
     """A request to the model."""
     return InferRequest(MODEL, body, JSON, "", FAR, client_gone)
 
 
-def plane(*workers: Worker, max_held_bytes: int = 1000, bounds: Bounds = BOUNDS) -> DataPlane:
+def make_plane(*workers: Worker, max_held_bytes: int = 1000, bounds: Bounds = BOUNDS) -> DataPlane:
     """A plane over these workers."""
     made = DataPlane(max_held_bytes, bounds)
     attach(made, *workers)
     return made
 
 
-async def refusal(made: DataPlane, asked: InferRequest | None = None) -> Refused:
+async def catch_refusal(made: DataPlane, asked: InferRequest | None = None) -> Refused:
     """Why the request is refused."""
     with pytest.raises(Refused) as caught:
-        await made.infer(asked or request())
+        await made.infer(asked or make_request())
     return caught.value
 
 
-def dead(_: Any) -> None:
+def die_always(_: Any) -> None:
     """A worker that dies with every request."""
 
 
@@ -49,7 +49,7 @@ def test_an_answer_and_what_happened() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda asked: asked.body * 2)
-        response = await plane(worker).infer(request(b"ab"))
+        response = await make_plane(worker).infer(make_request(b"ab"))
         assert (response.body, response.content_type, await response.read()) == (b"abab", JSON, b"abab")
         assert response.stats == InferStats("hit", 1500, None, 20, "disk", "v1")
         assert worker.asked[0].model == MODEL
@@ -62,17 +62,17 @@ def test_a_dead_worker_costs_one_more_try() -> None:
 
     async def scenario() -> None:
         pair = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
-        made = plane(*pair)
+        made = make_plane(*pair)
         home = pair[made.router.order(MODEL)[0]]
-        home.answer = dead
-        assert (await made.infer(request(b"x"))).body == b"x"
+        home.answer = die_always
+        assert (await made.infer(make_request(b"x"))).body == b"x"
         assert [len(worker.asked) for worker in pair] == [1, 1]
-        pair[0].answer = pair[1].answer = dead
-        refused = await refusal(made)
+        pair[0].answer = pair[1].answer = die_always
+        refused = await catch_refusal(made)
         assert (refused.situation, "4 workers" in str(refused)) == (Situation.WORKER_LOST, True)
         assert [len(worker.asked) for worker in pair] == [3, 3]
-        assert (await refusal(plane(Worker(dead)))).situation is Situation.WORKER_LOST
-        assert (await refusal(plane())).situation is Situation.NOT_READY
+        assert (await catch_refusal(make_plane(Worker(die_always)))).situation is Situation.WORKER_LOST
+        assert (await catch_refusal(make_plane())).situation is Situation.NOT_READY
         assert all(lane.running == 0 for lane in made.router.lanes.values())
 
     asyncio.run(scenario())
@@ -82,19 +82,19 @@ def test_requests_wait_for_the_next_worker_where_all_have_died(monkeypatch: pyte
     """New ones too, up to a number of them and for a time."""
 
     async def scenario() -> None:
-        made = plane()
+        made = make_plane()
         made.note_up(0)
         made.router.worker_down(0)
-        waiting = asyncio.ensure_future(made.infer(request(b"x")))
+        waiting = asyncio.ensure_future(made.infer(make_request(b"x")))
         await asyncio.sleep(0)
         monkeypatch.setattr(dataplane, "MOST_WAITING", 1)
-        assert "1 requests wait" in str(await refusal(made))
+        assert "1 requests wait" in str(await catch_refusal(made))
         made.links[0] = cast("WorkerLink", Worker(lambda asked: asked.body))
         made.note_up(0)
         assert (await waiting).body == b"x"
         made.router.worker_down(0)
         monkeypatch.setattr(dataplane, "RESTART_S", 0.01)
-        assert (await refusal(made)).situation is Situation.NOT_READY
+        assert (await catch_refusal(made)).situation is Situation.NOT_READY
 
     asyncio.run(scenario())
 
@@ -104,7 +104,7 @@ def test_a_suspect_runs_alone_and_an_answer_clears_it(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         pair = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
-        made = plane(*pair)
+        made = make_plane(*pair)
         home, other = made.router.order(MODEL)
         pulse = Pulse(str(tmp_path / "run"))
         made.pulses[home] = PulseReader(str(tmp_path / "run"))
@@ -116,7 +116,7 @@ def test_a_suspect_runs_alone_and_an_answer_clears_it(tmp_path: Path) -> None:
             pulse.batch[0] = 0
 
         pair[home].answer = die
-        assert (await made.infer(request(b"x"))).body == b"x"
+        assert (await made.infer(make_request(b"x"))).body == b"x"
         assert (await made.infer(InferRequest(innocent, b"y", JSON, "", FAR))).body == b"y"
         assert [(each.model, each.alone) for each in pair[other].asked] == [(MODEL, True), (innocent, False)]
 
@@ -128,7 +128,7 @@ def test_a_worker_refuses() -> None:
 
     async def scenario() -> None:
         detail = b'{"message":"short","instance":2,"field":"target"}'
-        refused = await refusal(plane(Worker(lambda _: (Situation.BAD_REQUEST, detail))))
+        refused = await catch_refusal(make_plane(Worker(lambda _: (Situation.BAD_REQUEST, detail))))
         assert isinstance(refused, RefusedByWorker)
         assert (refused.situation, refused.detail.instance, refused.detail.field) == (3, 2, "target")
         assert refused.stats.cache == "hit"
@@ -141,16 +141,16 @@ def test_a_large_answer_comes_in_parts() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda _: [b"one", b"two", b"three"])
-        made = plane(worker)
-        assert await (await made.infer(request())).read() == b"onetwothree"
+        made = make_plane(worker)
+        assert await (await made.infer(make_request())).read() == b"onetwothree"
         assert worker.cancelled == 0
-        response = await made.infer(request())
+        response = await made.infer(make_request())
         assert (response.body, response.body_bytes, response.unread) == (b"one", 11, 8)
         response.cancel()
         assert worker.cancelled == 1
         worker.answer = lambda _: [b"one", b""]
         with pytest.raises(Refused, match="half of the answer"):
-            await (await made.infer(request())).read()
+            await (await made.infer(make_request())).read()
 
     asyncio.run(scenario())
 
@@ -160,11 +160,11 @@ def test_bodies_count_as_held_while_they_are_asked() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda _: ...)
-        made = plane(worker, max_held_bytes=1000)
-        waiting = asyncio.ensure_future(made.infer(request(bytes(600))))
+        made = make_plane(worker, max_held_bytes=1000)
+        waiting = asyncio.ensure_future(made.infer(make_request(bytes(600))))
         await asyncio.sleep(0)
         assert made.held.size == 600
-        assert (await refusal(made, request(bytes(600)))).situation is Situation.OVERLOADED
+        assert (await catch_refusal(made, make_request(bytes(600)))).situation is Situation.OVERLOADED
         assert len(worker.asked) == 1
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
@@ -188,8 +188,8 @@ def test_a_client_that_leaves_cancels_its_slow_request(monkeypatch: pytest.Monke
             await left.wait()
 
         worker = Worker(lambda _: ...)
-        made = plane(worker)
-        waiting = asyncio.ensure_future(made.infer(request(client_gone=client_gone)))
+        made = make_plane(worker)
+        waiting = asyncio.ensure_future(made.infer(make_request(client_gone=client_gone)))
         await asyncio.sleep(0)
         made.sweep()
         made.sweep()
@@ -208,24 +208,24 @@ def test_a_silent_worker_is_routed_around(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         workers = [Worker(lambda asked: asked.body), Worker(lambda asked: asked.body)]
-        made = plane(*workers)
+        made = make_plane(*workers)
         home, other = made.router.order(MODEL)
         pulses = {number: Pulse(str(tmp_path / str(number))) for number in (home, other)}
         made.pulses = {number: PulseReader(str(tmp_path / str(number))) for number in pulses}
         workers[home].answer = lambda _: ...
-        waiting = asyncio.ensure_future(made.infer(request(b"first")))
+        waiting = asyncio.ensure_future(made.infer(make_request(b"first")))
         for tick in range(5):
             await asyncio.sleep(0)
             pulses[other].beat(LoadSigns(0, 0))
             made._route_around_silence(tick * 0.25)
             assert (workers[home].given_up > 0) == (tick == 4)
         assert (await waiting).body == b"first"
-        assert (await made.infer(request(b"second"))).body == b"second"
+        assert (await made.infer(make_request(b"second"))).body == b"second"
         assert [asked.body for asked in workers[other].asked] == [b"first", b"second"]
         pulses[home].beat(LoadSigns(0, 0))
         made._route_around_silence(1.5)
         workers[home].answer = lambda asked: asked.body
-        assert (await made.infer(request(b"third"))).body == b"third"
+        assert (await made.infer(make_request(b"third"))).body == b"third"
         assert len(workers[home].asked) == 2
         given_up = workers[home].given_up
         for pulse in pulses.values():
@@ -233,7 +233,7 @@ def test_a_silent_worker_is_routed_around(tmp_path: Path) -> None:
         for tick in range(10):
             made._route_around_silence(2 + tick * 0.25)
         assert made.router.silent == {home, other}
-        assert (await made.infer(request(b"fourth"))).body == b"fourth"
+        assert (await made.infer(make_request(b"fourth"))).body == b"fourth"
         assert (workers[home].given_up, workers[other].given_up) == (given_up, 0)
 
     asyncio.run(scenario())
@@ -244,19 +244,19 @@ def test_what_is_under_way_is_bounded_for_each_model_and_worker() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda _: ...)
-        made = plane(worker, bounds=Bounds(per_worker=5, per_model=2))
-        other = msgspec.structs.replace(request(), model=parse_model_name("other.mar"))
-        waiting = [asyncio.ensure_future(made.infer(each)) for each in (request(), request(), other)]
+        made = make_plane(worker, bounds=Bounds(per_worker=5, per_model=2))
+        other = msgspec.structs.replace(make_request(), model=parse_model_name("other.mar"))
+        waiting = [asyncio.ensure_future(made.infer(each)) for each in (make_request(), make_request(), other)]
         await asyncio.sleep(0)
-        refused = await refusal(made)
+        refused = await catch_refusal(made)
         assert (refused.situation, "queue_per_model" in str(refused)) == (Situation.OVERLOADED, True)
         assert (len(worker.asked), len(worker.backlog)) == (3, 3)
         for each in waiting:
             each.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
         assert len(worker.backlog) == 0
-        worker.answer = dead
-        assert (await refusal(made)).situation is Situation.WORKER_LOST
+        worker.answer = die_always
+        assert (await catch_refusal(made)).situation is Situation.WORKER_LOST
         assert len(worker.backlog) == 0
 
     asyncio.run(scenario())
@@ -267,25 +267,25 @@ def test_what_cannot_be_answered_in_time_is_refused_at_once_with_advice() -> Non
 
     async def scenario() -> None:
         worker = Worker(lambda asked: asked.body)
-        made = plane(worker)
-        await made.infer(request())  # the model is there now
+        made = make_plane(worker)
+        await made.infer(make_request())  # the model is there now
         worker.answer = lambda _: ...
         worker.backlog = Backlog()
         for _ in range(20):
             worker.backlog.start(MODEL, "", time.monotonic(), is_work=True)
         worker.backlog.learn(20, time.monotonic() - 0.2, time.monotonic())
         asked = len(worker.asked)
-        short = msgspec.structs.replace(request(), deadline=time.monotonic() + 0.05)
-        refused = await refusal(made, short)
+        short = msgspec.structs.replace(make_request(), deadline=time.monotonic() + 0.05)
+        refused = await catch_refusal(made, short)
         assert (refused.situation, len(worker.asked)) == (Situation.OVERLOADED, asked)
         assert refused.detail.retry_ms is not None
         assert 210 <= refused.detail.retry_ms < 1000
-        patient = asyncio.ensure_future(made.infer(request()))
+        patient = asyncio.ensure_future(made.infer(make_request()))
         await asyncio.sleep(0)
         assert len(worker.asked) == asked + 1
         patient.cancel()
         worker.answer = lambda _: (Situation.DEADLINE, b'{"message":"late"}')
-        refused = await refusal(made)
+        refused = await catch_refusal(made)
         assert refused.detail.retry_ms is not None
         assert refused.detail.retry_ms >= 210, "the worker's refusal gets the front's advice"
 
@@ -297,8 +297,8 @@ def test_what_is_ready_after_its_deadline_is_no_answer() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda _: [b"one", b"two"])
-        late = msgspec.structs.replace(request(), deadline=time.monotonic() - 1)
-        assert (await refusal(plane(worker), late)).situation is Situation.DEADLINE
+        late = msgspec.structs.replace(make_request(), deadline=time.monotonic() - 1)
+        assert (await catch_refusal(make_plane(worker), late)).situation is Situation.DEADLINE
         assert worker.cancelled == 1
 
     asyncio.run(scenario())
@@ -309,10 +309,10 @@ def test_answers_teach_the_pace() -> None:
 
     async def scenario() -> None:
         worker = Worker(lambda asked: asked.body)
-        made = plane(worker)
-        await made.infer(request())
+        made = make_plane(worker)
+        await made.infer(make_request())
         assert worker.backlog.expected_s(1, 0.0) == 0, "the model was not known to be there"
-        await made.infer(request())
+        await made.infer(make_request())
         assert worker.backlog.expected_s(1, 0.0) > 0
 
     asyncio.run(scenario())

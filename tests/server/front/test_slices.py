@@ -13,19 +13,19 @@ def test_others_run_after_each_slice() -> None:
     async def scenario() -> list[int]:
         done, turns = [0], [0]
 
-        def work() -> Slices[str]:
+        def run_slices() -> Slices[str]:
             for _ in range(100):
                 done[0] += UNIT
                 yield UNIT
             return "value"
 
-        async def others() -> None:
+        async def count_others() -> None:
             while True:
                 turns.append(done[0])
                 await asyncio.sleep(0)
 
-        other = asyncio.ensure_future(others())
-        assert await Pacer().run(work()) == "value"
+        other = asyncio.ensure_future(count_others())
+        assert await Pacer().run(run_slices()) == "value"
         other.cancel()
         return [after - before for before, after in pairwise(turns)]
 
@@ -40,12 +40,12 @@ def test_work_adds_up_over_calls() -> None:
     async def scenario() -> int:
         pacer, turns = Pacer(), [0]
 
-        async def others() -> None:
+        async def count_others() -> None:
             while True:
                 turns[0] += 1
                 await asyncio.sleep(0)
 
-        other = asyncio.ensure_future(others())
+        other = asyncio.ensure_future(count_others())
         for _ in range(1000):
             await pacer.spend(SLICE // 10)
         other.cancel()

@@ -17,7 +17,7 @@ def over_the_wire(chunk: Data) -> Data:
     return data
 
 
-def sent(outbox: Outbox) -> list[tuple[int, int]]:
+def take_chunks(outbox: Outbox) -> list[tuple[int, int]]:
     """Id and size of each chunk that may leave now."""
     return [(chunk.id, len(chunk.body)) for chunk in iter(outbox.next_chunk, None)]
 
@@ -27,9 +27,9 @@ def test_bodies_take_turns_within_their_windows() -> None:
     outbox = Outbox()
     for ident in (1, 2):
         outbox.start(ident, bytes(10 * CHUNK))
-    assert sent(outbox) == [(1, CHUNK), (2, CHUNK)] * (WINDOW // CHUNK - 1)
+    assert take_chunks(outbox) == [(1, CHUNK), (2, CHUNK)] * (WINDOW // CHUNK - 1)
     outbox.add_credit(2, CHUNK + 5)
-    assert sent(outbox) == [(2, CHUNK), (2, 5)]
+    assert take_chunks(outbox) == [(2, CHUNK), (2, 5)]
     assert repr(outbox) == f"<Outbox 2 bodies, {6 * CHUNK + 5 * CHUNK - 5} bytes>"
 
 
@@ -37,15 +37,15 @@ def test_credit_of_nothing_is_nothing() -> None:
     """Empty, late and unknown credit moves no turn and sends no empty frame."""
     outbox = Outbox()
     outbox.start(1, bytes(CHUNK + WINDOW))
-    assert len(sent(outbox)) == WINDOW // CHUNK - 1
+    assert len(take_chunks(outbox)) == WINDOW // CHUNK - 1
     outbox.add_credit(1, 0)
     outbox.add_credit(1, 0)
     outbox.add_credit(2, 10)
-    assert sent(outbox) == []
+    assert take_chunks(outbox) == []
     outbox.add_credit(1, WINDOW)
-    assert sent(outbox) == [(1, CHUNK)]
+    assert take_chunks(outbox) == [(1, CHUNK)]
     outbox.add_credit(1, 10)
-    assert (sent(outbox), len(outbox)) == ([], 0)
+    assert (take_chunks(outbox), len(outbox)) == ([], 0)
 
 
 def test_more_body_than_announced_is_an_error() -> None:

@@ -40,7 +40,7 @@ EVERYTHING = AskedOfFront | AskedOfWorker | AskedByFront | AskedByWorker
 
 
 @contextlib.asynccontextmanager
-async def channel(accepted: Any, handler: Handler) -> AsyncIterator[ControlChannel]:
+async def open_channel(accepted: Any, handler: Handler) -> AsyncIterator[ControlChannel]:
     """The asking end of a channel whose other end accepts these operations."""
     ours, theirs = socket.socketpair()
     ends = [
@@ -62,7 +62,7 @@ def ask(accepted: Any, operation: Operation[Any], reply: object = None) -> tuple
         return reply
 
     async def scenario() -> Any:
-        async with channel(accepted, handle) as end:
+        async with open_channel(accepted, handle) as end:
             return await end.ask(operation, 60)
 
     answered = asyncio.run(scenario())
@@ -103,7 +103,7 @@ def test_settings_keep_their_types() -> None:
     assert isinstance(got.settings.access_log, Path)
 
 
-def refusal(accepted: Any, operation: Operation[Any], reply: object = None) -> str:
+def catch_refusal(accepted: Any, operation: Operation[Any], reply: object = None) -> str:
     """The error that the asker gets."""
     with pytest.raises(ControlError) as caught:
         ask(accepted, operation, reply)
@@ -129,20 +129,20 @@ class Foreign(Operation[None], tag="Ping"):
 
 def test_an_unknown_operation_is_an_error_that_says_so() -> None:
     """It names the operation and those that there are; a front does not load, a worker does not join as a front."""
-    assert "no operation 'Frobnicate' here, only Ping, " in refusal(AskedOfFront, Frobnicate())
-    assert "no operation 'LoadModel' here" in refusal(AskedOfFront, LoadModel("m"))
+    assert "no operation 'Frobnicate' here, only Ping, " in catch_refusal(AskedOfFront, Frobnicate())
+    assert "no operation 'LoadModel' here" in catch_refusal(AskedOfFront, LoadModel("m"))
 
 
 def test_a_malformed_operation_is_an_error_that_says_so() -> None:
     """It names the operation, the field and what is wrong with it."""
-    text = refusal(AskedOfWorker, Malformed(7))
+    text = catch_refusal(AskedOfWorker, Malformed(7))
     assert text == "the operation 'LoadModel' is malformed: Expected `str`, got `int` - at `$.model`"
-    assert "unknown field `extra`" in refusal(AskedOfWorker, Foreign(1))
+    assert "unknown field `extra`" in catch_refusal(AskedOfWorker, Foreign(1))
 
 
 def test_a_reply_of_the_wrong_type_is_an_error_that_says_so() -> None:
     """The asker never sees another type than the operation's."""
-    assert "the reply to LoadModel is malformed: Expected `str`" in refusal(AskedOfWorker, LoadModel("m"), 7)
+    assert "the reply to LoadModel is malformed: Expected `str`" in catch_refusal(AskedOfWorker, LoadModel("m"), 7)
 
 
 @given(strategies.binary(max_size=60))
@@ -161,7 +161,7 @@ def test_an_error_keeps_its_situation() -> None:
         raise KeyError
 
     async def scenario() -> None:
-        async with channel(AskedOfWorker, handle) as end:
+        async with open_channel(AskedOfWorker, handle) as end:
             with pytest.raises(ControlError, match="no room") as caught:
                 await end.ask(Ping(), 60)
             assert caught.value.situation == Situation.NO_ROOM
@@ -180,7 +180,7 @@ def test_a_message_above_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) 
         return "x" * (1000 if asked == LoadModel("long") else 10)
 
     async def scenario() -> None:
-        async with channel(AskedOfWorker, handle) as end:
+        async with open_channel(AskedOfWorker, handle) as end:
             for model in ("long", "m" * 1000):
                 with pytest.raises(ControlError, match="the limit is 1000"):
                     await end.ask(LoadModel(model), 60)
@@ -236,7 +236,7 @@ def test_a_child_that_starts_refuses_until_it_serves() -> None:
                 settings_from({"store": "s"}), WorkerPlan(0, "cpu", (0,), 1, 1), "cpu", "path", "running"
             )
 
-        async def pong(_: Any) -> object:
+        async def answer_ping(_: Any) -> object:
             return "pong"
 
         parent = await ControlChannel.open(ours, AskedByWorker, answer)
@@ -249,7 +249,7 @@ def test_a_child_that_starts_refuses_until_it_serves() -> None:
             await parent.ask(Ping(), 60)
         assert caught.value.situation == Situation.NOT_READY
         frozen = gc.get_freeze_count()
-        member.serve(pong)
+        member.serve(answer_ping)
         assert gc.get_freeze_count() > frozen + 1000
         gc.unfreeze()
         assert await parent.ask(Ping(), 60) == "pong"

@@ -35,7 +35,7 @@ MORE = strategies.integers(0, 10**9)
 CODES = strategies.tuples(*map(strategies.sampled_from, (Situation, CacheResult, Tier)))
 
 
-def three(values: strategies.SearchStrategy[T]) -> strategies.SearchStrategy[list[T]]:
+def list_three(values: strategies.SearchStrategy[T]) -> strategies.SearchStrategy[list[T]]:
     """Lists of three."""
     return strategies.lists(values, min_size=3, max_size=3)
 
@@ -61,8 +61,8 @@ def make_response(
 
 
 FRAMES: strategies.SearchStrategy[Frame] = strategies.one_of(
-    strategies.builds(make_request, IDS, IDS, three(TEXTS), BODIES, MORE),
-    strategies.builds(make_response, IDS, CODES, three(TEXTS), three(IDS), BODIES, MORE),
+    strategies.builds(make_request, IDS, IDS, list_three(TEXTS), BODIES, MORE),
+    strategies.builds(make_response, IDS, CODES, list_three(TEXTS), list_three(IDS), BODIES, MORE),
     strategies.builds(Data, IDS, BODIES),
     strategies.builds(Cancel, IDS),
     strategies.builds(Credit, IDS, IDS),
@@ -91,7 +91,7 @@ def cut(stream: bytes, places: list[int]) -> list[bytes]:
     return [stream[a:b] for a, b in pairwise(ends)]
 
 
-def framed(payload: bytes | bytearray) -> bytes:
+def frame_payload(payload: bytes | bytearray) -> bytes:
     """A prefix that is right, and any payload."""
     return len(payload).to_bytes(4, "little") + bytes([VERSION]) + payload
 
@@ -128,7 +128,7 @@ def test_garbage_raises_nothing_but_wire_error(garbage: bytes, places: list[int]
     with contextlib.suppress(WireError):
         read(*cut(garbage, places))
     with contextlib.suppress(WireError):
-        read(*cut(framed(garbage), places))
+        read(*cut(frame_payload(garbage), places))
 
 
 @given(
@@ -141,16 +141,16 @@ def test_wrong_bytes_in_a_payload_stay_in_their_frame(frame: Frame, flips: list[
         payload[place % len(payload)] = value
     behind = Data(7, b"secret" * 30)
     with contextlib.suppress(WireError):
-        first, second = read(framed(payload) + pack(behind))
+        first, second = read(frame_payload(payload) + pack(behind))
         assert second == behind
         assert isinstance(first, Cancel | Credit) or len(first.body) <= len(payload)
 
 
-def changed(frame: Frame, place: int, value: object) -> bytes:
+def change_field(frame: Frame, place: int, value: object) -> bytes:
     """A frame with another value in one of its fields; the type comes first, the id second."""
     fields = msgspec.msgpack.decode(pack(frame)[5:])
     fields[place] = value
-    return framed(msgspec.msgpack.encode(fields))
+    return frame_payload(msgspec.msgpack.encode(fields))
 
 
 @pytest.mark.parametrize(
@@ -158,22 +158,25 @@ def changed(frame: Frame, place: int, value: object) -> bytes:
     [
         ((MAX_FRAME + 1).to_bytes(4, "little") + pack(Cancel(1))[4:], str(MAX_FRAME + 1)),
         (pack(Cancel(1))[:4] + b"\x01" + pack(Cancel(1))[5:], "version 1"),
-        (framed(b""), "truncated"),
-        (framed(b"\x97\x01\x01\x01\xdb\xff\xff\xff\xff"), "length"),  # a name of 4 GiB, and fields that are not there
-        (framed(b"\x98\x01\x01\x01\xdb\xff\xff\xff\xff"), "truncated"),  # a name of 4 GiB
-        (framed(b"\xdd\xff\xff\xff\xff\x04\x01"), "length|truncated"),  # four billion fields
-        (framed(b"\x93\x04\x01" + b"\x91" * 70_000), "length"),  # nested so deep that skipping it would recurse
-        (framed(b"\x91" * 70_000), "int"),
-        (framed(pack(Cancel(1))[5:] + b"\x00"), "trailing"),
-        (changed(Cancel(1), 0, 9), "Invalid value 9"),
-        (changed(Cancel(1), 1, -1), ">= 0"),
-        (changed(Cancel(1), 1, 2**63), "<="),
-        (changed(Credit(1, 5), 2, -1), ">= 0"),
-        (changed(Data(1, b""), 2, bytes(CHUNK + 1)), str(CHUNK)),
-        (changed(REQUEST, 6, 3), "4 bytes is announced as 3"),
-        (changed(RESPONSE, 10, 3), "4 bytes is announced as 3"),
-        (changed(RESPONSE, 2, 200), "200"),
-        (changed(RESPONSE, 3, 200), "200"),
+        (frame_payload(b""), "truncated"),
+        (
+            frame_payload(b"\x97\x01\x01\x01\xdb\xff\xff\xff\xff"),
+            "length",
+        ),  # a name of 4 GiB, and fields that are not there
+        (frame_payload(b"\x98\x01\x01\x01\xdb\xff\xff\xff\xff"), "truncated"),  # a name of 4 GiB
+        (frame_payload(b"\xdd\xff\xff\xff\xff\x04\x01"), "length|truncated"),  # four billion fields
+        (frame_payload(b"\x93\x04\x01" + b"\x91" * 70_000), "length"),  # nested so deep that skipping it would recurse
+        (frame_payload(b"\x91" * 70_000), "int"),
+        (frame_payload(pack(Cancel(1))[5:] + b"\x00"), "trailing"),
+        (change_field(Cancel(1), 0, 9), "Invalid value 9"),
+        (change_field(Cancel(1), 1, -1), ">= 0"),
+        (change_field(Cancel(1), 1, 2**63), "<="),
+        (change_field(Credit(1, 5), 2, -1), ">= 0"),
+        (change_field(Data(1, b""), 2, bytes(CHUNK + 1)), str(CHUNK)),
+        (change_field(REQUEST, 6, 3), "4 bytes is announced as 3"),
+        (change_field(RESPONSE, 10, 3), "4 bytes is announced as 3"),
+        (change_field(RESPONSE, 2, 200), "200"),
+        (change_field(RESPONSE, 3, 200), "200"),
         (pack(REQUEST).replace(b"model", b"mode\xff"), "(?i)utf-?8"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_removed_socket_is_made_anew(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     make_private_folder(folder)
 
-    async def meanwhile() -> None:
+    async def act_meanwhile() -> None:
         before = await connect(folder / "s")
         (folder / "s").unlink()
         (await connect(folder / "s")).close()
@@ -55,7 +55,7 @@ def test_a_removed_socket_is_made_anew(tmp_path: Path) -> None:
         before.close()
 
     with capture_logs() as logs:
-        run_listening(folder / "s", meanwhile)
+        run_listening(folder / "s", act_meanwhile)
     assert [entry["event"] for entry in logs] == ["socket_made_anew"] * 2
 
 
@@ -64,7 +64,7 @@ def test_no_socket_is_made_where_others_may_enter(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     make_private_folder(folder)
 
-    async def meanwhile() -> None:
+    async def act_meanwhile() -> None:
         shutil.rmtree(folder)
         folder.mkdir(mode=0o755)
         while not logs:  # noqa: ASYNC110 -- logs are no event
@@ -74,7 +74,7 @@ def test_no_socket_is_made_where_others_may_enter(tmp_path: Path) -> None:
         (await connect(folder / "s")).close()
 
     with capture_logs() as logs:
-        run_listening(folder / "s", meanwhile)
+        run_listening(folder / "s", act_meanwhile)
     assert logs[0]["event"] == "socket_not_made"
     assert "not a folder of this user alone" in logs[0]["error"]
 

@@ -20,7 +20,7 @@ LINES = 3 * CHUNK + 10  #: of two models, in turns: a whole chunk and more of ea
 CUTS = (1, 7, CHUNK - 1, CHUNK, CHUNK + 13, 2 * CHUNK - 5, LINES - 1)  #: answers that a crash has left
 
 
-def line(model: Model, seed: int) -> str:
+def make_line(model: Model, seed: int) -> str:
     """A request."""
     (instance,) = json.loads(model.question(seed).body)["instances"]
     return json.dumps({"target_model": model.name, **instance}) + "\n"
@@ -34,7 +34,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(tmp_path: Path, monkeypatch
     store.mkdir()
     for model in models:
         (store / model.name).write_bytes(model.data)
-    Path("in.jsonl").write_text("".join(line(models[i % 2], i) for i in range(LINES)))
+    Path("in.jsonl").write_text("".join(make_line(models[i % 2], i) for i in range(LINES)))
     settings = settings_from({"store": str(store)})
 
     def run(out: str) -> bytes:

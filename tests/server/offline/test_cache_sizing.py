@@ -29,7 +29,7 @@ def lru_hits(requests: Requests, budget: int) -> int:
     return hits
 
 
-def zipf(models: int, requests: int, seed: int, size: int = 70_000) -> Requests:
+def draw_requests(models: int, requests: int, seed: int, size: int = 70_000) -> Requests:
     """Independent requests, rank r with popularity 1 / r."""
     rng = random.Random(seed)
     weights = list(itertools.accumulate(1 / (rank + 1) for rank in range(models)))
@@ -47,7 +47,7 @@ def test_the_ratio_is_that_of_a_real_lru(ranks: list[int], room: int) -> None:
 
 def test_the_better_size_buys_what_it_says() -> None:
     """A cache of the size that is advised has the ratio that is promised, and one a little smaller has not."""
-    requests = zipf(300, 8000, 1)
+    requests = draw_requests(300, 8000, 1)
     found = advise_cache_size(requests, 5 * MB)
     assert found.better_bytes is not None
     assert found.better_ratio >= found.hit_ratio + STEP
@@ -68,7 +68,7 @@ def test_a_tick_that_does_not_fit_needs_all_of_it() -> None:
 
 def test_where_nothing_is_to_be_had_it_says_so() -> None:
     """Everything fits; only first calls miss. And a log without requests is no reason to fail."""
-    fits = advise_cache_size(zipf(50, 1000, 2), 100 * MB)
+    fits = advise_cache_size(draw_requests(50, 1000, 2), 100 * MB)
     assert fits.better_bytes is None
     assert fits.hit_ratio == fits.most_ratio
     assert "no more memory would change that" in fits.now
@@ -85,7 +85,7 @@ def test_sizes_that_are_not_known_are_those_before() -> None:
 
 def test_a_sample_of_many_models_is_close_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times as many models as are followed: the ratio is within two points of all, in a bounded memory."""
-    requests = zipf(10_000, 60_000, 3)
+    requests = draw_requests(10_000, 60_000, 3)
     exact = advise_cache_size(requests, 100 * MB)
     monkeypatch.setattr(advice, "SAMPLES", 1000)
     distances = advice.ReuseDistances()

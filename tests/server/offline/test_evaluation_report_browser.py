@@ -10,7 +10,7 @@ from server.cli.setting_flags import settings_from
 from server.offline.evaluation_report import render_page
 from server.offline.fleet_evaluation import Backtest, backtest_fleet
 from server.offline.rolling_windows import InProcess, Rolling
-from tests.loadtest.browser import CHROMIUM, Browser, browser
+from tests.loadtest.browser import CHROMIUM, Browser, open_browser
 from tests.server.markets import fill, names, write_prices
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the report in")
@@ -30,7 +30,7 @@ WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWi
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A browser for all tests: starting one takes a second."""
-    with browser(tmp_path_factory.mktemp("home")) as found:
+    with open_browser(tmp_path_factory.mktemp("home")) as found:
         yield found
 
 

@@ -90,7 +90,7 @@ def test_a_dead_runs_lease_is_its_commands_at_once_and_others_later(bucket: str,
     with pytest.raises(OutputInUse):
         Lease(client, bucket, "out", tmp_path / "other").take()
     other = Lease(client, bucket, "out", tmp_path / "other", SHORT_S)
-    wait_until(lambda: _takes(other), "the lease is over")
+    wait_until(lambda: _is_taken(other), "the lease is over")
     (whole := tmp_path / "out.jsonl").touch()
     with pytest.raises(TransferFailed, match=f"another may write there now.*the answers are in {whole}"):
         _upload(settings_from({"store": str(tmp_path)}), whole, f"s3://{bucket}/out", again, lambda *_: lambda _: None)
@@ -98,7 +98,7 @@ def test_a_dead_runs_lease_is_its_commands_at_once_and_others_later(bucket: str,
     assert client.list_objects_v2(Bucket=bucket)["KeyCount"] == 0
 
 
-def _takes(lease: Lease) -> bool:
+def _is_taken(lease: Lease) -> bool:
     try:
         lease.take()
     except OutputInUse:

@@ -24,20 +24,20 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Series:
     return add_known_series(columns, "M00", KNOWN)
 
 
-def hours(count: int) -> Series:
+def make_hours(count: int) -> Series:
     """A series of so many hours."""
     return Series("x", START, timedelta(hours=1), np.zeros(count), np.empty((0, count)))
 
 
 def test_windows_are_counted_from_the_end_or_from_a_moment() -> None:
     """Back from the end they leave a rest at the beginning, from a moment on one at the end; `most` keeps the last."""
-    assert Rolling().origins(hours(50), 24, 6).tolist() == [26, 32, 38, 44]
-    assert Rolling(most=2).origins(hours(50), 24, 6).tolist() == [38, 44]
-    assert Rolling(every=1, most=3).origins(hours(50), 24, 6).tolist() == [42, 43, 44]
+    assert Rolling().origins(make_hours(50), 24, 6).tolist() == [26, 32, 38, 44]
+    assert Rolling(most=2).origins(make_hours(50), 24, 6).tolist() == [38, 44]
+    assert Rolling(every=1, most=3).origins(make_hours(50), 24, 6).tolist() == [42, 43, 44]
     noon = datetime.fromisoformat("2024-03-05 12:00")
-    assert Rolling(first=noon).origins(hours(50), 24, 6).tolist() == [36, 42]
-    assert Rolling(first=START).origins(hours(50), 24, 6).tolist() == [24, 30, 36, 42]
-    assert Rolling(until=noon).origins(hours(50), 24, 6).tolist() == [24, 30]
+    assert Rolling(first=noon).origins(make_hours(50), 24, 6).tolist() == [36, 42]
+    assert Rolling(first=START).origins(make_hours(50), 24, 6).tolist() == [24, 30, 36, 42]
+    assert Rolling(until=noon).origins(make_hours(50), 24, 6).tolist() == [24, 30]
 
 
 @given(st.integers(0, 80), st.integers(1, 30), st.integers(1, 9), st.integers(0, 7), st.integers(0, 60), st.booleans())
@@ -47,7 +47,7 @@ def test_windows_always_have_their_history_and_their_actuals(
     """Whatever is asked: every window lies within the series, evenly apart; or there is none and Unfit says so."""
     moment = START + first * timedelta(hours=1) if given_first else None
     try:
-        found = Rolling(every=every, first=moment).origins(hours(steps), history, horizon)
+        found = Rolling(every=every, first=moment).origins(make_hours(steps), history, horizon)
     except Unfit:
         counted = range(first, steps, every or horizon) if given_first else range(steps)
         assert not any(origin >= history and origin + horizon <= steps for origin in counted)
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_said(series: Series) -> None:
     with pytest.raises(Unfit, match=r"m.mar forecasts steps of 30min, but M00 has 1h"):
         forecast_windows(ask, model(frequency="30min", dynamic_feat=KNOWN), series, origins)
     with pytest.raises(Unfit, match=r"x has 29 steps .* a window needs 24 of history and 6 to forecast"):
-        Rolling().origins(hours(29), 24, 6)
+        Rolling().origins(make_hours(29), 24, 6)
     with pytest.raises(Unfit, match=r"m.mar wants `cat` \(zone\)"):
         _ = model(cat=("zone",)).forecast
 

@@ -16,7 +16,7 @@ from server.settings import Settings
 from server.supervisor.access_control import AccessControl, listener_hosts, read_secrets
 
 
-def settings(**values: object) -> Settings:
+def make_settings(**values: object) -> Settings:
     """Settings with these values."""
     return Settings.model_validate({"store": "models", **values})
 
@@ -42,7 +42,7 @@ def write_tokens(folder: Path, *scopes: str) -> Path:
 )
 def test_unnamed_listeners_stay_on_loopback(values: dict[str, str], hosts: tuple[str, ...]) -> None:
     """Whatever `host` is: it is the inference listener's."""
-    assert tuple(listener_hosts(settings(**values)).values()) == hosts
+    assert tuple(listener_hosts(make_settings(**values)).values()) == hosts
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "fleet.example"])
@@ -51,26 +51,26 @@ def test_a_named_public_listener_must_be_protected(host: str, tmp_path: Path) ->
     for listener, scope in (("management", "manage"), ("metrics", "metrics")):
         values = {f"{listener}_host": host}
         with pytest.raises(ValueError, match=rf"the {listener} listener at {host} .*of the scope {scope}"):
-            read_secrets(settings(**values))
+            read_secrets(make_settings(**values))
         others = {"invoke", "manage", "metrics"} - {scope}
         with pytest.raises(ValueError, match=f"of the scope {scope}"):
-            read_secrets(settings(**values, tokens=write_tokens(tmp_path, *others)))
-        read_secrets(settings(**values, tokens=write_tokens(tmp_path, scope)))
+            read_secrets(make_settings(**values, tokens=write_tokens(tmp_path, *others)))
+        read_secrets(make_settings(**values, tokens=write_tokens(tmp_path, scope)))
     ca = trustme.CA()
     made = ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem
     made.write_to_path(str(tmp_path / "server.pem"))
     ca.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     own = {"tls_certificate": tmp_path / "server.pem"}
     with pytest.raises(ValueError, match="other hosts could use"):
-        read_secrets(settings(management_host=host, **own))
-    read_secrets(settings(management_host=host, tls_client_ca=tmp_path / "ca.pem", **own))
+        read_secrets(make_settings(management_host=host, **own))
+    read_secrets(make_settings(management_host=host, tls_client_ca=tmp_path / "ca.pem", **own))
 
 
 @pytest.mark.parametrize("name", ["tls_key", "tls_client_ca"])
 def test_half_of_tls_is_refused(name: str, tmp_path: Path) -> None:
     """A key or an authority without a certificate would leave the listeners on plain HTTP."""
     with pytest.raises(ValueError, match=f"{name} needs tls_certificate"):
-        read_secrets(settings(**{name: tmp_path / "x.pem"}))
+        read_secrets(make_settings(**{name: tmp_path / "x.pem"}))
 
 
 def test_keys_of_a_file_join_the_others(tmp_path: Path) -> None:
@@ -79,14 +79,14 @@ def test_keys_of_a_file_join_the_others(tmp_path: Path) -> None:
     path.write_text('AKIA = "from-file"\nOTHER = "other"\n')
     path.chmod(0o600)
     with capture_logs() as logs:
-        found = read_secrets(settings(access_keys_file=path, access_keys={"AKIA": "given"}))
+        found = read_secrets(make_settings(access_keys_file=path, access_keys={"AKIA": "given"}))
     assert {key: secret.get_secret_value() for key, secret in found.access_keys.items()} == {
         "AKIA": "given", "OTHER": "other",
     }  # fmt: skip
     assert (logs, "from-file" in repr(found), "other" in repr(found.access_keys)) == ([], False, False)
     path.chmod(0o644)
     with capture_logs() as logs:
-        read_secrets(settings(access_keys_file=path))
+        read_secrets(make_settings(access_keys_file=path))
     assert [line["event"] for line in logs] == ["secrets_readable"]
 
 
@@ -109,7 +109,7 @@ def test_files_of_keys_that_are_wrong(text: str | None, mode: int, said: str, tm
         path.write_text(text)
         path.chmod(mode)
     with pytest.raises(ValueError, match=said) as refused:
-        read_secrets(settings(access_keys_file=path))
+        read_secrets(make_settings(access_keys_file=path))
     assert str(path) in str(refused.value)
     assert "(access_keys_file)" in str(refused.value)
     assert "hidden" not in str(refused.value)
@@ -120,11 +120,11 @@ def test_an_alias_is_for_tokens_of_all_models(tmp_path: Path) -> None:
     path, calls = tmp_path / "tokens.toml", []
     path.write_text(f'[[tokens]]\nname = "au"\nsha256 = "{hash_token(b"x")}"\nscopes = ["manage"]\nmodels = ["au/"]\n')
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
+    async def answer_all(scope: Any, receive: Any, send: Any) -> None:
         calls.append((scope["method"], scope["path"]))
         await JSONResponse({})(scope, receive, send)
 
-    checked = AccessControl(app, Scope.MANAGE, Sites(["127.0.0.1"], []), TokenFile(path))
+    checked = AccessControl(answer_all, Scope.MANAGE, Sites(["127.0.0.1"], []), TokenFile(path))
     asked = [
         ("POST", "/fleet/rollback/au/a.mar", 200), ("POST", "/fleet/rollback/de/a.mar", 403),
         ("POST", "/fleet/alias/au/a@stable", 403), ("DELETE", "/fleet/alias/au/a@stable", 403),

@@ -34,7 +34,7 @@ asyncio.run(main())
 """
 
 
-def waiting(stdin: int, *arguments: str) -> "subprocess.Popen[bytes]":
+def start_waiting(stdin: int, *arguments: str) -> "subprocess.Popen[bytes]":
     """A process that waits until it is told to stop, and says so then; standard input is `stdin`.
 
     With the arguments `forever` and a number it then drains until something ends it, at most for so many seconds.
@@ -56,7 +56,7 @@ def waiting(stdin: int, *arguments: str) -> "subprocess.Popen[bytes]":
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_drains(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end the wait in order."""
-    process = waiting(subprocess.DEVNULL)
+    process = start_waiting(subprocess.DEVNULL)
     process.send_signal(number)
     assert process.communicate()[0] == b"drains\n"
     assert process.returncode == 0
@@ -66,7 +66,7 @@ def test_a_terminal_that_is_gone_drains() -> None:
     """SIGHUP of a server that was started from a terminal ends it in order."""
     ours, theirs = pty.openpty()
     try:
-        process = waiting(theirs)
+        process = start_waiting(theirs)
         process.send_signal(signal.SIGHUP)
         assert process.communicate()[0] == b"drains\n"
         assert process.returncode == 0
@@ -77,7 +77,7 @@ def test_a_terminal_that_is_gone_drains() -> None:
 
 def test_a_hangup_without_a_terminal_changes_nothing() -> None:
     """SIGHUP as a service manager sends it is logged and ignored; SIGTERM after it still drains."""
-    process = waiting(subprocess.DEVNULL)
+    process = start_waiting(subprocess.DEVNULL)
     assert process.stdout is not None
     process.send_signal(signal.SIGHUP)
     assert b"hangup_ignored" in process.stdout.readline()
@@ -88,7 +88,7 @@ def test_a_hangup_without_a_terminal_changes_nothing() -> None:
 
 def test_the_next_signal_ends_the_drain_at_once() -> None:
     """What is to be cleaned up is, and the exit code names the signal. One that comes twice at once is one."""
-    process = waiting(subprocess.DEVNULL, "forever", "1e6")
+    process = start_waiting(subprocess.DEVNULL, "forever", "1e6")
     assert process.stdout is not None
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -120,7 +120,7 @@ def is_deaf_for_a_moment(process: "subprocess.Popen[bytes]") -> bool:
 
 def test_a_drain_that_does_not_end_is_ended() -> None:
     """However it hangs: after its limit the process cleans up, says so and is gone."""
-    process = waiting(subprocess.DEVNULL, "forever", "0.3")
+    process = start_waiting(subprocess.DEVNULL, "forever", "0.3")
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
     assert b"it has not ended within 0.3 s" in said

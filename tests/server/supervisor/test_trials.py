@@ -26,7 +26,7 @@ def play(scenario: Callable[[Trials, ServerQuarantine, list[int]], Coroutine[Any
     asyncio.run(run())
 
 
-async def waits(task: "asyncio.Task[str]") -> bool:
+async def is_waiting(task: "asyncio.Task[str]") -> bool:
     """Whether it has not ended after some passes of the loop."""
     for _ in range(10):
         await asyncio.sleep(0)
@@ -40,7 +40,7 @@ def test_one_runs_at_a_time() -> None:
         assert await trials.begin(FRONT, "a.mar", 9.0) == ""
         second = asyncio.create_task(trials.begin(OTHER, "b.mar", 9.0))
         trials.end(OTHER, "b.mar", -1)
-        assert await waits(second)
+        assert await is_waiting(second)
         trials.end(FRONT, "a.mar", -1)
         assert (await second, trials.model) == ("", "b.mar")
         third = asyncio.create_task(trials.begin(FRONT, "c.mar", 9.0))
@@ -58,9 +58,9 @@ def test_a_death_is_the_verdict() -> None:
         await trials.begin(FRONT, "a.mar", 9.0)
         again = asyncio.create_task(trials.begin(FRONT, "a.mar", 9.0))
         trials.end(FRONT, "a.mar", 1)
-        assert await waits(again)
+        assert await is_waiting(again)
         trials.note_worker(0)
-        assert await waits(again)
+        assert await is_waiting(again)
         assert quarantine.note_death([RunningModel("a.mar", "batch")], tried=trials.model)
         trials.note_worker(1)
         assert "quarantined" in await again
@@ -77,7 +77,7 @@ def test_the_last_worker_is_not_risked_at_once(monkeypatch: pytest.MonkeyPatch) 
     async def scenario(trials: Trials, _: ServerQuarantine, ready: list[int]) -> None:
         ready[0] = 1
         task = asyncio.create_task(trials.begin(FRONT, "a.mar", 99.0))
-        assert await waits(task)
+        assert await is_waiting(task)
         ready[0] = 2
         trials.note_worker(0)
         assert await task == ""
@@ -85,7 +85,7 @@ def test_the_last_worker_is_not_risked_at_once(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(module, "SPARE_S", 0.0)
         ready[0] = 0
         task = asyncio.create_task(trials.begin(FRONT, "a.mar", 99.0))
-        assert await waits(task)
+        assert await is_waiting(task)
         ready[0] = 1
         trials.note_worker(0)
         assert await task == ""
@@ -102,7 +102,7 @@ def test_a_front_s_news_of_a_death_is_believed(monkeypatch: pytest.MonkeyPatch) 
     async def scenario(trials: Trials, _: ServerQuarantine, ready: list[int]) -> None:
         ready[0] = 2
         task = asyncio.create_task(trials.begin(FRONT, "a.mar", 99.0, 1))
-        assert await waits(task), "worker 0 is the last one"
+        assert await is_waiting(task), "worker 0 is the last one"
         trials.note_worker(1)
         assert await task == "", "both are ready: it is up again"
         trials.end(FRONT, "a.mar", -1)
@@ -127,7 +127,7 @@ def test_what_a_worker_died_of_waits_longer_for_a_second_one(monkeypatch: pytest
         with pytest.raises(TimeoutError):
             await trials.begin(FRONT, "bad.mar", 0.2)
         task = asyncio.create_task(trials.begin(FRONT, "bad.mar", 99.0))
-        assert await waits(task)
+        assert await is_waiting(task)
         ready[0] = 2
         trials.note_worker(1)
         assert await task == ""

@@ -28,7 +28,7 @@ TABLES = {
 } | {None: CostTable()}
 
 
-def small(architecture: str) -> Family:
+def make_small(architecture: str) -> Family:
     """A family of the architecture that is quick to run."""
     fields = ARCHITECTURES[architecture].config.__struct_fields__
     return build_family(architecture, {name: size for name, size in SMALL.items() if name in fields})
@@ -74,7 +74,7 @@ def ask(engine: Engine, models: SeededModels, asked: list[tuple[int, int, int]])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_every_architecture_on_every_path(architecture: str, path: Path | None) -> None:
     """Batches of 1 to 512 rows of twelve models: side by side, apart, in any order, and one model's alone."""
-    models = SeededModels(small(architecture))
+    models = SeededModels(make_small(architecture))
     size = models.family.row_floats * 4
     engine = Engine(Pool(16 * size, CPU), 512)
     engine.pool.floats.fill_(float("nan"))
@@ -104,7 +104,7 @@ class ExactnessMachine(RuleBasedStateMachine):
     @initialize(pair=st.permutations(sorted(ARCHITECTURES)))
     def start(self, pair: list[str]) -> None:
         """A pool of poison, half of its rows loaded."""
-        self.models = [_cached(name) for name in pair[:2]]
+        self.models = [_make_cached(name) for name in pair[:2]]
         sizes = [models.family.row_floats * 4 for models in self.models]
         self.engine = Engine(Pool(self.ROWS * sum(sizes), CPU), 512)
         self.engine.pool.floats.fill_(float("nan"))
@@ -124,12 +124,12 @@ class ExactnessMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         """A model goes; what it leaves is poison."""
-        self._leave(data.draw(st.sampled_from(sorted(self.rows, key=_offset))))
+        self._leave(data.draw(st.sampled_from(sorted(self.rows, key=_find_offset))))
 
     @rule(data=st.data())
     def move(self, data: st.DataObject) -> None:
         """A model's row moves to a free one of its family."""
-        source = data.draw(st.sampled_from(sorted(self.rows, key=_offset)))
+        source = data.draw(st.sampled_from(sorted(self.rows, key=_find_offset)))
         targets = [place for place in self.free if place.family == source.family]
         if targets:
             target = data.draw(st.sampled_from(targets))
@@ -141,8 +141,8 @@ class ExactnessMachine(RuleBasedStateMachine):
     @rule(data=st.data(), path=st.sampled_from([*TABLES]))
     def step(self, data: st.DataObject, path: Path | None) -> None:
         """A batch of one family."""
-        of = data.draw(st.sampled_from(sorted(self.rows, key=_offset))).family
-        here = sorted((place for place in self.rows if place.family == of), key=_offset)
+        of = data.draw(st.sampled_from(sorted(self.rows, key=_find_offset))).family
+        here = sorted((place for place in self.rows if place.family == of), key=_find_offset)
         asked = data.draw(st.lists(st.tuples(st.sampled_from(here), st.integers(0, 2)), min_size=1, max_size=90))
         self.engine.use_costs(self.models[of].family, TABLES[path])
         ask(self.engine, self.models[of], [(place.offset, self.rows[place], which) for place, which in asked])
@@ -173,11 +173,11 @@ class ExactnessMachine(RuleBasedStateMachine):
 
 
 @cache  # what the plain networks answer is the same in every example
-def _cached(architecture: str) -> SeededModels:
-    return SeededModels(small(architecture))
+def _make_cached(architecture: str) -> SeededModels:
+    return SeededModels(make_small(architecture))
 
 
-def _offset(place: Place) -> int:
+def _find_offset(place: Place) -> int:
     return place.offset
 
 

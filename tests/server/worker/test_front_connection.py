@@ -103,7 +103,7 @@ async def connect(steps: EchoSteps) -> tuple[FrontConnection, socket.socket]:
 
 
 @asynccontextmanager
-async def connected(steps: EchoSteps) -> AsyncIterator[FrontSocket]:
+async def connect_front(steps: EchoSteps) -> AsyncIterator[FrontSocket]:
     """A front that is connected to a worker with these steps."""
     _, sock = await connect(steps)
     reader, writer = await asyncio.open_connection(sock=sock)
@@ -146,7 +146,7 @@ def test_requests_are_answered_with_what_happened() -> None:
     """Small requests of one write: an answer with its times, and a refusal with its reason."""
 
     async def scenario() -> list[Frame]:
-        async with connected(EchoSteps()) as front:
+        async with connect_front(EchoSteps()) as front:
             front.write(make_request(1, b"one"), make_request(2, b"two", "full"))
             return await front.read_until(2)
 
@@ -165,7 +165,7 @@ def test_a_large_body_comes_and_leaves_under_credit() -> None:
     body = bytes(range(256)) * (6 * CHUNK // 256)
 
     async def scenario() -> tuple[list[Frame], list[Frame]]:
-        async with connected(EchoSteps()) as front:
+        async with connect_front(EchoSteps()) as front:
             parts = [body[at : at + CHUNK] for at in range(0, len(body), CHUNK)]
             front.write(make_request(7, parts[0], body_bytes=len(body)))
             front.write(*(Data(7, part) for part in parts[1:]), make_request(8, b"behind"))
@@ -186,7 +186,7 @@ def test_a_request_above_the_limit_ends_the_connection() -> None:
 
     async def scenario() -> tuple[list[Frame], EchoSteps]:
         steps = EchoSteps()
-        async with connected(steps) as front:
+        async with connect_front(steps) as front:
             front.write(make_request(1, b"", "never"), make_request(2, b"", body_bytes=LIMIT + 1))
             front.write(make_request(3, b"three"))
             return await front.read(), steps
@@ -201,7 +201,7 @@ def test_a_cancelled_request_is_not_answered() -> None:
 
     async def scenario() -> tuple[list[Frame], EchoSteps]:
         steps = EchoSteps()
-        async with connected(steps) as front:
+        async with connect_front(steps) as front:
             front.write(make_request(1, b"", body_bytes=5), Cancel(1), Data(1, b"12345"))
             front.write(make_request(2, b"two"), Cancel(2), make_request(3, b"three"))
             return await front.read(), steps
@@ -215,7 +215,7 @@ def test_a_front_sends_no_responses() -> None:
     """A frame of the wrong direction ends the connection."""
 
     async def scenario() -> list[Frame]:
-        async with connected(EchoSteps()) as front:
+        async with connect_front(EchoSteps()) as front:
             response = Response(1, Situation.OK, CacheResult.HIT, Tier.NONE, "", "", 0, 0, 0, 0, b"")
             front.write(response, make_request(2, b"two"))
             return await front.read()

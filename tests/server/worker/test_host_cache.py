@@ -17,14 +17,14 @@ BODY = RowModel(FAMILY, FamilyCodec(FAMILY))
 CAPACITY = 100
 
 
-def slot(model: str, floats: int, version: str = "v1") -> Slot:
+def make_slot(model: str, floats: int, version: str = "v1") -> Slot:
     """A model that is about to leave a row of so many floats."""
     return Slot(ModelName(model), version, FAMILY.key, floats * 4, 0, State.RETIRING, 0.0)
 
 
 def keep(shelf: HostCache, model: str, floats: int, mark: float = 0.0, validated_at: float = 0.0) -> bool:
     """Shelve a row of marks; whether there was a place."""
-    numbers = shelf.keep(slot(model, floats), BODY, validated_at)
+    numbers = shelf.keep(make_slot(model, floats), BODY, validated_at)
     if numbers is not None:
         assert len(numbers) == floats
         numbers.fill_(mark)

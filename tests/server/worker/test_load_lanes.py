@@ -131,7 +131,7 @@ def play(scenario: Scenario, threads: int = 4) -> None:
     asyncio.run(run())
 
 
-def named(prefix: str, count: int) -> list[str]:
+def name_models(prefix: str, count: int) -> list[str]:
     """Names of family a, for example a/x0."""
     return [f"a/{prefix}{i}" for i in range(count)]
 
@@ -140,14 +140,14 @@ def test_keys_that_hang_keep_no_model_waiting_that_is_on_disk() -> None:
     """Eight keys hang, twice as many as there are loader threads; forty models on disk are loaded meanwhile."""
 
     async def scenario(owner: Owner, store: HeldStore) -> None:
-        store.fresh.update(named("disk", 40))
-        owner.start(*named("hung", 8))
+        store.fresh.update(name_models("disk", 40))
+        owner.start(*name_models("hung", 8))
         await owner.asking(4)
-        owner.start(*named("disk", 40))
+        owner.start(*name_models("disk", 40))
         await until(lambda: len(owner.ended) == 40)
         assert set(owner.tiers().values()) == {"disk"}
         assert len(store.asked) == 4
-        for model in named("hung", 8):
+        for model in name_models("hung", 8):
             store.answer(model)
         await until(lambda: len(owner.ended) == 48)
         assert owner.tiers()["a/hung7"] == "store"
@@ -160,7 +160,7 @@ def test_a_request_that_hangs_gives_its_place_to_another() -> None:
 
     async def scenario(owner: Owner, store: HeldStore) -> None:
         most = 2 * (1 + SLOW_PLACES)
-        owner.start(*named("hung", most + 3))
+        owner.start(*name_models("hung", most + 3))
         for asked in range(2, most + 1, 2):
             await owner.asking(asked)
             assert owner.lanes.stuck_s(owner.clock[0] + 50) == (50 if asked == most else 0)
@@ -183,24 +183,24 @@ def test_keys_that_timed_out_have_half_of_the_lane() -> None:
     """Asked again they wait for one another, while other keys of the same store are fetched; an answer clears a key."""
 
     async def scenario(owner: Owner, store: HeldStore) -> None:
-        owner.start(*named("hung", 4))
+        owner.start(*name_models("hung", 4))
         await owner.asking(4)
         await owner.advance(SLOW_S)  # a quick failure is no time-out
-        for model in named("hung", 4):
+        for model in name_models("hung", 4):
             store.answer(model, TIMED_OUT)
         await until(lambda: len(owner.ended) == 4)
         owner.ended.clear()
-        owner.start(*named("hung", 4))
+        owner.start(*name_models("hung", 4))
         await owner.asking(6)
         owner.start("a/x", "a/y", "a/z")
         await owner.asking(8)
-        assert set(store.asked[4:6]) < set(named("hung", 4))
+        assert set(store.asked[4:6]) < set(name_models("hung", 4))
         assert set(store.asked[6:]) < {"a/x", "a/y", "a/z"}
         for model in ("a/x", "a/y", "a/z"):
             store.answer(model)
         await until(lambda: len(owner.ended) == 3)
-        assert all(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in named("hung", 4))
-        for model in named("hung", 4):
+        assert all(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in name_models("hung", 4))
+        for model in name_models("hung", 4):
             store.answer(model)
         await until(lambda: len(owner.ended) == 7)
         assert not owner.lanes.prefers_copy(ModelName("a/hung0"), owner.clock[0])
@@ -229,13 +229,13 @@ def test_suspected_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_lanes, "MAX_SUSPECTS", 3)
 
     async def scenario(owner: Owner, store: HeldStore) -> None:
-        owner.start(*named("hung", 4))
+        owner.start(*name_models("hung", 4))
         await owner.asking(4)
         await owner.advance(SLOW_S)
-        for model in named("hung", 4):
+        for model in name_models("hung", 4):
             store.answer(model, TIMED_OUT)
         await until(lambda: len(owner.ended) == 4)
-        assert sum(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in named("hung", 4)) == 3
+        assert sum(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in name_models("hung", 4)) == 3
 
     play(scenario)
 
@@ -268,7 +268,7 @@ def test_a_request_that_has_not_begun_is_forgotten_with_its_load() -> None:
     """Of many due copies that are served instead, those wait for the store that have asked, and no others."""
 
     async def scenario(owner: Owner, store: HeldStore) -> None:
-        models = named("due", 20)
+        models = name_models("due", 20)
         store.due.update(models)
         owner.start(*models)
         await owner.asking(4)
@@ -314,7 +314,7 @@ def test_archives_in_memory_are_few() -> None:
     """While nothing may be built, no more archives are fetched than there are loader threads."""
 
     async def scenario(owner: Owner, store: HeldStore) -> None:
-        models = named("x", 12)
+        models = name_models("x", 12)
         for model in models:
             store.answer(model)
         owner.start(*models[:4])
@@ -350,7 +350,7 @@ def test_the_expected_time_is_that_of_the_lane() -> None:
     async def scenario(owner: Owner, store: HeldStore) -> None:
         store.due.add("a/due")
         owner.lanes.disk.seconds, owner.lanes.store.seconds = 0.5, 30.0
-        owner.start(*named("x", 8), "a/due")
+        owner.start(*name_models("x", 8), "a/due")
         assert owner.lanes.expected_s(ModelName("a/x0"), owner.clock[0]) == 0.5
         await owner.asking(4)
         assert owner.lanes.expected_s(ModelName("a/x0"), owner.clock[0]) == 30.5

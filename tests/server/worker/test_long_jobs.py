@@ -48,7 +48,7 @@ INSTANCES = 11
 ARCHIVES = [archive(seed) for seed in range(4)]
 
 
-def body(instances: int = INSTANCES, samples: int = 0) -> bytes:
+def make_body(instances: int = INSTANCES, samples: int = 0) -> bytes:
     """A request for so many forecasts."""
     series = [
         {"start": "2024-03-01 00:00:00", "target": [50 + 10 * math.sin(i + t / 5) for t in range(HISTORY)]}
@@ -208,12 +208,12 @@ def play(
 def test_slices_give_the_answers_of_one_forward(tmp_path: Path, *, on_device: bool, samples: int) -> None:
     """On the CPU and on a device: each slice one row, several, or all, each equals the model's own answer."""
 
-    def answers(name: str, slice_s: float, long_s: float) -> list[Any]:
+    def is_answered(name: str, slice_s: float, long_s: float) -> list[Any]:
         found: list[Any] = []
 
         async def scenario(worker: Worker) -> None:
             for model in ("1", "2", "1"):
-                worker.send(model, body(samples=samples))
+                worker.send(model, make_body(samples=samples))
             await worker.settled()
             assert not worker.origin.refusals
             found.extend(orjson.loads(worker.origin.answers[i]) for i in (1, 2, 3))
@@ -224,20 +224,20 @@ def test_slices_give_the_answers_of_one_forward(tmp_path: Path, *, on_device: bo
     right = []
     for seed in (1, 2, 1):
         opened = open_archive(ARCHIVES[seed], "m")
-        right.append(orjson.loads(Model(opened, build_model(opened)).answer(body(samples=samples))))
+        right.append(orjson.loads(Model(opened, build_model(opened)).answer(make_body(samples=samples))))
     kinds = {"by rows": (0.0, 0.0), "by several": (3e-6, 0.0), "at once": (math.inf, math.inf)}
     for name, (slice_s, long_s) in kinds.items():
-        found = answers(name, slice_s, long_s)
-        for one, other in zip(_numbers(found), _numbers(right), strict=True):
+        found = is_answered(name, slice_s, long_s)
+        for one, other in zip(_list_numbers(found), _list_numbers(right), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def _numbers(value: Any) -> list[Any]:
+def _list_numbers(value: Any) -> list[Any]:
     """All numbers of a JSON value, in order."""
     if isinstance(value, dict):
-        return [number for each in value.values() for number in _numbers(each)]
+        return [number for each in value.values() for number in _list_numbers(each)]
     if isinstance(value, list):
-        return [number for each in value for number in _numbers(each)]
+        return [number for each in value for number in _list_numbers(each)]
     return [] if isinstance(value, str) else [value]
 
 
@@ -245,13 +245,13 @@ def test_other_models_run_between_slices(tmp_path: Path) -> None:
     """Short requests that come after a long one are answered before it."""
 
     async def scenario(worker: Worker) -> None:
-        worker.send("1", body(1))
-        worker.send("2", body(1))
+        worker.send("1", make_body(1))
+        worker.send("2", make_body(1))
         await worker.settled()
-        worker.send("1", body(200))
+        worker.send("1", make_body(200))
         await asyncio.sleep(0)
         for _ in range(3):
-            worker.send("2", body(1))
+            worker.send("2", make_body(1))
         await worker.settled()
         assert list(worker.origin.answers)[-1] == 3
 
@@ -263,7 +263,7 @@ def test_a_batch_takes_what_a_slice_has_room_for(tmp_path: Path) -> None:
 
     async def scenario(worker: Worker) -> None:
         for i in range(40):
-            worker.send(str(i % 4), body(3))
+            worker.send(str(i % 4), make_body(3))
         await worker.settled()
         assert len(worker.origin.answers) == 40
         rows, forwards = worker.series("inference_batch_rows_sum"), worker.series("inference_batch_rows_count")
@@ -277,9 +277,9 @@ def test_a_deadline_ends_a_long_request_between_two_slices(tmp_path: Path) -> No
     """It is refused when the deadline passes, and its lease ends at the next slice."""
 
     async def scenario(worker: Worker) -> None:
-        worker.send("1", body(1))
+        worker.send("1", make_body(1))
         await worker.settled()
-        worker.send("1", body(1000), deadline_ns=time.monotonic_ns() + 30_000_000)
+        worker.send("1", make_body(1000), deadline_ns=time.monotonic_ns() + 30_000_000)
         await worker.settled()
         assert worker.origin.refusals[2].situation is Situation.DEADLINE
 
@@ -290,9 +290,9 @@ def test_a_client_that_leaves_ends_its_request(tmp_path: Path) -> None:
     """No answer is sent; the slices that are left do not run."""
 
     async def scenario(worker: Worker) -> None:
-        worker.send("1", body(1))
+        worker.send("1", make_body(1))
         await worker.settled()
-        job = worker.send("1", body(1000))
+        job = worker.send("1", make_body(1000))
         worker.count -= 1  # no answer is expected
         await until(lambda: bool(worker.long.running))
         worker.steps.cancel(job)
@@ -319,7 +319,7 @@ def test_what_runs_apart_is_counted(tmp_path: Path) -> None:
     """Rows, forwards and seconds of decode, forward and encode, as of batches on the step thread."""
 
     async def scenario(worker: Worker) -> None:
-        worker.send("1", body(5))
+        worker.send("1", make_body(5))
         worker.send("single", b'{"x": [1, 2, 3]}')
         await worker.settled()
         assert orjson.loads(worker.origin.answers[2]) == {"predictions": [2, 4, 6]}

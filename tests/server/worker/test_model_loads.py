@@ -23,7 +23,7 @@ from server.worker.load_lanes import SLOW_PLACES, SLOW_S, SUSPECTED_S
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.worker.long_jobs import make_unsliced_jobs
-from tests.server.worker.test_load_lanes import HeldStore, named
+from tests.server.worker.test_load_lanes import HeldStore, name_models
 from tests.server.worker.test_step_loop import SLAB, Front, resident, until
 
 THREADS = 2
@@ -118,7 +118,7 @@ def test_while_the_store_is_out_due_copies_are_served_without_asking() -> None:
 
     async def scenario(worker: Worker) -> None:
         store, front = worker.store, worker.front
-        models = named("due", 6)
+        models = name_models("due", 6)
         store.due.update(models)
         worker.health.note_failure(worker.clock[0])
         for model in models:
@@ -143,7 +143,7 @@ def test_models_to_renew_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_loads, "MAX_DUE", 2)
 
     async def scenario(worker: Worker) -> None:
-        models = named("due", 6)
+        models = name_models("due", 6)
         worker.store.due.update(models)
         worker.health.note_failure(worker.clock[0])
         for model in models:
@@ -201,7 +201,7 @@ def test_without_a_copy_a_load_fails_at_once_where_many_hang_already() -> None:
     async def scenario(worker: Worker) -> None:
         store, front = worker.store, worker.front
         places = THREADS * (1 + SLOW_PLACES)
-        for model in named("hung", places):
+        for model in name_models("hung", places):
             front.send(model)
         for asked in range(THREADS, places + 1, THREADS):
             await until(lambda asked=asked: len(store.asked) == asked)  # type: ignore[misc]

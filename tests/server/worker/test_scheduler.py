@@ -11,21 +11,21 @@ from server.worker.scheduler import Job, QueueFull, Scheduler
 LARGE = 1_000_000
 
 
-def job(model: str, deadline: float = 100.0, ident: int = 1, client: str = "") -> Job:
+def make_job(model: str, deadline: float = 100.0, ident: int = 1, client: str = "") -> Job:
     """A request for the model."""
     return Job(Request(ident, 0, model, "", "", 0, b"", client=client), ModelName(model), None, 0.0, deadline)
 
 
-def ready(scheduler: Scheduler, group: str, *models: str) -> list[Job]:
+def queue_ready(scheduler: Scheduler, group: str, *models: str) -> list[Job]:
     """Jobs that may run."""
-    jobs = [job(model) for model in models]
+    jobs = [make_job(model) for model in models]
     for one in jobs:
         scheduler.admit(one)
         scheduler.add_ready(group, one)
     return jobs
 
 
-def models(batch: tuple[str, list[Job]]) -> tuple[str, str]:
+def list_models(batch: tuple[str, list[Job]]) -> tuple[str, str]:
     """The group and its jobs' one-letter models."""
     return batch[0], "".join(one.model for one in batch[1])
 
@@ -33,22 +33,22 @@ def models(batch: tuple[str, list[Job]]) -> tuple[str, str]:
 def test_a_model_and_a_worker_have_bounds() -> None:
     """The text names the setting; a refused job counts nowhere, a finished one makes room."""
     scheduler = Scheduler(per_model=2, per_worker=3)
-    first, _, _ = (ready(scheduler, "f", model)[0] for model in "aab")
+    first, _, _ = (queue_ready(scheduler, "f", model)[0] for model in "aab")
     with pytest.raises(QueueFull, match=r"2 requests wait for a already \(queue_per_model\)"):
-        scheduler.admit(job("a"))
+        scheduler.admit(make_job("a"))
     with pytest.raises(QueueFull, match=r"3 requests wait in this worker already \(queue_per_worker\)"):
-        scheduler.admit(job("b"))
+        scheduler.admit(make_job("b"))
     assert len(scheduler) == 3
     assert scheduler.finish(first)
-    scheduler.admit(job("a"))
+    scheduler.admit(make_job("a"))
     assert len(scheduler) == 3
 
 
 def test_a_noisy_model_does_not_starve_another() -> None:
     """1,000 jobs of A came before the one of B: B is in the first batch."""
     scheduler = Scheduler(LARGE, LARGE)
-    ready(scheduler, "f", *"a" * 1000, "b")
-    assert "b" in models(scheduler.next_batch(32))[1]
+    queue_ready(scheduler, "f", *"a" * 1000, "b")
+    assert "b" in list_models(scheduler.next_batch(32))[1]
 
 
 def test_clients_take_turns_and_their_models_within() -> None:
@@ -56,7 +56,7 @@ def test_clients_take_turns_and_their_models_within() -> None:
     scheduler = Scheduler(LARGE, LARGE)
     for client, names in (("greedy", "abcabcabc"), ("quiet", "aab")):
         for name in names:
-            one = job(name, client=client)
+            one = make_job(name, client=client)
             scheduler.admit(one)
             scheduler.add_ready("f", one)
     group, batch = scheduler.next_batch(5)
@@ -68,7 +68,7 @@ def test_clients_take_turns_and_their_models_within() -> None:
 def test_models_take_turns_across_batches() -> None:
     """Within a group each batch goes on where the last one stopped; a model's own jobs stay in order."""
     scheduler = Scheduler(LARGE, LARGE)
-    jobs = ready(scheduler, "f", *"aaaabbcc")
+    jobs = queue_ready(scheduler, "f", *"aaaabbcc")
     batches = [scheduler.next_batch(3)[1] for _ in range(3)]
     assert ["".join(one.model for one in batch) for batch in batches] == ["abc", "abc", "aa"]
     ran = [one for batch in batches for one in batch if one.model == "a"]
@@ -79,27 +79,27 @@ def test_models_take_turns_across_batches() -> None:
 def test_half_of_the_jobs_run_while_the_others_wait() -> None:
     """Halves down to a few, the limit before that; what comes meanwhile counts too."""
     scheduler = Scheduler(LARGE, LARGE, few=3)
-    ready(scheduler, "f", *"abcdefghij")
-    assert models(scheduler.next_batch(100)) == ("f", "abcde")
-    ready(scheduler, "f", *"klmnopqrs")
-    assert models(scheduler.next_batch(100)) == ("f", "fghijkl")
-    assert [models(scheduler.next_batch(3)) for _ in range(3)] == [("f", "mno"), ("f", "pqr"), ("f", "s")]
+    queue_ready(scheduler, "f", *"abcdefghij")
+    assert list_models(scheduler.next_batch(100)) == ("f", "abcde")
+    queue_ready(scheduler, "f", *"klmnopqrs")
+    assert list_models(scheduler.next_batch(100)) == ("f", "fghijkl")
+    assert [list_models(scheduler.next_batch(3)) for _ in range(3)] == [("f", "mno"), ("f", "pqr"), ("f", "s")]
     assert not scheduler.has_work
 
 
 def test_groups_take_turns() -> None:
     """A family with much to do gives way after each batch; a group that is done is gone."""
     scheduler = Scheduler(LARGE, LARGE)
-    ready(scheduler, "f", *"aaaa")
-    ready(scheduler, "g", "b")
-    assert [models(scheduler.next_batch(2)) for _ in range(3)] == [("f", "aa"), ("g", "b"), ("f", "aa")]
+    queue_ready(scheduler, "f", *"aaaa")
+    queue_ready(scheduler, "g", "b")
+    assert [list_models(scheduler.next_batch(2)) for _ in range(3)] == [("f", "aa"), ("g", "b"), ("f", "aa")]
     assert not scheduler.has_work
 
 
 def test_who_waited_for_a_model_is_handed_out_once_without_the_done() -> None:
     """A loaded model's jobs leave the waiting room together; those cancelled meanwhile are not among them."""
     scheduler = Scheduler(LARGE, LARGE)
-    jobs = [job("a"), job("a"), job("b")]
+    jobs = [make_job("a"), make_job("a"), make_job("b")]
     for one in jobs:
         scheduler.admit(one)
         scheduler.add_waiting(one)
@@ -113,7 +113,7 @@ def test_who_waited_for_a_model_is_handed_out_once_without_the_done() -> None:
 def test_done_ready_jobs_are_handed_out_so_that_their_leases_end() -> None:
     """A cancelled job comes out in its turn, marked done; finishing it again changes nothing."""
     scheduler = Scheduler(LARGE, LARGE)
-    first, second = ready(scheduler, "f", "a", "b")
+    first, second = queue_ready(scheduler, "f", "a", "b")
     assert scheduler.finish(first)
     assert list(scheduler.open_jobs()) == [second]
     assert scheduler.next_batch(8) == ("f", [first, second])
@@ -124,7 +124,7 @@ def test_done_ready_jobs_are_handed_out_so_that_their_leases_end() -> None:
 def test_late_waiting_jobs_are_named_once() -> None:
     """Deadlines at or before now have passed; the others wait on, and ready jobs are not looked at."""
     scheduler = Scheduler(LARGE, LARGE)
-    jobs = [job("a", 1.0), job("a", 3.0), job("b", 2.0), job("c", 1.0)]
+    jobs = [make_job("a", 1.0), make_job("a", 3.0), make_job("b", 2.0), make_job("c", 1.0)]
     for one in jobs:
         scheduler.admit(one)
     for one in jobs[:3]:
@@ -140,7 +140,7 @@ def test_cancelled_jobs_do_not_pile_up_behind_a_slow_load() -> None:
     """Clients that give up and ask again leave nothing in memory once the deadlines have been looked at."""
     scheduler = Scheduler(LARGE, LARGE)
     for _ in range(100):
-        one = job("a")
+        one = make_job("a")
         scheduler.admit(one)
         scheduler.add_waiting(one)
         scheduler.finish(one)
@@ -150,7 +150,7 @@ def test_cancelled_jobs_do_not_pile_up_behind_a_slow_load() -> None:
 
 def test_a_job_says_what_it_is() -> None:
     """The picture of a job in logs."""
-    one = job("au/NSW1.mar", ident=17)
+    one = make_job("au/NSW1.mar", ident=17)
     one.cache = CacheResult.MISS
     assert repr(one) == "<Job 17 au/NSW1.mar miss>"
 
@@ -175,7 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(model=strategies.sampled_from("abcd"), patience=strategies.integers(1, 5), hit=strategies.booleans())
     def arrive(self, model: str, patience: int, hit: bool) -> None:
         """Refused exactly when a bound is reached."""
-        one = job(model, self.now + patience)
+        one = make_job(model, self.now + patience)
         same = sum(other.model == model for other in self.unfinished)
         full = same >= 5 or len(self.unfinished) >= 12
         try:
@@ -262,33 +262,33 @@ TestSchedulerMachine.settings = settings(max_examples=50, stateful_step_count=50
 def test_jobs_that_are_put_back_run_before_others_of_their_models_and_after_other_groups() -> None:
     """Their batch had no time for them: they keep their order."""
     scheduler = Scheduler(LARGE, LARGE, few=8)
-    ready(scheduler, "f", *"abc")
+    queue_ready(scheduler, "f", *"abc")
     group, batch = scheduler.next_batch(8)
-    later = ready(scheduler, "f", "a")
-    ready(scheduler, "g", "x")
+    later = queue_ready(scheduler, "f", "a")
+    queue_ready(scheduler, "g", "x")
     scheduler.put_back(group, batch[1:])
-    assert models(scheduler.next_batch(8)) == ("f", "bca")
+    assert list_models(scheduler.next_batch(8)) == ("f", "bca")
     assert later[0] not in batch
-    assert models(scheduler.next_batch(8)) == ("g", "x")
+    assert list_models(scheduler.next_batch(8)) == ("g", "x")
     empty = Scheduler(LARGE, LARGE, few=8)
-    ready(empty, "f", *"ab")
+    queue_ready(empty, "f", *"ab")
     group, batch = empty.next_batch(8)
-    ready(empty, "g", "x")
+    queue_ready(empty, "g", "x")
     empty.put_back(group, batch)
-    assert [models(empty.next_batch(8)) for _ in range(2)] == [("g", "x"), ("f", "ab")]
+    assert [list_models(empty.next_batch(8)) for _ in range(2)] == [("g", "x"), ("f", "ab")]
 
 
 def test_a_parked_group_keeps_its_jobs_and_makes_no_batch() -> None:
     """Those that come meanwhile wait with the others; a group that has none left is forgotten."""
     scheduler = Scheduler(LARGE, LARGE, few=8)
-    jobs = ready(scheduler, "f", *"ab")
+    jobs = queue_ready(scheduler, "f", *"ab")
     scheduler.park("f")
     assert not scheduler.has_work
-    jobs += ready(scheduler, "f", "c")
+    jobs += queue_ready(scheduler, "f", "c")
     assert not scheduler.has_work
     assert list(scheduler.open_jobs()) == jobs
     scheduler.unpark("f")
-    assert models(scheduler.next_batch(8)) == ("f", "abc")
+    assert list_models(scheduler.next_batch(8)) == ("f", "abc")
     scheduler.park("f")
     scheduler.unpark("f")
     assert not scheduler.has_work

@@ -148,7 +148,7 @@ def play(
     asyncio.run(run())
 
 
-def names(count: int) -> list[str]:
+def name_models(count: int) -> list[str]:
     """Models of one family."""
     return [f"a/m{i}" for i in range(count)]
 
@@ -160,7 +160,7 @@ def test_an_evicted_model_returns_without_the_loader(on_device: bool) -> None:
     """
 
     async def scenario(house: House) -> None:
-        models = names(rows_per_slab("a") + 1)
+        models = name_models(rows_per_slab("a") + 1)
         for model in models:
             await house.ask(model)
         assert (ModelName(models[0]) in house.shelf, models[0] in resident(house.steps)) == (True, False)
@@ -181,7 +181,7 @@ def test_a_due_copy_asks_the_store() -> None:
     """`revalidate_s` after its validation a copy is not served: the loader finds the new version, and that answers."""
 
     async def scenario(house: House) -> None:
-        models = names(rows_per_slab("a") + 1)
+        models = name_models(rows_per_slab("a") + 1)
         for model in models:
             await house.ask(model)
         house.store.now += 61
@@ -197,7 +197,7 @@ def test_a_due_copy_serves_while_the_store_is_out_of_reach() -> None:
     """As the disk tier does; a model that the store has no more is forgotten instead."""
 
     async def scenario(house: House) -> None:
-        models = names(rows_per_slab("a") + 2)
+        models = name_models(rows_per_slab("a") + 2)
         for model in models:
             await house.ask(model)
         house.store.now += 61
@@ -213,7 +213,7 @@ def test_reload_and_unload_leave_no_copy_behind() -> None:
     """An operator's reload asks the store though a fresh copy is here; an unload forgets the copy too."""
 
     async def scenario(house: House) -> None:
-        models = names(rows_per_slab("a") + 1)
+        models = name_models(rows_per_slab("a") + 1)
         for model in models:
             await house.ask(model)
         house.store.versions[models[0]] = 2
@@ -229,7 +229,7 @@ def test_a_copy_that_fails_is_only_a_loss_of_the_copy() -> None:
     """The device cannot bring a row out: the model is evicted all the same, and is not on the shelf with garbage."""
 
     async def scenario(house: House) -> None:
-        models = names(rows_per_slab("a") + 1)
+        models = name_models(rows_per_slab("a") + 1)
         for model in models[:-1]:
             await house.ask(model)
 
@@ -323,11 +323,11 @@ def test_the_staging_of_a_step_out_of_memory_is_gone_before_the_step_runs_again(
         pool, used, trim = house.device.ledger.used_bytes, list[int](), house.engine.trim
         house.device.total_bytes = pool + 219_500  # its staging, without the scratch of a forward
 
-        def trimmed() -> None:
+        def trim_and_note() -> None:
             trim()
             used.append(house.device.ledger.used_bytes)
 
-        house.engine.trim = trimmed  # type: ignore[method-assign]
+        house.engine.trim = trim_and_note  # type: ignore[method-assign]
         refused = house.front.refusals[await house.ask("a/m0")]
         assert "wanted" in refused.detail.message
         assert used == [pool]

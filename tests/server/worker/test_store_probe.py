@@ -28,7 +28,7 @@ class Probed:
 
 
 @contextmanager
-def probing() -> Iterator[tuple[Probed, StoreProbe]]:
+def run_probe() -> Iterator[tuple[Probed, StoreProbe]]:
     """A probe that ends with the test."""
     store = Probed()
     probe = StoreProbe(store.ask, store.health)
@@ -41,7 +41,7 @@ def probing() -> Iterator[tuple[Probed, StoreProbe]]:
 
 def test_a_store_that_nobody_asks_is_probed() -> None:
     """So an outage is known before a load asks; a store that has answered lately is left alone."""
-    with probing() as (store, probe):
+    with run_probe() as (store, probe):
         probe.advance_time(store.now, doubted=False)
         assert store.asked == 0
         store.now += IDLE_S
@@ -54,7 +54,7 @@ def test_a_store_that_nobody_asks_is_probed() -> None:
 
 def test_a_slow_request_is_reason_to_ask_and_a_hanging_probe_says_that_the_store_is_out() -> None:
     """One probe at a time. Where it is answered, only a key hangs."""
-    with probing() as (store, probe):
+    with run_probe() as (store, probe):
         store.answering.clear()
         probe.advance_time(store.now, doubted=True)
         wait_until(lambda: store.asked == 1, "it is asked")
@@ -70,7 +70,7 @@ def test_a_slow_request_is_reason_to_ask_and_a_hanging_probe_says_that_the_store
 
 def test_while_the_store_is_out_it_is_probed_again_and_again() -> None:
     """Every AGAIN_S, until one is answered."""
-    with probing() as (store, probe):
+    with run_probe() as (store, probe):
         store.health.note_failure(store.now)
         assert store.health.is_out
         probe.advance_time(store.now, doubted=False)

@@ -36,7 +36,7 @@ def tokens(tmp_path: Path) -> Path:
     return path
 
 
-def app(worker: Worker, **settings: object) -> App:
+def make_app(worker: Worker, **settings: object) -> App:
     """The app with the toy dialect, which knows nothing of tokens."""
     made = App(Settings.model_validate({"store": "models", **settings}), FrontMetrics(), (*DIALECTS, Toy))
     attach(made.plane, worker)
@@ -57,7 +57,7 @@ def invoke(made: App, model: str, authorization: str | None = None) -> Answered:
 def test_tokens_in_the_sagemaker_dialect(tokens: Path) -> None:
     """401 in boto3's form with WWW-Authenticate, 403 for another scope or model; nothing of it reaches a worker."""
     worker = Worker(lambda _: b"1")
-    made = app(worker, tokens=tokens)
+    made = make_app(worker, tokens=tokens)
     assert invoke(made, AU, "Bearer desk-secret").status == 200
     assert len(worker.asked) == 1
     for shown in (None, "Bearer desk-secre", "Basic ZGVzazo=", SIGNED):
@@ -75,7 +75,7 @@ def test_tokens_in_the_sagemaker_dialect(tokens: Path) -> None:
 def test_a_dialect_cannot_forget_the_check(tokens: Path) -> None:
     """One that knows nothing of tokens is asked for allowed models alone."""
     worker = Worker(lambda asked: asked.body)
-    made, sent = app(worker, tokens=tokens), {"Authorization": "Bearer desk-secret"}
+    made, sent = make_app(worker, tokens=tokens), {"Authorization": "Bearer desk-secret"}
     assert post(made, f"/toy/{AU}", sent, b"x").body == b"<x>"
     assert post(made, f"/toy/{DE}", sent).status == 500 + Situation.FORBIDDEN
     assert post(made, f"/toy/{AU}", {}).status == 500 + Situation.UNAUTHORIZED
@@ -85,7 +85,7 @@ def test_a_dialect_cannot_forget_the_check(tokens: Path) -> None:
 def test_each_item_needs_the_token(tokens: Path) -> None:
     """Of a call for many models; one refused item leaves the others, and probes and unknown paths ask for none."""
     worker = Worker(lambda _: b'{"predictions":[{"mean":[1.0]}]}')
-    made = app(worker, tokens=tokens)
+    made = make_app(worker, tokens=tokens)
     body = json.dumps({"requests": [{"target_model": DE}, {"target_model": AU}]}).encode()
     found = json.loads(post(made, "/v1/forecasts", {"Authorization": "Bearer desk-secret"}, body).body)
     assert (found["failed"], found["predictions"][0]["error"]["code"]) == (1, "forbidden")
@@ -100,31 +100,31 @@ def test_each_item_needs_the_token(tokens: Path) -> None:
 def test_keys_and_tokens(tokens: Path) -> None:
     """Where both are configured a signature is judged as one, anything else as a token; nothing where neither is."""
     worker = Worker(lambda _: b"1")
-    both = app(worker, tokens=tokens, access_keys={"AKIA": "hidden"})
+    both = make_app(worker, tokens=tokens, access_keys={"AKIA": "hidden"})
     assert invoke(both, AU, "Bearer desk-secret").status == 200
     assert invoke(both, AU, SIGNED).status == 403
     assert "or sign the request with an access key" in invoke(both, AU).body.decode()
-    keys = app(worker, access_keys={"AKIA": "hidden"})
+    keys = make_app(worker, access_keys={"AKIA": "hidden"})
     assert [invoke(keys, AU, shown).status for shown in (None, "Bearer desk-secret", SIGNED)] == [403] * 3
     assert "hidden" not in repr(
         open_permissions(Settings.model_validate({"store": "x", "access_keys": {"A": "hidden"}}))
     )
     assert open_permissions(Settings.model_validate({"store": "models"})) is None
-    assert invoke(app(worker), AU).status == 200
+    assert invoke(make_app(worker), AU).status == 200
 
 
 def test_a_body_is_not_read_for_strangers(tokens: Path) -> None:
     """They are refused by the head: a body above the limit is not what they are told about."""
-    made = app(Worker(lambda _: b"1"), tokens=tokens, max_body_bytes=10)
+    made = make_app(Worker(lambda _: b"1"), tokens=tokens, max_body_bytes=10)
     assert post(made, "/invocations", {"X-Amzn-SageMaker-Target-Model": AU}, bytes(1000)).status == 401
 
 
 def test_a_worker_knows_whose_a_request_is(tokens: Path) -> None:
     """By its token's name, in each dialect, for each item: clients take turns. In an open server all are one's."""
     worker = Worker(lambda _: b'{"predictions":[{"mean":[1.0]}]}')
-    made, sent = app(worker, tokens=tokens), {"Authorization": "Bearer desk-secret"}
+    made, sent = make_app(worker, tokens=tokens), {"Authorization": "Bearer desk-secret"}
     invoke(made, AU, sent["Authorization"])
     post(made, "/v1/forecasts", sent, json.dumps({"requests": [{"target_model": AU}]}).encode())
     assert [asked.client for asked in worker.asked] == ["desk", "desk"]
-    invoke(app(worker), AU)
+    invoke(make_app(worker), AU)
     assert worker.asked[-1].client == ""

@@ -33,12 +33,14 @@ def parse_call(body: bytes, limit: Limit = LIMIT) -> MultiModelCall:
     return finish_slices(forecasts.parse_call(body, limit))
 
 
-def dialect(**settings: object) -> Forecasts:
+def make_dialect(**settings: object) -> Forecasts:
     """The dialect under these settings."""
     return Forecasts(Settings.model_validate({"store": "models", **settings}))
 
 
-def stats(cache: str = "hit", *, queue_us: int = 0, load_us: int | None = None, inference_us: int = 0) -> InferStats:
+def make_stats(
+    cache: str = "hit", *, queue_us: int = 0, load_us: int | None = None, inference_us: int = 0
+) -> InferStats:
     """What happened to an item that was answered."""
     return InferStats(cache, queue_us, load_us, inference_us, "disk", "v")
 
@@ -147,8 +149,8 @@ def test_an_item_has_the_limit_of_a_request_to_its_model() -> None:
 
 def test_a_large_answer_is_built_in_slices() -> None:
     """Small answers in tens of thousands and single large ones: no slice joins more than its share."""
-    found: list[Prediction | Refused] = [Prediction(b"1" * 300, stats())] * MAX_ITEMS
-    found += [Prediction(b"2" * 10 * UNIT, stats())]
+    found: list[Prediction | Refused] = [Prediction(b"1" * 300, make_stats())] * MAX_ITEMS
+    found += [Prediction(b"2" * 10 * UNIT, make_stats())]
     answer, works = count_work(build_answer(found))
     assert max(works) <= 2 * UNIT
     assert sum(works) >= len(answer) > 300 * MAX_ITEMS
@@ -197,20 +199,20 @@ def test_the_answer_in_order() -> None:
     raw = finish_slices(extract_prediction(b'{"predictions":[ {"mean": [1.50, 2e0]} ]}'))
     assert raw == b'{"mean": [1.50, 2e0]}'
     refused = Refused(Situation.NOT_FOUND, "no archive", field="target_model")
-    found: list[Prediction | Refused] = [Prediction(raw, stats()), refused, Prediction(raw, stats())]
+    found: list[Prediction | Refused] = [Prediction(raw, make_stats()), refused, Prediction(raw, make_stats())]
     answer = json.loads(finish_slices(build_answer(found)))
     error = {"code": "not_found", "message": "no archive", "field": "target_model"}
     assert answer == {"predictions": [{"mean": [1.5, 2]}, {"error": error}, {"mean": [1.5, 2]}], "failed": 1}
     assert b'{"mean": [1.50, 2e0]}' in finish_slices(build_answer(found))
-    assert dialect().statuses(found) == [200, 400, 200]
+    assert make_dialect().statuses(found) == [200, 400, 200]
 
 
 def test_what_the_headers_tell() -> None:
     """How often the cache had the model, and the longest time of each kind."""
     found: list[Prediction | Refused] = [
-        Prediction(b"1", stats(queue_us=1500, inference_us=10)),
-        Prediction(b"1", stats("miss", load_us=2000, inference_us=20)),
-        Prediction(b"1", stats()),
+        Prediction(b"1", make_stats(queue_us=1500, inference_us=10)),
+        Prediction(b"1", make_stats("miss", load_us=2000, inference_us=20)),
+        Prediction(b"1", make_stats()),
         Refused(Situation.NOT_FOUND, "no"),
     ]
     assert summarise_items(found) == InferStats("hit=2, miss=1", 1500, 2000, 20)
@@ -280,17 +282,17 @@ def test_every_situation_has_a_status() -> None:
 )
 def test_the_error_of_a_call(refused: Refused, status: int, error: dict[str, object]) -> None:
     """One object with code, message and, where there is one, the place; no header of another protocol's."""
-    reply = dialect().refused(refused, HttpRequest("POST", "/v1/forecasts", {}, never))
+    reply = make_dialect().refused(refused, HttpRequest("POST", "/v1/forecasts", {}, never))
     assert (reply.status, json.loads(reply.body), reply.headers) == (status, {"error": error}, [])
 
 
 def test_overload_says_when_to_retry() -> None:
     """By the standard header; the operator chooses between 503 and 429."""
     for chosen in (503, 429):
-        reply = dialect(overload_status=chosen).refused(
+        reply = make_dialect(overload_status=chosen).refused(
             Refused(Situation.OVERLOADED, "full"), HttpRequest("POST", "/v1/forecasts", {}, never)
         )
         assert (reply.status, reply.headers) == (chosen, [(b"retry-after", b"1")])
     late = Refused(Situation.DEADLINE, "late", retry_ms=1234)
-    reply = dialect().refused(late, HttpRequest("POST", "/v1/forecasts", {}, never))
+    reply = make_dialect().refused(late, HttpRequest("POST", "/v1/forecasts", {}, never))
     assert (reply.status, reply.headers) == (424, [(b"retry-after", b"2")])

@@ -13,7 +13,7 @@ from tests.server.front.answering import never
 PLAIN = HttpRequest("POST", "/invocations", {}, never)
 
 
-def dialect(**settings: object) -> SageMaker:
+def make_dialect(**settings: object) -> SageMaker:
     """The dialect under these settings."""
     return SageMaker(Settings.model_validate({"store": "models", **settings}))
 
@@ -38,16 +38,16 @@ def test_every_situation_has_a_code() -> None:
 )
 def test_paths(path: str, served: bool) -> None:
     """`/invocations`, and under any endpoint name that SageMaker's rule allows; by POST only."""
-    assert (dialect().match("POST", path) is not None) == served
+    assert (make_dialect().match("POST", path) is not None) == served
     if served:
         with pytest.raises(Refused, match="not GET") as caught:
-            dialect().match("GET", path)
+            make_dialect().match("GET", path)
         assert caught.value.situation is Situation.BAD_METHOD
 
 
 def test_a_model_error_carries_its_original() -> None:
     """424 with OriginalStatusCode and OriginalMessage, and the type that boto3 needs, in header and body."""
-    reply = dialect().refused(Refused(Situation.DEADLINE, "too late"), PLAIN)
+    reply = make_dialect().refused(Refused(Situation.DEADLINE, "too late"), PLAIN)
     assert (reply.status, reply.content_type) == (424, "application/json")
     assert dict(reply.headers) == {
         b"x-amzn-errortype": b"ModelError",
@@ -63,25 +63,25 @@ def test_a_model_error_carries_its_original() -> None:
 
 def test_the_place_of_a_bad_request_is_named() -> None:
     """Instance 0 is a place too; a request that is wrong as a whole has none."""
-    placed = dialect().refused(Refused(Situation.BAD_REQUEST, "too short", 0, "dynamic_feat[0]"), PLAIN)
+    placed = make_dialect().refused(Refused(Situation.BAD_REQUEST, "too short", 0, "dynamic_feat[0]"), PLAIN)
     assert json.loads(placed.body) == {
         "message": "too short",
         "error": {"code": "bad_request", "message": "too short", "instance": 0, "field": "dynamic_feat[0]"},
     }
-    whole = dialect().refused(Refused(Situation.BAD_REQUEST, "no JSON"), PLAIN)
+    whole = make_dialect().refused(Refused(Situation.BAD_REQUEST, "no JSON"), PLAIN)
     assert json.loads(whole.body) == {"message": "no JSON"}
 
 
 def test_overload_says_when_to_retry() -> None:
     """In milliseconds for botocore, in whole seconds, rounded up, for all others; 429 where the operator wants it."""
     full = Refused(Situation.OVERLOADED, "full")
-    reply = dialect().refused(full, PLAIN)
+    reply = make_dialect().refused(full, PLAIN)
     assert reply.status == 503
     assert dict(reply.headers)[b"x-amz-retry-after"] == b"200"
     assert dict(reply.headers)[b"retry-after"] == b"1"
-    estimated = dict(dialect().refused(Refused(Situation.OVERLOADED, "full", retry_ms=1234), PLAIN).headers)
+    estimated = dict(make_dialect().refused(Refused(Situation.OVERLOADED, "full", retry_ms=1234), PLAIN).headers)
     assert (estimated[b"x-amz-retry-after"], estimated[b"retry-after"]) == (b"1234", b"2")
-    reply = dialect(overload_status=429).refused(full, PLAIN)
+    reply = make_dialect(overload_status=429).refused(full, PLAIN)
     assert (reply.status, dict(reply.headers)[b"retry-after"]) == (429, b"1")
     assert dict(reply.headers)[b"x-amzn-errortype"] == b"ModelNotReadyException"
 
@@ -91,5 +91,5 @@ def test_custom_attributes_are_echoed_on_refusals(size: int, echoed: bool) -> No
     """As long as SageMaker allows them to be."""
     attributes = b"a" * size
     request = HttpRequest("POST", "/invocations", {b"x-amzn-sagemaker-custom-attributes": attributes}, never)
-    headers = dict(dialect().refused(Refused(Situation.NOT_FOUND, "no"), request).headers)
+    headers = dict(make_dialect().refused(Refused(Situation.NOT_FOUND, "no"), request).headers)
     assert headers.get(b"x-amzn-sagemaker-custom-attributes") == (attributes if echoed else None)

@@ -97,7 +97,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(work)
 
 
-def refusal(work: Coroutine[Any, Any, Any]) -> Situation:
+def catch_refusal(work: Coroutine[Any, Any, Any]) -> Situation:
     """The situation of a call that must fail."""
     with pytest.raises(ControlError) as caught:
         run(work)
@@ -111,7 +111,7 @@ def test_rollbacks_go_back_one_version_after_another(tmp_path: Path) -> None:
     assert run(house.service.rollback(NAME)) == {"model": NAME, "version": second, "served": [third]}
     assert run(house.service.rollback(NAME))["version"] == first
     assert house.routes == {NAME: [ReleaseArm(at_version(NAME, first), first, 1.0)]}
-    assert refusal(house.service.rollback(NAME)) is Situation.NOT_FOUND
+    assert catch_refusal(house.service.rollback(NAME)) is Situation.NOT_FOUND
     assert house.proved == [at_version(NAME, second), at_version(NAME, first)]
     assert (house.held(), house.dropped) == ({first}, [at_version(NAME, second)])
     house.unheard = [1]
@@ -154,7 +154,7 @@ def test_a_table_that_is_not_written_holds_nothing(tmp_path: Path) -> None:
     first, second = house.publish(1), house.publish(2)
     folder = ReleaseFile(house.settings).path.parent
     folder.write_text("a file in its place")
-    assert refusal(house.service.rollback(NAME)) is Situation.INTERNAL
+    assert catch_refusal(house.service.rollback(NAME)) is Situation.INTERNAL
     assert (house.held(), house.dropped) == (set(), [at_version(NAME, first)])
     folder.unlink()
     run(house.service.set_alias(ALIAS, AliasRequest(NAME, second)))
@@ -254,15 +254,15 @@ def test_what_cannot_be_proved_or_written_changes_nothing(tmp_path: Path) -> Non
     """A version that nobody has; a disk that refuses; no disk tier: refused, and the fronts keep what they had."""
     house = House(tmp_path)
     first, _ = house.publish(1), house.publish(2)
-    assert refusal(house.service.rollback(NAME, "v0")) is Situation.NOT_FOUND
-    assert refusal(house.service.set_alias(ALIAS, AliasRequest(ALIAS))) is Situation.BAD_REQUEST
+    assert catch_refusal(house.service.rollback(NAME, "v0")) is Situation.NOT_FOUND
+    assert catch_refusal(house.service.set_alias(ALIAS, AliasRequest(ALIAS))) is Situation.BAD_REQUEST
     folder = ReleaseFile(house.settings).path.parent
     folder.write_text("a file in its place")
-    assert refusal(house.service.rollback(NAME, first)) is Situation.INTERNAL
+    assert catch_refusal(house.service.rollback(NAME, first)) is Situation.INTERNAL
     assert (house.routes, house.service.table.names) == ({}, {})
     folder.unlink()
     without = House(tmp_path, disk_cache_bytes=0)
-    assert refusal(without.service.set_alias(ALIAS, AliasRequest(NAME, first))) is Situation.BAD_REQUEST
+    assert catch_refusal(without.service.set_alias(ALIAS, AliasRequest(NAME, first))) is Situation.BAD_REQUEST
     run(without.service.set_alias(ALIAS, AliasRequest(NAME)))
     assert list(without.routes) == [ALIAS]
 
@@ -275,9 +275,9 @@ def test_what_cannot_be_loaded_is_not_followed(tmp_path: Path) -> None:
     held = run(house.service.rollback(NAME))["version"]
     house.store.forget(NAME)
     (tmp_path / "store" / NAME).write_bytes(b"PK\x03\x04 rubbish")
-    assert refusal(house.service.follow(NAME)) is Situation.ARCHIVE_FAILED
+    assert catch_refusal(house.service.follow(NAME)) is Situation.ARCHIVE_FAILED
     assert house.service.table.held_version(NAME) == held
-    assert refusal(house.service.set_alias(ALIAS, AliasRequest(OTHER))) is Situation.NOT_FOUND
+    assert catch_refusal(house.service.set_alias(ALIAS, AliasRequest(OTHER))) is Situation.NOT_FOUND
     assert list(house.routes) == [NAME]
 
 

@@ -15,21 +15,21 @@ from server.worker.engine.accelerator import EAGER_RUNS, MAX_GRAPHS, DeviceEngin
 from server.worker.engine.staging import DeviceStaging, StagingMemory, count_floats
 from server.worker.engine.work_memory import measure_work
 from tests.server.fake_device import FakeDevice
-from tests.server.worker.engine.test_cpu import CONFIGS, reference
+from tests.server.worker.engine.test_cpu import CONFIGS, answer_plainly
 
 TCN = build_family("tcn", CONFIGS["tcn"])
 SIZE = TCN.row_floats * 4
 ROWS = {model: TCN.row(random_tensors(TCN, model)) for model in range(6)}
 X = np.random.default_rng(0).standard_normal((8, 1, *TCN.input_shape), dtype=np.float32)
-RIGHT = {model: [reference(TCN, model, x) for x in X] for model in ROWS}
+RIGHT = {model: [answer_plainly(TCN, model, x) for x in X] for model in ROWS}
 
 
-def engine(device: FakeDevice, rows: int = 8, max_rows: int = 16) -> DeviceEngine:
+def make_engine(device: FakeDevice, rows: int = 8, max_rows: int = 16) -> DeviceEngine:
     """An engine with a pool of so many `TCN` rows."""
     return DeviceEngine(DevicePool(rows * SIZE, device), max_rows)
 
 
-def inputs(family: Family, count: int, seed: int = 0) -> Float32:
+def draw_inputs(family: Family, count: int, seed: int = 0) -> Float32:
     """Rows of input."""
     return np.random.default_rng(seed).standard_normal((count, *family.input_shape), dtype=np.float32)
 
@@ -37,7 +37,7 @@ def inputs(family: Family, count: int, seed: int = 0) -> Float32:
 def check(found: Sequence[Float32], models: Sequence[int], parts: Sequence[Float32]) -> None:
     """Answers are the single models'."""
     for answer, model, x in zip(found, models, parts, strict=True):
-        np.testing.assert_allclose(answer, reference(TCN, model, x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(answer, answer_plainly(TCN, model, x), rtol=1e-4, atol=1e-5)
 
 
 class RandomRows:
@@ -46,7 +46,7 @@ class RandomRows:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         device = FakeDevice(seed)
-        self.engine = engine(device)
+        self.engine = make_engine(device)
         self.models: dict[int, int] = {}  # by row
         self.shelf = [device.host(TCN.row_floats) for _ in range(3)]
         self.shelved: dict[int, int] = {}
@@ -107,45 +107,45 @@ def test_every_architecture_in_any_batch_equals_the_single_models(
     for model in range(4):
         made.pool.write(model * family.row_floats * 4, family.row(random_tensors(family, model)))
     for turn in range(EAGER_RUNS + 1):
-        parts = [inputs(family, rows, seed + turn) for _, rows in models]
+        parts = [draw_inputs(family, rows, seed + turn) for _, rows in models]
         answers = made.run(family, [model * family.row_floats * 4 for model, _ in models], parts)
         for (model, _), x, answer in zip(models, parts, answers, strict=True):
-            np.testing.assert_allclose(answer, reference(family, model, x), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(answer, answer_plainly(family, model, x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_waits_for_its_rows() -> None:
     """The same pool told without the waiting gives poison on some order: the fake does find what it is for."""
     seen = set()
     for seed in range(20):
-        made = engine(FakeDevice(seed))
+        made = make_engine(FakeDevice(seed))
         made.pool.write(0, ROWS[0])
         made.pool.copied = None
-        seen.add(bool(np.isnan(made.run(TCN, [0], [inputs(TCN, 1)])[0]).any()))
+        seen.add(bool(np.isnan(made.run(TCN, [0], [draw_inputs(TCN, 1)])[0]).any()))
     assert seen == {True, False}
 
 
 def test_a_row_is_freed_only_when_its_step_is_over() -> None:
     """What `run` launched has happened when it returns and when it raises: the next write may take the rows' place."""
     device = FakeDevice()
-    made = engine(device)
+    made = make_engine(device)
     made.pool.write(0, ROWS[0])
-    made.run(TCN, [0], [inputs(TCN, 1)])
+    made.run(TCN, [0], [draw_inputs(TCN, 1)])
     assert not device.told["compute"]
     with pytest.raises(ValueError, match="could not broadcast"):  # the second forward cannot be filled
-        made.run(TCN, [0] * 17, [*[inputs(TCN, 1)] * 16, np.zeros((1, 2, 2), np.float32)])
+        made.run(TCN, [0] * 17, [*[draw_inputs(TCN, 1)] * 16, np.zeros((1, 2, 2), np.float32)])
     assert not device.told["compute"]
-    check(made.run(TCN, [0], [inputs(TCN, 1)]), [0], [inputs(TCN, 1)])
+    check(made.run(TCN, [0], [draw_inputs(TCN, 1)]), [0], [draw_inputs(TCN, 1)])
 
 
 def test_graphs_after_a_few_runs_and_padded_with_a_real_row() -> None:
     """Three of a bucket run eagerly, then one graph serves all its counts; no answer knows of the padding."""
     device = FakeDevice()
-    made = engine(device)
+    made = make_engine(device)
     for model in range(3):
         made.pool.write(model * SIZE, ROWS[model])
     for turn, rows in enumerate([3, 4, 3, 4, 3]):
         models = [i % 3 for i in range(rows)]
-        parts = [inputs(TCN, 1, turn + i) for i in range(rows)]
+        parts = [draw_inputs(TCN, 1, turn + i) for i in range(rows)]
         check(made.run(TCN, [model * SIZE for model in models], parts), models, parts)
     assert (device.captures, device.replays) == (1, 2)
     assert repr(made) == "<DeviceEngine <DevicePool 0.0 MB on cpu>, 1 families, 1 graphs>"
@@ -154,32 +154,32 @@ def test_graphs_after_a_few_runs_and_padded_with_a_real_row() -> None:
 def test_graphs_see_staging_alone() -> None:
     """A graph replays after every row has moved."""
     device = FakeDevice()
-    made = engine(device)
+    made = make_engine(device)
     made.pool.write(0, ROWS[1])
     for _ in range(EAGER_RUNS + 1):
-        made.run(TCN, [0], [inputs(TCN, 1)])
+        made.run(TCN, [0], [draw_inputs(TCN, 1)])
     made.pool.move(0, 5 * SIZE, SIZE)
     made.pool.write(0, ROWS[2])
-    check(made.run(TCN, [5 * SIZE, 0][:1], [inputs(TCN, 1)]), [1], [inputs(TCN, 1)])
+    check(made.run(TCN, [5 * SIZE, 0][:1], [draw_inputs(TCN, 1)]), [1], [draw_inputs(TCN, 1)])
     assert device.replays == 2
 
 
 def test_graphs_are_bounded_and_optional() -> None:
     """No more graphs than MAX_GRAPHS, the least recently used go; what cannot be captured runs eagerly for good."""
-    made = engine(FakeDevice())
+    made = make_engine(FakeDevice())
     made.pool.write(0, ROWS[0])
-    made.run(TCN, [0], [inputs(TCN, 1)])
+    made.run(TCN, [0], [draw_inputs(TCN, 1)])
     for i in range(MAX_GRAPHS):
         made._graphs[f"other-{i}", 1] = lambda: torch.ones(1)
     for _ in range(EAGER_RUNS + 1):
-        made.run(TCN, [0], [inputs(TCN, 1)])
+        made.run(TCN, [0], [draw_inputs(TCN, 1)])
     assert len(made._graphs) == MAX_GRAPHS
     assert ("other-0", 1) not in made._graphs
     device = FakeDevice(uncapturable=True)
-    plain = engine(device)
+    plain = make_engine(device)
     plain.pool.write(0, ROWS[0])
     for _ in range(EAGER_RUNS + 3):
-        check(plain.run(TCN, [0], [inputs(TCN, 1)]), [0], [inputs(TCN, 1)])
+        check(plain.run(TCN, [0], [draw_inputs(TCN, 1)]), [0], [draw_inputs(TCN, 1)])
     assert device.replays == 0
 
 
@@ -187,8 +187,8 @@ def test_bf16_is_close_and_nothing_else() -> None:
     """bfloat16 forwards answer float32 numbers within 3 %, eager and as graphs, and probes alike; float32 is exact."""
     made = DeviceEngine(DevicePool(8 * SIZE, FakeDevice()), 16, bf16=True)
     made.pool.write(0, ROWS[0])
-    x = inputs(TCN, 5)
-    right = reference(TCN, 0, x)
+    x = draw_inputs(TCN, 5)
+    right = answer_plainly(TCN, 0, x)
     for answer in [made.run(TCN, [0], [x])[0] for _ in range(EAGER_RUNS + 2)] + [made.probe(TCN, ROWS[0], x)]:
         assert answer.dtype == np.float32
         np.testing.assert_allclose(answer, right, atol=0.03 * np.abs(right).max())
@@ -201,10 +201,10 @@ def test_bf16_draws_the_paths_of_the_seed(architecture: str) -> None:
     within the roundings of the network.
     """
     family = build_family(architecture, {"context_length": 30, "prediction_length": 6, "paths": 20})
-    row, x = family.row(random_tensors(family, 0)), inputs(family, 2)
+    row, x = family.row(random_tensors(family, 0)), draw_inputs(family, 2)
     x[:, -1] = 0
     x[:, -1, :2] = [[1_000_001, 7], [1_000_999, 7]]
-    right = reference(family, 0, x)
+    right = answer_plainly(family, 0, x)
     made = DeviceEngine(DevicePool(row.nbytes, FakeDevice()), 16, bf16=True)
     made.pool.write(0, row)
     for answer in [made.run(family, [0], [x])[0] for _ in range(EAGER_RUNS + 2)] + [made.probe(family, row, x)]:
@@ -216,25 +216,25 @@ def test_bf16_draws_the_paths_of_the_seed(architecture: str) -> None:
 def test_a_step_short_of_memory_can_be_run_again(failures: int) -> None:
     """Wherever the allocation fails, the engine is whole after `trim`: nothing in flight, the same answers."""
     device = FakeDevice()
-    made = engine(device)
+    made = make_engine(device)
     made.pool.write(0, ROWS[0])
     device.short_of_memory = failures
     for _ in range(failures):
         with pytest.raises(torch.OutOfMemoryError):
-            made.run(TCN, [0], [inputs(TCN, 1)])
+            made.run(TCN, [0], [draw_inputs(TCN, 1)])
         made.trim()
-    check(made.run(TCN, [0], [inputs(TCN, 1)]), [0], [inputs(TCN, 1)])
+    check(made.run(TCN, [0], [draw_inputs(TCN, 1)]), [0], [draw_inputs(TCN, 1)])
     assert device.trims == failures
 
 
 def test_probe_and_read_are_whole() -> None:
     """A golden sample's run and a test's look at a row wait for what they need."""
     device = FakeDevice(3)
-    made = engine(device)
+    made = make_engine(device)
     made.pool.write(SIZE, ROWS[4])
     made.pool.move(SIZE, 3 * SIZE, SIZE)
     assert np.array_equal(made.pool.read(3 * SIZE, SIZE), ROWS[4])
-    check([made.probe(TCN, ROWS[2], inputs(TCN, 3))], [2], [inputs(TCN, 3)])
+    check([made.probe(TCN, ROWS[2], draw_inputs(TCN, 3))], [2], [draw_inputs(TCN, 3)])
 
 
 def test_staging_is_capped() -> None:

@@ -13,7 +13,7 @@ from handlers.forecasters import build_family, random_tensors
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.batch_inputs import LaneInputs, ListedInputs
 from tests.server.fake_device import FakeDevice
-from tests.server.worker.engine.test_cpu import TCN, reference
+from tests.server.worker.engine.test_cpu import TCN, answer_plainly
 
 FAMILY = build_family("tcn", {**TCN, "context_length": 20, "kernel": 3, "layers": 2})
 CODEC = FamilyCodec(FAMILY)
@@ -40,7 +40,7 @@ def check(answers: object, models: list[int], parts: list[Float32]) -> None:
     """Each answer is its model's own."""
     assert isinstance(answers, np.ndarray | list)
     for answer, model, x in zip(answers, models, parts, strict=True):
-        np.testing.assert_allclose(answer, reference(FAMILY, model, x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(answer, answer_plainly(FAMILY, model, x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_request_is_decoded_to_where_the_device_copies_it_from() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from server.worker.engine.bench_tick import SEED, WARM_UP, TickBench
-from tests.server.worker.engine.test_cpu import reference
+from tests.server.worker.engine.test_cpu import answer_plainly
 
 
 def test_what_is_measured_is_an_answered_tick() -> None:
@@ -17,7 +17,7 @@ def test_what_is_measured_is_an_answered_tick() -> None:
     for engine, count in ((bench.engine, 5), (bench.on_cpu, 3)):
         for at, answer in enumerate(bench.answer(engine, bench.bodies[:count])):
             x = np.load(io.BytesIO(bench.bodies[at]))[None]
-            right = reference(bench.family, SEED + at, x)[0]
+            right = answer_plainly(bench.family, SEED + at, x)[0]
             np.testing.assert_allclose(np.load(io.BytesIO(answer)), right, rtol=1e-4, atol=1e-5)
     bench.device.is_idle = True
     found = bench.measure_round()

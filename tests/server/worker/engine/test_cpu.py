@@ -18,7 +18,7 @@ MODELS = 5
 CPU = torch.device("cpu")
 
 
-def reference(family: Family, seed: int, x: Float32) -> Float32:
+def answer_plainly(family: Family, seed: int, x: Float32) -> Float32:
     """What the plain network with these weights answers."""
     network = family.reference()
     network.load_state_dict({name: torch.from_numpy(value) for name, value in random_tensors(family, seed).items()})
@@ -27,7 +27,7 @@ def reference(family: Family, seed: int, x: Float32) -> Float32:
     return answer
 
 
-def filled(family: Family) -> tuple[Engine, list[int]]:
+def make_filled(family: Family) -> tuple[Engine, list[int]]:
     """An engine whose pool is NaN but for the rows of `MODELS` models at odd places."""
     size = family.row_floats * 4
     pool = Pool(MODELS * (size + 128) + 4 * size, CPU)
@@ -49,18 +49,18 @@ def test_any_mix_and_repetition_equals_the_single_models(
 ) -> None:
     """Requests of one or several rows, any models in any order, over the forward's cut: abs <= 1e-5 + 1e-4 |ref|."""
     family = build_family(architecture, CONFIGS[architecture])
-    engine, offsets = filled(family)
+    engine, offsets = make_filled(family)
     rng = np.random.default_rng(seed)
     parts = [rng.standard_normal((rows, *family.input_shape), dtype=np.float32) for _, rows in models]
     answers = engine.run(family, [offsets[model] for model, _ in models], parts)
     for (model, _), x, answer in zip(models, parts, answers, strict=True):
-        np.testing.assert_allclose(answer, reference(family, model, x), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(answer, answer_plainly(family, model, x), rtol=1e-4, atol=1e-5)
 
 
 def test_rows_survive_moves_between_steps() -> None:
     """A model answers the same after its row has moved, and nothing of the poison around it leaks in."""
     family = build_family("tcn", TCN)
-    engine, offsets = filled(family)
+    engine, offsets = make_filled(family)
     x = np.ones((1, *family.input_shape), np.float32)
     before = engine.run(family, [offsets[2]], [x])[0].copy()
     target = offsets[-1] + 2 * family.row_floats * 4
@@ -72,7 +72,7 @@ def test_rows_survive_moves_between_steps() -> None:
 def test_answers_are_not_overwritten_by_the_next_step() -> None:
     """What a step returned stays what it was while the same staging serves the next one."""
     family = build_family("tcn", TCN)
-    engine, offsets = filled(family)
+    engine, offsets = make_filled(family)
     x = np.ones((1, *family.input_shape), np.float32)
     first = engine.run(family, [offsets[0]], [x])[0]
     kept = first.copy()
@@ -83,11 +83,11 @@ def test_answers_are_not_overwritten_by_the_next_step() -> None:
 def test_probe_needs_no_place_in_the_pool() -> None:
     """The golden sample's run leaves the pool as it was and equals the reference."""
     family = build_family("tcn", TCN)
-    engine, _ = filled(family)
+    engine, _ = make_filled(family)
     before = engine.pool.floats.clone()
     x = np.ones((2, *family.input_shape), np.float32)
     answer = engine.probe(family, family.row(random_tensors(family, 9)), x)
-    np.testing.assert_allclose(answer, reference(family, 9, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answer, answer_plainly(family, 9, x), rtol=1e-4, atol=1e-5)
     assert torch.equal(engine.pool.floats.nan_to_num(), before.nan_to_num())
 
 

@@ -26,13 +26,13 @@ TABLES = st.dictionaries(st.sampled_from(CELLS), TIMES).map(CostTable)
 OFFSETS = st.lists(st.integers(0, 40).map(lambda i: i * ROW), min_size=1, max_size=200)
 
 
-def table(*, gather: float, in_place: float, repeat: float) -> CostTable:
+def make_table(*, gather: float, in_place: float, repeat: float) -> CostTable:
     """A family whose forwards cost so much a row, whatever their size."""
     a_row = {Path.GATHER: gather, Path.IN_PLACE: in_place, Path.REPEAT: repeat}
     return CostTable({(path, size): a_row[path] * size for path, size in CELLS})
 
 
-def paths(pieces: Sequence[PlannedForward]) -> dict[Path, int]:
+def count_paths(pieces: Sequence[PlannedForward]) -> dict[Path, int]:
     """How many rows go each way."""
     found: dict[Path, int] = {}
     for path, rows in pieces:
@@ -65,22 +65,26 @@ def test_what_was_not_measured_is_gathered(offsets: list[int]) -> None:
 def test_the_cheapest_way_is_taken() -> None:
     """One model's inputs together, the others in place or gathered, as their times say."""
     offsets = [ROW * 9] * 10 + [ROW * i for i in (0, 1, 2, 5)]
-    assert paths(plan_forwards(table(gather=4, in_place=9, repeat=1), offsets, ROW)) == {
+    assert count_paths(plan_forwards(make_table(gather=4, in_place=9, repeat=1), offsets, ROW)) == {
         Path.REPEAT: 10,
         Path.GATHER: 4,
     }
-    assert paths(plan_forwards(table(gather=4, in_place=2, repeat=1), offsets, ROW)) == {
+    assert count_paths(plan_forwards(make_table(gather=4, in_place=2, repeat=1), offsets, ROW)) == {
         Path.REPEAT: 10,
         Path.IN_PLACE: 4,
     }
-    assert paths(plan_forwards(table(gather=4, in_place=9, repeat=5), offsets, ROW)) == {Path.GATHER: 14}
-    assert paths(plan_forwards(table(gather=4, in_place=1, repeat=2), offsets, ROW)) == {Path.IN_PLACE: 14}
+    assert count_paths(plan_forwards(make_table(gather=4, in_place=9, repeat=5), offsets, ROW)) == {Path.GATHER: 14}
+    assert count_paths(plan_forwards(make_table(gather=4, in_place=1, repeat=2), offsets, ROW)) == {Path.IN_PLACE: 14}
 
 
 def test_a_small_saving_is_noise() -> None:
     """Another way must save a tenth."""
-    assert paths(plan_forwards(table(gather=1.0, in_place=0.95, repeat=0.95), [0, 0, ROW], ROW)) == {Path.GATHER: 3}
-    assert paths(plan_forwards(table(gather=1.0, in_place=0.85, repeat=0.95), [0, 0, ROW], ROW)) == {Path.IN_PLACE: 3}
+    assert count_paths(plan_forwards(make_table(gather=1.0, in_place=0.95, repeat=0.95), [0, 0, ROW], ROW)) == {
+        Path.GATHER: 3
+    }
+    assert count_paths(plan_forwards(make_table(gather=1.0, in_place=0.85, repeat=0.95), [0, 0, ROW], ROW)) == {
+        Path.IN_PLACE: 3
+    }
 
 
 def test_rows_side_by_side_run_together_only_where_that_is_faster() -> None:

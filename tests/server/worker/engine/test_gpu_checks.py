@@ -32,7 +32,7 @@ class Lossy(FakeDevice):
     lost = False
 
     def _tell(self, stream: str, act: Callable[[], object], after: Event | None) -> Work:
-        def checked() -> None:
+        def note_check() -> None:
             try:
                 act()
             except (IndexError, RuntimeError):
@@ -41,8 +41,8 @@ class Lossy(FakeDevice):
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
         if self.lost:
-            checked()
-        return super()._tell(stream, checked, after)
+            note_check()
+        return super()._tell(stream, note_check, after)
 
 
 def test_a_right_device_passes_the_checks_of_a_start() -> None:

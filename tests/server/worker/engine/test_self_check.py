@@ -26,11 +26,11 @@ class Stale(FakeDevice):
         """See the class."""
         replay, first = super().graph(work), list[torch.Tensor]()
 
-        def again() -> torch.Tensor:
+        def run_again() -> torch.Tensor:
             first.append(replay().clone())
             return first[0]
 
-        return again
+        return run_again
 
 
 class Forgetful(FakeDevice):

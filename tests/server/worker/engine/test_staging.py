@@ -11,7 +11,7 @@ from server.worker.engine.accelerator import EAGER_RUNS, MAX_KEPT_BYTES, DeviceE
 from server.worker.engine.staging import LANE_BYTES, LANES, STAGING_BYTES, WORK_BYTES, count_capacity
 from server.worker.engine.work_memory import measure_work
 from tests.server.fake_device import FakeDevice
-from tests.server.worker.engine.test_cpu import reference
+from tests.server.worker.engine.test_cpu import answer_plainly
 
 MIB = 2**20
 
@@ -78,7 +78,7 @@ def test_the_measured_memory_is_what_a_forward_takes(architecture: str) -> None:
     for i in range(EAGER_RUNS + 2):
         device.total_bytes = used + needed * 11 // 10 + 4096 if i < EAGER_RUNS - 1 else 2**30
         answer = engine.run(family, [0], [x])[0]
-    np.testing.assert_allclose(answer, reference(family, 0, x), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(answer, answer_plainly(family, 0, x), rtol=1e-3, atol=1e-4)
     assert device.replays >= 2  # the run that failed may be counted
     assert staging.kept_bytes == rows * (work.bound + work.peak) < MAX_KEPT_BYTES
 
@@ -96,7 +96,7 @@ def test_a_larger_family_makes_staging_grow_and_smaller_ones_answer_on() -> None
         x = np.random.default_rng(0).standard_normal((3, *family.input_shape), np.float32)
         for _ in range(EAGER_RUNS + 2):
             answer = engine.run(family, [offsets[family.key]], [x])[0]
-            np.testing.assert_allclose(answer, reference(family, 1, x), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(answer, answer_plainly(family, 1, x), rtol=1e-4, atol=1e-5)
     assert device.captures == 3
 
 
@@ -111,7 +111,7 @@ def test_page_locked_memory_that_is_short_is_out_of_memory() -> None:
         engine.run(family, [0], [x])
     engine.trim()
     device.page_locked_bytes = MIB
-    np.testing.assert_allclose(engine.run(family, [0], [x])[0], reference(family, 0, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(engine.run(family, [0], [x])[0], answer_plainly(family, 0, x), rtol=1e-4, atol=1e-5)
 
 
 def test_what_families_keep_is_bounded_by_the_least_recently_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,4 +136,4 @@ def test_a_golden_sample_of_many_rows_takes_no_more_than_a_forward() -> None:
     engine = DeviceEngine(DevicePool(row.nbytes, device), 8)
     x = np.random.default_rng(0).standard_normal((64, *family.input_shape), np.float32)
     device.total_bytes = device.ledger.used_bytes + 2 * 8 * sum(measure_work(family, bf16=False))
-    np.testing.assert_allclose(engine.probe(family, row, x), reference(family, 0, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(engine.probe(family, row, x), answer_plainly(family, 0, x), rtol=1e-4, atol=1e-5)

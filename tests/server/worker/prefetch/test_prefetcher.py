@@ -56,7 +56,7 @@ class TickedWorker:
     async def learn_and_evict(self, fleet: Iterable[str], noise: Iterable[str] | None = None) -> None:
         """The fleet's ticks, then noise that fills the cache after the last of them."""
         await self.learn(fleet)
-        await self.ask(named("n", ROOM) if noise is None else noise)
+        await self.ask(name_models("n", ROOM) if noise is None else noise)
 
     async def before(self, tick: int) -> None:
         """It is shortly before a tick, and the loop has seen that."""
@@ -110,14 +110,14 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
     asyncio.run(run())
 
 
-def named(prefix: str, count: int) -> list[str]:
+def name_models(prefix: str, count: int) -> list[str]:
     """Names of family a, for example a/x0."""
     return [f"a/{prefix}{i}" for i in range(count)]
 
 
 def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
     """Noise fills the cache between two ticks; at the next one every call is a hit, and every load was of use."""
-    fleet, noise = named("t", ROOM), named("n", ROOM)
+    fleet, noise = name_models("t", ROOM), name_models("n", ROOM)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
@@ -137,7 +137,7 @@ def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
 
 def test_without_foresight_the_same_tick_is_cold() -> None:
     """What the test above is measured against: the same traffic, every call a miss."""
-    fleet, noise = named("t", ROOM), named("n", ROOM)
+    fleet, noise = name_models("t", ROOM), name_models("n", ROOM)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet, noise)
@@ -149,7 +149,7 @@ def test_without_foresight_the_same_tick_is_cold() -> None:
 
 def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
     """A model that was evicted to host memory is brought from there."""
-    fleet, noise = named("t", ROOM), named("n", ROOM)
+    fleet, noise = name_models("t", ROOM), name_models("n", ROOM)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet, noise)
@@ -163,7 +163,7 @@ def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
 
 def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
     """The oldest in an LRU are the fleet's own rows: noise goes instead of them, also for calls before the tick."""
-    fleet, noise = named("t", ROOM), named("n", ROOM // 2)
+    fleet, noise = name_models("t", ROOM), name_models("n", ROOM // 2)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet, noise)
@@ -177,7 +177,7 @@ def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
 
 def test_a_fleet_that_does_not_fit_is_not_brought_in_circles() -> None:
     """Models of the same tick never make room for each other: each is built once at most, and the rest is refused."""
-    fleet = named("t", 2 * ROOM)
+    fleet = name_models("t", 2 * ROOM)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
@@ -194,14 +194,14 @@ def test_other_traffic_before_the_tick_takes_its_own_room() -> None:
     """Between the loads ahead of time and the tick others miss, more than there is spare room for: they push out each
     other, the fleet stays, and its tick is warm.
     """
-    fleet = named("t", ROOM - 2)
+    fleet = name_models("t", ROOM - 2)
 
     async def scenario(market: TickedWorker) -> None:
-        await market.learn(fleet, named("n", 3))
-        await market.ask(named("o", ROOM))
+        await market.learn(fleet, name_models("n", 3))
+        await market.ask(name_models("o", ROOM))
         await market.before(LEARNT)
         await until(lambda: set(fleet) <= resident(market.steps))
-        for model in named("late", ROOM):
+        for model in name_models("late", ROOM):
             assert await market.ask([model]) == [CacheResult.MISS]
         market.now[0] = PERIOD_S * LEARNT
         assert set(await market.ask(fleet)) == {CacheResult.HIT}
@@ -212,7 +212,7 @@ def test_other_traffic_before_the_tick_takes_its_own_room() -> None:
 
 def test_a_request_is_served_where_all_that_is_here_is_about_to_be_asked() -> None:
     """No room is worth less than the fleet's: a request has it all the same, and who had to go is brought again."""
-    fleet = named("t", ROOM)
+    fleet = name_models("t", ROOM)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
@@ -227,7 +227,7 @@ def test_a_request_is_served_where_all_that_is_here_is_about_to_be_asked() -> No
 
 def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
     """All rows are pinned but one, which a request holds: what was foreseen is refused, nobody has left."""
-    fleet, pinned = named("t", 4), named("p", ROOM - 1)
+    fleet, pinned = name_models("t", 4), name_models("p", ROOM - 1)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet)
@@ -247,7 +247,7 @@ def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
 
 def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
     """A request's load comes first and alone; once it is over, foresight goes on."""
-    fleet = named("t", 4)
+    fleet = name_models("t", 4)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
@@ -282,7 +282,7 @@ def test_a_request_joins_the_load_that_is_on_its_way() -> None:
 
 def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     """The fleet's tick does not come: its rows are the first to go for others, and nobody else has lost one."""
-    fleet = named("t", 4)
+    fleet = name_models("t", 4)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
@@ -290,7 +290,7 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
         await until(lambda: set(fleet) <= resident(market.steps))
         market.now[0] += 100
         await asyncio.sleep(0.15)
-        await market.ask(named("o", ROOM))
+        await market.ask(name_models("o", ROOM))
         assert market.counted("wasted") == len(fleet)
         assert market.counted("used") == 0
 
@@ -299,7 +299,7 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
 
 def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
     """A broken archive: counted, remembered like any failure, and the other models of the tick are brought."""
-    fleet = named("t", 4)
+    fleet = name_models("t", 4)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
@@ -312,7 +312,7 @@ def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
 
 def test_under_the_policy_that_knows_rhythms_itself() -> None:
     """`due` expects the fleet as well: foresight brings it back at the price of noise."""
-    fleet, noise = named("t", ROOM // 2), named("n", 2 * ROOM)
+    fleet, noise = name_models("t", ROOM // 2), name_models("n", 2 * ROOM)
 
     async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet, noise)

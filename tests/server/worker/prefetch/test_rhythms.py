@@ -42,7 +42,7 @@ class CallPlayer:
             self.foreseen += self.rhythms.collect_due(self.now)
 
 
-def names(prefix: str, count: int) -> list[ModelName]:
+def name_models(prefix: str, count: int) -> list[ModelName]:
     """For example a0, a1, ..."""
     return [ModelName(f"{prefix}{i}") for i in range(count)]
 
@@ -52,7 +52,7 @@ def tick(fleet: Iterable[ModelName], at: float, spread: float, rng: random.Rando
     return ((at + rng.random() * spread, model) for model in fleet)
 
 
-def noise(models: list[ModelName], rate: float, until: float, rng: random.Random) -> Iterator[Call]:
+def draw_noise(models: list[ModelName], rate: float, until: float, rng: random.Random) -> Iterator[Call]:
     """Independent calls, rank r with popularity 1 / r."""
     weights = [1 / (rank + 1) for rank in range(len(models))]
     time = rng.expovariate(rate)
@@ -91,7 +91,7 @@ def test_any_clock_is_learnt_by_its_fourth_tick_and_kept(
 
 def test_a_fleet_is_foreseen_in_time_and_once_a_tick() -> None:
     """Each model once for each tick, before its call, and the due times are right within the spread."""
-    market, rng, fleet = CallPlayer(), random.Random(1), names("a", 50)
+    market, rng, fleet = CallPlayer(), random.Random(1), name_models("a", 50)
     calls = [call for k in range(1, 11) for call in tick(fleet, 300.0 * k, 1.0, rng)]
     told = market.play(calls)
     assert all(known == (time >= 300 * (LEARNT + 1)) for (time, _), known in told.items())
@@ -102,9 +102,9 @@ def test_a_fleet_is_foreseen_in_time_and_once_a_tick() -> None:
 def test_noise_between_the_ticks_is_passed_over() -> None:
     """Zipf traffic for other models and for the same ones: the tick is learnt, noise is hardly foreseen."""
     market, rng = CallPlayer(), random.Random(2)
-    fleet, others = names("a", 100), names("b", 400)
+    fleet, others = name_models("a", 100), name_models("b", 400)
     calls = [call for k in range(1, 16) for call in tick(fleet, 300.0 * k, 1.0, rng)]
-    told = market.play([*calls, *noise(others, 2.0, 4700, rng), *noise(fleet, 0.2, 4700, rng)])
+    told = market.play([*calls, *draw_noise(others, 2.0, 4700, rng), *draw_noise(fleet, 0.2, 4700, rng)])
     late = [known for (time, model), known in told.items() if model in fleet and time % 300 < 1 and time > 3000]
     assert sum(late) / len(late) > 0.9
     of_others = sum(each.model in others for each in market.foreseen)
@@ -114,7 +114,7 @@ def test_noise_between_the_ticks_is_passed_over() -> None:
 def test_two_clocks_at_once() -> None:
     """Five minutes and an hour, models of one, of the other and of both: each is foreseen for its own ticks."""
     market, rng = CallPlayer(), random.Random(3)
-    fast, slow = names("fast", 20), names("slow", 20)
+    fast, slow = name_models("fast", 20), name_models("slow", 20)
     hours = 7
     calls = [call for k in range(1, 12 * hours) for call in tick(fast, 300.0 * k, 1.0, rng)]
     calls += [call for k in range(1, hours) for call in tick(slow, 3600.0 * k + 100, 1.0, rng)]
@@ -127,7 +127,7 @@ def test_two_clocks_at_once() -> None:
 
 def test_missed_ticks_are_forgiven() -> None:
     """After one and after two ticks without calls the next is foreseen as ever."""
-    market, rng, fleet = CallPlayer(), random.Random(4), names("a", 10)
+    market, rng, fleet = CallPlayer(), random.Random(4), name_models("a", 10)
     ticks = [k for k in range(1, 20) if k not in (9, 14, 15)]
     told = market.play(call for k in ticks for call in tick(fleet, 300.0 * k, 1.0, rng))
     assert all(known for (time, _), known in told.items() if time >= 300 * (LEARNT + 1))
@@ -136,7 +136,7 @@ def test_missed_ticks_are_forgiven() -> None:
 def test_a_model_that_leaves_the_fleet_is_forgotten() -> None:
     """It is foreseen for a few ticks more, then not even remembered."""
     market, rng = CallPlayer(), random.Random(5)
-    stay, leave = names("stay", 10), names("leave", 10)
+    stay, leave = name_models("stay", 10), name_models("leave", 10)
     calls = [call for k in range(1, 21) for call in tick(stay, 300.0 * k, 1.0, rng)]
     calls += [call for k in range(1, 11) for call in tick(leave, 300.0 * k, 1.0, rng)]
     market.play(calls)
@@ -147,7 +147,7 @@ def test_a_model_that_leaves_the_fleet_is_forgotten() -> None:
 
 def test_a_clock_that_jumps_is_learnt_anew() -> None:
     """The fleet's tick moves by half a period: some ticks later it is foreseen at its new time."""
-    market, rng, fleet = CallPlayer(), random.Random(6), names("a", 10)
+    market, rng, fleet = CallPlayer(), random.Random(6), name_models("a", 10)
     moved = 3000.0 + 150
     calls = [call for k in range(1, 11) for call in tick(fleet, 300.0 * k, 1.0, rng)]
     calls += [call for k in range(1, 16) for call in tick(fleet, moved + 300.0 * k, 1.0, rng)]
@@ -184,7 +184,7 @@ def test_memory_is_bounded_whatever_names_come(monkeypatch: pytest.MonkeyPatch) 
     for k in range(1, 30):
         for step in range(60):
             rhythms.collect_due(1000 + 3.0 * k - 3 + step * STEP_S)
-        for model in names("a", 500):
+        for model in name_models("a", 500):
             rhythms.record_request(model, 1000 + 3.0 * k)
     assert 90 <= len(rhythms) <= 100
     assert rhythms._rhythm_bytes <= 64_500
@@ -196,7 +196,7 @@ def test_memory_is_bounded_whatever_names_come(monkeypatch: pytest.MonkeyPatch) 
 @given(gaps=st.lists(st.floats(0, 50), max_size=60), models=st.integers(1, 3), seed=st.integers(0, 99))
 def test_whatever_the_calls_nobody_is_foreseen_late_or_twice(gaps: list[float], models: int, seed: int) -> None:
     """No calls bring it out of step: what is due lies ahead or is just over, and is told once until asked or missed."""
-    rng, fleet, rhythms, now = random.Random(seed), names("a", models), Rhythms(), 0.0
+    rng, fleet, rhythms, now = random.Random(seed), name_models("a", models), Rhythms(), 0.0
     told: list[Expected] = []
     for gap in gaps:
         for step in range(20):
