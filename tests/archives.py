@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
+from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 
@@ -46,6 +47,16 @@ def make_forecaster(seed: int = 0, *, name: str = "NSW1", golden: GoldenSample |
         model_name=name,
         golden=golden,
     )
+
+
+def pack_tcn(
+    name: str, config: Mapping[str, int | float | str | list[int]], seed: int, forecast: ForecastSpec | None = None
+) -> bytes:
+    """A forecaster MAR of a `tcn` of seeded random weights."""
+    parts = ArchiveParts(
+        tensors=random_tensors(build_family("tcn", config), seed), architecture="tcn", config=config, forecast=forecast
+    )
+    return pack_model(Kind.FORECASTER, parts, model_name=name)
 
 
 def make_graph(seed: int = 0) -> bytes:

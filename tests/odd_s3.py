@@ -6,7 +6,6 @@ It speaks the little of S3 that a store reads: GET of an object and ListObjectsV
 
 import hashlib
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from tests.http_servers import serve_on_thread
 
 BUCKET = "fleet"
 
@@ -65,18 +66,13 @@ class OddS3:
 def odd_s3(tls: ssl.SSLContext | None = None) -> Iterator[OddS3]:
     """Start it on loopback; with `tls` it speaks https and is called `localhost`."""
     state = OddS3()
-    with _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state})) as server:
-        if tls:
-            server.socket = tls.wrap_socket(server.socket, server_side=True)
-        host = "https://localhost" if tls else "http://127.0.0.1"
-        state.endpoint_url = f"{host}:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield state
-        finally:
-            server.shutdown()
-            thread.join()
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"state": state}))
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    host = "https://localhost" if tls else "http://127.0.0.1"
+    state.endpoint_url = f"{host}:{server.server_port}"
+    with serve_on_thread(server):
+        yield state
 
 
 class _Server(ThreadingHTTPServer):

@@ -28,6 +28,7 @@ import boto3
 from botocore.config import Config
 
 from model_store.stores.store_health import PROBE
+from tests.http_servers import serve_on_thread
 from tests.patience import PATIENCE_S, POLL_S
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
@@ -220,15 +221,9 @@ def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
 def _run_proxy(upstream: str) -> Iterator[S3Server]:
     server = S3Server(endpoint_url="", env={})
     handler = type("Handler", (_Handler,), {"upstream": urlsplit(upstream), "server_state": server})
-    with _ProxyServer(("127.0.0.1", 0), handler) as proxy:
-        server.endpoint_url = f"http://127.0.0.1:{proxy.server_address[1]}"
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            proxy.shutdown()
-            thread.join()
+    with serve_on_thread(_ProxyServer(("127.0.0.1", 0), handler)) as place:
+        server.endpoint_url = f"http://{place}"
+        yield server
 
 
 class _ProxyServer(ThreadingHTTPServer):

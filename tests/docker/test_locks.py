@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from loadtest.observe.processes import find_free_port
+from tests.http_servers import serve_on_thread
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -180,15 +180,8 @@ def serve_advisories(known: Mapping[str, str]) -> Iterator[tuple[str, list[Any]]
         def log_message(self, *_: object) -> None:
             """Say nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serve_on_thread(ThreadingHTTPServer(("127.0.0.1", 0), Answer)) as place:
+        yield f"http://{place}", asked
 
 
 @pytest.mark.slow

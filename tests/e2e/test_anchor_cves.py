@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ import pytest
 from tests.archives import make_zip, repack
 from tests.e2e.models import forecaster
 from tests.e2e.server import Server, serving
+from tests.http_servers import serve_on_thread
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
@@ -43,15 +43,8 @@ def listen_as_stranger() -> Iterator[tuple[str, list[Any]]]:
             called.append(client_address)
             return True
 
-    host = Host(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    thread = Thread(target=host.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"127.0.0.1:{host.server_port}", called
-    finally:
-        host.shutdown()
-        thread.join()
-        host.server_close()
+    with serve_on_thread(Host(("127.0.0.1", 0), BaseHTTPRequestHandler)) as place:
+        yield place, called
 
 
 def ask_raw(address: str, head: str) -> int:

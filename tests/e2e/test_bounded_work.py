@@ -20,10 +20,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from handlers.evaluation.correlation import estimate_gaussian
-from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind
 from server.ipc.pulse import PulseReader, RunningModel
+from tests.archives import pack_tcn
 from tests.e2e.canary import Canary
 from tests.e2e.models import FORECAST_TCN, LEVELS, forecaster
 from tests.e2e.server import Server, is_answered, serving, upload
@@ -86,12 +86,7 @@ def long_context() -> bytes:
         quantile_levels=LEVELS,
         inputs=(InputChannel(source="target"),) * CHANNELS,
     )
-    tensors = random_tensors(build_family("tcn", config), 3)
-    return pack_model(
-        Kind.FORECASTER,
-        ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=recipe),
-        model_name="long",
-    )
+    return pack_tcn("long", config, 3, recipe)
 
 
 def pack_correlation() -> bytes:

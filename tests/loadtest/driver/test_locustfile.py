@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from loadtest.fleets.fleet import list_fleet_names
-from tests.patience import PATIENCE_S, POLL_S
+from tests.http_servers import serve_on_thread
+from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
 NAMES = list_fleet_names(6)
@@ -54,14 +54,8 @@ class FleetHandler(BaseHTTPRequestHandler):
 def peer() -> Iterator[str]:
     """Its address."""
     FleetHandler.asked.clear()
-    with ThreadingHTTPServer(("127.0.0.1", 0), FleetHandler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with serve_on_thread(ThreadingHTTPServer(("127.0.0.1", 0), FleetHandler)) as place:
+        yield f"http://{place}"
 
 
 def run_locust(host: str, *flags: str) -> "subprocess.CompletedProcess[str]":

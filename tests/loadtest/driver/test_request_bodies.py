@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 import urllib3
 
-from handlers.forecasters import build_family, random_tensors
-from handlers.kinds import ArchiveParts, pack_model
 from loadtest.driver.dialects import BodyKind, encode_npy, find_fault
 from loadtest.driver.request_bodies import RequestBody, join_requests, make_request_body, read_request_bodies
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import run_local_server
 from model_store.archives.archive import open_archive
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
+from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.contract import NPY
+from tests.archives import pack_tcn
 from tests.e2e.models import onnx_model
 
 START = "2026-01-01 00:00:00"
@@ -42,12 +41,7 @@ def make_demanding() -> bytes:
         cat=("zone", "product"),
         scaler=Scaler(kind="asinh", center=50.0, scale=10.0),
     )
-    tensors = random_tensors(build_family("tcn", SMALL), 3)
-    return pack_model(
-        Kind.FORECASTER,
-        ArchiveParts(tensors=tensors, architecture="tcn", config=SMALL, forecast=forecast),
-        model_name="d",
-    )
+    return pack_tcn("d", SMALL, 3, forecast)
 
 
 def make_several() -> bytes:
@@ -61,21 +55,12 @@ def make_several() -> bytes:
         products=("energy", "reserve"),
         inputs=(InputChannel(source="target"), InputChannel(source="target", product=1)),
     )
-    tensors = random_tensors(build_family("tcn", config), 5)
-    return pack_model(
-        Kind.FORECASTER,
-        ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=forecast),
-        model_name="s",
-    )
+    return pack_tcn("s", config, 5, forecast)
 
 
 def make_plain() -> bytes:
     """A forecaster that only answers tensors."""
-    return pack_model(
-        Kind.FORECASTER,
-        ArchiveParts(tensors=random_tensors(build_family("tcn", SMALL), 4), architecture="tcn", config=SMALL),
-        model_name="p",
-    )
+    return pack_tcn("p", SMALL, 4)
 
 
 @pytest.mark.e2e

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import trustme
@@ -13,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 
 from loadtest.observe.processes import find_free_port
 from loadtest.observe.server_access import CannotConnect, ServerAccess, open_access
+from tests.http_servers import serve_on_thread
 
 TOKEN = "desk-secret"
 
@@ -46,14 +46,8 @@ def serve_connections(tls: ssl.SSLContext | None) -> Iterator[str]:
     server = QuietServer(("127.0.0.1", 0), Answer)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    thread = Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    try:
-        yield f"127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serve_on_thread(server) as place:
+        yield place
 
 
 @pytest.fixture

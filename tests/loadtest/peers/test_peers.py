@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from loadtest.peers.over_memory import grow_past_memory
 from loadtest.peers.process_tree import ProcessTree, start_process
 from loadtest.peers.servers import PACKAGE, PEERS, PeerServer
 from server.contract import JSON
+from tests.http_servers import serve_on_thread
 
 NEEDS_WRK = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed (apt-get install wrk)")
 
@@ -84,14 +84,8 @@ def serve_site(of: Site) -> Iterator[Site]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     of.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with serve_on_thread(server):
         yield of
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @NEEDS_WRK

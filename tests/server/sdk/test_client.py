@@ -1,7 +1,6 @@
 """The client against listeners with prepared answers: new archives, retries, connections and errors."""
 
 import socket
-import threading
 from collections.abc import Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
@@ -22,7 +21,7 @@ from server.sdk.errors import (
     error_from_reply,
 )
 from server.sdk.forecasts import ForecastRequest
-from tests.patience import POLL_S
+from tests.http_servers import serve_on_thread
 
 
 class ManagementHandler(BaseHTTPRequestHandler):
@@ -56,12 +55,8 @@ class ManagementHandler(BaseHTTPRequestHandler):
 def listener() -> Iterator[str]:
     """The address of one."""
     ManagementHandler.asked = []
-    with HTTPServer(("127.0.0.1", 0), ManagementHandler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serve_on_thread(HTTPServer(("127.0.0.1", 0), ManagementHandler)) as place:
+        yield f"http://{place}"
 
 
 def test_only_what_a_server_holds_is_reloaded(listener: str) -> None:
@@ -115,13 +110,10 @@ class Inference(BaseHTTPRequestHandler):
 def inference() -> Iterator[str]:
     """The address of one."""
     Inference.connections, Inference.asked = 0, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Inference) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(POLL_S,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Inference)
+    server.daemon_threads = True
+    with serve_on_thread(server) as place:
+        yield f"http://{place}"
 
 
 BUSY = (503, {"X-Amz-Retry-After": "1", "Retry-After": "3600"}, b'{"message": "the queue is full"}')
