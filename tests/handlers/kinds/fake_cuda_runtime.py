@@ -14,7 +14,8 @@ import onnxruntime
 import pytest
 import torch
 
-from handlers.kinds import onnx, onnx_cuda
+from handlers.kinds.onnx import cuda as onnx_cuda
+from handlers.kinds.onnx import session
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 HOSTNAME = "this-host"
@@ -127,8 +128,8 @@ def cuda_here(device: FakeCuda) -> Iterator[FakeCuda]:
     make: Callable[..., Session] = lambda *given, **named: Session(device, *given, **named)  # noqa: E731
     device.InferenceSession, device.OrtArenaCfg = make, device.make_arena  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx, "import_module", lambda name: device)
-        patch.setattr(onnx, "_arenas", {"cpu"})
+        patch.setattr(session, "import_module", lambda name: device)
+        patch.setattr(session, "_arenas", {"cpu"})
         patch.setattr(onnx_cuda, "_preloaded", [])
         patch.setattr(onnx_cuda, "_streams", [device])
         patch.setattr(onnx_cuda, "read_free_bytes", lambda: device.free_bytes)

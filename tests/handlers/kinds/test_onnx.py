@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from handlers.codecs.codec import SingleCodec
 from handlers.errors import Overran, RunFailed
 from handlers.kinds.onnx import OnnxModel
-from handlers.kinds.onnx_scan import check_model
+from handlers.kinds.onnx.scan import check_model
 from handlers.work import SessionLimits
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind
 

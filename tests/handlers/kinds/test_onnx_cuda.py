@@ -10,7 +10,9 @@ import torch
 from handlers.errors import DeviceFailed, Overran, RunFailed
 from handlers.kinds import Target, build_model
 from handlers.kinds.models import SingleModel
-from handlers.kinds.onnx import PROBE_S, QUICK_S, OnnxModel, place_session
+from handlers.kinds.onnx import OnnxModel, place_session
+from handlers.kinds.onnx.archive_kind import QUICK_S
+from handlers.kinds.onnx.model import PROBE_S
 from handlers.work import SessionLimits
 from model_store.archives.archive import open_archive
 from model_store.errors import ArchiveInvalid, LoadError, UnsupportedKind

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from handlers.kinds import onnx_scan as kind
-from handlers.kinds.onnx_scan import MAX_FIELDS, MAX_PARTS, SCALARS_AT_ONCE, check_model
+from handlers.kinds.onnx import scan as kind
+from handlers.kinds.onnx.scan import MAX_FIELDS, MAX_PARTS, SCALARS_AT_ONCE, check_model
 from model_store.errors import ArchiveInvalid, ArchiveTooLarge
 
 SCALAR = b"\x08\x01"  #: ir_version of a model, 1

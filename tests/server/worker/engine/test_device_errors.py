@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from handlers.errors import DeviceFailed, RunFailed
-from handlers.kinds.onnx_cuda import is_device_failure
+from handlers.kinds.onnx.cuda import is_device_failure
 from server.worker.engine.device_errors import EXIT_CODE, is_lost
 from tests.patience import PATIENCE_S
 
