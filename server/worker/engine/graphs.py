@@ -65,11 +65,12 @@ class Graphs:
         It overwrites staging, so no forward may be in flight. Raises torch.OutOfMemoryError; the forward then has to
         run as often as a new one.
         """
+        held = {key: self._sizes[key] for key in self._graphs}
         while self._eager:
             key = next(iter(self._eager))
             staging = self._eager.pop(key)
             size = staging.count_graph_bytes(key[1])
-            victims = choose_victims(key, size, self._runs, {held: self._sizes[held] for held in self._graphs})
+            victims = choose_victims(key, size, self._runs, held)
             if victims is None or key[0] in self._plain:
                 continue
             try:

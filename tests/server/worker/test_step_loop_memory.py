@@ -330,6 +330,7 @@ def test_the_staging_of_a_step_out_of_memory_is_gone_before_the_step_runs_again(
     """The frames of the error hold the family's staging; a second one beside it would never find room."""
 
     async def scenario(house: House) -> None:
+        house.steps._learn_after = math.inf  # the request is to be the first to need staging
         await house.steps.load(ModelName("a/m0"))
         assert isinstance(house.engine, DeviceEngine)
         pool, used, trim = house.device.ledger.used_bytes, list[int](), house.engine.trim
@@ -389,6 +390,7 @@ def test_page_locked_memory_that_is_short_costs_one_request() -> None:
     """The host lets the device lock no more: NO_ROOM for the request that needed it; the worker stays and serves."""
 
     async def scenario(house: House) -> None:
+        house.steps._learn_after = math.inf  # the request is to be the first to need staging
         await house.steps.load(ModelName("a/m0"))
         house.device.page_locked_bytes = house.device.page_locked.used_bytes
         refused = house.front.refusals[await house.ask("a/m0")]

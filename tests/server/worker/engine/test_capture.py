@@ -95,3 +95,24 @@ def test_a_family_that_reads_numbers_is_never_captured(read: Callable[[torch.Ten
             learn_all(made)
         made.run(family, [0], [x])
     assert (device.captures, device.replays) == (1, 2)
+
+
+def test_a_family_that_fails_in_idle_time_is_not_captured_and_answers_on() -> None:
+    """What a forward raises on zeros is no error of the worker's."""
+    family, fails = build_family("tcn", {**CONFIGS["tcn"], "features": 1, "context_length": 1}), [False]
+
+    def fail(_: torch.Tensor) -> None:
+        if fails[0]:
+            raise ValueError("not with zeros")
+
+    failing: Family = Reading(family, fail)  # type: ignore[assignment]
+    device, x = FakeDevice(), np.ones((1, *family.input_shape), np.float32)
+    made = DeviceEngine(DevicePool(family.row_floats * 4, device), 16)
+    made.pool.write(0, family.row(random_tensors(family, 0)))
+    for _ in range(2):
+        for _ in range(EAGER_RUNS):
+            made.run(failing, [0], [x])
+        fails[0] = True
+        assert learn_all(made) <= 1
+        fails[0] = False
+    assert (device.captures, device.replays) == (0, 0)
