@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def main(
     *,
-    rounds: Annotated[int, typer.Option(min=1, help="number of rounds")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="number of rounds")] = 25,
     beside: Annotated[Path | None, typer.Option(exists=True, help="a checkout to compare with")] = None,
     save: Annotated[bool, typer.Option(help="save a record")] = True,
 ) -> None:

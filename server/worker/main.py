@@ -60,13 +60,14 @@ def build_steps(
     store = ModelStore(source, disk, limits, settings.revalidate_s)
     cache = Cache(budget, int(settings.slab_bytes), policy=make_policy(settings.eviction_policy))
     metrics = WorkerMetrics(plan.index, plan.device, settings.metrics_per_model)
+    measures = (engine.measure,) if isinstance(engine, DeviceEngine) else ()
     few = FEW if where.type == "cpu" else settings.max_batch_rows  # a GPU's step costs launches, rows next to nothing
     ahead = max(1, settings.loader_threads // 2)  # the others are for loads that a request waits for
     return StepLoop(
         cache,
         Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
         engine,
-        ModelLoader(store, target_of(settings, where.type, plan.threads)),
+        ModelLoader(store, target_of(settings, where.type, plan.threads), *measures),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
         long=LongJobs(asyncio.get_running_loop(), pulse),

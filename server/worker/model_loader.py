@@ -4,14 +4,14 @@ Nothing here touches the cache, the pool or a queue: the result goes back to the
 load is a generator: between two of its steps it changes the lane, see `server.worker.load_lanes`.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from handlers import kinds
-from handlers.base import Float32
+from handlers.base import Family, Float32
 from handlers.kinds import RowModel, RunRow, SingleModel, Target
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Limits
@@ -90,10 +90,10 @@ class ModelBuilder(Protocol):
 
 
 class ModelLoader:
-    """Builds models from one store. Thread-safe."""
+    """Builds models from one store. Thread-safe, and so is `measure`, which is told of each row's family."""
 
-    def __init__(self, store: ModelStore, target: Target) -> None:
-        self._store, self._target = store, target
+    def __init__(self, store: ModelStore, target: Target, measure: Callable[[Family], object] = lambda _: None) -> None:
+        self._store, self._target, self._measure = store, target, measure
 
     def __repr__(self) -> str:
         """For example `<ModelLoader of ModelStore(...)>`."""
@@ -141,6 +141,8 @@ class ModelLoader:
         built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
         if golden is not None and built.row is None:
             built.body.prove(model, golden, None)
+        if isinstance(built.body, RowModel):
+            self._measure(built.body.family)
         return LoadedModel(
             model,
             found.version,

@@ -70,6 +70,8 @@ class ResidentModels:
         old = self.cache.ready(slot, now)
         if isinstance(built.body, RowModel):
             self.rows[slot] = built.body
+            if isinstance(self.engine, DeviceEngine):
+                self.engine.expect(built.body.family)
         else:
             self.singles[slot] = built.body
         self._validated[slot] = built.validated_at

@@ -44,6 +44,7 @@ from server.worker.single_batches import SingleBatches
 from server.worker.store_probe import StoreProbe
 
 SWEEP_S = 0.05
+LEARN_SHARE = 0.1  #: of the step thread's time at most, for what a device's engine does in idle time
 BEAT_S = 0.2  #: between two beats of the step loop's pulse
 _TIERS = {"host": Tier.HOST, "disk": Tier.DISK, "store": Tier.STORE}
 
@@ -97,6 +98,7 @@ class StepLoop:
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
         self._woken, self._beaten, self._beat_due = False, self._now(), False
+        self._learn_after = self._now()
         self._sweeper = self._loop.create_task(self._sweep())
 
     def __repr__(self) -> str:
@@ -295,15 +297,21 @@ class StepLoop:
                 self.wake()
 
     def _learn(self) -> None:
-        """Let the engine do what is idle work. Nobody waits for it, so its errors fail no request and end no sweep.
+        """Let the engine learn a little. Nobody waits for it, so its errors fail no request and end no sweep.
 
-        If the device is lost, this process ends.
+        On a device that may take long: only while no request is ready, and seldom. If the device is lost, this process
+        ends.
         """
+        began, on_device = self._now(), isinstance(self._engine, DeviceEngine)
+        if on_device and (began < self._learn_after or self._woken or self._scheduler.has_work):
+            return
         try:
             with ending_if_lost():
                 self._engine.learn()
         except Exception:  # whatever a device raises
             log.exception("idle_work_failed")
+        ended = self._now()
+        self._learn_after = ended + (ended - began) * (1 / LEARN_SHARE - 1)
 
     def close(self) -> None:
         """Stop the sweep and start no more loads."""

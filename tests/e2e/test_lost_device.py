@@ -48,9 +48,10 @@ if "server.worker.main" in " ".join(sys.orig_argv):
 
     run = accelerator.DeviceEngine.run
 
-    def run_or_die(self, family, offsets, parts):
+    def run_or_die(self, family, offsets, inputs):
+        parts = inputs if isinstance(inputs, list) else next(inputs.cut(1 << 20))
         self._device.lost |= any((part == {POISON}).any() for part in parts)
-        return run(self, family, offsets, parts)
+        return run(self, family, offsets, inputs)
 
     accelerator.DeviceEngine.run = run_or_die
     device.CudaDevice = lambda where, precision: Mortal(total_bytes=2**34)

@@ -14,10 +14,12 @@ from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
-from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
+from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.device import CudaDevice, Precision
 from server.worker.engine.device_budget import cache_share
+from server.worker.engine.graph_choice import EAGER_RUNS
 from server.worker.host_cache import HostCache
+from tests.server.worker.engine.learning import learn_all
 from tests.server.worker.engine.test_cpu import CONFIGS, answer_plainly
 
 pytestmark = [
@@ -61,14 +63,15 @@ def test_answers_are_the_cpus(architecture: str) -> None:
     family = build_family(architecture, CONFIGS[architecture])
     made = make_engine(family, 5, max_rows=64)
     rng = np.random.default_rng(0)
-    for rows in [1, 2, 3, 17, 64, 150] * (EAGER_RUNS + 2):
+    for turn, rows in enumerate([1, 2, 3, 17, 64, 150] * (EAGER_RUNS + 2)):
+        if turn == 6 * EAGER_RUNS:
+            learn_all(made)
         models = rng.integers(0, 5, rows).tolist()
         parts = [draw_inputs(family, 1, rows + i) for i in range(rows)]
         found = made.run(family, [model * family.row_floats * 4 for model in models], parts)
         for answer, model, x in list(zip(found, models, parts, strict=True))[:: max(1, rows // 8)]:
             np.testing.assert_allclose(answer, answer_plainly(family, model, x), rtol=1e-4, atol=1e-5)
-    assert len(made._graphs) == 5  # buckets 1, 2, 4, 32 and 64; 150 rows are two of 64 and one of 32
-    assert all(replay.__name__ == "replay" for replay in made._graphs.values()), "captured, not fallen back to eager"
+    assert made.graphs.captured(family.key) == {1, 2, 4, 32, 64}  # 150 rows are two of 64 and one of 32
 
 
 def test_a_row_is_back_by_one_copy_from_the_shelf() -> None:
@@ -112,7 +115,9 @@ def test_other_precisions_are_close(precision: Precision, tolerance: float) -> N
     family = build_family("tcn", SHAPE)
     made, x = make_engine(family, 5, precision), draw_inputs(family, 8)
     right = answer_plainly(family, 0, x)
-    for _ in range(EAGER_RUNS + 2):
+    for turn in range(EAGER_RUNS + 2):
+        if turn == EAGER_RUNS:
+            learn_all(made)
         np.testing.assert_allclose(made.run(family, [0], [x])[0], right, atol=tolerance * np.abs(right).max())
 
 
@@ -144,7 +149,9 @@ def test_a_tick_of_a_thousand_models() -> None:
         made.pool.write(model * size, row)
     offsets = np.random.default_rng(0).permutation(TICK) * size
     parts = list(draw_inputs(family, TICK)[:, None])
-    for _ in range(EAGER_RUNS + 2):
+    for turn in range(EAGER_RUNS + 2):
+        if turn == EAGER_RUNS:
+            learn_all(made)
         found = made.run(family, offsets.tolist(), parts)
     for at in (0, 499, 999):
         right = answer_plainly(family, int(offsets[at]) // size, parts[at])

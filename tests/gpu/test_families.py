@@ -17,9 +17,11 @@ from handlers.base import Family, Float32
 from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
 from handlers.kinds.graph.export import export_graph
 from handlers.kinds.graph.family import graph_family
-from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
+from server.worker.engine.accelerator import DeviceEngine, DevicePool
+from server.worker.engine.graph_choice import EAGER_RUNS
 from tests.gpu.devices import DEVICES, open_device
 from tests.handlers.nets import BATCHED, SHAPE, RecurrentNet, make_module
+from tests.server.worker.engine.learning import learn_all
 from tests.server.worker.test_exactness import SMALL, make_small
 
 MODELS = 5
@@ -104,7 +106,9 @@ def test_batches_are_the_rows_alone_and_the_cpus(fleet: str, device: str) -> Non
     for answer, tensors in zip(alone, numbers, strict=True):
         assert np.isfinite(answer).all()
         np.testing.assert_allclose(answer, answer_on_cpu(family, tensors, x), rtol=RELATIVE, atol=ABSOLUTE)
-    for count in ROWS * (EAGER_RUNS + 2) if device == "cuda" else PROVING_ROWS:
+    for turn, count in enumerate(ROWS * (EAGER_RUNS + 2) if device == "cuda" else PROVING_ROWS):
+        if turn >= EAGER_RUNS:
+            learn_all(engine)
         models, which = rng.integers(0, MODELS, count), rng.integers(0, 3, count)
         found = engine.run(family, [2 * int(model) * size for model in models], [x[i : i + 1] for i in which])
         right = np.stack([alone[model][i] for model, i in zip(models, which, strict=True)])

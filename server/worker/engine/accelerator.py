@@ -7,8 +7,8 @@ A step's rows stay leased until its event is done, which `run` waits for. So no 
 written again.
 """
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 
 import numpy as np
 import structlog
@@ -16,17 +16,17 @@ import torch
 
 from handlers.base import Family, Float32
 from server.worker.engine.batch_inputs import Index, LaneInputs
-from server.worker.engine.capture import HostReads, NotCapturable
 from server.worker.engine.device import Device, Event
+from server.worker.engine.device_errors import is_lost
+from server.worker.engine.graphs import Graphs
 from server.worker.engine.memory_pool import ALIGN_BYTES
 from server.worker.engine.staging import LANES, DeviceStaging, StagingLane, StagingMemory, count_capacity, count_floats
-from server.worker.engine.work_memory import WorkBytes, measure_work
+from server.worker.engine.work_memory import measure_work
 
 #: Bytes of scratch and graphs of all families, beyond which the least recently used family's are freed.
 MAX_KEPT_BYTES = 512 * 1024 * 1024
-EAGER_RUNS = 3  #: runs of a family and bucket before a graph is captured
-MAX_GRAPHS = 64
-MOST_PLAIN = 1024  #: families that are remembered as not to be captured: an archive's author chooses its family
+WARM_ROWS = (1, 64)  #: of the forwards by which a family's kernels are loaded before its first request
+MOST_FAMILIES = 1024  #: that wait for that, and that have staging: an archive's author chooses its family
 
 _FLOATS = ALIGN_BYTES // 4  # between two possible row starts
 
@@ -94,16 +94,15 @@ class DeviceEngine:
         self.pool = pool
         self._device, self._bf16 = pool.device, bf16
         self._memory = StagingMemory(max_rows, self._device)
-        self._work = dict[str, WorkBytes]()  # of families that ran, for good
         self._staging: OrderedDict[str, DeviceStaging] = OrderedDict()  # the least recently used first
-        self._graphs: OrderedDict[tuple[str, int], Callable[[], torch.Tensor]] = OrderedDict()
-        self._runs: Counter[tuple[str, int]] = Counter()
+        self.graphs = Graphs(self._device)
+        self._expected = dict[str, Family]()  # families that were loaded and have not run
         self._opened: LaneInputs | None = None  # what `open_batch` gave last
-        self._plain = dict[str, str]()  # why a family's forwards are not captured, for good
+        self._keeps_too_much = False  # because the newest family does
 
     def __repr__(self) -> str:
         """For example `<DeviceEngine <DevicePool 512.0 MB on cuda:0>, 2 families, 7 graphs>`."""
-        return f"<DeviceEngine {self.pool!r}, {len(self._staging)} families, {len(self._graphs)} graphs>"
+        return f"<DeviceEngine {self.pool!r}, {len(self._staging)} families, {len(self.graphs)} graphs>"
 
     def open_batch(self, family: Family) -> LaneInputs:
         """The inputs of the family's next batch, to be decoded into; they are in use until the next call.
@@ -139,7 +138,7 @@ class DeviceEngine:
     def probe(self, family: Family, row: Float32, x: Float32) -> Float32:
         """Answers [n, *output_shape] of a model that has no slot yet, in scratch memory, as much as a forward has."""
         answers = np.empty((len(x), *family.output_shape), np.float32)
-        most = count_capacity(family, self._measure_work(family), self._memory.max_rows)
+        most = count_capacity(family, measure_work(family, bf16=self._bf16), self._memory.max_rows)
         for at in range(0, len(x), most):
             answers[at : at + most] = self._probe_rows(family, row, x[at : at + most])
         return answers
@@ -157,9 +156,34 @@ class DeviceEngine:
         answers: Float32 = found.numpy()
         return answers
 
+    def measure(self, family: Family) -> None:
+        """Find how much memory the family's forwards take. For the thread that loads its model: it takes a while."""
+        measure_work(family, bf16=self._bf16)
+
+    def expect(self, family: Family) -> None:
+        """A model of this family was loaded: `learn` loads the family's kernels, unless a request comes first."""
+        if family.key not in self._staging and len(self._expected) < MOST_FAMILIES:
+            self._expected[family.key] = family
+
     def learn(self) -> bool:
-        """No-op: a device gathers at its memory's bandwidth and replays one graph for a whole batch."""
-        return False
+        """Do the next thing that a request would else have to wait for: load kernels, watch or capture a forward.
+
+        For idle time: it may take some tenths of a second. False if there is nothing to do.
+        """
+        try:
+            found = self._warm_next() or self.graphs.prepare_next()
+        except Exception as error:
+            if is_lost(error):
+                raise
+            log.warning("not_prepared", error=str(error))
+        else:
+            if found:
+                self._forget_families()
+            return found
+        # the error is gone here, and with its traceback what it used
+        self._device.drain()
+        self._device.trim()
+        return True
 
     def trim(self) -> None:
         """Free what later steps can make again: graphs, staging, cached memory."""
@@ -170,6 +194,7 @@ class DeviceEngine:
     def _run(self, family: Family, starts: Index, inputs: LaneInputs, answers: Float32) -> None:
         staging = self._staging.get(family.key) or self._stage(family)
         self._staging.move_to_end(family.key)
+        bindings = staging.bindings
         flying: deque[tuple[StagingLane, Float32]] = deque()
         at = 0
         for lane, rows in staging.fill_lanes(inputs):
@@ -181,53 +206,65 @@ class DeviceEngine:
                 first.read_answers(target)
         for lane, target in flying:
             lane.read_answers(target)
-        self._forget_families()
+        if staging.bindings != bindings or self._keeps_too_much:
+            self._forget_families()
 
     def _stage(self, family: Family) -> DeviceStaging:
         """Give the family its views of the staging that all share; the staging grows for the largest family."""
-        work = self._measure_work(family)
+        work = measure_work(family, bf16=self._bf16)
         floats = count_floats(family, count_capacity(family, work, self._memory.max_rows))
         if not self._memory.has_room(*floats):
             self._forget_all()
             self._memory.grow(*floats)
+        if len(self._staging) >= MOST_FAMILIES:
+            self._drop_family(next(key for key in self._staging if not self.graphs.captured(key)))
         staging = self._staging[family.key] = DeviceStaging(family, self._memory, work, self._device, bf16=self._bf16)
+        self._expected.pop(family.key, None)
         return staging
 
-    def _measure_work(self, family: Family) -> WorkBytes:
-        """What its forwards take for each row; measured at its first use."""
-        work = self._work.get(family.key)
-        if work is None:
-            if len(self._work) >= MOST_PLAIN:
-                self._work.clear()
-            work = self._work[family.key] = measure_work(family, bf16=self._bf16)
-        return work
+    def _warm_next(self) -> bool:
+        """Run a family that no request has asked for yet on zeros, so that its kernels are loaded."""
+        if not self._expected:
+            return False
+        staging = self._stage(self._expected.pop(next(iter(self._expected))))
+        for rows in WARM_ROWS:
+            self._device.launch(lambda rows=rows: staging.run_on_zeros(rows)).synchronize()  # type: ignore[misc]
+        return True
 
     def _forget_all(self) -> None:
         if self._opened is not None:  # it may run again, with other staging
             self._opened.leave_lanes()
             self._opened = None
-        self._graphs.clear()
-        self._runs.clear()
+        self.graphs.forget()
         self._staging.clear()
 
     def _forget_families(self) -> None:
-        """Free scratch and graphs of families that have not run for long; not the newest's.
+        """Free scratch of families that have not run for long, but for that of graphs, which have a bound of their own.
 
-        No forward of another family is in flight: `run` returns only when its own are done.
+        Not the newest's. No forward of another family is in flight: `run` returns only when its own are done.
         """
-        held = sum(staging.kept_bytes for staging in self._staging.values())
-        while held > MAX_KEPT_BYTES and len(self._staging) > 1:
-            gone, staging = self._staging.popitem(last=False)
-            held -= staging.kept_bytes
-            for runs in (self._graphs, self._runs):
-                for key in [key for key in runs if key[0] == gone]:
-                    del runs[key]
+        captured = {key: self.graphs.captured(key) for key in self._staging}
+        held = sum(staging.count_kept_bytes(captured[key]) for key, staging in self._staging.items())
+        for key, staging in list(self._staging.items())[:-1]:
+            if held <= MAX_KEPT_BYTES:
+                break
+            held -= staging.count_kept_bytes(captured[key])
+            if captured[key]:
+                staging.keep_only(captured[key])
+                held += staging.count_kept_bytes(captured[key])
+            else:
+                self._drop_family(key)
+        self._keeps_too_much = held > MAX_KEPT_BYTES
+
+    def _drop_family(self, key: str) -> None:
+        self.graphs.forget(key)
+        del self._staging[key]
 
     def _launch(self, staging: DeviceStaging, lane: StagingLane, starts: Index) -> None:
         """Launch one forward: copy inputs in, gather the rows at `starts`, run, copy answers out."""
         rows, bucket = len(starts), staging.bucket_size(len(starts))
         lane.point_at(starts, bucket)
-        forward = self._forward(staging, bucket)
+        forward = self.graphs.find_forward(staging, bucket)
 
         def work() -> None:
             staging.x[:rows].copy_(lane.x[:rows], non_blocking=True)
@@ -238,47 +275,3 @@ class DeviceEngine:
             lane.out[:rows].copy_(forward()[:rows], non_blocking=True)
 
         lane.done = self._device.launch(work, after=self.pool.copied)
-
-    def _forward(self, staging: DeviceStaging, bucket: int) -> Callable[[], torch.Tensor]:
-        """The graph of this family and bucket. The plain forward for its first runs, or if it cannot be captured.
-
-        The last run before a capture is watched: work for which the host waits is never captured, because a capture
-        that fails is costly to contain.
-        """
-        key = staging.family.key, bucket
-        known = self._graphs.get(key)
-        if known is not None:
-            self._graphs.move_to_end(key)
-            return known
-        forward = staging.forward(bucket)
-        if staging.family.key in self._plain:
-            return forward
-        self._runs[key] += 1
-        if self._runs[key] < EAGER_RUNS:
-            return forward
-        if self._runs[key] == EAGER_RUNS:
-            return lambda: self._watch(staging.family, forward)
-        try:
-            self._graphs[key] = self._device.graph(forward)
-        except NotCapturable as error:
-            self._run_plainly(staging.family, str(error))
-            return forward
-        staging.note_captured(bucket)
-        del self._runs[key]
-        if len(self._graphs) > MAX_GRAPHS:
-            self._graphs.popitem(last=False)
-        return self._graphs[key]
-
-    def _watch(self, family: Family, forward: Callable[[], torch.Tensor]) -> torch.Tensor:
-        with HostReads(self._device.where) as watch:
-            answer = forward()
-        if watch.found:
-            self._run_plainly(family, f"{watch.found} waits for the device or reads the host's memory")
-        return answer
-
-    def _run_plainly(self, family: Family, why: str) -> None:
-        """Capture no forward of this family any more; outlives `trim`."""
-        log.warning("runs_without_graph", family=family.key, error=why)
-        if len(self._plain) >= MOST_PLAIN:
-            self._plain.clear()
-        self._plain[family.key] = why

@@ -51,7 +51,7 @@ class LaneInputs:
         self._blocks, self.filled = [*lanes[:1]], [0] * len(lanes[:1])
         self._placed = self._empty(0)
         self.sizes: list[int] = []  #: rows of each request
-        self.is_staged = bool(lanes)  #: in lanes alone
+        self._arrays = 0  # blocks that are no lanes
 
     def __repr__(self) -> str:
         """For example `<LaneInputs of 3 requests, rows in lanes: [3]>`."""
@@ -65,6 +65,11 @@ class LaneInputs:
         inputs._blocks, inputs.filled = [*parts], [len(part) for part in parts]
         inputs.sizes = inputs.filled
         return inputs
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether all rows are in lanes."""
+        return bool(self._lanes) and not self._arrays
 
     @property
     def rows(self) -> int:
@@ -94,6 +99,7 @@ class LaneInputs:
             return part.copy()
         self.filled.pop()
         self._blocks.pop()  # an array of its own, and large where the request is
+        self._arrays -= 1
         return part
 
     def leave_lanes(self) -> None:
@@ -103,7 +109,7 @@ class LaneInputs:
             block[:rows].copy() if any(block is lane for lane in lanes) else block[:rows]
             for block, rows in zip(self._blocks, self.filled, strict=True)
         ]
-        self._lanes, self._placed, self.is_staged = (), self._empty(0), False
+        self._lanes, self._placed = (), self._empty(0)
 
     def repeat(self, starts: Index) -> Index:
         """The start of each request's model for every row of it."""
@@ -133,8 +139,11 @@ class LaneInputs:
     def _begin_block(self, rows: int) -> None:
         """Go on in the next lane, or in an array; after an array there are only arrays, because rows are in order."""
         begun = len(self._blocks)
-        self.is_staged = self.is_staged and begun < len(self._lanes) and rows <= len(self._lanes[begun])
-        self._blocks.append(self._lanes[begun] if self.is_staged else self._empty(rows))
+        if self.is_staged and begun < len(self._lanes) and rows <= len(self._lanes[begun]):
+            self._blocks.append(self._lanes[begun])
+        else:
+            self._blocks.append(self._empty(rows))
+            self._arrays += 1
         self.filled.append(0)
 
     def _empty(self, rows: int) -> Float32:

@@ -22,8 +22,9 @@ from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
-from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
+from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.device import CudaDevice, Device
+from server.worker.engine.graph_choice import EAGER_RUNS
 from server.worker.host_cache import HostCache
 
 SEED = 7
@@ -64,6 +65,14 @@ class GpuBench:
         """Run one step: from decoded rows to answers on the host."""
         return self.engine.run(self.family, [model * self.row_bytes for model in models], list(self.x[: len(models)]))
 
+    def warm_up(self, models: Sequence[int]) -> Sequence[Float32]:
+        """Run this step until it has its graph, and once more."""
+        for _ in range(EAGER_RUNS):
+            self.run_step(models)
+        while self.engine.learn():
+            pass
+        return self.run_step(models)
+
     def measure_tick(self) -> dict[str, Any]:
         """Measure all models of a tick in one step, against their plain networks one by one on the same device."""
         networks = [self._network(model) for model in range(self.sizes.tick)]
@@ -74,8 +83,7 @@ class GpuBench:
                 asked = [torch.from_numpy(x).to(self.device.where) for x in self.x]
                 return [net(x).cpu().numpy() for net, x in zip(networks, asked, strict=True)]
 
-        for _ in range(EAGER_RUNS + 2):
-            found = self.run_step(models)
+        found = self.warm_up(models)
         np.testing.assert_allclose(np.stack(found), np.stack(one_by_one()), rtol=1e-3, atol=1e-4)
         ours, eager = time_alternating([lambda: self.run_step(models), one_by_one], self.sizes.rounds)
         return {
@@ -89,8 +97,7 @@ class GpuBench:
     def measure_scattered(self) -> dict[str, Any]:
         """Measure as many models as a tick, drawn from all residents, and single requests."""
         for models in (self.everyone, self.everyone[:1]):
-            for _ in range(EAGER_RUNS + 2):
-                self.run_step(models)
+            self.warm_up(models)
         many, one = time_alternating(
             [lambda: self.run_step(self.everyone), lambda: self.run_step(self.everyone[:1])], self.sizes.rounds
         )
@@ -102,7 +109,7 @@ class GpuBench:
         shelf = HostCache(self.device.host(4 * self.family.row_floats), 3600)
         body = RowModel(self.family, FamilyCodec(self.family))
         slot = Slot(ModelName("m"), "v1", self.family.key, self.row_bytes, 0, State.RETIRING, 0.0)
-        before = [self.run_step([0]) for _ in range(EAGER_RUNS + 2)][-1][0]
+        before = self.warm_up([0])[0]
         copies, answers = [], []
         for _ in range(self.sizes.rounds):
             numbers = shelf.keep(slot, body, time.time())
@@ -132,8 +139,7 @@ class GpuBench:
         found = {}
         for rows in (1, 8, 64, 512):
             models = self.everyone[:rows]
-            for _ in range(EAGER_RUNS + 2):
-                self.run_step(models)
+            self.warm_up(models)
             (taken,) = time_alternating([lambda models=models: self.run_step(models)], self.sizes.rounds)  # type: ignore[misc]
             found[str(rows)] = {**taken, "us_a_request": taken["median"] * 1e3 / len(models)}
         return found

@@ -4,7 +4,7 @@ INVARIANT: one family's forwards are in flight at a time, because a run of the e
 the memory of staging does not grow with the number of families. What grows with it, scratch and graphs, is counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import cycle
 from math import prod
 
@@ -126,7 +126,6 @@ class DeviceStaging:
         self.lanes = [StagingLane(family, self.capacity, *each) for each in blocks]
         self._device, self._bf16, self._work = device, bf16, work
         self._forwards: dict[int, Callable[[], torch.Tensor]] = {}
-        self._captured = set[int]()
 
     def __repr__(self) -> str:
         """For example `<DeviceStaging tcn-4f1c2a9b, 512 rows>`."""
@@ -145,13 +144,26 @@ class DeviceStaging:
             yield lane, lane.write(pieces)
 
     @property
-    def kept_bytes(self) -> int:
-        """The bytes of scratch and graphs that it keeps between runs, as measured for one row."""
-        return sum(self._forwards) * self._work.bound + sum(self._captured) * self._work.peak
+    def bindings(self) -> int:
+        """The number of buckets whose scratch it keeps."""
+        return len(self._forwards)
 
-    def note_captured(self, bucket: int) -> None:
-        """A graph of this bucket keeps the temporaries of its forward."""
-        self._captured.add(bucket)
+    def count_kept_bytes(self, captured: Collection[int]) -> int:
+        """The bytes that it keeps between runs, as measured for one row: scratch, and graphs' temporaries."""
+        return sum(self._forwards) * self._work.bound + sum(captured) * self._work.peak
+
+    def count_graph_bytes(self, bucket: int) -> int:
+        """The bytes that a graph of this bucket keeps: the scratch of its binding, the temporaries of its forward."""
+        return bucket * (self._work.bound + self._work.peak)
+
+    def keep_only(self, captured: Collection[int]) -> None:
+        """Free the scratch of all buckets but those of graphs."""
+        self._forwards = {bucket: self._forwards[bucket] for bucket in captured}
+
+    def clear(self, bucket: int) -> None:
+        """Make rows and inputs zeros, which are legal for every family; to be called in launched work."""
+        self.rows[:bucket].zero_()
+        self.x[:bucket].zero_()
 
     def bucket_size(self, rows: int) -> int:
         """The padded number of rows of a forward: the next power of two, at most the capacity."""
@@ -165,6 +177,12 @@ class DeviceStaging:
             self._device.launch(lambda: bound.append(self._bind_bucket(bucket))).synchronize()
             found = self._forwards[bucket] = bound[0]
         return found
+
+    def run_on_zeros(self, rows: int) -> None:
+        """Run a forward whose binding is not kept; to be called in launched work."""
+        bucket = self.bucket_size(min(rows, self.capacity))
+        self.clear(bucket)
+        self._bind_bucket(bucket)()
 
     def _bind_bucket(self, bucket: int) -> Callable[[], torch.Tensor]:
         family, rows, x = self.family, self.rows[:bucket], self.x[:bucket]

@@ -1,7 +1,7 @@
 """How much memory a family's forward takes beside its rows and inputs: measured once, for one row, on the CPU.
 
-On the step thread. Tensors without numbers ("meta") would compute nothing, but take seconds for a recurrence: their
-operators are Python.
+On the thread that loads the family's first model, because it takes some tenths of a second. Tensors without numbers
+("meta") would compute nothing, but take seconds for a recurrence: their operators are Python.
 """
 
 import weakref
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from handlers.base import Family
 
+MOST_FAMILIES = 4096  #: whose measures are remembered: an archive's author chooses its family
 UNKNOWN_FACTOR = 8  #: of inputs, answers and row, where a forward cannot be run on zeros
 
 log = structlog.get_logger()
@@ -25,6 +26,9 @@ class WorkBytes(NamedTuple):
 
     bound: int  #: scratch that a binding keeps
     peak: int  #: the most that lives at one moment of a forward, answer included
+
+
+_found: dict[tuple[str, bool], WorkBytes] = {}  # threads may measure the same family at the same time
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -66,7 +70,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def measure_work(family: Family, *, bf16: bool) -> WorkBytes:
-    """Measure the scratch of a binding and the temporaries of a forward, for each row."""
+    """Measure the scratch of a binding and the temporaries of a forward, for each row; once for a family."""
+    work = _found.get((family.key, bf16))
+    if work is None:
+        while len(_found) >= MOST_FAMILIES:
+            _found.pop(next(iter(_found)), None)
+        work = _found[family.key, bf16] = _measure_or_guess(family, bf16=bf16)
+    return work
+
+
+def _measure_or_guess(family: Family, *, bf16: bool) -> WorkBytes:
     try:
         return _measure(family, torch.bfloat16 if bf16 else torch.float32)
     except Exception as error:  # the run itself will say what is wrong
@@ -76,7 +89,7 @@ def measure_work(family: Family, *, bf16: bool) -> WorkBytes:
 
 
 def _measure(family: Family, kind: torch.dtype) -> WorkBytes:
-    block, x = torch.zeros(1, family.row_floats, dtype=kind), torch.zeros(1, *family.input_shape)
+    block, x = torch.zeros(1, family.row_floats, dtype=kind), torch.zeros(1, *family.read_shape)
     with torch.inference_mode(), LiveBytes() as counted:
         weights = family.bind(block)
         bound = counted.peak = counted.live

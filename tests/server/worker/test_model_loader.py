@@ -1,6 +1,6 @@
 """Archives that are damaged on their way from the store: fetched again, a bounded number of times, and never served."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from handlers.kinds import Target
+from handlers.base import Family
+from handlers.kinds import RowModel, Target
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Limits
 from model_store.errors import ArchiveInvalid
@@ -37,12 +38,12 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> Iterator[OddS3]:
         yield server
 
 
-def make_loader(disk: Path | None = None) -> ModelLoader:
+def make_loader(disk: Path | None = None, measure: Callable[[Family], object] = lambda _: None) -> ModelLoader:
     """A worker's loader of the odd store."""
     source = open_source(f"s3://{BUCKET}")
     tier = DiskTier(disk, source.url) if disk else None
     target = Target("cpu", 1, WorkLimits(100.0, 10**9), SessionLimits(1 << 30, 60.0, loops=False))
-    return ModelLoader(ModelStore(source, tier, Limits()), target)
+    return ModelLoader(ModelStore(source, tier, Limits()), target, measure)
 
 
 @pytest.mark.parametrize("tags", ["strong", "weak", "none"])
@@ -82,3 +83,12 @@ def test_a_broken_upload_is_not_fetched_in_vain(odd: OddS3, tags: Tags, download
     with pytest.raises(ArchiveInvalid):
         run_load(make_loader().load(NAME))
     assert len(odd.requests) == downloads
+
+
+def test_a_rows_family_is_measured_where_it_is_loaded(odd: OddS3) -> None:
+    """On the loader's thread, before the step thread hears of the model: it would hold up everybody's requests."""
+    odd.objects[NAME] = DATA
+    measured = list[Family]()
+    loaded = run_load(make_loader(measure=measured.append).load(NAME))
+    assert isinstance(loaded.body, RowModel)
+    assert measured == [loaded.body.family]

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,16 +27,27 @@ from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.device_errors import EXIT_CODE
+from server.worker.engine.graph_choice import EAGER_RUNS
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
 from server.worker.model_loader import LoadedModel
 from server.worker.scheduler import Scheduler
-from server.worker.step_loop import StepLoop
+from server.worker.step_loop import SWEEP_S, StepLoop
 from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
 from tests.server.worker.long_jobs import make_unsliced_jobs
-from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, expected, inputs, resident, rows_per_slab, until
+from tests.server.worker.test_step_loop import (
+    FAMILIES,
+    SLAB,
+    FakeLoader,
+    Front,
+    expected,
+    inputs,
+    resident,
+    rows_per_slab,
+    until,
+)
 
 NOW = 10_000.0
 
@@ -318,6 +330,7 @@ def test_the_staging_of_a_step_out_of_memory_is_gone_before_the_step_runs_again(
     """The frames of the error hold the family's staging; a second one beside it would never find room."""
 
     async def scenario(house: House) -> None:
+        house.steps._learn_after = math.inf  # the request is to be the first to need staging
         await house.steps.load(ModelName("a/m0"))
         assert isinstance(house.engine, DeviceEngine)
         pool, used, trim = house.device.ledger.used_bytes, list[int](), house.engine.trim
@@ -377,6 +390,7 @@ def test_page_locked_memory_that_is_short_costs_one_request() -> None:
     """The host lets the device lock no more: NO_ROOM for the request that needed it; the worker stays and serves."""
 
     async def scenario(house: House) -> None:
+        house.steps._learn_after = math.inf  # the request is to be the first to need staging
         await house.steps.load(ModelName("a/m0"))
         house.device.page_locked_bytes = house.device.page_locked.used_bytes
         refused = house.front.refusals[await house.ask("a/m0")]
@@ -444,3 +458,82 @@ def test_a_device_that_is_lost_outside_of_a_request_ends_the_worker(where: str) 
     )
     assert ended.returncode == EXIT_CODE, ended.stderr
     assert "device_lost" in ended.stdout + ended.stderr
+
+
+def test_forwards_are_captured_while_nothing_is_ready() -> None:
+    """Requests run eagerly, as many as there are, and no capture comes under or between them while others are ready.
+    Once they are answered the forward is captured, and then replayed.
+    """
+
+    async def scenario(house: House) -> None:
+        await house.ask("a/m0")
+        graph, step, steps_under_way, busy = house.device.graph, house.steps.step, list[int](), list[bool]()
+
+        def note_step() -> None:
+            steps_under_way.append(1)
+            step()
+            steps_under_way.pop()
+
+        def note_capture(work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+            busy.append(bool(steps_under_way) or house.steps._scheduler.has_work)
+            return graph(work)
+
+        house.steps.step = note_step  # type: ignore[method-assign]
+        house.device.graph = note_capture  # type: ignore[method-assign]
+        until_s = time.monotonic() + 4 * SWEEP_S
+        while time.monotonic() < until_s:  # several sweeps find work
+            house.front.send("a/m0")
+            house.steps._learn()
+            await asyncio.sleep(0)
+        assert len(house.front.jobs) > 2 * EAGER_RUNS
+        await until(lambda: bool(busy))
+        assert busy == [False]
+        replays = house.device.replays
+        await house.ask("a/m0")
+        assert house.device.replays == replays + 1
+
+    play(scenario)
+
+
+def test_learning_takes_a_tenth_of_the_time_at_most() -> None:
+    """However long a piece takes on a device, and nothing while requests are ready; the CPU's pieces are short."""
+
+    async def scenario(house: House) -> None:
+        clock, began = [0.0], list[float]()
+
+        def learn() -> bool:
+            began.append(clock[0])
+            clock[0] += 2.0
+            return True
+
+        house.engine.learn = learn  # type: ignore[method-assign]
+        house.steps._now, house.steps._learn_after = lambda: clock[0], 0.0
+        for _ in range(41):
+            house.steps._learn()
+            clock[0] += 1.0
+        house.steps._now, house.steps._learn_after = time.monotonic, 0.0
+        assert began == ([0.0, 20.0, 40.0] if isinstance(house.engine, DeviceEngine) else [3.0 * i for i in range(41)])
+        await house.steps.load(ModelName("a/m0"))
+        house.steps._learn_after = 0.0
+        began.clear()
+        house.front.send("a/m0")
+        house.steps._learn()
+        assert len(began) == isinstance(house.engine, Engine)
+        await house.front.settled()
+
+    for on_device in (True, False):
+        play(scenario, on_device=on_device)
+
+
+def test_a_loaded_family_is_warmed_before_its_first_request() -> None:
+    """In idle time: the request that comes then finds its staging."""
+
+    async def scenario(house: House) -> None:
+        await house.steps.load(ModelName("a/m0"))
+        assert isinstance(house.engine, DeviceEngine)
+        engine = house.engine
+        await until(lambda: FAMILIES["a"].key in engine._staging)
+        assert engine.open_batch(FAMILIES["a"]).is_staged
+        assert await house.ask("a/m0") in house.front.answers
+
+    play(scenario)

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from handlers.base import Family, Float32
 from handlers.forecasters import build_family, random_tensors
-from server.worker.engine.accelerator import EAGER_RUNS, MAX_GRAPHS, DeviceEngine, DevicePool
+from server.worker.engine.accelerator import DeviceEngine, DevicePool
+from server.worker.engine.graph_choice import EAGER_RUNS, MAX_GRAPHS
 from server.worker.engine.staging import DeviceStaging, StagingMemory, count_floats
 from server.worker.engine.work_memory import measure_work
 from tests.server.fake_device import FakeDevice
+from tests.server.worker.engine.learning import learn_all
 from tests.server.worker.engine.test_cpu import CONFIGS, answer_plainly
 
 TCN = build_family("tcn", CONFIGS["tcn"])
@@ -107,6 +109,8 @@ def test_every_architecture_in_any_batch_equals_the_single_models(
     for model in range(4):
         made.pool.write(model * family.row_floats * 4, family.row(random_tensors(family, model)))
     for turn in range(EAGER_RUNS + 1):
+        if turn == EAGER_RUNS:
+            learn_all(made)
         parts = [draw_inputs(family, rows, seed + turn) for _, rows in models]
         answers = made.run(family, [model * family.row_floats * 4 for model, _ in models], parts)
         for (model, _), x, answer in zip(models, parts, answers, strict=True):
@@ -138,12 +142,15 @@ def test_a_row_is_freed_only_when_its_step_is_over() -> None:
 
 
 def test_graphs_after_a_few_runs_and_padded_with_a_real_row() -> None:
-    """Three of a bucket run eagerly, then one graph serves all its counts; no answer knows of the padding."""
+    """What ran three times is captured in idle time; one graph serves all counts of a bucket, and no answer knows of
+    the padding.
+    """
     device = FakeDevice()
     made = make_engine(device)
     for model in range(3):
         made.pool.write(model * SIZE, ROWS[model])
     for turn, rows in enumerate([3, 4, 3, 4, 3]):
+        assert learn_all(made) == (2 if turn == EAGER_RUNS else 0)  # it is watched, then captured
         models = [i % 3 for i in range(rows)]
         parts = [draw_inputs(TCN, 1, turn + i) for i in range(rows)]
         check(made.run(TCN, [model * SIZE for model in models], parts), models, parts)
@@ -156,31 +163,171 @@ def test_graphs_see_staging_alone() -> None:
     device = FakeDevice()
     made = make_engine(device)
     made.pool.write(0, ROWS[1])
-    for _ in range(EAGER_RUNS + 1):
+    for _ in range(EAGER_RUNS):
         made.run(TCN, [0], [draw_inputs(TCN, 1)])
+    learn_all(made)
     made.pool.move(0, 5 * SIZE, SIZE)
     made.pool.write(0, ROWS[2])
-    check(made.run(TCN, [5 * SIZE, 0][:1], [draw_inputs(TCN, 1)]), [1], [draw_inputs(TCN, 1)])
+    found = made.run(TCN, [5 * SIZE], [draw_inputs(TCN, 1)])
+    check([*found, *made.run(TCN, [0], [draw_inputs(TCN, 1)])], [1, 2], [draw_inputs(TCN, 1)] * 2)
     assert device.replays == 2
 
 
-def test_graphs_are_bounded_and_optional() -> None:
-    """No more graphs than MAX_GRAPHS, the least recently used go; what cannot be captured runs eagerly for good."""
-    made = make_engine(FakeDevice())
-    made.pool.write(0, ROWS[0])
-    made.run(TCN, [0], [draw_inputs(TCN, 1)])
-    for i in range(MAX_GRAPHS):
-        made._graphs[f"other-{i}", 1] = lambda: torch.ones(1)
-    for _ in range(EAGER_RUNS + 1):
-        made.run(TCN, [0], [draw_inputs(TCN, 1)])
-    assert len(made._graphs) == MAX_GRAPHS
-    assert ("other-0", 1) not in made._graphs
+def families(count: int) -> list[Family]:
+    """So many small ones."""
+    config = {"features": 1, "context_length": 3, "prediction_length": 1, "quantiles": 1}
+    return [build_family("mlp", {**config, "hidden": 1 + i}) for i in range(count)]
+
+
+def test_families_that_take_turns_are_captured_once() -> None:
+    """Seventy of them, six more than there are graphs: sixty-four replay from their first graph on, six run eagerly,
+    and no capture follows. (An LRU would capture each at every turn.)
+    """
+    device, many = FakeDevice(), families(MAX_GRAPHS + 6)
+    made = DeviceEngine(DevicePool(max(family.row_floats for family in many) * 4, device), 2)
+    made.pool.write(0, np.zeros(made.pool.floats.numel(), np.float32))
+    captures = list[int]()
+    for _ in range(EAGER_RUNS + 6):
+        for family in many:
+            made.run(family, [0], [draw_inputs(family, 1)])
+            made.learn()
+        captures.append(device.captures)
+    assert captures[-1] == captures[-3] == MAX_GRAPHS == len(made.graphs)
+    replays = device.replays
+    for family in many:
+        made.run(family, [0], [draw_inputs(family, 1)])
+    assert device.replays - replays == MAX_GRAPHS
+
+
+def test_what_runs_more_often_takes_the_place_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the one that runs least; and what was captured once has its memory back when it has gone."""
+    monkeypatch.setattr("server.worker.engine.graph_choice.MAX_GRAPHS", 2)
+    device, many = FakeDevice(), families(3)
+    made = DeviceEngine(DevicePool(max(family.row_floats for family in many) * 4, device), 2)
+    made.pool.write(0, np.zeros(made.pool.floats.numel(), np.float32))
+
+    def run(family: Family, times: int) -> None:
+        for _ in range(times):
+            made.run(family, [0], [draw_inputs(family, 1)])
+        learn_all(made)
+
+    for family, times in zip(many, (4, 3, 8), strict=True):
+        run(family, times)
+    assert [made.graphs.captured(family.key) for family in many] == [{1}, {1}, set()]
+    run(many[2], 1)  # nine are twice three, and three more
+    assert [made.graphs.captured(family.key) for family in many] == [{1}, set(), {1}]
+    assert device.captures == 3
+
+
+def test_what_cannot_be_captured_runs_eagerly_for_good() -> None:
+    """It is tried once."""
     device = FakeDevice(uncapturable=True)
     plain = make_engine(device)
     plain.pool.write(0, ROWS[0])
-    for _ in range(EAGER_RUNS + 3):
-        check(plain.run(TCN, [0], [draw_inputs(TCN, 1)]), [0], [draw_inputs(TCN, 1)])
-    assert device.replays == 0
+    for _ in range(3):
+        for _ in range(EAGER_RUNS):
+            check(plain.run(TCN, [0], [draw_inputs(TCN, 1)]), [0], [draw_inputs(TCN, 1)])
+        learn_all(plain)
+    assert (device.captures, device.replays) == (1, 0)
+
+
+def test_no_request_waits_for_a_capture() -> None:
+    """However often a forward runs, it is captured in idle time alone, and a piece of that is one thing."""
+    device = FakeDevice()
+    made = make_engine(device)
+    made.pool.write(0, ROWS[0])
+    for _ in range(3 * EAGER_RUNS):
+        for rows in (1, 2):
+            made.run(TCN, [0] * rows, [draw_inputs(TCN, 1)] * rows)
+    assert (device.captures, device.replays) == (0, 0)
+    captures = []
+    while made.learn():
+        captures.append(device.captures)
+    assert captures == [0, 0, 1, 2]  # two are watched, two are captured
+
+
+def test_idle_time_leaves_no_trace_in_answers() -> None:
+    """What is watched and warmed writes over staging between two runs."""
+    device = FakeDevice(1)
+    made = make_engine(device)
+    made.expect(families(1)[0])
+    for model in range(3):
+        made.pool.write(model * SIZE, ROWS[model])
+    for turn in range(EAGER_RUNS + 3):
+        batch = made.open_batch(TCN)
+        for model in range(3):
+            batch.keep(draw_inputs(TCN, 1, turn + model))
+        parts = [draw_inputs(TCN, 1, turn + model) for model in range(3)]
+        check(made.run(TCN, [0, SIZE, 2 * SIZE], batch), [0, 1, 2], parts)
+        made.learn()
+    assert device.replays == 2
+
+
+def test_a_family_is_warm_before_its_first_request() -> None:
+    """A model of it was loaded, on whose thread its memory was measured: one piece of idle time runs it on zeros, alone
+    and in a batch, and keeps no scratch. A family that has run is warm.
+    """
+    device, warmed = FakeDevice(), list[int]()
+    made = make_engine(device, max_rows=128)
+    made.pool.write(0, ROWS[0])
+    family = Counted(families(1)[0], warmed)
+    made.measure(family)  # type: ignore[arg-type]
+    warmed.clear()
+    for _ in range(2):
+        made.expect(family)  # type: ignore[arg-type]
+    assert learn_all(made) == 1
+    assert warmed == [1, 64]
+    assert made._staging[family.key].bindings == 0
+    made.run(TCN, [0], [draw_inputs(TCN, 1)])
+    made.expect(TCN)
+    assert learn_all(made) == 0
+
+
+class Counted:
+    """A family that notes the rows of its forwards."""
+
+    def __init__(self, family: Family, seen: list[int]) -> None:
+        self._family, self._seen = family, seen
+        self.key = f"counted-{family.key}"
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._family, name)
+
+    def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """The family's. (Its memory is measured by one more.)"""
+        assert not x.any()
+        self._seen.append(len(x))
+        return self._family.forward(weights, x)
+
+
+@pytest.mark.parametrize("failures", range(1, 6))
+def test_idle_time_short_of_memory_is_no_error(failures: int) -> None:
+    """Wherever it is short: what was to be learnt is left, later runs bring it back, and answers stay right."""
+    device = FakeDevice()
+    made = make_engine(device)
+    made.pool.write(0, ROWS[0])
+    for _ in range(EAGER_RUNS):
+        made.run(TCN, [0], [draw_inputs(TCN, 1)])
+    made.expect(families(1)[0])
+    device.short_of_memory = failures
+    learn_all(made)
+    device.short_of_memory = 0
+    for _ in range(EAGER_RUNS + 1):
+        check(made.run(TCN, [0], [draw_inputs(TCN, 1)]), [0], [draw_inputs(TCN, 1)])
+        learn_all(made)
+    assert len(made.graphs) == 1
+
+
+def test_a_device_that_is_lost_in_idle_time_is_told() -> None:
+    """The step loop ends the process; any other error is the family's, which runs eagerly."""
+    device = FakeDevice()
+    made = make_engine(device)
+    made.pool.write(0, ROWS[0])
+    for _ in range(EAGER_RUNS):
+        made.run(TCN, [0], [draw_inputs(TCN, 1)])
+    device.break_context()
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        made.learn()
 
 
 def test_bf16_is_close_and_nothing_else() -> None:
@@ -189,7 +336,11 @@ def test_bf16_is_close_and_nothing_else() -> None:
     made.pool.write(0, ROWS[0])
     x = draw_inputs(TCN, 5)
     right = answer_plainly(TCN, 0, x)
-    for answer in [made.run(TCN, [0], [x])[0] for _ in range(EAGER_RUNS + 2)] + [made.probe(TCN, ROWS[0], x)]:
+    answers = [made.run(TCN, [0], [x])[0] for _ in range(EAGER_RUNS)]
+    learn_all(made)
+    answers += [made.run(TCN, [0], [x])[0], made.probe(TCN, ROWS[0], x)]
+    assert len(made.graphs) == 1
+    for answer in answers:
         assert answer.dtype == np.float32
         np.testing.assert_allclose(answer, right, atol=0.03 * np.abs(right).max())
         assert not np.allclose(answer, right, atol=1e-5)
@@ -207,7 +358,9 @@ def test_bf16_draws_the_paths_of_the_seed(architecture: str) -> None:
     right = answer_plainly(family, 0, x)
     made = DeviceEngine(DevicePool(row.nbytes, FakeDevice()), 16, bf16=True)
     made.pool.write(0, row)
-    for answer in [made.run(family, [0], [x])[0] for _ in range(EAGER_RUNS + 2)] + [made.probe(family, row, x)]:
+    answers = [made.run(family, [0], [x])[0] for _ in range(EAGER_RUNS)]
+    learn_all(made)
+    for answer in [*answers, made.run(family, [0], [x])[0], made.probe(family, row, x)]:
         np.testing.assert_allclose(answer, right, atol=0.03 * np.abs(right).max())
         assert np.abs(answer[0] - answer[1]).max() > 0.3 * np.abs(right).max()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from handlers.base import Float32
@@ -109,6 +109,8 @@ def test_a_batch_that_ran_out_of_memory_can_run_again(count: int) -> None:
     assert device.page_locked.used_bytes <= before
 
 
+@settings(max_examples=400)
+@example(capacity=1, lanes=1, requests=[(2, "apart"), (1, "apart"), (1, "kept")], leaves=False)
 @given(
     capacity=st.integers(1, 6),
     lanes=st.integers(0, 2),

@@ -9,10 +9,12 @@ import torch
 from handlers.base import Family
 from handlers.errors import DeviceFailed
 from handlers.forecasters import build_family, random_tensors
-from server.worker.engine.accelerator import EAGER_RUNS, DeviceEngine, DevicePool
+from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.capture import NotCapturable
 from server.worker.engine.device_errors import is_lost
+from server.worker.engine.graph_choice import EAGER_RUNS
 from tests.server.fake_device import FakeDevice
+from tests.server.worker.engine.learning import learn_all
 from tests.server.worker.engine.test_cpu import CONFIGS
 
 MIB = 2**20
@@ -76,7 +78,7 @@ class Reading:
     "read", [torch.Tensor.item, lambda x: x[x > 0], lambda x: torch.equal(x, x)], ids=["item", "mask", "equal"]
 )
 def test_a_family_that_reads_numbers_is_never_captured(read: Callable[[torch.Tensor], object]) -> None:
-    """Its last eager run is watched, so that no capture begins, after `trim` neither; other families are captured."""
+    """It is watched before a capture, so that none begins, after `trim` neither; other families are captured."""
     family = build_family("tcn", {**CONFIGS["tcn"], "features": 1, "context_length": 1})
     reading: Family = Reading(family, read)  # type: ignore[assignment]
     device, x = FakeDevice(), np.ones((1, *family.input_shape), np.float32)
@@ -85,8 +87,32 @@ def test_a_family_that_reads_numbers_is_never_captured(read: Callable[[torch.Ten
     for _ in range(2):
         for _ in range(EAGER_RUNS + 2):
             made.run(reading, [0], [x])
+        learn_all(made)
         assert device.captures == 0
         made.trim()
-    for _ in range(EAGER_RUNS + 2):
+    for turn in range(EAGER_RUNS + 2):
+        if turn == EAGER_RUNS:
+            learn_all(made)
         made.run(family, [0], [x])
     assert (device.captures, device.replays) == (1, 2)
+
+
+def test_a_family_that_fails_in_idle_time_is_not_captured_and_answers_on() -> None:
+    """What a forward raises on zeros is no error of the worker's."""
+    family, fails = build_family("tcn", {**CONFIGS["tcn"], "features": 1, "context_length": 1}), [False]
+
+    def fail(_: torch.Tensor) -> None:
+        if fails[0]:
+            raise ValueError("not with zeros")
+
+    failing: Family = Reading(family, fail)  # type: ignore[assignment]
+    device, x = FakeDevice(), np.ones((1, *family.input_shape), np.float32)
+    made = DeviceEngine(DevicePool(family.row_floats * 4, device), 16)
+    made.pool.write(0, family.row(random_tensors(family, 0)))
+    for _ in range(2):
+        for _ in range(EAGER_RUNS):
+            made.run(failing, [0], [x])
+        fails[0] = True
+        assert learn_all(made) <= 1
+        fails[0] = False
+    assert (device.captures, device.replays) == (0, 0)
