@@ -68,7 +68,7 @@ class Single(Protocol):
     """One model that is not a row: named arrays in, named arrays out, batch axis first."""
 
     inputs: Mapping[str, Shape]  #: shape of one request row, without batch axis; -1 for open dimensions
-    outputs: Sequence[str]
+    outputs: Mapping[str, Shape]
     charge_bytes: int  #: bytes of memory, which count against the budget of the cache
 
     def run(self, feeds: Mapping[str, Float32]) -> Mapping[str, Float32]:

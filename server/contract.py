@@ -29,6 +29,10 @@ HEADER_SERVER_TIMING: Final = "Server-Timing"
 JSON: Final = "application/json"
 NPY: Final = "application/x-npy"
 
+#: Between front and worker, of tensors in the Open Inference Protocol (`handlers.codecs.open_inference`).
+OPEN_INFERENCE_INFER: Final = "application/vnd.fleetcast.infer"
+OPEN_INFERENCE_DESCRIBE: Final = "application/vnd.fleetcast.describe"
+
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
 PING_PATH: Final = "/ping"  #: 200 while the process lives

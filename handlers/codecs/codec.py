@@ -4,15 +4,16 @@ A codec belongs to one loaded archive and holds no state of a request. Every wro
 wrong output a RunFailed; no other exception is raised for any bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Protocol
 
 import numpy as np
 
 from handlers.base import Float32, Shape
-from handlers.codecs import tensors
+from handlers.codecs import open_inference, tensors
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.tensors import Place, put
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
@@ -26,6 +27,8 @@ MEDIA = (JSON, NPY, LINES)
 QUICK_BYTES = 2**20  #: largest body that is decoded quickly
 NUMBER_S = 5e-7  #: about the seconds to draw a number and write it as JSON
 Encoded = tuple[bytes, str]  #: body, content type
+OURS = "application/vnd.fleetcast."  #: media types between front and worker: `handlers.codecs.open_inference`
+OUTPUT = "predictions"  #: the name of a family's output
 
 
 class Tensor(Protocol):
@@ -122,6 +125,8 @@ class FamilyCodec:
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
         self._deepar = None if forecast is None else DeepAr(forecast, budget)
+        self._budget = budget
+        self._signature = open_inference.Signature(self._shapes, {OUTPUT: tensor.output_shape})
 
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
@@ -133,6 +138,8 @@ class FamilyCodec:
 
         With `place` rows are written where it says, once they are right.
         """
+        if content_type.startswith(OURS):
+            return self._infer(bytes(body), content_type, accept, place)
         sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             return self._lines(bytes(body), sent, wanted, place)
@@ -146,6 +153,22 @@ class FamilyCodec:
                 return self._forecast(body, wanted, place)
             row = found[self._name]
         return DecodedCall(put(row[None], place), encode)
+
+    def _infer(self, body: bytes, content_type: str, model: str, place: Place | None) -> DecodedCall:
+        """Decode a request of the Open Inference Protocol, for a model that the client calls `model`."""
+        if content_type == open_inference.DESCRIBE:
+            description = open_inference.describe(self._signature)
+            nothing = np.empty((0, *self._shapes[self._name]), np.float32)
+            return DecodedCall(nothing, lambda _: (description, JSON))
+        call = open_inference.read(body, content_type, self._signature)
+        if call.n > 1 and self._budget is not None:
+            self._budget(call.n)
+        rows = put(np.ascontiguousarray(call.feeds[self._name]), place)
+
+        def encode(outputs: Float32) -> Encoded:
+            return open_inference.write(call, model, {OUTPUT: _check_finite(OUTPUT, outputs)})
+
+        return DecodedCall(rows, encode, call.n * prod(self._output_shape) if call.n > 1 else 0)
 
     def _forecast(self, body: bytes, wanted: str, place: Place | None) -> DecodedCall:
         if wanted != JSON:
@@ -181,15 +204,21 @@ class SingleCodec:
 
     quick_bytes = QUICK_BYTES
 
-    def __init__(self, inputs: Mapping[str, Shape], outputs: Sequence[str]) -> None:
+    def __init__(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> None:
         self._inputs = dict(inputs)
         self._outputs = tuple(outputs)
+        self._signature = open_inference.Signature(self._inputs, outputs)
 
     def __repr__(self) -> str:
         return f"<SingleCodec {self._inputs} -> {', '.join(self._outputs)}>"
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> SingleCall:
-        """Decode body and headers (empty if absent) of a request into its feeds, n = 1. Raises RequestError."""
+        """Decode body and headers (empty if absent) of a request into its feeds. Raises RequestError.
+
+        n is 1, or the rows of a request of the Open Inference Protocol, or 0 where only a description is asked.
+        """
+        if content_type.startswith(OURS):
+            return self._infer(bytes(body), content_type, accept)
         sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             raise UnsupportedMedia(f"{LINES} is for forecasts; the model answers tensors only: send {JSON}")
@@ -206,6 +235,19 @@ class SingleCodec:
             raise RequestError("the model answers tensors only", field="instances")
         feeds = {name: array[None] for name, array in found.items()}
         return SingleCall(feeds, 1, self._encode_npy if wanted == NPY else self._encode_json)
+
+    def _infer(self, body: bytes, content_type: str, model: str) -> SingleCall:
+        """Decode a request of the Open Inference Protocol, for a model that the client calls `model`."""
+        if content_type == open_inference.DESCRIBE:
+            description = open_inference.describe(self._signature)
+            return SingleCall({}, 0, lambda _: (description, JSON))
+        call = open_inference.read(body, content_type, self._signature)
+
+        def encode(outputs: Mapping[str, Float32]) -> Encoded:
+            sound = {name: _check_finite(name, outputs[name]) for name, _ in call.outputs}
+            return open_inference.write(call, model, sound)
+
+        return SingleCall(dict(call.feeds), call.n, encode)
 
     def _encode_json(self, outputs: Mapping[str, Float32]) -> Encoded:
         rows = {name: _check_finite(name, outputs[name])[0] for name in self._outputs}

@@ -55,7 +55,13 @@ class SingleBatches:
             self._run_apart(group, model, [(job, None) for job in jobs], now)
             return
         began = time.perf_counter()
-        asked = [(job, call) for job in jobs if (call := self._replies.decode(job, model.codec.decode)) is not None]
+        asked = list[tuple[Job, Any]]()
+        for job in jobs:
+            call = self._replies.decode(job, model.codec.decode)
+            if call is not None and call.n:
+                asked.append((job, call))
+            elif call is not None:  # what the model takes is asked, for which it need not run
+                self._replies.encode(job, call.encode, {}, now, 0.0)
         if not asked:
             return
         calls = [call for _, call in asked]
@@ -144,7 +150,7 @@ def answer_alone(
         except RequestError as error:
             outcomes.append(error)
         yield
-    asked = [call for call in outcomes if not isinstance(call, Exception)]
+    asked = [call for call in outcomes if not isinstance(call, Exception) and call.n]
     started = time.perf_counter()
     with counts.timing("forward_s"), ending_if_lost():
         answers = iter(model.single.run_all([call.feeds for call in asked]) if asked else ())
@@ -154,7 +160,7 @@ def answer_alone(
     ended: list[Outcome] = []
     for each in outcomes:
         with counts.timing("encode_s"):
-            ended.append(each if isinstance(each, Exception) else _encode(each, next(answers)))
+            ended.append(each if isinstance(each, Exception) else _encode(each, next(answers) if each.n else {}))
         yield
     return ended
 

@@ -85,7 +85,7 @@ class OnnxModel:
         if not taken or not given:
             raise ArchiveInvalid("model.onnx: a model needs at least one input and one output")
         self.inputs: Mapping[str, Shape] = {name: shape[1:] for name, shape in taken.items()}
-        self.outputs: Sequence[str] = tuple(given)
+        self.outputs: Mapping[str, Shape] = {name: shape[1:] for name, shape in given.items()}
         self._row_by_row = any(shape[0] == 1 for shape in taken.values())
         self._apart: bool | None = False if self._row_by_row else None  # whether requests run together stay apart
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
+from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
 from server.front.exchange import Dialect
 from server.settings import Settings
 
-DIALECTS: tuple[Callable[[Settings], Dialect], ...] = (SageMaker, Forecasts, Health)
+DIALECTS: tuple[Callable[[Settings], Dialect], ...] = (SageMaker, Forecasts, OpenInference, Health)

@@ -37,7 +37,7 @@ FORECASTER = FamilyCodec(
         inputs=(InputChannel(source="target"), InputChannel(source="target", lag=1)),
     ),
 )
-SINGLE = SingleCodec({"x": (2, -1), "scale": (1,)}, ["y", "z"])
+SINGLE = SingleCodec({"x": (2, -1), "scale": (1,)}, {"y": (2,), "z": (-1,)})
 BODY = b'{"x": [[1, 2.5, 3e0], [4, 5, -6]]}'
 ROWS = np.array([[[1, 2.5, 3], [4, 5, -6]]], np.float32)
 
@@ -286,7 +286,7 @@ def test_single_takes_every_input_and_gives_every_output() -> None:
 
 def test_single_with_one_array_each_way_speaks_npy() -> None:
     """One input and one output need no names."""
-    codec = SingleCodec({"x": (-1,)}, ["y"])
+    codec = SingleCodec({"x": (-1,)}, {"y": (-1,)})
     call = codec.decode(save_npy(np.arange(3.0)), NPY, "")
     assert call.feeds["x"].tolist() == [[0, 1, 2]]
     body, _ = call.encode({"y": np.ones((1, 2), np.float32)})

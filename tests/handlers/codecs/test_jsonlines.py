@@ -116,7 +116,7 @@ def test_lines_are_for_forecasts() -> None:
     with pytest.raises(UnsupportedMedia):
         codec().decode(line, LINES, JSON)
     with pytest.raises(UnsupportedMedia):
-        SingleCodec({"x": (3,)}, ["y"]).decode(line, LINES, "")
+        SingleCodec({"x": (3,)}, {"y": (3,)}).decode(line, LINES, "")
     for body in (b"", b"\n", b"\n".join([line] * (MAX_ROWS + 1))):
         with pytest.raises(RequestError, match=f"1 to {MAX_ROWS} lines"):
             codec().decode(body, LINES, "")

@@ -90,7 +90,7 @@ class Session:
     short_runs: list[str] = field(default_factory=list)
     short_loads: list[str] = field(default_factory=list)
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"x": (-1,)})
-    outputs: Sequence[str] = ("y",)
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"y": (-1,)})
     charge_bytes: int = 1000
     threads: list[int] = field(default_factory=list)
 

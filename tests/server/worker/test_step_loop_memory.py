@@ -69,7 +69,7 @@ class Echo:
     """A session that needs no model."""
 
     inputs: Mapping[str, tuple[int, ...]] = {"x": (1,)}
-    outputs: Sequence[str] = ("y",)
+    outputs: Mapping[str, tuple[int, ...]] = {"y": (1,)}
     charge_bytes = SLAB
 
     def model(self) -> SingleModel:
