@@ -75,6 +75,9 @@ def backtest(
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
         rich.print(_make_score_table(found))
+    for each in found.markets:
+        for note in each.notes:
+            print(escape_text(f"note: {each.target}: {note}"), file=sys.stderr)  # noqa: T201
     for name, why in found.failed.items():
         print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:

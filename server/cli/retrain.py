@@ -1,6 +1,7 @@
 """`fleetcast retrain` refits every archive of a fleet and publishes those that are no worse. It imports torch late."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
 from server.cli.train import name_archives
+from server.logs import escape_text
 
 SHOWN = 40  #: most markets that are all listed; for a larger fleet only those with a message or not published are
 
@@ -91,6 +93,8 @@ def retrain(
     shown = [each for each in outcomes if each.result != "published" or each.message or len(outcomes) <= SHOWN]
     if shown:
         rich.print(_make_outcome_table(shown))
+    for note, count in Counter(each.note for each in outcomes if each.note).items():
+        print(escape_text(f"note: {count} of {len(outcomes)} markets: {note}"), file=sys.stderr)  # noqa: T201
     print(f"{', '.join(f'{count} {result}' for result, count in sorted(counts.items()))}: {log}")  # noqa: T201
     if counts["failed"]:
         raise typer.Exit(BAD)

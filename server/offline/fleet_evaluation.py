@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
+from model_store.archives.manifest import ForecastSpec
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, make_fan_chart, score_forecasts
@@ -21,7 +22,9 @@ from server.offline.rolling_windows import (
     ArchiveVersion,
     Rolling,
     Unfit,
+    WindowForecasts,
     add_known_series,
+    explain_unused_rows,
     fetch_version,
     forecast_windows,
 )
@@ -92,10 +95,10 @@ def backtest_fleet(
         target, model = market
         forecast = model.forecast
         series = add_known_series(columns, target, forecast.dynamic_feat)
-        origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
+        origins = rolling.origins(series, [forecast])
         found = forecast_windows(answers, model, series, origins)
         report_progress(1, len(names))
-        return score_forecasts(found, forecast.unit), make_fan_chart(found)
+        return score_forecasts(found, forecast.unit, list_notes(found, forecast)), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)
@@ -111,6 +114,12 @@ def backtest_fleet(
         fans=[drawn for _, drawn in results],
         failed={**failed, **lacking, **wrong},
     )
+
+
+def list_notes(found: WindowForecasts, forecast: ForecastSpec) -> tuple[str, ...]:
+    """List what a reader of the scores should know of their windows."""
+    unused = explain_unused_rows(found.series, forecast, int(found.steps[-1, -1]))
+    return tuple(filter(None, [unused]))
 
 
 def fetch_archives(

@@ -16,6 +16,7 @@ from server.offline.rolling_windows import (
     InProcess,
     Rolling,
     add_known_series,
+    explain_unused_rows,
     fetch_version,
     forecast_windows,
 )
@@ -32,6 +33,7 @@ class Residuals:
     values: Float64
     first: str  #: stamp of the first forecast step of the first window
     last: str  #: stamp of the first forecast step of the last window
+    unused: str = ""  #: which later rows no window uses, in words
 
     def __repr__(self) -> str:
         windows, products, steps = self.values.shape
@@ -59,15 +61,16 @@ def measure_errors(
     found = {target: fetch_version(source, name, limits) for target, name in models.items()}
     pairs = _match_series(csv, time, found)
     horizon = max(model.forecast.prediction_length for model, _ in pairs)
-    history = max(model.forecast.history_length for model, _ in pairs)
     first = pairs[0][1]
     begin = since or first.start + round((1 - HELD_OUT) * len(first.values)) * first.step
-    origins = Rolling(every=every, first=begin).origins(first, history, horizon)
+    origins = Rolling(every=every, first=begin).origins(first, [model.forecast for model, _ in pairs])
     values, answers = np.full((len(origins), len(pairs), horizon), np.nan), InProcess()
     for place, (model, series) in enumerate(pairs):
         made = forecast_windows(answers, model, series, origins, lambda count: told(count, len(origins) * len(pairs)))
         values[:, place, : made.horizon] = compute_pit(made.levels, made.quantiles, made.actuals)
-    return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])))
+    bound = next((model.forecast for model, _ in pairs if model.forecast.origin), pairs[0][0].forecast)
+    unused = explain_unused_rows(first, bound, int(origins[-1]) + horizon - 1)
+    return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])), unused)
 
 
 def _match_series(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) -> list[tuple[ArchiveVersion, Series]]:

@@ -20,6 +20,7 @@ from server.offline.rolling_windows import (
     Unfit,
     WindowForecasts,
     add_known_series,
+    explain_unused_rows,
     fetch_version,
     forecast_windows,
     open_unpublished,
@@ -52,6 +53,7 @@ class GateVerdict:
     windows: int
     first: str
     last: str
+    unused: str = ""  #: which later rows no window uses, in words
 
     @property
     def worse(self) -> float:
@@ -88,10 +90,8 @@ def compare_models(
         Unfit: one of them cannot be backtested, or the score is undefined. LoadError: the candidate does not load.
     """
     both = [candidate, *([predecessor] if predecessor else [])]
-    history = max(each.forecast.history_length for each in both)
-    longest = max(each.forecast.prediction_length for each in both)
     series = [add_known_series(columns, target, each.forecast.dynamic_feat) for each in both]
-    origins = gate.rolling.origins(series[0], history, longest)
+    origins = gate.rolling.origins(series[0], [each.forecast for each in both])
     found = [forecast_windows(answers, candidate, series[0], origins)]
     if predecessor is not None:
         try:
@@ -107,6 +107,7 @@ def compare_models(
         windows=len(origins),
         first=series[0].stamp(int(origins[0])),
         last=series[0].stamp(int(found[0].steps[-1, -1])),
+        unused=explain_unused_rows(series[0], candidate.forecast, int(found[0].steps[-1, -1])),
     )
 
 

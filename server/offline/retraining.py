@@ -47,6 +47,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     predecessor: float | None = None
     worse_percent: float | None = None
     message: str = ""
+    note: str = ""  #: which rows the gate could not use, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class Retraining:
         """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
         series = add_known_series(self._columns, target, forecast.dynamic_feat)
-        origins = plan.gate.rolling.origins(series, forecast.history_length, forecast.prediction_length)
+        origins = plan.gate.rolling.origins(series, [forecast])
         before = series.before(series.start + int(origins[0]) * series.step)
         if plan.architecture:
             changed = rebuild_forecast(forecast, before, plan.architecture, plan.config)
@@ -209,6 +210,7 @@ class Retraining:
             predecessor=verdict.predecessor,
             worse_percent=round(verdict.worse, 3),
             message=message,
+            note=verdict.unused,
         )
 
     def _reload_servers(self, model: ModelName) -> str:

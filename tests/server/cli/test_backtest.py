@@ -121,3 +121,24 @@ def test_the_report_is_one_file_that_needs_nothing_else(csv: Path, store: Path, 
     assert text.count('<th scope="row">M0') == 3
     assert "default-src 'none'" in text
     assert not re.search(r"<(link|img|iframe)|<script[^>]* src|@import|url\(", text)
+
+
+def test_a_file_that_ends_during_a_day_is_scored_up_to_the_last_whole_window(csv: Path, tmp_path: Path) -> None:
+    """Archives that forecast from midnight: backtest, gate and correlation take the last windows, and say so."""
+    lines = csv.read_text().splitlines()
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join([lines[0], *lines[8:-11]]) + "\n")  # from 07:00 to 12:00
+    store = fill(tmp_path / "models", MARKETS, origin="00:00")
+    result = run("backtest", str(short), "--time", "hour", "--models", str(store), "--json")
+    assert result.exit_code == 0, result.output
+    (found, *_) = json.loads(result.stdout)["markets"]
+    assert (found["first"], found["last"]) == ("2024-03-06 00:00:00", "2024-03-23 05:00:00")
+    note = "forecasts start at 00:00, so the last window ends at 2024-03-23 05:00:00; 7 later rows are not used"
+    assert found["notes"] == [note]
+    assert f"note: M00: {note}" in result.stderr
+    targets = [word for market in MARKETS for word in ("--target", market)]
+    joint = ("--store", str(store), "--since", "2024-03-07", "--out", str(store / "joint.mar"))
+    result = run("correlate", str(short), "--time", "hour", *targets, *joint)
+    assert result.exit_code == 0, result.output
+    assert f"note: {note}" in result.stderr
+    assert "17 windows" in result.stdout

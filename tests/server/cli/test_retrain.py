@@ -228,3 +228,15 @@ def test_a_server_that_is_not_there_costs_no_market(csv: Path, store: Path, tmp_
     found = outcomes(tmp_path / "log.jsonl")["M00"]
     assert found["result"] == "published"
     assert "is `fleetcast serve` running there" in found["message"]
+
+
+def test_a_file_that_ends_during_a_day_retrains_archives_of_an_origin(tmp_path: Path) -> None:
+    """The gate's windows are the last that start at midnight, and the rows that it leaves are said."""
+    csv, store, log = write_prices(tmp_path / "prices.csv", ["M00"], days=40), tmp_path / "models", tmp_path / "log"
+    csv.write_text("\n".join(csv.read_text().splitlines()[:-11]) + "\n")
+    fill(store, ["M00"], origin="00:00")
+    code, said = retrain(csv, store, log)
+    assert code == 0, said
+    assert "note: 1 of 1 markets: forecasts start at 00:00" in said
+    assert outcomes(log)["M00"]["result"] == "published"
+    assert "7 later rows are not used" in outcomes(log)["M00"]["note"]
