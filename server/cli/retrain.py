@@ -41,6 +41,10 @@ def retrain(
     epochs: price_flags.Epochs = 0.0,
     seed: price_flags.FitSeed = 0,
     threads: price_flags.FitThreads = 1,
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
     reload: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="management address of a server that reloads each new archive (repeatable)"),
@@ -79,7 +83,8 @@ def retrain(
         names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
-        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())
+        rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
+        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or (), rules)
         with (
             hold_file(log),
             Checkpoint(log, plan.digest, len(names)) as journal,

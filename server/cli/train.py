@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,7 +71,22 @@ def train(
     seed: price_flags.FitSeed = 0,
     threads: price_flags.FitThreads = 1,
     unit: Annotated[str, typer.Option(help="unit of the prices, recorded in the archive")] = "",
-    time_zone: Annotated[str, typer.Option(help="time zone of the time stamps, recorded in the archive")] = "UTC",
+    time_zone: Annotated[
+        str,
+        typer.Option(
+            metavar="ZONE", help="IANA time zone, such as Europe/Berlin, on whose clock the archive forecasts: its days"
+        ),
+    ] = "UTC",
+    frequency: Annotated[
+        str,
+        typer.Option(
+            metavar="STEP", help="step of the archive if that of the file changes, such as 15min; rows repeat"
+        ),
+    ] = "",
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
 ) -> None:
     """Fit a forecaster to each price column of a CSV file and pack it as an archive with a golden sample.
 
@@ -82,14 +98,26 @@ def train(
     rows is held out: its loss decides when training stops, and is shown beside the loss of the naive forecast (the
     value at the same time of the last known day, or week for daily data). The loss is the mean pinball loss over the
     quantile levels.
+
+    Stamps with an offset are taken to the clock of --time-zone, and so are those of a local clock that skips and
+    repeats hours. An archive forecasts days of 24 hours: a repeated hour is read as the mean of both.
     """  # noqa: D301 -- click's mark for "do not wrap"
+    from handlers.codecs.clock import check_zone_name  # noqa: PLC0415
     from handlers.training.fit import Fitting  # noqa: PLC0415
     from handlers.training.time_series import read_csv  # noqa: PLC0415 -- torch, here and below
     from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
         names = name_archives(target, name_template)
-        series = read_csv(csv, time, target, known_future or [])
+        rules = replace(
+            price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item),
+            zone=check_zone_name(time_zone),
+            step_s=_parse_frequency(frequency),
+        )
+        series = read_csv(csv, time, target, known_future or [], rules)
+        if frequency and round(series[0].step.total_seconds()) != rules.step_s:
+            raise ValueError(f"--frequency {frequency}: {csv.name} has steps of {series[0].frequency} throughout")
+        price_flags.print_notes(csv, series[0].notes)
         if (until := parse_moment("--train-until", train_until)) is not None:
             series = [each.before(until) for each in series]
         options = _parse_config(config) | ({"members": members} if members > 1 else {})
@@ -197,6 +225,17 @@ def _parse_origin(text: str) -> str:
     if text not in ("", "any") and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", text):
         raise ValueError(f"--origin: expected a time of day such as 00:00, or any, not {text!r}")
     return text
+
+
+def _parse_frequency(text: str) -> int:
+    """The seconds of a step, 0 for none."""
+    from handlers.codecs.features import parse_step_seconds  # noqa: PLC0415
+    from model_store.errors import ArchiveInvalid  # noqa: PLC0415
+
+    try:
+        return parse_step_seconds(text) if text else 0
+    except ArchiveInvalid:
+        raise ValueError(f"--frequency: expected a step such as 15min or 1h, not {text!r}") from None
 
 
 def _parse_levels(text: str) -> tuple[float, ...]:

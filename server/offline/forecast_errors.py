@@ -9,12 +9,14 @@ import numpy as np
 
 from handlers.codecs.features import Float64
 from handlers.evaluation.correlation import compute_pit
+from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, read_csv
 from model_store.names import ModelName
 from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
     Rolling,
+    Unfit,
     add_known_series,
     explain_unused_rows,
     fetch_version,
@@ -48,6 +50,7 @@ def measure_errors(
     since: datetime | None,
     every: int,
     told: Callable[[int, int], None],
+    rules: FileRules = PLAIN,
 ) -> Residuals:
     """Forecast every window of each target's model from `since` on (None: the last tenth of the rows).
 
@@ -59,7 +62,7 @@ def measure_errors(
     """
     source, limits = open_store(settings)
     found = {target: fetch_version(source, name, limits) for target, name in models.items()}
-    pairs = _match_series(csv, time, found)
+    pairs = _match_series(csv, time, found, rules)
     horizon = max(model.forecast.prediction_length for model, _ in pairs)
     first = pairs[0][1]
     begin = since or first.start + round((1 - HELD_OUT) * len(first.values)) * first.step
@@ -73,8 +76,18 @@ def measure_errors(
     return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])), unused)
 
 
-def _match_series(csv: Path, time: str, models: Mapping[str, ArchiveVersion]) -> list[tuple[ArchiveVersion, Series]]:
-    """Match each model with its prices and covariates; the file is read once."""
+def _match_series(
+    csv: Path, time: str, models: Mapping[str, ArchiveVersion], rules: FileRules
+) -> list[tuple[ArchiveVersion, Series]]:
+    """Match each model with its prices and covariates; the file is read once. Raises Unfit for different clocks."""
+    clocks = {rules.for_archive(model.forecast): model for model in models.values()}
+    if len(clocks) > 1:
+        one, other, *_ = clocks.values()
+        what = [
+            f"{each.name} forecasts {each.forecast.frequency} in {each.forecast.time_zone}" for each in (one, other)
+        ]
+        raise Unfit(f"{' and '.join(what)}; their windows are the same only if step and zone are")
+    rules = next(iter(clocks))
     known = {name for model in models.values() for name in model.forecast.dynamic_feat}
-    columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}))}
+    columns = {each.name: each for each in read_csv(csv, time, sorted({*models, *known}), (), rules)}
     return [(model, add_known_series(columns, target, model.forecast.dynamic_feat)) for target, model in models.items()]

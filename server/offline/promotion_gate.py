@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from handlers.training.stamps import PLAIN
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from server.offline.archive_location import ArchiveLocation
@@ -144,7 +145,11 @@ def compare_with_predecessor(
     except (ModelNotFound, ArchiveInvalid):
         predecessor = None
     known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]
-    columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])))}
+    rules = PLAIN.for_archive(candidate.forecast)
+    if predecessor and PLAIN.for_archive(predecessor.forecast).zone != rules.zone:
+        zones = f"{predecessor.forecast.time_zone} and the new archive in {rules.zone}"
+        raise Unfit(f"{where.name}: the predecessor forecasts in {zones}; pack once without a gate")
+    columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])), (), rules)}
     verdict = compare_models(gate, InProcess(), target, columns, candidate, predecessor)
     if not verdict.passed:
         worse, most = f"{verdict.worse:.1f} % worse", f"{gate.margin:g} %"

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, fit_forecasters
 from handlers.training.input_recipe import fit_robust_scaler
+from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
@@ -63,6 +64,7 @@ class RetrainingPlan:
     architecture: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
+    rules: FileRules = PLAIN
 
     def __repr__(self) -> str:
         return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
@@ -79,6 +81,7 @@ class RetrainingPlan:
             self.fitting,
             self.architecture,
             self.config,
+            self.rules,
         )
         digest.update(repr(terms).encode())
         return digest.digest()
@@ -110,7 +113,7 @@ class Retraining:
         self._plan = plan
         self._source, self._limits = open_store(plan.settings)
         self._answers = InProcess()
-        self._columns: dict[str, Series] = {}
+        self._columns: Mapping[str, Mapping[str, Series]] = {}
 
     def __repr__(self) -> str:
         return f"<Retraining {self._plan!r}>"
@@ -125,7 +128,7 @@ class Retraining:
         plan = self._plan
         with ThreadPoolExecutor(plan.settings.loader_threads) as pool:
             models, failed = fetch_archives(pool, plan.names, plan.settings)
-        self._columns, lacking = read_columns(plan.csv, plan.time, models)
+        self._columns, lacking = read_columns(plan.csv, plan.time, models, plan.rules)
         failed.update(lacking)
         left = set(journal.left().nonzero()[0].tolist())
 
@@ -152,7 +155,7 @@ class Retraining:
     def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
         """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
-        series = add_known_series(self._columns, target, forecast.dynamic_feat)
+        series = add_known_series(self._columns[target], target, forecast.dynamic_feat)
         origins = plan.gate.rolling.origins(series, [forecast])
         before = series.before(series.start + int(origins[0]) * series.step)
         if plan.architecture:
@@ -195,7 +198,7 @@ class Retraining:
         candidate = open_unpublished(self._pack_market(market, fitted, ""), old.name, self._limits)
         if _have_same_tensors(candidate.archive.spec, old.archive.spec):
             return Outcome(target=target, model=old.name, result="unchanged", version=old.version)
-        verdict = compare_models(self._plan.gate, self._answers, target, self._columns, candidate, old)
+        verdict = compare_models(self._plan.gate, self._answers, target, self._columns[target], candidate, old)
         version, message = old.version, ""
         if verdict.passed:
             version = self._source.put(old.name, self._pack_market(market, fitted, f"; {verdict}"))
@@ -210,7 +213,7 @@ class Retraining:
             predecessor=verdict.predecessor,
             worse_percent=round(verdict.worse, 3),
             message=message,
-            note=verdict.unused,
+            note="; ".join(filter(None, [*market.series.notes, verdict.unused])),
         )
 
     def _reload_servers(self, model: ModelName) -> str:

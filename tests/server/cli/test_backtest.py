@@ -135,7 +135,7 @@ def test_a_file_that_ends_during_a_day_is_scored_up_to_the_last_whole_window(csv
     assert (found["first"], found["last"]) == ("2024-03-06 00:00:00", "2024-03-23 05:00:00")
     note = "forecasts start at 00:00, so the last window ends at 2024-03-23 05:00:00; 7 later rows are not used"
     assert found["notes"] == [note]
-    assert f"note: M00: {note}" in result.stderr
+    assert f"note: M00, M01, M02: {note}" in result.stderr
     targets = [word for market in MARKETS for word in ("--target", market)]
     joint = ("--store", str(store), "--since", "2024-03-07", "--out", str(store / "joint.mar"))
     result = run("correlate", str(short), "--time", "hour", *targets, *joint)
