@@ -1,6 +1,5 @@
 """`fleetcast correlate` estimates how the errors of many forecasts are correlated. It imports torch when it runs."""
 
-import sys
 import time as clock
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,7 +14,6 @@ from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import one_line_errors, parse_moment, show_progress
 from server.cli.train import name_archives
-from server.logs import escape_text
 
 if TYPE_CHECKING:
     from handlers.codecs.features import Float64
@@ -86,8 +84,7 @@ def correlate(
             made = _forecast_windows(csv, time, names, store, since, every, rules)
             errors = made.values
             told = f"{csv.name}, windows from {made.first} to {made.last}"
-            if made.unused:
-                print(escape_text(f"note: {made.unused}"), file=sys.stderr)  # noqa: T201
+            price_flags.print_notes(csv, made.notes)
         horizon = errors.shape[2]
         estimate = _estimate_correlation(method, errors, products, max(1.0, horizon / (every or horizon)))
         size = _store_archive(out, estimate, f"estimated from {told}")

@@ -118,8 +118,8 @@ def train(
         if frequency and round(series[0].step.total_seconds()) != rules.step_s:
             raise ValueError(f"--frequency {frequency}: {csv.name} has steps of {series[0].frequency} throughout")
         price_flags.print_notes(csv, series[0].notes)
-        if (until := parse_moment("--train-until", train_until)) is not None:
-            series = [each.before(until) for each in series]
+        if (end := parse_moment("--train-until", train_until)) is not None:
+            series = [each.before(end) for each in series]
         options = _parse_config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
         recipe["origin"] = _parse_origin(origin)
@@ -129,7 +129,9 @@ def train(
         fitted = _fit_with_progress(
             series, forecasts, architecture, options, Fitting(epochs, max_seconds=limit, seed=seed, threads=threads)
         )
-        sizes = _store_archives(out, [(names[each.name], each) for each in fitted], _describe_training(csv, series[0]))
+        until = series[0].stamp(len(series[0].values) - 1)
+        description = _describe_training(csv, series[0])
+        sizes = _store_archives(out, [(names[each.name], each) for each in fitted], description, (until, epochs))
         _report_archives(out, fitted, sizes)
 
 
@@ -175,8 +177,13 @@ def _fit_with_progress(
         return fit_forecasters(series, forecasts, architecture, dict(config), fitting, progress)
 
 
-def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
-    """Pack the archives, verify them as a worker would, and store them. Returns their sizes in bytes."""
+def _store_archives(
+    out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str, trained: tuple[str, float]
+) -> list[int]:
+    """Pack the archives, verify them as a worker would, and store them. Returns their sizes in bytes.
+
+    `trained`: until when, and the epochs that were asked for.
+    """
     from handlers.kinds import ArchiveParts, pack_model  # noqa: PLC0415
     from model_store.archives.manifest import Kind  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
@@ -190,7 +197,12 @@ def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], descr
         packed = pack_model(
             Kind.FORECASTER,
             ArchiveParts(
-                tensors=each.tensors, architecture=each.architecture, config=each.config, forecast=each.forecast
+                tensors=each.tensors,
+                architecture=each.architecture,
+                config=each.config,
+                forecast=each.forecast,
+                trained_until=trained[0],
+                trained_epochs=trained[1],
             ),
             model_name=name.rpartition("/")[2].partition(".")[0],
             golden=each.golden,

@@ -64,6 +64,8 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "manifest", f"{model['modelName']} {model['modelVersion']}, handler {model['handler']}"
     if spec.get("description"):
         yield "description", spec["description"]
+    if spec.get("trained_until"):
+        yield "trained", f"until {spec['trained_until']}"
     if spec.get("config"):
         yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
     if "graph" in found:

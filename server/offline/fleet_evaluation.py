@@ -14,7 +14,6 @@ import msgspec
 
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
-from model_store.archives.manifest import ForecastSpec
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, make_fan_chart, score_forecasts
@@ -25,6 +24,7 @@ from server.offline.rolling_windows import (
     Unfit,
     WindowForecasts,
     add_known_series,
+    explain_seen_windows,
     explain_unused_rows,
     fetch_version,
     forecast_windows,
@@ -108,7 +108,7 @@ def backtest_fleet(
         origins = rolling.origins(series, [forecast])
         found = forecast_windows(answers, model, series, origins)
         report_progress(1, len(names))
-        return score_forecasts(found, forecast.unit, list_notes(found, forecast)), make_fan_chart(found)
+        return score_forecasts(found, forecast.unit, list_notes(found, model)), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)
@@ -126,10 +126,11 @@ def backtest_fleet(
     )
 
 
-def list_notes(found: WindowForecasts, forecast: ForecastSpec) -> tuple[str, ...]:
+def list_notes(found: WindowForecasts, model: ArchiveVersion) -> tuple[str, ...]:
     """List what a reader of the scores should know of their windows."""
-    unused = explain_unused_rows(found.series, forecast, int(found.steps[-1, -1]))
-    return tuple(filter(None, [*found.series.notes, unused]))
+    unused = explain_unused_rows(found.series, model.forecast, int(found.steps[-1, -1]))
+    seen = explain_seen_windows(model, found.series, found.origins)
+    return tuple(filter(None, [*found.series.notes, unused, seen]))
 
 
 def fetch_archives(

@@ -18,6 +18,7 @@ from server.offline.rolling_windows import (
     Rolling,
     Unfit,
     add_known_series,
+    explain_seen_windows,
     explain_unused_rows,
     fetch_version,
     forecast_windows,
@@ -35,7 +36,7 @@ class Residuals:
     values: Float64
     first: str  #: stamp of the first forecast step of the first window
     last: str  #: stamp of the first forecast step of the last window
-    unused: str = ""  #: which later rows no window uses, in words
+    notes: tuple[str, ...] = ()  #: what limits them, in words: rows that no window uses, windows that are in-sample
 
     def __repr__(self) -> str:
         windows, products, steps = self.values.shape
@@ -72,8 +73,11 @@ def measure_errors(
         made = forecast_windows(answers, model, series, origins, lambda count: told(count, len(origins) * len(pairs)))
         values[:, place, : made.horizon] = compute_pit(made.levels, made.quantiles, made.actuals)
     bound = next((model.forecast for model, _ in pairs if model.forecast.origin), pairs[0][0].forecast)
-    unused = explain_unused_rows(first, bound, int(origins[-1]) + horizon - 1)
-    return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])), unused)
+    notes = [*first.notes, explain_unused_rows(first, bound, int(origins[-1]) + horizon - 1)]
+    for model, series in pairs:
+        if seen := explain_seen_windows(model, series, origins):
+            notes.append(f"{model.name}: {seen}")
+    return Residuals(values, first.stamp(int(origins[0])), first.stamp(int(origins[-1])), tuple(filter(None, notes)))
 
 
 def _match_series(

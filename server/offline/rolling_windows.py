@@ -51,6 +51,12 @@ class ArchiveVersion:
         return f"<ArchiveVersion {self.name} {self.version or 'not stored'}>"
 
     @property
+    def trained_until(self) -> datetime | None:
+        """The last step that the archive was fitted to, on its wall clock; None if it does not say."""
+        until = self.archive.spec.trained_until if self.archive.spec else msgspec.UNSET
+        return datetime.fromisoformat(until) if until else None
+
+    @property
     def forecast(self) -> ForecastSpec:
         """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
@@ -61,6 +67,22 @@ class ArchiveVersion:
         if forecast.cat:
             raise Unfit(f"{self.name} wants `cat` ({', '.join(forecast.cat)}), which the file has no place for")
         return forecast
+
+
+def count_unseen(model: ArchiveVersion, series: Series, origins: Steps) -> int | None:
+    """Count the windows that begin after all that the archive was fitted to; None if it does not say what that was."""
+    until = model.trained_until
+    return None if until is None else int((origins > series.first_at(until)).sum())
+
+
+def explain_seen_windows(model: ArchiveVersion, series: Series, origins: Steps) -> str:
+    """Say how many windows the archive was fitted to, where its scores are too good; empty if it was to none."""
+    unseen = count_unseen(model, series, origins)
+    if unseen is None or unseen == len(origins):
+        return ""
+    until = model.archive.spec.trained_until if model.archive.spec else ""
+    what = f"{len(origins) - unseen} of {len(origins)} windows are in-sample"
+    return f"{what}: the archive was trained until {until}, and its scores there are too good"
 
 
 def fetch_version(source: Source, name: ModelName, limits: Limits) -> ArchiveVersion:

@@ -95,7 +95,7 @@ def test_forecasts_are_paired_by_their_times() -> None:
     assert answer(body(forecasts=whole)) == answer(body(forecasts=plain))
     np.testing.assert_array_equal(paired[0], together[0])
     ranks = [each.argsort(axis=0).argsort(axis=0) for each in (paired[1], together[1][:, 2:])]
-    np.testing.assert_array_equal(*ranks)  # the scores of those hours
+    np.testing.assert_array_equal(ranks[0], ranks[1])  # the scores of those hours
     with pytest.raises(RequestError, match=r"a and c start at different times; .* ask for JSON"):
         answer(body(forecasts=later), NPY)
 

@@ -4,6 +4,7 @@ import json
 import re
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from server.offline.rolling_windows import InProcess, open_unpublished
 from tests.server.markets import HISTORY, HORIZON, archive, fill, names, run, write_prices
 
 MARKETS = names(3)
-KNOWN = {"dynamic_feat": ("load_M00",)}
+KNOWN: dict[str, Any] = {"dynamic_feat": ("load_M00",)}
 
 
 @pytest.fixture(scope="module")
@@ -140,5 +141,25 @@ def test_a_file_that_ends_during_a_day_is_scored_up_to_the_last_whole_window(csv
     joint = ("--store", str(store), "--since", "2024-03-07", "--out", str(store / "joint.mar"))
     result = run("correlate", str(short), "--time", "hour", *targets, *joint)
     assert result.exit_code == 0, result.output
-    assert f"note: {note}" in result.stderr
+    assert f"note: short.csv: {note}" in result.stderr
     assert "17 windows" in result.stdout
+
+
+def test_windows_that_an_archive_was_fitted_to_are_said(csv: Path, tmp_path: Path) -> None:
+    """`trained_until` lies within the windows of one market, before those of another, and is unknown of the third."""
+    store = fill(tmp_path / "models", MARKETS)
+    for seed, until in ((0, "2024-03-22 23:00:00"), (1, "2024-03-01 00:00:00")):
+        store.joinpath(f"M{seed:02}.mar").write_bytes(archive(seed, trained_until=until))
+    flags = ("--windows", "8", "--json")
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), *flags)
+    assert result.exit_code == 0, result.output
+    said = "4 of 8 windows are in-sample: the archive was trained until 2024-03-22 23:00:00, and its scores there"
+    first, *others = json.loads(result.stdout)["markets"]
+    assert [note for note in first["notes"] if note.startswith(said)]
+    assert not [note for other in others for note in other["notes"]]
+    assert f"note: M00: {said}" in result.stderr
+    targets = [word for market in MARKETS for word in ("--target", market)]
+    joint = ("--store", str(store), "--since", "2024-03-20", "--out", str(store / "joint.mar"))
+    result = run("correlate", str(csv), "--time", "hour", *targets, *joint)
+    assert result.exit_code == 0, result.output
+    assert "note: prices.csv: M00.mar: 12 of 16 windows are in-sample" in result.stderr
