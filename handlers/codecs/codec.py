@@ -15,6 +15,7 @@ import numpy as np
 from handlers.base import Float32, Shape
 from handlers.codecs import open_inference, tensors
 from handlers.codecs.deepar import DeepAr
+from handlers.codecs.deepar_schema import SHOWN_NAMES
 from handlers.codecs.tensors import Place, put
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
@@ -130,6 +131,10 @@ class FamilyCodec:
 
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
+
+    def describe(self) -> dict[str, object]:
+        """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors."""
+        return {} if self._deepar is None else {"forecast": describe_forecast(self._deepar.forecast)}
 
     def decode(
         self, body: bytes | memoryview, content_type: str, accept: str, place: Place | None = None
@@ -256,6 +261,21 @@ class SingleCodec:
     def _encode_npy(self, outputs: Mapping[str, Float32]) -> Encoded:
         (name,) = self._outputs
         return tensors.write_npy(_check_finite(name, outputs[name])[0]), NPY
+
+
+def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
+    """Describe the clock, the lengths, the covariates' names (the first ones) and the tails of a forecast."""
+    levels = forecast.trained_levels
+    more = len(forecast.dynamic_feat) - SHOWN_NAMES
+    return {
+        "frequency": forecast.frequency,
+        "time_zone": forecast.time_zone,
+        "origin": forecast.origin or "any",
+        "history_length": forecast.history_length,
+        "prediction_length": forecast.prediction_length,
+        "dynamic_feat": [*forecast.dynamic_feat[:SHOWN_NAMES], *([f"and {more} more"] if more > 0 else [])],
+        "tail": f"{forecast.tail} beyond {levels[0]:g} and {levels[-1]:g}",
+    }
 
 
 def _check_finite(name: str, outputs: Float32) -> Float32:

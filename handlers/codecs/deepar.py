@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
+from handlers.codecs.clock import add_offset
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
-from handlers.codecs.features import Float64, Inputs, from_network
+from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
 from handlers.codecs.tensors import encode_in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
 from handlers.work import RequestBudget
@@ -47,7 +48,7 @@ class InstanceRequest(NamedTuple):
 
     configuration: Configuration
     levels: Levels
-    start: str  #: stamp of the first forecast step
+    first: FirstStep
     item_id: str | int | None
 
 
@@ -86,6 +87,11 @@ class DeepAr:
         lengths = f"{forecast.context_length} -> {forecast.prediction_length} steps of {forecast.frequency}"
         return f"<DeepAr {lengths}{products}>"
 
+    @property
+    def forecast(self) -> ForecastSpec:
+        """The record of the archive."""
+        return self._forecast
+
     def decode(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode a body into rows [n, channels, context] and the encoder of finite outputs [n, *network's].
 
@@ -98,10 +104,10 @@ class DeepAr:
         asked = []
         for i, instance in enumerate(request.instances):
             try:
-                start = self._inputs.fill(rows[i], instance, request.configuration.seed)
+                first = self._inputs.fill(rows[i], instance, request.configuration.seed)
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
-            asked.append(InstanceRequest(request.configuration, levels, start, instance.item_id))
+            asked.append(InstanceRequest(request.configuration, levels, first, instance.item_id))
         write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})  # noqa: E731
         return rows, Encode(write, self._numbers(asked))
 
@@ -118,11 +124,11 @@ class DeepAr:
             try:
                 line = self._reader.line(text)
                 levels = self._check_configuration(line.configuration, len(lines))
-                start = self._inputs.fill(rows[len(asked)], line, line.configuration.seed)
+                first = self._inputs.fill(rows[len(asked)], line, line.configuration.seed)
             except RequestError as error:
                 errors[i] = error
             else:
-                asked.append(InstanceRequest(line.configuration, levels, start, line.item_id))
+                asked.append(InstanceRequest(line.configuration, levels, first, line.item_id))
 
         def encode(outputs: Float32) -> bytes:
             answers = iter(self._each(asked, outputs))
@@ -192,23 +198,31 @@ class DeepAr:
         predictions: list[Prediction] = []
         for i, one in enumerate(asked):
             answer: Prediction = {} if one.item_id is None else {"item_id": one.item_id}
-            answer["start"] = one.start
+            answer["start"] = one.first.stamp
+            answer["time_zone"] = self._forecast.time_zone
+            mean, by_level, price = means[i], quantiles[i], prices[i]
+            drawn_samples = None if samples is None else samples[i]
+            if (real := one.first.steps) is not None:  # a clock change repeats steps or leaves some out
+                mean, by_level = (np.take(each, real, -1) for each in (mean, by_level))
+                price = price[..., real, :]
+                drawn_samples = None if drawn_samples is None else np.take(drawn_samples, real, -1)
             if "mean" in kinds:
-                answer["mean"] = means[i]
+                answer["mean"] = mean
             if "quantiles" in kinds:
-                answer["quantiles"] = dict(zip(levels.names, quantiles[i], strict=True))
-            if samples is not None:
-                answer["samples"] = encode_in_blocks(samples[i])
+                answer["quantiles"] = dict(zip(levels.names, by_level, strict=True))
+            if drawn_samples is not None:
+                answer["samples"] = encode_in_blocks(drawn_samples)
             if "marginal" in kinds:
-                answer["marginal"] = self._marginal(prices[i])
+                answer["marginal"] = self._marginal(price, one.first)
             predictions.append(answer)
         return predictions
 
-    def _marginal(self, prices: Float64) -> dict[str, object]:
+    def _marginal(self, prices: Float64, first: FirstStep) -> dict[str, object]:
         """Encode the prices [D?, prediction, levels] of one instance as `handlers.codecs.joint` reads them."""
         values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
         products = {"products": self._forecast.products} if self._several else {}
-        return {"levels": self._trained, "values": values, **products}
+        clock = {"start": add_offset(first.stamp, self._forecast.time_zone), "step_s": self._inputs.step_s}
+        return {"levels": self._trained, "values": values, **clock, **products}
 
     def _prices(self, outputs: Float32) -> Float64:
         """Turn network numbers into prices [n, D?, prediction, levels or paths], within floor and cap.

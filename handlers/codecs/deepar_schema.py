@@ -15,7 +15,7 @@ from handlers.errors import RequestError
 
 MAX_ROWS = 1024  #: most instances in one request
 SHOWN_NAMES = 10  #: most names in a message
-START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?)?")
+START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?)?")
 PLACE = re.compile(r"(.*) - at `\$\.?(?:instances\[(\d+)\]\.?)?(.*)`", re.DOTALL)
 ROW = re.compile(r"target\[\d+\]")
 
@@ -109,13 +109,14 @@ class RequestReader:
 
 
 def parse_start(text: str) -> datetime:
-    """Parse the `start` of an instance. Raises RequestError."""
+    """Parse the `start` of an instance; without an offset it is a time of the archive's zone. Raises RequestError."""
     try:
         if START.fullmatch(text):
             return datetime.fromisoformat(text)
     except ValueError:
         pass
-    raise RequestError(f"expected YYYY-MM-DD HH:MM:SS without zone, not {text[:40]!r}", field="start")
+    message = f"expected YYYY-MM-DD HH:MM:SS, or with an offset such as +01:00 or Z, not {text[:40]!r}"
+    raise RequestError(message, field="start")
 
 
 def quote_names(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Fills the input channels of a network with history, covariates and calendar, by the recipe `inputs`. No torch.
 
-Stamps are wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does.
+Stamps are wall-clock times of the archive's `time_zone`, counted without daylight-saving jumps, as DeepAR does. A
+`start` with an offset is a real instant, and the series are then real steps: `handlers.codecs.clock` places them.
 """
 
 import re
@@ -8,12 +9,23 @@ from calendar import day_name
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
+from handlers.codecs.clock import (
+    EPOCH,
+    Int64,
+    SlotPlan,
+    ZoneUnknown,
+    average_slots,
+    fill_skipped,
+    find_zone,
+    format_instant,
+    plan_slots,
+)
 from handlers.codecs.deepar_schema import Instance, Numbers, parse_start, quote_names
 from handlers.errors import RequestError
 from model_store.archives.manifest import FLEETCAST_JSON, ForecastSpec, InputChannel, Scaler
@@ -21,9 +33,26 @@ from model_store.errors import ArchiveInvalid
 
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
 DAYS = tuple(day.lower() for day in day_name)  #: the first weekday is Monday
+DAY = 86_400
 SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
 
 Float64 = npt.NDArray[np.float64]
+
+
+class FirstStep(NamedTuple):
+    """When a forecast begins: the stamp of its first step, and which of its slots each real step takes (None: all)."""
+
+    stamp: str
+    steps: Int64 | None = None
+
+
+class History(NamedTuple):
+    """The series of an instance on the slots of the archive's wall clock, from `start` on, and when it goes on."""
+
+    start: datetime
+    series: Sequence[Numbers | Float64]  #: by product [T]
+    covariates: Sequence[Float64] | None  #: [K][T + prediction]; None: not read yet
+    first: FirstStep
 
 
 class Inputs:
@@ -32,7 +61,7 @@ class Inputs:
     def __init__(self, forecast: ForecastSpec) -> None:
         """Raises ArchiveInvalid for an unknown frequency, or a scaler of a target or calendar channel."""
         self._forecast = forecast
-        self._step_s = parse_step_seconds(forecast.frequency)
+        self.step_s = parse_step_seconds(forecast.frequency)
         self._history_length = forecast.history_length
         self._scalers = forecast.product_scalers
         for i, channel in enumerate(forecast.inputs):
@@ -44,22 +73,29 @@ class Inputs:
         """Allocate rows [count, channels, context], not yet filled."""
         return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
 
-    def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> str:
-        """Write the row [channels, context] of an instance; returns the stamp of the first forecast step.
+    def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> FirstStep:
+        """Write the row [channels, context] of an instance; returns when its forecast begins.
 
         Without a seed, a network that samples uses seed 0.
 
         Raises RequestError that names the field.
         """
         forecast = self._forecast
-        start, series = parse_start(instance.start), self._series(instance)
-        steps = len(series[0])
-        short = self._short(steps)
-        first = _first_forecast(start, steps * self._step_s)
-        if forecast.origin and first[11:] != f"{forecast.origin}:00":
-            what = f"the first forecast step is {first}, but the model forecasts from {forecast.origin} on"
-            raise RequestError(f"{what}; send a target that ends before that", field="target")
-        covariates = self._covariates(instance, steps)
+        moment = parse_start(instance.start)
+        if moment.tzinfo is not None:
+            start, series, covariates, first = self._place_real_steps(moment, instance)
+            steps = len(series[0])
+            short = self._short(steps)
+        else:
+            start, series = moment, self._series(instance)
+            steps = len(series[0])
+            short = self._short(steps)
+            first = FirstStep(_first_forecast(start, steps * self.step_s))
+            covariates = None
+        if forecast.origin:
+            self._check_origin(first, start, steps)
+        if covariates is None:
+            covariates = self._covariates(instance, steps + forecast.prediction_length)
         cat = self._cat(instance)
         targets = [
             to_network(_fill_missing(numbers, short, scaler.center), scaler)
@@ -86,6 +122,40 @@ class Inputs:
             raise RequestError("the numbers are too large: scaled for the model they are not finite")
         return first
 
+    def _place_real_steps(self, moment: datetime, instance: Instance[Any]) -> History:
+        """Place the real steps of an instance on the slots of the archive's wall clock. Raises RequestError.
+
+        Where a clock repeats an hour, slots are fewer than steps: a history that is long enough in steps is lengthened
+        by its first value.
+        """
+        forecast, series = self._forecast, self._series(instance)
+        steps = len(series[0])
+        try:
+            zone = find_zone(forecast.time_zone)
+            plan = plan_slots(zone, moment, self.step_s, steps, forecast.prediction_length)
+        except ZoneUnknown as error:
+            raise RequestError(f"the archive's zone {error}; send `start` without an offset", field="start") from None
+        except OverflowError:
+            raise RequestError("series and forecast must lie in the years 1 to 9999", field="start") from None
+        sent = self._covariates(instance, len(plan.slots), f" of real time in {forecast.time_zone}")
+        merged = max(0, self._history_length - plan.history) if steps >= self._history_length else 0
+        histories = [_merge_steps(np.array(each, np.float64), plan, plan.history, merged) for each in series]
+        slots = plan.history + forecast.prediction_length
+        covariates = [fill_skipped(_merge_steps(each, plan, slots, merged)) for each in sent]
+        start = EPOCH + timedelta(seconds=plan.start - merged * self.step_s)
+        begin = round(moment.timestamp()) + steps * self.step_s
+        stamp = _first_forecast(moment.astimezone(zone), steps * self.step_s)
+        if self.step_s < DAY:
+            stamp = format_instant(begin, zone)
+        return History(start, histories, covariates, FirstStep(stamp, plan.steps))
+
+    def _check_origin(self, first: FirstStep, start: datetime, steps: int) -> None:
+        """Check that the forecast starts at the archive's time of day, on its wall clock. Raises RequestError."""
+        wall = first.stamp if first.steps is None else _first_forecast(start, steps * self.step_s)
+        if wall[11:] != f"{self._forecast.origin}:00":
+            what = f"the first forecast step is {wall}, but the model forecasts from {self._forecast.origin} on"
+            raise RequestError(f"{what}; send a target that ends before that", field="target")
+
     def _short(self, steps: int) -> int:
         """Count the missing steps of history, which are padded. Raises RequestError if the archive pads none."""
         needed = self._history_length
@@ -109,15 +179,15 @@ class Inputs:
                 raise RequestError(message, field=f"target[{i}]")
         return list(series)
 
-    def _covariates(self, instance: Instance[Any], steps: int) -> list[Float64]:
+    def _covariates(self, instance: Instance[Any], needed: int, counted: str = "") -> list[Float64]:
+        """Return the rows [K][needed]; `counted` says in words how steps are counted."""
         names, sent = self._forecast.dynamic_feat, instance.dynamic_feat or []
         if len(sent) != len(names):
             message = f"the model needs {len(names)} rows{quote_names(names)}, not {len(sent)}"
             raise RequestError(message, field="dynamic_feat")
-        needed = steps + self._forecast.prediction_length
         for i, values in enumerate(sent):
             if len(values) != needed:
-                message = f"{len(values)} numbers, but target and prediction have {needed} steps together"
+                message = f"{len(values)} numbers, but target and prediction have {needed} steps{counted} together"
                 raise RequestError(message, field=f"dynamic_feat[{i}]")
         return [np.array(values, np.float64) for values in sent]
 
@@ -132,7 +202,7 @@ class Inputs:
     def _calendar(self, start: datetime, step: int, channel: InputChannel) -> Float64:
         """Return the feature at context_length steps, the first of them `step` steps after (or before) start."""
         origin = np.datetime64(start, "s").astype(np.int64)
-        seconds = origin + (step + np.arange(self._forecast.context_length)) * self._step_s
+        seconds = origin + (step + np.arange(self._forecast.context_length)) * self.step_s
         return compute_calendar_feature(seconds, channel.feature)
 
 
@@ -200,7 +270,13 @@ def _first_forecast(start: datetime, seconds: int) -> str:
         raise RequestError("the forecast would lie beyond the year 9999", field="start") from None
 
 
-def _fill_missing(target: Numbers, short: int, center: float) -> Float64:
+def _merge_steps(values: Float64, plan: SlotPlan, count: int, before: int) -> Float64:
+    """Average real steps by slot [count], with `before` copies of the first slot before them."""
+    merged = average_slots(values, plan.slots[: len(values)], count)
+    return np.concatenate([np.repeat(merged[:1], before), merged]) if before else merged
+
+
+def _fill_missing(target: Numbers | Float64, short: int, center: float) -> Float64:
     """Return the target with `short` steps before it; missing steps take the last known value, else the center."""
     values = np.full(short + len(target), np.nan)
     values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from handlers.base import Float32
 from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate_media
-from handlers.codecs.deepar_schema import NumSamples, Seed
+from handlers.codecs.deepar_schema import NumSamples, Seed, parse_start
 from handlers.codecs.scenarios import (
     CorrelationModel,
     Marginal,
@@ -31,15 +31,22 @@ from handlers.codecs.tensors import encode_in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 
 MAX_FORECASTS = 10_000
+PAIRED = "configuration.joint"  #: the field of a fault that lies between forecasts
 FLOPS_PER_S = 1e9  #: assumed speed of the scores, computed one product after another
 
 
 class Margins(Struct, forbid_unknown_fields=True):
-    """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out if it has one."""
+    """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out if it has one.
+
+    Forecasts are paired by time: `start` is the instant of the first step, with an offset. Without any, all start at
+    once.
+    """
 
     levels: Annotated[list[float], Meta(min_length=1, max_length=1000)]
     values: Annotated[list[Annotated[list[list[float]], Meta(min_length=1)]], Meta(min_length=1)]
     products: list[str] = []
+    start: str | None = None
+    step_s: Annotated[int, Meta(ge=1)] = 0
 
 
 class MarginalForecast(Struct, forbid_unknown_fields=True):
@@ -138,8 +145,8 @@ class JointCodec:
             raise RequestError(f"not a request for joint scenarios: {error}") from error
         refuse_repeated(_names(request))  # before work is done for ten thousand
         marginals, owners = list[Marginal](), list[int]()
-        for i, forecast in enumerate(request.forecasts):
-            marginals += _parse_marginals(i, forecast)
+        for i, (forecast, first) in enumerate(zip(request.forecasts, pair_starts(request.forecasts), strict=True)):
+            marginals += _parse_marginals(i, forecast, first)
             owners += [i] * (len(marginals) - len(owners))
         try:
             places = match_marginals(marginals, self._correlation, request.num_samples, equal_steps=wanted == NPY)
@@ -159,7 +166,58 @@ def _names(request: JointBody) -> Iterator[tuple[int, str]]:
             yield i, f"{forecast.name}#{product}" if forecast.marginal.products else forecast.name
 
 
-def _parse_marginals(i: int, forecast: MarginalForecast) -> Iterator[Marginal]:
+def pair_starts(forecasts: Sequence[MarginalForecast]) -> list[int]:
+    """Return the step of the call at which each forecast starts: 0 for the earliest.
+
+    Raises RequestError for steps of different lengths or times, and for forecasts that do not overlap; it names the
+    models and their starts.
+    """
+    if all(each.marginal.start is None for each in forecasts):
+        return [0] * len(forecasts)
+    starts = [_parse_instant(i, each) for i, each in enumerate(forecasts)]
+    first, step_s = starts.index(min(starts)), forecasts[0].marginal.step_s
+    found = []
+    for i, (each, start) in enumerate(zip(forecasts, starts, strict=True)):
+        steps, rest = divmod(start - starts[first], max(1, each.marginal.step_s))
+        if each.marginal.step_s != step_s:
+            one, other = (f"{it.name} has steps of {it.marginal.step_s} s" for it in (forecasts[0], each))
+            raise RequestError(f"{one}, but {other}; joint forecasts have equal steps", instance=i, field=PAIRED)
+        if rest:
+            what = f"{_name_start(forecasts[first])} and {_name_start(each)} have no step at the same time"
+            raise RequestError(what, instance=i, field=PAIRED)
+        found.append(steps)
+    last, ends = found.index(max(found)), [at + _count_steps(each) for at, each in zip(found, forecasts, strict=True)]
+    if found[last] >= min(ends):
+        early = forecasts[ends.index(min(ends))]
+        what = f"{_name_start(early)} ends before {_name_start(forecasts[last])}; joint forecasts must overlap"
+        raise RequestError(what, instance=last, field=PAIRED)
+    return found
+
+
+def _parse_instant(i: int, forecast: MarginalForecast) -> int:
+    """Parse the start of a forecast into seconds since 1970. Raises RequestError."""
+    start = forecast.marginal.start
+    if start is None:
+        raise RequestError(
+            f"{forecast.name} has no start, but other forecasts have", instance=i, field="marginal.start"
+        )
+    if not forecast.marginal.step_s:
+        raise RequestError(f"{forecast.name} has a start, but no step_s", instance=i, field="marginal.step_s")
+    moment = parse_start(start)
+    if moment.tzinfo is None:
+        raise RequestError("expected a time with an offset such as +01:00", instance=i, field="marginal.start")
+    return round(moment.timestamp())
+
+
+def _name_start(forecast: MarginalForecast) -> str:
+    return f"{forecast.name} from {forecast.marginal.start} ({_count_steps(forecast)} steps)"
+
+
+def _count_steps(forecast: MarginalForecast) -> int:
+    return len(forecast.marginal.values[0])
+
+
+def _parse_marginals(i: int, forecast: MarginalForecast, first: int) -> Iterator[Marginal]:
     """Parse the products of a forecast. Raises RequestError for numbers that are not quantiles."""
     found = forecast.marginal
     names = [f"{forecast.name}#{product}" for product in found.products] or [forecast.name]
@@ -176,7 +234,7 @@ def _parse_marginals(i: int, forecast: MarginalForecast) -> Iterator[Marginal]:
         values = np.array(rows)
         if not (np.abs(values) <= np.finfo(np.float32).max).all() or (np.diff(values) < 0).any():
             raise RequestError(f"values of {name} must be finite and sorted", instance=i, field="marginal.values")
-        yield Marginal(name, levels, values)
+        yield Marginal(name, levels, values, first)
 
 
 def _split_products(found: Iterator[Float32], width: int) -> Float32:

@@ -42,12 +42,13 @@ class Marginal:
 
     The quantile function is linear between the levels and flat outside them (the tail rule `clamp`). `name` is the name
     of the product in the correlation archive. Values within floor and cap give samples within them; a flat piece is an
-    atom.
+    atom. `first`: the step of the call at which it starts, so that equal times are correlated.
     """
 
     name: str
     levels: Float64
     values: Float64
+    first: int = 0
 
     def quantiles(self, u: Float64) -> Float32:
         """Return the quantiles [T, S] at rising probabilities u [S]; they rise too."""
@@ -142,13 +143,14 @@ class CorrelationModel:
         return noise + mixing * samples
 
     def place(self, marginal: Marginal, instance: int) -> tuple[int, int]:
-        """Return the index of the product and its number of steps. Raises RequestError that names both sides."""
-        place, steps = self._places.get(marginal.name), len(marginal.values)
+        """Return the index of the product and the steps up to its last. Raises RequestError that names both sides."""
+        place, steps = self._places.get(marginal.name), marginal.first + len(marginal.values)
         if place is None:
             what = f"the correlation knows nothing of {marginal.name!r}; it has {len(self.products)} products"
             raise RequestError(what + quote_names(self.products), instance=instance, field="configuration.joint")
         if steps > self.horizon:
-            what = f"{marginal.name} forecasts {steps} steps, but the correlation covers {self.horizon}"
+            until = f"forecasts {steps} steps" if not marginal.first else f"ends {steps} steps after the earliest start"
+            what = f"{marginal.name} {until}, but the correlation covers {self.horizon}"
             raise RequestError(what, instance=instance, field="configuration.joint")
         return place, steps
 
@@ -181,8 +183,7 @@ def draw_scenarios(marginals: Sequence[Marginal], correlation: CorrelationModel,
     too many samples, and for too much work.
     """
     wanted = match_marginals(marginals, correlation, samples, equal_steps=True)
-    _, steps = wanted[0]
-    found = np.empty((samples, len(marginals), steps), np.float32)
+    found = np.empty((samples, len(marginals), len(marginals[0].values)), np.float32)
     for place, block in enumerate(_draw_blocks(marginals, correlation, wanted, samples, seed)):
         found[:, place] = block.T
     return found
@@ -211,7 +212,7 @@ def compute_midpoints(samples: int) -> Float64:
 def match_marginals(
     marginals: Sequence[Marginal], correlation: CorrelationModel, samples: int, *, equal_steps: bool = False
 ) -> list[tuple[int, int]]:
-    """Return for each marginal its product and number of steps. Raises RequestError as `draw_scenarios` does."""
+    """Return for each marginal its product and the steps up to its last. Raises RequestError as `draw_scenarios`."""
     if samples < LEAST_SAMPLES:
         what = f"joint scenarios need at least {LEAST_SAMPLES} samples: one would be the median of every forecast"
         raise RequestError(what, field="configuration.num_samples")
@@ -227,6 +228,9 @@ def match_marginals(
         raise RequestError(message, field="configuration.num_samples")
     first, (_, steps) = marginals[0], wanted[0]
     for marginal, (_, other) in zip(marginals, wanted, strict=True):
+        if equal_steps and marginal.first != first.first:
+            what = f"{first.name} and {marginal.name} start at different times; one array cannot hold both"
+            raise RequestError(f"{what}: ask for JSON", field="configuration.joint")
         if equal_steps and other != steps:
             what = f"{first.name} forecasts {steps} steps and {marginal.name} {other}; one array cannot hold both"
             raise RequestError(f"{what}: ask for JSON", field="configuration.joint")
@@ -253,7 +257,8 @@ def _draw_blocks(
     """Yield the scenarios [T, S] of each marginal: its samples in the order of the scores."""
     u = compute_midpoints(samples)
     scores = correlation.dependence.scores(correlation.products, wanted, samples, seed)
-    for marginal, score in zip(marginals, scores, strict=True):
+    for marginal, every in zip(marginals, scores, strict=True):
+        score = every[marginal.first :]
         block = np.empty(score.shape, np.float32)
         order: npt.NDArray[np.intp] = np.argsort(score, axis=1)
         np.put_along_axis(block, order, marginal.quantiles(u), axis=1)

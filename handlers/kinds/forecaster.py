@@ -52,6 +52,8 @@ class ForecasterKind:
             architecture=parts.architecture,
             config=dict(parts.config),
             forecast=parts.forecast,
+            trained_until=parts.trained_until,
+            trained_epochs=parts.trained_epochs,
         )
         return spec, {WEIGHTS_FILE: parts.save_tensors()}
 

@@ -25,6 +25,8 @@ class ArchiveParts:
     config: Mapping[str, int | float | str | bool | list[int]] = field(default_factory=dict)
     forecast: ForecastSpec | None = None
     correlation: CorrelationSpec | UnsetType = UNSET
+    trained_until: str | UnsetType = UNSET
+    trained_epochs: float | UnsetType = UNSET
 
     def save_tensors(self) -> bytes:
         """The numbers as a safetensors file."""

@@ -1,32 +1,39 @@
 """Time series for training and evaluation: evenly spaced columns of a CSV file. No torch.
 
-Stamps are wall-clock times without daylight-saving jumps, as in requests; stamps with an offset are converted to UTC.
+Their steps are the slots of a zone's wall clock, without daylight-saving jumps, as in requests;
+`handlers.training.stamps` makes them of stamps with an offset, and of those of a local clock.
 """
 
 import csv
 import gzip
 import math
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from handlers.codecs.clock import Float64, find_zone
+from handlers.training.stamps import PLAIN, FileRules, SeriesInvalid, find_axis, name_step, parse_stamp
 
-MISSING = {"", "nan", "null", "none", "na", "n/a"}
-UNITS = (("W", 604_800), ("D", 86_400), ("h", 3600), ("min", 60), ("s", 1))
+__all__ = ["FileRules", "Float64", "Series", "SeriesInvalid", "read_csv", "read_header"]
 
-
-class SeriesInvalid(ValueError):
-    """The data cannot be used; the message names the file, line and column, and what to do."""
+MISSING = {"", "-", "nan", "null", "none", "na", "n/a", "n/e"}
+#: Columns that tell several series of one file apart, as libraries name them.
+ITEMS = ("unique_id", "item_id", "series_id", "ts_id")
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d{1,2}")  #: with three digits it could be a thousand
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Values [T] at `start`, `start + step`, ..., NaN if missing; known-future covariates [K, T], none missing."""
+    """Values [T] at `start`, `start + step`, ..., NaN if missing; known-future covariates [K, T], none missing.
+
+    Stamps are on the wall clock of `zone`; `notes` say in words what was assumed when the file was read.
+    """
 
     name: str
     start: datetime
@@ -34,6 +41,8 @@ class Series:
     values: Float64
     known: Float64
     known_names: tuple[str, ...] = ()
+    zone: str = "UTC"
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Series {self.name} {len(self.values)} steps of {self.frequency} from {self.start}>"
@@ -41,22 +50,22 @@ class Series:
     @property
     def frequency(self) -> str:
         """The step as a pandas offset alias: `1h`, `30min`, `1D`."""
-        seconds = round(self.step.total_seconds())
-        unit, size = next((unit, size) for unit, size in UNITS if seconds % size == 0)
-        return f"{seconds // size}{unit}"
+        return name_step(round(self.step.total_seconds()))
 
     def stamp(self, at: int) -> str:
         """Return the time of step `at` in the notation of requests."""
         return (self.start + at * self.step).isoformat(sep=" ", timespec="seconds")
 
     def first_at(self, moment: datetime) -> int:
-        """Return the first step at or after the moment, T if there is none."""
+        """Return the first step at or after a moment, T if there is none; one without offset is of the zone's clock."""
+        if moment.tzinfo is not None:
+            moment = moment.astimezone(find_zone(self.zone)).replace(tzinfo=None)
         return min(max(0, -((self.start - moment) // self.step)), len(self.values))
 
     def before(self, moment: datetime) -> "Series":
         """Return the series of the steps before the moment."""
         end = self.first_at(moment)
-        return Series(self.name, self.start, self.step, self.values[:end], self.known[:, :end], self.known_names)
+        return replace(self, values=self.values[:end], known=self.known[:, :end])
 
     def instance(self, start: int, end: int, horizon: int) -> dict[str, object]:
         """Make the instance of a request: history from `start` to `end`, and covariates for `horizon` more steps."""
@@ -69,7 +78,9 @@ class Series:
         return found
 
 
-def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequence[str] = ()) -> list[Series]:
+def read_csv(
+    path: Path, time: str, targets: Sequence[str], known_future: Sequence[str] = (), rules: FileRules = PLAIN
+) -> list[Series]:
     """Read one series per target column, all with the same stamps; `.gz` is unpacked.
 
     Empty cells of a target are missing. A known-future column whose name contains `{target}` belongs to that target.
@@ -78,25 +89,24 @@ def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequen
         SeriesInvalid: names file, line and column of the fault. OSError: the file cannot be read.
     """
     known = [[name.replace("{target}", target) for name in known_future] for target in targets]
-    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
-        try:
-            stamps, lines, columns = _read_columns(
-                csv.reader(file), time, {*targets, *(n for names in known for n in names)}
-            )
-        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise SeriesInvalid(f"{path.name}: not a CSV file: {error}") from error
-        except SeriesInvalid as error:
-            raise SeriesInvalid(f"{path.name}, {error}") from None
-    try:
-        step = _find_step(stamps, lines)
+    wanted = {*targets, *(n for names in known for n in names)}
+    with _open_rows(path) as reader:
+        stamps, lines, columns = _read_columns(reader, time, wanted, rules)
+        axis = find_axis(stamps, lines, rules)
         for name in {n for names in known for n in names}:
             _require_complete(name, columns[name], lines)
-    except SeriesInvalid as error:
-        raise SeriesInvalid(f"{path.name}, {error}") from None
-    rows = len(stamps)
+    step = timedelta(seconds=axis.step_s)
+    ahead = {n: axis.place(columns[n], complete=True) for names in known for n in names}
     return [
         Series(
-            target, stamps[0], step, columns[target], _stack_columns([columns[n] for n in names], rows), tuple(names)
+            target,
+            axis.start,
+            step,
+            axis.place(columns[target]),
+            _stack_columns([ahead[n] for n in names], axis.count),
+            tuple(names),
+            rules.zone,
+            axis.notes,
         )
         for target, names in zip(targets, known, strict=True)
     ]
@@ -104,33 +114,55 @@ def read_csv(path: Path, time: str, targets: Sequence[str], known_future: Sequen
 
 def read_header(path: Path) -> list[str]:
     """Read the names of the columns. Raises SeriesInvalid, OSError."""
-    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
+    with _open_rows(path) as reader:
+        return [name.strip() for name in next(iter(reader), [])]
+
+
+@contextmanager
+def _open_rows(path: Path) -> Iterator[Iterable[list[str]]]:
+    """Open a CSV file, with or without a byte order mark; errors name the file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", newline="", encoding="utf-8-sig") as file:
         try:
-            return [name.strip() for name in next(csv.reader(file), [])]
-        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            yield csv.reader(file)
+        except (csv.Error, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise SeriesInvalid(f"{path.name}: not a CSV file: {error}") from error
+        except SeriesInvalid as error:
+            raise SeriesInvalid(f"{path.name}, {error}") from None
 
 
 def _read_columns(
-    reader: Iterable[list[str]], time: str, wanted: Iterable[str]
+    reader: Iterable[list[str]], time: str, wanted: Iterable[str], rules: FileRules
 ) -> tuple[list[datetime], list[int], dict[str, Float64]]:
     """Read stamps, their line numbers and the wanted columns."""
     rows = _number_rows(reader)
     _, header = next(rows, (0, []))
     names = [name.strip() for name in header]
-    for name in (time, *sorted(wanted)):
+    item, value = rules.item
+    for name in (time, *sorted(wanted), *([item] if item else ())):
         if names.count(name) != 1:
             raise SeriesInvalid(f"line 1: {names.count(name)} columns {name!r}; the columns are {', '.join(names)}")
     places = {name: names.index(name) for name in wanted}
-    stamps, lines, cells = [], [], []
+    at_time, at_item = names.index(time), names.index(item) if item else _find_item_column(names, time, places)
+    stamps, lines, cells = list[datetime](), list[int](), list[list[float]]()
     for line, row in rows:
         if len(row) != len(names):
             raise SeriesInvalid(f"line {line}: {len(row)} cells, but the header has {len(names)}")
-        stamps.append(_parse_stamp(row[names.index(time)], line, time))
+        if at_item is not None and row[at_item].strip() != (value := value or row[at_item].strip()):
+            if item:
+                continue
+            what = f"column {names[at_item]!r} has several items, {value[:40]!r} and {row[at_item].strip()[:40]!r}"
+            raise SeriesInvalid(f"line {line}: {what}; read one by --item {names[at_item]}={value[:40]}")
+        stamps.append(parse_stamp(row[at_time], line, time, rules.time_format))
         lines.append(line)
         cells.append([_parse_number(row[at], line, name) for name, at in places.items()])
     values = np.array(cells, np.float64).reshape(len(cells), len(places))
     return stamps, lines, {name: np.ascontiguousarray(values[:, i]) for i, name in enumerate(places)}
+
+
+def _find_item_column(names: Sequence[str], time: str, places: Iterable[str]) -> int | None:
+    """Return the column that tells several series of a file apart, if there is one by the names of libraries."""
+    return next((i for i, name in enumerate(names) if name.lower() in ITEMS and name not in {time, *places}), None)
 
 
 def _number_rows(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
@@ -140,19 +172,11 @@ def _number_rows(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]
             yield getattr(reader, "line_num", 0), row
 
 
-def _parse_stamp(text: str, line: int, column: str) -> datetime:
-    try:
-        stamp = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise SeriesInvalid(
-            f"line {line}, column {column!r}: expected a time such as 2024-01-31 13:00, not {text[:40]!r}"
-        ) from None
-    return stamp if stamp.tzinfo is None else stamp.astimezone(UTC).replace(tzinfo=None)
-
-
 def _parse_number(text: str, line: int, column: str) -> float:
     if text.strip().lower() in MISSING:
         return math.nan
+    if DECIMAL_COMMA.fullmatch(text.strip()):
+        text = text.replace(",", ".")
     try:
         number = float(text)
     except ValueError:
@@ -161,26 +185,6 @@ def _parse_number(text: str, line: int, column: str) -> float:
         what = f"line {line}, column {column!r}: {text[:40]!r} is not a finite number; leave a missing one empty"
         raise SeriesInvalid(what)
     return number
-
-
-def _find_step(stamps: Sequence[datetime], lines: Sequence[int]) -> timedelta:
-    """Find the distance between stamps, which must be the same for all."""
-    if len(stamps) < 2:  # noqa: PLR2004 - a distance needs two
-        raise SeriesInvalid(f"{len(stamps)} rows of data, which is too few")
-    step = stamps[1] - stamps[0]
-    for i in range(1, len(stamps)):
-        found = stamps[i] - stamps[i - 1]
-        if found == step and step > timedelta(0) and step % timedelta(seconds=1) == timedelta(0):
-            continue
-        if found == timedelta(0):
-            raise SeriesInvalid(
-                f"line {lines[i]}: {stamps[i]} appears twice; keep one row a step (local time? use UTC)"
-            )
-        what = f"line {lines[i]}: {stamps[i]} comes {found} after the row before; "
-        if found < timedelta(0):
-            raise SeriesInvalid(what + "sort the rows by time")
-        raise SeriesInvalid(what + f"steps are {step}; add the missing rows with empty cells (local time? use UTC)")
-    return step
 
 
 def _require_complete(name: str, values: Float64, lines: Sequence[int]) -> None:

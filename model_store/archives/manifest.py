@@ -29,6 +29,7 @@ Feature = Literal[
     "monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday", "",
 ]  # fmt: skip
 TimeOfDay = Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+Stamp = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$")]
 MemberPath = Annotated[str, Meta(min_length=1, max_length=500)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -235,6 +236,9 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     Kind forecaster: `architecture`, `config`, `weights`, and `forecast` if it answers forecast requests; without it the
     archive answers tensors only. Kind graph: `weights`, the member `graph.json`, and `forecast` likewise. Kind
     correlation: `weights` and `correlation`.
+
+    `trained_until`: the stamp of the last step that the fit has used, its holdout included, on the wall clock of the
+    forecast; windows up to it are no test of the archive. `trained_epochs`: what `--epochs` was, 0 the default.
     """
 
     kind: Kind
@@ -246,6 +250,8 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     correlation: CorrelationSpec | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None
     description: Annotated[str, Meta(max_length=2000)] = ""
+    trained_until: Stamp | UnsetType = UNSET
+    trained_epochs: Annotated[float, Meta(ge=0.0)] | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         """Cross-field rules."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from server.offline.fleet_evaluation import Backtest
 
 WINDOWS = 28
+SHOWN = 3  #: most markets that a note names
 
 
 def backtest(
@@ -40,6 +41,10 @@ def backtest(
         int | None,
         typer.Option(min=0, help=f"number of last windows to score, 0: all; default: {WINDOWS}, or all with --from"),
     ] = None,
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
@@ -65,8 +70,9 @@ def backtest(
         most = windows if windows is not None else 0 if first else WINDOWS
         rolling, answers = Rolling(every, most, first, last), ThroughServer(url) if url else InProcess()
         names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
         with show_progress("scoring") as told:
-            found = backtest_fleet(csv, time, names, settings, answers, rolling, told)
+            found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules)
         if html is not None:
             from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
@@ -75,6 +81,9 @@ def backtest(
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
         rich.print(_make_score_table(found))
+    for note, markets in found.notes().items():
+        more = f" and {len(markets) - SHOWN} more" if len(markets) > SHOWN else ""
+        print(escape_text(f"note: {', '.join(markets[:SHOWN])}{more}: {note}"), file=sys.stderr)  # noqa: T201
     for name, why in found.failed.items():
         print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from model_store.names import ModelName
+from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import one_line_errors, parse_moment, show_progress
 from server.cli.train import name_archives
@@ -17,6 +18,7 @@ from server.cli.train import name_archives
 if TYPE_CHECKING:
     from handlers.codecs.features import Float64
     from handlers.evaluation.correlation import Estimate
+    from handlers.training.stamps import FileRules
     from server.offline.forecast_errors import Residuals
 
 AXES = 3  #: of residuals
@@ -47,6 +49,10 @@ def correlate(
         Literal["gaussian", "schaake"],
         typer.Option(help="gaussian keeps two small matrices, schaake the ranks of past windows"),
     ] = "gaussian",
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
 ) -> None:
     """Estimate how the forecasts of several models move together, and pack it as an archive for joint scenarios.
 
@@ -74,9 +80,11 @@ def correlate(
             assert csv is not None, "one of the two is given"
             names = name_archives(target, name_template)
             products = tuple(names[each] for each in target)
-            made = _forecast_windows(csv, time, names, store, since, every)
+            rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
+            made = _forecast_windows(csv, time, names, store, since, every, rules)
             errors = made.values
             told = f"{csv.name}, windows from {made.first} to {made.last}"
+            price_flags.print_notes(csv, made.notes)
         horizon = errors.shape[2]
         estimate = _estimate_correlation(method, errors, products, max(1.0, horizon / (every or horizon)))
         size = _store_archive(out, estimate, f"estimated from {told}")
@@ -100,14 +108,14 @@ def _read_errors(path: Path, products: int) -> "Float64":
 
 
 def _forecast_windows(
-    csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int
+    csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int, rules: "FileRules"
 ) -> "Residuals":
     """Forecast all windows, with a progress bar on stderr."""
     from server.offline.forecast_errors import measure_errors  # noqa: PLC0415 -- torch
 
     settings, begin = settings_from({"store": store} if store else {}), parse_moment("--since", since)
     with show_progress("forecasting") as told:
-        return measure_errors(settings, csv, time, names, begin, every, told)
+        return measure_errors(settings, csv, time, names, begin, every, told, rules)
 
 
 def _estimate_correlation(method: str, errors: "Float64", products: tuple[str, ...], overlap: float) -> "Estimate":

@@ -85,7 +85,9 @@ def pack(
         assert gate is not None, "called only if there is a gate"
         terms = GateTerms(gate_score, gate_margin, Rolling(most=gate_windows))
         target = gate_target or location.name.rpartition("/")[2].partition(".")[0]
-        return str(compare_with_predecessor(terms, gate, gate_time, target, location, packed))
+        verdict = compare_with_predecessor(terms, gate, gate_time, target, location, packed)
+        price_flags.print_notes(gate, verdict.notes)
+        return str(verdict)
 
     with one_line_errors():
         store, _ = split_location(out)

@@ -1,15 +1,31 @@
 """The arguments that several commands take about price files, fits and gates. No torch."""
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from server.logs import escape_text
 from server.offline.measures import Score
+
+if TYPE_CHECKING:
+    from handlers.training.stamps import FileRules
 
 PriceFile = Annotated[
     Path, typer.Argument(metavar="CSV", help="price file (.csv or .csv.gz) with a header and one row per time step")
 ]
+IntervalEnding = Annotated[
+    bool, typer.Option("--interval-ending", help="stamps name the end of their interval, as AEMO's and `hour ending`")
+]
+StampsZone = Annotated[
+    str, typer.Option(metavar="ZONE", help="zone of stamps without an offset; default: that of the archive")
+]
+TimeFormat = Annotated[
+    str, typer.Option(metavar="FORMAT", help="notation of the stamps, such as '%d/%m/%Y %H:%M'; default: ISO 8601")
+]
+Item = Annotated[str, typer.Option(metavar="COLUMN=VALUE", help="read only the rows of one item of a file of several")]
 TimeColumn = Annotated[str, typer.Option(help="column of the time stamps, which are evenly spaced")]
 ArchivedTargets = Annotated[
     list[str] | None, typer.Option(help="price column (repeatable); default: all columns that have an archive")
@@ -25,3 +41,21 @@ GateMargin = Annotated[float, typer.Option(min=0, help="percent by which the new
 
 NAME_TEMPLATE = "{target}.mar"
 GATE_MARGIN, GATE_WINDOWS = 2.0, 28
+
+
+def make_file_rules(interval_ending: bool, stamps_zone: str, time_format: str, item: str) -> "FileRules":
+    """Make the rules by which a price file is read. Raises ValueError that names the flag."""
+    from handlers.codecs.clock import check_zone_name  # noqa: PLC0415 -- numpy
+    from handlers.training.stamps import FileRules  # noqa: PLC0415
+
+    column, equals, value = item.partition("=")
+    if item and not (column and equals and value):
+        raise ValueError(f"--item: expected COLUMN=VALUE, not {item!r}")
+    zone = check_zone_name(stamps_zone) if stamps_zone else ""
+    return FileRules(stamps_zone=zone, ending=interval_ending, time_format=time_format, item=(column, value))
+
+
+def print_notes(csv: Path, notes: Iterable[str]) -> None:
+    """Print to stderr what was assumed when a file was read, each note once."""
+    for note in dict.fromkeys(notes):
+        print(escape_text(f"note: {csv.name}: {note}"), file=sys.stderr)  # noqa: T201

@@ -1,6 +1,7 @@
 """`fleetcast retrain` refits every archive of a fleet and publishes those that are no worse. It imports torch late."""
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
 from server.cli.train import name_archives
+from server.logs import escape_text
 
 SHOWN = 40  #: most markets that are all listed; for a larger fleet only those with a message or not published are
 
@@ -39,6 +41,10 @@ def retrain(
     epochs: price_flags.Epochs = 0.0,
     seed: price_flags.FitSeed = 0,
     threads: price_flags.FitThreads = 1,
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
     reload: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="management address of a server that reloads each new archive (repeatable)"),
@@ -77,7 +83,8 @@ def retrain(
         names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
-        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or ())
+        rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
+        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or (), rules)
         with (
             hold_file(log),
             Checkpoint(log, plan.digest, len(names)) as journal,
@@ -91,6 +98,8 @@ def retrain(
     shown = [each for each in outcomes if each.result != "published" or each.message or len(outcomes) <= SHOWN]
     if shown:
         rich.print(_make_outcome_table(shown))
+    for note, count in Counter(each.note for each in outcomes if each.note).items():
+        print(escape_text(f"note: {count} of {len(outcomes)} markets: {note}"), file=sys.stderr)  # noqa: T201
     print(f"{', '.join(f'{count} {result}' for result, count in sorted(counts.items()))}: {log}")  # noqa: T201
     if counts["failed"]:
         raise typer.Exit(BAD)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -67,11 +67,10 @@ def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def parse_moment(flag: str, text: str) -> datetime | None:
-    """A flag's date without zone, None where it was not given. Raises ValueError that names the flag."""
+    """A flag's date, None where it was not given. Raises ValueError that names the flag."""
     if not text:
         return None
     try:
-        found = datetime.fromisoformat(text)
+        return datetime.fromisoformat(text)
     except ValueError:
         raise ValueError(f"{flag}: expected a date such as 2024-01-01, not {text!r}") from None
-    return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,7 +71,22 @@ def train(
     seed: price_flags.FitSeed = 0,
     threads: price_flags.FitThreads = 1,
     unit: Annotated[str, typer.Option(help="unit of the prices, recorded in the archive")] = "",
-    time_zone: Annotated[str, typer.Option(help="time zone of the time stamps, recorded in the archive")] = "UTC",
+    time_zone: Annotated[
+        str,
+        typer.Option(
+            metavar="ZONE", help="IANA time zone, such as Europe/Berlin, on whose clock the archive forecasts: its days"
+        ),
+    ] = "UTC",
+    frequency: Annotated[
+        str,
+        typer.Option(
+            metavar="STEP", help="step of the archive if that of the file changes, such as 15min; rows repeat"
+        ),
+    ] = "",
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
 ) -> None:
     """Fit a forecaster to each price column of a CSV file and pack it as an archive with a golden sample.
 
@@ -82,16 +98,28 @@ def train(
     rows is held out: its loss decides when training stops, and is shown beside the loss of the naive forecast (the
     value at the same time of the last known day, or week for daily data). The loss is the mean pinball loss over the
     quantile levels.
+
+    Stamps with an offset are taken to the clock of --time-zone, and so are those of a local clock that skips and
+    repeats hours. An archive forecasts days of 24 hours: a repeated hour is read as the mean of both.
     """  # noqa: D301 -- click's mark for "do not wrap"
+    from handlers.codecs.clock import check_zone_name  # noqa: PLC0415
     from handlers.training.fit import Fitting  # noqa: PLC0415
     from handlers.training.time_series import read_csv  # noqa: PLC0415 -- torch, here and below
     from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
         names = name_archives(target, name_template)
-        series = read_csv(csv, time, target, known_future or [])
-        if (until := parse_moment("--train-until", train_until)) is not None:
-            series = [each.before(until) for each in series]
+        rules = replace(
+            price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item),
+            zone=check_zone_name(time_zone),
+            step_s=_parse_frequency(frequency),
+        )
+        series = read_csv(csv, time, target, known_future or [], rules)
+        if frequency and round(series[0].step.total_seconds()) != rules.step_s:
+            raise ValueError(f"--frequency {frequency}: {csv.name} has steps of {series[0].frequency} throughout")
+        price_flags.print_notes(csv, series[0].notes)
+        if (end := parse_moment("--train-until", train_until)) is not None:
+            series = [each.before(end) for each in series]
         options = _parse_config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
         recipe["origin"] = _parse_origin(origin)
@@ -101,7 +129,9 @@ def train(
         fitted = _fit_with_progress(
             series, forecasts, architecture, options, Fitting(epochs, max_seconds=limit, seed=seed, threads=threads)
         )
-        sizes = _store_archives(out, [(names[each.name], each) for each in fitted], _describe_training(csv, series[0]))
+        until = series[0].stamp(len(series[0].values) - 1)
+        description = _describe_training(csv, series[0])
+        sizes = _store_archives(out, [(names[each.name], each) for each in fitted], description, (until, epochs))
         _report_archives(out, fitted, sizes)
 
 
@@ -147,8 +177,13 @@ def _fit_with_progress(
         return fit_forecasters(series, forecasts, architecture, dict(config), fitting, progress)
 
 
-def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str) -> list[int]:
-    """Pack the archives, verify them as a worker would, and store them. Returns their sizes in bytes."""
+def _store_archives(
+    out: str, named: Sequence[tuple[ModelName, "Fitted"]], description: str, trained: tuple[str, float]
+) -> list[int]:
+    """Pack the archives, verify them as a worker would, and store them. Returns their sizes in bytes.
+
+    `trained`: until when, and the epochs that were asked for.
+    """
     from handlers.kinds import ArchiveParts, pack_model  # noqa: PLC0415
     from model_store.archives.manifest import Kind  # noqa: PLC0415
     from server.offline.archive_location import locate_archive  # noqa: PLC0415
@@ -162,7 +197,12 @@ def _store_archives(out: str, named: Sequence[tuple[ModelName, "Fitted"]], descr
         packed = pack_model(
             Kind.FORECASTER,
             ArchiveParts(
-                tensors=each.tensors, architecture=each.architecture, config=each.config, forecast=each.forecast
+                tensors=each.tensors,
+                architecture=each.architecture,
+                config=each.config,
+                forecast=each.forecast,
+                trained_until=trained[0],
+                trained_epochs=trained[1],
             ),
             model_name=name.rpartition("/")[2].partition(".")[0],
             golden=each.golden,
@@ -197,6 +237,17 @@ def _parse_origin(text: str) -> str:
     if text not in ("", "any") and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", text):
         raise ValueError(f"--origin: expected a time of day such as 00:00, or any, not {text!r}")
     return text
+
+
+def _parse_frequency(text: str) -> int:
+    """The seconds of a step, 0 for none."""
+    from handlers.codecs.features import parse_step_seconds  # noqa: PLC0415
+    from model_store.errors import ArchiveInvalid  # noqa: PLC0415
+
+    try:
+        return parse_step_seconds(text) if text else 0
+    except ArchiveInvalid:
+        raise ValueError(f"--frequency: expected a step such as 15min or 1h, not {text!r}") from None
 
 
 def _parse_levels(text: str) -> tuple[float, ...]:

@@ -64,6 +64,8 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "manifest", f"{model['modelName']} {model['modelVersion']}, handler {model['handler']}"
     if spec.get("description"):
         yield "description", spec["description"]
+    if spec.get("trained_until"):
+        yield "trained", f"until {spec['trained_until']}"
     if spec.get("config"):
         yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
     if "graph" in found:
@@ -88,6 +90,10 @@ def _list_prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
         levels = " ".join(map(str, forecast["quantile_levels"]))
         lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
         yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
+        yield "clock", f"{forecast['time_zone']}, forecasts start at {forecast.get('origin', 'any time')}"
+        yield "covariates", ", ".join(forecast["dynamic_feat"]) or "none"
+        levels = forecast["quantile_levels"]
+        yield "tails", f"{forecast['tail']} beyond the levels {levels[0]:g} and {levels[-1]:g}"
         yield "products", ", ".join(forecast["products"])
         for i, channel in enumerate(forecast["inputs"]):
             yield f"channel {i}", _format_channel(channel)

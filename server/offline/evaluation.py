@@ -52,7 +52,10 @@ class FanChart:
 
 @dataclass(frozen=True, slots=True)
 class MarketScore:
-    """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps."""
+    """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps.
+
+    `notes` say in words what limits the scores, such as rows that no window uses.
+    """
 
     target: str
     model: str
@@ -65,9 +68,10 @@ class MarketScore:
     scores: Scores
     calibration: Calibration
     by_hour: ByHour
+    notes: tuple[str, ...] = ()
 
 
-def score_forecasts(found: WindowForecasts, unit: str) -> MarketScore:
+def score_forecasts(found: WindowForecasts, unit: str, notes: tuple[str, ...] = ()) -> MarketScore:
     """Evaluate the forecasts of a market, without the chart."""
     series, levels = found.series, found.levels
     edges = np.concatenate([[0.0], levels, [1.0]])
@@ -84,6 +88,7 @@ def score_forecasts(found: WindowForecasts, unit: str) -> MarketScore:
         scores=compute_scores(found),
         calibration=Calibration(edges.tolist(), shares.tolist(), np.diff(edges).tolist()),
         by_hour=_by_hour(found),
+        notes=notes,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
+from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
@@ -21,7 +22,10 @@ from server.offline.rolling_windows import (
     ArchiveVersion,
     Rolling,
     Unfit,
+    WindowForecasts,
     add_known_series,
+    explain_seen_windows,
+    explain_unused_rows,
     fetch_version,
     forecast_windows,
 )
@@ -52,6 +56,14 @@ class Backtest:
         """Return the mean of a measure over the markets that have it."""
         found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
         return sum(found) / len(found) if found else None
+
+    def notes(self) -> dict[str, list[str]]:
+        """Return what a reader of the scores should know, and of which markets."""
+        found: dict[str, list[str]] = {}
+        for each in self.markets:
+            for note in each.notes:
+                found.setdefault(note, []).append(each.target)
+        return found
 
     def json(self, measures: Iterable[str]) -> bytes:
         """Encode the results as JSON, without charts and with null for undefined scores."""
@@ -85,21 +97,22 @@ def backtest_fleet(
     answers: Answers,
     rolling: Rolling,
     report_progress: Progress,
+    rules: FileRules = PLAIN,
 ) -> Backtest:
     """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError."""
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
         forecast = model.forecast
-        series = add_known_series(columns, target, forecast.dynamic_feat)
-        origins = rolling.origins(series, forecast.history_length, forecast.prediction_length)
+        series = add_known_series(columns[target], target, forecast.dynamic_feat)
+        origins = rolling.origins(series, [forecast])
         found = forecast_windows(answers, model, series, origins)
         report_progress(1, len(names))
-        return score_forecasts(found, forecast.unit), make_fan_chart(found)
+        return score_forecasts(found, forecast.unit, list_notes(found, model)), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)
-        columns, lacking = read_columns(csv, time, models)
+        columns, lacking = read_columns(csv, time, models, rules)
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
         done, wrong = collect_results(pool, one, markets)
     results = list(done.values())
@@ -111,6 +124,13 @@ def backtest_fleet(
         fans=[drawn for _, drawn in results],
         failed={**failed, **lacking, **wrong},
     )
+
+
+def list_notes(found: WindowForecasts, model: ArchiveVersion) -> tuple[str, ...]:
+    """List what a reader of the scores should know of their windows."""
+    unused = explain_unused_rows(found.series, model.forecast, int(found.steps[-1, -1]))
+    seen = explain_seen_windows(model, found.series, found.origins)
+    return tuple(filter(None, [*found.series.notes, unused, seen]))
 
 
 def fetch_archives(
@@ -154,18 +174,24 @@ def explain_error(error: Exception) -> str:
 
 
 def read_columns(
-    csv: Path, time: str, models: Mapping[str, ArchiveVersion]
-) -> tuple[dict[str, Series], dict[str, str]]:
-    """Read the columns of the targets and their covariates known ahead; also returns targets that lack a covariate.
+    csv: Path, time: str, models: Mapping[str, ArchiveVersion], rules: FileRules = PLAIN
+) -> tuple[dict[str, dict[str, Series]], dict[str, str]]:
+    """Read for each target its column and the covariates known ahead, on the clock and by the step of its archive.
 
-    Raises SeriesInvalid, OSError: the file cannot be read, or has no column of a target.
+    Also returns targets that lack a covariate. The file is read once for all archives of one clock and step. Raises
+    SeriesInvalid, OSError: the file cannot be read, or has no column of a target.
     """
     there = set(read_header(csv))
     lacking = {
         target: [name for name in each.forecast.dynamic_feat if name not in there] for target, each in models.items()
     }
-    known = (name for target, each in models.items() if not lacking[target] for name in each.forecast.dynamic_feat)
-    wanted = list(dict.fromkeys([*models, *known]))
-    columns = {each.name: each for each in read_csv(csv, time, wanted)} if wanted else {}
+    groups: dict[FileRules, list[str]] = {}
+    for target, each in models.items():
+        groups.setdefault(rules.for_archive(each.forecast), []).append(target)
+    columns: dict[str, dict[str, Series]] = {}
+    for read_by, targets in groups.items():
+        known = (name for target in targets if not lacking[target] for name in models[target].forecast.dynamic_feat)
+        found = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([*targets, *known])), (), read_by)}
+        columns |= dict.fromkeys(targets, found)
     said = "has no such column, which the archive wants as `dynamic_feat`"
     return columns, {target: f"{', '.join(names)}: {csv.name} {said}" for target, names in lacking.items() if names}

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from handlers.codecs.clock import check_zone_name
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import GRAPH_FILE, ForecastSpec, Kind, parse_golden
 from model_store.archives.packing import WEIGHTS_FILE
@@ -105,6 +106,8 @@ def _gather_parts(
     if onnx is not None:
         return Kind.ONNX, ArchiveParts(program=Path(onnx).read_bytes())
     record = None if forecast is None else _decode_json(forecast, ForecastSpec, _name_of("forecast", forecast))
+    if record is not None:
+        check_zone_name(record.time_zone)
     if module:
         exported = _export_members(module, config, inputs, weights)
         parts = ArchiveParts(program=exported[GRAPH_FILE], tensors=exported[WEIGHTS_FILE], forecast=record)

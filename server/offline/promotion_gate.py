@@ -1,12 +1,14 @@
 """The gate before publishing: the new archive and its predecessor forecast the same windows, and one score decides."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 
 import numpy as np
 
+from handlers.evaluation.scores import Steps
+from handlers.training.stamps import PLAIN
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from server.offline.archive_location import ArchiveLocation
@@ -20,11 +22,15 @@ from server.offline.rolling_windows import (
     Unfit,
     WindowForecasts,
     add_known_series,
+    count_unseen,
+    explain_seen_windows,
+    explain_unused_rows,
     fetch_version,
     forecast_windows,
     open_unpublished,
 )
 
+LEAST_UNSEEN = 7  #: least number of windows, of days a week, that a comparison needs to be made on these alone
 BY_LEVEL = ("pinball", "wql", "crps")  #: scores that depend on the quantile levels
 
 
@@ -52,6 +58,8 @@ class GateVerdict:
     windows: int
     first: str
     last: str
+    notes: tuple[str, ...] = ()  #: what limits the comparison, in words
+    recipe: bool = False  #: whether the predecessor's recipe was fitted anew to what the candidate was fitted to
 
     @property
     def worse(self) -> float:
@@ -67,7 +75,8 @@ class GateVerdict:
 
     def __str__(self) -> str:
         """For example `gate: wql 0.2011 against 0.2132 of version 8f3a, 28 windows from ... to ...`."""
-        before = "no predecessor" if self.predecessor is None else f"{self.predecessor:.4g} of version {self.version}"
+        of = "its recipe, fitted to the same rows" if self.recipe else f"version {self.version}"
+        before = "no predecessor" if self.predecessor is None else f"{self.predecessor:.4g} of {of}"
         span = f"{self.windows} windows from {self.first} to {self.last}"
         return f"gate: {self.gate.score} {self.candidate:.4g} against {before}, {span}"
 
@@ -79,19 +88,23 @@ def compare_models(
     columns: Mapping[str, Series],
     candidate: ArchiveVersion,
     predecessor: ArchiveVersion | None,
+    *,
+    recipe: bool = False,
 ) -> GateVerdict:
     """Score both models on the windows that both can forecast, at the steps and levels that both have.
 
-    `columns` contains the target and all covariates. A broken predecessor counts as none.
+    `columns` contains the target and all covariates. A broken predecessor counts as none. Windows that one of them was
+    fitted to are left out, if enough others remain; `recipe`: the predecessor was fitted anew for this comparison.
 
     Raises:
         Unfit: one of them cannot be backtested, or the score is undefined. LoadError: the candidate does not load.
     """
     both = [candidate, *([predecessor] if predecessor else [])]
-    history = max(each.forecast.history_length for each in both)
-    longest = max(each.forecast.prediction_length for each in both)
     series = [add_known_series(columns, target, each.forecast.dynamic_feat) for each in both]
-    origins = gate.rolling.origins(series[0], history, longest)
+    origins = choose_unseen(gate.rolling.origins(series[0], [each.forecast for each in both]), series[0], both)
+    unknown = predecessor is not None and predecessor.trained_until is None
+    seen = ["the predecessor does not say until when it was trained; it may have seen these windows"] * unknown
+    seen += [explain_seen_windows(each, series[0], origins) for each in both]
     found = [forecast_windows(answers, candidate, series[0], origins)]
     if predecessor is not None:
         try:
@@ -107,7 +120,18 @@ def compare_models(
         windows=len(origins),
         first=series[0].stamp(int(origins[0])),
         last=series[0].stamp(int(found[0].steps[-1, -1])),
+        notes=tuple(
+            filter(None, [explain_unused_rows(series[0], both[0].forecast, int(found[0].steps[-1, -1])), *seen])
+        ),
+        recipe=recipe,
     )
+
+
+def choose_unseen(origins: Steps, series: Series, models: Sequence[ArchiveVersion]) -> Steps:
+    """Return the windows that none of the models was fitted to; all windows if fewer than LEAST_UNSEEN are left."""
+    counts = [count for each in models if (count := count_unseen(each, series, origins)) is not None]
+    unseen = min(counts, default=len(origins))
+    return origins[len(origins) - unseen :] if unseen >= min(LEAST_UNSEEN, len(origins)) else origins
 
 
 def _cut_to_common(score: Score, found: list[WindowForecasts]) -> list[WindowForecasts]:
@@ -143,7 +167,11 @@ def compare_with_predecessor(
     except (ModelNotFound, ArchiveInvalid):
         predecessor = None
     known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]
-    columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])))}
+    rules = PLAIN.for_archive(candidate.forecast)
+    if predecessor and PLAIN.for_archive(predecessor.forecast).zone != rules.zone:
+        zones = f"{predecessor.forecast.time_zone} and the new archive in {rules.zone}"
+        raise Unfit(f"{where.name}: the predecessor forecasts in {zones}; pack once without a gate")
+    columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])), (), rules)}
     verdict = compare_models(gate, InProcess(), target, columns, candidate, predecessor)
     if not verdict.passed:
         worse, most = f"{verdict.worse:.1f} % worse", f"{gate.margin:g} %"

@@ -1,9 +1,11 @@
 """Retrains a fleet: fits each archive to a CSV file, compares it with the one in the store, and publishes it. Torch.
 
-Each market keeps lengths, quantile levels, covariates and unit, on which its clients rely. The windows of the gate are
-held back: neither the new archives nor old ones of the same command were fitted to them.
+Each market keeps lengths, quantile levels, covariates and unit, on which its clients rely. The gate compares on windows
+to which neither archive was fitted; where the old one has seen too many of the last windows, its recipe is fitted anew
+to the rows before them. What passes is fitted once more, to all rows, and that is published.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from msgspec.structs import replace
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, fit_forecasters
 from handlers.training.input_recipe import fit_robust_scaler
+from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
@@ -24,8 +27,15 @@ from model_store.names import ModelName
 from server.offline.checkpoint import Checkpoint
 from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
-from server.offline.promotion_gate import GateTerms, compare_models
-from server.offline.rolling_windows import ArchiveVersion, InProcess, Unfit, add_known_series, open_unpublished
+from server.offline.promotion_gate import GateTerms, GateVerdict, choose_unseen, compare_models
+from server.offline.rolling_windows import (
+    ArchiveVersion,
+    InProcess,
+    Unfit,
+    add_known_series,
+    count_unseen,
+    open_unpublished,
+)
 from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
 from server.sdk.signing import find_token
@@ -47,6 +57,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     predecessor: float | None = None
     worse_percent: float | None = None
     message: str = ""
+    note: str = ""  #: which rows the gate could not use, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class RetrainingPlan:
     architecture: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
+    rules: FileRules = PLAIN
 
     def __repr__(self) -> str:
         return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
@@ -78,6 +90,7 @@ class RetrainingPlan:
             self.fitting,
             self.architecture,
             self.config,
+            self.rules,
         )
         digest.update(repr(terms).encode())
         return digest.digest()
@@ -85,14 +98,19 @@ class RetrainingPlan:
 
 @dataclass(frozen=True, slots=True)
 class RetrainingMarket:
-    """A market before its fit: the archive in the store, the new recipe, and the `series` up to the gate's windows."""
+    """A market before its fit: the archive in the store, all rows, and the new recipe.
+
+    `held_back`: the series up to the gate's windows. `by_recipe`: the predecessor has seen too many of these windows.
+    """
 
     line: int
     predecessor: ArchiveVersion
     series: Series
+    held_back: Series
     forecast: ForecastSpec
     architecture: str
     config: Mapping[str, Any]
+    by_recipe: bool
 
     @property
     def kin(self) -> str:
@@ -109,7 +127,7 @@ class Retraining:
         self._plan = plan
         self._source, self._limits = open_store(plan.settings)
         self._answers = InProcess()
-        self._columns: dict[str, Series] = {}
+        self._columns: Mapping[str, Mapping[str, Series]] = {}
 
     def __repr__(self) -> str:
         return f"<Retraining {self._plan!r}>"
@@ -124,7 +142,7 @@ class Retraining:
         plan = self._plan
         with ThreadPoolExecutor(plan.settings.loader_threads) as pool:
             models, failed = fetch_archives(pool, plan.names, plan.settings)
-        self._columns, lacking = read_columns(plan.csv, plan.time, models)
+        self._columns, lacking = read_columns(plan.csv, plan.time, models, plan.rules)
         failed.update(lacking)
         left = set(journal.left().nonzero()[0].tolist())
 
@@ -144,71 +162,141 @@ class Retraining:
                 done(line, self._record_failure(target, str(error)))
         for group in group_markets(markets):
             if any(each.line in left for each in group):
-                for each, fitted in self._fit_group(group):
-                    if each.line in left:
-                        done(each.line, self._settle_market(each, fitted))
+                for each, outcome in self._settle_group(group, left):
+                    done(each.line, outcome)
 
     def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
         """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
-        series = add_known_series(self._columns, target, forecast.dynamic_feat)
-        origins = plan.gate.rolling.origins(series, forecast.history_length, forecast.prediction_length)
+        series = add_known_series(self._columns[target], target, forecast.dynamic_feat)
+        every = plan.gate.rolling.origins(series, [forecast])
+        origins = choose_unseen(every, series, [model])
         before = series.before(series.start + int(origins[0]) * series.step)
+        unseen = count_unseen(model, series, origins)
+        by_recipe = unseen is not None and unseen < len(origins)
         if plan.architecture:
             changed = rebuild_forecast(forecast, before, plan.architecture, plan.config)
-            return RetrainingMarket(line, model, before, changed, plan.architecture, plan.config)
+            return RetrainingMarket(line, model, series, before, changed, plan.architecture, plan.config, by_recipe)
         if spec is None or not spec.architecture:
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
             raise Unfit(f"{model.name} is a {find_kind(model.archive).kind} archive; {what}")
-        return RetrainingMarket(line, model, before, refit_scalers(forecast, before), spec.architecture, spec.config)
+        return RetrainingMarket(line, model, series, before, forecast, spec.architecture, spec.config, by_recipe)
 
-    def _fit_group(self, group: Sequence[RetrainingMarket]) -> Iterator[tuple[RetrainingMarket, Fitted | Exception]]:
+    def _settle_group(
+        self, group: Sequence[RetrainingMarket], left: set[int]
+    ) -> Iterator[tuple[RetrainingMarket, Outcome]]:
+        """Judge each market that is left, fit the group to all rows, and publish what has passed."""
+        passed: dict[int, GateVerdict] = {}
+        for each, fitted in self._fit_group(group, held_back=True):
+            if each.line not in left:
+                continue
+            judged = self._judge_market(each, fitted)
+            if isinstance(judged, Outcome):
+                yield each, judged
+            else:
+                passed[each.line] = judged
+        if not passed:
+            return
+        for each, fitted in self._fit_group(group, held_back=False):
+            if each.line in passed:
+                yield each, self._settle_market(each, fitted, passed[each.line])
+
+    def _fit_group(
+        self, group: Sequence[RetrainingMarket], *, held_back: bool
+    ) -> Iterator[tuple[RetrainingMarket, Fitted | Exception]]:
         """Fit the group together; if that fails, fit each market alone, so that only the faulty ones fail."""
         first = group[0]
-        series, inputs = [each.series for each in group], [each.forecast for each in group]
+        series = [each.held_back if held_back else each.series for each in group]
         try:
+            inputs = [refit_scalers(each.forecast, rows) for each, rows in zip(group, series, strict=True)]
             fitted = fit_forecasters(series, inputs, first.architecture, dict(first.config), self._plan.fitting)
         except Exception as error:
             if len(group) == 1:
                 yield first, error
                 return
             for each in group:
-                yield from self._fit_group([each])
+                yield from self._fit_group([each], held_back=held_back)
         else:
             yield from zip(group, fitted, strict=True)
 
-    def _settle_market(self, market: RetrainingMarket, fitted: Fitted | Exception) -> Outcome:
+    def _judge_market(self, market: RetrainingMarket, fitted: Fitted | Exception) -> GateVerdict | Outcome:
+        """Return the verdict of an archive that passes the gate, else the outcome."""
+        target, old = market.series.name, market.predecessor
+        if isinstance(fitted, Exception):
+            return self._record_failure(target, explain_error(fitted))
+        try:
+            candidate = self._open_fitted(market, fitted)
+            before = self._refit_predecessor(market, candidate) if market.by_recipe else old
+            columns = self._columns[target]
+            verdict = compare_models(
+                self._plan.gate, self._answers, target, columns, candidate, before, recipe=market.by_recipe
+            )
+        except (StoreUnavailable, StoreDenied):
+            raise
+        except Exception as error:
+            return self._record_failure(target, explain_error(error))
+        return verdict if verdict.passed else self._make_outcome(market, verdict, "kept", old.version)
+
+    def _open_fitted(self, market: RetrainingMarket, fitted: Fitted) -> ArchiveVersion:
+        """Open what was fitted to the rows before the gate's windows. Raises ArchiveInvalid."""
+        packed = self._pack_market(market, fitted, market.held_back, "")
+        return open_unpublished(packed, market.predecessor.name, self._limits)
+
+    def _refit_predecessor(self, market: RetrainingMarket, candidate: ArchiveVersion) -> ArchiveVersion:
+        """Fit the predecessor's recipe, with its own epochs, to the rows before the gate's windows.
+
+        It is the candidate itself if both have one recipe. Raises SeriesInvalid, ArchiveInvalid.
+        """
+        spec, plan = market.predecessor.archive.spec, self._plan
+        assert spec is not None, "it says until when it was trained"
+        assert spec.forecast is not None, "it forecasts"
+        if not plan.architecture and plan.fitting.epochs == (spec.trained_epochs or 0):
+            return candidate
+        fitting = dataclasses.replace(plan.fitting, epochs=spec.trained_epochs or 0.0)
+        inputs = [refit_scalers(spec.forecast, market.held_back)]
+        (fitted,) = fit_forecasters([market.held_back], inputs, spec.architecture, dict(spec.config), fitting)
+        return self._open_fitted(market, fitted)
+
+    def _settle_market(self, market: RetrainingMarket, fitted: Fitted | Exception, verdict: GateVerdict) -> Outcome:
         target = market.series.name
         if isinstance(fitted, Exception):
             return self._record_failure(target, explain_error(fitted))
         try:
-            return self._publish_if_better(market, fitted)
+            return self._publish_fitted(market, fitted, verdict)
         except (StoreUnavailable, StoreDenied):
             raise
         except Exception as error:
             return self._record_failure(target, explain_error(error))
 
-    def _publish_if_better(self, market: RetrainingMarket, fitted: Fitted) -> Outcome:
-        """Publish the fitted archive if it passes the gate. Raises LoadError, Unfit."""
-        old, target = market.predecessor, market.series.name
-        candidate = open_unpublished(self._pack_market(market, fitted, ""), old.name, self._limits)
-        if _have_same_tensors(candidate.archive.spec, old.archive.spec):
-            return Outcome(target=target, model=old.name, result="unchanged", version=old.version)
-        verdict = compare_models(self._plan.gate, self._answers, target, self._columns, candidate, old)
-        version, message = old.version, ""
-        if verdict.passed:
-            version = self._source.put(old.name, self._pack_market(market, fitted, f"; {verdict}"))
-            message = self._reload_servers(old.name)
+    def _publish_fitted(self, market: RetrainingMarket, fitted: Fitted, verdict: GateVerdict) -> Outcome:
+        """Publish what was fitted to all rows, unless it is what the store has. Raises LoadError."""
+        old = market.predecessor
+        packed = self._pack_market(market, fitted, market.series, f"; {verdict}")
+        new = open_unpublished(packed, old.name, self._limits)
+        if _have_same_tensors(new.archive.spec, old.archive.spec):
+            return Outcome(target=market.series.name, model=old.name, result="unchanged", version=old.version)
+        version = self._source.put(old.name, packed)
+        return self._make_outcome(market, verdict, "published", version, self._reload_servers(old.name))
+
+    def _make_outcome(
+        self,
+        market: RetrainingMarket,
+        verdict: GateVerdict,
+        result: Literal["published", "kept"],
+        version: str,
+        message: str = "",
+    ) -> Outcome:
         return Outcome(
-            target=target,
-            model=old.name,
-            result="published" if verdict.passed else "kept",
+            target=market.series.name,
+            model=market.predecessor.name,
+            result=result,
             version=version,
             score=verdict.gate.score,
             value=verdict.candidate,
             predecessor=verdict.predecessor,
             worse_percent=round(verdict.worse, 3),
             message=message,
+            note="; ".join([*market.series.notes, *verdict.notes]),
         )
 
     def _reload_servers(self, model: ModelName) -> str:
@@ -221,13 +309,17 @@ class Retraining:
                 wrong.append(str(error))
         return "; ".join(wrong)
 
-    def _pack_market(self, market: RetrainingMarket, fitted: Fitted, note: str) -> bytes:
-        series = market.series
+    def _pack_market(self, market: RetrainingMarket, fitted: Fitted, series: Series, note: str) -> bytes:
         span = f"{series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
         return pack_model(
             Kind.FORECASTER,
             ArchiveParts(
-                tensors=fitted.tensors, architecture=fitted.architecture, config=fitted.config, forecast=fitted.forecast
+                tensors=fitted.tensors,
+                architecture=fitted.architecture,
+                config=fitted.config,
+                forecast=fitted.forecast,
+                trained_until=series.stamp(len(series.values) - 1),
+                trained_epochs=self._plan.fitting.epochs,
             ),
             model_name=market.predecessor.name.rpartition("/")[2].partition(".")[0],
             golden=fitted.golden,

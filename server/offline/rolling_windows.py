@@ -16,6 +16,7 @@ from handlers.codecs.features import Float64, parse_step_seconds
 from handlers.errors import RequestError, RunFailed
 from handlers.evaluation.scores import Steps
 from handlers.model import open_model
+from handlers.training.input_recipe import list_origins
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.archives.manifest import ForecastSpec
@@ -50,6 +51,12 @@ class ArchiveVersion:
         return f"<ArchiveVersion {self.name} {self.version or 'not stored'}>"
 
     @property
+    def trained_until(self) -> datetime | None:
+        """The last step that the archive was fitted to, on its wall clock; None if it does not say."""
+        until = self.archive.spec.trained_until if self.archive.spec else msgspec.UNSET
+        return datetime.fromisoformat(until) if until else None
+
+    @property
     def forecast(self) -> ForecastSpec:
         """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
@@ -60,6 +67,22 @@ class ArchiveVersion:
         if forecast.cat:
             raise Unfit(f"{self.name} wants `cat` ({', '.join(forecast.cat)}), which the file has no place for")
         return forecast
+
+
+def count_unseen(model: ArchiveVersion, series: Series, origins: Steps) -> int | None:
+    """Count the windows that begin after all that the archive was fitted to; None if it does not say what that was."""
+    until = model.trained_until
+    return None if until is None else int((origins > series.first_at(until)).sum())
+
+
+def explain_seen_windows(model: ArchiveVersion, series: Series, origins: Steps) -> str:
+    """Say how many windows the archive was fitted to, where its scores are too good; empty if it was to none."""
+    unseen = count_unseen(model, series, origins)
+    if unseen is None or unseen == len(origins):
+        return ""
+    until = model.archive.spec.trained_until if model.archive.spec else ""
+    what = f"{len(origins) - unseen} of {len(origins)} windows are in-sample"
+    return f"{what}: the archive was trained until {until}, and its scores there are too good"
 
 
 def fetch_version(source: Source, name: ModelName, limits: Limits) -> ArchiveVersion:
@@ -161,7 +184,7 @@ class Rolling:
     """The windows to forecast: one every `every` steps (0: without overlap), with all steps from `first` to `until`.
 
     Windows are counted from `first` on if it is given, else backwards from `until` or the end of the series. `most`
-    limits them to the last ones, 0: all.
+    limits them to the last ones, 0: all. An archive that forecasts from one time of day has windows from then only.
     """
 
     every: int = 0
@@ -169,19 +192,55 @@ class Rolling:
     first: datetime | None = None
     until: datetime | None = None
 
-    def origins(self, series: Series, history: int, horizon: int) -> Steps:
-        """Return the first step of each window [W] that lies within the series. Raises Unfit if there is none."""
-        every = self.every or horizon
+    def origins(self, series: Series, forecasts: Sequence[ForecastSpec]) -> Steps:
+        """Return the first step of each window [W] that all of `forecasts` can answer within the series.
+
+        Raises Unfit if there is none, SeriesInvalid if no step is at an archive's time of day.
+        """
+        history = max(each.history_length for each in forecasts)
+        horizon = max(each.prediction_length for each in forecasts)
         end = series.first_at(self.until) if self.until else len(series.values)
+        begin = series.first_at(self.first) if self.first else 0
+        places = find_common_origins(series, forecasts)
+        places = places[(places >= begin) & (places <= end - horizon)]
+        gap = int(places[1] - places[0]) if len(places) > 1 else 1
+        stride = -(-(self.every or horizon) // gap)
         if self.first is None:
-            found = np.arange(end - horizon, history - 1, -every)[::-1]
+            found = places[places >= history][::-stride][::-1]
         else:
-            begin = series.first_at(self.first)
-            found = np.arange(begin + max(0, -(-(history - begin) // every)) * every, end - horizon + 1, every)
+            found = places[::stride]
+            found = found[found >= history]
         if not len(found):
-            span = f"{series.name} has {end} steps before {series.stamp(end)}"
-            raise Unfit(f"{span}; a window needs {history} of history and {horizon} to forecast")
+            raise Unfit(_explain_no_window(series, forecasts, history, horizon, end))
         return found[-self.most :]
+
+
+def find_common_origins(series: Series, forecasts: Sequence[ForecastSpec]) -> Steps:
+    """Return the evenly spaced steps from which all of the forecasts may start. Raises Unfit, SeriesInvalid."""
+    ranges = [list_origins(series, each) for each in forecasts]
+    found = np.arange(ranges[0].start, ranges[0].stop, ranges[0].step)
+    for other in ranges[1:]:
+        found = found[(found >= other.start) & ((found - other.start) % other.step == 0)]
+    times = sorted({each.origin for each in forecasts if each.origin})
+    if len(times) > 1 and not len(found):
+        raise Unfit(f"{series.name}: one archive forecasts from {times[0]} on and another from {times[1]}")
+    return found
+
+
+def explain_unused_rows(series: Series, forecast: ForecastSpec, last: int) -> str:
+    """Say which rows after the last window, whose last step is `last`, no window uses; empty if there are none."""
+    left = len(series.values) - 1 - last
+    if not forecast.origin or left <= 0:
+        return ""
+    what = f"forecasts start at {forecast.origin}, so the last window ends at {series.stamp(last)}"
+    return f"{what}; {left} later row{'s are' if left > 1 else ' is'} not used"
+
+
+def _explain_no_window(series: Series, forecasts: Sequence[ForecastSpec], history: int, horizon: int, end: int) -> str:
+    span = f"{series.name} has {end} steps before {series.stamp(end)}"
+    times = {each.origin for each in forecasts if each.origin}
+    only = f", from {' and '.join(sorted(times))} on" if times else ""
+    return f"{span}; a window needs {history} of history and {horizon} to forecast{only}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The families that `fleetcast doctor` measures: the built-in architectures, or those found in a store. Torch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from handlers import forecasters
@@ -53,18 +53,35 @@ def find_families(settings: Settings, report_progress: Callable[[int, int], None
         return found
     empty = "" if names else "it is empty: `fleetcast train` and `fleetcast pack` make archives"
     found.facts.append(HostFact("store", f"{settings.store}: {len(names)} archives", empty))
+    until: list[str] = []
     some = names[:: -(-len(names) // MOST_ARCHIVES)] if names else []
     for name in some:
         report_progress(1, len(some))
         try:
-            model = open_model(ArchiveLocation(source, name, limits).fetch()[0])
+            archive, _ = ArchiveLocation(source, name, limits).fetch()
+            model = open_model(archive)
         except LoadError as error:
             found.bad = True
             found.facts.append(HostFact("archive", name, f"would not load: {error}"))
             continue
+        if archive.spec is not None and archive.spec.forecast is not None:
+            until.append(archive.spec.trained_until or "")
         family, row = model.built.body.family, model.built.row
         if family is not None and row is not None:
             seen = found.families.get(family.key)
             count = seen.archives + 1 if seen else 1
             found.families[family.key] = Measurable(family.key, family, row, count)
+    if until:
+        found.facts.append(describe_training(until))
     return found
+
+
+def describe_training(until: Sequence[str]) -> HostFact:
+    """Say until when archives were trained, by their records, empty if one does not say."""
+    known = sorted(filter(None, until))
+    text = f"{known[0]} to {known[-1]}" if known else "unknown"
+    unknown = len(until) - len(known)
+    advice = (
+        f"{unknown} of {len(until)} archives do not say, so that no backtest can tell their in-sample windows: retrain"
+    )
+    return HostFact("trained until", text, advice if unknown else "")

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import msgspec
 
 OutputType = Literal["mean", "quantiles", "samples"]
-Start = str | datetime  #: the time stamp of the first value of `target`, without a zone
+#: The time stamp of the first value of `target`: on the clock of the archive's zone, or with an offset an instant.
+Start = str | datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,9 @@ class ForecastOptions:
 class ForecastResult(msgspec.Struct, frozen=True):
     """A forecast of H steps; what was not asked for is None. Of several products each [H] is [D][H].
 
-    `start` is the time stamp of the first forecast step; `quantiles` has a row [H] by level as text, `samples` [S][H].
+    `start` is the time stamp of the first forecast step, on the clock of `time_zone`; `quantiles` has a row [H] by
+    level as text, `samples` [S][H]. Where the request's `start` had an offset, H counts real steps: 23 or 25 hours on a
+    day when the clock changes.
     """
 
     start: str | None = None
@@ -74,6 +77,7 @@ class ForecastResult(msgspec.Struct, frozen=True):
     quantiles: dict[str, list[Any]] | None = None
     samples: list[Any] | None = None
     item_id: str | int | None = None
+    time_zone: str | None = None
 
 
 class _ForecastAnswer(msgspec.Struct):

@@ -235,6 +235,7 @@ class ResidentModels:
             "family": slot.family,
             "bytes": slot.charge,
             **alone,
+            **(body.codec.describe() if body else {}),
             "leases": slot.leases,
             "pinned": slot.model in self.cache.pins,
             "loaded_s_ago": round(now - slot.loaded_at, 3),

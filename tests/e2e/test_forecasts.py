@@ -168,7 +168,7 @@ def test_json_lines(house: Server, fleet: dict[str, Model]) -> None:
     assert len(found) == 33
     for question, prediction in zip(questions, found, strict=False):
         question.check(json.dumps({"predictions": [prediction]}).encode())
-    assert set(found[30]) == {"start", "mean"}
+    assert set(found[30]) == {"start", "time_zone", "mean"}
     assert found[30]["mean"] == found[0]["mean"]
     assert found[31]["error"]["field"] == "target"
     assert found[32]["error"]["code"] == "bad_request"

@@ -72,7 +72,7 @@ def test_one_call_for_joint_scenarios(house: tuple[Server, list[Model]]) -> None
     found = read_samples(first)
     assert found.shape == (4, 100, STEPS)
     assert first.json()["failed"] == 0
-    assert set(first.json()["predictions"][0]) == {"start", "samples"}
+    assert set(first.json()["predictions"][0]) == {"start", "time_zone", "samples"}
     ranks = found.argsort(axis=1).argsort(axis=1)
     moving = np.asarray(np.corrcoef(ranks[:, :, 2]))
     assert moving[0, 1] > 0.9
@@ -128,6 +128,18 @@ def test_what_cannot_be_joint(house: tuple[Server, list[Model]]) -> None:
     )
     assert direct.status_code == 400
     assert ask(server, fleet[:1]).status_code == 200
+
+
+def test_forecasts_of_different_days_are_not_joint(house: tuple[Server, list[Model]]) -> None:
+    """Two days were answered 200 with a correlation between them; now both models and their starts are named."""
+    server, (one, other, *_) = house
+    requests = [make_item(one, 1), {**make_item(other, 2), "start": "2031-05-05 00:00:00"}]
+    configuration = {"joint": True, "correlation": "joint.mar", "num_samples": 100}
+    call = {"requests": requests, "configuration": configuration}
+    reply = httpx.post(f"{server.url}/v1/forecasts", json=call, timeout=PATIENCE_S)
+    assert reply.status_code == 400
+    message = reply.json()["error"]["message"]
+    assert all(part in message for part in (one.name, other.name, "ends before", "2031-05-0"))
 
 
 def test_a_joint_call_of_models_without_answers(house: tuple[Server, list[Model]]) -> None:

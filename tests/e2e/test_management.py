@@ -7,7 +7,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import SMALL_MLP, Model, fleet, forecaster
+from tests.e2e.models import FORECAST_TCN, SMALL_MLP, Model, fleet, forecaster
 from tests.e2e.server import Load, Server, serving, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
@@ -23,7 +23,8 @@ NAME = "eu/de-lu/day ahead+1 50%~#=.mar"  #: what keys may look like: slashes, s
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, Model]]]:
     """Two workers, and models with slashes and stranger things in their names."""
     bucket = s3.bucket()
-    models = [forecaster(name, seed) for seed, name in enumerate(["au/nsw1/energy.mar", "au/nsw1/raise.mar", NAME])]
+    models = [forecaster("au/nsw1/energy.mar", 0), forecaster(NAME, 2)]
+    models.insert(1, forecaster("au/nsw1/raise.mar", 1, config=FORECAST_TCN, forecast=True))
     upload(s3, bucket, models)
     with serving(s3, tmp_path_factory.mktemp("house"), f"s3://{bucket}", workers=2) as server:
         yield server, {model.name: model for model in models}
@@ -46,6 +47,7 @@ def test_verbs_take_names_with_slashes(house: tuple[Server, dict[str, Model]], n
     (holder,) = described["holders"]
     assert (described["model"], described["pinned"]) == (name, False)
     assert (holder["state"], holder["version"]) == ("ready", loaded["version"])
+    assert "forecast" not in holder
     assert server.fleet("pin", path).json() == {**loaded, "pinned": True}
     assert server.models()[name]["pinned"]
     assert server.fleet("reload", path).json() == {**loaded, "holders": 1}
@@ -66,6 +68,16 @@ def test_escaped_slashes_are_slashes(house: tuple[Server, dict[str, Model]]) -> 
     server, _ = house
     plain = server.fleet("load", "au/nsw1/raise.mar").json()
     assert server.fleet("load", "au%2Fnsw1%2Fraise.mar").json() == plain
+
+
+def test_a_description_says_what_a_forecast_needs(house: tuple[Server, dict[str, Model]]) -> None:
+    """The clock, the covariates' names and the tails of a resident forecaster."""
+    server, _ = house
+    server.fleet("load", "au/nsw1/raise.mar")
+    described = server.http.get(f"{server.addresses['management']}/fleet/models/au/nsw1/raise.mar").json()
+    found = described["holders"][0]["forecast"]
+    assert (found["time_zone"], found["origin"], found["dynamic_feat"]) == ("UTC", "any", [])
+    assert found["tail"].startswith(("none", "clamp"))
 
 
 def test_the_list_is_paged_and_filtered(house: tuple[Server, dict[str, Model]]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET, UnsetType
 from typer.testing import CliRunner, Result
 
 from handlers.forecasters import build_family, random_tensors
@@ -71,7 +72,7 @@ def forecast(**changes: Any) -> ForecastSpec:
     return ForecastSpec(**{**asked, **changes})
 
 
-def archive(seed: int = 0, **changes: Any) -> bytes:
+def archive(seed: int = 0, *, trained_until: str | UnsetType = UNSET, **changes: Any) -> bytes:
     """An `mlp` of seeded random weights; keywords change its `ForecastSpec`."""
     record = forecast(**changes)
     config = {
@@ -81,7 +82,7 @@ def archive(seed: int = 0, **changes: Any) -> bytes:
     tensors = random_tensors(build_family("mlp", config), seed)
     return pack_model(
         Kind.FORECASTER,
-        ArchiveParts(tensors=tensors, architecture="mlp", config=config, forecast=record),
+        ArchiveParts(tensors=tensors, architecture="mlp", config=config, forecast=record, trained_until=trained_until),
         model_name="m",
     )
 

@@ -202,14 +202,16 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.says)
 def test_what_is_answered(rule: Rule) -> None:
-    """Exactly the fields that were asked for, and the numbers of the known network."""
+    """Exactly the fields that were asked for, the zone, and the numbers of the known network."""
     found = predictions(rule.forecast, rule.request)
+    lines = answered_lines(rule.forecast, rule.request)
+    assert {each.pop("time_zone") for each in (*found, *lines)} == {rule.forecast.time_zone}
     assert [set(each) for each in found] == [set(each) for each in rule.predictions]
     for mine, right in zip(found, rule.predictions, strict=True):
         assert list(mine.get("quantiles", {})) == list(right.get("quantiles", {}))
         for field, value in right.items():
             assert close(mine[field], value), (field, mine[field])
-    assert answered_lines(rule.forecast, rule.request) == found
+    assert lines == found
 
 
 def close(mine: Any, right: Any) -> bool:
@@ -234,7 +236,9 @@ class Refusal(NamedTuple):
 REFUSALS = [
     Refusal("start is needed", *plainly(ONE, {"target": TARGET}), None, "`start`"),
     Refusal("target is needed", *plainly(ONE, {"start": DAY}), None, "`target`"),
-    Refusal("start has no zone", *plainly(ONE, one(f"{DAY} 00:00:00+10:00")), "start", "without zone"),
+    Refusal("an offset has minutes", *plainly(ONE, one(f"{DAY} 00:00:00+10")), "start", "an offset such as"),
+    Refusal("an offset needs a known zone", *plainly(replace(ONE, time_zone="NEM"), one(f"{DAY} 00:00:00+10:00")),
+            "start", "'NEM' is not an IANA time zone"),
     Refusal("start has no fractions", *plainly(ONE, one(f"{DAY} 00:00:00.5")), "start", "YYYY-MM-DD HH:MM:SS"),
     Refusal("start is a day that exists", *plainly(ONE, one("2023-02-29")), "start", "not '2023-02-29'"),
     Refusal("the forecast is a time", *plainly(ONE, one("9999-12-31 23:00:00")), "start", "year 9999"),
@@ -316,7 +320,7 @@ def test_samples_are_num_samples_futures() -> None:
     for forecast, target, shape in ((ONE, TARGET, (2, 2)), (SEVERAL, BOTH, (2, 2, 2))):
         _, request = asks(forecast, one(target=target), **SAMPLES, seed=1)
         (found,) = predictions(forecast, request)
-        assert set(found) == {"start", "samples"}
+        assert set(found) == {"start", "time_zone", "samples"}
         drawn = np.array(found["samples"])
         assert drawn.shape == shape
         (told_quantiles,) = predictions(forecast, {"instances": [one(target=target)]})
@@ -349,7 +353,7 @@ def test_quantiles_leave_sorted() -> None:
     """Crossed ones are sorted, each product by itself."""
     call = asked(SEVERAL, json.dumps({"instances": [one(target=BOTH)]}).encode(), JSON)
     crossed = run(SEVERAL, call)[..., [2, 0, 1, 5, 4, 3]]
-    assert json.loads(call.encode(crossed)[0])["predictions"] == [both()]
+    assert json.loads(call.encode(crossed)[0])["predictions"] == [both(time_zone="UTC")]
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 3e38])

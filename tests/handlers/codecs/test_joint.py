@@ -79,6 +79,47 @@ def test_lengths_may_differ_in_json() -> None:
         answer(make_body(forecasts=forecasts), NPY)
 
 
+def make_starting(name: str, start: str | None, steps: int = 5, step_s: int = 3600) -> dict[str, Any]:
+    """A forecast of one product that says when it starts."""
+    clock = {} if start is None else {"start": start, "step_s": step_s}
+    return {"name": name, "marginal": {**make_marginal(steps=steps), **clock}}
+
+
+def test_forecasts_are_paired_by_their_times() -> None:
+    """What starts two hours later is correlated with the other's third hour; the zone of a stamp does not matter."""
+    whole = [make_starting("a", "2024-01-01 00:00:00+00:00"), make_starting("c", "2024-01-01 01:00:00+01:00")]
+    later = [make_starting("a", "2024-01-01T00:00:00Z"), make_starting("c", "2024-01-01 02:00:00+00:00", 3)]
+    together = [np.array(each) for each in json.loads(answer(make_body(forecasts=whole))[0])["samples"]]
+    paired = [np.array(each) for each in json.loads(answer(make_body(forecasts=later))[0])["samples"]]
+    plain = [make_starting("a", None), make_starting("c", None)]
+    assert answer(make_body(forecasts=whole)) == answer(make_body(forecasts=plain))
+    np.testing.assert_array_equal(paired[0], together[0])
+    ranks = [each.argsort(axis=0).argsort(axis=0) for each in (paired[1], together[1][:, 2:])]
+    np.testing.assert_array_equal(ranks[0], ranks[1])  # the scores of those hours
+    with pytest.raises(RequestError, match=r"a and c start at different times; .* ask for JSON"):
+        answer(make_body(forecasts=later), NPY)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (make_starting("c", "2024-01-02 00:00:00+00:00"),
+         r"a from 2024-01-01 00:00:00\+00:00 \(5 steps\) ends before c from 2024-01-02 00:00:00\+00:00"),
+        (make_starting("c", "2023-12-31 19:00:00+00:00"), "c from 2023-12-31 19:.* ends before a from 2024-01-01 00:00"),
+        (make_starting("c", "2024-01-01 00:30:00+00:00"), "a from 2024-01-01 .* and c from .* no step at the same time"),
+        (make_starting("c", "2024-01-01 00:00:00+00:00", step_s=900), "a has steps of 3600 s, but c has steps of 900 s"),
+        (make_starting("c", "2024-01-01 02:00:00+00:00"), "c ends 7 steps after the earliest start, .* covers 5"),
+        (make_starting("c", None), "c has no start, but other forecasts have"),
+        (make_starting("c", "2024-01-01 00:00:00"), "expected a time with an offset"),
+        (make_starting("c", "noon"), "expected YYYY-MM-DD"),
+    ],
+)  # fmt: skip
+def test_forecasts_that_do_not_meet_are_refused(other: dict[str, Any], message: str) -> None:
+    """Both models and their starts are named; once they were paired by position, whatever their days."""
+    with pytest.raises(RequestError, match=message):
+        answer(make_body(forecasts=[make_starting("a", "2024-01-01 00:00:00+00:00"), other]))
+
+
 @pytest.mark.parametrize(
     ("change", "message", "instance"),
     [

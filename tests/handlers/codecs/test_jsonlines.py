@@ -84,8 +84,8 @@ def test_a_line_may_say_what_it_wants() -> None:
     """A configuration of its own for each line, and an error where it is wrong; without one, what the archive has."""
     wishes: list[dict[str, Any]] = [{"output_types": ["mean"]}, {"quantiles": ["0.3"]}, {"quantiles": ["0.99"]}]
     found = answered(plain(1, 2, 3), *(plain(1, 2, 3, configuration=wish) for wish in wishes))
-    assert set(found[0]) == {"start", "mean", "quantiles"}
-    assert set(found[1]) == {"start", "mean"}
+    assert set(found[0]) == {"start", "time_zone", "mean", "quantiles"}
+    assert set(found[1]) == {"start", "time_zone", "mean"}
     assert list(found[2]["quantiles"]) == ["0.3"]
     assert found[3]["error"]["field"] == "configuration.quantiles"
 

@@ -4,6 +4,7 @@ import json
 import re
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from server.offline.rolling_windows import InProcess, open_unpublished
 from tests.server.markets import HISTORY, HORIZON, archive, fill, names, run, write_prices
 
 MARKETS = names(3)
-KNOWN = {"dynamic_feat": ("load_M00",)}
+KNOWN: dict[str, Any] = {"dynamic_feat": ("load_M00",)}
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +122,44 @@ def test_the_report_is_one_file_that_needs_nothing_else(csv: Path, store: Path, 
     assert text.count('<th scope="row">M0') == 3
     assert "default-src 'none'" in text
     assert not re.search(r"<(link|img|iframe)|<script[^>]* src|@import|url\(", text)
+
+
+def test_a_file_that_ends_during_a_day_is_scored_up_to_the_last_whole_window(csv: Path, tmp_path: Path) -> None:
+    """Archives that forecast from midnight: backtest, gate and correlation take the last windows, and say so."""
+    lines = csv.read_text().splitlines()
+    short = tmp_path / "short.csv"
+    short.write_text("\n".join([lines[0], *lines[8:-11]]) + "\n")  # from 07:00 to 12:00
+    store = fill(tmp_path / "models", MARKETS, origin="00:00")
+    result = run("backtest", str(short), "--time", "hour", "--models", str(store), "--json")
+    assert result.exit_code == 0, result.output
+    (found, *_) = json.loads(result.stdout)["markets"]
+    assert (found["first"], found["last"]) == ("2024-03-06 00:00:00", "2024-03-23 05:00:00")
+    note = "forecasts start at 00:00, so the last window ends at 2024-03-23 05:00:00; 7 later rows are not used"
+    assert found["notes"] == [note]
+    assert f"note: M00, M01, M02: {note}" in result.stderr
+    targets = [word for market in MARKETS for word in ("--target", market)]
+    joint = ("--store", str(store), "--since", "2024-03-07", "--out", str(store / "joint.mar"))
+    result = run("correlate", str(short), "--time", "hour", *targets, *joint)
+    assert result.exit_code == 0, result.output
+    assert f"note: short.csv: {note}" in result.stderr
+    assert "17 windows" in result.stdout
+
+
+def test_windows_that_an_archive_was_fitted_to_are_said(csv: Path, tmp_path: Path) -> None:
+    """`trained_until` lies within the windows of one market, before those of another, and is unknown of the third."""
+    store = fill(tmp_path / "models", MARKETS)
+    for seed, until in ((0, "2024-03-22 23:00:00"), (1, "2024-03-01 00:00:00")):
+        store.joinpath(f"M{seed:02}.mar").write_bytes(archive(seed, trained_until=until))
+    flags = ("--windows", "8", "--json")
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), *flags)
+    assert result.exit_code == 0, result.output
+    said = "4 of 8 windows are in-sample: the archive was trained until 2024-03-22 23:00:00, and its scores there"
+    first, *others = json.loads(result.stdout)["markets"]
+    assert [note for note in first["notes"] if note.startswith(said)]
+    assert not [note for other in others for note in other["notes"]]
+    assert f"note: M00: {said}" in result.stderr
+    targets = [word for market in MARKETS for word in ("--target", market)]
+    joint = ("--store", str(store), "--since", "2024-03-20", "--out", str(store / "joint.mar"))
+    result = run("correlate", str(csv), "--time", "hour", *targets, *joint)
+    assert result.exit_code == 0, result.output
+    assert "note: prices.csv: M00.mar: 12 of 16 windows are in-sample" in result.stderr

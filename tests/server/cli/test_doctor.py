@@ -15,6 +15,7 @@ from model_store.archives.manifest import Kind
 from server.access_log import AccessLog, ArrivalBuffer
 from server.cli.main import app
 from server.ipc.frames import CacheResult
+from server.offline.store_families import describe_training
 from tests.handlers.kinds.test_onnx import make_doubling
 
 pytestmark = pytest.mark.slow
@@ -166,3 +167,11 @@ def test_the_help_teaches() -> None:
         "exit code is 1",
     ):
         assert words in text
+
+
+def test_a_store_says_until_when_its_archives_were_trained() -> None:
+    """The range of what is known, and how many do not say."""
+    fact = describe_training(["2024-02-01 00:00:00", "", "2024-01-01 00:00:00"])
+    assert fact.text == "2024-01-01 00:00:00 to 2024-02-01 00:00:00"
+    assert fact.advice.startswith("1 of 3 archives do not say")
+    assert not describe_training(["2024-02-01 00:00:00"]).advice

@@ -150,7 +150,10 @@ def test_the_readmes_forecaster(desk: Path) -> None:
     found = json.loads(shown.stdout)
     assert (found["kind"], found["spec"]["forecast"]["unit"]) == ("forecaster", "EUR/MWh")
     assert found["tensors"]["head.bias"] == [72]
-    assert "blocks.0.conv.weight" in run("inspect", "lu.mar").stdout
+    words = " ".join(run("inspect", "lu.mar").stdout.split())
+    assert "blocks.0.conv.weight" in words
+    zone, names = found["spec"]["forecast"]["time_zone"], ", ".join(found["spec"]["forecast"]["dynamic_feat"])
+    assert f"clock {zone}, forecasts start at any time covariates {names or 'none'} tails" in words
     verified = run("verify", "lu.mar")
     assert (verified.exit_code, verified.stdout[:9]) == (0, "ok   lu.m")
     assert pack("again.mar", "--description", "the README's", "--name", "lu").exit_code == 0

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handlers.training.fit import Fitting
+from handlers.training.fit import Fitting, fit_forecasters
 from handlers.training.input_recipe import make_recipe
-from handlers.training.time_series import Series
-from model_store.archives.archive import open_archive
+from handlers.training.time_series import Series, read_csv
+from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import Spec
 from model_store.errors import StoreUnavailable
 from model_store.names import ModelName
@@ -20,7 +20,7 @@ from model_store.stores.object_store import Source
 from server.cli.setting_flags import settings_from
 from server.offline.checkpoint import Checkpoint
 from server.offline.promotion_gate import GateTerms
-from server.offline.retraining import Retraining, RetrainingPlan, rebuild_forecast
+from server.offline.retraining import Retraining, RetrainingPlan, rebuild_forecast, refit_scalers
 from server.offline.rolling_windows import Rolling
 from tests.server.markets import archive, fill, names, run, write_prices
 
@@ -79,9 +79,10 @@ def test_better_archives_are_published_and_a_failure_stops_nobody(csv: Path, sto
         assert old.forecast is not None
         assert new.weights != old.weights
         assert new.forecast.scaler != old.forecast.scaler
+        assert new.trained_until == "2024-03-23 23:00:00"
         assert (new.architecture, new.config) == (old.architecture, old.config)
         assert new.forecast.quantile_levels == old.forecast.quantile_levels
-        assert re.search(r"2024-03-21 23:00:00; gate: pinball .* 8 windows from 2024-03-22 00:00:00", new.description)
+        assert re.search(r"2024-03-23 23:00:00; gate: pinball .* 8 windows from 2024-03-22 00:00:00", new.description)
 
 
 def test_the_same_data_again_changes_nothing(csv: Path, store: Path, tmp_path: Path) -> None:
@@ -228,3 +229,49 @@ def test_a_server_that_is_not_there_costs_no_market(csv: Path, store: Path, tmp_
     found = read_outcomes(tmp_path / "log.jsonl")["M00"]
     assert found["result"] == "published"
     assert "is `fleetcast serve` running there" in found["message"]
+
+
+def test_a_file_that_ends_during_a_day_retrains_archives_of_an_origin(tmp_path: Path) -> None:
+    """The gate's windows are the last that start at midnight, and the rows that it leaves are said."""
+    csv, store, log = write_prices(tmp_path / "prices.csv", ["M00"], days=40), tmp_path / "models", tmp_path / "log"
+    csv.write_text("\n".join(csv.read_text().splitlines()[:-11]) + "\n")
+    fill(store, ["M00"], origin="00:00")
+    code, said = retrain(csv, store, log)
+    assert code == 0, said
+    assert "note: 1 of 1 markets: forecasts start at 00:00" in said
+    assert read_outcomes(log)["M00"]["result"] == "published"
+    assert "7 later rows are not used" in read_outcomes(log)["M00"]["note"]
+
+
+def test_what_is_published_was_fitted_to_every_row(tmp_path: Path) -> None:
+    """Not only to those before the gate's windows: the numbers are those of a fresh fit to the whole file."""
+    csv, store = write_prices(tmp_path / "prices.csv", ["M00"]), fill(tmp_path / "models", ["M00"])
+    old = read_spec(store, "M00")
+    assert old.forecast is not None
+    code, said = retrain(csv, store, tmp_path / "log.jsonl")
+    assert code == 0, said
+    series = read_csv(csv, "hour", ["M00"])
+    inputs = [refit_scalers(old.forecast, series[0])]
+    (fresh,) = fit_forecasters(series, inputs, old.architecture, dict(old.config), Fitting(8.0))
+    stored = read_tensors(open_archive(store.joinpath("M00.mar").read_bytes(), "M00"))
+    for name, numbers in fresh.tensors.items():
+        np.testing.assert_array_equal(stored[name], numbers)
+
+
+def test_the_gate_takes_windows_that_neither_has_seen(tmp_path: Path) -> None:
+    """After enough new days the archive itself is judged on them; before, its recipe on the rows before the windows."""
+    whole, store = write_prices(tmp_path / "prices.csv", ["M00"], days=26), fill(tmp_path / "models", ["M00"])
+    lines, said = whole.read_text().splitlines(), dict[int, str]()
+    for days in (20, 21, 26):  # four windows of six hours a day
+        csv = tmp_path / "now.csv"
+        csv.write_text("\n".join(lines[: 1 + 24 * days]) + "\n")
+        code, output = retrain(csv, store, tmp_path / f"{days}.jsonl", "--margin", "50")
+        assert code == 0, output
+        assert read_outcomes(tmp_path / f"{days}.jsonl")["M00"]["result"] == "published", output
+        said[days] = read_spec(store, "M00").description
+    assert "may have seen these windows" in read_outcomes(tmp_path / "20.jsonl")["M00"]["note"]
+    assert "of its recipe, fitted to the same rows, 8 windows from 2024-03-23 00:00:00" in said[21]
+    assert "of version" in said[26]
+    assert "8 windows from 2024-03-28 00:00:00" in said[26]
+    assert "note" not in read_outcomes(tmp_path / "26.jsonl")["M00"]
+    assert read_spec(store, "M00").trained_until == "2024-03-29 23:00:00"

@@ -37,7 +37,7 @@ def test_the_verdict_is_the_ratio_of_both_scores(columns: Mapping[str, Series]) 
     """The same windows for both, scored as a backtest does; what is worse one way is better the other."""
     a, b = model(0), model(1)
     there, back = (compare_models(GATE, InProcess(), "M00", columns, *pair) for pair in ((a, b), (b, a)))
-    origins = GATE.rolling.origins(columns["M00"], 24, 6)
+    origins = GATE.rolling.origins(columns["M00"], [forecast()])
     ours, theirs = (
         compute_scores(forecast_windows(InProcess(), each, columns["M00"], origins)).pinball for each in (a, b)
     )
@@ -64,7 +64,7 @@ def test_archives_that_differ_are_compared_where_they_meet(columns: Mapping[str,
     own = model(0)
     longer = model(0, prediction_length=9, quantile_levels=(0.05, 0.5, 0.95))
     verdict = compare_models(GATE, InProcess(), "M00", columns, own, longer)
-    origins = GATE.rolling.origins(columns["M00"], 24, 9)
+    origins = GATE.rolling.origins(columns["M00"], [forecast(prediction_length=9)])
     cut = forecast_windows(InProcess(), longer, columns["M00"], origins).cut(6, np.array([0.5]))
     assert verdict.predecessor == pytest.approx(compute_scores(cut).pinball)
     apart = model(1, quantile_levels=(0.2, 0.49, 0.8))

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.training.time_series import Series, read_csv
-from server.offline.rolling_windows import ROWS, InProcess, Rolling, Unfit, add_known_series, forecast_windows
-from tests.server.markets import HISTORY, HORIZON, START, archive, model, write_prices
+from server.offline.rolling_windows import (
+    ROWS,
+    InProcess,
+    Rolling,
+    Unfit,
+    add_known_series,
+    explain_unused_rows,
+    forecast_windows,
+)
+from tests.server.markets import HISTORY, HORIZON, START, archive, forecast, model, write_prices
 
 KNOWN = ("load_M00",)
 
@@ -31,13 +39,13 @@ def make_hours(count: int) -> Series:
 
 def test_windows_are_counted_from_the_end_or_from_a_moment() -> None:
     """Back from the end they leave a rest at the beginning, from a moment on one at the end; `most` keeps the last."""
-    assert Rolling().origins(make_hours(50), 24, 6).tolist() == [26, 32, 38, 44]
-    assert Rolling(most=2).origins(make_hours(50), 24, 6).tolist() == [38, 44]
-    assert Rolling(every=1, most=3).origins(make_hours(50), 24, 6).tolist() == [42, 43, 44]
+    assert Rolling().origins(make_hours(50), [forecast()]).tolist() == [26, 32, 38, 44]
+    assert Rolling(most=2).origins(make_hours(50), [forecast()]).tolist() == [38, 44]
+    assert Rolling(every=1, most=3).origins(make_hours(50), [forecast()]).tolist() == [42, 43, 44]
     noon = datetime.fromisoformat("2024-03-05 12:00")
-    assert Rolling(first=noon).origins(make_hours(50), 24, 6).tolist() == [36, 42]
-    assert Rolling(first=START).origins(make_hours(50), 24, 6).tolist() == [24, 30, 36, 42]
-    assert Rolling(until=noon).origins(make_hours(50), 24, 6).tolist() == [24, 30]
+    assert Rolling(first=noon).origins(make_hours(50), [forecast()]).tolist() == [36, 42]
+    assert Rolling(first=START).origins(make_hours(50), [forecast()]).tolist() == [24, 30, 36, 42]
+    assert Rolling(until=noon).origins(make_hours(50), [forecast()]).tolist() == [24, 30]
 
 
 @given(st.integers(0, 80), st.integers(1, 30), st.integers(1, 9), st.integers(0, 7), st.integers(0, 60), st.booleans())
@@ -46,8 +54,9 @@ def test_windows_always_have_their_history_and_their_actuals(
 ) -> None:
     """Whatever is asked: every window lies within the series, evenly apart; or there is none and Unfit says so."""
     moment = START + first * timedelta(hours=1) if given_first else None
+    asked = forecast(context_length=history, prediction_length=horizon)
     try:
-        found = Rolling(every=every, first=moment).origins(make_hours(steps), history, horizon)
+        found = Rolling(every=every, first=moment).origins(make_hours(steps), [asked])
     except Unfit:
         counted = range(first, steps, every or horizon) if given_first else range(steps)
         assert not any(origin >= history and origin + horizon <= steps for origin in counted)
@@ -57,10 +66,38 @@ def test_windows_always_have_their_history_and_their_actuals(
     assert set(np.diff(found)) <= {every or horizon}
 
 
+@given(st.integers(0, 23), st.integers(1, 150), st.integers(0, 30), st.integers(0, 40))
+def test_windows_of_an_origin_start_at_its_time_of_day(begin: int, steps: int, every: int, most: int) -> None:
+    """Wherever in a day the file begins and ends, the last possible windows are taken, at least `every` steps apart."""
+    series = replace(make_hours(steps), start=START + timedelta(hours=begin))
+    asked = forecast(origin="06:00")
+    possible = [at for at in range(HISTORY, steps - HORIZON + 1) if (begin + at) % 24 == 6]
+    try:
+        found = Rolling(every=every, most=most).origins(series, [asked]).tolist()
+    except Unfit:
+        assert not possible
+        return
+    assert found[-1] == possible[-1]
+    assert set(found) <= set(possible)
+    assert set(np.diff(found).tolist()) <= {24 if every <= 24 else 48}
+    left = steps - HORIZON - found[-1]
+    assert explain_unused_rows(series, asked, found[-1] + HORIZON - 1).endswith("not used") == (left > 0)
+
+
+def test_windows_of_several_archives_start_where_all_may() -> None:
+    """One that forecasts at any time follows one that does not; two times of day have no window in common."""
+    three = [forecast(), forecast(origin="12:00"), forecast(origin="12:00", context_length=30)]
+    assert Rolling().origins(make_hours(100), three).tolist() == [36, 60, 84]
+    with pytest.raises(Unfit, match="24 of history and 6 to forecast, from 12:00 on"):
+        Rolling().origins(make_hours(40), three[1:2])
+    with pytest.raises(Unfit, match="one archive forecasts from 00:00 on and another from 12:00"):
+        Rolling().origins(make_hours(100), [*three, forecast(origin="00:00")])
+
+
 def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
     """With every price from the origin on, and every covariate beyond the horizon, replaced, it is the same."""
     own = model(dynamic_feat=KNOWN)
-    origins = Rolling(most=5).origins(series, HISTORY, HORIZON)
+    origins = Rolling(most=5).origins(series, [forecast()])
     whole = forecast_windows(InProcess(), own, series, origins)
     for i, origin in enumerate(origins.tolist()):
         values, known = series.values.copy(), series.known.copy()
@@ -72,7 +109,7 @@ def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
 def test_what_is_known_ahead_is_seen(series: Series) -> None:
     """A covariate of the forecast steps changes the forecast, and so does the last price."""
     own = model(dynamic_feat=KNOWN)
-    origins = Rolling(most=1).origins(series, HISTORY, HORIZON)
+    origins = Rolling(most=1).origins(series, [forecast()])
     whole = forecast_windows(InProcess(), own, series, origins).quantiles
     known, values = series.known.copy(), series.values.copy()
     known[0, -1] *= 2
@@ -84,7 +121,7 @@ def test_what_is_known_ahead_is_seen(series: Series) -> None:
 def test_windows_are_answered_alike_however_many_there_are(series: Series) -> None:
     """More windows than one request takes: each is what it is alone, and all are told of."""
     own, told = model(dynamic_feat=KNOWN), list[int]()
-    origins = Rolling(every=1, most=ROWS + 9).origins(series, HISTORY, HORIZON)
+    origins = Rolling(every=1, most=ROWS + 9).origins(series, [forecast()])
     many = forecast_windows(InProcess(), own, series, origins, told.append)
     assert told == [ROWS, 9]
     for at in (0, ROWS - 1, ROWS, ROWS + 8):
@@ -94,7 +131,7 @@ def test_windows_are_answered_alike_however_many_there_are(series: Series) -> No
 
 def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
     """The first steps, at the levels that are asked for."""
-    origins = Rolling(most=3).origins(series, HISTORY, HORIZON)
+    origins = Rolling(most=3).origins(series, [forecast()])
     whole = forecast_windows(InProcess(), model(dynamic_feat=KNOWN), series, origins)
     cut = whole.cut(4, np.array([0.1, 0.9]))
     assert cut.levels.tolist() == [0.1, 0.9]
@@ -105,7 +142,7 @@ def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
 def test_what_does_not_fit_is_said(series: Series) -> None:
     """In the words of file and archive: a gap in a covariate, another frequency, too short a series, no forecast."""
     own, ask = model(dynamic_feat=KNOWN), InProcess()
-    origins = Rolling(most=2).origins(series, HISTORY, HORIZON)
+    origins = Rolling(most=2).origins(series, [forecast()])
     gap = series.known.copy()
     gap[0, -1] = np.nan
     with pytest.raises(Unfit, match=r"column 'load_M00' at 2024-03-23 23:00:00: a known-future value is missing"):
@@ -113,7 +150,7 @@ def test_what_does_not_fit_is_said(series: Series) -> None:
     with pytest.raises(Unfit, match=r"m.mar forecasts steps of 30min, but M00 has 1h"):
         forecast_windows(ask, model(frequency="30min", dynamic_feat=KNOWN), series, origins)
     with pytest.raises(Unfit, match=r"x has 29 steps .* a window needs 24 of history and 6 to forecast"):
-        Rolling().origins(make_hours(29), 24, 6)
+        Rolling().origins(make_hours(29), [forecast()])
     with pytest.raises(Unfit, match=r"m.mar wants `cat` \(zone\)"):
         _ = model(cat=("zone",)).forecast
 
