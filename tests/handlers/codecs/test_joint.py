@@ -79,7 +79,7 @@ def test_lengths_may_differ_in_json() -> None:
         answer(make_body(forecasts=forecasts), NPY)
 
 
-def make_starting(name: str, start: str | None, steps: int = 5, step_s: int = 3600) -> dict[str, Any]:
+def start_at(name: str, start: str | None, steps: int = 5, step_s: int = 3600) -> dict[str, Any]:
     """A forecast of one product that says when it starts."""
     clock = {} if start is None else {"start": start, "step_s": step_s}
     return {"name": name, "marginal": {**make_marginal(steps=steps), **clock}}
@@ -87,11 +87,11 @@ def make_starting(name: str, start: str | None, steps: int = 5, step_s: int = 36
 
 def test_forecasts_are_paired_by_their_times() -> None:
     """What starts two hours later is correlated with the other's third hour; the zone of a stamp does not matter."""
-    whole = [make_starting("a", "2024-01-01 00:00:00+00:00"), make_starting("c", "2024-01-01 01:00:00+01:00")]
-    later = [make_starting("a", "2024-01-01T00:00:00Z"), make_starting("c", "2024-01-01 02:00:00+00:00", 3)]
+    whole = [start_at("a", "2024-01-01 00:00:00+00:00"), start_at("c", "2024-01-01 01:00:00+01:00")]
+    later = [start_at("a", "2024-01-01T00:00:00Z"), start_at("c", "2024-01-01 02:00:00+00:00", 3)]
     together = [np.array(each) for each in json.loads(answer(make_body(forecasts=whole))[0])["samples"]]
     paired = [np.array(each) for each in json.loads(answer(make_body(forecasts=later))[0])["samples"]]
-    plain = [make_starting("a", None), make_starting("c", None)]
+    plain = [start_at("a", None), start_at("c", None)]
     assert answer(make_body(forecasts=whole)) == answer(make_body(forecasts=plain))
     np.testing.assert_array_equal(paired[0], together[0])
     ranks = [each.argsort(axis=0).argsort(axis=0) for each in (paired[1], together[1][:, 2:])]
@@ -103,21 +103,21 @@ def test_forecasts_are_paired_by_their_times() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (make_starting("c", "2024-01-02 00:00:00+00:00"),
+        (start_at("c", "2024-01-02 00:00:00+00:00"),
          r"a from 2024-01-01 00:00:00\+00:00 \(5 steps\) ends before c from 2024-01-02 00:00:00\+00:00"),
-        (make_starting("c", "2023-12-31 19:00:00+00:00"), "c from 2023-12-31 19:.* ends before a from 2024-01-01 00:00"),
-        (make_starting("c", "2024-01-01 00:30:00+00:00"), "a from 2024-01-01 .* and c from .* no step at the same time"),
-        (make_starting("c", "2024-01-01 00:00:00+00:00", step_s=900), "a has steps of 3600 s, but c has steps of 900 s"),
-        (make_starting("c", "2024-01-01 02:00:00+00:00"), "c ends 7 steps after the earliest start, .* covers 5"),
-        (make_starting("c", None), "c has no start, but other forecasts have"),
-        (make_starting("c", "2024-01-01 00:00:00"), "expected a time with an offset"),
-        (make_starting("c", "noon"), "expected YYYY-MM-DD"),
+        (start_at("c", "2023-12-31 19:00:00+00:00"), "c from 2023-12-31 19:.* ends before a from 2024-01-01 00:00"),
+        (start_at("c", "2024-01-01 00:30:00+00:00"), "a from 2024-01-01 .* and c from .* no step at the same time"),
+        (start_at("c", "2024-01-01 00:00:00+00:00", step_s=900), "a has steps of 3600 s, but c has steps of 900 s"),
+        (start_at("c", "2024-01-01 02:00:00+00:00"), "c ends 7 steps after the earliest start, .* covers 5"),
+        (start_at("c", None), "c has no start, but other forecasts have"),
+        (start_at("c", "2024-01-01 00:00:00"), "expected a time with an offset"),
+        (start_at("c", "noon"), "expected YYYY-MM-DD"),
     ],
 )  # fmt: skip
 def test_forecasts_that_do_not_meet_are_refused(other: dict[str, Any], message: str) -> None:
     """Both models and their starts are named; once they were paired by position, whatever their days."""
     with pytest.raises(RequestError, match=message):
-        answer(make_body(forecasts=[make_starting("a", "2024-01-01 00:00:00+00:00"), other]))
+        answer(make_body(forecasts=[start_at("a", "2024-01-01 00:00:00+00:00"), other]))
 
 
 @pytest.mark.parametrize(
