@@ -10,12 +10,12 @@ from rich.console import Console
 from loadtest.benchmarks.tick import BESIDE, HERE, PARTS, ROOT, build_table, main, measure_rounds, summarise_rounds
 
 
-def line(ms: float) -> dict[str, float]:
+def make_line(ms: float) -> dict[str, float]:
     """A round in which everything takes so long."""
     return {f"{part}_{kind}": ms for part in PARTS for kind in ("ms", "cpu_ms")}
 
 
-def show(found: dict[str, list[dict[str, float]]]) -> str:
+def show_table(found: dict[str, list[dict[str, float]]]) -> str:
     """The table's text."""
     console = Console(file=StringIO(), width=200)
     console.print(build_table(summarise_rounds(found)))
@@ -25,10 +25,13 @@ def show(found: dict[str, list[dict[str, float]]]) -> str:
 
 def test_ratios_are_of_turns_and_shown_with_their_spread() -> None:
     """Theirs by ours; without another checkout there is none."""
-    found = {HERE: [line(1.0), line(2.0), line(4.0)], BESIDE: [line(8.0), line(8.0), line(8.0)]}
+    found = {
+        HERE: [make_line(1.0), make_line(2.0), make_line(4.0)],
+        BESIDE: [make_line(8.0), make_line(8.0), make_line(8.0)],
+    }
     assert summarise_rounds(found)["ratio"]["tick_ms"] == {"median": 4.0, "min": 2.0, "max": 8.0, "runs": 3}
-    assert show(found).count("4.00 (2.00-8.00)") == 2 * len(PARTS)
-    assert "2.00 (1.00-4.00)" in show({HERE: found[HERE]})
+    assert show_table(found).count("4.00 (2.00-8.00)") == 2 * len(PARTS)
+    assert "2.00 (1.00-4.00)" in show_table({HERE: found[HERE]})
 
 
 @pytest.mark.slow
@@ -36,7 +39,7 @@ def test_two_checkouts_measure_in_turns() -> None:
     """Here this one beside itself: a round of each, in processes of their own."""
     found = measure_rounds({HERE: ROOT, BESIDE: ROOT}, 1)
     assert [len(lines) for lines in found.values()] == [1, 1]
-    assert found[HERE][0].keys() == found[BESIDE][0].keys() == line(0).keys()
+    assert found[HERE][0].keys() == found[BESIDE][0].keys() == make_line(0).keys()
     assert found[HERE][0]["tick_ms"] > 0
 
 

@@ -173,7 +173,7 @@ def test_graphs_see_staging_alone() -> None:
     assert device.replays == 2
 
 
-def families(count: int) -> list[Family]:
+def make_families(count: int) -> list[Family]:
     """So many small ones."""
     config = {"features": 1, "context_length": 3, "prediction_length": 1, "quantiles": 1}
     return [build_family("mlp", {**config, "hidden": 1 + i}) for i in range(count)]
@@ -183,7 +183,7 @@ def test_families_that_take_turns_are_captured_once() -> None:
     """Seventy of them, six more than there are graphs: sixty-four replay from their first graph on, six run eagerly,
     and no capture follows. (An LRU would capture each at every turn.)
     """
-    device, many = FakeDevice(), families(MAX_GRAPHS + 6)
+    device, many = FakeDevice(), make_families(MAX_GRAPHS + 6)
     made = DeviceEngine(DevicePool(max(family.row_floats for family in many) * 4, device), 2)
     made.pool.write(0, np.zeros(made.pool.floats.numel(), np.float32))
     captures = list[int]()
@@ -202,7 +202,7 @@ def test_families_that_take_turns_are_captured_once() -> None:
 def test_what_runs_more_often_takes_the_place_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the one that runs least; and what was captured once has its memory back when it has gone."""
     monkeypatch.setattr("server.worker.engine.graph_choice.MAX_GRAPHS", 2)
-    device, many = FakeDevice(), families(3)
+    device, many = FakeDevice(), make_families(3)
     made = DeviceEngine(DevicePool(max(family.row_floats for family in many) * 4, device), 2)
     made.pool.write(0, np.zeros(made.pool.floats.numel(), np.float32))
 
@@ -250,7 +250,7 @@ def test_idle_time_leaves_no_trace_in_answers() -> None:
     """What is watched and warmed writes over staging between two runs."""
     device = FakeDevice(1)
     made = make_engine(device)
-    made.expect(families(1)[0])
+    made.expect(make_families(1)[0])
     for model in range(3):
         made.pool.write(model * SIZE, ROWS[model])
     for turn in range(EAGER_RUNS + 3):
@@ -270,7 +270,7 @@ def test_a_family_is_warm_before_its_first_request() -> None:
     device, warmed = FakeDevice(), list[int]()
     made = make_engine(device, max_rows=128)
     made.pool.write(0, ROWS[0])
-    family = Counted(families(1)[0], warmed)
+    family = Counted(make_families(1)[0], warmed)
     made.measure(family)  # type: ignore[arg-type]
     warmed.clear()
     for _ in range(2):
@@ -308,7 +308,7 @@ def test_idle_time_short_of_memory_is_no_error(failures: int) -> None:
     made.pool.write(0, ROWS[0])
     for _ in range(EAGER_RUNS):
         made.run(TCN, [0], [draw_inputs(TCN, 1)])
-    made.expect(families(1)[0])
+    made.expect(make_families(1)[0])
     device.short_of_memory = failures
     learn_all(made)
     device.short_of_memory = 0

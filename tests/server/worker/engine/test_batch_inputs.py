@@ -22,7 +22,7 @@ MODELS = 3
 X = np.random.default_rng(0).standard_normal((40, *FAMILY.input_shape), dtype=np.float32)
 
 
-def engine(device: FakeDevice, max_rows: int = 8) -> DeviceEngine:
+def make_engine(device: FakeDevice, max_rows: int = 8) -> DeviceEngine:
     """With three models, and the family's staging."""
     made = DeviceEngine(DevicePool(MODELS * SIZE, device), max_rows)
     for model in range(MODELS):
@@ -46,7 +46,7 @@ def check(answers: object, models: list[int], parts: list[Float32]) -> None:
 def test_a_request_is_decoded_to_where_the_device_copies_it_from() -> None:
     """Into page-locked memory, its steps that are read alone; the forward copies no inputs of its own."""
     device = FakeDevice()
-    made = engine(device)
+    made = make_engine(device)
     inputs = made.open_batch(FAMILY)
     for row in X[:5]:
         rows = decode(inputs, row)
@@ -64,7 +64,7 @@ def test_a_request_is_decoded_to_where_the_device_copies_it_from() -> None:
 @pytest.mark.parametrize("count", [1, 8, 9, 16, 17, 40])
 def test_a_batch_of_any_size_is_answered_row_by_row(count: int) -> None:
     """In one lane, in both, and in arrays where even these are too few."""
-    made = engine(FakeDevice())
+    made = make_engine(FakeDevice())
     inputs = made.open_batch(FAMILY)
     for row in X[:count]:
         inputs.keep(decode(inputs, row))
@@ -75,7 +75,7 @@ def test_a_batch_of_any_size_is_answered_row_by_row(count: int) -> None:
 
 def test_a_request_that_does_not_run_leaves_no_trace() -> None:
     """Refused, it is written over; run apart, it has memory of its own, that of a lane or not."""
-    made = engine(FakeDevice())
+    made = make_engine(FakeDevice())
     inputs = made.open_batch(FAMILY)
     decode(inputs, X[0])  # refused: wrong further on
     inputs.keep(decode(inputs, X[1]))
@@ -94,7 +94,7 @@ def test_a_request_that_does_not_run_leaves_no_trace() -> None:
 def test_a_batch_that_ran_out_of_memory_can_run_again(count: int) -> None:
     """Its inputs outlive the staging, which is freed: page-locked memory is not there twice."""
     device = FakeDevice()
-    made = engine(device)
+    made = make_engine(device)
     inputs = made.open_batch(FAMILY)
     for row in X[:count]:
         inputs.keep(decode(inputs, row))

@@ -39,7 +39,7 @@ class Player:
                 del self.held[victim]
 
 
-def keys(count: int) -> list[Key]:
+def list_keys(count: int) -> list[Key]:
     """Forwards of so many families."""
     return [(f"family-{i}", 1) for i in range(count)]
 
@@ -49,7 +49,7 @@ def keys(count: int) -> list[Key]:
 def test_forwards_in_turns_never_take_each_others_place(forwards: int, size: int) -> None:
     """However many there are, and whether the number or the bytes of graphs end first."""
     player = Player(size)
-    for key in islice(cycle(keys(forwards)), 20 * AGE_RUNS):
+    for key in islice(cycle(list_keys(forwards)), 20 * AGE_RUNS):
         player.run(key)
     assert player.captures == len(player.held) <= MAX_GRAPHS
     assert len(player.runs) <= 2 * AGE_RUNS
@@ -85,7 +85,7 @@ def test_the_popular_ones_have_graphs_and_others_follow_when_they_are(seed: int)
 )
 def test_who_goes_ran_less_than_half_as_often(ran: int, chosen: list[Key] | None) -> None:
     """And by a margin; of those that ran least, the one that ran longest ago."""
-    runs, held = RecentRuns(), {("often", 1): 0, ("old", 1): 0, ("new", 1): 0} | dict.fromkeys(keys(61), 0)
+    runs, held = RecentRuns(), {("often", 1): 0, ("old", 1): 0, ("new", 1): 0} | dict.fromkeys(list_keys(61), 0)
     for key in held:
         for _ in range(5 if key[0] in ("old", "new") else 9):
             runs.record(key)
