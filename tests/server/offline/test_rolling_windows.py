@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from handlers.training.time_series import Series, read_csv
 from server.offline.rolling_windows import ROWS, InProcess, Rolling, Unfit, add_known_series, forecast_windows
-from tests.server.markets import HISTORY, HORIZON, START, archive, model, write_prices
+from tests.server.markets import HISTORY, HORIZON, START, open_market, pack_market, write_prices
 
 KNOWN = ("load_M00",)
 
@@ -59,7 +59,7 @@ def test_windows_always_have_their_history_and_their_actuals(
 
 def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
     """With every price from the origin on, and every covariate beyond the horizon, replaced, it is the same."""
-    own = model(dynamic_feat=KNOWN)
+    own = open_market(dynamic_feat=KNOWN)
     origins = Rolling(most=5).origins(series, HISTORY, HORIZON)
     whole = forecast_windows(InProcess(), own, series, origins)
     for i, origin in enumerate(origins.tolist()):
@@ -71,7 +71,7 @@ def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
 
 def test_what_is_known_ahead_is_seen(series: Series) -> None:
     """A covariate of the forecast steps changes the forecast, and so does the last price."""
-    own = model(dynamic_feat=KNOWN)
+    own = open_market(dynamic_feat=KNOWN)
     origins = Rolling(most=1).origins(series, HISTORY, HORIZON)
     whole = forecast_windows(InProcess(), own, series, origins).quantiles
     known, values = series.known.copy(), series.values.copy()
@@ -83,7 +83,7 @@ def test_what_is_known_ahead_is_seen(series: Series) -> None:
 
 def test_windows_are_answered_alike_however_many_there_are(series: Series) -> None:
     """More windows than one request takes: each is what it is alone, and all are told of."""
-    own, told = model(dynamic_feat=KNOWN), list[int]()
+    own, told = open_market(dynamic_feat=KNOWN), list[int]()
     origins = Rolling(every=1, most=ROWS + 9).origins(series, HISTORY, HORIZON)
     many = forecast_windows(InProcess(), own, series, origins, told.append)
     assert told == [ROWS, 9]
@@ -95,7 +95,7 @@ def test_windows_are_answered_alike_however_many_there_are(series: Series) -> No
 def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
     """The first steps, at the levels that are asked for."""
     origins = Rolling(most=3).origins(series, HISTORY, HORIZON)
-    whole = forecast_windows(InProcess(), model(dynamic_feat=KNOWN), series, origins)
+    whole = forecast_windows(InProcess(), open_market(dynamic_feat=KNOWN), series, origins)
     cut = whole.cut(4, np.array([0.1, 0.9]))
     assert cut.levels.tolist() == [0.1, 0.9]
     np.testing.assert_array_equal(cut.quantiles, whole.quantiles[:, :4, [0, 2]])
@@ -104,21 +104,21 @@ def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
 
 def test_what_does_not_fit_is_said(series: Series) -> None:
     """In the words of file and archive: a gap in a covariate, another frequency, too short a series, no forecast."""
-    own, ask = model(dynamic_feat=KNOWN), InProcess()
+    own, ask = open_market(dynamic_feat=KNOWN), InProcess()
     origins = Rolling(most=2).origins(series, HISTORY, HORIZON)
     gap = series.known.copy()
     gap[0, -1] = np.nan
     with pytest.raises(Unfit, match=r"column 'load_M00' at 2024-03-23 23:00:00: a known-future value is missing"):
         forecast_windows(ask, own, replace(series, known=gap), origins)
     with pytest.raises(Unfit, match=r"m.mar forecasts steps of 30min, but M00 has 1h"):
-        forecast_windows(ask, model(frequency="30min", dynamic_feat=KNOWN), series, origins)
+        forecast_windows(ask, open_market(frequency="30min", dynamic_feat=KNOWN), series, origins)
     with pytest.raises(Unfit, match=r"x has 29 steps .* a window needs 24 of history and 6 to forecast"):
         Rolling().origins(make_hours(29), 24, 6)
     with pytest.raises(Unfit, match=r"m.mar wants `cat` \(zone\)"):
-        _ = model(cat=("zone",)).forecast
+        _ = open_market(cat=("zone",)).forecast
 
 
 def test_a_model_says_what_it_is(tmp_path: Path) -> None:
     """Its repr names archive and version."""
-    assert repr(model()) == "<ArchiveVersion m.mar not stored>"
-    assert archive(1) != archive(2)
+    assert repr(open_market()) == "<ArchiveVersion m.mar not stored>"
+    assert pack_market(1) != pack_market(2)
