@@ -49,8 +49,8 @@ from server.worker.long_jobs import LongJobs
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 from tests.e2e.models import SHAPES, Config
-from tests.server.front.answering import Worker, attach, never
-from tests.server.worker.test_step_loop import FakeLoader, Front, play, until
+from tests.server.front.answering import Worker, attach, stay_connected
+from tests.server.worker.test_step_loop import FakeLoader, Front, let_loop_run, play
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "docs" / "memory-bounds.md"
@@ -206,7 +206,7 @@ def test_answers_of_a_call_count_as_held() -> None:
     async def scenario() -> None:
         attach(plane, Worker(lambda _: body))
         limit = Limit(MIB, "max_forecasts_bytes")
-        with FanOut(plane, call, limit, 1e9, never) as running:
+        with FanOut(plane, call, limit, 1e9, stay_connected) as running:
             await running.infer()
 
     with pytest.raises(Refused) as caught:
@@ -297,7 +297,7 @@ def test_loads_are_bounded_where_clients_leave_at_once(monkeypatch: pytest.Monke
             leave(front, front.send(f"a/m{i}"))
         assert front.refusals[front.send("a/late")].situation is Situation.OVERLOADED
         loader.gate.set()
-        await until(lambda: not len(steps._loads))
+        await let_loop_run(lambda: not len(steps._loads))
         served = front.send("a/late")
         await front.settled()
         assert served in front.answers
@@ -335,7 +335,7 @@ def test_a_cancelled_request_gives_its_body_up() -> None:
         leave(front, front.send("a/m1"))
         assert front.jobs[0].request.body == b""
         loader.gate.set()
-        await until(lambda: not len(steps._loads))
+        await let_loop_run(lambda: not len(steps._loads))
 
     play(scenario)
 

@@ -21,8 +21,8 @@ from typing import Any
 import httpx
 
 from tests.chaos.checker import History
-from tests.e2e.models import SMALL_MLP, SMALL_TCN, Model, Question, fleet, forecaster, onnx_model
-from tests.e2e.server import ROOT, Server, serving, upload
+from tests.e2e.models import SMALL_MLP, SMALL_TCN, Model, Question, onnx_model, pack_fleet, pack_forecaster
+from tests.e2e.server import ROOT, Server, run_server, upload
 from tests.e2e.test_crashes import FAULT
 from tests.s3 import S3Server
 
@@ -89,7 +89,7 @@ class World:
     folder: Path
     models: dict[str, Model]
     rng: random.Random
-    poisonous: Model = field(default_factory=lambda: forecaster("poisonous.mar", 666, config=WIDE))
+    poisonous: Model = field(default_factory=lambda: pack_forecaster("poisonous.mar", 666, config=WIDE))
     answers: Answers = field(default_factory=Answers)
     history: History = field(default_factory=lambda: History(FOLLOW_S))
     notes: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class World:
             environment |= {"CHAOS_CLOCK": str(self.clock), "LD_PRELOAD": str(self.folder / "clock.so")}
         settings = {**SETTINGS, **self._ports, "disk_cache": self.disk_cache, "environment": environment}
         running = ExitStack()
-        self._server = running.enter_context(serving(self.s3, self.folder, f"s3://{self.bucket}", **settings))
+        self._server = running.enter_context(run_server(self.s3, self.folder, f"s3://{self.bucket}", **settings))
         self._running = running
         self._ports = {f"{name}_port": int(url.rpartition(":")[2]) for name, url in self.server.addresses.items()}
         return time.monotonic() - began
@@ -161,7 +161,7 @@ class World:
     def revise(self, model: Model) -> Model:
         """The same model with other weights."""
         self._revision += 1
-        return forecaster(model.name, 10_000 * self._revision + self.rng.randrange(1000), config=WIDE)
+        return pack_forecaster(model.name, 10_000 * self._revision + self.rng.randrange(1000), config=WIDE)
 
     def command(self, verb: str, model: str) -> dict[str, Any]:
         """The answer of `POST /fleet/{verb}/{model}`; empty, with a note, where it is refused."""
@@ -188,8 +188,8 @@ class World:
 def open_world(s3: S3Server, folder: Path, seed: int) -> Iterator[World]:
     """A fleet in a fresh bucket and a server that is ready. At the end it must end well."""
     rng = random.Random(seed)
-    models = fleet("tcn", ROWS - 6, seed, WIDE)
-    models += [forecaster(f"mlp/{i:02}.mar", seed + i, "mlp", SMALL_MLP) for i in range(6)]
+    models = pack_fleet("tcn", ROWS - 6, seed, WIDE)
+    models += [pack_forecaster(f"mlp/{i:02}.mar", seed + i, "mlp", SMALL_MLP) for i in range(6)]
     models += [onnx_model(f"onnx/{i}.mar", seed + i) for i in range(2)]
     world = World(s3, s3.bucket(), folder, {}, rng)
     for model in models:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server, run_server
 from tests.s3 import S3Server
 
 FILES = 8192
@@ -34,4 +34,4 @@ def store(s3: S3Server) -> str:
 @pytest.fixture
 def serve(s3: S3Server, tmp_path: Path, store: str) -> Serve:
     """A server of the bucket `store`, its caches below this test's folder; settings by name, as of the command."""
-    return partial(serving, s3, tmp_path, f"s3://{store}")
+    return partial(run_server, s3, tmp_path, f"s3://{store}")

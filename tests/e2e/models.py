@@ -82,7 +82,7 @@ class Model:
         return answer
 
 
-def forecaster(
+def pack_forecaster(
     name: str, seed: int, architecture: str = "tcn", config: Config = SMALL_TCN, *, forecast: bool = False
 ) -> Model:
     """A forecaster of seeded random weights; with `forecast` it is asked by DeepAR JSON of one channel, the target."""
@@ -151,6 +151,6 @@ def onnx_model(name: str, seed: int) -> Model:
     )
 
 
-def fleet(prefix: str, count: int, seed: int = 0, config: Config = SMALL_TCN) -> list[Model]:
+def pack_fleet(prefix: str, count: int, seed: int = 0, config: Config = SMALL_TCN) -> list[Model]:
     """`count` models of one small family, `{prefix}/00.mar` and on."""
-    return [forecaster(f"{prefix}/{i:02}.mar", seed + i, "tcn", config) for i in range(count)]
+    return [pack_forecaster(f"{prefix}/{i:02}.mar", seed + i, "tcn", config) for i in range(count)]

@@ -231,7 +231,7 @@ def upload(s3: S3Server, bucket: str, models: Sequence[Model], prefix: str = "")
 
 
 @contextmanager
-def serving(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
+def run_server(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
     """`fleetcast serve` in processes of its own, ready; its caches and home are below `folder`.
 
     Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own,

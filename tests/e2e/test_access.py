@@ -23,8 +23,8 @@ from botocore.exceptions import ClientError
 from fleetcast import Client
 from server.sdk.errors import AccessDenied
 from tests.e2e.conftest import Serve
-from tests.e2e.models import FORECAST_TCN, Model, forecaster
-from tests.e2e.server import Server, invoke, serving, upload
+from tests.e2e.models import FORECAST_TCN, Model, pack_forecaster
+from tests.e2e.server import Server, invoke, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -66,7 +66,7 @@ def audit(server: Server) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def model(s3: S3Server, store: str) -> Model:
     """One model in the store, `au/...`."""
-    made = forecaster("au/00.mar", 1, config=FORECAST_TCN, forecast=True)
+    made = pack_forecaster("au/00.mar", 1, config=FORECAST_TCN, forecast=True)
     upload(s3, store, [made])
     return made
 
@@ -396,7 +396,7 @@ def test_clients_are_not_shown_the_stores_path_nor_what_files_hold(s3: S3Server,
     (folder / "folder.mar").mkdir()
     (folder / "file").write_text("hunter2")
     names = ["none.mar", "text.mar", "link.mar", "loop.mar", "folder.mar", "file/below.mar", f"{'x' * 300}.mar"]
-    with serving(s3, tmp_path, str(folder)) as server:
+    with run_server(s3, tmp_path, str(folder)) as server:
         for name in names:
             said = server.post(name).text + server.fleet("load", name).text
             assert name in said

@@ -13,7 +13,7 @@ from loadtest.driver.trace import read_trace
 from server.access_log import Row, list_log_parts, read_rows
 from server.contract import ACCESS_LOG_OUTCOMES
 from tests.e2e.conftest import Serve
-from tests.e2e.models import SMALL_TCN, fleet
+from tests.e2e.models import SMALL_TCN, pack_fleet
 from tests.e2e.server import ROOT, Server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
@@ -32,20 +32,20 @@ def test_every_request_is_in_the_log_with_what_came_of_it(
     """Misses, hits and a refusal over two workers, in the order of time, with the models' bytes; rows are there
     a second later, and those of the last second at the end; a second life of the server adds to them.
     """
-    models = fleet("log", 6)
+    models = pack_fleet("log", 6)
     upload(s3, store, models)
     said: list[tuple[str, str]] = []
     with serve(workers=2, access_log=tmp_path / "log") as server:
         said += [(model.name, server.ask(model.question(0)).cache) for model in [*models, *models]]
         with pytest.raises(ClientError):
-            server.ask(fleet("none", 1)[0].question(0))
+            server.ask(pack_fleet("none", 1)[0].question(0))
         wait_until(lambda: read_log(server) == 13, "all rows are written")
         said.append((models[0].name, server.ask(models[0].question(1)).cache))
     with serve(workers=2, access_log=tmp_path / "log") as server:
         said.append((models[1].name, server.ask(models[1].question(1)).cache))
     rows = sorted(read_rows(tmp_path / "log"), key=lambda row: row.time)
     assert [(row.model, row.outcome) for row in rows if row.outcome != "refused"] == said
-    assert [row.model for row in rows if row.outcome == "refused"] == [fleet("none", 1)[0].name]
+    assert [row.model for row in rows if row.outcome == "refused"] == [pack_fleet("none", 1)[0].name]
     assert {row.bytes for row in rows if row.outcome != "refused"} == {build_family("tcn", SMALL_TCN).row_floats * 4}
     assert [row.bytes for row in rows if row.outcome == "refused"] == [0]
     assert [part.name for part in list_log_parts(tmp_path / "log")] == [
@@ -64,7 +64,7 @@ def _is_the_trace_of(log: Path, rows: list[Row]) -> None:
 
 def test_the_log_is_replayed(s3: S3Server, store: str, serve: Serve, tmp_path: Path) -> None:
     """`fleetcast-load run --profile replay` asks another server the same, which logs the same models in that order."""
-    models = fleet("log", 6)
+    models = pack_fleet("log", 6)
     upload(s3, store, models)
     with serve(access_log=tmp_path / "log") as server:
         for model in models * 5:

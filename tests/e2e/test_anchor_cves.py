@@ -21,15 +21,15 @@ from typing import Any
 import pytest
 
 from tests.archives import make_zip, repack
-from tests.e2e.models import forecaster
-from tests.e2e.server import Server, serving
+from tests.e2e.models import pack_forecaster
+from tests.e2e.server import Server, run_server
 from tests.http_servers import serve_on_thread
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-SOUND = forecaster("sound.mar", 1)
+SOUND = pack_forecaster("sound.mar", 1)
 LISTENS = "0A"  #: the state in /proc/net/tcp
 
 
@@ -71,7 +71,7 @@ def test_no_request_makes_the_server_call_another_host(s3: S3Server, tmp_path: P
     There is no registration, and a name that looks like a URL is a key of the one store.
     """
     (tmp_path / "models").mkdir()
-    with listen_as_stranger() as (host, called), serving(s3, tmp_path, str(tmp_path / "models")) as server:
+    with listen_as_stranger() as (host, called), run_server(s3, tmp_path, str(tmp_path / "models")) as server:
         for path in ("models", "workflows"):
             for address in (server.addresses["management"], server.url):
                 url = f"{path}?url=http://{host}/evil.mar&initial_workers=1"
@@ -119,7 +119,7 @@ def test_no_archive_runs_code_when_it_is_read(s3: S3Server, tmp_path: Path) -> N
         }  # fmt: skip
         for name, data in {**archives, SOUND.name: SOUND.data}.items():
             (models / name).write_bytes(data)
-        with serving(s3, tmp_path, str(models)) as server:
+        with run_server(s3, tmp_path, str(models)) as server:
             for name in archives:
                 assert server.fleet("load", name).status_code == 422, name
                 assert 400 <= server.post(name).status_code < 500, name
@@ -148,7 +148,7 @@ def test_dots_lead_to_no_other_archive_at_the_first_request_nor_the_second(s3: S
     (models / "au").mkdir(parents=True)
     (tmp_path / "outside.mar").write_bytes(SOUND.data)
     plain = ("../outside.mar", "au/../../outside.mar", "./../outside.mar", "au/../outside.mar", "..\\outside.mar")
-    with serving(s3, tmp_path, str(models)) as server:
+    with run_server(s3, tmp_path, str(models)) as server:
         for _ in range(2):
             for name in plain:
                 assert ask_verbs(server, name) == {400}, name
@@ -165,7 +165,7 @@ def test_by_default_nothing_listens_beyond_loopback(s3: S3Server, tmp_path: Path
     The kernel's tables say that the server's processes listen at loopback alone, and only where it is announced.
     """
     (tmp_path / "models").mkdir()
-    with serving(s3, tmp_path, str(tmp_path / "models"), workers=2, fronts=2) as server:
+    with run_server(s3, tmp_path, str(tmp_path / "models"), workers=2, fronts=2) as server:
         found = {place for pid in server.survivors() for place in list_listeners(pid)}
         assert found == {tuple(url.removeprefix("http://").rsplit(":", 1)) for url in server.addresses.values()}
         assert {host for host, _ in found} == {"127.0.0.1"}

@@ -21,16 +21,16 @@ from loadtest.observe.processes import read_pss
 from model_store.archives.archive import open_archive
 from tests.archives import make_zip
 from tests.e2e.canary import Canary
-from tests.e2e.models import FORECAST_TCN, forecaster
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.models import FORECAST_TCN, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
 MIB = 1024 * 1024
-CANARY = forecaster("canary.mar", 1)
-ASKED = forecaster("asked.mar", 2, config=FORECAST_TCN, forecast=True)
+CANARY = pack_forecaster("canary.mar", 1)
+ASKED = pack_forecaster("asked.mar", 2, config=FORECAST_TCN, forecast=True)
 NAMES = 200
 BROKEN = 12
 GROWTH = 96 * MIB  #: what a process may keep of an attack: its tables of names, and what malloc does not give back
@@ -99,7 +99,7 @@ def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     for name, (make, _) in SLOW_TO_READ.items():
         s3.put(bucket, name, make())
     folder: Path = tmp_path_factory.mktemp("attacked")
-    with serving(s3, folder, f"s3://{bucket}", workers=1) as server:
+    with run_server(s3, folder, f"s3://{bucket}", workers=1) as server:
         server.ask(ASKED.question(0))
         yield server
 

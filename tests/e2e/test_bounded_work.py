@@ -25,16 +25,16 @@ from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChann
 from server.ipc.pulse import PulseReader, RunningModel
 from tests.archives import pack_tcn
 from tests.e2e.canary import Canary
-from tests.e2e.models import FORECAST_TCN, LEVELS, forecaster
-from tests.e2e.server import Server, is_answered, serving, upload
+from tests.e2e.models import FORECAST_TCN, LEVELS, pack_forecaster
+from tests.e2e.server import Server, is_answered, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
 STEPS = 24
-CANARY = forecaster("canary.mar", 1)
-SAMPLED = forecaster("sampled.mar", 2, config={**FORECAST_TCN, "prediction_length": STEPS}, forecast=True)
+CANARY = pack_forecaster("canary.mar", 1)
+SAMPLED = pack_forecaster("sampled.mar", 2, config={**FORECAST_TCN, "prediction_length": STEPS}, forecast=True)
 CONTEXT, CHANNELS = 10_000, 100
 MOST_KILLS = 6  #: of workers, until two of them have died while the model ran
 PRODUCTS = [f"p{i}" for i in range(20)]
@@ -116,7 +116,7 @@ def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     ):
         s3.put(bucket, f"{name}.mar", data)
     folder: Path = tmp_path_factory.mktemp("work")
-    with serving(s3, folder, f"s3://{bucket}", workers=1, onnx_control_flow="allow", max_forward_s=1.0) as server:
+    with run_server(s3, folder, f"s3://{bucket}", workers=1, onnx_control_flow="allow", max_forward_s=1.0) as server:
         yield server
 
 
@@ -189,7 +189,7 @@ def test_loops_are_refused_unless_allowed(s3: S3Server, tmp_path: Path, store: s
     """By default an archive with a loop does not load."""
     s3.put(store, "loop.mar", rounds_by_request())
     upload(s3, store, [CANARY])
-    with serving(s3, tmp_path, f"s3://{store}") as server, Canary(server, CANARY.question(0)) as canary:
+    with run_server(s3, tmp_path, f"s3://{store}") as server, Canary(server, CANARY.question(0)) as canary:
         assert "operator Loop" in read_refusal(server.post("loop.mar", b'{"x": [3]}'))
         canary.more(5)
 
@@ -199,7 +199,7 @@ def test_a_model_that_workers_die_of_twice_is_refused(s3: S3Server, tmp_path: Pa
     s3.put(store, "loop.mar", rounds_by_request())
     upload(s3, store, [CANARY])
     settings: dict[str, Any] = {"workers": 1, "onnx_control_flow": "allow", "max_forward_s": PATIENCE_S}
-    with serving(s3, tmp_path, f"s3://{store}", **settings) as server, ThreadPoolExecutor(2) as clients:
+    with run_server(s3, tmp_path, f"s3://{store}", **settings) as server, ThreadPoolExecutor(2) as clients:
         for _ in range(MOST_KILLS):
             wait_until(lambda: server.processes("worker")[0]["up"], "the worker is up")
             pid = server.processes("worker")[0]["pid"]

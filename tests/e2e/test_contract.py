@@ -14,8 +14,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import FORECAST_TCN, SMALL_TCN, Model, Question, fleet, forecaster, onnx_model
-from tests.e2e.server import PROMTOOL, Server, invoke, lint, serving, upload
+from tests.e2e.models import FORECAST_TCN, SMALL_TCN, Model, Question, onnx_model, pack_fleet, pack_forecaster
+from tests.e2e.server import PROMTOOL, Server, invoke, lint, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -31,11 +31,11 @@ NPY = "application/x-npy"
 def models() -> dict[str, Model]:
     """One of each kind, by a short name."""
     return {
-        "small": forecaster("au/nsw1/energy.mar", 1, "tcn", SMALL_TCN),
-        "forecast": forecaster("au/nsw1/forecast.mar", 2, "tcn", FORECAST_TCN, forecast=True),
+        "small": pack_forecaster("au/nsw1/energy.mar", 1, "tcn", SMALL_TCN),
+        "forecast": pack_forecaster("au/nsw1/forecast.mar", 2, "tcn", FORECAST_TCN, forecast=True),
         "onnx": onnx_model("au/nsw1/dense.mar", 3),
-        "wide": forecaster("au/wide.mar", 4, "mlp", WIDE),
-        "long": forecaster("au/long.mar", 5, "mlp", LONG),
+        "wide": pack_forecaster("au/wide.mar", 4, "mlp", WIDE),
+        "long": pack_forecaster("au/long.mar", 5, "mlp", LONG),
     }
 
 
@@ -45,7 +45,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory, models: dict[s
     bucket = s3.bucket()
     upload(s3, bucket, list(models.values()))
     folder = tmp_path_factory.mktemp("contract")
-    with serving(s3, folder, f"s3://{bucket}", slab_bytes=8 * MIB, model_cache_bytes=64 * MIB) as server:
+    with run_server(s3, folder, f"s3://{bucket}", slab_bytes=8 * MIB, model_cache_bytes=64 * MIB) as server:
         yield server
 
 
@@ -154,7 +154,7 @@ def test_large_answers_arrive_whole_side_by_side(house: Server, models: dict[str
 def test_a_model_name_is_any_text_that_the_rules_allow(s3: S3Server, store: str, serve: Serve) -> None:
     """Slashes, spaces, per cent, plus, umlauts (as UTF-8): the key under the store's prefix."""
     names = ["a/b c.mar", "50%/a+b=c~d#e?.mar", "eu/zürich.mar", "a" * 200 + ".mar"]
-    models = [forecaster(name, seed) for seed, name in enumerate(names)]
+    models = [pack_forecaster(name, seed) for seed, name in enumerate(names)]
     upload(s3, store, models)
     with serve() as server:
         for model in models:
@@ -294,7 +294,7 @@ def test_a_passed_deadline_is_a_model_error_of_original_status_504(s3: S3Server,
     """The store does not answer, the client has 300 ms: ModelError 424 with original 504, not before that time and not
     retried by boto3, while the load goes on; its model answers the next client.
     """
-    (model,) = fleet("late", 1)
+    (model,) = pack_fleet("late", 1)
     upload(s3, store, [model])
     with serve() as server:
         client = server.client(attempts=None)
@@ -319,7 +319,7 @@ def test_a_full_queue_is_503_and_boto3_comes_back(s3: S3Server, store: str, serv
     """Two wait for a slow model, the third is refused at once with both retry headers; boto3 with its own retries, and
     other models, are answered.
     """
-    slow, other = fleet("queue", 2)
+    slow, other = pack_fleet("queue", 2)
     upload(s3, store, [slow, other])
     with serve(queue_per_model=2) as server, s3.hold(slow.name) as loading, ThreadPoolExecutor(3) as pool:
         waiting = [pool.submit(server.ask, slow.question(i)) for i in range(2)]
@@ -349,7 +349,7 @@ def _count_retries(server: Server, question: Question) -> int:
 
 def test_overload_can_be_429(s3: S3Server, store: str, serve: Serve) -> None:
     """`overload_status = 429`: boto3's own ModelNotReadyException."""
-    (slow,) = fleet("queue", 1)
+    (slow,) = pack_fleet("queue", 1)
     upload(s3, store, [slow])
     with (
         serve(queue_per_worker=1, overload_status=429) as server,
@@ -367,7 +367,7 @@ def test_overload_can_be_429(s3: S3Server, store: str, serve: Serve) -> None:
 
 def test_ping_answers_while_models_load(s3: S3Server, store: str, serve: Serve) -> None:
     """Eight loads are under way, more than there are loader threads: `/ping` and `/ready` wait for none of them."""
-    models = fleet("ping", 8)
+    models = pack_fleet("ping", 8)
     upload(s3, store, models)
     with serve(loader_threads=2) as server, ThreadPoolExecutor(8) as pool, s3.hold(f"{store}/", 8) as loading:
         asked = [pool.submit(server.ask, model.question(0)) for model in models]
@@ -387,7 +387,7 @@ def test_where_keys_are_configured_requests_must_be_signed_with_one(s3: S3Server
     """boto3 with the right secret is answered, odd names and large bodies included; a wrong secret, an unknown key and
     no signature are 403, and no model is loaded for them.
     """
-    model, odd = forecaster("au/nsw1.mar", 1), forecaster("a b+c%/d=e.mar", 2)
+    model, odd = pack_forecaster("au/nsw1.mar", 1), pack_forecaster("a b+c%/d=e.mar", 2)
     upload(s3, store, [model, odd])
     with serve(access_keys={"AKIAFLEET": "wJalr/secret+key", "AKIAOTHER": "other"}) as server:
         wrong = {

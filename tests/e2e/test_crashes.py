@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.models import fleet
-from tests.e2e.server import ROOT, Load, Server, serving, upload
+from tests.e2e.models import pack_fleet
+from tests.e2e.server import ROOT, Load, Server, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -39,7 +39,7 @@ if "server.worker.main" in " ".join(sys.orig_argv):
         return at_hand(self, model, **more)
     ModelStore.at_hand = find_or_abort
 """
-MODELS = fleet("crash", 12)
+MODELS = pack_fleet("crash", 12)
 CULPRIT, *INNOCENTS = MODELS
 
 
@@ -67,7 +67,7 @@ def test_a_poisonous_request_costs_two_workers_and_nobody_else_anything(
     """
     questions = [model.question(1) for model in INNOCENTS]
     with (
-        serving(s3, tmp_path, f"s3://{store}", workers=3, fronts=2, **faulty) as server,
+        run_server(s3, tmp_path, f"s3://{store}", workers=3, fronts=2, **faulty) as server,
         ThreadPoolExecutor(4) as pool,
     ):
         for question in [*questions, CULPRIT.question(0)]:
@@ -105,7 +105,7 @@ def test_a_single_worker_is_ended_twice_by_one_model_at_most(
 ) -> None:
     """Without another worker the requests of others wait until it is back, and are answered."""
     questions = [model.question(1) for model in INNOCENTS[:3]]
-    with serving(s3, tmp_path, f"s3://{store}", workers=1, **faulty) as server:
+    with run_server(s3, tmp_path, f"s3://{store}", workers=1, **faulty) as server:
         for question in [*questions, CULPRIT.question(0)]:
             server.ask(question)
         with Load(server, questions) as load:

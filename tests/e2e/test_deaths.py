@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import fleet, forecaster
+from tests.e2e.models import pack_fleet, pack_forecaster
 from tests.e2e.server import Load, Server, never_reading, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
@@ -34,7 +34,7 @@ def test_a_killed_worker_costs_no_request_and_comes_back(s3: S3Server, store: st
     """SIGKILL under load: every request is answered right or refused by a typed 503, and none waits until the worker is
     back; no counter falls; the worker is up again, counted as restarted, and its pinned models are back on it.
     """
-    models = fleet("markets", 24)
+    models = pack_fleet("markets", 24)
     upload(s3, store, models)
     questions = [model.question(1) for model in models]
     with serve(workers=3, fronts=2) as server:
@@ -74,7 +74,7 @@ def is_held(server: Server, model: str, worker: int) -> bool:
 
 def test_a_worker_that_dies_with_requests_waiting_loses_none(s3: S3Server, store: str, serve: Serve) -> None:
     """Killed while requests wait for a slow load: another worker loads it once, and all of them are answered right."""
-    (model,) = fleet("slow", 1)
+    (model,) = pack_fleet("slow", 1)
     upload(s3, store, [model])
     with serve(workers=2, disk_cache_bytes=0) as server, ThreadPoolExecutor(8) as pool, s3.hold(model.name):
         asked = [pool.submit(server.ask, model.question(i)) for i in range(8)]
@@ -91,7 +91,7 @@ def test_a_worker_that_dies_half_way_through_an_answer_cuts_it(s3: S3Server, sto
     """Half of a large answer cannot be taken back: the client sees the connection end, nothing that looks whole; the
     front goes on and the model is answered by the next worker.
     """
-    model = forecaster("large.mar", 1, "mlp", LARGE)
+    model = pack_forecaster("large.mar", 1, "mlp", LARGE)
     upload(s3, store, [model])
     with serve(workers=2, slab_bytes=16 << 20) as server:
         server.ask(model.question(0))
@@ -124,7 +124,7 @@ def read_all(sock: socket.socket) -> bytes:
 
 def test_a_killed_front_leaves_the_other_serving_and_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGKILL of one of two fronts: boto3's own retry finds the other one, nobody sees an error, a new one comes up."""
-    models = fleet("front", 4)
+    models = pack_fleet("front", 4)
     upload(s3, store, models)
     with serve(fronts=2) as server:
         client = server.client(attempts=None)
@@ -146,7 +146,7 @@ def test_a_killed_supervisor_takes_its_children_along(s3: S3Server, store: str, 
     """SIGKILL of the supervisor: no process of the server is left, though a load is under way that does not end, and a
     worker and a front are stopped and see nothing. The request that waits is told so.
     """
-    (model,) = fleet("orphan", 1)
+    (model,) = pack_fleet("orphan", 1)
     upload(s3, store, [model])
     with serve(workers=2, fronts=2) as server, ThreadPoolExecutor(1) as pool:
         server.exit_code = -signal.SIGKILL
@@ -165,7 +165,7 @@ def test_sigterm_answers_what_runs_and_refuses_what_is_new(s3: S3Server, store: 
     """SIGTERM with requests under way: all are answered right, new connections are refused meanwhile, idle kept-alive
     ones are closed, exit code 0 within `drain_s`.
     """
-    models = fleet("drain", 4)
+    models = pack_fleet("drain", 4)
     upload(s3, store, models)
     with (
         serve(workers=2, fronts=2, drain_s=PATIENCE_S) as server,

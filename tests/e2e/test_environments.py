@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import fleet
+from tests.e2e.models import pack_fleet
 from tests.e2e.server import Server, is_answered, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
@@ -29,7 +29,7 @@ def kill_process(server: Server, kind: str) -> None:
 @pytest.mark.parametrize("home", ["none", "unwritable"])
 def test_without_a_home_models_are_served(s3: S3Server, store: str, tmp_path: Path, serve: Serve, home: str) -> None:
     """HOME is unset, so the user's entry decides; or it leads nowhere: loads go on, and the log says what to set."""
-    (model,) = fleet("homeless", 1)
+    (model,) = pack_fleet("homeless", 1)
     upload(s3, store, [model])
     where: dict[str, str | None] = (
         {"HOME": None, "FLEETCAST_DISK_CACHE": str(tmp_path / "own")}
@@ -63,7 +63,7 @@ def test_a_prometheus_folder_of_the_image_is_not_used(
     s3: S3Server, store: str, tmp_path: Path, serve: Serve, *, exists: bool
 ) -> None:
     """PROMETHEUS_MULTIPROC_DIR, of a folder that is there or not: it serves, counts, and puts no file into it."""
-    (model,) = fleet("counted", 1)
+    (model,) = pack_fleet("counted", 1)
     upload(s3, store, [model])
     folder = tmp_path / "prometheus"
     if exists:
@@ -79,7 +79,7 @@ def test_a_prometheus_folder_of_the_image_is_not_used(
 
 def test_a_removed_folder_of_sockets_costs_nothing(s3: S3Server, store: str, serve: Serve) -> None:
     """A cleaner removes it while the server runs: requests go on, new fronts and workers find each other again."""
-    (model,) = fleet("cleaned", 1)
+    (model,) = pack_fleet("cleaned", 1)
     upload(s3, store, [model])
     with tempfile.TemporaryDirectory() as temporary:  # its path is short, as those of sockets must be
         with serve(environment={"TMPDIR": temporary}) as server:

@@ -13,7 +13,7 @@ from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import GoldenSample, Kind
 from tests.e2e.conftest import Serve
-from tests.e2e.models import SMALL_TCN, Model, Question, forecaster
+from tests.e2e.models import SMALL_TCN, Model, Question, pack_forecaster
 from tests.e2e.server import Answer, Load, Server, invoke, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
@@ -25,7 +25,7 @@ NAME = "au/nsw1.mar"
 
 def forecaster_with_bad_golden(seed: int) -> bytes:
     """An archive of NAME that loads, and whose golden sample its weights do not reproduce."""
-    model, tensors = forecaster(NAME, seed), random_tensors(build_family("tcn", SMALL_TCN), seed)
+    model, tensors = pack_forecaster(NAME, seed), random_tensors(build_family("tcn", SMALL_TCN), seed)
     x = np.ones(model.shape, np.float32)
     golden = GoldenSample(request={"x": x.tolist()}, response={"predictions": (model.run(x) + 0.5).tolist()})
     parts = ArchiveParts(tensors=tensors, architecture="tcn", config=SMALL_TCN)
@@ -55,7 +55,7 @@ def test_holders_follow_a_changed_archive_under_load_and_keep_from_a_bad_one(
     is right for the version that it names; both holders swap to the good one, and the bad one replaces nothing and is
     counted once for each of them.
     """
-    old, new = forecaster(NAME, 1), forecaster(NAME, 2)
+    old, new = pack_forecaster(NAME, 1), pack_forecaster(NAME, 2)
     before = upload(s3, store, [old])[NAME]
     right = {before: old.question(0)}
 
@@ -93,7 +93,7 @@ def test_an_event_of_the_store_is_followed_at_once(s3: S3Server, store: str, ser
     """With `watch_store` off nothing is compared; S3's notification of the new archive reloads it where it is resident.
     What is no notification is 400, and too long a body 413.
     """
-    old, new = forecaster(NAME, 1), forecaster(NAME, 2)
+    old, new = pack_forecaster(NAME, 1), pack_forecaster(NAME, 2)
     upload(s3, store, [old])
     with serve(watch_store="off", revalidate_s=1) as server:
         server.ask(old.question(0))

@@ -21,8 +21,8 @@ from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from handlers.kinds.graph.export import export_graph
 from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
-from tests.e2e.models import ABSOLUTE, CENTER, LEVELS, RELATIVE, SCALE, Model, forecaster
-from tests.e2e.server import ROOT, Server, invoke, serving, upload
+from tests.e2e.models import ABSOLUTE, CENTER, LEVELS, RELATIVE, SCALE, Model, pack_forecaster
+from tests.e2e.server import ROOT, Server, invoke, run_server, upload
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
 
@@ -119,7 +119,7 @@ def own_market(name: str) -> Model:
 @pytest.fixture(scope="module")
 def fleet() -> dict[str, Model]:
     """One of one product, two of several, and one whose record promises more products than its network has."""
-    one = forecaster("au/one.mar", 1, config=TCN, forecast=True)
+    one = pack_forecaster("au/one.mar", 1, config=TCN, forecast=True)
     both, own = make_market("au/both.mar", 2), own_market("au/own.mar")
     family = build_family("tcn", TCN)
     wrong = pack_model(
@@ -146,7 +146,7 @@ def bucket(s3: S3Server, fleet: dict[str, Model]) -> str:
 @pytest.fixture(scope="module")
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory, bucket: str) -> Iterator[Server]:
     """A server of them."""
-    with serving(s3, tmp_path_factory.mktemp("forecasts"), f"s3://{bucket}", workers=1) as server:
+    with run_server(s3, tmp_path_factory.mktemp("forecasts"), f"s3://{bucket}", workers=1) as server:
         yield server
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.models import fleet
-from tests.e2e.server import Server, serving
+from tests.e2e.models import pack_fleet
+from tests.e2e.server import Server, run_server
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -41,10 +41,10 @@ def test_a_restarted_worker_that_cannot_start_leaves_the_others_serving(s3: S3Se
     other one answers, and once the cause is mended the worker is back.
     """
     folder, away = tmp_path / "models", tmp_path / "away"
-    (model,) = fleet("left", 1)
+    (model,) = pack_fleet("left", 1)
     (folder / model.name).parent.mkdir(parents=True)
     (folder / model.name).write_bytes(model.data)
-    with serving(s3, tmp_path, str(folder), workers=2, watch_store="off") as server:
+    with run_server(s3, tmp_path, str(folder), workers=2, watch_store="off") as server:
         server.ask(model.question(0))
         (holder,) = server.models()[model.name]["holders"]
         (victim,) = [row for row in server.processes("worker") if row["index"] != holder["worker"]]

@@ -16,7 +16,7 @@ from handlers.kinds.graph.export import export_graph
 from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
 from tests.archives import repack
 from tests.e2e.models import CENTER, LEVELS, SCALE, Model
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.server import Server, run_server, upload
 from tests.handlers.nets import SHAPE, Attending, Dilated, RecurrentNet, make_module
 from tests.patience import wait_until
 from tests.s3 import S3Server
@@ -84,7 +84,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory, models: dict[s
     )
     bomb = Model("own/bomb.mar", repack(models["own/00.mar"].data, graph_json=hostile.encode()), nn.Identity(), SHAPE)
     upload(s3, bucket, [*models.values(), bomb])
-    with serving(s3, tmp_path_factory.mktemp("graphs"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
+    with run_server(s3, tmp_path_factory.mktemp("graphs"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
         yield server
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import fleet
+from tests.e2e.models import pack_fleet
 from tests.e2e.server import upload
 from tests.s3 import S3Server
 
@@ -19,7 +19,7 @@ def test_an_evicted_model_returns_from_host_memory_alone(
     """One slab of models more than fit, asked in turn and then again: the first returns with tier `host` and the right
     numbers, though by then its disk copies are deleted and the store hears nothing.
     """
-    models = fleet("shelf", 24)
+    models = pack_fleet("shelf", 24)
     upload(s3, store, models)
     with serve(workers=1, slab_bytes=65536, model_cache_bytes=65536, host_cache_bytes=1 << 20) as server:
         for model in models:

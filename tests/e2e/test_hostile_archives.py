@@ -18,14 +18,14 @@ from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import GoldenSample, Kind
 from tests.archives import make_raw_tar_gz, make_zip, repack
-from tests.e2e.models import SMALL_TCN, Question, fleet, forecaster
-from tests.e2e.server import Server, is_answered, serving, upload
+from tests.e2e.models import SMALL_TCN, Question, pack_fleet, pack_forecaster
+from tests.e2e.server import Server, is_answered, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-SOUND = forecaster("sound", 1)
+SOUND = pack_forecaster("sound", 1)
 TENSORS = random_tensors(build_family("tcn", SMALL_TCN), 1)
 BACK_OFF_S = 1.0
 
@@ -148,12 +148,12 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose cache is full of sound models, and a bucket that also has every hostile archive."""
     bucket = s3.bucket()
-    sound = fleet("sound", 11)
+    sound = pack_fleet("sound", 11)
     upload(s3, bucket, sound)
     for kind, (make, _) in HOSTILE.items():
         s3.put(bucket, f"hostile/{kind}.mar", make())
     folder: Path = tmp_path_factory.mktemp("hostile")
-    with serving(s3, folder, f"s3://{bucket}", model_cache_bytes=65536, slab_bytes=65536) as server:
+    with run_server(s3, folder, f"s3://{bucket}", model_cache_bytes=65536, slab_bytes=65536) as server:
         for model in sound:
             server.ask(model.question(0))
         assert server.resident() == {model.name for model in sound}
@@ -198,10 +198,10 @@ def test_a_mended_archive_is_served_after_the_back_off_or_at_an_operators_word(
     """Broken first, then replaced by a sound one: /fleet/load does not wait for the back-off, and clients are answered
     once it is over.
     """
-    by_client, by_operator = fleet("mended", 2)
+    by_client, by_operator = pack_fleet("mended", 2)
     for model in (by_client, by_operator):
         s3.put(store, model.name, model.data[:100])
-    with serving(s3, tmp_path, f"s3://{store}") as server:
+    with run_server(s3, tmp_path, f"s3://{store}") as server:
         for model in (by_client, by_operator):
             read_refusal(server, model.name)
         upload(s3, store, [by_client, by_operator])

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.models import Model, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-MODEL = forecaster("edges/a.mar", 1)
-NAMED = forecaster("價格/caf\u00e9 1.mar", 2)
+MODEL = pack_forecaster("edges/a.mar", 1)
+NAMED = pack_forecaster("價格/caf\u00e9 1.mar", 2)
 INNER = b"GET /ready HTTP/1.1\r\nHost: inner\r\n\r\n"
 TRAILER_BYTES = 24 << 20
 FRONT_GROWTH = 8 << 20
@@ -32,7 +32,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     """A server with two models, for tests that leave it as it is."""
     bucket = s3.bucket()
     upload(s3, bucket, [MODEL, NAMED])
-    with serving(s3, tmp_path_factory.mktemp("edges"), f"s3://{bucket}") as server:
+    with run_server(s3, tmp_path_factory.mktemp("edges"), f"s3://{bucket}") as server:
         yield server
 
 

@@ -12,8 +12,8 @@ import pytest
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import Kind
-from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.models import Model, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
 from tests.e2e.test_many import TCN, make_item
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
@@ -39,11 +39,11 @@ def make_correlation(names: Sequence[str]) -> bytes:
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, list[Model]]]:
     """Three workers, the products of `joint.mar` and then one that it does not know; `unasked.mar` is sound as well."""
     bucket = s3.bucket()
-    fleet = [forecaster(name, i, config=TCN, forecast=True) for i, name in enumerate([*NAMES, "au/new.mar"])]
+    fleet = [pack_forecaster(name, i, config=TCN, forecast=True) for i, name in enumerate([*NAMES, "au/new.mar"])]
     upload(s3, bucket, fleet)
     for name in ("joint.mar", "unasked.mar"):
         s3.put(bucket, name, make_correlation(NAMES))
-    with serving(s3, tmp_path_factory.mktemp("joint"), f"s3://{bucket}", workers=3, fronts=2) as server:
+    with run_server(s3, tmp_path_factory.mktemp("joint"), f"s3://{bucket}", workers=3, fronts=2) as server:
         yield server, fleet
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.models import forecaster
-from tests.e2e.server import serving, upload
+from tests.e2e.models import pack_forecaster
+from tests.e2e.server import run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-MODELS = [forecaster(f"m{i}.mar", seed=i) for i in range(3)]
+MODELS = [pack_forecaster(f"m{i}.mar", seed=i) for i in range(3)]
 MADE_UP = 400  #: requests for names that do not exist; a warning each, were they not limited
 
 
@@ -32,7 +32,7 @@ def test_a_server_without_a_reader_of_its_log_serves(s3: S3Server, store: str, t
     if reader == "gone":
         os.close(reading)
     try:
-        with serving(s3, tmp_path, f"s3://{store}", output=writing) as server:
+        with run_server(s3, tmp_path, f"s3://{store}", output=writing) as server:
             server.ask(MODELS[0].question(0))
             with ThreadPoolExecutor(8) as pool:
                 refused = pool.map(lambda i: server.post(f"made/up{i}.mar").status_code, range(MADE_UP))

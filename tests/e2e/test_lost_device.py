@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from server.worker.engine.device_errors import EXIT_CODE
-from tests.e2e.models import fleet
-from tests.e2e.server import ROOT, Load, serving, upload
+from tests.e2e.models import pack_fleet
+from tests.e2e.server import ROOT, Load, run_server, upload
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -63,7 +63,7 @@ def test_a_lost_device_ends_its_worker_and_costs_no_other_request(s3: S3Server, 
     request is asked elsewhere once: it ends that worker too, and its model is in quarantine. The requests of all other
     models are answered right, by the other worker or by the next ones.
     """
-    culprit, *innocents = models = fleet("lost", 6)
+    culprit, *innocents = models = pack_fleet("lost", 6)
     upload(s3, store, models)
     (tmp_path / "sitecustomize.py").write_text(FAULT)
     shown = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "CUDA_VISIBLE_DEVICES": "GPU-1,MIG-2"}
@@ -72,7 +72,7 @@ def test_a_lost_device_ends_its_worker_and_costs_no_other_request(s3: S3Server, 
     poison = json.dumps({"x": [[POISON] * context] * features}).encode()
     questions = [model.question(1) for model in innocents]
     with (
-        serving(s3, tmp_path, f"s3://{store}", workers=None, environment=shown, device="auto", **sizes) as server,
+        run_server(s3, tmp_path, f"s3://{store}", workers=None, environment=shown, device="auto", **sizes) as server,
         ThreadPoolExecutor(2) as pool,
     ):
         assert {row["device"] for row in server.processes("worker")} == {"cuda:GPU-1", "cuda:MIG-2"}

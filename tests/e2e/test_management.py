@@ -7,8 +7,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import FORECAST_TCN, SMALL_MLP, Model, fleet, forecaster
-from tests.e2e.server import Load, Server, serving, upload
+from tests.e2e.models import FORECAST_TCN, SMALL_MLP, Model, pack_fleet, pack_forecaster
+from tests.e2e.server import Load, Server, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -23,10 +23,10 @@ NAME = "eu/de-lu/day ahead+1 50%~#=.mar"  #: what keys may look like: slashes, s
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, dict[str, Model]]]:
     """Two workers, and models with slashes and stranger things in their names."""
     bucket = s3.bucket()
-    models = [forecaster("au/nsw1/energy.mar", 0), forecaster(NAME, 2)]
-    models.insert(1, forecaster("au/nsw1/raise.mar", 1, config=FORECAST_TCN, forecast=True))
+    models = [pack_forecaster("au/nsw1/energy.mar", 0), pack_forecaster(NAME, 2)]
+    models.insert(1, pack_forecaster("au/nsw1/raise.mar", 1, config=FORECAST_TCN, forecast=True))
     upload(s3, bucket, models)
-    with serving(s3, tmp_path_factory.mktemp("house"), f"s3://{bucket}", workers=2) as server:
+    with run_server(s3, tmp_path_factory.mktemp("house"), f"s3://{bucket}", workers=2) as server:
         yield server, {model.name: model for model in models}
 
 
@@ -131,7 +131,7 @@ def test_unload_waits_for_requests_that_wait(s3: S3Server, store: str, serve: Se
     """Requests wait for a slow load when the operator unloads: they are answered, then the reply comes, and by then the
     model is gone; the next request loads it again.
     """
-    (model,) = fleet("busy", 1)
+    (model,) = pack_fleet("busy", 1)
     upload(s3, store, [model])
     with serve() as server, ThreadPoolExecutor(9) as pool, s3.hold(model.name) as loading:
         asked = [pool.submit(server.ask, model.question(i)) for i in range(8)]
@@ -148,7 +148,7 @@ def test_unload_waits_for_requests_that_wait(s3: S3Server, store: str, serve: Se
 
 def test_unload_under_load_fails_nobody(s3: S3Server, store: str, serve: Serve) -> None:
     """Unloaded again and again while clients keep asking: every request is answered right."""
-    (model,) = fleet("busy", 1)
+    (model,) = pack_fleet("busy", 1)
     upload(s3, store, [model])
     with serve() as server:
         with Load(server, [model.question(i) for i in range(5)], pause_s=0.001) as load:
@@ -161,7 +161,7 @@ def test_unload_under_load_fails_nobody(s3: S3Server, store: str, serve: Serve) 
 
 def test_pins_survive_pressure(s3: S3Server, store: str, serve: Serve) -> None:
     """Three of eleven places pinned, others scanned twice over: the pinned stay hits and were never loaded again."""
-    pinned, others = fleet("pinned", 3), fleet("scan", 2 * PLACES, seed=100)
+    pinned, others = pack_fleet("pinned", 3), pack_fleet("scan", 2 * PLACES, seed=100)
     upload(s3, store, [*pinned, *others])
     settings = {"model_cache_bytes": SLAB, "slab_bytes": SLAB, "pin": [pinned[0].name]}
     with serve(**settings) as server:
@@ -183,8 +183,8 @@ def test_pins_that_fill_the_budget_refuse_others_clearly(s3: S3Server, store: st
     """All places pinned: another model, of the same family or not, is a ModelError with original status 507 that says
     what to do; nobody is evicted; after an unpin it is served.
     """
-    pinned, one_more = fleet("pinned", PLACES), fleet("more", 1, seed=50)[0]
-    stranger = forecaster("more/mlp.mar", 1, "mlp", SMALL_MLP)
+    pinned, one_more = pack_fleet("pinned", PLACES), pack_fleet("more", 1, seed=50)[0]
+    stranger = pack_forecaster("more/mlp.mar", 1, "mlp", SMALL_MLP)
     upload(s3, store, [*pinned, one_more, stranger])
     with serve(model_cache_bytes=SLAB, slab_bytes=SLAB) as server:
         for model in pinned:

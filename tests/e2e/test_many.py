@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.models import Model, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import Fault, S3Server
 
@@ -27,13 +27,13 @@ def one_worker(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A server of one worker, and its bucket; each test has models of its own."""
     bucket = s3.bucket()
     folder = tmp_path_factory.mktemp("many")
-    with serving(s3, folder, f"s3://{bucket}", workers=1, max_forecasts_bytes=100_000) as server:
+    with run_server(s3, folder, f"s3://{bucket}", workers=1, max_forecasts_bytes=100_000) as server:
         yield server, bucket
 
 
 def make_models(count: int, market: str = "au") -> list[Model]:
     """Forecasters that are asked by DeepAR JSON."""
-    return [forecaster(f"{market}/m{i}.mar", i, config=TCN, forecast=True) for i in range(count)]
+    return [pack_forecaster(f"{market}/m{i}.mar", i, config=TCN, forecast=True) for i in range(count)]
 
 
 def count_answered(server: Server, code: str) -> float:

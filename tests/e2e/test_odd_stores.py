@@ -7,8 +7,8 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.e2e.models import FORECAST_TCN, forecaster
-from tests.e2e.server import serving, upload
+from tests.e2e.models import FORECAST_TCN, pack_forecaster
+from tests.e2e.server import run_server, upload
 from tests.model_store.stores.test_s3_store import CHARACTERS
 from tests.s3 import S3Server
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize("kind", ["s3", "folder"])
 def test_names_of_any_characters_are_served(s3: S3Server, store: str, tmp_path: Path, kind: str) -> None:
     """Through boto3, as items of a call for many models, by management's paths, and from disk after an unload."""
-    models = [forecaster(name, seed, config=FORECAST_TCN, forecast=True) for seed, name in enumerate(CHARACTERS)]
+    models = [pack_forecaster(name, seed, config=FORECAST_TCN, forecast=True) for seed, name in enumerate(CHARACTERS)]
     where = f"s3://{store}" if kind == "s3" else str(tmp_path / "models")
     if kind == "s3":
         upload(s3, store, models)
@@ -26,7 +26,7 @@ def test_names_of_any_characters_are_served(s3: S3Server, store: str, tmp_path: 
         for model in models:
             (tmp_path / "models" / model.name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / "models" / model.name).write_bytes(model.data)
-    with serving(s3, tmp_path, where) as server:
+    with run_server(s3, tmp_path, where) as server:
         for model in models:
             assert server.ask(model.question(0)).cache == "miss"
             assert server.fleet("unload", quote(model.name)).json()["unloaded_from"] == [0]
@@ -45,13 +45,13 @@ def _get_instance(body: bytes) -> dict[str, object]:
 
 def test_a_folder_is_swapped_under_the_server(s3: S3Server, tmp_path: Path) -> None:
     """The store is a link, as git-sync makes one: after the swap a reload takes the new archive, and new ones load."""
-    old, new, other = forecaster("a.mar", 1), forecaster("a.mar", 2), forecaster("b.mar", 3)
+    old, new, other = pack_forecaster("a.mar", 1), pack_forecaster("a.mar", 2), pack_forecaster("b.mar", 3)
     for revision, models in (("rev1", [old]), ("rev2", [new, other])):
         (tmp_path / revision).mkdir()
         for model in models:
             (tmp_path / revision / model.name).write_bytes(model.data)
     (tmp_path / "current").symlink_to("rev1")
-    with serving(s3, tmp_path, str(tmp_path / "current"), revalidate_s=0.01) as server:
+    with run_server(s3, tmp_path, str(tmp_path / "current"), revalidate_s=0.01) as server:
         server.ask(old.question(0))
         (tmp_path / "new").symlink_to("rev2")
         (tmp_path / "new").replace(tmp_path / "current")

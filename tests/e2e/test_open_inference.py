@@ -14,8 +14,8 @@ import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from handlers.base import Float32
-from tests.e2e.models import ABSOLUTE, RELATIVE, Model, forecaster, onnx_model
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.models import ABSOLUTE, RELATIVE, Model, onnx_model, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.e2e
 MODELS = {
     each.name: each
     for each in (
-        *(forecaster(f"au/{i}.mar", i) for i in range(6)),
-        forecaster("plain", 7),
+        *(pack_forecaster(f"au/{i}.mar", i) for i in range(6)),
+        pack_forecaster("plain", 7),
         onnx_model("single/dense.mar", 8),
     )
 }
@@ -36,7 +36,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     """A server of these models."""
     bucket = s3.bucket()
     upload(s3, bucket, list(MODELS.values()))
-    with serving(s3, tmp_path_factory.mktemp("v2"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
+    with run_server(s3, tmp_path_factory.mktemp("v2"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
         yield server
 
 

@@ -17,8 +17,8 @@ from loadtest.driver.open_loop import make_target, send_schedule
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import Run
 from server.contract import HEADER_RETRY_AFTER_MS, HEADER_SERVER_TIMING, HEADER_TIMEOUT_MS
-from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Server, serving, upload
+from tests.e2e.models import Model, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -62,10 +62,10 @@ class Fleet:
 @pytest.fixture(scope="module")
 def overloaded(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """One worker and one front."""
-    hot, other = (forecaster(f"{name}.mar", seed, "gru", SLOW) for seed, name in enumerate(("hot", "other")))
+    hot, other = (pack_forecaster(f"{name}.mar", seed, "gru", SLOW) for seed, name in enumerate(("hot", "other")))
     bucket = s3.bucket()
     upload(s3, bucket, [hot, other])
-    with serving(s3, tmp_path_factory.mktemp("overload"), f"s3://{bucket}", fronts=1) as server:
+    with run_server(s3, tmp_path_factory.mktemp("overload"), f"s3://{bucket}", fronts=1) as server:
         for model in (hot, other):
             server.ask(model.question(0))
         yield Fleet(server, hot, other)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.models import Model, forecaster
-from tests.e2e.server import Answer, Load, Server, invoke, serving, upload
+from tests.e2e.models import Model, pack_forecaster
+from tests.e2e.server import Answer, Load, Server, invoke, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -26,7 +26,7 @@ class Market:
 
     def publish(self, seed: int) -> str:
         """Replace the archive; the new version."""
-        model = forecaster(NAME, seed)
+        model = pack_forecaster(NAME, seed)
         version = upload(self._s3, self._store, [model])[NAME]
         self.right[version] = model
         return version
@@ -53,7 +53,7 @@ def test_a_rollback_is_one_call_and_survives_a_restart(s3: S3Server, store: str,
     """
     market = Market(s3, store)
     first = market.publish(1)
-    start = partial(serving, s3, tmp_path, f"s3://{store}", revalidate_s=600)
+    start = partial(run_server, s3, tmp_path, f"s3://{store}", revalidate_s=600)
     with start(workers=2) as server:
         assert market.ask(server, NAME) == first
         wait_until(lambda: list_kept(server) == [first], "the first version is kept")
@@ -91,7 +91,7 @@ def test_an_alias_with_a_canary_serves_two_versions(s3: S3Server, store: str, tm
     """
     market = Market(s3, store)
     old = market.publish(1)
-    with serving(s3, tmp_path, f"s3://{store}", revalidate_s=600) as server:
+    with run_server(s3, tmp_path, f"s3://{store}", revalidate_s=600) as server:
         market.ask(server, NAME)
         post(server, f"pin/{NAME}%5C{old}")
         assert post(server, f"alias/{ALIAS}", {"model": NAME, "version": old})["alias"] == ALIAS

@@ -16,11 +16,11 @@ from tests.e2e.models import Question
 from tests.e2e.server import ROOT, Answer, Load, invoke
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
-from tests.server.markets import HISTORY, HORIZON, LEVELS, archive, names, write_prices
+from tests.server.markets import HISTORY, HORIZON, LEVELS, name_products, pack_market, write_prices
 
 pytestmark = pytest.mark.e2e
 
-MARKETS = names(200)
+MARKETS = name_products(200)
 
 
 def ask_forecast(question: Question, client: Any) -> Answer:
@@ -60,7 +60,7 @@ def fill(s3: S3Server, bucket: str) -> None:
     """An untrained archive of each market."""
     client = s3.client()
     for seed, market in enumerate(MARKETS):
-        client.put_object(Bucket=bucket, Key=f"{market}.mar", Body=archive(seed))
+        client.put_object(Bucket=bucket, Key=f"{market}.mar", Body=pack_market(seed))
 
 
 def test_a_fleet_is_republished_while_it_is_served(

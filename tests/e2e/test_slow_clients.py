@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import Model, Question, fleet, forecaster
-from tests.e2e.server import Server, never_reading, open_files, peak_memory, serving, upload
+from tests.e2e.models import Model, Question, pack_fleet, pack_forecaster
+from tests.e2e.server import Server, never_reading, open_files, peak_memory, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -30,11 +30,11 @@ MEANWHILE = 10  #: requests of another client that must be answered while all th
 @pytest.fixture(scope="module")
 def impatient(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Model]]:
     """A server that bears slow clients for `CUT_OFF_S`, and its model."""
-    (model,) = fleet("normal", 1)
+    (model,) = pack_fleet("normal", 1)
     bucket = s3.bucket()
     upload(s3, bucket, [model])
     folder = tmp_path_factory.mktemp("impatient")
-    with serving(s3, folder, f"s3://{bucket}", client_timeout_s=CUT_OFF_S) as server:
+    with run_server(s3, folder, f"s3://{bucket}", client_timeout_s=CUT_OFF_S) as server:
         yield server, model
 
 
@@ -103,7 +103,7 @@ def test_who_never_reads_its_answer_is_cut_off(s3: S3Server, store: str, serve: 
     """50 clients that ask for 2 MB four times (sockets buffer some MB) and read nothing: the front holds a fraction of
     that, others are answered meanwhile, and all 50 connections are gone once their time is over.
     """
-    model, large = fleet("normal", 1)[0], forecaster("large.mar", 1, "mlp", LARGE)
+    model, large = pack_fleet("normal", 1)[0], pack_forecaster("large.mar", 1, "mlp", LARGE)
     upload(s3, store, [model, large])
     with serve(client_timeout_s=CUT_OFF_S) as server, ExitStack() as stack:
         assert len(server.ask(large.question(0)).body) > 0.8 * LARGE_BYTES
@@ -121,7 +121,7 @@ def test_who_never_reads_its_answer_is_cut_off(s3: S3Server, store: str, serve: 
 def test_who_pipelines_and_never_reads_is_cut_off(s3: S3Server, store: str, serve: Serve) -> None:
     """Answers that each fit into the socket's buffers, but are never read: the connection is gone as well."""
     config = {**LARGE, "prediction_length": 1000, "quantiles": 4}
-    model = forecaster("middle.mar", 1, "mlp", config)
+    model = pack_forecaster("middle.mar", 1, "mlp", config)
     upload(s3, store, [model])
     with serve(client_timeout_s=CUT_OFF_S, keep_alive_s=2) as server, ExitStack() as stack:
         server.ask(model.question(0))
@@ -137,7 +137,7 @@ def test_a_client_that_reads_slowly_but_steadily_gets_it_all(s3: S3Server, store
     """Taking three answers of 2 MB lasts six times `client_timeout_s`, but never pauses: they arrive whole. (Sockets
     buffer so much that the server itself sees the client read only every few seconds.)
     """
-    large = forecaster("large.mar", 1, "mlp", LARGE)
+    large = pack_forecaster("large.mar", 1, "mlp", LARGE)
     upload(s3, store, [large])
     question = large.question(0)
     with serve(client_timeout_s=1.0) as server:
@@ -173,7 +173,7 @@ async def _read_slowly(sock: socket.socket, answers: int, seconds: float) -> lis
 
 def test_bodies_on_their_way_count_against_the_bound(s3: S3Server, store: str, serve: Serve) -> None:
     """Unfinished bodies are memory too: above `max_inflight_bytes` the next one is 503, and the front says why."""
-    (model,) = fleet("normal", 1)
+    (model,) = pack_fleet("normal", 1)
     upload(s3, store, [model])
     size = 1 << 20
     head = b"POST /invocations HTTP/1.1\r\nHost: x\r\nX-Amzn-SageMaker-Target-Model: x\r\n"

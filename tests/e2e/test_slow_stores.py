@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import Model, fleet, forecaster
+from tests.e2e.models import Model, pack_fleet, pack_forecaster
 from tests.e2e.server import Server, upload
 from tests.e2e.test_stalls import ask_readiness
 from tests.patience import wait_until
@@ -31,7 +31,7 @@ def test_models_on_disk_do_not_wait_for_keys_that_hang(s3: S3Server, store: str,
     """Eight keys hang, more than there are loader threads: models that are fresh on disk are loaded meanwhile, without
     a store request, others are fetched, and the store is not said to fail. Once they are answered, the eight serve too.
     """
-    on_disk, hung, others = fleet("disk", 6), fleet("hung", HUNG), fleet("others", 2)
+    on_disk, hung, others = pack_fleet("disk", 6), pack_fleet("hung", HUNG), pack_fleet("others", 2)
     upload(s3, store, [*on_disk, *hung, *others])
     with serve(loader_threads=4) as server, ThreadPoolExecutor(HUNG) as pool:
         for model in on_disk:
@@ -57,8 +57,8 @@ def test_due_copies_are_served_while_the_store_hangs(s3: S3Server, store: str, s
     """All copies are due, and the store answers nothing: each is served stale, the outage is said, and when the store
     is back what has changed is swapped in without a request.
     """
-    models = fleet("due", 5)
-    old, new = forecaster("due/changed.mar", 1), forecaster("due/changed.mar", 2)
+    models = pack_fleet("due", 5)
+    old, new = pack_forecaster("due/changed.mar", 1), pack_forecaster("due/changed.mar", 2)
     before = upload(s3, store, [*models, old])[old.name]
     with serve(revalidate_s=0.05) as server:
         for model in (*models, old):

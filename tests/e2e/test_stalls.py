@@ -10,7 +10,7 @@ import pytest
 
 from model_store.archives.manifest import GoldenSample
 from tests.e2e.conftest import Serve
-from tests.e2e.models import fleet
+from tests.e2e.models import pack_fleet
 from tests.e2e.server import Load, Server, is_answered, upload
 from tests.e2e.test_bounded_work import rounds_by_request
 from tests.e2e.test_deaths import is_up
@@ -25,7 +25,7 @@ def test_a_stopped_worker_is_routed_around_and_replaced(s3: S3Server, store: str
     it, and SIGCONT before `worker_timeout_s` brings it back; a stop that lasts gets it killed and replaced. No request
     fails, none waits for the kill.
     """
-    models = fleet("stalls", 12)
+    models = pack_fleet("stalls", 12)
     upload(s3, store, models)
     questions = [model.question(1) for model in models]
     with serve(workers=2, worker_timeout_s=PATIENCE_S) as server:
@@ -61,7 +61,7 @@ def test_a_worker_that_stays_stopped_is_replaced(s3: S3Server, store: str, serve
     """After `worker_timeout_s` it is killed, by name of the setting, and the next one serves; also where it is the only
     one: its request waits for the next, and is answered.
     """
-    models = fleet("replaced", 2)
+    models = pack_fleet("replaced", 2)
     upload(s3, store, models)
     with serve(workers=1, worker_timeout_s=3) as server:
         server.ask(models[0].question(0))
@@ -82,7 +82,7 @@ def test_stuck_loads_and_a_store_that_is_gone_are_told_apart(s3: S3Server, store
     """A failing store is said, and the worker is ready; a load that holds the only loader thread makes it not ready,
     while the models that it holds are answered.
     """
-    models = fleet("probe", 3)
+    models = pack_fleet("probe", 3)
     upload(s3, store, models)
     s3.put(store, "stuck.mar", rounds_by_request(GoldenSample(request={"x": [9e18]}, response={"predictions": [0.0]})))
     settings = {"loader_threads": 1, "store_timeout_s": 3, "store_retries": 0, "disk_cache_bytes": 0}

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import fleet
+from tests.e2e.models import pack_fleet
 from tests.e2e.server import Server, request_bytes, upload
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
@@ -78,7 +78,7 @@ def is_whole(answer: bytes) -> bool:
 
 def test_kept_alive_connections_lose_nothing(s3: S3Server, store: str, serve: Serve) -> None:
     """SIGTERM while clients ask over kept-alive connections, some often and some seldom: each request is answered."""
-    (model,) = fleet("kept", 1)
+    (model,) = pack_fleet("kept", 1)
     upload(s3, store, [model])
     with serve(workers=1, fronts=2, drain_s=PATIENCE_S) as server:
         server.ask(model.question(0))
@@ -99,7 +99,7 @@ def test_whatever_is_stuck_the_end_comes_in_time(s3: S3Server, store: str, serve
     """A stopped front, a stopped worker and loads that do not end: requests are told that the server stops, and all of
     it is gone within `drain_s` and the stated four seconds. Else the exit code would be 1.
     """
-    models = fleet("stuck", 4)
+    models = pack_fleet("stuck", 4)
     upload(s3, store, models)
     with (
         serve(workers=2, fronts=2, drain_s=1) as server,
@@ -127,7 +127,7 @@ def test_whatever_is_stuck_the_end_comes_in_time(s3: S3Server, store: str, serve
 
 def test_the_second_signal_ends_the_server_at_once(s3: S3Server, store: str, serve: Serve) -> None:
     """While it drains: children are killed, temporary files are gone, and the exit code says by what it was ended."""
-    (model,) = fleet("again", 1)
+    (model,) = pack_fleet("again", 1)
     upload(s3, store, [model])
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as temporary,

@@ -9,8 +9,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import Model, Question, fleet, forecaster
-from tests.e2e.server import Answer, Load, Server, invoke, is_answered, serving, upload
+from tests.e2e.models import Model, Question, pack_fleet, pack_forecaster
+from tests.e2e.server import Answer, Load, Server, invoke, is_answered, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.e2e
 def running(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
     """A server that asks the store again after a minute, and its bucket."""
     bucket = s3.bucket()
-    with serving(s3, tmp_path_factory.mktemp("changes"), f"s3://{bucket}", revalidate_s=60) as server:
+    with run_server(s3, tmp_path_factory.mktemp("changes"), f"s3://{bucket}", revalidate_s=60) as server:
         yield server, bucket
 
 
@@ -36,7 +36,7 @@ def read_refusal(server: Server, model: Model) -> tuple[int, str, str]:
 def test_an_added_archive_is_served_at_once(s3: S3Server, running: tuple[Server, str]) -> None:
     """New in the store: the first call is answered; asked for too early (400, key named), it serves within 2 s."""
     server, bucket = running
-    early, late = fleet("new", 2)
+    early, late = pack_fleet("new", 2)
     status, code, message = read_refusal(server, early)
     assert (status, code) == (400, "ValidationError")
     assert early.name in message
@@ -51,7 +51,7 @@ def test_a_removed_archive_serves_while_resident_and_is_gone_once_unloaded(
     """Removed from the store: the resident model keeps serving, also when a reload finds it gone (404); after an unload
     its disk copy serves until it is due; then 400 names the key.
     """
-    (model,) = fleet("removed", 1)
+    (model,) = pack_fleet("removed", 1)
     upload(s3, store, [model])
     with serve(revalidate_s=1.5) as server:
         server.ask(model.question(0))
@@ -71,7 +71,7 @@ def test_a_removed_archive_serves_while_resident_and_is_gone_once_unloaded(
 def test_an_unloaded_archive_serves_from_disk_until_it_is_due(s3: S3Server, running: tuple[Server, str]) -> None:
     """Unload and ask again within `revalidate_s`: from disk, without any store request."""
     server, bucket = running
-    (model,) = fleet("due", 1)
+    (model,) = pack_fleet("due", 1)
     upload(s3, bucket, [model])
     server.ask(model.question(0))
     server.fleet("unload", model.name)
@@ -85,7 +85,7 @@ def test_a_changed_archive_is_swapped_in_without_a_failed_request(s3: S3Server, 
     """Replaced in the store and reloaded under load: every request is answered, by the old or the new numbers as its
     version says, and from the reload's reply on by the new ones.
     """
-    old, new = forecaster("au/nsw1.mar", 1), forecaster("au/nsw1.mar", 2)
+    old, new = pack_forecaster("au/nsw1.mar", 1), pack_forecaster("au/nsw1.mar", 2)
     before = upload(s3, store, [old])[old.name]
     right = {before: old.question(0)}
 
@@ -113,7 +113,7 @@ def test_a_changed_archive_is_swapped_in_without_a_failed_request(s3: S3Server, 
 def test_a_bad_new_version_leaves_the_old_one_serving(s3: S3Server, running: tuple[Server, str]) -> None:
     """Replaced by rubbish: the reload fails with the cause (422), the old numbers go on serving as hits."""
     server, bucket = running
-    (model,) = fleet("bad", 1)
+    (model,) = pack_fleet("bad", 1)
     version = upload(s3, bucket, [model])[model.name]
     server.ask(model.question(0))
     s3.put(bucket, model.name, b"PK\x03\x04 rubbish")
@@ -128,9 +128,9 @@ def test_a_restart_keeps_the_disk_tier_and_an_outage_is_survived(s3: S3Server, s
     """Restarted, the server reads its disk: no GET within `revalidate_s`. With the store down and all copies due, they
     are served stale; a model that was never here is 503, not 400: nobody can say that it is missing.
     """
-    *known, stranger = fleet("restart", 5)
+    *known, stranger = pack_fleet("restart", 5)
     upload(s3, store, [*known, stranger])
-    start = partial(serving, s3, tmp_path, f"s3://{store}")
+    start = partial(run_server, s3, tmp_path, f"s3://{store}")
     with start(revalidate_s=600) as server:
         for model in known:
             server.ask(model.question(0))

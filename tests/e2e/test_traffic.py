@@ -11,8 +11,17 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import Serve
-from tests.e2e.models import FORECAST_TCN, SMALL_MLP, SMALL_TCN, Model, Question, fleet, forecaster, onnx_model
-from tests.e2e.server import PROMTOOL, Answer, Server, lint, request_bytes, serving, upload
+from tests.e2e.models import (
+    FORECAST_TCN,
+    SMALL_MLP,
+    SMALL_TCN,
+    Model,
+    Question,
+    onnx_model,
+    pack_fleet,
+    pack_forecaster,
+)
+from tests.e2e.server import PROMTOOL, Answer, Server, lint, request_bytes, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -35,13 +44,13 @@ def archives(s3: S3Server) -> tuple[str, list[Model]]:
         if i % 50 == 49:
             models.append(onnx_model(name, i))
         elif i % 10 == 3:
-            models.append(forecaster(name, i, "tcn", {}))
+            models.append(pack_forecaster(name, i, "tcn", {}))
         elif i % 10 == 5:
-            models.append(forecaster(name, i, "tcn", {**FORECAST_TCN, **WIDE}, forecast=True))
+            models.append(pack_forecaster(name, i, "tcn", {**FORECAST_TCN, **WIDE}, forecast=True))
         elif i % 20 == 7:
-            models.append(forecaster(name, i, "mlp", SMALL_MLP))
+            models.append(pack_forecaster(name, i, "mlp", SMALL_MLP))
         else:
-            models.append(forecaster(name, i, "tcn", {**SMALL_TCN, **WIDE}))
+            models.append(pack_forecaster(name, i, "tcn", {**SMALL_TCN, **WIDE}))
     bucket = s3.bucket()
     upload(s3, bucket, models, PREFIX)
     return bucket, models
@@ -64,7 +73,7 @@ def test_zipf_traffic_is_answered_right_and_counted_truly(
     bucket, models = archives
     budget = 3 * 6 * SLAB
     settings = {"workers": 3, "fronts": 2, "model_cache_bytes": budget, "slab_bytes": SLAB}
-    with serving(s3, tmp_path, f"s3://{bucket}/{PREFIX}", **settings) as server:
+    with run_server(s3, tmp_path, f"s3://{bucket}/{PREFIX}", **settings) as server:
         seen: Counter[str] = Counter()
         with ThreadPoolExecutor(CLIENTS) as pool:
             for caches in pool.map(partial(_drive, server, models), range(CLIENTS)):
@@ -100,7 +109,7 @@ def test_evictions_follow_exact_lru_order(s3: S3Server, store: str, serve: Serve
     """One worker, room for R models, seeded traffic over R + 8: each answer's hit or miss, and who is resident after
     each, is what a textbook LRU of R places says.
     """
-    models = {model.name: model for model in fleet("lru", 19)}
+    models = {model.name: model for model in pack_fleet("lru", 19)}
     upload(s3, store, list(models.values()))
     with serve(model_cache_bytes=65536, slab_bytes=65536) as server:
         names = list(models)
@@ -122,7 +131,7 @@ def test_evictions_follow_exact_lru_order(s3: S3Server, store: str, serve: Serve
 
 def test_a_thousand_first_calls_are_one_load(s3: S3Server, store: str, serve: Serve) -> None:
     """However many ask for a model that is not here: one GET, 1 miss, 999 coalesced, everyone answered right."""
-    model = forecaster("au/nsw1/energy.mar", 5)
+    model = pack_forecaster("au/nsw1/energy.mar", 5)
     upload(s3, store, [model])
     question = model.question(1)
     with serve(workers=2, fronts=2) as server:

@@ -36,8 +36,8 @@ from server.front.slices import AT_ONCE, finish_slices
 from server.ipc.frames import Cancel, Credit, Data, FrameReader, Request, WireError, append_frame
 from tests.archives import FORECAST, make_forecaster, make_tar_gz
 from tests.e2e.canary import Canary
-from tests.e2e.models import SMALL_TCN, forecaster
-from tests.e2e.server import request_bytes, serving, upload
+from tests.e2e.models import SMALL_TCN, pack_forecaster
+from tests.e2e.server import request_bytes, run_server, upload
 from tests.fuzz.mutations import mutate
 from tests.handlers.kinds.test_onnx import make_doubling
 from tests.handlers.nets import SHAPE, Dilated, make_module
@@ -162,7 +162,7 @@ def test_frames() -> None:
 @pytest.mark.e2e
 def test_http_beside_a_canary(s3: S3Server, tmp_path: Path) -> None:
     """Mutated requests on sockets of their own: each is answered or cut off, and one client's answers do not change."""
-    model = forecaster("fuzz/a.mar", 1)
+    model = pack_forecaster("fuzz/a.mar", 1)
     store = s3.bucket()
     upload(s3, store, [model])
     question = model.question(1)
@@ -171,7 +171,7 @@ def test_http_beside_a_canary(s3: S3Server, tmp_path: Path) -> None:
         b"10\r\n" + b'{"requests":[1]}' + b"\r\n0\r\nx: y\r\n\r\n"
     )
     probe = b"GET /ping HTTP/1.1\r\nHost: fleet\r\nUpgrade: h2c\r\nConnection: Upgrade, HTTP2-Settings\r\n\r\n"
-    with serving(s3, tmp_path, f"s3://{store}", client_timeout_s=2) as server, Canary(server, question) as canary:
+    with run_server(s3, tmp_path, f"s3://{store}", client_timeout_s=2) as server, Canary(server, question) as canary:
 
         def send(data: bytes) -> None:
             with socket.create_connection(server.address, timeout=PATIENCE_S) as sock:

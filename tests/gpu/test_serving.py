@@ -13,7 +13,7 @@ import pytest
 
 from handlers.forecasters import ARCHITECTURES
 from tests.e2e.conftest import Serve, serve, store
-from tests.e2e.models import Model, Question, fleet, forecaster, onnx_model
+from tests.e2e.models import Model, Question, onnx_model, pack_fleet, pack_forecaster
 from tests.e2e.server import Server, upload
 from tests.e2e.test_deaths import is_up
 from tests.e2e.test_graph import make_graph_model as graph_model
@@ -37,9 +37,9 @@ def every_kind() -> list[Model]:
         for name, architecture in ARCHITECTURES.items()
     }
     return [
-        *fleet("gpu/fleet", 6),
-        *(forecaster(f"gpu/{name}.mar", 1, name, config) for name, config in configs.items()),
-        forecaster("gpu/ensemble.mar", 1, "mlp", {**configs["mlp"], "members": 3}),
+        *pack_fleet("gpu/fleet", 6),
+        *(pack_forecaster(f"gpu/{name}.mar", 1, name, config) for name, config in configs.items()),
+        pack_forecaster("gpu/ensemble.mar", 1, "mlp", {**configs["mlp"], "members": 3}),
         *(graph_model(f"gpu/graph{seed}.mar", seed, Dilated) for seed in range(2)),
         graph_model("gpu/one-by-one.mar", 1, RecurrentNet),
         *(onnx_model(f"gpu/onnx{seed}.mar", seed) for seed in range(2)),

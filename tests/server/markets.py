@@ -27,7 +27,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
 
-def names(count: int) -> list[str]:
+def name_products(count: int) -> list[str]:
     """M00, M01, ..."""
     return [f"M{i:02}" for i in range(count)]
 
@@ -49,7 +49,7 @@ def write_prices(path: Path, targets: Sequence[str], *, days: int = DAYS, empty:
     return path
 
 
-def forecast(**changes: Any) -> ForecastSpec:
+def make_forecast(**changes: Any) -> ForecastSpec:
     """A day of prices and what is known of the next six hours."""
     horizon = changes.get("prediction_length", HORIZON)
     known = [
@@ -72,9 +72,9 @@ def forecast(**changes: Any) -> ForecastSpec:
     return ForecastSpec(**{**asked, **changes})
 
 
-def archive(seed: int = 0, *, trained_until: str | UnsetType = UNSET, **changes: Any) -> bytes:
+def pack_market(seed: int = 0, *, trained_until: str | UnsetType = UNSET, **changes: Any) -> bytes:
     """An `mlp` of seeded random weights; keywords change its `ForecastSpec`."""
-    record = forecast(**changes)
+    record = make_forecast(**changes)
     config = {
         "features": len(record.inputs), "context_length": record.context_length, "hidden": 8,
         "prediction_length": record.prediction_length, "quantiles": len(record.quantile_levels),
@@ -87,14 +87,14 @@ def archive(seed: int = 0, *, trained_until: str | UnsetType = UNSET, **changes:
     )
 
 
-def model(seed: int = 0, **changes: Any) -> ArchiveVersion:
+def open_market(seed: int = 0, **changes: Any) -> ArchiveVersion:
     """The same, opened, in no store."""
-    return open_unpublished(archive(seed, **changes), ModelName("m.mar"), DEFAULT_LIMITS)
+    return open_unpublished(pack_market(seed, **changes), ModelName("m.mar"), DEFAULT_LIMITS)
 
 
 def fill(store: Path, targets: Sequence[str], **changes: Any) -> Path:
     """A folder with an archive of each market."""
     store.mkdir()
     for seed, target in enumerate(targets):
-        store.joinpath(f"{target}.mar").write_bytes(archive(seed, **changes))
+        store.joinpath(f"{target}.mar").write_bytes(pack_market(seed, **changes))
     return store

@@ -14,9 +14,9 @@ from handlers.training.time_series import read_csv
 from model_store.archives.archive import DEFAULT_LIMITS
 from model_store.names import ModelName
 from server.offline.rolling_windows import InProcess, open_unpublished
-from tests.server.markets import HISTORY, HORIZON, archive, fill, names, run, write_prices
+from tests.server.markets import HISTORY, HORIZON, fill, name_products, pack_market, run, write_prices
 
-MARKETS = names(3)
+MARKETS = name_products(3)
 KNOWN: dict[str, Any] = {"dynamic_feat": ("load_M00",)}
 
 
@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_the_scores(csv: Path, store: Path) -> None:
     assert result.exit_code == 0, result.output
     (found,) = json.loads(result.stdout)["markets"]
     prices, load = read_csv(csv, "hour", ["M01", "load_M00"])
-    own = open_unpublished(archive(1, **KNOWN), ModelName("M01.mar"), DEFAULT_LIMITS)
+    own = open_unpublished(pack_market(1, **KNOWN), ModelName("M01.mar"), DEFAULT_LIMITS)
     origins = np.arange(6 * 24, 16 * 24 + 12 - HORIZON + 1, 24)
     requests: list[dict[str, object]] = [
         {
@@ -89,7 +89,7 @@ def test_a_bad_market_stops_no_other(csv: Path, store: Path) -> None:
 
 def test_an_archive_of_another_frequency_is_named(csv: Path, store: Path) -> None:
     """What the whole backtest of a market fails for is said once, not asked window by window."""
-    store.joinpath("M01.mar").write_bytes(archive(frequency="1D"))
+    store.joinpath("M01.mar").write_bytes(pack_market(frequency="1D"))
     result = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--target", "M01")
     assert result.exit_code == 1
     assert "error: M01: M01.mar forecasts steps of 1D, but M01 has 1h" in result.stderr
@@ -106,7 +106,7 @@ def test_an_archive_of_another_frequency_is_named(csv: Path, store: Path) -> Non
 )
 def test_what_is_wrong_is_said_in_a_line(csv: Path, store: Path, flags: list[str], said: str) -> None:
     """And nothing else: exit code 2, or 1 where it is one market's."""
-    store.joinpath("X9.mar").write_bytes(archive())
+    store.joinpath("X9.mar").write_bytes(pack_market())
     result = run("backtest", str(csv), "--time", "hour", "--models", str(store), *flags)
     assert result.exit_code == 2, result.output
     assert said in result.stderr
@@ -149,7 +149,7 @@ def test_windows_that_an_archive_was_fitted_to_are_said(csv: Path, tmp_path: Pat
     """`trained_until` lies within the windows of one market, before those of another, and is unknown of the third."""
     store = fill(tmp_path / "models", MARKETS)
     for seed, until in ((0, "2024-03-22 23:00:00"), (1, "2024-03-01 00:00:00")):
-        store.joinpath(f"M{seed:02}.mar").write_bytes(archive(seed, trained_until=until))
+        store.joinpath(f"M{seed:02}.mar").write_bytes(pack_market(seed, trained_until=until))
     flags = ("--windows", "8", "--json")
     result = run("backtest", str(csv), "--time", "hour", "--models", str(store), *flags)
     assert result.exit_code == 0, result.output

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from server.cli.main import app
 from server.offline.batch_inference import index_lines
 from server.offline.checkpoint import RECORD, Checkpoint, OtherWork
-from tests.e2e.models import Model, forecaster
+from tests.e2e.models import Model, pack_forecaster
 from tests.patience import wait_until
 from tests.s3 import S3Server
 
@@ -66,7 +66,7 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
 @pytest.mark.e2e
 def test_every_line_in_its_place(s3: S3Server, tmp_path: Path) -> None:
     """S3 to S3: mixed models, wrong lines among them; in order, right, and each archive is fetched once."""
-    bucket, models = s3.bucket(), [forecaster(f"au/m{i}.mar", i, config=TCN, forecast=True) for i in range(5)]
+    bucket, models = s3.bucket(), [pack_forecaster(f"au/m{i}.mar", i, config=TCN, forecast=True) for i in range(5)]
     for model in models:
         s3.put(bucket, f"models/{model.name}", model.data)
     s3.put(bucket, "models/broken.mar", b"nothing")
@@ -107,7 +107,7 @@ def has_answers(index_file: Path, count: int) -> bool:
 @pytest.mark.e2e
 def test_a_killed_run_goes_on(s3: S3Server, tmp_path: Path) -> None:
     """SIGKILL in the middle, twice: the same command answers what is left; the bytes are as if nothing had happened."""
-    bucket, models = s3.bucket(), [forecaster(f"m{i}.mar", i, config=TCN, forecast=True) for i in range(12)]
+    bucket, models = s3.bucket(), [pack_forecaster(f"m{i}.mar", i, config=TCN, forecast=True) for i in range(12)]
     for model in models:
         s3.put(bucket, model.name, model.data)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(make_line(models[i % 12], i)) + "\n" for i in range(600)))
@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on(s3: S3Server, tmp_path: Path) -> None:
 @pytest.mark.e2e
 def test_a_store_that_is_away_ends_the_run(s3: S3Server, tmp_path: Path) -> None:
     """No line is given up for a store that may be back: the command says so, and goes on when it is run again."""
-    bucket, model = s3.bucket(), forecaster("m.mar", 1, config=TCN, forecast=True)
+    bucket, model = s3.bucket(), pack_forecaster("m.mar", 1, config=TCN, forecast=True)
     s3.put(bucket, model.name, model.data)
     (tmp_path / "in.jsonl").write_text(json.dumps(make_line(model, 1)) + "\n")
     variables = {**s3.env, "FLEETCAST_STORE_RETRIES": "0"}

@@ -20,7 +20,7 @@ from model_store.archives.manifest import FLEETCAST_JSON
 from server.cli.main import app
 from server.logs import escape_text
 from tests.archives import make_forecaster, make_zip, repack
-from tests.e2e.models import forecaster
+from tests.e2e.models import pack_forecaster
 
 MARKUP = "[red]x[/red] [link=file:///etc/passwd]click[/link] oops [/bold] tail"
 CONTROLS = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u200bok   good.mar: tcn\nok   good.mar: tcn"
@@ -40,7 +40,7 @@ def make_described(text: str) -> bytes:
 
 def with_golden(text: bytes) -> bytes:
     """A sound model with this golden sample, unread."""
-    sound = forecaster("m", 1).data
+    sound = pack_forecaster("m", 1).data
     archive = open_archive(sound, "m")
     members = {name: archive.read(name) for name in archive.members}
     spec = {**json.loads(members[FLEETCAST_JSON]), "golden": "golden.json"}
@@ -88,7 +88,7 @@ def test_controls_are_escaped(tmp_path: Path) -> None:
 def test_verify_says_what_is_bad_and_goes_on(tmp_path: Path, make: Callable[[], bytes]) -> None:
     """One line for each archive, whatever a name in it holds, and the sound one after it is verified."""
     (tmp_path / "bad.mar").write_bytes(make())
-    (tmp_path / "sound.mar").write_bytes(forecaster("m", 1).data)
+    (tmp_path / "sound.mar").write_bytes(pack_forecaster("m", 1).data)
     result = run("verify", str(tmp_path / "bad.mar"), str(tmp_path / "sound.mar"))
     assert result.exit_code == 1
     lines = result.output.splitlines()

@@ -22,11 +22,11 @@ from server.offline.checkpoint import Checkpoint
 from server.offline.promotion_gate import GateTerms
 from server.offline.retraining import Retraining, RetrainingPlan, rebuild_forecast, refit_scalers
 from server.offline.rolling_windows import Rolling
-from tests.server.markets import archive, fill, names, run, write_prices
+from tests.server.markets import fill, name_products, pack_market, run, write_prices
 
 pytestmark = pytest.mark.slow
 
-MARKETS = names(4)
+MARKETS = name_products(4)
 QUICK = ("--epochs", "8", "--windows", "8")
 
 
@@ -195,7 +195,7 @@ def test_a_store_out_of_reach_ends_the_run(
 
 def test_markets_of_two_kinds_are_fitted_apart(csv: Path, store: Path, tmp_path: Path) -> None:
     """One market forecasts further than the others: all are retrained as they are."""
-    store.joinpath("M01.mar").write_bytes(archive(prediction_length=9))
+    store.joinpath("M01.mar").write_bytes(pack_market(prediction_length=9))
     retrain(csv, store, tmp_path / "log.jsonl")
     results = {market: each["result"] for market, each in read_outcomes(tmp_path / "log.jsonl").items()}
     assert results == {"M00": "published", "M01": "published", "M02": "published", "M03": "failed"}
@@ -215,7 +215,7 @@ def test_a_fit_that_fails_for_one_is_done_for_the_others(store: Path, tmp_path: 
 
 def test_a_covariate_that_is_gone_fails_its_market_alone(csv: Path, store: Path, tmp_path: Path) -> None:
     """The file has lost a column that one archive wants: that market is named, the others are retrained."""
-    store.joinpath("M02.mar").write_bytes(archive(dynamic_feat=("wind",)))
+    store.joinpath("M02.mar").write_bytes(pack_market(dynamic_feat=("wind",)))
     retrain(csv, store, tmp_path / "log.jsonl")
     found = read_outcomes(tmp_path / "log.jsonl")
     assert found["M02"]["message"].startswith("wind: prices.csv has no such column")

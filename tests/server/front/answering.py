@@ -134,6 +134,6 @@ async def ask(
     return Answered(sent[0]["status"], names, b"".join(message["body"] for message in sent[1:]))
 
 
-async def never() -> None:
+async def stay_connected() -> None:
     """A client that stays."""
     await asyncio.get_running_loop().create_future()

@@ -14,7 +14,7 @@ from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import MAX_UNDER_WAY, MIN_WINDOW, FanOut, Prediction, put_samples, require_all
 from server.front.slices import ITEM, SLICE, finish_slices
-from tests.server.front.answering import Asked, Worker, attach, never
+from tests.server.front.answering import Asked, Worker, attach, stay_connected
 
 MIB = 1024 * 1024
 LIMIT = Limit(64 * MIB, "max_forecasts_bytes")
@@ -29,7 +29,7 @@ def call(count: int, configuration_bytes: int = 0) -> bytes:
     return b'{"requests":[' + items + b'],"configuration":{"x":"' + b"y" * configuration_bytes + b'"}}'
 
 
-def fan_out(body: bytes, worker: Worker, limit: Limit = LIMIT, client_gone: Any = never) -> FanOut:
+def fan_out(body: bytes, worker: Worker, limit: Limit = LIMIT, client_gone: Any = stay_connected) -> FanOut:
     """The call under way at one worker."""
     plane = DataPlane(256 * MIB)
     attach(plane, worker)

@@ -10,7 +10,7 @@ from server.cli.setting_flags import settings_from
 from server.offline import batch_files
 from server.offline.batch_inference import CHUNK
 from server.offline.checkpoint import RECORD
-from tests.e2e.models import Model, forecaster
+from tests.e2e.models import Model, pack_forecaster
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def make_line(model: Model, seed: int) -> str:
 def test_a_run_that_goes_on_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torn at many places, within chunks too, and within an answer or a record."""
     monkeypatch.chdir(tmp_path)
-    models = [forecaster(f"m{i}.mar", i, "gru", GRU, forecast=True) for i in range(2)]
+    models = [pack_forecaster(f"m{i}.mar", i, "gru", GRU, forecast=True) for i in range(2)]
     store = tmp_path / "models"
     store.mkdir()
     for model in models:

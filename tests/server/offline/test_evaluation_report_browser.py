@@ -11,7 +11,7 @@ from server.offline.evaluation_report import render_page
 from server.offline.fleet_evaluation import Backtest, backtest_fleet
 from server.offline.rolling_windows import InProcess, Rolling
 from tests.loadtest.browser import CHROMIUM, Browser, open_browser
-from tests.server.markets import fill, names, write_prices
+from tests.server.markets import fill, name_products, write_prices
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the report in")
 
@@ -38,7 +38,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two markets, and a failure whose text is hostile."""
     folder = tmp_path_factory.mktemp("report")
-    markets = names(2)
+    markets = name_products(2)
     csv = write_prices(folder / "prices.csv", markets)
     settings = settings_from({"store": str(fill(folder / "models", markets))})
     targets = {market: ModelName(f"{market}.mar") for market in markets}

@@ -15,7 +15,7 @@ from model_store.archives.archive import open_archive
 from server.offline.evaluation import compute_scores
 from server.offline.promotion_gate import GateTerms, compare_models
 from server.offline.rolling_windows import InProcess, Rolling, Unfit, forecast_windows
-from tests.server.markets import archive, fill, forecast, model, run, write_prices
+from tests.server.markets import fill, make_forecast, open_market, pack_market, run, write_prices
 
 GATE = GateTerms("pinball", 2.0, Rolling(most=10))
 CONFIG = {"features": 2, "context_length": 24, "hidden": 8, "prediction_length": 6, "quantiles": 3}
@@ -35,9 +35,9 @@ def columns(csv: Path) -> Mapping[str, Series]:
 
 def test_the_verdict_is_the_ratio_of_both_scores(columns: Mapping[str, Series]) -> None:
     """The same windows for both, scored as a backtest does; what is worse one way is better the other."""
-    a, b = model(0), model(1)
+    a, b = open_market(0), open_market(1)
     there, back = (compare_models(GATE, InProcess(), "M00", columns, *pair) for pair in ((a, b), (b, a)))
-    origins = GATE.rolling.origins(columns["M00"], [forecast()])
+    origins = GATE.rolling.origins(columns["M00"], [make_forecast()])
     ours, theirs = (
         compute_scores(forecast_windows(InProcess(), each, columns["M00"], origins)).pinball for each in (a, b)
     )
@@ -51,7 +51,8 @@ def test_the_verdict_is_the_ratio_of_both_scores(columns: Mapping[str, Series]) 
 def test_the_margin_is_the_operators(columns: Mapping[str, Series]) -> None:
     """What one margin refuses a wider one lets through."""
     pair = sorted(
-        (model(0), model(1)), key=lambda m: compare_models(GATE, InProcess(), "M00", columns, m, None).candidate
+        (open_market(0), open_market(1)),
+        key=lambda m: compare_models(GATE, InProcess(), "M00", columns, m, None).candidate,
     )
     worse = compare_models(GATE, InProcess(), "M00", columns, pair[1], pair[0])
     assert not worse.passed
@@ -61,13 +62,13 @@ def test_the_margin_is_the_operators(columns: Mapping[str, Series]) -> None:
 
 def test_archives_that_differ_are_compared_where_they_meet(columns: Mapping[str, Series]) -> None:
     """Longer forecasts and other levels: the common steps at the common levels; without any only the median decides."""
-    own = model(0)
-    longer = model(0, prediction_length=9, quantile_levels=(0.05, 0.5, 0.95))
+    own = open_market(0)
+    longer = open_market(0, prediction_length=9, quantile_levels=(0.05, 0.5, 0.95))
     verdict = compare_models(GATE, InProcess(), "M00", columns, own, longer)
-    origins = GATE.rolling.origins(columns["M00"], [forecast(prediction_length=9)])
+    origins = GATE.rolling.origins(columns["M00"], [make_forecast(prediction_length=9)])
     cut = forecast_windows(InProcess(), longer, columns["M00"], origins).cut(6, np.array([0.5]))
     assert verdict.predecessor == pytest.approx(compute_scores(cut).pinball)
-    apart = model(1, quantile_levels=(0.2, 0.49, 0.8))
+    apart = open_market(1, quantile_levels=(0.2, 0.49, 0.8))
     with pytest.raises(Unfit, match="share no quantile level; gate by wape, mase or rmae"):
         compare_models(GATE, InProcess(), "M00", columns, own, apart)
     assert compare_models(GateTerms("rmae", 1e6, GATE.rolling), InProcess(), "M00", columns, own, apart).passed
@@ -75,7 +76,7 @@ def test_archives_that_differ_are_compared_where_they_meet(columns: Mapping[str,
 
 def test_an_undefined_score_decides_nothing(columns: Mapping[str, Series]) -> None:
     """Without levels around the median there is no WAPE: that is said, and is not a pass."""
-    upper = model(0, quantile_levels=(0.6, 0.7, 0.8))
+    upper = open_market(0, quantile_levels=(0.6, 0.7, 0.8))
     with pytest.raises(Unfit, match="wape is undefined there"):
         compare_models(GateTerms("wape", 2, GATE.rolling), InProcess(), "M00", columns, upper, None)
 
@@ -84,7 +85,7 @@ def test_an_undefined_score_decides_nothing(columns: Mapping[str, Series]) -> No
 def desk(tmp_path: Path) -> Path:
     """A folder with what `pack` needs, and a store whose archive of M00 has other numbers."""
     fill(tmp_path / "models", ["M00"])
-    tmp_path.joinpath("forecast.json").write_bytes(msgspec.json.encode(forecast()))
+    tmp_path.joinpath("forecast.json").write_bytes(msgspec.json.encode(make_forecast()))
     return tmp_path
 
 
@@ -106,15 +107,15 @@ def test_pack_refuses_a_worse_archive_and_notes_a_pass(desk: Path, csv: Path, co
     out = desk / "models" / "M00.mar"
     gate = GateTerms("pinball", 0, Rolling(most=28))
     better, worse = sorted(
-        (0, 1), key=lambda i: compare_models(gate, InProcess(), "M00", columns, model(i), None).candidate
+        (0, 1), key=lambda i: compare_models(gate, InProcess(), "M00", columns, open_market(i), None).candidate
     )
-    before = archive(better)
+    before = pack_market(better)
     out.write_bytes(before)
     code, said, found = pack(desk, csv, worse, "--gate-margin", "0")
     assert (code, found) == (1, before)
     assert "M00.mar is worse than its predecessor: gate: pinball" in said
     assert "and the margin is 0 %; nothing is written" in said
-    out.write_bytes(archive(worse))
+    out.write_bytes(pack_market(worse))
     code, said, found = pack(desk, csv, better)
     assert code == 0, said
     spec = open_archive(found, "M00.mar").spec

@@ -19,7 +19,7 @@ from server.offline.rolling_windows import (
     explain_unused_rows,
     forecast_windows,
 )
-from tests.server.markets import HISTORY, HORIZON, START, archive, forecast, model, write_prices
+from tests.server.markets import HISTORY, HORIZON, START, make_forecast, open_market, pack_market, write_prices
 
 KNOWN = ("load_M00",)
 
@@ -39,13 +39,13 @@ def make_hours(count: int) -> Series:
 
 def test_windows_are_counted_from_the_end_or_from_a_moment() -> None:
     """Back from the end they leave a rest at the beginning, from a moment on one at the end; `most` keeps the last."""
-    assert Rolling().origins(make_hours(50), [forecast()]).tolist() == [26, 32, 38, 44]
-    assert Rolling(most=2).origins(make_hours(50), [forecast()]).tolist() == [38, 44]
-    assert Rolling(every=1, most=3).origins(make_hours(50), [forecast()]).tolist() == [42, 43, 44]
+    assert Rolling().origins(make_hours(50), [make_forecast()]).tolist() == [26, 32, 38, 44]
+    assert Rolling(most=2).origins(make_hours(50), [make_forecast()]).tolist() == [38, 44]
+    assert Rolling(every=1, most=3).origins(make_hours(50), [make_forecast()]).tolist() == [42, 43, 44]
     noon = datetime.fromisoformat("2024-03-05 12:00")
-    assert Rolling(first=noon).origins(make_hours(50), [forecast()]).tolist() == [36, 42]
-    assert Rolling(first=START).origins(make_hours(50), [forecast()]).tolist() == [24, 30, 36, 42]
-    assert Rolling(until=noon).origins(make_hours(50), [forecast()]).tolist() == [24, 30]
+    assert Rolling(first=noon).origins(make_hours(50), [make_forecast()]).tolist() == [36, 42]
+    assert Rolling(first=START).origins(make_hours(50), [make_forecast()]).tolist() == [24, 30, 36, 42]
+    assert Rolling(until=noon).origins(make_hours(50), [make_forecast()]).tolist() == [24, 30]
 
 
 @given(st.integers(0, 80), st.integers(1, 30), st.integers(1, 9), st.integers(0, 7), st.integers(0, 60), st.booleans())
@@ -54,7 +54,7 @@ def test_windows_always_have_their_history_and_their_actuals(
 ) -> None:
     """Whatever is asked: every window lies within the series, evenly apart; or there is none and Unfit says so."""
     moment = START + first * timedelta(hours=1) if given_first else None
-    asked = forecast(context_length=history, prediction_length=horizon)
+    asked = make_forecast(context_length=history, prediction_length=horizon)
     try:
         found = Rolling(every=every, first=moment).origins(make_hours(steps), [asked])
     except Unfit:
@@ -70,7 +70,7 @@ def test_windows_always_have_their_history_and_their_actuals(
 def test_windows_of_an_origin_start_at_its_time_of_day(begin: int, steps: int, every: int, most: int) -> None:
     """Wherever in a day the file begins and ends, the last possible windows are taken, at least `every` steps apart."""
     series = replace(make_hours(steps), start=START + timedelta(hours=begin))
-    asked = forecast(origin="06:00")
+    asked = make_forecast(origin="06:00")
     possible = [at for at in range(HISTORY, steps - HORIZON + 1) if (begin + at) % 24 == 6]
     try:
         found = Rolling(every=every, most=most).origins(series, [asked]).tolist()
@@ -86,18 +86,18 @@ def test_windows_of_an_origin_start_at_its_time_of_day(begin: int, steps: int, e
 
 def test_windows_of_several_archives_start_where_all_may() -> None:
     """One that forecasts at any time follows one that does not; two times of day have no window in common."""
-    three = [forecast(), forecast(origin="12:00"), forecast(origin="12:00", context_length=30)]
+    three = [make_forecast(), make_forecast(origin="12:00"), make_forecast(origin="12:00", context_length=30)]
     assert Rolling().origins(make_hours(100), three).tolist() == [36, 60, 84]
     with pytest.raises(Unfit, match="24 of history and 6 to forecast, from 12:00 on"):
         Rolling().origins(make_hours(40), three[1:2])
     with pytest.raises(Unfit, match="one archive forecasts from 00:00 on and another from 12:00"):
-        Rolling().origins(make_hours(100), [*three, forecast(origin="00:00")])
+        Rolling().origins(make_hours(100), [*three, make_forecast(origin="00:00")])
 
 
 def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
     """With every price from the origin on, and every covariate beyond the horizon, replaced, it is the same."""
-    own = model(dynamic_feat=KNOWN)
-    origins = Rolling(most=5).origins(series, [forecast()])
+    own = open_market(dynamic_feat=KNOWN)
+    origins = Rolling(most=5).origins(series, [make_forecast()])
     whole = forecast_windows(InProcess(), own, series, origins)
     for i, origin in enumerate(origins.tolist()):
         values, known = series.values.copy(), series.known.copy()
@@ -108,8 +108,8 @@ def test_no_forecast_knows_what_comes_after_its_origin(series: Series) -> None:
 
 def test_what_is_known_ahead_is_seen(series: Series) -> None:
     """A covariate of the forecast steps changes the forecast, and so does the last price."""
-    own = model(dynamic_feat=KNOWN)
-    origins = Rolling(most=1).origins(series, [forecast()])
+    own = open_market(dynamic_feat=KNOWN)
+    origins = Rolling(most=1).origins(series, [make_forecast()])
     whole = forecast_windows(InProcess(), own, series, origins).quantiles
     known, values = series.known.copy(), series.values.copy()
     known[0, -1] *= 2
@@ -120,8 +120,8 @@ def test_what_is_known_ahead_is_seen(series: Series) -> None:
 
 def test_windows_are_answered_alike_however_many_there_are(series: Series) -> None:
     """More windows than one request takes: each is what it is alone, and all are told of."""
-    own, told = model(dynamic_feat=KNOWN), list[int]()
-    origins = Rolling(every=1, most=ROWS + 9).origins(series, [forecast()])
+    own, told = open_market(dynamic_feat=KNOWN), list[int]()
+    origins = Rolling(every=1, most=ROWS + 9).origins(series, [make_forecast()])
     many = forecast_windows(InProcess(), own, series, origins, told.append)
     assert told == [ROWS, 9]
     for at in (0, ROWS - 1, ROWS, ROWS + 8):
@@ -131,8 +131,8 @@ def test_windows_are_answered_alike_however_many_there_are(series: Series) -> No
 
 def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
     """The first steps, at the levels that are asked for."""
-    origins = Rolling(most=3).origins(series, [forecast()])
-    whole = forecast_windows(InProcess(), model(dynamic_feat=KNOWN), series, origins)
+    origins = Rolling(most=3).origins(series, [make_forecast()])
+    whole = forecast_windows(InProcess(), open_market(dynamic_feat=KNOWN), series, origins)
     cut = whole.cut(4, np.array([0.1, 0.9]))
     assert cut.levels.tolist() == [0.1, 0.9]
     np.testing.assert_array_equal(cut.quantiles, whole.quantiles[:, :4, [0, 2]])
@@ -141,21 +141,21 @@ def test_a_cut_keeps_steps_and_levels(series: Series) -> None:
 
 def test_what_does_not_fit_is_said(series: Series) -> None:
     """In the words of file and archive: a gap in a covariate, another frequency, too short a series, no forecast."""
-    own, ask = model(dynamic_feat=KNOWN), InProcess()
-    origins = Rolling(most=2).origins(series, [forecast()])
+    own, ask = open_market(dynamic_feat=KNOWN), InProcess()
+    origins = Rolling(most=2).origins(series, [make_forecast()])
     gap = series.known.copy()
     gap[0, -1] = np.nan
     with pytest.raises(Unfit, match=r"column 'load_M00' at 2024-03-23 23:00:00: a known-future value is missing"):
         forecast_windows(ask, own, replace(series, known=gap), origins)
     with pytest.raises(Unfit, match=r"m.mar forecasts steps of 30min, but M00 has 1h"):
-        forecast_windows(ask, model(frequency="30min", dynamic_feat=KNOWN), series, origins)
+        forecast_windows(ask, open_market(frequency="30min", dynamic_feat=KNOWN), series, origins)
     with pytest.raises(Unfit, match=r"x has 29 steps .* a window needs 24 of history and 6 to forecast"):
-        Rolling().origins(make_hours(29), [forecast()])
+        Rolling().origins(make_hours(29), [make_forecast()])
     with pytest.raises(Unfit, match=r"m.mar wants `cat` \(zone\)"):
-        _ = model(cat=("zone",)).forecast
+        _ = open_market(cat=("zone",)).forecast
 
 
 def test_a_model_says_what_it_is(tmp_path: Path) -> None:
     """Its repr names archive and version."""
-    assert repr(model()) == "<ArchiveVersion m.mar not stored>"
-    assert archive(1) != archive(2)
+    assert repr(open_market()) == "<ArchiveVersion m.mar not stored>"
+    assert pack_market(1) != pack_market(2)

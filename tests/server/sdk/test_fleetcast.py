@@ -15,7 +15,7 @@ import fleetcast
 from handlers.forecasters import build_family
 from server.sdk import __version__
 from tests.e2e.conftest import Serve
-from tests.e2e.models import forecaster
+from tests.e2e.models import pack_forecaster
 from tests.e2e.server import upload
 from tests.s3 import S3Server
 
@@ -139,7 +139,7 @@ def test_the_readmes_example(
 ) -> None:
     """What the README says of Python runs as it stands, against a server and a folder that have its models."""
     (example,) = re.findall(r"```python\n(import fleetcast\n.*?)```", README, re.DOTALL)
-    fleet = [forecaster(f"au/{name}.mar", i, config=TCN, forecast=True) for i, name in enumerate(("nsw1", "vic1"))]
+    fleet = [pack_forecaster(f"au/{name}.mar", i, config=TCN, forecast=True) for i, name in enumerate(("nsw1", "vic1"))]
     upload(s3, store, fleet)
     (tmp_path / "models" / "au").mkdir(parents=True)
     for model in fleet:

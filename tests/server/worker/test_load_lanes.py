@@ -16,7 +16,7 @@ from server.worker import load_lanes
 from server.worker.load_lanes import SLOW_PLACES, SLOW_S, SUSPECTED_S, LoadLanes
 from server.worker.model_loader import AskStore, BuildFetched, LoadedModel, LoadSteps
 from tests.patience import PATIENCE_S
-from tests.server.worker.test_step_loop import FakeLoader, until
+from tests.server.worker.test_step_loop import FakeLoader, let_loop_run
 
 TIMED_OUT = StoreUnavailable("timed out")
 
@@ -101,7 +101,7 @@ class Owner:
     async def asking(self, count: int) -> None:
         """Until the store has had so many requests, and the others have come to where they wait."""
         store = self.store
-        await until(
+        await let_loop_run(
             lambda: len(store.asked) == count and not self.lanes.disk.running and not self.lanes.waiting_to_build
         )
 
@@ -144,12 +144,12 @@ def test_keys_that_hang_keep_no_model_waiting_that_is_on_disk() -> None:
         owner.start(*name_models("hung", 8))
         await owner.asking(4)
         owner.start(*name_models("disk", 40))
-        await until(lambda: len(owner.ended) == 40)
+        await let_loop_run(lambda: len(owner.ended) == 40)
         assert set(owner.tiers().values()) == {"disk"}
         assert len(store.asked) == 4
         for model in name_models("hung", 8):
             store.answer(model)
-        await until(lambda: len(owner.ended) == 48)
+        await let_loop_run(lambda: len(owner.ended) == 48)
         assert owner.tiers()["a/hung7"] == "store"
 
     play(scenario)
@@ -173,8 +173,8 @@ def test_a_request_that_hangs_gives_its_place_to_another() -> None:
         assert owner.lanes.waiting_to_ask == 3
         assert owner.lanes.stuck_s(owner.clock[0]) == 50 + SLOW_S
         store.answer(first := store.asked[0])
-        await until(lambda: len(store.asked) == most + 1)
-        await until(lambda: list(owner.tiers()) == [first])
+        await let_loop_run(lambda: len(store.asked) == most + 1)
+        await let_loop_run(lambda: list(owner.tiers()) == [first])
 
     play(scenario, threads=2)
 
@@ -188,7 +188,7 @@ def test_keys_that_timed_out_have_half_of_the_lane() -> None:
         await owner.advance(SLOW_S)  # a quick failure is no time-out
         for model in name_models("hung", 4):
             store.answer(model, TIMED_OUT)
-        await until(lambda: len(owner.ended) == 4)
+        await let_loop_run(lambda: len(owner.ended) == 4)
         owner.ended.clear()
         owner.start(*name_models("hung", 4))
         await owner.asking(6)
@@ -198,11 +198,11 @@ def test_keys_that_timed_out_have_half_of_the_lane() -> None:
         assert set(store.asked[6:]) < {"a/x", "a/y", "a/z"}
         for model in ("a/x", "a/y", "a/z"):
             store.answer(model)
-        await until(lambda: len(owner.ended) == 3)
+        await let_loop_run(lambda: len(owner.ended) == 3)
         assert all(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in name_models("hung", 4))
         for model in name_models("hung", 4):
             store.answer(model)
-        await until(lambda: len(owner.ended) == 7)
+        await let_loop_run(lambda: len(owner.ended) == 7)
         assert not owner.lanes.prefers_copy(ModelName("a/hung0"), owner.clock[0])
 
     play(scenario)
@@ -216,7 +216,7 @@ def test_a_suspicion_passes() -> None:
         await owner.asking(1)
         await owner.advance(SLOW_S)
         store.answer("a/hung", TIMED_OUT)
-        await until(lambda: "a/hung" in owner.ended)
+        await let_loop_run(lambda: "a/hung" in owner.ended)
         assert isinstance(owner.ended["a/hung"], StoreUnavailable)
         assert owner.lanes.prefers_copy(ModelName("a/hung"), owner.clock[0])
         assert not owner.lanes.prefers_copy(ModelName("a/hung"), owner.clock[0] + SUSPECTED_S)
@@ -234,7 +234,7 @@ def test_suspected_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         await owner.advance(SLOW_S)
         for model in name_models("hung", 4):
             store.answer(model, TIMED_OUT)
-        await until(lambda: len(owner.ended) == 4)
+        await let_loop_run(lambda: len(owner.ended) == 4)
         assert sum(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in name_models("hung", 4)) == 3
 
     play(scenario)
@@ -250,14 +250,14 @@ def test_a_due_copy_is_served_while_the_store_is_slow() -> None:
         assert await owner.advance(SLOW_S / 2) == []
         assert await owner.advance(SLOW_S / 2) == ["a/due"]
         owner.lanes.serve_copy(ModelName("a/due"))
-        await until(lambda: "a/due" in owner.ended)
+        await let_loop_run(lambda: "a/due" in owner.ended)
         built = owner.ended["a/due"]
         assert isinstance(built, LoadedModel)
         assert built.stale
         assert await owner.advance(0) == []
         assert owner.lanes.prefers_copy(ModelName("a/due"), owner.clock[0])
         store.answer("a/due")
-        await until(lambda: not owner.lanes.prefers_copy(ModelName("a/due"), owner.clock[0]))
+        await let_loop_run(lambda: not owner.lanes.prefers_copy(ModelName("a/due"), owner.clock[0]))
         assert "a/due" in store.fresh
         assert list(owner.ended) == ["a/due"]
 
@@ -274,14 +274,14 @@ def test_a_request_that_has_not_begun_is_forgotten_with_its_load() -> None:
         await owner.asking(4)
         for model in await owner.advance(SLOW_S):
             owner.lanes.serve_copy(ModelName(model))
-        await until(lambda: len(owner.ended) == 20)
+        await let_loop_run(lambda: len(owner.ended) == 20)
         asked = len(store.asked)
         assert asked <= 12
         assert owner.lanes.waiting_to_ask == 0
         assert sum(owner.lanes.prefers_copy(ModelName(model), owner.clock[0]) for model in models) == asked
         for model in store.asked:
             store.answer(model)
-        await until(lambda: not owner.lanes.store.running)
+        await let_loop_run(lambda: not owner.lanes.store.running)
         assert store.fresh == set(store.asked)
 
     play(scenario)
@@ -298,10 +298,10 @@ def test_the_store_wins_where_it_answers_before_the_copy_is_built() -> None:
         owner.room = False
         owner.lanes.serve_copy(ModelName("a/due"))
         store.answer("a/due")
-        await until(lambda: owner.lanes.waiting_to_build == 2)
+        await let_loop_run(lambda: owner.lanes.waiting_to_build == 2)
         owner.room = True
         owner.lanes.advance()
-        await until(lambda: not owner.lanes.disk.running)
+        await let_loop_run(lambda: not owner.lanes.disk.running)
         built = owner.ended["a/due"]
         assert isinstance(built, LoadedModel)
         assert not built.stale
@@ -320,12 +320,12 @@ def test_archives_in_memory_are_few() -> None:
         owner.start(*models[:4])
         owner.room = False
         owner.start(*models[4:])
-        await until(lambda: owner.lanes.waiting_to_build == 12 and len(store.asked) == 4)
+        await let_loop_run(lambda: owner.lanes.waiting_to_build == 12 and len(store.asked) == 4)
         await owner.advance(10 * SLOW_S)
         assert len(store.asked) == 4
         owner.room = True
         owner.lanes.advance()
-        await until(lambda: len(owner.ended) == 12)
+        await let_loop_run(lambda: len(owner.ended) == 12)
 
     play(scenario)
 

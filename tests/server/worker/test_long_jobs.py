@@ -38,14 +38,14 @@ from server.worker.scheduler import Job, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.step_loop import StepLoop
 from tests.server.fake_device import FakeDevice
-from tests.server.markets import HISTORY, archive
+from tests.server.markets import HISTORY, pack_market
 from tests.server.worker.loads import make_load
-from tests.server.worker.test_step_loop import until
+from tests.server.worker.test_step_loop import let_loop_run
 
 SLAB = 1 << 20
 FAR = 1 << 62
 INSTANCES = 11
-ARCHIVES = [archive(seed) for seed in range(4)]
+ARCHIVES = [pack_market(seed) for seed in range(4)]
 
 
 def make_body(instances: int = INSTANCES, samples: int = 0) -> bytes:
@@ -154,7 +154,7 @@ class Worker:
 
     async def settled(self) -> None:
         """Until every request has its answer or refusal."""
-        await until(lambda: len(self.origin.answers) + len(self.origin.refusals) >= self.count)
+        await let_loop_run(lambda: len(self.origin.answers) + len(self.origin.refusals) >= self.count)
 
     def series(self, name: str, **labels: str) -> float:
         """A number of the metrics."""
@@ -194,7 +194,7 @@ def play(
         try:
             await scenario(worker)
             await worker.settled()
-            await until(lambda: not long.running)
+            await let_loop_run(lambda: not long.running)
             assert all(slot.leases == 0 for slot in cache)
         finally:
             steps.close()
@@ -294,9 +294,9 @@ def test_a_client_that_leaves_ends_its_request(tmp_path: Path) -> None:
         await worker.settled()
         job = worker.send("1", make_body(1000))
         worker.count -= 1  # no answer is expected
-        await until(lambda: bool(worker.long.running))
+        await let_loop_run(lambda: bool(worker.long.running))
         worker.steps.cancel(job)
-        await until(lambda: not worker.long.running)
+        await let_loop_run(lambda: not worker.long.running)
         assert list(worker.origin.answers) == [1]
         assert worker.series("inference_batch_rows_sum") < 1000
 
@@ -359,7 +359,7 @@ def test_a_single_that_overran_is_quarantined(tmp_path: Path) -> None:
         worker.send("single", b'{"x": [1]}')
         await worker.settled()
         assert "an operator can release it" in worker.origin.refusals[2].detail.message
-        await until(lambda: not worker.steps.describe())
+        await let_loop_run(lambda: not worker.steps.describe())
 
     play(scenario, tmp_path / "noted", session=Session(overruns=True))
 

@@ -19,13 +19,13 @@ from model_store.stores.model_store import REPAIRS, ModelStore
 from model_store.stores.object_store import open_source
 from server.worker.model_loader import ModelLoader
 from tests.archives import make_tar_gz, read_members, repack
-from tests.e2e.models import forecaster
+from tests.e2e.models import pack_forecaster
 from tests.model_store.stores.test_s3_store import lead_to
 from tests.odd_s3 import BUCKET, OddS3, odd_s3
 from tests.server.worker.loads import run_load
 
 NAME = ModelName("au/NSW1.mar")
-DATA = forecaster(NAME, 1).data
+DATA = pack_forecaster(NAME, 1).data
 PACKED = {"zip": DATA, "tar.gz": make_tar_gz(read_members(DATA))}
 Tags = Literal["strong", "weak", "none"]
 

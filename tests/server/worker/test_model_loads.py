@@ -24,7 +24,7 @@ from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.worker.long_jobs import make_unsliced_jobs
 from tests.server.worker.test_load_lanes import HeldStore, name_models
-from tests.server.worker.test_step_loop import SLAB, Front, resident, until
+from tests.server.worker.test_step_loop import SLAB, Front, let_loop_run, list_resident
 
 THREADS = 2
 DUE = ModelName("a/due")
@@ -97,14 +97,14 @@ def test_a_slow_store_delays_a_due_copy_by_no_more_than_a_moment() -> None:
         store, front = worker.store, worker.front
         store.due.add(DUE)
         early = front.send(DUE)
-        await until(lambda: store.asked == [DUE])
+        await let_loop_run(lambda: store.asked == [DUE])
         assert not front.answers
         worker.clock[0] += SLOW_S
         await front.settled()
         assert worker.version(early) == "v1"
         store.versions[DUE] = 2
         store.answer(DUE)
-        await until(lambda: worker.serving(DUE) == "v2")
+        await let_loop_run(lambda: worker.serving(DUE) == "v2")
         late = front.send(DUE)
         await front.settled()
         assert worker.version(late) == "v2"
@@ -130,9 +130,9 @@ def test_while_the_store_is_out_due_copies_are_served_without_asking() -> None:
         for model in models:
             store.answer(model)
         worker.health.note_answer()
-        await until(lambda: worker.serving("a/due3") == "v2")
-        await until(lambda: sorted(store.asked) == models and not list(worker.steps._cache.loads))
-        assert resident(worker.steps) == set(models)
+        await let_loop_run(lambda: worker.serving("a/due3") == "v2")
+        await let_loop_run(lambda: sorted(store.asked) == models and not list(worker.steps._cache.loads))
+        assert list_resident(worker.steps) == set(models)
         assert not worker.steps._loads._due
 
     play(scenario)
@@ -166,7 +166,7 @@ def test_a_copy_whose_key_is_gone_serves_on_as_after_a_reload() -> None:
         store.due.clear()
         store.answer(DUE, ModelNotFound(f"{DUE} is not there"))
         worker.health.note_answer()
-        await until(lambda: worker.series("model_load_failures_total") == 1)
+        await let_loop_run(lambda: worker.series("model_load_failures_total") == 1)
         again = front.send(DUE)
         await front.settled()
         assert worker.version(again) == "v1"
@@ -181,11 +181,11 @@ def test_a_store_that_goes_on_to_hang_is_not_asked_for_a_key_again_and_again() -
         store, front = worker.store, worker.front
         store.due.add(DUE)
         front.send(DUE)
-        await until(lambda: store.asked == [DUE])
+        await let_loop_run(lambda: store.asked == [DUE])
         worker.clock[0] += SLOW_S
         await front.settled()
         store.answer(DUE, StoreUnavailable("timed out"))
-        await until(lambda: DUE in worker.steps._loads._due and not worker.steps._loads.lanes.store.running)
+        await let_loop_run(lambda: DUE in worker.steps._loads._due and not worker.steps._loads.lanes.store.running)
         await worker.steps.unload(DUE)
         front.send(DUE)
         await front.settled()
@@ -204,11 +204,11 @@ def test_without_a_copy_a_load_fails_at_once_where_many_hang_already() -> None:
         for model in name_models("hung", places):
             front.send(model)
         for asked in range(THREADS, places + 1, THREADS):
-            await until(lambda asked=asked: len(store.asked) == asked)  # type: ignore[misc]
+            await let_loop_run(lambda asked=asked: len(store.asked) == asked)  # type: ignore[misc]
             worker.clock[0] += SLOW_S
         worker.health.note_failure(worker.clock[0] - 7)
         cold = front.send("a/cold")
-        await until(lambda: cold in front.refusals)
+        await let_loop_run(lambda: cold in front.refusals)
         assert front.refusals[cold].situation is Situation.STORE_FAILED
         assert "not answered for 7 s" in str(front.refusals[cold])
         assert front.refusals[cold].detail.retry_ms == 1_000
@@ -229,7 +229,7 @@ def test_requests_learn_that_their_model_comes_from_a_slow_store() -> None:
         worker.steps._loads.lanes.store.seconds = 30.0
         deadline = int((worker.clock[0] + 10) * 1e9)
         hasty, patient = front.send("a/cold", deadline_ns=deadline), front.send("a/cold")
-        await until(lambda: hasty in front.refusals)
+        await let_loop_run(lambda: hasty in front.refusals)
         assert front.refusals[hasty].situation is Situation.OVERLOADED
         assert front.refusals[hasty].detail.retry_ms == 30_000
         store.answer("a/cold")
@@ -279,7 +279,9 @@ def test_whatever_the_store_does_every_request_has_one_answer(seed: int) -> None
         worker.clock[0] += SUSPECTED_S
         await asyncio.gather(*filter(None, tasks), return_exceptions=True)
         lanes = loads.lanes
-        await until(lambda: not (loads._due or list(steps._cache.loads) or lanes.store.running or lanes.disk.running))
+        await let_loop_run(
+            lambda: not (loads._due or list(steps._cache.loads) or lanes.store.running or lanes.disk.running)
+        )
         assert (lanes.waiting_to_ask, lanes.waiting_to_build, len(loads)) == (0, 0, 0)
         assert [*lanes._runs, *lanes._left, *lanes._due, *loads._renewing] == []
         assert lanes._fetched == 0

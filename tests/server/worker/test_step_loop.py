@@ -91,7 +91,7 @@ def seed_of(model: str, version: int) -> int:
 
 
 @cache
-def reference(model: str, version: str) -> torch.nn.Module:
+def make_reference(model: str, version: str) -> torch.nn.Module:
     """The plain network with that version's weights."""
     with SEEDING:
         network = FAMILIES[model[0]].reference()
@@ -101,14 +101,14 @@ def reference(model: str, version: str) -> torch.nn.Module:
 
 
 @cache
-def expected(model: str, version: str, variant: int) -> np.ndarray[Any, Any]:
+def compute_expected(model: str, version: str, variant: int) -> np.ndarray[Any, Any]:
     """What the reference of that version answers."""
     with torch.inference_mode():
-        answer: np.ndarray[Any, Any] = reference(model, version)(torch.tensor([inputs(variant)]))[0].numpy()
+        answer: np.ndarray[Any, Any] = make_reference(model, version)(torch.tensor([draw_inputs(variant)]))[0].numpy()
     return answer
 
 
-def inputs(variant: int) -> list[list[float]]:
+def draw_inputs(variant: int) -> list[list[float]]:
     """One of the few request bodies."""
     return [[float(variant + t) / 9 for t in range(9)] for _ in range(2)]
 
@@ -138,7 +138,7 @@ class Front:
             self.queued[job.request.id] = queue_s
             self.answers[job.request.id] = (job.model, job.slot.version)
             found = orjson.loads(body)["predictions"]
-            right = expected(job.model, job.slot.version, job.request.id % VARIANTS)
+            right = compute_expected(job.model, job.slot.version, job.request.id % VARIANTS)
             np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-5)
 
     def refuse(self, job: Job, refused: Refused) -> None:
@@ -150,14 +150,14 @@ class Front:
     def send(self, model: str, *, deadline_ns: int = FAR, body: bytes | None = None, arrived_ns: int = 0) -> int:
         """Submit a request; its id."""
         ident = len(self.jobs)
-        body = body if body is not None else orjson.dumps({"x": inputs(ident % VARIANTS)})
+        body = body if body is not None else orjson.dumps({"x": draw_inputs(ident % VARIANTS)})
         request = Request(ident, deadline_ns, model, "", "", 0, body, arrived_ns)
         self.jobs.append(self.steps.submit(request, self))
         return ident
 
     async def settled(self) -> None:
         """Until every job has its answer or refusal. Raises AssertionError if one was wrong."""
-        await until(lambda: bool(self.wrong) or len(self.answers) + len(self.refusals) == len(self.jobs))
+        await let_loop_run(lambda: bool(self.wrong) or len(self.answers) + len(self.refusals) == len(self.jobs))
         for error in self.wrong:
             raise error
 
@@ -209,7 +209,7 @@ def play(scenario: Scenario, *, slabs: int = 4, per_model: int = 2000) -> None:
     asyncio.run(run())
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def let_loop_run(condition: Callable[[], bool]) -> None:
     """Let the loop run until something is true."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 -- the step loop has no events to wait for, by design
@@ -221,7 +221,7 @@ def rows_per_slab(family: str) -> int:
     return SLAB // (FAMILIES[family].row_floats * 4)
 
 
-def resident(steps: StepLoop) -> set[str]:
+def list_resident(steps: StepLoop) -> set[str]:
     """The models that are ready."""
     return {row["model"] for row in steps.describe() if row["state"] == "ready"}
 
@@ -272,10 +272,10 @@ def test_evicts_in_lru_order_and_only_for_a_built_model() -> None:
         loader.gate.clear()
         front.send("a/new")
         await asyncio.sleep(0.05)
-        assert resident(steps) == {f"a/{i}" for i in range(full)}
+        assert list_resident(steps) == {f"a/{i}" for i in range(full)}
         loader.gate.set()
         await front.settled()
-        assert resident(steps) == {f"a/{i}" for i in range(full) if i != 1} | {"a/new"}
+        assert list_resident(steps) == {f"a/{i}" for i in range(full) if i != 1} | {"a/new"}
 
     play(scenario, slabs=2)
 
@@ -294,7 +294,7 @@ def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Sit
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         for i in range(rows_per_slab("a")):
             await steps.load(ModelName(f"a/{i}"))
-        before = resident(steps)
+        before = list_resident(steps)
         loader.broken["a/bad"] = error  # type: ignore[assignment]
         loader.gate.clear()
         for _ in range(3):
@@ -307,7 +307,7 @@ def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Sit
         assert all(said in str(refused) for refused in front.refusals.values())
         assert front.jobs[-1].cache is CacheResult.NONE
         assert loader.builds.count("a/bad") == 1
-        assert resident(steps) == before
+        assert list_resident(steps) == before
 
     play(scenario, slabs=1)
 
@@ -330,12 +330,12 @@ def test_a_failed_load_keeps_nothing_of_its_archive() -> None:
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         build = loader.build
 
-        def failing(model: ModelName, *, revalidate: bool = False) -> LoadedModel:
+        def fail_forward(model: ModelName, *, revalidate: bool = False) -> LoadedModel:
             if model.startswith("a/bad"):
                 fail_with(Bytes(), f"{model}: broken {'x' * 10_000}")
             return build(model, revalidate=revalidate)
 
-        loader.build = failing  # type: ignore[method-assign]
+        loader.build = fail_forward  # type: ignore[method-assign]
         for i in range(3):
             front.send(f"a/bad{i}")
         with pytest.raises(ArchiveInvalid, match=r"a/bad9: broken x+ .shortened"):
@@ -347,7 +347,7 @@ def test_a_failed_load_keeps_nothing_of_its_archive() -> None:
             gc.collect()
             return not any(archive() for archive in watched)
 
-        await until(are_gone)  # a loader thread has its last error in hand until it has ended its turn
+        await let_loop_run(are_gone)  # a loader thread has its last error in hand until it has ended its turn
         assert max(len(str(refused)) for refused in front.refusals.values()) < 3000
 
     play(scenario)
@@ -359,19 +359,19 @@ def test_a_wrong_golden_sample_costs_nobody_their_place() -> None:
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         for i in range(rows_per_slab("a")):
             await steps.load(ModelName(f"a/{i}"))
-        before = resident(steps)
-        x = inputs(0)
+        before = list_resident(steps)
+        x = draw_inputs(0)
         loader.golden["a/bad"] = GoldenSample(request={"x": x}, response={"predictions": [[9.0] * 3] * 2})
         loader.golden["a/good"] = GoldenSample(
-            request={"x": x}, response={"predictions": expected("a/good", "v1", 0).tolist()}
+            request={"x": x}, response={"predictions": compute_expected("a/good", "v1", 0).tolist()}
         )
         ident = front.send("a/bad")
         await front.settled()
         assert "golden" in str(front.refusals[ident])
-        assert resident(steps) == before
+        assert list_resident(steps) == before
         front.send("a/good")
         await front.settled()
-        assert "a/good" in resident(steps)
+        assert "a/good" in list_resident(steps)
 
     play(scenario, slabs=1)
 
@@ -388,7 +388,7 @@ def test_a_copy_that_fails_frees_the_room_and_the_waiters(monkeypatch: pytest.Mo
         assert "the server's log says why" in str(front.refusals[lost])
         for i in range(2, 2 + rows_per_slab("a")):
             await steps.load(ModelName(f"a/{i}"))
-        assert len(resident(steps)) == rows_per_slab("a")
+        assert len(list_resident(steps)) == rows_per_slab("a")
 
     play(scenario, slabs=1)
 
@@ -475,7 +475,7 @@ def test_unload_waits_for_queued_requests() -> None:
         idents = [front.send("a/1") for _ in range(200)]
         assert await steps.unload(ModelName("a/1"))
         assert set(front.answers) == set(idents)
-        assert resident(steps) == set()
+        assert list_resident(steps) == set()
         assert not await steps.unload(ModelName("a/1"))
 
     play(scenario)
@@ -492,7 +492,7 @@ def test_unload_of_a_loading_model_lets_its_waiters_run_first() -> None:
         loader.gate.set()
         assert await unload
         assert ident in front.answers
-        assert resident(steps) == set()
+        assert list_resident(steps) == set()
 
     play(scenario)
 
@@ -524,12 +524,12 @@ def test_pins_that_fill_the_budget_refuse_at_once() -> None:
         for i in range(rows_per_slab("a")):
             await steps.load(ModelName(f"a/{i}"))
             steps.pin(ModelName(f"a/{i}"))
-        before = resident(steps)
+        before = list_resident(steps)
         ident = front.send("a/new")
         await front.settled()
         assert front.refusals[ident].situation is Situation.NO_ROOM
         assert "pinned" in str(front.refusals[ident])
-        assert resident(steps) == before
+        assert list_resident(steps) == before
 
     play(scenario, slabs=1)
 
@@ -548,7 +548,7 @@ def test_a_cold_slab_is_reclaimed_for_another_family() -> None:
         await front.settled()
         front.send("b/1")
         await front.settled()
-        assert {*hot, "b/1"} <= resident(steps)
+        assert {*hot, "b/1"} <= list_resident(steps)
         for model in hot:
             front.send(model)
         await front.settled()
@@ -564,7 +564,7 @@ def test_deadlines_while_loading_and_while_queued() -> None:
         loader.gate.clear()
         late = front.send("a/1", deadline_ns=1)
         patient = front.send("a/1")
-        await until(lambda: late in front.refusals)
+        await let_loop_run(lambda: late in front.refusals)
         assert front.refusals[late].situation is Situation.DEADLINE
         loader.gate.set()
         await front.settled()
@@ -572,7 +572,7 @@ def test_deadlines_while_loading_and_while_queued() -> None:
         queued = front.send("a/1", deadline_ns=1)
         await front.settled()
         assert front.refusals[queued].situation is Situation.DEADLINE
-        assert resident(steps) == {"a/1"}
+        assert list_resident(steps) == {"a/1"}
 
     play(scenario)
 
@@ -676,7 +676,7 @@ def test_cancelled_jobs_are_not_run_and_leave_no_lease() -> None:
         for job in front.jobs:
             steps.cancel(job)
         loader.gate.set()
-        await until(lambda: "a/2" in resident(steps))
+        await let_loop_run(lambda: "a/2" in list_resident(steps))
         await asyncio.sleep(0.01)
         assert not front.answers
         assert not front.refusals
@@ -766,7 +766,7 @@ def test_only_a_loop_whose_steps_turn_beats(monkeypatch: pytest.MonkeyPatch) -> 
     async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
         del loader, front
         pulse = steps._long.pulse
-        await until(lambda: pulse._beats >= 2)
+        await let_loop_run(lambda: pulse._beats >= 2)
         fails = 0
 
         def fail(_: object) -> bool:
@@ -778,8 +778,8 @@ def test_only_a_loop_whose_steps_turn_beats(monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(type(steps._scheduler), "has_work", property(fail))
             before = pulse._beats
-            await until(lambda: fails >= 3)
+            await let_loop_run(lambda: fails >= 3)
             assert pulse._beats == before
-        await until(lambda: pulse._beats > before)
+        await let_loop_run(lambda: pulse._beats > before)
 
     play(scenario)

@@ -42,11 +42,11 @@ from tests.server.worker.test_step_loop import (
     SLAB,
     FakeLoader,
     Front,
-    expected,
-    inputs,
-    resident,
+    compute_expected,
+    draw_inputs,
+    let_loop_run,
+    list_resident,
     rows_per_slab,
-    until,
 )
 
 NOW = 10_000.0
@@ -175,7 +175,7 @@ def test_an_evicted_model_returns_without_the_loader(on_device: bool) -> None:
         models = name_models(rows_per_slab("a") + 1)
         for model in models:
             await house.ask(model)
-        assert (ModelName(models[0]) in house.shelf, models[0] in resident(house.steps)) == (True, False)
+        assert (ModelName(models[0]) in house.shelf, models[0] in list_resident(house.steps)) == (True, False)
         assert house.series('model_cache_bytes{device="cpu",tier="host"') > 0
         built = list(house.store.builds)
         await house.ask(models[0])
@@ -304,7 +304,7 @@ def test_a_step_out_of_memory_once_is_answered() -> None:
         house.device.short_of_memory = 1
         ident = await house.ask("a/m0")
         assert house.front.answers[ident] == ("a/m0", "v1")
-        assert resident(house.steps) == {"a/m0"}
+        assert list_resident(house.steps) == {"a/m0"}
         assert house.device.trims == 1
         assert house.series('model_evictions_total{device="cpu",reason="memory",tier="device"') == 1
 
@@ -362,7 +362,7 @@ def test_a_load_out_of_memory_once_and_always() -> None:
             await house.steps.load(ModelName("a/m1"))
         assert situation_of(failed.value) is Situation.NO_ROOM
         assert house.cache.used_bytes == used
-        assert resident(house.steps) == {"a/m0"}
+        assert list_resident(house.steps) == {"a/m0"}
         house.device.short_of_memory = 0
         assert await house.ask("a/m0") in house.front.answers
 
@@ -375,8 +375,8 @@ def test_a_golden_sample_out_of_memory_is_not_the_archives_fault() -> None:
     async def scenario(house: House) -> None:
         forgotten: list[str] = []
         house.store.forget = forgotten.append  # type: ignore[method-assign, assignment]
-        response = {"predictions": expected("a/m0", "v1", 0).tolist()}
-        house.store.golden["a/m0"] = GoldenSample(request={"x": inputs(0)}, response=response)
+        response = {"predictions": compute_expected("a/m0", "v1", 0).tolist()}
+        house.store.golden["a/m0"] = GoldenSample(request={"x": draw_inputs(0)}, response=response)
         house.device.short_of_memory = 2
         with pytest.raises(NoRoom):
             await house.steps.load(ModelName("a/m0"))
@@ -405,8 +405,8 @@ def test_page_locked_memory_that_is_short_costs_one_load() -> None:
     """A golden sample's answers have no place: the load is refused, and the next one succeeds."""
 
     async def scenario(house: House) -> None:
-        response = {"predictions": expected("a/m0", "v1", 0).tolist()}
-        house.store.golden["a/m0"] = GoldenSample(request={"x": inputs(0)}, response=response)
+        response = {"predictions": compute_expected("a/m0", "v1", 0).tolist()}
+        house.store.golden["a/m0"] = GoldenSample(request={"x": draw_inputs(0)}, response=response)
         house.device.page_locked_bytes = house.device.page_locked.used_bytes
         with pytest.raises(NoRoom, match="out of memory"):
             await house.steps.load(ModelName("a/m0"))
@@ -429,7 +429,7 @@ def test_idle_work_that_fails_costs_nothing() -> None:
             raise torch.OutOfMemoryError("out of memory")
 
         house.engine.learn = learn  # type: ignore[method-assign]
-        await until(lambda: len(tried) > 1)
+        await let_loop_run(lambda: len(tried) > 1)
         assert await house.ask("a/m0") in house.front.answers
 
     play(scenario)
@@ -485,7 +485,7 @@ def test_forwards_are_captured_while_nothing_is_ready() -> None:
             house.front.send("a/m0")
             house.steps._learn()
             await asyncio.sleep(0)
-        await until(lambda: bool(busy))
+        await let_loop_run(lambda: bool(busy))
         assert busy == [False]
         replays = house.device.replays
         await house.ask("a/m0")
@@ -531,7 +531,7 @@ def test_a_loaded_family_is_warmed_before_its_first_request() -> None:
         await house.steps.load(ModelName("a/m0"))
         assert isinstance(house.engine, DeviceEngine)
         engine = house.engine
-        await until(lambda: FAMILIES["a"].key in engine._staging)
+        await let_loop_run(lambda: FAMILIES["a"].key in engine._staging)
         assert engine.open_batch(FAMILIES["a"]).is_staged
         assert await house.ask("a/m0") in house.front.answers
 

@@ -13,7 +13,7 @@ from model_store.stores.model_store import ModelStore
 from model_store.stores.object_store import open_source
 from server.worker.model_loader import AskStore, BuildFetched, ModelLoader
 from server.worker.version_keeper import VersionKeeper
-from tests.e2e.models import forecaster
+from tests.e2e.models import pack_forecaster
 from tests.patience import wait_until
 from tests.server.worker.loads import run_load
 
@@ -32,7 +32,7 @@ def test_a_version_that_served_is_loaded_without_the_store(tmp_path: Path) -> No
     keeper = VersionKeeper(store)
     versions: list[str] = []
     for seed in (1, 2):
-        source.put(NAME, forecaster(NAME, seed).data)
+        source.put(NAME, pack_forecaster(NAME, seed).data)
         built = run_load(loader.load(NAME, revalidate=True))
         keeper.note(built)
         versions.insert(0, built.version)

@@ -18,7 +18,7 @@ from server.front.fan_out import Item, MultiModelCall, Prediction
 from server.front.raw_json import MAX_ITEMS, build_request, extract_prediction
 from server.front.slices import AT_ONCE, UNIT, finish_slices
 from server.settings import Settings
-from tests.server.front.answering import never
+from tests.server.front.answering import stay_connected
 from tests.server.front.counted import count_work
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
@@ -282,7 +282,7 @@ def test_every_situation_has_a_status() -> None:
 )
 def test_the_error_of_a_call(refused: Refused, status: int, error: dict[str, object]) -> None:
     """One object with code, message and, where there is one, the place; no header of another protocol's."""
-    reply = make_dialect().refused(refused, HttpRequest("POST", "/v1/forecasts", {}, never))
+    reply = make_dialect().refused(refused, HttpRequest("POST", "/v1/forecasts", {}, stay_connected))
     assert (reply.status, json.loads(reply.body), reply.headers) == (status, {"error": error}, [])
 
 
@@ -290,9 +290,9 @@ def test_overload_says_when_to_retry() -> None:
     """By the standard header; the operator chooses between 503 and 429."""
     for chosen in (503, 429):
         reply = make_dialect(overload_status=chosen).refused(
-            Refused(Situation.OVERLOADED, "full"), HttpRequest("POST", "/v1/forecasts", {}, never)
+            Refused(Situation.OVERLOADED, "full"), HttpRequest("POST", "/v1/forecasts", {}, stay_connected)
         )
         assert (reply.status, reply.headers) == (chosen, [(b"retry-after", b"1")])
     late = Refused(Situation.DEADLINE, "late", retry_ms=1234)
-    reply = make_dialect().refused(late, HttpRequest("POST", "/v1/forecasts", {}, never))
+    reply = make_dialect().refused(late, HttpRequest("POST", "/v1/forecasts", {}, stay_connected))
     assert (reply.status, reply.headers) == (424, [(b"retry-after", b"2")])

@@ -10,10 +10,10 @@ from server.errors import Refused, Situation
 from server.front.dialects.open_inference import STATUS, VERSION, ModelOperation, OpenInference
 from server.front.exchange import HttpRequest
 from server.settings import Settings
-from tests.server.front.answering import never
+from tests.server.front.answering import stay_connected
 
 DIALECT = OpenInference(Settings.model_validate({"store": "models"}))
-PLAIN = HttpRequest("POST", "/v2/models/a/infer", {}, never)
+PLAIN = HttpRequest("POST", "/v2/models/a/infer", {}, stay_connected)
 
 
 def test_every_situation_has_a_status() -> None:

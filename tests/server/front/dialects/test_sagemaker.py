@@ -8,9 +8,9 @@ from server.errors import Refused, Situation
 from server.front.dialects.sagemaker import ERRORS, SageMaker
 from server.front.exchange import HttpRequest
 from server.settings import Settings
-from tests.server.front.answering import never
+from tests.server.front.answering import stay_connected
 
-PLAIN = HttpRequest("POST", "/invocations", {}, never)
+PLAIN = HttpRequest("POST", "/invocations", {}, stay_connected)
 
 
 def make_dialect(**settings: object) -> SageMaker:
@@ -90,6 +90,6 @@ def test_overload_says_when_to_retry() -> None:
 def test_custom_attributes_are_echoed_on_refusals(size: int, echoed: bool) -> None:
     """As long as SageMaker allows them to be."""
     attributes = b"a" * size
-    request = HttpRequest("POST", "/invocations", {b"x-amzn-sagemaker-custom-attributes": attributes}, never)
+    request = HttpRequest("POST", "/invocations", {b"x-amzn-sagemaker-custom-attributes": attributes}, stay_connected)
     headers = dict(make_dialect().refused(Refused(Situation.NOT_FOUND, "no"), request).headers)
     assert headers.get(b"x-amzn-sagemaker-custom-attributes") == (attributes if echoed else None)

@@ -20,7 +20,7 @@ from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.scheduler import Scheduler
 from server.worker.step_loop import StepLoop
 from tests.server.worker.long_jobs import make_unsliced_jobs
-from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, resident, rows_per_slab, until
+from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, let_loop_run, list_resident, rows_per_slab
 
 PERIOD_S = 300.0
 LEARNT = 5  #: the first tick that is foreseen
@@ -101,7 +101,7 @@ def play(scenario: Scenario, *, slabs: int = 1, ahead: bool = True, policy: str 
             await scenario(TickedWorker(steps, loader, front, metrics, cache, now))
             await front.settled()
             assert all(slot.leases == 0 for slot in cache)
-            await until(lambda: not list(cache.loads))
+            await let_loop_run(lambda: not list(cache.loads))
             assert not any(kept.held for kept in shelf._kept.values())
         finally:
             loader.gate.set()
@@ -124,9 +124,9 @@ def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
         for tick in range(LEARNT, LEARNT + 3):
             market.now[0] = PERIOD_S * (tick - 1) + 100
             await market.ask(noise)
-            assert not resident(market.steps) & set(fleet)
+            assert not list_resident(market.steps) & set(fleet)
             await market.before(tick)
-            await until(lambda: resident(market.steps) == set(fleet))
+            await let_loop_run(lambda: list_resident(market.steps) == set(fleet))
             market.now[0] = PERIOD_S * tick
             assert set(await market.ask(fleet)) == {CacheResult.HIT}
         assert market.counted("used") == 3 * len(fleet)
@@ -155,7 +155,7 @@ def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
         await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
-        await until(lambda: resident(market.steps) == set(fleet))
+        await let_loop_run(lambda: list_resident(market.steps) == set(fleet))
         assert len(market.loader.builds) == builds
 
     play(scenario, host=2 * SLAB)
@@ -169,7 +169,7 @@ def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
         await market.learn_and_evict(fleet, noise)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
-        await until(lambda: resident(market.steps) == set(fleet))
+        await let_loop_run(lambda: list_resident(market.steps) == set(fleet))
         assert len(market.loader.builds) - builds == len(noise), "as many as were missing, none twice"
 
     play(scenario)
@@ -183,8 +183,8 @@ def test_a_fleet_that_does_not_fit_is_not_brought_in_circles() -> None:
         await market.learn_and_evict(fleet)
         builds = len(market.loader.builds)
         await market.before(LEARNT)
-        await until(lambda: market.counted("refused") == ROOM)
-        assert len(resident(market.steps) & set(fleet)) == ROOM
+        await let_loop_run(lambda: market.counted("refused") == ROOM)
+        assert len(list_resident(market.steps) & set(fleet)) == ROOM
         assert len(market.loader.builds) - builds <= len(fleet)
 
     play(scenario)
@@ -200,7 +200,7 @@ def test_other_traffic_before_the_tick_takes_its_own_room() -> None:
         await market.learn(fleet, name_models("n", 3))
         await market.ask(name_models("o", ROOM))
         await market.before(LEARNT)
-        await until(lambda: set(fleet) <= resident(market.steps))
+        await let_loop_run(lambda: set(fleet) <= list_resident(market.steps))
         for model in name_models("late", ROOM):
             assert await market.ask([model]) == [CacheResult.MISS]
         market.now[0] = PERIOD_S * LEARNT
@@ -219,7 +219,7 @@ def test_a_request_is_served_where_all_that_is_here_is_about_to_be_asked() -> No
         await market.before(LEARNT)
         builds = len(market.loader.builds)
         assert await market.ask(["a/other"]) == [CacheResult.MISS]
-        await until(lambda: resident(market.steps) == set(fleet))
+        await let_loop_run(lambda: list_resident(market.steps) == set(fleet))
         assert len(market.loader.builds) - builds == 2
 
     play(scenario)
@@ -237,8 +237,8 @@ def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
         slot = market.cache.lease(ModelName("a/held"), market.now[0])
         assert slot is not None
         await market.before(LEARNT)
-        await until(lambda: market.counted("refused") == len(fleet))
-        assert resident(market.steps) == {*pinned, "a/held"}
+        await let_loop_run(lambda: market.counted("refused") == len(fleet))
+        assert list_resident(market.steps) == {*pinned, "a/held"}
         market.cache.release(slot)
         assert set(await market.ask([*pinned, "a/held"])) == {CacheResult.HIT}
 
@@ -257,7 +257,7 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
         await market.before(LEARNT)
         assert [model for model in market.loader.builds[builds:] if model in fleet] == []
         market.loader.gate.set()
-        await until(lambda: set(fleet) <= resident(market.steps))
+        await let_loop_run(lambda: set(fleet) <= list_resident(market.steps))
 
     play(scenario)
 
@@ -287,7 +287,7 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     async def scenario(market: TickedWorker) -> None:
         await market.learn_and_evict(fleet)
         await market.before(LEARNT)
-        await until(lambda: set(fleet) <= resident(market.steps))
+        await let_loop_run(lambda: set(fleet) <= list_resident(market.steps))
         market.now[0] += 100
         await asyncio.sleep(0.15)
         await market.ask(name_models("o", ROOM))
@@ -305,7 +305,7 @@ def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
         await market.learn_and_evict(fleet)
         market.loader.broken["a/t0"] = ArchiveInvalid("a/t0: broken")
         await market.before(LEARNT)
-        await until(lambda: market.counted("failed") == 1 and set(fleet[1:]) <= resident(market.steps))
+        await let_loop_run(lambda: market.counted("failed") == 1 and set(fleet[1:]) <= list_resident(market.steps))
 
     play(scenario)
 
@@ -317,6 +317,6 @@ def test_under_the_policy_that_knows_rhythms_itself() -> None:
     async def scenario(market: TickedWorker) -> None:
         await market.learn(fleet, noise)
         await market.before(LEARNT)
-        await until(lambda: set(fleet) <= resident(market.steps))
+        await let_loop_run(lambda: set(fleet) <= list_resident(market.steps))
 
     play(scenario, policy="due")
