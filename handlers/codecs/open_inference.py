@@ -20,7 +20,7 @@ from msgspec import Meta, Raw, Struct
 
 from handlers.base import Float32, Shape
 from handlers.codecs import tensors
-from handlers.errors import RequestError
+from handlers.errors import RequestError, UnsupportedMedia
 
 INFER = "application/vnd.fleetcast.infer"  #: with `;json=N`: the request's first N bytes are the document
 DESCRIBE = "application/vnd.fleetcast.describe"  #: without a body: what the model takes and gives
@@ -29,6 +29,7 @@ FP32, BYTES_EACH = "FP32", 4
 MODEL_VERSION = "1"  #: of every model; what is served is said by X-Fleetcast-Model-Version
 MOST_TENSORS, MOST_AXES, LONGEST_AXIS = 256, 16, 2**31 - 1
 MOST_ROWS = 1024  #: of one request
+MOST_DIGITS = 12  #: of a length
 MOST_ID = 1024  #: characters of a request's id, which the answer repeats
 
 Encoded = tuple[bytes, str]
@@ -84,11 +85,6 @@ class Call:
     outputs: Sequence[tuple[str, bool]]
 
 
-def json_bytes(content_type: str) -> int:
-    """The length of the document, of a media type with `;json=N`. Raises ValueError."""
-    return int(content_type.partition(";json=")[2])
-
-
 def describe(signature: Signature) -> bytes:
     """The metadata of a model's tensors. Each may be sent, and is answered, with an axis of rows before its own."""
     sides = {"inputs": signature.inputs, "outputs": signature.outputs}
@@ -102,10 +98,7 @@ def describe(signature: Signature) -> bytes:
 
 def read(body: bytes, content_type: str, signature: Signature) -> Call:
     """Read a request for a model. Raises RequestError that names the input and the place in it."""
-    size = json_bytes(content_type)
-    if not 0 <= size <= len(body):
-        message = f"Inference-Header-Content-Length says {size} bytes of JSON, but the body has {len(body)}"
-        raise RequestError(message)
+    size = _json_bytes(content_type, len(body))
     if size == 0:
         return _read_raw(body, signature)
     try:
@@ -145,6 +138,15 @@ def write(call: Call, model: str, outputs: Mapping[str, Float32]) -> Encoded:
     if not parts:
         return text, "application/json"
     return b"".join((text, *parts)), f"{INFER_BINARY};json={len(text)}"
+
+
+def _json_bytes(content_type: str, most: int) -> int:
+    """The length of the document. Any client can send the media type as its own, so it may be wrong."""
+    name, _, size = content_type.partition(";json=")
+    if name != INFER or not (size.isascii() and size.isdigit() and len(size) <= MOST_DIGITS and int(size) <= most):
+        message = f"content type {content_type[:80]!r} is not {INFER};json=N with at most the body's {most} bytes"
+        raise UnsupportedMedia(f"{message}; clients of the Open Inference Protocol ask /v2/models/MODEL/infer")
+    return int(size)
 
 
 def _read_raw(body: bytes, signature: Signature) -> Call:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from handlers.base import Float32
 from handlers.codecs.open_inference import INFER, MOST_ROWS, Call, Signature, describe, read, write
-from handlers.errors import RequestError
+from handlers.errors import RequestError, UnsupportedMedia
 
 ONE = Signature({"x": (2, 3)}, {"y": (2,)})
 OPEN = Signature({"x": (-1,), "scale": ()}, {"y": (-1,), "z": (2,)})
@@ -140,6 +140,15 @@ def test_raw_bodies_are_whole_rows(body: bytes) -> None:
         read(body, f"{INFER};json=0", ONE)
     with pytest.raises(RequestError, match="send JSON too"):
         read(bytes(24), f"{INFER};json=0", OPEN)
+
+
+@pytest.mark.parametrize(
+    "media", ["", ";json=", ";json=-1", ";json=3", ";json=x", f";json={'1' * 5000}", "x;json=2", ";json=²"]
+)
+def test_a_client_may_send_the_media_type_itself(media: str) -> None:
+    """To `/invocations`, with any length: it is refused as any other type that is not served."""
+    with pytest.raises(UnsupportedMedia, match="/v2/models/MODEL/infer"):
+        read(b"{}", f"{INFER}{media}", ONE)
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
