@@ -205,7 +205,7 @@ def replace_disk(world: World) -> Iterator[None]:
     """A file lies where the disk tier's folder was."""
     folder = world.disk_cache
 
-    def replaced() -> bool:
+    def try_replace() -> bool:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.touch(exist_ok=False)
@@ -213,7 +213,7 @@ def replace_disk(world: World) -> Iterator[None]:
             return False
         return folder.is_file()
 
-    wait_until(replaced, "the folder is a file")
+    wait_until(try_replace, "the folder is a file")
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ def serve_app(app: Any, act: Callable[[RawClient], Awaitable[None]], keep_alive_
     uvloop.run(scenario())
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def let_loop_run(condition: Callable[[], bool]) -> None:
     """Let the loop run until something is true."""
     async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 -- a listener has no events for its inner state
@@ -333,12 +333,12 @@ def test_a_connection_is_served_by_one_task_that_ends_with_it() -> None:
         pipelined = b"GET /more HTTP/1.1\r\nhost: x\r\n\r\n" * 5
         await client.ask(pipelined + b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", b"!")
         assert len(tasks) == 9
-        await until(lambda: sum(not task.done() for task in set(tasks)) == 1)
+        await let_loop_run(lambda: sum(not task.done() for task in set(tasks)) == 1)
         gc.collect()
         assert len(held) == 1  # the last one, which the connection knows
         end = b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
         assert (await client.exchange(end)).endswith(b"!")
-        await until(lambda: all(task.done() for task in tasks))
+        await let_loop_run(lambda: all(task.done() for task in tasks))
 
     serve_app(answer_request, act)
 
@@ -363,11 +363,11 @@ def test_a_client_that_leaves_ends_the_task_that_waits_for_its_next_request() ->
         writer.write(b"GET %b HTTP/1.1\r\nhost: x\r\n\r\n" % path)
         if path == b"/":
             await reader.readuntil(b"!")
-        await until(lambda: bool(tasks))
+        await let_loop_run(lambda: bool(tasks))
         writer.close()
-        await until(lambda: not server.server_state.connections)
+        await let_loop_run(lambda: not server.server_state.connections)
         loose.set()
-        await until(lambda: all(task.done() for task in tasks))
+        await let_loop_run(lambda: all(task.done() for task in tasks))
         assert not server.server_state.tasks
         server.should_exit = True
         await serving
