@@ -46,7 +46,7 @@ def run_fleetcast(s3: S3Server, folder: Path, *arguments: str) -> "subprocess.Co
     return subprocess.run(
         [sys.executable, "-m", "server.cli.main", *arguments],
         cwd=folder, env={**plain, **s3.env, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-        timeout=PATIENCE_S,
+        timeout=2 * PATIENCE_S,  # two hundred fits are work, not an event
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from loadtest.cli import app
 from loadtest.cli_groups import BENCHMARKS, DEMOS, CommandModule
-from loadtest.driver import run_result, summary
+from loadtest.driver import run, run_result, summary
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule, Tick
 from loadtest.driver.run import RequestSource, RunPlan, ServerUnderLoad, climb_rates
 from loadtest.driver.run_result import Run
@@ -232,6 +232,7 @@ def make_subject(peer: Peer, model: str) -> ServerUnderLoad:
 def test_a_ramp_ends_where_answers_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rate after rate while they are sustained; the table says at which it was too much, and why."""
     monkeypatch.setattr(run_result, "MAX_LAG_S", PATIENCE_S)  # the ramp is judged here, not how busy this machine is
+    monkeypatch.setattr(run, "SUSTAINED", 0.5)  # nor how long the last answers of half a second take
     with run_peer(Peer(stall_at=130, stall_s=4.0)) as peer:
         plan = RunPlan(Profile(1, arrivals=ArrivalProcess.CONSTANT), 0.5, 0.0, 512, 1, summary.Slo(p99_ms=2000.0))
         to = make_subject(peer, "hit").target("sagemaker", allow_remote=False)
