@@ -10,11 +10,11 @@ from types import MappingProxyType
 #: An architecture has a file and a line here; `handlers.forecasters` imports the file by the name.
 SUMMARIES: Mapping[str, str] = MappingProxyType(
     {
-        "tcn": "a dilated causal CNN, the default",
+        "tcn": "a dilated causal CNN, the default for other steps",
         "mlp": "two hidden layers over the whole context",
         "gru": "a recurrence, then all steps at once",
         "seq2seq": "a recurrence for the past, another for the steps ahead",
-        "lear": "the linear baseline of power prices, fitted in seconds",
+        "lear": "the linear model of power prices, fitted in seconds, the default for days",
         "mqcnn": "a dilated causal CNN, then a context for each step",
         "mqrnn": "a recurrence, then a context for each step",
         "deepar": "a recurrence that reads its own draws: sample paths",

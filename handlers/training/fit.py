@@ -295,9 +295,8 @@ class _Fit:
                 y = torch.from_numpy(np.where(np.isnan(before), np.nan, values[ahead]))[None]
                 quantiles = torch.from_numpy(self._quantiles(from_network(answer, scaler)))
                 naive = torch.from_numpy(np.nan_to_num(before))[..., None]
-                ours, theirs = (
-                    compute_pinball(y, each, levels).sum() / _count_observed(y)[0] for each in (quantiles, naive)
-                )
+                observed = (~y.isnan()).sum()  # 0 / 0 is NaN: where nothing is observed there is no loss
+                ours, theirs = (compute_pinball(y, each, levels).sum() / observed for each in (quantiles, naive))
                 found.append((ours.item(), theirs.item()))
             return found
 
@@ -368,5 +367,5 @@ def _open_threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _count_observed(y: torch.Tensor) -> torch.Tensor:
-    """Count the values of y [m, B, P] that are not missing, at least 1: [m]."""
+    """Count the values of y [m, B, P] that are not missing, at least 1 for a gradient without any: [m]."""
     return (~y.isnan()).sum((1, 2)).clamp(min=1)

@@ -22,12 +22,10 @@ class Windows:
         first, steps = forecasts[0], len(series[0].values)
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
-        split = steps - round(holdout * (steps - first.history_length))
         places = list_origins(series[0], first)
-        self.train = _cut_range(places, first.history_length, split - self.horizon)  # the steps to forecast from
-        self.holdout = _cut_range(places, split, steps - self.horizon)
+        self.train, self.holdout = _split_places(places, steps, first.history_length, self.horizon, holdout)
         if not self.train or not self.holdout:
-            needed = first.history_length + int((self.horizon + places.step - 1) * (1 / holdout + 2))
+            needed = _count_needed_steps(places, first.history_length, self.horizon, holdout)
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
         for part, starts in {"training": self.train, "holdout": self.holdout}.items():
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
@@ -74,6 +72,21 @@ class Windows:
         """Return up to `count` of the steps, evenly spaced, the same for every model [M, B]."""
         places = torch.linspace(0, len(starts) - 1, min(count, len(starts))).long()
         return (starts.start + starts.step * places).expand(len(self), -1)
+
+
+def _split_places(places: range, steps: int, history: int, horizon: int, holdout: float) -> tuple[range, range]:
+    """Return the steps to forecast from for training, and for the last share that is held out, at least one window."""
+    last = places.start + (steps - horizon - places.start) // places.step * places.step
+    split = min(steps - round(holdout * (steps - history)), last)
+    return _cut_range(places, history, split - horizon), _cut_range(places, max(split, history), steps - horizon)
+
+
+def _count_needed_steps(places: range, history: int, horizon: int, holdout: float) -> int:
+    """Return the least number of steps that has a window in both parts; any larger one has too."""
+    enough = history + 2 * (horizon + places.step)
+    while all(_split_places(places, enough, history, horizon, holdout)):
+        enough -= 1
+    return enough + 1
 
 
 def _cut_range(places: range, first: int, last: int) -> range:

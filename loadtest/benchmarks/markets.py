@@ -141,7 +141,7 @@ def main(
 def train_models(data: Path, time: str, targets: Sequence[str], until: datetime, store: str, seed: int) -> None:
     """`fleetcast train` as a user runs it. Raises CalledProcessError; its messages are on stderr."""
     command = [sys.executable, "-P", "-m", "server.cli.main", "train", str(data), "--time", time, "--out", store]
-    command += ["--train-until", until.isoformat(), "--seed", str(seed)]
+    command += ["--train-until", until.isoformat(), "--seed", str(seed), "--architecture", "tcn", "--keep-worse"]
     for target in targets:
         command += ["--target", target]
     subprocess.run(command, check=True)

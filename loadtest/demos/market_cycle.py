@@ -190,6 +190,7 @@ def _make_market(prices: PriceOrigin) -> DemoMarket:
     targets = [flag for name in market.products for flag in ("--target", name)]
     unit = [] if prices.csv else ["--unit", UNITS[MARKET]]
     fit = ["--out", str(STORE), "--epochs", f"{EPOCHS:g}", "--threads", str(THREADS), "--quantiles", LEVELS, *unit]
+    fit += ["--architecture", "tcn", "--keep-worse"]  # the cycle is asked at any hour, and shows a whole market
     _run_fleetcast(f"fitting {count} products of {market.name} together", "train", targets, fit)
     windows = ["--store", str(STORE), "--out", str(STORE / JOINTLY), "--every", str(max(1, market.horizon // 4))]
     _run_fleetcast("learning how they move together", "correlate", targets, windows)

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +18,8 @@ from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import make_progress_bar, one_line_errors, parse_moment, verbatim
+from server.cli.terminal import BAD, make_progress_bar, one_line_errors, parse_moment, verbatim
+from server.logs import escape_text
 
 if TYPE_CHECKING:
     from handlers.training.fit import Fitted, Fitting
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from model_store.archives.manifest import ForecastSpec
 
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
-ARCHITECTURE_HELP = "\b\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
+CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
+ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
 
 
 def train(
@@ -40,7 +43,7 @@ def train(
             help="column that is known in advance, such as a load forecast (repeatable); may contain {target}"
         ),
     ] = None,
-    architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = "tcn",
+    architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = "",
     members: Annotated[int, typer.Option(min=1, max=64, help="number of networks in the ensemble of one archive")] = 1,
     config: Annotated[
         str, typer.Option(metavar="JSON", help="config fields of the architecture that differ from its defaults")
@@ -70,6 +73,9 @@ def train(
     ] = 0.0,
     seed: price_flags.FitSeed = 0,
     threads: price_flags.FitThreads = 1,
+    keep_worse: Annotated[
+        bool, typer.Option("--keep-worse", help="store an archive too whose holdout loss is that of the naive or worse")
+    ] = False,
     unit: Annotated[str, typer.Option(help="unit of the prices, recorded in the archive")] = "",
     time_zone: Annotated[
         str,
@@ -109,6 +115,9 @@ def train(
 
     with one_line_errors():
         names = name_archives(target, name_template)
+        for name in known_future or []:
+            if ahead := {name.replace("{target}", each) for each in target}.intersection(target):
+                raise ValueError(f"--known-future {name}: {min(ahead)} is a target, whose future no request can know")
         rules = replace(
             price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item),
             zone=check_zone_name(time_zone),
@@ -123,16 +132,28 @@ def train(
         options = _parse_config(config) | ({"members": members} if members > 1 else {})
         recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
         recipe["origin"] = _parse_origin(origin)
-        forecasts = make_recipes(series, architecture, options, prediction_length, context_length, recipe)
+        architecture = architecture or choose_architecture(series[0], prediction_length)
+        series, forecasts, dead = _make_recipes(
+            series, lambda one: make_recipes([one], architecture, options, prediction_length, context_length, recipe)[0]
+        )
         _check_out(out, names[series[0].name])
         limit = minutes * 60 or float("inf")
-        fitted = _fit_with_progress(
-            series, forecasts, architecture, options, Fitting(epochs, max_seconds=limit, seed=seed, threads=threads)
-        )
+        fitting = Fitting(epochs, max_seconds=limit, seed=seed, threads=threads)
+        fitted, failed = _fit_what_can_be(series, forecasts, architecture, options, fitting)
         until = series[0].stamp(len(series[0].values) - 1)
         description = _describe_training(csv, series[0])
+        failed |= dead
+        if not keep_worse:
+            fitted, worse = _refuse_worse(fitted)
+            failed |= worse
+        if not fitted:
+            raise ValueError("; ".join(failed.values()))
         sizes = _store_archives(out, [(names[each.name], each) for each in fitted], description, (until, epochs))
         _report_archives(out, fitted, sizes)
+    for name, why in failed.items():
+        print(f"error: {escape_text(why if why.startswith(name) else f'{name}: {why}')}", file=sys.stderr)  # noqa: T201
+    if failed:
+        raise typer.Exit(BAD)
 
 
 def name_archives(targets: Sequence[str], template: str) -> dict[str, ModelName]:
@@ -156,6 +177,74 @@ def _check_out(out: str, name: ModelName) -> None:
     nearest = next(each for each in (folder, *folder.parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"--out {out}: {nearest} is not a folder that can be written to")
+
+
+def choose_architecture(series: "Series", prediction_length: int) -> str:
+    """The architecture that has the least errors for prices of this step, by DECISIONS 80."""
+    from handlers.training.input_recipe import DAY, HOUR, choose_prediction_length  # noqa: PLC0415
+
+    step_s = round(series.step.total_seconds())
+    whole_days = (prediction_length or choose_prediction_length(step_s)) * step_s % DAY == 0
+    return "lear" if HOUR / 4 <= step_s <= HOUR and DAY % step_s == 0 and whole_days else "tcn"
+
+
+def _make_recipes(
+    series: Sequence["Series"], make: Callable[["Series"], "ForecastSpec"]
+) -> tuple[list["Series"], list["ForecastSpec"], dict[str, str]]:
+    """The series that have values, their recipes, and why the others have none. Raises SeriesInvalid if none has."""
+    from handlers.training.time_series import SeriesInvalid  # noqa: PLC0415
+
+    found, dead = dict[str, tuple["Series", "ForecastSpec"]](), dict[str, str]()
+    for each in series:
+        try:
+            found[each.name] = (each, make(each))
+        except SeriesInvalid as error:
+            if len(series) == 1:
+                raise
+            dead[each.name] = str(error)
+    if not found:
+        raise SeriesInvalid("; ".join(dead.values()))
+    return [each for each, _ in found.values()], [recipe for _, recipe in found.values()], dead
+
+
+def _fit_what_can_be(
+    series: Sequence["Series"],
+    forecasts: Sequence["ForecastSpec"],
+    architecture: str,
+    config: Mapping[str, Any],
+    fitting: "Fitting",
+) -> tuple[list["Fitted"], dict[str, str]]:
+    """Fit all series together; if one cannot be fitted, each alone, and say why. Raises SeriesInvalid if none can."""
+    from handlers.training.time_series import SeriesInvalid  # noqa: PLC0415
+
+    try:
+        return _fit_with_progress(series, forecasts, architecture, config, fitting), {}
+    except SeriesInvalid:
+        if len(series) == 1:
+            raise
+    fitted, failed = list["Fitted"](), dict[str, str]()
+    for each, recipe in zip(series, forecasts, strict=True):
+        try:
+            fitted += _fit_with_progress([each], [recipe], architecture, config, fitting)
+        except SeriesInvalid as error:
+            failed[each.name] = str(error)
+    if not fitted:
+        raise SeriesInvalid("; ".join(failed.values()))
+    return fitted, failed
+
+
+def _refuse_worse(fitted: Sequence["Fitted"]) -> tuple[list["Fitted"], dict[str, str]]:
+    """Those that are better than the naive forecast, and why the others are not stored."""
+    good, worse = list["Fitted"](), dict[str, str]()
+    for each in fitted:
+        if each.loss < each.naive_loss:
+            good.append(each)
+        elif each.loss != each.loss:
+            worse[each.name] = f"{each.name}: nothing is observed in its holdout, so that it cannot be judged"
+        else:
+            than = f"its holdout loss {each.loss:.4g} is no better than the naive forecast's {each.naive_loss:.4g}"
+            worse[each.name] = f"{each.name}: {than}; it is not stored (--keep-worse stores it)"
+    return good, worse
 
 
 def _fit_with_progress(

@@ -11,6 +11,7 @@ from traceback import extract_tb
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
@@ -107,6 +108,9 @@ def backtest_fleet(
         series = add_known_series(columns[target], target, forecast.dynamic_feat)
         origins = rolling.origins(series, [forecast])
         found = forecast_windows(answers, model, series, origins)
+        if not (~np.isnan(found.actuals)).any():
+            span = f"{series.stamp(int(origins[0]))} to {series.stamp(int(found.steps[-1, -1]))}"
+            raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
         report_progress(1, len(names))
         return score_forecasts(found, forecast.unit, list_notes(found, model)), make_fan_chart(found)
 

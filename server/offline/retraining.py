@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,6 +225,8 @@ class Retraining:
         target, old = market.series.name, market.predecessor
         if isinstance(fitted, Exception):
             return self._record_failure(target, explain_error(fitted))
+        if isnan(fitted.loss):
+            return self._record_failure(target, f"{target}: nothing is observed in its holdout")
         try:
             candidate = self._open_fitted(market, fitted)
             before = self._refit_predecessor(market, candidate) if market.by_recipe else old
@@ -235,6 +238,9 @@ class Retraining:
             raise
         except Exception as error:
             return self._record_failure(target, explain_error(error))
+        if fitted.loss >= fitted.naive_loss:
+            said = f"holdout loss {fitted.loss:.4g} is no better than the naive forecast's {fitted.naive_loss:.4g}"
+            verdict = dataclasses.replace(verdict, notes=(*verdict.notes, said))
         return verdict if verdict.passed else self._make_outcome(market, verdict, "kept", old.version)
 
     def _open_fitted(self, market: RetrainingMarket, fitted: Fitted) -> ArchiveVersion:

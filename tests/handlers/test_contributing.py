@@ -83,7 +83,8 @@ def test_the_page_on_a_new_architecture_is_true(tree: Path, tmp_path: Path) -> N
         rows.writerow(["hour", "price"])
         rows.writerows([START + timedelta(hours=h), 50 + 20 * sin(h / 4)] for h in range(600))
     trained = ("--architecture", "linear", "--context-length", "30", "--prediction-length", "12", "--epochs", "0.1")
-    run(tree, *COMMAND, "train", str(prices), "--time", "hour", "--target", "price", *trained, "--out", str(store))
+    made = ("--keep-worse", "--out", str(store))
+    run(tree, *COMMAND, "train", str(prices), "--time", "hour", "--target", "price", *trained, *made)
     proof = run(tree, *COMMAND, "verify", str(store / "price.mar"))
     assert "linear-" in proof
     assert "golden sample reproduced" in proof

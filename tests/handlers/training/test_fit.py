@@ -195,13 +195,28 @@ def test_a_golden_sample_is_the_reference_networks_answer() -> None:
 
 
 def test_too_short_a_series_says_how_long_it_must_be() -> None:
-    """The length named in the error is enough; one of half of it is not."""
-    series = make_series(steps=400)
-    with pytest.raises(SeriesInvalid, match=r"market0 has 400 steps; at least (\d+) are needed") as error:
+    """The length named in the error is enough, and one step fewer is not; so is any larger one."""
+    series = make_series(steps=330)
+    with pytest.raises(SeriesInvalid, match=r"market0 has 330 steps; at least (\d+) are needed") as error:
         Windows([series], [make_forecast(series)], 81, 0.1)
     needed = int(str(error.value).split("at least ")[1].split()[0])
-    enough = make_series(steps=needed)
-    assert len(Windows([enough], [make_forecast(enough)], 81, 0.1)) == 1
+    for steps in (needed, needed + 1, needed + 25, needed + 300):
+        enough = make_series(steps=steps)
+        assert len(Windows([enough], [make_forecast(enough)], 81, 0.1)) == 1
+    less = make_series(steps=needed - 1)
+    with pytest.raises(SeriesInvalid, match=f"at least {needed} are needed"):
+        Windows([less], [make_forecast(less)], 81, 0.1)
+
+
+def test_a_holdout_of_which_nothing_is_observed_has_no_loss() -> None:
+    """It is no loss of 0, which would be the best there is: no fit and no naive forecast can be judged by it."""
+    series = make_series(steps=960)
+    values = series.values.copy()
+    values[-200:] = np.nan
+    values[-1] = 5.0  # a value that no window of the naive forecast can be compared with
+    (found,) = fit_forecasters([replace(series, values=values)], [make_forecast(series)], "tcn", {**SMALL}, QUICK)
+    assert np.isnan(found.loss)
+    assert np.isnan(found.naive_loss)
 
 
 def test_series_that_cannot_be_fitted_together_are_refused() -> None:

@@ -163,3 +163,14 @@ def test_windows_that_an_archive_was_fitted_to_are_said(csv: Path, tmp_path: Pat
     result = run("correlate", str(csv), "--time", "hour", *targets, *joint)
     assert result.exit_code == 0, result.output
     assert "note: prices.csv: M00.mar: 12 of 16 windows are in-sample" in result.stderr
+
+
+def test_a_market_of_which_nothing_is_observed_is_no_success(tmp_path: Path) -> None:
+    """Its prices end before the windows: it is named and the exit code is 1, the other is scored."""
+    csv = write_prices(tmp_path / "prices.csv", ["M00", "M01"], empty="M01", since=24 * 10)
+    store = fill(tmp_path / "models", ["M00", "M01"])
+    result = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--windows", "8", "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert [each["target"] for each in found["markets"]] == ["M00"]
+    assert found["failed"]["M01"].startswith("M01: no price is observed in the 8 windows from 2024-03-22 00:00:00 to")

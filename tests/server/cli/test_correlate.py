@@ -53,7 +53,8 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prices.csv").write_text("\n".join(lines))
     made = markets.run(
         "train", str(folder / "prices.csv"), *COLUMNS, "--known-future", "load", "--out", str(folder / "store"),
-        "--epochs", "1", "--config", '{"channels": 4}', "--context-length", "48", "--prediction-length", "6",
+        "--epochs", "1", "--architecture", "tcn", "--keep-worse", "--config", '{"channels": 4}',
+        "--context-length", "48", "--prediction-length", "6",
         "--name-template", "au/{target}.mar", "--train-until", SINCE,
     )  # fmt: skip
     assert made.exit_code == 0, made.output

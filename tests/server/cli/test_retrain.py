@@ -273,5 +273,5 @@ def test_the_gate_takes_windows_that_neither_has_seen(tmp_path: Path) -> None:
     assert "of its recipe, fitted to the same rows, 8 windows from 2024-03-23 00:00:00" in said[21]
     assert "of version" in said[26]
     assert "8 windows from 2024-03-28 00:00:00" in said[26]
-    assert "note" not in read_outcomes(tmp_path / "26.jsonl")["M00"]
+    assert "seen" not in read_outcomes(tmp_path / "26.jsonl")["M00"].get("note", "")
     assert read_spec(store, "M00").trained_until == "2024-03-29 23:00:00"

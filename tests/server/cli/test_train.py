@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -13,10 +14,12 @@ import pytest
 from typer.testing import Result
 
 from handlers.forecasters import ARCHITECTURES
+from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli.setting_flags import settings_from
+from server.cli.train import choose_architecture
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
 from tests.server import markets
@@ -24,7 +27,7 @@ from tests.server import markets
 pytestmark = pytest.mark.slow
 
 HOURS = 24 * 25
-QUICK = ("--config", '{"channels": 4}', "--epochs", "0.5")
+QUICK = ("--architecture", "tcn", "--config", '{"channels": 4}', "--epochs", "0.5", "--keep-worse")
 
 
 def run(*arguments: str) -> Result:
@@ -91,7 +94,7 @@ def test_archives_go_into_a_bucket(prices: Path, bucket: str) -> None:
     """`--out s3://...` stores under the prefix, for the mlp as well."""
     result = run(
         str(prices), "--time", "hour", "--target", "VIC1", "--architecture", "mlp", "--config", '{"hidden": 8}',
-        "--epochs", "0.5", "--out", f"s3://{bucket}/prices",
+        "--epochs", "0.5", "--keep-worse", "--out", f"s3://{bucket}/prices",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     fetched = open_source(f"s3://{bucket}/prices").get(ModelName("VIC1.mar"))
@@ -105,7 +108,17 @@ def test_every_architecture_is_trained_and_proved(prices: Path, tmp_path: Path, 
     """A forecast shorter than the default's, from a shorter context: the archive loads as a worker would load it."""
     fields = ARCHITECTURES[architecture].config.__struct_fields__
     config = json.dumps({name: 4 for name in ("hidden", "channels", "paths") if name in fields})
-    lengths = ("--context-length", "20", "--prediction-length", "12", "--config", config, "--epochs", "0.1")
+    lengths = (
+        "--context-length",
+        "20",
+        "--prediction-length",
+        "12",
+        "--config",
+        config,
+        "--epochs",
+        "0.1",
+        "--keep-worse",
+    )
     quantiles = ("--quantiles", "0.2,0.5,0.8")  # which four paths can tell
     result = run(
         str(prices), "--time", "hour", "--target", "VIC1", "--known-future", "load_{target}", *lengths,
@@ -139,7 +152,7 @@ def test_any_architecture_can_be_an_ensemble(prices: Path, tmp_path: Path, archi
     config = json.dumps({"tcn": {"channels": 4}, "gru": {"hidden": 4}}[architecture])
     result = run(
         str(prices), "--time", "hour", "--target", "VIC1", "--architecture", architecture, "--members", "3",
-        "--config", config, "--epochs", "0.1", "--context-length", "30", "--out", str(tmp_path),
+        "--config", config, "--epochs", "0.1", "--keep-worse", "--context-length", "30", "--out", str(tmp_path),
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     biases = [read_tensors(open_stored(tmp_path, "VIC1.mar"))[f"members.{i}.head.bias"] for i in range(3)]
@@ -155,7 +168,7 @@ def test_the_help_lists_every_architecture() -> None:
     environment = {**os.environ, "COLUMNS": "200"}
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     for name, record in ARCHITECTURES.items():
-        assert f"{name}: {record.summary}\n" in shown.stdout.replace("  [default: tcn]", "")
+        assert f"{name}: {record.summary}\n" in shown.stdout
 
 
 @pytest.mark.parametrize(
@@ -172,12 +185,17 @@ def test_the_help_lists_every_architecture() -> None:
         (["--target", "NSW1", "--quantiles", "0.5,0.1"], "--quantiles: expected rising levels"),
         (["--target", "NSW1", "--config", "{"], "--config: not JSON"),
         (["--target", "NSW1", "--config", '{"features": 3}'], "which other options set"),
-        (["--target", "NSW1", "--config", '{"chanels": 3}'], "config of tcn: Object contains unknown field `chanels`"),
+        (["--target", "NSW1", "--config", '{"chanels": 3}'], "config of lear: Object contains unknown field `chanels`"),
         (["--target", "NSW1", "--architecture", "rnn"], "unknown architecture 'rnn'; known are "),
         (["--target", "NSW1", "--train-until", "March"], "--train-until: expected a date such as 2024-01-01"),
         (["--target", "NSW1", "--train-until", "2024-03-10"], "NSW1 has 216 steps; at least"),
+        (["--target", "NSW1", "--known-future", "VIC1", "--target", "VIC1"], "--known-future VIC1: VIC1 is a target"),
+        (["--target", "NSW1", "--time-zone", "NEM"], "'NEM' is not an IANA time zone, such as Europe/Berlin"),
+        (["--target", "NSW1", "--frequency", "15min"], "--frequency 15min: prices.csv.gz has steps of 1h throughout"),
+        (["--target", "NSW1", "--frequency", "soon"], "--frequency: expected a step such as 15min or 1h, not 'soon'"),
+        (["--target", "NSW1", "--item", "NSW1"], "--item: expected COLUMN=VALUE"),
         (["--target", "NSW1", "--train-until", "2023-01-01"], "NSW1: no values to learn from"),
-        (["--target", "NSW1", "--known-future", "NSW1"], "line 9, column 'NSW1': a known-future value is missing"),
+        (["--target", "NSW1", "--known-future", "NSW1"], "--known-future NSW1: NSW1 is a target, whose future"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(prices: Path, tmp_path: Path, flags: list[str], said: str) -> None:
@@ -209,3 +227,57 @@ def test_importing_the_command_does_not_import_torch() -> None:
     """The command line stays quick for commands that train nothing."""
     code = "import sys, server.cli.train; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("minutes", "flags", "architecture"),
+    [(60, (), "lear"), (15, (), "lear"), (60, ("--prediction-length", "6"), "tcn"), (5, (), "tcn"), (1440, (), "tcn")],
+)
+def test_the_default_is_what_forecasts_such_prices_best(
+    minutes: int, flags: tuple[str, ...], architecture: str
+) -> None:
+    """`lear` for days of hours and quarter-hours, whatever the length; `tcn` for minutes, days, and parts of a day."""
+    series = Series("p", datetime(2024, 1, 1), timedelta(minutes=minutes), np.zeros(3), np.zeros((0, 3)))  # noqa: DTZ001
+    assert choose_architecture(series, int(flags[1]) if flags else 0) == architecture
+
+
+def test_a_dead_column_stops_only_itself(tmp_path: Path) -> None:
+    """One without any price, one whose prices end early: both are named, the third is stored, and the code is 1."""
+    path = markets.write_prices(tmp_path / "p.csv", ["A", "B", "C"], days=60, empty="B", since=24 * 40)
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    path.write_text(
+        "\n".join(",".join([*row[:3], "" if i else row[3], *row[4:]]) for i, row in enumerate(lines)) + "\n"
+    )
+    targets = [word for target in "ABC" for word in ("--target", target)]
+    result = run(str(path), "--time", "hour", *targets, "--out", str(tmp_path / "store"))
+    assert result.exit_code == 1, result.output
+    assert "error: B: no values in the holdout part" in result.stderr
+    assert "error: C: no values to learn from" in result.stderr
+    assert [each.name for each in (tmp_path / "store").iterdir()] == ["A.mar"]
+
+
+def test_a_fit_that_is_no_better_than_naive_is_not_stored(tmp_path: Path) -> None:
+    """Prices that repeat every day: the naive forecast has no error. A flag stores the archive all the same."""
+    rows = [f"2024-{1 + day // 28:02}-{1 + day % 28:02} {hour:02}:00,{hour}" for day in range(28) for hour in range(24)]
+    path = tmp_path / "p.csv"
+    path.write_text("\n".join(["t,p", *rows]))
+    result = run(str(path), "--time", "t", "--target", "p", "--out", str(tmp_path / "store"))
+    assert result.exit_code == 2
+    assert "is no better than the naive forecast's 0; it is not stored" in result.stderr
+    assert not (tmp_path / "store").exists()
+    result = run(str(path), "--time", "t", "--target", "p", "--keep-worse", "--out", str(tmp_path / "store"))
+    assert result.exit_code == 0, result.output
+
+
+def test_the_least_length_in_the_message_is_true(prices: Path, tmp_path: Path) -> None:
+    """So many steps can be fitted, one fewer cannot."""
+    flags = ("--time", "hour", "--target", "VIC1", "--keep-worse", "--out", str(tmp_path / "store"))
+    begin = datetime.fromisoformat("2024-03-01")
+    short = run(str(prices), *flags, "--train-until", str(begin + timedelta(hours=200)))
+    found = re.search(r"at least (\d+) are needed", short.stderr)
+    assert found
+    needed = int(found[1])
+    assert needed > 200
+    for steps, code in ((needed - 1, 2), (needed, 0), (needed + 5, 0)):
+        result = run(str(prices), *flags, "--train-until", str(begin + timedelta(hours=steps)))
+        assert result.exit_code == code, (steps, needed, result.output)
