@@ -70,12 +70,15 @@ def compute_offsets(zone: ZoneInfo, instants: Int64) -> Int64:
     return np.array(after, np.int64)[np.searchsorted(np.array(changes, np.int64), instants, side="right")]
 
 
-def plan_slots(zone: ZoneInfo, start: datetime, step_s: int, steps: int, horizon: int) -> SlotPlan:
+def plan_slots(
+    zone: ZoneInfo, start: datetime, step_s: int, steps: int, horizon: int, *, skipped_first: bool = False
+) -> SlotPlan:
     """Place `steps` real steps from an instant on, and the next `horizon` slots, on the slots of the zone's wall clock.
 
-    A slot is forecast if a real step of it is yet to come within the forecast, even if another one is known. Steps of a
-    day and longer are counted on the calendar, where every one is a slot. Raises OverflowError beyond the years 1 to
-    9999.
+    A slot is forecast if a real step of it is yet to come within the forecast, even if another one is known. A forecast
+    begins with the next real step; with `skipped_first` slots that the clock skips just before it are forecast too, and
+    answered by no step: an archive of an origin may begin its day with them. Steps of a day and longer are counted on
+    the calendar, where every one is a slot. Raises OverflowError beyond the years 1 to 9999.
     """
     if step_s >= DAY:
         every = np.arange(steps + horizon)
@@ -93,7 +96,9 @@ def plan_slots(zone: ZoneInfo, start: datetime, step_s: int, steps: int, horizon
     lowest = int(slots.min())
     slots -= lowest
     ahead = slots[steps:]
-    history = min(int(slots[steps - 1]) + 1, int(ahead.min())) if steps else int(slots[0])
+    history = int(ahead.min())
+    if skipped_first and steps:
+        history = min(int(slots[steps - 1]) + 1, history)
     count = int(np.argmax(ahead >= history + horizon))
     return SlotPlan(int(wall[0]) + lowest * step_s, slots[: steps + count], history, ahead[:count] - history)
 

@@ -132,11 +132,15 @@ class Inputs:
         steps = len(series[0])
         try:
             zone = find_zone(forecast.time_zone)
-            plan = plan_slots(zone, moment, self.step_s, steps, forecast.prediction_length)
+            ahead = forecast.prediction_length
+            plan = plan_slots(zone, moment, self.step_s, steps, ahead, skipped_first=bool(forecast.origin))
         except ZoneUnknown as error:
             raise RequestError(f"the archive's zone {error}; send `start` without an offset", field="start") from None
         except OverflowError:
             raise RequestError("series and forecast must lie in the years 1 to 9999", field="start") from None
+        if not len(plan.steps):
+            message = f"the clock of {forecast.time_zone} skips all {ahead} steps of this forecast"
+            raise RequestError(message, field="start")
         sent = self._covariates(instance, len(plan.slots), f" of real time in {forecast.time_zone}")
         merged = max(0, self._history_length - plan.history) if steps >= self._history_length else 0
         histories = [_merge_steps(np.array(each, np.float64), plan, plan.history, merged) for each in series]

@@ -108,7 +108,7 @@ def test_every_step_is_in_the_slot_of_its_wall_clock(step_s: int) -> None:
         for i, (instant, _) in enumerate(known):
             steps = 30 * HOUR // step_s - i % 7  # the series ends some hours before the change, in one, or after it
             start = datetime.fromtimestamp(instant - instant % step_s - (28 + i % 5) * HOUR, UTC)
-            plan = plan_slots(zone, start, step_s, steps, DAY // step_s)
+            plan = plan_slots(zone, start, step_s, steps, DAY // step_s, skipped_first=bool(i % 2))
             instants = round(start.timestamp()) + step_s * np.arange(len(plan.slots))
             wall = instants + [offset(zone, at) for at in instants.tolist()]
             np.testing.assert_array_equal(plan.slots, (wall - plan.start) // step_s)
@@ -116,7 +116,8 @@ def test_every_step_is_in_the_slot_of_its_wall_clock(step_s: int) -> None:
             np.testing.assert_array_equal(plan.steps, plan.slots[steps:] - plan.history)
             assert plan.steps.min() >= 0
             assert plan.steps.max() < DAY // step_s
-            assert plan.history <= plan.slots[steps - 1] + 1
+            assert plan.history <= plan.slots[steps] if i % 2 else plan.steps.min() == 0
+            assert not i % 2 or plan.history <= plan.slots[steps - 1] + 1
             shift = offset(zone, int(instants[-1])) - offset(zone, int(instants[steps - 1]))
             whole = plan.history == plan.slots[steps - 1] + 1 and shift % step_s == 0
             assert not whole or abs(len(plan.steps) + shift // step_s - DAY // step_s) <= abs(shift) // step_s
@@ -226,6 +227,19 @@ def test_a_midnight_that_does_not_exist_is_still_an_origin() -> None:
     _, found = ask(request("2024-03-08T05:00Z", [1.0] * 48, [1.0] * 71), havana)
     assert found["start"] == "2024-03-10 01:00:00-04:00"
     assert found["mean"] == [*range(1, 24)]
+
+
+def test_a_short_forecast_begins_with_the_next_real_step() -> None:
+    """An hour that the clock skips is no forecast of its own, unless the archive's time of day is that hour."""
+    short = {"context_length": 3, "prediction_length": 1, "dynamic_feat": ()}
+    hour = msgspec.structs.replace(WIDE, **short, inputs=WIDE.inputs[:1], origin=msgspec.UNSET)
+    instance = {"start": "2024-03-30T22:00Z", "target": [1.0, 2.0, 3.0]}  # until 02:00, when it becomes 03:00
+    row, found = ask(json.dumps({"instances": [instance]}).encode(), hour)
+    assert (found["start"], found["mean"]) == ("2024-03-31 03:00:00+02:00", [0])
+    assert row[0].tolist() == [2, 3, 3]  # the skipped hour takes the value before it
+    two = msgspec.structs.replace(hour, origin="02:00")
+    with pytest.raises(RequestError, match="the clock of Europe/Berlin skips all 1 steps of this forecast"):
+        ask(json.dumps({"instances": [instance]}).encode(), two)
 
 
 def test_quarter_hours_and_days() -> None:

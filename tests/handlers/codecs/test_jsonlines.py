@@ -139,7 +139,21 @@ CONFIGURATIONS = st.fixed_dictionaries(
 INSTANCES = st.fixed_dictionaries(
     {},
     optional={
-        "start": st.sampled_from(["2024-01-01", "2024-01-01 00:00:00", "9999-12-31", "0001-01-01", "x"]) | st.text(),
+        "start": st.sampled_from(
+            [
+                "2024-01-01",
+                "2024-01-01 00:00:00",
+                "9999-12-31",
+                "0001-01-01",
+                "x",
+                "2024-03-30 23:00:00+00:00",
+                "9999-12-31 23:00:00Z",
+                "0001-01-01 00:00:00+14:00",
+                "2024-10-27T00:00+02:00",
+                "2024-01-01 00:00-23:59",
+            ]
+        )
+        | st.text(),
         "target": st.lists(NUMBERS, max_size=8) | NUMBERS | st.lists(st.lists(NUMBERS, max_size=4), max_size=3),
         "dynamic_feat": st.lists(st.lists(NUMBERS, max_size=10), max_size=2),
         "cat": st.lists(st.integers(), max_size=2),
