@@ -88,7 +88,7 @@ def test_every_line_in_its_place(s3: S3Server, tmp_path: Path) -> None:
     bad = dict.fromkeys((10, 40, 60, 70), "bad_request")
     assert codes == {**bad, 20: "not_found", 30: "archive_failed"}
     assert found[40]["error"]["field"] == "target"
-    assert set(found[50]) == {"item_id", "start", "mean"}
+    assert set(found[50]) == {"item_id", "start", "time_zone", "mean"}
     for i, each in enumerate(found):
         if i not in codes and i != 50:
             assert each.pop("item_id") == i
