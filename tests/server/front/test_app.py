@@ -154,7 +154,9 @@ def test_large_answers_stream() -> None:
         'fleetcast_inference_requests_total{code="200",protocol="sagemaker"} 1.0',
         'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
     ]
-    assert repr(made).startswith("<App sagemaker, forecasts, v2, health, toy over <DataPlane 1 links, 0 under way, 0 bytes")
+    assert repr(made).startswith(
+        "<App sagemaker, forecasts, v2, health, toy over <DataPlane 1 links, 0 under way, 0 bytes"
+    )
 
 
 def test_no_answer_leaves_as_a_success_after_its_deadline() -> None:
