@@ -16,7 +16,7 @@ from handlers.base import Float32, Shape
 from handlers.codecs import open_inference, tensors
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
-from handlers.codecs.tensors import Place, put
+from handlers.codecs.tensors import Place, put_rows
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
@@ -157,21 +157,21 @@ class FamilyCodec:
             if found is None:
                 return self._forecast(body, wanted, place)
             row = found[self._name]
-        return DecodedCall(put(row[None], place), encode)
+        return DecodedCall(put_rows(row[None], place), encode)
 
     def _infer(self, body: bytes, content_type: str, model: str, place: Place | None) -> DecodedCall:
         """Decode a request of the Open Inference Protocol, for a model that the client calls `model`."""
         if content_type == open_inference.DESCRIBE:
-            description = open_inference.describe(self._signature)
+            description = open_inference.describe_tensors(self._signature)
             nothing = np.empty((0, *self._shapes[self._name]), np.float32)
             return DecodedCall(nothing, lambda _: (description, JSON))
-        call = open_inference.read(body, content_type, self._signature)
+        call = open_inference.read_request(body, content_type, self._signature)
         if call.n > 1 and self._budget is not None:
             self._budget(call.n)
-        rows = put(np.ascontiguousarray(call.feeds[self._name]), place)
+        rows = put_rows(np.ascontiguousarray(call.feeds[self._name]), place)
 
         def encode(outputs: Float32) -> Encoded:
-            return open_inference.write(call, model, {OUTPUT: _check_finite(OUTPUT, outputs)})
+            return open_inference.write_answer(call, model, {OUTPUT: _check_finite(OUTPUT, outputs)})
 
         return DecodedCall(rows, encode, call.n * prod(self._output_shape) if call.n > 1 else 0)
 
@@ -179,7 +179,7 @@ class FamilyCodec:
         if wanted != JSON:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
-        rows = put(rows, place)
+        rows = put_rows(rows, place)
         return DecodedCall(rows, lambda outputs: (encode(_check_finite("predictions", outputs)), JSON), encode.numbers)
 
     def _lines(self, body: bytes, sent: str, wanted: str, place: Place | None) -> DecodedCall:
@@ -187,7 +187,7 @@ class FamilyCodec:
         if sent != wanted:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
-        rows = put(rows, place)
+        rows = put_rows(rows, place)
         return DecodedCall(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
 
     def _forecaster(self, field: str | None) -> DeepAr:
@@ -244,13 +244,13 @@ class SingleCodec:
     def _infer(self, body: bytes, content_type: str, model: str) -> SingleCall:
         """Decode a request of the Open Inference Protocol, for a model that the client calls `model`."""
         if content_type == open_inference.DESCRIBE:
-            description = open_inference.describe(self._signature)
+            description = open_inference.describe_tensors(self._signature)
             return SingleCall({}, 0, lambda _: (description, JSON))
-        call = open_inference.read(body, content_type, self._signature)
+        call = open_inference.read_request(body, content_type, self._signature)
 
         def encode(outputs: Mapping[str, Float32]) -> Encoded:
             sound = {name: _check_finite(name, outputs[name]) for name, _ in call.outputs}
-            return open_inference.write(call, model, sound)
+            return open_inference.write_answer(call, model, sound)
 
         return SingleCall(dict(call.feeds), call.n, encode)
 

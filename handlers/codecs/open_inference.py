@@ -32,7 +32,6 @@ MOST_ROWS = 1024  #: of one request
 MOST_DIGITS = 12  #: of a length
 MOST_ID = 1024  #: characters of a request's id, which the answer repeats
 
-Encoded = tuple[bytes, str]
 Length = Annotated[int, Meta(ge=0, le=LONGEST_AXIS)]
 
 
@@ -85,7 +84,7 @@ class Call:
     outputs: Sequence[tuple[str, bool]]
 
 
-def describe(signature: Signature) -> bytes:
+def describe_tensors(signature: Signature) -> bytes:
     """The metadata of a model's tensors. Each may be sent, and is answered, with an axis of rows before its own."""
     sides = {"inputs": signature.inputs, "outputs": signature.outputs}
     return orjson.dumps(
@@ -96,7 +95,7 @@ def describe(signature: Signature) -> bytes:
     )
 
 
-def read(body: bytes, content_type: str, signature: Signature) -> Call:
+def read_request(body: bytes, content_type: str, signature: Signature) -> Call:
     """Read a request for a model. Raises RequestError that names the input and the place in it."""
     size = _json_bytes(content_type, len(body))
     if size == 0:
@@ -120,7 +119,7 @@ def read(body: bytes, content_type: str, signature: Signature) -> Call:
     return Call(feeds, 1 if rows is None else rows, rows is not None, document.id, outputs)
 
 
-def write(call: Call, model: str, outputs: Mapping[str, Float32]) -> Encoded:
+def write_answer(call: Call, model: str, outputs: Mapping[str, Float32]) -> tuple[bytes, str]:
     """Write the answer of outputs [n, *shape], C-contiguous: JSON, and behind it what was asked as binary."""
     shown, parts = [], list[bytes]()
     for name, binary in call.outputs:

@@ -75,7 +75,7 @@ def read_npy(body: bytes | memoryview, name: str, shape: Shape, *, copy: bool = 
     return np.ascontiguousarray(array) if copy else array
 
 
-def put(rows: Float32, place: Place | None) -> Float32:
+def put_rows(rows: Float32, place: Place | None) -> Float32:
     """Write rows [n, *shape] to their place, if they have one, without the first steps that have no room there."""
     if place is None:
         return rows

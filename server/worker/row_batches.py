@@ -103,8 +103,8 @@ class RowBatches:
         Jobs that are dealt with leave `jobs`, so that they do not fail with the rest. Raises whatever a forward raises.
         """
         began = time.perf_counter()
-        pace = self.pace(self._residents.rows[get_slot(jobs[0])])
-        family = self._residents.rows[get_slot(jobs[0])].family
+        model = self._residents.rows[get_slot(jobs[0])]
+        pace, family = self.pace(model), model.family
         inputs: Any = self._engine.open_batch(family)  # either engine takes what it gave
         running, encoders = self._take(group, jobs, pace, inputs, now)
         jobs[:] = running

@@ -15,7 +15,7 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.dataplane import InferencePlane, InferRequest
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.sdk import __version__
@@ -63,7 +63,7 @@ class ModelOperation(DialectOperation):
 
 
 class _Tensors(msgspec.Struct):
-    """A worker's description of a model: see `handlers.codecs.open_inference.describe`."""
+    """A worker's description of a model: see `handlers.codecs.open_inference.describe_tensors`."""
 
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
@@ -116,7 +116,7 @@ class OpenInference:
             return HttpReply(200, media, response.body, headers, response.stats, response)
         response = await plane.infer(_make_request(request, model, contract.OPEN_INFERENCE_DESCRIBE))
         if operation.name == "ready":
-            return _reply_empty(200, response)
+            return HttpReply(200, "text/plain", b"", [], response.stats)
         tensors = _decode_tensors(await response.read())
         body = {
             "name": model,
@@ -160,10 +160,6 @@ def _split_path(path: str) -> tuple[str, str, str]:
         model, verb = before, last
     before, mark, version = model.rpartition("/versions/")
     return (before, version, verb) if mark and "/" not in version else (model, VERSION, verb)
-
-
-def _reply_empty(status: int, response: InferResponse) -> HttpReply:
-    return HttpReply(status, "text/plain", b"", [], response.stats)
 
 
 def _parse_name(operation: ModelOperation) -> ModelName:

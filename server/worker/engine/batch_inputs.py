@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Family, Float32, Shape
-from handlers.codecs.tensors import put
+from handlers.codecs.tensors import put_rows
 
 Index = npt.NDArray[np.int64]  #: where rows start in a pool, in units of `memory_pool.ALIGN_BYTES`
 
@@ -87,7 +87,7 @@ class LaneInputs:
     def keep(self, part: Float32) -> None:
         """Take a request's inputs into the batch: what lies at the last place, or any other [n, *input_shape]."""
         if part is not self._placed:
-            put(part, self.place)
+            put_rows(part, self.place)
         self.filled[-1] += len(part)
         self.sizes.append(len(part))
 

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handlers.base import Float32
-from handlers.codecs.open_inference import INFER, MOST_ROWS, Call, Signature, describe, read, write
+from handlers.codecs.open_inference import (
+    INFER,
+    MOST_ROWS,
+    Call,
+    Signature,
+    describe_tensors,
+    read_request,
+    write_answer,
+)
 from handlers.errors import RequestError, UnsupportedMedia
 
 ONE = Signature({"x": (2, 3)}, {"y": (2,)})
@@ -21,7 +29,7 @@ SIX = [1, 2.5, 3e0, 4, 5, -6]
 def make_request(*inputs: dict[str, Any], signature: Signature = ONE, behind: bytes = b"", **more: Any) -> Call:
     """Read a request of these inputs, each FP32 where it says nothing."""
     document = json.dumps({"inputs": [{"datatype": "FP32", **each} for each in inputs], **more}).encode()
-    return read(document + behind, f"{INFER};json={len(document)}", signature)
+    return read_request(document + behind, f"{INFER};json={len(document)}", signature)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +62,7 @@ def test_binary_and_json_inputs_may_be_mixed() -> None:
     assert call.feeds["x"].tolist() == [[0, 1, 2, 3]]
     assert call.feeds["scale"].tolist() == [2]
     assert list(call.outputs) == [("z", True), ("y", False)]
-    body, media = write(call, "m", {"y": np.ones((1, 3), np.float32), "z": np.array([[5, 6]], np.float32)})
+    body, media = write_answer(call, "m", {"y": np.ones((1, 3), np.float32), "z": np.array([[5, 6]], np.float32)})
     size = int(media.partition(";json=")[2])
     outputs = json.loads(body[:size])["outputs"]
     assert [each["shape"] for each in outputs] == [[1, 2], [1, 3]]
@@ -64,7 +72,7 @@ def test_binary_and_json_inputs_may_be_mixed() -> None:
 
 def test_a_model_describes_its_tensors() -> None:
     """With an axis of rows before their own."""
-    assert json.loads(describe(ONE)) == {
+    assert json.loads(describe_tensors(ONE)) == {
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2, 3]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}],
     }
@@ -125,21 +133,21 @@ def test_rows_are_bounded() -> None:
         sent = {"name": "x", "shape": shape, "parameters": {"binary_data_size": len(behind)}}
         if rows == MOST_ROWS:
             assert make_request(sent, behind=behind).n == rows
-            assert read(behind, f"{INFER};json=0", ONE).n == rows
+            assert read_request(behind, f"{INFER};json=0", ONE).n == rows
             continue
         with pytest.raises(RequestError, match=f"{rows} rows are more than {MOST_ROWS}"):
             make_request(sent, behind=behind)
         with pytest.raises(RequestError, match=f"{rows} rows are more than {MOST_ROWS}"):
-            read(behind, f"{INFER};json=0", ONE)
+            read_request(behind, f"{INFER};json=0", ONE)
 
 
 @pytest.mark.parametrize("body", [b"", bytes(23), b"{"])
 def test_raw_bodies_are_whole_rows(body: bytes) -> None:
     """A body without JSON that is something else says what it should be."""
     with pytest.raises(RequestError, match="are not rows of"):
-        read(body, f"{INFER};json=0", ONE)
+        read_request(body, f"{INFER};json=0", ONE)
     with pytest.raises(RequestError, match="send JSON too"):
-        read(bytes(24), f"{INFER};json=0", OPEN)
+        read_request(bytes(24), f"{INFER};json=0", OPEN)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +156,7 @@ def test_raw_bodies_are_whole_rows(body: bytes) -> None:
 def test_a_client_may_send_the_media_type_itself(media: str) -> None:
     """To `/invocations`, with any length: it is refused as any other type that is not served."""
     with pytest.raises(UnsupportedMedia, match="/v2/models/MODEL/infer"):
-        read(b"{}", f"{INFER}{media}", ONE)
+        read_request(b"{}", f"{INFER}{media}", ONE)
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
@@ -156,7 +164,7 @@ def test_no_bytes_raise_anything_else(body: bytes, size: int) -> None:
     """A RequestError or a request, whatever comes."""
     for start in (b"", b'{"inputs":[{"name":"x","shape":[2,3],"datatype":"FP32",'):
         with suppress(RequestError):
-            read(start + body, f"{INFER};json={size}", ONE)
+            read_request(start + body, f"{INFER};json={size}", ONE)
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=6, max_size=6), st.booleans())
@@ -167,7 +175,7 @@ def test_numbers_come_back_as_they_are(numbers: list[float], binary: bool) -> No
     sent |= {"parameters": {"binary_data_size": 24}} if binary else {"data": [float(each) for each in numbers]}
     call = make_request(sent, behind=x.tobytes() if binary else b"", parameters={"binary_data_output": binary})
     assert call.feeds["x"].tobytes() == x.tobytes() or (call.feeds["x"] == x).all()
-    body, media = write(call, "m", {"y": x[None]})
+    body, media = write_answer(call, "m", {"y": x[None]})
     size = int(media.partition(";json=")[2] or len(body))
     (output,) = json.loads(body[:size])["outputs"]
     found = np.frombuffer(body[size:], "<f4") if binary else np.array(output["data"], np.float32)
