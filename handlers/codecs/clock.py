@@ -20,6 +20,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 DAY = 86_400
+BLOCK = 512 * DAY  #: seconds of a zone's clock that are looked at together, and remembered
 EPOCH = datetime.fromisoformat("1970-01-01")  # without zone: of a wall clock
 
 
@@ -60,14 +61,26 @@ def compute_offsets(zone: ZoneInfo, instants: Int64) -> Int64:
     Raises OverflowError for instants outside the years 1 to 9999.
     """
     first, last = int(instants[0]), int(instants[-1])
+    blocks = range(first // BLOCK, last // BLOCK + 1)
+    try:
+        found = [_scan_clock(zone, block * BLOCK, (block + 1) * BLOCK) for block in blocks]
+    except OverflowError:  # a block at an end of the calendar, of which the instants may use what there is
+        found = [_scan_clock(zone, first, last)]
+    changes = [change for block in found for change, _ in block[1:]]
+    after = [found[0][0][1], *(offset for block in found for _, offset in block[1:])]
+    return np.array(after, np.int64)[np.searchsorted(np.array(changes, np.int64), instants, side="right")]
+
+
+@lru_cache(maxsize=4096)
+def _scan_clock(zone: ZoneInfo, first: int, last: int) -> tuple[tuple[int, int], ...]:
+    """List the offset at `first`, and each change in (first, last] with the offset after it.
+
+    A day takes 3 us, and a request of a megabyte can span centuries: so each block of time is looked at once.
+    """
     marks = [*range(first, last, DAY), last]
     offsets = [_find_offset(zone, mark) for mark in marks]
-    changes, after = [], [offsets[0]]
-    for i in range(1, len(marks)):
-        if offsets[i] != offsets[i - 1]:
-            changes.append(_find_change(zone, marks[i - 1], marks[i]))
-            after.append(offsets[i])
-    return np.array(after, np.int64)[np.searchsorted(np.array(changes, np.int64), instants, side="right")]
+    changed = [i for i in range(1, len(marks)) if offsets[i] != offsets[i - 1]]
+    return (first, offsets[0]), *((_find_change(zone, marks[i - 1], marks[i]), offsets[i]) for i in changed)
 
 
 def plan_slots(
