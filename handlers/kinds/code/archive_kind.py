@@ -20,7 +20,7 @@ from model_store.archives.manifest import Kind, Spec
 from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 TORCH_FILES = (".pt", ".pth")
-PLACE = "not in this version; a later one runs code in forked child processes where the operator allows it"
+PLACE = "only in a child process of a server that was started with --allow-code and the beginning of its key, or '*'"
 PACKAGES = {CodeStyle.TORCHSERVE: "torchserve (ts)", CodeStyle.MMS: "multi-model-server (mms)"}
 
 

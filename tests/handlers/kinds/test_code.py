@@ -16,13 +16,13 @@ from tests.archives import make_mar_manifest, make_tar_gz, make_zip
 TRAP = b"import sys\nsys.modules['sprung'] = sys\n"
 
 
-def mar(handler: str, **members: bytes) -> Archive:
+def make_mar(handler: str, **members: bytes) -> Archive:
     """A TorchServe archive; `a__b` stands for the member `a/b.py`."""
     files = {f"{name.replace('__', '/')}.py": data for name, data in members.items()}
     return open_archive(make_zip({**make_mar_manifest(handler), **files}), "m.mar")
 
 
-def mms(handler: str) -> Archive:
+def make_mms(handler: str) -> Archive:
     """An archive as model-archiver writes it."""
     manifest = {"modelServerVersion": "1.0", "runtime": "python", "model": {"modelName": "m", "handler": handler}}
     members = {"MAR-INF/MANIFEST.json": json.dumps(manifest).encode(), "service.py": b""}
@@ -32,14 +32,14 @@ def mms(handler: str) -> Archive:
 @pytest.mark.parametrize(
     ("archive", "entry"),
     [
-        (mar("h.py", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h")),
-        (mar("h", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h")),
-        (mar("h.py:go", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h", "go")),
-        (mar("/home/me/h.py", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h")),
-        (mar("lib/h.py:go", lib__h=b"", other=b""), EntryPoint(CodeStyle.TORCHSERVE, "h", "go", "lib")),
-        (mar("text_classifier"), EntryPoint(CodeStyle.TORCHSERVE, "text_classifier", from_package=True)),
-        (mar("text_classifier", text_classifier=b""), EntryPoint(CodeStyle.TORCHSERVE, "text_classifier")),
-        (mms("service.py:handle"), EntryPoint(CodeStyle.MMS, "service", "handle")),
+        (make_mar("h.py", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h")),
+        (make_mar("h", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h")),
+        (make_mar("h.py:go", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h", "go")),
+        (make_mar("/home/me/h.py", h=b""), EntryPoint(CodeStyle.TORCHSERVE, "h")),
+        (make_mar("lib/h.py:go", lib__h=b"", other=b""), EntryPoint(CodeStyle.TORCHSERVE, "h", "go", "lib")),
+        (make_mar("text_classifier"), EntryPoint(CodeStyle.TORCHSERVE, "text_classifier", from_package=True)),
+        (make_mar("text_classifier", text_classifier=b""), EntryPoint(CodeStyle.TORCHSERVE, "text_classifier")),
+        (make_mms("service.py:handle"), EntryPoint(CodeStyle.MMS, "service", "handle")),
         (
             open_archive(make_tar_gz({"code/inference.py": b"", "inference.py": b"", "model.pth": b""}), "m.tar.gz"),
             EntryPoint(CodeStyle.SAGEMAKER, "inference", folder="code"),
@@ -65,14 +65,14 @@ def test_an_archive_whose_handler_is_missing_says_what_was_looked_for() -> None:
 def test_code_runs_in_no_process_that_reads_archives() -> None:
     """`verify` and the other tools refuse it by what it is, and import nothing of it."""
     with pytest.raises(UnsupportedKind, match=r"m\.mar is a code archive \(TorchServe handler 'h\.py'\).*child"):
-        build_model(mar("h.py", h=TRAP))
-    describe_kind(mar("h.py", h=TRAP))
+        build_model(make_mar("h.py", h=TRAP))
+    describe_kind(make_mar("h.py", h=TRAP))
     assert "sprung" not in sys.modules
 
 
 def test_requirements_are_refused_with_advice() -> None:
     """A server installs nothing for an archive."""
-    refuse_requirements(mar("h.py", h=b""))
+    refuse_requirements(make_mar("h.py", h=b""))
     members = {**make_mar_manifest("h.py"), "h.py": b"", "requirements.txt": b"left-pad"}
     with pytest.raises(UnsupportedKind, match=r"m: 'requirements\.txt' .*install them beside the server"):
         refuse_requirements(open_archive(make_zip(members), "m"))
