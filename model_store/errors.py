@@ -68,6 +68,20 @@ class UnsupportedKind(LoadError):
     reason = "unsupported_kind"
 
 
+class CodeFailed(LoadError):
+    """The code of an archive could not be loaded: it raised, took too long, or its process ended."""
+
+    reason = "code_failed"
+
+
+class CodeBusy(LoadError):
+    """So many code archives are being loaded that no further one is begun. Remembered for at most a second."""
+
+    reason = "code_busy"
+    back_off_s = 0.25
+    max_back_off_s = 1.0
+
+
 class GoldenMismatch(ArchiveInvalid):
     """The model does not reproduce the archive's golden sample."""
 

@@ -42,6 +42,7 @@ _LOAD_SITUATIONS = {
     "store_denied": Situation.STORE_FAILED,
     "store_unavailable": Situation.STORE_FAILED,
     "no_room": Situation.NO_ROOM,
+    "code_busy": Situation.OVERLOADED,
 }
 
 
@@ -56,12 +57,16 @@ def describe_quarantine(model: str, why: str) -> str:
 
 
 class Detail(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The body of an error response frame: what was wrong and where, and when to try again where that was estimated."""
+    """The body of an error response frame: what was wrong and where, and when to try again where that was estimated.
+
+    `status`: the HTTP status that the code of an archive gave, or its own server would have given.
+    """
 
     message: str
     instance: int | None = None
     field: str | None = None
     retry_ms: int | None = None
+    status: int | None = None
 
 
 class Refused(Exception):
@@ -74,10 +79,11 @@ class Refused(Exception):
         instance: int | None = None,
         field: str | None = None,
         retry_ms: int | None = None,
+        status: int | None = None,
     ) -> None:
         super().__init__(message)
         self.situation = situation
-        self.detail = Detail(message, instance, field, retry_ms)
+        self.detail = Detail(message, instance, field, retry_ms, status)
 
     def advise(self, retry_s: float) -> None:
         """Say after how many seconds to try again, unless that is said already."""

@@ -183,6 +183,21 @@ class Settings(BaseSettings):
         description="where ONNX models run if workers have a GPU; auto: on the CPU if it answers a row of the model "
         "within 2 ms, else on the GPU; device: on the GPU",
     )
+    allow_code: list[str] = Field(
+        default_factory=list,
+        description="beginnings of the keys of archives whose Python code may run, each archive's in a process of its "
+        "own, such as `team-a/`; `*`: all keys; none: no archive's",
+    )
+    code_memory_bytes: ByteSize = Field(
+        _to_byte_size(1024 * MIB),
+        ge=16 * MIB,
+        description="maximum memory of the processes of one code archive; it counts as measured in `model_cache_bytes`",
+    )
+    code_timeout_s: Seconds = Field(
+        60.0,
+        description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
+        "longer is ended",
+    )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
     )

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from handlers.base import Shape
-from handlers.kinds.code import CodeKind
+from handlers.kinds.code.archive_kind import CodeKind
 from handlers.kinds.correlation import CorrelationKind
 from handlers.kinds.forecaster import ForecasterKind
 from handlers.kinds.graph.archive_kind import GraphKind

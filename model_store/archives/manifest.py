@@ -282,6 +282,7 @@ class MarManifest(Struct, frozen=True, kw_only=True, rename="camel"):
     runtime: str = ""
     created_on: str = ""
     archiver_version: str = ""
+    model_server_version: str | UnsetType = UNSET  # only model-archiver (MMS) writes it, never we
 
 
 def parse_spec(raw: bytes) -> Spec:

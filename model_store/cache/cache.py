@@ -264,6 +264,10 @@ class Cache:
         self._room.free(slot)
         return True
 
+    def recharge(self, slot: Slot, charge: int) -> None:
+        """Count other bytes for a single that was measured again. They may exceed the budget; see `relieve`."""
+        self._room.recharge(slot, charge)
+
     def moved(self, slot: Slot, offset: int) -> None:
         """Record that the row was copied to `offset`. A slab that becomes empty returns to the pool."""
         self._room.move(slot, offset)

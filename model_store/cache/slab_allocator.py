@@ -122,6 +122,12 @@ class Room:
         else:
             self._vacate(slot)
 
+    def recharge(self, slot: Slot, charge: int) -> None:
+        """Count other bytes for a slot of plain bytes."""
+        assert slot.family is None, f"{slot!r} is a row, and a row's bytes never change"
+        self._single_bytes += charge - slot.charge
+        slot.charge = charge
+
     def _take_row(self, bank: Bank) -> int | None:
         """An empty row's offset: in the fullest slab that has one, so that others can empty, else in a new slab."""
         if bank.open:

@@ -178,6 +178,7 @@ class ModelState(Struct, frozen=True):
     bytes: int | UnsetType = UNSET
     one_by_one: str | UnsetType = UNSET
     forecast: dict[str, str | int | list[str]] | UnsetType = UNSET  # what a forecast request must know
+    pid: int | UnsetType = UNSET
     leases: int | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
     loaded_s_ago: float | UnsetType = UNSET

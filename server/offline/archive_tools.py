@@ -74,6 +74,7 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "graph", f"{graph['family']}, {name} {shape} -> {graph['output']}"
         yield "runs", graph["runs"]
         yield "operators", ", ".join(f"{count} {op}" for op, count in graph["operators"].items())
+    yield from _explain_code(found.get("code", {}))
     yield from _list_prices(spec)
     if spec:
         yield "golden", "a sample, checked at every load" if found["golden"] else "none"
@@ -81,6 +82,17 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "member", f"{name}, {format_bytes(size)}"
     for name, shape in found.get("tensors", {}).items():
         yield "tensor", f"{name} {shape}"
+
+
+def _explain_code(code: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Explain what a code archive would run, and what it needs for that."""
+    if "problem" in code:
+        yield "code", f"cannot run: {code['problem']}"
+    elif code:
+        yield "code", f"{code['entry']}: {code['calls']}"
+        yield "runs", code["runs"]
+        for need in code["needs"]:
+            yield "needs", need
 
 
 def _list_prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:

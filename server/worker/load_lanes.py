@@ -1,9 +1,11 @@
-"""The two lanes in which a worker's loads run: the disk lane builds, the store lane asks the store.
+"""The lanes of a worker's loads: the disk lane builds, the store lane asks the store, the code lane starts code.
 
 A load begins in the disk lane, where a copy at hand is built. What the store has to be asked for goes on in the store
-lane, and comes back to be built. The step thread owns everything here but the steps, which run on the lanes' threads.
+lane, and comes back to be built. A code archive is unpacked in the disk lane, and goes on in the code lane, where its
+process is started. The step thread owns everything here but the steps, which run on the lanes' threads.
 
-INVARIANT: no thread of the disk lane waits for the store. So keys that hang keep no model waiting that is on disk.
+INVARIANT: no thread of the disk lane waits for the store, or for the code of an archive. So keys that hang keep no
+model waiting that is on disk, and code that hangs keeps only code waiting.
 """
 
 import asyncio
@@ -16,11 +18,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from model_store.errors import LoadError, StoreUnavailable
+from model_store.errors import CodeBusy, LoadError, StoreUnavailable
 from model_store.names import ModelName
 from server.ipc.pulse import Pulse
 from server.worker.engine.device_errors import ending_if_lost
-from server.worker.model_loader import AskStore, BuildFetched, LoadedModel, LoadSteps, ModelBuilder, unexpected
+from server.worker.model_loader import (
+    AskStore,
+    BuildFetched,
+    LoadedModel,
+    LoadSteps,
+    ModelBuilder,
+    StartCode,
+    unexpected,
+)
 
 KEPT = 7 / 8  #: weight of the times that were measured before
 #: Seconds for which the store may be asked: then a due copy is served meanwhile, and another request may begin.
@@ -30,8 +40,10 @@ SLOW_PLACES = 2
 #: Seconds for which a key that timed out is suspected to do so again.
 SUSPECTED_S = 60.0
 MAX_SUSPECTS = 4096
+#: Code archives that load at a time, each in a process of its own, and that wait for that with their files unpacked.
+CODE_PLACES, MOST_CODE_WAITING = 8, 64
 
-Outcome = AskStore | BuildFetched | LoadedModel | LoadError
+Outcome = AskStore | BuildFetched | StartCode | LoadedModel | LoadError
 StepEnd = tuple[Outcome, float]  # and the seconds that the step took
 
 
@@ -40,6 +52,9 @@ class LaneOwner(Protocol):
 
     def may_build(self) -> bool:
         """Whether there is memory for one more built model."""
+
+    def may_start_code(self) -> bool:
+        """Whether one more code archive may be loaded: few of those that are wait for memory."""
 
     def refuse_asking(self, model: ModelName) -> LoadError | None:
         """The load has to ask the store: why it must not, or None."""
@@ -116,6 +131,8 @@ class LoadLanes:
         self._threads = threads
         self.disk = Lane("loader", threads, now())
         self.store = Lane("store", threads * (1 + SLOW_PLACES), now())
+        self.code = Lane("code", CODE_PLACES, now())
+        self._to_start = deque[LoadRun]()
         self._to_build = deque[LoadRun]()
         self._fetched = 0  # those of them whose archives are in memory
         self._to_ask = deque[LoadRun]()  # keys that have not timed out lately
@@ -205,6 +222,8 @@ class LoadLanes:
             return
         while self._to_build and not self.disk.is_full and self._owner.may_build():
             self._begin(self.disk, self._to_build.popleft())
+        while self._to_start and not self.code.is_full and self._owner.may_start_code():
+            self._begin(self.code, self._to_start.popleft())
         while (run := self._choose_to_ask(self._now())) is not None:
             self._begin(self.store, run)
 
@@ -213,6 +232,7 @@ class LoadLanes:
         self._is_closed = True
         self.disk.close()
         self.store.close()
+        self.code.close()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -297,6 +317,8 @@ class LoadLanes:
             self._fetched += 1
             self._expect(run.model, self._build_wait(), now)
             self._to_build.append(run)
+        elif isinstance(outcome, StartCode):
+            self._enter_code(run)
         elif run.stands_in_for is None:
             self._end(run, outcome)
         elif isinstance(outcome, LoadedModel) and run.stands_in_for.has_copy:
@@ -317,6 +339,15 @@ class LoadLanes:
             self._end(run, refused)
         else:
             (self._to_ask_suspects if self._suspects.get(run.model, now) > now else self._to_ask).append(run)
+
+    def _enter_code(self, run: LoadRun) -> None:
+        """The load has to start code: it waits for its turn, unless too many do."""
+        if len(self._to_start) < MOST_CODE_WAITING:
+            self._to_start.append(run)
+            return
+        run.steps.close()
+        if run.stands_in_for is None:
+            self._end(run, CodeBusy(f"{run.model}: {MOST_CODE_WAITING} code archives wait to be loaded already"))
 
     def _end(self, run: LoadRun, outcome: LoadedModel | LoadError) -> None:
         del self._runs[run.model]

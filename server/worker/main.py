@@ -42,6 +42,7 @@ from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
 from server.worker.model_loader import ModelLoader, open_store, target_of
 from server.worker.prefetch.prefetcher import Prefetcher
+from server.worker.sandbox.code_host import CodeHost, CodePolicy
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 from server.worker.store_probe import StoreProbe
@@ -63,11 +64,12 @@ def build_steps(
     measures = (engine.measure,) if isinstance(engine, DeviceEngine) else ()
     few = FEW if where.type == "cpu" else settings.max_batch_rows  # a GPU's step costs launches, rows next to nothing
     ahead = max(1, settings.loader_threads // 2)  # the others are for loads that a request waits for
+    code = open_code(settings, plan)
     return StepLoop(
         cache,
         Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
         engine,
-        ModelLoader(store, target_of(settings, where.type, plan.threads), *measures),
+        ModelLoader(store, target_of(settings, where.type, plan.threads), *measures, code=code),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
         long=LongJobs(asyncio.get_running_loop(), pulse),
@@ -79,7 +81,17 @@ def build_steps(
         health=store.health,
         probe=StoreProbe(store.probe, store.health),
         note_served=VersionKeeper(store).note,
+        code=code,
     )
+
+
+def open_code(settings: Settings, plan: WorkerPlan) -> CodeHost | None:
+    """What runs code archives, its template under way; None where no archive's code may run. Raises OSError."""
+    if not settings.allow_code:
+        return None
+    host = CodeHost(CodePolicy.of(settings, plan.threads, plan.index))
+    host.warm()
+    return host
 
 
 def open_memory(

@@ -6,7 +6,7 @@ load is a generator: between two of its steps it changes the lane, see `server.w
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -22,6 +22,10 @@ from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
 from model_store.stores.object_store import Source
 from server.settings import Settings
 from server.store_access import open_settings_store
+from server.worker.sandbox.child_process import ChildProcess
+from server.worker.sandbox.code_host import CodeHost, PreparedCode
+
+Body: TypeAlias = RowModel | SingleModel | ChildProcess  #: how a loaded model runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class LoadedModel:
     version: str
     tier: str
     download_s: float
-    body: RowModel | SingleModel
+    body: Body
     row: Float32 | None
     golden: GoldenSample | None
     validated_at: float = 0.0
@@ -47,13 +51,18 @@ class LoadedModel:
 
         Raises GoldenMismatch.
         """
-        if self.golden is not None and self.row is not None:
+        if self.golden is not None and self.row is not None and not isinstance(self.body, ChildProcess):
             self.body.prove(self.model, self.golden, self.row, run_row)
 
     @property
     def charge(self) -> int:
         """Bytes it will hold in the cache's budget."""
         return self.body.charge_bytes(self.row)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether it is a code archive, which runs in a process of its own."""
+        return isinstance(self.body, ChildProcess)
 
     @property
     def family(self) -> str | None:
@@ -75,8 +84,25 @@ class BuildFetched:
     stale: bool
 
 
+@dataclass(frozen=True, slots=True)
+class UnpackedCode:
+    """A code archive's files in a folder, and what `LoadedModel` says of them. The archive's bytes are not held."""
+
+    code: PreparedCode
+    version: str
+    tier: str
+    download_s: float
+    validated_at: float
+    stale: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StartCode:
+    """The load's next step starts the code of an archive, and waits for it: its time is not ours."""
+
+
 #: A load. Each step runs on a thread of the lane that the step before it named; the first one's is the disk lane.
-LoadSteps = Generator[AskStore | BuildFetched, None, LoadedModel]
+LoadSteps = Generator[AskStore | BuildFetched | StartCode, None, LoadedModel]
 
 
 class ModelBuilder(Protocol):
@@ -90,10 +116,20 @@ class ModelBuilder(Protocol):
 
 
 class ModelLoader:
-    """Builds models from one store. Thread-safe, and so is `measure`, which is told of each row's family."""
+    """Builds models from one store. Thread-safe, and so is `measure`, which is told of each row's family.
 
-    def __init__(self, store: ModelStore, target: Target, measure: Callable[[Family], object] = lambda _: None) -> None:
-        self._store, self._target, self._measure = store, target, measure
+    `code` runs code archives; None: none is run.
+    """
+
+    def __init__(
+        self,
+        store: ModelStore,
+        target: Target,
+        measure: Callable[[Family], object] = lambda _: None,
+        *,
+        code: CodeHost | None = None,
+    ) -> None:
+        self._store, self._target, self._measure, self._code = store, target, measure, code
 
     def __repr__(self) -> str:
         """For example `<ModelLoader of ModelStore(...)>`."""
@@ -114,9 +150,12 @@ class ModelLoader:
             yield BuildFetched(found.stale)
         for repairs_left in reversed(range(REPAIRS + 1)):
             try:
-                return self._build_fetched(model, found)
+                built = self._build_fetched(model, found)
             except LoadError as error:
                 problem = error
+            else:
+                del found  # a process may take long to start, and its archive's bytes are not needed for that
+                return built if isinstance(built, LoadedModel) else (yield from self._start_code(model, built))
             if not (repairs_left and isinstance(problem, ArchiveInvalid) and self._store.may_be_damaged(found)):
                 break
             yield AskStore(has_copy=False)
@@ -135,9 +174,34 @@ class ModelLoader:
             yield AskStore(has_copy=False)
             found = self._store.fetch_version(name, version)
             yield BuildFetched(found.stale)
-        return self._build_fetched(model, found)
+        built = self._build_fetched(model, found)
+        del found
+        return built if isinstance(built, LoadedModel) else (yield from self._start_code(model, built))
 
-    def _build_fetched(self, model: ModelName, found: FetchedArchive) -> LoadedModel:
+    def _start_code(self, model: ModelName, unpacked: UnpackedCode) -> LoadSteps:
+        """Start the archive's child, in the code lane. Raises LoadError."""
+        yield StartCode()
+        try:
+            child = unpacked.code.start()
+        except LoadError:
+            self._store.forget(model)
+            raise
+        return LoadedModel(
+            model,
+            unpacked.version,
+            unpacked.tier,
+            unpacked.download_s,
+            child,
+            None,
+            None,
+            unpacked.validated_at,
+            unpacked.stale,
+        )
+
+    def _build_fetched(self, model: ModelName, found: FetchedArchive) -> LoadedModel | UnpackedCode:
+        if self._code is not None and self._code.runs(model, found.archive):
+            code = self._code.prepare(model, found.archive)
+            return UnpackedCode(code, found.version, found.tier, found.store_s, found.validated_at, found.stale)
         built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
         if golden is not None and built.row is None:
             built.body.prove(model, golden, None)

@@ -23,7 +23,7 @@ from model_store.names import ModelName
 from model_store.stores.store_health import StoreHealth
 from server.ipc.pulse import LoadSigns, Pulse
 from server.metrics import WorkerMetrics
-from server.worker.load_lanes import LoadLanes
+from server.worker.load_lanes import CODE_PLACES, LoadLanes
 from server.worker.model_loader import LoadedModel, ModelBuilder, unexpected
 from server.worker.prefetch.prefetcher import Prefetcher, PrefetchOutcome
 from server.worker.resident_models import ResidentModels
@@ -195,7 +195,11 @@ class ModelLoads:
 
     def may_build(self) -> bool:
         """See LaneOwner."""
-        return sum(built.charge for built, _ in self.built) <= MAX_BUILT_BYTES
+        return sum(built.charge for built, _ in self.built if not built.runs_code) <= MAX_BUILT_BYTES
+
+    def may_start_code(self) -> bool:
+        """See LaneOwner."""
+        return sum(built.runs_code for built, _ in self.built) < CODE_PLACES
 
     def refuse_asking(self, model: ModelName) -> LoadError | None:
         """See LaneOwner: one more request would only wait for a store that answers none."""
@@ -239,7 +243,17 @@ class ModelLoads:
     # --- placed -----------------------------------------------------------------------------------------------------
 
     def place_built(self) -> bool:
-        """Place built models in order until one must wait. True if something changed."""
+        """Place built models in order until one must wait. True if something changed.
+
+        A code archive that must wait lets the others go first: it may wait for the code of another to answer.
+        """
+        set_aside = deque[tuple[LoadedModel, float]]()
+        try:
+            return self._place_in_order(set_aside)
+        finally:
+            self.built.extendleft(reversed(set_aside))
+
+    def _place_in_order(self, set_aside: deque[tuple[LoadedModel, float]]) -> bool:
         changed = False
         while self.built:
             built, since = self.built[0]
@@ -251,7 +265,10 @@ class ModelLoads:
             spare = () if self._foresight is None else self._foresight.rhythms
             placement = self._cache.place(built.model, built.version, built.charge, now, built.family, spare=spare)
             if isinstance(placement, Wait) and now - since < self._patience_s:
-                return changed
+                if not built.runs_code:
+                    return changed
+                set_aside.append(self.built.popleft())
+                continue
             changed = True
             if isinstance(placement, Moves):
                 self._residents.move(placement.moves)

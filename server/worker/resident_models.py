@@ -8,6 +8,7 @@ import sys
 import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from server.worker.engine.staging import STAGING_BYTES
 from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel
 from server.worker.prefetch.prefetcher import Prefetcher
+from server.worker.sandbox.child_process import ChildProcess
 
 _Result = TypeVar("_Result")
 
@@ -48,6 +50,8 @@ class ResidentModels:
         self._metrics, self._foresight, self._now = metrics, foresight, now
         self.rows: dict[Slot, RowModel] = {}  #: the models that run a slot's requests
         self.singles: dict[Slot, SingleModel] = {}  #: as `rows`, those that run alone
+        self.children: dict[Slot, ChildProcess] = {}  #: as `rows`, those whose code runs in a process of its own
+        self.note_death: Callable[[ModelName], None] = _ignore  #: called when such a process has ended by itself
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
@@ -72,8 +76,11 @@ class ResidentModels:
             self.rows[slot] = built.body
             if isinstance(self.engine, DeviceEngine):
                 self.engine.expect(built.body.family)
-        else:
+        elif isinstance(built.body, SingleModel):
             self.singles[slot] = built.body
+        else:
+            self.children[slot] = built.body
+            built.body.attach(asyncio.get_running_loop(), partial(self._forget_ended, slot))
         self._validated[slot] = built.validated_at
         self.shelf.drop(built.model)
         insort(self._sorted, slot, key=_slot_name)
@@ -138,6 +145,8 @@ class ResidentModels:
             return
         self.rows.pop(slot, None)
         self.singles.pop(slot, None)
+        if (child := self.children.pop(slot, None)) is not None:
+            child.close()
         del self._validated[slot]
         del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_slot_name))]
         if slot.model not in self.cache:
@@ -155,12 +164,31 @@ class ResidentModels:
         slot = self.cache.unload(model)
         if slot is None:
             return False
+        child = self.children.get(slot)
         if slot.leases == 0:
             self.retire(slot)
-            return True
-        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._leaving.setdefault(slot, []).append(future)
-        return await future
+        else:
+            future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._leaving.setdefault(slot, []).append(future)
+            await future
+        if child is not None:
+            await child.wait_gone()
+        return True
+
+    def recharge(self, slot: Slot, size: int) -> None:
+        """Count what a process was measured to take; evict others where that is more than the budget has."""
+        self.cache.recharge(slot, size)
+        over = self.cache.used_bytes - self.cache.budget_bytes
+        for victim in self.cache.relieve(over):
+            self.evict(victim, self._now(), "memory")
+
+    def _forget_ended(self, slot: Slot) -> None:
+        """The process of a slot has ended by itself: the next request loads the model again."""
+        self.note_death(slot.model)
+        if self.cache.get(slot.model) is slot:
+            self.cache.unload(slot.model)
+        if slot.leases == 0:
+            self.retire(slot)
 
     def _shelve(self, slot: Slot) -> None:
         """Keep an evicted row in host memory if there is space."""
@@ -226,7 +254,7 @@ class ResidentModels:
         return at < len(self._sorted) and self._sorted[at].model == model
 
     def _row(self, slot: Slot, now: float) -> dict[str, Any]:
-        body = self.rows.get(slot)
+        body, child = self.rows.get(slot), self.children.get(slot)
         alone = {"one_by_one": body.one_by_one} if body and body.one_by_one else {}
         return {
             "model": slot.model,
@@ -236,11 +264,16 @@ class ResidentModels:
             "bytes": slot.charge,
             **alone,
             **(body.codec.describe() if body else {}),
+            **({"pid": child.pid} if child else {}),
             "leases": slot.leases,
             "pinned": slot.model in self.cache.pins,
             "loaded_s_ago": round(now - slot.loaded_at, 3),
             "used_s_ago": round(now - slot.used_at, 3),
         }
+
+
+def _ignore(_: ModelName) -> None:
+    """Nobody wants to know."""
 
 
 def _slot_name(slot: Slot) -> ModelName:

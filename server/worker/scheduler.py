@@ -72,6 +72,7 @@ class Scheduler:
         self._waiting: dict[ModelName, list[Job]] = {}
         self._ready: OrderedDict[str, _Queues] = OrderedDict()
         self._parked: dict[str, _Queues] = {}
+        self._whole: set[str] = set()  # groups whose next batch is not halved
 
     def __repr__(self) -> str:
         """For example `<Scheduler 12 jobs, 3 models awaited, 2 groups ready>`."""
@@ -121,10 +122,22 @@ class Scheduler:
         """Make no batches of the group until it is unparked. Its jobs stay queued."""
         self._parked[group] = self._ready.pop(group, OrderedDict())
 
-    def unpark(self, group: str) -> None:
-        """Make batches of the group again."""
+    def unpark(self, group: str, *, whole: bool = False) -> None:
+        """Make batches of the group again. `whole`: the next one is of all its jobs, not of half of them."""
         if queues := self._parked.pop(group):
             self._ready[group] = queues
+            if whole:
+                self._whole.add(group)
+
+    def count_parked(self, group: str, most: int) -> int:
+        """How many jobs of a parked group are queued; counted up to `most`."""
+        found = 0
+        for models in self._parked.get(group, {}).values():
+            for queue in models.values():
+                found += len(queue)
+                if found >= most:
+                    return found
+        return found
 
     def _queues(self, group: str) -> _Queues:
         if group in self._parked:
@@ -132,10 +145,13 @@ class Scheduler:
         return self._ready.setdefault(group, OrderedDict())
 
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
-        """A group and half of its jobs, at most `limit`, taken in turns. Includes jobs that are done."""
+        """A group and half of its jobs (see `unpark`), at most `limit`, taken in turns. Includes jobs that are done."""
         group, queues = self._ready.popitem(last=False)
         half = (sum(sum(map(len, models.values())) for models in queues.values()) + 1) // 2
         most, batch = min(max(half, self._few), limit), list[Job]()
+        if group in self._whole:
+            self._whole.discard(group)
+            most = limit
         while queues and len(batch) < most:
             client, models = queues.popitem(last=False)
             model, queue = models.popitem(last=False)

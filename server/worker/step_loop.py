@@ -27,6 +27,7 @@ from server.access_log import ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
+from server.worker.code_batches import CodeBatches
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.engine.device_errors import ending_if_lost
@@ -39,6 +40,7 @@ from server.worker.quarantine import Quarantine
 from server.worker.replies import Origin, Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.row_batches import RowBatches
+from server.worker.sandbox.code_host import CodeHost
 from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.store_probe import StoreProbe
@@ -57,7 +59,7 @@ class StepLoop:
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
     access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
     known of the store; `probe` asks it, None where nobody shall. `note_served` is told of each model that was
-    loaded.
+    loaded. `code` runs code archives, None where none may run.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class StepLoop:
         health: StoreHealth | None = None,
         probe: StoreProbe | None = None,
         note_served: Callable[[LoadedModel], None] = lambda _: None,
+        code: CodeHost | None = None,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
         self._loads = ModelLoads(
@@ -95,6 +98,11 @@ class StepLoop:
         self._singles = SingleBatches(
             replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake
         )
+        self._code = CodeBatches(
+            replies, self._residents, scheduler, most_bytes=code.policy.memory_bytes if code else 0, wake=self.wake
+        )
+        if code is not None:
+            self._residents.note_death = code.note_death
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
         self._woken, self._beaten, self._beat_due = False, self._now(), False
@@ -178,6 +186,7 @@ class StepLoop:
         """Place built models, then run one batch. Schedules another step if work is left."""
         self._woken = False
         placed = bool(self._loads.built) and self._loads.place_built()
+        self._code.end_collections(self._now())
         if self._scheduler.has_work:
             group, jobs = self._scheduler.next_batch(self._batch)
             self._execute(group, jobs)
@@ -194,7 +203,7 @@ class StepLoop:
         if not live:
             return
         try:
-            (self._singles if get_slot(live[0]).family is None else self._rows).run(group, live, now)
+            self._choose_batches(get_slot(live[0])).run(group, live, now)
         except torch.OutOfMemoryError as error:
             log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
             for job in live:
@@ -206,6 +215,11 @@ class StepLoop:
             log.exception("step_failed", group=group)
             for job in live:
                 self._replies.refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"))
+
+    def _choose_batches(self, slot: Slot) -> RowBatches | SingleBatches | CodeBatches:
+        if slot.family is not None:
+            return self._rows
+        return self._code if slot in self._residents.children else self._singles
 
     def _quarantine_overran(self, model: ModelName, overran: Overran) -> None:
         """Refuse the model from now on and free its memory."""
@@ -285,6 +299,7 @@ class StepLoop:
                 message = f"{job.model} was not ready before the deadline passed"
                 self._replies.refuse(job, Refused(Situation.DEADLINE, message))
             self._long.tell_late(self._replies, self._now())
+            self._code.advance_time(self._now())
             self._learn()
             if self._loads.built:
                 self.wake()
@@ -317,6 +332,7 @@ class StepLoop:
         """Stop the sweep and start no more loads."""
         self._sweeper.cancel()
         self._long.close()
+        self._code.close()
         self._loads.close()
 
     def render_metrics(self) -> str:

@@ -139,7 +139,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], tuple[str, ...]]] = {
     "wrong-hash": (wrong_hash, ("sha256", "pack it again")),
     "unknown-kind": (unknown_kind, ("quantum", "kind")),
     "unknown-architecture": (unknown_architecture, ("transformer", "known are")),
-    "code": (make_code, ("service.py", "this version runs forecaster, graph and onnx")),
+    "code": (make_code, ("service.py", "--allow-code")),
     "bad-golden": (bad_golden, ("golden sample",)),
 }
 

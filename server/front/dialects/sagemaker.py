@@ -113,7 +113,8 @@ class SageMaker:
         if place:
             body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
         if code.original is not None:
-            body |= {"Message": detail.message, "OriginalStatusCode": code.original, "OriginalMessage": detail.message}
+            original = code.original if detail.status is None else detail.status
+            body |= {"Message": detail.message, "OriginalStatusCode": original, "OriginalMessage": detail.message}
         headers = [(_ERROR_TYPE, code.type.encode()), *_make_headers(request)]
         retry_ms = code.retry_after_ms if detail.retry_ms is None else detail.retry_ms
         if retry_ms is not None:

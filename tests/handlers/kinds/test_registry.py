@@ -49,11 +49,11 @@ def test_fleetcast_json_goes_before_every_handler() -> None:
 def test_other_kinds_are_refused_by_name() -> None:
     """The error says which kind, and what will run it."""
     code = open_archive(make_zip(make_mar_manifest("h.py") | {"h.py": b""}), "my.mar")
-    with pytest.raises(UnsupportedKind, match=r"my\.mar is a code archive \(handler 'h\.py'\).*forked child processes"):
+    with pytest.raises(UnsupportedKind, match=r"my\.mar is a code archive \(TorchServe handler 'h\.py'\).*child"):
         build_model(code)
     with pytest.raises(UnsupportedKind, match="code archive"):
         tensor_inputs(code)
-    assert describe_kind(code) == {}
+    assert describe_kind(code)["code"]["style"] == "torchserve"
     with pytest.raises(UnsupportedKind, match="torch-model-archiver"):
         pack_model(Kind.CODE, ArchiveParts(), model_name="m")
 

@@ -164,6 +164,22 @@ def test_relief_is_the_coldest_idle_singles_and_no_row() -> None:
     assert {"a", "b", "x"} <= list_served(worker.cache)
 
 
+def test_a_single_that_grows_is_counted_and_others_make_room() -> None:
+    """What a process takes is measured now and again: the budget counts it, also beyond its end, until others go."""
+    worker = InstantWorker(slabs=1)
+    worker.fill("abc", 100)
+    slot = worker.cache.get(name_model("a"))
+    assert slot is not None
+    worker.cache.recharge(slot, SLAB)
+    assert worker.cache.used_bytes == SLAB + 200
+    worker.use("a")
+    gone = worker.cache.relieve(worker.cache.used_bytes - worker.cache.budget_bytes)
+    assert [victim.model for victim in gone] == ["b", "c"]
+    assert all(map(worker.cache.retired, gone))
+    worker.cache.recharge(slot, 50)
+    assert worker.cache.used_bytes == 50
+
+
 def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
     """Cold rows that lie in different slabs go, hot ones move together, leased ones as well, and keep their leases."""
     worker = InstantWorker(slabs=3)

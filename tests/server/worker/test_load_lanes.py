@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from model_store.errors import ArchiveInvalid, LoadError, StoreUnavailable
+from model_store.errors import ArchiveInvalid, CodeBusy, LoadError, StoreUnavailable
 from model_store.names import ModelName
 from server.ipc.pulse import Pulse
 from server.worker import load_lanes
-from server.worker.load_lanes import SLOW_PLACES, SLOW_S, SUSPECTED_S, LoadLanes
-from server.worker.model_loader import AskStore, BuildFetched, LoadedModel, LoadSteps
+from server.worker.load_lanes import CODE_PLACES, MOST_CODE_WAITING, SLOW_PLACES, SLOW_S, SUSPECTED_S, LoadLanes
+from server.worker.model_loader import AskStore, BuildFetched, LoadedModel, LoadSteps, StartCode
 from tests.patience import PATIENCE_S
 from tests.server.worker.test_step_loop import FakeLoader, let_loop_run
 
@@ -27,7 +27,9 @@ class HeldStore(FakeLoader):
     def __init__(self) -> None:
         super().__init__()
         self.fresh, self.due = set[str](), set[str]()
+        self.code = set[str]()  #: archives with code, which loads when the test says so
         self.asked: list[str] = []
+        self.started: list[str] = []
         self.is_well = False  #: it answers at once
         self._answers: dict[str, Future[LoadError | None]] = {}
 
@@ -49,6 +51,13 @@ class HeldStore(FakeLoader):
 
     def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
         """From the disk where a copy may be served, else from the store; what this gives is fresh on disk then."""
+        if model in self.code:
+            yield StartCode()
+            future = self._answers.setdefault(model, Future())
+            self.started.append(model)
+            if (error := future.result(PATIENCE_S)) is not None:
+                raise error
+            return self.build(model)
         if not revalidate and (model in self.fresh or (stale and model in self.due)):
             return replace(self.build(model), tier="disk", stale=model not in self.fresh)
         yield AskStore(has_copy=not revalidate and model in self.due)
@@ -76,6 +85,10 @@ class Owner:
     refusal: LoadError | None = None
 
     def may_build(self) -> bool:
+        """As the test says."""
+        return self.room
+
+    def may_start_code(self) -> bool:
         """As the test says."""
         return self.room
 
@@ -357,5 +370,35 @@ def test_the_expected_time_is_that_of_the_lane() -> None:
         assert owner.lanes.expected_s(ModelName("a/x7"), owner.clock[0]) > 37.0
         assert owner.lanes.expected_s(ModelName("a/due"), owner.clock[0]) == SLOW_S + 0.5
         assert owner.lanes.expected_s(ModelName("a/other"), owner.clock[0]) == 0
+
+    play(scenario)
+
+
+def test_code_that_hangs_keeps_only_code_waiting() -> None:
+    """All places of the code lane hang, others wait up to a bound; what has no code is loaded meanwhile."""
+
+    async def scenario(owner: Owner, store: HeldStore) -> None:
+        names = name_models("code", CODE_PLACES + MOST_CODE_WAITING + 1)
+        store.code.update(names)
+        store.fresh.update(name_models("disk", 40))
+        owner.start(*names)
+        await let_loop_run(lambda: len(store.started) == CODE_PLACES and len(owner.ended) == 1)
+        (refused,) = owner.ended.values()
+        assert isinstance(refused, CodeBusy)
+        owner.start(*name_models("disk", 40))
+        await let_loop_run(lambda: len(owner.tiers()) == 40)
+        assert owner.lanes.stuck_s(owner.clock[0] + 50) == 0
+        owner.room = False
+        first = store.started[0]
+        store.answer(first, LoadError("it hung"))
+        await let_loop_run(lambda: first in owner.ended)
+        assert str(owner.ended[first]) == "it hung"
+        assert len(store.started) == CODE_PLACES
+        owner.room = True
+        owner.lanes.advance()
+        await let_loop_run(lambda: len(store.started) == CODE_PLACES + 1)
+        while len(owner.ended) < len(names) + 40:
+            store.answer_all(None)
+            await asyncio.sleep(0.001)
 
     play(scenario)

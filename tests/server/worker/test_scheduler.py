@@ -87,6 +87,26 @@ def test_half_of_the_jobs_run_while_the_others_wait() -> None:
     assert not scheduler.has_work
 
 
+def test_a_parked_group_waits_and_then_runs_whole() -> None:
+    """Its jobs are counted as far as is asked; the batch after it is of all of them, and the next of half again."""
+    scheduler = Scheduler(LARGE, LARGE, few=1)
+    queue_ready(scheduler, "f", *"aab")
+    scheduler.park("f")
+    queue_ready(scheduler, "f", *"bbbccc")
+    assert not scheduler.has_work
+    assert scheduler.count_parked("f", 4) >= 4
+    assert scheduler.count_parked("f", 100) == 9
+    assert scheduler.count_parked("g", 100) == 0
+    scheduler.unpark("f", whole=True)
+    assert len(scheduler.next_batch(100)[1]) == 9
+    queue_ready(scheduler, "f", *"aaaa")
+    assert len(scheduler.next_batch(100)[1]) == 2
+    scheduler.park("g")
+    scheduler.unpark("g", whole=True)
+    queue_ready(scheduler, "g", *"aaaa")
+    assert [len(scheduler.next_batch(100)[1]) for _ in range(2)] == [1, 2]
+
+
 def test_groups_take_turns() -> None:
     """A family with much to do gives way after each batch; a group that is done is gone."""
     scheduler = Scheduler(LARGE, LARGE)

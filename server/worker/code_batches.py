@@ -1,0 +1,161 @@
+"""Runs the requests for code archives: a batch at a time for each model, in its child process. On the step thread.
+
+A child works while the step loop goes on: its group of jobs is parked until it has answered, so that a slow child costs
+only its own model. A batch is collected for at most the time that its archive says, unless it is full before.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
+
+from model_store.cache.slots import Slot
+from server.errors import Refused, Situation
+from server.worker.replies import Replies, get_slot
+from server.worker.resident_models import ResidentModels
+from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
+from server.worker.sandbox.memory_use import measure_memory
+from server.worker.sandbox.messages import CodeAnswer, CodeRequest
+from server.worker.scheduler import Job, Scheduler
+
+SAMPLE_S = 2.0  #: between two measurements of the children's memory
+WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Worker died."
+OK, MULTIPLE_CHOICES = 200, 300
+BYTES = "application/octet-stream"
+
+
+class CodeBatches:
+    """See the module. `wake` schedules a step."""
+
+    def __init__(
+        self,
+        replies: Replies,
+        residents: ResidentModels,
+        scheduler: Scheduler,
+        *,
+        most_bytes: int,
+        wake: Callable[[], None],
+    ) -> None:
+        """`most_bytes`: of a child and what it has started; a larger one is ended."""
+        self._replies, self._residents, self._scheduler = replies, residents, scheduler
+        self._most_bytes, self._wake = most_bytes, wake
+        self._running: dict[str, Sequence[Job]] = {}
+        self._collecting: dict[str, tuple[ChildProcess, float]] = {}  # group -> its child, and when it runs anyhow
+        self._due: WeakSet[ChildProcess] = WeakSet()  # children whose next batch has waited, or is full
+        self._loop = asyncio.get_running_loop()
+        self._sampler = ThreadPoolExecutor(1, thread_name_prefix="code-memory")
+        self._sampled_at, self._sampling = 0.0, False
+
+    def __repr__(self) -> str:
+        """For example `<CodeBatches 2 running>`."""
+        return f"<CodeBatches {len(self._running)} running>"
+
+    def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
+        """Send jobs to their child, or collect more of them first."""
+        slot = get_slot(jobs[0])
+        child = self._residents.children[slot]
+        batch, rest = list[Job](), list[Job]()
+        for job in jobs:  # those of a replaced child are for that one
+            (batch if job.slot is slot and len(batch) < child.loaded.batch_size else rest).append(job)
+        if self._collects(child, len(batch)):
+            self._scheduler.put_back(group, jobs)
+            self._scheduler.park(group)
+            self._collecting[group] = (child, now + child.loaded.max_batch_delay_s)
+            self._loop.call_later(child.loaded.max_batch_delay_s, self._wake)
+            return
+        if rest:
+            self._scheduler.put_back(group, rest)
+        self._scheduler.park(group)
+        self._running[group] = batch
+        started = time.perf_counter()
+
+        def end(outcome: Outcome) -> None:
+            del self._running[group]
+            self._scheduler.unpark(group, whole=True)
+            self._answer(batch, outcome, now, time.perf_counter() - started)
+            if self._scheduler.has_work:
+                self._wake()
+
+        child.run([_make_request(job) for job in batch], end)
+
+    def _collects(self, child: ChildProcess, count: int) -> bool:
+        """Whether a batch that is not full waits for more jobs."""
+        if child in self._due:
+            self._due.discard(child)
+            return False
+        return child.loaded.max_batch_delay_s > 0 and count < child.loaded.batch_size and not child.ended
+
+    def _answer(self, batch: Sequence[Job], outcome: Outcome, began: float, took: float) -> None:
+        if isinstance(outcome, ChildEnded):
+            for job in batch:
+                message = f"Worker died: {job.model}: {outcome}"
+                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, message, status=WORKER_DIED))
+            return
+        self._replies.count_batch(len(batch), 1)
+        self._replies.count_step(0.0, took, 0.0)
+        for job, answer in zip(batch, outcome, strict=True):
+            if not OK <= answer.status < MULTIPLE_CHOICES:
+                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, _explain(answer), status=answer.status))
+            elif not _is_header(answer.content_type):
+                message = f"the handler's content type {answer.content_type[:80]!r} is no value of a header"
+                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, message))
+            else:
+                self._replies.answer(job, (answer.body, answer.content_type or BYTES), began, took)
+
+    def advance_time(self, now: float) -> None:
+        """Refuse late jobs, measure the children."""
+        for jobs in self._running.values():
+            for job in jobs:
+                if job.deadline <= now and not job.done:
+                    message = "the deadline passed while the archive's code ran"
+                    self._replies.tell_refused(job, Refused(Situation.DEADLINE, message))
+        if self._residents.children and now - self._sampled_at >= SAMPLE_S and not self._sampling:
+            self._sampled_at, self._sampling = now, True
+            pids = {slot: child.pid for slot, child in self._residents.children.items()}
+            self._sampler.submit(self._measure, pids)
+
+    def end_collections(self, now: float) -> None:
+        """Let the batches run that are full or have waited for long enough. In each step."""
+        for group, (child, until) in list(self._collecting.items()):
+            size = child.loaded.batch_size
+            if now >= until or child.ended or self._scheduler.count_parked(group, size) >= size:
+                del self._collecting[group]
+                self._due.add(child)
+                self._scheduler.unpark(group, whole=True)
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._sampler.shutdown(wait=False, cancel_futures=True)
+
+    def _measure(self, pids: dict[Slot, int]) -> None:
+        """On the sampler's thread."""
+        found = {slot: measure_memory(pid) for slot, pid in pids.items()}
+        self._loop.call_soon_threadsafe(self._note_memory, found)
+
+    def _note_memory(self, found: dict[Slot, int]) -> None:
+        self._sampling = False
+        for slot, size in found.items():
+            child = self._residents.children.get(slot)
+            if child is None or not size:
+                continue
+            if size > self._most_bytes:
+                child.end(f"its processes take {size} bytes, {self._most_bytes} are allowed (code_memory_bytes)")
+            else:
+                self._residents.recharge(slot, size)
+
+
+def _make_request(job: Job) -> CodeRequest:
+    request = job.request
+    return CodeRequest(str(request.id), request.content_type, request.accept, bytes(request.body))
+
+
+def _is_header(value: str) -> bool:
+    """Whether code may put this into a header of ours: it can neither end the line nor fail to be encoded."""
+    return value.isascii() and (value.isprintable() or not value)
+
+
+def _explain(answer: CodeAnswer) -> str:
+    """What an answer that is no success says: the handler's own body, where it has written one."""
+    text = answer.body.decode(errors="replace")[:2000]
+    return text or answer.message or f"the handler answered with status {answer.status}"

@@ -1,0 +1,108 @@
+"""A child's life: confine itself, load the archive's handler, answer batches until the worker closes the channel."""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from server.worker.sandbox.inside import module_space
+from server.worker.sandbox.inside.confinement import allow_cpu, confine, keep_descriptors
+from server.worker.sandbox.inside.sagemaker_script import load_script
+from server.worker.sandbox.inside.torchserve_handler import load_handler
+from server.worker.sandbox.messages import (
+    MAX_ANSWER_BYTES,
+    BatchAnswered,
+    CodeAnswer,
+    CodeRequest,
+    ForkChild,
+    HandlerLoaded,
+    LoadFailed,
+    frame,
+    receive_batch,
+    shorten,
+)
+
+FAILED = 1  #: exit code of a child that could not load its handler
+
+
+class LoadedHandler(Protocol):
+    """An archive's code, loaded."""
+
+    @property
+    def loaded(self) -> HandlerLoaded:
+        """How it wants its requests."""
+
+    def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
+        """As many answers as requests. Raises nothing but what ends the process."""
+
+
+LOADERS: dict[str, Callable[[ForkChild, Path], LoadedHandler]] = {
+    "torchserve": load_handler,
+    "mms": load_handler,
+    "sagemaker": load_script,
+}
+
+
+def run_child(asked: ForkChild, channel: int, output: int, *, use_landlock: bool, keep_reading: bool) -> NoReturn:
+    """Be the child, from the fork to the end of the process."""
+    try:
+        worker = keep_descriptors(channel, output)
+        _become_child(asked, worker, use_landlock=use_landlock, keep_reading=keep_reading)
+    except BaseException:  # nothing may return to the template's loop
+        traceback.print_exc()
+    finally:
+        os._exit(FAILED)
+
+
+def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool, keep_reading: bool) -> None:
+    folder = Path(asked.folder)
+    try:
+        confine(folder, asked.limits, use_landlock=use_landlock, keep_reading=keep_reading)
+        module_space.enter(folder / "model", asked.entry.folder)
+        _set_threads(asked.threads)
+        handler = LOADERS[asked.entry.style](asked, folder / "model")
+    except BaseException as error:  # SystemExit of a module too
+        traceback.print_exc()
+        worker.sendall(frame(LoadFailed(shorten(explain(error)))))
+        _end(FAILED)
+    worker.sendall(frame(handler.loaded))
+    while (batch := receive_batch(worker)) is not None:
+        allow_cpu(asked.limits.cpu_s)
+        answers = handler.answer(batch.requests)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        worker.sendall(frame(BatchAnswered(refuse_large(answers))))
+    _end(0)
+
+
+def explain(error: BaseException) -> str:
+    """The error as one line: its type, what it says, and where in the archive it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = str(Path(__file__).parent)
+    theirs = [each for each in frames if not each.filename.startswith((here, "<frozen "))]
+    where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def refuse_large(answers: list[CodeAnswer]) -> list[CodeAnswer]:
+    """The answers, or refusals where together they are more than a message may hold."""
+    size = sum(len(answer.body) for answer in answers)
+    if size < MAX_ANSWER_BYTES - 64 * 1024 * len(answers):
+        return answers
+    message = f"the answers of a batch have {size} bytes, {MAX_ANSWER_BYTES} are allowed"
+    return [CodeAnswer(503, message=message) for _ in answers]
+
+
+def _set_threads(threads: int) -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,156 @@
+"""The `context` that handlers of TorchServe and Multi Model Server get: what their documentation says it has.
+
+Source of the names: TorchServe 0.12 and Multi Model Server 1.1, "Custom service" and "Advanced custom handlers".
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from server.worker.sandbox.messages import CodeRequest
+
+OK: Final = 200
+NO_GPU: Final = None
+
+
+class RequestProperties:
+    """One request of a batch, and what the handler sets for its answer (`context.request_processor[i]`)."""
+
+    def __init__(self, headers: Mapping[str, Any]) -> None:
+        self._headers = dict(headers)
+        self._status, self._phrase = OK, ""
+        self._answered: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        """For example `<RequestProperties 200, 2 headers>`."""
+        return f"<RequestProperties {self._status}, {len(self._answered)} headers>"
+
+    def get_request_property(self, key: str) -> Any:
+        """A header of the request, or what is known of a part of its body."""
+        found = self._headers.get(key)
+        if found is not None:
+            return found
+        lower = key.lower()
+        return next((value for name, value in self._headers.items() if name.lower() == lower), None)
+
+    def get_request_properties(self) -> dict[str, Any]:
+        """All of them."""
+        return self._headers
+
+    def report_status(self, code: int, reason_phrase: str | None = None) -> None:
+        """Set the status of the answer."""
+        self._status, self._phrase = code, reason_phrase or ""
+
+    def get_response_status_code(self) -> int:
+        """The status of the answer."""
+        return self._status
+
+    def get_response_status_phrase(self) -> str:
+        """Its phrase."""
+        return self._phrase
+
+    def add_response_property(self, key: str, value: str) -> None:
+        """Set a header of the answer."""
+        self._answered[key] = value
+
+    def get_response_headers(self) -> dict[str, str]:
+        """The headers of the answer."""
+        return self._answered
+
+
+class HandlerMetrics:
+    """Takes what handlers measure, and keeps nothing: the server's own metrics are no handler's to write."""
+
+    def __repr__(self) -> str:
+        """`<HandlerMetrics>`."""
+        return "<HandlerMetrics>"
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith(("add_", "get_", "update", "set", "cache", "store")):
+            raise AttributeError(name)
+        return self._take
+
+    def _take(self, *_: Any, **__: Any) -> "HandlerMetrics":
+        return self
+
+
+class HandlerContext:
+    """See the module. One for each handler; `begin` gives it the requests of a batch."""
+
+    def __init__(
+        self, model_name: str, model_dir: str, manifest: Mapping[str, Any], batch_size: int, config: Mapping[str, Any]
+    ) -> None:
+        self.model_name, self.manifest = model_name, manifest
+        self.model_yaml_config = config
+        self.system_properties: dict[str, Any] = {
+            "model_dir": model_dir,
+            "gpu_id": NO_GPU,
+            "batch_size": batch_size,
+            "server_name": "MMS",  # as both servers say
+            "server_version": "fleetcast",
+            "limit_max_image_pixels": True,
+        }
+        self.metrics = HandlerMetrics()
+        self.request_ids: dict[int, str] = {}
+        self.request_processor: Sequence[RequestProperties] = ()
+        self.stopping_criteria = None
+
+    def __repr__(self) -> str:
+        """For example `<HandlerContext of au/NSW1.mar, 2 requests>`."""
+        return f"<HandlerContext of {self.model_name}, {len(self.request_processor)} requests>"
+
+    def begin(self, requests: Sequence[CodeRequest]) -> None:
+        """The requests of the next batch."""
+        self.request_ids = {i: request.id for i, request in enumerate(requests)}
+        self.request_processor = [RequestProperties(_list_headers(request)) for request in requests]
+
+    def get_request_id(self, idx: int = 0) -> str | None:
+        """The request's id."""
+        return self.request_ids.get(idx)
+
+    def get_request_header(self, idx: int, key: str) -> Any:
+        """A header of the request."""
+        return self.request_processor[idx].get_request_property(key)
+
+    def get_all_request_header(self, idx: int) -> dict[str, Any]:
+        """All headers of the request."""
+        return self.request_processor[idx].get_request_properties()
+
+    def set_response_content_type(self, idx: int, value: str) -> None:
+        """Set the content type of an answer."""
+        self.set_response_header(idx, "content-type", value)
+
+    def get_response_content_type(self, idx: int) -> str | None:
+        """The content type of an answer, if the handler has set it."""
+        return self.get_response_headers(idx).get("content-type")
+
+    def set_response_status(self, code: int = OK, phrase: str = "", idx: int = 0) -> None:
+        """Set the status of an answer."""
+        self.request_processor[idx].report_status(code, phrase)
+
+    def set_all_response_status(self, code: int = OK, phrase: str = "") -> None:
+        """Set the status of all answers of the batch."""
+        for each in self.request_processor:
+            each.report_status(code, phrase)
+
+    def get_response_status(self, idx: int) -> tuple[int, str]:
+        """The status of an answer and its phrase."""
+        each = self.request_processor[idx]
+        return each.get_response_status_code(), each.get_response_status_phrase()
+
+    def get_response_headers(self, idx: int) -> dict[str, str]:
+        """The headers of an answer."""
+        return self.request_processor[idx].get_response_headers()
+
+    def set_response_header(self, idx: int, key: str, value: str) -> None:
+        """Set a header of an answer."""
+        self.request_processor[idx].add_response_property(key, value)
+
+
+def _list_headers(request: CodeRequest) -> dict[str, Any]:
+    """As TorchServe lists them: what is known of the body's parts, and the request's headers."""
+    headers: dict[str, Any] = {"body": {"content-type": request.content_type}}
+    if request.content_type:
+        headers["Content-Type"] = request.content_type
+    if request.accept:
+        headers["Accept"] = request.accept
+    return headers

@@ -1,0 +1,200 @@
+"""Loads and calls a handler as TorchServe and Multi Model Server do. In a child.
+
+A module has a function (the manifest's, or `handle`), which is first called with no data, or one class with
+`initialize(context)` and `handle(data, context)`. Both get a list of requests, each a dict of its parts, and give a
+list of as many answers. A failure of the handler fails its batch: with 503 "Prediction failed", with what a
+PredictionException says, or with 507 where memory has run out.
+"""
+
+import importlib
+import inspect
+import io
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from server.worker.sandbox.inside.handler_context import HandlerContext
+from server.worker.sandbox.messages import (
+    MAX_STATUS,
+    MIN_STATUS,
+    CodeAnswer,
+    CodeRequest,
+    Entry,
+    ForkChild,
+    HandlerLoaded,
+    make_answer,
+    shorten,
+)
+
+MANIFEST = Path("MAR-INF", "MANIFEST.json")
+JSON, TEXT, BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
+UNAVAILABLE, NO_MEMORY = 503, 507
+
+Handle = Callable[[Any, HandlerContext], Any]
+
+
+class HandlerProblem(Exception):
+    """The archive's handler cannot be loaded; the message says what to do."""
+
+
+class Handler:
+    """A loaded handler; see LoadedHandler."""
+
+    def __init__(self, handle: Handle, context: HandlerContext, loaded: HandlerLoaded) -> None:
+        self._handle, self._context, self.loaded = handle, context, loaded
+
+    def __repr__(self) -> str:
+        """For example `<Handler of <HandlerContext ...>>`."""
+        return f"<Handler of {self._context!r}>"
+
+    def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
+        """See LoadedHandler."""
+        self._context.begin(requests)
+        try:
+            found = self._handle([{"body": read_body(request)} for request in requests], self._context)
+        except MemoryError:
+            traceback.print_exc()
+            return fail(requests, NO_MEMORY, "Out of resources")
+        except Exception as error:
+            traceback.print_exc()
+            return fail(requests, *find_status(error))
+        if not isinstance(found, list):
+            return fail(requests, UNAVAILABLE, "Invalid model predict output")
+        if len(found) != len(requests):
+            return fail(requests, UNAVAILABLE, "number of batch response mismatched")
+        try:
+            return [self._write(i, value) for i, value in enumerate(found)]
+        except Exception:
+            traceback.print_exc()
+            return fail(requests, UNAVAILABLE, "Unsupported model output data type.")
+
+    def _write(self, idx: int, value: Any) -> CodeAnswer:
+        body, usual = write_body(value)
+        status, phrase = self._context.get_response_status(idx)
+        headers = self._context.get_response_headers(idx)
+        content_type = next((text for key, text in headers.items() if str(key).lower() == "content-type"), usual)
+        return make_answer(status, body, content_type, headers, phrase)
+
+
+def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
+    """Import and initialise the handler. Raises HandlerProblem, and whatever the archive's code raises."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    manifest = _read_manifest(model_dir)
+    config = _read_config(manifest, model_dir)
+    loaded = HandlerLoaded(
+        int(config.get("batchSize", 1)), float(config.get("maxBatchDelay", 100 if "batchSize" in config else 0)) / 1e3
+    )
+    name = str(manifest.get("model", {}).get("modelName") or asked.model)
+    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config)
+    module = import_handler(asked.entry)
+    function = getattr(module, asked.entry.function or "handle", None)
+    if function is not None:
+        function(None, context)
+        return Handler(function, context, loaded)
+    handler = _find_class(module, asked.entry)()
+    if not hasattr(handler, "handle"):
+        raise HandlerProblem(f"the class {type(handler).__name__} of {module.__name__} has no method `handle`")
+    if hasattr(handler, "initialize"):
+        handler.initialize(context)
+    return Handler(handler.handle, context, loaded)
+
+
+def import_handler(entry: Entry) -> ModuleType:
+    """The handler's module. Raises HandlerProblem where it is one of a package that is not installed."""
+    name = f"ts.torch_handler.{entry.module}" if entry.from_package else entry.module
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        packages = {"ts": "torchserve", "mms": "multi-model-server", "model_archiver": "multi-model-server"}
+        if missing not in packages:
+            raise
+        raise HandlerProblem(
+            f"{name} imports {missing}, which is not installed: pip install {packages[missing]} beside the server"
+        ) from error
+
+
+def read_body(request: CodeRequest) -> Any:
+    """The body as TorchServe gives it to handlers: JSON as its value, text as str, all else as a bytearray.
+
+    JSON that is malformed stays a bytearray, so that the handler may refuse it.
+    """
+    media = request.content_type.partition(";")[0].strip().lower()
+    if media == JSON:
+        try:
+            return json.loads(request.body)
+        except ValueError:
+            return bytearray(request.body)
+    if media.startswith("text/"):
+        return request.body.decode(errors="replace")
+    return bytearray(request.body)
+
+
+def write_body(value: Any) -> tuple[bytes, str]:
+    """A handler's answer as bytes, and its content type if the handler says none. Raises TypeError, ValueError."""
+    if isinstance(value, bytes | bytearray):
+        return bytes(value), BYTES
+    if isinstance(value, str):
+        return value.encode(), TEXT
+    torch = sys.modules["torch"]
+    if isinstance(value, torch.Tensor):
+        saved = io.BytesIO()
+        torch.save(value, saved)
+        return saved.getvalue(), BYTES
+    return json.dumps(value, indent=2).encode(), JSON
+
+
+def find_status(error: Exception) -> tuple[int, str]:
+    """The status and the message of a failed batch: a PredictionException of the package says its own."""
+    for package in ("ts", "mms"):
+        util = sys.modules.get(f"{package}.utils.util") or sys.modules.get(f"{package}.service")
+        kind = getattr(util, "PredictionException", None)
+        if isinstance(kind, type) and isinstance(error, kind):
+            code, message = getattr(error, "error_code", 500), getattr(error, "message", str(error))
+            return (code if isinstance(code, int) and MIN_STATUS <= code <= MAX_STATUS else 500), str(message)
+    return UNAVAILABLE, "Prediction failed"
+
+
+def fail(requests: Sequence[CodeRequest], status: int, message: str) -> list[CodeAnswer]:
+    """The same failure for each request of a batch."""
+    return [CodeAnswer(status, message=shorten(message)) for _ in requests]
+
+
+def _find_class(module: ModuleType, entry: Entry) -> type:
+    """The module's only class, or of several the only one with `handle`. Raises HandlerProblem.
+
+    TorchServe refuses a module of several classes.
+    """
+    own = [each for _, each in inspect.getmembers(module, inspect.isclass) if each.__module__ == module.__name__]
+    handlers = own if len(own) == 1 else [each for each in own if hasattr(each, "handle")]
+    if len(handlers) == 1:
+        return handlers[0]
+    named = ", ".join(each.__name__ for each in own) or "no class"
+    raise HandlerProblem(
+        f"{entry.module}.py has neither a function {entry.function or 'handle'!r} nor exactly one class with `handle`, "
+        f"but {named}"
+    )
+
+
+def _read_manifest(model_dir: Path) -> Mapping[str, Any]:
+    file = model_dir / MANIFEST
+    found = json.loads(file.read_bytes()) if file.exists() else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read_config(manifest: Mapping[str, Any], model_dir: Path) -> Mapping[str, Any]:
+    """`model-config.yaml`, or what else the manifest names. Raises HandlerProblem where it cannot be read."""
+    name = manifest.get("model", {}).get("configFile")
+    if not name:
+        return {}
+    try:
+        import yaml  # noqa: PLC0415 -- no dependency of ours
+    except ModuleNotFoundError as error:
+        raise HandlerProblem(f"{name} is YAML: pip install pyyaml beside the server") from error
+    found = yaml.safe_load((model_dir / str(name)).read_bytes())
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,224 @@
+"""What a worker, its template and the children of code archives say to each other: msgpack, in tagged structs. Pure.
+
+Between worker and template a message is one packet. On a child's channel a message is a u32 length, little-endian, and
+as many bytes. A child is foreign code, so that whatever it sends is checked: `MAX_ANSWER_BYTES` bounds a message.
+"""
+
+import socket
+from collections.abc import Iterator, Mapping
+from struct import Struct as Layout
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+MAX_PACKET = 64 * 1024  #: of a message between worker and template
+MAX_ANSWER_BYTES = 64 * 1024 * 1024  #: of a message that a child sends
+MAX_TEXT = 2000  #: characters of an error that a child tells
+RECEIVE_BYTES = 256 * 1024
+
+_LENGTH = Layout("<I")
+
+MIN_STATUS, MAX_STATUS = 100, 999
+MAX_HEADERS, MAX_HEADER = 100, 8192  #: of an answer, and characters of one
+
+Text = Annotated[str, Meta(max_length=4 * MAX_TEXT)]
+Count = Annotated[int, Meta(ge=0, le=2**31)]
+Header = Annotated[str, Meta(max_length=MAX_HEADER)]
+
+
+class ProtocolError(Exception):
+    """The peer does not speak these messages."""
+
+
+class ChildLimits(Struct, frozen=True):
+    """What a child may take. `memory_bytes`: of address space beyond what the template has. `user`: None keeps ours."""
+
+    memory_bytes: int
+    cpu_s: float  #: of a load or a batch
+    processes: int = 64
+    open_files: int = 256
+    file_bytes: int = 1024 * 1024 * 1024
+    user: int | None = None
+
+
+class Entry(Struct, frozen=True):
+    """What the child imports; see `handlers.kinds.code.entry_point.EntryPoint`."""
+
+    style: str
+    module: str
+    function: str
+    folder: str
+    from_package: bool
+
+
+class ForkChild(Struct, frozen=True, tag=True):
+    """To the template, with two descriptors: the child's end of its channel, and where its output goes.
+
+    `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch.
+    """
+
+    model: str
+    folder: str
+    entry: Entry
+    limits: ChildLimits
+    threads: int = 1
+
+
+class TemplateReady(Struct, frozen=True, tag=True):
+    """From the template, once it is warm. `problem`: why no child can run; `landlock`: its version, 0 for none."""
+
+    problem: str
+    landlock: int
+
+
+class Forked(Struct, frozen=True, tag=True):
+    """From the template: the answer to `ForkChild`, with the child's pidfd. `problem`: why there is no child."""
+
+    pid: int = 0
+    problem: str = ""
+
+
+class HandlerLoaded(Struct, frozen=True, tag=True):
+    """From a child: it answers batches now, of so many requests, collected for so long."""
+
+    batch_size: Annotated[int, Meta(ge=1, le=4096)] = 1
+    max_batch_delay_s: Annotated[float, Meta(ge=0.0, le=60.0)] = 0.0
+
+
+class LoadFailed(Struct, frozen=True, tag=True):
+    """From a child that ends: why the archive's code could not be loaded."""
+
+    message: Text
+
+
+class CodeRequest(Struct, frozen=True):
+    """One request as the handler gets it."""
+
+    id: str
+    content_type: str
+    accept: str
+    body: bytes
+
+
+class RunBatch(Struct, frozen=True, tag=True):
+    """To a child: answer these with one call of the handler."""
+
+    requests: list[CodeRequest]
+
+
+class CodeAnswer(Struct, frozen=True):
+    """What the handler gave for one request. `status` 200 to 299 is a success; `message` says what went wrong else."""
+
+    status: Annotated[int, Meta(ge=MIN_STATUS, le=MAX_STATUS)]
+    body: bytes = b""
+    content_type: Header = ""
+    headers: Annotated[dict[Header, Header], Meta(max_length=MAX_HEADERS)] = {}
+    message: Text = ""
+
+
+def make_answer(status: Any, body: bytes, content_type: Any, headers: Mapping[Any, Any], message: Any) -> CodeAnswer:
+    """An answer of what a handler has set, as the worker takes it. In a child. Raises ValueError."""
+    code, pairs = int(status), {str(name): str(value) for name, value in headers.items()}
+    texts = (str(content_type), *pairs, *pairs.values())
+    if not MIN_STATUS <= code <= MAX_STATUS or len(pairs) > MAX_HEADERS or max(map(len, texts)) > MAX_HEADER:
+        raise ValueError(f"status {code} with {len(pairs)} headers is no answer")
+    return CodeAnswer(code, body, str(content_type), pairs, shorten(str(message)))
+
+
+class BatchAnswered(Struct, frozen=True, tag=True):
+    """From a child: as many answers as the batch has requests, in their order."""
+
+    answers: list[CodeAnswer]
+
+
+FromChild = HandlerLoaded | LoadFailed | BatchAnswered
+FromTemplate = TemplateReady | Forked
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode_from_child = msgspec.msgpack.Decoder(FromChild).decode
+_decode_to_child = msgspec.msgpack.Decoder(RunBatch).decode
+_decode_to_template = msgspec.msgpack.Decoder(ForkChild).decode
+_decode_from_template = msgspec.msgpack.Decoder(FromTemplate).decode
+
+
+def encode_packet(message: ForkChild | FromTemplate) -> bytes:
+    """A message between worker and template. Raises ProtocolError for one that is too long."""
+    packet = _encode(message)
+    if len(packet) > MAX_PACKET:
+        raise ProtocolError(f"a message of {len(packet)} bytes, {MAX_PACKET} are allowed")
+    return packet
+
+
+def decode_for_template(packet: bytes) -> ForkChild:
+    """What the worker says. Raises ProtocolError."""
+    try:
+        return _decode_to_template(packet)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def decode_from_template(packet: bytes) -> FromTemplate:
+    """What the template says. Raises ProtocolError."""
+    try:
+        return _decode_from_template(packet)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(str(error)) from error
+
+
+def frame(message: FromChild | RunBatch) -> bytes:
+    """A message on a child's channel."""
+    payload = _encode(message)
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class ChildMessages:
+    """Cuts what a child sends into messages; the beginning of an unfinished one waits for its rest."""
+
+    def __init__(self, most_bytes: int = MAX_ANSWER_BYTES) -> None:
+        self._most_bytes, self._buffer = most_bytes, bytearray()
+
+    def __repr__(self) -> str:
+        """For example `<ChildMessages 12 bytes wait>`."""
+        return f"<ChildMessages {len(self._buffer)} bytes wait>"
+
+    def feed(self, data: bytes) -> Iterator[FromChild]:
+        """The messages that `data` completes. Raises ProtocolError for what no child of ours would send."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer)
+            if size > self._most_bytes:
+                raise ProtocolError(f"it sent a message of {size} bytes, {self._most_bytes} are allowed")
+            end = _LENGTH.size + size
+            if len(self._buffer) < end:
+                return
+            payload = bytes(memoryview(self._buffer)[_LENGTH.size : end])
+            del self._buffer[:end]
+            try:
+                yield _decode_from_child(payload)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise ProtocolError(f"it sent no message of ours: {str(error)[:MAX_TEXT]}") from error
+
+
+def receive_batch(channel: socket.socket) -> RunBatch | None:
+    """In a child: the next batch, when it comes; None when the worker has closed the channel."""
+    head = _receive(channel, _LENGTH.size)
+    if head is None:
+        return None
+    payload = _receive(channel, *_LENGTH.unpack(head))
+    return None if payload is None else _decode_to_child(payload)
+
+
+def _receive(channel: socket.socket, size: int) -> bytes | None:
+    received = bytearray()
+    while len(received) < size:
+        part = channel.recv(min(size - len(received), RECEIVE_BYTES))
+        if not part:
+            return None
+        received += part
+    return bytes(received)
+
+
+def shorten(text: str) -> str:
+    """The text for a message: of a long one its end, which is where an error says what it is."""
+    return text if len(text) <= MAX_TEXT else f"(shortened) {text[-MAX_TEXT:]}"

@@ -1,0 +1,1 @@
+"""Tests of server/worker/sandbox, with real processes."""

@@ -1,0 +1,23 @@
+"""One warm template for the tests of a file."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
+from tests.patience import wait_until
+
+MIB = 1024 * 1024
+TIMEOUT_S = 3.0
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[CodeHost]:
+    """Children have 256 MiB and 3 seconds; when it is closed, nothing of it is left."""
+    host = CodeHost(CodePolicy((EVERY_KEY,), 256 * MIB, TIMEOUT_S))
+    host.warm()
+    yield host
+    folder = host._folder
+    host.close()
+    assert folder is not None
+    wait_until(lambda: not folder.exists(), "the template has removed its folder")
