@@ -70,6 +70,7 @@ class CodePolicy:
     """Whose code may run, and what it may take. `keys`: beginnings of keys.
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
+    `cores`: that children may run on; empty: those of this process.
     """
 
     keys: tuple[str, ...]
@@ -81,10 +82,11 @@ class CodePolicy:
     install_s: float = 0.0
     program: str = SAGEMAKER_PROGRAM
     disk_bytes: int = 4 * 1024 * 1024 * 1024
+    cores: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, settings: Settings, threads: int, worker: int) -> "CodePolicy":
-        """What the settings say, for a worker of so many threads."""
+    def of(cls, settings: Settings, threads: int, worker: int, cores: frozenset[int]) -> "CodePolicy":
+        """What the settings say, for a worker of so many threads on a server that has these cores."""
         return cls(
             tuple(settings.allow_code),
             int(settings.code_memory_bytes),
@@ -95,6 +97,7 @@ class CodePolicy:
             settings.code_install_s if settings.code_requirements == "install" else 0.0,
             settings.code_program,
             int(settings.code_disk_bytes),
+            cores,
         )
 
     def allows(self, model: ModelName) -> bool:
@@ -105,7 +108,7 @@ class CodePolicy:
 class Template:
     """The template process of a worker, from the worker's side. One thread at a time talks to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cores: frozenset[int]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             variables = keep_variables(dict(os.environ))
@@ -115,6 +118,9 @@ class Template:
                 pass_fds=[theirs.fileno()], env=variables, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self._control, self._ready = ours, False
+        if cores:
+            with contextlib.suppress(OSError):  # cores were taken offline: it keeps the worker's
+                os.sched_setaffinity(self._process.pid, cores)
 
     def __repr__(self) -> str:
         """For example `<Template 4711>`."""
@@ -310,7 +316,7 @@ class CodeHost:
         if self._template is None or not self._template.lives:
             if self._template is not None:
                 self._template.end()
-            self._template = Template(self._find_folder())
+            self._template = Template(self._find_folder(), self.policy.cores)
         return self._template
 
     def _find_folder(self) -> Path:

@@ -1,6 +1,7 @@
 """What a child has, and what it cannot reach: its own modules, folder and environment, and nothing of others."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -188,6 +189,20 @@ def handle(data, context):
         assert count_open_files() == before
 
     run(ask())
+
+
+def test_a_child_may_run_on_the_cores_that_the_policy_says(host: CodeHost) -> None:
+    """Whichever its worker keeps to: many archives would share one core else."""
+    (core, *_), all_cores = sorted(os.sched_getaffinity(0)), os.sched_getaffinity(0)
+    own = CodeHost(dataclasses.replace(host.policy, cores=frozenset(all_cores)))
+    os.sched_setaffinity(0, {core})
+    try:
+        child = start(own, make_code_archive())
+        assert os.sched_getaffinity(child.pid) == all_cores
+        child.close()
+    finally:
+        os.sched_setaffinity(0, all_cores)
+        own.close()
 
 
 def test_a_child_that_nobody_holds_is_ended(host: CodeHost) -> None:
