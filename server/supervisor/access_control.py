@@ -76,8 +76,8 @@ def read_secrets(settings: Settings) -> Settings:
 class AccessControl:
     """An ASGI application in front of another, which gets only requests that may be made there.
 
-    What may change something by the management API is logged, whatever becomes of it: `management_call` with the names of
-    the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
+    What may change something by the management API is logged, whatever becomes of it: `management_call` with the names
+    of the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
     """
 
     def __init__(self, app: App, scope: Scope, sites: Sites, tokens: TokenFile | None) -> None:

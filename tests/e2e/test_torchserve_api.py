@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
     ]  # fmt: skip
     assert manage(server, "PUT", "/team/m/2.0/set-default").status_code == 200
     assert predict(server, "team/m").text == "version 2"
+    assert '"verb": "/models/team/m/2.0/set-default"' in server.said(), "what changes something is in the audit log"
     assert server.total("ts_inference_requests_total", model_name="team/m") == 4
     assert "MemoryUtilization" in server.exposition()
     assert manage(server, "PUT", "/team/m/1.0", min_worker="0", synchronous="true").status_code == 200
@@ -125,7 +127,7 @@ def test_registrations_outlive_a_front_and_a_worker(server: Server) -> None:
     for kind in ("worker", "front"):
         (before,) = server.processes(kind)
         os.kill(before["pid"], signal.SIGKILL)
-        wait_until(lambda kind=kind, pid=before["pid"]: is_replaced(server, kind, pid), f"the {kind} is replaced")
+        wait_until(partial(is_replaced, server, kind, before["pid"]), f"the {kind} is replaced")
         wait_until(lambda: is_answered(server), "the registered model answers")
     assert manage(server, "DELETE", "/stays").status_code == 200
 
