@@ -32,14 +32,18 @@ class Parameters:
             raise BadOption(f"Parameter {name} must be a text, not {json.dumps(value)[:80]}")
         return value
 
-    def parse_number(self, name: str, default: int, least: int) -> int:
+    def has(self, name: str) -> bool:
+        """Whether it is given."""
+        return name in self._values
+
+    def parse_number(self, name: str, default: int, least: int, most: int = MAX_NUMBER) -> int:
         """A whole number. Raises BadOption."""
         value = self._values.get(name)
         if value is None:
             return default
         text = str(value)
-        if isinstance(value, bool) or not text.isdigit() or not least <= int(text[:20]) <= MAX_NUMBER:
-            raise BadOption(f"Parameter {name} must be a whole number of at least {least}, not {text[:80]!r}")
+        if isinstance(value, bool) or not text.isdigit() or not least <= int(text[:20]) <= most:
+            raise BadOption(f"Parameter {name} must be a whole number from {least} to {most}, not {text[:80]!r}")
         return int(text)
 
     def parse_flag(self, name: str) -> bool:

@@ -22,6 +22,7 @@ from server.supervisor.registrations.refusals import BadOption, ModelUnknown, Ve
 from server.supervisor.registrations.service import RegisterRequest, RegistrationService, ScaleRequest
 from server.supervisor.registrations.table import Registration, ServingOptions
 
+MAX_BATCH, MAX_BATCH_DELAY_MS = 4096, 60_000  #: as archives may have them
 LIMIT = 100  #: models of one page by default, and at most
 RUNTIMES = ("", "python", "python2", "python3")
 SET_DEFAULT, ALL_VERSIONS = "set-default", "all"
@@ -86,14 +87,15 @@ class TorchServeApi:
         if runtime not in RUNTIMES:
             raise BadOption(f"Invalid RuntimeType value: {shorten_name(runtime)}")
         workers = parameters.parse_number("initial_workers", 0, 0)
-        timeout_s = int(self._settings.code_timeout_s)
+        timeout_s = max(1, int(self._settings.code_timeout_s))  # nobody gets more
         options = ServingOptions(
             workers,
             workers,
-            parameters.parse_number("batch_size", 1, 1),
-            parameters.parse_number("max_batch_delay", 100, 0),
-            float(parameters.parse_number("response_timeout", timeout_s, 1)),
-            float(parameters.parse_number("startup_timeout", timeout_s, 1)),
+            parameters.parse_number("batch_size", 1, 1, MAX_BATCH),
+            parameters.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
+            float(min(timeout_s, parameters.parse_number("response_timeout", timeout_s, 1))),
+            float(min(timeout_s, parameters.parse_number("startup_timeout", timeout_s, 1))),
+            says_batching=any(parameters.has(name) for name in ("batch_size", "max_batch_delay")),
         )
         name, version = parameters.get("model_name") or "", parameters.get("model_version") or ""
         return RegisterRequest(url, name, version, parameters.get("handler") or "", runtime, options)

@@ -56,7 +56,8 @@ class Entry(Struct, frozen=True):
 class ForkChild(Struct, frozen=True, tag=True):
     """To the template, with two descriptors: the child's end of its channel, and where its output goes.
 
-    `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch.
+    `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch. `batch_size`: instead of the archive's
+    own, and so `max_batch_delay_s`; 0: the archive's own.
     """
 
     model: str
@@ -64,6 +65,8 @@ class ForkChild(Struct, frozen=True, tag=True):
     entry: Entry
     limits: ChildLimits
     threads: int = 1
+    batch_size: int = 0
+    max_batch_delay_s: float = 0.0
 
 
 class TemplateReady(Struct, frozen=True, tag=True):
