@@ -16,6 +16,7 @@ from model_store.names import ModelName
 from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
 from server.front.backlog import Bounds, NoAdmission
+from server.front.registrations import Registrations
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
@@ -159,9 +160,13 @@ class HeldBytes:
 
 
 class InferencePlane(Protocol):
-    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held."""
+    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held.
+
+    `registrations`: what clients have named by TorchServe's and Multi Model Server's management APIs.
+    """
 
     held: HeldBytes
+    registrations: Registrations
 
     @property
     def expected(self) -> int:
@@ -179,7 +184,7 @@ class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
 
     def __init__(self, plane: InferencePlane) -> None:
-        self.held, self._plane = plane.held, plane
+        self.held, self.registrations, self._plane = plane.held, plane.registrations, plane
 
     @property
     def expected(self) -> int:
@@ -205,7 +210,7 @@ class DataPlane:
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
-        self.held = HeldBytes(max_held_bytes)
+        self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
