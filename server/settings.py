@@ -212,6 +212,13 @@ class Settings(BaseSettings):
         description="which server's protocol the listeners speak on paths that both have, such as `/predictions` and "
         "`/models`; mms: Multi Model Server's",
     )
+    default_workers_per_model: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="workers of a model that Multi Model Server's management API registers without a number: with 0 it "
+        "answers nothing until it is scaled; in a SageMaker container 1 by default",
+    )
     allow_code: list[str] = Field(
         default_factory=list,
         description="beginnings of the keys of archives whose Python code may run, each archive's in a process of its "

@@ -34,6 +34,7 @@ from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
@@ -113,8 +114,16 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/ping", ping),
         Route("/ready", ready),
     ]
+    routes += _list_model_server_routes(supervisor)
     handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
     return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
+    """The management API of the archived server whose clients come here."""
+    if supervisor.settings.model_server_api == "mms":
+        return list_mms_routes(supervisor.multi_model_api)
+    return []
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:

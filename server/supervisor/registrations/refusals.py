@@ -51,6 +51,14 @@ class UrlOutsideStore(NotInStore):
     """A URL of another place. INVARIANT: nothing is fetched from anywhere but the store."""
 
 
+class ArchiveUnreadable(RegistrationRefused):
+    """The store has the archive, but it cannot be read now, or at all. `situation`: see NotLoaded."""
+
+    def __init__(self, message: str, situation: int) -> None:
+        super().__init__(message)
+        self.situation = situation
+
+
 class BadOption(RegistrationRefused):
     """A parameter that cannot be; the message names it."""
 

@@ -22,7 +22,13 @@ from server.errors import Situation
 from server.ipc.control import ControlError
 from server.ipc.operations import ArchiveFacts, ModelState, RegisteredModel
 from server.supervisor.registrations.archive_urls import find_key, name_archive
-from server.supervisor.registrations.refusals import BadOption, NotInStore, NotLoaded, RegistrationRefused
+from server.supervisor.registrations.refusals import (
+    ArchiveUnreadable,
+    BadOption,
+    NotInStore,
+    NotLoaded,
+    RegistrationRefused,
+)
 from server.supervisor.registrations.table import Registration, RegistrationTable, ServingOptions, with_workers
 
 log = structlog.get_logger()
@@ -167,7 +173,7 @@ class RegistrationService:
         except ControlError as error:
             if error.situation == Situation.NOT_FOUND:
                 raise NotInStore(url, f"Model not found at: {url}") from error
-            raise NotLoaded(str(error), error.situation) from error
+            raise ArchiveUnreadable(str(error), error.situation) from error
 
     async def _load(self, registration: Registration) -> None:
         try:

@@ -88,9 +88,10 @@ class HandlerLoaded(Struct, frozen=True, tag=True):
 
 
 class LoadFailed(Struct, frozen=True, tag=True):
-    """From a child that ends: why the archive's code could not be loaded."""
+    """From a child that ends: why the archive's code could not be loaded. `no_memory`: its limit was too small."""
 
     message: Text
+    no_memory: bool = False
 
 
 class CodeRequest(Struct, frozen=True):
