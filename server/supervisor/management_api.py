@@ -34,6 +34,9 @@ from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.model_server_api.mms_routes import list_mms_routes
+from server.supervisor.model_server_api.torchserve import TorchServeApi
+from server.supervisor.model_server_api.torchserve_answers import refuse_path
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
@@ -113,8 +116,17 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/ping", ping),
         Route("/ready", ready),
     ]
+    routes += _list_model_server_routes(supervisor)
     handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
     return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
+    """The management API of the archived server whose clients come here."""
+    settings = supervisor.settings
+    if settings.model_server_api == "mms" or settings.container != "off":
+        return list_mms_routes(supervisor.multi_model_api)
+    return TorchServeApi(supervisor.registrations, settings).list_routes()
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:
@@ -239,6 +251,8 @@ async def _bad_name(_: Request, error: Exception) -> Response:
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
+    if not request.url.path.startswith("/fleet/"):  # other paths may be those of clients of an archived server
+        return refuse_path(request, error)
     assert isinstance(error, HTTPException)
     situation = Situation.BAD_METHOD if error.status_code == http.HTTPStatus.METHOD_NOT_ALLOWED else Situation.NO_ROUTE
     return _make_error_response(

@@ -7,9 +7,23 @@ from collections.abc import Callable
 
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
+from server.front.dialects.multi_model_server import MultiModelServer
 from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
 from server.front.exchange import Dialect
 from server.settings import Settings
 
-DIALECTS: tuple[Callable[[Settings], Dialect], ...] = (SageMaker, Forecasts, OpenInference, Health)
+MakeDialect = Callable[[Settings], Dialect]
+
+DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, OpenInference, Health)
+
+
+def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:
+    """The dialects of a listener with these settings.
+
+    Multi Model Server's answers all paths that it has where it is chosen, and those that none has. A container's
+    clients speak with SageMaker's platform, and this with the container: SageMaker's own dialect would have no client.
+    """
+    if settings.container != "off":
+        return (MultiModelServer, *(dialect for dialect in DIALECTS if dialect is not SageMaker))
+    return (MultiModelServer, *DIALECTS) if settings.model_server_api == "mms" else DIALECTS

@@ -26,6 +26,7 @@ class Asked:
     arrived: float = 0.0
     alone: bool = False
     client: str = ""
+    handler_call: bytes = b""
 
 
 @dataclass
@@ -50,9 +51,10 @@ class Worker:
         arrived: float = 0.0,
         alone: bool = False,
         client: str = "",
+        handler_call: bytes = b"",
     ) -> WorkerCall:
         """A link's: the answer comes in a later pass of the loop."""
-        request = Asked(model, content_type, accept, bytes(body), arrived, alone, client)
+        request = Asked(model, content_type, accept, bytes(body), arrived, alone, client, handler_call)
         self.asked.append(request)
         call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
         asyncio.get_running_loop().call_soon(self._reply, call, request)
