@@ -7,6 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from server.offline.migration.configuration import Configuration
+from server.offline.migration.model_servers import MMS
 from server.offline.migration.outcome import Outcome, Rule, Value, become, hold, leave
 
 Listener = Literal["inference", "management", "metrics"]
@@ -14,6 +15,7 @@ Ports = Mapping[str, int]  #: by scheme, where an address has none
 
 MANAGEMENT_PORT: Ports = {"http": 8081, "https": 8444}
 METRICS_PORT: Ports = {"http": 8082, "https": 8445}
+DEFAULT_INFERENCE = "http://127.0.0.1:8080"
 _ADDRESSES = ("inference_address", "management_address", "metrics_address")
 _ADDRESS = re.compile(r"((https|http)://([^:/]+)(:[0-9]+)?)|(unix:/.*)")
 _SCOPES = {"management": "manage", "metrics": "metrics"}
@@ -33,6 +35,8 @@ def _set_address(config: Configuration, listener: Listener, ports: Ports) -> Out
         return leave("there are no Unix sockets for clients: they come by TCP, on the default port unless you set one")
     parts = urlsplit(address)
     host, port = parts.hostname or "", parts.port if parts.port is not None else ports[parts.scheme]
+    if listener == "management" and address == config.get("inference_address", DEFAULT_INFERENCE):
+        return _share_port(config, port)
     settings: dict[str, Value] = {f"{listener}_port": port}
     notes = [_TLS_ALL] if _speaks_tls(config) and parts.scheme == "http" else []
     if listener in _SCOPES and not _is_loopback(host):
@@ -46,6 +50,14 @@ def _set_address(config: Configuration, listener: Listener, ports: Ports) -> Out
     if listener == "inference" or host not in ("127.0.0.1", "localhost"):
         settings = {f"{listener}_host": "127.0.0.1" if host == "localhost" else host, **settings}
     return become(settings, "; ".join(notes))
+
+
+def _share_port(config: Configuration, port: int) -> Outcome:
+    """Management at the inference listener's address, as the containers for SageMaker have it."""
+    free: dict[str, Value] = {"management_port": 0} if port == MANAGEMENT_PORT["http"] else {}
+    if config.server is MMS:
+        return become({"container": "multi-model", **free}, "models are loaded and unloaded at the inference address")
+    return leave("each listener has an address of its own: management is at the default one unless you set it", free)
 
 
 def _is_loopback(host: str) -> bool:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
+from urllib.parse import urlencode
 
 import msgspec
 
 from model_store.names import InvalidModelName, parse_model_name
 from server.offline.migration.configuration import Configuration
+from server.offline.migration.model_servers import TORCHSERVE
 from server.offline.migration.outcome import Outcome, become, hold, ignore, leave
 
 _ENDINGS = (".tar.gz", ".tgz", ".mar", ".model")
@@ -51,10 +53,7 @@ def set_loaded_models(config: Configuration) -> Outcome:
     if not asked or asked == ["none"]:
         return hold("no model is loaded before it is asked for")
     if len(asked) == 1 and asked[0].lower() == "all":
-        return hold(
-            "every archive of the store is served: the first request loads it. `pin` loads models at the start, and "
-            "keeps them in memory"
-        )
+        return _explain_all(config)
     keys, notes = [], []
     for each in asked:
         name, _, file = each.rpartition("=")
@@ -63,10 +62,28 @@ def set_loaded_models(config: Configuration) -> Outcome:
             notes.append(problem)
             continue
         keys.append(file)
-        if name and name != _strip_ending(file):
-            notes.append(f"{name} is asked for as {file}, its key in the store")
+        notes += _explain_name(config, name or _strip_ending(file), file)
     settings = {"pin": keys} if keys else {}
     return leave("; ".join(notes), settings) if notes else become(settings)
+
+
+def _explain_all(config: Configuration) -> Outcome:
+    why = "every archive of the store is served: the first request loads it. `pin` loads models at the start, and keeps them"
+    if config.server is TORCHSERVE:
+        return hold(why)
+    return leave(f"{why}. A name without its .mar has to be registered: {_register('m', 'm.mar')}")
+
+
+def _explain_name(config: Configuration, name: str, file: str) -> list[str]:
+    """How clients name a model: by its key or as it is registered; in TorchServe's API .mar may be left out."""
+    if config.server is TORCHSERVE and file == f"{name}.mar":
+        return []
+    return [f"{name} is asked for by its key {file}, unless it is registered after a start: {_register(name, file)}"]
+
+
+def _register(name: str, file: str) -> str:
+    query = urlencode({"url": file, "model_name": name, "initial_workers": 1}, safe="/")
+    return f"curl -X POST 'http://127.0.0.1:8081/models?{query}'"
 
 
 def _find_problem(file: str) -> str:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 
 from server.offline.migration.addresses import MANAGEMENT_PORT, METRICS_PORT, make_address_rule, set_certificate
 from server.offline.migration.configuration import Configuration
+from server.offline.migration.model_servers import MMS
 from server.offline.migration.models import set_loaded_models, set_model_defaults
 from server.offline.migration.outcome import Outcome, Rule, always, become, hold, ignore, leave
 from server.offline.migration.timeouts import parse_whole_number, set_timeouts
 
+MOST_WORKERS = 64
 REQUEST_BYTES = 6_553_500  #: of both servers, where `max_request_size` is not given
 MAX_INFLIGHT_BYTES = 256 * 2**20  #: our default
 
@@ -57,12 +59,15 @@ def _set_device(config: Configuration) -> Outcome:
     return leave(f"there is a worker for each GPU that it sees: start it with CUDA_VISIBLE_DEVICES={devices}")
 
 
-def _explain_workers(config: Configuration) -> Outcome:
-    count = config.get("default_workers_per_model")
-    return ignore(
-        f"an archive with code has one process, which answers {count or 'its'} requests that wait as one batch where "
-        "its model-config.yaml says batchSize; models without code need no process at all"
+def _set_workers(config: Configuration) -> Outcome:
+    count = min(parse_whole_number(config.get("default_workers_per_model"), least=0), MOST_WORKERS)
+    why = (
+        "an archive with code has one process, which answers requests that wait as one batch where its "
+        "model-config.yaml says batchSize; models without code need no process at all"
     )
+    if config.server is not MMS:
+        return ignore(why)
+    return become({"default_workers_per_model": count}, f"of models that are registered; {why}")
 
 
 def _explain_requirements(config: Configuration) -> Outcome:
@@ -148,7 +153,7 @@ RULES: Mapping[str, Rule] = {
     "job_queue_size": _set_queue,
     "number_of_gpu": _set_device,
     "max_response_size": always(ignore("an answer of code has at most 64 MiB; other answers follow from the request")),
-    "default_workers_per_model": _explain_workers,
+    "default_workers_per_model": _set_workers,
     "install_py_dep_per_model": _explain_requirements,
     "decode_input_request": _explain_decoding,
     "disable_token_authorization": _explain_tokens,
@@ -235,6 +240,10 @@ def _default_code(config: Configuration) -> Outcome | None:
     )
 
 
+def _default_protocol(config: Configuration) -> Outcome | None:
+    return become({"model_server_api": "mms"}) if config.server is MMS else None
+
+
 def _default_store(config: Configuration) -> Outcome | None:
     if "model_store" in config.entries:
         return None
@@ -249,6 +258,7 @@ def _default_tokens(config: Configuration) -> Outcome | None:
 #: What the old server does without a key, where it is not what we do: the words for it, and the rule.
 DEFAULTS: Mapping[str, Callable[[Configuration], Outcome | None]] = {
     "its store": _default_store,
+    "its protocol": _default_protocol,
     "its code": _default_code,
     "its tokens": _default_tokens,
     "its default time-out of 120 s": _default_timeout,

@@ -1,6 +1,8 @@
 """What becomes of the keys of TorchServe and Multi Model Server: each is said, and the settings are sound."""
 
 import tomllib
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +93,29 @@ def test_addresses_become_hosts_and_ports() -> None:
     assert "keystore" not in settings_of(text)
 
 
+def test_one_address_for_both_is_a_container_of_sagemakers() -> None:
+    """As the configurations in both wheels have it; Multi Model Server's management is then on that port here too."""
+    variables = {"SAGEMAKER_BIND_TO_PORT": "8081", "SAGEMAKER_RESPONSE_TIMEOUT": "60"}
+    for package, server in (("mms", ServerName.MMS), ("ts", ServerName.TORCHSERVE)):
+        spec = PathFinder.find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        file = Path(spec.submodule_search_locations[0], "configs", "sagemaker_config.properties")
+        found = settings_of(file.read_text(), variables=variables, server=server)
+        assert (found["inference_host"], found["inference_port"], found["management_port"]) == ("0.0.0.0", 8081, 0)
+        assert (found.get("container"), found["code_timeout_s"]) == (
+            "multi-model" if server is ServerName.MMS else None,
+            60,
+        )
+
+
+def test_multi_model_servers_settings() -> None:
+    """Its protocol, and how many workers a model gets that is registered without a number."""
+    found = settings_of("preload_model=true\ndefault_workers_per_model=2")
+    assert (found["model_server_api"], found["default_workers_per_model"]) == ("mms", 2)
+    assert "model_server_api" not in settings_of("metrics_mode=log\ndefault_workers_per_model=2")
+
+
 def test_listeners_that_others_reach_stay_on_loopback_until_there_are_tokens() -> None:
     """The server would not start with them; the page says how it does."""
     text = "management_address=http://0.0.0.0:8086"
@@ -121,6 +146,7 @@ def test_listeners_that_others_reach_stay_on_loopback_until_there_are_tokens() -
         ("load_models=../a.mar", "load_models", "is no key of a store"),
         ("install_py_dep_per_model=true", "install_py_dep_per_model", "pip install the packages"),
         ("decode_input_request=false", "decode_input_request", "always decoded"),
+        ("default_workers_per_model=x", "default_workers_per_model", "no whole number"),
         ("default_service_handler=a:b", "default_service_handler", "pack it with --handler"),
         ("service_envelope=body", "service_envelope", "no envelope"),
         ("disable_token_authorization=false", "disable_token_authorization", "key_file.json"),
@@ -138,7 +164,12 @@ def test_models_at_the_start_are_pinned() -> None:
     """Under their keys; a name that is not the key's is said; so are those of a snapshot, and none of `all`."""
     text = "load_models=a.mar, b=b.mar, c=other.mar"
     assert settings_of(text)["pin"] == ["a.mar", "b.mar", "other.mar"]
-    assert "c is asked for as other.mar" in reason(text, "load_models")[1]
+    assert reason(text, "load_models")[1] == (
+        "c is asked for by its key other.mar, unless it is registered after a start: curl -X POST "
+        "'http://127.0.0.1:8081/models?url=other.mar&model_name=c&initial_workers=1'"
+    )
+    assert "a is asked for by its key a.mar" in reason(text, "load_models", server=ServerName.MMS)[1]
+    assert reason("load_models=all", "load_models", server=ServerName.MMS)[0] is Fate.BY_HAND
     assert reason("load_models=all", "load_models")[0] is Fate.HOLDS
     assert settings_of(SNAPSHOT)["pin"] == ["noop.mar"]
 
