@@ -34,9 +34,9 @@ class Toy:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """Any method."""
-        del method
+        del method, query
         return DialectOperation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:

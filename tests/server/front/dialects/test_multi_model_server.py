@@ -117,10 +117,10 @@ def test_a_registered_name_stands_for_its_archive(request_line: str, key: str) -
     ("request_line", "status"),
     [
         ("/predictions/idle", 503),
-        ("/invocations", 400),
+        ("/invocations?model_name=", 400),
         ("/predictions/../x", 400),
-        ("/invocations?" + "&".join(f"a{i}=1" for i in range(300)), 400),
-        ("/invocations?" + "a" * 20_000, 400),
+        ("/models/a/b/invoke?" + "&".join(f"a{i}=1" for i in range(300)), 400),
+        ("/models/a/b/invoke?" + "a" * 20_000, 400),
         ("/nosuch", 404),
         ("/", 405),
     ],
@@ -133,11 +133,12 @@ def test_what_cannot_be_asked_reaches_no_worker(request_line: str, status: int) 
     assert not worker.asked
 
 
-def test_a_header_names_the_model_as_well() -> None:
-    """As SageMaker's clients send it, where the path names none."""
+@pytest.mark.parametrize("container", ["off", "multi-model"])
+def test_a_header_names_the_model_as_well(container: str) -> None:
+    """As SageMaker's clients send it: in a container what is registered, elsewhere a key of the store."""
     worker = Worker(lambda _: b"1")
-    assert send(make_app(worker), "POST", "/invocations", b"{}", **{TARGET: "a/b"}).status == 200
-    assert [asked.model for asked in worker.asked] == ["key.mar"]
+    assert send(make_app(worker, container=container), "POST", "/invocations", b"{}", **{TARGET: "a/b"}).status == 200
+    assert [asked.model for asked in worker.asked] == ["a/b" if container == "off" else "key.mar"]
 
 
 def test_a_container_knows_what_is_registered_and_nothing_else() -> None:
