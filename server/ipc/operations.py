@@ -79,7 +79,23 @@ class EndTrial(Operation[None]):
     lost: int  #: the worker that died of it, or fell silent; -1: none
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial
+class ManagementReply(Struct, frozen=True):
+    """What the supervisor answers a client of an archived server's management API: JSON."""
+
+    status: int
+    body: bytes
+
+
+class ManageModels(Operation[ManagementReply]):
+    """A request of Multi Model Server's management API, which a front has got where it is a container's one port."""
+
+    method: str
+    path: str
+    query: str
+    body: bytes
+
+
+AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
@@ -29,6 +30,7 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ManageModels,
     Ready,
     ReportOverrun,
     ScrapeMetrics,
@@ -43,6 +45,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
+from server.sagemaker_environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.children import Child, Children
@@ -54,6 +57,7 @@ from server.supervisor.host_files import (
     open_access_log,
     prepare_disk_cache,
 )
+from server.supervisor.model_server_api.mms import MultiModelApi
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.registrations.rollout import RegistrationRollout
@@ -98,6 +102,7 @@ class Supervisor:
         self.releases = ReleaseService(settings, ReleaseRollout(self.workers, self.fronts, self._pins))
         fleet = RegistrationRollout(self.workers, self.fronts, self._pins)
         self.registrations = RegistrationService(settings.store, fleet)
+        self.multi_model_api = MultiModelApi(self.registrations, settings)
         self._watch = StoreWatch(
             ResidentVersions(self.workers),
             self._metrics,
@@ -213,6 +218,10 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case ManageModels():
+                if self.settings.container != MULTI_MODEL:
+                    raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+                return await self.multi_model_api.answer(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
