@@ -15,14 +15,19 @@ from starlette.routing import Route
 from server.model_server_api.bodies import encode_pretty, encode_status
 from server.model_server_api.torchserve_description import describe_management, describe_management_of
 from server.settings import Settings
-from server.supervisor.model_server_api.parameters import Parameters, parse_leniently, read_parameters
+from server.supervisor.model_server_api.parameters import (
+    MAX_BATCH,
+    MAX_BATCH_DELAY_MS,
+    Parameters,
+    parse_leniently,
+    read_parameters,
+)
 from server.supervisor.model_server_api.torchserve_answers import guard, refuse, reply
 from server.supervisor.model_server_api.torchserve_versions import describe_version
 from server.supervisor.registrations.refusals import BadOption, ModelUnknown, VersionUnknown, shorten_name
 from server.supervisor.registrations.service import RegisterRequest, RegistrationService, ScaleRequest
 from server.supervisor.registrations.table import Registration, ServingOptions
 
-MAX_BATCH, MAX_BATCH_DELAY_MS = 4096, 60_000  #: as archives may have them
 LIMIT = 100  #: models of one page by default, and at most
 RUNTIMES = ("", "python", "python2", "python3")
 SET_DEFAULT, ALL_VERSIONS = "set-default", "all"
@@ -95,7 +100,7 @@ class TorchServeApi:
             parameters.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
             float(min(timeout_s, parameters.parse_number("response_timeout", timeout_s, 1))),
             float(min(timeout_s, parameters.parse_number("startup_timeout", timeout_s, 1))),
-            says_batching=any(parameters.has(name) for name in ("batch_size", "max_batch_delay")),
+            says_batching=parameters.says_batching,
         )
         name, version = parameters.get("model_name") or "", parameters.get("model_version") or ""
         return RegisterRequest(url, name, version, parameters.get("handler") or "", runtime, options)
