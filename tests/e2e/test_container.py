@@ -1,6 +1,8 @@
 """The server as a SageMaker container, driven as SageMaker drives one: one port, folders that were unpacked before."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -212,6 +214,24 @@ def test_what_cannot_be_loaded_is_said_and_not_registered(platform: Platform) ->
         assert reply.status_code in (400, 413, 404), (body[:20], reply.text)
     assert platform.list_names() == ["script2"]
     assert platform.unload("script2").is_success
+
+
+def test_a_load_waits_for_workers_that_are_not_up(platform: Platform) -> None:
+    """SageMaker loads models as soon as `/ping` answers. What was loaded when a worker died answers on."""
+    assert platform.load("script4").is_success
+    (before,) = platform.server.processes("worker")
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_until(lambda: is_down_or_new(platform, before["incarnation"]), "the worker's end is known")
+    assert platform.load("script5").is_success
+    assert [platform.multiply(name, 2)["product"] for name in ("script4", "script5")] == [8, 10]
+    for name in ("script4", "script5"):
+        assert platform.unload(name).is_success
+
+
+def is_down_or_new(platform: Platform, incarnation: int) -> bool:
+    """Whether the worker is not up, or already another one."""
+    (row,) = platform.server.processes("worker")
+    return not row["up"] or row["incarnation"] != incarnation
 
 
 def test_pages_of_browsers_manage_nothing(platform: Platform) -> None:
