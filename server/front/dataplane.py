@@ -17,10 +17,13 @@ from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
 from server.front.backlog import Bounds, NoAdmission
 from server.front.handler_calls import CallDetails, CodeCalls
+from server.front.registrations import Registrations
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
+from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
+from server.ipc.operations import ManagementReply, ManageModels
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -168,9 +171,13 @@ class HeldBytes:
 
 
 class InferencePlane(Protocol):
-    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held."""
+    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held.
+
+    `registrations`: what clients have named by TorchServe's and Multi Model Server's management APIs.
+    """
 
     held: HeldBytes
+    registrations: Registrations
 
     @property
     def expected(self) -> int:
@@ -183,12 +190,15 @@ class InferencePlane(Protocol):
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
 
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer to who manages models on this listener. Raises Refused."""
+
 
 class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
 
     def __init__(self, plane: InferencePlane) -> None:
-        self.held, self._plane = plane.held, plane
+        self.held, self.registrations, self._plane = plane.held, plane.registrations, plane
 
     @property
     def expected(self) -> int:
@@ -199,6 +209,10 @@ class PlaneInFront:
     def workers(self) -> Mapping[int, PulseReader | None]:
         """The workers that are up, and what is seen of each."""
         return self._plane.workers
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused."""
+        return await self._plane.manage(request, deadline)
 
 
 class DataPlane:
@@ -214,7 +228,8 @@ class DataPlane:
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
-        self.held = HeldBytes(max_held_bytes)
+        self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
+        self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
@@ -248,6 +263,19 @@ class DataPlane:
                 return await self._ask_again(request, lane.worker)
         finally:
             self.held.size -= size
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused."""
+        if self.supervisor is None:
+            raise Refused(Situation.NOT_READY, "this front has no supervisor to ask; try again")
+        try:
+            return await self.supervisor.ask(request, max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise Refused(Situation.DEADLINE, "the deadline passed before it was done; it may still be") from None
+        except ChannelClosed:
+            raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
+        except ControlError as error:
+            raise Refused(Situation(error.situation or Situation.INTERNAL), str(error)) from None
 
     def sweep(self) -> None:
         """Called every 0.1 s.

@@ -68,7 +68,7 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
         handler = LOADERS[asked.entry.style](asked, folder / "model")
     except BaseException as error:  # SystemExit of a module too
         traceback.print_exc()
-        worker.sendall(frame(LoadFailed(shorten(explain(error)))))
+        worker.sendall(frame(LoadFailed(shorten(explain(error)), isinstance(error, MemoryError))))
         _end(FAILED)
     worker.sendall(frame(handler.loaded))
     while (batch := receive_batch(worker)) is not None:
