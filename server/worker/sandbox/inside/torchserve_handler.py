@@ -137,10 +137,11 @@ def import_handler(entry: Entry) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         packages = {"ts": "torchserve", "mms": "multi-model-server", "model_archiver": "multi-model-server"}
-        if missing not in packages:
+        if missing not in packages and not entry.from_package:
             raise
         raise HandlerProblem(
-            f"{name} imports {missing}, which is not installed: pip install {packages[missing]} beside the server"
+            f"{entry.module} imports {missing}, which is not installed beside the server: pip install "
+            f"{packages.get(missing, missing)}"
         ) from error
 
 
