@@ -100,7 +100,7 @@ def open_code(settings: Settings, plan: WorkerPlan) -> CodeHost | None:
     if not settings.allow_code:
         return None
     cores = frozenset(os.sched_getaffinity(os.getppid()))  # the supervisor has all that the server may use
-    host = CodeHost(CodePolicy.of(settings, plan.threads, plan.index, cores))
+    host = CodeHost(CodePolicy.of(settings, plan, cores))
     host.warm()
     return host
 

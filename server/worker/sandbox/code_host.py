@@ -33,6 +33,7 @@ from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
 from model_store.names import ModelName, split_version
+from server.host import WorkerPlan
 from server.ipc.operations import Batching
 from server.settings import Settings
 from server.temporary_folders import make_folder
@@ -71,7 +72,7 @@ class CodePolicy:
     """Whose code may run, and what it may take. `keys`: beginnings of keys.
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
-    `cores`: that children may run on; empty: those of this process.
+    `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
     """
 
     keys: tuple[str, ...]
@@ -84,21 +85,23 @@ class CodePolicy:
     program: str = SAGEMAKER_PROGRAM
     disk_bytes: int = 4 * 1024 * 1024 * 1024
     cores: frozenset[int] = frozenset()
+    gpu: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, threads: int, worker: int, cores: frozenset[int]) -> "CodePolicy":
-        """What the settings say, for a worker of so many threads on a server that has these cores."""
+    def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
+        """What the settings say, for a worker on a server that has these cores."""
         return cls(
             tuple(settings.allow_code),
             int(settings.code_memory_bytes),
             settings.code_timeout_s,
-            threads,
-            worker,
+            plan.threads,
+            plan.index,
             settings.code_processes,
             settings.code_install_s if settings.code_requirements == "install" else 0.0,
             settings.code_program,
             int(settings.code_disk_bytes),
             cores,
+            settings.code_device == "device" and plan.device != "cpu",
         )
 
     def allows(self, model: ModelName) -> bool:
@@ -271,7 +274,7 @@ class CodeHost:
         with theirs, self._lock:
             user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user, gpu=self.policy.gpu)
             try:
                 template = self._keep_template()
                 batching = self._find_batching(model)

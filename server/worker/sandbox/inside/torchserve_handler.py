@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 
 from server.worker.sandbox.inside import torchserve_package
-from server.worker.sandbox.inside.handler_context import HandlerContext
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
 from server.worker.sandbox.messages import (
     MAX_STATUS,
@@ -114,8 +114,9 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
     if asked.batch_size:
         loaded = HandlerLoaded(asked.batch_size, asked.max_batch_delay_s)
     name = str(manifest.get("model", {}).get("modelName") or asked.model)
-    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config)
-    torchserve_package.fit(model_dir, asked.threads, has_device=False)
+    gpu_id = FIRST_GPU if asked.limits.gpu else None
+    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id)
+    torchserve_package.fit(model_dir, asked.threads, has_device=asked.limits.gpu)
     module = import_handler(asked.entry)
     function = getattr(module, asked.entry.function or "handle", None)
     if function is not None:
