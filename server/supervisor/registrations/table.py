@@ -58,6 +58,7 @@ class Registration(Struct, frozen=True):
     runtime: str
     options: ServingOptions
     loaded_at: float = 0.0  #: wall clock, when it was last given workers; 0: it has none
+    has_code: bool = False  #: whether it is a code archive
     is_loading: bool = False  #: workers have been asked for, and are not there yet
 
 

@@ -47,6 +47,10 @@ class Fleet:
             raise ControlError(f"{key} is broken", self.why_broken)
         self.said.append(f"load {key}")
 
+    async def describe_by_code(self, key: ModelName, headers: list[tuple[str, str]]) -> bytes:
+        """Repeat the headers."""
+        return repr((key, headers)).encode()
+
     async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
         """Batch."""
         self.said.append(f"batch {key} {batching and batching.size}")
