@@ -234,6 +234,11 @@ class Settings(BaseSettings):
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
     )
+    code_device: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="where handlers run if workers have a GPU; device: each handler is given its worker's GPU as "
+        "`gpu_id` 0. What it takes of the GPU's memory is not counted: leave room by `gpu_reserve_bytes`",
+    )
     code_requirements: Literal["refuse", "install"] = Field(
         "refuse",
         description="archives with a requirements.txt; install: their packages are installed into a folder of the "
