@@ -34,6 +34,7 @@ from server.ipc.operations import (
     Ready,
     ReportOverrun,
     ScrapeMetrics,
+    SetBatching,
     SetQuarantine,
     SetRegistrations,
     SetReleases,
@@ -245,6 +246,7 @@ class Supervisor:
         child.proven = True
         if child.kind == "worker" and child.channel is not None:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
+            child.channel.tell(SetBatching(self.registrations.table.list_batching(), whole=True))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
             child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))
