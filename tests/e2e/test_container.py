@@ -254,8 +254,7 @@ def test_one_model_is_loaded_at_the_start(s3: S3Server, tmp_path: Path) -> None:
     """In a container of one model `/invocations` is its path, whatever a header says; failures keep their status."""
     model = tmp_path / "model"
     unpack(model, make_script(7))
-    settings = {"container": "single-model", "allow_code": ["*"], "pin": ["model"]}
-    with run_server(s3, tmp_path, str(model), **settings) as server:
+    with run_server(s3, tmp_path, str(model), container="single-model", allow_code=["*"]) as server:
         wait_until(lambda: "model" in server.resident(), "it is loaded before it is asked")
         for headers in ({}, {TARGET: "other"}):
             reply = server.http.post(f"{server.url}/invocations", content=b'{"x": 6}', headers=headers)
