@@ -35,6 +35,7 @@ log = structlog.get_logger()
 MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
 RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
 MOST_WAITING = 1024  #: requests that wait for one
+MOST_MANAGED = 256  #: management requests that the supervisor is asked at a time
 HALF_ANSWER = "the worker died with half of the answer; try again"
 _CACHE: Mapping[int, str | None] = {
     CacheResult.NONE: None,
@@ -229,6 +230,7 @@ class DataPlane:
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
         self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
+        self._managing = 0
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
@@ -268,6 +270,9 @@ class DataPlane:
         """The supervisor's answer. Raises Refused."""
         if self.supervisor is None:
             raise Refused(Situation.NOT_READY, "this front has no supervisor to ask; try again")
+        if self._managing >= MOST_MANAGED:
+            raise Refused(Situation.OVERLOADED, f"{MOST_MANAGED} management requests are under way here; try again")
+        self._managing += 1
         try:
             return await self.supervisor.ask(request, max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -276,6 +281,8 @@ class DataPlane:
             raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
         except ControlError as error:
             raise Refused(Situation(error.situation or Situation.INTERNAL), str(error)) from None
+        finally:
+            self._managing -= 1
 
     def sweep(self) -> None:
         """Called every 0.1 s.

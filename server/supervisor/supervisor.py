@@ -230,7 +230,8 @@ class Supervisor:
             case ManageModels():
                 if self.settings.container != MULTI_MODEL:
                     raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
-                await self._await_workers()
+                if operation.method != "GET":
+                    await self._await_workers()
                 return await self.multi_model_api.answer(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
