@@ -198,6 +198,11 @@ class Settings(BaseSettings):
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
     )
+    repository_control: Literal["off", "on"] = Field(
+        "off",
+        description="on: clients of the inference listener may load and unload models by the Open Inference Protocol; "
+        "with `tokens` those with the scopes invoke and manage may, whatever this says, and others may not",
+    )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
     )

@@ -57,6 +57,7 @@ class App:
     ) -> None:
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
         self.plane = DataPlane(int(settings.max_inflight_bytes), bounds)
+        self.plane.clients_control = settings.repository_control == "on"
         self.releases = Releases(metrics)
         self._settings = settings
         self._metrics = metrics

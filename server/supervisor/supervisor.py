@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from model_store.names import parse_model_name
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
@@ -29,6 +30,8 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ListKnownModels,
+    LoadForClient,
     Ready,
     ReportOverrun,
     ScrapeMetrics,
@@ -36,6 +39,7 @@ from server.ipc.operations import (
     SetReleases,
     TakeAccessLog,
     TrySuspect,
+    UnloadForClient,
     WorkerAssignment,
 )
 from server.ipc.pulse import SUFFIX, PulseReader
@@ -185,7 +189,9 @@ class Supervisor:
 
     # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------
 
-    async def answer_child(self, child: Child, operation: AskedByFront | AskedByWorker) -> object:
+    async def answer_child(  # noqa: C901 -- one case an operation
+        self, child: Child, operation: AskedByFront | AskedByWorker
+    ) -> object:
         """Answer a child."""
         match operation:
             case JoinAsFront():
@@ -206,6 +212,13 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case ListKnownModels(prefix, after, limit):
+                return await self.operations.list_known(prefix, after, limit)
+            case LoadForClient(model):
+                return (await self.operations.load(parse_model_name(model)))["version"]
+            case UnloadForClient(model):
+                await self.operations.unload(parse_model_name(model))
+                return ""
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakSet
 
+from handlers.codecs.codec import JSON
+from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_tensors
 from model_store.cache.slots import Slot
 from server.errors import Refused, Situation
 from server.worker.replies import Replies, get_slot
@@ -23,6 +25,9 @@ SAMPLE_S = 2.0  #: between two measurements of the children's memory
 WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Worker died."
 OK, MULTIPLE_CHOICES = 200, 300
 BYTES = "application/octet-stream"
+_DESCRIPTION = describe_tensors(
+    Signature({}, {}), code="the archive's code gets the request's JSON as it is, and its answer is sent as it is"
+)
 
 
 class CodeBatches:
@@ -53,6 +58,9 @@ class CodeBatches:
 
     def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Send jobs to their child, or collect more of them first."""
+        jobs = [job for job in jobs if not self._describe(job, now)]
+        if not jobs:
+            return
         slot = get_slot(jobs[0])
         child = self._residents.children[slot]
         batch, rest = list[Job](), list[Job]()
@@ -78,6 +86,13 @@ class CodeBatches:
                 self._wake()
 
         child.run([_make_request(job) for job in batch], end)
+
+    def _describe(self, job: Job, now: float) -> bool:
+        """Answer a request for the model's tensors, of which code says none. False for any other request."""
+        if job.request.content_type != DESCRIBE:
+            return False
+        self._replies.answer(job, (_DESCRIPTION, JSON), now, 0.0)
+        return True
 
     def _collects(self, child: ChildProcess, count: int) -> bool:
         """Whether a batch that is not full waits for more jobs."""
@@ -146,8 +161,13 @@ class CodeBatches:
 
 
 def _make_request(job: Job) -> CodeRequest:
+    """What the handler gets. A request of the Open Inference Protocol comes as the client has sent it."""
     request = job.request
-    return CodeRequest(str(request.id), request.content_type, request.accept, bytes(request.body))
+    content_type, accept = request.content_type, request.accept
+    if content_type.startswith(INFER):
+        is_json = content_type == f"{INFER};json={len(request.body)}"
+        content_type, accept = (JSON if is_json else BYTES), JSON
+    return CodeRequest(str(request.id), content_type, accept, bytes(request.body))
 
 
 def _is_header(value: str) -> bool:
