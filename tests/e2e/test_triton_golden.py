@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from handlers.kinds import ArchiveParts, pack_model
-from model_store.archives.manifest import Kind
+from tests.e2e.models import pack_identity, pack_onnx
 from tests.e2e.server import Server, run_server
 from tests.golden.open_inference import (
     find_differences,
@@ -37,38 +36,22 @@ def handle(data, context):
 """
 
 
-def pack_graph(nodes: list[Any], inputs: list[Any], outputs: list[Any]) -> bytes:
-    """An ONNX archive."""
-    graph = helper.make_graph(nodes, "g", inputs, outputs)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name="m")
-
-
-def pack_ident() -> bytes:
-    """Gives what it gets: [rows, any] float32."""
-    tensor = helper.make_tensor_value_info
-    shape: list[str | int | None] = ["n", "length"]
-    return pack_graph(
-        [helper.make_node("Identity", ["IN"], ["OUT"])],
-        [tensor("IN", TensorProto.FLOAT, shape)],
-        [tensor("OUT", TensorProto.FLOAT, shape)],
-    )
-
-
 def pack_addsub() -> bytes:
     """The sum and the difference of [rows, 4] int32."""
     names = ("A", "B", "SUM", "DIFF")
     shape: list[str | int | None] = ["n", 4]
     a, b, total, difference = (helper.make_tensor_value_info(name, TensorProto.INT32, shape) for name in names)
     nodes = [helper.make_node("Add", ["A", "B"], ["SUM"]), helper.make_node("Sub", ["A", "B"], ["DIFF"])]
-    return pack_graph(nodes, [a, b], [total, difference])
+    return pack_onnx(nodes, [a, b], [total, difference])
 
 
 @pytest.fixture(scope="module")
 def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that has loaded the recording's models, and whose clients may load and unload."""
     bucket, settings = s3.bucket(), {"allow_code": ["fail"], "repository_control": "on"}
-    for name, archive in zip(NAMES, (pack_ident(), pack_addsub(), pack_code(FAILING)), strict=True):
+    for name, archive in zip(
+        NAMES, (pack_identity(TensorProto.FLOAT, "IN", "OUT"), pack_addsub(), pack_code(FAILING)), strict=True
+    ):
         s3.put(bucket, name, archive)
     folder = tmp_path_factory.mktemp("triton")
     with run_server(s3, folder, f"s3://{bucket}", model_cache_bytes="256MiB", **settings) as running:
