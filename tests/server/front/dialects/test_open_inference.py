@@ -19,7 +19,14 @@ from server.front.app import App
 from server.front.auth.permissions import PermittedPlane
 from server.front.dataplane import DataPlane, InferRequest
 from server.front.dialects.open_inference import STATUS, ModelOperation, OpenInference
-from server.front.dialects.open_inference_models import MOST_ROWS, VERSION, make_config, make_index, make_statistics
+from server.front.dialects.open_inference_models import (
+    MOST_LISTED,
+    MOST_ROWS,
+    VERSION,
+    make_config,
+    make_index,
+    make_statistics,
+)
 from server.front.exchange import HttpReply, HttpRequest
 from server.ipc.operations import KnownModel, ListKnownModels, LoadForClient, ModelUsage, UnloadForClient
 from server.metrics import FrontMetrics
@@ -299,6 +306,19 @@ def test_a_token_of_some_models_sees_those() -> None:
     token = Token("t", "0" * 64, (Scope.INVOKE,), ("au/", "eu/"))
     manage(PermittedPlane(plane, token), "/v2/repository/index")
     assert [asked.prefix for asked, _ in plane.told] == ["au/", "eu/"]
+
+
+def test_an_index_and_all_statistics_are_bounded() -> None:
+    """So many models are asked for, and no more are answered where several prefixes have as many."""
+    plane = Repository()
+    manage(plane, "/v2/repository/index")
+    operation = DIALECT.match("GET", "/v2/models/stats")
+    assert operation is not None
+    asyncio.run(DIALECT.answer(operation, HttpRequest("GET", "/v2/models/stats", {}, stay_connected), plane))
+    assert [asked.limit for asked, _ in plane.told] == [MOST_LISTED, MOST_LISTED]
+    token = Token("t", "0" * 64, (Scope.INVOKE,), ("au/", "eu/"))
+    known = asyncio.run(PermittedPlane(plane, token).list_known(ListKnownModels("", "", 2), 9.0))
+    assert [each.model for each in known] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
