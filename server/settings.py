@@ -183,6 +183,11 @@ class Settings(BaseSettings):
         description="where ONNX models run if workers have a GPU; auto: on the CPU if it answers a row of the model "
         "within 2 ms, else on the GPU; device: on the GPU",
     )
+    model_server_api: Literal["torchserve", "mms"] = Field(
+        "torchserve",
+        description="which server's protocol the listeners speak on paths that both have, such as `/predictions` and "
+        "`/models`; mms: Multi Model Server's",
+    )
     allow_code: list[str] = Field(
         default_factory=list,
         description="beginnings of the keys of archives whose Python code may run, each archive's in a process of its "
@@ -202,6 +207,9 @@ class Settings(BaseSettings):
         "off",
         description="on: clients of the inference listener may load and unload models by the Open Inference Protocol; "
         "with `tokens` those with the scopes invoke and manage may, whatever this says, and others may not",
+    )
+    code_processes: int = Field(
+        64, ge=4, description="maximum number of processes and threads of one code archive, its own process among them"
     )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
