@@ -79,7 +79,23 @@ class EndTrial(Operation[None]):
     lost: int  #: the worker that died of it, or fell silent; -1: none
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial
+class ManagementReply(Struct, frozen=True):
+    """What the supervisor answers a client of an archived server's management API: JSON."""
+
+    status: int
+    body: bytes
+
+
+class ManageModels(Operation[ManagementReply]):
+    """A request of Multi Model Server's management API, which a front has got where it is a container's one port."""
+
+    method: str
+    path: str
+    query: str
+    body: bytes
+
+
+AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------
@@ -123,11 +139,35 @@ class SetReleases(Operation[None]):
     routes: dict[str, list[ReleaseArm]]
 
 
+class ServedVersion(Struct, frozen=True):
+    """One version of a registered model: the archive's name, whether it has workers, and how long it may take."""
+
+    key: str
+    workers: int
+    timeout_s: float
+
+
+class RegisteredModel(Struct, frozen=True):
+    """What clients of TorchServe's and Multi Model Server's protocols have registered under a name."""
+
+    default: str
+    versions: dict[str, ServedVersion]
+
+
+class SetRegistrations(Operation[None]):
+    """What is registered under these names from now on; None: nothing any more. `whole`: and under no others."""
+
+    models: dict[str, RegisteredModel | None]
+    whole: bool
+
+
 class AwaitConnections(Operation[None]):
     """Answered when the front is connected to all workers that `ConnectWorkers` named last."""
 
 
-AskedOfFront: TypeAlias = Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases
+AskedOfFront: TypeAlias = (
+    Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
+)
 
 # --- the supervisor asks a worker -----------------------------------------------------------------------------------
 
@@ -140,6 +180,23 @@ class LoadModel(Operation[str]):
 
 class ReloadModel(Operation[str]):
     """As `LoadModel`, and the store is asked even if the model is here."""
+
+    model: str
+
+
+class ArchiveFacts(Struct, frozen=True):
+    """What an archive says of itself; empty where it says nothing. `kind`: see `model_store.archives.manifest.Kind`."""
+
+    name: str = ""
+    version: str = ""
+    handler: str = ""
+    runtime: str = ""
+    created_on: str = ""
+    kind: str = ""
+
+
+class ReadArchive(Operation[ArchiveFacts]):
+    """What the archive says of itself. It is fetched for that where the host does not have it, but not loaded."""
 
     model: str
 
@@ -218,6 +275,7 @@ AskedOfWorker: TypeAlias = (
     Ping
     | ScrapeMetrics
     | LoadModel
+    | ReadArchive
     | ReloadModel
     | UnloadModel
     | PinModel

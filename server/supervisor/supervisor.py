@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
@@ -29,10 +30,12 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ManageModels,
     Ready,
     ReportOverrun,
     ScrapeMetrics,
     SetQuarantine,
+    SetRegistrations,
     SetReleases,
     TakeAccessLog,
     TrySuspect,
@@ -41,6 +44,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
+from server.sagemaker_environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.children import Child, Children
@@ -52,8 +56,11 @@ from server.supervisor.host_files import (
     open_access_log,
     prepare_disk_cache,
 )
+from server.supervisor.model_server_api.mms import MultiModelApi
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
+from server.supervisor.registrations.rollout import RegistrationRollout
+from server.supervisor.registrations.service import RegistrationService
 from server.supervisor.releases.rollout import ReleaseRollout
 from server.supervisor.releases.service import ReleaseService
 from server.supervisor.releases.table import TableUnreadable
@@ -92,6 +99,9 @@ class Supervisor:
         self._quarantine, self._pins = ServerQuarantine(), PinnedModels(settings.pin)
         self._trials = Trials(self._quarantine, self.workers.find_ready, len(self.workers))
         self.releases = ReleaseService(settings, ReleaseRollout(self.workers, self.fronts, self._pins))
+        fleet = RegistrationRollout(self.workers, self.fronts, self._pins)
+        self.registrations = RegistrationService(settings.store, fleet)
+        self.multi_model_api = MultiModelApi(self.registrations, settings)
         self._watch = StoreWatch(
             ResidentVersions(self.workers),
             self._metrics,
@@ -155,6 +165,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.settings.drain_s + FRONTS_END_S
         self._children.stop_restarting()
+        await self.registrations.close()
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
@@ -206,6 +217,10 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case ManageModels():
+                if self.settings.container != MULTI_MODEL:
+                    raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+                return await self.multi_model_api.answer(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
@@ -222,6 +237,7 @@ class Supervisor:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
+            child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))
         self._announce_workers(child)
         if child.kind == "worker":
             self._trials.note_worker(child.index)

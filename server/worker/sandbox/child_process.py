@@ -16,7 +16,7 @@ from concurrent.futures import Future
 
 import structlog
 
-from model_store.errors import CodeFailed
+from model_store.errors import CodeFailed, CodeNoMemory
 from model_store.names import ModelName
 from server.worker.sandbox.child_output import ChildOutput
 from server.worker.sandbox.memory_use import measure_memory
@@ -117,7 +117,8 @@ class ChildProcess:
             raise CodeFailed(f"{self._model}: its code could not be loaded: {error}") from error
         for message in messages:
             if isinstance(message, LoadFailed):
-                raise CodeFailed(f"{self._model}: its code could not be loaded: {message.message}")
+                failed = CodeNoMemory if message.no_memory else CodeFailed
+                raise failed(f"{self._model}: its code could not be loaded: {message.message}")
             if not isinstance(message, HandlerLoaded) or len(messages) > 1:
                 raise CodeFailed(f"{self._model}: its code could not be loaded: it answered before it was asked")
             self.loaded = message
