@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import parse_qsl
 
+from model_store.name_table import NameTable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
@@ -29,6 +30,8 @@ from server.sagemaker_environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL, 
 from server.settings import Settings
 
 MANAGEMENT_BYTES = 64 * 1024  #: most bytes of the body of a management request
+MAX_NAME_BYTES = 2 * 1024 * 1024  #: of names and their keys that are remembered; clients can make them up
+SUFFIX = ".mar"
 MAX_QUERY, MAX_FIELDS = 16 * 1024, 200
 TRANSFORMS = 64  #: requests of a batch transform that are worth sending at a time: they share batches
 _PREDICTIONS, _LEGACY = re.compile(r"/predictions/(.+)"), re.compile(r"/(.+)/predict")
@@ -67,6 +70,7 @@ class MultiModelServer:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
         self._container = settings.container
+        self._keys: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=1024)
         self._manages = settings.container == MULTI_MODEL
         self._small = Limit(MANAGEMENT_BYTES, "what this path allows")
         self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, TRANSFORMS))
@@ -117,6 +121,8 @@ class MultiModelServer:
             return _reply(200, encode_pretty(describe_model_api(name)), counted=())
         asked = self._find_archive(name, plane)
         call = CallDetails(request.headers, fields if operation.keeps_query else ())
+        if asked is None:
+            return _make_reply(await self._ask_store(name, call, request, plane))
         return _make_reply(await _ask(asked, call, request, plane))
 
     def _name_model(self, fields: Sequence[tuple[str, str]], request: HttpRequest) -> str:
@@ -129,8 +135,33 @@ class MultiModelServer:
             raise Refused(Situation.NO_TARGET, "Parameter model_name is required.")
         return name
 
-    def _find_archive(self, name: str, plane: InferencePlane) -> "Asked":
-        """The archive that a registered name means, else the one of this key. Raises Refused."""
+    async def _ask_store(
+        self, name: str, call: CallDetails, request: HttpRequest, plane: InferencePlane
+    ) -> InferResponse:
+        """The answer of an archive that nobody has registered: of this key, or of this key with its suffix.
+
+        Raises Refused where the store has neither. Which of them it had is remembered.
+        """
+        known = self._keys.get(name)
+        for each in (known,) if known else (name, name + SUFFIX):
+            try:
+                key = parse_model_name(each)
+            except InvalidModelName as error:
+                raise Refused(Situation.BAD_NAME, str(error)) from error
+            try:
+                response = await _ask(Asked(key), call, request, plane)
+            except Refused as refused:
+                if refused.situation is not Situation.NOT_FOUND:
+                    raise
+            else:
+                self._keys.put(name, key)
+                return response
+        if known:  # it was there: the next request looks for both again
+            self._keys.pop(name)
+        raise _refuse_model(name)
+
+    def _find_archive(self, name: str, plane: InferencePlane) -> "Asked | None":
+        """The archive that a registered name means; None where it may be a key of the store. Raises Refused."""
         if self._container == SINGLE_MODEL:
             return Asked(ModelName(ONLY_MODEL))
         registered = plane.registrations.models.get(name)
@@ -142,11 +173,8 @@ class MultiModelServer:
             served = plane.registrations.count_for(name, registered.default)
             return Asked(key_of(version), version.timeout_s, served)
         if self._container != "off":
-            raise Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
-        try:
-            return Asked(parse_model_name(name))
-        except InvalidModelName as error:
-            raise Refused(Situation.BAD_NAME, str(error)) from error
+            raise _refuse_model(name)
+        return None
 
     async def _manage(self, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """What the supervisor answers. A page of a browser is no platform that manages models. Raises Refused."""
@@ -174,6 +202,10 @@ class MultiModelServer:
         if detail.retry_ms is not None:
             reply.headers.append((b"retry-after", b"%d" % -(-detail.retry_ms // 1000)))
         return reply
+
+
+def _refuse_model(name: str) -> Refused:
+    return Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
 
 
 async def _ask(asked: "Asked", call: CallDetails, request: HttpRequest, plane: InferencePlane) -> InferResponse:
