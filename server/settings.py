@@ -234,6 +234,9 @@ class Settings(BaseSettings):
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
     )
+    code_processes: int = Field(
+        64, ge=4, description="maximum number of processes and threads of one code archive, its own process among them"
+    )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
     )

@@ -67,12 +67,13 @@ class CodePolicy:
     timeout_s: float
     threads: int = 1
     worker: int = 0
+    processes: int = 64
 
     @classmethod
     def of(cls, settings: Settings, threads: int, worker: int) -> "CodePolicy":
         """What the settings say, for a worker of so many threads."""
-        memory = int(settings.code_memory_bytes)
-        return cls(tuple(settings.allow_code), memory, settings.code_timeout_s, threads, worker)
+        memory, processes = int(settings.code_memory_bytes), settings.code_processes
+        return cls(tuple(settings.allow_code), memory, settings.code_timeout_s, threads, worker, processes)
 
     def allows(self, model: ModelName) -> bool:
         """Whether the archive's code may run."""
@@ -228,7 +229,7 @@ class CodeHost:
         with theirs, self._lock:
             user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, user=user)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user)
             try:
                 template = self._keep_template()
                 asked = ForkChild(model, str(folder), entry, limits, self.policy.threads)

@@ -37,7 +37,7 @@ class ChildLimits(Struct, frozen=True):
 
     memory_bytes: int
     cpu_s: float  #: of a load or a batch
-    processes: int = 64
+    processes: int
     open_files: int = 256
     file_bytes: int = 1024 * 1024 * 1024
     user: int | None = None
