@@ -25,7 +25,16 @@ from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
-from server.ipc.operations import KnownModel, ListKnownModels, LoadForClient, Operation, Reply, UnloadForClient
+from server.ipc.operations import (
+    KnownModel,
+    ListKnownModels,
+    LoadForClient,
+    ManagementReply,
+    ManageModels,
+    Operation,
+    Reply,
+    UnloadForClient,
+)
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -206,6 +215,9 @@ class InferencePlane(Protocol):
     async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
         """Load or unload a model, where the operator allows it or the client is `permitted` to. Raises Refused."""
 
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer to who manages models on this listener. Raises Refused."""
+
 
 class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
@@ -234,6 +246,10 @@ class PlaneInFront:
     async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
         """Load or unload a model. Raises Refused."""
         return await self._plane.control(asked, deadline, permitted=permitted)
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused."""
+        return await self._plane.manage(request, deadline)
 
 
 class DataPlane:
@@ -305,6 +321,10 @@ class DataPlane:
         if not (permitted or self.clients_control):
             raise Refused(Situation.FORBIDDEN, CONTROL_REFUSED)
         return await self._ask_supervisor(asked, deadline)
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused."""
+        return await self._ask_supervisor(request, deadline)
 
     async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
         """The supervisor's reply. Raises Refused."""

@@ -121,8 +121,24 @@ class UnloadForClient(Operation[str]):
     model: str
 
 
+class ManagementReply(Struct, frozen=True):
+    """What the supervisor answers a client of an archived server's management API: JSON."""
+
+    status: int
+    body: bytes
+
+
+class ManageModels(Operation[ManagementReply]):
+    """A request of Multi Model Server's management API, which a front has got where it is a container's one port."""
+
+    method: str
+    path: str
+    query: str
+    body: bytes
+
+
 AskedByFront: TypeAlias = (
-    JoinAsFront | Ready | TrySuspect | EndTrial | ListKnownModels | LoadForClient | UnloadForClient
+    JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels | ListKnownModels | LoadForClient | UnloadForClient
 )
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 

@@ -17,6 +17,7 @@ from typing import Any, assert_never
 import structlog
 
 from model_store.names import parse_model_name
+from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
@@ -32,6 +33,7 @@ from server.ipc.operations import (
     JoinAsWorker,
     ListKnownModels,
     LoadForClient,
+    ManageModels,
     Ready,
     ReportOverrun,
     ScrapeMetrics,
@@ -46,6 +48,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
+from server.sagemaker_environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.children import Child, Children
@@ -57,6 +60,7 @@ from server.supervisor.host_files import (
     open_access_log,
     prepare_disk_cache,
 )
+from server.supervisor.model_server_api.mms import MultiModelApi
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.registrations.rollout import RegistrationRollout
@@ -101,6 +105,7 @@ class Supervisor:
         self.releases = ReleaseService(settings, ReleaseRollout(self.workers, self.fronts, self._pins))
         fleet = RegistrationRollout(self.workers, self.fronts, self._pins)
         self.registrations = RegistrationService(settings.store, fleet)
+        self.multi_model_api = MultiModelApi(self.registrations, settings)
         self._watch = StoreWatch(
             ResidentVersions(self.workers),
             self._metrics,
@@ -218,6 +223,21 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case ListKnownModels() | LoadForClient() | UnloadForClient():
+                return await self._serve_client(operation)
+            case ManageModels():
+                if self.settings.container != MULTI_MODEL:
+                    raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+                return await self.multi_model_api.answer(operation)
+            case Fatal(error):
+                self._note_failed_start(child, error)
+                return None
+            case _:
+                assert_never(operation)
+
+    async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:
+        """What a front's client may ask of the fleet."""
+        match operation:
             case ListKnownModels(prefix, after, limit):
                 return await self.operations.list_known(prefix, after, limit)
             case LoadForClient(model):
@@ -225,9 +245,6 @@ class Supervisor:
             case UnloadForClient(model):
                 await self.operations.unload(parse_model_name(model))
                 return ""
-            case Fatal(error):
-                self._note_failed_start(child, error)
-                return None
             case _:
                 assert_never(operation)
 

@@ -64,6 +64,11 @@ def answer(asked, context, batch):
                 os.fork(); os.setsid()
             except OSError:
                 pass
+    if mode == "disk":
+        for i in range(asked["x"][0]):
+            with open(f"{os.environ['TMPDIR']}/{i}", "wb") as file:
+                file.write(os.urandom(1 << 20))
+        return "written"
     if mode == "spread":
         for _ in range(asked["x"][0]):
             if os.fork() == 0:
@@ -108,7 +113,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         s3.put(bucket, name, data)
     folder: Path = tmp_path_factory.mktemp("code")
     settings: dict[str, Any] = {"allow_code": ["code/"], "code_timeout_s": 3, "code_memory_bytes": 256 * MIB}
-    settings["code_processes"] = 12
+    settings |= {"code_processes": 12, "code_disk_bytes": 16 * MIB}
     with run_server(s3, folder, f"s3://{bucket}", model_cache_bytes=BUDGET, **settings) as server:
         yield server
         pids = list_pids(server)
@@ -216,6 +221,15 @@ def test_processes_that_take_too_much_together_are_ended(house: Server) -> None:
     wait_until(lambda: not is_alive(before), "they are gone")
     assert ask(house, "code/greedy.mar")["sum"] == 6.0
     assert house.fleet("unpin", "code/greedy.mar").is_success
+
+
+def test_an_archive_that_fills_the_disk_is_ended(house: Server) -> None:
+    """None of its files exceeds a limit of its own."""
+    before = ask(house, "code/large.mar")["pid"]
+    assert invoke(house.client(), "code/large.mar", b'{"mode": "disk", "x": [20]}').body == b"written"
+    wait_until(lambda: "(code_disk_bytes)" in house.said(), "its folder is measured")
+    wait_until(lambda: not is_alive(before), "its process is gone")
+    assert ask(house, "code/large.mar")["pid"] != before
 
 
 def test_an_archive_that_outgrows_the_cache_is_evicted(house: Server) -> None:

@@ -13,7 +13,14 @@ from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorize
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront
-from server.ipc.operations import KnownModel, ListKnownModels, LoadForClient, UnloadForClient
+from server.ipc.operations import (
+    KnownModel,
+    ListKnownModels,
+    LoadForClient,
+    ManagementReply,
+    ManageModels,
+    UnloadForClient,
+)
 from server.settings import Settings
 
 MOST_PREFIXES = 32  #: of a token that a list of models asks for
@@ -64,6 +71,15 @@ class PermittedPlane(PlaneInFront):
         except Forbidden as error:
             raise Refused(Situation.FORBIDDEN, str(error)) from None
         return await self._plane.control(asked, deadline, permitted=True)
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused(FORBIDDEN) for a token that does not manage all models."""
+        try:
+            self._token.require(Scope.MANAGE, None)
+            self._token.require_all_models(request.path[:80])
+        except Forbidden as error:
+            raise Refused(Situation.FORBIDDEN, str(error)) from None
+        return await super().manage(request, deadline)
 
 
 class Permissions:

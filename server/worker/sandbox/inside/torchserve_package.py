@@ -58,4 +58,4 @@ def _bound_threads(threads: int) -> None:
         psutil: Any = importlib.import_module("psutil")
     except ImportError:
         return  # then it takes no ONNX file at all
-    psutil.cpu_count = lambda logical=True: threads  # noqa: ARG005 -- the name that callers use
+    psutil.cpu_count = lambda **_: threads
