@@ -6,9 +6,9 @@ A model is ready when it answers: one that is in the store is loaded for the que
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import structlog
@@ -24,14 +24,16 @@ from server.front.dialects.open_inference_models import (
     PLATFORM,
     VERSION,
     make_config,
-    make_index,
     make_statistics,
 )
+from server.front.dialects.open_inference_repository import control_model, list_index
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
-from server.ipc.operations import KnownModel, ListKnownModels, LoadForClient, UnloadForClient
+from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.sdk import __version__
 from server.settings import Settings
+
+__all__ = ["EXTENSIONS", "STATUS", "VERSION", "ModelOperation", "OpenInference"]
 
 EXTENSIONS = (
     "binary_tensor_data", "classification", "parameters", "statistics", "model_configuration", "model_repository"
@@ -42,11 +44,8 @@ _TARGETS = (b"target-model", raw_header(contract.HEADER_TARGET_MODEL))  #: heade
 _MODELS_PATH = "/v2/models/"
 _REPOSITORY_PATH = "/v2/repository/models/"
 _VERBS = ("ready", "infer", "config", "stats")
-_BROWSERS = (b"origin", b"sec-fetch-site")  #: headers that browsers send, and no other client
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 #: Clients retry nothing by themselves, so each status is the one that HTTP has for it.
 STATUS: Mapping[Situation, int] = {
@@ -90,18 +89,6 @@ class _Tensors(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
-class _IndexBody(msgspec.Struct):
-    """What an index is asked for."""
-
-    ready: bool = False
-
-
-class _ControlBody(msgspec.Struct):
-    """What a load or unload is asked with."""
-
-    parameters: dict[str, Any] = {}
-
-
 _SMALL = Limit(SMALL_BODY, "what this path allows")
 _SERVER, _LIVE, _READY = (
     DialectOperation("server", None),
@@ -126,8 +113,6 @@ _FIXED = {
     "/v2/repository/index": _INDEX,
 }  # fmt: skip
 _POSTED = ("infer", "index", "load", "unload")
-_decode_index = msgspec.json.Decoder(_IndexBody).decode
-_decode_control = msgspec.json.Decoder(_ControlBody).decode
 _decode_timeout = msgspec.json.Decoder(_Head).decode
 _decode_tensors = msgspec.json.Decoder(_Tensors).decode
 
@@ -163,7 +148,7 @@ class OpenInference:
             asked = ListKnownModels("", "", MOST_LISTED)
             return _reply_json(make_statistics(await plane.list_known(asked, request.deadline)))
         if operation is _INDEX:
-            return await _list_index(request, plane)
+            return _reply_json(await list_index(request, plane))
         if not isinstance(operation, ModelOperation):
             return self._describe_server(operation, plane)
         model = _parse_name(operation, request)
@@ -230,18 +215,11 @@ async def _describe(verb: str, model: ModelName, request: HttpRequest, plane: In
     return _reply_json(body, response.stats)
 
 
-async def _list_index(request: HttpRequest, plane: InferencePlane) -> HttpReply:
-    asked = _decode_small(request.body, _decode_index, _IndexBody())
-    known = await plane.list_known(ListKnownModels("", "", MOST_LISTED), request.deadline)
-    return _reply_json(make_index(known, only_ready=asked.ready))
-
-
 async def _control(verb: str, model: ModelName, request: HttpRequest, plane: InferencePlane) -> HttpReply:
     """Load or unload a model, which is logged as on the management listener, whatever becomes of it."""
     status = 500
     try:
-        _check_control(verb, request)
-        await plane.control((LoadForClient if verb == "load" else UnloadForClient)(model), request.deadline)
+        await control_model(verb, model, request, plane)
         status = 200
     except Refused as why:
         status = STATUS[why.situation]
@@ -249,27 +227,6 @@ async def _control(verb: str, model: ModelName, request: HttpRequest, plane: Inf
     finally:
         log.info("management_call", token=request.client or "-", verb=verb, model=model, status=status)
     return HttpReply(200, contract.JSON, b"")
-
-
-def _check_control(verb: str, request: HttpRequest) -> None:
-    """Raises Refused for a browser's request, and for parameters that an archive cannot follow."""
-    if any(name in request.headers for name in _BROWSERS):  # a page anywhere can have its visitor send this
-        raise Refused(Situation.FORBIDDEN, "a browser may not load or unload models")
-    parameters = _decode_small(request.body, _decode_control, _ControlBody()).parameters
-    unknown = [name for name in parameters if (verb, name) != ("unload", "unload_dependents")]
-    if unknown:
-        message = f"{unknown[0][:80]!r} is no parameter of {verb}: an archive brings its configuration and its files"
-        raise Refused(Situation.BAD_REQUEST, message, field="parameters")
-
-
-def _decode_small(body: bytes, decode: Callable[[bytes], T], empty: T) -> T:
-    """A body that may be left out. Raises Refused."""
-    if not body:
-        return empty
-    try:
-        return decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(Situation.BAD_REQUEST, f"the body is not what this path takes: {error}") from None
 
 
 def _split_path(path: str) -> tuple[str, str, str]:
