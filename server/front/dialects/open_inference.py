@@ -258,8 +258,11 @@ async def _infer(request: HttpRequest, model: ModelName, plane: InferencePlane) 
     headers = [(_JSON_BYTES, json_bytes.encode())] if json_bytes else []
     if not coding:
         return HttpReply(200, media, response.body, headers, response.stats, response)
-    with plane.held.hold(response.body_bytes):
-        packed = await pack(await response.read(), coding)
+    try:
+        with plane.held.hold(response.body_bytes):
+            packed = await pack(await response.read(), coding)
+    finally:
+        response.cancel()  # what there was no room to read; nothing where all was read
     return HttpReply(200, media, packed, [*headers, (b"content-encoding", coding.encode())], response.stats)
 
 

@@ -179,6 +179,19 @@ def test_answers_are_compressed_where_the_client_asks(accepted: str, unpack: Cal
         assert unpack(packed.body) == plain.body
 
 
+def test_an_answer_that_there_is_no_room_to_compress_is_given_up() -> None:
+    """It is refused, and its worker waits for nobody to read it."""
+
+    async def run() -> tuple[Answered, Worker]:
+        app = App(Settings.model_validate({"store": "models", "max_inflight_bytes": 1 << 20}), FrontMetrics())
+        worker = Worker(lambda _: [b"0.25," * 10, bytes(2 << 20)])
+        attach(app.plane, worker)
+        return await ask(app, "POST", "/v2/models/a/infer", b"{}", {"Accept-Encoding": "gzip"}), worker
+
+    answered, worker = asyncio.run(run())
+    assert (answered.status, worker.cancelled) == (503, 1)
+
+
 def infer(answer: Any, headers: Mapping[str, str]) -> Answered:
     """What the app makes of a worker's answer."""
 
