@@ -498,6 +498,13 @@ class DataPlane:
         return response
 
 
+def add_near_names(refused: Refused, model: ModelName, plane: InferencePlane) -> None:
+    """Where there is no such model, say the names of some that the client may have meant."""
+    if refused.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
+        message = f"{refused.detail.message}; names that are like it: {', '.join(near)}"
+        refused.detail = msgspec.structs.replace(refused.detail, message=message)
+
+
 def _overloaded(refusal: NoAdmission) -> Refused:
     """The refusal of a request that its worker has no room for, or would not answer in time."""
     refused = Refused(Situation.OVERLOADED, refusal.reason)
