@@ -239,6 +239,11 @@ class Settings(BaseSettings):
         description="where handlers run if workers have a GPU; device: each handler is given its worker's GPU as "
         "`gpu_id` 0. What it takes of the GPU's memory is not counted: leave room by `gpu_reserve_bytes`",
     )
+    repository_control: Literal["off", "on"] = Field(
+        "off",
+        description="on: clients of the inference listener may load and unload models by the Open Inference Protocol; "
+        "with `tokens` those with the scopes invoke and manage may, whatever this says, and others may not",
+    )
     code_requirements: Literal["refuse", "install"] = Field(
         "refuse",
         description="archives with a requirements.txt; install: their packages are installed into a folder of the "
