@@ -86,6 +86,7 @@ ACCESS_LOG_FILES: Final = "arrivals-*.csv"
 INFERENCE_PORT: Final = 8080
 MANAGEMENT_PORT: Final = 8081
 METRICS_PORT: Final = 8082
+GRPC_PORT: Final = 8001  #: by custom, as Triton's clients expect it; the listener is off unless its port is set
 SLAB_BYTES: Final = 4 * MIB
 GPU_RESERVE_BYTES: Final = 2048 * MIB
 EVICTION_POLICY: Final = "lru"

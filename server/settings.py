@@ -54,6 +54,17 @@ class Settings(BaseSettings):
         contract.METRICS_PORT, description="port of the metrics listener (/metrics); 0: a free port"
     )
 
+    grpc_port: Port | None = Field(
+        None,
+        description=f"port of the gRPC listener, by custom {contract.GRPC_PORT}; 0: a free port; none: no gRPC; needs "
+        "`fleetcast[grpc]`",
+    )
+    grpc_host: str = Field(
+        "127.0.0.1",
+        description="address of the gRPC listener; where other hosts can connect, models are managed there only with "
+        "`tokens` or `tls_client_ca`",
+    )
+
     workers: int = Field(
         0, ge=0, le=256, description="number of worker processes; 0: one per GPU, or on the CPU one per core but one"
     )

@@ -27,6 +27,7 @@ class FrontAssignment(Struct, frozen=True):
     index: int
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
+    addresses: tuple[str, ...] = ()  #: where a gRPC front listens; others are given a socket
 
 
 class WorkerAssignment(Struct, frozen=True):

@@ -45,6 +45,7 @@ class Child:
     kind: Literal["front", "worker"]
     index: int
     plan: WorkerPlan | None = None  #: a worker's
+    addresses: tuple[str, ...] = ()  #: where a gRPC front listens; an HTTP front gets the inference socket
     incarnation: int = 0
     failures: int = 0
     condemned: bool = False  #: killed by us, because it was silent
@@ -189,11 +190,12 @@ class Children:
 
     async def _spawn(self, child: Child, control: socket.socket) -> asyncio.subprocess.Process:
         fds = [control.fileno()]
-        if child.kind == "front":
+        if child.kind == "front" and not child.addresses:
             fds.append(self._listen.fileno())
+        module = "server.front.grpc.main" if child.addresses else f"server.{child.kind}.main"
         return await asyncio.create_subprocess_exec(
             # -P: the working folder is not on the path, a user's own server/ or handlers/ there is never ours
-            sys.executable, "-P", "-m", f"server.{child.kind}.main", *map(str, fds),
+            sys.executable, "-P", "-m", module, *map(str, fds),
             pass_fds=fds, env=child_environment(child), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

@@ -34,6 +34,7 @@ from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.grpc_port import format_target, hold_port
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
@@ -161,7 +162,11 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
         socks = {name: stack.enter_context(bind_socket(hosts[name], port, name)) for name, port in ports.items()}
         scheme = "http" if settings.tls_certificate is None else "https"
         addresses = {name: _format_address(sock, scheme) for name, sock in socks.items()}
-        supervisor = Supervisor(settings)
+        targets: list[str] = []
+        if settings.grpc_port is not None:
+            targets.append(format_target(stack.enter_context(hold_port(settings.grpc_host, settings.grpc_port))))
+            addresses["grpc"] = f"grpc{scheme.removeprefix('http')}://{targets[0]}"
+        supervisor = Supervisor(settings, grpc=targets)
         signals.call_at_once(supervisor.end_at_once)
         listeners: list[tuple[Listener, asyncio.Task[None]]] = []
         stack.push_async_callback(_stop, supervisor, listeners)

@@ -79,13 +79,16 @@ log = structlog.get_logger()
 class Supervisor:
     """See the module. `start`, then `stop` when it is time; the listeners of `management_api` call the rest."""
 
-    def __init__(self, settings: Settings, host: Host | None = None) -> None:
+    def __init__(self, settings: Settings, host: Host | None = None, grpc: Sequence[str] = ()) -> None:
+        """`grpc`: the addresses at which a gRPC front listens; none: there is no such front."""
         self.settings = settings
         self.host = host or read_host()
         self.plans = plan_workers(settings, self.host)
         workers = [Child("worker", plan.index, plan) for plan in self.plans]
         self.workers = Workers(workers, settings.request_timeout_s + OPERATION_S)
         self.fronts = [Child("front", index) for index in range(settings.fronts)]
+        if grpc:
+            self.fronts.append(Child("front", settings.fronts, addresses=tuple(grpc)))
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
         self._metrics, self._merged = HostMetrics(), MergedMetrics()
         self._folder = RuntimeFolder()
@@ -190,7 +193,7 @@ class Supervisor:
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers))
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers), child.addresses)
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
@@ -326,6 +329,7 @@ class Supervisor:
                 "up": child.ready.is_set() and not child.is_silent,
                 **({"silent_s": round(child.pulse.silent_s, 1)} if child.pulse is not None and child.is_silent else {}),
                 **({} if child.plan is None else asdict(child.plan)),
+                **({"grpc": child.addresses} if child.addresses else {}),
             }
             for child in (*self.workers, *self.fronts)
         ]

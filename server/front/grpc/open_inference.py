@@ -1,0 +1,289 @@
+"""The Open Inference Protocol (V2) over gRPC, as clients of Triton, KServe and MLServer speak it (CONTRACTS 12).
+
+Every model has the version 1. Runs in the gRPC front. See `server.front.dialects.open_inference`, the same over HTTP.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+
+from model_store.names import InvalidModelName, ModelName, parse_model_name
+from server import contract
+from server.errors import Refused, Situation
+from server.front.app import CLIENT_GONE
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.dialects.open_inference import EXTENSIONS, STATUS, VERSION
+from server.front.grpc.calls import OK, SERVER_FAILED, Call, Method, Send
+from server.front.grpc.messages import find_message
+from server.front.grpc.statuses import describe_refusal
+from server.front.grpc.tensors import read_answer, write_body
+from server.ipc.readiness import describe_workers, stuck_after_s
+from server.sdk import __version__
+from server.settings import Settings
+
+SERVICE = "inference.GRPCInferenceService"
+PLATFORM = "fleetcast"
+MOST_AHEAD = 16  #: messages of one stream that are answered at a time; the others wait in the client
+MAX_SHOWN = 200  #: characters of a client's name for a model in an answer that is an error
+MOST_ROWS = 1024  #: of one request, as `handlers.codecs.open_inference` has it
+_MICROSECONDS = 1e-6
+_FINAL = "triton_final_response"  #: the parameter of a stream's answer by which clients see that no part follows
+_STRING = "TYPE_STRING"  #: what a model's configuration calls BYTES
+
+log = structlog.get_logger()
+
+
+class _Tensors(msgspec.Struct):
+    """A worker's description of a model: see `handlers.codecs.open_inference.describe_tensors`."""
+
+    inputs: list[dict[str, Any]]
+    outputs: list[dict[str, Any]]
+
+
+_decode_tensors = msgspec.json.Decoder(_Tensors).decode
+_ServerLive, _ServerReady, _ModelReady, _ServerMetadata, _ModelMetadata, _ModelConfig, _StreamReply = (
+    find_message(f"inference.{name}Response")
+    for name in (
+        "ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelConfig", "ModelStreamInfer",
+    )
+)  # fmt: skip
+
+
+class OpenInferenceService:
+    """See the module."""
+
+    def __init__(self, settings: Settings, plane: InferencePlane) -> None:
+        self._plane, self._stuck_s = plane, stuck_after_s(settings)
+
+    def list_methods(self) -> Sequence[Method]:
+        """The service's methods."""
+        probes = (
+            ("ServerLive", self._is_live),
+            ("ServerReady", self._is_ready),
+            ("ServerMetadata", self._describe_server),
+        )
+        asked = (
+            ("ModelReady", self._is_model_ready),
+            ("ModelMetadata", self._describe_model),
+            ("ModelConfig", self._configure_model),
+            ("ModelInfer", self._infer),
+        )
+        return [
+            *(Method(_path(name), _request(name), answer, scope=None) for name, answer in probes),
+            *(Method(_path(name), _request(name), answer) for name, answer in asked),
+            Method(_path("ModelStreamInfer"), _request("ModelInfer"), stream=self._infer_all),
+        ]
+
+    # --- the server -------------------------------------------------------------------------------------------------
+
+    async def _is_live(self, _: Any, call: Call) -> Any:
+        del call
+        return _ServerLive(live=True)
+
+    async def _is_ready(self, _: Any, call: Call) -> Any:
+        """From what the front sees of the workers: none is asked, so a stopped one holds no probe up."""
+        del call
+        return _ServerReady(ready=self.has_ready_worker())
+
+    def has_ready_worker(self) -> bool:
+        """Whether some worker takes every request."""
+        return describe_workers(self._plane.workers, self._plane.expected, self._stuck_s).ready
+
+    async def _describe_server(self, _: Any, call: Call) -> Any:
+        del call
+        return _ServerMetadata(name=PLATFORM, version=__version__, extensions=EXTENSIONS)
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    async def _is_model_ready(self, request: Any, call: Call) -> Any:
+        """A model is ready when it answers; one that cannot be had is not, and that is no error, as in Triton."""
+        model = _parse_name(request.name, request.version)
+        try:
+            await self._ask_tensors(model, call)
+        except Refused as refused:
+            if refused.situation in (Situation.NOT_FOUND, Situation.ARCHIVE_FAILED, Situation.MODEL_FAILED):
+                return _ModelReady(ready=False)
+            raise
+        return _ModelReady(ready=True)
+
+    async def _describe_model(self, request: Any, call: Call) -> Any:
+        model = _parse_name(request.name, request.version)
+        tensors = await self._ask_tensors(model, call)
+        return _ModelMetadata(
+            name=model, versions=[VERSION], platform=PLATFORM, inputs=tensors.inputs, outputs=tensors.outputs
+        )
+
+    async def _configure_model(self, request: Any, call: Call) -> Any:
+        model = _parse_name(request.name, request.version)
+        tensors = await self._ask_tensors(model, call)
+        known = {"name": model, "platform": PLATFORM, "backend": PLATFORM, "max_batch_size": MOST_ROWS}
+        reply = _ModelConfig(config=known)
+        config = reply.config
+        for described, into in ((tensors.inputs, config.input), (tensors.outputs, config.output)):
+            for tensor in described:
+                kind = tensor["datatype"]
+                data_type = _STRING if kind == "BYTES" else f"TYPE_{kind}"
+                into.add(name=tensor["name"], data_type=data_type, dims=tensor["shape"][1:])
+        return reply
+
+    async def _ask_tensors(self, model: ModelName, call: Call) -> _Tensors:
+        request = _make_request(model, b"", contract.OPEN_INFERENCE_DESCRIBE, call.deadline, call)
+        response = await call.plane.infer(request)
+        call.stats = response.stats
+        return _decode_tensors(await response.read())
+
+    # --- inference --------------------------------------------------------------------------------------------------
+
+    async def _infer(self, request: Any, call: Call) -> Any:
+        wanted = _read_request(request, call)
+        del request  # its bytes are in the body
+        call.deadline = wanted.deadline
+        return await _ask(wanted, call)
+
+    async def _infer_all(self, requests: AsyncIterator[Any], send: Send, call: Call) -> None:
+        """Answer each message of a stream, in their order, some of them side by side.
+
+        An error is the answer of one message and ends nothing.
+        """
+        answers = _Answers(call)
+        reading = asyncio.create_task(answers.read_on(requests))
+        try:
+            while (raw := await answers.take()) is not None:
+                await send(raw)
+            await reading  # raises Refused where a message was none
+        finally:
+            reading.cancel()
+            answers.drop()
+
+
+class _Answers:
+    """The answers of one stream that are not sent yet, MOST_AHEAD at most. Their bytes count as held."""
+
+    def __init__(self, call: Call) -> None:
+        self._call, self._held = call, call.plane.held
+        self._waiting = asyncio.Queue[asyncio.Task[bytes] | None](MOST_AHEAD)
+
+    def __repr__(self) -> str:
+        return f"<_Answers {self._waiting.qsize()} under way>"
+
+    async def read_on(self, requests: AsyncIterator[Any]) -> None:
+        """Begin to answer each message, as there is room. Raises Refused for one that is not of the protocol."""
+        try:
+            async for request in requests:
+                answer = asyncio.create_task(self._answer(request))
+                try:
+                    await self._waiting.put(answer)
+                except asyncio.CancelledError:
+                    self._drop_one(answer)
+                    raise
+        except Refused:
+            await self._waiting.put(None)
+            raise
+        await self._waiting.put(None)
+
+    async def take(self) -> bytes | None:
+        """The next answer; None after the last."""
+        answer = await self._waiting.get()
+        if answer is None:
+            return None
+        raw = await answer
+        self._held.size -= len(raw)
+        return raw
+
+    def drop(self) -> None:
+        """Give up what is under way."""
+        while not self._waiting.empty():
+            answer = self._waiting.get_nowait()
+            if answer is not None:
+                self._drop_one(answer)
+
+    def _drop_one(self, answer: asyncio.Task[bytes]) -> None:
+        if answer.done() and not answer.cancelled() and answer.exception() is None:
+            self._held.size -= len(answer.result())
+        answer.cancel()
+
+    async def _answer(self, request: Any) -> bytes:
+        """The answer to one message, whatever happens; it is counted as a request."""
+        started, ident, model, status = time.monotonic(), request.id, request.model_name, CLIENT_GONE
+        try:
+            wanted = _read_request(request, self._call)
+            del request
+            reply = _StreamReply(infer_response=await _ask(wanted, self._call))
+            status = OK
+        except Refused as refused:
+            status = STATUS[refused.situation]
+            reply = _StreamReply(error_message=describe_refusal(refused))
+            reply.infer_response.id, reply.infer_response.model_name = ident, model[:MAX_SHOWN]
+        except Exception:
+            log.exception("request_failed")
+            status = STATUS[Situation.INTERNAL]
+            reply = _StreamReply(error_message=SERVER_FAILED)
+            reply.infer_response.id = ident
+        finally:
+            self._call.count(status, time.monotonic() - started)
+        reply.infer_response.parameters[_FINAL].bool_param = True
+        raw: bytes = reply.SerializeToString()
+        self._held.size += len(raw)
+        return raw
+
+
+async def _ask(wanted: InferRequest, call: Call) -> Any:
+    response: InferResponse = await call.plane.infer(wanted)
+    call.stats = response.stats
+    return read_answer(await response.read(), response.content_type)
+
+
+def _read_request(request: Any, call: Call) -> InferRequest:
+    """What the data plane is asked for by a ModelInferRequest. Raises Refused."""
+    model = _parse_name(request.model_name, request.model_version)
+    timeout_us = _read_number(request, "timeout")
+    _read_number(request, "priority")  # requests have no ranks here; a client may name one, as long as it is one
+    deadline = call.limit(timeout_us * _MICROSECONDS if timeout_us else math.inf)
+    written = write_body(request)
+    content_type = f"{contract.OPEN_INFERENCE_INFER};json={written.json_bytes}"
+    return _make_request(model, written.body, content_type, deadline, call)
+
+
+def _read_number(request: Any, name: str) -> int:
+    """A parameter that is a number, not negative; 0 where it is not there. Raises Refused."""
+    if name not in request.parameters:
+        return 0
+    parameter = request.parameters[name]
+    choice = parameter.WhichOneof("parameter_choice")
+    value: object = getattr(parameter, choice) if choice else None
+    if type(value) is not int or value < 0:
+        message = f"must be a whole number, not negative, in int64_param or uint64_param, not {value!r:.40}"
+        raise Refused(Situation.BAD_REQUEST, message, field=f"parameters.{name}")
+    return value
+
+
+def _make_request(model: ModelName, body: bytes, content_type: str, deadline: float, call: Call) -> InferRequest:
+    """A request under a media type of ours, for which the model's name as the client knows it stands for `accept`."""
+    return InferRequest(
+        model, body, content_type, model, deadline, arrived=time.monotonic(), request_id=call.id, client=call.client
+    )
+
+
+def _parse_name(name: str, version: str) -> ModelName:
+    """The model's name. Raises Refused for one that breaks a rule, and for a version that no model has."""
+    try:
+        model = parse_model_name(name)
+    except InvalidModelName as error:
+        raise Refused(Situation.BAD_NAME, str(error)) from error
+    if version not in ("", VERSION):
+        message = f"the model {model} has no version {version[:40]!r}: every model has the version {VERSION}"
+        raise Refused(Situation.NOT_FOUND, message)
+    return model
+
+
+def _path(method: str) -> str:
+    return f"/{SERVICE}/{method}"
+
+
+def _request(method: str) -> Any:
+    return find_message(f"inference.{method}Request")

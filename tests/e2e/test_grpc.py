@@ -1,0 +1,273 @@
+"""The Open Inference Protocol over gRPC, asked by unmodified clients (tritonclient, grpcio) of a real server."""
+
+import asyncio
+import os
+import queue
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import tritonclient.grpc.aio as triton_aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tritonclient.utils import InferenceServerException
+
+from handlers.base import Float32
+from tests.e2e.models import ABSOLUTE, RELATIVE, Model, onnx_model, pack_forecaster
+from tests.e2e.server import Server, run_server, upload
+from tests.patience import PATIENCE_S, wait_until
+from tests.s3 import S3Server
+
+pytestmark = pytest.mark.e2e
+
+MODELS = {
+    each.name: each
+    for each in (
+        *(pack_forecaster(f"au/{i}.mar", i) for i in range(4)),
+        pack_forecaster("plain", 7),
+        onnx_model("single/dense.mar", 8),
+    )
+}
+OUTPUTS = {name: "y" if name.startswith("single") else "predictions" for name in MODELS}
+LIMIT = 256 * 1024  #: max_body_bytes of this server
+
+
+@pytest.fixture(scope="module")
+def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of these models with a gRPC listener."""
+    bucket, folder = s3.bucket(), tmp_path_factory.mktemp("grpc")
+    upload(s3, bucket, list(MODELS.values()))
+    settings = {"model_cache_bytes": "64MiB", "grpc_port": 0, "max_body_bytes": LIMIT, "worker_timeout_s": 60}
+    with run_server(s3, folder, f"s3://{bucket}", **settings) as server:
+        yield server
+
+
+@pytest.fixture
+def client(house: Server) -> Iterator[Any]:
+    """Triton's own client of it."""
+    with triton.InferenceServerClient(house.grpc) as found:
+        yield found
+
+
+def make_rows(model: Model, count: int, seed: int = 0) -> Float32:
+    """Seeded inputs [count, *shape]."""
+    return np.random.default_rng(seed).normal(size=(count, *model.shape)).astype(np.float32)
+
+
+def make_input(x: Float32) -> Any:
+    """The one input of these models."""
+    tensor = triton.InferInput("x", list(x.shape), "FP32")
+    tensor.set_data_from_numpy(x)
+    return tensor
+
+
+def check_rows(model: Model, x: Float32, found: Float32) -> None:
+    """Raises AssertionError unless each row's answer is the network's own."""
+    expected = np.stack([model.run(row) for row in x])
+    np.testing.assert_allclose(found, expected, rtol=RELATIVE, atol=ABSOLUTE)
+
+
+@pytest.mark.parametrize("name", ["au/0.mar", "plain", "single/dense.mar"])
+@pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
+def test_tensors_of_any_archive(client: Any, name: str, compression: str | None) -> None:
+    """One row without the axis of rows, one with it, and several; compressed or not; the id comes back."""
+    model = MODELS[name]
+    outputs = [triton.InferRequestedOutput(OUTPUTS[name])]
+    for x in (make_rows(model, 1), make_rows(model, 3), make_rows(model, 1)[0]):
+        answer = client.infer(
+            name, [make_input(x)], outputs=outputs, request_id="seven", compression_algorithm=compression
+        )
+        rows = x if x.ndim == 3 else x[None]
+        found = answer.as_numpy(OUTPUTS[name])
+        check_rows(model, rows, found if x.ndim == 3 else found[None])
+        said = answer.get_response()
+        assert (said.id, said.model_name, said.model_version) == ("seven", name, "1")
+
+
+def test_server_and_models_describe_themselves(client: Any, house: Server) -> None:
+    """Live, ready, metadata, configuration; a model that is not loaded is loaded for the question."""
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.get_server_metadata().name == "fleetcast"
+    assert client.is_model_ready("au/3.mar")
+    assert client.is_model_ready("au/3.mar", "1")
+    assert not client.is_model_ready("au/none.mar")
+    metadata = client.get_model_metadata("single/dense.mar", as_json=True)
+    assert metadata["inputs"] == [{"name": "x", "datatype": "FP32", "shape": ["-1", "3", "12"]}]
+    config = client.get_model_config("single/dense.mar", as_json=True)["config"]
+    assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": ["4", "3"]}]
+    front = [row for row in house.processes("front") if "grpc" in row]
+    assert [row["grpc"] for row in front] == [[house.grpc]]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        ({"model_name": "none"}, "NOT_FOUND", "none"),
+        ({"model_version": "9"}, "NOT_FOUND", "no version '9'"),
+        ({"outputs": [triton.InferRequestedOutput("z")]}, "INVALID_ARGUMENT", "outputs[0].name: the output 'z'"),
+        ({"model_name": "../x"}, "INVALID_ARGUMENT", "segment '..'"),
+        ({"timeout": -1}, "INVALID_ARGUMENT", "parameters.timeout: must be a whole number"),
+        ({"inputs": [make_input(np.zeros((1, 9, 9), np.float32))]}, "INVALID_ARGUMENT", "inputs[0].shape"),
+        ({"inputs": [make_input(np.zeros((1, LIMIT), np.float32))]}, "RESOURCE_EXHAUSTED", str(LIMIT)),
+    ],
+)
+def test_mistakes_are_explained(client: Any, change: dict[str, Any], status: str, said: str) -> None:
+    """The place and what to do, in the one message that this client shows."""
+    asked: dict[str, Any] = {"model_name": "plain", "inputs": [make_input(make_rows(MODELS["plain"], 1))]}
+    with pytest.raises(InferenceServerException) as caught:
+        client.infer(**{**asked, **change})
+    assert caught.value.status() == f"StatusCode.{status}"
+    assert said in caught.value.message()
+
+
+def test_a_hundred_at_once(house: Server, client: Any) -> None:
+    """Each its own model's answer, on one connection, and all of them counted with those of HTTP."""
+    names, labels = [f"au/{i % 4}.mar" for i in range(100)], {"protocol": "grpc", "code": "200"}
+    before = house.total("fleetcast_inference_requests_total", **labels)
+
+    def ask(seed: int) -> None:
+        model, x = MODELS[names[seed]], make_rows(MODELS[names[seed]], 1, seed)
+        check_rows(model, x, client.infer(names[seed], [make_input(x)]).as_numpy("predictions"))
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(ask, range(100)))
+    assert house.total("fleetcast_inference_requests_total", **labels) == before + 100
+
+
+def test_a_stream_answers_in_order(client: Any) -> None:
+    """Each message its answer, an error among them, which ends nothing."""
+    found: queue.Queue[Any] = queue.Queue()
+    client.start_stream(lambda result, error: found.put((result, error)))
+    rows = {str(i): make_rows(MODELS["plain"], 1, i) for i in range(30)}
+    for ident, x in rows.items():
+        client.async_stream_infer("none" if ident == "7" else "plain", [make_input(x)], request_id=ident)
+    for ident, x in rows.items():
+        result, error = found.get(timeout=PATIENCE_S)
+        if ident == "7":
+            assert result is None
+            assert "none" in error.message()
+            continue
+        assert result.get_response().id == ident
+        assert result.get_response().parameters["triton_final_response"].bool_param
+        check_rows(MODELS["plain"], x, result.as_numpy("predictions"))
+    client.stop_stream()
+
+
+def test_the_asynchronous_client(house: Server) -> None:
+    """The same over grpc.aio, one by one and as a stream."""
+
+    async def ask() -> None:
+        model, x = MODELS["plain"], make_rows(MODELS["plain"], 2)
+
+        async def requests() -> Any:
+            for i in range(5):
+                yield {"model_name": "plain", "inputs": [make_input(x)], "request_id": str(i)}
+
+        async with triton_aio.InferenceServerClient(house.grpc) as client:
+            answers = await asyncio.gather(*(client.infer("plain", [make_input(x)]) for _ in range(10)))
+            async for answer, error in client.stream_infer(requests()):
+                assert error is None
+                answers.append(answer)
+        assert len(answers) == 15
+        for answer in answers:
+            check_rows(model, x, answer.as_numpy("predictions"))
+
+    asyncio.run(ask())
+
+
+def test_health_and_reflection(house: Server) -> None:
+    """What balancers and tools ask: the server and its service are SERVING, others unknown; services are described."""
+    with grpc.insecure_channel(house.grpc) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "inference.GRPCInferenceService"):
+            assert (
+                health.Check(health_pb2.HealthCheckRequest(service=name)).status
+                == health_pb2.HealthCheckResponse.SERVING
+            )
+        with pytest.raises(grpc.RpcError, match="no such service"):
+            health.Check(health_pb2.HealthCheckRequest(service="other"))
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="other"))
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+        asked = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference.GRPCInferenceService"),
+        ]
+        listed, described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asked))
+        names = {each.name for each in listed.list_services_response.service}
+        assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= names
+        assert b"ModelStreamInfer" in described.file_descriptor_response.file_descriptor_proto[0]
+
+
+def test_deadlines_and_cancelled_calls(house: Server, client: Any) -> None:
+    """The client's own time-out and the parameter `timeout` hold while a worker stands still; a cancelled call is gone.
+
+    The worker then goes on, and nothing of them is left at it.
+    """
+    x = make_rows(MODELS["plain"], 1)
+    (worker,) = house.processes("worker")
+    os.kill(worker["pid"], signal.SIGSTOP)
+    try:
+        cancelled = threading.Event()
+        call = client.async_infer("plain", [make_input(x)], lambda result, error: cancelled.set())
+        for limit in ({"client_timeout": 0.4}, {"timeout": 400_000}):
+            with pytest.raises(InferenceServerException) as caught:
+                client.infer("plain", [make_input(x)], **limit)
+            assert caught.value.status() == "StatusCode.DEADLINE_EXCEEDED"
+        call.cancel()
+        assert cancelled.wait(PATIENCE_S)
+    finally:
+        os.kill(worker["pid"], signal.SIGCONT)
+    check_rows(MODELS["plain"], x, client.infer("plain", [make_input(x)]).as_numpy("predictions"))
+    gone = {"protocol": "grpc", "code": "499"}
+    wait_until(lambda: house.total("fleetcast_inference_requests_total", **gone) == 1, "the cancelled call is counted")
+    wait_until(lambda: house.total("fleetcast_requests_under_way") == 0, "none of them is under way")
+
+
+def test_a_worker_that_dies_costs_no_call(house: Server, client: Any) -> None:
+    """Calls that were at it, and those that come meanwhile, are answered by the next one."""
+    (worker,) = house.processes("worker")
+    x = make_rows(MODELS["plain"], 1)
+    stop, found = threading.Event(), list[Float32]()
+
+    def ask() -> None:
+        while not stop.is_set():
+            found.append(client.infer("plain", [make_input(x)]).as_numpy("predictions"))
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        wait_until(lambda: len(found) > 20, "answers before")
+        os.kill(worker["pid"], signal.SIGKILL)
+        wait_until(lambda: house.processes("worker")[0]["incarnation"] == 2, "the next worker is started")
+        seen = len(found)
+        wait_until(lambda: len(found) > seen + 20, "answers after")
+        stop.set()
+        for each in asking:
+            each.result()
+    check_rows(MODELS["plain"], np.concatenate([x] * len(found)), np.concatenate(found))
+
+
+def test_a_front_that_dies_is_started_again(house: Server, client: Any) -> None:
+    """At the same port, which the supervisor holds meanwhile; the client connects again by itself."""
+    (front,) = [row for row in house.processes("front") if "grpc" in row]
+    os.kill(front["pid"], signal.SIGKILL)
+    x = make_rows(MODELS["plain"], 1)
+
+    def is_answered() -> bool:
+        try:
+            check_rows(MODELS["plain"], x, client.infer("plain", [make_input(x)]).as_numpy("predictions"))
+        except InferenceServerException as error:
+            if error.status() != "StatusCode.UNAVAILABLE":
+                raise
+            return False
+        return True
+
+    wait_until(is_answered, "the next front answers")
+    assert house.total("fleetcast_inference_requests_total", protocol="grpc", code="200") > 100
