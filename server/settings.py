@@ -60,9 +60,7 @@ class Settings(BaseSettings):
         "`fleetcast[grpc]`",
     )
     grpc_host: str = Field(
-        "127.0.0.1",
-        description="address of the gRPC listener; where other hosts can connect, models are managed there only with "
-        "`tokens` or `tls_client_ca`",
+        "127.0.0.1", description="address of the gRPC listener; other hosts can connect unless it is loopback"
     )
 
     workers: int = Field(

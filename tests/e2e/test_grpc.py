@@ -5,20 +5,25 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from onnx import TensorProto, helper
 from tritonclient.utils import InferenceServerException
 
 from handlers.base import Float32
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import Kind
 from tests.e2e.models import ABSOLUTE, RELATIVE, Model, onnx_model, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
@@ -35,7 +40,57 @@ MODELS = {
     )
 }
 OUTPUTS = {name: "y" if name.startswith("single") else "predictions" for name in MODELS}
+#: How tritonclient takes each datatype: the values of one row.
+VALUES: Mapping[str, npt.NDArray[Any]] = {
+    "BOOL": np.array([[True, False]]),
+    "INT8": np.array([[-128, 127]], np.int8),
+    "INT16": np.array([[-(2**15), 2**15 - 1]], np.int16),
+    "INT32": np.array([[-(2**31), 2**31 - 1]], np.int32),
+    "INT64": np.array([[-(2**63), 2**63 - 1]], np.int64),
+    "UINT8": np.array([[0, 255]], np.uint8),
+    "UINT16": np.array([[0, 2**16 - 1]], np.uint16),
+    "UINT32": np.array([[0, 2**32 - 1]], np.uint32),
+    "UINT64": np.array([[0, 2**64 - 1]], np.uint64),
+    "FP16": np.array([[-0.5, 65504]], np.float16),
+    "BF16": np.array([[-0.5, 2.0**100]], ml_dtypes.bfloat16),
+    "FP32": np.array([[-0.1, 3e38]], np.float32),
+    "FP64": np.array([[-0.1, 1e308]], np.float64),
+    "BYTES": np.array([[b"", "Zürich".encode()]], np.object_),
+}
+TYPED: Mapping[str, Sequence[str]] = {"types": [name for name in VALUES if name != "BF16"], "brain": ["BF16"]}
 LIMIT = 256 * 1024  #: max_body_bytes of this server
+
+
+def pack_graph(nodes: list[Any], inputs: list[Any], outputs: list[Any]) -> bytes:
+    """An ONNX archive."""
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name="m")
+
+
+def pack_types(datatypes: Sequence[str]) -> bytes:
+    """An input of each of these, which comes back as the output of the same name in lower case."""
+    onnx_names = {"FP16": "FLOAT16", "BF16": "BFLOAT16", "FP32": "FLOAT", "FP64": "DOUBLE", "BYTES": "STRING"}
+    types = {name: getattr(TensorProto, onnx_names.get(name, name)) for name in datatypes}
+    return pack_graph(
+        [helper.make_node("Identity", [name], [name.lower()]) for name in types],
+        [helper.make_tensor_value_info(name, kind, ["n", 2]) for name, kind in types.items()],
+        [helper.make_tensor_value_info(name.lower(), kind, ["n", 2]) for name, kind in types.items()],
+    )
+
+
+def pack_recorded() -> bytes:
+    """What answered the recording: `quantiles` are the first two of the three numbers of `context`."""
+    make, tensor = helper.make_node, helper.make_tensor_value_info
+    constants = [
+        make("Constant", [], [name], value=helper.make_tensor(name, TensorProto.INT64, [1], [value]))
+        for name, value in (("first", 0), ("end", 2), ("axis", 1))
+    ]
+    return pack_graph(
+        [*constants, make("Slice", ["context", "first", "end", "axis"], ["quantiles"])],
+        [tensor("context", TensorProto.FLOAT, ["n", 3])],
+        [tensor("quantiles", TensorProto.FLOAT, ["n", 2])],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +98,9 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     """A server of these models with a gRPC listener."""
     bucket, folder = s3.bucket(), tmp_path_factory.mktemp("grpc")
     upload(s3, bucket, list(MODELS.values()))
+    for name, datatypes in TYPED.items():
+        s3.put(bucket, name, pack_types(datatypes))
+    s3.put(bucket, "au/NSW1.mar", pack_recorded())
     settings = {"model_cache_bytes": "64MiB", "grpc_port": 0, "max_body_bytes": LIMIT, "worker_timeout_s": 60}
     with run_server(s3, folder, f"s3://{bucket}", **settings) as server:
         yield server
@@ -104,6 +162,24 @@ def test_server_and_models_describe_themselves(client: Any, house: Server) -> No
     assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": ["4", "3"]}]
     front = [row for row in house.processes("front") if "grpc" in row]
     assert [row["grpc"] for row in front] == [[house.grpc]]
+
+
+@pytest.mark.parametrize("model", TYPED)
+def test_every_datatype_comes_back(client: Any, model: str) -> None:
+    """Of one archive, all in one message; the configuration and the metadata name them."""
+    given, inputs = {name: VALUES[name] for name in TYPED[model]}, []
+    for name, values in given.items():
+        inputs.append(triton.InferInput(name, list(values.shape), name))
+        inputs[-1].set_data_from_numpy(values)
+    answer = client.infer(model, inputs)
+    for name, values in given.items():
+        found = answer.as_numpy(name.lower())
+        np.testing.assert_array_equal(found, values)
+        assert found.dtype == values.dtype
+    assert [each.datatype for each in client.get_model_metadata(model).inputs] == list(given)
+    config = client.get_model_config(model, as_json=True)["config"]
+    kinds = ["TYPE_STRING" if name == "BYTES" else f"TYPE_{name}" for name in given]
+    assert [each["data_type"] for each in config["input"]] == kinds
 
 
 @pytest.mark.parametrize(
@@ -211,7 +287,8 @@ def test_deadlines_and_cancelled_calls(house: Server, client: Any) -> None:
 
     The worker then goes on, and nothing of them is left at it.
     """
-    x = make_rows(MODELS["plain"], 1)
+    x, gone = make_rows(MODELS["plain"], 1), {"protocol": "grpc", "code": "499"}
+    before = house.total("fleetcast_inference_requests_total", **gone)
     (worker,) = house.processes("worker")
     os.kill(worker["pid"], signal.SIGSTOP)
     try:
@@ -226,8 +303,8 @@ def test_deadlines_and_cancelled_calls(house: Server, client: Any) -> None:
     finally:
         os.kill(worker["pid"], signal.SIGCONT)
     check_rows(MODELS["plain"], x, client.infer("plain", [make_input(x)]).as_numpy("predictions"))
-    gone = {"protocol": "grpc", "code": "499"}
-    wait_until(lambda: house.total("fleetcast_inference_requests_total", **gone) == 1, "the cancelled call is counted")
+    counted = "fleetcast_inference_requests_total"
+    wait_until(lambda: house.total(counted, **gone) == before + 1, "the cancelled call is counted")
     wait_until(lambda: house.total("fleetcast_requests_under_way") == 0, "none of them is under way")
 
 
@@ -256,9 +333,11 @@ def test_a_worker_that_dies_costs_no_call(house: Server, client: Any) -> None:
 
 def test_a_front_that_dies_is_started_again(house: Server, client: Any) -> None:
     """At the same port, which the supervisor holds meanwhile; the client connects again by itself."""
+    x, labels = make_rows(MODELS["plain"], 1), {"protocol": "grpc", "code": "200"}
+    client.infer("plain", [make_input(x)])
+    before = house.total("fleetcast_inference_requests_total", **labels)
     (front,) = [row for row in house.processes("front") if "grpc" in row]
     os.kill(front["pid"], signal.SIGKILL)
-    x = make_rows(MODELS["plain"], 1)
 
     def is_answered() -> bool:
         try:
@@ -270,4 +349,4 @@ def test_a_front_that_dies_is_started_again(house: Server, client: Any) -> None:
         return True
 
     wait_until(is_answered, "the next front answers")
-    assert house.total("fleetcast_inference_requests_total", protocol="grpc", code="200") > 100
+    assert house.total("fleetcast_inference_requests_total", **labels) == before + 1

@@ -46,7 +46,7 @@ class Permissions:
         """For example `<Permissions by <TokenFile ...>, <Signatures of 2 keys>>`."""
         return f"<Permissions by {self._tokens!r}, {self._signatures!r}>"
 
-    def find_token(self, headers: Mapping[bytes, bytes], scope: Scope = Scope.INVOKE) -> Token | None:
+    def find_token(self, headers: Mapping[bytes, bytes]) -> Token | None:
         """The token of a request whose body has not been read; None where its signature is to be checked.
 
         Raises Refused(UNAUTHORIZED) for a request that shows neither, Refused(FORBIDDEN) for a token of another scope.
@@ -63,7 +63,7 @@ class Permissions:
         except Unauthorized as error:
             either = ", or sign the request with an access key" if self._signatures is not None else ""
             raise Refused(Situation.UNAUTHORIZED, f"{error}{either}") from None
-        require(token, None, scope)
+        require(token, None)
         return token
 
     def check_signature(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: bytes) -> str:
@@ -71,10 +71,10 @@ class Permissions:
         return "" if self._signatures is None else self._signatures.check(method, path, query, headers, body)
 
 
-def require(token: Token, model: ModelName | None, scope: Scope = Scope.INVOKE) -> None:
-    """Raises Refused(FORBIDDEN) unless the token has the scope, for this model where one is named."""
+def require(token: Token, model: ModelName | None) -> None:
+    """Raises Refused(FORBIDDEN) unless the token allows requests, for this model where one is named."""
     try:
-        token.require(scope, model)
+        token.require(Scope.INVOKE, model)
     except Forbidden as error:
         raise Refused(Situation.FORBIDDEN, str(error)) from None
 

@@ -4,10 +4,11 @@ A request's tensors are read by the worker that has the model; here only the hea
 A model is ready when it answers: one that is in the store is loaded for the question. Every model has the version 1.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -15,6 +16,7 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
+from server.front.content_coding import choose_coding, pack
 from server.front.dataplane import InferencePlane, InferRequest
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.ipc.readiness import describe_workers, stuck_after_s
@@ -22,9 +24,10 @@ from server.sdk import __version__
 from server.settings import Settings
 
 VERSION = "1"  #: of every model; what is served is said by X-Fleetcast-Model-Version
-EXTENSIONS = ("binary_tensor_data",)
+EXTENSIONS = ("binary_tensor_data", "classification", "parameters")
 NO_BODY = 64 * 1024  #: most bytes of a body that is not read
 _JSON_BYTES = raw_header("Inference-Header-Content-Length")
+_TARGETS = (b"target-model", raw_header(contract.HEADER_TARGET_MODEL))  #: headers that name a model
 _MODELS_PATH = "/v2/models/"
 _VERBS = ("ready", "infer")
 
@@ -67,6 +70,7 @@ class _Tensors(msgspec.Struct):
 
     inputs: list[dict[str, Any]]
     outputs: list[dict[str, Any]]
+    parameters: dict[str, Any] = {}
 
 
 _SERVER, _LIVE, _READY = (
@@ -74,7 +78,20 @@ _SERVER, _LIVE, _READY = (
     DialectOperation("live", None),
     DialectOperation("ready", None),
 )
+
+
+class _Parameters(msgspec.Struct, frozen=True):
+    timeout: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+
+
+class _Head(msgspec.Struct):
+    """Of a request, what is needed before a worker reads it."""
+
+    parameters: _Parameters = _Parameters()
+
+
 _OPEN = {"/v2": _SERVER, "/v2/health/live": _LIVE, "/v2/health/ready": _READY}
+_decode_timeout = msgspec.json.Decoder(_Head).decode
 _decode_tensors = msgspec.json.Decoder(_Tensors).decode
 
 
@@ -107,13 +124,9 @@ class OpenInference:
         """Tensors for tensors, or what is known of the server or a model."""
         if not isinstance(operation, ModelOperation):
             return self._describe_server(operation, plane)
-        model = _parse_name(operation)
+        model = _parse_name(operation, request)
         if operation.name == "infer":
-            content_type = f"{contract.OPEN_INFERENCE_INFER};json={_find_json_bytes(request)}"
-            response = await plane.infer(_make_request(request, model, content_type))
-            media, _, size = response.content_type.partition(";json=")
-            headers = [(_JSON_BYTES, size.encode())] if size else []
-            return HttpReply(200, media, response.body, headers, response.stats, response)
+            return await _infer(request, model, plane)
         response = await plane.infer(_make_request(request, model, contract.OPEN_INFERENCE_DESCRIBE))
         if operation.name == "ready":
             return HttpReply(200, "text/plain", b"", [], response.stats)
@@ -124,6 +137,7 @@ class OpenInference:
             "platform": "fleetcast",
             "inputs": tensors.inputs,
             "outputs": tensors.outputs,
+            **({"parameters": tensors.parameters} if tensors.parameters else {}),
         }
         return HttpReply(200, contract.JSON, msgspec.json.encode(body), [], response.stats)
 
@@ -162,11 +176,44 @@ def _split_path(path: str) -> tuple[str, str, str]:
     return (before, version, verb) if mark and "/" not in version else (model, VERSION, verb)
 
 
-def _parse_name(operation: ModelOperation) -> ModelName:
-    """The model's name. Raises Refused for one that breaks a rule, and for a version that no model has."""
+async def _infer(request: HttpRequest, model: ModelName, plane: InferencePlane) -> HttpReply:
+    """Tensors for tensors, compressed where the client names how."""
+    size = _find_json_bytes(request)
+    request.deadline = min(request.deadline, _find_deadline(request, size))
+    coding = choose_coding(request.headers) if b"accept-encoding" in request.headers else ""
+    response = await plane.infer(_make_request(request, model, f"{contract.OPEN_INFERENCE_INFER};json={size}"))
+    media, _, json_bytes = response.content_type.partition(";json=")
+    headers = [(_JSON_BYTES, json_bytes.encode())] if json_bytes else []
+    if not coding:
+        return HttpReply(200, media, response.body, headers, response.stats, response)
+    with plane.held.hold(response.body_bytes):
+        packed = await pack(await response.read(), coding)
+    return HttpReply(200, media, packed, [*headers, (b"content-encoding", coding.encode())], response.stats)
+
+
+def _find_deadline(request: HttpRequest, size: int) -> float:
+    """The deadline of the request's `parameters.timeout` (microseconds), infinity where it has none.
+
+    The document is read here only if it says `timeout` anywhere. One that is wrong is refused by the worker.
+    """
+    if request.body.find(b'"timeout"', 0, size) < 0:
+        return math.inf
     try:
-        model = parse_model_name(operation.model)
-    except InvalidModelName as error:
+        timeout = _decode_timeout(memoryview(request.body)[:size]).parameters.timeout
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return math.inf
+    return request.arrived + timeout / 1e6 if timeout else math.inf
+
+
+def _parse_name(operation: ModelOperation, request: HttpRequest) -> ModelName:
+    """The model's name, of the header before the path's.
+
+    Raises Refused for one that breaks a rule, and for a version that no model has.
+    """
+    named = next((request.headers[name] for name in _TARGETS if name in request.headers), None)
+    try:
+        model = parse_model_name(operation.model if named is None else named.decode())
+    except (InvalidModelName, UnicodeDecodeError) as error:
         raise Refused(Situation.BAD_NAME, str(error)) from error
     if operation.version != VERSION:
         message = f"the model {model} has no version {operation.version[:40]!r}: every model has the version {VERSION}"

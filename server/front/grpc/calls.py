@@ -20,9 +20,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from server import contract
-from server.access.sites import is_loopback
 from server.access.tls import name_client
-from server.access.tokens import Scope, Token
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.app import CLIENT_GONE, MAX_HEADER, parse_timeout
@@ -65,7 +63,6 @@ class Call:
     peer: str
     count: Callable[[int, float], None]
     client: str = ""
-    token: Token | None = None
     stats: InferStats | None = None  #: of the answer, for the trailing metadata
 
     def limit(self, seconds: float = math.inf) -> float:
@@ -77,14 +74,14 @@ class Call:
 class Method:
     """One method of a service: `answer` gives the message for a message, `stream` reads messages and sends bytes.
 
-    `scope`: what a token must allow; None: the method is a probe, open to all and not counted.
+    `is_open`: the method is a probe, for which no token is asked and which is not counted.
     """
 
     path: str
     request: Any
     answer: Callable[[Any, Call], Awaitable[Any]] | None = None
     stream: Callable[[AsyncIterator[Any], Send, Call], Awaitable[None]] | None = None
-    scope: Scope | None = Scope.INVOKE
+    is_open: bool = False
 
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic in the stubs alone
@@ -102,9 +99,6 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         self._draining, self._is_over = asyncio.Event(), False
         self._settings, self._metrics, self._plane, self._releases = settings, metrics, plane, releases
         self._permissions = open_permissions(settings)
-        self._is_guarded = (
-            settings.tokens is not None or settings.tls_client_ca is not None or is_loopback(settings.grpc_host)
-        )
         self._statuses = choose_statuses(settings)
         self._limit = int(settings.max_body_bytes)
         places = max(2, int(settings.max_inflight_bytes) // self._limit)
@@ -171,15 +165,15 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
 
     async def _answer(self, method: Method, call: Call, context: Context) -> None:
         """Raises Refused."""
-        if method.scope is not None:
-            self._admit(method.scope, call, context)
+        if not method.is_open:
+            self._admit(call, context)
         if method.answer is not None:
             call.deadline = call.limit()
             reply = await method.answer(await self._receive(method, context), call)
             raw = reply.SerializeToString()
             del reply
             context.set_trailing_metadata(tuple(_list_trailers(call, call.stats)))
-            if method.scope is not None and time.monotonic() > call.deadline:
+            if not method.is_open and time.monotonic() > call.deadline:
                 raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
             self._count(method, OK, call)
             await self._send(context, raw)
@@ -210,18 +204,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         deadline = math.inf if left_s is None else now + left_s
         return Call(ident, now, deadline, longest_s, self._plane, headers, context.peer(), self._note)
 
-    def _admit(self, scope: Scope, call: Call, context: Context) -> None:
+    def _admit(self, call: Call, context: Context) -> None:
         """Find who asks, and what it may. Raises Refused."""
         wanted = call.headers.get(_TIMEOUT_MS)
         if wanted is not None:
             call.longest_s = min(call.longest_s, parse_timeout(wanted))
-        token = None if self._permissions is None else self._permissions.find_token(call.headers, scope)
+        token = None if self._permissions is None else self._permissions.find_token(call.headers)
         if self._permissions is not None and token is None:
             raise Refused(Situation.UNAUTHORIZED, "calls by gRPC are not signed: send authorization: Bearer TOKEN")
-        if scope is Scope.MANAGE and not self._is_guarded:
-            message = "models are managed here only with tokens, tls_client_ca, or a grpc_host that is loopback"
-            raise Refused(Situation.FORBIDDEN, message)
-        call.token = token
         call.client = _name_peer(context) if token is None else token.name
         call.plane = make_plane(self._plane, token, self._releases)
         self._plane.held.check()
@@ -275,7 +265,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
 
     def _count(self, method: Method, status: int, call: Call) -> None:
         """Count a call; those of a stream are counted by what it answers each message."""
-        if method.scope is not None and (method.stream is None or status != CLIENT_GONE):
+        if not method.is_open and (method.stream is None or status != CLIENT_GONE):
             self._note(status, time.monotonic() - call.started)
 
     def _note(self, status: int, seconds: float) -> None:

@@ -35,8 +35,8 @@ class HealthService:
         request: Any = health_pb2.HealthCheckRequest
         reflect: Any = reflection_pb2.ServerReflectionRequest
         return (
-            Method(f"/{HEALTH}/Check", request, self._check, scope=None),
-            Method(f"/{HEALTH}/Watch", request, stream=self._watch, scope=None),
+            Method(f"/{HEALTH}/Check", request, self._check, is_open=True),
+            Method(f"/{HEALTH}/Watch", request, stream=self._watch, is_open=True),
             Method(f"/{REFLECTION}/ServerReflectionInfo", reflect, stream=self._reflect),
         )
 

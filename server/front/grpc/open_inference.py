@@ -74,7 +74,7 @@ class OpenInferenceService:
             ("ModelInfer", self._infer),
         )
         return [
-            *(Method(_path(name), _request(name), answer, scope=None) for name, answer in probes),
+            *(Method(_path(name), _request(name), answer, is_open=True) for name, answer in probes),
             *(Method(_path(name), _request(name), answer) for name, answer in asked),
             Method(_path("ModelStreamInfer"), _request("ModelInfer"), stream=self._infer_all),
         ]

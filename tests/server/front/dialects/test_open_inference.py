@@ -1,16 +1,25 @@
 """Paths, statuses and error bodies of the Open Inference Protocol (CONTRACTS 4)."""
 
+import asyncio
+import gzip
 import json
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, NoReturn
 
 import pytest
 
 from handlers.codecs import open_inference as codec
 from server import contract
 from server.errors import Refused, Situation
+from server.front.app import App
+from server.front.dataplane import DataPlane, InferRequest
 from server.front.dialects.open_inference import STATUS, VERSION, ModelOperation, OpenInference
 from server.front.exchange import HttpRequest
+from server.metrics import FrontMetrics
 from server.settings import Settings
-from tests.server.front.answering import stay_connected
+from tests.server.front.answering import Answered, Worker, ask, attach, stay_connected
 
 DIALECT = OpenInference(Settings.model_validate({"store": "models"}))
 PLAIN = HttpRequest("POST", "/v2/models/a/infer", {}, stay_connected)
@@ -72,3 +81,89 @@ def test_an_error_is_one_sentence_with_its_place() -> None:
     assert (reply.status, json.loads(reply.body)) == (400, {"error": "inputs[0].data[3]: no number"})
     late = DIALECT.refused(Refused(Situation.OVERLOADED, "busy", retry_ms=1200), PLAIN)
     assert (late.status, dict(late.headers)) == (503, {b"retry-after": b"2"})
+
+
+class Recorder(DataPlane):
+    """A data plane that keeps what it is asked, and refuses it."""
+
+    def __init__(self) -> None:
+        super().__init__(1 << 20)
+        self.asked: list[InferRequest] = []
+
+    async def infer(self, request: InferRequest) -> NoReturn:
+        """Keep the request."""
+        self.asked.append(request)
+        raise Refused(Situation.OVERLOADED, "busy")
+
+
+def forward(body: bytes, headers: Mapping[bytes, bytes]) -> InferRequest:
+    """What the data plane is asked for a request that arrived at 100 s and may take 50."""
+
+    async def run() -> InferRequest:
+        plane = Recorder()
+        request = HttpRequest("POST", "/v2/models/a/infer", headers, stay_connected, body=body)
+        request.arrived, request.deadline = 100.0, 150.0
+        operation = DIALECT.match(request.method, request.path)
+        assert operation is not None
+        with suppress(Refused):
+            await DIALECT.answer(operation, request, plane)
+        return plane.asked[0]
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("document", "deadline"),
+    [
+        ('{"parameters": {"timeout": 2000000}}', 102.0),
+        ('{"inputs": [{"data": [1, 2]}], "parameters": {"timeout": 500, "priority": 1}}', 100.0005),
+        ('{"parameters": {"timeout": 0}}', 150.0),
+        ('{"parameters": {"timeout": 60000000}}', 150.0),
+        ('{"inputs": [{"name": "timeout"}]}', 150.0),
+        ('{"parameters": {"timeout": -1}}', 150.0),
+        ('{"parameters": {"timeout": 1%s}}' % ("0" * 400), 150.0),
+        ('{"parameters": {"timeout"', 150.0),
+        ("{}", 150.0),
+    ],
+)
+def test_a_timeout_is_the_deadline(document: str, deadline: float) -> None:
+    """In microseconds, never later than the server's own; what is wrong with it is for the worker to say."""
+    assert forward(document.encode(), {}).deadline == deadline
+
+
+def test_a_timeout_among_the_binary_data_is_data() -> None:
+    """Only the document is looked at."""
+    body = b'{}{"parameters": {"timeout": 1}}'
+    assert forward(body, {b"inference-header-content-length": b"2"}).deadline == 150.0
+
+
+@pytest.mark.parametrize("name", [b"target-model", b"x-amzn-sagemaker-target-model"])
+def test_a_header_may_name_another_model(name: bytes) -> None:
+    """It is the one that answers, and that the answer names."""
+    asked = forward(b"{}", {name: b"au/b.mar"})
+    assert (asked.model, asked.accept) == ("au/b.mar", "au/b.mar")
+
+
+@pytest.mark.parametrize(("accepted", "unpack"), [("gzip", gzip.decompress), ("deflate", zlib.decompress)])
+def test_answers_are_compressed_where_the_client_asks(accepted: str, unpack: Callable[[bytes], bytes]) -> None:
+    """An answer in one part and one in several; without the header it goes as it is."""
+    for answer in (b"0.25," * 10, [b"0.25," * 10, b"0.5," * 10]):
+        plain = infer(answer, {})
+        packed = infer(answer, {"Accept-Encoding": accepted})
+        assert "content-encoding" not in plain.headers
+        assert packed.headers["content-encoding"] == accepted
+        assert packed.headers["content-length"] == str(len(packed.body))
+        assert unpack(packed.body) == plain.body
+
+
+def infer(answer: Any, headers: Mapping[str, str]) -> Answered:
+    """What the app makes of a worker's answer."""
+
+    async def run() -> Answered:
+        app = App(Settings.model_validate({"store": "models"}), FrontMetrics())
+        attach(app.plane, Worker(lambda _: answer))
+        found = await ask(app, "POST", "/v2/models/a/infer", b"{}", headers)
+        assert app.plane.held.size == 0
+        return found
+
+    return asyncio.run(run())
