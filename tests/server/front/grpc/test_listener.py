@@ -9,7 +9,7 @@ import pytest
 import trustme
 
 from tests.patience import PATIENCE_S, POLL_S
-from tests.server.front.grpc.serving import make_infer, serve_grpc
+from tests.server.front.grpc.serving import answer_alike, make_infer, serve_grpc
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -44,7 +44,7 @@ def test_a_client_is_known_by_its_certificate(tmp_path: Path) -> None:
     files = {**write_server(authority, tmp_path), "tls_client_ca": str(tmp_path / "clients.pem")}
 
     async def scenario() -> None:
-        async with serve_grpc(tmp_path, **files) as house:
+        async with serve_grpc(tmp_path, answer_alike, **files) as house:
             desk = clients.issue_cert("desk@example.org", common_name="desk-au")
             await ask(open_channel(house.target, authority, desk))
             await ask(open_channel(house.target, authority, clients.issue_cert("desk@example.org")))
@@ -63,7 +63,7 @@ def test_renewed_certificates_are_taken(tmp_path: Path) -> None:
     old, new = trustme.CA(), trustme.CA()
 
     async def scenario() -> None:
-        async with serve_grpc(tmp_path, **write_server(old, tmp_path)) as house:
+        async with serve_grpc(tmp_path, answer_alike, **write_server(old, tmp_path)) as house:
             await ask(open_channel(house.target, old))
             (tmp_path / "server.pem").write_text("no certificate")
             await ask(open_channel(house.target, old))
