@@ -34,6 +34,7 @@ OPEN_INFERENCE_INFER: Final = "application/vnd.fleetcast.infer"
 OPEN_INFERENCE_DESCRIBE: Final = "application/vnd.fleetcast.describe"
 
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
+MODEL_NAME_PARAMETER: Final = b"model_name"  #: of the query of that path, as archived model servers have it
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
 PING_PATH: Final = "/ping"  #: 200 while the process lives
 READY_PATH: Final = "/ready"  #: 200 while a worker takes all requests, else 503; its body says the state of each

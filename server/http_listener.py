@@ -29,6 +29,7 @@ TLS_LOOK_S = 1.0  #: how often certificates' files are looked at
 MAX_PIPELINED = 512  #: requests of one connection that wait for the answer to an earlier one
 LOOKS = 10  #: checks of all clients within `patience_s`
 BODY_FOLLOWS = "fleetcast.body_follows"  #: in `http.response.start`: the body's first part is sent without a pause
+REASON = "fleetcast.reason"  #: in the same message: the status line's reason, where it is not the usual one
 CLOSE = (b"connection", b"close")
 _CONTROL = bytes({*range(0x20), 0x7F} - {ord("\t")})  #: bytes that no header may hold
 
@@ -49,13 +50,16 @@ class Exchange(RequestResponseCycle):
                 await self.flow.drain()
             self._send_first(message["body"], more=message.get("more_body", False))
         elif BODY_FOLLOWS in message and not self.response_started and self.scope["method"] != "HEAD":
-            self._head = self._make_head(message["status"], message["headers"])
+            self._head = self._make_head(message["status"], message["headers"], message.get(REASON))
             self.response_started, self.waiting_for_100_continue = True, False
         else:
             await super().send(message)
 
-    def _make_head(self, status: int, headers: Fields) -> bytes:
-        """The bytes of the head. Content-Length must be the first header; names are the application's own."""
+    def _make_head(self, status: int, headers: Fields, reason: str | None) -> bytes:
+        """The bytes of the head. Content-Length must be the first header; names are the application's own.
+
+        `reason`: None for the usual one. Raises RuntimeError for a head that is no head.
+        """
         fields = [*self.default_headers, *headers]
         if CLOSE in headers:
             self.keep_alive = False
@@ -69,7 +73,8 @@ class Exchange(RequestResponseCycle):
         if name != b"content-length":
             raise RuntimeError(f"the first header of a response is Content-Length, not {name!r}")
         self.expected_content_length, self.chunked_encoding = int(size), False
-        return b"%b%b\r\n" % (STATUS_LINE[status], b"%b: %b\r\n" * len(fields) % flat)
+        line = STATUS_LINE[status] if reason is None else _make_status_line(status, reason)
+        return b"%b%b\r\n" % (line, b"%b: %b\r\n" * len(fields) % flat)
 
     def _send_first(self, body: bytes, *, more: bool) -> None:
         """Send the head and the first part of the body, which may be all of it."""
@@ -86,6 +91,13 @@ class Exchange(RequestResponseCycle):
             if not self.keep_alive:
                 self.transport.close()
             self.on_response()
+
+
+def _make_status_line(status: int, reason: str) -> bytes:
+    """A status line with a reason of the application's. Raises RuntimeError for one that would end the line."""
+    if not (reason.isascii() and (reason.isprintable() or not reason)):
+        raise RuntimeError("the reason of a status holds a character that no status line may hold")
+    return b"HTTP/1.1 %d %b\r\n" % (status, reason.encode())
 
 
 class ClientConnection(HttpToolsProtocol):

@@ -192,6 +192,11 @@ class Settings(BaseSettings):
         description="where ONNX models run if workers have a GPU; auto: on the CPU if it answers a row of the model "
         "within 2 ms, else on the GPU; device: on the GPU",
     )
+    model_server_api: Literal["torchserve", "mms"] = Field(
+        "torchserve",
+        description="which server's protocol the listeners speak on paths that both have, such as `/predictions` and "
+        "`/models`; mms: Multi Model Server's",
+    )
     allow_code: list[str] = Field(
         default_factory=list,
         description="beginnings of the keys of archives whose Python code may run, each archive's in a process of its "

@@ -24,9 +24,11 @@ from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import DIALECTS
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
+from server.front.handler_calls import open_code_calls
 from server.front.releases import Releases, make_plane
+from server.front.torchserve_metrics import RegisteredFamilies
 from server.front.worker_client import WorkerLost
-from server.http_listener import BODY_FOLLOWS, CLOSE
+from server.http_listener import BODY_FOLLOWS, CLOSE, REASON
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
@@ -49,13 +51,14 @@ CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 
 
 class App:
-    """One front's ASGI application: `dialects` over one data plane. The first dialect answers paths that none has."""
+    """One front's ASGI application: `dialects` over one data plane. The last dialect answers paths that none has."""
 
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[Callable[[Settings], Dialect]] = DIALECTS
     ) -> None:
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
-        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds)
+        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
+        metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
         self.releases = Releases(metrics)
         self._settings = settings
         self._metrics = metrics
@@ -74,15 +77,15 @@ class App:
         if scope["type"] != "http":
             return
         started = time.monotonic()
-        request = HttpRequest(scope["method"], scope["path"], dict(scope["headers"]), receive)
+        request = HttpRequest(scope["method"], scope["path"], dict(scope["headers"]), receive, scope["query_string"])
         dialect = self._dialects[0]
         try:
             for dialect in self._dialects:
-                operation = dialect.match(request.method, request.path)
+                operation = dialect.match(request.method, request.path, request.query)
                 if operation is not None:
                     break
             else:
-                dialect = self._dialects[0]
+                dialect = self._dialects[-1]
                 operation = self._refuse_path(request.path)
             plane: InferencePlane = self.plane
             if operation.body_limit is not None:
@@ -221,16 +224,25 @@ class App:
         stream, size = reply.stream, len(reply.body) if reply.stream is None else reply.stream.body_bytes
         head: Headers = [
             (b"content-length", b"%d" % size),
-            (b"content-type", reply.content_type.encode()),
             (_REQUEST_ID, request.id or self._identify(request.headers)),
             *reply.headers,
         ]
+        if reply.content_type:
+            head.append((b"content-type", reply.content_type.encode()))
         if reply.stats is not None:
             _add_stats(head, reply.stats)
         more, held = len(reply.body) < size, len(reply.body)
         self.plane.held.size += held
         try:
-            await send({"type": "http.response.start", "status": reply.status, "headers": head, BODY_FOLLOWS: True})
+            start: dict[str, Any] = {
+                "type": "http.response.start",
+                "status": reply.status,
+                "headers": head,
+                BODY_FOLLOWS: True,
+            }
+            if reply.reason is not None:
+                start[REASON] = reply.reason
+            await send(start)
             for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
                 await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
             rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body

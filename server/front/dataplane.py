@@ -16,9 +16,12 @@ from model_store.names import ModelName
 from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
 from server.front.backlog import Bounds, NoAdmission
+from server.front.handler_calls import CallDetails, CodeCalls
+from server.front.registrations import Registrations
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CacheResult, Tier
+from server.ipc.handler_calls import AnswerHead, decode_head
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -54,6 +57,7 @@ class InferRequest(msgspec.Struct, frozen=True):
 
     `client`: the name of its token, access key or certificate. Clients take turns where they are known. Empty where the
     server is open to all: then there is one.
+    `call`: what an archive's code is told of it; None where the server runs no code, or the dialect tells nothing.
     """
 
     model: ModelName
@@ -65,6 +69,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     arrived: float = 0.0
     request_id: bytes = b""  #: as its client knows it
     client: str = ""
+    call: CallDetails | None = None
 
 
 class InferStats(msgspec.Struct, frozen=True, gc=False):
@@ -82,7 +87,11 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
 
 
 class InferResponse(msgspec.Struct, frozen=True):
-    """A model's answer: `body` is all of its `body_bytes` or the first part; `parts` yields the others."""
+    """A model's answer: `body` is all of its `body_bytes` or the first part; `parts` yields the others.
+
+    `head`: what an archive's code said of it, for a request with a `call`. Its status may be any from 200 to 599; the
+    body is the handler's own.
+    """
 
     content_type: str
     body: bytes
@@ -90,6 +99,7 @@ class InferResponse(msgspec.Struct, frozen=True):
     stats: InferStats
     link: WorkerLink
     call: WorkerCall
+    head: AnswerHead | None = None
 
     @property
     def unread(self) -> int:
@@ -159,9 +169,13 @@ class HeldBytes:
 
 
 class InferencePlane(Protocol):
-    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held."""
+    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held.
+
+    `registrations`: what clients have named by TorchServe's and Multi Model Server's management APIs.
+    """
 
     held: HeldBytes
+    registrations: Registrations
 
     @property
     def expected(self) -> int:
@@ -179,7 +193,7 @@ class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
 
     def __init__(self, plane: InferencePlane) -> None:
-        self.held, self._plane = plane.held, plane
+        self.held, self.registrations, self._plane = plane.held, plane.registrations, plane
 
     @property
     def expected(self) -> int:
@@ -195,17 +209,17 @@ class PlaneInFront:
 class DataPlane:
     """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
 
-    `bounds` are those of the requests under way at one worker.
+    `bounds` are those of the requests under way at one worker; `code`: what archives' code is told, None for nothing.
     """
 
-    def __init__(self, max_held_bytes: int, bounds: Bounds = BOUNDS) -> None:
-        self.router = Router()
+    def __init__(self, max_held_bytes: int, bounds: Bounds = BOUNDS, code: CodeCalls | None = None) -> None:
+        self.router, self._code = Router(), code
         self._bounds = bounds
         self.expected = 0  #: how many workers the server has, up or not
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
-        self.held = HeldBytes(max_held_bytes)
+        self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
@@ -345,6 +359,9 @@ class DataPlane:
         refusal = backlog.check(model, client, now, left_s, self._bounds, is_work=is_work)
         if refusal is not None:
             raise _overloaded(refusal)
+        told = b""
+        if request.call is not None and self._code is not None:
+            told = self._code.encode(model, request.request_id, request.call)
         counted = self.router.count_start(lane, model)
         backlog.start(model, client, now, is_work=counted)
         call = link.call(
@@ -356,6 +373,7 @@ class DataPlane:
             request.arrived or now,
             alone,
             client,
+            told,
         )
         self._watched[call] = (now, request.client_gone, link)
         try:
@@ -381,7 +399,8 @@ class DataPlane:
         self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
         cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
         stats = InferStats(cache, head.queue_us, load_us, head.inference_us, tier, head.version)
-        response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call)
+        said = decode_head(head.head) if head.head else None
+        response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call, said)
         if head.situation:
             detail = msgspec.json.decode(await response.read(), type=Detail)
             refused = RefusedByWorker(Situation(head.situation), detail, stats)

@@ -40,6 +40,7 @@ class HttpRequest(msgspec.Struct):
     path: str
     headers: Mapping[bytes, bytes]  #: by lower-case name
     client_gone: ClientWatch
+    query: bytes = b""  #: as it was sent
     id: bytes = b""  #: the client's own, or made by the app
     content_type: str = ""
     accept: str = ""
@@ -50,7 +51,10 @@ class HttpRequest(msgspec.Struct):
 
 
 class HttpReply(msgspec.Struct):
-    """An answer to be sent. The app adds Content-Length, X-Request-Id and the headers that `stats` become."""
+    """An answer to be sent. The app adds Content-Length, X-Request-Id and the headers that `stats` become.
+
+    An empty `content_type` leaves the header out. `reason`: that of the status line; None for the usual one.
+    """
 
     status: int
     content_type: str
@@ -59,6 +63,7 @@ class HttpReply(msgspec.Struct):
     stats: InferStats | None = None
     stream: InferResponse | None = None  #: the answer of which `body` is the first part
     counted: Sequence[int] | None = None  #: status codes that the metrics count; None: `status` once
+    reason: str | None = None
 
 
 class Dialect(Protocol):
@@ -70,8 +75,8 @@ class Dialect(Protocol):
     name: str  #: the metrics' label `protocol`
     paths: str  #: for the message about a path that no dialect has
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
-        """The operation that is asked for; None for a path that is not this dialect's.
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
+        """The operation that is asked for; None for a path that is not this dialect's. `query`: as it was sent.
 
         Raises Refused(BAD_METHOD) for a path of this dialect with a method that it does not take.
         """
@@ -81,6 +86,13 @@ class Dialect(Protocol):
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The reply that says why there is no answer. Any situation but OK can come."""
+
+
+def list_code_headers(response: InferResponse) -> Headers:
+    """The headers that an archive's code has set; none where it was not told of the request."""
+    if response.head is None:
+        return []
+    return [(name.encode(), value.encode()) for name, value in response.head.headers]
 
 
 def wrong_method(method: str) -> Refused:

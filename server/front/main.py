@@ -27,6 +27,7 @@ from server.ipc.operations import (
     JoinAsFront,
     Ping,
     ScrapeMetrics,
+    SetRegistrations,
     SetReleases,
 )
 from server.ipc.pulse import SUFFIX, PulseReader
@@ -75,6 +76,9 @@ class Front:
                 return None
             case SetReleases(routes):
                 self._app.releases.replace(routes)
+                return None
+            case SetRegistrations(models, whole):
+                self._app.plane.registrations.follow(models, whole=whole)
                 return None
             case AwaitConnections():
                 await asyncio.gather(*self._connecting.values(), return_exceptions=True)

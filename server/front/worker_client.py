@@ -69,14 +69,18 @@ class WorkerLink(FrameConnection):
         arrived: float = 0.0,
         alone: bool = False,
         client: str = "",
+        handler_call: bytes = b"",
     ) -> WorkerCall:
-        """Send a request that came to the front at `arrived` (monotonic, s; 0: now); `alone`, `client`: see `Request`.
+        """Send a request that came to the front at `arrived` (monotonic, s; 0: now).
 
-        The `reply` raises WorkerLost, or Refused when the deadline (monotonic, s) passes.
+        `alone`, `client`, `handler_call`: see `Request`. The `reply` raises WorkerLost, or Refused when the deadline
+        (monotonic, s) passes.
         """
         self._next_id = ident = self._next_id + 1
         times = (int(deadline * 1e9), int(arrived * 1e9))
-        request = Request(ident, times[0], model, content_type, accept, len(body), body, times[1], alone, client)
+        request = Request(
+            ident, times[0], model, content_type, accept, len(body), body, times[1], alone, client, handler_call
+        )
         if self.is_paused or self._unsent:
             self._unsent.put(model, ident, request, client)
         else:

@@ -16,9 +16,9 @@ from msgspec import Meta, Struct
 
 from server.errors import Situation
 
-VERSION = 3
+VERSION = 4
 CHUNK = 64 * 1024  #: bytes of a body in one frame at most
-MAX_FRAME = CHUNK + 16 * 1024  #: a chunk and the longest head: the front bounds name, content type and accept
+MAX_FRAME = CHUNK + 32 * 1024  #: a chunk and the longest head: the front bounds name, types and the code's call
 
 _PREFIX = Layout("<IB")
 _encode_into = msgspec.msgpack.Encoder().encode_into
@@ -61,6 +61,7 @@ class Request(_Frame, tag=1):
     `deadline_ns` and `arrived_ns`, when it arrived at the front, are on the monotonic clock, which the host's processes
     share. `arrived_ns` 0: it arrived now.
     `alone`: it is to run in a batch of its own, because its model ran when a worker died. `client`: see InferRequest.
+    `call`: a `server.ipc.handler_calls.HandlerCall` for an archive with code; empty for all others.
     """
 
     deadline_ns: Count
@@ -72,6 +73,7 @@ class Request(_Frame, tag=1):
     arrived_ns: Count = 0
     alone: bool = False
     client: str = ""
+    call: bytes = b""
 
 
 class Data(_Frame, tag=2):
@@ -81,7 +83,10 @@ class Data(_Frame, tag=2):
 
 
 class Response(_Frame, tag=3):
-    """A response; the body of one that is not OK is a `server.errors.Detail`. Times are in microseconds."""
+    """A response; the body of one that is not OK is a `server.errors.Detail`. Times are in microseconds.
+
+    `head`: a `server.ipc.handler_calls.AnswerHead`, where an archive's code was told a call; empty for all others.
+    """
 
     situation: Situation
     cache: CacheResult
@@ -93,6 +98,7 @@ class Response(_Frame, tag=3):
     inference_us: Count
     body_bytes: Count
     body: Part
+    head: bytes = b""
 
 
 class Cancel(_Frame, tag=4):

@@ -124,11 +124,35 @@ class SetReleases(Operation[None]):
     routes: dict[str, list[ReleaseArm]]
 
 
+class ServedVersion(Struct, frozen=True):
+    """One version of a registered model: the archive's name, whether it has workers, and how long it may take."""
+
+    key: str
+    workers: int
+    timeout_s: float
+
+
+class RegisteredModel(Struct, frozen=True):
+    """What clients of TorchServe's and Multi Model Server's protocols have registered under a name."""
+
+    default: str
+    versions: dict[str, ServedVersion]
+
+
+class SetRegistrations(Operation[None]):
+    """What is registered under these names from now on; None: nothing any more. `whole`: and under no others."""
+
+    models: dict[str, RegisteredModel | None]
+    whole: bool
+
+
 class AwaitConnections(Operation[None]):
     """Answered when the front is connected to all workers that `ConnectWorkers` named last."""
 
 
-AskedOfFront: TypeAlias = Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases
+AskedOfFront: TypeAlias = (
+    Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
+)
 
 # --- the supervisor asks a worker -----------------------------------------------------------------------------------
 
@@ -141,6 +165,23 @@ class LoadModel(Operation[str]):
 
 class ReloadModel(Operation[str]):
     """As `LoadModel`, and the store is asked even if the model is here."""
+
+    model: str
+
+
+class ArchiveFacts(Struct, frozen=True):
+    """What an archive says of itself; empty where it says nothing. `kind`: see `model_store.archives.manifest.Kind`."""
+
+    name: str = ""
+    version: str = ""
+    handler: str = ""
+    runtime: str = ""
+    created_on: str = ""
+    kind: str = ""
+
+
+class ReadArchive(Operation[ArchiveFacts]):
+    """What the archive says of itself. It is fetched for that where the host does not have it, but not loaded."""
 
     model: str
 
@@ -219,6 +260,7 @@ AskedOfWorker: TypeAlias = (
     Ping
     | ScrapeMetrics
     | LoadModel
+    | ReadArchive
     | ReloadModel
     | UnloadModel
     | PinModel

@@ -33,6 +33,7 @@ from server.ipc.operations import (
     ReportOverrun,
     ScrapeMetrics,
     SetQuarantine,
+    SetRegistrations,
     SetReleases,
     TakeAccessLog,
     TrySuspect,
@@ -54,6 +55,8 @@ from server.supervisor.host_files import (
 )
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
+from server.supervisor.registrations.rollout import RegistrationRollout
+from server.supervisor.registrations.service import RegistrationService
 from server.supervisor.releases.rollout import ReleaseRollout
 from server.supervisor.releases.service import ReleaseService
 from server.supervisor.releases.table import TableUnreadable
@@ -95,6 +98,8 @@ class Supervisor:
         self._quarantine, self._pins = ServerQuarantine(), PinnedModels(settings.pin)
         self._trials = Trials(self._quarantine, self.workers.find_ready, len(self.workers))
         self.releases = ReleaseService(settings, ReleaseRollout(self.workers, self.fronts, self._pins))
+        fleet = RegistrationRollout(self.workers, self.fronts, self._pins)
+        self.registrations = RegistrationService(settings.store, fleet)
         self._watch = StoreWatch(
             ResidentVersions(self.workers),
             self._metrics,
@@ -158,6 +163,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         until = loop.time() + self.settings.drain_s + FRONTS_END_S
         self._children.stop_restarting()
+        await self.registrations.close()
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
@@ -225,6 +231,7 @@ class Supervisor:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
+            child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))
         self._announce_workers(child)
         if child.kind == "worker":
             self._trials.note_worker(child.index)

@@ -5,6 +5,7 @@ only its own model. A batch is collected for at most the time that its archive s
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from weakref import WeakSet
 
 from model_store.cache.slots import Slot
 from server.errors import Refused, Situation
+from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
@@ -22,7 +24,20 @@ from server.worker.scheduler import Job, Scheduler
 SAMPLE_S = 2.0  #: between two measurements of the children's memory
 WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Worker died."
 OK, MULTIPLE_CHOICES = 200, 300
+BODILESS = (204, 205, 304)  #: statuses of answers that have no body
 BYTES = "application/octet-stream"
+MAX_SAID = 8192  #: bytes of all that a handler sets in an answer's head
+#: Fields that frame an answer or belong to its connection, and those that the server says of every answer: code's are
+#: dropped. The content type travels apart.
+SERVERS_OWN = frozenset(
+    {
+        "connection", "content-length", "content-type", "date", "keep-alive", "proxy-authenticate",
+        "proxy-authorization", "proxy-connection", "server", "server-timing", "te", "trailer", "transfer-encoding",
+        "upgrade", "x-request-id", "x-amzn-errortype", "x-amzn-invoked-production-variant",
+    }
+)  # fmt: skip
+SERVERS_PREFIXES = ("x-fleetcast-",)
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")  # RFC 9110, 5.6.2
 
 
 class CodeBatches:
@@ -95,13 +110,18 @@ class CodeBatches:
         self._replies.count_batch(len(batch), 1)
         self._replies.count_step(0.0, took, 0.0)
         for job, answer in zip(batch, outcome, strict=True):
-            if not OK <= answer.status < MULTIPLE_CHOICES:
+            try:
+                body, head = _make_body(answer), _make_head(answer)
+            except Refused as refused:
+                self._replies.refuse(job, refused)
+                continue
+            encoded = body, answer.content_type or answer.body_type or BYTES
+            if job.request.call:
+                self._replies.answer(job, encoded, began, took, encode_head(head))
+            elif OK <= answer.status < MULTIPLE_CHOICES:
+                self._replies.answer(job, encoded, began, took)
+            else:  # who asks cannot say another status than that of a success
                 self._replies.refuse(job, Refused(Situation.MODEL_FAILED, _explain(answer), status=answer.status))
-            elif not _is_header(answer.content_type):
-                message = f"the handler's content type {answer.content_type[:80]!r} is no value of a header"
-                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, message))
-            else:
-                self._replies.answer(job, (answer.body, answer.content_type or BYTES), began, took)
 
     def advance_time(self, now: float) -> None:
         """Refuse late jobs, measure the children."""
@@ -147,15 +167,54 @@ class CodeBatches:
 
 def _make_request(job: Job) -> CodeRequest:
     request = job.request
-    return CodeRequest(str(request.id), request.content_type, request.accept, bytes(request.body))
+    body = bytes(request.body)
+    if not request.call:
+        return CodeRequest(str(request.id), request.content_type, request.accept, body)
+    call = decode_call(request.call)
+    return CodeRequest(
+        call.request_id, request.content_type, request.accept, body, call.headers, call.parts, call.properties
+    )
 
 
-def _is_header(value: str) -> bool:
+def _make_body(answer: CodeAnswer) -> bytes:
+    """The handler's body, unless its status has none. Raises Refused for an answer that is none."""
+    if answer.failed:
+        raise Refused(Situation.MODEL_FAILED, answer.message, status=answer.status)
+    return b"" if answer.status in BODILESS else answer.body
+
+
+def _make_head(answer: CodeAnswer) -> AnswerHead:
+    """What the handler has set, without what the server alone says. Raises Refused for what no head may hold.
+
+    INVARIANT: nothing that code sets ends a header's line, or says where the answer ends.
+    """
+    if not _is_value(answer.content_type):
+        raise _refuse_head(f"content type {answer.content_type[:80]!r} is no value of a header")
+    if not _is_value(answer.reason):
+        raise _refuse_head(f"reason {answer.reason[:80]!r} cannot stand in a status line")
+    kept, size = list[tuple[str, str]](), len(answer.content_type) + len(answer.reason)
+    for name, value in answer.headers.items():
+        if name.lower() in SERVERS_OWN or name.lower().startswith(SERVERS_PREFIXES):
+            continue
+        if _NAME.fullmatch(name) is None or not _is_value(value):
+            raise _refuse_head(f"header {name[:80]!r}: {value[:80]!r} is no header")
+        kept.append((name, value))
+        size += len(name) + len(value)
+    if size > MAX_SAID:
+        raise _refuse_head(f"headers have {size} bytes, {MAX_SAID} are allowed")
+    return AnswerHead(answer.status, answer.reason, answer.content_type, kept)
+
+
+def _refuse_head(what: str) -> Refused:
+    return Refused(Situation.MODEL_FAILED, f"the handler's {what}")
+
+
+def _is_value(value: str) -> bool:
     """Whether code may put this into a header of ours: it can neither end the line nor fail to be encoded."""
     return value.isascii() and (value.isprintable() or not value)
 
 
 def _explain(answer: CodeAnswer) -> str:
     """What an answer that is no success says: the handler's own body, where it has written one."""
-    text = answer.body.decode(errors="replace")[:2000]
-    return text or answer.message or f"the handler answered with status {answer.status}"
+    text = answer.body[:2000].decode(errors="replace")
+    return text or answer.reason or f"the handler answered with status {answer.status}"

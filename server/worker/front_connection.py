@@ -78,13 +78,15 @@ class FrontConnection(FrameConnection):
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
-    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+    def answer(
+        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+    ) -> None:
         """Send a job's answer, or refuse it where slow clients hold too many bytes of others."""
         if len(body) > CHUNK and self.unsent_bytes + len(body) > self._max_unsent_bytes:
             message = f"{self.unsent_bytes} bytes of answers wait for slow clients already (max_inflight_bytes)"
             self.refuse(job, Refused(Situation.OVERLOADED, message))
             return
-        self._respond(job, Situation.OK, content_type, body, queue_s, inference_s)
+        self._respond(job, Situation.OK, content_type, body, queue_s, inference_s, head)
 
     def refuse(self, job: Job, refused: Refused) -> None:
         """Send why there is no answer, and how long the request waited for that."""
@@ -92,10 +94,17 @@ class FrontConnection(FrameConnection):
         self._respond(job, refused.situation, "application/json", msgspec.json.encode(refused.detail), queue_s, 0.0)
 
     def _respond(
-        self, job: Job, situation: Situation, content_type: str, body: bytes, queue_s: float, inference_s: float
+        self,
+        job: Job,
+        situation: Situation,
+        content_type: str,
+        body: bytes,
+        queue_s: float,
+        inference_s: float,
+        head: bytes = b"",
     ) -> None:
         ident = job.request.id
         self._jobs.pop(ident, None)
         version = job.slot.version if job.slot is not None else ""
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
-        self.send(Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body))
+        self.send(Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body, head))

@@ -29,6 +29,7 @@ from server.ipc.sockets import listen_at
 from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
+from server.worker.archive_facts import ArchiveReader
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.cuda_start import check_build, explain_host_memory, explain_start
@@ -51,14 +52,23 @@ from server.worker.version_keeper import VersionKeeper
 log = structlog.get_logger()
 
 
+def open_archives(settings: Settings) -> ModelStore:
+    """The store with this host's disk in front of it. Raises LoadError or ValueError."""
+    source, limits = open_store(settings)
+    disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
+    return ModelStore(source, disk, limits, settings.revalidate_s)
+
+
 def build_steps(
-    settings: Settings, plan: WorkerPlan, where: torch.device, arrivals: ArrivalBuffer | None, pulse: Pulse
+    settings: Settings,
+    plan: WorkerPlan,
+    where: torch.device,
+    arrivals: ArrivalBuffer | None,
+    pulse: Pulse,
+    store: ModelStore,
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
-    source, limits = open_store(settings)
-    disk = DiskTier(settings.disk_cache, source.url) if settings.disk_cache_bytes else None
-    store = ModelStore(source, disk, limits, settings.revalidate_s)
     cache = Cache(budget, int(settings.slab_bytes), policy=make_policy(settings.eviction_policy))
     metrics = WorkerMetrics(plan.index, plan.device, settings.metrics_per_model)
     measures = (engine.measure,) if isinstance(engine, DeviceEngine) else ()
@@ -156,14 +166,15 @@ async def main(control_fd: int) -> None:
     arrivals = ArrivalBuffer() if settings.access_log else None
     try:
         pulse = Pulse(assignment.pulse)
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse)
+        store = open_archives(settings)
+        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
     listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket, made_anew=pulse.link)
-    member.serve(Management(steps, arrivals).handle)
+    member.serve(Management(steps, arrivals, ArchiveReader(store)).handle)
     await member.released
     listening.cancel()  # the steps stay open: a request may still come while the process ends
 

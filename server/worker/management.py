@@ -5,7 +5,7 @@ from typing import assert_never
 import msgspec
 
 from model_store.errors import LoadError
-from model_store.names import parse_versioned_name
+from model_store.names import parse_model_name, parse_versioned_name
 from server.access_log import ArrivalBuffer
 from server.errors import situation_of
 from server.ipc.control import ControlError
@@ -18,6 +18,7 @@ from server.ipc.operations import (
     ModelState,
     Ping,
     PinModel,
+    ReadArchive,
     ReloadModel,
     ScrapeMetrics,
     SetQuarantine,
@@ -25,14 +26,15 @@ from server.ipc.operations import (
     UnloadModel,
     UnpinModel,
 )
+from server.worker.archive_facts import ArchiveReader
 from server.worker.step_loop import StepLoop
 
 
 class Management:
     """Answers operations from the step loop and the rows for the access log, which is None where none is kept."""
 
-    def __init__(self, steps: StepLoop, arrivals: ArrivalBuffer | None) -> None:
-        self._steps, self._arrivals = steps, arrivals
+    def __init__(self, steps: StepLoop, arrivals: ArrivalBuffer | None, archives: ArchiveReader) -> None:
+        self._steps, self._arrivals, self._archives = steps, arrivals, archives
 
     def __repr__(self) -> str:
         """For example `<Management of <StepLoop <Cache ...>, <Scheduler ...>>>`."""
@@ -45,10 +47,12 @@ class Management:
         except LoadError as error:
             raise ControlError(error.public, situation_of(error)) from error
 
-    async def _perform(self, operation: AskedOfWorker) -> object:  # noqa: C901 -- one case an operation
+    async def _perform(self, operation: AskedOfWorker) -> object:  # noqa: C901, PLR0912 -- one case an operation
         match operation:
             case LoadModel(model):
                 return await self._steps.load(parse_versioned_name(model))
+            case ReadArchive(model):
+                return await self._archives.read(parse_model_name(model))
             case ReloadModel(model):
                 return await self._steps.load(parse_versioned_name(model), revalidate=True)
             case PinModel(model):

@@ -18,8 +18,13 @@ from server.worker.scheduler import Job, Scheduler
 class Origin(Protocol):
     """The front connection that a job's response is sent to."""
 
-    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
-        """Send the job's answer. `queue_s` and `inference_s`: seconds in the queue and in the forward."""
+    def answer(
+        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+    ) -> None:
+        """Send the job's answer. `queue_s` and `inference_s`: seconds in the queue and in the forward.
+
+        `head`: what an archive's code has said of it.
+        """
 
     def refuse(self, job: Job, refused: Refused) -> None:
         """Send the reason why there is no answer."""
@@ -43,7 +48,7 @@ class Replies:
         """For example `<Replies of <Scheduler ...>>`."""
         return f"<Replies of {self._scheduler!r}>"
 
-    def answer(self, job: Job, encoded: Encoded, began: float, run_s: float) -> None:
+    def answer(self, job: Job, encoded: Encoded, began: float, run_s: float, head: bytes = b"") -> None:
         """Send the answer, unless the job is done already. `began`: when its batch did; `run_s`: the forward's time.
 
         INVARIANT: no answer is sent after its deadline.
@@ -54,7 +59,7 @@ class Replies:
             return
         if self._scheduler.finish(job):
             self._record(job, job.cache)
-            job.origin.answer(job, content_type, body, queue_s=job.queued_s(began), inference_s=run_s)
+            job.origin.answer(job, content_type, body, queue_s=job.queued_s(began), inference_s=run_s, head=head)
         self._release(job)
 
     def encode(self, job: Job, encode: Callable[[Any], Encoded], outputs: Any, began: float, run_s: float) -> None:

@@ -39,6 +39,14 @@ def answer(asked, context, batch):
     mode = asked["mode"]
     if mode == "raise":
         raise ValueError("boom")
+    if mode == "headers":
+        context.set_response_status(code=201, phrase="Made here")
+        context.set_response_header(0, "X-Said", context.get_request_header(0, "X-Asked"))
+        context.set_response_header(0, "Content-Length", "3")
+        context.set_response_header(0, "Transfer-Encoding", "chunked")
+        return "said"
+    if mode == "split":
+        context.set_response_header(0, "X-Said", "a\\r\\nX-Evil: 1")
     if mode == "tea":
         context.set_response_status(code=418, phrase="teapot")
         return "tea"
@@ -155,6 +163,16 @@ def test_failures_have_the_status_that_the_handler_gave(house: Server) -> None:
     """As the container would have answered the platform."""
     assert refused(house, "code/a.mar", "raise") == (503, "Prediction failed")
     assert refused(house, "code/a.mar", "tea") == (418, "tea")
+
+
+def test_headers_come_and_go(house: Server) -> None:
+    """A handler reads those of the request and sets those of its answer, but none that frame it or end its line."""
+    asked = {"x-amzn-sagemaker-target-model": "code/a.mar", "X-Asked": "kept", "Content-Type": "application/json"}
+    answer = house.http.post(f"{house.url}/invocations", content=b'{"mode": "headers"}', headers=asked)
+    assert (answer.status_code, answer.text, answer.headers["x-said"]) == (200, "said", "kept")
+    assert (answer.headers["content-length"], "transfer-encoding" in answer.headers) == ("4", False)
+    status, message = refused(house, "code/a.mar", "split")
+    assert (status, message[:30]) == (500, "the handler's header 'X-Said':")
 
 
 def test_requests_that_come_together_are_one_batch(house: Server) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.http_listener import BODY_FOLLOWS, MAX_HEAD, MAX_PIPELINED, make_listener
+from server.http_listener import BODY_FOLLOWS, MAX_HEAD, MAX_PIPELINED, REASON, make_listener
 from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
@@ -108,6 +108,29 @@ def test_an_answer_is_one_segment(size: int) -> None:
         for _ in range(ASKED):
             await client.ask(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}", b"!")
         assert client.segments() == ASKED
+
+    serve_app(answer_request, act)
+
+
+def test_a_reason_may_be_the_applications_own() -> None:
+    """Also an empty one; what would end the status line is refused."""
+
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
+        await receive()
+        reason = {"/own": "teapot", "/none": ""}.get(scope["path"])
+        start: Message = {"type": "http.response.start", "status": 418, "headers": [(b"content-length", b"1")]}
+        start[BODY_FOLLOWS] = True
+        if reason is not None:
+            start[REASON] = reason
+        if scope["path"] == "/own":
+            with pytest.raises(RuntimeError, match="the reason"):
+                await send({**start, REASON: "a\r\nx: y"})
+        await send(start)
+        await send({"type": "http.response.body", "body": b"!"})
+
+    async def act(client: RawClient) -> None:
+        for path, line in ((b"/own", b"418 teapot"), (b"/none", b"418 "), (b"/", b"418 I'm a Teapot")):
+            await client.ask(b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n", b"HTTP/1.1 " + line + b"\r\n")
 
     serve_app(answer_request, act)
 

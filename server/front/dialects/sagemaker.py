@@ -11,11 +11,22 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest
-from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.exchange import (
+    DialectOperation,
+    Headers,
+    HttpReply,
+    HttpRequest,
+    Limit,
+    list_code_headers,
+    wrong_method,
+)
+from server.front.handler_calls import CallDetails
 from server.settings import Settings
 
 TOO_MANY = 429
+OK, MULTIPLE_CHOICES = 200, 300
+MAX_SAID = 2000  #: bytes of a handler's body that a ModelError repeats
 MAX_NAME_BYTES = 8 * 1024 * 1024  #: of checked names that are remembered; clients can make them up
 MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
 _ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
@@ -74,10 +85,16 @@ class SageMaker:
         too_many = settings.overload_status == TOO_MANY
         self._errors = {**ERRORS, Situation.OVERLOADED: _OVERLOADED_AS_429} if too_many else ERRORS
         self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
+        self._runs_code = bool(settings.allow_code)
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
-        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`."""
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
+        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`.
+
+        Where the query of `/invocations` names a model, it is a client's of an archived model server.
+        """
         if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
+            return None
+        if query and path == contract.INVOCATIONS_PATH and contract.MODEL_NAME_PARAMETER in query:
             return None
         if method != "POST":
             raise wrong_method(method)
@@ -101,9 +118,13 @@ class SageMaker:
                 request.arrived,
                 request.id,
                 request.client,
+                CallDetails(request.headers) if self._runs_code else None,
             )
         )  # fmt: skip
-        return HttpReply(200, response.content_type, response.body, _make_headers(request), response.stats, response)
+        headers = _make_headers(request)
+        if response.head is not None:
+            headers = await _add_code_headers(headers, response)
+        return HttpReply(200, response.content_type, response.body, headers, response.stats, response)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
@@ -135,6 +156,19 @@ class SageMaker:
             raise Refused(Situation.BAD_NAME, f"{contract.HEADER_TARGET_MODEL}: {error}") from error
         self._names.put(raw, name)
         return name
+
+
+async def _add_code_headers(headers: Headers, response: InferResponse) -> Headers:
+    """The headers with those of an archive's code, which replace ours. Raises Refused for a status of no success."""
+    assert response.head is not None, "who asks has told the code of the request"
+    status = response.head.status
+    if not OK <= status < MULTIPLE_CHOICES:
+        said = bytes(await response.read())[:MAX_SAID].decode(errors="replace")
+        message = said or response.head.reason or f"the handler answered with status {status}"
+        raise Refused(Situation.MODEL_FAILED, message, status=status)
+    given = list_code_headers(response)
+    names = {name.lower() for name, _ in given}
+    return [*(each for each in headers if each[0] not in names), *given]
 
 
 def _make_headers(request: HttpRequest) -> Headers:

@@ -16,8 +16,10 @@ from server.front.grpc.calls import Calls
 from server.front.grpc.health import HealthService
 from server.front.grpc.listener import GrpcListener
 from server.front.grpc.open_inference import SERVICE, OpenInferenceService
+from server.front.handler_calls import open_code_calls
 from server.front.main import ORPHAN_S, Front
 from server.front.releases import Releases
+from server.front.torchserve_metrics import RegisteredFamilies
 from server.ipc.control import ChildChannel
 from server.ipc.operations import AskedOfFront, JoinAsFront
 from server.logs import configure_logs
@@ -33,7 +35,8 @@ class GrpcApp:
     def __init__(self, settings: Settings, metrics: FrontMetrics) -> None:
         """Raises ValueError for a file of tokens that is wrong."""
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
-        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds)
+        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
+        metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
         self.releases = Releases(metrics)
         inference = OpenInferenceService(settings, self.plane)
         health = HealthService(inference.has_ready_worker, lambda: self.calls.is_draining, [SERVICE])

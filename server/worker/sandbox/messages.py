@@ -19,7 +19,8 @@ RECEIVE_BYTES = 256 * 1024
 
 _LENGTH = Layout("<I")
 
-MIN_STATUS, MAX_STATUS = 100, 999
+MIN_STATUS, MAX_STATUS = 200, 599  #: of a final answer
+OK = 200
 MAX_HEADERS, MAX_HEADER = 100, 8192  #: of an answer, and characters of one
 
 Text = Annotated[str, Meta(max_length=4 * MAX_TEXT)]
@@ -93,12 +94,18 @@ class LoadFailed(Struct, frozen=True, tag=True):
 
 
 class CodeRequest(Struct, frozen=True):
-    """One request as the handler gets it."""
+    """One request as the handler gets it; see `server.ipc.handler_calls.HandlerCall`.
+
+    `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then.
+    """
 
     id: str
     content_type: str
     accept: str
     body: bytes
+    headers: list[tuple[str, str]] | None = None
+    parts: list[tuple[str, str]] = []
+    properties: dict[str, str] = {}
 
 
 class RunBatch(Struct, frozen=True, tag=True):
@@ -108,22 +115,37 @@ class RunBatch(Struct, frozen=True, tag=True):
 
 
 class CodeAnswer(Struct, frozen=True):
-    """What the handler gave for one request. `status` 200 to 299 is a success; `message` says what went wrong else."""
+    """What became of one request. Where it `failed`, `message` says why, and there is no body.
+
+    Else `status`, `reason`, `headers` and `content_type` are what the handler has set; `content_type` is empty where it
+    has set none, and `body_type` is then what its body is.
+    """
 
     status: Annotated[int, Meta(ge=MIN_STATUS, le=MAX_STATUS)]
     body: bytes = b""
     content_type: Header = ""
     headers: Annotated[dict[Header, Header], Meta(max_length=MAX_HEADERS)] = {}
     message: Text = ""
+    body_type: Header = ""
+    reason: Header = ""
+    failed: bool = False
 
 
-def make_answer(status: Any, body: bytes, content_type: Any, headers: Mapping[Any, Any], message: Any) -> CodeAnswer:
+def make_answer(
+    status: Any, body: bytes, content_type: Any, headers: Mapping[Any, Any], reason: Any, body_type: str = ""
+) -> CodeAnswer:
     """An answer of what a handler has set, as the worker takes it. In a child. Raises ValueError."""
-    code, pairs = int(status), {str(name): str(value) for name, value in headers.items()}
-    texts = (str(content_type), *pairs, *pairs.values())
+    code = OK if status is None else int(status)
+    pairs = {str(name): str(value) for name, value in headers.items()}
+    texts = (str(content_type), str(reason), *pairs, *pairs.values())
     if not MIN_STATUS <= code <= MAX_STATUS or len(pairs) > MAX_HEADERS or max(map(len, texts)) > MAX_HEADER:
         raise ValueError(f"status {code} with {len(pairs)} headers is no answer")
-    return CodeAnswer(code, body, str(content_type), pairs, shorten(str(message)))
+    return CodeAnswer(code, body, str(content_type), pairs, "", body_type, str(reason))
+
+
+def make_failure(status: int, message: str) -> CodeAnswer:
+    """Why there is no answer."""
+    return CodeAnswer(status, message=shorten(message), failed=True)
 
 
 class BatchAnswered(Struct, frozen=True, tag=True):

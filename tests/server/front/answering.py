@@ -26,6 +26,7 @@ class Asked:
     arrived: float = 0.0
     alone: bool = False
     client: str = ""
+    handler_call: bytes = b""
 
 
 @dataclass
@@ -50,9 +51,10 @@ class Worker:
         arrived: float = 0.0,
         alone: bool = False,
         client: str = "",
+        handler_call: bytes = b"",
     ) -> WorkerCall:
         """A link's: the answer comes in a later pass of the loop."""
-        request = Asked(model, content_type, accept, bytes(body), arrived, alone, client)
+        request = Asked(model, content_type, accept, bytes(body), arrived, alone, client, handler_call)
         self.asked.append(request)
         call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)
         asyncio.get_running_loop().call_soon(self._reply, call, request)
@@ -117,9 +119,10 @@ class Answered:
 async def ask(
     app: App, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> Answered:
-    """One request through the app, over ASGI; the client stays until it is answered."""
+    """One request through the app, over ASGI; the client stays until it is answered. `path` may have a query."""
+    path, _, query = path.partition("?")
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": raw}
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": raw}
     incoming = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[dict[str, Any]] = []
 

@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from collections.abc import Mapping
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -14,8 +15,8 @@ from server.errors import Refused, Situation
 from server.front.app import App
 from server.front.dataplane import InferencePlane, InferRequest
 from server.front.dialects import DIALECTS
-from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit
-from server.http_listener import make_listener
+from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.http_listener import REASON, make_listener
 from server.metrics import FrontMetrics
 from server.settings import Settings
 from tests.server.front.answering import JSON, Answered, Worker, ask, attach
@@ -33,13 +34,15 @@ class Toy:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """Any method."""
-        del method
+        del method, query
         return DialectOperation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer in brackets."""
+        if operation.name == "teapot":
+            return HttpReply(418, "", request.query, reason="teapot")
         model = parse_model_name(operation.name)
         response = await plane.infer(InferRequest(model, request.body, JSON, JSON, request.deadline))
         return HttpReply(203, "text/toy", b"<" + await response.read() + b">", stats=response.stats)
@@ -52,7 +55,7 @@ class Toy:
 
 def make_app(worker: Worker | None = None) -> App:
     """The app with the toy among its dialects."""
-    made = App(SETTINGS, FrontMetrics(), (*DIALECTS, Toy))
+    made = App(SETTINGS, FrontMetrics(), (Toy, *DIALECTS))
     attach(made.plane, *([worker] if worker else []))
     return made
 
@@ -119,6 +122,23 @@ def test_probes_are_open_and_not_counted() -> None:
     assert count_requests(made) == []
 
 
+def test_a_reply_has_the_reason_and_the_type_that_its_dialect_says() -> None:
+    """A type that is empty leaves the header out; the query is the request's."""
+    sent: list[dict[str, object]] = []
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/toy/teapot", "query_string": b"a=b", "headers": []}
+    asyncio.run(make_app()(scope, receive, send))
+    start, body = sent
+    assert (start["status"], start[REASON], body["body"]) == (418, "teapot", b"a=b")
+    assert b"content-type" not in dict(cast("Headers", start["headers"]))
+
+
 def test_a_bug_costs_one_request() -> None:
     """An exception that is no refusal is an internal error in the dialect's own words; its text stays in the log."""
     made = make_app()
@@ -155,7 +175,7 @@ def test_large_answers_stream() -> None:
         'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
     ]
     assert repr(made).startswith(
-        "<App sagemaker, forecasts, v2, health, toy over <DataPlane 1 links, 0 under way, 0 bytes"
+        "<App toy, sagemaker, forecasts, v2, health, torchserve over <DataPlane 1 links, 0 under way, 0 bytes"
     )
 
 
@@ -190,7 +210,7 @@ def test_nothing_stays_held() -> None:
             sent.append(message)
 
         headers = [(b"x-amzn-sagemaker-target-model", b"m.mar")]
-        scope = {"type": "http", "method": "POST", "path": "/invocations", "headers": headers}
+        scope = {"type": "http", "method": "POST", "path": "/invocations", "query_string": b"", "headers": headers}
         await made(scope, receive, send)  # type: ignore[arg-type]
         return int(str(sent[0]["status"]))
 

@@ -13,7 +13,9 @@ from server.errors import Refused, Situation
 from server.front import dataplane
 from server.front.backlog import Backlog, Bounds
 from server.front.dataplane import BOUNDS, ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
+from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.worker_client import WorkerLink
+from server.ipc.handler_calls import decode_call
 from server.ipc.pulse import LoadSigns, Pulse, PulseReader
 from tests.server.front.answering import JSON, Worker, attach
 
@@ -53,6 +55,24 @@ def test_an_answer_and_what_happened() -> None:
         assert (response.body, response.content_type, await response.read()) == (b"abab", JSON, b"abab")
         assert response.stats == InferStats("hit", 1500, None, 20, "disk", "v1")
         assert worker.asked[0].model == MODEL
+
+    asyncio.run(scenario())
+
+
+def test_only_the_code_that_may_run_is_told_of_a_request() -> None:
+    """And nothing where the dialect has nothing to tell, or the server runs no code."""
+
+    async def scenario() -> None:
+        worker = Worker(lambda _: b"1")
+        told, details = InferRequest(MODEL, b"", JSON, "", FAR, call=CallDetails({b"x-a": b"b"})), []
+        for keys, request in ((["au/"], told), (["eu/"], told), (["au/"], make_request()), (None, told)):
+            code = None if keys is None else CodeCalls(keys, shows_credentials=True)
+            plane = DataPlane(1000, BOUNDS, code)
+            attach(plane, worker)
+            await plane.infer(request)
+            details.append(worker.asked[-1].handler_call)
+        assert decode_call(details[0]).headers == [("x-a", "b")]
+        assert details[1:] == [b"", b"", b""]
 
     asyncio.run(scenario())
 

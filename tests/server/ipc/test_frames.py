@@ -189,8 +189,8 @@ def test_lies_are_named(stream: bytes, match: str) -> None:
 @pytest.mark.parametrize(
     "frame",
     [
-        Request(1, 2, "m" * 90_000, "", "", 0, b""),
-        Request(1, 2, "m" * 20_000, "", "", CHUNK, bytes(CHUNK)),
+        Request(1, 2, "m" * 120_000, "", "", 0, b""),
+        Request(1, 2, "m" * 40_000, "", "", CHUNK, bytes(CHUNK)),
         Request(1, 2, "\ud800", "", "", 0, b""),
         Cancel(2**64),
         Credit(1, 2**64),

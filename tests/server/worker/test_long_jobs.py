@@ -124,7 +124,9 @@ class Origin:
     answers: dict[int, bytes] = field(default_factory=dict)
     refusals: dict[int, Refused] = field(default_factory=dict)
 
-    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+    def answer(
+        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+    ) -> None:
         """The first word for this job."""
         assert content_type
         assert min(queue_s, inference_s) >= 0

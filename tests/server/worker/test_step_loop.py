@@ -128,7 +128,9 @@ class Front:
     queued: dict[int, float] = field(default_factory=dict)  # id -> seconds, of what is answered
     wrong: list[AssertionError] = field(default_factory=list)
 
-    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+    def answer(
+        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+    ) -> None:
         """An answer is right, and the first for its job."""
         with self._noting():
             assert content_type == "application/json"

@@ -1,5 +1,6 @@
 """A child's life: confine itself, load the archive's handler, answer batches until the worker closes the channel."""
 
+import importlib
 import os
 import socket
 import sys
@@ -21,6 +22,7 @@ from server.worker.sandbox.messages import (
     HandlerLoaded,
     LoadFailed,
     frame,
+    make_failure,
     receive_batch,
     shorten,
 )
@@ -81,8 +83,8 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
 def explain(error: BaseException) -> str:
     """The error as one line: its type, what it says, and where in the archive it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
-    here = str(Path(__file__).parent)
-    theirs = [each for each in frames if not each.filename.startswith((here, "<frozen "))]
+    ours = (str(Path(__file__).parent), str(Path(importlib.__file__).parent), "<frozen ")
+    theirs = [each for each in frames if not each.filename.startswith(ours)]
     where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
     return f"{type(error).__name__}: {error}{where}"
 
@@ -93,7 +95,7 @@ def refuse_large(answers: list[CodeAnswer]) -> list[CodeAnswer]:
     if size < MAX_ANSWER_BYTES - 64 * 1024 * len(answers):
         return answers
     message = f"the answers of a batch have {size} bytes, {MAX_ANSWER_BYTES} are allowed"
-    return [CodeAnswer(503, message=message) for _ in answers]
+    return [make_failure(503, message) for _ in answers]
 
 
 def _set_threads(threads: int) -> None:

@@ -6,7 +6,7 @@ Source of the names: TorchServe 0.12 and Multi Model Server 1.1, "Custom service
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from server.worker.sandbox.messages import CodeRequest
+from server.worker.sandbox.inside.request_parts import RequestHeaders
 
 OK: Final = 200
 NO_GPU: Final = None
@@ -15,8 +15,8 @@ NO_GPU: Final = None
 class RequestProperties:
     """One request of a batch, and what the handler sets for its answer (`context.request_processor[i]`)."""
 
-    def __init__(self, headers: Mapping[str, Any]) -> None:
-        self._headers = dict(headers)
+    def __init__(self, headers: RequestHeaders) -> None:
+        self._headers = headers
         self._status, self._phrase = OK, ""
         self._answered: dict[str, str] = {}
 
@@ -26,13 +26,9 @@ class RequestProperties:
 
     def get_request_property(self, key: str) -> Any:
         """A header of the request, or what is known of a part of its body."""
-        found = self._headers.get(key)
-        if found is not None:
-            return found
-        lower = key.lower()
-        return next((value for name, value in self._headers.items() if name.lower() == lower), None)
+        return self._headers.get(key)
 
-    def get_request_properties(self) -> dict[str, Any]:
+    def get_request_properties(self) -> RequestHeaders:
         """All of them."""
         return self._headers
 
@@ -55,6 +51,10 @@ class RequestProperties:
     def get_response_headers(self) -> dict[str, str]:
         """The headers of the answer."""
         return self._answered
+
+    def get_response_header(self, key: str) -> str | None:
+        """A header of the answer."""
+        return self._answered.get(key)
 
 
 class HandlerMetrics:
@@ -93,15 +93,18 @@ class HandlerContext:
         self.request_ids: dict[int, str] = {}
         self.request_processor: Sequence[RequestProperties] = ()
         self.stopping_criteria = None
+        self.header_key_sequence_id = "ts_request_sequence_id"
+        self.header_key_sequence_start = "ts_request_sequence_start"
+        self.header_key_sequence_end = "ts_request_sequence_end"
 
     def __repr__(self) -> str:
         """For example `<HandlerContext of au/NSW1.mar, 2 requests>`."""
         return f"<HandlerContext of {self.model_name}, {len(self.request_processor)} requests>"
 
-    def begin(self, requests: Sequence[CodeRequest]) -> None:
+    def begin(self, ids: Sequence[str], headers: Sequence[RequestHeaders]) -> None:
         """The requests of the next batch."""
-        self.request_ids = {i: request.id for i, request in enumerate(requests)}
-        self.request_processor = [RequestProperties(_list_headers(request)) for request in requests]
+        self.request_ids = dict(enumerate(ids))
+        self.request_processor = [RequestProperties(each) for each in headers]
 
     def get_request_id(self, idx: int = 0) -> str | None:
         """The request's id."""
@@ -111,7 +114,7 @@ class HandlerContext:
         """A header of the request."""
         return self.request_processor[idx].get_request_property(key)
 
-    def get_all_request_header(self, idx: int) -> dict[str, Any]:
+    def get_all_request_header(self, idx: int) -> RequestHeaders:
         """All headers of the request."""
         return self.request_processor[idx].get_request_properties()
 
@@ -137,6 +140,10 @@ class HandlerContext:
         each = self.request_processor[idx]
         return each.get_response_status_code(), each.get_response_status_phrase()
 
+    def get_sequence_id(self, idx: int) -> Any:
+        """The header of a stateful client that names its sequence; requests of one may come to any process here."""
+        return self.get_request_header(idx, self.header_key_sequence_id)
+
     def get_response_headers(self, idx: int) -> dict[str, str]:
         """The headers of an answer."""
         return self.request_processor[idx].get_response_headers()
@@ -144,13 +151,3 @@ class HandlerContext:
     def set_response_header(self, idx: int, key: str, value: str) -> None:
         """Set a header of an answer."""
         self.request_processor[idx].add_response_property(key, value)
-
-
-def _list_headers(request: CodeRequest) -> dict[str, Any]:
-    """As TorchServe lists them: what is known of the body's parts, and the request's headers."""
-    headers: dict[str, Any] = {"body": {"content-type": request.content_type}}
-    if request.content_type:
-        headers["Content-Type"] = request.content_type
-    if request.accept:
-        headers["Accept"] = request.accept
-    return headers

@@ -18,7 +18,8 @@ from types import ModuleType
 from typing import Any
 
 from server.worker.sandbox.inside.handler_context import HandlerContext
-from server.worker.sandbox.inside.torchserve_handler import BYTES, JSON, HandlerProblem, write_body
+from server.worker.sandbox.inside.request_parts import JSON, read_fields
+from server.worker.sandbox.inside.torchserve_handler import BYTES, HandlerProblem, write_body
 from server.worker.sandbox.messages import (
     MAX_STATUS,
     MIN_STATUS,
@@ -27,7 +28,7 @@ from server.worker.sandbox.messages import (
     ForkChild,
     HandlerLoaded,
     make_answer,
-    shorten,
+    make_failure,
 )
 
 CSV, NPY, ANY = "text/csv", "application/x-npy", "*/*"
@@ -56,7 +57,7 @@ class Script:
         return [self._answer_one(request) for request in requests]
 
     def _answer_one(self, request: CodeRequest) -> CodeAnswer:
-        self._context.begin([request])
+        self._context.begin([request.id], [read_fields(request)])
         media = request.content_type.partition(";")[0].strip().lower() or JSON
         accept = request.accept if request.accept not in ("", ANY) else JSON
         try:
@@ -74,7 +75,7 @@ class Script:
             traceback.print_exc()
             code = getattr(error, "status_code", FAILED)
             code = code if isinstance(code, int) and MIN_STATUS <= code <= MAX_STATUS else FAILED
-            return CodeAnswer(code, message=shorten(f"{type(error).__name__}: {error}"))
+            return make_failure(code, f"{type(error).__name__}: {error}")
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return call_with_context(function, arguments, self._context)

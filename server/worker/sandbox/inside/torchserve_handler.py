@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from server.worker.sandbox.inside.handler_context import HandlerContext
+from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
 from server.worker.sandbox.messages import (
     MAX_STATUS,
     MIN_STATUS,
@@ -28,12 +29,12 @@ from server.worker.sandbox.messages import (
     ForkChild,
     HandlerLoaded,
     make_answer,
-    shorten,
+    make_failure,
 )
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
-JSON, TEXT, BYTES = "application/json", "text/plain; charset=utf-8", "application/octet-stream"
-UNAVAILABLE, NO_MEMORY = 503, 507
+TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"
+BAD_REQUEST, UNAVAILABLE, NO_MEMORY = 400, 503, 507
 
 Handle = Callable[[Any, HandlerContext], Any]
 
@@ -53,32 +54,49 @@ class Handler:
         return f"<Handler of {self._context!r}>"
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
-        """See LoadedHandler."""
-        self._context.begin(requests)
+        """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
+        answers, data, headers, ids = dict[int, CodeAnswer](), list[Any](), list[RequestHeaders](), list[str]()
+        for i, request in enumerate(requests):
+            try:
+                parts, fields = read_request(request)
+            except BadParts as error:
+                answers[i] = make_failure(BAD_REQUEST, str(error))
+            else:
+                data.append(parts)
+                headers.append(fields)
+                ids.append(request.id)
+        if data:
+            self._context.begin(ids, headers)
+            found = iter(self._run(data))
+            answers |= {i: next(found) for i in range(len(requests)) if i not in answers}
+        return [answers[i] for i in range(len(requests))]
+
+    def _run(self, data: list[Any]) -> list[CodeAnswer]:
+        """The answers to a batch that the context knows."""
         try:
-            found = self._handle([{"body": read_body(request)} for request in requests], self._context)
+            found = self._handle(data, self._context)
         except MemoryError:
             traceback.print_exc()
-            return fail(requests, NO_MEMORY, "Out of resources")
+            return fail(len(data), NO_MEMORY, "Out of resources")
         except Exception as error:
             traceback.print_exc()
-            return fail(requests, *find_status(error))
+            return fail(len(data), *find_status(error))
         if not isinstance(found, list):
-            return fail(requests, UNAVAILABLE, "Invalid model predict output")
-        if len(found) != len(requests):
-            return fail(requests, UNAVAILABLE, "number of batch response mismatched")
+            return fail(len(data), UNAVAILABLE, "Invalid model predict output")
+        if len(found) != len(data):
+            return fail(len(data), UNAVAILABLE, "number of batch response mismatched")
         try:
             return [self._write(i, value) for i, value in enumerate(found)]
         except Exception:
             traceback.print_exc()
-            return fail(requests, UNAVAILABLE, "Unsupported model output data type.")
+            return fail(len(data), UNAVAILABLE, "Unsupported model output data type.")
 
     def _write(self, idx: int, value: Any) -> CodeAnswer:
         body, usual = write_body(value)
         status, phrase = self._context.get_response_status(idx)
         headers = self._context.get_response_headers(idx)
-        content_type = next((text for key, text in headers.items() if str(key).lower() == "content-type"), usual)
-        return make_answer(status, body, content_type, headers, phrase)
+        content_type = next((text for key, text in headers.items() if str(key).lower() == "content-type"), "")
+        return make_answer(status, body, content_type or "", headers, phrase or "", usual)
 
 
 def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
@@ -119,22 +137,6 @@ def import_handler(entry: Entry) -> ModuleType:
         ) from error
 
 
-def read_body(request: CodeRequest) -> Any:
-    """The body as TorchServe gives it to handlers: JSON as its value, text as str, all else as a bytearray.
-
-    JSON that is malformed stays a bytearray, so that the handler may refuse it.
-    """
-    media = request.content_type.partition(";")[0].strip().lower()
-    if media == JSON:
-        try:
-            return json.loads(request.body)
-        except ValueError:
-            return bytearray(request.body)
-    if media.startswith("text/"):
-        return request.body.decode(errors="replace")
-    return bytearray(request.body)
-
-
 def write_body(value: Any) -> tuple[bytes, str]:
     """A handler's answer as bytes, and its content type if the handler says none. Raises TypeError, ValueError."""
     if isinstance(value, bytes | bytearray):
@@ -160,9 +162,9 @@ def find_status(error: Exception) -> tuple[int, str]:
     return UNAVAILABLE, "Prediction failed"
 
 
-def fail(requests: Sequence[CodeRequest], status: int, message: str) -> list[CodeAnswer]:
+def fail(count: int, status: int, message: str) -> list[CodeAnswer]:
     """The same failure for each request of a batch."""
-    return [CodeAnswer(status, message=shorten(message)) for _ in requests]
+    return [make_failure(status, message)] * count
 
 
 def _find_class(module: ModuleType, entry: Entry) -> type:

@@ -80,7 +80,9 @@ class CodeFront:
         deadline = time.monotonic_ns() + int(deadline_s * 1e9)
         return self.steps.submit(Request(ident, deadline, model, "text/plain", "", len(body), body), self)
 
-    def answer(self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float) -> None:
+    def answer(
+        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+    ) -> None:
         """Once for a job."""
         assert (content_type, job.request.id in self.refusals) == ("application/json", False)
         assert queue_s >= 0 <= inference_s

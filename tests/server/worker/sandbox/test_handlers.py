@@ -113,9 +113,9 @@ def test_a_function_gets_batches_and_its_failures_have_the_anchors_words(host: C
             assert (answer.status, answer.message) == (status, message), mode
         assert (await child.one("bytes")).body == b"\x00\x01"
         number = await child.one("int")
-        assert (number.body, number.content_type) == (b"5", "application/json")
+        assert (number.body, number.content_type, number.body_type) == (b"5", "", "application/json")
         tea = await child.one("status")
-        assert (tea.status, tea.message, tea.body) == (418, "teapot", b"tea")
+        assert (tea.status, tea.reason, tea.body, tea.failed) == (418, "teapot", b"tea", False)
         header = await child.one("header")
         assert (header.content_type, header.headers["X-Foo"], header.body) == ("text/csv", "bar", b"a,b")
         await child.close()

@@ -1,0 +1,1 @@
+"""What the protocols of TorchServe and Multi Model Server need in fronts and supervisor: bodies and descriptions."""

@@ -1,0 +1,65 @@
+"""The parameters of a management call: of its query or its JSON body, as both archived servers take them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from server.model_server_api.bodies import JSON
+from server.supervisor.registrations.refusals import BadOption
+from server.supervisor.request_bodies import read_body
+
+MAX_BODY = 64 * 1024
+MAX_NUMBER = 2**31 - 1
+
+
+class Parameters:
+    """The parameters of a call, from its query or its JSON body."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __repr__(self) -> str:
+        """For example `<Parameters model_name, url>`."""
+        return f"<Parameters {', '.join(sorted(self._values))}>"
+
+    def get(self, name: str) -> str | None:
+        """A text. Raises BadOption where JSON has something else."""
+        value = self._values.get(name)
+        if value is not None and not isinstance(value, str):
+            raise BadOption(f"Parameter {name} must be a text, not {json.dumps(value)[:80]}")
+        return value
+
+    def parse_number(self, name: str, default: int, least: int) -> int:
+        """A whole number. Raises BadOption."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        text = str(value)
+        if isinstance(value, bool) or not text.isdigit() or not least <= int(text[:20]) <= MAX_NUMBER:
+            raise BadOption(f"Parameter {name} must be a whole number of at least {least}, not {text[:80]!r}")
+        return int(text)
+
+    def parse_flag(self, name: str) -> bool:
+        """Whether it is true. As TorchServe, which takes anything else for false."""
+        return str(self._values.get(name, "")).lower() == "true"
+
+
+async def read_parameters(request: Request) -> Parameters:
+    """The query's, and those of a JSON body, which win. Raises BadOption, ControlError."""
+    values: dict[str, Any] = dict(request.query_params)
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() == JSON:
+        body = await read_body(request, MAX_BODY)
+        try:
+            given = msgspec.json.decode(body, type=dict[str, Any]) if body else {}
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise BadOption(f"the body is no JSON object: {error}") from error
+        values |= given
+    return Parameters(values)
+
+
+def parse_leniently(text: str | None) -> int | None:
+    """A number; None for anything else, which TorchServe takes for one that is not given."""
+    return int(text) if text is not None and text.isdigit() and len(text) < len(str(MAX_NUMBER)) else None

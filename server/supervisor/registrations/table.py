@@ -1,0 +1,191 @@
+"""The table of registrations: model name -> versions -> what each is served from, and how. Pure.
+
+Names and versions are a client's words, so that both are bounded, in length and in number.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from model_store.name_table import name_bytes
+from model_store.names import ModelName
+from server.ipc.operations import RegisteredModel, ServedVersion
+from server.supervisor.registrations.refusals import (
+    AlreadyRegistered,
+    BadOption,
+    DefaultVersionStays,
+    ModelUnknown,
+    TableFull,
+    VersionUnknown,
+)
+
+MOST_NAMES = 10_000
+MOST_VERSIONS = 100  #: of one name
+MAX_NAME_BYTES = 8 * 1024 * 1024  #: of all names and versions together
+MAX_VERSION = 128  #: characters of a version
+
+
+class ServingOptions(Struct, frozen=True):
+    """How a version is served, in the terms of TorchServe's management API.
+
+    `min_workers` 0: it answers nothing until it is scaled. Delays and time-outs as clients say them.
+    """
+
+    min_workers: int = 0
+    max_workers: int = 0
+    batch_size: int = 1
+    max_batch_delay_ms: int = 100
+    response_timeout_s: float = 120.0
+    startup_timeout_s: float = 120.0
+
+
+class Registration(Struct, frozen=True):
+    """One version of one name. `url`: as the client named the archive; `key`: what it is called in the store."""
+
+    name: str
+    version: str
+    url: str
+    key: ModelName
+    handler: str
+    runtime: str
+    options: ServingOptions
+    loaded_at: float = 0.0  #: wall clock, when it was last given workers; 0: it has none
+    is_loading: bool = False  #: workers have been asked for, and are not there yet
+
+
+class RegistrationTable:
+    """See the module. Every change raises a `RegistrationRefused` before anything is changed."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, dict[str, Registration]] = {}
+        self._defaults: dict[str, str] = {}
+        self._bytes = 0
+
+    def __repr__(self) -> str:
+        """For example `<RegistrationTable 12 names>`."""
+        return f"<RegistrationTable {len(self._models)} names>"
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def __iter__(self) -> Iterator[str]:
+        """The names, sorted."""
+        return iter(sorted(self._models))
+
+    def find(self, name: str, version: str | None = None) -> Registration:
+        """This version, or the default one. Raises ModelUnknown, VersionUnknown."""
+        versions = self._find_versions(name)
+        found = versions.get(self._defaults[name] if version is None else version)
+        if found is None:
+            raise VersionUnknown(name, version or "")
+        return found
+
+    def list_versions(self, name: str) -> Sequence[Registration]:
+        """All versions of a name, the default one first. Raises ModelUnknown."""
+        default = self._defaults.get(name)
+        return sorted(self._find_versions(name).values(), key=lambda each: (each.version != default, each.version))
+
+    def is_default(self, registration: Registration) -> bool:
+        """Whether it is its name's default version."""
+        return self._defaults.get(registration.name) == registration.version
+
+    def shares_key(self, registration: Registration) -> bool:
+        """Whether another registration with workers is served from the same archive."""
+        return any(
+            each.key == registration.key and each.options.min_workers > 0
+            for versions in self._models.values()
+            for each in versions.values()
+            if (each.name, each.version) != (registration.name, registration.version)
+        )
+
+    def require_free(self, name: str, version: str) -> None:
+        """Raises AlreadyRegistered, TableFull, BadOption where this version cannot be added."""
+        if not 1 <= len(version) <= MAX_VERSION or not version.isprintable() or "/" in version:
+            raise BadOption(f"a version has 1 to {MAX_VERSION} printable characters without a slash")
+        versions = self._models.get(name, {})
+        if version in versions:
+            raise AlreadyRegistered(name, version)
+        if len(self._models) + (not versions) > MOST_NAMES or len(versions) >= MOST_VERSIONS:
+            raise TableFull(f"{MOST_NAMES} models with {MOST_VERSIONS} versions each can be registered; remove some")
+        if self._bytes + _size(name, version) > MAX_NAME_BYTES:
+            raise TableFull(f"names of registered models take {MAX_NAME_BYTES} bytes at most; remove some")
+
+    def add(self, registration: Registration) -> None:
+        """Register a version. The first one of a name is its default."""
+        name, version = registration.name, registration.version
+        self.require_free(name, version)
+        self._models.setdefault(name, {})[version] = registration
+        self._defaults.setdefault(name, version)
+        self._bytes += _size(name, version)
+
+    def put(self, registration: Registration) -> None:
+        """Replace what is known of a version that is registered. Raises ModelUnknown, VersionUnknown."""
+        self.find(registration.name, registration.version)
+        self._models[registration.name][registration.version] = registration
+
+    def set_default(self, name: str, version: str) -> None:
+        """Make this version the one that answers where none is named. Raises ModelUnknown, VersionUnknown."""
+        self.find(name, version)
+        self._defaults[name] = version
+
+    def require_removable(self, name: str, version: str | None) -> Registration:
+        """What would be removed. Raises ModelUnknown, VersionUnknown, DefaultVersionStays."""
+        found = self.find(name, version)
+        if self.is_default(found) and len(self._models[name]) > 1:
+            raise DefaultVersionStays(name)
+        return found
+
+    def remove(self, name: str, version: str | None = None) -> Registration:
+        """Remove this version, or the default one, which must be the last. Raises as `require_removable`."""
+        found = self.require_removable(name, version)
+        self.discard(found)
+        return found
+
+    def discard(self, registration: Registration) -> None:
+        """Remove a version that has failed, whatever others there are. One of those is the default then."""
+        name, version = registration.name, registration.version
+        versions = self._models.get(name, {})
+        if versions.pop(version, None) is None:
+            return
+        self._bytes -= _size(name, version)
+        if not versions:
+            del self._models[name], self._defaults[name]
+        elif self._defaults[name] == version:
+            self._defaults[name] = min(versions)
+
+    def describe_for_fronts(self, name: str) -> RegisteredModel | None:
+        """What a front has to know of a name; None: nothing is registered under it."""
+        versions = self._models.get(name)
+        if versions is None:
+            return None
+        served = {
+            each.version: ServedVersion(each.key, each.options.min_workers, each.options.response_timeout_s)
+            for each in versions.values()
+        }
+        return RegisteredModel(self._defaults[name], served)
+
+    def make_whole(self) -> dict[str, RegisteredModel | None]:
+        """All of it, for a front that has just come up."""
+        return {name: self.describe_for_fronts(name) for name in self._models}
+
+    def _find_versions(self, name: str) -> dict[str, Registration]:
+        versions = self._models.get(name)
+        if versions is None:
+            raise ModelUnknown(name)
+        return versions
+
+
+def with_workers(
+    registration: Registration, least: int, most: int, now: float, *, is_loading: bool = False
+) -> Registration:
+    """The registration with so many workers, from `now` on."""
+    options = replace(registration.options, min_workers=least, max_workers=most)
+    return replace(registration, options=options, loaded_at=now if least else 0.0, is_loading=is_loading)
+
+
+def _size(name: str, version: str) -> int:
+    return name_bytes(name) + name_bytes(version)

@@ -1,0 +1,151 @@
+"""A request as handlers get it: the dict of its parts, and that of its headers. In a child.
+
+As recorded of TorchServe 0.12 and Multi Model Server 1.1. A body is one part, `body`; a form's fields and files are a
+part each, and so are the parameters that a dialect names. The headers hold the content type of each part beside the
+request's own fields. A part is its value where it is JSON, `str` where it is text, and else a bytearray.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+from server.worker.sandbox.messages import CodeRequest
+
+JSON, FORM, MULTIPART, BYTES = (
+    "application/json", "application/x-www-form-urlencoded", "multipart/form-data", "application/octet-stream"
+)  # fmt: skip
+MAX_PARTS = 1000  #: of one request
+SPELT = {"sagemaker": "SageMaker"}  #: words of header names whose first letter is not their only capital
+
+
+class BadParts(ValueError):
+    """A body is no form although its content type says so; the message is for the client."""
+
+
+class RequestHeaders(dict[str, Any]):
+    """The fields of a request's head by their usual spelling; a look-up does not mind the case, as in HTTP."""
+
+    def __missing__(self, key: str) -> Any:
+        lower = key.lower()
+        for name, value in self.items():
+            if name.lower() == lower:
+                return value
+        raise KeyError(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value, or the default."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (isinstance(key, str) and self.get(key) is not None)
+
+
+def read_request(request: CodeRequest) -> tuple[dict[str, Any], RequestHeaders]:
+    """The parts and the headers. Raises BadParts."""
+    data: dict[str, Any] = {name: bytearray(value.encode()) for name, value in request.parts}
+    headers = RequestHeaders({name: {"content-type": ""} for name, _ in request.parts})
+    for name, content_type, value in _split_body(request):
+        data[name], headers[name] = read_value(value, content_type), {"content-type": content_type}
+    headers |= read_fields(request)
+    return data, headers
+
+
+def read_fields(request: CodeRequest) -> RequestHeaders:
+    """The fields of the request's head, and what the dialect adds to them."""
+    fields = RequestHeaders(request.properties)
+    if request.headers is None:
+        known = (("Content-Type", request.content_type), ("Accept", request.accept))
+        fields.update((name, value) for name, value in known if value)
+        return fields
+    fields.update((_spell(name), value) for name, value in request.headers)
+    if not request.body and "content-length" not in fields:
+        fields["content-length"] = "0"
+    return fields
+
+
+def read_value(value: bytes, content_type: str) -> Any:
+    """A part by its type. JSON that is malformed stays a bytearray, so that the handler may refuse it."""
+    media = content_type.lower()
+    if media == JSON:
+        try:
+            return json.loads(value)
+        except ValueError:
+            return bytearray(value)
+    if media.startswith("text/"):
+        return value.decode(errors="replace")
+    return bytearray(value)
+
+
+def _split_body(request: CodeRequest) -> Iterator[tuple[str, str, bytes]]:
+    """Name, content type and bytes of each part of the body. Raises BadParts."""
+    media, _, parameters = request.content_type.partition(";")
+    media = media.strip()
+    if media.lower() == FORM:
+        yield from _split_form(request.body)
+    elif media.lower() == MULTIPART:
+        yield from _split_multipart(request.body, _find_boundary(parameters))
+    else:
+        yield "body", media, request.body
+
+
+def _split_form(body: bytes) -> Iterator[tuple[str, str, bytes]]:
+    try:
+        pairs = parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1", max_num_fields=MAX_PARTS)
+    except ValueError as error:
+        raise BadParts(f"the form cannot be read: {error}") from error
+    for name, value in pairs:
+        yield name.encode("latin-1").decode(errors="replace"), "", value.encode("latin-1")
+
+
+def _find_boundary(parameters: str) -> bytes:
+    for each in parameters.split(";"):
+        name, _, value = each.partition("=")
+        if name.strip().lower() == "boundary" and value.strip():
+            return b"--" + value.strip().strip('"').encode("latin-1")
+    raise BadParts("multipart/form-data says no boundary")
+
+
+def _split_multipart(body: bytes, boundary: bytes) -> Iterator[tuple[str, str, bytes]]:
+    """RFC 7578. A file without a type is bytes; a field without one has none."""
+    pieces = (b"\r\n" + body).split(b"\r\n" + boundary, MAX_PARTS + 2)[1:]
+    if not pieces or not pieces[-1].startswith(b"--"):
+        raise BadParts(f"the multipart body does not end with its boundary, or has more than {MAX_PARTS} parts")
+    for piece in pieces[:-1]:
+        head, blank, value = piece.partition(b"\r\n\r\n")
+        fields = _split_fields(head)
+        disposition = _read_parameters(fields.get("content-disposition", ""))
+        if not blank or "name" not in disposition:
+            raise BadParts("a part of the multipart body has no Content-Disposition with a name")
+        usual = BYTES if "filename" in disposition else ""
+        yield disposition["name"], fields.get("content-type", usual).partition(";")[0].strip(), value
+
+
+def _split_fields(head: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in head.decode(errors="replace").split("\r\n"))
+    return {name.strip().lower(): value.strip() for name, _, value in lines}
+
+
+def _read_parameters(value: str) -> dict[str, str]:
+    """The parameters of a field, such as `form-data; name="a"; filename="b"`; a quoted value may hold a semicolon."""
+    found, rest = dict[str, str](), value.partition(";")[2]
+    while rest:
+        name, _, rest = rest.partition("=")
+        rest = rest.lstrip()
+        if rest.startswith('"'):
+            text, _, rest = rest[1:].partition('"')
+            rest = rest.partition(";")[2]
+        else:
+            text, _, rest = rest.partition(";")
+        found[name.strip().lower()] = text.strip()
+    return found
+
+
+@lru_cache(1024)
+def _spell(name: str) -> str:
+    """A header's name as clients write it: the listener has it in lower case."""
+    return "-".join(SPELT.get(word, word.capitalize()) for word in name.split("-"))

@@ -1,0 +1,1 @@
+"""Recorded exchanges of the public servers whose clients this server serves, and what replays and compares them."""

@@ -1,0 +1,168 @@
+"""What registering does to workers and fronts, in order, and that failures leave nothing behind."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+
+import pytest
+
+from model_store.names import ModelName
+from server.errors import Situation
+from server.ipc.control import ControlError
+from server.ipc.operations import ArchiveFacts, ModelState, RegisteredModel
+from server.supervisor.registrations.refusals import (
+    AlreadyRegistered,
+    BadOption,
+    ModelUnknown,
+    NotInStore,
+    NotLoaded,
+)
+from server.supervisor.registrations.service import RegisterRequest, RegistrationService, ScaleRequest
+from server.supervisor.registrations.table import ServingOptions
+
+ONE_WORKER = ServingOptions(min_workers=1, max_workers=1)
+
+
+class Fleet:
+    """Workers and fronts that note what they are told. `archives` are in the store; `broken` do not load."""
+
+    def __init__(self) -> None:
+        self.archives = {"probe.mar": ArchiveFacts("probe", "1.5", "handler.py", "python"), "plain.mar": ArchiveFacts()}
+        self.broken: set[str] = set()
+        self.said: list[str] = []
+        self.front: dict[str, RegisteredModel | None] = {}
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+
+    async def read_archive(self, key: ModelName) -> ArchiveFacts:
+        """What the archive says."""
+        if key not in self.archives:
+            raise ControlError(f"no object {key}", Situation.NOT_FOUND)
+        return self.archives[key]
+
+    async def load_registered(self, key: ModelName) -> None:
+        """Load, when it may."""
+        await self.may_load.wait()
+        if key in self.broken:
+            raise ControlError(f"{key} is broken", Situation.ARCHIVE_FAILED)
+        self.said.append(f"load {key}")
+
+    async def unload_registered(self, key: ModelName) -> None:
+        """Unload."""
+        self.said.append(f"unload {key}")
+
+    async def observe_registered(self, key: ModelName) -> Sequence[tuple[int, ModelState]]:
+        """Nothing is loaded."""
+        del key
+        return []
+
+    async def announce_registrations(self, models: dict[str, RegisteredModel | None]) -> None:
+        """Fronts follow."""
+        self.front |= models
+        self.said.append("announce")
+
+
+def over_fleet(check: Callable[[RegistrationService, Fleet], Coroutine[None, None, None]]) -> Callable[[], None]:
+    """A test that runs a check over an idle fleet."""
+
+    async def run() -> None:
+        fleet = Fleet()
+        await check(RegistrationService("s3://models", fleet), fleet)
+
+    def test() -> None:
+        asyncio.run(run())
+
+    test.__doc__ = check.__doc__
+    return test
+
+
+async def await_background(service: RegistrationService) -> None:
+    """Wait for the loads that nobody else waits for."""
+    await asyncio.gather(*service._background)
+
+
+@over_fleet
+async def test_archive_says_name_and_version(service: RegistrationService, fleet: Fleet) -> None:
+    """A client need only give the URL; what it gives besides holds."""
+    found = await service.register(RegisterRequest("probe.mar"), wait=True)
+    assert (found.name, found.version, found.handler) == ("probe", "1.5", "handler.py")
+    found = await service.register(RegisterRequest("s3://models/plain.mar", name="other"), wait=True)
+    assert (found.name, found.version, found.key) == ("other", "1.0", "plain.mar")
+    assert fleet.said == ["announce", "announce"]
+    with pytest.raises(AlreadyRegistered):
+        await service.register(RegisterRequest("probe.mar"), wait=True)
+    with pytest.raises(NotInStore):
+        await service.register(RegisterRequest("nosuch.mar"), wait=True)
+    with pytest.raises(BadOption):
+        await service.register(RegisterRequest("plain.mar", name="a//b"), wait=True)
+
+
+@over_fleet
+async def test_what_does_not_load_is_not_registered(service: RegistrationService, fleet: Fleet) -> None:
+    """With workers it is loaded first: fronts never learn of one that failed."""
+    fleet.broken.add("probe.mar")
+    with pytest.raises(NotLoaded) as caught:
+        await service.register(RegisterRequest("probe.mar", options=ONE_WORKER), wait=True)
+    assert caught.value.situation == Situation.ARCHIVE_FAILED
+    assert (len(service.table), fleet.said) == (0, [])
+
+
+@over_fleet
+async def test_failed_load_that_nobody_waits_for_is_removed(service: RegistrationService, fleet: Fleet) -> None:
+    """Until it is known to have failed it is there, and says that it loads."""
+    fleet.broken.add("probe.mar")
+    fleet.may_load.clear()
+    found = await service.register(RegisterRequest("probe.mar", options=ONE_WORKER), wait=False)
+    assert found.is_loading
+    fleet.may_load.set()
+    await await_background(service)
+    assert "probe" not in service.table
+    assert fleet.front == {"probe": None}
+
+
+@over_fleet
+async def test_scaling_loads_and_unloads(service: RegistrationService, fleet: Fleet) -> None:
+    """Workers are there when the answer is; without them the memory is free. A scale that fails changes nothing."""
+    await service.register(RegisterRequest("probe.mar"), wait=True)
+    await service.scale(ScaleRequest("probe", None, 2, 3), wait=True)
+    await service.scale(ScaleRequest("probe", "1.5", 0, 0), wait=True)
+    assert fleet.said == ["announce", "load probe.mar", "announce", "announce", "unload probe.mar"]
+    fleet.broken.add("probe.mar")
+    with pytest.raises(NotLoaded):
+        await service.scale(ScaleRequest("probe", None, 1, 1), wait=True)
+    assert service.table.find("probe").options.min_workers == 0
+    fleet.may_load.clear()
+    await service.scale(ScaleRequest("probe", None, 1, 1), wait=False)
+    assert service.table.find("probe").is_loading
+    fleet.may_load.set()
+    await await_background(service)
+    assert service.table.find("probe").options.min_workers == 0
+    with pytest.raises(BadOption, match="max_worker cannot be less than min_worker"):
+        await service.scale(ScaleRequest("probe", None, 2, 1), wait=True)
+
+
+@over_fleet
+async def test_archive_stays_loaded_for_others_that_serve_it(service: RegistrationService, fleet: Fleet) -> None:
+    """Two names of one archive: the memory is freed with the last."""
+    for name in ("a", "b"):
+        await service.register(RegisterRequest("probe.mar", name=name, options=ONE_WORKER), wait=True)
+    await service.unregister("a")
+    assert "unload probe.mar" not in fleet.said
+    await service.unregister("b")
+    assert fleet.said[-2:] == ["announce", "unload probe.mar"]
+    assert fleet.front == {"a": None, "b": None}
+    with pytest.raises(ModelUnknown):
+        await service.unregister("b")
+
+
+@over_fleet
+async def test_load_that_hangs_holds_no_other_up(service: RegistrationService, fleet: Fleet) -> None:
+    """Others register and are removed meanwhile, and the end of the server does not wait for it."""
+    fleet.may_load.clear()
+    hanging = asyncio.create_task(service.register(RegisterRequest("probe.mar", options=ONE_WORKER), wait=True))
+    await service.register(RegisterRequest("plain.mar"), wait=True)
+    await service.register(RegisterRequest("plain.mar", name="later", options=ONE_WORKER), wait=False)
+    await service.set_default("plain", "1.0")
+    await service.unregister("plain")
+    await service.close()
+    assert not hanging.done()
+    hanging.cancel()

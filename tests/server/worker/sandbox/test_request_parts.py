@@ -1,0 +1,52 @@
+"""Forms, and headers by any case: pure, beside the recordings."""
+
+import pytest
+
+from server.worker.sandbox.inside.request_parts import MAX_PARTS, BadParts, read_request
+from server.worker.sandbox.messages import CodeRequest
+
+
+def make_request(content_type: str, body: bytes = b"", **headers: str) -> CodeRequest:
+    """A request with these headers."""
+    fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
+    return CodeRequest("1", content_type, "", body, fields)
+
+
+def test_headers_are_found_by_any_case() -> None:
+    """HTTP does not mind it; the names are spelt as clients spell them."""
+    _, headers = read_request(make_request("", x_amzn_sagemaker_target_model="a", x_mode="b"))
+    assert list(headers) == ["body", "X-Amzn-SageMaker-Target-Model", "X-Mode", "content-length"]
+    assert (headers["x-MODE"], headers.get("X-mode"), "x-mode" in headers) == ("b", "b", True)
+    assert (headers.get("nosuch"), "nosuch" in headers) == (None, False)
+    with pytest.raises(KeyError):
+        headers["nosuch"]
+
+
+def test_quoted_names_and_bytes_of_a_multipart_body() -> None:
+    """A name may hold a semicolon, a value anything but the boundary, and the boundary may be quoted."""
+    body = (
+        b'preamble\r\n--a b\r\nContent-Disposition: form-data; name="x;y"; filename="f"\r\n\r\n\x00\r\n--a\r\n\r\n\r\n'
+        b"--a b\r\nContent-Disposition: form-data; name=t\r\n"
+        b"content-type: text/plain; charset=utf-8\r\n\r\nhi\r\n--a b--"
+    )
+    data, headers = read_request(make_request('multipart/form-data; charset=x; boundary="a b"', body))
+    assert data == {"x;y": bytearray(b"\x00\r\n--a\r\n\r\n"), "t": "hi"}
+    assert headers["x;y"] == {"content-type": "application/octet-stream"}
+    assert headers["t"] == {"content-type": "text/plain"}
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "why"),
+    [
+        ("multipart/form-data", b"", "no boundary"),
+        ("multipart/form-data; boundary=b", b"", "does not end with its boundary"),
+        ("multipart/form-data; boundary=b", b"--b\r\n\r\nx\r\n--b--", "no Content-Disposition with a name"),
+        ("multipart/form-data; boundary=b", b"--b\r\na: b\r\n--b--", "no Content-Disposition with a name"),
+        ("multipart/form-data; boundary=b", b"--b\r\n" * (MAX_PARTS + 9) + b"--b--", f"more than {MAX_PARTS} parts"),
+        ("application/x-www-form-urlencoded", b"a=b&" * (MAX_PARTS + 9), "the form cannot be read"),
+    ],
+)
+def test_what_is_no_form_is_refused(content_type: str, body: bytes, why: str) -> None:
+    """Before memory is taken for more parts than are allowed."""
+    with pytest.raises(BadParts, match=why):
+        read_request(make_request(content_type, body))
