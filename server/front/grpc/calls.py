@@ -27,7 +27,7 @@ from server.front.app import CLIENT_GONE, MAX_HEADER, parse_timeout
 from server.front.auth.permissions import open_permissions
 from server.front.dataplane import DataPlane, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects.open_inference import STATUS as COUNTED
-from server.front.grpc.statuses import choose_statuses, describe_refusal, list_advice
+from server.front.grpc.statuses import AnsweredBadly, choose_statuses, describe_refusal, list_advice
 from server.front.releases import Releases, make_plane
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
@@ -35,7 +35,7 @@ from server.settings import Settings
 Context = grpc.aio.ServicerContext[bytes, bytes]
 Send = Callable[[bytes], Awaitable[None]]
 
-PROTOCOL = "grpc"  #: the metrics' label
+PROTOCOL = "grpc"  #: the metrics' label, of the Open Inference Protocol
 OK = 200
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # not in the stubs
 STOPPING = "the server is stopping; try again"
@@ -82,6 +82,7 @@ class Method:
     answer: Callable[[Any, Call], Awaitable[Any]] | None = None
     stream: Callable[[AsyncIterator[Any], Send, Call], Awaitable[None]] | None = None
     is_open: bool = False
+    protocol: str = PROTOCOL
 
 
 class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic in the stubs alone
@@ -105,7 +106,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         self._places = asyncio.Semaphore(places)  # of messages that are being received
         self._streams, self._most_streams = 0, max(1, places // 2)
         self._running: set[asyncio.Task[Any]] = set()
-        self._answered: dict[int, AnswerSeries] = {}
+        self._answered: dict[tuple[str, int], AnswerSeries] = {}
         self._ids, self._id_prefix = itertools.count(1), os.urandom(6).hex().encode()
         self._handlers = {
             method.path: grpc.stream_stream_rpc_method_handler(partial(self._handle, method)) for method in methods
@@ -138,7 +139,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         """Answer one call, whatever happens, and count what became of it."""
         task = asyncio.current_task()
         assert task is not None, "grpcio runs each call in a task"
-        call = self._open(context)
+        call = self._open(method, context)
         self._running.add(task)
         try:
             await self._answer(method, call, context)
@@ -158,10 +159,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
             return
         finally:
             self._running.discard(task)
-        self._count(method, COUNTED[why.situation], call)
+        if isinstance(why, AnsweredBadly):
+            status, code = why.status, why.code
+        else:
+            status, code = COUNTED[why.situation], self._statuses[why.situation]
+        self._count(method, status, call)
         stats = why.stats if isinstance(why, RefusedByWorker) else None
         trailing = [*_list_trailers(call, stats), *list_advice(why)]
-        await context.abort(self._statuses[why.situation], describe_refusal(why), tuple(trailing))
+        await context.abort(code, describe_refusal(why), tuple(trailing))
 
     async def _answer(self, method: Method, call: Call, context: Context) -> None:
         """Raises Refused."""
@@ -194,15 +199,16 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         if self.is_draining:  # the client must not take it for the end that it asked for
             raise Refused(Situation.NOT_READY, STOPPING)
 
-    def _open(self, context: Context) -> Call:
+    def _open(self, method: Method, context: Context) -> Call:
         """What is known of a call from its head."""
         headers = {_encode(key): _encode(value) for key, value in context.invocation_metadata() or ()}
         given = headers.get(_REQUEST_ID, b"")
         ident = given if 0 < len(given) <= MAX_HEADER else b"%s-%d" % (self._id_prefix, next(self._ids))
         now, longest_s = time.monotonic(), self._settings.request_timeout_s
         left_s: float | None = context.time_remaining()
+        count = partial(self._note, method.protocol)
         deadline = math.inf if left_s is None else now + left_s
-        return Call(ident, now, deadline, longest_s, self._plane, headers, context.peer(), self._note)
+        return Call(ident, now, deadline, longest_s, self._plane, headers, context.peer(), count)
 
     def _admit(self, call: Call, context: Context) -> None:
         """Find who asks, and what it may. Raises Refused."""
@@ -266,12 +272,12 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
     def _count(self, method: Method, status: int, call: Call) -> None:
         """Count a call; those of a stream are counted by what it answers each message."""
         if not method.is_open and (method.stream is None or status != CLIENT_GONE):
-            self._note(status, time.monotonic() - call.started)
+            self._note(method.protocol, status, time.monotonic() - call.started)
 
-    def _note(self, status: int, seconds: float) -> None:
-        series = self._answered.get(status)
+    def _note(self, protocol: str, status: int, seconds: float) -> None:
+        series = self._answered.get((protocol, status))
         if series is None:
-            series = self._answered[status] = self._metrics.bind_answers(PROTOCOL, status)
+            series = self._answered[protocol, status] = self._metrics.bind_answers(protocol, status)
         series.answers.inc()
         series.seconds.observe(seconds)
 

@@ -6,12 +6,14 @@ The supervisor starts it as `python -m server.front.grpc.main CONTROL_FD`. It im
 import asyncio
 import os
 import sys
+from itertools import chain
 
 import structlog
 import uvloop
 
 from server.front.backlog import Bounds
 from server.front.dataplane import DataPlane
+from server.front.grpc import torchserve
 from server.front.grpc.calls import Calls
 from server.front.grpc.health import HealthService
 from server.front.grpc.listener import GrpcListener
@@ -39,8 +41,11 @@ class GrpcApp:
         metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
         self.releases = Releases(metrics)
         inference = OpenInferenceService(settings, self.plane)
-        health = HealthService(inference.has_ready_worker, lambda: self.calls.is_draining, [SERVICE])
-        methods = [*inference.list_methods(), *health.list_methods()]
+        services = {SERVICE: inference.list_methods()}
+        if settings.model_server_api == "torchserve":
+            services[torchserve.SERVICE] = torchserve.TorchServeService(settings, self.plane).list_methods()
+        health = HealthService(inference.has_ready_worker, lambda: self.calls.is_draining, list(services))
+        methods = chain(*services.values(), health.list_methods())
         self.calls = Calls(settings, metrics, self.plane, self.releases, methods)
 
     def __repr__(self) -> str:

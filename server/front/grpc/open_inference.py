@@ -3,10 +3,10 @@
 Every model has the version 1. Runs in the gRPC front. See `server.front.dialects.open_inference`, the same over HTTP.
 """
 
-import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from server.front.dialects.open_inference import EXTENSIONS, STATUS, VERSION
 from server.front.grpc.calls import OK, SERVER_FAILED, Call, Method, Send
 from server.front.grpc.messages import find_message
 from server.front.grpc.statuses import describe_refusal
+from server.front.grpc.streams import answer_all
 from server.front.grpc.tensors import read_answer, write_body
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.sdk import __version__
@@ -28,7 +29,6 @@ from server.settings import Settings
 
 SERVICE = "inference.GRPCInferenceService"
 PLATFORM = "fleetcast"
-MOST_AHEAD = 16  #: messages of one stream that are answered at a time; the others wait in the client
 MAX_SHOWN = 200  #: characters of a client's name for a model in an answer that is an error
 MOST_ROWS = 1024  #: of one request, as `handlers.codecs.open_inference` has it
 _MICROSECONDS = 1e-6
@@ -150,86 +150,31 @@ class OpenInferenceService:
 
         An error is the answer of one message and ends nothing.
         """
-        answers = _Answers(call)
-        reading = asyncio.create_task(answers.read_on(requests))
-        try:
-            while (raw := await answers.take()) is not None:
-                await send(raw)
-            await reading  # raises Refused where a message was none
-        finally:
-            reading.cancel()
-            answers.drop()
+        await answer_all(requests, send, call.plane.held, partial(_answer_one, call))
 
 
-class _Answers:
-    """The answers of one stream that are not sent yet, MOST_AHEAD at most. Their bytes count as held."""
-
-    def __init__(self, call: Call) -> None:
-        self._call, self._held = call, call.plane.held
-        self._waiting = asyncio.Queue[asyncio.Task[bytes] | None](MOST_AHEAD)
-
-    def __repr__(self) -> str:
-        return f"<_Answers {self._waiting.qsize()} under way>"
-
-    async def read_on(self, requests: AsyncIterator[Any]) -> None:
-        """Begin to answer each message, as there is room. Raises Refused for one that is not of the protocol."""
-        try:
-            async for request in requests:
-                answer = asyncio.create_task(self._answer(request))
-                try:
-                    await self._waiting.put(answer)
-                except asyncio.CancelledError:
-                    self._drop_one(answer)
-                    raise
-        except Refused:
-            await self._waiting.put(None)
-            raise
-        await self._waiting.put(None)
-
-    async def take(self) -> bytes | None:
-        """The next answer; None after the last."""
-        answer = await self._waiting.get()
-        if answer is None:
-            return None
-        raw = await answer
-        self._held.size -= len(raw)
-        return raw
-
-    def drop(self) -> None:
-        """Give up what is under way."""
-        while not self._waiting.empty():
-            answer = self._waiting.get_nowait()
-            if answer is not None:
-                self._drop_one(answer)
-
-    def _drop_one(self, answer: asyncio.Task[bytes]) -> None:
-        if answer.done() and not answer.cancelled() and answer.exception() is None:
-            self._held.size -= len(answer.result())
-        answer.cancel()
-
-    async def _answer(self, request: Any) -> bytes:
-        """The answer to one message, whatever happens; it is counted as a request."""
-        started, ident, model, status = time.monotonic(), request.id, request.model_name, CLIENT_GONE
-        try:
-            wanted = _read_request(request, self._call)
-            del request
-            reply = _StreamReply(infer_response=await _ask(wanted, self._call))
-            status = OK
-        except Refused as refused:
-            status = STATUS[refused.situation]
-            reply = _StreamReply(error_message=describe_refusal(refused))
-            reply.infer_response.id, reply.infer_response.model_name = ident, model[:MAX_SHOWN]
-        except Exception:
-            log.exception("request_failed")
-            status = STATUS[Situation.INTERNAL]
-            reply = _StreamReply(error_message=SERVER_FAILED)
-            reply.infer_response.id = ident
-        finally:
-            self._call.count(status, time.monotonic() - started)
-        reply.infer_response.parameters[_FINAL].bool_param = True
-        raw: bytes = reply.SerializeToString()
-        self._held.size += len(raw)
-        return raw
+async def _answer_one(call: Call, request: Any) -> bytes:
+    """The answer to one message of a stream, whatever happens; it is counted as a request."""
+    started, ident, model, status = time.monotonic(), request.id, request.model_name, CLIENT_GONE
+    try:
+        wanted = _read_request(request, call)
+        del request
+        reply = _StreamReply(infer_response=await _ask(wanted, call))
+        status = OK
+    except Refused as refused:
+        status = STATUS[refused.situation]
+        reply = _StreamReply(error_message=describe_refusal(refused))
+        reply.infer_response.id, reply.infer_response.model_name = ident, model[:MAX_SHOWN]
+    except Exception:
+        log.exception("request_failed")
+        status = STATUS[Situation.INTERNAL]
+        reply = _StreamReply(error_message=SERVER_FAILED)
+        reply.infer_response.id = ident
+    finally:
+        call.count(status, time.monotonic() - started)
+    reply.infer_response.parameters[_FINAL].bool_param = True
+    raw: bytes = reply.SerializeToString()
+    return raw
 
 
 async def _ask(wanted: InferRequest, call: Call) -> Any:

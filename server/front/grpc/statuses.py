@@ -40,6 +40,33 @@ STATUS: Mapping[Situation, StatusCode] = {
 }
 
 
+#: Statuses of HTTP that say what went wrong; others are INTERNAL from 500 on, below FAILED_PRECONDITION.
+OF_HTTP: Mapping[int, StatusCode] = {
+    400: StatusCode.INVALID_ARGUMENT,
+    401: StatusCode.UNAUTHENTICATED,
+    403: StatusCode.PERMISSION_DENIED,
+    404: StatusCode.NOT_FOUND,
+    405: StatusCode.UNIMPLEMENTED,
+    409: StatusCode.ALREADY_EXISTS,
+    413: StatusCode.RESOURCE_EXHAUSTED,
+    429: StatusCode.RESOURCE_EXHAUSTED,
+    503: StatusCode.UNAVAILABLE,
+    504: StatusCode.DEADLINE_EXCEEDED,
+    507: StatusCode.RESOURCE_EXHAUSTED,
+}
+FAILED_HERE = 500
+
+
+class AnsweredBadly(Refused):
+    """An answer that has an HTTP status of its own: the code of an archive has chosen it, or another API."""
+
+    def __init__(self, status: int, message: str, code: StatusCode | None = None) -> None:
+        super().__init__(Situation.MODEL_FAILED, message, status=status)
+        self.status = status
+        usual = StatusCode.INTERNAL if status >= FAILED_HERE else StatusCode.FAILED_PRECONDITION
+        self.code = code or OF_HTTP.get(status, usual)
+
+
 def choose_statuses(settings: Settings) -> Mapping[Situation, StatusCode]:
     """The table as `overload_status` has it: 429 asks clients not to retry by themselves."""
     if settings.overload_status == TOO_MANY:
