@@ -27,7 +27,7 @@ class FrontAssignment(Struct, frozen=True):
     index: int
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
-    addresses: tuple[str, ...] = ()  #: where a gRPC front listens; others are given a socket
+    grpc: dict[str, str] = {}  #: where a gRPC front listens for which services; others are given a socket
 
 
 class WorkerAssignment(Struct, frozen=True):
@@ -80,7 +80,25 @@ class EndTrial(Operation[None]):
     lost: int  #: the worker that died of it, or fell silent; -1: none
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial
+class ManagementAnswer(Struct, frozen=True):
+    """The HTTP status and body of a call of the management API."""
+
+    status: int
+    body: str
+
+
+class CallManagement(Operation[ManagementAnswer]):
+    """A call of the management API that has come by gRPC, with what its client shows of itself."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    authorization: str
+    peer: str
+    certificate: str
+
+
+AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | CallManagement
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------

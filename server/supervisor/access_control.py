@@ -69,7 +69,7 @@ def read_secrets(settings: Settings) -> Settings:
     if settings.access_keys_file is not None:
         keys = {**read_access_keys(settings.access_keys_file), **settings.access_keys}
         settings = settings.model_copy(update={"access_keys": keys})
-    if settings.grpc_port is not None:
+    if settings.grpc_port is not None or settings.grpc_management_port is not None:
         require_grpcio()
         if settings.access_keys and tokens is None:
             raise ValueError("calls by gRPC cannot be signed: set tokens beside access_keys, or leave out grpc_port")

@@ -6,8 +6,12 @@ the start, with the setting to change.
 """
 
 import socket
+from collections.abc import Mapping
 from importlib.util import find_spec
 
+from server.settings import Settings
+
+INFERENCE, MANAGEMENT = "grpc", "grpc_management"  #: the services of a port, and its name in messages
 INSTALL = "grpc_port needs grpcio, which is not installed: pip install 'fleetcast[grpc]'"
 
 
@@ -15,6 +19,13 @@ def require_grpcio() -> None:
     """Raises ValueError that says what to install."""
     if any(find_spec(package) is None for package in ("grpc", "grpc_health", "grpc_reflection")):
         raise ValueError(INSTALL)
+
+
+def list_grpc_ports(settings: Settings, management_host: str) -> Mapping[str, tuple[str, int]]:
+    """The addresses that the settings ask for, by the services there. Managing by gRPC is where managing by HTTP is."""
+    ports = {INFERENCE: settings.grpc_port, MANAGEMENT: settings.grpc_management_port}
+    hosts = {INFERENCE: settings.grpc_host, MANAGEMENT: management_host}
+    return {name: (hosts[name], port) for name, port in ports.items() if port is not None}
 
 
 def hold_port(host: str, port: int) -> socket.socket:

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
 
 import structlog
 
+from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
@@ -23,6 +24,7 @@ from server.ipc.operations import (
     AskedByFront,
     AskedByWorker,
     AwaitConnections,
+    CallManagement,
     ConnectWorkers,
     EndTrial,
     Fatal,
@@ -44,6 +46,7 @@ from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
 from server.settings import Settings
 from server.store_access import open_settings_store
+from server.supervisor.access_control import App
 from server.supervisor.children import Child, Children
 from server.supervisor.fleet_operations import FleetOperations
 from server.supervisor.host_files import (
@@ -53,6 +56,7 @@ from server.supervisor.host_files import (
     open_access_log,
     prepare_disk_cache,
 )
+from server.supervisor.management_calls import call_management
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.registrations.rollout import RegistrationRollout
@@ -82,8 +86,8 @@ log = structlog.get_logger()
 class Supervisor:
     """See the module. `start`, then `stop` when it is time; the listeners of `management_api` call the rest."""
 
-    def __init__(self, settings: Settings, host: Host | None = None, grpc: Sequence[str] = ()) -> None:
-        """`grpc`: the addresses at which a gRPC front listens; none: there is no such front."""
+    def __init__(self, settings: Settings, host: Host | None = None, grpc: Mapping[str, str] | None = None) -> None:
+        """`grpc`: the addresses at which a gRPC front listens, by the services there; none: there is no such front."""
         self.settings = settings
         self.host = host or read_host()
         self.plans = plan_workers(settings, self.host)
@@ -91,7 +95,7 @@ class Supervisor:
         self.workers = Workers(workers, settings.request_timeout_s + OPERATION_S)
         self.fronts = [Child("front", index) for index in range(settings.fronts)]
         if grpc:
-            self.fronts.append(Child("front", settings.fronts, addresses=tuple(grpc)))
+            self.fronts.append(Child("front", settings.fronts, grpc=grpc))
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
         self._metrics, self._merged = HostMetrics(), MergedMetrics()
         self._folder = RuntimeFolder()
@@ -113,6 +117,7 @@ class Supervisor:
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
         self._listen: socket.socket | None = None
+        self.management: App | None = None  #: the management API with its checks, for calls that come by gRPC
 
     def __repr__(self) -> str:
         """For example `<Supervisor 2 of 3 workers, 1 of 1 fronts, 4 pins>`."""
@@ -199,7 +204,7 @@ class Supervisor:
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers), child.addresses)
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc))
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
@@ -215,6 +220,10 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case CallManagement():
+                if self.management is None:
+                    raise ControlError("the management API is not there yet; try again", Situation.NOT_READY)
+                return await call_management(self.management, operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
@@ -336,7 +345,7 @@ class Supervisor:
                 "up": child.ready.is_set() and not child.is_silent,
                 **({"silent_s": round(child.pulse.silent_s, 1)} if child.pulse is not None and child.is_silent else {}),
                 **({} if child.plan is None else asdict(child.plan)),
-                **({"grpc": child.addresses} if child.addresses else {}),
+                **({"grpc": child.grpc} if child.grpc else {}),
             }
             for child in (*self.workers, *self.fronts)
         ]

@@ -161,7 +161,7 @@ def test_server_and_models_describe_themselves(client: Any, house: Server) -> No
     config = client.get_model_config("single/dense.mar", as_json=True)["config"]
     assert config["output"] == [{"name": "y", "data_type": "TYPE_FP32", "dims": ["4", "3"]}]
     front = [row for row in house.processes("front") if "grpc" in row]
-    assert [row["grpc"] for row in front] == [[house.grpc]]
+    assert [row["grpc"] for row in front] == [{"grpc": house.grpc}]
 
 
 @pytest.mark.parametrize("model", TYPED)

@@ -62,6 +62,7 @@ class Call:
     headers: Mapping[bytes, bytes]
     peer: str
     count: Callable[[int, float], None]
+    certificate: str = ""  #: how its client is called by the certificate that it shows; empty without one
     client: str = ""
     stats: InferStats | None = None  #: of the answer, for the trailing metadata
 
@@ -171,7 +172,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
     async def _answer(self, method: Method, call: Call, context: Context) -> None:
         """Raises Refused."""
         if not method.is_open:
-            self._admit(call, context)
+            self._admit(call)
         if method.answer is not None:
             call.deadline = call.limit()
             reply = await method.answer(await self._receive(method, context), call)
@@ -208,9 +209,10 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         left_s: float | None = context.time_remaining()
         count = partial(self._note, method.protocol)
         deadline = math.inf if left_s is None else now + left_s
-        return Call(ident, now, deadline, longest_s, self._plane, headers, context.peer(), count)
+        certificate = "" if self._settings.tls_client_ca is None else _name_peer(context)
+        return Call(ident, now, deadline, longest_s, self._plane, headers, context.peer(), count, certificate)
 
-    def _admit(self, call: Call, context: Context) -> None:
+    def _admit(self, call: Call) -> None:
         """Find who asks, and what it may. Raises Refused."""
         wanted = call.headers.get(_TIMEOUT_MS)
         if wanted is not None:
@@ -218,7 +220,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         token = None if self._permissions is None else self._permissions.find_token(call.headers)
         if self._permissions is not None and token is None:
             raise Refused(Situation.UNAUTHORIZED, "calls by gRPC are not signed: send authorization: Bearer TOKEN")
-        call.client = _name_peer(context) if token is None else token.name
+        call.client = call.certificate if token is None else token.name
         call.plane = make_plane(self._plane, token, self._releases)
         self._plane.held.check()
 

@@ -21,10 +21,36 @@ TOLD_S = 0.5  #: of the drain, for what is left to be told that the server stops
 log = structlog.get_logger()
 
 
-class GrpcListener:
-    """One server at one or more addresses, `host:port` each."""
+class GrpcListeners:
+    """All listeners of a front, which stop together."""
 
-    def __init__(self, settings: Settings, calls: Calls, addresses: Sequence[str]) -> None:
+    def __init__(self, listeners: Sequence["GrpcListener"]) -> None:
+        self._listeners = listeners
+
+    def __repr__(self) -> str:
+        """For example `<GrpcListeners [<GrpcListener ...>]>`."""
+        return f"<GrpcListeners {list(self._listeners)}>"
+
+    async def start(self) -> None:
+        """Serve from now on."""
+        for each in self._listeners:
+            await each.start()
+
+    async def wait(self) -> None:
+        """Return when all were told to stop and are drained."""
+        for each in self._listeners:
+            await each.wait()
+
+    def stop(self, grace_s: float | None = None) -> None:
+        """As `GrpcListener.stop`."""
+        for each in self._listeners:
+            each.stop(grace_s)
+
+
+class GrpcListener:
+    """One server at an address, `host:port`."""
+
+    def __init__(self, settings: Settings, calls: Calls, address: str) -> None:
         """Raises ValueError that names a setting of certificates, RuntimeError where an address is taken."""
         self._settings, self._calls = settings, calls
         self._ended = asyncio.Event()
@@ -33,11 +59,10 @@ class GrpcListener:
             handlers=[calls], options=_list_options(settings), maximum_concurrent_rpcs=MOST_CALLS
         )
         credentials = _open_credentials(settings)
-        for address in addresses:
-            if credentials is None:
-                self._server.add_insecure_port(address)
-            else:
-                self._server.add_secure_port(address, credentials)
+        if credentials is None:
+            self._server.add_insecure_port(address)
+        else:
+            self._server.add_secure_port(address, credentials)
 
     def __repr__(self) -> str:
         """For example `<GrpcListener of <Calls ...>>`."""

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import msgspec
 
-from server.front.grpc.listener import GrpcListener
+from server.front.grpc.listener import GrpcListeners
 from server.front.grpc.main import GrpcApp
 from server.front.grpc.messages import find_message
 from server.metrics import FrontMetrics
@@ -25,7 +25,7 @@ class GrpcHouse:
     """A front that serves, and a channel to it."""
 
     app: GrpcApp
-    listener: GrpcListener
+    listener: GrpcListeners
     worker: Worker
     metrics: FrontMetrics
     channel: grpc.aio.Channel
@@ -73,7 +73,7 @@ async def serve_grpc(
     with hold_port("127.0.0.1", 0) as held:
         app, target = GrpcApp(given, metrics), format_target(held)
         attach(app.plane, worker)
-        listener = GrpcListener(given, app.calls, [target])
+        listener = app.open_listeners({"grpc": target})
         await listener.start()
         async with grpc.aio.insecure_channel(target) as channel:
             yield GrpcHouse(app, listener, worker, metrics, channel, target)

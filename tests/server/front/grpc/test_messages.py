@@ -1,10 +1,6 @@
 """The messages are those of the public protocols, and the descriptors are what the .proto files say."""
 
-import subprocess
-import sys
-import zipfile
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +9,10 @@ from google.protobuf import descriptor_pb2
 from tritonclient.grpc import service_pb2
 
 from server.front.grpc.messages import DESCRIPTORS, POOL
+from tests.torchserve_protos import FILES, compile_protos, read_wheel
 
 OWN = ("open_inference.proto", "torchserve_inference.proto", "torchserve_management.proto")
 Field = tuple[str, str, int, int, int]
-
-
-def compile_protos(folder: Path, files: Sequence[str], into: Path) -> dict[str, Any]:
-    """The files' descriptors by name, as protoc makes them."""
-    command = [
-        sys.executable,
-        "-m",
-        "grpc_tools.protoc",
-        "-I",
-        ".",
-        "--include_imports",
-        f"--descriptor_set_out={into}",
-    ]
-    subprocess.run([*command, *files], cwd=folder, check=True, timeout=120)
-    return {file.name: file for file in descriptor_pb2.FileDescriptorSet.FromString(into.read_bytes()).file}
 
 
 def list_fields(messages: Sequence[Any], prefix: str = "") -> Iterator[Field]:
@@ -74,14 +56,8 @@ def test_tritons_client_has_the_same_messages() -> None:
 @pytest.mark.slow
 def test_torchserves_wheel_has_the_same_messages(tmp_path: Path) -> None:
     """Every field and method of its two services is here, with the same number and type, and no other."""
-    found = find_spec("ts")
-    assert found is not None
-    assert found.origin is not None
-    with zipfile.ZipFile(Path(found.origin).parent / "frontend" / "model-server.jar") as jar:
-        jar.extractall(tmp_path, [name for name in jar.namelist() if name.endswith(".proto") and "/" in name])
-    names = ("proto/inference.proto", "proto/management.proto")
-    theirs = compile_protos(tmp_path, names, tmp_path / "made")
-    for name, own in zip(names, OWN[1:], strict=True):
+    theirs = read_wheel(tmp_path)
+    for name, own in zip(FILES, OWN[1:], strict=True):
         ours = descriptor_pb2.FileDescriptorProto()
         POOL.FindFileByName(own).CopyToProto(ours)
         messages = [each for each in ours.message_type if each.name != "Status"]  # google.rpc's there

@@ -5,7 +5,14 @@ from grpc import StatusCode
 
 from server.errors import Refused, Situation
 from server.front.dialects.open_inference import STATUS as COUNTED
-from server.front.grpc.statuses import LONGEST_DETAILS, STATUS, choose_statuses, describe_refusal, list_advice
+from server.front.grpc.statuses import (
+    LONGEST_DETAILS,
+    STATUS,
+    AnsweredBadly,
+    choose_statuses,
+    describe_refusal,
+    list_advice,
+)
 from server.settings import Settings
 
 UNHAPPY = set(Situation) - {Situation.OK}
@@ -38,3 +45,19 @@ def test_advice_is_grpcs_own() -> None:
         ("retry-after", "2"),
     ]
     assert list_advice(Refused(Situation.NOT_FOUND, "none")) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (404, StatusCode.NOT_FOUND),
+        (409, StatusCode.ALREADY_EXISTS),
+        (418, StatusCode.FAILED_PRECONDITION),
+        (500, StatusCode.INTERNAL),
+        (503, StatusCode.UNAVAILABLE),
+        (599, StatusCode.INTERNAL),
+    ],
+)
+def test_a_status_of_http_has_one_here(status: int, code: StatusCode) -> None:
+    """Of an archive's code, and of the management API."""
+    assert AnsweredBadly(status, "why").code is code
