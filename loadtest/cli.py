@@ -4,6 +4,7 @@ A fleet and a server that it makes:     fleetcast-load run
 Your archives, a server that it starts: fleetcast-load run --store s3://bucket/models --cache 256MiB --html report.html
 A server that is running:               fleetcast-load run --url http://127.0.0.1:8080 --store s3://bucket/models
 One with TLS and tokens:                fleetcast-load run --url https://127.0.0.1:8080 --ca ca.pem --token-file token
+As other servers' clients ask:          fleetcast-load run --protocol torchserve --versions
 """
 
 import sys
@@ -14,9 +15,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from loadtest import cli_groups, record
 from loadtest.driver import summary
+from loadtest.driver.dialects import DIALECTS
+from loadtest.driver.open_loop import LoadTarget
 from loadtest.driver.profiles import Load, list_ramp_rates, make_profile
 from loadtest.driver.run import (
     EXPECTED,
@@ -37,7 +41,6 @@ from loadtest.plan import cli as plan_cli
 from loadtest.report import render_page, write_report
 from loadtest.run_flags import RunFlags
 from model_store.names import ModelName
-from server.contract import PING_PATH
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", no_args_is_help=True, help=__doc__)
@@ -101,15 +104,19 @@ def main() -> None:
 def _load_server(asked: RunFlags) -> tuple[summary.Results, Run, list[ModelName]]:
     """Open the server and load it as asked: the results, each request's outcome, and the models. Raises EXPECTED."""
     recorded = asked.read_recording()
-    with _open_subject(asked, asked.make_source(recorded)) as subject:
-        to = subject.target(asked.dialect, allow_remote=asked.allow_remote, per_call=asked.per_call)
-        load = _make_load(asked, recorded, subject, len(to.requests))
-        plan = RunPlan(load, asked.seconds, asked.warmup_seconds, asked.connections, asked.processes, asked.slo)
+    with _open_subject(asked, asked.make_source(recorded)) as opened:
+        # INVARIANT: an address that may not be loaded gets no request at all
+        to, load = _make_requests(asked, recorded, opened)
+        if ping := DIALECTS[asked.dialect].ping:  # an unreachable server is reported once, not for every request
+            opened.access.request("GET", f"{opened.inference.rstrip('/')}{ping}")
+        subject = opened.register(asked.dialect, versions=asked.versions, allow_remote=asked.allow_remote)
+        if subject is not opened:
+            to, load = _make_requests(asked, recorded, subject)
+        plan = RunPlan(
+            load, asked.seconds, asked.warmup_seconds, asked.connections, asked.processes, asked.slo, asked.dialect
+        )
         title = asked.describe() + (f", calls for {max(to.forecasts)} models" if asked.many else "")
         console.print(f"{title}; {subject.what}")
-        if asked.dialect in ("sagemaker", "forecasts"):
-            # an unreachable server is reported once, not for every request
-            subject.access.request("GET", f"{subject.inference.rstrip('/')}{PING_PATH}")
         if asked.ramp_to is None:
             found, ran = measure_run(subject, plan, to, console)
         else:
@@ -117,6 +124,12 @@ def _load_server(asked: RunFlags) -> tuple[summary.Results, Run, list[ModelName]
             found, ran = climb_rates(subject, plan, to, rates, console)
     found.update(_describe_run(asked, subject, title, load.models))
     return found, ran, list(subject.questions)
+
+
+def _make_requests(asked: RunFlags, recorded: Trace | None, subject: ServerUnderLoad) -> tuple[LoadTarget, Load]:
+    """The requests, and when each of them is sent. Raises EXPECTED."""
+    to = subject.target(asked.dialect, allow_remote=asked.allow_remote, per_call=asked.per_call)
+    return to, _make_load(asked, recorded, subject, len(to.requests))
 
 
 def _describe_run(asked: RunFlags, subject: ServerUnderLoad, title: str, models: int) -> Mapping[str, Any]:
@@ -137,11 +150,13 @@ def _describe_run(asked: RunFlags, subject: ServerUnderLoad, title: str, models:
 def _open_subject(asked: RunFlags, source: RequestSource) -> Iterator[ServerUnderLoad]:
     """Open the server to load: the one at `url`, else one started for `store`, else one started for a made fleet."""
     if asked.url is not None:
-        yield connect_server(asked.url, asked.metrics_url, asked.store, source, console, asked.open_access())
+        access = asked.open_access()
+        yield connect_server(asked.url, asked.metrics_url, asked.store, source, console, access, asked.management_url)
     elif asked.metrics_url or (source.names is not None and asked.store is None):
         raise ValueError("--metrics-url and --names are for the server at --url")
     elif asked.store is not None:
-        with serve_store(asked.store, asked.cache, asked.workers, source, console) as subject:
+        more = [part for prefix in asked.allow_code or () for part in ("--allow-code", prefix)]
+        with serve_store(asked.store, asked.cache, asked.workers, source, console, more) as subject:
             yield subject
     elif asked.cache is not None:
         raise ValueError("--cache goes with --store; the cache of a made fleet is given in models, by --resident")
@@ -170,6 +185,8 @@ def _show_results(found: summary.Results) -> None:
     console.print(summary.build_latency_table(found), summary.build_facts_table(found))
     slots = found["worst_ms"]
     console.print(f"slowest over time  {summary.draw_sparkline(slots)}  up to {max(slots):.1f} ms")
+    for status, words in found["said"].items():
+        console.print(f"[red]status {status}[/] said {escape(words)}")
     for why in found["unsound"][:3]:
         console.print(f"[red]wrong[/] {why}")
     for why in found["invalid"]:

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 from loadtest import flags
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.profiles import Shape
+from loadtest.driver.request_bodies import RequestBody
 from loadtest.driver.run import RequestSource, parse_names
 from loadtest.driver.summary import Slo
 from loadtest.driver.trace import Trace, read_trace
 from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
 from loadtest.observe.server_access import OPEN, ServerAccess, open_access
 from model_store.names import ModelName
+from server.contract import JSON
 
 SHAPES = "; ".join(f"{shape}: {shape.about}" for shape in Shape)
 #: Fields that a profile takes under the same names, where they are given.
@@ -66,6 +68,7 @@ class RunFlags:
     ] = None
     url: Annotated[str | None, make_flag(SERVER, "inference address of a server that runs")] = None
     metrics_url: Annotated[str | None, make_flag(SERVER, "its metrics address: hits, loads and evictions")] = None
+    management_url: Annotated[str | None, make_flag(SERVER, "its management address, for --versions")] = None
     ca: flags.Ca = None
     client_cert: flags.ClientCert = None
     client_key: flags.ClientKey = None
@@ -75,13 +78,26 @@ class RunFlags:
         Path | None,
         make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
     ] = None
-    dialect: Annotated[str, make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS))] = "sagemaker"
+    dialect: Annotated[
+        str, make_flag(SERVER, "protocol of the server: " + ", ".join(DIALECTS), "--protocol", "--dialect")
+    ] = "sagemaker"
+    versions: Annotated[
+        bool,
+        make_flag(
+            SERVER, "protocol torchserve: register each model, and name its version in each request", "--versions"
+        ),
+    ] = False
+    allow_code: Annotated[
+        list[str] | None,
+        make_flag(SERVER, "with --store: beginnings of keys whose code may run, as of the server (repeatable)"),
+    ] = None
     body: Annotated[
         BodyKind | None, make_flag(SERVER, "kind of request body; default each archive's golden sample")
     ] = None
     request: Annotated[
         Path | None, make_flag(SERVER, "file with one request body for all models", exists=True, dir_okay=False)
     ] = None
+    content_type: Annotated[str, make_flag(SERVER, "content type of the body of --request")] = JSON
     models: Annotated[
         int, make_flag(SERVER, "size of the fleet that is made; of a store, maximum number of models", min=1)
     ] = 200
@@ -102,6 +118,12 @@ class RunFlags:
         """Raises ValueError for flags that do not go together."""
         if self.dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {self.dialect!r}: known dialects are {', '.join(DIALECTS)}")
+        if self.versions and self.dialect != "torchserve":
+            raise ValueError("--versions is for the protocol torchserve, whose clients register models with versions")
+        if self.allow_code and (self.store is None or self.url is not None):
+            raise ValueError("--allow-code is of a server that is started for --store")
+        if self.management_url is not None and (self.url is None or not self.versions):
+            raise ValueError("--management-url is of the server at --url, for --versions")
         if self.many and (self.trace is not None or self.trace_out is not None):
             raise ValueError(
                 "a trace has a row for each model, so --trace and --trace-out do not go with calls for many models"
@@ -143,10 +165,8 @@ class RunFlags:
 
     def make_source(self, recorded: Trace | None) -> RequestSource:
         """Where requests come from. Raises ValueError, OSError."""
-        body = self.request.read_bytes() if self.request else None
-        return RequestSource(
-            names=self._choose_fleet(recorded), most=self.models, body=self.body_kind, request=body, seed=self.seed
-        )
+        body = RequestBody(self.request.read_bytes(), self.content_type) if self.request else None
+        return RequestSource(self._choose_fleet(recorded), self.models, self.body_kind, body, self.seed, self.dialect)
 
     def open_access(self) -> ServerAccess:
         """How the server at `url` is spoken to. Raises ValueError, OSError."""

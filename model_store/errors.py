@@ -74,6 +74,12 @@ class CodeFailed(LoadError):
     reason = "code_failed"
 
 
+class CodeNoMemory(CodeFailed):
+    """The code of an archive needs more memory to load than one archive may take."""
+
+    reason = "code_no_memory"
+
+
 class CodeBusy(LoadError):
     """So many code archives are being loaded that no further one is begun. Remembered for at most a second."""
 

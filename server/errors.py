@@ -42,6 +42,7 @@ _LOAD_SITUATIONS = {
     "store_denied": Situation.STORE_FAILED,
     "store_unavailable": Situation.STORE_FAILED,
     "no_room": Situation.NO_ROOM,
+    "code_no_memory": Situation.NO_ROOM,
     "code_busy": Situation.OVERLOADED,
 }
 

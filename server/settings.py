@@ -5,13 +5,16 @@ A field's name gives the flag (`--inference-port`), the environment variable (`F
 file, the file overrides the defaults.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, Field, SecretStr, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
+from server.sagemaker_environment import SINGLE_MODEL_FOLDER, read_sagemaker_environment
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
@@ -22,6 +25,20 @@ Seconds = Annotated[float, Field(gt=0)]
 
 def _to_byte_size(size: int) -> ByteSize:
     return ByteSize(size)
+
+
+class SageMakerSource(PydanticBaseSettingsSource):
+    """What the variables of a SageMaker container say, where nothing else does."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """A field's value: `__call__` has them all at once."""
+        del field
+        return self().get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """See `server.sagemaker_environment`."""
+        has_model = SINGLE_MODEL_FOLDER.is_dir()
+        return read_sagemaker_environment(os.environ, self.current_state, has_model=has_model)
 
 
 class Settings(BaseSettings):
@@ -66,6 +83,12 @@ class Settings(BaseSettings):
     )
     grpc_host: str = Field(
         "127.0.0.1", description="address of the gRPC listener; other hosts can connect unless it is loopback"
+    )
+    container: Literal["off", "multi-model", "single-model"] = Field(
+        "off",
+        description="what SageMaker asks of a container, on the inference port alone: multi-model loads and unloads "
+        "folders and archives below the store (`/models`); single-model answers for the store, which is one archive "
+        "and may be unpacked; without a store SageMaker's variables decide",
     )
 
     workers: int = Field(
@@ -202,6 +225,13 @@ class Settings(BaseSettings):
         description="which server's protocol the listeners speak on paths that both have, such as `/predictions` and "
         "`/models`; mms: Multi Model Server's",
     )
+    default_workers_per_model: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="workers of a model that Multi Model Server's management API registers without a number: with 0 it "
+        "answers nothing until it is scaled; in a SageMaker container 1 by default",
+    )
     allow_code: list[str] = Field(
         default_factory=list,
         description="beginnings of the keys of archives whose Python code may run, each archive's in a process of its "
@@ -216,6 +246,27 @@ class Settings(BaseSettings):
         60.0,
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
+    )
+    code_requirements: Literal["refuse", "install"] = Field(
+        "refuse",
+        description="archives with a requirements.txt; install: their packages are installed into a folder of the "
+        "archive's own each time that it is loaded, from wheels alone, by the pip of the server's Python",
+    )
+    code_install_s: Seconds = Field(
+        300.0, description="maximum time in which the packages of a code archive are installed"
+    )
+    code_program: str = Field(
+        "inference.py",
+        pattern=r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
+        description="the script that archives of SageMaker's toolkits run, in their folder `code` (SAGEMAKER_PROGRAM)",
+    )
+    code_disk_bytes: ByteSize = Field(
+        _to_byte_size(4096 * MIB),
+        ge=16 * MIB,
+        description="maximum size of the folder of one code archive: its files, its packages and what its code writes",
+    )
+    code_processes: int = Field(
+        64, ge=4, description="maximum number of processes and threads of one code archive, its own process among them"
     )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
@@ -318,8 +369,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the signature is pydantic's
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The sources of settings, the one that wins first: flags, variables, file."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        """The sources of settings, the one that wins first: flags, variables, file, SageMaker's variables."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls), SageMakerSource(settings_cls)
 
     def to_wire(self) -> dict[str, Any]:
         """The settings as plain values, secrets included, for a child process (`from_wire` there)."""

@@ -1,14 +1,16 @@
 """One adapter for each server protocol: the request for a model, and the check of a response. Pure.
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
-Server, the inference API (`/predictions`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the header
-of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names them.
+Server, the inference API (`/predictions`), TorchServe's with versions; container, what SageMaker's platform sends to
+the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the
+header of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names them.
 """
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from urllib.parse import quote
 
@@ -16,9 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from server.contract import FORECASTS_PATH, HEADER_TARGET_MODEL, INVOCATIONS_PATH, JSON
+from server.contract import (
+    CONTAINER_MODELS_PATH,
+    FORECASTS_PATH,
+    HEADER_TARGET_MODEL,
+    INVOCATIONS_PATH,
+    JSON,
+    OPEN_INFERENCE_MODELS_PATH,
+    PING_PATH,
+    PREDICTIONS_PATH,
+)
 
 NO_HEADERS: Mapping[str, str] = {}
+MOST_WORDS = 200  #: characters of an error's message that are kept
 DIGITS = 4  #: decimal digits of the numbers in a tensor body
 
 
@@ -28,17 +40,28 @@ class BodyKind(StrEnum):
     DEEPAR = "deepar"  #: a forecast: the history as JSON of SageMaker DeepAR
     TENSOR = "tensor"  #: the network's input as nested numbers
     NPY = "npy"  #: the same as a .npy file
+    BINARY = "binary"  #: the same as binary tensors of the Open Inference Protocol
 
 
 @dataclass(frozen=True, slots=True)
 class ClientDialect:
-    """A protocol: its path and headers, which contain `{model}`, and the wrapping of a tensor body."""
+    """A protocol: its path and headers, which contain `{model}`, and the wrapping of a tensor body.
+
+    `version`: what follows the path's model where a request names a version, with `{version}`; empty where none can.
+    `ping`: the path that answers while the server lives. `statuses`: what failures mean in this protocol. `free_form`:
+    an answer is what the code of a model makes of it, so that it need not hold predictions.
+    """
 
     name: str
     path: str
     headers: Mapping[str, str]
     wraps_v2: bool = False
     many: bool = False  #: a request is a call for several models
+    version: str = ""
+    slashes: str = "/"  #: those in a model's name stay as they are; empty: they are quoted
+    ping: str = PING_PATH
+    statuses: Mapping[int, str] = field(default_factory=dict)
+    free_form: bool = False
 
     def __repr__(self) -> str:
         return f"<ClientDialect {self.name}: POST {self.path}>"
@@ -52,25 +75,73 @@ class ClientDialect:
         return json.dumps({"inputs": [one]}).encode()
 
     def request(
-        self, host: str, model: str, body: bytes, content_type: str = JSON, headers: Mapping[str, str] = NO_HEADERS
+        self,
+        host: str,
+        model: str,
+        body: bytes,
+        content_type: str = JSON,
+        headers: Mapping[str, str] = NO_HEADERS,
+        version: str = "",
     ) -> bytes:
-        """Make a complete HTTP/1.1 request, with `headers` besides those of the protocol."""
-        lines = [f"POST {self.path.format(model=quote(model))} HTTP/1.1", f"Host: {host}"]
+        """Make a complete HTTP/1.1 request, with `headers` besides those of the protocol.
+
+        Raises ValueError for a version where the protocol has no place for one.
+        """
+        if version and not self.version:
+            raise ValueError(f"the dialect {self.name} has no place for the version of a model")
+        named = f"{{model}}{self.version if version else ''}"
+        place = named.format(model=quote(model, safe=self.slashes), version=quote(version, safe=""))
+        lines = [f"POST {self.path.replace('{model}', place)} HTTP/1.1", f"Host: {host}"]
         lines += [f"{key}: {value.format(model=model)}" for key, value in self.headers.items()]
         lines += [f"{key}: {value}" for key, value in headers.items()]
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}", "", ""]
         return "\r\n".join(lines).encode() + body
 
 
+#: Of the protocols of model servers with code.
+_HANDLER_STATUSES = {
+    500: "the model's process died, or took too long",
+    503: "its code raised, or all queues are full",
+    507: "no memory",
+}
 DIALECTS: Mapping[str, ClientDialect] = {
     each.name: each
     for each in (
         ClientDialect("sagemaker", INVOCATIONS_PATH, {HEADER_TARGET_MODEL: "{model}"}),
         ClientDialect("forecasts", FORECASTS_PATH, {}, many=True),
-        ClientDialect("torchserve", "/predictions/{model}", {}),
-        ClientDialect("mms", "/predictions/{model}", {}),
-        ClientDialect("v2", "/v2/models/{model}/infer", {}, wraps_v2=True),
-        ClientDialect("ray", "/", {"serve_multiplexed_model_id": "{model}"}),
+        ClientDialect(
+            "torchserve",
+            f"{PREDICTIONS_PATH}/{{model}}",
+            {},
+            version="/{version}",
+            statuses={404: "no such model or version", **_HANDLER_STATUSES},
+            free_form=True,
+        ),
+        ClientDialect(
+            "mms",
+            f"{PREDICTIONS_PATH}/{{model}}",
+            {},
+            statuses={404: "no such model", **_HANDLER_STATUSES},
+            free_form=True,
+        ),
+        ClientDialect(
+            "container",
+            f"{CONTAINER_MODELS_PATH}/{{model}}/invoke",
+            {},
+            slashes="",
+            statuses={404: "the model is not loaded: it was unloaded meanwhile", **_HANDLER_STATUSES},
+            free_form=True,
+        ),
+        ClientDialect(
+            "v2",
+            f"{OPEN_INFERENCE_MODELS_PATH}/{{model}}/infer",
+            {},
+            wraps_v2=True,
+            version="/versions/{version}",
+            ping="/v2/health/live",
+            statuses={400: "the tensors are not the model's", 404: "no such model or version"},
+        ),
+        ClientDialect("ray", "/", {"serve_multiplexed_model_id": "{model}"}, ping=""),
     )
 }
 
@@ -97,9 +168,29 @@ def find_call_fault(body: bytes, forecasts: int) -> str | None:
     return next((why for each in made if (why := _find_number_fault(each, body))), None)
 
 
-def find_fault(body: bytes) -> str | None:
-    """Return what is wrong with an answer. JSON and npy must contain numbers, all of them finite."""
-    return _find_npy_fault(body) if body.startswith(b"\x93NUMPY") else _find_json_fault(body)
+def find_fault(body: bytes, *, free_form: bool = False) -> str | None:
+    """Return what is wrong with an answer. JSON and npy must contain numbers, all of them finite.
+
+    One in a free form may be anything but empty; where it holds predictions or tensors, these are checked all the same.
+    """
+    if body.startswith(b"\x93NUMPY"):
+        return _find_npy_fault(body)
+    if free_form and not re.match(rb'\s*{.*"(predictions|outputs)"\s*:', body, re.DOTALL):
+        return None if body else "empty"
+    return _find_json_fault(body)
+
+
+def find_words(body: bytes) -> str:
+    """Return what an error's body says, in whatever protocol; empty for a body without words."""
+    try:
+        said = orjson.loads(body)
+    except ValueError:
+        said = body.decode(errors="replace")
+    if isinstance(said, dict):
+        error = said.get("error", said)
+        said = error.get("message", "") if isinstance(error, dict) else error
+    words = " ".join(str(said).split())[:MOST_WORDS]
+    return "".join(each if each.isprintable() else "?" for each in words)
 
 
 def _find_npy_fault(body: bytes) -> str | None:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 
-from loadtest.driver.dialects import find_call_fault, find_fault
+from loadtest.driver.dialects import find_call_fault, find_fault, find_words
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, ForecastCounts, Run
 from loadtest.observe.server_access import OPEN, ServerAccess
@@ -57,6 +57,7 @@ class LoadTarget:
     forecasts: Sequence[int] = ()
     tls_name: str | None = None
     access: ServerAccess = OPEN
+    free_form: bool = False  #: see `ClientDialect`
 
     def make_tls(self) -> dict[str, Any]:
         """How a connection is opened: arguments of asyncio's `create_connection`. Raises ValueError for wrong files."""
@@ -70,18 +71,25 @@ def make_target(
     forecasts: Sequence[int] = (),
     allow_remote: bool = False,
     access: ServerAccess = OPEN,
+    free_form: bool = False,
 ) -> LoadTarget:
     """Make a target. Raises ValueError for a URL other than http(s)://host:port, RemoteNotAllowed beyond loopback."""
+    address, port, name = resolve_address(url, allow_remote=allow_remote)
+    access.check_url(url)
+    return LoadTarget(address, port, requests, forecasts, name, access, free_form)
+
+
+def resolve_address(url: str, *, allow_remote: bool) -> tuple[str, int, str | None]:
+    """The IP address and port of a URL, and with TLS the host's name, else None. Raises as `make_target` does."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ValueError(f"{url!r} cannot be loaded: give http://HOST:PORT or https://HOST:PORT")
-    access.check_url(url)
     secure = parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     address = str(socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)[0][4][0])
     if not allow_remote and not ipaddress.ip_address(address).is_loopback:
         raise RemoteNotAllowed(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
-    return LoadTarget(address, port, requests, forecasts, parts.hostname if secure else None, access)
+    return address, port, parts.hostname if secure else None
 
 
 def send_schedule(
@@ -125,6 +133,7 @@ class _Driver:
         self.loop = loop
         self.start = 0.0
         self.samples: dict[int, bytes] = {}
+        self.said: dict[int, str] = {}  #: by status that is not 200, what the first such answer said
         self._schedule, self._to, self._limit = schedule, to, connections
         self._tls = to.make_tls()
         self._at, self._model = schedule.at.tolist(), schedule.model.tolist()
@@ -157,10 +166,12 @@ class _Driver:
         found = [(i, why) for i, body in self.samples.items() if (why := self._unsound(i, body))]
         arrays = (self._woken, self._sent, self._done, self._status, self._cache)
         forecasts = None if self._asked is None else ForecastCounts(self._asked, self._failed)
-        return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found, forecasts)
+        return Run(self._schedule, *arrays, ended, self._exhausted, len(self.samples), found, forecasts, self.said)
 
     def _unsound(self, request: int, body: bytes) -> str | None:
-        return find_fault(body) if self._asked is None else find_call_fault(body, int(self._asked[request]))
+        if self._asked is not None:
+            return find_call_fault(body, int(self._asked[request]))
+        return find_fault(body, free_form=self._to.free_form)
 
     def _now(self) -> float:
         return self.loop.time() - self.start
@@ -318,6 +329,11 @@ class _DriverConnection(asyncio.Protocol):
 
     # --- httptools' calls -----------------------------------------------------------------------------------------
 
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status != HTTPStatus.OK and self._parts is None and status not in self._driver.said:
+            self._parts = []  # for what it says
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == _CACHE_HEADER:
             self._cache = _parse_cache_header(value)
@@ -339,6 +355,8 @@ class _DriverConnection(asyncio.Protocol):
         self._driver.settled(request, status, self._cache)
         if self._parts is not None and status == HTTPStatus.OK:
             self._driver.samples[request] = b"".join(self._parts)
+        elif self._parts is not None:
+            self._driver.said.setdefault(status, find_words(b"".join(self._parts)))
         if self._parser.should_keep_alive():
             self._driver.free(self)
         else:

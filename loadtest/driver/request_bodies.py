@@ -3,14 +3,14 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.driver.dialects import DIGITS, BodyKind, encode_npy
+from loadtest.driver.dialects import DIALECTS, DIGITS, BodyKind, ClientDialect, encode_npy
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import ForecastSpec
 from model_store.errors import LoadError
@@ -19,15 +19,19 @@ from model_store.stores.object_store import Source
 from server.contract import JSON, NPY
 
 READERS = 16
+DEEPAR_INPUT = "request"  #: the input of the Open Inference Protocol that takes a forecast's JSON
+BINARY, HEADER_JSON_BYTES = "application/octet-stream", "Inference-Header-Content-Length"
 START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone
 
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """A request body and its content type."""
+    """A request body, its content type and more headers; `version`: of its model, where requests name it."""
 
     body: bytes
     content_type: str = JSON
+    headers: Mapping[str, str] = field(default_factory=dict)
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,12 @@ class RequestBodies:
 
 
 def read_request_bodies(
-    source: Source, names: Sequence[ModelName], kind: BodyKind | None, seed: int, step: Callable[[], None]
+    source: Source,
+    names: Sequence[ModelName],
+    kind: BodyKind | None,
+    seed: int,
+    step: Callable[[], None],
+    dialect: ClientDialect = DIALECTS["sagemaker"],
 ) -> RequestBodies:
     """Read every archive, several at a time, and make its request body; `step` is called after each."""
     questions: dict[ModelName, RequestBody] = {}
@@ -49,7 +58,7 @@ def read_request_bodies(
         try:
             fetched = source.get(name)
             assert fetched is not None, "only a conditional GET is answered `not modified`"
-            return make_request_body(open_archive(fetched.data, name), kind, seed)
+            return make_request_body(open_archive(fetched.data, name), kind, seed, dialect)
         except (LoadError, ValueError) as error:
             return str(error)
 
@@ -91,11 +100,19 @@ def _parse_deepar(question: RequestBody) -> dict[str, Any] | None:
     return whole if isinstance(instances, list) and len(instances) == 1 and isinstance(instances[0], dict) else None
 
 
-def make_request_body(archive: Archive, kind: BodyKind | None, seed: int) -> RequestBody:
+def make_request_body(
+    archive: Archive, kind: BodyKind | None, seed: int, dialect: ClientDialect = DIALECTS["sagemaker"]
+) -> RequestBody:
     """Make a request body for the archive: by default its golden sample, else a forecast, else tensors.
+
+    In the Open Inference Protocol: tensors as JSON, or as binary; or a forecast as one element of BYTES.
 
     Raises ValueError if the archive does not take such a body, LoadError if it is damaged or of an unserved kind.
     """
+    if dialect.wraps_v2:
+        return _make_v2_body(archive, kind, seed)
+    if kind is BodyKind.BINARY:
+        raise ValueError("binary tensors are of the Open Inference Protocol: --protocol v2")
     spec = archive.spec
     forecast = spec.forecast if spec else None
     golden = archive.golden() if kind is None else None
@@ -112,6 +129,32 @@ def make_request_body(archive: Archive, kind: BodyKind | None, seed: int) -> Req
     if len(arrays) != 1:
         raise ValueError(f"{archive.name} has {len(arrays)} inputs, and npy carries one array; ask for tensors as JSON")
     return RequestBody(encode_npy(next(iter(arrays.values()))), NPY)
+
+
+def _make_v2_body(archive: Archive, kind: BodyKind | None, seed: int) -> RequestBody:
+    """Make a request of the Open Inference Protocol, of one row. Raises as `make_request_body` does."""
+    if kind is BodyKind.NPY:
+        raise ValueError("the Open Inference Protocol carries no npy: ask for tensors, as JSON or binary")
+    if kind is BodyKind.DEEPAR:
+        text = make_request_body(archive, kind, seed).body.decode()
+        return RequestBody(
+            json.dumps({"inputs": [{**_name_input(DEEPAR_INPUT, (1,), "BYTES"), "data": [text]}]}).encode()
+        )
+    arrays = {name: _draw_numbers(shape, seed) for name, shape in _read_input_shapes(archive).items()}
+    inputs = [_name_input(name, (1, *array.shape), "FP32") for name, array in arrays.items()]
+    if kind is not BodyKind.BINARY:
+        for each, array in zip(inputs, arrays.values(), strict=True):
+            each["data"] = array.astype(np.float64).round(DIGITS).ravel().tolist()
+        return RequestBody(json.dumps({"inputs": inputs}).encode())
+    for each, array in zip(inputs, arrays.values(), strict=True):
+        each["parameters"] = {"binary_data_size": array.nbytes}
+    head = json.dumps({"inputs": inputs}).encode()
+    body = b"".join([head, *(array.astype("<f4").tobytes() for array in arrays.values())])
+    return RequestBody(body, BINARY, {HEADER_JSON_BYTES: str(len(head))})
+
+
+def _name_input(name: str, shape: tuple[int, ...], datatype: str) -> dict[str, Any]:
+    return {"name": name, "shape": list(shape), "datatype": datatype}
 
 
 def make_deepar_instance(forecast: ForecastSpec, seed: int) -> dict[str, object]:

@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.driver_pool import DriverPool, count_drivers
-from loadtest.driver.open_loop import LoadTarget, RemoteNotAllowed, make_target
+from loadtest.driver.model_registration import load_into_container, register_versions
+from loadtest.driver.open_loop import LoadTarget, RemoteNotAllowed, make_target, resolve_address
 from loadtest.driver.profiles import Load, Profile, Schedule
 from loadtest.driver.request_bodies import RequestBody, join_requests, read_request_bodies
 from loadtest.driver.run_result import Run
@@ -47,6 +48,7 @@ class ServerUnderLoad:
     what: str
     memory: Callable[[], dict[str, int]] | None = None
     access: ServerAccess = OPEN
+    management: str | None = None
 
     def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> LoadTarget:
         """Make a complete request for each model, or a call for each `per_call` models (None: all) in such a dialect.
@@ -65,9 +67,39 @@ class ServerUnderLoad:
         else:
             calls = []
             asked = self.questions.items()
-            requests = [spoken.request(host, name, each.body, each.content_type, shown) for name, each in asked]
+            requests = [
+                spoken.request(host, name, each.body, each.content_type, {**each.headers, **shown}, each.version)
+                for name, each in asked
+            ]
         counts = list(map(len, calls))
-        return make_target(self.inference, requests, forecasts=counts, allow_remote=allow_remote, access=self.access)
+        return make_target(
+            self.inference,
+            requests,
+            forecasts=counts,
+            allow_remote=allow_remote,
+            access=self.access,
+            free_form=spoken.free_form,
+        )
+
+    def register(self, dialect: str, *, versions: bool, allow_remote: bool = False) -> "ServerUnderLoad":
+        """Register the models where the dialect's clients do. Returns the server with those that can be asked then.
+
+        `versions`: of TorchServe, each request names the version of its model. Raises ValueError, RuntimeError,
+        RemoteNotAllowed.
+        """
+        names = list(self.questions)
+        if dialect == "container":
+            loaded = load_into_container(self.access, self.inference, names)
+            what = f"{self.what}, {len(loaded)} of them loaded into the container"
+            return replace(self, questions={name: self.questions[name] for name in loaded}, what=what)
+        if not versions:
+            return self
+        if self.management is None:
+            raise ValueError("--versions registers the models: give --management-url as well")
+        resolve_address(self.management, allow_remote=allow_remote)
+        found = register_versions(self.access, self.management, names)
+        asked = {name: replace(each, version=found[name]) for name, each in self.questions.items()}
+        return replace(self, questions=asked, what=f"{self.what}, by version")
 
     def watch(self) -> MetricsSampler:
         """Make the sampler of its metrics and memory for the time of the load."""
@@ -85,8 +117,9 @@ class RequestSource:
     names: Sequence[ModelName] | None  #: None: the names in the store
     most: int
     body: BodyKind | None
-    request: bytes | None  #: one body for all models instead of one for each archive
+    request: RequestBody | None  #: one body for all models instead of one for each archive
     seed: int
+    dialect: str = "sagemaker"
 
     def of(self, store: str | None, console: Console) -> dict[ModelName, RequestBody]:
         """Make the bodies. Raises ValueError if there are none, LoadError or InvalidStoreUrl for the store."""
@@ -96,7 +129,7 @@ class RequestSource:
                 raise ValueError("the models' names are not known: give --store or --names")
             names = [listed.name for listed in itertools.islice(open_source(store).list(), self.most)]
         if self.request is not None:
-            questions = dict.fromkeys(names, RequestBody(self.request))
+            questions = dict.fromkeys(names, self.request)
         elif store is None:
             raise ValueError("without --store nobody knows what the models take: give a --request")
         else:
@@ -108,7 +141,9 @@ class RequestSource:
     def _read(self, store: str, names: Sequence[ModelName], console: Console) -> dict[ModelName, RequestBody]:
         with _make_progress(console) as progress:
             task = progress.add_task("reading archives", total=len(names))
-            asked = read_request_bodies(open_source(store), names, self.body, self.seed, lambda: progress.advance(task))
+            asked = read_request_bodies(
+                open_source(store), names, self.body, self.seed, lambda: progress.advance(task), DIALECTS[self.dialect]
+            )
         if asked.left_out:
             console.print(f"{len(asked.left_out)} of {len(names)} archives are left out:")
             for why in itertools.islice(asked.left_out.values(), SHOWN):
@@ -126,6 +161,7 @@ class RunPlan:
     connections: int
     processes: int | None  #: driver processes; None: as many as the highest rate needs
     slo: summary.Slo
+    dialect: str = "sagemaker"
 
 
 # --- servers --------------------------------------------------------------------------------------------------------
@@ -147,22 +183,34 @@ def serve_fleet(
     flags = ["--slab-bytes", str(row_bytes), "--model-cache-bytes", str(resident * row_bytes)]
     what = f"{models} models, room for {resident}, {_format_workers(workers)}"
     asked = replace(questions, names=names).of(str(STORE), console)
-    with run_local_server(str(STORE), ["--workers", str(workers), *flags]) as server:
-        yield ServerUnderLoad(server.inference, server.metrics, asked, what, lambda: measure_memory(server))
+    spoken = list_dialect_flags(questions.dialect)
+    with run_local_server(str(STORE), ["--workers", str(workers), *flags, *spoken]) as server:
+        yield _describe_local(server, asked, what)
 
 
 @contextmanager
 def serve_store(
-    store: str, cache: str | None, workers: int, questions: RequestSource, console: Console
+    store: str, cache: str | None, workers: int, questions: RequestSource, console: Console, more: Sequence[str] = ()
 ) -> Iterator[ServerUnderLoad]:
-    """Start a server for the archives of a store."""
+    """Start a server for the archives of a store, with `more` of its flags."""
     asked = questions.of(store, console)
     room = [] if cache is None else ["--model-cache-bytes", cache]
     what = (
         f"{len(asked)} models of {store}, {cache or 'all the room there is'} for the cache, {_format_workers(workers)}"
     )
-    with run_local_server(store, ["--workers", str(workers), *room]) as server:
-        yield ServerUnderLoad(server.inference, server.metrics, asked, what, lambda: measure_memory(server))
+    spoken = list_dialect_flags(questions.dialect)
+    with run_local_server(store, ["--workers", str(workers), *room, *spoken, *more]) as server:
+        yield _describe_local(server, asked, what)
+
+
+def list_dialect_flags(dialect: str) -> list[str]:
+    """The flags of a server that is started to be asked in this dialect."""
+    return {"container": ["--container", "multi-model"], "mms": ["--model-server-api", "mms"]}.get(dialect, [])
+
+
+def _describe_local(server: LocalServer, asked: Mapping[ModelName, RequestBody], what: str) -> ServerUnderLoad:
+    memory = partial(measure_memory, server)
+    return ServerUnderLoad(server.inference, server.metrics, asked, what, memory, management=server.management)
 
 
 def _format_workers(count: int) -> str:
@@ -176,12 +224,13 @@ def connect_server(
     questions: RequestSource,
     console: Console,
     access: ServerAccess = OPEN,
+    management_url: str | None = None,
 ) -> ServerUnderLoad:
     """Connect to a running server. Raises ValueError for files of `access` that are wrong, or not for its addresses."""
-    for address in filter(None, (url, metrics_url)):
+    for address in filter(None, (url, metrics_url, management_url)):
         access.check_url(address)
     asked = questions.of(store, console)
-    return ServerUnderLoad(url, metrics_url, asked, f"{len(asked)} models at {url}", access=access)
+    return ServerUnderLoad(url, metrics_url, asked, f"{len(asked)} models at {url}", None, access, management_url)
 
 
 def measure_memory(server: LocalServer) -> dict[str, int]:
@@ -205,7 +254,7 @@ def measure_run(
         watch.look(0.0)
         run = _drive_load(pool, schedule, progress, "load", partial(_sample_if_possible, watch))
         _sample_if_possible(watch, run.ended)
-    return {**summary.summarize_run(run, watch, plan.slo), "processes": size}, run
+    return {**summary.summarize_run(run, watch, plan.slo, DIALECTS[plan.dialect].statuses), "processes": size}, run
 
 
 def climb_rates(

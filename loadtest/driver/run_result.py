@@ -1,7 +1,7 @@
 """The result of a load run: every request's times and status as arrays, and whether the run is valid. Pure."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -50,6 +50,7 @@ class Run:
     checked: int
     unsound: Sequence[tuple[int, str]]
     forecasts: ForecastCounts | None = None  #: if each request is a call for many models
+    said: Mapping[int, str] = field(default_factory=dict)  #: by status that is not 200, the words of one such answer
 
     @property
     def latency(self) -> Float64:
@@ -98,6 +99,7 @@ def merge_runs(schedule: Schedule, parts: Sequence[Run]) -> Run:
         checked=sum(part.checked for part in parts),
         unsound=[(i * n + k, why) for k, part in enumerate(parts) for i, why in part.unsound],
         forecasts=forecasts,
+        said={status: words for part in reversed(parts) for status, words in part.said.items()},
     )
 
 

@@ -1,7 +1,7 @@
 """Summarizes a load run as numbers for a record and as tables for the terminal."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ PERCENTILES = (50, 90, 99, 99.9)
 HIGHEST_US, DIGITS = 3_600_000_000, 3  #: range of a histogram in microseconds, and its significant digits
 BARS, SLOTS = "▁▂▃▄▅▆▇█", 60
 TIERS = ("store", "disk")
+NO_STATUSES: Mapping[int, str] = {}
 
 Results = dict[str, Any]
 MIN_SPAN_S, MAX_SPANS = 0.5, 240  #: least seconds and most spans of a curve over time
@@ -53,8 +54,10 @@ class Slo:
         return {"met": not found["invalid"] and all(check["met"] for check in asked), "checks": asked}
 
 
-def summarize_run(run: Run, watch: MetricsSampler, slo: Slo | None = None) -> Results:
-    """Summarize a run, and the server during it, as the results of a record."""
+def summarize_run(
+    run: Run, watch: MetricsSampler, slo: Slo | None = None, statuses: Mapping[int, str] = NO_STATUSES
+) -> Results:
+    """Summarize a run, and the server during it, as the results of a record. `statuses`: what failures mean there."""
     answered, counts = run.status == 200, watch.gained()  # noqa: PLR2004
     by_cache = {name: int((answered & (run.cache == i)).sum()) for i, name in enumerate(CACHE) if name}
     rows = {"all": np.ones(len(answered), np.bool_)}
@@ -70,7 +73,8 @@ def summarize_run(run: Run, watch: MetricsSampler, slo: Slo | None = None) -> Re
         "lag": compute_distribution(run.lag),
         "worst_ms": compute_slowest(run.schedule.at, run.latency, run.schedule.seconds),
         "over_time": compute_curves(run),
-        "failures": _count_failures(run.status),
+        "failures": _count_failures(run.status, statuses),
+        "said": {str(status): words for status, words in sorted(run.said.items()) if words},
         "forecasts": _summarize_forecasts(run),
         "checked": run.checked,
         "unsound": [f"request {i}: {why}" for i, why in run.unsound],
@@ -202,10 +206,10 @@ def _compute_failed_share(found: Results) -> tuple[str, float]:
     return "failed requests", sum(found["failures"].values()) / found["requests"]
 
 
-def _count_failures(status: npt.NDArray[np.int64]) -> dict[str, int]:
+def _count_failures(status: npt.NDArray[np.int64], statuses: Mapping[int, str]) -> dict[str, int]:
     """Count the failures by status or reason."""
     said = {NO_ANSWER: "no answer in time", LOST: "connection refused or lost"}
-    said |= {code: f"status {code}, {advice}" for code, advice in ADVICE.items()}
+    said |= {code: f"status {code}, {meaning}" for code, meaning in {**statuses, **ADVICE}.items()}
     counted = Counter(status[status != 200].tolist())  # noqa: PLR2004
     return {said.get(code, f"status {code}"): count for code, count in counted.most_common()}
 

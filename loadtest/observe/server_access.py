@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,6 +14,7 @@ import urllib3
 TOKEN_VARIABLE = "FLEETCAST_TOKEN"  # noqa: S105 -- a variable's name
 MAX_TOKEN_BYTES = 1024  #: longest token that a server reads
 TIMEOUT_S = 30.0
+NO_HEADERS: Mapping[str, str] = {}
 ADVICE: Mapping[int, str] = {
     401: "the server wants a token that it knows: --token-file",
     403: "the token does not allow this: it needs the scope of the listener, and the models' names",
@@ -52,18 +53,28 @@ class ServerAccess:
         """Return the TLS context, made once in a process. Raises ValueError that names the flag and the file."""
         return _make_context(self.ca, self.client_cert, self.client_key)
 
-    def request(self, method: str, url: str) -> Any:
+    def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] = NO_HEADERS,
+        accept: Collection[int] = (200,),
+    ) -> Any:
         """Request a URL; returns the response. Redirects are not followed: the token is for this server alone.
 
-        Raises CannotConnect if there is no response, RuntimeError for any status but 200.
+        Raises CannotConnect if there is no response, RuntimeError for any status that is not in `accept`.
         """
         self.check_url(url)
         pool = _make_pool(self.tls_context() if urlsplit(url).scheme == "https" else None)
         try:
-            reply = pool.request(method, url, headers=self.headers, timeout=TIMEOUT_S, retries=False)
+            reply = pool.request(
+                method, url, body=body, headers={**headers, **self.headers}, timeout=TIMEOUT_S, retries=False
+            )
         except urllib3.exceptions.HTTPError as error:
             raise CannotConnect(f"{method} {url}: {error}{_advise(url, error)}") from error
-        if reply.status != 200:  # noqa: PLR2004
+        if reply.status not in accept:
             advice = f" ({ADVICE[reply.status]})" if reply.status in ADVICE else ""
             raise RuntimeError(f"{method} {url} answered {reply.status}{advice}: {reply.data[:500]!r}")
         return reply

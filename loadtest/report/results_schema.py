@@ -134,6 +134,7 @@ class Results(TypedDict):
     lag: Latency
     over_time: OverTime
     failures: dict[str, int]
+    said: NotRequired[dict[str, str]]  #: by status, the words of one such answer; missing in older records
     forecasts: NotRequired[ForecastResults | None]  #: missing in older records
     checked: int
     unsound: list[Any]

@@ -35,7 +35,7 @@ HIDDEN = ".."
 _LEAVES = "{name} leaves {where} by a symbolic link"
 _FORBIDDEN = "{where} refuses {name!r}: {cause}; let the server's user read it"
 _ABSENCES = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe must not block
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  #: opening a pipe must not block
 
 
 class FolderStore:
@@ -53,14 +53,14 @@ class FolderStore:
         """See Backend. It is read again when it was written, or the folder swapped, in the middle of reading."""
         problem = self.where.explain(StoreUnavailable, FAILED, name, CHANGES)
         for _ in range(READ_ATTEMPTS):
-            root = self._find_root()
+            root = self.find_root()
             try:
                 with self._open(root, name) as file:
                     return self._read_open(file, name, unless)
             except _Changed:
                 continue
             except OSError as error:
-                problem = self._explain(error, name)
+                problem = self.explain_error(error, name)
                 if not isinstance(problem, ModelNotFound):
                     break
         raise problem
@@ -68,14 +68,14 @@ class FolderStore:
     def read_version(self, name: ModelName) -> str:
         """See Backend."""
         try:
-            with self._open(self._find_root(), name) as file:
+            with self._open(self.find_root(), name) as file:
                 return _get_version(os.fstat(file))
         except OSError as error:
-            raise self._explain(error, name) from error
+            raise self.explain_error(error, name) from error
 
     def list(self, prefix: str) -> Iterator[StoredObject]:
         """See Backend. Links are followed within the folder; what cannot be read is left out."""
-        root, folder = self._find_root(), prefix.rpartition("/")[0]
+        root, folder = self.find_root(), prefix.rpartition("/")[0]
         if _find_inside(root, folder) is None:
             return
         for key in _walk_folder(root, folder, set()):
@@ -88,7 +88,7 @@ class FolderStore:
 
     def write(self, name: ModelName, data: bytes) -> str:
         """See Backend. The new file appears by rename; its folders are made."""
-        root = self._find_root()
+        root = self.find_root()
         target = root / name
         if not target.parent.resolve().is_relative_to(root):
             raise self.where.explain(StoreDenied, _LEAVES, name)
@@ -102,9 +102,9 @@ class FolderStore:
                 staged.unlink(missing_ok=True)
             return _get_version(target.stat())
         except OSError as error:
-            raise self._explain(error, name) from error
+            raise self.explain_error(error, name) from error
 
-    def _find_root(self) -> Path:
+    def find_root(self) -> Path:
         """The folder behind all links. A store that is gone is no missing model: copies on disk are kept."""
         try:
             return self.path.resolve(strict=True)
@@ -123,7 +123,7 @@ class FolderStore:
             raise self.where.explain(StoreDenied, _LEAVES, name)
         if not stat.S_ISREG(target.stat().st_mode):
             raise self.where.explain(ModelNotFound, "{name} in {where} is not a file", name)
-        file = _open_beneath(root, target.relative_to(root).parts)
+        file = open_beneath(root, target.relative_to(root).parts)
         try:
             yield file
         finally:
@@ -141,10 +141,15 @@ class FolderStore:
             raise _Changed
         return Fetched(data, _get_version(before))
 
-    def _explain(self, error: OSError, name: str) -> LoadError:
+    def explain_absence(self, name: str, cause: str) -> LoadError:
+        """Why there is no such archive."""
+        return self.where.explain(ModelNotFound, ABSENT, name, cause)
+
+    def explain_error(self, error: OSError, name: str) -> LoadError:
+        """What a failed call of the system is to those who asked for an archive."""
         cause = error.strerror or str(error)
         if error.errno in _ABSENCES:
-            return self.where.explain(ModelNotFound, ABSENT, name, cause)
+            return self.explain_absence(name, cause)
         if isinstance(error, PermissionError):
             return self.where.explain(StoreDenied, _FORBIDDEN, name, cause)
         return self.where.explain(StoreUnavailable, FAILED, name, cause)
@@ -162,13 +167,13 @@ def open_folder(path: str, max_archive_bytes: int) -> FolderStore:
     return FolderStore(folder, max_archive_bytes)
 
 
-def _open_beneath(root: Path, parts: Sequence[str]) -> int:
-    """A descriptor of the file at `parts` below `root`, by no link. Raises OSError."""
-    file = os.open(root, _READ_FLAGS | os.O_DIRECTORY)
-    for part in parts:
+def open_beneath(root: Path | int, parts: Sequence[str], flags: int = 0) -> int:
+    """A descriptor of what lies at `parts` below `root`, by no link; `flags` are for the last part. Raises OSError."""
+    file = os.open(root, READ_FLAGS | os.O_DIRECTORY) if isinstance(root, Path) else os.dup(root)
+    for at, part in enumerate(parts):
         folder = file
         try:
-            file = os.open(part, _READ_FLAGS, dir_fd=folder)
+            file = os.open(part, READ_FLAGS | (flags if at == len(parts) - 1 else 0), dir_fd=folder)
         finally:
             os.close(folder)
     return file

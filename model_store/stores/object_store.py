@@ -12,8 +12,9 @@ from model_store.names import InvalidModelName, ModelName, is_left_by_desktop, p
 from model_store.stores.backend import ACCEPTED, MAX_ARCHIVE_BYTES, Backend, Fetched, InvalidStoreUrl, Where
 from model_store.stores.cloud_store import CloudStore, make_client_options
 from model_store.stores.folder_store import FolderStore, open_folder
+from model_store.stores.unpacked_folders import UnpackedStore
 
-__all__ = ["Fetched", "InvalidStoreUrl", "Listed", "Source", "open_source"]
+__all__ = ["Fetched", "InvalidStoreUrl", "Listed", "Source", "open_source", "open_unpacked_source"]
 
 S3_SCHEMES = ("s3", "s3a")
 AZURE_HOST_SCHEMES = ("abfs", "abfss")  # container@account.dfs.core.windows.net: the user part is no secret
@@ -152,6 +153,19 @@ def open_source(
     if profile or endpoint_url or region:
         raise InvalidStoreUrl(f"profile, endpoint_url and region belong to s3:// stores, not to {url!r}")
     return _open_other(url, parts.scheme, max_archive_bytes, timeout_s, retries)
+
+
+def open_unpacked_source(
+    path: str, *, alone: ModelName | None = None, max_archive_bytes: int = MAX_ARCHIVE_BYTES
+) -> Source:
+    """Open a folder whose folders are archives too, as SageMaker unpacks them. No file is read.
+
+    `alone`: the folder itself is the only archive, under this name. Raises InvalidStoreUrl.
+    """
+    if "://" in path:
+        raise InvalidStoreUrl(f"{path!r} is not a folder's path: unpacked archives lie on this host")
+    files = open_folder(path, max_archive_bytes)
+    return Source(f"{files.path.as_uri()}/", UnpackedStore(files, max_archive_bytes, alone), files.where)
 
 
 def _make_folder_source(store: FolderStore) -> Source:

@@ -18,6 +18,9 @@ def inspect(
 ) -> None:
     """Show the kind, configuration, members, tensors and hash of an archive, and for a graph how its models run.
 
+    Of an archive with code it says whose it is (TorchServe, Multi Model Server, SageMaker), what would run, what it
+    needs that is not installed here, and how to serve it. The code is read and not imported.
+
     \b
     fleetcast inspect au/nsw1.mar
     fleetcast inspect s3://models/prices/au/nsw1.mar --json | jq .spec.forecast
@@ -28,6 +31,8 @@ def inspect(
     with one_line_errors():
         store, name = split_location(archive)
         found = describe_archive(*locate_archive(settings_from({"store": store}), name).fetch())
+        if "flags" in found.get("code", {}):
+            found["code"]["flags"] = ["--store", store, *found["code"]["flags"]]
     if as_json:
         print(json.dumps(found, indent=1))  # noqa: T201
         return

@@ -10,6 +10,7 @@ import typer
 from server.cli.terminal import BAD, fail, one_line_errors
 from server.contract import HEADER_SERVER_TIMING
 from server.logs import escape_text
+from server.sdk.protocols import Protocol
 
 DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
 TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
@@ -24,6 +25,10 @@ def invoke(
     url: Annotated[str, typer.Option(help="inference address of the server")] = "http://127.0.0.1:8080",
     content_type: Annotated[str, typer.Option(help="content type of the request")] = "application/json",
     accept: Annotated[str, typer.Option(help="content type of the answer; default: that of the request")] = "",
+    protocol: Annotated[Protocol, typer.Option(help="protocol in which the model is asked")] = Protocol.SAGEMAKER,
+    version: Annotated[
+        str, typer.Option(metavar="VERSION", help="version of the model, for the protocols torchserve and v2")
+    ] = "",
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="print the cache result and timings on stderr")
     ] = False,
@@ -37,6 +42,7 @@ def invoke(
     fleetcast invoke au/nsw1.mar --body request.json -v
     echo '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2]}]}' | \\
         fleetcast invoke au/nsw1.mar --body -
+    fleetcast invoke old/text.mar --body sample.txt --content-type text/plain --protocol torchserve
     """  # noqa: D301
     if not body:
         fail(
@@ -51,11 +57,13 @@ def invoke(
         request = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
         client = Client(url, access_key=find_access_key(), token=find_token())
         try:
-            reply = client.invoke(model, request, content_type=content_type, accept=accept)
+            reply = client.invoke(
+                model, request, content_type=content_type, accept=accept, protocol=protocol, version=version
+            )
         except Unreachable as error:
             fail(str(error))
         except FleetcastError as error:
-            fail(f"{error.error_type}: {error}", BAD)
+            fail(f"{error.error_type or f'status {error.status}'}: {error}", BAD)
     if verbose:
         for key in sorted(reply.headers):
             if key.startswith("x-fleetcast-") or key == HEADER_SERVER_TIMING.lower():

@@ -24,6 +24,7 @@ COMMANDS = {
     "pack": "Make an archive.",
     "inspect": "Show the contents of an archive.",
     "verify": "Check that archives load.",
+    "migrate": "Turn a config.properties of TorchServe or Multi Model Server into settings.",
     "invoke": "Send a request to a running server.",
     "token": "Make a token for a client or an operator.",
     "settings-table": "",
@@ -83,6 +84,7 @@ def fleetcast(
     fleetcast pack au/nsw1.mar --onnx model.onnx      make an archive
     fleetcast inspect au/nsw1.mar                     show the contents of one
     fleetcast verify au/*.mar                         check that they load
+    fleetcast migrate config.properties               settings equal to those of TorchServe or Multi Model Server
     fleetcast batch in.jsonl out.jsonl                answer a file of requests, without a server
     fleetcast backtest p.csv --time hour --models models    score archives on past prices
     fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    prepare joint scenarios

@@ -22,7 +22,7 @@ from server.front.auth.permissions import open_permissions
 from server.front.backlog import Bounds
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
-from server.front.dialects import DIALECTS
+from server.front.dialects import MakeDialect, choose_dialects
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.handler_calls import open_code_calls
 from server.front.releases import Releases, make_plane
@@ -54,7 +54,7 @@ class App:
     """One front's ASGI application: `dialects` over one data plane. The last dialect answers paths that none has."""
 
     def __init__(
-        self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[Callable[[Settings], Dialect]] = DIALECTS
+        self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[MakeDialect] | None = None
     ) -> None:
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
         self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
@@ -63,7 +63,7 @@ class App:
         self._settings = settings
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
-        self._dialects = tuple(make(settings) for make in dialects)
+        self._dialects = tuple(make(settings) for make in dialects or choose_dialects(settings))
         self._permissions = open_permissions(settings)
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex().encode()

@@ -20,8 +20,10 @@ from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.registrations import Registrations
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
+from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
+from server.ipc.operations import ManagementReply, ManageModels
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -188,6 +190,9 @@ class InferencePlane(Protocol):
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
 
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer to who manages models on this listener. Raises Refused."""
+
 
 class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
@@ -205,6 +210,10 @@ class PlaneInFront:
         """The workers that are up, and what is seen of each."""
         return self._plane.workers
 
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused."""
+        return await self._plane.manage(request, deadline)
+
 
 class DataPlane:
     """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
@@ -219,6 +228,7 @@ class DataPlane:
         self.links: dict[int, WorkerLink] = {}
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
+        self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
@@ -253,6 +263,19 @@ class DataPlane:
                 return await self._ask_again(request, lane.worker)
         finally:
             self.held.size -= size
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused."""
+        if self.supervisor is None:
+            raise Refused(Situation.NOT_READY, "this front has no supervisor to ask; try again")
+        try:
+            return await self.supervisor.ask(request, max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise Refused(Situation.DEADLINE, "the deadline passed before it was done; it may still be") from None
+        except ChannelClosed:
+            raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
+        except ControlError as error:
+            raise Refused(Situation(error.situation or Situation.INTERNAL), str(error)) from None
 
     def sweep(self) -> None:
         """Called every 0.1 s.

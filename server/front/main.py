@@ -146,7 +146,8 @@ async def main(control_fd: int, listen_fd: int) -> None:
     metrics = FrontMetrics()
     try:
         app = App(settings, metrics)
-        app.plane.expected, app.plane.suspects.channel = assignment.workers, member.channel
+        app.plane.expected, app.plane.supervisor = assignment.workers, member.channel
+        app.plane.suspects.channel = member.channel
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug

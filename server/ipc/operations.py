@@ -98,7 +98,23 @@ class CallManagement(Operation[ManagementAnswer]):
     certificate: str
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | CallManagement
+class ManagementReply(Struct, frozen=True):
+    """What the supervisor answers a client of an archived server's management API: JSON."""
+
+    status: int
+    body: bytes
+
+
+class ManageModels(Operation[ManagementReply]):
+    """A request of Multi Model Server's management API, which a front has got where it is a container's one port."""
+
+    method: str
+    path: str
+    query: str
+    body: bytes
+
+
+AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | CallManagement | ManageModels
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------

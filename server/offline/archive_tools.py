@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,9 +91,21 @@ def _explain_code(code: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "code", f"cannot run: {code['problem']}"
     elif code:
         yield "code", f"{code['entry']}: {code['calls']}"
+        yield "batches", code["batches"]
+        for name, what in code["model_files"].items():
+            yield "model file", f"{name}: {what}"
         yield "runs", code["runs"]
-        for need in code["needs"]:
-            yield "needs", need
+        yield "needs", f"{', '.join(code['needs'])}, which are installed here"
+        for missing in code["missing"]:
+            yield "missing", missing
+        if code["requirements"]:
+            yield (
+                "requires",
+                "by requirements.txt, which is refused: install these beside the server, and pack without it",
+            )
+        for line in code["requirements"]:
+            yield "requires", line
+        yield "serve", shlex.join(["fleetcast", "serve", *code["flags"]])
 
 
 def _list_prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:

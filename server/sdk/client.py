@@ -12,10 +12,8 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import (
     FORECASTS_PATH,
-    HEADER_TARGET_MODEL,
     HEADER_TIMEOUT_MS,
     INFERENCE_PORT,
-    INVOCATIONS_PATH,
     JSON,
     MODELS_PATH,
     verb_path,
@@ -23,6 +21,7 @@ from server.contract import (
 from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
 from server.sdk.http_connection import HttpConnection
+from server.sdk.protocols import Protocol, write_request
 from server.sdk.signing import AccessKey, sign_request
 
 DEFAULT_URL = f"http://127.0.0.1:{INFERENCE_PORT}"
@@ -153,10 +152,24 @@ class Client:
         except msgspec.MsgspecError as error:
             raise Unreachable(f"{self._http.url}: the answer is not one of forecasts: {error}") from error
 
-    def invoke(self, model: str, body: bytes, *, content_type: str = JSON, accept: str = "") -> Reply:
-        """Send a request to one model as it is: DeepAR JSON, JSON Lines, tensor JSON or npy. Raises FleetcastError."""
-        headers = {HEADER_TARGET_MODEL: model, "Content-Type": content_type, **({"Accept": accept} if accept else {})}
-        return self._post(INVOCATIONS_PATH, body, headers)
+    def invoke(
+        self,
+        model: str,
+        body: bytes,
+        *,
+        content_type: str = JSON,
+        accept: str = "",
+        protocol: Protocol = Protocol.SAGEMAKER,
+        version: str = "",
+    ) -> Reply:
+        """Send a request to one model as it is: DeepAR JSON, JSON Lines, tensor JSON or npy. Raises FleetcastError.
+
+        In another `protocol` the body is that protocol's, and `version` is the model's; see `write_request`. Raises
+        ValueError as that does.
+        """
+        asked = write_request(protocol, model, body, version)
+        headers = {**asked.headers, "Content-Type": content_type, **({"Accept": accept} if accept else {})}
+        return self._post(asked.path, asked.body, headers)
 
     def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
         headers = {**headers, **self._deadline}

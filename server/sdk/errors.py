@@ -64,15 +64,17 @@ _BY_STATUS: Mapping[int, type[FleetcastError]] = {
     **dict.fromkeys((401, 403), AccessDenied),
     **dict.fromkeys((422, 424, 507), ModelFailed),
     **dict.fromkeys((429, 503), Unavailable),
+    404: ModelNotFound,
     504: DeadlineExceeded,
 }
 
 
 def error_from_reply(status: int, error_type: str, reply: Any) -> FleetcastError:
-    """The exception for an error reply's decoded JSON: of the SageMaker dialect, `/v1/forecasts` or management."""
+    """The exception for an error reply's decoded JSON, whose shape is that of the dialect which was asked."""
     fields = reply if isinstance(reply, dict) else {}
-    detail = fields.get("error")
-    detail = detail if isinstance(detail, dict) else {}
+    said = fields.get("error")  # an object of `/v1/forecasts` and management, a sentence of the Open Inference Protocol
+    detail = said if isinstance(said, dict) else {"message": said}
+    error_type = error_type or str(fields.get("type", ""))  # of TorchServe and Multi Model Server
     code = str(detail.get("code", ""))
     status = int(fields.get("OriginalStatusCode", status))
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (ModelFailed if "OriginalStatusCode" in fields else None)

@@ -37,6 +37,7 @@ from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
+from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
 from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
 from server.supervisor.model_server_api.torchserve_metrics import CpuClock, HostFamilies, NamedFamilies
@@ -126,9 +127,10 @@ def management_app(supervisor: Supervisor) -> Starlette:
 
 def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
     """The management API of the archived server whose clients come here."""
-    if supervisor.settings.model_server_api == "torchserve":
-        return TorchServeApi(supervisor.registrations, supervisor.settings).list_routes()
-    return []
+    settings = supervisor.settings
+    if settings.model_server_api == "mms" or settings.container != "off":
+        return list_mms_routes(supervisor.multi_model_api)
+    return TorchServeApi(supervisor.registrations, settings).list_routes()
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:

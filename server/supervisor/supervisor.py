@@ -31,6 +31,7 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ManageModels,
     Ready,
     ReportOverrun,
     ScrapeMetrics,
@@ -44,6 +45,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
+from server.sagemaker_environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.access_control import App
@@ -57,6 +59,7 @@ from server.supervisor.host_files import (
     prepare_disk_cache,
 )
 from server.supervisor.management_calls import call_management
+from server.supervisor.model_server_api.mms import MultiModelApi
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.registrations.rollout import RegistrationRollout
@@ -104,6 +107,7 @@ class Supervisor:
         self.releases = ReleaseService(settings, ReleaseRollout(self.workers, self.fronts, self._pins))
         fleet = RegistrationRollout(self.workers, self.fronts, self._pins)
         self.registrations = RegistrationService(settings.store, fleet)
+        self.multi_model_api = MultiModelApi(self.registrations, settings)
         self._watch = StoreWatch(
             ResidentVersions(self.workers),
             self._metrics,
@@ -220,15 +224,23 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
-            case CallManagement():
-                if self.management is None:
-                    raise ControlError("the management API is not there yet; try again", Situation.NOT_READY)
-                return await call_management(self.management, operation)
+            case CallManagement() | ManageModels():
+                return await self._manage(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
             case _:
                 assert_never(operation)
+
+    async def _manage(self, operation: CallManagement | ManageModels) -> object:
+        """Answer a client of an archived server's management API that has come to a front."""
+        if isinstance(operation, CallManagement):
+            if self.management is None:
+                raise ControlError("the management API is not there yet; try again", Situation.NOT_READY)
+            return await call_management(self.management, operation)
+        if self.settings.container != MULTI_MODEL:
+            raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+        return await self.multi_model_api.answer(operation)
 
     async def _welcome(self, child: Child) -> None:
         """Tell a child that is up what it must know, and the fronts that it is there."""

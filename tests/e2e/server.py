@@ -236,9 +236,10 @@ def upload(s3: S3Server, bucket: str, models: Sequence[Model], prefix: str = "")
 
 
 @contextmanager
-def run_server(s3: S3Server, folder: Path, store: str, **settings: Any) -> Iterator[Server]:
+def run_server(s3: S3Server, folder: Path, store: str | None, **settings: Any) -> Iterator[Server]:
     """`fleetcast serve` in processes of its own, ready; its caches and home are below `folder`.
 
+    A setting of None is left to the server, or to the fleetcast.toml in `folder`, which is its working folder.
     Beside the settings, `http` is an httpx.Client that the test asks it by, where it has certificates of its own,
     `environment` has variables of the process (None removes one), and `output` is where the log goes instead of a file.
 

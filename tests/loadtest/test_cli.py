@@ -21,6 +21,7 @@ from loadtest.cli import app
 from loadtest.cli_groups import BENCHMARKS, DEMOS, CommandModule
 from loadtest.driver import run, run_result, summary
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule, Tick
+from loadtest.driver.request_bodies import RequestBody
 from loadtest.driver.run import RequestSource, RunPlan, ServerUnderLoad, climb_rates
 from loadtest.driver.run_result import Run
 from loadtest.driver.trace import read_trace
@@ -100,6 +101,30 @@ def test_a_server_that_runs(tmp_path: Path) -> None:
     assert re.search(r"miss +│ +3 ", found.stdout)
     assert "failed" not in found.stdout
     assert "/metrics" not in found.stdout
+
+
+@pytest.mark.e2e
+def test_other_servers_clients(tmp_path: Path) -> None:
+    """In the protocols of KServe and of TorchServe with versions, and as SageMaker's platform asks a container."""
+    make_fleet(str(tmp_path / "models"), 3)
+    (tmp_path / "names.txt").write_text("au/nowhere.mar\n")
+    (tmp_path / "body.json").write_text('{"inputs": []}')
+    short = ["--store", str(tmp_path / "models"), "--seconds", "0.5", "--warmup", "0"]
+    with run_local_server(str(tmp_path / "models"), ["--workers", "1"]) as server:
+        url = ["--url", server.inference, "--protocol"]
+        for given in (["v2", "--body", "binary"], ["torchserve", "--versions", "--management-url", server.management]):
+            found = CliRunner().invoke(app, ["run", *url, *given, *short])
+            assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.output
+            assert "failed" not in found.stdout
+            assert found.stdout.splitlines()[0].endswith(", by version" if "torchserve" in given else server.inference)
+        names = ["--names", str(tmp_path / "names.txt"), "--request", str(tmp_path / "body.json")]
+        found = CliRunner().invoke(app, ["run", *url, "v2", *short, *names])
+        said = " ".join(found.stdout.replace("│", " ").split())
+        assert "failed: status 404, no such model or version" in said
+        assert re.search(r"status 404 said .*au/nowhere\.mar", said), said
+    found = CliRunner().invoke(app, ["run", "--protocol", "container", *short, "--cache", "64MiB"])
+    assert "3 of them loaded into the container" in " ".join(found.stdout.split())
+    assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.output
 
 
 @pytest.fixture
@@ -207,6 +232,11 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
             ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],
             "is not asked for one forecast",
         ),
+        (["--store", ".", "--protocol", "v2", "--versions"], "--versions is for the protocol torchserve"),
+        (["--url", "http://127.0.0.1:1", "--store", ".", "--allow-code", "a"], "is of a server that is started"),
+        (["--store", ".", "--management-url", "http://127.0.0.1:1"], "--management-url is of the server at --url"),
+        (["--store", ".", "--protocol", "v2", "--body", "npy"], "no model of . can be asked"),
+        (["--store", ".", "--body", "binary"], "no model of . can be asked"),
         (["--store", ".", "--dialect", "esperanto"], "known dialects are sagemaker, forecasts, "),
     ],
 )
@@ -225,7 +255,7 @@ def test_flags_that_cannot_be(flags: list[str], why: str, tmp_path: Path, monkey
 
 def make_subject(peer: Peer, model: str) -> ServerUnderLoad:
     """A peer to be asked for one model."""
-    questions = RequestSource([model], 1, None, b"{}", 0).of(None, console)  # type: ignore[list-item]
+    questions = RequestSource([model], 1, None, RequestBody(b"{}"), 0).of(None, console)  # type: ignore[list-item]
     return ServerUnderLoad(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
 
 

@@ -11,6 +11,7 @@ from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorize
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront
+from server.ipc.operations import ManagementReply, ManageModels
 from server.settings import Settings
 
 _SIGV4 = b"AWS4-HMAC-SHA256"
@@ -34,6 +35,15 @@ class PermittedPlane(PlaneInFront):
         """The model's answer. Raises Refused(FORBIDDEN), and what the plane raises."""
         require(self._token, request.model)
         return await self._plane.infer(request)
+
+    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
+        """The supervisor's answer. Raises Refused(FORBIDDEN) for a token that does not manage all models."""
+        try:
+            self._token.require(Scope.MANAGE, None)
+            self._token.require_all_models(request.path[:80])
+        except Forbidden as error:
+            raise Refused(Situation.FORBIDDEN, str(error)) from None
+        return await super().manage(request, deadline)
 
 
 class Permissions:

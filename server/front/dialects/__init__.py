@@ -7,10 +7,25 @@ from collections.abc import Callable
 
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
+from server.front.dialects.multi_model_server import MultiModelServer
 from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
 from server.front.dialects.torchserve import TorchServe
 from server.front.exchange import Dialect
 from server.settings import Settings
 
-DIALECTS: tuple[Callable[[Settings], Dialect], ...] = (SageMaker, Forecasts, OpenInference, Health, TorchServe)
+MakeDialect = Callable[[Settings], Dialect]
+
+DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, OpenInference, Health, TorchServe)
+
+
+def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:
+    """The dialects of a listener with these settings.
+
+    Multi Model Server's stands in TorchServe's place where it is chosen, and in a container: there clients speak with
+    SageMaker's platform, and this with the container, so that SageMaker's own dialect would have no client.
+    """
+    others = tuple(dialect for dialect in DIALECTS if dialect is not TorchServe)
+    if settings.container != "off":
+        return (*(dialect for dialect in others if dialect is not SageMaker), MultiModelServer)
+    return (*others, MultiModelServer) if settings.model_server_api == "mms" else DIALECTS

@@ -13,10 +13,11 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 import structlog
 
-from model_store.errors import CodeFailed
+from model_store.errors import CodeFailed, CodeNoMemory
 from model_store.names import ModelName
 from server.worker.sandbox.child_output import ChildOutput
 from server.worker.sandbox.memory_use import measure_memory
@@ -62,11 +63,12 @@ class ChildProcess:
         pidfd: int,
         channel: socket.socket,
         output: int,
+        folder: Path,
         *,
         timeout_s: float,
         release: "Callable[[int], Future[None]]",
     ) -> None:
-        self.pid, self.loaded = pid, HandlerLoaded()
+        self.pid, self.folder, self.loaded = pid, folder, HandlerLoaded()
         self.charge = 0  #: bytes as measured last
         self.ended = ""  #: why it has ended; empty while it lives
         self._model, self._pidfd, self._channel, self._timeout_s = model, pidfd, channel, timeout_s
@@ -117,7 +119,8 @@ class ChildProcess:
             raise CodeFailed(f"{self._model}: its code could not be loaded: {error}") from error
         for message in messages:
             if isinstance(message, LoadFailed):
-                raise CodeFailed(f"{self._model}: its code could not be loaded: {message.message}")
+                failed = CodeNoMemory if message.no_memory else CodeFailed
+                raise failed(f"{self._model}: its code could not be loaded: {message.message}")
             if not isinstance(message, HandlerLoaded) or len(messages) > 1:
                 raise CodeFailed(f"{self._model}: its code could not be loaded: it answered before it was asked")
             self.loaded = message

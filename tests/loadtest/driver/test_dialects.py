@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from loadtest.driver.dialects import DIALECTS, encode_npy, find_call_fault, find_fault
+from loadtest.driver.dialects import DIALECTS, encode_npy, find_call_fault, find_fault, find_words
 from server.contract import JSON
 from tests.loadtest.peer import SOUND
 
@@ -75,6 +75,52 @@ def test_where_the_model_stands(dialect: str, line: str, header: str) -> None:
     assert lines[:2] == [line, "Host: host:1"]
     assert header in lines
     assert (lines[-1], body) == ("Content-Length: 2", "{}")
+
+
+def test_a_model_in_a_path_of_its_own() -> None:
+    """A container's name is one segment; a version follows where the protocol has a place for one."""
+    assert DIALECTS["container"].request("h", "au/a.mar", b"").startswith(b"POST /models/au%2Fa.mar/invoke HTTP/1.1")
+    assert (
+        DIALECTS["torchserve"].request("h", "au/a", b"", version="2/1").startswith(b"POST /predictions/au/a/2%2F1 HTTP")
+    )
+    assert (
+        DIALECTS["v2"].request("h", "au/a", b"", version="1").startswith(b"POST /v2/models/au/a/versions/1/infer HTTP")
+    )
+    with pytest.raises(ValueError, match="mms has no place for the version"):
+        DIALECTS["mms"].request("h", "a", b"", version="1")
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"positive", None),
+        (b'{"label": "positive", "score": 0.5}', None),
+        (b"", "empty"),
+        (b'{"predictions": [[1, 2.5]]}', None),
+        (b'{"predictions": [NaN]}', "not JSON"),
+        (b' {"model_name": "m", "outputs": []}', "no predictions"),
+    ],
+)
+def test_answers_of_code_may_be_anything(body: bytes, why: str | None) -> None:
+    """But predictions and tensors are looked into all the same."""
+    found = find_fault(body, free_form=True)
+    assert found is None if why is None else why in str(found)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"code": 404, "type": "ModelNotFoundException", "message": "Model not found: m"}', "Model not found: m"),
+        (b'{"error": "inputs[0]: no"}', "inputs[0]: no"),
+        (b'{"error": {"code": "x", "message": "no\\nmore"}}', "no more"),
+        (b"<html> \x1b[31m" + b"x" * 1000, "<html> ?[31m" + "x" * 188),
+        (b"", ""),
+        (b'{"predictions": 1}', ""),
+    ],
+)
+def test_the_words_of_an_error(body: bytes, words: str) -> None:
+    """In each protocol's shape; short, on one line, and nothing that a terminal acts on."""
+    assert find_words(body) == words
 
 
 def test_tensor_bodies() -> None:

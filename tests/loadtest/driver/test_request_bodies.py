@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import urllib3
 
-from loadtest.driver.dialects import BodyKind, encode_npy, find_fault
+from loadtest.driver.dialects import DIALECTS, BodyKind, encode_npy, find_fault
 from loadtest.driver.request_bodies import RequestBody, join_requests, make_request_body, read_request_bodies
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import run_local_server
@@ -84,7 +84,8 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
         found = read_request_bodies(source, names, kind, 0, lambda: steps.append(1))
         asked += [(str(name), each) for name, each in found.questions.items()]
         left_out[kind] = {str(name) for name in found.left_out}
-    assert len(steps) == 24
+    assert len(steps) == 30
+    assert left_out[BodyKind.BINARY] == {str(name) for name in names}
     assert left_out[None] == left_out[BodyKind.TENSOR] == {"broken.mar"}
     assert left_out[BodyKind.DEEPAR] == {"broken.mar", "plain.mar", "o.mar"}
     with run_local_server(str(tmp_path), ["--workers", "1"]) as server:
@@ -92,6 +93,13 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
             headers = {"X-Amzn-SageMaker-Target-Model": name, "Content-Type": each.content_type}
             reply = urllib3.request("POST", f"{server.inference}/invocations", body=each.body, headers=headers)
             assert (name, reply.status, find_fault(reply.data)) == (name, 200, None), reply.data[:300]
+        for kind in (None, BodyKind.TENSOR, BodyKind.BINARY):
+            found = read_request_bodies(source, names, kind, 0, lambda: None, DIALECTS["v2"])
+            assert {str(name) for name in found.left_out} == {"broken.mar"}
+            for name, each in found.questions.items():
+                url = f"{server.inference}/v2/models/{name}/infer"
+                reply = urllib3.request("POST", url, body=each.body, headers=dict(each.headers))
+                assert (name, reply.status, find_fault(reply.data)) == (name, 200, None), reply.data[:300]
 
 
 def test_the_same_seed_asks_the_same() -> None:

@@ -80,15 +80,15 @@ def test_a_swap_in_the_middle_of_a_read_is_followed(tmp_path: Path, monkeypatch:
     fill(tmp_path / "rev1", b"one")
     fill(tmp_path / "rev2", b"two")
     (tmp_path / "current").symlink_to("rev1")
-    opened = folder_store._open_beneath
+    opened = folder_store.open_beneath
 
     def swap_first(*where: object) -> int:
-        monkeypatch.setattr(folder_store, "_open_beneath", opened)
+        monkeypatch.setattr(folder_store, "open_beneath", opened)
         swap(tmp_path / "current", "rev2")
         shutil.rmtree(tmp_path / "rev1")
         return opened(*where)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(folder_store, "_open_beneath", swap_first)
+    monkeypatch.setattr(folder_store, "open_beneath", swap_first)
     assert read(open_source(str(tmp_path / "current")), A) == b"two"
 
 
@@ -148,15 +148,15 @@ def test_a_link_put_in_the_way_is_not_followed(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "b.mar").write_bytes(b"secret")
     fill(tmp_path / "models", b"fine")
-    opened = folder_store._open_beneath
+    opened = folder_store.open_beneath
 
     def replace_first(*where: object) -> int:
         shutil.rmtree(tmp_path / "models" / "au")
         (tmp_path / "models" / "au").symlink_to(tmp_path / "private")
-        monkeypatch.setattr(folder_store, "_open_beneath", opened)
+        monkeypatch.setattr(folder_store, "open_beneath", opened)
         return opened(*where)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(folder_store, "_open_beneath", replace_first)
+    monkeypatch.setattr(folder_store, "open_beneath", replace_first)
     with pytest.raises(StoreDenied, match=r"leaves .* by a symbolic link"):
         open_source(str(tmp_path / "models")).get(B)
 
@@ -219,7 +219,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(folder_store, "_open_beneath", refuse)
+    monkeypatch.setattr(folder_store, "open_beneath", refuse)
     with pytest.raises(StoreDenied, match="Permission denied; let the server's user read it"):
         open_source(str(tmp_path)).get(A)
 

@@ -323,6 +323,12 @@ def test_serve_and_invoke(desk: Path) -> None:
         assert answered.exit_code == 0, answered.stderr
         assert len(json.loads(answered.stdout)["predictions"][0]["mean"]) == 24
         assert "x-fleetcast-cache: miss" in answered.stderr
+        mean = json.loads(answered.stdout)["predictions"][0]["mean"]
+        called = run("invoke", name, "--url", url, "--body", "request.json", "--protocol", "forecasts")
+        assert json.loads(called.stdout)["predictions"][0]["mean"] == mean
+        (desk / "v2.json").write_text('{"inputs": []}')
+        refused = run("invoke", name, "--url", url, "--body", "v2.json", "--protocol", "v2")
+        assert (refused.exit_code, refused.stderr[:19]) == (1, "error: status 400: "), refused.stderr
         unknown = run("invoke", "nix.mar", "--url", url, "--body", "request.json")
         assert (unknown.exit_code, unknown.stderr.partition("nix")[0]) == (1, "error: ValidationError: ")
         assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()

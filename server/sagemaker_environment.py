@@ -1,0 +1,84 @@
+"""What SageMaker tells a container by its environment, as settings. Pure.
+
+Flags, the variables of Fleetcast and its file win over these; see `server.settings`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from server.contract import MIB
+
+MULTI_MODEL_FOLDER, SINGLE_MODEL_FOLDER = Path("/opt/ml/models"), Path("/opt/ml/model")
+MULTI_MODEL, SINGLE_MODEL = "multi-model", "single-model"
+ONLY_MODEL = "model"  #: what the archive of a single-model container is called
+MAX_PAYLOAD_MIB = 100  #: of batch transform, where 0 means as much as there is
+_LOG_LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "error"}
+_SECONDS = {"SAGEMAKER_MODEL_SERVER_TIMEOUT": ("request_timeout_s", "code_timeout_s")}
+
+
+def read_sagemaker_environment(
+    variables: Mapping[str, str], chosen: Mapping[str, Any], *, has_model: bool
+) -> dict[str, Any]:
+    """The settings that SageMaker's variables ask for; empty outside a container of SageMaker's.
+
+    `chosen`: what is set already. `has_model`: whether SINGLE_MODEL_FOLDER is there. It is a container of SageMaker's
+    where `container` says so, or where no store is chosen and SageMaker shows itself.
+    """
+    container = chosen.get("container") or _find_container(variables, chosen, has_model=has_model)
+    if container not in (MULTI_MODEL, SINGLE_MODEL):
+        return {}
+    folder = MULTI_MODEL_FOLDER if container == MULTI_MODEL else SINGLE_MODEL_FOLDER
+    found: dict[str, Any] = {
+        "container": container,
+        "store": str(folder),
+        "disk_cache_bytes": 0,  # the store is a folder of this host
+        "revalidate_s": 0.001,  # which is looked at for each load: what has this name may be another model by then
+        "default_workers_per_model": 1,
+        "watch_store": "off",  # SageMaker says what is loaded and when
+        **_choose_ports(variables),
+    }
+    if container == SINGLE_MODEL:
+        found["pin"] = [ONLY_MODEL]  # so that it is loaded at the start
+    payload = variables.get("SAGEMAKER_MAX_PAYLOAD_IN_MB", "")
+    if payload.isdigit():
+        found["max_body_bytes"] = (int(payload) or MAX_PAYLOAD_MIB) * MIB
+    for name, settings in _SECONDS.items():
+        if variables.get(name, "").isdigit() and int(variables[name]):
+            found |= dict.fromkeys(settings, float(variables[name]))
+    level = _LOG_LEVELS.get(variables.get("SAGEMAKER_CONTAINER_LOG_LEVEL", ""))
+    return found | ({"log_level": level} if level else {})
+
+
+def describe_transform(variables: Mapping[str, str], max_body_bytes: int, at_once: int) -> dict[str, Any]:
+    """What `/execution-parameters` answers: how a batch transform should send its records.
+
+    `at_once`: requests that are worth sending at the same time. Lines of JSON and CSV may share a request.
+    """
+    asked = variables.get("SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", "")
+    strategy = variables.get("SAGEMAKER_BATCH_STRATEGY", "").upper().replace("-", "_")
+    return {
+        "MaxConcurrentTransforms": int(asked) if asked.isdigit() and int(asked) else at_once,
+        "BatchStrategy": strategy if strategy in ("SINGLE_RECORD", "MULTI_RECORD") else "MULTI_RECORD",
+        "MaxPayloadInMB": max(1, min(MAX_PAYLOAD_MIB, max_body_bytes // MIB)),
+    }
+
+
+def _find_container(variables: Mapping[str, str], chosen: Mapping[str, Any], *, has_model: bool) -> str:
+    if "store" in chosen:
+        return ""
+    if variables.get("SAGEMAKER_MULTI_MODEL", "").lower() == "true":
+        return MULTI_MODEL
+    return SINGLE_MODEL if has_model else ""
+
+
+def _choose_ports(variables: Mapping[str, str]) -> dict[str, int]:
+    """The one port that SageMaker names. Management and metrics then take two that it leaves free, or any."""
+    port = variables.get("SAGEMAKER_BIND_TO_PORT", "")
+    if not port.isdigit():
+        return {}
+    first, _, last = variables.get("SAGEMAKER_SAFE_PORT_RANGE", "").partition("-")
+    free = range(int(first), int(last) + 1) if first.isdigit() and last.isdigit() else range(0)
+    others = [each for each in free[:3] if each != int(port)]
+    management, metrics = others[:2] if len(others) > 1 else (0, 0)
+    return {"inference_port": int(port), "management_port": management, "metrics_port": metrics}
