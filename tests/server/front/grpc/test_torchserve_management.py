@@ -8,8 +8,6 @@ from server.errors import Refused
 from server.front.grpc.messages import find_message
 from server.front.grpc.torchserve_management import REST_CALLS, RestCall, read_error, read_message
 
-CUSTOMIZED = {"customized": "true"}
-
 
 def make_message(method: str, **fields: Any) -> Any:
     """The message of a method."""
