@@ -19,14 +19,12 @@ from server.access.tls import CLIENT_NAME
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.auth.permissions import open_permissions
-from server.front.backlog import Bounds
 from server.front.content_coding import find_coding, unpack
-from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
+from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
-from server.front.handler_calls import open_code_calls
+from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
-from server.front.torchserve_metrics import RegisteredFamilies
 from server.front.worker_client import WorkerLost
 from server.http_listener import BODY_FOLLOWS, CLOSE, REASON
 from server.metrics import AnswerSeries, FrontMetrics
@@ -56,9 +54,7 @@ class App:
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[MakeDialect] | None = None
     ) -> None:
-        bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
-        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
-        metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
+        self.plane = open_plane(settings, metrics)
         self.releases = Releases(metrics)
         self._settings = settings
         self._metrics = metrics

@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from model_store.names import parse_model_name
 from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
@@ -31,6 +32,8 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ListKnownModels,
+    LoadForClient,
     ManageModels,
     Ready,
     ReportOverrun,
@@ -40,6 +43,7 @@ from server.ipc.operations import (
     SetReleases,
     TakeAccessLog,
     TrySuspect,
+    UnloadForClient,
     WorkerAssignment,
 )
 from server.ipc.pulse import SUFFIX, PulseReader
@@ -226,6 +230,8 @@ class Supervisor:
                 return None
             case CallManagement() | ManageModels():
                 return await self._manage(operation)
+            case ListKnownModels() | LoadForClient() | UnloadForClient():
+                return await self._serve_client(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
@@ -241,6 +247,19 @@ class Supervisor:
         if self.settings.container != MULTI_MODEL:
             raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
         return await self.multi_model_api.answer(operation)
+
+    async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:
+        """What a front's client may ask of the fleet."""
+        match operation:
+            case ListKnownModels(prefix, after, limit):
+                return await self.operations.list_known(prefix, after, limit)
+            case LoadForClient(model):
+                return (await self.operations.load(parse_model_name(model)))["version"]
+            case UnloadForClient(model):
+                await self.operations.unload(parse_model_name(model))
+                return ""
+            case _:
+                assert_never(operation)
 
     async def _welcome(self, child: Child) -> None:
         """Tell a child that is up what it must know, and the fronts that it is there."""

@@ -11,25 +11,41 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
+import structlog
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.content_coding import choose_coding, pack
-from server.front.dataplane import InferencePlane, InferRequest
+from server.front.dataplane import InferencePlane, InferRequest, InferStats
+from server.front.dialects.open_inference_models import (
+    MOST_LISTED,
+    PLATFORM,
+    VERSION,
+    make_config,
+    make_statistics,
+)
+from server.front.dialects.open_inference_repository import control_model, list_index
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.sdk import __version__
 from server.settings import Settings
 
-VERSION = "1"  #: of every model; what is served is said by X-Fleetcast-Model-Version
-EXTENSIONS = ("binary_tensor_data", "classification", "parameters")
-NO_BODY = 64 * 1024  #: most bytes of a body that is not read
+__all__ = ["EXTENSIONS", "STATUS", "VERSION", "ModelOperation", "OpenInference"]
+
+EXTENSIONS = (
+    "binary_tensor_data", "classification", "parameters", "statistics", "model_configuration", "model_repository"
+)  # fmt: skip
+SMALL_BODY = 64 * 1024  #: most bytes of a body that asks for no inference
 _JSON_BYTES = raw_header("Inference-Header-Content-Length")
 _TARGETS = (b"target-model", raw_header(contract.HEADER_TARGET_MODEL))  #: headers that name a model
 _MODELS_PATH = "/v2/models/"
-_VERBS = ("ready", "infer")
+_REPOSITORY_PATH = "/v2/repository/models/"
+_VERBS = ("ready", "infer", "config", "stats")
+
+log = structlog.get_logger()
 
 #: Clients retry nothing by themselves, so each status is the one that HTTP has for it.
 STATUS: Mapping[Situation, int] = {
@@ -73,11 +89,13 @@ class _Tensors(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
+_SMALL = Limit(SMALL_BODY, "what this path allows")
 _SERVER, _LIVE, _READY = (
     DialectOperation("server", None),
     DialectOperation("live", None),
     DialectOperation("ready", None),
 )
+_STATS, _INDEX = DialectOperation("all stats", _SMALL), DialectOperation("index", _SMALL)
 
 
 class _Parameters(msgspec.Struct, frozen=True):
@@ -90,7 +108,11 @@ class _Head(msgspec.Struct):
     parameters: _Parameters = _Parameters()
 
 
-_OPEN = {"/v2": _SERVER, "/v2/health/live": _LIVE, "/v2/health/ready": _READY}
+_FIXED = {
+    "/v2": _SERVER, "/v2/health/live": _LIVE, "/v2/health/ready": _READY, "/v2/models/stats": _STATS,
+    "/v2/repository/index": _INDEX,
+}  # fmt: skip
+_POSTED = ("infer", "index", "load", "unload")
 _decode_timeout = msgspec.json.Decoder(_Head).decode
 _decode_tensors = msgspec.json.Decoder(_Tensors).decode
 
@@ -111,36 +133,37 @@ class OpenInference:
         del query
         if not path.startswith("/v2/") and path != "/v2":
             return None
-        operation = _OPEN.get(path)
+        operation = _FIXED.get(path)
         if operation is None:
             model, version, verb = _split_path(path)
-            limit = self._limit if verb == "infer" else Limit(NO_BODY, "what this path allows")
-            operation = ModelOperation(verb, limit, model, version)
-        expected = "POST" if operation.name == "infer" else "GET"
+            operation = ModelOperation(verb, self._limit if verb == "infer" else _SMALL, model, version)
+        expected = "POST" if operation.name in _POSTED else "GET"
         if method != expected:
             raise Refused(Situation.BAD_METHOD, f"{path[:200]} is asked by {expected}, not {method}")
         return operation
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """Tensors for tensors, or what is known of the server or a model."""
+        if operation is _STATS:
+            asked = ListKnownModels("", "", MOST_LISTED)
+            return _reply_json(make_statistics(await plane.list_known(asked, request.deadline)))
+        if operation is _INDEX:
+            return _reply_json(await list_index(request, plane))
         if not isinstance(operation, ModelOperation):
             return self._describe_server(operation, plane)
         model = _parse_name(operation, request)
-        if operation.name == "infer":
-            return await _infer(request, model, plane)
-        response = await plane.infer(_make_request(request, model, contract.OPEN_INFERENCE_DESCRIBE))
-        if operation.name == "ready":
-            return HttpReply(200, "text/plain", b"", [], response.stats)
-        tensors = _decode_tensors(await response.read())
-        body = {
-            "name": model,
-            "versions": [VERSION],
-            "platform": "fleetcast",
-            "inputs": tensors.inputs,
-            "outputs": tensors.outputs,
-            **({"parameters": tensors.parameters} if tensors.parameters else {}),
-        }
-        return HttpReply(200, contract.JSON, msgspec.json.encode(body), [], response.stats)
+        try:
+            if operation.name == "infer":
+                return await _infer(request, model, plane)
+            if operation.name in ("load", "unload"):
+                return await _control(operation.name, model, request, plane)
+            return await _describe(operation.name, model, request, plane)
+        except Refused as why:
+            if why.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
+                why.detail = msgspec.structs.replace(
+                    why.detail, message=f"{why.detail.message}; names that are like it: {', '.join(near)}"
+                )
+            raise
 
     def _describe_server(self, operation: DialectOperation, plane: InferencePlane) -> HttpReply:
         """Probes are not counted, and no worker is asked."""
@@ -163,12 +186,60 @@ class OpenInference:
         return HttpReply(STATUS[why.situation], contract.JSON, msgspec.json.encode({"error": message}), headers)
 
 
+def _reply_json(value: object, stats: InferStats | None = None) -> HttpReply:
+    return HttpReply(200, contract.JSON, msgspec.json.encode(value), [], stats)
+
+
+async def _describe(verb: str, model: ModelName, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+    """What a model says of itself, for which it is loaded where it is not."""
+    if verb == "stats":
+        known = await plane.list_known(ListKnownModels(model, "", 1), request.deadline)
+        if known and known[0].model == model and known[0].state != "unavailable":
+            return _reply_json(make_statistics(known))
+    response = await plane.infer(_make_request(request, model, contract.OPEN_INFERENCE_DESCRIBE))
+    if verb == "ready":
+        return HttpReply(200, "text/plain", b"", [], response.stats)
+    if verb == "stats":
+        return _reply_json(make_statistics([KnownModel(model, "ready")]), response.stats)
+    tensors = _decode_tensors(await response.read())
+    if verb == "config":
+        return _reply_json(make_config(model, tensors.inputs, tensors.outputs), response.stats)
+    body = {
+        "name": model,
+        "versions": [VERSION],
+        "platform": PLATFORM,
+        "inputs": tensors.inputs,
+        "outputs": tensors.outputs,
+        **({"parameters": tensors.parameters} if tensors.parameters else {}),
+    }
+    return _reply_json(body, response.stats)
+
+
+async def _control(verb: str, model: ModelName, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+    """Load or unload a model, which is logged as on the management listener, whatever becomes of it."""
+    status = 500
+    try:
+        await control_model(verb, model, request, plane)
+        status = 200
+    except Refused as why:
+        status = STATUS[why.situation]
+        raise
+    finally:
+        log.info("management_call", token=request.client or "-", verb=verb, model=model, status=status)
+    return HttpReply(200, contract.JSON, b"")
+
+
 def _split_path(path: str) -> tuple[str, str, str]:
     """The model, its version and what is asked of it. Raises Refused for a path that names no model."""
+    if path.startswith(_REPOSITORY_PATH):
+        model, _, verb = path.removeprefix(_REPOSITORY_PATH).rpartition("/")
+        if model and verb in ("load", "unload"):
+            return model, VERSION, verb
     model = path.removeprefix(_MODELS_PATH)
     if model == path or not model:
-        message = f"no such path: {path[:200]}; there are /v2, /v2/health/live, /v2/health/ready, /v2/models/MODEL"
-        raise Refused(Situation.NO_ROUTE, f"{message}, and below it /ready and /infer")
+        message = f"no such path: {path[:200]}; there are /v2, /v2/health/live, /v2/health/ready, /v2/repository/index"
+        below = "/v2/repository/models/MODEL/load and /unload, /v2/models/stats"
+        raise Refused(Situation.NO_ROUTE, f"{message}, {below}, /v2/models/MODEL, and below it {', '.join(_VERBS)}")
     verb = "metadata"
     before, _, last = model.rpartition("/")
     if before and last in _VERBS:

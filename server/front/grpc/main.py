@@ -12,18 +12,15 @@ from itertools import chain
 import structlog
 import uvloop
 
-from server.front.backlog import Bounds
-from server.front.dataplane import DataPlane
 from server.front.grpc import open_inference, torchserve, torchserve_management
 from server.front.grpc.calls import Calls, Method
 from server.front.grpc.health import HealthService
 from server.front.grpc.listener import GrpcListener, GrpcListeners
 from server.front.grpc.open_inference import OpenInferenceService
 from server.front.grpc.torchserve_management import TorchServeManagement
-from server.front.handler_calls import open_code_calls
 from server.front.main import ORPHAN_S, Front
+from server.front.plane_settings import open_plane
 from server.front.releases import Releases
-from server.front.torchserve_metrics import RegisteredFamilies
 from server.ipc.control import ChildChannel, ControlChannel
 from server.ipc.operations import AskedOfFront, JoinAsFront
 from server.logs import configure_logs
@@ -38,10 +35,8 @@ class GrpcApp:
 
     def __init__(self, settings: Settings, metrics: FrontMetrics, channel: ControlChannel | None = None) -> None:
         """`channel`: to the supervisor; None: in tests. Raises ValueError for a file of tokens that is wrong."""
-        bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
-        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
-        self.plane.suspects.channel = channel
-        metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
+        self.plane = open_plane(settings, metrics)
+        self.plane.suspects.channel = self.plane.supervisor = channel
         self.releases = Releases(metrics)
         self._settings, self._metrics, self._channel = settings, metrics, channel
 

@@ -329,3 +329,31 @@ def test_an_open_axis_may_be_empty_or_deduced() -> None:
     signature = Signature({"x": (-1,)}, {"y": (-1,)})
     assert make_request({"name": "x", "shape": [1, 0], "data": []}, signature=signature).feeds["x"].shape == (1, 0)
     assert read_request(bytes(12), f"{INFER};json=0", signature).feeds["x"].shape == (1, 3)
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(
+    st.sampled_from(sorted(VALUES)),
+    st.sampled_from([(2,), (-1,), (), (0,), (-1, 2)]),
+    JSON_VALUES,
+    st.binary(max_size=40),
+)
+def test_no_values_raise_anything_else(datatype: str, shape: tuple[int, ...], data: Any, packed: bytes) -> None:
+    """Of any datatype and shape: a RequestError, or an array of that shape."""
+    signature = Signature({"x": shape}, {}, {"x": datatype})
+    sent = [abs(length) for length in shape]
+    binary = {"parameters": {"binary_data_size": len(packed)}}
+    for more, behind in (({"data": data}, b""), (binary, packed)):
+        with suppress(RequestError):
+            call = make_request(
+                {"name": "x", "shape": sent, "datatype": datatype, **more}, signature=signature, behind=behind
+            )
+            assert call.feeds["x"].shape == (1, *sent)
+    with suppress(RequestError):
+        read_request(packed, f"{INFER};json=0", signature)
