@@ -1,12 +1,14 @@
 """The Open Inference Protocol over gRPC, asked by unmodified clients (tritonclient, grpcio) of a real server."""
 
 import asyncio
+import json
 import os
 import queue
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import pytest
 import tritonclient.grpc as triton
 import tritonclient.grpc.aio as triton_aio
+from google.protobuf.json_format import ParseDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from onnx import TensorProto, helper
@@ -24,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 from handlers.base import Float32
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import Kind
+from server.front.grpc.messages import POOL, find_message
 from tests.e2e.models import ABSOLUTE, RELATIVE, Model, onnx_model, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
@@ -101,8 +105,8 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     for name, datatypes in TYPED.items():
         s3.put(bucket, name, pack_types(datatypes))
     s3.put(bucket, "au/NSW1.mar", pack_recorded())
-    settings = {"model_cache_bytes": "64MiB", "grpc_port": 0, "max_body_bytes": LIMIT, "worker_timeout_s": 60}
-    with run_server(s3, folder, f"s3://{bucket}", **settings) as server:
+    settings = {"grpc_port": 0, "max_body_bytes": LIMIT, "worker_timeout_s": 60, "repository_control": "on"}
+    with run_server(s3, folder, f"s3://{bucket}", model_cache_bytes="64MiB", **settings) as server:
         yield server
 
 
@@ -186,6 +190,7 @@ def test_every_datatype_comes_back(client: Any, model: str) -> None:
     ("change", "status", "said"),
     [
         ({"model_name": "none"}, "NOT_FOUND", "none"),
+        ({"model_name": "plain", "headers": {"target-model": "other"}}, "NOT_FOUND", "other"),
         ({"model_version": "9"}, "NOT_FOUND", "no version '9'"),
         ({"outputs": [triton.InferRequestedOutput("z")]}, "INVALID_ARGUMENT", "outputs[0].name: the output 'z'"),
         ({"model_name": "../x"}, "INVALID_ARGUMENT", "segment '..'"),
@@ -201,6 +206,18 @@ def test_mistakes_are_explained(client: Any, change: dict[str, Any], status: str
         client.infer(**{**asked, **change})
     assert caught.value.status() == f"StatusCode.{status}"
     assert said in caught.value.message()
+
+
+def test_an_unknown_model_is_answered_with_names_like_it(client: Any) -> None:
+    """Of those that answered here before."""
+    client.infer("plain", [make_input(make_rows(MODELS["plain"], 1))])
+
+    def ask() -> bool:
+        with pytest.raises(InferenceServerException) as caught:
+            client.infer("plain.mar", [make_input(make_rows(MODELS["plain"], 1))])
+        return "names that are like it: plain" in caught.value.message()
+
+    wait_until(ask, "a look for names, which are not made for every request")
 
 
 def test_a_hundred_at_once(house: Server, client: Any) -> None:
@@ -256,6 +273,39 @@ def test_the_asynchronous_client(house: Server) -> None:
             check_rows(model, x, answer.as_numpy("predictions"))
 
     asyncio.run(ask())
+
+
+def test_the_repository(client: Any) -> None:
+    """Models are loaded, listed, counted and unloaded by name."""
+    client.load_model("au/2.mar")
+    before = client.get_inference_statistics("au/2.mar").model_stats[0].inference_count
+    x = make_rows(MODELS["au/2.mar"], 1)
+    for _ in range(3):
+        client.infer("au/2.mar", [make_input(x)])
+    (statistics,) = client.get_inference_statistics("au/2.mar").model_stats
+    assert (statistics.name, statistics.version, statistics.inference_count) == ("au/2.mar", "1", before + 3)
+    assert statistics.inference_stats.success.count == before + 3
+    assert statistics.inference_stats.compute_infer.ns > 0
+    assert "au/2.mar" in {each.name for each in client.get_inference_statistics().model_stats}
+    states = {each.name: each.state for each in client.get_model_repository_index().models}
+    assert states["au/2.mar"] == "READY"
+    client.unload_model("au/2.mar")
+    assert "au/2.mar" not in {each.name for each in client.get_model_repository_index().models}
+
+
+def refuse(client: Any, method: str, *arguments: Any, **more: Any) -> str:
+    """The status that a client's method is refused with."""
+    with pytest.raises(InferenceServerException) as caught:
+        getattr(client, method)(*arguments, **more)
+    status: str = caught.value.status()
+    return status.removeprefix("StatusCode.")
+
+
+def test_what_the_repository_refuses(client: Any) -> None:
+    """A model that is not there, and a configuration that an archive cannot follow."""
+    assert refuse(client, "load_model", "au/none.mar") == "NOT_FOUND"
+    assert refuse(client, "get_inference_statistics", "au/none.mar") == "NOT_FOUND"
+    assert refuse(client, "load_model", "au/2.mar", config="{}") == "INVALID_ARGUMENT"
 
 
 def test_health_and_reflection(house: Server) -> None:
@@ -350,3 +400,64 @@ def test_a_front_that_dies_is_started_again(house: Server, client: Any) -> None:
 
     wait_until(is_answered, "the next front answers")
     assert house.total("fleetcast_inference_requests_total", **labels) == before + 1
+
+
+RECORDING = Path(__file__).parent.parent / "golden" / "triton_grpc.jsonl"
+WHY = "the recorded server was told to refuse; the statuses are proved by tests of the front"
+#: What is answered otherwise than recorded: the status here, or None where only the texts differ; and why.
+DIFFERENT: Mapping[str, tuple[str | None, str]] = {
+    "is_model_ready(version='2')": ("NOT_FOUND", "every model has the version 1"),
+    "get_server_metadata": (None, "the recorded server said only some of its extensions, and another version"),
+    "get_model_metadata": (None, "the recorded server knew no tensors"),
+    "get_model_config": (None, "the recorded server knew none"),
+    "get_inference_statistics": (None, "the recorded server counted nothing"),
+    "get_model_repository_index": (None, "the recorded server knew one model"),
+    "infer BYTES": ("INVALID_ARGUMENT", "this archive has no input `body`; the recorded server read none"),
+    "infer, status NOT_FOUND": (None, WHY),
+    "infer, status UNAVAILABLE": (None, WHY),
+    "infer, status RESOURCE_EXHAUSTED": (None, WHY),
+    "infer, status INVALID_ARGUMENT": (None, WHY),
+}
+
+
+def read_recording() -> list[dict[str, Any]]:
+    """What tritonclient 2.73 sent, in its order."""
+    return [json.loads(line) for line in RECORDING.read_text().splitlines()]
+
+
+def send_again(channel: grpc.Channel, recorded: Mapping[str, Any]) -> tuple[str, Any]:
+    """The status and the answer to a recorded message."""
+    name = recorded["method"].rpartition("/")[2]
+    request = ParseDict(recorded["request"], find_message(f"inference.{name}Request")(), descriptor_pool=POOL)
+    call = channel.unary_unary(recorded["method"], _serialize, find_message(f"inference.{name}Response").FromString)
+    try:
+        return "OK", call(request, metadata=tuple(recorded["metadata"].items()))
+    except grpc.RpcError as error:
+        return error.code().name, None
+
+
+def _serialize(message: Any) -> bytes:
+    raw: bytes = message.SerializeToString()
+    return raw
+
+
+def say_as_recorded(answer: Any) -> str:
+    """What the client made of such an answer."""
+    fields = answer.DESCRIPTOR.fields_by_name
+    if "raw_output_contents" in fields:
+        (raw,), (output,) = answer.raw_output_contents, answer.outputs
+        return str(np.frombuffer(raw, "<f4").reshape(output.shape))
+    said = [getattr(answer, name) for name in ("live", "ready") if name in fields]
+    return str(said[0]) if said else str(None) if not fields else str(answer)
+
+
+def test_the_recording(house: Server) -> None:
+    """Each message of the recording is answered as recorded, or as the table says; it names nothing else."""
+    with grpc.insecure_channel(house.grpc) as channel:
+        found = {each["call"]: (each, *send_again(channel, each)) for each in read_recording()}
+    assert set(DIFFERENT) <= set(found)
+    for name, (recorded, status, answer) in found.items():
+        wanted, _ = DIFFERENT.get(name, (None, ""))
+        assert status == (wanted or "OK"), name
+        is_alike = answer is not None and say_as_recorded(answer) == recorded["client_result"]
+        assert is_alike == (name not in DIFFERENT), name

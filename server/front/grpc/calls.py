@@ -39,6 +39,7 @@ PROTOCOL = "grpc"  #: the metrics' label, of the Open Inference Protocol
 OK = 200
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # not in the stubs
 STOPPING = "the server is stopping; try again"
+LATE = "the answer was ready after the deadline"
 SERVER_FAILED = "the server failed; its log says why"
 _REQUEST_ID, _TIMEOUT_MS = raw_header(contract.HEADER_REQUEST_ID), raw_header(contract.HEADER_TIMEOUT_MS)
 _SUBJECT_ALTERNATIVES = (("peer_email", "email"), ("peer_uri", "URI"), ("peer_dns", "DNS"))
@@ -180,7 +181,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
             del reply
             context.set_trailing_metadata(tuple(_list_trailers(call, call.stats)))
             if not method.is_open and time.monotonic() > call.deadline:
-                raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
+                raise Refused(Situation.DEADLINE, LATE)
             self._count(method, OK, call)
             await self._send(context, raw)
         elif method.stream is not None:

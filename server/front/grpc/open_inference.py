@@ -11,15 +11,19 @@ from typing import Any
 
 import msgspec
 import structlog
+from google.protobuf.json_format import ParseDict
 
-from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.names import ModelName
 from server import contract
 from server.errors import Refused, Situation
 from server.front.app import CLIENT_GONE
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
-from server.front.dialects.open_inference import EXTENSIONS, STATUS, VERSION
-from server.front.grpc.calls import OK, SERVER_FAILED, Call, Method, Send
-from server.front.grpc.messages import find_message
+from server.front.dataplane import InferencePlane
+from server.front.dialects.open_inference import EXTENSIONS, STATUS
+from server.front.dialects.open_inference_models import PLATFORM, VERSION, make_config
+from server.front.grpc.calls import LATE, OK, SERVER_FAILED, Call, Method, Send
+from server.front.grpc.messages import POOL, find_message
+from server.front.grpc.models import ask_model, parse_name
+from server.front.grpc.repository import list_repository_methods
 from server.front.grpc.statuses import describe_refusal
 from server.front.grpc.streams import answer_all
 from server.front.grpc.tensors import read_answer, write_body
@@ -28,12 +32,9 @@ from server.sdk import __version__
 from server.settings import Settings
 
 SERVICE = "inference.GRPCInferenceService"
-PLATFORM = "fleetcast"
 MAX_SHOWN = 200  #: characters of a client's name for a model in an answer that is an error
-MOST_ROWS = 1024  #: of one request, as `handlers.codecs.open_inference` has it
 _MICROSECONDS = 1e-6
 _FINAL = "triton_final_response"  #: the parameter of a stream's answer by which clients see that no part follows
-_STRING = "TYPE_STRING"  #: what a model's configuration calls BYTES
 
 log = structlog.get_logger()
 
@@ -71,11 +72,12 @@ class OpenInferenceService:
             ("ModelReady", self._is_model_ready),
             ("ModelMetadata", self._describe_model),
             ("ModelConfig", self._configure_model),
-            ("ModelInfer", self._infer),
+            ("ModelInfer", _infer),
         )
         return [
             *(Method(_path(name), _request(name), answer, is_open=True) for name, answer in probes),
             *(Method(_path(name), _request(name), answer) for name, answer in asked),
+            *list_repository_methods(SERVICE),
             Method(_path("ModelStreamInfer"), _request("ModelInfer"), stream=self._infer_all),
         ]
 
@@ -102,7 +104,7 @@ class OpenInferenceService:
 
     async def _is_model_ready(self, request: Any, call: Call) -> Any:
         """A model is ready when it answers; one that cannot be had is not, and that is no error, as in Triton."""
-        model = _parse_name(request.name, request.version)
+        model = parse_name(request.name, request.version, call)
         try:
             await self._ask_tensors(model, call)
         except Refused as refused:
@@ -112,38 +114,23 @@ class OpenInferenceService:
         return _ModelReady(ready=True)
 
     async def _describe_model(self, request: Any, call: Call) -> Any:
-        model = _parse_name(request.name, request.version)
+        model = parse_name(request.name, request.version, call)
         tensors = await self._ask_tensors(model, call)
         return _ModelMetadata(
             name=model, versions=[VERSION], platform=PLATFORM, inputs=tensors.inputs, outputs=tensors.outputs
         )
 
     async def _configure_model(self, request: Any, call: Call) -> Any:
-        model = _parse_name(request.name, request.version)
+        model = parse_name(request.name, request.version, call)
         tensors = await self._ask_tensors(model, call)
-        known = {"name": model, "platform": PLATFORM, "backend": PLATFORM, "max_batch_size": MOST_ROWS}
-        reply = _ModelConfig(config=known)
-        config = reply.config
-        for described, into in ((tensors.inputs, config.input), (tensors.outputs, config.output)):
-            for tensor in described:
-                kind = tensor["datatype"]
-                data_type = _STRING if kind == "BYTES" else f"TYPE_{kind}"
-                into.add(name=tensor["name"], data_type=data_type, dims=tensor["shape"][1:])
-        return reply
+        config = make_config(model, tensors.inputs, tensors.outputs)
+        return ParseDict({"config": config}, _ModelConfig(), ignore_unknown_fields=True, descriptor_pool=POOL)
 
     async def _ask_tensors(self, model: ModelName, call: Call) -> _Tensors:
-        request = _make_request(model, b"", contract.OPEN_INFERENCE_DESCRIBE, call.deadline, call)
-        response = await call.plane.infer(request)
-        call.stats = response.stats
+        response = await ask_model(model, b"", contract.OPEN_INFERENCE_DESCRIBE, call.deadline, call)
         return _decode_tensors(await response.read())
 
     # --- inference --------------------------------------------------------------------------------------------------
-
-    async def _infer(self, request: Any, call: Call) -> Any:
-        wanted = _read_request(request, call)
-        del request  # its bytes are in the body
-        call.deadline = wanted.deadline
-        return await _ask(wanted, call)
 
     async def _infer_all(self, requests: AsyncIterator[Any], send: Send, call: Call) -> None:
         """Answer each message of a stream, in their order, some of them side by side.
@@ -157,9 +144,9 @@ async def _answer_one(call: Call, request: Any) -> bytes:
     """The answer to one message of a stream, whatever happens; it is counted as a request."""
     started, ident, model, status = time.monotonic(), request.id, request.model_name, CLIENT_GONE
     try:
-        wanted = _read_request(request, call)
-        del request
-        reply = _StreamReply(infer_response=await _ask(wanted, call))
+        answering = _infer(request, call)
+        del request  # its bytes are in the body
+        reply = _StreamReply(infer_response=await answering)
         status = OK
     except Refused as refused:
         status = STATUS[refused.situation]
@@ -177,21 +164,20 @@ async def _answer_one(call: Call, request: Any) -> bytes:
     return raw
 
 
-async def _ask(wanted: InferRequest, call: Call) -> Any:
-    response: InferResponse = await call.plane.infer(wanted)
-    call.stats = response.stats
-    return read_answer(await response.read(), response.content_type)
-
-
-def _read_request(request: Any, call: Call) -> InferRequest:
-    """What the data plane is asked for by a ModelInferRequest. Raises Refused."""
-    model = _parse_name(request.model_name, request.model_version)
+async def _infer(request: Any, call: Call) -> Any:
+    """The answer to a ModelInferRequest. Raises Refused."""
+    model = parse_name(request.model_name, request.model_version, call)
     timeout_us = _read_number(request, "timeout")
     _read_number(request, "priority")  # requests have no ranks here; a client may name one, as long as it is one
     deadline = call.limit(timeout_us * _MICROSECONDS if timeout_us else math.inf)
     written = write_body(request)
+    del request  # its bytes are in the body
     content_type = f"{contract.OPEN_INFERENCE_INFER};json={written.json_bytes}"
-    return _make_request(model, written.body, content_type, deadline, call)
+    response = await ask_model(model, written.body, content_type, deadline, call)
+    found = await response.read()
+    if time.monotonic() > deadline:
+        raise Refused(Situation.DEADLINE, LATE)
+    return read_answer(found, response.content_type)
 
 
 def _read_number(request: Any, name: str) -> int:
@@ -205,25 +191,6 @@ def _read_number(request: Any, name: str) -> int:
         message = f"must be a whole number, not negative, in int64_param or uint64_param, not {value!r:.40}"
         raise Refused(Situation.BAD_REQUEST, message, field=f"parameters.{name}")
     return value
-
-
-def _make_request(model: ModelName, body: bytes, content_type: str, deadline: float, call: Call) -> InferRequest:
-    """A request under a media type of ours, for which the model's name as the client knows it stands for `accept`."""
-    return InferRequest(
-        model, body, content_type, model, deadline, arrived=time.monotonic(), request_id=call.id, client=call.client
-    )
-
-
-def _parse_name(name: str, version: str) -> ModelName:
-    """The model's name. Raises Refused for one that breaks a rule, and for a version that no model has."""
-    try:
-        model = parse_model_name(name)
-    except InvalidModelName as error:
-        raise Refused(Situation.BAD_NAME, str(error)) from error
-    if version not in ("", VERSION):
-        message = f"the model {model} has no version {version[:40]!r}: every model has the version {VERSION}"
-        raise Refused(Situation.NOT_FOUND, message)
-    return model
 
 
 def _path(method: str) -> str:
