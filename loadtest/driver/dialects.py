@@ -2,8 +2,9 @@
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
 Server, the inference API (`/predictions`), TorchServe's with versions; container, what SageMaker's platform sends to
-the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the
-header of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names them.
+the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve,
+the header of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names
+them.
 """
 
 import io

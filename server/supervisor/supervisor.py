@@ -38,6 +38,7 @@ from server.ipc.operations import (
     Ready,
     ReportOverrun,
     ScrapeMetrics,
+    SetBatching,
     SetQuarantine,
     SetRegistrations,
     SetReleases,
@@ -160,6 +161,15 @@ class Supervisor:
         await self.releases.let_go_leftovers()  # before the first sweep, which could do with their room
         await keep_disk_cache(self.settings, self._metrics)
 
+    async def _await_workers(self) -> None:
+        """Wait until all workers are up: SageMaker loads models as soon as `/ping` answers. Raises ControlError."""
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                for worker in self.workers:
+                    await worker.ready.wait()
+        except TimeoutError:
+            raise ControlError("not all workers are up; try again", Situation.NOT_READY) from None
+
     async def _wait_until_ready(self) -> None:
         """Every child is up, and every front connected to the workers: the first request finds its way."""
         for child in (*self.workers, *self.fronts):
@@ -246,6 +256,7 @@ class Supervisor:
             return await call_management(self.management, operation)
         if self.settings.container != MULTI_MODEL:
             raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+        await self._await_workers()
         return await self.multi_model_api.answer(operation)
 
     async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:
@@ -269,6 +280,7 @@ class Supervisor:
         child.proven = True
         if child.kind == "worker" and child.channel is not None:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
+            child.channel.tell(SetBatching(self.registrations.table.list_batching(), whole=True))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
             child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))
