@@ -46,6 +46,9 @@ def read_sagemaker_environment(
     for name, settings in _SECONDS.items():
         if variables.get(name, "").isdigit() and int(variables[name]):
             found |= dict.fromkeys(settings, float(variables[name]))
+    program = variables.get("SAGEMAKER_PROGRAM", "")
+    if program.endswith(".py"):  # else it is a module of a toolkit's own
+        found["code_program"] = program
     level = _LOG_LEVELS.get(variables.get("SAGEMAKER_CONTAINER_LOG_LEVEL", ""))
     return found | ({"log_level": level} if level else {})
 

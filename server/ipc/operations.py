@@ -201,6 +201,20 @@ class ReadArchive(Operation[ArchiveFacts]):
     model: str
 
 
+class Batching(Struct, frozen=True):
+    """How the requests of a code archive are batched, instead of as the archive says."""
+
+    size: int
+    delay_s: float
+
+
+class SetBatching(Operation[None]):
+    """How these are batched from their next load on; None: as they say themselves. `whole`: and all others too."""
+
+    models: dict[str, Batching | None]
+    whole: bool
+
+
 class UnloadModel(Operation[bool]):
     """Answered when the model's memory is free: whether the model was here."""
 
@@ -284,6 +298,7 @@ AskedOfWorker: TypeAlias = (
     | ListVersions
     | TakeAccessLog
     | SetQuarantine
+    | SetBatching
 )
 
 

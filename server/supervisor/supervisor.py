@@ -34,6 +34,7 @@ from server.ipc.operations import (
     Ready,
     ReportOverrun,
     ScrapeMetrics,
+    SetBatching,
     SetQuarantine,
     SetRegistrations,
     SetReleases,
@@ -149,6 +150,15 @@ class Supervisor:
         await self.releases.let_go_leftovers()  # before the first sweep, which could do with their room
         await keep_disk_cache(self.settings, self._metrics)
 
+    async def _await_workers(self) -> None:
+        """Wait until all workers are up: SageMaker loads models as soon as `/ping` answers. Raises ControlError."""
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                for worker in self.workers:
+                    await worker.ready.wait()
+        except TimeoutError:
+            raise ControlError("not all workers are up; try again", Situation.NOT_READY) from None
+
     async def _wait_until_ready(self) -> None:
         """Every child is up, and every front connected to the workers: the first request finds its way."""
         for child in (*self.workers, *self.fronts):
@@ -220,6 +230,7 @@ class Supervisor:
             case ManageModels():
                 if self.settings.container != MULTI_MODEL:
                     raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+                await self._await_workers()
                 return await self.multi_model_api.answer(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
@@ -235,6 +246,7 @@ class Supervisor:
         child.proven = True
         if child.kind == "worker" and child.channel is not None:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
+            child.channel.tell(SetBatching(self.registrations.table.list_batching(), whole=True))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
             child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))

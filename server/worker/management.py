@@ -21,20 +21,24 @@ from server.ipc.operations import (
     ReadArchive,
     ReloadModel,
     ScrapeMetrics,
+    SetBatching,
     SetQuarantine,
     TakeAccessLog,
     UnloadModel,
     UnpinModel,
 )
 from server.worker.archive_facts import ArchiveReader
+from server.worker.sandbox.code_host import CodeHost
 from server.worker.step_loop import StepLoop
 
 
 class Management:
     """Answers operations from the step loop and the rows for the access log, which is None where none is kept."""
 
-    def __init__(self, steps: StepLoop, arrivals: ArrivalBuffer | None, archives: ArchiveReader) -> None:
-        self._steps, self._arrivals, self._archives = steps, arrivals, archives
+    def __init__(
+        self, steps: StepLoop, arrivals: ArrivalBuffer | None, archives: ArchiveReader, code: CodeHost | None
+    ) -> None:
+        self._steps, self._arrivals, self._archives, self._code = steps, arrivals, archives, code
 
     def __repr__(self) -> str:
         """For example `<Management of <StepLoop <Cache ...>, <Scheduler ...>>>`."""
@@ -68,6 +72,10 @@ class Management:
                 return self._steps.list_versions(after, limit)
             case SetQuarantine(reasons):
                 self._steps.quarantine.replace(reasons)
+                return None
+            case SetBatching(models, whole):
+                if self._code is not None:
+                    self._code.follow_batching(models, whole=whole)
                 return None
             case ScrapeMetrics():
                 return self._steps.render_metrics()

@@ -73,7 +73,11 @@ class MultiModelServer:
         self._keys: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=1024)
         self._manages = settings.container == MULTI_MODEL
         self._small = Limit(MANAGEMENT_BYTES, "what this path allows")
-        self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, TRANSFORMS))
+        held = int(settings.max_inflight_bytes) // max(
+            1, 2 * self._limit.bytes
+        )  # requests of full size, with their answers
+        at_once = max(1, min(TRANSFORMS, held))
+        self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, at_once))
         self._description = encode_pretty(describe_api(manages=self._manages))
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
@@ -118,6 +122,8 @@ class MultiModelServer:
         fields = _parse_query(request.query)
         name = operation.model or self._name_model(fields, request)
         if operation.name == "describe-model":
+            if self._container == MULTI_MODEL and name not in plane.registrations.models:
+                raise _refuse_model(name)
             return _reply(200, encode_pretty(describe_model_api(name)), counted=())
         asked = self._find_archive(name, plane)
         call = CallDetails(request.headers, fields if operation.keeps_query else ())

@@ -15,7 +15,13 @@ from starlette.routing import Route
 from server.model_server_api.bodies import encode_pretty, encode_status
 from server.model_server_api.torchserve_description import describe_management, describe_management_of
 from server.settings import Settings
-from server.supervisor.model_server_api.parameters import Parameters, parse_leniently, read_parameters
+from server.supervisor.model_server_api.parameters import (
+    MAX_BATCH,
+    MAX_BATCH_DELAY_MS,
+    Parameters,
+    parse_leniently,
+    read_parameters,
+)
 from server.supervisor.model_server_api.torchserve_answers import guard, refuse, reply
 from server.supervisor.model_server_api.torchserve_versions import describe_version
 from server.supervisor.registrations.refusals import BadOption, ModelUnknown, VersionUnknown, shorten_name
@@ -86,14 +92,15 @@ class TorchServeApi:
         if runtime not in RUNTIMES:
             raise BadOption(f"Invalid RuntimeType value: {shorten_name(runtime)}")
         workers = parameters.parse_number("initial_workers", 0, 0)
-        timeout_s = int(self._settings.code_timeout_s)
+        timeout_s = max(1, int(self._settings.code_timeout_s))  # nobody gets more
         options = ServingOptions(
             workers,
             workers,
-            parameters.parse_number("batch_size", 1, 1),
-            parameters.parse_number("max_batch_delay", 100, 0),
-            float(parameters.parse_number("response_timeout", timeout_s, 1)),
-            float(parameters.parse_number("startup_timeout", timeout_s, 1)),
+            parameters.parse_number("batch_size", 1, 1, MAX_BATCH),
+            parameters.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
+            float(min(timeout_s, parameters.parse_number("response_timeout", timeout_s, 1))),
+            float(min(timeout_s, parameters.parse_number("startup_timeout", timeout_s, 1))),
+            says_batching=parameters.says_batching,
         )
         name, version = parameters.get("model_name") or "", parameters.get("model_version") or ""
         return RegisterRequest(url, name, version, parameters.get("handler") or "", runtime, options)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from model_store.name_table import name_bytes
 from model_store.names import ModelName
-from server.ipc.operations import RegisteredModel, ServedVersion
+from server.ipc.operations import Batching, RegisteredModel, ServedVersion
 from server.supervisor.registrations.refusals import (
     AlreadyRegistered,
     BadOption,
@@ -29,7 +29,8 @@ MAX_VERSION = 128  #: characters of a version
 class ServingOptions(Struct, frozen=True):
     """How a version is served, in the terms of TorchServe's management API.
 
-    `min_workers` 0: it answers nothing until it is scaled. Delays and time-outs as clients say them.
+    `min_workers` 0: it answers nothing until it is scaled. Delays and time-outs as clients say them. `says_batching`: a
+    client has said how it is batched, which then goes before what the archive says.
     """
 
     min_workers: int = 0
@@ -38,6 +39,12 @@ class ServingOptions(Struct, frozen=True):
     max_batch_delay_ms: int = 100
     response_timeout_s: float = 120.0
     startup_timeout_s: float = 120.0
+    says_batching: bool = False
+
+    @property
+    def batching(self) -> Batching | None:
+        """For workers; None where the archive's own holds."""
+        return Batching(self.batch_size, self.max_batch_delay_ms / 1e3) if self.says_batching else None
 
 
 class Registration(Struct, frozen=True):
@@ -92,6 +99,25 @@ class RegistrationTable:
     def is_default(self, registration: Registration) -> bool:
         """Whether it is its name's default version."""
         return self._defaults.get(registration.name) == registration.version
+
+    def find_batching(self, key: ModelName) -> Batching | None:
+        """How the archive is batched: as the version says that was registered last of those that say it."""
+        said = None
+        for versions in self._models.values():
+            for each in versions.values():
+                if each.key == key and each.options.says_batching:
+                    said = each.options.batching
+        return said
+
+    def list_batching(self) -> dict[str, Batching | None]:
+        """Of all archives for which a client has said it."""
+        keys = {
+            each.key: None
+            for versions in self._models.values()
+            for each in versions.values()
+            if each.options.says_batching
+        }
+        return {key: self.find_batching(key) for key in keys}
 
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ from handlers.kinds.code.entry_point import (
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
+from server.ipc.operations import Batching
 from server.settings import Settings
 from server.temporary_folders import make_folder
 from server.worker.sandbox.child_process import ChildProcess
@@ -213,6 +214,7 @@ class CodeHost:
         self._folder_lock = threading.Lock()
         self._template: Template | None = None
         self._folder: Path | None = None
+        self._batching: dict[str, Batching] = {}
         self._deaths: OrderedDict[ModelName, deque[float]] = OrderedDict()
         self._users_in_use: set[int] = set()
         self._cleaners = ThreadPoolExecutor(CLEANERS, thread_name_prefix="code-end")
@@ -266,7 +268,9 @@ class CodeHost:
             limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user)
             try:
                 template = self._keep_template()
-                asked = ForkChild(model, str(folder), entry, limits, self.policy.threads, str(packages or ""))
+                batching = self._find_batching(model)
+                told = (self.policy.threads, str(packages or ""), *batching)
+                asked = ForkChild(model, str(folder), entry, limits, *told)
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:
                 self._users_in_use.discard(user or 0)
@@ -279,6 +283,20 @@ class CodeHost:
                 os.close(writes)
         release = _Release(self._cleaners, folder, user, self._users_in_use)
         return ChildProcess(model, pid, pidfd, ours, reads, folder, timeout_s=self.policy.timeout_s, release=release)
+
+    def follow_batching(self, models: Mapping[str, Batching | None], *, whole: bool) -> None:
+        """How these archives are batched from their next load on; see `server.ipc.operations.SetBatching`."""
+        if whole:
+            self._batching = {}
+        for name, batching in models.items():
+            if batching is None:
+                self._batching.pop(name, None)
+            else:
+                self._batching[name] = batching
+
+    def _find_batching(self, model: ModelName) -> tuple[int, float]:
+        found = self._batching.get(split_version(model)[0])
+        return (found.size, found.delay_s) if found else (0, 0.0)
 
     def note_death(self, model: ModelName) -> None:
         """A child of the model has ended by itself, or had to be ended."""

@@ -57,7 +57,8 @@ class ForkChild(Struct, frozen=True, tag=True):
     """To the template, with two descriptors: the child's end of its channel, and where its output goes.
 
     `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch. `packages`: where those that were
-    installed for the archive are; empty where none were.
+    installed for the archive are; empty where none were. `batch_size`: instead of the archive's own, and so
+    `max_batch_delay_s`; 0: the archive's own.
     """
 
     model: str
@@ -66,6 +67,8 @@ class ForkChild(Struct, frozen=True, tag=True):
     limits: ChildLimits
     threads: int = 1
     packages: str = ""
+    batch_size: int = 0
+    max_batch_delay_s: float = 0.0
 
 
 class TemplateReady(Struct, frozen=True, tag=True):

@@ -109,6 +109,8 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
     loaded = HandlerLoaded(
         int(config.get("batchSize", 1)), float(config.get("maxBatchDelay", 100 if "batchSize" in config else 0)) / 1e3
     )
+    if asked.batch_size:
+        loaded = HandlerLoaded(asked.batch_size, asked.max_batch_delay_s)
     name = str(manifest.get("model", {}).get("modelName") or asked.model)
     context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config)
     torchserve_package.fit(model_dir, asked.threads, has_device=False)
