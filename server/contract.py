@@ -34,6 +34,7 @@ OPEN_INFERENCE_INFER: Final = "application/vnd.fleetcast.infer"
 OPEN_INFERENCE_DESCRIBE: Final = "application/vnd.fleetcast.describe"
 
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
+MODEL_NAME_PARAMETER: Final = b"model_name"  #: of the query of that path, as archived model servers have it
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
 PREDICTIONS_PATH: Final = "/predictions"  #: with the model in the path, as TorchServe and Multi Model Server have it
 OPEN_INFERENCE_MODELS_PATH: Final = "/v2/models"  #: with the model in the path

@@ -33,6 +33,7 @@ def read_sagemaker_environment(
         "container": container,
         "store": str(folder),
         "disk_cache_bytes": 0,  # the store is a folder of this host
+        "revalidate_s": 0.001,  # which is looked at for each load: what has this name may be another model by then
         "default_workers_per_model": 1,
         "watch_store": "off",  # SageMaker says what is loaded and when
         **_choose_ports(variables),

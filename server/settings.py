@@ -234,6 +234,27 @@ class Settings(BaseSettings):
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
     )
+    code_requirements: Literal["refuse", "install"] = Field(
+        "refuse",
+        description="archives with a requirements.txt; install: their packages are installed into a folder of the "
+        "archive's own each time that it is loaded, from wheels alone, by the pip of the server's Python",
+    )
+    code_install_s: Seconds = Field(
+        300.0, description="maximum time in which the packages of a code archive are installed"
+    )
+    code_program: str = Field(
+        "inference.py",
+        pattern=r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
+        description="the script that archives of SageMaker's toolkits run, in their folder `code` (SAGEMAKER_PROGRAM)",
+    )
+    code_disk_bytes: ByteSize = Field(
+        _to_byte_size(4096 * MIB),
+        ge=16 * MIB,
+        description="maximum size of the folder of one code archive: its files, its packages and what its code writes",
+    )
+    code_processes: int = Field(
+        64, ge=4, description="maximum number of processes and threads of one code archive, its own process among them"
+    )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"
     )

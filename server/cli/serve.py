@@ -10,6 +10,8 @@ import structlog
 from server.access.sites import is_loopback
 from server.cli.setting_flags import settings_from, with_setting_flags
 from server.cli.terminal import one_line_errors
+from server.contract import HEADER_TARGET_MODEL
+from server.sagemaker_environment import MULTI_MODEL, SINGLE_MODEL
 from server.sdk import __version__
 from server.settings import Settings, format_bytes
 
@@ -102,11 +104,20 @@ def _describe_access(settings: Settings) -> str:
     return f"OPEN: whoever reaches {host} may ask every model (tokens, access_keys_file or tls_client_ca); {wire}"
 
 
+def _describe_inference(settings: Settings, address: str) -> str:
+    """Where requests go, and how they name their model."""
+    if settings.container == MULTI_MODEL:
+        return f"{address}/models: SageMaker loads and unloads, and asks /models/NAME/invoke"
+    if settings.container == SINGLE_MODEL:
+        return f"{address}/invocations: SageMaker asks the one model"
+    return f"{address}/invocations, the model in the header {HEADER_TARGET_MODEL}"
+
+
 def _list_addresses(supervisor: "Supervisor", addresses: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What runs where with which budget, a label and a text a line."""
     settings = supervisor.settings
     yield "fleetcast", f"{__version__} serves {settings.store}"
-    yield "inference", f"{addresses['inference']}/invocations, the model in the header X-Amzn-SageMaker-Target-Model"
+    yield "inference", _describe_inference(settings, addresses["inference"])
     yield "management", f"{addresses['management']}/fleet/models"
     yield "metrics", f"{addresses['metrics']}/metrics"
     yield "access", _describe_access(settings)

@@ -27,6 +27,7 @@ from server.front.dialects import MakeDialect, choose_dialects
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.handler_calls import open_code_calls
 from server.front.releases import ReleasedPlane, Releases
+from server.front.torchserve_metrics import RegisteredFamilies
 from server.front.worker_client import WorkerLost
 from server.http_listener import BODY_FOLLOWS, CLOSE, REASON
 from server.metrics import AnswerSeries, FrontMetrics
@@ -51,13 +52,14 @@ CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 
 
 class App:
-    """One front's ASGI application: `dialects` over one data plane. The first dialect answers paths that none has."""
+    """One front's ASGI application: `dialects` over one data plane. The last dialect answers paths that none has."""
 
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[MakeDialect] | None = None
     ) -> None:
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
         self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
+        metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
         self.releases = Releases(metrics)
         self._settings = settings
         self._metrics = metrics
@@ -80,11 +82,11 @@ class App:
         dialect = self._dialects[0]
         try:
             for dialect in self._dialects:
-                operation = dialect.match(request.method, request.path)
+                operation = dialect.match(request.method, request.path, request.query)
                 if operation is not None:
                     break
             else:
-                dialect = self._dialects[0]
+                dialect = self._dialects[-1]
                 operation = self._refuse_path(request.path)
             plane: InferencePlane = self.plane
             if operation.body_limit is not None:

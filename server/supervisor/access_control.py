@@ -24,6 +24,7 @@ LOOPBACK = "127.0.0.1"
 OPEN_PATHS = ("/ping", "/ready")
 #: The listeners that only operators use, with the scope that a token needs there.
 PROTECTED = {"management": Scope.MANAGE, "metrics": Scope.METRICS}
+READING = ("GET", "HEAD", "OPTIONS")  #: methods that change nothing
 _OF_MODEL = re.compile(r"/fleet/([^/]+)/(.+)", re.DOTALL)
 _STATUS = {Situation.UNAUTHORIZED: 401, Situation.FORBIDDEN: 403, Situation.NOT_READY: 503}
 
@@ -75,8 +76,8 @@ def read_secrets(settings: Settings) -> Settings:
 class AccessControl:
     """An ASGI application in front of another, which gets only requests that may be made there.
 
-    POSTs and DELETEs of the management API are logged, whatever becomes of them: `management_call` with the names of
-    the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
+    What may change something by the management API is logged, whatever becomes of it: `management_call` with the names
+    of the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
     """
 
     def __init__(self, app: App, scope: Scope, sites: Sites, tokens: TokenFile | None) -> None:
@@ -114,7 +115,7 @@ class AccessControl:
                 stopping = error_reply(Situation.NOT_READY, "the server is stopping; what was asked may have happened")
                 await stopping(scope, receive, send_and_note)
         finally:
-            if self._scope is Scope.MANAGE and scope["method"] in ("POST", "DELETE"):
+            if self._scope is Scope.MANAGE and scope["method"] not in READING:
                 _audit(scope, token, status)
 
     def _find_caller(self, scope: Any) -> Token | None:

@@ -32,11 +32,14 @@ from server.errors import Situation
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
+from server.model_server_api.bodies import encode_pretty
+from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
-from server.supervisor.model_server_api.torchserve_answers import refuse_path
+from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
+from server.supervisor.model_server_api.torchserve_metrics import CpuClock, HostFamilies, NamedFamilies
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
@@ -130,14 +133,27 @@ def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:
-    """`/metrics`, merged over all processes."""
+    """`/metrics`, merged over all processes. `?name[]=` leaves only families of these names, as TorchServe has it."""
+    clock = CpuClock()
 
-    async def metrics(_: Request) -> Response:
+    async def metrics(request: Request) -> Response:
         registry = CollectorRegistry()
-        registry.register(await supervisor.metrics())
+        merged = await supervisor.metrics()
+        registry.register(merged)
+        if supervisor.registrations.is_used:
+            registry.register(HostFamilies(merged, supervisor.settings.disk_cache, clock))
+        names = request.query_params.getlist("name[]")
+        if names:
+            named = NamedFamilies(registry, names)
+            registry = CollectorRegistry()
+            registry.register(named)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return Starlette(routes=[Route("/metrics", metrics)])
+    async def describe(_: Request) -> Response:
+        return reply(encode_pretty(describe_metrics()))
+
+    routes = [Route("/metrics", metrics), Route("/", describe, methods=["OPTIONS"])]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse_path})
 
 
 def bind_socket(host: str, port: int, name: str) -> socket.socket:

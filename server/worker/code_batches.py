@@ -5,10 +5,12 @@ only its own model. A batch is collected for at most the time that its archive s
 """
 
 import asyncio
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from weakref import WeakSet
 
 from model_store.cache.slots import Slot
@@ -17,7 +19,7 @@ from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
-from server.worker.sandbox.memory_use import measure_memory
+from server.worker.sandbox.memory_use import is_folder_larger, measure_memory
 from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from server.worker.scheduler import Job, Scheduler
 
@@ -50,11 +52,12 @@ class CodeBatches:
         scheduler: Scheduler,
         *,
         most_bytes: int,
+        most_disk_bytes: int,
         wake: Callable[[], None],
     ) -> None:
-        """`most_bytes`: of a child and what it has started; a larger one is ended."""
+        """`most_bytes`: of a child and what it has started; `most_disk_bytes`: of its folder. A larger one is ended."""
         self._replies, self._residents, self._scheduler = replies, residents, scheduler
-        self._most_bytes, self._wake = most_bytes, wake
+        self._most_bytes, self._most_disk_bytes, self._wake = most_bytes, most_disk_bytes, wake
         self._running: dict[str, Sequence[Job]] = {}
         self._collecting: dict[str, tuple[ChildProcess, float]] = {}  # group -> its child, and when it runs anyhow
         self._due: WeakSet[ChildProcess] = WeakSet()  # children whose next batch has waited, or is full
@@ -132,8 +135,8 @@ class CodeBatches:
                     self._replies.tell_refused(job, Refused(Situation.DEADLINE, message))
         if self._residents.children and now - self._sampled_at >= SAMPLE_S and not self._sampling:
             self._sampled_at, self._sampling = now, True
-            pids = {slot: child.pid for slot, child in self._residents.children.items()}
-            self._sampler.submit(self._measure, pids)
+            children = {slot: (child.pid, child.folder) for slot, child in self._residents.children.items()}
+            self._sampler.submit(self._measure, children)
 
     def end_collections(self, now: float) -> None:
         """Let the batches run that are full or have waited for long enough. In each step."""
@@ -148,18 +151,24 @@ class CodeBatches:
         """Measure no more."""
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, pids: dict[Slot, int]) -> None:
+    def _measure(self, children: Mapping[Slot, tuple[int, Path]]) -> None:
         """On the sampler's thread."""
-        found = {slot: measure_memory(pid) for slot, pid in pids.items()}
-        self._loop.call_soon_threadsafe(self._note_memory, found)
+        found = {
+            slot: (measure_memory(pid), is_folder_larger(folder, self._most_disk_bytes, pid))
+            for slot, (pid, folder) in children.items()
+        }
+        with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile
+            self._loop.call_soon_threadsafe(self._note_sizes, found)
 
-    def _note_memory(self, found: dict[Slot, int]) -> None:
+    def _note_sizes(self, found: Mapping[Slot, tuple[int, bool]]) -> None:
         self._sampling = False
-        for slot, size in found.items():
+        for slot, (size, fills_disk) in found.items():
             child = self._residents.children.get(slot)
             if child is None or not size:
                 continue
-            if size > self._most_bytes:
+            if fills_disk:
+                child.end(f"its folder takes more than {self._most_disk_bytes} bytes (code_disk_bytes)")
+            elif size > self._most_bytes:
                 child.end(f"its processes take {size} bytes, {self._most_bytes} are allowed (code_memory_bytes)")
             else:
                 self._residents.recharge(slot, size)

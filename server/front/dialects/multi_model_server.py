@@ -7,10 +7,13 @@ of the store; but in such a container it is not loaded, and so not found.
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import parse_qsl
 
+from model_store.name_table import NameTable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
@@ -18,8 +21,8 @@ from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
-from server.front.registrations import find_version
-from server.ipc.operations import ManageModels, ServedVersion
+from server.front.registrations import Served, find_version, key_of
+from server.ipc.operations import ManageModels
 from server.model_server_api.bodies import NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.mms_description import describe_api, describe_model_api
 from server.model_server_api.mms_errors import ERRORS
@@ -27,6 +30,8 @@ from server.sagemaker_environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL, 
 from server.settings import Settings
 
 MANAGEMENT_BYTES = 64 * 1024  #: most bytes of the body of a management request
+MAX_NAME_BYTES = 2 * 1024 * 1024  #: of names and their keys that are remembered; clients can make them up
+SUFFIX = ".mar"
 MAX_QUERY, MAX_FIELDS = 16 * 1024, 200
 TRANSFORMS = 64  #: requests of a batch transform that are worth sending at a time: they share batches
 _PREDICTIONS, _LEGACY = re.compile(r"/predictions/(.+)"), re.compile(r"/(.+)/predict")
@@ -45,11 +50,15 @@ class Prediction(DialectOperation):
     keeps_query: bool = False
 
 
-_PING, _DESCRIBE, _TRANSFORM = (
-    DialectOperation("ping", None),
-    DialectOperation("describe", None),
-    DialectOperation("execution-parameters", None),
-)
+_DESCRIBE, _TRANSFORM = DialectOperation("describe", None), DialectOperation("execution-parameters", None)
+
+
+class Asked(NamedTuple):
+    """The archive that answers, how long it may take, and the counts of its name where that is registered."""
+
+    model: ModelName
+    timeout_s: float = float("inf")
+    served: Served | None = None
 
 
 class MultiModelServer:
@@ -60,16 +69,16 @@ class MultiModelServer:
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
-        self._container, self._runs_code = settings.container, bool(settings.allow_code)
+        self._container = settings.container
+        self._keys: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=1024)
         self._manages = settings.container == MULTI_MODEL
         self._small = Limit(MANAGEMENT_BYTES, "what this path allows")
         self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, TRANSFORMS))
         self._description = encode_pretty(describe_api(manages=self._manages))
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """What is asked of the server, of a model, or where the listener is a container's, of the supervisor."""
-        if path == contract.PING_PATH:
-            return _PING
+        del query
         if path == "/" and method != "OPTIONS":
             raise Refused(Situation.BAD_METHOD, f"{path} is asked by OPTIONS, not {method}")
         if path in _DESCRIPTION:
@@ -100,8 +109,6 @@ class MultiModelServer:
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """A model's answer, or that of the supervisor, or what is known here."""
-        if operation is _PING:
-            return _reply(200, encode_pretty({"status": "Healthy"}), counted=())
         if operation is _DESCRIBE:
             return _reply(200, self._description, counted=())
         if operation is _TRANSFORM:
@@ -112,23 +119,11 @@ class MultiModelServer:
         name = operation.model or self._name_model(fields, request)
         if operation.name == "describe-model":
             return _reply(200, encode_pretty(describe_model_api(name)), counted=())
-        key = self._find_key(name, plane)
-        parts = fields if operation.keeps_query else ()
-        response = await plane.infer(
-            InferRequest(
-                key,
-                request.body,
-                request.content_type,
-                request.accept,
-                request.deadline,
-                request.client_gone,
-                request.arrived,
-                request.id,
-                request.client,
-                CallDetails(request.headers, parts) if self._runs_code else None,
-            )
-        )
-        return _make_reply(response)
+        asked = self._find_archive(name, plane)
+        call = CallDetails(request.headers, fields if operation.keeps_query else ())
+        if asked is None:
+            return _make_reply(await self._ask_store(name, call, request, plane))
+        return _make_reply(await _ask(asked, call, request, plane))
 
     def _name_model(self, fields: Sequence[tuple[str, str]], request: HttpRequest) -> str:
         """The model of a path that names none. A header that names it is SageMaker's own way. Raises Refused."""
@@ -140,20 +135,46 @@ class MultiModelServer:
             raise Refused(Situation.NO_TARGET, "Parameter model_name is required.")
         return name
 
-    def _find_key(self, name: str, plane: InferencePlane) -> ModelName:
-        """The archive that a registered name means, else the key that it is. Raises Refused."""
+    async def _ask_store(
+        self, name: str, call: CallDetails, request: HttpRequest, plane: InferencePlane
+    ) -> InferResponse:
+        """The answer of an archive that nobody has registered: of this key, or of this key with its suffix.
+
+        Raises Refused where the store has neither. Which of them it had is remembered.
+        """
+        known = self._keys.get(name)
+        for each in (known,) if known else (name, name + SUFFIX):
+            try:
+                key = parse_model_name(each)
+            except InvalidModelName as error:
+                raise Refused(Situation.BAD_NAME, str(error)) from error
+            try:
+                response = await _ask(Asked(key), call, request, plane)
+            except Refused as refused:
+                if refused.situation is not Situation.NOT_FOUND:
+                    raise
+            else:
+                self._keys.put(name, key)
+                return response
+        if known:  # it was there: the next request looks for both again
+            self._keys.pop(name)
+        raise _refuse_model(name)
+
+    def _find_archive(self, name: str, plane: InferencePlane) -> "Asked | None":
+        """The archive that a registered name means; None where it may be a key of the store. Raises Refused."""
         if self._container == SINGLE_MODEL:
-            return ModelName(ONLY_MODEL)
+            return Asked(ModelName(ONLY_MODEL))
         registered = plane.registrations.models.get(name)
         if registered is not None:
             version = find_version(registered, None)
-            return _require_workers(name, version)
+            if version is None or not version.workers:
+                message = f"No worker is available to serve request for model: {name}."
+                raise Refused(Situation.NOT_READY, f"{message} Consider increasing job queue size.")
+            served = plane.registrations.count_for(name, registered.default)
+            return Asked(key_of(version), version.timeout_s, served)
         if self._container != "off":
-            raise Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
-        try:
-            return parse_model_name(name)
-        except InvalidModelName as error:
-            raise Refused(Situation.BAD_NAME, str(error)) from error
+            raise _refuse_model(name)
+        return None
 
     async def _manage(self, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """What the supervisor answers. A page of a browser is no platform that manages models. Raises Refused."""
@@ -183,12 +204,39 @@ class MultiModelServer:
         return reply
 
 
-def _require_workers(name: str, version: ServedVersion | None) -> ModelName:
-    """What workers call a version that has some. Raises Refused."""
-    if version is None or not version.workers:
-        message = f"No worker is available to serve request for model: {name}. Consider increasing job queue size."
-        raise Refused(Situation.NOT_READY, message)
-    return ModelName(version.key)
+def _refuse_model(name: str) -> Refused:
+    return Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
+
+
+async def _ask(asked: "Asked", call: CallDetails, request: HttpRequest, plane: InferencePlane) -> InferResponse:
+    """The archive's answer, counted where its name is registered. Raises Refused, ClientGone."""
+    started, deadline = time.monotonic(), min(request.deadline, request.arrived + asked.timeout_s)
+    queued_us = 0
+    try:
+        response = await plane.infer(
+            InferRequest(
+                asked.model,
+                request.body,
+                request.content_type,
+                request.accept,
+                deadline,
+                request.client_gone,
+                request.arrived,
+                request.id,
+                request.client,
+                call,
+            )
+        )
+        queued_us = response.stats.queue_us
+    except Refused as refused:
+        if refused.situation is Situation.DEADLINE and deadline < request.deadline:
+            message = f"Worker died: it gave no answer within {asked.timeout_s:g} s (response_timeout)"
+            raise Refused(Situation.MODEL_FAILED, message, status=500) from refused
+        raise
+    finally:
+        if asked.served is not None:
+            asked.served.count(time.monotonic() - started, queued_us)
+    return response
 
 
 def _parse_query(query: bytes) -> list[tuple[str, str]]:

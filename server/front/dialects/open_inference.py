@@ -89,8 +89,9 @@ class OpenInference:
         self._stuck_s = stuck_after_s(settings)
         self._version = __version__
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """What is asked below `/v2`. A model's name may have slashes; the last part of the path is the verb."""
+        del query
         if not path.startswith("/v2/") and path != "/v2":
             return None
         operation = _OPEN.get(path)

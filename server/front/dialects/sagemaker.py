@@ -87,9 +87,14 @@ class SageMaker:
         self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
         self._runs_code = bool(settings.allow_code)
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
-        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`."""
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
+        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`.
+
+        Where the query of `/invocations` names a model, it is a client's of an archived model server.
+        """
         if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
+            return None
+        if query and path == contract.INVOCATIONS_PATH and contract.MODEL_NAME_PARAMETER in query:
             return None
         if method != "POST":
             raise wrong_method(method)

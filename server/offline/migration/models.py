@@ -68,7 +68,7 @@ def set_loaded_models(config: Configuration) -> Outcome:
 
 
 def _explain_all(config: Configuration) -> Outcome:
-    why = "every archive of the store is served: the first request loads it. `pin` loads models at the start, and keeps them"
+    why = "every archive of the store is served: the first request loads it. `pin` loads at the start, and keeps"
     if config.server is TORCHSERVE:
         return hold(why)
     return leave(f"{why}. A name without its .mar has to be registered: {_register('m', 'm.mar')}")

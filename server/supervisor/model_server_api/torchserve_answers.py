@@ -97,9 +97,8 @@ def _say(error: RegistrationRefused | ControlError) -> Response:  # noqa: C901 -
 
 def reply(body: bytes, status: int = OK) -> Response:
     """An answer of this API, with the headers that TorchServe's have."""
-    response = Response(body, status, media_type=JSON)
-    response.raw_headers += [(b"x-request-id", str(uuid.uuid4()).encode()), *NO_CACHE]
-    return response
+    headers = {name.decode(): value.decode() for name, value in NO_CACHE}
+    return Response(body, status, {"x-request-id": str(uuid.uuid4()), **headers}, JSON)
 
 
 def refuse(status: int, kind: str, message: str) -> Response:

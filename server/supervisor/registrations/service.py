@@ -82,6 +82,7 @@ class RegistrationService:
     def __init__(self, store: str, fleet: RegisteredFleet) -> None:
         self._store, self._fleet = store, fleet
         self.table = RegistrationTable()
+        self.is_used = False  #: whether anything was registered since the start
         self._changing = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -117,6 +118,7 @@ class RegistrationService:
             registration = msgspec.structs.replace(registration, is_loading=False)
         async with self._changing:
             self.table.add(registration)
+            self.is_used = True
             await self._announce(name)
         log.info("registered", name=name, version=version, model=key, workers=asked.options.min_workers)
         if loads and not wait:

@@ -23,7 +23,12 @@ from pathlib import Path
 import structlog
 
 from handlers.kinds import find_kind
-from handlers.kinds.code.entry_point import find_entry_point, refuse_requirements
+from handlers.kinds.code.entry_point import (
+    SAGEMAKER_PROGRAM,
+    find_entry_point,
+    list_requirements,
+    refuse_requirements,
+)
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
@@ -33,6 +38,7 @@ from server.temporary_folders import make_folder
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.inside.confinement import keep_variables
 from server.worker.sandbox.inside.template import FIRST_USER
+from server.worker.sandbox.memory_use import is_folder_larger
 from server.worker.sandbox.messages import (
     MAX_PACKET,
     ChildLimits,
@@ -45,6 +51,7 @@ from server.worker.sandbox.messages import (
     decode_from_template,
     encode_packet,
 )
+from server.worker.sandbox.requirements import install, read_requirements
 
 PREFIX = "fleetcast-code-"
 EVERY_KEY = "*"
@@ -60,19 +67,35 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class CodePolicy:
-    """Whose code may run, and what it may take. `keys`: beginnings of keys."""
+    """Whose code may run, and what it may take. `keys`: beginnings of keys.
+
+    `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
+    """
 
     keys: tuple[str, ...]
     memory_bytes: int
     timeout_s: float
     threads: int = 1
     worker: int = 0
+    processes: int = 64
+    install_s: float = 0.0
+    program: str = SAGEMAKER_PROGRAM
+    disk_bytes: int = 4 * 1024 * 1024 * 1024
 
     @classmethod
     def of(cls, settings: Settings, threads: int, worker: int) -> "CodePolicy":
         """What the settings say, for a worker of so many threads."""
-        memory = int(settings.code_memory_bytes)
-        return cls(tuple(settings.allow_code), memory, settings.code_timeout_s, threads, worker)
+        return cls(
+            tuple(settings.allow_code),
+            int(settings.code_memory_bytes),
+            settings.code_timeout_s,
+            threads,
+            worker,
+            settings.code_processes,
+            settings.code_install_s if settings.code_requirements == "install" else 0.0,
+            settings.code_program,
+            int(settings.code_disk_bytes),
+        )
 
     def allows(self, model: ModelName) -> bool:
         """Whether the archive's code may run."""
@@ -154,8 +177,9 @@ class Template:
 class PreparedCode:
     """An archive's files in a folder, not running yet. The folder goes with this object, or with its child."""
 
-    def __init__(self, host: "CodeHost", model: ModelName, folder: Path, entry: Entry) -> None:
+    def __init__(self, host: "CodeHost", model: ModelName, folder: Path, entry: Entry, requirements: list[str]) -> None:
         self._host, self._model, self._folder, self._entry = host, model, folder, entry
+        self._requirements = requirements
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._remove.atexit = False
 
@@ -165,7 +189,12 @@ class PreparedCode:
 
     def start(self) -> ChildProcess:
         """The running child, its handler loaded. Raises CodeFailed, UnsupportedKind."""
-        child = self._host.fork(self._model, self._folder, self._entry)
+        packages = None
+        if self._requirements:
+            packages = install(self._model, self._requirements, self._folder, self._host.policy.install_s)
+            if is_folder_larger(self._folder, self._host.policy.disk_bytes):
+                raise CodeFailed(f"{self._model}: its packages take more than code_disk_bytes of disk")
+        child = self._host.fork(self._model, self._folder, self._entry, packages)
         self._remove.detach()
         try:
             child.wait_loaded()
@@ -203,15 +232,21 @@ class CodeHost:
 
     def prepare(self, model: ModelName, archive: Archive) -> PreparedCode:
         """Write the archive's files to a folder of their own. Raises LoadError."""
-        entry = find_entry_point(archive)
-        refuse_requirements(archive)
+        entry = find_entry_point(archive, self.policy.program)
+        if not self.policy.install_s:
+            refuse_requirements(archive)
+        wanted = [line for name in list_requirements(archive) for line in read_requirements(model, archive.read(name))]
         self._refuse_dying(model)
         try:
             folder = Path(tempfile.mkdtemp(dir=self._find_folder()))
         except OSError as error:
             raise CodeFailed(f"{model}: no folder for its code: {error}", f"{model}: no folder for its code") from error
         prepared = PreparedCode(
-            self, model, folder, Entry(str(entry.style), entry.module, entry.function, entry.folder, entry.from_package)
+            self,
+            model,
+            folder,
+            Entry(str(entry.style), entry.module, entry.function, entry.folder, entry.from_package),
+            wanted,
         )
         try:
             _unpack(archive, folder / "model")
@@ -221,17 +256,17 @@ class CodeHost:
             raise CodeFailed(f"{what}: {error}", what) from error
         return prepared
 
-    def fork(self, model: ModelName, folder: Path, entry: Entry) -> ChildProcess:
+    def fork(self, model: ModelName, folder: Path, entry: Entry, packages: Path | None) -> ChildProcess:
         """A child that begins to load the handler. Raises CodeFailed, UnsupportedKind."""
         ours, theirs = socket.socketpair()
         reads, writes = os.pipe()
         with theirs, self._lock:
             user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, user=user)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user)
             try:
                 template = self._keep_template()
-                asked = ForkChild(model, str(folder), entry, limits, self.policy.threads)
+                asked = ForkChild(model, str(folder), entry, limits, self.policy.threads, str(packages or ""))
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:
                 self._users_in_use.discard(user or 0)
@@ -243,7 +278,7 @@ class CodeHost:
             finally:
                 os.close(writes)
         release = _Release(self._cleaners, folder, user, self._users_in_use)
-        return ChildProcess(model, pid, pidfd, ours, reads, timeout_s=self.policy.timeout_s, release=release)
+        return ChildProcess(model, pid, pidfd, ours, reads, folder, timeout_s=self.policy.timeout_s, release=release)
 
     def note_death(self, model: ModelName) -> None:
         """A child of the model has ended by itself, or had to be ended."""

@@ -37,7 +37,7 @@ class ChildLimits(Struct, frozen=True):
 
     memory_bytes: int
     cpu_s: float  #: of a load or a batch
-    processes: int = 64
+    processes: int
     open_files: int = 256
     file_bytes: int = 1024 * 1024 * 1024
     user: int | None = None
@@ -56,7 +56,8 @@ class Entry(Struct, frozen=True):
 class ForkChild(Struct, frozen=True, tag=True):
     """To the template, with two descriptors: the child's end of its channel, and where its output goes.
 
-    `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch.
+    `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch. `packages`: where those that were
+    installed for the archive are; empty where none were.
     """
 
     model: str
@@ -64,6 +65,7 @@ class ForkChild(Struct, frozen=True, tag=True):
     entry: Entry
     limits: ChildLimits
     threads: int = 1
+    packages: str = ""
 
 
 class TemplateReady(Struct, frozen=True, tag=True):

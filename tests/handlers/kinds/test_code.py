@@ -70,8 +70,11 @@ def test_an_archive_whose_handler_is_missing_says_what_was_looked_for() -> None:
     serialized = make_mar_manifest("gone.py", "net.pt") | {"net.pt": b"", "other.py": b""}
     with pytest.raises(ArchiveInvalid, match=r"m: .*handler 'gone\.py'.*code/inference\.py.*'other\.py'"):
         find_entry_point(open_archive(make_zip(serialized), "m"))
-    with pytest.raises(ArchiveInvalid, match=r"its scripts: 'code/serve\.py'"):
-        find_entry_point(open_archive(make_tar_gz({"code/serve.py": b"", "model.pth": b""}), "m"))
+    archive = open_archive(make_tar_gz({"code/serve.py": b"", "code/in/serve.py": b"", "model.pth": b""}), "m")
+    with pytest.raises(ArchiveInvalid, match=r"its scripts: 'code/in/serve\.py', 'code/serve\.py'"):
+        find_entry_point(archive)
+    for program, folder in (("serve.py", "code"), ("in/serve.py", "code/in")):
+        assert find_entry_point(archive, program) == EntryPoint(CodeStyle.SAGEMAKER, "serve", folder=folder)
 
 
 def test_code_runs_in_no_process_that_reads_archives() -> None:

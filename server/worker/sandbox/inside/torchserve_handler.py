@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from server.worker.sandbox.inside import torchserve_package
 from server.worker.sandbox.inside.handler_context import HandlerContext
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
 from server.worker.sandbox.messages import (
@@ -34,6 +35,7 @@ from server.worker.sandbox.messages import (
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"
+ASKED = ("explain", "describe")  #: properties of a request that say what a handler is asked for
 BAD_REQUEST, UNAVAILABLE, NO_MEMORY = 400, 503, 507
 
 Handle = Callable[[Any, HandlerContext], Any]
@@ -55,24 +57,24 @@ class Handler:
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
-        answers, data, headers, ids = dict[int, CodeAnswer](), list[Any](), list[RequestHeaders](), list[str]()
+        answers = dict[int, CodeAnswer]()
+        calls = dict[object, list[tuple[int, dict[str, Any], RequestHeaders]]]()
         for i, request in enumerate(requests):
             try:
                 parts, fields = read_request(request)
             except BadParts as error:
                 answers[i] = make_failure(BAD_REQUEST, str(error))
-            else:
-                data.append(parts)
-                headers.append(fields)
-                ids.append(request.id)
-        if data:
-            self._context.begin(ids, headers)
-            found = iter(self._run(data))
-            answers |= {i: next(found) for i in range(len(requests)) if i not in answers}
+            else:  # a handler looks at the first request of a call to see what is asked of it
+                asked = tuple(request.properties.get(name) for name in ASKED)
+                calls.setdefault(asked, []).append((i, parts, fields))
+        for call in calls.values():
+            places, data, headers = zip(*call, strict=True)
+            self._context.begin([requests[i].id for i in places], headers)
+            answers.update(zip(places, self._run(list(data)), strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    def _run(self, data: list[Any]) -> list[CodeAnswer]:
-        """The answers to a batch that the context knows."""
+    def _run(self, data: list[dict[str, Any]]) -> list[CodeAnswer]:
+        """The answers to a call whose requests the context knows."""
         try:
             found = self._handle(data, self._context)
         except MemoryError:
@@ -109,6 +111,7 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
     )
     name = str(manifest.get("model", {}).get("modelName") or asked.model)
     context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config)
+    torchserve_package.fit(model_dir, asked.threads, has_device=False)
     module = import_handler(asked.entry)
     function = getattr(module, asked.entry.function or "handle", None)
     if function is not None:
