@@ -234,6 +234,11 @@ class Settings(BaseSettings):
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
     )
+    repository_control: Literal["off", "on"] = Field(
+        "off",
+        description="on: clients of the inference listener may load and unload models by the Open Inference Protocol; "
+        "with `tokens` those with the scopes invoke and manage may, whatever this says, and others may not",
+    )
     code_requirements: Literal["refuse", "install"] = Field(
         "refuse",
         description="archives with a requirements.txt; install: their packages are installed into a folder of the "

@@ -59,6 +59,7 @@ class App:
     ) -> None:
         bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
         self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
+        self.plane.clients_control = settings.repository_control == "on"
         metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
         self.releases = Releases(metrics)
         self._settings = settings

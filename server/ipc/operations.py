@@ -79,6 +79,48 @@ class EndTrial(Operation[None]):
     lost: int  #: the worker that died of it, or fell silent; -1: none
 
 
+class ModelUsage(Struct, frozen=True):
+    """What workers counted of a model's requests since it was loaded. Times: sums in microseconds, over the answers."""
+
+    answers: int = 0
+    failures: int = 0
+    batches: int = 0
+    answered_us: int = 0  #: from arrival to answer
+    failed_us: int = 0
+    queued_us: int = 0
+    ran_us: int = 0
+    last_ms: int = 0  #: when the last answer's batch began, since 1970; 0: there is none
+
+
+class KnownModel(Struct, frozen=True):
+    """A model that the workers know, as clients see it. `reason`: why it is not ready."""
+
+    model: str
+    state: str  #: ready, loading, unloading or unavailable
+    reason: str = ""
+    usage: ModelUsage = ModelUsage()
+
+
+class ListKnownModels(Operation[list[KnownModel]]):
+    """The first `limit` models, by name, that the workers know, with this prefix and after a name."""
+
+    prefix: str
+    after: str
+    limit: int
+
+
+class LoadForClient(Operation[str]):
+    """A client's wish, which the operator has allowed. Answered with the version that serves."""
+
+    model: str
+
+
+class UnloadForClient(Operation[str]):
+    """As LoadForClient. Answered with nothing, when the model's memory is free everywhere."""
+
+    model: str
+
+
 class ManagementReply(Struct, frozen=True):
     """What the supervisor answers a client of an archived server's management API: JSON."""
 
@@ -95,7 +137,9 @@ class ManageModels(Operation[ManagementReply]):
     body: bytes
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels
+AskedByFront: TypeAlias = (
+    JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels | ListKnownModels | LoadForClient | UnloadForClient
+)
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------
@@ -240,6 +284,7 @@ class ModelState(Struct, frozen=True):
     pinned: bool | UnsetType = UNSET
     loaded_s_ago: float | UnsetType = UNSET
     used_s_ago: float | UnsetType = UNSET
+    usage: ModelUsage | UnsetType = UNSET
     error: str | UnsetType = UNSET
     reason: str | UnsetType = UNSET
 

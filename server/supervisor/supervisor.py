@@ -16,6 +16,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from model_store.names import parse_model_name
 from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
@@ -30,6 +31,8 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ListKnownModels,
+    LoadForClient,
     ManageModels,
     Ready,
     ReportOverrun,
@@ -39,6 +42,7 @@ from server.ipc.operations import (
     SetReleases,
     TakeAccessLog,
     TrySuspect,
+    UnloadForClient,
     WorkerAssignment,
 )
 from server.ipc.pulse import SUFFIX, PulseReader
@@ -196,7 +200,9 @@ class Supervisor:
 
     # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------
 
-    async def answer_child(self, child: Child, operation: AskedByFront | AskedByWorker) -> object:
+    async def answer_child(  # noqa: C901 -- one case an operation
+        self, child: Child, operation: AskedByFront | AskedByWorker
+    ) -> object:
         """Answer a child."""
         match operation:
             case JoinAsFront():
@@ -217,6 +223,8 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case ListKnownModels() | LoadForClient() | UnloadForClient():
+                return await self._serve_client(operation)
             case ManageModels():
                 if self.settings.container != MULTI_MODEL:
                     raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
@@ -224,6 +232,19 @@ class Supervisor:
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
+            case _:
+                assert_never(operation)
+
+    async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:
+        """What a front's client may ask of the fleet."""
+        match operation:
+            case ListKnownModels(prefix, after, limit):
+                return await self.operations.list_known(prefix, after, limit)
+            case LoadForClient(model):
+                return (await self.operations.load(parse_model_name(model)))["version"]
+            case UnloadForClient(model):
+                await self.operations.unload(parse_model_name(model))
+                return ""
             case _:
                 assert_never(operation)
 
