@@ -30,6 +30,7 @@ from server.ipc.operations import (
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ManagementReply,
     ManageModels,
     Ready,
     ReportOverrun,
@@ -228,16 +229,20 @@ class Supervisor:
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
             case ManageModels():
-                if self.settings.container != MULTI_MODEL:
-                    raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
-                if operation.method != "GET":
-                    await self._await_workers()
-                return await self.multi_model_api.answer(operation)
+                return await self._manage_models(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
             case _:
                 assert_never(operation)
+
+    async def _manage_models(self, operation: ManageModels) -> ManagementReply:
+        """Answer a client of a container's one port. Raises ControlError where this is no such container."""
+        if self.settings.container != MULTI_MODEL:
+            raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+        if operation.method != "GET":
+            await self._await_workers()
+        return await self.multi_model_api.answer(operation)
 
     async def _welcome(self, child: Child) -> None:
         """Tell a child that is up what it must know, and the fronts that it is there."""
