@@ -99,7 +99,8 @@ def open_code(settings: Settings, plan: WorkerPlan) -> CodeHost | None:
     """What runs code archives, its template under way; None where no archive's code may run. Raises OSError."""
     if not settings.allow_code:
         return None
-    host = CodeHost(CodePolicy.of(settings, plan.threads, plan.index))
+    cores = frozenset(os.sched_getaffinity(os.getppid()))  # the supervisor has all that the server may use
+    host = CodeHost(CodePolicy.of(settings, plan, cores))
     host.warm()
     return host
 

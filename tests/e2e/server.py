@@ -79,6 +79,11 @@ class Server:
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return host, int(port)
 
+    @property
+    def grpc(self) -> str:
+        """The gRPC listener, as its clients name it."""
+        return self.addresses["grpc"].partition("://")[2]
+
     # --- clients ----------------------------------------------------------------------------------------------------
 
     def client(self, *, attempts: int | None = 1, key: str = "test", secret: str = "testing") -> Any:
