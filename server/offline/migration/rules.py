@@ -70,12 +70,12 @@ def _set_workers(config: Configuration) -> Outcome:
     return become({"default_workers_per_model": count}, f"of models that are registered; {why}")
 
 
-def _explain_requirements(config: Configuration) -> Outcome:
+def _set_requirements(config: Configuration) -> Outcome:
     if not config.is_true("install_py_dep_per_model"):
         return hold("nothing is installed for an archive")
-    return leave(
-        "nothing is installed for an archive: pip install the packages beside the server, and pack archives without "
-        "requirements.txt"
+    return become(
+        {"code_requirements": "install"},
+        "from wheels alone, at each load; faster: pip install the packages beside the server, and pack without them",
     )
 
 
@@ -96,7 +96,7 @@ def _explain_tokens(config: Configuration) -> Outcome:
 
 def _explain_metrics(config: Configuration) -> Outcome:
     if config.get("metrics_mode", "log").lower() == "prometheus":
-        return hold("`/metrics` on the metrics listener, with our names: see the README")
+        return hold("`/metrics` on the metrics listener, with our names and, of registered models, TorchServe's")
     return ignore("metrics are not logged: `/metrics` on the metrics listener has them for Prometheus")
 
 
@@ -154,7 +154,7 @@ RULES: Mapping[str, Rule] = {
     "number_of_gpu": _set_device,
     "max_response_size": always(ignore("an answer of code has at most 64 MiB; other answers follow from the request")),
     "default_workers_per_model": _set_workers,
-    "install_py_dep_per_model": _explain_requirements,
+    "install_py_dep_per_model": _set_requirements,
     "decode_input_request": _explain_decoding,
     "disable_token_authorization": _explain_tokens,
     "token_expiration_min": always(ignore("tokens have no age: delete a token's lines in the file to revoke it")),
