@@ -35,7 +35,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-peers gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-code bench-peers gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ format: $(READY) ## put the code in shape
 
 scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minutes, 1 GB, a record
 	@$(BIN)/fleetcast-load bench scale $(ARGS)
+
+bench-code: $(READY) ## archives with code beside Multi Model Server, a record; under ten minutes; needs wrk and Java
+	@$(BIN)/fleetcast-load bench code $(ARGS)
 
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)

@@ -39,10 +39,26 @@ class PlainTcn(nn.Module):
         return answer.view(-1, 24, 5)
 
 
-def load_network(folder: str) -> PlainTcn:
-    """Load the network with the weights in `folder`, on one thread."""
+class PlainMlp(nn.Module):
+    """Two layers: a network that costs little, so that a comparison shows what the servers cost."""
+
+    def __init__(self, hidden: int = 16) -> None:
+        super().__init__()
+        self.first = nn.Linear(8 * 168, hidden)
+        self.second = nn.Linear(hidden, 24 * 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Input x [N, 8, 168] -> [N, 24, 5]."""
+        answer: torch.Tensor = self.second(torch.relu(self.first(x.flatten(1))))
+        return answer.view(-1, 24, 5)
+
+
+def load_network(folder: str) -> PlainTcn | PlainMlp:
+    """Load the network with the weights in `folder`, which say which it is, on one thread."""
     torch.set_num_threads(1)
     weights = load_file(os.path.join(folder, "weights.safetensors"))  # noqa: PTH118 -- as in the peers' own examples
-    network = PlainTcn(channels=weights["head.weight"].shape[1])
+    network: PlainTcn | PlainMlp = (
+        PlainMlp() if "first.weight" in weights else PlainTcn(weights["head.weight"].shape[1])
+    )
     network.load_state_dict(weights)
     return network.eval()

@@ -272,6 +272,13 @@ class ReadArchive(Operation[ArchiveFacts]):
     model: str
 
 
+class DescribeByCode(Operation[bytes]):
+    """What the code of an archive says of itself, asked with these headers."""
+
+    model: str
+    headers: list[tuple[str, str]]
+
+
 class Batching(Struct, frozen=True):
     """How the requests of a code archive are batched, instead of as the archive says."""
 
@@ -371,6 +378,7 @@ AskedOfWorker: TypeAlias = (
     | TakeAccessLog
     | SetQuarantine
     | SetBatching
+    | DescribeByCode
 )
 
 

@@ -256,7 +256,8 @@ class Supervisor:
             return await call_management(self.management, operation)
         if self.settings.container != MULTI_MODEL:
             raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
-        await self._await_workers()
+        if operation.method != "GET":
+            await self._await_workers()
         return await self.multi_model_api.answer(operation)
 
     async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:

@@ -70,7 +70,7 @@ class MultiModelServer:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
         self._container = settings.container
-        self._keys: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=1024)
+        self._keys: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=4096)
         self._manages = settings.container == MULTI_MODEL
         self._small = Limit(MANAGEMENT_BYTES, "what this path allows")
         held = int(settings.max_inflight_bytes) // max(

@@ -18,7 +18,7 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.content_coding import choose_coding, pack
-from server.front.dataplane import InferencePlane, InferRequest, InferStats
+from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.dialects.open_inference_models import (
     MOST_LISTED,
     PLATFORM,
@@ -159,10 +159,7 @@ class OpenInference:
                 return await _control(operation.name, model, request, plane)
             return await _describe(operation.name, model, request, plane)
         except Refused as why:
-            if why.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
-                why.detail = msgspec.structs.replace(
-                    why.detail, message=f"{why.detail.message}; names that are like it: {', '.join(near)}"
-                )
+            add_near_names(why, model, plane)
             raise
 
     def _describe_server(self, operation: DialectOperation, plane: InferencePlane) -> HttpReply:

@@ -58,6 +58,7 @@ class Registration(Struct, frozen=True):
     runtime: str
     options: ServingOptions
     loaded_at: float = 0.0  #: wall clock, when it was last given workers; 0: it has none
+    has_code: bool = False  #: whether it is a code archive
     is_loading: bool = False  #: workers have been asked for, and are not there yet
 
 
@@ -67,6 +68,7 @@ class RegistrationTable:
     def __init__(self) -> None:
         self._models: dict[str, dict[str, Registration]] = {}
         self._defaults: dict[str, str] = {}
+        self._batching: dict[ModelName, dict[tuple[str, str], Batching]] = {}  # in the order of registration
         self._bytes = 0
 
     def __repr__(self) -> str:
@@ -102,22 +104,12 @@ class RegistrationTable:
 
     def find_batching(self, key: ModelName) -> Batching | None:
         """How the archive is batched: as the version says that was registered last of those that say it."""
-        said = None
-        for versions in self._models.values():
-            for each in versions.values():
-                if each.key == key and each.options.says_batching:
-                    said = each.options.batching
-        return said
+        said = self._batching.get(key)
+        return said[next(reversed(said))] if said else None
 
     def list_batching(self) -> dict[str, Batching | None]:
         """Of all archives for which a client has said it."""
-        keys = {
-            each.key: None
-            for versions in self._models.values()
-            for each in versions.values()
-            if each.options.says_batching
-        }
-        return {key: self.find_batching(key) for key in keys}
+        return {key: self.find_batching(key) for key in self._batching}
 
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
@@ -147,6 +139,8 @@ class RegistrationTable:
         self._models.setdefault(name, {})[version] = registration
         self._defaults.setdefault(name, version)
         self._bytes += _size(name, version)
+        if registration.options.batching is not None:
+            self._batching.setdefault(registration.key, {})[name, version] = registration.options.batching
 
     def put(self, registration: Registration) -> None:
         """Replace what is known of a version that is registered. Raises ModelUnknown, VersionUnknown."""
@@ -178,6 +172,9 @@ class RegistrationTable:
         if versions.pop(version, None) is None:
             return
         self._bytes -= _size(name, version)
+        said = self._batching.get(registration.key, {})
+        if said.pop((name, version), None) is not None and not said:
+            del self._batching[registration.key]
         if not versions:
             del self._models[name], self._defaults[name]
         elif self._defaults[name] == version:

@@ -33,6 +33,7 @@ from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
 from model_store.names import ModelName, split_version
+from server.host import WorkerPlan
 from server.ipc.operations import Batching
 from server.settings import Settings
 from server.temporary_folders import make_folder
@@ -71,6 +72,7 @@ class CodePolicy:
     """Whose code may run, and what it may take. `keys`: beginnings of keys.
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
+    `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
     """
 
     keys: tuple[str, ...]
@@ -82,20 +84,24 @@ class CodePolicy:
     install_s: float = 0.0
     program: str = SAGEMAKER_PROGRAM
     disk_bytes: int = 4 * 1024 * 1024 * 1024
+    cores: frozenset[int] = frozenset()
+    gpu: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, threads: int, worker: int) -> "CodePolicy":
-        """What the settings say, for a worker of so many threads."""
+    def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
+        """What the settings say, for a worker on a server that has these cores."""
         return cls(
             tuple(settings.allow_code),
             int(settings.code_memory_bytes),
             settings.code_timeout_s,
-            threads,
-            worker,
+            plan.threads,
+            plan.index,
             settings.code_processes,
             settings.code_install_s if settings.code_requirements == "install" else 0.0,
             settings.code_program,
             int(settings.code_disk_bytes),
+            cores,
+            settings.code_device == "device" and plan.device != "cpu",
         )
 
     def allows(self, model: ModelName) -> bool:
@@ -106,7 +112,7 @@ class CodePolicy:
 class Template:
     """The template process of a worker, from the worker's side. One thread at a time talks to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cores: frozenset[int]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             variables = keep_variables(dict(os.environ))
@@ -116,6 +122,9 @@ class Template:
                 pass_fds=[theirs.fileno()], env=variables, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self._control, self._ready = ours, False
+        if cores:
+            with contextlib.suppress(OSError):  # cores were taken offline: it keeps the worker's
+                os.sched_setaffinity(self._process.pid, cores)
 
     def __repr__(self) -> str:
         """For example `<Template 4711>`."""
@@ -265,7 +274,7 @@ class CodeHost:
         with theirs, self._lock:
             user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user, gpu=self.policy.gpu)
             try:
                 template = self._keep_template()
                 batching = self._find_batching(model)
@@ -328,7 +337,7 @@ class CodeHost:
         if self._template is None or not self._template.lives:
             if self._template is not None:
                 self._template.end()
-            self._template = Template(self._find_folder())
+            self._template = Template(self._find_folder(), self.policy.cores)
         return self._template
 
     def _find_folder(self) -> Path:

@@ -33,7 +33,11 @@ class ProtocolError(Exception):
 
 
 class ChildLimits(Struct, frozen=True):
-    """What a child may take. `memory_bytes`: of address space beyond what the template has. `user`: None keeps ours."""
+    """What a child may take. `user`: None keeps ours.
+
+    `memory_bytes`: of address space beyond what the template has. `gpu`: it may use the GPU that its worker sees, and
+    its address space has no limit then, because CUDA reserves far more of it than it takes memory.
+    """
 
     memory_bytes: int
     cpu_s: float  #: of a load or a batch
@@ -41,6 +45,7 @@ class ChildLimits(Struct, frozen=True):
     open_files: int = 256
     file_bytes: int = 1024 * 1024 * 1024
     user: int | None = None
+    gpu: bool = False
 
 
 class Entry(Struct, frozen=True):

@@ -10,6 +10,8 @@ import pytest
 from server.access.tokens import hash_token
 from server.errors import Refused, Situation
 from server.front.app import App
+from server.front.dataplane import MOST_MANAGED
+from server.front.dialects import multi_model_server
 from server.front.dialects.multi_model_server import MultiModelServer, Prediction
 from server.front.exchange import HttpRequest
 from server.ipc.operations import ManagementReply, ManageModels, RegisteredModel, ServedVersion
@@ -31,11 +33,17 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.asked: list[ManageModels] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.is_busy = asyncio.Event()  # as many are asked as may be
 
     async def ask(self, operation: ManageModels, timeout_s: float) -> ManagementReply:
         """A channel's."""
         assert timeout_s > 0
         self.asked.append(operation)
+        if len(self.asked) == MOST_MANAGED:
+            self.is_busy.set()
+        await self.may_answer.wait()
         return ManagementReply(202, b"done")
 
 
@@ -185,7 +193,39 @@ def test_tokens_that_may_ask_may_not_manage(tmp_path: Path) -> None:
     assert len(supervisor.asked) == 1
 
 
+def test_management_requests_are_bounded() -> None:
+    """The supervisor is asked so many at a time, however many clients come; when one is answered there is room."""
+
+    async def flood() -> list[int]:
+        made, supervisor = make_app(Worker(lambda _: b"1"), container="multi-model"), Supervisor()
+        made.plane.supervisor = supervisor  # type: ignore[assignment]
+        supervisor.may_answer.clear()
+        asked = [asyncio.create_task(ask(made, "GET", "/models")) for _ in range(MOST_MANAGED)]
+        await supervisor.is_busy.wait()
+        refused = await ask(made, "GET", "/models")
+        supervisor.may_answer.set()
+        answered = await asyncio.gather(*asked)
+        return [refused.status, *{each.status for each in answered}, (await ask(made, "GET", "/models")).status]
+
+    assert asyncio.run(flood()) == [503, 202, 202]
+
+
 def test_a_front_without_its_supervisor_says_so() -> None:
     """For example while the server stops."""
     made = make_app(Worker(lambda _: b"1"), container="multi-model")
     assert send(made, "GET", "/models", b"").status == 503
+
+
+def test_names_are_remembered_in_bounded_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which key a name meant is remembered for the next request; names are clients' to make up."""
+    monkeypatch.setattr(multi_model_server, "MAX_NAME_BYTES", 80_000)
+    missing = (Situation.NOT_FOUND, b'{"message": "no"}')
+    worker = Worker(lambda asked: b"1" if asked.model.endswith(".mar") else missing)
+    made = make_app(worker)
+    for i in range(100):
+        assert send(made, "POST", f"/predictions/{i:03}").status == 200
+    (dialect,) = (each for each in made._dialects if isinstance(each, MultiModelServer))
+    assert 1 <= len(dialect._keys) < 20
+    worker.asked.clear()
+    assert send(made, "POST", "/predictions/099").status == 200
+    assert [asked.model for asked in worker.asked] == ["099.mar"], "the key is known by now"
