@@ -117,9 +117,9 @@ $(TOOLS_READY):
 
 lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--upgrade, TORCH_WHEELS=folder or page)
 	@echo "$(TORCH)+cpu" > $(TOOLS)/torch.txt
-	$(LOCK) --extra cpu --extra load --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
+	$(LOCK) --extra cpu --extra load --extra grpc --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
 	@echo "$(TORCH)" > $(TOOLS)/torch.txt
-	$(LOCK) --extra cuda -o docker/requirements-cuda.lock $(ARGS)
+	$(LOCK) --extra cuda --extra grpc -o docker/requirements-cuda.lock $(ARGS)
 
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
