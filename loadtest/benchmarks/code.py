@@ -3,8 +3,9 @@
 Both servers are up from the start, and take turns within each round: a new archive of 100 KB, from the request to its
 first answer (registration included there); then load from wrk on one model at 1 and 8 connections, and on 16 models at
 8. After the rounds: private memory of an extra model's process, and 100 archives asked in turn by a server with room
-for 20. The network is small (two layers, eager), so that what is compared are the servers; `--network tcn` takes that
-of `bench peers`. Saves a record. The first run installs Multi Model Server with pip, about 1 GB under
+for 20. The network is small (two layers on 32 features, eager), so that what is compared are the servers;
+`--network tcn` takes that of `bench peers`, whose own time is the same on both. CPU time a request tells them apart
+also on a machine that others use. Saves a record. The first run installs Multi Model Server with pip, about 1 GB under
 `.fleetcast/peers`; it needs Java and wrk.
 """
 
@@ -79,6 +80,9 @@ def main(
     before = record.describe_machine()
     results = measure_code(network, rounds, seconds, lambda text: CONSOLE.print(text, style="dim"))
     CONSOLE.print(build_table(results))
+    for load, found in results["loads"].items():
+        spent = ", ".join(f"{name} {each['cpu_ms']['median']:.2f}" for name, each in found.items())
+        CONSOLE.print(f"CPU ms a request, {load}: {spent}", highlight=False)
     if rounds >= RECORDED:
         CONSOLE.print(f"record: {record.save_record('code', SEED, before, results)}")
 
@@ -120,7 +124,7 @@ def measure_code(network: Network, rounds: int, seconds: int, say: Callable[[str
 
 def write_small_models(folder: Path, count: int) -> Models:
     """Make `count` models of two layers with seeded random weights, and their answers."""
-    x = np.random.default_rng(SEED).standard_normal((8, 168), np.float32).round(4)
+    x = np.random.default_rng(SEED).standard_normal(PlainMlp.features, np.float32).round(4)
     models = Models(folder / "store", folder / "weights", x, {})
     for i in range(count):
         torch.manual_seed(SEED * 1_000_000 + i)
@@ -162,6 +166,7 @@ class Comparison:
         self.body = servers[OURS].dialect.tensor_body(models.x)
         self.loads: dict[str, list[float]] = {name: [] for name in servers}
         self.runs: dict[str, dict[str, list[wrk.WrkResult]]] = {name: {load: [] for load in LOADS} for name in servers}
+        self.cpu_ms: dict[str, dict[str, list[float]]] = {name: {load: [] for load in LOADS} for name in servers}
         self._models = models
         body_file.write_bytes(self.body)
 
@@ -186,8 +191,10 @@ class Comparison:
             self.loads[name].append(self.servers[name].load(model, self.body) * 1e3)
         for load, (count, connections) in LOADS.items():
             for name in order:
-                target = self._target(self.servers[name], count)
-                self.runs[name][load].append(wrk.run_wrk(target, connections, seconds))
+                server, before = self.servers[name], self.servers[name].tree.cpu_s()
+                run = wrk.run_wrk(self._target(server, count), connections, seconds)
+                self.runs[name][load].append(run)
+                self.cpu_ms[name][load].append((server.tree.cpu_s() - before) * 1e3 / (run.requests_per_s * seconds))
 
     def _target(self, server: PeerServer, count: int) -> wrk.WrkTarget:
         return wrk.WrkTarget(server.name, server.url, count, server.suffix, self.body_file, JSON, server.dialect)
@@ -202,6 +209,7 @@ class Comparison:
                     name: {
                         "requests_per_s": record.summarise_spread([run.requests_per_s for run in runs[load]]),
                         "p50_ms": record.summarise_spread([run.p50_ms for run in runs[load]]),
+                        "cpu_ms": record.summarise_spread(self.cpu_ms[name][load]),
                     }
                     for name, runs in self.runs.items()
                 }

@@ -74,6 +74,8 @@ def read_secrets(settings: Settings) -> Settings:
         require_grpcio()
         if settings.access_keys and tokens is None:
             raise ValueError("calls by gRPC cannot be signed: set tokens beside access_keys, or leave out grpc_port")
+    if settings.grpc_management_port is not None and settings.model_server_api != "torchserve":
+        raise ValueError("grpc_management_port is for TorchServe's service: leave it out, or set model_server_api")
     return settings
 
 

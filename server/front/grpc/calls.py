@@ -38,6 +38,7 @@ Send = Callable[[bytes], Awaitable[None]]
 PROTOCOL = "grpc"  #: the metrics' label, of the Open Inference Protocol
 OK = 200
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]  # not in the stubs
+TAKEN_BYTES = 1024 * 1024  #: of an answer that a client takes within `client_timeout_s`, at least
 STOPPING = "the server is stopping; try again"
 LATE = "the answer was ready after the deadline"
 SERVER_FAILED = "the server failed; its log says why"
@@ -244,28 +245,29 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
     async def _read_all(self, method: Method, context: Context) -> AsyncIterator[Any]:
         """Yield the messages of a stream, until its client or the server ends it."""
         draining = asyncio.create_task(self._draining.wait())
+        reading: asyncio.Future[Any] | None = None
         try:
             while not draining.done():
                 reading = asyncio.ensure_future(context.read())
                 await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
-                if not reading.done():
-                    reading.cancel()
-                elif (raw := reading.result()) is END:
+                if reading.done() and (raw := reading.result()) is END:
                     return
-                else:
+                if reading.done():
                     yield _parse(method, raw)
         finally:
             draining.cancel()
+            if reading is not None:
+                reading.cancel()
 
     async def _send(self, context: Context, raw: bytes) -> None:
         """Send a message. Its bytes are held until the client has taken it."""
         self._plane.held.size += len(raw)
-        patience_s = self._settings.client_timeout_s
+        patience_s = self._settings.client_timeout_s * (1 + len(raw) // TAKEN_BYTES)
         try:
             async with asyncio.timeout(patience_s):
                 await context.write(raw)
         except TimeoutError:
-            message = f"the client did not take the answer within {patience_s:g} s (client_timeout_s)"
+            message = f"the client did not take {len(raw)} bytes within {patience_s:g} s (client_timeout_s)"
             raise Refused(Situation.SLOW_CLIENT, message) from None
         finally:
             self._plane.held.size -= len(raw)

@@ -134,6 +134,17 @@ def _explain_envvars(config: Configuration) -> Outcome:
     )
 
 
+def _set_grpc_host(config: Configuration) -> Outcome:
+    host = config.get("grpc_inference_address")
+    return become({"grpc_host": host}) if host else hold("gRPC is at the loopback address")
+
+
+def _set_grpc_port(key: str, setting: str) -> Rule:
+    return lambda config: become(
+        {setting: parse_whole_number(config.get(key), least=0, most=65535)}, "it needs pip install 'fleetcast[grpc]'"
+    )
+
+
 RULES: Mapping[str, Rule] = {
     "inference_address": make_address_rule("inference", {"http": 80, "https": 443}),
     "management_address": make_address_rule("management", MANAGEMENT_PORT),
@@ -184,11 +195,11 @@ RULES: Mapping[str, Rule] = {
     "enable_model_api": always(
         hold("the management listener loads and unloads models; `tokens` or the loopback address protect it")
     ),
-    "grpc_inference_address": always(ignore("there is no gRPC listener")),
-    "grpc_management_address": always(ignore("there is no gRPC listener")),
-    "grpc_inference_port": always(ignore("there is no gRPC listener")),
-    "grpc_management_port": always(ignore("there is no gRPC listener")),
-    "enable_grpc_ssl": always(ignore("there is no gRPC listener")),
+    "grpc_inference_address": _set_grpc_host,
+    "grpc_management_address": always(ignore("management by gRPC is at the management listener's address")),
+    "grpc_inference_port": _set_grpc_port("grpc_inference_port", "grpc_port"),
+    "grpc_management_port": _set_grpc_port("grpc_management_port", "grpc_management_port"),
+    "enable_grpc_ssl": always(ignore("TLS is of all listeners: gRPC has it where the addresses begin with https://")),
     "grpc_inference_max_connection_age_ms": _GRPC_AGE,
     "grpc_management_max_connection_age_ms": _GRPC_AGE,
     "grpc_inference_max_connection_age_grace_ms": _GRPC_AGE,
@@ -250,6 +261,12 @@ def _default_store(config: Configuration) -> Outcome | None:
     return leave("no model_store is given: add `store`, the folder or URL of the archives, or give --store")
 
 
+def _default_grpc(config: Configuration) -> Outcome | None:
+    if "grpc_inference_port" not in config.server.keys or "grpc_inference_port" in config.entries:
+        return None
+    return ignore("gRPC is off without a port: grpc_port = 7070 and grpc_management_port = 7071 are theirs")
+
+
 def _default_tokens(config: Configuration) -> Outcome | None:
     has_tokens = "disable_token_authorization" in config.server.keys
     return _explain_tokens(config) if has_tokens and "disable_token_authorization" not in config.entries else None
@@ -261,6 +278,7 @@ DEFAULTS: Mapping[str, Callable[[Configuration], Outcome | None]] = {
     "its protocol": _default_protocol,
     "its code": _default_code,
     "its tokens": _default_tokens,
+    "its gRPC listeners": _default_grpc,
     "its default time-out of 120 s": _default_timeout,
     f"its default max_request_size of {REQUEST_BYTES}": _default_request_bytes,
 }

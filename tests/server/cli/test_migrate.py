@@ -30,7 +30,7 @@ def test_the_settings_are_printed_and_the_counts_beside_them(config: Path) -> No
     settings = tomllib.loads(found.stdout)
     assert (settings["store"], settings["queue_per_model"]) == ("models", 7)
     assert "model_server_api" not in settings
-    assert found.stderr == "TorchServe: 6 settings, 1 to do by hand, 1 so without a setting\n"
+    assert found.stderr == "TorchServe: 6 settings, 1 to do by hand, 1 so without a setting, 1 ignored\n"
     other = tomllib.loads(
         migrate(config, "--from", "mms", "--store", "s3://b", STORE="x", MMS_JOB_QUEUE_SIZE="9").stdout
     )

@@ -52,6 +52,12 @@ def test_without_the_extra_it_is_said_what_to_install(tmp_path: Path, monkeypatc
         read_secrets(make_settings(tmp_path))
 
 
+def test_a_management_port_is_torchserves(tmp_path: Path) -> None:
+    """Multi Model Server has no such service."""
+    with pytest.raises(ValueError, match="grpc_management_port is for TorchServe's"):
+        read_secrets(make_settings(tmp_path, grpc_management_port=0, model_server_api="mms"))
+
+
 def test_access_keys_alone_let_nobody_in(tmp_path: Path) -> None:
     """Calls by gRPC cannot be signed, so such a server does not start."""
     with pytest.raises(ValueError, match="set tokens beside access_keys"):

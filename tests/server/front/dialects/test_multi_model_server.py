@@ -11,7 +11,6 @@ from server.access.tokens import hash_token
 from server.errors import Refused, Situation
 from server.front.app import App
 from server.front.dataplane import MOST_MANAGED
-from server.front.dialects import multi_model_server
 from server.front.dialects.multi_model_server import MultiModelServer, Prediction
 from server.front.exchange import HttpRequest
 from server.ipc.operations import ManagementReply, ManageModels, RegisteredModel, ServedVersion
@@ -214,18 +213,3 @@ def test_a_front_without_its_supervisor_says_so() -> None:
     """For example while the server stops."""
     made = make_app(Worker(lambda _: b"1"), container="multi-model")
     assert send(made, "GET", "/models", b"").status == 503
-
-
-def test_names_are_remembered_in_bounded_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which key a name meant is remembered for the next request; names are clients' to make up."""
-    monkeypatch.setattr(multi_model_server, "MAX_NAME_BYTES", 80_000)
-    missing = (Situation.NOT_FOUND, b'{"message": "no"}')
-    worker = Worker(lambda asked: b"1" if asked.model.endswith(".mar") else missing)
-    made = make_app(worker)
-    for i in range(100):
-        assert send(made, "POST", f"/predictions/{i:03}").status == 200
-    (dialect,) = (each for each in made._dialects if isinstance(each, MultiModelServer))
-    assert 1 <= len(dialect._keys) < 20
-    worker.asked.clear()
-    assert send(made, "POST", "/predictions/099").status == 200
-    assert [asked.model for asked in worker.asked] == ["099.mar"], "the key is known by now"

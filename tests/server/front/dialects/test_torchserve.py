@@ -11,8 +11,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from model_store.name_table import ENTRY_BYTES
 from server.errors import Detail, Refused, Situation
 from server.front.app import App
+from server.front.archive_requests import MAX_PARAMETERS
 from server.front.dialects import torchserve
-from server.front.dialects.torchserve import ERRORS, MAX_PARAMETERS, ModelOperation, TorchServe
+from server.front.dialects.torchserve import ERRORS, ModelOperation, TorchServe
 from server.front.registrations import MOST_COUNTED, Registrations
 from server.front.torchserve_metrics import RegisteredFamilies
 from server.ipc.handler_calls import decode_call

@@ -181,6 +181,22 @@ def test_a_client_that_sends_nothing_is_told_so(tmp_path: Path) -> None:
     run_in_house(scenario, tmp_path, client_timeout_s=0.3)
 
 
+def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+    """What it does not take is let go. Its own side keeps some of the answers for it."""
+
+    def answer(_: Asked) -> bytes:
+        return msgspec.json.encode({"model_name": "m" * 8_000_000, "model_version": "1", "outputs": []})
+
+    async def scenario(house: GrpcHouse) -> None:
+        stream = house.stream()()
+        for _ in range(16):
+            await stream.write(make_infer())
+        await wait_for(lambda: house.counted().get("408") == 1)
+        stream.cancel()
+
+    run_in_house(scenario, tmp_path, answer, client_timeout_s=0.1)
+
+
 def test_streams_are_bounded(tmp_path: Path) -> None:
     """As many as `max_inflight_bytes` has room for messages of `max_body_bytes`; one more is told why."""
 

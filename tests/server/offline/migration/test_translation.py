@@ -109,6 +109,14 @@ def test_one_address_for_both_is_a_container_of_sagemakers() -> None:
         )
 
 
+def test_grpc_is_where_it_was() -> None:
+    """Its ports and its address; without keys it is off, and said to be."""
+    found = settings_of("grpc_inference_port=7070\ngrpc_management_port=7071\ngrpc_inference_address=0.0.0.0")
+    assert (found["grpc_port"], found["grpc_management_port"], found["grpc_host"]) == (7070, 7071, "0.0.0.0")
+    assert "grpc_port = 7070" in render_toml(move(""), "t")
+    assert "more than 65535" in reason("grpc_inference_port=70000", "grpc_inference_port")[1]
+
+
 def test_multi_model_servers_settings() -> None:
     """Its protocol, and how many workers a model gets that is registered without a number."""
     assert settings_of("install_py_dep_per_model=true")["code_requirements"] == "install"
