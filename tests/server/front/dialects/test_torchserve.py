@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from model_store.name_table import ENTRY_BYTES
 from server.errors import Detail, Refused, Situation
+from server.front import archive_requests
 from server.front.app import App
-from server.front.archive_requests import MAX_PARAMETERS
-from server.front.dialects import torchserve
+from server.front.archive_requests import KEY_BYTES, MAX_PARAMETERS
 from server.front.dialects.torchserve import ERRORS, ModelOperation, TorchServe
 from server.front.registrations import MOST_COUNTED, Registrations
 from server.front.torchserve_metrics import RegisteredFamilies
@@ -119,7 +119,7 @@ def test_key_answers_with_and_without_its_suffix() -> None:
 
 def test_names_are_remembered_in_bounded_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients make up names that an archive's key answers to; the oldest are forgotten."""
-    monkeypatch.setattr(torchserve, "MAX_NAME_BYTES", 4 * (ENTRY_BYTES + 1024))
+    monkeypatch.setattr(archive_requests, "MAX_NAME_BYTES", 4 * (ENTRY_BYTES + KEY_BYTES))
     app, worker = make_app(lambda asked: b"yes" if asked.model.endswith(".mar") else (Situation.NOT_FOUND, NOT_THERE))
     for name in ("a", "b", "c", "d", "a", "d"):
         assert send(app, f"/predictions/{name}").status == 200
