@@ -122,7 +122,7 @@ class RegistrationService:
             has_code=facts.kind == Kind.CODE,
             is_loading=loads,
         )
-        self.table.require_free(name, version)
+        self.table.require_free(registration)
         if asked.options.says_batching:
             await self._fleet.set_batching(key, asked.options.batching)
             await self._fleet.unload_registered(key)  # it is batched so from its next load on
