@@ -210,8 +210,13 @@ def _find_json_fault(body: bytes) -> str | None:
     except ValueError as error:
         return f"not JSON: {error}"
     if isinstance(answer, dict):
-        outputs = [each.get("data") for each in answer.get("outputs", ()) if isinstance(each, dict)]
-        answer = answer.get("predictions", outputs)
+        outputs = [each for each in answer.get("outputs", ()) if isinstance(each, dict)]
+        texts = [
+            text for each in outputs if each.get("datatype") == "BYTES" for text in _iterate_leaves(each.get("data"))
+        ]
+        if texts and all(isinstance(text, str) and text.startswith("{") for text in texts):  # forecasts
+            return next((why for text in texts if (why := _find_json_fault(str(text).encode()))), None)
+        answer = answer.get("predictions", [each.get("data") for each in outputs])
     return _find_number_fault(answer, body)
 
 

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakSet
 
+from handlers.codecs.codec import JSON
+from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_tensors
 from model_store.cache.slots import Slot
 from server.errors import Refused, Situation
 from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
@@ -28,6 +30,9 @@ WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Wo
 OK, MULTIPLE_CHOICES = 200, 300
 BODILESS = (204, 205, 304)  #: statuses of answers that have no body
 BYTES = "application/octet-stream"
+_DESCRIPTION = describe_tensors(
+    Signature({}, {}), code="the archive's code gets the request's JSON as it is, and its answer is sent as it is"
+)
 MAX_SAID = 8192  #: bytes of all that a handler sets in an answer's head
 #: Fields that frame an answer or belong to its connection, and those that the server says of every answer: code's are
 #: dropped. The content type travels apart.
@@ -71,6 +76,9 @@ class CodeBatches:
 
     def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Send jobs to their child, or collect more of them first."""
+        jobs = [job for job in jobs if not self._describe(job, now)]
+        if not jobs:
+            return
         slot = get_slot(jobs[0])
         child = self._residents.children[slot]
         batch, rest = list[Job](), list[Job]()
@@ -96,6 +104,13 @@ class CodeBatches:
                 self._wake()
 
         child.run([_make_request(job) for job in batch], end)
+
+    def _describe(self, job: Job, now: float) -> bool:
+        """Answer a request for the model's tensors, of which code says none. False for any other request."""
+        if job.request.content_type != DESCRIBE:
+            return False
+        self._replies.answer(job, (_DESCRIPTION, JSON), now, 0.0)
+        return True
 
     def _collects(self, child: ChildProcess, count: int) -> bool:
         """Whether a batch that is not full waits for more jobs."""
@@ -175,14 +190,15 @@ class CodeBatches:
 
 
 def _make_request(job: Job) -> CodeRequest:
+    """What the handler gets. A request of the Open Inference Protocol comes as the client has sent it."""
     request = job.request
-    body = bytes(request.body)
+    content_type, accept, body = request.content_type, request.accept, bytes(request.body)
+    if content_type.startswith(INFER):
+        content_type, accept = (JSON if content_type == f"{INFER};json={len(body)}" else BYTES), JSON
     if not request.call:
-        return CodeRequest(str(request.id), request.content_type, request.accept, body)
+        return CodeRequest(str(request.id), content_type, accept, body)
     call = decode_call(request.call)
-    return CodeRequest(
-        call.request_id, request.content_type, request.accept, body, call.headers, call.parts, call.properties
-    )
+    return CodeRequest(call.request_id, content_type, accept, body, call.headers, call.parts, call.properties)
 
 
 def _make_body(answer: CodeAnswer) -> bytes:

@@ -176,7 +176,7 @@ async def main(control_fd: int) -> None:
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
     listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket, made_anew=pulse.link)
-    member.serve(Management(steps, arrivals, ArchiveReader(store), code).handle)
+    member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s).handle)
     await member.released
     listening.cancel()  # the steps stay open: a request may still come while the process ends
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from loadtest.observe.processes import find_free_port
 from tests.archives import read_members
 from tests.e2e.models import onnx_model, pack_fleet
 from tests.e2e.server import Server, run_server
@@ -251,11 +252,18 @@ def test_a_batch_transform_is_told_how_to_send(platform: Platform) -> None:
 
 
 def test_one_model_is_loaded_at_the_start(s3: S3Server, tmp_path: Path) -> None:
-    """In a container of one model `/invocations` is its path, whatever a header says; failures keep their status."""
-    model = tmp_path / "model"
-    unpack(model, make_script(7))
-    settings = {"container": "single-model", "allow_code": ["*"], "pin": ["model"]}
-    with run_server(s3, tmp_path, str(model), **settings) as server:
+    """SageMaker's variables and folder alone say what to do; `/invocations` is the path, whatever a header says."""
+    unpack(tmp_path / "model", make_script(7))
+    port = find_free_port()
+    environment = {
+        "SAGEMAKER_BASE_DIR": str(tmp_path),
+        "SAGEMAKER_BIND_TO_PORT": str(port),
+        "SAGEMAKER_MAX_PAYLOAD_IN_MB": "1",
+        "FLEETCAST_ALLOW_CODE": '["*"]',
+    }
+    unset = dict.fromkeys(("inference_port", "management_port", "metrics_port", "disk_cache"))
+    with run_server(s3, tmp_path, None, **unset, environment=environment) as server:
+        assert server.url.endswith(f":{port}")
         wait_until(lambda: "model" in server.resident(), "it is loaded before it is asked")
         for headers in ({}, {TARGET: "other"}):
             reply = server.http.post(f"{server.url}/invocations", content=b'{"x": 6}', headers=headers)
@@ -264,4 +272,4 @@ def test_one_model_is_loaded_at_the_start(s3: S3Server, tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["code"]) == (500, 500)
         assert server.http.get(f"{server.url}/models").status_code == 404, "nothing is managed there"
         assert server.http.get(f"{server.url}/execution-parameters").is_success
-        assert server.http.post(f"{server.url}/invocations", content=bytes(7 * MIB)).status_code == 413
+        assert server.http.post(f"{server.url}/invocations", content=bytes(2 * MIB)).status_code == 413

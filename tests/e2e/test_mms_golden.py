@@ -114,3 +114,4 @@ def test_a_model_is_described_by_options(server: Server) -> None:
     described = server.http.options(f"{server.url}/predictions/any").json()
     assert list(described["paths"]) == ["/predictions/any"]
     assert server.http.options(f"{server.url}/predictions/nosuch").status_code == 404
+    assert server.http.delete(f"{server.url}/models/any").is_success  # the recording begins without models

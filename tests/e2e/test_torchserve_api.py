@@ -26,6 +26,8 @@ def handle(data, context):
     if data[0].get("body") == "wait":
         import time
         time.sleep(6)
+    if context.get_request_header(0, "describe"):
+        return [{"by": "the handler"}]
     if data[0].get("body") == "count":
         return [str(len(data)) for _ in data]
     return [f"version {VERSION}" for _ in data]
@@ -121,6 +123,8 @@ def test_archives_without_code_answer_too(server: Server) -> None:
     FORECASTER.question(2).check(forecast.content)
     wrong = predict(server, "prices", b"{}")
     assert (wrong.status_code, wrong.json()["type"]) == (400, "BadRequestException")
+    described = manage(server, "GET", "/prices", customized="true")
+    assert (described.status_code, "customizedMetadata" in described.text) == (200, False), "it has no code to ask"
     assert manage(server, "DELETE", "/prices").status_code == 200
 
 
@@ -168,4 +172,6 @@ def test_response_timeout_of_a_registration(server: Server) -> None:
     manage(server, "POST", "", **query, synchronous="true")
     late = predict(server, "slow", b'"wait"')
     assert (late.status_code, late.json()["message"].startswith("Worker died")) == (500, True)
+    described = manage(server, "GET", "/slow", customized="true").json()
+    assert described[0]["customizedMetadata"] == {"by": "the handler"}, "it waits for its turn"
     assert manage(server, "DELETE", "/slow").status_code == 200

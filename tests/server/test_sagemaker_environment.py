@@ -26,6 +26,8 @@ def test_a_container_serves_the_folder_that_sagemaker_fills() -> None:
     assert (many["container"], many["store"]) == ("multi-model", "/opt/ml/models")
     one = read_sagemaker_environment({}, {}, has_model=True)
     assert (one["container"], one["store"], one["pin"]) == ("single-model", "/opt/ml/model", ["model"])
+    elsewhere = read_sagemaker_environment({**MULTI, "SAGEMAKER_BASE_DIR": "/data"}, {}, has_model=False)
+    assert elsewhere["store"] == "/data/models"
     chosen = read_sagemaker_environment({}, {"container": "multi-model", "store": "/x"}, has_model=False)
     assert chosen["container"] == "multi-model"
 

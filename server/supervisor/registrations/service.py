@@ -17,6 +17,7 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from model_store.archives.manifest import Kind
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Situation
 from server.ipc.control import ControlError
@@ -67,6 +68,9 @@ class RegisteredFleet(Protocol):
     async def load_registered(self, key: ModelName) -> None:
         """Load it at its home. Raises ControlError."""
 
+    async def describe_by_code(self, key: ModelName, headers: list[tuple[str, str]]) -> bytes:
+        """What its code says of itself. Raises ControlError."""
+
     async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
         """Have it batched so from its next load on; None: as it says itself."""
 
@@ -115,9 +119,10 @@ class RegistrationService:
             asked.runtime or facts.runtime or "python",
             asked.options,
             loaded_at=time.time() if loads else 0.0,
+            has_code=facts.kind == Kind.CODE,
             is_loading=loads,
         )
-        self.table.require_free(name, version)
+        self.table.require_free(registration)
         if asked.options.says_batching:
             await self._fleet.set_batching(key, asked.options.batching)
             await self._fleet.unload_registered(key)  # it is batched so from its next load on
@@ -172,6 +177,10 @@ class RegistrationService:
     async def observe(self, registration: Registration) -> Sequence[tuple[int, ModelState]]:
         """What each worker has of a version, by the worker's index."""
         return await self._fleet.observe_registered(registration.key)
+
+    async def describe_by_code(self, registration: Registration, headers: list[tuple[str, str]]) -> bytes:
+        """What the code of a version says of itself, asked with these headers. Raises ControlError."""
+        return await self._fleet.describe_by_code(registration.key, headers)
 
     async def close(self) -> None:
         """Give up loads that nobody waits for."""

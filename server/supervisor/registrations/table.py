@@ -22,7 +22,8 @@ from server.supervisor.registrations.refusals import (
 
 MOST_NAMES = 10_000
 MOST_VERSIONS = 100  #: of one name
-MAX_NAME_BYTES = 8 * 1024 * 1024  #: of all names and versions together
+MAX_TABLE_BYTES = 32 * 1024 * 1024  #: of all registrations together
+REGISTRATION_BYTES = 1024  #: of one beside its texts
 MAX_VERSION = 128  #: characters of a version
 
 
@@ -58,6 +59,7 @@ class Registration(Struct, frozen=True):
     runtime: str
     options: ServingOptions
     loaded_at: float = 0.0  #: wall clock, when it was last given workers; 0: it has none
+    has_code: bool = False  #: whether it is a code archive
     is_loading: bool = False  #: workers have been asked for, and are not there yet
 
 
@@ -67,6 +69,7 @@ class RegistrationTable:
     def __init__(self) -> None:
         self._models: dict[str, dict[str, Registration]] = {}
         self._defaults: dict[str, str] = {}
+        self._batching: dict[ModelName, dict[tuple[str, str], Batching]] = {}  # in the order of registration
         self._bytes = 0
 
     def __repr__(self) -> str:
@@ -102,22 +105,12 @@ class RegistrationTable:
 
     def find_batching(self, key: ModelName) -> Batching | None:
         """How the archive is batched: as the version says that was registered last of those that say it."""
-        said = None
-        for versions in self._models.values():
-            for each in versions.values():
-                if each.key == key and each.options.says_batching:
-                    said = each.options.batching
-        return said
+        said = self._batching.get(key)
+        return said[next(reversed(said))] if said else None
 
     def list_batching(self) -> dict[str, Batching | None]:
         """Of all archives for which a client has said it."""
-        keys = {
-            each.key: None
-            for versions in self._models.values()
-            for each in versions.values()
-            if each.options.says_batching
-        }
-        return {key: self.find_batching(key) for key in keys}
+        return {key: self.find_batching(key) for key in self._batching}
 
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
@@ -128,8 +121,9 @@ class RegistrationTable:
             if (each.name, each.version) != (registration.name, registration.version)
         )
 
-    def require_free(self, name: str, version: str) -> None:
+    def require_free(self, registration: Registration) -> None:
         """Raises AlreadyRegistered, TableFull, BadOption where this version cannot be added."""
+        name, version = registration.name, registration.version
         if not 1 <= len(version) <= MAX_VERSION or not version.isprintable() or "/" in version:
             raise BadOption(f"a version has 1 to {MAX_VERSION} printable characters without a slash")
         versions = self._models.get(name, {})
@@ -137,16 +131,18 @@ class RegistrationTable:
             raise AlreadyRegistered(name, version)
         if len(self._models) + (not versions) > MOST_NAMES or len(versions) >= MOST_VERSIONS:
             raise TableFull(f"{MOST_NAMES} models with {MOST_VERSIONS} versions each can be registered; remove some")
-        if self._bytes + _size(name, version) > MAX_NAME_BYTES:
-            raise TableFull(f"names of registered models take {MAX_NAME_BYTES} bytes at most; remove some")
+        if self._bytes + _size(registration) > MAX_TABLE_BYTES:
+            raise TableFull(f"registered models take {MAX_TABLE_BYTES} bytes at most; remove some")
 
     def add(self, registration: Registration) -> None:
         """Register a version. The first one of a name is its default."""
         name, version = registration.name, registration.version
-        self.require_free(name, version)
+        self.require_free(registration)
         self._models.setdefault(name, {})[version] = registration
         self._defaults.setdefault(name, version)
-        self._bytes += _size(name, version)
+        self._bytes += _size(registration)
+        if registration.options.batching is not None:
+            self._batching.setdefault(registration.key, {})[name, version] = registration.options.batching
 
     def put(self, registration: Registration) -> None:
         """Replace what is known of a version that is registered. Raises ModelUnknown, VersionUnknown."""
@@ -175,9 +171,13 @@ class RegistrationTable:
         """Remove a version that has failed, whatever others there are. One of those is the default then."""
         name, version = registration.name, registration.version
         versions = self._models.get(name, {})
-        if versions.pop(version, None) is None:
+        removed = versions.pop(version, None)
+        if removed is None:
             return
-        self._bytes -= _size(name, version)
+        self._bytes -= _size(removed)
+        said = self._batching.get(registration.key, {})
+        if said.pop((name, version), None) is not None and not said:
+            del self._batching[registration.key]
         if not versions:
             del self._models[name], self._defaults[name]
         elif self._defaults[name] == version:
@@ -213,5 +213,6 @@ def with_workers(
     return replace(registration, options=options, loaded_at=now if least else 0.0, is_loading=is_loading)
 
 
-def _size(name: str, version: str) -> int:
-    return name_bytes(name) + name_bytes(version)
+def _size(each: Registration) -> int:
+    texts = (each.name, each.version, each.url, each.key, each.handler, each.runtime)
+    return REGISTRATION_BYTES + sum(map(name_bytes, texts))

@@ -28,6 +28,7 @@ class Fleet:
     def __init__(self) -> None:
         self.archives = {"probe.mar": ArchiveFacts("probe", "1.5", "handler.py", "python"), "plain.mar": ArchiveFacts()}
         self.broken: set[str] = set()
+        self.why_broken = Situation.ARCHIVE_FAILED
         self.said: list[str] = []
         self.front: dict[str, RegisteredModel | None] = {}
         self.may_load = asyncio.Event()
@@ -43,8 +44,12 @@ class Fleet:
         """Load, when it may."""
         await self.may_load.wait()
         if key in self.broken:
-            raise ControlError(f"{key} is broken", Situation.ARCHIVE_FAILED)
+            raise ControlError(f"{key} is broken", self.why_broken)
         self.said.append(f"load {key}")
+
+    async def describe_by_code(self, key: ModelName, headers: list[tuple[str, str]]) -> bytes:
+        """Repeat the headers."""
+        return repr((key, headers)).encode()
 
     async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
         """Batch."""
