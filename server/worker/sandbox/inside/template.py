@@ -24,6 +24,7 @@ from typing import Any
 from server.worker.sandbox.inside import landlock, torchserve_package
 from server.worker.sandbox.inside.child import run_child
 from server.worker.sandbox.inside.confinement import python_paths, set_subreaper
+from server.worker.sandbox.inside.module_space import index_modules
 from server.worker.sandbox.messages import (
     MAX_PACKET,
     ForkChild,
@@ -240,6 +241,7 @@ def main() -> None:
 
     _use_torch_once(torch)
     torchserve_package.preload()
+    index_modules()
 
     gc.collect()
     gc.freeze()  # a child's collector writes to no page of the template's objects
