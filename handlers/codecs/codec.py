@@ -162,8 +162,8 @@ class FamilyCodec:
     def _infer(self, body: bytes, content_type: str, model: str, place: Place | None) -> DecodedCall:
         """Decode a request of the Open Inference Protocol, for a model that the client calls `model`."""
         if content_type == open_inference.DESCRIBE:
-            description = open_inference.describe_tensors(self._signature)
             nothing = np.empty((0, *self._shapes[self._name]), np.float32)
+            description = self._describe_tensors()
             return DecodedCall(nothing, lambda _: (description, JSON))
         call = open_inference.read_request(body, content_type, self._signature)
         if call.n > 1 and self._budget is not None:
@@ -174,6 +174,11 @@ class FamilyCodec:
             return open_inference.write_answer(call, model, {OUTPUT: _check_finite(OUTPUT, outputs)})
 
         return DecodedCall(rows, encode, call.n * prod(self._output_shape) if call.n > 1 else 0)
+
+    def _describe_tensors(self) -> bytes:
+        if self._deepar is None:
+            return open_inference.describe_tensors(self._signature)
+        return open_inference.describe_tensors(self._signature, forecast=describe_recipe(self._deepar.forecast))
 
     def _forecast(self, body: bytes, wanted: str, place: Place | None) -> DecodedCall:
         if wanted != JSON:
@@ -275,6 +280,22 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
         "prediction_length": forecast.prediction_length,
         "dynamic_feat": [*forecast.dynamic_feat[:SHOWN_NAMES], *([f"and {more} more"] if more > 0 else [])],
         "tail": f"{forecast.tail} beyond {levels[0]:g} and {levels[-1]:g}",
+    }
+
+
+def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
+    """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products.
+
+    `needs_start`: whether a forecast depends on when it begins.
+    """
+    return {
+        **describe_forecast(forecast),
+        "dynamic_feat": list(forecast.dynamic_feat),
+        "cat": list(forecast.cat),
+        "quantile_levels": list(forecast.quantile_levels),
+        "products": list(forecast.products),
+        "unit": forecast.unit,
+        "needs_start": bool(forecast.origin) or any(channel.source == "calendar" for channel in forecast.inputs),
     }
 
 

@@ -84,15 +84,17 @@ class Call:
     outputs: Sequence[tuple[str, bool]]
 
 
-def describe_tensors(signature: Signature) -> bytes:
-    """The metadata of a model's tensors. Each may be sent, and is answered, with an axis of rows before its own."""
+def describe_tensors(signature: Signature, **parameters: object) -> bytes:
+    """The metadata of a model's tensors: each may be sent, and is answered, with an axis of rows before its own.
+
+    `parameters`: what else a client must know.
+    """
     sides = {"inputs": signature.inputs, "outputs": signature.outputs}
-    return orjson.dumps(
-        {
-            side: [{"name": name, "datatype": FP32, "shape": [-1, *shape]} for name, shape in shapes.items()]
-            for side, shapes in sides.items()
-        }
-    )
+    listed = {
+        side: [{"name": name, "datatype": FP32, "shape": [-1, *shape]} for name, shape in shapes.items()]
+        for side, shapes in sides.items()
+    }
+    return orjson.dumps({**listed, "parameters": parameters})
 
 
 def read_request(body: bytes, content_type: str, signature: Signature) -> Call:

@@ -5,7 +5,6 @@ The archives are made of the handlers that answered the recording (`tests/golden
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 

@@ -36,6 +36,14 @@ class PermittedPlane(PlaneInFront):
         require(self._token, request.model)
         return await self._plane.infer(request)
 
+    def permits(self, model: ModelName) -> bool:
+        """Whether the token allows this model."""
+        try:
+            self._token.require(Scope.INVOKE, model)
+        except Forbidden:
+            return False
+        return self._plane.permits(model)
+
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused(FORBIDDEN) for a token that does not manage all models."""
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
 from server.front.dialects.multi_model_server import MultiModelServer
+from server.front.dialects.nixtla import Nixtla
 from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
 from server.front.exchange import Dialect
@@ -15,7 +16,7 @@ from server.settings import Settings
 
 MakeDialect = Callable[[Settings], Dialect]
 
-DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, OpenInference, Health)
+DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, Nixtla, OpenInference, Health)
 
 
 def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:

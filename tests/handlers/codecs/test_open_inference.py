@@ -75,6 +75,7 @@ def test_a_model_describes_its_tensors() -> None:
     assert json.loads(describe_tensors(ONE)) == {
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1, 2, 3]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}],
+        "parameters": {},
     }
 
 
