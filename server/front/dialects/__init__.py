@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
+from server.front.dialects.mlflow import MLflow
 from server.front.dialects.multi_model_server import MultiModelServer
 from server.front.dialects.nixtla import Nixtla
 from server.front.dialects.open_inference import OpenInference
@@ -16,7 +17,7 @@ from server.settings import Settings
 
 MakeDialect = Callable[[Settings], Dialect]
 
-DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, Nixtla, OpenInference, Health)
+DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, Nixtla, MLflow, OpenInference, Health)
 
 
 def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:

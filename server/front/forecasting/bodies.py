@@ -54,7 +54,7 @@ def _explain(said: str) -> Refused:
         message = f"expected {wanted}, not {_TYPES.get(found[2], found[2])}"
     elif found := _MISSING.fullmatch(message):
         field = f"{field}.{found[1]}" if field else found[1]
-        message = "it is missing"
+        message = f"{found[1]} is missing"
     else:
         message = f"not a request for forecasts: {message}"
     return Refused(Situation.BAD_REQUEST, message, field=field)

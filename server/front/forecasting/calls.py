@@ -12,7 +12,7 @@ from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
-from server.front.forecasting.recipes import Recipe, read_recipe
+from server.front.forecasting.recipes import Recipe, read_inputs, read_recipe
 from server.front.slices import ITEM, Pacer
 
 MOST_FORECASTERS = 10_000  #: names that a front remembers
@@ -52,15 +52,22 @@ class ForecastCall:
 
     async def describe(self, model: ModelName) -> Recipe:
         """What the model's forecast requests must be; it is loaded for that. Raises Refused, ClientGone."""
+        recipe = read_recipe(await self._ask_description(model), model)
+        if len(self._plane.forecasters) < MOST_FORECASTERS:
+            self._plane.forecasters[model] = None
+        return recipe
+
+    async def list_inputs(self, model: ModelName) -> list[str]:
+        """The names of the model's tensors. Raises Refused, ClientGone."""
+        return read_inputs(await self._ask_description(model), model)
+
+    async def _ask_description(self, model: ModelName) -> bytes:
         asked = self._request
         origin = (asked.arrived, asked.id, asked.client)
         response = await self._plane.infer(
             InferRequest(model, b"", OPEN_INFERENCE_DESCRIBE, model, asked.deadline, asked.client_gone, *origin)
         )
-        recipe = read_recipe(await response.read(), model)
-        if len(self._plane.forecasters) < MOST_FORECASTERS:
-            self._plane.forecasters[model] = None
-        return recipe
+        return await response.read()
 
     async def forecast(self, asked: Sequence[Asked], configuration: Mapping[str, Any]) -> list[Forecast | Refused]:
         """What came of each instance, in order. Raises Refused for a call that fails as a whole, ClientGone."""

@@ -50,6 +50,14 @@ class _Parameters(msgspec.Struct):
     forecast: Recipe | None = None
 
 
+class _Input(msgspec.Struct):
+    name: str
+
+
+class _Inputs(msgspec.Struct):
+    inputs: list[_Input]
+
+
 class _Description(msgspec.Struct):
     parameters: _Parameters = msgspec.field(default_factory=_Parameters)
 
@@ -66,6 +74,14 @@ def read_recipe(description: bytes, model: str) -> Recipe:
     if recipe is None:
         raise Refused(Situation.BAD_REQUEST, f"the model {model} answers tensors only, no forecasts", field="model")
     return recipe
+
+
+def read_inputs(description: bytes, model: str) -> list[str]:
+    """The names of the tensors in a worker's description of a model. Raises Refused for an archive that has none."""
+    try:
+        return [each.name for each in msgspec.json.decode(description, type=_Inputs).inputs]
+    except msgspec.ValidationError:
+        raise Refused(Situation.BAD_REQUEST, f"the model {model} does not say what its inputs are") from None
 
 
 def normalize_frequency(text: str) -> str:

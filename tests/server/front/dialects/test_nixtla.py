@@ -63,13 +63,13 @@ def test_the_table_has_every_situation() -> None:
 )
 def test_the_paths_of_other_dialects_are_not_its_own(path: str) -> None:
     """Open Inference's paths begin with `/v2` too."""
-    assert Nixtla(Settings(store="s")).match("POST", path) is None
+    assert Nixtla(Settings.model_validate({"store": "s"})).match("POST", path) is None
 
 
 def test_a_wrong_method_is_refused() -> None:
     """A path of this dialect with another method is no other dialect's."""
     with pytest.raises(Refused, match="asked by POST, not GET"):
-        Nixtla(Settings(store="s")).match("GET", "/v2/forecast")
+        Nixtla(Settings.model_validate({"store": "s"})).match("GET", "/v2/forecast")
 
 
 def test_instances_and_levels_are_those_of_section_five() -> None:
