@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
+from server.front.dialects.kserve_timeseries import KServeTimeSeries
 from server.front.dialects.mlflow import MLflow
 from server.front.dialects.multi_model_server import MultiModelServer
 from server.front.dialects.nixtla import Nixtla
@@ -17,7 +18,7 @@ from server.settings import Settings
 
 MakeDialect = Callable[[Settings], Dialect]
 
-DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, Nixtla, MLflow, OpenInference, Health)
+DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, Nixtla, MLflow, KServeTimeSeries, OpenInference, Health)
 
 
 def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:

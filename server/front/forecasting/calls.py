@@ -1,5 +1,6 @@
 """Forecasts for dialects that decode numbers: a model is asked what it is, then many instances. Runs in a front."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
 from server.front.forecasting.recipes import Recipe, read_inputs, read_recipe
 from server.front.slices import ITEM, Pacer
 
+AT_ONCE = 64  #: models that are asked at once what they are
 MOST_FORECASTERS = 10_000  #: names that a front remembers
 
 Numbers = list[Any]  #: [T] of one product, [D][T] of several
@@ -56,6 +58,21 @@ class ForecastCall:
         if len(self._plane.forecasters) < MOST_FORECASTERS:
             self._plane.forecasters[model] = None
         return recipe
+
+    async def describe_all(self, models: Sequence[ModelName]) -> dict[ModelName, Recipe | Refused]:
+        """What each model's forecast requests must be, or why it does not say so. Raises ClientGone."""
+        different = list(dict.fromkeys(models))
+        found: dict[ModelName, Recipe | Refused] = {}
+        for at in range(0, len(different), AT_ONCE):
+            some = different[at : at + AT_ONCE]
+            found.update(zip(some, await asyncio.gather(*map(self._try_describe, some)), strict=True))
+        return found
+
+    async def _try_describe(self, model: ModelName) -> Recipe | Refused:
+        try:
+            return await self.describe(model)
+        except Refused as why:
+            return why
 
     async def list_inputs(self, model: ModelName) -> list[str]:
         """The names of the model's tensors. Raises Refused, ClientGone."""
