@@ -13,12 +13,22 @@ from server.front.dialects.multi_model_server import MultiModelServer
 from server.front.dialects.nixtla import Nixtla
 from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
+from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect
 from server.settings import Settings
 
 MakeDialect = Callable[[Settings], Dialect]
 
-DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, Nixtla, MLflow, KServeTimeSeries, OpenInference, Health)
+DIALECTS: tuple[MakeDialect, ...] = (
+    SageMaker,
+    Forecasts,
+    Nixtla,
+    MLflow,
+    KServeTimeSeries,
+    SageMakerStreams,
+    OpenInference,
+    Health,
+)
 
 
 def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:

@@ -33,7 +33,8 @@ OK, MULTIPLE_CHOICES = 200, 300
 MAX_SAID = 2000  #: bytes of a handler's body that a ModelError repeats
 MAX_NAME_BYTES = 8 * 1024 * 1024  #: of checked names that are remembered; clients can make them up
 MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
-_ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
+_NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}")  # of an endpoint of SageMaker's
+_ENDPOINT = re.compile(rf"/endpoints/{_NAME.pattern}/invocations")
 _MODEL_PATH = re.compile(r"/endpoints/(.+)/invocations", re.DOTALL)  # of a name that no endpoint of SageMaker's has
 _COMPONENT = raw_header(contract.HEADER_INFERENCE_COMPONENT)
 _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
@@ -158,15 +159,27 @@ class SageMaker:
 
     async def _score(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The answer to a client that sends no target: MLflow's, or boto3 with the model as endpoint."""
-        reply = await Scoring(plane, request, self._choose_model(operation, request), self._limit).answer()
+        model = self._choose_model(operation.model if isinstance(operation, NamedModel) else "", request)
+        reply = await Scoring(plane, request, model, self._limit).answer()
         reply.headers = _make_headers(request)
         return reply
 
-    def _choose_model(self, operation: DialectOperation, request: HttpRequest) -> ModelName:
-        """The model by the inference component, the query, the path, or the operator. Raises Refused."""
+    def find_model(self, request: HttpRequest, endpoint: str) -> ModelName:
+        """The model of a call to this endpoint, by the target's header or else as `_choose_model` has it."""
+        raw = request.headers.get(_TARGET_MODEL)
+        if raw is not None:
+            return self._parse_name(raw)
+        return self._choose_model("" if _NAME.fullmatch(endpoint) else endpoint, request)
+
+    @staticmethod
+    def make_headers(request: HttpRequest) -> Headers:
+        """What every answer carries."""
+        return _make_headers(request)
+
+    def _choose_model(self, named: str, request: HttpRequest) -> ModelName:
+        """The model by the inference component, the query, its name in the path, or the operator. Raises Refused."""
         component = request.headers.get(_COMPONENT, b"").decode("utf-8", "replace")
         queried = parse_qs(request.query.decode("latin-1"), max_num_fields=20).get("model_name", [""])[0]
-        named = operation.model if isinstance(operation, NamedModel) else ""
         chosen = component or queried or named or self._default
         if not chosen:
             message = f"no target model: send the header {contract.HEADER_TARGET_MODEL}"
