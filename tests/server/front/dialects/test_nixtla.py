@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from model_store.names import ModelName
 from server.errors import Refused, Situation
 from server.front.app import App
 from server.front.dialects.nixtla import STATUS, Nixtla
 from server.front.forecasting.bodies import MAX_VALUES
+from server.front.forecasting.calls import MOST_FORECASTERS
 from server.metrics import FrontMetrics
 from server.settings import Settings
 from tests.server.front.answering import Answered, Asked, Worker, ask, attach
@@ -125,3 +127,21 @@ def test_the_operator_says_what_the_clients_default_stands_for() -> None:
     """`timegpt-...` is asked as it is, or as `default_model`."""
     assert post(make_body(model="timegpt-2.1"))[1].asked[0].model == "timegpt-2.1"
     assert post(make_body(model="timegpt-2.1"), default_model="au/NSW1.mar")[1].asked[0].model == "au/NSW1.mar"
+
+
+def test_so_many_forecasters_are_remembered() -> None:
+    """Those that are asked are listed by name; a full table takes no more, and the models are answered all the same."""
+    app = App(Settings.model_validate({"store": "s"}), FrontMetrics())
+    attach(app.plane, Worker(answer))
+
+    async def ask_all() -> tuple[Answered, Answered]:
+        body = json.dumps(make_body()).encode()
+        await ask(app, "POST", "/v2/forecast", body)
+        listed = await ask(app, "GET", "/v2/models")
+        app.plane.forecasters.update({ModelName(f"{i}.mar"): None for i in range(MOST_FORECASTERS)})
+        return listed, await ask(app, "POST", "/v2/forecast", body.replace(b"m.mar", b"n.mar"))
+
+    listed, late = asyncio.run(ask_all())
+    assert json.loads(listed.body) == {"models": [{"name": "m.mar"}]}
+    assert late.status == 200
+    assert "n.mar" not in app.plane.forecasters
