@@ -37,6 +37,9 @@ ENV PATH=/opt/fleetcast/bin:$PATH \
     FLEETCAST_DISK_CACHE=/var/lib/fleetcast/cache
 VOLUME /var/lib/fleetcast/cache
 EXPOSE 8080 8081 8082
+# What SageMaker asks of the container: docs/sagemaker-container.md.
+LABEL com.amazonaws.sagemaker.capabilities.multi-models=true \
+      com.amazonaws.sagemaker.capabilities.accept-bind-to-port=true
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/ready', timeout=2)"]

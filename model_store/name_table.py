@@ -50,6 +50,9 @@ class NameTable(Generic[Value]):
     def __iter__(self) -> Iterator[str | bytes]:
         return iter(self._entries)
 
+    def __reversed__(self) -> Iterator[str | bytes]:
+        return reversed(self._entries)
+
     def items(self) -> Iterable[tuple[str | bytes, Value]]:
         """Names and values, oldest first."""
         return self._entries.items()

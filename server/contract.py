@@ -35,6 +35,7 @@ OPEN_INFERENCE_INFER: Final = "application/vnd.fleetcast.infer"
 OPEN_INFERENCE_DESCRIBE: Final = "application/vnd.fleetcast.describe"
 
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
+MODEL_NAME_PARAMETER: Final = b"model_name"  #: of the query of that path, as archived model servers have it
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
 PREDICTIONS_PATH: Final = "/predictions"  #: with the model in the path, as TorchServe and Multi Model Server have it
 OPEN_INFERENCE_MODELS_PATH: Final = "/v2/models"  #: with the model in the path
@@ -90,6 +91,9 @@ ACCESS_LOG_FILES: Final = "arrivals-*.csv"
 INFERENCE_PORT: Final = 8080
 MANAGEMENT_PORT: Final = 8081
 METRICS_PORT: Final = 8082
+#: By custom, as clients of Triton and of TorchServe expect them; these listeners are off unless their ports are set.
+GRPC_PORT: Final = 8001
+GRPC_MANAGEMENT_PORT: Final = 7071
 SLAB_BYTES: Final = 4 * MIB
 GPU_RESERVE_BYTES: Final = 2048 * MIB
 EVICTION_POLICY: Final = "lru"

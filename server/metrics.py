@@ -35,7 +35,7 @@ _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 
 _AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-_NAMING = ("model", "target")  #: labels with names of models, whose series end with their process
+_NAMING = ("model", "target", "model_name")  #: labels with names of models, whose series end with their process
 _RESULTS = ("ok", "failed")  #: of requests by a name in the table of releases
 _GAUGE = "gauge"  #: the type of the families that are dropped when their process ends
 

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
-from server.sagemaker_environment import SINGLE_MODEL_FOLDER, read_sagemaker_environment
+from server.sagemaker_environment import find_model_folder, read_sagemaker_environment
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
@@ -37,7 +37,7 @@ class SageMakerSource(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         """See `server.sagemaker_environment`."""
-        has_model = SINGLE_MODEL_FOLDER.is_dir()
+        has_model = find_model_folder(os.environ).is_dir()
         return read_sagemaker_environment(os.environ, self.current_state, has_model=has_model)
 
 
@@ -71,6 +71,19 @@ class Settings(BaseSettings):
         contract.METRICS_PORT, description="port of the metrics listener (/metrics); 0: a free port"
     )
 
+    grpc_port: Port | None = Field(
+        None,
+        description=f"port of the gRPC listener, by custom {contract.GRPC_PORT}; 0: a free port; none: no gRPC; needs "
+        "`fleetcast[grpc]`",
+    )
+    grpc_management_port: Port | None = Field(
+        None,
+        description="port of TorchServe's management service over gRPC, at the management listener's address and by "
+        f"custom {contract.GRPC_MANAGEMENT_PORT}; 0: a free port; none: there is none; needs `fleetcast[grpc]`",
+    )
+    grpc_host: str = Field(
+        "127.0.0.1", description="address of the gRPC listener; other hosts can connect unless it is loopback"
+    )
     container: Literal["off", "multi-model", "single-model"] = Field(
         "off",
         description="what SageMaker asks of a container, on the inference port alone: multi-model loads and unloads "
@@ -233,6 +246,37 @@ class Settings(BaseSettings):
         60.0,
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
+    )
+    code_device: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="where handlers run if workers have a GPU; device: each handler is given its worker's GPU as "
+        "`gpu_id` 0. What it takes of the GPU's memory is not counted: leave room by `gpu_reserve_bytes`",
+    )
+    repository_control: Literal["off", "on"] = Field(
+        "off",
+        description="on: clients of the inference listener may load and unload models by the Open Inference Protocol; "
+        "with `tokens` those with the scopes invoke and manage may, whatever this says, and others may not",
+    )
+    code_requirements: Literal["refuse", "install"] = Field(
+        "refuse",
+        description="archives with a requirements.txt; install: their packages are installed into a folder of the "
+        "archive's own each time that it is loaded, from wheels alone, by the pip of the server's Python",
+    )
+    code_install_s: Seconds = Field(
+        300.0, description="maximum time in which the packages of a code archive are installed"
+    )
+    code_program: str = Field(
+        "inference.py",
+        pattern=r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
+        description="the script that archives of SageMaker's toolkits run, in their folder `code` (SAGEMAKER_PROGRAM)",
+    )
+    code_disk_bytes: ByteSize = Field(
+        _to_byte_size(4096 * MIB),
+        ge=16 * MIB,
+        description="maximum size of the folder of one code archive: its files, its packages and what its code writes",
+    )
+    code_processes: int = Field(
+        64, ge=4, description="maximum number of processes and threads of one code archive, its own process among them"
     )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"

@@ -14,6 +14,7 @@ import numpy as np
 
 from handlers.base import Float32, Shape
 from handlers.codecs import open_inference, tensors
+from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
 from handlers.codecs.tensors import Place, put_rows
@@ -30,6 +31,11 @@ NUMBER_S = 5e-7  #: about the seconds to draw a number and write it as JSON
 Encoded = tuple[bytes, str]  #: body, content type
 OURS = "application/vnd.fleetcast."  #: media types between front and worker: `handlers.codecs.open_inference`
 OUTPUT = "predictions"  #: the name of a family's output
+#: Tensors of the Open Inference Protocol of an archive that forecasts: one request and its answer in DeepAR JSON.
+DEEPAR_INPUT, DEEPAR_OUTPUT = "request", "response"
+DEEPAR = open_inference.Signature(
+    {DEEPAR_INPUT: (1,)}, {DEEPAR_OUTPUT: (1,)}, {DEEPAR_INPUT: BYTES, DEEPAR_OUTPUT: BYTES}, has_rows=False
+)
 
 
 class Tensor(Protocol):
@@ -72,9 +78,9 @@ class DecodedCall:
 class SingleCall:
     """A decoded request for a single: feeds [n, *shape] by input name, and the encoder of its outputs."""
 
-    feeds: dict[str, Float32]
+    feeds: dict[str, Array]
     n: int
-    encode: Callable[[Mapping[str, Float32]], Encoded]
+    encode: Callable[[Mapping[str, Array]], Encoded]
 
     @property
     def numbers(self) -> int:
@@ -165,7 +171,10 @@ class FamilyCodec:
             nothing = np.empty((0, *self._shapes[self._name]), np.float32)
             description = self._describe_tensors()
             return DecodedCall(nothing, lambda _: (description, JSON))
-        call = open_inference.read_request(body, content_type, self._signature)
+        document = open_inference.InferDocument(body, content_type)
+        if self._deepar is not None and document.names == [DEEPAR_INPUT]:
+            return self._infer_forecast(document.read(DEEPAR), self._deepar, model, place)
+        call = document.read(self._signature)
         if call.n > 1 and self._budget is not None:
             self._budget(call.n)
         rows = put_rows(np.ascontiguousarray(call.feeds[self._name]), place)
@@ -175,10 +184,28 @@ class FamilyCodec:
 
         return DecodedCall(rows, encode, call.n * prod(self._output_shape) if call.n > 1 else 0)
 
+    def _infer_forecast(
+        self, call: open_inference.Call, deepar: DeepAr, model: str, place: Place | None
+    ) -> DecodedCall:
+        """Decode the DeepAR JSON that is the one element of an input, which is answered in the same form."""
+        rows, encode = deepar.decode(call.feeds[DEEPAR_INPUT][0, 0].encode())
+        rows = put_rows(rows, place)
+
+        def encode_text(outputs: Float32) -> Encoded:
+            text = encode(_check_finite("predictions", outputs)).decode()
+            return open_inference.write_answer(call, model, {DEEPAR_OUTPUT: np.array([[text]], object)})
+
+        return DecodedCall(rows, encode_text, encode.numbers)
+
     def _describe_tensors(self) -> bytes:
         if self._deepar is None:
             return open_inference.describe_tensors(self._signature)
-        return open_inference.describe_tensors(self._signature, forecast=describe_recipe(self._deepar.forecast))
+        return open_inference.describe_tensors(
+            self._signature,
+            forecast=describe_recipe(self._deepar.forecast),
+            forecast_input=open_inference.list_tensor(DEEPAR, DEEPAR_INPUT, DEEPAR.inputs[DEEPAR_INPUT]),
+            forecast_output=open_inference.list_tensor(DEEPAR, DEEPAR_OUTPUT, DEEPAR.outputs[DEEPAR_OUTPUT]),
+        )
 
     def _forecast(self, body: bytes, wanted: str, place: Place | None) -> DecodedCall:
         if wanted != JSON:
@@ -214,10 +241,14 @@ class SingleCodec:
 
     quick_bytes = QUICK_BYTES
 
-    def __init__(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> None:
+    def __init__(
+        self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape], types: Mapping[str, str] | None = None
+    ) -> None:
+        """`types`: datatypes of the Open Inference Protocol by tensor, of those that are not FP32."""
         self._inputs = dict(inputs)
         self._outputs = tuple(outputs)
-        self._signature = open_inference.Signature(self._inputs, outputs)
+        self._signature = open_inference.Signature(self._inputs, outputs, dict(types or {}))
+        self._has_types = bool(self._signature.types.keys() & self._inputs.keys())
 
     def __repr__(self) -> str:
         return f"<SingleCodec {self._inputs} -> {', '.join(self._outputs)}>"
@@ -232,19 +263,37 @@ class SingleCodec:
         sent, wanted = negotiate_media(content_type, accept)
         if LINES in (sent, wanted):
             raise UnsupportedMedia(f"{LINES} is for forecasts; the model answers tensors only: send {JSON}")
-        if sent == NPY and len(self._inputs) != 1:
-            raise UnsupportedMedia(f"{NPY} carries one array; the model takes {', '.join(self._inputs)}: send {JSON}")
-        if wanted == NPY and len(self._outputs) != 1:
-            raise UnsupportedMedia(f"{NPY} carries one array; the model gives {', '.join(self._outputs)}: ask {JSON}")
+        if sent == NPY:
+            self._require_npy("carries", "takes", tuple(self._inputs))
+        if wanted == NPY:
+            self._require_npy("carries", "gives", self._outputs)
         if sent == NPY:
             ((name, shape),) = self._inputs.items()
-            found: dict[str, Float32] | None = {name: tensors.read_npy(body, name, shape)}
+            found: dict[str, Array] | None = {name: tensors.read_npy(body, name, shape)}
+        elif self._has_types:
+            found = self._read_typed(bytes(body))
         else:
-            found = tensors.read_json(bytes(body), self._inputs)
+            read = tensors.read_json(bytes(body), self._inputs)
+            found = None if read is None else {**read}
         if found is None:
             raise RequestError("the model answers tensors only", field="instances")
         feeds = {name: array[None] for name, array in found.items()}
         return SingleCall(feeds, 1, self._encode_npy if wanted == NPY else self._encode_json)
+
+    def _require_npy(self, verb: str, does: str, names: tuple[str, ...]) -> None:
+        """Raises UnsupportedMedia unless the tensors are one of float32, which is what npy is read and written as."""
+        typed = [name for name in names if name in self._signature.types]
+        if len(names) != 1 or typed:
+            shown = ", ".join(f"{name} ({self._signature.get_datatype(name).name})" for name in names)
+            raise UnsupportedMedia(f"{NPY} {verb} one {FP32} array; the model {does} {shown}: use {JSON}")
+
+    def _read_typed(self, body: bytes) -> dict[str, Array] | None:
+        """Read tensor JSON whose inputs have datatypes of their own; None for a forecast."""
+        given = tensors.read_document(body, self._inputs)
+        if given is None:
+            return None
+        types = self._signature.get_datatype
+        return {name: read_values(given[name], types(name), shape, name) for name, shape in self._inputs.items()}
 
     def _infer(self, body: bytes, content_type: str, model: str) -> SingleCall:
         """Decode a request of the Open Inference Protocol, for a model that the client calls `model`."""
@@ -253,19 +302,31 @@ class SingleCodec:
             return SingleCall({}, 0, lambda _: (description, JSON))
         call = open_inference.read_request(body, content_type, self._signature)
 
-        def encode(outputs: Mapping[str, Float32]) -> Encoded:
-            sound = {name: _check_finite(name, outputs[name]) for name, _ in call.outputs}
+        def encode(outputs: Mapping[str, Array]) -> Encoded:
+            sound = {asked.name: self._check(asked.name, outputs) for asked in call.outputs}
             return open_inference.write_answer(call, model, sound)
 
         return SingleCall(dict(call.feeds), call.n, encode)
 
-    def _encode_json(self, outputs: Mapping[str, Float32]) -> Encoded:
-        rows = {name: _check_finite(name, outputs[name])[0] for name in self._outputs}
+    def _check(self, name: str, outputs: Mapping[str, Array]) -> Array:
+        """An output [n, ...], C-contiguous. Raises RunFailed that names the first number that is not finite."""
+        at = find_not_finite(outputs[name], self._signature.get_datatype(name))
+        if at is not None:
+            place = "".join(f"[{i}]" for i in np.unravel_index(at, outputs[name].shape))
+            raise RunFailed(f"the model's output is not finite: {name}{place} is {outputs[name].reshape(-1)[at]}")
+        return np.ascontiguousarray(outputs[name])
+
+    def _encode_json(self, outputs: Mapping[str, Array]) -> Encoded:
+        rows = {name: self._write(name, self._check(name, outputs)[0]) for name in self._outputs}
         return tensors.write_json({"predictions": rows if len(rows) > 1 else rows[self._outputs[0]]}), JSON
 
-    def _encode_npy(self, outputs: Mapping[str, Float32]) -> Encoded:
+    def _write(self, name: str, array: Array) -> object:
+        datatype = self._signature.get_datatype(name)
+        return array if datatype.name == FP32 else nest_values(array, datatype)
+
+    def _encode_npy(self, outputs: Mapping[str, Array]) -> Encoded:
         (name,) = self._outputs
-        return tensors.write_npy(_check_finite(name, outputs[name])[0]), NPY
+        return tensors.write_npy(self._check(name, outputs)[0]), NPY
 
 
 def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:

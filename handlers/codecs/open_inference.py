@@ -1,38 +1,56 @@
 """The Open Inference Protocol (V2) between bytes and arrays: tensors as JSON data or as binary parts. No torch.
 
 A request is a JSON document that names its inputs; the numbers of an input are in its `data`, flat or nested, or they
-follow the document as little-endian float32, in the order of the inputs (the binary tensor extension). Source: the
+follow the document as little-endian bytes, in the order of the inputs (the binary tensor extension). Source: the
 Open Inference Protocol and Triton's extensions to it, as Triton 2.51 and tritonclient 2.73 speak them.
 
-A front passes such a request on as it is, under a media type of ours that says where the document ends; a client's name
-for the model, which an answer repeats, takes the place of the `Accept` header.
+A listener passes such a request on as it is, under a media type of ours that says where the document ends; a client's
+name for the model, which an answer repeats, takes the place of the `Accept` header. `handlers.codecs.datatypes` reads
+and writes the values.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
 import orjson
 from msgspec import Meta, Raw, Struct
 
-from handlers.base import Float32, Shape
+from handlers.base import Shape
 from handlers.codecs import tensors
+from handlers.codecs.classification import MOST_CLASSES, classify_rows
+from handlers.codecs.datatypes import (
+    BYTES,
+    DATATYPES,
+    FP32,
+    MOST_STRINGS,
+    Array,
+    Datatype,
+    read_bytes,
+    read_data,
+    write_bytes,
+    write_data,
+)
 from handlers.errors import RequestError, UnsupportedMedia
 
 INFER = "application/vnd.fleetcast.infer"  #: with `;json=N`: the request's first N bytes are the document
 DESCRIBE = "application/vnd.fleetcast.describe"  #: without a body: what the model takes and gives
 INFER_BINARY = "application/octet-stream"  #: with `;json=N`, as INFER, of an answer with binary parts
-FP32, BYTES_EACH = "FP32", 4
 MODEL_VERSION = "1"  #: of every model; what is served is said by X-Fleetcast-Model-Version
 MOST_TENSORS, MOST_AXES, LONGEST_AXIS = 256, 16, 2**31 - 1
 MOST_ROWS = 1024  #: of one request
 MOST_DIGITS = 12  #: of a length
 MOST_ID = 1024  #: characters of a request's id, which the answer repeats
+MOST_WHOLE = 2**64  #: `timeout` and `priority` are below it
 
 Length = Annotated[int, Meta(ge=0, le=LONGEST_AXIS)]
+_TYPES = {"str": "text", "int": "a whole number", "bool": "true or false", "object": "an object", "array": "a list"}
+_TYPES |= {"float": "a fraction", "null": "null"}
+_WRONG_TYPE = re.compile(r"Expected `([a-z]+)(?: \| null)?`, got `([a-z]+)`(?: - at `\$\.?(.*)`)?")
+_MISSING = re.compile(r"Object missing required field `([a-z]+)`(?: - at `\$\.?(.*)`)?")
 
 
 class _Input(Struct):
@@ -62,26 +80,92 @@ _decode = msgspec.json.Decoder(_Document).decode
 class Signature:
     """What a model takes and gives, without the axis of rows; -1 stands for any length.
 
-    `outputs` are in the order in which they are answered where a request does not choose.
+    `outputs` are in the order in which they are answered. `types`: the datatypes by the name of a tensor, where they
+    are not FP32. `has_rows`: whether tensors may have an axis of rows before their own.
     """
 
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
+    types: Mapping[str, str] = field(default_factory=dict)
+    has_rows: bool = True
+
+    def get_datatype(self, name: str) -> Datatype:
+        """The datatype of an input or output."""
+        return DATATYPES[self.types.get(name, FP32)]
+
+
+@dataclass(frozen=True, slots=True)
+class AskedOutput:
+    """An output that a request asks for. `classes`: how many of its largest values; 0: the output itself."""
+
+    name: str
+    binary: bool
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A request: feeds [n, *shape] by input, and how to answer.
 
-    `has_rows`: whether the request's tensors have the axis of rows, as the answer's then have. `outputs`: the names of
-    the answer's tensors, each with whether it is to be binary.
+    `has_rows`: whether the request's tensors have the axis of rows, as the answer's then have.
     """
 
-    feeds: Mapping[str, Float32]
+    feeds: Mapping[str, Array]
     n: int
     has_rows: bool
     id: str
-    outputs: Sequence[tuple[str, bool]]
+    outputs: Sequence[AskedOutput]
+    signature: Signature
+
+
+class InferDocument:
+    """A request's JSON, checked for itself, and what follows it. None where there is no JSON: raw binary."""
+
+    def __init__(self, body: bytes, content_type: str) -> None:
+        """Raises RequestError."""
+        size = _parse_json_bytes(content_type, len(body))
+        if not body:
+            raise RequestError("the body is empty: send a JSON document with inputs")
+        self.behind = memoryview(body)[size:]
+        self._document = _parse_document(memoryview(body)[:size]) if size else None
+
+    def __repr__(self) -> str:
+        return f"<InferDocument {', '.join(self.names)}, {len(self.behind)} bytes behind>"
+
+    @property
+    def names(self) -> list[str]:
+        """Of the inputs; none where the body is one input's numbers."""
+        return [] if self._document is None else [each.name for each in self._document.inputs]
+
+    def read(self, signature: Signature) -> Call:
+        """The call for a model. Raises RequestError that names the input and the place in it."""
+        document = self._document
+        if document is None:
+            return _read_raw(self.behind, signature)
+        _check_whole(document.parameters, "timeout")
+        _check_whole(document.parameters, "priority")
+        outputs = list(_choose_outputs(document, signature))
+        rows = _check_inputs(document, signature)
+        feeds, behind = dict[str, Array](), self.behind
+        for i, given in enumerate(document.inputs):
+            datatype, place = signature.get_datatype(given.name), f"inputs[{i}]"
+            size = _find_binary_size(given, datatype, place)
+            if size is None:
+                array = read_data(bytes(given.data), datatype, given.shape, f"{place}.data")
+            else:
+                if size > len(behind):
+                    message = f"the input {given.name} has {size} bytes behind the JSON, but {len(behind)} are left"
+                    raise RequestError(message, field=place)
+                array, behind = read_bytes(behind[:size], datatype, given.shape, given.name), behind[size:]
+            feeds[given.name] = array[None] if rows is None else array
+        if behind:
+            raise RequestError(
+                f"{len(behind)} bytes of the body are no input's: binary_data_size says how many one has"
+            )
+        n = 1 if rows is None else rows
+        if n > 1 and any(asked.classes * n > MOST_STRINGS for asked in outputs):
+            raise RequestError(f"{n} rows of so many classes are more than {MOST_STRINGS} in all", field="outputs")
+        return Call(feeds, n, rows is not None, document.id, outputs, signature)
 
 
 def describe_tensors(signature: Signature, **parameters: object) -> bytes:
@@ -90,48 +174,36 @@ def describe_tensors(signature: Signature, **parameters: object) -> bytes:
     `parameters`: what else a client must know.
     """
     sides = {"inputs": signature.inputs, "outputs": signature.outputs}
-    listed = {
-        side: [{"name": name, "datatype": FP32, "shape": [-1, *shape]} for name, shape in shapes.items()]
-        for side, shapes in sides.items()
-    }
+    listed = {side: [list_tensor(signature, name, shape) for name, shape in sides[side].items()] for side in sides}
     return orjson.dumps({**listed, "parameters": parameters})
+
+
+def list_tensor(signature: Signature, name: str, shape: Shape) -> dict[str, object]:
+    """The metadata of one tensor."""
+    dims = [-1, *shape] if signature.has_rows else list(shape)
+    return {"name": name, "datatype": signature.get_datatype(name).name, "shape": dims}
 
 
 def read_request(body: bytes, content_type: str, signature: Signature) -> Call:
     """Read a request for a model. Raises RequestError that names the input and the place in it."""
-    size = _json_bytes(content_type, len(body))
-    if size == 0:
-        return _read_raw(body, signature)
-    try:
-        document = _decode(memoryview(body)[:size])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"not an inference request: {error}") from error
-    outputs = list(_choose_outputs(document, signature))
-    rows = _check_inputs(document, signature)
-    feeds, behind = dict[str, Float32](), memoryview(body)[size:]
-    for i, given in enumerate(document.inputs):
-        binary = _binary_size(given, f"inputs[{i}]")
-        if binary is None:
-            array = _read_data(given, f"inputs[{i}]")
-        else:
-            array, behind = _read_binary(behind[:binary], given, binary), behind[binary:]
-        feeds[given.name] = array[None] if rows is None else array
-    if behind:
-        raise RequestError(f"{len(behind)} bytes of the body are no input's: binary_data_size says how many one has")
-    return Call(feeds, 1 if rows is None else rows, rows is not None, document.id, outputs)
+    return InferDocument(body, content_type).read(signature)
 
 
-def write_answer(call: Call, model: str, outputs: Mapping[str, Float32]) -> tuple[bytes, str]:
+def write_answer(call: Call, model: str, outputs: Mapping[str, Array]) -> tuple[bytes, str]:
     """Write the answer of outputs [n, *shape], C-contiguous: JSON, and behind it what was asked as binary."""
     shown, parts = [], list[bytes]()
-    for name, binary in call.outputs:
-        array = outputs[name] if call.has_rows else outputs[name][0]
-        head: dict[str, Any] = {"name": name, "datatype": FP32, "shape": array.shape}
-        if binary:
-            parts.append(array.astype("<f4", copy=False).tobytes())
+    for asked in call.outputs:
+        datatype = call.signature.get_datatype(asked.name)
+        array = outputs[asked.name] if call.has_rows else outputs[asked.name][0]
+        if asked.classes:
+            array = classify_rows(array, datatype, asked.classes, has_rows=call.has_rows)
+            datatype = DATATYPES[BYTES]
+        head: dict[str, Any] = {"name": asked.name, "datatype": datatype.name, "shape": array.shape}
+        if asked.binary:
+            parts.append(write_bytes(array, datatype))
             head["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            head["data"] = tensors.encode_in_blocks(array.reshape(-1))
+            head["data"] = write_data(array, datatype)
         shown.append(head)
     document: dict[str, Any] = {"id": call.id} if call.id else {}
     document |= {"model_name": model, "model_version": MODEL_VERSION, "outputs": shown}
@@ -141,7 +213,7 @@ def write_answer(call: Call, model: str, outputs: Mapping[str, Float32]) -> tupl
     return b"".join((text, *parts)), f"{INFER_BINARY};json={len(text)}"
 
 
-def _json_bytes(content_type: str, most: int) -> int:
+def _parse_json_bytes(content_type: str, most: int) -> int:
     """The length of the document. Any client can send the media type as its own, so it may be wrong."""
     name, _, size = content_type.partition(";json=")
     if name != INFER or not (size.isascii() and size.isdigit() and len(size) <= MOST_DIGITS and int(size) <= most):
@@ -150,19 +222,49 @@ def _json_bytes(content_type: str, most: int) -> int:
     return int(size)
 
 
-def _read_raw(body: bytes, signature: Signature) -> Call:
-    """A body without a document is the numbers of the only input, in as many rows as it has."""
+def _parse_document(text: memoryview) -> _Document:
+    """Raises RequestError, in words of ours, that names the place."""
+    try:
+        return _decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        said = str(error)
+    if found := _WRONG_TYPE.fullmatch(said):
+        wanted, got = (_TYPES.get(name, name) for name in found.group(1, 2))
+        raise RequestError(f"expected {wanted}, not {got}", field=found[3] or None)
+    if found := _MISSING.fullmatch(said):
+        place = f"{found[2]}.{found[1]}" if found[2] else found[1]
+        raise RequestError(f"{found[1]} is missing", field=place)
+    raise RequestError(f"not an inference request: {said}")
+
+
+def _read_raw(body: memoryview, signature: Signature) -> Call:
+    """A body without a document is the only input: as many rows as it has, or one row whose open length it has."""
     if len(signature.inputs) != 1:
         names = ", ".join(signature.inputs)
         raise RequestError(f"a body without JSON is one input's numbers, but the model takes {names}: send JSON too")
     ((name, shape),) = signature.inputs.items()
-    each = prod(shape) * BYTES_EACH
-    if -1 in shape or not body or len(body) % each:
-        raise RequestError(f"{len(body)} bytes are not rows of {list(shape)} float32 numbers", field=name)
-    dims = (len(body) // each, *shape)
+    datatype = signature.get_datatype(name)
+    dims = _find_raw_dims(len(body), shape, datatype)
+    if dims is None:
+        raise RequestError(f"{len(body)} bytes are not rows of {list(shape)} {datatype.name}", field=name)
     _require_few(dims[0])
-    array = _require_finite(np.frombuffer(body, "<f4").astype(np.float32, copy=False).reshape(dims), name)
-    return Call({name: array}, len(array), True, "", [(name, True) for name in signature.outputs])
+    if datatype.name == BYTES:  # the one element stands without its length
+        body = memoryview(len(body).to_bytes(4, "little") + body)
+    array = read_bytes(body, datatype, dims, name)
+    outputs = [AskedOutput(each, binary=True) for each in signature.outputs]
+    return Call({name: array}, len(array), True, "", outputs, signature)
+
+
+def _find_raw_dims(size: int, shape: Shape, datatype: Datatype) -> Shape | None:
+    """The shape, with the axis of rows, of so many bytes; None where they do not fit."""
+    if datatype.name == BYTES:
+        return (1, *(abs(length) for length in shape)) if all(abs(length) == 1 for length in shape) else None
+    each = prod(abs(length) for length in shape) * datatype.size
+    if shape.count(-1) > 1 or not each or size % each:
+        return None
+    if -1 not in shape:
+        return size // each, *shape
+    return 1, *(size // each if length == -1 else length for length in shape)
 
 
 def _check_inputs(document: _Document, signature: Signature) -> int | None:
@@ -174,7 +276,7 @@ def _check_inputs(document: _Document, signature: Signature) -> int | None:
             known = ", ".join(signature.inputs)
             what = "is sent twice" if shape is not None else f"is none of the model's, which takes {known}"
             raise RequestError(f"the input {given.name[:80]!r} {what}", field=f"inputs[{i}].name")
-        found[given.name] = _count_rows(given, shape, f"inputs[{i}]")
+        found[given.name] = _count_rows(given, shape, signature, f"inputs[{i}]")
     missing = [name for name in signature.inputs if name not in found]
     if missing:
         raise RequestError(f"the inputs {', '.join(missing)} are missing", field="inputs")
@@ -191,21 +293,41 @@ def _require_few(rows: int | None) -> None:
         raise RequestError(f"{rows} rows are more than {MOST_ROWS}: send them in several requests", field="inputs")
 
 
-def _choose_outputs(document: _Document, signature: Signature) -> Iterator[tuple[str, bool]]:
-    """Yield the names of the outputs that are asked, and whether each is to be binary."""
+def _choose_outputs(document: _Document, signature: Signature) -> Iterator[AskedOutput]:
+    """Yield the outputs that are asked, in the model's order. One that is asked twice is answered once."""
     default = _flag(document.parameters, "binary_data_output", default=False, field="parameters")
     if not document.outputs:
-        yield from ((name, default) for name in signature.outputs)
+        yield from (AskedOutput(name, default) for name in signature.outputs)
         return
-    seen = set[str]()
+    found = dict[str, AskedOutput]()
     for i, asked in enumerate(document.outputs):
-        if asked.name not in signature.outputs or asked.name in seen:
-            what = "asked twice" if asked.name in seen else f"none of the model's: {', '.join(signature.outputs)}"
-            raise RequestError(f"the output {asked.name[:80]!r} is {what}", field=f"outputs[{i}].name")
-        if asked.parameters.get("classification"):
-            raise RequestError("classification is not served: ask the output itself", field=f"outputs[{i}].parameters")
-        seen.add(asked.name)
-        yield asked.name, _flag(asked.parameters, "binary_data", default=default, field=f"outputs[{i}].parameters")
+        if asked.name not in signature.outputs:
+            message = f"the output {asked.name[:80]!r} is none of the model's: {', '.join(signature.outputs)}"
+            raise RequestError(message, field=f"outputs[{i}].name")
+        place = f"outputs[{i}].parameters"
+        binary = _flag(asked.parameters, "binary_data", default=default, field=place)
+        found[asked.name] = AskedOutput(asked.name, binary, _count_classes(asked, signature, place))
+    yield from (found[name] for name in signature.outputs if name in found)
+
+
+def _count_classes(asked: _Output, signature: Signature, field: str) -> int:
+    """How many of its largest values an output is asked for; 0: itself. Raises RequestError."""
+    count = asked.parameters.get("classification", 0)
+    if type(count) is not int or not 0 <= count <= MOST_CLASSES:
+        message = f"classification must be a whole number from 1 to {MOST_CLASSES}, not {count!r:.20}"
+        raise RequestError(message, field=f"{field}.classification")
+    if count and signature.get_datatype(asked.name).name == BYTES:
+        raise RequestError(
+            f"the output {asked.name} is {BYTES}, which have no largest", field=f"{field}.classification"
+        )
+    return count
+
+
+def _check_whole(parameters: Mapping[str, Any], name: str) -> None:
+    """Raises RequestError unless a parameter is a whole number where it is there at all."""
+    value = parameters.get(name, 0)
+    if type(value) is not int or not 0 <= value < MOST_WHOLE:
+        raise RequestError(f"{name} must be a whole number, 0 or more, not {value!r:.20}", field=f"parameters.{name}")
 
 
 def _flag(parameters: Mapping[str, Any], name: str, *, default: bool, field: str) -> bool:
@@ -215,60 +337,39 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool, field: str
     return value
 
 
-def _count_rows(given: _Input, shape: Shape, field: str) -> int | None:
+def _count_rows(given: _Input, shape: Shape, signature: Signature, field: str) -> int | None:
     """The rows of an input; None where its shape has no axis of rows."""
-    if given.datatype != FP32:
-        message = f"the input {given.name} takes {FP32}, not {given.datatype[:20]!r}: convert the numbers"
+    wanted = signature.get_datatype(given.name).name
+    if given.datatype != wanted:
+        message = f"the input {given.name} takes {wanted}, not {given.datatype[:20]!r}: convert the values"
         raise RequestError(message, field=f"{field}.datatype")
     sent = tuple(given.shape)
-    for rows, own in ((None, sent), (sent[0] if sent else 0, sent[1:])):
-        if rows != 0 and _fits(own, shape):
-            return rows
+    if _fits(sent, shape):
+        return None
+    if signature.has_rows and sent and sent[0] and _fits(sent[1:], shape):
+        return sent[0]
     shown = ["any" if want == -1 else want for want in shape]
-    message = f"the input {given.name} has the shape {shown}, or [rows, ...] before it, not {list(sent)}"
+    more = ", or [rows, ...] before it" if signature.has_rows else ""
+    message = f"the input {given.name} has the shape {shown}{more}, not {list(sent)}"
     raise RequestError(message, field=f"{field}.shape")
 
 
 def _fits(own: Shape, shape: Shape) -> bool:
     pairs = zip(shape, own, strict=False)
-    return len(own) == len(shape) and all(have and want in (-1, have) for want, have in pairs)
+    return len(own) == len(shape) and all(want in (-1, have) for want, have in pairs)
 
 
-def _binary_size(given: _Input, field: str) -> int | None:
-    """The bytes of an input behind the document; None where its numbers are in `data`."""
+def _find_binary_size(given: _Input, datatype: Datatype, field: str) -> int | None:
+    """The bytes of an input behind the document; None where its values are in `data`. Raises RequestError."""
     size = given.parameters.get("binary_data_size")
     if size is None:
         if not given.data:
-            message = f"the input {given.name} has no numbers: send data, or binary_data_size and the bytes behind"
+            message = f"the input {given.name} has no values: send data, or binary_data_size and the bytes behind"
             raise RequestError(message, field=f"{field}.data")
         return None
-    needed = prod(given.shape) * BYTES_EACH
-    if given.data or type(size) is not int or size != needed:
-        what = "it has data too" if given.data else f"{given.shape} of {FP32} are {needed} bytes, not {size!r:.20}"
+    needed = prod(given.shape) * datatype.size
+    if given.data or type(size) is not int or size < 0 or (datatype.size and size != needed):
+        wants = f"{given.shape} of {datatype.name} are {needed} bytes" if datatype.size else "it must be a whole number"
+        what = "it has data too" if given.data else f"{wants}, not {size!r:.20}"
         raise RequestError(f"the input {given.name}: {what}", field=f"{field}.parameters.binary_data_size")
     return size
-
-
-def _read_data(given: _Input, field: str) -> Float32:
-    """The numbers of an input in `data`: one list of all, or lists as its shape has them."""
-    raw = bytes(given.data)
-    is_flat = not raw[1:].lstrip(b" \t\r\n").startswith(b"[")
-    dims = (prod(given.shape),) if is_flat else tuple(given.shape)
-    name = f"{field}.data"
-    found = tensors.read_json(b"{%b:%b}" % (orjson.dumps(name), raw), {name: dims})
-    assert found is not None, "the one name is not `instances`"
-    return found[name].reshape(given.shape)
-
-
-def _read_binary(part: memoryview, given: _Input, size: int) -> Float32:
-    if len(part) != size:
-        raise RequestError(f"the input {given.name} has {size} bytes behind the JSON, but {len(part)} are left")
-    array = np.frombuffer(part, "<f4").astype(np.float32, copy=False).reshape(given.shape)
-    return _require_finite(array, given.name)
-
-
-def _require_finite(array: Float32, name: str) -> Float32:
-    if not np.isfinite(array).all():
-        place = "".join(f"[{i}]" for i in np.argwhere(~np.isfinite(array))[0])
-        raise RequestError("the number is not finite", field=name + place)
-    return array

@@ -171,6 +171,19 @@ def _count_lists(dims: Shape) -> int:
 
 
 def _read_carefully(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float32] | None:
+    document = read_document(body, shapes)
+    if document is None:
+        return None
+    found: dict[str, Float32] = {}
+    for name, shape in shapes.items():
+        dims = tuple(_first_lengths(document[name], shape))
+        _check_lists(document[name], dims, name)
+        found[name] = np.array(document[name], np.float32).reshape(dims)
+    return found
+
+
+def read_document(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Any] | None:
+    """Read a JSON object that has exactly these inputs; None for one with `instances`. Raises RequestError."""
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -189,12 +202,7 @@ def _read_carefully(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Float
             raise RequestError(message, field=name)
         if name not in shapes:
             raise RequestError(f"the model has no such input; it takes {_format_names(shapes)}", field=name[:100])
-    found: dict[str, Float32] = {}
-    for name, shape in shapes.items():
-        dims = tuple(_first_lengths(document[name], shape))
-        _check_lists(document[name], dims, name)
-        found[name] = np.array(document[name], np.float32).reshape(dims)
-    return found
+    return document
 
 
 def _first_lengths(value: object, shape: Shape) -> list[int]:

@@ -6,7 +6,7 @@ flight may still read its numbers).
 INVARIANT: the memory of a RETIRING slot is not free before `Cache.retired` is called for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from model_store.names import ModelName
@@ -19,6 +19,37 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     RETIRING = "retiring"
+
+
+@dataclass(slots=True, eq=False)
+class Usage:
+    """What was counted of a slot's requests: answers and failures, batches, and sums of seconds over the answers.
+
+    `answered_s`: from arrival to answer; `last`: when the last answer's batch began, on the clock of the cache.
+    """
+
+    answers: int = 0
+    failures: int = 0
+    batches: int = 0
+    answered_s: float = 0.0
+    failed_s: float = 0.0
+    queued_s: float = 0.0
+    ran_s: float = 0.0
+    last: float = 0.0
+
+    def __repr__(self) -> str:
+        """For example `<Usage 12 answers, 1 failures>`."""
+        return f"<Usage {self.answers} answers, {self.failures} failures>"
+
+    def note_answer(self, began: float, answered_s: float, queued_s: float, ran_s: float) -> None:
+        """Count an answer of the batch that began then."""
+        self.answers += 1
+        if began != self.last:
+            self.batches += 1
+            self.last = began
+        self.answered_s += answered_s
+        self.queued_s += queued_s
+        self.ran_s += ran_s
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +71,7 @@ class Slot:
     leases: int = 0
     #: Unloaded or replaced by a new version: never revived, retired when the last lease ends.
     condemned: bool = False
+    usage: Usage = field(default_factory=Usage)
 
     def __repr__(self) -> str:
         """For example `au/NSW1.mar@v1 ready 2 leases`."""

@@ -10,6 +10,8 @@ import structlog
 from server.access.sites import is_loopback
 from server.cli.setting_flags import settings_from, with_setting_flags
 from server.cli.terminal import one_line_errors
+from server.contract import HEADER_TARGET_MODEL
+from server.sagemaker_environment import MULTI_MODEL, SINGLE_MODEL
 from server.sdk import __version__
 from server.settings import Settings, format_bytes
 
@@ -93,22 +95,34 @@ def _describe_access(settings: Settings) -> str:
         *(["signatures"] if settings.access_keys else []),
         *(["clients' certificates"] if settings.tls_client_ca else []),
     ]
-    host = settings.inference_host or settings.host
+    hosts = [settings.inference_host or settings.host, *([] if settings.grpc_port is None else [settings.grpc_host])]
     wire = "TLS" if settings.tls_certificate else "no TLS"
     if protections:
         return f"{', '.join(protections)}; {wire}"
-    if is_loopback(host):
+    host = next((host for host in hosts if not is_loopback(host)), None)
+    if host is None:
         return f"open to every user of this host; {wire}"
     return f"OPEN: whoever reaches {host} may ask every model (tokens, access_keys_file or tls_client_ca); {wire}"
+
+
+def _describe_inference(settings: Settings, address: str) -> str:
+    """Where requests go, and how they name their model."""
+    if settings.container == MULTI_MODEL:
+        return f"{address}/models: SageMaker loads and unloads, and asks /models/NAME/invoke"
+    if settings.container == SINGLE_MODEL:
+        return f"{address}/invocations: SageMaker asks the one model"
+    return f"{address}/invocations, the model in the header {HEADER_TARGET_MODEL}"
 
 
 def _list_addresses(supervisor: "Supervisor", addresses: dict[str, str]) -> Iterator[tuple[str, str]]:
     """What runs where with which budget, a label and a text a line."""
     settings = supervisor.settings
     yield "fleetcast", f"{__version__} serves {settings.store}"
-    yield "inference", f"{addresses['inference']}/invocations, the model in the header X-Amzn-SageMaker-Target-Model"
+    yield "inference", _describe_inference(settings, addresses["inference"])
     yield "management", f"{addresses['management']}/fleet/models"
     yield "metrics", f"{addresses['metrics']}/metrics"
+    if "grpc" in addresses:
+        yield "grpc", f"{addresses['grpc'].partition('://')[2]}, the Open Inference Protocol"
     yield "access", _describe_access(settings)
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from itertools import chain, zip_longest
 from typing import Protocol, cast
 
 import msgspec
@@ -17,13 +18,23 @@ from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
 from server.front.backlog import Bounds, NoAdmission
 from server.front.handler_calls import CallDetails, CodeCalls
+from server.front.near_names import find_near_names
 from server.front.registrations import Registrations
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
-from server.ipc.operations import ManagementReply, ManageModels
+from server.ipc.operations import (
+    KnownModel,
+    ListKnownModels,
+    LoadForClient,
+    ManagementReply,
+    ManageModels,
+    Operation,
+    Reply,
+    UnloadForClient,
+)
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -32,9 +43,15 @@ BOUNDS = Bounds(QUEUE_PER_WORKER, QUEUE_PER_MODEL)  #: those of the settings' de
 
 log = structlog.get_logger()
 
+LOOK_S = 0.05  #: between two looks for names that a client may have meant
 MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
 RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
 MOST_WAITING = 1024  #: requests that wait for one
+MOST_MANAGED = 256  #: management requests that the supervisor is asked at a time
+CONTROL_REFUSED = (
+    "clients of this listener may not load or unload models: the operator allows it by repository_control, or by a "
+    "token with the scopes invoke and manage"
+)
 HALF_ANSWER = "the worker died with half of the answer; try again"
 _CACHE: Mapping[int, str | None] = {
     CacheResult.NONE: None,
@@ -195,6 +212,15 @@ class InferencePlane(Protocol):
     def permits(self, model: ModelName) -> bool:
         """Whether the client may ask this model."""
 
+    def list_near(self, model: ModelName) -> list[str]:
+        """A few names of models that the client may have meant by one that is not there; none where it asks often."""
+
+    async def list_known(self, asked: ListKnownModels, deadline: float) -> list[KnownModel]:
+        """The models that the workers know, of those that the client may ask. Raises Refused."""
+
+    async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
+        """Load or unload a model, where the operator allows it or the client is `permitted` to. Raises Refused."""
+
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer to who manages models on this listener. Raises Refused."""
 
@@ -220,6 +246,18 @@ class PlaneInFront:
         """Whether the client may ask this model."""
         return self._plane.permits(model)
 
+    def list_near(self, model: ModelName) -> list[str]:
+        """A few names of models that the client may have meant."""
+        return self._plane.list_near(model)
+
+    async def list_known(self, asked: ListKnownModels, deadline: float) -> list[KnownModel]:
+        """The models that the workers know. Raises Refused."""
+        return await self._plane.list_known(asked, deadline)
+
+    async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
+        """Load or unload a model. Raises Refused."""
+        return await self._plane.control(asked, deadline, permitted=permitted)
+
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused."""
         return await self._plane.manage(request, deadline)
@@ -239,6 +277,9 @@ class DataPlane:
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
         self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
+        self._managing = 0
+        self._look_after = 0.0  # when near names are looked for again
+        self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self.forecasters: dict[ModelName, None] = {}
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
@@ -280,18 +321,46 @@ class DataPlane:
         del model
         return True
 
+    def list_near(self, model: ModelName) -> list[str]:
+        """Names that answered here before and are like this one. It is looked for only now and then."""
+        now = time.monotonic()
+        if now < self._look_after:
+            return []
+        self._look_after = now + LOOK_S
+        newest = chain.from_iterable(zip_longest(*(reversed(lane.warm) for lane in self.router.lanes.values())))
+        return find_near_names(model, (str(name) for name in newest if name is not None))
+
+    async def list_known(self, asked: ListKnownModels, deadline: float) -> list[KnownModel]:
+        """The models that the workers know. Raises Refused."""
+        return await self._ask_supervisor(asked, deadline)
+
+    async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
+        """Load or unload a model. Raises Refused, of the situation FORBIDDEN where nobody has allowed it."""
+        if not (permitted or self.clients_control):
+            raise Refused(Situation.FORBIDDEN, CONTROL_REFUSED)
+        return await self._ask_supervisor(asked, deadline)
+
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused."""
+        return await self._ask_supervisor(request, deadline)
+
+    async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
+        """The supervisor's reply. Raises Refused."""
         if self.supervisor is None:
             raise Refused(Situation.NOT_READY, "this front has no supervisor to ask; try again")
+        if self._managing >= MOST_MANAGED:
+            raise Refused(Situation.OVERLOADED, f"{MOST_MANAGED} management requests are under way here; try again")
+        self._managing += 1
         try:
-            return await self.supervisor.ask(request, max(0.0, deadline - time.monotonic()))
+            return await self.supervisor.ask(asked, max(0.0, deadline - time.monotonic()))
         except TimeoutError:
             raise Refused(Situation.DEADLINE, "the deadline passed before it was done; it may still be") from None
         except ChannelClosed:
             raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
         except ControlError as error:
             raise Refused(Situation(error.situation or Situation.INTERNAL), str(error)) from None
+        finally:
+            self._managing -= 1
 
     def sweep(self) -> None:
         """Called every 0.1 s.
@@ -450,6 +519,13 @@ class DataPlane:
             response.cancel()
             raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
+
+
+def add_near_names(refused: Refused, model: ModelName, plane: InferencePlane) -> None:
+    """Where there is no such model, say the names of some that the client may have meant."""
+    if refused.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
+        message = f"{refused.detail.message}; names that are like it: {', '.join(near)}"
+        refused.detail = msgspec.structs.replace(refused.detail, message=message)
 
 
 def _overloaded(refusal: NoAdmission) -> Refused:

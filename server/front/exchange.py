@@ -75,8 +75,8 @@ class Dialect(Protocol):
     name: str  #: the metrics' label `protocol`
     paths: str  #: for the message about a path that no dialect has
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
-        """The operation that is asked for; None for a path that is not this dialect's.
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
+        """The operation that is asked for; None for a path that is not this dialect's. `query`: as it was sent.
 
         Raises Refused(BAD_METHOD) for a path of this dialect with a method that it does not take.
         """

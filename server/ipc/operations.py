@@ -27,6 +27,7 @@ class FrontAssignment(Struct, frozen=True):
     index: int
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
+    grpc: dict[str, str] = {}  #: where a gRPC front listens for which services; others are given a socket
 
 
 class WorkerAssignment(Struct, frozen=True):
@@ -79,6 +80,66 @@ class EndTrial(Operation[None]):
     lost: int  #: the worker that died of it, or fell silent; -1: none
 
 
+class ManagementAnswer(Struct, frozen=True):
+    """The HTTP status and body of a call of the management API."""
+
+    status: int
+    body: str
+
+
+class CallManagement(Operation[ManagementAnswer]):
+    """A call of the management API that has come by gRPC, with what its client shows of itself."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    authorization: str
+    peer: str
+    certificate: str
+
+
+class ModelUsage(Struct, frozen=True):
+    """What workers counted of a model's requests since it was loaded. Times: sums in microseconds, over the answers."""
+
+    answers: int = 0
+    failures: int = 0
+    batches: int = 0
+    answered_us: int = 0  #: from arrival to answer
+    failed_us: int = 0
+    queued_us: int = 0
+    ran_us: int = 0
+    last_ms: int = 0  #: when the last answer's batch began, since 1970; 0: there is none
+
+
+class KnownModel(Struct, frozen=True):
+    """A model that the workers know, as clients see it. `reason`: why it is not ready."""
+
+    model: str
+    state: str  #: ready, loading, unloading or unavailable
+    reason: str = ""
+    usage: ModelUsage = ModelUsage()
+
+
+class ListKnownModels(Operation[list[KnownModel]]):
+    """The first `limit` models, by name, that the workers know, with this prefix and after a name."""
+
+    prefix: str
+    after: str
+    limit: int
+
+
+class LoadForClient(Operation[str]):
+    """A client's wish, which the operator has allowed. Answered with the version that serves."""
+
+    model: str
+
+
+class UnloadForClient(Operation[str]):
+    """As LoadForClient. Answered with nothing, when the model's memory is free everywhere."""
+
+    model: str
+
+
 class ManagementReply(Struct, frozen=True):
     """What the supervisor answers a client of an archived server's management API: JSON."""
 
@@ -95,7 +156,17 @@ class ManageModels(Operation[ManagementReply]):
     body: bytes
 
 
-AskedByFront: TypeAlias = JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels
+AskedByFront: TypeAlias = (
+    JoinAsFront
+    | Ready
+    | TrySuspect
+    | EndTrial
+    | CallManagement
+    | ManageModels
+    | ListKnownModels
+    | LoadForClient
+    | UnloadForClient
+)
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
 # --- the supervisor asks any child ----------------------------------------------------------------------------------
@@ -201,6 +272,27 @@ class ReadArchive(Operation[ArchiveFacts]):
     model: str
 
 
+class DescribeByCode(Operation[bytes]):
+    """What the code of an archive says of itself, asked with these headers."""
+
+    model: str
+    headers: list[tuple[str, str]]
+
+
+class Batching(Struct, frozen=True):
+    """How the requests of a code archive are batched, instead of as the archive says."""
+
+    size: int
+    delay_s: float
+
+
+class SetBatching(Operation[None]):
+    """How these are batched from their next load on; None: as they say themselves. `whole`: and all others too."""
+
+    models: dict[str, Batching | None]
+    whole: bool
+
+
 class UnloadModel(Operation[bool]):
     """Answered when the model's memory is free: whether the model was here."""
 
@@ -240,6 +332,7 @@ class ModelState(Struct, frozen=True):
     pinned: bool | UnsetType = UNSET
     loaded_s_ago: float | UnsetType = UNSET
     used_s_ago: float | UnsetType = UNSET
+    usage: ModelUsage | UnsetType = UNSET
     error: str | UnsetType = UNSET
     reason: str | UnsetType = UNSET
 
@@ -284,6 +377,8 @@ AskedOfWorker: TypeAlias = (
     | ListVersions
     | TakeAccessLog
     | SetQuarantine
+    | SetBatching
+    | DescribeByCode
 )
 
 

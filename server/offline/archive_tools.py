@@ -15,6 +15,10 @@ from model_store.names import ModelName
 from server.offline.archive_location import ArchiveLocation
 from server.settings import format_bytes
 
+REQUIREMENTS_ADVICE = (
+    "by requirements.txt: install these beside the server and pack without it, or --code-requirements install"
+)
+
 
 def verify_archive(location: ArchiveLocation) -> str:
     """Do everything that a load does, including the golden sample. Returns what was verified, in words.
@@ -101,7 +105,7 @@ def _explain_code(code: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if code["requirements"]:
             yield (
                 "requires",
-                "by requirements.txt, which is refused: install these beside the server, and pack without it",
+                REQUIREMENTS_ADVICE,
             )
         for line in code["requirements"]:
             yield "requires", line

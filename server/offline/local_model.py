@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from handlers.errors import RequestError, RunFailed
 from handlers.model import Model
 from handlers.model import open_model as open_archive_model
@@ -59,14 +61,16 @@ class LocalModel:
         self, requests: Sequence[ForecastRequest], options: ForecastOptions | None = None
     ) -> list[ForecastResult]:
         """Forecast several series by one forward, in order. Raises InvalidRequest, ModelFailed if any is wrong."""
-        return decode_predictions(self.answer(encode_instances(requests, options or ForecastOptions())))
+        found = decode_predictions(self.answer(encode_instances(requests, options or ForecastOptions())))
+        return [replace(each, step=one.step) for each, one in zip(found, requests, strict=True)]
 
     def answer(self, body: bytes, content_type: str = contract.JSON, accept: str = "") -> bytes:
         """Answer the body of a request as `Client.invoke` does. Raises InvalidRequest, ModelFailed."""
         try:
             return self._model.answer(body, content_type, accept)
         except RequestError as error:
-            raise errors.InvalidRequest(error.message, code="bad_request", field=error.field) from error
+            place, field = error.instance, error.field
+            raise errors.InvalidRequest(error.message, code="bad_request", instance=place, field=field) from error
         except RunFailed as error:
             raise errors.ModelFailed(str(error), code="model_failed") from error
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 import msgspec
+from msgspec import structs
 
 from model_store.names import ModelName
 from server.contract import (
@@ -138,7 +139,8 @@ class Client:
             time.sleep(ITEM_RETRY_S * 2**attempt)
             for i, result in zip(again, self._ask_many([requests[i] for i in again], options), strict=True):
                 results[i] = result
-        return results
+        both = zip(results, requests, strict=True)
+        return [_add_request(result, i, request) for i, (result, request) in enumerate(both)]
 
     def _ask_many(
         self, requests: Sequence[ForecastRequest], options: ForecastOptions
@@ -200,3 +202,13 @@ def reload_model(url: str, model: ModelName, token: str | None = None) -> None:
 def _decode_item(item: msgspec.Raw) -> ForecastResult | FleetcastError:
     error = _ITEM.decode(item).error
     return _RESULT.decode(item) if error is None else error_from_item(error)
+
+
+def _add_request(
+    result: ForecastResult | FleetcastError, index: int, request: ForecastRequest
+) -> ForecastResult | FleetcastError:
+    """What only the caller's request knows: the step of an answer, the place of an error in a call."""
+    if isinstance(result, FleetcastError):
+        result.instance = index
+        return result
+    return result if request.step is None else structs.replace(result, step=request.step)

@@ -9,14 +9,22 @@ class FleetcastError(Exception):
 
     `code` is the server's name of the situation, for example `not_found`; empty where the protocol does not give it.
     `status` is the HTTP status, 0 without one; `error_type` what the SageMaker dialect calls it, such as `ModelError`.
-    `field` is the part of the request that was wrong, if one was.
+    `instance` counts the series of the request from 0, and `field` is the part of it that was wrong, if one was.
     """
 
     def __init__(
-        self, message: str, *, code: str = "", status: int = 0, error_type: str = "", field: str | None = None
+        self,
+        message: str,
+        *,
+        code: str = "",
+        status: int = 0,
+        error_type: str = "",
+        instance: int | None = None,
+        field: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.message, self.code, self.status, self.error_type, self.field = message, code, status, error_type, field
+        self.message, self.code, self.status, self.error_type = message, code, status, error_type
+        self.instance, self.field = instance, field
 
 
 class InvalidRequest(FleetcastError, ValueError):
@@ -79,10 +87,17 @@ def error_from_reply(status: int, error_type: str, reply: Any) -> FleetcastError
     status = int(fields.get("OriginalStatusCode", status))
     kind = _BY_CODE.get(code) or _BY_STATUS.get(status) or (ModelFailed if "OriginalStatusCode" in fields else None)
     message = str(detail.get("message") or fields.get("message") or reply or f"status {status}")
-    return (kind or ServerFailed)(message, code=code, status=status, error_type=error_type, field=detail.get("field"))
+    return (kind or ServerFailed)(
+        message,
+        code=code,
+        status=status,
+        error_type=error_type,
+        instance=detail.get("instance"),
+        field=detail.get("field"),
+    )
 
 
 def error_from_item(error: Mapping[str, Any]) -> FleetcastError:
-    """The exception for the `error` of one item of a call for many models."""
+    """The exception for the `error` of one item of a call for many models, without its place in the call."""
     kind = _BY_CODE.get(str(error.get("code", "")), ServerFailed)
     return kind(str(error.get("message")), code=str(error.get("code", "")), field=error.get("field"))

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Literal
+from datetime import datetime, timedelta
+from importlib import import_module
+from typing import Any, Literal, Self
 
 import msgspec
+
+from server.sdk.frames import list_times, read_frame
 
 OutputType = Literal["mean", "quantiles", "samples"]
 #: The time stamp of the first value of `target`: on the clock of the archive's zone, or with an offset an instant.
@@ -18,7 +21,8 @@ class ForecastRequest:
 
     `target` [T] is the history, the oldest value first; None and NaN are missing values. An archive of several products
     takes [D][T]. `dynamic_feat` has a row [T + prediction length] for each covariate that the archive names. Sequences
-    may be lists, tuples, or anything with a `tolist` (numpy arrays, pandas series).
+    may be lists, tuples, or anything with a `tolist` or `to_list` (numpy arrays, series of pandas and polars). `step`
+    is not sent: with it an answer can say the time of each of its steps.
     """
 
     model: str = ""
@@ -27,6 +31,37 @@ class ForecastRequest:
     cat: Sequence[int] | None = None
     dynamic_feat: Any = None
     item_id: str | int | None = None
+    step: timedelta | None = None
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        *,
+        model: str = "",
+        target: str | Sequence[str],
+        time: str | None = None,
+        dynamic_feat: Sequence[str] = (),
+        steps_ahead: int = 0,
+        cat: Sequence[int] | None = None,
+        item_id: str | int | None = None,
+    ) -> Self:
+        """A request from a table: of pandas, of polars, or a mapping of columns. The oldest row is the first.
+
+        `target` is a column, or one of each product; `time` the column of time stamps, by default pandas' index.
+        `dynamic_feat` are columns known ahead, and the last `steps_ahead` rows are the steps to forecast, whose targets
+        are not read. Empty targets are missing values. Raises ValueError that names column and row.
+        """
+        found = read_frame(frame, target=target, time=time, dynamic_feat=dynamic_feat, steps_ahead=steps_ahead)
+        return cls(
+            model=model,
+            target=found.target,
+            start=found.start,
+            step=found.step,
+            dynamic_feat=found.dynamic_feat,
+            cat=cat,
+            item_id=item_id,
+        )
 
     def to_instance(self) -> dict[str, Any]:
         """The request as the JSON object of CONTRACTS 5, without the model."""
@@ -78,6 +113,44 @@ class ForecastResult(msgspec.Struct, frozen=True):
     samples: list[Any] | None = None
     item_id: str | int | None = None
     time_zone: str | None = None
+    step: timedelta | None = None  #: of the request, where it had one; not of the wire
+
+    def quantile(self, level: float | str) -> list[Any]:
+        """The quantile of a level, [H]. Raises KeyError that says which there are."""
+        found = {float(name): values for name, values in (self.quantiles or {}).items()}
+        try:
+            return found[float(level)]
+        except KeyError:
+            raise KeyError(
+                f"no quantile {level}; the forecast has {', '.join(self.quantiles or {}) or 'none'}"
+            ) from None
+
+    def to_columns(self, step: timedelta | None = None) -> dict[str, list[Any]]:
+        """A table of H rows as columns: `time`, `mean`, each level by its text, `sample_0` and so on.
+
+        Of several products each has a column: `mean[0]`, `mean[1]`. Raises ValueError without `step`, which a request
+        from a table brings.
+        """
+        step = step or self.step
+        if step is None or self.start is None:
+            raise ValueError("the distance of the steps is not known: say it, such as step=timedelta(hours=1)")
+        series = {"mean": self.mean} if self.mean is not None else {}
+        series |= self.quantiles or {}
+        series |= {f"sample_{i}": path for i, path in enumerate(self.samples or ())}
+        columns: dict[str, list[Any]] = {}
+        for name, values in series.items():
+            several = bool(values) and isinstance(values[0], list)
+            columns |= {f"{name}[{d}]": row for d, row in enumerate(values)} if several else {name: values}
+        count = max(map(len, columns.values()), default=0)
+        return {"time": list_times(self.start, self.time_zone, step, count), **columns}
+
+    def to_pandas(self, step: timedelta | None = None) -> Any:
+        """`to_columns` as a pandas DataFrame. Raises ModuleNotFoundError where pandas is not installed."""
+        return import_module("pandas").DataFrame(self.to_columns(step))
+
+    def to_polars(self, step: timedelta | None = None) -> Any:
+        """`to_columns` as a polars DataFrame. Raises ModuleNotFoundError where polars is not installed."""
+        return import_module("polars").DataFrame(self.to_columns(step))
 
 
 class _ForecastAnswer(msgspec.Struct):
@@ -85,7 +158,14 @@ class _ForecastAnswer(msgspec.Struct):
 
 
 _ANSWER = msgspec.json.Decoder(_ForecastAnswer)
-_ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.tolist())  # of numpy and pandas; NaN becomes null
+
+
+def _list_values(value: Any) -> Any:
+    """Of numpy, pandas and polars. Raises AttributeError for what is none of them."""
+    return value.to_list() if hasattr(value, "to_list") else value.tolist()
+
+
+_ENCODER = msgspec.json.Encoder(enc_hook=_list_values)  # NaN becomes null
 
 
 def encode_json(value: Any) -> bytes:

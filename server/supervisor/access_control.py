@@ -19,11 +19,13 @@ from server.access.tls import CLIENT_NAME, open_tls
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Situation
 from server.settings import Settings
+from server.supervisor.grpc_port import require_grpcio
 
 LOOPBACK = "127.0.0.1"
 OPEN_PATHS = ("/ping", "/ready")
 #: The listeners that only operators use, with the scope that a token needs there.
 PROTECTED = {"management": Scope.MANAGE, "metrics": Scope.METRICS}
+READING = ("GET", "HEAD", "OPTIONS")  #: methods that change nothing
 _OF_MODEL = re.compile(r"/fleet/([^/]+)/(.+)", re.DOTALL)
 _STATUS = {Situation.UNAUTHORIZED: 401, Situation.FORBIDDEN: 403, Situation.NOT_READY: 503}
 
@@ -53,7 +55,7 @@ def read_secrets(settings: Settings) -> Settings:
     """The settings with the keys of `access_keys_file` in `access_keys`.
 
     Raises ValueError where a file of secrets or certificates cannot be used, or where other hosts could reach the
-    management or metrics listener without a token or certificate.
+    management or metrics listener without a token or certificate, and where gRPC is asked for and cannot be had.
     """
     tokens = open_tokens(settings)
     open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
@@ -65,18 +67,23 @@ def read_secrets(settings: Settings) -> Settings:
                 f"other hosts could use the {name} listener at {host} without a token: set tokens (a file with one of "
                 f"the scope {scope}) or tls_client_ca, or leave out {name}_host to have it on {LOOPBACK}"
             )
-    if settings.access_keys_file is None:
-        return settings
-    return settings.model_copy(
-        update={"access_keys": {**read_access_keys(settings.access_keys_file), **settings.access_keys}}
-    )
+    if settings.access_keys_file is not None:
+        keys = {**read_access_keys(settings.access_keys_file), **settings.access_keys}
+        settings = settings.model_copy(update={"access_keys": keys})
+    if settings.grpc_port is not None or settings.grpc_management_port is not None:
+        require_grpcio()
+        if settings.access_keys and tokens is None:
+            raise ValueError("calls by gRPC cannot be signed: set tokens beside access_keys, or leave out grpc_port")
+    if settings.grpc_management_port is not None and settings.model_server_api != "torchserve":
+        raise ValueError("grpc_management_port is for TorchServe's service: leave it out, or set model_server_api")
+    return settings
 
 
 class AccessControl:
     """An ASGI application in front of another, which gets only requests that may be made there.
 
-    POSTs and DELETEs of the management API are logged, whatever becomes of them: `management_call` with the names of
-    the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
+    What may change something by the management API is logged, whatever becomes of it: `management_call` with the names
+    of the token and of the client's certificate (`-` without one), the peer's address, verb, model and status.
     """
 
     def __init__(self, app: App, scope: Scope, sites: Sites, tokens: TokenFile | None) -> None:
@@ -114,7 +121,7 @@ class AccessControl:
                 stopping = error_reply(Situation.NOT_READY, "the server is stopping; what was asked may have happened")
                 await stopping(scope, receive, send_and_note)
         finally:
-            if self._scope is Scope.MANAGE and scope["method"] in ("POST", "DELETE"):
+            if self._scope is Scope.MANAGE and scope["method"] not in READING:
                 _audit(scope, token, status)
 
     def _find_caller(self, scope: Any) -> Token | None:

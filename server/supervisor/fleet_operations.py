@@ -13,8 +13,10 @@ import structlog
 from model_store.names import ModelName
 from server.ipc.control import ControlError
 from server.ipc.operations import (
+    KnownModel,
     ListModels,
     LoadModel,
+    ModelUsage,
     PinModel,
     ReloadModel,
     SetQuarantine,
@@ -29,6 +31,9 @@ from server.supervisor.store_watch.watch import StoreWatch
 from server.supervisor.workers import LIST_S, Workers
 
 log = structlog.get_logger()
+
+#: What clients are told of a model that a worker holds in this state; the first that is found counts.
+_SHOWN_STATES = {"ready": "ready", "loading": "loading", "retiring": "unloading"}
 
 
 class ModelPage(NamedTuple):
@@ -121,6 +126,11 @@ class FleetOperations:
         )
         return {"model": model, "version": answers[0], "holders": len(answers), **_name_unheard(unheard)}
 
+    async def list_known(self, prefix: str, after: str, limit: int) -> list[KnownModel]:
+        """As `list_models`, as clients see them: without names for which the store has no archive."""
+        page = await self.list_models(prefix, after, limit)
+        return [make_known(row) for row in page.rows if not is_missing(row)]
+
     def tell_changed(self, models: Iterable[ModelName]) -> None:
         """The store says that these archives have changed: their holders reload them. Raises TooManyEvents."""
         self._watch.tell(models)
@@ -146,6 +156,26 @@ class FleetOperations:
             if model > after and model.startswith(prefix):
                 entry(model).update({"state": "quarantined", "reason": reason})
         return ModelPage([merged[model] for model in sorted(merged)[:limit]], len(merged) > limit, unheard)
+
+
+def is_missing(row: dict[str, Any]) -> bool:
+    """Whether the row tells only of loads that found no archive."""
+    holders = row["holders"]
+    return bool(holders) and all(holder.get("reason") == "not_found" for holder in holders)
+
+
+def make_known(row: dict[str, Any]) -> KnownModel:
+    """A model's row as clients see it: ready where one holder is, with what all of them counted."""
+    holders = row["holders"]
+    states = {holder["state"] for holder in holders}
+    state = next((shown for held, shown in _SHOWN_STATES.items() if held in states), "unavailable")
+    reason = row.get("reason") or next((holder["error"] for holder in holders if "error" in holder), "")
+    if row.get("state") == "quarantined":
+        state = "unavailable"
+    usages = [holder["usage"] for holder in holders if "usage" in holder]
+    counted = {name: sum(usage[name] for usage in usages) for name in ModelUsage.__struct_fields__}
+    counted["last_ms"] = max((usage["last_ms"] for usage in usages), default=0)
+    return KnownModel(row["model"], state, "" if state == "ready" else reason, ModelUsage(**counted))
 
 
 def _name_unheard(workers: list[int]) -> dict[str, list[int]]:

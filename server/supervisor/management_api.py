@@ -32,11 +32,15 @@ from server.errors import Situation
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
+from server.model_server_api.bodies import encode_pretty
+from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
-from server.supervisor.model_server_api.torchserve_answers import refuse_path
+from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
+from server.supervisor.model_server_api.torchserve_metrics import CpuClock, HostFamilies, NamedFamilies
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
@@ -130,14 +134,27 @@ def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:
-    """`/metrics`, merged over all processes."""
+    """`/metrics`, merged over all processes. `?name[]=` leaves only families of these names, as TorchServe has it."""
+    clock = CpuClock()
 
-    async def metrics(_: Request) -> Response:
+    async def metrics(request: Request) -> Response:
         registry = CollectorRegistry()
-        registry.register(await supervisor.metrics())
+        merged = await supervisor.metrics()
+        registry.register(merged)
+        if supervisor.registrations.is_used:
+            registry.register(HostFamilies(merged, supervisor.settings.disk_cache, clock))
+        names = request.query_params.getlist("name[]")
+        if names:
+            named = NamedFamilies(registry, names)
+            registry = CollectorRegistry()
+            registry.register(named)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    return Starlette(routes=[Route("/metrics", metrics)])
+    async def describe(_: Request) -> Response:
+        return reply(encode_pretty(describe_metrics()))
+
+    routes = [Route("/metrics", metrics), Route("/", describe, methods=["OPTIONS"])]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse_path})
 
 
 def bind_socket(host: str, port: int, name: str) -> socket.socket:
@@ -173,7 +190,12 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
         socks = {name: stack.enter_context(bind_socket(hosts[name], port, name)) for name, port in ports.items()}
         scheme = "http" if settings.tls_certificate is None else "https"
         addresses = {name: _format_address(sock, scheme) for name, sock in socks.items()}
-        supervisor = Supervisor(settings)
+        targets = {
+            name: format_target(stack.enter_context(hold_port(host, port)))
+            for name, (host, port) in list_grpc_ports(settings, hosts["management"]).items()
+        }
+        addresses |= {name: f"grpc{scheme.removeprefix('http')}://{target}" for name, target in targets.items()}
+        supervisor = Supervisor(settings, grpc=targets)
         signals.call_at_once(supervisor.end_at_once)
         listeners: list[tuple[Listener, asyncio.Task[None]]] = []
         stack.push_async_callback(_stop, supervisor, listeners)
@@ -182,6 +204,8 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
             sites = Sites([hosts[name]], settings.allowed_hosts)
             checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))
             server = make_listener(checked, 1, settings.client_timeout_s, settings.keep_alive_s, tls)
+            if name == "management":
+                supervisor.management = checked
             listeners.append((server, asyncio.create_task(server.serve(sockets=[socks[name]]))))
         await supervisor.start(socks["inference"])
         if settings.announce is not None:

@@ -5,19 +5,23 @@ only its own model. A batch is collected for at most the time that its archive s
 """
 
 import asyncio
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from weakref import WeakSet
 
+from handlers.codecs.codec import JSON
+from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_tensors
 from model_store.cache.slots import Slot
 from server.errors import Refused, Situation
 from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
-from server.worker.sandbox.memory_use import measure_memory
+from server.worker.sandbox.memory_use import is_folder_larger, measure_memory
 from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from server.worker.scheduler import Job, Scheduler
 
@@ -26,6 +30,9 @@ WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Wo
 OK, MULTIPLE_CHOICES = 200, 300
 BODILESS = (204, 205, 304)  #: statuses of answers that have no body
 BYTES = "application/octet-stream"
+_DESCRIPTION = describe_tensors(
+    Signature({}, {}), code="the archive's code gets the request's JSON as it is, and its answer is sent as it is"
+)
 MAX_SAID = 8192  #: bytes of all that a handler sets in an answer's head
 #: Fields that frame an answer or belong to its connection, and those that the server says of every answer: code's are
 #: dropped. The content type travels apart.
@@ -50,11 +57,12 @@ class CodeBatches:
         scheduler: Scheduler,
         *,
         most_bytes: int,
+        most_disk_bytes: int,
         wake: Callable[[], None],
     ) -> None:
-        """`most_bytes`: of a child and what it has started; a larger one is ended."""
+        """`most_bytes`: of a child and what it has started; `most_disk_bytes`: of its folder. A larger one is ended."""
         self._replies, self._residents, self._scheduler = replies, residents, scheduler
-        self._most_bytes, self._wake = most_bytes, wake
+        self._most_bytes, self._most_disk_bytes, self._wake = most_bytes, most_disk_bytes, wake
         self._running: dict[str, Sequence[Job]] = {}
         self._collecting: dict[str, tuple[ChildProcess, float]] = {}  # group -> its child, and when it runs anyhow
         self._due: WeakSet[ChildProcess] = WeakSet()  # children whose next batch has waited, or is full
@@ -68,6 +76,9 @@ class CodeBatches:
 
     def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Send jobs to their child, or collect more of them first."""
+        jobs = [job for job in jobs if not self._describe(job, now)]
+        if not jobs:
+            return
         slot = get_slot(jobs[0])
         child = self._residents.children[slot]
         batch, rest = list[Job](), list[Job]()
@@ -93,6 +104,13 @@ class CodeBatches:
                 self._wake()
 
         child.run([_make_request(job) for job in batch], end)
+
+    def _describe(self, job: Job, now: float) -> bool:
+        """Answer a request for the model's tensors, of which code says none. False for any other request."""
+        if job.request.content_type != DESCRIBE:
+            return False
+        self._replies.answer(job, (_DESCRIPTION, JSON), now, 0.0)
+        return True
 
     def _collects(self, child: ChildProcess, count: int) -> bool:
         """Whether a batch that is not full waits for more jobs."""
@@ -132,8 +150,8 @@ class CodeBatches:
                     self._replies.tell_refused(job, Refused(Situation.DEADLINE, message))
         if self._residents.children and now - self._sampled_at >= SAMPLE_S and not self._sampling:
             self._sampled_at, self._sampling = now, True
-            pids = {slot: child.pid for slot, child in self._residents.children.items()}
-            self._sampler.submit(self._measure, pids)
+            children = {slot: (child.pid, child.folder) for slot, child in self._residents.children.items()}
+            self._sampler.submit(self._measure, children)
 
     def end_collections(self, now: float) -> None:
         """Let the batches run that are full or have waited for long enough. In each step."""
@@ -148,32 +166,39 @@ class CodeBatches:
         """Measure no more."""
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, pids: dict[Slot, int]) -> None:
+    def _measure(self, children: Mapping[Slot, tuple[int, Path]]) -> None:
         """On the sampler's thread."""
-        found = {slot: measure_memory(pid) for slot, pid in pids.items()}
-        self._loop.call_soon_threadsafe(self._note_memory, found)
+        found = {
+            slot: (measure_memory(pid), is_folder_larger(folder, self._most_disk_bytes, pid))
+            for slot, (pid, folder) in children.items()
+        }
+        with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile
+            self._loop.call_soon_threadsafe(self._note_sizes, found)
 
-    def _note_memory(self, found: dict[Slot, int]) -> None:
+    def _note_sizes(self, found: Mapping[Slot, tuple[int, bool]]) -> None:
         self._sampling = False
-        for slot, size in found.items():
+        for slot, (size, fills_disk) in found.items():
             child = self._residents.children.get(slot)
             if child is None or not size:
                 continue
-            if size > self._most_bytes:
+            if fills_disk:
+                child.end(f"its folder takes more than {self._most_disk_bytes} bytes (code_disk_bytes)")
+            elif size > self._most_bytes:
                 child.end(f"its processes take {size} bytes, {self._most_bytes} are allowed (code_memory_bytes)")
             else:
                 self._residents.recharge(slot, size)
 
 
 def _make_request(job: Job) -> CodeRequest:
+    """What the handler gets. A request of the Open Inference Protocol comes as the client has sent it."""
     request = job.request
-    body = bytes(request.body)
+    content_type, accept, body = request.content_type, request.accept, bytes(request.body)
+    if content_type.startswith(INFER):
+        content_type, accept = (JSON if content_type == f"{INFER};json={len(body)}" else BYTES), JSON
     if not request.call:
-        return CodeRequest(str(request.id), request.content_type, request.accept, body)
+        return CodeRequest(str(request.id), content_type, accept, body)
     call = decode_call(request.call)
-    return CodeRequest(
-        call.request_id, request.content_type, request.accept, body, call.headers, call.parts, call.properties
-    )
+    return CodeRequest(call.request_id, content_type, accept, body, call.headers, call.parts, call.properties)
 
 
 def _make_body(answer: CodeAnswer) -> bytes:

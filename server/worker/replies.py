@@ -54,12 +54,16 @@ class Replies:
         INVARIANT: no answer is sent after its deadline.
         """
         body, content_type = encoded
-        if job.deadline < self._now():
+        now = self._now()
+        if job.deadline < now:
             self.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
             return
         if self._scheduler.finish(job):
             self._record(job, job.cache)
-            job.origin.answer(job, content_type, body, queue_s=job.queued_s(began), inference_s=run_s, head=head)
+            queued_s = job.queued_s(began)
+            if run_s and job.slot is not None:  # else nothing has run: a description was asked
+                job.slot.usage.note_answer(began, now - job.arrived, queued_s, run_s)
+            job.origin.answer(job, content_type, body, queue_s=queued_s, inference_s=run_s, head=head)
         self._release(job)
 
     def encode(self, job: Job, encode: Callable[[Any], Encoded], outputs: Any, began: float, run_s: float) -> None:
@@ -92,6 +96,9 @@ class Replies:
         """Send the reason of a job whose model is still in use: its lease ends later."""
         if self._scheduler.finish(job):
             self._record(job, REFUSED)
+            if job.slot is not None:
+                job.slot.usage.failures += 1
+                job.slot.usage.failed_s += self._now() - job.arrived
             job.origin.refuse(job, refused)
 
     def refuse_unadmitted(self, job: Job, refused: Refused) -> None:

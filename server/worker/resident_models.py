@@ -17,7 +17,7 @@ import torch
 
 from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache
-from model_store.cache.slots import Slot
+from model_store.cache.slots import Slot, Usage
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
 from server.worker.engine.accelerator import DeviceEngine
@@ -269,7 +269,22 @@ class ResidentModels:
             "pinned": slot.model in self.cache.pins,
             "loaded_s_ago": round(now - slot.loaded_at, 3),
             "used_s_ago": round(now - slot.used_at, 3),
+            "usage": _describe_usage(slot.usage, now),
         }
+
+
+def _describe_usage(usage: Usage, now: float) -> dict[str, Any]:
+    """What was counted since the model was loaded; times in whole microseconds."""
+    return {
+        "answers": usage.answers,
+        "failures": usage.failures,
+        "batches": usage.batches,
+        "answered_us": round(usage.answered_s * 1e6),
+        "failed_us": round(usage.failed_s * 1e6),
+        "queued_us": round(usage.queued_s * 1e6),
+        "ran_us": round(usage.ran_s * 1e6),
+        "last_ms": round((time.time() - now + usage.last) * 1e3) if usage.answers else 0,
+    }
 
 
 def _ignore(_: ModelName) -> None:

@@ -99,7 +99,12 @@ class StepLoop:
             replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake
         )
         self._code = CodeBatches(
-            replies, self._residents, scheduler, most_bytes=code.policy.memory_bytes if code else 0, wake=self.wake
+            replies,
+            self._residents,
+            scheduler,
+            most_bytes=code.policy.memory_bytes if code else 0,
+            most_disk_bytes=code.policy.disk_bytes if code else 0,
+            wake=self.wake,
         )
         if code is not None:
             self._residents.note_death = code.note_death

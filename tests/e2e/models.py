@@ -4,7 +4,7 @@ Nothing of the batched forward is used for what is expected: it is the reference
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,6 +149,20 @@ def onnx_model(name: str, seed: int) -> Model:
         network,
         (3, 12),
     )
+
+
+def pack_onnx(nodes: Sequence[onnx.NodeProto], inputs: Sequence[Any], outputs: Sequence[Any]) -> bytes:
+    """An ONNX archive of a graph without weights."""
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return pack_model(Kind.ONNX, ArchiveParts(program=model.SerializeToString()), model_name="m")
+
+
+def pack_identity(kind: int, name: str = "x", output: str = "y") -> bytes:
+    """An ONNX archive that gives what it gets: [rows, any] of this type."""
+    shape: list[str | int | None] = ["n", "length"]
+    given, made = (helper.make_tensor_value_info(each, kind, shape) for each in (name, output))
+    return pack_onnx([helper.make_node("Identity", [name], [output])], [given], [made])
 
 
 def pack_fleet(prefix: str, count: int, seed: int = 0, config: Config = SMALL_TCN) -> list[Model]:

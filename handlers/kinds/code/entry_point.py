@@ -19,7 +19,7 @@ from model_store.errors import ArchiveInvalid, UnsupportedKind
 
 #: Handlers in the package `torchserve`; `base_handler` has the class that others derive from, and runs as it is.
 TORCHSERVE_HANDLERS = ("base_handler", "image_classifier", "image_segmenter", "object_detector", "text_classifier")
-SAGEMAKER_FOLDER, SAGEMAKER_MODULE = "code", "inference"
+SAGEMAKER_FOLDER, SAGEMAKER_PROGRAM = "code", "inference.py"
 REQUIREMENTS = "requirements.txt"
 
 
@@ -67,20 +67,25 @@ def recognises_code(archive: Archive) -> bool:
     return is_own or any(_is_sagemaker_code(name) for name in archive.container.members)
 
 
-def find_entry_point(archive: Archive) -> EntryPoint:
-    """What the archive runs. Raises ArchiveInvalid that says what it would have to hold."""
+def find_entry_point(archive: Archive, program: str = SAGEMAKER_PROGRAM) -> EntryPoint:
+    """What the archive runs. `program`: the script of SageMaker's archives, in `code` or at the top.
+
+    Raises ArchiveInvalid that says what it would have to hold.
+    """
     found = _find_in_mar(archive)
     if found is not None:
         return found
     for folder in (SAGEMAKER_FOLDER, ""):
-        if str(PurePosixPath(folder, f"{SAGEMAKER_MODULE}.py")) in archive.container.members:
-            return EntryPoint(CodeStyle.SAGEMAKER, SAGEMAKER_MODULE, folder=folder)
+        script = PurePosixPath(folder, program)
+        if str(script) in archive.container.members:
+            parent = "" if str(script.parent) == "." else str(script.parent)
+            return EntryPoint(CodeStyle.SAGEMAKER, script.stem, folder=parent)
     handler = archive.mar.model.handler if archive.mar else ""
     said = f"{MAR_MANIFEST} names the handler {quote_name(handler)}, but " if handler else ""
     scripts = list_names(quote_name(name) for name in archive.members if name.endswith(".py"))
     raise ArchiveInvalid(
         f"{archive.name}: {said}it has neither a handler that its manifest names, nor a handler's name of "
-        f"TorchServe's ({', '.join(TORCHSERVE_HANDLERS)}), nor code/inference.py; its scripts: {scripts or 'none'}"
+        f"TorchServe's ({', '.join(TORCHSERVE_HANDLERS)}), nor code/{program}; its scripts: {scripts or 'none'}"
     )
 
 
@@ -94,8 +99,9 @@ def refuse_requirements(archive: Archive) -> None:
     found = list_requirements(archive)
     if found:
         raise UnsupportedKind(
-            f"{archive.name}: {list_names(map(quote_name, found))} names packages, and a server installs none for an "
-            f"archive: install them beside the server (pip install -r {REQUIREMENTS}), and pack the archive without it"
+            f"{archive.name}: {list_names(map(quote_name, found))} names packages, and this server installs none for "
+            f"an archive: install them beside the server (pip install -r {REQUIREMENTS}), and pack the archive without "
+            "it; or let the server install them (--code-requirements install)"
         )
 
 
@@ -116,4 +122,4 @@ def _find_in_mar(archive: Archive) -> EntryPoint | None:
 
 def _is_sagemaker_code(name: str) -> bool:
     path = PurePosixPath(name)
-    return name == f"{SAGEMAKER_MODULE}.py" or (path.suffix == ".py" and path.parts[0] == SAGEMAKER_FOLDER)
+    return name == SAGEMAKER_PROGRAM or (path.suffix == ".py" and path.parts[0] == SAGEMAKER_FOLDER)

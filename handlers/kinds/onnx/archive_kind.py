@@ -27,7 +27,7 @@ class OnnxKind:
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A session where `place_session` says. Raises as `OnnxModel` does."""
         model = place_session(_read_file(archive), target)
-        body = SingleModel(model, SingleCodec(model.inputs, model.outputs), unbounded=model.loops)
+        body = SingleModel(model, SingleCodec(model.inputs, model.outputs, model.types), unbounded=model.loops)
         return BuiltModel(body, None, "onnx")
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:

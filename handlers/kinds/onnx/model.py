@@ -1,4 +1,4 @@
-"""The model of an onnx archive: one ONNX Runtime session, float32 in and out, and no file is read but its bytes."""
+"""The model of an onnx archive: one ONNX Runtime session, tensors in and out, and no file is read but its bytes."""
 
 import math
 import time
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from handlers.base import Float32, Shape
+from handlers.base import Shape
+from handlers.codecs.datatypes import BF16, DATATYPES, FP32, Array
 from handlers.errors import Overran, RunFailed
 from handlers.kinds.onnx import cuda
 from handlers.kinds.onnx.scan import check_model
@@ -18,6 +19,8 @@ from handlers.kinds.onnx.session import (
     import_runtime,
     measure_growth,
     open_session,
+    read_types,
+    run_with_bit_patterns,
     share_arenas,
 )
 from handlers.kinds.onnx.watchdog import WATCHDOG
@@ -61,7 +64,7 @@ class OnnxModel:
 
         Raises:
             ArchiveInvalid: not an ONNX model, external data, a loop where none is allowed, a sparse tensor that is
-                too large once it is dense, inputs or outputs that are not float32 tensors with a
+                too large once it is dense, inputs or outputs that are not tensors with a
                 batch axis first (dynamic, or fixed at 1: such a model runs row by row).
             UnsupportedKind: ONNX Runtime or the wanted provider is not installed, or gives a session somewhere else.
             torch.OutOfMemoryError: the device is full.
@@ -80,14 +83,17 @@ class OnnxModel:
         self.charge_bytes = usual if grown[0] < usual + noise else grown[0]
 
     def _describe(self) -> None:
-        taken = {each.name: check_shape("input", each) for each in self._session.get_inputs()}
-        given = {each.name: check_shape("output", each) for each in self._session.get_outputs()}
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        taken = {each.name: check_shape("input", each) for each in inputs}
+        given = {each.name: check_shape("output", each) for each in outputs}
+        self.types: Mapping[str, str] = read_types([*inputs, *outputs])  #: datatypes of those that are not FP32
         if not taken or not given:
             raise ArchiveInvalid("model.onnx: a model needs at least one input and one output")
         self.inputs: Mapping[str, Shape] = {name: shape[1:] for name, shape in taken.items()}
         self.outputs: Mapping[str, Shape] = {name: shape[1:] for name, shape in given.items()}
         self._row_by_row = any(shape[0] == 1 for shape in taken.values())
-        self._apart: bool | None = False if self._row_by_row else None  # whether requests run together stay apart
+        # whether requests run together stay apart; strings are not compared, so models with some run one by one
+        self._apart: bool | None = False if self._row_by_row or "BYTES" in self.types.values() else None
 
     def __repr__(self) -> str:
         how = "row by row" if self._row_by_row else "batched"
@@ -119,11 +125,15 @@ class OnnxModel:
         except RunFailed:
             pass
 
-    def _ones(self) -> dict[str, Float32]:
+    def _ones(self) -> dict[str, Array]:
         shapes = {name: [1, *(max(1, length) for length in shape)] for name, shape in self.inputs.items()}
-        return {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        types = {name: DATATYPES[self.types.get(name, FP32)] for name in shapes}
+        return {
+            name: np.full(shape, "1" if types[name].kind == "string" else 1, types[name].dtype)
+            for name, shape in shapes.items()
+        }
 
-    def run(self, feeds: Mapping[str, Float32]) -> Mapping[str, Float32]:
+    def run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Arrays [N, *shape] by input name -> arrays [N, ...] by output name.
 
         Raises RunFailed, Overran; on CUDA torch.OutOfMemoryError and DeviceFailed too.
@@ -137,7 +147,7 @@ class OnnxModel:
         except ValueError as error:
             raise RunFailed(f"the rows' outputs differ in shape: {error}") from error
 
-    def run_all(self, requests: Sequence[Mapping[str, Float32]]) -> list[dict[str, Float32] | RunFailed]:
+    def run_all(self, requests: Sequence[Mapping[str, Array]]) -> list[dict[str, Array] | RunFailed]:
         """As `run` for each. One run for all where they stack and the graph keeps rows apart, as most do.
 
         A graph with an open batch axis may still mix rows (a softmax or a mean along the batch), and then one client's
@@ -156,7 +166,7 @@ class OnnxModel:
             self._apart = _are_close(together, alone)
         return alone
 
-    def _stacked(self, requests: Sequence[Mapping[str, Float32]]) -> list[dict[str, Float32] | RunFailed] | None:
+    def _stacked(self, requests: Sequence[Mapping[str, Array]]) -> list[dict[str, Array] | RunFailed] | None:
         """All in one run; None where that fails, so that each fails for its own reason; one alone takes less memory."""
         ends = np.cumsum([len(next(iter(feeds.values()))) for feeds in requests])
         try:
@@ -170,7 +180,7 @@ class OnnxModel:
         parts = {name: np.split(output, ends[:-1]) for name, output in found.items()}
         return [{name: part[i] for name, part in parts.items()} for i in range(len(requests))]
 
-    def _attempt(self, feeds: Mapping[str, Float32]) -> dict[str, Float32] | RunFailed:
+    def _attempt(self, feeds: Mapping[str, Array]) -> dict[str, Array] | RunFailed:
         try:
             return dict(self.run(feeds))
         except Overran:
@@ -178,14 +188,17 @@ class OnnxModel:
         except RunFailed as failed:
             return failed
 
-    def _run(self, feeds: Mapping[str, Float32], rows: int, limit_s: float | None = None) -> dict[str, Float32]:
+    def _run(self, feeds: Mapping[str, Array], rows: int, limit_s: float | None = None) -> dict[str, Array]:
         limit_s = self._forward_s if limit_s is None else min(limit_s, self._forward_s)
         options = self._runtime.RunOptions()
         started = time.monotonic()
         failed: Exception | None = None
         try:
             with WATCHDOG.watching(options, started + limit_s):
-                outputs = self._session.run(None, dict(feeds), options)
+                if BF16 in self.types.values():
+                    outputs = run_with_bit_patterns(self._runtime, self._session, feeds, self.types, options)
+                else:
+                    outputs = self._session.run(None, dict(feeds), options)
         except Exception as error:
             if not options.terminate:
                 failed = self._read_failure(error)
@@ -202,20 +215,18 @@ class OnnxModel:
         return cuda.read_failure(error) if self._on_cuda else RunFailed(f"ONNX Runtime: {error}")
 
 
-def _can_stack(requests: Sequence[Mapping[str, Float32]]) -> bool:
+def _can_stack(requests: Sequence[Mapping[str, Array]]) -> bool:
     """Whether open axes have the same lengths in all."""
     first = {name: array.shape[1:] for name, array in requests[0].items()}
     return all({name: array.shape[1:] for name, array in feeds.items()} == first for feeds in requests[1:])
 
 
-def _are_different(requests: Sequence[Mapping[str, Float32]]) -> bool:
+def _are_different(requests: Sequence[Mapping[str, Array]]) -> bool:
     """Whether no two requests are equal, so that a mixing graph shows itself."""
     return len({b"".join(array.tobytes() for array in feeds.values()) for feeds in requests}) == len(requests)
 
 
-def _are_close(
-    together: Sequence[dict[str, Float32] | RunFailed], alone: Sequence[dict[str, Float32] | RunFailed]
-) -> bool:
+def _are_close(together: Sequence[dict[str, Array] | RunFailed], alone: Sequence[dict[str, Array] | RunFailed]) -> bool:
     for a, b in zip(together, alone, strict=True):
         if isinstance(a, RunFailed) or isinstance(b, RunFailed):
             return False

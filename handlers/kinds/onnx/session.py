@@ -3,15 +3,20 @@
 Any thread may call it.
 """
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from math import prod
 from types import ModuleType
 from typing import Any, Literal
 
+import numpy as np
+
 from handlers.base import Shape
+from handlers.codecs.datatypes import BF16, Array
 from handlers.errors import RunFailed
 from handlers.kinds.onnx import cuda
 from model_store.errors import ArchiveInvalid, UnsupportedKind
@@ -20,6 +25,7 @@ Provider = Literal["cpu", "cuda"]
 ONNX_SUFFIX = ".onnx"
 ONNX_FILE = f"model{ONNX_SUFFIX}"
 PAGE = os.sysconf("SC_PAGE_SIZE")
+BFLOAT16 = 16  #: of `TensorProto.DataType` in onnx.proto
 
 
 def open_session(runtime: ModuleType, model: bytes, threads: int, provider: Provider, limit: int, *, tf32: bool) -> Any:
@@ -55,6 +61,30 @@ def _read_load_failure(error: Exception, provider: Provider, path: str) -> Excep
     if not isinstance(found, RunFailed):
         return found
     return ArchiveInvalid(f"model.onnx: it cannot be loaded: {str(found).replace(path, ONNX_FILE)}")
+
+
+def run_with_bit_patterns(
+    runtime: ModuleType, session: Any, feeds: Mapping[str, Array], types: Mapping[str, str], options: Any
+) -> list[Array]:
+    """As `session.run`, with BF16 as bit patterns: numpy has no such type, ONNX Runtime tells an address."""
+    given = {}
+    for name, array in feeds.items():
+        kept = np.ascontiguousarray(array)
+        if types.get(name) == BF16:
+            given[name] = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(kept, BFLOAT16)
+        else:
+            given[name] = runtime.OrtValue.ortvalue_from_numpy(kept)
+    outputs = session.run_with_ort_values([each.name for each in session.get_outputs()], given, options)
+    return [_copy_bits(each) if each.data_type() == "tensor(bfloat16)" else each.numpy() for each in outputs]
+
+
+def _copy_bits(value: Any) -> Array:
+    """The bit patterns of an OrtValue in the host's memory."""
+    shape = tuple(value.shape())
+    if not prod(shape):
+        return np.empty(shape, np.uint16)
+    shared = (ctypes.c_uint16 * prod(shape)).from_address(value.data_ptr())
+    return np.frombuffer(shared, np.uint16).reshape(shape).copy()
 
 
 @contextmanager
@@ -124,10 +154,25 @@ def _own_bytes() -> int:
     return (resident - shared) * PAGE
 
 
+#: ONNX Runtime's names of the types that are served -> the datatypes of the Open Inference Protocol.
+TENSOR_TYPES = {
+    "tensor(float)": "FP32", "tensor(double)": "FP64", "tensor(float16)": "FP16", "tensor(bfloat16)": "BF16",
+    "tensor(bool)": "BOOL", "tensor(string)": "BYTES",
+    **{f"tensor({sign}int{bits})": f"{sign.upper()}INT{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+
+
+def read_types(values: Iterable[Any]) -> dict[str, str]:
+    """The datatypes by name of the inputs and outputs that `check_shape` has checked, of those that are not FP32."""
+    found = {each.name: TENSOR_TYPES[each.type] for each in values}
+    return {name: datatype for name, datatype in found.items() if datatype != "FP32"}
+
+
 def check_shape(what: str, value: Any) -> Shape:
-    """Of an input or output, -1 where open. Raises ArchiveInvalid unless float32 with a usable batch axis."""
-    if value.type != "tensor(float)":
-        raise ArchiveInvalid(f"model.onnx: {what} {value.name!r} is {value.type}; only float32 tensors are served")
+    """Of an input or output, -1 where open. Raises ArchiveInvalid unless a tensor with a usable batch axis."""
+    if value.type not in TENSOR_TYPES:
+        served = ", ".join(TENSOR_TYPES)
+        raise ArchiveInvalid(f"model.onnx: {what} {value.name!r} is {value.type}; served are {served}")
     shape = tuple(n if isinstance(n, int) and n >= 0 else -1 for n in value.shape)
     if what == "input" and (not shape or shape[0] not in (-1, 1)):
         raise ArchiveInvalid(f"model.onnx: input {value.name!r} {list(shape)} needs a batch axis first, dynamic or 1")

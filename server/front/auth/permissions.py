@@ -4,16 +4,26 @@ Where both are configured either one suffices: a request with a SigV4 Authorizat
 any other by its token. A signature allows all models, a token those of its prefixes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from model_store.names import ModelName
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront
-from server.ipc.operations import ManagementReply, ManageModels
+from server.ipc.operations import (
+    KnownModel,
+    ListKnownModels,
+    LoadForClient,
+    ManagementReply,
+    ManageModels,
+    UnloadForClient,
+)
 from server.settings import Settings
 
+MOST_PREFIXES = 32  #: of a token that a list of models asks for
 _SIGV4 = b"AWS4-HMAC-SHA256"
 
 
@@ -43,6 +53,32 @@ class PermittedPlane(PlaneInFront):
         except Forbidden:
             return False
         return self._plane.permits(model)
+
+    def list_near(self, model: ModelName) -> list[str]:
+        """Names of models that the token allows."""
+        near = self._plane.list_near(model)
+        return [name for name in near if not self._token.models or name.startswith(self._token.models)]
+
+    async def list_known(self, asked: ListKnownModels, deadline: float) -> list[KnownModel]:
+        """The models that the workers know, of those that the token allows. Raises what the plane raises.
+
+        Each of the token's prefixes is asked by itself, so that other models neither show nor take up the limit.
+        """
+        prefixes = _narrow(self._token.models, asked.prefix)
+        found = dict[str, KnownModel]()
+        for prefix in prefixes:
+            page = await self._plane.list_known(msgspec.structs.replace(asked, prefix=prefix), deadline)
+            found |= {each.model: each for each in page}
+        return [found[model] for model in sorted(found)[: asked.limit]]
+
+    async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
+        """Load or unload a model that the token manages. Raises Refused(FORBIDDEN), and what the plane raises."""
+        del permitted
+        try:
+            self._token.require(Scope.MANAGE, asked.model)
+        except Forbidden as error:
+            raise Refused(Situation.FORBIDDEN, str(error)) from None
+        return await self._plane.control(asked, deadline, permitted=True)
 
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused(FORBIDDEN) for a token that does not manage all models."""
@@ -87,6 +123,13 @@ class Permissions:
     def check_signature(self, method: str, path: str, query: bytes, headers: Mapping[bytes, bytes], body: bytes) -> str:
         """Check a request without a token, as it was sent. Its access key. Raises Refused(BAD_SIGNATURE)."""
         return "" if self._signatures is None else self._signatures.check(method, path, query, headers, body)
+
+
+def _narrow(allowed: Sequence[str], prefix: str) -> list[str]:
+    """The prefixes of names that begin with `prefix` and are allowed; all are where `allowed` is empty."""
+    if not allowed or prefix.startswith(tuple(allowed)):
+        return [prefix]
+    return [each for each in allowed if each.startswith(prefix)][:MOST_PREFIXES]
 
 
 def require(token: Token, model: ModelName | None) -> None:

@@ -1,6 +1,6 @@
 """The protocols that clients speak, one file each. `DIALECTS` is the registry: a new protocol is a file and a line.
 
-A request goes to the first dialect that matches its method and path; the first one also answers paths that none has.
+A request goes to the first dialect that matches its method and path; the last one also answers paths that none has.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from server.front.dialects.nixtla import Nixtla
 from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
 from server.front.dialects.sagemaker_streams import SageMakerStreams
+from server.front.dialects.torchserve import TorchServe
 from server.front.exchange import Dialect
 from server.settings import Settings
 
@@ -28,15 +29,17 @@ DIALECTS: tuple[MakeDialect, ...] = (
     SageMakerStreams,
     OpenInference,
     Health,
+    TorchServe,
 )
 
 
 def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:
     """The dialects of a listener with these settings.
 
-    Multi Model Server's answers all paths that it has where it is chosen, and those that none has. A container's
-    clients speak with SageMaker's platform, and this with the container: SageMaker's own dialect would have no client.
+    Multi Model Server's stands in TorchServe's place where it is chosen, and in a container: there clients speak with
+    SageMaker's platform, and this with the container, so that SageMaker's own dialect would have no client.
     """
+    others = tuple(dialect for dialect in DIALECTS if dialect is not TorchServe)
     if settings.container != "off":
-        return (MultiModelServer, *(dialect for dialect in DIALECTS if dialect is not SageMaker))
-    return (MultiModelServer, *DIALECTS) if settings.model_server_api == "mms" else DIALECTS
+        return (*(dialect for dialect in others if dialect is not SageMaker), MultiModelServer)
+    return (*others, MultiModelServer) if settings.model_server_api == "mms" else DIALECTS

@@ -87,8 +87,9 @@ class Forecasts:
         self._forecast = DialectOperation("forecast", self._limit)
         self._status = {**STATUS, Situation.OVERLOADED: int(settings.overload_status)}
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """POST to `/v1/forecasts`."""
+        del query
         if path != FORECASTS_PATH:
             return None
         if method != "POST":

@@ -108,8 +108,9 @@ class KServeTimeSeries:
         self._models = DialectOperation("models", Limit(NO_BODY, "what this path allows"))
         self._status = {**STATUS, Situation.OVERLOADED: int(settings.overload_status)}
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """A forecast by POST, the list of models by GET."""
+        del query
         if path not in (PATH, MODELS_PATH):
             return None
         operation, expected = (self._forecast, "POST") if path == PATH else (self._models, "GET")

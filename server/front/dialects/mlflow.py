@@ -76,8 +76,9 @@ class MLflow:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
         self._status = {**STATUS, Situation.OVERLOADED: int(settings.overload_status)}
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """Databricks' path of a model, whose name may have slashes; `/health` and `/version`."""
+        del query
         operation = _OPEN.get(path)
         expected = "POST" if operation is None else "GET"
         if operation is None:

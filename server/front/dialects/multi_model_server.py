@@ -9,17 +9,17 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import parse_qsl
 
-from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.names import ModelName
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.archive_requests import AskedArchive, StoreNames, ask_archive, parse_parameters
+from server.front.dataplane import InferencePlane, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
-from server.front.registrations import find_version
-from server.ipc.operations import ManageModels, ServedVersion
+from server.front.registrations import find_version, key_of
+from server.ipc.operations import ManageModels
 from server.model_server_api.bodies import NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.mms_description import describe_api, describe_model_api
 from server.model_server_api.mms_errors import ERRORS
@@ -27,7 +27,6 @@ from server.sagemaker_environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL, 
 from server.settings import Settings
 
 MANAGEMENT_BYTES = 64 * 1024  #: most bytes of the body of a management request
-MAX_QUERY, MAX_FIELDS = 16 * 1024, 200
 TRANSFORMS = 64  #: requests of a batch transform that are worth sending at a time: they share batches
 _PREDICTIONS, _LEGACY = re.compile(r"/predictions/(.+)"), re.compile(r"/(.+)/predict")
 _INVOKE, _MODELS = re.compile(r"/models/(.+)/invoke"), "/models"
@@ -45,11 +44,7 @@ class Prediction(DialectOperation):
     keeps_query: bool = False
 
 
-_PING, _DESCRIBE, _TRANSFORM = (
-    DialectOperation("ping", None),
-    DialectOperation("describe", None),
-    DialectOperation("execution-parameters", None),
-)
+_DESCRIBE, _TRANSFORM = DialectOperation("describe", None), DialectOperation("execution-parameters", None)
 
 
 class MultiModelServer:
@@ -60,16 +55,18 @@ class MultiModelServer:
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
-        self._container, self._runs_code = settings.container, bool(settings.allow_code)
+        self._container = settings.container
+        self._names = StoreNames()
         self._manages = settings.container == MULTI_MODEL
         self._small = Limit(MANAGEMENT_BYTES, "what this path allows")
-        self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, TRANSFORMS))
+        full = 2 * max(1, self._limit.bytes)  # a request of full size, and its answer
+        at_once = max(1, min(TRANSFORMS, int(settings.max_inflight_bytes) // full))
+        self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, at_once))
         self._description = encode_pretty(describe_api(manages=self._manages))
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """What is asked of the server, of a model, or where the listener is a container's, of the supervisor."""
-        if path == contract.PING_PATH:
-            return _PING
+        del query
         if path == "/" and method != "OPTIONS":
             raise Refused(Situation.BAD_METHOD, f"{path} is asked by OPTIONS, not {method}")
         if path in _DESCRIPTION:
@@ -100,35 +97,23 @@ class MultiModelServer:
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """A model's answer, or that of the supervisor, or what is known here."""
-        if operation is _PING:
-            return _reply(200, encode_pretty({"status": "Healthy"}), counted=())
         if operation is _DESCRIBE:
             return _reply(200, self._description, counted=())
         if operation is _TRANSFORM:
             return _reply(200, self._transform, counted=())
         if not isinstance(operation, Prediction):
             return await self._manage(request, plane)
-        fields = _parse_query(request.query)
+        fields = parse_parameters(request.query)
         name = operation.model or self._name_model(fields, request)
         if operation.name == "describe-model":
+            if self._container == MULTI_MODEL and name not in plane.registrations.models:
+                raise _refuse_model(name)
             return _reply(200, encode_pretty(describe_model_api(name)), counted=())
-        key = self._find_key(name, plane)
-        parts = fields if operation.keeps_query else ()
-        response = await plane.infer(
-            InferRequest(
-                key,
-                request.body,
-                request.content_type,
-                request.accept,
-                request.deadline,
-                request.client_gone,
-                request.arrived,
-                request.id,
-                request.client,
-                CallDetails(request.headers, parts) if self._runs_code else None,
-            )
-        )
-        return _make_reply(response)
+        asked = self._find_archive(name, plane)
+        call = CallDetails(request.headers, fields if operation.keeps_query else ())
+        if asked is None:
+            return _make_reply(await self._names.ask(name, call, request, plane, _refuse_model(name)))
+        return _make_reply(await ask_archive(asked, call, request, plane))
 
     def _name_model(self, fields: Sequence[tuple[str, str]], request: HttpRequest) -> str:
         """The model of a path that names none. A header that names it is SageMaker's own way. Raises Refused."""
@@ -140,20 +125,21 @@ class MultiModelServer:
             raise Refused(Situation.NO_TARGET, "Parameter model_name is required.")
         return name
 
-    def _find_key(self, name: str, plane: InferencePlane) -> ModelName:
-        """The archive that a registered name means, else the key that it is. Raises Refused."""
+    def _find_archive(self, name: str, plane: InferencePlane) -> AskedArchive | None:
+        """The archive that a registered name means; None where it may be a key of the store. Raises Refused."""
         if self._container == SINGLE_MODEL:
-            return ModelName(ONLY_MODEL)
+            return AskedArchive(ModelName(ONLY_MODEL))
         registered = plane.registrations.models.get(name)
         if registered is not None:
             version = find_version(registered, None)
-            return _require_workers(name, version)
+            if version is None or not version.workers:
+                message = f"No worker is available to serve request for model: {name}."
+                raise Refused(Situation.NOT_READY, f"{message} Consider increasing job queue size.")
+            served = plane.registrations.count_for(name, registered.default)
+            return AskedArchive(key_of(version), timeout_s=version.timeout_s, served=served)
         if self._container != "off":
-            raise Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
-        try:
-            return parse_model_name(name)
-        except InvalidModelName as error:
-            raise Refused(Situation.BAD_NAME, str(error)) from error
+            raise _refuse_model(name)
+        return None
 
     async def _manage(self, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """What the supervisor answers. A page of a browser is no platform that manages models. Raises Refused."""
@@ -183,22 +169,8 @@ class MultiModelServer:
         return reply
 
 
-def _require_workers(name: str, version: ServedVersion | None) -> ModelName:
-    """What workers call a version that has some. Raises Refused."""
-    if version is None or not version.workers:
-        message = f"No worker is available to serve request for model: {name}. Consider increasing job queue size."
-        raise Refused(Situation.NOT_READY, message)
-    return ModelName(version.key)
-
-
-def _parse_query(query: bytes) -> list[tuple[str, str]]:
-    """The parameters of a path. Raises Refused."""
-    if len(query) > MAX_QUERY:
-        raise Refused(Situation.BAD_REQUEST, f"the query has {len(query)} bytes, the limit is {MAX_QUERY}")
-    try:
-        return parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError as error:
-        raise Refused(Situation.BAD_REQUEST, f"the query cannot be read: {error}") from error
+def _refuse_model(name: str) -> Refused:
+    return Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
 
 
 def _make_reply(response: InferResponse) -> HttpReply:

@@ -81,8 +81,9 @@ class Nixtla:
         self._operations = {path: ("GET", DialectOperation(name, nothing)) for path, name in gets.items()}
         self._operations |= {path: ("POST", DialectOperation(name, limit)) for path, name in posts.items()}
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """What is asked, with or without the prefix; paths of jobs and of training are refused in this dialect."""
+        del query
         path = path.removeprefix(PREFIX)
         found = self._operations.get(path)
         if found is None:

@@ -12,7 +12,7 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
 from server.front.dialects.mlflow import name_error
 from server.front.exchange import (
     DialectOperation,
@@ -102,9 +102,14 @@ class SageMaker:
         self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
         self._runs_code = bool(settings.allow_code)
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
-        """POST to `/invocations` or `/endpoints/{any name}/invocations`: what cannot be an endpoint's is a model's."""
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
+        """POST to `/invocations` or `/endpoints/{any name}/invocations`: what cannot be an endpoint's is a model's.
+
+        Where the query of `/invocations` names a model, it is a client's of an archived model server.
+        """
         named = None
+        if query and path == contract.INVOCATIONS_PATH and contract.MODEL_NAME_PARAMETER in query:
+            return None
         if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
             named = _MODEL_PATH.fullmatch(path)
             if named is None:
@@ -121,20 +126,23 @@ class SageMaker:
         model = self._names.get(raw)
         if model is None:
             model = self._parse_name(raw)
-        response = await plane.infer(
-            InferRequest(
-                model,
-                request.body,
-                request.content_type,
-                request.accept,
-                request.deadline,
-                request.client_gone,
-                request.arrived,
-                request.id,
-                request.client,
-                CallDetails(request.headers) if self._runs_code else None,
-            )
+        asked = InferRequest(
+            model,
+            request.body,
+            request.content_type,
+            request.accept,
+            request.deadline,
+            request.client_gone,
+            request.arrived,
+            request.id,
+            request.client,
+            CallDetails(request.headers) if self._runs_code else None,
         )  # fmt: skip
+        try:
+            response = await plane.infer(asked)
+        except Refused as why:
+            add_near_names(why, model, plane)
+            raise
         headers = _make_headers(request)
         if response.head is not None:
             headers = await _add_code_headers(headers, response)

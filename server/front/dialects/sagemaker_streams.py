@@ -42,8 +42,9 @@ class SageMakerStreams:
         self._sagemaker = SageMaker(settings)
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """POST to an endpoint's stream, or its queue."""
+        del query
         found = _PATH.fullmatch(path)
         if found is None:
             return None

@@ -10,7 +10,7 @@ import msgspec
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.contract import OPEN_INFERENCE_DESCRIBE
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest
+from server.front.dataplane import InferencePlane, InferRequest, add_near_names
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
 from server.front.forecasting.recipes import Recipe, read_inputs, read_recipe
@@ -81,9 +81,12 @@ class ForecastCall:
     async def _ask_description(self, model: ModelName) -> bytes:
         asked = self._request
         origin = (asked.arrived, asked.id, asked.client)
-        response = await self._plane.infer(
-            InferRequest(model, b"", OPEN_INFERENCE_DESCRIBE, model, asked.deadline, asked.client_gone, *origin)
-        )
+        request = InferRequest(model, b"", OPEN_INFERENCE_DESCRIBE, model, asked.deadline, asked.client_gone, *origin)
+        try:
+            response = await self._plane.infer(request)
+        except Refused as why:
+            add_near_names(why, model, self._plane)
+            raise
         return await response.read()
 
     async def forecast(self, asked: Sequence[Asked], configuration: Mapping[str, Any]) -> list[Forecast | Refused]:

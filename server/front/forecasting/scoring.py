@@ -13,7 +13,7 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON, NPY
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferStats
+from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.exchange import HttpReply, HttpRequest, Limit
 from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, require_forecasts
@@ -126,7 +126,11 @@ class Scoring:
         """The worker's answer to a body of section 5, as it is."""
         request = self._request
         content_type = request.content_type if body is request.body else JSON
-        response = await self._plane.infer(self._make_request(body, content_type or JSON, request.accept))
+        try:
+            response = await self._plane.infer(self._make_request(body, content_type or JSON, request.accept))
+        except Refused as why:
+            add_near_names(why, self._model, self._plane)
+            raise
         return HttpReply(OK, response.content_type, response.body, [], response.stats, response)
 
     def _make_request(self, body: bytes, content_type: str, accept: str) -> InferRequest:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from server.offline.local_model import open_model as open_model
     from server.offline.packing import PackedArchive as PackedArchive
     from server.offline.packing import pack as pack
+    from server.sdk.async_client import AsyncClient as AsyncClient
     from server.sdk.client import Client as Client
     from server.sdk.client import Reply as Reply
     from server.sdk.errors import AccessDenied as AccessDenied
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "server.offline.local_model": ("LocalModel", "open_model"),
     "server.offline.packing": ("PackedArchive", "pack"),
+    "server.sdk.async_client": ("AsyncClient",),
     "server.sdk.client": ("Client", "Reply"),
     "server.sdk.errors": (
         "AccessDenied", "DeadlineExceeded", "FleetcastError", "InvalidRequest", "ModelFailed", "ModelNotFound",

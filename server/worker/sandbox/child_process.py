@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 import structlog
 
@@ -62,11 +63,12 @@ class ChildProcess:
         pidfd: int,
         channel: socket.socket,
         output: int,
+        folder: Path,
         *,
         timeout_s: float,
         release: "Callable[[int], Future[None]]",
     ) -> None:
-        self.pid, self.loaded = pid, HandlerLoaded()
+        self.pid, self.folder, self.loaded = pid, folder, HandlerLoaded()
         self.charge = 0  #: bytes as measured last
         self.ended = ""  #: why it has ended; empty while it lives
         self._model, self._pidfd, self._channel, self._timeout_s = model, pidfd, channel, timeout_s

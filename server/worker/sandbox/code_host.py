@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +23,24 @@ from pathlib import Path
 import structlog
 
 from handlers.kinds import find_kind
-from handlers.kinds.code.entry_point import find_entry_point, refuse_requirements
+from handlers.kinds.code.entry_point import (
+    SAGEMAKER_PROGRAM,
+    find_entry_point,
+    list_requirements,
+    refuse_requirements,
+)
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
+from server.host import WorkerPlan
+from server.ipc.operations import Batching
 from server.settings import Settings
 from server.temporary_folders import make_folder
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.inside.confinement import keep_variables
 from server.worker.sandbox.inside.template import FIRST_USER
+from server.worker.sandbox.memory_use import is_folder_larger
 from server.worker.sandbox.messages import (
     MAX_PACKET,
     ChildLimits,
@@ -45,6 +53,7 @@ from server.worker.sandbox.messages import (
     decode_from_template,
     encode_packet,
 )
+from server.worker.sandbox.requirements import install, read_requirements
 
 PREFIX = "fleetcast-code-"
 EVERY_KEY = "*"
@@ -60,19 +69,40 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class CodePolicy:
-    """Whose code may run, and what it may take. `keys`: beginnings of keys."""
+    """Whose code may run, and what it may take. `keys`: beginnings of keys.
+
+    `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
+    `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
+    """
 
     keys: tuple[str, ...]
     memory_bytes: int
     timeout_s: float
     threads: int = 1
     worker: int = 0
+    processes: int = 64
+    install_s: float = 0.0
+    program: str = SAGEMAKER_PROGRAM
+    disk_bytes: int = 4 * 1024 * 1024 * 1024
+    cores: frozenset[int] = frozenset()
+    gpu: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, threads: int, worker: int) -> "CodePolicy":
-        """What the settings say, for a worker of so many threads."""
-        memory = int(settings.code_memory_bytes)
-        return cls(tuple(settings.allow_code), memory, settings.code_timeout_s, threads, worker)
+    def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
+        """What the settings say, for a worker on a server that has these cores."""
+        return cls(
+            tuple(settings.allow_code),
+            int(settings.code_memory_bytes),
+            settings.code_timeout_s,
+            plan.threads,
+            plan.index,
+            settings.code_processes,
+            settings.code_install_s if settings.code_requirements == "install" else 0.0,
+            settings.code_program,
+            int(settings.code_disk_bytes),
+            cores,
+            settings.code_device == "device" and plan.device != "cpu",
+        )
 
     def allows(self, model: ModelName) -> bool:
         """Whether the archive's code may run."""
@@ -82,7 +112,7 @@ class CodePolicy:
 class Template:
     """The template process of a worker, from the worker's side. One thread at a time talks to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cores: frozenset[int]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             variables = keep_variables(dict(os.environ))
@@ -92,6 +122,9 @@ class Template:
                 pass_fds=[theirs.fileno()], env=variables, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self._control, self._ready = ours, False
+        if cores:
+            with contextlib.suppress(OSError):  # cores were taken offline: it keeps the worker's
+                os.sched_setaffinity(self._process.pid, cores)
 
     def __repr__(self) -> str:
         """For example `<Template 4711>`."""
@@ -154,8 +187,9 @@ class Template:
 class PreparedCode:
     """An archive's files in a folder, not running yet. The folder goes with this object, or with its child."""
 
-    def __init__(self, host: "CodeHost", model: ModelName, folder: Path, entry: Entry) -> None:
+    def __init__(self, host: "CodeHost", model: ModelName, folder: Path, entry: Entry, requirements: list[str]) -> None:
         self._host, self._model, self._folder, self._entry = host, model, folder, entry
+        self._requirements = requirements
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._remove.atexit = False
 
@@ -165,7 +199,12 @@ class PreparedCode:
 
     def start(self) -> ChildProcess:
         """The running child, its handler loaded. Raises CodeFailed, UnsupportedKind."""
-        child = self._host.fork(self._model, self._folder, self._entry)
+        packages = None
+        if self._requirements:
+            packages = install(self._model, self._requirements, self._folder, self._host.policy.install_s)
+            if is_folder_larger(self._folder, self._host.policy.disk_bytes):
+                raise CodeFailed(f"{self._model}: its packages take more than code_disk_bytes of disk")
+        child = self._host.fork(self._model, self._folder, self._entry, packages)
         self._remove.detach()
         try:
             child.wait_loaded()
@@ -184,6 +223,7 @@ class CodeHost:
         self._folder_lock = threading.Lock()
         self._template: Template | None = None
         self._folder: Path | None = None
+        self._batching: dict[str, Batching] = {}
         self._deaths: OrderedDict[ModelName, deque[float]] = OrderedDict()
         self._users_in_use: set[int] = set()
         self._cleaners = ThreadPoolExecutor(CLEANERS, thread_name_prefix="code-end")
@@ -203,15 +243,21 @@ class CodeHost:
 
     def prepare(self, model: ModelName, archive: Archive) -> PreparedCode:
         """Write the archive's files to a folder of their own. Raises LoadError."""
-        entry = find_entry_point(archive)
-        refuse_requirements(archive)
+        entry = find_entry_point(archive, self.policy.program)
+        if not self.policy.install_s:
+            refuse_requirements(archive)
+        wanted = [line for name in list_requirements(archive) for line in read_requirements(model, archive.read(name))]
         self._refuse_dying(model)
         try:
             folder = Path(tempfile.mkdtemp(dir=self._find_folder()))
         except OSError as error:
             raise CodeFailed(f"{model}: no folder for its code: {error}", f"{model}: no folder for its code") from error
         prepared = PreparedCode(
-            self, model, folder, Entry(str(entry.style), entry.module, entry.function, entry.folder, entry.from_package)
+            self,
+            model,
+            folder,
+            Entry(str(entry.style), entry.module, entry.function, entry.folder, entry.from_package),
+            wanted,
         )
         try:
             _unpack(archive, folder / "model")
@@ -221,17 +267,19 @@ class CodeHost:
             raise CodeFailed(f"{what}: {error}", what) from error
         return prepared
 
-    def fork(self, model: ModelName, folder: Path, entry: Entry) -> ChildProcess:
+    def fork(self, model: ModelName, folder: Path, entry: Entry, packages: Path | None) -> ChildProcess:
         """A child that begins to load the handler. Raises CodeFailed, UnsupportedKind."""
         ours, theirs = socket.socketpair()
         reads, writes = os.pipe()
         with theirs, self._lock:
             user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, user=user)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user, gpu=self.policy.gpu)
             try:
                 template = self._keep_template()
-                asked = ForkChild(model, str(folder), entry, limits, self.policy.threads)
+                batching = self._find_batching(model)
+                told = (self.policy.threads, str(packages or ""), *batching)
+                asked = ForkChild(model, str(folder), entry, limits, *told)
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:
                 self._users_in_use.discard(user or 0)
@@ -243,7 +291,21 @@ class CodeHost:
             finally:
                 os.close(writes)
         release = _Release(self._cleaners, folder, user, self._users_in_use)
-        return ChildProcess(model, pid, pidfd, ours, reads, timeout_s=self.policy.timeout_s, release=release)
+        return ChildProcess(model, pid, pidfd, ours, reads, folder, timeout_s=self.policy.timeout_s, release=release)
+
+    def follow_batching(self, models: Mapping[str, Batching | None], *, whole: bool) -> None:
+        """How these archives are batched from their next load on; see `server.ipc.operations.SetBatching`."""
+        if whole:
+            self._batching = {}
+        for name, batching in models.items():
+            if batching is None:
+                self._batching.pop(name, None)
+            else:
+                self._batching[name] = batching
+
+    def _find_batching(self, model: ModelName) -> tuple[int, float]:
+        found = self._batching.get(split_version(model)[0])
+        return (found.size, found.delay_s) if found else (0, 0.0)
 
     def note_death(self, model: ModelName) -> None:
         """A child of the model has ended by itself, or had to be ended."""
@@ -275,7 +337,7 @@ class CodeHost:
         if self._template is None or not self._template.lives:
             if self._template is not None:
                 self._template.end()
-            self._template = Template(self._find_folder())
+            self._template = Template(self._find_folder(), self.policy.cores)
         return self._template
 
     def _find_folder(self) -> Path:

@@ -1,10 +1,15 @@
-"""Measures the memory of a child and of what it has started, from /proc. On any thread of a worker."""
+"""Measures what a child takes: memory, with that of what it has started, and the disk. On any thread of a worker."""
 
+import os
 import re
 import resource
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_PROCESSES = 1024  #: of a child that are measured
+MAX_FILES = 200_000  #: of a folder; one with more is taken for too large
+BLOCK = 512  #: bytes that `st_blocks` counts, whatever the file system's own are
 _PSS = re.compile(rb"^Pss:\s+(\d+) kB", re.MULTILINE)
 
 
@@ -43,3 +48,40 @@ def _list_children(pid: int) -> list[int]:
         return [int(word) for task in tasks for word in (task / "children").read_text().split()]
     except OSError:
         return []
+
+
+def is_folder_larger(folder: Path, most_bytes: int, pid: int = 0) -> bool:
+    """Whether the files below the folder take more than so many bytes of disk; with `pid`, its deleted files too.
+
+    Links are not followed. What changes meanwhile counts or does not. It ends early where the answer is known.
+    """
+    left, files, todo = most_bytes, MAX_FILES, [str(folder)]
+    for size in _list_deleted(pid):
+        left -= size
+    while todo:
+        try:
+            with os.scandir(todo.pop()) as entries:
+                for entry in entries:
+                    found = entry.stat(follow_symlinks=False)
+                    left -= found.st_blocks * BLOCK
+                    files -= 1
+                    if left < 0 or files < 0:
+                        return True
+                    if stat.S_ISDIR(found.st_mode):
+                        todo.append(entry.path)
+        except OSError:
+            continue  # gone meanwhile, or closed to us by its owner, who is not root
+    return left < 0
+
+
+def _list_deleted(pid: int) -> Iterator[int]:
+    """Bytes of files that the process has open and has deleted."""
+    if not pid:
+        return
+    try:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            found = descriptor.stat()
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 0:
+                yield found.st_blocks * BLOCK
+    except OSError:
+        return  # the process has ended

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from handlers.base import Float32, Shape
-from handlers.codecs import tensors
+from handlers.codecs import open_inference, tensors
 from handlers.codecs.codec import JSON, LINES, NPY, FamilyCodec, SingleCodec, negotiate_media
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from model_store.archives.manifest import ForecastSpec, InputChannel
@@ -317,3 +317,37 @@ def test_single_refuses_ragged_and_empty_lists() -> None:
 def test_a_byte_is_counted_up_to_a_bound(body: bytes, most: int) -> None:
     """As `bytes.count` does, but no further than asked."""
     assert tensors.count_up_to(body, b"{", most) == min(body.count(b"{"), most)
+
+
+def test_a_forecast_is_one_element_of_bytes() -> None:
+    """DeepAR JSON in, and the same answer as on any other path out; either input alone is a request."""
+    request = {"instances": [{"start": "2024-01-01 00:00:00", "target": [1.0] * 24}] * 2}
+    document = {"inputs": [{"name": "request", "shape": [1], "datatype": "BYTES", "data": [json.dumps(request)]}]}
+    call = infer(document)
+    plain = FORECASTER.decode(json.dumps(request).encode(), "", "")
+    assert np.array_equal(call.rows, plain.rows)
+    outputs = np.zeros((2, *Tensor.output_shape), np.float32)
+    answer = json.loads(call.encode(outputs)[0])
+    (output,) = answer["outputs"]
+    assert (output["name"], output["datatype"], output["shape"]) == ("response", "BYTES", [1])
+    assert json.loads(output["data"][0]) == json.loads(plain.encode(outputs)[0])
+    for wrong, said in (([json.dumps(request)] * 2, "expected a list of 1"), (["{"], "JSON"), (["{}"], "instances")):
+        document["inputs"][0]["data"] = wrong
+        with pytest.raises(RequestError, match=said):
+            infer(document)
+
+
+def test_a_forecaster_says_what_a_client_must_know() -> None:
+    """Its clock, lengths, covariates, levels and products, and the input that takes forecasts."""
+    found = json.loads(FORECASTER.decode(b"", open_inference.DESCRIBE, "m").encode(np.empty((0, 1, 1), np.float32))[0])
+    assert [each["name"] for each in found["inputs"]] == ["x"], "what every client may send"
+    assert found["parameters"]["forecast_input"] == {"name": "request", "datatype": "BYTES", "shape": [1]}
+    recipe = found["parameters"]["forecast"]
+    named = ("frequency", "time_zone", "origin", "history_length", "dynamic_feat", "cat", "quantile_levels", "products")
+    assert all(name in recipe for name in named), recipe
+
+
+def infer(document: dict[str, Any]) -> Any:
+    """What the forecaster makes of a document of the Open Inference Protocol."""
+    body = json.dumps(document).encode()
+    return FORECASTER.decode(body, f"{open_inference.INFER};json={len(body)}", "m")

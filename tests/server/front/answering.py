@@ -119,9 +119,10 @@ class Answered:
 async def ask(
     app: App, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> Answered:
-    """One request through the app, over ASGI; the client stays until it is answered."""
+    """One request through the app, over ASGI; the client stays until it is answered. `path` may have a query."""
+    path, _, query = path.partition("?")
     raw = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
-    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": raw}
+    scope = {"type": "http", "method": method, "path": path, "query_string": query.encode(), "headers": raw}
     incoming = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[dict[str, Any]] = []
 

@@ -34,9 +34,9 @@ class Toy:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
 
-    def match(self, method: str, path: str) -> DialectOperation | None:
+    def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """Any method."""
-        del method
+        del method, query
         return DialectOperation(path.removeprefix("/toy/"), self._limit) if path.startswith("/toy/") else None
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
@@ -55,7 +55,7 @@ class Toy:
 
 def make_app(worker: Worker | None = None) -> App:
     """The app with the toy among its dialects."""
-    made = App(SETTINGS, FrontMetrics(), (*DIALECTS, Toy))
+    made = App(SETTINGS, FrontMetrics(), (Toy, *DIALECTS))
     attach(made.plane, *([worker] if worker else []))
     return made
 
@@ -175,7 +175,7 @@ def test_large_answers_stream() -> None:
         'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
     ]
     assert repr(made).startswith(
-        "<App sagemaker, forecasts, nixtla, mlflow, kserve, sagemaker_streams, v2, health, toy over "
+        "<App toy, sagemaker, forecasts, nixtla, mlflow, kserve, sagemaker_streams, v2, health, torchserve over "
         "<DataPlane 1 links, 0 under way, 0 bytes"
     )
 

@@ -9,16 +9,16 @@ import zlib
 from collections.abc import Callable
 
 import pytest
-import zstandard
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import zstandard
 from server.errors import Refused
 from server.front.app import App
-from server.front.content_coding import PIECE_BYTES, find_coding, unpack
+from server.front.content_coding import PACKED_HERE, PIECE_BYTES, choose_coding, find_coding, pack, unpack
 from server.metrics import FrontMetrics
 from server.settings import Settings
 from tests.server.front.answering import Answered, Worker, ask, attach
@@ -179,3 +179,32 @@ def test_a_signature_is_of_the_bytes_that_were_sent() -> None:
     assert asyncio.run(ask(app, "POST", "/invocations", PACKED, headers)).status == 200
     assert asyncio.run(ask(app, "POST", "/invocations", gzip.decompress(PACKED), headers)).status == 403
     assert [request.body for request in worker.asked] == [gzip.decompress(PACKED)]
+
+
+@pytest.mark.parametrize(
+    ("accepted", "coding"),
+    [
+        ("gzip", "gzip"),
+        ("deflate", "deflate"),
+        ("gzip, deflate, br", "gzip"),
+        ("br, X-GZip", "gzip"),
+        ("gzip;q=0.1, deflate;q=0.5", "deflate"),
+        ("gzip;q=0", ""),
+        ("gzip; q=x", ""),
+        ("identity", ""),
+        ("*", ""),
+        ("", ""),
+        ("," * 2000 + "gzip", ""),
+    ],
+)
+def test_the_coding_of_an_answer_is_the_clients_choice(accepted: str, coding: str) -> None:
+    """The one with the highest weight that is served; none where none is named."""
+    assert choose_coding({b"accept-encoding": accepted.encode()}) == coding
+
+
+@pytest.mark.parametrize("size", [0, 100, PACKED_HERE + 1])
+def test_answers_are_packed_as_any_client_unpacks_them(size: int) -> None:
+    """Short ones at once, long ones in a thread."""
+    body = b"0.25," * (size // 5)
+    for coding, unpacker in (("gzip", gzip.decompress), ("deflate", zlib.decompress)):
+        assert unpacker(asyncio.run(pack(body, coding))) == body

@@ -1,13 +1,15 @@
 """The client against listeners with prepared answers: new archives, retries, connections and errors."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import pytest
 
 from model_store.names import ModelName
+from server.sdk.async_client import AsyncClient
 from server.sdk.client import Client, reload_model
 from server.sdk.errors import (
     DeadlineExceeded,
@@ -20,7 +22,7 @@ from server.sdk.errors import (
     Unreachable,
     error_from_reply,
 )
-from server.sdk.forecasts import ForecastRequest
+from server.sdk.forecasts import ForecastRequest, ForecastResult
 from tests.http_servers import serve_on_thread
 
 
@@ -171,3 +173,42 @@ def test_errors_have_the_class_of_what_to_do(status: int, reply: dict[str, objec
     """The situation's name decides, else the original status, else the status."""
     error = error_from_reply(status, "ModelError", reply)
     assert (type(error), error.error_type) == (kind, "ModelError")
+
+
+def test_an_asynchronous_client_gives_the_same(inference: str) -> None:
+    """Answers, advice of the server and exceptions are those of `Client`; more calls than connections wait."""
+    Inference.replies = [
+        BUSY,
+        *[(200, {}, ANSWER)] * 5,
+        (400, {}, b'{"message": "no", "error": {"code": "bad_request"}}'),
+    ]
+
+    async def ask() -> tuple[list[ForecastResult], list[ForecastResult | FleetcastError]]:
+        async with AsyncClient(inference, connections=2) as client:
+            calls = [client.forecast("m.mar", target=[1.0], start="2026-01-01") for _ in range(4)]
+            found = await asyncio.gather(*calls)
+            many = await client.forecast_many([ForecastRequest(model="m.mar", target=[1.0], start="2026-01-01")])
+            with pytest.raises(InvalidRequest):
+                await client.invoke("m.mar", b"{}")
+            return found, many
+
+    found, many = asyncio.run(ask())
+    assert [each.mean for each in found] == [[1.0]] * 4
+    assert many == found[:1]
+    assert len(Inference.asked) == 7
+    assert Inference.connections <= 2
+
+
+def test_answers_say_their_times_and_errors_their_place(inference: str) -> None:
+    """The step of a request is that of its answer; an item's error counts its place in the call."""
+    both = ANSWER.replace(b"}], ", b'}, {"error": {"code": "bad_request", "message": "no", "field": "cat"}}], ')
+    Inference.replies = [(200, {}, both)]
+    step = timedelta(hours=1)
+    requests = [ForecastRequest(model="m.mar", target=[1.0], start="2026-01-01", step=step)] * 2
+    with Client(inference) as client:
+        good, bad = client.forecast_many(requests)
+    assert isinstance(good, ForecastResult)
+    assert good.to_columns() == {"time": [datetime(2026, 1, 2)], "mean": [1.0]}  # noqa: DTZ001
+    assert isinstance(bad, InvalidRequest)
+    assert (bad.instance, bad.field) == (1, "cat")
+    assert b"step" not in Inference.asked[0]

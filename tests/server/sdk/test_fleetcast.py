@@ -120,8 +120,8 @@ def test_a_client_of_a_real_server(s3: S3Server, store: str, serve: Serve, archi
             requests = [fleetcast.ForecastRequest(model=name, target=HISTORY, start=START) for name in names]
             good, missing, broken = client.forecast_many(requests)
             assert good == found
-            assert (type(missing), missing.code) == (fleetcast.ModelNotFound, "not_found")
-            assert (type(broken), broken.code) == (fleetcast.ModelFailed, "archive_failed")
+            assert (type(missing), missing.code, missing.instance) == (fleetcast.ModelNotFound, "not_found", 1)
+            assert (type(broken), broken.code, broken.instance) == (fleetcast.ModelFailed, "archive_failed", 2)
             body = json.dumps({"instances": [{"start": START, "target": HISTORY.tolist()}]}).encode()
             reply = client.invoke("au/m.mar", body)
             assert reply.body == model.answer(body)
@@ -138,7 +138,7 @@ def test_the_readmes_example(
     s3: S3Server, store: str, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the README says of Python runs as it stands, against a server and a folder that have its models."""
-    (example,) = re.findall(r"```python\n(import fleetcast\n.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(import asyncio\n(?:(?!```).)*import fleetcast\n.*?)```", README, re.DOTALL)
     fleet = [pack_forecaster(f"au/{name}.mar", i, config=TCN, forecast=True) for i, name in enumerate(("nsw1", "vic1"))]
     upload(s3, store, fleet)
     (tmp_path / "models" / "au").mkdir(parents=True)
@@ -153,4 +153,8 @@ def test_the_readmes_example(
             check=False,
         )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["2026-01-17", "au/nsw1.mar", "au/vic1.mar"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "2026-01-17",
+        *("au/nsw1.mar", "au/vic1.mar") * 2,
+        "2",
+    ]

@@ -116,7 +116,9 @@ def test_files_of_keys_that_are_wrong(text: str | None, mode: int, said: str, tm
 
 
 def test_an_alias_is_for_tokens_of_all_models(tmp_path: Path) -> None:
-    """A token of `au/` may roll back a model of it, and set no alias even there, since it may stand for any model."""
+    """A token of `au/` may roll back a model of it, but set no alias even there, which may stand for any model, and
+    register no name, which may so too.
+    """
     path, calls = tmp_path / "tokens.toml", []
     path.write_text(f'[[tokens]]\nname = "au"\nsha256 = "{hash_token(b"x")}"\nscopes = ["manage"]\nmodels = ["au/"]\n')
 
@@ -129,6 +131,8 @@ def test_an_alias_is_for_tokens_of_all_models(tmp_path: Path) -> None:
         ("POST", "/fleet/rollback/au/a.mar", 200), ("POST", "/fleet/rollback/de/a.mar", 403),
         ("POST", "/fleet/alias/au/a@stable", 403), ("DELETE", "/fleet/alias/au/a@stable", 403),
         ("GET", "/fleet/aliases", 403), ("POST", "/fleet/events", 403),
+        ("POST", "/models", 403), ("PUT", "/models/au/a", 403), ("DELETE", "/models/au/a", 403),
+        ("GET", "/models", 403),
     ]  # fmt: skip
     for method, where, status in asked:
         assert asyncio.run(ask_checked(checked, method, where)) == status, (method, where)

@@ -63,7 +63,7 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
     folder = Path(asked.folder)
     try:
         confine(folder, asked.limits, use_landlock=use_landlock, keep_reading=keep_reading)
-        module_space.enter(folder / "model", asked.entry.folder)
+        module_space.enter(folder / "model", asked.entry.folder, asked.packages)
         _set_threads(asked.threads)
         handler = LOADERS[asked.entry.style](asked, folder / "model")
     except BaseException as error:  # SystemExit of a module too

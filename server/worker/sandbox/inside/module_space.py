@@ -59,15 +59,19 @@ def find_checkout() -> Path | None:
     return None if folder in installed else folder
 
 
-def enter(model_folder: Path, code_folder: str) -> None:
-    """Forget our modules; import from the archive first. `code_folder`: where in the archive its modules lie."""
+def enter(model_folder: Path, code_folder: str, packages: str) -> None:
+    """Forget our modules; import from the archive first, then from the `packages` that were installed for it.
+
+    `code_folder`: where in the archive its modules lie.
+    """
     checkout = find_checkout()
     for name in list(sys.modules):
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
     folders = list(dict.fromkeys((str(model_folder / code_folder), str(model_folder))))
     _forget_shadowed(folders)
-    sys.path[:] = [*folders, *(path for path in sys.path if Path(path).is_absolute() and Path(path) != checkout)]
+    rest = [path for path in sys.path if Path(path).is_absolute() and Path(path) != checkout]
+    sys.path[:] = [*folders, *([packages] if packages else []), *rest]
     sys.meta_path.insert(0, OwnNamesFinder(folders))
     sys.argv[:] = ["handler"]
     sys.modules["__main__"] = ModuleType("__main__")

@@ -4,8 +4,8 @@ Started as `python -P -m server.worker.sandbox.inside.template FD FOLDER` with o
 of packets, and the folder of the children's folders. It ends when the worker closes the channel or
 dies: then it kills its children, and removes the folder. A child ends when the worker kills it, which is seen here.
 
-INVARIANT: it has one thread, so that a fork of it is sound. So it imports torch alone: ONNX Runtime, which TorchServe's
-handlers bring along, starts a thread when it is imported.
+INVARIANT: it has one thread, so that a fork of it is sound. So it imports torch and what handlers of TorchServe derive
+from, but no ONNX Runtime, which starts a thread when it is imported.
 """
 
 import gc
@@ -19,7 +19,7 @@ import time
 from collections.abc import Container, Sequence
 from pathlib import Path
 
-from server.worker.sandbox.inside import landlock
+from server.worker.sandbox.inside import landlock, torchserve_package
 from server.worker.sandbox.inside.child import run_child
 from server.worker.sandbox.inside.confinement import python_paths, set_subreaper
 from server.worker.sandbox.messages import (
@@ -221,6 +221,8 @@ def main() -> None:
     control.set_inheritable(False)
     import numpy.random  # noqa: F401, PLC0415 -- numpy imports it when it is first used, and each child seeds it
     import torch  # noqa: F401, PLC0415 -- the template is warm by it
+
+    torchserve_package.preload()
 
     gc.collect()
     gc.freeze()  # a child's collector writes to no page of the template's objects

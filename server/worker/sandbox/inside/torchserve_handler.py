@@ -18,7 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from server.worker.sandbox.inside.handler_context import HandlerContext
+import msgspec
+
+from server.worker.sandbox.inside import torchserve_package
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
 from server.worker.sandbox.messages import (
     MAX_STATUS,
@@ -34,6 +37,7 @@ from server.worker.sandbox.messages import (
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"
+ASKED = ("explain", "describe")  #: properties of a request that say what a handler is asked for
 BAD_REQUEST, UNAVAILABLE, NO_MEMORY = 400, 503, 507
 
 Handle = Callable[[Any, HandlerContext], Any]
@@ -55,24 +59,24 @@ class Handler:
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
-        answers, data, headers, ids = dict[int, CodeAnswer](), list[Any](), list[RequestHeaders](), list[str]()
+        answers = dict[int, CodeAnswer]()
+        calls = dict[object, list[tuple[int, dict[str, Any], RequestHeaders]]]()
         for i, request in enumerate(requests):
             try:
                 parts, fields = read_request(request)
             except BadParts as error:
                 answers[i] = make_failure(BAD_REQUEST, str(error))
-            else:
-                data.append(parts)
-                headers.append(fields)
-                ids.append(request.id)
-        if data:
-            self._context.begin(ids, headers)
-            found = iter(self._run(data))
-            answers |= {i: next(found) for i in range(len(requests)) if i not in answers}
+            else:  # a handler looks at the first request of a call to see what is asked of it
+                asked = tuple(request.properties.get(name) for name in ASKED)
+                calls.setdefault(asked, []).append((i, parts, fields))
+        for call in calls.values():
+            places, data, headers = zip(*call, strict=True)
+            self._context.begin([requests[i].id for i in places], headers)
+            answers.update(zip(places, self._run(list(data)), strict=True))
         return [answers[i] for i in range(len(requests))]
 
-    def _run(self, data: list[Any]) -> list[CodeAnswer]:
-        """The answers to a batch that the context knows."""
+    def _run(self, data: list[dict[str, Any]]) -> list[CodeAnswer]:
+        """The answers to a call whose requests the context knows."""
         try:
             found = self._handle(data, self._context)
         except MemoryError:
@@ -107,8 +111,12 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
     loaded = HandlerLoaded(
         int(config.get("batchSize", 1)), float(config.get("maxBatchDelay", 100 if "batchSize" in config else 0)) / 1e3
     )
+    if asked.batch_size:
+        loaded = HandlerLoaded(asked.batch_size, asked.max_batch_delay_s)
     name = str(manifest.get("model", {}).get("modelName") or asked.model)
-    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config)
+    gpu_id = FIRST_GPU if asked.limits.gpu else None
+    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id)
+    torchserve_package.fit(model_dir, asked.threads, has_device=asked.limits.gpu)
     module = import_handler(asked.entry)
     function = getattr(module, asked.entry.function or "handle", None)
     if function is not None:
@@ -130,10 +138,11 @@ def import_handler(entry: Entry) -> ModuleType:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         packages = {"ts": "torchserve", "mms": "multi-model-server", "model_archiver": "multi-model-server"}
-        if missing not in packages:
+        if missing not in packages and not entry.from_package:
             raise
         raise HandlerProblem(
-            f"{name} imports {missing}, which is not installed: pip install {packages[missing]} beside the server"
+            f"{entry.module} imports {missing}, which is not installed beside the server: pip install "
+            f"{packages.get(missing, missing)}"
         ) from error
 
 
@@ -148,7 +157,20 @@ def write_body(value: Any) -> tuple[bytes, str]:
         saved = io.BytesIO()
         torch.save(value, saved)
         return saved.getvalue(), BYTES
-    return json.dumps(value, indent=2).encode(), JSON
+    return write_json(value), JSON
+
+
+def write_json(value: Any) -> bytes:
+    """What `json.dumps(value, indent=2)` gives, in half of its time. Raises TypeError, ValueError.
+
+    With an indent `json` writes in Python; so it writes without, and msgspec puts the lines in. That takes what is
+    strictly JSON.
+    """
+    plain = json.dumps(value)
+    try:
+        return msgspec.json.format(plain, indent=2).encode()
+    except msgspec.MsgspecError:  # NaN, Infinity
+        return json.dumps(value, indent=2).encode()
 
 
 def find_status(error: Exception) -> tuple[int, str]:

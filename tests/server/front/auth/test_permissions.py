@@ -38,7 +38,7 @@ def tokens(tmp_path: Path) -> Path:
 
 def make_app(worker: Worker, **settings: object) -> App:
     """The app with the toy dialect, which knows nothing of tokens."""
-    made = App(Settings.model_validate({"store": "models", **settings}), FrontMetrics(), (*DIALECTS, Toy))
+    made = App(Settings.model_validate({"store": "models", **settings}), FrontMetrics(), (Toy, *DIALECTS))
     attach(made.plane, worker)
     return made
 

@@ -1,6 +1,7 @@
 """The table of registrations: defaults, versions, what fronts are told, and its bounds."""
 
 import pytest
+from msgspec.structs import replace
 
 from model_store.names import ModelName
 from server.ipc.operations import RegisteredModel, ServedVersion
@@ -96,6 +97,19 @@ def test_fronts_are_told_keys_workers_and_the_default() -> None:
     assert table.make_whole() == {"nsw1": RegisteredModel("1.0", served)}
     table.put(with_workers(table.find("nsw1"), 2, 3, 5.0))
     assert table.make_whole() == {"nsw1": RegisteredModel("1.0", {"1.0": ServedVersion("nsw1.mar", 2, 120.0)})}
+
+
+def test_batching_is_as_the_last_version_says() -> None:
+    """Of several versions of one archive the one that was registered last holds, while it is there."""
+    few, many = (ServingOptions(batch_size=size, says_batching=True) for size in (2, 8))
+    first, silent = replace(make_registration("b"), options=few), make_registration("c")
+    last = replace(make_registration("a"), options=many)
+    table = fill_table(first, silent, last)
+    assert table.list_batching() == {"nsw1.mar": many.batching}
+    table.remove("a")
+    assert table.find_batching(ModelName("nsw1.mar")) == few.batching
+    table.remove("b")
+    assert (table.find_batching(ModelName("nsw1.mar")), table.list_batching()) == (None, {})
 
 
 def test_key_is_shared_only_with_versions_that_have_workers() -> None:

@@ -9,12 +9,13 @@ from tests.patience import wait_until
 
 MIB = 1024 * 1024
 TIMEOUT_S = 3.0
+PROCESSES = 12  #: a fork bomb shall not weigh on the tests beside it
 
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[CodeHost]:
-    """Children have 256 MiB and 3 seconds; when it is closed, nothing of it is left."""
-    host = CodeHost(CodePolicy((EVERY_KEY,), 256 * MIB, TIMEOUT_S))
+    """Children have 256 MiB, 3 seconds and few processes; when it is closed, nothing of it is left."""
+    host = CodeHost(CodePolicy((EVERY_KEY,), 256 * MIB, TIMEOUT_S, processes=PROCESSES))
     host.warm()
     yield host
     folder = host._folder

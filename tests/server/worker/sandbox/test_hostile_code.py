@@ -75,6 +75,12 @@ SURVIVED = {
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nwith open('big', 'wb') as f: f.truncate(1 << 40)",
         503,
     ),
+    "prints what looks like a metric": (
+        "print('[METRICS]fleetcast_x.Count:1|#Level:Host,m:1')\nprint('# TYPE fleetcast_x gauge')",
+        200,
+    ),
+    "writes outside its folder": ("open('/etc/fleetcast-outside', 'w')", 503),
+    "leaves a grandchild behind": ("if os.fork() == 0:\n    os.setsid()\n    os.fork()\n    time.sleep(1000)", 200),
     "deletes its folder": ("import shutil; shutil.rmtree(os.environ['HOME'], ignore_errors=True)", 200),
     "changes what is global": (
         "sys.path.clear(); os.environ.clear(); random.seed(1)\nlocale.setlocale(locale.LC_ALL, 'C'); os.umask(0)",
@@ -154,6 +160,7 @@ def test_an_attack_that_a_limit_stops_is_an_error_of_one_batch(host: CodeHost, n
         else:
             assert (await attacked).status == status
         await bad.close()
+        wait_until(lambda: not list_bombs(), "all that it has started is gone")
         fresh = Asker(start(host, make_code_archive(make_hostile("return 'fine'")), "bad.mar"))
         assert (await fresh.one()).body == b"fine"
         await fresh.close()
@@ -170,14 +177,25 @@ def test_an_attack_that_a_limit_stops_is_an_error_of_one_batch(host: CodeHost, n
         ("import ctypes; ctypes.string_at(0)", "its process ended by itself"),
         ("import os, time\nif os.fork() == 0: time.sleep(100)\nos._exit(1)", "its process ended by itself"),
         ("x = bytearray(1 << 30)", "MemoryError"),
+        ("class A:\n    def initialize(self, c): raise OSError\n    def handle(self, d, c): pass", "OSError"),
+        ("import nosuch", "No module named 'nosuch'"),
+        ("def other(data, context): pass", "has neither a function 'handle' nor"),
         ("import os; os.write(3, b'y' * 100)", "it sent a message of"),
         ("while True: print('x' * 10000)", "not loaded within 3 s"),
     ],
 )
 def test_code_that_is_hostile_while_it_loads_fails_its_load(host: CodeHost, code: str, why: str) -> None:
-    """In the time that a load has, with the reason."""
-    with pytest.raises(CodeFailed, match=why):
-        start(host, make_code_archive(code))
+    """In the time that a load has, with the reason; another model is answered all the time."""
+
+    async def ask() -> None:
+        good = Asker(start(host, make_code_archive()))
+        loading = asyncio.create_task(asyncio.to_thread(start, host, make_code_archive(code), "bad.mar"))
+        assert await answer_meanwhile(good, loading) >= ANSWERS
+        with pytest.raises(CodeFailed, match=why):
+            await loading
+        await good.close()
+
+    run(ask())
 
 
 def test_a_flood_is_cut_and_no_line_is_taken_for_ours(host: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,177 @@
+"""TorchServe's API on a real server: registering, scaling, versions, archives of every kind, deaths, and metrics."""
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.models import FORECAST_TCN, pack_forecaster
+from tests.e2e.server import Server, run_server
+from tests.patience import wait_until
+from tests.s3 import S3Server
+from tests.server.worker.sandbox.code_archives import pack_code
+
+pytestmark = pytest.mark.e2e
+
+HANDLER = """
+def handle(data, context):
+    if data is None:
+        return None
+    if data[0].get("body") == "wait":
+        import time
+        time.sleep(6)
+    if context.get_request_header(0, "describe"):
+        return [{"by": "the handler"}]
+    if data[0].get("body") == "count":
+        return [str(len(data)) for _ in data]
+    return [f"version {VERSION}" for _ in data]
+"""
+SMALL, FORECASTER = (
+    pack_forecaster("au/small.mar", 0),
+    pack_forecaster("au/NSW1.mar", 1, config=FORECAST_TCN, forecast=True),
+)
+
+
+@pytest.fixture(scope="module")
+def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One worker, over code archives that work and one that does not, and two forecasters."""
+    folder = tmp_path_factory.mktemp("torchserve-api")
+    archives = {
+        "code/one.mar": pack_code("VERSION = 1\n" + HANDLER),
+        "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
+        "code/broken.mar": pack_code("import nosuch"),
+        "code/no-archive.mar": b"no archive",
+        **{model.name: model.data for model in (SMALL, FORECASTER)},
+    }
+    for name, data in archives.items():
+        path: Path = folder / "store" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    with run_server(s3, folder, str(folder / "store"), allow_code=["code/"]) as running:
+        yield running
+
+
+def manage(server: Server, method: str, path: str, **query: Any) -> httpx.Response:
+    """A call of the management API."""
+    return server.http.request(method, f"{server.addresses['management']}/models{path}", params=query)
+
+
+def predict(server: Server, path: str, body: bytes = b"{}") -> httpx.Response:
+    """A prediction."""
+    url, headers = f"{server.url}/predictions/{path}", {"Content-Type": "application/json"}
+    return server.http.post(url, content=body, headers=headers)
+
+
+def test_versions_from_registration_to_removal(server: Server) -> None:
+    """Two versions of a name with a slash: which answers, with and without workers; memory and series go with them."""
+    for key, version in (("one", "1.0"), ("two", "2.0")):
+        query = {"url": f"code/{key}.mar", "model_name": "team/m", "model_version": version}
+        registered = manage(server, "POST", "", **query, initial_workers="1", synchronous="true")
+        assert registered.json()["status"] == f'Model "team/m" Version: {version} registered with 1 initial workers'
+    assert {"code/one.mar", "code/two.mar"} <= server.resident()
+    assert [predict(server, path).text for path in ("team/m", "team/m/2.0", "team%2Fm%2F1.0")] == [
+        "version 1", "version 2", "version 1"
+    ]  # fmt: skip
+    assert manage(server, "PUT", "/team/m/2.0/set-default").status_code == 200
+    assert predict(server, "team/m").text == "version 2"
+    assert '"verb": "/models/team/m/2.0/set-default"' in server.said(), "what changes something is in the audit log"
+    assert server.total("ts_inference_requests_total", model_name="team/m") == 4
+    assert "MemoryUtilization" in server.exposition()
+    assert manage(server, "PUT", "/team/m/1.0", min_worker="0", synchronous="true").status_code == 200
+    assert "code/one.mar" not in server.resident()
+    idle = predict(server, "team/m/1.0")
+    assert (idle.status_code, "no worker" in idle.json()["message"]) == (503, True)
+    scaled = manage(server, "PUT", "/team/m/1.0", min_worker="2", synchronous="true").json()
+    assert scaled["status"] == "Workers scaled to 2 for model: team/m, version: 1.0"
+    assert predict(server, "team/m/1.0").text == "version 1"
+    assert manage(server, "DELETE", "/team/m").status_code == 403
+    assert manage(server, "DELETE", "/team/m/1.0").status_code == 200
+    assert manage(server, "DELETE", "/team/m").status_code == 200
+    assert not {"code/one.mar", "code/two.mar"} & server.resident()
+    assert server.total("ts_inference_requests_total", model_name="team/m") == 0
+    assert "team/m" not in manage(server, "GET", "").text
+
+
+@pytest.mark.parametrize("wait", ["true", "false"])
+def test_failed_load_leaves_nothing_registered(server: Server, wait: str) -> None:
+    """Neither a load that is waited for nor one in the background."""
+    refused = manage(server, "POST", "", url="code/broken.mar", model_name="b", initial_workers="1", synchronous=wait)
+    assert refused.status_code == (500 if wait == "true" else 202)
+    if wait == "true":
+        assert "nosuch" in refused.json()["message"]
+    wait_until(lambda: manage(server, "GET", "/b").status_code == 404, "nothing is registered")
+    unreadable = manage(server, "POST", "", url="code/no-archive.mar")
+    assert (unreadable.status_code, unreadable.json()["type"]) == (400, "InvalidModelException")
+
+
+def test_archives_without_code_answer_too(server: Server) -> None:
+    """A forecaster by its key, with and without `.mar`, by a registered name, and by KServe's path."""
+    question = SMALL.question(1)
+    for path in ("au/small", "au/small.mar"):
+        question.check(predict(server, path, question.body).content)
+    assert manage(server, "POST", "", url="au/small.mar", model_name="prices", initial_workers="1").status_code == 202
+    wait_until(lambda: manage(server, "GET", "/prices").json()[0]["workers"][0]["status"] == "READY", "it is loaded")
+    question.check(predict(server, "prices/1.0", question.body).content)
+    body = FORECASTER.question(2).body
+    forecast = server.http.post(f"{server.url}/v1/models/au/NSW1:predict", content=body)
+    FORECASTER.question(2).check(forecast.content)
+    wrong = predict(server, "prices", b"{}")
+    assert (wrong.status_code, wrong.json()["type"]) == (400, "BadRequestException")
+    described = manage(server, "GET", "/prices", customized="true")
+    assert (described.status_code, "customizedMetadata" in described.text) == (200, False), "it has no code to ask"
+    assert manage(server, "DELETE", "/prices").status_code == 200
+
+
+def test_registrations_outlive_a_front_and_a_worker(server: Server) -> None:
+    """A front that starts is told the table; a worker that starts loads what is asked for."""
+    manage(server, "POST", "", url="code/one.mar", model_name="stays", initial_workers="1", synchronous="true")
+    assert predict(server, "stays").text == "version 1"
+    for kind in ("worker", "front"):
+        (before,) = server.processes(kind)
+        os.kill(before["pid"], signal.SIGKILL)
+        wait_until(partial(is_replaced, server, kind, before["pid"]), f"the {kind} is replaced")
+        wait_until(lambda: is_answered(server), "the registered model answers")
+    assert manage(server, "DELETE", "/stays").status_code == 200
+
+
+def is_replaced(server: Server, kind: str, pid: int) -> bool:
+    """Whether another process has taken the place of this one."""
+    return all(row["pid"] not in (None, pid) for row in server.processes(kind))
+
+
+def is_answered(server: Server) -> bool:
+    """Whether the registered model answers."""
+    try:
+        return predict(server, "stays").text == "version 1"
+    except httpx.TransportError:
+        return False
+
+
+def test_batching_of_a_registration(server: Server) -> None:
+    """It goes before what the archive says, also where that is loaded already."""
+    assert predict(server, "code/one.mar", b'"count"').text == "1"
+    query = {"url": "code/one.mar", "model_name": "batched", "batch_size": "2", "max_batch_delay": "60000"}
+    assert manage(server, "POST", "", **query, initial_workers="1", synchronous="true").status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: predict(server, "batched", b'"count"').text, range(2)))
+    assert answers == ["2", "2"]
+    assert manage(server, "GET", "/batched").json()[0]["batchSize"] == 2
+    assert manage(server, "DELETE", "/batched").status_code == 200
+    assert predict(server, "code/one.mar", b'"count"').text == "1"
+
+
+def test_response_timeout_of_a_registration(server: Server) -> None:
+    """It ends a request before the server's own limits would, as a worker that died."""
+    query = {"url": "code/two.mar", "model_name": "slow", "response_timeout": "1", "initial_workers": "1"}
+    manage(server, "POST", "", **query, synchronous="true")
+    late = predict(server, "slow", b'"wait"')
+    assert (late.status_code, late.json()["message"].startswith("Worker died")) == (500, True)
+    described = manage(server, "GET", "/slow", customized="true").json()
+    assert described[0]["customizedMetadata"] == {"by": "the handler"}, "it waits for its turn"
+    assert manage(server, "DELETE", "/slow").status_code == 200
