@@ -15,6 +15,7 @@ MIB: Final = 2**20
 
 #: Header names. HTTP compares them without regard to case; `raw_header` gives the spelling that ASGI uses.
 HEADER_TARGET_MODEL: Final = "X-Amzn-SageMaker-Target-Model"
+HEADER_INFERENCE_COMPONENT: Final = "X-Amzn-SageMaker-Inference-Component"  #: names the model where no target does
 HEADER_CUSTOM_ATTRIBUTES: Final = "X-Amzn-SageMaker-Custom-Attributes"
 HEADER_VARIANT: Final = "X-Amzn-Invoked-Production-Variant"
 HEADER_ERROR_TYPE: Final = "X-Amzn-ErrorType"

@@ -345,7 +345,10 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
 
 
 def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
-    """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products."""
+    """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products.
+
+    `needs_start`: whether a forecast depends on when it begins.
+    """
     return {
         **describe_forecast(forecast),
         "dynamic_feat": list(forecast.dynamic_feat),
@@ -353,6 +356,7 @@ def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
         "quantile_levels": list(forecast.quantile_levels),
         "products": list(forecast.products),
         "unit": forecast.unit,
+        "needs_start": bool(forecast.origin) or any(channel.source == "calendar" for channel in forecast.inputs),
     }
 
 

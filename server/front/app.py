@@ -65,7 +65,7 @@ class App:
         self._id_prefix = os.urandom(6).hex().encode()
 
     def __repr__(self) -> str:
-        """For example `<App sagemaker, forecasts, v2, health over <DataPlane 2 links, ...>>`."""
+        """For example `<App sagemaker, forecasts, nixtla, ..., health over <DataPlane 2 links, ...>>`."""
         return f"<App {', '.join(dialect.name for dialect in self._dialects)} over {self.plane!r}>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

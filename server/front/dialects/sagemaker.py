@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -12,6 +13,7 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
+from server.front.dialects.mlflow import name_error
 from server.front.exchange import (
     DialectOperation,
     Headers,
@@ -21,6 +23,8 @@ from server.front.exchange import (
     list_code_headers,
     wrong_method,
 )
+from server.front.forecasting.calls import parse_model
+from server.front.forecasting.scoring import Scoring
 from server.front.handler_calls import CallDetails
 from server.settings import Settings
 
@@ -29,7 +33,10 @@ OK, MULTIPLE_CHOICES = 200, 300
 MAX_SAID = 2000  #: bytes of a handler's body that a ModelError repeats
 MAX_NAME_BYTES = 8 * 1024 * 1024  #: of checked names that are remembered; clients can make them up
 MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
-_ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
+_NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}")  # of an endpoint of SageMaker's
+_ENDPOINT = re.compile(rf"/endpoints/{_NAME.pattern}/invocations")
+_MODEL_PATH = re.compile(r"/endpoints/(.+)/invocations", re.DOTALL)  # of a name that no endpoint of SageMaker's has
+_COMPONENT = raw_header(contract.HEADER_INFERENCE_COMPONENT)
 _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
 _ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
 _ERROR_TYPE = raw_header(contract.HEADER_ERROR_TYPE)
@@ -74,6 +81,13 @@ ERRORS: Mapping[Situation, Code] = {
 _OVERLOADED_AS_429 = Code(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
 
 
+@dataclass(frozen=True)
+class NamedModel(DialectOperation):
+    """A call whose path has a model's name in the place of an endpoint's."""
+
+    model: str = ""
+
+
 class SageMaker:
     """See the module."""
 
@@ -81,30 +95,35 @@ class SageMaker:
     paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
-        self._invoke = DialectOperation("invoke", Limit(int(settings.max_body_bytes), "max_body_bytes"))
+        self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
+        self._invoke, self._default = DialectOperation("invoke", self._limit), settings.default_model
         too_many = settings.overload_status == TOO_MANY
         self._errors = {**ERRORS, Situation.OVERLOADED: _OVERLOADED_AS_429} if too_many else ERRORS
         self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
         self._runs_code = bool(settings.allow_code)
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
-        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`.
+        """POST to `/invocations` or `/endpoints/{any name}/invocations`: what cannot be an endpoint's is a model's.
 
         Where the query of `/invocations` names a model, it is a client's of an archived model server.
         """
-        if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
-            return None
+        named = None
         if query and path == contract.INVOCATIONS_PATH and contract.MODEL_NAME_PARAMETER in query:
             return None
+        if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
+            named = _MODEL_PATH.fullmatch(path)
+            if named is None:
+                return None
         if method != "POST":
             raise wrong_method(method)
-        return self._invoke
+        return self._invoke if named is None else NamedModel("invoke", self._limit, named[1])
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer as it is."""
-        del operation
         raw = request.headers.get(_TARGET_MODEL)
-        model = self._names.get(raw) if raw is not None else None
+        if raw is None:
+            return await self._score(operation, request, plane)
+        model = self._names.get(raw)
         if model is None:
             model = self._parse_name(raw)
         asked = InferRequest(
@@ -132,7 +151,7 @@ class SageMaker:
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
         code, detail = self._errors[why.situation], why.detail
-        body: dict[str, object] = {"message": detail.message}
+        body: dict[str, object] = {"message": detail.message, "error_code": name_error(code.status)}
         place = {k: v for k, v in (("instance", detail.instance), ("field", detail.field)) if v is not None}
         if place:
             body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
@@ -146,10 +165,37 @@ class SageMaker:
             headers.append((b"retry-after", b"%d" % -(-retry_ms // 1000)))
         return HttpReply(code.status, contract.JSON, msgspec.json.encode(body), headers)
 
-    def _parse_name(self, raw: bytes | None) -> ModelName:
+    async def _score(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+        """The answer to a client that sends no target: MLflow's, or boto3 with the model as endpoint."""
+        model = self._choose_model(operation.model if isinstance(operation, NamedModel) else "", request)
+        reply = await Scoring(plane, request, model, self._limit).answer()
+        reply.headers = _make_headers(request)
+        return reply
+
+    def find_model(self, request: HttpRequest, endpoint: str) -> ModelName:
+        """The model of a call to this endpoint, by the target's header or else as `_choose_model` has it."""
+        raw = request.headers.get(_TARGET_MODEL)
+        if raw is not None:
+            return self._parse_name(raw)
+        return self._choose_model("" if _NAME.fullmatch(endpoint) else endpoint, request)
+
+    @staticmethod
+    def make_headers(request: HttpRequest) -> Headers:
+        """What every answer carries."""
+        return _make_headers(request)
+
+    def _choose_model(self, named: str, request: HttpRequest) -> ModelName:
+        """The model by the inference component, the query, its name in the path, or the operator. Raises Refused."""
+        component = request.headers.get(_COMPONENT, b"").decode("utf-8", "replace")
+        queried = parse_qs(request.query.decode("latin-1"), max_num_fields=20).get("model_name", [""])[0]
+        chosen = component or queried or named or self._default
+        if not chosen:
+            message = f"no target model: send the header {contract.HEADER_TARGET_MODEL}"
+            raise Refused(Situation.NO_TARGET, f"{message}, or name the model as ?model_name= or as the endpoint")
+        return parse_model(chosen, "model_name")
+
+    def _parse_name(self, raw: bytes) -> ModelName:
         """The target model, remembered for the next request. Raises Refused."""
-        if raw is None:
-            raise Refused(Situation.NO_TARGET, f"no target model: send the header {contract.HEADER_TARGET_MODEL}")
         try:
             name = parse_model_name(raw.decode())
         except UnicodeDecodeError:
