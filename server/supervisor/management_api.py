@@ -9,10 +9,11 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -29,6 +30,7 @@ from server.access.sites import Sites
 from server.access.tls import open_tls
 from server.contract import EVENTS_PATH
 from server.errors import Situation
+from server.example_requests import NoExample, make_forecast_example
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
@@ -86,11 +88,13 @@ def management_app(supervisor: Supervisor) -> Starlette:
 
     async def describe(request: Request) -> Response:
         name = parse_model_name(request.path_params["model"])
-        rows, *_ = await operations.list_models(prefix=name)  # of all with this prefix the name itself comes first
+        rows, *_ = await operations.list_models(
+            prefix=name, whole=True
+        )  # of all with this prefix the name itself comes first
         if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
             return _make_error_response(Situation.NOT_FOUND, 404, message)
-        return JSONResponse(rows[0])
+        return JSONResponse(rows[0] | _make_example(rows[0]["holders"]))
 
     def post(verb: Verb) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -222,6 +226,17 @@ def _make_events_endpoint(supervisor: Supervisor) -> Callable[[Request], Awaitab
         return JSONResponse({"accepted": len(changes.models), "ignored": changes.ignored}, status_code=202)
 
     return events
+
+
+def _make_example(holders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A body that the model answers, where its holders say that it forecasts."""
+    recipe = next((holder["forecast"] for holder in holders if "forecast" in holder), None)
+    if recipe is None:
+        return {}
+    try:
+        return {"example": make_forecast_example(recipe)}
+    except NoExample as error:
+        return {"no_example": str(error)}
 
 
 async def _stop(supervisor: Supervisor, listeners: Sequence[tuple[Listener, asyncio.Task[None]]]) -> None:

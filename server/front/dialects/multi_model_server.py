@@ -196,8 +196,8 @@ class MultiModelServer:
             message = NO_SUCH_PATH
         elif why.situation is Situation.BAD_METHOD:
             message = NO_SUCH_METHOD
-        elif detail.field:
-            message = f"{detail.field}: {message}"
+        else:
+            message = detail.say()
         reply = _reply(status, encode_error(status, kind, message))
         if detail.retry_ms is not None:
             reply.headers.append((b"retry-after", b"%d" % -(-detail.retry_ms // 1000)))

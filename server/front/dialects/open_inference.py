@@ -27,7 +27,7 @@ from server.front.dialects.open_inference_models import (
     make_statistics,
 )
 from server.front.dialects.open_inference_repository import control_model, list_index
-from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, suggest_names
 from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.sdk import __version__
@@ -159,10 +159,7 @@ class OpenInference:
                 return await _control(operation.name, model, request, plane)
             return await _describe(operation.name, model, request, plane)
         except Refused as why:
-            if why.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
-                why.detail = msgspec.structs.replace(
-                    why.detail, message=f"{why.detail.message}; names that are like it: {', '.join(near)}"
-                )
+            suggest_names(why, model, plane)
             raise
 
     def _describe_server(self, operation: DialectOperation, plane: InferencePlane) -> HttpReply:
@@ -179,7 +176,7 @@ class OpenInference:
         """`error`, one sentence that begins with the place where there is one: clients show nothing else."""
         del request
         detail = why.detail
-        message = f"{detail.field}: {detail.message}" if detail.field else detail.message
+        message = detail.say()
         headers: Headers = []
         if detail.retry_ms is not None:
             headers.append((b"retry-after", b"%d" % -(-detail.retry_ms // 1000)))
@@ -285,7 +282,9 @@ def _parse_name(operation: ModelOperation, request: HttpRequest) -> ModelName:
     named = next((request.headers[name] for name in _TARGETS if name in request.headers), None)
     try:
         model = parse_model_name(operation.model if named is None else named.decode())
-    except (InvalidModelName, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise Refused(Situation.BAD_NAME, "the model's name in the header is not UTF-8") from error
+    except InvalidModelName as error:
         raise Refused(Situation.BAD_NAME, str(error)) from error
     if operation.version != VERSION:
         message = f"the model {model} has no version {operation.version[:40]!r}: every model has the version {VERSION}"

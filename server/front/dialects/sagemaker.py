@@ -19,6 +19,7 @@ from server.front.exchange import (
     HttpRequest,
     Limit,
     list_code_headers,
+    suggest_names,
     wrong_method,
 )
 from server.front.handler_calls import CallDetails
@@ -34,6 +35,7 @@ _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
 _ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
 _ERROR_TYPE = raw_header(contract.HEADER_ERROR_TYPE)
 _RETRY_AFTER_MS = raw_header(contract.HEADER_RETRY_AFTER_MS)
+_AWS_REQUEST_ID = b"x-amzn-requestid"  #: what boto3 shows as `ResponseMetadata.RequestId`
 _VARIANT = (raw_header(contract.HEADER_VARIANT), b"AllTraffic")
 
 
@@ -107,20 +109,24 @@ class SageMaker:
         model = self._names.get(raw) if raw is not None else None
         if model is None:
             model = self._parse_name(raw)
-        response = await plane.infer(
-            InferRequest(
-                model,
-                request.body,
-                request.content_type,
-                request.accept,
-                request.deadline,
-                request.client_gone,
-                request.arrived,
-                request.id,
-                request.client,
-                CallDetails(request.headers) if self._runs_code else None,
+        try:
+            response = await plane.infer(
+                InferRequest(
+                    model,
+                    request.body,
+                    request.content_type,
+                    request.accept,
+                    request.deadline,
+                    request.client_gone,
+                    request.arrived,
+                    request.id,
+                    request.client,
+                    CallDetails(request.headers) if self._runs_code else None,
+                )
             )
-        )  # fmt: skip
+        except Refused as why:
+            suggest_names(why, model, plane)
+            raise
         headers = _make_headers(request)
         if response.head is not None:
             headers = await _add_code_headers(headers, response)
@@ -129,13 +135,14 @@ class SageMaker:
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
         code, detail = self._errors[why.situation], why.detail
-        body: dict[str, object] = {"message": detail.message}
+        said = detail.say()
+        body: dict[str, object] = {"message": said}
         place = {k: v for k, v in (("instance", detail.instance), ("field", detail.field)) if v is not None}
         if place:
-            body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
+            body["error"] = {"code": why.situation.name.lower(), "message": said, **place}
         if code.original is not None:
             original = code.original if detail.status is None else detail.status
-            body |= {"Message": detail.message, "OriginalStatusCode": original, "OriginalMessage": detail.message}
+            body |= {"Message": said, "OriginalStatusCode": original, "OriginalMessage": said}
         headers = [(_ERROR_TYPE, code.type.encode()), *_make_headers(request)]
         retry_ms = code.retry_after_ms if detail.retry_ms is None else detail.retry_ms
         if retry_ms is not None:
@@ -173,7 +180,10 @@ async def _add_code_headers(headers: Headers, response: InferResponse) -> Header
 
 def _make_headers(request: HttpRequest) -> Headers:
     """What every answer carries, whatever happens to the request."""
+    headers = [_VARIANT]
+    if request.id:
+        headers.append((_AWS_REQUEST_ID, request.id))
     custom = request.headers.get(_ATTRIBUTES)
-    if custom is None or len(custom) > MAX_ATTRIBUTES:
-        return [_VARIANT]
-    return [_VARIANT, (_ATTRIBUTES, custom)]
+    if custom is not None and len(custom) <= MAX_ATTRIBUTES:
+        headers.append((_ATTRIBUTES, custom))
+    return headers

@@ -185,7 +185,7 @@ class TorchServe:
         """`code`, `type` and `message`. Also for paths that no dialect has, with the header that boto3 reads."""
         del request
         code, detail = ERRORS[why.situation], why.detail
-        status, kind, message = code.status, code.type, detail.message
+        status, kind, message = code.status, code.type, detail.say()
         if isinstance(why, NoVersion):
             kind = "ModelVersionNotFoundException"
         elif why.situation is Situation.MODEL_FAILED and detail.status is not None:
