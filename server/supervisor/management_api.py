@@ -38,6 +38,7 @@ from server.model_server_api.bodies import encode_pretty
 from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.docs_routes import list_docs_routes
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
 from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
@@ -69,10 +70,10 @@ _STATUS = {
 Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
 
 
-def management_app(supervisor: Supervisor) -> Starlette:
+def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Starlette:
     """`/fleet/...`: lists models and processes; loads, unloads, pins, releases from quarantine.
 
-    Errors are `{"error": {code, message}}`.
+    Errors are `{"error": {code, message}}`. `addresses`: of the listeners, by name, for the document of all routes.
     """
     operations = supervisor.operations
 
@@ -120,6 +121,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/fleet/processes", processes),
         Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
         *list_release_routes(supervisor.releases),
+        *list_docs_routes(supervisor.settings, addresses),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
@@ -197,7 +199,8 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
         signals.call_at_once(supervisor.end_at_once)
         listeners: list[tuple[Listener, asyncio.Task[None]]] = []
         stack.push_async_callback(_stop, supervisor, listeners)
-        for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
+        management = management_app(supervisor, addresses)
+        for name, app in (("management", management), ("metrics", metrics_app(supervisor))):
             tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
             sites = Sites([hosts[name]], settings.allowed_hosts)
             checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))

@@ -19,6 +19,7 @@ from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
+from server.routes.inference import FORECASTS
 from server.settings import Settings
 
 MAX_SHOWN = 100  #: characters of a key in a message
@@ -81,6 +82,7 @@ class Forecasts:
     """See the module."""
 
     name = "forecasts"
+    routes = FORECASTS
     paths = f"{FORECASTS_PATH} (many models in one call)"
 
     def __init__(self, settings: Settings) -> None:

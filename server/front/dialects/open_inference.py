@@ -30,6 +30,7 @@ from server.front.dialects.open_inference_repository import control_model, list_
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, suggest_names
 from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
+from server.routes.inference import V2
 from server.sdk import __version__
 from server.settings import Settings
 
@@ -121,6 +122,7 @@ class OpenInference:
     """See the module."""
 
     name = "v2"
+    routes = V2
     paths = "/v2/models/MODEL/infer"
 
     def __init__(self, settings: Settings) -> None:

@@ -23,6 +23,7 @@ from server.front.exchange import (
     wrong_method,
 )
 from server.front.handler_calls import CallDetails
+from server.routes.inference import SAGEMAKER
 from server.settings import Settings
 
 TOO_MANY = 429
@@ -80,6 +81,7 @@ class SageMaker:
     """See the module."""
 
     name = "sagemaker"
+    routes = SAGEMAKER
     paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:

@@ -24,6 +24,7 @@ from server.front.registrations import RegisteredPath, Served, find_version, key
 from server.ipc.operations import ServedVersion
 from server.model_server_api.bodies import JSON, NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.torchserve_description import describe_inference, describe_model
+from server.routes.inference import TORCHSERVE
 from server.settings import Settings
 
 PREDICT, EXPLAIN, INVOKE, DESCRIBE_MODEL, DESCRIBE_API = "predict", "explain", "invoke", "describe_model", "describe"
@@ -100,6 +101,7 @@ class TorchServe:
     """See the module."""
 
     name = "torchserve"
+    routes = TORCHSERVE
     paths = "/predictions/MODEL"
 
     def __init__(self, settings: Settings) -> None:
