@@ -20,6 +20,7 @@ TOOLS_READY = $(TOOLS)/$(UV)-$(PIP_AUDIT)
 TORCH_WHEELS = https://download.pytorch.org/whl/cpu/torch/
 LOCK = $(TOOLS)/bin/uv pip compile pyproject.toml --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
   --only-binary :all: --generate-hashes --quiet --custom-compile-command "make lock" -c $(TOOLS)/torch.txt
+PROTOS = server/front/grpc/protos
 SWIFT = swift-proxy-server swift-account-server swift-container-server swift-object-server memcached
 
 # Where the store takes part: what is missing, changed, removed, held up or asked by a prefix. What an archive, a request or
@@ -34,7 +35,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-peers gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-code bench-peers gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +96,9 @@ format: $(READY) ## put the code in shape
 scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minutes, 1 GB, a record
 	@$(BIN)/fleetcast-load bench scale $(ARGS)
 
+bench-code: $(READY) ## archives with code beside Multi Model Server, a record; under ten minutes; needs wrk and Java
+	@$(BIN)/fleetcast-load bench code $(ARGS)
+
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
@@ -113,15 +117,18 @@ $(TOOLS_READY):
 
 lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--upgrade, TORCH_WHEELS=folder or page)
 	@echo "$(TORCH)+cpu" > $(TOOLS)/torch.txt
-	$(LOCK) --extra cpu --extra load --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
+	$(LOCK) --extra cpu --extra load --extra grpc --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
 	@echo "$(TORCH)" > $(TOOLS)/torch.txt
-	$(LOCK) --extra cuda -o docker/requirements-cuda.lock $(ARGS)
+	$(LOCK) --extra cuda --extra grpc -o docker/requirements-cuda.lock $(ARGS)
 
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
 
 docs: $(READY) ## the README's tables of settings, metrics and architectures
 	$(BIN)/fleetcast settings-table README.md
+
+protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
+	cd $(PROTOS) && $(abspath $(BIN))/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=descriptors.binpb *.proto
 
 bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for one of them; needs wrk)
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)

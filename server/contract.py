@@ -92,6 +92,9 @@ ACCESS_LOG_FILES: Final = "arrivals-*.csv"
 INFERENCE_PORT: Final = 8080
 MANAGEMENT_PORT: Final = 8081
 METRICS_PORT: Final = 8082
+#: By custom, as clients of Triton and of TorchServe expect them; these listeners are off unless their ports are set.
+GRPC_PORT: Final = 8001
+GRPC_MANAGEMENT_PORT: Final = 7071
 SLAB_BYTES: Final = 4 * MIB
 GPU_RESERVE_BYTES: Final = 2048 * MIB
 EVICTION_POLICY: Final = "lru"

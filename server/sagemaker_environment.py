@@ -9,7 +9,7 @@ from typing import Any
 
 from server.contract import MIB
 
-MULTI_MODEL_FOLDER, SINGLE_MODEL_FOLDER = Path("/opt/ml/models"), Path("/opt/ml/model")
+BASE_FOLDER = "/opt/ml"  #: unless SAGEMAKER_BASE_DIR names another, as for SageMaker's own toolkits
 MULTI_MODEL, SINGLE_MODEL = "multi-model", "single-model"
 ONLY_MODEL = "model"  #: what the archive of a single-model container is called
 MAX_PAYLOAD_MIB = 100  #: of batch transform, where 0 means as much as there is
@@ -22,13 +22,14 @@ def read_sagemaker_environment(
 ) -> dict[str, Any]:
     """The settings that SageMaker's variables ask for; empty outside a container of SageMaker's.
 
-    `chosen`: what is set already. `has_model`: whether SINGLE_MODEL_FOLDER is there. It is a container of SageMaker's
-    where `container` says so, or where no store is chosen and SageMaker shows itself.
+    `chosen`: what is set already. `has_model`: whether the folder of `find_model_folder` is there. It is a container of
+    SageMaker's where `container` says so, or where no store is chosen and SageMaker shows itself.
     """
     container = chosen.get("container") or _find_container(variables, chosen, has_model=has_model)
     if container not in (MULTI_MODEL, SINGLE_MODEL):
         return {}
-    folder = MULTI_MODEL_FOLDER if container == MULTI_MODEL else SINGLE_MODEL_FOLDER
+    model = find_model_folder(variables)
+    folder = model.with_name("models") if container == MULTI_MODEL else model
     found: dict[str, Any] = {
         "container": container,
         "store": str(folder),
@@ -46,8 +47,16 @@ def read_sagemaker_environment(
     for name, settings in _SECONDS.items():
         if variables.get(name, "").isdigit() and int(variables[name]):
             found |= dict.fromkeys(settings, float(variables[name]))
+    program = variables.get("SAGEMAKER_PROGRAM", "")
+    if program.endswith(".py"):  # else it is a module of a toolkit's own
+        found["code_program"] = program
     level = _LOG_LEVELS.get(variables.get("SAGEMAKER_CONTAINER_LOG_LEVEL", ""))
     return found | ({"log_level": level} if level else {})
+
+
+def find_model_folder(variables: Mapping[str, str]) -> Path:
+    """Where SageMaker unpacks the one model of a container. Several have a folder `models` beside it."""
+    return Path(variables.get("SAGEMAKER_BASE_DIR") or BASE_FOLDER) / "model"
 
 
 def describe_transform(variables: Mapping[str, str], max_body_bytes: int, at_once: int) -> dict[str, Any]:

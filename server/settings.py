@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
-from server.sagemaker_environment import SINGLE_MODEL_FOLDER, read_sagemaker_environment
+from server.sagemaker_environment import find_model_folder, read_sagemaker_environment
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
@@ -37,7 +37,7 @@ class SageMakerSource(PydanticBaseSettingsSource):
 
     def __call__(self) -> dict[str, Any]:
         """See `server.sagemaker_environment`."""
-        has_model = SINGLE_MODEL_FOLDER.is_dir()
+        has_model = find_model_folder(os.environ).is_dir()
         return read_sagemaker_environment(os.environ, self.current_state, has_model=has_model)
 
 
@@ -71,6 +71,19 @@ class Settings(BaseSettings):
         contract.METRICS_PORT, description="port of the metrics listener (/metrics); 0: a free port"
     )
 
+    grpc_port: Port | None = Field(
+        None,
+        description=f"port of the gRPC listener, by custom {contract.GRPC_PORT}; 0: a free port; none: no gRPC; needs "
+        "`fleetcast[grpc]`",
+    )
+    grpc_management_port: Port | None = Field(
+        None,
+        description="port of TorchServe's management service over gRPC, at the management listener's address and by "
+        f"custom {contract.GRPC_MANAGEMENT_PORT}; 0: a free port; none: there is none; needs `fleetcast[grpc]`",
+    )
+    grpc_host: str = Field(
+        "127.0.0.1", description="address of the gRPC listener; other hosts can connect unless it is loopback"
+    )
     container: Literal["off", "multi-model", "single-model"] = Field(
         "off",
         description="what SageMaker asks of a container, on the inference port alone: multi-model loads and unloads "
@@ -233,6 +246,11 @@ class Settings(BaseSettings):
         60.0,
         description="maximum time in which the code of an archive loads, or answers a batch; a process that takes "
         "longer is ended",
+    )
+    code_device: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="where handlers run if workers have a GPU; device: each handler is given its worker's GPU as "
+        "`gpu_id` 0. What it takes of the GPU's memory is not counted: leave room by `gpu_reserve_bytes`",
     )
     repository_control: Literal["off", "on"] = Field(
         "off",

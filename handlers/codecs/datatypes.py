@@ -27,11 +27,12 @@ _BF16_EXPONENT = 0x7F80  #: all ones: infinity, or no number
 
 @dataclass(frozen=True, slots=True)
 class Datatype:
-    """One datatype. `kind`: how its values are written in JSON; `dtype`: its arrays, little-endian."""
+    """One datatype. `kind`: how its values are written in JSON; `dtype`: binary data's, `native`: that of arrays."""
 
     name: str
     kind: Literal["boolean", "integer", "float", "string"]
     dtype: np.dtype[Any]
+    native: np.dtype[Any]
 
     @property
     def size(self) -> int:
@@ -43,11 +44,15 @@ def _list_datatypes() -> Mapping[str, Datatype]:
     integers = {
         f"{sign}INT{bits}": f"<{sign.lower() or 'i'}{bits // 8}" for sign in ("", "U") for bits in (8, 16, 32, 64)
     }
-    found = [Datatype(name, "integer", np.dtype(text)) for name, text in integers.items()]
+    found = [_make_datatype(name, "integer", text) for name, text in integers.items()]
     floats = {"FP16": "<f2", BF16: "<u2", FP32: "<f4", "FP64": "<f8"}
-    found += [Datatype(name, "float", np.dtype(text)) for name, text in floats.items()]
-    found += [Datatype(BOOL, "boolean", np.dtype(np.bool_)), Datatype(BYTES, "string", np.dtype(object))]
+    found += [_make_datatype(name, "float", text) for name, text in floats.items()]
+    found += [_make_datatype(BOOL, "boolean", np.bool_), _make_datatype(BYTES, "string", object)]
     return {each.name: each for each in found}
+
+
+def _make_datatype(name: str, kind: Literal["boolean", "integer", "float", "string"], dtype: Any) -> Datatype:
+    return Datatype(name, kind, np.dtype(dtype), np.dtype(dtype).newbyteorder("="))
 
 
 DATATYPES = _list_datatypes()  #: by name
@@ -58,9 +63,7 @@ def read_data(raw: bytes, datatype: Datatype, shape: Sequence[int], field: str) 
     is_flat = not raw[1:].lstrip(b" \t\r\n").startswith(b"[")
     dims = (prod(shape),) if is_flat else tuple(shape)
     if datatype.name == FP32:
-        found = tensors.read_json(b"{%b:%b}" % (orjson.dumps(field), raw), {field: dims})
-        assert found is not None, "the one name is not `instances`"
-        return found[field].reshape(shape)
+        return _read_fp32(raw, dims, field).reshape(shape)
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -68,6 +71,16 @@ def read_data(raw: bytes, datatype: Datatype, shape: Sequence[int], field: str) 
     values = list[Any]()
     _flatten(document, dims, field, values)
     return _CONVERT[datatype.kind](values, datatype, _Place(dims, field)).reshape(shape)
+
+
+def _read_fp32(raw: bytes, dims: Shape, field: str) -> Array:
+    """As tensor JSON, under a name without brackets: these are counted to find lists among the numbers."""
+    try:
+        found = tensors.read_json(b'{"data":%b}' % raw, {"data": dims})
+    except RequestError as error:
+        raise RequestError(error.message, field=f"{field}{(error.field or '').removeprefix('data')}") from None
+    assert found is not None, "the one name is not `instances`"
+    return found["data"]
 
 
 def read_values(values: object, datatype: Datatype, shape: Shape, field: str) -> Array:
@@ -95,7 +108,7 @@ def read_bytes(part: memoryview, datatype: Datatype, shape: Sequence[int], field
             at = int(np.argmax(found > 1))
             raise RequestError(f"a {BOOL} is the byte 0 or 1, not {found[at]}", field=_Place(shape, field).find(at))
         return found.astype(np.bool_).reshape(shape)
-    found = np.frombuffer(part, datatype.dtype).astype(datatype.dtype.newbyteorder("="), copy=False)
+    found = np.frombuffer(part, datatype.dtype).astype(datatype.native, copy=False)
     require_finite(found, datatype, _Place(shape, field).find)
     return found.reshape(shape)
 
@@ -193,7 +206,7 @@ def _convert_integers(values: Sequence[Any], datatype: Datatype, place: _Place) 
         at = next(i for i, value in enumerate(values) if not low <= value <= high)
         message = f"{values[at]} is not within {low} to {high}, the range of {datatype.name}"
         raise RequestError(message, field=place.find(at))
-    return np.array(values, datatype.dtype.newbyteorder("="))
+    return np.array(values, datatype.native)
 
 
 def _convert_floats(values: Sequence[Any], datatype: Datatype, place: _Place) -> Array:
@@ -203,7 +216,7 @@ def _convert_floats(values: Sequence[Any], datatype: Datatype, place: _Place) ->
         if datatype.name == BF16:
             found: Array = _round_to_bf16(wide.astype(np.float32))
         else:
-            found = wide.astype(datatype.dtype.newbyteorder("="))
+            found = wide.astype(datatype.native)
     require_finite(found, datatype, place.find)
     return found
 

@@ -159,7 +159,7 @@ class InferDocument:
                 f"{len(behind)} bytes of the body are no input's: binary_data_size says how many one has"
             )
         n = 1 if rows is None else rows
-        if any(asked.classes * n > MOST_STRINGS for asked in outputs):
+        if n > 1 and any(asked.classes * n > MOST_STRINGS for asked in outputs):
             raise RequestError(f"{n} rows of so many classes are more than {MOST_STRINGS} in all", field="outputs")
         return Call(feeds, n, rows is not None, document.id, outputs, signature)
 

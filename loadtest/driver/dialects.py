@@ -2,8 +2,9 @@
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
 Server, the inference API (`/predictions`), TorchServe's with versions; container, what SageMaker's platform sends to
-the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve, the
-header of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names them.
+the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve,
+the header of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names
+them.
 """
 
 import io
@@ -209,8 +210,13 @@ def _find_json_fault(body: bytes) -> str | None:
     except ValueError as error:
         return f"not JSON: {error}"
     if isinstance(answer, dict):
-        outputs = [each.get("data") for each in answer.get("outputs", ()) if isinstance(each, dict)]
-        answer = answer.get("predictions", outputs)
+        outputs = [each for each in answer.get("outputs", ()) if isinstance(each, dict)]
+        texts = [
+            text for each in outputs if each.get("datatype") == "BYTES" for text in _iterate_leaves(each.get("data"))
+        ]
+        if texts and all(isinstance(text, str) and text.startswith("{") for text in texts):  # forecasts
+            return next((why for text in texts if (why := _find_json_fault(str(text).encode()))), None)
+        answer = answer.get("predictions", [each.get("data") for each in outputs])
     return _find_number_fault(answer, body)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import structlog
@@ -158,13 +159,13 @@ def open_source(
 def open_unpacked_source(
     path: str, *, alone: ModelName | None = None, max_archive_bytes: int = MAX_ARCHIVE_BYTES
 ) -> Source:
-    """Open a folder whose folders are archives too, as SageMaker unpacks them. No file is read.
+    """Open a folder whose folders are archives too, as SageMaker unpacks them. It may be made later.
 
     `alone`: the folder itself is the only archive, under this name. Raises InvalidStoreUrl.
     """
-    if "://" in path:
+    if "://" in path or not path:
         raise InvalidStoreUrl(f"{path!r} is not a folder's path: unpacked archives lie on this host")
-    files = open_folder(path, max_archive_bytes)
+    files = FolderStore(Path(path).expanduser().absolute(), max_archive_bytes)
     return Source(f"{files.path.as_uri()}/", UnpackedStore(files, max_archive_bytes, alone), files.where)
 
 

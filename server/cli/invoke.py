@@ -2,19 +2,34 @@
 
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import rich
 import typer
 
 from server.cli.terminal import BAD, fail, one_line_errors
-from server.contract import HEADER_SERVER_TIMING
+from server.contract import GRPC_PORT, HEADER_SERVER_TIMING, INFERENCE_PORT, JSON
 from server.logs import escape_text
 from server.sdk.protocols import Protocol
 
+if TYPE_CHECKING:
+    from server.sdk.client import Reply
+
+DEFAULT_URL, DEFAULT_GRPC_URL = f"http://127.0.0.1:{INFERENCE_PORT}", f"http://127.0.0.1:{GRPC_PORT}"
 DEEPAR_EXAMPLE = '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2, ...]}]}'
 TENSOR_EXAMPLE = '{"x": [[0.1, 0.2, ...], ...]}'
+
+
+class InvokeProtocol(StrEnum):
+    """What `--protocol` takes."""
+
+    SAGEMAKER = Protocol.SAGEMAKER
+    TORCHSERVE = Protocol.TORCHSERVE
+    V2 = Protocol.V2
+    FORECASTS = Protocol.FORECASTS
+    GRPC = "grpc"
 
 
 def invoke(
@@ -23,12 +38,19 @@ def invoke(
     ],
     *,
     body: Annotated[str, typer.Option(metavar="FILE|-", help="file of the request body; - reads standard input")] = "",
-    url: Annotated[str, typer.Option(help="inference address of the server")] = "http://127.0.0.1:8080",
+    url: Annotated[
+        str,
+        typer.Option(
+            help=f"inference address of the server; default {DEFAULT_URL}, of protocol grpc {DEFAULT_GRPC_URL}"
+        ),
+    ] = "",
     content_type: Annotated[str, typer.Option(help="content type of the request")] = "application/json",
     accept: Annotated[str, typer.Option(help="content type of the answer; default: that of the request")] = "",
-    protocol: Annotated[Protocol, typer.Option(help="protocol in which the model is asked")] = Protocol.SAGEMAKER,
+    protocol: Annotated[
+        InvokeProtocol, typer.Option(help="protocol in which the model is asked; grpc: v2 by gRPC")
+    ] = InvokeProtocol.SAGEMAKER,
     version: Annotated[
-        str, typer.Option(metavar="VERSION", help="version of the model, for the protocols torchserve and v2")
+        str, typer.Option(metavar="VERSION", help="version of the model, for the protocols torchserve, v2 and grpc")
     ] = "",
     example: Annotated[
         bool,
@@ -49,6 +71,7 @@ def invoke(
         fleetcast invoke au/nsw1.mar --body -
     fleetcast invoke au/nsw1.mar --example > request.json
     fleetcast invoke old/text.mar --body sample.txt --content-type text/plain --protocol torchserve
+    fleetcast invoke au/nsw1.mar --body request.json --protocol grpc
     """  # noqa: D301
     if example:
         _print_example(model, url)
@@ -58,17 +81,16 @@ def invoke(
             f"there is no request: give its file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
             f"forecast, {TENSOR_EXAMPLE} for a model of tensors; --example prints one that this model answers"
         )
-    from server.sdk.client import Client  # noqa: PLC0415
     from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
-    from server.sdk.signing import find_access_key, find_token  # noqa: PLC0415 -- botocore
 
     with one_line_errors():
         request = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
-        client = Client(url, access_key=find_access_key(), token=find_token())
         try:
-            reply = client.invoke(
-                model, request, content_type=content_type, accept=accept, protocol=protocol, version=version
-            )
+            if protocol is InvokeProtocol.GRPC:
+                reply = _invoke_by_grpc(url or DEFAULT_GRPC_URL, model, request, version)
+            else:
+                media, spoken = (content_type, accept), Protocol(protocol)
+                reply = _invoke_by_http(url or DEFAULT_URL, model, request, media, spoken, version)
         except Unreachable as error:
             fail(str(error))
         except FleetcastError as error:
@@ -97,3 +119,28 @@ def _print_example(model: str, url: str) -> None:
         except ValueError as error:  # NoExample
             fail(f"there is no example of {model}: {error}")
     print(json.dumps(found))  # noqa: T201
+
+
+def _invoke_by_http(
+    url: str, model: str, body: bytes, media: tuple[str, str], protocol: Protocol, version: str
+) -> "Reply":
+    """`media`: the types of the request and of the answer. Raises FleetcastError, ValueError."""
+    from server.sdk.client import Client  # noqa: PLC0415
+    from server.sdk.signing import find_access_key, find_token  # noqa: PLC0415 -- botocore
+
+    client = Client(url, access_key=find_access_key(), token=find_token())
+    content_type, accept = media
+    return client.invoke(model, body, content_type=content_type, accept=accept, protocol=protocol, version=version)
+
+
+def _invoke_by_grpc(url: str, model: str, body: bytes, version: str) -> "Reply":
+    """Raises FleetcastError, ValueError, ModuleNotFoundError that says what to install."""
+    from server.sdk.client import Reply  # noqa: PLC0415
+    from server.sdk.signing import find_token  # noqa: PLC0415 -- botocore
+
+    try:
+        from server.cli.grpc_request import send_by_grpc  # noqa: PLC0415 -- grpcio, an extra
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; the protocol grpc needs it: pip install 'fleetcast[grpc]'") from error
+    answer, headers = send_by_grpc(url, model, body, version, find_token())
+    return Reply(answer, JSON, headers)

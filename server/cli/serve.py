@@ -95,11 +95,12 @@ def _describe_access(settings: Settings) -> str:
         *(["signatures"] if settings.access_keys else []),
         *(["clients' certificates"] if settings.tls_client_ca else []),
     ]
-    host = settings.inference_host or settings.host
+    hosts = [settings.inference_host or settings.host, *([] if settings.grpc_port is None else [settings.grpc_host])]
     wire = "TLS" if settings.tls_certificate else "no TLS"
     if protections:
         return f"{', '.join(protections)}; {wire}"
-    if is_loopback(host):
+    host = next((host for host in hosts if not is_loopback(host)), None)
+    if host is None:
         return f"open to every user of this host; {wire}"
     return f"OPEN: whoever reaches {host} may ask every model (tokens, access_keys_file or tls_client_ca); {wire}"
 
@@ -120,6 +121,8 @@ def _list_addresses(supervisor: "Supervisor", addresses: dict[str, str]) -> Iter
     yield "inference", _describe_inference(settings, addresses["inference"])
     yield "management", f"{addresses['management']}/fleet/models"
     yield "metrics", f"{addresses['metrics']}/metrics"
+    if "grpc" in addresses:
+        yield "grpc", f"{addresses['grpc'].partition('://')[2]}, the Open Inference Protocol"
     yield "access", _describe_access(settings)
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"

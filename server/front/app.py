@@ -16,18 +16,15 @@ import structlog
 
 from server import contract
 from server.access.tls import CLIENT_NAME
-from server.access.tokens import Token
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.auth.permissions import PermittedPlane, open_permissions
-from server.front.backlog import Bounds
+from server.front.auth.permissions import open_permissions
 from server.front.content_coding import find_coding, unpack
-from server.front.dataplane import ClientGone, DataPlane, InferencePlane, InferStats, RefusedByWorker
+from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
-from server.front.handler_calls import open_code_calls
-from server.front.releases import ReleasedPlane, Releases
-from server.front.torchserve_metrics import RegisteredFamilies
+from server.front.plane_settings import open_plane
+from server.front.releases import Releases, make_plane
 from server.front.worker_client import WorkerLost
 from server.http_listener import BODY_FOLLOWS, CLOSE, REASON
 from server.metrics import AnswerSeries, FrontMetrics
@@ -57,10 +54,7 @@ class App:
     def __init__(
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[MakeDialect] | None = None
     ) -> None:
-        bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
-        self.plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
-        self.plane.clients_control = settings.repository_control == "on"
-        metrics.registry.register(RegisteredFamilies(self.plane.registrations, os.uname().nodename))
+        self.plane = open_plane(settings, metrics)
         self.releases = Releases(metrics)
         self._settings = settings
         self._metrics = metrics
@@ -95,8 +89,7 @@ class App:
                 request.arrived = started
                 request.client = scope.get(CLIENT_NAME, "") if token is None else token.name
                 await self._read(request, operation.body_limit, scope, receive, signed=token is None)
-                if token is not None or self.releases.routes:  # as they are now: a body may have taken long
-                    plane = self._make_plane(token)
+                plane = make_plane(self.plane, token, self.releases)  # as they are now: a body may have taken long
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
@@ -105,13 +98,6 @@ class App:
         else:
             statuses = await self._send(reply, request, send)
         await self._count(dialect.name, statuses, time.monotonic() - started)
-
-    def _make_plane(self, token: Token | None) -> InferencePlane:
-        """The data plane for one request. INVARIANT: a token must allow an alias and also what it stands for."""
-        plane: InferencePlane = self.plane
-        if self.releases.routes:
-            plane = ReleasedPlane(plane if token is None else PermittedPlane(plane, token), self.releases)
-        return plane if token is None else PermittedPlane(plane, token)
 
     async def _count(self, protocol: str, statuses: Sequence[int], seconds: float) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
@@ -137,7 +123,7 @@ class App:
         headers, longest = request.headers, self._settings.request_timeout_s
         request.id = self._identify(headers)
         wanted = headers.get(_TIMEOUT_MS)
-        request.deadline = request.arrived + (longest if wanted is None else min(_parse_timeout(wanted), longest))
+        request.deadline = request.arrived + (longest if wanted is None else min(parse_timeout(wanted), longest))
         content_type, accept = headers.get(b"content-type", b""), headers.get(b"accept", b"")
         if len(content_type) > MAX_HEADER or len(accept) > MAX_HEADER:
             message_text = f"the header content-type or accept is longer than {MAX_HEADER} bytes"
@@ -284,7 +270,7 @@ def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:
     return reply
 
 
-def _parse_timeout(raw: bytes) -> float:
+def parse_timeout(raw: bytes) -> float:
     """What X-Request-Timeout-Ms asks for. Raises Refused."""
     if not re.fullmatch(rb"0{0,9}[1-9][0-9]{0,9}", raw):
         shown = raw[:40].decode("latin-1")

@@ -47,6 +47,7 @@ LOOK_S = 0.05  #: between two looks for names that a client may have meant
 MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
 RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
 MOST_WAITING = 1024  #: requests that wait for one
+MOST_MANAGED = 256  #: management requests that the supervisor is asked at a time
 CONTROL_REFUSED = (
     "clients of this listener may not load or unload models: the operator allows it by repository_control, or by a "
     "token with the scopes invoke and manage"
@@ -266,6 +267,7 @@ class DataPlane:
         self.pulses: dict[int, PulseReader] = {}  #: of the same workers
         self.suspects = Suspects()
         self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
+        self._managing = 0
         self._look_after = 0.0  # when near names are looked for again
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
@@ -330,6 +332,9 @@ class DataPlane:
         """The supervisor's reply. Raises Refused."""
         if self.supervisor is None:
             raise Refused(Situation.NOT_READY, "this front has no supervisor to ask; try again")
+        if self._managing >= MOST_MANAGED:
+            raise Refused(Situation.OVERLOADED, f"{MOST_MANAGED} management requests are under way here; try again")
+        self._managing += 1
         try:
             return await self.supervisor.ask(asked, max(0.0, deadline - time.monotonic()))
         except TimeoutError:
@@ -338,6 +343,8 @@ class DataPlane:
             raise Refused(Situation.NOT_READY, "the server is stopping; try again") from None
         except ControlError as error:
             raise Refused(Situation(error.situation or Situation.INTERNAL), str(error)) from None
+        finally:
+            self._managing -= 1
 
     def sweep(self) -> None:
         """Called every 0.1 s.
@@ -496,6 +503,13 @@ class DataPlane:
             response.cancel()
             raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
+
+
+def add_near_names(refused: Refused, model: ModelName, plane: InferencePlane) -> None:
+    """Where there is no such model, say the names of some that the client may have meant."""
+    if refused.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
+        message = f"{refused.detail.message}; names that are like it: {', '.join(near)}"
+        refused.detail = msgspec.structs.replace(refused.detail, message=message)
 
 
 def _overloaded(refusal: NoAdmission) -> Refused:

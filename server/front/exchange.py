@@ -6,7 +6,6 @@ from typing import Protocol
 
 import msgspec
 
-from model_store.names import ModelName
 from server.errors import Refused, Situation
 from server.front.dataplane import ClientWatch, InferencePlane, InferResponse, InferStats
 from server.routes.record import Protocol as Routes
@@ -96,13 +95,6 @@ def list_code_headers(response: InferResponse) -> Headers:
     if response.head is None:
         return []
     return [(name.encode(), value.encode()) for name, value in response.head.headers]
-
-
-def suggest_names(why: Refused, model: ModelName, plane: InferencePlane) -> None:
-    """Have a refusal of a model that is not there name those that may be meant."""
-    if why.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
-        message = f"{why.detail.message}; names that are like it: {', '.join(near)}"
-        why.detail = msgspec.structs.replace(why.detail, message=message)
 
 
 def wrong_method(method: str) -> Refused:

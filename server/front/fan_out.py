@@ -15,8 +15,16 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientGone, ClientWatch, InferencePlane, InferRequest, InferResponse, InferStats
-from server.front.exchange import Limit, suggest_names
+from server.front.dataplane import (
+    ClientGone,
+    ClientWatch,
+    InferencePlane,
+    InferRequest,
+    InferResponse,
+    InferStats,
+    add_near_names,
+)
+from server.front.exchange import Limit
 from server.front.raw_json import (
     build_correlation_request,
     build_request,
@@ -182,7 +190,7 @@ class FanOut:
             request = InferRequest(item.model, body, JSON, JSON, self._deadline, None, *self._origin)
             response = await self._plane.infer(request)
         except Refused as refused:
-            suggest_names(refused, item.model, self._plane)
+            add_near_names(refused, item.model, self._plane)
             return _without_frames(refused)
         self._hold_answer(response)
         try:

@@ -7,15 +7,17 @@ import asyncio
 import os
 import socket
 import sys
-from typing import assert_never
+from typing import Protocol, assert_never
 
 import structlog
 import uvloop
 
 from server.access.tls import open_tls
 from server.front.app import App
+from server.front.dataplane import DataPlane
+from server.front.releases import Releases
 from server.front.worker_client import WorkerLink, connect_to_worker
-from server.http_listener import Listener, make_listener
+from server.http_listener import make_listener
 from server.ipc.control import ChildChannel
 from server.ipc.operations import (
     AskedOfFront,
@@ -39,10 +41,24 @@ RECONNECT_S = 0.1
 ORPHAN_S = 1.0  #: for the requests of a front whose supervisor has died, with which the workers die
 
 
+class FrontApp(Protocol):
+    """What a front keeps up: the data plane, and what names stand for."""
+
+    plane: DataPlane
+    releases: Releases
+
+
+class Stoppable(Protocol):
+    """A listener."""
+
+    def stop(self) -> None:
+        """Take no new requests, and end when those that run are answered."""
+
+
 class Front:
     """Keeps the links as the supervisor's list of workers says; the app sees only those that are connected."""
 
-    def __init__(self, app: App, server: Listener, metrics: FrontMetrics) -> None:
+    def __init__(self, app: FrontApp, server: Stoppable, metrics: FrontMetrics) -> None:
         self._app, self._server, self._metrics = app, server, metrics
         self._wanted: dict[int, str] = {}  # worker -> socket path, which is new for each incarnation
         self._linked: dict[int, str] = {}

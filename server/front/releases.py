@@ -12,7 +12,9 @@ from hashlib import blake2b
 from msgspec.structs import replace
 
 from model_store.names import ModelName
+from server.access.tokens import Token
 from server.errors import Refused
+from server.front.auth.permissions import PermittedPlane
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront, RefusedByWorker
 from server.ipc.operations import ReleaseArm
 from server.metrics import FrontMetrics, ReleaseSeries
@@ -151,3 +153,10 @@ class ReleasedPlane(PlaneInFront):
             raise
         route.count(arm, response.stats.version, time.monotonic() - started)
         return response
+
+
+def make_plane(plane: InferencePlane, token: Token | None, releases: Releases) -> InferencePlane:
+    """The data plane for one request. INVARIANT: a token must allow an alias and also what it stands for."""
+    if releases.routes:
+        plane = ReleasedPlane(plane if token is None else PermittedPlane(plane, token), releases)
+    return plane if token is None else PermittedPlane(plane, token)

@@ -27,6 +27,7 @@ class FrontAssignment(Struct, frozen=True):
     index: int
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
+    grpc: dict[str, str] = {}  #: where a gRPC front listens for which services; others are given a socket
 
 
 class WorkerAssignment(Struct, frozen=True):
@@ -77,6 +78,24 @@ class EndTrial(Operation[None]):
 
     model: str
     lost: int  #: the worker that died of it, or fell silent; -1: none
+
+
+class ManagementAnswer(Struct, frozen=True):
+    """The HTTP status and body of a call of the management API."""
+
+    status: int
+    body: str
+
+
+class CallManagement(Operation[ManagementAnswer]):
+    """A call of the management API that has come by gRPC, with what its client shows of itself."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    authorization: str
+    peer: str
+    certificate: str
 
 
 class ModelUsage(Struct, frozen=True):
@@ -138,7 +157,15 @@ class ManageModels(Operation[ManagementReply]):
 
 
 AskedByFront: TypeAlias = (
-    JoinAsFront | Ready | TrySuspect | EndTrial | ManageModels | ListKnownModels | LoadForClient | UnloadForClient
+    JoinAsFront
+    | Ready
+    | TrySuspect
+    | EndTrial
+    | CallManagement
+    | ManageModels
+    | ListKnownModels
+    | LoadForClient
+    | UnloadForClient
 )
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
@@ -245,6 +272,27 @@ class ReadArchive(Operation[ArchiveFacts]):
     model: str
 
 
+class DescribeByCode(Operation[bytes]):
+    """What the code of an archive says of itself, asked with these headers."""
+
+    model: str
+    headers: list[tuple[str, str]]
+
+
+class Batching(Struct, frozen=True):
+    """How the requests of a code archive are batched, instead of as the archive says."""
+
+    size: int
+    delay_s: float
+
+
+class SetBatching(Operation[None]):
+    """How these are batched from their next load on; None: as they say themselves. `whole`: and all others too."""
+
+    models: dict[str, Batching | None]
+    whole: bool
+
+
 class UnloadModel(Operation[bool]):
     """Answered when the model's memory is free: whether the model was here."""
 
@@ -330,6 +378,8 @@ AskedOfWorker: TypeAlias = (
     | ListVersions
     | TakeAccessLog
     | SetQuarantine
+    | SetBatching
+    | DescribeByCode
 )
 
 

@@ -98,7 +98,7 @@ def _list_collection(timeout_s: float) -> Paths:
     registering = [
         _query("url", "string", "The archive's key in the store, or a URL below it.", required=True),
         _query("model_name", "string", "Name of the model; else the archive's own."),
-        _query("handler", "string", "What describes it as the handler; the archive's own is called."),
+        _query("handler", "string", "The archive's own handler, which is called; no other."),
         _query("runtime", "string", "python"),
         _query("batch_size", "integer", "Requests of a batch.", default=1),
         _query("max_batch_delay", "integer", "Milliseconds that a batch is collected for.", default=100),

@@ -18,6 +18,9 @@ from server.offline.archive_location import ArchiveLocation
 from server.settings import format_bytes
 
 SHOWN = 3  #: numbers of a list in an example
+REQUIREMENTS_ADVICE = (
+    "by requirements.txt: install these beside the server and pack without it, or --code-requirements install"
+)
 
 
 def verify_archive(location: ArchiveLocation) -> str:
@@ -115,7 +118,7 @@ def _explain_code(code: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if code["requirements"]:
             yield (
                 "requires",
-                "by requirements.txt, which is refused: install these beside the server, and pack without it",
+                REQUIREMENTS_ADVICE,
             )
         for line in code["requirements"]:
             yield "requires", line

@@ -19,6 +19,7 @@ from server.access.tls import CLIENT_NAME, open_tls
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Situation
 from server.settings import Settings
+from server.supervisor.grpc_port import require_grpcio
 
 LOOPBACK = "127.0.0.1"
 OPEN_PATHS = ("/ping", "/ready")
@@ -54,7 +55,7 @@ def read_secrets(settings: Settings) -> Settings:
     """The settings with the keys of `access_keys_file` in `access_keys`.
 
     Raises ValueError where a file of secrets or certificates cannot be used, or where other hosts could reach the
-    management or metrics listener without a token or certificate.
+    management or metrics listener without a token or certificate, and where gRPC is asked for and cannot be had.
     """
     tokens = open_tokens(settings)
     open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
@@ -66,11 +67,16 @@ def read_secrets(settings: Settings) -> Settings:
                 f"other hosts could use the {name} listener at {host} without a token: set tokens (a file with one of "
                 f"the scope {scope}) or tls_client_ca, or leave out {name}_host to have it on {LOOPBACK}"
             )
-    if settings.access_keys_file is None:
-        return settings
-    return settings.model_copy(
-        update={"access_keys": {**read_access_keys(settings.access_keys_file), **settings.access_keys}}
-    )
+    if settings.access_keys_file is not None:
+        keys = {**read_access_keys(settings.access_keys_file), **settings.access_keys}
+        settings = settings.model_copy(update={"access_keys": keys})
+    if settings.grpc_port is not None or settings.grpc_management_port is not None:
+        require_grpcio()
+        if settings.access_keys and tokens is None:
+            raise ValueError("calls by gRPC cannot be signed: set tokens beside access_keys, or leave out grpc_port")
+    if settings.grpc_management_port is not None and settings.model_server_api != "torchserve":
+        raise ValueError("grpc_management_port is for TorchServe's service: leave it out, or set model_server_api")
+    return settings
 
 
 class AccessControl:

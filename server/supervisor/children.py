@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -45,6 +45,7 @@ class Child:
     kind: Literal["front", "worker"]
     index: int
     plan: WorkerPlan | None = None  #: a worker's
+    grpc: Mapping[str, str] = field(default_factory=dict)  #: where a gRPC front listens; HTTP fronts get a socket
     incarnation: int = 0
     failures: int = 0
     condemned: bool = False  #: killed by us, because it was silent
@@ -189,11 +190,12 @@ class Children:
 
     async def _spawn(self, child: Child, control: socket.socket) -> asyncio.subprocess.Process:
         fds = [control.fileno()]
-        if child.kind == "front":
+        if child.kind == "front" and not child.grpc:
             fds.append(self._listen.fileno())
+        module = "server.front.grpc.main" if child.grpc else f"server.{child.kind}.main"
         return await asyncio.create_subprocess_exec(
             # -P: the working folder is not on the path, a user's own server/ or handlers/ there is never ours
-            sys.executable, "-P", "-m", f"server.{child.kind}.main", *map(str, fds),
+            sys.executable, "-P", "-m", module, *map(str, fds),
             pass_fds=fds, env=child_environment(child), stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

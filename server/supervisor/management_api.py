@@ -39,6 +39,7 @@ from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.docs_routes import list_docs_routes
+from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
 from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
@@ -195,7 +196,12 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
         socks = {name: stack.enter_context(bind_socket(hosts[name], port, name)) for name, port in ports.items()}
         scheme = "http" if settings.tls_certificate is None else "https"
         addresses = {name: _format_address(sock, scheme) for name, sock in socks.items()}
-        supervisor = Supervisor(settings)
+        targets = {
+            name: format_target(stack.enter_context(hold_port(host, port)))
+            for name, (host, port) in list_grpc_ports(settings, hosts["management"]).items()
+        }
+        addresses |= {name: f"grpc{scheme.removeprefix('http')}://{target}" for name, target in targets.items()}
+        supervisor = Supervisor(settings, grpc=targets)
         signals.call_at_once(supervisor.end_at_once)
         listeners: list[tuple[Listener, asyncio.Task[None]]] = []
         stack.push_async_callback(_stop, supervisor, listeners)
@@ -205,6 +211,8 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
             sites = Sites([hosts[name]], settings.allowed_hosts)
             checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))
             server = make_listener(checked, 1, settings.client_timeout_s, settings.keep_alive_s, tls)
+            if name == "management":
+                supervisor.management = checked
             listeners.append((server, asyncio.create_task(server.serve(sockets=[socks[name]]))))
         await supervisor.start(socks["inference"])
         if settings.announce is not None:

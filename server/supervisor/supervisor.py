@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, assert_never
 
@@ -25,6 +25,7 @@ from server.ipc.operations import (
     AskedByFront,
     AskedByWorker,
     AwaitConnections,
+    CallManagement,
     ConnectWorkers,
     EndTrial,
     Fatal,
@@ -37,6 +38,7 @@ from server.ipc.operations import (
     Ready,
     ReportOverrun,
     ScrapeMetrics,
+    SetBatching,
     SetQuarantine,
     SetRegistrations,
     SetReleases,
@@ -51,6 +53,7 @@ from server.metrics import HostMetrics, MergedMetrics
 from server.sagemaker_environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
+from server.supervisor.access_control import App
 from server.supervisor.children import Child, Children
 from server.supervisor.fleet_operations import FleetOperations
 from server.supervisor.host_files import (
@@ -60,6 +63,7 @@ from server.supervisor.host_files import (
     open_access_log,
     prepare_disk_cache,
 )
+from server.supervisor.management_calls import call_management
 from server.supervisor.model_server_api.mms import MultiModelApi
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
@@ -90,13 +94,16 @@ log = structlog.get_logger()
 class Supervisor:
     """See the module. `start`, then `stop` when it is time; the listeners of `management_api` call the rest."""
 
-    def __init__(self, settings: Settings, host: Host | None = None) -> None:
+    def __init__(self, settings: Settings, host: Host | None = None, grpc: Mapping[str, str] | None = None) -> None:
+        """`grpc`: the addresses at which a gRPC front listens, by the services there; none: there is no such front."""
         self.settings = settings
         self.host = host or read_host()
         self.plans = plan_workers(settings, self.host)
         workers = [Child("worker", plan.index, plan) for plan in self.plans]
         self.workers = Workers(workers, settings.request_timeout_s + OPERATION_S)
         self.fronts = [Child("front", index) for index in range(settings.fronts)]
+        if grpc:
+            self.fronts.append(Child("front", settings.fronts, grpc=grpc))
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
         self._metrics, self._merged = HostMetrics(), MergedMetrics()
         self._folder = RuntimeFolder()
@@ -119,6 +126,7 @@ class Supervisor:
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
         self._listen: socket.socket | None = None
+        self.management: App | None = None  #: the management API with its checks, for calls that come by gRPC
 
     def __repr__(self) -> str:
         """For example `<Supervisor 2 of 3 workers, 1 of 1 fronts, 4 pins>`."""
@@ -152,6 +160,15 @@ class Supervisor:
     async def _keep_disk(self) -> None:
         await self.releases.let_go_leftovers()  # before the first sweep, which could do with their room
         await keep_disk_cache(self.settings, self._metrics)
+
+    async def _await_workers(self) -> None:
+        """Wait until all workers are up: SageMaker loads models as soon as `/ping` answers. Raises ControlError."""
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                for worker in self.workers:
+                    await worker.ready.wait()
+        except TimeoutError:
+            raise ControlError("not all workers are up; try again", Situation.NOT_READY) from None
 
     async def _wait_until_ready(self) -> None:
         """Every child is up, and every front connected to the workers: the first request finds its way."""
@@ -200,14 +217,12 @@ class Supervisor:
 
     # --- what children ask and what becomes of them (children.Parent) -----------------------------------------------
 
-    async def answer_child(  # noqa: C901 -- one case an operation
-        self, child: Child, operation: AskedByFront | AskedByWorker
-    ) -> object:
+    async def answer_child(self, child: Child, operation: AskedByFront | AskedByWorker) -> object:
         """Answer a child."""
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers))
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc))
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
@@ -223,17 +238,27 @@ class Supervisor:
                 waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
                 self._trials.end(child.name, model, lost if waits else -1)
                 return None
+            case CallManagement() | ManageModels():
+                return await self._manage(operation)
             case ListKnownModels() | LoadForClient() | UnloadForClient():
                 return await self._serve_client(operation)
-            case ManageModels():
-                if self.settings.container != MULTI_MODEL:
-                    raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
-                return await self.multi_model_api.answer(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
             case _:
                 assert_never(operation)
+
+    async def _manage(self, operation: CallManagement | ManageModels) -> object:
+        """Answer a client of an archived server's management API that has come to a front."""
+        if isinstance(operation, CallManagement):
+            if self.management is None:
+                raise ControlError("the management API is not there yet; try again", Situation.NOT_READY)
+            return await call_management(self.management, operation)
+        if self.settings.container != MULTI_MODEL:
+            raise ControlError("models are managed on the management listener", Situation.NO_ROUTE)
+        if operation.method != "GET":
+            await self._await_workers()
+        return await self.multi_model_api.answer(operation)
 
     async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:
         """What a front's client may ask of the fleet."""
@@ -256,6 +281,7 @@ class Supervisor:
         child.proven = True
         if child.kind == "worker" and child.channel is not None:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
+            child.channel.tell(SetBatching(self.registrations.table.list_batching(), whole=True))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
             child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))
@@ -363,6 +389,7 @@ class Supervisor:
                 "up": child.ready.is_set() and not child.is_silent,
                 **({"silent_s": round(child.pulse.silent_s, 1)} if child.pulse is not None and child.is_silent else {}),
                 **({} if child.plan is None else asdict(child.plan)),
+                **({"grpc": child.grpc} if child.grpc else {}),
             }
             for child in (*self.workers, *self.fronts)
         ]

@@ -66,6 +66,7 @@ def build_steps(
     arrivals: ArrivalBuffer | None,
     pulse: Pulse,
     store: ModelStore,
+    code: CodeHost | None,
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
@@ -74,7 +75,6 @@ def build_steps(
     measures = (engine.measure,) if isinstance(engine, DeviceEngine) else ()
     few = FEW if where.type == "cpu" else settings.max_batch_rows  # a GPU's step costs launches, rows next to nothing
     ahead = max(1, settings.loader_threads // 2)  # the others are for loads that a request waits for
-    code = open_code(settings, plan)
     return StepLoop(
         cache,
         Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
@@ -99,7 +99,8 @@ def open_code(settings: Settings, plan: WorkerPlan) -> CodeHost | None:
     """What runs code archives, its template under way; None where no archive's code may run. Raises OSError."""
     if not settings.allow_code:
         return None
-    host = CodeHost(CodePolicy.of(settings, plan.threads, plan.index))
+    cores = frozenset(os.sched_getaffinity(os.getppid()))  # the supervisor has all that the server may use
+    host = CodeHost(CodePolicy.of(settings, plan, cores))
     host.warm()
     return host
 
@@ -167,14 +168,15 @@ async def main(control_fd: int) -> None:
     try:
         pulse = Pulse(assignment.pulse)
         store = open_archives(settings)
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store)
+        code = open_code(settings, plan)
+        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store, code)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
     listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket, made_anew=pulse.link)
-    member.serve(Management(steps, arrivals, ArchiveReader(store)).handle)
+    member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s).handle)
     await member.released
     listening.cancel()  # the steps stay open: a request may still come while the process ends
 

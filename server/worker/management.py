@@ -5,13 +5,15 @@ from typing import assert_never
 import msgspec
 
 from model_store.errors import LoadError
-from model_store.names import parse_model_name, parse_versioned_name
+from model_store.names import ModelName, parse_model_name, parse_versioned_name
 from server.access_log import ArrivalBuffer
-from server.errors import situation_of
+from server.errors import Refused, Situation, situation_of
 from server.ipc.control import ControlError
+from server.ipc.handler_calls import CallTooLong, Pairs
 from server.ipc.operations import (
     AccessLogRows,
     AskedOfWorker,
+    DescribeByCode,
     ListModels,
     ListVersions,
     LoadModel,
@@ -21,20 +23,34 @@ from server.ipc.operations import (
     ReadArchive,
     ReloadModel,
     ScrapeMetrics,
+    SetBatching,
     SetQuarantine,
     TakeAccessLog,
     UnloadModel,
     UnpinModel,
 )
 from server.worker.archive_facts import ArchiveReader
+from server.worker.code_descriptions import CodeDescriptions
+from server.worker.sandbox.code_host import CodeHost
 from server.worker.step_loop import StepLoop
 
 
 class Management:
-    """Answers operations from the step loop and the rows for the access log, which is None where none is kept."""
+    """Answers operations from the step loop and the rows for the access log, which is None where none is kept.
 
-    def __init__(self, steps: StepLoop, arrivals: ArrivalBuffer | None, archives: ArchiveReader) -> None:
-        self._steps, self._arrivals, self._archives = steps, arrivals, archives
+    `code` is None where no code may run; it is waited for `patience_s` seconds.
+    """
+
+    def __init__(
+        self,
+        steps: StepLoop,
+        arrivals: ArrivalBuffer | None,
+        archives: ArchiveReader,
+        code: CodeHost | None,
+        patience_s: float,
+    ) -> None:
+        self._steps, self._arrivals, self._archives, self._code = steps, arrivals, archives, code
+        self._descriptions = CodeDescriptions(steps, patience_s)
 
     def __repr__(self) -> str:
         """For example `<Management of <StepLoop <Cache ...>, <Scheduler ...>>>`."""
@@ -69,6 +85,12 @@ class Management:
             case SetQuarantine(reasons):
                 self._steps.quarantine.replace(reasons)
                 return None
+            case DescribeByCode(model, headers):
+                return await self._describe(parse_model_name(model), headers)
+            case SetBatching(models, whole):
+                if self._code is not None:
+                    self._code.follow_batching(models, whole=whole)
+                return None
             case ScrapeMetrics():
                 return self._steps.render_metrics()
             case TakeAccessLog():
@@ -77,6 +99,17 @@ class Management:
                 return repr(self._steps)
             case _:
                 assert_never(operation)
+
+    async def _describe(self, model: ModelName, headers: Pairs) -> bytes:
+        """Only code that may run is asked: other archives would take the question for a request."""
+        if self._code is None or not self._code.policy.allows(model):
+            raise ControlError(f"{model} runs no code here (allow_code)", Situation.BAD_REQUEST)
+        try:
+            return await self._descriptions.ask(model, headers)
+        except CallTooLong as error:
+            raise ControlError(str(error), Situation.BAD_REQUEST) from error
+        except Refused as refused:
+            raise ControlError(str(refused), refused.situation) from refused
 
     async def _pin(self, model: str) -> str:
         """Load first: a name that cannot be loaded pins nothing."""

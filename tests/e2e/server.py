@@ -34,7 +34,7 @@ from tests.s3 import S3Server
 
 ROOT = Path(package.__file__).parent.parent
 SHOWN_LOG = 8000
-OWN_VARIABLES = ("AWS_", "XDG_", "FLEETCAST_")
+OWN_VARIABLES = ("AWS_", "XDG_", "FLEETCAST_", "SAGEMAKER_")
 PROMTOOL = shutil.which("promtool")
 MAKING_CLIENTS = threading.Lock()  #: boto3 clients may be used by any thread, but not made by several
 MARK = "E2E_SERVER"  #: variable that every process of one server inherits, whoever is its parent by now
@@ -78,6 +78,11 @@ class Server:
         """The same as host and port."""
         host, _, port = self.url.removeprefix("http://").rpartition(":")
         return host, int(port)
+
+    @property
+    def grpc(self) -> str:
+        """The gRPC listener, as its clients name it."""
+        return self.addresses["grpc"].partition("://")[2]
 
     # --- clients ----------------------------------------------------------------------------------------------------
 

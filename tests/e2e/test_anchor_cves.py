@@ -68,14 +68,14 @@ def ask_verbs(server: Server, name: str) -> set[int]:
 def test_no_request_makes_the_server_call_another_host(s3: S3Server, tmp_path: Path) -> None:
     """CVE-2023-43654: TorchServe fetched models and workflows from any URL that a request named.
 
-    There is no registration, and a name that looks like a URL is a key of the one store.
+    A model is registered from the one store alone, and a name that looks like a URL is a key of it.
     """
     (tmp_path / "models").mkdir()
     with listen_as_stranger() as (host, called), run_server(s3, tmp_path, str(tmp_path / "models")) as server:
         for path in ("models", "workflows"):
             for address in (server.addresses["management"], server.url):
                 url = f"{path}?url=http://{host}/evil.mar&initial_workers=1"
-                assert ask_raw(address, f"POST /{url} HTTP/1.1") in (404, 405)
+                assert ask_raw(address, f"POST /{url} HTTP/1.1") in (400, 404, 405)
         for scheme in ("http", "https", "s3", "file", "ftp"):
             assert ask_verbs(server, f"{scheme}://{host}/evil.mar") == {400}
             assert ask_verbs(server, f"{scheme}:{host}/evil.mar") == {404}

@@ -1,6 +1,8 @@
 """The server as a SageMaker container, driven as SageMaker drives one: one port, folders that were unpacked before."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +12,12 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from loadtest.observe.processes import find_free_port
 from tests.archives import read_members
-from tests.e2e.models import pack_fleet
+from tests.e2e.models import onnx_model, pack_fleet
 from tests.e2e.server import Server, run_server
+from tests.e2e.test_graph import make_graph_model
+from tests.handlers.nets import Dilated
 from tests.patience import wait_until
 from tests.s3 import S3Server
 from tests.server.worker.sandbox.code_archives import is_alive, pack_code
@@ -42,7 +47,7 @@ def handle(data, context):
     return None if data is None else ["slow"] * len(data)
 """
 HUGE = "KEPT = b'\\1' * (400 * 1024 * 1024)\ndef handle(data, context):\n    return None\n"
-PLAIN = pack_fleet("plain", 2)
+PLAIN = [*pack_fleet("plain", 1), onnx_model("onnx.mar", 3), make_graph_model("graph.mar", 4, Dilated)]
 TARGET = "X-Amzn-SageMaker-Target-Model"
 
 
@@ -122,19 +127,21 @@ def platform(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_models_are_loaded_invoked_and_unloaded(platform: Platform) -> None:
-    """Scripts and forecasters alike, by names that SageMaker makes; twice is 409, and what is not loaded is 404."""
+    """All kinds alike, by names that SageMaker makes; twice is 409, and what is not loaded is 404."""
     strange = "7f3a/b:c d"
     assert platform.load(strange, "script3").is_success
     assert platform.multiply(strange, 5)["product"] == 15
     assert platform.load(strange, "script3").status_code == 409
-    assert platform.load("forecaster", "plain0").is_success
-    question = PLAIN[0].question(1)
-    reply = platform.invoke("forecaster", question.body)
-    question.check(reply.content)
-    assert reply.headers["pragma"] == "no-cache"
+    for i, model in enumerate(PLAIN):
+        assert platform.load(f"kind{i}", f"plain{i}").is_success
+        question = model.question(1)
+        reply = platform.invoke(f"kind{i}", question.body)
+        question.check(reply.content)
+        assert reply.headers["pragma"] == "no-cache"
     assert platform.load("tarball-of-a-mar", "packed").is_success
+    question = PLAIN[0].question(2)
     question.check(platform.invoke("tarball-of-a-mar", question.body).content)
-    described = platform.http.get(f"{platform.url}/models/forecaster").json()
+    described = platform.http.get(f"{platform.url}/models/kind0").json()
     assert described["modelUrl"] == str(platform.store / "plain0" / "model")
     assert described["workers"][0]["status"] == "READY"
     pid = platform.multiply(strange, 1)["pid"]
@@ -144,7 +151,7 @@ def test_models_are_loaded_invoked_and_unloaded(platform: Platform) -> None:
     for reply in (platform.unload(strange), platform.invoke(strange, b"{}")):
         assert (reply.status_code, reply.json()["type"]) == (404, "ModelNotFoundException")
     assert platform.http.get(f"{platform.url}/models/{quote(strange, safe='')}").status_code == 404
-    for name in ("forecaster", "tarball-of-a-mar"):
+    for name in ("kind0", "kind1", "kind2", "tarball-of-a-mar"):
         assert platform.unload(name).is_success
     assert platform.list_names() == []
     assert not platform.server.resident()
@@ -214,6 +221,24 @@ def test_what_cannot_be_loaded_is_said_and_not_registered(platform: Platform) ->
     assert platform.unload("script2").is_success
 
 
+def test_a_load_waits_for_workers_that_are_not_up(platform: Platform) -> None:
+    """SageMaker loads models as soon as `/ping` answers. What was loaded when a worker died answers on."""
+    assert platform.load("script4").is_success
+    (before,) = platform.server.processes("worker")
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_until(lambda: is_down_or_new(platform, before["incarnation"]), "the worker's end is known")
+    assert platform.load("script5").is_success
+    assert [platform.multiply(name, 2)["product"] for name in ("script4", "script5")] == [8, 10]
+    for name in ("script4", "script5"):
+        assert platform.unload(name).is_success
+
+
+def is_down_or_new(platform: Platform, incarnation: int) -> bool:
+    """Whether the worker is not up, or already another one."""
+    (row,) = platform.server.processes("worker")
+    return not row["up"] or row["incarnation"] != incarnation
+
+
 def test_pages_of_browsers_manage_nothing(platform: Platform) -> None:
     """A container's port is open by SageMaker's contract; a site that a user visits cannot use it."""
     reply = platform.http.post(f"{platform.url}/models", json={"url": "x"}, headers={"Origin": "http://evil.test"})
@@ -223,15 +248,22 @@ def test_pages_of_browsers_manage_nothing(platform: Platform) -> None:
 def test_a_batch_transform_is_told_how_to_send(platform: Platform) -> None:
     """`/execution-parameters`, as algorithms of SageMaker's own answer it."""
     found = platform.http.get(f"{platform.url}/execution-parameters").json()
-    assert found == {"MaxConcurrentTransforms": 64, "BatchStrategy": "MULTI_RECORD", "MaxPayloadInMB": 6}
+    assert found == {"MaxConcurrentTransforms": 21, "BatchStrategy": "MULTI_RECORD", "MaxPayloadInMB": 6}
 
 
 def test_one_model_is_loaded_at_the_start(s3: S3Server, tmp_path: Path) -> None:
-    """In a container of one model `/invocations` is its path, whatever a header says; failures keep their status."""
-    model = tmp_path / "model"
-    unpack(model, make_script(7))
-    settings = {"container": "single-model", "allow_code": ["*"], "pin": ["model"]}
-    with run_server(s3, tmp_path, str(model), **settings) as server:
+    """SageMaker's variables and folder alone say what to do; `/invocations` is the path, whatever a header says."""
+    unpack(tmp_path / "model", make_script(7))
+    port = find_free_port()
+    environment = {
+        "SAGEMAKER_BASE_DIR": str(tmp_path),
+        "SAGEMAKER_BIND_TO_PORT": str(port),
+        "SAGEMAKER_MAX_PAYLOAD_IN_MB": "1",
+        "FLEETCAST_ALLOW_CODE": '["*"]',
+    }
+    unset = dict.fromkeys(("inference_port", "management_port", "metrics_port", "disk_cache"))
+    with run_server(s3, tmp_path, None, **unset, environment=environment) as server:
+        assert server.url.endswith(f":{port}")
         wait_until(lambda: "model" in server.resident(), "it is loaded before it is asked")
         for headers in ({}, {TARGET: "other"}):
             reply = server.http.post(f"{server.url}/invocations", content=b'{"x": 6}', headers=headers)
@@ -240,4 +272,4 @@ def test_one_model_is_loaded_at_the_start(s3: S3Server, tmp_path: Path) -> None:
         assert (reply.status_code, reply.json()["code"]) == (500, 500)
         assert server.http.get(f"{server.url}/models").status_code == 404, "nothing is managed there"
         assert server.http.get(f"{server.url}/execution-parameters").is_success
-        assert server.http.post(f"{server.url}/invocations", content=bytes(7 * MIB)).status_code == 413
+        assert server.http.post(f"{server.url}/invocations", content=bytes(2 * MIB)).status_code == 413

@@ -10,7 +10,6 @@ import pytest
 from botocore.exceptions import ClientError
 
 from server.sdk.client import Client
-from server.sdk.errors import ModelNotFound
 from tests.e2e.conftest import Serve
 from tests.e2e.models import FORECAST_TCN, SMALL_MLP, Model, pack_fleet, pack_forecaster
 from tests.e2e.server import Load, Server, run_server, upload
@@ -100,8 +99,6 @@ def test_the_examples_of_a_description_work_when_pasted(house: tuple[Server, dic
         for example in (described["example"], client.example(name), json.loads(printed)):
             answer = json.loads(client.invoke(name, json.dumps(example).encode()).body)
             assert len(answer["predictions"][0]["mean"]) == recipe["prediction_length"]
-        with pytest.raises(ModelNotFound, match=r"names that are like it: au/nsw1/raise\.mar"):
-            client.invoke("au/nsw1/rise.mar", b"{}")
 
 
 def test_the_list_is_paged_and_filtered(house: tuple[Server, dict[str, Model]]) -> None:

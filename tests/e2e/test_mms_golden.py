@@ -109,6 +109,9 @@ def test_the_description_has_their_paths(server: Server) -> None:
 
 
 def test_a_model_is_described_by_options(server: Server) -> None:
-    """The description of one model names its path."""
+    """The description of one model names its path; a model that is not registered has none."""
+    assert server.http.post(f"{server.url}/models?url=noop-v1.0&model_name=any").is_success
     described = server.http.options(f"{server.url}/predictions/any").json()
     assert list(described["paths"]) == ["/predictions/any"]
+    assert server.http.options(f"{server.url}/predictions/nosuch").status_code == 404
+    assert server.http.delete(f"{server.url}/models/any").is_success  # the recording begins without models

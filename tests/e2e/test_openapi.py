@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.example_requests import make_example
 from server.routes.inference import choose_protocols
 from server.routes.management import METRICS, choose_management
 from tests.e2e.models import FORECAST_TCN, pack_forecaster
@@ -96,3 +97,18 @@ def run_schemathesis(document: dict[str, Any], address: str, folder: Path) -> "s
     command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(EXAMPLES), "--seed", str(SEED)]
     command += ["--generation-database", "none", "--no-color", "--request-timeout", "20"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_errors_say_place_and_near_names(house: Server) -> None:
+    """In the message, which is all that boto3 shows; with its request id."""
+    headers = {"x-amzn-sagemaker-target-model": MODEL, "x-request-id": "mine"}
+    example = make_example(house.http.get(f"{house.url}/v2/models/{MODEL}").json())
+    good = house.http.post(f"{house.url}/invocations", headers=headers, json=example)
+    assert (good.status_code, good.headers["x-amzn-requestid"]) == (200, "mine")
+    example["instances"][0]["target"][2] = "abc"
+    bad = house.http.post(f"{house.url}/invocations", headers=headers, json=example)
+    assert bad.json()["message"].startswith("instances[0].target[2]: expected a number, null or \"NaN\", not 'abc'")
+    assert bad.headers["x-amzn-requestid"] == "mine"
+    unknown = headers | {"x-amzn-sagemaker-target-model": "au/nsw2.mar"}
+    said = house.http.post(f"{house.url}/invocations", headers=unknown, json=example).json()["message"]
+    assert said.endswith(f"names that are like it: {MODEL}")

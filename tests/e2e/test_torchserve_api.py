@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,11 @@ def handle(data, context):
         return None
     if data[0].get("body") == "wait":
         import time
-        time.sleep(30)
+        time.sleep(6)
+    if context.get_request_header(0, "describe"):
+        return [{"by": "the handler"}]
+    if data[0].get("body") == "count":
+        return [str(len(data)) for _ in data]
     return [f"version {VERSION}" for _ in data]
 """
 SMALL, FORECASTER = (
@@ -90,7 +95,7 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
     assert manage(server, "DELETE", "/team/m").status_code == 200
     assert not {"code/one.mar", "code/two.mar"} & server.resident()
     assert server.total("ts_inference_requests_total", model_name="team/m") == 0
-    assert manage(server, "GET", "").json() == {"models": []}
+    assert "team/m" not in manage(server, "GET", "").text
 
 
 @pytest.mark.parametrize("wait", ["true", "false"])
@@ -118,6 +123,9 @@ def test_archives_without_code_answer_too(server: Server) -> None:
     FORECASTER.question(2).check(forecast.content)
     wrong = predict(server, "prices", b"{}")
     assert (wrong.status_code, wrong.json()["type"]) == (400, "BadRequestException")
+    described = manage(server, "GET", "/prices", customized="true")
+    assert (described.status_code, "customizedMetadata" in described.text) == (200, False), "it has no code to ask"
+    assert manage(server, "DELETE", "/prices").status_code == 200
 
 
 def test_registrations_outlive_a_front_and_a_worker(server: Server) -> None:
@@ -145,10 +153,25 @@ def is_answered(server: Server) -> bool:
         return False
 
 
+def test_batching_of_a_registration(server: Server) -> None:
+    """It goes before what the archive says, also where that is loaded already."""
+    assert predict(server, "code/one.mar", b'"count"').text == "1"
+    query = {"url": "code/one.mar", "model_name": "batched", "batch_size": "2", "max_batch_delay": "60000"}
+    assert manage(server, "POST", "", **query, initial_workers="1", synchronous="true").status_code == 200
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: predict(server, "batched", b'"count"').text, range(2)))
+    assert answers == ["2", "2"]
+    assert manage(server, "GET", "/batched").json()[0]["batchSize"] == 2
+    assert manage(server, "DELETE", "/batched").status_code == 200
+    assert predict(server, "code/one.mar", b'"count"').text == "1"
+
+
 def test_response_timeout_of_a_registration(server: Server) -> None:
     """It ends a request before the server's own limits would, as a worker that died."""
     query = {"url": "code/two.mar", "model_name": "slow", "response_timeout": "1", "initial_workers": "1"}
     manage(server, "POST", "", **query, synchronous="true")
     late = predict(server, "slow", b'"wait"')
     assert (late.status_code, late.json()["message"].startswith("Worker died")) == (500, True)
+    described = manage(server, "GET", "/slow", customized="true").json()
+    assert described[0]["customizedMetadata"] == {"by": "the handler"}, "it waits for its turn"
     assert manage(server, "DELETE", "/slow").status_code == 200

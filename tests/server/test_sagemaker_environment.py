@@ -26,6 +26,8 @@ def test_a_container_serves_the_folder_that_sagemaker_fills() -> None:
     assert (many["container"], many["store"]) == ("multi-model", "/opt/ml/models")
     one = read_sagemaker_environment({}, {}, has_model=True)
     assert (one["container"], one["store"], one["pin"]) == ("single-model", "/opt/ml/model", ["model"])
+    elsewhere = read_sagemaker_environment({**MULTI, "SAGEMAKER_BASE_DIR": "/data"}, {}, has_model=False)
+    assert elsewhere["store"] == "/data/models"
     chosen = read_sagemaker_environment({}, {"container": "multi-model", "store": "/x"}, has_model=False)
     assert chosen["container"] == "multi-model"
 
@@ -56,10 +58,17 @@ def test_the_largest_body_is_the_payload(payload: str, size: int | None) -> None
 
 
 def test_other_variables() -> None:
-    """Time-outs and the level of the log."""
-    said = {"SAGEMAKER_MODEL_SERVER_TIMEOUT": "120", "SAGEMAKER_CONTAINER_LOG_LEVEL": "30"}
+    """Time-outs, the level of the log, and the script."""
+    said = {
+        "SAGEMAKER_MODEL_SERVER_TIMEOUT": "120",
+        "SAGEMAKER_CONTAINER_LOG_LEVEL": "30",
+        "SAGEMAKER_PROGRAM": "serve_me.py",
+    }
     found = read_sagemaker_environment({**MULTI, **said}, {}, has_model=False)
     assert (found["request_timeout_s"], found["code_timeout_s"], found["log_level"]) == (120.0, 120.0, "warning")
+    assert found["code_program"] == "serve_me.py"
+    module = read_sagemaker_environment({**MULTI, "SAGEMAKER_PROGRAM": "toolkit.main"}, {}, has_model=False)
+    assert "code_program" not in module
 
 
 @pytest.mark.parametrize(

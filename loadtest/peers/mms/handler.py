@@ -6,9 +6,9 @@
 from typing import Any
 
 import torch
-from network import PlainTcn, load_network
+from network import load_network
 
-_networks: list[PlainTcn] = []
+_networks: list[Any] = []
 
 
 def handle(data: list[Any] | None, context: Any) -> list[Any] | None:

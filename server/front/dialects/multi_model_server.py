@@ -7,21 +7,18 @@ of the store; but in such a container it is not loaded, and so not found.
 
 import os
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-from urllib.parse import parse_qsl
 
-from model_store.name_table import NameTable
-from model_store.names import InvalidModelName, ModelName, parse_model_name
+from model_store.names import ModelName
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.archive_requests import AskedArchive, StoreNames, ask_archive, parse_parameters
+from server.front.dataplane import InferencePlane, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
-from server.front.registrations import Served, find_version, key_of
+from server.front.registrations import find_version, key_of
 from server.ipc.operations import ManageModels
 from server.model_server_api.bodies import NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.mms_description import describe_api, describe_model_api
@@ -31,9 +28,6 @@ from server.sagemaker_environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL, 
 from server.settings import Settings
 
 MANAGEMENT_BYTES = 64 * 1024  #: most bytes of the body of a management request
-MAX_NAME_BYTES = 2 * 1024 * 1024  #: of names and their keys that are remembered; clients can make them up
-SUFFIX = ".mar"
-MAX_QUERY, MAX_FIELDS = 16 * 1024, 200
 TRANSFORMS = 64  #: requests of a batch transform that are worth sending at a time: they share batches
 _PREDICTIONS, _LEGACY = re.compile(r"/predictions/(.+)"), re.compile(r"/(.+)/predict")
 _INVOKE, _MODELS = re.compile(r"/models/(.+)/invoke"), "/models"
@@ -54,14 +48,6 @@ class Prediction(DialectOperation):
 _DESCRIBE, _TRANSFORM = DialectOperation("describe", None), DialectOperation("execution-parameters", None)
 
 
-class Asked(NamedTuple):
-    """The archive that answers, how long it may take, and the counts of its name where that is registered."""
-
-    model: ModelName
-    timeout_s: float = float("inf")
-    served: Served | None = None
-
-
 class MultiModelServer:
     """See the module."""
 
@@ -72,10 +58,12 @@ class MultiModelServer:
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
         self._container = settings.container
-        self._keys: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=1024)
+        self._names = StoreNames()
         self._manages = settings.container == MULTI_MODEL
         self._small = Limit(MANAGEMENT_BYTES, "what this path allows")
-        self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, TRANSFORMS))
+        full = 2 * max(1, self._limit.bytes)  # a request of full size, and its answer
+        at_once = max(1, min(TRANSFORMS, int(settings.max_inflight_bytes) // full))
+        self._transform = encode_pretty(describe_transform(os.environ, self._limit.bytes, at_once))
         self._description = encode_pretty(describe_api(manages=self._manages))
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
@@ -117,15 +105,17 @@ class MultiModelServer:
             return _reply(200, self._transform, counted=())
         if not isinstance(operation, Prediction):
             return await self._manage(request, plane)
-        fields = _parse_query(request.query)
+        fields = parse_parameters(request.query)
         name = operation.model or self._name_model(fields, request)
         if operation.name == "describe-model":
+            if self._container == MULTI_MODEL and name not in plane.registrations.models:
+                raise _refuse_model(name)
             return _reply(200, encode_pretty(describe_model_api(name)), counted=())
         asked = self._find_archive(name, plane)
         call = CallDetails(request.headers, fields if operation.keeps_query else ())
         if asked is None:
-            return _make_reply(await self._ask_store(name, call, request, plane))
-        return _make_reply(await _ask(asked, call, request, plane))
+            return _make_reply(await self._names.ask(name, call, request, plane, _refuse_model(name)))
+        return _make_reply(await ask_archive(asked, call, request, plane))
 
     def _name_model(self, fields: Sequence[tuple[str, str]], request: HttpRequest) -> str:
         """The model of a path that names none. A header that names it is SageMaker's own way. Raises Refused."""
@@ -137,35 +127,10 @@ class MultiModelServer:
             raise Refused(Situation.NO_TARGET, "Parameter model_name is required.")
         return name
 
-    async def _ask_store(
-        self, name: str, call: CallDetails, request: HttpRequest, plane: InferencePlane
-    ) -> InferResponse:
-        """The answer of an archive that nobody has registered: of this key, or of this key with its suffix.
-
-        Raises Refused where the store has neither. Which of them it had is remembered.
-        """
-        known = self._keys.get(name)
-        for each in (known,) if known else (name, name + SUFFIX):
-            try:
-                key = parse_model_name(each)
-            except InvalidModelName as error:
-                raise Refused(Situation.BAD_NAME, str(error)) from error
-            try:
-                response = await _ask(Asked(key), call, request, plane)
-            except Refused as refused:
-                if refused.situation is not Situation.NOT_FOUND:
-                    raise
-            else:
-                self._keys.put(name, key)
-                return response
-        if known:  # it was there: the next request looks for both again
-            self._keys.pop(name)
-        raise _refuse_model(name)
-
-    def _find_archive(self, name: str, plane: InferencePlane) -> "Asked | None":
+    def _find_archive(self, name: str, plane: InferencePlane) -> AskedArchive | None:
         """The archive that a registered name means; None where it may be a key of the store. Raises Refused."""
         if self._container == SINGLE_MODEL:
-            return Asked(ModelName(ONLY_MODEL))
+            return AskedArchive(ModelName(ONLY_MODEL))
         registered = plane.registrations.models.get(name)
         if registered is not None:
             version = find_version(registered, None)
@@ -173,7 +138,7 @@ class MultiModelServer:
                 message = f"No worker is available to serve request for model: {name}."
                 raise Refused(Situation.NOT_READY, f"{message} Consider increasing job queue size.")
             served = plane.registrations.count_for(name, registered.default)
-            return Asked(key_of(version), version.timeout_s, served)
+            return AskedArchive(key_of(version), timeout_s=version.timeout_s, served=served)
         if self._container != "off":
             raise _refuse_model(name)
         return None
@@ -208,47 +173,6 @@ class MultiModelServer:
 
 def _refuse_model(name: str) -> Refused:
     return Refused(Situation.NOT_FOUND, f"Model not found: {name[:200]}")
-
-
-async def _ask(asked: "Asked", call: CallDetails, request: HttpRequest, plane: InferencePlane) -> InferResponse:
-    """The archive's answer, counted where its name is registered. Raises Refused, ClientGone."""
-    started, deadline = time.monotonic(), min(request.deadline, request.arrived + asked.timeout_s)
-    queued_us = 0
-    try:
-        response = await plane.infer(
-            InferRequest(
-                asked.model,
-                request.body,
-                request.content_type,
-                request.accept,
-                deadline,
-                request.client_gone,
-                request.arrived,
-                request.id,
-                request.client,
-                call,
-            )
-        )
-        queued_us = response.stats.queue_us
-    except Refused as refused:
-        if refused.situation is Situation.DEADLINE and deadline < request.deadline:
-            message = f"Worker died: it gave no answer within {asked.timeout_s:g} s (response_timeout)"
-            raise Refused(Situation.MODEL_FAILED, message, status=500) from refused
-        raise
-    finally:
-        if asked.served is not None:
-            asked.served.count(time.monotonic() - started, queued_us)
-    return response
-
-
-def _parse_query(query: bytes) -> list[tuple[str, str]]:
-    """The parameters of a path. Raises Refused."""
-    if len(query) > MAX_QUERY:
-        raise Refused(Situation.BAD_REQUEST, f"the query has {len(query)} bytes, the limit is {MAX_QUERY}")
-    try:
-        return parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError as error:
-        raise Refused(Situation.BAD_REQUEST, f"the query cannot be read: {error}") from error
 
 
 def _make_reply(response: InferResponse) -> HttpReply:

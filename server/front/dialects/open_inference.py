@@ -18,7 +18,7 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.content_coding import choose_coding, pack
-from server.front.dataplane import InferencePlane, InferRequest, InferStats
+from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.dialects.open_inference_models import (
     MOST_LISTED,
     PLATFORM,
@@ -27,7 +27,7 @@ from server.front.dialects.open_inference_models import (
     make_statistics,
 )
 from server.front.dialects.open_inference_repository import control_model, list_index
-from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, suggest_names
+from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.routes.inference import V2
@@ -161,7 +161,7 @@ class OpenInference:
                 return await _control(operation.name, model, request, plane)
             return await _describe(operation.name, model, request, plane)
         except Refused as why:
-            suggest_names(why, model, plane)
+            add_near_names(why, model, plane)
             raise
 
     def _describe_server(self, operation: DialectOperation, plane: InferencePlane) -> HttpReply:
@@ -257,8 +257,11 @@ async def _infer(request: HttpRequest, model: ModelName, plane: InferencePlane) 
     headers = [(_JSON_BYTES, json_bytes.encode())] if json_bytes else []
     if not coding:
         return HttpReply(200, media, response.body, headers, response.stats, response)
-    with plane.held.hold(response.body_bytes):
-        packed = await pack(await response.read(), coding)
+    try:
+        with plane.held.hold(response.body_bytes):
+            packed = await pack(await response.read(), coding)
+    finally:
+        response.cancel()  # what there was no room to read; nothing where all was read
     return HttpReply(200, media, packed, [*headers, (b"content-encoding", coding.encode())], response.stats)
 
 

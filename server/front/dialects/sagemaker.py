@@ -11,7 +11,7 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
 from server.front.exchange import (
     DialectOperation,
     Headers,
@@ -19,7 +19,6 @@ from server.front.exchange import (
     HttpRequest,
     Limit,
     list_code_headers,
-    suggest_names,
     wrong_method,
 )
 from server.front.handler_calls import CallDetails
@@ -111,23 +110,22 @@ class SageMaker:
         model = self._names.get(raw) if raw is not None else None
         if model is None:
             model = self._parse_name(raw)
+        asked = InferRequest(
+            model,
+            request.body,
+            request.content_type,
+            request.accept,
+            request.deadline,
+            request.client_gone,
+            request.arrived,
+            request.id,
+            request.client,
+            CallDetails(request.headers) if self._runs_code else None,
+        )  # fmt: skip
         try:
-            response = await plane.infer(
-                InferRequest(
-                    model,
-                    request.body,
-                    request.content_type,
-                    request.accept,
-                    request.deadline,
-                    request.client_gone,
-                    request.arrived,
-                    request.id,
-                    request.client,
-                    CallDetails(request.headers) if self._runs_code else None,
-                )
-            )
+            response = await plane.infer(asked)
         except Refused as why:
-            suggest_names(why, model, plane)
+            add_near_names(why, model, plane)
             raise
         headers = _make_headers(request)
         if response.head is not None:

@@ -6,21 +6,18 @@ handler gets as `url_path`. Registered models answer only while they have worker
 archives that nobody has registered are loaded by their first request, as everywhere here.
 """
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
-from urllib.parse import parse_qsl
 
-from model_store.name_table import NameTable
-from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.archive_requests import AskedArchive, StoreNames, ask_archive, parse_parameters
+from server.front.dataplane import InferencePlane, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
-from server.front.registrations import RegisteredPath, Served, find_version, key_of
+from server.front.registrations import RegisteredPath, find_version, key_of
 from server.ipc.operations import ServedVersion
 from server.model_server_api.bodies import JSON, NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.torchserve_description import describe_inference, describe_model
@@ -28,9 +25,6 @@ from server.routes.inference import TORCHSERVE
 from server.settings import Settings
 
 PREDICT, EXPLAIN, INVOKE, DESCRIBE_MODEL, DESCRIBE_API = "predict", "explain", "invoke", "describe_model", "describe"
-SUFFIX = ".mar"
-MAX_NAME_BYTES = 2 * 1024 * 1024  #: of names and what they were found as that are remembered; clients can make them up
-MAX_PARAMETERS = 100  #: of a query
 NO_BODY = 64 * 1024  #: most bytes of a body that is not read
 OK, NOT_FOUND, FAILED, UNAVAILABLE = 200, 404, 500, 503
 _V1, _PREDICTIONS, _EXPLANATIONS, _MODELS = "/v1/models/", "/predictions/", "/explanations/", "/models/"
@@ -88,15 +82,6 @@ class ModelOperation(DialectOperation):
     tells_query: bool = False
 
 
-class Asked(NamedTuple):
-    """The archive that answers, the handler's `url_path`, and, of a registered version, its time-out and series."""
-
-    model: ModelName
-    url_path: str = ""
-    timeout_s: float = float("inf")
-    served: Served | None = None
-
-
 class TorchServe:
     """See the module."""
 
@@ -106,7 +91,7 @@ class TorchServe:
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
-        self._found: NameTable[ModelName] = NameTable(MAX_NAME_BYTES, value_bytes=1024)
+        self._names = StoreNames()
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """What is asked: of one model, or the description of the protocol. It owns `/predictions` and `/models`."""
@@ -137,7 +122,7 @@ class TorchServe:
 
     def _match_invocations(self, query: bytes) -> ModelOperation | None:
         """Without a model's name in the query the path is SageMaker's, whose header names the model."""
-        name = dict(_parse_query(query)).get(contract.MODEL_NAME_PARAMETER.decode())
+        name = dict(parse_parameters(query)).get(contract.MODEL_NAME_PARAMETER.decode())
         return None if name is None else ModelOperation(INVOKE, self._limit, name, tells_query=True)
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
@@ -151,37 +136,13 @@ class TorchServe:
             return _reply(encode_pretty(describe_model(registered.name)))
         call = _make_call(operation, request, registered)
         if registered is None:
-            return await self._ask_store(operation.path, call, request, plane, _refuse_model(operation.path))
+            unknown = _refuse_model(operation.path)
+            return _make_reply(await self._names.ask(operation.path, call, request, plane, unknown))
         asked = _choose_version(registered, plane)
         if asked is not None:
-            return await _ask(asked, call, request, plane)
-        version = registered.rest.partition("/")[0]
-        return await self._ask_store(operation.path, call, request, plane, NoVersion(registered.name, version))
-
-    async def _ask_store(
-        self, path: str, call: CallDetails, request: HttpRequest, plane: InferencePlane, unknown: Refused
-    ) -> HttpReply:
-        """The answer of an archive that nobody has registered: of this key, or of this key with its suffix.
-
-        Raises `unknown` where the store has neither. Which of them it had is remembered.
-        """
-        known = self._found.get(path)
-        for name in (known,) if known else (path, path + SUFFIX):
-            try:
-                model = parse_model_name(name)
-            except InvalidModelName as error:
-                raise Refused(Situation.BAD_NAME, str(error)) from error
-            try:
-                reply = await _ask(Asked(model), call, request, plane)
-            except Refused as refused:
-                if refused.situation is not Situation.NOT_FOUND:
-                    raise
-            else:
-                self._found.put(path, model)
-                return reply
-        if known:  # it was there: the next request looks for both again
-            self._found.pop(path)
-        raise unknown
+            return _make_reply(await ask_archive(asked, call, request, plane))
+        unknown = NoVersion(registered.name, registered.rest.partition("/")[0])
+        return _make_reply(await self._names.ask(operation.path, call, request, plane, unknown))
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`code`, `type` and `message`. Also for paths that no dialect has, with the header that boto3 reads."""
@@ -211,7 +172,7 @@ def _refuse_model(path: str) -> Refused:
     return Refused(Situation.NOT_FOUND, f"Model not found: {path[:80]}")
 
 
-def _choose_version(place: RegisteredPath, plane: InferencePlane) -> Asked | None:
+def _choose_version(place: RegisteredPath, plane: InferencePlane) -> AskedArchive | None:
     """What answers at a registered name; None where it has not the version that follows it. Raises Refused."""
     wanted, _, url_path = place.rest.partition("/")
     version = wanted or place.model.default
@@ -220,7 +181,7 @@ def _choose_version(place: RegisteredPath, plane: InferencePlane) -> Asked | Non
         return None
     _require_workers(place.name, found)
     served = plane.registrations.count_for(place.name, version)
-    return Asked(key_of(found), url_path, found.timeout_s, served)
+    return AskedArchive(key_of(found), url_path, found.timeout_s, served)
 
 
 def _require_workers(name: str, version: ServedVersion) -> None:
@@ -240,49 +201,8 @@ def _make_call(operation: ModelOperation, request: HttpRequest, place: Registere
         properties["explain"] = str(operation.name == EXPLAIN)
     if operation.tells_path:
         properties["url_path"] = "" if place is None else place.rest.partition("/")[2]
-    parts = _parse_query(request.query) if operation.tells_query else ()
+    parts = parse_parameters(request.query) if operation.tells_query else ()
     return CallDetails(request.headers, parts, properties)
-
-
-def _parse_query(query: bytes) -> Sequence[tuple[str, str]]:
-    """The parameters, in order. Raises Refused for too many."""
-    if not query:
-        return ()
-    try:
-        return parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
-    except ValueError:
-        message = f"the query has more than {MAX_PARAMETERS} parameters, or none that can be read"
-        raise Refused(Situation.BAD_REQUEST, message) from None
-
-
-async def _ask(asked: Asked, call: CallDetails, request: HttpRequest, plane: InferencePlane) -> HttpReply:
-    """The answer of an archive. Raises Refused, ClientGone."""
-    started, deadline = time.monotonic(), min(request.deadline, request.arrived + asked.timeout_s)
-    try:
-        response = await plane.infer(
-            InferRequest(
-                asked.model,
-                request.body,
-                request.content_type,
-                request.accept,
-                deadline,
-                request.client_gone,
-                request.arrived,
-                request.id,
-                request.client,
-                call,
-            )
-        )
-    except Refused as refused:
-        if asked.served is not None:
-            asked.served.count(time.monotonic() - started)
-        if refused.situation is Situation.DEADLINE and deadline < request.deadline:
-            message = f"Worker died: it gave no answer within {asked.timeout_s:g} s (response_timeout)"
-            raise Refused(Situation.MODEL_FAILED, message, status=FAILED) from refused
-        raise
-    if asked.served is not None:
-        asked.served.count(time.monotonic() - started, response.stats.queue_us)
-    return _make_reply(response)
 
 
 def _make_reply(response: InferResponse) -> HttpReply:

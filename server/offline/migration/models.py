@@ -8,7 +8,6 @@ import msgspec
 
 from model_store.names import InvalidModelName, parse_model_name
 from server.offline.migration.configuration import Configuration
-from server.offline.migration.model_servers import TORCHSERVE
 from server.offline.migration.outcome import Outcome, become, hold, ignore, leave
 
 _ENDINGS = (".tar.gz", ".tgz", ".mar", ".model")
@@ -53,7 +52,9 @@ def set_loaded_models(config: Configuration) -> Outcome:
     if not asked or asked == ["none"]:
         return hold("no model is loaded before it is asked for")
     if len(asked) == 1 and asked[0].lower() == "all":
-        return _explain_all(config)
+        return hold(
+            "every archive of the store is served: its first request loads it. `pin` loads at the start, and keeps"
+        )
     keys, notes = [], []
     for each in asked:
         name, _, file = each.rpartition("=")
@@ -62,21 +63,14 @@ def set_loaded_models(config: Configuration) -> Outcome:
             notes.append(problem)
             continue
         keys.append(file)
-        notes += _explain_name(config, name or _strip_ending(file), file)
+        notes += _explain_name(name or _strip_ending(file), file)
     settings = {"pin": keys} if keys else {}
     return leave("; ".join(notes), settings) if notes else become(settings)
 
 
-def _explain_all(config: Configuration) -> Outcome:
-    why = "every archive of the store is served: the first request loads it. `pin` loads at the start, and keeps"
-    if config.server is TORCHSERVE:
-        return hold(why)
-    return leave(f"{why}. A name without its .mar has to be registered: {_register('m', 'm.mar')}")
-
-
-def _explain_name(config: Configuration, name: str, file: str) -> list[str]:
-    """How clients name a model: by its key or as it is registered; in TorchServe's API .mar may be left out."""
-    if config.server is TORCHSERVE and file == f"{name}.mar":
+def _explain_name(name: str, file: str) -> list[str]:
+    """How clients name a model: by its key, of which .mar may be left out, or as it is registered."""
+    if file == f"{name}.mar":
         return []
     return [f"{name} is asked for by its key {file}, unless it is registered after a start: {_register(name, file)}"]
 
@@ -116,7 +110,7 @@ def set_model_defaults(config: Configuration) -> Outcome:
     keys = _list_default_files([record for _, _, record in records]) if is_snapshot else []
     settings = {"pin": keys} if keys else {}
     if notes:
-        advice = "pack archives with --config-file and a model-config.yaml that says "
+        advice = "register it with batch_size and max_batch_delay, or pack it with a model-config.yaml that says "
         return leave(advice + "; ".join(notes), settings)
     if settings:
         return become(settings)

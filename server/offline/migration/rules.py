@@ -70,12 +70,12 @@ def _set_workers(config: Configuration) -> Outcome:
     return become({"default_workers_per_model": count}, f"of models that are registered; {why}")
 
 
-def _explain_requirements(config: Configuration) -> Outcome:
+def _set_requirements(config: Configuration) -> Outcome:
     if not config.is_true("install_py_dep_per_model"):
         return hold("nothing is installed for an archive")
-    return leave(
-        "nothing is installed for an archive: pip install the packages beside the server, and pack archives without "
-        "requirements.txt"
+    return become(
+        {"code_requirements": "install"},
+        "from wheels alone, at each load; faster: pip install the packages beside the server, and pack without them",
     )
 
 
@@ -96,7 +96,7 @@ def _explain_tokens(config: Configuration) -> Outcome:
 
 def _explain_metrics(config: Configuration) -> Outcome:
     if config.get("metrics_mode", "log").lower() == "prometheus":
-        return hold("`/metrics` on the metrics listener, with our names: see the README")
+        return hold("`/metrics` on the metrics listener, with our names and, of registered models, TorchServe's")
     return ignore("metrics are not logged: `/metrics` on the metrics listener has them for Prometheus")
 
 
@@ -134,6 +134,17 @@ def _explain_envvars(config: Configuration) -> Outcome:
     )
 
 
+def _set_grpc_host(config: Configuration) -> Outcome:
+    host = config.get("grpc_inference_address")
+    return become({"grpc_host": host}) if host else hold("gRPC is at the loopback address")
+
+
+def _set_grpc_port(key: str, setting: str) -> Rule:
+    return lambda config: become(
+        {setting: parse_whole_number(config.get(key), least=0, most=65535)}, "it needs pip install 'fleetcast[grpc]'"
+    )
+
+
 RULES: Mapping[str, Rule] = {
     "inference_address": make_address_rule("inference", {"http": 80, "https": 443}),
     "management_address": make_address_rule("management", MANAGEMENT_PORT),
@@ -154,7 +165,7 @@ RULES: Mapping[str, Rule] = {
     "number_of_gpu": _set_device,
     "max_response_size": always(ignore("an answer of code has at most 64 MiB; other answers follow from the request")),
     "default_workers_per_model": _set_workers,
-    "install_py_dep_per_model": _explain_requirements,
+    "install_py_dep_per_model": _set_requirements,
     "decode_input_request": _explain_decoding,
     "disable_token_authorization": _explain_tokens,
     "token_expiration_min": always(ignore("tokens have no age: delete a token's lines in the file to revoke it")),
@@ -184,11 +195,11 @@ RULES: Mapping[str, Rule] = {
     "enable_model_api": always(
         hold("the management listener loads and unloads models; `tokens` or the loopback address protect it")
     ),
-    "grpc_inference_address": always(ignore("there is no gRPC listener")),
-    "grpc_management_address": always(ignore("there is no gRPC listener")),
-    "grpc_inference_port": always(ignore("there is no gRPC listener")),
-    "grpc_management_port": always(ignore("there is no gRPC listener")),
-    "enable_grpc_ssl": always(ignore("there is no gRPC listener")),
+    "grpc_inference_address": _set_grpc_host,
+    "grpc_management_address": always(ignore("management by gRPC is at the management listener's address")),
+    "grpc_inference_port": _set_grpc_port("grpc_inference_port", "grpc_port"),
+    "grpc_management_port": _set_grpc_port("grpc_management_port", "grpc_management_port"),
+    "enable_grpc_ssl": always(ignore("TLS is of all listeners: gRPC has it where the addresses begin with https://")),
     "grpc_inference_max_connection_age_ms": _GRPC_AGE,
     "grpc_management_max_connection_age_ms": _GRPC_AGE,
     "grpc_inference_max_connection_age_grace_ms": _GRPC_AGE,
@@ -250,6 +261,12 @@ def _default_store(config: Configuration) -> Outcome | None:
     return leave("no model_store is given: add `store`, the folder or URL of the archives, or give --store")
 
 
+def _default_grpc(config: Configuration) -> Outcome | None:
+    if "grpc_inference_port" not in config.server.keys or "grpc_inference_port" in config.entries:
+        return None
+    return ignore("gRPC is off without a port: grpc_port = 7070 and grpc_management_port = 7071 are theirs")
+
+
 def _default_tokens(config: Configuration) -> Outcome | None:
     has_tokens = "disable_token_authorization" in config.server.keys
     return _explain_tokens(config) if has_tokens and "disable_token_authorization" not in config.entries else None
@@ -261,6 +278,7 @@ DEFAULTS: Mapping[str, Callable[[Configuration], Outcome | None]] = {
     "its protocol": _default_protocol,
     "its code": _default_code,
     "its tokens": _default_tokens,
+    "its gRPC listeners": _default_grpc,
     "its default time-out of 120 s": _default_timeout,
     f"its default max_request_size of {REQUEST_BYTES}": _default_request_bytes,
 }

@@ -7,14 +7,14 @@ from server.offline.migration.outcome import Outcome, become
 DEFAULT_S = 120  #: of both servers
 
 
-def parse_whole_number(text: str, *, least: int) -> int:
+def parse_whole_number(text: str, *, least: int, most: int = 2**63) -> int:
     """A whole number. Raises ValueError that says what it is not."""
     try:
         number = int(text)
     except ValueError:
         raise ValueError("it is no whole number, and the old server does not start with it") from None
-    if number < least:
-        raise ValueError(f"it is less than {least}")
+    if not least <= number <= most:
+        raise ValueError(f"it is less than {least}" if number < least else f"it is more than {most}")
     return number
 
 

@@ -20,7 +20,7 @@ from server.model_server_api.bodies import NO_SUCH_METHOD, encode_error, encode_
 from server.model_server_api.mms_errors import BAD_REQUEST, ERRORS, INTERNAL, NO_MODEL
 from server.settings import Settings
 from server.supervisor.model_server_api.name_pages import NamePattern, make_token, read_token
-from server.supervisor.model_server_api.parameters import Parameters
+from server.supervisor.model_server_api.parameters import MAX_BATCH, MAX_BATCH_DELAY_MS, Parameters
 from server.supervisor.registrations.refusals import (
     AlreadyRegistered,
     ArchiveUnreadable,
@@ -104,9 +104,10 @@ class MultiModelApi:
         options = ServingOptions(
             min_workers=workers,
             max_workers=workers,
-            batch_size=given.parse_number("batch_size", 1, 1),
-            max_batch_delay_ms=given.parse_number("max_batch_delay", 100, 0),
+            batch_size=given.parse_number("batch_size", 1, 1, MAX_BATCH),
+            max_batch_delay_ms=given.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
             response_timeout_s=float(given.parse_number("response_timeout", RESPONSE_TIMEOUT_S, 1)),
+            says_batching=given.says_batching,
         )
         name, handler = given.get("model_name") or "", given.get("handler") or ""
         if name in self._table:  # before the archive is read

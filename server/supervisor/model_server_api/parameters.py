@@ -13,6 +13,7 @@ from server.supervisor.registrations.refusals import BadOption
 from server.supervisor.request_bodies import read_body
 
 MAX_BODY = 64 * 1024
+MAX_BATCH, MAX_BATCH_DELAY_MS = 4096, 60_000  #: as archives may have them
 MAX_NUMBER = 2**31 - 1
 
 
@@ -33,14 +34,19 @@ class Parameters:
             raise BadOption(f"Parameter {name} must be a text, not {json.dumps(value)[:80]}")
         return value
 
-    def parse_number(self, name: str, default: int, least: int) -> int:
+    @property
+    def says_batching(self) -> bool:
+        """Whether the client says how an archive is batched."""
+        return not self._values.keys().isdisjoint(("batch_size", "max_batch_delay"))
+
+    def parse_number(self, name: str, default: int, least: int, most: int = MAX_NUMBER) -> int:
         """A whole number. Raises BadOption."""
         value = self._values.get(name)
         if value is None:
             return default
         text = str(value)
-        if isinstance(value, bool) or not text.isdigit() or not least <= int(text[:20]) <= MAX_NUMBER:
-            raise BadOption(f"Parameter {name} must be a whole number of at least {least}, not {text[:80]!r}")
+        if isinstance(value, bool) or not text.isdigit() or not least <= int(text[:20]) <= most:
+            raise BadOption(f"Parameter {name} must be a whole number from {least} to {most}, not {text[:80]!r}")
         return int(text)
 
     def parse_flag(self, name: str) -> bool:

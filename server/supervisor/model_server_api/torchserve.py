@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -15,7 +16,13 @@ from starlette.routing import Route
 from server.model_server_api.bodies import encode_pretty, encode_status
 from server.model_server_api.torchserve_description import describe_management, describe_management_of
 from server.settings import Settings
-from server.supervisor.model_server_api.parameters import Parameters, parse_leniently, read_parameters
+from server.supervisor.model_server_api.parameters import (
+    MAX_BATCH,
+    MAX_BATCH_DELAY_MS,
+    Parameters,
+    parse_leniently,
+    read_parameters,
+)
 from server.supervisor.model_server_api.torchserve_answers import guard, refuse, reply
 from server.supervisor.model_server_api.torchserve_versions import describe_version
 from server.supervisor.registrations.refusals import BadOption, ModelUnknown, VersionUnknown, shorten_name
@@ -24,6 +31,8 @@ from server.supervisor.registrations.table import Registration, ServingOptions
 
 LIMIT = 100  #: models of one page by default, and at most
 RUNTIMES = ("", "python", "python2", "python3")
+CUSTOMIZED = "customized"
+CREDENTIALS = ("authorization", "proxy-authorization", "x-amz-security-token", "cookie")
 SET_DEFAULT, ALL_VERSIONS = "set-default", "all"
 ACCEPTED = 202
 UPDATING = "Processing worker updates..."
@@ -86,14 +95,15 @@ class TorchServeApi:
         if runtime not in RUNTIMES:
             raise BadOption(f"Invalid RuntimeType value: {shorten_name(runtime)}")
         workers = parameters.parse_number("initial_workers", 0, 0)
-        timeout_s = int(self._settings.code_timeout_s)
+        timeout_s = max(1, int(self._settings.code_timeout_s))  # nobody gets more
         options = ServingOptions(
             workers,
             workers,
-            parameters.parse_number("batch_size", 1, 1),
-            parameters.parse_number("max_batch_delay", 100, 0),
-            float(parameters.parse_number("response_timeout", timeout_s, 1)),
-            float(parameters.parse_number("startup_timeout", timeout_s, 1)),
+            parameters.parse_number("batch_size", 1, 1, MAX_BATCH),
+            parameters.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
+            float(min(timeout_s, parameters.parse_number("response_timeout", timeout_s, 1))),
+            float(min(timeout_s, parameters.parse_number("startup_timeout", timeout_s, 1))),
+            says_batching=parameters.says_batching,
         )
         name, version = parameters.get("model_name") or "", parameters.get("model_version") or ""
         return RegisterRequest(url, name, version, parameters.get("handler") or "", runtime, options)
@@ -156,14 +166,27 @@ class TorchServeApi:
         return reply(encode_status(f"Workers scaled to {least} for model: {where.name}{version}"))
 
     async def _describe(self, where: "Place", request: Request) -> Response:
-        del request
         table = self._service.table
         found: Sequence[Registration]
         if where.version == ALL_VERSIONS:
             found = table.list_versions(where.name)
         else:
             found = [table.find(where.name, where.version)]
-        return reply(encode_pretty([await self._describe_version(each) for each in found]))
+        described = [await self._describe_version(each) for each in found]
+        if request.query_params.get(CUSTOMIZED, "").lower() == "true":
+            for each, row in zip(found, described, strict=True):
+                if each.has_code and each.options.min_workers:
+                    row["customizedMetadata"] = await self._ask_code(each, request)
+        return reply(encode_pretty(described))
+
+    async def _ask_code(self, registration: Registration, request: Request) -> Any:
+        """What the handler says: JSON where it is that. INVARIANT: no client's credentials reach it."""
+        headers = [(name, value) for name, value in request.headers.items() if name not in CREDENTIALS]
+        said = await self._service.describe_by_code(registration, headers)
+        try:
+            return msgspec.json.decode(said)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return said.decode(errors="replace")
 
     async def _describe_version(self, registration: Registration) -> dict[str, Any]:
         observed = await self._service.observe(registration) if registration.options.min_workers else ()

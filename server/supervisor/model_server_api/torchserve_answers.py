@@ -39,6 +39,13 @@ _NOT_LOADED = {
     Situation.WORKER_LOST: (503, "ServiceUnavailableException"),
     Situation.DEADLINE: (503, "ServiceUnavailableException"),
 }
+#: And with any other call.
+_NOT_DONE = {
+    **_NOT_LOADED,
+    Situation.MODEL_FAILED: (503, "InternalServerException"),
+    Situation.BAD_REQUEST: (400, "BadRequestException"),
+    Situation.TOO_LARGE: (413, "RequestEntityTooLargeException"),
+}
 
 
 def refuse_path(request: Request, error: Exception) -> Response:
@@ -90,9 +97,11 @@ def _say(error: RegistrationRefused | ControlError) -> Response:  # noqa: C901 -
         case NotLoaded(situation=situation) | ArchiveUnreadable(situation=situation):
             status, kind = _NOT_LOADED.get(Situation(situation), (500, "InternalServerException"))
             return refuse(status, kind, f"Failed to start workers: {error}")
+        case ControlError(situation=situation):
+            status, kind = _NOT_DONE.get(Situation(situation), (500, "InternalServerException"))
+            return refuse(status, kind, str(error))
         case _:
-            too_large = isinstance(error, ControlError) and error.situation == Situation.TOO_LARGE
-            return refuse(413 if too_large else 500, "InternalServerException", str(error))
+            return refuse(500, "InternalServerException", str(error))
 
 
 def reply(body: bytes, status: int = OK) -> Response:

@@ -7,11 +7,14 @@ from model_store.names import ModelName
 from server.ipc.control import ControlError
 from server.ipc.operations import (
     ArchiveFacts,
+    Batching,
+    DescribeByCode,
     ListModels,
     LoadModel,
     ModelState,
     ReadArchive,
     RegisteredModel,
+    SetBatching,
     SetRegistrations,
     UnloadModel,
 )
@@ -37,6 +40,14 @@ class RegistrationRollout:
     async def load_registered(self, key: ModelName) -> None:
         """Load it at its home. Raises ControlError."""
         await self._workers.ask(self._workers.home(key), LoadModel(key))
+
+    async def describe_by_code(self, key: ModelName, headers: list[tuple[str, str]]) -> bytes:
+        """What its code says of itself. Raises ControlError."""
+        return await self._workers.ask(self._workers.home(key), DescribeByCode(key, headers))
+
+    async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
+        """Have it batched so from its next load on; None: as it says itself."""
+        self._workers.tell(SetBatching({key: batching}, whole=False))
 
     async def unload_registered(self, key: ModelName) -> None:
         """Unload it everywhere, unless it is pinned: its memory is free then. Raises ControlError."""

@@ -17,10 +17,11 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from model_store.archives.manifest import Kind
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Situation
 from server.ipc.control import ControlError
-from server.ipc.operations import ArchiveFacts, ModelState, RegisteredModel
+from server.ipc.operations import ArchiveFacts, Batching, ModelState, RegisteredModel
 from server.supervisor.registrations.archive_urls import find_key, name_archive
 from server.supervisor.registrations.refusals import (
     ArchiveUnreadable,
@@ -28,6 +29,7 @@ from server.supervisor.registrations.refusals import (
     NotInStore,
     NotLoaded,
     RegistrationRefused,
+    shorten_name,
 )
 from server.supervisor.registrations.table import Registration, RegistrationTable, ServingOptions, with_workers
 
@@ -66,6 +68,12 @@ class RegisteredFleet(Protocol):
     async def load_registered(self, key: ModelName) -> None:
         """Load it at its home. Raises ControlError."""
 
+    async def describe_by_code(self, key: ModelName, headers: list[tuple[str, str]]) -> bytes:
+        """What its code says of itself. Raises ControlError."""
+
+    async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
+        """Have it batched so from its next load on; None: as it says itself."""
+
     async def unload_registered(self, key: ModelName) -> None:
         """Unload it everywhere, unless it is pinned: its memory is free then. Raises ControlError."""
 
@@ -99,6 +107,7 @@ class RegistrationService:
         facts = await self._read(key, asked.url)
         name = _check_name(asked.name or facts.name or name_archive(key))
         version = asked.version or facts.version or DEFAULT_VERSION
+        _check_handler(asked.handler, facts)
         _check_workers(asked.options.min_workers, asked.options.max_workers)
         loads = asked.options.min_workers > 0
         registration = Registration(
@@ -106,13 +115,17 @@ class RegistrationService:
             version,
             asked.url,
             key,
-            asked.handler or facts.handler,
+            facts.handler,
             asked.runtime or facts.runtime or "python",
             asked.options,
             loaded_at=time.time() if loads else 0.0,
+            has_code=facts.kind == Kind.CODE,
             is_loading=loads,
         )
-        self.table.require_free(name, version)
+        self.table.require_free(registration)
+        if asked.options.says_batching:
+            await self._fleet.set_batching(key, asked.options.batching)
+            await self._fleet.unload_registered(key)  # it is batched so from its next load on
         if loads and wait:
             await self._load(registration)
             registration = msgspec.structs.replace(registration, is_loading=False)
@@ -155,6 +168,8 @@ class RegistrationService:
         async with self._changing:
             removed = self.table.remove(name, version)
             await self._announce(name)
+        if removed.options.says_batching:
+            await self._fleet.set_batching(removed.key, self.table.find_batching(removed.key))
         await self._unload(removed)
         log.info("unregistered", name=name, version=removed.version)
         return removed
@@ -162,6 +177,10 @@ class RegistrationService:
     async def observe(self, registration: Registration) -> Sequence[tuple[int, ModelState]]:
         """What each worker has of a version, by the worker's index."""
         return await self._fleet.observe_registered(registration.key)
+
+    async def describe_by_code(self, registration: Registration, headers: list[tuple[str, str]]) -> bytes:
+        """What the code of a version says of itself, asked with these headers. Raises ControlError."""
+        return await self._fleet.describe_by_code(registration.key, headers)
 
     async def close(self) -> None:
         """Give up loads that nobody waits for."""
@@ -230,6 +249,13 @@ def _check_name(name: str) -> str:
         return parse_model_name(name)
     except InvalidModelName as error:
         raise BadOption(str(error)) from error
+
+
+def _check_handler(wanted: str, facts: ArchiveFacts) -> None:
+    """Raises BadOption where a client asks for another handler than the archive's own, which alone is called."""
+    if wanted and wanted.removesuffix(".py") != facts.handler.removesuffix(".py"):
+        own = f"its manifest names {shorten_name(facts.handler)}" if facts.handler else "it has none"
+        raise BadOption(f"Parameter handler: the archive is run by its own handler ({own}); pack it with the other one")
 
 
 def _check_workers(least: int, most: int) -> None:

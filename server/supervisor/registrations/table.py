@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from model_store.name_table import name_bytes
 from model_store.names import ModelName
-from server.ipc.operations import RegisteredModel, ServedVersion
+from server.ipc.operations import Batching, RegisteredModel, ServedVersion
 from server.supervisor.registrations.refusals import (
     AlreadyRegistered,
     BadOption,
@@ -22,14 +22,16 @@ from server.supervisor.registrations.refusals import (
 
 MOST_NAMES = 10_000
 MOST_VERSIONS = 100  #: of one name
-MAX_NAME_BYTES = 8 * 1024 * 1024  #: of all names and versions together
+MAX_TABLE_BYTES = 32 * 1024 * 1024  #: of all registrations together
+REGISTRATION_BYTES = 1024  #: of one beside its texts
 MAX_VERSION = 128  #: characters of a version
 
 
 class ServingOptions(Struct, frozen=True):
     """How a version is served, in the terms of TorchServe's management API.
 
-    `min_workers` 0: it answers nothing until it is scaled. Delays and time-outs as clients say them.
+    `min_workers` 0: it answers nothing until it is scaled. Delays and time-outs as clients say them. `says_batching`: a
+    client has said how it is batched, which then goes before what the archive says.
     """
 
     min_workers: int = 0
@@ -38,6 +40,12 @@ class ServingOptions(Struct, frozen=True):
     max_batch_delay_ms: int = 100
     response_timeout_s: float = 120.0
     startup_timeout_s: float = 120.0
+    says_batching: bool = False
+
+    @property
+    def batching(self) -> Batching | None:
+        """For workers; None where the archive's own holds."""
+        return Batching(self.batch_size, self.max_batch_delay_ms / 1e3) if self.says_batching else None
 
 
 class Registration(Struct, frozen=True):
@@ -51,6 +59,7 @@ class Registration(Struct, frozen=True):
     runtime: str
     options: ServingOptions
     loaded_at: float = 0.0  #: wall clock, when it was last given workers; 0: it has none
+    has_code: bool = False  #: whether it is a code archive
     is_loading: bool = False  #: workers have been asked for, and are not there yet
 
 
@@ -60,6 +69,7 @@ class RegistrationTable:
     def __init__(self) -> None:
         self._models: dict[str, dict[str, Registration]] = {}
         self._defaults: dict[str, str] = {}
+        self._batching: dict[ModelName, dict[tuple[str, str], Batching]] = {}  # in the order of registration
         self._bytes = 0
 
     def __repr__(self) -> str:
@@ -93,6 +103,15 @@ class RegistrationTable:
         """Whether it is its name's default version."""
         return self._defaults.get(registration.name) == registration.version
 
+    def find_batching(self, key: ModelName) -> Batching | None:
+        """How the archive is batched: as the version says that was registered last of those that say it."""
+        said = self._batching.get(key)
+        return said[next(reversed(said))] if said else None
+
+    def list_batching(self) -> dict[str, Batching | None]:
+        """Of all archives for which a client has said it."""
+        return {key: self.find_batching(key) for key in self._batching}
+
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
         return any(
@@ -102,8 +121,9 @@ class RegistrationTable:
             if (each.name, each.version) != (registration.name, registration.version)
         )
 
-    def require_free(self, name: str, version: str) -> None:
+    def require_free(self, registration: Registration) -> None:
         """Raises AlreadyRegistered, TableFull, BadOption where this version cannot be added."""
+        name, version = registration.name, registration.version
         if not 1 <= len(version) <= MAX_VERSION or not version.isprintable() or "/" in version:
             raise BadOption(f"a version has 1 to {MAX_VERSION} printable characters without a slash")
         versions = self._models.get(name, {})
@@ -111,16 +131,18 @@ class RegistrationTable:
             raise AlreadyRegistered(name, version)
         if len(self._models) + (not versions) > MOST_NAMES or len(versions) >= MOST_VERSIONS:
             raise TableFull(f"{MOST_NAMES} models with {MOST_VERSIONS} versions each can be registered; remove some")
-        if self._bytes + _size(name, version) > MAX_NAME_BYTES:
-            raise TableFull(f"names of registered models take {MAX_NAME_BYTES} bytes at most; remove some")
+        if self._bytes + _size(registration) > MAX_TABLE_BYTES:
+            raise TableFull(f"registered models take {MAX_TABLE_BYTES} bytes at most; remove some")
 
     def add(self, registration: Registration) -> None:
         """Register a version. The first one of a name is its default."""
         name, version = registration.name, registration.version
-        self.require_free(name, version)
+        self.require_free(registration)
         self._models.setdefault(name, {})[version] = registration
         self._defaults.setdefault(name, version)
-        self._bytes += _size(name, version)
+        self._bytes += _size(registration)
+        if registration.options.batching is not None:
+            self._batching.setdefault(registration.key, {})[name, version] = registration.options.batching
 
     def put(self, registration: Registration) -> None:
         """Replace what is known of a version that is registered. Raises ModelUnknown, VersionUnknown."""
@@ -149,9 +171,13 @@ class RegistrationTable:
         """Remove a version that has failed, whatever others there are. One of those is the default then."""
         name, version = registration.name, registration.version
         versions = self._models.get(name, {})
-        if versions.pop(version, None) is None:
+        removed = versions.pop(version, None)
+        if removed is None:
             return
-        self._bytes -= _size(name, version)
+        self._bytes -= _size(removed)
+        said = self._batching.get(registration.key, {})
+        if said.pop((name, version), None) is not None and not said:
+            del self._batching[registration.key]
         if not versions:
             del self._models[name], self._defaults[name]
         elif self._defaults[name] == version:
@@ -187,5 +213,6 @@ def with_workers(
     return replace(registration, options=options, loaded_at=now if least else 0.0, is_loading=is_loading)
 
 
-def _size(name: str, version: str) -> int:
-    return name_bytes(name) + name_bytes(version)
+def _size(each: Registration) -> int:
+    texts = (each.name, each.version, each.url, each.key, each.handler, each.runtime)
+    return REGISTRATION_BYTES + sum(map(name_bytes, texts))

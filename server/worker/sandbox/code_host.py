@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,9 @@ from handlers.kinds.code.entry_point import (
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
+from server.host import WorkerPlan
+from server.ipc.operations import Batching
 from server.settings import Settings
 from server.temporary_folders import make_folder
 from server.worker.sandbox.child_process import ChildProcess
@@ -70,6 +72,7 @@ class CodePolicy:
     """Whose code may run, and what it may take. `keys`: beginnings of keys.
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
+    `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
     """
 
     keys: tuple[str, ...]
@@ -81,20 +84,24 @@ class CodePolicy:
     install_s: float = 0.0
     program: str = SAGEMAKER_PROGRAM
     disk_bytes: int = 4 * 1024 * 1024 * 1024
+    cores: frozenset[int] = frozenset()
+    gpu: bool = False
 
     @classmethod
-    def of(cls, settings: Settings, threads: int, worker: int) -> "CodePolicy":
-        """What the settings say, for a worker of so many threads."""
+    def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
+        """What the settings say, for a worker on a server that has these cores."""
         return cls(
             tuple(settings.allow_code),
             int(settings.code_memory_bytes),
             settings.code_timeout_s,
-            threads,
-            worker,
+            plan.threads,
+            plan.index,
             settings.code_processes,
             settings.code_install_s if settings.code_requirements == "install" else 0.0,
             settings.code_program,
             int(settings.code_disk_bytes),
+            cores,
+            settings.code_device == "device" and plan.device != "cpu",
         )
 
     def allows(self, model: ModelName) -> bool:
@@ -105,7 +112,7 @@ class CodePolicy:
 class Template:
     """The template process of a worker, from the worker's side. One thread at a time talks to it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cores: frozenset[int]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             variables = keep_variables(dict(os.environ))
@@ -115,6 +122,9 @@ class Template:
                 pass_fds=[theirs.fileno()], env=variables, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self._control, self._ready = ours, False
+        if cores:
+            with contextlib.suppress(OSError):  # cores were taken offline: it keeps the worker's
+                os.sched_setaffinity(self._process.pid, cores)
 
     def __repr__(self) -> str:
         """For example `<Template 4711>`."""
@@ -213,6 +223,7 @@ class CodeHost:
         self._folder_lock = threading.Lock()
         self._template: Template | None = None
         self._folder: Path | None = None
+        self._batching: dict[str, Batching] = {}
         self._deaths: OrderedDict[ModelName, deque[float]] = OrderedDict()
         self._users_in_use: set[int] = set()
         self._cleaners = ThreadPoolExecutor(CLEANERS, thread_name_prefix="code-end")
@@ -263,10 +274,12 @@ class CodeHost:
         with theirs, self._lock:
             user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user, gpu=self.policy.gpu)
             try:
                 template = self._keep_template()
-                asked = ForkChild(model, str(folder), entry, limits, self.policy.threads, str(packages or ""))
+                batching = self._find_batching(model)
+                told = (self.policy.threads, str(packages or ""), *batching)
+                asked = ForkChild(model, str(folder), entry, limits, *told)
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:
                 self._users_in_use.discard(user or 0)
@@ -279,6 +292,20 @@ class CodeHost:
                 os.close(writes)
         release = _Release(self._cleaners, folder, user, self._users_in_use)
         return ChildProcess(model, pid, pidfd, ours, reads, folder, timeout_s=self.policy.timeout_s, release=release)
+
+    def follow_batching(self, models: Mapping[str, Batching | None], *, whole: bool) -> None:
+        """How these archives are batched from their next load on; see `server.ipc.operations.SetBatching`."""
+        if whole:
+            self._batching = {}
+        for name, batching in models.items():
+            if batching is None:
+                self._batching.pop(name, None)
+            else:
+                self._batching[name] = batching
+
+    def _find_batching(self, model: ModelName) -> tuple[int, float]:
+        found = self._batching.get(split_version(model)[0])
+        return (found.size, found.delay_s) if found else (0, 0.0)
 
     def note_death(self, model: ModelName) -> None:
         """A child of the model has ended by itself, or had to be ended."""
@@ -310,7 +337,7 @@ class CodeHost:
         if self._template is None or not self._template.lives:
             if self._template is not None:
                 self._template.end()
-            self._template = Template(self._find_folder())
+            self._template = Template(self._find_folder(), self.policy.cores)
         return self._template
 
     def _find_folder(self) -> Path:

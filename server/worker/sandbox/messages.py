@@ -33,7 +33,11 @@ class ProtocolError(Exception):
 
 
 class ChildLimits(Struct, frozen=True):
-    """What a child may take. `memory_bytes`: of address space beyond what the template has. `user`: None keeps ours."""
+    """What a child may take. `user`: None keeps ours.
+
+    `memory_bytes`: of address space beyond what the template has. `gpu`: it may use the GPU that its worker sees, and
+    its address space has no limit then, because CUDA reserves far more of it than it takes memory.
+    """
 
     memory_bytes: int
     cpu_s: float  #: of a load or a batch
@@ -41,6 +45,7 @@ class ChildLimits(Struct, frozen=True):
     open_files: int = 256
     file_bytes: int = 1024 * 1024 * 1024
     user: int | None = None
+    gpu: bool = False
 
 
 class Entry(Struct, frozen=True):
@@ -57,7 +62,8 @@ class ForkChild(Struct, frozen=True, tag=True):
     """To the template, with two descriptors: the child's end of its channel, and where its output goes.
 
     `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch. `packages`: where those that were
-    installed for the archive are; empty where none were.
+    installed for the archive are; empty where none were. `batch_size`: instead of the archive's own, and so
+    `max_batch_delay_s`; 0: the archive's own.
     """
 
     model: str
@@ -66,6 +72,8 @@ class ForkChild(Struct, frozen=True, tag=True):
     limits: ChildLimits
     threads: int = 1
     packages: str = ""
+    batch_size: int = 0
+    max_batch_delay_s: float = 0.0
 
 
 class TemplateReady(Struct, frozen=True, tag=True):

@@ -22,7 +22,7 @@ from handlers.kinds.code.source_reader import read_source
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import Kind
 from model_store.errors import ArchiveInvalid, UnsupportedKind
-from server.offline.archive_tools import describe_archive, format_description
+from server.offline.archive_tools import REQUIREMENTS_ADVICE, describe_archive, format_description
 from tests.archives import make_mar_manifest, make_tar_gz, make_zip
 
 TRAP = b"import sys\nsys.modules['sprung'] = sys\n"
@@ -107,7 +107,7 @@ def test_inspect_explains_what_runs_and_what_it_needs() -> None:
     assert ("code", "TorchServe handler 'h.py': handle, or initialize and handle of its only class") in lines
     assert [text for label, text in lines if label in ("needs", "missing", "requires", "serve")] == [
         "torch, which are installed here",
-        "by requirements.txt, which is refused: install these beside the server, and pack without it",
+        REQUIREMENTS_ADVICE,
         "left-pad (not here)",
         "fleetcast serve --allow-code m.mar",
     ]

@@ -126,9 +126,17 @@ def test_a_folder_that_changes_while_it_is_packed_is_packed_again(
         source.get(ModelName("m"))
 
 
-def test_urls_are_no_folders(tmp_path: Path) -> None:
+def test_the_store_may_be_made_later(tmp_path: Path) -> None:
+    """SageMaker makes it with the first model; until then it is said to be missing."""
+    source = open_unpacked_source(str(tmp_path / "models"))
+    with pytest.raises(StoreUnavailable, match="does not exist"):
+        source.get(NAME)
+    fill(tmp_path / "models" / NAME, FILES)
+    assert read(source, NAME)[0] == FILES
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "file:///models", ""])
+def test_urls_are_no_folders(url: str) -> None:
     """Unpacked archives lie on this host."""
     with pytest.raises(InvalidStoreUrl, match="not a folder's path"):
-        open_unpacked_source("s3://bucket/x")
-    with pytest.raises(InvalidStoreUrl, match="does not exist"):
-        open_unpacked_source(str(tmp_path / "no"))
+        open_unpacked_source(url)

@@ -315,7 +315,8 @@ def test_serve_and_invoke(desk: Path) -> None:
     """Started, asked by our own client, told to stop: the answer, the story, errors by type, exit code 0, no torch."""
     (name,) = make_fleet("store", models=1)
     (desk / "request.json").write_text(json.dumps(make_request(0)))
-    with run_serve(desk, "--store", "store", "--model-cache-bytes", "64MiB", "--workers", "1") as (process, lines):
+    flags = ("--store", "store", "--model-cache-bytes", "64MiB", "--workers", "1", "--grpc-port", "0")
+    with run_serve(desk, *flags) as (process, lines):
         said = dict(line.rstrip("\n").split(maxsplit=1) for line in lines if line[0] != "w")
         assert "64.0 MiB for models" in next(line for line in lines if line.startswith("worker 0"))
         url = said["inference"].partition("/invocations")[0]
@@ -326,6 +327,13 @@ def test_serve_and_invoke(desk: Path) -> None:
         mean = json.loads(answered.stdout)["predictions"][0]["mean"]
         called = run("invoke", name, "--url", url, "--body", "request.json", "--protocol", "forecasts")
         assert json.loads(called.stdout)["predictions"][0]["mean"] == mean
+        grpc = said["grpc"].partition(",")[0]
+        by_grpc = run("invoke", name, "--url", grpc, "--body", "request.json", "--protocol", "grpc", "-v")
+        (text,) = json.loads(by_grpc.stdout)["outputs"][0]["data"]
+        assert json.loads(text)["predictions"][0]["mean"] == mean
+        assert "x-fleetcast-cache: hit" in by_grpc.stderr
+        absent = run("invoke", "nix.mar", "--url", grpc, "--body", "request.json", "--protocol", "grpc")
+        assert (absent.exit_code, absent.stderr.partition("nix")[0]) == (1, "error: NOT_FOUND: "), absent.stderr
         (desk / "v2.json").write_text('{"inputs": []}')
         refused = run("invoke", name, "--url", url, "--body", "v2.json", "--protocol", "v2")
         assert (refused.exit_code, refused.stderr[:19]) == (1, "error: status 400: "), refused.stderr

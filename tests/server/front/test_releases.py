@@ -13,7 +13,7 @@ from model_store.names import ModelName, at_version
 from server.access.tokens import hash_token
 from server.errors import Situation
 from server.front.app import App
-from server.front.releases import MOST_FOLLOWED, ReleasedPlane, Releases
+from server.front.releases import MOST_FOLLOWED, ReleasedPlane, Releases, make_plane
 from server.ipc.operations import ReleaseArm
 from server.metrics import FrontMetrics
 from server.settings import Settings
@@ -66,9 +66,9 @@ def test_a_model_that_is_rolled_back_is_asked_at_its_version() -> None:
 def test_an_empty_table_is_not_in_the_way() -> None:
     """No plane is put before the data plane, so that requests take the way they took."""
     house = House({})
-    assert house.app._make_plane(None) is house.app.plane
+    assert make_plane(house.app.plane, None, house.app.releases) is house.app.plane
     house.app.releases.replace(HELD)
-    assert isinstance(house.app._make_plane(None), ReleasedPlane)
+    assert isinstance(make_plane(house.app.plane, None, house.app.releases), ReleasedPlane)
     house.app.releases.replace({})
     assert house.ask(NAME).body == NAME.encode()
 

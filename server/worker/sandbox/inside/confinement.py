@@ -27,7 +27,8 @@ _CAPABILITY_VERSION, _DAC_READ_SEARCH = 0x20080522, 1 << 2
 KEPT_VARIABLES = frozenset(
     {
         "PATH", "LD_LIBRARY_PATH", "LANG", "LANGUAGE", "TZ", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE",
+        "OPENBLAS_NUM_THREADS", "PYTHONHASHSEED", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER",
     }
 )  # fmt: skip
 #: What Python, torch and the C library read beside the packages. Nothing here holds secrets.
@@ -39,6 +40,9 @@ SYSTEM_PATHS = (
     "/etc/os-release", "/etc/fonts", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/sys", "/proc/version",
     "/proc/filesystems", "/sys/devices/system", "/sys/fs/cgroup",
 )  # fmt: skip
+#: Where CUDA finds its driver and what the host is, beside the devices themselves.
+GPU_PATHS = ("/proc/driver/nvidia", "/proc/modules", "/proc/devices", "/sys/module", "/sys/bus/pci", "/etc/nvidia")
+GPU_DEVICES = "nvidia*"  #: in /dev
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 
 
@@ -65,11 +69,13 @@ def confine(folder: Path, limits: ChildLimits, *, use_landlock: bool, keep_readi
     libc.prctl(_SET_PDEATHSIG, int(signal.SIGKILL))  # a change of the user clears it
     libc.prctl(_SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     os.chdir(folder / "model")
-    _set_variables(folder)
+    _set_variables(folder, gpu=limits.gpu)
     _set_limits(limits)
     if use_landlock:
         readable = [*map(Path, SYSTEM_PATHS), Path(f"/proc/{os.getpid()}"), *python_paths()]
-        landlock.restrict(readable, [folder], map(Path, DEVICES))
+        devices = Path("/dev").glob(GPU_DEVICES) if limits.gpu else []
+        readable += map(Path, GPU_PATHS) if limits.gpu else []
+        landlock.restrict(readable, [folder], map(Path, DEVICES), devices)
 
 
 def keep_descriptors(channel: int, output: int) -> socket.socket:
@@ -114,16 +120,20 @@ def _change_user(folder: Path, user: int, *, keep_reading: bool) -> None:
             raise OSError(ctypes.get_errno(), "capset")
 
 
-def _set_variables(folder: Path) -> None:
+def _set_variables(folder: Path, *, gpu: bool) -> None:
+    """What it kept. INVARIANT: a child that may not use the GPU finds none, also where there is no Landlock."""
     kept = keep_variables(dict(os.environ))
     kept.pop("PYTHONPATH", None)  # sys.path is made already
+    if not gpu:
+        kept["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.clear()
     os.environ.update(kept, HOME=str(folder), TMPDIR=str(folder / "tmp"))
 
 
 def _set_limits(limits: ChildLimits) -> None:
+    space = _address_space() + limits.memory_bytes + MORE_MEMORY_BYTES
     for which, most in (
-        (resource.RLIMIT_AS, _address_space() + limits.memory_bytes + MORE_MEMORY_BYTES),
+        *(() if limits.gpu else ((resource.RLIMIT_AS, space),)),
         (resource.RLIMIT_NOFILE, limits.open_files),
         (resource.RLIMIT_NPROC, limits.processes + (_count_own_threads() if limits.user is None else 0)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),

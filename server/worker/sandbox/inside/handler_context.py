@@ -9,7 +9,7 @@ from typing import Any, Final
 from server.worker.sandbox.inside.request_parts import RequestHeaders
 
 OK: Final = 200
-NO_GPU: Final = None
+FIRST_GPU: Final = 0  #: a worker sees one
 
 
 class RequestProperties:
@@ -77,13 +77,19 @@ class HandlerContext:
     """See the module. One for each handler; `begin` gives it the requests of a batch."""
 
     def __init__(
-        self, model_name: str, model_dir: str, manifest: Mapping[str, Any], batch_size: int, config: Mapping[str, Any]
+        self,
+        model_name: str,
+        model_dir: str,
+        manifest: Mapping[str, Any],
+        batch_size: int,
+        config: Mapping[str, Any],
+        gpu_id: int | None = None,
     ) -> None:
         self.model_name, self.manifest = model_name, manifest
         self.model_yaml_config = config
         self.system_properties: dict[str, Any] = {
             "model_dir": model_dir,
-            "gpu_id": NO_GPU,
+            "gpu_id": gpu_id,
             "batch_size": batch_size,
             "server_name": "MMS",  # as both servers say
             "server_version": "fleetcast",

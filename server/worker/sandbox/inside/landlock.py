@@ -42,11 +42,14 @@ def find_version() -> int:
     return max(0, found)
 
 
-def restrict(readable: Iterable[Path], writable: Iterable[Path], devices: Iterable[Path]) -> None:
+def restrict(
+    readable: Iterable[Path], writable: Iterable[Path], devices: Iterable[Path], controlled: Iterable[Path]
+) -> None:
     """Let this process read only below `readable`, and do anything with files only below `writable`.
 
-    `devices` may be read and written. From then on it has no TCP connections, and sends signals to none but its own
-    kind, as far as the kernel's version goes. Paths that do not exist are left out. Raises LandlockError.
+    `devices` may be read and written, `controlled` ones be given commands too. From then on it has no TCP connections,
+    and sends signals to none but its own kind, as far as the kernel's version goes. Paths that do not exist are left
+    out. Raises LandlockError.
     """
     version, libc = find_version(), ctypes.CDLL(None, use_errno=True)
     handled = _ALL_FILES | sum(right for since, right in _SINCE.items() if version >= since)
@@ -56,7 +59,13 @@ def restrict(readable: Iterable[Path], writable: Iterable[Path], devices: Iterab
     size = 24 if version >= _SCOPE_VERSION else 16 if version >= _NET_VERSION else 8
     ruleset = libc.syscall(_CREATE_RULESET, ctypes.byref(rules), size, 0)
     _check(ruleset, "no ruleset")
-    for paths, rights in ((readable, READ), (writable, handled), (devices, READ_FILE | WRITE_FILE)):
+    plain = READ_FILE | WRITE_FILE
+    for paths, rights in (
+        (readable, READ),
+        (writable, handled),
+        (devices, plain),
+        (controlled, READ | plain | _IOCTL_DEV),
+    ):
         for path in paths:
             _allow(libc, ruleset, path, rights & handled)
     _check(libc.syscall(_RESTRICT_SELF, ruleset, 0), "not restricted")

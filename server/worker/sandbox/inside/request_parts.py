@@ -11,12 +11,15 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
 
+import msgspec
+
 from server.worker.sandbox.messages import CodeRequest
 
 JSON, FORM, MULTIPART, BYTES = (
     "application/json", "application/x-www-form-urlencoded", "multipart/form-data", "application/octet-stream"
 )  # fmt: skip
 MAX_PARTS = 1000  #: of one request
+_decode_json = msgspec.json.Decoder().decode
 SPELT = {"sagemaker": "SageMaker"}  #: words of header names whose first letter is not their only capital
 
 
@@ -73,8 +76,8 @@ def read_value(value: bytes, content_type: str) -> Any:
     media = content_type.lower()
     if media == JSON:
         try:
-            return json.loads(value)
-        except ValueError:
+            return _read_json(value)
+        except ValueError:  # too large a depth is one too
             return bytearray(value)
     if media.startswith("text/"):
         return value.decode(errors="replace")
@@ -143,6 +146,21 @@ def _read_parameters(value: str) -> dict[str, str]:
             text, _, rest = rest.partition(";")
         found[name.strip().lower()] = text.strip()
     return found
+
+
+def _read_json(value: bytes) -> Any:
+    """What `json.loads` gives, in a third of its time. Raises ValueError.
+
+    What msgspec refuses is read by `json`, which takes more: NaN, other encodings than UTF-8, lone surrogates.
+    """
+    try:
+        return _decode_json(value)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        return json.loads(value)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
 
 
 @lru_cache(1024)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from server.worker.sandbox.inside.handler_context import HandlerContext
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.request_parts import JSON, read_fields
 from server.worker.sandbox.inside.torchserve_handler import BYTES, HandlerProblem, write_body
 from server.worker.sandbox.messages import (
@@ -93,7 +93,8 @@ def load_script(asked: ForkChild, model_dir: Path) -> Script:
         raise HandlerProblem(
             f"{asked.entry.module}.py has transform_fn beside input_fn, predict_fn or output_fn: keep one"
         )
-    context = HandlerContext(asked.model, str(model_dir), {}, 1, {})
+    gpu_id = FIRST_GPU if asked.limits.gpu else None
+    context = HandlerContext(asked.model, str(model_dir), {}, 1, {}, gpu_id)
     return Script(module, context, call_with_context(model_fn, (str(model_dir),), context))
 
 

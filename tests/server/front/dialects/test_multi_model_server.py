@@ -10,6 +10,7 @@ import pytest
 from server.access.tokens import hash_token
 from server.errors import Refused, Situation
 from server.front.app import App
+from server.front.dataplane import MOST_MANAGED
 from server.front.dialects.multi_model_server import MultiModelServer, Prediction
 from server.front.exchange import HttpRequest
 from server.ipc.operations import ManagementReply, ManageModels, RegisteredModel, ServedVersion
@@ -31,11 +32,17 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.asked: list[ManageModels] = []
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.is_busy = asyncio.Event()  # as many are asked as may be
 
     async def ask(self, operation: ManageModels, timeout_s: float) -> ManagementReply:
         """A channel's."""
         assert timeout_s > 0
         self.asked.append(operation)
+        if len(self.asked) == MOST_MANAGED:
+            self.is_busy.set()
+        await self.may_answer.wait()
         return ManagementReply(202, b"done")
 
 
@@ -183,6 +190,23 @@ def test_tokens_that_may_ask_may_not_manage(tmp_path: Path) -> None:
     assert found == {"asks": 403, "some": 403, "all": 202}
     assert send(made, "GET", "/models", b"").status == 401
     assert len(supervisor.asked) == 1
+
+
+def test_management_requests_are_bounded() -> None:
+    """The supervisor is asked so many at a time, however many clients come; when one is answered there is room."""
+
+    async def flood() -> list[int]:
+        made, supervisor = make_app(Worker(lambda _: b"1"), container="multi-model"), Supervisor()
+        made.plane.supervisor = supervisor  # type: ignore[assignment]
+        supervisor.may_answer.clear()
+        asked = [asyncio.create_task(ask(made, "GET", "/models")) for _ in range(MOST_MANAGED)]
+        await supervisor.is_busy.wait()
+        refused = await ask(made, "GET", "/models")
+        supervisor.may_answer.set()
+        answered = await asyncio.gather(*asked)
+        return [refused.status, *{each.status for each in answered}, (await ask(made, "GET", "/models")).status]
+
+    assert asyncio.run(flood()) == [503, 202, 202]
 
 
 def test_a_front_without_its_supervisor_says_so() -> None:

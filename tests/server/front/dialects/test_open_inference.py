@@ -179,6 +179,40 @@ def test_answers_are_compressed_where_the_client_asks(accepted: str, unpack: Cal
         assert unpack(packed.body) == plain.body
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/invocations", b"{}", {"X-Amzn-SageMaker-Target-Model": "nsw1"}),
+        ("/v1/forecasts", b'{"requests":[{"target_model":"nsw1"}]}', {}),
+        ("/v2/models/nsw1", b"", {}),
+    ],
+)
+def test_near_names_are_said_in_every_protocol_of_forecasts(path: str, body: bytes, headers: dict[str, str]) -> None:
+    """In the message, since clients show nothing else."""
+
+    async def run() -> Answered:
+        app = App(Settings.model_validate({"store": "models"}), FrontMetrics())
+        missing = (Situation.NOT_FOUND, b'{"message":"no such archive"}')
+        attach(app.plane, Worker(lambda asked: missing if asked.model == "nsw1" else b"{}"))
+        await ask(app, "POST", "/v2/models/NSW1.mar/infer", b"{}")
+        return await ask(app, "POST" if body else "GET", path, body, headers)
+
+    assert b"no such archive; names that are like it: NSW1.mar" in asyncio.run(run()).body
+
+
+def test_an_answer_that_there_is_no_room_to_compress_is_given_up() -> None:
+    """It is refused, and its worker waits for nobody to read it."""
+
+    async def run() -> tuple[Answered, Worker]:
+        app = App(Settings.model_validate({"store": "models", "max_inflight_bytes": 1 << 20}), FrontMetrics())
+        worker = Worker(lambda _: [b"0.25," * 10, bytes(2 << 20)])
+        attach(app.plane, worker)
+        return await ask(app, "POST", "/v2/models/a/infer", b"{}", {"Accept-Encoding": "gzip"}), worker
+
+    answered, worker = asyncio.run(run())
+    assert (answered.status, worker.cancelled) == (503, 1)
+
+
 def infer(answer: Any, headers: Mapping[str, str]) -> Answered:
     """What the app makes of a worker's answer."""
 

@@ -109,8 +109,17 @@ def test_one_address_for_both_is_a_container_of_sagemakers() -> None:
         )
 
 
+def test_grpc_is_where_it_was() -> None:
+    """Its ports and its address; without keys it is off, and said to be."""
+    found = settings_of("grpc_inference_port=7070\ngrpc_management_port=7071\ngrpc_inference_address=0.0.0.0")
+    assert (found["grpc_port"], found["grpc_management_port"], found["grpc_host"]) == (7070, 7071, "0.0.0.0")
+    assert "grpc_port = 7070" in render_toml(move(""), "t")
+    assert "more than 65535" in reason("grpc_inference_port=70000", "grpc_inference_port")[1]
+
+
 def test_multi_model_servers_settings() -> None:
     """Its protocol, and how many workers a model gets that is registered without a number."""
+    assert settings_of("install_py_dep_per_model=true")["code_requirements"] == "install"
     found = settings_of("preload_model=true\ndefault_workers_per_model=2")
     assert (found["model_server_api"], found["default_workers_per_model"]) == ("mms", 2)
     assert "model_server_api" not in settings_of("metrics_mode=log\ndefault_workers_per_model=2")
@@ -144,7 +153,6 @@ def test_listeners_that_others_reach_stay_on_loopback_until_there_are_tokens() -
         ),
         ("load_models=https://host/a.mar", "load_models", "download it into the store"),
         ("load_models=../a.mar", "load_models", "is no key of a store"),
-        ("install_py_dep_per_model=true", "install_py_dep_per_model", "pip install the packages"),
         ("decode_input_request=false", "decode_input_request", "always decoded"),
         ("default_workers_per_model=x", "default_workers_per_model", "no whole number"),
         ("default_service_handler=a:b", "default_service_handler", "pack it with --handler"),
@@ -168,8 +176,7 @@ def test_models_at_the_start_are_pinned() -> None:
         "c is asked for by its key other.mar, unless it is registered after a start: curl -X POST "
         "'http://127.0.0.1:8081/models?url=other.mar&model_name=c&initial_workers=1'"
     )
-    assert "a is asked for by its key a.mar" in reason(text, "load_models", server=ServerName.MMS)[1]
-    assert reason("load_models=all", "load_models", server=ServerName.MMS)[0] is Fate.BY_HAND
+    assert reason("load_models=a.tar.gz", "load_models")[1].startswith("a is asked for by its key a.tar.gz")
     assert reason("load_models=all", "load_models")[0] is Fate.HOLDS
     assert settings_of(SNAPSHOT)["pin"] == ["noop.mar"]
 

@@ -8,7 +8,7 @@ import pytest
 from model_store.names import ModelName
 from server.errors import Situation
 from server.ipc.control import ControlError
-from server.ipc.operations import ArchiveFacts, ModelState, RegisteredModel
+from server.ipc.operations import ArchiveFacts, Batching, ModelState, RegisteredModel
 from server.supervisor.registrations.refusals import (
     AlreadyRegistered,
     BadOption,
@@ -28,6 +28,7 @@ class Fleet:
     def __init__(self) -> None:
         self.archives = {"probe.mar": ArchiveFacts("probe", "1.5", "handler.py", "python"), "plain.mar": ArchiveFacts()}
         self.broken: set[str] = set()
+        self.why_broken = Situation.ARCHIVE_FAILED
         self.said: list[str] = []
         self.front: dict[str, RegisteredModel | None] = {}
         self.may_load = asyncio.Event()
@@ -43,8 +44,16 @@ class Fleet:
         """Load, when it may."""
         await self.may_load.wait()
         if key in self.broken:
-            raise ControlError(f"{key} is broken", Situation.ARCHIVE_FAILED)
+            raise ControlError(f"{key} is broken", self.why_broken)
         self.said.append(f"load {key}")
+
+    async def describe_by_code(self, key: ModelName, headers: list[tuple[str, str]]) -> bytes:
+        """Repeat the headers."""
+        return repr((key, headers)).encode()
+
+    async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
+        """Batch."""
+        self.said.append(f"batch {key} {batching and batching.size}")
 
     async def unload_registered(self, key: ModelName) -> None:
         """Unload."""
@@ -87,13 +96,17 @@ async def test_archive_says_name_and_version(service: RegistrationService, fleet
     assert (found.name, found.version, found.handler) == ("probe", "1.5", "handler.py")
     found = await service.register(RegisterRequest("s3://models/plain.mar", name="other"), wait=True)
     assert (found.name, found.version, found.key) == ("other", "1.0", "plain.mar")
-    assert fleet.said == ["announce", "announce"]
+    assert fleet.said == ["announce", "announce"], "nothing is loaded"
     with pytest.raises(AlreadyRegistered):
         await service.register(RegisterRequest("probe.mar"), wait=True)
     with pytest.raises(NotInStore):
         await service.register(RegisterRequest("nosuch.mar"), wait=True)
     with pytest.raises(BadOption):
         await service.register(RegisterRequest("plain.mar", name="a//b"), wait=True)
+    for url, handler in (("probe.mar", "other.py"), ("plain.mar", "handler.py")):
+        with pytest.raises(BadOption, match="its own handler"):
+            await service.register(RegisterRequest(url, name="h", handler=handler), wait=True)
+    await service.register(RegisterRequest("probe.mar", name="h", handler="handler"), wait=True)
 
 
 @over_fleet
@@ -166,3 +179,14 @@ async def test_load_that_hangs_holds_no_other_up(service: RegistrationService, f
     await service.close()
     assert not hanging.done()
     hanging.cancel()
+
+
+@over_fleet
+async def test_batching_is_told_before_the_load(service: RegistrationService, fleet: Fleet) -> None:
+    """What a client says of batches goes before what the archive says, until that version is removed."""
+    options = ServingOptions(1, 1, batch_size=4, says_batching=True)
+    await service.register(RegisterRequest("probe.mar", options=options), wait=True)
+    assert fleet.said == ["batch probe.mar 4", "unload probe.mar", "load probe.mar", "announce"]
+    assert service.table.list_batching() == {"probe.mar": options.batching}
+    await service.unregister("probe")
+    assert fleet.said[4:] == ["announce", "batch probe.mar None", "unload probe.mar"]

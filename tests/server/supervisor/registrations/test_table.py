@@ -1,6 +1,7 @@
 """The table of registrations: defaults, versions, what fronts are told, and its bounds."""
 
 import pytest
+from msgspec.structs import replace
 
 from model_store.names import ModelName
 from server.ipc.operations import RegisteredModel, ServedVersion
@@ -80,9 +81,13 @@ def test_number_of_names_and_versions_is_bounded(monkeypatch: pytest.MonkeyPatch
             table.add(make_registration(name, version))
     table.remove("a")
     table.add(make_registration("c"))
-    monkeypatch.setattr(tables, "MAX_NAME_BYTES", 10)
-    with pytest.raises(TableFull):
-        table.add(make_registration("c", "2.0"))
+    monkeypatch.setattr(tables, "MOST_NAMES", 1000)
+    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 6 * tables.REGISTRATION_BYTES)
+    with pytest.raises(TableFull, match="bytes"):  # not only names count
+        table.add(replace(make_registration("d"), url="x" * 2 * tables.REGISTRATION_BYTES))
+    table.add(make_registration("d"))
+    table.remove("d")
+    table.add(make_registration("d"))
     for version in ("", "1/2", "x" * 129, "a\n"):
         with pytest.raises(BadOption):
             table.add(make_registration("c", version))
@@ -96,6 +101,19 @@ def test_fronts_are_told_keys_workers_and_the_default() -> None:
     assert table.make_whole() == {"nsw1": RegisteredModel("1.0", served)}
     table.put(with_workers(table.find("nsw1"), 2, 3, 5.0))
     assert table.make_whole() == {"nsw1": RegisteredModel("1.0", {"1.0": ServedVersion("nsw1.mar", 2, 120.0)})}
+
+
+def test_batching_is_as_the_last_version_says() -> None:
+    """Of several versions of one archive the one that was registered last holds, while it is there."""
+    few, many = (ServingOptions(batch_size=size, says_batching=True) for size in (2, 8))
+    first, silent = replace(make_registration("b"), options=few), make_registration("c")
+    last = replace(make_registration("a"), options=many)
+    table = fill_table(first, silent, last)
+    assert table.list_batching() == {"nsw1.mar": many.batching}
+    table.remove("a")
+    assert table.find_batching(ModelName("nsw1.mar")) == few.batching
+    table.remove("b")
+    assert (table.find_batching(ModelName("nsw1.mar")), table.list_batching()) == (None, {})
 
 
 def test_key_is_shared_only_with_versions_that_have_workers() -> None:

@@ -1,6 +1,7 @@
 """What a child has, and what it cannot reach: its own modules, folder and environment, and nothing of others."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -188,6 +189,43 @@ def handle(data, context):
         assert count_open_files() == before
 
     run(ask())
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_child_has_a_gpu_only_where_the_policy_says_so(
+    host: CodeHost, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    """No process has touched CUDA before it; without one, it finds none. CUDA needs address space without a limit."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    own = CodeHost(dataclasses.replace(host.policy, gpu=gpu))
+    handler = EVAL.replace("attempt(row", "attempt(context, row").replace("attempt(text", "attempt(context, text")
+
+    async def ask() -> None:
+        child = Asker(start(own, make_code_archive(handler)))
+        assert await evaluate(child, "context.system_properties['gpu_id']") == ("0" if gpu else "None")
+        assert await evaluate(child, "os.environ['CUDA_VISIBLE_DEVICES']") == ("'3'" if gpu else "''")
+        limit = "__import__('resource').getrlimit(__import__('resource').RLIMIT_AS)[0] == -1"
+        assert await evaluate(child, limit) == str(gpu)
+        torch = "__import__('torch').cuda"
+        assert await evaluate(child, f"{torch}.is_initialized() or {torch}._is_in_bad_fork()") == "False"
+        await child.close()
+
+    run(ask())
+    own.close()
+
+
+def test_a_child_may_run_on_the_cores_that_the_policy_says(host: CodeHost) -> None:
+    """Whichever its worker keeps to: many archives would share one core else."""
+    (core, *_), all_cores = sorted(os.sched_getaffinity(0)), os.sched_getaffinity(0)
+    own = CodeHost(dataclasses.replace(host.policy, cores=frozenset(all_cores)))
+    os.sched_setaffinity(0, {core})
+    try:
+        child = start(own, make_code_archive())
+        assert os.sched_getaffinity(child.pid) == all_cores
+        child.close()
+    finally:
+        os.sched_setaffinity(0, all_cores)
+        own.close()
 
 
 def test_a_child_that_nobody_holds_is_ended(host: CodeHost) -> None:

@@ -1,8 +1,13 @@
 """Forms, and headers by any case: pure, beside the recordings."""
 
+import json
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.worker.sandbox.inside.request_parts import MAX_PARTS, BadParts, read_request
+from server.worker.sandbox.inside.torchserve_handler import write_json
 from server.worker.sandbox.messages import CodeRequest
 
 
@@ -50,3 +55,36 @@ def test_what_is_no_form_is_refused(content_type: str, body: bytes, why: str) ->
     """Before memory is taken for more parts than are allowed."""
     with pytest.raises(BadParts, match=why):
         read_request(make_request(content_type, body))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (b'{"a": [1, -0, 1e5, 123456789012345678901234567890]}', {"a": [1, 0, 1e5, 123456789012345678901234567890]}),
+        (b'{"a": 1, "a": 2}', {"a": 2}),
+        (b"[Infinity, 1e400]", [float("inf"), float("inf")]),
+        (b'"\\ud800"', "\ud800"),
+        ("\ufeff1".encode(), 1),
+        ('"\xe9"'.encode("utf-16"), "\xe9"),
+        (b"[" * 100_000, bytearray(b"[" * 100_000)),
+        (b"{bad", bytearray(b"{bad")),
+    ],
+)
+def test_json_is_what_pythons_own_reader_gives(text: bytes, value: object) -> None:
+    """Though another one reads most of it; what neither reads stays bytes."""
+    data, _ = read_request(make_request("application/json", text))
+    assert data["body"] == value
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(JSON_VALUES)
+def test_an_answer_is_written_as_pythons_own_writer_would(value: object) -> None:
+    """To the byte, with its indent of two; also what is no strict JSON."""
+    assert write_json(value) == json.dumps(value, indent=2).encode()
+    assert write_json([float("nan"), value]) == json.dumps([float("nan"), value], indent=2).encode()

@@ -1,0 +1,19 @@
+"""The data plane of a front as the settings have it, whatever its listener speaks."""
+
+import os
+
+from server.front.backlog import Bounds
+from server.front.dataplane import DataPlane
+from server.front.handler_calls import open_code_calls
+from server.front.torchserve_metrics import RegisteredFamilies
+from server.metrics import FrontMetrics
+from server.settings import Settings
+
+
+def open_plane(settings: Settings, metrics: FrontMetrics) -> DataPlane:
+    """A data plane without workers. What its registered models count is shown with `metrics`."""
+    bounds = Bounds(settings.queue_per_worker, settings.queue_per_model)
+    plane = DataPlane(int(settings.max_inflight_bytes), bounds, open_code_calls(settings))
+    plane.clients_control = settings.repository_control == "on"
+    metrics.registry.register(RegisteredFamilies(plane.registrations, os.uname().nodename))
+    return plane
