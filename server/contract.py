@@ -46,6 +46,8 @@ METRICS_PATH: Final = "/metrics"  #: on the metrics listener
 
 MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the three below
 PROCESSES_PATH: Final = "/fleet/processes"
+OPENAPI_PATH: Final = "/openapi.json"  #: on the management listener, as the page below
+DOCS_PATH: Final = "/docs"
 EVENTS_PATH: Final = "/fleet/events"  #: takes a store's notifications of changed archives (POST)
 ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 

@@ -197,6 +197,7 @@ class App:
         else:
             log.error("request_failed", exc_info=error)
             why = Refused(Situation.INTERNAL, "the server failed; its log says why")
+        request.id = request.id or self._identify(request.headers)  # it may be refused before its body is read
         reply = dialect.refused(why, request)
         if isinstance(why, RefusedByWorker):
             reply.stats = why.stats

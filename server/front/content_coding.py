@@ -53,8 +53,8 @@ def unpack(body: bytes, coding: str) -> Callable[[], Awaitable[MutableMapping[st
         fed = packed[at : at + FED_BYTES]
         try:
             piece = inflater.decompress(fed, PIECE_BYTES)
-        except zlib.error as error:
-            raise _refused(f"the body is not sound {coding}: {error}") from None
+        except zlib.error:
+            raise _refused(f"the body is not sound {coding}") from None
         at += len(fed) - len(inflater.unused_data if inflater.eof else inflater.unconsumed_tail)
         if inflater.eof and at < len(packed):
             raise _refused(f"{len(packed) - at} bytes follow the {coding} stream of the body")

@@ -326,7 +326,7 @@ class ModelState(Struct, frozen=True):
     family: str | UnsetType | None = UNSET
     bytes: int | UnsetType = UNSET
     one_by_one: str | UnsetType = UNSET
-    forecast: dict[str, str | int | list[str]] | UnsetType = UNSET  # what a forecast request must know
+    forecast: dict[str, Any] | UnsetType = UNSET  # what a forecast request must know
     pid: int | UnsetType = UNSET
     leases: int | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
@@ -343,6 +343,7 @@ class ListModels(Operation[list[ModelState]]):
     prefix: str
     after: str
     limit: int
+    whole: bool = False  #: with all that a request must know
 
 
 class ListVersions(Operation[dict[str, str]]):

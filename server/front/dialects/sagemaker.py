@@ -26,6 +26,7 @@ from server.front.exchange import (
 from server.front.forecasting.calls import parse_model
 from server.front.forecasting.scoring import Scoring
 from server.front.handler_calls import CallDetails
+from server.routes.inference import SAGEMAKER
 from server.settings import Settings
 
 TOO_MANY = 429
@@ -41,6 +42,7 @@ _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
 _ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
 _ERROR_TYPE = raw_header(contract.HEADER_ERROR_TYPE)
 _RETRY_AFTER_MS = raw_header(contract.HEADER_RETRY_AFTER_MS)
+_AWS_REQUEST_ID = b"x-amzn-requestid"  #: what boto3 shows as `ResponseMetadata.RequestId`
 _VARIANT = (raw_header(contract.HEADER_VARIANT), b"AllTraffic")
 
 
@@ -92,6 +94,7 @@ class SageMaker:
     """See the module."""
 
     name = "sagemaker"
+    routes = SAGEMAKER
     paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
@@ -151,13 +154,14 @@ class SageMaker:
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
         code, detail = self._errors[why.situation], why.detail
-        body: dict[str, object] = {"message": detail.message, "error_code": name_error(code.status)}
+        said = detail.say()
+        body: dict[str, object] = {"message": said, "error_code": name_error(code.status)}
         place = {k: v for k, v in (("instance", detail.instance), ("field", detail.field)) if v is not None}
         if place:
-            body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
+            body["error"] = {"code": why.situation.name.lower(), "message": said, **place}
         if code.original is not None:
             original = code.original if detail.status is None else detail.status
-            body |= {"Message": detail.message, "OriginalStatusCode": original, "OriginalMessage": detail.message}
+            body |= {"Message": said, "OriginalStatusCode": original, "OriginalMessage": said}
         headers = [(_ERROR_TYPE, code.type.encode()), *_make_headers(request)]
         retry_ms = code.retry_after_ms if detail.retry_ms is None else detail.retry_ms
         if retry_ms is not None:
@@ -222,7 +226,10 @@ async def _add_code_headers(headers: Headers, response: InferResponse) -> Header
 
 def _make_headers(request: HttpRequest) -> Headers:
     """What every answer carries, whatever happens to the request."""
+    headers = [_VARIANT]
+    if request.id:
+        headers.append((_AWS_REQUEST_ID, request.id))
     custom = request.headers.get(_ATTRIBUTES)
-    if custom is None or len(custom) > MAX_ATTRIBUTES:
-        return [_VARIANT]
-    return [_VARIANT, (_ATTRIBUTES, custom)]
+    if custom is not None and len(custom) <= MAX_ATTRIBUTES:
+        headers.append((_ATTRIBUTES, custom))
+    return headers

@@ -18,6 +18,7 @@ from server.front.dialects import DIALECTS
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.http_listener import REASON, make_listener
 from server.metrics import FrontMetrics
+from server.routes.record import Protocol, Route
 from server.settings import Settings
 from tests.server.front.answering import JSON, Answered, Worker, ask, attach
 
@@ -29,6 +30,9 @@ class Toy:
     """A protocol of `POST /toy/MODEL`, whose errors are plain text."""
 
     name = "toy"
+    routes = Protocol(
+        "toy", "Toy", "tests", (Route("POST", "/toy/{model}", "invoke", "Ask a model"),), (500,), "any_object"
+    )
     paths = "/toy/MODEL"
 
     def __init__(self, settings: Settings) -> None:
