@@ -9,13 +9,13 @@ import zlib
 from collections.abc import Callable
 
 import pytest
+import zstandard
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import zstandard
 from server.errors import Refused
 from server.front.app import App
 from server.front.content_coding import PACKED_HERE, PIECE_BYTES, choose_coding, find_coding, pack, unpack
