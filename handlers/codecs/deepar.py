@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
+from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.clock import add_offset
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
@@ -67,9 +68,18 @@ class Encode:
 class DeepAr:
     """The forecast contract of one archive, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: ForecastSpec, budget: RequestBudget | None = None) -> None:
-        """`budget` refuses requests of too many rows. Raises ArchiveInvalid if the input recipe cannot be run."""
-        self._forecast, self._budget = forecast, budget
+    def __init__(
+        self,
+        forecast: ForecastSpec,
+        budget: RequestBudget | None = None,
+        calibration: BandCalibration | None = None,
+    ) -> None:
+        """`budget` refuses requests of too many rows, `calibration` shifts the levels of one product's forecast.
+
+        Raises ArchiveInvalid if the input recipe cannot be run.
+        """
+        self._forecast, self._budget, self._calibration = forecast, budget, calibration
+        self._most = float(np.finfo(np.float32).max) / (calibration.growth if calibration else 1)
         self._reader = RequestReader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
@@ -182,7 +192,7 @@ class DeepAr:
 
     def _predictions(self, asked: Sequence[InstanceRequest], outputs: Float32) -> list[Prediction]:
         """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration."""
-        drawn = self._prices(outputs)
+        drawn = self._prices(outputs, asked)
         prices = np.sort(drawn, axis=-1)
         configuration, levels = asked[0].configuration, asked[0].levels
         kinds = configuration.output_types
@@ -224,8 +234,8 @@ class DeepAr:
         clock = {"start": add_offset(first.stamp, self._forecast.time_zone), "step_s": self._inputs.step_s}
         return {"levels": self._trained, "values": values, **clock, **products}
 
-    def _prices(self, outputs: Float32) -> Float64:
-        """Turn network numbers into prices [n, D?, prediction, levels or paths], within floor and cap.
+    def _prices(self, outputs: Float32, asked: Sequence[InstanceRequest]) -> Float64:
+        """Turn network numbers into prices [n, D?, prediction, levels or paths], calibrated, within floor and cap.
 
         Raises RunFailed beyond float32.
         """
@@ -236,8 +246,15 @@ class DeepAr:
             prices = np.stack(scaled, axis=1)
         else:
             prices = from_network(numbers, forecast.scaler)
-        if not (np.abs(prices) <= np.finfo(np.float32).max).all():
+        if not (np.abs(prices) <= self._most).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
+        if self._calibration is not None:  # it has learnt from sorted prices within floor and cap
+            prices = np.sort(self._clip(prices), axis=-1)
+            prices = self._calibration.shift(prices, [one.first.stamp for one in asked])
+        return self._clip(prices)
+
+    def _clip(self, prices: Float64) -> Float64:
+        forecast = self._forecast
         if forecast.floor is None and forecast.cap is None:
             return prices
         return np.clip(prices, forecast.floor, forecast.cap)

@@ -41,6 +41,7 @@ GateMargin = Annotated[float, typer.Option(min=0, help="percent by which the new
 
 NAME_TEMPLATE = "{target}.mar"
 GATE_MARGIN, GATE_WINDOWS = 2.0, 28
+CALIBRATION_DAYS = 91
 
 
 def make_file_rules(interval_ending: bool, stamps_zone: str, time_format: str, item: str) -> "FileRules":
