@@ -22,6 +22,7 @@ from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
 
 MAX_SAMPLES = 4_000_000  #: most numbers in the samples of one request
+LEVEL_TOLERANCE = 1e-9  #: how far a level may lie outside the trained range: clients compute 1 - 0.9 and send that
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
 
 Prediction = dict[str, object]
@@ -305,10 +306,11 @@ def _parse_level(text: str, trained: Float64) -> float:
         level = float(text)
     except ValueError:
         raise RequestError(f"{text[:40]!r} is not a quantile level", field="configuration.quantiles") from None
-    if not trained[0] <= level <= trained[-1]:
+    nearest = min(max(level, float(trained[0])), float(trained[-1]))
+    if not abs(level - nearest) <= LEVEL_TOLERANCE:  # NaN is outside as well
         message = f"level {text[:40]} is outside the trained range {trained[0]:g} to {trained[-1]:g}"
         raise RequestError(message, field="configuration.quantiles")
-    return level
+    return nearest
 
 
 def _interpolate_levels(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:
