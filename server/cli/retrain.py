@@ -45,6 +45,10 @@ def retrain(
     stamps_zone: price_flags.StampsZone = "",
     time_format: price_flags.TimeFormat = "",
     item: price_flags.Item = "",
+    keep_worse: Annotated[
+        bool,
+        typer.Option("--keep-worse", help="publish an archive too whose holdout loss is that of the naive or worse"),
+    ] = False,
     reload: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="management address of a server that reloads each new archive (repeatable)"),
@@ -66,7 +70,8 @@ def retrain(
     Each market keeps its lengths, quantile levels and covariates, so that clients need not change; a server that
     --reload names swaps to the new version between two steps. The gate lets the old and the new archive forecast the
     same last windows of the file, to which the new one was not fitted. A market that fails, or would be worse, keeps
-    its old archive, and the others continue. The same command continues a run that was killed; two runs cannot have the
+    its old archive, and the others continue; so does one that is no better than the naive forecast, which is an error
+    unless --keep-worse is given. The same command continues a run that was killed; two runs cannot have the
     same log at a time. With other logs they can: each archive is published as a whole, and the last one stays. The exit
     code is 1 when some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
@@ -84,7 +89,9 @@ def retrain(
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
-        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or (), rules)
+        plan = RetrainingPlan(
+            csv, time, names, settings, gate, fitting, architecture, options, reload or (), rules, keep_worse
+        )
         with (
             hold_file(log),
             Checkpoint(log, plan.digest, len(names)) as journal,

@@ -235,16 +235,11 @@ def _fit_what_can_be(
 
 def _refuse_worse(fitted: Sequence["Fitted"]) -> tuple[list["Fitted"], dict[str, str]]:
     """Those that are better than the naive forecast, and why the others are not stored."""
-    good, worse = list["Fitted"](), dict[str, str]()
-    for each in fitted:
-        if each.loss < each.naive_loss:
-            good.append(each)
-        elif each.loss != each.loss:
-            worse[each.name] = f"{each.name}: nothing is observed in its holdout, so that it cannot be judged"
-        else:
-            than = f"its holdout loss {each.loss:.4g} is no better than the naive forecast's {each.naive_loss:.4g}"
-            worse[each.name] = f"{each.name}: {than}; it is not stored (--keep-worse stores it)"
-    return good, worse
+    from handlers.training.fit import explain_worse  # noqa: PLC0415
+
+    why = {each.name: explain_worse(each) for each in fitted}
+    refused = {name: f"{text}; it is not stored (--keep-worse stores it)" for name, text in why.items() if text}
+    return [each for each in fitted if each.name not in refused], refused
 
 
 def _fit_with_progress(
