@@ -14,7 +14,7 @@ from rich.table import Table
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
-from server.cli.train import name_archives
+from server.cli.train import match_markets
 from server.logs import escape_text
 
 SHOWN = 40  #: most markets that are all listed; for a larger fleet only those with a message or not published are
@@ -77,7 +77,6 @@ def retrain(
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
     from server.offline.checkpoint import Checkpoint  # noqa: PLC0415
-    from server.offline.fleet_evaluation import match_columns  # noqa: PLC0415
     from server.offline.output_lock import hold_file  # noqa: PLC0415
     from server.offline.promotion_gate import GateTerms  # noqa: PLC0415
     from server.offline.retraining import Outcome, Retraining, RetrainingPlan  # noqa: PLC0415
@@ -85,7 +84,7 @@ def retrain(
 
     with one_line_errors():
         settings = settings_from({"store": store} if store else {})
-        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = match_markets(csv, time, target or (), settings, name_template)
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
