@@ -296,6 +296,9 @@ class Settings(BaseSettings):
     queue_per_worker: int = Field(
         contract.QUEUE_PER_WORKER, ge=1, description="maximum queued requests per worker; above it: `overload_status`"
     )
+    default_model: str = Field(
+        "", description="model of requests of MLflow's and Nixtla's clients that name none; empty: they are refused"
+    )
     overload_status: Literal[503, 429] = Field(503, description="status code of the response when a queue is full")
     request_timeout_s: Seconds = Field(
         contract.REQUEST_TIMEOUT_S, description="default and maximum deadline of a request"

@@ -103,7 +103,7 @@ def train(
     The frequency is inferred from the stamps; empty cells of a price column are missing values. The last tenth of the
     rows is held out: its loss decides when training stops, and is shown beside the loss of the naive forecast (the
     value at the same time of the last known day, or week for daily data). The loss is the mean pinball loss over the
-    quantile levels.
+    quantile levels. What is stored is fitted once more, in the same way, to all rows.
 
     Stamps with an offset are taken to the clock of --time-zone, and so are those of a local clock that skips and
     repeats hours. An archive forecasts days of 24 hours: a repeated hour is read as the mean of both.

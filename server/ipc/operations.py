@@ -346,7 +346,7 @@ class ModelState(Struct, frozen=True):
     family: str | UnsetType | None = UNSET
     bytes: int | UnsetType = UNSET
     one_by_one: str | UnsetType = UNSET
-    forecast: dict[str, str | int | list[str]] | UnsetType = UNSET  # what a forecast request must know
+    forecast: dict[str, Any] | UnsetType = UNSET  # what a forecast request must know
     pid: int | UnsetType = UNSET
     processes: list[ModelProcess] | UnsetType = UNSET  # of a code archive with several
     leases: int | UnsetType = UNSET
@@ -364,6 +364,7 @@ class ListModels(Operation[list[ModelState]]):
     prefix: str
     after: str
     limit: int
+    whole: bool = False  #: with all that a request must know
 
 
 class ListVersions(Operation[dict[str, str]]):

@@ -26,7 +26,7 @@ from server.offline.rolling_windows import (
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
-HELD_OUT = 0.1  #: last share of the rows that is used without a date; `fleetcast train` fits only `lear` to it
+HELD_OUT = 0.1  #: last share of the rows that is used without a date; what was fitted to it too is noted as in-sample
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -80,8 +80,8 @@ class Management:
                 return None
             case UnloadModel(model):
                 return await self._steps.unload(parse_versioned_name(model))
-            case ListModels(prefix, after, limit):
-                return msgspec.convert(self._steps.describe(prefix, after, limit), list[ModelState])
+            case ListModels(prefix, after, limit, whole):
+                return msgspec.convert(self._steps.describe(prefix, after, limit, whole=whole), list[ModelState])
             case ListVersions(after, limit):
                 return self._steps.list_versions(after, limit)
             case SetQuarantine(reasons):

@@ -249,11 +249,13 @@ class ResidentModels:
         self._metrics.host_bytes.set(self.shelf.used_bytes)
         self._metrics.host_capacity.set(self.shelf.capacity_bytes)
 
-    def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
+    def describe(
+        self, prefix: str = "", after: str = "", limit: int = sys.maxsize, *, whole: bool = False
+    ) -> list[dict[str, Any]]:
         """Describe the first `limit` models by name: resident, loading or failed ones.
 
-        Only names that start with `prefix` and follow `after`. The cost of a page does not grow with the number of
-        resident models.
+        Only names that start with `prefix` and follow `after`; `whole`: with all that a request must know. The cost of
+        a page does not grow with the number of resident models.
         """
         now, found = self._now(), dict[ModelName, list[dict[str, Any]]]()
         for at in range(bisect_left(self._sorted, max(prefix, after), key=_slot_name), len(self._sorted)):
@@ -261,7 +263,7 @@ class ResidentModels:
             if not slot.model.startswith(prefix) or (len(found) >= limit and slot.model not in found):
                 break
             if slot.model > after:
-                found.setdefault(slot.model, []).append(self._row(slot, now))
+                found.setdefault(slot.model, []).append(self._row(slot, now, whole=whole))
         rest = [{"model": model, "state": "loading"} for model in self.cache.loads]
         rest += [
             {"model": model, "state": "failed", "error": failure.error.public, "reason": failure.error.reason}
@@ -284,7 +286,7 @@ class ResidentModels:
         at = bisect_left(self._sorted, model, key=_slot_name)
         return at < len(self._sorted) and self._sorted[at].model == model
 
-    def _row(self, slot: Slot, now: float) -> dict[str, Any]:
+    def _row(self, slot: Slot, now: float, *, whole: bool) -> dict[str, Any]:
         body, replicas = self.rows.get(slot), self.children.get(slot)
         alone = {"one_by_one": body.one_by_one} if body and body.one_by_one else {}
         return {
@@ -294,7 +296,7 @@ class ResidentModels:
             "family": slot.family,
             "bytes": slot.charge,
             **alone,
-            **(body.codec.describe() if body else {}),
+            **(body.codec.describe(whole=whole) if body else {}),
             **(_describe_processes(replicas) if replicas else {}),
             "leases": slot.leases,
             "pinned": slot.model in self.cache.pins,

@@ -358,9 +358,11 @@ class StepLoop:
         """The versions that serve; see `ResidentModels.list_versions`."""
         return self._residents.list_versions(after, limit)
 
-    def describe(self, prefix: str = "", after: str = "", limit: int = sys.maxsize) -> list[dict[str, Any]]:
+    def describe(
+        self, prefix: str = "", after: str = "", limit: int = sys.maxsize, *, whole: bool = False
+    ) -> list[dict[str, Any]]:
         """Describe models; see `ResidentModels.describe`."""
-        return self._residents.describe(prefix, after, limit)
+        return self._residents.describe(prefix, after, limit, whole=whole)
 
 
 def _explain_failure(error: LoadError, retry_s: float) -> Refused:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from server.errors import Situation
 from server.ipc.operations import ManagementReply, ManageModels, ModelState
 from server.model_server_api.bodies import NO_SUCH_METHOD, encode_error, encode_pretty
@@ -168,8 +169,10 @@ def _read_parameters(request: ManageModels) -> Parameters:
     try:
         values: dict[str, Any] = dict(parse_qsl(request.query, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         given = msgspec.json.decode(request.body, type=dict[str, Any]) if request.body.strip() else {}
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise BadOption(f"the parameters cannot be read: {error}") from error
+    except FAULTS as error:
+        raise BadOption(f"the parameters cannot be read: {explain_fault(error)}") from error
+    except ValueError as error:  # of `parse_qsl`
+        raise BadOption(f"the query has more than {MAX_FIELDS} fields") from error
     return Parameters(values | given)
 
 
