@@ -112,12 +112,25 @@ class RegistrationTable:
         """Of all archives for which a client has said it."""
         return {key: self.find_batching(key) for key in self._batching}
 
+    def find_replicas(self, key: ModelName) -> int:
+        """How many processes the archive should have: as the registration says that has the most workers."""
+        return max(
+            (each.options.min_workers for each in self._list_all() if each.has_code and each.key == key), default=0
+        )
+
+    def list_replicas(self) -> dict[str, int]:
+        """Of all archives that should have more than one."""
+        found = dict[str, int]()
+        for each in self._list_all():
+            if each.has_code and each.options.min_workers > max(1, found.get(each.key, 1)):
+                found[each.key] = each.options.min_workers
+        return found
+
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
         return any(
             each.key == registration.key and each.options.min_workers > 0
-            for versions in self._models.values()
-            for each in versions.values()
+            for each in self._list_all()
             if (each.name, each.version) != (registration.name, registration.version)
         )
 
@@ -197,6 +210,10 @@ class RegistrationTable:
     def make_whole(self) -> dict[str, RegisteredModel | None]:
         """All of it, for a front that has just come up."""
         return {name: self.describe_for_fronts(name) for name in self._models}
+
+    def _list_all(self) -> Iterator[Registration]:
+        for versions in self._models.values():
+            yield from versions.values()
 
     def _find_versions(self, name: str) -> dict[str, Registration]:
         versions = self._models.get(name)
