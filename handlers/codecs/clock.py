@@ -156,6 +156,25 @@ def add_offset(stamp: str, zone: str) -> str:
     return moment.isoformat(sep=" ", timespec="seconds")
 
 
+def find_jumps(stamp: str, zone: str, step_s: int, steps: int) -> list[tuple[int, int]]:
+    """Find where the zone's clock changes within a forecast in slots: the step, and by how many seconds it jumps.
+
+    From there on the slots lie at other instants than as many real steps. A stamp with an offset, a forecast of days
+    or an unknown zone has no jumps.
+    """
+    moment = datetime.fromisoformat(stamp)
+    if moment.tzinfo is not None or step_s >= DAY:
+        return []
+    try:
+        clock = find_zone(zone)
+        first = round(moment.replace(tzinfo=clock).timestamp())
+        offsets = compute_offsets(clock, first + step_s * np.arange(steps))
+    except (ValueError, OverflowError):  # ZoneUnknown, or a moment at an end of the calendar
+        return []
+    jumps = np.diff(offsets)
+    return [(int(at) + 1, int(jumps[at])) for at in jumps.nonzero()[0]]
+
+
 def resolve_wall_clock(zone: ZoneInfo, stamps: Sequence[datetime], step_s: int) -> Int64 | None:
     """Return the rising instants of a local clock's stamps, which may skip and repeat an hour; None if there are none.
 

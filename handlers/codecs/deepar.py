@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from handlers.base import Float32
 from handlers.codecs.calibration import BandCalibration
-from handlers.codecs.clock import add_offset
+from handlers.codecs.clock import add_offset, find_jumps
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
 from handlers.codecs.tensors import encode_in_blocks, write_json
@@ -232,7 +232,10 @@ class DeepAr:
         """Encode the prices [D?, prediction, levels] of one instance as `handlers.codecs.joint` reads them."""
         values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
         products = {"products": self._forecast.products} if self._several else {}
-        clock = {"start": add_offset(first.stamp, self._forecast.time_zone), "step_s": self._inputs.step_s}
+        zone, step_s = self._forecast.time_zone, self._inputs.step_s
+        clock: dict[str, object] = {"start": add_offset(first.stamp, zone), "step_s": step_s}
+        if jumps := find_jumps(first.stamp, zone, step_s, prices.shape[-2]):
+            clock["jumps"] = jumps
         return {"levels": self._trained, "values": values, **clock, **products}
 
     def _prices(self, outputs: Float32, asked: Sequence[InstanceRequest]) -> Float64:

@@ -29,8 +29,10 @@ from handlers.codecs.scenarios import (
 )
 from handlers.codecs.tensors import encode_in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
+from model_store.archives.json_faults import FAULTS, explain_fault
 
 MAX_FORECASTS = 10_000
+MAX_JUMPS = 100  #: most changes of a clock within one forecast
 PAIRED = "configuration.joint"  #: the field of a fault that lies between forecasts
 FLOPS_PER_S = 1e9  #: assumed speed of the scores, computed one product after another
 
@@ -39,7 +41,7 @@ class Margins(Struct, forbid_unknown_fields=True):
     """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out if it has one.
 
     Forecasts are paired by time: `start` is the instant of the first step, with an offset. Without any, all start at
-    once.
+    once. `jumps` has the steps, counted in slots of a wall clock, at which this clock changes, and by how many seconds.
     """
 
     levels: Annotated[list[float], Meta(min_length=1, max_length=1000)]
@@ -47,6 +49,7 @@ class Margins(Struct, forbid_unknown_fields=True):
     products: list[str] = []
     start: str | None = None
     step_s: Annotated[int, Meta(ge=1)] = 0
+    jumps: Annotated[list[tuple[int, int]], Meta(max_length=MAX_JUMPS)] = []
 
 
 class MarginalForecast(Struct, forbid_unknown_fields=True):
@@ -141,8 +144,8 @@ class JointCodec:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
         try:
             request = self._decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RequestError(f"not a request for joint scenarios: {error}") from error
+        except FAULTS as error:
+            raise RequestError(f"not a request for joint scenarios: {explain_fault(error)}") from error
         refuse_repeated(_names(request))  # before work is done for ten thousand
         marginals, owners = list[Marginal](), list[int]()
         for i, (forecast, first) in enumerate(zip(request.forecasts, pair_starts(request.forecasts), strict=True)):
@@ -191,7 +194,32 @@ def pair_starts(forecasts: Sequence[MarginalForecast]) -> list[int]:
         early = forecasts[ends.index(min(ends))]
         what = f"{_name_start(early)} ends before {_name_start(forecasts[last])}; joint forecasts must overlap"
         raise RequestError(what, instance=last, field=PAIRED)
+    _refuse_other_jumps(forecasts, found)
     return found
+
+
+def _refuse_other_jumps(forecasts: Sequence[MarginalForecast], firsts: Sequence[int]) -> None:
+    """Refuse forecasts between which a clock changes for one alone: after it, equal steps are at different times.
+
+    This is a forecast in slots beside one in real steps, or beside one in a zone whose clock does not change then.
+    Raises RequestError that names both models and their starts.
+    """
+    jumps = [
+        {(at + first, by) for at, by in each.marginal.jumps} for each, first in zip(forecasts, firsts, strict=True)
+    ]
+    ends = [first + _count_steps(each) for each, first in zip(forecasts, firsts, strict=True)]
+    some = next((i for i, each in enumerate(jumps) if each), None)
+    if some is None:
+        return
+    for i, each in enumerate(jumps):
+        if {jump for jump in jumps[some] if jump[0] < ends[i]} != {jump for jump in each if jump[0] < ends[some]}:
+            what = f"{_name_start(forecasts[some])} counts slots of a clock that changes within it"
+            other = (
+                f"{_name_start(forecasts[i])} does not change its clock then, so that their steps are not at one time"
+            )
+            raise RequestError(
+                f"{what}, and {other}; send all `start`s of that day with an offset", instance=i, field=PAIRED
+            )
 
 
 def _parse_instant(i: int, forecast: MarginalForecast) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, isnan, pi
 from typing import Any
 
 import msgspec
@@ -96,7 +96,10 @@ def suggest_inputs(
 
 @dataclass(frozen=True, slots=True)
 class Fitting:
-    """The parameters of a fit: `epochs` are passes over the windows of a series, `holdout` is the last share of it."""
+    """The parameters of a fit: `epochs` are passes over the windows of a series, `holdout` is the last share of it.
+
+    The holdout says how long to train; then a second run of that length learns from all windows.
+    """
 
     epochs: float = 0.0  #: most passes; 0: 20, or as many as 600 steps for a short series
     batch: int = 128
@@ -107,14 +110,17 @@ class Fitting:
     holdout_windows: int = 512
     checks: int = 40  #: evaluations of the holdout in a whole run
     patience: int = 12  #: evaluations without a better loss of any model after which the run ends
-    max_seconds: float = float("inf")  #: a run that reaches it is not reproducible
+    max_seconds: float = float("inf")  #: about, of both runs; a run that reaches half of it is not reproducible
     seed: int = 0
     threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A trained forecaster, ready to be packed. Losses are mean pinball losses of the holdout in the series' unit."""
+    """A trained forecaster, fitted to all of its series and ready to be packed.
+
+    Losses are mean pinball losses of the holdout in the series' unit, by the fit to the rows before it.
+    """
 
     name: str
     architecture: str
@@ -174,9 +180,23 @@ def _fit_family(
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
         return linear.whole(best).view(len(series), -1), judge.price_losses(best.view(len(series), -1))
-    start = np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
-    best = _Fit(member, data, fitting, pool).best(torch.from_numpy(start), progress).view(len(series), -1)
-    return best, judge.price_losses(best)
+    start = torch.from_numpy(
+        np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
+    )
+    networks = _Fit(member, data, fitting, pool)
+    best, steps = networks.best(start, progress)
+    losses = judge.price_losses(best.view(len(series), -1))
+    return networks.whole(start, steps).view(len(series), -1), losses
+
+
+def explain_worse(fitted: Fitted) -> str:
+    """Say why a fit is not known to be better than the naive forecast; empty if it is."""
+    if isnan(fitted.loss):
+        return f"{fitted.name}: nothing is observed in its holdout, so that it cannot be judged"
+    if fitted.loss < fitted.naive_loss:
+        return ""
+    than = f"its holdout loss {fitted.loss:.4g} is no better than the naive forecast's {fitted.naive_loss:.4g}"
+    return f"{fitted.name}: {than}"
 
 
 def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -> Config:
@@ -253,35 +273,61 @@ class _Fit:
     def __repr__(self) -> str:
         return f"<_Fit {self._family.key} {self._data!r}>"
 
-    def best(self, start: torch.Tensor, progress: Progress | None) -> torch.Tensor:
-        """Train flat parameters [M, n]; returns the weight average of each model that is best on the holdout [M, n].
+    def best(self, start: torch.Tensor, progress: Progress | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Train flat parameters [M, n] on the training part.
 
-        The optimiser is AdamW; the learning rate warms up and falls by a cosine.
+        Returns the weight average of each model that is best on the holdout [M, n], and after how many steps that was
+        [M]. A model of whose holdout nothing is observed has no loss, and keeps its last average.
         """
-        fitting, draw = self._fitting, torch.Generator().manual_seed(self._fitting.seed)
-        weights, average, best = start.clone(), start.clone(), start.clone()
-        best_loss = torch.full((len(start),), float("inf"))
-        optimiser = torch.optim.AdamW([weights], weight_decay=fitting.weight_decay, fused=True)
-        pass_steps = len(self._data.train) / fitting.batch
-        steps = max(1, round(fitting.epochs * pass_steps or max(EPOCHS * pass_steps, LEAST_STEPS)))
-        every, idle, until = max(1, steps // fitting.checks), 0, time.monotonic() + fitting.max_seconds
-        for step in range(1, steps + 1):
-            weights.grad = self._gradient(weights, self._data.drawn(fitting.batch, draw))
-            optimiser.param_groups[0]["lr"] = fitting.learning_rate * _compute_rate(step / steps)
-            optimiser.step()
-            average.lerp_(weights, max(1 - fitting.average, 1 / step))
+        fitting, best = self._fitting, start.clone()
+        best_loss, at = torch.full((len(start),), torch.nan), torch.zeros(len(start), dtype=torch.long)
+        steps = self._count_steps()
+        every, idle, until = max(1, steps // fitting.checks), 0, time.monotonic() + fitting.max_seconds / 2
+        for step, average in self._train(start, self._data.train):
             over = step == steps or time.monotonic() > until
             if step % every and not over:
                 continue
             losses = self._holdout_losses(average)
-            better = losses < best_loss
-            best[better], best_loss[better] = average[better], losses[better]
+            better = ~(losses >= best_loss)
+            best[better], best_loss[better], at[better] = average[better], losses[better], step
             idle = 0 if better.any() else idle + 1
             if progress:
                 progress(step, steps, best_loss.mean().item())
             if over or idle >= fitting.patience:
                 break
-        return best
+        return best, at
+
+    def whole(self, start: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Train flat parameters [M, n] anew on all windows, also those of the holdout, since prices change.
+
+        Each model takes the number of steps [M] after which it was best on the holdout, at the same learning rates.
+        """
+        found, last = start.clone(), int(steps.max())
+        for step, average in self._train(start, self._data.all):
+            done = steps == step
+            found[done] = average[done]
+            if step == last:
+                break
+        return found
+
+    def _count_steps(self) -> int:
+        fitting, pass_steps = self._fitting, len(self._data.train) / self._fitting.batch
+        return max(1, round(fitting.epochs * pass_steps or max(EPOCHS * pass_steps, LEAST_STEPS)))
+
+    def _train(self, start: torch.Tensor, windows: range) -> Iterator[tuple[int, torch.Tensor]]:
+        """Train on windows from these steps on: yields the number of steps done, and the average of the weights [M, n].
+
+        The optimiser is AdamW; the learning rate warms up and falls by a cosine.
+        """
+        fitting, draw = self._fitting, torch.Generator().manual_seed(self._fitting.seed)
+        weights, average, steps = start.clone(), start.clone(), self._count_steps()
+        optimiser = torch.optim.AdamW([weights], weight_decay=fitting.weight_decay, fused=True)
+        for step in range(1, steps + 1):
+            weights.grad = self._gradient(weights, self._data.drawn(windows, fitting.batch, draw))
+            optimiser.param_groups[0]["lr"] = fitting.learning_rate * _compute_rate(step / steps)
+            optimiser.step()
+            average.lerp_(weights, max(1 - fitting.average, 1 / step))
+            yield step, average
 
     def price_losses(self, weights: torch.Tensor) -> list[tuple[float, float]]:
         """Compute mean pinball losses of the holdout in prices: of each model, and of the values `naive_lag` before."""
@@ -325,11 +371,13 @@ class _Fit:
         return found
 
     def _holdout_losses(self, weights: torch.Tensor) -> torch.Tensor:
-        """Compute the mean holdout loss of each model in network numbers [M]."""
+        """Compute the mean holdout loss of each model in network numbers [M], NaN where nothing is observed."""
 
         def of(models: slice) -> torch.Tensor:
             with torch.no_grad():
-                return self._losses(weights[models], *self._data.cut(self._held_out, models))
+                x, y = self._data.cut(self._held_out, models)
+                losses = self._losses(weights[models], x, y)
+            return losses.where((~y.isnan()).any(2).any(1), torch.nan)
 
         return torch.cat(list(self._pool.map(of, self._slices(self._held_out))))
 

@@ -69,8 +69,7 @@ class LinearFit:
         return _flatten_coefficients(kept), least.mean().item()
 
     def _whole(self, model: int, weights: torch.Tensor) -> torch.Tensor:
-        train, holdout = self._data.train, self._data.holdout
-        windows = self._recent(model, range(train.start, holdout.stop, train.step))
+        windows = self._recent(model, self._data.all)
         columns = len(self._penalty[model])
         start = Coefficients(weights[:-columns].view(columns, -1).T, weights[-columns:])
         return _flatten_coefficients(

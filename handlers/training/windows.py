@@ -59,10 +59,15 @@ class Windows:
         x = inputs.reshape(-1, channels).index_select(0, places.flatten()).view(*places.shape, channels)
         return x, targets.gather(1, ahead.flatten(1)).view_as(ahead)
 
-    def drawn(self, count: int, random: torch.Generator) -> torch.Tensor:
-        """Draw random windows of the training part [M, count]."""
-        places = torch.randint(0, len(self.train), (len(self), count), generator=random)
-        return self.train.start + self.train.step * places
+    @property
+    def all(self) -> range:
+        """The steps to forecast from of both parts, and those between them."""
+        return range(self.train.start, self.holdout.stop, self.train.step)
+
+    def drawn(self, starts: range, count: int, random: torch.Generator) -> torch.Tensor:
+        """Draw random windows that forecast from some of these steps [M, count]."""
+        places = torch.randint(0, len(starts), (len(self), count), generator=random)
+        return starts.start + starts.step * places
 
     def held_out(self, count: int) -> torch.Tensor:
         """Return up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""

@@ -10,7 +10,7 @@ from rich.table import Table
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
-from server.cli.train import name_archives
+from server.cli.train import match_markets
 from server.logs import escape_text
 from server.offline.measures import format_score
 
@@ -51,11 +51,10 @@ def calibrate(
     exit code is 1 when some markets could not be calibrated.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline.calibration import calibrate_fleet  # noqa: PLC0415 -- torch
-    from server.offline.fleet_evaluation import match_columns  # noqa: PLC0415
 
     with one_line_errors():
         settings = settings_from({"store": models} if models else {})
-        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = match_markets(csv, time, target or (), settings, name_template)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
         with show_progress("calibrating") as told:
             found, failed = calibrate_fleet(csv, time, names, settings, days, told, rules)

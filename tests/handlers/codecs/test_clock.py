@@ -27,6 +27,7 @@ from handlers.codecs.clock import (
     resolve_wall_clock,
 )
 from handlers.codecs.codec import FamilyCodec
+from handlers.codecs.joint import MarginalForecast, pair_starts
 from handlers.errors import RequestError
 from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from tests.handlers.codecs.test_deepar_contract import ContractFamily
@@ -265,6 +266,36 @@ def test_samples_and_marginals_count_real_steps() -> None:
     assert np.shape(found["samples"]) == (3, 23)
     assert np.shape(found["marginal"]["values"]) == (1, 23, 1)
     assert (found["marginal"]["start"], found["marginal"]["step_s"]) == ("2024-03-31 00:00:00+01:00", 3600)
+
+
+def ask_marginal(name: str, start: str, zone: str = "Europe/Berlin") -> dict[str, Any]:
+    """A day ahead of 48 hours from `start` on as a correlation archive is sent it."""
+    forecast = msgspec.structs.replace(
+        WIDE, time_zone=zone, dynamic_feat=(), inputs=WIDE.inputs[:1], origin=msgspec.UNSET
+    )
+    body = {"instances": [{"start": start, "target": [1.0] * 48}], "configuration": {"output_types": ["marginal"]}}
+    return {"name": name, "marginal": ask_codec(json.dumps(body).encode(), forecast)[1]["marginal"]}
+
+
+@pytest.mark.parametrize("day", ["2024-03-31", "2024-10-27"])
+def test_slots_and_real_steps_are_not_paired_on_a_day_when_the_clock_changes(day: str) -> None:
+    """After the change equal positions are an hour apart: the call is refused with both models and their starts."""
+    before = str(datetime.fromisoformat(day).date() - timedelta(days=2))
+    offset = "+01:00" if day == "2024-03-31" else "+02:00"
+    slots, real = ask_marginal("de.mar", before), ask_marginal("fr.mar", f"{before} 00:00{offset}")
+    london = ask_marginal("gb.mar", before, "Europe/London")
+    utc = ask_marginal("is.mar", before, "Atlantic/Reykjavik")
+    read = msgspec.json.Decoder(list[MarginalForecast]).decode
+    assert pair_starts(read(json.dumps([slots, {**slots, "name": "at.mar"}]))) == [0, 0]
+    assert pair_starts(read(json.dumps([slots, london]))) == [0, 1]  # both clocks change at one instant
+    for pair in ([slots, real], [real, slots], [slots, utc], [utc, london]):
+        said = f"from {day} 00:00:00.* counts slots of a clock .* from {day} 00:00:00.* does not change its clock"
+        with pytest.raises(RequestError, match=said) as caught:
+            pair_starts(read(json.dumps(pair)))
+        assert all(each["name"] in str(caught.value) for each in pair)
+    assert pair_starts(read(json.dumps([real, utc]))) == [0, 1 if offset == "+01:00" else 2]
+    ordinary = ask_marginal("de.mar", "2024-06-01"), ask_marginal("fr.mar", "2024-06-01 00:00+02:00")
+    assert pair_starts(read(json.dumps(ordinary))) == [0, 0]
 
 
 def test_a_description_names_clock_covariates_and_tails() -> None:

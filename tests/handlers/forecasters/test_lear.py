@@ -197,10 +197,11 @@ def test_windows_start_at_the_origin() -> None:
     """Every window that is drawn or held out forecasts from midnight; without an origin from any hour."""
     series = make_series()
     data = Windows([series], [make_forecast(series)], 192, 0.1)
-    starts = torch.cat([data.drawn(200, torch.Generator().manual_seed(0))[0], data.held_out(99)[0]])
+    starts = torch.cat([data.drawn(data.train, 200, torch.Generator().manual_seed(0))[0], data.held_out(99)[0]])
     assert {series.stamp(at)[11:] for at in starts.tolist()} == {"00:00:00"}
     assert len(set(starts.tolist())) > 90
-    anywhere = Windows([series], [make_forecast(series, "")], 192, 0.1).drawn(500, torch.Generator().manual_seed(0))
+    free = Windows([series], [make_forecast(series, "")], 192, 0.1)
+    anywhere = free.drawn(free.train, 500, torch.Generator().manual_seed(0))
     assert len({series.stamp(at)[11:] for at in anywhere[0].tolist()}) == 24
 
 

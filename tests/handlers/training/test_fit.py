@@ -112,7 +112,7 @@ def test_training_sees_what_the_server_will_see() -> None:
 def test_windows_do_not_reach_from_training_into_the_holdout() -> None:
     """The last training window's forecast ends where the first held-out one begins; nothing of either is left out."""
     data = Windows([make_series()], [make_forecast(make_series())], 81, 0.1)
-    drawn = data.drawn(5000, torch.Generator().manual_seed(0))
+    drawn = data.drawn(data.train, 5000, torch.Generator().manual_seed(0))
     held = data.held_out(10_000)
     assert (drawn.min().item(), drawn.max().item() + 24) == (168 + 144, held.min().item())
     assert held.max().item() == 24 * 40 - 24
@@ -160,6 +160,47 @@ def test_the_best_weights_of_each_model_are_kept() -> None:
     )
     assert losses == sorted(losses, reverse=True)
     assert sum(each.loss for each in found) < 3.3  # 3.13; the last weights have 3.45, the naive forecast 5.09
+
+
+@pytest.mark.parametrize("architecture", ["tcn", "mlp", "gru", "esrnn", "lear"])
+def test_a_fit_has_learnt_from_the_last_rows_too(architecture: str) -> None:
+    """Another last day, in the middle of the holdout's windows, gives other weights after as many steps."""
+    once = replace(QUICK, epochs=0.5, checks=1)
+    series = make_series(steps=960)
+    values = series.values.copy()
+    values[-24:] += 30.0
+    other, context = replace(series, values=values), 168 if architecture in ("tcn", "mlp", "lear") else 36
+    recipe = make_forecast(series, context)
+    config = {"tcn": SMALL, "lear": {}}.get(architecture, {"hidden": 8})
+    first, second = (fit_forecasters([each], [recipe], architecture, {**config}, once)[0] for each in (series, other))
+    assert any((tensor != second.tensors[name]).any() for name, tensor in first.tensors.items())
+
+
+def test_a_refit_is_as_long_as_was_best_on_the_holdout() -> None:
+    """A run that is far too long learns the noise by heart, also of all rows; what is kept forecasts well."""
+    series, long = make_series(steps=1200), Fitting(epochs=60, batch=32, learning_rate=2e-2, average=0.9, patience=100)
+    before = replace(series, values=series.values[:600], known=series.known[:, :600])
+    recipe = make_forecast(before)
+    (found,) = fit_forecasters([before], [recipe], "tcn", {"channels": 16}, long)
+    network = make_reference_network("tcn", found.config, found.tensors)
+    errors = []
+    for at in range(600, 1170, 24):
+        request = {"instances": [series.instance(at - recipe.history_length, at, 24)]}
+        answer = ask_network(network, recipe, request)["predictions"][0]["quantiles"]["0.5"]
+        errors.append(np.abs(series.values[at : at + 24] - answer).mean())
+    assert np.mean(errors) < 5.3, np.mean(errors)
+
+
+def test_a_model_without_a_holdout_trains_to_the_end() -> None:
+    """Nothing observed is no loss of 0, which the first look at the holdout would have and no later one beat."""
+    series = make_series(steps=960)
+    values = series.values.copy()
+    values[-90:-1] = np.nan  # the windows that are looked at; the last one alone has a value, in its last step
+    fitting = replace(QUICK, epochs=4, holdout_windows=1)
+    (short,) = fit_forecasters([replace(series, values=values)], [make_forecast(series)], "tcn", {**SMALL}, fitting)
+    assert np.isnan(short.loss)
+    golden = short.golden.response["predictions"][0]["quantiles"]
+    assert np.ptp(golden["0.5"]) > 15  # the daily shape, which no network has after one check
 
 
 @pytest.mark.parametrize("limit", [{"patience": 2}, {"max_seconds": 0.1}])

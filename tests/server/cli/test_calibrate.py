@@ -62,7 +62,19 @@ def test_calibrated_archives_are_published_and_stay_so(csv: Path, store: Path, t
     assert re.search(r"^M00: \d\d\.\d% covered, \d+\.\d% before its calibration$", table.stdout, re.MULTILINE)
     assert "calibrated" in run("inspect", str(store / "M00.mar")).output
 
-    quick = ("--time", "hour", "--store", str(store), "--target", "M00", "--epochs", "2", "--windows", "8")
+    quick = (
+        "--time",
+        "hour",
+        "--store",
+        str(store),
+        "--target",
+        "M00",
+        "--epochs",
+        "2",
+        "--windows",
+        "8",
+        "--keep-worse",
+    )
     again = run("retrain", str(csv), *quick, "--log", str(tmp_path / "a.jsonl"))
     assert again.exit_code == 0, again.output
     renewed = read_calibration(store / "M00.mar")
@@ -78,7 +90,19 @@ def test_calibrated_archives_are_published_and_stay_so(csv: Path, store: Path, t
 
 def test_retrain_calibrates_what_was_not(csv: Path, store: Path, tmp_path: Path) -> None:
     """With --calibrate: the days are held back from the fit that offsets are learnt of, not from the published one."""
-    quick = ("--time", "hour", "--store", str(store), "--target", "M00", "--epochs", "2", "--windows", "8")
+    quick = (
+        "--time",
+        "hour",
+        "--store",
+        str(store),
+        "--target",
+        "M00",
+        "--epochs",
+        "2",
+        "--windows",
+        "8",
+        "--keep-worse",
+    )
     result = run("retrain", str(csv), *quick, "--calibrate", "40", "--log", str(tmp_path / "a.jsonl"))
     assert result.exit_code == 0, result.output
     record = read_calibration(store / "M00.mar")
