@@ -81,6 +81,10 @@ def backtest(
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
         rich.print(_make_score_table(found))
+        for each in found.markets:
+            if each.uncalibrated is not None:
+                after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
+                print(escape_text(f"{each.target}: {after} covered, {before} before its calibration"))  # noqa: T201
     for note, markets in found.notes().items():
         more = f" and {len(markets) - SHOWN} more" if len(markets) > SHOWN else ""
         print(escape_text(f"note: {', '.join(markets[:SHOWN])}{more}: {note}"), file=sys.stderr)  # noqa: T201

@@ -47,6 +47,7 @@ GateMargin = Annotated[float, typer.Option(min=0, help="percent by which the new
 PATTERN = re.compile(r"[*?\[]")  #: what tells a pattern of columns from a name
 NAME_TEMPLATE = "{target}.mar"
 GATE_MARGIN, GATE_WINDOWS = 2.0, 28
+CALIBRATION_DAYS = 91
 
 
 def expand_targets(csv: Path, targets: Sequence[str], others: Iterable[str], patterns: Iterable[str] = ()) -> list[str]:

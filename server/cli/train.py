@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
 CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
 ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
+QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples are flat beyond the outer ones
 
 
 def train(
@@ -59,7 +60,9 @@ def train(
     context_length: Annotated[
         int, typer.Option(min=0, help="number of past steps that are read; 0: 168, or 84 if a step is over an hour")
     ] = 0,
-    quantiles: Annotated[str, typer.Option(help="quantile levels to forecast")] = "0.1,0.25,0.5,0.75,0.9",
+    quantiles: Annotated[
+        str, typer.Option(help="quantile levels to forecast; samples need outer ones, as they are flat beyond them")
+    ] = QUANTILES,
     scaling: Annotated[
         Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
     ] = "asinh",

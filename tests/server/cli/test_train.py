@@ -80,6 +80,17 @@ def test_archives_load_and_carry_what_was_asked_for(prices: Path, tmp_path: Path
     assert f"fleetcast serve --store {store}" in result.output
 
 
+def test_the_default_levels_have_tails(prices: Path, tmp_path: Path) -> None:
+    """Without --quantiles there are nine levels from 0.01 to 0.99, so that samples are not cut off at 0.1 and 0.9."""
+    result = run(str(prices), "--time", "hour", "--target", "NSW1", "--out", str(tmp_path), *QUICK)
+    assert result.exit_code == 0, result.output
+    (archive,) = tmp_path.glob("*.mar")
+    spec = open_archive(archive.read_bytes(), "m").spec
+    assert spec is not None
+    assert spec.forecast is not None
+    assert spec.forecast.quantile_levels == (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
 def test_the_same_seed_gives_the_same_bytes(prices: Path, tmp_path: Path) -> None:
     """Archives are reproducible, and a seed is not ignored."""
     for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
