@@ -15,6 +15,7 @@ MIB: Final = 2**20
 
 #: Header names. HTTP compares them without regard to case; `raw_header` gives the spelling that ASGI uses.
 HEADER_TARGET_MODEL: Final = "X-Amzn-SageMaker-Target-Model"
+HEADER_INFERENCE_COMPONENT: Final = "X-Amzn-SageMaker-Inference-Component"  #: names the model where no target does
 HEADER_CUSTOM_ATTRIBUTES: Final = "X-Amzn-SageMaker-Custom-Attributes"
 HEADER_VARIANT: Final = "X-Amzn-Invoked-Production-Variant"
 HEADER_ERROR_TYPE: Final = "X-Amzn-ErrorType"
@@ -45,6 +46,8 @@ METRICS_PATH: Final = "/metrics"  #: on the metrics listener
 
 MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the three below
 PROCESSES_PATH: Final = "/fleet/processes"
+OPENAPI_PATH: Final = "/openapi.json"  #: on the management listener, as the page below
+DOCS_PATH: Final = "/docs"
 EVENTS_PATH: Final = "/fleet/events"  #: takes a store's notifications of changed archives (POST)
 ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 

@@ -69,6 +69,15 @@ class Detail(msgspec.Struct, frozen=True, omit_defaults=True):
     retry_ms: int | None = None
     status: int | None = None
 
+    def say(self, each: str = "instances") -> str:
+        """The message with its place before it, for clients that show nothing else: `instances[3].start: ...`.
+
+        `each`: what the instances of a request are called in this protocol.
+        """
+        counted = "" if self.instance is None else f"{each}[{self.instance}]"
+        place = ".".join(filter(None, (counted, self.field)))
+        return f"{place}: {self.message}" if place and not self.message.startswith(place) else self.message
+
 
 class Refused(Exception):
     """A request ends here with a situation; a dialect of the front says it in the client's protocol."""

@@ -17,6 +17,7 @@ from handlers.codecs import open_inference, tensors
 from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
+from handlers.codecs.features import parse_step_seconds
 from handlers.codecs.tensors import Place, put_rows
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
@@ -138,9 +139,13 @@ class FamilyCodec:
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
 
-    def describe(self) -> dict[str, object]:
-        """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors."""
-        return {} if self._deepar is None else {"forecast": describe_forecast(self._deepar.forecast)}
+    def describe(self, *, whole: bool = False) -> dict[str, object]:
+        """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors.
+
+        `whole`: all of it, else what a list of a thousand models has room for.
+        """
+        describe = describe_recipe if whole else describe_forecast
+        return {} if self._deepar is None else {"forecast": describe(self._deepar.forecast)}
 
     def decode(
         self, body: bytes | memoryview, content_type: str, accept: str, place: Place | None = None
@@ -345,7 +350,10 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
 
 
 def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
-    """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products."""
+    """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products.
+
+    `needs_start`: whether a forecast depends on when it begins.
+    """
     return {
         **describe_forecast(forecast),
         "dynamic_feat": list(forecast.dynamic_feat),
@@ -353,6 +361,8 @@ def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
         "quantile_levels": list(forecast.quantile_levels),
         "products": list(forecast.products),
         "unit": forecast.unit,
+        "needs_start": bool(forecast.origin) or any(channel.source == "calendar" for channel in forecast.inputs),
+        "step_s": parse_step_seconds(forecast.frequency),
     }
 
 

@@ -16,6 +16,7 @@ import orjson
 from handlers.base import Shape
 from handlers.codecs import tensors
 from handlers.errors import RequestError
+from model_store.archives.json_faults import explain_fault
 
 Array = npt.NDArray[Any]
 MOST_STRINGS = 1 << 16  #: of one tensor: an object of Python each
@@ -66,7 +67,7 @@ def read_data(raw: bytes, datatype: Datatype, shape: Sequence[int], field: str) 
     try:
         document = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise RequestError(f"the data are not JSON: {error}", field=field) from error
+        raise RequestError(f"the data are not JSON: {explain_fault(error).message}", field=field) from error
     values = list[Any]()
     _flatten(document, dims, field, values)
     return _CONVERT[datatype.kind](values, datatype, _Place(dims, field)).reshape(shape)

@@ -1,23 +1,28 @@
 """The records of a DeepAR request, read strictly, and the place of each fault. No torch.
 
-Contract: CONTRACTS 5. Unknown fields of an instance are ignored, those of `configuration` are refused.
+Contract: CONTRACTS 5. Unknown keys are refused: a covariate whose name is misspelt must not be left out in silence.
 """
 
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from difflib import get_close_matches
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from handlers.errors import RequestError
+from model_store.archives.json_faults import FAULTS, NO_CHOICE, NO_KEY, JsonFault, explain_fault
 
 MAX_ROWS = 1024  #: most instances in one request
 SHOWN_NAMES = 10  #: most names in a message
+SHOWN = 100  #: most characters of a key that is compared with others
+OUTPUT_TYPES = ("mean", "quantiles", "samples", "marginal")
 START = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d)?(Z|[+-]\d\d:\d\d)?)?")
-PLACE = re.compile(r"(.*) - at `\$\.?(?:instances\[(\d+)\]\.?)?(.*)`", re.DOTALL)
-ROW = re.compile(r"target\[\d+\]")
+PLACE = re.compile(r"(?:instances\[(\d+)\]\.?)?(.*)", re.DOTALL)
+ROW, VALUE = re.compile(r"target\[\d+\]"), re.compile(r"target\[\d+\](\[\d+\])?")
+OUTPUT_PLACE = re.compile(r"configuration\.output_types\[\d+\]")
 
 T = TypeVar("T")
 Numbers = list[float | Literal["NaN"] | None]  #: one product's history [T]; null and "NaN" are missing
@@ -28,14 +33,18 @@ Seed = Annotated[int, Meta(ge=0, le=2**53)]
 Category = Annotated[int, Meta(ge=0, le=2**53)]
 
 
-class Instance(Struct, Generic[Target]):
-    """One time series, or one of each product, and its known-future covariates."""
+class Instance(Struct, Generic[Target], forbid_unknown_fields=True):
+    """One time series, or one of each product, and its known-future covariates.
+
+    `target_model` is what a call for many models names; it has been read when the instance comes here.
+    """
 
     start: str
     target: Target
     cat: list[Category] | None = None
     dynamic_feat: list[list[float]] | None = None
     item_id: str | Whole | None = None
+    target_model: Any = None
 
 
 class Configuration(Struct, forbid_unknown_fields=True):
@@ -52,19 +61,21 @@ class Configuration(Struct, forbid_unknown_fields=True):
     correlation: str | None = None
 
 
-class DeepArRequest(Struct, Generic[Target]):
+class DeepArRequest(Struct, Generic[Target], forbid_unknown_fields=True):
     """The body of a request."""
 
     instances: Annotated[list[Instance[Target]], Meta(min_length=1, max_length=MAX_ROWS)]
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
-class JsonLine(Instance[Target], Generic[Target]):
+class JsonLine(Instance[Target], Generic[Target], forbid_unknown_fields=True):
     """One line of JSON Lines: an instance, and optionally the requested contents of the answer."""
 
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
+INSTANCE_KEYS = tuple(key for key in Instance.__struct_fields__ if key != "target_model")
+REQUEST_KEYS, LINE_KEYS = DeepArRequest.__struct_fields__, (*INSTANCE_KEYS, "configuration")
 _ONE = msgspec.json.Decoder[Any](DeepArRequest[Numbers]), msgspec.json.Decoder[Any](JsonLine[Numbers])
 _SEVERAL = msgspec.json.Decoder[Any](DeepArRequest[list[Numbers]]), msgspec.json.Decoder[Any](JsonLine[list[Numbers]])
 
@@ -81,31 +92,48 @@ class RequestReader:
 
     def body(self, raw: bytes) -> DeepArRequest[Any]:
         """Parse a body. Raises RequestError that names instance and field."""
-        found: DeepArRequest[Any] = self._read(self._body, raw)
+        found: DeepArRequest[Any] = self._read(self._body, raw, REQUEST_KEYS)
         return found
 
     def line(self, raw: bytes) -> JsonLine[Any]:
         """Parse a line. Raises RequestError that names the field."""
-        found: JsonLine[Any] = self._read(self._line, raw)
+        found: JsonLine[Any] = self._read(self._line, raw, LINE_KEYS)
         return found
 
-    def _read(self, decoder: "msgspec.json.Decoder[T]", raw: bytes) -> T:
+    def _read(self, decoder: "msgspec.json.Decoder[T]", raw: bytes, keys: Sequence[str]) -> T:
         try:
             return decoder.decode(raw)
-        except msgspec.ValidationError as error:
-            raise self._placed(str(error)) from error
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise RequestError(f"the body is not valid JSON: {error}") from error
+        except FAULTS as error:
+            fault = explain_fault(error)
+            if not isinstance(error, msgspec.ValidationError):
+                raise RequestError(f"the body is not valid JSON: {fault.message}") from error
+            raise self._placed(fault, keys) from error
 
-    def _placed(self, text: str) -> RequestError:
-        match = PLACE.fullmatch(text)
-        if match is None:
-            return RequestError(text)
-        message, instance, field = match.groups()
-        row = "Expected `array`" in message if self._several else message.endswith("got `array`")
+    def _placed(self, fault: JsonFault, keys: Sequence[str]) -> RequestError:
+        """The fault, with what the place would take. `keys`: of the whole document."""
+        match = PLACE.fullmatch(fault.place)
+        assert match is not None, "every text fits"
+        instance, field = match.groups()
+        message, got = fault.message, fault.message.rpartition(", not ")[2]
+        row = message.startswith("expected a list") if self._several else got == "a list"
         if row and ROW.fullmatch(field):
             field, message = "target", self._depth
+        elif VALUE.fullmatch(field) and "out of range" not in message:
+            message = f'expected a number, null or "NaN", not {got.removesuffix(NO_CHOICE)}'
+        elif OUTPUT_PLACE.fullmatch(field):
+            message = f"expected one of {', '.join(OUTPUT_TYPES)}, not {got.removesuffix(NO_CHOICE)}"
+        elif message == NO_KEY and field.startswith("configuration."):
+            message = _refuse_key(field.removeprefix("configuration."), Configuration.__struct_fields__)
+        elif message == NO_KEY:
+            message = _refuse_key(field, keys if instance is None else INSTANCE_KEYS)
         return RequestError(message, instance=None if instance is None else int(instance), field=field or None)
+
+
+def _refuse_key(key: str, known: Sequence[str]) -> str:
+    """Say which keys there are in the place of an unknown one, and which one may be meant."""
+    near = get_close_matches(key[:SHOWN], known, 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"there is no such key{meant}; there are {', '.join(known)}"
 
 
 def parse_start(text: str) -> datetime:

@@ -9,6 +9,7 @@ from calendar import day_name
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from hashlib import sha256
+from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ from model_store.errors import ArchiveInvalid
 
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
 DAYS = tuple(day.lower() for day in day_name)  #: the first weekday is Monday
-DAY = 86_400
+DAY, HOUR, MINUTE = 86_400, 3600, 60
 SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
 
 Float64 = npt.NDArray[np.float64]
@@ -82,6 +83,7 @@ class Inputs:
         """
         forecast = self._forecast
         moment = parse_start(instance.start)
+        self._check_grid(moment)
         if moment.tzinfo is not None:
             start, series, covariates, first = self._place_real_steps(moment, instance)
             steps = len(series[0])
@@ -153,6 +155,35 @@ class Inputs:
             stamp = format_instant(begin, zone)
         return History(start, histories, covariates, FirstStep(stamp, plan.steps))
 
+    def _check_grid(self, moment: datetime) -> None:
+        """Check that a history may start at this time: steps of an hour have no quarters. Raises RequestError.
+
+        Steps are counted from the archive's time of day, by default from midnight; an instant may lie on the grid of
+        the clock it is written in, or of the archive's. Days and longer steps start at any full hour, such as gas days.
+        """
+        grid = gcd(self.step_s, DAY) if self.step_s < DAY else HOUR
+        if grid <= 1 or self._lies_on(moment, grid):
+            return
+        if moment.tzinfo is not None:
+            try:
+                if self._lies_on(moment.astimezone(find_zone(self._forecast.time_zone)), grid):
+                    return
+            except (ZoneUnknown, OverflowError):
+                return  # it is refused with more to say where its steps are placed
+        first = _format_clock(self._find_phase(grid))
+        second = _format_clock(self._find_phase(grid) + grid)
+        message = f"the model has steps of {self._forecast.frequency}, which start at {first}, {second} and so on"
+        raise RequestError(f"{message}, not at {moment.time().isoformat()}", field="start")
+
+    def _find_phase(self, grid: int) -> int:
+        """The seconds after midnight at which a first step begins."""
+        hour, _, minute = (self._forecast.origin or "00:00").partition(":")
+        return (int(hour) * HOUR + int(minute) * MINUTE) % grid
+
+    def _lies_on(self, moment: datetime, grid: int) -> bool:
+        seconds = moment.hour * HOUR + moment.minute * MINUTE + moment.second
+        return (seconds - self._find_phase(grid)) % grid == 0
+
     def _check_origin(self, first: FirstStep, start: datetime, steps: int) -> None:
         """Check that the forecast starts at the archive's time of day, on its wall clock. Raises RequestError."""
         wall = first.stamp if first.steps is None else _first_forecast(start, steps * self.step_s)
@@ -208,6 +239,11 @@ class Inputs:
         origin = np.datetime64(start, "s").astype(np.int64)
         seconds = origin + (step + np.arange(self._forecast.context_length)) * self.step_s
         return compute_calendar_feature(seconds, channel.feature)
+
+
+def _format_clock(seconds: int) -> str:
+    """Format seconds after midnight, such as `13:30:00`."""
+    return f"{seconds // HOUR:02}:{seconds // MINUTE % 60:02}:{seconds % 60:02}"
 
 
 def parse_step_seconds(frequency: str) -> int:

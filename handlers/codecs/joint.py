@@ -29,6 +29,7 @@ from handlers.codecs.scenarios import (
 )
 from handlers.codecs.tensors import encode_in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
+from model_store.archives.json_faults import FAULTS, explain_fault
 
 MAX_FORECASTS = 10_000
 MAX_JUMPS = 100  #: most changes of a clock within one forecast
@@ -143,8 +144,8 @@ class JointCodec:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
         try:
             request = self._decoder.decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RequestError(f"not a request for joint scenarios: {error}") from error
+        except FAULTS as error:
+            raise RequestError(f"not a request for joint scenarios: {explain_fault(error)}") from error
         refuse_repeated(_names(request))  # before work is done for ten thousand
         marginals, owners = list[Marginal](), list[int]()
         for i, (forecast, first) in enumerate(zip(request.forecasts, pair_starts(request.forecasts), strict=True)):

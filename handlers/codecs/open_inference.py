@@ -9,7 +9,6 @@ name for the model, which an answer repeats, takes the place of the `Accept` hea
 and writes the values.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -35,6 +34,7 @@ from handlers.codecs.datatypes import (
     write_data,
 )
 from handlers.errors import RequestError, UnsupportedMedia
+from model_store.archives.json_faults import FAULTS, explain_fault
 
 INFER = "application/vnd.fleetcast.infer"  #: with `;json=N`: the request's first N bytes are the document
 DESCRIBE = "application/vnd.fleetcast.describe"  #: without a body: what the model takes and gives
@@ -47,10 +47,6 @@ MOST_ID = 1024  #: characters of a request's id, which the answer repeats
 MOST_WHOLE = 2**64  #: `timeout` and `priority` are below it
 
 Length = Annotated[int, Meta(ge=0, le=LONGEST_AXIS)]
-_TYPES = {"str": "text", "int": "a whole number", "bool": "true or false", "object": "an object", "array": "a list"}
-_TYPES |= {"float": "a fraction", "null": "null"}
-_WRONG_TYPE = re.compile(r"Expected `([a-z]+)(?: \| null)?`, got `([a-z]+)`(?: - at `\$\.?(.*)`)?")
-_MISSING = re.compile(r"Object missing required field `([a-z]+)`(?: - at `\$\.?(.*)`)?")
 
 
 class _Input(Struct):
@@ -226,15 +222,11 @@ def _parse_document(text: memoryview) -> _Document:
     """Raises RequestError, in words of ours, that names the place."""
     try:
         return _decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        said = str(error)
-    if found := _WRONG_TYPE.fullmatch(said):
-        wanted, got = (_TYPES.get(name, name) for name in found.group(1, 2))
-        raise RequestError(f"expected {wanted}, not {got}", field=found[3] or None)
-    if found := _MISSING.fullmatch(said):
-        place = f"{found[2]}.{found[1]}" if found[2] else found[1]
-        raise RequestError(f"{found[1]} is missing", field=place)
-    raise RequestError(f"not an inference request: {said}")
+    except FAULTS as error:
+        fault = explain_fault(error)
+        if not isinstance(error, msgspec.ValidationError):
+            raise RequestError(f"not an inference request: {fault.message}") from error
+        raise RequestError(fault.message, field=fault.place or None) from error
 
 
 def _read_raw(body: memoryview, signature: Signature) -> Call:

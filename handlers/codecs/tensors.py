@@ -20,6 +20,7 @@ import simdjson
 
 from handlers.base import Float32, Shape
 from handlers.errors import RequestError
+from model_store.archives.json_faults import explain_fault
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 NPY_DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -187,7 +188,7 @@ def read_document(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, Any] | 
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from error
+        raise RequestError(f"the body is not valid JSON: {explain_fault(error).message}") from error
     if not isinstance(document, dict):
         raise RequestError(
             f"the body must be a JSON object of {_format_names(shapes)}, not {_name_json_type(document)}"

@@ -1,5 +1,6 @@
 """`fleetcast invoke` sends a request to a running server."""
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -51,6 +52,10 @@ def invoke(
     version: Annotated[
         str, typer.Option(metavar="VERSION", help="version of the model, for the protocols torchserve, v2 and grpc")
     ] = "",
+    example: Annotated[
+        bool,
+        typer.Option("--example", help="send nothing: print a body that this model answers, with invented numbers"),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="print the cache result and timings on stderr")
     ] = False,
@@ -64,13 +69,17 @@ def invoke(
     fleetcast invoke au/nsw1.mar --body request.json -v
     echo '{"instances": [{"start": "2026-01-01 00:00:00", "target": [41.5, 39.2]}]}' | \\
         fleetcast invoke au/nsw1.mar --body -
+    fleetcast invoke au/nsw1.mar --example > request.json
     fleetcast invoke old/text.mar --body sample.txt --content-type text/plain --protocol torchserve
     fleetcast invoke au/nsw1.mar --body request.json --protocol grpc
     """  # noqa: D301
+    if example:
+        _print_example(model, url)
+        return
     if not body:
         fail(
             f"there is no request: give its file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
-            f"forecast, {TENSOR_EXAMPLE} for a model of tensors"
+            f"forecast, {TENSOR_EXAMPLE} for a model of tensors; --example prints one that this model answers"
         )
     from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
 
@@ -94,6 +103,22 @@ def invoke(
         rich.print_json(reply.body.decode(), ensure_ascii=True)
     else:
         sys.stdout.buffer.write(reply.body)
+
+
+def _print_example(model: str, url: str) -> None:
+    """Ask the server what the model wants, and print a body of that form."""
+    from server.sdk.client import Client  # noqa: PLC0415
+    from server.sdk.errors import FleetcastError  # noqa: PLC0415
+    from server.sdk.signing import find_access_key, find_token  # noqa: PLC0415 -- botocore
+
+    with one_line_errors():
+        try:
+            found = Client(url, access_key=find_access_key(), token=find_token()).example(model)
+        except FleetcastError as error:
+            fail(str(error), BAD)
+        except ValueError as error:  # NoExample
+            fail(f"there is no example of {model}: {error}")
+    print(json.dumps(found))  # noqa: T201
 
 
 def _invoke_by_http(

@@ -1,4 +1,4 @@
-"""`fleetcast settings-table`: the README's generated tables: settings, metrics, architectures. `make docs` runs it."""
+"""`fleetcast settings-table`: the README's generated tables: settings, metrics and so on. `make docs` runs it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,7 @@ from handlers.architectures import SUMMARIES
 from server import metrics
 from server.cli.setting_flags import render_settings
 from server.cli.terminal import one_line_errors
+from server.routes.doors import tabulate_doors
 
 
 def settings_table(
@@ -28,6 +29,7 @@ def update_tables(document: str) -> str:
         "settings": render_settings(),
         "metrics": metrics.render_metrics_table(),
         "architectures": _tabulate_architectures(),
+        "doors": tabulate_doors(),
     }
     for name, rows in tables.items():
         first, last = f"<!-- {name}: written by `make docs` -->", f"<!-- end of {name} -->"

@@ -65,7 +65,7 @@ class App:
         self._id_prefix = os.urandom(6).hex().encode()
 
     def __repr__(self) -> str:
-        """For example `<App sagemaker, forecasts, v2, health over <DataPlane 2 links, ...>>`."""
+        """For example `<App sagemaker, forecasts, nixtla, ..., health over <DataPlane 2 links, ...>>`."""
         return f"<App {', '.join(dialect.name for dialect in self._dialects)} over {self.plane!r}>"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,6 +197,7 @@ class App:
         else:
             log.error("request_failed", exc_info=error)
             why = Refused(Situation.INTERNAL, "the server failed; its log says why")
+        request.id = request.id or self._identify(request.headers)  # it may be refused before its body is read
         reply = dialect.refused(why, request)
         if isinstance(why, RefusedByWorker):
             reply.stats = why.stats

@@ -191,10 +191,12 @@ class InferencePlane(Protocol):
     """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held.
 
     `registrations`: what clients have named by TorchServe's and Multi Model Server's management APIs.
+    `forecasters`: models that have said of themselves that they forecast, a bounded number of names.
     """
 
     held: HeldBytes
     registrations: Registrations
+    forecasters: "dict[ModelName, None]"
 
     @property
     def expected(self) -> int:
@@ -206,6 +208,9 @@ class InferencePlane(Protocol):
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
+
+    def permits(self, model: ModelName) -> bool:
+        """Whether the client may ask this model."""
 
     def list_near(self, model: ModelName) -> list[str]:
         """A few names of models that the client may have meant by one that is not there; none where it asks often."""
@@ -224,7 +229,8 @@ class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
 
     def __init__(self, plane: InferencePlane) -> None:
-        self.held, self.registrations, self._plane = plane.held, plane.registrations, plane
+        self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
+        self._plane = plane
 
     @property
     def expected(self) -> int:
@@ -235,6 +241,10 @@ class PlaneInFront:
     def workers(self) -> Mapping[int, PulseReader | None]:
         """The workers that are up, and what is seen of each."""
         return self._plane.workers
+
+    def permits(self, model: ModelName) -> bool:
+        """Whether the client may ask this model."""
+        return self._plane.permits(model)
 
     def list_near(self, model: ModelName) -> list[str]:
         """A few names of models that the client may have meant."""
@@ -271,6 +281,7 @@ class DataPlane:
         self._look_after = 0.0  # when near names are looked for again
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
+        self.forecasters: dict[ModelName, None] = {}
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
@@ -304,6 +315,11 @@ class DataPlane:
                 return await self._ask_again(request, lane.worker)
         finally:
             self.held.size -= size
+
+    def permits(self, model: ModelName) -> bool:
+        """All models: a client with a token has a plane in front of this one."""
+        del model
+        return True
 
     def list_near(self, model: ModelName) -> list[str]:
         """Names that answered here before and are like this one. It is looked for only now and then."""

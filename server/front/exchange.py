@@ -8,6 +8,7 @@ import msgspec
 
 from server.errors import Refused, Situation
 from server.front.dataplane import ClientWatch, InferencePlane, InferResponse, InferStats
+from server.routes.record import Protocol as Routes
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -73,6 +74,7 @@ class Dialect(Protocol):
     """
 
     name: str  #: the metrics' label `protocol`
+    routes: Routes  #: its part of the table of `server.routes.inference`, with which `match` agrees
     paths: str  #: for the message about a path that no dialect has
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:

@@ -13,6 +13,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from server.front.slices import AT_ONCE, ITEM, UNIT, Slices
 
 MAX_DEPTH = 500  #: of nested brackets in a value
@@ -83,8 +84,8 @@ def cut_items(text: bytes | msgspec.Raw, most: int) -> Slices[list[msgspec.Raw]]
 def _decode(decoder: "msgspec.json.Decoder[T]", text: bytes | msgspec.Raw) -> T:
     try:
         return decoder.decode(text)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise NotJson(str(error)) from None
+    except FAULTS as error:
+        raise NotJson(explain_fault(error).message) from None
 
 
 class _Cutter:
@@ -113,8 +114,8 @@ class _Cutter:
         self.at = found.end()
         try:
             name: str = msgspec.json.decode(found[1], type=str)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise NotJson(f"a field's name at byte {found.start()}: {error}") from None
+        except FAULTS as error:
+            raise NotJson(f"a key at byte {found.start()}: {explain_fault(error).message}") from None
         return name
 
     def take_comma(self, closing: bytes) -> bool:

@@ -9,12 +9,15 @@ from typing import Any
 import msgspec
 
 from handlers import kinds
+from handlers.codecs.codec import describe_recipe
 from handlers.model import open_model
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.names import ModelName
+from server.example_requests import NoExample, make_forecast_example
 from server.offline.archive_location import ArchiveLocation
 from server.settings import format_bytes
 
+SHOWN = 3  #: numbers of a list in an example
 REQUIREMENTS_ADVICE = (
     "by requirements.txt: install these beside the server and pack without it, or --code-requirements install"
 )
@@ -55,7 +58,17 @@ def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
     if spec is not None:
         found["spec"] = json.loads(msgspec.json.encode(spec))
         found["golden"] = archive.golden() is not None
+        if spec.forecast is not None:
+            found["request"] = describe_recipe(spec.forecast)
+            found["example"] = _make_example(found["request"])
     return found | kinds.describe_kind(archive)
+
+
+def _make_example(recipe: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        return make_forecast_example(recipe)
+    except NoExample:
+        return None
 
 
 def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -80,7 +93,7 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "runs", graph["runs"]
         yield "operators", ", ".join(f"{count} {op}" for op, count in graph["operators"].items())
     yield from _explain_code(found.get("code", {}))
-    yield from _list_prices(spec)
+    yield from _list_prices(spec, found)
     if spec:
         yield "golden", "a sample, checked at every load" if found["golden"] else "none"
     for name, size in found["members"].items():
@@ -112,24 +125,36 @@ def _explain_code(code: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "serve", shlex.join(["fleetcast", "serve", *code["flags"]])
 
 
-def _list_prices(spec: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_prices(spec: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """List what the model forecasts, or the products whose forecasts it correlates."""
     forecast, correlation = spec.get("forecast"), spec.get("correlation")
     if forecast:
         levels = " ".join(map(str, forecast["quantile_levels"]))
         lengths = f"{forecast['context_length']} -> {forecast['prediction_length']} steps of {forecast['frequency']}"
         yield "forecast", f"{lengths}, quantiles {levels}, {forecast['unit'] or 'no unit'}"
+        yield "history", f"{found['request']['history_length']} steps of `target`, the oldest first"
         yield "clock", f"{forecast['time_zone']}, forecasts start at {forecast.get('origin', 'any time')}"
         yield "covariates", ", ".join(forecast["dynamic_feat"]) or "none"
         levels = forecast["quantile_levels"]
         yield "tails", f"{forecast['tail']} beyond the levels {levels[0]:g} and {levels[-1]:g}"
         yield "products", ", ".join(forecast["products"])
+        if found["example"] is not None:
+            yield "example", json.dumps(_shorten(found["example"]))
         for i, channel in enumerate(forecast["inputs"]):
             yield f"channel {i}", _format_channel(channel)
     if correlation:
         lengths = f"{correlation['horizon']} steps, {correlation['windows']} windows"
         yield "correlation", f"{correlation['method']}, {lengths}"
         yield "products", ", ".join(correlation["products"])
+
+
+def _shorten(example: Any) -> Any:
+    """The example with its long lists cut; `--json` has them whole."""
+    if isinstance(example, dict):
+        return {key: _shorten(value) for key, value in example.items()}
+    if isinstance(example, list) and len(example) > SHOWN and not isinstance(example[0], list | dict):
+        return [*example[:SHOWN], f"... {len(example)} in all"]
+    return [_shorten(each) for each in example] if isinstance(example, list) else example
 
 
 def _format_channel(channel: dict[str, Any]) -> str:

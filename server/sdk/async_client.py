@@ -98,6 +98,14 @@ class AsyncClient:
             version=version,
         )
 
+    async def describe(self, model: str) -> dict[str, Any]:
+        """As `Client.describe`. Raises FleetcastError."""
+        return await self._run(self._client.describe, model)
+
+    async def example(self, model: str) -> dict[str, Any]:
+        """As `Client.example`. Raises FleetcastError, NoExample."""
+        return await self._run(self._client.example, model)
+
     async def _run(self, call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, partial(call, *args, **named))

@@ -1,5 +1,6 @@
 """The client of a running server: forecasts of one model or of many, requests as they are, and word of new archives."""
 
+import json
 import ssl
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from server.contract import (
     INFERENCE_PORT,
     JSON,
     MODELS_PATH,
+    OPEN_INFERENCE_MODELS_PATH,
     verb_path,
 )
+from server.example_requests import make_example
 from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
 from server.sdk.http_connection import HttpConnection
@@ -173,10 +176,27 @@ class Client:
         headers = {**asked.headers, "Content-Type": content_type, **({"Accept": accept} if accept else {})}
         return self._post(asked.path, asked.body, headers)
 
+    def describe(self, model: str) -> dict[str, Any]:
+        """What the model says of itself: its metadata in the Open Inference Protocol, with `parameters.forecast`.
+
+        This has the length of the history, frequency, zone, covariates by name and order, levels and products. The
+        model is loaded for that where it is not. Raises FleetcastError.
+        """
+        headers = self._sign("GET", path := f"{OPEN_INFERENCE_MODELS_PATH}/{quote(model)}", b"", self._deadline)
+        found: dict[str, Any] = json.loads(self._http.request("GET", path, None, headers).data)
+        return found
+
+    def example(self, model: str) -> dict[str, Any]:
+        """A body that the model answers, with invented numbers. Raises FleetcastError, and NoExample (a ValueError)."""
+        return make_example(self.describe(model))
+
+    def _sign(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> Mapping[str, str]:
+        if self._access_key is None:
+            return headers
+        return sign_request(self._access_key, method, self._http.url.rstrip("/") + path, headers, body)
+
     def _post(self, path: str, body: bytes, headers: Mapping[str, str]) -> Reply:
-        headers = {**headers, **self._deadline}
-        if self._access_key is not None:
-            headers = sign_request(self._access_key, "POST", self._http.url.rstrip("/") + path, headers, body)
+        headers = self._sign("POST", path, body, {**headers, **self._deadline})
         reply = self._http.request("POST", path, body, headers)
         found = {name.lower(): value for name, value in reply.headers.items()}
         return Reply(reply.data, found.get("content-type", ""), found)

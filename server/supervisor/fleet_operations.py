@@ -135,17 +135,18 @@ class FleetOperations:
         """The store says that these archives have changed: their holders reload them. Raises TooManyEvents."""
         self._watch.tell(models)
 
-    async def list_models(self, prefix: str = "", after: str = "", limit: int = 1) -> ModelPage:
+    async def list_models(self, prefix: str = "", after: str = "", limit: int = 1, *, whole: bool = False) -> ModelPage:
         """Models resident, loading, failed, pinned or in quarantine, with their holders.
 
-        The first `limit` by name, of those that have this prefix and come after a name.
+        The first `limit` by name, of those that have this prefix and come after a name; `whole`: with all that a
+        request must know.
         """
         merged: dict[str, dict[str, Any]] = {}
 
         def entry(model: str) -> dict[str, Any]:
             return merged.setdefault(model, {"model": model, "pinned": model in self._pins, "holders": []})
 
-        answers, unheard = await self._workers.ask_all(ListModels(prefix, after, limit + 1), LIST_S)
+        answers, unheard = await self._workers.ask_all(ListModels(prefix, after, limit + 1, whole), LIST_S)
         for index, states in answers:
             for row in map(msgspec.to_builtins, states):
                 entry(row.pop("model"))["holders"].append({"worker": index, **row})

@@ -9,10 +9,11 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -29,6 +30,7 @@ from server.access.sites import Sites
 from server.access.tls import open_tls
 from server.contract import EVENTS_PATH
 from server.errors import Situation
+from server.example_requests import NoExample, make_forecast_example
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
@@ -36,6 +38,7 @@ from server.model_server_api.bodies import encode_pretty
 from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.docs_routes import list_docs_routes
 from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
@@ -68,10 +71,10 @@ _STATUS = {
 Verb = Callable[[ModelName], Awaitable[dict[str, object]]]
 
 
-def management_app(supervisor: Supervisor) -> Starlette:
+def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Starlette:
     """`/fleet/...`: lists models and processes; loads, unloads, pins, releases from quarantine.
 
-    Errors are `{"error": {code, message}}`.
+    Errors are `{"error": {code, message}}`. `addresses`: of the listeners, by name, for the document of all routes.
     """
     operations = supervisor.operations
 
@@ -87,11 +90,13 @@ def management_app(supervisor: Supervisor) -> Starlette:
 
     async def describe(request: Request) -> Response:
         name = parse_model_name(request.path_params["model"])
-        rows, *_ = await operations.list_models(prefix=name)  # of all with this prefix the name itself comes first
+        rows, *_ = await operations.list_models(
+            prefix=name, whole=True
+        )  # of all with this prefix the name itself comes first
         if not rows or rows[0]["model"] != name:
             message = f"{name} is not resident, loading, failed or pinned here; POST /fleet/load/{name} loads it"
             return _make_error_response(Situation.NOT_FOUND, 404, message)
-        return JSONResponse(rows[0])
+        return JSONResponse(rows[0] | _make_example(rows[0]["holders"]))
 
     def post(verb: Verb) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
@@ -117,6 +122,7 @@ def management_app(supervisor: Supervisor) -> Starlette:
         Route("/fleet/processes", processes),
         Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
         *list_release_routes(supervisor.releases),
+        *list_docs_routes(supervisor.settings, addresses),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
@@ -199,7 +205,8 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
         signals.call_at_once(supervisor.end_at_once)
         listeners: list[tuple[Listener, asyncio.Task[None]]] = []
         stack.push_async_callback(_stop, supervisor, listeners)
-        for name, app in (("management", management_app(supervisor)), ("metrics", metrics_app(supervisor))):
+        management = management_app(supervisor, addresses)
+        for name, app in (("management", management), ("metrics", metrics_app(supervisor))):
             tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
             sites = Sites([hosts[name]], settings.allowed_hosts)
             checked = AccessControl(app, PROTECTED[name], sites, open_tokens(settings))
@@ -230,6 +237,17 @@ def _make_events_endpoint(supervisor: Supervisor) -> Callable[[Request], Awaitab
         return JSONResponse({"accepted": len(changes.models), "ignored": changes.ignored}, status_code=202)
 
     return events
+
+
+def _make_example(holders: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A body that the model answers, where its holders say that it forecasts."""
+    recipe = next((holder["forecast"] for holder in holders if "forecast" in holder), None)
+    if recipe is None:
+        return {}
+    try:
+        return {"example": make_forecast_example(recipe)}
+    except NoExample as error:
+        return {"no_example": str(error)}
 
 
 async def _stop(supervisor: Supervisor, listeners: Sequence[tuple[Listener, asyncio.Task[None]]]) -> None:

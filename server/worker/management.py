@@ -13,6 +13,7 @@ from server.ipc.handler_calls import CallTooLong, Pairs
 from server.ipc.operations import (
     AccessLogRows,
     AskedOfWorker,
+    AwaitReplicas,
     DescribeByCode,
     ListModels,
     ListVersions,
@@ -25,6 +26,7 @@ from server.ipc.operations import (
     ScrapeMetrics,
     SetBatching,
     SetQuarantine,
+    SetReplicas,
     TakeAccessLog,
     UnloadModel,
     UnpinModel,
@@ -78,8 +80,8 @@ class Management:
                 return None
             case UnloadModel(model):
                 return await self._steps.unload(parse_versioned_name(model))
-            case ListModels(prefix, after, limit):
-                return msgspec.convert(self._steps.describe(prefix, after, limit), list[ModelState])
+            case ListModels(prefix, after, limit, whole):
+                return msgspec.convert(self._steps.describe(prefix, after, limit, whole=whole), list[ModelState])
             case ListVersions(after, limit):
                 return self._steps.list_versions(after, limit)
             case SetQuarantine(reasons):
@@ -91,6 +93,11 @@ class Management:
                 if self._code is not None:
                     self._code.follow_batching(models, whole=whole)
                 return None
+            case SetReplicas(models, whole):
+                self._steps.replicas.follow_counts(models, whole=whole)
+                return None
+            case AwaitReplicas(model):
+                return await self._steps.replicas.wait_settled(parse_model_name(model))
             case ScrapeMetrics():
                 return self._steps.render_metrics()
             case TakeAccessLog():

@@ -1,11 +1,15 @@
 """The operations load, unload, pin, unpin, reload, list and describe, and their effects on clients meanwhile."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from botocore.exceptions import ClientError
 
+from server.sdk.client import Client
 from tests.e2e.conftest import Serve
 from tests.e2e.models import FORECAST_TCN, SMALL_MLP, Model, pack_fleet, pack_forecaster
 from tests.e2e.server import Load, Server, run_server, upload
@@ -78,6 +82,23 @@ def test_a_description_says_what_a_forecast_needs(house: tuple[Server, dict[str,
     found = described["holders"][0]["forecast"]
     assert (found["time_zone"], found["origin"], found["dynamic_feat"]) == ("UTC", "any", [])
     assert found["tail"].startswith(("none", "clamp"))
+
+
+def test_the_examples_of_a_description_work_when_pasted(house: tuple[Server, dict[str, Model]]) -> None:
+    """What management, the SDK and `fleetcast invoke --example` show is answered; the list shows no examples."""
+    server, _ = house
+    name = "au/nsw1/raise.mar"
+    server.fleet("load", name)
+    described = server.http.get(f"{server.addresses['management']}/fleet/models/{name}").json()
+    recipe = described["holders"][0]["forecast"]
+    assert {"cat", "dynamic_feat", "history_length", "products", "quantile_levels", "step_s"} <= recipe.keys()
+    assert "example" not in server.models(prefix=name)[name]
+    command = [sys.executable, "-m", "server.cli.main", "invoke", name, "--example", "--url", server.url]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    with Client(server.url) as client:
+        for example in (described["example"], client.example(name), json.loads(printed)):
+            answer = json.loads(client.invoke(name, json.dumps(example).encode()).body)
+            assert len(answer["predictions"][0]["mean"]) == recipe["prediction_length"]
 
 
 def test_the_list_is_paged_and_filtered(house: tuple[Server, dict[str, Model]]) -> None:

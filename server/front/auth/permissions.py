@@ -46,6 +46,14 @@ class PermittedPlane(PlaneInFront):
         require(self._token, request.model)
         return await self._plane.infer(request)
 
+    def permits(self, model: ModelName) -> bool:
+        """Whether the token allows this model."""
+        try:
+            self._token.require(Scope.INVOKE, model)
+        except Forbidden:
+            return False
+        return self._plane.permits(model)
+
     def list_near(self, model: ModelName) -> list[str]:
         """Names of models that the token allows."""
         near = self._plane.list_near(model)

@@ -7,16 +7,30 @@ from collections.abc import Callable
 
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
+from server.front.dialects.kserve_timeseries import KServeTimeSeries
+from server.front.dialects.mlflow import MLflow
 from server.front.dialects.multi_model_server import MultiModelServer
+from server.front.dialects.nixtla import Nixtla
 from server.front.dialects.open_inference import OpenInference
 from server.front.dialects.sagemaker import SageMaker
+from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.dialects.torchserve import TorchServe
 from server.front.exchange import Dialect
 from server.settings import Settings
 
 MakeDialect = Callable[[Settings], Dialect]
 
-DIALECTS: tuple[MakeDialect, ...] = (SageMaker, Forecasts, OpenInference, Health, TorchServe)
+DIALECTS: tuple[MakeDialect, ...] = (
+    SageMaker,
+    Forecasts,
+    Nixtla,
+    MLflow,
+    KServeTimeSeries,
+    SageMakerStreams,
+    OpenInference,
+    Health,
+    TorchServe,
+)
 
 
 def choose_dialects(settings: Settings) -> tuple[MakeDialect, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
@@ -18,8 +19,10 @@ from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
+from server.routes.inference import FORECASTS
 from server.settings import Settings
 
+MAX_SHOWN = 100  #: characters of a key in a message
 MAX_CONFIGURATION_BYTES = 256 * 1024  #: it goes to every model, and its fields become objects in a joint call
 OK, TOO_MANY = 200, 429
 
@@ -79,6 +82,7 @@ class Forecasts:
     """See the module."""
 
     name = "forecasts"
+    routes = FORECASTS
     paths = f"{FORECASTS_PATH} (many models in one call)"
 
     def __init__(self, settings: Settings) -> None:
@@ -138,7 +142,8 @@ def parse_call(body: bytes, item_limit: Limit) -> Slices[MultiModelCall]:
         wanted = _parse_configuration(configuration)
         drawing = {} if wanted is None else (yield from cut_fields(configuration))
         requests = yield from _cut_requests(fields)
-    except (NotJson, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        _refuse_other_keys(fields)
+    except NotJson as error:
         raise Refused(Situation.BAD_REQUEST, f"not a call for forecasts: {error}") from None
     items: list[Item | Refused] = []
     for raw in requests:
@@ -153,23 +158,36 @@ def parse_call(body: bytes, item_limit: Limit) -> Slices[MultiModelCall]:
 
 
 def _parse_configuration(configuration: msgspec.Raw) -> _JointConfiguration | None:
-    """What the front needs of it; None where scenarios are not joint. Raises Refused, MsgspecError."""
+    """What the front needs of it; None where scenarios are not joint. Raises Refused."""
     size = len(memoryview(configuration))
     if size > MAX_CONFIGURATION_BYTES:
         message = f"the configuration has {size} bytes, {MAX_CONFIGURATION_BYTES} are the most"
         raise Refused(Situation.TOO_LARGE, message, field="configuration")
-    joint = _CONFIGURATION.decode(configuration).joint
-    return _JOINT_CONFIGURATION.decode(configuration) if joint else None
+    try:
+        joint = _CONFIGURATION.decode(configuration).joint
+        return _JOINT_CONFIGURATION.decode(configuration) if joint else None
+    except FAULTS as error:
+        fault = explain_fault(error)
+        place = ".".join(filter(None, ("configuration", fault.place)))
+        raise Refused(Situation.BAD_REQUEST, fault.message, field=place) from None
+
+
+def _refuse_other_keys(fields: Mapping[str, msgspec.Raw]) -> None:
+    """Raises Refused for keys that a call does not have: a misspelt `configuration` must not be left out in silence."""
+    other = next((key for key in fields if key not in ("requests", "configuration")), None)
+    if other is not None:
+        message = "there is no such key; there are requests, configuration"
+        raise Refused(Situation.BAD_REQUEST, message, field=other[:MAX_SHOWN])
 
 
 def _cut_requests(fields: Mapping[str, msgspec.Raw]) -> Slices[list[msgspec.Raw]]:
     """The items. Raises Refused for none or too many, NotJson."""
     if "requests" not in fields:
-        raise NotJson("Object missing required field `requests`")
+        raise Refused(Situation.BAD_REQUEST, 'it is missing: a call is {"requests": [...]}', field="requests")
     try:
         requests = yield from cut_items(fields["requests"], MAX_ITEMS)
     except NotJson as error:
-        raise NotJson(f"{error} - at `$.requests`") from None
+        raise Refused(Situation.BAD_REQUEST, str(error), field="requests") from None
     if not 1 <= len(requests) <= MAX_ITEMS:
         message = f"a call has 1 to {MAX_ITEMS} requests, not {'more' if requests else 0}"
         raise Refused(Situation.BAD_REQUEST, message, field="requests")
@@ -205,8 +223,11 @@ def _parse_item(raw: msgspec.Raw, limit: Limit) -> Slices[Item | Refused]:
         return Item(parse_model_name(_TARGET.decode(head).target_model), raw)
     except InvalidModelName as error:
         return Refused(Situation.BAD_NAME, str(error), field="target_model")
-    except (NotJson, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except NotJson as error:
         return Refused(Situation.BAD_REQUEST, f"the request names no model: {error}", field="target_model")
+    except FAULTS as error:
+        message = f"the request names no model: {explain_fault(error).message}"
+        return Refused(Situation.BAD_REQUEST, message, field="target_model")
 
 
 def build_answer(found: Sequence[Prediction | Refused]) -> Slices[bytes]:
@@ -227,7 +248,7 @@ def _write_answer(found: Sequence[Prediction | Refused], failed: int) -> Iterato
 def build_error(refused: Refused) -> bytes:
     """An item's error or the call's: what was wrong, and where."""
     detail = refused.detail
-    error: dict[str, object] = {"code": refused.situation.name.lower(), "message": detail.message}
+    error: dict[str, object] = {"code": refused.situation.name.lower(), "message": detail.say("requests")}
     if detail.instance is not None:
         error["instance"] = detail.instance
     if detail.field is not None:

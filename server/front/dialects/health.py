@@ -8,6 +8,7 @@ from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.model_server_api.bodies import NO_CACHE, encode_pretty
+from server.routes.inference import HEALTH
 from server.settings import Settings
 
 _PING, _READY = DialectOperation("ping", None), DialectOperation("ready", None)
@@ -19,6 +20,7 @@ class Health:
     """See the module. Probes are not counted."""
 
     name = "health"
+    routes = HEALTH
     paths = f"{contract.PING_PATH}, {contract.READY_PATH}"
 
     def __init__(self, settings: Settings) -> None:

@@ -23,6 +23,7 @@ from server.ipc.operations import ManageModels
 from server.model_server_api.bodies import NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.mms_description import describe_api, describe_model_api
 from server.model_server_api.mms_errors import ERRORS
+from server.routes.inference import MULTI_MODEL_SERVER
 from server.sagemaker_environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL, describe_transform
 from server.settings import Settings
 
@@ -51,6 +52,7 @@ class MultiModelServer:
     """See the module."""
 
     name = "mms"
+    routes = MULTI_MODEL_SERVER
     paths = "/predictions/MODEL, /models/MODEL/invoke, /invocations?model_name=MODEL"
 
     def __init__(self, settings: Settings) -> None:
@@ -161,8 +163,8 @@ class MultiModelServer:
             message = NO_SUCH_PATH
         elif why.situation is Situation.BAD_METHOD:
             message = NO_SUCH_METHOD
-        elif detail.field:
-            message = f"{detail.field}: {message}"
+        else:
+            message = detail.say()
         reply = _reply(status, encode_error(status, kind, message))
         if detail.retry_ms is not None:
             reply.headers.append((b"retry-after", b"%d" % -(-detail.retry_ms // 1000)))

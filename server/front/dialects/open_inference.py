@@ -30,6 +30,7 @@ from server.front.dialects.open_inference_repository import control_model, list_
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
+from server.routes.inference import V2
 from server.sdk import __version__
 from server.settings import Settings
 
@@ -121,6 +122,7 @@ class OpenInference:
     """See the module."""
 
     name = "v2"
+    routes = V2
     paths = "/v2/models/MODEL/infer"
 
     def __init__(self, settings: Settings) -> None:
@@ -176,7 +178,7 @@ class OpenInference:
         """`error`, one sentence that begins with the place where there is one: clients show nothing else."""
         del request
         detail = why.detail
-        message = f"{detail.field}: {detail.message}" if detail.field else detail.message
+        message = detail.say()
         headers: Headers = []
         if detail.retry_ms is not None:
             headers.append((b"retry-after", b"%d" % -(-detail.retry_ms // 1000)))
@@ -285,7 +287,9 @@ def _parse_name(operation: ModelOperation, request: HttpRequest) -> ModelName:
     named = next((request.headers[name] for name in _TARGETS if name in request.headers), None)
     try:
         model = parse_model_name(operation.model if named is None else named.decode())
-    except (InvalidModelName, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise Refused(Situation.BAD_NAME, "the model's name in the header is not UTF-8") from error
+    except InvalidModelName as error:
         raise Refused(Situation.BAD_NAME, str(error)) from error
     if operation.version != VERSION:
         message = f"the model {model} has no version {operation.version[:40]!r}: every model has the version {VERSION}"

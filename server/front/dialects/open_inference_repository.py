@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import ModelName
 from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane
@@ -66,5 +67,7 @@ def _decode_small(body: bytes, decode: Callable[[bytes], T], empty: T) -> T:
         return empty
     try:
         return decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Refused(Situation.BAD_REQUEST, f"the body is not what this path takes: {error}") from None
+    except FAULTS as error:
+        fault = explain_fault(error)
+        message = f"the body is not what this path takes: {fault.message}"
+        raise Refused(Situation.BAD_REQUEST, message, field=fault.place or None) from None

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -12,6 +13,7 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
+from server.front.dialects.mlflow import name_error
 from server.front.exchange import (
     DialectOperation,
     Headers,
@@ -21,7 +23,10 @@ from server.front.exchange import (
     list_code_headers,
     wrong_method,
 )
+from server.front.forecasting.calls import parse_model
+from server.front.forecasting.scoring import Scoring
 from server.front.handler_calls import CallDetails
+from server.routes.inference import SAGEMAKER
 from server.settings import Settings
 
 TOO_MANY = 429
@@ -29,11 +34,15 @@ OK, MULTIPLE_CHOICES = 200, 300
 MAX_SAID = 2000  #: bytes of a handler's body that a ModelError repeats
 MAX_NAME_BYTES = 8 * 1024 * 1024  #: of checked names that are remembered; clients can make them up
 MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as SageMaker has it
-_ENDPOINT = re.compile(r"/endpoints/[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}/invocations")
+_NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}")  # of an endpoint of SageMaker's
+_ENDPOINT = re.compile(rf"/endpoints/{_NAME.pattern}/invocations")
+_MODEL_PATH = re.compile(r"/endpoints/(.+)/invocations", re.DOTALL)  # of a name that no endpoint of SageMaker's has
+_COMPONENT = raw_header(contract.HEADER_INFERENCE_COMPONENT)
 _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
 _ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
 _ERROR_TYPE = raw_header(contract.HEADER_ERROR_TYPE)
 _RETRY_AFTER_MS = raw_header(contract.HEADER_RETRY_AFTER_MS)
+_AWS_REQUEST_ID = b"x-amzn-requestid"  #: what boto3 shows as `ResponseMetadata.RequestId`
 _VARIANT = (raw_header(contract.HEADER_VARIANT), b"AllTraffic")
 
 
@@ -74,37 +83,50 @@ ERRORS: Mapping[Situation, Code] = {
 _OVERLOADED_AS_429 = Code(TOO_MANY, "ModelNotReadyException", retry_after_ms=200)
 
 
+@dataclass(frozen=True)
+class NamedModel(DialectOperation):
+    """A call whose path has a model's name in the place of an endpoint's."""
+
+    model: str = ""
+
+
 class SageMaker:
     """See the module."""
 
     name = "sagemaker"
+    routes = SAGEMAKER
     paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
-        self._invoke = DialectOperation("invoke", Limit(int(settings.max_body_bytes), "max_body_bytes"))
+        self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
+        self._invoke, self._default = DialectOperation("invoke", self._limit), settings.default_model
         too_many = settings.overload_status == TOO_MANY
         self._errors = {**ERRORS, Situation.OVERLOADED: _OVERLOADED_AS_429} if too_many else ERRORS
         self._names: NameTable[ModelName] = NameTable(MAX_NAME_BYTES)
         self._runs_code = bool(settings.allow_code)
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
-        """POST to `/invocations` or `/endpoints/{any name that SageMaker's rule allows}/invocations`.
+        """POST to `/invocations` or `/endpoints/{any name}/invocations`: what cannot be an endpoint's is a model's.
 
         Where the query of `/invocations` names a model, it is a client's of an archived model server.
         """
-        if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
-            return None
+        named = None
         if query and path == contract.INVOCATIONS_PATH and contract.MODEL_NAME_PARAMETER in query:
             return None
+        if path != contract.INVOCATIONS_PATH and _ENDPOINT.fullmatch(path) is None:
+            named = _MODEL_PATH.fullmatch(path)
+            if named is None:
+                return None
         if method != "POST":
             raise wrong_method(method)
-        return self._invoke
+        return self._invoke if named is None else NamedModel("invoke", self._limit, named[1])
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer as it is."""
-        del operation
         raw = request.headers.get(_TARGET_MODEL)
-        model = self._names.get(raw) if raw is not None else None
+        if raw is None:
+            return await self._score(operation, request, plane)
+        model = self._names.get(raw)
         if model is None:
             model = self._parse_name(raw)
         asked = InferRequest(
@@ -132,13 +154,14 @@ class SageMaker:
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`message`; the place where there is one; what boto3 reads of a ModelError; the type in a header."""
         code, detail = self._errors[why.situation], why.detail
-        body: dict[str, object] = {"message": detail.message}
+        said = detail.say()
+        body: dict[str, object] = {"message": said, "error_code": name_error(code.status)}
         place = {k: v for k, v in (("instance", detail.instance), ("field", detail.field)) if v is not None}
         if place:
-            body["error"] = {"code": why.situation.name.lower(), "message": detail.message, **place}
+            body["error"] = {"code": why.situation.name.lower(), "message": said, **place}
         if code.original is not None:
             original = code.original if detail.status is None else detail.status
-            body |= {"Message": detail.message, "OriginalStatusCode": original, "OriginalMessage": detail.message}
+            body |= {"Message": said, "OriginalStatusCode": original, "OriginalMessage": said}
         headers = [(_ERROR_TYPE, code.type.encode()), *_make_headers(request)]
         retry_ms = code.retry_after_ms if detail.retry_ms is None else detail.retry_ms
         if retry_ms is not None:
@@ -146,10 +169,37 @@ class SageMaker:
             headers.append((b"retry-after", b"%d" % -(-retry_ms // 1000)))
         return HttpReply(code.status, contract.JSON, msgspec.json.encode(body), headers)
 
-    def _parse_name(self, raw: bytes | None) -> ModelName:
+    async def _score(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+        """The answer to a client that sends no target: MLflow's, or boto3 with the model as endpoint."""
+        model = self._choose_model(operation.model if isinstance(operation, NamedModel) else "", request)
+        reply = await Scoring(plane, request, model, self._limit).answer()
+        reply.headers = _make_headers(request)
+        return reply
+
+    def find_model(self, request: HttpRequest, endpoint: str) -> ModelName:
+        """The model of a call to this endpoint, by the target's header or else as `_choose_model` has it."""
+        raw = request.headers.get(_TARGET_MODEL)
+        if raw is not None:
+            return self._parse_name(raw)
+        return self._choose_model("" if _NAME.fullmatch(endpoint) else endpoint, request)
+
+    @staticmethod
+    def make_headers(request: HttpRequest) -> Headers:
+        """What every answer carries."""
+        return _make_headers(request)
+
+    def _choose_model(self, named: str, request: HttpRequest) -> ModelName:
+        """The model by the inference component, the query, its name in the path, or the operator. Raises Refused."""
+        component = request.headers.get(_COMPONENT, b"").decode("utf-8", "replace")
+        queried = parse_qs(request.query.decode("latin-1"), max_num_fields=20).get("model_name", [""])[0]
+        chosen = component or queried or named or self._default
+        if not chosen:
+            message = f"no target model: send the header {contract.HEADER_TARGET_MODEL}"
+            raise Refused(Situation.NO_TARGET, f"{message}, or name the model as ?model_name= or as the endpoint")
+        return parse_model(chosen, "model_name")
+
+    def _parse_name(self, raw: bytes) -> ModelName:
         """The target model, remembered for the next request. Raises Refused."""
-        if raw is None:
-            raise Refused(Situation.NO_TARGET, f"no target model: send the header {contract.HEADER_TARGET_MODEL}")
         try:
             name = parse_model_name(raw.decode())
         except UnicodeDecodeError:
@@ -176,7 +226,10 @@ async def _add_code_headers(headers: Headers, response: InferResponse) -> Header
 
 def _make_headers(request: HttpRequest) -> Headers:
     """What every answer carries, whatever happens to the request."""
+    headers = [_VARIANT]
+    if request.id:
+        headers.append((_AWS_REQUEST_ID, request.id))
     custom = request.headers.get(_ATTRIBUTES)
-    if custom is None or len(custom) > MAX_ATTRIBUTES:
-        return [_VARIANT]
-    return [_VARIANT, (_ATTRIBUTES, custom)]
+    if custom is not None and len(custom) <= MAX_ATTRIBUTES:
+        headers.append((_ATTRIBUTES, custom))
+    return headers

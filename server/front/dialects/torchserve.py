@@ -21,6 +21,7 @@ from server.front.registrations import RegisteredPath, find_version, key_of
 from server.ipc.operations import ServedVersion
 from server.model_server_api.bodies import JSON, NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.torchserve_description import describe_inference, describe_model
+from server.routes.inference import TORCHSERVE
 from server.settings import Settings
 
 PREDICT, EXPLAIN, INVOKE, DESCRIBE_MODEL, DESCRIBE_API = "predict", "explain", "invoke", "describe_model", "describe"
@@ -85,6 +86,7 @@ class TorchServe:
     """See the module."""
 
     name = "torchserve"
+    routes = TORCHSERVE
     paths = "/predictions/MODEL"
 
     def __init__(self, settings: Settings) -> None:
@@ -146,7 +148,7 @@ class TorchServe:
         """`code`, `type` and `message`. Also for paths that no dialect has, with the header that boto3 reads."""
         del request
         code, detail = ERRORS[why.situation], why.detail
-        status, kind, message = code.status, code.type, detail.message
+        status, kind, message = code.status, code.type, detail.say()
         if isinstance(why, NoVersion):
             kind = "ModelVersionNotFoundException"
         elif why.situation is Situation.MODEL_FAILED and detail.status is not None:

@@ -77,7 +77,7 @@ def choose_statuses(settings: Settings) -> Mapping[Situation, StatusCode]:
 def describe_refusal(why: Refused) -> str:
     """One sentence that begins with the place where there is one: clients show nothing else."""
     detail = why.detail
-    message = f"{detail.field}: {detail.message}" if detail.field else detail.message
+    message = detail.say()
     return message if len(message) <= LONGEST_DETAILS else message[:LONGEST_DETAILS] + "..."
 
 

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from server.errors import Situation
 from server.ipc.operations import ManagementReply, ManageModels, ModelState
 from server.model_server_api.bodies import NO_SUCH_METHOD, encode_error, encode_pretty
@@ -20,6 +21,7 @@ from server.model_server_api.mms_errors import BAD_REQUEST, ERRORS, INTERNAL, NO
 from server.settings import Settings
 from server.supervisor.model_server_api.name_pages import NamePattern, make_token, read_token
 from server.supervisor.model_server_api.parameters import MAX_BATCH, MAX_BATCH_DELAY_MS, Parameters
+from server.supervisor.model_server_api.torchserve_versions import list_processes
 from server.supervisor.registrations.refusals import (
     AlreadyRegistered,
     ArchiveUnreadable,
@@ -167,8 +169,10 @@ def _read_parameters(request: ManageModels) -> Parameters:
     try:
         values: dict[str, Any] = dict(parse_qsl(request.query, keep_blank_values=True, max_num_fields=MAX_FIELDS))
         given = msgspec.json.decode(request.body, type=dict[str, Any]) if request.body.strip() else {}
-    except (ValueError, msgspec.MsgspecError, RecursionError) as error:
-        raise BadOption(f"the parameters cannot be read: {error}") from error
+    except FAULTS as error:
+        raise BadOption(f"the parameters cannot be read: {explain_fault(error)}") from error
+    except ValueError as error:  # of `parse_qsl`
+        raise BadOption(f"the query has more than {MAX_FIELDS} fields") from error
     return Parameters(values | given)
 
 
@@ -197,11 +201,16 @@ def _explain(error: RegistrationRefused) -> Failure:
 
 
 def _list_workers(found: Registration, observed: Sequence[tuple[int, ModelState]]) -> list[dict[str, Any]]:
-    """The workers that a version was given. One that was evicted is started by the next request: it is READY."""
-    states = [each for each in observed if each[1].state in _STATES] or [(0, ModelState(found.key))]
+    """The workers that a version was given. One that was evicted is started by the next request: it is READY.
+
+    A code archive that is loaded has as many as it has processes, but no more than were asked for.
+    """
+    here = [(index, each) for index, state in observed if state.state in _STATES for each in list_processes(state)]
+    states = here or [(0, ModelState(found.key))]
+    workers = min(found.options.min_workers, len(states)) if found.has_code and here else found.options.min_workers
     since = datetime.fromtimestamp(found.loaded_at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     rows = []
-    for i in range(found.options.min_workers):
+    for i in range(workers):
         index, state = states[i % len(states)]
         status = _STATES.get(str(state.state), "READY")
         size = state.bytes if isinstance(state.bytes, int) else 0

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from server.model_server_api.bodies import JSON
 from server.supervisor.registrations.refusals import BadOption
 from server.supervisor.request_bodies import read_body
@@ -60,8 +61,8 @@ async def read_parameters(request: Request) -> Parameters:
         body = await read_body(request, MAX_BODY)
         try:
             given = msgspec.json.decode(body, type=dict[str, Any]) if body else {}
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise BadOption(f"the body is no JSON object: {error}") from error
+        except FAULTS as error:
+            raise BadOption(f"the body is no JSON object: {explain_fault(error)}") from error
         values |= given
     return Parameters(values)
 

@@ -22,7 +22,8 @@ from server.supervisor.registrations.refusals import (
 
 MOST_NAMES = 10_000
 MOST_VERSIONS = 100  #: of one name
-MAX_NAME_BYTES = 8 * 1024 * 1024  #: of all names and versions together
+MAX_TABLE_BYTES = 32 * 1024 * 1024  #: of all registrations together
+REGISTRATION_BYTES = 1024  #: of one beside its texts
 MAX_VERSION = 128  #: characters of a version
 
 
@@ -111,17 +112,31 @@ class RegistrationTable:
         """Of all archives for which a client has said it."""
         return {key: self.find_batching(key) for key in self._batching}
 
+    def find_replicas(self, key: ModelName) -> int:
+        """How many processes the archive should have: as the registration says that has the most workers."""
+        return max(
+            (each.options.min_workers for each in self._list_all() if each.has_code and each.key == key), default=0
+        )
+
+    def list_replicas(self) -> dict[str, int]:
+        """Of all archives that should have more than one."""
+        found = dict[str, int]()
+        for each in self._list_all():
+            if each.has_code and each.options.min_workers > max(1, found.get(each.key, 1)):
+                found[each.key] = each.options.min_workers
+        return found
+
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
         return any(
             each.key == registration.key and each.options.min_workers > 0
-            for versions in self._models.values()
-            for each in versions.values()
+            for each in self._list_all()
             if (each.name, each.version) != (registration.name, registration.version)
         )
 
-    def require_free(self, name: str, version: str) -> None:
+    def require_free(self, registration: Registration) -> None:
         """Raises AlreadyRegistered, TableFull, BadOption where this version cannot be added."""
+        name, version = registration.name, registration.version
         if not 1 <= len(version) <= MAX_VERSION or not version.isprintable() or "/" in version:
             raise BadOption(f"a version has 1 to {MAX_VERSION} printable characters without a slash")
         versions = self._models.get(name, {})
@@ -129,16 +144,16 @@ class RegistrationTable:
             raise AlreadyRegistered(name, version)
         if len(self._models) + (not versions) > MOST_NAMES or len(versions) >= MOST_VERSIONS:
             raise TableFull(f"{MOST_NAMES} models with {MOST_VERSIONS} versions each can be registered; remove some")
-        if self._bytes + _size(name, version) > MAX_NAME_BYTES:
-            raise TableFull(f"names of registered models take {MAX_NAME_BYTES} bytes at most; remove some")
+        if self._bytes + _size(registration) > MAX_TABLE_BYTES:
+            raise TableFull(f"registered models take {MAX_TABLE_BYTES} bytes at most; remove some")
 
     def add(self, registration: Registration) -> None:
         """Register a version. The first one of a name is its default."""
         name, version = registration.name, registration.version
-        self.require_free(name, version)
+        self.require_free(registration)
         self._models.setdefault(name, {})[version] = registration
         self._defaults.setdefault(name, version)
-        self._bytes += _size(name, version)
+        self._bytes += _size(registration)
         if registration.options.batching is not None:
             self._batching.setdefault(registration.key, {})[name, version] = registration.options.batching
 
@@ -169,9 +184,10 @@ class RegistrationTable:
         """Remove a version that has failed, whatever others there are. One of those is the default then."""
         name, version = registration.name, registration.version
         versions = self._models.get(name, {})
-        if versions.pop(version, None) is None:
+        removed = versions.pop(version, None)
+        if removed is None:
             return
-        self._bytes -= _size(name, version)
+        self._bytes -= _size(removed)
         said = self._batching.get(registration.key, {})
         if said.pop((name, version), None) is not None and not said:
             del self._batching[registration.key]
@@ -195,6 +211,10 @@ class RegistrationTable:
         """All of it, for a front that has just come up."""
         return {name: self.describe_for_fronts(name) for name in self._models}
 
+    def _list_all(self) -> Iterator[Registration]:
+        for versions in self._models.values():
+            yield from versions.values()
+
     def _find_versions(self, name: str) -> dict[str, Registration]:
         versions = self._models.get(name)
         if versions is None:
@@ -210,5 +230,6 @@ def with_workers(
     return replace(registration, options=options, loaded_at=now if least else 0.0, is_loading=is_loading)
 
 
-def _size(name: str, version: str) -> int:
-    return name_bytes(name) + name_bytes(version)
+def _size(each: Registration) -> int:
+    texts = (each.name, each.version, each.url, each.key, each.handler, each.runtime)
+    return REGISTRATION_BYTES + sum(map(name_bytes, texts))

@@ -5,6 +5,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import parse_model_name, parse_version
 from server.errors import Situation
 from server.ipc.control import ControlError
@@ -37,8 +38,8 @@ def list_release_routes(service: ReleaseService) -> list[Route]:
             return JSONResponse(await service.remove_alias(name))
         try:
             asked = _ALIAS.decode(await read_body(request, MAX_ALIAS_BYTES))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            message = f"not an alias: {error}; send model, and perhaps version and canary with share"
+        except FAULTS as error:
+            message = f"not an alias: {explain_fault(error)}; send model, and perhaps version and canary with share"
             raise ControlError(message, Situation.BAD_REQUEST) from None
         return JSONResponse(await service.set_alias(name, asked))
 

@@ -11,6 +11,7 @@ from urllib.parse import unquote_plus, urlsplit
 import msgspec
 from msgspec import Struct
 
+from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 
 MAX_EVENT_BYTES = 256 * 1024  #: what SNS, SQS and EventBridge send at most
@@ -80,8 +81,8 @@ def _decode(body: bytes) -> _Notification:
         found = _DECODER.decode(body)
         if found.message is not None and found.records is None and found.detail is None:
             found = _DECODER.decode(found.message) if found.message.lstrip().startswith("{") else _Notification()
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise BadEvent(f"not an event notification of S3, EventBridge, MinIO or SNS: {error}") from None
+    except FAULTS as error:
+        raise BadEvent(f"not an event notification of S3, EventBridge, MinIO or SNS: {explain_fault(error)}") from None
     if len(found.records or ()) > MOST_RECORDS:
         raise BadEvent(f"a notification has at most {MOST_RECORDS} records, not {len(found.records or ())}")
     return found

@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 MAX_PACKET = 64 * 1024  #: of a message between worker and template
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  #: of a message that a child sends
 MAX_TEXT = 2000  #: characters of an error that a child tells
-RECEIVE_BYTES = 256 * 1024
+RECEIVE_BYTES = 64 * 1024  #: at a time: a larger buffer would be mapped and unmapped for each message
 
 _LENGTH = Layout("<I")
 
@@ -234,22 +234,19 @@ class ChildMessages:
 
 
 def receive_batch(channel: socket.socket) -> RunBatch | None:
-    """In a child: the next batch, when it comes; None when the worker has closed the channel."""
-    head = _receive(channel, _LENGTH.size)
-    if head is None:
-        return None
-    payload = _receive(channel, *_LENGTH.unpack(head))
-    return None if payload is None else _decode_to_child(payload)
+    """In a child: the next batch, when it comes; None when the worker has closed the channel.
 
-
-def _receive(channel: socket.socket, size: int) -> bytes | None:
-    received = bytearray()
-    while len(received) < size:
-        part = channel.recv(min(size - len(received), RECEIVE_BYTES))
+    INVARIANT: the worker sends a batch when the one before is answered, so that nothing follows a message.
+    """
+    received, wanted = bytearray(), _LENGTH.size
+    while len(received) < wanted:
+        part = channel.recv(RECEIVE_BYTES)
         if not part:
             return None
         received += part
-    return bytes(received)
+        if wanted == _LENGTH.size <= len(received):
+            wanted += _LENGTH.unpack_from(received)[0]
+    return _decode_to_child(memoryview(received)[_LENGTH.size :])
 
 
 def shorten(text: str) -> str:

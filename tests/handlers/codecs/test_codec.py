@@ -331,7 +331,7 @@ def test_a_forecast_is_one_element_of_bytes() -> None:
     (output,) = answer["outputs"]
     assert (output["name"], output["datatype"], output["shape"]) == ("response", "BYTES", [1])
     assert json.loads(output["data"][0]) == json.loads(plain.encode(outputs)[0])
-    for wrong, said in (([json.dumps(request)] * 2, "expected a list of 1"), (["{"], "JSON"), (["{}"], "instances")):
+    for wrong, said in (([json.dumps(request)] * 2, "expected a list of 1"), (["{"], "JSON"), (["{}"], "missing")):
         document["inputs"][0]["data"] = wrong
         with pytest.raises(RequestError, match=said):
             infer(document)

@@ -159,12 +159,17 @@ RULES = [
     Rule("null is a missing value", *plainly(ONE, one(target=[1, None, 3])), [told()]),
     Rule('"NaN" is a missing value', *plainly(ONE, one(target=[1, "NaN", 3])), [told()]),
     Rule("all values may be missing", *plainly(ONE, one(target=[None, "NaN", None])), [told()]),
-    Rule("start has seconds", *plainly(ONE, one(f"{DAY} 10:00:30")), [told(f"{DAY} 13:00:30")]),
+    Rule("start may be on the half hour where the archive's day is",
+         *plainly(replace(ONE, origin="13:30"), one(f"{DAY} 10:30:00")), [told(f"{DAY} 13:30:00")]),
+    Rule("steps of 30 s have seconds", *plainly(replace(ONE, frequency="30s"), one(f"{DAY} 10:00:30")),
+         [told(f"{DAY} 10:02:00")]),
+    Rule("a day may begin at any full hour", *plainly(replace(ONE, frequency="1D"), one(f"{DAY} 06:00:00")),
+         [told("2024-01-04 06:00:00")]),
     Rule("start may be a date alone", *plainly(ONE, one("2023-12-31")), [told("2023-12-31 03:00:00")]),
     Rule("start may have a T and no seconds", *plainly(ONE, one(f"{DAY}T10:00")), [told(f"{DAY} 13:00:00")]),
     Rule("item_id is echoed, text or number", *plainly(ONE, one(item_id="a"), one(item_id=7)),
          [told(item_id="a"), told(item_id=7)]),
-    Rule("unknown fields of an instance are let through", *plainly(ONE, one(colour="red")), [told()]),
+    Rule("the model that a call for many names is let through", *plainly(ONE, one(target_model="m")), [told()]),
     Rule("cat and dynamic_feat where the archive has them",
          *plainly(COVERED, one(cat=[0], dynamic_feat=[[1, 2, 3, 4, 5]])), [told()]),
     Rule("cat and dynamic_feat may be null or empty where it has none",
@@ -234,8 +239,17 @@ class Refusal(NamedTuple):
 
 
 REFUSALS = [
-    Refusal("start is needed", *plainly(ONE, {"target": TARGET}), None, "`start`"),
-    Refusal("target is needed", *plainly(ONE, {"start": DAY}), None, "`target`"),
+    Refusal("start lies on a step", *plainly(ONE, one(f"{DAY} 00:17:00")), "start", "start at 00:00:00, 01:00:00 and"),
+    Refusal("start lies on a step of seconds", *plainly(ONE, one(f"{DAY} 10:00:30")), "start", "not at 10:00:30"),
+    Refusal("an instant lies on a step too", *plainly(ONE, one(f"{DAY} 00:17:00+01:00")), "start", "not at 00:17:00"),
+    Refusal("a step is counted from the archive's time of day",
+            *plainly(replace(ONE, origin="13:30"), one(f"{DAY} 10:00:00")), "start", "00:30:00, 01:30:00 and so on"),
+    Refusal("a day begins at a full hour",
+            *plainly(replace(ONE, frequency="1D"), one(f"{DAY} 00:17:00")), "start", "steps of 1D"),
+    Refusal("unknown keys of an instance are refused", *plainly(ONE, one(dynamic_feats=[])), "dynamic_feats",
+            "did you mean dynamic_feat.*start, target, cat, dynamic_feat, item_id"),
+    Refusal("start is needed", *plainly(ONE, {"target": TARGET}), "start", "missing"),
+    Refusal("target is needed", *plainly(ONE, {"start": DAY}), "target", "missing"),
     Refusal("an offset has minutes", *plainly(ONE, one(f"{DAY} 00:00:00+10")), "start", "an offset such as"),
     Refusal("an offset needs a known zone", *plainly(replace(ONE, time_zone="NEM"), one(f"{DAY} 00:00:00+10:00")),
             "start", "'NEM' is not an IANA time zone"),
@@ -243,7 +257,7 @@ REFUSALS = [
     Refusal("start is a day that exists", *plainly(ONE, one("2023-02-29")), "start", "not '2023-02-29'"),
     Refusal("the forecast is a time", *plainly(ONE, one("9999-12-31 23:00:00")), "start", "year 9999"),
     Refusal("text is no number", *plainly(ONE, one(target=[1, "2", 3])), "target[1]", "'2'"),
-    Refusal("true is no number", *plainly(ONE, one(target=[1, True, 3])), "target[1]", "bool"),
+    Refusal("true is no number", *plainly(ONE, one(target=[1, True, 3])), "target[1]", "not true or false"),
     Refusal("numbers fit the network", *plainly(ONE, one(target=[1, 2, 1e200])), None, "not finite"),
     Refusal("a short history names both lengths", *plainly(ONE, one(target=[1, 2])), "target", "2 steps.*needs 3"),
     Refusal("cat where the archive has it",
@@ -251,27 +265,30 @@ REFUSALS = [
     Refusal("dynamic_feat likewise", *plainly(COVERED, one(cat=[1])), "dynamic_feat", r"1 rows \(load\), not 0"),
     Refusal("cat only there", *plainly(ONE, one(cat=[1])), "cat", "needs 0"),
     Refusal("dynamic_feat only there", *plainly(ONE, one(dynamic_feat=[[1] * 5])), "dynamic_feat", "needs 0"),
-    Refusal("cat counts from 0", *plainly(COVERED, one(cat=[-1])), "cat[0]", ">= 0"),
-    Refusal("cat is whole", *plainly(COVERED, one(cat=[0.5])), "cat[0]", "Expected `int`"),
+    Refusal("cat counts from 0", *plainly(COVERED, one(cat=[-1])), "cat[0]", "of at least 0"),
+    Refusal("cat is whole", *plainly(COVERED, one(cat=[0.5])), "cat[0]", "a whole number, not a fraction"),
     Refusal("dynamic_feat reaches over target and prediction",
             *plainly(COVERED, one(cat=[1], dynamic_feat=[[1] * 3])), "dynamic_feat[0]", "3 numbers.*have 5"),
     Refusal("dynamic_feat has no null",
             *plainly(COVERED, one(cat=[1], dynamic_feat=[[1, 2, None, 4, 5]])), "dynamic_feat[0][2]", "null"),
     Refusal('dynamic_feat has no "NaN"',
-            *plainly(COVERED, one(cat=[1], dynamic_feat=[[1, 2, "NaN", 4, 5]])), "dynamic_feat[0][2]", "str"),
-    Refusal("item_id is text or a number", *plainly(ONE, one(item_id=[1])), "item_id", "array"),
-    Refusal("unknown settings are refused", *asks(ONE, one(), num_sample=1), "configuration", "num_sample"),
+            *plainly(COVERED, one(cat=[1], dynamic_feat=[[1, 2, "NaN", 4, 5]])), "dynamic_feat[0][2]", "not text"),
+    Refusal("item_id is text or a number", *plainly(ONE, one(item_id=[1])), "item_id", "a list"),
+    Refusal("unknown settings are refused", *asks(ONE, one(), num_sample=1), "configuration.num_sample",
+            "did you mean num_samples"),
     Refusal("unknown kinds of output",
-            *asks(ONE, one(), output_types=["median"]), "configuration.output_types[0]", "median"),
-    Refusal("levels are text", *asks(ONE, one(), quantiles=[0.5]), "configuration.quantiles[0]", "Expected `str`"),
+            *asks(ONE, one(), output_types=["median"]), "configuration.output_types[0]", "one of mean, .*not 'median'"),
+    Refusal("levels are text", *asks(ONE, one(), quantiles=[0.5]), "configuration.quantiles[0]",
+            "expected text, not a fraction"),
     Refusal("levels are numbers", *asks(ONE, one(), quantiles=["p50"]), "configuration.quantiles", "'p50'"),
     Refusal("levels are below the trained range", *asks(ONE, one(), quantiles=["0.05"]), "configuration.quantiles",
             "0.05 is outside the trained range 0.1 to 0.9"),
     Refusal("and not above it", *asks(ONE, one(), quantiles=["0.5", "0.95"]), "configuration.quantiles", "0.1 to 0.9"),
-    Refusal("some level", *asks(ONE, one(), quantiles=[]), "configuration.quantiles", ">= 1"),
-    Refusal("some sample", *asks(ONE, one(), num_samples=0), "configuration.num_samples", ">= 1"),
-    Refusal("not too many samples", *asks(ONE, one(), num_samples=10_001), "configuration.num_samples", "<= 10000"),
-    Refusal("a seed counts from 0", *asks(ONE, one(), seed=-1), "configuration.seed", ">= 0"),
+    Refusal("some level", *asks(ONE, one(), quantiles=[]), "configuration.quantiles", "at least 1"),
+    Refusal("some sample", *asks(ONE, one(), num_samples=0), "configuration.num_samples", "at least 1"),
+    Refusal("not too many samples", *asks(ONE, one(), num_samples=10_001), "configuration.num_samples",
+            "at most 10000"),
+    Refusal("a seed counts from 0", *asks(ONE, one(), seed=-1), "configuration.seed", "at least 0"),
     Refusal("samples need a tail rule",
             *asks(replace(ONE, tail="none"), one(), **SAMPLES), "configuration.output_types",
             "tail"),
@@ -312,7 +329,7 @@ def test_what_is_refused(refusal: Refusal) -> None:
     (line,) = answered_lines(refusal.forecast, refusal.request)
     assert line["error"]["code"] == "bad_request"
     assert line["error"].get("field") == field
-    assert line["error"]["message"] == caught.value.message
+    assert line["error"]["message"].removesuffix(", configuration") == caught.value.message
 
 
 def test_samples_are_num_samples_futures() -> None:
@@ -403,3 +420,12 @@ def test_a_level_just_below_a_trained_one_is_not_above_it() -> None:
     assert levels.weight[0] == 1
     below, at = levels.of(np.array([low, high]))
     assert below <= at == high
+
+
+def test_unknown_keys_of_a_request_are_refused() -> None:
+    """A misspelt configuration is not left out in silence."""
+    with pytest.raises(
+        RequestError, match=r"did you mean configuration\?; there are instances, configuration"
+    ) as caught:
+        predictions(ONE, {"instances": [one()], "config": {}})
+    assert (caught.value.instance, caught.value.field) == (None, "config")

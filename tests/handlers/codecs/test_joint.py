@@ -123,7 +123,7 @@ def test_forecasts_that_do_not_meet_are_refused(other: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("change", "message", "instance"),
     [
-        ({"forecasts": []}, "length >= 1", None),
+        ({"forecasts": []}, "at least 1", None),
         ({"forecasts": [{"name": "a"}]}, "marginal", None),
         ({"num_samples": 0}, "num_samples", None),
         ({"num_samples": 1}, "at least 2", None),
@@ -154,7 +154,7 @@ def test_forecasts_that_do_not_meet_are_refused(other: dict[str, Any], message: 
         ({"forecasts": [{"name": "a", "marginal": {**make_marginal(), "levels": [0.5]}}]}, "must have 1 values", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.1, 0.5], "values": [[[2, 1]]]}}]}, "sorted", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[[1e39]]]}}]}, "finite", 0),
-        ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[]]}}]}, "length >= 1", None),
+        ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[]]}}]}, "at least 1", None),
     ],
 )
 def test_wrong_requests_say_what_and_where(change: dict[str, Any], message: str, instance: int | None) -> None:

@@ -108,7 +108,7 @@ BINARY = {"name": "x", "shape": [2, 3], "parameters": {"binary_data_size": 24}}
         ([{**X, "datatype": "FP64"}], {}, "takes FP32, not 'FP64'"),
         ([{**X, "shape": [3, 2]}], {}, "has the shape"),
         ([{**X, "shape": [0, 2, 3], "data": []}], {}, "has the shape"),
-        ([{**X, "shape": [-1, 2, 3]}], {}, "not an inference request"),
+        ([{**X, "shape": [-1, 2, 3]}], {}, "expected a whole number of at least 0"),
         ([{**X, "shape": ["2", 3]}], {}, "inputs[0].shape[0]: expected a whole number, not text"),
         ([{**X, "name": 7}], {}, "inputs[0].name: expected text, not a whole number"),
         ([X], {"parameters": {"timeout": -1}}, "parameters.timeout: timeout must be a whole number"),
@@ -130,7 +130,7 @@ BINARY = {"name": "x", "shape": [2, 3], "parameters": {"binary_data_size": 24}}
         ([BINARY], {"behind": np.full(6, np.nan, "<f4").tobytes()}, "not finite"),
         ([X], {"outputs": [{"name": "w"}]}, "none of the model's: y"),
         ([X], {"outputs": [{"name": "y", "parameters": {"binary_data": 1}}]}, "must be true or false"),
-        ([X], {"id": "a" * 1025}, "not an inference request"),
+        ([X], {"id": "a" * 1025}, "id: expected text of at most 1024 characters"),
     ],
 )
 def test_mistakes_are_named(inputs: list[dict[str, Any]], more: dict[str, Any], said: str) -> None:

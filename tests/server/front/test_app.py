@@ -18,6 +18,7 @@ from server.front.dialects import DIALECTS
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.http_listener import REASON, make_listener
 from server.metrics import FrontMetrics
+from server.routes.record import Protocol, Route
 from server.settings import Settings
 from tests.server.front.answering import JSON, Answered, Worker, ask, attach
 
@@ -29,6 +30,9 @@ class Toy:
     """A protocol of `POST /toy/MODEL`, whose errors are plain text."""
 
     name = "toy"
+    routes = Protocol(
+        "toy", "Toy", "tests", (Route("POST", "/toy/{model}", "invoke", "Ask a model"),), (500,), "any_object"
+    )
     paths = "/toy/MODEL"
 
     def __init__(self, settings: Settings) -> None:
@@ -175,7 +179,8 @@ def test_large_answers_stream() -> None:
         'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
     ]
     assert repr(made).startswith(
-        "<App toy, sagemaker, forecasts, v2, health, torchserve over <DataPlane 1 links, 0 under way, 0 bytes"
+        "<App toy, sagemaker, forecasts, nixtla, mlflow, kserve, sagemaker_streams, v2, health, torchserve over "
+        "<DataPlane 1 links, 0 under way, 0 bytes"
     )
 
 

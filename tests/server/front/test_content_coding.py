@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable
 
 import pytest
+import zstandard
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
@@ -37,6 +38,7 @@ PACK: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "x-gzip": ("X-GZip", gzip.compress),
     "deflate": ("deflate", zlib.compress),
     "bare deflate": ("deflate", bare_deflate),
+    "zstd": ("zstd", zstandard.compress),
 }
 
 
@@ -67,7 +69,7 @@ def test_no_coding_is_no_coding(coding: str) -> None:
     assert ask_echo(b"plain", coding)[1].asked[0].body == b"plain"
 
 
-@pytest.mark.parametrize("kind", ["gzip", "deflate"])
+@pytest.mark.parametrize("kind", ["gzip", "deflate", "zstd"])
 def test_the_body_limit_is_that_of_what_comes_out(kind: str) -> None:
     """At `max_body_bytes` it is served, one byte more is 413 and never reaches a worker."""
     coding, pack = PACK[kind]
@@ -77,12 +79,13 @@ def test_the_body_limit_is_that_of_what_comes_out(kind: str) -> None:
     assert "max_body_bytes" in json.loads(reply.body)["message"]
 
 
-def test_a_bomb_is_unpacked_no_further_than_the_limit() -> None:
-    """32 MB of zeros in 32 KB take a few MB: pieces are counted while they come."""
-    bomb = gzip.compress(bytes(32 << 20))
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_a_bomb_is_unpacked_no_further_than_the_limit(kind: str) -> None:
+    """32 MB of zeros in 32 KB, or in 1 KB, take a few MB: pieces are counted while they come."""
+    bomb = PACK[kind][1](bytes(32 << 20))
     tracemalloc.start()
     try:
-        reply = ask_echo(bomb, "gzip")[0]
+        reply = ask_echo(bomb, kind)[0]
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -96,14 +99,14 @@ def test_what_comes_out_is_held_in_flight() -> None:
     assert (reply.status, worker.asked, app.plane.held.size) == (503, [], 0)
 
 
-@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "compress", "\xe9"])
+@pytest.mark.parametrize("coding", ["br", "lz4", "gzip, gzip", "compress", "\xe9"])
 def test_other_codings_are_415_by_name(coding: str) -> None:
     """The message names what was sent and what is served."""
     with pytest.raises(Refused) as refused:
         find_coding({b"content-encoding": coding.encode("latin-1")})
     message = str(refused.value)
     assert repr(coding) in message
-    assert "gzip or deflate" in message
+    assert "gzip or deflate or zstd" in message
     if coding.isascii():
         assert ask_echo(b"{}", coding)[0].status == 415
 
@@ -128,12 +131,33 @@ def test_a_broken_body_is_400(case: str) -> None:
     assert "gzip" in json.loads(reply.body)["message"]
 
 
-@given(st.binary(max_size=300))
-def test_any_bytes_are_unpacked_or_refused(data: bytes) -> None:
+ZSTD_PACKED = zstandard.compress(b'{"x": [1, 2, 3]}')
+WIDE = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=25)).compressobj()
+BROKEN_ZSTD = {
+    "empty": b"",
+    "not zstd": b'{"x": [1]}',
+    "cut off": ZSTD_PACKED[:-3],
+    "bytes behind": ZSTD_PACKED + b"{}",
+    "two frames": ZSTD_PACKED + ZSTD_PACKED,
+    "a wide window": WIDE.compress(b"1" * 1000) + WIDE.flush(),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ZSTD)
+def test_a_broken_zstd_body_is_400(case: str) -> None:
+    """As with gzip; so is a frame whose window would take 32 MiB before anything is unpacked."""
+    reply, worker, app = ask_echo(BROKEN_ZSTD[case], "zstd")
+    assert (reply.status, worker.asked, app.plane.held.size) == (400, [], 0)
+    assert "zstd" in json.loads(reply.body)["message"]
+
+
+@pytest.mark.parametrize("coding", ["deflate", "zstd"])
+@given(data=st.binary(max_size=300))
+def test_any_bytes_are_unpacked_or_refused(coding: str, data: bytes) -> None:
     """Nothing but Refused is raised, and unpacking ends."""
 
     async def all_pieces() -> None:
-        next_piece = unpack(data, "deflate")
+        next_piece = unpack(data, coding)
         while (await next_piece())["more_body"]:
             pass
 

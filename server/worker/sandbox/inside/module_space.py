@@ -9,7 +9,7 @@ import importlib.machinery
 import random
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -43,9 +43,26 @@ class OwnNamesFinder:
 def _forget_shadowed(folders: Sequence[str]) -> None:
     """Forget modules of the template that the archive has itself: `utils.py`, or a package called `ts`."""
     own = {entry.name.removesuffix(".py") for folder in folders for entry in Path(folder).iterdir()} - KEPT
-    for name in list(sys.modules):
-        if name.partition(".")[0] in own:
-            del sys.modules[name]
+    _forget(own)
+
+
+@functools.cache
+def index_modules() -> Mapping[str, Sequence[str]]:
+    """The modules that are imported, by the first word of their names.
+
+    It is asked first in the template, when all is imported: a child that looked at thousands of names would copy the
+    pages that they lie in.
+    """
+    found: dict[str, list[str]] = {}
+    for name in sys.modules:
+        found.setdefault(name.partition(".")[0], []).append(name)
+    return found
+
+
+def _forget(packages: Iterable[str]) -> None:
+    for package in packages:
+        for name in index_modules().get(package, ()):
+            sys.modules.pop(name, None)
 
 
 @functools.cache
@@ -65,9 +82,7 @@ def enter(model_folder: Path, code_folder: str, packages: str) -> None:
     `code_folder`: where in the archive its modules lie.
     """
     checkout = find_checkout()
-    for name in list(sys.modules):
-        if name.partition(".")[0] in OURS:
-            del sys.modules[name]
+    _forget(OURS)
     folders = list(dict.fromkeys((str(model_folder / code_folder), str(model_folder))))
     _forget_shadowed(folders)
     rest = [path for path in sys.path if Path(path).is_absolute() and Path(path) != checkout]

@@ -9,6 +9,7 @@ from, but no ONNX Runtime, which starts a thread when it is imported.
 """
 
 import gc
+import io
 import os
 import select
 import shutil
@@ -18,10 +19,12 @@ import sys
 import time
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 from server.worker.sandbox.inside import landlock, torchserve_package
 from server.worker.sandbox.inside.child import run_child
 from server.worker.sandbox.inside.confinement import python_paths, set_subreaper
+from server.worker.sandbox.inside.module_space import index_modules
 from server.worker.sandbox.messages import (
     MAX_PACKET,
     ForkChild,
@@ -214,15 +217,31 @@ def _become_user(user: int, paths: Sequence[Path]) -> tuple[str, str]:
     return "", next((str(path) for path in existing if not os.access(path, os.R_OK)), "")
 
 
+def _use_torch_once(torch: Any) -> None:
+    """Have done what most archives do first, and torch prepares when it is first done: each child would do it again.
+
+    On one thread, so that no other is started.
+    """
+    torch.set_num_threads(1)
+    layer, saved = torch.nn.Linear(2, 1), io.BytesIO()
+    torch.save(layer.state_dict(), saved)
+    saved.seek(0)
+    layer.load_state_dict(torch.load(saved, map_location="cpu"))
+    with torch.inference_mode():
+        layer.eval()(torch.zeros(1, 2)).tolist()
+
+
 def main() -> None:
     """Import torch, and serve the worker at the other end of the channel, until that is closed."""
     set_subreaper()
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)
     import numpy.random  # noqa: F401, PLC0415 -- numpy imports it when it is first used, and each child seeds it
-    import torch  # noqa: F401, PLC0415 -- the template is warm by it
+    import torch  # noqa: PLC0415 -- the template is warm by it
 
+    _use_torch_once(torch)
     torchserve_package.preload()
+    index_modules()
 
     gc.collect()
     gc.freeze()  # a child's collector writes to no page of the template's objects

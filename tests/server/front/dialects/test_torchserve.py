@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from model_store.name_table import ENTRY_BYTES
 from server.errors import Detail, Refused, Situation
+from server.front import archive_requests
 from server.front.app import App
-from server.front.archive_requests import MAX_PARAMETERS
+from server.front.archive_requests import KEY_BYTES, MAX_PARAMETERS
 from server.front.dialects.torchserve import ERRORS, ModelOperation, TorchServe
 from server.front.registrations import MOST_COUNTED, Registrations
 from server.front.torchserve_metrics import RegisteredFamilies
@@ -113,6 +115,16 @@ def test_key_answers_with_and_without_its_suffix() -> None:
     assert error_of(refused) == {"code": 404, "type": "ModelNotFoundException", "message": "Model not found: au/nsw1"}
     keys.append("au/nsw1")
     assert send(app, "/predictions/au/nsw1").body == b"yes"
+
+
+def test_names_are_remembered_in_bounded_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients make up names that an archive's key answers to; the oldest are forgotten."""
+    monkeypatch.setattr(archive_requests, "MAX_NAME_BYTES", 4 * (ENTRY_BYTES + KEY_BYTES))
+    app, worker = make_app(lambda asked: b"yes" if asked.model.endswith(".mar") else (Situation.NOT_FOUND, NOT_THERE))
+    for name in ("a", "b", "c", "d", "a", "d"):
+        assert send(app, f"/predictions/{name}").status == 200
+    tried = [asked.model for asked in worker.asked]
+    assert (tried.count("a"), tried.count("d")) == (2, 1), "of four names the first was forgotten, the last was not"
 
 
 def test_longest_registered_name_wins_and_a_version_follows() -> None:

@@ -81,9 +81,13 @@ def test_number_of_names_and_versions_is_bounded(monkeypatch: pytest.MonkeyPatch
             table.add(make_registration(name, version))
     table.remove("a")
     table.add(make_registration("c"))
-    monkeypatch.setattr(tables, "MAX_NAME_BYTES", 10)
-    with pytest.raises(TableFull):
-        table.add(make_registration("c", "2.0"))
+    monkeypatch.setattr(tables, "MOST_NAMES", 1000)
+    monkeypatch.setattr(tables, "MAX_TABLE_BYTES", 6 * tables.REGISTRATION_BYTES)
+    with pytest.raises(TableFull, match="bytes"):  # not only names count
+        table.add(replace(make_registration("d"), url="x" * 2 * tables.REGISTRATION_BYTES))
+    table.add(make_registration("d"))
+    table.remove("d")
+    table.add(make_registration("d"))
     for version in ("", "1/2", "x" * 129, "a\n"):
         with pytest.raises(BadOption):
             table.add(make_registration("c", version))

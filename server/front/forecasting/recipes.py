@@ -1,0 +1,137 @@
+"""What a model says that its forecast requests must be, and the rules that follow from it (CONTRACTS 8 to 10). Pure."""
+
+import re
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+import msgspec
+
+from server.errors import Refused, Situation
+
+NO_CLOCK = "1970-01-01 00:00:00"  #: where a series begins of which it makes no difference
+_ALIAS = re.compile(r"(\d{0,6})([A-Za-z]+)(?:-[A-Z]{3})?")
+#: By the aliases of pandas, old and new, and KServe's words: months and longer are no seconds.
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_UNITS = {
+    "sec": "s",
+    "second": "s",
+    "t": "min",
+    "minute": "min",
+    "hour": "h",
+    "day": "d",
+    "week": "w",
+    "ms": "month",
+    "me": "month",
+    "quarter": "q",
+    "qs": "q",
+    "qe": "q",
+    "year": "y",
+    "a": "y",
+    "ys": "y",
+    "ye": "y",
+}
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """What a worker says of a forecaster: see `handlers.codecs.codec.describe_recipe`."""
+
+    frequency: str
+    time_zone: str
+    history_length: int
+    prediction_length: int
+    dynamic_feat: list[str]
+    quantile_levels: list[float]
+    products: list[str]
+    cat: list[str] = []
+    needs_start: bool = True
+
+
+class _Parameters(msgspec.Struct):
+    forecast: Recipe | None = None
+
+
+class _Input(msgspec.Struct):
+    name: str
+
+
+class _Inputs(msgspec.Struct):
+    inputs: list[_Input]
+
+
+class _Description(msgspec.Struct):
+    parameters: _Parameters = msgspec.field(default_factory=_Parameters)
+
+
+_decode = msgspec.json.Decoder(_Description).decode
+
+
+def read_recipe(description: bytes, model: str) -> Recipe:
+    """The recipe in a worker's description of a model. Raises Refused for a model that answers tensors only."""
+    try:
+        recipe = _decode(description).parameters.forecast
+    except msgspec.ValidationError:  # an archive of code describes itself as it likes
+        recipe = None
+    if recipe is None:
+        raise Refused(Situation.BAD_REQUEST, f"the model {model} answers tensors only, no forecasts", field="model")
+    return recipe
+
+
+def read_inputs(description: bytes, model: str) -> list[str]:
+    """The names of the tensors in a worker's description of a model. Raises Refused for an archive that has none."""
+    try:
+        return [each.name for each in msgspec.json.decode(description, type=_Inputs).inputs]
+    except msgspec.ValidationError:
+        raise Refused(Situation.BAD_REQUEST, f"the model {model} does not say what its inputs are") from None
+
+
+def normalize_frequency(text: str) -> str:
+    """One spelling of a frequency for all that mean the same: `H`, `h`, `1h`, `60min` and `hour` are `3600s`."""
+    found = _ALIAS.fullmatch(text)
+    if found is None:
+        return text
+    count = int(found[1] or 1)
+    unit = "month" if found[2] == "M" else _UNITS.get(found[2].lower(), found[2].lower())
+    return f"{count * _SECONDS[unit]}s" if unit in _SECONDS else f"{count}{unit}"
+
+
+def check_frequency(recipe: Recipe, frequency: str, field: str) -> None:
+    """Raises Refused for a frequency that is not the archive's."""
+    if normalize_frequency(frequency) != normalize_frequency(recipe.frequency):
+        message = f"the model forecasts in steps of {recipe.frequency}, not {frequency[:40]!r}"
+        raise Refused(Situation.BAD_REQUEST, message, field=field)
+
+
+def check_horizon(recipe: Recipe, horizon: int, field: str) -> None:
+    """Raises Refused for more steps than the archive forecasts, and for fewer where they have covariates."""
+    longest = recipe.prediction_length
+    if horizon < 1:
+        raise Refused(Situation.BAD_REQUEST, f"at least 1 step is forecast, not {horizon}", field=field)
+    if horizon > longest:
+        message = f"the model forecasts {longest} steps, not {horizon}"
+        raise Refused(Situation.BAD_REQUEST, message, field=field)
+    if horizon < longest and recipe.dynamic_feat:
+        message = f"the model needs covariates for all of its {longest} steps, so it forecasts {longest}, not {horizon}"
+        raise Refused(Situation.BAD_REQUEST, message, field=field)
+
+
+def shift_start(start: str, steps: int, frequency: str) -> str | None:
+    """The time of a later step; None where steps are no seconds, or the text is no time."""
+    step = normalize_frequency(frequency)
+    if not step.endswith("s") or not step[:-1].isdigit():
+        return None
+    try:
+        moved = datetime.fromisoformat(start) + timedelta(seconds=steps * int(step[:-1]))
+    except (ValueError, OverflowError):
+        return None
+    return moved.isoformat(" ", "seconds")
+
+
+def level_quantiles(level: float) -> tuple[str, str]:
+    """The quantiles at the ends of a central interval of `level` percent, in decimals: 97.5 is 0.0125 and 0.9875."""
+    low = (1 - Decimal(repr(level)) / 100) / 2
+    return _write(low), _write(1 - low)
+
+
+def _write(number: Decimal) -> str:
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,29 @@
+"""What a child reads from its channel: messages that come in pieces, and its end."""
+
+import socket
+import threading
+
+from server.worker.sandbox.messages import CodeRequest, RunBatch, frame, receive_batch
+
+
+def send(channel: socket.socket, pieces: list[bytes]) -> None:
+    """One after the other."""
+    for piece in pieces:
+        channel.sendall(piece)
+
+
+def test_a_batch_comes_in_pieces_of_any_size() -> None:
+    """Also cut within its length; None once the worker has closed the channel, in the middle of a message too."""
+    batch = RunBatch([CodeRequest("1", "text/plain", "", bytes(300_000), [("a", "b")]), CodeRequest("2", "", "", b"x")])
+    data = frame(batch)
+    for cuts in ((1, 2), (4, 5), (100_000, 200_000)):
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            pieces = [data[: cuts[0]], data[cuts[0] : cuts[1]], data[cuts[1] :]]
+            sender = threading.Thread(target=send, args=(ours, pieces))
+            sender.start()
+            assert receive_batch(theirs) == batch
+            sender.join()
+            ours.sendall(data[:6])
+            ours.shutdown(socket.SHUT_WR)
+            assert receive_batch(theirs) is None
