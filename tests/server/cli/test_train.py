@@ -325,3 +325,22 @@ def test_a_column_whose_name_is_a_pattern_is_a_column(tmp_path: Path) -> None:
     path.write_text("t,price [EUR/MWh],p\n2024-01-01 00:00,1,2\n2024-01-01 01:00,1,2\n")
     assert price_flags.expand_targets(path, ["price [EUR/MWh]", "p"], ["t"]) == ["price [EUR/MWh]", "p"]
     assert price_flags.expand_targets(path, ["p*"], ["t"]) == ["price [EUR/MWh]", "p"]
+
+
+def test_four_weeks_ahead(tmp_path: Path) -> None:
+    """672 hours by the default flags are fitted, verified and backtested; the least length in the message is true."""
+    path, store = markets.write_prices(tmp_path / "p.csv", ["A"], days=100), str(tmp_path / "store")
+    flags = ("--target", "A", "--prediction-length", "672", "--quantiles", "0.5", "--keep-worse", "--out", store)
+    made = run(str(path), "--time", "hour", *flags)
+    assert made.exit_code == 0, made.output
+    assert "a request contains 672 steps of 1h and its answer the next 672" in made.stdout
+    scored = markets.run("backtest", str(path), "--time", "hour", "--models", store, "--windows", "2", "--json")
+    assert scored.exit_code == 0, scored.output
+    (found,) = json.loads(scored.stdout)["markets"]
+    assert (found["windows"], found["scores"]["rmae"] < 1) == (2, True)
+    short = run(str(path), "--time", "hour", *flags, "--train-until", "2024-04-20")
+    least = re.search(r"at least (\d+) are needed", short.stderr)
+    assert least, short.output
+    for steps, code in ((int(least[1]) - 1, 2), (int(least[1]), 0)):
+        until = str(markets.START + timedelta(hours=steps))
+        assert run(str(path), "--time", "hour", *flags, "--train-until", until).exit_code == code, steps
