@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, isnan, pi
 from typing import Any
 
 import msgspec
@@ -187,6 +187,16 @@ def _fit_family(
     best, steps = networks.best(start, progress)
     losses = judge.price_losses(best.view(len(series), -1))
     return networks.whole(start, steps).view(len(series), -1), losses
+
+
+def explain_worse(fitted: Fitted) -> str:
+    """Say why a fit is not known to be better than the naive forecast; empty if it is."""
+    if isnan(fitted.loss):
+        return f"{fitted.name}: nothing is observed in its holdout, so that it cannot be judged"
+    if fitted.loss < fitted.naive_loss:
+        return ""
+    than = f"its holdout loss {fitted.loss:.4g} is no better than the naive forecast's {fitted.naive_loss:.4g}"
+    return f"{fitted.name}: {than}"
 
 
 def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -> Config:

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from handlers.kinds import ArchiveParts, find_kind, pack_model
-from handlers.training.fit import Fitted, Fitting, fit_forecasters
+from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
 from handlers.training.input_recipe import fit_robust_scaler
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
@@ -75,6 +74,7 @@ class RetrainingPlan:
     config: Mapping[str, Any] = field(default_factory=dict)
     servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
     rules: FileRules = PLAIN
+    keep_worse: bool = False  #: publish also what is no better than the naive forecast
 
     def __repr__(self) -> str:
         return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
@@ -92,6 +92,7 @@ class RetrainingPlan:
             self.architecture,
             self.config,
             self.rules,
+            self.keep_worse,
         )
         digest.update(repr(terms).encode())
         return digest.digest()
@@ -225,8 +226,9 @@ class Retraining:
         target, old = market.series.name, market.predecessor
         if isinstance(fitted, Exception):
             return self._record_failure(target, explain_error(fitted))
-        if isnan(fitted.loss):
-            return self._record_failure(target, f"{target}: nothing is observed in its holdout")
+        worse = explain_worse(fitted)
+        if worse and not self._plan.keep_worse:
+            return self._refuse_worse(target, worse)
         try:
             candidate = self._open_fitted(market, fitted)
             before = self._refit_predecessor(market, candidate) if market.by_recipe else old
@@ -238,9 +240,7 @@ class Retraining:
             raise
         except Exception as error:
             return self._record_failure(target, explain_error(error))
-        if fitted.loss >= fitted.naive_loss:
-            said = f"holdout loss {fitted.loss:.4g} is no better than the naive forecast's {fitted.naive_loss:.4g}"
-            verdict = dataclasses.replace(verdict, notes=(*verdict.notes, said))
+        verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *filter(None, [worse])))
         return verdict if verdict.passed else self._make_outcome(market, verdict, "kept", old.version)
 
     def _open_fitted(self, market: RetrainingMarket, fitted: Fitted) -> ArchiveVersion:
@@ -267,6 +267,8 @@ class Retraining:
         target = market.series.name
         if isinstance(fitted, Exception):
             return self._record_failure(target, explain_error(fitted))
+        if (worse := explain_worse(fitted)) and not self._plan.keep_worse:
+            return self._refuse_worse(target, worse)
         try:
             return self._publish_fitted(market, fitted, verdict)
         except (StoreUnavailable, StoreDenied):
@@ -331,6 +333,9 @@ class Retraining:
             golden=fitted.golden,
             description=f"trained on {self._plan.csv.name}, {span}{note}",
         )
+
+    def _refuse_worse(self, target: str, why: str) -> Outcome:
+        return self._record_failure(target, f"{why}; the old archive stays (--keep-worse publishes it)")
 
     def _record_failure(self, target: str, message: str) -> Outcome:
         return Outcome(target=target, model=self._plan.names[target], result="failed", message=message)

@@ -25,6 +25,7 @@ from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, list_known, parse_model
 from server.front.forecasting.recipes import NO_CLOCK, Recipe, check_frequency, check_horizon
 from server.front.raw_json import MAX_ITEMS
+from server.routes.inference import KSERVE
 from server.settings import Settings
 
 PATH, MODELS_PATH = "/v1/timeseries/forecast", "/v1/timeseries/models"
@@ -102,6 +103,7 @@ class KServeTimeSeries:
     """See the module."""
 
     name = "kserve"
+    routes = KSERVE
     paths = f"{PATH} (KServe)"
 
     def __init__(self, settings: Settings) -> None:

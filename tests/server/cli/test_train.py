@@ -18,6 +18,7 @@ from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.train import choose_architecture
 from server.offline.archive_location import locate_archive
@@ -281,3 +282,35 @@ def test_the_least_length_in_the_message_is_true(prices: Path, tmp_path: Path) -
     for steps, code in ((needed - 1, 2), (needed, 0), (needed + 5, 0)):
         result = run(str(prices), *flags, "--train-until", str(begin + timedelta(hours=steps)))
         assert result.exit_code == code, (steps, needed, result.output)
+
+
+def test_targets_can_be_patterns(tmp_path: Path) -> None:
+    """Columns that a pattern matches, less the covariates; `backtest` and `retrain` take those that have an archive."""
+    path = markets.write_prices(tmp_path / "p.csv", ["N1", "N2", "V1"], days=60)
+    store = str(tmp_path / "store")
+    made = run(
+        str(path), "--time", "hour", "--target", "*", "--known-future", "load_{target}", "--keep-worse", "--out", store
+    )
+    assert made.exit_code == 0, made.output
+    assert sorted(each.name for each in (tmp_path / "store").iterdir()) == ["N1.mar", "N2.mar", "V1.mar"]
+    asked = ("backtest", str(path), "--time", "hour", "--models", store, "--windows", "2", "--json")
+    scored = markets.run(*asked, "--target", "V1", "--target", "N*")
+    assert scored.exit_code == 0, scored.output
+    assert [each["target"] for each in json.loads(scored.stdout)["markets"]] == ["V1", "N1", "N2"]
+    wrong = markets.run(*asked, "--target", "load*")
+    assert wrong.exit_code == 2
+    assert "--target load*: no price column of p.csv matches; they are N1, N2, V1" in wrong.stderr
+    joint = markets.run(
+        "correlate", str(path), "--time", "hour", "--store", store, "--target", "N*", "--since", "2024-04-20",
+        "--out", str(tmp_path / "joint.mar"),
+    )  # fmt: skip
+    assert joint.exit_code == 0, joint.output
+    assert "gaussian: 2 products, 24 steps" in joint.stdout
+
+
+def test_a_column_whose_name_is_a_pattern_is_a_column(tmp_path: Path) -> None:
+    """`price [EUR/MWh]` is the name of a column before it is a pattern."""
+    path = tmp_path / "p.csv"
+    path.write_text("t,price [EUR/MWh],p\n2024-01-01 00:00,1,2\n2024-01-01 01:00,1,2\n")
+    assert price_flags.expand_targets(path, ["price [EUR/MWh]", "p"], ["t"]) == ["price [EUR/MWh]", "p"]
+    assert price_flags.expand_targets(path, ["p*"], ["t"]) == ["price [EUR/MWh]", "p"]
