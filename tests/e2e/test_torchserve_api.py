@@ -118,6 +118,11 @@ def list_pids(server: Server) -> list[int]:
     return [row["pid"] for row in described["workers"]]
 
 
+def count_leases(server: Server, model: str) -> int:
+    """How many requests for it are under way."""
+    return sum(holder["leases"] for holder in server.models()[model]["holders"])
+
+
 def test_scaled_code_answers_in_several_processes(server: Server) -> None:
     """One that waits for a file does not block the next, which another process answers; all go with the model."""
     manage(server, "POST", "", url="code/waits.mar", model_name="waits", initial_workers="1", synchronous="true")
@@ -129,7 +134,8 @@ def test_scaled_code_answers_in_several_processes(server: Server) -> None:
     assert (len(pids), pids[0]) == (2, first["pid"])
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(predict, server, "waits", b'"wait"')
-        wait_until(lambda: predict(server, "waits").json()["pid"] == pids[1], "the first process is busy")
+        wait_until(lambda: count_leases(server, "code/waits.mar") == 1, "the worker has it")
+        assert predict(server, "waits").json()["pid"] == pids[1]
         assert not slow.done()
         (Path(first["home"]) / "go").write_text("")
         assert slow.result().json() == first
