@@ -13,6 +13,8 @@ HOST_TIER_BYTES = 4096 * 1024 * 1024  #: the most that the host tier has unless 
 def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
     """A plan for each worker, in order of index.
 
+    Where archives' code runs, no process keeps to cores of its own: the children run on all cores, so that a worker
+    which may not leave its core waits behind them while another core is idle. Its threads are its share all the same.
     Raises ValueError when CUDA is demanded or needed and absent, or a worker's memory is less than a slab.
     """
     cuda = _uses_cuda(settings, host)
@@ -25,7 +27,7 @@ def plan_workers(settings: Settings, host: Host) -> list[WorkerPlan]:
         WorkerPlan(
             index=i,
             device=f"cuda:{gpus[i]}" if cuda else "cpu",
-            cores=shares[i],
+            cores=host.cores if settings.allow_code else shares[i],
             threads=settings.threads or len(shares[i]),
             budget_bytes=budget,
             host_bytes=_share_host_tier(settings, host, count, cuda=cuda),

@@ -75,6 +75,15 @@ def test_what_is_asked_for_is_given() -> None:
     assert [(plan.index, plan.threads, plan.budget_bytes) for plan in plans] == [(0, 3, 32 * MIB), (1, 3, 32 * MIB)]
 
 
+def test_no_process_keeps_to_a_core_where_code_runs() -> None:
+    """Children run on all cores: a worker or front that may not leave its own would wait behind them."""
+    cores = (0, 1, 2, 3, 4)
+    plans = plan_workers(make_settings(workers=2, allow_code=["*"]), Host(cores, 10 * GIB, ()))
+    assert [plan.cores for plan in plans] == [cores, cores]
+    assert {plan.threads for plan in plans} == {2}, "they share the cores as ever"
+    assert front_cores(cores, plans) == cores
+
+
 def test_impossible_plans_say_why() -> None:
     """CUDA without a GPU; a share below one slab, with the numbers and the settings to change."""
     host = Host((0, 1), GIB, ())

@@ -59,8 +59,8 @@ class Handler:
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
-        answers = dict[int, CodeAnswer]()
-        calls = dict[object, list[tuple[int, dict[str, Any], RequestHeaders]]]()
+        answers: dict[int, CodeAnswer] = {}  # an alias that is called, `dict[...]()`, would be built for each batch
+        calls: dict[object, list[tuple[int, dict[str, Any], RequestHeaders]]] = {}
         for i, request in enumerate(requests):
             try:
                 parts, fields = read_request(request)
