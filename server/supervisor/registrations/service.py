@@ -238,7 +238,7 @@ class RegistrationService:
 
     async def _follow_replicas(self, registration: Registration, *, wait: bool) -> None:
         """Have as many processes of the archive as the table says. `wait`: until they are there, or have no room."""
-        key, count = registration.key, max(1, self.table.find_replicas(registration.key))
+        key, count = registration.key, self.table.find_replicas(registration.key)
         if count == self._replicas.get(key, 1):
             return
         if count > 1:

@@ -70,6 +70,7 @@ class RegistrationTable:
         self._models: dict[str, dict[str, Registration]] = {}
         self._defaults: dict[str, str] = {}
         self._batching: dict[ModelName, dict[tuple[str, str], Batching]] = {}  # in the order of registration
+        self._replicas: dict[ModelName, dict[tuple[str, str], int]] = {}  # workers of code, where they are several
         self._bytes = 0
 
     def __repr__(self) -> str:
@@ -114,23 +115,18 @@ class RegistrationTable:
 
     def find_replicas(self, key: ModelName) -> int:
         """How many processes the archive should have: as the registration says that has the most workers."""
-        return max(
-            (each.options.min_workers for each in self._list_all() if each.has_code and each.key == key), default=0
-        )
+        return max(self._replicas.get(key, {}).values(), default=1)
 
     def list_replicas(self) -> dict[str, int]:
         """Of all archives that should have more than one."""
-        found = dict[str, int]()
-        for each in self._list_all():
-            if each.has_code and each.options.min_workers > max(1, found.get(each.key, 1)):
-                found[each.key] = each.options.min_workers
-        return found
+        return {key: self.find_replicas(key) for key in self._replicas}
 
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
         return any(
             each.key == registration.key and each.options.min_workers > 0
-            for each in self._list_all()
+            for versions in self._models.values()
+            for each in versions.values()
             if (each.name, each.version) != (registration.name, registration.version)
         )
 
@@ -154,6 +150,7 @@ class RegistrationTable:
         self._models.setdefault(name, {})[version] = registration
         self._defaults.setdefault(name, version)
         self._bytes += _size(registration)
+        self._note_replicas(registration, registration.options.min_workers)
         if registration.options.batching is not None:
             self._batching.setdefault(registration.key, {})[name, version] = registration.options.batching
 
@@ -161,6 +158,7 @@ class RegistrationTable:
         """Replace what is known of a version that is registered. Raises ModelUnknown, VersionUnknown."""
         self.find(registration.name, registration.version)
         self._models[registration.name][registration.version] = registration
+        self._note_replicas(registration, registration.options.min_workers)
 
     def set_default(self, name: str, version: str) -> None:
         """Make this version the one that answers where none is named. Raises ModelUnknown, VersionUnknown."""
@@ -188,6 +186,7 @@ class RegistrationTable:
         if removed is None:
             return
         self._bytes -= _size(removed)
+        self._note_replicas(removed, 0)
         said = self._batching.get(registration.key, {})
         if said.pop((name, version), None) is not None and not said:
             del self._batching[registration.key]
@@ -211,9 +210,15 @@ class RegistrationTable:
         """All of it, for a front that has just come up."""
         return {name: self.describe_for_fronts(name) for name in self._models}
 
-    def _list_all(self) -> Iterator[Registration]:
-        for versions in self._models.values():
-            yield from versions.values()
+    def _note_replicas(self, registration: Registration, workers: int) -> None:
+        """Keep the number where it is one of processes, so that no change has to look at all registrations."""
+        asked = self._replicas.setdefault(registration.key, {})
+        if registration.has_code and workers > 1:
+            asked[registration.name, registration.version] = workers
+        else:
+            asked.pop((registration.name, registration.version), None)
+        if not asked:
+            del self._replicas[registration.key]
 
     def _find_versions(self, name: str) -> dict[str, Registration]:
         versions = self._models.get(name)

@@ -80,9 +80,8 @@ class Replicas:
         """Wait until none is being started, and those that were ended before are gone."""
         while self.starts:
             await asyncio.wait(set(self.starts))
-        for child in self._leaving:
-            await child.wait_gone()
-        self._leaving.clear()
+        while self._leaving:  # others may leave meanwhile
+            await self._leaving.pop().wait_gone()
 
     async def wait_gone(self) -> None:
         """Wait until all are gone, after `close`."""
